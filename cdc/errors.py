@@ -1,0 +1,86 @@
+"""Every error this package raises on purpose.
+
+    CdcError                     something an operator or an author can act on
+      UsageError                 wrong options, settings or handler references      exit 2
+      ConnectError               the database cannot be reached or refuses us       exit 3
+      NotFoundError              the slot, table, change ... does not exist         exit 4
+      RefusedError               unsafe without a word from the operator            exit 5
+      SchemaError                entity_changes is missing or does not fit          exit 1
+      StreamError                the replication stream cannot start, or ended      (sweeping goes on)
+      SessionLostError           the session that holds the shard locks is gone     (reconnect)
+      ProtocolError              bytes from the server that no decoder understands  (reconnect)
+
+    Retry, Discard               decisions a handler takes by raising them; neither is a failure
+
+Each CdcError is one sentence, what happened to what, and a hint: what to do now.
+"""
+
+from __future__ import annotations
+
+
+class CdcError(Exception):
+    """``str(error)`` says what happened to what; ``hint`` what to do now."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(CdcError):
+    exit_code = 2
+
+
+class ConnectError(CdcError):
+    exit_code = 3
+
+
+class NotFoundError(CdcError):
+    exit_code = 4
+
+
+class RefusedError(CdcError):
+    exit_code = 5
+
+
+class SchemaError(CdcError):
+    pass
+
+
+class StreamError(CdcError):
+    """``reason`` is one of the closed set of the metric ``cdc_stream_disconnects_total``."""
+
+    def __init__(self, message: str, *, reason: str, hint: str = "", permanent: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+        self.permanent = permanent
+        """True when waiting does not mend it: the consumer then looks again every minute instead of at once."""
+
+
+class SessionLostError(CdcError):
+    pass
+
+
+class ProtocolError(CdcError):
+    pass
+
+
+class Retry(Exception):  # noqa: N818 - the name a handler's author writes: `raise Retry(after=30)`
+    """Raised by a handler: not now. The change waits ``after`` seconds, or as long as the backoff says.
+
+    It counts as an attempt, so that a handler which only ever asks for another try ends as a dead letter.
+    """
+
+    def __init__(self, after: float | None = None, reason: str = "") -> None:
+        if after is not None and not 0 <= after < float("inf"):
+            raise ValueError(f"Retry(after={after!r}): seconds, 0 or more")
+        super().__init__(reason or "the handler asked for another try")
+        self.after = after
+
+
+class Discard(Exception):  # noqa: N818 - see Retry
+    """Raised by a handler: nothing is to be done about this change. It is marked processed, with the reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)

@@ -1,0 +1,85 @@
+"""The words of the field, as frozen values. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, NamedTuple
+from uuid import UUID
+
+SHARDS = 64
+"""Units of ownership between consumers. The generated column ``shard`` in sql/ computes modulo the same number."""
+
+Key = tuple[str, str]
+"""(entity_type, entity_id): what order is kept for."""
+
+
+class Operation(StrEnum):
+    INSERT = "INSERT"
+    UPDATE = "UPDATE"
+    DELETE = "DELETE"
+
+
+class ChangeState(StrEnum):
+    """The state of a row of ``entity_changes``: exactly one, held by the table's CHECK constraints."""
+
+    FRESH = "fresh"
+    WAITING = "waiting"
+    PROCESSED = "processed"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Change:
+    """One captured change of one row, as a handler gets it. Compared and hashed by identity.
+
+    ``old`` is None for an INSERT and ``new`` for a DELETE; otherwise they hold the row as JSON, or, where the
+    handler names a pydantic model, an instance of it. ``changed_at`` is the start of the writer's transaction.
+    ``attempt`` counts from 1.
+    """
+
+    id: UUID
+    seq: int
+    shard: int
+    entity_type: str
+    entity_id: str
+    table_schema: str | None
+    table: str
+    operation: Operation
+    old: Any
+    new: Any
+    metadata: dict[str, Any] | None
+    changed_at: datetime
+    attempt: int = 1
+
+    @property
+    def key(self) -> Key:
+        return (self.entity_type, self.entity_id)
+
+    def __repr__(self) -> str:
+        """Without the row's content, so that a change may be logged."""
+        return f"<Change {self.seq} {self.operation} {self.entity_type} {self.entity_id!r} attempt={self.attempt}>"
+
+
+class WakeUp(NamedTuple):
+    """The doorbell's message: a change with this number is committed. It may be lost, late or doubled."""
+
+    seq: int
+    shard: int
+
+
+def message_prefix(schema: str) -> str:
+    """The prefix of the logical messages that ring for the outbox in ``schema``.
+
+    It names the schema, so that two outboxes in one database do not ring each other. Bytes other than letters,
+    digits and ``_`` are percent-encoded: a plugin option with commas or blanks in it would be several.
+    """
+    return "entity_change:" + "".join(
+        character if character.isascii() and (character.isalnum() or character == "_") else _percent(character)
+        for character in schema
+    )
+
+
+def _percent(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode())

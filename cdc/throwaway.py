@@ -1,0 +1,154 @@
+"""A private PostgreSQL server that is thrown away afterwards: for the demo, the tests and the benchmark.
+
+It never touches an existing server: its own data folder, its own Unix socket, no TCP port unless asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from cdc.errors import NotFoundError
+
+_DURABLE: Mapping[str, str] = {
+    "wal_level": "logical",
+    "max_replication_slots": "20",
+    "max_wal_senders": "20",
+    "max_connections": "200",
+    "wal_sender_timeout": "10s",
+    "log_min_messages": "warning",
+    "timezone": "UTC",
+}
+_FAST: Mapping[str, str] = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+
+def find_bindir() -> Path:
+    """The newest PostgreSQL on this machine that has wal2json, else the newest without."""
+    named = os.environ.get("PG_BINDIR")
+    candidates = [Path(named)] if named else sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version)[::-1]
+    found = [path for path in candidates if (path / "initdb").exists()]
+    if not found:
+        raise NotFoundError(
+            "no PostgreSQL server programs on this machine",
+            hint="install postgresql and postgresql-NN-wal2json, or set PG_BINDIR to the folder of initdb",
+        )
+    return next((path for path in found if has_wal2json(path)), found[0])
+
+
+def _version(bindir: Path) -> float:
+    try:
+        return float(bindir.parent.name)
+    except ValueError:
+        return 0.0
+
+
+def has_wal2json(bindir: Path) -> bool:
+    return (bindir.parent / "lib" / "wal2json.so").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """One cluster in a temporary folder. ``with Server() as server: connect(server.dsn())``.
+
+    ``durable=False`` turns fsync off: for tests that do not crash the server. ``tcp=True`` also listens on a free
+    port of 127.0.0.1. ``settings`` are written to postgresql.conf.
+    """
+
+    def __init__(self, *, durable: bool = True, tcp: bool = False, settings: Mapping[str, str] | None = None) -> None:
+        self.bindir = find_bindir()
+        self.wal2json = has_wal2json(self.bindir)
+        self.port = free_port() if tcp else 5432
+        self.tcp = tcp
+        self.folder = Path(tempfile.mkdtemp(prefix="cdc", dir="/tmp"))  # noqa: S108 - socket paths end at 107 bytes
+        self.data = self.folder / "data"
+        self._settings = {**_DURABLE, **({} if durable else _FAST), **(settings or {})}
+        # initdb and postgres refuse to run as root.
+        self._user = _unprivileged_user() if os.geteuid() == 0 else None
+
+    def __enter__(self) -> Server:
+        try:
+            self._create()
+            self.start()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop("immediate")
+        self._remove()
+
+    def dsn(self, dbname: str = "postgres", *, user: str = "postgres", tcp: bool = False) -> str:
+        host = "127.0.0.1" if tcp else str(self.folder)
+        return f"host={host} port={self.port} dbname={dbname} user={user}"
+
+    def start(self) -> None:
+        log = self.folder / "server.log"
+        self._run("pg_ctl", "-D", str(self.data), "-l", str(log), "-w", "-t", "60", "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """End the server; ``immediate`` is a crash. Quiet where it does not run."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self._run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-m", mode, "stop")
+
+    def restart(self, mode: str = "fast") -> None:
+        self.stop(mode)
+        self.start()
+
+    def configure(self, **settings: str) -> None:
+        """Append to postgresql.conf; takes effect at the next start, or on a reload."""
+        with (self.data / "postgresql.conf").open("a") as conf:
+            conf.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+
+    def _create(self) -> None:
+        if self._user:
+            os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
+        self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8",
+                  "--locale", "C.UTF-8")  # fmt: skip
+        settings = {
+            **self._settings,
+            "port": str(self.port),
+            "listen_addresses": "127.0.0.1" if self.tcp else "",
+            "unix_socket_directories": str(self.folder),
+        }
+        if self._knows("output_plugin_libraries"):
+            # Unknown to minors before August 2026, where naming it is fatal; needed from then on.
+            settings["output_plugin_libraries"] = "pgoutput, test_decoding, wal2json"
+        self.configure(**settings)
+
+    def _knows(self, setting: str) -> bool:
+        described = self._run("postgres", "--describe-config").stdout
+        return any(line.startswith(setting) for line in described.splitlines())
+
+    def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(self.bindir / program), *arguments]
+        as_user = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
+        return subprocess.run(  # type: ignore[call-overload, no-any-return]  # noqa: S603 - a fixed program
+            command, check=True, text=True, cwd=self.folder, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **as_user,
+        )  # fmt: skip
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _unprivileged_user() -> pwd.struct_passwd:
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise NotFoundError("PostgreSQL does not run as root, and there is no user postgres or nobody")

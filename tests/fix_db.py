@@ -1,0 +1,67 @@
+"""A private server for the run, and a database of its own for each test.
+
+The server: CDC_TEST_DSN (a superuser on a throw-away server), else the machine's own binaries. Without either the
+tests that need one are skipped with the reason; CDC_REQUIRE_PG=1 makes that a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from cdc.errors import NotFoundError
+from cdc.throwaway import Server
+
+_server_line = "none started"
+
+
+def pytest_report_header() -> str:
+    return f"psycopg {psycopg.__version__} ({psycopg.pq.__impl__}), libpq {psycopg.pq.version()}"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A running throw-away server with wal2json, fsync off: for tests that neither stop nor crash it."""
+    try:
+        running = Server(durable=False)
+    except NotFoundError as missing:
+        if os.environ.get("CDC_REQUIRE_PG"):
+            raise
+        pytest.skip(str(missing))
+    with running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def admin_dsn(request: pytest.FixtureRequest) -> str:
+    """A superuser's connection to the server's maintenance database."""
+    named = os.environ.get("CDC_TEST_DSN")
+    return named or str(request.getfixturevalue("server").dsn())
+
+
+@pytest.fixture
+def database(admin_dsn: str) -> Iterator[str]:
+    """The DSN of an empty database; at the end nobody may be left in it, and no slot."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(admin_dsn, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        yield make_conninfo(admin_dsn, dbname=name)
+        admin.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+            " WHERE database = %s AND active_pid IS NOT NULL",
+            [name],
+        )
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def db(database: str) -> Iterator[psycopg.Connection]:
+    """An autocommit connection to the test's own database."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        yield connection
