@@ -1,0 +1,86 @@
+"""The command line: arguments and printing. What a command does is elsewhere, and testable without it.
+
+Exit codes: 0 fine, 1 findings or failure, 2 usage, 3 cannot connect, 4 not found, 5 refused for safety, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NoReturn
+
+import click
+
+from cdc import __version__
+from cdc.cli.output import say
+from cdc.errors import CdcError
+
+_COMMANDS = {
+    "run": ("cdc.cli.run", "Hand committed changes to your handlers."),
+    "db": ("cdc.cli.db", "Install, upgrade and check the database objects."),
+    "track": ("cdc.cli.track", "Capture the changes of a table."),
+    "untrack": ("cdc.cli.track", "Stop capturing the changes of a table."),
+    "tracked": ("cdc.cli.track", "List the tables whose changes are captured."),
+    "slot": ("cdc.cli.slot", "Create, drop and inspect the replication slot."),
+    "config": ("cdc.cli.config", "Show the settings in force."),
+}
+"""Name to (module that defines a command of that name, what --help says of it)."""
+
+
+class _Root(click.Group):
+    """Imports a command's module when it is used, so that ``cdc --help`` waits for no driver."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(_COMMANDS[cmd_name][0]), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, purpose) for name, (_, purpose) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click knows these; a reader that has seen enough (| head) is no error
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            failure = _explained(error)
+            say(f"Error: {failure}")
+            if failure.hint:
+                say(f"  {failure.hint}")
+            ctx.exit(failure.exit_code)
+
+
+def _explained(error: Exception) -> CdcError:
+    if isinstance(error, CdcError):
+        return error
+    from cdc.connect import explain  # noqa: PLC0415 - --help does not wait for the driver to load
+
+    # The class and no text: of an error nobody thought of, nobody knows what it quotes.
+    return explain(error) or CdcError(
+        f"unexpected {type(error).__name__}; this is a fault of cdc", hint="run cdc --debug ... for the traceback"
+    )
+
+
+@click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="cdc", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error. It may quote data.")
+def cdc(debug: bool) -> None:
+    """Change data capture for PostgreSQL: committed rows reach their handlers, in order, at once.
+
+    Settings come from options, then CDC_* variables, then cdc.toml. The database is --dsn, CDC_DSN or the variables
+    of psql (PGHOST, PGDATABASE, PGSERVICE, ...).
+    """
+
+
+def main() -> NoReturn:
+    cdc(prog_name="cdc")
+    raise AssertionError("click ends the process")

@@ -1,0 +1,47 @@
+"""cdc config: which settings are in force, and where each comes from."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from pydantic import SecretStr
+
+from cdc.cli.options import json_option, resolved_options
+from cdc.cli.output import print_json, print_table
+from cdc.config import SETTINGS, Resolved, Settings
+from cdc.connect import describe
+
+
+@click.group()
+def config() -> None:
+    """Show the settings in force."""
+
+
+@config.command()
+@resolved_options(*SETTINGS)
+@json_option
+def show(resolved: Resolved, as_json: bool) -> None:
+    """Print each setting, its value and its source. Passwords are left out.
+
+    Takes the options of cdc run, and shows what it would run with.
+    """
+    shown = {name: _shown(resolved.value(name)) for name in SETTINGS}
+    if as_json:
+        settings = {name: {"value": value, "source": resolved.sources[name]} for name, value in shown.items()}
+        print_json({"settings": settings})
+    else:
+        print_table(
+            ["setting", "value", "source"], ((name, value, resolved.sources[name]) for name, value in shown.items())
+        )
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON Schema of cdc.toml, for editors."""
+    click.echo(json.dumps(Settings.model_json_schema(), indent=2))
+
+
+def _shown(value: Any) -> Any:
+    return f"(secret) {describe(value.get_secret_value())}" if isinstance(value, SecretStr) else value

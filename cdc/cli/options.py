@@ -1,0 +1,97 @@
+"""Options that several commands share. Each setting of ``cdc.config`` can be an option of its own name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import click
+
+from cdc.config import SETTINGS, Resolved, Setting, Settings, load
+
+if TYPE_CHECKING:
+    from cdc.connect import Connection
+
+Command = Callable[..., Any]
+
+
+def resolved_options(*names: str) -> Callable[[Command], Command]:
+    """An option for each named setting, and --config; the command gets ``resolved: Resolved``."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def merged(*args: Any, config_file: Path | None, **options: Any) -> Any:
+            given = {flat: options.pop(flat) for flat in flats}
+            return command(*args, resolved=load(given, file=config_file), **options)
+
+        flats = [SETTINGS[name].flat for name in names]
+        with_options: Command = click.option(
+            "--config", "config_file", type=click.Path(path_type=Path), help="Settings file (default: ./cdc.toml)."
+        )(merged)
+        for name in reversed(names):
+            with_options = _option(name)(with_options)
+        return with_options
+
+    return decorate
+
+
+def settings_options(*names: str) -> Callable[[Command], Command]:
+    """As ``resolved_options``; the command gets ``settings: Settings``."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def unwrapped(*args: Any, resolved: Resolved, **options: Any) -> Any:
+            return command(*args, settings=resolved.settings, **options)
+
+        return resolved_options(*names)(unwrapped)
+
+    return decorate
+
+
+def _option(name: str) -> Callable[[Command], Command]:
+    setting = SETTINGS[name]
+    shown = "" if setting.default is None or setting.switch else f" [{_plain(setting.default)}]"
+    declaration = f"{setting.option}/--no-{setting.option[2:]}" if setting.switch else setting.option
+    # A switch that is not given must be told from one that is off: only the first leaves CDC_X its say.
+    return click.option(
+        declaration,
+        setting.flat,
+        default=None,
+        metavar=_placeholder(setting),
+        help=setting.description + shown,
+    )
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _placeholder(setting: Setting) -> str | None:
+    if setting.switch:
+        return None
+    if get_origin(setting.kind) is Literal:
+        return "|".join(get_args(setting.kind))
+    words = {int: "N", float: "SECONDS"}
+    return words.get(setting.kind, setting.name.split(".")[-1].split("_")[-1].upper())
+
+
+database_options = settings_options("dsn", "schema")
+"""--dsn, --schema and --config; the command gets ``settings: Settings``."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+"""The command gets ``as_json: bool``."""
+
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for a confirmation.")
+"""The command gets ``yes: bool``, for ``output.confirm``."""
+
+
+@contextmanager
+def open_database(settings: Settings) -> Iterator[Connection]:
+    """An autocommit connection for one command, closed at its end. Raises ConnectError with the remedy."""
+    from cdc.connect import connect  # noqa: PLC0415 - --help does not wait for the driver to load
+
+    with connect(settings.dsn_text, application_name="cdc command line") as connection:
+        yield connection

@@ -1,0 +1,101 @@
+"""Printing: data to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from cdc.errors import RefusedError
+from cdc.lsn import Lsn
+
+JSON_SCHEMA = 1
+"""Raised when a field is renamed or removed; new fields do not raise it."""
+
+_GAP = "  "
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Aligned columns; a column of numbers is aligned to the right. None is ``-``."""
+    rows = [tuple(row) for row in rows]
+    texts = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[column]) for line in (list(headers), *texts)) for column in range(len(headers))]
+    numeric = [bool(rows) and all(_is_number(row[column]) for row in rows) for column in range(len(headers))]
+    click.echo(paint(_line(headers, widths, numeric), bold=True))
+    for line in texts:
+        click.echo(_line(line, widths, numeric))
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
+    columns = zip(cells, widths, numeric, strict=True)
+    return _GAP.join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in columns).rstrip()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool | Lsn)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = _time(value) if isinstance(value, datetime) else str(value)
+    # Names of tables and slots are other people's text; a terminal would obey the escape codes in them.
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """One object with ``"schema": 1``. Times become ISO 8601 in UTC, LSNs and UUIDs text."""
+    if "schema" in data:
+        raise ValueError('"schema" is the version of the output; call the database schema "schema_name"')
+    click.echo(json.dumps({"schema": JSON_SCHEMA, **_plain(data)}, indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Lsn():
+            return str(value)
+        case None | bool() | int() | float():
+            return value
+        case datetime():
+            return _time(value)
+        case Mapping():
+            return {str(name): _plain(item) for name, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item) for item in value]
+        case _:
+            return str(value)
+
+
+def _time(value: datetime) -> str:
+    return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def say(text: str) -> None:
+    """Tell the operator something that is not data."""
+    click.echo(text, err=True)
+
+
+def paint(text: str, colour: str | None = None, *, bold: bool | None = None) -> str:
+    """``text`` in a colour, where stdout is a terminal and NO_COLOR is not set (https://no-color.org)."""
+    plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+    return text if plain else click.style(text, fg=colour, bold=bold)
+
+
+def confirm(what: str, yes: bool) -> None:
+    """Ask before ``what`` is done ("drop slot cdc"); --yes answers. Raises RefusedError unless the answer is yes.
+
+    Never asks off a terminal: a script that hangs at a question is worse than one that fails.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise RefusedError(f"{what}: not without a confirmation", hint="add --yes")
+    if not click.confirm(f"{what}?", err=True):
+        raise RefusedError(f"{what}: not confirmed, nothing was changed")

@@ -1,0 +1,101 @@
+"""cdc run: the consumer."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from functools import reduce
+from pathlib import Path
+from types import ModuleType
+
+import click
+
+from cdc.cli.options import settings_options
+from cdc.config import Settings
+from cdc.errors import CdcError, UsageError
+from cdc.routing import Router
+
+_EXAMPLE = "write it as package.module:router, for example --handlers myapp.events:router"
+
+
+@click.command()
+@settings_options(
+    "handlers", "dsn", "stream_dsn", "schema", "slot.name", "slot.create", "stream", "http.host", "http.port",
+    "concurrency", "threads", "window", "max_attempts", "timeout", "backoff.base", "backoff.cap", "drain_time",
+    "sweep_interval", "poll_interval", "log.level", "log.format",
+)  # fmt: skip
+def run(settings: Settings) -> None:
+    """Hand committed changes to your handlers.
+
+    \b
+        cdc run --dsn postgresql://app@db/app --handlers myapp.events:router
+
+    Runs until SIGTERM or Ctrl-C, then lets running handlers finish and ends with 0. The database needs "cdc db
+    install" and "cdc track" first. Where replication is not to be had it works as well: it looks for new changes
+    at short intervals instead of being rung.
+
+    Every option is also a variable (--slot-name: CDC_SLOT_NAME) and a line of cdc.toml (name in [slot]).
+    """
+    if not settings.handlers:
+        raise UsageError("no handlers are named", hint=f"--handlers or CDC_HANDLERS: {_EXAMPLE}")
+    router = load_router(settings.handlers)
+    from cdc.app import serve  # noqa: PLC0415 - --help does not wait for the consumer to load
+
+    serve(settings, router)
+
+
+def load_router(reference: str) -> Router:
+    """The Router that ``package.module:name`` means, looked for where the process starts, then where Python looks.
+
+    Raises UsageError in one sentence; for a fault inside the module it names the file, the line and the exception.
+    """
+    module_name, colon, attribute = reference.partition(":")
+    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise UsageError(f"{reference!r} is no reference to a router", hint=_EXAMPLE)
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    found = _attribute(_module(module_name), attribute)
+    if not isinstance(found, Router):
+        raise UsageError(
+            f"{reference} is a {type(found).__name__}, not a cdc.Router", hint=f"router = cdc.Router(); {_EXAMPLE}"
+        )
+    return found
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except CdcError:
+        raise  # two handlers for one change: already a sentence
+    except ModuleNotFoundError as missing:
+        if missing.name and f"{name}.".startswith(f"{missing.name}."):
+            raise UsageError(
+                f"there is no module {missing.name}",
+                hint=f"start in the folder that holds it, or install it; looked in {Path.cwd()} first",
+            ) from None
+        raise _broken(name, missing) from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's module may raise anything
+        raise _broken(name, error) from None
+
+
+def _broken(name: str, error: BaseException) -> UsageError:
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{error.filename}:{error.lineno}"
+    else:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+        where = f"{frames[-1].filename}:{frames[-1].lineno}"
+    said = traceback.format_exception_only(error)[-1].strip()
+    return UsageError(
+        f"module {name} cannot be imported: {said} ({where})", hint="correct the module, then start again"
+    )
+
+
+def _attribute(module: ModuleType, path: str) -> object:
+    try:
+        return reduce(getattr, path.split("."), module)
+    except AttributeError:
+        routers = [name for name, value in vars(module).items() if isinstance(value, Router)]
+        hint = f"it has {', '.join(routers)}" if routers else "define it there: router = cdc.Router()"
+        raise UsageError(f"module {module.__name__} has no {path}", hint=hint) from None

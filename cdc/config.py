@@ -1,0 +1,308 @@
+"""Settings: command line, then ``CDC_*`` variables, then ``cdc.toml``, then defaults; merged here and nowhere else.
+
+A setting has one name in three spellings: ``slot.name`` is ``--slot-name``, ``CDC_SLOT_NAME``, and ``name`` in the
+section ``[slot]`` of cdc.toml. A secret may also come from a file: ``CDC_DSN_FILE=/run/secrets/dsn``. Whatever is not a
+setting is refused with the nearest one that is, because a misspelt setting that is ignored is found in production.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from cdc.errors import UsageError
+
+DEFAULT_FILE = Path("cdc.toml")
+"""Read where the process starts, if it is there and no other is named."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+class Slot(_Section):
+    name: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="Replication slot that rings for new changes.")
+    create: bool = Field(True, description="Create the slot if it is missing.")
+
+
+class Http(_Section):
+    host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics, /livez and /readyz.")
+    port: int = Field(9464, ge=0, le=65535, description="Their port; 0 switches them off.")
+
+
+class Backoff(_Section):
+    base: float = Field(
+        1.0, gt=0, description="Seconds: the longest wait before the second attempt; doubles each time."
+    )
+    cap: float = Field(300.0, gt=0, description="Seconds: the longest wait before any attempt.")
+
+
+class Log(_Section):
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object a line.")
+
+
+def _fits_a_name(schema: str) -> str:
+    if "\0" in schema or len(schema.encode()) > 63:
+        raise ValueError("a schema name has at most 63 bytes")  # PostgreSQL cuts longer ones off in silence
+    return schema
+
+
+def _none_is_zero(value: object) -> object:
+    return 0 if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+class Settings(_Section):
+    """Everything that can be set. Times are seconds."""
+
+    dsn: SecretStr | None = Field(None, description="Database, as libpq reads it. Left out: the PG* variables.")
+    stream_dsn: SecretStr | None = Field(None, description="Another role for the replication stream.")
+    schema_: Annotated[str, AfterValidator(_fits_a_name)] = Field(
+        "public", alias="schema", min_length=1, description="Schema of the table entity_changes."
+    )
+    handlers: str | None = Field(None, description="Your router, as package.module:router.")
+    slot: Slot = Slot()
+    stream: bool = Field(True, description="Listen to the replication slot; without it changes are found by sweeping.")
+    http: Http = Http()
+    concurrency: int = Field(100, ge=1, description="Handlers that run at the same time.")
+    threads: int = Field(20, ge=1, description="Threads for handlers that are not async.")
+    window: int = Field(2000, ge=1, description="Changes held in memory; at least the concurrency.")
+    max_attempts: int = Field(3, ge=1, description="Attempts before a change becomes a dead letter.")
+    timeout: Annotated[float, BeforeValidator(_none_is_zero)] = Field(
+        60.0, ge=0, description="Seconds a handler may take for one change; 0 or none is no limit."
+    )
+    backoff: Backoff = Backoff()
+    drain_time: float = Field(10.0, ge=0, description="Seconds that running handlers get to finish at a stop.")
+    sweep_interval: float = Field(5.0, gt=0, description="Seconds between two looks for changes nobody rang for.")
+    poll_interval: float = Field(0.5, gt=0, description="The same while nothing is streamed.")
+    log: Log = Log()
+
+    @property
+    def dsn_text(self) -> str | None:
+        """For connecting; a secret."""
+        return self.dsn.get_secret_value() if self.dsn else None
+
+    @property
+    def stream_dsn_text(self) -> str | None:
+        """For the replication stream: its own DSN, or the other one. A secret."""
+        return self.stream_dsn.get_secret_value() if self.stream_dsn else self.dsn_text
+
+    @property
+    def timeout_s(self) -> float | None:
+        """The time limit of a handler; None is no limit."""
+        return self.timeout or None
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Settings:
+        if self.window < self.concurrency:
+            raise ValueError(f"window ({self.window}) must be at least concurrency ({self.concurrency})")
+        if self.backoff.cap < self.backoff.base:
+            raise ValueError(f"backoff.cap ({self.backoff.cap}) must be at least backoff.base ({self.backoff.base})")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One leaf of Settings. ``name`` is ``slot.name``, ``flat`` is ``slot_name``, ``kind`` its type."""
+
+    name: str
+    description: str
+    default: Any
+    kind: Any
+
+    @property
+    def secret(self) -> bool:
+        return SecretStr in get_args(self.kind)
+
+    @property
+    def switch(self) -> bool:
+        return self.kind is bool
+
+    @property
+    def flat(self) -> str:
+        return self.name.replace(".", "_")
+
+    @property
+    def variable(self) -> str:
+        return "CDC_" + self.flat.upper()
+
+    @property
+    def option(self) -> str:
+        return "--" + self.flat.replace("_", "-")
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
+    for attribute, field in model.model_fields.items():
+        name, kind = prefix + (field.alias or attribute), field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _leaves(kind, f"{name}.")
+        else:
+            yield Setting(name, field.description or "", field.default, kind)
+
+
+SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in _leaves(Settings)}
+_BY_FLAT = {setting.flat: setting for setting in SETTINGS.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The settings, and for each name in SETTINGS where its value came from."""
+
+    settings: Settings
+    sources: Mapping[str, str]
+
+    def value(self, name: str) -> Any:
+        """By the name in SETTINGS; a secret stays a SecretStr."""
+        value: Any = self.settings.model_dump(by_alias=True)
+        for part in name.split("."):
+            value = value[part]
+        return value
+
+
+_ALL_OF_THEM = "cdc run --help explains every setting"
+
+_Given = dict[str, tuple[Any, str]]
+"""Name in SETTINGS to (value, where it came from)."""
+
+
+def load(
+    options: Mapping[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Merge the four sources. ``options`` holds the command line by flat name; None there means not given.
+
+    ``file`` must exist if named, here or by CDC_CONFIG. Raises UsageError naming the source of what is wrong, never a
+    secret.
+    """
+    environ = os.environ if environ is None else environ
+    return _resolved({**_from_file(file, environ), **_from_environment(environ), **_from_options(options or {})})
+
+
+def from_options(options: Mapping[str, Any]) -> Settings:
+    """Settings from flat names alone: no environment, no file. Raises UsageError, also for a name that is none."""
+    for name in options:
+        if name not in _BY_FLAT:
+            raise UsageError(f"{name!r} is not a setting", hint=_nearest(name, list(_BY_FLAT)))
+    return _resolved(_from_options(options)).settings
+
+
+def _resolved(given: _Given) -> Resolved:
+    nested: dict[str, Any] = {}
+    for name, (value, _) in given.items():
+        section, _, leaf = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[leaf] = value
+    try:
+        settings = Settings.model_validate(nested)
+    except ValidationError as invalid:
+        raise _complaint(invalid, given) from None
+    return Resolved(settings, {name: given[name][1] if name in given else "default" for name in SETTINGS})
+
+
+def _from_options(options: Mapping[str, Any]) -> _Given:
+    known = ((_BY_FLAT[flat], value) for flat, value in options.items() if value is not None)
+    return {
+        setting.name: (value, f"--no-{setting.option[2:]}" if value is False else setting.option)
+        for setting, value in known
+    }
+
+
+_OTHERS_VARIABLES = re.compile(
+    r"CDC_(CONFIG|TEST_.*|REQUIRE_.*"
+    # Kubernetes sets these in every pod beside a Service whose name begins with "cdc"; see also _is_a_service.
+    r"|(.+_)?SERVICE_(HOST|PORT)(_.+)?|(.+_)?PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+
+
+def _is_a_service(variable: str, value: str) -> bool:
+    """CDC_PORT=tcp://10.0.0.1:9464; of a Service named cdc-http it even has the name of a setting."""
+    return variable.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://"))
+
+
+def _from_environment(environ: Mapping[str, str]) -> _Given:
+    variables = {setting.variable: setting for setting in SETTINGS.values()}
+    files = {f"{setting.variable}_FILE": setting for setting in SETTINGS.values() if setting.secret}
+    given: _Given = {}
+    for variable, value in sorted(environ.items()):
+        if not variable.startswith("CDC_") or not value or _is_a_service(variable, value):
+            continue  # empty is unset: what ${CDC_X:-} leaves in a compose file
+        if setting := variables.get(variable):
+            given[setting.name] = (value, variable)
+        elif setting := files.get(variable):
+            if environ.get(setting.variable):
+                raise UsageError(f"both {setting.variable} and {variable} are set", hint="unset one of them")
+            given[setting.name] = (_secret_from(value, variable), variable)
+        elif not _OTHERS_VARIABLES.fullmatch(variable):
+            raise UsageError(f"the variable {variable} is not a setting", hint=_nearest(variable, [*variables, *files]))
+    return given
+
+
+def _secret_from(path: str, variable: str) -> str:
+    try:
+        return Path(path).read_text().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UsageError(f"{variable}={path} cannot be read: {reason}") from None
+
+
+def _from_file(file: Path | None, environ: Mapping[str, str]) -> _Given:
+    named = file or (Path(environ["CDC_CONFIG"]) if environ.get("CDC_CONFIG") else None)
+    path = named or DEFAULT_FILE
+    try:
+        document = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if named is None:
+            return {}
+        raise UsageError(f"there is no configuration file {path}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}", hint="see https://toml.io for the format") from None
+    return {name: (value, f"{name} in {path}") for name, value in _flattened(document, path)}
+
+
+def _flattened(document: Mapping[str, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    sections = {name.partition(".")[0] for name in SETTINGS if "." in name}
+    for key, value in document.items():
+        name = prefix + key
+        if name in SETTINGS:
+            yield name, value
+        elif name in sections and isinstance(value, dict):
+            yield from _flattened(value, path, f"{name}.")
+        else:
+            raise UsageError(f"{name} in {path} is not a setting", hint=_nearest(name, list(SETTINGS)))
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    # Low cut-off: a bad guess costs a glance, and "did you mean" beats reading the manual.
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else _ALL_OF_THEM
+
+
+def _complaint(invalid: ValidationError, given: _Given) -> UsageError:
+    sentences = []
+    for error in invalid.errors(include_url=False, include_input=False, include_context=False):
+        name = ".".join(str(part) for part in error["loc"])
+        source = given[name][1] if name in given else name
+        message = error["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        sentences.append(f"{source}: {message}" if source else message)
+    return UsageError("; ".join(sentences), hint=_ALL_OF_THEM)

@@ -1,0 +1,154 @@
+"""/metrics, /livez and /readyz, served from a thread of their own.
+
+A thread, so that a handler that blocks the event loop cannot silence the probes that should report it. Nothing here
+touches the database: a probe that waits for one restarts every replica when it is slow, which never helps.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from socketserver import TCPServer, ThreadingMixIn
+from typing import TYPE_CHECKING, Any, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from cdc.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+_CLIENT_SILENCE_S = 5.0
+"""A client that opens a connection and says nothing costs a thread for this long."""
+
+_POLL_S = 0.1
+"""How long a stop may take to be noticed; it is part of the drain time."""
+
+_ROUTES = "/metrics\n/livez\n/readyz\n"
+
+
+class Check(NamedTuple):
+    """One line of an answer: ``ok loop.stream 0.4s`` or ``fail loop.stream 45s``. No DSN and no payload in it."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, ["ok" if self.ok else "fail", self.name, self.detail]))
+
+
+Checks = Callable[[], Iterable[Check]]
+
+
+class HealthServer:
+    """Bound when it is made, answering from ``start()`` to ``stop()``.
+
+    ``liveness`` and ``readiness`` are called for each request, in a thread of the server: they read values that others
+    replace whole, and never wait. Port 0 takes a free one; ``port`` says which. Raises UsageError where host and port
+    cannot be bound.
+    """
+
+    def __init__(
+        self, host: str, port: int, *, registry: CollectorRegistry, liveness: Checks, readiness: Checks
+    ) -> None:
+        server_class = _ServerV6 if ":" in host else _Server
+        try:
+            self._server = server_class((host, port), _Quiet)
+        except OSError as error:
+            raise UsageError(
+                f"cannot serve metrics and health on {host} port {port}: {error.strerror}",
+                hint="choose another --http-host or --http-port; port 0 switches them off",
+            ) from None
+        self._server.set_app(_Application(registry, liveness, readiness))
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_S,), name="cdc-health", daemon=True
+        )
+        self.port: int = self._server.server_port
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when the port is free again. May be called without ``start``, and twice."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+
+_Response = tuple[str, list[tuple[str, str]], bytes]
+
+
+class _Application:
+    def __init__(self, registry: CollectorRegistry, liveness: Checks, readiness: Checks) -> None:
+        self._exposition = make_wsgi_app(registry)
+        self._checks = {"/livez": liveness, "/readyz": readiness}
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        status, headers, body = self._respond(environ)
+        start_response(status, [*headers, ("Content-Length", str(len(body)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    def _respond(self, environ: WSGIEnvironment) -> _Response:
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] not in {"GET", "HEAD"}:
+            return _text("405 Method Not Allowed", "only GET and HEAD\n")
+        if path == "/metrics":
+            return self._metrics(environ)
+        if path in self._checks:
+            return _verdict(path, self._checks[path])
+        return _text("200 OK", _ROUTES) if path == "/" else _text("404 Not Found", f"there is only\n{_ROUTES}")
+
+    def _metrics(self, environ: WSGIEnvironment) -> _Response:
+        started: list[tuple[str, list[tuple[str, str]]]] = []
+        # The client's own application knows no HEAD.
+        chunks = self._exposition({**environ, "REQUEST_METHOD": "GET"}, lambda *response: started.append(response))
+        status, headers = started[0]
+        return status, headers, b"".join(chunks)
+
+
+def _text(status: str, text: str) -> _Response:
+    return status, [("Content-Type", "text/plain; charset=utf-8")], text.encode()
+
+
+def _verdict(path: str, checks: Checks) -> _Response:
+    try:
+        results = list(checks())
+    except Exception as error:
+        # A probe that cannot tell must not say that all is well, nor take the other routes down.
+        log.exception("a health check failed", extra={"path": path})
+        results = [Check(path.strip("/"), ok=False, detail=type(error).__name__)]
+    lines = results or [Check(path.strip("/"), ok=True)]
+    status = "200 OK" if all(check.ok for check in lines) else "503 Service Unavailable"
+    return _text(status, "".join(f"{check}\n" for check in lines))
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False  # a slow client must not hold up the stop
+
+    def server_bind(self) -> None:
+        # HTTPServer's own asks the name service for the host's full name, which may take seconds.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # str, int for TCP
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a health client went away", exc_info=True)
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = _CLIENT_SILENCE_S
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in http.server
+        """A probe every few seconds would be most of the log."""

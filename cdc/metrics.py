@@ -1,0 +1,334 @@
+"""Every metric, its help text and its labels, once.
+
+Labels come from closed sets: a type nobody routes is ``other``. Every counter and state exists from the start with 0,
+so that the first error shows as a rise. What can have no value yet does not exist until it has one: the timestamps
+(a 0 would be an age of fifty years), the success of a collector (one that is switched off has not failed), and the
+figures of the database, which also go when their collector fails.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
+from itertools import product
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from cdc import __version__
+from cdc.connect import driver_versions
+from cdc.model import SHARDS, ChangeState
+from cdc.routing import ANY, Router
+
+OTHER = "other"
+"""Label of an entity type without a rule of its own."""
+
+NO_HANDLER = "none"
+"""Label of the handler of a change that nobody wants."""
+
+ROLES = ("streaming", "standby", "sweeping")
+SOURCES = ("wal", "notify", "retry", "sweep")
+OUTCOMES = ("processed", "retried", "discarded", "dead", "interrupted")
+ERROR_KINDS = ("exception", "timeout", "validation", "crash")
+OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
+WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
+UNAVAILABLE = (
+    "disabled", "slot_busy", "slot_missing", "slot_lost", "plugin_refused", "plugin_missing", "wal_level",
+    "no_replication_role", "no_free_slot", "no_free_walsender", "in_recovery", "network",
+)  # fmt: skip
+"""Why this process does not stream: states that last. A stream may also end by one of ``ENDINGS``."""
+ENDINGS = ("stalled", "server_shutdown", "protocol")
+
+_HANDLER_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_CHANGE_S = (*_HANDLER_S, 900, 3600, 14400)
+_CALL_S = (0.0005, *(bound for bound in _HANDLER_S if bound <= 5))
+_BATCH = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class _Registry(CollectorRegistry):
+    """Without the ``_created`` twin of each counter and histogram.
+
+    prometheus_client can switch them off, but only for the whole process: another program's metrics, too.
+    """
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in super().collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
+_Samples = list[tuple[tuple[str, ...], float]]
+_Family = GaugeMetricFamily | CounterMetricFamily
+
+
+class _Figures:
+    """Values read from the database in one go: shown together, replaced together, gone together."""
+
+    def __init__(self, *families: Callable[[], _Family]) -> None:
+        self._families = families
+        self._shown: Mapping[str, _Samples] = {}
+
+    def show(self, figures: Mapping[str, _Samples]) -> None:
+        """Replaced whole, by one assignment: a scrape in another thread sees one reading or the other."""
+        self._shown = figures
+
+    def describe(self) -> list[_Family]:
+        return [family() for family in self._families]
+
+    def collect(self) -> Iterable[Metric]:
+        shown = self._shown
+        for family in self.describe():
+            for labels, value in shown.get(family.name, ()):
+                family.add_metric(labels, value)
+            yield family
+
+
+def _figure(name: str, text: str, *labels: str) -> Callable[[], _Family]:
+    return partial(GaugeMetricFamily, name, text, labels=labels)
+
+
+def _slot_figures() -> _Figures:
+    return _Figures(
+        _figure("cdc_slot_present", "1 if the slot exists.", "slot"),
+        _figure("cdc_slot_active", "1 if somebody reads the slot.", "slot"),
+        _figure("cdc_slot_wal_status", "State of the slot's WAL; 1 for the one it is in.", "slot", "wal_status"),
+        _figure("cdc_slot_retained_wal_bytes", "WAL the server keeps for the slot.", "slot"),
+        _figure("cdc_slot_confirmed_lag_bytes", "WAL the reader has not confirmed.", "slot"),
+        _figure("cdc_slot_safe_wal_bytes", "WAL that may be written before the slot is lost.", "slot"),
+        _figure(
+            "cdc_slot_catalog_xmin_age_transactions", "How far the slot holds back vacuum of the catalogs.", "slot"
+        ),
+        # The server counts it, so it is read, not counted here. The client appends _total.
+        partial(CounterMetricFamily, "cdc_slot_spilled_bytes", "Bytes that decoding wrote to disk.", labels=("slot",)),
+    )
+
+
+def _outbox_figures() -> _Figures:
+    return _Figures(
+        _figure("cdc_outbox_changes", "Unprocessed changes, counted up to a bound.", "state"),
+        _figure("cdc_outbox_oldest_ready_age_seconds", "Age of the oldest change that could run now; 0 if none."),
+        _figure("cdc_outbox_table_bytes", "Size of entity_changes with indexes and TOAST."),
+        _figure("cdc_outbox_dead_tuples", "Row versions of entity_changes that vacuum has not removed."),
+    )
+
+
+class Metrics:
+    """The metrics of one consumer, in ``registry``. Attributes carry the names without ``cdc_`` and unit.
+
+    ``slot`` is the configured name, also where the slot is temporary and has another. Thread-safe.
+    """
+
+    def __init__(self, slot: str, router: Router) -> None:
+        self.registry: CollectorRegistry = _Registry()
+        self._slot = slot
+        self._types = router.entity_types
+        handlers = sorted({handler.name for handler in router.handlers.values()})
+        self._process()
+        self._stream(slot)
+        self._wakeups()
+        self._lanes_and_shards()
+        self._handlers(handlers, router)
+        self._slot_figures, self._outbox_figures = _slot_figures(), _outbox_figures()
+        self.registry.register(self._slot_figures)
+        self.registry.register(self._outbox_figures)
+
+    def entity_type(self, name: str) -> str:
+        """The label value for an entity type: itself where a rule names it, else ``other``."""
+        return name if name in self._types else OTHER
+
+    def handled(self, entity_type: str, handler: str, outcome: str) -> None:
+        """An attempt ended. On the hot path: the child is looked up once for each combination."""
+        self._handled(self.entity_type(entity_type), handler, outcome).inc()
+
+    def took(self, entity_type: str, seconds: float) -> None:
+        """A change was marked processed so long after its transaction began."""
+        self._took(self.entity_type(entity_type)).observe(max(seconds, 0.0))
+
+    def show_lanes(self, *, running: int, queued: int, settling: int) -> None:
+        """What the window holds."""
+        for state, count in (("running", running), ("queued", queued), ("settling", settling)):
+            self.lanes_changes.labels(state).set(count)
+
+    def set_role(self, role: str) -> None:
+        """One of ROLES."""
+        _set_state(self.role, ROLES, role)
+
+    def set_stream(self, unavailable: str | None) -> None:
+        """None: this process streams. Else the reason why it does not; of ENDINGS none is a lasting state."""
+        self.stream_connected.labels(self._slot).set(unavailable is None)
+        _set_state(self.stream_unavailable, UNAVAILABLE, unavailable)
+
+    def show_slot(
+        self,
+        *,
+        present: bool,
+        active: bool = False,
+        wal_status: str | None = None,
+        retained_wal_bytes: int | None = None,
+        confirmed_lag_bytes: int | None = None,
+        safe_wal_bytes: int | None = None,
+        catalog_xmin_age: int | None = None,
+        spilled_bytes: int | None = None,
+    ) -> None:
+        """A reading of the slot. What is None has no series: a lost slot keeps no WAL, an unlimited one is safe."""
+        figures = {
+            "cdc_slot_present": int(present),
+            "cdc_slot_active": int(active),
+            "cdc_slot_retained_wal_bytes": retained_wal_bytes,
+            "cdc_slot_confirmed_lag_bytes": confirmed_lag_bytes,
+            "cdc_slot_safe_wal_bytes": safe_wal_bytes,
+            "cdc_slot_catalog_xmin_age_transactions": catalog_xmin_age,
+            "cdc_slot_spilled_bytes": spilled_bytes,
+        }
+        shown: dict[str, _Samples] = {
+            name: [((self._slot,), value)] for name, value in figures.items() if value is not None
+        }
+        if wal_status is not None:
+            shown["cdc_slot_wal_status"] = [((self._slot, state), state == wal_status) for state in WAL_STATUSES]
+        self._slot_figures.show(shown)
+        self.collector_success.labels("slot").set(1)
+
+    def forget_slot(self) -> None:
+        """The slot could not be read: better no figures than old ones."""
+        self._slot_figures.show({})
+        self.collector_success.labels("slot").set(0)
+
+    def show_outbox(
+        self, *, changes: Mapping[str, int], oldest_ready_age_s: float, table_bytes: int, dead_tuples: int
+    ) -> None:
+        """A reading of the outbox; ``changes`` counts the states of OUTBOX_STATES, and one left out is 0."""
+        self._outbox_figures.show(
+            {
+                "cdc_outbox_changes": [((state.value,), changes.get(state, 0)) for state in OUTBOX_STATES],
+                "cdc_outbox_oldest_ready_age_seconds": [((), oldest_ready_age_s)],
+                "cdc_outbox_table_bytes": [((), table_bytes)],
+                "cdc_outbox_dead_tuples": [((), dead_tuples)],
+            }
+        )
+        self.collector_success.labels("outbox").set(1)
+
+    def forget_outbox(self) -> None:
+        """The outbox could not be read."""
+        self._outbox_figures.show({})
+        self.collector_success.labels("outbox").set(0)
+
+    def _process(self) -> None:
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        psycopg, libpq = driver_versions()
+        build = self._gauge("cdc_build_info", "Versions; always 1.", "version", "python", "psycopg", "libpq")
+        build.labels(__version__, platform.python_version(), psycopg, libpq).set(1)
+        self.role = self._gauge("cdc_role", "What this consumer does for the doorbell; 1 for its role.", "role")
+        _start(self.role, ROLES)
+        self.loop_last_iteration = self._gauge(
+            "cdc_loop_last_iteration_timestamp_seconds", "When each started loop last turned.", "loop"
+        )
+        self.collector_success = self._gauge(
+            "cdc_collector_success", "1 if the last reading of these figures worked.", "collector"
+        )
+
+    def _stream(self, slot: str) -> None:
+        self.stream_connected = self._gauge("cdc_stream_connected", "1 while this process reads the slot.", "slot")
+        self.stream_unavailable = self._gauge("cdc_stream_unavailable", "Why it does not; 1 for the reason.", "reason")
+        self.stream_last_byte = self._gauge(
+            "cdc_stream_last_byte_timestamp_seconds", "When the server last sent a byte, keepalives included.", "slot"
+        )
+        self.stream_messages = self._counter("cdc_stream_messages", "Messages read from the stream.", "slot", "kind")
+        self.stream_received_bytes = self._counter("cdc_stream_received_bytes", "Bytes read from the stream.", "slot")
+        self.stream_disconnects = self._counter(
+            "cdc_stream_disconnects", "Ends of a stream and refused starts.", "slot", "reason"
+        )
+        _start(self.stream_connected, (slot,))
+        _start(self.stream_unavailable, UNAVAILABLE)
+        _start(self.stream_messages, (slot,), ("change", "keepalive"))
+        _start(self.stream_received_bytes, (slot,))
+        _start(self.stream_disconnects, (slot,), (*UNAVAILABLE, *ENDINGS))
+
+    def _wakeups(self) -> None:
+        self.wakeups = self._counter("cdc_wakeups", "Wake-ups, by what found the work.", "source")
+        self.wakeups_dropped = self._counter(
+            "cdc_wakeups_dropped", "Wake-ups dropped because their queue was full; a sweep follows."
+        )
+        self.wakeup_queue_length = self._gauge("cdc_wakeup_queue_length", "Wake-ups that wait to be fetched.")
+        self.wakeup_latency = self._histogram(
+            "cdc_wakeup_latency_seconds", "From the commit to the wake-up; two clocks, negative counts as 0.", _CALL_S
+        )
+        self.fetch_duration = self._histogram("cdc_fetch_duration_seconds", "One fetch of changes by number.", _CALL_S)
+        self.fetch_changes = self._histogram("cdc_fetch_changes", "Changes in one fetch.", _BATCH)
+        self.visibility_retries = self._counter(
+            "cdc_visibility_retries", "Changes that were not visible at first look, by how it ended.", "result"
+        )
+        _start(self.wakeups, SOURCES)
+        _start(self.visibility_retries, ("found", "left_to_sweep"))
+
+    def _lanes_and_shards(self) -> None:
+        self.lanes_changes = self._gauge("cdc_lanes_changes", "Changes this consumer holds.", "state")
+        self.lanes_capacity = self._gauge("cdc_lanes_capacity", "Changes it may hold.")
+        self._gauge("cdc_shards", "Shards there are.").set(SHARDS)
+        self.shards_owned = self._gauge("cdc_shards_owned", "Shards this consumer owns.")
+        self.members = self._gauge("cdc_members", "Live consumers, as this one sees them.")
+        self.shard_moves = self._counter(
+            "cdc_shard_moves", "Shards that came and went; lost means with the session.", "direction"
+        )
+        _start(self.lanes_changes, ("running", "queued", "settling"))
+        _start(self.shard_moves, ("acquired", "released", "lost"))
+
+    def _handlers(self, handlers: Iterable[str], router: Router) -> None:
+        self.changes_handled = self._counter(
+            "cdc_changes_handled", "Attempts, by how they ended.", "entity_type", "handler", "outcome"
+        )
+        self.handler_errors = self._counter("cdc_handler_errors", "Attempts that failed.", "handler", "kind")
+        self.handler_duration = self._histogram(
+            "cdc_handler_duration_seconds", "Run time of a handler.", _HANDLER_S, "handler"
+        )
+        self.settle_duration = self._histogram("cdc_settle_duration_seconds", "One batched settle.", _CALL_S)
+        self.settle_changes = self._histogram("cdc_settle_changes", "Changes in one settle.", _BATCH)
+        self.settle_skipped = self._counter("cdc_settle_skipped", "Changes that somebody else had settled.")
+        self.change_latency = self._histogram(
+            "cdc_change_latency_seconds",
+            "From the writer's transaction to processed, by the database's clock.",
+            _CHANGE_S,
+            "entity_type",
+        )
+        self._handled = cache(self.changes_handled.labels)
+        self._took = cache(self.change_latency.labels)
+        for entity_type, handler in _routes(router):
+            _start(self.changes_handled, (entity_type,), (handler,), OUTCOMES)
+        _start(self.changes_handled, (*sorted(self._types), OTHER), (NO_HANDLER,), ("skipped",))
+        _start(self.handler_errors, handlers, ERROR_KINDS)
+        _start(self.handler_duration, handlers)
+        _start(self.change_latency, (*sorted(self._types), OTHER))
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)  # the client appends _total
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+def _routes(router: Router) -> set[tuple[str, str]]:
+    """(entity type, handler) that can occur: a rule for any type also gets the other operations of a named one."""
+    routes: set[tuple[str, str]] = set()
+    for (entity_type, _), handler in router.handlers.items():
+        types = (*router.entity_types, OTHER) if entity_type == ANY else (entity_type,)
+        routes.update((one, handler.name) for one in types)
+    return routes
+
+
+def _start(metric: MetricWrapperBase, *label_values: Iterable[str]) -> None:
+    """Create the series of every combination, at 0."""
+    for values in product(*label_values):
+        metric.labels(*values)
+
+
+def _set_state(metric: Gauge, states: Iterable[str], current: str | None) -> None:
+    for state in states:
+        metric.labels(state).set(state == current)

@@ -1,0 +1,172 @@
+import http.client
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+
+from cdc.errors import UsageError
+from cdc.health import Check, HealthServer
+
+
+class State:
+    """What the probes of a test answer."""
+
+    def __init__(self) -> None:
+        self.live = [Check("loop.stream", ok=True, detail="0.4s")]
+        self.ready = [Check("started", ok=True)]
+
+    def liveness(self) -> list[Check]:
+        return self.live
+
+    def readiness(self) -> list[Check]:
+        return self.ready
+
+
+@pytest.fixture
+def state() -> State:
+    return State()
+
+
+@pytest.fixture
+def server(state: State) -> Iterator[HealthServer]:
+    registry = CollectorRegistry()
+    Gauge("cdc_example", "A gauge.", registry=registry).set(3)
+    running = HealthServer("127.0.0.1", 0, registry=registry, liveness=state.liveness, readiness=state.readiness)
+    running.start()
+    yield running
+    running.stop()
+
+
+def _ask(server: HealthServer, path: str, method: str = "GET") -> tuple[int, str, http.client.HTTPMessage]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    try:
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(), answer.headers
+    finally:
+        connection.close()
+
+
+def test_each_check_is_a_line_and_all_must_be_well(server: HealthServer, state: State) -> None:
+    assert _ask(server, "/livez")[:2] == (200, "ok loop.stream 0.4s\n")
+    assert _ask(server, "/readyz")[:2] == (200, "ok started\n")
+    state.live = [Check("loop.stream", ok=True, detail="0.4s"), Check("loop.sweep", ok=False, detail="45.0s")]
+    assert _ask(server, "/livez")[:2] == (503, "ok loop.stream 0.4s\nfail loop.sweep 45.0s\n")
+    assert _ask(server, "/readyz")[0] == 200
+
+
+def test_without_a_check_a_probe_is_well(server: HealthServer, state: State) -> None:
+    state.live = []
+    assert _ask(server, "/livez")[:2] == (200, "ok livez\n")
+
+
+def test_a_check_that_fails_itself_is_not_well_and_is_logged(
+    server: HealthServer, state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(state, "live", None)
+    status, body, _ = _ask(server, "/livez")
+    assert (status, body) == (503, "fail livez TypeError\n")
+    assert "a health check failed" in caplog.text
+    assert _ask(server, "/readyz")[0] == 200
+
+
+def test_metrics_are_an_exposition(server: HealthServer) -> None:
+    status, body, headers = _ask(server, "/metrics")
+    assert status == 200
+    assert "cdc_example 3.0" in body
+    assert headers["Content-Type"].startswith("text/plain; version=")
+
+
+def test_the_root_lists_the_routes_and_no_other_exists(server: HealthServer) -> None:
+    assert _ask(server, "/")[:2] == (200, "/metrics\n/livez\n/readyz\n")
+    for path in ("/nosuch", "/metrics/", "/livez/x"):
+        assert _ask(server, path)[0] == 404
+
+
+def _raw(server: HealthServer, request: str) -> bytes:
+    """All that comes back: http.client would hide a body that has no business there."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(f"{request} HTTP/1.0\r\n\r\n".encode())
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/livez", "/readyz", "/nosuch"])
+def test_head_answers_as_get_without_the_body(server: HealthServer, path: str) -> None:
+    head, _, body = _raw(server, f"HEAD {path}").partition(b"\r\n\r\n")
+    headers, _, whole = _raw(server, f"GET {path}").partition(b"\r\n\r\n")
+    assert body == b""
+    assert head.splitlines()[0] == headers.splitlines()[0]
+    assert f"Content-Length: {len(whole)}".encode() in head.splitlines()
+
+
+def test_nothing_can_be_posted(server: HealthServer) -> None:
+    assert _ask(server, "/livez", "POST")[0] == 405
+
+
+def test_a_client_that_says_nothing_holds_up_neither_others_nor_the_stop(
+    server: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc.health._Quiet.timeout", 300)  # so that no patience of ours helps
+    with socket.create_connection(("127.0.0.1", server.port)) as silent:
+        silent.send(b"GET /livez")
+        assert _ask(server, "/livez")[0] == 200
+        server.stop()
+        with pytest.raises(ConnectionRefusedError):
+            _ask(server, "/livez")
+
+
+def test_a_client_that_says_nothing_is_let_go(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdc.health._Quiet.timeout", 0.05)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as silent:
+        assert silent.recv(1) == b""
+
+
+def test_a_request_is_not_logged_and_prints_nothing(server: HealthServer, capfd: pytest.CaptureFixture[str]) -> None:
+    _ask(server, "/livez")
+    with socket.create_connection(("127.0.0.1", server.port)) as rude:
+        rude.send(b"\x00\xff nonsense\r\n\r\n")
+    _ask(server, "/livez")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_port_in_use_is_a_sentence_with_the_remedy(server: HealthServer, state: State) -> None:
+    with pytest.raises(UsageError, match=f"127.0.0.1 port {server.port}: Address already in use") as refused:
+        HealthServer(
+            "127.0.0.1", server.port, registry=CollectorRegistry(), liveness=state.liveness, readiness=state.readiness
+        )
+    assert "--http-port" in refused.value.hint
+
+
+def test_a_host_that_is_not_ours_is_a_sentence(state: State) -> None:
+    with pytest.raises(UsageError, match=r"nosuch\.invalid"):
+        HealthServer(
+            "nosuch.invalid", 0, registry=CollectorRegistry(), liveness=state.liveness, readiness=state.readiness
+        )
+
+
+def test_it_serves_an_ipv6_address(state: State) -> None:
+    try:
+        server = HealthServer(
+            "::1", 0, registry=CollectorRegistry(), liveness=state.liveness, readiness=state.readiness
+        )
+    except UsageError as refused:
+        pytest.skip(f"no IPv6 here: {refused}")
+    server.start()
+    try:
+        with socket.create_connection(("::1", server.port)) as client:
+            client.send(b"GET /livez HTTP/1.0\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.0 200")
+    finally:
+        server.stop()
+
+
+def test_stop_frees_the_port_ends_the_thread_and_may_be_repeated(server: HealthServer, state: State) -> None:
+    server.stop()
+    server.stop()
+    assert "cdc-health" not in {thread.name for thread in threading.enumerate()}
+    again = HealthServer(
+        "127.0.0.1", server.port, registry=CollectorRegistry(), liveness=state.liveness, readiness=state.readiness
+    )
+    again.stop()  # never started

@@ -1,0 +1,97 @@
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cdc.logs import mask, setup
+
+Started = Callable[[str], io.StringIO]
+
+
+@pytest.fixture
+def started() -> Iterator[Started]:
+    """Starts logging in a format; gives what is written. The root logger is as before afterwards."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    root.handlers.clear()  # setup() would close pytest's own
+
+    def start(line_format: str) -> io.StringIO:
+        stream = io.StringIO()
+        setup("info", line_format, stream)
+        return stream
+
+    yield start
+    logging.captureWarnings(capture=False)
+    root.handlers[:] = before
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("host=db password=hunter user=u", "host=db password=*** user=u"),
+        ("password='hun ter' user=u", "password=*** user=u"),
+        ("PGPASSWORD=hunter x", "PGPASSWORD=*** x"),
+        ("sslpassword = hunter", "sslpassword = ***"),
+        ('{"password": "hunter", "x": 1}', '{"password": ***, "x": 1}'),
+        ("at postgresql://u:hunter@db/app now", "at postgresql://u:***@db/app now"),
+        ("at postgresql://u:hun@t/er@db/app now", "at postgresql://u:***@db/app now"),
+        ("http://127.0.0.1:9464/metrics", "http://127.0.0.1:9464/metrics"),
+        ("password authentication failed", "password authentication failed"),
+    ],
+)
+def test_passwords_are_masked_and_the_rest_is_not(text: str, masked: str) -> None:
+    assert mask(text) == masked
+
+
+def test_a_text_line_has_time_level_logger_message_and_fields(started: Started) -> None:
+    written = started("text")
+    logging.getLogger("cdc.slots").info("slot %s created", "cdc", extra={"slot": "cdc", "why": "it was gone", "n": 3})
+    time, _, rest = written.getvalue().partition(" ")
+    assert rest == 'INFO cdc.slots slot cdc created slot=cdc why="it was gone" n=3\n'
+    assert time.endswith("Z")
+    assert len(time) == len("2026-01-31T12:00:00.000Z")
+
+
+def test_less_than_the_level_is_not_written(started: Started) -> None:
+    written = started("text")
+    logging.getLogger("cdc").debug("per row")
+    assert written.getvalue() == ""
+
+
+def test_a_line_break_in_what_is_logged_forges_no_line(started: Started) -> None:
+    written = started("text")
+    logging.getLogger("cdc").info("change of %s", "a\nERROR b", extra={"entity_id": "a\nb"})
+    assert written.getvalue().count("\n") == 1
+
+
+def test_a_json_line_is_one_object_with_the_fields(started: Started) -> None:
+    written = started("json")
+    logging.getLogger("cdc").warning('said "%s"', "ü", extra={"n": 3, "none": None, "dsn": "password=hunter"})
+    line = json.loads(written.getvalue())
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "warning", "logger": "cdc", "message": 'said "ü"', "n": 3, "none": None, "dsn": "password=***"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("line_format", ["text", "json"])
+def test_a_password_in_a_message_or_a_traceback_is_masked(started: Started, line_format: str) -> None:
+    written = started(line_format)
+    try:
+        int("postgresql://u:hunter@db/app")
+    except ValueError:
+        logging.getLogger("cdc").exception("failed with password=%s", "hunter")
+    assert "hunter" not in written.getvalue()
+    assert "***" in written.getvalue()
+
+
+def test_warnings_of_python_are_logged(started: Started) -> None:
+    written = started("text")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old", stacklevel=1)
+    assert "WARNING py.warnings" in written.getvalue()
