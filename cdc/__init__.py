@@ -1,1 +1,21 @@
+"""A logical-replication CDC consumer for PostgreSQL.
+
+What a handler's author needs, and nothing that opens a connection: importing this package loads the pure floor only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from cdc.errors import CdcError, Discard, Retry
+from cdc.model import Change, Operation
+from cdc.routing import Router
+
+__all__ = ["CdcError", "Change", "Discard", "Operation", "Retry", "Router", "run"]
 __version__ = "0.1.0"
+
+
+async def run(dsn: str | None, router: Router, **settings: Any) -> None:
+    """Run a consumer inside one's own asyncio program, until cancelled; see ``cdc.app.run``."""
+    await importlib.import_module("cdc.app").run(dsn, router, **settings)

@@ -83,3 +83,39 @@ def message_prefix(schema: str) -> str:
 
 def _percent(character: str) -> str:
     return "".join(f"%{byte:02X}" for byte in character.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """The handler returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """No handler wants the change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    """The handler said that nothing is to be done."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The attempt failed; the next one is due ``delay_s`` seconds after the settle."""
+
+    delay_s: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """The last attempt failed, or no attempt can succeed."""
+
+    error: str
+
+
+Outcome = Processed | Skipped | Discarded | Waiting | Dead
+"""How one attempt ended. What a stop or a lost session cut off has no outcome: the change stays as it was."""

@@ -1,0 +1,225 @@
+"""The composition root: settings -> objects, and the order in which they start and stop.
+
+start   health, so that a slow start can be seen; collector; consumer; listener; stream
+stop    consumer (hands out nothing more, drains, settles), then the others, health last
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from cdc import config, logs
+from cdc.collector import Collector
+from cdc.config import Settings
+from cdc.consumer import Consumer, ConsumerSettings
+from cdc.doorbell import Doorbell
+from cdc.health import Check, HealthServer
+from cdc.hooks import Hooks
+from cdc.metrics import Metrics
+from cdc.model import WakeUp
+from cdc.outbox.store import Store
+from cdc.retry import Policy
+from cdc.routing import Router
+from cdc.runner import Runner
+from cdc.threads import Threads
+from cdc.wakeup.relay import Listener
+from cdc.wakeup.stream import Stream, StreamSettings, StreamStatus
+
+log = logging.getLogger("cdc")
+
+_TURN_LIMIT_S = 30.0
+_ANSWER_LIMIT_S = 30.0
+_STALL_LIMIT_S = 30.0
+_STOP_THREADS_S = 5.0
+_SHOW_EVERY_S = 1.0
+
+
+def serve(settings: Settings, router: Router) -> None:
+    """``cdc run``: log, handle signals, work until SIGTERM or SIGINT, drain, return."""
+    logs.setup(settings.log.level, settings.log.format)
+    asyncio.run(_serve(settings, router))
+
+
+async def _serve(settings: Settings, router: Router) -> None:
+    app = App(settings, router)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, app.signalled, number)
+    await app.run()
+
+
+async def run(dsn: str | None, router: Router, **settings: Any) -> None:
+    """The consumer as a part of one's own asyncio program: works until cancelled, then drains.
+
+    ``settings`` are those of ``cdc run``, with the names of its options (``slot_name="billing"``, ``drain_time=5``);
+    the environment and cdc.toml are not read, and HTTP is off unless ``http_port`` is given. Raises ConnectError when
+    the database cannot be reached at the start, UsageError for a setting that does not exist.
+    """
+    app = App(config.from_options({"http_port": 0, "dsn": dsn, **settings}), router)
+    work = asyncio.create_task(app.run())
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        app.consumer.stop()
+        await work
+        raise
+
+
+class App:
+    """One consumer with all that belongs to it. Made on the event loop."""
+
+    def __init__(self, settings: Settings, router: Router) -> None:
+        self._settings = settings
+        self._threads = Threads(settings.threads)
+        self.metrics = metrics = Metrics(settings.slot.name, router)
+        metrics.lanes_capacity.set(settings.window)
+        metrics.set_role("sweeping")
+        metrics.set_stream("network" if settings.stream else "disabled")
+        store = Store(settings.schema_)
+        hooks = Hooks(router, self._threads)
+        policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
+        runner = Runner(
+            router, policy=policy, timeout_s=settings.timeout_s, threads=self._threads, hooks=hooks, metrics=metrics
+        )
+        self.consumer = Consumer(_consumer_settings(settings), runner=runner, store=store, hooks=hooks, metrics=metrics)
+        self._stream = self._make_stream() if settings.stream else None
+        self._collector = Collector(
+            settings.dsn_text, store=store, slot=settings.slot.name if settings.stream else None, metrics=metrics
+        )
+        self._listener = Listener(settings.dsn_text, settings.schema_, self._heard)
+        self._turned = time.monotonic()
+        self._shown = StreamStatus()
+
+    def signalled(self, number: int) -> None:
+        """The first signal drains; a second one does not wait."""
+        if self.consumer.stopping:
+            raise SystemExit(128 + number)
+        log.info("%s: stopping", signal.Signals(number).name)
+        self.consumer.stop()
+
+    async def run(self) -> None:
+        with self._serving_health():
+            async with self._beside():
+                await self.consumer.run()
+
+    @contextlib.contextmanager
+    def _serving_health(self) -> Iterator[None]:
+        http = self._settings.http
+        if http.port == 0:
+            yield
+            return
+        server = HealthServer(
+            http.host, http.port, registry=self.metrics.registry, liveness=self._liveness, readiness=self._readiness
+        )
+        server.start()
+        log.info("metrics on http://%s:%d/metrics", http.host, server.port)
+        try:
+            yield
+        finally:
+            server.stop()
+
+    @contextlib.asynccontextmanager
+    async def _beside(self) -> AsyncIterator[None]:
+        """All that runs beside the consumer."""
+        tasks = [asyncio.create_task(self._listener.run()), asyncio.create_task(self._show())]
+        self._collector.start()
+        if self._stream:
+            self._stream.start()
+        else:
+            log.info("the stream is switched off: changes are found by sweeping")
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            if self._stream and not await asyncio.to_thread(self._stream.stop, _STOP_THREADS_S):
+                log.warning("the stream's thread has not ended within %g s", _STOP_THREADS_S)
+            await asyncio.to_thread(self._collector.stop, _STOP_THREADS_S)
+            self._threads.close()
+
+    def _make_stream(self) -> Stream:
+        settings = self._settings
+        return Stream(
+            StreamSettings(
+                dsn=settings.stream_dsn_text,
+                schema=settings.schema_,
+                slot=settings.slot.name,
+                create_slot=settings.slot.create,
+                stall_limit_s=_STALL_LIMIT_S,
+            ),
+            Doorbell(self.consumer, self.metrics, settings.slot.name),
+        )
+
+    def _heard(self, wakeups: list[WakeUp] | None) -> None:
+        if wakeups is None:
+            self.consumer.sweep_now()
+            return
+        self.metrics.wakeups.labels("notify").inc(len(wakeups))
+        self.consumer.rang(wakeups)
+
+    # --- what others look at ---------------------------------------------------------------------------------------
+
+    async def _show(self) -> None:
+        """Bring the gauges up to date, and with each turn prove that the event loop turns."""
+        while True:
+            self._turned = time.monotonic()
+            self.consumer.show_figures()
+            offset = time.time() - time.monotonic()
+            for loop, turned in self.consumer.turned.items():
+                self.metrics.loop_last_iteration.labels(loop).set(turned + offset)
+            if self._stream:
+                self._show_stream(self._stream.status, offset)
+            await asyncio.sleep(_SHOW_EVERY_S)
+
+    def _show_stream(self, status: StreamStatus, offset: float) -> None:
+        slot, metrics, before = self._settings.slot.name, self.metrics, self._shown
+        metrics.stream_messages.labels(slot, "change").inc(status.messages - before.messages)
+        metrics.stream_messages.labels(slot, "keepalive").inc(status.keepalives - before.keepalives)
+        metrics.stream_received_bytes.labels(slot).inc(status.bytes - before.bytes)
+        metrics.loop_last_iteration.labels("stream").set(status.loop_turned_monotonic + offset)
+        if status.last_byte_monotonic is not None:
+            metrics.stream_last_byte.labels(slot).set(status.last_byte_monotonic + offset)
+        self._shown = status
+
+    def _liveness(self) -> list[Check]:
+        """Called in the health server's threads. Only what a restart would mend: never the database, lag or role."""
+        now = time.monotonic()
+        checks = [_recent("loop.consumer", now - self._turned, _TURN_LIMIT_S)]
+        if self._stream:
+            status = self._stream.status
+            checks.append(_recent("loop.stream", now - status.loop_turned_monotonic, _TURN_LIMIT_S))
+            if status.connected and status.last_byte_monotonic is not None:
+                checks.append(_recent("stream.last_byte", now - status.last_byte_monotonic, 3 * _STALL_LIMIT_S))
+        return checks
+
+    def _readiness(self) -> list[Check]:
+        answered = self.consumer.answered_at
+        return [
+            Check("database", answered is not None and time.monotonic() - answered < _ANSWER_LIMIT_S,
+                  "never answered" if answered is None else f"{time.monotonic() - answered:.1f}s"),
+            Check("schema", self.consumer.in_service, "" if self.consumer.in_service else "not there yet"),
+            Check("draining", not self.consumer.stopping, "yes" if self.consumer.stopping else "no"),
+        ]  # fmt: skip
+
+
+def _consumer_settings(settings: Settings) -> ConsumerSettings:
+    return ConsumerSettings(
+        dsn=settings.dsn_text,
+        schema=settings.schema_,
+        concurrency=settings.concurrency,
+        window=settings.window,
+        drain_time_s=settings.drain_time,
+        sweep_interval_s=settings.sweep_interval,
+        poll_interval_s=settings.poll_interval,
+    )
+
+
+def _recent(name: str, age_s: float, limit_s: float) -> Check:
+    return Check(name, age_s < limit_s, f"{age_s:.1f}s")

@@ -1,0 +1,110 @@
+"""Reads the figures of the database for the metrics, on its own connection and its own thread, every few seconds.
+
+Never inside a scrape: how often somebody scrapes must not decide how often the database is asked, and a slow database
+must not make the consumer look dead. Each reading is bounded, and what cannot be read is removed, not left standing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+
+import psycopg
+
+from cdc import slots
+from cdc.connect import connect
+from cdc.errors import CdcError
+from cdc.metrics import Metrics
+from cdc.model import ChangeState
+from cdc.outbox.store import Store
+
+log = logging.getLogger("cdc.collector")
+
+_EVERY_S = 15.0
+_STATEMENT_TIMEOUT = "5s"
+
+
+class Collector:
+    """start() once, stop() once. ``slot`` of None: none is used, none is looked at."""
+
+    def __init__(
+        self, dsn: str | None, *, store: Store, slot: str | None, metrics: Metrics, every_s: float = _EVERY_S
+    ) -> None:
+        self._dsn = dsn
+        self._store = store
+        self._slot = slot
+        self._metrics = metrics
+        self._every_s = every_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cdc-collector", daemon=True)
+        self._connection: psycopg.Connection | None = None
+        self._failing: set[str] = set()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        self._stopping.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._collect("outbox", self._outbox, self._metrics.forget_outbox)
+            if self._slot is not None:
+                self._collect("slot", self._read_slot, self._metrics.forget_slot)
+            self._stopping.wait(self._every_s)
+        self._disconnect()
+
+    def _collect(self, name: str, read: Callable[[psycopg.Connection], None], forget: Callable[[], None]) -> None:
+        try:
+            if self._connection is None or self._connection.closed:
+                self._connection = connect(
+                    self._dsn, application_name="cdc: collector", session={"statement_timeout": _STATEMENT_TIMEOUT}
+                )
+            read(self._connection)
+            self._failing.discard(name)
+        except (CdcError, psycopg.Error, OSError) as error:
+            forget()
+            if name not in self._failing:
+                log.warning("no figures of the %s: %s", name, type(error).__name__)
+            self._failing.add(name)
+            if isinstance(error, psycopg.OperationalError):
+                self._disconnect()
+
+    def _outbox(self, connection: psycopg.Connection) -> None:
+        figures = self._store.figures(connection)
+        self._metrics.show_outbox(
+            changes={
+                ChangeState.FRESH: figures.fresh,
+                ChangeState.WAITING: figures.waiting,
+                ChangeState.DEAD: figures.dead,
+            },
+            oldest_ready_age_s=figures.oldest_ready_age_s,
+            table_bytes=figures.table_bytes,
+            dead_tuples=figures.dead_tuples,
+        )
+
+    def _read_slot(self, connection: psycopg.Connection) -> None:
+        assert self._slot is not None
+        figures = slots.snapshot(connection, self._slot)
+        if figures is None:
+            self._metrics.show_slot(present=False)
+            return
+        self._metrics.show_slot(
+            present=True,
+            active=figures.active,
+            wal_status=figures.wal_status,
+            retained_wal_bytes=figures.retained_wal_bytes,
+            confirmed_lag_bytes=figures.confirmed_lag_bytes,
+            safe_wal_bytes=figures.safe_wal_bytes,
+            catalog_xmin_age=figures.catalog_xmin_age,
+            spilled_bytes=figures.spilled_bytes,
+        )
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(psycopg.Error):
+                self._connection.close()
+        self._connection = None

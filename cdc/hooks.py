@@ -1,0 +1,82 @@
+"""The router's hooks, ``on_processed`` and ``on_error``: the documented ``change:processed`` and ``change:error``.
+
+They run beside the work, one after the other, and never disturb it: what they raise is logged, what takes too long is
+given up, and when they fall far behind, the news is dropped instead of the changes being held up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import traceback
+from collections.abc import Awaitable
+from typing import Any
+
+from cdc.model import Change
+from cdc.routing import Hook, Router
+from cdc.threads import Threads
+
+log = logging.getLogger("cdc.hooks")
+
+_LIMIT_S = 10.0
+_BACKLOG_MAX = 10_000
+
+
+class Hooks:
+    """Tells the hooks of ``router``; plain functions run in ``threads``."""
+
+    def __init__(self, router: Router, threads: Threads) -> None:
+        self._processed = router.processed_hooks
+        self._failed = router.error_hooks
+        self._threads = threads
+        self._news: asyncio.Queue[tuple[Hook, tuple[Any, ...]]] = asyncio.Queue(_BACKLOG_MAX)
+        self._overflowing = False
+
+    def processed(self, change: Change) -> None:
+        for hook in self._processed:
+            self._tell(hook, change)
+
+    def failed(self, change: Change, error: BaseException) -> None:
+        for hook in self._failed:
+            self._tell(hook, change, error)
+
+    async def run(self) -> None:
+        """Call the hooks as news comes in, until cancelled."""
+        while True:
+            hook, arguments = await self._news.get()
+            try:
+                await self._call(hook, arguments)
+            finally:
+                self._news.task_done()
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until all news is told, for so long at most."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.join(), seconds)
+
+    def _tell(self, hook: Hook, *arguments: Any) -> None:
+        try:
+            self._news.put_nowait((hook, arguments))
+            self._overflowing = False
+        except asyncio.QueueFull:
+            if not self._overflowing:
+                log.warning("hooks are %d calls behind; calls are dropped until they catch up", _BACKLOG_MAX)
+            self._overflowing = True
+
+    async def _call(self, hook: Hook, arguments: tuple[Any, ...]) -> None:
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                # A plain hook may block; an async one only makes its coroutine there.
+                answer = await self._threads.submit(functools.partial(hook, *arguments))
+                if isinstance(answer, Awaitable):
+                    await answer
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a hook's failure never disturbs the work
+            log.warning("hook %s: %s; the work goes on", getattr(hook, "__qualname__", hook), where(error))
+
+
+def where(error: BaseException) -> str:
+    """The error's class and the line it came from. Not its text, which may quote the row; last_error has that."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(error).__name__

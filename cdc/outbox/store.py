@@ -1,0 +1,219 @@
+"""Every statement of the consumer on ``entity_changes``. Takes the connection, never opens one."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+import psycopg
+from psycopg import errors, sql
+
+from cdc import probe
+from cdc.errors import SchemaError
+from cdc.intake import Position, Snapshot
+from cdc.lanes import Finished, Resume, Row
+from cdc.model import Change, Dead, Discarded, Operation, Outcome, Processed, Skipped, Waiting, WakeUp
+
+_OPERATIONS = {operation.value: operation for operation in Operation}
+_COUNT_BOUND = 10_001
+_NAME = "-- name: "
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Rows of a read, in seq order within a shard, and the snapshot that showed them."""
+
+    rows: list[Row]
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """``missed`` of the batch had been settled by somebody else. ``at`` is the database's clock."""
+
+    missed: int
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Counts end at 10,001, which means "more"."""
+
+    fresh: int
+    waiting: int
+    dead: int
+    oldest_ready_age_s: float
+    table_bytes: int
+    dead_tuples: int
+
+
+class Store:
+    """The statements for the outbox in ``schema``."""
+
+    def __init__(self, schema: str) -> None:
+        self._statements = _statements(schema)
+        self._table = sql.Identifier(schema, "entity_changes").as_string(None)
+        self._option = "" if schema == "public" else f" --schema {shlex.quote(schema)}"
+
+    async def check(self, reader: psycopg.AsyncConnection) -> None:
+        """Raises SchemaError where the table is missing, is an older one, or may not be read."""
+        try:
+            await reader.execute(self._statements["check"])
+        except (errors.UndefinedTable, errors.InvalidSchemaName):
+            raise SchemaError(f"there is no table {self._table}", hint=f"run: cdc db install{self._option}") from None
+        except errors.UndefinedColumn as missing:
+            raise SchemaError(
+                f"{self._table} does not fit this version: {missing.diag.message_primary}",
+                hint=f"run: cdc db upgrade{self._option}",
+            ) from None
+        except errors.InsufficientPrivilege as refused:
+            raise SchemaError(
+                f"the role may not read {self._table}: {refused.diag.message_primary}",
+                hint="grant it USAGE on the schema, and SELECT and UPDATE on the table",
+            ) from None
+
+    async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Sequence[WakeUp]) -> Page:
+        parameters = {"seqs": [w.seq for w in wakeups], "shards": [w.shard for w in wakeups]}
+        return _page(await self._rows(reader, "fetch", parameters))
+
+    async def sweep(self, reader: psycopg.AsyncConnection, positions: Mapping[int, Position], per_shard: int) -> Page:
+        parameters = {
+            "shards": list(positions),
+            "floors": [position.floor for position in positions.values()],
+            "cursors": [position.cursor for position in positions.values()],
+            "since": [_xid(position.since) for position in positions.values()],
+            "per_shard": per_shard,
+        }
+        return _page(await self._rows(reader, "sweep", parameters))
+
+    async def resume(
+        self, reader: psycopg.AsyncConnection, resumes: Sequence[Resume], per_key: int
+    ) -> dict[Resume, list[Row]]:
+        """The next ``per_key`` changes of each key."""
+        parameters = {
+            "shards": [resume.shard for resume in resumes],
+            "types": [resume.key[0] for resume in resumes],
+            "ids": [resume.key[1] for resume in resumes],
+            "seqs": [resume.seq for resume in resumes],
+            "per_key": per_key,
+        }
+        by_key = {resume.key: resume for resume in resumes}
+        found: dict[Resume, list[Row]] = {resume: [] for resume in resumes}
+        for record in await self._rows(reader, "resume", parameters):
+            row = _row(record)
+            found[by_key[row.change.key]].append(row)
+        return found
+
+    async def due(
+        self, reader: psycopg.AsyncConnection, shards: Iterable[int], limit: int
+    ) -> tuple[list[Row], float | None]:
+        """Waiting changes that are due, and the seconds until the next one will be."""
+        owned = list(shards)
+        rows = [_row(record) for record in await self._rows(reader, "due", {"shards": owned, "limit": limit})]
+        [(next_due_s,)] = await self._rows(reader, "next_due", {"shards": owned})
+        return rows, next_due_s
+
+    async def settle(self, session: psycopg.AsyncConnection, batch: Sequence[Finished]) -> Settled:
+        """Record outcomes, all or none, on the session that holds the shard locks."""
+        plain = [f.change for f in batch if f.change.attempt == 1 and isinstance(f.outcome, Processed | Skipped)]
+        others = [f for f in batch if f.change.attempt > 1 or not isinstance(f.outcome, Processed | Skipped)]
+        probe.here("settle.before_commit")
+        if plain and others:
+            # One transaction: a retried change and its successor may both be in this batch, and a crash between two
+            # commits would leave the successor marked and its predecessor to run again.
+            async with session.transaction():
+                counts = [await self._settle_plain(session, plain), await self._settle_others(session, others)]
+        elif plain:
+            counts = [await self._settle_plain(session, plain)]
+        else:
+            counts = [await self._settle_others(session, others)]
+        probe.here("settle.after_commit")
+        return Settled(len(batch) - sum(count for count, _ in counts), counts[-1][1])
+
+    def figures(self, connection: psycopg.Connection) -> Figures:
+        """For the collector; bounded however large the table is."""
+        row = connection.execute(self._statements["figures"], {"bound": _COUNT_BOUND}).fetchone()
+        assert row is not None
+        return Figures(*row)
+
+    async def _settle_plain(self, session: psycopg.AsyncConnection, changes: list[Change]) -> tuple[int, datetime]:
+        parameters = {"seqs": [change.seq for change in changes], "shards": [change.shard for change in changes]}
+        [(count, at)] = await self._rows(session, "settle_processed", parameters)
+        return count, at
+
+    async def _settle_others(self, session: psycopg.AsyncConnection, batch: list[Finished]) -> tuple[int, datetime]:
+        columns = zip(*(_settle_values(finished.outcome) for finished in batch), strict=True)
+        parameters: dict[str, Any] = {"ids": [finished.change.id for finished in batch]}
+        parameters |= zip(("processed", "dead", "failed", "delays", "errors"), map(list, columns), strict=True)
+        [(count, at)] = await self._rows(session, "settle_others", parameters)
+        return count, at
+
+    async def _rows(self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]) -> list[Any]:
+        async with connection.cursor(binary=True) as cursor:
+            await cursor.execute(self._statements[name], parameters)
+            return await cursor.fetchall()
+
+
+def _settle_values(outcome: Outcome) -> tuple[bool, bool, bool, float | None, str | None]:
+    """(processed, dead, failed, delay_s, error) of the statement ``settle_others``."""
+    match outcome:
+        case Processed() | Skipped():
+            return True, False, False, None, None
+        case Discarded(reason):
+            return True, False, False, None, f"discarded: {reason}"
+        case Waiting(delay_s, error):
+            return False, False, True, delay_s, error
+        case Dead(error):
+            return False, True, True, None, error
+
+
+def _page(records: list[Any]) -> Page:
+    xmin, xmax = records[0][:2]
+    # The snapshot comes with every row, and alone, with nulls, when there is none.
+    rows = [] if records[0][2] is None else [_row(record[2:]) for record in records]
+    return Page(rows, Snapshot(xmin, xmax))
+
+
+def _row(record: Sequence[Any]) -> Row:
+    (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,
+     held) = record  # fmt: skip
+    change = Change(
+        id=id_,
+        seq=seq,
+        shard=shard,
+        entity_type=entity_type,
+        entity_id=entity_id,
+        table_schema=table_schema,
+        table=table,
+        operation=_OPERATIONS[operation],
+        old=old,
+        new=new,
+        metadata=metadata,
+        changed_at=changed_at,
+        attempt=failures + 1,
+    )
+    return Row(change, held)
+
+
+def _xid(wide: int) -> str:
+    """A 64-bit transaction id as the 32-bit one that rows carry. 3 is the first that is not special."""
+    return str(max(wide & 0xFFFFFFFF, 3))
+
+
+def _statements(schema: str) -> dict[str, bytes]:
+    """The named blocks of queries.sql, for this schema."""
+    blocks = files("cdc.outbox").joinpath("queries.sql").read_text("utf-8").split(_NAME)[1:]
+    texts = dict(block.split("\n", 1) for block in blocks)
+    table = sql.Identifier(schema, "entity_changes")
+    names: dict[str, sql.Composable] = {"changes": table, "regclass": sql.Literal(table.as_string(None))}
+    names["held"] = _compose(texts.pop("held"), names)
+    return {name: _compose(text, names).as_string(None).encode() for name, text in texts.items()}
+
+
+def _compose(text: str, names: dict[str, sql.Composable]) -> sql.Composed:
+    statement = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("--"))
+    return sql.SQL(statement).format(**names)

@@ -1,0 +1,179 @@
+"""Which handler gets which change. Pure; what a handler does is ``runner``'s business.
+
+Rules are slots in a table: (entity type or any, operation or any). A change goes to the most specific slot that is
+filled, type before operation, so that at most one handler ever gets it; a slot filled twice is an error where the
+second handler is declared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from cdc.errors import UsageError
+from cdc.model import Change, Operation
+
+ANY = "*"
+"""Stands for every entity type, or every operation, that has no rule of its own."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Hook = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A function and how to call it. ``max_attempts`` and ``timeout_s`` of None mean the consumer's settings."""
+
+    name: str
+    function: Callable[[Change], Any]
+    is_async: bool
+    model: Any = None
+    max_attempts: int | None = None
+    timeout_s: float | None = None
+
+
+class Router:
+    """Maps changes to handlers.
+
+    >>> router = Router()
+    >>> @router.on("reaction", "INSERT")
+    ... async def run_rules(change: Change) -> None: ...
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[str, str], Handler] = {}
+        self._processed_hooks: list[Hook] = []
+        self._error_hooks: list[Hook] = []
+
+    def on(
+        self,
+        entity_type: str,
+        *operations: str,
+        model: Any = None,
+        max_attempts: int | None = None,
+        timeout: float | None = None,
+        name: str | None = None,
+    ) -> Callable[[Function], Function]:
+        """Declare the handler of an entity type ("*": of every type without a rule of its own).
+
+        ``operations``: any of INSERT, UPDATE, DELETE; none named means all. ``model``: a pydantic model (or any
+        type pydantic can validate) that ``change.new`` and ``change.old`` become; a row that does not fit is a dead
+        letter at once. ``max_attempts`` and ``timeout`` (seconds) override the consumer's settings. ``name`` is the
+        handler's name in metrics and logs. The function may be async, or plain: then it runs in a thread.
+        """
+        slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
+        _positive("max_attempts", max_attempts)
+        _positive("timeout", timeout)
+
+        def declare(function: Function) -> Function:
+            handler = Handler(
+                name=name or _name(function),
+                function=_single_parameter(function),
+                is_async=inspect.iscoroutinefunction(_unwrapped(function)),
+                model=model,
+                max_attempts=max_attempts,
+                timeout_s=timeout,
+            )
+            for slot in slots:
+                self._fill(slot, handler)
+            return function
+
+        return declare
+
+    def on_processed(self, hook: Function) -> Function:
+        """Call ``hook(change)`` after a change is marked processed. What it raises is logged and changes nothing."""
+        self._processed_hooks.append(hook)
+        return hook
+
+    def on_error(self, hook: Function) -> Function:
+        """Call ``hook(change, error)`` after an attempt failed. What it raises is logged and changes nothing."""
+        self._error_hooks.append(hook)
+        return hook
+
+    def match(self, entity_type: str, operation: str) -> Handler | None:
+        """The handler of such a change, or None: nobody wants it."""
+        slots = self._slots
+        return (
+            slots.get((entity_type, operation))
+            or slots.get((entity_type, ANY))
+            or slots.get((ANY, operation))
+            or slots.get((ANY, ANY))
+        )
+
+    @property
+    def handlers(self) -> Mapping[tuple[str, str], Handler]:
+        return MappingProxyType(self._slots)
+
+    @property
+    def entity_types(self) -> frozenset[str]:
+        """The types named by a rule."""
+        return frozenset(entity_type for entity_type, _ in self._slots if entity_type != ANY)
+
+    @property
+    def processed_hooks(self) -> tuple[Hook, ...]:
+        return tuple(self._processed_hooks)
+
+    @property
+    def error_hooks(self) -> tuple[Hook, ...]:
+        return tuple(self._error_hooks)
+
+    def _fill(self, slot: tuple[str, str], handler: Handler) -> None:
+        taken = self._slots.setdefault(slot, handler)
+        if taken is not handler:
+            entity_type, operation = slot
+            what = "every operation" if operation == ANY else operation
+            raise UsageError(
+                f"two handlers for the same change: {taken.name} and {handler.name} both want"
+                f" {what} of {entity_type!r}",
+                hint="give each its own operation or entity type, or call one from the other",
+            )
+
+
+def _entity_type(entity_type: object) -> str:
+    if not isinstance(entity_type, str) or not entity_type:
+        raise UsageError(
+            f"router.on({entity_type!r}): the first argument is the entity type, such as 'reaction'",
+            hint="write @router.on('reaction', 'INSERT')",
+        )
+    return entity_type
+
+
+def _operations(operations: tuple[str, ...]) -> tuple[str, ...]:
+    known = [operation.value for operation in Operation]
+    for operation in operations:
+        if operation not in known:
+            raise UsageError(
+                f"router.on(..., {operation!r}): no such operation", hint=f"use {', '.join(known)}, or none for all"
+            )
+    return tuple(str(operation) for operation in operations) or (ANY,)
+
+
+def _positive(option: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise UsageError(f"router.on(..., {option}={value!r}): must be above 0")
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, behind functools.partial and behind an object with an async ``__call__``."""
+    while hasattr(function, "func"):
+        function = function.func
+    return function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+
+
+def _name(function: Callable[..., Any]) -> str:
+    qualified = getattr(_unwrapped(function), "__qualname__", type(function).__name__)
+    return str(qualified).rpartition("<locals>.")[2]
+
+
+def _single_parameter(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse at declaration what would fail at every call."""
+    try:
+        inspect.signature(function).bind(object())
+    except TypeError:
+        raise UsageError(
+            f"handler {_name(function)} cannot be called with one change", hint="write it as def handler(change)"
+        ) from None
+    return function

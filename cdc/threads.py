@@ -1,0 +1,70 @@
+"""Threads for handlers that are not async.
+
+An executor of our own, for one reason: those of the standard library are joined when the interpreter ends, and a
+handler that never returns would keep a stopped consumer alive for ever. These are daemon threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_Job = tuple[Callable[[], Any], "asyncio.Future[Any]", asyncio.AbstractEventLoop]
+
+
+class Threads:
+    """Up to ``size`` threads, started as they are needed."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._started = 0
+        self._busy = 0
+
+    def submit(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Run ``call`` in a thread. Cancelling the future does not stop the call; nothing can."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._busy += 1
+        future.add_done_callback(self._returned)
+        if self._busy > self._started < self._size:
+            self._started += 1
+            threading.Thread(target=self._run, name=f"cdc-handler-{self._started}", daemon=True).start()
+        self._jobs.put((call, future, loop))
+        return future
+
+    def close(self) -> None:
+        """Let the threads end when they have nothing left to do."""
+        for _ in range(self._started):
+            self._jobs.put(None)
+
+    def _returned(self, _future: asyncio.Future[Any]) -> None:
+        self._busy -= 1
+
+    def _run(self) -> None:
+        while job := self._jobs.get():
+            call, future, loop = job
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                result = call()
+            except BaseException as raised:  # noqa: BLE001 - a handler's SystemExit must not end the thread unnoticed
+                error = raised
+            try:
+                loop.call_soon_threadsafe(_resolve, future, result, error)
+            except RuntimeError:
+                return  # the loop has been closed; nobody waits any more
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, StopIteration | asyncio.CancelledError):
+        future.set_exception(RuntimeError(f"the handler raised {type(error).__name__}"))  # a future cannot carry it
+    else:
+        future.set_exception(error)
