@@ -1,0 +1,139 @@
+"""cdc db: the objects in the database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from cdc.cli.options import database_options, json_option, open_database, settings_options, yes_option
+from cdc.cli.output import confirm, print_json, print_table, say
+from cdc.config import Settings
+
+if TYPE_CHECKING:
+    from cdc.schema import Finding, Migration
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print the SQL that would run, and run nothing.")
+
+
+@click.group()
+def db() -> None:
+    """Install, upgrade and check the database objects.
+
+    \b
+    One schema (--schema, default public) holds them: the table entity_changes, the functions
+    capture_entity_change, publish_change and reprocess_failed_actions, and two views.
+    """
+
+
+@db.command()
+@database_options
+@dry_run_option
+def install(settings: Settings, dry_run: bool) -> None:
+    """Create the objects; safe to repeat.
+
+    An entity_changes made from the documented SQL is upgraded in place and keeps its rows: the table is locked and
+    written anew, so stop the documented processor first and choose a quiet hour if it is large.
+    """
+    from cdc import schema  # noqa: PLC0415 - --help does not wait for the driver to load
+
+    with open_database(settings) as connection:
+        if dry_run:
+            _print_steps(schema.pending(connection, settings.schema_), settings.schema_)
+            return
+        applied = schema.install(connection, settings.schema_)
+        findings = schema.verify(connection, settings.schema_)
+    _report(settings.schema_, applied)
+    _finish(findings, "run `cdc db upgrade` to put it right")
+
+
+@db.command()
+@database_options
+@dry_run_option
+def upgrade(settings: Settings, dry_run: bool) -> None:
+    """Bring installed objects to this version, and repair what differs from it."""
+    from cdc import schema  # noqa: PLC0415 - see install
+
+    with open_database(settings) as connection:
+        if dry_run:
+            _print_steps(schema.pending(connection, settings.schema_), settings.schema_)
+            return
+        applied, repaired = schema.upgrade(connection, settings.schema_)
+        left = schema.verify(connection, settings.schema_)
+    _report(settings.schema_, applied)
+    for finding in repaired:
+        say(f"repaired: {finding}")
+    _finish(left, "these are changed by hand only: compare with `cdc db print`")
+
+
+@db.command()
+@database_options
+@json_option
+def verify(settings: Settings, as_json: bool) -> None:
+    """Compare the objects with this version; exit 1 if anything is missing or different."""
+    from cdc import schema  # noqa: PLC0415 - see install
+
+    with open_database(settings) as connection:
+        findings = schema.verify(connection, settings.schema_)
+    if as_json:
+        found = [{"object": each.object, "problem": each.problem, "expected": each.expected, "found": each.found}
+                 for each in findings]  # fmt: skip
+        print_json({"schema_name": settings.schema_, "findings": found})
+    elif findings:
+        print_table(["object", "problem"], ((finding.object, finding.problem) for finding in findings))
+    else:
+        say(f"schema {settings.schema_} is as this version makes it")
+    _exit_with(findings)
+
+
+@db.command("print")
+@settings_options("schema")
+def print_(settings: Settings) -> None:
+    """Print one script for psql that does what install does. Needs no database."""
+    from cdc import schema  # noqa: PLC0415 - see install
+
+    click.echo(schema.print_sql(settings.schema_), nl=False)
+
+
+@db.command()
+@database_options
+@yes_option
+@click.option("--discard-unprocessed", is_flag=True, help="Also when changes are not processed yet: they are lost.")
+def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
+    """Drop the objects and the triggers of all tracked tables. The history of changes is lost."""
+    from cdc import schema  # noqa: PLC0415 - see install
+
+    confirm(f"drop entity_changes and what belongs to it from schema {settings.schema_}", yes)
+    with open_database(settings) as connection:
+        dropped = schema.uninstall(connection, settings.schema_, discard_unprocessed=discard_unprocessed)
+    for name in dropped:
+        say(f"dropped {name}")
+
+
+def _print_steps(steps: Sequence[Migration], schema_name: str) -> None:
+    from cdc import schema  # noqa: PLC0415 - see install
+
+    if steps:
+        click.echo(schema.print_sql(schema_name, steps), nl=False)
+    else:
+        say(f"schema {schema_name} needs no migration")
+
+
+def _report(schema_name: str, applied: Sequence[Migration]) -> None:
+    for migration in applied:
+        say(f"applied {migration.version:04} {migration.name}")
+    say(f"schema {schema_name} is {'up to date now' if applied else 'up to date already'}")
+
+
+def _finish(findings: Sequence[Finding], hint: str) -> None:
+    for finding in findings:
+        say(f"{finding}")
+    if findings:
+        say(f"  {hint}")
+    _exit_with(findings)
+
+
+def _exit_with(findings: Sequence[Finding]) -> None:
+    if findings:
+        click.get_current_context().exit(1)

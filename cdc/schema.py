@@ -1,0 +1,363 @@
+"""The objects in the database: install, upgrade, verify, print, uninstall.
+
+``sql/NNNN_name.sql`` are the migrations. Each is written so that it may run again, and all of them in order lead to the
+same objects from anywhere: from nothing, from the documented SQL with rows in it, or from an installation in which
+somebody has replaced a function. ``cdc_migrations``, in the same schema, records which have run.
+
+What the objects should look like is written nowhere a second time. ``verify`` runs the migrations in the session's
+temporary schema, asks the server's catalogs about both, rolls back, and compares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg import errors, sql
+
+from cdc import probe
+from cdc.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
+from cdc.model import message_prefix
+
+LOCK_TIMEOUT = "5s"
+"""How long DDL waits for a table's lock. Writers queue behind it: longer would be an outage for the application."""
+
+_ADVISORY_LOCK = 0x63646301
+"""First key of the lock under which migrations run; the second is a hash of the schema's name."""
+
+_TEMPORARY = "pg_temp"
+_DOLLAR_QUOTE = "$cdc$"
+_IDENTIFIER_BYTES = 63
+
+_OPEN_SCRIPT = """\
+\\set ON_ERROR_STOP on
+BEGIN;
+SELECT pg_catalog.pg_advisory_xact_lock({lock}, pg_catalog.hashtext({name}));
+SET LOCAL lock_timeout = '{timeout}';
+SET LOCAL client_min_messages = warning;
+-- Not IF NOT EXISTS: that asks for the right to create a schema even where it is there.
+DO $cdc$ BEGIN IF pg_catalog.to_regnamespace({identifier_literal}) IS NULL THEN
+  CREATE SCHEMA {identifier};
+END IF; END $cdc$;
+"""
+_CREATE_LEDGER = """\
+CREATE TABLE IF NOT EXISTS @schema@.cdc_migrations (
+  version integer PRIMARY KEY,
+  name text NOT NULL,
+  applied_at timestamptz NOT NULL DEFAULT pg_catalog.now()
+);
+"""
+_RECORD = """\
+INSERT INTO @schema@.cdc_migrations (version, name) VALUES ({version}, {name}) ON CONFLICT DO NOTHING;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    version: int
+    name: str
+    template: str
+    """SQL with ``@schema@`` (an identifier), ``@schema_literal@`` and ``@prefix_literal@`` (literals) in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One object that is not as this version makes it. ``expected`` or ``found`` is "" where there is none."""
+
+    object: str
+    problem: str
+    expected: str = ""
+    found: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.object} is {self.problem}"
+
+
+def migrations() -> list[Migration]:
+    """All migrations of this version, in order."""
+    found = [
+        Migration(int(path.name[:4]), path.stem[5:], path.read_text("utf-8"))
+        for path in sorted(_folder().glob("[0-9][0-9][0-9][0-9]_*.sql"))
+    ]
+    assert [migration.version for migration in found] == list(range(1, len(found) + 1)), "a gap in the numbers"
+    return found
+
+
+def _folder() -> Path:
+    """``cdc/sql`` in a wheel; an editable install leaves ``sql`` beside the package."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "sql", package.parent / "sql") if path.is_dir())
+
+
+def install(connection: psycopg.Connection, schema: str) -> list[Migration]:
+    """Bring ``schema`` to this version in one transaction; the migrations that had to run, none if it was there.
+
+    Creates the schema when it is missing. An ``entity_changes`` made from the documented SQL is upgraded in place and
+    keeps its rows. Raises SchemaError when a table stays locked for ``LOCK_TIMEOUT``, or what is there does not fit.
+    """
+    with _exclusively(connection, schema):
+        if not _exists(connection, schema, None):
+            connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
+        missing = pending(connection, schema)
+        _apply(connection, missing, schema)
+        return missing
+
+
+def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration], list[Finding]]:
+    """``install`` for an outbox that exists, and repair: where an object differs afterwards, all migrations run again.
+
+    Returns the migrations that were missing and the findings that were repaired. What is left, ``verify`` tells.
+    Raises NotFoundError when there is no ``entity_changes``.
+    """
+    with _exclusively(connection, schema):
+        if not _exists(connection, schema, "entity_changes"):
+            raise NotFoundError(f"schema {schema} has no entity_changes to upgrade", hint="run `cdc db install`")
+        missing = pending(connection, schema)
+        _apply(connection, missing, schema)
+        findings = verify(connection, schema)
+        if findings:
+            _apply(connection, migrations(), schema)
+        left = verify(connection, schema) if findings else []
+        return missing, [finding for finding in findings if finding not in left]
+
+
+def pending(connection: psycopg.Connection, schema: str) -> list[Migration]:
+    """The migrations that ``install`` would run. Raises SchemaError when the schema is newer than this program."""
+    applied: set[int] = set()
+    if _exists(connection, schema, "cdc_migrations"):
+        ledger = sql.SQL("SELECT version FROM {}").format(sql.Identifier(schema, "cdc_migrations"))
+        applied = {int(version) for (version,) in connection.execute(ledger)}
+    known = migrations()
+    if applied and max(applied) > len(known):
+        raise SchemaError(
+            f"schema {schema} is at version {max(applied)}, and this program knows up to {len(known)}",
+            hint="use the cdc release that installed it, or a later one",
+        )
+    return [migration for migration in known if migration.version not in applied]
+
+
+def verify(connection: psycopg.Connection, schema: str) -> list[Finding]:
+    """What is missing in ``schema`` or differs from this version; nothing is changed.
+
+    Needs no rights but TEMPORARY on the database, which everybody has unless it was taken away.
+    """
+    _check_name(schema)
+    with _explained(schema), connection.transaction(force_rollback=True):
+        found = _picture(connection, schema)
+        _run(connection, _CREATE_LEDGER, _TEMPORARY, schema)
+        for migration in migrations():
+            _run(connection, migration.template, _TEMPORARY, schema)
+        expected = _picture(connection, _TEMPORARY)
+    bodies_name = (sql.Identifier(_TEMPORARY).as_string() + ".", sql.Identifier(schema).as_string() + ".")
+    return compare({name: text.replace(*bodies_name) for name, text in expected.items()}, found)
+
+
+def compare(expected: dict[str, str], found: dict[str, str]) -> list[Finding]:
+    """Findings of two pictures, ``{"table entity_changes": definition}``. Parts of a missing object are left out."""
+    findings: list[Finding] = []
+    for name, definition in expected.items():
+        if name not in found:
+            if _whole(name) not in {finding.object for finding in findings}:
+                findings.append(Finding(name, "missing", expected=definition))
+        elif found[name] != definition:
+            findings.append(Finding(name, "different", expected=definition, found=found[name]))
+    return findings
+
+
+def _whole(name: str) -> str:
+    """The object that must be there before ``name`` can: ``table t`` for ``column t.c``, itself for a whole one."""
+    match = re.search(r" of ((?:table|view|function|sequence) .*)$", name)
+    return match[1] if match else name
+
+
+def print_sql(schema: str, steps: Sequence[Migration] | None = None) -> str:
+    """One script that psql runs as it is, any number of times: what ``install`` does, for who runs DDL by hand.
+
+    ``steps`` are the migrations to print; all, unless given.
+    """
+    _check_name(schema)
+    identifier = sql.Identifier(schema).as_string()
+    opening = _OPEN_SCRIPT.format(
+        lock=_ADVISORY_LOCK,
+        timeout=LOCK_TIMEOUT,
+        name=_literal(schema),
+        identifier=identifier,
+        identifier_literal=_literal(identifier),
+    )
+    parts = [opening, render(_CREATE_LEDGER, schema)]
+    for migration in migrations() if steps is None else steps:
+        record = _RECORD.format(version=migration.version, name=_literal(migration.name))
+        parts += [f"\n-- {migration.version:04} {migration.name}\n", render(migration.template + record, schema)]
+    return "\n".join([*parts, "COMMIT;\n"])
+
+
+def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocessed: bool = False) -> list[str]:
+    """Drop the triggers that capture, the functions, the views and the tables; what was dropped, as it is called.
+
+    Raises RefusedError while changes are unprocessed, unless ``discard_unprocessed``. The schema itself stays.
+    """
+    with _exclusively(connection, schema):
+        if not _exists(connection, schema, "entity_changes"):
+            raise NotFoundError(f"schema {schema} has no entity_changes", hint="look into --schema")
+        # Tracked tables first: a writer holds one of them when it comes to write the outbox. The other way round the
+        # two would wait for each other.
+        dropped = _drop_triggers(connection, schema)
+        outbox = sql.Identifier(schema, "entity_changes")
+        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(outbox))
+        if not discard_unprocessed:
+            _refuse_unprocessed(connection, outbox)
+        return dropped + _drop_objects(connection, schema)
+
+
+def _drop_triggers(connection: psycopg.Connection, schema: str) -> list[str]:
+    triggers = connection.execute(
+        "SELECT t.tgname, n.nspname, c.relname FROM pg_catalog.pg_trigger AS t"
+        " JOIN pg_catalog.pg_class AS c ON c.oid = t.tgrelid"
+        " JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace"
+        " WHERE t.tgfoid = pg_catalog.to_regprocedure(pg_catalog.format('%%I.capture_entity_change()', %s::text))"
+        " AND t.tgparentid = 0 ORDER BY n.nspname, c.relname, t.tgname",
+        [schema],
+    ).fetchall()
+    for trigger, namespace, table in triggers:
+        connection.execute(
+            sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(trigger), sql.Identifier(namespace, table))
+        )
+    return [f"trigger {trigger} on {namespace}.{table}" for trigger, namespace, table in triggers]
+
+
+def _refuse_unprocessed(connection: psycopg.Connection, outbox: sql.Identifier) -> None:
+    row = connection.execute(sql.SQL("SELECT count(*) FROM {} WHERE NOT processed").format(outbox)).fetchone()
+    if row and row[0]:
+        raise RefusedError(
+            f"{row[0]} changes are not processed, and dropping the table would lose them",
+            hint="let a consumer finish them, or discard them with --discard-unprocessed",
+        )
+
+
+def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
+    # The order matters: a view before what it reads.
+    objects = (
+        ("VIEW", "recent_action_history", ""),
+        ("VIEW", "action_processing_dashboard", ""),
+        ("FUNCTION", "reprocess_failed_actions", "(text, integer)"),
+        ("FUNCTION", "publish_change", "(text, text, text, jsonb, jsonb, jsonb)"),
+        ("FUNCTION", "capture_entity_change", "()"),
+        ("TABLE", "entity_changes", ""),
+        ("TABLE", "cdc_migrations", ""),
+    )
+    for kind, name, arguments in objects:
+        connection.execute(
+            sql.SQL("DROP {} IF EXISTS {}{}").format(sql.SQL(kind), sql.Identifier(schema, name), sql.SQL(arguments))
+        )
+    return [f"{kind.lower()} {schema}.{name}" for kind, name, _ in objects]
+
+
+def render(template: str, schema: str, *, rings_for: str | None = None) -> str:
+    """``template`` for ``schema``; its messages carry the prefix of ``rings_for``, the same unless said otherwise."""
+    values = {
+        "@schema@": sql.Identifier(schema).as_string(),
+        "@schema_literal@": _literal(schema),
+        "@prefix_literal@": _literal(message_prefix(rings_for or schema)),
+    }
+    # In one pass: a schema may be called @schema_literal@.
+    return re.sub("|".join(values), lambda match: values[match[0]], template)
+
+
+def _literal(text: str) -> str:
+    return sql.Literal(text).as_string()
+
+
+def _check_name(schema: str) -> None:
+    too_long = not 0 < len(schema.encode()) <= _IDENTIFIER_BYTES
+    if too_long or "\0" in schema or _DOLLAR_QUOTE in schema or schema.startswith("pg_"):
+        raise UsageError(
+            f"{schema!r} cannot be the schema of the outbox",
+            hint=f"1 to {_IDENTIFIER_BYTES} bytes, not beginning with pg_, without {_DOLLAR_QUOTE} in it",
+        )
+
+
+def _apply(connection: psycopg.Connection, missing: Sequence[Migration], schema: str) -> None:
+    if missing:
+        _run(connection, _CREATE_LEDGER, schema)
+    for migration in missing:
+        probe.here("schema.between_steps")
+        _run(connection, migration.template, schema)
+        _run(connection, _RECORD.format(version=migration.version, name=_literal(migration.name)), schema)
+
+
+def _run(connection: psycopg.Connection, template: str, schema: str, rings_for: str | None = None) -> None:
+    connection.execute(render(template, schema, rings_for=rings_for).encode())
+
+
+def _exists(connection: psycopg.Connection, schema: str, relation: str | None) -> bool:
+    """Whether there is such a table in the schema; with None, whether there is such a schema."""
+    asked = (
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspname = %s AND (%s::text IS NULL OR EXISTS"
+        " (SELECT FROM pg_catalog.pg_class AS c WHERE c.relnamespace = n.oid AND c.relname = %s)))"
+    )
+    row = connection.execute(asked, [schema, relation, relation]).fetchone()
+    return bool(row and row[0])
+
+
+@contextmanager
+def _exclusively(connection: psycopg.Connection, schema: str) -> Iterator[None]:
+    """One transaction, alone among those that change this schema, and never long in a queue for a table's lock."""
+    _check_name(schema)
+    with _explained(schema), connection.transaction():
+        # Before the time limit: whoever holds it is installing the same, bounded by its own limit.
+        connection.execute(
+            "SELECT pg_catalog.pg_advisory_xact_lock(%s, pg_catalog.hashtext(%s))", [_ADVISORY_LOCK, schema]
+        )
+        connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [LOCK_TIMEOUT])
+        connection.execute("SET LOCAL client_min_messages = warning")
+        yield
+
+
+@contextmanager
+def _explained(schema: str) -> Iterator[None]:
+    """Turn what the server says into one sentence with a remedy. A lost connection stays what it is."""
+    try:
+        yield
+    except (errors.LockNotAvailable, errors.DeadlockDetected) as busy:
+        raise SchemaError(
+            f"a table of schema {schema} stayed locked for {LOCK_TIMEOUT}; nothing was changed",
+            hint="end the long transaction that holds it (pg_stat_activity, oldest xact_start), and run this again",
+        ) from busy
+    except errors.InsufficientPrivilege as denied:
+        raise SchemaError(
+            f"the role may not do this: {_said(denied)}",
+            hint="connect as the owner of these objects, or have a superuser run the output of `cdc db print`",
+        ) from denied
+    except errors.ReadOnlySqlTransaction as standby:
+        raise SchemaError(
+            "this server takes no writes", hint="connect to the primary (target_session_attrs=read-write)"
+        ) from standby
+    except (psycopg.ProgrammingError, psycopg.NotSupportedError, psycopg.InternalError, psycopg.DataError) as refused:
+        raise _refusal(schema, refused) from refused
+
+
+def _refusal(schema: str, refused: psycopg.Error) -> CdcError:
+    hint = refused.diag.message_hint or "see `cdc db print` for the statements"
+    return SchemaError(f"schema {schema}: {_said(refused)}; nothing was changed", hint=hint)
+
+
+def _said(error: psycopg.Error) -> str:
+    return error.diag.message_primary or type(error).__name__
+
+
+def _picture(connection: psycopg.Connection, schema: str) -> dict[str, str]:
+    """``schema``'s part of the catalogs, ``{"column seq of table entity_changes": its definition}``, wholes first."""
+    if schema == _TEMPORARY:
+        connection.execute("SET LOCAL search_path = pg_catalog")
+        row = connection.execute("SELECT pg_catalog.pg_my_temp_schema()").fetchone()
+    else:
+        # Names in definitions are qualified unless they are found without; the temporary ones always are.
+        connection.execute(sql.SQL("SET LOCAL search_path = pg_catalog, {}").format(sql.Identifier(schema)))
+        row = connection.execute("SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = %s", [schema]).fetchone()
+    namespace = row[0] if row else 0
+    query = (_folder() / "picture.sql").read_bytes()
+    return {str(name): str(text) for name, text in connection.execute(query, {"namespace": namespace})}

@@ -1,0 +1,162 @@
+-- The outbox: one row for each captured change, and its state.
+--
+-- A table made from the documented SQL is upgraded in place; where there is none, an empty one is made and takes the
+-- same way, so that both end alike. Safe to run again.
+-- Locks: ACCESS EXCLUSIVE on entity_changes until the transaction ends; the table is written anew twice and indexed, some
+-- minutes for ten million rows, and capturing waits meanwhile. A later run takes SHARE for a moment.
+
+CREATE TABLE IF NOT EXISTS @schema@.entity_changes (
+  id uuid PRIMARY KEY DEFAULT pg_catalog.gen_random_uuid(),
+  table_name text NOT NULL,
+  operation text NOT NULL CHECK (operation IN ('INSERT', 'UPDATE', 'DELETE')),
+  entity_id text NOT NULL,
+  entity_type text,
+  old_data jsonb,
+  new_data jsonb,
+  metadata jsonb,
+  -- The start of the writer's transaction. Not the order in which a row's changes happened: that is seq.
+  changed_at timestamptz DEFAULT pg_catalog.now(),
+  processed boolean DEFAULT false,
+  processed_at timestamptz,
+  error_count integer DEFAULT 0,
+  last_error text
+);
+
+DO $cdc$
+DECLARE
+  v_outbox CONSTANT regclass := pg_catalog.format('%I.entity_changes', @schema_literal@)::regclass;
+  v_names text;
+BEGIN
+  IF EXISTS (
+    SELECT FROM pg_catalog.pg_attribute WHERE attrelid = v_outbox AND attname = 'seq' AND NOT attisdropped
+  ) THEN
+    RETURN;
+  END IF;
+
+  LOCK TABLE @schema@.entity_changes IN ACCESS EXCLUSIVE MODE;
+
+  SELECT pg_catalog.string_agg(name, ', ') INTO v_names
+  FROM pg_catalog.unnest(ARRAY[
+    'id', 'table_name', 'operation', 'entity_id', 'entity_type', 'old_data', 'new_data', 'metadata', 'changed_at',
+    'processed', 'processed_at', 'error_count', 'last_error'
+  ]) AS name
+  WHERE NOT EXISTS (
+    SELECT FROM pg_catalog.pg_attribute WHERE attrelid = v_outbox AND attname = name AND NOT attisdropped
+  );
+  IF v_names IS NOT NULL THEN
+    RAISE EXCEPTION 'the table % is not the documented one: it has no %', v_outbox, v_names
+      USING HINT = 'add the columns, rename the table, or install into another schema', ERRCODE = 'undefined_column';
+  END IF;
+
+  -- A column cannot change its type under a view. Our own two are made anew; what somebody else built is not ours to drop.
+  SELECT pg_catalog.string_agg(DISTINCT r.ev_class::regclass::text, ', ') INTO v_names
+  FROM pg_catalog.pg_depend AS d
+  JOIN pg_catalog.pg_rewrite AS r ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.objid = r.oid
+  WHERE d.refobjid = v_outbox
+    AND r.ev_class IS DISTINCT FROM
+        pg_catalog.to_regclass(pg_catalog.format('%I.action_processing_dashboard', @schema_literal@))
+    AND r.ev_class IS DISTINCT FROM
+        pg_catalog.to_regclass(pg_catalog.format('%I.recent_action_history', @schema_literal@));
+  IF v_names IS NOT NULL THEN
+    RAISE EXCEPTION 'the upgrade changes column types under %, which read %', v_names, v_outbox
+      USING HINT = 'drop these views, upgrade, and create them again', ERRCODE = 'dependent_objects_still_exist';
+  END IF;
+  DROP VIEW IF EXISTS @schema@.action_processing_dashboard, @schema@.recent_action_history;
+  -- The partial indexes below serve what these two did. Each index costs every mark a write.
+  DROP INDEX IF EXISTS @schema@.idx_entity_changes_unprocessed, @schema@.idx_entity_changes_type;
+
+  ALTER TABLE @schema@.entity_changes
+    ADD COLUMN seq bigint,
+    ADD COLUMN table_schema text,
+    ADD COLUMN next_attempt_at timestamptz,
+    ADD COLUMN dead_at timestamptz;
+
+  -- One transaction's rows share their changed_at; their place in the table is the nearest there is to the order in
+  -- which they were written. Three errors were the end for the documented processor: such a change is a dead letter.
+  UPDATE @schema@.entity_changes AS change
+  SET seq = numbered.seq,
+      changed_at = coalesce(changed_at, processed_at, pg_catalog.now()),
+      processed = coalesce(processed, false),
+      processed_at = CASE WHEN processed THEN coalesce(processed_at, changed_at, pg_catalog.now()) ELSE processed_at END,
+      error_count = coalesce(error_count, 0),
+      dead_at = CASE WHEN processed IS NOT TRUE AND error_count >= 3 THEN pg_catalog.now() END
+  FROM (
+    SELECT ctid AS place, pg_catalog.row_number() OVER (ORDER BY changed_at, ctid) AS seq
+    FROM @schema@.entity_changes
+  ) AS numbered
+  WHERE change.ctid = numbered.place;
+
+  ALTER TABLE @schema@.entity_changes
+    -- A timestamp without zone was written in its writer's TimeZone; it is read in that of the session that upgrades.
+    ALTER COLUMN changed_at TYPE timestamptz,
+    ALTER COLUMN changed_at SET DEFAULT pg_catalog.now(),
+    ALTER COLUMN changed_at SET NOT NULL,
+    ALTER COLUMN processed SET DEFAULT false,
+    ALTER COLUMN processed SET NOT NULL,
+    ALTER COLUMN processed_at TYPE timestamptz,
+    ALTER COLUMN error_count SET DEFAULT 0,
+    ALTER COLUMN error_count SET NOT NULL,
+    -- CACHE 1, the default, is part of the promise: a session with numbers in stock would give a later change of a row a
+    -- lower one. So is drawing it while the source row is locked.
+    ALTER COLUMN seq SET NOT NULL,
+    ALTER COLUMN seq ADD GENERATED ALWAYS AS IDENTITY,
+    -- cdc.model.SHARDS = 64. Seeding one hash with the other needs no separator between the two texts.
+    ADD COLUMN shard smallint GENERATED ALWAYS AS (
+      (pg_catalog.hashtextextended(
+         entity_id, pg_catalog.hashtextextended(coalesce(entity_type, table_name), 0)
+       ) & 63)::smallint
+    ) STORED,
+    -- A row is in exactly one state; the words are those of cdc.model.ChangeState. A dead letter whose next attempt is
+    -- at infinity also holds back the later changes of its key.
+    ADD CONSTRAINT entity_changes_state_check CHECK (
+      CASE
+        WHEN NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL THEN 'fresh'
+        WHEN NOT processed AND next_attempt_at < 'infinity' AND dead_at IS NULL THEN 'waiting'
+        WHEN processed AND processed_at IS NOT NULL AND next_attempt_at IS NULL AND dead_at IS NULL THEN 'processed'
+        WHEN NOT processed AND dead_at IS NOT NULL AND coalesce(next_attempt_at, 'infinity') = 'infinity' THEN 'dead'
+      END IS NOT NULL
+    );
+  PERFORM pg_catalog.setval(
+    pg_catalog.format('%I.entity_changes_seq_seq', @schema_literal@),
+    (SELECT coalesce(pg_catalog.max(seq), 0) + 1 FROM @schema@.entity_changes),
+    false
+  );
+END
+$cdc$;
+
+-- The work: swept by shard in the order of seq.
+CREATE INDEX IF NOT EXISTS entity_changes_fresh ON @schema@.entity_changes (shard, seq)
+  WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL;
+-- Which retries are due.
+CREATE INDEX IF NOT EXISTS entity_changes_due ON @schema@.entity_changes (next_attempt_at)
+  WHERE next_attempt_at IS NOT NULL;
+-- Does an earlier change of this key hold it back?
+CREATE INDEX IF NOT EXISTS entity_changes_holding
+  ON @schema@.entity_changes ((coalesce(entity_type, table_name)), entity_id, seq)
+  WHERE next_attempt_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS entity_changes_dead ON @schema@.entity_changes (dead_at)
+  WHERE dead_at IS NOT NULL;
+-- For the views and for pruning.
+CREATE INDEX IF NOT EXISTS entity_changes_processed ON @schema@.entity_changes (processed_at)
+  WHERE processed;
+
+-- Each row is written twice within moments, and the mark is never HOT (it moves the row from index to index): a tenth of
+-- the default share of dead rows starts vacuum, so that the left edge of the fresh index stays short, and ten times the
+-- default cost limit lets it keep up. fillfactor stays at 100: room kept in the page would serve HOT updates only.
+ALTER TABLE @schema@.entity_changes SET (
+  autovacuum_vacuum_scale_factor = 0.02,
+  autovacuum_vacuum_threshold = 1000,
+  autovacuum_vacuum_insert_scale_factor = 0.05,
+  autovacuum_analyze_scale_factor = 0.02,
+  autovacuum_vacuum_cost_limit = 2000
+);
+
+-- Default privileges may have granted what PUBLIC does not get by itself.
+REVOKE ALL ON TABLE @schema@.entity_changes FROM PUBLIC;
+REVOKE ALL ON SEQUENCE @schema@.entity_changes_seq_seq FROM PUBLIC;
+
+COMMENT ON TABLE @schema@.entity_changes IS 'captured changes: fresh, waiting for a retry, processed, or dead';
+COMMENT ON COLUMN @schema@.entity_changes.seq IS 'order of capture, also between the changes of one key';
+COMMENT ON COLUMN @schema@.entity_changes.shard IS 'hash of the key modulo 64: the unit of ownership between consumers';
+COMMENT ON COLUMN @schema@.entity_changes.next_attempt_at IS 'set = waiting for its retry, and holding back its key';
+COMMENT ON COLUMN @schema@.entity_changes.dead_at IS 'set = dead letter: nobody tries again until told to';

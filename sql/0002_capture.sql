@@ -1,0 +1,195 @@
+-- Capture: what writes the outbox and rings. Safe to run again; locks no table.
+
+-- Row trigger: capture_entity_change([entity_type [, options]]).
+--
+--   entity_type   empty or left out: 'reaction', 'message', 'task' for the three documented tables, else the table's name.
+--   options       one JSON object: {"key": ["a", "b"], "exclude": ["secret"]}.
+--
+-- The key is one text. One column: its text. Several: the JSON array of their values, in which no two keys look alike.
+-- Without "key" it is the column id, or, where there is none, the primary key (looked up for each row: `cdc track`
+-- writes it into the options instead).
+--
+-- It runs with its owner's rights and its own search_path, so that a writer of the application's table needs no right
+-- on the outbox and cannot slip in functions or operators of its own. The other settings make one row the same JSON,
+-- and one key the same text, whatever the writer's session has set; extra_float_digits at 0 would even lose digits.
+CREATE OR REPLACE FUNCTION @schema@.capture_entity_change() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
+SET bytea_output = 'hex'
+SET intervalstyle = 'postgres'
+SET extra_float_digits = 1
+AS $cdc$
+DECLARE
+  -- Assignments only, no queries, wherever the row passes: plpgsql evaluates these without an executor.
+  v_options CONSTANT jsonb := nullif(TG_ARGV[1], '');
+  v_key jsonb := v_options -> 'key';
+  v_exclude CONSTANT jsonb := v_options -> 'exclude';
+  v_table_schema name := TG_TABLE_SCHEMA;
+  v_table_name name := TG_TABLE_NAME;
+  v_root oid;
+  v_old jsonb;
+  v_new jsonb;
+  v_row jsonb;
+  v_entity_id text;
+  v_metadata jsonb;
+  v_xid xid8;
+  v_seq bigint;
+  v_shard smallint;
+  v_rung pg_lsn;
+BEGIN
+  IF TG_LEVEL <> 'ROW' THEN
+    RAISE EXCEPTION 'trigger % on %.%: capture_entity_change() captures rows', TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME
+      USING HINT = 'create the trigger FOR EACH ROW', ERRCODE = 'trigger_protocol_violated';
+  END IF;
+  -- A misspelt "exclude" would publish what was to be left out.
+  IF v_options IS NOT NULL AND (v_options - 'key' - 'exclude') <> '{}' THEN
+    RAISE EXCEPTION 'trigger % on %.%: options may have "key" and "exclude", not %',
+        TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - 'key' - 'exclude'
+      USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
+  END IF;
+
+  -- NULL for a table that is no partition, out of the relation cache. A query below only for partitions.
+  v_root := pg_partition_root(TG_RELID);
+  IF v_root IS NOT NULL THEN
+    SELECT n.nspname, c.relname INTO v_table_schema, v_table_name
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.oid = v_root;
+  END IF;
+
+  IF TG_OP <> 'INSERT' THEN
+    v_old := to_jsonb(OLD);
+  END IF;
+  IF TG_OP = 'DELETE' THEN
+    v_row := v_old;
+  ELSE
+    v_new := to_jsonb(NEW);
+    v_row := v_new;
+  END IF;
+
+  IF v_key IS NULL AND NOT v_row ? 'id' THEN
+    SELECT jsonb_agg(a.attname ORDER BY k.place) INTO v_key
+    FROM pg_index AS i
+    CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k (attnum, place)
+    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+    WHERE i.indrelid = TG_RELID AND i.indisprimary;
+    IF v_key IS NULL THEN
+      RAISE EXCEPTION 'table %.% has neither a column id nor a primary key to tell its rows apart',
+          v_table_schema, v_table_name
+        USING HINT = 'name the key columns: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
+    END IF;
+  END IF;
+  IF v_key IS NULL THEN
+    v_entity_id := v_row ->> 'id';
+  ELSE
+    FOR i IN 0 .. jsonb_array_length(v_key) - 1 LOOP
+      IF NOT v_row ? (v_key ->> i) THEN
+        RAISE EXCEPTION 'table %.% has no column % to use as its key', v_table_schema, v_table_name, v_key -> i
+          USING HINT = 'name the key columns anew: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
+      END IF;
+    END LOOP;
+    IF jsonb_array_length(v_key) = 1 THEN
+      v_entity_id := v_row ->> (v_key ->> 0);
+    ELSE
+      v_metadata := '[]';
+      FOR i IN 0 .. jsonb_array_length(v_key) - 1 LOOP
+        v_metadata := v_metadata || jsonb_build_array(v_row -> (v_key ->> i));
+      END LOOP;
+      v_entity_id := v_metadata::text;
+    END IF;
+  END IF;
+
+  IF v_exclude IS NOT NULL THEN
+    FOR i IN 0 .. jsonb_array_length(v_exclude) - 1 LOOP
+      v_old := v_old - (v_exclude ->> i);
+      v_new := v_new - (v_exclude ->> i);
+    END LOOP;
+  END IF;
+
+  -- Documented: none for a DELETE (its old_data says the same). Only keys that the row has a column for, and nothing
+  -- that is excluded.
+  v_metadata := NULL;
+  IF TG_OP <> 'DELETE' THEN
+    v_metadata := jsonb_build_object('timestamp', now());
+    IF v_new ? 'user_id' THEN
+      v_metadata := v_metadata || jsonb_build_object('user_id', v_new -> 'user_id');
+    END IF;
+    IF v_new ? 'chat_id' OR v_new ? 'room_id' THEN
+      v_metadata := v_metadata || jsonb_build_object(
+        'chat_id', coalesce(nullif(v_new -> 'chat_id', 'null'), v_new -> 'room_id', v_new -> 'chat_id'));
+    END IF;
+  END IF;
+
+  -- Readers conclude from transaction ids whether a lower seq may still appear, so this transaction has its id before it
+  -- draws the number. In an AFTER trigger it has one already.
+  v_xid := pg_current_xact_id();
+  INSERT INTO @schema@.entity_changes
+    (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata)
+  VALUES (
+    v_table_schema,
+    v_table_name,
+    TG_OP,
+    -- A key column that holds NULL. Refusing the application's write would be worse than one shared key.
+    coalesce(v_entity_id, 'null'),
+    coalesce(nullif(TG_ARGV[0], ''), CASE v_table_name
+      WHEN 'whatsapp_message_reactions' THEN 'reaction'
+      WHEN 'whatsapp_messages' THEN 'message'
+      WHEN 'tasks' THEN 'task'
+      ELSE v_table_name
+    END),
+    v_old,
+    v_new,
+    v_metadata
+  )
+  RETURNING seq, shard INTO v_seq, v_shard;
+  -- The doorbell. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
+  v_rung := pg_logical_emit_message(true, @prefix_literal@, v_seq || ',' || v_shard);
+
+  -- Nobody looks at this after the row is written; created BEFORE by mistake, the trigger must not swallow the row.
+  IF TG_OP = 'DELETE' THEN
+    RETURN OLD;
+  END IF;
+  RETURN NEW;
+END
+$cdc$;
+REVOKE ALL ON FUNCTION @schema@.capture_entity_change() FROM PUBLIC;
+
+-- An event without a table: the same row and the same ringing. Returns its seq.
+CREATE OR REPLACE FUNCTION @schema@.publish_change(
+  entity_type text,
+  entity_id text,
+  operation text DEFAULT 'INSERT',
+  new_data jsonb DEFAULT NULL,
+  old_data jsonb DEFAULT NULL,
+  metadata jsonb DEFAULT NULL
+) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $cdc$
+DECLARE
+  -- See capture_entity_change(). Here the transaction may well have none yet.
+  v_xid CONSTANT xid8 := pg_current_xact_id();
+  v_seq bigint;
+  v_shard smallint;
+  v_rung pg_lsn;
+BEGIN
+  IF publish_change.entity_type IS NULL OR publish_change.entity_id IS NULL THEN
+    RAISE EXCEPTION 'publish_change() needs an entity type and an entity id' USING ERRCODE = 'null_value_not_allowed';
+  END IF;
+  INSERT INTO @schema@.entity_changes AS published
+    (table_name, operation, entity_id, entity_type, old_data, new_data, metadata)
+  VALUES (
+    publish_change.entity_type,
+    publish_change.operation,
+    publish_change.entity_id,
+    publish_change.entity_type,
+    publish_change.old_data,
+    publish_change.new_data,
+    publish_change.metadata
+  )
+  RETURNING published.seq, published.shard INTO v_seq, v_shard;
+  v_rung := pg_logical_emit_message(true, @prefix_literal@, v_seq || ',' || v_shard);
+  RETURN v_seq;
+END
+$cdc$;
+REVOKE ALL ON FUNCTION @schema@.publish_change(text, text, text, jsonb, jsonb, jsonb) FROM PUBLIC;

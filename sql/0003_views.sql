@@ -1,0 +1,134 @@
+-- What operators look at: two views, and the function that gives dead letters another chance. Safe to run again; locks
+-- nothing a writer or a consumer waits for.
+
+DO $cdc$
+DECLARE
+  v_old record;
+BEGIN
+  -- CREATE OR REPLACE keeps the grants, but cannot change columns or a result. What differs there goes first.
+  FOR v_old IN
+    SELECT expected.name, expected.columns
+    FROM (VALUES
+      ('action_processing_dashboard',
+       'entity_type text, pending bigint, processed_today bigint, failed bigint,'
+       ' last_processed_at timestamp with time zone, avg_processing_seconds numeric'),
+      ('recent_action_history',
+       'id uuid, entity_type text, operation text, changed_at timestamp with time zone, processed boolean,'
+       ' processed_at timestamp with time zone, processing_delay_seconds numeric, error_count integer,'
+       ' last_error text, preview text')
+    ) AS expected (name, columns)
+    JOIN pg_catalog.pg_class AS c
+      ON c.oid = pg_catalog.to_regclass(pg_catalog.format('%I.%I', @schema_literal@, expected.name)) AND c.relkind = 'v'
+    WHERE expected.columns <> (
+      SELECT pg_catalog.string_agg(
+        a.attname || ' ' || pg_catalog.format_type(a.atttypid, a.atttypmod), ', ' ORDER BY a.attnum)
+      FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = c.oid AND a.attnum > 0
+    )
+  LOOP
+    EXECUTE pg_catalog.format('DROP VIEW %I.%I', @schema_literal@, v_old.name);
+  END LOOP;
+
+  FOR v_old IN
+    SELECT p.oid::regprocedure AS name
+    FROM pg_catalog.pg_proc AS p
+    WHERE p.oid = pg_catalog.to_regprocedure(
+        pg_catalog.format('%I.reprocess_failed_actions(text, integer)', @schema_literal@))
+      AND (pg_catalog.pg_get_function_result(p.oid) <> 'TABLE(requeued_count integer)'
+           OR p.proargnames <> ARRAY['p_entity_type', 'p_max_errors', 'requeued_count'])
+  LOOP
+    EXECUTE pg_catalog.format('DROP FUNCTION %s', v_old.name);
+  END LOOP;
+END
+$cdc$;
+
+-- The documented columns. The documented query reads the whole history at each refresh; this one reads what is not
+-- processed, through the partial indexes, and what was processed today, through the index on processed_at:
+--   pending              fresh or waiting. Documented: also the dead, which nobody will try again.
+--   failed               not processed, and an attempt has failed: waiting for a retry, or dead. Documented: also what
+--                        failed once and was processed since.
+--   processed_today      by the day it was processed (in the session's TimeZone). Documented: by the day of the change.
+--   last_processed_at    when it was processed. Documented: when it was changed. NULL if nothing was processed today.
+--   avg_processing_seconds   of today, not of all time.
+CREATE OR REPLACE VIEW @schema@.action_processing_dashboard AS
+SELECT
+  entity_type,
+  count(*) FILTER (WHERE NOT processed AND dead_at IS NULL) AS pending,
+  count(*) FILTER (WHERE processed) AS processed_today,
+  count(*) FILTER (WHERE NOT processed AND (error_count > 0 OR dead_at IS NOT NULL)) AS failed,
+  max(processed_at) FILTER (WHERE processed) AS last_processed_at,
+  avg(extract(epoch FROM processed_at - changed_at)) FILTER (WHERE processed) AS avg_processing_seconds
+FROM (
+  SELECT coalesce(entity_type, table_name) AS entity_type, processed, dead_at, error_count, processed_at, changed_at
+  FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
+  UNION ALL
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
+  FROM @schema@.entity_changes WHERE next_attempt_at IS NOT NULL
+  UNION ALL
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
+  FROM @schema@.entity_changes WHERE dead_at IS NOT NULL AND next_attempt_at IS NULL
+  UNION ALL
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
+  FROM @schema@.entity_changes WHERE processed AND processed_at >= date_trunc('day', now())
+) AS change
+GROUP BY entity_type;
+
+-- As documented. A change of the last 24 hours that is processed was processed in the last 24 hours, so the index on
+-- processed_at finds it, and none on changed_at is needed.
+CREATE OR REPLACE VIEW @schema@.recent_action_history AS
+SELECT
+  id,
+  entity_type,
+  operation,
+  changed_at,
+  processed,
+  processed_at,
+  extract(epoch FROM processed_at - changed_at) AS processing_delay_seconds,
+  error_count,
+  last_error,
+  CASE
+    WHEN entity_type = 'reaction' THEN new_data ->> 'reaction'
+    WHEN entity_type = 'message' THEN left(new_data ->> 'content', 50)
+  END AS preview
+FROM (
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
+  UNION ALL
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE next_attempt_at IS NOT NULL
+  UNION ALL
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE dead_at IS NOT NULL AND next_attempt_at IS NULL
+  UNION ALL
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE processed AND processed_at > now() - interval '24 hours'
+) AS change
+WHERE changed_at > now() - interval '24 hours'
+ORDER BY changed_at DESC;
+
+REVOKE ALL ON @schema@.action_processing_dashboard, @schema@.recent_action_history FROM PUBLIC;
+
+-- Dead letters with at least p_max_errors failed attempts (of one entity type, or of all) get their attempts anew, now.
+-- They wait, due at once, rather than become fresh: a waiting change goes before the later ones of its key. Returns how
+-- many. Runs with the rights of its caller, so that calling it takes the right to update the table.
+CREATE OR REPLACE FUNCTION @schema@.reprocess_failed_actions(
+  p_entity_type text DEFAULT NULL,
+  p_max_errors integer DEFAULT 3
+) RETURNS TABLE (requeued_count integer)
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $cdc$
+BEGIN
+  UPDATE @schema@.entity_changes
+  SET next_attempt_at = now(), dead_at = NULL, error_count = 0
+  WHERE dead_at IS NOT NULL
+    AND NOT processed
+    AND error_count >= p_max_errors
+    AND (p_entity_type IS NULL OR coalesce(entity_type, table_name) = p_entity_type);
+  GET DIAGNOSTICS requeued_count = ROW_COUNT;
+  IF requeued_count > 0 THEN
+    -- An empty payload names no change: look at all of them.
+    PERFORM pg_notify('entity_change', '');
+  END IF;
+  RETURN NEXT;
+END
+$cdc$;

@@ -1,0 +1,105 @@
+"""The parts of cdc.schema and cdc.tracking that need no database."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdc import schema, tracking
+from cdc.errors import UsageError
+from cdc.model import SHARDS, ChangeState, Operation, message_prefix
+from cdc.schema import Finding
+
+
+def test_migrations_are_numbered_without_a_gap_and_each_says_what_it_is_for_first():
+    found = schema.migrations()
+    assert [migration.version for migration in found] == list(range(1, len(found) + 1))
+    assert all(migration.template.startswith("-- ") for migration in found)
+
+
+def test_the_states_of_the_check_constraint_are_those_of_the_model():
+    template = schema.migrations()[0].template
+    check = template[template.index("entity_changes_state_check") :]
+    assert re.findall(r"THEN '(\w+)'", check) == [state.value for state in ChangeState]
+
+
+def test_the_shard_column_computes_modulo_the_models_number_of_shards():
+    assert f"& {SHARDS - 1})::smallint" in schema.migrations()[0].template
+    assert SHARDS & (SHARDS - 1) == 0, "a mask is a modulo only for a power of two"
+
+
+def test_placeholders_become_quoted_names_in_one_pass():
+    rendered = schema.render("@schema@ @schema_literal@ @prefix_literal@", "@schema_literal@'\"")
+    assert rendered == """"@schema_literal@'\""" '@schema_literal@''"' 'entity_change:%40schema_literal%40%27%22'"""
+    assert schema.render("@prefix_literal@", "a", rings_for="b") == f"'{message_prefix('b')}'"
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_no_schema_name_escapes_its_quotes(name: str):
+    identifier, literal = (
+        schema.render("@schema@\0@schema_literal@", name).split("\0") if "\0" not in name else ("", "")
+    )
+    assert not identifier or identifier == '"' + name.replace('"', '""') + '"'
+    assert "'" not in literal.removeprefix(" E")[1:-1].replace("''", "")
+
+
+@pytest.mark.parametrize("name", ["", "x" * 64, "é" * 32, "a\0b", "pg_mine", "a$cdc$b"])
+def test_a_name_that_postgresql_or_the_migrations_cannot_take_is_refused_before_anything_runs(name: str):
+    with pytest.raises(UsageError):
+        schema.print_sql(name)
+
+
+def test_compare_names_a_missing_object_once_and_each_difference():
+    expected = {"table t": "relkind r", "column a of table t": "int", "view v": "x", "query of view v": "SELECT 1"}
+    assert schema.compare(expected, expected) == []
+    assert schema.compare(expected, {}) == [
+        Finding("table t", "missing", expected="relkind r"),
+        Finding("view v", "missing", expected="x"),
+    ]
+    found = {"table t": "relkind r", "view v": "x", "query of view v": "SELECT 2", "table other": "relkind r"}
+    assert [str(finding) for finding in schema.compare(expected, found)] == [
+        "column a of table t is missing",
+        "query of view v is different",
+    ]
+
+
+def test_our_trigger_is_named_after_the_schema_unless_it_is_public_and_never_cut_inside_a_character():
+    assert tracking.trigger_name("public") == "cdc_capture"
+    assert tracking.trigger_name("tenant") == "cdc_capture_tenant"
+    assert len(tracking.trigger_name("é" * 31).encode()) <= 63
+
+
+@given(
+    st.none() | st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1),
+    st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1), min_size=1),
+    st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1)),
+)
+def test_trigger_arguments_are_read_as_they_were_written(entity_type: str | None, key: list[str], exclude: list[str]):
+    written = tracking.trigger_arguments(
+        tracking.Tracked(
+            table="t", trigger="x", operations=tuple(Operation), entity_type=entity_type, key=tuple(key),
+            exclude=tuple(exclude),
+        )
+    )  # fmt: skip
+    raw = b"".join(argument.encode() + b"\0" for argument in written)
+    assert tracking.read_arguments(raw) == (entity_type, tuple(key), tuple(exclude))
+
+
+@pytest.mark.parametrize(
+    ("raw", "read"),
+    [
+        (b"", (None, (), ())),
+        (b"task\0", ("task", (), ())),
+        (b"task\0\0", ("task", (), ())),
+        (b"\0not json\0", (None, (), ())),
+        (b"\0[1]\0", (None, (), ())),
+        (b'\0{"exclude": ["a"]}\0', (None, (), ("a",))),
+        (b'task\0{"key": null}\0', ("task", (), ())),
+        (b'task\0{"key": "id"}\0', ("task", (), ())),
+    ],
+)
+def test_arguments_of_a_trigger_made_by_hand_are_read_as_far_as_they_go(raw: bytes, read: object):
+    assert tracking.read_arguments(raw) == read
