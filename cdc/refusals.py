@@ -1,0 +1,285 @@
+"""Why a slot cannot be made or read, or a stream has ended; and what to do about the slot that was found. Pure.
+
+Decided by SQLSTATE and, where a code has several causes, by the server's function that raised it (the diagnostic
+field "source function"): message texts are translated. 55000 says nothing about the slot, so a slot is made anew
+only after a look at it, and only if it is ours.
+
+    permanent   waiting does not mend it; the stream looks again every minute
+    otherwise   exponential backoff; work goes on by sweeping in either case
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cdc.errors import StreamError
+from cdc.lsn import Lsn
+
+
+class During(StrEnum):
+    CREATE = "create"
+    START = "start"
+    STREAM = "stream"
+
+
+class Reason(StrEnum):
+    """The label ``reason`` of ``cdc_stream_disconnects_total``."""
+
+    DISABLED = "disabled"
+    SLOT_BUSY = "slot_busy"
+    SLOT_MISSING = "slot_missing"
+    SLOT_LOST = "slot_lost"
+    PLUGIN_REFUSED = "plugin_refused"
+    PLUGIN_MISSING = "plugin_missing"
+    WAL_LEVEL = "wal_level"
+    NO_REPLICATION_ROLE = "no_replication_role"
+    NO_FREE_SLOT = "no_free_slot"
+    NO_FREE_WALSENDER = "no_free_walsender"
+    IN_RECOVERY = "in_recovery"
+    NETWORK = "network"
+    STALLED = "stalled"
+    SERVER_SHUTDOWN = "server_shutdown"
+    PROTOCOL = "protocol"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the sentences speak of."""
+
+    slot: str
+    plugin: str
+    database: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    reason: Reason
+    sentence: str
+    hint: str
+    permanent: bool = False
+
+
+_STREAM_AGAIN = "nothing: it is tried again by itself, and a sweep finds what was written meanwhile"
+_LOOK = "look at it with: cdc slot status {slot}"
+
+_WAL_LEVEL = _Row(
+    Reason.WAL_LEVEL,
+    "the server's wal_level does not allow logical replication",
+    "ALTER SYSTEM SET wal_level = logical, then restart the server; until then changes are found by sweeping",
+    permanent=True,
+)
+_NO_REPLICATION = _Row(
+    Reason.NO_REPLICATION_ROLE,
+    "the role {role} may not use replication",
+    'as a superuser: ALTER ROLE "{role}" REPLICATION (rds_replication on RDS and Aurora)',
+    permanent=True,
+)
+_NO_FREE_SLOT = _Row(
+    Reason.NO_FREE_SLOT,
+    "the server has no free replication slot for {slot}",
+    "drop a slot that nobody uses (cdc slot list), or raise max_replication_slots and restart the server",
+    permanent=True,
+)
+_NO_FREE_WALSENDER = _Row(
+    Reason.NO_FREE_WALSENDER,
+    "the server has no free walsender",
+    "raise max_wal_senders and restart the server, or end a replication connection that nobody needs",
+    permanent=True,
+)
+_IN_RECOVERY = _Row(
+    Reason.IN_RECOVERY,
+    "the server is a standby and cannot decode its WAL",
+    "connect to the primary: list all hosts in the DSN and add target_session_attrs=read-write",
+    permanent=True,
+)
+_PLUGIN_REFUSED = _Row(
+    Reason.PLUGIN_REFUSED,
+    "the server does not allow the output plugin {plugin}",
+    # Unquoted: as one quoted string it becomes one name and allows nothing. pgoutput belongs in it, or it is refused.
+    'as a superuser: ALTER ROLE "{role}" SET output_plugin_libraries = pgoutput, test_decoding, {plugin};'
+    " without quotes around the list",
+    permanent=True,
+)
+_PLUGIN_MISSING = _Row(
+    Reason.PLUGIN_MISSING,
+    "the output plugin {plugin} is not installed on the server",
+    "install it there (Debian: postgresql-NN-{plugin}); until then changes are found by sweeping",
+    permanent=True,
+)
+_SLOT_BUSY = _Row(
+    Reason.SLOT_BUSY,
+    "another consumer reads the slot {slot}",
+    "nothing: this consumer stands by and takes over when that one ends",
+)
+_SLOT_GONE = _Row(Reason.SLOT_MISSING, "the slot {slot} does not exist", _STREAM_AGAIN)
+_CREATED_BY_OTHERS = _Row(Reason.SLOT_MISSING, "another consumer has just created the slot {slot}", _STREAM_AGAIN)
+_CREATE_WAITS = _Row(
+    Reason.SLOT_MISSING,
+    "the slot {slot} cannot be created while a transaction that writes stays open",
+    "end the oldest write transaction of the server, of any database; cdc slot create {slot} names it",
+)
+_CANNOT_READ = _Row(Reason.PROTOCOL, "the server cannot read the slot {slot} (55000)", _LOOK, permanent=True)
+_WAL_REMOVED = _Row(Reason.SLOT_LOST, "WAL that the slot {slot} needs is not there", _STREAM_AGAIN)
+_ENDED = _Row(Reason.SERVER_SHUTDOWN, "the server ended the replication connection", _STREAM_AGAIN)
+_TOO_LARGE = _Row(
+    Reason.PROTOCOL,
+    "a row is too large for {plugin} to decode",
+    "drop the slot: cdc slot drop {slot}. It is made anew, and a sweep finds what it skips",
+)
+_BAD_OPTIONS = _Row(
+    Reason.PROTOCOL,
+    "the server refuses to stream the slot {slot} with our options ({sqlstate})",
+    "look at the server's log; is {plugin} older than version 2.5?",
+    permanent=True,
+)
+_LINK = _Row(Reason.NETWORK, "the replication connection broke", _STREAM_AGAIN)
+_OTHER = _Row(Reason.PROTOCOL, "the server ended streaming the slot {slot} ({sqlstate})", "look at the server's log")
+
+_BY_CODE: Mapping[str, _Row] = {
+    "08P01": _BAD_OPTIONS,
+    "0A000": _BAD_OPTIONS,
+    "22023": _BAD_OPTIONS,
+    "42501": _NO_REPLICATION,
+    "42601": _BAD_OPTIONS,
+    "42602": _BAD_OPTIONS,
+    "42704": _SLOT_GONE,
+    "42710": _CREATED_BY_OTHERS,
+    "53300": _NO_FREE_WALSENDER,
+    "53400": _NO_FREE_SLOT,
+    "54000": _TOO_LARGE,
+    "55000": _CANNOT_READ,
+    "55006": _SLOT_BUSY,
+    "55P03": _CREATE_WAITS,
+    "57014": _ENDED,
+    "57P01": _ENDED,
+    "57P02": _ENDED,
+    "57P03": _ENDED,
+    "58P01": _PLUGIN_MISSING,
+    "XX000": _BAD_OPTIONS,
+}
+_BY_FUNCTION: Mapping[tuple[str, str], _Row] = {
+    ("55000", "CheckLogicalDecodingRequirements"): _WAL_LEVEL,
+    ("55000", "CheckSlotRequirements"): _NO_FREE_SLOT,
+    ("0A000", "CheckLogicalDecodingRequirements"): _IN_RECOVERY,
+    ("42501", "StartupDecodingContext"): _PLUGIN_REFUSED,
+}
+_WHILE_STREAMING: Mapping[str, _Row] = {
+    # At the start it is the plugin's file, later a WAL segment's.
+    "58P01": _WAL_REMOVED,
+    # Our options were accepted, so it is something in the WAL: the next session starts behind it.
+    "XX000": _OTHER,
+    "22023": _OTHER,
+    "42704": _OTHER,
+    "55000": _OTHER,
+}
+
+
+def classify(sqlstate: str | None, function: str | None, during: During, names: Names) -> StreamError:
+    """What an ERROR or FATAL on the replication connection means; ``sqlstate`` None: the link itself broke."""
+    if sqlstate is None or (sqlstate.startswith("08") and sqlstate != "08P01"):
+        return _error(_LINK, names)
+    row = _BY_FUNCTION.get((sqlstate, function or ""))
+    if row is None and during is During.STREAM:
+        row = _WHILE_STREAMING.get(sqlstate)
+    return _error(row or _BY_CODE.get(sqlstate, _OTHER), names, sqlstate)
+
+
+def server_ended(names: Names) -> StreamError:
+    """The server closed the stream in good order, as it does when it is shut down."""
+    return _error(_ENDED, names)
+
+
+def _error(row: _Row, names: Names, sqlstate: str = "") -> StreamError:
+    words = {
+        "slot": names.slot,
+        "plugin": names.plugin,
+        "role": names.role.replace('"', '""'),
+        "sqlstate": sqlstate,
+    }
+    return StreamError(
+        row.sentence.format_map(words),
+        reason=row.reason.value,
+        hint=row.hint.format_map(words),
+        permanent=row.permanent,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLook:
+    """Seen over an ordinary connection, after the server refused one for replication: that carries no SQLSTATE."""
+
+    wal_level: str
+    may_replicate: bool
+    walsenders: int
+    walsenders_max: int
+
+
+def classify_connect(look: ServerLook | None, refused: str, hint: str, names: Names) -> StreamError:
+    """A refused connection. ``look`` is None when an ordinary one is refused as well; ``refused``: the sentence."""
+    if look is not None:
+        if look.wal_level == "minimal":
+            return _error(_WAL_LEVEL, names)
+        if not look.may_replicate:
+            return _error(_NO_REPLICATION, names)
+        if look.walsenders >= look.walsenders_max:
+            return _error(_NO_FREE_WALSENDER, names)
+    return StreamError(refused, reason=Reason.NETWORK.value, hint=hint)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSlot:
+    """A row of pg_replication_slots."""
+
+    plugin: str | None
+    database: str | None
+    wal_status: str | None
+    confirmed: Lsn | None
+
+
+class Step(StrEnum):
+    """What the stream does with the slot before it starts reading."""
+
+    START = "start"
+    CREATE = "create"
+    RECREATE = "recreate"
+
+
+def next_step(found: FoundSlot | None, server_end: Lsn, names: Names, *, may_create: bool) -> Step:
+    """Raises StreamError for a slot that is missing and not ours to make, or not ours at all."""
+    if found is None:
+        if may_create:
+            return Step.CREATE
+        hint = f"create it with: cdc slot create {names.slot}"
+        raise StreamError(
+            f"the slot {names.slot} does not exist", reason=Reason.SLOT_MISSING.value, hint=hint, permanent=True
+        )
+    if found.plugin != names.plugin or found.database != names.database:
+        raise _not_ours(found, names)
+    if (broken := _broken(found, server_end, names)) is None:
+        return Step.START
+    if may_create:
+        return Step.RECREATE
+    hint = f"nothing is lost with it: cdc slot drop {names.slot}, then cdc slot create {names.slot}"
+    raise StreamError(broken, reason=Reason.SLOT_LOST.value, hint=hint, permanent=True)
+
+
+def _not_ours(found: FoundSlot, names: Names) -> StreamError:
+    kind = f"a slot of {found.plugin} in database {found.database}" if found.plugin else "a physical slot"
+    return StreamError(
+        f"the name {names.slot} belongs to {kind}, not to one of {names.plugin} in {names.database}",
+        reason=Reason.SLOT_MISSING.value,
+        hint="choose another name for our slot (CDC_SLOT_NAME); slot names are one for the whole server",
+        permanent=True,
+    )
+
+
+def _broken(found: FoundSlot, server_end: Lsn, names: Names) -> str | None:
+    if found.wal_status == "lost":
+        return f"the server has invalidated the slot {names.slot}: it fell too far behind"
+    # The server believes any confirmed position; from one ahead of its WAL on it delivers nothing, without an error.
+    if found.confirmed is not None and found.confirmed > server_end:
+        return f"the slot {names.slot} was confirmed ahead of the server's WAL and delivers nothing"
+    return None

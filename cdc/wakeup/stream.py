@@ -1,0 +1,347 @@
+"""The doorbell: a thread that reads the replication slot and says which changes are committed.
+
+A thread of its own, so that a handler that blocks the event loop cannot starve the keepalives. It knows nothing about
+handlers: what it has read it hands over and confirms at once.
+
+One attempt: connect, look at the slot, create it if need be, start, read until something ends it. The connection is
+``replication``; what ended it, and what to do, is decided in ``refusals``; positions, clocks and pauses in
+``progress``. Whatever happens here costs latency and never a change: the outbox is swept meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cdc import probe
+from cdc.errors import ProtocolError, StreamError
+from cdc.lsn import ZERO, Lsn
+from cdc.model import WakeUp, message_prefix
+from cdc.refusals import Reason, Step, next_step
+from cdc.wakeup import wal2json
+from cdc.wakeup.progress import Attempts, Progress, status_interval_s
+from cdc.wakeup.replication import Session, Stopped, Waiting, open_session
+from cdc.wakeup.wire import Decode, Plugin, parse, status_update
+
+log = logging.getLogger("cdc.stream")
+
+_BATCH = 1000
+"""Messages handed over at once, and read between two looks at the clock: a few milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """``wal_sender_timeout_s`` is set on the server for this connection: so long a frozen consumer keeps the slot."""
+
+    dsn: str | None
+    schema: str
+    slot: str
+    create_slot: bool = True
+    wal_sender_timeout_s: float = 15.0
+    stall_limit_s: float = 30.0
+    lock_timeout_s: float = 5.0
+    application_name: str = "cdc: stream"
+
+    @property
+    def server_settings(self) -> dict[str, str]:
+        """wal2json writes commit times in the session's time zone; UTC has no offset that changes."""
+        return {
+            "wal_sender_timeout": f"{self.wal_sender_timeout_s * 1000:.0f}ms",
+            "lock_timeout": f"{self.lock_timeout_s * 1000:.0f}ms",
+            "timezone": "UTC",
+        }
+
+
+class StreamEvents(Protocol):
+    """Called in the stream's thread; must neither block nor raise."""
+
+    def streaming(self) -> None:
+        """The stream has started: wake-ups before this moment may have been missed."""
+
+    def rang(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
+        """These are committed. ``committed_at``: the newest commit time among them, unix seconds, server's clock."""
+
+    def interrupted(self, error: StreamError) -> None:
+        """The stream has ended, or an attempt to start it was refused; it is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatus:
+    """A value that any thread may take. Counters cover the life of the Stream; times are ``time.monotonic()``."""
+
+    connected: bool = False
+    loop_turned_monotonic: float = 0.0
+    last_byte_monotonic: float | None = None
+    messages: int = 0
+    keepalives: int = 0
+    bytes: int = 0
+    received_lsn: Lsn = ZERO
+    confirmed_lsn: Lsn = ZERO
+    reason: str | None = None
+    hint: str | None = None
+
+
+class Stream:
+    """start() once, stop() once; in between it mends itself."""
+
+    def __init__(self, settings: StreamSettings, events: StreamEvents, plugin: Plugin | None = None) -> None:
+        self._settings = settings
+        self._plugin = plugin or wal2json.plugin(message_prefix(settings.schema))
+        self._report = _Report(events)
+        self._waiting = Waiting(self._report.turned)
+        self._thread = threading.Thread(target=self._run, name="cdc-stream", daemon=True)
+        self._attempts = Attempts(settings.stall_limit_s)
+        self._reached = ZERO
+
+    @property
+    def status(self) -> StreamStatus:
+        return self._report.status
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Confirm, leave, end the thread. False if it has not ended in time: a connection attempt cannot be cut."""
+        if self._thread.ident is None:
+            self._waiting.close()
+            return True
+        self._waiting.stop()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._waiting.check()
+                error = self._attempt()
+                self._report.interrupted(error)
+                standby = error.reason == Reason.SLOT_BUSY
+                pause_s = self._attempts.pause_s(random.random(), permanent=error.permanent, standby=standby)  # noqa: S311 - jitter
+                self._waiting.until(time.monotonic() + pause_s)
+        except Stopped:
+            pass
+        finally:
+            self._waiting.close()
+            self._report.stopped()
+
+    def _attempt(self) -> StreamError:
+        """Stream until something ends it; returns what it was."""
+        reader = None
+        try:
+            with self._open() as session:
+                self._prepare(session)
+                session.start()
+                reader = self._reader(session)
+                self._report.started(self._settings.slot)
+                reader.read()
+        except StreamError as error:
+            ended = error
+        except ProtocolError as error:
+            ended = StreamError(
+                str(error), reason=Reason.PROTOCOL.value, hint="it is skipped; a sweep finds the change"
+            )
+        self._learn(ended, reader)
+        return ended
+
+    def _open(self) -> Session:
+        settings = self._settings
+        return open_session(
+            settings.dsn,
+            self._waiting,
+            application_name=settings.application_name,
+            settings=settings.server_settings,
+            slot=settings.slot,
+            plugin=self._plugin,
+        )
+
+    def _prepare(self, session: Session) -> None:
+        """Have a slot that can be read. A new one starts at the end of the WAL; the sweep finds what lies before."""
+        found = session.look()
+        # In this order: while another consumer reads the slot, its position may pass an end asked for earlier.
+        step = next_step(found, session.server_end(), session.names, may_create=self._settings.create_slot)
+        if step is Step.RECREATE:
+            log.warning("the slot %s delivers nothing any more and is made anew; no change is lost", session.names.slot)
+            session.drop()
+        if step is not Step.START:
+            session.create()
+            log.info("created the slot %s", session.names.slot)
+
+    def _reader(self, session: Session) -> _Reader:
+        return _Reader(
+            session,
+            self._report,
+            self._plugin.decode,
+            interval_s=status_interval_s(self._settings.wal_sender_timeout_s),
+            stall_limit_s=self._attempts.stall_limit_s,
+        )
+
+    def _learn(self, ended: StreamError, reader: _Reader | None) -> None:
+        received = reader.progress.received if reader else ZERO
+        self._attempts = self._attempts.after(
+            stalled=ended.reason == Reason.STALLED,
+            advanced=received > self._reached,
+            talked_s=reader.talked_s if reader else 0.0,
+        )
+        self._reached = max(self._reached, received)
+
+
+class _Report:
+    """What others learn of the stream: its status, its events, its log. Written by the stream's thread only."""
+
+    def __init__(self, events: StreamEvents) -> None:
+        self._events = events
+        self._connected = False
+        self._loop_turned = 0.0
+        self._last_byte: float | None = None
+        self._messages = self._keepalives = self._bytes = 0
+        self._received = self._confirmed = ZERO
+        self._trouble: StreamError | None = None
+
+    @property
+    def status(self) -> StreamStatus:
+        """Made when somebody asks: the stream's thread has more turns in a second than there are readers in a day."""
+        trouble = self._trouble
+        return StreamStatus(
+            connected=self._connected,
+            loop_turned_monotonic=self._loop_turned,
+            last_byte_monotonic=self._last_byte,
+            messages=self._messages,
+            keepalives=self._keepalives,
+            bytes=self._bytes,
+            received_lsn=self._received,
+            confirmed_lsn=self._confirmed,
+            reason=trouble.reason if trouble else None,
+            hint=trouble.hint if trouble else None,
+        )
+
+    def turned(self) -> None:
+        self._loop_turned = time.monotonic()
+
+    def started(self, slot: str) -> None:
+        log.info("streaming the slot %s", slot)
+        self._connected, self._trouble, self._last_byte = True, None, time.monotonic()
+        self._events.streaming()
+
+    def read(self, batch: _Batch, now: float) -> None:
+        """Before anything of the batch is confirmed."""
+        self._last_byte = now
+        self._messages += batch.messages
+        self._keepalives += batch.keepalives
+        self._bytes += batch.bytes
+        if batch.highest > self._received:
+            self._received = Lsn(batch.highest)
+        if batch.wakeups:
+            self._events.rang(batch.wakeups, batch.committed_at)
+
+    def confirmed(self, position: Lsn) -> None:
+        self._confirmed = position
+
+    def interrupted(self, error: StreamError) -> None:
+        if self._trouble is None or error.reason != self._trouble.reason:
+            # Once for each reason, not for each attempt; who stands by is not in trouble.
+            level = logging.INFO if error.reason == Reason.SLOT_BUSY else logging.WARNING
+            log.log(level, "not streaming (%s): %s; %s", error.reason, error, error.hint or "it is tried again")
+        self._connected, self._trouble = False, error
+        self._events.interrupted(error)
+
+    def stopped(self) -> None:
+        log.info("the stream has stopped")
+        self._connected = False
+
+
+class _Batch:
+    """What one turn has read."""
+
+    __slots__ = ("bytes", "committed_at", "highest", "keepalives", "messages", "reply_requested", "wakeups")
+
+    def __init__(self) -> None:
+        self.wakeups: list[WakeUp] = []
+        self.committed_at: float | None = None
+        self.highest = 0
+        self.messages = 0
+        self.keepalives = 0
+        self.bytes = 0
+        self.reply_requested = False
+
+    def read(self, received: list[memoryview], decode: Decode) -> None:
+        for data in received:
+            self.bytes += len(data)
+            position, message, reply_requested = parse(data)
+            # Before it is decoded: a message that cannot be read is confirmed too, or it would come for ever.
+            self.highest = max(self.highest, position)
+            if message is None:
+                self.keepalives += 1
+                self.reply_requested = self.reply_requested or reply_requested
+                continue
+            self.messages += 1
+            if (rung := decode(message)) is not None:
+                wakeup, self.committed_at = rung
+                self.wakeups.append(wakeup)
+
+
+class _Reader:
+    """One session, from START to its end."""
+
+    def __init__(
+        self, session: Session, report: _Report, decode: Decode, *, interval_s: float, stall_limit_s: float
+    ) -> None:
+        self._session = session
+        self._report = report
+        self._decode = decode
+        self._stall_limit_s = stall_limit_s
+        self._began = self._last_byte = time.monotonic()
+        self.progress = Progress(interval_s=interval_s, now=self._began)
+
+    @property
+    def talked_s(self) -> float:
+        return self._last_byte - self._began
+
+    def read(self) -> None:
+        """Until stop() (Stopped), or until something ends the stream (StreamError, ProtocolError)."""
+        try:
+            while True:
+                received = self._session.receive(_BATCH)
+                if received:
+                    self._read_batch(received)
+                now = time.monotonic()
+                self._speak_if_due(now)
+                # Something came, so there may be more: only an empty look is followed by a wait.
+                self._session.wait(now if received else self._bear_until(now))
+        except (Stopped, ProtocolError):
+            self.progress.leave()
+            self._speak_if_due(time.monotonic())
+            self._session.goodbye()
+            raise
+
+    def _read_batch(self, received: list[memoryview]) -> None:
+        self._last_byte = time.monotonic()
+        batch = _Batch()
+        try:
+            batch.read(received, self._decode)
+        finally:
+            # Also what was read in front of a message that cannot be.
+            self._report.read(batch, self._last_byte)
+            self.progress.receive(batch.highest, reply_requested=batch.reply_requested)
+
+    def _speak_if_due(self, now: float) -> None:
+        if self.progress.due(now) is None:
+            return
+        probe.here("stream.before_confirm")
+        confirmed = self.progress.confirm(now)
+        self._session.send(status_update(confirmed, unix_s=time.time(), ping=True))
+        self._report.confirmed(confirmed)
+
+    def _bear_until(self, now: float) -> float:
+        given_up_at = self._last_byte + self._stall_limit_s
+        if now >= given_up_at:
+            raise StreamError(
+                f"the server has sent nothing for {self._stall_limit_s:.0f} s, though each status update asks it to",
+                reason=Reason.STALLED.value,
+                hint="a dead link, or a server decoding a huge transaction; it is tried again with a longer limit",
+            )
+        return min(given_up_at, self.progress.next_status_at)

@@ -1,0 +1,81 @@
+"""The envelope of streaming replication: what travels inside CopyData, both ways. Pure: bytes in, values out.
+
+Numbers are big-endian. The bytes come from a network, so every length is checked: whatever they are, ``parse``
+returns a value or raises ProtocolError.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cdc.errors import ProtocolError
+from cdc.lsn import Lsn
+from cdc.model import SHARDS, WakeUp
+
+_EPOCH_UNIX_S = 946_684_800
+"""PostgreSQL counts microseconds from 2000-01-01 00:00 UTC."""
+
+_SEQ_MAX = 2**63 - 1
+
+_XLOGDATA = struct.Struct("!cQQq")  # 'w', WAL start, WAL end, server clock; the plugin's message follows
+_KEEPALIVE = struct.Struct("!cQqB")  # 'k', WAL end, server clock, reply requested
+_STATUS = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, client clock, reply requested
+
+Rung = tuple[WakeUp, float | None]
+"""What a decoder reads from one message: the wake-up and, if it is there, the commit time (unix seconds, server's
+clock). A plain tuple, as is what ``parse`` returns: hundreds of thousands are made in a second."""
+
+Decode = Callable[[bytes | memoryview], Rung | None]
+"""One message of an output plugin; None if it is not for us, ProtocolError if it cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """An output plugin as the stream needs it: its options at START_REPLICATION, and how to read its messages."""
+
+    name: str
+    options: tuple[tuple[str, str], ...]
+    decode: Decode
+
+
+def parse(data: bytes | memoryview) -> tuple[int, bytes | memoryview | None, bool]:
+    """(position, the plugin's message or None for a keepalive, reply requested).
+
+    The position is the message's own, or the server's end of WAL. A bare int: one Lsn is made for a whole batch.
+    """
+    # An unpack_from cannot read past the end: it raises.
+    try:
+        kind, position, _, _ = _XLOGDATA.unpack_from(data)
+        if kind == b"w":
+            return position, data[_XLOGDATA.size :], False
+    except struct.error:
+        pass  # shorter than any message; a keepalive is
+    return _keepalive(data)
+
+
+def _keepalive(data: bytes | memoryview) -> tuple[int, None, bool]:
+    try:
+        kind, wal_end, _, reply_requested = _KEEPALIVE.unpack(data)
+    except struct.error:
+        kind = b""
+    if kind != b"k" or reply_requested > 1:
+        raise ProtocolError(f"{len(data)} bytes that are neither a replication message nor a keepalive")
+    return wal_end, None, bool(reply_requested)
+
+
+def status_update(confirmed: Lsn, *, unix_s: float, ping: bool) -> bytes:
+    """What we have read. ``ping`` asks for an answer: an idle server sends a client that does not ask not one byte."""
+    clock_us = int((unix_s - _EPOCH_UNIX_S) * 1_000_000)
+    return _STATUS.pack(b"r", confirmed, confirmed, confirmed, clock_us, ping)
+
+
+PAIR = "([1-9][0-9]{0,18}),(0|[1-9][0-9]?)"
+"""The text of a wake-up, ``seq,shard``, as the capture function writes it: a regular expression with two groups."""
+
+
+def pair(seq: str | bytes, shard: str | bytes) -> WakeUp | None:
+    """The wake-up of the two groups of ``PAIR``, or None: anybody may ring, and what does not fit is not ours."""
+    number, owner = int(seq), int(shard)
+    return WakeUp(number, owner) if number <= _SEQ_MAX and owner < SHARDS else None

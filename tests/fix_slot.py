@@ -1,0 +1,73 @@
+"""A replication slot for one test, and commits that ring before they can be seen."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+from tests.eventually import eventually
+
+SlotFacts = dict[str, object]
+
+
+@pytest.fixture
+def slot(db: psycopg.Connection) -> Iterator[str]:
+    """A name that no slot has yet. A slot of that name is dropped afterwards, once nobody reads it."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    yield name
+    if slot_facts(db, name):
+        eventually(lambda: not slot_facts(db, name)["active"], what="a reader leaves the test's slot")
+        db.execute("SELECT pg_drop_replication_slot(%s)", [name])
+
+
+def slot_facts(db: psycopg.Connection, name: str) -> SlotFacts:
+    """The row of pg_replication_slots, or {} when there is none."""
+    with db.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute("SELECT * FROM pg_replication_slots WHERE slot_name = %s", [name]).fetchone() or {}
+
+
+@pytest.fixture
+def confirms(db: psycopg.Connection) -> Callable[[str], None]:
+    """``confirms(slot)`` waits until the slot has confirmed all WAL there was when it was called."""
+
+    def wait(name: str) -> None:
+        end = db.execute("SELECT pg_current_wal_flush_lsn()").fetchone()
+        behind = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
+        eventually(lambda: db.execute(behind, [end[0], name]).fetchone() == (True,), what="the slot confirms")
+
+    return wait
+
+
+@pytest.fixture
+def invisible_commit(admin_dsn: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """``with invisible_commit():`` commits ring and stay invisible until the block ends, for everybody on the server.
+
+    A synchronous standby that is not there: the walsender sends what is flushed, the writer waits before its commit
+    becomes visible. The test's own writes need ``SET synchronous_commit = local``.
+    """
+
+    @contextlib.contextmanager
+    def block() -> Iterator[None]:
+        with psycopg.connect(admin_dsn, autocommit=True) as admin:
+            try:
+                admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody_here'")
+                _reload(admin, "nobody_here")
+                yield
+            finally:
+                admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
+                _reload(admin, "")
+
+    return block
+
+
+def _reload(admin: psycopg.Connection, expected: str) -> None:
+    admin.execute("SELECT pg_reload_conf()")
+    eventually(
+        lambda: admin.execute("SELECT current_setting('synchronous_standby_names')").fetchone() == (expected,),
+        what="the server has read its configuration",
+    )

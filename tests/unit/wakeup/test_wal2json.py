@@ -1,0 +1,174 @@
+"""wal2json's messages, captured from version 2.5 on PostgreSQL 15.18."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdc.errors import ProtocolError
+from cdc.model import WakeUp, message_prefix
+from cdc.wakeup.wal2json import Decoder, options, plugin
+from cdc.wakeup.wire import Rung
+
+ODD = message_prefix('My "Schema", x.y')
+COMMITTED = datetime(2026, 11, 22, 13, 22, 11, 622365, tzinfo=UTC).timestamp()
+
+CASES = [
+    (
+        "ours",
+        "entity_change:public",
+        (
+            '{"action":"M","timestamp":"2026-11-22 13:22:11.622365+00","transactional":true,'
+            '"prefix":"entity_change:public","content":"49,27"}'
+        ),
+        (WakeUp(49, 27), COMMITTED),
+    ),
+    (
+        "ours, of a schema with an odd name",
+        ODD,
+        (
+            '{"action":"M","timestamp":"2026-11-22 13:22:11.622365+00","transactional":true,'
+            '"prefix":"entity_change:My%20%22Schema%22%2C%20x%2Ey","content":"1,2"}'
+        ),
+        (WakeUp(1, 2), COMMITTED),
+    ),
+    (
+        "ours, with more options, of a session elsewhere",
+        ODD,
+        (
+            '{"action":"M","xid":760,"timestamp":"2026-11-22 18:52:11.622365+05:30",'
+            '"lsn":"0/1501D70","transactional":true,'
+            '"prefix":"entity_change:My%20%22Schema%22%2C%20x%2Ey","content":"1,2"}'
+        ),
+        (WakeUp(1, 2), COMMITTED),
+    ),
+    (
+        "ours, without a time",
+        ODD,
+        '{"action":"M","transactional":true,"prefix":"entity_change:My%20%22Schema%22%2C%20x%2Ey","content":"1,2"}',
+        (WakeUp(1, 2), None),
+    ),
+    (
+        "our prefix outside a transaction",
+        ODD,
+        (
+            '{"action":"M","timestamp":null,"transactional":false,'
+            '"prefix":"entity_change:My%20%22Schema%22%2C%20x%2Ey","content":"7,7"}'
+        ),
+        None,
+    ),
+    (
+        "our prefix with Unicode, quotes and a line break",
+        ODD,
+        (
+            '{"action":"M","timestamp":"2026-11-22 13:22:11.622838+00","transactional":true,'
+            '"prefix":"entity_change:My%20%22Schema%22%2C%20x%2Ey","content":"quotes \\" \\\\ \\n ünïcode 😀"}'
+        ),
+        None,
+    ),
+    (
+        "another prefix",
+        "entity_change:public",
+        (
+            '{"action":"M","timestamp":"2026-11-22 13:22:11.622365+00","transactional":true,'
+            '"prefix":"entity_change:public2","content":"1,2"}'
+        ),
+        None,
+    ),
+    ("a begin", "entity_change:public", '{"action":"B"}', None),
+    ("a commit", "entity_change:public", '{"action":"C","xid":760,"lsn":"0/1501DB0","nextlsn":"0/1501DE0"}', None),
+    (
+        "a row",
+        "entity_change:public",
+        '{"action":"I","schema":"public","table":"t","columns":[{"name":"i","type":"integer","value":1}]}',
+        None,
+    ),
+]
+by_name = pytest.mark.parametrize(
+    ("prefix", "text", "rung"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+
+
+@by_name
+def test_what_the_plugin_sends_is_read(prefix: str, text: str, rung: Rung | None) -> None:
+    assert Decoder(prefix)(text.encode()) == rung
+    assert Decoder(prefix)(memoryview(text.encode())) == rung
+
+
+@by_name
+def test_every_strict_prefix_is_a_protocol_error(prefix: str, text: str, rung: Rung | None) -> None:
+    decode, payload = Decoder(prefix), text.encode()
+    for size in range(len(payload)):
+        with pytest.raises(ProtocolError):
+            decode(payload[:size])
+    with pytest.raises(ProtocolError):
+        decode(payload + b"}")
+
+
+@by_name
+def test_every_change_of_one_byte_gives_a_value_or_a_protocol_error(prefix: str, text: str, rung: Rung | None) -> None:
+    decode, payload = Decoder(prefix), text.encode()
+    for place in range(len(payload)):
+        for bits in (0x01, 0x10, 0x80, 0xFF):
+            value_or_protocol_error(decode, payload[:place] + bytes([payload[place] ^ bits]) + payload[place + 1 :])
+
+
+@given(st.binary(max_size=200) | st.text(alphabet='{}[]":,M0e-"\\', max_size=60).map(str.encode))
+def test_any_bytes_give_a_value_or_a_protocol_error(payload: bytes) -> None:
+    value_or_protocol_error(Decoder("entity_change:public"), payload)
+
+
+def test_json_without_end_is_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError):
+        Decoder("entity_change:public")(b"[" * 100_000)
+
+
+def value_or_protocol_error(decode: Decoder, payload: bytes) -> None:
+    try:
+        rung = decode(payload)
+    except ProtocolError:
+        return
+    assert rung is None or (1 <= rung[0].seq < 2**63 and 0 <= rung[0].shard < 64)
+
+
+@given(
+    prefix=st.text(min_size=1, max_size=63).map(message_prefix),
+    content=st.tuples(st.integers(-1, 2**64), st.integers(-1, 70)).map("{0[0]},{0[1]}".format) | st.text(max_size=12),
+    committed=st.datetimes(datetime(2000, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001
+    offset_m=st.integers(-15 * 4, 15 * 4).map(lambda quarter: quarter * 15),
+)
+def test_the_quick_way_reads_what_a_json_parser_reads(
+    prefix: str, content: str, committed: datetime, offset_m: int
+) -> None:
+    local = committed.astimezone(timezone(timedelta(minutes=offset_m)))
+    message = {
+        "action": "M",
+        "timestamp": local.isoformat(" "),
+        "transactional": True,
+        "prefix": prefix,
+        "content": content,
+    }
+    decode = Decoder(prefix)
+    usual = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
+    unusual = json.dumps(message, indent=1).encode()
+    assert decode(usual) == decode(unusual)
+
+
+def test_transactions_one_after_another_keep_their_own_times() -> None:
+    decode = Decoder("entity_change:public")
+    template = CASES[0][2]
+    heard = [decode(template.replace("13:22:11", f"13:22:{second}").encode()) for second in (10, 10, 11, 10)]
+    assert [rung[1] - COMMITTED for rung in heard if rung and rung[1]] == [-1, -1, 0, -1]
+
+
+def test_no_option_is_newer_than_version_2_5_or_could_be_read_as_several() -> None:
+    chosen = dict(options(ODD))
+    assert set(chosen) <= {
+        "format-version", "include-transaction", "include-timestamp", "add-tables", "add-msg-prefixes",
+    }  # fmt: skip
+    assert not set(chosen["add-msg-prefixes"]) & set(", \\*'")
+    assert plugin(ODD).name == "wal2json"
