@@ -12,7 +12,7 @@ visible, so whoever reads everything that *one* snapshot shows never sees a succ
 by a transaction that had not ended when the page before was read (its id is not below that page's ``xmin``).
 Together that is everything the new snapshot shows and the old one did not. The scan itself begins at the *floor*:
 after a page up to number n, only transactions without an end may still bring numbers below n; once ``xmin`` has
-passed that page's ``xmax`` there are none, and n becomes the floor. Dead index entries below it, which a snapshot
+passed that page's ``next_xid`` there are none, and n becomes the floor. Dead index entries below it, which a snapshot
 held elsewhere keeps alive, are not walked again. A number is drawn after its transaction got its id (the capture
 trigger fires after the row was written). For rows inserted by hand that need not hold: a pass from zero, now and
 then, finds what slipped through.
@@ -20,8 +20,8 @@ then, finds what slipped through.
 **By number.** Wake-ups arrive in commit order. As long as *every* wake-up since some moment was kept, and a rung
 number that is not visible yet is looked for in every later fetch until it is there, no fetch can see a successor and
 miss its predecessor. A shard of which that is true is *live*. A wake-up that was lost (start, takeover, reconnect,
-overflow) belongs to a transaction that had an id when it was lost: a pass whose ``xmin`` is not below the ``xmax`` of
-that moment has seen it, and makes the shard live again. Until then the shard is swept at each wake-up instead of
+overflow) belongs to a transaction that had an id when it was lost: a pass whose ``xmin`` is not below the ``next_xid``
+of that moment has seen it, and makes the shard live again. Until then the shard is swept at each wake-up instead of
 fetched by number: as quick, only dearer.
 """
 
@@ -47,10 +47,13 @@ _FULL_PASS_EVERY = 12
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The server's snapshot of a read: ids below ``xmin`` have ended, ids from ``xmax`` on had not begun."""
+    """A read's view: transactions below ``xmin`` had ended, and none from ``next_xid`` on had an id yet.
+
+    ``next_xid`` is not the ``xmax`` of PostgreSQL's snapshots, above which a transaction may well be running.
+    """
 
     xmin: int
-    xmax: int
+    next_xid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +95,38 @@ class Found:
 class _Unseen:
     """A rung number that was not visible when first looked for."""
 
-    __slots__ = ("next_look", "shard", "since", "xmax")
+    __slots__ = ("next_look", "next_xid", "shard", "since")
 
-    def __init__(self, shard: int, since: float, xmax: int) -> None:
+    def __init__(self, shard: int, since: float, next_xid: int) -> None:
         self.shard = shard
         self.since = since
-        self.xmax = xmax
+        self.next_xid = next_xid
         self.next_look = since + _LOOK_AGAIN_MIN_S
 
 
 class _Shard:
-    __slots__ = ("again_at", "candidate", "cursor", "floor", "live", "lost_at", "lost_in", "patience", "reading", "since")
+    __slots__ = (
+        "again_at",
+        "candidate",
+        "cursor",
+        "floor",
+        "live",
+        "lost_at",
+        "lost_in",
+        "patience",
+        "reading",
+        "since",
+    )
 
     def __init__(self) -> None:
         self.reading = True
         """A pass is under way."""
         self.floor = self.cursor = self.since = 0
         self.candidate: tuple[int, int] | None = None
-        """(number, xmax): the number becomes the floor once xmin has reached that xmax."""
+        """(number, id): the number becomes the floor once xmin has reached that id."""
         self.live = False
         self.lost_at: int | None = None
-        """xmax at the last loss; None: the loss is younger than any snapshot we know."""
+        """next_xid after the last loss; None: the loss is younger than any snapshot we know."""
         self.lost_in = 0
         """The sweep that had been asked for last: its snapshot may be older than the loss."""
         self.again_at = 0.0
@@ -142,7 +156,7 @@ class _Shard:
             self.floor = max(self.floor, min(self.candidate[0], reached))
             self.candidate = None
         if self.candidate is None and reached > self.floor:
-            self.candidate = (reached, snapshot.xmax)
+            self.candidate = (reached, snapshot.next_xid)
 
     def pass_complete(self, serial: int, snapshot: Snapshot, now: float) -> None:
         self.reading = False
@@ -150,7 +164,7 @@ class _Shard:
             self.live = True
         elif not self.live:
             if self.lost_at is None and serial > self.lost_in:
-                self.lost_at = snapshot.xmax
+                self.lost_at = snapshot.next_xid
             self.again_at = now + self.patience
             self.patience = min(self.patience * 2, _REPASS_MAX_S)
 
@@ -266,7 +280,7 @@ class Intake:
                 self._unseen.pop(seq, None)
             elif first_look is None:
                 given_up += self._look_again_for(seq, shard, snapshot, now)
-            elif snapshot.xmin >= first_look.xmax:
+            elif snapshot.xmin >= first_look.next_xid:
                 del self._unseen[seq]  # its transaction has ended, and still it is not fresh: settled already
             elif now - first_look.since > _LOOK_AGAIN_FOR_S:
                 del self._unseen[seq]
@@ -362,7 +376,7 @@ class Intake:
     def _look_again_for(self, seq: int, shard: int, snapshot: Snapshot, now: float) -> int:
         if len(self._unseen) >= _UNSEEN_MAX:
             return self._give_up(shard)
-        self._unseen[seq] = _Unseen(shard, now, snapshot.xmax)
+        self._unseen[seq] = _Unseen(shard, now, snapshot.next_xid)
         return 0
 
     def _give_up(self, number: int) -> int:

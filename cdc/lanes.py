@@ -410,4 +410,3 @@ class Lanes:
     def _forget_unread(self, key: Key) -> None:
         del self._unread[key]
         self._resumes.pop(key, None)
-

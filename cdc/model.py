@@ -36,7 +36,7 @@ class Change:
 
     ``old`` is None for an INSERT and ``new`` for a DELETE; otherwise they hold the row as JSON, or, where the
     handler names a pydantic model, an instance of it. ``changed_at`` is the start of the writer's transaction.
-    ``attempt`` counts from 1.
+    ``attempt`` counts from 1. ``requeued``: this attempt was waited for, after a failure or at an operator's word.
     """
 
     id: UUID
@@ -52,6 +52,7 @@ class Change:
     metadata: dict[str, Any] | None
     changed_at: datetime
     attempt: int = 1
+    requeued: bool = False
 
     @property
     def key(self) -> Key:

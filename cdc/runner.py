@@ -105,7 +105,7 @@ class Runner:
             if _being_cancelled():
                 raise
             return self._failed(handler, change, cancelled)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
             return self._failed(handler, change, error)
         return Processed()
 

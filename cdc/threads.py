@@ -64,7 +64,8 @@ def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | No
         return
     if error is None:
         future.set_result(result)
-    elif isinstance(error, StopIteration | asyncio.CancelledError):
-        future.set_exception(RuntimeError(f"the handler raised {type(error).__name__}"))  # a future cannot carry it
-    else:
+    elif isinstance(error, Exception) and not isinstance(error, StopIteration):
         future.set_exception(error)
+    else:
+        # What would end the task that waits instead of telling it (SystemExit, GeneratorExit ...), or a future refuses.
+        future.set_exception(RuntimeError(f"the handler raised {type(error).__name__}"))

@@ -49,10 +49,16 @@ class Server:
     flushed: set[int] = field(default_factory=set)
     aborted: set[int] = field(default_factory=set)
     next_xid: int = 10
+    completed: int = 9
     next_seq: int = 1
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(min(self.open, default=self.next_xid), self.next_xid)
+        """As PostgreSQL takes it: xmin is the oldest that runs, or one above the last that has completed."""
+        return Snapshot(min([*self.open, self.completed + 1]), self.next_xid)
+
+    def end(self, xid: int) -> None:
+        del self.open[xid]
+        self.completed = max(self.completed, xid)
 
     def begin(self) -> int:
         xid = self.next_xid
@@ -127,7 +133,7 @@ class Simulation:
         self.calm = True
         for xid in list(self.server.open):
             self.server.flushed.add(xid)
-            del self.server.open[xid]
+            self.server.end(xid)
         for _ in range(4_000):
             for call in (self._ring, self._read, self._read, self._start, self._finish, self._settle, self._settle):
                 call()
@@ -151,14 +157,14 @@ class Simulation:
             xid = self.dice.choice(candidates)
             if self.dice.random() < 0.1:
                 self.server.aborted.add(xid)
-                del self.server.open[xid]
+                self.server.end(xid)
                 return
             self.server.flushed.add(xid)
             self.bells += [WakeUp(row.seq, row.shard) for row in self.server.rows.values() if row.xid == xid]
 
     def _end(self) -> None:
         if candidates := [xid for xid in self.server.open if xid in self.server.flushed]:
-            del self.server.open[self.dice.choice(candidates)]
+            self.server.end(self.dice.choice(candidates))
 
     # --- the stream ------------------------------------------------------------------------------------------------
 

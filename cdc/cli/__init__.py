@@ -16,6 +16,7 @@ from cdc.errors import CdcError
 
 _COMMANDS = {
     "run": ("cdc.cli.run", "Hand committed changes to your handlers."),
+    "demo": ("cdc.cli.demo", "Watch changes travel, on a throw-away server."),
     "db": ("cdc.cli.db", "Install, upgrade and check the database objects."),
     "track": ("cdc.cli.track", "Capture the changes of a table."),
     "untrack": ("cdc.cli.track", "Stop capturing the changes of a table."),

@@ -2,6 +2,9 @@
 --
 -- The predicates of the partial indexes stay literal: with a parameter in their place the generic plan cannot use
 -- the index. `held` is one probe a row into the index of waiting changes, and not even that while nothing waits.
+--
+-- `next_xid` is the first transaction id that is not assigned yet, read off age(), which counts back from there. It is
+-- not the snapshot's xmax: that is one above the last *completed* id, and a commit that hangs may well lie above it.
 
 -- name: check
 -- Whether the table is there, has the columns of this version, and may be read.
@@ -12,10 +15,11 @@ FROM {changes} LIMIT 0
 -- name: fetch
 -- By number: the fresh ones among these changes.
 WITH horizon AS MATERIALIZED (
-  SELECT pg_snapshot_xmin(s)::text::bigint AS xmin, pg_snapshot_xmax(s)::text::bigint AS xmax
+  SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
+         pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
   FROM pg_current_snapshot() AS s
 )
-SELECT horizon.xmin, horizon.xmax, row.*
+SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
   SELECT c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
          c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,
@@ -31,10 +35,11 @@ FROM horizon LEFT JOIN LATERAL (
 -- by transactions that had not ended when the page before was read. age() counts back from the newest id, so that
 -- "not older than" needs no care for ids that wrap around.
 WITH horizon AS MATERIALIZED (
-  SELECT pg_snapshot_xmin(s)::text::bigint AS xmin, pg_snapshot_xmax(s)::text::bigint AS xmax
+  SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
+         pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
   FROM pg_current_snapshot() AS s
 )
-SELECT horizon.xmin, horizon.xmax, row.*
+SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
   SELECT c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
          c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,

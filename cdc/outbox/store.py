@@ -113,14 +113,15 @@ class Store:
     ) -> tuple[list[Row], float | None]:
         """Waiting changes that are due, and the seconds until the next one will be."""
         owned = list(shards)
-        rows = [_row(record) for record in await self._rows(reader, "due", {"shards": owned, "limit": limit})]
+        found = await self._rows(reader, "due", {"shards": owned, "limit": limit})
+        rows = [_row(record, requeued=True) for record in found]
         [(next_due_s,)] = await self._rows(reader, "next_due", {"shards": owned})
         return rows, next_due_s
 
     async def settle(self, session: psycopg.AsyncConnection, batch: Sequence[Finished]) -> Settled:
         """Record outcomes, all or none, on the session that holds the shard locks."""
-        plain = [f.change for f in batch if f.change.attempt == 1 and isinstance(f.outcome, Processed | Skipped)]
-        others = [f for f in batch if f.change.attempt > 1 or not isinstance(f.outcome, Processed | Skipped)]
+        plain = [f.change for f in batch if _is_plain(f)]
+        others = [f for f in batch if not _is_plain(f)]
         probe.here("settle.before_commit")
         if plain and others:
             # One transaction: a retried change and its successor may both be in this batch, and a crash between two
@@ -158,6 +159,11 @@ class Store:
             return await cursor.fetchall()
 
 
+def _is_plain(finished: Finished) -> bool:
+    """A fresh change that is done: what the statement ``settle_processed`` is for."""
+    return not finished.change.requeued and isinstance(finished.outcome, Processed | Skipped)
+
+
 def _settle_values(outcome: Outcome) -> tuple[bool, bool, bool, float | None, str | None]:
     """(processed, dead, failed, delay_s, error) of the statement ``settle_others``."""
     match outcome:
@@ -172,13 +178,13 @@ def _settle_values(outcome: Outcome) -> tuple[bool, bool, bool, float | None, st
 
 
 def _page(records: list[Any]) -> Page:
-    xmin, xmax = records[0][:2]
+    xmin, next_xid = records[0][:2]
     # The snapshot comes with every row, and alone, with nulls, when there is none.
     rows = [] if records[0][2] is None else [_row(record[2:]) for record in records]
-    return Page(rows, Snapshot(xmin, xmax))
+    return Page(rows, Snapshot(xmin, next_xid))
 
 
-def _row(record: Sequence[Any]) -> Row:
+def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
     (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,
      held) = record  # fmt: skip
     change = Change(
@@ -195,6 +201,7 @@ def _row(record: Sequence[Any]) -> Row:
         metadata=metadata,
         changed_at=changed_at,
         attempt=failures + 1,
+        requeued=requeued,
     )
     return Row(change, held)
 

@@ -1,0 +1,119 @@
+"""Consumers: one inside the test's event loop, and real processes that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cdc import config
+from cdc.app import App
+from cdc.routing import Router
+from tests.eventually import eventually
+
+ROOT = Path(__file__).parent.parent
+
+
+def slot_name() -> str:
+    return f"test_{uuid.uuid4().hex[:12]}"
+
+
+@contextlib.asynccontextmanager
+async def consuming(dsn: str, router: Router, **settings: Any) -> AsyncIterator[App]:
+    """A consumer beside the test. Leaves by draining; what ended it early is raised."""
+    app = App(config.from_options({"dsn": dsn, "http_port": 0, "slot_name": slot_name(), **settings}), router)
+    work = asyncio.create_task(app.run())
+    try:
+        yield app
+        if work.done():
+            work.result()
+    finally:
+        app.consumer.stop()
+        await work
+
+
+def metric(registry: CollectorRegistry, name: str, **labels: str) -> float:
+    """A sample's value; summed over the labels that are not named; 0 where there is none."""
+    return sum(
+        sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+class Process:
+    """``cdc run`` as users start it, its log in a file."""
+
+    def __init__(self, dsn: str, log: Path, *, handlers: str = "tests.handlers:router", **settings: Any) -> None:
+        self._log = log
+        settings = {"slot_name": "cdc_test", "http_port": 0, **settings}
+        options = [item for name, value in settings.items() for item in (f"--{name.replace('_', '-')}", str(value))]
+        with log.open("a") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cdc", "run", "--handlers", handlers, *options],
+                cwd=ROOT, env={**os.environ, "CDC_DSN": dsn}, stdout=output, stderr=output,
+            )  # fmt: skip
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        def said() -> bool:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.log}"
+            return text in self.log
+
+        eventually(said, what=f"the log saying {text!r}")
+
+    def memory_bytes(self, field: str = "VmRSS") -> int:
+        """VmRSS now, VmHWM at its highest."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
+
+    def terminate(self, within_s: float = 30.0) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(within_s)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[list[Process]]:
+    """Append processes; whatever still runs at the end is killed."""
+    started: list[Process] = []
+    yield started
+    for process in started:
+        if process.process.poll() is None:
+            process.kill()
+
+
+def settled(db: psycopg.Connection) -> bool:
+    """Nothing is fresh or waiting."""
+    [(left,)] = db.execute("SELECT count(*) FROM entity_changes WHERE NOT processed AND dead_at IS NULL").fetchall()
+    return bool(left == 0)
+
+
+def states(db: psycopg.Connection) -> dict[str, int]:
+    """How many changes are in each state."""
+    return dict(
+        db.execute(
+            "SELECT CASE WHEN processed THEN 'processed' WHEN dead_at IS NOT NULL THEN 'dead'"
+            " WHEN next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END AS state, count(*)"
+            " FROM entity_changes GROUP BY 1"
+        ).fetchall()
+    )
