@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from cdc import config, logs
+from cdc import __version__, config, logs
 from cdc.collector import Collector
 from cdc.config import Settings
 from cdc.consumer import Consumer, ConsumerSettings
@@ -76,6 +76,7 @@ class App:
 
     def __init__(self, settings: Settings, router: Router) -> None:
         self._settings = settings
+        self._router = router
         self._threads = Threads(settings.threads)
         self.metrics = metrics = Metrics(settings.slot.name, router)
         metrics.lanes_capacity.set(settings.window)
@@ -104,6 +105,9 @@ class App:
         self.consumer.stop()
 
     async def run(self) -> None:
+        """Until the consumer is stopped, or its first connection is refused."""
+        handlers = sorted({handler.name for handler in self._router.handlers.values()})
+        log.info("cdc %s; handlers: %s", __version__, ", ".join(handlers) or "none")
         with self._serving_health():
             async with self._beside():
                 await self.consumer.run()
@@ -127,12 +131,7 @@ class App:
     @contextlib.asynccontextmanager
     async def _beside(self) -> AsyncIterator[None]:
         """All that runs beside the consumer."""
-        tasks = [asyncio.create_task(self._listener.run()), asyncio.create_task(self._show())]
-        self._collector.start()
-        if self._stream:
-            self._stream.start()
-        else:
-            log.info("the stream is switched off: changes are found by sweeping")
+        tasks = [asyncio.create_task(self._show()), asyncio.create_task(self._start_beside())]
         try:
             yield
         finally:
@@ -143,6 +142,15 @@ class App:
                 log.warning("the stream's thread has not ended within %g s", _STOP_THREADS_S)
             await asyncio.to_thread(self._collector.stop, _STOP_THREADS_S)
             self._threads.close()
+
+    async def _start_beside(self) -> None:
+        await self.consumer.connected.wait()
+        self._collector.start()
+        if self._stream:
+            self._stream.start()
+        else:
+            log.info("the stream is switched off: changes are found by sweeping")
+        await self._listener.run()
 
     def _make_stream(self) -> Stream:
         settings = self._settings
@@ -183,7 +191,8 @@ class App:
         metrics.stream_messages.labels(slot, "change").inc(status.messages - before.messages)
         metrics.stream_messages.labels(slot, "keepalive").inc(status.keepalives - before.keepalives)
         metrics.stream_received_bytes.labels(slot).inc(status.bytes - before.bytes)
-        metrics.loop_last_iteration.labels("stream").set(status.loop_turned_monotonic + offset)
+        if status.loop_turned_monotonic:  # it has begun
+            metrics.loop_last_iteration.labels("stream").set(status.loop_turned_monotonic + offset)
         if status.last_byte_monotonic is not None:
             metrics.stream_last_byte.labels(slot).set(status.last_byte_monotonic + offset)
         self._shown = status
@@ -192,8 +201,8 @@ class App:
         """Called in the health server's threads. Only what a restart would mend: never the database, lag or role."""
         now = time.monotonic()
         checks = [_recent("loop.consumer", now - self._turned, _TURN_LIMIT_S)]
-        if self._stream:
-            status = self._stream.status
+        status = self._stream.status if self._stream else StreamStatus()
+        if status.loop_turned_monotonic:  # it has begun
             checks.append(_recent("loop.stream", now - status.loop_turned_monotonic, _TURN_LIMIT_S))
             if status.connected and status.last_byte_monotonic is not None:
                 checks.append(_recent("stream.last_byte", now - status.last_byte_monotonic, 3 * _STALL_LIMIT_S))

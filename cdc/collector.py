@@ -47,7 +47,8 @@ class Collector:
 
     def stop(self, timeout_s: float) -> None:
         self._stopping.set()
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

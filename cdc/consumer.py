@@ -27,7 +27,7 @@ from cdc.hooks import Hooks
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.lanes import Finished, Lanes, Resume
 from cdc.metrics import Metrics
-from cdc.model import Processed, Waiting, WakeUp
+from cdc.model import SHARDS, Processed, Waiting, WakeUp
 from cdc.outbox.shards import Session
 from cdc.outbox.store import Page, Store
 from cdc.runner import Runner
@@ -43,6 +43,8 @@ _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
 _SWEEP_ROOM_MIN = 64
 """One row for each shard: no page is so small that some shards are left out of it."""
 _TURN_AT_LEAST_S = 5.0
+_LAST_SETTLE_S = 3.0
+"""A commit may hang for as long as a synchronous standby is away; a stop may not."""
 _INTERRUPTIONS = (CdcError, psycopg.Error, OSError)  # TimeoutError is an OSError
 
 
@@ -83,6 +85,8 @@ class Consumer:
         self.turned: dict[str, float] = {}
         self.answered_at: float | None = None
         self.in_service = False
+        self.connected = asyncio.Event()
+        """Set at the first connection and never unset: from then on trouble is waited out."""
 
     # --- from outside, on the event loop ---------------------------------------------------------------------------
 
@@ -135,7 +139,7 @@ class Consumer:
             while not self.stopping:
                 began = self._now()
                 error = await self._term_failure()
-                if error and self.answered_at is None:
+                if error and not self.connected.is_set():
                     raise error
                 if error and not self.stopping:
                     log.warning("interrupted: %s; trying again", _sentence(error))
@@ -168,8 +172,8 @@ class Consumer:
                         loops.create_task(self._shard_loop(session)),
                         loops.create_task(self._intake_loop(session, reader)),
                     ]
-                    loops.create_task(self._settle_loop(session))
-                    loops.create_task(self._drain_at_stop(readers))
+                    settling = loops.create_task(self._settle_loop(session))
+                    loops.create_task(self._drain_at_stop(readers, settling))
             finally:
                 await self._end_term()
 
@@ -180,6 +184,7 @@ class Consumer:
         try:
             reader = await connect_async(dsn, application_name="cdc: reader", session={"statement_timeout": "60s"})
             async with reader:
+                self.connected.set()
                 await self._wait_for_schema(reader)
                 self.in_service = True
                 yield session, reader
@@ -203,13 +208,17 @@ class Consumer:
             else:
                 return
 
-    async def _drain_at_stop(self, readers: Sequence[asyncio.Task[None]]) -> None:
+    async def _drain_at_stop(self, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]) -> None:
         await self._stopping.wait()
         await self._workers.drain(self._settings.drain_time_s)
         self._drained = True
         self._settle_due.set()
         for loop in readers:
             loop.cancel()
+        await asyncio.wait([settling], timeout=_LAST_SETTLE_S)
+        if not settling.done():
+            log.warning("what was done last could not be settled within %g s; it may run again", _LAST_SETTLE_S)
+            settling.cancel()
 
     async def _end_term(self) -> None:
         """The locks are gone, or about to be: forget what was queued and cut off what can be."""
@@ -239,6 +248,7 @@ class Consumer:
             self._intake.own(taken)
             self._own(self._owned.union(taken))
             self._metrics.shard_moves.labels("acquired").inc(len(taken))
+            log.info("owns %d of %d shards; consumers: %d", len(self._owned), SHARDS, members)
             self._next_due_at = 0.0
             self._read_due.set()
         self._lanes.release(move.give)

@@ -73,7 +73,7 @@ class Server:
         self.wal2json = has_wal2json(self.bindir)
         self.port = free_port() if tcp else 5432
         self.tcp = tcp
-        self.folder = Path(tempfile.mkdtemp(prefix="cdc", dir="/tmp"))  # noqa: S108 - socket paths end at 107 bytes
+        self.folder = Path(tempfile.mkdtemp(prefix="cdc", dir="/tmp"))
         self.data = self.folder / "data"
         self._settings = {**_DURABLE, **({} if durable else _FAST), **(settings or {})}
         # initdb and postgres refuse to run as root.

@@ -1,8 +1,7 @@
-"""A replication slot for one test, and commits that ring before they can be seen."""
+"""A replication slot for one test."""
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -41,33 +40,3 @@ def confirms(db: psycopg.Connection) -> Callable[[str], None]:
         eventually(lambda: db.execute(behind, [end[0], name]).fetchone() == (True,), what="the slot confirms")
 
     return wait
-
-
-@pytest.fixture
-def invisible_commit(admin_dsn: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """``with invisible_commit():`` commits ring and stay invisible until the block ends, for everybody on the server.
-
-    A synchronous standby that is not there: the walsender sends what is flushed, the writer waits before its commit
-    becomes visible. The test's own writes need ``SET synchronous_commit = local``.
-    """
-
-    @contextlib.contextmanager
-    def block() -> Iterator[None]:
-        with psycopg.connect(admin_dsn, autocommit=True) as admin:
-            try:
-                admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody_here'")
-                _reload(admin, "nobody_here")
-                yield
-            finally:
-                admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
-                _reload(admin, "")
-
-    return block
-
-
-def _reload(admin: psycopg.Connection, expected: str) -> None:
-    admin.execute("SELECT pg_reload_conf()")
-    eventually(
-        lambda: admin.execute("SELECT current_setting('synchronous_standby_names')").fetchone() == (expected,),
-        what="the server has read its configuration",
-    )

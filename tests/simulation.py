@@ -98,7 +98,7 @@ def _change(record: Record) -> Change:
 
 
 class Simulation:
-    """``run()`` plays the schedule of ``seed`` and then lets everything settle; it raises where order or rows are lost."""
+    """``run()`` plays the schedule of ``seed``, then lets everything settle; raises where order or rows are lost."""
 
     def __init__(self, seed: int, *, steps: int = 400) -> None:
         self.dice = random.Random(seed)

@@ -13,9 +13,8 @@ from cdc.cli.output import paint
 def demo(keep: bool, verbose: bool) -> None:
     """Watch changes travel from a table to their handlers, on a throw-away server.
 
-    \b
     Needs PostgreSQL's server programs, and wal2json, on this machine. No existing server is touched, no setting
-    read; nothing is left. Ends by itself after about 20 seconds, with 1 if a change was not processed.
+    is read, and nothing is left. Ends by itself after about 20 seconds, with 1 if a change was not processed.
     """
     from cdc.demo.play import play  # noqa: PLC0415 - --help does not wait for the driver to load
 

@@ -22,7 +22,7 @@ STEPS = ("stored", "wake-up", "handler", "processed")
 
 @dataclass(slots=True)
 class Journey:
-    """The way of one change. ``shown``: it gets a line of its own on the screen."""
+    """The way of one change. ``shown``: it gets a line of its own; ``announced``: its writer notes ``stored``."""
 
     table: str
     operation: str
@@ -36,6 +36,7 @@ class Journey:
     started: float | None = None
     attempts: int = 0
     processed: float | None = None
+    announced: bool = True
 
     @property
     def source(self) -> str:
@@ -107,7 +108,7 @@ class Journal:
         if journey is not None:
             with self._lock:
                 journey.processed = self._clock()
-                ended = journey.stored is not None
+                ended = journey.stored is not None or not journey.announced
             if ended:
                 self._end(journey)
         elif self._burst_left:
@@ -128,7 +129,7 @@ class Journal:
             return None
         # Of a stranger's commit only the start of its transaction is known, by the server's clock.
         began = self._clock() - (time.time() - change.changed_at.timestamp())
-        journey = Journey(change.table, change.operation, "yours", shown=True, sent=began, stored=began)
+        journey = Journey(change.table, change.operation, "yours", shown=True, sent=began, announced=False)
         self._on_the_way[_mark(change)] = journey
         return journey
 

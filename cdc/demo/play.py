@@ -173,8 +173,8 @@ class _Stage:
     # --- what is said ----------------------------------------------------------------------------------------------
 
     def _introduce(self, app: App) -> None:
-        way = f"rung by the replication slot {_SLOT}" if _streams(app) else "no slot rings here: it sweeps"
-        self._say(f"A consumer is at work ({way}); metrics: {self._url}")
+        way = f"rung by the slot {_SLOT}" if _streams(app) else "no slot rings, so it sweeps"
+        self._say(f"A consumer is at work, {way}. Metrics: {self._url}")
         self._say("An application now writes 20 rows a second. One in 14 is shown, in ms after the row was sent:")
         self._say("")
         self._say(self._paint(report.HEADER, bold=True))

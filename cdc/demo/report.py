@@ -48,7 +48,7 @@ def line(journey: Journey, paint: Paint) -> str:
             f"{wakeup} {_ms(_since_sent(journey, 'wake-up')):>6}",
             f"{journey.handler:7} {_ms(_since_sent(journey, 'handler')):>6}",
             paint(_ms(_since_sent(journey, "processed")).rjust(9), "green" if journey.attempts == 1 else "yellow"),
-            journey.note if journey.attempts == 1 else f"{journey.note}, {journey.attempts} attempts",
+            journey.note if journey.attempts == 1 else f"attempt {journey.attempts}",
         ]
     )
 
@@ -63,8 +63,8 @@ def burst_line(burst: Burst, paint: Paint) -> str:
     # The whole way, the writer's part included: what a person with a stop-watch would divide by.
     rate = burst.rows / (burst.written_s + burst.processed_s)
     return paint(
-        f"a burst: {burst.rows:,} messages in one transaction, written in {burst.written_s * 1000:,.0f} ms,"
-        f" all processed {burst.processed_s * 1000:,.0f} ms after its commit ({rate:,.0f} changes/s)",
+        f"burst: {burst.rows:,} messages in one transaction, written in {burst.written_s * 1000:,.0f} ms,"
+        f" processed {burst.processed_s * 1000:,.0f} ms later ({rate:,.0f}/s)",
         bold=True,
     )
 
@@ -95,7 +95,8 @@ def _latencies(journeys: Sequence[Journey]) -> Iterator[str]:
     for step in STEPS:
         sent = [seconds for journey in journeys if (seconds := _since_sent(journey, step)) is not None]
         after = [s for journey in journeys if step != "stored" and (s := _since_commit(journey, step)) is not None]
-        yield f"  {step:21}" + _percentiles(sent, 14) + _percentiles(after, 19)
+        if sent:  # without a slot nothing rings
+            yield f"  {step:21}" + _percentiles(sent, 14) + _percentiles(after, 19)
 
 
 def _percentiles(values: Sequence[float], width: int) -> str:

@@ -12,6 +12,12 @@ SELECT seq, shard, id, table_schema, table_name, operation, entity_type, entity_
        changed_at, processed, processed_at, error_count, last_error, next_attempt_at, dead_at
 FROM {changes} LIMIT 0
 
+-- name: missing_rights
+-- The columns a settle writes and this role may not. Without them each change would be handled again and again.
+SELECT c.name
+FROM unnest(ARRAY['processed', 'processed_at', 'error_count', 'last_error', 'next_attempt_at', 'dead_at']) AS c(name)
+WHERE NOT has_column_privilege({regclass}::regclass, c.name, 'UPDATE')
+
 -- name: fetch
 -- By number: the fresh ones among these changes.
 WITH horizon AS MATERIALIZED (

@@ -60,9 +60,10 @@ class Store:
         self._option = "" if schema == "public" else f" --schema {shlex.quote(schema)}"
 
     async def check(self, reader: psycopg.AsyncConnection) -> None:
-        """Raises SchemaError where the table is missing, is an older one, or may not be read."""
+        """Raises SchemaError where the table is missing, is an older one, or may not be read and settled."""
         try:
             await reader.execute(self._statements["check"])
+            denied = [name for (name,) in await self._rows(reader, "missing_rights", {})]
         except (errors.UndefinedTable, errors.InvalidSchemaName):
             raise SchemaError(f"there is no table {self._table}", hint=f"run: cdc db install{self._option}") from None
         except errors.UndefinedColumn as missing:
@@ -73,8 +74,13 @@ class Store:
         except errors.InsufficientPrivilege as refused:
             raise SchemaError(
                 f"the role may not read {self._table}: {refused.diag.message_primary}",
-                hint="grant it USAGE on the schema, and SELECT and UPDATE on the table",
+                hint=f"grant it USAGE on the schema, and: GRANT SELECT, UPDATE ON {self._table} TO ...",
             ) from None
+        if denied:
+            raise SchemaError(
+                f"the role may not settle changes: no UPDATE on {', '.join(denied)} of {self._table}",
+                hint=f"GRANT UPDATE ({', '.join(denied)}) ON {self._table} TO ...",
+            )
 
     async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Sequence[WakeUp]) -> Page:
         parameters = {"seqs": [w.seq for w in wakeups], "shards": [w.shard for w in wakeups]}

@@ -1,0 +1,65 @@
+# What one does with this project. Each target sets up what it needs: the Debian packages (deploy/debian-setup) and
+# .venv, from the locked requirements.
+
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+ARGS ?=
+KEEP ?=
+PYTHON ?=
+export PYTHON
+
+.PHONY: help
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(READY) ## Watch changes travel, on a throw-away server. KEEP=1: stay up until Ctrl-C.
+	@$(BIN)/cdc demo $(if $(KEEP),--keep)
+
+.PHONY: test
+test: $(READY) ## Run all tests. ARGS="-k lanes -x" is passed to pytest.
+	@CDC_REQUIRE_PG=1 $(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(READY) ## The static gate: ruff, mypy, import contracts.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports
+
+.PHONY: bench
+bench: $(READY) ## Measure throughput and latency on this machine.
+	@$(BIN)/python -m tests.bench $(ARGS)
+
+.PHONY: lock
+lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
+	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
+	uv pip compile $(LOCK) pyproject.toml --output-file requirements.txt
+	uv pip compile $(LOCK) pyproject.toml --group dev --output-file requirements-dev.txt
+
+LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+
+.PHONY: clean
+clean: ## Remove what was built; .venv, too.
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: machine
+machine:
+	@deploy/debian-setup
+
+# Order-only: the packages are looked at each time, .venv is made anew only when its requirements have changed.
+$(READY): requirements-dev.txt pyproject.toml | machine
+	@echo "Setting up $(VENV)" >&2
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 none; do \
+	  if [ $$python = none ]; then echo "cdc needs Python 3.11 or newer; make PYTHON=... names one" >&2; exit 1; fi; \
+	  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
+	done; \
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $$python -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,106 @@
+"""``cdc demo``, shortened: everything it prints comes from a run on its own server."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import psycopg
+import pytest
+from click.testing import CliRunner
+
+from cdc.cli.demo import demo
+from cdc.demo import play
+from tests.eventually import eventually
+
+# For its skip: a machine without server programs has no demo.
+pytestmark = pytest.mark.usefixtures("server")
+
+_SHORT = """
+import sys
+from cdc.cli.output import paint
+from cdc.demo.play import play
+def say(text): print(text, flush=True)
+sys.exit(not play(say=say, paint=paint, keep={keep}, ticks={ticks}, burst_rows={burst}))
+"""
+
+
+def _start(path: Path, *, ticks: int, burst: int, keep: bool = False) -> subprocess.Popen[bytes]:
+    """A demo that writes to ``path``, off a terminal. Its time is not its own: no test waits for a duration."""
+    code = _SHORT.format(keep=keep, ticks=ticks, burst=burst)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")}
+    with path.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env=environment | {"PYTHONUTF8": "1"},
+        )  # fmt: skip
+
+
+def test_every_written_change_is_shown_on_its_way_or_counted_and_nothing_is_left(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with _start(output, ticks=90, burst=300) as process:
+        assert process.wait(90) == 0, output.read_text()
+    text = output.read_text()
+    assert re.search(r"whatsapp_message_reactions +INSERT +[\d.]+ +wal +[\d.]+ +react +[\d.]+ +[\d.]+ +✅", text)
+    assert re.search(r"cortex_projects.tasks +INSERT .* notify .* of a reaction", text), "the chain reaction"
+    assert re.search(r"whatsapp_messages +INSERT .* answer +attempt 2 failed: MessengerError", text)
+    assert re.search(r"whatsapp_messages +INSERT .* answer .* attempt 3", text)
+    assert "burst: 300 messages in one transaction" in text
+    captured, processed, retried, dead = (_count(text, word) for word in ("captured", "processed", "retried", "dead"))
+    # 90 rows written one by one, 300 in the burst, and a task for each check mark.
+    assert captured == processed == 390 + text.count("✅") + _quiet_check_marks(90)
+    assert (retried, dead) == (1, 0)
+    assert re.search(r"^  wake-ups +wal \d+, notify \d+, retry 2, sweep \d+$", text, re.MULTILINE)
+    assert re.search(r"^  handler +[\d.]+ +[\d.]+ +-?[\d.]+ +[\d.]+$", text, re.MULTILINE), "p50 and p99, twice"
+    assert "\x1b[" not in text, "colours off a terminal"
+    assert "Traceback" not in text
+
+
+def _count(text: str, word: str) -> int:
+    [number] = re.findall(rf"^  {word} +([\d,]+)$", text, re.MULTILINE)
+    return int(number.replace(",", ""))
+
+
+def _quiet_check_marks(ticks: int) -> int:
+    quiet = ticks - len(range(0, ticks, 14))
+    return quiet // 4
+
+
+def test_kept_up_it_serves_metrics_shows_what_others_write_and_ends_at_ctrl_c(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+
+    def printed(pattern: str) -> Callable[[], str]:
+        """What the pattern's group matched in the output; "" for nothing yet."""
+        return lambda: next(iter(re.findall(pattern, output.read_text())), "")
+
+    with _start(output, ticks=20, burst=10, keep=True) as process:
+        try:
+            dsn = eventually(printed(r'psql "(.*)"'), within_s=60, what="the line for psql")
+            url = eventually(printed(r"(http://127.0.0.1:\d+/metrics)"))
+            with urllib.request.urlopen(url, timeout=10) as response:
+                assert "cdc_wakeups_total" in response.read().decode()
+            with psycopg.connect(dsn, autocommit=True) as connection:
+                connection.execute("INSERT INTO whatsapp_messages VALUES ('mine', 'help!', 'me', 'my-chat')")
+            eventually(printed(r"(whatsapp_messages +INSERT .* yours)"), what="a line for the visitor's row")
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, output.read_text()
+    folder = Path(dsn.split("host=")[1].split()[0])
+    assert not folder.exists()
+
+
+def test_changes_that_were_not_processed_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(play, "play", lambda **_: False)
+    assert CliRunner().invoke(demo).exit_code == 1
+
+
+def test_all_processed_is_exit_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(play, "play", lambda **options: options["say"] is click.echo)
+    assert CliRunner().invoke(demo).exit_code == 0

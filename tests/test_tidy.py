@@ -1,0 +1,330 @@
+"""What the project holds itself to, read from its own source. The import contracts are in pyproject.toml."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+
+from cdc.cli import cdc as root_command
+from cdc.config import SETTINGS
+from cdc.model import SHARDS, ChangeState
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = sorted((ROOT / "cdc").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+SQL = sorted((ROOT / "sql").glob("*.sql"))
+
+FUNCTION_LINES_MAX = 60
+MODULE_LINES_MAX = 500
+
+MAY_SLEEP = {
+    "cdc/app.py": "the ticker that shows figures is cancelled at the stop; nothing it could wait for",
+    "tests/eventually.py": "the one place where tests let time pass",
+    "tests/handlers.py": "a handler that takes as long as a test says",
+}
+DRIVES_LIBPQ = {
+    "cdc/wakeup/replication.py": "the replication connection",
+    "cdc/connect.py": "libpq's version, and which link a refused connect was about",
+}
+EXPLAINED_ELSEWHERE = {("cdc/routing.py", "B004"): "the docstring of the function says what it unwraps"}
+PURE = (
+    "model", "errors", "lsn", "probe", "routing", "lanes", "intake", "retry", "shares", "refusals",
+    "wakeup/wire", "wakeup/wal2json", "wakeup/progress",
+)  # fmt: skip
+LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
+                "www.postgresql.org"}  # fmt: skip
+"""Whom the files may link to. Anything else is a place somebody fetched from, or a machine somebody worked on."""
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"), name(path))
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """The last name of what is called, and the call."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            yield (node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id), node
+
+
+def comments(path: Path) -> dict[int, str]:
+    with path.open("rb") as source:
+        tokens = list(tokenize.tokenize(source.readline))
+    return {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """String constants of the code; docstrings are talk."""
+    talk = {id(node.value) for node in ast.walk(tree(path)) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in talk:
+            yield node.lineno, node.value
+
+
+@cache
+def project_files() -> list[Path]:
+    """What is, or would be, under version control."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listing.returncode == 0:
+        return [ROOT / line for line in listing.stdout.splitlines() if (ROOT / line).is_file()]
+    built = {"__pycache__", "build", "dist"}
+    return [
+        path
+        for path in ROOT.rglob("*")
+        if path.is_file() and not any(part in built or part.startswith(".") for part in path.relative_to(ROOT).parts)
+    ]
+
+
+# --- shape ---------------------------------------------------------------------------------------------------------
+
+
+def test_functions_fit_on_a_screen() -> None:
+    lengths = {
+        f"{name(path)}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in (*PACKAGE, *TESTS)
+        for node in functions(path)
+    }
+    assert {where: length for where, length in lengths.items() if length > FUNCTION_LINES_MAX} == {}
+
+
+def test_modules_of_the_package_stay_readable() -> None:
+    lengths = {name(path): len(path.read_text("utf-8").splitlines()) for path in PACKAGE}
+    assert {where: length for where, length in lengths.items() if length > MODULE_LINES_MAX} == {}
+
+
+def test_package_files_below_the_root_are_empty_except_the_command_line() -> None:
+    inits = [path for path in PACKAGE if path.name == "__init__.py" and path.read_text("utf-8")]
+    assert [name(path) for path in inits] == ["cdc/__init__.py", "cdc/cli/__init__.py"]
+
+
+def test_every_module_is_used_by_another() -> None:
+    used = set(re.findall(r"cdc(?:\.\w+)+", "\n".join(path.read_text("utf-8") for path in PACKAGE)))
+    for path in PACKAGE:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                used |= {f"{node.module}.{alias.name}" for alias in node.names}
+    modules = {name(path).removesuffix(".py").replace("/", ".") for path in PACKAGE if path.stem[:2] != "__"}
+    assert modules - used == set()
+
+
+# --- time and chance -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_sleeps() -> None:
+    sleeping = {name(path) for path in (*PACKAGE, *TESTS) for called, _ in calls(path) if called == "sleep"}
+    assert sleeping - set(MAY_SLEEP) == set(), "wait for an event with a deadline instead"
+    assert sleeping >= {path for path in MAY_SLEEP if path.startswith("cdc/")}, "an exception that is no longer needed"
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_the_pure_floor_asks_no_clock_and_rolls_no_dice(module: str) -> None:
+    path = ROOT / "cdc" / f"{module}.py"
+    asked = {called for called, _ in calls(path)} & {"now", "today", "utcnow", "monotonic", "random"}
+    assert asked == set(), "time and chance are arguments"
+
+
+def test_importing_the_package_loads_no_driver_and_no_event_loop() -> None:
+    heavy = ["psycopg", "asyncio", "pydantic", "prometheus_client", "click", "logging", "socket"]
+    code = f"import sys, cdc; print([name for name in {heavy} if name in sys.modules])"
+    # -I: neither this folder nor the environment's PYTHON* variables have a say.
+    loaded = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+# --- one file for each outside thing -------------------------------------------------------------------------------
+
+
+def test_only_the_wakeup_edge_drives_libpq() -> None:
+    drivers = set()
+    for path in PACKAGE:
+        named = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+        named |= {
+            alias.name for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        commands = any(
+            re.search("START_REPLICATION|COPY_BOTH|CREATE_REPLICATION_SLOT", text) for _, text in texts(path)
+        )
+        if named & {"pq", "pgconn"} or commands:
+            drivers.add(name(path))
+    assert drivers <= set(DRIVES_LIBPQ)
+
+
+def test_entity_changes_is_written_by_the_named_statements_and_by_sql_alone() -> None:
+    writes = re.compile(r"\b(INSERT INTO|UPDATE|DELETE FROM|TRUNCATE)\s+\S*entity_changes", re.IGNORECASE)
+    found = [f"{name(path)}:{line}" for path in PACKAGE for line, text in texts(path) if writes.search(text)]
+    assert found == []
+
+
+def test_every_named_statement_is_described_and_used() -> None:
+    queries = (ROOT / "cdc/outbox/queries.sql").read_text("utf-8")
+    store = (ROOT / "cdc/outbox/store.py").read_text("utf-8")
+    blocks = re.findall(r"^-- name: (\w+)\n(.*)$", queries, re.MULTILINE)
+    assert len(blocks) >= 5
+    for statement, first_line in blocks:
+        assert first_line.startswith("-- "), f"{statement} has no description"
+        assert f'"{statement}"' in store or f"{{{statement}}}" in queries, f"{statement} is not used"
+
+
+def test_no_statement_is_put_together_by_an_f_string() -> None:
+    found = [
+        f"{name(path)}:{node.lineno}"
+        for path in (*PACKAGE, *TESTS)
+        for called, node in calls(path)
+        if called in {"execute", "executemany", "stream", "copy"}
+        and node.args
+        and isinstance(node.args[0], ast.JoinedStr)
+    ]
+    assert found == [], "values are parameters, names are psycopg.sql.Identifier"
+
+
+# --- reasons -------------------------------------------------------------------------------------------------------
+
+
+def test_catching_everything_has_a_reason() -> None:
+    """``except Exception`` raises again, or says why it does not: on its line or on the next."""
+    silent = []
+    for path in PACKAGE:
+        said = comments(path)
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ExceptHandler) and _catches_everything(node.type):
+                raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+                if not raises and not (said.get(node.lineno) or said.get(node.lineno + 1)):
+                    silent.append(f"{name(path)}:{node.lineno}")
+    assert silent == []
+
+
+def _catches_everything(caught: ast.expr | None) -> bool:
+    names = {node.id for node in ast.walk(caught) if isinstance(node, ast.Name)} if caught else {"BaseException"}
+    return bool(names & {"Exception", "BaseException"})
+
+
+def test_every_lint_exception_carries_its_reason() -> None:
+    """After the code, as ``# noqa: S101 - why`` or ``# type: ignore[misc]  # why``, or in a comment just above."""
+    exception = re.compile(r"# (?:noqa: (?P<codes>[A-Z0-9, ]+)|type: ignore\[[^]]+\])(?P<reason>.*)")
+    missing = []
+    for path in PACKAGE:
+        said = comments(path)
+        for line, comment in said.items():
+            found = exception.search(comment)
+            if found and not re.search(r"\w", found["reason"]) and line - 1 not in said:
+                missing.append((name(path), (found["codes"] or "type").strip()))
+    assert set(missing) - set(EXPLAINED_ELSEWHERE) == set()
+    assert not re.search(r"# noqa(?!:)|# type: ignore(?!\[)", "".join(path.read_text("utf-8") for path in PACKAGE))
+
+
+# --- one truth in two languages ------------------------------------------------------------------------------------
+
+
+def test_the_states_in_the_check_of_the_table_are_those_of_the_model() -> None:
+    [check] = re.findall(r"entity_changes_state_check CHECK \((.*?)END IS NOT NULL", _sql(), re.DOTALL)
+    assert re.findall(r"THEN '(\w+)'", check) == [state.value for state in ChangeState]
+
+
+def test_the_number_of_shards_is_the_same_everywhere() -> None:
+    assert SHARDS & (SHARDS - 1) == 0, "the column computes the modulo with &"
+    [mask] = re.findall(r"hashtextextended\(.*?\) & (\d+)\)::smallint", _sql(), re.DOTALL)
+    assert int(mask) == SHARDS - 1
+    queries = (ROOT / "cdc/outbox/queries.sql").read_text("utf-8")
+    assert re.findall(r"generate_series\(0, (\d+)\)", queries) == [str(SHARDS - 1)]
+
+
+def _sql() -> str:
+    return "\n".join(path.read_text("utf-8") for path in SQL)
+
+
+# --- what strangers read -------------------------------------------------------------------------------------------
+
+
+def test_files_name_no_machine_and_no_place_they_were_fetched_from() -> None:
+    found = []
+    for path in project_files():
+        text = path.read_text("utf-8", errors="replace")
+        hosts = set(re.findall(r"https?://(?:[^/\s@]*@)?([\w.-]+\.\w+|localhost)", text))
+        found += [f"{name(path)}: {host}" for host in sorted(hosts - LINKED_HOSTS) if not _is_an_example(host)]
+        found += [
+            f"{name(path)}: {path_}" for path_ in re.findall(r"(?<![\w.$}])/(?:home|root|Users|work|opt)/\S+", text)
+        ]
+    assert found == []
+
+
+def _is_an_example(host: str) -> bool:
+    """Reserved for documentation by RFC 2606 and RFC 5737, or no name of the public net at all."""
+    return host.endswith((".example", ".invalid", ".test", "example.org", "example.com")) or host.startswith("10.")
+
+
+def test_files_name_no_committer() -> None:
+    log = subprocess.run(["git", "log", "--format=%an%n%ae"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if log.returncode:
+        pytest.skip("not a checkout")
+    names = set(log.stdout.splitlines())
+    found = [
+        name(path) for path in project_files() for who in names if who in path.read_text("utf-8", errors="replace")
+    ]
+    assert found == []
+
+
+def _documents() -> str:
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return "\n".join(path.read_text("utf-8") for path in paths if path.exists())
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", _documents(), re.MULTILINE))
+    assert {"demo", "test"} <= named
+    assert named - targets == set()
+
+
+def test_commands_in_the_documents_exist() -> None:
+    """``cdc slot create`` at the start of an indented line or of an inline code."""
+    named = re.findall(r"(?:^ {4}|`|^\$ )cdc((?: [a-z][a-z-]*)+)", _documents(), re.MULTILINE)
+    unknown = {" ".join(words.split()) for words in named if not _resolves(words.split())}
+    assert unknown == set()
+
+
+def _resolves(words: list[str]) -> bool:
+    """Whether the words lead to a command. What follows a command that is no group are its arguments."""
+    command: click.Command | None = root_command
+    context = click.Context(root_command, info_name="cdc")
+    for word in words:
+        if not isinstance(command, click.Group):
+            return True
+        command = command.get_command(context, word)
+        if command is None:
+            return False
+    return True
+
+
+def test_every_command_explains_itself() -> None:
+    context = click.Context(root_command, info_name="cdc")
+    for command in root_command.list_commands(context):
+        found = root_command.get_command(context, command)
+        assert found is not None
+        assert found.get_help(click.Context(found, info_name=command)).startswith("Usage:"), command
+
+
+def test_variables_in_the_documents_are_settings() -> None:
+    known = {setting.variable for setting in SETTINGS.values()}
+    known |= {f"{setting.variable}_FILE" for setting in SETTINGS.values() if setting.secret}
+    known |= {"CDC_CONFIG", "CDC_TEST_DSN", "CDC_REQUIRE_PG", "CDC_REQUIRE_PROMTOOL"}
+    assert set(re.findall(r"\bCDC_[A-Z_]*[A-Z]", _documents())) - known == set()

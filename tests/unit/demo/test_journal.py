@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pytest
+
+from cdc.demo.journal import Journal, Journey, percentile
+from cdc.model import Change, Operation, WakeUp
+
+MARK = ("message", "m-1", "INSERT")
+
+
+class Clock:
+    """Each look is a second later."""
+
+    def __init__(self) -> None:
+        self._seconds: Iterator[int] = iter(range(1, 100))
+
+    def __call__(self) -> float:
+        return next(self._seconds)
+
+
+def change(seq: int = 7, *, entity_id: str = "m-1", attempt: int = 1) -> Change:
+    return Change(
+        id=uuid.uuid4(), seq=seq, shard=1, entity_type="message", entity_id=entity_id, table_schema="public",
+        table="whatsapp_messages", operation=Operation.INSERT, old=None, new={}, metadata=None,
+        changed_at=datetime.now(UTC), attempt=attempt,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def arrived() -> list[Journey]:
+    return []
+
+
+@pytest.fixture
+def journal(arrived: list[Journey]) -> Journal:
+    return Journal(arrived.append, lambda journey, error: None, clock=Clock())
+
+
+def sent(journal: Journal) -> Journey:
+    return journal.sent(MARK, table="whatsapp_messages", note="", shown=True)
+
+
+def test_a_change_is_followed_from_the_writer_to_processed(journal: Journal, arrived: list[Journey]) -> None:
+    journey = sent(journal)
+    journal.stored(journey)
+    journal.rang([WakeUp(7, 1), WakeUp(8, 1)])
+    journal.started(change(), "answer")
+    journal.processed(change())
+    assert arrived == journal.ended == [journey]
+    assert [journey.sent, journey.stored, journey.rung, journey.started, journey.processed] == [1, 2, 3, 4, 5]
+    assert (journey.handler, journey.attempts, journey.source) == ("answer", 1, "wal")
+
+
+def test_the_writer_may_be_the_last_to_hear_of_its_commit(journal: Journal, arrived: list[Journey]) -> None:
+    journey = sent(journal)
+    journal.started(change(), "answer")
+    journal.processed(change())
+    assert arrived == []
+    journal.stored(journey)
+    assert arrived == [journey]
+
+
+def test_a_change_that_did_not_ring_was_found_by_sweeping(journal: Journal) -> None:
+    journey = sent(journal)
+    journal.started(change(), "answer")
+    assert journey.source == "sweep"
+
+
+def test_a_retried_change_keeps_the_start_of_its_first_attempt(journal: Journal) -> None:
+    journey = sent(journal)
+    journal.started(change(), "answer")
+    first = journey.started
+    journal.started(change(attempt=2), "answer")
+    assert (journey.started, journey.attempts) == (first, 2)
+
+
+def test_the_burst_is_over_when_its_last_change_is_processed(journal: Journal) -> None:
+    journal.burst_sent(2)
+    for n in (1, 2):
+        assert not journal.burst_over.is_set()
+        journal.processed(change(n, entity_id=f"burst-{n}"))
+    assert journal.burst_over.is_set()
+
+
+def test_changes_of_strangers_are_followed_only_when_visitors_are_expected(
+    journal: Journal, arrived: list[Journey]
+) -> None:
+    assert journal.started(change(), "answer") is None
+    journal.visitors = True
+    stranger = journal.started(change(), "answer")
+    journal.processed(change())
+    assert arrived == [stranger], "nobody will note that it is stored"
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "expected"),
+    [
+        ([5.0], 50, 5.0),
+        ([3.0, 1.0, 2.0], 50, 2.0),
+        ([1.0, 2.0], 50, 1.0),
+        ([float(n) for n in range(1, 101)], 99, 99.0),
+        ([float(n) for n in range(1, 101)], 100, 100.0),
+    ],
+)
+def test_a_percentile_is_a_value_that_was_measured(values: list[float], percent: float, expected: float) -> None:
+    assert percentile(values, percent) == expected
