@@ -116,11 +116,10 @@ class Consumer:
         self._read_due.set()
 
     def streaming(self, *, connected: bool) -> None:
-        """The stream has begun, and what rang before may be lost; or it has ended."""
+        """This process's stream has begun, and what rang before may be lost; or it has ended."""
         interval_s = self._settings.sweep_interval_s if connected else self._settings.poll_interval_s
         self._intake.interval(interval_s, self._now())
-        if connected:
-            self._intake.lost()
+        self._intake.streaming(connected=connected)
         self._read_due.set()
 
     def show_figures(self) -> None:

@@ -22,13 +22,15 @@ number that is not visible yet is looked for in every later fetch until it is th
 miss its predecessor. A shard of which that is true is *live*. A wake-up that was lost (start, takeover, reconnect,
 overflow) belongs to a transaction that had an id when it was lost: a pass whose ``xmin`` is not below the ``next_xid``
 of that moment has seen it, and makes the shard live again. Until then the shard is swept at each wake-up instead of
-fetched by number: as quick, only dearer.
+fetched by number: as quick, only dearer. That is how it stays where the wake-ups are not *first-hand*, read from the
+slot by this process: who relays them may lose some without our hearing of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 from cdc.model import WakeUp
@@ -158,15 +160,24 @@ class _Shard:
         if self.candidate is None and reached > self.floor:
             self.candidate = (reached, snapshot.next_xid)
 
-    def pass_complete(self, serial: int, snapshot: Snapshot, now: float) -> None:
+    def pass_complete(self, serial: int, snapshot: Snapshot, now: float, *, first_hand: bool) -> None:
         self.reading = False
-        if self.lost_at is not None and snapshot.xmin >= self.lost_at:
+        if first_hand and self.lost_at is not None and snapshot.xmin >= self.lost_at:
             self.live = True
-        elif not self.live:
-            if self.lost_at is None and serial > self.lost_in:
-                self.lost_at = snapshot.next_xid
-            self.again_at = now + self.patience
-            self.patience = min(self.patience * 2, _REPASS_MAX_S)
+        if self.live:
+            return
+        if self.lost_at is None and serial > self.lost_in:
+            self.lost_at = snapshot.next_xid
+        # A wake-up may have been early; after some looks without a new one the periodic sweep is enough, except where
+        # a proof is still to come.
+        again = first_hand or self.patience <= _REPASS_MAX_S
+        self.again_at = now + min(self.patience, _REPASS_MAX_S) if again else inf
+        self.patience *= 2
+
+    def touch(self) -> None:
+        """A wake-up: look now, and again soon if it was early."""
+        self.reading = True
+        self.patience = _LOOK_AGAIN_MIN_S
 
 
 class Intake:
@@ -182,6 +193,7 @@ class Intake:
         self._sweeps = 0
         self._sweep_next = False
         self._serial = 0
+        self._first_hand = False
 
     # --- what is where ---------------------------------------------------------------------------------------------
 
@@ -215,8 +227,16 @@ class Intake:
         self._sweep_interval_s = sweep_interval_s
         self._next_sweep = min(self._next_sweep, now + sweep_interval_s)
 
+    def streaming(self, *, connected: bool) -> None:
+        """From now on wake-ups come first-hand, or do so no more. What rang before may have been missed."""
+        self._first_hand = connected
+        if not connected:
+            self._rung.clear()
+            self._unseen.clear()
+        self.lost()
+
     def lost(self) -> None:
-        """Wake-ups may have been missed until now: the stream starts anew."""
+        """Wake-ups may have been missed until now."""
         for shard in self._shards.values():
             shard.lose(self._serial)
 
@@ -234,12 +254,15 @@ class Intake:
             shard = self._shards.get(number)
             if shard is None:
                 continue
+            if not shard.live:
+                shard.touch()
+            if not self._first_hand:
+                continue
             if len(self._rung) >= self._queue_capacity:
                 dropped += 1
                 shard.lose(self._serial)
                 continue
             self._rung[seq] = number
-            shard.reading = shard.reading or not shard.live
         return dropped
 
     # --- out -------------------------------------------------------------------------------------------------------
@@ -313,7 +336,7 @@ class Intake:
             if number in refused:
                 self.refused({number: refused[number]}, now)
             elif not full:
-                shard.pass_complete(request.serial, snapshot, now)
+                shard.pass_complete(request.serial, snapshot, now, first_hand=self._first_hand)
         return rung
 
     def refused(self, refused: Mapping[int, int], now: float) -> None:

@@ -114,14 +114,18 @@ class Simulation:
         self.settling: list[Finished] | None = None
         self.handled: dict[int, int] = defaultdict(int)
         self.lossy = self.dice.random() < 0.5
+        self.streaming = False
+        self.relayed = self.dice.random() < 0.3
         self.calm = False
         self._own(range(_SHARDS))
+        self._switch_stream()
 
     def run(self) -> None:
         actions = [
             (6, self._write), (3, self._flush), (3, self._end), (5, self._ring), (8, self._read), (8, self._start),
             (6, self._finish), (6, self._settle), (2, self._tick), (0.3 if self.lossy else 0, self._lose_bells),
             (0.2 if self.lossy else 0, self._lose_session), (0.2, self._give_shard),
+            (0.3 if self.relayed else 0, self._switch_stream),
         ]  # fmt: skip
         weights, calls = zip(*actions, strict=True)
         for _ in range(self.steps):
@@ -170,13 +174,23 @@ class Simulation:
 
     def _ring(self) -> None:
         count = self.dice.randint(1, 6)
-        self.intake.rung(self.bells[:count])
+        rung = self.bells[:count]
+        if not self.streaming:
+            rung = [bell for bell in rung if self.dice.random() < 0.7]
+        self.intake.rung(rung)
         del self.bells[:count]
+
+    def _switch_stream(self) -> None:
+        """Another consumer streams instead, and relays what it does not lose; or we do again."""
+        self.streaming = not self.streaming
+        self.bells.clear()
+        self.intake.streaming(connected=self.streaming)
 
     def _lose_bells(self) -> None:
         """A reconnect: what was sent meanwhile is gone, and the consumer is told when the new stream begins."""
-        self.bells.clear()
-        self.intake.lost()
+        if self.streaming:
+            self.bells.clear()
+            self.intake.streaming(connected=True)
 
     # --- the consumer ----------------------------------------------------------------------------------------------
 

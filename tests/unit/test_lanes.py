@@ -1,0 +1,177 @@
+"""The rules of the lanes, one by one; that they hold together under any schedule is what the simulation shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from cdc.lanes import Lanes, Resume
+from cdc.model import Change, Dead, Outcome, Processed, Waiting
+from tests.unit.changes import row
+
+
+@pytest.fixture
+def lanes() -> Lanes:
+    made = Lanes(10, lane_capacity=3)
+    made.own(range(4))
+    return made
+
+
+def _start_all(lanes: Lanes) -> list[Change]:
+    started = []
+    while change := lanes.start():
+        started.append(change)
+    return started
+
+
+def _seqs(changes: Iterable[Change]) -> list[int]:
+    return [change.seq for change in changes]
+
+
+def _end(lanes: Lanes, change: Change, outcome: Outcome = Processed()) -> None:  # noqa: B008 - a frozen value
+    lanes.finished(change, outcome)
+    lanes.settled(lanes.take_finished(100))
+
+
+def test_one_change_of_a_key_runs_at_a_time_and_other_keys_run_beside_it(lanes: Lanes) -> None:
+    lanes.admit([row(1, "a"), row(2, "a"), row(3, "b")])
+    assert _seqs(_start_all(lanes)) == [1, 3]
+
+
+def test_the_successor_may_start_when_a_change_has_finished_before_it_is_settled(lanes: Lanes) -> None:
+    lanes.admit([row(1), row(2)])
+    [first] = _start_all(lanes)
+    lanes.finished(first, Processed())
+    assert _seqs(_start_all(lanes)) == [2]
+    assert lanes.settling == 1
+
+
+def test_a_dead_letter_lets_its_key_go_on(lanes: Lanes) -> None:
+    lanes.admit([row(1), row(2)])
+    [first] = _start_all(lanes)
+    lanes.finished(first, Dead("no"))
+    assert _seqs(_start_all(lanes)) == [2]
+
+
+def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_when_it_has_settled(lanes: Lanes) -> None:
+    lanes.admit([row(1), row(2), row(3)])
+    [first] = _start_all(lanes)
+    _end(lanes, first, Waiting(1.0, "no"))
+    assert _start_all(lanes) == []
+    assert lanes.room == 10, "the table holds the key back; memory need not"
+    lanes.admit([row(4, held=True)])
+    assert _start_all(lanes) == []
+    lanes.admit([row(1)])  # its time has come
+    [again] = _start_all(lanes)
+    _end(lanes, again)
+    [resume] = lanes.resumes(10)
+    assert resume == Resume(("t", "k"), 0, 2)
+    lanes.resumed(resume, [row(2), row(3), row(4)], complete=True)
+    assert _seqs(_start_all(lanes)) == [2]
+    assert lanes.unread_keys == 0
+
+
+def test_nothing_of_a_key_passes_what_was_seen_and_not_admitted(lanes: Lanes) -> None:
+    lanes.admit([row(1), row(2), row(3), row(4)])  # a lane queues three
+    [first] = _start_all(lanes)
+    _end(lanes, first)
+    assert lanes.admit([row(5)]).taken == 0
+    assert lanes.unread_keys == 1
+
+
+def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(lanes: Lanes) -> None:
+    lanes.admit([row(seq) for seq in range(1, 7)])
+    for _ in range(3):
+        _end(lanes, _start_all(lanes)[0])
+    [resume] = lanes.resumes(10)
+    assert resume.seq == 4
+    lanes.resumed(resume, [row(4), row(5)], complete=False)
+    assert _seqs(_start_all(lanes)) == [4]
+    lanes.finished(lanes._lanes[("t", "k")].running, Processed())  # type: ignore[arg-type]
+    assert _seqs(_start_all(lanes)) == [5]
+    lanes.finished(lanes._lanes[("t", "k")].running, Processed())  # type: ignore[arg-type]
+    assert lanes.resumes(10) == [Resume(("t", "k"), 0, 6)]
+
+
+def test_the_window_is_bounded_and_what_does_not_fit_is_refused_from_its_first_change_on(lanes: Lanes) -> None:
+    admitted = lanes.admit([row(seq, f"key{seq}") for seq in range(1, 14)])
+    assert admitted.taken == 10
+    assert admitted.refused == {0: 11}
+    assert lanes.room == 0
+
+
+def test_where_no_memory_is_left_for_a_mark_the_change_is_refused_and_so_are_its_successors() -> None:
+    lanes = Lanes(10, lane_capacity=1, unread_max=1)
+    lanes.own([0, 1])
+    admitted = lanes.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1), row(4, "b", shard=1)])
+    assert (admitted.taken, admitted.refused) == (2, {1: 4})
+
+
+def test_what_settles_while_a_read_is_under_way_is_not_taken_from_its_answer(lanes: Lanes) -> None:
+    lanes.admit([row(1)])
+    [first] = _start_all(lanes)
+    with lanes.reading():
+        _end(lanes, first)
+        assert lanes.admit([row(1)]).taken == 0
+
+
+def test_the_successor_of_a_change_that_failed_while_a_read_was_under_way_stays_behind_it(lanes: Lanes) -> None:
+    lanes.admit([row(1)])
+    [first] = _start_all(lanes)
+    with lanes.reading():
+        _end(lanes, first, Waiting(1.0, "no"))
+        lanes.admit([row(2)])  # its snapshot is older than the failure
+    assert _start_all(lanes) == []
+
+
+def test_a_key_that_a_stale_read_shows_held_is_read_again_at_once(lanes: Lanes) -> None:
+    lanes.admit([row(1)])
+    [first] = _start_all(lanes)
+    with lanes.reading():
+        _end(lanes, first)
+        lanes.admit([row(2, held=True)])  # as if 1 still waited
+    assert lanes.resumes(10) == [Resume(("t", "k"), 0, 2)]
+
+
+def test_a_shard_is_released_only_when_what_is_in_flight_on_it_has_settled(lanes: Lanes) -> None:
+    lanes.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1)])
+    running = _start_all(lanes)
+    lanes.release([0, 2])
+    assert lanes.released() == {2}
+    lanes.finished(running[0], Processed())
+    assert _start_all(lanes) == [], "what was queued is let go"
+    assert lanes.released() == set()
+    lanes.settled(lanes.take_finished(100))
+    assert lanes.released() == {0}
+    assert lanes.released() == set(), "told once"
+
+
+def test_after_a_lost_session_a_key_stays_shut_until_its_running_handler_returns(lanes: Lanes) -> None:
+    lanes.admit([row(1, "a"), row(2, "b")])
+    first, second = _start_all(lanes)
+    lanes.finished(second, Processed())
+    assert lanes.reset() == [first]
+    lanes.own(range(4))
+    lanes.admit([row(1, "a"), row(2, "b")])
+    assert _seqs(_start_all(lanes)) == [2], "unsettled, so it runs again"
+    lanes.finished(first, Processed())
+    assert lanes.take_finished(100) == [], "an outcome from before is not settled"
+    assert lanes.resumes(10) == [Resume(("t", "a"), 0, 1)]
+
+
+def test_a_change_that_was_cut_off_is_left_as_it_was(lanes: Lanes) -> None:
+    lanes.admit([row(1), row(2)])
+    [first] = _start_all(lanes)
+    lanes.interrupted(first)
+    assert lanes.idle
+    assert lanes.take_finished(100) == []
+    assert lanes.admit([row(2)]).taken == 0, "its successor may not pass it"
+
+
+def test_finishing_what_does_not_run_is_a_bug_and_said_so(lanes: Lanes) -> None:
+    lanes.admit([row(1)])
+    [first] = _start_all(lanes)
+    lanes.finished(first, Processed())
+    with pytest.raises(AssertionError, match="is not running"):
+        lanes.finished(first, Processed())
