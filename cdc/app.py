@@ -83,7 +83,7 @@ class App:
         metrics.set_role("sweeping")
         metrics.set_stream("network" if settings.stream else "disabled")
         store = Store(settings.schema_)
-        hooks = Hooks(router, self._threads)
+        hooks = Hooks(router)
         policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
         runner = Runner(
             router, policy=policy, timeout_s=settings.timeout_s, threads=self._threads, hooks=hooks, metrics=metrics

@@ -1,7 +1,8 @@
 """The router's hooks, ``on_processed`` and ``on_error``: the documented ``change:processed`` and ``change:error``.
 
-They run beside the work, one after the other, and never disturb it: what they raise is logged, what takes too long is
-given up, and when they fall far behind, the news is dropped instead of the changes being held up.
+They run beside the work, one after the other and in threads of their own, and never disturb it: what they raise is
+logged, what takes too long is given up, and when they fall far behind, the news is dropped instead of the changes being
+held up.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ log = logging.getLogger("cdc.hooks")
 
 _LIMIT_S = 10.0
 _BACKLOG_MAX = 10_000
+_THREADS = 4
+"""More than one, because a call that was given up may hold its thread for ever."""
 
 
 class Hooks:
-    """Tells the hooks of ``router``; plain functions run in ``threads``."""
+    """Tells the hooks of ``router``."""
 
-    def __init__(self, router: Router, threads: Threads) -> None:
+    def __init__(self, router: Router) -> None:
         self._processed = router.processed_hooks
         self._failed = router.error_hooks
-        self._threads = threads
+        self._threads = Threads(_THREADS)
         self._news: asyncio.Queue[tuple[Hook, tuple[Any, ...]]] = asyncio.Queue(_BACKLOG_MAX)
         self._overflowing = False
 
@@ -69,7 +72,7 @@ class Hooks:
         try:
             async with asyncio.timeout(_LIMIT_S):
                 # A plain hook may block; an async one only makes its coroutine there.
-                answer = await self._threads.submit(functools.partial(hook, *arguments))
+                answer = await self._threads.submit(functools.partial(hook, *arguments)).future
                 if isinstance(answer, Awaitable):
                     await answer
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a hook's failure never disturbs the work

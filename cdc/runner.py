@@ -91,14 +91,15 @@ class Runner:
         return outcome
 
     async def _attempt(self, handler: Handler, change: Change) -> Outcome:
+        given = change
         if adapter := self._adapters.get(handler.name):
             try:
-                change = _validated(adapter, change)
+                given = _validated(adapter, change)
             except ValidationError as error:
                 self._count_error(handler, "validation")
                 return self._dead(handler, change, error, _validation_text(handler, error))
         try:
-            await self._call(handler, change)
+            await self._call(handler, given)
         except Discard as discard:
             return Discarded(_cut(str(discard)))
         except asyncio.CancelledError as cancelled:
@@ -125,20 +126,19 @@ class Runner:
                 raise _OverrunError(f"took longer than {limit_s:g} s") from error
 
     async def _call_in_thread(self, handler: Handler, change: Change, limit_s: float | None) -> None:
-        call = self._threads.submit(functools.partial(handler.function, change))
+        job = self._threads.submit(functools.partial(handler.function, change))
         try:
-            done, _ = await asyncio.wait({call}, timeout=limit_s)
+            if not await job.returns_within(limit_s):
+                self._count_error(handler, "timeout")
+                log.error(
+                    "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key"
+                    " is held until it returns",
+                    handler.name, limit_s, change.id, change.entity_type,
+                )  # fmt: skip
+            await job.future
         except asyncio.CancelledError:
-            call.cancel()  # nobody will ask for the answer
+            job.future.cancel()  # nobody will ask for the answer
             raise
-        if not done:
-            self._count_error(handler, "timeout")
-            log.error(
-                "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key is"
-                " held until it returns",
-                handler.name, limit_s, change.id, change.entity_type,
-            )  # fmt: skip
-        await call
 
     def _count_error(self, handler: Handler, kind: str) -> None:
         self._metrics.handler_errors.labels(handler.name, kind).inc()
@@ -156,7 +156,7 @@ class Runner:
         log.log(
             logging.INFO if deliberate else logging.WARNING,
             "handler %s: %s on change %s of %s, attempt %d of %d; again in %.1f s",
-            handler.name, where(error), change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
+            handler.name, _told(error), change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
         )  # fmt: skip
         self._hooks.failed(change, error)
         return Waiting(wait_s, _cut(text))
@@ -164,7 +164,7 @@ class Runner:
     def _dead(self, handler: Handler, change: Change, error: BaseException, text: str) -> Outcome:
         log.error(
             "handler %s: %s on change %s of %s, attempt %d: now a dead letter; its last_error says more",
-            handler.name, where(error), change.id, change.entity_type, change.attempt,
+            handler.name, _told(error), change.id, change.entity_type, change.attempt,
         )  # fmt: skip
         self._hooks.failed(change, error)
         return Dead(_cut(text))
@@ -172,6 +172,18 @@ class Runner:
 
 class _OverrunError(Exception):
     """The handler's time limit passed."""
+
+
+def _told(error: BaseException) -> str:
+    """What a log line may say of it."""
+    match error:
+        case _OverrunError():
+            return str(error)
+        case ValidationError():
+            return "the row does not fit the model"
+        case Retry():
+            return "asked for another try"
+    return where(error)
 
 
 def _validated(adapter: TypeAdapter[Any], change: Change) -> Change:

@@ -9,10 +9,29 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
-_Job = tuple[Callable[[], Any], "asyncio.Future[Any]", asyncio.AbstractEventLoop]
+
+class Job:
+    """A call on its way. ``future`` brings what it returns or raises."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Any] = self.loop.create_future()
+        self.started_at: float | None = None  # written by the thread, read by the event loop
+
+    async def returns_within(self, limit_s: float | None) -> bool:
+        """Whether the call ends within so many seconds of its start; waiting for a free thread does not count."""
+        while not self.future.done():
+            began = self.started_at
+            left = limit_s if limit_s is None or began is None else began + limit_s - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            await asyncio.wait({self.future}, timeout=left)
+        return True
 
 
 class Threads:
@@ -20,21 +39,20 @@ class Threads:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._started = 0
         self._busy = 0
 
-    def submit(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
-        """Run ``call`` in a thread. Cancelling the future does not stop the call; nothing can."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+    def submit(self, call: Callable[[], Any]) -> Job:
+        """Run ``call`` in a thread. Cancelling its future does not stop it; nothing can."""
+        job = Job(call)
         self._busy += 1
-        future.add_done_callback(self._returned)
+        job.future.add_done_callback(self._returned)
         if self._busy > self._started < self._size:
             self._started += 1
             threading.Thread(target=self._run, name=f"cdc-handler-{self._started}", daemon=True).start()
-        self._jobs.put((call, future, loop))
-        return future
+        self._jobs.put(job)
+        return job
 
     def close(self) -> None:
         """Let the threads end when they have nothing left to do."""
@@ -46,15 +64,15 @@ class Threads:
 
     def _run(self) -> None:
         while job := self._jobs.get():
-            call, future, loop = job
+            job.started_at = time.monotonic()
             result: Any = None
             error: BaseException | None = None
             try:
-                result = call()
+                result = job.call()
             except BaseException as raised:  # noqa: BLE001 - a handler's SystemExit must not end the thread unnoticed
                 error = raised
             try:
-                loop.call_soon_threadsafe(_resolve, future, result, error)
+                job.loop.call_soon_threadsafe(_resolve, job.future, result, error)
             except RuntimeError:
                 return  # the loop has been closed; nobody waits any more
 

@@ -20,6 +20,9 @@ _CHANGES_PER_TURN = 100
 """Handlers that never wait would otherwise keep the event loop from everything else for a whole window."""
 
 
+_CUT_OFF_S = 5.0
+
+
 class Workers:
     """At most ``concurrency`` of them. ``finished`` is called after each outcome."""
 
@@ -67,7 +70,9 @@ class Workers:
             task.cancel()
         if running:
             log.warning("%d handlers were cut off; their changes stay as they were", len(running))
-            await asyncio.wait([task for task, _ in running])
+            _, deaf = await asyncio.wait([task for task, _ in running], timeout=_CUT_OFF_S)
+            if deaf:
+                log.error("%d handlers caught their cancellation and go on; nobody waits for them", len(deaf))
 
     async def _work(self) -> None:
         task = asyncio.current_task()

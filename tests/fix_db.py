@@ -17,6 +17,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.errors import NotFoundError
 from cdc.throwaway import Server
+from tests.eventually import eventually
 
 _server_line = "none started"
 
@@ -52,12 +53,7 @@ def database(admin_dsn: str) -> Iterator[str]:
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         yield make_conninfo(admin_dsn, dbname=name)
-        admin.execute(
-            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
-            " WHERE database = %s AND active_pid IS NOT NULL",
-            [name],
-        )
-        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+        drop_database(admin, name)
 
 
 @pytest.fixture
@@ -65,3 +61,10 @@ def db(database: str) -> Iterator[psycopg.Connection]:
     """An autocommit connection to the test's own database."""
     with psycopg.connect(database, autocommit=True) as connection:
         yield connection
+
+
+def drop_database(admin: psycopg.Connection, name: str) -> None:
+    """An active slot would keep the database alive, and its walsender takes a moment to end; an idle one goes along."""
+    end_readers = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE database = %s AND active"
+    eventually(lambda: not admin.execute(end_readers, [name]).fetchall(), what="nobody reads a slot of the database")
+    admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))

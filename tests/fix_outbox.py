@@ -11,6 +11,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc import schema
+from tests.fix_db import drop_database
 
 
 @pytest.fixture(scope="session")
@@ -29,20 +30,11 @@ def migrated_template(admin_dsn: str) -> Iterator[str]:
 def outbox(admin_dsn: str, migrated_template: str) -> Iterator[str]:
     """The DSN of a database of the test's own, with the outbox installed in ``public``."""
     name = f"test_{uuid.uuid4().hex[:12]}"
-    copy, drop = (
-        sql.SQL(statement).format(name=sql.Identifier(name), template=sql.Identifier(migrated_template))
-        for statement in ("CREATE DATABASE {name} TEMPLATE {template}", "DROP DATABASE {name} WITH (FORCE)")
-    )
+    copy = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(migrated_template))
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
         admin.execute(copy)
         yield make_conninfo(admin_dsn, dbname=name)
-        # An active slot would keep the database alive; an idle one goes with it.
-        admin.execute(
-            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
-            " WHERE database = %s AND active_pid IS NOT NULL",
-            [name],
-        )
-        admin.execute(drop)
+        drop_database(admin, name)
 
 
 @pytest.fixture
