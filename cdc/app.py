@@ -28,7 +28,7 @@ from cdc.retry import Policy
 from cdc.routing import Router
 from cdc.runner import Runner
 from cdc.threads import Threads
-from cdc.wakeup.relay import Listener
+from cdc.wakeup.relay import Listener, Relay
 from cdc.wakeup.stream import Stream, StreamSettings, StreamStatus
 
 log = logging.getLogger("cdc")
@@ -89,6 +89,7 @@ class App:
             router, policy=policy, timeout_s=settings.timeout_s, threads=self._threads, hooks=hooks, metrics=metrics
         )
         self.consumer = Consumer(_consumer_settings(settings), runner=runner, store=store, hooks=hooks, metrics=metrics)
+        self._relay = Relay(settings.dsn_text, settings.schema_, metrics.relay_notifies.inc)
         self._stream = self._make_stream() if settings.stream else None
         self._collector = Collector(
             settings.dsn_text, store=store, slot=settings.slot.name if settings.stream else None, metrics=metrics
@@ -150,7 +151,9 @@ class App:
             self._stream.start()
         else:
             log.info("the stream is switched off: changes are found by sweeping")
-        await self._listener.run()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listener.run())
+            tasks.create_task(self._relay.run())
 
     def _make_stream(self) -> Stream:
         settings = self._settings
@@ -162,15 +165,15 @@ class App:
                 create_slot=settings.slot.create,
                 stall_limit_s=_STALL_LIMIT_S,
             ),
-            Doorbell(self.consumer, self.metrics, settings.slot.name),
+            Doorbell(self.consumer, self._relay, self.metrics, settings.slot.name),
         )
 
     def _heard(self, wakeups: list[WakeUp] | None) -> None:
         if wakeups is None:
             self.consumer.sweep_now()
             return
-        self.metrics.wakeups.labels("notify").inc(len(wakeups))
-        self.consumer.rang(wakeups)
+        others = self.consumer.rang(wakeups)
+        self.metrics.wakeups.labels("notify").inc(len(wakeups) - len(others))
 
     # --- what others look at ---------------------------------------------------------------------------------------
 

@@ -95,14 +95,25 @@ class Consumer:
         self._stopping.set()
 
     @property
+    def shares(self) -> bool:
+        """Some shards are not ours."""
+        return len(self._owned) < SHARDS
+
+    @property
     def stopping(self) -> bool:
         return self._stopping.is_set()
 
-    def rang(self, wakeups: Iterable[WakeUp]) -> None:
-        """Wake-ups have come in."""
-        if dropped := self._intake.rung(wakeups):
+    def rang(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
+        """Wake-ups have come in. Returns those that are other consumers' business."""
+        ours, others = wakeups, list[WakeUp]()
+        if self.shares:
+            ours = [wakeup for wakeup in wakeups if wakeup.shard in self._owned]
+            others = [wakeup for wakeup in wakeups if wakeup.shard not in self._owned]
+        if dropped := self._intake.rung(ours):
             self._metrics.wakeups_dropped.inc(dropped)
-        self._read_due.set()
+        if ours:
+            self._read_due.set()
+        return others
 
     def sweep_now(self) -> None:
         """The table changed without a wake-up for each row: look at everything again."""
@@ -239,6 +250,7 @@ class Consumer:
             await _wait(self._stopping, _LOOK_AT_SHARDS_S)
 
     async def _balance(self, session: Session) -> None:
+        before = len(self._owned)
         members, free = await session.look()
         self._metrics.members.set(members)
         move = balance(members, self._owned, free)
@@ -247,7 +259,6 @@ class Consumer:
             self._intake.own(taken)
             self._own(self._owned.union(taken))
             self._metrics.shard_moves.labels("acquired").inc(len(taken))
-            log.info("owns %d of %d shards; consumers: %d", len(self._owned), SHARDS, members)
             self._next_due_at = 0.0
             self._read_due.set()
         self._lanes.release(move.give)
@@ -256,6 +267,8 @@ class Consumer:
             await session.give(quiet)
             self._own(self._owned - quiet)
             self._metrics.shard_moves.labels("released").inc(len(quiet))
+        if len(self._owned) != before:
+            log.info("owns %d of %d shards; consumers: %d", len(self._owned), SHARDS, members)
 
     def _own(self, shards: set[int]) -> None:
         self._owned = shards

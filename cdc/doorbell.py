@@ -16,6 +16,7 @@ from cdc.consumer import Consumer
 from cdc.errors import StreamError
 from cdc.metrics import ENDINGS, Metrics
 from cdc.model import WakeUp
+from cdc.wakeup.relay import Relay
 
 _CROSSING_MAX = 20_000
 
@@ -23,8 +24,9 @@ _CROSSING_MAX = 20_000
 class Doorbell:
     """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run in the stream's thread."""
 
-    def __init__(self, consumer: Consumer, metrics: Metrics, slot: str) -> None:
+    def __init__(self, consumer: Consumer, relay: Relay, metrics: Metrics, slot: str) -> None:
         self._consumer = consumer
+        self._relay = relay
         self._metrics = metrics
         self._slot = slot
         self._loop = asyncio.get_running_loop()
@@ -67,10 +69,12 @@ class Doorbell:
         self._metrics.wakeups.labels("wal").inc(len(wakeups))
         if latency_s is not None:
             self._metrics.wakeup_latency.observe(max(0.0, latency_s))
-        self._consumer.rang(wakeups)
+        self._relay.offer(self._consumer.rang(wakeups))
         if dropped:
             self._metrics.wakeups_dropped.inc(dropped)
             self._consumer.missed()
+            if self._consumer.shares:
+                self._relay.missed()
 
     def _interrupted(self, reason: str) -> None:
         self._metrics.stream_disconnects.labels(self._slot, reason).inc()

@@ -255,6 +255,9 @@ class Metrics:
             "cdc_wakeups_dropped", "Wake-ups dropped because their queue was full; a sweep follows."
         )
         self.wakeup_queue_length = self._gauge("cdc_wakeup_queue_length", "Wake-ups that wait to be fetched.")
+        self.relay_notifies = self._counter(
+            "cdc_relay_notifies", "NOTIFY payloads sent for consumers that do not stream."
+        )
         self.wakeup_latency = self._histogram(
             "cdc_wakeup_latency_seconds", "From the commit to the wake-up; two clocks, negative counts as 0.", _CALL_S
         )

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.resources import files
 
 import psycopg
@@ -115,10 +115,9 @@ class _Stage:
     def _overhear(self, app: App) -> None:
         rang = app.consumer.rang
 
-        def overheard(wakeups: Iterable[WakeUp]) -> None:
-            wakeups = list(wakeups)
+        def overheard(wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
             self._journal.rang(wakeups)
-            rang(wakeups)
+            return rang(wakeups)
 
         # The one place where the demo reaches in: which wake-up was for which change, only the consumer hears.
         app.consumer.rang = overheard  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import psycopg
 
@@ -38,6 +38,7 @@ _SOME_OUTBOX = re.compile(rf"entity_change:[A-Za-z0-9_%]+{_PAIRS.pattern}")
 _LOOK_S = 15.0
 """A listener hears nothing on a quiet database and nothing on a dead link: between two questions to the server."""
 _ANSWER_LIMIT_S = 10.0
+_RELAY_MAX = 20_000
 
 
 def encode(prefix: str, wakeups: Iterable[WakeUp]) -> list[str]:
@@ -144,3 +145,66 @@ class Listener:
             hint = getattr(error, "hint", "") or "it is tried again"
             log.warning("not listening on %s: %s; %s", CHANNEL, what, hint)
         self._said = kind
+
+
+class Relay:
+    """Rings for the consumers that do not stream. ``offer`` on the event loop, ``await run()`` until it is cancelled.
+
+    One NOTIFY for all that has gathered, in a transaction that does nothing else: it is not flushed, so it holds the
+    lock of the whole cluster that NOTIFY takes for no time. What could not be sent becomes one "sweep now".
+    """
+
+    def __init__(self, dsn: str | None, schema: str, sent: Callable[[int], None]) -> None:
+        self._dsn = dsn
+        self._prefix = message_prefix(schema)
+        self._sent = sent
+        self._waiting: list[WakeUp] = []
+        self._lost = False
+        self._due = asyncio.Event()
+        self._attempts = Attempts(stall_limit_base_s=_LOOK_S)
+
+    def offer(self, wakeups: Sequence[WakeUp]) -> None:
+        if not wakeups:
+            return
+        if len(self._waiting) + len(wakeups) > _RELAY_MAX:
+            self._waiting.clear()
+            self.missed()
+        else:
+            self._waiting += wakeups
+        self._due.set()
+
+    def missed(self) -> None:
+        """Wake-ups were lost on the way here: tell the others to sweep."""
+        self._lost = True
+        self._due.set()
+
+    async def run(self) -> None:
+        while True:
+            began = asyncio.get_running_loop().time()
+            await self._due.wait()  # no connection is opened before there is something to relay
+            try:
+                await self._send_all()
+            except (CdcError, psycopg.Error, UnicodeError) as error:
+                log.warning("cannot relay wake-ups: %s; other consumers find their changes by sweeping",
+                            error if isinstance(error, CdcError) else type(error).__name__)  # fmt: skip
+                self._lost = True
+            talked_s = asyncio.get_running_loop().time() - began
+            self._attempts = self._attempts.after(stalled=False, advanced=False, talked_s=talked_s)
+            pause_s = self._attempts.pause_s(random.random(), permanent=False, standby=False)  # noqa: S311 - jitter
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await asyncio.Event().wait()
+
+    async def _send_all(self) -> None:
+        connection = await connect_async(self._dsn, application_name="cdc relay")
+        try:
+            while True:
+                await self._due.wait()
+                self._due.clear()
+                waiting, self._waiting = self._waiting, []
+                payloads = encode(self._prefix, waiting) + ([""] if self._lost else [])
+                await connection.execute("SELECT pg_notify(%s, p) FROM unnest(%s::text[]) AS p", [CHANNEL, payloads])
+                self._lost = False
+                self._sent(len(payloads))
+        finally:
+            await connection.close()
