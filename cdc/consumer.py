@@ -23,13 +23,13 @@ import psycopg
 from cdc import probe
 from cdc.connect import connect_async
 from cdc.errors import CdcError, SchemaError
-from cdc.hooks import Hooks
+from cdc.hooks import Hooks, where
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.lanes import Finished, Lanes, Resume
 from cdc.metrics import Metrics
 from cdc.model import SHARDS, Processed, Waiting, WakeUp
 from cdc.outbox.shards import Session
-from cdc.outbox.store import Page, Store
+from cdc.outbox.store import INDEXED, Page, Store
 from cdc.runner import Runner
 from cdc.shares import balance
 from cdc.workers import Workers
@@ -167,6 +167,7 @@ class Consumer:
         except ExceptionGroup as group:
             expected, bugs = group.split(_INTERRUPTIONS)
             if bugs or not expected:
+                log.critical("stopped by a bug: %s", where(_first(bugs or group)))
                 raise
             return _first(expected)
         except _INTERRUPTIONS as error:
@@ -190,9 +191,11 @@ class Consumer:
     @contextlib.asynccontextmanager
     async def _connections(self) -> AsyncIterator[tuple[Session, psycopg.AsyncConnection]]:
         dsn, schema = self._settings.dsn, self._settings.schema
-        session = await Session.open(dsn, schema)
+        session = await Session.open(dsn, schema, INDEXED)
         try:
-            reader = await connect_async(dsn, application_name="cdc: reader", session={"statement_timeout": "60s"})
+            reader = await connect_async(
+                dsn, application_name="cdc: reader", session={**INDEXED, "statement_timeout": "60s"}
+            )
             async with reader:
                 self.connected.set()
                 await self._wait_for_schema(reader)

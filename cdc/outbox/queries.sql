@@ -80,14 +80,15 @@ CROSS JOIN LATERAL (
 ORDER BY want.place, c.seq
 
 -- name: due
--- Waiting changes whose time has come.
+-- Waiting changes whose time has come. In the index's order, so that the page ends the scan; of two changes of one key
+-- the later is held.
 SELECT c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
        c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,
        {held} AS held
 FROM {changes} AS c
 WHERE c.next_attempt_at IS NOT NULL AND c.next_attempt_at <= now() AND c.dead_at IS NULL
   AND c.shard = ANY (%(shards)s::smallint[])
-ORDER BY c.next_attempt_at, c.seq
+ORDER BY c.next_attempt_at
 LIMIT %(limit)s
 
 -- name: next_due

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import select
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import psycopg
 
@@ -63,9 +63,9 @@ class Session:
         self._parameters = {"shards": SHARDS, "class": hashed, "key": self._key}
 
     @classmethod
-    async def open(cls, dsn: str | None, schema: str) -> Session:
-        """Connect and become a member."""
-        connection = await connect_async(dsn, application_name="cdc: shards", session=_SESSION)
+    async def open(cls, dsn: str | None, schema: str, settings: Mapping[str, str]) -> Session:
+        """Connect with these server settings besides our own, and become a member."""
+        connection = await connect_async(dsn, application_name="cdc: shards", session={**settings, **_SESSION})
         session = cls(connection, schema)
         try:
             await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [session._key, SHARDS])

@@ -18,6 +18,19 @@ from cdc.intake import Position, Snapshot
 from cdc.lanes import Finished, Resume, Row
 from cdc.model import Change, Dead, Discarded, Operation, Outcome, Processed, Skipped, Waiting, WakeUp
 
+INDEXED = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
+"""``session`` settings for connections that run these statements: each of them goes through an index, always.
+
+Left to itself the planner plans each call anew, by statistics that are wrong as soon as they are taken: of a queue that
+was analysed while empty it expects nothing and scans it. Measured: 0.15 ms a fetch, and 0.75 ms after 2,000 rows.
+"""
+
 _OPERATIONS = {operation.value: operation for operation in Operation}
 _COUNT_BOUND = 10_001
 _NAME = "-- name: "
