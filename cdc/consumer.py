@@ -207,16 +207,16 @@ class Consumer:
 
     async def _wait_for_schema(self, reader: psycopg.AsyncConnection) -> None:
         """A sidecar starts before the application's migrations have run: wait, and say for what."""
-        told = False
+        told = ""
         while not self.stopping:
             self._turn("consumer")
             self._answered()
             try:
                 await self._store.check(reader)
             except SchemaError as error:
-                if not told:
+                if told != str(error):
                     log.warning("waiting: %s", _sentence(error))
-                told = True
+                told = str(error)
                 await _wait(self._stopping, _LOOK_AT_SHARDS_S)
             else:
                 return

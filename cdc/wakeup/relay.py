@@ -196,7 +196,7 @@ class Relay:
                     await asyncio.Event().wait()
 
     async def _send_all(self) -> None:
-        connection = await connect_async(self._dsn, application_name="cdc relay")
+        connection = await connect_async(self._dsn, application_name="cdc: relay")
         try:
             while True:
                 await self._due.wait()

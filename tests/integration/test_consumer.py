@@ -6,17 +6,21 @@ import asyncio
 import logging
 import random
 import threading
+import urllib.error
+import urllib.request
 from collections import defaultdict
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from pydantic import BaseModel
 
 import cdc
 from cdc.routing import Router
+from cdc.throwaway import free_port
 from tests.eventually import eventually_async
-from tests.fix_consumer import consuming, metric, settled, states
+from tests.fix_consumer import consuming, metric, settled, slot_name, states
 
 _QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
 
@@ -587,3 +591,83 @@ def _is(condition: Any) -> Any:
 def _streaming(app: Any) -> Any:
     """The stream is connected and every shard is read by number."""
     return _is(lambda: app._stream.status.connected and app.consumer._intake.live_shards == 64)
+
+
+async def test_metrics_and_health_answer_from_a_thread_of_their_own_while_a_handler_blocks_the_event_loop(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, blocking, release = Router(), threading.Event(), threading.Event()
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        blocking.set()
+        release.wait(20)
+
+    port = free_port()
+
+    def get(path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as refused:
+            return refused.code, refused.read().decode()
+
+    def ask() -> tuple[tuple[int, str], ...]:
+        try:
+            blocking.wait(20)
+            return get("/metrics"), get("/livez"), get("/readyz")
+        finally:
+            release.set()
+
+    slot = slot_name()
+    async with consuming(outbox, router, http_port=port, slot_name=slot) as app:
+        await eventually_async(_streaming(app))
+        registry = app.metrics.registry
+        await eventually_async(_is(lambda: metric(registry, "cdc_collector_success") == 2))
+        _publish(outbox_db, "x")
+        (_, text), (alive, _), (ready, checks) = await asyncio.to_thread(ask)
+        await _until_settled(outbox_db)
+    assert (alive, ready) == (200, 200), checks
+    for sample in (
+        f'cdc_stream_connected{{slot="{slot}"}} 1.0',
+        'cdc_role{role="streaming"} 1.0',
+        'cdc_wakeups_total{source="wal"} 1.0',
+        'cdc_outbox_changes{state="fresh"}',
+        "cdc_outbox_oldest_ready_age_seconds",
+        f'cdc_slot_confirmed_lag_bytes{{slot="{slot}"}}',
+        f'cdc_slot_retained_wal_bytes{{slot="{slot}"}}',
+        "cdc_shards_owned 64.0",
+    ):
+        assert sample in text, sample
+
+
+async def test_a_role_that_may_not_settle_is_told_so_before_any_handler_runs(
+    outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    router, calls = Router(), []
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        calls.append(change.seq)
+
+    role = slot_name()
+    outbox_db.execute(psycopg.sql.SQL("CREATE ROLE {} LOGIN").format(psycopg.sql.Identifier(role)))
+    try:
+        _publish(outbox_db, "x")
+        async with consuming(make_conninfo(outbox, user=role), router):
+            await eventually_async(_is(lambda: "may not read" in caplog.text))
+            outbox_db.execute(
+                psycopg.sql.SQL("GRANT SELECT, UPDATE (processed, processed_at) ON entity_changes TO {}").format(
+                    psycopg.sql.Identifier(role)
+                )
+            )
+            await eventually_async(_is(lambda: "no UPDATE on error_count, last_error" in caplog.text))
+            assert calls == []
+            outbox_db.execute(
+                psycopg.sql.SQL("GRANT UPDATE ON entity_changes TO {}").format(psycopg.sql.Identifier(role))
+            )
+            await _until_settled(outbox_db)
+        assert "no_replication_role" in caplog.text
+        assert len(calls) == 1
+    finally:
+        outbox_db.execute(psycopg.sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(psycopg.sql.Identifier(role)))
