@@ -28,6 +28,8 @@ from cdc.retry import Policy
 from cdc.routing import Router
 from cdc.runner import Runner
 from cdc.threads import Threads
+from cdc.transactions import Transactions
+from cdc.verdict import Verdict
 from cdc.wakeup.relay import Listener, Relay
 from cdc.wakeup.stream import Stream, StreamSettings, StreamStatus
 
@@ -85,15 +87,22 @@ class App:
         store = Store(settings.schema_)
         hooks = Hooks(router)
         policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
+        self._transactions = Transactions(settings.dsn_text, store, settings.transactions, router.handlers.values())
+        handlers = router.handlers.values()
         runner = Runner(
-            router, policy=policy, timeout_s=settings.timeout_s, threads=self._threads, hooks=hooks, metrics=metrics
+            router,
+            verdict=Verdict(handlers, policy, hooks=hooks, metrics=metrics),
+            timeout_s=settings.timeout_s,
+            threads=self._threads,
+            transactions=self._transactions,
+            metrics=metrics,
         )
         self.consumer = Consumer(_consumer_settings(settings), runner=runner, store=store, hooks=hooks, metrics=metrics)
         self._relay = Relay(settings.dsn_text, settings.schema_, metrics.relay_notifies.inc)
-        self._stream = self._make_stream() if settings.stream else None
         self._collector = Collector(
             settings.dsn_text, store=store, slot=settings.slot.name if settings.stream else None, metrics=metrics
         )
+        self._stream = self._make_stream() if settings.stream else None
         self._listener = Listener(settings.dsn_text, settings.schema_, self._heard)
         self._turned = time.monotonic()
         self._shown = StreamStatus()
@@ -133,6 +142,7 @@ class App:
     async def _beside(self) -> AsyncIterator[None]:
         """All that runs beside the consumer."""
         tasks = [asyncio.create_task(self._show()), asyncio.create_task(self._start_beside())]
+        await self._transactions.open()
         try:
             yield
         finally:
@@ -142,6 +152,7 @@ class App:
             if self._stream and not await asyncio.to_thread(self._stream.stop, _STOP_THREADS_S):
                 log.warning("the stream's thread has not ended within %g s", _STOP_THREADS_S)
             await asyncio.to_thread(self._collector.stop, _STOP_THREADS_S)
+            await self._transactions.close()
             self._threads.close()
 
     async def _start_beside(self) -> None:
@@ -165,7 +176,7 @@ class App:
                 create_slot=settings.slot.create,
                 stall_limit_s=_STALL_LIMIT_S,
             ),
-            Doorbell(self.consumer, self._relay, self.metrics, settings.slot.name),
+            Doorbell(self.consumer, self._relay, self.metrics, settings.slot.name, changed=self._collector.look_now),
         )
 
     def _heard(self, wakeups: list[WakeUp] | None) -> None:

@@ -37,7 +37,8 @@ class Collector:
         self._slot = slot
         self._metrics = metrics
         self._every_s = every_s
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._due = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cdc-collector", daemon=True)
         self._connection: psycopg.Connection | None = None
         self._failing: set[str] = set()
@@ -45,17 +46,23 @@ class Collector:
     def start(self) -> None:
         self._thread.start()
 
+    def look_now(self) -> None:
+        """Something has just changed; from any thread."""
+        self._due.set()
+
     def stop(self, timeout_s: float) -> None:
-        self._stopping.set()
+        self._stopping = True
+        self._due.set()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
+        while not self._stopping:
+            self._due.clear()
             self._collect("outbox", self._outbox, self._metrics.forget_outbox)
             if self._slot is not None:
                 self._collect("slot", self._read_slot, self._metrics.forget_slot)
-            self._stopping.wait(self._every_s)
+            self._due.wait(self._every_s)
         self._disconnect()
 
     def _collect(self, name: str, read: Callable[[psycopg.Connection], None], forget: Callable[[], None]) -> None:

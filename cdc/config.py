@@ -83,6 +83,7 @@ class Settings(_Section):
     http: Http = Http()
     concurrency: int = Field(100, ge=1, description="Handlers that run at the same time.")
     threads: int = Field(20, ge=1, description="Threads for handlers that are not async.")
+    transactions: int = Field(10, ge=1, description="Connections for transactional handlers, of each kind.")
     window: int = Field(2000, ge=1, description="Changes held in memory; at least the concurrency.")
     max_attempts: int = Field(3, ge=1, description="Attempts before a change becomes a dead letter.")
     timeout: Annotated[float, BeforeValidator(_none_is_zero)] = Field(

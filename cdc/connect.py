@@ -128,6 +128,11 @@ async def connect_async(
         raise _explained(error, arguments) from None
 
 
+def pool_arguments(dsn: str | None, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:
+    """What a pool hands to psycopg's connect for each of its connections."""
+    return {"autocommit": True, **_arguments(dsn, application_name, session, {})}
+
+
 def _arguments(
     dsn: str | None, application_name: str, session: Mapping[str, str] | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:

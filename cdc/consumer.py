@@ -17,6 +17,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import psycopg
 
@@ -27,7 +28,7 @@ from cdc.hooks import Hooks, where
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.lanes import Finished, Lanes, Resume
 from cdc.metrics import Metrics
-from cdc.model import SHARDS, Processed, Waiting, WakeUp
+from cdc.model import SHARDS, Change, Committed, Outcome, Processed, Waiting, WakeUp
 from cdc.outbox.shards import Session
 from cdc.outbox.store import INDEXED, Page, Store
 from cdc.runner import Runner
@@ -71,15 +72,18 @@ class Consumer:
         self._store = store
         self._hooks = hooks
         self._metrics = metrics
-        self._lanes = Lanes(settings.window)
+        self._lanes = Lanes(settings.window, fenced=runner.fenced)
         self._intake = Intake(sweep_interval_s=settings.poll_interval_s)
         self._sweep_room = min(settings.window, max(_SWEEP_ROOM_MIN, settings.window // 4))
         self._stopping = asyncio.Event()
         self._read_due = asyncio.Event()
         self._settle_due = asyncio.Event()
-        self._workers = Workers(self._lanes, runner, settings.concurrency, self._settle_due.set)
+        self._workers = Workers(
+            self._lanes, runner, settings.concurrency, finished=self._finished, read_anew=self._read_due.set
+        )
         self._owned: set[int] = set()
         self._next_due_at = 0.0
+        self._restart_due = False
         self._drained = False
         # Written here, read by the health thread: times of the event loop's clock.
         self.turned: dict[str, float] = {}
@@ -117,7 +121,7 @@ class Consumer:
 
     def sweep_now(self) -> None:
         """The table changed without a wake-up for each row: look at everything again."""
-        self._restart_sweep()
+        self._restart_due = True
         self._next_due_at = 0.0
         self._read_due.set()
 
@@ -315,8 +319,10 @@ class Consumer:
 
     async def _read_intake(self, reader: psycopg.AsyncConnection, room: int) -> bool:
         now = self._now()
-        if self._intake.full_pass_due(now):
-            self._restart_sweep()
+        if self._restart_due or self._intake.full_pass_due(now):
+            # Here, where no read is under way: its answer would pass the marks that are forgotten now.
+            self._restart_due = False
+            self._lanes.forget_unread(self._intake.restart())
         match self._intake.next(now, room, self._sweep_room):
             case Fetch() as fetch:
                 await self._fetch(reader, fetch)
@@ -348,7 +354,7 @@ class Consumer:
     async def _due(self, reader: psycopg.AsyncConnection) -> None:
         # What is in the lanes is due as well until it is settled: a page of a whole window always reaches beyond it.
         rows, next_due_s = await self._store.due(reader, self._owned, self._settings.window)
-        admitted = self._lanes.admit(rows)
+        admitted = self._lanes.admit(rows, due=True)
         self._metrics.wakeups.labels("retry").inc(admitted.taken)
         pause_s = self._settings.sweep_interval_s if next_due_s is None else next_due_s
         if admitted.refused:
@@ -361,9 +367,6 @@ class Consumer:
         self._metrics.fetch_duration.observe(self._now() - started)
         self._metrics.fetch_changes.observe(len(page.rows))
         return page
-
-    def _restart_sweep(self) -> None:
-        self._lanes.forget_unread(self._intake.restart())
 
     # --- settle ----------------------------------------------------------------------------------------------------
 
@@ -386,18 +389,30 @@ class Consumer:
         self._metrics.settle_skipped.inc(settled.missed)
         self._answered()
         self._lanes.settled(batch)
-        self._tell(batch, settled.at.timestamp())
+        self._tell(batch, settled.at)
         self._workers.hand_out()
         self._read_due.set()
 
-    def _tell(self, batch: Iterable[Finished], settled_at: float) -> None:
+    def _finished(self, change: Change, outcome: Outcome) -> None:
+        if isinstance(outcome, Committed):
+            self._processed(change, outcome.at)
+            self._read_due.set()
+        else:
+            self._settle_due.set()
+
+    def _tell(self, batch: Iterable[Finished], settled_at: datetime) -> None:
         for change, outcome in batch:
+            if change.requeued:
+                self._next_due_at = 0.0  # it may have held back another one that is due
             match outcome:
                 case Processed():
-                    self._metrics.took(change.entity_type, settled_at - change.changed_at.timestamp())
-                    self._hooks.processed(change)
+                    self._processed(change, settled_at)
                 case Waiting(delay_s):
                     self._next_due_at = min(self._next_due_at, self._now() + delay_s)
+
+    def _processed(self, change: Change, at: datetime) -> None:
+        self._metrics.took(change.entity_type, (at - change.changed_at).total_seconds())
+        self._hooks.processed(change)
 
     # --- small things ----------------------------------------------------------------------------------------------
 

@@ -24,9 +24,12 @@ _CROSSING_MAX = 20_000
 class Doorbell:
     """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run in the stream's thread."""
 
-    def __init__(self, consumer: Consumer, relay: Relay, metrics: Metrics, slot: str) -> None:
+    def __init__(
+        self, consumer: Consumer, relay: Relay, metrics: Metrics, slot: str, *, changed: Callable[[], None]
+    ) -> None:
         self._consumer = consumer
         self._relay = relay
+        self._changed = changed
         self._metrics = metrics
         self._slot = slot
         self._loop = asyncio.get_running_loop()
@@ -61,6 +64,7 @@ class Doorbell:
         self._metrics.set_stream(None)
         self._metrics.set_role("streaming")
         self._consumer.streaming(connected=True)
+        self._changed()
 
     def _rang(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
         with self._lock:

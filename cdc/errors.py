@@ -10,12 +10,18 @@
       SessionLostError           the session that holds the shard locks is gone     (reconnect)
       ProtocolError              bytes from the server that no decoder understands  (reconnect)
 
-    Retry, Discard               decisions a handler takes by raising them; neither is a failure
+    Retry, Discard, Failed       what a handler says by raising them: later; nothing to do; some of the batch
 
 Each CdcError is one sentence, what happened to what, and a hint: what to do now.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cdc.model import Change
 
 
 class CdcError(Exception):
@@ -84,3 +90,14 @@ class Discard(Exception):  # noqa: N818 - see Retry
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
+
+
+class Failed(Exception):  # noqa: N818 - see Retry
+    """Raised by a batch handler: these changes failed, each with its error, Retry and Discard too; the rest is done."""
+
+    def __init__(self, errors: Mapping[Change, BaseException | str]) -> None:
+        super().__init__(f"{len(errors)} changes of the batch failed")
+        self.errors = {
+            change.seq: error if isinstance(error, BaseException) else RuntimeError(error)
+            for change, error in errors.items()
+        }

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import logging
 import traceback
-from collections.abc import Awaitable
 from typing import Any
 
 from cdc.model import Change
@@ -71,10 +71,10 @@ class Hooks:
     async def _call(self, hook: Hook, arguments: tuple[Any, ...]) -> None:
         try:
             async with asyncio.timeout(_LIMIT_S):
-                # A plain hook may block; an async one only makes its coroutine there.
-                answer = await self._threads.submit(functools.partial(hook, *arguments)).future
-                if isinstance(answer, Awaitable):
-                    await answer
+                if inspect.iscoroutinefunction(hook):
+                    await hook(*arguments)
+                else:
+                    await self._threads.submit(functools.partial(hook, *arguments)).future
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a hook's failure never disturbs the work
             log.warning("hook %s: %s; the work goes on", getattr(hook, "__qualname__", hook), where(error))
 

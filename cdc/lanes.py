@@ -6,11 +6,13 @@ A *lane* holds the changes of one key that are in the window, in ``seq`` order:
 
     queued ──start──> running ──finished──> settling ──settled──> gone
 
-* One change of a key runs at a time. Its successor may start when it has *finished*: its mark is on its way, and
-  marks reach the table in the order in which they finished, so that after a crash a key resumes at its first
-  unsettled change.
-* A change that must wait for its retry *shuts* its lane: what is queued behind it is let go, for the table holds
-  the key back from then on, and memory need not.
+* One change of a key runs at a time, or one batch of successive ones. Its successor may start when it has
+  *finished*: its mark is on its way, and marks reach the table in the order in which they finished, so that after a
+  crash a key resumes at its first unsettled change.
+* A *fenced* change, one that is marked by its handler's own transaction, starts only when all before it have
+  settled: its mark does not queue behind theirs, and a crash in between would leave it marked and them to run again.
+* A change that must wait for its retry, or a dead letter that pauses its key, *shuts* its lane: what is queued behind
+  it is let go, for the table holds the key back from then on, and memory need not.
 * The window is bounded, and so is each lane: a key with a million changes cannot fill the window.
 
 What the window does not hold is remembered by one number a key, ``unread``: from this ``seq`` on, changes of the
@@ -31,11 +33,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from cdc.model import Change, Key, Outcome, Waiting
+from cdc.model import Change, Committed, Key, Outcome, holds_its_key
 
 _UNREAD_KEYS_MAX = 10_000
 
@@ -68,14 +70,19 @@ class Finished(NamedTuple):
 
 
 class _Lane:
-    __slots__ = ("orphan", "queue", "running", "settling", "shut")
+    __slots__ = ("holding", "orphan", "queue", "running", "settling")
 
     def __init__(self) -> None:
         self.queue: deque[Change] = deque()
-        self.running: Change | None = None
+        self.running: list[Change] = []
         self.settling = 0
-        self.shut = False
+        self.holding = 0
+        """How many of those settling hold the key back; a batch may end with several."""
         self.orphan = False
+
+    @property
+    def shut(self) -> bool:
+        return self.holding > 0
 
     @property
     def empty(self) -> bool:
@@ -92,10 +99,18 @@ class _Unread:
 
 
 class Lanes:
-    """``capacity``: changes in the window. ``lane_capacity``: queued changes of one key."""
+    """``capacity``: changes in the window. ``lane_capacity``: queued changes of one key. ``fenced``: see above."""
 
-    def __init__(self, capacity: int, lane_capacity: int = 64, unread_max: int = _UNREAD_KEYS_MAX) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        lane_capacity: int = 64,
+        unread_max: int = _UNREAD_KEYS_MAX,
+        *,
+        fenced: Callable[[Change], bool] = lambda _: False,
+    ) -> None:
         self.capacity = capacity
+        self._fenced = fenced
         self._lane_capacity = lane_capacity
         self._unread_max = unread_max
         self._lanes: dict[Key, _Lane] = {}
@@ -183,14 +198,14 @@ class Lanes:
         orphans = {key: lane for key, lane in self._lanes.items() if lane.running}
         for lane in orphans.values():
             lane.queue.clear()
-            lane.settling = 0
+            lane.settling = lane.holding = 0
             lane.orphan = True
         self._lanes = orphans
         for forgotten in (self._known, self._ready, self._finished, self._settling, self._unread, self._resumes,
                           self._owned, self._in_flight, self._leaving):  # fmt: skip
             forgotten.clear()
         self._journal = None
-        return [lane.running for lane in orphans.values() if lane.running]
+        return [change for lane in orphans.values() for change in lane.running]
 
     # --- in --------------------------------------------------------------------------------------------------------
 
@@ -203,15 +218,15 @@ class Lanes:
         finally:
             self._journal = None
 
-    def admit(self, rows: Iterable[Row]) -> Admitted:
-        """Take in what a read found, in its order."""
-        return self._admit(rows, resumed=False)
+    def admit(self, rows: Iterable[Row], *, due: bool = False) -> Admitted:
+        """Take in what a read found, in its order. ``due``: waiting changes, which need no mark to be found again."""
+        return self._admit(rows, resumed=False, due=due)
 
-    def _admit(self, rows: Iterable[Row], *, resumed: bool) -> Admitted:
+    def _admit(self, rows: Iterable[Row], *, resumed: bool, due: bool = False) -> Admitted:
         journal = self._journal or {}
-        before = len(self._known)
-        done_meanwhile = {f.change.key for f in journal.values() if not isinstance(f.outcome, Waiting)}
-        wait_meanwhile = {f.change.key: f.change.seq for f in journal.values() if isinstance(f.outcome, Waiting)}
+        taken = 0
+        done_meanwhile = {f.change.key for f in journal.values() if not holds_its_key(f.outcome)}
+        wait_meanwhile = {f.change.key: f.change.seq for f in journal.values() if holds_its_key(f.outcome)}
         refused: dict[int, int] = {}
         refused_keys: set[Key] = set()
         for row in rows:
@@ -226,6 +241,9 @@ class Lanes:
             lane = self._lanes.get(key)
             held = row.held or wait_meanwhile.get(key, change.seq) < change.seq
             if held or (lane is not None and (lane.shut or lane.orphan or len(lane.queue) >= self._lane_capacity)):
+                if due:
+                    self._give_way(key, lane, change)
+                    continue
                 fits = self._remember(
                     change,
                     held=held or (lane is not None and (lane.shut or lane.orphan)),
@@ -235,10 +253,11 @@ class Lanes:
                     self._unhold(key)
             elif fits := self.room > 0:
                 self._enqueue(key, lane, change)
+                taken += 1
             if not fits:
                 refused_keys.add(key)
                 refused[change.shard] = min(change.seq, refused.get(change.shard, change.seq))
-        return Admitted(len(self._known) - before, refused)
+        return Admitted(taken, refused)
 
     def resumed(self, resume: Resume, rows: Sequence[Row], *, complete: bool) -> None:
         """The answer to a ``Resume``. ``complete``: there are no more visible changes of the key than these rows."""
@@ -262,45 +281,67 @@ class Lanes:
     def start(self) -> Change | None:
         """The next change to run now, or None."""
         while self._ready:
-            lane = self._lanes.get(self._ready.popleft())
-            if lane is not None and lane.queue and lane.running is None and not lane.shut:
-                lane.running = change = lane.queue.popleft()
-                self._in_flight[change.shard] = self._in_flight.get(change.shard, 0) + 1
-                return change
+            key = self._ready.popleft()
+            lane = self._lanes.get(key)
+            if lane is not None and self._startable(lane):
+                return self._start_next(lane)
         return None
+
+    def start_with(self, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
+        """Start more changes that ``belong`` into a started batch, up to ``limit``: of its keys first, then others."""
+        for key in dict.fromkeys(change.key for change in batch):
+            self._start_run(self._lanes[key], batch, limit, belongs)
+        for _ in range(len(self._ready)):
+            if len(batch) >= limit:
+                return
+            key = self._ready.popleft()
+            lane = self._lanes.get(key)
+            if lane is None or not self._startable(lane):
+                continue
+            if belongs(lane.queue[0]):
+                self._start_run(lane, batch, limit, belongs)
+            else:
+                self._ready.append(key)
 
     def finished(self, change: Change, outcome: Outcome) -> None:
         """The handler of a started change ended."""
         key = change.key
         lane = self._lanes[key]
-        if lane.running is not change:
-            raise AssertionError(f"{change!r} finished but is not running")
-        lane.running = None
+        self._leave_running(lane, change)
         if lane.orphan:
             self._orphan_returned(key, lane)
             return
-        self._finished.append(Finished(change, outcome))
+        finished = Finished(change, outcome)
         lane.settling += 1
-        if isinstance(outcome, Waiting):
-            lane.shut = True
+        if isinstance(outcome, Committed):
+            self._settling[change.seq] = finished
+            self.settled([finished])
+        else:
+            self._finished.append(finished)
+        if holds_its_key(outcome):
+            lane.holding += 1
             self._drop_queue(key, lane, remember=True)
-        elif lane.queue:
+        elif lane.queue and not lane.running:
             self._ready.append(key)
         else:
             self._consider_resume(key)
 
     def interrupted(self, change: Change) -> None:
-        """The handler of a started change was cut off: neither done nor failed. Its key is left as it is."""
+        """The handler of a started change was cut off. The table knows what came of it: its key is read anew."""
         key = change.key
         lane = self._lanes[key]
-        lane.running = None
+        self._leave_running(lane, change)
         if lane.orphan:
             self._orphan_returned(key, lane)
             return
         self._left_flight(change)
         self._drop_queue(key, lane, remember=False)
-        self._note(key, change.seq, change.shard, held=False)
+        if not change.requeued and change.shard in self._owned:
+            self._note(key, change.seq, change.shard, held=False)
+        if mark := self._unread.get(key):
+            mark.held = lane.shut  # what held the key may be this change, and may be done: the table is asked
         self._drop_if_empty(key, lane)
+        self._consider_resume(key)
 
     # --- out -------------------------------------------------------------------------------------------------------
 
@@ -330,6 +371,28 @@ class Lanes:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
+    def _startable(self, lane: _Lane) -> bool:
+        if not lane.queue or lane.running or lane.shut:
+            return False
+        # A fenced one is made ready again when the last before it has settled.
+        return not (lane.settling and self._fenced(lane.queue[0]))
+
+    def _start_next(self, lane: _Lane) -> Change:
+        change = lane.queue.popleft()
+        lane.running.append(change)
+        self._in_flight[change.shard] = self._in_flight.get(change.shard, 0) + 1
+        return change
+
+    def _start_run(self, lane: _Lane, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
+        while lane.queue and len(batch) < limit and belongs(lane.queue[0]):
+            batch.append(self._start_next(lane))
+        # What is left behind them becomes ready when they have finished.
+
+    def _leave_running(self, lane: _Lane, change: Change) -> None:
+        if change not in lane.running:
+            raise AssertionError(f"{change!r} finished but is not running")
+        lane.running.remove(change)
+
     def _enqueue(self, key: Key, lane: _Lane | None, change: Change) -> None:
         if lane is None:
             lane = self._lanes[key] = _Lane()
@@ -339,7 +402,7 @@ class Lanes:
             insort(lane.queue, change, key=lambda queued: queued.seq)
         else:
             lane.queue.append(change)
-        if lane.running is None and len(lane.queue) == 1:
+        if not lane.running and len(lane.queue) == 1:
             self._ready.append(key)
 
     def _settled_in_lane(self, change: Change, outcome: Outcome) -> None:
@@ -347,10 +410,11 @@ class Lanes:
         lane = self._lanes.get(key)
         if lane is not None:
             lane.settling -= 1
-            if isinstance(outcome, Waiting):
-                lane.shut = False
+            lane.holding -= holds_its_key(outcome)
+            if lane.queue and not lane.running and not lane.settling:
+                self._ready.append(key)  # its head may have been fenced
             self._drop_if_empty(key, lane)
-        if not isinstance(outcome, Waiting):
+        if not holds_its_key(outcome):
             self._unhold(key)
 
     def _unhold(self, key: Key) -> None:
@@ -364,6 +428,8 @@ class Lanes:
             self._resumes[key] = None
 
     def _orphan_returned(self, key: Key, lane: _Lane) -> None:
+        if lane.running:
+            return
         lane.orphan = False
         self._unhold(key)
         self._drop_if_empty(key, lane)
@@ -380,8 +446,19 @@ class Lanes:
         lane.queue.clear()
         self._drop_if_empty(key, lane)
 
+    def _give_way(self, key: Key, lane: _Lane | None, earlier: Change) -> None:
+        """An earlier change of the key was requeued and is not to run yet: what is queued behind it is let go."""
+        later = [change for change in lane.queue if change.seq > earlier.seq] if lane else []
+        for change in later:
+            assert lane is not None
+            lane.queue.remove(change)
+            del self._known[change.seq]
+        if later:
+            self._note(key, later[0].seq, later[0].shard, held=True)
+            self._resumes.pop(key, None)
+
     def _drop_if_empty(self, key: Key, lane: _Lane) -> None:
-        if lane.empty and not lane.shut:
+        if lane.empty:
             self._lanes.pop(key, None)
 
     def _left_flight(self, change: Change) -> None:
@@ -400,6 +477,7 @@ class Lanes:
         return True
 
     def _note(self, key: Key, seq: int, shard: int, *, held: bool) -> None:
+        assert shard in self._owned, "a shard that comes back is read from its first change on, without old marks"
         mark = self._unread.get(key)
         if mark is None:
             self._unread[key] = _Unread(seq, shard, held)

@@ -92,6 +92,13 @@ class Processed:
 
 
 @dataclass(frozen=True, slots=True)
+class Committed:
+    """The handler returned, and its own transaction has marked the change. ``at``: the database's clock."""
+
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """No handler wants the change."""
 
@@ -113,10 +120,16 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """The last attempt failed, or no attempt can succeed."""
+    """The last attempt failed, or no attempt can succeed. ``pauses``: its key waits until somebody decides."""
 
     error: str
+    pauses: bool = False
 
 
-Outcome = Processed | Skipped | Discarded | Waiting | Dead
+Outcome = Processed | Committed | Skipped | Discarded | Waiting | Dead
 """How one attempt ended. What a stop or a lost session cut off has no outcome: the change stays as it was."""
+
+
+def holds_its_key(outcome: Outcome) -> bool:
+    """Whether later changes of the key have to wait for this one."""
+    return isinstance(outcome, Waiting) or (isinstance(outcome, Dead) and outcome.pauses)

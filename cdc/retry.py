@@ -33,4 +33,5 @@ def delay_s(policy: Policy, attempt: int, fraction: float, after_s: float | None
     """
     if attempt >= policy.max_attempts:
         return None
-    return min(ceiling_s(policy, attempt) * fraction if after_s is None else after_s, _WAIT_MAX_S)
+    # A float also where the handler gave an int: psycopg refuses an array of both, and with it a whole settle.
+    return float(min(ceiling_s(policy, attempt) * fraction if after_s is None else after_s, _WAIT_MAX_S))

@@ -8,16 +8,25 @@ second handler is declared.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cdc.errors import UsageError
 from cdc.model import Change, Operation
 
 ANY = "*"
 """Stands for every entity type, or every operation, that has no rule of its own."""
+
+CONNECTION = "connection"
+"""Name of the parameter that makes a handler transactional."""
+
+CHANGES = "changes"
+"""Name of the parameter that makes a handler one for batches."""
+
+_BATCH = 100
+_LINGER_MAX_S = 10.0
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Hook = Callable[..., Any]
@@ -28,11 +37,25 @@ class Handler:
     """A function and how to call it. ``max_attempts`` and ``timeout_s`` of None mean the consumer's settings."""
 
     name: str
-    function: Callable[[Change], Any]
+    function: Callable[..., Any]
     is_async: bool
+    transactional: bool = False
+    """It has a parameter ``connection``: it runs in a transaction that marks the change."""
+    pauses: bool = False
+    """A dead letter of it holds back its key."""
+    batch: int | None = None
+    """It has a parameter ``changes``: it gets up to so many at once."""
+    linger_s: float = 0.0
+    """How long a batch that is not full waits for more."""
     model: Any = None
     max_attempts: int | None = None
     timeout_s: float | None = None
+
+    def call(self, changes: Sequence[Change], **connection: Any) -> Any:
+        """Call the function with one change, or with a batch."""
+        if self.batch is None:
+            return self.function(changes[0], **connection)
+        return self.function(**{CHANGES: list(changes)}, **connection)
 
 
 class Router:
@@ -55,24 +78,43 @@ class Router:
         model: Any = None,
         max_attempts: int | None = None,
         timeout: float | None = None,
+        dead: Literal["skip", "pause"] = "skip",
+        batch: int | None = None,
+        linger: float = 0.0,
         name: str | None = None,
     ) -> Callable[[Function], Function]:
         """Declare the handler of an entity type ("*": of every type without a rule of its own).
 
         ``operations``: any of INSERT, UPDATE, DELETE; none named means all. ``model``: a pydantic model (or any
         type pydantic can validate) that ``change.new`` and ``change.old`` become; a row that does not fit is a dead
-        letter at once. ``max_attempts`` and ``timeout`` (seconds) override the consumer's settings. ``name`` is the
-        handler's name in metrics and logs. The function may be async, or plain: then it runs in a thread.
+        letter at once. ``max_attempts`` and ``timeout`` (seconds) override the consumer's settings. ``dead``: what a
+        dead letter does to the later changes of its key, let them go on ("skip") or hold them back until somebody has
+        decided ("pause"). ``name`` is the handler's name in metrics and logs.
+
+        The function may be async, or plain: then it runs in a thread. With a parameter named ``changes`` instead of one
+        change it gets a list of up to ``batch`` (100 if not said), in seq order within a key; ``linger`` is how many
+        seconds a batch that is not full waits for more. With a parameter named ``connection`` it is
+        transactional: it gets a psycopg connection (async or not, as it is itself) in a transaction that has taken the
+        change and marks it processed before the commit, so that what it writes there happens exactly once.
         """
         slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
         _positive("max_attempts", max_attempts)
         _positive("timeout", timeout)
+        _positive("batch", batch)
+        if not 0 <= linger <= _LINGER_MAX_S:
+            raise UsageError(f"router.on(..., linger={linger!r}): seconds, from 0 to {_LINGER_MAX_S:g}")
+        if dead not in ("skip", "pause"):
+            raise UsageError(f"router.on(..., dead={dead!r}): no such way", hint="use 'skip' or 'pause'")
 
         def declare(function: Function) -> Function:
             handler = Handler(
                 name=name or _name(function),
-                function=_single_parameter(function),
+                function=function,
                 is_async=inspect.iscoroutinefunction(_unwrapped(function)),
+                transactional=_takes_connection(function),
+                pauses=dead == "pause",
+                batch=_batch(function, batch),
+                linger_s=linger,
                 model=model,
                 max_attempts=max_attempts,
                 timeout_s=timeout,
@@ -168,12 +210,25 @@ def _name(function: Callable[..., Any]) -> str:
     return str(qualified).rpartition("<locals>.")[2]
 
 
-def _single_parameter(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse at declaration what would fail at every call."""
+def _takes_connection(function: Callable[..., Any]) -> bool:
+    """Whether the handler is transactional. Refuses at declaration what would fail at every call."""
+    signature = inspect.signature(function)
+    asked = {name: object() for name in (CHANGES, CONNECTION) if name in signature.parameters}
     try:
-        inspect.signature(function).bind(object())
+        signature.bind(*([] if CHANGES in asked else [object()]), **asked)
     except TypeError:
         raise UsageError(
-            f"handler {_name(function)} cannot be called with one change", hint="write it as def handler(change)"
+            f"handler {_name(function)} cannot be called with one change",
+            hint="write it as def handler(change), or def handler(changes) for batches; connection may come beside",
         ) from None
-    return function
+    return CONNECTION in asked
+
+
+def _batch(function: Callable[..., Any], batch: int | None) -> int | None:
+    takes_many = CHANGES in inspect.signature(function).parameters
+    if batch is not None and not takes_many:
+        raise UsageError(
+            f"handler {_name(function)} has batch={batch} and no parameter named {CHANGES}",
+            hint="write it as def handler(changes)",
+        )
+    return (batch or _BATCH) if takes_many else None

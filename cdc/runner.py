@@ -1,13 +1,18 @@
-"""The life of one handler call: resolve, validate, run under its time limit, classify.
+"""The life of one handler call: resolve, validate, run under its time limit, judge.
 
-    change ──> handler? ──no──> Skipped
-                 │ yes
-               model? ──does not fit──> Dead
-                 │
-               call ── returns ───────────────> Processed
-                    ├─ raises Discard ────────> Discarded
-                    ├─ raises Retry, fails ───> Waiting, or Dead after the last attempt
-                    └─ cut off by a stop ─────> CancelledError: no outcome, no attempt counted
+    change(s) ──> handler? ──no──> Skipped
+                    │ yes
+                  model? ──does not fit──> Dead
+                    │
+                  call ── returns ───────────────> Processed; Committed by a transactional handler
+                       ├─ raises Discard ────────> Discarded
+                       ├─ raises Retry, fails ───> Waiting, or Dead after the last attempt
+                       ├─ fate not known here ───> AskTheTableError: no outcome, the key is read anew
+                       └─ cut off by a stop ─────> CancelledError: no outcome, no attempt counted
+
+A batch goes the same way as one call. Of what it raises, ``Failed`` names the changes it is about; ``Retry``,
+``Discard`` and the time limit are about all of them. Any other error is the fault of one of them, and nobody knows of
+which: so they are called one by one, at once, and a key ends where one of its changes failed.
 
 A handler in a thread cannot be stopped. When it overruns its limit that is reported at once, and the change stays
 running, its key shut, until the thread returns; then what it did decides: a return is a return, however late.
@@ -18,190 +23,213 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from cdc import probe
-from cdc.errors import Discard, Retry
-from cdc.hooks import Hooks, where
+from cdc.errors import Discard, Failed, Retry
 from cdc.metrics import NO_HANDLER, Metrics
-from cdc.model import Change, Dead, Discarded, Outcome, Processed, Skipped, Waiting
-from cdc.retry import Policy, delay_s
+from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, holds_its_key
 from cdc.routing import Handler, Router
 from cdc.threads import Threads
+from cdc.transactions import AskTheTableError, EndedTransactionError, Errors, Transactions
+from cdc.verdict import OverrunError, Verdict
 
 log = logging.getLogger("cdc.handlers")
 
-_ERROR_LENGTH_MAX = 2_000
-"""Of last_error: an error text may quote payload, and must not outgrow the row it is about."""
+_NONE: Errors = {}
+_ABOUT_ALL = (Retry, Discard, OverrunError, EndedTransactionError)
+"""What a batch raises that is not the fault of one of its changes."""
+
+
+class _Given(NamedTuple):
+    """A change, and what the handler gets of it: with its model, if it has one."""
+
+    change: Change
+    given: Change
 
 
 class Runner:
-    """``policy`` and ``timeout_s`` hold where a handler names none of its own; ``dice`` draws the jitter."""
+    """``timeout_s`` holds where a handler names none of its own."""
 
     def __init__(
         self,
         router: Router,
         *,
-        policy: Policy,
+        verdict: Verdict,
         timeout_s: float | None,
         threads: Threads,
-        hooks: Hooks,
+        transactions: Transactions,
         metrics: Metrics,
-        dice: Callable[[], float] = random.random,
     ) -> None:
         self._router = router
-        self._policy = policy
+        self._verdict = verdict
         self._timeout_s = timeout_s
         self._threads = threads
-        self._hooks = hooks
+        self._transactions = transactions
         self._metrics = metrics
-        self._dice = dice
         handlers = set(router.handlers.values())
         self._durations = {h.name: metrics.handler_duration.labels(h.name) for h in handlers}
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
-        self._policies = {h.name: replace(policy, max_attempts=h.max_attempts) for h in handlers if h.max_attempts}
+
+    def handler(self, change: Change) -> Handler | None:
+        return self._router.match(change.entity_type, change.operation)
+
+    def fenced(self, change: Change) -> bool:
+        """Whether the change is marked by its handler's own transaction; ``Lanes`` then waits for those before it."""
+        handler = self.handler(change)
+        return handler is not None and handler.transactional
 
     def in_thread(self, change: Change) -> bool:
         """Whether the change's handler, once started, can be cut off no more."""
-        handler = self._router.match(change.entity_type, change.operation)
+        handler = self.handler(change)
         return handler is not None and not handler.is_async
 
     def interrupted(self, change: Change) -> None:
         """The call was cut off."""
-        if handler := self._router.match(change.entity_type, change.operation):
+        if handler := self.handler(change):
             self._metrics.handled(change.entity_type, handler.name, "interrupted")
 
-    async def run(self, change: Change) -> Outcome:
-        """One attempt. Only a cancellation leaves as an exception."""
-        handler = self._router.match(change.entity_type, change.operation)
-        if handler is None:
-            self._metrics.handled(change.entity_type, NO_HANDLER, "skipped")
-            return Skipped()
-        probe.here("run.before_handler")
-        started = asyncio.get_running_loop().time()
-        outcome = await self._attempt(handler, change)
-        self._durations[handler.name].observe(asyncio.get_running_loop().time() - started)
-        self._metrics.handled(change.entity_type, handler.name, _label(outcome))
-        probe.here("run.after_handler")
-        return outcome
+    async def run(self, changes: Sequence[Change]) -> dict[Change, Outcome]:
+        """One attempt at the changes, all of one handler: one, or a batch. A change may have no outcome: not tried.
 
-    async def _attempt(self, handler: Handler, change: Change) -> Outcome:
-        given = change
-        if adapter := self._adapters.get(handler.name):
+        Only a cancellation and AskTheTableError leave as exceptions: there is no outcome at all then.
+        """
+        handler = self.handler(changes[0])
+        if handler is None:
+            for change in changes:
+                self._metrics.handled(change.entity_type, NO_HANDLER, "skipped")
+            return dict.fromkeys(changes, Skipped())
+        probe.here("run.before_handler")
+        fitting, outcomes = self._validate(handler, changes)
+        if fitting:
+            started = asyncio.get_running_loop().time()
+            outcomes |= await self._attempt(handler, fitting)
+            self._durations[handler.name].observe(asyncio.get_running_loop().time() - started)
+        for change, outcome in outcomes.items():
+            self._metrics.handled(change.entity_type, handler.name, _label(outcome))
+        probe.here("run.after_handler")
+        return outcomes
+
+    def _validate(self, handler: Handler, changes: Sequence[Change]) -> tuple[list[_Given], dict[Change, Outcome]]:
+        adapter = self._adapters.get(handler.name)
+        if adapter is None:
+            return [_Given(change, change) for change in changes], {}
+        fitting: list[_Given] = []
+        outcomes: dict[Change, Outcome] = {}
+        for change in changes:
             try:
-                given = _validated(adapter, change)
+                fitting.append(_Given(change, _with_model(adapter, change)))
             except ValidationError as error:
-                self._count_error(handler, "validation")
-                return self._dead(handler, change, error, _validation_text(handler, error))
+                outcomes[change] = self._verdict.on(handler, change, error)
+        return fitting, outcomes
+
+    async def _attempt(self, handler: Handler, batch: Sequence[_Given]) -> dict[Change, Outcome]:
+        marked_at: datetime | None = None
         try:
-            await self._call(handler, given)
-        except Discard as discard:
-            return Discarded(_cut(str(discard)))
+            marked_at, errors = await self._call(handler, batch)
+        except AskTheTableError:
+            raise
         except asyncio.CancelledError as cancelled:
             if _being_cancelled():
                 raise
-            return self._failed(handler, change, cancelled)
+            errors = {change.seq: cancelled for change, _ in batch}
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
-            return self._failed(handler, change, error)
-        return Processed()
+            if len(batch) > 1 and not isinstance(error, _ABOUT_ALL):
+                return await self._one_by_one(handler, batch)
+            errors = {change.seq: error for change, _ in batch}
+        done: Outcome = Committed(marked_at) if marked_at else Processed()
+        return {
+            change: self._verdict.on(handler, change, errors[change.seq]) if change.seq in errors else done
+            for change, _ in batch
+        }
 
-    async def _call(self, handler: Handler, change: Change) -> None:
+    async def _one_by_one(self, handler: Handler, batch: Iterable[_Given]) -> dict[Change, Outcome]:
+        outcomes: dict[Change, Outcome] = {}
+        held: set[Key] = set()
+        for one in batch:
+            if one.change.key not in held:
+                outcomes |= await self._attempt(handler, [one])
+                if holds_its_key(outcomes[one.change]):
+                    held.add(one.change.key)
+        return outcomes
+
+    async def _call(self, handler: Handler, batch: Sequence[_Given]) -> tuple[datetime | None, Errors]:
+        """When a transactional handler's changes were marked, and which ones of a batch failed by themselves."""
         limit_s = handler.timeout_s or self._timeout_s
         if not handler.is_async:
-            await self._call_in_thread(handler, change, limit_s)
-        elif limit_s is None:
-            await handler.function(change)
-        else:
-            try:
-                async with asyncio.timeout(limit_s) as limit:
-                    await handler.function(change)
-            except TimeoutError as error:
-                if not limit.expired():
-                    raise  # the handler's own
-                raise _OverrunError(f"took longer than {limit_s:g} s") from error
+            return await self._call_in_thread(handler, batch, limit_s)
+        if limit_s is None:
+            return await self._call_on_loop(handler, batch)
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                return await self._call_on_loop(handler, batch)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise  # the handler's own
+            raise OverrunError(f"took longer than {limit_s:g} s") from error
 
-    async def _call_in_thread(self, handler: Handler, change: Change, limit_s: float | None) -> None:
-        job = self._threads.submit(functools.partial(handler.function, change))
+    async def _call_on_loop(self, handler: Handler, batch: Sequence[_Given]) -> tuple[datetime | None, Errors]:
+        given = [one.given for one in batch]
+
+        async def call(**connection: Any) -> Errors:
+            try:
+                await handler.call(given, **connection)
+            except Failed as failed:
+                return failed.errors
+            return _NONE
+
+        if handler.transactional:
+            return await self._transactions.run([one.change for one in batch], lambda c: call(connection=c))
+        return None, await call()
+
+    async def _call_in_thread(
+        self, handler: Handler, batch: Sequence[_Given], limit_s: float | None
+    ) -> tuple[datetime | None, Errors]:
+        job = self._threads.submit(self._thread_call(handler, batch))
         try:
             if not await job.returns_within(limit_s):
-                self._count_error(handler, "timeout")
+                self._verdict.count(handler, "timeout")
+                first = batch[0].change
                 log.error(
                     "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key"
                     " is held until it returns",
-                    handler.name, limit_s, change.id, change.entity_type,
+                    handler.name, limit_s, first.id, first.entity_type,
                 )  # fmt: skip
-            await job.future
+            return cast("tuple[datetime | None, Errors]", await job.future)
         except asyncio.CancelledError:
             job.future.cancel()  # nobody will ask for the answer
             raise
 
-    def _count_error(self, handler: Handler, kind: str) -> None:
-        self._metrics.handler_errors.labels(handler.name, kind).inc()
+    def _thread_call(self, handler: Handler, batch: Sequence[_Given]) -> Callable[[], tuple[datetime | None, Errors]]:
+        given = [one.given for one in batch]
 
-    def _failed(self, handler: Handler, change: Change, error: BaseException) -> Outcome:
-        deliberate = isinstance(error, Retry)
-        if not deliberate:
-            self._count_error(handler, "timeout" if isinstance(error, _OverrunError) else "exception")
-        text = str(error) if isinstance(error, Retry | _OverrunError) else f"{type(error).__name__}: {error}"
-        after_s = error.after if isinstance(error, Retry) else None
-        policy = self._policies.get(handler.name, self._policy)
-        wait_s = delay_s(policy, change.attempt, self._dice(), after_s)
-        if wait_s is None:
-            return self._dead(handler, change, error, text)
-        log.log(
-            logging.INFO if deliberate else logging.WARNING,
-            "handler %s: %s on change %s of %s, attempt %d of %d; again in %.1f s",
-            handler.name, _told(error), change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
-        )  # fmt: skip
-        self._hooks.failed(change, error)
-        return Waiting(wait_s, _cut(text))
+        def call(**connection: Any) -> Errors:
+            try:
+                handler.call(given, **connection)
+            except Failed as failed:
+                return failed.errors
+            return _NONE
 
-    def _dead(self, handler: Handler, change: Change, error: BaseException, text: str) -> Outcome:
-        log.error(
-            "handler %s: %s on change %s of %s, attempt %d: now a dead letter; its last_error says more",
-            handler.name, _told(error), change.id, change.entity_type, change.attempt,
-        )  # fmt: skip
-        self._hooks.failed(change, error)
-        return Dead(_cut(text))
+        if handler.transactional:
+            changes = [one.change for one in batch]
+            return functools.partial(self._transactions.run_in_thread, changes, lambda c: call(connection=c))
+        return lambda: (None, call())
 
 
-class _OverrunError(Exception):
-    """The handler's time limit passed."""
-
-
-def _told(error: BaseException) -> str:
-    """What a log line may say of it."""
-    match error:
-        case _OverrunError():
-            return str(error)
-        case ValidationError():
-            return "the row does not fit the model"
-        case Retry():
-            return "asked for another try"
-    return where(error)
-
-
-def _validated(adapter: TypeAdapter[Any], change: Change) -> Change:
+def _with_model(adapter: TypeAdapter[Any], change: Change) -> Change:
     new = None if change.new is None else adapter.validate_python(change.new)
     old = None if change.old is None else adapter.validate_python(change.old)
     return replace(change, new=new, old=old)
 
 
-def _validation_text(handler: Handler, error: ValidationError) -> str:
-    """Where and why, without the values: they are the row's content, and stand in it."""
-    faults = error.errors(include_input=False, include_url=False, include_context=False)
-    told = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'row'}: {fault['msg']}" for fault in faults)
-    return f"does not fit {getattr(handler.model, '__name__', handler.model)}: {told}"
-
-
 def _label(outcome: Outcome) -> str:
     match outcome:
-        case Processed():
+        case Processed() | Committed():
             return "processed"
         case Skipped():
             return "skipped"
@@ -217,9 +245,3 @@ def _being_cancelled() -> bool:
     """Whether somebody cancels this task, as against a handler that raised CancelledError by itself."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _cut(text: str) -> str:
-    # PostgreSQL's text has no NUL; an error text with one would make the settle fail, and with it the whole batch.
-    clean = text.replace("\0", "\\0").encode("utf-8", "replace").decode()
-    return clean if len(clean) <= _ERROR_LENGTH_MAX else f"{clean[: _ERROR_LENGTH_MAX - 1]}…"

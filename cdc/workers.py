@@ -7,12 +7,15 @@ by one. So a worker is started when a change is ready and there is room, and end
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterable
 
 from cdc.lanes import Lanes
-from cdc.model import Change
+from cdc.model import Change, Outcome
+from cdc.routing import Handler
 from cdc.runner import Runner
+from cdc.transactions import AskTheTableError
 
 log = logging.getLogger("cdc.consumer")
 
@@ -21,18 +24,34 @@ _CHANGES_PER_TURN = 100
 
 
 _CUT_OFF_S = 5.0
+_ASK_AGAIN_S = 0.1
+"""Who has the change, or a server that is away, needs a moment; the key stays shut meanwhile."""
 
 
 class Workers:
-    """At most ``concurrency`` of them. ``finished`` is called after each outcome."""
+    """At most ``concurrency`` of them.
 
-    def __init__(self, lanes: Lanes, runner: Runner, concurrency: int, finished: Callable[[], None]) -> None:
+    ``finished`` is called after each outcome, ``read_anew`` when the lanes want a key to be read again.
+    """
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        runner: Runner,
+        concurrency: int,
+        *,
+        finished: Callable[[Change, Outcome], None],
+        read_anew: Callable[[], None],
+    ) -> None:
         self._lanes = lanes
         self._runner = runner
         self._concurrency = concurrency
         self._finished = finished
-        self._tasks: dict[asyncio.Task[None], Change | None] = {}
+        self._read_anew = read_anew
+        self._tasks: dict[asyncio.Task[None], list[Change]] = {}
         self._stopped = False
+        self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
+        """Batches that wait for more, and how to tell them that they are full."""
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -43,7 +62,7 @@ class Workers:
             return
         for _ in range(min(self._lanes.ready, self._concurrency - len(self._tasks))):
             task = asyncio.create_task(self._work())
-            self._tasks[task] = None
+            self._tasks[task] = []
             task.add_done_callback(self._ended)
 
     async def drain(self, seconds: float) -> None:
@@ -57,15 +76,15 @@ class Workers:
 
     async def session_lost(self) -> None:
         """Cut off what can be. A call in a thread goes on; its key stays shut until it returns."""
-        in_thread = {task for task, change in self._tasks.items() if change and self._runner.in_thread(change)}
+        in_thread = {task for task, batch in self._tasks.items() if batch and self._runner.in_thread(batch[0])}
         if in_thread:
             log.warning("%d handlers in threads go on without their session; their keys wait for them", len(in_thread))
         await self._cut_off([task for task in self._tasks if task not in in_thread])
 
     async def _cut_off(self, tasks: Iterable[asyncio.Task[None]]) -> None:
         running = [(task, self._tasks[task]) for task in tasks]
-        for task, change in running:
-            if change:
+        for task, batch in running:
+            for change in batch:
                 self._runner.interrupted(change)
             task.cancel()
         if running:
@@ -79,17 +98,64 @@ class Workers:
         assert task is not None
         turns = 0
         while not self._stopped and (change := self._lanes.start()):
-            self._tasks[task] = change
+            if self._lingering and self._joins(change):
+                continue
+            self._tasks[task] = batch = [change]
             try:
-                outcome = await self._runner.run(change)
+                await self._gather(batch)
+                outcomes = await self._runner.run(batch)
             except asyncio.CancelledError:
-                self._lanes.interrupted(change)
+                self._leave(batch)
                 raise
-            self._lanes.finished(change, outcome)
-            self._finished()
+            except AskTheTableError as unknown:
+                log.info("change %s of %s is read anew: %s", change.id, change.entity_type, unknown)
+                try:
+                    await _for(_ASK_AGAIN_S, asyncio.Event())
+                finally:
+                    self._leave(batch)  # also when the session is lost meanwhile: else its key would stay shut
+                continue
+            for one in batch:  # in seq order within a key: so they are settled
+                if outcome := outcomes.get(one):
+                    self._lanes.finished(one, outcome)
+                    self._finished(one, outcome)
+            if len(outcomes) < len(batch):
+                self._leave([one for one in batch if one not in outcomes])
             turns += 1
             if turns % _CHANGES_PER_TURN == 0:
                 await _OtherTasks()
+
+    async def _gather(self, batch: list[Change]) -> None:
+        """Fill a batch for a handler that takes many."""
+        handler = self._runner.handler(batch[0])
+        if handler is None or handler.batch is None:
+            return
+        self._lanes.start_with(batch, handler.batch, lambda other: self._runner.handler(other) is handler)
+        if handler.linger_s and len(batch) < handler.batch and handler not in self._lingering:
+            full = asyncio.Event()
+            self._lingering[handler] = batch, full
+            try:
+                await _for(handler.linger_s, full)
+            finally:
+                self._lingering.pop(handler, None)
+
+    def _joins(self, change: Change) -> bool:
+        """Put a started change into a batch of its handler that still waits for more."""
+        handler = self._runner.handler(change)
+        if handler is None or handler.batch is None or handler not in self._lingering:
+            return False
+        batch, full = self._lingering[handler]
+        batch.append(change)
+        self._lanes.start_with(batch, handler.batch, lambda other: self._runner.handler(other) is handler)
+        if len(batch) >= handler.batch:
+            full.set()
+            del self._lingering[handler]
+        return True
+
+    def _leave(self, batch: Iterable[Change]) -> None:
+        """Without an outcome: the table knows what came of these."""
+        for change in batch:
+            self._lanes.interrupted(change)
+        self._read_anew()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
@@ -103,3 +169,9 @@ class _OtherTasks:
 
     def __await__(self) -> Generator[None, None, None]:
         yield
+
+
+async def _for(seconds: float, sooner: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await sooner.wait()

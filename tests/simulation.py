@@ -19,10 +19,14 @@ from uuid import UUID
 
 from cdc.intake import Fetch, Intake, Snapshot, Sweep
 from cdc.lanes import Finished, Lanes, Resume, Row
-from cdc.model import Change, Dead, Operation, Outcome, Processed, Waiting, WakeUp
+from cdc.model import Change, Committed, Dead, Operation, Outcome, Processed, Waiting, WakeUp, holds_its_key
 
 _SHARDS = 3
 _MAX_ATTEMPTS = 3
+_FENCED_KEYS = "ab"
+"""Their handlers are transactional."""
+_PAUSING_KEYS = "bc"
+"""Their dead letters pause them."""
 _EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -84,7 +88,8 @@ class Server:
 
     def row(self, record: Record) -> Row:
         held = any(
-            other.state == "waiting" and other.key == record.key and other.seq < record.seq for other in self.visible()
+            other.state in ("waiting", "paused") and other.key == record.key and other.seq < record.seq
+            for other in self.visible()
         )
         return Row(_change(record), held)
 
@@ -93,7 +98,7 @@ def _change(record: Record) -> Change:
     return Change(
         id=UUID(int=record.seq), seq=record.seq, shard=record.shard, entity_type="t", entity_id=record.key,
         table_schema="public", table="t", operation=Operation.INSERT, old=None, new=None, metadata=None,
-        changed_at=_EPOCH, attempt=record.failures + 1,
+        changed_at=_EPOCH, attempt=record.failures + 1, requeued=record.state == "waiting",
     )  # fmt: skip
 
 
@@ -104,11 +109,15 @@ class Simulation:
         self.dice = random.Random(seed)
         self.steps = steps
         self.server = Server()
-        self.lanes = Lanes(self.dice.choice([4, 12, 40]), self.dice.choice([1, 2, 8]), self.dice.choice([1, 3, 100]))
+        self.lanes = Lanes(
+            self.dice.choice([4, 12, 40]), self.dice.choice([1, 2, 8]), self.dice.choice([1, 3, 100]),
+            fenced=lambda change: change.entity_id in _FENCED_KEYS,
+        )  # fmt: skip
         self.intake = Intake(sweep_interval_s=5.0, queue_capacity=self.dice.choice([2, 10, 1000]))
         self.now = 0.0
         self.bells: list[WakeUp] = []
         self.running: list[Change] = []
+        self.batches = self.dice.random() < 0.5
         self.unsettled: dict[int, Outcome] = {}
         self.reading: Callable[[], None] | None = None
         self.settling: list[Finished] | None = None
@@ -125,7 +134,7 @@ class Simulation:
             (6, self._write), (3, self._flush), (3, self._end), (5, self._ring), (8, self._read), (8, self._start),
             (6, self._finish), (6, self._settle), (2, self._tick), (0.3 if self.lossy else 0, self._lose_bells),
             (0.2 if self.lossy else 0, self._lose_session), (0.2, self._give_shard),
-            (0.3 if self.relayed else 0, self._switch_stream),
+            (0.3 if self.relayed else 0, self._switch_stream), (1, self._commit), (0.3, self._interrupt),
         ]  # fmt: skip
         weights, calls = zip(*actions, strict=True)
         for _ in range(self.steps):
@@ -138,7 +147,9 @@ class Simulation:
         for xid in list(self.server.open):
             self.server.flushed.add(xid)
             self.server.end(xid)
-        for _ in range(4_000):
+        for round_ in range(4_000):
+            if round_ % 100 == 0:
+                self._decide_about_the_dead()
             for call in (self._ring, self._read, self._read, self._start, self._finish, self._settle, self._settle):
                 call()
             self.now += 0.05
@@ -146,6 +157,15 @@ class Simulation:
             if not left and self.lanes.idle and not self.settling:
                 return
         raise AssertionError(f"never settled: {left[:5]}, room {self.lanes.room}, {self.intake.catching_up=}")
+
+    def _decide_about_the_dead(self) -> None:
+        """An operator requeues what pauses its key, and rings."""
+        if self.reading:
+            return
+        for record in self.server.rows.values():
+            if record.state == "paused":
+                record.state, record.due_at, record.failures = "waiting", self.now, 0
+        self.lanes.forget_unread(self.intake.restart())
 
     # --- writers ---------------------------------------------------------------------------------------------------
 
@@ -302,34 +322,73 @@ class Simulation:
     def _answer_due(self) -> Callable[[], None]:
         due = [r for r in self.server.visible() if r.state == "waiting" and (r.due_at <= self.now or self.calm)]
         rows = [self.server.row(record) for record in sorted(due, key=lambda r: r.due_at)]
-        return lambda: self.lanes.admit(rows) and None
+        return lambda: self.lanes.admit(rows, due=True) and None
 
     def _start(self) -> None:
         change = self.lanes.start()
         if change is None:
             return
+        batch = [change]
+        if self.batches:
+            fenced = change.entity_id in _FENCED_KEYS
+            self.lanes.start_with(batch, 3, lambda other: (other.entity_id in _FENCED_KEYS) == fenced)
+        assert [c.seq for c in batch if c.key == change.key] == sorted(c.seq for c in batch if c.key == change.key)
+        for started in batch:
+            assert started.key not in {running.key for running in self.running}, f"{started.key} runs twice"
+        for started in batch:
+            self._begin(started, {other.seq for other in batch})
+
+    def _begin(self, change: Change, batch: set[int]) -> None:
         record = self.server.rows[change.seq]
         assert record.state in ("fresh", "waiting"), f"{change!r} was settled and starts again"
         assert change.seq not in self.unsettled, f"{change!r} has finished and starts again"
-        assert change.key not in {running.key for running in self.running}, f"two changes of {change.key} at once"
         for earlier in self.server.rows.values():
-            if earlier.key == record.key and earlier.seq < record.seq and earlier.xid not in self.server.aborted:
-                done = earlier.state in ("processed", "dead") or isinstance(
-                    self.unsettled.get(earlier.seq), Processed | Dead
-                )
-                assert done, f"{change!r} overtakes {earlier}"
+            if earlier.seq in batch or earlier.xid in self.server.aborted:
+                continue
+            if earlier.key == record.key and earlier.seq < record.seq:
+                outcome = self.unsettled.get(earlier.seq)
+                marked = earlier.state in ("processed", "dead")
+                assert marked or (outcome is not None and not holds_its_key(outcome)), f"{change!r} overtakes {earlier}"
+                assert marked or record.key not in _FENCED_KEYS, f"{change!r} would be marked before {earlier}"
         self.running.append(change)
         self.handled[change.seq] += 1
 
     def _finish(self) -> None:
         if not self.running:
             return
-        change = self.running.pop(self.dice.randrange(len(self.running)))
+        change = self._leaves()
         outcome: Outcome = Processed()
-        if not self.calm and self.dice.random() < 0.25:
-            outcome = Waiting(0.1, "no") if change.attempt < _MAX_ATTEMPTS else Dead("no")
+        if self.server.rows[change.seq].state == "processed":
+            outcome = Committed(_EPOCH)
+        elif not self.calm and self.dice.random() < 0.25:
+            failed = change.attempt >= _MAX_ATTEMPTS
+            outcome = Dead("no", pauses=change.entity_id in _PAUSING_KEYS) if failed else Waiting(0.1, "no")
+        elif change.entity_id in _FENCED_KEYS:
+            self.server.rows[change.seq].state = "processed"
+            outcome = Committed(_EPOCH)
         self.lanes.finished(change, outcome)
-        self.unsettled[change.seq] = outcome
+        if not isinstance(outcome, Committed):
+            self.unsettled[change.seq] = outcome
+
+    def _leaves(self) -> Change:
+        """One that runs; of a key's batch the first, as a batch reports its outcomes in order."""
+        key = self.dice.choice(self.running).key
+        change = min((change for change in self.running if change.key == key), key=lambda change: change.seq)
+        self.running.remove(change)
+        return change
+
+    def _commit(self) -> None:
+        """A transactional handler commits, and for a while nobody here knows."""
+        if fenced := [change for change in self.running if change.entity_id in _FENCED_KEYS]:
+            self.server.rows[self.dice.choice(fenced).seq].state = "processed"
+
+    def _interrupt(self) -> None:
+        """A handler is cut off, its commit's fate unknown: the table is asked."""
+        if self.running and not self.reading:
+            key = self.dice.choice(self.running).key
+            for change in [change for change in self.running if change.key == key]:
+                self.running.remove(change)
+                self.lanes.interrupted(change)
 
     def _settle(self) -> None:
         """Committed at one step, reported at the next."""
@@ -346,8 +405,8 @@ class Simulation:
             match outcome:
                 case Processed():
                     record.state = "processed"
-                case Dead():
-                    record.state = "dead"
+                case Dead(pauses=pauses):
+                    record.state = "paused" if pauses else "dead"
                 case Waiting(delay_s):
                     record.state, record.due_at, record.failures = "waiting", self.now + delay_s, record.failures + 1
 

@@ -21,6 +21,7 @@ _COMMANDS = {
     "track": ("cdc.cli.track", "Capture the changes of a table."),
     "untrack": ("cdc.cli.track", "Stop capturing the changes of a table."),
     "tracked": ("cdc.cli.track", "List the tables whose changes are captured."),
+    "outbox": ("cdc.cli.outbox", "Look at changes, decide about dead letters, remove old ones."),
     "slot": ("cdc.cli.slot", "Create, drop and inspect the replication slot."),
     "config": ("cdc.cli.config", "Show the settings in force."),
 }

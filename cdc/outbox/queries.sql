@@ -115,16 +115,32 @@ WITH settled AS (
   UPDATE {changes} AS c
   SET processed = s.processed,
       processed_at = CASE WHEN s.processed THEN now() END,
-      next_attempt_at = now() + make_interval(secs => s.delay_s),
+      next_attempt_at = CASE WHEN s.pauses THEN 'infinity' ELSE now() + make_interval(secs => s.delay_s) END,
       dead_at = CASE WHEN s.dead THEN now() END,
       error_count = c.error_count + s.failed::int,
       last_error = coalesce(s.error, c.last_error)
-  FROM unnest(%(ids)s::uuid[], %(processed)s::bool[], %(dead)s::bool[], %(failed)s::bool[], %(delays)s::float8[],
-              %(errors)s::text[]) AS s(id, processed, dead, failed, delay_s, error)
+  FROM unnest(%(ids)s::uuid[], %(processed)s::bool[], %(dead)s::bool[], %(pauses)s::bool[], %(failed)s::bool[],
+              %(delays)s::float8[], %(errors)s::text[]) AS s(id, processed, dead, pauses, failed, delay_s, error)
   WHERE c.id = s.id AND NOT c.processed AND c.dead_at IS NULL
   RETURNING 1
 )
 SELECT count(*)::int, now() FROM settled
+
+-- name: take
+-- For a transactional handler: those of its changes that are still as they were read and that nobody else has. What
+-- another session holds is skipped: it is still running there, which never means that it is done.
+SELECT pg_current_xact_id()::text
+FROM unnest(%(ids)s::uuid[], %(requeued)s::bool[], %(failures)s::int[]) AS want(id, requeued, failures)
+JOIN {changes} AS c ON c.id = want.id
+WHERE NOT c.processed AND c.dead_at IS NULL
+  AND (c.next_attempt_at IS NOT NULL) = want.requeued AND c.error_count = want.failures
+FOR UPDATE OF c SKIP LOCKED
+
+-- name: mark
+-- The same changes, in the same transaction; no rows: the handler has ended the transaction it was given.
+UPDATE {changes} SET processed = true, processed_at = clock_timestamp(), next_attempt_at = NULL
+WHERE id = ANY (%(ids)s::uuid[]) AND NOT processed AND pg_current_xact_id() = %(xid)s::xid8
+RETURNING processed_at
 
 -- name: figures
 -- For the metrics; every count ends at its bound, which then means "more".

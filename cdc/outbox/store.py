@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files
 from typing import Any
 
 import psycopg
@@ -16,7 +15,8 @@ from cdc import probe
 from cdc.errors import SchemaError
 from cdc.intake import Position, Snapshot
 from cdc.lanes import Finished, Resume, Row
-from cdc.model import Change, Dead, Discarded, Operation, Outcome, Processed, Skipped, Waiting, WakeUp
+from cdc.model import Change, Committed, Dead, Discarded, Operation, Outcome, Processed, Skipped, Waiting, WakeUp
+from cdc.outbox.statements import load
 
 INDEXED = {
     "plan_cache_mode": "force_generic_plan",
@@ -33,7 +33,6 @@ was analysed while empty it expects nothing and scans it. Measured: 0.15 ms a fe
 
 _OPERATIONS = {operation.value: operation for operation in Operation}
 _COUNT_BOUND = 10_001
-_NAME = "-- name: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class Store:
     """The statements for the outbox in ``schema``."""
 
     def __init__(self, schema: str) -> None:
-        self._statements = _statements(schema)
+        self._statements = load("queries.sql", schema)
         self._table = sql.Identifier(schema, "entity_changes").as_string(None)
         self._option = "" if schema == "public" else f" --schema {shlex.quote(schema)}"
 
@@ -154,6 +153,18 @@ class Store:
         probe.here("settle.after_commit")
         return Settled(len(batch) - sum(count for count, _ in counts), counts[-1][1])
 
+    def take(self, changes: Sequence[Change]) -> tuple[bytes, dict[str, Any]]:
+        """The statement by which a transactional handler's connection, of either kind, takes them: a row each."""
+        return self._statements["take"], {
+            "ids": [change.id for change in changes],
+            "requeued": [change.requeued for change in changes],
+            "failures": [change.attempt - 1 for change in changes],
+        }
+
+    def mark(self, changes: Sequence[Change], xid: str) -> tuple[bytes, dict[str, Any]]:
+        """The statement that marks what ``take`` took, if the transaction is still the one with that id."""
+        return self._statements["mark"], {"ids": [change.id for change in changes], "xid": xid}
+
     def figures(self, connection: psycopg.Connection) -> Figures:
         """For the collector; bounded however large the table is."""
         row = connection.execute(self._statements["figures"], {"bound": _COUNT_BOUND}).fetchone()
@@ -168,7 +179,8 @@ class Store:
     async def _settle_others(self, session: psycopg.AsyncConnection, batch: list[Finished]) -> tuple[int, datetime]:
         columns = zip(*(_settle_values(finished.outcome) for finished in batch), strict=True)
         parameters: dict[str, Any] = {"ids": [finished.change.id for finished in batch]}
-        parameters |= zip(("processed", "dead", "failed", "delays", "errors"), map(list, columns), strict=True)
+        names = ("processed", "dead", "pauses", "failed", "delays", "errors")
+        parameters |= zip(names, map(list, columns), strict=True)
         [(count, at)] = await self._rows(session, "settle_others", parameters)
         return count, at
 
@@ -183,17 +195,19 @@ def _is_plain(finished: Finished) -> bool:
     return not finished.change.requeued and isinstance(finished.outcome, Processed | Skipped)
 
 
-def _settle_values(outcome: Outcome) -> tuple[bool, bool, bool, float | None, str | None]:
-    """(processed, dead, failed, delay_s, error) of the statement ``settle_others``."""
+def _settle_values(outcome: Outcome) -> tuple[bool, bool, bool, bool, float | None, str | None]:
+    """(processed, dead, pauses, failed, delay_s, error) of the statement ``settle_others``."""
     match outcome:
         case Processed() | Skipped():
-            return True, False, False, None, None
+            return True, False, False, False, None, None
         case Discarded(reason):
-            return True, False, False, None, f"discarded: {reason}"
+            return True, False, False, False, None, f"discarded: {reason}"
         case Waiting(delay_s, error):
-            return False, False, True, delay_s, error
-        case Dead(error):
-            return False, True, True, None, error
+            return False, False, False, True, delay_s, error
+        case Dead(error, pauses):
+            return False, True, pauses, True, None, error
+        case Committed():
+            raise AssertionError("marked by its own transaction, so there is nothing to settle")
 
 
 def _page(records: list[Any]) -> Page:
@@ -228,18 +242,3 @@ def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
 def _xid(wide: int) -> str:
     """A 64-bit transaction id as the 32-bit one that rows carry. 3 is the first that is not special."""
     return str(max(wide & 0xFFFFFFFF, 3))
-
-
-def _statements(schema: str) -> dict[str, bytes]:
-    """The named blocks of queries.sql, for this schema."""
-    blocks = files("cdc.outbox").joinpath("queries.sql").read_text("utf-8").split(_NAME)[1:]
-    texts = dict(block.split("\n", 1) for block in blocks)
-    table = sql.Identifier(schema, "entity_changes")
-    names: dict[str, sql.Composable] = {"changes": table, "regclass": sql.Literal(table.as_string(None))}
-    names["held"] = _compose(texts.pop("held"), names)
-    return {name: _compose(text, names).as_string(None).encode() for name, text in texts.items()}
-
-
-def _compose(text: str, names: dict[str, sql.Composable]) -> sql.Composed:
-    statement = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("--"))
-    return sql.SQL(statement).format(**names)

@@ -623,7 +623,7 @@ async def test_metrics_and_health_answer_from_a_thread_of_their_own_while_a_hand
     async with consuming(outbox, router, http_port=port, slot_name=slot) as app:
         await eventually_async(_streaming(app))
         registry = app.metrics.registry
-        await eventually_async(_is(lambda: metric(registry, "cdc_collector_success") == 2))
+        await eventually_async(_is(lambda: metric(registry, "cdc_slot_present") == 1))
         _publish(outbox_db, "x")
         (_, text), (alive, _), (ready, checks) = await asyncio.to_thread(ask)
         await _until_settled(outbox_db)

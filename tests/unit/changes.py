@@ -9,13 +9,13 @@ from cdc.lanes import Row
 from cdc.model import Change, Operation
 
 
-def change(seq: int, key: str = "k", *, shard: int = 0, attempt: int = 1) -> Change:
+def change(seq: int, key: str = "k", *, shard: int = 0, attempt: int = 1, requeued: bool = False) -> Change:
     return Change(
         id=UUID(int=seq), seq=seq, shard=shard, entity_type="t", entity_id=key, table_schema="public", table="t",
         operation=Operation.INSERT, old=None, new={}, metadata=None, changed_at=datetime(2026, 1, 1, tzinfo=UTC),
-        attempt=attempt,
+        attempt=attempt, requeued=requeued,
     )  # fmt: skip
 
 
-def row(seq: int, key: str = "k", *, held: bool = False, shard: int = 0) -> Row:
-    return Row(change(seq, key, shard=shard), held)
+def row(seq: int, key: str = "k", *, held: bool = False, shard: int = 0, requeued: bool = False) -> Row:
+    return Row(change(seq, key, shard=shard, requeued=requeued), held)

@@ -47,6 +47,54 @@ def test_the_successor_may_start_when_a_change_has_finished_before_it_is_settled
     assert lanes.settling == 1
 
 
+def test_a_batch_takes_successive_changes_of_its_keys_and_then_of_others_up_to_its_limit(lanes: Lanes) -> None:
+    lanes.admit([row(1, "a"), row(2, "a"), row(3, "b"), row(4, "c"), row(5, "c")])
+    first = lanes.start()
+    assert first is not None
+    batch = [first]
+    lanes.start_with(batch, 4, lambda change: change.entity_id != "b")
+    assert _seqs(batch) == [1, 2, 4, 5]
+    assert _seqs(_start_all(lanes)) == [3]
+    for change in batch:
+        lanes.finished(change, Processed())
+    assert _seqs(finished.change for finished in lanes.take_finished(10)) == [1, 2, 4, 5]
+
+
+def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(lanes: Lanes) -> None:
+    lanes.admit([row(1), row(2)])
+    first = lanes.start()
+    assert first is not None
+    batch = [first]
+    lanes.start_with(batch, 2, lambda change: True)
+    for change in batch:
+        lanes.finished(change, Waiting(1.0, "no"))
+    lanes.settled(lanes.take_finished(1))
+    lanes.admit([row(1)], due=True)
+    assert _start_all(lanes) == []
+    lanes.settled(lanes.take_finished(1))
+    lanes.admit([row(1)], due=True)
+    assert _seqs(_start_all(lanes)) == [1]
+
+
+def test_a_fenced_change_starts_when_all_before_it_have_settled() -> None:
+    lanes = Lanes(10, fenced=lambda change: change.seq == 2)
+    lanes.own([0])
+    lanes.admit([row(1), row(2)])
+    [first] = _start_all(lanes)
+    lanes.finished(first, Processed())
+    assert _start_all(lanes) == []
+    lanes.settled(lanes.take_finished(1))
+    assert _seqs(_start_all(lanes)) == [2]
+
+
+def test_a_dead_letter_that_pauses_its_key_shuts_its_lane(lanes: Lanes) -> None:
+    lanes.admit([row(1), row(2)])
+    [first] = _start_all(lanes)
+    _end(lanes, first, Dead("no", pauses=True))
+    assert _start_all(lanes) == []
+    assert lanes.unread_keys == 1
+
+
 def test_a_dead_letter_lets_its_key_go_on(lanes: Lanes) -> None:
     lanes.admit([row(1), row(2)])
     [first] = _start_all(lanes)
@@ -62,7 +110,7 @@ def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_whe
     assert lanes.room == 10, "the table holds the key back; memory need not"
     lanes.admit([row(4, held=True)])
     assert _start_all(lanes) == []
-    lanes.admit([row(1)])  # its time has come
+    lanes.admit([row(1)], due=True)  # its time has come
     [again] = _start_all(lanes)
     _end(lanes, again)
     [resume] = lanes.resumes(10)
@@ -87,10 +135,10 @@ def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(l
     [resume] = lanes.resumes(10)
     assert resume.seq == 4
     lanes.resumed(resume, [row(4), row(5)], complete=False)
-    assert _seqs(_start_all(lanes)) == [4]
-    lanes.finished(lanes._lanes[("t", "k")].running, Processed())  # type: ignore[arg-type]
-    assert _seqs(_start_all(lanes)) == [5]
-    lanes.finished(lanes._lanes[("t", "k")].running, Processed())  # type: ignore[arg-type]
+    for seq in (4, 5):
+        [running] = _start_all(lanes)
+        assert running.seq == seq
+        lanes.finished(running, Processed())
     assert lanes.resumes(10) == [Resume(("t", "k"), 0, 6)]
 
 

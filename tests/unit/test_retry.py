@@ -27,6 +27,11 @@ def test_the_last_attempt_has_no_successor_whatever_the_handler_wishes() -> None
     assert delay_s(Policy(max_attempts=3), 2, 0.5) is not None
 
 
+def test_a_delay_is_a_float_also_where_the_handler_gives_an_int() -> None:
+    """A settle sends many delays as one array, and psycopg refuses one of ints and floats."""
+    assert isinstance(delay_s(Policy(), 1, 0.5, after_s=0), float)
+
+
 def test_a_handlers_own_wish_is_taken_as_it_is() -> None:
     assert delay_s(Policy(), 1, 0.99, after_s=30.0) == 30.0
     assert delay_s(Policy(), 1, 0.99, after_s=0.0) == 0.0

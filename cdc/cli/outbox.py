@@ -1,0 +1,262 @@
+"""cdc outbox: what is in it, and what an operator decides about it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cdc.cli.options import database_options, json_option, open_database, yes_option
+from cdc.cli.output import confirm, print_json, print_table, say
+from cdc.config import Settings
+from cdc.durations import parse_duration
+from cdc.errors import UsageError
+
+if TYPE_CHECKING:
+    from cdc.outbox.letters import Entry, Found, Stats
+
+_STATES = ("fresh", "blocked", "waiting", "dead", "processed")
+_LISTED = (
+    "seq",
+    "state",
+    "entity_type",
+    "entity_id",
+    "operation",
+    "changed_at",
+    "attempts",
+    "blocked_by",
+    "last_error",
+)
+_LINE_LENGTH = 60
+"""Of an error in a table; ``show`` and --json have all of it."""
+_PROGRESS_EVERY_S = 1.0
+
+type_option = click.option("--type", "entity_type", metavar="TYPE", help="Of this entity type only.")
+names_argument = click.argument("names", metavar="ID...", nargs=-1)
+
+
+@click.group()
+def outbox() -> None:
+    """Look at changes, decide about dead letters, remove old ones.
+
+    A change is named by its seq or by its id.
+    """
+
+
+@outbox.command()
+@database_options
+@json_option
+def stats(settings: Settings, as_json: bool) -> None:
+    """Count by entity type what is not processed.
+
+    Fresh changes include the blocked ones, which an earlier change of their key holds back. A + means more than were
+    looked at. Ages in seconds.
+    """
+    from cdc.outbox.letters import Letters  # noqa: PLC0415 - --help does not wait for the driver to load
+
+    with open_database(settings) as connection:
+        found = Letters(settings.schema_).stats(connection)
+    if as_json:
+        print_json({"schema_name": settings.schema_, **asdict(found)})
+    else:
+        _print_stats(found)
+
+
+@outbox.command("list")
+@database_options
+@click.option("--state", type=click.Choice(_STATES), help="Of this state only [dead, then waiting].")
+@type_option
+@click.option("--key", "entity_id", metavar="ENTITY_ID", help="Of this entity only.")
+@click.option("--since", metavar="AGE", help="Changed within the last 30d, 12h, 90m.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Changes of a state.")
+@json_option
+def list_(
+    *,
+    settings: Settings,
+    state: str | None,
+    entity_type: str | None,
+    entity_id: str | None,
+    since: str | None,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """List changes, without their payload.
+
+    Fresh and blocked ones the oldest first, waiting ones as they are due, dead and processed ones the youngest first.
+    """
+    from cdc.outbox.letters import Letters, Wanted  # noqa: PLC0415 - see stats
+
+    wanted = Wanted(entity_type, entity_id, parse_duration(since) if since else None)
+    letters = Letters(settings.schema_)
+    with open_database(settings) as connection:
+        found = [letters.find(connection, each, wanted, limit) for each in ([state] if state else ["dead", "waiting"])]
+    entries = [entry for each in found for entry in each.entries]
+    if as_json:
+        complete = not any(each.more or each.cut for each in found)
+        print_json({"changes": [_plain(entry) for entry in entries], "complete": complete})
+    else:
+        print_table(_LISTED, (_row(entry) for entry in entries))
+        _say_what_is_missing(found, limit)
+
+
+@outbox.command()
+@database_options
+@click.argument("name", metavar="ID")
+@click.option("--show-payload", is_flag=True, help="Also old, new and metadata: the application's data.")
+@json_option
+def show(settings: Settings, name: str, show_payload: bool, as_json: bool) -> None:
+    """Show all about one change."""
+    from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
+
+    reference, letters = parse_reference(name), Letters(settings.schema_)
+    with open_database(settings) as connection:
+        entry = letters.show(connection, reference)
+        fields = _plain(entry) | (letters.payload(connection, entry) if show_payload else {})
+    if as_json:
+        print_json({"change": fields})
+    else:
+        print_table(["", str(entry.seq)], [(name, _text(value)) for name, value in fields.items() if name != "seq"])
+
+
+@outbox.command()
+@database_options
+@names_argument
+@click.option("--all", "everything", is_flag=True, help="Every dead letter, or with --type those of one type.")
+@type_option
+@yes_option
+@json_option
+def retry(
+    *, settings: Settings, names: tuple[str, ...], everything: bool, entity_type: str | None, yes: bool, as_json: bool
+) -> None:
+    """Try changes again now that wait or are dead.
+
+    A dead letter gets its attempts anew. They run before the later changes of their key that have not run yet.
+    """
+    from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
+
+    if everything == bool(names) or (entity_type is not None and not everything):
+        raise UsageError("which changes?", hint="give their IDs, or --all, or --all --type TYPE")
+    letters, references = Letters(settings.schema_), [parse_reference(name) for name in names]
+    if not everything:
+        with open_database(settings) as connection:
+            _report("will be tried now", letters.retry(connection, references), as_json)
+        return
+    if entity_type is None:
+        confirm("retry the dead letters of all types", yes)
+    with open_database(settings) as connection:
+        count = letters.retry_all(connection, entity_type)
+    if as_json:
+        print_json({"retried": count})
+    else:
+        say(f"dead letters that will be tried now: {count}")
+
+
+@outbox.command()
+@database_options
+@names_argument
+@json_option
+def discard(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
+    """Mark changes processed that wait or are dead: nothing is to be done about them.
+
+    Later changes of their keys go on.
+    """
+    from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
+
+    if not names:
+        raise UsageError("which changes?", hint="give their IDs, as cdc outbox list shows them")
+    references = [parse_reference(name) for name in names]
+    with open_database(settings) as connection:
+        _report("is discarded", Letters(settings.schema_).discard(connection, references), as_json)
+
+
+@outbox.command()
+@database_options
+@click.option("--older-than", required=True, metavar="AGE", help="Processed longer ago than 30d, 12h, 90m.")
+@click.option("--dry-run", is_flag=True, help="Count them, up to a million, and remove none.")
+@json_option
+def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> None:
+    """Remove processed changes for good, in small batches.
+
+    Dead letters and whatever is not processed stay. It may be stopped and started at any time.
+    """
+    from cdc.outbox.retention import COUNT_BOUND, Retention  # noqa: PLC0415 - see stats
+
+    older_than_s, retention = parse_duration(older_than), Retention(settings.schema_)
+    with open_database(settings) as connection:
+        if dry_run:
+            count = retention.prunable(connection, older_than_s)
+        else:
+            count = _added_up(retention.prune(connection, older_than_s))
+    more = dry_run and count == COUNT_BOUND
+    if as_json:
+        print_json({"prunable": count, "complete": not more} if dry_run else {"pruned": count})
+    else:
+        done = "would be removed" if dry_run else "removed"
+        say(f"processed more than {older_than} ago: {count:,}{' or more' if more else ''} {done}")
+
+
+def _added_up(batches: Iterable[int]) -> int:
+    """The sum, with a word now and then for whoever waits."""
+    total, said_at = 0, time.monotonic()
+    for count in batches:
+        total += count
+        if time.monotonic() - said_at > _PROGRESS_EVERY_S:
+            said_at = time.monotonic()
+            say(f"removed {total:,} so far")
+    return total
+
+
+def _print_stats(found: Stats) -> None:
+    more = {"fresh": found.more_fresh, "blocked": found.more_fresh, "blocked_keys": found.more_fresh,
+            "waiting": found.more_waiting, "dead": found.more_dead}  # fmt: skip
+    rows = [asdict(each) for each in found.types]
+    columns = ["entity_type", "fresh", "blocked", "waiting", "dead", "blocked_keys", "oldest_ready_age_s",
+               "oldest_blocked_age_s"]  # fmt: skip
+    print_table(columns, ([_figure(row[name], more.get(name, False)) for name in columns] for row in rows))
+    if not rows:
+        say("every change is processed")
+
+
+def _figure(value: Any, more: bool) -> Any:
+    if isinstance(value, float):
+        return round(value)
+    return f"{value}+" if more and value else value
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    return {**asdict(entry), "blocked": entry.blocked}
+
+
+def _text(value: Any) -> Any:
+    """A payload as the JSON it is."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+
+
+def _row(entry: Entry) -> list[Any]:
+    error = (entry.last_error or "").split("\n", 1)[0]
+    shown = {
+        **asdict(entry),
+        "state": "blocked" if entry.blocked else entry.state,
+        "attempts": entry.error_count,
+        "last_error": (error if len(error) <= _LINE_LENGTH else f"{error[: _LINE_LENGTH - 1]}…") or None,
+    }
+    return [shown[name] for name in _LISTED]
+
+
+def _say_what_is_missing(found: Iterable[Found], limit: int) -> None:
+    if any(each.more for each in found):
+        say(f"there are more: these are {limit} of a state (--limit)")
+    if any(each.cut for each in found):
+        say("there may be more: there are so many changes that not all were looked at")
+
+
+def _report(what: str, entries: list[Entry], as_json: bool) -> None:
+    if as_json:
+        print_json({"changes": [_plain(entry) for entry in entries]})
+        return
+    for entry in entries:
+        say(f"{entry.seq} ({entry.entity_type} {entry.entity_id!r}) {what}")

@@ -1,0 +1,27 @@
+-- Removing processed changes. {changes} is the qualified table.
+
+-- name: prune
+-- The next few, the longest processed first. `since` is where the batch before ended: the index entries of what was
+-- removed stay until vacuum, and an old snapshot makes each batch walk over those of all before it.
+WITH removed AS (
+  DELETE FROM {changes} AS c
+  WHERE c.ctid = ANY (ARRAY(
+      SELECT n.ctid FROM {changes} AS n
+      WHERE n.processed AND n.processed_at < now() - make_interval(secs => %(older_than_s)s)
+        AND n.processed_at >= coalesce(%(since)s::timestamptz, '-infinity')
+      ORDER BY n.processed_at
+      LIMIT %(limit)s
+      FOR UPDATE SKIP LOCKED
+    ))
+    AND c.processed AND c.processed_at < now() - make_interval(secs => %(older_than_s)s)
+  RETURNING c.processed_at
+)
+SELECT count(*)::int, max(processed_at) FROM removed
+
+-- name: prunable
+-- How many there are, up to a bound.
+SELECT count(*)::int
+FROM (
+  SELECT FROM {changes} WHERE processed AND processed_at < now() - make_interval(secs => %(older_than_s)s)
+  LIMIT %(bound)s
+) AS old

@@ -1,0 +1,36 @@
+"""The named statements of the ``.sql`` files beside this one, made ready for one schema."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from psycopg import sql
+
+_NAME = "-- name: "
+
+
+def load(file: str, schema: str) -> dict[str, bytes]:
+    """Name to statement of this file, with the names in braces filled in.
+
+    These are ``{changes}``, the table; ``{regclass}``, its name as a literal; and blocks that are expressions, from
+    queries.sql or from further up in the same file.
+    """
+    table = sql.Identifier(schema, "entity_changes")
+    names: dict[str, sql.Composable] = {"changes": table, "regclass": sql.Literal(table.as_string(None))}
+    blocks = _blocks(file)
+    everything = {**_blocks("queries.sql"), **blocks}
+    used = "\n".join(everything.values())
+    for name, text in everything.items():
+        if f"{{{name}}}" in used:
+            names[name] = _compose(text, names)
+    return {name: _compose(text, names).as_string(None).encode() for name, text in blocks.items() if name not in names}
+
+
+def _blocks(file: str) -> dict[str, str]:
+    blocks = files("cdc.outbox").joinpath(file).read_text("utf-8").split(_NAME)[1:]
+    return dict(block.split("\n", 1) for block in blocks)
+
+
+def _compose(text: str, names: dict[str, sql.Composable]) -> sql.Composed:
+    statement = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("--"))
+    return sql.SQL(statement).format(**names)

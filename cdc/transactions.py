@@ -1,0 +1,130 @@
+"""Transactional handlers: what the handler writes and the mark of its change commit together, or not at all.
+
+    BEGIN ── take the row ── handler(change, connection) ── mark the row ── COMMIT
+
+The row is taken with FOR UPDATE SKIP LOCKED, unprocessed and as it was read, so that its effects happen once even if
+two consumers believe they own the shard. Nothing taken means that somebody else has it or had it: never that it is
+done. Then, and when the connection dies (the answer to a COMMIT may be lost with it), only the table knows what
+became of the change: ``AskTheTableError`` has its key read anew.
+
+Connections come from pools that open them as they are needed: one for async handlers, one for those in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
+
+from cdc import probe
+from cdc.connect import pool_arguments
+from cdc.model import Change
+from cdc.outbox.store import Store
+from cdc.routing import Handler
+
+_CONNECTION_LIMIT_S = 10.0
+_SESSION: Mapping[str, str] = {"idle_in_transaction_session_timeout": "0"}  # the handler's own time limit rules
+
+
+Errors = Mapping[int, BaseException]
+"""seq -> what its change failed with, while others of the batch are done."""
+
+
+class AskTheTableError(Exception):
+    """The attempt's fate is not known here, or the change is somebody else's."""
+
+
+class EndedTransactionError(Exception):
+    """The handler ended the transaction that is not its own."""
+
+    def __init__(self) -> None:
+        super().__init__("the handler ended the transaction it was given; leave COMMIT and ROLLBACK to the consumer")
+
+
+class Transactions:
+    """``size``: connections of each kind. Made on the event loop; ``open`` before, ``close`` after use."""
+
+    def __init__(self, dsn: str | None, store: Store, size: int, handlers: Iterable[Handler]) -> None:
+        self._store = store
+        self._kinds = {handler.is_async for handler in handlers if handler.transactional}
+        arguments = pool_arguments(dsn, application_name="cdc: handlers", session=_SESSION)
+        self._async = AsyncConnectionPool(
+            "", kwargs=arguments, min_size=0, max_size=size, open=False, timeout=_CONNECTION_LIMIT_S
+        )
+        self._sync = ConnectionPool(
+            "", kwargs=arguments, min_size=0, max_size=size, open=False, timeout=_CONNECTION_LIMIT_S
+        )
+
+    async def open(self) -> None:
+        if True in self._kinds:
+            await self._async.open()
+        if False in self._kinds:
+            self._sync.open()
+
+    async def close(self) -> None:
+        await self._async.close()
+        self._sync.close()
+
+    async def run(
+        self, changes: Sequence[Change], call: Callable[[psycopg.AsyncConnection], Awaitable[Errors]]
+    ) -> tuple[datetime | None, Errors]:
+        """Run an async handler. What ``call`` returns are the changes that failed by themselves, by seq.
+
+        Returns when the others were marked, by the database's clock (None: there were none), and those errors.
+        """
+        try:
+            async with self._async.connection() as connection:
+                try:
+                    async with connection.transaction():
+                        xid = _taken(changes, await (await connection.execute(*self._store.take(changes))).fetchall())
+                        errors = await call(connection)
+                        done = [change for change in changes if change.seq not in errors]
+                        at = _marked(done, await (await connection.execute(*self._store.mark(done, xid))).fetchall())
+                        probe.here("run.before_commit")
+                    probe.here("run.after_commit")
+                except psycopg.Error as error:
+                    raise _fate(connection, error) from error
+        except PoolTimeout as error:
+            raise AskTheTableError("no connection for a transactional handler") from error
+        return at, errors
+
+    def run_in_thread(
+        self, changes: Sequence[Change], call: Callable[[psycopg.Connection], Errors]
+    ) -> tuple[datetime | None, Errors]:
+        """``run`` for a handler that is not async; called in its thread."""
+        try:
+            with self._sync.connection() as connection:
+                try:
+                    with connection.transaction():
+                        xid = _taken(changes, connection.execute(*self._store.take(changes)).fetchall())
+                        errors = call(connection)
+                        done = [change for change in changes if change.seq not in errors]
+                        at = _marked(done, connection.execute(*self._store.mark(done, xid)).fetchall())
+                        probe.here("run.before_commit")
+                    probe.here("run.after_commit")
+                except psycopg.Error as error:
+                    raise _fate(connection, error) from error
+        except PoolTimeout as error:
+            raise AskTheTableError("no connection for a transactional handler") from error
+        return at, errors
+
+
+def _taken(changes: Sequence[Change], rows: Sequence[tuple[object, ...]]) -> str:
+    if len(rows) < len(changes):
+        raise AskTheTableError("somebody else has the change")
+    return str(rows[0][0])
+
+
+def _marked(changes: Sequence[Change], rows: Sequence[tuple[object, ...]]) -> datetime | None:
+    if len(rows) != len(changes):
+        raise EndedTransactionError
+    at = rows[0][0] if rows else None
+    assert at is None or isinstance(at, datetime)
+    return at
+
+
+def _fate(connection: psycopg.Connection | psycopg.AsyncConnection, error: psycopg.Error) -> Exception:
+    """The handler's own error, or the end of the connection: then whether it committed is not known."""
+    return AskTheTableError("the connection was lost") if connection.broken or connection.closed else error

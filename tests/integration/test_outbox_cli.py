@@ -1,0 +1,613 @@
+"""What an operator sees of the outbox and decides about it, by `cdc outbox`, also beside a running consumer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from psycopg.types.json import Jsonb
+
+import cdc
+from cdc import schema
+from cdc.cli import cdc as root_command
+from cdc.cli.outbox import _STATES
+from cdc.errors import RefusedError, UsageError
+from cdc.model import SHARDS
+from cdc.outbox import letters
+from cdc.outbox.letters import Letters, parse_reference
+from cdc.routing import Router
+from tests.eventually import eventually_async
+from tests.fix_consumer import consuming, metric, settled
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("CDC_") and not name.startswith("CDC_TEST_")]:
+        monkeypatch.delenv(name)
+
+
+def run(dsn: str, *arguments: str) -> Result:
+    return CliRunner().invoke(root_command, ["outbox", *arguments, "--dsn", dsn])
+
+
+def data(dsn: str, *arguments: str) -> dict[str, Any]:
+    result = run(dsn, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found.pop("schema") == 1
+    return found
+
+
+def numbers(dsn: str, *arguments: str) -> list[int]:
+    return [change["seq"] for change in data(dsn, "list", *arguments)["changes"]]
+
+
+def publish(db: psycopg.Connection, entity_type: str = "x", entity_id: str = "k", schema_name: str = "public") -> int:
+    function = sql.Identifier(schema_name, "publish_change")
+    call = sql.SQL("SELECT {}(%s, %s, 'INSERT', %s)").format(function)
+    content = Jsonb({"secret": "row content"})
+    [(seq,)] = db.execute(call, [entity_type, entity_id, content]).fetchall()
+    return int(seq)
+
+
+def wait(db: psycopg.Connection, *seqs: int) -> None:
+    """As a failed attempt leaves them, until in an hour."""
+    db.execute(
+        "UPDATE entity_changes SET next_attempt_at = now() + interval '1 hour', error_count = 1,"
+        " last_error = 'Failed: x' WHERE seq = ANY(%s)",
+        [list(seqs)],
+    )
+
+
+def die(db: psycopg.Connection, *seqs: int, pausing: bool = False) -> None:
+    """As the last failed attempt leaves them."""
+    db.execute(
+        "UPDATE entity_changes SET next_attempt_at = %s, dead_at = clock_timestamp(), error_count = 3,"
+        " last_error = 'Failed: x' WHERE seq = ANY(%s)",
+        ["infinity" if pausing else None, list(seqs)],
+    )
+
+
+def process(db: psycopg.Connection, *seqs: int) -> None:
+    db.execute(
+        "UPDATE entity_changes SET processed = true, processed_at = clock_timestamp() WHERE seq = ANY(%s)", [list(seqs)]
+    )
+
+
+def leave(db: psycopg.Connection, *seqs: int) -> None:
+    """As they were captured."""
+
+
+_BRING: dict[str, Callable[..., None]] = {
+    "fresh": leave, "blocked": leave, "waiting": wait, "dead": die, "paused": partial(die, pausing=True),
+    "processed": process,
+}  # fmt: skip
+"""Into a state."""
+
+
+def row(db: psycopg.Connection, seq: int) -> dict[str, Any]:
+    with db.cursor(row_factory=psycopg.rows.dict_row) as cursor:
+        found = cursor.execute(
+            "SELECT id, processed, processed_at, error_count, last_error, dead_at,"
+            " nullif(next_attempt_at, 'infinity') AS next_attempt_at, next_attempt_at <= now() AS due"
+            " FROM entity_changes WHERE seq = %s",
+            [seq],
+        ).fetchone()
+    assert found is not None
+    return found
+
+
+# --- looking -------------------------------------------------------------------------------------------------------
+
+
+def test_stats_count_by_type_what_is_not_processed_and_what_is_held_back(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    first, *_ = [publish(outbox_db, "order", "a") for _ in range(4)]
+    wait(outbox_db, first)
+    publish(outbox_db, "order", "b")
+    paused, *_ = [publish(outbox_db, "task", "c") for _ in range(3)]
+    die(outbox_db, paused, pausing=True)
+    skipped, _ = publish(outbox_db, "task", "d"), publish(outbox_db, "task", "d")
+    die(outbox_db, skipped)
+    process(outbox_db, publish(outbox_db, "done"))
+    found = data(outbox, "stats")
+    ages = {each["entity_type"]: (each.pop("oldest_ready_age_s"), each.pop("oldest_blocked_age_s"))
+            for each in found["types"]}  # fmt: skip
+    assert found == {
+        "schema_name": "public",
+        "types": [
+            {"entity_type": "order", "fresh": 4, "blocked": 3, "waiting": 1, "dead": 0, "blocked_keys": 1},
+            {"entity_type": "task", "fresh": 3, "blocked": 2, "waiting": 0, "dead": 2, "blocked_keys": 1},
+        ],
+        "more_fresh": False,
+        "more_waiting": False,
+        "more_dead": False,
+    }
+    assert ages["order"][1] > ages["order"][0] > 0, "the blocked ones are older than the one that could run"
+    assert ages["task"][1] > ages["task"][0] > 0
+    table = run(outbox, "stats").stdout.splitlines()
+    assert [line.split()[:6] for line in table[1:]] == [["order", "4", "3", "1", "0", "1"],
+                                                        ["task", "3", "2", "0", "2", "1"]]  # fmt: skip
+
+
+def test_a_change_that_waits_for_a_later_moment_makes_nothing_ready(outbox: str, outbox_db: psycopg.Connection) -> None:
+    wait(outbox_db, publish(outbox_db))
+    [found] = data(outbox, "stats")["types"]
+    assert (found["waiting"], found["oldest_ready_age_s"], found["oldest_blocked_age_s"]) == (1, None, None)
+
+
+def test_stats_of_an_outbox_without_work_say_so(outbox: str, outbox_db: psycopg.Connection) -> None:
+    process(outbox_db, publish(outbox_db))
+    assert data(outbox, "stats")["types"] == []
+    assert "every change is processed" in run(outbox, "stats").stderr
+
+
+def test_counts_that_end_at_their_bound_are_marked(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(letters, "_PER_SHARD", 2)
+    monkeypatch.setattr(letters, "_SCAN", 2)
+    for key in ("a", "b"):
+        for _ in range(3):
+            publish(outbox_db, key, key)
+    wait(outbox_db, publish(outbox_db, "w", "1"))
+    die(outbox_db, *(publish(outbox_db, "d", str(n)) for n in range(3)))
+    found = data(outbox, "stats")
+    assert [found[f"more_{state}"] for state in ("fresh", "waiting", "dead")] == [True, False, True]
+    lines = {line.split()[0]: line.split() for line in run(outbox, "stats").stdout.splitlines()[1:]}
+    assert (lines["a"][1], lines["w"][3], lines["d"][4]) == ("2+", "1", "2+")
+
+
+def test_list_shows_dead_and_waiting_changes_and_others_when_asked(outbox: str, outbox_db: psycopg.Connection) -> None:
+    waiting, blocked, dead, later_dead, fresh, processed = [
+        publish(outbox_db, "x", key) for key in ("k", "k", "d", "e", "f", "p")
+    ]
+    wait(outbox_db, waiting)
+    die(outbox_db, dead)
+    die(outbox_db, later_dead)
+    process(outbox_db, processed)
+    assert numbers(outbox) == [later_dead, dead, waiting]
+    by_state = {state: numbers(outbox, "--state", state) for state in _STATES}
+    assert by_state == {
+        "fresh": [blocked, fresh],
+        "blocked": [blocked],
+        "waiting": [waiting],
+        "dead": [later_dead, dead],
+        "processed": [processed],
+    }
+    [found] = data(outbox, "list", "--state", "blocked")["changes"]
+    assert (found["state"], found["blocked"], found["blocked_by"]) == ("fresh", True, waiting)
+    namesake = publish(outbox_db, "y", "k")
+    shown = {each["seq"]: each["blocked_by"] for each in data(outbox, "list", "--state", "fresh")["changes"]}
+    assert shown == {blocked: waiting, fresh: None, namesake: None}
+
+
+def test_the_states_of_the_command_line_are_those_that_can_be_found() -> None:
+    assert tuple(letters.STATES) == _STATES
+
+
+@pytest.mark.parametrize("state", _STATES)
+def test_list_filters_by_type_key_and_age_and_says_when_there_are_more(
+    outbox: str, outbox_db: psycopg.Connection, state: str
+) -> None:
+    keys = [("x", "a"), ("x", "b"), ("y", "a"), ("y", "b")]
+    if state == "blocked":
+        wait(outbox_db, *(publish(outbox_db, *key) for key in keys))
+    xa, xb, ya, yb = seqs = [publish(outbox_db, *key) for key in keys]
+    _BRING[state](outbox_db, *seqs)
+    outbox_db.execute("UPDATE entity_changes SET changed_at = now() - interval '2 days' WHERE seq = %s", [yb])
+
+    def found(*arguments: str) -> set[int]:
+        return set(numbers(outbox, "--state", state, *arguments))
+
+    assert found() == set(seqs)
+    assert found("--type", "x") == {xa, xb}
+    assert found("--key", "a") == {xa, ya}
+    assert found("--since", "1d") == {xa, xb, ya}
+    assert found("--since", "3d", "--type", "y", "--key", "b") == {yb}
+    assert found("--type", "none") == set()
+    assert len(found("--limit", "3")) == 3
+    assert not data(outbox, "list", "--state", state, "--limit", "3")["complete"]
+    assert data(outbox, "list", "--state", state, "--limit", "4")["complete"]
+    assert "there are more" in run(outbox, "list", "--state", state, "--limit", "3").stderr
+
+
+@pytest.mark.parametrize("state", _STATES)
+def test_a_search_that_ends_at_its_bound_says_so(
+    outbox: str, outbox_db: psycopg.Connection, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(letters, "_PER_SHARD", 2)
+    monkeypatch.setattr(letters, "_SCAN", 2)
+    first, *others = [publish(outbox_db) for _ in range(4)]
+    if state == "blocked":
+        wait(outbox_db, first)
+    _BRING[state](outbox_db, first, *others)
+    found = data(outbox, "list", "--state", state, "--type", "none")
+    assert found == {"changes": [], "complete": False}
+    assert "not all were looked at" in run(outbox, "list", "--state", state, "--type", "none").stderr
+
+
+def test_a_table_shows_the_first_line_of_an_error_and_no_payload(outbox: str, outbox_db: psycopg.Connection) -> None:
+    dead = publish(outbox_db)
+    die(outbox_db, dead)
+    outbox_db.execute("UPDATE entity_changes SET last_error = %s", [f"ValueError: {'x' * 100}\nsecond"])
+    shown = run(outbox, "list").stdout
+    assert "…" in shown
+    assert "second" not in shown
+    assert "row content" not in shown
+    assert "row content" not in run(outbox, "list", "--json").stdout
+
+
+def test_show_prints_every_field_by_seq_or_id_and_the_payload_only_when_asked(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    paused, blocked = publish(outbox_db), publish(outbox_db)
+    die(outbox_db, paused, pausing=True)
+    by_seq = data(outbox, "show", str(paused))["change"]
+    assert data(outbox, "show", by_seq["id"])["change"] == by_seq
+    assert by_seq.items() >= {"seq": paused, "state": "dead", "pauses_key": True, "entity_type": "x", "entity_id": "k",
+                              "table": "x", "operation": "INSERT", "error_count": 3, "last_error": "Failed: x",
+                              "next_attempt_at": None, "blocked_by": None}.items()  # fmt: skip
+    assert data(outbox, "show", str(blocked))["change"]["blocked_by"] == paused
+    assert "row content" not in run(outbox, "show", str(paused)).stdout
+    assert '{"secret": "row content"}' in run(outbox, "show", str(paused), "--show-payload").stdout
+    shown = data(outbox, "show", str(paused), "--show-payload")["change"]
+    assert (shown["old"], shown["new"], shown["metadata"]) == (None, {"secret": "row content"}, None)
+
+
+@pytest.mark.parametrize("state", ["fresh", "waiting", "dead", "paused", "processed"])
+def test_a_change_is_found_by_its_number_in_whatever_state_it_is(
+    outbox: str, outbox_db: psycopg.Connection, state: str
+) -> None:
+    seq = publish(outbox_db)
+    _BRING[state](outbox_db, seq)
+    assert data(outbox, "show", str(seq))["change"]["seq"] == seq
+
+
+def test_what_names_no_change_is_exit_2_and_what_is_not_there_exit_4(outbox: str) -> None:
+    for command in ("show", "retry", "discard"):
+        assert run(outbox, command, "seventeen").exit_code == 2
+        missing = run(outbox, command, "17")
+        assert missing.exit_code == 4
+        assert "there is no change 17" in missing.stderr
+        unknown = run(outbox, command, "00000000-0000-0000-0000-000000000000")
+        assert unknown.exit_code == 4
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "²", "9" * 30, "x", "1 2"])
+def test_a_reference_is_a_number_or_an_id(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_reference(text)
+
+
+def test_without_the_table_one_sentence_says_what_to_do(database: str) -> None:
+    for command in (("stats",), ("list",), ("show", "1"), ("discard", "1"), ("prune", "--older-than", "7d")):
+        result = run(database, *command)
+        assert result.exit_code == 1
+        assert "cdc db install" in result.stderr
+        assert "Traceback" not in result.output
+
+
+def test_another_schema_has_an_outbox_of_its_own(database: str, db: psycopg.Connection) -> None:
+    name = 'Of "ours"'
+    schema.install(db, name)
+    seq = publish(db, schema_name=name)
+    shown = data(database, "show", str(seq), "--schema", name)
+    assert shown["change"]["seq"] == seq
+    assert data(database, "stats", "--schema", name)["schema_name"] == name
+
+
+# --- deciding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pausing", [False, True])
+def test_retry_gives_a_dead_letter_its_attempts_anew_and_rings_afterwards(
+    outbox: str, outbox_db: psycopg.Connection, pausing: bool
+) -> None:
+    seq, behind = publish(outbox_db), publish(outbox_db)
+    die(outbox_db, seq, pausing=pausing)
+    outbox_db.execute("LISTEN entity_change")
+    [changed] = data(outbox, "retry", str(seq))["changes"]
+    assert (changed["seq"], changed["state"], changed["error_count"]) == (seq, "waiting", 0)
+    now = row(outbox_db, seq)
+    assert (now["due"], now["dead_at"], now["error_count"], now["last_error"]) == (True, None, 0, "Failed: x")
+    [bell] = outbox_db.notifies(timeout=20, stop_after=1)
+    assert bell.payload == ""
+    assert numbers(outbox, "--state", "blocked") == [behind], "it goes before the later change of its key"
+
+
+def test_retry_of_a_waiting_change_brings_it_forward_and_keeps_its_attempts(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    seq = publish(outbox_db)
+    wait(outbox_db, seq)
+    assert run(outbox, "retry", row(outbox_db, seq)["id"].hex).exit_code == 0
+    now = row(outbox_db, seq)
+    assert (now["due"], now["error_count"]) == (True, 1)
+
+
+@pytest.mark.parametrize("command", ["retry", "discard"])
+def test_fresh_and_processed_changes_are_refused_and_nothing_is_done_to_the_others(
+    outbox: str, outbox_db: psycopg.Connection, command: str
+) -> None:
+    dead, fresh, processed = publish(outbox_db, "x", "1"), publish(outbox_db, "x", "2"), publish(outbox_db, "x", "3")
+    die(outbox_db, dead)
+    process(outbox_db, processed)
+    for other, why in ((fresh, "it is fresh"), (processed, "processed already")):
+        refused = run(outbox, command, str(dead), str(other))
+        assert refused.exit_code == 5
+        assert f"the change {other}" in refused.stderr
+        assert why in refused.stderr
+    assert run(outbox, command, str(dead), "4711").exit_code == 4
+    assert row(outbox_db, dead)["dead_at"] is not None
+
+
+def test_a_blocked_change_is_refused_with_the_one_that_holds_it_back(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    paused, blocked = publish(outbox_db), publish(outbox_db)
+    die(outbox_db, paused, pausing=True)
+    refused = run(outbox, "discard", str(blocked))
+    assert refused.exit_code == 5
+    assert f"the change {paused} holds it back" in refused.stderr
+
+
+def test_a_change_that_another_session_is_at_work_on_is_refused_at_once(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    seq = publish(outbox_db)
+    wait(outbox_db, seq)
+    with psycopg.connect(outbox) as working:
+        working.execute("SELECT FROM entity_changes WHERE seq = %s FOR UPDATE", [seq])
+        with pytest.raises(RefusedError, match="at work on it"):
+            Letters("public").discard(outbox_db, [seq])
+    assert not row(outbox_db, seq)["processed"]
+
+
+def test_naming_a_change_twice_decides_about_it_once(outbox: str, outbox_db: psycopg.Connection) -> None:
+    seq = publish(outbox_db)
+    die(outbox_db, seq)
+    both = [str(seq), str(row(outbox_db, seq)["id"])]
+    assert len(data(outbox, "retry", *both)["changes"]) == 1
+
+
+@pytest.mark.parametrize(("fail", "error"), [(wait, "Failed: x"), (die, "Failed: x"), (wait, None)])
+def test_discard_marks_a_change_processed_and_keeps_what_it_failed_for(
+    outbox: str, outbox_db: psycopg.Connection, fail: Any, error: str | None
+) -> None:
+    seq, behind = publish(outbox_db), publish(outbox_db)
+    fail(outbox_db, seq)
+    outbox_db.execute("UPDATE entity_changes SET last_error = %s WHERE seq = %s", [error, seq])
+    outbox_db.execute("LISTEN entity_change")
+    result = run(outbox, "discard", str(seq))
+    assert (result.exit_code, result.stdout) == (0, "")
+    now = row(outbox_db, seq)
+    expected = f"discarded by operator: {error}" if error else "discarded by operator"
+    assert (now["processed"], now["dead_at"], now["next_attempt_at"], now["last_error"]) == (True, None, None, expected)
+    assert now["processed_at"] is not None
+    assert len(list(outbox_db.notifies(timeout=20, stop_after=1))) == 1
+    assert data(outbox, "show", str(behind))["change"]["blocked_by"] is None
+
+
+def test_retry_all_takes_the_dead_letters_of_one_type_or_after_a_word_of_all(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    dead = [publish(outbox_db, entity_type, str(n)) for entity_type in ("x", "y") for n in range(3)]
+    waiting = publish(outbox_db, "x", "w")
+    die(outbox_db, *dead[:-1])
+    die(outbox_db, dead[-1], pausing=True)
+    wait(outbox_db, waiting)
+    assert data(outbox, "retry", "--all", "--type", "x") == {"retried": 3}
+    assert set(numbers(outbox, "--state", "dead")) == set(dead[3:])
+    refused = run(outbox, "retry", "--all")
+    assert refused.exit_code == 5
+    assert "--yes" in refused.stderr
+    assert "3" in run(outbox, "retry", "--all", "--yes").stderr
+    assert numbers(outbox, "--state", "dead") == []
+    assert not row(outbox_db, waiting)["due"], "what waits keeps its time"
+    assert data(outbox, "retry", "--all", "--yes") == {"retried": 0}
+
+
+@pytest.mark.parametrize("arguments", [(), ("--type", "x"), ("1", "--all"), ("1", "--type", "x")])
+def test_retry_wants_to_know_which(outbox: str, arguments: tuple[str, ...]) -> None:
+    assert run(outbox, "retry", *arguments).exit_code == 2
+    assert run(outbox, "discard").exit_code == 2
+
+
+def test_an_operator_needs_the_documented_grants_and_no_more(outbox: str, outbox_db: psycopg.Connection) -> None:
+    seqs = [publish(outbox_db, "x", str(n)) for n in range(3)]
+    die(outbox_db, *seqs)
+    role = f"ops_{uuid4().hex[:12]}"
+    outbox_db.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
+    try:
+        outbox_db.execute(
+            sql.SQL(
+                "GRANT SELECT, UPDATE (processed, processed_at, next_attempt_at, dead_at, error_count, last_error),"
+                " DELETE ON entity_changes TO {}"
+            ).format(sql.Identifier(role))
+        )
+        as_operator = make_conninfo(outbox, options=f"-c role={role}")
+        retried, discarded, _ = map(str, seqs)
+        for command in (
+            ["stats"], ["list"], ["show", retried, "--show-payload"], ["retry", retried], ["discard", discarded],
+            ["retry", "--all", "--yes"], ["prune", "--older-than", "30d"],
+        ):  # fmt: skip
+            result = run(as_operator, *command)
+            assert result.exit_code == 0, result.output
+    finally:
+        outbox_db.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
+        outbox_db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+# --- beside a running consumer -------------------------------------------------------------------------------------
+
+
+def _hears(app: Any) -> Any:
+    async def check() -> bool:
+        return bool(app._listener.connected)
+
+    return eventually_async(check, what="the consumer listens")
+
+
+def _until(condition: Any, what: str) -> Any:
+    async def check() -> Any:
+        return condition()
+
+    return eventually_async(check, what=what)
+
+
+async def test_retry_beside_a_running_consumer_keeps_the_order_within_the_key(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, calls, running = Router(), [], []
+    mended, gate = asyncio.Event(), asyncio.Event()
+
+    @router.on("x", max_attempts=1)
+    async def handle(change: cdc.Change) -> None:
+        assert running == []
+        running.append(change.seq)
+        calls.append(change.seq)
+        try:
+            if change.seq in bad and not mended.is_set():
+                raise ValueError("not yet")
+            if change.seq == gated:
+                await gate.wait()
+        finally:
+            running.clear()
+
+    bad = [publish(outbox_db), publish(outbox_db)]
+    gated = publish(outbox_db)
+    behind = [publish(outbox_db) for _ in range(20)]
+    async with consuming(outbox, router, sweep_interval=3600, poll_interval=3600) as app:
+        await _hears(app)
+        await _until(lambda: running == [gated], "the later changes of the key are in the consumer's hands")
+        await _until(lambda: row(outbox_db, bad[1])["dead_at"], "settled")
+        mended.set()
+        Letters("public").retry(outbox_db, bad)
+        await _until(lambda: metric(app.metrics.registry, "cdc_wakeups_total", source="retry") >= 1, "rung")
+        gate.set()
+        await _until(lambda: settled(outbox_db), "every change settled")
+    assert calls == [*bad, gated, *bad, *behind]
+    assert numbers(outbox) == []
+
+
+async def test_discarding_a_waiting_change_frees_the_later_ones_of_its_key_without_a_sweep(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, calls = Router(), []
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        calls.append(change.seq)
+        if change.seq == first:
+            raise cdc.Retry(after=3600)
+
+    first = publish(outbox_db)
+    behind = [publish(outbox_db) for _ in range(5)]
+    async with consuming(outbox, router, sweep_interval=3600, poll_interval=3600) as app:
+        await _hears(app)
+        await _until(lambda: row(outbox_db, first)["due"] is False, "it waits")
+        behind += [publish(outbox_db) for _ in range(5)]
+        assert calls == [first]
+        Letters("public").discard(outbox_db, [first])
+        await _until(lambda: settled(outbox_db), "the key goes on")
+    assert calls == [first, *behind]
+    assert row(outbox_db, first)["last_error"].startswith("discarded by operator: ")
+
+
+@pytest.mark.parametrize("decision", ["retry", "discard"])
+async def test_a_paused_key_goes_on_in_order_once_its_dead_letter_is_decided_about(
+    outbox: str, outbox_db: psycopg.Connection, decision: str
+) -> None:
+    router, calls = Router(), []
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        calls.append((change.entity_id, change.seq, change.attempt))
+
+    paused, *behind = [publish(outbox_db) for _ in range(6)]
+    other = publish(outbox_db, "x", "other")
+    die(outbox_db, paused, pausing=True)
+    async with consuming(outbox, router, sweep_interval=3600, poll_interval=3600) as app:
+        await _hears(app)
+        await _until(lambda: row(outbox_db, other)["processed"], "other keys go on")
+        assert calls == [("other", other, 1)]
+        assert numbers(outbox, "--state", "blocked") == behind
+        getattr(Letters("public"), decision)(outbox_db, [paused])
+        await _until(lambda: settled(outbox_db), "the key goes on")
+    expected = [paused, *behind] if decision == "retry" else behind
+    assert calls[1:] == [("k", seq, 1) for seq in expected]
+
+
+# --- bounded, however large the table is ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(outbox_db: psycopg.Connection) -> psycopg.Connection:
+    """100,000 processed changes; beside them some of every other state, and statistics that know of all."""
+    outbox_db.execute(
+        "INSERT INTO entity_changes (table_name, operation, entity_id, entity_type, new_data, processed, processed_at)"
+        " SELECT 'x', 'INSERT', n::text, 'x', jsonb_build_object('text', repeat('y', 100)), true,"
+        " now() - n * interval '1 second' FROM generate_series(1, 100000) AS n"
+    )
+    seqs = [publish(outbox_db, "x", str(n % 10)) for n in range(90)]
+    wait(outbox_db, *seqs[:30])
+    die(outbox_db, *seqs[30:60])
+    outbox_db.execute("VACUUM ANALYZE entity_changes")
+    return outbox_db
+
+
+def plan(db: psycopg.Connection, statement: bytes, parameters: dict[str, Any]) -> dict[str, Any]:
+    with letters._bounded(db):
+        [([found],)] = db.execute(b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + statement, parameters).fetchall()
+    return dict(found["Plan"])
+
+
+def nodes(node: dict[str, Any]) -> list[dict[str, Any]]:
+    return [node, *(inner for child in node.get("Plans", []) for inner in nodes(child))]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["stats", "find_fresh", "find_waiting", "find_dead", "find_processed", "number_unprocessed", "number_processed",
+     "look", "payload", "take", "retry", "retry_all", "discard"],
+)  # fmt: skip
+def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
+    large: psycopg.Connection, statement: str
+) -> None:
+    ids = [id_ for (id_,) in large.execute("SELECT id FROM entity_changes WHERE dead_at IS NOT NULL LIMIT 20")]
+    parameters = {
+        "shards": SHARDS, "per_shard": 100, "bound": 1000, "scan": 1000, "limit": 51, "type": "none", "key": None,
+        "age_s": 3e6, "blocked": True, "seqs": [1, 2, 3], "ids": ids, "id": ids[0],
+    }  # fmt: skip
+    [(pages,)] = large.execute("SELECT relpages FROM pg_class WHERE oid = 'entity_changes'::regclass").fetchall()
+    assert pages > 2000
+    found = plan(large, Letters("public")._statements[statement], parameters)
+    scans = [node["Node Type"] for node in nodes(found) if node.get("Relation Name") == "entity_changes"]
+    assert "Seq Scan" not in scans
+    assert found["Shared Hit Blocks"] + found["Shared Read Blocks"] < pages / 2
+
+
+@pytest.mark.parametrize("name", ["letters", "retention"])
+def test_every_named_statement_is_described_and_used(name: str) -> None:
+    folder = Path(letters.__file__).parent
+    statements = folder.joinpath(f"{name}.sql").read_text("utf-8")
+    code = folder.joinpath(f"{name}.py").read_text("utf-8")
+    blocks = statements.split("-- name: ")[1:]
+    assert len(blocks) >= 2
+    for block in blocks:
+        statement, description, *_ = block.split("\n")
+        assert description.startswith("-- "), f"{statement} has no description"
+        assert f'"{statement}"' in code or f"{{{statement}}}" in statements, f"{statement} is not used"

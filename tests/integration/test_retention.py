@@ -1,0 +1,203 @@
+"""Retention: processed changes go when asked, in batches; nothing else ever does."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+from psycopg import sql
+
+import cdc
+from cdc import schema
+from cdc.cli import cdc as root_command
+from cdc.model import ChangeState
+from cdc.outbox import retention
+from cdc.outbox.retention import Retention
+from cdc.routing import Router
+from tests.eventually import eventually_async
+from tests.fix_consumer import consuming, settled
+
+_DAY_S = 86_400.0
+
+
+def run(dsn: str, *arguments: str) -> Result:
+    return CliRunner().invoke(root_command, ["outbox", "prune", *arguments, "--dsn", dsn])
+
+
+def fill(db: psycopg.Connection, count: int, *, state: str = "processed", days: float = 10) -> None:
+    """So many changes that are so many days old in everything."""
+    columns = {
+        "fresh": "false, NULL, NULL, NULL",
+        "waiting": "false, NULL, {ago}, NULL",
+        "dead": "false, NULL, NULL, {ago}",
+        "paused": "false, NULL, 'infinity'::timestamptz, {ago}",
+        "processed": "true, {ago}, NULL, NULL",
+    }[state]
+    statement = sql.SQL(
+        "INSERT INTO entity_changes (table_name, operation, entity_id, changed_at, processed, processed_at,"
+        " next_attempt_at, dead_at) SELECT 'x', 'INSERT', n::text, {ago}, "
+        + columns
+        + " FROM generate_series(1, {n}) AS n"
+    )
+    ago = sql.SQL("now() - {} * interval '1 day'").format(sql.Literal(days))
+    db.execute(statement.format(ago=ago, n=sql.Literal(count)))
+
+
+def count(db: psycopg.Connection) -> int:
+    [(left,)] = db.execute("SELECT count(*) FROM entity_changes").fetchall()
+    return int(left)
+
+
+def test_prune_removes_what_was_processed_longer_ago_and_nothing_younger(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    fill(outbox_db, 30, days=8)
+    fill(outbox_db, 5, days=6)
+    result = run(outbox, "--older-than", "7d")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "30 removed" in result.stderr
+    assert count(outbox_db) == 5
+    assert json.loads(run(outbox, "--older-than", "7d", "--json").stdout) == {"schema": 1, "pruned": 0}
+
+
+@pytest.mark.parametrize("state", ["fresh", "waiting", "dead", "paused"])
+def test_what_is_not_processed_is_never_removed_however_old(
+    outbox: str, outbox_db: psycopg.Connection, state: str
+) -> None:
+    fill(outbox_db, 3, state=state, days=1000)
+    assert run(outbox, "--older-than", "1s").exit_code == 0
+    assert count(outbox_db) == 3
+
+
+def test_the_states_above_are_all_there_are() -> None:
+    assert {state.value for state in ChangeState} == {"fresh", "waiting", "dead", "processed"}
+
+
+def test_a_dry_run_counts_and_removes_nothing(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(outbox_db, 30)
+    assert "30 would be removed" in run(outbox, "--older-than", "7d", "--dry-run").stderr
+    found = json.loads(run(outbox, "--older-than", "7d", "--dry-run", "--json").stdout)
+    assert found == {"schema": 1, "prunable": 30, "complete": True}
+    monkeypatch.setattr(retention, "COUNT_BOUND", 10)
+    assert "10 or more would be removed" in run(outbox, "--older-than", "7d", "--dry-run").stderr
+    assert count(outbox_db) == 30
+
+
+def test_each_batch_is_committed_by_itself(outbox: str, outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 25)
+    with psycopg.connect(outbox, autocommit=True) as pruning:
+        batches = Retention("public").prune(pruning, 7 * _DAY_S, limit=10)
+        left = [(next(batches), count(outbox_db)), (next(batches), count(outbox_db))]
+        assert left == [(10, 15), (10, 5)]
+        assert list(batches) == [5]
+    assert count(outbox_db) == 0
+
+
+def test_many_that_were_processed_at_one_moment_are_all_removed(outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 25)
+    assert outbox_db.execute("SELECT count(DISTINCT processed_at) FROM entity_changes").fetchone() == (1,)
+    assert list(Retention("public").prune(outbox_db, _DAY_S, limit=10)) == [10, 10, 5]
+
+
+def test_progress_is_told_while_it_takes_long(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc.cli.outbox._PROGRESS_EVERY_S", 0)
+    fill(outbox_db, 2 * retention.BATCH + 1)
+    assert f"removed {retention.BATCH:,} so far" in run(outbox, "--older-than", "7d").stderr
+
+
+def test_a_row_that_somebody_holds_is_left_for_the_next_time_and_waited_for_by_nobody(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    fill(outbox_db, 10)
+    with psycopg.connect(outbox) as reading:
+        reading.execute("SELECT FROM entity_changes ORDER BY seq LIMIT 1 FOR UPDATE")
+        assert list(Retention("public").prune(outbox_db, _DAY_S)) == [9]
+    assert list(Retention("public").prune(outbox_db, _DAY_S)) == [1]
+
+
+async def test_a_batch_for_the_consumer_says_how_many_it_removed(outbox: str, outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 15)
+    fill(outbox_db, 1, state="dead")
+    async with await psycopg.AsyncConnection.connect(outbox, autocommit=True) as connection:
+        removed = [await Retention("public").prune_batch(connection, 7 * _DAY_S, 10) for _ in range(3)]
+        [(limit,)] = await (await connection.execute("SHOW enable_sort")).fetchall()
+    assert removed == [10, 5, 0]
+    assert limit == "on", "the batch's settings end with it"
+    assert count(outbox_db) == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("--older-than", "soon"), ("--older-than", "0d")])
+def test_an_age_is_needed(outbox: str, arguments: tuple[str, ...]) -> None:
+    assert run(outbox, *arguments).exit_code == 2
+
+
+def test_another_schemas_history_is_its_own(database: str, db: psycopg.Connection) -> None:
+    schema.install(db, "other")
+    schema.install(db, "public")
+    fill(db, 3)
+    assert "0 removed" in run(database, "--older-than", "7d", "--schema", "other").stderr
+    assert count(db) == 3
+
+
+def test_a_batch_reads_a_small_part_of_a_large_table(outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 50_000)
+    outbox_db.execute("VACUUM ANALYZE entity_changes")
+    [(pages,)] = outbox_db.execute("SELECT relpages FROM pg_class WHERE oid = 'entity_changes'::regclass").fetchall()
+    for statement, bound in (("prune", 100), ("prunable", 100)):
+        parameters = {"older_than_s": _DAY_S, "limit": bound, "since": None, "bound": bound}
+        with outbox_db.transaction():
+            outbox_db.execute(retention._LIMITS)
+            [([found],)] = outbox_db.execute(
+                b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + Retention("public")._statements[statement], parameters
+            ).fetchall()
+        assert '"Seq Scan"' not in json.dumps(found)
+        assert "entity_changes_processed" in json.dumps(found)
+        touched = found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
+        assert touched < pages
+
+
+async def test_pruning_beside_a_running_consumer_removes_processed_changes_only(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, handled = Router(), set()
+    chance = random.Random(7)
+    bad = {f"k{n}" for n in range(5)}
+
+    @router.on("x", max_attempts=2)
+    async def handle(change: cdc.Change) -> None:
+        if change.entity_id in bad or chance.random() < 0.1:
+            raise ValueError("no")
+        handled.add(change.seq)
+
+    published: list[int] = []
+    pruned = 0
+    async with (
+        consuming(outbox, router, backoff_base=0.01, backoff_cap=0.02),
+        await psycopg.AsyncConnection.connect(outbox, autocommit=True) as pruning,
+    ):
+        for n in range(600):
+            [(seq,)] = outbox_db.execute("SELECT publish_change('x', %s)", [f"k{n % 50}"]).fetchall()
+            published.append(seq)
+            if n % 20 == 0:
+                pruned += await Retention("public").prune_batch(pruning, 1e-6, 1000)
+        await eventually_async(_until_settled(outbox_db), what="every change settled")
+        pruned += await Retention("public").prune_batch(pruning, 1e-6, 1000)
+    left = {seq for (seq,) in outbox_db.execute("SELECT seq FROM entity_changes WHERE dead_at IS NOT NULL")}
+    assert count(outbox_db) == len(left), "what is left is dead"
+    assert pruned == len(published) - len(left)
+    assert handled == set(published) - left, "nothing was removed before it was handled"
+
+
+def _until_settled(db: psycopg.Connection) -> Any:
+    async def check() -> bool:
+        return settled(db)
+
+    return check

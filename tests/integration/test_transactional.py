@@ -1,0 +1,296 @@
+"""Handlers with a connection: their writes and the mark of the change commit together, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import psycopg
+import pytest
+
+import cdc
+from cdc.routing import Router
+from tests.eventually import eventually_async
+from tests.fix_consumer import consuming, metric, settled, states
+
+_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
+
+
+@pytest.fixture
+def effects(outbox_db: psycopg.Connection) -> psycopg.Connection:
+    outbox_db.execute("CREATE TABLE effect (seq bigint, attempt int)")
+    return outbox_db
+
+
+def _publish(db: psycopg.Connection, count: int = 1, keys: int = 1, entity_type: str = "x") -> None:
+    db.execute(
+        "SELECT publish_change(%s, (n %% %s)::text) FROM generate_series(1, %s) AS n", [entity_type, keys, count]
+    )
+
+
+def _effects(db: psycopg.Connection) -> list[tuple[Any, ...]]:
+    return db.execute("SELECT seq, attempt FROM effect ORDER BY seq").fetchall()
+
+
+def _all_settled(db: psycopg.Connection) -> Any:
+    async def check() -> bool:
+        return settled(db)
+
+    return eventually_async(check, what="every change processed or dead")
+
+
+async def _write(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+    await connection.execute("INSERT INTO effect VALUES (%s, %s)", [change.seq, change.attempt])
+
+
+def _write_in_thread(change: cdc.Change, connection: psycopg.Connection) -> None:
+    connection.execute("INSERT INTO effect VALUES (%s, %s)", [change.seq, change.attempt])
+
+
+@pytest.mark.parametrize("handler", [_write, _write_in_thread])
+async def test_what_a_handler_writes_commits_with_the_mark_of_its_change(
+    handler: Any, outbox: str, effects: psycopg.Connection
+) -> None:
+    router = Router()
+    router.on("x")(handler)
+    _publish(effects, 60, 7)
+    async with consuming(outbox, router) as app:
+        await _all_settled(effects)
+        assert metric(app.metrics.registry, "cdc_changes_handled_total", outcome="processed") == 60
+        assert metric(app.metrics.registry, "cdc_settle_changes_count") == 0, "nothing is left to settle"
+    assert states(effects) == {"processed": 60}
+    assert len(_effects(effects)) == 60
+    # In one transaction: row and mark carry the same id.
+    assert effects.execute(
+        "SELECT count(*) FROM effect JOIN entity_changes AS c USING (seq) WHERE effect.xmin = c.xmin"
+    ).fetchone() == (60,)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_what_a_failed_attempt_wrote_is_rolled_back(
+    in_thread: bool, outbox: str, effects: psycopg.Connection
+) -> None:
+    router = Router()
+
+    async def on_loop(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await _write(change, connection)
+        if change.attempt < 3:
+            raise ValueError("no")
+
+    def in_a_thread(change: cdc.Change, connection: psycopg.Connection) -> None:
+        _write_in_thread(change, connection)
+        if change.attempt < 3:
+            raise ValueError("no")
+
+    router.on("x")(in_a_thread if in_thread else on_loop)
+    _publish(effects)
+    async with consuming(outbox, router, **_QUICK):
+        await _all_settled(effects)
+    assert _effects(effects) == [(1, 3)]
+    assert effects.execute("SELECT error_count, last_error FROM entity_changes").fetchone() == (2, "ValueError: no")
+
+
+async def test_a_handler_that_commits_or_rolls_back_by_itself_is_told_so_clearly(
+    outbox: str, effects: psycopg.Connection
+) -> None:
+    router = Router()
+
+    @router.on("x", max_attempts=1)
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        match change.entity_id:
+            case "0":
+                await connection.commit()
+            case "1":
+                await connection.rollback()
+            case "2":
+                await connection.set_autocommit(False)
+            case "3":
+                await connection.execute("COMMIT")
+            case "4":
+                await connection.execute("ROLLBACK")
+            case "5":
+                await connection.execute("COMMIT")
+                await connection.execute("BEGIN")
+
+    _publish(effects, 6, 6)
+    async with consuming(outbox, router):
+        await _all_settled(effects)
+    assert states(effects) == {"dead": 6}
+    told = dict(effects.execute("SELECT entity_id, last_error FROM entity_changes").fetchall())
+    assert "commit() forbidden" in told["0"]
+    assert "rollback() forbidden" in told["1"]
+    assert "ProgrammingError" in told["2"]
+    for key in "345":
+        assert "ended the transaction it was given" in told[key], key
+
+
+async def test_a_database_error_that_the_handler_swallows_fails_the_attempt(
+    outbox: str, effects: psycopg.Connection
+) -> None:
+    router = Router()
+
+    @router.on("x", max_attempts=1)
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await _write(change, connection)
+        with contextlib.suppress(psycopg.Error):
+            await connection.execute("SELECT 1 / 0")
+
+    _publish(effects)
+    async with consuming(outbox, router):
+        await _all_settled(effects)
+    assert states(effects) == {"dead": 1}
+    assert _effects(effects) == []
+    assert "InFailedSqlTransaction" in effects.execute("SELECT last_error FROM entity_changes").fetchone()[0]
+
+
+async def test_retry_and_discard_roll_back_what_was_written(outbox: str, effects: psycopg.Connection) -> None:
+    router = Router()
+
+    @router.on("x")
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await _write(change, connection)
+        if change.entity_id == "0":
+            raise cdc.Discard("not for us")
+        if change.attempt == 1:
+            raise cdc.Retry(after=0)
+
+    _publish(effects, 2, 2)
+    async with consuming(outbox, router):
+        await _all_settled(effects)
+    assert states(effects) == {"processed": 2}
+    assert [attempt for _, attempt in _effects(effects)] == [2]
+
+
+async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
+    outbox: str, effects: psycopg.Connection
+) -> None:
+    router, waiting, go_on = Router(), asyncio.Event(), asyncio.Event()
+
+    @router.on("x")
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await _write(change, connection)
+        waiting.set()
+        await go_on.wait()
+
+    second = Router()
+    second.on("x")(_write)
+    _publish(effects, 3)
+    async with consuming(outbox, router) as first:
+        await waiting.wait()
+        # Its locks go, as if the server had lost it, and its transaction is still open.
+        [(pid,)] = effects.execute(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'cdc: shards' AND datname = current_database()"
+        ).fetchall()
+        first.consumer._workers.session_lost = _nothing  # type: ignore[method-assign]
+        first.consumer._shard_loop = _stand_still  # type: ignore[method-assign]
+        effects.execute("SELECT pg_terminate_backend(%s)", [pid])
+        async with consuming(outbox, second) as other:
+
+            async def owns_all() -> bool:
+                return not other.consumer.shares
+
+            await eventually_async(owns_all)
+
+            async def knocked() -> bool:
+                return metric(other.metrics.registry, "cdc_fetch_changes_sum") > 0
+
+            await eventually_async(knocked)
+            assert _effects(effects) == [], "the row is still being handled elsewhere, which never means done"
+            go_on.set()
+            await _all_settled(effects)
+    assert states(effects) == {"processed": 3}
+    assert len(_effects(effects)) == 3
+
+
+async def _nothing() -> None: ...
+
+
+async def _stand_still(session: object) -> None:
+    await asyncio.Event().wait()
+
+
+async def test_when_its_connection_dies_the_change_runs_again_and_no_attempt_is_counted(
+    outbox: str, effects: psycopg.Connection
+) -> None:
+    router, running = Router(), asyncio.Event()
+
+    @router.on("x", max_attempts=1)
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await _write(change, connection)
+        if not running.is_set():
+            running.set()
+            await connection.execute("SELECT pg_sleep(20)")
+
+    _publish(effects)
+    async with consuming(outbox, router):
+        await running.wait()
+
+        async def ended() -> bool:
+            return bool(
+                effects.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name = 'cdc: handlers' AND wait_event = 'PgSleep'"
+                    " AND datname = current_database()"
+                ).fetchall()
+            )
+
+        await eventually_async(ended)
+        await _all_settled(effects)
+    assert _effects(effects) == [(1, 1)]
+    assert effects.execute("SELECT error_count FROM entity_changes").fetchone() == (0,)
+
+
+async def test_a_transactional_change_waits_until_the_plain_ones_before_it_are_settled(
+    outbox: str, effects: psycopg.Connection
+) -> None:
+    """Else a crash could leave the later one marked and the earlier one to run again."""
+    router, seen = Router(), []
+
+    @router.on("x", "UPDATE")
+    async def plain(change: cdc.Change) -> None: ...
+
+    @router.on("x", "INSERT")
+    async def transactional(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        cursor = await connection.execute(
+            "SELECT count(*) FROM entity_changes WHERE seq < %s AND NOT processed", [change.seq]
+        )
+        seen.append(await cursor.fetchone())
+
+    for _ in range(10):
+        effects.execute("SELECT publish_change('x', 'k', 'UPDATE'), publish_change('x', 'k', 'INSERT')")
+    async with consuming(outbox, router):
+        await _all_settled(effects)
+    assert seen == [(0,)] * 10
+
+
+async def test_a_dead_letter_that_pauses_its_key_holds_it_until_somebody_has_decided(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, calls, mended = Router(), [], asyncio.Event()
+
+    @router.on("x", max_attempts=1, dead="pause")
+    async def handle(change: cdc.Change) -> None:
+        calls.append(change.seq)
+        if change.seq == 1 and not mended.is_set():
+            raise ValueError("no")
+
+    _publish(outbox_db, 4)
+    _publish(outbox_db, 2, 2)  # of two keys, "0" and "1"; everything above is "0"
+    async with consuming(outbox, router) as app:
+
+        async def the_other_key_is_done() -> bool:
+            return states(outbox_db) == {"dead": 1, "processed": 1, "fresh": 4}
+
+        await eventually_async(the_other_key_is_done)
+        assert sorted(calls) == [1, 5]
+
+        async def listens() -> bool:
+            return app._listener.connected
+
+        await eventually_async(listens)
+        mended.set()
+        outbox_db.execute("SELECT reprocess_failed_actions(p_max_errors => 1)")
+        await _all_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 6}
+    assert [seq for seq in calls if seq != 5][1:] == [1, 2, 3, 4, 6]
