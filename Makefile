@@ -24,6 +24,10 @@ demo: $(READY) ## Watch changes travel, on a throw-away server. KEEP=1: stay up 
 test: $(READY) ## Run all tests. ARGS="-k lanes -x" is passed to pytest.
 	@CDC_REQUIRE_PG=1 $(BIN)/python -m pytest $(ARGS)
 
+.PHONY: chaos
+chaos: $(READY) ## Break what can break, at random, and judge. MINUTES=30 SEED=7
+	@$(BIN)/python -m tests.faults.chaos --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED))
+
 .PHONY: lint
 lint: $(READY) ## The static gate: ruff, mypy, import contracts.
 	$(BIN)/ruff check .

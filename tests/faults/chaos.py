@@ -1,0 +1,214 @@
+"""Faults, one after the other, from a seed: ``python -m tests.faults.chaos --minutes 30 --seed 7``.
+
+Each step draws all it needs before anything happens, so that a seed means the same faults in the same
+order whatever the run made of the earlier ones. Only the moments differ: processes and servers are not ours to time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg
+
+from tests.faults.ledger import Verdict, judge
+from tests.faults.stage import SLOT, Stage, pause
+
+CONNECTIONS = (
+    "cdc: shards", "cdc: reader", "cdc: listener", "cdc: stream", "cdc: relay", "cdc: collector", "cdc: handlers",
+)  # fmt: skip
+_TELL_EVERY_S = 30.0
+
+
+class Draw(NamedTuple):
+    """What a step may need. ``share`` is evenly from 0 to 1."""
+
+    place: int
+    connection: str
+    everywhere: bool
+    share: float
+
+
+def kill(stage: Stage, draw: Draw) -> None:
+    """kill -9; the next one comes at once, or after the others had time to take its shards."""
+    stage.consumers[draw.place].kill()
+    pause(draw.share * 3)
+    stage.start(draw.place)
+
+
+def replace(stage: Stage, draw: Draw) -> None:
+    """SIGTERM and a successor, as in a rolling restart."""
+    consumer = stage.consumers[draw.place]
+    # One that has only just started knows nothing of signals yet.
+    if consumer.alive and (code := consumer.terminate()) not in (0, -signal.SIGTERM):
+        stage.troubles.append(f"{consumer.name}: SIGTERM ended in {code}")
+    stage.start(draw.place)
+
+
+def freeze(stage: Stage, draw: Draw) -> None:
+    """SIGSTOP, at its longest beyond the stream's wal_sender_timeout of 15 s. Its session stays: nobody takes over."""
+    with _frozen(stage, draw.place):
+        pause(0.5 + draw.share**3 * 17)
+
+
+def freeze_and_lose(stage: Stage, draw: Draw) -> None:
+    """The worst there is: the session ends while its owner is stopped, and another takes its shards meanwhile."""
+    with _frozen(stage, draw.place):
+        stage.end_backends("cdc: shards", draw.place)
+        pause(0.5 + draw.share * 4)
+
+
+@contextlib.contextmanager
+def _frozen(stage: Stage, place: int) -> Iterator[None]:
+    began = time.time()
+    stage.consumers[place].signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        stage.consumers[place].signal(signal.SIGCONT)
+        stage.deafen(place, began)
+
+
+def terminate(stage: Stage, draw: Draw) -> None:
+    """pg_terminate_backend of one kind of connection, of one consumer or of all."""
+    stage.end_backends(draw.connection, None if draw.everywhere else draw.place)
+
+
+def restart(stage: Stage, draw: Draw) -> None:
+    """A clean restart of the server."""
+    stage.crash_or_restart("fast")
+
+
+def crash(stage: Stage, draw: Draw) -> None:
+    """The server goes without a word and recovers from its WAL."""
+    stage.crash_or_restart("immediate")
+
+
+def cut(stage: Stage, draw: Draw) -> None:
+    """Every connection of a consumer is reset."""
+    stage.proxies[draw.place].cut()
+
+
+def cut_writers(stage: Stage, draw: Draw) -> None:
+    """Some of them are waiting for the answer to a commit."""
+    stage.writers_proxy.cut()
+
+
+def hold(stage: Stage, draw: Draw) -> None:
+    """Half-open: nothing passes and nothing closes. Held longer than the look at the shards waits between two looks."""
+    began = time.time()
+    stage.proxies[draw.place].hold()
+    pause(0.5 + draw.share * 6)
+    stage.proxies[draw.place].open()
+    stage.deafen(draw.place, began)
+
+
+def hold_and_lose(stage: Stage, draw: Draw) -> None:
+    """A black hole that the server notices and the consumer does not; then the dead link is reset."""
+    began = time.time()
+    stage.proxies[draw.place].hold()
+    stage.end_backends("cdc: shards", draw.place)
+    pause(0.5 + draw.share * 4)
+    stage.proxies[draw.place].cut()
+    stage.proxies[draw.place].open()
+    stage.deafen(draw.place, began)
+
+
+def slow(stage: Stage, draw: Draw) -> None:
+    """Every piece takes its time, in both directions."""
+    stage.proxies[draw.place].slow(0.005 + draw.share * 0.05)
+    pause(2.0)
+    stage.proxies[draw.place].open()
+
+
+def drop_slot(stage: Stage, draw: Draw) -> None:
+    """Whoever streams finds its slot gone."""
+    with stage.connect() as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s AND active", [SLOT]
+        )
+        with contextlib.suppress(psycopg.errors.ObjectInUse, psycopg.errors.UndefinedObject):
+            connection.execute("SELECT pg_drop_replication_slot(%s)", [SLOT])
+
+
+Fault = Callable[[Stage, Draw], None]
+WEIGHTS: dict[Fault, int] = {
+    kill: 6, replace: 2, freeze: 2, freeze_and_lose: 4, terminate: 8, restart: 1, crash: 2, cut: 3, cut_writers: 2,
+    hold: 2, hold_and_lose: 2, slow: 2, drop_slot: 1,
+}  # fmt: skip
+
+
+def steps(seed: int, places: int, weights: Mapping[Fault, int]) -> Iterator[tuple[float, Fault, Draw]]:
+    """For ever: seconds to wait first, the fault, its draw."""
+    dice = random.Random(f"{seed} chaos")
+    while True:
+        pause_s = dice.choice([0.1, 0.5, 1.0, 2.0, 3.0])
+        [fault] = dice.choices(list(weights), list(weights.values()))
+        yield pause_s, fault, Draw(dice.randrange(places), dice.choice(CONNECTIONS), dice.random() < 0.3, dice.random())
+
+
+def play(stage: Stage, seed: int, seconds: float, weights: Mapping[Fault, int], tell: Callable[[str], None]) -> int:
+    """Faults for so long; how many there were."""
+    began = told = time.monotonic()
+    for number, (pause_s, fault, draw) in enumerate(steps(seed, len(stage.consumers), weights)):
+        pause(pause_s)
+        if time.monotonic() - began > seconds:
+            return number
+        stage.watch()
+        fault(stage, draw)
+        if time.monotonic() - told > _TELL_EVERY_S:
+            told = time.monotonic()
+            tell(f"{told - began:5.0f} s: {number + 1} faults, {stage.processed()} changes processed, last: "
+                 f"{fault.__name__} at {draw.place}")  # fmt: skip
+    raise AssertionError("the steps never end")
+
+
+def verdict(stage: Stage) -> Verdict:
+    """Heal, and judge. A consumer that stopped by a bug, or left with an error, is a violation too."""
+    stage.heal()
+    found = judge(stage.evidence())
+    found.violations += stage.troubles
+    for words in ("this is a bug", "stopped by a bug", "Traceback"):
+        found.violations += [f"{name} said {words!r}: see {stage.folder}" for name in stage.logged(words)]
+    return found
+
+
+def _faults(names: str) -> dict[Fault, int]:
+    chosen = {fault: weight for fault, weight in WEIGHTS.items() if fault.__name__ in names.split(",")}
+    if not chosen:
+        raise argparse.ArgumentTypeError(f"choose from {', '.join(fault.__name__ for fault in WEIGHTS)}")
+    return chosen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make chaos", description="Break what can break, at random, and judge.")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=None, help="the same faults in the same order again")
+    parser.add_argument("--consumers", type=int, default=3)
+    parser.add_argument("--only", type=_faults, default=WEIGHTS, metavar="FAULT,...", help="only these")
+    arguments = parser.parse_args()
+    seed = random.randrange(1_000_000) if arguments.seed is None else arguments.seed
+    folder = Path(tempfile.mkdtemp(prefix="cdcchaos"))
+    print(f"seed {seed}, {arguments.minutes:g} minutes; logs and ledgers in {folder}", flush=True)
+    with Stage(folder, seed, places=arguments.consumers) as stage:
+        faults = play(stage, seed, arguments.minutes * 60, arguments.only, lambda text: print(text, flush=True))
+        found = verdict(stage)
+        (folder / "server.log").write_text((stage.server.folder / "server.log").read_text())
+    print(f"seed {seed}: {faults} faults, {stage.restarted} consumers restarted by the supervisor; {found}")
+    if found.violations:
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""What a chaos run happens on: a server, consumers as processes, a proxy before each of them, and writers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from cdc import schema
+from cdc.throwaway import Server
+from tests.eventually import eventually
+from tests.faults import ledger
+from tests.faults.ledger import Evidence, Span
+from tests.faults.writers import Writer
+from tests.fix_consumer import Process, settled
+from tests.fix_proxy import Proxy
+from tests.handlers_ledger import EFFECTS, FOLDER, KINDS
+
+SLOT = "ledger"
+_SERVER = {"log_connections": "on", "log_disconnections": "on", "log_line_prefix": "%n %p "}
+_CONSUMER = {
+    "handlers": "tests.handlers_ledger:router", "slot_name": SLOT, "backoff_base": 0.05, "backoff_cap": 0.5,
+    "concurrency": 20, "window": 200, "drain_time": 5,
+}  # fmt: skip
+
+
+class Consumer:
+    """One process, under a role of its own: the server's log then tells whose session was whose."""
+
+    def __init__(self, name: str, process: Process) -> None:
+        self.name = name
+        self.process = process
+        self.ended_at: float | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.process.process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.process.send_signal(number)
+
+    def kill(self) -> None:
+        at = time.time()  # nothing that it does comes later: a call that begins after this ends with it
+        self.process.kill()
+        self.ended_at = at
+
+    def terminate(self) -> int:
+        code = self.process.terminate()
+        self.ended_at = time.time()
+        return code
+
+
+class Stage:
+    """``with Stage(folder, seed) as stage:`` everything runs; ``stage.evidence()`` once it has been healed."""
+
+    def __init__(self, folder: Path, seed: int, *, places: int = 3, writers: int = 3, keys: int = 30) -> None:
+        self.folder = folder
+        self.server = Server(durable=True, tcp=True, settings=_SERVER)
+        self.crashed_at: list[float] = []
+        self.deaf: dict[str, list[Span]] = defaultdict(list)
+        self.troubles: list[str] = []
+        self.restarted = 0
+        by_tcp = self.server.dsn(tcp=True)
+        self.proxies = [Proxy(by_tcp) for _ in range(places)]
+        self.writers_proxy = Proxy(by_tcp)
+        self.writers = [
+            Writer(self.writers_proxy.dsn, number, seed, KINDS, keys=keys, pause_s=0.02) for number in range(writers)
+        ]
+        self.consumers: list[Consumer] = []
+        self._everyone: list[Consumer] = []
+
+    def __enter__(self) -> Stage:
+        with ExitStack() as undo:
+            undo.callback(_set_folder, os.environ.get(FOLDER))
+            _set_folder(str(self.folder))
+            undo.enter_context(self.server)
+            self.dsn = self.server.dsn()
+            with self.connect() as connection:
+                schema.install(connection, "public")
+                connection.execute(EFFECTS)
+                for kind in KINDS:
+                    connection.execute(ledger.tracked_table(kind))
+            for proxy in (*self.proxies, self.writers_proxy):
+                undo.callback(proxy.stop)
+                proxy.start()
+            undo.callback(self._kill_all)
+            self.consumers += [self._started(place) for place in range(len(self.proxies))]
+            for writer in self.writers:
+                writer.start()
+                undo.callback(writer.stop)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+    def _kill_all(self) -> None:
+        for consumer in self._everyone:
+            if consumer.alive:
+                consumer.kill()
+
+    def connect(self) -> psycopg.Connection:
+        """To the server itself, past the proxies."""
+        return psycopg.connect(self.dsn, autocommit=True, application_name="the stage")
+
+    def processed(self) -> int:
+        with self.connect() as connection:
+            [(count,)] = connection.execute("SELECT count(*) FROM entity_changes WHERE processed").fetchall()
+        return int(count)
+
+    # --- consumers -------------------------------------------------------------------------------------------------
+
+    def start(self, place: int) -> None:
+        """A new process at this place, after the one before has ended."""
+        self.consumers[place] = self._started(place)
+
+    def watch(self) -> None:
+        """As a supervisor does: whoever has ended is started again. A first connection may be refused."""
+        for place, consumer in enumerate(self.consumers):
+            if not consumer.alive:
+                consumer.ended_at = consumer.ended_at or time.time()
+                self.restarted += 1
+                self.start(place)
+
+    def _started(self, place: int) -> Consumer:
+        name = f"consumer_{len(self._everyone) + 1}"
+        with self.connect() as connection:
+            connection.execute(sql.SQL("CREATE ROLE {} SUPERUSER LOGIN").format(sql.Identifier(name)))
+        dsn = make_conninfo(self.proxies[place].dsn, user=name)
+        consumer = Consumer(name, Process(dsn, self.folder / f"{name}.log", **_CONSUMER))  # type: ignore[arg-type]
+        self._everyone.append(consumer)
+        return consumer
+
+    def end_backends(self, application: str, place: int | None = None) -> int:
+        """pg_terminate_backend; how many there were. Of every consumer, or of the one at this place."""
+        role = None if place is None else self.consumers[place].name
+        with self.connect() as connection:
+            ended = connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = %s AND (%s::text IS NULL OR usename = %s)",
+                [application, role, role],
+            ).fetchall()
+        return len(ended)
+
+    def crash_or_restart(self, mode: str) -> None:
+        if mode == "immediate":
+            self.crashed_at.append(time.time())
+        self.server.restart(mode)
+
+    def deafen(self, place: int, began: float) -> None:
+        """The consumer at this place has heard nothing from then until now."""
+        self.deaf[self.consumers[place].name].append(Span(began, time.time()))
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def heal(self, *, within_s: float = 90.0) -> None:
+        """The writers stop; every change is given the time to end as processed or dead; consumers leave in peace."""
+        for writer in self.writers:
+            writer.stop()
+        for proxy in (*self.proxies, self.writers_proxy):
+            proxy.open()
+        self.watch()
+        with self.connect() as connection:
+            try:
+                eventually(lambda: settled(connection), within_s=within_s, what="every change processed or dead")
+            except AssertionError as stuck:
+                self.troubles.append(str(stuck))  # what is missing, the judge says
+        for consumer in self.consumers:
+            if (code := consumer.terminate()) != 0:
+                self.troubles.append(f"{consumer.name} ended with {code}")
+
+    def evidence(self) -> Evidence:
+        with self.connect() as connection:
+            captured = ledger.read_captured(connection, KINDS)
+            effects = ledger.read_effects(connection)
+        log = (self.server.folder / "server.log").read_text()
+        ended_at = {consumer.name: consumer.ended_at or time.time() for consumer in self._everyone}
+        return Evidence(
+            captured=captured,
+            calls=ledger.read_calls(self.folder, ended_at),
+            committed=set().union(*(writer.committed for writer in self.writers)),
+            unknown=set().union(*(writer.unknown for writer in self.writers)),
+            effects=effects,
+            sessions=ledger.read_sessions(log, self.crashed_at),
+            deaf=dict(self.deaf),
+        )
+
+    def logged(self, text: str) -> list[str]:
+        """The consumers whose log says so."""
+        return [consumer.name for consumer in self._everyone if text in consumer.process.log]
+
+
+def _set_folder(folder: str | None) -> None:
+    """Consumers find the folder of their ledgers in the environment they are started with."""
+    if folder is None:
+        os.environ.pop(FOLDER, None)
+    else:
+        os.environ[FOLDER] = folder
+
+
+def pause(seconds: float) -> None:
+    """Chaos is a matter of time: nothing else tells when a stopped process has been stopped for long enough."""
+    threading.Event().wait(seconds)

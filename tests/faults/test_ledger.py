@@ -1,0 +1,231 @@
+"""Three consumers, three writers, every kind of fault once in a fixed order; then the ledger is judged.
+
+``make chaos`` plays the same faults at random and for as long as one likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.eventually import eventually
+from tests.faults import chaos
+from tests.faults.chaos import Draw, Fault
+from tests.faults.ledger import Call, Captured, Effect, Evidence, Span, Write, judge, read_sessions
+from tests.faults.stage import Stage
+
+_SCHEDULE: list[tuple[Fault, Draw]] = [
+    (chaos.kill, Draw(0, "", False, 0.0)),
+    *((chaos.terminate, Draw(1, connection, True, 0.0)) for connection in chaos.CONNECTIONS),
+    (chaos.freeze_and_lose, Draw(2, "", False, 0.5)),
+    (chaos.cut, Draw(0, "", False, 0.0)),
+    (chaos.crash, Draw(0, "", False, 0.0)),
+    (chaos.cut_writers, Draw(0, "", False, 0.0)),
+    (chaos.hold_and_lose, Draw(1, "", False, 0.4)),
+    (chaos.kill, Draw(1, "", False, 0.6)),
+    (chaos.drop_slot, Draw(0, "", False, 0.0)),
+    (chaos.slow, Draw(0, "", False, 0.5)),
+    (chaos.restart, Draw(0, "", False, 0.0)),
+    (chaos.freeze, Draw(1, "", False, 0.4)),
+    (chaos.replace, Draw(2, "", False, 0.0)),
+    (chaos.hold, Draw(2, "", False, 0.2)),
+]
+_BETWEEN = 60
+"""Changes processed between two faults: the consumers have got over the one before, or are about to."""
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.promise("G1")
+@pytest.mark.promise("G3")
+@pytest.mark.promise("G8")
+def test_nothing_is_lost_and_order_holds_whatever_happens_to_three_consumers(tmp_path: Path) -> None:
+    before = "the start"
+    with Stage(tmp_path, seed=1) as stage:
+        for fault, draw in _SCHEDULE:
+            _work_on(stage, f"after {before}")
+            fault(stage, draw)
+            before = fault.__name__
+        found = chaos.verdict(stage)
+    assert found.violations == [], str(found)
+    assert found.figures["committed"] > len(_SCHEDULE) * _BETWEEN
+    assert found.figures["repeated"] > 0, "no fault hit a call: the schedule proves nothing"
+
+
+def _work_on(stage: Stage, when: str) -> None:
+    so_far = stage.processed()
+
+    def goes_on() -> bool:
+        stage.watch()
+        return stage.processed() >= so_far + _BETWEEN
+
+    eventually(goes_on, within_s=60, what=f"work goes on {when}")
+
+
+def test_the_schedule_of_the_tests_has_every_fault() -> None:
+    assert {fault for fault, _ in _SCHEDULE} == set(chaos.WEIGHTS)
+
+
+def test_a_seed_means_the_same_faults_in_the_same_order() -> None:
+    first, second = (chaos.steps(7, 3, chaos.WEIGHTS) for _ in range(2))
+    assert [next(first) for _ in range(50)] == [next(second) for _ in range(50)]
+
+
+# --- the judge can find guilty -------------------------------------------------------------------------------------
+
+_KEY = ("kept_async", "1")
+_PAID = ("kept_transactional", "1")
+
+
+def _fine() -> Evidence:
+    """Two changes of a row, handled by one consumer each, the second after the first consumer had lost its session."""
+    return Evidence(
+        captured=[
+            Captured(1, _KEY, "INSERT", None, "a", "processed", 15.0),
+            Captured(2, _KEY, "UPDATE", "a", "b", "processed", 25.0),
+            Captured(5, _PAID, "INSERT", None, "c", "processed", 32.0),
+            Captured(6, _PAID, "UPDATE", "c", "d", "processed", 42.0),
+        ],
+        calls=[
+            Call("one", _KEY, 1, 1, 10.0, 11.0, "returned"),
+            Call("two", _KEY, 2, 1, 20.0, 21.0, "returned"),
+            Call("two", _PAID, 5, 1, 30.0, 31.0, "returned"),
+            Call("two", _PAID, 6, 1, 40.0, 41.0, "returned"),
+        ],
+        committed={Write("WRITE", token) for token in "abcd"},
+        effects=[Effect(1, 5, _PAID), Effect(3, 6, _PAID)],
+        sessions={"one": [Span(0.0, 16.0)], "two": [Span(0.0, 90.0)]},
+    )  # fmt: skip
+
+
+def _lost_in_capture(evidence: Evidence) -> None:
+    evidence.committed.add(Write("DELETE", "b"))
+
+
+def _never_committed(evidence: Evidence) -> None:
+    evidence.committed.remove(Write("WRITE", "b"))
+
+
+def _captured_twice(evidence: Evidence) -> None:
+    evidence.captured.append(Captured(3, _KEY, "UPDATE", "b", "b", "processed", 25.0))
+    evidence.calls.append(Call("two", _KEY, 3, 1, 22.0, 23.0, "returned"))
+
+
+def _captured_out_of_order(evidence: Evidence) -> None:
+    evidence.captured[1] = evidence.captured[1]._replace(before="x")
+
+
+def _never_settled(evidence: Evidence) -> None:
+    evidence.captured[1] = evidence.captured[1]._replace(state="fresh", settled_at=None)
+
+
+def _settled_and_never_called(evidence: Evidence) -> None:
+    del evidence.calls[1]
+
+
+def _settled_and_only_cut_off(evidence: Evidence) -> None:
+    evidence.calls[1] = evidence.calls[1]._replace(how="cut off")
+
+
+def _dead_without_reason(evidence: Evidence) -> None:
+    evidence.captured[1] = evidence.captured[1]._replace(state="dead")
+
+
+def _overtaking(evidence: Evidence) -> None:
+    evidence.calls[0] = evidence.calls[0]._replace(start=30.0, end=31.0)
+
+
+def _started_before_the_end(evidence: Evidence) -> None:
+    evidence.calls[1] = evidence.calls[1]._replace(start=10.9, end=12.0)
+
+
+def _two_at_a_time(evidence: Evidence) -> None:
+    evidence.calls.append(Call("two", _KEY, 1, 1, 10.5, 10.6, "returned"))
+
+
+def _again_after_the_settle(evidence: Evidence) -> None:
+    evidence.calls.append(Call("two", _KEY, 1, 1, 30.0, 31.0, "returned"))
+
+
+def _twice_at_a_time_in_one(evidence: Evidence) -> None:
+    evidence.calls.append(Call("two", _KEY, 2, 1, 20.5, 20.6, "returned"))
+
+
+def _long_after_the_session(evidence: Evidence) -> None:
+    evidence.calls.append(Call("one", _KEY, 2, 1, 23.0, 24.0, "returned"))
+
+
+def _unknown_change(evidence: Evidence) -> None:
+    evidence.calls.append(Call("two", _KEY, 9, 1, 30.0, 31.0, "returned"))
+
+
+def _doubled_effect(evidence: Evidence) -> None:
+    evidence.effects.append(Effect(4, 6, _PAID))
+
+
+def _no_effect(evidence: Evidence) -> None:
+    evidence.effects.pop()
+
+
+def _effects_out_of_order(evidence: Evidence) -> None:
+    evidence.effects[:] = [Effect(3, 5, _PAID), Effect(1, 6, _PAID)]
+
+
+def test_the_judge_acquits_what_is_allowed() -> None:
+    assert judge(_fine()).violations == []
+    # What was on its way may have been committed or not.
+    undecided = _fine()
+    undecided.committed.remove(Write("WRITE", "b"))
+    undecided.unknown |= {Write("WRITE", "b"), Write("WRITE", "x")}
+    assert judge(undecided).violations == []
+    # One that lost its session, at 16, may still be at work on what another has taken over.
+    late = _fine()
+    late.calls[0] = late.calls[0]._replace(start=15.5, end=18.5, how="cut off")
+    late.calls.append(Call("two", _KEY, 1, 1, 17.0, 18.0, "returned"))
+    late.captured[0] = late.captured[0]._replace(settled_at=19.0)
+    assert judge(late).violations == []
+    # And one that was stopped meanwhile does not know it yet.
+    stopped = replace(late, deaf={"one": [Span(16.0, 40.0)]})
+    stopped.calls.append(Call("one", _KEY, 2, 1, 41.0, 42.0, "cut off"))
+    assert judge(stopped).violations == []
+
+
+@pytest.mark.parametrize(
+    ("crime", "named"),
+    [
+        (_lost_in_capture, "lost in capture"),
+        (_never_committed, "captured and not committed"),
+        (_captured_twice, "captured twice"),
+        (_captured_out_of_order, "captured out of order"),
+        (_never_settled, "lost: 2"),
+        (_settled_and_never_called, "lost: 2"),
+        (_settled_and_only_cut_off, "lost: 2"),
+        (_dead_without_reason, "lost: 2"),
+        (_overtaking, "out of order"),
+        (_started_before_the_end, "out of order"),
+        (_two_at_a_time, "twice at a time"),
+        (_twice_at_a_time_in_one, "twice at a time in one consumer"),
+        (_again_after_the_settle, "called after it was settled"),
+        (_long_after_the_session, "after the session had ended"),
+        (_doubled_effect, "2 effects instead of 1"),
+        (_no_effect, "0 effects instead of 1"),
+        (_effects_out_of_order, "effects out of order"),
+        (_unknown_change, "called for a change that is not there"),
+    ],
+)
+def test_the_judge_finds(crime: Callable[[Evidence], None], named: str) -> None:
+    evidence = _fine()
+    crime(evidence)
+    assert any(named in violation for violation in judge(evidence).violations)
+
+
+def test_sessions_are_read_from_the_servers_log() -> None:
+    log = (
+        "10.500 71 LOG:  connection authorized: user=one database=postgres application_name=cdc: shards\n"
+        "10.600 72 LOG:  connection authorized: user=one database=postgres application_name=cdc: reader\n"
+        "11.000 73 LOG:  connection authorized: user=two database=postgres application_name=cdc: shards\n"
+        "12.000 71 LOG:  disconnection: session time: 0:00:01.500 user=one database=postgres host=[local]\n"
+    )
+    assert read_sessions(log, [9.0, 13.0]) == {"one": [Span(10.5, 12.0)], "two": [Span(11.0, 13.0)]}

@@ -1,0 +1,109 @@
+"""A consumer settles on the session that holds its locks: without the one it has lost the other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import LiteralString
+
+import psycopg
+import pytest
+
+import cdc
+from cdc.model import SHARDS
+from cdc.outbox.shards import Session
+from cdc.routing import Router
+from tests.eventually import eventually_async
+from tests.fix_consumer import consuming, metric, settled, states
+
+
+async def _take_over(rival: psycopg.Connection, db: psycopg.Connection, shard: int) -> None:
+    """End the session of the consumer that owns the shard, with another in the queue for the lock."""
+    async with await psycopg.AsyncConnection.connect(db.info.dsn) as unused:
+        key = Session(unused, "public")._key
+    taking = asyncio.create_task(asyncio.to_thread(rival.execute, "SELECT pg_advisory_lock(%s, %s)", [key, shard]))
+
+    async def queued() -> bool:
+        return bool(db.execute("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchall())
+
+    await eventually_async(queued)
+    db.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = 'cdc: shards' AND datname = current_database()"
+    )
+    await taking
+
+
+@pytest.mark.promise("G3")
+async def test_what_ends_after_the_session_was_lost_is_left_to_the_next_owner(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    calls: list[int] = []
+    runs, may_return = threading.Event(), threading.Event()
+    router = Router()
+
+    @router.on("x")
+    def handle(change: cdc.Change) -> None:
+        calls.append(change.seq)
+        runs.set()
+        assert may_return.wait(20)
+
+    async with consuming(outbox, router) as app:
+        outbox_db.execute("SELECT publish_change('x', '1')")
+        await eventually_async(lambda: asyncio.to_thread(runs.wait, 0.01))
+        [(shard,)] = outbox_db.execute("SELECT shard FROM entity_changes").fetchall()
+        with psycopg.connect(outbox, autocommit=True) as rival:
+            await _take_over(rival, outbox_db, shard)
+            may_return.set()
+
+            async def back() -> bool:
+                return len(app.consumer._owned) == SHARDS - 1
+
+            await eventually_async(back, what="it is back, and the shard is another's")
+            assert states(outbox_db) == {"fresh": 1}
+            assert len(calls) == 1
+
+        async def done() -> bool:
+            return settled(outbox_db)
+
+        await eventually_async(done)
+    assert len(calls) == 2
+    assert states(outbox_db) == {"processed": 1}
+
+
+@pytest.mark.promise("G2")
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("state", "settle"),
+    [
+        ("processed", "UPDATE entity_changes SET processed = true, processed_at = now()"),
+        ("dead", "UPDATE entity_changes SET dead_at = now(), last_error = 'discarded by hand'"),
+    ],
+    ids=["processed", "dead"],
+)
+async def test_what_somebody_else_has_settled_stays_as_it_is(
+    state: str, settle: LiteralString, fails: bool, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    runs, may_return = asyncio.Event(), asyncio.Event()
+    router = Router()
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        runs.set()
+        await may_return.wait()
+        if fails:
+            raise ValueError
+
+    async with consuming(outbox, router) as app:
+        outbox_db.execute("SELECT publish_change('x', '1')")
+        await asyncio.wait_for(runs.wait(), 20)
+        outbox_db.execute(settle)
+        before = outbox_db.execute("SELECT * FROM entity_changes").fetchall()
+        may_return.set()
+
+        async def noticed() -> bool:
+            return metric(app.metrics.registry, "cdc_settle_skipped_total") == 1
+
+        await eventually_async(noticed, what="it notices that the change was settled")
+    assert states(outbox_db) == {state: 1}
+    assert outbox_db.execute("SELECT * FROM entity_changes").fetchall() == before

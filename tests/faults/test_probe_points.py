@@ -1,0 +1,140 @@
+"""A consumer is killed at every named point of its source, in turn; a clean one finishes, and the ledger is judged."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from cdc import schema
+from tests.eventually import eventually
+from tests.faults import ledger
+from tests.faults.ledger import Evidence, judge
+from tests.fix_consumer import ROOT, Process, settled
+from tests.handlers_ledger import EFFECTS, FOLDER, KINDS
+
+POINTS = sorted(
+    {
+        point
+        for path in (ROOT / "cdc").rglob("*.py")
+        for point in re.findall(r'probe\.here\("([^"]+)"\)', path.read_text("utf-8"))
+    }
+)
+_ELSEWHERE = {"schema.between_steps": "no consumer passes it: a test of its own"}
+_NTH = {"shards.after_take": 1, "shards.before_release": 1, "stream.before_confirm": 1}
+"""All other points are passed in the middle of work, at the third time."""
+_CHANGES, _KEYS = 600, 40
+_OPTIONS = {"slot_name": "ledger", "backoff_base": 0.05, "backoff_cap": 0.5, "concurrency": 20, "http_port": 0}
+
+
+@pytest.fixture
+def ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def kept(outbox_db: psycopg.Connection) -> psycopg.Connection:
+    """Two roles to tell the consumers apart, and one tracked table for each kind of handler."""
+    outbox_db.execute(EFFECTS)
+    for kind in KINDS:
+        outbox_db.execute(ledger.tracked_table(kind))
+    for role in ("crashing", "clean"):
+        outbox_db.execute(
+            sql.SQL("DO $$ BEGIN CREATE ROLE {} SUPERUSER LOGIN; EXCEPTION WHEN duplicate_object THEN END $$").format(
+                sql.Identifier(role)
+            )
+        )
+    return outbox_db
+
+
+def _write(db: psycopg.Connection, round_: int) -> None:
+    """Each statement changes every row once."""
+    for kind in KINDS:
+        db.execute(
+            sql.SQL(
+                "INSERT INTO {} SELECT n, %s || '.' || n FROM generate_series(1, %s) AS n"
+                " ON CONFLICT (id) DO UPDATE SET token = excluded.token"
+            ).format(sql.Identifier(kind)),
+            [f"{kind}{round_}", _KEYS],
+        )
+
+
+def _crashing(dsn: str, log: Path, point: str, *command: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "CDC_DSN": make_conninfo(dsn, user="crashing")}
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.crashing", point, str(_NTH.get(point, 3)), *command],
+            cwd=ROOT, env=environment, stdout=output, stderr=output,
+        )  # fmt: skip
+
+
+def _has_crashed(process: subprocess.Popen[bytes], log: Path) -> bool:
+    code = process.poll()
+    assert code in (None, -signal.SIGKILL), f"ended with {code}: {log.read_text()}"
+    return code is not None
+
+
+@pytest.mark.promise("G1")
+@pytest.mark.promise("G3")
+@pytest.mark.parametrize("point", [point for point in POINTS if point not in _ELSEWHERE])
+def test_a_crash_at_any_point_loses_nothing_and_keeps_order(
+    point: str, outbox: str, kept: psycopg.Connection, processes: list[Process], ledgers: Path
+) -> None:
+    log = ledgers / "crashing.log"
+    options = [part for name, value in _OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    crashing = _crashing(outbox, log, point, "run", "--handlers", "tests.handlers_ledger:router", *options)
+    written = 0
+    try:
+        clean = make_conninfo(outbox, user="clean")
+        if point == "shards.before_release":  # a consumer gives shards away only to another
+            eventually(lambda: "owns 64 of 64" in log.read_text(), what="it owns the shards that it will give")
+            processes.append(Process(clean, ledgers / "clean.log", handlers="tests.handlers_ledger:router", **_OPTIONS))
+
+        def crashed() -> bool:
+            nonlocal written
+            if written * _KEYS * len(KINDS) < _CHANGES:
+                written += 1
+                _write(kept, written)
+            return _has_crashed(crashing, log)
+
+        eventually(crashed, what=f"it passes {point}; if handlers do, give tests/handlers_ledger.py one that passes it")
+    finally:
+        crashing.kill()
+        crashing.wait()
+    while written * _KEYS * len(KINDS) < _CHANGES:
+        written += 1
+        _write(kept, written)
+    if not processes:
+        processes.append(Process(clean, ledgers / "clean.log", handlers="tests.handlers_ledger:router", **_OPTIONS))
+    eventually(lambda: settled(kept), what="the clean consumer finishes")
+    assert processes[-1].terminate() == 0, processes[-1].log
+    captured = ledger.read_captured(kept, KINDS)
+    assert len(captured) == written * _KEYS * len(KINDS)
+    # When exactly it died is not known; before anybody could take over, at any rate.
+    calls = ledger.read_calls(ledgers, {"crashing": 0.0})
+    assert judge(Evidence(captured, calls, effects=ledger.read_effects(kept))).violations == []
+
+
+def test_a_crash_between_two_steps_of_the_installation_leaves_nothing_or_all(
+    database: str, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    crashing = _crashing(make_conninfo(database), log, "schema.between_steps", "db", "install")
+    assert crashing.wait() == -signal.SIGKILL, log.read_text()
+    assert db.execute("SELECT to_regclass('entity_changes')").fetchone() == (None,)
+    assert schema.install(db, "public")
+
+
+def test_no_point_is_left_out() -> None:
+    assert len(POINTS) >= 11
+    assert set(_ELSEWHERE) <= set(POINTS)
+    assert set(_NTH) <= set(POINTS)

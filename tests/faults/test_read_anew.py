@@ -1,0 +1,66 @@
+"""A change whose fate only the table knows is read anew, whatever happens meanwhile: its key never stays shut."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from cdc.lanes import Lanes
+from cdc.model import Change, Waiting
+from cdc.transactions import AskTheTableError
+from cdc.workers import Workers
+from tests.unit.changes import row
+
+
+def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
+    """It has later changes behind it: the mark that holds those must not hold the change itself."""
+    lanes = Lanes(10)
+    lanes.own([0])
+    lanes.admit([row(1), row(2)])
+    first = lanes.start()
+    assert first is not None
+    lanes.finished(first, Waiting(0.1, "no"))
+    lanes.settled(lanes.take_finished(10))
+    lanes.admit([row(1)])  # due
+    again = lanes.start()
+    assert again is not None
+    lanes.interrupted(again)
+    for resume in lanes.resumes(10):
+        lanes.resumed(resume, [row(2, held=True)], complete=True)
+    assert lanes.admit([row(1)]).taken == 1, "it is due, and nobody else will run it"
+
+
+class _Unknown:
+    """A runner that never learns what became of a change."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+
+    def handler(self, change: Change) -> None:
+        return None
+
+    def in_thread(self, change: Change) -> bool:
+        return False
+
+    def interrupted(self, change: Change) -> None:
+        pass
+
+    async def run(self, batch: Sequence[Change]) -> None:
+        self.asked.set()
+        raise AskTheTableError("the connection was lost")
+
+
+async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_open() -> None:
+    """As at every restart of a server: the handler's connection ends first, the session a moment later."""
+    lanes = Lanes(10)
+    lanes.own([0])
+    lanes.admit([row(1)])
+    runner = _Unknown()
+    workers = Workers(lanes, runner, 1, finished=lambda *_: None, read_anew=lambda: None)  # type: ignore[arg-type]
+    workers.hand_out()
+    await runner.asked.wait()
+    lanes.reset()
+    await workers.session_lost()
+    lanes.own([0])
+    lanes.admit([row(1)])
+    assert lanes.start() is not None, "nothing runs any more, and the key is still shut"

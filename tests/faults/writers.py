@@ -1,0 +1,92 @@
+"""Applications that write, and remember what was committed. Threads of the test's own process."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+
+import psycopg
+from psycopg import sql
+
+from tests.faults.ledger import Write
+
+_RECONNECT_S = 0.05
+_BURSTS = 0.01
+
+
+class Writer(threading.Thread):
+    """Inserts, updates and deletes rows of ``tables`` until ``stop``. Some transactions linger, some roll back.
+
+    ``committed`` was confirmed by the server; ``unknown`` is what the answer to its commit was lost for. All else was
+    never committed.
+    """
+
+    def __init__(self, dsn: str, number: int, seed: int, tables: Sequence[str], *, keys: int, pause_s: float) -> None:
+        super().__init__(name=f"writer-{number}", daemon=True)
+        self._dsn = dsn
+        self._number = number
+        self._dice = random.Random(f"{seed} writer {number}")
+        self._tables = tables
+        self._rows = [(table, key) for table in tables for key in range(keys)]
+        self._pause_s = pause_s
+        self._stopping = threading.Event()
+        self._written = 0
+        self.committed: set[Write] = set()
+        self.unknown: set[Write] = set()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with psycopg.connect(self._dsn, application_name="a writer") as connection:
+                    while not self._stopping.wait(self._dice.random() * self._pause_s * 2):
+                        self._transact(connection)
+            except psycopg.Error:  # the server is away, or has chosen us as the victim of a deadlock
+                self._stopping.wait(_RECONNECT_S)
+
+    def _transact(self, connection: psycopg.Connection) -> None:
+        if self._dice.random() < _BURSTS:
+            written = self._burst(connection, self._dice.choice(self._tables))
+        else:
+            # In one order, so that two writers seldom lock each other out.
+            rows = sorted(self._dice.sample(self._rows, self._dice.choice([1, 1, 1, 2, 5])))
+            written = [write for table, key in rows for write in self._write(connection, table, key)]
+        if self._dice.random() < 0.1:
+            self._stopping.wait(self._dice.random() * 0.05)
+        if self._dice.random() < 0.05:
+            connection.rollback()
+            return
+        try:
+            connection.commit()
+        except psycopg.Error:
+            self.unknown.update(written)
+            raise
+        self.committed.update(written)
+
+    def _write(self, connection: psycopg.Connection, table: str, key: int) -> list[Write]:
+        name = sql.Identifier(table)
+        if self._dice.random() < 0.2:
+            delete = sql.SQL("DELETE FROM {} WHERE id = %s RETURNING token").format(name)
+            return [Write("DELETE", token) for (token,) in connection.execute(delete, [key]).fetchall()]
+        token = self._token()
+        connection.execute(
+            sql.SQL(
+                "INSERT INTO {} (id, token) VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET token = excluded.token"
+            ).format(name),
+            [key, token],
+        )
+        return [Write("WRITE", token)]
+
+    def _burst(self, connection: psycopg.Connection, table: str) -> list[Write]:
+        """Every row several times: a backlog, with a queue in every lane."""
+        update = sql.SQL("UPDATE {} SET token = %s || '.' || id RETURNING token").format(sql.Identifier(table))
+        found = [connection.execute(update, [self._token()]).fetchall() for _ in range(4)]
+        return [Write("WRITE", token) for rows in found for (token,) in rows]
+
+    def _token(self) -> str:
+        self._written += 1
+        return f"{self._number}.{self._written}"
