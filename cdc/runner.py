@@ -21,12 +21,11 @@ running, its key shut, until the thread returns; then what it did decides: a ret
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -46,11 +45,15 @@ _ABOUT_ALL = (Retry, Discard, OverrunError, EndedTransactionError)
 """What a batch raises that is not the fault of one of its changes."""
 
 
-class _Given(NamedTuple):
-    """A change, and what the handler gets of it: with its model, if it has one."""
-
-    change: Change
-    given: Change
+_PROCESSED = Processed()
+_LABELS: dict[type[Outcome], str] = {
+    Processed: "processed",
+    Committed: "processed",
+    Skipped: "skipped",
+    Discarded: "discarded",
+    Waiting: "retried",
+    Dead: "dead",
+}
 
 
 class Runner:
@@ -94,151 +97,140 @@ class Runner:
         if handler := self.handler(change):
             self._metrics.handled(change.entity_type, handler.name, "interrupted")
 
-    async def run(self, changes: Sequence[Change]) -> dict[Change, Outcome]:
-        """One attempt at the changes, all of one handler: one, or a batch. A change may have no outcome: not tried.
+    async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
+        """One attempt at the handler's changes: one, or a batch. A change may have no outcome: not tried.
 
         Only a cancellation and AskTheTableError leave as exceptions: there is no outcome at all then.
         """
-        handler = self.handler(changes[0])
         if handler is None:
             for change in changes:
                 self._metrics.handled(change.entity_type, NO_HANDLER, "skipped")
             return dict.fromkeys(changes, Skipped())
         probe.here("run.before_handler")
-        fitting, outcomes = self._validate(handler, changes)
-        if fitting:
-            started = asyncio.get_running_loop().time()
-            outcomes |= await self._attempt(handler, fitting)
-            self._durations[handler.name].observe(asyncio.get_running_loop().time() - started)
+        outcomes: dict[Change, Outcome] = {}
+        given = changes
+        if adapter := self._adapters.get(handler.name):
+            changes, given = self._validate(handler, adapter, changes, outcomes)
+        if changes:
+            clock = asyncio.get_running_loop().time
+            started = clock()
+            outcomes |= await self._attempt(handler, changes, given)
+            self._durations[handler.name].observe(clock() - started)
         for change, outcome in outcomes.items():
-            self._metrics.handled(change.entity_type, handler.name, _label(outcome))
+            self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
         probe.here("run.after_handler")
         return outcomes
 
-    def _validate(self, handler: Handler, changes: Sequence[Change]) -> tuple[list[_Given], dict[Change, Outcome]]:
-        adapter = self._adapters.get(handler.name)
-        if adapter is None:
-            return [_Given(change, change) for change in changes], {}
-        fitting: list[_Given] = []
-        outcomes: dict[Change, Outcome] = {}
+    def _validate(
+        self, handler: Handler, adapter: TypeAdapter[Any], changes: Sequence[Change], outcomes: dict[Change, Outcome]
+    ) -> tuple[list[Change], list[Change]]:
+        """The changes that fit, as they are and as the handler gets them; of the others the outcome."""
+        fitting: list[Change] = []
+        given: list[Change] = []
         for change in changes:
             try:
-                fitting.append(_Given(change, _with_model(adapter, change)))
+                given.append(_with_model(adapter, change))
+                fitting.append(change)
             except ValidationError as error:
                 outcomes[change] = self._verdict.on(handler, change, error)
-        return fitting, outcomes
+        return fitting, given
 
-    async def _attempt(self, handler: Handler, batch: Sequence[_Given]) -> dict[Change, Outcome]:
+    async def _attempt(
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
+    ) -> dict[Change, Outcome]:
         marked_at: datetime | None = None
         try:
-            marked_at, errors = await self._call(handler, batch)
+            marked_at, errors = await self._call(handler, changes, given)
         except AskTheTableError:
             raise
         except asyncio.CancelledError as cancelled:
             if _being_cancelled():
                 raise
-            errors = {change.seq: cancelled for change, _ in batch}
+            errors = {change.seq: cancelled for change in changes}
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
-            if len(batch) > 1 and not isinstance(error, _ABOUT_ALL):
-                return await self._one_by_one(handler, batch)
-            errors = {change.seq: error for change, _ in batch}
-        done: Outcome = Committed(marked_at) if marked_at else Processed()
+            if len(changes) > 1 and not isinstance(error, _ABOUT_ALL):
+                return await self._one_by_one(handler, changes, given)
+            errors = {change.seq: error for change in changes}
+        done: Outcome = Committed(marked_at) if marked_at else _PROCESSED
+        if not errors:
+            return dict.fromkeys(changes, done)
         return {
             change: self._verdict.on(handler, change, errors[change.seq]) if change.seq in errors else done
-            for change, _ in batch
+            for change in changes
         }
 
-    async def _one_by_one(self, handler: Handler, batch: Iterable[_Given]) -> dict[Change, Outcome]:
+    async def _one_by_one(
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
+    ) -> dict[Change, Outcome]:
         outcomes: dict[Change, Outcome] = {}
         held: set[Key] = set()
-        for one in batch:
-            if one.change.key not in held:
-                outcomes |= await self._attempt(handler, [one])
-                if holds_its_key(outcomes[one.change]):
-                    held.add(one.change.key)
+        for change, one in zip(changes, given, strict=True):
+            if change.key not in held:
+                outcomes |= await self._attempt(handler, [change], [one])
+                if holds_its_key(outcomes[change]):
+                    held.add(change.key)
         return outcomes
 
-    async def _call(self, handler: Handler, batch: Sequence[_Given]) -> tuple[datetime | None, Errors]:
+    async def _call(
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
+    ) -> tuple[datetime | None, Errors]:
         """When a transactional handler's changes were marked, and which ones of a batch failed by themselves."""
         limit_s = handler.timeout_s or self._timeout_s
         if not handler.is_async:
-            return await self._call_in_thread(handler, batch, limit_s)
-        if limit_s is None:
-            return await self._call_on_loop(handler, batch)
+            return await self._call_in_thread(handler, changes, given, limit_s)
         try:
             async with asyncio.timeout(limit_s) as limit:
-                return await self._call_on_loop(handler, batch)
+                if handler.transactional:
+                    return await self._transactions.run(changes, lambda c: _on_loop(handler, given, connection=c))
+                return None, await _on_loop(handler, given)
         except TimeoutError as error:
             if not limit.expired():
                 raise  # the handler's own
             raise OverrunError(f"took longer than {limit_s:g} s") from error
 
-    async def _call_on_loop(self, handler: Handler, batch: Sequence[_Given]) -> tuple[datetime | None, Errors]:
-        given = [one.given for one in batch]
-
-        async def call(**connection: Any) -> Errors:
-            try:
-                await handler.call(given, **connection)
-            except Failed as failed:
-                return failed.errors
-            return _NONE
-
-        if handler.transactional:
-            return await self._transactions.run([one.change for one in batch], lambda c: call(connection=c))
-        return None, await call()
-
     async def _call_in_thread(
-        self, handler: Handler, batch: Sequence[_Given], limit_s: float | None
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], limit_s: float | None
     ) -> tuple[datetime | None, Errors]:
-        job = self._threads.submit(self._thread_call(handler, batch))
+        def call() -> tuple[datetime | None, Errors]:
+            if handler.transactional:
+                return self._transactions.run_in_thread(changes, lambda c: _in_thread(handler, given, connection=c))
+            return None, _in_thread(handler, given)
+
+        job = self._threads.submit(call)
         try:
             if not await job.returns_within(limit_s):
                 self._verdict.count(handler, "timeout")
-                first = batch[0].change
                 log.error(
                     "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key"
                     " is held until it returns",
-                    handler.name, limit_s, first.id, first.entity_type,
+                    handler.name, limit_s, changes[0].id, changes[0].entity_type,
                 )  # fmt: skip
             return cast("tuple[datetime | None, Errors]", await job.future)
         except asyncio.CancelledError:
             job.future.cancel()  # nobody will ask for the answer
             raise
 
-    def _thread_call(self, handler: Handler, batch: Sequence[_Given]) -> Callable[[], tuple[datetime | None, Errors]]:
-        given = [one.given for one in batch]
 
-        def call(**connection: Any) -> Errors:
-            try:
-                handler.call(given, **connection)
-            except Failed as failed:
-                return failed.errors
-            return _NONE
+async def _on_loop(handler: Handler, given: Sequence[Change], **connection: Any) -> Errors:
+    try:
+        await handler.call(given, **connection)
+    except Failed as failed:
+        return failed.errors
+    return _NONE
 
-        if handler.transactional:
-            changes = [one.change for one in batch]
-            return functools.partial(self._transactions.run_in_thread, changes, lambda c: call(connection=c))
-        return lambda: (None, call())
+
+def _in_thread(handler: Handler, given: Sequence[Change], **connection: Any) -> Errors:
+    try:
+        handler.call(given, **connection)
+    except Failed as failed:
+        return failed.errors
+    return _NONE
 
 
 def _with_model(adapter: TypeAdapter[Any], change: Change) -> Change:
     new = None if change.new is None else adapter.validate_python(change.new)
     old = None if change.old is None else adapter.validate_python(change.old)
     return replace(change, new=new, old=old)
-
-
-def _label(outcome: Outcome) -> str:
-    match outcome:
-        case Processed() | Committed():
-            return "processed"
-        case Skipped():
-            return "skipped"
-        case Discarded():
-            return "discarded"
-        case Waiting():
-            return "retried"
-        case Dead():
-            return "dead"
 
 
 def _being_cancelled() -> bool:

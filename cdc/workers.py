@@ -50,7 +50,7 @@ class Workers:
         self._read_anew = read_anew
         self._tasks: dict[asyncio.Task[None], list[Change]] = {}
         self._stopped = False
-        self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
+        self._lingering: dict[Handler | None, tuple[list[Change], asyncio.Event]] = {}
         """Batches that wait for more, and how to tell them that they are full."""
 
     def __len__(self) -> int:
@@ -98,12 +98,15 @@ class Workers:
         assert task is not None
         turns = 0
         while not self._stopped and (change := self._lanes.start()):
-            if self._lingering and self._joins(change):
+            handler = self._runner.handler(change)
+            if self._lingering and handler in self._lingering:
+                self._join(handler, change)
                 continue
             self._tasks[task] = batch = [change]
             try:
-                await self._gather(batch)
-                outcomes = await self._runner.run(batch)
+                if handler is not None and handler.batch is not None:
+                    await self._gather(handler, handler.batch, batch)
+                outcomes = await self._runner.run(handler, batch)
             except asyncio.CancelledError:
                 self._leave(batch)
                 raise
@@ -124,13 +127,10 @@ class Workers:
             if turns % _CHANGES_PER_TURN == 0:
                 await _OtherTasks()
 
-    async def _gather(self, batch: list[Change]) -> None:
+    async def _gather(self, handler: Handler, limit: int, batch: list[Change]) -> None:
         """Fill a batch for a handler that takes many."""
-        handler = self._runner.handler(batch[0])
-        if handler is None or handler.batch is None:
-            return
-        self._lanes.start_with(batch, handler.batch, lambda other: self._runner.handler(other) is handler)
-        if handler.linger_s and len(batch) < handler.batch and handler not in self._lingering:
+        self._lanes.start_with(batch, limit, lambda other: self._runner.handler(other) is handler)
+        if handler.linger_s and len(batch) < limit and handler not in self._lingering:
             full = asyncio.Event()
             self._lingering[handler] = batch, full
             try:
@@ -138,18 +138,15 @@ class Workers:
             finally:
                 self._lingering.pop(handler, None)
 
-    def _joins(self, change: Change) -> bool:
-        """Put a started change into a batch of its handler that still waits for more."""
-        handler = self._runner.handler(change)
-        if handler is None or handler.batch is None or handler not in self._lingering:
-            return False
+    def _join(self, handler: Handler | None, change: Change) -> None:
+        """Put a started change into the batch of its handler that still waits for more."""
         batch, full = self._lingering[handler]
         batch.append(change)
-        self._lanes.start_with(batch, handler.batch, lambda other: self._runner.handler(other) is handler)
-        if len(batch) >= handler.batch:
+        limit = (handler.batch if handler else None) or 1
+        self._lanes.start_with(batch, limit, lambda other: self._runner.handler(other) is handler)
+        if len(batch) >= limit:
             full.set()
             del self._lingering[handler]
-        return True
 
     def _leave(self, batch: Iterable[Change]) -> None:
         """Without an outcome: the table knows what came of these."""

@@ -45,7 +45,7 @@ class _Unknown:
     def interrupted(self, change: Change) -> None:
         pass
 
-    async def run(self, batch: Sequence[Change]) -> None:
+    async def run(self, handler: None, batch: Sequence[Change]) -> None:
         self.asked.set()
         raise AskTheTableError("the connection was lost")
 
