@@ -50,7 +50,7 @@ class Workers:
         self._read_anew = read_anew
         self._tasks: dict[asyncio.Task[None], list[Change]] = {}
         self._stopped = False
-        self._lingering: dict[Handler | None, tuple[list[Change], asyncio.Event]] = {}
+        self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
         """Batches that wait for more, and how to tell them that they are full."""
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class Workers:
         turns = 0
         while not self._stopped and (change := self._lanes.start()):
             handler = self._runner.handler(change)
-            if self._lingering and handler in self._lingering:
+            if self._lingering and handler is not None and handler in self._lingering:
                 self._join(handler, change)
                 continue
             self._tasks[task] = batch = [change]
@@ -132,17 +132,18 @@ class Workers:
         self._lanes.start_with(batch, limit, lambda other: self._runner.handler(other) is handler)
         if handler.linger_s and len(batch) < limit and handler not in self._lingering:
             full = asyncio.Event()
-            self._lingering[handler] = batch, full
+            self._lingering[handler] = waiting = batch, full
             try:
                 await _for(handler.linger_s, full)
             finally:
-                self._lingering.pop(handler, None)
+                if self._lingering.get(handler) is waiting:  # a full one has made way, and another may wait by now
+                    del self._lingering[handler]
 
-    def _join(self, handler: Handler | None, change: Change) -> None:
+    def _join(self, handler: Handler, change: Change) -> None:
         """Put a started change into the batch of its handler that still waits for more."""
         batch, full = self._lingering[handler]
         batch.append(change)
-        limit = (handler.batch if handler else None) or 1
+        limit = handler.batch or 1
         self._lanes.start_with(batch, limit, lambda other: self._runner.handler(other) is handler)
         if len(batch) >= limit:
             full.set()
