@@ -6,6 +6,21 @@
 -- `next_xid` is the first transaction id that is not assigned yet, read off age(), which counts back from there. It is
 -- not the snapshot's xmax: that is one above the last *completed* id, and a commit that hangs may well lie above it.
 
+-- name: held
+-- Not a statement of its own: whether an earlier change of c's key waits, as an expression over c.
+CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE next_attempt_at IS NOT NULL)) THEN EXISTS (
+  SELECT FROM {changes} AS w
+  WHERE w.next_attempt_at IS NOT NULL
+    AND coalesce(w.entity_type, w.table_name) = coalesce(c.entity_type, c.table_name)
+    AND w.entity_id = c.entity_id AND w.seq < c.seq
+) ELSE false END
+
+-- name: columns
+-- Not a statement of its own: what every read of changes returns, in the order in which the rows are unpacked.
+c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
+c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,
+{held} AS held
+
 -- name: check
 -- Whether the table is there, has the columns of this version, and may be read.
 SELECT seq, shard, id, table_schema, table_name, operation, entity_type, entity_id, old_data, new_data, metadata,
@@ -27,9 +42,7 @@ WITH horizon AS MATERIALIZED (
 )
 SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
-  SELECT c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
-         c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,
-         {held} AS held
+  SELECT {columns}
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
   JOIN {changes} AS c ON c.shard = want.shard AND c.seq = want.seq
   WHERE NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL
@@ -47,9 +60,7 @@ WITH horizon AS MATERIALIZED (
 )
 SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
-  SELECT c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
-         c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,
-         {held} AS held
+  SELECT {columns}
   FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(cursors)s::bigint[], %(since)s::text[])
        AS want(shard, floor, cursor, since)
   CROSS JOIN LATERAL (
@@ -64,9 +75,7 @@ FROM horizon LEFT JOIN LATERAL (
 
 -- name: resume
 -- Read on for single keys, from a number on.
-SELECT c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
-       c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,
-       {held} AS held
+SELECT {columns}
 FROM unnest(%(shards)s::smallint[], %(types)s::text[], %(ids)s::text[], %(seqs)s::bigint[])
      WITH ORDINALITY AS want(shard, type, entity_id, seq, place)
 CROSS JOIN LATERAL (
@@ -82,9 +91,7 @@ ORDER BY want.place, c.seq
 -- name: due
 -- Waiting changes whose time has come. In the index's order, so that the page ends the scan; of two changes of one key
 -- the later is held.
-SELECT c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
-       c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,
-       {held} AS held
+SELECT {columns}
 FROM {changes} AS c
 WHERE c.next_attempt_at IS NOT NULL AND c.next_attempt_at <= now() AND c.dead_at IS NULL
   AND c.shard = ANY (%(shards)s::smallint[])
@@ -168,12 +175,3 @@ SELECT
     0) AS oldest_ready_age_s,
   pg_total_relation_size({regclass}::regclass)::bigint AS table_bytes,
   coalesce(pg_stat_get_dead_tuples({regclass}::regclass), 0)::bigint AS dead_tuples
-
--- name: held
--- Not a statement of its own: whether an earlier change of c's key waits, as an expression over c.
-CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE next_attempt_at IS NOT NULL)) THEN EXISTS (
-  SELECT FROM {changes} AS w
-  WHERE w.next_attempt_at IS NOT NULL
-    AND coalesce(w.entity_type, w.table_name) = coalesce(c.entity_type, c.table_name)
-    AND w.entity_id = c.entity_id AND w.seq < c.seq
-) ELSE false END

@@ -352,11 +352,13 @@ async def test_a_thousand_changes_of_fifty_keys_from_eight_writers_are_handled_i
     router = Router()
     handled: dict[str, list[int]] = defaultdict(list)
     running: set[str] = set()
+    overlapping: list[str] = []  # kept, not asserted there: what a handler raises is only a failed attempt
     dice = random.Random(1)
 
     @router.on("account")
     async def handle(change: cdc.Change) -> None:
-        assert change.entity_id not in running, "two changes of one key at a time"
+        if change.entity_id in running:
+            overlapping.append(change.entity_id)
         running.add(change.entity_id)
         await asyncio.wait([asyncio.create_task(asyncio.Event().wait())], timeout=dice.random() * 0.002)
         running.discard(change.entity_id)
@@ -374,6 +376,7 @@ async def test_a_thousand_changes_of_fifty_keys_from_eight_writers_are_handled_i
     async with consuming(outbox, router, **_QUICK):
         await asyncio.gather(*(write(seed) for seed in range(8)))
         await _until_settled(outbox_db)
+    assert overlapping == [], "two changes of one key at a time"
     assert states(outbox_db) == {"processed": 1000}
     assert sum(map(len, handled.values())) == 1000
     for key, seqs in handled.items():
