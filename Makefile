@@ -1,5 +1,5 @@
-# What one does with this project. Each target sets up what it needs: the Debian packages (deploy/debian-setup) and
-# .venv, from the locked requirements.
+# What one does with this project. Each target sets up what it needs: .venv, from the locked requirements, and for tests
+# the Debian packages of a server with wal2json (deploy/debian-setup).
 
 .DEFAULT_GOAL := help
 
@@ -14,18 +14,23 @@ export PYTHON
 
 .PHONY: help
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(READY) ## Watch changes travel, on a throw-away server. KEEP=1: stay up until Ctrl-C.
 	@$(BIN)/cdc demo $(if $(KEEP),--keep)
 
 .PHONY: test
-test: $(READY) ## Run all tests. ARGS="-k lanes -x" is passed to pytest.
-	@CDC_REQUIRE_PG=1 $(BIN)/python -m pytest $(ARGS)
+test: machine $(READY) ## Run all tests. ARGS="-k lanes -x" is passed to pytest.
+	@CDC_REQUIRE_PG=1 $(BIN)/python -m pytest --ignore tests/container $(ARGS)
+
+.PHONY: containers
+containers: machine $(READY) ## Build the images and test them, on a Docker engine; where none runs, on its own, as root.
+	@deploy/debian-setup --with-docker
+	@CDC_REQUIRE_DOCKER=1 $(BIN)/python -m pytest tests/container $(ARGS)
 
 .PHONY: chaos
-chaos: $(READY) ## Break what can break, at random, and judge. MINUTES=30 SEED=7
+chaos: machine $(READY) ## Break what can break, at random, and judge. MINUTES=30 SEED=7
 	@$(BIN)/python -m tests.faults.chaos --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED))
 
 .PHONY: lint
@@ -35,15 +40,20 @@ lint: $(READY) ## The static gate: ruff, mypy, import contracts.
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports
 
+.PHONY: metrics
+metrics: $(READY) ## Write docs/metrics.md anew from the code.
+	@$(BIN)/python -m tests.prometheus.reference
+
 .PHONY: bench
-bench: $(READY) ## Measure throughput and latency on this machine.
+bench: machine $(READY) ## Measure throughput and latency on this machine.
 	@$(BIN)/python -m tests.bench $(ARGS)
 
 .PHONY: lock
 lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
 	uv pip compile $(LOCK) pyproject.toml --output-file requirements.txt
-	uv pip compile $(LOCK) pyproject.toml --group dev --output-file requirements-dev.txt
+	uv pip compile $(LOCK) pyproject.toml --group dev --extra demo --output-file requirements-dev.txt
+	uv pip compile $(LOCK) --group build --output-file deploy/requirements-build.txt
 
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
 
@@ -52,12 +62,16 @@ clean: ## Remove what was built; .venv, too.
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+.PHONY: python
+python:
+	@deploy/debian-setup --without-server
+
 .PHONY: machine
-machine:
+machine: python
 	@deploy/debian-setup
 
-# Order-only: the packages are looked at each time, .venv is made anew only when its requirements have changed.
-$(READY): requirements-dev.txt pyproject.toml | machine
+# Order-only: the machine is looked at each time, .venv is made anew only when its requirements have changed.
+$(READY): requirements-dev.txt pyproject.toml | python
 	@echo "Setting up $(VENV)" >&2
 	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 none; do \
 	  if [ $$python = none ]; then echo "cdc needs Python 3.11 or newer; make PYTHON=... names one" >&2; exit 1; fi; \

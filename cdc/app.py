@@ -12,18 +12,23 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from cdc import __version__, config, logs
 from cdc.collector import Collector
 from cdc.config import Settings
 from cdc.consumer import Consumer, ConsumerSettings
+from cdc.demand import Demand
 from cdc.doorbell import Doorbell
 from cdc.health import Check, HealthServer
 from cdc.hooks import Hooks
 from cdc.metrics import Metrics
 from cdc.model import WakeUp
+from cdc.outbox.letters import Letters
 from cdc.outbox.store import Store
+from cdc.page import Page
+from cdc.pruning import Pruning
 from cdc.retry import Policy
 from cdc.routing import Router
 from cdc.runner import Runner
@@ -35,9 +40,6 @@ from cdc.wakeup.stream import Stream, StreamSettings, StreamStatus
 
 log = logging.getLogger("cdc")
 
-_TURN_LIMIT_S = 30.0
-_ANSWER_LIMIT_S = 30.0
-_STALL_LIMIT_S = 30.0
 _STOP_THREADS_S = 5.0
 _SHOW_EVERY_S = 1.0
 
@@ -73,34 +75,64 @@ async def run(dsn: str | None, router: Router, **settings: Any) -> None:
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a probe fails. ``turn_s`` and ``answer_s``: since a loop has turned, since the database has answered.
+
+    ``stall_s``: the silence after which the stream begins anew; it grows while a server decodes something huge, and
+    after ``silences`` times the limit of the moment it is clear that the watchdog itself has failed.
+    """
+
+    turn_s: float = 30.0
+    answer_s: float = 30.0
+    stall_s: float = 30.0
+    silences: float = 3.0
+
+
 class App:
     """One consumer with all that belongs to it. Made on the event loop."""
 
-    def __init__(self, settings: Settings, router: Router) -> None:
+    def __init__(self, settings: Settings, router: Router, limits: Limits | None = None) -> None:
         self._settings = settings
+        self._limits = limits or Limits()
         self._router = router
         self._threads = Threads(settings.threads)
         self.metrics = metrics = Metrics(settings.slot.name, router)
         metrics.lanes_capacity.set(settings.window)
         metrics.set_role("sweeping")
         metrics.set_stream("network" if settings.stream else "disabled")
-        store = Store(settings.schema_)
+        store = Store(settings.schema_, settings.max_chain_depth)
         hooks = Hooks(router)
         policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
         self._transactions = Transactions(settings.dsn_text, store, settings.transactions, router.handlers.values())
         handlers = router.handlers.values()
+        self._page = Page(metrics.registry, self._checks) if settings.http.port and settings.http.page else None
         runner = Runner(
             router,
-            verdict=Verdict(handlers, policy, hooks=hooks, metrics=metrics),
+            verdict=Verdict(
+                handlers, policy, hooks=hooks, metrics=metrics, failed=self._page.failed if self._page else None
+            ),
             timeout_s=settings.timeout_s,
             threads=self._threads,
             transactions=self._transactions,
             metrics=metrics,
         )
-        self.consumer = Consumer(_consumer_settings(settings), runner=runner, store=store, hooks=hooks, metrics=metrics)
+        demand = Demand(
+            router,
+            concurrency=settings.concurrency,
+            threads=settings.threads,
+            transactions=settings.transactions,
+        )
+        self.consumer = Consumer(
+            _consumer_settings(settings), runner=runner, demand=demand, store=store, hooks=hooks, metrics=metrics
+        )
         self._relay = Relay(settings.dsn_text, settings.schema_, metrics.relay_notifies.inc)
         self._collector = Collector(
-            settings.dsn_text, store=store, slot=settings.slot.name if settings.stream else None, metrics=metrics
+            settings.dsn_text,
+            store=store,
+            slot=settings.slot.name if settings.stream else None,
+            metrics=metrics,
+            page=(self._page, Letters(settings.schema_)) if self._page else None,
         )
         self._stream = self._make_stream() if settings.stream else None
         self._listener = Listener(settings.dsn_text, settings.schema_, self._heard)
@@ -129,14 +161,23 @@ class App:
             yield
             return
         server = HealthServer(
-            http.host, http.port, registry=self.metrics.registry, liveness=self._liveness, readiness=self._readiness
+            http.host,
+            http.port,
+            registry=self.metrics.registry,
+            liveness=self._liveness,
+            readiness=self._readiness,
+            routes=self._page.routes if self._page else None,
         )
         server.start()
-        log.info("metrics on http://%s:%d/metrics", http.host, server.port)
+        if self._page:
+            self._page.start()
+        log.info("metrics on http://%s:%d/metrics%s", http.host, server.port, ", the page on /" if self._page else "")
         try:
             yield
         finally:
             server.stop()
+            if self._page:
+                self._page.stop(_STOP_THREADS_S)
 
     @contextlib.asynccontextmanager
     async def _beside(self) -> AsyncIterator[None]:
@@ -165,6 +206,8 @@ class App:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listener.run())
             tasks.create_task(self._relay.run())
+            if (age_s := self._settings.retention_s) is not None:
+                tasks.create_task(Pruning(self._settings.dsn_text, self._settings.schema_, age_s, self.metrics).run())
 
     def _make_stream(self) -> Stream:
         settings = self._settings
@@ -173,8 +216,11 @@ class App:
                 dsn=settings.stream_dsn_text,
                 schema=settings.schema_,
                 slot=settings.slot.name,
+                plugins=settings.slot.plugins,
+                temporary=settings.slot.mode == "temporary",
                 create_slot=settings.slot.create,
-                stall_limit_s=_STALL_LIMIT_S,
+                recreate_slot=settings.slot.recreate,
+                stall_limit_s=self._limits.stall_s,
             ),
             Doorbell(self.consumer, self._relay, self.metrics, settings.slot.name, changed=self._collector.look_now),
         )
@@ -183,7 +229,7 @@ class App:
         if wakeups is None:
             self.consumer.sweep_now()
             return
-        others = self.consumer.rang(wakeups)
+        others = self.consumer.relayed(wakeups)
         self.metrics.wakeups.labels("notify").inc(len(wakeups) - len(others))
 
     # --- what others look at ---------------------------------------------------------------------------------------
@@ -193,6 +239,7 @@ class App:
         while True:
             self._turned = time.monotonic()
             self.consumer.show_figures()
+            self._transactions.show(self.metrics)
             offset = time.time() - time.monotonic()
             for loop, turned in self.consumer.turned.items():
                 self.metrics.loop_last_iteration.labels(loop).set(turned + offset)
@@ -205,27 +252,32 @@ class App:
         metrics.stream_messages.labels(slot, "change").inc(status.messages - before.messages)
         metrics.stream_messages.labels(slot, "keepalive").inc(status.keepalives - before.keepalives)
         metrics.stream_received_bytes.labels(slot).inc(status.bytes - before.bytes)
+        metrics.stream_slot_recreations.labels(slot).inc(status.recreated - before.recreated)
         if status.loop_turned_monotonic:  # it has begun
             metrics.loop_last_iteration.labels("stream").set(status.loop_turned_monotonic + offset)
         if status.last_byte_monotonic is not None:
             metrics.stream_last_byte.labels(slot).set(status.last_byte_monotonic + offset)
         self._shown = status
 
+    def _checks(self) -> list[Check]:
+        return [*self._liveness(), *self._readiness()]
+
     def _liveness(self) -> list[Check]:
         """Called in the health server's threads. Only what a restart would mend: never the database, lag or role."""
-        now = time.monotonic()
-        checks = [_recent("loop.consumer", now - self._turned, _TURN_LIMIT_S)]
+        now, limits = time.monotonic(), self._limits
+        checks = [_recent("loop.consumer", now - self._turned, limits.turn_s)]
         status = self._stream.status if self._stream else StreamStatus()
         if status.loop_turned_monotonic:  # it has begun
-            checks.append(_recent("loop.stream", now - status.loop_turned_monotonic, _TURN_LIMIT_S))
+            checks.append(_recent("loop.stream", now - status.loop_turned_monotonic, limits.turn_s))
             if status.connected and status.last_byte_monotonic is not None:
-                checks.append(_recent("stream.last_byte", now - status.last_byte_monotonic, 3 * _STALL_LIMIT_S))
+                silence_s = limits.silences * status.stall_limit_s
+                checks.append(_recent("stream.last_byte", now - status.last_byte_monotonic, silence_s))
         return checks
 
     def _readiness(self) -> list[Check]:
         answered = self.consumer.answered_at
         return [
-            Check("database", answered is not None and time.monotonic() - answered < _ANSWER_LIMIT_S,
+            Check("database", answered is not None and time.monotonic() - answered < self._limits.answer_s,
                   "never answered" if answered is None else f"{time.monotonic() - answered:.1f}s"),
             Check("schema", self.consumer.in_service, "" if self.consumer.in_service else "not there yet"),
             Check("draining", not self.consumer.stopping, "yes" if self.consumer.stopping else "no"),
@@ -237,6 +289,7 @@ def _consumer_settings(settings: Settings) -> ConsumerSettings:
         dsn=settings.dsn_text,
         schema=settings.schema_,
         concurrency=settings.concurrency,
+        transactions=settings.transactions,
         window=settings.window,
         drain_time_s=settings.drain_time,
         sweep_interval_s=settings.sweep_interval,

@@ -1,4 +1,4 @@
-"""Reads the figures of the database for the metrics, on its own connection and its own thread, every few seconds.
+"""Reads the database's figures for metrics and page, on a connection and a thread of its own, every few seconds.
 
 Never inside a scrape: how often somebody scrapes must not decide how often the database is asked, and a slow database
 must not make the consumer look dead. Each reading is bounded, and what cannot be read is removed, not left standing.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 
 import psycopg
 
@@ -18,24 +20,42 @@ from cdc.connect import connect
 from cdc.errors import CdcError
 from cdc.metrics import Metrics
 from cdc.model import ChangeState
-from cdc.outbox.store import Store
+from cdc.outbox.letters import Letters
+from cdc.outbox.store import INDEXED, Store
+from cdc.page import Page
+from cdc.status import glance
 
 log = logging.getLogger("cdc.collector")
 
 _EVERY_S = 15.0
 _STATEMENT_TIMEOUT = "5s"
+_REST = 50
+"""What is for the page alone is read again after so many times as long as it took: 2 % of one connection at most."""
 
 
 class Collector:
-    """start() once, stop() once. ``slot`` of None: none is used, none is looked at."""
+    """start() once, stop() once. ``slot`` of None: none is used, none is looked at.
+
+    ``page``: where else to show it, with the statements for what it shows besides.
+    """
 
     def __init__(
-        self, dsn: str | None, *, store: Store, slot: str | None, metrics: Metrics, every_s: float = _EVERY_S
+        self,
+        dsn: str | None,
+        *,
+        store: Store,
+        slot: str | None,
+        metrics: Metrics,
+        page: tuple[Page, Letters] | None = None,
+        every_s: float = _EVERY_S,
     ) -> None:
         self._dsn = dsn
         self._store = store
         self._slot = slot
         self._metrics = metrics
+        self._page = page[0] if page else None
+        self._letters = page[1] if page else None
+        self._glance_at = 0.0
         self._every_s = every_s
         self._stopping = False
         self._due = threading.Event()
@@ -58,10 +78,13 @@ class Collector:
 
     def _run(self) -> None:
         while not self._stopping:
+            self._metrics.loop_last_iteration.labels("collector").set_to_current_time()
             self._due.clear()
             self._collect("outbox", self._outbox, self._metrics.forget_outbox)
             if self._slot is not None:
-                self._collect("slot", self._read_slot, self._metrics.forget_slot)
+                self._collect("slot", self._read_slot, self._forget_slot)
+            if self._page is not None and time.monotonic() >= self._glance_at:
+                self._collect("entity types", self._glance, partial(self._page.show_outbox, None))
             self._due.wait(self._every_s)
         self._disconnect()
 
@@ -69,7 +92,9 @@ class Collector:
         try:
             if self._connection is None or self._connection.closed:
                 self._connection = connect(
-                    self._dsn, application_name="cdc: collector", session={"statement_timeout": _STATEMENT_TIMEOUT}
+                    self._dsn,
+                    application_name="cdc: collector",
+                    session={**INDEXED, "statement_timeout": _STATEMENT_TIMEOUT},
                 )
             read(self._connection)
             self._failing.discard(name)
@@ -92,11 +117,15 @@ class Collector:
             oldest_ready_age_s=figures.oldest_ready_age_s,
             table_bytes=figures.table_bytes,
             dead_tuples=figures.dead_tuples,
+            blocked_keys=figures.blocked_keys,
+            notify_queue_usage=figures.notify_queue_usage,
         )
 
     def _read_slot(self, connection: psycopg.Connection) -> None:
         assert self._slot is not None
         figures = slots.snapshot(connection, self._slot)
+        if self._page:
+            self._page.show_slot(self._slot, figures)
         if figures is None:
             self._metrics.show_slot(present=False)
             return
@@ -110,6 +139,20 @@ class Collector:
             catalog_xmin_age=figures.catalog_xmin_age,
             spilled_bytes=figures.spilled_bytes,
         )
+
+    def _forget_slot(self) -> None:
+        self._metrics.forget_slot()
+        if self._page:
+            self._page.forget_slot()
+
+    def _glance(self, connection: psycopg.Connection) -> None:
+        assert self._page
+        assert self._letters
+        began = time.monotonic()
+        try:
+            self._page.show_outbox(glance(connection, self._letters))
+        finally:
+            self._glance_at = time.monotonic() + _REST * (time.monotonic() - began)
 
     def _disconnect(self) -> None:
         if self._connection is not None:

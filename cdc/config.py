@@ -27,7 +27,9 @@ from pydantic import (
     model_validator,
 )
 
+from cdc.durations import parse_duration
 from cdc.errors import UsageError
+from cdc.model import PLUGINS
 
 DEFAULT_FILE = Path("cdc.toml")
 """Read where the process starts, if it is there and no other is named."""
@@ -40,11 +42,24 @@ class _Section(BaseModel):
 class Slot(_Section):
     name: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="Replication slot that rings for new changes.")
     create: bool = Field(True, description="Create the slot if it is missing.")
+    recreate: bool = Field(True, description="Make a slot anew that is lost or cannot be read; needs create.")
+    plugin: Literal["auto", "wal2json", "pgoutput"] = Field(
+        "auto", description="Output plugin; auto is wal2json, or pgoutput where the server lacks or refuses it."
+    )
+    mode: Literal["durable", "temporary"] = Field(
+        "durable", description="A temporary slot is gone with its consumer, and then keeps no WAL."
+    )
+
+    @property
+    def plugins(self) -> tuple[str, ...]:
+        """The plugins that may be used, the preferred one first."""
+        return PLUGINS if self.plugin == "auto" else (self.plugin,)
 
 
 class Http(_Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics, /livez and /readyz.")
     port: int = Field(9464, ge=0, le=65535, description="Their port; 0 switches them off.")
+    page: bool = Field(True, description="Show the consumer's figures on a page at /, beside them.")
 
 
 class Backoff(_Section):
@@ -69,6 +84,15 @@ def _none_is_zero(value: object) -> object:
     return 0 if isinstance(value, str) and value.strip().lower() == "none" else value
 
 
+def _is_an_age(text: str) -> str:
+    try:
+        if text != "off":
+            parse_duration(text)
+    except UsageError:  # it quotes the value, and what is in the wrong place may be a secret
+        raise ValueError("input should be a span of time, such as 30d, 12h, 90m, or off") from None
+    return text
+
+
 class Settings(_Section):
     """Everything that can be set. Times are seconds."""
 
@@ -86,6 +110,9 @@ class Settings(_Section):
     transactions: int = Field(10, ge=1, description="Connections for transactional handlers, of each kind.")
     window: int = Field(2000, ge=1, description="Changes held in memory; at least the concurrency.")
     max_attempts: int = Field(3, ge=1, description="Attempts before a change becomes a dead letter.")
+    max_chain_depth: int = Field(
+        16, ge=1, le=10_000, description="Causes a change may have, each written by the handler of the one before."
+    )
     timeout: Annotated[float, BeforeValidator(_none_is_zero)] = Field(
         60.0, ge=0, description="Seconds a handler may take for one change; 0 or none is no limit."
     )
@@ -93,6 +120,9 @@ class Settings(_Section):
     drain_time: float = Field(10.0, ge=0, description="Seconds that running handlers get to finish at a stop.")
     sweep_interval: float = Field(5.0, gt=0, description="Seconds between two looks for changes nobody rang for.")
     poll_interval: float = Field(0.5, gt=0, description="The same while nothing is streamed.")
+    retention: Annotated[str, AfterValidator(_is_an_age)] = Field(
+        "off", description="Age, such as 30d, at which processed changes are removed for good; off keeps them."
+    )
     log: Log = Log()
 
     @property
@@ -110,12 +140,19 @@ class Settings(_Section):
         """The time limit of a handler; None is no limit."""
         return self.timeout or None
 
+    @property
+    def retention_s(self) -> float | None:
+        """The age at which processed changes are removed; None: never."""
+        return None if self.retention == "off" else parse_duration(self.retention)
+
     @model_validator(mode="after")
     def _fit_together(self) -> Settings:
         if self.window < self.concurrency:
             raise ValueError(f"window ({self.window}) must be at least concurrency ({self.concurrency})")
         if self.backoff.cap < self.backoff.base:
             raise ValueError(f"backoff.cap ({self.backoff.cap}) must be at least backoff.base ({self.backoff.base})")
+        if self.slot.mode == "temporary" and not self.slot.create:
+            raise ValueError("slot.mode temporary needs slot.create: such a slot is made at each connection")
         return self
 
 
@@ -261,7 +298,10 @@ def _secret_from(path: str, variable: str) -> str:
         return Path(path).read_text().removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UsageError(f"{variable}={path} cannot be read: {reason}") from None
+        # A DSN where the name of its file belongs is the likely mistake, and must not be quoted.
+        named = f"the file that {variable} names" if set(path) & set("@=?") or "://" in path else f"{variable}={path}"
+        hint = f"the DSN itself goes into {variable.removesuffix('_FILE')}"
+        raise UsageError(f"{named} cannot be read: {reason}", hint=hint) from None
 
 
 def _from_file(file: Path | None, environ: Mapping[str, str]) -> _Given:

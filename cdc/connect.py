@@ -69,16 +69,23 @@ def parse(dsn: str | None) -> dict[str, str]:
     return parameters
 
 
-def _refuse_a_spilled_password(parameters: dict[str, str], *, is_url: bool) -> None:
-    host = parameters.get("host", "")
+def _refuse_a_spilled_password(parameters: Mapping[str, str], *, is_url: bool) -> None:
+    found = _shown(parameters)
+    host = found["host"]
     # Outside a URL the parts cannot run into each other, and a socket's name may begin with @ or be a path with one.
-    host_spilled = "@" in host and (is_url or not host.startswith(("@", "/")))
-    port_spilled = any(port and not port.isdecimal() for port in parameters.get("port", "").split(","))
-    dbname_spilled = any(mark in parameters.get("dbname", "") for mark in "@/")
-    for part, spilled in (("host", host_spilled), ("port", port_spilled), ("dbname", dbname_spilled)):
+    in_url = is_url and "host" in parameters
+    host_spilled = "@" in host and (in_url or not host.startswith(("@", "/")))
+    port_spilled = any(port and not port.isdecimal() for port in found["port"].split(","))
+    # Also a whole DSN, as in PGDATABASE=postgresql://...: libpq takes it for a name.
+    dbname_spilled = any(mark in found["dbname"] for mark in "@/=")
+    for part, spilled, reason in (
+        ("host", host_spilled, "contains @"),
+        ("port", port_spilled, "is not a number"),
+        ("dbname", dbname_spilled, "contains @, / or ="),
+    ):
         if spilled:
-            reason = "is not a number" if part == "port" else "contains @ or /"
-            raise UsageError(f"the {part} in the database DSN {reason}: a piece of the password?", hint=_WRITE_IT)
+            where = f"the {part} in the database DSN" if parameters.get(part) else _SHOWN[part]
+            raise UsageError(f"{where} {reason}: a piece of the password?", hint=_WRITE_IT)
 
 
 def describe(dsn: str | None) -> str:
@@ -87,8 +94,14 @@ def describe(dsn: str | None) -> str:
 
 
 def _place(parameters: Mapping[str, Any]) -> str:
-    found = {name: parameters.get(name) or os.environ.get(variable) for name, variable in _SHOWN.items()}
-    return " ".join(f"{name}={value}" for name, value in found.items() if value) or "libpq's default server"
+    return (
+        " ".join(f"{name}={value}" for name, value in _shown(parameters).items() if value) or "libpq's default server"
+    )
+
+
+def _shown(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """What a DSN says, or libpq's variables say where it does not; "" where neither does."""
+    return {name: str(parameters.get(name) or os.environ.get(variable, "")) for name, variable in _SHOWN.items()}
 
 
 def connect(
@@ -177,6 +190,10 @@ _GENERAL = "check host, port, dbname and user; the server's own log says more"
 # A refused connection carries no SQLSTATE: libpq has only the text, in the language of the server. These words choose
 # the remedy that is shown and nothing else; a server that speaks another language gets the general one.
 _REMEDIES = (
+    (
+        "no encryption",
+        "sslmode=verify-full in the DSN, if the server takes encrypted connections only; or see pg_hba.conf",
+    ),
     ("no pg_hba.conf entry", "add a line for this database, user and address to pg_hba.conf, then reload"),
     ("not currently accepting connections", "ALTER DATABASE ... ALLOW_CONNECTIONS true, or correct dbname in the DSN"),
     ("is not permitted to log in", "ALTER ROLE ... LOGIN, or use another user"),
@@ -194,6 +211,15 @@ _REMEDIES = (
     ("resolve host", "correct host in the DSN, or the name service of this machine"),
     ("hot standby", "no server of that kind answered: see target_session_attrs and the hosts in the DSN"),
     ("read-only", "no server of that kind answered: see target_session_attrs and the hosts in the DSN"),
+    (
+        "does not match host name",
+        "connect by a name that is in the server's certificate, or have one made for this name",
+    ),
+    ("root certificate file", "name the authority that signed the server's certificate: sslrootcert=FILE in the DSN"),
+    ("private key file", "sslkey in the DSN names the key of sslcert; chmod 600 it, as this user or root owns it"),
+    ("client certificate", "name one that the server's ssl_ca_file vouches for: sslcert and sslkey in the DSN"),
+    ("alert unknown ca", "name one that the server's ssl_ca_file vouches for: sslcert and sslkey in the DSN"),
+    ("channel binding", "channel_binding=require takes TLS, and a password that the server keeps as scram-sha-256"),
     ("SSL", "check sslmode and sslrootcert in the DSN, and ssl on the server"),
 )
 

@@ -15,22 +15,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import psycopg
 
 from cdc import probe
+from cdc.careful import Careful
 from cdc.connect import connect_async
+from cdc.demand import Demand
 from cdc.errors import CdcError, SchemaError
 from cdc.hooks import Hooks, where
-from cdc.intake import Fetch, Intake, Sweep
-from cdc.lanes import Finished, Lanes, Resume
+from cdc.intake import Intake
+from cdc.journal import Finished
+from cdc.lanes import Lanes
 from cdc.metrics import Metrics
 from cdc.model import SHARDS, Change, Committed, Outcome, Processed, Waiting, WakeUp
 from cdc.outbox.shards import Session
-from cdc.outbox.store import INDEXED, Page, Store
+from cdc.outbox.store import INDEXED, Store
+from cdc.reads import Reads
 from cdc.runner import Runner
 from cdc.shares import balance
 from cdc.workers import Workers
@@ -38,11 +42,8 @@ from cdc.workers import Workers
 log = logging.getLogger("cdc.consumer")
 
 _SETTLE_MAX = 1_000
-_RESUMES_MAX = 20
 _LOOK_AT_SHARDS_S = 1.0
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
-_SWEEP_ROOM_MIN = 64
-"""One row for each shard: no page is so small that some shards are left out of it."""
 _TURN_AT_LEAST_S = 5.0
 _LAST_SETTLE_S = 3.0
 """A commit may hang for as long as a synchronous standby is away; a stop may not."""
@@ -51,11 +52,12 @@ _INTERRUPTIONS = (CdcError, psycopg.Error, OSError)  # TimeoutError is an OSErro
 
 @dataclass(frozen=True, slots=True)
 class ConsumerSettings:
-    """Durations in seconds. ``window`` and ``concurrency`` count changes."""
+    """Durations in seconds. ``window`` and ``concurrency`` count changes, ``transactions`` connections."""
 
     dsn: str | None
     schema: str
     concurrency: int
+    transactions: int
     window: int
     drain_time_s: float
     sweep_interval_s: float
@@ -66,24 +68,36 @@ class Consumer:
     """One consumer. ``run`` returns when ``stop`` was called and what ran has been drained."""
 
     def __init__(
-        self, settings: ConsumerSettings, *, runner: Runner, store: Store, hooks: Hooks, metrics: Metrics
+        self,
+        settings: ConsumerSettings,
+        *,
+        runner: Runner,
+        demand: Demand,
+        store: Store,
+        hooks: Hooks,
+        metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._store = store
         self._hooks = hooks
         self._metrics = metrics
-        self._lanes = Lanes(settings.window, fenced=runner.fenced)
-        self._intake = Intake(sweep_interval_s=settings.poll_interval_s)
-        self._sweep_room = min(settings.window, max(_SWEEP_ROOM_MIN, settings.window // 4))
+        self._lanes = Lanes(
+            settings.window, fenced=runner.fenced, turns=demand.turns, needs=demand.needs, sole=demand.sole_type
+        )
+        self._intake = Intake(sweep_interval_s=settings.poll_interval_s, room_for=self._lanes.room_for)
+        self._reads = Reads(
+            self._lanes, self._intake, store, metrics, owned=lambda: self._owned,
+            sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
+        )  # fmt: skip
         self._stopping = asyncio.Event()
         self._read_due = asyncio.Event()
         self._settle_due = asyncio.Event()
+        self._careful = Careful(store, settings.window)
         self._workers = Workers(
-            self._lanes, runner, settings.concurrency, finished=self._finished, read_anew=self._read_due.set
-        )
+            self._lanes, runner, settings.concurrency, connections=settings.transactions, careful=self._careful,
+            finished=self._finished, read_anew=self._read_due.set,
+        )  # fmt: skip
         self._owned: set[int] = set()
-        self._next_due_at = 0.0
-        self._restart_due = False
         self._drained = False
         # Written here, read by the health thread: times of the event loop's clock.
         self.turned: dict[str, float] = {}
@@ -108,12 +122,19 @@ class Consumer:
         return self._stopping.is_set()
 
     def rang(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        """Wake-ups have come in. Returns those that are other consumers' business."""
+        """Wake-ups have come in from the slot. Returns those that are other consumers' business."""
+        return self._rung(wakeups, relayed=False)
+
+    def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
+        """The same from whoever streams, or did when it sent them."""
+        return self._rung(wakeups, relayed=True)
+
+    def _rung(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
         ours, others = wakeups, list[WakeUp]()
         if self.shares:
             ours = [wakeup for wakeup in wakeups if wakeup.shard in self._owned]
             others = [wakeup for wakeup in wakeups if wakeup.shard not in self._owned]
-        if dropped := self._intake.rung(ours):
+        if dropped := self._intake.rung(ours, relayed=relayed):
             self._metrics.wakeups_dropped.inc(dropped)
         if ours:
             self._read_due.set()
@@ -121,8 +142,7 @@ class Consumer:
 
     def sweep_now(self) -> None:
         """The table changed without a wake-up for each row: look at everything again."""
-        self._restart_due = True
-        self._next_due_at = 0.0
+        self._reads.restart()
         self._read_due.set()
 
     def missed(self) -> None:
@@ -142,6 +162,7 @@ class Consumer:
         lanes, metrics = self._lanes, self._metrics
         metrics.show_lanes(running=lanes.running, queued=lanes.queued, settling=lanes.settling)
         metrics.wakeup_queue_length.set(self._intake.queue_length)
+        metrics.lanes_limited_types.set(len(self._intake.apart))
 
     # --- terms -----------------------------------------------------------------------------------------------------
 
@@ -157,6 +178,7 @@ class Consumer:
                     raise error
                 if error and not self.stopping:
                     log.warning("interrupted: %s; trying again", _sentence(error))
+                    self._metrics.interruptions.labels(_kind(error)).inc()
                     pause_s = _RECONNECT_MIN_S if self._now() - began > _RECONNECT_MAX_S else pause_s * 2
                     await _wait(self._stopping, min(pause_s, _RECONNECT_MAX_S))
             await self._hooks.drain(self._settings.drain_time_s)
@@ -188,14 +210,15 @@ class Consumer:
                         loops.create_task(self._intake_loop(session, reader)),
                     ]
                     settling = loops.create_task(self._settle_loop(session))
-                    loops.create_task(self._drain_at_stop(readers, settling))
+                    loops.create_task(self._drain_at_stop(session, readers, settling))
             finally:
                 await self._end_term()
 
     @contextlib.asynccontextmanager
     async def _connections(self) -> AsyncIterator[tuple[Session, psycopg.AsyncConnection]]:
         dsn, schema = self._settings.dsn, self._settings.schema
-        session = await Session.open(dsn, schema, INDEXED)
+        session = await Session.open(dsn, schema, self._store.process, INDEXED)
+        self._careful.begin(session)
         try:
             reader = await connect_async(
                 dsn, application_name="cdc: reader", session={**INDEXED, "statement_timeout": "60s"}
@@ -203,6 +226,7 @@ class Consumer:
             async with reader:
                 self.connected.set()
                 await self._wait_for_schema(reader)
+                await self._careful.forget()
                 self.in_service = True
                 yield session, reader
         finally:
@@ -225,7 +249,9 @@ class Consumer:
             else:
                 return
 
-    async def _drain_at_stop(self, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]) -> None:
+    async def _drain_at_stop(
+        self, session: Session, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]
+    ) -> None:
         await self._stopping.wait()
         await self._workers.drain(self._settings.drain_time_s)
         self._drained = True
@@ -233,9 +259,18 @@ class Consumer:
         for loop in readers:
             loop.cancel()
         await asyncio.wait([settling], timeout=_LAST_SETTLE_S)
-        if not settling.done():
+        if settling.done():
+            await self._leave_in_peace(session)
+        else:
             log.warning("what was done last could not be settled within %g s; it may run again", _LAST_SETTLE_S)
             settling.cancel()
+
+    async def _leave_in_peace(self, session: Session) -> None:
+        """Whoever comes next need not ask what this process died of. Not said in time, it is asked in vain."""
+        with contextlib.suppress(psycopg.Error, OSError):
+            async with asyncio.timeout(_LAST_SETTLE_S):
+                await self._careful.forget()
+                await session.leave()
 
     async def _end_term(self) -> None:
         """The locks are gone, or about to be: forget what was queued and cut off what can be."""
@@ -244,7 +279,7 @@ class Consumer:
         self._lanes.reset()
         self._intake.disown(self._owned)
         self._own(set())
-        self._next_due_at = 0.0
+        self._reads.due_within(0.0)
         await self._workers.session_lost()
 
     # --- shards ----------------------------------------------------------------------------------------------------
@@ -261,16 +296,18 @@ class Consumer:
         members, free = await session.look()
         self._metrics.members.set(members)
         move = balance(members, self._owned, free)
-        if move.take and (taken := await session.take(move.take)):
-            self._lanes.own(taken)
-            self._intake.own(taken)
-            self._own(self._owned.union(taken))
-            self._metrics.shard_moves.labels("acquired").inc(len(taken))
-            self._next_due_at = 0.0
+        if move.take and (taken := await session.take(move.take)).shards:
+            self._careful.took(taken)
+            self._lanes.own(taken.shards)
+            self._intake.own(taken.shards)
+            self._own(self._owned.union(taken.shards))
+            self._metrics.shard_moves.labels("acquired").inc(len(taken.shards))
+            self._reads.due_within(0.0)
             self._read_due.set()
         self._lanes.release(move.give)
         self._intake.disown(move.give)
         if quiet := self._lanes.released():
+            await self._careful.forget(quiet)
             await session.give(quiet)
             self._own(self._owned - quiet)
             self._metrics.shard_moves.labels("released").inc(len(quiet))
@@ -287,86 +324,16 @@ class Consumer:
         while not self.stopping:
             self._turn("consumer")
             self._read_due.clear()
-            while not self.stopping and await self._read(reader):
+            while not self.stopping and await self._reads.once(reader):
                 self._turn("consumer")
                 self._answered()
                 if session.stirred and not self._lanes.settling:
                     await session.look()  # whoever ends the session takes our shards: ask before handing out more
                 probe.here("fetch.after_rows")
                 self._workers.hand_out()
-            await _wait(self._read_due, self._idle_s())
-
-    def _idle_s(self) -> float:
-        """How long there is nothing to read, wake-ups and freed room aside (both set ``_read_due``)."""
-        if self._lanes.room < self._sweep_room or not self._owned:
-            return _TURN_AT_LEAST_S
-        now = self._now()
-        return min(self._intake.wait_s(now), max(0.0, self._next_due_at - now), _TURN_AT_LEAST_S)
-
-    async def _read(self, reader: psycopg.AsyncConnection) -> bool:
-        """Read once, what is most urgent. False: there is nothing to read, or no room for it."""
-        now, room = self._now(), self._lanes.room
-        if room <= 0:
-            return False
-        with self._lanes.reading():
-            if resumes := self._lanes.resumes(min(_RESUMES_MAX, room)):
-                await self._resume(reader, resumes, max(1, room // len(resumes)))
-            elif self._owned and now >= self._next_due_at and room >= self._sweep_room:
-                await self._due(reader)
-            else:
-                return await self._read_intake(reader, room)
-        return True
-
-    async def _read_intake(self, reader: psycopg.AsyncConnection, room: int) -> bool:
-        now = self._now()
-        if self._restart_due or self._intake.full_pass_due(now):
-            # Here, where no read is under way: its answer would pass the marks that are forgotten now.
-            self._restart_due = False
-            self._lanes.forget_unread(self._intake.restart())
-        match self._intake.next(now, room, self._sweep_room):
-            case Fetch() as fetch:
-                await self._fetch(reader, fetch)
-            case Sweep() as sweep:
-                await self._sweep(reader, sweep)
-            case None:
-                return False
-        return True
-
-    async def _fetch(self, reader: psycopg.AsyncConnection, fetch: Fetch) -> None:
-        page = await self._timed(self._store.fetch(reader, fetch.wakeups))
-        admitted = self._lanes.admit(page.rows)
-        found = self._intake.fetched(fetch, {row.change.seq for row in page.rows}, page.snapshot, self._now())
-        self._intake.refused(admitted.refused, self._now())
-        self._metrics.visibility_retries.labels("found").inc(found.late)
-        self._metrics.visibility_retries.labels("left_to_sweep").inc(found.given_up)
-
-    async def _sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> None:
-        page = await self._timed(self._store.sweep(reader, sweep.positions, sweep.per_shard))
-        admitted = self._lanes.admit(page.rows)
-        seen = [WakeUp(row.change.seq, row.change.shard) for row in page.rows]
-        rung = self._intake.swept(sweep, seen, admitted.refused, page.snapshot, self._now())
-        self._metrics.wakeups.labels("sweep").inc(max(0, admitted.taken - rung))
-
-    async def _resume(self, reader: psycopg.AsyncConnection, resumes: Sequence[Resume], per_key: int) -> None:
-        for resume, rows in (await self._store.resume(reader, resumes, per_key)).items():
-            self._lanes.resumed(resume, rows, complete=len(rows) < per_key)
-
-    async def _due(self, reader: psycopg.AsyncConnection) -> None:
-        # What is in the lanes is due as well until it is settled: a page of a whole window always reaches beyond it.
-        rows, next_due_s = await self._store.due(reader, self._owned, self._settings.window)
-        admitted = self._lanes.admit(rows, due=True)
-        self._metrics.wakeups.labels("retry").inc(admitted.taken)
-        pause_s = self._settings.sweep_interval_s if next_due_s is None else next_due_s
-        if admitted.refused:
-            pause_s = self._settings.poll_interval_s
-        self._next_due_at = self._now() + min(pause_s, self._settings.sweep_interval_s)
-
-    async def _timed(self, read: Awaitable[Page]) -> Page:
-        started = self._now()
-        page = await read
-        self._metrics.fetch_duration.observe(self._now() - started)
-        self._metrics.fetch_changes.observe(len(page.rows))
-        return page
+                probe.here("fetch.after_hand_out")
+            self._workers.hand_out()
+            await _wait(self._read_due, min(self._reads.wait_s(), _TURN_AT_LEAST_S))
 
     # --- settle ----------------------------------------------------------------------------------------------------
 
@@ -383,7 +350,8 @@ class Consumer:
 
     async def _settle(self, session: Session, batch: Sequence[Finished]) -> None:
         started = self._now()
-        settled = await self._store.settle(session.connection, batch)
+        async with session.writing:
+            settled = await self._store.settle(session.connection, batch)
         self._metrics.settle_duration.observe(self._now() - started)
         self._metrics.settle_changes.observe(len(batch))
         self._metrics.settle_skipped.inc(settled.missed)
@@ -403,12 +371,12 @@ class Consumer:
     def _tell(self, batch: Iterable[Finished], settled_at: datetime) -> None:
         for change, outcome in batch:
             if change.requeued:
-                self._next_due_at = 0.0  # it may have held back another one that is due
+                self._reads.due_within(0.0)  # it may have held back another one that is due
             match outcome:
                 case Processed():
                     self._processed(change, settled_at)
                 case Waiting(delay_s):
-                    self._next_due_at = min(self._next_due_at, self._now() + delay_s)
+                    self._reads.due_within(delay_s)
 
     def _processed(self, change: Change, at: datetime) -> None:
         self._metrics.took(change.entity_type, (at - change.changed_at).total_seconds())
@@ -445,3 +413,9 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, psycopg.Error) and error.diag.message_primary:
         return f"{error.diag.message_primary} [{error.sqlstate}]"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _kind(error: Exception) -> str:
+    """One of INTERRUPTIONS. What libpq says by itself has no SQLSTATE: it is about the connection."""
+    sqlstate = (error.sqlstate if isinstance(error, psycopg.Error) else None) or "08"
+    return "connection" if sqlstate[:2] == "08" or sqlstate[:3] == "57P" else "statement"

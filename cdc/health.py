@@ -1,4 +1,4 @@
-"""/metrics, /livez and /readyz, served from a thread of their own.
+"""/metrics, /livez and /readyz, and the page if there is one, served from a thread of their own.
 
 A thread, so that a handler that blocks the event loop cannot silence the probes that should report it. Nothing here
 touches the database: a probe that waits for one restarts every replica when it is slow, which never helps.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -29,7 +29,7 @@ _CLIENT_SILENCE_S = 5.0
 _POLL_S = 0.1
 """How long a stop may take to be noticed; it is part of the drain time."""
 
-_ROUTES = "/metrics\n/livez\n/readyz\n"
+_ROUTES = ("/metrics", "/livez", "/readyz")
 
 
 class Check(NamedTuple):
@@ -44,18 +44,27 @@ class Check(NamedTuple):
 
 
 Checks = Callable[[], Iterable[Check]]
+Routes = Mapping[str, Callable[[], tuple[list[tuple[str, str]], bytes]]]
+"""By path what to answer: headers and body."""
 
 
 class HealthServer:
     """Bound when it is made, answering from ``start()`` to ``stop()``.
 
-    ``liveness`` and ``readiness`` are called for each request, in a thread of the server: they read values that others
-    replace whole, and never wait. Port 0 takes a free one; ``port`` says which. Raises UsageError where host and port
-    cannot be bound.
+    ``liveness`` and ``readiness`` are called for each request, in a thread of the server, and so are those of further
+    ``routes``: they read values that others replace whole, and never wait. Port 0 takes a free one; ``port`` says
+    which. Raises UsageError where host and port cannot be bound.
     """
 
     def __init__(
-        self, host: str, port: int, *, registry: CollectorRegistry, liveness: Checks, readiness: Checks
+        self,
+        host: str,
+        port: int,
+        *,
+        registry: CollectorRegistry,
+        liveness: Checks,
+        readiness: Checks,
+        routes: Routes | None = None,
     ) -> None:
         server_class = _ServerV6 if ":" in host else _Server
         try:
@@ -65,7 +74,7 @@ class HealthServer:
                 f"cannot serve metrics and health on {host} port {port}: {error.strerror}",
                 hint="choose another --http-host or --http-port; port 0 switches them off",
             ) from None
-        self._server.set_app(_Application(registry, liveness, readiness))
+        self._server.set_app(_Application(registry, liveness, readiness, routes or {}))
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="cdc-health", daemon=True
         )
@@ -86,9 +95,11 @@ _Response = tuple[str, list[tuple[str, str]], bytes]
 
 
 class _Application:
-    def __init__(self, registry: CollectorRegistry, liveness: Checks, readiness: Checks) -> None:
+    def __init__(self, registry: CollectorRegistry, liveness: Checks, readiness: Checks, routes: Routes) -> None:
         self._exposition = make_wsgi_app(registry)
         self._checks = {"/livez": liveness, "/readyz": readiness}
+        self._routes = routes
+        self._list = "".join(f"{path}\n" for path in (*_ROUTES, *routes))
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         status, headers, body = self._respond(environ)
@@ -103,7 +114,9 @@ class _Application:
             return self._metrics(environ)
         if path in self._checks:
             return _verdict(path, self._checks[path])
-        return _text("200 OK", _ROUTES) if path == "/" else _text("404 Not Found", f"there is only\n{_ROUTES}")
+        if path in self._routes:
+            return "200 OK", *self._routes[path]()
+        return _text("200 OK", self._list) if path == "/" else _text("404 Not Found", f"there is only\n{self._list}")
 
     def _metrics(self, environ: WSGIEnvironment) -> _Response:
         started: list[tuple[str, list[tuple[str, str]]]] = []

@@ -8,14 +8,7 @@ sweeping is what makes losing one harmless. Both must keep order, though rows be
 their numbers were drawn. What both rest on: the successor of a change can only be written once that change is
 visible, so whoever reads everything that *one* snapshot shows never sees a successor without its predecessor.
 
-**Sweep.** A page reads the fresh rows above the shard's *cursor*, and among those below it the *late* ones: written
-by a transaction that had not ended when the page before was read (its id is not below that page's ``xmin``).
-Together that is everything the new snapshot shows and the old one did not. The scan itself begins at the *floor*:
-after a page up to number n, only transactions without an end may still bring numbers below n; once ``xmin`` has
-passed that page's ``next_xid`` there are none, and n becomes the floor. Dead index entries below it, which a snapshot
-held elsewhere keeps alive, are not walked again. A number is drawn after its transaction got its id (the capture
-trigger fires after the row was written). For rows inserted by hand that need not hold: a pass from zero, now and
-then, finds what slipped through.
+**Sweep.** Each page reads what its snapshot shows and the one before did not; how, is told in ``passes``.
 
 **By number.** Wake-ups arrive in commit order. As long as *every* wake-up since some moment was kept, and a rung
 number that is not visible yet is looked for in every later fetch until it is there, no fetch can see a successor and
@@ -24,38 +17,38 @@ overflow) belongs to a transaction that had an id when it was lost: a pass whose
 of that moment has seen it, and makes the shard live again. Until then the shard is swept at each wake-up instead of
 fetched by number: as quick, only dearer. That is how it stays where the wake-ups are not *first-hand*, read from the
 slot by this process: who relays them may lose some without our hearing of it.
+
+**Apart.** A type of which a change could not be taken in, for lack of room, must not keep the others waiting, nor may
+its later changes pass that one. From then on it is read *apart*: by passes of its own, split off from those of each
+shard, which stop where it has no room and go on from there; what a fetch or another pass shows of it is passed over.
+When it has caught up in all shards it is joined to the others again. A backlog is thus gone through once for its own
+type and once for the others. That a shard is live is proved by a pass without what is read apart; so each such proof
+has the passes apart repeated, and they have seen what it saw before they are joined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
 from cdc.model import WakeUp
+from cdc.passes import LOOK_AGAIN_MIN_S, REPASS_MAX_S, Passes, Position, Snapshot
 
-_LOOK_AGAIN_MIN_S = 0.001
 _LOOK_AGAIN_MAX_S = 0.05
 """A commit waiting for a synchronous standby stays invisible for as long as that takes; found within this much of
 its release. 20 cheap queries a second, only while such a commit hangs."""
 _LOOK_AGAIN_FOR_S = 60.0
-_REPASS_MAX_S = 0.5
 _FETCH_MAX = 500
 _UNSEEN_MAX = 2_000
+_UNBOUNDED = 1 << 30
 _FULL_PASS_EVERY = 12
 """Sweeps between two passes from zero: a minute at the usual interval."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A read's view: transactions below ``xmin`` had ended, and none from ``next_xid`` on had an id yet.
-
-    ``next_xid`` is not the ``xmax`` of PostgreSQL's snapshots, above which a transaction may well be running.
-    """
-
-    xmin: int
-    next_xid: int
+_REST, _REST_MAX_S = 20, 600.0
+"""After a pass from zero there is none for so many times as long as it took, up to a limit: where a type has a backlog
+that cannot be taken in, it goes through all of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +58,29 @@ class Fetch:
     wakeups: tuple[WakeUp, ...]
 
 
-class Position(NamedTuple):
-    """Where the sweep of a shard stands; see the theory above. ``since`` is the ``xmin`` of the page before."""
-
-    floor: int
-    cursor: int
-    since: int
-
-
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """Read the next ``per_shard`` fresh changes of each shard: above the cursor, and late ones above the floor.
 
-    ``serial`` numbers the sweeps of an intake.
+    Only those of the type ``only``; or, if that is None, all but those of the types in ``without``. ``serial`` numbers
+    the sweeps of an intake.
     """
 
     positions: Mapping[int, Position]
     per_shard: int
     serial: int
+    only: str | None = None
+    without: tuple[str, ...] = ()
+
+    def wants(self, entity_type: str) -> bool:
+        return entity_type not in self.without if self.only is None else entity_type == self.only
+
+
+class Scanned(NamedTuple):
+    """How far a sweep got in a shard, and whether it stopped there though there may be more."""
+
+    seq: int
+    more: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,95 +101,39 @@ class _Unseen:
         self.shard = shard
         self.since = since
         self.next_xid = next_xid
-        self.next_look = since + _LOOK_AGAIN_MIN_S
-
-
-class _Shard:
-    __slots__ = (
-        "again_at",
-        "candidate",
-        "cursor",
-        "floor",
-        "live",
-        "lost_at",
-        "lost_in",
-        "patience",
-        "reading",
-        "since",
-    )
-
-    def __init__(self) -> None:
-        self.reading = True
-        """A pass is under way."""
-        self.floor = self.cursor = self.since = 0
-        self.candidate: tuple[int, int] | None = None
-        """(number, id): the number becomes the floor once xmin has reached that id."""
-        self.live = False
-        self.lost_at: int | None = None
-        """next_xid after the last loss; None: the loss is younger than any snapshot we know."""
-        self.lost_in = 0
-        """The sweep that had been asked for last: its snapshot may be older than the loss."""
-        self.again_at = 0.0
-        self.patience = _LOOK_AGAIN_MIN_S
-
-    @property
-    def position(self) -> Position:
-        return Position(self.floor, self.cursor, self.since)
-
-    def lose(self, serial: int) -> None:
-        self.live = False
-        self.lost_at = None
-        self.lost_in = serial
-        self.patience = _LOOK_AGAIN_MIN_S
-        self.reading = True
-
-    def rewind(self, seq: int) -> None:
-        """Read again what is above ``seq``."""
-        self.cursor = seq
-        self.floor = min(self.floor, seq)
-        self.candidate = None
-
-    def page_read(self, reached: int, snapshot: Snapshot) -> None:
-        """All that the snapshot shows up to ``reached`` has been taken in."""
-        self.cursor, self.since = reached, snapshot.xmin
-        if self.candidate and snapshot.xmin >= self.candidate[1]:
-            self.floor = max(self.floor, min(self.candidate[0], reached))
-            self.candidate = None
-        if self.candidate is None and reached > self.floor:
-            self.candidate = (reached, snapshot.next_xid)
-
-    def pass_complete(self, serial: int, snapshot: Snapshot, now: float, *, first_hand: bool) -> None:
-        self.reading = False
-        if first_hand and self.lost_at is not None and snapshot.xmin >= self.lost_at:
-            self.live = True
-        if self.live:
-            return
-        if self.lost_at is None and serial > self.lost_in:
-            self.lost_at = snapshot.next_xid
-        # A wake-up may have been early; after some looks without a new one the periodic sweep is enough, except where
-        # a proof is still to come.
-        again = first_hand or self.patience <= _REPASS_MAX_S
-        self.again_at = now + min(self.patience, _REPASS_MAX_S) if again else inf
-        self.patience *= 2
-
-    def touch(self) -> None:
-        """A wake-up: look now, and again soon if it was early."""
-        self.reading = True
-        self.patience = _LOOK_AGAIN_MIN_S
+        self.next_look = since + LOOK_AGAIN_MIN_S
 
 
 class Intake:
-    """``queue_capacity``: wake-ups kept; more than that are dropped and their shards swept instead."""
+    """``queue_capacity``: wake-ups kept; more than that are dropped and their shards swept instead.
 
-    def __init__(self, *, sweep_interval_s: float, queue_capacity: int = 20_000) -> None:
+    ``room_for``: how many changes of a type can be taken in, and from how many on a page of them is worth while.
+    """
+
+    def __init__(
+        self,
+        *,
+        sweep_interval_s: float,
+        queue_capacity: int = 20_000,
+        room_for: Callable[[str], tuple[int, int]] = lambda _: (_UNBOUNDED, 1),
+    ) -> None:
         self._sweep_interval_s = sweep_interval_s
         self._queue_capacity = queue_capacity
-        self._shards: dict[int, _Shard] = {}
+        self._room_for = room_for
+        self._shards: dict[int, Passes] = {}
+        self._apart: dict[str, dict[int, Passes]] = {}
+        """By type and shard; the type that was read last stands last."""
         self._rung: dict[int, int] = {}
         self._unseen: dict[int, _Unseen] = {}
         self._next_sweep = 0.0
         self._sweeps = 0
-        self._sweep_next = False
+        self._choices = deque((self._fetch, self._sweep, self._sweep_apart))
+        """Who had its turn last stands last."""
+        self._swept_at: dict[str | None, float] = {}
+        """When a type that is read apart was last, and (None) the others."""
+        self._full_pass_from: float | None = None
+        self._full_pass_asked = False
+        self._rest_until = 0.0
         self._serial = 0
         self._first_hand = False
 
@@ -208,19 +150,28 @@ class Intake:
     @property
     def catching_up(self) -> bool:
         """A pass is under way somewhere."""
-        return any(shard.reading for shard in self._shards.values())
+        return any(passes.reading for passes in self._all_passes())
+
+    @property
+    def apart(self) -> Collection[str]:
+        """The types that are read apart."""
+        return self._apart.keys()
 
     # --- in --------------------------------------------------------------------------------------------------------
 
     def own(self, shards: Iterable[int]) -> None:
         """Shards taken over: swept from their first change on, at once."""
-        for shard in shards:
-            self._shards.setdefault(shard, _Shard())
+        for number in shards:
+            for of_shards in (self._shards, *self._apart.values()):
+                of_shards.setdefault(number, Passes(self._serial))
 
     def disown(self, shards: Iterable[int]) -> None:
-        for shard in set(shards):
-            self._shards.pop(shard, None)
-            self._forget_wakeups(shard)
+        for number in set(shards):
+            for of_shards in (self._shards, *self._apart.values()):
+                of_shards.pop(number, None)
+            self._forget_wakeups(number)
+        if not self._shards:
+            self._apart.clear()
 
     def interval(self, sweep_interval_s: float, now: float) -> None:
         """From now on sweep this often."""
@@ -242,21 +193,25 @@ class Intake:
 
     def restart(self) -> Collection[int]:
         """Sweep every shard from its first change on. Returns the shards, for ``Lanes.forget_unread``."""
-        for shard in self._shards.values():
-            shard.rewind(0)
-            shard.reading = True
+        for passes in self._all_passes():
+            passes.rewind(0)
+        self._full_pass_asked, self._full_pass_from = True, None
         return self._shards.keys()
 
-    def rung(self, wakeups: Iterable[WakeUp]) -> int:
-        """Take wake-ups in, in the order of their arrival. Returns how many were dropped for lack of room."""
+    def rung(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> int:
+        """Take wake-ups in, in the order of their arrival. Returns how many were dropped for lack of room.
+
+        ``relayed``: they come from another process, which may still be underway with them when this one streams.
+        """
         dropped = 0
         for seq, number in wakeups:
             shard = self._shards.get(number)
             if shard is None:
                 continue
-            if not shard.live:
+            if relayed or not shard.live:
                 shard.touch()
-            if not self._first_hand:
+                self._touch_apart(number)
+            if relayed or not self._first_hand:
                 continue
             if len(self._rung) >= self._queue_capacity:
                 dropped += 1
@@ -265,23 +220,29 @@ class Intake:
             self._rung[seq] = number
         return dropped
 
+    def passed_over(self, entity_type: str, shard: int) -> None:
+        """A fetch showed a change of a type that is read apart."""
+        if passes := self._apart.get(entity_type, {}).get(shard):
+            passes.touch()
+
     # --- out -------------------------------------------------------------------------------------------------------
 
     def full_pass_due(self, now: float) -> bool:
         """Time to pass from zero, once in a while; the caller then calls ``restart``."""
-        return now >= self._next_sweep and self._sweeps >= _FULL_PASS_EVERY
+        return now >= self._next_sweep and self._sweeps >= _FULL_PASS_EVERY and now >= self._rest_until
 
     def next(self, now: float, room: int, sweep_room: int) -> Fetch | Sweep | None:
         """What to read now, with ``room`` for that many changes; None: nothing.
 
-        A sweep waits until there is room for ``sweep_room``: pages of a few rows would cost more than they bring.
-        Fetches and sweeps take turns, so that neither a backlog nor a flood of wake-ups shuts out the other.
+        A sweep waits until there is room for ``sweep_room``, or for half a second: pages of a few rows would cost more
+        than they bring. Fetches, sweeps, and sweeps of what is read apart take turns, so that neither a backlog nor a
+        flood of wake-ups shuts out the others.
         """
         self._begin_passes(now)
-        choices = (self._sweep, self._fetch) if self._sweep_next else (self._fetch, self._sweep)
-        for choice in choices:
+        for choice in self._choices:
             if request := choice(now, room, sweep_room):
-                self._sweep_next = isinstance(request, Fetch)
+                self._choices.remove(choice)
+                self._choices.append(choice)
                 return request
         return None
 
@@ -289,13 +250,19 @@ class Intake:
         """Seconds until ``next`` may have something that it has not now, wake-ups aside."""
         times = [self._next_sweep]
         times += [unseen.next_look for unseen in self._looked_for().values()]
-        times += [shard.again_at for shard in self._shards.values() if not shard.live and not shard.reading]
+        for passes in self._all_passes():
+            if passes.reading:
+                times.append(now + REPASS_MAX_S)  # it waits for room
+            elif not passes.live:
+                times.append(passes.again_at)
         return max(0.0, min(times) - now)
 
     def fetched(self, request: Fetch, seen: Collection[int], snapshot: Snapshot, now: float) -> Found:
         """The answer to a fetch: the numbers that were visible, the snapshot it was read with."""
         at_once = late = given_up = 0
         for seq, shard in request.wakeups:
+            if shard not in self._shards:
+                continue  # given away while the read was under way
             first_look = self._unseen.get(seq)
             if seq in seen:
                 late += first_look is not None
@@ -309,44 +276,56 @@ class Intake:
                 del self._unseen[seq]
                 given_up += self._give_up(shard)
             else:
-                pause = min(max(now - first_look.since, _LOOK_AGAIN_MIN_S), _LOOK_AGAIN_MAX_S)
+                pause = min(max(now - first_look.since, LOOK_AGAIN_MIN_S), _LOOK_AGAIN_MAX_S)
                 first_look.next_look = now + pause
         return Found(at_once, late, given_up)
 
     def swept(
-        self, request: Sweep, rows: Sequence[WakeUp], refused: Mapping[int, int], snapshot: Snapshot, now: float
+        self,
+        request: Sweep,
+        rows: Sequence[WakeUp],
+        refused: Mapping[str, Mapping[int, int]],
+        snapshot: Snapshot,
+        now: float,
+        *,
+        scanned: Mapping[int, Scanned] | None = None,
     ) -> int:
-        """The answer to a sweep. ``refused``: shard -> first number that could not be taken in.
+        """The answer to a sweep: rows of the types it asked for. Returns how many of them had been rung for.
 
-        Returns how many of the rows had been rung for.
+        ``refused``: as ``refused`` takes it. ``scanned``: by shard; left out where all rows scanned are among these.
         """
-        counts = dict.fromkeys(request.positions, 0)
-        last = dict.fromkeys(request.positions, 0)
         rung = 0
-        for seq, number in rows:
-            counts[number] += 1
-            last[number] = seq
+        for seq, _ in rows:
             rung += self._rung.pop(seq, None) is not None or self._unseen.pop(seq, None) is not None
+        of_shards = self._shards if request.only is None else self._apart.get(request.only, {})
+        stuck = refused.get(request.only, ()) if request.only else ()
+        ends = _ends(rows, request.per_shard) if scanned is None else scanned
         for number, position in request.positions.items():
-            shard = self._shards.get(number)
-            if shard is None or shard.position != position:
+            passes = of_shards.get(number)
+            if passes is None or passes.position != position or request.serial <= passes.taken_in:
                 continue  # given away, or sent back to its beginning, while the read was under way
-            full = counts[number] >= request.per_shard
-            shard.page_read(last[number] if full else max(position.cursor, last[number]), snapshot)
-            if number in refused:
-                self.refused({number: refused[number]}, now)
-            elif not full:
-                shard.pass_complete(request.serial, snapshot, now, first_hand=self._first_hand)
+            end = ends.get(number, Scanned(0, more=False))
+            passes.page_read(end.seq if end.more else max(position.cursor, end.seq), snapshot)
+            if not end.more and number not in stuck:
+                self._pass_complete(number, passes, request, snapshot, now)
+        self.refused(refused, now)
+        self._note_full_pass(now)
+        if request.only is not None:
+            self._join_if_caught_up(request.only)
         return rung
 
-    def refused(self, refused: Mapping[int, int], now: float) -> None:
-        """Changes from these numbers on were read and could not be taken in: read them again, a little later."""
-        for number, seq in refused.items():
-            if shard := self._shards.get(number):
-                shard.lose(self._serial)
-                shard.rewind(min(shard.cursor, seq - 1))
-                shard.reading = False
-                shard.again_at = now + _REPASS_MAX_S
+    def refused(self, refused: Mapping[str, Mapping[int, int]], now: float) -> None:
+        """By type and shard the first change that could not be taken in. These types are read apart, from there on."""
+        for entity_type, numbers in refused.items():
+            if entity_type not in self._apart:
+                self._apart[entity_type] = {number: shard.split() for number, shard in self._shards.items()}
+            of_shards = self._apart[entity_type]
+            has_room = self._room_for(entity_type)[0] > 0
+            for number, seq in numbers.items():
+                if passes := of_shards.get(number):
+                    passes.rewind(min(passes.cursor, seq - 1))
+                    if has_room:
+                        passes.pause(now)  # it was not room in the window that it lacked
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -355,9 +334,9 @@ class Intake:
         if periodic:
             self._sweeps = 0 if self._sweeps >= _FULL_PASS_EVERY else self._sweeps + 1
             self._next_sweep = now + self._sweep_interval_s
-        for shard in self._shards.values():
-            if periodic or (not shard.live and not shard.reading and now >= shard.again_at):
-                shard.reading = True
+        for passes in self._all_passes():
+            if periodic or (not passes.live and not passes.reading and now >= passes.again_at):
+                passes.reading = True
 
     def _fetch(self, now: float, room: int, _sweep_room: int) -> Fetch | None:
         limit = min(room, _FETCH_MAX)
@@ -388,13 +367,63 @@ class Intake:
                     break
         return chosen
 
-    def _sweep(self, _now: float, room: int, sweep_room: int) -> Sweep | None:
-        reading = [(number, shard.position) for number, shard in self._shards.items() if shard.reading]
-        if not reading or room < max(sweep_room, 1):
+    def _sweep(self, now: float, room: int, sweep_room: int) -> Sweep | None:
+        return self._page(None, self._shards, now, room, sweep_room)
+
+    def _sweep_apart(self, now: float, room: int, _sweep_room: int) -> Sweep | None:
+        for entity_type, of_shards in self._apart.items():
+            free, worth = self._room_for(entity_type)
+            if request := self._page(entity_type, of_shards, now, min(room, free), worth):
+                self._apart[entity_type] = self._apart.pop(entity_type)
+                return request
+        return None
+
+    def _page(
+        self, only: str | None, of_shards: dict[int, Passes], now: float, room: int, sweep_room: int
+    ) -> Sweep | None:
+        reading = [number for number, passes in of_shards.items() if passes.reading]
+        waited_long = now - self._swept_at.get(only, -inf) >= REPASS_MAX_S
+        if not reading or room <= 0 or (room < sweep_room and not waited_long):
             return None
+        self._swept_at[only] = now
         per_shard = max(1, room // len(reading))
+        chosen = reading[: room // per_shard]
+        for number in chosen if len(chosen) < len(reading) else ():
+            of_shards[number] = of_shards.pop(number)  # next time it is the others' turn
+        if only is None and self._full_pass_asked and self._full_pass_from is None:
+            self._full_pass_from = now
         self._serial += 1
-        return Sweep(dict(reading[: room // per_shard]), per_shard, self._serial)
+        positions = {number: of_shards[number].position for number in chosen}
+        return Sweep(positions, per_shard, self._serial, only, () if only else tuple(self._apart))
+
+    def _pass_complete(self, number: int, passes: Passes, request: Sweep, snapshot: Snapshot, now: float) -> None:
+        was_live = passes.live
+        first_hand = self._first_hand and request.only is None
+        passes.pass_complete(request.serial, snapshot, now, first_hand=first_hand)
+        if passes.live and not was_live:
+            self._touch_apart(number)
+
+    def _join_if_caught_up(self, entity_type: str) -> None:
+        of_shards = self._apart.get(entity_type, {})
+        if not of_shards or any(passes.reading or passes.behind for passes in of_shards.values()):
+            return
+        for number, passes in of_shards.items():
+            self._shards[number].join(passes)
+        del self._apart[entity_type]
+        self._swept_at.pop(entity_type, None)
+
+    def _note_full_pass(self, now: float) -> None:
+        if self._full_pass_from is not None and not any(shard.reading for shard in self._shards.values()):
+            self._rest_until = now + min(_REST * (now - self._full_pass_from), _REST_MAX_S)
+            self._full_pass_asked, self._full_pass_from = False, None
+
+    def _all_passes(self) -> Iterator[Passes]:
+        for of_shards in (self._shards, *self._apart.values()):
+            yield from of_shards.values()
+
+    def _touch_apart(self, number: int) -> None:
+        for of_shards in self._apart.values():
+            of_shards[number].touch()
 
     def _look_again_for(self, seq: int, shard: int, snapshot: Snapshot, now: float) -> int:
         if len(self._unseen) >= _UNSEEN_MAX:
@@ -412,3 +441,13 @@ class Intake:
             del self._rung[seq]
         for seq in [seq for seq, unseen in self._unseen.items() if unseen.shard == number]:
             del self._unseen[seq]
+
+
+def _ends(rows: Iterable[WakeUp], per_shard: int) -> dict[int, Scanned]:
+    """Of a sweep whose pages end at ``per_shard`` rows."""
+    counts: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for seq, number in rows:
+        counts[number] = counts.get(number, 0) + 1
+        last[number] = seq
+    return {number: Scanned(last[number], count >= per_shard) for number, count in counts.items()}

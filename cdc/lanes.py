@@ -13,17 +13,18 @@ A *lane* holds the changes of one key that are in the window, in ``seq`` order:
   settled: its mark does not queue behind theirs, and a crash in between would leave it marked and them to run again.
 * A change that must wait for its retry, or a dead letter that pauses its key, *shuts* its lane: what is queued behind
   it is let go, for the table holds the key back from then on, and memory need not.
-* The window is bounded, and so is each lane: a key with a million changes cannot fill the window.
+* The window is bounded, and so is each lane: a key with a million changes cannot fill the window. Nor can an entity
+  type: it has a quota of the window, and its handlers one of what may run (``quota``, ``turns``).
 
 What the window does not hold is remembered by one number a key, ``unread``: from this ``seq`` on, changes of the
 key exist that were seen and not admitted. Nothing of the key at or above that number is admitted except by a
 *resume*: a read of this key that starts there. That one rule keeps order whatever was dropped, and why: behind a
 waiting change (``held``, until that one has settled), or because the lane was full. The memory for these numbers is
-bounded too; a change that finds no room there is *refused*, and whoever reads the table may not pass it.
+bounded too; a change that finds no room there, or none in the window, is *refused*, and whoever reads the table may not
+pass it: the changes of its type and shard are read on from there.
 
-Reads and settles use different sessions, so a read may come back older than a settle that began after it.
-``reading`` keeps a journal of what settles meanwhile and ``admit`` corrects the rows by it; without that, a change
-settled during a sweep would run a second time, and the successor of a failed one would overtake it.
+A read may come back older than what has settled meanwhile: ``reading`` keeps a ``journal``, and ``admit`` corrects the
+rows by it.
 
 A consumer that lost its session has lost its shards: ``reset`` forgets everything but the handlers that still run.
 They cannot be recalled, so their keys stay shut until they return, and their outcome is not settled.
@@ -31,15 +32,20 @@ They cannot be recalled, so their keys stay shut until they return, and their ou
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
+from cdc.journal import Finished, Journal
+from cdc.lane import Lane
 from cdc.model import Change, Committed, Key, Outcome, holds_its_key
+from cdc.quota import Quota
+from cdc.turns import Needs, Turns
+from cdc.unread import Resume, Unread
 
 _UNREAD_KEYS_MAX = 10_000
+_FACTOR = 4
+"""One type that has more to do than there is room for holds four fifths of the window."""
 
 
 class Row(NamedTuple):
@@ -49,57 +55,25 @@ class Row(NamedTuple):
     held: bool = False
 
 
-class Resume(NamedTuple):
-    """Read on for this key: fresh changes from ``seq`` on."""
+class Room(NamedTuple):
+    """How many more changes of a type the window takes, and from how many on reading a page of them is worth while."""
 
-    key: Key
-    shard: int
-    seq: int
+    free: int
+    worth: int
 
 
 class Admitted(NamedTuple):
-    """How many changes were taken, and of each shard the lowest ``seq`` that was neither taken nor remembered."""
+    """How many changes were taken; by entity type and shard the lowest number neither taken nor remembered."""
 
     taken: int
-    refused: dict[int, int]
-
-
-class Finished(NamedTuple):
-    change: Change
-    outcome: Outcome
-
-
-class _Lane:
-    __slots__ = ("holding", "orphan", "queue", "running", "settling")
-
-    def __init__(self) -> None:
-        self.queue: deque[Change] = deque()
-        self.running: list[Change] = []
-        self.settling = 0
-        self.holding = 0
-        """How many of those settling hold the key back; a batch may end with several."""
-        self.orphan = False
-
-    @property
-    def shut(self) -> bool:
-        return self.holding > 0
-
-    @property
-    def empty(self) -> bool:
-        return not (self.queue or self.running or self.settling)
-
-
-class _Unread:
-    __slots__ = ("held", "seq", "shard")
-
-    def __init__(self, seq: int, shard: int, held: bool) -> None:
-        self.seq = seq
-        self.shard = shard
-        self.held = held
+    refused: dict[str, dict[int, int]]
 
 
 class Lanes:
-    """``capacity``: changes in the window. ``lane_capacity``: queued changes of one key. ``fenced``: see above."""
+    """``capacity``: changes in the window. ``lane_capacity``: queued changes of one key. ``fenced``: see above.
+
+    ``turns`` and ``needs``: what may run beside what. ``sole``: there is one entity type only.
+    """
 
     def __init__(
         self,
@@ -108,29 +82,47 @@ class Lanes:
         unread_max: int = _UNREAD_KEYS_MAX,
         *,
         fenced: Callable[[Change], bool] = lambda _: False,
+        turns: Turns | None = None,
+        needs: Callable[[Change], Needs] = lambda change: Needs(change.entity_type),
+        sole: bool = True,
     ) -> None:
         self.capacity = capacity
+        self.lane_capacity = lane_capacity
         self._fenced = fenced
-        self._lane_capacity = lane_capacity
-        self._unread_max = unread_max
-        self._lanes: dict[Key, _Lane] = {}
+        self._needs = needs
+        self._lanes: dict[Key, Lane] = {}
         self._known: dict[int, Change] = {}
-        self._ready: deque[Key] = deque()
+        self._window = Quota(capacity, _FACTOR, sole=sole)
+        self._turns = turns or Turns()
         self._finished: list[Finished] = []
         self._settling: dict[int, Finished] = {}
-        self._unread: dict[Key, _Unread] = {}
-        self._resumes: dict[Key, None] = {}
+        self._unread = Unread(unread_max, sole=sole)
         self._owned: set[int] = set()
         self._in_flight: dict[int, int] = {}
         self._leaving: set[int] = set()
-        self._journal: dict[int, Finished] | None = None
+        self._journal = Journal()
 
     # --- what is where ---------------------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
         """How many more changes the window takes."""
-        return self.capacity - len(self._known)
+        return self._window.free
+
+    @property
+    def worth(self) -> int:
+        """Room for so many is worth reading a page: a quarter of the window."""
+        return max(1, self.capacity // 4)
+
+    def room_for(self, entity_type: str) -> Room:
+        """How many more of this type."""
+        free = self._window.room(entity_type)
+        return Room(free, max(1, min(self.worth, (self._window.held(entity_type) + free) // 2)))
+
+    @property
+    def types(self) -> Collection[str]:
+        """The types that have changes in the window."""
+        return self._window.users
 
     @property
     def running(self) -> int:
@@ -146,8 +138,12 @@ class Lanes:
 
     @property
     def ready(self) -> int:
-        """How many keys have a change to start."""
-        return len(self._ready)
+        """How many keys could start a change now."""
+        return self._turns.ready
+
+    def waiting_like(self, change: Change) -> int:
+        """How many keys have a change to start of the same type and handler, whether they could now or not."""
+        return self._turns.waiting(self._needs(change))
 
     @property
     def idle(self) -> bool:
@@ -164,17 +160,17 @@ class Lanes:
     # --- shards ----------------------------------------------------------------------------------------------------
 
     def own(self, shards: Iterable[int]) -> None:
-        self._owned.update(shards)
-        self._leaving -= self._owned
+        arrived = set(shards) - self._owned
+        self._owned |= arrived
+        self._leaving -= arrived
+        self._journal.arrived(arrived)
 
     def forget_unread(self, shards: Iterable[int]) -> None:
         """These shards are about to be swept from their first change on, which finds what the marks stand for.
 
         Needed because a mark may outlive its change: somebody may have deleted the row, or requeued the one before.
         """
-        chosen = set(shards)
-        for key in [k for k, mark in self._unread.items() if mark.shard in chosen and k not in self._lanes]:
-            self._forget_unread(key)
+        self._unread.forget([key for key in self._unread.of_shards(set(shards)) if key not in self._lanes])
 
     def release(self, shards: Iterable[int]) -> None:
         """Take nothing more from these shards and let go what is queued. ``released`` tells when they are quiet."""
@@ -184,8 +180,7 @@ class Lanes:
         for key, lane in list(self._lanes.items()):
             if lane.queue and lane.queue[0].shard in leaving:
                 self._drop_queue(key, lane, remember=False)
-        for key in [key for key, mark in self._unread.items() if mark.shard in leaving]:
-            self._forget_unread(key)
+        self._unread.forget(list(self._unread.of_shards(leaving)))
 
     def released(self) -> set[int]:
         """The shards asked back that have nothing in flight any more; each is told once."""
@@ -201,10 +196,11 @@ class Lanes:
             lane.settling = lane.holding = 0
             lane.orphan = True
         self._lanes = orphans
-        for forgotten in (self._known, self._ready, self._finished, self._settling, self._unread, self._resumes,
-                          self._owned, self._in_flight, self._leaving):  # fmt: skip
+        for forgotten in (self._known, self._window, self._finished, self._settling, self._unread, self._owned,
+                          self._in_flight, self._leaving):  # fmt: skip
             forgotten.clear()
-        self._journal = None
+        self._turns.forget_ready()
+        self._journal.close()
         return [change for lane in orphans.values() for change in lane.running]
 
     # --- in --------------------------------------------------------------------------------------------------------
@@ -212,35 +208,40 @@ class Lanes:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Around a read of the table and the ``admit`` of its answer. One read at a time."""
-        self._journal = {}
+        self._journal.open()
         try:
             yield
         finally:
-            self._journal = None
+            self._journal.close()
 
-    def admit(self, rows: Iterable[Row], *, due: bool = False) -> Admitted:
-        """Take in what a read found, in its order. ``due``: waiting changes, which need no mark to be found again."""
+    def admit(self, rows: Iterable[Row], *, due: bool = False, apart: Collection[str] = ()) -> Admitted:
+        """Take in what a read found, in its order. ``due``: waiting changes, which need no mark to be found again.
+
+        Types that are read ``apart`` are passed over.
+        """
+        if apart:
+            rows = (row for row in rows if row.change.entity_type not in apart)
         return self._admit(rows, resumed=False, due=due)
 
     def _admit(self, rows: Iterable[Row], *, resumed: bool, due: bool = False) -> Admitted:
-        journal = self._journal or {}
         taken = 0
-        done_meanwhile = {f.change.key for f in journal.values() if not holds_its_key(f.outcome)}
-        wait_meanwhile = {f.change.key: f.change.seq for f in journal.values() if holds_its_key(f.outcome)}
-        refused: dict[int, int] = {}
+        done_meanwhile, wait_meanwhile = self._journal.done(), self._journal.waits()
+        refused: dict[str, dict[int, int]] = {}
         refused_keys: set[Key] = set()
         for row in rows:
             change, key = row.change, row.change.key
-            if change.seq in self._known or change.seq in journal or change.shard not in self._owned:
+            if change.seq in self._known or change.shard not in self._owned or self._journal.outdates(change):
                 continue
             if key in refused_keys:
                 continue  # what refused the one before may have room by now, and would let this one overtake it
             mark = self._unread.get(key)
             if mark and change.seq >= mark.seq:
+                if due and not row.held:
+                    self._unhold(key)  # nothing before it waits: what the mark stands for may be this very change
                 continue
             lane = self._lanes.get(key)
             held = row.held or wait_meanwhile.get(key, change.seq) < change.seq
-            if held or (lane is not None and (lane.shut or lane.orphan or len(lane.queue) >= self._lane_capacity)):
+            if held or (lane is not None and (lane.shut or lane.orphan or len(lane.queue) >= self.lane_capacity)):
                 if due:
                     self._give_way(key, lane, change)
                     continue
@@ -251,12 +252,13 @@ class Lanes:
                 )
                 if fits and row.held and key in done_meanwhile:
                     self._unhold(key)
-            elif fits := self.room > 0:
+            elif fits := self._window.admits(change.entity_type):
                 self._enqueue(key, lane, change)
                 taken += 1
             if not fits:
                 refused_keys.add(key)
-                refused[change.shard] = min(change.seq, refused.get(change.shard, change.seq))
+                of_type = refused.setdefault(change.entity_type, {})
+                of_type[change.shard] = min(change.seq, of_type.get(change.shard, change.seq))
         return Admitted(taken, refused)
 
     def resumed(self, resume: Resume, rows: Sequence[Row], *, complete: bool) -> None:
@@ -266,13 +268,12 @@ class Lanes:
             # The shard left, or something earlier came to light while the read was under way.
             self._consider_resume(resume.key)
             return
-        self._forget_unread(resume.key)
+        self._unread.forget([resume.key])
         refused = self._admit(rows, resumed=True).refused
         last = rows[-1].change if rows else None
         if refused:
-            first = next(row.change for row in rows if row.change.seq == refused[resume.shard])
-            self._remember(first, held=False, force=True)
-        elif last and not complete and resume.key not in self._unread:
+            self._note(resume.key, refused[resume.key[0]][resume.shard], resume.shard, held=False)
+        elif last and not complete and not self._unread.get(resume.key):
             self._note(resume.key, last.seq + 1, last.shard, held=False)
         self._consider_resume(resume.key)
 
@@ -280,34 +281,51 @@ class Lanes:
 
     def start(self) -> Change | None:
         """The next change to run now, or None."""
-        while self._ready:
-            key = self._ready.popleft()
-            lane = self._lanes.get(key)
-            if lane is not None and self._startable(lane):
-                return self._start_next(lane)
-        return None
-
-    def start_with(self, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
-        """Start more changes that ``belong`` into a started batch, up to ``limit``: of its keys first, then others."""
-        for key in dict.fromkeys(change.key for change in batch):
-            self._start_run(self._lanes[key], batch, limit, belongs)
-        for _ in range(len(self._ready)):
-            if len(batch) >= limit:
-                return
-            key = self._ready.popleft()
+        while turn := self._turns.next():
+            key, needs = turn
             lane = self._lanes.get(key)
             if lane is None or not self._startable(lane):
                 continue
-            if belongs(lane.queue[0]):
-                self._start_run(lane, batch, limit, belongs)
-            else:
-                self._ready.append(key)
+            if lane.needs != needs:
+                continue  # an earlier change of the key came in, and has been made ready instead
+            change = self._start_next(lane)
+            self._turns.started(change, needs)
+            return change
+        return None
+
+    def set_aside(self, change: Change) -> None:
+        """A started change waits for something of its own, or joins a batch: others may run in its place."""
+        self._turns.ended(change)
+
+    def start_with(self, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
+        """Start more changes that ``belong`` into a started batch, up to ``limit``: of its keys first, then others.
+
+        A batch holds the places of its first change, whatever the types of the others.
+        """
+        if len(batch) > 1:
+            self.set_aside(batch[-1])
+        for key in dict.fromkeys(change.key for change in batch):
+            self._start_run(self._lanes[key], batch, limit, belongs)
+        if len(batch) >= limit:
+            return
+        with closing(self._turns.of_handler(self._needs(batch[0]).handler)) as keys:
+            for key in keys:
+                lane = self._lanes.get(key)
+                if lane is None or not self._startable(lane):
+                    continue
+                if belongs(lane.queue[0]):
+                    self._start_run(lane, batch, limit, belongs)
+                else:
+                    self._make_ready(key, lane)
+                if len(batch) >= limit:
+                    return
 
     def finished(self, change: Change, outcome: Outcome) -> None:
         """The handler of a started change ended."""
         key = change.key
         lane = self._lanes[key]
-        self._leave_running(lane, change)
+        lane.leave_running(change)
+        self._turns.ended(change)
         if lane.orphan:
             self._orphan_returned(key, lane)
             return
@@ -322,7 +340,7 @@ class Lanes:
             lane.holding += 1
             self._drop_queue(key, lane, remember=True)
         elif lane.queue and not lane.running:
-            self._ready.append(key)
+            self._make_ready(key, lane)
         else:
             self._consider_resume(key)
 
@@ -330,14 +348,17 @@ class Lanes:
         """The handler of a started change was cut off. The table knows what came of it: its key is read anew."""
         key = change.key
         lane = self._lanes[key]
-        self._leave_running(lane, change)
+        lane.leave_running(change)
+        self._turns.ended(change)
         if lane.orphan:
             self._orphan_returned(key, lane)
             return
         self._left_flight(change)
+        # A waiting change is found again when it is due; those behind it are not, and may be held back no more.
+        first = next((c for c in (change, *lane.queue) if not c.requeued), None)
         self._drop_queue(key, lane, remember=False)
-        if not change.requeued and change.shard in self._owned:
-            self._note(key, change.seq, change.shard, held=False)
+        if first and change.shard in self._owned:
+            self._note(key, first.seq, first.shard, held=False)
         if mark := self._unread.get(key):
             mark.held = lane.shut  # what held the key may be this change, and may be done: the table is asked
         self._drop_if_empty(key, lane)
@@ -357,53 +378,45 @@ class Lanes:
             change = finished.change
             if self._settling.pop(change.seq, None) is None:
                 continue  # the lanes were reset while the settle was under way
-            if self._journal is not None:
-                self._journal[change.seq] = finished
+            self._journal.settled(finished)
             self._left_flight(change)
             self._settled_in_lane(change, finished.outcome)
 
     def resumes(self, limit: int) -> list[Resume]:
-        """Keys to read on for, each told once; answer each with ``resumed``."""
-        keys = list(self._resumes)[:limit]
-        for key in keys:
-            del self._resumes[key]
-        return [Resume(key, mark.shard, mark.seq) for key in keys if (mark := self._unread.get(key))]
+        """Keys to read on for, of one type that has room, each told once; answer each with ``resumed``."""
+        return self._unread.resumes(limit, self._window.admits)
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _startable(self, lane: _Lane) -> bool:
+    def _make_ready(self, key: Key, lane: Lane) -> None:
+        lane.needs = self._needs(lane.queue[0])
+        self._turns.put(key, lane.needs)
+
+    def _startable(self, lane: Lane) -> bool:
         if not lane.queue or lane.running or lane.shut:
             return False
         # A fenced one is made ready again when the last before it has settled.
         return not (lane.settling and self._fenced(lane.queue[0]))
 
-    def _start_next(self, lane: _Lane) -> Change:
+    def _start_next(self, lane: Lane) -> Change:
         change = lane.queue.popleft()
         lane.running.append(change)
         self._in_flight[change.shard] = self._in_flight.get(change.shard, 0) + 1
         return change
 
-    def _start_run(self, lane: _Lane, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
+    def _start_run(self, lane: Lane, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
         while lane.queue and len(batch) < limit and belongs(lane.queue[0]):
             batch.append(self._start_next(lane))
         # What is left behind them becomes ready when they have finished.
 
-    def _leave_running(self, lane: _Lane, change: Change) -> None:
-        if change not in lane.running:
-            raise AssertionError(f"{change!r} finished but is not running")
-        lane.running.remove(change)
-
-    def _enqueue(self, key: Key, lane: _Lane | None, change: Change) -> None:
+    def _enqueue(self, key: Key, lane: Lane | None, change: Change) -> None:
         if lane is None:
-            lane = self._lanes[key] = _Lane()
+            lane = self._lanes[key] = Lane()
         self._known[change.seq] = change
-        if lane.queue and lane.queue[-1].seq > change.seq:
-            # Only for a key coarser than the source row: its transactions may commit in another order.
-            insort(lane.queue, change, key=lambda queued: queued.seq)
-        else:
-            lane.queue.append(change)
-        if not lane.running and len(lane.queue) == 1:
-            self._ready.append(key)
+        self._window.take(change.entity_type)
+        lane.enqueue(change)
+        if not lane.running and lane.queue[0] is change:
+            self._make_ready(key, lane)
 
     def _settled_in_lane(self, change: Change, outcome: Outcome) -> None:
         key = change.key
@@ -412,7 +425,7 @@ class Lanes:
             lane.settling -= 1
             lane.holding -= holds_its_key(outcome)
             if lane.queue and not lane.running and not lane.settling:
-                self._ready.append(key)  # its head may have been fenced
+                self._make_ready(key, lane)  # its head may have been fenced
             self._drop_if_empty(key, lane)
         if not holds_its_key(outcome):
             self._unhold(key)
@@ -425,44 +438,48 @@ class Lanes:
     def _consider_resume(self, key: Key) -> None:
         mark, lane = self._unread.get(key), self._lanes.get(key)
         if mark and not mark.held and (lane is None or not (lane.queue or lane.shut or lane.orphan)):
-            self._resumes[key] = None
+            self._unread.resume(key)
 
-    def _orphan_returned(self, key: Key, lane: _Lane) -> None:
+    def _orphan_returned(self, key: Key, lane: Lane) -> None:
         if lane.running:
             return
         lane.orphan = False
         self._unhold(key)
         self._drop_if_empty(key, lane)
 
-    def _drop_queue(self, key: Key, lane: _Lane, *, remember: bool) -> None:
+    def _drop_queue(self, key: Key, lane: Lane, *, remember: bool) -> None:
         """Let the queued changes go; with ``remember``, they are held behind the one that waits."""
         for change in lane.queue:
-            del self._known[change.seq]
+            self._forget(change)
         if remember and lane.queue:
             self._note(key, lane.queue[0].seq, lane.queue[0].shard, held=True)
         if remember and (mark := self._unread.get(key)):
             mark.held = True
-            self._resumes.pop(key, None)
+            self._unread.do_not_resume(key)
         lane.queue.clear()
         self._drop_if_empty(key, lane)
 
-    def _give_way(self, key: Key, lane: _Lane | None, earlier: Change) -> None:
+    def _give_way(self, key: Key, lane: Lane | None, earlier: Change) -> None:
         """An earlier change of the key was requeued and is not to run yet: what is queued behind it is let go."""
         later = [change for change in lane.queue if change.seq > earlier.seq] if lane else []
         for change in later:
             assert lane is not None
             lane.queue.remove(change)
-            del self._known[change.seq]
+            self._forget(change)
         if later:
             self._note(key, later[0].seq, later[0].shard, held=True)
-            self._resumes.pop(key, None)
+            self._unread.do_not_resume(key)
 
-    def _drop_if_empty(self, key: Key, lane: _Lane) -> None:
+    def _drop_if_empty(self, key: Key, lane: Lane) -> None:
         if lane.empty:
             self._lanes.pop(key, None)
 
+    def _forget(self, change: Change) -> None:
+        del self._known[change.seq]
+        self._window.give(change.entity_type)
+
     def _left_flight(self, change: Change) -> None:
-        self._known.pop(change.seq, None)
+        self._forget(change)
         left = self._in_flight[change.shard] - 1
         if left:
             self._in_flight[change.shard] = left
@@ -471,20 +488,11 @@ class Lanes:
 
     def _remember(self, change: Change, *, held: bool, force: bool = False) -> bool:
         """Note that the change was seen and not admitted. False: no room to remember it."""
-        if change.key not in self._unread and len(self._unread) >= self._unread_max and not force:
+        if not force and not self._unread.has_room(change.key):
             return False
         self._note(change.key, change.seq, change.shard, held=held)
         return True
 
     def _note(self, key: Key, seq: int, shard: int, *, held: bool) -> None:
         assert shard in self._owned, "a shard that comes back is read from its first change on, without old marks"
-        mark = self._unread.get(key)
-        if mark is None:
-            self._unread[key] = _Unread(seq, shard, held)
-        else:
-            mark.seq = min(mark.seq, seq)
-            mark.held = mark.held or held
-
-    def _forget_unread(self, key: Key) -> None:
-        del self._unread[key]
-        self._resumes.pop(key, None)
+        self._unread.note(key, seq, shard, held=held)

@@ -34,11 +34,15 @@ NO_HANDLER = "none"
 ROLES = ("streaming", "standby", "sweeping")
 SOURCES = ("wal", "notify", "retry", "sweep")
 OUTCOMES = ("processed", "retried", "discarded", "dead", "interrupted")
-ERROR_KINDS = ("exception", "timeout", "validation", "crash")
+ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth")
 OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
+CONNECTION_KINDS = ("async", "sync")
+INTERRUPTIONS = ("connection", "statement")
+"""Why a consumer began anew: it could not reach the server or lost it, or a statement failed."""
 WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
 UNAVAILABLE = (
-    "disabled", "slot_busy", "slot_missing", "slot_lost", "plugin_refused", "plugin_missing", "wal_level",
+    "disabled", "slot_busy", "slot_missing", "slot_lost", "slot_stuck", "slot_foreign",
+    "publication_missing", "plugin_refused", "plugin_missing", "wal_level",
     "no_replication_role", "no_free_slot", "no_free_walsender", "in_recovery", "network",
 )  # fmt: skip
 """Why this process does not stream: states that last. A stream may also end by one of ``ENDINGS``."""
@@ -114,13 +118,17 @@ def _outbox_figures() -> _Figures:
         _figure("cdc_outbox_oldest_ready_age_seconds", "Age of the oldest change that could run now; 0 if none."),
         _figure("cdc_outbox_table_bytes", "Size of entity_changes with indexes and TOAST."),
         _figure("cdc_outbox_dead_tuples", "Row versions of entity_changes that vacuum has not removed."),
+        _figure(
+            "cdc_outbox_blocked_keys", "Keys held back by a waiting change or a pausing dead letter, up to a bound."
+        ),
+        _figure("cdc_notify_queue_usage_ratio", "How full the server's queue of notifications is."),
     )
 
 
 class Metrics:
     """The metrics of one consumer, in ``registry``. Attributes carry the names without ``cdc_`` and unit.
 
-    ``slot`` is the configured name, also where the slot is temporary and has another. Thread-safe.
+    ``slot`` is the configured name. Thread-safe.
     """
 
     def __init__(self, slot: str, router: Router) -> None:
@@ -153,6 +161,12 @@ class Metrics:
         """What the window holds."""
         for state, count in (("running", running), ("queued", queued), ("settling", settling)):
             self.lanes_changes.labels(state).set(count)
+
+    def show_connections(self, kind: str, *, busy: int, idle: int, wanted: int) -> None:
+        """Those of transactional handlers, of one of CONNECTION_KINDS; ``wanted``: handlers that wait for one."""
+        self.transaction_connections.labels(kind, "busy").set(busy)
+        self.transaction_connections.labels(kind, "idle").set(idle)
+        self.transaction_waiting.labels(kind).set(wanted)
 
     def set_role(self, role: str) -> None:
         """One of ROLES."""
@@ -199,7 +213,14 @@ class Metrics:
         self.collector_success.labels("slot").set(0)
 
     def show_outbox(
-        self, *, changes: Mapping[str, int], oldest_ready_age_s: float, table_bytes: int, dead_tuples: int
+        self,
+        *,
+        changes: Mapping[str, int],
+        oldest_ready_age_s: float,
+        table_bytes: int,
+        dead_tuples: int,
+        blocked_keys: int = 0,
+        notify_queue_usage: float = 0.0,
     ) -> None:
         """A reading of the outbox; ``changes`` counts the states of OUTBOX_STATES, and one left out is 0."""
         self._outbox_figures.show(
@@ -208,6 +229,8 @@ class Metrics:
                 "cdc_outbox_oldest_ready_age_seconds": [((), oldest_ready_age_s)],
                 "cdc_outbox_table_bytes": [((), table_bytes)],
                 "cdc_outbox_dead_tuples": [((), dead_tuples)],
+                "cdc_outbox_blocked_keys": [((), blocked_keys)],
+                "cdc_notify_queue_usage_ratio": [((), notify_queue_usage)],
             }
         )
         self.collector_success.labels("outbox").set(1)
@@ -231,6 +254,7 @@ class Metrics:
         self.collector_success = self._gauge(
             "cdc_collector_success", "1 if the last reading of these figures worked.", "collector"
         )
+        self.outbox_pruned = self._counter("cdc_outbox_pruned", "Processed changes that retention has removed.")
 
     def _stream(self, slot: str) -> None:
         self.stream_connected = self._gauge("cdc_stream_connected", "1 while this process reads the slot.", "slot")
@@ -243,6 +267,10 @@ class Metrics:
         self.stream_disconnects = self._counter(
             "cdc_stream_disconnects", "Ends of a stream and refused starts.", "slot", "reason"
         )
+        self.stream_slot_recreations = self._counter(
+            "cdc_stream_slot_recreations", "Slots that were lost or could not be read, and were made anew.", "slot"
+        )
+        _start(self.stream_slot_recreations, (slot,))
         _start(self.stream_connected, (slot,))
         _start(self.stream_unavailable, UNAVAILABLE)
         _start(self.stream_messages, (slot,), ("change", "keepalive"))
@@ -272,12 +300,19 @@ class Metrics:
     def _lanes_and_shards(self) -> None:
         self.lanes_changes = self._gauge("cdc_lanes_changes", "Changes this consumer holds.", "state")
         self.lanes_capacity = self._gauge("cdc_lanes_capacity", "Changes it may hold.")
+        self.lanes_limited_types = self._gauge(
+            "cdc_lanes_limited_types", "Entity types that hold their share of it and have more to do."
+        )
         self._gauge("cdc_shards", "Shards there are.").set(SHARDS)
         self.shards_owned = self._gauge("cdc_shards_owned", "Shards this consumer owns.")
         self.members = self._gauge("cdc_members", "Live consumers, as this one sees them.")
         self.shard_moves = self._counter(
             "cdc_shard_moves", "Shards that came and went; lost means with the session.", "direction"
         )
+        self.interruptions = self._counter(
+            "cdc_interruptions", "Times that the consumer gave up its connections and began anew.", "reason"
+        )
+        _start(self.interruptions, INTERRUPTIONS)
         _start(self.lanes_changes, ("running", "queued", "settling"))
         _start(self.shard_moves, ("acquired", "released", "lost"))
 
@@ -291,6 +326,12 @@ class Metrics:
         )
         self.settle_duration = self._histogram("cdc_settle_duration_seconds", "One batched settle.", _CALL_S)
         self.settle_changes = self._histogram("cdc_settle_changes", "Changes in one settle.", _BATCH)
+        self.transaction_connections = self._gauge(
+            "cdc_transaction_connections", "Connections of transactional handlers.", "kind", "state"
+        )
+        self.transaction_waiting = self._gauge(
+            "cdc_transaction_waiting", "Transactional handlers that wait for a connection.", "kind"
+        )
         self.settle_skipped = self._counter("cdc_settle_skipped", "Changes that somebody else had settled.")
         self.change_latency = self._histogram(
             "cdc_change_latency_seconds",
@@ -304,6 +345,8 @@ class Metrics:
             _start(self.changes_handled, (entity_type,), (handler,), OUTCOMES)
         _start(self.changes_handled, (*sorted(self._types), OTHER), (NO_HANDLER,), ("skipped",))
         _start(self.handler_errors, handlers, ERROR_KINDS)
+        _start(self.transaction_connections, CONNECTION_KINDS, ("busy", "idle"))
+        _start(self.transaction_waiting, CONNECTION_KINDS)
         _start(self.handler_duration, handlers)
         _start(self.change_latency, (*sorted(self._types), OTHER))
 

@@ -37,6 +37,9 @@ class Change:
     ``old`` is None for an INSERT and ``new`` for a DELETE; otherwise they hold the row as JSON, or, where the
     handler names a pydantic model, an instance of it. ``changed_at`` is the start of the writer's transaction.
     ``attempt`` counts from 1. ``requeued``: this attempt was waited for, after a failure or at an operator's word.
+    ``crashed``: the attempt before ended with its consumer's process.
+    ``caused_by`` is the id of the change whose handler wrote this one, and ``depth`` counts the causes before it.
+    ``chain`` names them, the newest first, and is there only when they are more than a consumer follows.
     """
 
     id: UUID
@@ -53,10 +56,23 @@ class Change:
     changed_at: datetime
     attempt: int = 1
     requeued: bool = False
+    crashed: bool = False
+    caused_by: UUID | None = None
+    depth: int = 0
+    chain: str | None = None
 
     @property
     def key(self) -> Key:
         return (self.entity_type, self.entity_id)
+
+    @property
+    def cause(self) -> str:
+        """The setting ``cdc.cause`` of a transaction whose writes this change causes.
+
+        A transactional handler's has it. In a transaction of your own:
+        ``execute("SELECT set_config('cdc.cause', %s, true)", [change.cause])``.
+        """
+        return f"{self.id},{self.depth}"
 
     def __repr__(self) -> str:
         """Without the row's content, so that a change may be logged."""
@@ -84,6 +100,19 @@ def message_prefix(schema: str) -> str:
 
 def _percent(character: str) -> str:
     return "".join(f"%{byte:02X}" for byte in character.encode())
+
+
+PLUGINS = ("wal2json", "pgoutput")
+"""Output plugins that can ring for us, in the order in which they are tried."""
+
+
+def publication_name(schema: str) -> str:
+    """The publication that pgoutput asks for, which publishes nothing: messages travel without one.
+
+    It names the schema also where that is public: a publication called just cdc may be somebody else's, with tables in
+    it. Cut as PostgreSQL would cut it; that two long names may then share one does no harm.
+    """
+    return f"cdc_{schema}".encode()[:63].decode(errors="ignore")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 Decided by SQLSTATE and, where a code has several causes, by the server's function that raised it (the diagnostic
 field "source function"): message texts are translated. 55000 says nothing about the slot, so a slot is made anew
-only after a look at it, and only if it is ours.
+only after a look at it, or when it was read several times and came no further; and only if it is ours.
 
     permanent   waiting does not mend it; the stream looks again every minute
     otherwise   exponential backoff; work goes on by sweeping in either case
@@ -16,9 +16,11 @@ from enum import StrEnum
 
 from cdc.errors import StreamError
 from cdc.lsn import Lsn
+from cdc.model import PLUGINS
 
 
 class During(StrEnum):
+    PUBLISH = "publish"
     CREATE = "create"
     START = "start"
     STREAM = "stream"
@@ -31,6 +33,9 @@ class Reason(StrEnum):
     SLOT_BUSY = "slot_busy"
     SLOT_MISSING = "slot_missing"
     SLOT_LOST = "slot_lost"
+    SLOT_STUCK = "slot_stuck"
+    SLOT_FOREIGN = "slot_foreign"
+    PUBLICATION_MISSING = "publication_missing"
     PLUGIN_REFUSED = "plugin_refused"
     PLUGIN_MISSING = "plugin_missing"
     WAL_LEVEL = "wal_level"
@@ -52,6 +57,7 @@ class Names:
     plugin: str
     database: str
     role: str
+    publication: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ _PLUGIN_REFUSED = _Row(
     Reason.PLUGIN_REFUSED,
     "the server does not allow the output plugin {plugin}",
     # Unquoted: as one quoted string it becomes one name and allows nothing. pgoutput belongs in it, or it is refused.
-    'as a superuser: ALTER ROLE "{role}" SET output_plugin_libraries = pgoutput, test_decoding, {plugin};'
+    'as a superuser: ALTER ROLE "{role}" SET output_plugin_libraries = pgoutput, test_decoding, wal2json;'
     " without quotes around the list",
     permanent=True,
 )
@@ -109,13 +115,34 @@ _PLUGIN_MISSING = _Row(
     "install it there (Debian: postgresql-NN-{plugin}); until then changes are found by sweeping",
     permanent=True,
 )
+_PLUGIN_OLD = _Row(
+    Reason.PLUGIN_MISSING,
+    "the output plugin {plugin} on the server is too old: it does not know our options",
+    "install version 2.5 or later of it there, or set slot.plugin to pgoutput; until then changes are swept for",
+    permanent=True,
+)
+_PUBLICATION_MISSING = _Row(
+    Reason.PUBLICATION_MISSING,
+    "pgoutput needs the publication {publication}, which is not there, and this role may not create it",
+    'as the owner of the database {database}: CREATE PUBLICATION "{publication}"; it publishes nothing',
+    permanent=True,
+)
+_PUBLISHED_BY_OTHERS = _Row(
+    Reason.SLOT_BUSY, "another consumer has just created the publication {publication}", _STREAM_AGAIN
+)
+# It is there, or it was when the stream started, but what is being decoded was written without it.
+_NOT_PUBLISHED_THEN = _Row(
+    Reason.PUBLICATION_MISSING,
+    "the publication {publication} was not there when the WAL at the slot {slot} was written",
+    "nothing: it is tried again, and then the slot is made anew; a sweep finds what was written meanwhile",
+)
 _SLOT_BUSY = _Row(
     Reason.SLOT_BUSY,
     "another consumer reads the slot {slot}",
     "nothing: this consumer stands by and takes over when that one ends",
 )
 _SLOT_GONE = _Row(Reason.SLOT_MISSING, "the slot {slot} does not exist", _STREAM_AGAIN)
-_CREATED_BY_OTHERS = _Row(Reason.SLOT_MISSING, "another consumer has just created the slot {slot}", _STREAM_AGAIN)
+_CREATED_BY_OTHERS = _Row(Reason.SLOT_BUSY, "another consumer has just created the slot {slot}", _STREAM_AGAIN)
 _CREATE_WAITS = _Row(
     Reason.SLOT_MISSING,
     "the slot {slot} cannot be created while a transaction that writes stays open",
@@ -127,12 +154,12 @@ _ENDED = _Row(Reason.SERVER_SHUTDOWN, "the server ended the replication connecti
 _TOO_LARGE = _Row(
     Reason.PROTOCOL,
     "a row is too large for {plugin} to decode",
-    "drop the slot: cdc slot drop {slot}. It is made anew, and a sweep finds what it skips",
+    "nothing: it is tried again, and then the slot is made anew; a sweep finds what was written meanwhile",
 )
 _BAD_OPTIONS = _Row(
     Reason.PROTOCOL,
     "the server refuses to stream the slot {slot} with our options ({sqlstate})",
-    "look at the server's log; is {plugin} older than version 2.5?",
+    "look at the server's log",
     permanent=True,
 )
 _LINK = _Row(Reason.NETWORK, "the replication connection broke", _STREAM_AGAIN)
@@ -141,7 +168,8 @@ _OTHER = _Row(Reason.PROTOCOL, "the server ended streaming the slot {slot} ({sql
 _BY_CODE: Mapping[str, _Row] = {
     "08P01": _BAD_OPTIONS,
     "0A000": _BAD_OPTIONS,
-    "22023": _BAD_OPTIONS,
+    "22023": _PLUGIN_OLD,
+    "25006": _IN_RECOVERY,
     "42501": _NO_REPLICATION,
     "42601": _BAD_OPTIONS,
     "42602": _BAD_OPTIONS,
@@ -165,6 +193,12 @@ _BY_FUNCTION: Mapping[tuple[str, str], _Row] = {
     ("55000", "CheckSlotRequirements"): _NO_FREE_SLOT,
     ("0A000", "CheckLogicalDecodingRequirements"): _IN_RECOVERY,
     ("42501", "StartupDecodingContext"): _PLUGIN_REFUSED,
+    ("42704", "get_publication_oid"): _NOT_PUBLISHED_THEN,
+}
+_WHILE_PUBLISHING: Mapping[str, _Row] = {
+    "23505": _PUBLISHED_BY_OTHERS,
+    "42501": _PUBLICATION_MISSING,
+    "42710": _PUBLISHED_BY_OTHERS,
 }
 _WHILE_STREAMING: Mapping[str, _Row] = {
     # At the start it is the plugin's file, later a WAL segment's.
@@ -175,15 +209,14 @@ _WHILE_STREAMING: Mapping[str, _Row] = {
     "42704": _OTHER,
     "55000": _OTHER,
 }
+_DURING: Mapping[During, Mapping[str, _Row]] = {During.PUBLISH: _WHILE_PUBLISHING, During.STREAM: _WHILE_STREAMING}
 
 
 def classify(sqlstate: str | None, function: str | None, during: During, names: Names) -> StreamError:
     """What an ERROR or FATAL on the replication connection means; ``sqlstate`` None: the link itself broke."""
     if sqlstate is None or (sqlstate.startswith("08") and sqlstate != "08P01"):
         return _error(_LINK, names)
-    row = _BY_FUNCTION.get((sqlstate, function or ""))
-    if row is None and during is During.STREAM:
-        row = _WHILE_STREAMING.get(sqlstate)
+    row = _BY_FUNCTION.get((sqlstate, function or "")) or _DURING.get(during, {}).get(sqlstate)
     return _error(row or _BY_CODE.get(sqlstate, _OTHER), names, sqlstate)
 
 
@@ -197,6 +230,8 @@ def _error(row: _Row, names: Names, sqlstate: str = "") -> StreamError:
         "slot": names.slot,
         "plugin": names.plugin,
         "role": names.role.replace('"', '""'),
+        "database": names.database,
+        "publication": names.publication.replace('"', '""'),
         "sqlstate": sqlstate,
     }
     return StreamError(
@@ -237,6 +272,23 @@ class FoundSlot:
     database: str | None
     wal_status: str | None
     confirmed: Lsn | None
+    temporary: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the settings ask for, and what earlier attempts have taught.
+
+    ``plugins`` in the order in which they are tried, without those in ``refused``: the server has been asked, and
+    lacks or forbids them. ``stuck``: the slot was read several times and never came further.
+    """
+
+    plugins: tuple[str, ...] = PLUGINS
+    refused: tuple[str, ...] = ()
+    temporary: bool = False
+    may_create: bool = True
+    may_recreate: bool = True
+    stuck: bool = False
 
 
 class Step(StrEnum):
@@ -247,39 +299,66 @@ class Step(StrEnum):
     RECREATE = "recreate"
 
 
-def next_step(found: FoundSlot | None, server_end: Lsn, names: Names, *, may_create: bool) -> Step:
+def next_step(found: FoundSlot | None, server_end: Lsn, names: Names, wanted: Wanted) -> Step:
     """Raises StreamError for a slot that is missing and not ours to make, or not ours at all."""
     if found is None:
-        if may_create:
+        if wanted.may_create:
             return Step.CREATE
         hint = f"create it with: cdc slot create {names.slot}"
         raise StreamError(
             f"the slot {names.slot} does not exist", reason=Reason.SLOT_MISSING.value, hint=hint, permanent=True
         )
-    if found.plugin != names.plugin or found.database != names.database:
-        raise _not_ours(found, names)
-    if (broken := _broken(found, server_end, names)) is None:
+    if (foreign := _foreign(found, names, wanted)) is not None:
+        raise foreign
+    broken = _broken(found, server_end, names, wanted)
+    if broken is None:
         return Step.START
-    if may_create:
+    if wanted.may_recreate:
         return Step.RECREATE
-    hint = f"nothing is lost with it: cdc slot drop {names.slot}, then cdc slot create {names.slot}"
-    raise StreamError(broken, reason=Reason.SLOT_LOST.value, hint=hint, permanent=True)
+    reason, sentence = broken
+    hint = f"nothing is lost with it: cdc slot recreate {names.slot}"
+    raise StreamError(sentence, reason=reason.value, hint=hint, permanent=True)
 
 
-def _not_ours(found: FoundSlot, names: Names) -> StreamError:
-    kind = f"a slot of {found.plugin} in database {found.database}" if found.plugin else "a physical slot"
-    return StreamError(
-        f"the name {names.slot} belongs to {kind}, not to one of {names.plugin} in {names.database}",
-        reason=Reason.SLOT_MISSING.value,
-        hint="choose another name for our slot (CDC_SLOT_NAME); slot names are one for the whole server",
-        permanent=True,
-    )
+def _foreign(found: FoundSlot, names: Names, wanted: Wanted) -> StreamError | None:
+    if found.plugin not in PLUGINS or found.database != names.database:
+        kind = f"a slot of {found.plugin} in database {found.database}" if found.plugin else "a physical slot"
+        return _not_ours(
+            f"the name {names.slot} belongs to {kind}, not to a slot of ours in {names.database}",
+            "choose another name for our slot (CDC_SLOT_NAME); slot names are one for the whole server",
+        )
+    if found.plugin not in wanted.plugins + wanted.refused:
+        asked = wanted.plugins[0]
+        return _not_ours(
+            f"the slot {names.slot} is one of {found.plugin}, and the setting slot.plugin asks for {asked}",
+            f"cdc slot recreate {names.slot} --plugin {asked}, or slot.plugin = auto; no change is lost either way",
+        )
+    return None
 
 
-def _broken(found: FoundSlot, server_end: Lsn, names: Names) -> str | None:
-    if found.wal_status == "lost":
-        return f"the server has invalidated the slot {names.slot}: it fell too far behind"
+def _not_ours(sentence: str, hint: str) -> StreamError:
+    return StreamError(sentence, reason=Reason.SLOT_FOREIGN.value, hint=hint, permanent=True)
+
+
+def why_broken(found: FoundSlot, server_end: Lsn, names: Names, wanted: Wanted) -> str:
+    """A sentence about a slot of ours that is of no use; "" for one that can be read."""
+    broken = _broken(found, server_end, names, wanted)
+    return broken[1] if broken else ""
+
+
+def _broken(found: FoundSlot, server_end: Lsn, names: Names, wanted: Wanted) -> tuple[Reason, str] | None:
+    slot = names.slot
     # The server believes any confirmed position; from one ahead of its WAL on it delivers nothing, without an error.
-    if found.confirmed is not None and found.confirmed > server_end:
-        return f"the slot {names.slot} was confirmed ahead of the server's WAL and delivers nothing"
+    ahead = found.confirmed is not None and found.confirmed > server_end
+    if found.wal_status == "lost":
+        return Reason.SLOT_LOST, f"the server has invalidated the slot {slot}: it fell too far behind"
+    if ahead:
+        return Reason.SLOT_LOST, f"the slot {slot} was confirmed ahead of the server's WAL and delivers nothing"
+    if found.plugin in wanted.refused:
+        return Reason.PLUGIN_REFUSED, f"the slot {slot} needs {found.plugin}, which cannot be used"
+    # If both are temporary, START will say that another consumer reads it.
+    if wanted.temporary and not found.temporary:
+        return Reason.SLOT_FOREIGN, f"the slot {slot} is durable, and slot.mode asks for a temporary one"
+    if wanted.stuck:
+        return Reason.SLOT_STUCK, f"the stream of the slot {slot} ends at the same place at every start"
     return None

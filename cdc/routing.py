@@ -26,6 +26,8 @@ CHANGES = "changes"
 """Name of the parameter that makes a handler one for batches."""
 
 _BATCH = 100
+_GROUP = 50
+"""Beyond it the round trips shared are few, and what one failure undoes is much."""
 _LINGER_MAX_S = 10.0
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -41,6 +43,8 @@ class Handler:
     is_async: bool
     transactional: bool = False
     """It has a parameter ``connection``: it runs in a transaction that marks the change."""
+    group: int = 1
+    """How many of its changes may share a transaction, each with a call of its own."""
     pauses: bool = False
     """A dead letter of it holds back its key."""
     batch: int | None = None
@@ -51,11 +55,12 @@ class Handler:
     max_attempts: int | None = None
     timeout_s: float | None = None
 
-    def call(self, changes: Sequence[Change], **connection: Any) -> Any:
+    def call(self, changes: Sequence[Change], connection: Any = None) -> Any:
         """Call the function with one change, or with a batch."""
+        beside = {CONNECTION: connection} if self.transactional else {}
         if self.batch is None:
-            return self.function(changes[0], **connection)
-        return self.function(**{CHANGES: list(changes)}, **connection)
+            return self.function(changes[0], **beside)
+        return self.function(**{CHANGES: list(changes)}, **beside)
 
 
 class Router:
@@ -81,6 +86,7 @@ class Router:
         dead: Literal["skip", "pause"] = "skip",
         batch: int | None = None,
         linger: float = 0.0,
+        group: int | None = None,
         name: str | None = None,
     ) -> Callable[[Function], Function]:
         """Declare the handler of an entity type ("*": of every type without a rule of its own).
@@ -95,12 +101,15 @@ class Router:
         change it gets a list of up to ``batch`` (100 if not said), in seq order within a key; ``linger`` is how many
         seconds a batch that is not full waits for more. With a parameter named ``connection`` it is
         transactional: it gets a psycopg connection (async or not, as it is itself) in a transaction that has taken the
-        change and marks it processed before the commit, so that what it writes there happens exactly once.
+        change and marks it processed before the commit, so that what it writes there happens exactly once. Where many
+        such changes wait, up to ``group`` (50 if not said) share a transaction, each with its own call; if one of them
+        fails, all are rolled back and called again one by one. ``group=1``: each has a transaction of its own.
         """
         slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
         _positive("max_attempts", max_attempts)
         _positive("timeout", timeout)
         _positive("batch", batch)
+        _positive("group", group)
         if not 0 <= linger <= _LINGER_MAX_S:
             raise UsageError(f"router.on(..., linger={linger!r}): seconds, from 0 to {_LINGER_MAX_S:g}")
         if dead not in ("skip", "pause"):
@@ -113,6 +122,7 @@ class Router:
                 is_async=inspect.iscoroutinefunction(_unwrapped(function)),
                 transactional=_takes_connection(function),
                 pauses=dead == "pause",
+                group=_group(function, group),
                 batch=_batch(function, batch),
                 linger_s=linger,
                 model=model,
@@ -232,3 +242,14 @@ def _batch(function: Callable[..., Any], batch: int | None) -> int | None:
             hint="write it as def handler(changes)",
         )
     return (batch or _BATCH) if takes_many else None
+
+
+def _group(function: Callable[..., Any], group: int | None) -> int:
+    parameters = inspect.signature(function).parameters
+    grouped = CONNECTION in parameters and CHANGES not in parameters
+    if group is not None and not grouped:
+        raise UsageError(
+            f"handler {_name(function)} has group={group} and no transaction for one change to share",
+            hint="write it as def handler(change, connection); def handler(changes, connection) takes batch= instead",
+        )
+    return (group or _GROUP) if grouped else 1

@@ -2,6 +2,8 @@
 
     change(s) ──> handler? ──no──> Skipped
                     │ yes
+                  depth? ──too many causes──> Dead
+                    │
                   model? ──does not fit──> Dead
                     │
                   call ── returns ───────────────> Processed; Committed by a transactional handler
@@ -14,6 +16,10 @@ A batch goes the same way as one call. Of what it raises, ``Failed`` names the c
 ``Discard`` and the time limit are about all of them. Any other error is the fault of one of them, and nobody knows of
 which: so they are called one by one, at once, and a key ends where one of its changes failed.
 
+Changes of a transactional handler may share a transaction, each with its own call. If one of these fails, all are
+rolled back and run one by one as well; only when the handler has ended the transaction, nobody knows what of the others
+was committed, and none of them may run again.
+
 A handler in a thread cannot be stopped. When it overruns its limit that is reported at once, and the change stays
 running, its key shut, until the thread returns; then what it did decides: a return is a return, however late.
 """
@@ -22,21 +28,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from cdc import probe
 from cdc.errors import Discard, Failed, Retry
+from cdc.grouping import Grouping
 from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, holds_its_key
 from cdc.routing import Handler, Router
-from cdc.threads import Threads
+from cdc.threads import Job, Threads
 from cdc.transactions import AskTheTableError, EndedTransactionError, Errors, Transactions
-from cdc.verdict import OverrunError, Verdict
+from cdc.verdict import OverrunError, TooDeepError, Verdict
 
 log = logging.getLogger("cdc.handlers")
 
@@ -77,6 +86,10 @@ class Runner:
         self._metrics = metrics
         handlers = set(router.handlers.values())
         self._durations = {h.name: metrics.handler_duration.labels(h.name) for h in handlers}
+        self._sessions_lost = 0
+        self._jobs: dict[int, Job] = {}
+        """Calls in threads, by the first of their changes."""
+        self._groupings = {h.name: Grouping(h.group) for h in handlers if h.group > 1}
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
 
     def handler(self, change: Change) -> Handler | None:
@@ -87,15 +100,29 @@ class Runner:
         handler = self.handler(change)
         return handler is not None and handler.transactional
 
+    def group_limit(self, handler: Handler) -> int:
+        """How many changes may share the handler's next transaction."""
+        grouping = self._groupings.get(handler.name)
+        return grouping.limit if grouping else 1
+
     def in_thread(self, change: Change) -> bool:
-        """Whether the change's handler, once started, can be cut off no more."""
-        handler = self.handler(change)
-        return handler is not None and not handler.is_async
+        """Whether its handler is at work in a thread, where it can be cut off no more."""
+        job = self._jobs.get(change.seq)
+        return job is not None and job.started_at is not None
 
     def interrupted(self, change: Change) -> None:
         """The call was cut off."""
         if handler := self.handler(change):
             self._metrics.handled(change.entity_type, handler.name, "interrupted")
+
+    def session_lost(self) -> None:
+        """Nothing more is to start of what is under way."""
+        self._sessions_lost += 1
+
+    def after_crash(self, change: Change) -> Outcome | None:
+        """The outcome of a change whose attempts have all ended with their process; None: it is to run."""
+        handler = self.handler(change)
+        return self._verdict.after_crash(handler, change) if handler else None
 
     async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
         """One attempt at the handler's changes: one, or a batch. A change may have no outcome: not tried.
@@ -108,18 +135,33 @@ class Runner:
             return dict.fromkeys(changes, Skipped())
         probe.here("run.before_handler")
         outcomes: dict[Change, Outcome] = {}
+        if any(change.chain for change in changes):
+            changes = self._refuse_deep(handler, changes, outcomes)
         given = changes
         if adapter := self._adapters.get(handler.name):
             changes, given = self._validate(handler, adapter, changes, outcomes)
+        shut = {change.key for change, outcome in outcomes.items() if handler.transactional or holds_its_key(outcome)}
+        if shut:
+            pairs = [(c, g) for c, g in zip(changes, given, strict=True) if c.key not in shut]
+            changes, given = [c for c, _ in pairs], [g for _, g in pairs]
         if changes:
             clock = asyncio.get_running_loop().time
             started = clock()
             outcomes |= await self._attempt(handler, changes, given)
-            self._durations[handler.name].observe(clock() - started)
+            self._took(handler, changes, clock() - started)
         for change, outcome in outcomes.items():
             self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
         probe.here("run.after_handler")
         return outcomes
+
+    def _refuse_deep(
+        self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
+    ) -> list[Change]:
+        """The changes that may run; of those with too many causes the outcome."""
+        outcomes |= {
+            change: self._verdict.on(handler, change, TooDeepError(change)) for change in changes if change.chain
+        }
+        return [change for change in changes if not change.chain]
 
     def _validate(
         self, handler: Handler, adapter: TypeAdapter[Any], changes: Sequence[Change], outcomes: dict[Change, Outcome]
@@ -135,12 +177,21 @@ class Runner:
                 outcomes[change] = self._verdict.on(handler, change, error)
         return fitting, given
 
+    def _took(self, handler: Handler, changes: Sequence[Change], seconds: float) -> None:
+        calls = len(_calls(handler, changes))
+        for _ in range(calls):
+            self._durations[handler.name].observe(seconds / calls)
+
     async def _attempt(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
     ) -> dict[Change, Outcome]:
         marked_at: datetime | None = None
+        grouping = self._groupings.get(handler.name)
+        started = time.monotonic()
         try:
             marked_at, errors = await self._call(handler, changes, given)
+            if grouping:
+                grouping.committed(len(changes), time.monotonic() - started)
         except AskTheTableError:
             raise
         except asyncio.CancelledError as cancelled:
@@ -148,7 +199,9 @@ class Runner:
                 raise
             errors = {change.seq: cancelled for change in changes}
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
-            if len(changes) > 1 and not isinstance(error, _ABOUT_ALL):
+            if len(changes) > 1 and not isinstance(error, _ABOUT_ALL if handler.batch else EndedTransactionError):
+                if grouping:
+                    grouping.rolled_back()
                 return await self._one_by_one(handler, changes, given)
             errors = {change.seq: error for change in changes}
         done: Outcome = Committed(marked_at) if marked_at else _PROCESSED
@@ -162,12 +215,19 @@ class Runner:
     async def _one_by_one(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
     ) -> dict[Change, Outcome]:
+        probe.here("run.before_one_by_one")
         outcomes: dict[Change, Outcome] = {}
         held: set[Key] = set()
+        session = self._sessions_lost
         for change, one in zip(changes, given, strict=True):
+            if session != self._sessions_lost:
+                break  # one in a thread could not be cut off; the next need not start
             if change.key not in held:
                 outcomes |= await self._attempt(handler, [change], [one])
-                if holds_its_key(outcomes[change]):
+                # What a transactional one leaves to the settle is not marked yet when its successor would be.
+                if holds_its_key(outcomes[change]) or (
+                    handler.transactional and not isinstance(outcomes[change], Committed)
+                ):
                     held.add(change.key)
         return outcomes
 
@@ -181,7 +241,8 @@ class Runner:
         try:
             async with asyncio.timeout(limit_s) as limit:
                 if handler.transactional:
-                    return await self._transactions.run(changes, lambda c: _on_loop(handler, given, connection=c))
+                    calls = [partial(_on_loop, handler, part) for part in _calls(handler, given)]
+                    return await self._transactions.run(changes, calls)
                 return None, await _on_loop(handler, given)
         except TimeoutError as error:
             if not limit.expired():
@@ -193,10 +254,11 @@ class Runner:
     ) -> tuple[datetime | None, Errors]:
         def call() -> tuple[datetime | None, Errors]:
             if handler.transactional:
-                return self._transactions.run_in_thread(changes, lambda c: _in_thread(handler, given, connection=c))
+                calls = [partial(_in_thread, handler, part) for part in _calls(handler, given)]
+                return self._transactions.run_in_thread(changes, calls)
             return None, _in_thread(handler, given)
 
-        job = self._threads.submit(call)
+        job = self._jobs[changes[0].seq] = self._threads.submit(call)
         try:
             if not await job.returns_within(limit_s):
                 self._verdict.count(handler, "timeout")
@@ -207,21 +269,28 @@ class Runner:
                 )  # fmt: skip
             return cast("tuple[datetime | None, Errors]", await job.future)
         except asyncio.CancelledError:
-            job.future.cancel()  # nobody will ask for the answer
+            job.call_off()
             raise
+        finally:
+            del self._jobs[changes[0].seq]
 
 
-async def _on_loop(handler: Handler, given: Sequence[Change], **connection: Any) -> Errors:
+def _calls(handler: Handler, given: Sequence[Change]) -> list[Sequence[Change]]:
+    """What each call of the handler gets: a batch all at once."""
+    return [given] if handler.batch else [[change] for change in given]
+
+
+async def _on_loop(handler: Handler, given: Sequence[Change], *connection: Any) -> Errors:
     try:
-        await handler.call(given, **connection)
+        await handler.call(given, *connection)
     except Failed as failed:
         return failed.errors
     return _NONE
 
 
-def _in_thread(handler: Handler, given: Sequence[Change], **connection: Any) -> Errors:
+def _in_thread(handler: Handler, given: Sequence[Change], *connection: Any) -> Errors:
     try:
-        handler.call(given, **connection)
+        handler.call(given, *connection)
     except Failed as failed:
         return failed.errors
     return _NONE

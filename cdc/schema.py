@@ -11,7 +11,7 @@ temporary schema, asks the server's catalogs about both, rolls back, and compare
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from psycopg import errors, sql
 
 from cdc import probe
 from cdc.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
-from cdc.model import message_prefix
+from cdc.model import message_prefix, publication_name
 
 LOCK_TIMEOUT = "5s"
 """How long DDL waits for a table's lock. Writers queue behind it: longer would be an outage for the application."""
@@ -61,7 +61,8 @@ class Migration:
     version: int
     name: str
     template: str
-    """SQL with ``@schema@`` (an identifier), ``@schema_literal@`` and ``@prefix_literal@`` (literals) in it."""
+    """SQL in which ``@schema@`` and ``@publication@`` stand for identifiers, ``@schema_literal@``,
+    ``@publication_literal@`` and ``@prefix_literal@`` for literals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,16 @@ def _folder() -> Path:
     """``cdc/sql`` in a wheel; an editable install leaves ``sql`` beside the package."""
     package = Path(__file__).parent
     return next(path for path in (package / "sql", package.parent / "sql") if path.is_dir())
+
+
+def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> None:
+    """Have ``say`` called with what the server warns of, and its hint: an installation may be less than whole."""
+
+    def pass_on(notice: errors.Diagnostic) -> None:
+        if notice.severity_nonlocalized == "WARNING":
+            say(f"{notice.message_primary}; {notice.message_hint or 'see the server log'}")
+
+    connection.add_notice_handler(pass_on)
 
 
 def install(connection: psycopg.Connection, schema: str) -> list[Migration]:
@@ -247,13 +258,24 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "publish_change", "(text, text, text, jsonb, jsonb, jsonb)"),
         ("FUNCTION", "capture_entity_change", "()"),
         ("TABLE", "entity_changes", ""),
+        ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),
     )
     for kind, name, arguments in objects:
         connection.execute(
             sql.SQL("DROP {} IF EXISTS {}{}").format(sql.SQL(kind), sql.Identifier(schema, name), sql.SQL(arguments))
         )
-    return [f"{kind.lower()} {schema}.{name}" for kind, name, _ in objects]
+    return [f"{kind.lower()} {schema}.{name}" for kind, name, _ in objects] + _drop_publication(connection, schema)
+
+
+def _drop_publication(connection: psycopg.Connection, schema: str) -> list[str]:
+    """One that another role has made, such as a consumer's, stays: it publishes nothing."""
+    name = publication_name(schema)
+    ours = "SELECT FROM pg_catalog.pg_publication WHERE pubname = %s AND pg_catalog.pg_has_role(pubowner, 'USAGE')"
+    if not connection.execute(ours, [name]).fetchall():
+        return []
+    connection.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(name)))
+    return [f"publication {name}"]
 
 
 def render(template: str, schema: str, *, rings_for: str | None = None) -> str:
@@ -262,6 +284,8 @@ def render(template: str, schema: str, *, rings_for: str | None = None) -> str:
         "@schema@": sql.Identifier(schema).as_string(),
         "@schema_literal@": _literal(schema),
         "@prefix_literal@": _literal(message_prefix(rings_for or schema)),
+        "@publication@": sql.Identifier(publication_name(schema)).as_string(),
+        "@publication_literal@": _literal(publication_name(schema)),
     }
     # In one pass: a schema may be called @schema_literal@.
     return re.sub("|".join(values), lambda match: values[match[0]], template)

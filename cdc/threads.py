@@ -22,6 +22,12 @@ class Job:
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Any] = self.loop.create_future()
         self.started_at: float | None = None  # written by the thread, read by the event loop
+        self.called_off = False
+
+    def call_off(self) -> None:
+        """Nobody wants the answer, nor the call if it has not begun. One that has begun goes on; nothing stops it."""
+        self.called_off = True
+        self.future.cancel()
 
     async def returns_within(self, limit_s: float | None) -> bool:
         """Whether the call ends within so many seconds of its start; waiting for a free thread does not count."""
@@ -44,7 +50,7 @@ class Threads:
         self._busy = 0
 
     def submit(self, call: Callable[[], Any]) -> Job:
-        """Run ``call`` in a thread. Cancelling its future does not stop it; nothing can."""
+        """Run ``call`` in a thread."""
         job = Job(call)
         self._busy += 1
         job.future.add_done_callback(self._returned)
@@ -64,6 +70,8 @@ class Threads:
 
     def _run(self) -> None:
         while job := self._jobs.get():
+            if job.called_off:
+                continue
             job.started_at = time.monotonic()
             result: Any = None
             error: BaseException | None = None

@@ -11,12 +11,14 @@ import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from cdc.errors import NotFoundError
+from cdc.errors import NotFoundError, RefusedError
+from cdc.installations import Installation, find_installation
 
 _DURABLE: Mapping[str, str] = {
     "wal_level": "logical",
@@ -29,30 +31,7 @@ _DURABLE: Mapping[str, str] = {
 }
 # synchronous_commit stays on: without it a commit waits up to 200 ms to be flushed, and only then does the slot ring.
 _FAST: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
-
-
-def find_bindir() -> Path:
-    """The newest PostgreSQL on this machine that has wal2json, else the newest without."""
-    named = os.environ.get("PG_BINDIR")
-    candidates = [Path(named)] if named else sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version)[::-1]
-    found = [path for path in candidates if (path / "initdb").exists()]
-    if not found:
-        raise NotFoundError(
-            "no PostgreSQL server programs on this machine",
-            hint="install postgresql and postgresql-NN-wal2json, or set PG_BINDIR to the folder of initdb",
-        )
-    return next((path for path in found if has_wal2json(path)), found[0])
-
-
-def _version(bindir: Path) -> float:
-    try:
-        return float(bindir.parent.name)
-    except ValueError:
-        return 0.0
-
-
-def has_wal2json(bindir: Path) -> bool:
-    return (bindir.parent / "lib" / "wal2json.so").exists()
+_LOCALE = "C" if sys.platform == "darwin" else "C.UTF-8"  # macOS has no C.UTF-8
 
 
 def free_port() -> int:
@@ -65,12 +44,21 @@ class Server:
     """One cluster in a temporary folder. ``with Server() as server: connect(server.dsn())``.
 
     ``durable=False`` turns fsync off: for tests that do not crash the server. ``tcp=True`` also listens on a free
-    port of 127.0.0.1. ``settings`` are written to postgresql.conf.
+    port of 127.0.0.1. ``settings`` are written to postgresql.conf. ``binaries`` are the programs to run; the best
+    there are, unless given. Raises NotFoundError where there are none.
     """
 
-    def __init__(self, *, durable: bool = True, tcp: bool = False, settings: Mapping[str, str] | None = None) -> None:
-        self.bindir = find_bindir()
-        self.wal2json = has_wal2json(self.bindir)
+    def __init__(
+        self,
+        *,
+        durable: bool = True,
+        tcp: bool = False,
+        settings: Mapping[str, str] | None = None,
+        binaries: Installation | None = None,
+    ) -> None:
+        self.installation = binaries or find_installation()
+        self.bindir = self.installation.bindir
+        self.wal2json = self.installation.wal2json
         self.port = free_port() if tcp else 5432
         self.tcp = tcp
         self.folder = Path(tempfile.mkdtemp(prefix="cdc", dir="/tmp"))
@@ -119,8 +107,9 @@ class Server:
     def _create(self) -> None:
         if self._user:
             os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
+            self._bring_within_reach(self._user)
         self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8",
-                  "--locale", "C.UTF-8")  # fmt: skip
+                  "--locale", _LOCALE)  # fmt: skip
         settings = {
             **self._settings,
             "port": str(self.port),
@@ -131,6 +120,20 @@ class Server:
             # Unknown to minors before August 2026, where naming it is fatal; needed from then on.
             settings["output_plugin_libraries"] = "pgoutput, test_decoding, wal2json"
         self.configure(**settings)
+
+    def _bring_within_reach(self, user: pwd.struct_passwd) -> None:
+        """A copy of the wheel's programs, where an environment that root made for itself is closed to ``user``."""
+        try:
+            self._run("postgres", "--version")
+        except PermissionError:
+            if not self.installation.wheel:
+                raise RefusedError(
+                    f"the server would run as {user.pw_name}, who may not use the programs in {self.bindir}",
+                    hint="let others read that folder and those above it, or run this as an ordinary user",
+                ) from None
+            self.bindir = _copy_of_wheel(self.bindir, self.folder / "programs")
+            for path in (self.folder / "programs", *(self.folder / "programs").rglob("*")):
+                os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
 
     def _knows(self, setting: str) -> bool:
         described = self._run("postgres", "--describe-config").stdout
@@ -146,6 +149,16 @@ class Server:
 
     def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _copy_of_wheel(bindir: Path, target: Path) -> Path:
+    """The folder of the programs in the copy: they find their libraries beside the package, by a relative path."""
+    package = bindir.parent.parent
+    shutil.copytree(bindir.parent, target / package.name / bindir.parent.name, ignore=shutil.ignore_patterns("include"))
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, target / libraries.name)
+    return target / package.name / bindir.parent.name / bindir.name
 
 
 def _unprivileged_user() -> pwd.struct_passwd:

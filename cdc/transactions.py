@@ -7,6 +7,11 @@ two consumers believe they own the shard. Nothing taken means that somebody else
 done. Then, and when the connection dies (the answer to a COMMIT may be lost with it), only the table knows what
 became of the change: ``AskTheTableError`` has its key read anew.
 
+Several changes may share a transaction: the calls follow each other in it, and the marks are one statement. If one of
+them fails, nothing of any is committed, and whoever asked runs them one by one.
+
+What the handler writes to tracked tables is caused by its change: the setting ``cdc.cause`` tells the capture trigger.
+
 Connections come from pools that open them as they are needed: one for async handlers, one for those in threads.
 """
 
@@ -20,6 +25,7 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
 from cdc import probe
 from cdc.connect import pool_arguments
+from cdc.metrics import CONNECTION_KINDS, Metrics
 from cdc.model import Change
 from cdc.outbox.store import Store
 from cdc.routing import Handler
@@ -67,19 +73,36 @@ class Transactions:
         await self._async.close()
         self._sync.close()
 
-    async def run(
-        self, changes: Sequence[Change], call: Callable[[psycopg.AsyncConnection], Awaitable[Errors]]
-    ) -> tuple[datetime | None, Errors]:
-        """Run an async handler. What ``call`` returns are the changes that failed by themselves, by seq.
+    def show(self, metrics: Metrics) -> None:
+        """Bring the gauges up to date."""
+        for kind, pool in zip(CONNECTION_KINDS, (self._async, self._sync), strict=True):
+            stats = pool.get_stats()
+            idle = stats["pool_available"]
+            metrics.show_connections(kind, busy=stats["pool_size"] - idle, idle=idle, wanted=stats["requests_waiting"])
 
-        Returns when the others were marked, by the database's clock (None: there were none), and those errors.
+    async def run(
+        self, changes: Sequence[Change], calls: Sequence[Callable[[psycopg.AsyncConnection], Awaitable[Errors]]]
+    ) -> tuple[datetime | None, Errors]:
+        """Run an async handler: one call for all the changes, or one for each of them.
+
+        What the one call returns are the changes that failed by themselves, by seq. Returns when the others were
+        marked, by the database's clock (None: there were none), and those errors.
         """
+        errors: Errors = {}
         try:
             async with self._async.connection() as connection:
                 try:
                     async with connection.transaction():
-                        xid = _taken(changes, await (await connection.execute(*self._store.take(changes))).fetchall())
-                        errors = await call(connection)
+                        cursor = await connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
+                        xid = _taken(changes, await cursor.fetchall())
+                        probe.here("run.after_take")
+                        for number, call in enumerate(calls):
+                            if number:
+                                probe.here("run.between_calls")
+                                await connection.execute(*self._store.cause(changes[number]))
+                            errors = await call(connection)
+                            _alone_only(errors, calls)
+                        probe.here("run.before_mark")
                         done = [change for change in changes if change.seq not in errors]
                         at = _marked(done, await (await connection.execute(*self._store.mark(done, xid))).fetchall())
                         probe.here("run.before_commit")
@@ -91,15 +114,24 @@ class Transactions:
         return at, errors
 
     def run_in_thread(
-        self, changes: Sequence[Change], call: Callable[[psycopg.Connection], Errors]
+        self, changes: Sequence[Change], calls: Sequence[Callable[[psycopg.Connection], Errors]]
     ) -> tuple[datetime | None, Errors]:
         """``run`` for a handler that is not async; called in its thread."""
+        errors: Errors = {}
         try:
             with self._sync.connection() as connection:
                 try:
                     with connection.transaction():
-                        xid = _taken(changes, connection.execute(*self._store.take(changes)).fetchall())
-                        errors = call(connection)
+                        cursor = connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
+                        xid = _taken(changes, cursor.fetchall())
+                        probe.here("run.after_take")
+                        for number, call in enumerate(calls):
+                            if number:
+                                probe.here("run.between_calls")
+                                connection.execute(*self._store.cause(changes[number]))
+                            errors = call(connection)
+                            _alone_only(errors, calls)
+                        probe.here("run.before_mark")
                         done = [change for change in changes if change.seq not in errors]
                         at = _marked(done, connection.execute(*self._store.mark(done, xid)).fetchall())
                         probe.here("run.before_commit")
@@ -109,6 +141,17 @@ class Transactions:
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
         return at, errors
+
+
+def _first_cause(changes: Sequence[Change], calls: Sequence[object]) -> Change:
+    """Of one call for many changes the deepest is the cause of what it writes, so that no loop hides in a batch."""
+    return changes[0] if len(calls) > 1 else max(changes, key=lambda change: change.depth)
+
+
+def _alone_only(errors: Errors, calls: Sequence[object]) -> None:
+    """``Failed`` from one of several calls: what that call wrote goes, and with it what the others did."""
+    if errors and len(calls) > 1:
+        raise next(iter(errors.values()))
 
 
 def _taken(changes: Sequence[Change], rows: Sequence[tuple[object, ...]]) -> str:

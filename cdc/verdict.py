@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from uuid import UUID
 
 from pydantic import ValidationError
 
@@ -27,8 +29,45 @@ class OverrunError(Exception):
     """The handler's time limit passed."""
 
 
+class CrashedError(Exception):
+    """The process ended while the handler ran, which the handler's own process cannot tell any more."""
+
+    def __init__(self, handler: Handler, times: int) -> None:
+        super().__init__(
+            f"the consumer's process ended while the handler {handler.name} ran for this change, {times} times:"
+            " os._exit, a crash in C code, memory that ran out, kill -9"
+        )
+
+
+class TooDeepError(Exception):
+    """The change has more causes than a consumer follows: it is not handled at all."""
+
+    def __init__(self, change: Change) -> None:
+        self.told = f"a chain of {change.depth + 1} changes, deeper than max_chain_depth allows"
+        super().__init__(f"{self.told}; does a handler write what it listens to? {change.chain}")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An attempt that failed, as the log tells it: ``told`` is class and place, and nothing of the row.
+
+    ``at`` in seconds of the epoch. ``again_in_s`` is None where the change is now a dead letter.
+    """
+
+    at: float
+    handler: str
+    told: str
+    entity_type: str
+    id: UUID
+    attempt: int
+    again_in_s: float | None
+
+
 class Verdict:
-    """``policy`` holds where a handler names no attempts of its own; ``dice`` draws the jitter."""
+    """``policy`` holds where a handler names no attempts of its own; ``dice`` draws the jitter.
+
+    ``failed`` hears of each failure.
+    """
 
     def __init__(
         self,
@@ -37,12 +76,14 @@ class Verdict:
         *,
         hooks: Hooks,
         metrics: Metrics,
+        failed: Callable[[Failure], None] | None = None,
         dice: Callable[[], float] = random.random,
     ) -> None:
         self._policy = policy
         self._policies = {h.name: replace(policy, max_attempts=h.max_attempts) for h in handlers if h.max_attempts}
         self._hooks = hooks
         self._metrics = metrics
+        self._failed = failed
         self._dice = dice
 
     def on(self, handler: Handler, change: Change, error: BaseException) -> Outcome:
@@ -54,8 +95,15 @@ class Verdict:
         self._hooks.failed(change, error)
         policy = self._policies.get(handler.name, self._policy)
         wait_s = delay_s(policy, change.attempt, self._dice(), error.after if isinstance(error, Retry) else None)
-        # What does not fit will not fit the next time; what was committed without its mark would be done twice.
-        if wait_s is None or isinstance(error, ValidationError | EndedTransactionError):
+        # What does not fit, or is too deep, will be so the next time; what was committed without its mark would be done
+        # twice.
+        if isinstance(error, ValidationError | EndedTransactionError | TooDeepError):
+            wait_s = None
+        if kind and self._failed:
+            self._failed(
+                Failure(time.time(), handler.name, _told(error), change.entity_type, change.id, change.attempt, wait_s)
+            )
+        if wait_s is None:
             log.error(
                 "handler %s: %s on change %s of %s, attempt %d: now a dead letter; its last_error says more",
                 handler.name, _told(error), change.id, change.entity_type, change.attempt,
@@ -67,6 +115,18 @@ class Verdict:
             handler.name, _told(error), change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
         )  # fmt: skip
         return Waiting(wait_s, _cut(_text(handler, error)))
+
+    def after_crash(self, handler: Handler, change: Change) -> Outcome | None:
+        """The process of the attempt before has ended. None: there are attempts left."""
+        policy = self._policies.get(handler.name, self._policy)
+        if change.attempt > policy.max_attempts:
+            return self.on(handler, change, CrashedError(handler, policy.max_attempts))
+        self.count(handler, "crash")
+        log.info(
+            "handler %s: the process ended while change %s of %s was running; attempt %d of %d is made alone",
+            handler.name, change.id, change.entity_type, change.attempt, policy.max_attempts,
+        )  # fmt: skip
+        return None
 
     def count(self, handler: Handler, kind: str) -> None:
         """One of metrics.ERROR_KINDS."""
@@ -82,14 +142,20 @@ def _kind(error: BaseException) -> str | None:
             return "timeout"
         case ValidationError():
             return "validation"
+        case CrashedError():
+            return "crash"
+        case TooDeepError():
+            return "depth"
     return "exception"
 
 
 def _told(error: BaseException) -> str:
     """What a log line may say of it."""
     match error:
-        case OverrunError() | EndedTransactionError():
+        case OverrunError() | EndedTransactionError() | CrashedError():
             return str(error)
+        case TooDeepError():
+            return error.told
         case ValidationError():
             return "the row does not fit the model"
         case Retry():
@@ -100,7 +166,7 @@ def _told(error: BaseException) -> str:
 def _text(handler: Handler, error: BaseException) -> str:
     """For last_error. A misfit tells where and why, without the values: they are the row's content, and stand in it."""
     match error:
-        case Retry() | OverrunError() | EndedTransactionError():
+        case Retry() | OverrunError() | EndedTransactionError() | TooDeepError() | CrashedError():
             return str(error)
         case ValidationError():
             faults = error.errors(include_input=False, include_url=False, include_context=False)

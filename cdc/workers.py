@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
+from cdc.careful import Careful
 from cdc.lanes import Lanes
 from cdc.model import Change, Outcome
 from cdc.routing import Handler
@@ -23,13 +25,14 @@ _CHANGES_PER_TURN = 100
 """Handlers that never wait would otherwise keep the event loop from everything else for a whole window."""
 
 
+_FREE = contextlib.nullcontext()
 _CUT_OFF_S = 5.0
 _ASK_AGAIN_S = 0.1
 """Who has the change, or a server that is away, needs a moment; the key stays shut meanwhile."""
 
 
 class Workers:
-    """At most ``concurrency`` of them.
+    """At most ``concurrency`` of them; ``connections`` for transactional handlers.
 
     ``finished`` is called after each outcome, ``read_anew`` when the lanes want a key to be read again.
     """
@@ -40,15 +43,26 @@ class Workers:
         runner: Runner,
         concurrency: int,
         *,
+        connections: int,
+        careful: Careful,
         finished: Callable[[Change, Outcome], None],
         read_anew: Callable[[], None],
     ) -> None:
         self._lanes = lanes
         self._runner = runner
         self._concurrency = concurrency
+        self._connections = connections
+        self._careful = careful
+        # Of each kind of handler as many as there are connections, so that a group is made when it can begin.
+        self._transactions = {is_async: asyncio.Semaphore(connections) for is_async in (True, False)}
         self._finished = finished
         self._read_anew = read_anew
         self._tasks: dict[asyncio.Task[None], list[Change]] = {}
+        self._aside: set[asyncio.Task[None]] = set()
+        """Those of the tasks that are no workers: suspects, which run one at a time."""
+        self._alone = asyncio.Lock()
+        self._later: deque[Change] = deque()
+        """What may kill the process as well, and would be blamed on the suspect that happens to run."""
         self._stopped = False
         self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
         """Batches that wait for more, and how to tell them that they are full."""
@@ -60,7 +74,9 @@ class Workers:
         """Start workers for what is ready."""
         if self._stopped:
             return
-        for _ in range(min(self._lanes.ready, self._concurrency - len(self._tasks))):
+        workers = len(self._tasks) - len(self._aside)
+        ready = self._lanes.ready + (0 if self._aside else len(self._later))
+        for _ in range(min(ready, self._concurrency - workers)):
             task = asyncio.create_task(self._work())
             self._tasks[task] = []
             task.add_done_callback(self._ended)
@@ -68,6 +84,7 @@ class Workers:
     async def drain(self, seconds: float) -> None:
         """Start nothing more; give what runs so much time, then cut it off."""
         self._stopped = True
+        self._put_back()
         if not self._tasks:
             return
         log.info("stopping: %d handlers have %g s to finish", len(self._tasks), seconds)
@@ -76,7 +93,9 @@ class Workers:
 
     async def session_lost(self) -> None:
         """Cut off what can be. A call in a thread goes on; its key stays shut until it returns."""
-        in_thread = {task for task, batch in self._tasks.items() if batch and self._runner.in_thread(batch[0])}
+        self._put_back()
+        self._runner.session_lost()
+        in_thread = {task for task, batch in self._tasks.items() if any(map(self._runner.in_thread, batch))}
         if in_thread:
             log.warning("%d handlers in threads go on without their session; their keys wait for them", len(in_thread))
         await self._cut_off([task for task in self._tasks if task not in in_thread])
@@ -97,39 +116,91 @@ class Workers:
         task = asyncio.current_task()
         assert task is not None
         turns = 0
-        while not self._stopped and (change := self._lanes.start()):
+        while not self._stopped and (change := self._next()):
             handler = self._runner.handler(change)
+            if change.crashed:
+                self._set_aside(change)
+                continue
+            if self._aside and self._careful.wants(change):
+                self._later.append(change)
+                continue
             if self._lingering and handler is not None and handler in self._lingering:
                 self._join(handler, change)
                 continue
             self._tasks[task] = batch = [change]
-            try:
-                if handler is not None and handler.batch is not None:
-                    await self._gather(handler, handler.batch, batch)
-                outcomes = await self._runner.run(handler, batch)
-            except asyncio.CancelledError:
-                self._leave(batch)
-                raise
-            except AskTheTableError as unknown:
-                log.info("change %s of %s is read anew: %s", change.id, change.entity_type, unknown)
-                try:
-                    await _for(_ASK_AGAIN_S, asyncio.Event())
-                finally:
-                    self._leave(batch)  # also when the session is lost meanwhile: else its key would stay shut
-                continue
-            for one in batch:  # in seq order within a key: so they are settled
-                if outcome := outcomes.get(one):
-                    self._lanes.finished(one, outcome)
-                    self._finished(one, outcome)
-            if len(outcomes) < len(batch):
-                self._leave([one for one in batch if one not in outcomes])
+            await self._attend(handler, batch)
             turns += 1
             if turns % _CHANGES_PER_TURN == 0:
                 await _OtherTasks()
 
-    async def _gather(self, handler: Handler, limit: int, batch: list[Change]) -> None:
-        """Fill a batch for a handler that takes many."""
-        self._lanes.start_with(batch, limit, lambda other: self._runner.handler(other) is handler)
+    def _next(self) -> Change | None:
+        return self._later.popleft() if self._later and not self._aside else self._lanes.start()
+
+    async def _attend(self, handler: Handler | None, batch: list[Change]) -> None:
+        """Run a change, or the batch that is gathered around it, and report."""
+        try:
+            async with self._transactions[handler.is_async] if handler and handler.transactional else _FREE:
+                if handler is not None:
+                    await self._gather(handler, batch)
+                    await self._careful.starts(batch)
+                outcomes = await self._runner.run(handler, batch)
+        except asyncio.CancelledError:
+            self._leave(batch)
+            raise
+        except AskTheTableError as unknown:
+            log.info("change %s of %s is read anew: %s", batch[0].id, batch[0].entity_type, unknown)
+            try:
+                await _for(_ASK_AGAIN_S, asyncio.Event())
+            finally:
+                self._leave(batch)  # also when the session is lost meanwhile: else its key would stay shut
+            return
+        self._careful.ended(batch)
+        self._report(batch, outcomes)
+
+    def _put_back(self) -> None:
+        while self._later:
+            self._leave([self._later.popleft()])
+
+    def _report(self, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]) -> None:
+        for one in batch:  # in seq order within a key: so they are settled
+            if outcome := outcomes.get(one):
+                self._lanes.finished(one, outcome)
+                self._finished(one, outcome)
+        if len(outcomes) < len(batch):
+            self._leave([one for one in batch if one not in outcomes])
+
+    def _set_aside(self, change: Change) -> None:
+        """A suspect runs alone; it waits for its turn without keeping a worker."""
+        self._lanes.set_aside(change)
+        task = asyncio.create_task(self._attend_alone(change))
+        self._tasks[task] = [change]
+        self._aside.add(task)
+        task.add_done_callback(self._ended)
+
+    async def _attend_alone(self, change: Change) -> None:
+        try:
+            await self._alone.acquire()
+        except asyncio.CancelledError:
+            self._leave([change])
+            raise
+        try:
+            if self._stopped:
+                self._leave([change])
+            elif outcome := self._runner.after_crash(change):
+                self._report([change], {change: outcome})
+            else:
+                await self._attend(self._runner.handler(change), [change])
+        finally:
+            self._alone.release()
+
+    async def _gather(self, handler: Handler, batch: list[Change]) -> None:
+        """Fill a batch for a handler that takes many, or a group that shares a transaction."""
+        limit = handler.batch or self._runner.group_limit(handler)
+        if limit == 1 or batch[0].crashed:
+            return
+        if handler.batch is None:
+            limit = min(limit, 1 + self._lanes.waiting_like(batch[0]) // self._connections)
+        self._lanes.start_with(batch, limit, self._for(handler))
         if handler.linger_s and len(batch) < limit and handler not in self._lingering:
             full = asyncio.Event()
             self._lingering[handler] = waiting = batch, full
@@ -144,10 +215,14 @@ class Workers:
         batch, full = self._lingering[handler]
         batch.append(change)
         limit = handler.batch or 1
-        self._lanes.start_with(batch, limit, lambda other: self._runner.handler(other) is handler)
+        self._lanes.start_with(batch, limit, self._for(handler))
         if len(batch) >= limit:
             full.set()
             del self._lingering[handler]
+
+    def _for(self, handler: Handler) -> Callable[[Change], bool]:
+        """What may run together with others of this handler."""
+        return lambda change: self._runner.handler(change) is handler and not change.crashed
 
     def _leave(self, batch: Iterable[Change]) -> None:
         """Without an outcome: the table knows what came of these."""
@@ -157,6 +232,7 @@ class Workers:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
+        self._aside.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.critical("a worker failed; this is a bug", exc_info=error)
         self.hand_out()

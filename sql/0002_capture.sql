@@ -25,6 +25,9 @@ DECLARE
   v_options CONSTANT jsonb := nullif(TG_ARGV[1], '');
   v_key jsonb := v_options -> 'key';
   v_exclude CONSTANT jsonb := v_options -> 'exclude';
+  v_cause CONSTANT text := current_setting('cdc.cause', true);
+  v_caused_by uuid;
+  v_depth integer := 0;
   v_table_schema name := TG_TABLE_SCHEMA;
   v_table_name name := TG_TABLE_NAME;
   v_root oid;
@@ -120,11 +123,19 @@ BEGIN
     END IF;
   END IF;
 
+  -- Who writes in the name of a change says so by this setting: "its id,its depth" (cdc.model.Change.cause). Anybody may
+  -- set it to anything, and that must not fail the application's write. Nine digits and one more are an integer still,
+  -- and at the top the depth stands still.
+  IF v_cause ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
+    v_caused_by := left(v_cause, 36);
+    v_depth := least(substr(v_cause, 38)::integer, 999999998) + 1;
+  END IF;
+
   -- Readers conclude from transaction ids whether a lower seq may still appear, so this transaction has its id before it
   -- draws the number. In an AFTER trigger it has one already.
   v_xid := pg_current_xact_id();
   INSERT INTO @schema@.entity_changes
-    (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata)
+    (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth)
   VALUES (
     v_table_schema,
     v_table_name,
@@ -139,7 +150,9 @@ BEGIN
     END),
     v_old,
     v_new,
-    v_metadata
+    v_metadata,
+    v_caused_by,
+    v_depth
   )
   RETURNING seq, shard INTO v_seq, v_shard;
   -- The doorbell. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
@@ -169,6 +182,9 @@ AS $cdc$
 DECLARE
   -- See capture_entity_change(). Here the transaction may well have none yet.
   v_xid CONSTANT xid8 := pg_current_xact_id();
+  v_cause CONSTANT text := current_setting('cdc.cause', true);
+  v_caused_by uuid;
+  v_depth integer := 0;
   v_seq bigint;
   v_shard smallint;
   v_rung pg_lsn;
@@ -176,8 +192,12 @@ BEGIN
   IF publish_change.entity_type IS NULL OR publish_change.entity_id IS NULL THEN
     RAISE EXCEPTION 'publish_change() needs an entity type and an entity id' USING ERRCODE = 'null_value_not_allowed';
   END IF;
+  IF v_cause ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
+    v_caused_by := left(v_cause, 36);
+    v_depth := least(substr(v_cause, 38)::integer, 999999998) + 1;
+  END IF;
   INSERT INTO @schema@.entity_changes AS published
-    (table_name, operation, entity_id, entity_type, old_data, new_data, metadata)
+    (table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth)
   VALUES (
     publish_change.entity_type,
     publish_change.operation,
@@ -185,7 +205,9 @@ BEGIN
     publish_change.entity_type,
     publish_change.old_data,
     publish_change.new_data,
-    publish_change.metadata
+    publish_change.metadata,
+    v_caused_by,
+    v_depth
   )
   RETURNING published.seq, published.shard INTO v_seq, v_shard;
   v_rung := pg_logical_emit_message(true, @prefix_literal@, v_seq || ',' || v_shard);
@@ -193,3 +215,24 @@ BEGIN
 END
 $cdc$;
 REVOKE ALL ON FUNCTION @schema@.publish_change(text, text, text, jsonb, jsonb, jsonb) FROM PUBLIC;
+
+-- For streaming with pgoutput, which insists on a publication and, without wal2json, is what rings. It publishes nothing:
+-- messages travel without. It belongs to no schema, and is not needed where wal2json is.
+DO $cdc$
+BEGIN
+  -- "cdc db verify" installs there, for comparison.
+  IF @schema_literal@ = 'pg_temp'
+    OR EXISTS (SELECT FROM pg_catalog.pg_publication WHERE pubname = @publication_literal@)
+  THEN
+    RETURN;
+  END IF;
+  -- A server with a low wal_level warns that this will not do; `cdc doctor` says so when it matters.
+  PERFORM pg_catalog.set_config('client_min_messages', 'error', true);
+  CREATE PUBLICATION @publication@;
+  PERFORM pg_catalog.set_config('client_min_messages', 'warning', true);
+EXCEPTION WHEN insufficient_privilege THEN
+  RAISE WARNING 'no publication %: that takes the right CREATE on the database', @publication_literal@
+    USING HINT = 'only to stream with pgoutput; the owner of the database may create it: CREATE PUBLICATION '
+      || pg_catalog.quote_ident(@publication_literal@);
+END
+$cdc$;

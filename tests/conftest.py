@@ -1,3 +1,10 @@
 """Fixtures live in plug-in files, one for each outside thing."""
 
-pytest_plugins = ["tests.fix_db", "tests.fix_outbox", "tests.fix_slot", "tests.fix_proxy", "tests.fix_consumer"]
+pytest_plugins = [
+    "tests.fix_db",
+    "tests.fix_outbox",
+    "tests.fix_slot",
+    "tests.fix_stream",
+    "tests.fix_proxy",
+    "tests.fix_consumer",
+]

@@ -18,7 +18,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cdc import config
-from cdc.app import App
+from cdc.app import App, Limits
 from cdc.routing import Router
 from tests.eventually import eventually
 
@@ -30,9 +30,9 @@ def slot_name() -> str:
 
 
 @contextlib.asynccontextmanager
-async def consuming(dsn: str, router: Router, **settings: Any) -> AsyncIterator[App]:
+async def consuming(dsn: str, router: Router, limits: Limits | None = None, **settings: Any) -> AsyncIterator[App]:
     """A consumer beside the test. Leaves by draining; what ended it early is raised."""
-    app = App(config.from_options({"dsn": dsn, "http_port": 0, "slot_name": slot_name(), **settings}), router)
+    app = App(config.from_options({"dsn": dsn, "http_port": 0, "slot_name": slot_name(), **settings}), router, limits)
     work = asyncio.create_task(app.run())
     try:
         yield app
@@ -54,15 +54,17 @@ def metric(registry: CollectorRegistry, name: str, **labels: str) -> float:
 
 
 class Process:
-    """``cdc run`` as users start it, its log in a file."""
+    """``cdc run`` as users start it, its log in a file. ``module``: another one that ends in the command line."""
 
-    def __init__(self, dsn: str, log: Path, *, handlers: str = "tests.handlers:router", **settings: Any) -> None:
+    def __init__(
+        self, dsn: str, log: Path, *, handlers: str = "tests.handlers:router", module: str = "cdc", **settings: Any
+    ) -> None:
         self._log = log
         settings = {"slot_name": "cdc_test", "http_port": 0, **settings}
         options = [item for name, value in settings.items() for item in (f"--{name.replace('_', '-')}", str(value))]
         with log.open("a") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cdc", "run", "--handlers", handlers, *options],
+                [sys.executable, "-m", module, "run", "--handlers", handlers, *options],
                 cwd=ROOT, env={**os.environ, "CDC_DSN": dsn}, stdout=output, stderr=output,
             )  # fmt: skip
 

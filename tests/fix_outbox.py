@@ -11,6 +11,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc import schema
+from tests.bench.database import preload_history, preload_unprocessed
 from tests.fix_db import drop_database
 
 
@@ -42,3 +43,52 @@ def outbox_db(outbox: str) -> Iterator[psycopg.Connection]:
     """An autocommit connection to ``outbox``."""
     with psycopg.connect(outbox, autocommit=True) as connection:
         yield connection
+
+
+@pytest.fixture(scope="session")
+def large_outbox(admin_dsn: str, migrated_template: str) -> Iterator[str]:
+    """The DSN of an outbox with a million processed changes of 30 days, for tests that only read.
+
+    Nothing was fresh, waiting or dead when it was analysed. Now there are 3,000 fresh, 2,000 waiting, 1,000 dead ones,
+    and 5,000 that are held back behind one that waits.
+    """
+    name = f"large_{uuid.uuid4().hex[:12]}"
+    copy = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(migrated_template))
+    dsn = make_conninfo(admin_dsn, dbname=name)
+    with psycopg.connect(admin_dsn, autocommit=True) as admin:
+        admin.execute(copy)
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute("ALTER TABLE entity_changes SET (autovacuum_enabled = off)")
+            preload_history(connection, rows=1_000_000, days=30, payload=False)
+            connection.execute("VACUUM ANALYZE entity_changes")
+            preload_unprocessed(connection, 1, wait="1 hour", key="stuck")
+            preload_unprocessed(connection, 5_000, key="stuck")
+            preload_unprocessed(connection, 3_000)
+            preload_unprocessed(connection, 2_000, wait="1 hour")
+            preload_unprocessed(connection, 1_000, dead=True)
+        yield dsn
+        drop_database(admin, name)
+
+
+def fill(db: psycopg.Connection, count: int, *, state: str = "processed", days: float = 10) -> None:
+    """So many changes that are so many days old in everything."""
+    columns = {
+        "fresh": "false, NULL, NULL, NULL",
+        "waiting": "false, NULL, {ago}, NULL",
+        "dead": "false, NULL, NULL, {ago}",
+        "paused": "false, NULL, 'infinity'::timestamptz, {ago}",
+        "processed": "true, {ago}, NULL, NULL",
+    }[state]
+    statement = sql.SQL(
+        "INSERT INTO entity_changes (table_name, operation, entity_id, changed_at, processed, processed_at,"
+        " next_attempt_at, dead_at) SELECT 'x', 'INSERT', n::text, {ago}, "
+        + columns
+        + " FROM generate_series(1, {n}) AS n"
+    )
+    ago = sql.SQL("now() - {} * interval '1 day'").format(sql.Literal(days))
+    db.execute(statement.format(ago=ago, n=sql.Literal(count)))
+
+
+def count(db: psycopg.Connection) -> int:
+    [(left,)] = db.execute("SELECT count(*) FROM entity_changes").fetchall()
+    return int(left)

@@ -4,6 +4,9 @@ cut      every connection is reset
 refuse   cut, and new connections are reset at once
 hold     half-open: nothing passes and nothing closes, for the connections there are and for new ones
 slow     each piece is passed on with a delay
+lose     the answer to what the client says next (or next says with certain words in it) is swallowed, and its
+         connection reset: the server has done it, and the client cannot know
+snap     a connection ends where the server says certain words on it: what it said before arrives, they do not
 open     all passes again; held pieces go on, cut connections stay cut
 """
 
@@ -13,7 +16,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -37,8 +40,12 @@ class Proxy:
         self._stopping = threading.Event()
         self._refusing = False
         self._delay_s = 0.0
+        self._losing: bytes | None = None
+        self._snapping: bytes | None = None
         self.accepted = 0
         """Connections since the start, refused ones included."""
+        self.lost = 0
+        """Answers swallowed since the start."""
 
     def start(self) -> None:
         self._spawn(self._accept)
@@ -70,9 +77,16 @@ class Proxy:
     def slow(self, delay_s: float) -> None:
         self._delay_s = delay_s
 
+    def lose(self, words: bytes = b"") -> None:
+        self._losing = words
+
+    def snap(self, words: bytes) -> None:
+        self._snapping = words
+
     def open(self) -> None:
         self._refusing = False
         self._delay_s = 0.0
+        self._losing = self._snapping = None
         self._passing.set()
 
     def _accept(self) -> None:
@@ -92,8 +106,9 @@ class Proxy:
                 continue
             with self._lock:
                 self._pairs.append((client, server))
-            self._spawn(self._pump, client, server)
-            self._spawn(self._pump, server, client)
+            last_words = threading.Event()
+            self._spawn(self._pump, client, server, self._says, last_words)
+            self._spawn(self._pump, server, client, self._answers, last_words)
 
     def _connect(self) -> socket.socket:
         host, port = str(self._target["host"]), int(self._target.get("port") or 5432)
@@ -107,11 +122,34 @@ class Proxy:
             raise
         return server
 
-    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+    def _says(self, piece: bytes, last_words: threading.Event) -> bool:
+        if self._losing is not None and self._losing in piece:
+            last_words.set()
+        return True
+
+    def _answers(self, piece: bytes, last_words: threading.Event) -> bool:
+        """Whether the client gets it."""
+        if last_words.is_set():
+            self.lost += 1
+        return not last_words.is_set()
+
+    def _pump(
+        self,
+        source: socket.socket,
+        target: socket.socket,
+        passes: Callable[[bytes, threading.Event], bool],
+        last_words: threading.Event,
+    ) -> None:
         with contextlib.suppress(OSError):
             while piece := source.recv(_PIECE):
                 self._stopping.wait(self._delay_s)
                 self._passing.wait()
+                if not passes(piece, last_words):
+                    _reset(target)
+                    break
+                if self._snapping is not None and self._snapping in piece:
+                    target.sendall(piece[: piece.index(self._snapping)])
+                    break
                 target.sendall(piece)
         # Half a close is passed on as a whole one: neither libpq nor the server goes on with half a connection.
         self._passing.wait()

@@ -19,8 +19,8 @@ def slot(db: psycopg.Connection) -> Iterator[str]:
     """A name that no slot has yet. A slot of that name is dropped afterwards, once nobody reads it."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     yield name
+    eventually(lambda: not slot_facts(db, name).get("active"), what="a reader leaves the test's slot")
     if slot_facts(db, name):
-        eventually(lambda: not slot_facts(db, name)["active"], what="a reader leaves the test's slot")
         db.execute("SELECT pg_drop_replication_slot(%s)", [name])
 
 
@@ -28,6 +28,21 @@ def slot_facts(db: psycopg.Connection, name: str) -> SlotFacts:
     """The row of pg_replication_slots, or {} when there is none."""
     with db.cursor(row_factory=dict_row) as cursor:
         return cursor.execute("SELECT * FROM pg_replication_slots WHERE slot_name = %s", [name]).fetchone() or {}
+
+
+def make_slot(db: psycopg.Connection, name: str, plugin: str) -> None:
+    db.execute("SELECT pg_create_logical_replication_slot(%s, %s)", [name, plugin])
+
+
+def lose(db: psycopg.Connection, slot: str) -> None:
+    """Write until the server, with a small max_slot_wal_keep_size, gives the slot up."""
+
+    def lost() -> bool:
+        db.execute("SELECT pg_logical_emit_message(false, 'filler', repeat('x', 8000000)), pg_switch_wal()")
+        db.execute("CHECKPOINT")
+        return slot_facts(db, slot)["wal_status"] == "lost"
+
+    eventually(lost, what="the server invalidates the slot")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 
 import psycopg
 
@@ -25,12 +26,13 @@ async def _link() -> psycopg.AsyncConnection:
 
 @router.on("counted")
 async def count(change: cdc.Change) -> None:
-    """Records the call, then takes as long as the row says."""
+    """Records the call, then takes as long as the row says; all that time it may also block the event loop."""
     link = await _link()
     await link.execute(
         "INSERT INTO calls (seq, key, attempt, pid) VALUES (%s, %s, %s, %s)",
         [change.seq, change.entity_id, change.attempt, os.getpid()],
     )
+    threading.Event().wait(change.new.get("blocks_s") or 0)
     await asyncio.sleep(change.new.get("takes_s") or 0)
     await link.execute("UPDATE calls SET ended = clock_timestamp() WHERE seq = %s AND ended IS NULL", [change.seq])
 

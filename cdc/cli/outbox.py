@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from cdc.durations import parse_duration
 from cdc.errors import UsageError
 
 if TYPE_CHECKING:
-    from cdc.outbox.letters import Entry, Found, Stats
+    from cdc.outbox.letters import Entry, Found, Link, Stats
 
 _STATES = ("fresh", "blocked", "waiting", "dead", "processed")
 _LISTED = (
@@ -109,17 +109,19 @@ def list_(
 @click.option("--show-payload", is_flag=True, help="Also old, new and metadata: the application's data.")
 @json_option
 def show(settings: Settings, name: str, show_payload: bool, as_json: bool) -> None:
-    """Show all about one change."""
+    """Show all about one change, and the changes that led to it."""
     from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
 
     reference, letters = parse_reference(name), Letters(settings.schema_)
     with open_database(settings) as connection:
         entry = letters.show(connection, reference)
+        chain = letters.chain(connection, entry)
         fields = _plain(entry) | (letters.payload(connection, entry) if show_payload else {})
     if as_json:
-        print_json({"change": fields})
+        print_json({"change": fields | {"chain": [asdict(link) for link in chain]}})
     else:
         print_table(["", str(entry.seq)], [(name, _text(value)) for name, value in fields.items() if name != "seq"])
+        _print_chain(chain)
 
 
 @outbox.command()
@@ -197,6 +199,20 @@ def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> 
     else:
         done = "would be removed" if dry_run else "removed"
         say(f"processed more than {older_than} ago: {count:,}{' or more' if more else ''} {done}")
+
+
+def _print_chain(chain: Sequence[Link]) -> None:
+    """Each cause a little further to the right, below what it caused."""
+    if not chain or chain[0].caused_by is None:
+        return
+    click.echo()
+    rows = [
+        (link.seq, link.state, link.changed_at, f"{'  ' * level}{link.entity_type} {link.entity_id} {link.operation}")
+        for level, link in enumerate(chain)
+    ]
+    print_table(["seq", "state", "changed_at", "caused by the one below"], rows)
+    if chain[-1].caused_by is not None:
+        say(f"what caused the last one is not shown: it was removed, or this is more than {len(chain)} changes deep")
 
 
 def _added_up(batches: Iterable[int]) -> int:

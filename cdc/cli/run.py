@@ -21,9 +21,10 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
 
 @click.command()
 @settings_options(
-    "handlers", "dsn", "stream_dsn", "schema", "slot.name", "slot.create", "stream", "http.host", "http.port",
-    "concurrency", "threads", "transactions", "window", "max_attempts", "timeout", "backoff.base", "backoff.cap",
-    "drain_time", "sweep_interval", "poll_interval", "log.level", "log.format",
+    "handlers", "dsn", "stream_dsn", "schema", "slot.name", "slot.create", "slot.recreate",
+    "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "concurrency",
+    "threads", "transactions", "window", "max_attempts", "max_chain_depth", "timeout", "backoff.base",
+    "backoff.cap", "drain_time", "sweep_interval", "poll_interval", "retention", "log.level", "log.format",
 )  # fmt: skip
 def run(settings: Settings) -> None:
     """Hand committed changes to your handlers.

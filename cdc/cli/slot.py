@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cdc.amounts import size, span
 from cdc.cli.options import json_option, open_database, settings_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, say
+from cdc.cli.watch import watch
 from cdc.config import Settings
+from cdc.model import PLUGINS
+from cdc.slot_state import Outlook, Slot, Verdict, judge, outlook
 
 if TYPE_CHECKING:
-    from cdc.slots import Slot
+    from cdc.connect import Connection
 
 _LISTED = (
     "name", "plugin", "database", "temporary", "active_pid", "application_name", "wal_status", "retained_wal_bytes",
     "confirmed_lag_bytes", "safe_wal_bytes", "catalog_xmin_age", "failover", "synced", "inactive_since", "ours",
 )  # fmt: skip
 """What ``list`` prints; the JSON output and ``status`` have all."""
+_MEASURED_S = 1.0
+"""Between the two looks that say how fast WAL is written."""
 
-slot_options = settings_options("dsn", "slot.name")
+slot_options = settings_options("dsn", "schema", "slot.name", "slot.plugin")
 name_argument = click.argument("name", required=False)
+plugin_option = click.option(
+    "--plugin", type=click.Choice(PLUGINS), help="Decode with this plugin [the configured one; else the first allowed]."
+)
+force_option = click.option("--force", is_flag=True, help="Also a slot of another plugin or database.")
+terminate_option = click.option("--terminate", is_flag=True, help="Also one that is being read: end its reader first.")
 
 
 @click.group()
 def slot() -> None:
     """Create, drop and inspect the replication slot.
 
-    It is a doorbell: dropping it, losing it or making it anew loses no change. A slot that nobody reads keeps WAL on
-    the server's disk.
+    It is a doorbell: dropping it, losing it, moving it or making it anew loses no change. A slot that nobody reads
+    keeps WAL on the server's disk.
     """
 
 
 @slot.command()
 @slot_options
 @name_argument
+@plugin_option
 @click.option("--if-not-exists", is_flag=True, help="Accept a slot of ours that is there already.")
+@click.option("--temporary", is_flag=True, help="Only see whether it can be made: it is gone with this command.")
+@click.option("--failover", is_flag=True, help="Have it copied to standbys (PostgreSQL 17 and later).")
 @json_option
-def create(settings: Settings, name: str | None, if_not_exists: bool, as_json: bool) -> None:
+def create(
+    *,
+    settings: Settings,
+    name: str | None,
+    plugin: str | None,
+    if_not_exists: bool,
+    temporary: bool,
+    failover: bool,
+    as_json: bool,
+) -> None:
     """Create the slot NAME [the configured one].
 
     cdc run does so by itself. Waits for the transactions that are writing now, and names the one it cannot wait for.
@@ -46,31 +72,98 @@ def create(settings: Settings, name: str | None, if_not_exists: bool, as_json: b
     from cdc import slots  # noqa: PLC0415 - --help does not wait for the driver to load
 
     with open_database(settings) as connection:
-        made = slots.create(connection, name or settings.slot.name, if_not_exists=if_not_exists)
-    if as_json:
-        print_json({"slot": asdict(made)})
-    else:
-        say(f"slot {made.name} is there; it keeps WAL until a consumer reads it")
+        made = slots.create(
+            connection,
+            name or settings.slot.name,
+            plugin=plugin or settings.slot.plugin,
+            schema=settings.schema_,
+            if_not_exists=if_not_exists,
+            temporary=temporary,
+            failover=failover,
+        )
+    kept = "could be made, and is gone again" if temporary else "is there; it keeps WAL until a consumer reads it"
+    _print_one(made, f"slot {made.name} ({made.plugin}) {kept}", as_json)
 
 
 @slot.command()
 @slot_options
 @name_argument
-@click.option("--force", is_flag=True, help="Also a slot of another plugin or database.")
+@force_option
+@terminate_option
 @yes_option
 @json_option
-def drop(settings: Settings, name: str | None, force: bool, yes: bool, as_json: bool) -> None:
-    """Drop the slot NAME [the configured one]; refused while it is being read. No change is lost."""
+def drop(*, settings: Settings, name: str | None, force: bool, terminate: bool, yes: bool, as_json: bool) -> None:
+    """Drop the slot NAME [the configured one]. No change is lost.
+
+    Refused while it is being read, and for one that is not ours. A consumer that is running makes it anew.
+    """
     from cdc import slots  # noqa: PLC0415 - see create
 
     chosen = name or settings.slot.name
-    confirm(f"drop the replication slot {chosen}", yes)
     with open_database(settings) as connection:
-        dropped = slots.drop(connection, chosen, force=force)
-    if as_json:
-        print_json({"slot": asdict(dropped)})
-    else:
-        say(f"dropped {dropped.name}; the server no longer keeps {dropped.retained_wal_bytes or 0} bytes of WAL for it")
+        confirm(f"drop the replication slot {chosen}{_what_it_frees(connection, chosen)}", yes)
+        dropped = slots.drop(connection, chosen, force=force, terminate=terminate)
+    _print_one(dropped, f"dropped {dropped.name}{_freed(dropped)}", as_json)
+
+
+@slot.command()
+@slot_options
+@name_argument
+@plugin_option
+@force_option
+@terminate_option
+@yes_option
+@json_option
+def recreate(
+    *,
+    settings: Settings,
+    name: str | None,
+    plugin: str | None,
+    force: bool,
+    terminate: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Drop the slot NAME [the configured one] and make it anew, as for a lost one or for another plugin.
+
+    No change is lost: what the old one would have rung for is found by the next sweep. Refused as for drop.
+    """
+    from cdc import slots  # noqa: PLC0415 - see create
+
+    chosen = name or settings.slot.name
+    with open_database(settings) as connection:
+        confirm(f"drop the replication slot {chosen} and make it anew", yes)
+        dropped = slots.drop(connection, chosen, force=force, terminate=terminate)
+        # Said before the next step, which may have to be repeated alone.
+        say(f"dropped {dropped.name}{_freed(dropped)}")
+        made = slots.create(
+            connection,
+            chosen,
+            plugin=plugin or settings.slot.plugin,
+            schema=settings.schema_,
+            if_not_exists=terminate,  # the consumer that was reading it may be faster
+            failover=bool(dropped.failover),
+        )
+    _print_one(made, f"slot {made.name} ({made.plugin}) is there; it keeps WAL until a consumer reads it", as_json)
+
+
+@slot.command()
+@slot_options
+@name_argument
+@json_option
+def advance(settings: Settings, name: str | None, as_json: bool) -> None:
+    """Move the slot NAME [the configured one] to the end of the WAL, without reading what it skips.
+
+    No change is lost: the slot only rings, and the next sweep finds what it did not ring for. Refused while it is
+    being read. Works while the server refuses the plugin.
+    """
+    from cdc import slots  # noqa: PLC0415 - see create
+
+    with open_database(settings) as connection:
+        before, after = slots.advance(connection, name or settings.slot.name)
+    skipped = size(max(0, before.confirmed_lag_bytes or 0))
+    left = size(after.retained_wal_bytes or 0)
+    _print_one(after, f"{after.name} skipped {skipped} of WAL, and still keeps {left}; no change is lost", as_json)
 
 
 @slot.command("list")
@@ -93,23 +186,96 @@ def list_(settings: Settings, as_json: bool) -> None:
 @slot.command()
 @slot_options
 @name_argument
+@click.option("--watch", "watching", is_flag=True, help="Again and again, until Ctrl-C; always ends with 0.")
+@click.option("--every", type=click.FloatRange(min=0.1), default=2.0, show_default=True, metavar="SECONDS",
+              help="Between two looks, with --watch.")  # fmt: skip
+@click.option("--times", type=click.IntRange(min=1), hidden=True)
 @json_option
-def status(settings: Settings, name: str | None, as_json: bool) -> None:
-    """Show all about the slot NAME [the configured one]; exit 1 if something is to be done about it."""
+def status(
+    *, settings: Settings, name: str | None, watching: bool, every: float, times: int | None, as_json: bool
+) -> None:
+    """Show all about the slot NAME [the configured one]; exit 1 if something is to be done about it.
+
+    Where what it may keep is limited, it takes a second: to see how fast WAL is written, and when the slot is lost if
+    nobody reads it. With --watch, off a terminal, one line for each look.
+    """
     from cdc import slots  # noqa: PLC0415 - see create
 
+    chosen = name or settings.slot.name
     with open_database(settings) as connection:
-        found = slots.status(connection, name or settings.slot.name)
-    verdict = slots.judge(found)
-    if as_json:
-        print_json({"slot": asdict(found), "verdict": asdict(verdict)})
-    else:
-        print_table(["", found.name], _facts(found))
-        say(f"{found.name}: {verdict.sentence}")
-        if verdict.remedy:
-            say(f"  {verdict.remedy}")
+        if watching:
+            watch(_shows_in_turn(lambda: slots.status(connection, chosen), as_json), every_s=every, times=times)
+            return
+        found, earlier = slots.status(connection, chosen), None
+        if found.safe_wal_bytes is not None:
+            threading.Event().wait(_MEASURED_S)
+            found, earlier = slots.status(connection, chosen), found
+    verdict = _show(found, outlook(earlier, found) if earlier else None, as_json)
     click.get_current_context().exit(0 if verdict.fine else 1)
 
 
-def _facts(found: Slot) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in asdict(found).items() if name != "name" and value is not None]
+def _shows_in_turn(look: Callable[[], Slot], as_json: bool) -> Callable[[], None]:
+    """Each call shows the slot as it is, and how fast WAL was written since the call before."""
+    before: list[Slot] = []
+
+    def show() -> None:
+        found = look()
+        expected = outlook(before[0], found) if before else None
+        before[:] = [found]
+        if as_json or sys.stdout.isatty():
+            _show(found, expected, as_json)
+        else:
+            _print_line(found, expected, judge(found, expected))
+
+    return show
+
+
+def _show(found: Slot, expected: Outlook | None, as_json: bool) -> Verdict:
+    verdict = judge(found, expected)
+    if as_json:
+        known = asdict(expected) if expected else None
+        print_json({"slot": asdict(found), "outlook": known, "verdict": asdict(verdict)})
+        return verdict
+    print_table(["", found.name], _facts(found, expected))
+    say(f"{found.name}: {verdict.sentence}")
+    if verdict.remedy:
+        say(f"  {verdict.remedy}")
+    return verdict
+
+
+def _print_line(found: Slot, expected: Outlook | None, verdict: Verdict) -> None:
+    sizes = {"retained": found.retained_wal_bytes, "lag": found.confirmed_lag_bytes, "safe": found.safe_wal_bytes}
+    words = [found.seen_at.isoformat(timespec="seconds"), found.name, found.wal_status or "-"]
+    words += [f"{name}={value}" for name, value in sizes.items() if value is not None]
+    words += [f"wal_per_s={expected.wal_bytes_per_s:.0f}"] if expected else []
+    words += [f"lost_in_s={expected.lost_in_s:.0f}"] if expected and expected.lost_in_s is not None else []
+    click.echo(f"{' '.join(words)} {verdict.sentence}")
+
+
+def _facts(found: Slot, expected: Outlook | None) -> list[tuple[str, Any]]:
+    facts = [(name, value) for name, value in asdict(found).items() if name != "name" and value is not None]
+    if expected is not None:
+        facts.append(("wal_written", f"{size(round(expected.wal_bytes_per_s))} a second"))
+    if expected is not None and expected.lost_in_s is not None:
+        facts.append(("lost_in", f"{span(expected.lost_in_s)}, if nobody reads it"))
+    return facts
+
+
+def _print_one(found: Slot, sentence: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"slot": asdict(found)})
+    else:
+        say(sentence)
+
+
+def _what_it_frees(connection: Connection, name: str) -> str:
+    """For the question; what is not there is said by the drop itself."""
+    from cdc import slots  # noqa: PLC0415 - see create
+
+    found = slots.snapshot(connection, slots.check_name(name))
+    return _freed(found) if found else ""
+
+
+def _freed(found: Slot) -> str:
+    kept = found.retained_wal_bytes or 0
+    return f", which frees {size(kept)} of WAL" if kept else ""

@@ -11,7 +11,7 @@ from cdc.routing import Router
 UNREACHABLE = "help, is anybody there?"
 """The message whose answer gets through at the third attempt only."""
 _TASK_EMOJI = "✅"
-_ADD_TASK = "INSERT INTO cortex_projects.tasks (id, title, user_id, room_id) VALUES (%s, %s, %s, %s)"
+_ADD_TASK = "INSERT INTO tasks (id, title, user_id, room_id) VALUES (%s, %s, %s, %s)"
 
 
 class MessengerError(Exception):
@@ -19,7 +19,7 @@ class MessengerError(Exception):
 
 
 def make_router(actions: psycopg.AsyncConnection, journal: Journal) -> Router:
-    """``actions``: an autocommit connection on which handlers write."""
+    """``actions``: an autocommit connection on which handlers write, and which finds the demo's tables."""
     router = Router()
 
     @router.on("reaction")
@@ -31,9 +31,7 @@ def make_router(actions: psycopg.AsyncConnection, journal: Journal) -> Router:
     async def _create_task(change: Change, *, shown: bool) -> None:
         task_id = f"task-{change.entity_id}"
         title = f"Follow up on {change.new['message_id']}"
-        journey = journal.sent(
-            ("task", task_id, Operation.INSERT), table="cortex_projects.tasks", note="of a reaction", shown=shown
-        )
+        journey = journal.sent(("task", task_id, Operation.INSERT), table="tasks", note="of a reaction", shown=shown)
         await actions.execute(_ADD_TASK, [task_id, title, change.new["user_id"], change.new["chat_id"]])
         journal.stored(journey)
 

@@ -1,4 +1,4 @@
-"""The demo: a throw-away server, the document's tables, a consumer, and an application that writes.
+"""The demo: the document's tables, a consumer, and an application that writes.
 
 Everything that is measured is measured from outside: the consumer is the one of ``cdc run``, unchanged, and has no
 code for being watched.
@@ -11,29 +11,31 @@ import contextlib
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from importlib.resources import files
 
 import psycopg
 
-from cdc import config, logs, schema
+from cdc import config, logs
 from cdc.app import App
-from cdc.connect import connect, connect_async
-from cdc.demo import report
+from cdc.connect import connect, connect_async, describe
+from cdc.demo import place, report
 from cdc.demo.handlers import make_router
 from cdc.demo.journal import Journal, Journey
 from cdc.demo.webhook import Webhook
-from cdc.metrics import SOURCES
+from cdc.metrics import SOURCES, UNAVAILABLE
 from cdc.model import WakeUp
-from cdc.throwaway import Server, free_port
+from cdc.throwaway import free_port
 
 TICKS = 300
 """About 15 s of writing."""
 BURST_ROWS = 2_000
 
-_SLOT = "cdc_demo"
 _START_LIMIT_S = 15.0
+_REFUSED_LIMIT_S = 3.0
+"""A server that refuses one way of replication may grant the next that is tried."""
 _FINISH_LIMIT_S = 20.0
 _LOOK_EVERY_S = 0.05
+_PASSING = (None, "network")
+"""What a stream that has not begun yet may be said to lack."""
 _BACKOFF_S = 0.5
 _PENDING = "SELECT coalesce(sum(pending), 0)::int FROM action_processing_dashboard"
 _TOTALS = """
@@ -47,6 +49,7 @@ def play(
     *,
     say: Callable[[str], None],
     paint: report.Paint,
+    dsn: str | None = None,
     keep: bool = False,
     verbose: bool = False,
     ticks: int = TICKS,
@@ -54,34 +57,26 @@ def play(
 ) -> bool:
     """Run the demo to its end; with ``keep``, until Ctrl-C. True: every captured change was processed.
 
-    ``say`` prints a line. Raises NotFoundError where this machine has no PostgreSQL server programs.
+    On the server of ``dsn``, else on a private one. ``say`` prints a line. Raises NotFoundError where there are no
+    PostgreSQL server programs, RefusedError where something on the server has the demo's name.
     """
     logs.setup("info" if verbose else "critical", "text")
-    say("Starting a private PostgreSQL server; nothing else on this machine is touched ...")
-    with Server() as server:
-        stage = _Stage(server, say, paint)
-        stage.prepare()
+    with place.private(say) if dsn is None else place.guest(dsn, say) as where:
+        stage = _Stage(where, say, paint)
         return asyncio.run(stage.perform(ticks, burst_rows, keep=keep))
 
 
 class _Stage:
-    """One performance. Its parts share the server, the journal and the word to stop."""
+    """One performance. Its parts share the database, the journal and the word to stop."""
 
-    def __init__(self, server: Server, say: Callable[[str], None], paint: report.Paint) -> None:
-        self._server = server
-        self._dsn = server.dsn()
+    def __init__(self, dsn: str, say: Callable[[str], None], paint: report.Paint) -> None:
+        self._dsn = dsn
         self._say = say
         self._paint = paint
         self._port = free_port()
         self._journal = Journal(self._arrived, self._stumbled)
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
-
-    def prepare(self) -> None:
-        """The outbox, the application's tables, the documented triggers."""
-        with connect(self._dsn, application_name="cdc demo: set-up") as connection:
-            schema.install(connection, "public")
-            connection.execute(files("cdc.demo").joinpath("tables.sql").read_bytes())
 
     async def perform(self, ticks: int, burst_rows: int, *, keep: bool) -> bool:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -99,9 +94,17 @@ class _Stage:
     async def _consumer(self) -> AsyncIterator[App]:
         """A consumer at work, as ``cdc run`` would start it."""
         settings = config.from_options(
-            {"dsn": self._dsn, "slot_name": _SLOT, "http_port": self._port, "backoff_base": _BACKOFF_S}
+            {
+                "dsn": self._dsn,
+                "schema": place.SCHEMA,
+                "slot_name": place.SLOT,
+                "slot_mode": "temporary",  # nothing of it stays, even if the demo is killed
+                "http_port": self._port,
+                "backoff_base": _BACKOFF_S,
+            }
         )
-        async with await connect_async(self._dsn, application_name="cdc demo: actions") as actions:
+        session = place.SESSION
+        async with await connect_async(self._dsn, application_name="cdc demo: actions", session=session) as actions:
             app = App(settings, make_router(actions, self._journal))
             self._overhear(app)
             work = asyncio.create_task(app.run())
@@ -124,10 +127,13 @@ class _Stage:
 
     async def _until_it_listens(self, app: App, work: asyncio.Task[None]) -> None:
         """Until the slot rings. Where it cannot, the consumer sweeps, and the demo shows that."""
-        deadline = asyncio.get_running_loop().time() + _START_LIMIT_S
-        while not (app.consumer.in_service and (_streams(app) or not self._server.wal2json)):
-            if work.done() or self._stopping.is_set() or asyncio.get_running_loop().time() > deadline:
+        now = asyncio.get_running_loop().time
+        deadline, refused = now() + _START_LIMIT_S, False
+        while not (app.consumer.in_service and _streams(app)):
+            if work.done() or self._stopping.is_set() or now() > deadline:
                 return
+            if not refused and _unavailable(app) not in _PASSING:
+                refused, deadline = True, min(deadline, now() + _REFUSED_LIMIT_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_EVERY_S):
                     await self._stopping.wait()
@@ -149,7 +155,7 @@ class _Stage:
         timer = threading.Timer(_FINISH_LIMIT_S, limit.set)
         timer.daemon = True
         timer.start()
-        with connect(self._dsn, application_name="cdc demo: totals") as connection:
+        with connect(self._dsn, application_name="cdc demo: totals", session=place.SESSION) as connection:
             while _one(connection, _PENDING)[0] and not limit.wait(_LOOK_EVERY_S):
                 pass
             timer.cancel()
@@ -158,10 +164,10 @@ class _Stage:
     async def _stay(self) -> None:
         self._journal.visitors = True
         self._say("")
-        self._say("The server and the consumer stay up. Write something, and see it travel:")
-        self._say(f'  psql "{self._dsn}"')
-        self._say("  INSERT INTO whatsapp_messages VALUES ('mine', 'help!', 'me', 'my-chat');")
-        self._say("Ctrl-C ends it and removes the server.")
+        self._say("The consumer stays up. Write something, and see it travel:")
+        self._say(f'  psql "{describe(self._dsn)}"')
+        self._say("  INSERT INTO cdc_demo.whatsapp_messages VALUES ('mine', 'help!', 'me', 'my-chat');")
+        self._say("Ctrl-C ends it and removes what it has made.")
         self._say("")
         await self._stopping.wait()
 
@@ -172,7 +178,10 @@ class _Stage:
     # --- what is said ----------------------------------------------------------------------------------------------
 
     def _introduce(self, app: App) -> None:
-        way = f"rung by the slot {_SLOT}" if _streams(app) else "no slot rings, so it sweeps"
+        way = f"rung by the slot {place.SLOT}"
+        if not _streams(app):
+            reason = _unavailable(app)
+            way = f"no slot rings{f' ({reason})' if reason else ''}, so it sweeps"
         self._say(f"A consumer is at work, {way}. Metrics: {self._url}")
         self._say("An application now writes 20 rows a second. One in 14 is shown, in ms after the row was sent:")
         self._say("")
@@ -202,7 +211,13 @@ class _Stage:
 
 
 def _streams(app: App) -> bool:
-    return app.metrics.registry.get_sample_value("cdc_stream_connected", {"slot": _SLOT}) == 1
+    return app.metrics.registry.get_sample_value("cdc_stream_connected", {"slot": place.SLOT}) == 1
+
+
+def _unavailable(app: App) -> str | None:
+    """Why the slot does not ring, in one word; None while nothing is known."""
+    figure = app.metrics.registry.get_sample_value
+    return next((reason for reason in UNAVAILABLE if figure("cdc_stream_unavailable", {"reason": reason})), None)
 
 
 def _one(connection: psycopg.Connection, query: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
--- The application's tables, as far as the documented code reads and writes them.
+-- The application's tables, as far as the documented code reads and writes them, all in the demo's own schema.
 
 CREATE TABLE whatsapp_message_reactions (
   id text PRIMARY KEY,
@@ -17,8 +17,7 @@ CREATE TABLE whatsapp_messages (
   created_at timestamptz NOT NULL DEFAULT now()
 );
 
-CREATE SCHEMA cortex_projects;
-CREATE TABLE cortex_projects.tasks (
+CREATE TABLE tasks (
   id text PRIMARY KEY,
   title text NOT NULL,
   user_id text,
@@ -26,7 +25,7 @@ CREATE TABLE cortex_projects.tasks (
   created_at timestamptz NOT NULL DEFAULT now()
 );
 
--- The documented triggers, word for word.
+-- The documented triggers.
 
 CREATE TRIGGER track_reaction_changes
   AFTER INSERT OR UPDATE OR DELETE ON whatsapp_message_reactions
@@ -37,5 +36,5 @@ CREATE TRIGGER track_message_changes
   FOR EACH ROW EXECUTE FUNCTION capture_entity_change();
 
 CREATE TRIGGER track_task_changes
-  AFTER INSERT ON cortex_projects.tasks
+  AFTER INSERT ON tasks
   FOR EACH ROW EXECUTE FUNCTION capture_entity_change();

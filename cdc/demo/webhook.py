@@ -17,10 +17,11 @@ import psycopg
 from cdc.connect import connect
 from cdc.demo.handlers import UNREACHABLE
 from cdc.demo.journal import Journal
+from cdc.demo.place import SESSION
 from cdc.demo.report import Burst
 from cdc.model import Operation
 
-_REACTIONS, _MESSAGES, _TASKS = "whatsapp_message_reactions", "whatsapp_messages", "cortex_projects.tasks"
+_REACTIONS, _MESSAGES, _TASKS = "whatsapp_message_reactions", "whatsapp_messages", "tasks"
 _TYPES = {_REACTIONS: "reaction", _MESSAGES: "message", _TASKS: "task"}
 
 _ADD_REACTION = (
@@ -29,7 +30,7 @@ _ADD_REACTION = (
 _CHANGE_REACTION = "UPDATE whatsapp_message_reactions SET reaction = %s WHERE id = %s"
 _REMOVE_REACTION = "DELETE FROM whatsapp_message_reactions WHERE id = %s"
 _ADD_MESSAGE = "INSERT INTO whatsapp_messages (id, content, user_id, chat_id) VALUES (%s, %s, %s, %s)"
-_ADD_TASK = "INSERT INTO cortex_projects.tasks (id, title, user_id, room_id) VALUES (%s, %s, %s, %s)"
+_ADD_TASK = "INSERT INTO tasks (id, title, user_id, room_id) VALUES (%s, %s, %s, %s)"
 _ADD_BURST = """
 INSERT INTO whatsapp_messages (id, content, user_id, chat_id)
 SELECT 'burst-' || n, 'burst ' || n, 'user-' || n %% 50, 'chat-' || n %% 10 FROM generate_series(1, %s) AS n
@@ -76,7 +77,7 @@ class Webhook:
 
     def run(self) -> None:
         """Returns when all is written. Raises psycopg.Error where the server goes away."""
-        with connect(self._dsn, application_name="cdc demo: webhook") as connection:
+        with connect(self._dsn, application_name="cdc demo: webhook", session=SESSION) as connection:
             shown, quiet = _scenes(), _traffic()
             for tick in range(self._ticks):
                 if self._stop.wait(_PACE_S):

@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import dict_row
+from psycopg.rows import class_row, dict_row
 
 from cdc.errors import NotFoundError, RefusedError, UsageError
 from cdc.model import SHARDS, ChangeState
@@ -37,6 +37,11 @@ _PER_SHARD = 5_000
 """Fresh changes that are looked at, of each of the 64 shards."""
 _SCAN = 100_000
 """Changes of another state that are looked at."""
+_CHAIN_MAX = 100
+"""Changes of a chain that are shown."""
+_PACE_S = 60.0
+_PACE_MAX = 10_000
+"""Changes that are looked at: where more were processed within the time, it is the last so many."""
 _STATEMENT_LIMIT_S = 30
 _RETRY_ALL_LIMIT_S = 600
 """One statement, however many there are; about 10,000 a second."""
@@ -53,6 +58,7 @@ class Entry:
 
     ``state`` is that of the row. ``blocked_by``: the ``seq`` of the first change of the same key that holds this one
     back. ``pauses_key``: a dead letter that holds back the later changes of its key until it is retried or discarded.
+    ``caused_by``: the id of the change whose handler made this one, and ``depth``: how many there are before it.
     """
 
     seq: int
@@ -72,6 +78,8 @@ class Entry:
     next_attempt_at: datetime | None
     processed_at: datetime | None
     dead_at: datetime | None
+    caused_by: UUID | None
+    depth: int
 
     @property
     def blocked(self) -> bool:
@@ -81,6 +89,20 @@ class Entry:
     def undecided(self) -> bool:
         """Waiting or dead: what ``retry`` and ``discard`` are for."""
         return self.state in (ChangeState.WAITING, ChangeState.DEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One change of a chain of causes. Of the last one ``caused_by`` tells whether there is, or was, more."""
+
+    seq: int
+    id: UUID
+    entity_type: str
+    entity_id: str
+    operation: str
+    state: ChangeState
+    changed_at: datetime
+    caused_by: UUID | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +127,15 @@ class Stats:
     more_fresh: bool = False
     more_waiting: bool = False
     more_dead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """``per_s``: changes processed a second. Latencies are from the change to its mark; None where there were none."""
+
+    per_s: float
+    latency_p50_s: float | None
+    latency_p99_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +175,17 @@ class Letters:
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
-    def stats(self, connection: psycopg.Connection) -> Stats:
-        """By entity type, of whatever is not processed."""
-        parameters = {"shards": SHARDS, "per_shard": _PER_SHARD, "bound": _SCAN}
-        with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+    def stats(
+        self,
+        connection: psycopg.Connection,
+        *,
+        per_shard: int | None = None,
+        scan: int | None = None,
+        limit_s: int = _STATEMENT_LIMIT_S,
+    ) -> Stats:
+        """By entity type, of whatever is not processed: up to ``per_shard`` fresh ones, ``scan`` of the others."""
+        parameters = {"shards": SHARDS, "per_shard": per_shard or _PER_SHARD, "bound": scan or _SCAN}
+        with _bounded(connection, limit_s), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["stats"], parameters).fetchall()
         # The same in every row.
         more = {name: rows[0][name] for name in _MORE} if rows else {}
@@ -178,10 +216,23 @@ class Letters:
             entries = self._look(connection, ids[:limit])
         return Found(entries, more=len(ids) > limit, cut=cut and filtered)
 
+    def pace(self, connection: psycopg.Connection) -> Pace:
+        """What was processed in the last minute, by all consumers."""
+        with _bounded(connection), connection.cursor(row_factory=class_row(Pace)) as cursor:
+            pace = cursor.execute(self._statements["pace"], {"seconds": _PACE_S, "bound": _PACE_MAX}).fetchone()
+        assert pace is not None
+        return pace
+
     def show(self, connection: psycopg.Connection, reference: Reference) -> Entry:
         """Raises NotFoundError."""
         with _bounded(connection):
             return self._named(connection, [reference])[0]
+
+    def chain(self, connection: psycopg.Connection, entry: Entry) -> list[Link]:
+        """The change, its cause, the cause of that, and so on, up to 100 of them."""
+        with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+            rows = cursor.execute(self._statements["chain"], {"id": entry.id, "bound": _CHAIN_MAX}).fetchall()
+        return [Link(**{**row, "state": ChangeState(row["state"])}) for row in rows]
 
     def payload(self, connection: psycopg.Connection, entry: Entry) -> dict[str, Any]:
         """``old``, ``new`` and ``metadata``: the application's data."""

@@ -15,7 +15,7 @@ WITH fresh AS MATERIALIZED (
   ) AS c
 ), waiting AS MATERIALIZED (
   SELECT coalesce(entity_type, table_name) AS type, next_attempt_at FROM {changes}
-  WHERE next_attempt_at IS NOT NULL AND dead_at IS NULL
+  WHERE next_attempt_at < 'infinity' AND dead_at IS NULL
   ORDER BY next_attempt_at LIMIT %(bound)s
 ), dead AS MATERIALIZED (
   SELECT coalesce(entity_type, table_name) AS type FROM {changes}
@@ -41,6 +41,22 @@ SELECT type AS entity_type, sum(fresh)::int AS fresh, sum(blocked)::int AS block
        (SELECT count(*) >= %(bound)s FROM dead) AS more_dead,
        EXISTS (SELECT FROM fresh GROUP BY shard HAVING count(*) >= %(per_shard)s) AS more_fresh
 FROM by_type GROUP BY type ORDER BY type
+
+-- name: pace
+-- How many were processed a second, and how long after they were written. Beyond the bound, by the time those took.
+WITH looked AS MATERIALIZED (
+  SELECT processed_at, changed_at FROM {changes}
+  WHERE processed AND processed_at > now() - make_interval(secs => %(seconds)s::float8)
+  ORDER BY processed_at DESC LIMIT %(bound)s
+), seen AS (
+  SELECT count(*) AS count, extract(epoch FROM now() - min(processed_at))::float8 AS span_s,
+         percentile_cont(ARRAY[0.5, 0.99]::float8[])
+           WITHIN GROUP (ORDER BY greatest(extract(epoch FROM processed_at - changed_at)::float8, 0)) AS latencies
+  FROM looked
+)
+SELECT count / CASE WHEN count < %(bound)s THEN %(seconds)s::float8 ELSE greatest(span_s, 1) END AS per_s,
+       latencies[1] AS latency_p50_s, latencies[2] AS latency_p99_s
+FROM seen
 
 -- name: wanted
 -- Not a statement of its own: whether a search is for c, as an expression over c.
@@ -70,7 +86,7 @@ SELECT EXISTS (SELECT FROM looked GROUP BY shard HAVING count(*) >= %(per_shard)
 -- Those that are due next first.
 WITH looked AS MATERIALIZED (
   SELECT id, seq, entity_type, table_name, entity_id, changed_at, next_attempt_at FROM {changes}
-  WHERE next_attempt_at IS NOT NULL AND dead_at IS NULL
+  WHERE next_attempt_at < 'infinity' AND dead_at IS NULL
   ORDER BY next_attempt_at LIMIT %(scan)s
 )
 SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
@@ -111,10 +127,15 @@ SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
 
 -- name: number_unprocessed
 -- By number, whichever partial index has it: there is none on seq alone, for each index costs every mark a write.
+-- LIMIT keeps the fresh ones a probe for each number and shard: joined, by the statistics of an empty queue, all are read.
 SELECT n.seq, n.id
 FROM generate_series(0, %(shards)s - 1) AS s(shard)
-JOIN {changes} AS n ON n.shard = s.shard AND n.seq = ANY (%(seqs)s::bigint[])
-WHERE NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+CROSS JOIN unnest(%(seqs)s::bigint[]) AS named(seq)
+CROSS JOIN LATERAL (
+  SELECT c.seq, c.id FROM {changes} AS c
+  WHERE c.shard = s.shard AND c.seq = named.seq AND NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL
+  LIMIT 1
+) AS n
 UNION ALL
 SELECT seq, id FROM {changes} WHERE next_attempt_at IS NOT NULL AND seq = ANY (%(seqs)s::bigint[])
 UNION ALL
@@ -127,11 +148,14 @@ SELECT seq, id
 FROM (SELECT seq, id FROM {changes} WHERE processed ORDER BY processed_at DESC LIMIT %(scan)s) AS looked
 WHERE seq = ANY (%(seqs)s::bigint[])
 
+-- name: state
+-- Not a statement of its own: the state of c, as an expression over c.
+CASE WHEN c.processed THEN 'processed' WHEN c.dead_at IS NOT NULL THEN 'dead'
+     WHEN c.next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END
+
 -- name: look
 -- All of a change but its payload, in the order asked for. 'infinity' is no time that Python has.
-SELECT c.seq, c.id,
-       CASE WHEN c.processed THEN 'processed' WHEN c.dead_at IS NOT NULL THEN 'dead'
-            WHEN c.next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END AS state,
+SELECT c.seq, c.id, {state} AS state,
        (SELECT min(w.seq) FROM {changes} AS w
         WHERE w.next_attempt_at IS NOT NULL
           AND coalesce(w.entity_type, w.table_name) = coalesce(c.entity_type, c.table_name)
@@ -140,10 +164,26 @@ SELECT c.seq, c.id,
        coalesce(c.dead_at IS NOT NULL AND c.next_attempt_at = 'infinity', false) AS pauses_key,
        coalesce(c.entity_type, c.table_name) AS entity_type, c.entity_id, c.shard, c.table_schema,
        c.table_name AS "table", c.operation, c.changed_at, c.error_count, c.last_error,
-       nullif(c.next_attempt_at, 'infinity') AS next_attempt_at, c.processed_at, c.dead_at
+       nullif(c.next_attempt_at, 'infinity') AS next_attempt_at, c.processed_at, c.dead_at, c.caused_by, c.depth
 FROM {changes} AS c
 WHERE c.id = ANY (%(ids)s::uuid[])
 ORDER BY array_position(%(ids)s::uuid[], c.id)
+
+-- name: chain
+-- A change, what caused it, what caused that, and so on: by the primary key, and no further than the bound. By column,
+-- so that a role which may not see payloads may ask.
+WITH RECURSIVE link AS (
+  SELECT 1 AS step, c.seq, c.id, c.entity_type, c.table_name, c.entity_id, c.operation, c.processed, c.dead_at,
+         c.next_attempt_at, c.changed_at, c.caused_by
+  FROM {changes} AS c WHERE c.id = %(id)s
+  UNION ALL
+  SELECT link.step + 1, c.seq, c.id, c.entity_type, c.table_name, c.entity_id, c.operation, c.processed, c.dead_at,
+         c.next_attempt_at, c.changed_at, c.caused_by
+  FROM link JOIN {changes} AS c ON c.id = link.caused_by WHERE link.step < %(bound)s
+)
+SELECT c.seq, c.id, coalesce(c.entity_type, c.table_name) AS entity_type, c.entity_id, c.operation, {state} AS state,
+       c.changed_at, c.caused_by
+FROM link AS c ORDER BY c.step
 
 -- name: payload
 -- The application's data, for those who ask for it.

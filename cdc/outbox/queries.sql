@@ -3,6 +3,10 @@
 -- The predicates of the partial indexes stay literal: with a parameter in their place the generic plan cannot use
 -- the index. `held` is one probe a row into the index of waiting changes, and not even that while nothing waits.
 --
+-- By the statistics of a quiet hour nothing is fresh and nothing waits, so that to walk all of either looks as cheap as a
+-- probe. With 50,000 fresh a fetch of 100 took 3.7 s, a mark 5 s, and no setting prevents it: where a plan could go that
+-- way, the statement is written so that it cannot.
+--
 -- `next_xid` is the first transaction id that is not assigned yet, read off age(), which counts back from there. It is
 -- not the snapshot's xmax: that is one above the last *completed* id, and a commit that hangs may well lie above it.
 
@@ -19,22 +23,31 @@ CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE next_attempt_at IS NOT NUL
 -- Not a statement of its own: what every read of changes returns, in the order in which the rows are unpacked.
 c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
 c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,
+coalesce(c.started_by <> %(process)s, false) AS crashed, c.caused_by, c.depth,
 {held} AS held
 
 -- name: check
 -- Whether the table is there, has the columns of this version, and may be read.
 SELECT seq, shard, id, table_schema, table_name, operation, entity_type, entity_id, old_data, new_data, metadata,
-       changed_at, processed, processed_at, error_count, last_error, next_attempt_at, dead_at
+       changed_at, processed, processed_at, error_count, last_error, next_attempt_at, dead_at, started_by,
+       caused_by, depth
 FROM {changes} LIMIT 0
 
 -- name: missing_rights
--- The columns a settle writes and this role may not. Without them each change would be handled again and again.
-SELECT c.name
-FROM unnest(ARRAY['processed', 'processed_at', 'error_count', 'last_error', 'next_attempt_at', 'dead_at']) AS c(name)
-WHERE NOT has_column_privilege({regclass}::regclass, c.name, 'UPDATE')
+-- What the consumer writes and this role may not. Without it each change would be handled again and again.
+SELECT 'UPDATE (' || string_agg(name, ', ') || ')', {regclass}
+FROM unnest(ARRAY['processed', 'processed_at', 'error_count', 'last_error', 'next_attempt_at', 'dead_at',
+                  'started_by']) AS c(name)
+WHERE NOT has_column_privilege({regclass}::regclass, name, 'UPDATE')
+HAVING count(*) > 0
+UNION ALL
+SELECT string_agg(name, ', '), {shards_regclass}
+FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS r(name)
+WHERE NOT has_table_privilege({shards_regclass}::regclass, name)
+HAVING count(*) > 0
 
 -- name: fetch
--- By number: the fresh ones among these changes.
+-- By number: the fresh ones among these changes. LIMIT makes it one probe of the index for each; see the head.
 WITH horizon AS MATERIALIZED (
   SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
          pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
@@ -44,8 +57,12 @@ SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
   SELECT {columns}
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
-  JOIN {changes} AS c ON c.shard = want.shard AND c.seq = want.seq
-  WHERE NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL
+  CROSS JOIN LATERAL (
+    SELECT * FROM {changes} AS n
+    WHERE n.shard = want.shard AND n.seq = want.seq
+      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+    LIMIT 1
+  ) AS c
   ORDER BY c.seq
 ) AS row ON true
 
@@ -73,6 +90,39 @@ FROM horizon LEFT JOIN LATERAL (
   ) AS c
 ) AS row ON true
 
+-- name: sweep_some
+-- The same, but only changes of these types, or (not among) only of others. At most ``scan`` rows of a shard are looked
+-- at: a backlog of any length may lie before what is wanted. The last of these comes along whatever its type, and the
+-- place of each among them, so that the reader learns how far it got.
+WITH horizon AS MATERIALIZED (
+  SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
+         pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
+  FROM pg_current_snapshot() AS s
+)
+SELECT horizon.xmin, horizon.next_xid, row.*
+FROM horizon LEFT JOIN LATERAL (
+  SELECT c.place, {columns}
+  FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(cursors)s::bigint[], %(since)s::text[])
+       AS want(shard, floor, cursor, since)
+  CROSS JOIN LATERAL (
+    SELECT * FROM (
+      SELECT *, row_number() OVER by_seq AS place, lead(f.seq) OVER by_seq IS NULL AS is_last
+      FROM (
+        SELECT * FROM {changes} AS n
+        WHERE n.shard = want.shard AND n.seq > want.floor
+          AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
+          AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+        ORDER BY n.seq
+        LIMIT %(scan)s
+      ) AS f
+      WINDOW by_seq AS (ORDER BY f.seq)
+    ) AS f
+    WHERE f.is_last OR (coalesce(f.entity_type, f.table_name) = ANY (%(types)s::text[])) = %(among)s
+    ORDER BY f.seq
+    LIMIT %(per_shard)s
+  ) AS c
+) AS row ON true
+
 -- name: resume
 -- Read on for single keys, from a number on.
 SELECT {columns}
@@ -88,30 +138,91 @@ CROSS JOIN LATERAL (
 ) AS c
 ORDER BY want.place, c.seq
 
+-- name: waiting_types
+-- Not a statement of its own: the types that have waiting changes, each by one probe of the index; all but some.
+SELECT type FROM (
+  WITH RECURSIVE found(type) AS (
+    (SELECT coalesce(entity_type, table_name) AS type FROM {changes} WHERE next_attempt_at < 'infinity'
+     ORDER BY coalesce(entity_type, table_name) LIMIT 1)
+    UNION ALL
+    SELECT (SELECT coalesce(entity_type, table_name) FROM {changes}
+            WHERE next_attempt_at < 'infinity' AND coalesce(entity_type, table_name) > found.type
+            ORDER BY coalesce(entity_type, table_name) LIMIT 1)
+    FROM found WHERE found.type IS NOT NULL
+  )
+  SELECT type FROM found
+) AS found
+WHERE type <> ALL (%(without)s::text[])
+
 -- name: due
--- Waiting changes whose time has come. In the index's order, so that the page ends the scan; of two changes of one key
--- the later is held.
+-- Waiting changes whose time has come, of each type those that came first: a type with a million of them does not fill
+-- the page. In the index's order, so that the page ends the scan; of two changes of one key the later is held.
+WITH page AS MATERIALIZED (
+  SELECT w.id
+  FROM ({waiting_types}) AS t
+  CROSS JOIN LATERAL (
+    SELECT n.id, row_number() OVER (ORDER BY n.next_attempt_at) AS place
+    FROM {changes} AS n
+    WHERE coalesce(n.entity_type, n.table_name) = t.type
+      AND n.next_attempt_at < 'infinity' AND n.next_attempt_at <= now() AND n.dead_at IS NULL
+      AND n.shard = ANY (%(shards)s::smallint[])
+    ORDER BY n.next_attempt_at
+    LIMIT %(limit)s
+  ) AS w
+  ORDER BY w.place
+  LIMIT %(limit)s
+)
 SELECT {columns}
-FROM {changes} AS c
-WHERE c.next_attempt_at IS NOT NULL AND c.next_attempt_at <= now() AND c.dead_at IS NULL
-  AND c.shard = ANY (%(shards)s::smallint[])
+FROM page JOIN {changes} AS c ON c.id = page.id
 ORDER BY c.next_attempt_at
-LIMIT %(limit)s
 
 -- name: next_due
 -- Seconds until the next waiting change of these shards is due; NULL: none waits.
-SELECT extract(epoch FROM min(c.next_attempt_at) - now())::float8
-FROM {changes} AS c
-WHERE c.next_attempt_at IS NOT NULL AND c.next_attempt_at > now() AND c.next_attempt_at < 'infinity'
-  AND c.dead_at IS NULL AND c.shard = ANY (%(shards)s::smallint[])
+SELECT extract(epoch FROM min(w.next_attempt_at) - now())::float8
+FROM ({waiting_types}) AS t
+CROSS JOIN LATERAL (
+  SELECT n.next_attempt_at
+  FROM {changes} AS n
+  WHERE coalesce(n.entity_type, n.table_name) = t.type
+    AND n.next_attempt_at < 'infinity' AND n.next_attempt_at > now()
+    AND n.dead_at IS NULL AND n.shard = ANY (%(shards)s::smallint[])
+  ORDER BY n.next_attempt_at
+  LIMIT 1
+) AS w
+
+-- name: chains
+-- What led to these changes: each, and its causes up to a bound, the newest first, as a text. "..." stands for more, be
+-- they beyond the bound or removed by retention. Types and ids are cut, as nothing else bounds their length. Not a part
+-- of {columns}, for setting it up would cost each fetch of a single row a tenth.
+WITH RECURSIVE link AS (
+  SELECT c.id AS newest, 1 AS step, c.caused_by, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.operation
+  FROM {changes} AS c WHERE c.id = ANY (%(ids)s::uuid[])
+  UNION ALL
+  SELECT link.newest, link.step + 1, c.caused_by, coalesce(c.entity_type, c.table_name), c.entity_id, c.operation
+  FROM link JOIN {changes} AS c ON c.id = link.caused_by
+  WHERE link.step < %(bound)s
+)
+SELECT newest,
+       string_agg(left(type, 63) || ' ' || left(entity_id, 63) || ' ' || operation, ' <- ' ORDER BY step)
+       || CASE WHEN bool_and(caused_by IS NOT NULL) THEN ' <- ...' ELSE '' END
+FROM link GROUP BY newest
 
 -- name: settle_processed
--- The common case: fresh changes that are done. Whoever settled a row first wins; the count tells.
+-- The common case: fresh changes that are done. Whoever settled a row first wins; the count tells. They are found as in
+-- fetch and updated where they lie; the guard is written so that it does not offer the index of the fresh ones again.
 WITH marked AS (
   UPDATE {changes} AS c SET processed = true, processed_at = now()
-  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS done(seq, shard)
-  WHERE c.shard = done.shard AND c.seq = done.seq
-    AND NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL
+  WHERE c.ctid = ANY (ARRAY(
+      SELECT found.ctid
+      FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS done(seq, shard)
+      CROSS JOIN LATERAL (
+        SELECT n.ctid FROM {changes} AS n
+        WHERE n.shard = done.shard AND n.seq = done.seq
+          AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+        LIMIT 1
+      ) AS found
+    ))
+    AND NOT c.processed AND coalesce(c.next_attempt_at, c.dead_at) IS NULL
   RETURNING 1
 )
 SELECT count(*)::int, now() FROM marked
@@ -125,7 +236,8 @@ WITH settled AS (
       next_attempt_at = CASE WHEN s.pauses THEN 'infinity' ELSE now() + make_interval(secs => s.delay_s) END,
       dead_at = CASE WHEN s.dead THEN now() END,
       error_count = c.error_count + s.failed::int,
-      last_error = coalesce(s.error, c.last_error)
+      last_error = coalesce(s.error, c.last_error),
+      started_by = NULL
   FROM unnest(%(ids)s::uuid[], %(processed)s::bool[], %(dead)s::bool[], %(pauses)s::bool[], %(failed)s::bool[],
               %(delays)s::float8[], %(errors)s::text[]) AS s(id, processed, dead, pauses, failed, delay_s, error)
   WHERE c.id = s.id AND NOT c.processed AND c.dead_at IS NULL
@@ -133,15 +245,38 @@ WITH settled AS (
 )
 SELECT count(*)::int, now() FROM settled
 
+-- name: start
+-- On a shard whose owner died, before a handler starts. The failures of a suspect include the start that failed. A row
+-- that the dead one's session still holds is not waited for: this is the session that settles everything else.
+WITH free AS (
+  SELECT c.ctid AS place, s.failures, s.error
+  FROM unnest(%(ids)s::uuid[], %(failures)s::int[], %(errors)s::text[]) AS s(id, failures, error)
+  JOIN {changes} AS c ON c.id = s.id
+  WHERE NOT c.processed AND c.dead_at IS NULL
+  FOR UPDATE OF c SKIP LOCKED
+)
+UPDATE {changes} AS c
+SET started_by = %(process)s, error_count = free.failures, last_error = coalesce(free.error, c.last_error)
+FROM free WHERE c.ctid = free.place
+RETURNING c.id
+
+-- name: unstart
+-- At a stop in peace.
+UPDATE {changes} SET started_by = NULL WHERE id = ANY (%(ids)s::uuid[]) AND started_by = %(process)s AND NOT processed
+
 -- name: take
 -- For a transactional handler: those of its changes that are still as they were read and that nobody else has. What
 -- another session holds is skipped: it is still running there, which never means that it is done.
-SELECT pg_current_xact_id()::text
+SELECT pg_current_xact_id()::text, set_config('cdc.cause', %(cause)s, true)
 FROM unnest(%(ids)s::uuid[], %(requeued)s::bool[], %(failures)s::int[]) AS want(id, requeued, failures)
 JOIN {changes} AS c ON c.id = want.id
 WHERE NOT c.processed AND c.dead_at IS NULL
   AND (c.next_attempt_at IS NOT NULL) = want.requeued AND c.error_count = want.failures
 FOR UPDATE OF c SKIP LOCKED
+
+-- name: cause
+-- Another change of the same transaction is being handled now.
+SELECT set_config('cdc.cause', %(cause)s, true)
 
 -- name: mark
 -- The same changes, in the same transaction; no rows: the handler has ended the transaction it was given.
@@ -154,24 +289,33 @@ RETURNING processed_at
 SELECT
   (SELECT count(*) FROM (SELECT FROM {changes} WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
                          LIMIT %(bound)s) AS f)::int AS fresh,
-  (SELECT count(*) FROM (SELECT FROM {changes} WHERE next_attempt_at IS NOT NULL AND dead_at IS NULL
+  (SELECT count(*) FROM (SELECT FROM {changes} WHERE next_attempt_at < 'infinity' AND dead_at IS NULL
                          LIMIT %(bound)s) AS w)::int AS waiting,
   (SELECT count(*) FROM (SELECT FROM {changes} WHERE dead_at IS NOT NULL LIMIT %(bound)s) AS d)::int AS dead,
   -- The oldest that could run now: of each shard the lowest fresh number that nothing holds back, and the waiting
-  -- change that has been due the longest.
+  -- change that has been due the longest. A shard whose first ones are all held back is left out: behind one key there
+  -- may be any number of them.
   greatest(
     coalesce((
       SELECT extract(epoch FROM now() - min(c.changed_at))::float8
       FROM generate_series(0, 63) AS s(shard)
       CROSS JOIN LATERAL (
-        SELECT c.changed_at FROM {changes} AS c
-        WHERE c.shard = s.shard AND NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL
-          AND NOT {held}
+        SELECT c.changed_at
+        FROM (
+          SELECT n.seq, n.entity_type, n.table_name, n.entity_id, n.changed_at FROM {changes} AS n
+          WHERE n.shard = s.shard AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+          ORDER BY n.seq LIMIT %(per_shard)s
+        ) AS c
+        WHERE NOT {held}
         ORDER BY c.seq LIMIT 1
       ) AS c), 0),
     coalesce((
       SELECT extract(epoch FROM now() - min(next_attempt_at))::float8 FROM {changes}
-      WHERE next_attempt_at IS NOT NULL AND next_attempt_at <= now() AND dead_at IS NULL), 0),
+      WHERE next_attempt_at < 'infinity' AND next_attempt_at <= now() AND dead_at IS NULL), 0),
     0) AS oldest_ready_age_s,
   pg_total_relation_size({regclass}::regclass)::bigint AS table_bytes,
-  coalesce(pg_stat_get_dead_tuples({regclass}::regclass), 0)::bigint AS dead_tuples
+  coalesce(pg_stat_get_dead_tuples({regclass}::regclass), 0)::bigint AS dead_tuples,
+  (SELECT count(DISTINCT (k.entity_type, k.entity_id))
+   FROM (SELECT coalesce(entity_type, table_name) AS entity_type, entity_id FROM {changes}
+         WHERE next_attempt_at IS NOT NULL LIMIT %(bound)s) AS k)::int AS blocked_keys,
+  pg_notification_queue_usage() AS notify_queue_usage

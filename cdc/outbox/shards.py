@@ -5,6 +5,9 @@ Theory
 A shard is owned by whoever holds the advisory lock ``(class, shard)``; a consumer is alive while it shares the lock
 ``(class, SHARDS)``. ``class`` is a hash of the schema's name, so that two outboxes in one database have shards of their
 own. Both locks end with the session and with nothing else: no lease, no clock, no heartbeat that a pause could outlive.
+Retention has one lock more in this class, ``RETENTION``, on a session of its own.
+A row of ``cdc_shards`` says who owns a shard, and a consumer that gives it back removes the row. So a row of somebody
+else's, of a shard that could be locked, is that of one that died; ``careful`` is about what follows from that.
 Outcomes are settled on this very session: whoever has lost it has lost the locks, and can settle nothing.
 
 A dead process's locks are free as soon as its kernel closes the socket. For a vanished host the server decides, by the
@@ -13,15 +16,24 @@ TCP settings asked for here (``connect.SERVER_TCP``); our own side gives up earl
 
 from __future__ import annotations
 
+import asyncio
 import select
 import zlib
 from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
 
 import psycopg
+from psycopg import sql
+from psycopg.rows import class_row
 
 from cdc import probe
 from cdc.connect import SERVER_TCP, connect_async
 from cdc.model import SHARDS
+
+RETENTION = SHARDS + 1
+"""The number, within ``lock_class``, of the lock of whoever removes old changes."""
 
 _SESSION = {
     **SERVER_TCP,
@@ -38,6 +50,22 @@ WHERE locktype = 'advisory' AND granted AND classid = %(class)s::oid AND objsubi
   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
 
+# Since when a session is there, and from where, not every role may see.
+_MEMBERS = """
+SELECT locks.pid, owned.shards, host(activity.client_addr) AS address,
+       extract(epoch FROM clock_timestamp() - activity.backend_start)::float8 AS age_s
+FROM pg_locks AS locks
+CROSS JOIN LATERAL (
+  SELECT count(DISTINCT objid)::int AS shards FROM pg_locks
+  WHERE locktype = 'advisory' AND granted AND pid = locks.pid AND classid = %(class)s::oid AND objid < %(shards)s
+    AND objsubid = 2 AND database = locks.database
+) AS owned
+LEFT JOIN pg_stat_activity AS activity ON activity.pid = locks.pid
+WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)s::oid AND locks.objid = %(shards)s
+  AND locks.objsubid = 2 AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+ORDER BY locks.pid
+"""
+
 # LIMIT in the inner query keeps the planner from trying the lock of every shard.
 _TAKE = """
 SELECT shard FROM (
@@ -52,26 +80,74 @@ SELECT shard FROM (
 WHERE pg_try_advisory_lock(%(key)s, shard)
 """
 
+# The inner query still sees who was there before.
+_SIGN_IN = """
+WITH before AS (
+  SELECT shard FROM {shards} WHERE shard = ANY (%(shards)s::int[]) AND owner <> %(owner)s
+), signed AS (
+  INSERT INTO {shards} (shard, owner) SELECT shard, %(owner)s FROM unnest(%(shards)s::int[]) AS shard
+  ON CONFLICT (shard) DO UPDATE SET owner = excluded.owner, since = excluded.since
+)
+SELECT ARRAY (SELECT shard::int FROM before), now()
+"""
+
+
+def lock_class(schema: str) -> int:
+    """The first number of the advisory locks of this outbox, as ``pg_advisory_lock(int, int)`` takes it."""
+    hashed = _hashed(schema)
+    return hashed - (1 << 32) if hashed >= 1 << 31 else hashed
+
+
+def _hashed(schema: str) -> int:
+    return zlib.crc32(f"cdc:{schema}".encode())
+
+
+class Member(NamedTuple):
+    """A live consumer, by its session on the server. None: this role may not see it, or a local socket has none."""
+
+    pid: int
+    shards: int
+    address: str | None
+    age_s: float | None
+
+
+def members(connection: psycopg.Connection, schema: str) -> list[Member]:
+    """The live consumers of this outbox; what they own of the SHARDS is all that is owned."""
+    with connection.cursor(row_factory=class_row(Member)) as cursor:
+        return cursor.execute(_MEMBERS, {"shards": SHARDS, "class": _hashed(schema)}).fetchall()
+
+
+class Taken(NamedTuple):
+    """Shards that were locked, and those of them whose owner had died, by ``at`` of the database's clock."""
+
+    shards: list[int]
+    orphaned: list[int]
+    at: datetime
+
 
 class Session:
     """One server session: member, owner of shards, and the connection on which their changes are settled."""
 
-    def __init__(self, connection: psycopg.AsyncConnection, schema: str) -> None:
+    def __init__(self, connection: psycopg.AsyncConnection, schema: str, owner: UUID) -> None:
         self.connection = connection
-        hashed = zlib.crc32(f"cdc:{schema}".encode())
-        self._key = hashed - (1 << 32) if hashed >= 1 << 31 else hashed
-        self._parameters = {"shards": SHARDS, "class": hashed, "key": self._key}
+        self.writing = asyncio.Lock()
+        """Held by whoever writes: what another one writes meanwhile would become part of its transaction."""
+        self._owner = owner
+        self._table = sql.Identifier(schema, "cdc_shards")
+        self._key = lock_class(schema)
+        self._parameters = {"shards": SHARDS, "class": _hashed(schema), "key": self._key}
 
     @classmethod
-    async def open(cls, dsn: str | None, schema: str, settings: Mapping[str, str]) -> Session:
-        """Connect with these server settings besides our own, and become a member."""
+    async def open(cls, dsn: str | None, schema: str, owner: UUID, settings: Mapping[str, str]) -> Session:
+        """Connect with these server settings besides our own, and become a member. ``owner``: this process."""
         connection = await connect_async(dsn, application_name="cdc: shards", session={**settings, **_SESSION})
-        session = cls(connection, schema)
+        session = cls(connection, schema, owner)
         try:
             await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [session._key, SHARDS])
         except BaseException:
             await connection.close()
             raise
+        probe.here("shards.after_join")
         return session
 
     async def look(self) -> tuple[int, int]:
@@ -80,19 +156,36 @@ class Session:
         [(members, taken)] = await cursor.fetchall()
         return members, SHARDS - taken
 
-    async def take(self, limit: int) -> list[int]:
+    async def take(self, limit: int) -> Taken:
         """Lock up to ``limit`` shards that nobody holds."""
         cursor = await self.connection.execute(_TAKE, {**self._parameters, "limit": limit})
-        taken = [shard for (shard,) in await cursor.fetchall()]
+        shards = [shard for (shard,) in await cursor.fetchall()]
         probe.here("shards.after_take")
-        return taken
+        cursor = await self.connection.execute(
+            sql.SQL(_SIGN_IN).format(shards=self._table), {"shards": shards, "owner": self._owner}
+        )
+        [(orphaned, at)] = await cursor.fetchall()
+        probe.here("shards.after_sign_in")
+        return Taken(shards, orphaned, at)
 
     async def give(self, shards: Iterable[int]) -> None:
         """Unlock shards on which nothing is in flight."""
         probe.here("shards.before_release")
+        quiet = list(shards)
+        await self._sign_out(quiet)
+        probe.here("shards.after_sign_out")
         await self.connection.execute(
-            "SELECT pg_advisory_unlock(%s, shard) FROM unnest(%s::int[]) AS shard", [self._key, list(shards)]
+            "SELECT pg_advisory_unlock(%s, shard) FROM unnest(%s::int[]) AS shard", [self._key, quiet]
         )
+        probe.here("shards.after_release")
+
+    async def leave(self) -> None:
+        """Nothing is in flight any more: whoever comes next need not be careful. The locks end with the session."""
+        await self._sign_out(range(SHARDS))
+
+    async def _sign_out(self, shards: Iterable[int]) -> None:
+        statement = sql.SQL("DELETE FROM {} WHERE shard = ANY (%s::int[]) AND owner = %s").format(self._table)
+        await self.connection.execute(statement, [list(shards), self._owner])
 
     @property
     def stirred(self) -> bool:

@@ -12,11 +12,16 @@ _NAME = "-- name: "
 def load(file: str, schema: str) -> dict[str, bytes]:
     """Name to statement of this file, with the names in braces filled in.
 
-    These are ``{changes}``, the table; ``{regclass}``, its name as a literal; and blocks that are expressions, from
-    queries.sql or from further up in the same file.
+    These are ``{changes}``, the table; ``{regclass}``, its name as a literal; ``{shards_regclass}``, the same for the
+    table of owners; and blocks that are expressions, from queries.sql or from further up in the same file.
     """
     table = sql.Identifier(schema, "entity_changes")
-    names: dict[str, sql.Composable] = {"changes": table, "regclass": sql.Literal(table.as_string(None))}
+    shards = sql.Identifier(schema, "cdc_shards")
+    names: dict[str, sql.Composable] = {
+        "changes": table,
+        "regclass": sql.Literal(table.as_string(None)),
+        "shards_regclass": sql.Literal(shards.as_string(None)),
+    }
     blocks = _blocks(file)
     everything = {**_blocks("queries.sql"), **blocks}
     used = "\n".join(everything.values())

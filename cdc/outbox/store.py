@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
+from uuid import UUID, uuid4
 
 import psycopg
 from psycopg import errors, sql
 
 from cdc import probe
 from cdc.errors import SchemaError
-from cdc.intake import Position, Snapshot
-from cdc.lanes import Finished, Resume, Row
+from cdc.intake import Scanned, Sweep
+from cdc.journal import Finished
+from cdc.lanes import Row
 from cdc.model import Change, Committed, Dead, Discarded, Operation, Outcome, Processed, Skipped, Waiting, WakeUp
 from cdc.outbox.statements import load
+from cdc.passes import Snapshot
+from cdc.unread import Resume
 
 INDEXED = {
     "plan_cache_mode": "force_generic_plan",
@@ -31,8 +36,17 @@ Left to itself the planner plans each call anew, by statistics that are wrong as
 was analysed while empty it expects nothing and scans it. Measured: 0.15 ms a fetch, and 0.75 ms after 2,000 rows.
 """
 
+CRASHED = "the consumer's process ended while this change's handler ran"
+"""The last_error of a change that was running when its consumer died."""
+
 _OPERATIONS = {operation.value: operation for operation in Operation}
+_SCAN_MAX = 20_000
+"""Rows that a sweep of some types looks at: some 20 ms. What else there is to read waits no longer."""
 _COUNT_BOUND = 10_001
+_LOOKED_AT_PER_SHARD = 500
+"""Fresh changes, in search of one that nothing holds back."""
+_CHAIN_MAX = 100
+"""Changes that a chain names: more do not fit into last_error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,8 @@ class Page:
 
     rows: list[Row]
     snapshot: Snapshot
+    scanned: Mapping[int, Scanned] | None = None
+    """Of a sweep of some types only: how far it got in each shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +69,11 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Counts end at 10,001, which means "more"."""
+    """Counts end at 10,001, which means "more".
+
+    ``blocked_keys``: those of waiting changes and of dead letters that pause. ``notify_queue_usage``: of the whole
+    server, 0 to 1.
+    """
 
     fresh: int
     waiting: int
@@ -61,13 +81,19 @@ class Figures:
     oldest_ready_age_s: float
     table_bytes: int
     dead_tuples: int
+    blocked_keys: int
+    notify_queue_usage: float
 
 
 class Store:
-    """The statements for the outbox in ``schema``."""
+    """The statements for the outbox in ``schema``. A change deeper than ``max_chain_depth`` is read with its chain."""
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, max_chain_depth: int = 16) -> None:
         self._statements = load("queries.sql", schema)
+        self.process = uuid4()
+        """Who started a change, or owns a shard: this process, until it ends."""
+        self._always = {"process": self.process}
+        self._max_chain_depth = max_chain_depth
         self._table = sql.Identifier(schema, "entity_changes").as_string(None)
         self._option = "" if schema == "public" else f" --schema {shlex.quote(schema)}"
 
@@ -75,7 +101,6 @@ class Store:
         """Raises SchemaError where the table is missing, is an older one, or may not be read and settled."""
         try:
             await reader.execute(self._statements["check"])
-            denied = [name for (name,) in await self._rows(reader, "missing_rights", {})]
         except (errors.UndefinedTable, errors.InvalidSchemaName):
             raise SchemaError(f"there is no table {self._table}", hint=f"run: cdc db install{self._option}") from None
         except errors.UndefinedColumn as missing:
@@ -86,27 +111,53 @@ class Store:
         except errors.InsufficientPrivilege as refused:
             raise SchemaError(
                 f"the role may not read {self._table}: {refused.diag.message_primary}",
-                hint=f"grant it USAGE on the schema, and: GRANT SELECT, UPDATE ON {self._table} TO ...",
+                hint=f"run: cdc db grant{self._option} --consumer ROLE",
+            ) from None
+        try:
+            denied = await self._rows(reader, "missing_rights", {})
+        except errors.UndefinedTable as missing:
+            raise SchemaError(
+                f"the outbox does not fit this version: {missing.diag.message_primary}",
+                hint=f"run: cdc db upgrade{self._option}",
             ) from None
         if denied:
+            grants = [f"{rights} ON {table}" for rights, table in denied]
             raise SchemaError(
-                f"the role may not settle changes: no UPDATE on {', '.join(denied)} of {self._table}",
-                hint=f"GRANT UPDATE ({', '.join(denied)}) ON {self._table} TO ...",
+                f"the role may not settle changes: it has no {', no '.join(grants)}",
+                hint=f"run: cdc db grant{self._option} --consumer ROLE",
             )
 
     async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Sequence[WakeUp]) -> Page:
         parameters = {"seqs": [w.seq for w in wakeups], "shards": [w.shard for w in wakeups]}
-        return _page(await self._rows(reader, "fetch", parameters))
+        return await self._page(reader, await self._rows(reader, "fetch", parameters))
 
-    async def sweep(self, reader: psycopg.AsyncConnection, positions: Mapping[int, Position], per_shard: int) -> Page:
-        parameters = {
-            "shards": list(positions),
-            "floors": [position.floor for position in positions.values()],
-            "cursors": [position.cursor for position in positions.values()],
-            "since": [_xid(position.since) for position in positions.values()],
-            "per_shard": per_shard,
+    async def sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> Page:
+        positions = sweep.positions.values()
+        parameters: dict[str, Any] = {
+            "shards": list(sweep.positions),
+            "floors": [position.floor for position in positions],
+            "cursors": [position.cursor for position in positions],
+            "since": [_xid(position.since) for position in positions],
+            "per_shard": sweep.per_shard,
         }
-        return _page(await self._rows(reader, "sweep", parameters))
+        if sweep.only is None and not sweep.without:
+            return await self._page(reader, await self._rows(reader, "sweep", parameters))
+        return await self._sweep_some(reader, sweep, parameters)
+
+    async def _sweep_some(self, reader: psycopg.AsyncConnection, sweep: Sweep, parameters: dict[str, Any]) -> Page:
+        """A sweep of one type, or of all but some."""
+        scan = max(sweep.per_shard, _SCAN_MAX // len(sweep.positions))
+        types = list(sweep.without) if sweep.only is None else [sweep.only]
+        parameters |= {"types": types, "among": sweep.only is not None, "scan": scan}
+        records = await self._rows(reader, "sweep_some", parameters)
+        page = await self._page(reader, records, first_column=3)
+        counts = Counter(row.change.shard for row in page.rows)
+        scanned: dict[int, Scanned] = {}
+        for row, record in zip(page.rows, records, strict=False):
+            shard, place = row.change.shard, record[2]
+            scanned[shard] = Scanned(row.change.seq, place >= scan or counts[shard] >= sweep.per_shard)
+        wanted = [row for row in page.rows if sweep.wants(row.change.entity_type)]
+        return Page(wanted, page.snapshot, scanned)
 
     async def resume(
         self, reader: psycopg.AsyncConnection, resumes: Sequence[Resume], per_key: int
@@ -121,20 +172,23 @@ class Store:
         }
         by_key = {resume.key: resume for resume in resumes}
         found: dict[Resume, list[Row]] = {resume: [] for resume in resumes}
-        for record in await self._rows(reader, "resume", parameters):
-            row = _row(record)
+        rows = [_row(record) for record in await self._rows(reader, "resume", parameters)]
+        for row in await self._with_chains(reader, rows):
             found[by_key[row.change.key]].append(row)
         return found
 
     async def due(
-        self, reader: psycopg.AsyncConnection, shards: Iterable[int], limit: int
+        self, reader: psycopg.AsyncConnection, shards: Iterable[int], limit: int, without: Iterable[str] = ()
     ) -> tuple[list[Row], float | None]:
-        """Waiting changes that are due, and the seconds until the next one will be."""
-        owned = list(shards)
-        found = await self._rows(reader, "due", {"shards": owned, "limit": limit})
-        rows = [_row(record, requeued=True) for record in found]
-        [(next_due_s,)] = await self._rows(reader, "next_due", {"shards": owned})
-        return rows, next_due_s
+        """Waiting changes that are due, of each type in turn, and the seconds until the next one will be.
+
+        Both without those of some types.
+        """
+        parameters = {"shards": list(shards), "without": list(without)}
+        # In this order: what becomes due between the two is in both, the other way round it would be in neither.
+        [(next_due_s,)] = await self._rows(reader, "next_due", parameters)
+        found = await self._rows(reader, "due", {**parameters, "limit": limit})
+        return await self._with_chains(reader, [_row(record, requeued=True) for record in found]), next_due_s
 
     async def settle(self, session: psycopg.AsyncConnection, batch: Sequence[Finished]) -> Settled:
         """Record outcomes, all or none, on the session that holds the shard locks."""
@@ -145,7 +199,9 @@ class Store:
             # One transaction: a retried change and its successor may both be in this batch, and a crash between two
             # commits would leave the successor marked and its predecessor to run again.
             async with session.transaction():
-                counts = [await self._settle_plain(session, plain), await self._settle_others(session, others)]
+                counts = [await self._settle_plain(session, plain)]
+                probe.here("settle.between_marks")
+                counts.append(await self._settle_others(session, others))
         elif plain:
             counts = [await self._settle_plain(session, plain)]
         else:
@@ -153,21 +209,47 @@ class Store:
         probe.here("settle.after_commit")
         return Settled(len(batch) - sum(count for count, _ in counts), counts[-1][1])
 
-    def take(self, changes: Sequence[Change]) -> tuple[bytes, dict[str, Any]]:
-        """The statement by which a transactional handler's connection, of either kind, takes them: a row each."""
+    def take(self, changes: Sequence[Change], cause: Change) -> tuple[bytes, dict[str, Any]]:
+        """The statement by which a transactional handler's connection, of either kind, takes them: a row each.
+
+        What the transaction writes from then on is caused by ``cause``.
+        """
         return self._statements["take"], {
             "ids": [change.id for change in changes],
             "requeued": [change.requeued for change in changes],
             "failures": [change.attempt - 1 for change in changes],
+            "cause": cause.cause,
         }
+
+    def cause(self, change: Change) -> tuple[bytes, dict[str, Any]]:
+        """What the transaction writes from now on is caused by this change."""
+        return self._statements["cause"], {"cause": change.cause}
 
     def mark(self, changes: Sequence[Change], xid: str) -> tuple[bytes, dict[str, Any]]:
         """The statement that marks what ``take`` took, if the transaction is still the one with that id."""
         return self._statements["mark"], {"ids": [change.id for change in changes], "xid": xid}
 
+    async def start(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> set[UUID]:
+        """Write down that this process starts these; a suspect's earlier start, which failed, is counted with it.
+
+        Returns the ids of those for which that was possible: not of what another session has taken, or settled.
+        """
+        parameters = {
+            "ids": [change.id for change in changes],
+            "failures": [change.attempt - 1 for change in changes],
+            "errors": [CRASHED if change.crashed else None for change in changes],
+        }
+        return {id_ for (id_,) in await self._rows(session, "start", parameters)}
+
+    async def unstart(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> None:
+        """What ``start`` wrote down is of no account: they were cut off."""
+        ids = [change.id for change in changes]
+        await session.execute(self._statements["unstart"], {"ids": ids, "process": self.process})
+
     def figures(self, connection: psycopg.Connection) -> Figures:
         """For the collector; bounded however large the table is."""
-        row = connection.execute(self._statements["figures"], {"bound": _COUNT_BOUND}).fetchone()
+        parameters = {"bound": _COUNT_BOUND, "per_shard": _LOOKED_AT_PER_SHARD}
+        row = connection.execute(self._statements["figures"], parameters).fetchone()
         assert row is not None
         return Figures(*row)
 
@@ -184,9 +266,24 @@ class Store:
         [(count, at)] = await self._rows(session, "settle_others", parameters)
         return count, at
 
+    async def _page(self, reader: psycopg.AsyncConnection, records: list[Any], first_column: int = 2) -> Page:
+        xmin, next_xid = records[0][:2]
+        # The snapshot comes with every row, and alone, with nulls, when there is none.
+        rows = [] if records[0][2] is None else [_row(record[first_column:]) for record in records]
+        return Page(await self._with_chains(reader, rows), Snapshot(xmin, next_xid))
+
+    async def _with_chains(self, reader: psycopg.AsyncConnection, rows: list[Row]) -> list[Row]:
+        """The same; those that are too deep with what led to them."""
+        deep = [row.change.id for row in rows if row.change.depth > self._max_chain_depth]
+        if not deep:
+            return rows
+        bound = min(2 * self._max_chain_depth, _CHAIN_MAX)
+        chains = dict(await self._rows(reader, "chains", {"ids": deep, "bound": bound}))
+        return [row._replace(change=replace(row.change, chain=chains.get(row.change.id))) for row in rows]
+
     async def _rows(self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]) -> list[Any]:
         async with connection.cursor(binary=True) as cursor:
-            await cursor.execute(self._statements[name], parameters)
+            await cursor.execute(self._statements[name], {**self._always, **parameters})
             return await cursor.fetchall()
 
 
@@ -210,16 +307,9 @@ def _settle_values(outcome: Outcome) -> tuple[bool, bool, bool, bool, float | No
             raise AssertionError("marked by its own transaction, so there is nothing to settle")
 
 
-def _page(records: list[Any]) -> Page:
-    xmin, next_xid = records[0][:2]
-    # The snapshot comes with every row, and alone, with nulls, when there is none.
-    rows = [] if records[0][2] is None else [_row(record[2:]) for record in records]
-    return Page(rows, Snapshot(xmin, next_xid))
-
-
 def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
     (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,
-     held) = record  # fmt: skip
+     crashed, caused_by, depth, held) = record  # fmt: skip
     change = Change(
         id=id_,
         seq=seq,
@@ -233,8 +323,11 @@ def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
         new=new,
         metadata=metadata,
         changed_at=changed_at,
-        attempt=failures + 1,
+        attempt=failures + crashed + 1,
         requeued=requeued,
+        crashed=crashed,
+        caused_by=caused_by,
+        depth=depth,
     )
     return Row(change, held)
 

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
 
 import psycopg
@@ -43,8 +44,10 @@ _REFUSAL_S = 3.0
 """A server that refuses says so at once; after a longer silence, asking it why would only double the wait."""
 
 _SLOT_LOOK = sql.SQL(
-    "SELECT plugin, database, wal_status, confirmed_flush_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = {}"
+    "SELECT plugin, database, wal_status, confirmed_flush_lsn, temporary"
+    " FROM pg_catalog.pg_replication_slots WHERE slot_name = {}"
 )
+_PUBLICATION_LOOK = sql.SQL("SELECT oid FROM pg_catalog.pg_publication WHERE pubname = {}")
 # Walsenders are counted where every role sees the rows, if not what they say. RDS has a role for the attribute.
 _SERVER_LOOK = """
     SELECT current_setting('wal_level'),
@@ -105,17 +108,19 @@ class Waiting:
 
 
 class Session:
-    """A replication connection and one slot. Closed at the end of the ``with`` block, whatever state it is in."""
+    """A replication connection and one slot. Closed at the end of the ``with`` block, whatever state it is in.
 
-    def __init__(self, connection: psycopg.Connection, waiting: Waiting, *, slot: str, plugin: Plugin) -> None:
+    A command that is refused leaves it usable, but takes a temporary slot that it has made.
+    """
+
+    def __init__(self, connection: psycopg.Connection, waiting: Waiting, *, slot: str) -> None:
         info = connection.info
-        self.names = Names(slot=slot, plugin=plugin.name, database=info.dbname, role=info.user)
+        self.names = Names(slot=slot, plugin="", database=info.dbname, role=info.user)
         self._connection = connection
         self._link = connection.pgconn
         self._link.nonblocking = 1
         self._socket = self._link.socket
         self._waiting = waiting
-        self._plugin = plugin
         self._asking = False
         self._unsent = False
         self._over: StreamError | None = None
@@ -138,28 +143,37 @@ class Session:
         rows = self._command(_SLOT_LOOK.format(sql.Literal(self.names.slot)), During.START)
         if not rows:
             return None
-        plugin, database, wal_status, confirmed = rows[0]
-        return FoundSlot(plugin, database, wal_status, Lsn.parse(confirmed) if confirmed else None)
+        plugin, database, wal_status, confirmed, temporary = rows[0]
+        return FoundSlot(plugin, database, wal_status, Lsn.parse(confirmed) if confirmed else None, temporary == "t")
 
     def server_end(self) -> Lsn:
         """The end of the WAL that the server has flushed."""
         _, _, end, _ = self._command(sql.SQL("IDENTIFY_SYSTEM"), During.START)[0]
         return Lsn.parse(end or "0/0")
 
-    def create(self) -> None:
+    def publish_nothing(self, publication: str) -> None:
+        """Have a publication of that name. Whatever is in one that is there already, only messages ring."""
+        self.names = replace(self.names, publication=publication)
+        if not self._command(_PUBLICATION_LOOK.format(sql.Literal(publication)), During.PUBLISH):
+            create = sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(publication))
+            self._command(create, During.PUBLISH)
+
+    def create(self, plugin: Plugin, *, temporary: bool) -> None:
+        self.names = replace(self.names, plugin=plugin.name)
         # Without NOEXPORT_SNAPSHOT the walsender stays in a transaction that holds back vacuum everywhere.
-        create = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL {} NOEXPORT_SNAPSHOT")
-        names = sql.Identifier(self.names.slot), sql.Identifier(self.names.plugin)
-        self._command(create.format(*names), During.CREATE)
+        create = sql.SQL("CREATE_REPLICATION_SLOT {} {} LOGICAL {} NOEXPORT_SNAPSHOT")
+        kind = sql.SQL("TEMPORARY" if temporary else "")
+        self._command(create.format(sql.Identifier(self.names.slot), kind, sql.Identifier(plugin.name)), During.CREATE)
 
     def drop(self) -> None:
         drop = sql.SQL("DROP_REPLICATION_SLOT {}")
         self._command(drop.format(sql.Identifier(self.names.slot)), During.CREATE)
 
-    def start(self) -> None:
+    def start(self, plugin: Plugin) -> None:
         """From the confirmed position on: a server takes any other one, and may then deliver nothing."""
+        self.names = replace(self.names, plugin=plugin.name)
         options = sql.SQL(", ").join(
-            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in self._plugin.options
+            sql.SQL("{} {}").format(sql.Identifier(name), _option_value(value)) for name, value in plugin.options
         )
         start = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})")
         self._command(start.format(sql.Identifier(self.names.slot), options), During.START)
@@ -174,7 +188,9 @@ class Session:
             while (result := self._result(deadline)) is not None and result.status != pq.ExecStatus.COPY_BOTH:
                 if result.status == pq.ExecStatus.FATAL_ERROR:
                     self._asking = False
-                    raise self._refusal(result, during)
+                    refusal = self._refusal(result, during)
+                    self._drain(deadline)
+                    raise refusal
                 rows += _rows(result)
             self._asking = False
         return rows
@@ -185,6 +201,12 @@ class Session:
                 raise StreamError("the server does not answer", reason=Reason.STALLED.value)
             self._link.consume_input()
         return self._link.get_result()
+
+    def _drain(self, deadline: float) -> None:
+        """The end of an answer: before it the connection takes no other command. A refusal may also end the link."""
+        with contextlib.suppress(psycopg.OperationalError):
+            while self._result(deadline) is not None:
+                pass
 
     def _refusal(self, result: pq.abc.PGresult, during: During) -> StreamError:
         sqlstate = result.error_field(pq.DiagnosticField.SQLSTATE)
@@ -264,7 +286,7 @@ class Session:
 
 
 def open_session(
-    dsn: str | None, waiting: Waiting, *, application_name: str, settings: dict[str, str], slot: str, plugin: Plugin
+    dsn: str | None, waiting: Waiting, *, application_name: str, settings: dict[str, str], slot: str
 ) -> Session:
     """Connect for replication. ``settings`` are the server's, for this connection."""
     began = time.monotonic()
@@ -279,11 +301,11 @@ def open_session(
         )
     except ConnectError as error:
         look = _server_look(dsn, application_name) if time.monotonic() - began < _REFUSAL_S else None
-        names = Names(slot=slot, plugin=plugin.name, database="", role=look[1] if look else "")
+        names = Names(slot=slot, plugin="", database="", role=look[1] if look else "")
         raise classify_connect(look[0] if look else None, str(error), error.hint, names) from None
     except CdcError as error:
         raise StreamError(str(error), reason=Reason.NETWORK.value, hint=error.hint, permanent=True) from None
-    return Session(connection, waiting, slot=slot, plugin=plugin)
+    return Session(connection, waiting, slot=slot)
 
 
 def _server_look(dsn: str | None, application_name: str) -> tuple[ServerLook, str] | None:
@@ -292,6 +314,11 @@ def _server_look(dsn: str | None, application_name: str) -> tuple[ServerLook, st
         row = connection.execute(_SERVER_LOOK).fetchone()
         return (ServerLook(*row), connection.info.user) if row else None
     return None
+
+
+def _option_value(value: str) -> sql.SQL:
+    """Not sql.Literal: that writes a backslash as E'', which the grammar of replication commands does not know."""
+    return sql.SQL("'" + value.replace("'", "''") + "'")
 
 
 def _rows(result: pq.abc.PGresult) -> list[list[str | None]]:

@@ -3,7 +3,7 @@
 A thread of its own, so that a handler that blocks the event loop cannot starve the keepalives. It knows nothing about
 handlers: what it has read it hands over and confirms at once.
 
-One attempt: connect, look at the slot, create it if need be, start, read until something ends it. The connection is
+One attempt: connect, have a slot that can be read (``opening``), read until something ends it. The connection is
 ``replication``; what ended it, and what to do, is decided in ``refusals``; positions, clocks and pauses in
 ``progress``. Whatever happens here costs latency and never a change: the outbox is swept meanwhile.
 """
@@ -14,16 +14,17 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cdc import probe
 from cdc.errors import ProtocolError, StreamError
 from cdc.lsn import ZERO, Lsn
-from cdc.model import WakeUp, message_prefix
-from cdc.refusals import Reason, Step, next_step
-from cdc.wakeup import wal2json
+from cdc.model import PLUGINS, WakeUp, message_prefix, publication_name
+from cdc.refusals import Reason, Wanted
+from cdc.wakeup import pgoutput, wal2json
+from cdc.wakeup.opening import Opened, begin
 from cdc.wakeup.progress import Attempts, Progress, status_interval_s
 from cdc.wakeup.replication import Session, Stopped, Waiting, open_session
 from cdc.wakeup.wire import Decode, Plugin, parse, status_update
@@ -32,16 +33,24 @@ log = logging.getLogger("cdc.stream")
 
 _BATCH = 1000
 """Messages handed over at once, and read between two looks at the clock: a few milliseconds."""
+_BROKEN_OFF = frozenset({Reason.PROTOCOL, Reason.PUBLICATION_MISSING, Reason.SLOT_LOST, Reason.NETWORK})
+"""Ends of a stream that something in the WAL may have caused. NETWORK: a walsender that crashes says nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """``wal_sender_timeout_s`` is set on the server for this connection: so long a frozen consumer keeps the slot."""
+    """``wal_sender_timeout_s`` is set on the server for this connection: so long a frozen consumer keeps the slot.
+
+    ``plugins``: names out of ``cdc.model.PLUGINS``, the preferred one first.
+    """
 
     dsn: str | None
     schema: str
     slot: str
+    plugins: tuple[str, ...] = PLUGINS
+    temporary: bool = False
     create_slot: bool = True
+    recreate_slot: bool = True
     wal_sender_timeout_s: float = 15.0
     stall_limit_s: float = 30.0
     lock_timeout_s: float = 5.0
@@ -55,6 +64,13 @@ class StreamSettings:
             "lock_timeout": f"{self.lock_timeout_s * 1000:.0f}ms",
             "timezone": "UTC",
         }
+
+
+def plugins(schema: str) -> Mapping[str, Plugin]:
+    """All of ``cdc.model.PLUGINS``, ringing for the outbox in ``schema``."""
+    prefix = message_prefix(schema)
+    known = (wal2json.plugin(prefix), pgoutput.plugin(prefix, publication_name(schema)))
+    return {plugin.name: plugin for plugin in known}
 
 
 class StreamEvents(Protocol):
@@ -72,16 +88,22 @@ class StreamEvents(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StreamStatus:
-    """A value that any thread may take. Counters cover the life of the Stream; times are ``time.monotonic()``."""
+    """A value that any thread may take. Counters cover the life of the Stream; times are ``time.monotonic()``.
+
+    ``stall_limit_s``: the silence that the stream bears at present; it learns to be more patient with a busy server.
+    """
 
     connected: bool = False
     loop_turned_monotonic: float = 0.0
+    stall_limit_s: float = 0.0
     last_byte_monotonic: float | None = None
     messages: int = 0
     keepalives: int = 0
     bytes: int = 0
     received_lsn: Lsn = ZERO
     confirmed_lsn: Lsn = ZERO
+    plugin: str | None = None
+    recreated: int = 0
     reason: str | None = None
     hint: str | None = None
 
@@ -89,9 +111,9 @@ class StreamStatus:
 class Stream:
     """start() once, stop() once; in between it mends itself."""
 
-    def __init__(self, settings: StreamSettings, events: StreamEvents, plugin: Plugin | None = None) -> None:
+    def __init__(self, settings: StreamSettings, events: StreamEvents) -> None:
         self._settings = settings
-        self._plugin = plugin or wal2json.plugin(message_prefix(settings.schema))
+        self._plugins = plugins(settings.schema)
         self._report = _Report(events)
         self._waiting = Waiting(self._report.turned)
         self._thread = threading.Thread(target=self._run, name="cdc-stream", daemon=True)
@@ -100,7 +122,7 @@ class Stream:
 
     @property
     def status(self) -> StreamStatus:
-        return self._report.status
+        return replace(self._report.status, stall_limit_s=self._attempts.stall_limit_s)
 
     def start(self) -> None:
         self._thread.start()
@@ -134,10 +156,11 @@ class Stream:
         reader = None
         try:
             with self._open() as session:
-                self._prepare(session)
-                session.start()
-                reader = self._reader(session)
-                self._report.started(self._settings.slot)
+                opened = begin(session, self._plugins, self._wanted())
+                if opened.recreated:  # the place that others ended at lies behind it
+                    self._attempts = replace(self._attempts, dead_ends=0)
+                reader = self._reader(session, opened.plugin)
+                self._report.started(self._settings.slot, opened)
                 reader.read()
         except StreamError as error:
             ended = error
@@ -145,8 +168,7 @@ class Stream:
             ended = StreamError(
                 str(error), reason=Reason.PROTOCOL.value, hint="it is skipped; a sweep finds the change"
             )
-        self._learn(ended, reader)
-        return ended
+        return self._learn(ended, reader)
 
     def _open(self) -> Session:
         settings = self._settings
@@ -156,38 +178,48 @@ class Stream:
             application_name=settings.application_name,
             settings=settings.server_settings,
             slot=settings.slot,
-            plugin=self._plugin,
         )
 
-    def _prepare(self, session: Session) -> None:
-        """Have a slot that can be read. A new one starts at the end of the WAL; the sweep finds what lies before."""
-        found = session.look()
-        # In this order: while another consumer reads the slot, its position may pass an end asked for earlier.
-        step = next_step(found, session.server_end(), session.names, may_create=self._settings.create_slot)
-        if step is Step.RECREATE:
-            log.warning("the slot %s delivers nothing any more and is made anew; no change is lost", session.names.slot)
-            session.drop()
-        if step is not Step.START:
-            session.create()
-            log.info("created the slot %s", session.names.slot)
+    def _wanted(self) -> Wanted:
+        settings = self._settings
+        may_recreate = settings.create_slot and settings.recreate_slot
+        return Wanted(
+            settings.plugins,
+            temporary=settings.temporary,
+            may_create=settings.create_slot,
+            may_recreate=may_recreate,
+            # Where it may not be made anew it is tried all the same: somebody may have mended what breaks it.
+            stuck=may_recreate and self._attempts.stuck,
+        )
 
-    def _reader(self, session: Session) -> _Reader:
+    def _reader(self, session: Session, plugin: Plugin) -> _Reader:
         return _Reader(
             session,
             self._report,
-            self._plugin.decode,
+            plugin.decode,
             interval_s=status_interval_s(self._settings.wal_sender_timeout_s),
             stall_limit_s=self._attempts.stall_limit_s,
         )
 
-    def _learn(self, ended: StreamError, reader: _Reader | None) -> None:
+    def _learn(self, ended: StreamError, reader: _Reader | None) -> StreamError:
+        """What has ended the attempt, or, where nothing else helps, that it always ends there."""
         received = reader.progress.received if reader else ZERO
         self._attempts = self._attempts.after(
             stalled=ended.reason == Reason.STALLED,
             advanced=received > self._reached,
             talked_s=reader.talked_s if reader else 0.0,
+            broken_off=reader is not None and ended.reason in _BROKEN_OFF,
         )
         self._reached = max(self._reached, received)
+        wanted = self._wanted()
+        if not self._attempts.stuck or wanted.may_recreate or reader is None:
+            return ended
+        return StreamError(
+            f"the stream of the slot {self._settings.slot} ends at the same place at every start: {ended}",
+            reason=Reason.SLOT_STUCK.value,
+            hint=f"nothing is lost with it: cdc slot recreate {self._settings.slot}",
+            permanent=True,
+        )
 
 
 class _Report:
@@ -201,6 +233,8 @@ class _Report:
         self._messages = self._keepalives = self._bytes = 0
         self._received = self._confirmed = ZERO
         self._trouble: StreamError | None = None
+        self._opened: Opened | None = None
+        self._recreated = 0
 
     @property
     def status(self) -> StreamStatus:
@@ -215,6 +249,8 @@ class _Report:
             bytes=self._bytes,
             received_lsn=self._received,
             confirmed_lsn=self._confirmed,
+            plugin=self._opened.plugin.name if self._opened else None,
+            recreated=self._recreated,
             reason=trouble.reason if trouble else None,
             hint=trouble.hint if trouble else None,
         )
@@ -222,8 +258,12 @@ class _Report:
     def turned(self) -> None:
         self._loop_turned = time.monotonic()
 
-    def started(self, slot: str) -> None:
-        log.info("streaming the slot %s", slot)
+    def started(self, slot: str, opened: Opened) -> None:
+        if opened.instead and (self._opened is None or self._opened.plugin is not opened.plugin):
+            log.warning("using %s: %s; %s", opened.plugin.name, opened.instead, opened.instead.hint)
+        log.info("streaming the slot %s (%s)", slot, opened.plugin.name)
+        self._opened = opened
+        self._recreated += opened.recreated
         self._connected, self._trouble, self._last_byte = True, None, time.monotonic()
         self._events.streaming()
 
@@ -334,6 +374,7 @@ class _Reader:
         probe.here("stream.before_confirm")
         confirmed = self.progress.confirm(now)
         self._session.send(status_update(confirmed, unix_s=time.time(), ping=True))
+        probe.here("stream.after_confirm")
         self._report.confirmed(confirmed)
 
     def _bear_until(self, now: float) -> float:

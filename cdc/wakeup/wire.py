@@ -33,11 +33,15 @@ Decode = Callable[[bytes | memoryview], Rung | None]
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """An output plugin as the stream needs it: its options at START_REPLICATION, and how to read its messages."""
+    """An output plugin as the stream needs it: its options at START_REPLICATION, and how to read its messages.
+
+    ``publication``: one that must be there, with nothing in it, before the slot is made.
+    """
 
     name: str
     options: tuple[tuple[str, str], ...]
     decode: Decode
+    publication: str | None = None
 
 
 def parse(data: bytes | memoryview) -> tuple[int, bytes | memoryview | None, bool]:
@@ -69,6 +73,11 @@ def status_update(confirmed: Lsn, *, unix_s: float, ping: bool) -> bytes:
     """What we have read. ``ping`` asks for an answer: an idle server sends a client that does not ask not one byte."""
     clock_us = int((unix_s - _EPOCH_UNIX_S) * 1_000_000)
     return _STATUS.pack(b"r", confirmed, confirmed, confirmed, clock_us, ping)
+
+
+def unix_s(clock_us: int) -> float:
+    """A server's clock as unix seconds."""
+    return _EPOCH_UNIX_S + clock_us / 1_000_000
 
 
 PAIR = "([1-9][0-9]{0,18}),(0|[1-9][0-9]?)"

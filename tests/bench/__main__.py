@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cdc.throwaway import Server
-from tests.bench import drain, floor, latency, machine, memory, writers
+from tests.bench import blocked, drain, floor, history, latency, machine, memory, writers
 from tests.bench.report import Figure, Round, Summary, facts, summarise, table, with_ratios
 from tests.bench.size import FULL, QUICK, Size
 
@@ -27,7 +27,11 @@ _SCENARIOS: dict[str, tuple[str, Callable[[Server, Size], list[Figure]]]] = {
     "latency": ("commit to handler at a steady pace, and NOTIFY for comparison", latency.measure),
     "writers": ("pgbench: inserts untracked, tracked, with the documented trigger", writers.measure),
     "memory": ("resident memory of the consumer, idle and with a backlog", memory.measure),
+    "blocked": ("draining beside changes that are held back, waiting, dead", blocked.measure),
+    "history": ("views, commands, collector and consumer on ten million rows", history.measure),
 }
+_WHEN_NAMED = {"history"}
+"""Filling its table takes minutes a round: --runs 1 will do."""
 
 
 def main() -> None:
@@ -35,7 +39,7 @@ def main() -> None:
     # Unwinding is what ends the server and the consumers.
     signal.signal(signal.SIGTERM, _leave)
     size = QUICK if options.quick else FULL
-    chosen = options.names or list(_SCENARIOS)
+    chosen = options.names or [name for name in _SCENARIOS if name not in _WHEN_NAMED]
     with Server() as server:
         about = {
             "machine": machine.machine(),
@@ -78,7 +82,9 @@ def _options() -> argparse.Namespace:
         epilog="\n".join(f"  {name:<12}{purpose}" for name, (purpose, _) in _SCENARIOS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="scenarios, in this order; none named: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="scenarios, in this order; none named: all but history"
+    )
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="rounds (default 3)")
     parser.add_argument("--quick", action="store_true", help="one tenth of the work: shows that it runs, not how fast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value of every round there, too")

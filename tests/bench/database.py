@@ -22,6 +22,27 @@ SELECT 'public', 'tasks', 'INSERT', (n %% %(keys)s)::text, 'task',
 FROM generate_series(1, %(changes)s) AS n
 """
 
+_HISTORY = """
+INSERT INTO entity_changes (table_schema, table_name, operation, entity_id, entity_type, new_data, metadata, changed_at,
+                            processed, processed_at)
+SELECT 'public', 'tasks', 'INSERT', (n %% 100000)::text, (ARRAY['task', 'message', 'reaction'])[1 + n %% 3],
+       CASE WHEN %(payload)s THEN jsonb_build_object('id', n, 'title', 'task number ' || n, 'user_id', n %% 97) END,
+       CASE WHEN %(payload)s THEN jsonb_build_object('timestamp', at, 'user_id', n %% 97) END,
+       at, true, at + interval '20 ms'
+FROM (
+  SELECT n, now() - make_interval(secs => %(seconds)s::float8 * (%(rows)s - n) / %(rows)s) AS at
+  FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS n
+) AS moment
+"""
+_STEP = 250_000
+"""Rows a transaction: none is so long that the server keeps its WAL for it."""
+_UNPROCESSED = """
+INSERT INTO entity_changes (table_name, operation, entity_type, entity_id, next_attempt_at, dead_at, error_count)
+SELECT 'tasks', 'INSERT', 'task', coalesce(%(key)s, 'key ' || n), now() + %(wait)s::interval,
+       CASE WHEN %(dead)s THEN now() END, CASE WHEN %(wait)s IS NULL AND NOT %(dead)s THEN 0 ELSE 1 END
+FROM generate_series(1, %(changes)s) AS n
+"""
+
 
 @contextmanager
 def fresh_database(server: Server) -> Iterator[psycopg.Connection]:
@@ -51,6 +72,23 @@ def fresh_outbox(server: Server) -> Iterator[psycopg.Connection]:
 def preload(connection: psycopg.Connection, *, changes: int, keys: int) -> None:
     """Fill the outbox with so many fresh changes, spread evenly over the keys. No doorbell rings."""
     connection.execute(_PRELOAD, {"changes": changes, "keys": keys})
+
+
+def preload_history(connection: psycopg.Connection, *, rows: int, days: float, payload: bool = True) -> None:
+    """Fill the outbox with so many processed changes, spread evenly over the last so many days."""
+    connection.execute("SET synchronous_commit = off")
+    for first in range(1, rows + 1, _STEP):
+        last = min(first + _STEP - 1, rows)
+        span = {"seconds": days * 86_400, "rows": rows, "first": first, "last": last}
+        connection.execute(_HISTORY, {**span, "payload": payload})
+    connection.execute("RESET synchronous_commit")
+
+
+def preload_unprocessed(
+    connection: psycopg.Connection, changes: int, *, wait: str | None = None, dead: bool = False, key: str | None = None
+) -> None:
+    """So many changes that are fresh, wait so long (``"1 hour"``), or are dead; each of its own key, or all of one."""
+    connection.execute(_UNPROCESSED, {"changes": changes, "wait": wait, "dead": dead, "key": key})
 
 
 def rest(connection: psycopg.Connection) -> None:

@@ -21,11 +21,12 @@ from typing import NamedTuple
 import psycopg
 
 from tests.faults.ledger import Verdict, judge
-from tests.faults.stage import SLOT, Stage, pause
+from tests.faults.stage import SLOT, TIMEOUT_S, Stage, pause
 
 CONNECTIONS = (
     "cdc: shards", "cdc: reader", "cdc: listener", "cdc: stream", "cdc: relay", "cdc: collector", "cdc: handlers",
 )  # fmt: skip
+_TAKE_OVER_S = 20.0
 _TELL_EVERY_S = 30.0
 
 
@@ -40,6 +41,7 @@ class Draw(NamedTuple):
 
 def kill(stage: Stage, draw: Draw) -> None:
     """kill -9; the next one comes at once, or after the others had time to take its shards."""
+    stage.kills += 1
     stage.consumers[draw.place].kill()
     pause(draw.share * 3)
     stage.start(draw.place)
@@ -65,6 +67,23 @@ def freeze_and_lose(stage: Stage, draw: Draw) -> None:
     with _frozen(stage, draw.place):
         stage.end_backends("cdc: shards", draw.place)
         pause(0.5 + draw.share * 4)
+
+
+def freeze_beyond_every_limit(stage: Stage, draw: Draw) -> None:
+    """The server ends all its sessions while it is stopped, for longer than a handler may take: others finish its work.
+
+    Stopped and not dead, it would keep its sessions for ever: its kernel answers the server's keepalives.
+    """
+    with _frozen(stage, draw.place):
+        stage.end_backends(place=draw.place)
+        newest, began = stage.newest(), time.monotonic()
+        while not stage.settled_up_to(newest):
+            stage.watch()
+            if time.monotonic() - began > _TAKE_OVER_S:
+                stage.troubles.append(f"the others had not done its work {_TAKE_OVER_S:g} s after it was stopped")
+                return
+            pause(0.1)
+        pause(began + TIMEOUT_S * (1.1 + draw.share) - time.monotonic())
 
 
 @contextlib.contextmanager
@@ -123,6 +142,30 @@ def hold_and_lose(stage: Stage, draw: Draw) -> None:
     stage.deafen(draw.place, began)
 
 
+def lose_answers(stage: Stage, draw: Draw) -> None:
+    """Whatever a consumer asks for next on each connection is done by the server, and the answer lost."""
+    _lose(stage, draw, b"")
+
+
+def lose_commits(stage: Stage, draw: Draw) -> None:
+    """A COMMIT, of a transactional handler mostly, is done and its answer lost."""
+    _lose(stage, draw, b"COMMIT")
+
+
+def _lose(stage: Stage, draw: Draw, words: bytes) -> None:
+    proxy = stage.proxies[draw.place]
+    proxy.lose(words)
+    pause(0.1 + draw.share)
+    proxy.open()
+
+
+def lose_writers_commits(stage: Stage, draw: Draw) -> None:
+    """The writers cannot know what they have committed."""
+    stage.writers_proxy.lose(b"COMMIT")
+    pause(0.1 + draw.share * 0.2)
+    stage.writers_proxy.open()
+
+
 def slow(stage: Stage, draw: Draw) -> None:
     """Every piece takes its time, in both directions."""
     stage.proxies[draw.place].slow(0.005 + draw.share * 0.05)
@@ -142,8 +185,9 @@ def drop_slot(stage: Stage, draw: Draw) -> None:
 
 Fault = Callable[[Stage, Draw], None]
 WEIGHTS: dict[Fault, int] = {
-    kill: 6, replace: 2, freeze: 2, freeze_and_lose: 4, terminate: 8, restart: 1, crash: 2, cut: 3, cut_writers: 2,
-    hold: 2, hold_and_lose: 2, slow: 2, drop_slot: 1,
+    kill: 6, replace: 2, freeze: 2, freeze_and_lose: 4, freeze_beyond_every_limit: 2, terminate: 8, restart: 1,
+    crash: 2, cut: 3, cut_writers: 2, hold: 2, hold_and_lose: 2, lose_answers: 2, lose_commits: 3,
+    lose_writers_commits: 1, slow: 2, drop_slot: 1,
 }  # fmt: skip
 
 
@@ -175,7 +219,9 @@ def play(stage: Stage, seed: int, seconds: float, weights: Mapping[Fault, int], 
 def verdict(stage: Stage) -> Verdict:
     """Heal, and judge. A consumer that stopped by a bug, or left with an error, is a violation too."""
     stage.heal()
-    found = judge(stage.evidence())
+    evidence = stage.evidence()
+    (stage.folder / "captured.txt").write_text("".join(f"{row}\n" for row in sorted(evidence.captured)))
+    found = judge(evidence)
     found.violations += stage.troubles
     for words in ("this is a bug", "stopped by a bug", "Traceback"):
         found.violations += [f"{name} said {words!r}: see {stage.folder}" for name in stage.logged(words)]

@@ -15,27 +15,25 @@ thread or in a stopped process not by the consumer either. How long a consumer g
 is bounded too (``NOTICE_S``, time in which it was stopped or cut off from the server not counted).
 
 Effects allow no exception: one for each processed change of a transactional handler and no other, in order. Nor does
-order: the first call of a change starts after every earlier change of its key was done, whoever called. That holds even
-for a consumer that has lost its session, because it too goes through a key in order.
+order: the first call of a change starts after every earlier change of its key was done, whoever called, or is one call
+with it, a batch, which names them in order. That holds even for a consumer that has lost its session, because it too
+goes through a key in order.
+
+A change is dead because its last attempt failed, or because it counts that its process died in it. An attempt may
+count without a call that shows it only if a process was killed.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import inf
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import psycopg
-from psycopg import sql
-
-from tests.handlers_ledger import MAX_ATTEMPTS, TRANSACTIONAL, dies
+from tests.handlers_ledger import GROUPED, MAX_ATTEMPTS, TRANSACTIONAL
 
 NOTICE_S = 5.0
 """A consumer asks its session once a second; the rest is for a machine that is busy with three of them."""
@@ -71,7 +69,11 @@ class Captured(NamedTuple):
 
 
 class Call(NamedTuple):
-    """``end`` is when the process ended if the call did not; ``how``: returned, failed, cut off, killed."""
+    """Of one change; a batch is several with one number ``batch``.
+
+    ``end`` is when the process ended if the call did not. ``how``: returned; failed; cut off; killed, with its process;
+    given back, because another one of its batch failed.
+    """
 
     consumer: str
     key: Key
@@ -80,18 +82,28 @@ class Call(NamedTuple):
     start: float
     end: float
     how: str
+    batch: int | None = None
 
     @property
     def final(self) -> bool:
         return self.how == "returned" or (self.how == "failed" and self.attempt >= MAX_ATTEMPTS)
 
+    @property
+    def spent(self) -> bool:
+        """Whether it may count as an attempt: cut off by its time limit, a call shows no more than that."""
+        return self.how in ("failed", "killed", "cut off")
+
+    def together_with(self, other: Call) -> bool:
+        return self.batch is not None and self.batch == other.batch
+
 
 class Effect(NamedTuple):
-    """``number`` rises in the order in which the handlers wrote."""
+    """``number`` rises in the order in which the handlers wrote; ``transaction`` is the same for what shared one."""
 
     number: int
     seq: int
     key: Key
+    transaction: str
 
 
 class Span(NamedTuple):
@@ -111,6 +123,8 @@ class Evidence:
     sessions: dict[str, list[Span]] | None = None
     deaf: dict[str, list[Span]] = field(default_factory=dict)
     """When a consumer was stopped, or could not hear the server."""
+    kills: int = 0
+    """Consumers that ended without a word."""
 
 
 @dataclass
@@ -132,11 +146,13 @@ def judge(evidence: Evidence) -> Verdict:
     for row in sorted(evidence.captured):
         rows[row.key].append(row)
     sessions = _Sessions(evidence)
-    violations = [*_capture_faults(evidence), *_end_faults(evidence), *_effect_faults(evidence)]
+    violations = [*_capture_faults(evidence), *_effect_faults(evidence)]
     violations += [*_stray_calls(evidence), *sessions.late_starts()]
     for key, changes in rows.items():
         violations += _chain_faults(key, changes)
+        violations += _end_faults(changes, by_key[key], evidence.kills)
         violations += _order_faults(key, changes, by_key[key])
+        violations += _batch_faults(key, by_key[key])
         violations += _overlap_faults(key, by_key[key], sessions)
         violations += _repeat_faults(key, changes, by_key[key], sessions)
     return Verdict(violations, _figures(evidence, sessions))
@@ -160,15 +176,19 @@ def _capture_faults(evidence: Evidence) -> list[str]:
     return faults
 
 
-def _end_faults(evidence: Evidence) -> list[str]:
-    """Each change is processed, or dead where it was meant to be, and a call of it ended that way."""
-    ended = {call.seq: call.how for call in evidence.calls if call.final}
-    faults = []
-    for row in evidence.captured:
-        should = ("dead", "failed") if dies(row.seq) else ("processed", "returned")
-        if (row.state, ended.get(row.seq)) != should:
-            faults.append(f"lost: {row.seq} of {row.key} is {row.state}, its last call {ended.get(row.seq)}")
-    return faults
+def _end_faults(changes: Sequence[Captured], calls: Sequence[Call], kills: int) -> Iterator[str]:
+    """Each change is processed, and a call of it returned; or dead, and all its attempts are accounted for."""
+    returned = {call.seq for call in calls if call.how == "returned"}
+    spent: dict[int, set[int]] = defaultdict(set)
+    for call in calls:
+        if call.spent:
+            spent[call.seq].add(call.attempt)
+    for row in changes:
+        shown = len(spent[row.seq])
+        lives = row.state == "processed" and row.seq in returned
+        if not lives and not (row.state == "dead" and shown + min(kills, 1) >= MAX_ATTEMPTS):
+            last = next((call for call in reversed(calls) if call.seq == row.seq), None)
+            yield f"lost: {row.seq} of {row.key} is {row.state} after {shown} attempts, the last: {last}"
 
 
 def _stray_calls(evidence: Evidence) -> list[str]:
@@ -201,18 +221,45 @@ def _chain_faults(key: Key, changes: Sequence[Captured]) -> list[str]:
     ]
 
 
-def _order_faults(key: Key, changes: Sequence[Captured], calls: Sequence[Call]) -> list[str]:
-    first: dict[int, float] = {}
+def _order_faults(key: Key, changes: Sequence[Captured], calls: Sequence[Call]) -> Iterator[str]:
+    first: dict[int, Call] = {}
+    batches: dict[int, set[int | None]] = defaultdict(set)
+    for made in calls:
+        first.setdefault(made.seq, made)
+        batches[made.seq].add(made.batch)
+    done = _done(changes, calls)
+    # At each place: when all before it were done, and which of them was the last.
+    done_before = list(accumulate(((done.get(row.seq, inf), row.seq) for row in changes), max, initial=(0.0, 0)))
+    late: set[int] = set()
+    for place, change in enumerate(changes):
+        if (call := first.get(change.seq)) is None:
+            continue
+        alone_from = place
+        while call.batch is not None and alone_from and call.batch in batches[changes[alone_from - 1].seq]:
+            alone_from -= 1
+        done_at, latest = done_before[alone_from]
+        if call.start < done_at and latest not in late:
+            late.add(latest)  # it is as late for all that follow
+            yield f"out of order: {change.seq} of {key} was called before {latest} was done"
+
+
+def _done(changes: Sequence[Captured], calls: Sequence[Call]) -> dict[int, float]:
+    """When each change was first done. Where no call says what a dead one died of, it was not before its last call."""
     done: dict[int, float] = {}
+    spent = {call.seq: call.end for call in calls if call.spent}
     for call in calls:
-        first.setdefault(call.seq, call.start)
         if call.final:
             done[call.seq] = min(call.end, done.get(call.seq, inf))
-    faults = []
-    for earlier, later in pairwise(changes):
-        if first.get(later.seq, inf) < done.get(earlier.seq, inf):
-            faults.append(f"out of order: {later.seq} of {key} was called before {earlier.seq} was done")
-    return faults
+    dead = {row.seq: spent[row.seq] for row in changes if row.state == "dead" and row.seq in spent}
+    return dead | done
+
+
+def _batch_faults(key: Key, calls: Sequence[Call]) -> list[str]:
+    return [
+        f"out of order within a batch: {later} of {key} after {earlier.seq}"
+        for earlier, later in pairwise(calls)
+        if later.together_with(earlier) and later.seq <= earlier.seq
+    ]
 
 
 def _overlap_faults(key: Key, calls: Sequence[Call], sessions: _Sessions) -> list[str]:
@@ -221,6 +268,8 @@ def _overlap_faults(key: Key, calls: Sequence[Call], sessions: _Sessions) -> lis
     for call in calls:
         running = [other for other in running if other.end > call.start]
         for other in running:
+            if call.together_with(other):
+                continue
             if other.consumer == call.consumer:
                 faults.append(f"twice at a time in one consumer: {other} and {call}")
             elif sessions.holds(call.consumer, call.start) and sessions.keeps(other.consumer, other.start, call.start):
@@ -286,7 +335,9 @@ def _figures(evidence: Evidence, sessions: _Sessions) -> dict[str, float]:
         "captured": len(evidence.captured),
         "dead": sum(row.state == "dead" for row in evidence.captured),
         "effects": len(evidence.effects),
+        "that shared a transaction": _shared(evidence.effects),
         "calls": len(evidence.calls),
+        "in batches": sum(size for size in _batch_sizes(evidence.calls) if size > 1),
         "failed": hows.count("failed"),
         "cut off": hows.count("cut off"),
         "killed": hows.count("killed"),
@@ -295,80 +346,11 @@ def _figures(evidence: Evidence, sessions: _Sessions) -> dict[str, float]:
     }
 
 
-# --- reading the records -------------------------------------------------------------------------------------------
+def _batch_sizes(calls: Iterable[Call]) -> Iterable[int]:
+    return Counter(call.batch for call in calls if call.batch is not None).values()
 
 
-def read_calls(folder: Path, ended_at: dict[str, float]) -> list[Call]:
-    """The ledgers in ``folder``. ``ended_at``: when each consumer's process had ended."""
-    calls = []
-    for path in sorted(folder.glob("*.jsonl")):
-        open_: dict[int, dict[str, Any]] = {}
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            if "start" in entry:
-                open_[entry["call"]] = entry
-            else:
-                calls.append(_call(path.stem, open_.pop(entry["call"]), entry["end"], entry["how"]))
-        for started in open_.values():
-            end = max(started["start"], ended_at.get(path.stem, inf))
-            calls.append(_call(path.stem, started, end, "killed"))
-    return calls
-
-
-def _call(consumer: str, entry: dict[str, Any], end: float, how: str) -> Call:
-    return Call(consumer, (entry["type"], entry["key"]), entry["seq"], entry["attempt"], entry["start"], end, how)
-
-
-def read_captured(connection: psycopg.Connection, types: Iterable[str]) -> list[Captured]:
-    rows = connection.execute(
-        "SELECT seq, coalesce(entity_type, table_name), entity_id, operation, old_data ->> 'token',"
-        " new_data ->> 'token', CASE WHEN processed THEN 'processed' WHEN dead_at IS NOT NULL THEN 'dead'"
-        " WHEN next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END,"
-        " extract(epoch FROM coalesce(processed_at, dead_at))::float8"
-        " FROM entity_changes WHERE coalesce(entity_type, table_name) = ANY (%s)",
-        [list(types)],
-    ).fetchall()
-    return [Captured(seq, (type_, key), *rest) for seq, type_, key, *rest in rows]
-
-
-def read_effects(connection: psycopg.Connection) -> list[Effect]:
-    rows = connection.execute("SELECT number, seq, type, key FROM effects").fetchall()
-    return [Effect(number, seq, (type_, key)) for number, seq, type_, key in rows]
-
-
-_BEGAN = re.compile(r"^(\d+\.\d+) (\d+) LOG: .*connection authorized: user=(\S+) .*application_name=cdc: shards")
-_ENDED = re.compile(r"^(\d+\.\d+) (\d+) LOG: .*disconnection: session time")
-
-
-def read_sessions(log: str, crashed_at: Sequence[float]) -> dict[str, list[Span]]:
-    """Of each role the sessions that own shards, from the server's log with ``log_line_prefix='%n %p '``.
-
-    ``crashed_at``: when the server was ended without a chance to log anything.
-    """
-    spans: dict[str, list[Span]] = defaultdict(list)
-    open_: dict[str, tuple[str, float]] = {}
-    for line in log.splitlines():
-        if began := _BEGAN.match(line):
-            at, backend, role = began.groups()
-            if backend in open_:
-                spans[open_[backend][0]].append(_crashed(open_.pop(backend)[1], crashed_at))
-            open_[backend] = (role, float(at))
-        elif (ended := _ENDED.match(line)) and ended[2] in open_:
-            role, start = open_.pop(ended[2])
-            spans[role].append(Span(start, float(ended[1])))
-    for role, start in open_.values():
-        spans[role].append(_crashed(start, crashed_at))
-    return {role: sorted(of_role) for role, of_role in spans.items()}
-
-
-def _crashed(start: float, crashed_at: Sequence[float]) -> Span:
-    return Span(start, min((at for at in crashed_at if at > start), default=inf))
-
-
-def tracked_table(name: str) -> sql.Composed:
-    """A table whose rows are captured for the handler of its name."""
-    return sql.SQL(
-        "CREATE TABLE {table} (id int PRIMARY KEY, token text NOT NULL);"
-        " CREATE TRIGGER capture AFTER INSERT OR UPDATE OR DELETE ON {table}"
-        " FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
-    ).format(table=sql.Identifier(name))
+def _shared(effects: Sequence[Effect]) -> int:
+    """Of handlers that take one change at a time."""
+    alone = [effect for effect in effects if effect.key[0] in GROUPED]
+    return sum(size for size in Counter(effect.transaction for effect in alone).values() if size > 1)

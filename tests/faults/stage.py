@@ -18,7 +18,7 @@ from psycopg.conninfo import make_conninfo
 from cdc import schema
 from cdc.throwaway import Server
 from tests.eventually import eventually
-from tests.faults import ledger
+from tests.faults import records
 from tests.faults.ledger import Evidence, Span
 from tests.faults.writers import Writer
 from tests.fix_consumer import Process, settled
@@ -27,9 +27,11 @@ from tests.handlers_ledger import EFFECTS, FOLDER, KINDS
 
 SLOT = "ledger"
 _SERVER = {"log_connections": "on", "log_disconnections": "on", "log_line_prefix": "%n %p "}
+TIMEOUT_S = 4.0
+"""Of a handler: some faults last longer."""
 _CONSUMER = {
     "handlers": "tests.handlers_ledger:router", "slot_name": SLOT, "backoff_base": 0.05, "backoff_cap": 0.5,
-    "concurrency": 20, "window": 200, "drain_time": 5,
+    "concurrency": 20, "window": 200, "transactions": 4, "timeout": TIMEOUT_S, "drain_time": 5,
 }  # fmt: skip
 
 
@@ -68,6 +70,7 @@ class Stage:
         self.crashed_at: list[float] = []
         self.deaf: dict[str, list[Span]] = defaultdict(list)
         self.troubles: list[str] = []
+        self.kills = 0
         self.restarted = 0
         by_tcp = self.server.dsn(tcp=True)
         self.proxies = [Proxy(by_tcp) for _ in range(places)]
@@ -88,7 +91,7 @@ class Stage:
                 schema.install(connection, "public")
                 connection.execute(EFFECTS)
                 for kind in KINDS:
-                    connection.execute(ledger.tracked_table(kind))
+                    connection.execute(records.tracked_table(kind))
             for proxy in (*self.proxies, self.writers_proxy):
                 undo.callback(proxy.stop)
                 proxy.start()
@@ -142,13 +145,13 @@ class Stage:
         self._everyone.append(consumer)
         return consumer
 
-    def end_backends(self, application: str, place: int | None = None) -> int:
-        """pg_terminate_backend; how many there were. Of every consumer, or of the one at this place."""
+    def end_backends(self, application: str = "cdc: %", place: int | None = None) -> int:
+        """pg_terminate_backend; how many there were. Of every consumer, or of the one at this place; by LIKE."""
         role = None if place is None else self.consumers[place].name
         with self.connect() as connection:
             ended = connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE application_name = %s AND (%s::text IS NULL OR usename = %s)",
+                " WHERE application_name LIKE %s AND (%s::text IS NULL OR usename = %s)",
                 [application, role, role],
             ).fetchall()
         return len(ended)
@@ -157,6 +160,18 @@ class Stage:
         if mode == "immediate":
             self.crashed_at.append(time.time())
         self.server.restart(mode)
+
+    def newest(self) -> int:
+        """The highest number there is."""
+        with self.connect() as connection:
+            [(seq,)] = connection.execute("SELECT coalesce(max(seq), 0) FROM entity_changes").fetchall()
+        return int(seq)
+
+    def settled_up_to(self, seq: int) -> bool:
+        with self.connect() as connection:
+            return not connection.execute(
+                "SELECT FROM entity_changes WHERE seq <= %s AND NOT processed AND dead_at IS NULL LIMIT 1", [seq]
+            ).fetchall()
 
     def deafen(self, place: int, began: float) -> None:
         """The consumer at this place has heard nothing from then until now."""
@@ -182,18 +197,19 @@ class Stage:
 
     def evidence(self) -> Evidence:
         with self.connect() as connection:
-            captured = ledger.read_captured(connection, KINDS)
-            effects = ledger.read_effects(connection)
+            captured = records.read_captured(connection, KINDS)
+            effects = records.read_effects(connection)
         log = (self.server.folder / "server.log").read_text()
         ended_at = {consumer.name: consumer.ended_at or time.time() for consumer in self._everyone}
         return Evidence(
             captured=captured,
-            calls=ledger.read_calls(self.folder, ended_at),
+            calls=records.read_calls(self.folder, ended_at),
             committed=set().union(*(writer.committed for writer in self.writers)),
             unknown=set().union(*(writer.unknown for writer in self.writers)),
             effects=effects,
-            sessions=ledger.read_sessions(log, self.crashed_at),
+            sessions=records.read_sessions(log, self.crashed_at),
             deaf=dict(self.deaf),
+            kills=self.kills + self.restarted,
         )
 
     def logged(self, text: str) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 import cdc
 from cdc.model import SHARDS
-from cdc.outbox.shards import Session
+from cdc.outbox.shards import lock_class
 from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
@@ -19,9 +19,8 @@ from tests.fix_consumer import consuming, metric, settled, states
 
 async def _take_over(rival: psycopg.Connection, db: psycopg.Connection, shard: int) -> None:
     """End the session of the consumer that owns the shard, with another in the queue for the lock."""
-    async with await psycopg.AsyncConnection.connect(db.info.dsn) as unused:
-        key = Session(unused, "public")._key
-    taking = asyncio.create_task(asyncio.to_thread(rival.execute, "SELECT pg_advisory_lock(%s, %s)", [key, shard]))
+    lock = [lock_class("public"), shard]
+    taking = asyncio.create_task(asyncio.to_thread(rival.execute, "SELECT pg_advisory_lock(%s, %s)", lock))
 
     async def queued() -> bool:
         return bool(db.execute("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchall())

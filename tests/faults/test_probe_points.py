@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -16,10 +17,10 @@ from psycopg.conninfo import make_conninfo
 
 from cdc import schema
 from tests.eventually import eventually
-from tests.faults import ledger
+from tests.faults import records
 from tests.faults.ledger import Evidence, judge
 from tests.fix_consumer import ROOT, Process, settled
-from tests.handlers_ledger import EFFECTS, FOLDER, KINDS
+from tests.handlers_ledger import KINDS
 
 POINTS = sorted(
     {
@@ -29,31 +30,23 @@ POINTS = sorted(
     }
 )
 _ELSEWHERE = {"schema.between_steps": "no consumer passes it: a test of its own"}
-_NTH = {"shards.after_take": 1, "shards.before_release": 1, "stream.before_confirm": 1}
+_RELEASES = {"shards.before_release", "shards.after_sign_out", "shards.after_release"}
+"""A consumer gives shards away only to another."""
+_AFTER_A_DEATH = {"careful.before_start", "careful.after_start"}
+"""Passed only where somebody has died before."""
+_NTH = {
+    **dict.fromkeys([*_RELEASES, *_AFTER_A_DEATH, "shards.after_join", "shards.after_take", "shards.after_sign_in"], 1),
+    "stream.before_confirm": 1, "stream.after_confirm": 1, "run.before_one_by_one": 1,
+}  # fmt: skip
 """All other points are passed in the middle of work, at the third time."""
 _CHANGES, _KEYS = 600, 40
-_OPTIONS = {"slot_name": "ledger", "backoff_base": 0.05, "backoff_cap": 0.5, "concurrency": 20, "http_port": 0}
-
-
-@pytest.fixture
-def ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(FOLDER, str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def kept(outbox_db: psycopg.Connection) -> psycopg.Connection:
-    """Two roles to tell the consumers apart, and one tracked table for each kind of handler."""
-    outbox_db.execute(EFFECTS)
-    for kind in KINDS:
-        outbox_db.execute(ledger.tracked_table(kind))
-    for role in ("crashing", "clean"):
-        outbox_db.execute(
-            sql.SQL("DO $$ BEGIN CREATE ROLE {} SUPERUSER LOGIN; EXCEPTION WHEN duplicate_object THEN END $$").format(
-                sql.Identifier(role)
-            )
-        )
-    return outbox_db
+_OPTIONS: dict[str, Any] = {
+    "slot_name": "ledger",
+    "backoff_base": 0.05,
+    "backoff_cap": 0.5,
+    "concurrency": 20,
+    "http_port": 0,
+}
 
 
 def _write(db: psycopg.Connection, round_: int) -> None:
@@ -89,13 +82,18 @@ def _has_crashed(process: subprocess.Popen[bytes], log: Path) -> bool:
 def test_a_crash_at_any_point_loses_nothing_and_keeps_order(
     point: str, outbox: str, kept: psycopg.Connection, processes: list[Process], ledgers: Path
 ) -> None:
+    if point in _AFTER_A_DEATH:
+        kept.execute(
+            "INSERT INTO cdc_shards (shard, owner) SELECT n, gen_random_uuid() FROM generate_series(0, 63) AS n"
+        )
+        _write(kept, 0)
     log = ledgers / "crashing.log"
     options = [part for name, value in _OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     crashing = _crashing(outbox, log, point, "run", "--handlers", "tests.handlers_ledger:router", *options)
     written = 0
     try:
         clean = make_conninfo(outbox, user="clean")
-        if point == "shards.before_release":  # a consumer gives shards away only to another
+        if point in _RELEASES:
             eventually(lambda: "owns 64 of 64" in log.read_text(), what="it owns the shards that it will give")
             processes.append(Process(clean, ledgers / "clean.log", handlers="tests.handlers_ledger:router", **_OPTIONS))
 
@@ -115,13 +113,14 @@ def test_a_crash_at_any_point_loses_nothing_and_keeps_order(
         _write(kept, written)
     if not processes:
         processes.append(Process(clean, ledgers / "clean.log", handlers="tests.handlers_ledger:router", **_OPTIONS))
+    processes[-1].wait_for("owns 64 of 64")  # one that has only just started knows nothing of signals yet
     eventually(lambda: settled(kept), what="the clean consumer finishes")
     assert processes[-1].terminate() == 0, processes[-1].log
-    captured = ledger.read_captured(kept, KINDS)
-    assert len(captured) == written * _KEYS * len(KINDS)
+    captured = records.read_captured(kept, KINDS)
+    assert len(captured) == (written + (point in _AFTER_A_DEATH)) * _KEYS * len(KINDS)
     # When exactly it died is not known; before anybody could take over, at any rate.
-    calls = ledger.read_calls(ledgers, {"crashing": 0.0})
-    assert judge(Evidence(captured, calls, effects=ledger.read_effects(kept))).violations == []
+    calls = records.read_calls(ledgers, {"crashing": 0.0})
+    assert judge(Evidence(captured, calls, effects=records.read_effects(kept))).violations == []
 
 
 def test_a_crash_between_two_steps_of_the_installation_leaves_nothing_or_all(
@@ -135,6 +134,7 @@ def test_a_crash_between_two_steps_of_the_installation_leaves_nothing_or_all(
 
 
 def test_no_point_is_left_out() -> None:
-    assert len(POINTS) >= 11
+    assert len(POINTS) >= 24
     assert set(_ELSEWHERE) <= set(POINTS)
     assert set(_NTH) <= set(POINTS)
+    assert set(POINTS) >= _RELEASES | _AFTER_A_DEATH

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from cdc.careful import Careful
 from cdc.lanes import Lanes
 from cdc.model import Change, Waiting
+from cdc.outbox.store import Store
 from cdc.transactions import AskTheTableError
 from cdc.workers import Workers
 from tests.unit.changes import row
@@ -30,6 +32,23 @@ def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
     assert lanes.admit([row(1)]).taken == 1, "it is due, and nobody else will run it"
 
 
+def test_what_is_queued_behind_a_waiting_change_that_is_interrupted_is_not_forgotten() -> None:
+    """A half-dead consumer commits the waiting one while it is asked for here: those behind it are held no longer."""
+    lanes = Lanes(10)
+    lanes.own([0])
+    lanes.admit([row(1, requeued=True)], due=True)
+    started = lanes.start()
+    assert started is not None
+    lanes.admit([row(2)])
+    lanes.interrupted(started)
+    for resume in lanes.resumes(10):
+        lanes.resumed(resume, [row(2)], complete=True)
+    lanes.admit([row(3)])
+    following = lanes.start()
+    assert following is not None
+    assert following.seq == 2, "and nothing overtakes it"
+
+
 class _Unknown:
     """A runner that never learns what became of a change."""
 
@@ -45,6 +64,9 @@ class _Unknown:
     def interrupted(self, change: Change) -> None:
         pass
 
+    def session_lost(self) -> None:
+        pass
+
     async def run(self, handler: None, batch: Sequence[Change]) -> None:
         self.asked.set()
         raise AskTheTableError("the connection was lost")
@@ -56,7 +78,10 @@ async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_o
     lanes.own([0])
     lanes.admit([row(1)])
     runner = _Unknown()
-    workers = Workers(lanes, runner, 1, finished=lambda *_: None, read_anew=lambda: None)  # type: ignore[arg-type]
+    workers = Workers(
+        lanes, runner, 1, connections=1, careful=Careful(Store("public"), 1),  # type: ignore[arg-type]
+        finished=lambda *_: None, read_anew=lambda: None,
+    )  # fmt: skip
     workers.hand_out()
     await runner.asked.wait()
     lanes.reset()

@@ -344,6 +344,46 @@ def test_publish_change_returns_the_number_of_a_row_like_any_other(outbox_db: ps
         assert refusal(outbox_db, f"SELECT publish_change({wrong})")
 
 
+CAUSE = "0198c0de-0000-7000-8000-0000000000ff"
+
+
+def caused(db: psycopg.Connection, setting: str) -> set[tuple[object, int]]:
+    """Causes and depths of a captured and of a published change, under this setting of their transaction."""
+    with db.transaction():
+        db.execute("SELECT set_config('cdc.cause', %s, true)", [setting])
+        db.execute("INSERT INTO cortex_projects.tasks VALUES (gen_random_uuid(), 'x')")
+        db.execute("SELECT publish_change('order', '1')")
+    found = changes(db)[-2:]
+    assert [row["entity_type"] for row in found] == ["task", "order"]
+    return {(row["caused_by"] and str(row["caused_by"]), row["depth"]) for row in found}
+
+
+def test_a_transaction_that_names_a_cause_has_its_changes_counted_from_there(documented: psycopg.Connection):
+    assert caused(documented, f"{CAUSE},0") == {(CAUSE, 1)}
+    assert caused(documented, f"{CAUSE},41") == {(CAUSE, 42)}
+    documented.execute("INSERT INTO cortex_projects.tasks VALUES (gen_random_uuid(), 'x')")
+    last = changes(documented)[-1]
+    assert (last["caused_by"], last["depth"]) == (None, 0), "the setting ends with its transaction"
+
+
+def test_a_depth_at_its_highest_stays_there(documented: psycopg.Connection):
+    assert caused(documented, f"{CAUSE},999999998") == {(CAUSE, 999999999)}
+    assert caused(documented, f"{CAUSE},999999999") == {(CAUSE, 999999999)}
+
+
+NO_CAUSES = [
+    "", ",", "x", "17", CAUSE, f"{CAUSE},", f"{CAUSE},-1", f"{CAUSE},1.5", f"{CAUSE},x", f"{CAUSE},1,2",
+    f"{CAUSE},1000000000", f"{CAUSE},{'9' * 40}", f"{CAUSE}, 1", f" {CAUSE},1", f"{CAUSE},1\n", f"{CAUSE[:-1]},1",
+    f"{CAUSE}0,1", f"{CAUSE[:-1]}g,1", f"{{{CAUSE}}},1", f"{CAUSE.replace('-', '')},1",
+    f"{CAUSE},\N{FULLWIDTH DIGIT ONE}", f"x\n{CAUSE},1", "é" * 10_000,
+]  # fmt: skip
+
+
+def test_a_cause_that_makes_no_sense_is_none_and_fails_no_write(documented: psycopg.Connection):
+    found = {setting: caused(documented, setting) for setting in NO_CAUSES}
+    assert found == {setting: {(None, 0)} for setting in NO_CAUSES}
+
+
 def test_the_transaction_has_its_id_before_it_draws_a_number(outbox_db: psycopg.Connection):
     """A reader that sees no transaction older than a number's must be able to rely on it."""
     outbox_db.execute("CREATE VIEW events AS SELECT 0 AS id")

@@ -664,10 +664,12 @@ async def test_a_role_that_may_not_settle_is_told_so_before_any_handler_runs(
                     psycopg.sql.Identifier(role)
                 )
             )
-            await eventually_async(_is(lambda: "no UPDATE on error_count, last_error" in caplog.text))
+            await eventually_async(_is(lambda: "no UPDATE (error_count, last_error" in caplog.text))
             assert calls == []
             outbox_db.execute(
-                psycopg.sql.SQL("GRANT UPDATE ON entity_changes TO {}").format(psycopg.sql.Identifier(role))
+                psycopg.sql.SQL(
+                    "GRANT UPDATE ON entity_changes TO {0}; GRANT SELECT, INSERT, UPDATE, DELETE ON cdc_shards TO {0}"
+                ).format(psycopg.sql.Identifier(role))
             )
             await _until_settled(outbox_db)
         assert "no_replication_role" in caplog.text

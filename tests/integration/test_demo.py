@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,10 @@ import click
 import psycopg
 import pytest
 from click.testing import CliRunner
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
+from cdc.cli import cdc
 from cdc.cli.demo import demo
 from cdc.demo import play
 from tests.eventually import eventually
@@ -28,13 +32,15 @@ import sys
 from cdc.cli.output import paint
 from cdc.demo.play import play
 def say(text): print(text, flush=True)
-sys.exit(not play(say=say, paint=paint, keep={keep}, ticks={ticks}, burst_rows={burst}))
+sys.exit(not play(say=say, paint=paint, dsn={dsn!r}, keep={keep}, ticks={ticks}, burst_rows={burst}))
 """
 
 
-def _start(path: Path, *, ticks: int, burst: int, keep: bool = False) -> subprocess.Popen[bytes]:
+def _start(
+    path: Path, *, ticks: int, burst: int, keep: bool = False, dsn: str | None = None
+) -> subprocess.Popen[bytes]:
     """A demo that writes to ``path``, off a terminal. Its time is not its own: no test waits for a duration."""
-    code = _SHORT.format(keep=keep, ticks=ticks, burst=burst)
+    code = _SHORT.format(dsn=dsn, keep=keep, ticks=ticks, burst=burst)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")}
     with path.open("wb") as output:
         return subprocess.Popen(
@@ -49,7 +55,7 @@ def test_every_written_change_is_shown_on_its_way_or_counted_and_nothing_is_left
         assert process.wait(90) == 0, output.read_text()
     text = output.read_text()
     assert re.search(r"whatsapp_message_reactions +INSERT +[\d.]+ +wal +[\d.]+ +react +[\d.]+ +[\d.]+ +✅", text)
-    assert re.search(r"cortex_projects.tasks +INSERT .* notify .* of a reaction", text), "the chain reaction"
+    assert re.search(r"tasks +INSERT .* notify .* of a reaction", text), "the chain reaction"
     assert re.search(r"whatsapp_messages +INSERT .* answer +attempt 2 failed: MessengerError", text)
     assert re.search(r"whatsapp_messages +INSERT .* answer .* attempt 3", text)
     assert "burst: 300 messages in one transaction" in text
@@ -87,13 +93,82 @@ def test_kept_up_it_serves_metrics_shows_what_others_write_and_ends_at_ctrl_c(tm
             with urllib.request.urlopen(url, timeout=10) as response:
                 assert "cdc_wakeups_total" in response.read().decode()
             with psycopg.connect(dsn, autocommit=True) as connection:
-                connection.execute("INSERT INTO whatsapp_messages VALUES ('mine', 'help!', 'me', 'my-chat')")
+                connection.execute("INSERT INTO cdc_demo.whatsapp_messages VALUES ('mine', 'help!', 'me', 'my-chat')")
             eventually(printed(r"(whatsapp_messages +INSERT .* yours)"), what="a line for the visitor's row")
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0, output.read_text()
     folder = Path(dsn.split("host=")[1].split()[0])
     assert not folder.exists()
+
+
+def _objects(db: psycopg.Connection) -> set[tuple[str, str]]:
+    """All that a demo could leave on a server: the schemas with what is in them, publications, slots."""
+    return set(
+        db.execute(
+            "SELECT n.nspname, coalesce(c.relname, '') FROM pg_namespace AS n"
+            " LEFT JOIN pg_class AS c ON c.relnamespace = n.oid"
+            " WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
+            " UNION ALL SELECT 'publication', pubname FROM pg_publication"
+            " UNION ALL SELECT 'slot', slot_name FROM pg_replication_slots WHERE slot_name = 'cdc_demo'"
+        ).fetchall()
+    )
+
+
+def test_on_a_server_of_ones_own_it_leaves_everything_as_it_was(
+    database: str, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    db.execute("CREATE TABLE whatsapp_messages (mine text)")
+    db.execute("INSERT INTO whatsapp_messages VALUES ('mine')")
+    before = _objects(db)
+    with _start(tmp_path / "output", ticks=20, burst=10, dsn=database) as process:
+        assert process.wait(90) == 0, (tmp_path / "output").read_text()
+    text = (tmp_path / "output").read_text()
+    assert "rung by the slot cdc_demo" in text
+    assert f"wake-ups   wal {_count(text, 'captured')}, " in text
+    assert "Removed the schema cdc_demo" in text
+    assert _objects(db) == before
+    assert db.execute("TABLE whatsapp_messages").fetchall() == [("mine",)]
+
+
+def test_an_interrupted_demo_leaves_everything_as_it_was_too(
+    database: str, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    before = _objects(db)
+    with _start(tmp_path / "output", ticks=10_000, burst=10, dsn=database) as process:
+        eventually(lambda: ("cdc_demo", "entity_changes") in _objects(db), what="the outbox of the demo")
+        eventually(lambda: "An application now writes" in (tmp_path / "output").read_text())
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert _objects(db) == before, (tmp_path / "output").read_text()
+
+
+def test_what_has_its_names_already_is_not_touched(database: str, db: psycopg.Connection) -> None:
+    db.execute("CREATE SCHEMA cdc_demo CREATE TABLE entity_changes (mine text)")
+    refused = CliRunner().invoke(cdc, ["demo", "--dsn", database])
+    assert (refused.exit_code, refused.stdout) == (5, "")
+    assert "there is a schema cdc_demo on this server already" in refused.stderr
+    assert "DROP SCHEMA cdc_demo CASCADE" in refused.stderr, "what to do about one that was left behind"
+    assert db.execute("TABLE cdc_demo.entity_changes").description[0].name == "mine"
+
+
+def test_a_slot_of_its_name_is_not_touched_and_nothing_is_made(database: str, db: psycopg.Connection) -> None:
+    db.execute("SELECT pg_create_logical_replication_slot('cdc_demo', 'pgoutput')")
+    before = _objects(db)
+    refused = CliRunner().invoke(cdc, ["demo", "--dsn", database])
+    assert refused.exit_code == 5
+    assert "pg_drop_replication_slot('cdc_demo')" in refused.stderr
+    assert _objects(db) == before
+    db.execute("SELECT pg_drop_replication_slot('cdc_demo')")
+
+
+def test_a_role_that_may_not_make_a_schema_is_told(database: str, db: psycopg.Connection) -> None:
+    role = f"test_{uuid.uuid4().hex[:12]}"
+    db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
+    refused = CliRunner().invoke(cdc, ["demo", "--dsn", make_conninfo(database, user=role)])
+    db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+    assert refused.exit_code == 1
+    assert "GRANT CREATE ON DATABASE" in refused.stderr
 
 
 def test_changes_that_were_not_processed_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:

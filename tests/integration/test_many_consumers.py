@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import itertools
+import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psycopg
@@ -13,6 +18,10 @@ from cdc.model import SHARDS
 from cdc.routing import Router
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import Process, consuming, metric, settled, slot_name, states
+
+_REBALANCED_WITHIN_S = 6.0
+_TAKEN_OVER_WITHIN_S = 4.0
+"""Twice what is promised: this machine is busy with all of them."""
 
 
 def _router(calls: Counter[str], name: str) -> Router:
@@ -25,8 +34,15 @@ def _router(calls: Counter[str], name: str) -> Router:
     return router
 
 
-def _publish(db: psycopg.Connection, count: int) -> None:
-    db.execute("SELECT publish_change('x', n::text) FROM generate_series(1, %s) AS n", [count])
+def _publish(db: psycopg.Connection, count: int, first_key: int = 1) -> None:
+    db.execute("SELECT publish_change('x', (n + %s::int)::text) FROM generate_series(1, %s) AS n", [first_key, count])
+
+
+async def _streams(app: App) -> None:
+    async def connected() -> bool:
+        return app._stream is not None and app._stream.status.connected
+
+    await eventually_async(connected, what="it streams")
 
 
 async def _shared(*apps: App) -> None:
@@ -42,11 +58,7 @@ async def test_a_newcomer_gets_its_share_and_its_wake_ups_are_relayed_to_it(
     calls: Counter[str] = Counter()
     never = {"slot_name": slot_name(), "sweep_interval": 3600, "poll_interval": 3600}
     async with consuming(outbox, _router(calls, "first"), **never) as first:
-
-        async def streams() -> bool:
-            return first._stream is not None and first._stream.status.connected
-
-        await eventually_async(streams)
+        await _streams(first)
         async with consuming(outbox, _router(calls, "second"), **never) as second:
             await _shared(first, second)
 
@@ -68,6 +80,136 @@ async def test_a_newcomer_gets_its_share_and_its_wake_ups_are_relayed_to_it(
     assert calls["first"] + calls["second"] == 500
     assert min(calls.values()) > 100
     assert states(outbox_db) == {"processed": 500}
+
+
+async def test_who_does_not_stream_is_woken_by_notify_also_after_the_streamer_has_left(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """The one that stood by takes the slot over, and relays to the third, which looks for nothing by itself."""
+    calls: Counter[str] = Counter()
+    never = {"slot_name": slot_name(), "sweep_interval": 3600, "poll_interval": 3600}
+    async with consuming(outbox, _router(calls, "first"), **never) as first:
+        await _streams(first)
+        async with (
+            consuming(outbox, _router(calls, "second"), **never) as second,
+            consuming(outbox, _router(calls, "third"), **never) as third,
+        ):
+            first.consumer.stop()
+
+            async def streams_and_the_other_listens() -> bool:
+                if not all(len(app.consumer._owned) == SHARDS // 2 for app in (second, third)):
+                    return False
+                listens = [
+                    app._listener.connected and not app.consumer._intake.catching_up
+                    for app in (second, third) if not app._stream.status.connected  # type: ignore[union-attr]
+                ]  # fmt: skip
+                return listens == [True]
+
+            await eventually_async(streams_and_the_other_listens, what="one of the two left has the slot")
+            [relayed] = [app for app in (second, third) if not app._stream.status.connected]  # type: ignore[union-attr]
+            name = "second" if relayed is second else "third"
+            before = calls[name]
+            for _ in range(5):
+                _publish(outbox_db, 100)
+
+                async def done() -> bool:
+                    return settled(outbox_db)
+
+                await eventually_async(done)
+            assert metric(relayed.metrics.registry, "cdc_wakeups_total", source="notify") == calls[name] - before > 100
+
+
+async def _owning(app: App, shards: int) -> None:
+    async def owns() -> bool:
+        return len(app.consumer._owned) == shards
+
+    await eventually_async(owns, within_s=_REBALANCED_WITHIN_S, what=f"it owns {shards} shards")
+
+
+@contextlib.asynccontextmanager
+async def _writing(db: psycopg.Connection) -> AsyncIterator[None]:
+    """Changes of many keys come in all the time; at the end all are settled."""
+    stop, keys = asyncio.Event(), itertools.count(1, 20)
+
+    async def write() -> None:
+        while not stop.is_set():
+            _publish(db, 20, next(keys))
+            await _pass(0.05)
+
+    writing = asyncio.create_task(write())
+    yield
+    stop.set()
+    await writing
+
+    async def done() -> bool:
+        return settled(db)
+
+    await eventually_async(done)
+
+
+async def _pass(seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await asyncio.Event().wait()
+
+
+def _recording(handled: list[tuple[int, float]], takes_s: float) -> Router:
+    """Writes down the shard of each change and when it was done."""
+    router = Router()
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        await _pass(takes_s)
+        handled.append((change.shard, time.monotonic()))
+
+    return router
+
+
+async def test_while_shards_move_the_work_on_all_others_goes_on(outbox: str, outbox_db: psycopg.Connection) -> None:
+    stays: list[tuple[int, float]] = []
+    comes: list[tuple[int, float]] = []
+    slot = slot_name()
+    async with consuming(outbox, _recording(stays, 0.05), slot_name=slot) as first, _writing(outbox_db):
+        await _owning(first, SHARDS)
+        joined = time.monotonic()
+        async with consuming(outbox, _recording(comes, 0.05), slot_name=slot) as second:
+            await _owning(second, SHARDS // 2)
+            rebalanced = time.monotonic()
+            kept = set(first.consumer._owned)
+
+            async def both_work() -> bool:
+                return bool(comes) and any(done > rebalanced for _, done in stays)
+
+            await eventually_async(both_work)
+        left = time.monotonic()
+        await _owning(first, SHARDS)
+        taken_back = time.monotonic()
+    for what, began, ended in (("joined", joined, rebalanced), ("left", left, taken_back)):
+        at = [began, *(done for shard, done in stays if shard in kept and began < done < ended), ended]
+        # Handlers take a twentieth of a second and changes come in all the time: nothing else may make it wait.
+        longest_s = max(later - earlier for earlier, later in itertools.pairwise(at))
+        assert longest_s < 2, f"work stood still for {longest_s:.1f} s when the other {what}"
+    assert states(outbox_db).keys() == {"processed"}
+
+
+def test_a_killed_consumers_shards_are_taken_over_by_all_others(
+    outbox: str, outbox_db: psycopg.Connection, processes: list[Process], tmp_path: Path
+) -> None:
+    processes += [Process(outbox, tmp_path / name) for name in ("one.log", "two.log", "three.log")]
+    eventually(lambda: _shares(outbox_db) in ([20, 22, 22], [21, 21, 22]), what="each owns its share")
+    processes[0].kill()
+    eventually(lambda: _shares(outbox_db) == [32, 32], within_s=_TAKEN_OVER_WITHIN_S, what="its shards are taken over")
+
+
+def _shares(db: psycopg.Connection) -> list[int]:
+    """How many shards each of the consumers holds, the least first."""
+    rows = db.execute(
+        "SELECT count(*) FROM pg_locks JOIN pg_database AS d ON d.oid = database"
+        " WHERE locktype = 'advisory' AND objsubid = 2 AND objid < %s AND datname = current_database()"
+        " GROUP BY pid ORDER BY 1",
+        [SHARDS],
+    ).fetchall()
+    return [count for (count,) in rows]
 
 
 async def test_when_one_leaves_the_others_take_its_shards_and_the_slot(

@@ -267,6 +267,66 @@ def test_show_prints_every_field_by_seq_or_id_and_the_payload_only_when_asked(
     assert (shown["old"], shown["new"], shown["metadata"]) == (None, {"secret": "row content"}, None)
 
 
+def cause(db: psycopg.Connection, cause: int, entity_type: str, entity_id: str) -> int:
+    """A change that the handler of another one publishes."""
+    with db.transaction():
+        db.execute(
+            "SELECT set_config('cdc.cause', id || ',' || depth, true) FROM entity_changes WHERE seq = %s", [cause]
+        )
+        return publish(db, entity_type, entity_id)
+
+
+def test_show_tells_what_led_to_a_change(outbox: str, outbox_db: psycopg.Connection) -> None:
+    reaction = publish(outbox_db, "reaction", "r1")
+    task = cause(outbox_db, reaction, "task", "17")
+    notice, _ = cause(outbox_db, task, "notice", "a\x1b[2J"), cause(outbox_db, task, "other", "1")
+    process(outbox_db, reaction)
+    die(outbox_db, task)
+    shown = data(outbox, "show", str(notice))["change"]
+    chain = shown["chain"]
+    assert [
+        (link["seq"], link["entity_type"], link["entity_id"], link["operation"], link["state"]) for link in chain
+    ] == [
+        (notice, "notice", "a\x1b[2J", "INSERT", "fresh"),
+        (task, "task", "17", "INSERT", "dead"),
+        (reaction, "reaction", "r1", "INSERT", "processed"),
+    ]
+    assert (shown["depth"], shown["caused_by"]) == (2, chain[1]["id"])
+    assert [link["caused_by"] for link in chain] == [chain[1]["id"], chain[2]["id"], None]
+    assert chain[2]["changed_at"] == data(outbox, "show", str(reaction))["change"]["changed_at"]
+    assert "row content" not in run(outbox, "show", str(notice), "--json").stdout
+    pictured = run(outbox, "show", str(notice)).stdout.split("\n\n")[1].splitlines()[1:]
+    assert [line.split("Z")[1] for line in pictured] == [
+        "  notice a\\x1b[2J INSERT", "    task 17 INSERT", "      reaction r1 INSERT",
+    ]  # fmt: skip
+
+
+def test_a_change_that_nobody_caused_is_a_chain_of_itself_and_has_no_picture(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    seq = publish(outbox_db)
+    shown = data(outbox, "show", str(seq))["change"]
+    assert ([link["seq"] for link in shown["chain"]], shown["caused_by"], shown["depth"]) == ([seq], None, 0)
+    assert "\n\n" not in run(outbox, "show", str(seq)).stdout
+
+
+def test_a_chain_ends_at_its_bound_and_where_causes_were_removed_and_says_so(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seqs = [publish(outbox_db)]
+    for _ in range(4):
+        seqs.append(cause(outbox_db, seqs[-1], "x", "k"))
+    newest = str(seqs[-1])
+    assert run(outbox, "show", newest).stderr == ""
+    monkeypatch.setattr(letters, "_CHAIN_MAX", 3)
+    assert [link["seq"] for link in data(outbox, "show", newest)["change"]["chain"]] == seqs[:1:-1]
+    assert "is not shown" in run(outbox, "show", newest).stderr
+    monkeypatch.undo()
+    outbox_db.execute("DELETE FROM entity_changes WHERE seq = %s", [seqs[2]])
+    assert [link["seq"] for link in data(outbox, "show", newest)["change"]["chain"]] == seqs[:2:-1]
+    assert "is not shown" in run(outbox, "show", newest).stderr
+
+
 @pytest.mark.parametrize("state", ["fresh", "waiting", "dead", "paused", "processed"])
 def test_a_change_is_found_by_its_number_in_whatever_state_it_is(
     outbox: str, outbox_db: psycopg.Connection, state: str

@@ -9,7 +9,6 @@ from typing import Any
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
-from psycopg import sql
 
 import cdc
 from cdc import schema
@@ -20,36 +19,13 @@ from cdc.outbox.retention import Retention
 from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
+from tests.fix_outbox import count, fill
 
 _DAY_S = 86_400.0
 
 
 def run(dsn: str, *arguments: str) -> Result:
     return CliRunner().invoke(root_command, ["outbox", "prune", *arguments, "--dsn", dsn])
-
-
-def fill(db: psycopg.Connection, count: int, *, state: str = "processed", days: float = 10) -> None:
-    """So many changes that are so many days old in everything."""
-    columns = {
-        "fresh": "false, NULL, NULL, NULL",
-        "waiting": "false, NULL, {ago}, NULL",
-        "dead": "false, NULL, NULL, {ago}",
-        "paused": "false, NULL, 'infinity'::timestamptz, {ago}",
-        "processed": "true, {ago}, NULL, NULL",
-    }[state]
-    statement = sql.SQL(
-        "INSERT INTO entity_changes (table_name, operation, entity_id, changed_at, processed, processed_at,"
-        " next_attempt_at, dead_at) SELECT 'x', 'INSERT', n::text, {ago}, "
-        + columns
-        + " FROM generate_series(1, {n}) AS n"
-    )
-    ago = sql.SQL("now() - {} * interval '1 day'").format(sql.Literal(days))
-    db.execute(statement.format(ago=ago, n=sql.Literal(count)))
-
-
-def count(db: psycopg.Connection) -> int:
-    [(left,)] = db.execute("SELECT count(*) FROM entity_changes").fetchall()
-    return int(left)
 
 
 def test_prune_removes_what_was_processed_longer_ago_and_nothing_younger(
@@ -127,7 +103,7 @@ async def test_a_batch_for_the_consumer_says_how_many_it_removed(outbox: str, ou
     fill(outbox_db, 15)
     fill(outbox_db, 1, state="dead")
     async with await psycopg.AsyncConnection.connect(outbox, autocommit=True) as connection:
-        removed = [await Retention("public").prune_batch(connection, 7 * _DAY_S, 10) for _ in range(3)]
+        removed = [(await Retention("public").prune_batch(connection, 7 * _DAY_S, 10)).removed for _ in range(3)]
         [(limit,)] = await (await connection.execute("SHOW enable_sort")).fetchall()
     assert removed == [10, 5, 0]
     assert limit == "on", "the batch's settings end with it"
@@ -187,9 +163,9 @@ async def test_pruning_beside_a_running_consumer_removes_processed_changes_only(
             [(seq,)] = outbox_db.execute("SELECT publish_change('x', %s)", [f"k{n % 50}"]).fetchall()
             published.append(seq)
             if n % 20 == 0:
-                pruned += await Retention("public").prune_batch(pruning, 1e-6, 1000)
+                pruned += (await Retention("public").prune_batch(pruning, 1e-6, 1000)).removed
         await eventually_async(_until_settled(outbox_db), what="every change settled")
-        pruned += await Retention("public").prune_batch(pruning, 1e-6, 1000)
+        pruned += (await Retention("public").prune_batch(pruning, 1e-6, 1000)).removed
     left = {seq for (seq,) in outbox_db.execute("SELECT seq FROM entity_changes WHERE dead_at IS NOT NULL")}
     assert count(outbox_db) == len(left), "what is left is dead"
     assert pruned == len(published) - len(left)

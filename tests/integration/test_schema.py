@@ -19,8 +19,8 @@ from psycopg.conninfo import make_conninfo
 from cdc import schema
 from cdc.cli import cdc
 from cdc.errors import NotFoundError, RefusedError, SchemaError
+from cdc.installations import find_installation
 from cdc.model import ChangeState
-from cdc.throwaway import find_bindir
 from tests.eventually import eventually
 
 ODD = 'Tenant "7" %s; é'
@@ -48,11 +48,11 @@ def columns(db: psycopg.Connection, name: str) -> list[str]:
 
 
 def test_install_makes_every_documented_object_and_the_additions(db: psycopg.Connection):
-    assert [migration.version for migration in schema.install(db, "public")] == [1, 2, 3]
+    assert [migration.version for migration in schema.install(db, "public")] == [1, 2, 3, 4]
     assert set(columns(db, "entity_changes")) == {
         "id", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata", "changed_at",
         "processed", "processed_at", "error_count", "last_error",
-        "seq", "shard", "table_schema", "next_attempt_at", "dead_at",
+        "seq", "shard", "table_schema", "next_attempt_at", "dead_at", "started_by", "caused_by", "depth",
     }  # fmt: skip
     assert columns(db, "action_processing_dashboard") == [
         "entity_type", "pending", "processed_today", "failed", "last_processed_at", "avg_processing_seconds",
@@ -124,7 +124,7 @@ def test_two_installations_at_once_make_one(database: str, db: psycopg.Connectio
     for thread in threads:
         thread.join()
     assert failures == []
-    assert sorted(applied) == [0, 0, 0, 3]
+    assert sorted(applied) == [0, 0, 0, 4]
     assert schema.verify(db, "both") == []
 
 
@@ -146,7 +146,7 @@ def test_a_crash_between_two_migrations_leaves_nothing(database: str, db: psycop
     ended = subprocess.run([sys.executable, "-c", crash, database], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert db.execute("SELECT to_regclass('entity_changes'), to_regclass('cdc_migrations')").fetchone() == (None, None)
-    assert len(schema.install(db, "public")) == 3
+    assert len(schema.install(db, "public")) == 4
 
 
 def test_a_table_that_stays_locked_ends_the_upgrade_with_a_sentence(
@@ -177,7 +177,7 @@ def test_every_migration_may_run_again_over_rows(outbox_db: psycopg.Connection):
     outbox_db.execute("SELECT publish_change('t', i::text) FROM generate_series(1, 10) AS i")
     before = outbox_db.execute("SELECT * FROM entity_changes ORDER BY seq").fetchall()
     outbox_db.execute("DELETE FROM cdc_migrations")
-    assert len(schema.install(outbox_db, "public")) == 3
+    assert len(schema.install(outbox_db, "public")) == 4
     assert outbox_db.execute("SELECT * FROM entity_changes ORDER BY seq").fetchall() == before
     assert outbox_db.execute("SELECT publish_change('t', '11')").fetchone() == (11,)
     assert schema.verify(outbox_db, "public") == []
@@ -333,7 +333,7 @@ def test_a_dry_run_prints_the_sql_and_runs_nothing(database: str, db: psycopg.Co
 def test_psql_runs_the_printed_script_as_it_is_any_number_of_times(database: str, db: psycopg.Connection, name: str):
     script = CliRunner().invoke(cdc, ["db", "print", "--schema", name], catch_exceptions=False).stdout
     for _ in range(2):
-        subprocess.run([find_bindir() / "psql", "-X", "-q", database], input=script, text=True, check=True)
+        subprocess.run([find_installation().bindir / "psql", "-X", "-q", database], input=script, text=True, check=True)
     assert schema.install(db, name) == []
     assert schema.verify(db, name) == []
 

@@ -191,7 +191,7 @@ def seqs(db: psycopg.Connection) -> dict[str, int]:
 
 
 def test_the_result_is_what_a_fresh_installation_makes(documented: psycopg.Connection):
-    assert len(schema.install(documented, "public")) == 3
+    assert len(schema.install(documented, "public")) == 4
     assert schema.verify(documented, "public") == []
     assert schema.install(documented, "public") == []
 
@@ -226,6 +226,11 @@ def test_pending_rows_are_numbered_in_the_order_of_changed_at_and_of_writing(doc
     ]  # fmt: skip
     assert sorted(in_order, key=numbered.__getitem__) == in_order
     assert sorted(numbered.values()) == list(range(1, len(numbered) + 1))
+
+
+def test_what_was_there_has_no_cause(documented: psycopg.Connection):
+    schema.install(documented, "public")
+    assert set(rows_of(documented, "caused_by, depth")) == {(None, 0)}
 
 
 def test_numbers_go_on_above(documented: psycopg.Connection):

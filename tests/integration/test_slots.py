@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 
 import psycopg
 import pytest
@@ -13,12 +17,18 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import slots
+from cdc import Change, Router, slots
 from cdc.cli import cdc
-from cdc.errors import CdcError, NotFoundError, RefusedError, UsageError
+from cdc.errors import CdcError, NotFoundError, RefusedError, StreamError, UsageError
+from cdc.installations import Installation, find_installation, find_installations
+from cdc.model import publication_name
+from cdc.slot_state import judge
 from cdc.throwaway import Server
-from tests.eventually import eventually
-from tests.fix_slot import slot_facts
+from tests.eventually import eventually, eventually_async
+from tests.fix_consumer import ROOT, consuming, metric, settled, slot_name
+from tests.fix_slot import lose, slot_facts
+
+OTHER_VERSIONS = [one for one in find_installations() if one != find_installation()]
 
 
 @pytest.fixture
@@ -35,6 +45,27 @@ def run(database: str, *arguments: str) -> Result:
     return CliRunner().invoke(cdc, ["slot", *arguments, "--dsn", database])
 
 
+def publications(db: psycopg.Connection) -> list[str]:
+    return [name for (name,) in db.execute("SELECT pubname FROM pg_publication")]
+
+
+class _Seen:
+    """A handler that remembers."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+
+    async def __call__(self, change: Change) -> None:
+        self.ids.append(change.entity_id)
+
+
+def _settled(db: psycopg.Connection) -> Callable[[], Awaitable[bool]]:
+    async def look() -> bool:
+        return settled(db)
+
+    return look
+
+
 def test_a_new_slot_is_ours_and_keeps_wal_until_somebody_reads_it(db: psycopg.Connection, slot: str) -> None:
     made = slots.create(db, slot)
     assert (made.name, made.plugin, made.ours, made.active, made.temporary) == (slot, "wal2json", True, False, False)
@@ -42,7 +73,7 @@ def test_a_new_slot_is_ours_and_keeps_wal_until_somebody_reads_it(db: psycopg.Co
     eventually(lambda: slots.status(db, slot).retained_wal_bytes > made.retained_wal_bytes + 10_000, what="WAL is kept")
     now = slots.status(db, slot)
     assert now.confirmed_lag_bytes > 10_000
-    assert slots.judge(now).fine
+    assert judge(now).fine
     assert slots.drop(db, slot).name == slot
     assert slots.snapshot(db, slot) is None
 
@@ -142,20 +173,205 @@ def test_a_server_without_logical_wal_is_told_what_to_change() -> None:
         assert "wal_level = logical" in refused.value.hint
 
 
-def test_each_trouble_of_a_slot_has_its_verdict(db: psycopg.Connection, slot: str) -> None:
-    healthy = replace(slots.create(db, slot), active=True)
-    assert slots.judge(healthy) == slots.Verdict(True, "fine")
-    for change, word in (
-        ({"wal_status": "lost", "retained_wal_bytes": None, "invalidation_reason": "wal_removed"}, "wal_removed"),
-        ({"confirmed_lag_bytes": -1}, "deaf"),
-        ({"wal_status": "unreserved"}, "about to be lost"),
-        ({"retained_wal_bytes": 2 << 30}, "being read"),
-        ({"retained_wal_bytes": 2 << 30, "active": False}, "nobody reads it"),
-    ):
-        verdict = slots.judge(replace(healthy, **change))
-        assert not verdict.fine
-        assert word in verdict.sentence
-        assert verdict.remedy
+# Plugins
+
+
+def test_a_slot_of_either_plugin_is_ours_and_pgoutputs_publication_comes_with_it(
+    db: psycopg.Connection, slot: str
+) -> None:
+    made = slots.create(db, slot, plugin="pgoutput")
+    assert (made.plugin, made.ours) == ("pgoutput", True)
+    assert publications(db) == [publication_name("public")]
+    slots.drop(db, slot)
+    slots.create(db, slot, plugin="pgoutput")  # the publication is there already
+
+
+def test_where_the_first_plugin_is_not_installed_the_next_one_is_taken(
+    db: psycopg.Connection, slot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "PLUGINS", ("nosuch", "pgoutput"))
+    assert slots.create(db, slot).plugin == "pgoutput"
+    slots.drop(db, slot)
+    with pytest.raises(StreamError, match="nosuch is not installed"):
+        slots.create(db, slot, plugin="nosuch")
+
+
+def test_a_role_that_may_not_create_the_publication_is_told_what_the_owner_has_to_run(
+    database: str, db: psycopg.Connection, slot: str
+) -> None:
+    db.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION").format(sql.Identifier(slot)))
+    try:
+        with psycopg.connect(make_conninfo(database, user=slot), autocommit=True) as weak:
+            with pytest.raises(StreamError) as refused:
+                slots.create(weak, slot, plugin="pgoutput")
+            assert f'CREATE PUBLICATION "{publication_name("public")}"' in refused.value.hint
+            assert not slot_facts(db, slot)
+    finally:
+        db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(slot)))
+
+
+def test_a_slot_of_the_plugin_that_is_not_wanted_is_not_accepted(db: psycopg.Connection, slot: str) -> None:
+    slots.create(db, slot, plugin="pgoutput")
+    assert slots.create(db, slot, if_not_exists=True).plugin == "pgoutput"
+    with pytest.raises(RefusedError) as refused:
+        slots.create(db, slot, plugin="wal2json", if_not_exists=True)
+    assert f"cdc slot recreate {slot} --plugin wal2json" in refused.value.hint
+
+
+# Temporary, failover
+
+
+def test_a_temporary_slot_leaves_nothing_behind(database: str, db: psycopg.Connection, slot: str) -> None:
+    result = run(database, "create", slot, "--temporary", "--plugin", "pgoutput")
+    assert (result.exit_code, "could be made" in result.stderr) == (0, True)
+    eventually(lambda: not slot_facts(db, slot), what="the session that had it is gone")
+    assert publications(db) == []
+
+
+def test_failover_is_refused_where_the_server_does_not_know_it(
+    database: str, db: psycopg.Connection, slot: str
+) -> None:
+    if db.info.server_version >= 170_000:
+        pytest.skip("this server does")
+    result = run(database, "create", slot, "--failover")
+    assert (result.exit_code, "17" in result.stderr) == (2, True)
+    assert run(database, "create", slot, "--failover", "--temporary").exit_code == 2
+    assert not slot_facts(db, slot)
+
+
+@pytest.mark.parametrize("binaries", OTHER_VERSIONS, ids=lambda binaries: f"postgresql-{binaries.major}")
+def test_every_version_makes_moves_and_remakes_a_slot(binaries: Installation) -> None:
+    with Server(durable=False, binaries=binaries) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
+        failover = binaries.major >= 17
+        made = slots.create(db, "cdc", failover=failover)
+        assert (made.plugin, made.failover) == ("wal2json" if binaries.wal2json else "pgoutput", failover or None)
+        db.execute("CREATE TABLE t AS SELECT generate_series(1, 10000)")
+        before, after = slots.advance(db, "cdc")
+        assert before.confirmed_lag_bytes > 10_000 > after.confirmed_lag_bytes
+        assert run(server.dsn(), "recreate", "cdc", "--yes").exit_code == 0
+        assert slots.status(db, "cdc").failover == (failover or None)
+
+
+# Advance
+
+
+async def test_what_an_advanced_slot_does_not_ring_for_is_handled_all_the_same(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    name, router = slot_name(), Router()
+    router.on("x")(handled := _Seen())
+    slots.create(outbox_db, name)
+    outbox_db.execute("SELECT publish_change('x', i::text) FROM generate_series(1, 50) i")
+    before, after = slots.advance(outbox_db, name)
+    assert after.confirmed_lsn > before.confirmed_lsn
+    assert after.confirmed_lag_bytes < before.confirmed_lag_bytes
+    async with consuming(outbox, router, slot_name=name) as app:
+        await eventually_async(_settled(outbox_db), what="all are processed")
+        assert metric(app.metrics.registry, "cdc_wakeups_total", source="wal") == 0
+    assert sorted(handled.ids) == sorted(map(str, range(1, 51)))
+    slots.drop(outbox_db, name)
+
+
+def test_a_slot_that_is_read_or_not_ours_is_not_moved(
+    admin_dsn: str, database: str, db: psycopg.Connection, slot: str, reader: int
+) -> None:
+    result = run(database, "advance", slot)
+    assert (result.exit_code, str(reader) in result.stderr) == (5, True)
+    with psycopg.connect(admin_dsn, autocommit=True) as elsewhere:
+        eventually(lambda: slots.status(db, slot).active)
+        db.execute("SELECT pg_terminate_backend(%s, 10000)", [reader])
+        with pytest.raises(RefusedError, match="not ours"):
+            slots.advance(elsewhere, slot)
+
+
+def test_a_lost_slot_is_not_moved_but_made_anew_and_says_when_it_would_have_been_lost() -> None:
+    settings = {"max_slot_wal_keep_size": "64MB", "min_wal_size": "32MB", "max_wal_size": "32MB"}
+    server = Server(durable=False, settings=settings)
+    with server, psycopg.connect(server.dsn(), autocommit=True) as db:
+        slots.create(db, "cdc")
+        healthy = json.loads(run(server.dsn(), "status", "--json").stdout)
+        assert healthy["slot"]["safe_wal_bytes"] > 0
+        assert set(healthy["outlook"]) == {"wal_bytes_per_s", "lost_in_s"}
+        lose(db, "cdc")
+        shown = run(server.dsn(), "status")
+        assert (shown.exit_code, "cdc slot recreate cdc" in shown.stderr) == (1, True)
+        refused = run(server.dsn(), "advance")
+        assert (refused.exit_code, "cdc slot recreate cdc" in refused.stderr) == (5, True)
+        assert run(server.dsn(), "recreate", "--yes").exit_code == 0
+        assert run(server.dsn(), "status").exit_code == 0
+
+
+# Recreate, and ending a reader
+
+
+def test_a_reader_is_ended_only_when_one_says_so(database: str, db: psycopg.Connection, slot: str, reader: int) -> None:
+    for command in ("drop", "recreate"):
+        result = run(database, command, slot, "--yes")
+        assert (result.exit_code, str(reader) in result.stderr) == (5, True)
+    result = run(database, "recreate", slot, "--yes", "--terminate", "--plugin", "pgoutput")
+    assert result.exit_code == 0
+    assert "dropped" in result.stderr
+    assert slots.status(db, slot).plugin == "pgoutput"
+
+
+def test_a_role_that_may_not_end_the_reader_is_told_what_it_lacks(
+    database: str, db: psycopg.Connection, slot: str, reader: int
+) -> None:
+    name = sql.Identifier(f"{slot}_role")
+    db.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION").format(name))
+    try:
+        with (
+            psycopg.connect(make_conninfo(database, user=f"{slot}_role"), autocommit=True) as weak,
+            pytest.raises(RefusedError) as refused,
+        ):
+            slots.drop(weak, slot, terminate=True)
+        assert "pg_signal_backend" in refused.value.hint
+    finally:
+        db.execute(sql.SQL("DROP ROLE {}").format(name))
+
+
+def test_another_programs_slot_is_made_ours_only_by_force(database: str, db: psycopg.Connection, slot: str) -> None:
+    db.execute("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", [slot])
+    assert run(database, "recreate", slot, "--yes").exit_code == 5
+    assert run(database, "recreate", slot, "--yes", "--force").exit_code == 0
+    assert slots.status(db, slot).ours
+
+
+def test_a_slot_that_is_not_there_is_not_made_by_recreate(database: str, slot: str) -> None:
+    assert run(database, "recreate", slot, "--yes").exit_code == 4
+    assert run(database, "advance", slot).exit_code == 4
+
+
+# Watching
+
+
+def test_off_a_terminal_each_look_is_a_line(database: str, db: psycopg.Connection, slot: str) -> None:
+    slots.create(db, slot)
+    result = run(database, "status", slot, "--watch", "--every", "0.1", "--times", "3")
+    lines = result.stdout.splitlines()
+    assert (result.exit_code, len(lines)) == (0, 3)
+    assert all(f" {slot} reserved retained=" in line for line in lines)
+    assert ["wal_per_s=" in line for line in lines] == [False, True, True]
+
+
+def test_on_a_terminal_each_picture_takes_the_place_of_the_last_and_ctrl_c_ends_it_well(
+    database: str, db: psycopg.Connection, slot: str
+) -> None:
+    slots.create(db, slot)
+    command = [sys.executable, "-m", "cdc", "slot", "status", slot, "--dsn", database, "--watch", "--every", "0.1"]
+    ours, theirs = pty.openpty()
+    shown = b""
+    with subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL) as process:
+        os.close(theirs)
+        try:
+            while shown.count(b"\x1b[H\x1b[J") < 3:
+                shown += os.read(ours, 65536)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            os.close(ours)
+    assert slot.encode() in shown
 
 
 # The command

@@ -8,14 +8,20 @@ from uuid import UUID
 from cdc.lanes import Row
 from cdc.model import Change, Operation
 
+EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 
-def change(seq: int, key: str = "k", *, shard: int = 0, attempt: int = 1, requeued: bool = False) -> Change:
+
+def change(
+    seq: int, key: str = "k", *, entity_type: str = "t", shard: int = 0, attempt: int = 1, requeued: bool = False
+) -> Change:
     return Change(
-        id=UUID(int=seq), seq=seq, shard=shard, entity_type="t", entity_id=key, table_schema="public", table="t",
-        operation=Operation.INSERT, old=None, new={}, metadata=None, changed_at=datetime(2026, 1, 1, tzinfo=UTC),
+        id=UUID(int=seq), seq=seq, shard=shard, entity_type=entity_type, entity_id=key,
+        table_schema="public", table="t", operation=Operation.INSERT, old=None, new={}, metadata=None, changed_at=EPOCH,
         attempt=attempt, requeued=requeued,
     )  # fmt: skip
 
 
-def row(seq: int, key: str = "k", *, held: bool = False, shard: int = 0, requeued: bool = False) -> Row:
-    return Row(change(seq, key, shard=shard, requeued=requeued), held)
+def row(
+    seq: int, key: str = "k", *, entity_type: str = "t", held: bool = False, shard: int = 0, requeued: bool = False
+) -> Row:
+    return Row(change(seq, key, entity_type=entity_type, shard=shard, requeued=requeued), held)

@@ -136,6 +136,13 @@ def test_an_unexpected_error_is_one_line_that_quotes_nothing(
     assert isinstance(cli("--debug", "probe").exception, KeyError)  # reaches the interpreter, which prints it
 
 
+@pytest.mark.parametrize("arguments", [["run", "postgresql://u:geheim@h/db"], ["postgresql://u:geheim@h/db"]])
+def test_a_dsn_in_the_wrong_place_is_quoted_without_its_password(arguments: list[str], cli: Cli) -> None:
+    result = cli(*arguments)
+    assert result.exit_code == 2
+    assert "geheim" not in result.output
+
+
 def test_ctrl_c_ends_quietly(cli: Cli, command: Callable[[click.Command], None]) -> None:
     command(_raising(KeyboardInterrupt()))
     result = cli("probe")

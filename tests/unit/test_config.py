@@ -4,6 +4,7 @@ import pytest
 
 from cdc.config import SETTINGS, Resolved, Settings, load
 from cdc.errors import UsageError
+from cdc.model import PLUGINS
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,16 @@ def test_each_setting_is_an_option_a_variable_and_a_line_of_the_file(name: str, 
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     (folder / "cdc.toml").write_text((f"[{section}]\n" if section else "") + f"{leaf} = {text}\n")
     assert _load().sources[name] == f"{name} in cdc.toml"
+
+
+def test_auto_is_every_plugin_and_a_name_is_that_one_alone() -> None:
+    assert _load().settings.slot.plugins == PLUGINS
+    assert _load(CDC_SLOT_PLUGIN="pgoutput").settings.slot.plugins == ("pgoutput",)
+
+
+def test_a_temporary_slot_that_nobody_may_create_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"slot\.create"):
+        _load(CDC_SLOT_MODE="temporary", CDC_SLOT_CREATE="no")
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
@@ -137,12 +148,15 @@ def test_the_stream_may_have_a_role_of_its_own() -> None:
     [
         ({"CDC_HTTP_PORT": "hunter"}, "CDC_HTTP_PORT: input should be a valid integer"),
         ({"CDC_HTTP_PORT": "65536"}, "CDC_HTTP_PORT: input should be less than or equal to 65535"),
+        ({"CDC_MAX_CHAIN_DEPTH": "0"}, "CDC_MAX_CHAIN_DEPTH: input should be greater than or equal to 1"),
         ({"CDC_SLOT_NAME": "Hunter"}, "CDC_SLOT_NAME: string should match"),
         ({"CDC_SWEEP_INTERVAL": "0"}, "CDC_SWEEP_INTERVAL: input should be greater than 0"),
         ({"CDC_DRAIN_TIME": "inf"}, "CDC_DRAIN_TIME: input should be a finite number"),
         ({"CDC_STREAM": "hunter"}, "CDC_STREAM: input should be a valid boolean"),
         ({"CDC_LOG_LEVEL": "hunter"}, "CDC_LOG_LEVEL: input should be 'debug', 'info', 'warning' or 'error'"),
         ({"CDC_SCHEMA": "hunter" * 11}, "CDC_SCHEMA: a schema name has at most 63 bytes"),
+        ({"CDC_RETENTION": "hunter"}, "CDC_RETENTION: input should be a span of time, such as 30d, 12h, 90m, or off"),
+        ({"CDC_RETENTION": "30"}, "CDC_RETENTION: input should be a span of time"),
         ({"CDC_WINDOW": "99"}, "window (99) must be at least concurrency (100)"),
         ({"CDC_BACKOFF_BASE": "400"}, "backoff.cap (300.0) must be at least backoff.base (400.0)"),
         ({"CDC_THREADS": "0", "CDC_HTTP_PORT": "x"}, "CDC_HTTP_PORT: input"),
@@ -161,6 +175,12 @@ def test_a_wrong_value_is_a_sentence_with_its_source_and_without_the_value(envir
 def test_no_time_limit_is_written_as_zero_or_none(written: str) -> None:
     assert _load(CDC_TIMEOUT=written).settings.timeout_s is None
     assert _load().settings.timeout_s == 60
+
+
+def test_retention_is_off_until_an_age_is_given() -> None:
+    assert _load().settings.retention_s is None
+    assert _load(CDC_RETENTION="off").settings.retention_s is None
+    assert _load(CDC_RETENTION="30d").settings.retention_s == 30 * 86_400
 
 
 def test_settings_do_not_show_their_secrets_and_cannot_be_changed() -> None:

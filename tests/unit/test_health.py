@@ -92,6 +92,22 @@ def _raw(server: HealthServer, request: str) -> bytes:
         return b"".join(iter(lambda: client.recv(65536), b""))
 
 
+def test_further_routes_answer_as_they_like_and_are_listed(state: State) -> None:
+    server = HealthServer(
+        "127.0.0.1", 0, registry=CollectorRegistry(), liveness=state.liveness, readiness=state.readiness,
+        routes={"/": lambda: ([("Content-Type", "text/html")], b"<p>")},
+    )  # fmt: skip
+    server.start()
+    try:
+        status, body, headers = _ask(server, "/")
+        assert (status, body, headers["Content-Type"]) == (200, "<p>", "text/html")
+        assert _ask(server, "/nosuch")[:2] == (404, "there is only\n/metrics\n/livez\n/readyz\n/\n")
+        assert _ask(server, "/", "POST")[0] == 405
+        assert _ask(server, "/livez")[0] == 200
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("path", ["/", "/metrics", "/livez", "/readyz", "/nosuch"])
 def test_head_answers_as_get_without_the_body(server: HealthServer, path: str) -> None:
     head, _, body = _raw(server, f"HEAD {path}").partition(b"\r\n\r\n")

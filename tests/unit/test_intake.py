@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 
-from cdc.intake import Fetch, Intake, Snapshot, Sweep
+from cdc.intake import Fetch, Intake, Scanned, Sweep
 from cdc.model import WakeUp
+from cdc.passes import Snapshot
 
 _ROOM, _SWEEP_ROOM = 100, 10
 
@@ -133,23 +136,26 @@ def test_a_full_page_is_followed_by_the_next_from_where_it_ended() -> None:
     assert second.positions[0].cursor == 6
 
 
-def test_what_could_not_be_taken_in_is_read_again_from_there(intake: Intake) -> None:
+def test_what_could_not_be_taken_in_is_read_again_from_there_and_apart_from_the_other_types(intake: Intake) -> None:
     intake.lost()
     sweep = _ask(intake, 1.0)
     assert isinstance(sweep, Sweep)
-    intake.swept(sweep, [WakeUp(5, 0), WakeUp(9, 0)], {0: 9}, Snapshot(30, 30), 1.0)
-    assert _ask(intake, 1.0) is None, "not at once: there is no room"
-    again = _ask(intake, 1.6)
-    assert isinstance(again, Sweep)
-    assert again.positions[0].cursor == 8
+    intake.swept(sweep, [WakeUp(5, 0), WakeUp(9, 0)], {"a": {0: 9}}, Snapshot(30, 30), 1.0)
+    apart, others = _ask(intake, 1.6), _ask(intake, 1.6)
+    assert isinstance(apart, Sweep)
+    assert isinstance(others, Sweep)
+    assert (apart.only, apart.without, apart.positions[0]) == ("a", (), (0, 8, 30))
+    assert (others.only, others.without, others.positions[0]) == (None, ("a",), (0, 9, 30))
 
 
-def test_a_sweep_waits_for_room_and_a_fetch_does_not(intake: Intake) -> None:
+def test_a_sweep_waits_for_room_half_a_second_and_a_fetch_does_not_wait(intake: Intake) -> None:
     intake.rung([WakeUp(7, 0)])
-    assert isinstance(intake.next(1.0, 1, _SWEEP_ROOM), Fetch)
     intake.lost()
-    assert intake.next(1.0, _SWEEP_ROOM - 1, _SWEEP_ROOM) is None
-    assert isinstance(intake.next(1.0, _SWEEP_ROOM, _SWEEP_ROOM), Sweep)
+    assert isinstance(intake.next(1.0, 100, 10), Sweep)
+    assert intake.next(1.4, 9, 10) is None
+    assert intake.wait_s(1.4) <= 0.5
+    assert isinstance(intake.next(1.4, 10, 10), Sweep)
+    assert isinstance(intake.next(2.0, 1, 10), Sweep)
 
 
 def test_relayed_wake_ups_make_a_shard_be_swept_at_once_and_never_read_by_number(intake: Intake) -> None:
@@ -171,3 +177,131 @@ def test_the_periodic_sweep_comes_round_and_now_and_then_begins_at_zero(intake: 
             assert list(intake.restart()) == [0]
         _pass(intake, now, Snapshot(50, 50))
     assert fulls == 2
+
+
+def _sweep(intake: Intake, now: float, only: str | None) -> Sweep:
+    """The next sweep of that kind; whatever else is asked for before is answered with nothing new."""
+    for _ in range(4):
+        request = _ask(intake, now)
+        assert request is not None
+        if isinstance(request, Sweep) and request.only == only:
+            return request
+        if isinstance(request, Sweep):
+            intake.swept(request, [], {}, Snapshot(100, 100), now)
+    raise AssertionError(f"no sweep of {only}")
+
+
+def _has_room(intake: Intake, entity_type: str, room: int) -> None:
+    intake._room_for = lambda name: (room if name == entity_type else 100, 1)
+
+
+def test_a_type_that_has_no_room_is_read_on_when_it_has_some_and_its_shard_stays_live(intake: Intake) -> None:
+    _has_room(intake, "a", 0)
+    intake.refused({"a": {0: 7}}, 1.0)
+    assert (list(intake.apart), intake.live_shards) == (["a"], 1)
+    assert _ask(intake, 1.0) is None
+    intake.rung([WakeUp(8, 0)])
+    assert isinstance(_ask(intake, 1.0), Fetch)
+    _has_room(intake, "a", 50)
+    apart = _sweep(intake, 1.0, "a")
+    assert (apart.per_shard, apart.positions[0].cursor) == (50, 0)
+
+
+def test_a_type_that_has_caught_up_is_no_longer_read_apart(intake: Intake) -> None:
+    intake.refused({"a": {0: 7}}, 1.0)
+    intake.swept(_sweep(intake, 2.0, "a"), [WakeUp(7, 0)], {}, Snapshot(90, 95), 2.0)
+    assert list(intake.apart) == []
+    assert _ask(intake, 2.0) is None
+
+
+def test_where_a_type_is_joined_again_the_passes_go_on_at_the_lower_of_the_two_positions(intake: Intake) -> None:
+    intake.own([1])
+    intake.refused({"a": {0: 7}}, 1.0)
+    sweep = _sweep(intake, 2.0, "a")
+    _has_room(intake, "a", 0)
+    intake.swept(sweep, [WakeUp(7, 0)], {"a": {1: 9}}, Snapshot(80, 90), 2.0)
+    intake.lost()
+    intake.swept(_sweep(intake, 2.0, None), [WakeUp(20, 0), WakeUp(21, 1)], {}, Snapshot(95, 96), 2.0)
+    _has_room(intake, "a", 50)
+    sweep = _sweep(intake, 2.0005, "a")
+    assert set(sweep.positions) == {1}
+    intake.swept(sweep, [WakeUp(9, 1)], {}, Snapshot(97, 98), 2.0005)
+    assert list(intake.apart) == []
+    joined = _sweep(intake, 3.0, None).positions
+    assert (joined[0].since, joined[1].since) == (80, 95)
+
+
+def test_a_type_whose_page_was_full_or_that_was_refused_again_has_not_caught_up(intake: Intake) -> None:
+    intake.refused({"a": {0: 7}}, 1.0)
+    sweep = _sweep(intake, 2.0, "a")
+    rows = [WakeUp(seq, 0) for seq in range(1, sweep.per_shard + 1)]
+    intake.swept(sweep, rows, {}, Snapshot(90, 95), 2.0)
+    assert _sweep(intake, 2.0, "a").positions[0].cursor == sweep.per_shard
+    again = _sweep(intake, 2.0, "a")
+    intake.swept(again, [WakeUp(200, 0)], {"a": {0: 200}}, Snapshot(91, 95), 2.0)
+    assert list(intake.apart) == ["a"]
+    assert _sweep(intake, 3.0, "a").positions[0].cursor == 199
+
+
+def test_what_a_fetch_shows_of_a_type_that_is_read_apart_is_read_again_before_it_is_joined(intake: Intake) -> None:
+    intake.refused({"a": {0: 7}}, 1.0)
+    sweep = _sweep(intake, 2.0, "a")
+    intake.passed_over("a", 0)
+    intake.own([1])  # nothing of it is known yet: the type has not caught up there
+    intake.swept(sweep, [], {}, Snapshot(90, 95), 2.0)
+    assert list(intake.apart) == ["a"]
+
+
+def test_the_proof_that_a_shard_is_live_has_what_is_read_apart_read_once_more(intake: Intake) -> None:
+    intake.refused({"a": {0: 7}}, 1.0)
+    intake.own([1])
+    apart = _sweep(intake, 2.0, "a")
+    _has_room(intake, "a", 0)
+    intake.swept(apart, [], {"a": {1: 9}}, Snapshot(90, 95), 2.0)
+    intake._apart["a"][0].again_at = inf  # no more wake-ups have come for long
+    intake.lost()
+    for now, xid in ((3.0, 96), (3.1, 98)):
+        intake.swept(_sweep(intake, now, None), [], {}, Snapshot(xid, xid + 1), now)
+    assert intake.live_shards == 2
+    _has_room(intake, "a", 50)
+    assert set(_sweep(intake, 3.3, "a").positions) == {0, 1}, "not only what was refused"
+
+
+def test_a_page_that_stopped_at_its_bound_of_rows_looked_at_is_followed_by_the_next_from_there(intake: Intake) -> None:
+    intake.refused({"a": {0: 7}}, 1.0)
+    sweep = _sweep(intake, 2.0, "a")
+    intake.swept(sweep, [], {}, Snapshot(90, 95), 2.0, scanned={0: Scanned(500, more=True)})
+    further = _sweep(intake, 2.0, "a")
+    assert further.positions[0].cursor == 500
+    intake.swept(further, [], {}, Snapshot(90, 95), 2.0, scanned={0: Scanned(800, more=False)})
+    assert list(intake.apart) == []
+
+
+def test_types_that_are_read_apart_take_turns(intake: Intake) -> None:
+    intake.refused({"a": {0: 7}, "b": {0: 8}}, 1.0)
+    asked = [_ask(intake, 2.0 + n) for n in range(6)]
+    assert {"a", "b", None} <= {sweep.only for sweep in asked if isinstance(sweep, Sweep)}
+
+
+def test_a_lost_session_ends_what_is_read_apart(intake: Intake) -> None:
+    intake.refused({"a": {0: 7}}, 1.0)
+    sweep = _sweep(intake, 2.0, "a")
+    intake.disown([0])
+    assert list(intake.apart) == []
+    intake.own([0])
+    assert intake.swept(sweep, [WakeUp(7, 0)], {}, Snapshot(90, 95), 2.0) == 0
+
+
+def test_a_long_pass_from_zero_is_not_soon_followed_by_another(intake: Intake) -> None:
+    now, begun = 0.0, list[float]()
+    for _ in range(80):
+        now += 5.0
+        if intake.full_pass_due(now):
+            begun.append(now)
+            intake.restart()
+        sweep = _ask(intake, now)
+        now += 10.0 if begun and begun[-1] == now else 0.0
+        assert isinstance(sweep, Sweep)
+        intake.swept(sweep, [], {}, Snapshot(50, 50), now)
+    assert len(begun) == 2
+    assert begun[1] - begun[0] >= 200.0

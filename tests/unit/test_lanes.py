@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from cdc.lanes import Lanes, Resume
+from cdc.lanes import Lanes
 from cdc.model import Change, Dead, Outcome, Processed, Waiting
+from cdc.turns import Needs, Turns
+from cdc.unread import Resume
 from tests.unit.changes import row
 
 
@@ -145,7 +147,7 @@ def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(l
 def test_the_window_is_bounded_and_what_does_not_fit_is_refused_from_its_first_change_on(lanes: Lanes) -> None:
     admitted = lanes.admit([row(seq, f"key{seq}") for seq in range(1, 14)])
     assert admitted.taken == 10
-    assert admitted.refused == {0: 11}
+    assert admitted.refused == {"t": {0: 11}}
     assert lanes.room == 0
 
 
@@ -153,7 +155,7 @@ def test_where_no_memory_is_left_for_a_mark_the_change_is_refused_and_so_are_its
     lanes = Lanes(10, lane_capacity=1, unread_max=1)
     lanes.own([0, 1])
     admitted = lanes.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1), row(4, "b", shard=1)])
-    assert (admitted.taken, admitted.refused) == (2, {1: 4})
+    assert (admitted.taken, admitted.refused) == (2, {"t": {1: 4}})
 
 
 def test_what_settles_while_a_read_is_under_way_is_not_taken_from_its_answer(lanes: Lanes) -> None:
@@ -223,3 +225,96 @@ def test_finishing_what_does_not_run_is_a_bug_and_said_so(lanes: Lanes) -> None:
     lanes.finished(first, Processed())
     with pytest.raises(AssertionError, match="is not running"):
         lanes.finished(first, Processed())
+
+
+@pytest.fixture
+def shared() -> Lanes:
+    """Room for nine changes of several types."""
+    made = Lanes(9, sole=False)
+    made.own(range(4))
+    return made
+
+
+def test_one_type_does_not_fill_the_window_and_what_it_was_refused_is_told_by_type_and_shard(shared: Lanes) -> None:
+    admitted = shared.admit([row(seq, str(seq), entity_type="a", shard=seq % 2) for seq in range(1, 10)])
+    assert admitted == (7, {"a": {0: 8, 1: 9}})
+    assert (shared.room, shared.room_for("a"), shared.room_for("b").free) == (2, (0, 2), 1)
+    assert shared.admit([row(10, entity_type="b")]).taken == 1
+
+
+def test_a_type_that_is_read_apart_is_passed_over(shared: Lanes) -> None:
+    admitted = shared.admit([row(1, entity_type="a"), row(2, entity_type="b")], apart={"a"})
+    assert admitted == (1, {})
+    assert not shared.knows(1)
+
+
+def test_a_type_has_room_again_when_its_changes_are_settled(shared: Lanes) -> None:
+    shared.admit([row(seq, str(seq), entity_type="a") for seq in range(1, 10)])
+    for change in _start_all(shared)[:3]:
+        _end(shared, change)
+    assert shared.room_for("a") == (3, 2)
+    assert shared.types == {"a"}
+
+
+def test_a_key_of_a_type_without_room_is_read_on_when_there_is_some(shared: Lanes) -> None:
+    shared.admit([row(seq, entity_type="a") for seq in range(1, 3)])
+    [first] = _start_all(shared)
+    _end(shared, first, Waiting(1.0, "no"))
+    shared.admit([row(1, entity_type="a", requeued=True)], due=True)
+    [again] = _start_all(shared)
+    shared.admit([row(seq, str(seq), entity_type="a") for seq in range(10, 20)])
+    _end(shared, again)
+    assert shared.resumes(10), "one place is free again"
+    shared.admit([row(20, "20", entity_type="a")])
+    assert shared.resumes(10) == []
+
+
+def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
+    lanes = Lanes(20, turns=Turns(2))
+    lanes.own([0])
+    lanes.admit([row(seq, str(seq)) for seq in range(1, 9)])
+    for _ in range(2):
+        first = lanes.start()
+        assert first is not None
+        lanes.start_with([first], 3, lambda change: True)
+    assert lanes.start() is None
+    assert lanes.ready == 0
+    lanes.finished(first, Processed())
+    assert lanes.start() is not None
+
+
+def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> None:
+    lanes = Lanes(20, turns=Turns(1))
+    lanes.own([0])
+    lanes.admit([row(seq, str(seq)) for seq in range(1, 5)])
+    first = lanes.start()
+    assert first is not None
+    lanes.set_aside(first)
+    batch = [lanes.start()]
+    assert batch[0] is not None
+    lanes.set_aside(batch[0])
+    joining = lanes.start()
+    lanes.start_with([*batch, joining], 2, lambda change: True)  # type: ignore[list-item]
+    assert lanes.ready == 1
+
+
+def test_a_handler_that_outlives_its_session_keeps_its_slot_until_it_returns() -> None:
+    lanes = Lanes(10, turns=Turns(1))
+    lanes.own([0])
+    lanes.admit([row(1, "a"), row(2, "b")])
+    [running] = _start_all(lanes)
+    lanes.reset()
+    lanes.own([0])
+    lanes.admit([row(2, "b")])
+    assert lanes.start() is None
+    lanes.interrupted(running)
+    assert _seqs(_start_all(lanes)) == [2]
+
+
+def test_a_key_whose_next_change_needs_something_else_than_before_waits_for_that() -> None:
+    lanes = Lanes(10, needs=lambda change: Needs("t", str(change.seq), ("pool",) * (change.seq == 1)),
+                  turns=Turns(5, {"pool": 0}))  # fmt: skip
+    lanes.own([0])
+    lanes.admit([row(2)])
+    lanes.admit([row(1)])  # of a key coarser than its rows
+    assert lanes.start() is None

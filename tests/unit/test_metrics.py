@@ -32,7 +32,10 @@ def _fill(metrics: Metrics) -> None:
         present=True, active=True, wal_status="extended", retained_wal_bytes=1, confirmed_lag_bytes=2,
         safe_wal_bytes=3, catalog_xmin_age=4, spilled_bytes=5,
     )  # fmt: skip
-    metrics.show_outbox(changes={"fresh": 6}, oldest_ready_age_s=7.5, table_bytes=8, dead_tuples=9)
+    metrics.show_outbox(
+        changes={"fresh": 6}, oldest_ready_age_s=7.5, table_bytes=8, dead_tuples=9, blocked_keys=10,
+        notify_queue_usage=0.25,
+    )  # fmt: skip
 
 
 def _value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -59,8 +62,14 @@ def _series(metrics: Metrics) -> set[str]:
         ("cdc_fetch_duration_seconds_count", {}),
         ("cdc_fetch_changes_count", {}),
         ("cdc_visibility_retries_total", {"result": "left_to_sweep"}),
+        ("cdc_outbox_pruned_total", {}),
         ("cdc_lanes_changes", {"state": "settling"}),
         ("cdc_lanes_capacity", {}),
+        ("cdc_interruptions_total", {"reason": "connection"}),
+        ("cdc_stream_slot_recreations_total", {"slot": "cdc"}),
+        ("cdc_transaction_connections", {"kind": "sync", "state": "idle"}),
+        ("cdc_transaction_waiting", {"kind": "async"}),
+        ("cdc_lanes_limited_types", {}),
         ("cdc_shards_owned", {}),
         ("cdc_members", {}),
         ("cdc_shard_moves_total", {"direction": "lost"}),
@@ -132,6 +141,8 @@ def test_the_figures_of_a_reading_are_shown(metrics: Metrics) -> None:
     assert _value(metrics, "cdc_outbox_changes", state="fresh") == 6
     assert _value(metrics, "cdc_outbox_changes", state="dead") == 0
     assert _value(metrics, "cdc_outbox_oldest_ready_age_seconds") == 7.5
+    assert _value(metrics, "cdc_outbox_blocked_keys") == 10
+    assert _value(metrics, "cdc_notify_queue_usage_ratio") == 0.25
     assert _value(metrics, "cdc_collector_success", collector="slot") == 1
 
 
@@ -142,7 +153,7 @@ def test_the_figures_of_a_failed_reading_are_removed(metrics: Metrics) -> None:
     assert _value(metrics, "cdc_collector_success", collector="slot") == 0
     assert _value(metrics, "cdc_outbox_table_bytes") == 8
     metrics.forget_outbox()
-    assert not {name for name in _series(metrics) if name.startswith("cdc_outbox_")}
+    assert {name for name in _series(metrics) if name.startswith("cdc_outbox_")} == {"cdc_outbox_pruned_total"}
     assert _value(metrics, "cdc_collector_success", collector="outbox") == 0
 
 

@@ -1,21 +1,54 @@
-"""Order and completeness under any schedule. A failing seed replays: ``Simulation(seed).run()``."""
+"""Order and completeness under any schedule. A failing seed replays: ``python -m tests.simulation SEED``."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 
-from tests.simulation import Simulation
+from tests.simulation.__main__ import broken
+from tests.simulation.schedule import Simulation
 
 _SEEDS = int(os.environ.get("CDC_TEST_SEEDS", "2000"))
 _BATCH = 100
+_WORTH_PLAYING = {
+    "a change started", "a change started without a session", "a batch held several changes of a key",
+    "a handler went on without its session", "a shard was given away", "a commit's answer was lost",
+    "a change was fetched by its number", "a key was read on", "a row was somebody else's",
+    "a type was read apart",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("first", range(0, _SEEDS, _BATCH))
-def test_no_schedule_loses_a_change_or_hands_one_out_before_its_predecessor(first: int) -> None:
-    for seed in range(first, first + _BATCH):
-        try:
-            Simulation(seed).run()
-        except AssertionError as broken:
-            raise AssertionError(f"seed {seed}: {broken}") from broken
+def test_no_schedule_of_consumers_loses_a_change_or_doubles_it_or_hands_one_out_before_its_predecessor(
+    first: int,
+) -> None:
+    for seed, error in broken(range(first, first + _BATCH)):
+        raise AssertionError(f"python -m tests.simulation {seed}: {error}") from error
+
+
+@pytest.mark.parametrize("consumers", [1, 3])
+def test_nothing_needs_a_second_pass_from_the_first_change_on(consumers: int) -> None:
+    for seed in range(100):
+        Simulation(seed, consumers=consumers, full_passes=False).run()
+
+
+def test_a_seed_is_always_the_same_schedule() -> None:
+    played: list[list[str]] = [[], []]
+    for steps in played:
+        simulation = Simulation(7, on_step=steps.append)
+        simulation.run()
+        steps.extend(map(repr, simulation.server.rows.values()))
+    assert played[0] == played[1]
+
+
+def test_the_schedules_bring_about_what_the_promises_are_about() -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(2_000):
+        simulation = Simulation(seed)
+        simulation.run()
+        happened += simulation.promises.happened
+        if set(happened) == _WORTH_PLAYING:
+            break
+    assert set(happened) == _WORTH_PLAYING, happened

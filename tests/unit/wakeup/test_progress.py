@@ -81,6 +81,31 @@ def test_a_refusal_in_between_does_not_shorten_the_limit_again() -> None:
     assert attempts.stall_limit_s == 60
 
 
+def broken_off(attempts: Attempts, **brought: object) -> Attempts:
+    return attempts.after(**{"stalled": False, "advanced": False, "talked_s": 1.0, "broken_off": True, **brought})
+
+
+def test_sessions_that_break_off_one_after_another_and_come_no_further_are_stuck() -> None:
+    attempts, stuck = Attempts(30.0), []
+    for _ in range(6):
+        stuck.append(attempts.stuck)
+        attempts = broken_off(attempts)
+    assert stuck == [False] * 5 + [True]
+
+
+def test_only_coming_further_is_a_way_out_not_talking_long() -> None:
+    attempts = Attempts(30.0, dead_ends=4)
+    assert broken_off(attempts, talked_s=600.0).stuck
+    assert not broken_off(attempts, advanced=True).stuck
+    assert broken_off(attempts, advanced=True).dead_ends == 0
+
+
+def test_ends_that_the_wal_cannot_have_caused_do_not_count() -> None:
+    attempts = Attempts(30.0, dead_ends=4)
+    assert silence(attempts).dead_ends == 4
+    assert attempts.after(stalled=False, advanced=False, talked_s=0.0).dead_ends == 4
+
+
 @given(st.integers(1, 5000), st.floats(0, 1, exclude_max=True), st.booleans(), st.booleans())
 def test_pauses_are_jittered_and_bounded(failures: int, fraction: float, permanent: bool, standby: bool) -> None:
     pause_s = Attempts(30.0, failures=failures).pause_s(fraction, permanent=permanent, standby=standby)

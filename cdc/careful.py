@@ -1,0 +1,121 @@
+"""What is done differently on the shards of a consumer that died, so that the change that killed it is found.
+
+Theory
+------
+A change that kills its process (``os._exit``, a crash in C code, memory that ran out) never reaches the error path, and
+would kill whoever takes over for ever. Nothing is written down in steady state that could convict it; what was running
+when a process died is not known afterwards. But it is known *that* it died: its row in ``cdc_shards`` is still there.
+So whoever takes over such a shard goes through what was there by then, a window of it, in two steps:
+
+    unsuspected   written down as ``started_by`` this process before its handler starts; many at once, in one statement
+    suspect       written down by a process that died: that start counts as a failed attempt, and the next one is made
+                  alone, so that a process that dies again convicts one change and no other
+
+A poisonous change thus kills its process once unseen, once as one of many, and then as often as it has attempts; one
+that just ran beside it loses a single attempt. What is cut off by a stop loses none: a stop removes the marks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Container, Iterable, Sequence
+from datetime import datetime
+
+import psycopg
+
+from cdc import probe
+from cdc.model import SHARDS, Change
+from cdc.outbox.shards import Session, Taken
+from cdc.outbox.store import Store
+from cdc.transactions import AskTheTableError
+
+log = logging.getLogger("cdc.consumer")
+
+
+class Careful:
+    """``window``: how many changes of a shard are started carefully; no more than that were in the dead one's hands."""
+
+    def __init__(self, store: Store, window: int) -> None:
+        self._store = store
+        self._window = window
+        self._session: Session | None = None
+        self._watched: dict[int, tuple[datetime, int]] = {}
+        """Of a shard: what was changed until then is started carefully, and so many more of it."""
+        self._waiting: list[Change] = []
+        self._writing = asyncio.Lock()
+        self._marked: dict[int, Change] = {}
+
+    def begin(self, session: Session) -> None:
+        """From now on this session holds the shards; of what the one before held, nothing is watched any more."""
+        self._session = session
+        self._watched.clear()
+
+    def took(self, taken: Taken) -> None:
+        """Shards were taken over, of which some had an owner that died."""
+        if taken.orphaned:
+            log.warning(
+                "the consumer that owned %d of these shards ended without a word: what it may have been working on is"
+                " started carefully", len(taken.orphaned),
+            )  # fmt: skip
+        for shard in taken.shards:
+            self._watched.pop(shard, None)
+        self._watched.update(dict.fromkeys(taken.orphaned, (taken.at, self._window)))
+
+    def wants(self, change: Change) -> bool:
+        """Whether ``starts`` is to be told before the change's handler starts."""
+        if change.crashed:
+            return True
+        watched = self._watched.get(change.shard)
+        return watched is not None and change.changed_at <= watched[0]
+
+    async def starts(self, changes: Iterable[Change]) -> None:
+        """Write down that these start now. Raises AskTheTableError: one is somebody else's, or the session is lost."""
+        careful = [change for change in changes if self.wants(change)]
+        if not careful:
+            return
+        self._waiting += careful
+        async with self._writing:  # whoever comes first writes for all who have come meanwhile
+            batch, self._waiting = self._waiting, []
+            if batch:
+                await self._write(batch)
+        if any(change.seq not in self._marked for change in careful):
+            raise AskTheTableError("somebody else has the change")
+        for change in careful:
+            self._count_down(change.shard)
+
+    def ended(self, changes: Iterable[Change]) -> None:
+        """Their handlers returned; what came of them is settled as ever."""
+        if self._marked:
+            for change in changes:
+                self._marked.pop(change.seq, None)
+
+    async def forget(self, shards: Container[int] = range(SHARDS)) -> None:
+        """Of these shards, what ended without an outcome, or was cut off, is nobody's fault: this process lives.
+
+        To be said before a shard is given away, at a stop in peace, and after a session was lost.
+        """
+        cut_off = [change for change in self._marked.values() if change.shard in shards]
+        if cut_off and self._session:
+            async with self._session.writing:
+                await self._store.unstart(self._session.connection, cut_off)
+            self.ended(cut_off)
+
+    async def _write(self, batch: Sequence[Change]) -> None:
+        assert self._session is not None
+        probe.here("careful.before_start")
+        try:
+            async with self._session.writing:
+                started = await self._store.start(self._session.connection, batch)
+        except psycopg.Error as error:
+            raise AskTheTableError("the session was lost before it could be started") from error
+        self._marked.update((change.seq, change) for change in batch if change.id in started)
+        probe.here("careful.after_start")
+
+    def _count_down(self, shard: int) -> None:
+        if watched := self._watched.get(shard):
+            until, left = watched
+            if left <= 1:
+                del self._watched[shard]
+            else:
+                self._watched[shard] = (until, left - 1)

@@ -1,0 +1,126 @@
+"""cdc doctor: every precondition, each with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cdc.cli.options import json_option, resolved_options
+from cdc.cli.output import print_json, say
+from cdc.cli.run import load_router
+from cdc.config import SETTINGS, Resolved, Settings
+from cdc.errors import CdcError
+
+if TYPE_CHECKING:
+    from cdc.doctor.facts import Subject
+    from cdc.doctor.findings import Finding
+
+_REMEDY_INDENT = "      "
+
+
+@click.command()
+@resolved_options(
+    "dsn", "stream_dsn", "schema", "handlers", "slot.name", "slot.create", "slot.plugin", "slot.mode", "stream",
+    "timeout", "retention",
+)  # fmt: skip
+@click.option("--fix", is_flag=True, help="Print the SQL that mends what SQL can mend, and run nothing.")
+@click.option("--strict", is_flag=True, help="Exit 1 on warnings too.")
+@json_option
+def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
+    """Check whatever "cdc run" needs, and say what mends it.
+
+    Run it with the settings, the environment and the role of the consumer. It changes nothing: to prove that the output
+    plugin works it makes a temporary slot, which ends with it. Exit 1 if a check fails.
+
+    \b
+        cdc doctor --fix > fix.sql; psql -f fix.sql       # as a superuser, after reading it
+    """
+    from cdc.doctor.examine import examine  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.doctor.findings import Verdict  # noqa: PLC0415 - see above
+    from cdc.doctor.script import script  # noqa: PLC0415 - see above
+
+    findings = examine(_subject(resolved))
+    if fix:
+        click.echo(script(findings), nl=False)
+    elif as_json:
+        print_json({"findings": [_plain(found) for found in findings]})
+    else:
+        _print(findings)
+    _say_sum(findings)
+    bad = (Verdict.FAIL, Verdict.WARN) if strict else (Verdict.FAIL,)
+    click.get_current_context().exit(int(any(found.verdict in bad for found in findings)))
+
+
+def _subject(resolved: Resolved) -> Subject:
+    from cdc.doctor.facts import Subject  # noqa: PLC0415 - see doctor
+
+    settings = resolved.settings
+    handles, handlers_error = None, None
+    try:
+        router = load_router(settings.handlers) if settings.handlers else None
+    except CdcError as error:
+        router, handlers_error = None, (str(error), error.hint)
+    if router is not None:
+        match = router.match
+
+        def handles(entity_type: str, operation: str) -> bool:
+            return match(entity_type, operation) is not None
+
+    return Subject(
+        dsn=settings.dsn_text,
+        stream_dsn=settings.stream_dsn_text,
+        schema=settings.schema_,
+        slot=settings.slot.name,
+        plugin=settings.slot.plugin,
+        temporary=settings.slot.mode == "temporary",
+        creates_slot=settings.slot.create,
+        streams=settings.stream,
+        prunes=settings.retention_s is not None,
+        handler_timeout_s=settings.timeout_s,
+        handles=handles,
+        handlers_error=handlers_error,
+        exposed_files=_exposed_files(resolved, settings),
+    )
+
+
+def _exposed_files(resolved: Resolved, settings: Settings) -> tuple[str, ...]:
+    """Settings files with a DSN in them that everybody on this machine may read.
+
+    Not those of CDC_DSN_FILE: mounted secrets are made so, in a container where nobody else is.
+    """
+    sources = [resolved.sources[name] for name, setting in SETTINGS.items() if setting.secret]
+    files = {source.partition(" in ")[2] for source in sources} - {""}
+    return tuple(sorted(file for file in files if _is_open(Path(file))))
+
+
+def _is_open(file: Path) -> bool:
+    try:
+        return bool(file.stat().st_mode & 0o004)
+    except OSError:
+        return False
+
+
+def _plain(found: Finding) -> dict[str, Any]:
+    return {"id": found.check, "verdict": found.verdict, "detail": found.detail, "remedies": found.remedies}
+
+
+def _print(findings: Sequence[Finding]) -> None:
+    width = max(len(found.check) for found in findings)
+    for found in findings:
+        click.echo(f"{found.verdict:<5} {found.check:<{width}}  {_printable(found.detail)}")
+        for line in found.remedies:
+            click.echo(f"{_REMEDY_INDENT}{_printable(line)}")
+
+
+def _printable(text: str) -> str:
+    """Names of tables and programs are other people's text; a terminal would obey the escape codes in them."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def _say_sum(findings: Sequence[Finding]) -> None:
+    counts = {verdict: sum(found.verdict == verdict for found in findings) for verdict in ("fail", "warn", "skip")}
+    said = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    say(f"{len(findings)} checks: {', '.join(said) if said else 'all ok'}")

@@ -1,0 +1,156 @@
+"""cdc status: the state of things on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cdc.amounts import size, span
+from cdc.cli.options import json_option, open_database, settings_options
+from cdc.cli.output import paint, print_json, print_table
+from cdc.cli.watch import watch
+from cdc.config import Settings
+from cdc.model import SHARDS
+from cdc.slot_state import Outlook, Slot, Verdict, judge, outlook
+
+if TYPE_CHECKING:
+    from cdc.outbox.shards import Member
+    from cdc.status import Letter, Status
+
+_LABEL = 11
+_MEMBERS_MAX = 4
+_TYPES_MAX = 10
+_LETTERS_MAX = 5
+"""So that it fits on one screen; --json has all of them."""
+
+
+@click.command()
+@settings_options("dsn", "schema", "slot.name")
+@click.option("--watch", "watching", is_flag=True, help="Again and again, until Ctrl-C.")
+@click.option("--every", type=click.FloatRange(min=0.1), default=2.0, show_default=True, metavar="SECONDS",
+              help="Between two looks, with --watch.")  # fmt: skip
+@click.option("--times", type=click.IntRange(min=1), hidden=True)
+@json_option
+def status(*, settings: Settings, watching: bool, every: float, times: int | None, as_json: bool) -> None:
+    """Show who works, how fast, what is not processed, and the slot.
+
+    Read from the database, so that it needs no consumer to answer; of every consumer, where the page of one shows its
+    own pace. Shows nothing of what is in a row. Ends with 0 whatever it sees: cdc doctor judges.
+    """
+    from cdc.status import read  # noqa: PLC0415 - --help does not wait for the driver to load
+
+    before: list[Slot] = []
+
+    def show() -> None:
+        seen = read(connection, settings.schema_, settings.slot.name)
+        expected = outlook(before[0], seen.slot) if before and seen.slot else None
+        before[:] = [seen.slot] if seen.slot else []
+        _show(seen, settings, expected, as_json)
+
+    with open_database(settings) as connection:
+        watch(show, every_s=every, times=times if watching else 1)
+
+
+def _show(seen: Status, settings: Settings, expected: Outlook | None, as_json: bool) -> None:
+    verdict = judge(seen.slot, expected) if seen.slot else None
+    if as_json:
+        figures = {**asdict(seen), "members": [member._asdict() for member in seen.members]}
+        print_json({**figures, "schema_name": settings.schema_, "verdict": asdict(verdict) if verdict else None})
+        return
+    for label, sentence in _lines(seen, settings, verdict):
+        click.echo(f"{paint(label.ljust(_LABEL), bold=True)}{sentence}")
+    _print_types(seen)
+    _print_letters(seen.outbox.letters)
+
+
+def _lines(seen: Status, settings: Settings, verdict: Verdict | None) -> Iterable[tuple[str, str]]:
+    yield "outbox", f"{settings.schema_} in {seen.database}, at {seen.seen_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    yield "consumers", _members(seen)
+    yield "pace", _pace(seen)
+    yield "slot", _slot(seen.slot, settings.slot.name)
+    if verdict:
+        yield "", paint(verdict.sentence, None if verdict.fine else "red")
+    if verdict and verdict.remedy:
+        yield "", verdict.remedy
+
+
+def _members(seen: Status) -> str:
+    if not seen.members:
+        return paint("none: nothing is being handled", "red")
+    owned = sum(member.shards for member in seen.members)
+    shards = f"{owned} of {SHARDS} shards owned"
+    each = [f"{member.shards} by process {_where(member)}" for member in seen.members[:_MEMBERS_MAX]]
+    each += [f"{len(seen.members) - _MEMBERS_MAX} more"] if len(seen.members) > _MEMBERS_MAX else []
+    return f"{len(seen.members)}; {shards if owned == SHARDS else paint(shards, 'yellow')}: {', '.join(each)}"
+
+
+def _where(member: Member) -> str:
+    return f"{member.pid} from {member.address}" if member.address else str(member.pid)
+
+
+def _pace(seen: Status) -> str:
+    pace = seen.pace
+    if pace.latency_p50_s is None or pace.latency_p99_s is None:
+        return "nothing processed in the last minute"
+    within = f"half within {_brief(pace.latency_p50_s)}, 99 % within {_brief(pace.latency_p99_s)} of the write"
+    return f"{pace.per_s:,.1f} a second processed in the last minute; {within}"
+
+
+def _brief(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else span(seconds)
+
+
+def _slot(slot: Slot | None, name: str) -> str:
+    if slot is None:
+        return f"there is none named {name}: changes are found by sweeping"
+    read_by = f"read by {slot.reader}" if slot.active else "read by nobody"
+    kept = f"keeps {size(slot.retained_wal_bytes)}" if slot.retained_wal_bytes is not None else "keeps nothing"
+    lag = f"; {size(slot.confirmed_lag_bytes)} not confirmed" if slot.confirmed_lag_bytes is not None else ""
+    return f"{slot.name} ({slot.plugin}), {read_by}; {kept} of WAL{lag}"
+
+
+def _print_types(seen: Status) -> None:
+    stats = seen.outbox.stats
+    if not stats.types:
+        click.echo("\nevery change is processed")
+        return
+    click.echo()
+    print_table(
+        ["type", "fresh", "held back", "waiting", "dead", "oldest ready"],
+        (
+            [each.entity_type, _count(each.fresh, stats.more_fresh), each.blocked,
+             _count(each.waiting, stats.more_waiting), _count(each.dead, stats.more_dead),
+             None if each.oldest_ready_age_s is None else _brief(each.oldest_ready_age_s)]
+            for each in stats.types[:_TYPES_MAX]
+        ),
+    )  # fmt: skip
+    if len(stats.types) > _TYPES_MAX:
+        click.echo(f"and {len(stats.types) - _TYPES_MAX} types more: cdc outbox stats")
+
+
+def _print_letters(letters: list[Letter]) -> None:
+    """The first of the dead, then of those that wait."""
+    if not letters:
+        return
+    dead = [letter for letter in letters if letter.state == "dead"][:_LETTERS_MAX]
+    waiting = [letter for letter in letters if letter.state == "waiting"][:_LETTERS_MAX]
+    click.echo()
+    print_table(
+        ["seq", "state", "type", "since, or due", "failures", "error"],
+        (
+            [each.seq, each.state, each.entity_type, _whole(each.at), each.attempts, each.error]
+            for each in dead + waiting
+        ),
+    )
+
+
+def _whole(at: datetime | None) -> datetime | None:
+    return at and at.replace(microsecond=0)
+
+
+def _count(value: int, more: bool) -> Any:
+    return f"{value}+" if more and value else value

@@ -1,0 +1,44 @@
+"""What handlers need to run, and how much of it there is. Pure."""
+
+from __future__ import annotations
+
+from cdc.model import Change
+from cdc.routing import ANY, Handler, Router
+from cdc.turns import Needs, Turns
+
+_THREADS = "threads"
+_CONNECTIONS, _CONNECTIONS_IN_THREADS = "connections", "connections in threads"
+_KINDS_MAX = 10_000
+"""Of entity type and operation, remembered. Types come from the data: nothing else bounds them."""
+
+
+class Demand:
+    """``concurrency`` handlers may run at a time, of them ``threads`` in threads; ``transactions``: of each kind."""
+
+    def __init__(self, router: Router, *, concurrency: int, threads: int, transactions: int) -> None:
+        self._router = router
+        self._known: dict[tuple[str, str], Needs] = {}
+        types = {entity_type for entity_type, _ in router.handlers}
+        self.sole_type = len(types) == 1 and ANY not in types
+        """No handler waits for changes of any other type."""
+        self.turns = Turns(
+            concurrency,
+            {_THREADS: threads, _CONNECTIONS: transactions, _CONNECTIONS_IN_THREADS: transactions},
+            sole=self.sole_type and len(set(router.handlers.values())) == 1,
+        )
+
+    def needs(self, change: Change) -> Needs:
+        kind = (change.entity_type, change.operation)
+        needs = self._known.get(kind)
+        if needs is None:
+            handler = self._router.match(*kind)
+            needs = Needs(change.entity_type, handler.name, _pools(handler)) if handler else Needs(change.entity_type)
+            if len(self._known) < _KINDS_MAX:
+                self._known[kind] = needs
+        return needs
+
+
+def _pools(handler: Handler) -> tuple[str, ...]:
+    if handler.is_async:
+        return (_CONNECTIONS,) if handler.transactional else ()
+    return (_THREADS, _CONNECTIONS_IN_THREADS) if handler.transactional else (_THREADS,)

@@ -1,0 +1,92 @@
+"""Every precondition of the consumer, looked at and judged.
+
+    look, look_outbox, decoding     what there is to see, each look bounded, a failed one said          (edges)
+    facts                           what was seen, as values
+    server, doorbell, outbox        the checks: facts in, one finding out                               (pure)
+
+Nothing is changed: what is made for a test (a temporary slot, temporary tables) is gone afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import psycopg
+
+from cdc import slots
+from cdc.connect import SERVER_TCP, connect
+from cdc.doctor import doorbell, look, look_outbox, outbox, server
+from cdc.doctor.decoding import decoding
+from cdc.doctor.facts import Doorbell, OpenTransactions, Server, Session, Subject
+from cdc.doctor.findings import Finding, Unknown, Verdict, judge
+from cdc.errors import CdcError
+from cdc.slot_state import Slot
+
+T = TypeVar("T")
+_SESSION = {**SERVER_TCP, "statement_timeout": "10s", "lock_timeout": "3s"}
+_NO_CONNECTION = Unknown("there is no connection to the database")
+_NO_STREAM = Unknown("the stream is switched off (CDC_STREAM)")
+
+
+def examine(subject: Subject) -> list[Finding]:
+    """One finding of each check. Never raises for what it finds; bounded to about a minute where nothing answers."""
+    try:
+        with connect(subject.dsn, application_name=look.NAME, session=_SESSION) as connection:
+            return list(_examine(subject, connection))
+    except CdcError as error:
+        # Not even a connection: what can be said without one, and that the rest needs one.
+        refused = Finding(Verdict.FAIL, str(error), error.hint, check="connect")
+        return [refused, *(each for each in _examine(subject, None) if each.check != "connect")]
+
+
+def _examine(subject: Subject, connection: psycopg.Connection | None) -> Iterator[Finding]:
+    def seen(look_at: Callable[[psycopg.Connection], T]) -> T | Unknown:
+        return _NO_CONNECTION if connection is None else look.known(lambda: look_at(connection))
+
+    session = seen(lambda link: look.session(link, subject))
+    machine = seen(look.server)
+    yield from judge(session, server.of_session(subject.handler_timeout_s))
+    yield from judge(machine, server.SERVER)
+    yield from judge(seen(lambda link: _transactions(link, subject, session)), server.TRANSACTIONS)
+    yield from _doorbell(subject, seen(lambda link: slots.snapshot(link, subject.slot)), machine)
+    yield from judge(seen(lambda link: look_outbox.installed(link, subject.schema)), outbox.of_installed(subject.slot))
+    yield from judge(seen(lambda link: look_outbox.capture(link, subject.schema)), outbox.CAPTURE)
+    yield from judge(seen(lambda link: look_outbox.triggers(link, subject.schema)), outbox.of_triggers(subject))
+    yield from judge(seen(lambda link: look_outbox.rights(link, subject)), outbox.RIGHTS)
+    yield from judge(seen(lambda link: look_outbox.shard_holders(link, subject.schema)), outbox.SHARDS_HELD)
+    yield from judge(seen(lambda link: look_outbox.table(link, subject.schema)), outbox.TABLE)
+    yield from judge(seen(lambda link: look_outbox.backlog(link, subject.schema)), outbox.BACKLOG)
+    yield from judge(subject, outbox.LOCAL)
+
+
+def _transactions(connection: psycopg.Connection, subject: Subject, session: Session | Unknown) -> OpenTransactions:
+    sees_all = not isinstance(session, Unknown) and session.sees_all_sessions
+    return look.transactions(connection, limit_s=subject.old_transaction_s, sees_all=sees_all)
+
+
+def _doorbell(subject: Subject, slot: Slot | Unknown | None, machine: Server | Unknown) -> Iterable[Finding]:
+    there = None if isinstance(slot, Unknown) else slot
+
+    def seen(look_at: Callable[[Subject], T]) -> T | Unknown:
+        if not subject.streams:
+            return _NO_STREAM
+        # Where the same DSN led nowhere a moment ago, it would only take the time again.
+        unreachable = machine is _NO_CONNECTION and subject.stream_dsn == subject.dsn
+        return _NO_CONNECTION if unreachable else look.known(lambda: look_at(subject))
+
+    yield from judge(machine if subject.streams else _NO_STREAM, doorbell.of_server(there))
+    yield from judge(seen(look.link), doorbell.LINK)
+    yield from judge(seen(decoding), doorbell.of_decoding(there))
+    yield from judge(_bell(subject, slot, machine), doorbell.of_slot(subject))
+
+
+def _bell(subject: Subject, slot: Slot | Unknown | None, machine: Server | Unknown) -> Doorbell | Unknown:
+    if isinstance(slot, Unknown):
+        return slot
+    if isinstance(machine, Unknown):
+        return machine
+    # Also where the stream is off: a slot that was left behind keeps WAL.
+    if slot is None and not subject.streams:
+        return _NO_STREAM
+    return Doorbell(slot=slot, keep_bytes=machine.slot_keep_bytes, idle_timeout_s=machine.slot_idle_timeout_s)

@@ -1,0 +1,72 @@
+"""What a check says: a verdict, what was seen, and what mends it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+    SKIP = "skip"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """``sql``: statements that mend it, each on one line, for a superuser or the owner of the object.
+
+    ``remedy``: what SQL cannot do, or does not do alone: a command, a restart, a decision. Both are empty where nothing
+    is to be done. ``script``: the SQL that does what the remedy's command does, where it is too long to be shown.
+    """
+
+    verdict: Verdict
+    detail: str
+    remedy: str = ""
+    sql: tuple[str, ...] = ()
+    script: str = ""
+    check: str = ""
+
+    @property
+    def remedies(self) -> list[str]:
+        """All there is to do, a line each."""
+        return [*self.sql, *([self.remedy] if self.remedy else [])]
+
+
+def ok(detail: str) -> Finding:
+    return Finding(Verdict.OK, detail)
+
+
+def warn(detail: str, remedy: str = "", *sql: str) -> Finding:
+    return Finding(Verdict.WARN, detail, remedy, sql)
+
+
+def fail(detail: str, remedy: str = "", *sql: str) -> Finding:
+    return Finding(Verdict.FAIL, detail, remedy, sql)
+
+
+def skip(why: str) -> Finding:
+    return Finding(Verdict.SKIP, why)
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Stands in a fact's place where nobody could look."""
+
+    why: str
+
+
+Checks = Mapping[str, Callable[[T], Finding]]
+"""By their ids. Those of one mapping judge the same facts."""
+
+
+def judge(facts: T | Unknown, checks: Checks[T]) -> Iterable[Finding]:
+    """One finding of each check, in their order; where there are no facts each says why it could not look."""
+    for check, look in checks.items():
+        found = skip(facts.why) if isinstance(facts, Unknown) else look(facts)
+        yield replace(found, check=check)

@@ -1,0 +1,223 @@
+"""Checks of the outbox: its objects, what is captured into it, who may work on it, and what is left to do. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cdc.amounts import span
+from cdc.doctor.facts import (
+    Backlog,
+    CaptureFunction,
+    Installed,
+    Rights,
+    ShardHolders,
+    Subject,
+    Table,
+    Trigger,
+)
+from cdc.doctor.findings import Checks, Finding, fail, ok, skip, warn
+from cdc.model import SHARDS
+
+_OLD_BACKLOG_S = 300.0
+_DEAD_RATIO = 1.0
+_DEAD_ROWS = 10_000
+_SHOWN = 5
+DEFAULT_SLOT = "cdc"
+
+
+def schema(seen: Installed) -> Finding:
+    if not seen.exists:
+        other = f"; there is one in {', '.join(seen.elsewhere)}: is --schema right?" if seen.elsewhere else ""
+        found = fail(f"there is no entity_changes in schema {seen.schema}{other}", _install("install", seen.schema))
+    elif seen.pending:
+        steps = ", ".join(seen.pending)
+        found = fail(
+            f"schema {seen.schema} is older than this version; it lacks {steps}", _install("upgrade", seen.schema)
+        )
+    elif seen.differences:
+        more = f", and {len(seen.differences) - _SHOWN} more" if len(seen.differences) > _SHOWN else ""
+        found = fail(
+            f"schema {seen.schema} is not as this version makes it: {', '.join(seen.differences[:_SHOWN])}{more}",
+            f"{_install('upgrade', seen.schema)} (cdc db verify lists all)",
+        )
+    else:
+        return ok(f"schema {seen.schema} is as this version makes it")
+    return replace(found, script=seen.script)
+
+
+def _install(command: str, schema_name: str) -> str:
+    return f"cdc db {command}" + ("" if schema_name == "public" else f" --schema {schema_name}")
+
+
+def outboxes(seen: Installed, *, slot: str) -> Finding:
+    if not seen.elsewhere:
+        return ok("the only one in this database")
+    others = f"there are others in {', '.join(seen.elsewhere)}"
+    if slot == DEFAULT_SLOT:
+        return warn(
+            f"{others}, and a slot rings for one only",
+            f"give each its own slot; this one has the default name {DEFAULT_SLOT} (CDC_SLOT_NAME)",
+        )
+    return ok(f"{others}; this one has the slot {slot}")
+
+
+def capture_function(seen: CaptureFunction) -> Finding:
+    """``cdc db upgrade`` mends what it may; whose the function is, it leaves alone."""
+    problems = [
+        *([] if seen.security_definer else ["it is not SECURITY DEFINER, so writers need rights on the outbox"]),
+        *([] if _pinned(seen) else ["its search_path is not pinned"]),
+        *(["everybody may call it, and so forge changes"] if seen.public_may_call else []),
+    ]
+    if problems:
+        revoke = (f"REVOKE ALL ON FUNCTION {seen.name} FROM PUBLIC;",) if seen.public_may_call else ()
+        return fail("; ".join(problems), "cdc db upgrade", *revoke)
+    if seen.owner_is_superuser:
+        return warn(
+            f"it runs with the rights of {seen.owner}, a superuser",
+            "give the outbox an owner of its own: see Roles and grants in docs/operations.md",
+        )
+    return ok(f"it runs with the rights of {seen.owner}")
+
+
+def _pinned(seen: CaptureFunction) -> bool:
+    return any(setting.startswith("search_path=") for setting in seen.settings)
+
+
+def triggers(seen: tuple[Trigger, ...]) -> Finding:
+    broken = [each for each in seen if each.lacks]
+    if broken:
+        lacking = "; ".join(f"{each.table} has no column {', '.join(each.lacks)}" for each in broken[:_SHOWN])
+        return fail(
+            f"every write fails that {broken[0].trigger} should capture: {lacking}",
+            " and ".join(f"cdc track {each.table} --key COLUMNS" for each in broken[:_SHOWN]),
+        )
+    disabled = [each for each in seen if each.enable]
+    if disabled:
+        named = [
+            name for each in disabled for name in ([] if each.enabled else [each.table]) + [*each.disabled_partitions]
+        ]
+        return fail(
+            f"nothing is captured from {', '.join(named[:_SHOWN])}: the trigger is disabled there",
+            "what was written meanwhile is not captured by that",
+            *(statement for each in disabled for statement in each.enable),
+        )
+    if not seen:
+        return warn("no table is tracked: only publish_change() writes changes", "cdc track TABLE")
+    tables = sorted({each.table for each in seen})
+    more = f" and {len(tables) - _SHOWN} more" if len(tables) > _SHOWN else ""
+    return ok(f"captured: {', '.join(tables[:_SHOWN])}{more}")
+
+
+def unrouted(seen: tuple[Trigger, ...], *, subject: Subject) -> Finding:
+    handles = subject.handles
+    if handles is None:
+        return skip("no handlers are named (--handlers)")
+    # A trigger without a type gives each row that of its table.
+    unwanted = sorted(
+        {
+            f"{each.entity_type} {operation}"
+            for each in seen
+            if each.entity_type
+            for operation in each.operations
+            if not handles(each.entity_type, operation)
+        }
+    )
+    if unwanted:
+        return warn(
+            f"captured, and no handler wants them: {', '.join(unwanted[:_SHOWN])}",
+            "write a handler (@router.on), or capture less: cdc track TABLE --on ...",
+        )
+    return ok("a handler wants whatever is captured")
+
+
+def grants(seen: Rights) -> Finding:
+    if seen.grants:
+        return fail(f"the role {seen.role} lacks rights on schema {seen.schema}", "", *seen.grants)
+    return ok(f"{seen.role} may read changes and mark them")
+
+
+def shard_holders(seen: ShardHolders) -> Finding:
+    if seen.strangers:
+        named = ", ".join(
+            f"process {pid} ({name or 'no application name'}): {count}" for pid, name, count in seen.strangers
+        )
+        return fail(
+            f"sessions that are no consumers hold shards, whose changes nobody handles: {named}",
+            "stop that program, or end its sessions: "
+            + " ".join(f"SELECT pg_terminate_backend({pid});" for pid, _, _ in seen.strangers),
+        )
+    if not seen.consumers:
+        return ok("no consumer is running")
+    return ok(f"{seen.held} of {SHARDS} shards are held; consumers: {seen.consumers}")
+
+
+def autovacuum(seen: Table) -> Finding:
+    if seen.excluded:
+        return fail(
+            f"autovacuum is off for {seen.name}: dead rows pile up",
+            "",
+            f"ALTER TABLE {seen.name} RESET (autovacuum_enabled);",
+        )
+    if not seen.autovacuum:
+        return fail(
+            "autovacuum is off on the server: dead rows pile up, and transaction ids run out",
+            "then reload: SELECT pg_reload_conf()",
+            "ALTER SYSTEM SET autovacuum = on;",
+        )
+    if not seen.tuned:
+        return warn(f"{seen.name} has not the settings of a queue", "cdc db upgrade")
+    if seen.dead > max(_DEAD_ROWS, _DEAD_RATIO * seen.live):
+        return warn(
+            f"{seen.dead:,} dead rows beside {seen.live:,}: vacuum cannot keep up, or something holds them",
+            "see old-transactions; then: VACUUM " + seen.name,
+        )
+    return ok(f"on, {seen.dead:,} dead rows")
+
+
+def backlog(seen: Backlog) -> Finding:
+    counted = f"{seen.fresh:,} fresh, {seen.waiting:,} waiting"
+    if seen.oldest_ready_age_s > _OLD_BACKLOG_S:
+        return warn(
+            f"{counted}; the oldest that could run has waited for {span(seen.oldest_ready_age_s)}",
+            "is a consumer running? cdc outbox stats, cdc outbox list --state fresh",
+        )
+    return ok(counted)
+
+
+def dead(seen: Backlog) -> Finding:
+    if seen.dead:
+        return warn(
+            f"there are dead letters: {seen.dead:,}", "cdc outbox list --state dead; then cdc outbox retry or discard"
+        )
+    return ok("none")
+
+
+def handlers(subject: Subject) -> Finding:
+    if subject.handlers_error is not None:
+        return fail(*subject.handlers_error)
+    if subject.handles is None:
+        return skip("no handlers are named (--handlers)")
+    return ok("they load, and no two want the same change")
+
+
+def config(subject: Subject) -> Finding:
+    if subject.exposed_files:
+        files = " ".join(subject.exposed_files)
+        return warn(f"everybody on this machine can read the DSN in {files}", f"chmod 600 {files}")
+    return ok("no secret lies open")
+
+
+def of_installed(slot: str) -> Checks[Installed]:
+    return {"schema": schema, "outboxes": lambda seen: outboxes(seen, slot=slot)}
+
+
+def of_triggers(subject: Subject) -> Checks[tuple[Trigger, ...]]:
+    return {"triggers": triggers, "unrouted": lambda seen: unrouted(seen, subject=subject)}
+
+
+CAPTURE: Checks[CaptureFunction] = {"capture-function": capture_function}
+RIGHTS: Checks[Rights] = {"grants": grants}
+SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
+TABLE: Checks[Table] = {"autovacuum": autovacuum}
+BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead}
+LOCAL: Checks[Subject] = {"handlers": handlers, "config": config}

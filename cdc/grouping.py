@@ -1,0 +1,41 @@
+"""How many changes of a transactional handler share a transaction. Pure.
+
+A transaction of its own costs each change two round trips and a flush of the log; a group shares them. But when one of
+a group fails all are rolled back and run again one by one, and the first of a group waits for its last. So the size
+follows what the handler shows: it doubles while groups commit, halves when one is rolled back, and stays so small that
+a group should not take longer than ``_LASTS_S``.
+"""
+
+from __future__ import annotations
+
+_LASTS_S = 0.1
+_WEIGHT = 0.3
+"""Of the newest figure in the moving average."""
+
+
+class Grouping:
+    """For one handler. ``most``: changes in a group, at most."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._size = 1
+        self._seconds_each: float | None = None
+
+    @property
+    def limit(self) -> int:
+        """How many changes the next group may have; 1 until the handler is known."""
+        if not self._seconds_each:
+            return 1
+        return max(1, int(min(self._size, _LASTS_S / self._seconds_each)))
+
+    def committed(self, changes: int, seconds: float) -> None:
+        """So many changes took so long, from the beginning of their transaction to its end."""
+        each = seconds / changes
+        before = each if self._seconds_each is None else self._seconds_each
+        self._seconds_each = before + _WEIGHT * (each - before)
+        if changes >= self.limit:
+            self._size = min(self._most, 2 * self._size)
+
+    def rolled_back(self) -> None:
+        """One of a group failed."""
+        self._size = max(1, self._size // 2)

@@ -1,0 +1,57 @@
+"""What happens between a read of the table and its answer. Pure.
+
+Reads and settles use different sessions, so a read may come back older than a settle that began after it; and shards
+may leave and come back meanwhile. The journal keeps what the answer has to be corrected by: without it a change settled
+during a sweep would run a second time, and the successor of a failed one would overtake it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from cdc.model import Change, Key, Outcome, holds_its_key
+
+
+class Finished(NamedTuple):
+    change: Change
+    outcome: Outcome
+
+
+class Journal:
+    """``open`` when a read begins, ``close`` when its answer has been taken in. One read at a time."""
+
+    def __init__(self) -> None:
+        self._open = False
+        self._settled: dict[int, Finished] = {}
+        self._arrived: set[int] = set()
+
+    def open(self) -> None:
+        self._open = True
+
+    def close(self) -> None:
+        self._open = False
+        self._settled.clear()
+        self._arrived.clear()
+
+    def settled(self, finished: Finished) -> None:
+        if self._open:
+            self._settled[finished.change.seq] = finished
+
+    def arrived(self, shards: Iterable[int]) -> None:
+        """Shards were taken over; they may have been ours when the read began, and somebody else's since."""
+        if self._open:
+            self._arrived.update(shards)
+
+    def outdates(self, change: Change) -> bool:
+        """Whether the read knows less about the change than we do."""
+        return change.seq in self._settled or change.shard in self._arrived
+
+    def done(self) -> set[Key]:
+        """The keys of which a change was settled that holds them back no more."""
+        return {finished.change.key for finished in self._settled.values() if not holds_its_key(finished.outcome)}
+
+    def waits(self) -> dict[Key, int]:
+        """The keys of which a change has come to wait, and its number."""
+        settled = self._settled.values()
+        return {finished.change.key: finished.change.seq for finished in settled if holds_its_key(finished.outcome)}

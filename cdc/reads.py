@@ -1,0 +1,177 @@
+"""What is read from the outbox, one read after the other, and handed to the lanes.
+
+Three kinds of reads take turns, so that none can shut out another: keys to be read on, waiting changes that are due,
+and what ``Intake`` asks for. All of it runs on the event loop; no two reads are under way at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection
+from math import inf
+
+import psycopg
+
+from cdc import probe
+from cdc.intake import Fetch, Intake, Sweep
+from cdc.lanes import Lanes
+from cdc.metrics import Metrics
+from cdc.model import WakeUp
+from cdc.outbox.store import Page, Store
+
+_RESUMES_MAX = 20
+_REST = 4
+"""Between two looks for what is due there is so many times the time that the first one took."""
+
+
+class Reads:
+    """``owned`` tells the shards that are ours. Durations in seconds."""
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        intake: Intake,
+        store: Store,
+        metrics: Metrics,
+        *,
+        owned: Callable[[], Collection[int]],
+        sweep_interval_s: float,
+        poll_interval_s: float,
+    ) -> None:
+        self._lanes = lanes
+        self._intake = intake
+        self._store = store
+        self._metrics = metrics
+        self._owned = owned
+        self._sweep_interval_s = sweep_interval_s
+        self._poll_interval_s = poll_interval_s
+        self._kinds = deque((self._read_on, self._read_due, self._read_intake))
+        """Who had its turn last stands last."""
+        self._restart_due = False
+        self._next_due_at = self._due_rests_until = self._due_looked_at = 0.0
+        self._left_out: tuple[str, ...] = ()
+        """Types without room when it was last looked for what is due."""
+
+    def restart(self) -> None:
+        """Go through the whole outbox again."""
+        self._restart_due = True
+        self.due_within(0.0)
+
+    def due_within(self, seconds: float) -> None:
+        """Look for waiting changes after so much time at the latest."""
+        self._next_due_at = min(self._next_due_at, _now() + seconds)
+
+    def wait_s(self) -> float:
+        """How long there is nothing to read, wake-ups and freed room aside."""
+        if not self._may_read:
+            return inf
+        now = _now()
+        return min(self._intake.wait_s(now), max(0.0, self._due_at(now) - now))
+
+    async def once(self, reader: psycopg.AsyncConnection) -> bool:
+        """Read once. False: there is nothing to read, or no room for it."""
+        if not self._may_read:
+            return False
+        with self._lanes.reading():
+            for kind in tuple(self._kinds):
+                if await kind(reader, self._lanes.room):
+                    self._kinds.remove(kind)
+                    self._kinds.append(kind)
+                    return True
+        return False
+
+    @property
+    def _may_read(self) -> bool:
+        return self._lanes.room > 0 and bool(self._owned())
+
+    @property
+    def _enough(self) -> int:
+        """Room that is worth a page. What has a backlog is read apart; of the rest any page brings few changes."""
+        return 1 if self._intake.apart else self._lanes.worth
+
+    async def _read_on(self, reader: psycopg.AsyncConnection, room: int) -> bool:
+        resumes = self._lanes.resumes(min(_RESUMES_MAX, room))
+        if not resumes:
+            return False
+        per_key = max(1, min(room // len(resumes), self._lanes.lane_capacity))
+        for resume, rows in (await self._store.resume(reader, resumes, per_key)).items():
+            self._lanes.resumed(resume, rows, complete=len(rows) < per_key)
+        return True
+
+    def _due_at(self, now: float) -> float:
+        """When to look for what is due."""
+        at = self._next_due_at
+        if any(free >= worth for free, worth in map(self._lanes.room_for, self._left_out)):
+            at = now
+        at = max(at, self._due_rests_until)
+        if self._lanes.room < self._enough:
+            at = max(at, self._due_looked_at + self._poll_interval_s)
+        return at
+
+    async def _read_due(self, reader: psycopg.AsyncConnection, _room: int) -> bool:
+        began = _now()
+        if began < self._due_at(began):
+            return False
+        # One that has little room would have the same rows read again and again; now and then it gets that, too.
+        long_ago = began - self._due_looked_at >= self._poll_interval_s
+        rooms = {name: self._lanes.room_for(name) for name in self._lanes.types}
+        without = tuple(name for name, room in rooms.items() if room.free < (1 if long_ago else room.worth))
+        self._due_looked_at, self._next_due_at = began, inf  # what settles meanwhile may bring it forward
+        # What is in the lanes is due as well until it is settled: a page of a whole window always reaches beyond it.
+        rows, next_due_s = await self._store.due(reader, self._owned(), self._lanes.capacity, without)
+        admitted = self._lanes.admit(rows, due=True)
+        self._metrics.wakeups.labels("retry").inc(admitted.taken)
+        self._left_out = tuple({*without, *admitted.refused})
+        self.due_within(min(
+            self._sweep_interval_s if next_due_s is None else next_due_s,
+            self._poll_interval_s if self._left_out else self._sweep_interval_s,
+        ))  # fmt: skip
+        self._due_rests_until = _now() + _REST * (_now() - began)
+        return True
+
+    async def _read_intake(self, reader: psycopg.AsyncConnection, room: int) -> bool:
+        now = _now()
+        if self._restart_due or self._intake.full_pass_due(now):
+            # Here, where no read is under way: its answer would pass the marks that are forgotten now.
+            self._restart_due = False
+            self._lanes.forget_unread(self._intake.restart())
+        match self._intake.next(now, room, self._enough):
+            case Fetch() as fetch:
+                await self._fetch(reader, fetch)
+            case Sweep() as sweep:
+                await self._sweep(reader, sweep)
+            case None:
+                return False
+        return True
+
+    async def _fetch(self, reader: psycopg.AsyncConnection, fetch: Fetch) -> None:
+        page = await self._timed(self._store.fetch(reader, fetch.wakeups))
+        apart = self._intake.apart
+        if apart:
+            for row in page.rows:
+                self._intake.passed_over(row.change.entity_type, row.change.shard)
+        admitted = self._lanes.admit(page.rows, apart=apart)
+        found = self._intake.fetched(fetch, {row.change.seq for row in page.rows}, page.snapshot, _now())
+        self._intake.refused(admitted.refused, _now())
+        self._metrics.visibility_retries.labels("found").inc(found.late)
+        self._metrics.visibility_retries.labels("left_to_sweep").inc(found.given_up)
+
+    async def _sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> None:
+        page = await self._timed(self._store.sweep(reader, sweep))
+        admitted = self._lanes.admit(page.rows)
+        seen = [WakeUp(row.change.seq, row.change.shard) for row in page.rows]
+        rung = self._intake.swept(sweep, seen, admitted.refused, page.snapshot, _now(), scanned=page.scanned)
+        self._metrics.wakeups.labels("sweep").inc(max(0, admitted.taken - rung))
+
+    async def _timed(self, read: Awaitable[Page]) -> Page:
+        started = _now()
+        probe.here("fetch.before_rows")
+        page = await read
+        self._metrics.fetch_duration.observe(_now() - started)
+        self._metrics.fetch_changes.observe(len(page.rows))
+        return page
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,108 @@
+"""Which key that has a change to run is the next to start one. Pure.
+
+The keys of one entity type and handler stand in one queue, in the order in which they became ready; the queues take
+turns. A start takes a slot, and a place in each pool that its handler draws on (threads, connections): all by quota, so
+that handlers that hang leave slots, threads and connections to the others. What would have to wait for a place in a
+pool does not start, and holds no slot meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Generator, Mapping
+from typing import NamedTuple
+
+from cdc.model import Change, Key
+from cdc.quota import Quota
+
+_FACTOR = 2
+"""One that hangs is left two thirds. Of ten connections there is then still one for a fourth that comes after three."""
+_UNBOUNDED = 1 << 30
+
+
+class Needs(NamedTuple):
+    """What a change needs to start: a slot, and a place in each of these pools, on the account of type and handler."""
+
+    entity_type: str
+    handler: str | None = None
+    pools: tuple[str, ...] = ()
+
+
+class Turns:
+    """``concurrency`` slots, and the places of each pool. ``sole``: there is one handler only."""
+
+    def __init__(
+        self, concurrency: int = _UNBOUNDED, pools: Mapping[str, int] | None = None, *, sole: bool = True
+    ) -> None:
+        self._slots = Quota(concurrency, _FACTOR, sole=sole)
+        self._pools = {name: Quota(size, _FACTOR, sole=sole) for name, size in (pools or {}).items()}
+        self._queues: OrderedDict[Needs, deque[Key]] = OrderedDict()
+        """Who was served last stands last."""
+        self._started: dict[Change, Needs] = {}
+
+    @property
+    def ready(self) -> int:
+        """How many keys could start a change now; 0 if, and only if, ``next`` has none."""
+        count = sum(min(len(queue), self._room(needs)) for needs, queue in self._queues.items())
+        return min(count, self._slots.free)
+
+    def waiting(self, needs: Needs) -> int:
+        """How many keys are ready that need the same, whether they could start now or not."""
+        return len(self._queues.get(needs, ()))
+
+    def put(self, key: Key, needs: Needs) -> None:
+        """The key has a change to start. It may have been put before."""
+        queue = self._queues.get(needs)
+        if queue is None:
+            queue = self._queues[needs] = deque()
+        queue.append(key)
+
+    def next(self) -> tuple[Key, Needs] | None:
+        """The key whose turn it is, if it can start; it is in no queue then."""
+        for needs, queue in self._queues.items():
+            if self._admits(needs):
+                key = queue.popleft()
+                if queue:
+                    self._queues.move_to_end(needs)
+                else:
+                    del self._queues[needs]
+                return key, needs
+        return None
+
+    def of_handler(self, handler: str | None) -> Generator[Key, None, None]:
+        """Take the keys that are ready for this handler one by one, whatever their type. Close it when you have enough.
+
+        Those ``put`` back meanwhile do not come again.
+        """
+        for needs in [needs for needs in self._queues if needs.handler == handler]:
+            queue = self._queues[needs]
+            try:
+                for _ in range(len(queue)):
+                    yield queue.popleft()
+            finally:
+                if not queue:
+                    del self._queues[needs]
+
+    def started(self, change: Change, needs: Needs) -> None:
+        self._started[change] = needs
+        self._slots.take(needs)
+        for pool in needs.pools:
+            self._pools[pool].take(needs)
+
+    def ended(self, change: Change) -> None:
+        """Its places are free again. Nothing happens if it held none: it ran in the batch of another."""
+        if needs := self._started.pop(change, None):
+            self._slots.give(needs)
+            for pool in needs.pools:
+                self._pools[pool].give(needs)
+
+    def forget_ready(self) -> None:
+        self._queues.clear()
+
+    def _admits(self, needs: Needs) -> bool:
+        if not self._slots.admits(needs):
+            return False
+        return not needs.pools or all(self._pools[pool].admits(needs) for pool in needs.pools)
+
+    def _room(self, needs: Needs) -> int:
+        return min([self._slots.room(needs), *(self._pools[pool].room(needs) for pool in needs.pools)])

@@ -1,0 +1,22 @@
+"""``python -m tests.faults.hurried run ...``: the command line, with a stream that despairs and looks again sooner.
+
+Nothing is decided otherwise, only sooner: what an operator must mend is looked at again every four seconds instead of
+every minute, and a silent server is given up after three instead of thirty.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from cdc import app
+from cdc.cli import main
+from cdc.wakeup import progress
+from cdc.wakeup.stream import StreamSettings
+
+WAL_SENDER_TIMEOUT_S = 2.0
+
+if __name__ == "__main__":
+    progress.PERMANENT_PAUSE_S = 4.0
+    app.Limits = partial(app.Limits, stall_s=3.0)
+    app.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)
+    main()

@@ -1,0 +1,112 @@
+"""What the judge reads: the handlers' ledgers, the outbox, the effects, and the server's own log."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from tests.faults.ledger import Call, Captured, Effect, Span
+
+
+def read_calls(folder: Path, ended_at: dict[str, float]) -> list[Call]:
+    """The ledgers in ``folder``. ``ended_at``: when each consumer's process had ended.
+
+    One that came after another in the same ledger has begun when the other had ended: whatever was on its way then, was
+    killed at the latest moment that the ledger knows of.
+    """
+    numbers = count()
+    return [call for path in sorted(folder.glob("*.jsonl")) for call in _read_ledger(path, ended_at, numbers)]
+
+
+def _read_ledger(path: Path, ended_at: dict[str, float], numbers: Iterator[int]) -> Iterator[Call]:
+    open_: dict[int, dict[str, Any]] = {}
+    latest, process = 0.0, None
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        if entry.get("process", process) != process:
+            process = entry["process"]
+            yield from _killed(path.stem, open_, latest, numbers)
+            open_ = {}
+        elif "start" in entry:
+            open_[entry["call"]] = entry
+        elif "end" in entry:
+            yield from _calls(path.stem, open_.pop(entry["call"]), entry["end"], entry["hows"], numbers)
+        latest = max(latest, entry.get("start", 0.0), entry.get("end", 0.0))
+    yield from _killed(path.stem, open_, ended_at.get(path.stem, inf), numbers)
+
+
+def _killed(consumer: str, open_: dict[int, dict[str, Any]], at: float, numbers: Iterator[int]) -> Iterator[Call]:
+    for entry in open_.values():
+        yield from _calls(consumer, entry, max(entry["start"], at), ["killed"] * len(entry["changes"]), numbers)
+
+
+def _calls(
+    consumer: str, entry: dict[str, Any], end: float, hows: Sequence[str], numbers: Iterator[int]
+) -> Iterator[Call]:
+    batch = next(numbers) if len(hows) > 1 else None
+    for (type_, key, seq, attempt), how in zip(entry["changes"], hows, strict=True):
+        yield Call(consumer, (type_, key), seq, attempt, entry["start"], end, how, batch)
+
+
+def read_captured(connection: psycopg.Connection, types: Iterable[str]) -> list[Captured]:
+    rows = connection.execute(
+        "SELECT seq, coalesce(entity_type, table_name), entity_id, operation, old_data ->> 'token',"
+        " new_data ->> 'token', CASE WHEN processed THEN 'processed' WHEN dead_at IS NOT NULL THEN 'dead'"
+        " WHEN next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END,"
+        " extract(epoch FROM coalesce(processed_at, dead_at))::float8"
+        " FROM entity_changes WHERE coalesce(entity_type, table_name) = ANY (%s)",
+        [list(types)],
+    ).fetchall()
+    return [Captured(seq, (type_, key), *rest) for seq, type_, key, *rest in rows]
+
+
+def read_effects(connection: psycopg.Connection) -> list[Effect]:
+    rows = connection.execute("SELECT number, seq, type, key, xmin::text FROM effects").fetchall()
+    return [Effect(number, seq, (type_, key), transaction) for number, seq, type_, key, transaction in rows]
+
+
+_BEGAN = re.compile(r"^(\d+\.\d+) (\d+) LOG: .*connection authorized: user=(\S+) .*application_name=cdc: shards")
+_ENDED = re.compile(r"^(\d+\.\d+) (\d+) LOG: .*disconnection: session time")
+
+
+def read_sessions(log: str, crashed_at: Sequence[float]) -> dict[str, list[Span]]:
+    """Of each role the sessions that own shards, from the server's log with ``log_line_prefix='%n %p '``.
+
+    ``crashed_at``: when the server was ended without a chance to log anything.
+    """
+    spans: dict[str, list[Span]] = defaultdict(list)
+    open_: dict[str, tuple[str, float]] = {}
+    for line in log.splitlines():
+        if began := _BEGAN.match(line):
+            at, backend, role = began.groups()
+            if backend in open_:
+                spans[open_[backend][0]].append(_crashed(open_.pop(backend)[1], crashed_at))
+            open_[backend] = (role, float(at))
+        elif (ended := _ENDED.match(line)) and ended[2] in open_:
+            role, start = open_.pop(ended[2])
+            spans[role].append(Span(start, float(ended[1])))
+    for role, start in open_.values():
+        spans[role].append(_crashed(start, crashed_at))
+    return {role: sorted(of_role) for role, of_role in spans.items()}
+
+
+def _crashed(start: float, crashed_at: Sequence[float]) -> Span:
+    return Span(start, min((at for at in crashed_at if at > start), default=inf))
+
+
+def tracked_table(name: str) -> sql.Composed:
+    """A table whose rows are captured for the handler of its name."""
+    return sql.SQL(
+        "CREATE TABLE {table} (id int PRIMARY KEY, token text NOT NULL);"
+        " CREATE TRIGGER capture AFTER INSERT OR UPDATE OR DELETE ON {table}"
+        " FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
+    ).format(table=sql.Identifier(name))

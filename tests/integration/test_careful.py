@@ -1,0 +1,195 @@
+"""What a consumer does differently after one that died: attempts are counted before they are made."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+import cdc
+from cdc.routing import Router
+from tests.eventually import eventually_async
+from tests.fix_consumer import consuming, metric, settled, states
+
+_CRASHED = "the consumer's process ended while this change's handler ran"
+
+
+def _publish(db: psycopg.Connection, count: int, keys: int | None = None) -> None:
+    db.execute("SELECT publish_change('x', (n %% %s)::text) FROM generate_series(1, %s) AS n", [keys or count, count])
+
+
+def _as_if_the_owner_had_died(db: psycopg.Connection) -> uuid.UUID:
+    """What a killed consumer leaves behind: its name on every shard."""
+    owner = uuid.uuid4()
+    db.execute("INSERT INTO cdc_shards (shard, owner) SELECT n, %s FROM generate_series(0, 63) AS n", [owner])
+    return owner
+
+
+def _was_running(db: psycopg.Connection, owner: uuid.UUID, *seqs: int) -> None:
+    db.execute("UPDATE entity_changes SET started_by = %s WHERE seq = ANY (%s)", [owner, list(seqs)])
+
+
+def _is(condition: Callable[[], Any]) -> Callable[[], Awaitable[Any]]:
+    async def ask() -> Any:
+        return condition()
+
+    return ask
+
+
+async def _until_settled(db: psycopg.Connection) -> None:
+    await eventually_async(_is(lambda: settled(db)), what="every change processed or dead")
+
+
+def _marks(db: psycopg.Connection) -> int:
+    [(count,)] = db.execute("SELECT count(started_by) FROM entity_changes").fetchall()
+    return int(count)
+
+
+async def test_in_peace_nothing_is_written_down_and_nothing_is_left_behind(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router = Router()
+    router.on("x")(lambda change: None)
+    _publish(outbox_db, 50)
+    for _ in range(2):
+        async with consuming(outbox, router):
+            await _until_settled(outbox_db)
+            owned = outbox_db.execute("SELECT count(*), count(DISTINCT owner) FROM cdc_shards").fetchone()
+            assert owned == (64, 1)
+        assert outbox_db.execute("SELECT count(*) FROM cdc_shards").fetchone() == (0,)
+        _publish(outbox_db, 50)
+    assert _marks(outbox_db) == 0
+
+
+@pytest.mark.parametrize("kind", ["async", "sync", "transactional", "batch"])
+async def test_after_a_death_a_start_is_written_down_before_the_handler_runs(
+    kind: str, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, seen = Router(), list[tuple[int, bool]]()
+
+    def look(changes: list[cdc.Change]) -> None:
+        with psycopg.connect(outbox) as other:  # another session's view: what is committed
+            seqs = [change.seq for change in changes]
+            rows = other.execute(
+                "SELECT seq, started_by IS NOT NULL FROM entity_changes WHERE seq = ANY (%s)", [seqs]
+            ).fetchall()
+        seen.extend(rows)
+
+    async def on_loop(change: cdc.Change) -> None:
+        look([change])
+
+    async def transactional(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        look([change])
+
+    async def batch(changes: list[cdc.Change]) -> None:
+        look(changes)
+
+    kinds = {"async": on_loop, "sync": lambda change: look([change]), "transactional": transactional, "batch": batch}
+    router.on("x")(kinds[kind])
+    _as_if_the_owner_had_died(outbox_db)
+    _publish(outbox_db, 40, 7)
+    async with consuming(outbox, router):
+        await _until_settled(outbox_db)
+        first, seen[:] = list(seen), []
+        _publish(outbox_db, 40, 7)  # since the takeover: nobody can have been running it
+        await _until_settled(outbox_db)
+    assert sorted(first) == [(seq, True) for seq in range(1, 41)]
+    assert sorted(seen) == [(seq, False) for seq in range(41, 81)]
+    assert outbox_db.execute("SELECT sum(error_count) FROM entity_changes").fetchone() == (0,)
+
+
+async def test_a_suspect_loses_an_attempt_and_runs_while_nothing_else_that_may_kill_does(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, running, together = Router(), set[int](), list[set[int]]()
+    attempts = dict[int, tuple[int, bool]]()
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        running.add(change.seq)
+        attempts[change.seq] = (change.attempt, change.crashed)
+        for _ in range(20):
+            together.append(set(running))
+            await asyncio.to_thread(int)  # gives every other handler the time to begin
+        running.remove(change.seq)
+
+    _publish(outbox_db, 30)
+    suspects = {3, 9, 27}
+    _was_running(outbox_db, _as_if_the_owner_had_died(outbox_db), *suspects)
+    async with consuming(outbox, router) as app:
+        await _until_settled(outbox_db)
+        assert metric(app.metrics.registry, "cdc_handler_errors_total", kind="crash") == 3
+    assert states(outbox_db) == {"processed": 30}
+    assert all(len(them & suspects) <= 1 for them in together), "suspects ran side by side"
+    assert {seq for seq, attempt in attempts.items() if attempt == (2, True)} == suspects
+    assert {attempt for seq, attempt in attempts.items() if seq not in suspects} == {(1, False)}
+    counted = outbox_db.execute("SELECT seq, last_error FROM entity_changes WHERE error_count = 1").fetchall()
+    assert sorted(counted) == [(seq, _CRASHED) for seq in sorted(suspects)]
+
+
+@pytest.mark.parametrize("dead", ["skip", "pause"])
+async def test_when_every_attempt_ended_with_its_process_the_change_is_dead_and_its_handler_is_not_called(
+    dead: Any, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, calls = Router(), []
+
+    @router.on("x", max_attempts=2, dead=dead)
+    async def handle(change: cdc.Change) -> None:
+        calls.append(change.seq)
+
+    _publish(outbox_db, 2, 1)
+    outbox_db.execute("UPDATE entity_changes SET error_count = 1 WHERE seq = 1")
+    _was_running(outbox_db, _as_if_the_owner_had_died(outbox_db), 1)
+    async with consuming(outbox, router):
+        expected = {"dead": 1, "processed": 1} if dead == "skip" else {"dead": 1, "fresh": 1}
+        await eventually_async(_is(lambda: states(outbox_db) == expected))
+    assert calls == ([2] if dead == "skip" else [])
+    [(count, error)] = outbox_db.execute("SELECT error_count, last_error FROM entity_changes WHERE seq = 1").fetchall()
+    assert count == 2
+    assert "process ended while the handler" in error
+    assert "2 times" in error
+
+
+async def test_what_a_stop_cuts_off_is_no_suspect(outbox: str, outbox_db: psycopg.Connection) -> None:
+    router, started = Router(), asyncio.Event()
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    _as_if_the_owner_had_died(outbox_db)
+    _publish(outbox_db, 1)
+    async with consuming(outbox, router, drain_time=0.01):
+        await started.wait()
+        assert _marks(outbox_db) == 1
+    assert _marks(outbox_db) == 0
+    assert outbox_db.execute("SELECT count(*) FROM cdc_shards").fetchone() == (0,)
+
+
+async def test_a_lost_session_is_no_death(outbox: str, outbox_db: psycopg.Connection) -> None:
+    router, calls, started = Router(), list[tuple[int, bool]](), asyncio.Event()
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        calls.append((change.attempt, change.crashed))
+        if len(calls) == 1:
+            started.set()
+            await asyncio.Event().wait()
+
+    _as_if_the_owner_had_died(outbox_db)
+    _publish(outbox_db, 1)
+    async with consuming(outbox, router):
+        await started.wait()
+        assert _marks(outbox_db) == 1
+        outbox_db.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = 'cdc: shards' AND datname = current_database()"
+        )
+        await _until_settled(outbox_db)
+    assert calls == [(1, False), (1, False)]
+    assert outbox_db.execute("SELECT error_count, last_error FROM entity_changes").fetchone() == (0, None)

@@ -1,0 +1,209 @@
+"""What turns /livez red, and what does not. The limits are shorter than those of ``cdc run``, nothing else differs."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import psycopg
+import pytest
+
+from cdc import probe
+from cdc.app import App, Limits
+from cdc.config import from_options
+from cdc.model import Change
+from cdc.routing import Router
+from cdc.throwaway import free_port
+from cdc.wakeup.stream import StreamStatus
+from tests.eventually import eventually, eventually_async
+from tests.fix_consumer import consuming, metric
+from tests.fix_proxy import Proxy
+
+SHORT = Limits(turn_s=4.0, stall_s=600.0, silences=0.015)
+"""Nine seconds of silence, though the stream itself would bear ten minutes: as if its watchdog had failed. A server
+that is asked answers every five."""
+
+
+def livez(port: int) -> tuple[int, list[str]]:
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        link.request("GET", "/livez")
+        answer = link.getresponse()
+        return answer.status, answer.read().decode().splitlines()
+    finally:
+        link.close()
+
+
+def failing(port: int) -> list[str]:
+    """Names of the checks that fail, if the answer is 503."""
+    status, lines = livez(port)
+    failed = [line.split()[1] for line in lines if line.startswith("fail ")]
+    assert status == (503 if failed else 200)
+    return failed
+
+
+def publish(db: psycopg.Connection, entity_type: str, number: int = 1) -> None:
+    db.execute("SELECT publish_change(%s, n::text) FROM generate_series(1, %s) AS n", [entity_type, number])
+
+
+async def until_streaming(app: App) -> None:
+    async def streaming() -> bool:
+        return metric(app.metrics.registry, "cdc_stream_connected") == 1
+
+    await eventually_async(streaming, what="the stream is there")
+
+
+def _green(port: int) -> Callable[[], Awaitable[bool]]:
+    async def green() -> bool:
+        return not await asyncio.to_thread(failing, port)
+
+    return green
+
+
+@pytest.fixture
+def link(outbox: str) -> Iterator[Proxy]:
+    running = Proxy(outbox)
+    running.start()
+    yield running
+    running.stop()
+
+
+async def test_a_handler_that_blocks_the_event_loop_turns_it_red_and_the_probe_still_answers(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, release, port = Router(), threading.Event(), free_port()
+
+    @router.on("order")
+    async def blocks(change: Change) -> None:
+        release.wait(60)
+
+    seen: list[list[str]] = []
+
+    def watch() -> None:  # from another thread: this one's event loop is the one that is blocked
+        try:
+            seen.append(eventually(lambda: failing(port), within_s=30, what="red"))
+        finally:
+            release.set()
+
+    async with consuming(outbox, router, SHORT, stream=False, http_port=port):
+        await eventually_async(_green(port), what="green")
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        publish(outbox_db, "order")
+        await asyncio.to_thread(watcher.join)
+        await eventually_async(_green(port), what="green again")
+    assert seen == [["loop.consumer"]]
+
+
+async def test_a_frozen_stream_thread_turns_it_red(outbox: str) -> None:
+    port, release = free_port(), threading.Event()
+
+    def freeze(point: str) -> None:
+        if point == "stream.before_confirm":
+            release.wait(60)
+
+    async with consuming(outbox, Router(), SHORT, http_port=port) as app:
+        await until_streaming(app)
+        assert await _green(port)()
+        probe.install(freeze)
+        try:
+            with psycopg.connect(outbox, autocommit=True) as writer:
+                publish(writer, "order")
+
+            async def red() -> bool:
+                return "loop.stream" in await asyncio.to_thread(failing, port)
+
+            await eventually_async(red, within_s=30, what="red")
+        finally:
+            probe.install(None)
+            release.set()
+        await eventually_async(_green(port), what="green again")
+
+
+async def test_a_half_open_link_that_the_stream_does_not_notice_turns_it_red(outbox: str, link: Proxy) -> None:
+    port = free_port()
+    async with consuming(outbox, Router(), SHORT, stream_dsn=link.dsn, http_port=port) as app:
+        await until_streaming(app)
+        assert await _green(port)()
+        link.hold()
+
+        async def red() -> bool:
+            return await asyncio.to_thread(failing, port) == ["stream.last_byte"]
+
+        try:
+            await eventually_async(red, within_s=40, what="red")
+        finally:
+            link.open()
+        await eventually_async(_green(port), within_s=40, what="green again")
+
+
+async def test_a_half_open_link_that_the_stream_notices_leaves_it_green(outbox: str, link: Proxy) -> None:
+    """The stream begins anew by itself: there is nothing that a restart would mend."""
+    port = free_port()
+    async with consuming(outbox, Router(), Limits(turn_s=10, stall_s=6.0), stream_dsn=link.dsn, http_port=port) as app:
+        await until_streaming(app)
+        link.hold()
+        reds: list[list[str]] = []
+
+        async def noticed() -> bool:
+            reds.append(await asyncio.to_thread(failing, port))
+            return metric(app.metrics.registry, "cdc_stream_disconnects_total", reason="stalled") >= 1
+
+        try:
+            await eventually_async(noticed, within_s=40, what="the stream gives up")
+        finally:
+            link.open()
+        assert not any(reds)
+
+
+async def test_a_stream_that_has_learnt_to_be_patient_is_not_cut_short(outbox: str) -> None:
+    """A server that decodes a huge transaction is silent for minutes; a restart would only have it begin again."""
+    app = App(from_options({"dsn": outbox, "http_port": 0}), Router())
+    assert app._stream
+    app._stream.stop(0)
+    now = time.monotonic()
+    silent = StreamStatus(connected=True, loop_turned_monotonic=now, last_byte_monotonic=now - 100, stall_limit_s=30)
+    red = {}
+    for limit_s in (30, 120):
+        app._stream = SimpleNamespace(status=replace(silent, stall_limit_s=limit_s))  # type: ignore[assignment]
+        red[limit_s] = [check.name for check in app._liveness() if not check.ok]
+    assert red == {30: ["stream.last_byte"], 120: []}
+
+
+async def test_a_slow_consumer_that_works_is_never_red(outbox: str, outbox_db: psycopg.Connection) -> None:
+    router, port = Router(), free_port()
+    release = asyncio.Event()
+
+    @router.on("slow")
+    async def waits(change: Change) -> None:
+        await release.wait()
+
+    @router.on("thread")
+    def waits_in_a_thread(change: Change) -> None:
+        in_threads.wait(60)
+
+    in_threads = threading.Event()
+    publish(outbox_db, "slow", 500)
+    publish(outbox_db, "thread", 500)
+    outbox_db.execute("UPDATE entity_changes SET changed_at = now() - interval '1 day'")
+    async with consuming(outbox, router, SHORT, concurrency=20, threads=5, window=100, http_port=port) as app:
+        await until_streaming(app)
+        reds: list[list[str]] = []
+        turns: set[float] = set()
+
+        async def watched() -> bool:
+            reds.append(await asyncio.to_thread(failing, port))
+            turns.add(metric(app.metrics.registry, "cdc_loop_last_iteration_timestamp_seconds", loop="stream"))
+            return max(turns) - min(turns) > 12  # beyond each limit
+
+        try:
+            await eventually_async(watched, within_s=60, what="time passes")
+        finally:
+            release.set()
+            in_threads.set()
+        assert not any(reds)

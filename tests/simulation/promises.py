@@ -1,0 +1,106 @@
+"""What must hold, checked at the moment where it could break. Raises AssertionError."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from cdc.lanes import Finished
+from cdc.model import Change, Outcome, Processed, holds_its_key
+from tests.simulation.server import Record, Server
+
+if TYPE_CHECKING:
+    from tests.simulation.consumer import Call
+
+
+class Promises:
+    """Order holds for consumers that hold their session, and within a process always; effects whoever causes them."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.calls: list[Call] = []
+        """What runs now, in all processes."""
+        self.returned: Counter[int] = Counter()
+        """seq -> handlers that have returned, for changes without a transaction."""
+        self.effects: Counter[int] = Counter()
+        """seq -> committed transactions of handlers."""
+        self.happened: Counter[str] = Counter()
+        """How often what makes a schedule worth playing has come about."""
+
+    # --- a change starts -------------------------------------------------------------------------------------------
+
+    def starts(self, call: Call, changes: Sequence[Change], unsettled: dict[int, Outcome]) -> None:
+        """``unsettled``: outcomes that this consumer, in this session, has and that are not in the table yet."""
+        for change in changes:
+            self._runs_alone(call, change)
+            if call.session.alive:
+                assert change.shard in call.session.shards, f"{change!r} is somebody else's"
+                assert change.seq not in unsettled, f"{change!r} has finished and starts again"
+                self._is_as_read(call, change)
+                self._is_next(call, change, unsettled)
+            self.happened["a change started" if call.session.alive else "a change started without a session"] += 1
+        for key in {change.key for change in call.changes}:
+            seqs = [change.seq for change in call.changes if change.key == key and not self._requeued_late(change)]
+            assert seqs == sorted(seqs), f"a batch out of order: {call.changes}"
+            self.happened["a batch held several changes of a key"] += len(seqs) > 1
+
+    def _runs_alone(self, call: Call, change: Change) -> None:
+        for other in self.calls:
+            same_process = other.process is call.process
+            if other is not call and (same_process or (other.session.alive and call.session.alive)):
+                assert all(running.key != change.key for running in other.changes), f"{change.key} runs twice"
+
+    def _is_as_read(self, call: Call, change: Change) -> None:
+        record = self._server.rows[change.seq]
+        if not call.kind.transactional:  # else the row may have been taken by one that lost its session
+            assert record.state in ("fresh", "waiting"), f"{change!r} was settled and starts again"
+            assert self._requeued_late(change) or change.attempt == record.failures + 1, f"{change!r}: {record}"
+
+    def _requeued_late(self, change: Change) -> bool:
+        return self._server.rows[change.seq].requeued_late
+
+    def _is_next(self, call: Call, change: Change, unsettled: dict[int, Outcome]) -> None:
+        beside = {other.seq for other in call.changes}
+        for earlier in self._earlier(change):
+            if earlier.seq not in beside:
+                outcome = unsettled.get(earlier.seq)
+                assert outcome is not None, f"{change!r} overtakes {earlier}"
+                assert not holds_its_key(outcome), f"{change!r} overtakes {earlier}, which failed"
+                assert not call.kind.transactional, f"{change!r} would be marked before {earlier}"
+
+    def _earlier(self, change: Change) -> list[Record]:
+        """What of the key should have been settled before."""
+        rows = self._server.unsettled[change.entity_id].values()
+        return [row for row in rows if row.seq < change.seq and not row.requeued_late]
+
+    # --- a change is marked ----------------------------------------------------------------------------------------
+
+    def settles(self, batch: Iterable[Finished]) -> None:
+        """What is about to be written, on a session that lives. What failed together may end in any order."""
+        written: set[int] = set()
+        for change, outcome in batch:
+            for earlier in self._earlier(change):
+                marked = isinstance(outcome, Processed)
+                assert not marked or earlier.seq in written, f"{change!r} is settled before {earlier}"
+            written.add(change.seq)
+
+    def missed(self, finished: Finished, *, transactional: bool) -> None:
+        """A settle did not find its row as it should be: an orphan's transaction may have marked it, nobody else."""
+        state = self._server.rows[finished.change.seq].state
+        assert transactional, f"{finished} found its row {state}"
+        assert state == "processed", f"{finished} found its row {state}"
+
+    def committed(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            self.effects[change.seq] += 1
+            assert self.effects[change.seq] == 1, f"the effects of {change!r} happened twice"
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def all_kept(self, transactional: Callable[[Record], bool]) -> None:
+        for record in self._server.rows.values():
+            assert record.settled, f"lost: {record}"
+            if record.state == "processed":
+                done = self.effects if transactional(record) else self.returned
+                assert done[record.seq] >= 1, f"marked, and no handler has done it: {record}"

@@ -1,0 +1,285 @@
+"""Consumers, a server and what may go wrong between them, played step by step as the dice say.
+
+A run is a function of its seed. At each step one small thing happens somewhere: a transaction draws a number, is
+flushed (the bell rings), becomes visible later or never; a read takes its snapshot or is answered; a settle is sent,
+is executed or is answered; a handler takes its row, commits, returns; a consumer looks at the shards or acts on what
+it saw a while ago; a wake-up is relayed, or lost; a session ends, and its consumer notices later; a process is killed,
+and the server notices later. ``Promises`` says what must hold at each of them. In the end nothing goes wrong any more,
+and everything must get settled.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from cdc.model import WakeUp
+from cdc.shares import fair_share
+from tests.simulation.consumer import Consumer, Kind, Settings
+from tests.simulation.promises import Promises
+from tests.simulation.server import SHARDS, Server, Session
+
+_KEYS = "abcdef"
+_ROUNDS_MAX = 3_000
+_ROUND_S = 0.05
+
+
+class Simulation:
+    """``run()`` plays the schedule of ``seed``; raises AssertionError where a promise is broken.
+
+    ``on_step`` is told the name of each step before it is taken.
+    """
+
+    def __init__(
+        self, seed: int, *, steps: int = 2_000, consumers: int | None = None, full_passes: bool | None = None,
+        on_step: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._dice = dice = random.Random(seed)
+        self._steps = steps
+        self._on_step = on_step
+        self.settings = _settings(dice, full_passes)
+        self._lossy = dice.random() < 0.5
+        self._trouble = dice.choice([0.0, 0.5, 1.0, 3.0])
+        self._failure = dice.choice([0.0, 0.1, 0.4])
+        self.server = Server(durable_slot=dice.random() < 0.3)
+        self.promises = Promises(self.server)
+        self.consumers = [self._new_consumer() for _ in range(consumers or dice.choice([1, 2, 3]))]
+        self._vanished: list[Session] = []
+        """Sessions whose process is gone, which the server does not know yet."""
+
+    def run(self) -> None:
+        weighted = self._actions()
+        actions, weights = list(weighted), list(weighted.values())
+        for _ in range(self._steps):
+            self._step(self._dice.choices(actions, weights)[0])
+        self._let_settle()
+        self.promises.all_kept(lambda record: self.settings.kind(record.key, record.seq).transactional)
+
+    def _actions(self) -> dict[Callable[[], None], float]:
+        each, lossy, trouble = float(len(self.consumers)), 0.5 * self._lossy, self._trouble
+        return {
+            self._write: 1.5, self._flush: 3, self._end: 4, self._deliver: 5, self._execute: 4 * each, self._tick: 2,
+            self._hear: 4 * each, self._connect: each, self._stream: each, self._balance: 3 * each,
+            self._read: 12 * each, self._start: 8 * each, self._advance: 12 * each, self._settle: 8 * each,
+            self._notice: each, self._notice_stream: each, self._end_vanished: 0.5,
+            self._cut_stream: lossy, self._lose_relayed: 2 * lossy,
+            self._end_a_session: 0.3 * trouble, self._kill: 0.2 * trouble, self._restart_server: 0.05 * trouble,
+            self._cut_off_handler: trouble, self._requeue: 0.3 * trouble,
+        }  # fmt: skip
+
+    def _step(self, action: Callable[[], None]) -> None:
+        self._on_step(action.__name__.strip("_"))
+        action()
+
+    def _new_consumer(self) -> Consumer:
+        return Consumer(self.settings, self.server, self.promises, self._dice)
+
+    def _any(self) -> Consumer:
+        return self._dice.choice(self.consumers)
+
+    # --- the calm after it -----------------------------------------------------------------------------------------
+
+    def _let_settle(self) -> None:
+        """The writers stop, every transaction ends, nothing fails or is lost any more: all must be settled."""
+        for xid in list(self.server.open):
+            if xid not in self.server.flushed:
+                self.server.flush(xid)
+            self.server.end(xid)
+        for round_ in range(_ROUNDS_MAX):
+            if round_ % 100 == 0:
+                self._requeue_what_pauses()
+            self._round()
+            if not any(self.server.visible()) and all(consumer.at_rest for consumer in self.consumers):
+                self._shares_are_fair()
+                return
+        left = list(self.server.visible())
+        raise AssertionError(f"never settled: {left[:5]}")
+
+    def _round(self) -> None:
+        self._end_vanished()
+        for _ in self.consumers:
+            self._deliver()
+        for consumer in self.consumers:
+            consumer.notice()
+            consumer.connect()
+            if consumer.streaming != (self.server.slot.reader is consumer):
+                consumer.stream_ended()
+            self._let_stream(consumer)
+            for call in (consumer.balance, consumer.hear, consumer.read, consumer.start, consumer.read):
+                call()
+            consumer.advance(0)
+            consumer.settle()
+            self._execute()
+        self.server.now += _ROUND_S
+
+    def _requeue_what_pauses(self) -> None:
+        for record in self.server.rows.values():
+            if record.state == "paused":
+                self.server.requeue(record)
+        self._notify(None)
+
+    def _shares_are_fair(self) -> None:
+        """In the end each shard is somebody's, and nobody has more than the others by more than one."""
+        for _ in range(10):
+            for consumer in self.consumers:
+                consumer.balance()
+        owned = [len(session.shards) for session in self.server.sessions]
+        assert sum(owned) == SHARDS, f"shards left over: {owned}"
+        assert max(owned) <= fair_share(len(owned), shards=SHARDS)[1], f"unfair: {owned}"
+
+    # --- writers and an operator -----------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        candidates = [xid for xid in self.server.open if xid not in self.server.flushed]
+        xid = self._dice.choice(candidates) if candidates and self._dice.random() < 0.5 else self.server.begin()
+        for _ in range(self._dice.choice([1, 1, 1, 5])):
+            self.server.write(xid, self._dice.choice(_KEYS))
+
+    def _flush(self) -> None:
+        if candidates := [xid for xid in self.server.open if xid not in self.server.flushed]:
+            xid = self._dice.choice(candidates)
+            if self._dice.random() < 0.1:
+                self.server.end(xid)
+            else:
+                self.server.flush(xid)
+
+    def _end(self) -> None:
+        if candidates := [xid for xid in self.server.open if xid in self.server.flushed]:
+            self.server.end(self._dice.choice(candidates))
+
+    def _requeue(self) -> None:
+        """An operator gives dead letters another try, and rings."""
+        if dead := [record for record in self.server.rows.values() if record.state in ("dead", "paused")]:
+            self.server.requeue(self._dice.choice(dead))
+            self._notify(None)
+
+    # --- wake-ups --------------------------------------------------------------------------------------------------
+
+    def _stream(self) -> None:
+        self._let_stream(self._any())
+
+    def _let_stream(self, consumer: Consumer) -> None:
+        if not consumer.streaming and self.server.slot.connect(consumer):
+            consumer.stream_began()
+
+    def _deliver(self) -> None:
+        reader = self.server.slot.reader
+        if isinstance(reader, Consumer) and (others := reader.rang(self.server.slot.read(self._dice.randint(1, 6)))):
+            self._notify(others)
+
+    def _notify(self, payload: list[WakeUp] | None) -> None:
+        """To whoever listens, the sender too."""
+        for consumer in self.consumers:
+            consumer.notified.append(payload)
+
+    def _hear(self) -> None:
+        self._any().hear()
+
+    def _lose_relayed(self) -> None:
+        """A relay that is cut loses wake-ups; a NOTIFY by hand is the operator's statement, and is not lost."""
+        notified = self._any().notified
+        if notified and notified[0] is not None:
+            notified.popleft()
+
+    def _cut_stream(self) -> None:
+        if self.server.slot.reader:
+            self.server.slot.disconnect()
+
+    def _notice_stream(self) -> None:
+        consumer = self._any()
+        if consumer.streaming and self.server.slot.reader is not consumer:
+            consumer.stream_ended()
+
+    # --- consumers -------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        self._any().connect()
+
+    def _balance(self) -> None:
+        self._any().balance()
+
+    def _read(self) -> None:
+        self._any().read()
+
+    def _start(self) -> None:
+        self._any().start()
+
+    def _advance(self) -> None:
+        self._any().advance(self._failure)
+
+    def _settle(self) -> None:
+        self._any().settle()
+
+    def _cut_off_handler(self) -> None:
+        self._any().cut_off()
+
+    def _execute(self) -> None:
+        """The server runs a settle that was sent, also one of a process that is gone."""
+        sent = [session for session in self.server.sessions if session.statement and not self.server.blocked(session)]
+        if sent:
+            session = self._dice.choice(sent)
+            self.promises.settles(session.statement or [])
+            for finished in self.server.execute(session):
+                kind = self.settings.kind(finished.change.entity_id, finished.change.seq)
+                self.promises.missed(finished, transactional=kind.transactional)
+
+    def _tick(self) -> None:
+        self.server.now += self._dice.choice([0.001, 0.01, 0.1, 1.0])
+
+    # --- trouble ---------------------------------------------------------------------------------------------------
+
+    def _end_a_session(self) -> None:
+        if self.server.sessions:
+            self.server.end_session(self._dice.choice(self.server.sessions))
+
+    def _notice(self) -> None:
+        self._any().notice()
+
+    def _kill(self) -> None:
+        """And a supervisor starts it anew."""
+        place = self._dice.randrange(len(self.consumers))
+        consumer, self.consumers[place] = self.consumers[place], self._new_consumer()
+        consumer.killed()
+        if consumer.session:
+            self._vanished.append(consumer.session)
+        if self.server.slot.reader is consumer:
+            self.server.slot.disconnect()
+
+    def _end_vanished(self) -> None:
+        while self._vanished:
+            self.server.end_session(self._vanished.pop())
+
+    def _restart_server(self) -> None:
+        """Every session ends, and every transaction: those whose commit record was flushed have committed."""
+        for session in list(self.server.sessions):
+            self.server.end_session(session)
+        for xid in list(self.server.open):
+            self.server.end(xid)
+        self._cut_stream()
+        for consumer in self.consumers:
+            consumer.notified.clear()
+            for call in [call for call in consumer.calls if call.kind.transactional]:
+                consumer.interrupt(call)
+
+
+def _settings(dice: random.Random, full_passes: bool | None) -> Settings:
+    def odds(probability: float) -> bool:
+        return dice.random() < probability
+
+    def kind() -> Kind:
+        return Kind(odds(0.4), odds(0.4), odds(0.3))
+
+    passes, one_handler = odds(0.5), odds(0.5)
+    handlers = {key: (kind(), kind()) for key in _KEYS}
+    return Settings(
+        kinds={key: (even, even if one_handler else odd) for key, (even, odd) in handlers.items()},
+        capacity=dice.choice([4, 12, 40]),
+        lane_capacity=dice.choice([1, 2, 8]),
+        unread_max=dice.choice([1, 3, 100]),
+        queue_capacity=dice.choice([2, 10, 1000]),
+        sole=odds(0.3),
+        concurrency=dice.choice([1, 3, 10]),
+        threads=dice.choice([1, 3]),
+        batches=odds(0.5),
+        full_passes=passes if full_passes is None else full_passes,
+    )

@@ -1,0 +1,321 @@
+"""A server as far as the promises depend on it: rows, transactions, snapshots, sessions with locks, one slot.
+
+Whatever a real one may do late, this one does at a step of its own: a commit becomes visible after its bell has rung, a
+statement that was sent is executed, the session of a vanished process ends.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from uuid import UUID
+
+from cdc.intake import Scanned, Sweep
+from cdc.journal import Finished
+from cdc.lanes import Row
+from cdc.model import Change, Dead, Operation, Processed, Waiting, WakeUp
+from cdc.passes import Snapshot
+from cdc.unread import Resume
+
+SHARDS = 4
+TYPES = {"a": "t", "b": "u", "c": "t", "d": "u", "e": "v", "f": "t"}
+"""Key -> its entity type."""
+_SCAN_MAX = 5
+EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class SessionLostError(Exception):
+    """The server has ended the session."""
+
+
+@dataclass(slots=True)
+class Record:
+    """A row of the table."""
+
+    seq: int
+    key: str
+    shard: int
+    xid: int
+    state: str = "fresh"
+    due_at: float = 0.0
+    failures: int = 0
+    locked_by: object | None = None
+    requeued_late: bool = False
+    """An operator has requeued the dead letter when later changes of its key had gone on."""
+
+    @property
+    def settled(self) -> bool:
+        return self.state in ("processed", "dead")
+
+    def change(self) -> Change:
+        return Change(
+            id=UUID(int=self.seq), seq=self.seq, shard=self.shard, entity_type=TYPES[self.key], entity_id=self.key,
+            table_schema="public", table="t", operation=Operation.INSERT, old=None, new=None, metadata=None,
+            changed_at=EPOCH, attempt=self.failures + 1, requeued=self.state == "waiting",
+        )  # fmt: skip
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """A member, the locks it holds, and the settle that was sent on it: executed and answered at later steps."""
+
+    alive: bool = True
+    shards: set[int] = field(default_factory=set)
+    statement: list[Finished] | None = None
+    answer: list[Finished] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """``durable``: it keeps what nobody reads, and what was read last it may send again."""
+
+    durable: bool
+    reader: object | None = None
+    bells: deque[WakeUp] = field(default_factory=deque)
+    sent: deque[WakeUp] = field(default_factory=lambda: deque(maxlen=5))
+
+    def ring(self, bells: Iterable[WakeUp]) -> None:
+        if self.durable or self.reader:
+            self.bells.extend(bells)
+
+    def connect(self, reader: object) -> bool:
+        if self.reader is None:
+            self.reader = reader
+            return True
+        return False
+
+    def disconnect(self) -> None:
+        self.reader = None
+        if self.durable:
+            self.bells.extendleft(reversed(self.sent))
+        else:
+            self.bells.clear()
+        self.sent.clear()
+
+    def read(self, count: int) -> list[WakeUp]:
+        read = [self.bells.popleft() for _ in range(min(count, len(self.bells)))]
+        self.sent.extend(read)
+        return read
+
+
+class Server:
+    """Time is ``now``, in seconds, and passes only where the schedule says so."""
+
+    def __init__(self, *, durable_slot: bool) -> None:
+        self.now = 0.0
+        self.rows: dict[int, Record] = {}
+        self.unsettled: dict[str, dict[int, Record]] = {}
+        """Key -> its rows that are neither processed nor dead, visible or not."""
+        self.open: dict[int, set[str]] = {}
+        """Transaction id -> keys it has locked. Flushed ones stay in here until they are visible."""
+        self.flushed: set[int] = set()
+        self.sessions: list[Session] = []
+        self.slot = Slot(durable_slot)
+        self._next_xid = 10
+        self._completed = 9
+        self._next_seq = 1
+
+    # --- writers ---------------------------------------------------------------------------------------------------
+
+    def begin(self) -> int:
+        xid = self._next_xid
+        self._next_xid += 1
+        self.open[xid] = set()
+        return xid
+
+    def write(self, xid: int, key: str) -> None:
+        """Under the source row's lock: nobody else may have an open change of the key."""
+        if any(key in keys for other, keys in self.open.items() if other != xid):
+            return
+        self.open[xid].add(key)
+        record = Record(self._next_seq, key, sum(key.encode()) % SHARDS, xid)
+        self._next_seq += 1
+        self.rows[record.seq] = record
+        self.unsettled.setdefault(key, {})[record.seq] = record
+
+    def flush(self, xid: int) -> None:
+        """The commit record is on disk: the bell rings, though nobody sees the rows yet."""
+        self.flushed.add(xid)
+        self.slot.ring(WakeUp(row.seq, row.shard) for row in self._written_by(xid))
+
+    def end(self, xid: int) -> None:
+        """What was flushed becomes visible; anything else is rolled back."""
+        if xid not in self.flushed:
+            for record in self._written_by(xid):
+                del self.rows[record.seq], self.unsettled[record.key][record.seq]
+        self.flushed.discard(xid)
+        del self.open[xid]
+        self._completed = max(self._completed, xid)
+
+    def _written_by(self, xid: int) -> list[Record]:
+        rows = [row for key in self.open[xid] for row in self.unsettled[key].values() if row.xid == xid]
+        return sorted(rows, key=lambda row: row.seq)
+
+    # --- reads -----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """As PostgreSQL takes it: xmin is the oldest that runs, or one above the last that has completed."""
+        return Snapshot(min([*self.open, self._completed + 1]), self._next_xid)
+
+    def visible(self) -> Iterator[Record]:
+        """What is not settled."""
+        for rows in self.unsettled.values():
+            yield from (row for row in rows.values() if row.xid not in self.open)
+
+    def fetch(self, wakeups: Sequence[WakeUp]) -> list[Row]:
+        wanted = {wakeup.seq for wakeup in wakeups}
+        return [self._row(record) for record in self._fresh() if record.seq in wanted]
+
+    def sweep(self, sweep: Sweep) -> tuple[list[Row], dict[int, Scanned]]:
+        """The rows, and of each shard how far they were looked for."""
+        fresh = self._fresh()
+        rows: list[Row] = []
+        scanned: dict[int, Scanned] = {}
+        for shard, (floor, cursor, since) in sweep.positions.items():
+            found = [r for r in fresh if r.shard == shard and r.seq > floor and (r.seq > cursor or r.xid >= since)]
+            looked_at = found[:_SCAN_MAX]
+            page = [r for r in looked_at if sweep.wants(TYPES[r.key])][: sweep.per_shard]
+            rows += [self._row(record) for record in page]
+            if len(page) == sweep.per_shard:
+                scanned[shard] = Scanned(page[-1].seq, more=True)
+            elif looked_at:
+                scanned[shard] = Scanned(looked_at[-1].seq, more=len(looked_at) < len(found))
+        return rows, scanned
+
+    def resume(self, resume: Resume, per_key: int) -> list[Row]:
+        found = [record for record in self._fresh() if record.key == resume.key[1] and record.seq >= resume.seq]
+        return [self._row(record) for record in found[:per_key]]
+
+    def due(self, shards: Iterable[int], limit: int, without: Iterable[str]) -> tuple[list[Row], float | None]:
+        """The waiting ones that are due, and the seconds until the next one will be."""
+        owned, left_out = set(shards), set(without)
+        waiting = [
+            record
+            for record in self.visible()
+            if record.state == "waiting" and record.shard in owned and TYPES[record.key] not in left_out
+        ]
+        due = sorted((r for r in waiting if r.due_at <= self.now), key=lambda record: record.due_at)
+        later = [record.due_at - self.now for record in waiting if record.due_at > self.now]
+        return [self._row(record) for record in due[:limit]], min(later, default=None)
+
+    def _fresh(self) -> list[Record]:
+        return sorted((record for record in self.visible() if record.state == "fresh"), key=lambda record: record.seq)
+
+    def _row(self, record: Record) -> Row:
+        waits = ("waiting", "paused")
+        earlier = (r for r in self.unsettled[record.key].values() if r.seq < record.seq and r.xid not in self.open)
+        return Row(record.change(), any(other.state in waits for other in earlier))
+
+    # --- sessions --------------------------------------------------------------------------------------------------
+
+    def connect(self) -> Session:
+        session = Session()
+        self.sessions.append(session)
+        return session
+
+    def end_session(self, session: Session) -> None:
+        session.alive = False
+        session.shards.clear()
+        session.statement = None
+        if session in self.sessions:
+            self.sessions.remove(session)
+
+    def look(self, session: Session) -> tuple[int, int]:
+        """(members, free shards)"""
+        self._must_live(session)
+        return len(self.sessions), len(self._free())
+
+    def take_shards(self, session: Session, limit: int, dice: random.Random) -> list[int]:
+        self._must_live(session)
+        free = self._free()
+        taken = dice.sample(free, min(limit, len(free)))
+        session.shards.update(taken)
+        return taken
+
+    def give_shards(self, session: Session, shards: Iterable[int]) -> None:
+        self._must_live(session)
+        session.shards.difference_update(shards)
+
+    def _free(self) -> list[int]:
+        return sorted(set(range(SHARDS)).difference(*(session.shards for session in self.sessions)))
+
+    def settle(self, session: Session, batch: list[Finished]) -> None:
+        """The statement is on its way."""
+        self._must_live(session)
+        session.statement = batch
+
+    def execute(self, session: Session) -> list[Finished]:
+        """Run the settle that was sent. Returns those whose row was no longer as the statement wants it."""
+        assert session.statement is not None
+        session.answer, session.statement = session.statement, None
+        return [finished for finished in session.answer if not self._mark(finished)]
+
+    def blocked(self, session: Session) -> bool:
+        """Whether the settle that was sent waits for the row lock of a handler's transaction."""
+        return any(self.rows[finished.change.seq].locked_by for finished in session.statement or ())
+
+    def _must_live(self, session: Session) -> None:
+        if not session.alive:
+            raise SessionLostError
+
+    def _mark(self, finished: Finished) -> bool:
+        change, outcome = finished
+        record = self.rows[change.seq]
+        plain = isinstance(outcome, Processed) and not change.requeued
+        if record.state not in (("fresh",) if plain else ("fresh", "waiting")):
+            return False
+        match outcome:
+            case Processed():
+                self._becomes(record, "processed")
+            case Dead(pauses=pauses):
+                self._becomes(record, "paused" if pauses else "dead")
+            case Waiting(delay_s):
+                self._becomes(record, "waiting")
+                record.due_at = self.now + delay_s
+                record.failures += 1
+        return True
+
+    def _becomes(self, record: Record, state: str) -> None:
+        record.state = state
+        if record.settled:
+            self.unsettled[record.key].pop(record.seq, None)
+        else:
+            self.unsettled[record.key][record.seq] = record
+
+    # --- transactional handlers ------------------------------------------------------------------------------------
+
+    def take(self, changes: Iterable[Change], owner: object) -> bool:
+        """Lock the rows if all of them are still as they were read, and nobody else's."""
+        rows = [(self.rows[change.seq], change) for change in changes]
+        if any(record.locked_by or not _as_read(record, change) for record, change in rows):
+            return False
+        for record, _ in rows:
+            record.locked_by = owner
+        return True
+
+    def commit(self, changes: Iterable[Change]) -> None:
+        """Mark what was taken; the locks end with ``unlock``."""
+        for change in changes:
+            self._becomes(self.rows[change.seq], "processed")
+
+    def unlock(self, owner: object) -> None:
+        for record in self.rows.values():
+            if record.locked_by is owner:
+                record.locked_by = None
+
+    # --- an operator -----------------------------------------------------------------------------------------------
+
+    def requeue(self, record: Record) -> None:
+        """A dead letter is to be tried again."""
+        assert record.state in ("dead", "paused")
+        record.requeued_late = record.requeued_late or record.state == "dead"
+        record.due_at, record.failures = self.now, 0
+        self._becomes(record, "waiting")
+
+
+def _as_read(record: Record, change: Change) -> bool:
+    state = "waiting" if change.requeued else "fresh"
+    return record.state == state and record.failures == change.attempt - 1
