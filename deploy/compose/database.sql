@@ -1,0 +1,32 @@
+-- What is there before the consumer comes: the application with its tables, and a role for the consumer.
+
+CREATE ROLE app LOGIN PASSWORD 'for-this-machine';
+CREATE ROLE cdc LOGIN REPLICATION PASSWORD 'for-this-machine';
+GRANT CREATE ON SCHEMA public TO app;
+
+SET ROLE app;
+
+CREATE TABLE whatsapp_messages (
+  id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  content text NOT NULL,
+  user_id text NOT NULL,
+  chat_id text NOT NULL
+);
+
+CREATE TABLE whatsapp_message_reactions (
+  id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  message_id bigint NOT NULL,
+  reaction text NOT NULL,
+  user_id text NOT NULL,
+  chat_id text NOT NULL
+);
+
+CREATE TABLE tasks (
+  id text PRIMARY KEY,
+  title text NOT NULL,
+  user_id text,
+  room_id text
+);
+
+-- The consumer's handlers add tasks.
+GRANT INSERT ON tasks TO cdc;
