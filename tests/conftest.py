@@ -7,4 +7,5 @@ pytest_plugins = [
     "tests.fix_stream",
     "tests.fix_proxy",
     "tests.fix_consumer",
+    "tests.fix_logs",
 ]
