@@ -25,6 +25,7 @@ class Journal:
         self._open = False
         self._settled: dict[int, Finished] = {}
         self._arrived: set[int] = set()
+        self._cut_off: set[Key] = set()
 
     def open(self) -> None:
         self._open = True
@@ -33,6 +34,7 @@ class Journal:
         self._open = False
         self._settled.clear()
         self._arrived.clear()
+        self._cut_off.clear()
 
     def settled(self, finished: Finished) -> None:
         if self._open:
@@ -43,13 +45,19 @@ class Journal:
         if self._open:
             self._arrived.update(shards)
 
+    def cut_off(self, key: Key) -> None:
+        """A change of the key was; what became of it since, the table knows."""
+        if self._open:
+            self._cut_off.add(key)
+
     def outdates(self, change: Change) -> bool:
         """Whether the read knows less about the change than we do."""
         return change.seq in self._settled or change.shard in self._arrived
 
     def done(self) -> set[Key]:
-        """The keys of which a change was settled that holds them back no more."""
-        return {finished.change.key for finished in self._settled.values() if not holds_its_key(finished.outcome)}
+        """The keys which a change held back, maybe, and holds back no more."""
+        settled = self._settled.values()
+        return self._cut_off | {finished.change.key for finished in settled if not holds_its_key(finished.outcome)}
 
     def waits(self) -> dict[Key, int]:
         """The keys of which a change has come to wait, and its number."""

@@ -245,11 +245,10 @@ class Lanes:
                 if due:
                     self._give_way(key, lane, change)
                     continue
-                fits = self._remember(
-                    change,
-                    held=held or (lane is not None and (lane.shut or lane.orphan)),
-                    force=resumed,  # its key's mark has just made room
-                )
+                fits = resumed or self._unread.has_room(key)  # the mark of a resumed one has just made room
+                if fits:
+                    held = held or (lane is not None and (lane.shut or lane.orphan))
+                    self._note(key, change.seq, change.shard, held=held)
                 if fits and row.held and key in done_meanwhile:
                     self._unhold(key)
             elif fits := self._window.admits(change.entity_type):
@@ -330,6 +329,7 @@ class Lanes:
             self._orphan_returned(key, lane)
             return
         finished = Finished(change, outcome)
+        self._window.leave(change.entity_type)  # it waits for a mark, and that is not its type's fault
         lane.settling += 1
         if isinstance(outcome, Committed):
             self._settling[change.seq] = finished
@@ -353,7 +353,9 @@ class Lanes:
         if lane.orphan:
             self._orphan_returned(key, lane)
             return
+        self._forget(change)
         self._left_flight(change)
+        self._journal.cut_off(key)
         # A waiting change is found again when it is due; those behind it are not, and may be held back no more.
         first = next((c for c in (change, *lane.queue) if not c.requeued), None)
         self._drop_queue(key, lane, remember=False)
@@ -379,6 +381,8 @@ class Lanes:
             if self._settling.pop(change.seq, None) is None:
                 continue  # the lanes were reset while the settle was under way
             self._journal.settled(finished)
+            del self._known[change.seq]
+            self._window.vacate()
             self._left_flight(change)
             self._settled_in_lane(change, finished.outcome)
 
@@ -406,6 +410,8 @@ class Lanes:
 
     def _start_run(self, lane: Lane, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
         while lane.queue and len(batch) < limit and belongs(lane.queue[0]):
+            if lane.running and lane.queue[0].seq < lane.running[-1].seq:
+                return  # an operator has requeued it meanwhile: it runs by itself
             batch.append(self._start_next(lane))
         # What is left behind them becomes ready when they have finished.
 
@@ -479,19 +485,9 @@ class Lanes:
         self._window.give(change.entity_type)
 
     def _left_flight(self, change: Change) -> None:
-        self._forget(change)
-        left = self._in_flight[change.shard] - 1
-        if left:
-            self._in_flight[change.shard] = left
-        else:
+        self._in_flight[change.shard] -= 1
+        if not self._in_flight[change.shard]:
             del self._in_flight[change.shard]
-
-    def _remember(self, change: Change, *, held: bool, force: bool = False) -> bool:
-        """Note that the change was seen and not admitted. False: no room to remember it."""
-        if not force and not self._unread.has_room(change.key):
-            return False
-        self._note(change.key, change.seq, change.shard, held=held)
-        return True
 
     def _note(self, key: Key, seq: int, shard: int, *, held: bool) -> None:
         assert shard in self._owned, "a shard that comes back is read from its first change on, without old marks"

@@ -57,12 +57,20 @@ class Quota:
         self.free -= 1
 
     def give(self, user: Hashable) -> None:
+        """The place is free again."""
+        self.leave(user)
+        self.vacate()
+
+    def leave(self, user: Hashable) -> None:
+        """The user has done with a place that is not free yet; ``vacate`` follows."""
         left = self._held[user] - 1
-        self.free += 1
         if left:
             self._held[user] = left
         else:
             del self._held[user]
+
+    def vacate(self) -> None:
+        self.free += 1
 
     def clear(self) -> None:
         self._held.clear()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from cdc.lanes import Finished
+from cdc.journal import Finished
 from cdc.model import Change, Outcome, Processed, holds_its_key
 from tests.simulation.server import Record, Server
 

@@ -179,6 +179,35 @@ def test_the_periodic_sweep_comes_round_and_now_and_then_begins_at_zero(intake: 
     assert fulls == 2
 
 
+def test_a_shard_given_away_during_a_fetch_leaves_nothing_to_look_for(intake: Intake) -> None:
+    intake.rung([WakeUp(7, 0)])
+    fetch = _ask(intake, 1.0)
+    assert isinstance(fetch, Fetch)
+    intake.disown([0])
+    intake.fetched(fetch, set(), Snapshot(20, 21), 1.0)
+    assert _ask(intake, 1.1) is None
+    assert intake.wait_s(1.1) > 0
+
+
+def test_a_relayed_wake_up_is_swept_for_also_by_who_believes_to_stream(intake: Intake) -> None:
+    intake.rung([WakeUp(7, 0)], relayed=True)
+    assert intake.queue_length == 0
+    assert isinstance(_ask(intake, 1.0), Sweep)
+
+
+def test_a_page_of_an_earlier_stay_of_the_shard_does_not_count() -> None:
+    intake = Intake(sweep_interval_s=5.0)
+    intake.own([0])
+    sweep = _ask(intake, 0.0)
+    assert isinstance(sweep, Sweep)
+    intake.disown([0])
+    intake.own([0])
+    intake.swept(sweep, [WakeUp(7, 0)], {}, Snapshot(10, 10), 0.0)
+    again = _ask(intake, 0.0)
+    assert isinstance(again, Sweep)
+    assert again.positions[0].cursor == 0
+
+
 def _sweep(intake: Intake, now: float, only: str | None) -> Sweep:
     """The next sweep of that kind; whatever else is asked for before is answered with nothing new."""
     for _ in range(4):

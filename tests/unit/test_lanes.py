@@ -227,6 +227,54 @@ def test_finishing_what_does_not_run_is_a_bug_and_said_so(lanes: Lanes) -> None:
         lanes.finished(first, Processed())
 
 
+def test_behind_a_waiting_change_that_was_cut_off_what_is_queued_is_not_forgotten(lanes: Lanes) -> None:
+    lanes.admit([row(1, requeued=True)], due=True)
+    [first] = _start_all(lanes)
+    lanes.admit([row(2)])  # the answer to the COMMIT of 1 is still on its way, or lost
+    lanes.interrupted(first)
+    assert lanes.resumes(10) == [Resume(("t", "k"), 0, 2)]
+    assert lanes.admit([row(3)]).taken == 0
+
+
+def test_a_waiting_change_that_was_let_go_behind_one_that_failed_runs_when_it_is_due(lanes: Lanes) -> None:
+    lanes.admit([row(2)])
+    [second] = _start_all(lanes)
+    lanes.admit([row(1, requeued=True)], due=True)  # an operator gave the dead letter another try
+    _end(lanes, second, Waiting(1.0, "no"))
+    lanes.admit([row(1, requeued=True)], due=True)
+    for resume in lanes.resumes(10):
+        lanes.resumed(resume, [], complete=True)
+    lanes.admit([row(1, requeued=True)], due=True)
+    assert _seqs(_start_all(lanes)) == [1]
+
+
+def test_what_was_read_before_a_shard_left_and_came_back_is_not_taken(lanes: Lanes) -> None:
+    with lanes.reading():
+        lanes.release([0])
+        assert lanes.released() == {0}
+        lanes.own([0])  # in between another consumer has handled all of it
+        assert lanes.admit([row(1)]).taken == 0
+
+
+def test_a_key_that_a_stale_read_shows_held_by_one_that_was_cut_off_is_read_again(lanes: Lanes) -> None:
+    lanes.admit([row(1, requeued=True)], due=True)
+    [first] = _start_all(lanes)
+    with lanes.reading():
+        lanes.interrupted(first)  # somebody else has it, and is done with it before the table is asked again
+        lanes.admit([row(2, held=True)])
+    assert lanes.resumes(10) == [Resume(("t", "k"), 0, 2)]
+
+
+def test_an_earlier_change_that_comes_in_late_does_not_join_the_batch_of_a_later_one(lanes: Lanes) -> None:
+    lanes.admit([row(2), row(3)])
+    first = lanes.start()
+    assert first is not None
+    batch = [first]
+    lanes.admit([row(1, requeued=True)], due=True)
+    lanes.start_with(batch, 3, lambda change: True)
+    assert _seqs(batch) == [2]
+
+
 @pytest.fixture
 def shared() -> Lanes:
     """Room for nine changes of several types."""

@@ -53,6 +53,17 @@ def test_many_that_want_little_use_every_place(size: int) -> None:
     assert not quota.admits("one more")
 
 
+def test_a_place_that_is_not_free_yet_is_not_held_against_who_has_done_with_it() -> None:
+    quota = Quota(30, 2)
+    held = _take_all(quota, "a")
+    for _ in range(5):
+        quota.leave("a")
+    assert quota.free == 30 - held
+    assert quota.room("a") > 0
+    quota.vacate()
+    assert quota.free == 31 - held
+
+
 def test_a_limit_rises_when_others_go() -> None:
     quota = Quota(30, 2)
     _take_all(quota, "a")
