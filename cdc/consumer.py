@@ -357,6 +357,8 @@ class Consumer:
         self._metrics.settle_skipped.inc(settled.missed)
         self._answered()
         self._lanes.settled(batch)
+        if settled.missed:
+            self.sweep_now()  # somebody else had settled one: what the lanes take for waiting may be done
         self._tell(batch, settled.at)
         self._workers.hand_out()
         self._read_due.set()
