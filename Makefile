@@ -51,8 +51,8 @@ bench: machine $(READY) ## Measure throughput and latency on this machine.
 .PHONY: lock
 lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
-	uv pip compile $(LOCK) pyproject.toml --output-file requirements.txt
-	uv pip compile $(LOCK) pyproject.toml --group dev --extra demo --output-file requirements-dev.txt
+	uv pip compile $(LOCK) pyproject.toml --extra whatsapp --extra fast --output-file requirements.txt
+	uv pip compile $(LOCK) pyproject.toml --group dev --extra demo --extra whatsapp --extra fast --output-file requirements-dev.txt
 	uv pip compile $(LOCK) --group build --output-file deploy/requirements-build.txt
 
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
