@@ -328,5 +328,5 @@ def test_every_command_explains_itself() -> None:
 def test_variables_in_the_documents_are_settings() -> None:
     known = {setting.variable for setting in SETTINGS.values()}
     known |= {f"{setting.variable}_FILE" for setting in SETTINGS.values() if setting.secret}
-    known |= {"CDC_CONFIG", "CDC_TEST_DSN", "CDC_REQUIRE_PG", "CDC_REQUIRE_PROMTOOL", "CDC_REQUIRE_DOCKER"}
+    known |= {"CDC_CONFIG", "CDC_TEST_DSN", "CDC_REQUIRE_PG", "CDC_REQUIRE_PROMETHEUS", "CDC_REQUIRE_DOCKER"}
     assert set(re.findall(r"\bCDC_[A-Z_]*[A-Z]", _documents())) - known == set()

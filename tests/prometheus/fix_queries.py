@@ -18,17 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy/prometheus/cdc.rules.yaml"
 DASHBOARD = ROOT / "deploy/grafana/dashboards/cdc.json"
 
+_SETUP = "deploy/debian-setup --with-prometheus"
 _SELECTOR = re.compile(r"\b((?:cdc|process|pg)_\w+)(?:\{([^}]*)\})?")
 _GROUPING = re.compile(r"\b(?:by|on|ignoring|without)\s*\(([^)]*)\)")
 _VARIABLES = {"$__rate_interval": "1m", "$job": ".+", "$instance": ".+", "$slot": ".+"}
 
 
 def needed(program: str) -> str:
-    """Its path; without it the test is skipped, or fails where CDC_REQUIRE_PROMTOOL is set."""
+    """Its path; without it the test is skipped, or fails where CDC_REQUIRE_PROMETHEUS is set."""
     found = shutil.which(program)
     if found is None:
-        assert not os.environ.get("CDC_REQUIRE_PROMTOOL"), f"{program} is not installed (package prometheus)"
-        pytest.skip(f"{program} is not installed (package prometheus)")
+        assert not os.environ.get("CDC_REQUIRE_PROMETHEUS"), f"{program} is not installed: {_SETUP}"
+        pytest.skip(f"{program} is not installed: {_SETUP}")
     return found
 
 

@@ -27,6 +27,7 @@ THRESHOLDS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "CdcStreamSilent": (("> 90", "> 12"),),
     "CdcStreamFlapping": (("> 10", "> 2"),),
     "CdcSlotWalRetentionHigh": (("1024^3", "1024^2"),),
+    "CdcOrphanSlot": (("1024^3", "1024^2"),),
 }
 """What a test cannot wait for. Ranges become seconds and ``for`` a moment in every rule."""
 
@@ -45,6 +46,22 @@ def impatient_rules() -> str:
                 assert bound in rule["expr"], rule
                 rule["expr"] = rule["expr"].replace(bound, lower)
     return yaml.safe_dump(content)
+
+
+class Exporter:
+    """postgres_exporter, on a port of the loopback. Ends with ``stop``."""
+
+    def __init__(self, dsn: str, folder: Path) -> None:
+        self.port = free_port()
+        with (folder / "exporter.log").open("w") as output:
+            self._process = subprocess.Popen(
+                [needed("prometheus-postgres-exporter"), f"--web.listen-address=127.0.0.1:{self.port}"],
+                env={"DATA_SOURCE_NAME": f"{dsn} sslmode=disable"}, stdout=output, stderr=output,
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
 
 
 class Prometheus:

@@ -181,7 +181,7 @@ def test_two_consumers_in_one_process_have_their_own_metrics() -> None:
 def test_promtool_finds_no_fault_in_names_and_help_texts(metrics: Metrics, filled: bool) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
-        assert not os.environ.get("CDC_REQUIRE_PROMTOOL"), "promtool is not installed"
+        assert not os.environ.get("CDC_REQUIRE_PROMETHEUS"), "promtool is not installed"
         pytest.skip("promtool is not installed (package prometheus)")
     if filled:
         _fill(metrics)
