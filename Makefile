@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 ARGS ?=
+# Most tests wait: for a server, a backoff, a limit. Files stay together, as their fixtures do; the long ones come first.
+JOBS ?= 4
 KEEP ?=
 PYTHON ?=
 export PYTHON
@@ -21,8 +23,8 @@ demo: $(READY) ## Watch changes travel, on a throw-away server. KEEP=1: stay up 
 	@$(BIN)/cdc demo $(if $(KEEP),--keep)
 
 .PHONY: test
-test: machine $(READY) ## Run all tests. ARGS="-k lanes -x" is passed to pytest.
-	@CDC_REQUIRE_PG=1 $(BIN)/python -m pytest --ignore tests/container $(ARGS)
+test: machine $(READY) ## Run all tests, JOBS=4 files at a time. ARGS="-k lanes -x" is passed to pytest.
+	@CDC_REQUIRE_PG=1 $(BIN)/python -m pytest --ignore tests/container -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: containers
 containers: machine $(READY) ## Build the images and test them, on a Docker engine; where none runs, on its own, as root.
