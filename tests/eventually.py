@@ -11,7 +11,7 @@ T = TypeVar("T")
 _EVERY_S = 0.01
 
 
-def eventually(condition: Callable[[], T], *, within_s: float = 20.0, what: str = "") -> T:
+def eventually(condition: Callable[[], T], *, within_s: float = 60.0, what: str = "") -> T:
     """The first true value of ``condition()``; an AssertionError naming ``what`` when there is none in time."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):
@@ -21,7 +21,7 @@ def eventually(condition: Callable[[], T], *, within_s: float = 20.0, what: str 
     return value
 
 
-async def eventually_async(condition: Callable[[], Awaitable[T]], *, within_s: float = 20.0, what: str = "") -> T:
+async def eventually_async(condition: Callable[[], Awaitable[T]], *, within_s: float = 60.0, what: str = "") -> T:
     deadline = time.monotonic() + within_s
     while not (value := await condition()):
         if time.monotonic() > deadline:

@@ -125,7 +125,6 @@ def _locked_versions() -> str:
     return "\n".join(pins)
 
 
-@pytest.mark.timeout(300)
 def test_the_demo_runs_from_pip_alone_without_root_and_without_a_postgresql_on_the_machine(
     released: Path, open_folder: Path
 ) -> None:

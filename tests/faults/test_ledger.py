@@ -46,7 +46,6 @@ _NOT_IN_A_LEDGER = {"cdc: retention", "cdc: doctor"}
 """The first has tests of its own, and the second is not the consumer's."""
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.promise("G1")
 @pytest.mark.promise("G3")
 @pytest.mark.promise("G8")

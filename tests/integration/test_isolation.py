@@ -243,7 +243,6 @@ async def test_thousands_of_retries_that_are_due_do_not_stand_before_those_of_an
     assert seen.count("slow") == 5_000
 
 
-@pytest.mark.timeout(240)
 async def test_a_key_with_fifty_thousand_changes_that_hangs_keeps_only_itself_waiting(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:

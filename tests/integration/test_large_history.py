@@ -21,8 +21,6 @@ from cdc.outbox.store import INDEXED, Settled, Store
 from tests.bench.database import preload_unprocessed
 from tests.unit.changes import change
 
-pytestmark = pytest.mark.timeout(300)  # the first of them fills the table
-
 T = TypeVar("T")
 _DAY_S = 86_400.0
 _READ = """

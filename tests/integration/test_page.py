@@ -240,7 +240,6 @@ def process(dsn: str, log: Path, port: int) -> Iterator[Process]:
         assert running.terminate() == 0
 
 
-@pytest.mark.timeout(180)
 def test_a_browser_shows_the_figures_and_finds_no_fault(
     outbox: str, outbox_db: psycopg.Connection, tmp_path: Path, chromium: str
 ) -> None:

@@ -27,8 +27,6 @@ from tests.fix_proxy import Proxy
 from tests.prometheus.fix_queries import alerts, dashboard, needed, panel_queries
 from tests.prometheus.fix_server import Exporter, Prometheus
 
-pytestmark = pytest.mark.timeout(240)
-
 JOBS = ("well", "stuck", "mute", "deaf")
 _WITHIN_S = 90.0
 
