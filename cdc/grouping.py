@@ -4,6 +4,9 @@ A transaction of its own costs each change two round trips and a flush of the lo
 a group fails all are rolled back and run again one by one, and the first of a group waits for its last. So the size
 follows what the handler shows: it doubles while groups commit, halves when one is rolled back, and stays so small that
 a group should not take longer than ``_LASTS_S``.
+
+What a change's handler writes to captured tables has that change for its cause. To tell the server of each, change by
+change, is a round trip that most handlers do not need: it is done once the handler is seen to write there.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ class Grouping:
         self._most = most
         self._size = 1
         self._seconds_each: float | None = None
+        self.captured = False
+        """What the handler writes has been captured."""
 
     @property
     def limit(self) -> int:
@@ -28,8 +33,9 @@ class Grouping:
             return 1
         return max(1, int(min(self._size, _LASTS_S / self._seconds_each)))
 
-    def committed(self, changes: int, seconds: float) -> None:
+    def committed(self, changes: int, seconds: float, *, captured: bool = False) -> None:
         """So many changes took so long, from the beginning of their transaction to its end."""
+        self.captured = self.captured or captured
         each = seconds / changes
         before = each if self._seconds_each is None else self._seconds_each
         self._seconds_each = before + _WEIGHT * (each - before)

@@ -31,7 +31,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from typing import Any, cast
 
@@ -44,7 +43,7 @@ from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, holds_its_key
 from cdc.routing import Handler, Router
 from cdc.threads import Job, Threads
-from cdc.transactions import AskTheTableError, EndedTransactionError, Errors, Transactions
+from cdc.transactions import AskTheTableError, EndedTransactionError, Errors, MixedCausesError, Ran, Transactions
 from cdc.verdict import OverrunError, TooDeepError, Verdict
 
 log = logging.getLogger("cdc.handlers")
@@ -185,30 +184,32 @@ class Runner:
     async def _attempt(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
     ) -> dict[Change, Outcome]:
-        marked_at: datetime | None = None
         grouping = self._groupings.get(handler.name)
         started = time.monotonic()
         try:
-            marked_at, errors = await self._call(handler, changes, given)
+            ran = await self._call(handler, changes, given)
             if grouping:
-                grouping.committed(len(changes), time.monotonic() - started)
+                grouping.committed(len(changes), time.monotonic() - started, captured=ran.captured)
         except AskTheTableError:
             raise
+        except MixedCausesError:
+            self._groupings[handler.name].captured = True
+            return await self._attempt(handler, changes, given)
         except asyncio.CancelledError as cancelled:
             if _being_cancelled():
                 raise
-            errors = {change.seq: cancelled for change in changes}
+            ran = Ran({change.seq: cancelled for change in changes})
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
             if len(changes) > 1 and not isinstance(error, _ABOUT_ALL if handler.batch else EndedTransactionError):
                 if grouping:
                     grouping.rolled_back()
                 return await self._one_by_one(handler, changes, given)
-            errors = {change.seq: error for change in changes}
-        done: Outcome = Committed(marked_at) if marked_at else _PROCESSED
-        if not errors:
+            ran = Ran({change.seq: error for change in changes})
+        done: Outcome = Committed(ran.at) if ran.at else _PROCESSED
+        if not ran.errors:
             return dict.fromkeys(changes, done)
         return {
-            change: self._verdict.on(handler, change, errors[change.seq]) if change.seq in errors else done
+            change: self._verdict.on(handler, change, ran.errors[change.seq]) if change.seq in ran.errors else done
             for change in changes
         }
 
@@ -231,10 +232,7 @@ class Runner:
                     held.add(change.key)
         return outcomes
 
-    async def _call(
-        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
-    ) -> tuple[datetime | None, Errors]:
-        """When a transactional handler's changes were marked, and which ones of a batch failed by themselves."""
+    async def _call(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
         limit_s = handler.timeout_s or self._timeout_s
         if not handler.is_async:
             return await self._call_in_thread(handler, changes, given, limit_s)
@@ -242,21 +240,27 @@ class Runner:
             async with asyncio.timeout(limit_s) as limit:
                 if handler.transactional:
                     calls = [partial(_on_loop, handler, part) for part in _calls(handler, given)]
-                    return await self._transactions.run(changes, calls)
-                return None, await _on_loop(handler, given)
+                    return await self._transactions.run(changes, calls, causes=self._names_causes(handler))
+                return Ran(await _on_loop(handler, given))
         except TimeoutError as error:
             if not limit.expired():
                 raise  # the handler's own
             raise OverrunError(f"took longer than {limit_s:g} s") from error
 
+    def _names_causes(self, handler: Handler) -> bool:
+        grouping = self._groupings.get(handler.name)
+        return grouping is not None and grouping.captured
+
     async def _call_in_thread(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], limit_s: float | None
-    ) -> tuple[datetime | None, Errors]:
-        def call() -> tuple[datetime | None, Errors]:
+    ) -> Ran:
+        causes = self._names_causes(handler)
+
+        def call() -> Ran:
             if handler.transactional:
                 calls = [partial(_in_thread, handler, part) for part in _calls(handler, given)]
-                return self._transactions.run_in_thread(changes, calls)
-            return None, _in_thread(handler, given)
+                return self._transactions.run_in_thread(changes, calls, causes=causes)
+            return Ran(_in_thread(handler, given))
 
         job = self._jobs[changes[0].seq] = self._threads.submit(call)
         try:
@@ -267,7 +271,7 @@ class Runner:
                     " is held until it returns",
                     handler.name, limit_s, changes[0].id, changes[0].entity_type,
                 )  # fmt: skip
-            return cast("tuple[datetime | None, Errors]", await job.future)
+            return cast("Ran", await job.future)
         except asyncio.CancelledError:
             job.call_off()
             raise

@@ -11,6 +11,8 @@ Several changes may share a transaction: the calls follow each other in it, and 
 them fails, nothing of any is committed, and whoever asked runs them one by one.
 
 What the handler writes to tracked tables is caused by its change: the setting ``cdc.cause`` tells the capture trigger.
+Where several changes share a transaction it is set anew for each only if the handler is known to write there
+(``causes``); if it then does all the same, which the trigger tells by ``cdc.captured``, they are undone and called again.
 
 Connections come from pools that open them as they are needed: one for async handlers, one for those in threads.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from typing import NamedTuple
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
@@ -38,6 +41,18 @@ Errors = Mapping[int, BaseException]
 """seq -> what its change failed with, while others of the batch are done."""
 
 
+class Ran(NamedTuple):
+    """How the calls for some changes ended.
+
+    ``errors`` are of changes that failed by themselves. ``at``: when the others were marked, by the database's clock;
+    None: there were none, or they are marked later. ``captured``: what the handler wrote was captured.
+    """
+
+    errors: Errors
+    at: datetime | None = None
+    captured: bool = False
+
+
 class AskTheTableError(Exception):
     """The attempt's fate is not known here, or the change is somebody else's."""
 
@@ -47,6 +62,10 @@ class EndedTransactionError(Exception):
 
     def __init__(self) -> None:
         super().__init__("the handler ended the transaction it was given; leave COMMIT and ROLLBACK to the consumer")
+
+
+class MixedCausesError(Exception):
+    """One of several changes wrote what was captured, and which one was not said."""
 
 
 class Transactions:
@@ -81,12 +100,16 @@ class Transactions:
             metrics.show_connections(kind, busy=stats["pool_size"] - idle, idle=idle, wanted=stats["requests_waiting"])
 
     async def run(
-        self, changes: Sequence[Change], calls: Sequence[Callable[[psycopg.AsyncConnection], Awaitable[Errors]]]
-    ) -> tuple[datetime | None, Errors]:
-        """Run an async handler: one call for all the changes, or one for each of them.
+        self,
+        changes: Sequence[Change],
+        calls: Sequence[Callable[[psycopg.AsyncConnection], Awaitable[Errors]]],
+        *,
+        causes: bool,
+    ) -> Ran:
+        """Run an async handler: one call for all the changes, which returns those that failed, or one for each of them.
 
-        What the one call returns are the changes that failed by themselves, by seq. Returns when the others were
-        marked, by the database's clock (None: there were none), and those errors.
+        ``causes``: each of several calls is named as the cause of what it writes. Raises MixedCausesError where that
+        would have been needed.
         """
         errors: Errors = {}
         try:
@@ -99,23 +122,25 @@ class Transactions:
                         for number, call in enumerate(calls):
                             if number:
                                 probe.here("run.between_calls")
-                                await connection.execute(*self._store.cause(changes[number]))
+                                if causes:
+                                    await connection.execute(*self._store.cause(changes[number]))
                             errors = await call(connection)
                             _alone_only(errors, calls)
                         probe.here("run.before_mark")
                         done = [change for change in changes if change.seq not in errors]
-                        at = _marked(done, await (await connection.execute(*self._store.mark(done, xid))).fetchall())
+                        marks = await (await connection.execute(*self._store.mark(done, xid))).fetchall()
+                        ran = _marked(done, errors, marks, named=causes or len(calls) == 1)
                         probe.here("run.before_commit")
                     probe.here("run.after_commit")
                 except psycopg.Error as error:
                     raise _fate(connection, error) from error
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
-        return at, errors
+        return ran
 
     def run_in_thread(
-        self, changes: Sequence[Change], calls: Sequence[Callable[[psycopg.Connection], Errors]]
-    ) -> tuple[datetime | None, Errors]:
+        self, changes: Sequence[Change], calls: Sequence[Callable[[psycopg.Connection], Errors]], *, causes: bool
+    ) -> Ran:
         """``run`` for a handler that is not async; called in its thread."""
         errors: Errors = {}
         try:
@@ -128,19 +153,21 @@ class Transactions:
                         for number, call in enumerate(calls):
                             if number:
                                 probe.here("run.between_calls")
-                                connection.execute(*self._store.cause(changes[number]))
+                                if causes:
+                                    connection.execute(*self._store.cause(changes[number]))
                             errors = call(connection)
                             _alone_only(errors, calls)
                         probe.here("run.before_mark")
                         done = [change for change in changes if change.seq not in errors]
-                        at = _marked(done, connection.execute(*self._store.mark(done, xid)).fetchall())
+                        marks = connection.execute(*self._store.mark(done, xid)).fetchall()
+                        ran = _marked(done, errors, marks, named=causes or len(calls) == 1)
                         probe.here("run.before_commit")
                     probe.here("run.after_commit")
                 except psycopg.Error as error:
                     raise _fate(connection, error) from error
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
-        return at, errors
+        return ran
 
 
 def _first_cause(changes: Sequence[Change], calls: Sequence[object]) -> Change:
@@ -160,12 +187,16 @@ def _taken(changes: Sequence[Change], rows: Sequence[tuple[object, ...]]) -> str
     return str(rows[0][0])
 
 
-def _marked(changes: Sequence[Change], rows: Sequence[tuple[object, ...]]) -> datetime | None:
-    if len(rows) != len(changes):
+def _marked(done: Sequence[Change], errors: Errors, rows: Sequence[tuple[object, ...]], *, named: bool) -> Ran:
+    if len(rows) != len(done):
         raise EndedTransactionError
-    at = rows[0][0] if rows else None
-    assert at is None or isinstance(at, datetime)
-    return at
+    if not rows:
+        return Ran(errors)
+    at, captured = rows[0]
+    assert isinstance(at, datetime)
+    if captured and not named:
+        raise MixedCausesError
+    return Ran(errors, at, bool(captured))
 
 
 def _fate(connection: psycopg.Connection | psycopg.AsyncConnection, error: psycopg.Error) -> Exception:

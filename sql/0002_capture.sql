@@ -129,6 +129,8 @@ BEGIN
   IF v_cause ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
     v_caused_by := left(v_cause, 36);
     v_depth := least(substr(v_cause, 38)::integer, 999999998) + 1;
+    -- A consumer whose handlers share a transaction names the cause anew for each of them only if they write here.
+    PERFORM set_config('cdc.captured', 'on', true);
   END IF;
 
   -- Readers conclude from transaction ids whether a lower seq may still appear, so this transaction has its id before it
@@ -195,6 +197,7 @@ BEGIN
   IF v_cause ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
     v_caused_by := left(v_cause, 36);
     v_depth := least(substr(v_cause, 38)::integer, 999999998) + 1;
+    PERFORM set_config('cdc.captured', 'on', true);
   END IF;
   INSERT INTO @schema@.entity_changes AS published
     (table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth)

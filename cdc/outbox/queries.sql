@@ -279,10 +279,11 @@ FOR UPDATE OF c SKIP LOCKED
 SELECT set_config('cdc.cause', %(cause)s, true)
 
 -- name: mark
--- The same changes, in the same transaction; no rows: the handler has ended the transaction it was given.
+-- The same changes, in the same transaction; no rows: the handler has ended the transaction it was given. And whether
+-- that transaction has written something that was captured.
 UPDATE {changes} SET processed = true, processed_at = clock_timestamp(), next_attempt_at = NULL
 WHERE id = ANY (%(ids)s::uuid[]) AND NOT processed AND pg_current_xact_id() = %(xid)s::xid8
-RETURNING processed_at
+RETURNING processed_at, current_setting('cdc.captured', true) = 'on'
 
 -- name: figures
 -- For the metrics; every count ends at its bound, which then means "more".

@@ -130,18 +130,23 @@ async def test_when_one_ends_the_transaction_nothing_of_its_group_is_done_twice(
     assert states(effects)["dead"] + states(effects)["processed"] == _COUNT
 
 
-async def test_what_one_of_a_group_writes_is_caused_by_that_one(outbox: str, effects: psycopg.Connection) -> None:
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("first", [1, _COUNT // 2])
+async def test_what_one_of_a_group_writes_is_caused_by_that_one(
+    first: int, in_thread: bool, outbox: str, effects: psycopg.Connection
+) -> None:
+    """Whether the handler writes to a captured table from the beginning, or when its groups have grown."""
     effects.execute("CREATE TABLE note (id bigint PRIMARY KEY)")
     effects.execute(
         "CREATE TRIGGER capture AFTER INSERT ON note FOR EACH ROW EXECUTE FUNCTION capture_entity_change('note')"
     )
-    router = Router()
 
-    @router.on("x")
-    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
-        await connection.execute("INSERT INTO note VALUES (%s)", [change.seq])
+    def act(change: cdc.Change) -> str | None:
+        return f"INSERT INTO note VALUES ({change.seq})" if change.seq >= first else None
 
-    await _work_off(outbox, effects, router)
+    await _work_off(outbox, effects, _router(in_thread, act))
+    assert effects.execute("SELECT count(*) FROM note").fetchone() == (_COUNT - first + 1,)
+    _assert_each_once_and_in_order(effects, _COUNT)
     wrong = effects.execute(
         "SELECT count(*) FROM entity_changes AS n LEFT JOIN entity_changes AS x"
         " ON x.id = n.caused_by AND x.seq::text = n.entity_id WHERE n.entity_type = 'note' AND x.id IS NULL"

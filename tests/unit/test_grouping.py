@@ -49,6 +49,13 @@ def test_a_group_smaller_than_it_might_have_been_proves_nothing_about_larger_one
     assert grouping.limit == 2
 
 
+def test_a_handler_that_was_captured_once_may_be_again() -> None:
+    grouping = Grouping(50)
+    grouping.committed(1, 0.001, captured=True)
+    grouping.committed(1, 0.001)
+    assert grouping.captured
+
+
 @given(st.integers(1, 50), st.lists(st.one_of(st.none(), st.floats(0, 1_000))))
 def test_a_group_has_one_change_at_least_and_never_more_than_the_most(most: int, events: list[float | None]) -> None:
     grouping = Grouping(most)
