@@ -12,7 +12,7 @@ them fails, nothing of any is committed, and whoever asked runs them one by one.
 
 What the handler writes to tracked tables is caused by its change: the setting ``cdc.cause`` tells the capture trigger.
 Where several changes share a transaction it is set anew for each only if the handler is known to write there
-(``causes``); if it then does all the same, which the trigger tells by ``cdc.captured``, they are undone and called again.
+(``causes``); if it turns out to, which the trigger tells by ``cdc.captured``, they are undone and called again.
 
 Connections come from pools that open them as they are needed: one for async handlers, one for those in threads.
 """
