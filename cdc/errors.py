@@ -10,7 +10,8 @@
       SessionLostError           the session that holds the shard locks is gone     (reconnect)
       ProtocolError              bytes from the server that no decoder understands  (reconnect)
 
-    Retry, Discard, Failed       what a handler says by raising them: later; nothing to do; some of the batch
+    Retry, Discard, Reject       what a handler says by raising them: later; nothing to do; never, a dead letter
+    Failed                       the same of some changes of a batch
 
 Each CdcError is one sentence, what happened to what, and a hint: what to do now.
 """
@@ -92,8 +93,18 @@ class Discard(Exception):  # noqa: N818 - see Retry
         super().__init__(reason)
 
 
+class Reject(Exception):  # noqa: N818 - see Retry
+    """Raised by a handler: no attempt will ever succeed. The change is a dead letter at once, with the reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+
+
 class Failed(Exception):  # noqa: N818 - see Retry
-    """Raised by a batch handler: these changes failed, each with its error, Retry and Discard too; the rest is done."""
+    """Raised by a batch handler: these changes failed, each with its error, and the rest is done.
+
+    An error is an exception, Retry, Discard and Reject too, or a text.
+    """
 
     def __init__(self, errors: Mapping[Change, BaseException | str]) -> None:
         super().__init__(f"{len(errors)} changes of the batch failed")

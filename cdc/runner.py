@@ -8,13 +8,14 @@
                     │
                   call ── returns ───────────────> Processed; Committed by a transactional handler
                        ├─ raises Discard ────────> Discarded
+                       ├─ raises Reject ─────────> Dead
                        ├─ raises Retry, fails ───> Waiting, or Dead after the last attempt
                        ├─ fate not known here ───> AskTheTableError: no outcome, the key is read anew
                        └─ cut off by a stop ─────> CancelledError: no outcome, no attempt counted
 
 A batch goes the same way as one call. Of what it raises, ``Failed`` names the changes it is about; ``Retry``,
-``Discard`` and the time limit are about all of them. Any other error is the fault of one of them, and nobody knows of
-which: so they are called one by one, at once, and a key ends where one of its changes failed.
+``Discard``, ``Reject`` and the time limit are about all of them. Any other error is the fault of one of them, and
+nobody knows of which: so they are called one by one, at once, and a key ends where one of its changes failed.
 
 Changes of a transactional handler may share a transaction, each with its own call. If one of these fails, all are
 rolled back and run one by one as well; only when the handler has ended the transaction, nobody knows what of the others
@@ -37,7 +38,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 
 from cdc import probe
-from cdc.errors import Discard, Failed, Retry
+from cdc.errors import Discard, Failed, Reject, Retry
 from cdc.grouping import Grouping
 from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, holds_its_key
@@ -49,7 +50,7 @@ from cdc.verdict import OverrunError, TooDeepError, Verdict
 log = logging.getLogger("cdc.handlers")
 
 _NONE: Errors = {}
-_ABOUT_ALL = (Retry, Discard, OverrunError, EndedTransactionError)
+_ABOUT_ALL = (Retry, Discard, Reject, OverrunError, EndedTransactionError)
 """What a batch raises that is not the fault of one of its changes."""
 
 

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from pydantic import ValidationError
 
-from cdc.errors import Discard, Retry
+from cdc.errors import Discard, Reject, Retry
 from cdc.hooks import Hooks, where
 from cdc.metrics import Metrics
 from cdc.model import Change, Dead, Discarded, Outcome, Waiting
@@ -25,12 +25,26 @@ _ERROR_LENGTH_MAX = 2_000
 """Of last_error: an error text may quote payload, and must not outgrow the row it is about."""
 
 
-class OverrunError(Exception):
+class ToldError(Exception):
+    """An error of ours. ``told`` is what a log may say of it: nothing of the row. ``kind``: of metrics.ERROR_KINDS."""
+
+    kind = "exception"
+
+    def __init__(self, told: str, text: str = "") -> None:
+        super().__init__(text or told)
+        self.told = told
+
+
+class OverrunError(ToldError):
     """The handler's time limit passed."""
 
+    kind = "timeout"
 
-class CrashedError(Exception):
+
+class CrashedError(ToldError):
     """The process ended while the handler ran, which the handler's own process cannot tell any more."""
+
+    kind = "crash"
 
     def __init__(self, handler: Handler, times: int) -> None:
         super().__init__(
@@ -39,12 +53,14 @@ class CrashedError(Exception):
         )
 
 
-class TooDeepError(Exception):
+class TooDeepError(ToldError):
     """The change has more causes than a consumer follows: it is not handled at all."""
 
+    kind = "depth"
+
     def __init__(self, change: Change) -> None:
-        self.told = f"a chain of {change.depth + 1} changes, deeper than max_chain_depth allows"
-        super().__init__(f"{self.told}; does a handler write what it listens to? {change.chain}")
+        told = f"a chain of {change.depth + 1} changes, deeper than max_chain_depth allows"
+        super().__init__(told, f"{told}; does a handler write what it listens to? {change.chain}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +113,7 @@ class Verdict:
         wait_s = delay_s(policy, change.attempt, self._dice(), error.after if isinstance(error, Retry) else None)
         # What does not fit, or is too deep, will be so the next time; what was committed without its mark would be done
         # twice.
-        if isinstance(error, ValidationError | EndedTransactionError | TooDeepError):
+        if isinstance(error, Reject | ValidationError | EndedTransactionError | TooDeepError):
             wait_s = None
         if kind and self._failed:
             self._failed(
@@ -136,26 +152,26 @@ class Verdict:
 def _kind(error: BaseException) -> str | None:
     """For the metric; None: a deliberate Retry is not an error."""
     match error:
+        case ToldError():
+            return error.kind
         case Retry():
             return None
-        case OverrunError():
-            return "timeout"
+        case Reject():
+            return "rejected"
         case ValidationError():
             return "validation"
-        case CrashedError():
-            return "crash"
-        case TooDeepError():
-            return "depth"
     return "exception"
 
 
 def _told(error: BaseException) -> str:
     """What a log line may say of it."""
     match error:
-        case OverrunError() | EndedTransactionError() | CrashedError():
-            return str(error)
-        case TooDeepError():
+        case ToldError():
             return error.told
+        case EndedTransactionError():
+            return str(error)
+        case Reject():
+            return "rejected it"
         case ValidationError():
             return "the row does not fit the model"
         case Retry():
@@ -166,7 +182,9 @@ def _told(error: BaseException) -> str:
 def _text(handler: Handler, error: BaseException) -> str:
     """For last_error. A misfit tells where and why, without the values: they are the row's content, and stand in it."""
     match error:
-        case Retry() | OverrunError() | EndedTransactionError() | TooDeepError() | CrashedError():
+        case Reject():
+            return f"rejected: {error}"
+        case ToldError() | Retry() | EndedTransactionError():
             return str(error)
         case ValidationError():
             faults = error.errors(include_input=False, include_url=False, include_context=False)

@@ -126,21 +126,40 @@ async def test_a_batch_can_fail_some_of_its_changes_and_the_rest_is_done(
                     errors[change] = cdc.Retry(after=0)
                 case 8:
                     errors[change] = cdc.Discard("eight")
+                case 10:
+                    errors[change] = cdc.Reject("ten")
         if errors:
             raise cdc.Failed(errors)
 
     _publish(outbox_db, 10, 10)
     async with consuming(outbox, router, **_QUICK):
         await _all_settled(outbox_db)
-    assert states(outbox_db) == {"processed": 8, "dead": 2}
+    assert states(outbox_db) == {"processed": 7, "dead": 3}
     told = dict(outbox_db.execute("SELECT seq, last_error FROM entity_changes WHERE last_error IS NOT NULL").fetchall())
     assert told == {
         2: "ValueError: two",
         4: "RuntimeError: four",
         6: "the handler asked for another try",
         8: "discarded: eight",
+        10: "rejected: ten",
     }
+    assert outbox_db.execute("SELECT error_count FROM entity_changes WHERE seq = 10").fetchone() == (1,)
     assert sorted(seq for call in calls for seq in call if seq % 2) == [1, 3, 5, 7, 9], "done once"
+
+
+async def test_a_batch_that_is_rejected_is_rejected_as_a_whole(outbox: str, outbox_db: psycopg.Connection) -> None:
+    router, sizes = Router(), []
+
+    @router.on("x", batch=10)
+    async def handle(changes: list[cdc.Change]) -> None:
+        sizes.append(len(changes))
+        raise cdc.Reject("none of it")
+
+    _publish(outbox_db, 10, 10)
+    async with consuming(outbox, router):
+        await _all_settled(outbox_db)
+    assert states(outbox_db) == {"dead": 10}
+    assert sum(sizes) == 10, "each was tried once"
 
 
 async def test_one_poisonous_change_does_not_take_its_batch_along(outbox: str, outbox_db: psycopg.Connection) -> None:

@@ -229,6 +229,34 @@ async def test_a_discarded_change_is_processed_with_the_reason_and_no_error(
     assert (row["processed"], row["error_count"], row["last_error"]) == (True, 0, "discarded: not for us")
 
 
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_rejected_change_is_a_dead_letter_at_once_and_its_reason_is_in_no_log(
+    transactional: bool, outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    router = Router()
+    outbox_db.execute("CREATE TABLE effect (seq bigint)")
+
+    async def plain(change: cdc.Change) -> None:
+        raise cdc.Reject("no such user Ada")
+
+    async def writes(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await connection.execute("INSERT INTO effect VALUES (%s)", [change.seq])
+        raise cdc.Reject("no such user Ada")
+
+    router.on("x")(writes if transactional else plain)
+    seq = _publish(outbox_db, "x")
+    async with consuming(outbox, router) as app:
+        await _until_settled(outbox_db)
+        assert metric(app.metrics.registry, "cdc_changes_handled_total", outcome="dead") == 1
+        assert metric(app.metrics.registry, "cdc_handler_errors_total", kind="rejected") == 1
+    row = _row(outbox_db, seq)
+    assert row["dead_at"] is not None
+    assert (row["processed"], row["error_count"], row["last_error"]) == (False, 1, "rejected: no such user Ada")
+    assert outbox_db.execute("SELECT FROM effect").fetchall() == [], "what it wrote is rolled back"
+    assert "rejected it" in caplog.text
+    assert "Ada" not in caplog.text
+
+
 async def test_a_change_that_no_handler_wants_is_marked_processed_and_counted_as_skipped(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:

@@ -13,6 +13,7 @@ from cdc.status import error_class
         ("does not fit Order: card_number: field required", "does not fit Order"),
         ("took longer than 60 s", "took longer than 60 s"),
         (CRASHED, "the consumer's process ended"),
+        ("rejected: no such user Ada", "rejected"),
     ],
 )
 def test_of_an_error_the_class_is_shown(last_error: str, shown: str) -> None:
