@@ -16,6 +16,6 @@ __all__ = ["CdcError", "Change", "Discard", "Failed", "Operation", "Reject", "Re
 __version__ = "0.1.0"
 
 
-async def run(dsn: str | None, router: Router, **settings: Any) -> None:
+async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
     """Run a consumer inside one's own asyncio program, until cancelled; see ``cdc.app.run``."""
     await importlib.import_module("cdc.app").run(dsn, router, **settings)

@@ -13,14 +13,16 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdc import __version__, config, logs
 from cdc.collector import Collector
 from cdc.config import Settings
 from cdc.consumer import Consumer, ConsumerSettings
+from cdc.deliver import target
 from cdc.demand import Demand
 from cdc.doorbell import Doorbell
+from cdc.errors import UsageError
 from cdc.health import Check, HealthServer
 from cdc.hooks import Hooks
 from cdc.metrics import Metrics
@@ -38,19 +40,22 @@ from cdc.verdict import Verdict
 from cdc.wakeup.relay import Listener, Relay
 from cdc.wakeup.stream import Stream, StreamSettings, StreamStatus
 
+if TYPE_CHECKING:
+    from cdc.deliver.delivery import Delivery
+
 log = logging.getLogger("cdc")
 
 _STOP_THREADS_S = 5.0
 _SHOW_EVERY_S = 1.0
 
 
-def serve(settings: Settings, router: Router) -> None:
-    """``cdc run``: log, handle signals, work until SIGTERM or SIGINT, drain, return."""
+def serve(settings: Settings, router: Router | None) -> None:
+    """``cdc run``: log, handle signals, work until SIGTERM or SIGINT, drain, return. ``router``: see ``App``."""
     logs.setup(settings.log.level, settings.log.format)
     asyncio.run(_serve(settings, router))
 
 
-async def _serve(settings: Settings, router: Router) -> None:
+async def _serve(settings: Settings, router: Router | None) -> None:
     app = App(settings, router)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,12 +63,13 @@ async def _serve(settings: Settings, router: Router) -> None:
     await app.run()
 
 
-async def run(dsn: str | None, router: Router, **settings: Any) -> None:
+async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
     """The consumer as a part of one's own asyncio program: works until cancelled, then drains.
 
     ``settings`` are those of ``cdc run``, with the names of its options (``slot_name="billing"``, ``drain_time=5``);
     the environment and cdc.toml are not read, and HTTP is off unless ``http_port`` is given. Raises ConnectError when
-    the database cannot be reached at the start, UsageError for a setting that does not exist.
+    the database cannot be reached at the start, UsageError for a setting that does not exist. A ``router`` of None
+    needs ``deliver_to``.
     """
     app = App(config.from_options({"http_port": 0, "dsn": dsn, **settings}), router)
     work = asyncio.create_task(app.run())
@@ -90,11 +96,13 @@ class Limits:
 
 
 class App:
-    """One consumer with all that belongs to it. Made on the event loop."""
+    """One consumer with all that belongs to it. Made on the event loop. ``router`` is None where deliver.to is set."""
 
-    def __init__(self, settings: Settings, router: Router, limits: Limits | None = None) -> None:
+    def __init__(self, settings: Settings, router: Router | None, limits: Limits | None = None) -> None:
         self._settings = settings
         self._limits = limits or Limits()
+        self._delivery = _make_delivery(settings) if settings.deliver.to else None
+        router = _the_one(router, self._delivery.router if self._delivery else None)
         self._router = router
         self._threads = Threads(settings.threads)
         self.metrics = metrics = Metrics(settings.slot.name, router)
@@ -124,8 +132,9 @@ class App:
             transactions=settings.transactions,
         )
         self.consumer = Consumer(
-            _consumer_settings(settings), runner=runner, demand=demand, store=store, hooks=hooks, metrics=metrics
-        )
+            _consumer_settings(settings), runner=runner, demand=demand, store=store, hooks=hooks, metrics=metrics,
+            at_stop=self._delivery.stop if self._delivery else None,
+        )  # fmt: skip
         self._relay = Relay(settings.dsn_text, settings.schema_, metrics.relay_notifies.inc)
         self._collector = Collector(
             settings.dsn_text,
@@ -184,6 +193,8 @@ class App:
         """All that runs beside the consumer."""
         tasks = [asyncio.create_task(self._show()), asyncio.create_task(self._start_beside())]
         await self._transactions.open()
+        if self._delivery:
+            self._delivery.open(self.metrics)
         try:
             yield
         finally:
@@ -194,6 +205,8 @@ class App:
                 log.warning("the stream's thread has not ended within %g s", _STOP_THREADS_S)
             await asyncio.to_thread(self._collector.stop, _STOP_THREADS_S)
             await self._transactions.close()
+            if self._delivery:
+                await self._delivery.close()
             self._threads.close()
 
     async def _start_beside(self) -> None:
@@ -281,7 +294,37 @@ class App:
                   "never answered" if answered is None else f"{time.monotonic() - answered:.1f}s"),
             Check("schema", self.consumer.in_service, "" if self.consumer.in_service else "not there yet"),
             Check("draining", not self.consumer.stopping, "yes" if self.consumer.stopping else "no"),
+            *([Check("application", not self._delivery.unreached, self._delivery.unreached)] if self._delivery else ()),
         ]  # fmt: skip
+
+
+def _the_one(given: Router | None, deliverys: Router | None) -> Router:
+    router = given or deliverys
+    if router is None or (given and deliverys):
+        raise UsageError(
+            "a consumer has either a router or deliver_to", hint="pass a cdc.Router, or None and deliver_to=URL"
+        )
+    return router
+
+
+def _make_delivery(settings: Settings) -> Delivery:
+    try:
+        from cdc.deliver.delivery import Delivery  # noqa: PLC0415 - its library is an extra
+    except ModuleNotFoundError as missing:
+        if missing.name != "aiohttp":
+            raise
+        raise UsageError("delivering over HTTP needs aiohttp", hint="pip install 'cdc[http]'") from None
+    deliver = settings.deliver
+    assert deliver.to is not None
+    return Delivery(
+        target.parse(deliver.to),
+        types=deliver.types or (),
+        batch=deliver.batch,
+        linger_s=deliver.linger,
+        source=deliver.source,
+        keys=deliver.keys,
+        timeout_s=settings.timeout_s,
+    )
 
 
 def _consumer_settings(settings: Settings) -> ConsumerSettings:

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from cdc.deliver import signature, target
 from cdc.durations import parse_duration
 from cdc.errors import UsageError
 from cdc.model import PLUGINS
@@ -60,6 +61,43 @@ class Http(_Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics, /livez and /readyz.")
     port: int = Field(9464, ge=0, le=65535, description="Their port; 0 switches them off.")
     page: bool = Field(True, description="Show the consumer's figures on a page at /, beside them.")
+
+
+def _is_a_target(url: str | None) -> str | None:
+    if url is not None:
+        target.parse(url)
+    return url
+
+
+def _is_a_secret(secret: SecretStr | None) -> SecretStr | None:
+    if secret is not None:
+        signature.key(secret.get_secret_value())
+    return secret
+
+
+def _at_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+_Secret = Annotated[SecretStr | None, AfterValidator(_is_a_secret)]
+_Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_at_commas)]
+
+
+class Deliver(_Section):
+    to: Annotated[str | None, AfterValidator(_is_a_target)] = Field(
+        None, description="URL of an application that changes are posted to, instead of to handlers."
+    )
+    types: _Names = Field(None, description="Entity types to deliver; left out, all of them.")
+    batch: int = Field(1, ge=1, le=10_000, description="Changes in one request, as a batch if more than 1.")
+    linger: float = Field(0.0, ge=0, le=10, description="Seconds that a batch which is not full waits for more.")
+    source: str | None = Field(None, min_length=1, description="The events' source; left out, the table.")
+    secret: _Secret = Field(None, description="Signs what is delivered: whsec_ and base64.")
+    previous_secret: _Secret = Field(None, description="Signs beside it, while a secret is being replaced.")
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """What to sign with, the current one first. Secrets."""
+        return tuple(signature.key(one.get_secret_value()) for one in (self.secret, self.previous_secret) if one)
 
 
 class Backoff(_Section):
@@ -102,6 +140,7 @@ class Settings(_Section):
         "public", alias="schema", min_length=1, description="Schema of the table entity_changes."
     )
     handlers: str | None = Field(None, description="Your router, as package.module:router.")
+    deliver: Deliver = Deliver()
     slot: Slot = Slot()
     stream: bool = Field(True, description="Listen to the replication slot; without it changes are found by sweeping.")
     http: Http = Http()
@@ -151,9 +190,15 @@ class Settings(_Section):
             raise ValueError(f"window ({self.window}) must be at least concurrency ({self.concurrency})")
         if self.backoff.cap < self.backoff.base:
             raise ValueError(f"backoff.cap ({self.backoff.cap}) must be at least backoff.base ({self.backoff.base})")
+        if self.handlers and self.deliver.to:
+            raise ValueError("handlers and deliver.to are both set; a consumer has either, so leave one out")
         if self.slot.mode == "temporary" and not self.slot.create:
             raise ValueError("slot.mode temporary needs slot.create: such a slot is made at each connection")
         return self
+
+
+_SHORT = {"deliver.types": "--type", "deliver.batch": "--batch"}
+"""Options that are no spelling of the setting's name: what one writes beside --deliver-to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +219,11 @@ class Setting:
         return self.kind is bool
 
     @property
+    def repeats(self) -> bool:
+        """It may be given several times on the command line; elsewhere it is a list, or has commas."""
+        return any(get_origin(kind) is tuple for kind in get_args(self.kind))
+
+    @property
     def flat(self) -> str:
         return self.name.replace(".", "_")
 
@@ -183,7 +233,7 @@ class Setting:
 
     @property
     def option(self) -> str:
-        return "--" + self.flat.replace("_", "-")
+        return _SHORT.get(self.name) or "--" + self.flat.replace("_", "-")
 
 
 def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
@@ -298,9 +348,11 @@ def _secret_from(path: str, variable: str) -> str:
         return Path(path).read_text().removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        # A DSN where the name of its file belongs is the likely mistake, and must not be quoted.
-        named = f"the file that {variable} names" if set(path) & set("@=?") or "://" in path else f"{variable}={path}"
-        hint = f"the DSN itself goes into {variable.removesuffix('_FILE')}"
+        # A secret where the name of its file belongs is the likely mistake, and must not be quoted.
+        secret = set(path) & set("@=?") or "://" in path or path.startswith("whsec_")
+        named = f"the file that {variable} names" if secret else f"{variable}={path}"
+        what = "DSN" if variable.endswith("DSN_FILE") else "secret"
+        hint = f"the {what} itself goes into {variable.removesuffix('_FILE')}"
         raise UsageError(f"{named} cannot be read: {reason}", hint=hint) from None
 
 

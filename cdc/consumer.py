@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -65,7 +65,10 @@ class ConsumerSettings:
 
 
 class Consumer:
-    """One consumer. ``run`` returns when ``stop`` was called and what ran has been drained."""
+    """One consumer. ``run`` returns when ``stop`` was called and what ran has been drained.
+
+    ``at_stop`` is called before that: it may cut off what would only wait in vain.
+    """
 
     def __init__(
         self,
@@ -76,8 +79,10 @@ class Consumer:
         store: Store,
         hooks: Hooks,
         metrics: Metrics,
+        at_stop: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
+        self._at_stop = at_stop
         self._store = store
         self._hooks = hooks
         self._metrics = metrics
@@ -253,6 +258,8 @@ class Consumer:
         self, session: Session, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]
     ) -> None:
         await self._stopping.wait()
+        if self._at_stop:
+            self._at_stop()
         await self._workers.drain(self._settings.drain_time_s)
         self._drained = True
         self._settle_due.set()

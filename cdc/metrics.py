@@ -35,6 +35,8 @@ ROLES = ("streaming", "standby", "sweeping")
 SOURCES = ("wal", "notify", "retry", "sweep")
 OUTCOMES = ("processed", "retried", "discarded", "dead", "interrupted")
 ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected")
+REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
+"""How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""
 OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
 CONNECTION_KINDS = ("async", "sync")
 INTERRUPTIONS = ("connection", "statement")
@@ -167,6 +169,14 @@ class Metrics:
         self.transaction_connections.labels(kind, "busy").set(busy)
         self.transaction_connections.labels(kind, "idle").set(idle)
         self.transaction_waiting.labels(kind).set(wanted)
+
+    def delivers(self) -> None:
+        """This consumer delivers to an application over HTTP: only then there are figures of it."""
+        self.delivery_up = self._gauge(
+            "cdc_delivery_up", "1 while the application takes connections, 0 while changes wait for it."
+        )
+        self.delivery_requests = self._counter("cdc_delivery_requests", "Requests, by how they ended.", "result")
+        _start(self.delivery_requests, REQUESTS)
 
     def set_role(self, role: str) -> None:
         """One of ROLES."""

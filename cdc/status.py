@@ -31,6 +31,8 @@ _ERROR_CLASS = re.compile(
     r"(?P<misfit>does not fit [A-Za-z_]\w{0,60})(?=:)"
     r"|(?P<limit>took longer than [\d.e+]{1,9} s)\Z"
     r"|(?P<crash>the consumer's process ended)\b"
+    r"|(?P<answer>(?:rejected: )?answered \d{3})\b"
+    r"|(?P<broken>the connection broke)\b"
     r"|(?P<rejected>rejected)(?=:)"
     r"|(?P<error>(?:[A-Za-z_]\w{0,60})?(?:Error|Exception|Exit|Failure|Invalid|NotFound|Timeout|Warning))(?=:|\Z)"
 )

@@ -30,7 +30,9 @@ def slot_name() -> str:
 
 
 @contextlib.asynccontextmanager
-async def consuming(dsn: str, router: Router, limits: Limits | None = None, **settings: Any) -> AsyncIterator[App]:
+async def consuming(
+    dsn: str, router: Router | None, limits: Limits | None = None, **settings: Any
+) -> AsyncIterator[App]:
     """A consumer beside the test. Leaves by draining; what ended it early is raised."""
     app = App(config.from_options({"dsn": dsn, "http_port": 0, "slot_name": slot_name(), **settings}), router, limits)
     work = asyncio.create_task(app.run())
@@ -61,10 +63,12 @@ class Process:
     ) -> None:
         self._log = log
         settings = {"slot_name": "cdc_test", "http_port": 0, **settings}
+        if "deliver_to" not in settings:
+            settings["handlers"] = handlers
         options = [item for name, value in settings.items() for item in (f"--{name.replace('_', '-')}", str(value))]
         with log.open("a") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "run", "--handlers", handlers, *options],
+                [sys.executable, "-m", module, "run", *options],
                 cwd=ROOT, env={**os.environ, "CDC_DSN": dsn}, stdout=output, stderr=output,
             )  # fmt: skip
 

@@ -40,7 +40,7 @@ PURE = (
     "model", "errors", "lsn", "probe", "routing", "lanes", "intake", "retry", "shares", "refusals",
     "wakeup/wire", "wakeup/wal2json", "wakeup/pgoutput", "wakeup/progress",
     "slot_state", "amounts", "history", "doctor/findings", "doctor/facts", "doctor/server", "doctor/doorbell",
-    "doctor/outbox", "doctor/script",
+    "doctor/outbox", "doctor/script", "deliver/target", "deliver/signature", "deliver/cloudevents", "deliver/answers",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
                 "www.postgresql.org"}  # fmt: skip

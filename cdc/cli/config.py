@@ -27,7 +27,7 @@ def show(resolved: Resolved, as_json: bool) -> None:
 
     Takes the options of cdc run, and shows what it would run with.
     """
-    shown = {name: _shown(resolved.value(name)) for name in SETTINGS}
+    shown = {name: _shown(name, resolved.value(name)) for name in SETTINGS}
     if as_json:
         settings = {name: {"value": value, "source": resolved.sources[name]} for name, value in shown.items()}
         print_json({"settings": settings})
@@ -43,5 +43,7 @@ def schema() -> None:
     click.echo(json.dumps(Settings.model_json_schema(), indent=2))
 
 
-def _shown(value: Any) -> Any:
-    return f"(secret) {describe(value.get_secret_value())}" if isinstance(value, SecretStr) else value
+def _shown(name: str, value: Any) -> Any:
+    if isinstance(value, SecretStr):
+        return f"(secret) {describe(value.get_secret_value())}" if name.endswith("dsn") else "(secret)"
+    return ", ".join(value) if isinstance(value, tuple) else value

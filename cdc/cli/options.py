@@ -61,8 +61,14 @@ def _option(name: str) -> Callable[[Command], Command]:
         setting.flat,
         default=None,
         metavar=_placeholder(setting),
-        help=setting.description + shown,
+        multiple=setting.repeats,
+        callback=_or_none if setting.repeats else None,
+        help=setting.description + (" May be repeated." if setting.repeats else "") + shown,
     )
+
+
+def _or_none(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...] | None:
+    return given or None
 
 
 def _plain(value: object) -> str:
@@ -75,6 +81,8 @@ def _placeholder(setting: Setting) -> str | None:
     if get_origin(setting.kind) is Literal:
         return "|".join(get_args(setting.kind))
     words = {int: "N", float: "SECONDS"}
+    if setting.repeats:
+        return setting.option[2:].upper()
     return words.get(setting.kind, setting.name.split(".")[-1].split("_")[-1].upper())
 
 

@@ -21,16 +21,18 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
 
 @click.command()
 @settings_options(
-    "handlers", "dsn", "stream_dsn", "schema", "slot.name", "slot.create", "slot.recreate",
+    "handlers", "deliver.to", "deliver.types", "deliver.batch", "deliver.linger", "deliver.source", "deliver.secret",
+    "deliver.previous_secret", "dsn", "stream_dsn", "schema", "slot.name", "slot.create", "slot.recreate",
     "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "concurrency",
     "threads", "transactions", "window", "max_attempts", "max_chain_depth", "timeout", "backoff.base",
     "backoff.cap", "drain_time", "sweep_interval", "poll_interval", "retention", "log.level", "log.format",
 )  # fmt: skip
 def run(settings: Settings) -> None:
-    """Hand committed changes to your handlers.
+    """Hand committed changes to your handlers, or to an application over HTTP.
 
     \b
         cdc run --dsn postgresql://app@db/app --handlers myapp.events:router
+        cdc run --dsn postgresql://app@db/app --deliver-to http://127.0.0.1:3000/changes --type order
 
     Runs until SIGTERM or Ctrl-C, then lets running handlers finish and ends with 0. The database needs "cdc db
     install" and "cdc track" first. Where replication is not to be had it works as well: it looks for new changes
@@ -38,9 +40,9 @@ def run(settings: Settings) -> None:
 
     Every option is also a variable (--slot-name: CDC_SLOT_NAME) and a line of cdc.toml (name in [slot]).
     """
-    if not settings.handlers:
-        raise UsageError("no handlers are named", hint=f"--handlers or CDC_HANDLERS: {_EXAMPLE}")
-    router = load_router(settings.handlers)
+    if not settings.handlers and not settings.deliver.to:
+        raise UsageError("no handlers are named", hint=f"--handlers or CDC_HANDLERS: {_EXAMPLE}; or --deliver-to URL")
+    router = load_router(settings.handlers) if settings.handlers else None
     from cdc.app import serve  # noqa: PLC0415 - --help does not wait for the consumer to load
 
     serve(settings, router)

@@ -33,6 +33,7 @@ _GROUPS = {
     "Changes and handlers": (
         "cdc_changes_", "cdc_change_", "cdc_handler_", "cdc_settle_", "cdc_transaction_", "cdc_lanes_",
     ),
+    "Delivery over HTTP": ("cdc_delivery_",),
     "Consumer": ("cdc_",),
     "Process": ("process_", "python_"),
 }  # fmt: skip
@@ -56,6 +57,7 @@ def everything() -> list[Metric]:
     for loop in ("consumer", "shards", "settle", "stream", "collector"):
         metrics.loop_last_iteration.labels(loop).set(1)
     metrics.stream_last_byte.labels("SLOT").set(1)
+    metrics.delivers()
     return list(metrics.registry.collect())
 
 

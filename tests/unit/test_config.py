@@ -40,11 +40,19 @@ def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default
     assert resolved.value("slot.name") == "in_file"
 
 
+EXAMPLES = {
+    "deliver.to": "http://127.0.0.1:3000/changes",
+    "deliver.secret": "whsec_" + "a" * 44,
+    "deliver.previous_secret": "whsec_" + "b" * 44,
+}
+"""Of settings that do not take any text."""
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_setting_is_an_option_a_variable_and_a_line_of_the_file(name: str, folder: Path) -> None:
     setting = SETTINGS[name]
     assert setting.description.endswith(".")
-    value = "x" if setting.default is None else setting.default
+    value = EXAMPLES.get(name, "x") if setting.default is None else setting.default
     for resolved in (load({setting.flat: str(value)}, environ={}), _load(**{setting.variable: str(value)})):
         assert resolved.sources[name] in {setting.option, setting.variable}
     section, _, leaf = name.rpartition(".")
@@ -160,6 +168,9 @@ def test_the_stream_may_have_a_role_of_its_own() -> None:
         ({"CDC_WINDOW": "99"}, "window (99) must be at least concurrency (100)"),
         ({"CDC_BACKOFF_BASE": "400"}, "backoff.cap (300.0) must be at least backoff.base (400.0)"),
         ({"CDC_THREADS": "0", "CDC_HTTP_PORT": "x"}, "CDC_HTTP_PORT: input"),
+        ({"CDC_DELIVER_TO": "http://hunter@app/"}, "CDC_DELIVER_TO: a URL with a user or a password in it"),
+        ({"CDC_DELIVER_SECRET": "hunter"}, "CDC_DELIVER_SECRET: a secret is whsec_ and then base64"),
+        ({"CDC_DELIVER_BATCH": "0"}, "CDC_DELIVER_BATCH: input should be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_value_is_a_sentence_with_its_source_and_without_the_value(environ: dict[str, str], said: str) -> None:
@@ -169,6 +180,31 @@ def test_a_wrong_value_is_a_sentence_with_its_source_and_without_the_value(envir
     assert "\n" not in str(refused.value)
     assert "unter" not in str(refused.value)
     assert refused.value.exit_code == 2
+
+
+def test_entity_types_are_a_list_or_have_commas_between_them(folder: Path) -> None:
+    assert _load(CDC_DELIVER_TYPES="order, task").settings.deliver.types == ("order", "task")
+    assert load({"deliver_types": ("order", "a,b")}, environ={}).settings.deliver.types == ("order", "a,b")
+    (folder / "cdc.toml").write_text('deliver = { types = ["order", "a,b"] }')
+    assert _load().settings.deliver.types == ("order", "a,b")
+    with pytest.raises(UsageError, match="should have at least 1 character"):
+        _load(CDC_DELIVER_TYPES="order,")
+
+
+def test_a_consumer_calls_handlers_or_delivers() -> None:
+    with pytest.raises(UsageError, match=r"handlers and deliver\.to are both set"):
+        _load(CDC_HANDLERS="app:router", CDC_DELIVER_TO="http://app/")
+
+
+def test_both_secrets_sign_and_where_there_is_none_nothing_does(folder: Path) -> None:
+    (folder / "secret").write_text(f"{EXAMPLES['deliver.secret']}\n")
+    assert _load().settings.deliver.keys == ()
+    both = {"CDC_DELIVER_SECRET_FILE": str(folder / "secret"), "CDC_DELIVER_PREVIOUS_SECRET": "whsec_" + "b" * 44}
+    current, previous = _load(**both).settings.deliver.keys
+    assert (current, previous) == (b"\x69\xa6\x9a" * 11, b"\x6d\xb6\xdb" * 11)
+    with pytest.raises(UsageError, match="the file that CDC_DELIVER_SECRET_FILE names cannot be read") as refused:
+        _load(CDC_DELIVER_SECRET_FILE="whsec_hunter")
+    assert refused.value.hint == "the secret itself goes into CDC_DELIVER_SECRET"
 
 
 @pytest.mark.parametrize("written", ["0", "none", "None", "0.0"])

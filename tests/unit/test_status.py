@@ -14,6 +14,9 @@ from cdc.status import error_class
         ("took longer than 60 s", "took longer than 60 s"),
         (CRASHED, "the consumer's process ended"),
         ("rejected: no such user Ada", "rejected"),
+        ("rejected: answered 410 Gone: no such user Ada", "rejected: answered 410"),
+        ("answered 503 Service Unavailable: Ada", "answered 503"),
+        ("the connection broke before an answer came (ClientOSError)", "the connection broke"),
     ],
 )
 def test_of_an_error_the_class_is_shown(last_error: str, shown: str) -> None:
@@ -26,6 +29,8 @@ def test_of_an_error_the_class_is_shown(last_error: str, shown: str) -> None:
         None,
         "",
         "Ada",
+        "rejected by Ada",
+        "answered 5033",
         "Ada: ValueError: no such user",
         "call Ada again: ConnectionError",
         "4711-2222 is not a ValueError: x",
