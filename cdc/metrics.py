@@ -177,6 +177,7 @@ class Metrics:
         )
         self.delivery_requests = self._counter("cdc_delivery_requests", "Requests, by how they ended.", "result")
         _start(self.delivery_requests, REQUESTS)
+        self.delivered = cache(self.delivery_requests.labels)
 
     def set_role(self, role: str) -> None:
         """One of ROLES."""

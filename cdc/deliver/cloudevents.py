@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid5
@@ -45,7 +46,7 @@ def event(change: Change, source: str | None) -> dict[str, Any]:
     attributes = {
         "specversion": "1.0",
         "id": str(change.id),
-        "source": source or _table(change),
+        "source": source or _table(change.table_schema, change.table),
         "type": f"cdc.{change.entity_type}.{change.operation.lower()}",
         "subject": change.entity_id,
         "time": change.changed_at.astimezone(UTC).isoformat().replace("+00:00", "Z"),
@@ -70,9 +71,9 @@ def event(change: Change, source: str | None) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if value not in (None, "")}
 
 
-def _table(change: Change) -> str:
-    schema = f"/schemas/{quote(change.table_schema, safe='')}" if change.table_schema else ""
-    return f"{schema}/tables/{quote(change.table, safe='')}"
+@lru_cache
+def _table(schema: str | None, table: str) -> str:
+    return (f"/schemas/{quote(schema, safe='')}" if schema else "") + f"/tables/{quote(table, safe='')}"
 
 
 def _json(value: Any) -> bytes:

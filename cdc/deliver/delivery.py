@@ -21,6 +21,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +104,9 @@ class Delivery:
         self._keys = keys
         self._timeout_s = timeout_s
         self._session: aiohttp.ClientSession | None = None
+        self._looking: aiohttp.ClientSession | None = None
+        """On the same connections, and it tells when one is made. A request takes a fifth longer by it, so it is for
+        those that find out whether the application is there."""
         self._gate = Gate(str(target), self._show)
         self._metrics: Metrics | None = None
         self.router = Router()
@@ -121,24 +125,27 @@ class Delivery:
             if self._target.socket
             else aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
         )
-        tracing = aiohttp.TraceConfig()
-        tracing.on_connection_create_end.append(self._connected)
-        self._session = aiohttp.ClientSession(
+        session = partial(
+            aiohttp.ClientSession,
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"User-Agent": f"cdc/{__version__}", "Accept-Encoding": "identity"},
             timeout=aiohttp.ClientTimeout(total=None, connect=min(_CONNECT_S, (self._timeout_s or math.inf) / 2)),
-            trace_configs=[tracing],
         )
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_create_end.append(self._connected)
+        self._session = session()
+        self._looking = session(connector_owner=False, trace_configs=[tracing])
         log.info(
             "delivers %s to %s, %s", "every type" if self._types == (ANY,) else ", ".join(self._types), self._target,
             "signed" if self._keys else "not signed: CDC_DELIVER_SECRET is not set",
         )  # fmt: skip
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._looking, self._session):
+            if session is not None:
+                await session.close()
 
     def stop(self) -> None:
         """Cut off what waits for the application; requests on their way go on."""
@@ -166,13 +173,16 @@ class Delivery:
                 self._gate.shut(str(error))
 
     async def _post(self, message: Message) -> Answer:
-        assert self._session is not None
+        session = self._looking if self._gate.shut_by else self._session
+        assert session is not None
         signed = signature.headers(self._keys, message.id, int(time.time()), message.body)
         headers = {"Content-Type": message.content_type, **signed}
-        request = self._session.post(self._url, data=message.body, headers=headers, allow_redirects=False)
+        request = session.post(self._url, data=message.body, headers=headers, allow_redirects=False)
         try:
             async with asyncio.timeout(self._timeout_s) as limit, request as response:
                 limit.reschedule(None)  # the status says all; how long its words take is limited by themselves
+                if session is self._looking:
+                    self._gate.opened()
                 self._count(f"{response.status // 100}xx")
                 return Answer(response.status, response.headers.get("Retry-After"), await _start(response.content))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -195,7 +205,7 @@ class Delivery:
     def _count(self, result: str) -> None:
         """One of REQUESTS; a status beyond 599 counts as what it is treated like."""
         if self._metrics:
-            self._metrics.delivery_requests.labels(result if result in REQUESTS else "5xx").inc()
+            self._metrics.delivered(result if result in REQUESTS else "5xx").inc()
 
 
 def _judge(answer: Answer, *, alone: bool) -> None:
@@ -212,6 +222,8 @@ def _judge(answer: Answer, *, alone: bool) -> None:
 async def _start(content: aiohttp.StreamReader) -> bytes:
     """The first of it. What comes after that, or does not come, is of no interest."""
     kept, seen = b"", 0
+    if content.at_eof():
+        return kept
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
         async with asyncio.timeout(_BODY_S):
             async for chunk in content.iter_any():
