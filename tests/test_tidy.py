@@ -43,7 +43,7 @@ PURE = (
     "doctor/outbox", "doctor/script", "deliver/target", "deliver/signature", "deliver/cloudevents", "deliver/answers",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
-                "www.postgresql.org"}  # fmt: skip
+                "www.postgresql.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip
 """Whom the files may link to. Anything else is a place somebody fetched from, or a machine somebody worked on."""
 
 

@@ -1,0 +1,152 @@
+"""The applications in docs/handlers.md, as they stand there, in the languages they are written in."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psycopg
+import pytest
+
+from cdc.deliver import signature
+from tests.eventually import eventually, eventually_async
+from tests.fix_application import free_port
+from tests.fix_consumer import consuming, settled, states
+
+_SECRET = "whsec_" + base64.b64encode(b"a" * 32).decode()
+_OTHER_SECRET = "whsec_" + base64.b64encode(b"b" * 32).decode()
+_PAGE = Path(__file__).resolve().parents[2] / "docs/handlers.md"
+
+
+def _example(language: str) -> str:
+    _, section = _PAGE.read_text("utf-8").split("\n## In any language\n")
+    [found] = re.findall(rf"```{language}\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    return str(found)
+
+
+def _command(language: str, folder: Path) -> list[str]:
+    """How the example is started."""
+    if language == "python":
+        (folder / "app.py").write_text(_example("python"))
+        return [sys.executable, "app.py"]
+    if missing := [program for program in ("node", "esbuild") if shutil.which(program) is None]:
+        assert not os.environ.get("CDC_REQUIRE_NODE"), f"CDC_REQUIRE_NODE is set, and {missing} are missing"
+        pytest.skip(f"no {' and '.join(missing)}: deploy/debian-setup --with-node installs them")
+    # Nothing but the types is taken out, which newer versions of Node do by themselves.
+    without_types = subprocess.run(
+        ["esbuild", "--loader=ts", "--format=esm"],
+        input=_example("typescript"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (folder / "app.mjs").write_text(without_types.stdout)
+    return ["node", "app.mjs"]
+
+
+class _Receiver:
+    def __init__(self, command: list[str], folder: Path, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}/"
+        self._log = folder / "log"
+        with self._log.open("w") as log:
+            environ = {**os.environ, "CDC_DELIVER_SECRET": _SECRET, "PORT": str(port)}
+            self.process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log)
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+
+@contextmanager
+def _running(command: list[str], folder: Path) -> Iterator[_Receiver]:
+    receiver = _Receiver(command, folder, free_port())
+    try:
+        yield receiver
+    finally:
+        receiver.process.kill()
+        receiver.process.wait()
+
+
+@pytest.fixture(params=["python", "typescript"])
+def receiver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Receiver]:
+    with _running(_command(request.param, tmp_path), tmp_path) as running:
+        yield running
+
+
+def _publish(db: psycopg.Connection) -> list[str]:
+    statement = "SELECT publish_change('order', n::text, 'INSERT', '{\"total\": 1}') FROM generate_series(1, 20) AS n"
+    db.execute(statement)
+    return [str(identity) for (identity,) in db.execute("SELECT id FROM entity_changes").fetchall()]
+
+
+async def _all_settled(db: psycopg.Connection) -> None:
+    async def check() -> bool:
+        return settled(db)
+
+    await eventually_async(check, what="every change processed or dead")
+
+
+async def test_the_example_takes_what_a_consumer_delivers(
+    receiver: _Receiver, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    published = _publish(outbox_db)
+    # It may still be starting: that is what the consumer is patient for.
+    async with consuming(outbox, None, deliver_to=receiver.url, deliver_secret=_SECRET):
+        await _all_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 20}
+    eventually(lambda: len(re.findall(r"cdc\.order\.insert .*total", receiver.said)) == 20)
+    assert all(identity in receiver.said for identity in published)
+
+
+async def test_the_example_takes_nothing_that_is_signed_with_another_secret(
+    receiver: _Receiver, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    _publish(outbox_db)
+    async with consuming(outbox, None, deliver_to=receiver.url, deliver_secret=_OTHER_SECRET):
+        await _all_settled(outbox_db)
+    assert states(outbox_db) == {"dead": 20}
+    [(told,)] = outbox_db.execute("SELECT DISTINCT last_error FROM entity_changes").fetchall()
+    assert told == "rejected: answered 400 Bad Request"
+
+
+async def test_the_example_tells_what_is_forged_from_what_it_fails_at(receiver: _Receiver) -> None:
+    now = int(time.time())
+    body = b"this is no event"
+
+    def signed(at: int, message: bytes = body, **changed: str) -> dict[str, str]:
+        keys = [signature.key(_OTHER_SECRET), signature.key(_SECRET)]
+        return {**signature.headers(keys, "id", at, message), **changed}
+
+    cases: list[tuple[dict[str, str], int]] = [
+        (signed(now), 500),
+        (signed(now, b"something else"), 400),
+        (signed(now - 1000), 400),
+        (signed(now + 1000), 400),
+        (signed(now, **{"webhook-id": "another"}), 400),
+        (signed(now, **{"webhook-signature": "v1,AAAA v1 x"}), 400),
+        ({}, 400),
+    ]
+    async with aiohttp.ClientSession() as session:
+
+        async def status(headers: dict[str, str]) -> int:
+            async with session.post(receiver.url, data=body, headers=headers) as response:
+                return response.status
+
+        async def listens() -> Any:
+            try:
+                return await status({})
+            except aiohttp.ClientConnectorError:
+                return None
+
+        await eventually_async(listens, what="the example listening")
+        assert [await status(headers) for headers, _ in cases] == [expected for _, expected in cases]
