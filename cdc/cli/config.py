@@ -33,7 +33,8 @@ def show(resolved: Resolved, as_json: bool) -> None:
         print_json({"settings": settings})
     else:
         print_table(
-            ["setting", "value", "source"], ((name, value, resolved.sources[name]) for name, value in shown.items())
+            ["setting", "value", "source"],
+            ((name, _in_a_cell(value), resolved.sources[name]) for name, value in shown.items()),
         )
 
 
@@ -46,4 +47,8 @@ def schema() -> None:
 def _shown(name: str, value: Any) -> Any:
     if isinstance(value, SecretStr):
         return f"(secret) {describe(value.get_secret_value())}" if name.endswith("dsn") else "(secret)"
+    return value
+
+
+def _in_a_cell(value: Any) -> Any:
     return ", ".join(value) if isinstance(value, tuple) else value

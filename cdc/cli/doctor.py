@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ _REMEDY_INDENT = "      "
 
 @click.command()
 @resolved_options(
-    "dsn", "stream_dsn", "schema", "handlers", "slot.name", "slot.create", "slot.plugin", "slot.mode", "stream",
-    "timeout", "retention",
+    "dsn", "stream_dsn", "schema", "handlers", "deliver.to", "deliver.types", "slot.name", "slot.create", "slot.plugin",
+    "slot.mode", "stream", "timeout", "retention",
 )  # fmt: skip
 @click.option("--fix", is_flag=True, help="Print the SQL that mends what SQL can mend, and run nothing.")
 @click.option("--strict", is_flag=True, help="Exit 1 on warnings too.")
@@ -60,15 +60,9 @@ def _subject(resolved: Resolved) -> Subject:
     settings = resolved.settings
     handles, handlers_error = None, None
     try:
-        router = load_router(settings.handlers) if settings.handlers else None
+        handles = _handles(settings)
     except CdcError as error:
-        router, handlers_error = None, (str(error), error.hint)
-    if router is not None:
-        match = router.match
-
-        def handles(entity_type: str, operation: str) -> bool:
-            return match(entity_type, operation) is not None
-
+        handlers_error = (str(error), error.hint)
     return Subject(
         dsn=settings.dsn_text,
         stream_dsn=settings.stream_dsn_text,
@@ -84,6 +78,17 @@ def _subject(resolved: Resolved) -> Subject:
         handlers_error=handlers_error,
         exposed_files=_exposed_files(resolved, settings),
     )
+
+
+def _handles(settings: Settings) -> Callable[[str, str], bool] | None:
+    """Whether a change of such a type and operation is wanted; None: no handlers are named."""
+    if settings.deliver.to:
+        types = settings.deliver.types
+        return lambda entity_type, _operation: types is None or entity_type in types
+    if not settings.handlers:
+        return None
+    match = load_router(settings.handlers).match
+    return lambda entity_type, operation: match(entity_type, operation) is not None
 
 
 def _exposed_files(resolved: Resolved, settings: Settings) -> tuple[str, ...]:

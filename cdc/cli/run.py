@@ -12,7 +12,7 @@ from types import ModuleType
 import click
 
 from cdc.cli.options import settings_options
-from cdc.config import Settings
+from cdc.config import Deliver, Settings
 from cdc.errors import CdcError, UsageError
 from cdc.routing import Router
 
@@ -40,6 +40,10 @@ def run(settings: Settings) -> None:
 
     Every option is also a variable (--slot-name: CDC_SLOT_NAME) and a line of cdc.toml (name in [slot]).
     """
+    if settings.deliver != Deliver() and not settings.deliver.to:
+        raise UsageError(
+            "a delivery is described, and not where to", hint="--deliver-to URL; or no --type, --batch, CDC_DELIVER_..."
+        )
     if not settings.handlers and not settings.deliver.to:
         raise UsageError("no handlers are named", hint=f"--handlers or CDC_HANDLERS: {_EXAMPLE}; or --deliver-to URL")
     router = load_router(settings.handlers) if settings.handlers else None

@@ -458,6 +458,14 @@ def test_handlers_that_do_not_load_are_a_finding(shop: str) -> None:
     assert (found["verdict"], "tests.nosuch" in found["detail"]) == ("fail", True)
 
 
+@pytest.mark.parametrize(("wanted", "verdict"), [([], "ok"), (["--type", "task"], "ok"), (["--type", "order"], "warn")])
+def test_what_is_captured_and_not_delivered_is_warned_of(wanted: list[str], verdict: str, shop: str) -> None:
+    with psycopg.connect(shop, autocommit=True) as db:
+        tracking.untrack(db, "public", "tasks")
+        tracking.track(db, "public", "tasks", entity_type="task")
+    assert findings(shop, "--deliver-to", "http://127.0.0.1:3000/", *wanted)["unrouted"]["verdict"] == verdict
+
+
 def test_a_settings_file_with_a_dsn_that_everybody_may_read_is_warned_of(shop: str, tmp_path: Path) -> None:
     file = tmp_path / "cdc.toml"
     file.write_text(f"dsn = {json.dumps(make_conninfo(shop, password=PASSWORD))}\n")

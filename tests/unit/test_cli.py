@@ -2,6 +2,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -16,9 +17,10 @@ from click.testing import CliRunner, Result
 
 import cdc.cli
 from cdc import __version__
+from cdc.app import App
 from cdc.cli import output, run
 from cdc.cli.options import database_options, json_option, yes_option
-from cdc.config import SETTINGS, Settings
+from cdc.config import SETTINGS, Settings, from_options
 from cdc.errors import CdcError, ConnectError, NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.lsn import Lsn
 from cdc.routing import Router
@@ -352,3 +354,71 @@ def test_run_without_handlers_says_which_option_is_missing(cli: Cli) -> None:
 def test_run_takes_every_setting_as_an_option(cli: Cli) -> None:
     shown = cli("run", "--help").stdout
     assert [name for name, setting in SETTINGS.items() if f"{setting.option} " not in shown] == []
+
+
+# --- cdc run --deliver-to ---
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, object]]:
+    """What the consumer would be started with."""
+    given: list[tuple[Settings, object]] = []
+    monkeypatch.setattr("cdc.app.serve", lambda settings, router: given.append((settings, router)))
+    return given
+
+
+def test_a_delivery_is_described_on_the_command_line(cli: Cli, served: list[tuple[Settings, object]]) -> None:
+    options = ["--deliver-to", "http://127.0.0.1:3000/changes", "--type", "order", "--type", "task", "--batch", "50"]
+    assert cli("run", *options).exit_code == 0
+    [(settings, router)] = served
+    assert router is None
+    assert settings.deliver.to == "http://127.0.0.1:3000/changes"
+    assert settings.deliver.types == ("order", "task")
+    assert settings.deliver.batch == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--type", "order"], "a delivery is described, and not where to"),
+        (["--handlers", "tests.handlers:router", "--batch", "5"], "a delivery is described, and not where to"),
+        (["--deliver-to", "http://app/", "--handlers", "a:b"], "handlers and deliver.to are both set"),
+        (["--deliver-to", "http://user:hunter@app/"], "--deliver-to: a URL with a user or a password in it"),
+        (["--deliver-to", "http://app/", "--deliver-secret", "hunter"], "--deliver-secret: a secret is whsec_"),
+        ([], "no handlers are named"),
+    ],
+)
+def test_a_delivery_that_cannot_be_is_refused_before_anything_starts(
+    options: list[str], said: str, cli: Cli, served: list[tuple[Settings, object]]
+) -> None:
+    refused = cli("run", *options)
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+    assert "hunter" not in refused.stderr
+    assert served == []
+
+
+def test_the_settings_of_a_delivery_are_shown_without_its_secrets(cli: Cli) -> None:
+    secret = "whsec_" + "hunter00" * 5
+    shown = cli("config", "show", "--deliver-to", "http://app/", "--type", "order", "--type", "task",
+                "--deliver-secret", secret)  # fmt: skip
+    assert shown.exit_code == 0
+    assert re.search(r"deliver\.types +order, task +--type", shown.stdout)
+    assert re.search(r"deliver\.secret +\(secret\) +--deliver-secret", shown.stdout)
+    assert "hunter" not in shown.output
+
+
+async def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "cdc.deliver.delivery", raising=False)
+    with pytest.raises(UsageError, match="delivering over HTTP needs aiohttp") as refused:
+        App(from_options({"deliver_to": "http://app/"}), None)
+    assert refused.value.hint == "pip install 'cdc[http]'"
+
+
+@pytest.mark.parametrize(("router", "settings"), [(None, {}), (Router(), {"deliver_to": "http://app/"})])
+async def test_a_consumer_in_a_program_has_a_router_or_delivers(
+    router: Router | None, settings: dict[str, str]
+) -> None:
+    with pytest.raises(UsageError, match="either a router or deliver_to"):
+        App(from_options(settings), router)
