@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -100,13 +99,6 @@ async def listening(answer: Answering = accept, **place: Any) -> AsyncIterator[t
         yield application, f"http://127.0.0.1:{port}/changes"
     finally:
         await application.stop()
-
-
-def free_port() -> int:
-    """Nobody listens there."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 async def never(_request: Request) -> web.StreamResponse:

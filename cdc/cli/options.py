@@ -83,6 +83,8 @@ def _placeholder(setting: Setting) -> str | None:
     words = {int: "N", float: "SECONDS"}
     if setting.repeats:
         return setting.option[2:].upper()
+    if setting.name == "deliver.to":
+        return "URL"
     return words.get(setting.kind, setting.name.split(".")[-1].split("_")[-1].upper())
 
 

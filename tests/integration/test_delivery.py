@@ -21,8 +21,9 @@ from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from cdc import tracking
+from cdc.throwaway import free_port
 from tests.eventually import eventually, eventually_async
-from tests.fix_application import Application, Request, answers, free_port, listening, never
+from tests.fix_application import Application, Request, answers, listening, never
 from tests.fix_consumer import Process, consuming, metric, settled, states
 
 _QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}

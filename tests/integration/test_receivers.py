@@ -19,8 +19,8 @@ import psycopg
 import pytest
 
 from cdc.deliver import signature
+from cdc.throwaway import free_port
 from tests.eventually import eventually, eventually_async
-from tests.fix_application import free_port
 from tests.fix_consumer import consuming, settled, states
 
 _SECRET = "whsec_" + base64.b64encode(b"a" * 32).decode()

@@ -1,8 +1,9 @@
 """Each alert fires in a real Prometheus when its condition is really produced, and each panel shows something.
 
-Four consumers of a server of their own, each with its database and its scrape job, as ``docs/operations.md`` asks:
-``well`` and what befalls it, ``stuck`` with handlers that never return, ``mute`` without the right to replicate, and
-``deaf``, whose outbox is written by hand, behind a proxy. What no consumer can tell is told by postgres_exporter.
+Five consumers of a server of their own, each with its database and its scrape job, as ``docs/operations.md`` asks:
+``well`` and what befalls it, ``stuck`` with handlers that never return, ``mute`` without the right to replicate,
+``deaf``, whose outbox is written by hand, behind a proxy, and ``lonely``, whose application does not run. What no consumer
+can tell is told by postgres_exporter.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.fix_proxy import Proxy
 from tests.prometheus.fix_queries import alerts, dashboard, needed, panel_queries
 from tests.prometheus.fix_server import Exporter, Prometheus
 
-JOBS = ("well", "stuck", "mute", "deaf")
+JOBS = ("well", "stuck", "mute", "deaf", "lonely")
 _WITHIN_S = 90.0
 
 CAUSED: set[str] = set()
@@ -64,12 +65,16 @@ class Scene:
             admin.execute("CREATE ROLE mute LOGIN")
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("CDC_SLOT_RECREATE", "no")  # else a lost slot is gone before anybody has looked
-        stream = {"mute": make_conninfo(self.server.dsn("mute"), user="mute"), "deaf": self.proxy.dsn}
+        own = {
+            "mute": {"stream_dsn": make_conninfo(self.server.dsn("mute"), user="mute")},
+            "deaf": {"stream_dsn": self.proxy.dsn},
+            "lonely": {"deliver_to": f"http://127.0.0.1:{free_port()}/"},
+        }
         for job in JOBS:
-            more = {"stream_dsn": stream[job]} if job in stream else {}
             self.processes[job] = process = Process(
                 self.server.dsn(job), self._folder / f"{job}.log", handlers="tests.prometheus.handlers:router",
-                http_port=self.ports[job], slot_name=f"slot_{job}", drain_time=0, **more,
+                http_port=self.ports[job], slot_name=f"slot_{job}", drain_time=0,
+                **own.get(job, {}),
             )  # fmt: skip
             self._stack.callback(_end, process)
 
@@ -143,6 +148,11 @@ def test_every_panel_shows_something(scene: Scene) -> None:
         eventually(all_seen, within_s=_WITHIN_S)
     assert missing == set(), "these show nothing"
     assert len(queries) == len(list(panel_queries())), "two panels share a title"
+
+
+def test_an_application_that_does_not_run(scene: Scene) -> None:
+    scene.publish("lonely", "order")
+    scene.fires("CdcApplicationAway", job="lonely")
 
 
 def test_handlers_that_never_return_leave_a_backlog_and_then_one_blocks_the_event_loop(scene: Scene) -> None:
