@@ -2,8 +2,8 @@
 
 Five consumers of a server of their own, each with its database and its scrape job, as ``docs/operations.md`` asks:
 ``well`` and what befalls it, ``stuck`` with handlers that never return, ``mute`` without the right to replicate,
-``deaf``, whose outbox is written by hand, behind a proxy, and ``lonely``, whose application does not run. What no consumer
-can tell is told by postgres_exporter.
+``deaf``, whose outbox is written by hand, behind a proxy, and ``lonely``, whose application does not run. What no
+consumer can tell is told by postgres_exporter.
 """
 
 from __future__ import annotations
