@@ -178,8 +178,9 @@ class Delivery:
         signed = signature.headers(self._keys, message.id, int(time.time()), message.body)
         headers = {"Content-Type": message.content_type, **signed}
         request = session.post(self._url, data=message.body, headers=headers, allow_redirects=False)
+        limit = asyncio.timeout(self._timeout_s)
         try:
-            async with asyncio.timeout(self._timeout_s) as limit, request as response:
+            async with limit, request as response:
                 limit.reschedule(None)  # the status says all; how long its words take is limited by themselves
                 if session is self._looking:
                     self._gate.opened()
@@ -188,10 +189,10 @@ class Delivery:
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self._count("unreached")
             raise _UnreachedError(_reason(error)) from error
-        except TimeoutError as error:
-            self._count("timeout")
-            raise OverrunError(f"took longer than {self._timeout_s:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+            if limit.expired():
+                self._count("timeout")
+                raise OverrunError(f"took longer than {self._timeout_s:g} s") from error
             self._count("broken")
             raise DeliveryError(f"the connection broke before an answer came ({type(error).__name__})") from error
 

@@ -23,8 +23,8 @@ class Target:
 
 def parse(text: str) -> Target:
     """``http://HOST:PORT/PATH``, https, or ``unix:///SOCKET:/PATH``. Raises ValueError, which quotes nothing of it."""
-    if not text.isprintable() or " " in text:
-        raise ValueError("a URL has no blanks and no control characters; percent-encode them")
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("a URL has no blanks, no control characters and ASCII only; percent-encode all others")
     if "#" in text:
         raise ValueError("a fragment (#...) never reaches a server; leave it out")
     return _on_a_socket(text) if text.startswith(_UNIX) else _on_a_host(text)

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -25,6 +26,7 @@ from cdc.model import Change, Operation
 from tests.unit.changes import change
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+PAGE = Path(__file__).resolve().parents[2] / "docs/handlers.md"
 
 # --- CloudEvents ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +184,7 @@ def test_a_target_is_a_url_or_a_socket_with_a_path(text: str, found: Target, sho
         "", "hunter", "ftp://hunter/", "http://", "http:///hunter", "http://hunter:port/", "http://hunter:0/",
         "http://user:hunter@app/", "http://hunter@app/", "http://app/#hunter", "http://app/hunter now",
         "http://app/\nhunter", "http://[hunter/", "unix://hunter.sock:/", "unix:hunter", "unix://",
-        "http://unix:/run/hunter.sock:/",
+        "http://unix:/run/hunter.sock:/", "http://app/h\u00fcnter",
     ],
 )  # fmt: skip
 def test_what_is_no_target_is_refused_and_not_quoted(text: str) -> None:
@@ -281,3 +283,18 @@ def test_of_a_batch_an_answer_is_about_all_or_about_one_of_them(
 )
 def test_why_an_application_is_not_reached_is_told_without_its_address(error: aiohttp.ClientError, told: str) -> None:
     assert _reason(error) == told
+
+
+def test_the_event_in_the_documents_is_one_that_is_sent() -> None:
+    _, section = PAGE.read_text("utf-8").split("\n## In any language\n")
+    [example] = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
+    shown = json.loads(example)
+    made = _full(
+        id=UUID(shown["id"]),
+        entity_id="4711",
+        old={"id": 4711, "total": 12.5},
+        new={"id": 4711, "total": 15},
+        metadata={"timestamp": "2026-01-01T18:04:05.678+00:00"},
+        changed_at=datetime(2026, 1, 1, 18, 4, 5, 678000, tzinfo=UTC),
+    )
+    assert shown == cloudevents.event(made, None)
