@@ -23,7 +23,8 @@ Label values come from closed sets, and where they are known beforehand they are
 of the slot, `HANDLER` the name of a handler, `TYPE` an entity type that a rule names; all other types are `{other}`,
 and a change without a handler has `{none}`. Prometheus adds `job` and `instance`. Counters and states are there from
 the start, as 0; timestamps and the figures of the database when they have a value. Those of slot and outbox are read
-every 15 seconds, never in a scrape, and vanish when they cannot be read.
+every 15 seconds, never in a scrape, and vanish when they cannot be read. Those of delivery are there where something is
+delivered.
 """
 _GROUPS = {
     "Slot": ("cdc_slot_",),
