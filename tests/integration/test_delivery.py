@@ -12,6 +12,7 @@ import subprocess
 from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from cdc import tracking
+from cdc.app import App
 from cdc.throwaway import free_port
 from tests.eventually import eventually, eventually_async
 from tests.fix_application import Application, Request, answers, listening, never
@@ -247,7 +249,7 @@ async def test_an_application_that_is_still_starting_costs_patience_and_no_attem
     _publish(outbox_db, 30, 30)
     # The limits are for an attempt, and there is none: neither is reached.
     async with consuming(outbox, None, deliver_to=url, timeout=0.2, max_attempts=1, concurrency=5) as app:
-        await _true(lambda: metric(app.metrics.registry, "cdc_delivery_requests_total", result="unreached") > 8)
+        await _true(lambda: _unreached(app) > 8)
         assert states(outbox_db) == {"fresh": 30}
         assert metric(app.metrics.registry, "cdc_delivery_up") == 0
         assert [str(check) for check in app._readiness() if not check.ok] == [f"fail application {why}"]
@@ -266,20 +268,44 @@ async def test_an_application_that_is_still_starting_costs_patience_and_no_attem
     assert len([line for line in told if "is reached again" in line]) == 1
 
 
+def _unreached(app: App) -> float:
+    return metric(app.metrics.registry, "cdc_delivery_requests_total", result="unreached")
+
+
 async def test_while_the_application_is_away_one_call_at_a_time_looks_for_it(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     _publish(outbox_db, 200, 200)
     url = f"http://127.0.0.1:{free_port()}/"
-    async with consuming(outbox, None, deliver_to=url, concurrency=100) as app:
-        await _true(lambda: metric(app.metrics.registry, "cdc_delivery_up") == 0)
-        first = metric(app.metrics.registry, "cdc_delivery_requests_total", result="unreached")
-        await _true(
-            lambda: metric(app.metrics.registry, "cdc_delivery_requests_total", result="unreached") >= first + 3
-        )
-    # 100 began before anybody knew; each round since then was one.
-    assert metric(app.metrics.registry, "cdc_delivery_requests_total", result="unreached") <= 105
+    async with consuming(outbox, None, deliver_to=url) as app:
+        assert app._delivery is not None
+        waiting, looks = app._delivery._gate._waiting, partial(_unreached, app)
+        await _true(lambda: 50 < len(waiting) == app.consumer._lanes.running, "whoever had begun waits")
+        first = looks()
+        await _true(lambda: looks() >= first + 3)
+        assert looks() <= first + 5
     assert states(outbox_db) == {"fresh": 200}
+
+
+async def test_all_go_on_as_soon_as_a_connection_is_made_and_not_only_when_one_is_answered(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    port, all_there = free_port(), asyncio.Event()
+
+    async def together(_request: Request) -> web.StreamResponse:
+        await all_there.wait()
+        return web.Response(status=204)
+
+    application = Application(together)
+    _publish(outbox_db, 60, 60)
+    async with consuming(outbox, None, deliver_to=f"http://127.0.0.1:{port}/") as app:
+        await _true(lambda: _unreached(app) > 60)
+        await application.start(port)
+        await _true(lambda: len(application.requests) == 60, "no call waits for the answer to another")
+        all_there.set()
+        await _all_settled(outbox_db)
+    await application.stop()
+    assert _attempts(outbox_db) == {}
 
 
 async def test_an_application_that_restarts_in_the_middle_gets_everything(
@@ -422,7 +448,7 @@ async def test_a_certificate_that_cannot_be_trusted_is_an_application_that_canno
     port = await application.start(tls=tls)
     _publish(outbox_db, 1)
     async with consuming(outbox, None, deliver_to=f"https://127.0.0.1:{port}/") as app:
-        await _true(lambda: metric(app.metrics.registry, "cdc_delivery_requests_total", result="unreached") > 2)
+        await _true(lambda: _unreached(app) > 2)
     await application.stop()
     assert "cannot be reached (its certificate: self-signed certificate)" in caplog.text
     assert states(outbox_db) == {"fresh": 1}
