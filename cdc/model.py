@@ -115,6 +115,16 @@ def publication_name(schema: str) -> str:
     return f"cdc_{schema}".encode()[:63].decode(errors="ignore")
 
 
+TRIGGER = "cdc_capture"
+"""Our trigger's name on a table; an outbox outside public adds its schema, so that two may capture one table."""
+
+
+def trigger_name(schema: str) -> str:
+    """The name of our trigger, cut as PostgreSQL would cut it, between characters."""
+    name = TRIGGER if schema == "public" else f"{TRIGGER}_{schema}"
+    return name.encode()[:63].decode(errors="ignore")
+
+
 @dataclass(frozen=True, slots=True)
 class Processed:
     """The handler returned."""

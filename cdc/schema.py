@@ -4,6 +4,10 @@
 same objects from anywhere: from nothing, from the documented SQL with rows in it, or from an installation in which
 somebody has replaced a function. ``cdc_migrations``, in the same schema, records which have run.
 
+``sql/NAME/NNNN_name.sql`` is an optional set, the tables of an application: installed when it is named, and from then
+on brought to the present version with the rest. ``cdc_sets`` records that. What it makes belongs to the application: it
+is neither verified nor uninstalled here, and ``sql/NAME/consumer.sql`` says what its handlers may do with it.
+
 What the objects should look like is written nowhere a second time. ``verify`` runs the migrations in the session's
 temporary schema, asks the server's catalogs about both, rolls back, and compares.
 """
@@ -21,7 +25,7 @@ from psycopg import errors, sql
 
 from cdc import probe
 from cdc.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
-from cdc.model import message_prefix, publication_name
+from cdc.model import message_prefix, publication_name, trigger_name
 
 LOCK_TIMEOUT = "5s"
 """How long DDL waits for a table's lock. Writers queue behind it: longer would be an outage for the application."""
@@ -54,6 +58,16 @@ CREATE TABLE IF NOT EXISTS @schema@.cdc_migrations (
 _RECORD = """\
 INSERT INTO @schema@.cdc_migrations (version, name) VALUES ({version}, {name}) ON CONFLICT DO NOTHING;
 """
+_RECORD_OF_SET = """\
+CREATE TABLE IF NOT EXISTS @schema@.cdc_sets (
+  set_name text NOT NULL,
+  version integer NOT NULL,
+  name text NOT NULL,
+  applied_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+  PRIMARY KEY (set_name, version)
+);
+INSERT INTO @schema@.cdc_sets (set_name, version, name) VALUES ({set}, {version}, {name}) ON CONFLICT DO NOTHING;
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +76,18 @@ class Migration:
     name: str
     template: str
     """SQL in which ``@schema@`` and ``@publication@`` stand for identifiers, ``@schema_literal@``,
-    ``@publication_literal@`` and ``@prefix_literal@`` for literals."""
+    ``@publication_literal@``, ``@prefix_literal@`` and ``@trigger_literal@`` for literals."""
+    set: str = ""
+    """The optional set it belongs to; "" is the outbox itself."""
+
+    def __str__(self) -> str:
+        return f"{self.set}{' ' if self.set else ''}{self.version:04} {self.name}"
+
+    @property
+    def record(self) -> str:
+        """A template, as the migration is."""
+        form = _RECORD_OF_SET if self.set else _RECORD
+        return form.format(set=_literal(self.set), version=self.version, name=_literal(self.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +103,31 @@ class Finding:
         return f"{self.object} is {self.problem}"
 
 
-def migrations() -> list[Migration]:
-    """All migrations of this version, in order."""
+def migrations(name: str = "") -> list[Migration]:
+    """All migrations of this version, in order: of the outbox, or of an optional set."""
     found = [
-        Migration(int(path.name[:4]), path.stem[5:], path.read_text("utf-8"))
-        for path in sorted(_folder().glob("[0-9][0-9][0-9][0-9]_*.sql"))
+        Migration(int(path.name[:4]), path.stem[5:], path.read_text("utf-8"), name)
+        for path in sorted((_folder() / name).glob("[0-9][0-9][0-9][0-9]_*.sql"))
     ]
     assert [migration.version for migration in found] == list(range(1, len(found) + 1)), "a gap in the numbers"
     return found
+
+
+def sets() -> list[str]:
+    """The optional sets there are."""
+    return sorted(path.name for path in _folder().iterdir() if path.is_dir() and migrations(path.name))
+
+
+def check_sets(names: Sequence[str]) -> None:
+    """Raises UsageError for a name that is none of the ``sets``."""
+    for name in names:
+        if name not in (known := sets()):
+            raise UsageError(f"there is no set {name!r} of tables", hint=f"there is {', '.join(known)}")
+
+
+def consumer_rights(name: str) -> str:
+    """What the handlers of a set need, as SQL: a template, in which ``@role@`` is an identifier, too."""
+    return (_folder() / name / "consumer.sql").read_text("utf-8")
 
 
 def _folder() -> Path:
@@ -104,16 +146,18 @@ def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> No
     connection.add_notice_handler(pass_on)
 
 
-def install(connection: psycopg.Connection, schema: str) -> list[Migration]:
+def install(connection: psycopg.Connection, schema: str, sets: Sequence[str] = ()) -> list[Migration]:
     """Bring ``schema`` to this version in one transaction; the migrations that had to run, none if it was there.
 
     Creates the schema when it is missing. An ``entity_changes`` made from the documented SQL is upgraded in place and
-    keeps its rows. Raises SchemaError when a table stays locked for ``LOCK_TIMEOUT``, or what is there does not fit.
+    keeps its rows. ``sets`` are optional ones to install besides. Raises SchemaError when a table stays locked for
+    ``LOCK_TIMEOUT``, or what is there does not fit.
     """
+    check_sets(sets)
     with _exclusively(connection, schema):
         if not _exists(connection, schema, None):
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
-        missing = pending(connection, schema)
+        missing = pending(connection, schema, sets)
         _apply(connection, missing, schema)
         return missing
 
@@ -136,19 +180,37 @@ def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration
         return missing, [finding for finding in findings if finding not in left]
 
 
-def pending(connection: psycopg.Connection, schema: str) -> list[Migration]:
+def pending(connection: psycopg.Connection, schema: str, sets: Sequence[str] = ()) -> list[Migration]:
     """The migrations that ``install`` would run. Raises SchemaError when the schema is newer than this program."""
-    applied: set[int] = set()
-    if _exists(connection, schema, "cdc_migrations"):
-        ledger = sql.SQL("SELECT version FROM {}").format(sql.Identifier(schema, "cdc_migrations"))
-        applied = {int(version) for (version,) in connection.execute(ledger)}
-    known = migrations()
-    if applied and max(applied) > len(known):
-        raise SchemaError(
-            f"schema {schema} is at version {max(applied)}, and this program knows up to {len(known)}",
-            hint="use the cdc release that installed it, or a later one",
-        )
-    return [migration for migration in known if migration.version not in applied]
+    check_sets(sets)
+    applied = {"": _applied(connection, schema), **dict.fromkeys(sets, frozenset()), **_sets(connection, schema)}
+    missing: list[Migration] = []
+    for name, versions in applied.items():
+        known = migrations(name)
+        if versions and max(versions) > len(known):
+            which = f"the set {name} in schema {schema}" if name else f"schema {schema}"
+            raise SchemaError(
+                f"{which} is at version {max(versions)}, and this program knows up to {len(known)}",
+                hint="use the cdc release that installed it, or a later one",
+            )
+        missing += [migration for migration in known if migration.version not in versions]
+    return missing
+
+
+def _applied(connection: psycopg.Connection, schema: str) -> frozenset[int]:
+    if not _exists(connection, schema, "cdc_migrations"):
+        return frozenset()
+    ledger = sql.SQL("SELECT version FROM {}").format(sql.Identifier(schema, "cdc_migrations"))
+    return frozenset(int(version) for (version,) in connection.execute(ledger))
+
+
+def _sets(connection: psycopg.Connection, schema: str) -> dict[str, frozenset[int]]:
+    """The optional sets that are installed, each with its versions."""
+    if not _exists(connection, schema, "cdc_sets"):
+        return {}
+    ledger = sql.SQL("SELECT set_name, array_agg(version) FROM {} GROUP BY set_name ORDER BY set_name")
+    rows = connection.execute(ledger.format(sql.Identifier(schema, "cdc_sets")))
+    return {name: frozenset(versions) for name, versions in rows}
 
 
 def verify(connection: psycopg.Connection, schema: str) -> list[Finding]:
@@ -185,12 +247,15 @@ def _whole(name: str) -> str:
     return match[1] if match else name
 
 
-def print_sql(schema: str, steps: Sequence[Migration] | None = None) -> str:
+def print_sql(schema: str, steps: Sequence[Migration] | None = None, *, sets: Sequence[str] = ()) -> str:
     """One script that psql runs as it is, any number of times: what ``install`` does, for who runs DDL by hand.
 
-    ``steps`` are the migrations to print; all, unless given.
+    ``steps`` are the migrations to print; all, unless given, and those of the optional ``sets``.
     """
     _check_name(schema)
+    check_sets(sets)
+    if steps is None:
+        steps = [migration for name in ("", *sets) for migration in migrations(name)]
     identifier = sql.Identifier(schema).as_string()
     opening = _OPEN_SCRIPT.format(
         lock=_ADVISORY_LOCK,
@@ -200,16 +265,16 @@ def print_sql(schema: str, steps: Sequence[Migration] | None = None) -> str:
         identifier_literal=_literal(identifier),
     )
     parts = [opening, render(_CREATE_LEDGER, schema)]
-    for migration in migrations() if steps is None else steps:
-        record = _RECORD.format(version=migration.version, name=_literal(migration.name))
-        parts += [f"\n-- {migration.version:04} {migration.name}\n", render(migration.template + record, schema)]
+    for migration in steps:
+        parts += [f"\n-- {migration}\n", render(migration.template + migration.record, schema)]
     return "\n".join([*parts, "COMMIT;\n"])
 
 
 def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocessed: bool = False) -> list[str]:
     """Drop the triggers that capture, the functions, the views and the tables; what was dropped, as it is called.
 
-    Raises RefusedError while changes are unprocessed, unless ``discard_unprocessed``. The schema itself stays.
+    The schema itself and the tables of an application stay, also those that an optional set has made. Raises
+    RefusedError while changes are unprocessed, unless ``discard_unprocessed``.
     """
     with _exclusively(connection, schema):
         if not _exists(connection, schema, "entity_changes"):
@@ -260,6 +325,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("TABLE", "entity_changes", ""),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),
+        *([("TABLE", "cdc_sets", "")] if _exists(connection, schema, "cdc_sets") else []),
     )
     for kind, name, arguments in objects:
         connection.execute(
@@ -286,6 +352,7 @@ def render(template: str, schema: str, *, rings_for: str | None = None) -> str:
         "@prefix_literal@": _literal(message_prefix(rings_for or schema)),
         "@publication@": sql.Identifier(publication_name(schema)).as_string(),
         "@publication_literal@": _literal(publication_name(schema)),
+        "@trigger_literal@": _literal(trigger_name(schema)),
     }
     # In one pass: a schema may be called @schema_literal@.
     return re.sub("|".join(values), lambda match: values[match[0]], template)
@@ -310,7 +377,7 @@ def _apply(connection: psycopg.Connection, missing: Sequence[Migration], schema:
     for migration in missing:
         probe.here("schema.between_steps")
         _run(connection, migration.template, schema)
-        _run(connection, _RECORD.format(version=migration.version, name=_literal(migration.name)), schema)
+        _run(connection, migration.record, schema)
 
 
 def _run(connection: psycopg.Connection, template: str, schema: str, rings_for: str | None = None) -> None:

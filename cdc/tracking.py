@@ -17,13 +17,9 @@ import psycopg
 from psycopg import errors, sql
 
 from cdc.errors import CdcError, NotFoundError, RefusedError, UsageError
-from cdc.model import Operation
-
-TRIGGER = "cdc_capture"
-"""Our trigger's name on a table; an outbox outside public adds its schema, so that two may capture one table."""
+from cdc.model import Operation, trigger_name
 
 _LOCK_TIMEOUT = "5s"
-_IDENTIFIER_BYTES = 63
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
 """Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
@@ -158,12 +154,6 @@ def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tra
 def tracked(connection: psycopg.Connection, schema: str) -> list[Tracked]:
     """Every trigger that captures into ``schema``, by table; of a partitioned table that of its root."""
     return _triggers(connection, _capture_function(connection, schema), schema, None)
-
-
-def trigger_name(schema: str) -> str:
-    """The name of our trigger, cut as PostgreSQL would cut it, between characters."""
-    name = TRIGGER if schema == "public" else f"{TRIGGER}_{schema}"
-    return name.encode()[:_IDENTIFIER_BYTES].decode(errors="ignore")
 
 
 def trigger_arguments(wanted: Tracked) -> tuple[str, str]:

@@ -15,6 +15,11 @@ from cdc.errors import UsageError
 if TYPE_CHECKING:
     from cdc.schema import Finding, Migration
 
+with_option = click.option(
+    "--with", "sets", multiple=True, metavar="NAME", help="Also the tables of an application, such as whatsapp."
+)
+"""The command gets ``sets: tuple[str, ...]``."""
+
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the SQL that would run, and run nothing.")
 
 
@@ -30,21 +35,25 @@ def db() -> None:
 
 @db.command()
 @database_options
+@with_option
 @dry_run_option
-def install(settings: Settings, dry_run: bool) -> None:
+def install(settings: Settings, sets: tuple[str, ...], dry_run: bool) -> None:
     """Create the objects; safe to repeat.
 
     An entity_changes made from the documented SQL is upgraded in place and keeps its rows: the table is locked and
     written anew, so stop the documented processor first and choose a quiet hour if it is large.
+
+    --with makes and captures the tables of an application besides, once; a table that exists is kept.
     """
     from cdc import schema  # noqa: PLC0415 - --help does not wait for the driver to load
 
+    schema.check_sets(sets)
     with open_database(settings) as connection:
         if dry_run:
-            _print_steps(schema.pending(connection, settings.schema_), settings.schema_)
+            _print_steps(schema.pending(connection, settings.schema_, sets), settings.schema_)
             return
         schema.on_warning(connection, say)
-        applied = schema.install(connection, settings.schema_)
+        applied = schema.install(connection, settings.schema_, sets)
         findings = schema.verify(connection, settings.schema_)
     _report(settings.schema_, applied)
     _finish(findings, "run `cdc db upgrade` to put it right")
@@ -92,11 +101,12 @@ def verify(settings: Settings, as_json: bool) -> None:
 
 @db.command("print")
 @settings_options("schema")
-def print_(settings: Settings) -> None:
+@with_option
+def print_(settings: Settings, sets: tuple[str, ...]) -> None:
     """Print one script for psql that does what install does. Needs no database."""
     from cdc import schema  # noqa: PLC0415 - see install
 
-    click.echo(schema.print_sql(settings.schema_), nl=False)
+    click.echo(schema.print_sql(settings.schema_, sets=sets), nl=False)
 
 
 @db.command()
@@ -171,7 +181,7 @@ def _print_steps(steps: Sequence[Migration], schema_name: str) -> None:
 
 def _report(schema_name: str, applied: Sequence[Migration]) -> None:
     for migration in applied:
-        say(f"applied {migration.version:04} {migration.name}")
+        say(f"applied {migration}")
     say(f"schema {schema_name} is {'up to date now' if applied else 'up to date already'}")
 
 

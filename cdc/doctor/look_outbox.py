@@ -116,7 +116,7 @@ def installed(connection: psycopg.Connection, name: str) -> Installed:
     return Installed(
         schema=name,
         exists=exists,
-        pending=tuple(f"{step.version:04} {step.name}" for step in pending),
+        pending=tuple(map(str, pending)),
         differences=differences,
         elsewhere=column(connection, _ELSEWHERE, [name]),
         script="" if complete else schema.print_sql(name, pending or None),

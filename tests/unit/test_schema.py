@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cdc import schema, tracking
 from cdc.errors import UsageError
-from cdc.model import SHARDS, ChangeState, Operation, message_prefix
+from cdc.model import SHARDS, ChangeState, Operation, message_prefix, trigger_name
 from cdc.schema import Finding
 
 
@@ -67,9 +67,9 @@ def test_compare_names_a_missing_object_once_and_each_difference():
 
 
 def test_our_trigger_is_named_after_the_schema_unless_it_is_public_and_never_cut_inside_a_character():
-    assert tracking.trigger_name("public") == "cdc_capture"
-    assert tracking.trigger_name("tenant") == "cdc_capture_tenant"
-    assert len(tracking.trigger_name("é" * 31).encode()) <= 63
+    assert trigger_name("public") == "cdc_capture"
+    assert trigger_name("tenant") == "cdc_capture_tenant"
+    assert len(trigger_name("é" * 31).encode()) <= 63
 
 
 @given(

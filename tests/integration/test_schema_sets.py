@@ -1,0 +1,179 @@
+"""Optional sets of tables: installed by name, recorded, and never taken away again."""
+
+from __future__ import annotations
+
+import subprocess
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+from psycopg import sql
+
+from cdc import schema, tracking
+from cdc.cli import cdc
+from cdc.errors import SchemaError
+from cdc.installations import find_installation
+
+ODD = 'Tenant "7" %s; é'
+
+
+def invoke(dsn: str, *arguments: str) -> Result:
+    return CliRunner().invoke(cdc, [*arguments, "--dsn", dsn], catch_exceptions=False)
+
+
+def tables(db: psycopg.Connection) -> set[str]:
+    rows = db.execute("SELECT oid::regclass::text FROM pg_class WHERE relkind = 'r' AND oid >= 16384")
+    return {name for (name,) in rows if "information_schema" not in name}
+
+
+def tracked(db: psycopg.Connection, name: str = "public") -> dict[str, tuple[str | None, str]]:
+    return {each.table: (each.entity_type, ",".join(each.operations)) for each in tracking.tracked(db, name)}
+
+
+CAPTURED = {
+    "whatsapp_message_reactions": ("reaction", "INSERT,UPDATE,DELETE"),
+    "whatsapp_messages": ("message", "INSERT"),
+    "cortex_projects.tasks": ("task", "INSERT"),
+}
+"""As the documented triggers say."""
+
+
+def test_a_set_is_made_with_the_outbox_and_captured_at_once(database: str, db: psycopg.Connection) -> None:
+    installed = invoke(database, "db", "install", "--with", "whatsapp")
+    assert installed.exit_code == 0, installed.stderr
+    assert "applied whatsapp 0001 tables" in installed.stderr
+    assert tables(db) >= {*CAPTURED, '"actionRules"', "whatsapp_removed_reactions"}
+    assert tracked(db) == CAPTURED
+    assert schema.verify(db, "public") == []
+    again = tracking.track(
+        db, "public", "whatsapp_messages", entity_type="message", operations=[tracking.Operation.INSERT]
+    )
+    assert not again.changed, "as `cdc track` would have made it"
+
+
+def test_without_its_name_no_table_of_a_set_is_made(database: str, db: psycopg.Connection) -> None:
+    invoke(database, "db", "install")
+    assert not [name for name in tables(db) if "whatsapp" in name or name == "cdc_sets"]
+
+
+def test_the_documented_statements_fit_the_tables(outbox_db: psycopg.Connection) -> None:
+    schema.install(outbox_db, "public", ["whatsapp"])
+    outbox_db.execute(
+        "INSERT INTO whatsapp_message_reactions (id, message_id, reaction, user_id, chat_id)"
+        " VALUES ('test-1', 'msg-123', '✅', 'test-user', 'test-chat')"
+    )
+    outbox_db.execute(
+        "SELECT * FROM \"actionRules\" WHERE rule_type = 'simple_action' AND config->>'trigger_emoji' = '✅'"
+        " AND active = true"
+    )
+    outbox_db.execute(
+        "SELECT * FROM cortex_projects.tasks WHERE created_at > NOW() - INTERVAL '1 minute' ORDER BY created_at DESC"
+    )
+    captured = outbox_db.execute("SELECT entity_type, entity_id, metadata ->> 'chat_id' FROM entity_changes").fetchall()
+    assert captured == [("reaction", "test-1", "test-chat")]
+
+
+@pytest.mark.parametrize("name", ["public", ODD])
+def test_a_set_can_be_added_later_and_named_again_without_doing_anything(db: psycopg.Connection, name: str) -> None:
+    schema.install(db, name)
+    assert [str(step) for step in schema.install(db, name, ["whatsapp"])] == ["whatsapp 0001 tables"]
+    assert schema.install(db, name, ["whatsapp"]) == []
+    assert schema.pending(db, name) == []
+    assert schema.verify(db, name) == []
+
+
+def test_what_is_captured_no_longer_stays_so_when_a_set_is_named_again(db: psycopg.Connection) -> None:
+    schema.install(db, "public", ["whatsapp"])
+    tracking.untrack(db, "public", "whatsapp_messages")
+    schema.install(db, "public", ["whatsapp"])
+    assert "whatsapp_messages" not in tracked(db)
+
+
+def test_a_recorded_set_is_brought_to_the_present_version_with_the_outbox(
+    db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema.install(db, "public", ["whatsapp"])
+    known = schema.migrations
+    later = schema.Migration(2, "later", "CREATE TABLE @schema@.later ();", "whatsapp")
+    monkeypatch.setattr(schema, "migrations", lambda name="": known(name) + ([later] if name else []))
+    applied, repaired = schema.upgrade(db, "public")
+    assert (list(map(str, applied)), repaired) == (["whatsapp 0002 later"], [])
+    assert "later" in tables(db)
+    monkeypatch.undo()
+    with pytest.raises(SchemaError, match="the set whatsapp in schema public is at version 2"):
+        schema.install(db, "public")
+
+
+def test_tables_of_a_live_system_are_kept_with_the_triggers_it_made_itself(db: psycopg.Connection) -> None:
+    schema.install(db, "public")
+    db.execute(
+        "CREATE TABLE whatsapp_messages (id uuid PRIMARY KEY, content text, user_id int, chat_id int, extra text,"
+        " sent_at timestamptz)"
+    )
+    db.execute(
+        "CREATE TRIGGER track_message_changes AFTER INSERT ON whatsapp_messages"
+        " FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
+    )
+    db.execute("INSERT INTO whatsapp_messages VALUES (gen_random_uuid(), 'hi', 1, 2, 'kept', now())")
+    schema.install(db, "public", ["whatsapp"])
+    assert db.execute("SELECT extra FROM whatsapp_messages").fetchall() == [("kept",)]
+    triggers = [each.trigger for each in tracking.tracked(db, "public") if each.table == "whatsapp_messages"]
+    assert triggers == ["track_message_changes"], "captured once"
+
+
+def test_a_table_that_lacks_what_the_code_needs_is_named_with_the_remedy_and_nothing_is_changed(
+    database: str, db: psycopg.Connection
+) -> None:
+    db.execute("CREATE SCHEMA cortex_projects CREATE TABLE tasks (id text, title text, user_id text, room_id text)")
+    refused = invoke(database, "db", "install", "--with", "whatsapp")
+    assert refused.exit_code == 1
+    said = "the table cortex_projects.tasks is there already, without the column reaction_id, rule_id; nothing was"
+    assert said in refused.stderr
+    assert tables(db) == {"cortex_projects.tasks"}
+    [remedy] = [line.strip() for line in refused.stderr.splitlines() if "ALTER TABLE" in line]
+    db.execute(remedy.partition(";")[0].encode())
+    assert invoke(database, "db", "install", "--with", "whatsapp").exit_code == 0
+
+
+def test_the_printed_script_does_the_same_any_number_of_times(database: str, db: psycopg.Connection) -> None:
+    script = CliRunner().invoke(cdc, ["db", "print", "--with", "whatsapp"]).stdout
+    for _ in range(2):
+        psql = [str(find_installation().bindir / "psql"), "-X", "-q", "-d", database]
+        subprocess.run(psql, input=script, text=True, check=True, stdout=subprocess.DEVNULL)
+    assert tracked(db) == CAPTURED
+    assert schema.pending(db, "public", ["whatsapp"]) == []
+
+
+def test_a_dry_run_prints_the_set_and_makes_nothing(database: str, db: psycopg.Connection) -> None:
+    dry = invoke(database, "db", "install", "--with", "whatsapp", "--dry-run")
+    assert "-- whatsapp 0001 tables" in dry.stdout
+    assert tables(db) == set()
+
+
+def test_uninstall_leaves_the_applications_tables_and_all_that_is_in_them(db: psycopg.Connection) -> None:
+    schema.install(db, "public", ["whatsapp"])
+    db.execute("INSERT INTO whatsapp_messages (id, user_id, chat_id) VALUES ('1', 'a', 'b')")
+    dropped = schema.uninstall(db, "public", discard_unprocessed=True)
+    assert "table public.cdc_sets" in dropped
+    assert tables(db) == {*CAPTURED, '"actionRules"', "whatsapp_removed_reactions"}
+    db.execute("INSERT INTO whatsapp_messages (id, user_id, chat_id) VALUES ('2', 'a', 'b')")
+    schema.install(db, "public", ["whatsapp"])
+    assert tracked(db) == CAPTURED
+    assert db.execute("SELECT count(*) FROM whatsapp_messages").fetchall() == [(2,)]
+
+
+def test_two_outboxes_capture_one_table_of_tasks_each_for_itself(db: psycopg.Connection) -> None:
+    for name in ("public", ODD):
+        schema.install(db, name, ["whatsapp"])
+    db.execute("INSERT INTO cortex_projects.tasks (title) VALUES ('x')")
+    for name in ("public", ODD):
+        count = sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(name, "entity_changes"))
+        assert db.execute(count).fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize("command", [["install"], ["print"]])
+def test_a_set_that_does_not_exist_is_a_usage_error_that_names_those_that_do(command: list[str]) -> None:
+    refused = CliRunner().invoke(cdc, ["db", *command, "--with", "watsapp"])
+    assert refused.exit_code == 2
+    assert "there is no set 'watsapp' of tables" in refused.stderr
+    assert "there is whatsapp" in refused.stderr
