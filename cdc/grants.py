@@ -54,11 +54,16 @@ class Right:
 
 @dataclass(frozen=True, slots=True)
 class Grantee:
-    """``streams``: it also needs the attribute REPLICATION, which only a superuser gives."""
+    """``streams``: it also needs the attribute REPLICATION, which only a superuser gives.
+
+    ``beside``: scripts that grant it more, on the tables of an application. Those are not ours: nothing is taken away
+    there, and nothing judged.
+    """
 
     role: str
     rights: tuple[Right, ...]
     streams: bool = False
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +75,12 @@ class Granted:
     advice: tuple[str, ...]
 
 
-def consumer(role: str, *, retention: bool = False, publish: bool = False) -> Grantee:
-    """Who runs ``cdc run``: reads changes and marks them. ``retention``: removes them. ``publish``: so do handlers."""
+def consumer(role: str, *, retention: bool = False, publish: bool = False, beside: Sequence[str] = ()) -> Grantee:
+    """Who runs ``cdc run``: reads changes and marks them.
+
+    ``retention``: it also removes them. ``publish``: its handlers call publish_change(); so do those whose rights
+    ``beside`` say so.
+    """
     rights = [
         Right(("SELECT",), CHANGES),
         Right(("UPDATE",), CHANGES, STATE),
@@ -80,9 +89,9 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False) -> Gr
     ]
     if retention:
         rights.append(Right(("DELETE",), CHANGES))
-    if publish:
+    if publish or any(PUBLISH in script for script in beside):
         rights.append(Right(("EXECUTE",), PUBLISH))
-    return Grantee(role, tuple(rights), streams=True)
+    return Grantee(role, tuple(rights), streams=True, beside=tuple(beside))
 
 
 def reader(role: str, *, payload: bool = False) -> Grantee:
@@ -121,7 +130,7 @@ def grant(connection: psycopg.Connection, schema: str, grantees: Sequence[Grante
         return [_judge(connection, schema, grantee) for grantee in grantees]
 
 
-def _statements(schema: str, grantee: Grantee) -> Iterator[sql.Composed]:
+def _statements(schema: str, grantee: Grantee) -> Iterator[sql.SQL | sql.Composed]:
     role = sql.Identifier(grantee.role)
     relations = sql.SQL(", ").join(sql.Identifier(schema, name) for name in RELATIONS)
     functions = sql.SQL(", ").join(_function(schema, name) for name in FUNCTIONS)
@@ -131,6 +140,8 @@ def _statements(schema: str, grantee: Grantee) -> Iterator[sql.Composed]:
     yield sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(schema), role)
     for right in grantee.rights:
         yield sql.SQL("GRANT {} ON {} TO {}").format(_privileges(right), _object(schema, right.object), role)
+    for script in grantee.beside:
+        yield sql.SQL(script.strip().removesuffix(";"))
 
 
 def _guard(schema: str, role: str) -> sql.Composed:
@@ -324,7 +335,8 @@ def _explained(schema: str) -> Iterator[None]:
         raise SchemaError(f"this role may not grant: {denied.diag.message_primary}", hint=_BY_WHOM) from denied
     except (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction) as missing:
         raise SchemaError(
-            f"schema {schema} does not fit this version: {missing.diag.message_primary}", hint="run: cdc db upgrade"
+            f"schema {schema} does not fit this version: {missing.diag.message_primary}",
+            hint="run: cdc db upgrade, or cdc db install with the same --with",
         ) from missing
     except errors.DependentObjectsStillExist as dependent:
         raise RefusedError(

@@ -125,9 +125,9 @@ def check_sets(names: Sequence[str]) -> None:
             raise UsageError(f"there is no set {name!r} of tables", hint=f"there is {', '.join(known)}")
 
 
-def consumer_rights(name: str) -> str:
-    """What the handlers of a set need, as SQL: a template, in which ``@role@`` is an identifier, too."""
-    return (_folder() / name / "consumer.sql").read_text("utf-8")
+def consumer_rights(name: str, schema: str, role: str) -> str:
+    """What the handlers of a set need, as a script that grants it to a consumer's role."""
+    return render((_folder() / name / "consumer.sql").read_text("utf-8"), schema, role=role)
 
 
 def _folder() -> Path:
@@ -344,8 +344,11 @@ def _drop_publication(connection: psycopg.Connection, schema: str) -> list[str]:
     return [f"publication {name}"]
 
 
-def render(template: str, schema: str, *, rings_for: str | None = None) -> str:
-    """``template`` for ``schema``; its messages carry the prefix of ``rings_for``, the same unless said otherwise."""
+def render(template: str, schema: str, *, rings_for: str | None = None, role: str = "") -> str:
+    """``template`` for ``schema``; its messages carry the prefix of ``rings_for``, the same unless said otherwise.
+
+    ``role`` is what ``@role@`` stands for.
+    """
     values = {
         "@schema@": sql.Identifier(schema).as_string(),
         "@schema_literal@": _literal(schema),
@@ -353,6 +356,7 @@ def render(template: str, schema: str, *, rings_for: str | None = None) -> str:
         "@publication@": sql.Identifier(publication_name(schema)).as_string(),
         "@publication_literal@": _literal(publication_name(schema)),
         "@trigger_literal@": _literal(trigger_name(schema)),
+        "@role@": sql.Identifier(role).as_string(),
     }
     # In one pass: a schema may be called @schema_literal@.
     return re.sub("|".join(values), lambda match: values[match[0]], template)

@@ -115,6 +115,13 @@ def print_(settings: Settings, sets: tuple[str, ...]) -> None:
 @click.option("--readonly", metavar="ROLE", help="Who only looks: dashboards, cdc outbox stats and list.")
 @click.option("--retention", is_flag=True, help="The consumer may also remove changes, for its setting retention.")
 @click.option("--publish", is_flag=True, help="The consumer's handlers may also call publish_change().")
+@click.option(
+    "--with",
+    "sets",
+    multiple=True,
+    metavar="NAME",
+    help="The consumer runs the handlers of this set, such as whatsapp.",
+)
 @click.option("--payload", is_flag=True, help="The other may also read the application's data in the changes.")
 @click.option("--print", "print_only", is_flag=True, help="Print a script for psql instead. Needs no database.")
 def grant(
@@ -124,6 +131,7 @@ def grant(
     readonly: str | None,
     retention: bool,
     publish: bool,
+    sets: tuple[str, ...],
     payload: bool,
     print_only: bool,
 ) -> None:
@@ -132,12 +140,16 @@ def grant(
     Rights on the objects that were granted to the role and are not asked for here are taken away. Run it as the owner
     of the objects, and again after each "cdc db upgrade". Exit 1 if a role has more by other ways.
     """
-    from cdc import grants  # noqa: PLC0415 - see install
+    from cdc import grants, schema  # noqa: PLC0415 - see install
 
-    if ((retention or publish) and not consumer) or (payload and not readonly):
-        raise UsageError("--retention and --publish are about --consumer ROLE, --payload is about --readonly ROLE")
+    schema.check_sets(sets)
+    if ((retention or publish or sets) and not consumer) or (payload and not readonly):
+        raise UsageError(
+            "--retention, --publish and --with are about --consumer ROLE, --payload is about --readonly ROLE"
+        )
+    beside = [schema.consumer_rights(name, settings.schema_, consumer) for name in sets if consumer]
     grantees = [
-        *([grants.consumer(consumer, retention=retention, publish=publish)] if consumer else []),
+        *([grants.consumer(consumer, retention=retention, publish=publish, beside=beside)] if consumer else []),
         *([grants.reader(readonly, payload=payload)] if readonly else []),
     ]
     if not grantees or consumer == readonly:
