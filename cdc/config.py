@@ -107,6 +107,30 @@ class Backoff(_Section):
     cap: float = Field(300.0, gt=0, description="Seconds: the longest wait before any attempt.")
 
 
+def _does_not_ask_for_help(text: str) -> str:
+    if "help" in text.lower():
+        # A messenger that reports its own messages would have it answered for ever.
+        raise ValueError("it must not have the word help in it, or it would be answered itself")
+    return text
+
+
+class Whatsapp(_Section):
+    sender_url: str | None = Field(None, description="The messenger of cdc.whatsapp: URL that messages are posted to.")
+    sender_token: SecretStr | None = Field(None, min_length=1, description="Bearer token for it.")
+    help_text: Annotated[str, AfterValidator(_does_not_ask_for_help)] = Field(
+        "React to a message with an emoji that has a rule, such as ✅ for a task.",
+        min_length=1,
+        description="What cdc.whatsapp answers to a message that asks for help.",
+    )
+    app_secret: SecretStr | None = Field(None, min_length=1, description="Secret that webhooks are signed with.")
+    verify_token: SecretStr | None = Field(
+        None, min_length=1, description="What the subscription of the webhook is verified with."
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address of cdc whatsapp serve.")
+    port: int = Field(8080, ge=0, le=65535, description="Its port; 0 is any that is free.")
+    body_max: int = Field(262_144, ge=1, description="Bytes a webhook may have.")
+
+
 class Log(_Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object a line.")
@@ -163,6 +187,7 @@ class Settings(_Section):
         "off", description="Age, such as 30d, at which processed changes are removed for good; off keeps them."
     )
     log: Log = Log()
+    whatsapp: Whatsapp = Whatsapp()
 
     @property
     def dsn_text(self) -> str | None:
@@ -349,9 +374,11 @@ def _secret_from(path: str, variable: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         # A secret where the name of its file belongs is the likely mistake, and must not be quoted.
-        secret = set(path) & set("@=?") or "://" in path or path.startswith("whsec_")
-        named = f"the file that {variable} names" if secret else f"{variable}={path}"
         what = "DSN" if variable.endswith("DSN_FILE") else "secret"
+        is_secret = (
+            set(path) & set("@=?") or "://" in path or path.startswith("whsec_") or (what == "secret" and "/" not in path)
+        )
+        named = f"the file that {variable} names" if is_secret else f"{variable}={path}"
         hint = f"the {what} itself goes into {variable.removesuffix('_FILE')}"
         raise UsageError(f"{named} cannot be read: {reason}", hint=hint) from None
 

@@ -41,6 +41,7 @@ PURE = (
     "wakeup/wire", "wakeup/wal2json", "wakeup/pgoutput", "wakeup/progress",
     "slot_state", "amounts", "history", "doctor/findings", "doctor/facts", "doctor/server", "doctor/doorbell",
     "doctor/outbox", "doctor/script", "deliver/target", "deliver/signature", "deliver/cloudevents", "deliver/answers",
+    "doctor/outbox", "doctor/script", "whatsapp/events", "whatsapp/rows",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
                 "www.postgresql.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip
@@ -114,9 +115,22 @@ def test_modules_of_the_package_stay_readable() -> None:
     assert {where: length for where, length in lengths.items() if length > MODULE_LINES_MAX} == {}
 
 
-def test_package_files_below_the_root_are_empty_except_the_command_line() -> None:
+def test_package_files_below_the_root_are_empty_except_the_command_line_and_the_application() -> None:
+    """``--handlers cdc.whatsapp:router`` names a thing of the package."""
     inits = [path for path in PACKAGE if path.name == "__init__.py" and path.read_text("utf-8")]
-    assert [name(path) for path in inits] == ["cdc/__init__.py", "cdc/cli/__init__.py"]
+    assert [name(path) for path in inits] == ["cdc/__init__.py", "cdc/cli/__init__.py", "cdc/whatsapp/__init__.py"]
+
+
+def test_the_application_stands_on_the_public_names_of_the_package() -> None:
+    """All but its package file, which reads the settings."""
+    inner = set()
+    for path in PACKAGE:
+        if path.parent.name == "whatsapp" and path.name != "__init__.py":
+            for node in ast.walk(tree(path)):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                inner |= {each for each in names if each.startswith("cdc.") and not each.startswith("cdc.whatsapp.")}
+    assert inner == set()
 
 
 def test_every_module_is_used_by_another() -> None:

@@ -27,6 +27,7 @@ _COMMANDS = {
     "slot": ("cdc.cli.slot", "Create, drop and inspect the replication slot."),
     "doctor": ("cdc.cli.doctor", "Check every precondition, each with its remedy."),
     "config": ("cdc.cli.config", "Show the settings in force."),
+    "whatsapp": ("cdc.cli.whatsapp", "Receive webhooks of the documented application."),
     "healthcheck": ("cdc.cli.healthcheck", "Ask the consumer on this host whether it is alive."),
 }
 """Name to (module that defines a command of that name, what --help says of it)."""

@@ -87,7 +87,7 @@ def _handles(settings: Settings) -> Callable[[str, str], bool] | None:
         return lambda entity_type, _operation: types is None or entity_type in types
     if not settings.handlers:
         return None
-    match = load_router(settings.handlers).match
+    match = load_router(settings.handlers, settings).match
     return lambda entity_type, operation: match(entity_type, operation) is not None
 
 

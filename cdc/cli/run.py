@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import traceback
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,7 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
     "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "concurrency",
     "threads", "transactions", "window", "max_attempts", "max_chain_depth", "timeout", "backoff.base",
     "backoff.cap", "drain_time", "sweep_interval", "poll_interval", "retention", "log.level", "log.format",
+    "whatsapp.sender_url", "whatsapp.sender_token", "whatsapp.help_text",
 )  # fmt: skip
 def run(settings: Settings) -> None:
     """Hand committed changes to your handlers, or to an application over HTTP.
@@ -46,15 +49,16 @@ def run(settings: Settings) -> None:
         )
     if not settings.handlers and not settings.deliver.to:
         raise UsageError("no handlers are named", hint=f"--handlers or CDC_HANDLERS: {_EXAMPLE}; or --deliver-to URL")
-    router = load_router(settings.handlers) if settings.handlers else None
+    router = load_router(settings.handlers, settings) if settings.handlers else None
     from cdc.app import serve  # noqa: PLC0415 - --help does not wait for the consumer to load
 
     serve(settings, router)
 
 
-def load_router(reference: str) -> Router:
+def load_router(reference: str, settings: Settings) -> Router:
     """The Router that ``package.module:name`` means, looked for where the process starts, then where Python looks.
 
+    The name may also be that of a function, which makes one of the settings: ``def router(settings: Settings)``.
     Raises UsageError in one sentence; for a fault inside the module it names the file, the line and the exception.
     """
     module_name, colon, attribute = reference.partition(":")
@@ -64,11 +68,22 @@ def load_router(reference: str) -> Router:
     if here not in sys.path:
         sys.path.insert(0, here)
     found = _attribute(_module(module_name), attribute)
+    if inspect.isfunction(found):
+        found = _made(found, settings, reference)
     if not isinstance(found, Router):
         raise UsageError(
             f"{reference} is a {type(found).__name__}, not a cdc.Router", hint=f"router = cdc.Router(); {_EXAMPLE}"
         )
     return found
+
+
+def _made(make: Callable[..., object], settings: Settings, reference: str) -> object:
+    try:
+        return make(settings)
+    except CdcError:
+        raise
+    except Exception as error:  # noqa: BLE001 - see _module
+        raise _broken(f"{reference} cannot make a router", error) from None
 
 
 def _module(name: str) -> ModuleType:
@@ -82,21 +97,19 @@ def _module(name: str) -> ModuleType:
                 f"there is no module {missing.name}",
                 hint=f"start in the folder that holds it, or install it; looked in {Path.cwd()} first",
             ) from None
-        raise _broken(name, missing) from None
+        raise _broken(f"module {name} cannot be imported", missing) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's module may raise anything
-        raise _broken(name, error) from None
+        raise _broken(f"module {name} cannot be imported", error) from None
 
 
-def _broken(name: str, error: BaseException) -> UsageError:
+def _broken(what: str, error: BaseException) -> UsageError:
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}"
     else:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
         where = f"{frames[-1].filename}:{frames[-1].lineno}"
     said = traceback.format_exception_only(error)[-1].strip()
-    return UsageError(
-        f"module {name} cannot be imported: {said} ({where})", hint="correct the module, then start again"
-    )
+    return UsageError(f"{what}: {said} ({where})", hint="correct the module, then start again")
 
 
 def _attribute(module: ModuleType, path: str) -> object:

@@ -292,14 +292,21 @@ def module(folder: Path) -> Iterator[Callable[[str], None]]:
 
 def test_a_router_is_found_in_the_working_folder(module: Callable[[str], None]) -> None:
     module("from cdc.routing import Router\nrouter = Router()\nclass holder: inner = router\n")
-    assert isinstance(run.load_router("myapp_events:router"), Router)
-    assert isinstance(run.load_router("myapp_events:holder.inner"), Router)
+    assert isinstance(run.load_router("myapp_events:router", Settings()), Router)
+    assert isinstance(run.load_router("myapp_events:holder.inner", Settings()), Router)
+
+
+def test_a_router_can_be_made_by_a_function_that_gets_the_settings(module: Callable[[str], None]) -> None:
+    module(
+        "from cdc.routing import Router\ndef make(settings):\n    assert settings.threads == 3\n    return Router()\n"
+    )
+    assert isinstance(run.load_router("myapp_events:make", Settings(threads=3)), Router)
 
 
 @pytest.mark.parametrize("reference", ["", "router", "myapp:", ":router", "my-app:router", "a..b:router", "a/b.py:r"])
 def test_what_is_no_reference_is_refused_with_an_example(reference: str) -> None:
     with pytest.raises(UsageError, match="no reference to a router") as refused:
-        run.load_router(reference)
+        run.load_router(reference, Settings())
     assert "package.module:router" in refused.value.hint
 
 
@@ -314,6 +321,12 @@ def test_what_is_no_reference_is_refused_with_an_example(reference: str) -> None
         ("import sys; sys.exit(3)", "myapp_events:router", "SystemExit: 3 (*:1)"),
         ("x = 1", "myapp_events:router", "module myapp_events has no router"),
         ("router = 3", "myapp_events:router", "myapp_events:router is a int, not a cdc.Router"),
+        ("def make(settings): return 3", "myapp_events:make", "myapp_events:make is a int, not a cdc.Router"),
+        (
+            "\ndef make(settings): 1/0",
+            "myapp_events:make",
+            "myapp_events:make cannot make a router: ZeroDivisionError: division by zero (*:2)",
+        ),
     ],
 )
 def test_a_wrong_handler_reference_is_one_sentence(
@@ -331,7 +344,7 @@ def test_a_wrong_handler_reference_is_one_sentence(
 def test_a_router_of_another_name_is_suggested(module: Callable[[str], None]) -> None:
     module("from cdc.routing import Router\nevents = Router()\n")
     with pytest.raises(UsageError, match="has no router") as refused:
-        run.load_router("myapp_events:router")
+        run.load_router("myapp_events:router", Settings())
     assert refused.value.hint == "it has events"
 
 

@@ -1,0 +1,64 @@
+"""cdc whatsapp: the endpoint of the documented application. Its handlers are run by cdc run."""
+
+from __future__ import annotations
+
+import click
+
+from cdc.cli.options import settings_options
+from cdc.config import Settings
+from cdc.errors import UsageError
+
+_LIMITS = {"statement_timeout": "10s", "lock_timeout": "5s"}
+"""A messenger does not wait for long, and sends it again."""
+
+
+@click.group()
+def whatsapp() -> None:
+    """The documented WhatsApp application: webhooks in, tasks and messages out.
+
+    \b
+        cdc db install --with whatsapp
+        cdc whatsapp serve                          stores what webhooks bring
+        cdc run --handlers cdc.whatsapp:router      does what is to be done about it
+    """
+
+
+@whatsapp.command()
+@settings_options(
+    "dsn", "schema", "whatsapp.host", "whatsapp.port", "whatsapp.app_secret", "whatsapp.verify_token",
+    "whatsapp.body_max", "log.level", "log.format",
+)  # fmt: skip
+def serve(settings: Settings) -> None:
+    """Receive webhooks, and store what they bring; nothing is done about it here.
+
+    POST /webhook takes events, signed with the app secret; GET /webhook verifies a subscription; GET /healthz asks
+    the database. Runs until SIGTERM or Ctrl-C. Put something that speaks TLS before it.
+    """
+    section = settings.whatsapp
+    if section.app_secret is None:
+        raise UsageError(
+            "there is no app secret, so nobody could tell who sends the webhooks",
+            hint="CDC_WHATSAPP_APP_SECRET, or CDC_WHATSAPP_APP_SECRET_FILE: the one the messenger signs with",
+        )
+    try:
+        from cdc.whatsapp.serve import serve as serve_webhooks  # noqa: PLC0415 - its libraries are an extra
+        from cdc.whatsapp.web import Checks  # noqa: PLC0415 - see above
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("starlette", "uvicorn"):
+            raise
+        raise UsageError(f"the endpoint needs {missing.name}", hint="pip install 'cdc[whatsapp]'") from None
+    from cdc import logs  # noqa: PLC0415 - see above
+    from cdc.connect import pool_arguments  # noqa: PLC0415 - --help does not wait for the driver to load
+
+    logs.setup(settings.log.level, settings.log.format)
+    serve_webhooks(
+        pool_arguments(settings.dsn_text, application_name="cdc whatsapp", session=_LIMITS),
+        schema=settings.schema_,
+        checks=Checks(
+            app_secret=section.app_secret.get_secret_value().encode(),
+            verify_token=section.verify_token.get_secret_value() if section.verify_token else None,
+            body_max=section.body_max,
+        ),
+        host=section.host,
+        port=section.port,
+    )

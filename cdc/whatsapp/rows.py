@@ -1,0 +1,34 @@
+"""Rows of the application's tables as captured, as far as handlers look at them."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Row(BaseModel):
+    # A live system's ids may be numbers.
+    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True, hide_input_in_errors=True)
+
+    id: str
+
+
+class ReactionRow(_Row):
+    message_id: str
+    reaction: str
+    user_id: str | None = None
+    chat_id: str | None = None
+
+
+class MessageRow(_Row):
+    content: str | None = None
+    user_id: str | None = None
+    chat_id: str | None = None
+
+    @property
+    def asks_for_help(self) -> bool:
+        return "help" in (self.content or "").lower()
+
+
+class TaskRow(_Row):
+    title: str
+    room_id: str | None = None

@@ -1,0 +1,78 @@
+"""``cdc whatsapp serve``: the web application with its database, on uvicorn, until a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import uvicorn
+from psycopg_pool import AsyncConnectionPool
+from starlette.applications import Starlette
+
+import cdc
+from cdc.whatsapp.adapter import Adapter
+from cdc.whatsapp.web import Checks, make_app
+
+log = logging.getLogger("cdc.whatsapp.web")
+
+_CONNECTIONS_MAX = 10
+_CONNECTION_LIMIT_S = 5.0
+_REQUESTS_MAX = 1_000
+_GRACE_S = 10
+
+
+def serve(arguments: Mapping[str, Any], *, schema: str, checks: Checks, host: str, port: int) -> None:
+    """Until SIGTERM or SIGINT; requests that are being answered get ten seconds. ``port`` 0 is any that is free.
+
+    ``arguments`` are those of psycopg's connect, for autocommit connections. The database need not be there at the
+    start. Raises CdcError where the address cannot be had.
+    """
+    with _listening(host, port) as listener:
+        pool = AsyncConnectionPool(
+            "", kwargs=dict(arguments), min_size=1, max_size=_CONNECTIONS_MAX, timeout=_CONNECTION_LIMIT_S, open=False,
+            # One round trip, so that not every connection has to fail once when the server has been away.
+            check=AsyncConnectionPool.check_connection,
+        )  # fmt: skip
+        # No compression, no access log, no name of the server; what is sent slowly is bounded by ``web``.
+        config = uvicorn.Config(
+            _app(pool, schema, checks, listener), lifespan="on", ws="none", log_config=None, log_level="warning",
+            access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_REQUESTS_MAX,
+            timeout_graceful_shutdown=_GRACE_S,
+        )  # fmt: skip
+        # uvicorn drains, and then raises the signal once more for those who were there before it.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _app(pool: AsyncConnectionPool, schema: str, checks: Checks, listener: socket.socket) -> Starlette:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await pool.open()
+        name, number = listener.getsockname()[:2]
+        log.info("webhooks on http://%s:%d/webhook", f"[{name}]" if ":" in name else name, number)
+        try:
+            yield
+        finally:
+            await pool.close()
+
+    async def database_answers() -> None:
+        async with pool.connection() as connection:
+            await connection.execute("SELECT 1")
+
+    return make_app(Adapter(pool.connection, schema), checks, database_answers=database_answers, lifespan=lifespan)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise cdc.CdcError(
+            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}",
+            hint="choose another --whatsapp-host or --whatsapp-port",
+        ) from None
