@@ -8,4 +8,5 @@ pytest_plugins = [
     "tests.fix_proxy",
     "tests.fix_consumer",
     "tests.fix_logs",
+    "tests.fix_messenger",
 ]
