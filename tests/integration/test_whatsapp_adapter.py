@@ -171,6 +171,7 @@ async def test_an_event_waits_for_one_of_the_same_reaction_that_is_being_stored(
     """Otherwise it would not see the removal, and leave the reaction there for ever."""
     waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
     async with await psycopg.AsyncConnection.connect(outbox) as held_open:
+        await held_open.execute("SELECT 1")  # the adapter's transaction is a part of this one now
 
         @asynccontextmanager
         async def lend() -> AsyncIterator[psycopg.AsyncConnection]:
