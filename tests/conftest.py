@@ -9,4 +9,5 @@ pytest_plugins = [
     "tests.fix_consumer",
     "tests.fix_logs",
     "tests.fix_messenger",
+    "tests.fix_webhook",
 ]

@@ -1,53 +1,90 @@
-"""The handlers of the demo: what the documented processor does, as a user of this package writes it."""
+"""The application's handlers, with notes of what they do; and a messenger for it, which sends nothing."""
 
 from __future__ import annotations
 
-import psycopg
+import functools
+from collections import Counter
+from typing import Any
 
-from cdc.demo.journal import Journal
+from cdc.config import Settings
+from cdc.demo.journal import Journal, Journey
 from cdc.model import Change, Operation
-from cdc.routing import Router
+from cdc.routing import ANY, Handler, Router
+from cdc.whatsapp import make_router as make_application
+from cdc.whatsapp.sender import Outgoing, Recorder
 
-UNREACHABLE = "help, is anybody there?"
-"""The message whose answer gets through at the third attempt only."""
-_TASK_EMOJI = "✅"
-_ADD_TASK = "INSERT INTO tasks (id, title, user_id, room_id) VALUES (%s, %s, %s, %s)"
+FAR_AWAY = "far-away"
+"""The chat to which a message gets through at the third attempt only."""
+TASK_EMOJI = "✅"
+"""The one with a rule."""
 
 
 class MessengerError(Exception):
     """The outside world, being itself."""
 
 
-def make_router(actions: psycopg.AsyncConnection, journal: Journal) -> Router:
-    """``actions``: an autocommit connection on which handlers write, and which finds the demo's tables."""
-    router = Router()
+class Messenger(Recorder):
+    def __init__(self) -> None:
+        super().__init__()
+        self._refused: Counter[str] = Counter()
 
-    @router.on("reaction")
-    async def react(change: Change) -> None:
-        journey = journal.started(change, "react")
-        if change.operation is Operation.INSERT and change.new["reaction"] == _TASK_EMOJI:
-            await _create_task(change, shown=journey is not None and journey.shown)
-
-    async def _create_task(change: Change, *, shown: bool) -> None:
-        task_id = f"task-{change.entity_id}"
-        title = f"Follow up on {change.new['message_id']}"
-        journey = journal.sent(("task", task_id, Operation.INSERT), table="tasks", note="of a reaction", shown=shown)
-        await actions.execute(_ADD_TASK, [task_id, title, change.new["user_id"], change.new["chat_id"]])
-        journal.stored(journey)
-
-    @router.on("message", "INSERT")
-    async def answer(change: Change) -> None:
-        journal.started(change, "answer")
-        content = change.new["content"] or ""
-        if content == UNREACHABLE and change.attempt < 3:
+    async def send(self, message: Outgoing, key: str) -> None:
+        if message.chat_id == FAR_AWAY and self._refused[key] < 2:
+            self._refused[key] += 1
             raise MessengerError("the messenger does not answer")
-        if "help" in content.lower():
-            pass  # here an application sends its help message
+        await super().send(message, key)
 
-    @router.on("task", "INSERT")
-    def notify(change: Change) -> None:
-        journal.started(change, "notify")  # not async: it runs in a thread, where it may block
 
-    router.on_processed(journal.processed)
+def make_router(schema: str, messenger: Messenger, journal: Journal) -> Router:
+    """The handlers of the application in this schema, and the journal told of whatever they do."""
+    application = make_application(messenger, schema=schema, help_text=Settings().whatsapp.help_text)
+    router = Router()
+    watch = _Watch(journal)
+    for (entity_type, operation), handler in application.handlers.items():
+        operations = () if operation == ANY else (operation,)
+        declare = router.on(entity_type, *operations, model=handler.model, batch=handler.batch, name=handler.name)
+        declare(watch.noting(handler))
+    router.on_processed(watch.processed)
     router.on_error(journal.failed)
     return router
+
+
+class _Watch:
+    """Follows each change, and from a check mark on the task that will come of it."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._expected: dict[str, Journey] = {}
+        """The journeys of tasks, by the reaction they are of."""
+
+    def noting(self, handler: Handler) -> Any:
+        @functools.wraps(handler.function)
+        async def noted(*one: Change, **given: Any) -> None:
+            for change in one or given["changes"]:
+                self._started(change, handler.name)
+            await handler.function(*one, **given)
+
+        return noted
+
+    def _started(self, change: Change, handler: str) -> None:
+        if change.entity_type == "task":
+            self._journal.known_as(("task", change.new.title, Operation.INSERT), change)
+        journey = self._journal.started(change, handler)
+        if _makes_a_task(change) and change.entity_id not in self._expected:
+            # Its id is not known yet, but its title is.
+            mark = ("task", f"Follow up on {change.new.message_id}", Operation.INSERT)
+            shown = journey is not None and journey.shown
+            self._expected[change.entity_id] = self._journal.sent(
+                mark, table="tasks", note="of a reaction", shown=shown
+            )
+
+    def processed(self, change: Change) -> None:
+        if change.entity_type == "reaction" and (journey := self._expected.pop(change.entity_id, None)):
+            self._journal.stored(journey)  # the transaction that marked the reaction has written the task
+        self._journal.processed(change)
+
+
+def _makes_a_task(change: Change) -> bool:
+    return (
+        change.entity_type == "reaction" and change.operation is Operation.INSERT and change.new.reaction == TASK_EMOJI
+    )

@@ -85,6 +85,11 @@ class Journal:
         if ended:
             self._end(journey)
 
+    def known_as(self, mark: Mark, change: Change) -> None:
+        """What was announced by this mark is this change: its writer did not know the id it would get."""
+        if journey := self._on_the_way.pop(mark, None):
+            self._on_the_way[_mark(change)] = journey
+
     def burst_sent(self, count: int) -> None:
         self._burst_left = count
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 
 import psycopg
 from psycopg import sql
+from psycopg.types.json import Jsonb
 
 from cdc import schema, slots
 from cdc.connect import connect, describe
@@ -17,14 +17,18 @@ from cdc.throwaway import Server
 
 SCHEMA = "cdc_demo"
 SLOT = "cdc_demo"
+TASKS = "cortex_projects"
+"""Schema of the application's tasks, which has the same name everywhere."""
 SESSION = {"search_path": SCHEMA}
 """Of all connections that name the demo's tables: the statements are those of an application."""
 
 _PUBLICATION = publication_name(SCHEMA)
 _REMOVE_SCHEMA = f"DROP SCHEMA {SCHEMA} CASCADE"
+_REMOVE_TASKS = f"DROP SCHEMA {TASKS} CASCADE"
 _REMOVE_PUBLICATION = f"DROP PUBLICATION IF EXISTS {_PUBLICATION}"
 _REMOVE_SLOT = f"SELECT pg_drop_replication_slot('{SLOT}')"
 _APPLICATION = "cdc demo: set-up"
+_ADD_RULE = """INSERT INTO "actionRules" (name, rule_type, config) VALUES ('check marks', 'simple_action', %s)"""
 
 Say = Callable[[str], None]
 
@@ -54,7 +58,8 @@ def guest(dsn: str, say: Say) -> Iterator[str]:
             raise _taken("publication", _PUBLICATION, f"{_REMOVE_SCHEMA}; {_REMOVE_PUBLICATION}")
         _take(connection)
         say(f"On your server, {describe(dsn)}:")
-        say(f"makes the schema {SCHEMA}, with a publication and a slot of its own. All are removed at the end ...")
+        say(f"makes the schemas {SCHEMA} and {TASKS}, with a publication and a slot of its own.")
+        say("All are removed at the end ...")
     try:
         with connect(dsn, application_name=_APPLICATION) as connection:
             _furnish(connection)
@@ -64,17 +69,32 @@ def guest(dsn: str, say: Say) -> Iterator[str]:
 
 
 def _take(connection: psycopg.Connection) -> None:
-    """Made by itself: what follows may drop this schema, because it is ours."""
+    """Made by itself: what follows may drop these schemas, because they are ours."""
     try:
-        connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(SCHEMA)))
-    except psycopg.errors.DuplicateSchema:
-        raise _taken("schema", SCHEMA, f"{_REMOVE_SCHEMA}; {_REMOVE_PUBLICATION}") from None
+        with connection.transaction():
+            _make(connection, SCHEMA, _taken("schema", SCHEMA, f"{_REMOVE_SCHEMA}; {_REMOVE_PUBLICATION}"))
+            _make(connection, TASKS, _tasks_taken())
     except psycopg.errors.InsufficientPrivilege:
         user, dbname = connection.info.user, connection.info.dbname
         raise CdcError(
             f"the role {user} may not make a schema in the database {dbname}",
             hint=f"GRANT CREATE ON DATABASE {dbname} TO {user}, or name a role that may in --dsn",
         ) from None
+
+
+def _make(connection: psycopg.Connection, name: str, taken: RefusedError) -> None:
+    try:
+        connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(name)))
+    except psycopg.errors.DuplicateSchema:
+        raise taken from None
+
+
+def _tasks_taken() -> RefusedError:
+    return RefusedError(
+        f"there is a schema {TASKS} in this database already, and it may be your application's",
+        hint="name another database in --dsn; if only a demo that was killed can have left it behind, this removes it:"
+        f" {_REMOVE_TASKS}",
+    )
 
 
 def _taken(kind: str, name: str, remedy: str) -> RefusedError:
@@ -85,10 +105,10 @@ def _taken(kind: str, name: str, remedy: str) -> RefusedError:
 
 
 def _furnish(connection: psycopg.Connection) -> None:
-    """The outbox, the application's tables, the documented triggers."""
-    schema.install(connection, SCHEMA)
+    """The outbox, the application's tables, and a rule."""
+    schema.install(connection, SCHEMA, ["whatsapp"])
     connection.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(SCHEMA)))
-    connection.execute(files("cdc.demo").joinpath("tables.sql").read_bytes())
+    connection.execute(_ADD_RULE, [Jsonb({"trigger_emoji": "✅", "action_type": "create_task"})])
 
 
 def _leave(dsn: str, say: Say) -> None:
@@ -97,10 +117,10 @@ def _leave(dsn: str, say: Say) -> None:
             _remove(connection)
     except BaseException:
         say("Not all could be removed. What is left, this removes:")
-        for statement in (_REMOVE_SCHEMA, _REMOVE_PUBLICATION, _REMOVE_SLOT):
+        for statement in (_REMOVE_SCHEMA, _REMOVE_TASKS, _REMOVE_PUBLICATION, _REMOVE_SLOT):
             say(f"  {statement};")
         raise
-    say(f"Removed the schema {SCHEMA}, its publication and its slot.")
+    say(f"Removed the schema {SCHEMA}, its publication and its slot, and the schema {TASKS}.")
 
 
 def _remove(connection: psycopg.Connection) -> None:
@@ -109,3 +129,4 @@ def _remove(connection: psycopg.Connection) -> None:
     with contextlib.suppress(NotFoundError):  # the set-up did not come that far
         schema.uninstall(connection, SCHEMA, discard_unprocessed=True)
     connection.execute(_REMOVE_SCHEMA.encode())
+    connection.execute(_REMOVE_TASKS.encode())

@@ -1,4 +1,4 @@
-"""The demo: the document's tables, a consumer, and an application that writes.
+"""The demo: the documented application, a consumer with its handlers, and webhooks for it.
 
 Everything that is measured is measured from outside: the consumer is the one of ``cdc run``, unchanged, and has no
 code for being watched.
@@ -16,9 +16,9 @@ import psycopg
 
 from cdc import config, logs
 from cdc.app import App
-from cdc.connect import connect, connect_async, describe
+from cdc.connect import connect, describe
 from cdc.demo import place, report
-from cdc.demo.handlers import make_router
+from cdc.demo.handlers import Messenger, make_router
 from cdc.demo.journal import Journal, Journey
 from cdc.demo.webhook import Webhook
 from cdc.metrics import SOURCES, UNAVAILABLE
@@ -75,6 +75,7 @@ class _Stage:
         self._paint = paint
         self._port = free_port()
         self._journal = Journal(self._arrived, self._stumbled)
+        self._messenger = Messenger()
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
 
@@ -103,17 +104,15 @@ class _Stage:
                 "backoff_base": _BACKOFF_S,
             }
         )
-        session = place.SESSION
-        async with await connect_async(self._dsn, application_name="cdc demo: actions", session=session) as actions:
-            app = App(settings, make_router(actions, self._journal))
-            self._overhear(app)
-            work = asyncio.create_task(app.run())
-            try:
-                await self._until_it_listens(app, work)
-                yield app
-            finally:
-                app.consumer.stop()
-                await work
+        app = App(settings, make_router(place.SCHEMA, self._messenger, self._journal))
+        self._overhear(app)
+        work = asyncio.create_task(app.run())
+        try:
+            await self._until_it_listens(app, work)
+            yield app
+        finally:
+            app.consumer.stop()
+            await work
 
     def _overhear(self, app: App) -> None:
         rang = app.consumer.rang
@@ -195,6 +194,7 @@ class _Stage:
         for text in report.summary(totals, self._journal.ended, wakeups, resident, self._paint):
             self._say(text)
         self._say("")
+        self._say(f"  messages   {len(self._messenger.sent):,} for the messenger: answers, and what is told of tasks")
         self._say(f"  metrics    {self._url} (until the demo ends)")
 
     @property

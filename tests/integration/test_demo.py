@@ -65,6 +65,8 @@ def test_every_written_change_is_shown_on_its_way_or_counted_and_nothing_is_left
     assert (retried, dead) == (1, 0)
     assert re.search(r"^  wake-ups +wal \d+, notify \d+, retry 2, sweep \d+$", text, re.MULTILINE)
     assert re.search(r"^  handler +[\d.]+ +[\d.]+ +-?[\d.]+ +[\d.]+$", text, re.MULTILINE), "p50 and p99, twice"
+    # A question and a hopeless one, a task by hand, and a task for each check mark.
+    assert f"  messages   {3 + text.count('✅') + _quiet_check_marks(90)} for the messenger" in text
     assert "\x1b[" not in text, "colours off a terminal"
     assert "Traceback" not in text
 
@@ -126,7 +128,7 @@ def test_on_a_server_of_ones_own_it_leaves_everything_as_it_was(
     text = (tmp_path / "output").read_text()
     assert "rung by the slot cdc_demo" in text
     assert f"wake-ups   wal {_count(text, 'captured')}, " in text
-    assert "Removed the schema cdc_demo" in text
+    assert "Removed the schema cdc_demo, its publication and its slot, and the schema cortex_projects." in text
     assert _objects(db) == before
     assert db.execute("TABLE whatsapp_messages").fetchall() == [("mine",)]
 
@@ -150,6 +152,15 @@ def test_what_has_its_names_already_is_not_touched(database: str, db: psycopg.Co
     assert "there is a schema cdc_demo on this server already" in refused.stderr
     assert "DROP SCHEMA cdc_demo CASCADE" in refused.stderr, "what to do about one that was left behind"
     assert db.execute("TABLE cdc_demo.entity_changes").description[0].name == "mine"
+
+
+def test_tasks_of_ones_own_are_not_touched_and_nothing_is_made(database: str, db: psycopg.Connection) -> None:
+    db.execute("CREATE SCHEMA cortex_projects CREATE TABLE tasks (mine text)")
+    before = _objects(db)
+    refused = CliRunner().invoke(cdc, ["demo", "--dsn", database])
+    assert (refused.exit_code, refused.stdout) == (5, "")
+    assert "there is a schema cortex_projects in this database already" in refused.stderr
+    assert _objects(db) == before
 
 
 def test_a_slot_of_its_name_is_not_touched_and_nothing_is_made(database: str, db: psycopg.Connection) -> None:

@@ -78,6 +78,16 @@ def test_a_retried_change_keeps_the_start_of_its_first_attempt(journal: Journal)
     assert (journey.started, journey.attempts) == (first, 2)
 
 
+def test_a_writer_need_not_know_the_id_beforehand(journal: Journal, arrived: list[Journey]) -> None:
+    journey = journal.sent(("message", "by its title", "INSERT"), table="whatsapp_messages", note="", shown=True)
+    journal.known_as(("message", "by its title", "INSERT"), change())
+    journal.known_as(("message", "by no title", "INSERT"), change(entity_id="m-2"))
+    journal.started(change(), "answer")
+    journal.stored(journey)
+    journal.processed(change())
+    assert arrived == [journey]
+
+
 def test_the_burst_is_over_when_its_last_change_is_processed(journal: Journal) -> None:
     journal.burst_sent(2)
     for n in (1, 2):

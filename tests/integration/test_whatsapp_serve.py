@@ -1,0 +1,124 @@
+"""The endpoint as a process, with a database that comes and goes."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import psycopg
+import pytest
+from click.testing import CliRunner
+from psycopg.conninfo import make_conninfo
+
+from cdc import schema
+from cdc.cli import cdc
+from tests.eventually import eventually
+from tests.fix_proxy import Proxy
+from tests.fix_webhook import Endpoint
+
+EVENT = {
+    "event": "messages.upsert", "key": "m-1", "content": "hello", "from": "ada", "chat_id": "chat",
+    "timestamp": 1767225600,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tables(outbox_db: psycopg.Connection) -> psycopg.Connection:
+    schema.install(outbox_db, "public", ["whatsapp"])
+    return outbox_db
+
+
+def test_an_event_is_stored_captured_and_answered_and_a_stop_is_exit_0(
+    outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path
+) -> None:
+    endpoint = Endpoint(outbox, tmp_path / "log")
+    endpoints.append(endpoint)
+    assert endpoint.post(EVENT) == (200, {"result": "stored"})
+    assert endpoint.post(EVENT) == (200, {"result": "stale"})
+    assert endpoint.post(EVENT | {"key": ""})[0] == 422
+    assert tables.execute("SELECT entity_type, entity_id FROM entity_changes").fetchall() == [("message", "m-1")]
+    assert endpoint.ask("/healthz") == 200
+    endpoint.process.send_signal(signal.SIGTERM)
+    assert endpoint.process.wait(20) == 0, endpoint.log
+    assert "hello" not in endpoint.log
+    assert "Traceback" not in endpoint.log
+
+
+def test_a_role_needs_no_more_than_the_tables_that_are_written(
+    outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path
+) -> None:
+    """The statements of docs/whatsapp.md."""
+    granted = (Path(__file__).parents[2] / "docs/whatsapp.md").read_text().partition("CREATE ROLE webhook")[2]
+    tables.execute("DROP ROLE IF EXISTS webhook")
+    tables.execute(("CREATE ROLE webhook" + granted.partition("```")[0]).encode())
+    try:
+        endpoint = Endpoint(make_conninfo(outbox, user="webhook"), tmp_path / "log")
+        endpoints.append(endpoint)
+        reaction = EVENT | {"event": "messages.reaction", "message_id": "m-1", "reaction": "✅"}
+        for event in (EVENT, reaction, reaction | {"reaction": "", "timestamp": 1767225601}):
+            assert endpoint.post(event) == (200, {"result": "stored"}), endpoint.log
+    finally:
+        tables.execute("DROP OWNED BY webhook CASCADE; DROP ROLE webhook")
+
+
+def test_while_the_database_is_away_events_are_503_and_afterwards_the_first_one_is_stored(
+    outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path
+) -> None:
+    proxy = Proxy(outbox)
+    proxy.start()
+    try:
+        endpoint = Endpoint(proxy.dsn, tmp_path / "log")
+        endpoints.append(endpoint)
+        assert endpoint.post(EVENT)[0] == 200
+        proxy.refuse()
+        status, answer = endpoint.post(EVENT | {"key": "m-2"})
+        assert status == 503
+        assert "send this again later" in answer["error"]
+        assert endpoint.ask("/healthz") == 503
+        proxy.open()
+        eventually(lambda: endpoint.ask("/healthz") == 200)
+        assert endpoint.post(EVENT | {"key": "m-2"}) == (200, {"result": "stored"})
+    finally:
+        proxy.stop()
+
+
+def test_a_request_that_never_ends_does_not_keep_others_waiting(
+    outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path
+) -> None:
+    endpoint = Endpoint(outbox, tmp_path / "log")
+    endpoints.append(endpoint)
+    with socket.create_connection(("127.0.0.1", endpoint.port)) as slow:
+        slow.sendall(
+            b"POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
+        assert endpoint.post(EVENT)[0] == 200
+        endpoint.process.send_signal(signal.SIGTERM)
+        assert endpoint.process.wait(40) == 0, endpoint.log
+
+
+def test_without_a_secret_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CDC_WHATSAPP_APP_SECRET", raising=False)
+    refused = CliRunner().invoke(cdc, ["whatsapp", "serve"])
+    assert refused.exit_code == 2
+    assert "CDC_WHATSAPP_APP_SECRET" in refused.stderr
+
+
+def test_an_address_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CDC_WHATSAPP_APP_SECRET", "x")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = CliRunner().invoke(cdc, ["whatsapp", "serve", "--whatsapp-port", str(port)])
+    assert refused.exit_code == 1
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in refused.stderr
+
+
+def test_the_settings_show_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("hunter\n")
+    monkeypatch.setenv("CDC_WHATSAPP_APP_SECRET", "hunter")
+    monkeypatch.setenv("CDC_WHATSAPP_SENDER_TOKEN_FILE", str(tmp_path / "token"))
+    for arguments in (["config", "show"], ["config", "show", "--json"]):
+        shown = CliRunner().invoke(cdc, arguments)
+        assert shown.exit_code == 0
+        assert "(secret)" in shown.stdout
+        assert "hunter" not in shown.output
