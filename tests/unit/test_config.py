@@ -91,7 +91,7 @@ def test_the_variables_of_others_are_let_be() -> None:
         ("CDC_HTP_PORT", "CDC_HTTP_PORT"),
         ("CDC_DSNFILE", "CDC_DSN_FILE"),
         ("CDC_SLOT_NAME_FILE", "CDC_SLOT_NAME"),
-        ("CDC_ZZZZZZZZZZZZZZZZ", "cdc run --help"),
+        ("CDC_ZZZZZZZZZZZZZZZZ", "cdc config show --help"),
     ],
 )
 def test_an_unknown_variable_is_refused_with_the_nearest_known_one(variable: str, nearest: str) -> None:
