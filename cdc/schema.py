@@ -255,7 +255,7 @@ def print_sql(schema: str, steps: Sequence[Migration] | None = None, *, sets: Se
     _check_name(schema)
     check_sets(sets)
     if steps is None:
-        steps = [migration for name in ("", *sets) for migration in migrations(name)]
+        steps = [migration for name in dict.fromkeys(("", *sets)) for migration in migrations(name)]
     identifier = sql.Identifier(schema).as_string()
     opening = _OPEN_SCRIPT.format(
         lock=_ADVISORY_LOCK,

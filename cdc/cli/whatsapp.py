@@ -8,8 +8,11 @@ from cdc.cli.options import settings_options
 from cdc.config import Settings
 from cdc.errors import UsageError
 
-_LIMITS = {"statement_timeout": "10s", "lock_timeout": "5s"}
-"""A messenger does not wait for long, and sends it again."""
+_SESSION = {
+    "statement_timeout": "10s",  # a messenger does not wait for long, and sends it again
+    "lock_timeout": "5s",
+    "default_transaction_isolation": "read committed",  # who has waited for a lock must see what its holder did
+}
 
 
 @click.group()
@@ -44,15 +47,16 @@ def serve(settings: Settings) -> None:
         from cdc.whatsapp.serve import serve as serve_webhooks  # noqa: PLC0415 - its libraries are an extra
         from cdc.whatsapp.web import Checks  # noqa: PLC0415 - see above
     except ModuleNotFoundError as missing:
-        if missing.name not in ("starlette", "uvicorn"):
+        library = (missing.name or "").partition(".")[0]
+        if library not in ("starlette", "uvicorn"):
             raise
-        raise UsageError(f"the endpoint needs {missing.name}", hint="pip install 'cdc[whatsapp]'") from None
+        raise UsageError(f"the endpoint needs {library}", hint="pip install 'cdc[whatsapp]'") from None
     from cdc import logs  # noqa: PLC0415 - see above
     from cdc.connect import pool_arguments  # noqa: PLC0415 - --help does not wait for the driver to load
 
     logs.setup(settings.log.level, settings.log.format)
     serve_webhooks(
-        pool_arguments(settings.dsn_text, application_name="cdc whatsapp", session=_LIMITS),
+        pool_arguments(settings.dsn_text, application_name="cdc whatsapp", session=_SESSION),
         schema=settings.schema_,
         checks=Checks(
             app_secret=section.app_secret.get_secret_value().encode(),

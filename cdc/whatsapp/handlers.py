@@ -22,6 +22,8 @@ from cdc.whatsapp.sender import Outgoing, Sender
 
 log = logging.getLogger("cdc.whatsapp")
 
+_CAUSED_BY = "SELECT set_config('cdc.cause', %s, true)"
+
 
 def make_router(
     sender: Sender, *, help_text: str, schema: str = "public", actions: Actions | None = None
@@ -38,6 +40,10 @@ def make_router(
         appeared = [change for change in changes if _appeared(change)]
         meant = await rules.meant_by({change.new.reaction for change in appeared}, connection) if appeared else {}
         for change in appeared:
+            if not meant[change.new.reaction]:
+                continue
+            # Of a batch the consumer knows no single cause.
+            await connection.execute(_CAUSED_BY, [change.cause])
             for rule in meant[change.new.reaction]:
                 log.debug("rule %s is followed for change %s", rule.id, change.id)
                 await rule.follow(Context(connection, change.new, rule.id, schema))

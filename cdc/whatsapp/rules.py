@@ -51,13 +51,15 @@ class Rules:
 
     def _read(self, rule_id: str, config: dict[str, Any]) -> Rule | None:
         try:
-            return Rule(rule_id, *self._actions.read(config))
+            rule = Rule(rule_id, *self._actions.read(config))
         except BadRuleError as bad:
             self._report(rule_id, str(bad))
             return None
+        self._reported.pop(rule_id, None)
+        return rule
 
     def _report(self, rule_id: str, problem: str) -> None:
-        """Once, not with each reaction; again when it is bad in another way."""
+        """Once, not with each reaction; again when it is bad in another way, or has been good meanwhile."""
         if self._reported.get(rule_id) != problem:
             if len(self._reported) >= _REPORTED_MAX:
                 self._reported.clear()

@@ -22,7 +22,7 @@ log = logging.getLogger("cdc.whatsapp.web")
 
 _CONNECTIONS_MAX = 10
 _CONNECTION_LIMIT_S = 5.0
-_REQUESTS_MAX = 1_000
+_REQUESTS_MAX = 400
 _GRACE_S = 10
 
 

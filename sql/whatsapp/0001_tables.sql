@@ -87,6 +87,22 @@ BEGIN
     RAISE EXCEPTION 'the table % is there already, without the column %', v_table, v_missing
       USING HINT = v_remedy || '; or move the table out of the way', ERRCODE = 'undefined_column';
   END IF;
+
+  -- What is stored a second time is found by its id.
+  FOREACH v_table IN ARRAY ARRAY[
+    v_ours || 'whatsapp_messages', v_ours || 'whatsapp_message_reactions', v_ours || 'whatsapp_removed_reactions'
+  ]::regclass[] LOOP
+    IF NOT EXISTS (
+      SELECT FROM pg_catalog.pg_index AS i
+      JOIN pg_catalog.pg_attribute AS a ON a.attrelid = i.indrelid AND a.attname = 'id'
+      WHERE i.indrelid = v_table AND i.indisunique AND i.indimmediate AND i.indpred IS NULL AND i.indnkeyatts = 1
+        AND i.indkey[0] = a.attnum
+    ) THEN
+      RAISE EXCEPTION 'the table % is there already, without a unique key on its column id', v_table
+        USING HINT = format('ALTER TABLE %s ADD UNIQUE (id); or move the table out of the way', v_table),
+          ERRCODE = 'invalid_column_reference';
+    END IF;
+  END LOOP;
 END
 $cdc$;
 

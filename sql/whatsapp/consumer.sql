@@ -1,5 +1,5 @@
 -- What the handlers of the WhatsApp application need besides: for `cdc db grant --consumer ROLE --with whatsapp`.
-GRANT SELECT ON TABLE @schema@."actionRules" TO @role@;
+GRANT SELECT ON TABLE @schema@."actionRules", @schema@.cdc_sets TO @role@;
 GRANT USAGE ON SCHEMA cortex_projects TO @role@;
 -- ON CONFLICT reads the columns of the unique key.
 GRANT SELECT (reaction_id, rule_id), INSERT (title, user_id, room_id, reaction_id, rule_id)

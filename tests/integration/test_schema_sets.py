@@ -107,7 +107,7 @@ def test_a_recorded_set_is_brought_to_the_present_version_with_the_outbox(
 def test_tables_of_a_live_system_are_kept_with_the_triggers_it_made_itself(db: psycopg.Connection) -> None:
     schema.install(db, "public")
     db.execute(
-        "CREATE TABLE whatsapp_messages (id uuid PRIMARY KEY, content text, user_id int, chat_id int, extra text,"
+        "CREATE TABLE whatsapp_messages (id uuid UNIQUE, content text, user_id int, chat_id int, extra text,"
         " sent_at timestamptz)"
     )
     db.execute(
@@ -135,8 +135,23 @@ def test_a_table_that_lacks_what_the_code_needs_is_named_with_the_remedy_and_not
     assert invoke(database, "db", "install", "--with", "whatsapp").exit_code == 0
 
 
+def test_a_table_in_which_an_id_may_be_there_twice_is_refused_with_the_remedy(
+    database: str, db: psycopg.Connection
+) -> None:
+    db.execute(
+        "CREATE TABLE whatsapp_messages"
+        " (id text, content text, user_id text, chat_id text, sent_at timestamptz, UNIQUE (id, chat_id))"
+    )
+    refused = invoke(database, "db", "install", "--with", "whatsapp")
+    assert refused.exit_code == 1
+    assert "without a unique key on its column id; nothing was changed" in refused.stderr
+    db.execute("ALTER TABLE whatsapp_messages ADD UNIQUE (id)")
+    assert invoke(database, "db", "install", "--with", "whatsapp").exit_code == 0
+
+
 def test_the_printed_script_does_the_same_any_number_of_times(database: str, db: psycopg.Connection) -> None:
-    script = CliRunner().invoke(cdc, ["db", "print", "--with", "whatsapp"]).stdout
+    script = CliRunner().invoke(cdc, ["db", "print", "--with", "whatsapp", "--with", "whatsapp"]).stdout
+    assert script.count("-- whatsapp 0001 tables") == 1
     for _ in range(2):
         psql = [str(find_installation().bindir / "psql"), "-X", "-q", "-d", database]
         subprocess.run(psql, input=script, text=True, check=True, stdout=subprocess.DEVNULL)
@@ -171,7 +186,20 @@ def test_two_outboxes_capture_one_table_of_tasks_each_for_itself(db: psycopg.Con
         assert db.execute(count).fetchall() == [(1,)]
 
 
-@pytest.mark.parametrize("command", [["install"], ["print"]])
+def test_grants_of_a_set_are_about_a_consumer_and_printed_with_the_rest(database: str, db: psycopg.Connection) -> None:
+    printed = CliRunner().invoke(cdc, ["db", "grant", "--consumer", 'Odd "one"', "--with", "whatsapp", "--print"])
+    assert (
+        'GRANT EXECUTE ON FUNCTION "public".publish_change(text, text, text, jsonb, jsonb, jsonb) TO "Odd ""one""";'
+        in (printed.stdout)
+    )
+    assert CliRunner().invoke(cdc, ["db", "grant", "--readonly", "x", "--with", "whatsapp"]).exit_code == 2
+    schema.install(db, "public")
+    missing = invoke(database, "db", "grant", "--consumer", "pg_monitor", "--with", "whatsapp")
+    assert missing.exit_code == 1
+    assert "cdc db install with the same --with" in missing.stderr
+
+
+@pytest.mark.parametrize("command", [["install"], ["print"], ["grant", "--consumer", "x"]])
 def test_a_set_that_does_not_exist_is_a_usage_error_that_names_those_that_do(command: list[str]) -> None:
     refused = CliRunner().invoke(cdc, ["db", *command, "--with", "watsapp"])
     assert refused.exit_code == 2

@@ -187,6 +187,21 @@ async def test_a_rule_counts_from_the_moment_it_is_stored(outbox: str, tables: p
     assert [task[0] for task in tasks(tables)] == ["after"]
 
 
+async def test_each_task_knows_which_reaction_it_came_of_also_where_many_are_handled_at_once(
+    outbox: str, tables: psycopg.Connection
+) -> None:
+    add_rule(tables, "a")
+    for n in range(20):
+        react(tables, f"r-{n}")
+    await work_off(outbox, tables, Recorder())
+    causes = tables.execute(
+        "SELECT task.new_data ->> 'reaction_id', cause.entity_id FROM entity_changes AS task"
+        " JOIN entity_changes AS cause ON cause.id = task.caused_by WHERE task.entity_type = 'task'"
+    ).fetchall()
+    assert len(causes) == 20
+    assert [reaction for reaction, _ in causes] == [cause for _, cause in causes]
+
+
 async def test_a_reaction_that_was_removed_and_comes_back_has_its_task_already(
     outbox: str, tables: psycopg.Connection
 ) -> None:

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 
 import pytest
 
 import cdc
+from cdc.config import from_options
+from cdc.errors import UsageError
+from cdc.whatsapp import router
 from cdc.whatsapp.http_sender import HttpSender, SendError
 from cdc.whatsapp.sender import Outgoing
 from tests.fix_messenger import Messenger, Received
@@ -67,3 +71,13 @@ def test_a_password_in_the_url_is_refused_without_quoting_it() -> None:
     with pytest.raises(cdc.CdcError, match="has a user in it") as refused:
         HttpSender("http://me:hunter@h/x")
     assert "hunter" not in f"{refused.value}{refused.value.hint}"
+
+
+def test_without_its_library_the_application_does_not_start_and_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "cdc.whatsapp.http_sender")
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(UsageError, match="sent with aiohttp") as refused:
+        router(from_options({"whatsapp_sender_url": "http://h/x"}))
+    assert refused.value.hint == "pip install 'cdc[whatsapp]'"

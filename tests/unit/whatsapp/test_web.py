@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import sys
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,12 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from psycopg_pool import PoolTimeout
 
+from cdc.cli import cdc
 from cdc.whatsapp import web
 from cdc.whatsapp.adapter import Adapter, Result
 from cdc.whatsapp.events import RejectedError
@@ -267,3 +270,18 @@ async def test_whatever_is_posted_the_answer_is_one_of_a_few(body: bytes, sign: 
     assert answer.status in {200, 400, 401, 413, 415}
     assert (answer.status == 200) == bool(adapter.given)
     assert sign or not adapter.given
+
+
+@pytest.mark.parametrize("missing", ["uvicorn", "starlette"])
+def test_without_its_libraries_the_endpoint_does_not_start_and_names_what_to_install(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CDC_WHATSAPP_APP_SECRET", "x")
+    again = [name for name in sys.modules if name.startswith((f"{missing}.", "cdc.whatsapp.serve", "cdc.whatsapp.web"))]
+    for module in again:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, missing, None)
+    refused = CliRunner().invoke(cdc, ["whatsapp", "serve"])
+    assert refused.exit_code == 2
+    assert f"the endpoint needs {missing}" in refused.stderr
+    assert "pip install 'cdc[whatsapp]'" in refused.stderr
