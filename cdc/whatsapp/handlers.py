@@ -71,4 +71,5 @@ def _appeared(change: cdc.Change) -> bool:
 
     Not only an INSERT, as documented: where the removal in between comes late, the same events are an UPDATE.
     """
-    return change.new is not None and (change.old is None or change.old.reaction != change.new.reaction)
+    old, new = change.old, change.new
+    return new is not None and bool(new.reaction) and (old is None or old.reaction != new.reaction)

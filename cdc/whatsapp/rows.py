@@ -13,8 +13,9 @@ class _Row(BaseModel):
 
 
 class ReactionRow(_Row):
-    message_id: str
-    reaction: str
+    message_id: str | None = None
+    reaction: str | None = None
+    """None or "" where a live system keeps the rows of removed ones."""
     user_id: str | None = None
     chat_id: str | None = None
 

@@ -222,10 +222,13 @@ async def test_an_emoji_that_became_another_follows_its_rules_and_one_that_staye
     react(tables, emoji="👍")
     tables.execute("UPDATE whatsapp_message_reactions SET reaction = '✅'")
     tables.execute("UPDATE whatsapp_message_reactions SET message_id = 'm-2'")
+    tables.execute("ALTER TABLE whatsapp_message_reactions ALTER reaction DROP NOT NULL")
+    tables.execute("UPDATE whatsapp_message_reactions SET reaction = NULL")
     sender = Recorder()
     await work_off(outbox, tables, sender)
     assert [task[1] for task in tasks(tables)] == ["check"]
     assert [message.text for _, message in sender.sent if "reacted" in message.text] == ["ada reacted with 👍"]
+    assert "dead" not in states(tables)
 
 
 async def test_an_action_that_fails_takes_back_what_the_other_rules_of_its_reaction_did_and_is_tried_again(
