@@ -375,9 +375,8 @@ def _secret_from(path: str, variable: str) -> str:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         # A secret where the name of its file belongs is the likely mistake, and must not be quoted.
         what = "DSN" if variable.endswith("DSN_FILE") else "secret"
-        is_secret = (
-            set(path) & set("@=?") or "://" in path or path.startswith("whsec_") or (what == "secret" and "/" not in path)
-        )
+        looks_secret = set(path) & set("@=?") or "://" in path or path.startswith("whsec_")
+        is_secret = looks_secret or (what == "secret" and "/" not in path)
         named = f"the file that {variable} names" if is_secret else f"{variable}={path}"
         hint = f"the {what} itself goes into {variable.removesuffix('_FILE')}"
         raise UsageError(f"{named} cannot be read: {reason}", hint=hint) from None

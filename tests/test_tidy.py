@@ -41,7 +41,7 @@ PURE = (
     "wakeup/wire", "wakeup/wal2json", "wakeup/pgoutput", "wakeup/progress",
     "slot_state", "amounts", "history", "doctor/findings", "doctor/facts", "doctor/server", "doctor/doorbell",
     "doctor/outbox", "doctor/script", "deliver/target", "deliver/signature", "deliver/cloudevents", "deliver/answers",
-    "doctor/outbox", "doctor/script", "whatsapp/events", "whatsapp/rows",
+    "whatsapp/events", "whatsapp/rows",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
                 "www.postgresql.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip
