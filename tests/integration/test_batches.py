@@ -11,12 +11,11 @@ import pytest
 from pydantic import BaseModel
 
 import cdc
+from cdc import testing
 from cdc.errors import UsageError
 from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
-
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
 
 
 def _publish(db: psycopg.Connection, count: int, keys: int, entity_type: str = "x") -> None:
@@ -59,8 +58,7 @@ async def test_a_batch_holds_up_to_so_many_changes_in_seq_order_within_each_key(
     router.on("y")(lambda change: None)
     _publish(outbox_db, 200, 7)
     _publish(outbox_db, 50, 7, "y")
-    async with consuming(outbox, router):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, router)
     assert states(outbox_db) == {"processed": 250}
     assert sum(map(len, batches)) == 200
     assert max(map(len, batches)) == 20
@@ -82,8 +80,7 @@ async def test_never_are_two_batches_of_one_key_at_work_at_a_time(outbox: str, o
         batches.append(changes)
 
     _publish(outbox_db, 200, 13)
-    async with consuming(outbox, router):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, router)
     assert outbox_db.execute("SELECT max(error_count) FROM entity_changes").fetchone() == (0,)
     _assert_order(batches)
 
@@ -132,8 +129,7 @@ async def test_a_batch_can_fail_some_of_its_changes_and_the_rest_is_done(
             raise cdc.Failed(errors)
 
     _publish(outbox_db, 10, 10)
-    async with consuming(outbox, router, **_QUICK):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, router, allow_dead=True)
     assert states(outbox_db) == {"processed": 7, "dead": 3}
     told = dict(outbox_db.execute("SELECT seq, last_error FROM entity_changes WHERE last_error IS NOT NULL").fetchall())
     assert told == {
@@ -173,8 +169,7 @@ async def test_one_poisonous_change_does_not_take_its_batch_along(outbox: str, o
             raise ValueError("poison")
 
     _publish(outbox_db, 50, 10)
-    async with consuming(outbox, router, **_QUICK):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, router, allow_dead=True)
     assert states(outbox_db) == {"processed": 49, "dead": 1}
     assert outbox_db.execute("SELECT seq, error_count FROM entity_changes WHERE error_count > 0").fetchall() == [(7, 3)]
     of_its_key = [seq for key, seq in alone if key == "k7"]
@@ -198,8 +193,7 @@ async def test_a_transactional_batch_marks_what_it_did_in_its_own_transaction_an
             raise cdc.Failed(bad)
 
     _publish(outbox_db, 100, 9)
-    async with consuming(outbox, router):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, router, allow_dead=True)
     assert states(outbox_db) == {"processed": 90, "dead": 10}
     assert outbox_db.execute(
         "SELECT count(*) FROM effect JOIN entity_changes AS c USING (seq) WHERE effect.xmin = c.xmin"
@@ -221,8 +215,7 @@ async def test_a_row_that_does_not_fit_the_model_leaves_the_batch_and_the_others
 
     _publish(outbox_db, 3, 3)
     outbox_db.execute("SELECT publish_change('x', 'k', 'INSERT', '{\"n\": \"none\"}')")
-    async with consuming(outbox, router):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, router, allow_dead=True)
     assert sorted(seen) == [1, 2, 3]
     assert states(outbox_db) == {"processed": 3, "dead": 1}
 

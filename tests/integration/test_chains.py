@@ -12,6 +12,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 import cdc
+from cdc import testing
 from cdc.intake import Position, Sweep
 from cdc.lanes import Resume, Row
 from cdc.model import WakeUp
@@ -115,8 +116,7 @@ async def test_a_loop_that_goes_through_a_transaction_of_the_handlers_own_ends_t
             await connection.execute(_ROUND, [change.entity_id])
 
     counter.execute("INSERT INTO counter VALUES (7, 0)")
-    async with consuming(outbox, router, max_chain_depth=_DEPTH):
-        await _all_settled(counter)
+    await testing.drain(outbox, router, max_chain_depth=_DEPTH, allow_dead=True)
     assert states(counter) == {"processed": _DEPTH + 1, "dead": 1}
 
 
@@ -130,8 +130,7 @@ async def test_a_loop_of_two_types_names_both(outbox: str, outbox_db: psycopg.Co
         await connection.execute("SELECT publish_change(%s, %s, 'UPDATE')", [other, change.entity_id])
 
     _publish(outbox_db, "ping", "1")
-    async with consuming(outbox, router, max_chain_depth=2):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, router, max_chain_depth=2, allow_dead=True)
     told = _rows(outbox_db)[-1]["last_error"]
     assert told.endswith("pong 1 UPDATE <- ping 1 UPDATE <- pong 1 UPDATE <- ping 1 INSERT")
 
@@ -147,8 +146,7 @@ async def test_in_a_batch_only_the_changes_that_are_too_deep_are_refused(
 
     for n in range(20):
         _publish(outbox_db, "x", str(n), depth=17 if n == 4 else n % 17)
-    async with consuming(outbox, router):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, router, allow_dead=True)
     assert sorted(handled, key=int) == [str(n) for n in range(20) if n != 4]
     assert states(outbox_db) == {"processed": 19, "dead": 1}
 
@@ -157,8 +155,7 @@ async def test_a_deep_change_that_nobody_handles_is_skipped_like_any_other(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     _publish(outbox_db, "x", "1", depth=99)
-    async with consuming(outbox, Router()):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, Router())
     assert states(outbox_db) == {"processed": 1}
 
 
@@ -177,8 +174,7 @@ async def test_a_dead_letter_of_a_chain_runs_once_the_limit_is_raised_and_it_is_
 
     _publish(outbox_db, "x", "1", depth=17)
     for limit in (16, 16, 17):
-        async with consuming(outbox, router, max_chain_depth=limit):
-            await _all_settled(outbox_db)
+        await testing.drain(outbox, router, max_chain_depth=limit, allow_dead=True)
         outbox_db.execute("SELECT reprocess_failed_actions(p_max_errors => 1)")
     assert attempts == [(17, None)]
     assert told == ["TooDeepError"] * 2
@@ -211,8 +207,7 @@ async def test_what_a_transactional_handler_writes_and_publishes_is_caused_by_it
         seen.append((change.entity_type, change.entity_id, change.depth, change.caused_by))
 
     roots = {str(n): _publish(counter, "x", str(n)) for n in range(300)}
-    async with consuming(outbox, router, transactions=2, concurrency=4):
-        await _all_settled(counter)
+    await testing.drain(outbox, router, transactions=2, concurrency=4)
     [(transactions,)] = counter.execute("SELECT count(DISTINCT xmin::text) FROM counter").fetchall()
     assert transactions < len(roots), "some share a transaction, and each is the cause of its own writes"
     assert sorted(seen) == sorted((kind, key, 1, id_) for kind in ("counter", "event") for key, id_ in roots.items())
@@ -230,8 +225,7 @@ async def test_a_failed_attempt_leaves_no_change_and_the_next_one_has_the_same_c
             raise ValueError("no")
 
     root = _publish(counter, "x", "1")
-    async with consuming(outbox, router, backoff_base=0.01):
-        await _all_settled(counter)
+    await testing.drain(outbox, router)
     assert [(row["caused_by"], row["depth"]) for row in _rows(counter)] == [(None, 0), (root, 1)]
 
 
@@ -247,8 +241,7 @@ async def test_of_a_transactional_batch_the_deepest_change_is_the_cause(
         await connection.execute(_STEP, ["event", "1"])
 
     ids = [_publish(outbox_db, "x", str(depth), depth=depth) for depth in (0, 5, 2)]
-    async with consuming(outbox, router):
-        await _all_settled(outbox_db)
+    await testing.drain(outbox, router)
     assert sizes == [3]
     assert [(row["caused_by"], row["depth"]) for row in _rows(outbox_db)[3:]] == [(ids[1], 6)]
 

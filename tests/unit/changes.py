@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from uuid import UUID
 
+from cdc import testing
 from cdc.lanes import Row
-from cdc.model import Change, Operation
+from cdc.model import Change
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -14,10 +15,9 @@ EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 def change(
     seq: int, key: str = "k", *, entity_type: str = "t", shard: int = 0, attempt: int = 1, requeued: bool = False
 ) -> Change:
-    return Change(
-        id=UUID(int=seq), seq=seq, shard=shard, entity_type=entity_type, entity_id=key,
-        table_schema="public", table="t", operation=Operation.INSERT, old=None, new={}, metadata=None, changed_at=EPOCH,
-        attempt=attempt, requeued=requeued,
+    return testing.change(
+        entity_type, "INSERT", key, new={}, id=UUID(int=seq), seq=seq, shard=shard, changed_at=EPOCH, attempt=attempt,
+        requeued=requeued,
     )  # fmt: skip
 
 
