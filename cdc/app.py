@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -26,7 +27,8 @@ from cdc.errors import UsageError
 from cdc.health import Check, HealthServer
 from cdc.hooks import Hooks
 from cdc.metrics import Metrics
-from cdc.model import WakeUp
+from cdc.model import Operation, WakeUp
+from cdc.observer import Observer, ObserverSettings
 from cdc.outbox.letters import Letters
 from cdc.outbox.store import Store
 from cdc.page import Page
@@ -34,6 +36,7 @@ from cdc.pruning import Pruning
 from cdc.retry import Policy
 from cdc.routing import Router
 from cdc.runner import Runner
+from cdc.scope import Scope
 from cdc.threads import Threads
 from cdc.transactions import Transactions
 from cdc.verdict import Verdict
@@ -47,6 +50,8 @@ log = logging.getLogger("cdc")
 
 _STOP_THREADS_S = 5.0
 _SHOW_EVERY_S = 1.0
+_SLOT_NAME_PART = 40
+"""Of a name of up to 63 characters, so that more fits behind it."""
 
 
 def serve(settings: Settings, router: Router | None) -> None:
@@ -99,42 +104,31 @@ class App:
     """One consumer with all that belongs to it. Made on the event loop. ``router`` is None where deliver.to is set."""
 
     def __init__(self, settings: Settings, router: Router | None, limits: Limits | None = None) -> None:
+        if settings.observe:
+            settings = _as_observer(settings)
         self._settings = settings
         self._limits = limits or Limits()
         self._delivery = _make_delivery(settings) if settings.deliver.to else None
         router = _the_one(router, self._delivery.router if self._delivery else None)
+        _refuse_unhandled(settings.scope, router)
         self._router = router
         self._threads = Threads(settings.threads)
         self.metrics = metrics = Metrics(settings.slot.name, router)
         metrics.lanes_capacity.set(settings.window)
         metrics.set_role("sweeping")
         metrics.set_stream("network" if settings.stream else "disabled")
-        store = Store(settings.schema_, settings.max_chain_depth)
+        store = Store(settings.schema_, settings.max_chain_depth, settings.scope)
         hooks = Hooks(router)
         policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
         self._transactions = Transactions(settings.dsn_text, store, settings.transactions, router.handlers.values())
         handlers = router.handlers.values()
         self._page = Page(metrics.registry, self._checks) if settings.http.port and settings.http.page else None
-        runner = Runner(
-            router,
-            verdict=Verdict(
-                handlers, policy, hooks=hooks, metrics=metrics, failed=self._page.failed if self._page else None
-            ),
-            timeout_s=settings.timeout_s,
-            threads=self._threads,
-            transactions=self._transactions,
-            metrics=metrics,
+        verdict = Verdict(
+            handlers, policy, hooks=hooks, metrics=metrics, failed=self._page.failed if self._page else None
         )
-        demand = Demand(
-            router,
-            concurrency=settings.concurrency,
-            threads=settings.threads,
-            transactions=settings.transactions,
+        self.consumer: Consumer | Observer = (
+            self._make_observer(store) if settings.observe else self._make_consumer(store, verdict, hooks)
         )
-        self.consumer = Consumer(
-            _consumer_settings(settings), runner=runner, demand=demand, store=store, hooks=hooks, metrics=metrics,
-            at_stop=self._delivery.stop if self._delivery else None,
-        )  # fmt: skip
         self._relay = Relay(settings.dsn_text, settings.schema_, metrics.relay_notifies.inc)
         self._collector = Collector(
             settings.dsn_text,
@@ -144,9 +138,46 @@ class App:
             page=(self._page, Letters(settings.schema_)) if self._page else None,
         )
         self._stream = self._make_stream() if settings.stream else None
-        self._listener = Listener(settings.dsn_text, settings.schema_, self._heard)
+        self._listener = Listener(settings.dsn_text, settings.schema_, self._heard, captured=self.consumer.captured)
         self._turned = time.monotonic()
         self._shown = StreamStatus()
+
+    def _make_consumer(self, store: Store, verdict: Verdict, hooks: Hooks) -> Consumer:
+        settings = self._settings
+        runner = Runner(
+            self._router,
+            verdict=verdict,
+            timeout_s=settings.timeout_s,
+            threads=self._threads,
+            transactions=self._transactions,
+            metrics=self.metrics,
+        )
+        demand = Demand(
+            self._router,
+            concurrency=settings.concurrency,
+            threads=settings.threads,
+            transactions=settings.transactions,
+        )
+        return Consumer(
+            _consumer_settings(settings), runner=runner, demand=demand, store=store, hooks=hooks, metrics=self.metrics,
+            at_stop=self._delivery.stop if self._delivery else None,
+        )  # fmt: skip
+
+    def _make_observer(self, store: Store) -> Observer:
+        settings = self._settings
+        self.metrics.observing()
+        return Observer(
+            ObserverSettings(
+                dsn=settings.dsn_text,
+                schema=settings.schema_,
+                sweep_interval_s=settings.sweep_interval,
+                poll_interval_s=settings.poll_interval,
+                scope=settings.scope,
+            ),
+            router=self._router,
+            store=store,
+            metrics=self.metrics,
+        )
 
     def signalled(self, number: int) -> None:
         """The first signal drains; a second one does not wait."""
@@ -159,6 +190,8 @@ class App:
         """Until the consumer is stopped, or its first connection is refused."""
         handlers = sorted({handler.name for handler in self._router.handlers.values()})
         log.info("cdc %s; handlers: %s", __version__, ", ".join(handlers) or "none")
+        if not self._settings.scope.everything:
+            log.info("for %s; changes of other types are left as they are", self._settings.scope)
         with self._serving_health():
             async with self._beside():
                 await self.consumer.run()
@@ -219,7 +252,7 @@ class App:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listener.run())
             tasks.create_task(self._relay.run())
-            if (age_s := self._settings.retention_s) is not None:
+            if (age_s := self._settings.retention_s) is not None and not self._settings.observe:
                 tasks.create_task(Pruning(self._settings.dsn_text, self._settings.schema_, age_s, self.metrics).run())
 
     def _make_stream(self) -> Stream:
@@ -289,7 +322,9 @@ class App:
 
     def _readiness(self) -> list[Check]:
         answered = self.consumer.answered_at
+        observing = [Check("observing", ok=True, detail="runs and marks nothing")] if self._settings.observe else []
         return [
+            *observing,
             Check("database", answered is not None and time.monotonic() - answered < self._limits.answer_s,
                   "never answered" if answered is None else f"{time.monotonic() - answered:.1f}s"),
             Check("schema", self.consumer.in_service, "" if self.consumer.in_service else "not there yet"),
@@ -337,7 +372,24 @@ def _consumer_settings(settings: Settings) -> ConsumerSettings:
         drain_time_s=settings.drain_time,
         sweep_interval_s=settings.sweep_interval,
         poll_interval_s=settings.poll_interval,
+        scope=settings.scope,
     )
+
+
+def _as_observer(settings: Settings) -> Settings:
+    """With a slot of its own, that goes with it: the configured one is for those who work."""
+    name = f"{settings.slot.name[:_SLOT_NAME_PART]}_observe_{secrets.token_hex(4)}"
+    slot = settings.slot.model_copy(update={"name": name, "mode": "temporary", "create": True, "recreate": True})
+    return settings.model_copy(update={"slot": slot})
+
+
+def _refuse_unhandled(scope: Scope, router: Router) -> None:
+    """A type that is named and that nobody handles would be marked processed, and that is the opposite of meant."""
+    for entity_type in scope.types if scope.among else ():
+        if not any(router.match(entity_type, operation) for operation in Operation):
+            raise UsageError(
+                f"only {entity_type!r}, but no handler wants changes of it", hint="correct --only, or add the handler"
+            )
 
 
 def _recent(name: str, age_s: float, limit_s: float) -> Check:

@@ -31,6 +31,7 @@ from cdc.deliver import signature, target
 from cdc.durations import parse_duration
 from cdc.errors import UsageError
 from cdc.model import PLUGINS
+from cdc.scope import Scope
 
 DEFAULT_FILE = Path("cdc.toml")
 """Read where the process starts, if it is there and no other is named."""
@@ -165,6 +166,9 @@ class Settings(_Section):
     )
     handlers: str | None = Field(None, description="Your router, as package.module:router.")
     deliver: Deliver = Deliver()
+    only: _Names = Field(None, description="Handle this entity type and no other.")
+    except_: _Names = Field(None, alias="except", description="Leave this entity type alone.")
+    observe: bool = Field(False, description="Only look: see and measure everything, run no handler, mark nothing.")
     slot: Slot = Slot()
     stream: bool = Field(True, description="Listen to the replication slot; without it changes are found by sweeping.")
     http: Http = Http()
@@ -200,6 +204,11 @@ class Settings(_Section):
         return self.stream_dsn.get_secret_value() if self.stream_dsn else self.dsn_text
 
     @property
+    def scope(self) -> Scope:
+        """The entity types that are ours."""
+        return Scope(self.only, among=True) if self.only else Scope(self.except_ or ())
+
+    @property
     def timeout_s(self) -> float | None:
         """The time limit of a handler; None is no limit."""
         return self.timeout or None
@@ -217,6 +226,8 @@ class Settings(_Section):
             raise ValueError(f"backoff.cap ({self.backoff.cap}) must be at least backoff.base ({self.backoff.base})")
         if self.handlers and self.deliver.to:
             raise ValueError("handlers and deliver.to are both set; a consumer has either, so leave one out")
+        if self.only and self.except_:
+            raise ValueError("only and except exclude each other: name the types that are ours, or those that are not")
         if self.slot.mode == "temporary" and not self.slot.create:
             raise ValueError("slot.mode temporary needs slot.create: such a slot is made at each connection")
         return self
@@ -312,6 +323,7 @@ def load(
 
 def from_options(options: Mapping[str, Any]) -> Settings:
     """Settings from flat names alone: no environment, no file. Raises UsageError, also for a name that is none."""
+    options = {name.removesuffix("_"): value for name, value in options.items()}  # except is a word of Python
     for name in options:
         if name not in _BY_FLAT:
             raise UsageError(f"{name!r} is not a setting", hint=_nearest(name, list(_BY_FLAT)))

@@ -36,12 +36,14 @@ from cdc.outbox.shards import Session
 from cdc.outbox.store import INDEXED, Store
 from cdc.reads import Reads
 from cdc.runner import Runner
+from cdc.scope import EVERYTHING, Scope
 from cdc.shares import balance
 from cdc.workers import Workers
 
 log = logging.getLogger("cdc.consumer")
 
 _SETTLE_MAX = 1_000
+_SOON_S = 0.05
 _LOOK_AT_SHARDS_S = 1.0
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
 _TURN_AT_LEAST_S = 5.0
@@ -62,6 +64,7 @@ class ConsumerSettings:
     drain_time_s: float
     sweep_interval_s: float
     poll_interval_s: float
+    scope: Scope = EVERYTHING
 
 
 class Consumer:
@@ -89,7 +92,9 @@ class Consumer:
         self._lanes = Lanes(
             settings.window, fenced=runner.fenced, turns=demand.turns, needs=demand.needs, sole=demand.sole_type
         )
-        self._intake = Intake(sweep_interval_s=settings.poll_interval_s, room_for=self._lanes.room_for)
+        self._intake = Intake(
+            sweep_interval_s=settings.poll_interval_s, room_for=self._lanes.room_for, scope=settings.scope
+        )
         self._reads = Reads(
             self._lanes, self._intake, store, metrics, owned=lambda: self._owned,
             sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
@@ -148,6 +153,11 @@ class Consumer:
     def sweep_now(self) -> None:
         """The table changed without a wake-up for each row: look at everything again."""
         self._reads.restart()
+        self._read_due.set()
+
+    def captured(self) -> None:
+        """Changes were captured, and somebody says so who cannot tell which: look soon, but not for each of them."""
+        self._intake.sweep_by(self._now() + _SOON_S)
         self._read_due.set()
 
     def missed(self) -> None:

@@ -16,6 +16,7 @@ from cdc.consumer import Consumer
 from cdc.errors import StreamError
 from cdc.metrics import ENDINGS, Metrics
 from cdc.model import WakeUp
+from cdc.observer import Observer
 from cdc.wakeup.relay import Relay
 
 _CROSSING_MAX = 20_000
@@ -25,7 +26,7 @@ class Doorbell:
     """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run in the stream's thread."""
 
     def __init__(
-        self, consumer: Consumer, relay: Relay, metrics: Metrics, slot: str, *, changed: Callable[[], None]
+        self, consumer: Consumer | Observer, relay: Relay, metrics: Metrics, slot: str, *, changed: Callable[[], None]
     ) -> None:
         self._consumer = consumer
         self._relay = relay

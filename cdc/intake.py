@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 from cdc.model import WakeUp
 from cdc.passes import LOOK_AGAIN_MIN_S, REPASS_MAX_S, Passes, Position, Snapshot
+from cdc.scope import EVERYTHING, Scope
 
 _LOOK_AGAIN_MAX_S = 0.05
 """A commit waiting for a synchronous standby stays invisible for as long as that takes; found within this much of
@@ -62,18 +63,15 @@ class Fetch:
 class Sweep:
     """Read the next ``per_shard`` fresh changes of each shard: above the cursor, and late ones above the floor.
 
-    Only those of the type ``only``; or, if that is None, all but those of the types in ``without``. ``serial`` numbers
-    the sweeps of an intake.
+    Only those in ``scope``, which is the type ``only`` where that is read apart. ``serial`` numbers the sweeps of an
+    intake.
     """
 
     positions: Mapping[int, Position]
     per_shard: int
     serial: int
     only: str | None = None
-    without: tuple[str, ...] = ()
-
-    def wants(self, entity_type: str) -> bool:
-        return entity_type not in self.without if self.only is None else entity_type == self.only
+    scope: Scope = EVERYTHING
 
 
 class Scanned(NamedTuple):
@@ -108,6 +106,7 @@ class Intake:
     """``queue_capacity``: wake-ups kept; more than that are dropped and their shards swept instead.
 
     ``room_for``: how many changes of a type can be taken in, and from how many on a page of them is worth while.
+    ``scope``: the types to read at all.
     """
 
     def __init__(
@@ -116,10 +115,12 @@ class Intake:
         sweep_interval_s: float,
         queue_capacity: int = 20_000,
         room_for: Callable[[str], tuple[int, int]] = lambda _: (_UNBOUNDED, 1),
+        scope: Scope = EVERYTHING,
     ) -> None:
         self._sweep_interval_s = sweep_interval_s
         self._queue_capacity = queue_capacity
         self._room_for = room_for
+        self._scope = scope
         self._shards: dict[int, Passes] = {}
         self._apart: dict[str, dict[int, Passes]] = {}
         """By type and shard; the type that was read last stands last."""
@@ -178,6 +179,10 @@ class Intake:
         self._sweep_interval_s = sweep_interval_s
         self._next_sweep = min(self._next_sweep, now + sweep_interval_s)
 
+    def sweep_by(self, at: float) -> None:
+        """The next sweep begins then at the latest."""
+        self._next_sweep = min(self._next_sweep, at)
+
     def streaming(self, *, connected: bool) -> None:
         """From now on wake-ups come first-hand, or do so no more. What rang before may have been missed."""
         self._first_hand = connected
@@ -226,6 +231,11 @@ class Intake:
             passes.touch()
 
     # --- out -------------------------------------------------------------------------------------------------------
+
+    @property
+    def passing_from_zero(self) -> bool:
+        """``restart`` was called, and what it asks for has begun and is not complete."""
+        return self._full_pass_from is not None
 
     def full_pass_due(self, now: float) -> bool:
         """Time to pass from zero, once in a while; the caller then calls ``restart``."""
@@ -394,7 +404,8 @@ class Intake:
             self._full_pass_from = now
         self._serial += 1
         positions = {number: of_shards[number].position for number in chosen}
-        return Sweep(positions, per_shard, self._serial, only, () if only else tuple(self._apart))
+        scope = self._scope.without(self._apart) if only is None else Scope((only,), among=True)
+        return Sweep(positions, per_shard, self._serial, only, scope)
 
     def _pass_complete(self, number: int, passes: Passes, request: Sweep, snapshot: Snapshot, now: float) -> None:
         was_live = passes.live

@@ -31,7 +31,7 @@ OTHER = "other"
 NO_HANDLER = "none"
 """Label of the handler of a change that nobody wants."""
 
-ROLES = ("streaming", "standby", "sweeping")
+ROLES = ("streaming", "standby", "sweeping", "observing")
 SOURCES = ("wal", "notify", "retry", "sweep")
 OUTCOMES = ("processed", "retried", "discarded", "dead", "interrupted")
 ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected")
@@ -137,12 +137,14 @@ class Metrics:
         self.registry: CollectorRegistry = _Registry()
         self._slot = slot
         self._types = router.entity_types
+        self._observing = False
         handlers = sorted({handler.name for handler in router.handlers.values()})
         self._process()
         self._stream(slot)
         self._wakeups()
         self._lanes_and_shards()
         self._handlers(handlers, router)
+        self._observer(handlers)
         self._slot_figures, self._outbox_figures = _slot_figures(), _outbox_figures()
         self.registry.register(self._slot_figures)
         self.registry.register(self._outbox_figures)
@@ -179,8 +181,24 @@ class Metrics:
         _start(self.delivery_requests, REQUESTS)
         self.delivered = cache(self.delivery_requests.labels)
 
+    def observing(self) -> None:
+        """Whatever it does for the doorbell from now on: this consumer only looks, and nothing is for it to own."""
+        self.set_role("observing")
+        self._observing = True
+        self._shards.set(0)
+
+    def observed(self, entity_type: str, handler: str) -> None:
+        """A change was seen that would have gone to this handler."""
+        self.observed_changes.labels(self.entity_type(entity_type), handler).inc()
+
+    def others_took(self, entity_type: str, seconds: float) -> None:
+        """Somebody else marked a change processed so long after its transaction began."""
+        self.observed_latency.labels(self.entity_type(entity_type)).observe(max(seconds, 0.0))
+
     def set_role(self, role: str) -> None:
         """One of ROLES."""
+        if self._observing:
+            return
         _set_state(self.role, ROLES, role)
 
     def set_stream(self, unavailable: str | None) -> None:
@@ -314,7 +332,8 @@ class Metrics:
         self.lanes_limited_types = self._gauge(
             "cdc_lanes_limited_types", "Entity types that hold their share of it and have more to do."
         )
-        self._gauge("cdc_shards", "Shards there are.").set(SHARDS)
+        self._shards = self._gauge("cdc_shards", "Shards there are; 0 where nothing but observing is to be done.")
+        self._shards.set(SHARDS)
         self.shards_owned = self._gauge("cdc_shards_owned", "Shards this consumer owns.")
         self.members = self._gauge("cdc_members", "Live consumers, as this one sees them.")
         self.shard_moves = self._counter(
@@ -360,6 +379,22 @@ class Metrics:
         _start(self.transaction_waiting, CONNECTION_KINDS)
         _start(self.handler_duration, handlers)
         _start(self.change_latency, (*sorted(self._types), OTHER))
+
+    def _observer(self, handlers: Iterable[str]) -> None:
+        self.observed_changes = self._counter(
+            "cdc_observed_changes", "Changes that one who only observes saw, by who would have got them.",
+            "entity_type", "handler",
+        )  # fmt: skip
+        self.observed_misfits = self._counter(
+            "cdc_observed_misfits", "Those that do not fit the model of their handler.", "handler"
+        )
+        self.observed_latency = self._histogram(
+            "cdc_observed_latency_seconds",
+            "The same as cdc_change_latency_seconds, of changes that somebody else marked processed.",
+            _CHANGE_S,
+            "entity_type",
+        )
+        _start(self.observed_misfits, handlers)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(name, text, labels, registry=self.registry)

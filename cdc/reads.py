@@ -132,7 +132,8 @@ class Reads:
 
     async def _read_intake(self, reader: psycopg.AsyncConnection, room: int) -> bool:
         now = _now()
-        if self._restart_due or self._intake.full_pass_due(now):
+        # Not in the middle of such a pass: rung for all the time, it would never get beyond what stands first.
+        if (self._restart_due and not self._intake.passing_from_zero) or self._intake.full_pass_due(now):
             # Here, where no read is under way: its answer would pass the marks that are forgotten now.
             self._restart_due = False
             self._lanes.forget_unread(self._intake.restart())
@@ -152,7 +153,8 @@ class Reads:
             for row in page.rows:
                 self._intake.passed_over(row.change.entity_type, row.change.shard)
         admitted = self._lanes.admit(page.rows, apart=apart)
-        found = self._intake.fetched(fetch, {row.change.seq for row in page.rows}, page.snapshot, _now())
+        seen = page.others.union(row.change.seq for row in page.rows)
+        found = self._intake.fetched(fetch, seen, page.snapshot, _now())
         self._intake.refused(admitted.refused, _now())
         self._metrics.visibility_retries.labels("found").inc(found.late)
         self._metrics.visibility_retries.labels("left_to_sweep").inc(found.given_up)

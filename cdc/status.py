@@ -16,7 +16,7 @@ import psycopg
 from cdc import slots
 from cdc.model import ChangeState
 from cdc.outbox.letters import Entry, Letters, Pace, Stats, Wanted
-from cdc.outbox.shards import Member, members
+from cdc.outbox.shards import Member, members, observers
 from cdc.slot_state import Slot
 
 _SHOWN = 10
@@ -69,6 +69,7 @@ class Status:
     outbox: Outbox
     pace: Pace
     members: list[Member]
+    observers: list[Member]
     slot: Slot | None
 
 
@@ -83,6 +84,7 @@ def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
         outbox=glance(connection, letters),
         pace=letters.pace(connection),
         members=members(connection, schema),
+        observers=observers(connection, schema),
         slot=slots.snapshot(connection, slot),
     )
 

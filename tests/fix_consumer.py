@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,23 @@ class Process:
     """``cdc run`` as users start it, its log in a file. ``module``: another one that ends in the command line."""
 
     def __init__(
-        self, dsn: str, log: Path, *, handlers: str = "tests.handlers:router", module: str = "cdc", **settings: Any
+        self,
+        dsn: str,
+        log: Path,
+        *,
+        handlers: str = "tests.handlers:router",
+        module: str = "cdc",
+        options: Sequence[str] = (),
+        **settings: Any,
     ) -> None:
         self._log = log
         settings = {"slot_name": "cdc_test", "http_port": 0, **settings}
         if "deliver_to" not in settings:
             settings["handlers"] = handlers
-        options = [item for name, value in settings.items() for item in (f"--{name.replace('_', '-')}", str(value))]
+        named = [item for name, value in settings.items() for item in (f"--{name.replace('_', '-')}", str(value))]
         with log.open("a") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "run", *options],
+                [sys.executable, "-m", module, "run", *named, *options],
                 cwd=ROOT, env={**os.environ, "CDC_DSN": dsn}, stdout=output, stderr=output,
             )  # fmt: skip
 

@@ -58,7 +58,8 @@ def status(*, settings: Settings, watching: bool, every: float, times: int | Non
 def _show(seen: Status, settings: Settings, expected: Outlook | None, as_json: bool) -> None:
     verdict = judge(seen.slot, expected) if seen.slot else None
     if as_json:
-        figures = {**asdict(seen), "members": [member._asdict() for member in seen.members]}
+        figures = {**asdict(seen), "members": [each._asdict() for each in seen.members],
+                   "observers": [each._asdict() for each in seen.observers]}  # fmt: skip
         print_json({**figures, "schema_name": settings.schema_, "verdict": asdict(verdict) if verdict else None})
         return
     for label, sentence in _lines(seen, settings, verdict):
@@ -70,6 +71,9 @@ def _show(seen: Status, settings: Settings, expected: Outlook | None, as_json: b
 def _lines(seen: Status, settings: Settings, verdict: Verdict | None) -> Iterable[tuple[str, str]]:
     yield "outbox", f"{settings.schema_} in {seen.database}, at {seen.seen_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
     yield "consumers", _members(seen)
+    if seen.observers:
+        each = ", ".join(f"process {_where(member)}" for member in seen.observers)
+        yield "observers", f"{len(seen.observers)}, which run and mark nothing: {each}"
     yield "pace", _pace(seen)
     yield "slot", _slot(seen.slot, settings.slot.name)
     if verdict:

@@ -66,6 +66,31 @@ FROM horizon LEFT JOIN LATERAL (
   ORDER BY c.seq
 ) AS row ON true
 
+-- name: fetch_some
+-- The same, but only changes of these types, or (not among) only of others. Of the rest that is there only the number
+-- comes along, so that the reader need not look for it again.
+WITH horizon AS MATERIALIZED (
+  SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
+         pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
+  FROM pg_current_snapshot() AS s
+)
+SELECT horizon.xmin, horizon.next_xid, row.*
+FROM horizon LEFT JOIN LATERAL (
+  SELECT found.seq AS found, ours.*
+  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
+  CROSS JOIN LATERAL (
+    SELECT n.* FROM {changes} AS n
+    WHERE n.shard = want.shard AND n.seq = want.seq
+      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+    LIMIT 1
+  ) AS found
+  LEFT JOIN LATERAL (
+    SELECT {columns} FROM (SELECT found.*) AS c
+    WHERE (coalesce(c.entity_type, c.table_name) = ANY (%(types)s::text[])) = %(among)s
+  ) AS ours ON true
+  ORDER BY found.seq
+) AS row ON true
+
 -- name: sweep
 -- The next page of each shard: fresh changes above its cursor, and late ones between its floor and its cursor, written
 -- by transactions that had not ended when the page before was read. age() counts back from the newest id, so that
@@ -139,7 +164,8 @@ CROSS JOIN LATERAL (
 ORDER BY want.place, c.seq
 
 -- name: waiting_types
--- Not a statement of its own: the types that have waiting changes, each by one probe of the index; all but some.
+-- Not a statement of its own: the types that have waiting changes, each by one probe of the index; only these, or (not
+-- among) all others.
 SELECT type FROM (
   WITH RECURSIVE found(type) AS (
     (SELECT coalesce(entity_type, table_name) AS type FROM {changes} WHERE next_attempt_at < 'infinity'
@@ -152,7 +178,7 @@ SELECT type FROM (
   )
   SELECT type FROM found
 ) AS found
-WHERE type <> ALL (%(without)s::text[])
+WHERE type IS NOT NULL AND (type = ANY (%(types)s::text[])) = %(among)s
 
 -- name: due
 -- Waiting changes whose time has come, of each type those that came first: a type with a million of them does not fill
@@ -206,6 +232,20 @@ SELECT newest,
        string_agg(left(type, 63) || ' ' || left(entity_id, 63) || ' ' || operation, ' <- ' ORDER BY step)
        || CASE WHEN bool_and(caused_by IS NOT NULL) THEN ' <- ...' ELSE '' END
 FROM link GROUP BY newest
+
+-- name: marked_since
+-- What was marked processed after a moment, by whomever; for who only observes.
+SELECT clock_timestamp(), row.*
+FROM (SELECT) AS always LEFT JOIN LATERAL (
+  SELECT c.processed_at, {columns}
+  FROM (
+    SELECT * FROM {changes} AS n
+    WHERE n.processed AND n.processed_at > %(after)s::timestamptz
+    ORDER BY n.processed_at LIMIT %(limit)s
+  ) AS c
+  WHERE (coalesce(c.entity_type, c.table_name) = ANY (%(types)s::text[])) = %(among)s
+  ORDER BY c.processed_at
+) AS row ON true
 
 -- name: settle_processed
 -- The common case: fresh changes that are done. Whoever settled a row first wins; the count tells. They are found as in
@@ -319,4 +359,47 @@ SELECT
   (SELECT count(DISTINCT (k.entity_type, k.entity_id))
    FROM (SELECT coalesce(entity_type, table_name) AS entity_type, entity_id FROM {changes}
          WHERE next_attempt_at IS NOT NULL LIMIT %(bound)s) AS k)::int AS blocked_keys,
+  pg_notification_queue_usage() AS notify_queue_usage
+
+-- name: figures_some
+-- The same, but only of these types, or (not among) only of others. Nothing finds the fresh ones of a type but looking at
+-- all of them, so of each shard the first ones are looked at; ours beyond that are not counted.
+WITH looked AS MATERIALIZED (
+  SELECT c.* FROM generate_series(0, %(shards)s - 1) AS s(shard)
+  CROSS JOIN LATERAL (
+    SELECT n.shard, n.seq, n.entity_type, n.table_name, n.entity_id, n.changed_at FROM {changes} AS n
+    WHERE n.shard = s.shard AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+    ORDER BY n.seq LIMIT %(scan)s
+  ) AS c
+), ours AS MATERIALIZED (
+  SELECT *, row_number() OVER (PARTITION BY shard ORDER BY seq) AS place FROM looked
+  WHERE (coalesce(entity_type, table_name) = ANY (%(types)s::text[])) = %(among)s
+), waiting AS MATERIALIZED (
+  SELECT w.next_attempt_at
+  FROM ({waiting_types}) AS t
+  CROSS JOIN LATERAL (
+    SELECT n.next_attempt_at FROM {changes} AS n
+    WHERE coalesce(n.entity_type, n.table_name) = t.type AND n.next_attempt_at < 'infinity' AND n.dead_at IS NULL
+    ORDER BY n.next_attempt_at LIMIT %(bound)s
+  ) AS w
+)
+SELECT
+  least((SELECT count(*) FROM ours), %(bound)s)::int AS fresh,
+  least((SELECT count(*) FROM waiting), %(bound)s)::int AS waiting,
+  (SELECT count(*) FROM (
+     SELECT coalesce(entity_type, table_name) AS type FROM {changes}
+     WHERE dead_at IS NOT NULL ORDER BY dead_at DESC LIMIT %(bound)s
+   ) AS d WHERE (d.type = ANY (%(types)s::text[])) = %(among)s)::int AS dead,
+  greatest(
+    coalesce((SELECT extract(epoch FROM now() - min(c.changed_at))::float8
+              FROM ours AS c WHERE c.place <= %(per_shard)s AND NOT {held}), 0),
+    coalesce((SELECT extract(epoch FROM now() - min(next_attempt_at))::float8
+              FROM waiting WHERE next_attempt_at <= now()), 0),
+    0) AS oldest_ready_age_s,
+  pg_total_relation_size({regclass}::regclass)::bigint AS table_bytes,
+  coalesce(pg_stat_get_dead_tuples({regclass}::regclass), 0)::bigint AS dead_tuples,
+  (SELECT count(DISTINCT (k.entity_type, k.entity_id))
+   FROM (SELECT coalesce(entity_type, table_name) AS entity_type, entity_id FROM {changes}
+         WHERE next_attempt_at IS NOT NULL LIMIT %(bound)s) AS k
+   WHERE (k.entity_type = ANY (%(types)s::text[])) = %(among)s)::int AS blocked_keys,
   pg_notification_queue_usage() AS notify_queue_usage

@@ -5,7 +5,8 @@ Theory
 A shard is owned by whoever holds the advisory lock ``(class, shard)``; a consumer is alive while it shares the lock
 ``(class, SHARDS)``. ``class`` is a hash of the schema's name, so that two outboxes in one database have shards of their
 own. Both locks end with the session and with nothing else: no lease, no clock, no heartbeat that a pause could outlive.
-Retention has one lock more in this class, ``RETENTION``, on a session of its own.
+Retention has one lock more in this class, ``RETENTION``, on a session of its own, and observers share ``OBSERVERS``, so
+that they can be seen.
 A row of ``cdc_shards`` says who owns a shard, and a consumer that gives it back removes the row. So a row of somebody
 else's, of a shard that could be locked, is that of one that died; ``careful`` is about what follows from that.
 Outcomes are settled on this very session: whoever has lost it has lost the locks, and can settle nothing.
@@ -35,6 +36,9 @@ from cdc.model import SHARDS
 RETENTION = SHARDS + 1
 """The number, within ``lock_class``, of the lock of whoever removes old changes."""
 
+OBSERVERS = SHARDS + 2
+"""The number of the lock that those share who only look."""
+
 _SESSION = {
     **SERVER_TCP,
     "idle_session_timeout": "0",  # a quiet night must not cost the locks
@@ -61,7 +65,7 @@ CROSS JOIN LATERAL (
     AND objsubid = 2 AND database = locks.database
 ) AS owned
 LEFT JOIN pg_stat_activity AS activity ON activity.pid = locks.pid
-WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)s::oid AND locks.objid = %(shards)s
+WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)s::oid AND locks.objid = %(lock)s
   AND locks.objsubid = 2 AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 ORDER BY locks.pid
 """
@@ -113,8 +117,23 @@ class Member(NamedTuple):
 
 def members(connection: psycopg.Connection, schema: str) -> list[Member]:
     """The live consumers of this outbox; what they own of the SHARDS is all that is owned."""
+    return _sharing(connection, schema, SHARDS)
+
+
+def observers(connection: psycopg.Connection, schema: str) -> list[Member]:
+    """Those that only look; they own nothing."""
+    return _sharing(connection, schema, OBSERVERS)
+
+
+def _sharing(connection: psycopg.Connection, schema: str, lock: int) -> list[Member]:
     with connection.cursor(row_factory=class_row(Member)) as cursor:
-        return cursor.execute(_MEMBERS, {"shards": SHARDS, "class": _hashed(schema)}).fetchall()
+        parameters = {"shards": SHARDS, "class": _hashed(schema), "lock": lock}
+        return cursor.execute(_MEMBERS, parameters).fetchall()
+
+
+async def observe(connection: psycopg.AsyncConnection, schema: str) -> None:
+    """Be seen as an observer until the connection ends."""
+    await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [lock_class(schema), OBSERVERS])
 
 
 class Taken(NamedTuple):

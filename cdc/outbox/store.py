@@ -18,9 +18,22 @@ from cdc.errors import SchemaError
 from cdc.intake import Scanned, Sweep
 from cdc.journal import Finished
 from cdc.lanes import Row
-from cdc.model import Change, Committed, Dead, Discarded, Operation, Outcome, Processed, Skipped, Waiting, WakeUp
+from cdc.model import (
+    SHARDS,
+    Change,
+    Committed,
+    Dead,
+    Discarded,
+    Operation,
+    Outcome,
+    Processed,
+    Skipped,
+    Waiting,
+    WakeUp,
+)
 from cdc.outbox.statements import load
 from cdc.passes import Snapshot
+from cdc.scope import EVERYTHING, Scope
 from cdc.unread import Resume
 
 INDEXED = {
@@ -45,6 +58,8 @@ _SCAN_MAX = 20_000
 _COUNT_BOUND = 10_001
 _LOOKED_AT_PER_SHARD = 500
 """Fresh changes, in search of one that nothing holds back."""
+_LOOKED_AT_OF_ALL_TYPES = 500
+"""The same where some types only are ours, and any number of others may lie before them: some 10 us each."""
 _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
 
@@ -57,6 +72,8 @@ class Page:
     snapshot: Snapshot
     scanned: Mapping[int, Scanned] | None = None
     """Of a sweep of some types only: how far it got in each shard."""
+    others: frozenset[int] = frozenset()
+    """Of a fetch: the numbers of changes that are there, and of types that are not ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +103,26 @@ class Figures:
 
 
 class Store:
-    """The statements for the outbox in ``schema``. A change deeper than ``max_chain_depth`` is read with its chain."""
+    """The statements for the outbox in ``schema``, and of it for what is in ``scope``.
 
-    def __init__(self, schema: str, max_chain_depth: int = 16) -> None:
+    A change deeper than ``max_chain_depth`` is read with its chain.
+    """
+
+    def __init__(self, schema: str, max_chain_depth: int = 16, scope: Scope = EVERYTHING) -> None:
         self._statements = load("queries.sql", schema)
         self.process = uuid4()
         """Who started a change, or owns a shard: this process, until it ends."""
         self._always = {"process": self.process}
         self._max_chain_depth = max_chain_depth
+        self._scope = scope
         self._table = sql.Identifier(schema, "entity_changes").as_string(None)
         self._option = "" if schema == "public" else f" --schema {shlex.quote(schema)}"
 
-    async def check(self, reader: psycopg.AsyncConnection) -> None:
-        """Raises SchemaError where the table is missing, is an older one, or may not be read and settled."""
+    async def check(self, reader: psycopg.AsyncConnection, *, settles: bool = True) -> None:
+        """Raises SchemaError where the table is missing, is an older one, or this role lacks rights.
+
+        ``settles``: also those to settle.
+        """
         try:
             await reader.execute(self._statements["check"])
         except (errors.UndefinedTable, errors.InvalidSchemaName):
@@ -113,6 +137,8 @@ class Store:
                 f"the role may not read {self._table}: {refused.diag.message_primary}",
                 hint=f"run: cdc db grant{self._option} --consumer ROLE",
             ) from None
+        if not settles:
+            return
         try:
             denied = await self._rows(reader, "missing_rights", {})
         except errors.UndefinedTable as missing:
@@ -128,8 +154,15 @@ class Store:
             )
 
     async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Sequence[WakeUp]) -> Page:
-        parameters = {"seqs": [w.seq for w in wakeups], "shards": [w.shard for w in wakeups]}
-        return await self._page(reader, await self._rows(reader, "fetch", parameters))
+        parameters: dict[str, Any] = {"seqs": [w.seq for w in wakeups], "shards": [w.shard for w in wakeups]}
+        if self._scope.everything:
+            return await self._page(reader, await self._rows(reader, "fetch", parameters))
+        types, among = self._scope
+        records = await self._rows(reader, "fetch_some", {**parameters, "types": list(types), "among": among})
+        ours = [record for record in records if record[3] is not None]
+        others = frozenset(record[2] for record in records if record[2] is not None and record[3] is None)
+        page = await self._page(reader, ours or [(*records[0][:2], None, None)], first_column=3)
+        return replace(page, others=others)
 
     async def sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> Page:
         positions = sweep.positions.values()
@@ -140,15 +173,14 @@ class Store:
             "since": [_xid(position.since) for position in positions],
             "per_shard": sweep.per_shard,
         }
-        if sweep.only is None and not sweep.without:
+        if sweep.scope.everything:
             return await self._page(reader, await self._rows(reader, "sweep", parameters))
         return await self._sweep_some(reader, sweep, parameters)
 
     async def _sweep_some(self, reader: psycopg.AsyncConnection, sweep: Sweep, parameters: dict[str, Any]) -> Page:
         """A sweep of one type, or of all but some."""
         scan = max(sweep.per_shard, _SCAN_MAX // len(sweep.positions))
-        types = list(sweep.without) if sweep.only is None else [sweep.only]
-        parameters |= {"types": types, "among": sweep.only is not None, "scan": scan}
+        parameters |= {"types": list(sweep.scope.types), "among": sweep.scope.among, "scan": scan}
         records = await self._rows(reader, "sweep_some", parameters)
         page = await self._page(reader, records, first_column=3)
         counts = Counter(row.change.shard for row in page.rows)
@@ -156,7 +188,7 @@ class Store:
         for row, record in zip(page.rows, records, strict=False):
             shard, place = row.change.shard, record[2]
             scanned[shard] = Scanned(row.change.seq, place >= scan or counts[shard] >= sweep.per_shard)
-        wanted = [row for row in page.rows if sweep.wants(row.change.entity_type)]
+        wanted = [row for row in page.rows if sweep.scope.has(row.change.entity_type)]
         return Page(wanted, page.snapshot, scanned)
 
     async def resume(
@@ -184,7 +216,8 @@ class Store:
 
         Both without those of some types.
         """
-        parameters = {"shards": list(shards), "without": list(without)}
+        types, among = self._scope.without(without)
+        parameters = {"shards": list(shards), "types": list(types), "among": among}
         # In this order: what becomes due between the two is in both, the other way round it would be in neither.
         [(next_due_s,)] = await self._rows(reader, "next_due", parameters)
         found = await self._rows(reader, "due", {**parameters, "limit": limit})
@@ -208,6 +241,19 @@ class Store:
             counts = [await self._settle_others(session, others)]
         probe.here("settle.after_commit")
         return Settled(len(batch) - sum(count for count, _ in counts), counts[-1][1])
+
+    async def marked_since(
+        self, reader: psycopg.AsyncConnection, after: datetime | None, limit: int
+    ) -> tuple[datetime, list[tuple[Change, datetime]]]:
+        """The database's clock, and what was marked processed after that moment and when, the first marks first.
+
+        After None: nothing yet.
+        """
+        types, among = self._scope
+        parameters = {"after": after, "limit": limit, "types": list(types), "among": among}
+        records = await self._rows(reader, "marked_since", parameters)
+        marked = [(_row(record[2:]).change, record[1]) for record in records if record[1] is not None]
+        return records[0][0], marked
 
     def take(self, changes: Sequence[Change], cause: Change) -> tuple[bytes, dict[str, Any]]:
         """The statement by which a transactional handler's connection, of either kind, takes them: a row each.
@@ -248,8 +294,13 @@ class Store:
 
     def figures(self, connection: psycopg.Connection) -> Figures:
         """For the collector; bounded however large the table is."""
-        parameters = {"bound": _COUNT_BOUND, "per_shard": _LOOKED_AT_PER_SHARD}
-        row = connection.execute(self._statements["figures"], parameters).fetchone()
+        parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _LOOKED_AT_PER_SHARD}
+        statement = "figures"
+        if not self._scope.everything:
+            types, among = self._scope
+            statement = "figures_some"
+            parameters |= {"types": list(types), "among": among, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS}
+        row = connection.execute(self._statements[statement], parameters).fetchone()
         assert row is not None
         return Figures(*row)
 

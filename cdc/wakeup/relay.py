@@ -4,15 +4,17 @@ A payload of ours is the outbox's message prefix and then pairs ``seq,shard``:
 
     entity_change:public 49,27 50,3
 
-One for another outbox of the database is not for us. Anything else (the JSON of a hand-made trigger, what a function
-rings after it has requeued changes, nothing at all) does not say which changes there are: it means "sweep now". Any
-role that can connect may ring, so what does not fit exactly is never trusted to name a change.
+One for another outbox of the database is not for us. The JSON that the documented trigger sends for each row says that
+something was captured, and nothing else has changed: look for it soon. Anything else (what a function rings after it
+has requeued changes, nothing at all) does not say which changes there are: it means "sweep now". Any role that can
+connect may ring, so what does not fit exactly is never trusted to name a change.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 import re
@@ -67,11 +69,22 @@ def decode(prefix: str, payload: str) -> list[WakeUp] | None:
     return wakeups if len(wakeups) == len(found) else None
 
 
+def is_documented(payload: str) -> bool:
+    """Whether it is what the documented trigger sends: table, operation and entity type of one captured row."""
+    if not payload.startswith("{"):
+        return False
+    try:
+        told = json.loads(payload)
+    except ValueError:
+        return False
+    return isinstance(told, dict) and told.keys() == {"table", "operation", "entity_type"}
+
+
 class Listener:
     """LISTEN on a connection of its own. ``await run()`` until it is cancelled; it mends itself and never raises.
 
     ``heard`` is called in the event loop with the wake-ups of a payload, or with None: sweep now. So it is after each
-    (re)connection, because what was rung before is lost.
+    (re)connection, because what was rung before is lost. ``captured`` is called for what the documented trigger sends.
     """
 
     def __init__(
@@ -80,12 +93,14 @@ class Listener:
         schema: str,
         heard: Callable[[list[WakeUp] | None], None],
         *,
+        captured: Callable[[], None] | None = None,
         application_name: str = "cdc: listener",
         look_s: float = _LOOK_S,
     ) -> None:
         self._dsn = dsn
         self._prefix = message_prefix(schema)
         self._heard = heard
+        self._captured = captured or (lambda: heard(None))
         self._application_name = application_name
         self._look_s = look_s
         self._attempts = Attempts(stall_limit_base_s=look_s)
@@ -133,6 +148,9 @@ class Listener:
             await connection.close()
 
     def _hear(self, payload: str) -> None:
+        if is_documented(payload):
+            self._captured()
+            return
         wakeups = decode(self._prefix, payload)
         if wakeups is None or wakeups:
             self._heard(wakeups)

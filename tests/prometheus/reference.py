@@ -35,6 +35,7 @@ _GROUPS = {
         "cdc_changes_", "cdc_change_", "cdc_handler_", "cdc_settle_", "cdc_transaction_", "cdc_lanes_",
     ),
     "Delivery over HTTP": ("cdc_delivery_",),
+    "Observing": ("cdc_observed_",),
     "Consumer": ("cdc_",),
     "Process": ("process_", "python_"),
 }  # fmt: skip
@@ -59,6 +60,8 @@ def everything() -> list[Metric]:
         metrics.loop_last_iteration.labels(loop).set(1)
     metrics.stream_last_byte.labels("SLOT").set(1)
     metrics.delivers()
+    metrics.observed("TYPE", "HANDLER")
+    metrics.others_took("TYPE", 1)
     return list(metrics.registry.collect())
 
 

@@ -177,7 +177,7 @@ class Server:
         for shard, (floor, cursor, since) in sweep.positions.items():
             found = [r for r in fresh if r.shard == shard and r.seq > floor and (r.seq > cursor or r.xid >= since)]
             looked_at = found[:_SCAN_MAX]
-            page = [r for r in looked_at if sweep.wants(TYPES[r.key])][: sweep.per_shard]
+            page = [r for r in looked_at if sweep.scope.has(TYPES[r.key])][: sweep.per_shard]
             rows += [self._row(record) for record in page]
             if len(page) == sweep.per_shard:
                 scanned[shard] = Scanned(page[-1].seq, more=True)

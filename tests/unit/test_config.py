@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from cdc.config import SETTINGS, Resolved, Settings, load
+from cdc.config import SETTINGS, Resolved, Settings, from_options, load
 from cdc.errors import UsageError
 from cdc.model import PLUGINS
+from cdc.scope import Scope
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,21 @@ def test_each_setting_is_an_option_a_variable_and_a_line_of_the_file(name: str, 
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     (folder / "cdc.toml").write_text((f"[{section}]\n" if section else "") + f"{leaf} = {text}\n")
     assert _load().sources[name] == f"{name} in cdc.toml"
+
+
+def test_entity_types_are_a_list_on_the_command_line_and_in_the_file_and_names_with_commas_in_a_variable(
+    folder: Path,
+) -> None:
+    assert load({"only": ("a", "b")}, environ={}).settings.scope == Scope(("a", "b"), among=True)
+    assert _load(CDC_ONLY="a, b").settings.scope == Scope(("a", "b"), among=True)
+    (folder / "cdc.toml").write_text("except = ['a', 'b, c']\n")
+    assert _load().settings.scope == Scope(("a", "b, c"))
+    assert from_options({"except_": ["a"]}).scope == Scope(("a",))
+
+
+def test_types_that_are_ours_and_types_that_are_not_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="only and except exclude each other"):
+        _load(CDC_ONLY="a", CDC_EXCEPT="b")
 
 
 def test_auto_is_every_plugin_and_a_name_is_that_one_alone() -> None:

@@ -9,6 +9,7 @@ import pytest
 from cdc.intake import Fetch, Intake, Scanned, Sweep
 from cdc.model import WakeUp
 from cdc.passes import Snapshot
+from cdc.scope import Scope
 
 _ROOM, _SWEEP_ROOM = 100, 10
 
@@ -144,8 +145,8 @@ def test_what_could_not_be_taken_in_is_read_again_from_there_and_apart_from_the_
     apart, others = _ask(intake, 1.6), _ask(intake, 1.6)
     assert isinstance(apart, Sweep)
     assert isinstance(others, Sweep)
-    assert (apart.only, apart.without, apart.positions[0]) == ("a", (), (0, 8, 30))
-    assert (others.only, others.without, others.positions[0]) == (None, ("a",), (0, 9, 30))
+    assert (apart.only, apart.scope, apart.positions[0]) == ("a", Scope(("a",), among=True), (0, 8, 30))
+    assert (others.only, others.scope, others.positions[0]) == (None, Scope(("a",)), (0, 9, 30))
 
 
 def test_a_sweep_waits_for_room_half_a_second_and_a_fetch_does_not_wait(intake: Intake) -> None:

@@ -1,0 +1,39 @@
+"""Which entity types a consumer is there for. Pure.
+
+Changes of other types are left as they are: not read, not marked, and in nobody's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Scope(NamedTuple):
+    """These types only (``among``), or all but these."""
+
+    types: tuple[str, ...] = ()
+    among: bool = False
+
+    @property
+    def everything(self) -> bool:
+        return not self.types and not self.among
+
+    def has(self, entity_type: str) -> bool:
+        return (entity_type in self.types) == self.among
+
+    def without(self, others: Iterable[str]) -> Scope:
+        """The same, less these."""
+        if not self.among:
+            return Scope((*self.types, *others))
+        left_out = frozenset(others)
+        return Scope(tuple(name for name in self.types if name not in left_out), among=True)
+
+    def __str__(self) -> str:
+        if self.everything:
+            return "every entity type"
+        names = ", ".join(self.types)
+        return f"only {names}" if self.among else f"every entity type but {names}"
+
+
+EVERYTHING = Scope()
