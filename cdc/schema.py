@@ -37,6 +37,10 @@ _TEMPORARY = "pg_temp"
 _DOLLAR_QUOTE = "$cdc$"
 _IDENTIFIER_BYTES = 63
 
+_PROCESSOR = "processor.sql"
+_PROCESSOR_FUNCTIONS = ("processor_marks", "processor_notify")
+_PROCESSOR_INDEX = "idx_entity_changes_unprocessed"
+
 _OPEN_SCRIPT = """\
 \\set ON_ERROR_STOP on
 BEGIN;
@@ -146,12 +150,15 @@ def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> No
     connection.add_notice_handler(pass_on)
 
 
-def install(connection: psycopg.Connection, schema: str, sets: Sequence[str] = ()) -> list[Migration]:
+def install(
+    connection: psycopg.Connection, schema: str, sets: Sequence[str] = (), *, keep_processor: bool = False
+) -> list[Migration]:
     """Bring ``schema`` to this version in one transaction; the migrations that had to run, none if it was there.
 
     Creates the schema when it is missing. An ``entity_changes`` made from the documented SQL is upgraded in place and
-    keeps its rows. ``sets`` are optional ones to install besides. Raises SchemaError when a table stays locked for
-    ``LOCK_TIMEOUT``, or what is there does not fit.
+    keeps its rows; with ``keep_processor`` the documented processor may go on, until ``retire_processor``. ``sets`` are
+    optional ones to install besides. Raises SchemaError when a table stays locked for ``LOCK_TIMEOUT``, or what is
+    there does not fit.
     """
     check_sets(sets)
     with _exclusively(connection, schema):
@@ -159,7 +166,26 @@ def install(connection: psycopg.Connection, schema: str, sets: Sequence[str] = (
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
         missing = pending(connection, schema, sets)
         _apply(connection, missing, schema)
+        if keep_processor:
+            _run(connection, (_folder() / _PROCESSOR).read_text("utf-8"), schema)
         return missing
+
+
+def retire_processor(connection: psycopg.Connection, schema: str) -> list[str]:
+    """Drop what ``keep_processor`` made; what was dropped, as it is called.
+
+    With it goes the NOTIFY in the writers' transactions. Raises NotFoundError when there is no ``entity_changes``.
+    """
+    with _exclusively(connection, schema):
+        if not _exists(connection, schema, "entity_changes"):
+            raise NotFoundError(f"schema {schema} has no entity_changes", hint="look into --schema")
+        there = [name for name in _PROCESSOR_FUNCTIONS if _exists_function(connection, schema, name)]
+        for name in there:  # with the trigger that calls it
+            connection.execute(sql.SQL("DROP FUNCTION {}() CASCADE").format(sql.Identifier(schema, name)))
+        has_index = _exists(connection, schema, _PROCESSOR_INDEX)
+        connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(schema, _PROCESSOR_INDEX)))
+    dropped = [f"trigger and function {schema}.{name}" for name in there]
+    return dropped + ([f"index {schema}.{_PROCESSOR_INDEX}"] if has_index else [])
 
 
 def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration], list[Finding]]:
@@ -247,7 +273,13 @@ def _whole(name: str) -> str:
     return match[1] if match else name
 
 
-def print_sql(schema: str, steps: Sequence[Migration] | None = None, *, sets: Sequence[str] = ()) -> str:
+def print_sql(
+    schema: str,
+    steps: Sequence[Migration] | None = None,
+    *,
+    sets: Sequence[str] = (),
+    keep_processor: bool = False,
+) -> str:
     """One script that psql runs as it is, any number of times: what ``install`` does, for who runs DDL by hand.
 
     ``steps`` are the migrations to print; all, unless given, and those of the optional ``sets``.
@@ -267,6 +299,8 @@ def print_sql(schema: str, steps: Sequence[Migration] | None = None, *, sets: Se
     parts = [opening, render(_CREATE_LEDGER, schema)]
     for migration in steps:
         parts += [f"\n-- {migration}\n", render(migration.template + migration.record, schema)]
+    if keep_processor:
+        parts += ["", render((_folder() / _PROCESSOR).read_text("utf-8"), schema)]
     return "\n".join([*parts, "COMMIT;\n"])
 
 
@@ -323,6 +357,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "publish_change", "(text, text, text, jsonb, jsonb, jsonb)"),
         ("FUNCTION", "capture_entity_change", "()"),
         ("TABLE", "entity_changes", ""),
+        *(("FUNCTION", name, "()") for name in _PROCESSOR_FUNCTIONS if _exists_function(connection, schema, name)),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),
         *([("TABLE", "cdc_sets", "")] if _exists(connection, schema, "cdc_sets") else []),
@@ -395,6 +430,13 @@ def _exists(connection: psycopg.Connection, schema: str, relation: str | None) -
         " (SELECT FROM pg_catalog.pg_class AS c WHERE c.relnamespace = n.oid AND c.relname = %s)))"
     )
     row = connection.execute(asked, [schema, relation, relation]).fetchone()
+    return bool(row and row[0])
+
+
+def _exists_function(connection: psycopg.Connection, schema: str, name: str) -> bool:
+    """Of no arguments."""
+    asked = "SELECT pg_catalog.to_regprocedure(pg_catalog.format('%%I.%%I()', %s::text, %s::text)) IS NOT NULL"
+    row = connection.execute(asked, [schema, name]).fetchone()
     return bool(row and row[0])
 
 

@@ -5,6 +5,9 @@
 --   entity_type   empty or left out: 'reaction', 'message', 'task' for the three documented tables, else the table's name.
 --   options       one JSON object: {"key": ["a", "b"], "exclude": ["secret"]}.
 --
+-- A writer that handles some entity types itself, as in the webhook, says so by the setting cdc.handled, a list with
+-- commas: their changes are captured as processed already, and nobody is rung for.
+--
 -- The key is one text. One column: its text. Several: the JSON array of their values, in which no two keys look alike.
 -- Without "key" it is the column id, or, where there is none, the primary key (looked up for each row: `cdc track`
 -- writes it into the options instead).
@@ -26,6 +29,9 @@ DECLARE
   v_key jsonb := v_options -> 'key';
   v_exclude CONSTANT jsonb := v_options -> 'exclude';
   v_cause CONSTANT text := current_setting('cdc.cause', true);
+  v_handled CONSTANT text := current_setting('cdc.handled', true);
+  v_entity_type text;
+  v_done boolean := false;
   v_caused_by uuid;
   v_depth integer := 0;
   v_table_schema name := TG_TABLE_SCHEMA;
@@ -133,32 +139,43 @@ BEGIN
     PERFORM set_config('cdc.captured', 'on', true);
   END IF;
 
+  v_entity_type := coalesce(nullif(TG_ARGV[0], ''), CASE v_table_name
+    WHEN 'whatsapp_message_reactions' THEN 'reaction'
+    WHEN 'whatsapp_messages' THEN 'message'
+    WHEN 'tasks' THEN 'task'
+    ELSE v_table_name
+  END);
+  IF v_handled <> '' THEN
+    v_done := v_entity_type = ANY (string_to_array(v_handled, ','));
+  END IF;
+
   -- Readers conclude from transaction ids whether a lower seq may still appear, so this transaction has its id before it
   -- draws the number. In an AFTER trigger it has one already.
   v_xid := pg_current_xact_id();
   INSERT INTO @schema@.entity_changes
-    (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth)
+    (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth,
+     processed, processed_at, last_error)
   VALUES (
     v_table_schema,
     v_table_name,
     TG_OP,
     -- A key column that holds NULL. Refusing the application's write would be worse than one shared key.
     coalesce(v_entity_id, 'null'),
-    coalesce(nullif(TG_ARGV[0], ''), CASE v_table_name
-      WHEN 'whatsapp_message_reactions' THEN 'reaction'
-      WHEN 'whatsapp_messages' THEN 'message'
-      WHEN 'tasks' THEN 'task'
-      ELSE v_table_name
-    END),
+    v_entity_type,
     v_old,
     v_new,
     v_metadata,
     v_caused_by,
-    v_depth
+    v_depth,
+    v_done,
+    CASE WHEN v_done THEN now() END,
+    CASE WHEN v_done THEN 'discarded: its writer handles it (cdc.handled)' END
   )
   RETURNING seq, shard INTO v_seq, v_shard;
   -- The doorbell. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
-  v_rung := pg_logical_emit_message(true, @prefix_literal@, v_seq || ',' || v_shard);
+  IF NOT v_done THEN
+    v_rung := pg_logical_emit_message(true, @prefix_literal@, v_seq || ',' || v_shard);
+  END IF;
 
   -- Nobody looks at this after the row is written; created BEFORE by mistake, the trigger must not swallow the row.
   IF TG_OP = 'DELETE' THEN

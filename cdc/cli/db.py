@@ -37,11 +37,13 @@ def db() -> None:
 @database_options
 @with_option
 @dry_run_option
-def install(settings: Settings, sets: tuple[str, ...], dry_run: bool) -> None:
+@click.option("--keep-processor", is_flag=True, help="The documented processor may go on, until retire-processor.")
+def install(*, settings: Settings, sets: tuple[str, ...], dry_run: bool, keep_processor: bool) -> None:
     """Create the objects; safe to repeat.
 
     An entity_changes made from the documented SQL is upgraded in place and keeps its rows: the table is locked and
-    written anew, so stop the documented processor first and choose a quiet hour if it is large.
+    written anew, so choose a quiet hour if it is large. Stop the documented processor first, or let it go on beside
+    the consumers with --keep-processor: docs/migration.md.
 
     --with makes and captures the tables of an application besides, once; a table that exists is kept.
     """
@@ -50,12 +52,14 @@ def install(settings: Settings, sets: tuple[str, ...], dry_run: bool) -> None:
     schema.check_sets(sets)
     with open_database(settings) as connection:
         if dry_run:
-            _print_steps(schema.pending(connection, settings.schema_, sets), settings.schema_)
+            _print_steps(schema.pending(connection, settings.schema_, sets), settings.schema_, keep_processor)
             return
         schema.on_warning(connection, say)
-        applied = schema.install(connection, settings.schema_, sets)
+        applied = schema.install(connection, settings.schema_, sets, keep_processor=keep_processor)
         findings = schema.verify(connection, settings.schema_)
     _report(settings.schema_, applied)
+    if keep_processor:
+        say("the documented processor may go on; when it is gone: cdc db retire-processor")
     _finish(findings, "run `cdc db upgrade` to put it right")
 
 
@@ -167,6 +171,23 @@ def grant(
         click.get_current_context().exit(1)
 
 
+@db.command("retire-processor")
+@database_options
+def retire_processor(settings: Settings) -> None:
+    """Remove what install --keep-processor made: an index, and two triggers.
+
+    From then on writers send no NOTIFY, and marks are quicker. "cdc db install --keep-processor" is the way back.
+    """
+    from cdc import schema  # noqa: PLC0415 - see install
+
+    with open_database(settings) as connection:
+        dropped = schema.retire_processor(connection, settings.schema_)
+    for name in dropped:
+        say(f"dropped {name}")
+    if not dropped:
+        say("there is nothing of it")
+
+
 @db.command()
 @database_options
 @yes_option
@@ -182,11 +203,11 @@ def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
         say(f"dropped {name}")
 
 
-def _print_steps(steps: Sequence[Migration], schema_name: str) -> None:
+def _print_steps(steps: Sequence[Migration], schema_name: str, keep_processor: bool = False) -> None:
     from cdc import schema  # noqa: PLC0415 - see install
 
-    if steps:
-        click.echo(schema.print_sql(schema_name, steps), nl=False)
+    if steps or keep_processor:
+        click.echo(schema.print_sql(schema_name, steps, keep_processor=keep_processor), nl=False)
     else:
         say(f"schema {schema_name} needs no migration")
 

@@ -1,0 +1,56 @@
+-- Not a migration: what lets the documented processor go on working on the upgraded table, while consumers take over type
+-- by type; `cdc db install --keep-processor` makes it and `cdc db retire-processor` removes it. Safe to run again.
+-- Locks: SHARE on entity_changes for the index, then SHARE ROW EXCLUSIVE for a moment; capturing waits meanwhile.
+
+-- Without it the processor's query, processed = FALSE AND error_count < 3, reads the whole history twice a second.
+CREATE INDEX IF NOT EXISTS idx_entity_changes_unprocessed ON @schema@.entity_changes (processed, changed_at)
+  WHERE processed = FALSE;
+
+-- The processor knows two columns of the state. It finds rows that wait for a retry, and dead letters with less than
+-- three errors, as well; what it marks processed is so, whatever else the row said. And at its third error it leaves a
+-- row for good: a dead letter.
+CREATE OR REPLACE FUNCTION @schema@.processor_marks() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $cdc$
+BEGIN
+  IF NEW.processed THEN
+    NEW.processed_at := coalesce(NEW.processed_at, now());
+    NEW.next_attempt_at := NULL;
+    NEW.dead_at := NULL;
+  -- A consumer writes with an error when the next attempt is, that there is none, or who has started it.
+  ELSIF NEW.next_attempt_at IS NOT DISTINCT FROM OLD.next_attempt_at
+    AND NEW.dead_at IS NULL AND NEW.started_by IS NULL
+  THEN
+    NEW.dead_at := now();
+    NEW.next_attempt_at := NULL;
+  END IF;
+  RETURN NEW;
+END
+$cdc$;
+REVOKE ALL ON FUNCTION @schema@.processor_marks() FROM PUBLIC;
+
+-- Costs each mark, a consumer's too, a lock of its row: one reason to retire the processor.
+CREATE OR REPLACE TRIGGER processor_marks BEFORE UPDATE OF processed, error_count ON @schema@.entity_changes
+  FOR EACH ROW WHEN (
+    NEW.processed AND (NEW.next_attempt_at IS NOT NULL OR NEW.dead_at IS NOT NULL OR NEW.processed_at IS NULL)
+    OR NOT NEW.processed AND NEW.error_count >= 3 AND NEW.error_count > OLD.error_count
+  )
+  EXECUTE FUNCTION @schema@.processor_marks();
+
+-- As documented. It takes a lock of the whole cluster in every writer's commit: the other reason.
+CREATE OR REPLACE FUNCTION @schema@.processor_notify() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $cdc$
+BEGIN
+  PERFORM pg_notify('entity_change', json_build_object(
+    'table', NEW.table_name,
+    'operation', NEW.operation,
+    'entity_type', CASE WHEN NEW.table_name = 'whatsapp_message_reactions' THEN 'reaction' ELSE NEW.table_name END
+  )::text);
+  RETURN NULL;
+END
+$cdc$;
+REVOKE ALL ON FUNCTION @schema@.processor_notify() FROM PUBLIC;
+
+CREATE OR REPLACE TRIGGER processor_notify AFTER INSERT ON @schema@.entity_changes
+  FOR EACH ROW WHEN (NOT NEW.processed) EXECUTE FUNCTION @schema@.processor_notify();

@@ -1,0 +1,171 @@
+"""The documented processor on the upgraded table: every statement of it works, beside consumers and before them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import pytest
+
+import cdc
+from cdc import schema, testing
+from tests.fix_consumer import states
+from tests.integration.test_schema_upgrade import DOCUMENTED
+from tests.processor import Processor, connect
+
+_ADD = "INSERT INTO entity_changes (table_name, operation, entity_id, entity_type) VALUES ('x', 'INSERT', %s, %s)"
+
+
+@pytest.fixture
+def kept(db: psycopg.Connection) -> psycopg.Connection:
+    """The documented table, upgraded for a processor that goes on."""
+    db.execute(DOCUMENTED)
+    schema.install(db, "public", keep_processor=True)
+    return db
+
+
+def _process(database: str, act: Any, without: tuple[str, ...] = ()) -> None:
+    """One batch."""
+    with connect(database) as db:
+        Processor(database, act, without).process_batch(db)
+
+
+def _ok(_: psycopg.Connection, change: dict[str, Any]) -> None:
+    assert change["entity_id"]
+
+
+def _broken(_: psycopg.Connection, change: dict[str, Any]) -> None:
+    raise ValueError("no")
+
+
+def test_it_marks_fresh_rows_and_leaves_those_of_types_it_has_given_away(
+    database: str, kept: psycopg.Connection
+) -> None:
+    kept.execute(_ADD, ["1", "message"])
+    kept.execute(_ADD, ["1", "reaction"])
+    _process(database, _ok, without=("reaction",))
+    assert kept.execute("SELECT entity_type, processed FROM entity_changes ORDER BY seq").fetchall() == [
+        ("message", True),
+        ("reaction", False),
+    ]
+
+
+@pytest.mark.parametrize(("due", "dead"), [("1 hour", None), (None, "0"), ("infinity", "0")])
+def test_what_a_consumer_left_waiting_or_dead_it_may_process_and_mark(
+    due: str | None, dead: str | None, database: str, kept: psycopg.Connection
+) -> None:
+    kept.execute(_ADD, ["1", "message"])
+    kept.execute(
+        "UPDATE entity_changes SET error_count = 1, dead_at = now() - %s::interval,"
+        " next_attempt_at = CASE %s::text WHEN 'infinity' THEN 'infinity' ELSE now() + %s::text::interval END",
+        [dead, due, None if due == "infinity" else due],
+    )
+    _process(database, _ok)
+    assert states(kept) == {"processed": 1}
+
+
+def test_requeued_by_the_documented_function_a_change_is_done_once(database: str, kept: psycopg.Connection) -> None:
+    done: list[str] = []
+    kept.execute(_ADD, ["1", "message"])
+    kept.execute("UPDATE entity_changes SET error_count = 3, dead_at = now()")
+    assert kept.execute("SELECT * FROM reprocess_failed_actions()").fetchone() == (1,)
+    for _ in range(3):
+        _process(database, lambda _, change: done.append(change["entity_id"]))
+    assert (done, states(kept)) == (["1"], {"processed": 1})
+
+
+async def test_what_it_has_given_up_is_a_dead_letter_and_no_consumer_starts_it_again(
+    database: str, kept: psycopg.Connection
+) -> None:
+    kept.execute(_ADD, ["1", "message"])
+    for _ in range(5):
+        _process(database, _broken)
+    assert states(kept) == {"dead": 1}
+    assert kept.execute("SELECT error_count, last_error FROM entity_changes").fetchone() == (3, "no")
+    router, ran = cdc.Router(), []
+    router.on("message")(ran.append)
+    await testing.drain(database, router)
+    assert ran == []
+    kept.execute("SELECT reprocess_failed_actions()")
+    await testing.drain(database, router)
+    assert len(ran) == 1
+
+
+async def test_a_consumers_own_marks_are_as_they_are_without_it(database: str, kept: psycopg.Connection) -> None:
+    router = cdc.Router()
+
+    @router.on("message", max_attempts=5)
+    def fail_four_times(change: cdc.Change) -> None:
+        if change.attempt < 5:
+            raise ValueError
+
+    @router.on("reaction", max_attempts=4, dead="pause")
+    def fail(_: cdc.Change) -> None:
+        raise ValueError
+
+    kept.execute(_ADD, ["1", "message"])
+    kept.execute(_ADD, ["1", "reaction"])
+    drained = await testing.drain(database, router, allow_dead=True)
+    assert (drained.processed, drained.retried, drained.dead) == (1, 7, 1)
+    assert drained.dead_letters[0].pauses_key
+
+
+def test_its_query_goes_through_an_index_and_its_channel_rings_until_it_is_retired(
+    database: str, kept: psycopg.Connection
+) -> None:
+    with psycopg.connect(database, autocommit=True) as listener:
+        listener.execute("LISTEN entity_change")
+        kept.execute(_ADD, ["1", "reaction"])
+        [heard] = listener.notifies(timeout=20, stop_after=1)
+        assert heard.payload == '{"table" : "x", "operation" : "INSERT", "entity_type" : "x"}'
+        assert "idx_entity_changes_unprocessed" in _plan(kept)
+        assert schema.retire_processor(kept, "public") == [
+            "trigger and function public.processor_marks",
+            "trigger and function public.processor_notify",
+            "index public.idx_entity_changes_unprocessed",
+        ]
+        kept.execute(_ADD, ["2", "reaction"])
+        assert list(listener.notifies(timeout=0.1, stop_after=1)) == []
+    assert schema.retire_processor(kept, "public") == []
+    assert schema.verify(kept, "public") == []
+
+
+def _plan(db: psycopg.Connection) -> str:
+    query = (
+        "EXPLAIN SELECT * FROM entity_changes WHERE processed = FALSE AND error_count < 3 ORDER BY changed_at LIMIT 20"
+    )
+    with db.transaction():
+        db.execute("SET LOCAL enable_seqscan = off")
+        return "\n".join(line for (line,) in db.execute(query).fetchall())
+
+
+@pytest.fixture
+def tracked(outbox_db: psycopg.Connection) -> psycopg.Connection:
+    """A tracked table whose changes are of the type message."""
+    outbox_db.execute("CREATE TABLE whatsapp_messages (id int PRIMARY KEY)")
+    outbox_db.execute(
+        "CREATE TRIGGER capture AFTER INSERT ON whatsapp_messages FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
+    )
+    return outbox_db
+
+
+@pytest.mark.parametrize(
+    ("handled", "left"), [("message", 0), ("reaction,message", 0), ("reaction", 1), ("messages", 1), ("", 1)]
+)
+def test_what_its_writer_handles_itself_is_captured_as_processed(
+    handled: str, left: int, tracked: psycopg.Connection
+) -> None:
+    tracked.execute("SELECT set_config('cdc.handled', %s, false)", [handled])
+    tracked.execute("INSERT INTO whatsapp_messages VALUES (1)")
+    tracked.execute("RESET cdc.handled")
+    tracked.execute("INSERT INTO whatsapp_messages VALUES (2)")
+    rows = tracked.execute("SELECT processed, last_error FROM entity_changes ORDER BY seq").fetchall()
+    told = "discarded: its writer handles it (cdc.handled)"
+    assert rows == [(True, told) if not left else (False, None), (False, None)]
+
+
+def test_keeping_the_processor_is_in_the_script_and_goes_with_the_installation(kept: psycopg.Connection) -> None:
+    assert "processor_marks" in schema.print_sql("public", [], keep_processor=True)
+    assert "processor_marks" not in schema.print_sql("public")
+    assert "function public.processor_marks" in schema.uninstall(kept, "public")
+    assert kept.execute("SELECT count(*) FROM pg_proc WHERE proname LIKE 'processor%'").fetchone() == (0,)
