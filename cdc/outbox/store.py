@@ -58,7 +58,7 @@ _SCAN_MAX = 20_000
 _COUNT_BOUND = 10_001
 _LOOKED_AT_PER_SHARD = 500
 """Fresh changes, in search of one that nothing holds back."""
-_LOOKED_AT_OF_ALL_TYPES = 500
+_LOOKED_AT_OF_ALL_TYPES = 200
 """The same where some types only are ours, and any number of others may lie before them: some 10 us each."""
 _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
