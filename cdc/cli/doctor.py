@@ -42,19 +42,19 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
     from cdc.doctor.findings import Verdict  # noqa: PLC0415 - see above
     from cdc.doctor.script import script  # noqa: PLC0415 - see above
 
-    findings = examine(_subject(resolved))
+    findings = examine(subject_of(resolved))
     if fix:
         click.echo(script(findings), nl=False)
     elif as_json:
         print_json({"findings": [_plain(found) for found in findings]})
     else:
-        _print(findings)
+        print_findings(findings)
     _say_sum(findings)
     bad = (Verdict.FAIL, Verdict.WARN) if strict else (Verdict.FAIL,)
     click.get_current_context().exit(int(any(found.verdict in bad for found in findings)))
 
 
-def _subject(resolved: Resolved) -> Subject:
+def subject_of(resolved: Resolved) -> Subject:
     from cdc.doctor.facts import Subject  # noqa: PLC0415 - see doctor
 
     settings = resolved.settings
@@ -112,7 +112,7 @@ def _plain(found: Finding) -> dict[str, Any]:
     return {"id": found.check, "verdict": found.verdict, "detail": found.detail, "remedies": found.remedies}
 
 
-def _print(findings: Sequence[Finding]) -> None:
+def print_findings(findings: Sequence[Finding]) -> None:
     width = max(len(found.check) for found in findings)
     for found in findings:
         click.echo(f"{found.verdict:<5} {found.check:<{width}}  {_printable(found.detail)}")
