@@ -160,16 +160,33 @@ def retry(
 @outbox.command()
 @database_options
 @names_argument
+@type_option
+@click.option(
+    "--before", metavar="TIME", help="Every fresh change of --type from before, such as 2026-01-31T18:00Z, now."
+)
+@yes_option
 @json_option
-def discard(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
+def discard(
+    *, settings: Settings, names: tuple[str, ...], entity_type: str | None, before: str | None, yes: bool, as_json: bool
+) -> None:
     """Mark changes processed that wait or are dead: nothing is to be done about them.
 
-    Later changes of their keys go on.
+    Later changes of their keys go on. With --type and --before: fresh ones, that somebody else has handled. No consumer
+    may be handling the type then.
     """
     from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
 
-    if not names:
-        raise UsageError("which changes?", hint="give their IDs, as cdc outbox list shows them")
+    if bool(names) == (before is not None) or (entity_type is None) != (before is None):
+        raise UsageError("which changes?", hint="give IDs, as cdc outbox list shows them, or --type TYPE --before TIME")
+    if entity_type is not None and before is not None:
+        confirm(f"mark every fresh change of {entity_type} from before {before} processed", yes)
+        with open_database(settings) as connection:
+            count = sum(Letters(settings.schema_).discard_before(connection, entity_type, before))
+        if as_json:
+            print_json({"discarded": count})
+        else:
+            say(f"fresh changes that are discarded: {count:,}")
+        return
     references = [parse_reference(name) for name in names]
     with open_database(settings) as connection:
         _report("is discarded", Letters(settings.schema_).discard(connection, references), as_json)

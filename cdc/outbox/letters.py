@@ -45,6 +45,7 @@ _PACE_MAX = 10_000
 _STATEMENT_LIMIT_S = 30
 _RETRY_ALL_LIMIT_S = 600
 """One statement, however many there are; about 10,000 a second."""
+_DISCARD_BATCH = 1_000
 _CHANNEL = "entity_change"
 _MORE = ("more_fresh", "more_waiting", "more_dead")
 
@@ -265,6 +266,26 @@ class Letters:
         if count:
             _ring(connection)
         return count
+
+    def discard_before(self, connection: psycopg.Connection, entity_type: str, before: str) -> Iterator[int]:
+        """Mark the fresh changes of a type processed that were made before a moment, as PostgreSQL reads it.
+
+        In batches, each committed; yields how many each of them has marked. Raises UsageError for what is no moment.
+        """
+        try:
+            [moment] = connection.execute("SELECT %s::timestamptz", [before]).fetchone() or [None]
+        except psycopg.DataError:
+            raise UsageError(f"{before!r} is no moment", hint="write it as 2026-01-31T18:00:00Z, or: now") from None
+        for shard in range(SHARDS):
+            parameters = {"type": entity_type, "before": moment, "shard": shard, "after": 0, "limit": _DISCARD_BATCH}
+            more = True
+            while more:
+                with _bounded(connection):
+                    row = connection.execute(self._statements["discard_before"], parameters).fetchone()
+                assert row is not None
+                marked, looked_at, parameters["after"] = row
+                yield marked
+                more = looked_at == _DISCARD_BATCH
 
     def _decide(self, connection: psycopg.Connection, statement: str, references: Sequence[Reference]) -> list[Entry]:
         with _bounded(connection):

@@ -212,3 +212,21 @@ UPDATE {changes}
 SET processed = true, processed_at = now(), next_attempt_at = NULL, dead_at = NULL,
     last_error = concat_ws(': ', 'discarded by operator', last_error)
 WHERE id = ANY (%(ids)s::uuid[]) AND NOT processed AND (dead_at IS NOT NULL OR next_attempt_at IS NOT NULL)
+
+-- name: discard_before
+-- Of one shard the next page of fresh changes, and of these the ones of a type from before a moment. How many were marked,
+-- how many were looked at, and the last of them.
+WITH page AS MATERIALIZED (
+  SELECT n.ctid AS place, n.seq,
+         coalesce(n.entity_type, n.table_name) = %(type)s AND n.changed_at < %(before)s::timestamptz AS wanted
+  FROM {changes} AS n
+  WHERE n.shard = %(shard)s AND n.seq > %(after)s AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+  ORDER BY n.seq LIMIT %(limit)s
+), marked AS (
+  UPDATE {changes} AS c SET processed = true, processed_at = now(), last_error = 'discarded by operator'
+  FROM page
+  WHERE c.ctid = page.place AND page.wanted
+    AND NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL
+  RETURNING 1
+)
+SELECT (SELECT count(*) FROM marked), (SELECT count(*) FROM page), (SELECT max(seq) FROM page)

@@ -226,7 +226,7 @@ def test_from_actions_in_the_webhook_to_consumers_one_instance_after_the_other(
     for n, instance in enumerate(instances):
         instance.stop()
         instances[n] = webhook(f"says{n}", acts=True)
-    _, forth, back = guide["Capturing"]
+    _, forth, _, back = guide["Capturing"]
     for commands in (forth, back, forth):
         shell.run(commands)
         ledger.progress("webhook")

@@ -644,7 +644,7 @@ def nodes(node: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "statement",
     ["stats", "find_fresh", "find_waiting", "find_dead", "find_processed", "number_unprocessed", "number_processed",
-     "look", "payload", "take", "retry", "retry_all", "discard"],
+     "look", "payload", "take", "retry", "retry_all", "discard", "discard_before"],
 )  # fmt: skip
 def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
     large: psycopg.Connection, statement: str
@@ -653,6 +653,7 @@ def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
     parameters = {
         "shards": SHARDS, "per_shard": 100, "bound": 1000, "scan": 1000, "limit": 51, "type": "none", "key": None,
         "age_s": 3e6, "blocked": True, "seqs": [1, 2, 3], "ids": ids, "id": ids[0],
+        "shard": 1, "after": 0, "before": "now",
     }  # fmt: skip
     [(pages,)] = large.execute("SELECT relpages FROM pg_class WHERE oid = 'entity_changes'::regclass").fetchall()
     assert pages > 2000
@@ -673,3 +674,30 @@ def test_every_named_statement_is_described_and_used(name: str) -> None:
         statement, description, *_ = block.split("\n")
         assert description.startswith("-- "), f"{statement} has no description"
         assert f'"{statement}"' in code or f"{{{statement}}}" in statements, f"{statement} is not used"
+
+
+def test_fresh_changes_that_somebody_else_has_handled_are_discarded_by_type_and_time(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(letters, "_DISCARD_BATCH", 2)
+    before = [publish(outbox_db, "x", f"k{n % 3}") for n in range(20)]
+    other = publish(outbox_db, "y")
+    outbox_db.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE seq = %s", [before[0]])
+    [(moment,)] = outbox_db.execute("SELECT clock_timestamp()::text").fetchall()
+    after = publish(outbox_db, "x")
+    assert run(outbox, "discard", "--type", "x", "--before", moment).exit_code == 5, "not without a confirmation"
+    assert data(outbox, "discard", "--type", "x", "--before", moment, "--yes") == {"discarded": 19}
+    left = [seq for (seq,) in outbox_db.execute("SELECT seq FROM entity_changes WHERE NOT processed ORDER BY seq")]
+    assert left == [before[0], other, after]
+    assert row(outbox_db, before[1])["last_error"] == "discarded by operator"
+
+
+@pytest.mark.parametrize("arguments", [["--type", "x"], ["--before", "now"], ["1", "--type", "x", "--before", "now"]])
+def test_it_is_said_exactly_what_is_to_be_discarded(arguments: list[str], outbox: str) -> None:
+    assert run(outbox, "discard", "--yes", *arguments).exit_code == 2
+
+
+def test_a_time_that_is_none_is_refused_before_anything_is_done(outbox: str) -> None:
+    refused = run(outbox, "discard", "--type", "x", "--before", "soon", "--yes")
+    assert refused.exit_code == 2
+    assert "'soon' is no moment" in refused.stderr
