@@ -149,7 +149,7 @@ def _documented(db: psycopg.Connection) -> None:
         )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.promise("G1")
 def test_from_the_documented_processor_to_consumers_and_back_at_every_step(
     database: str, db: psycopg.Connection, ledger: Ledger, shell: Shell
@@ -203,7 +203,7 @@ def _switch_and_back(dsn: str, shell: Shell, ledger: Ledger, commands: list[str]
     shell.stop()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.promise("G1")
 def test_from_actions_in_the_webhook_to_consumers_one_instance_after_the_other(
     database: str, db: psycopg.Connection, ledger: Ledger, shell: Shell, monkeypatch: pytest.MonkeyPatch
