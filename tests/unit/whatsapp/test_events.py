@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdc.whatsapp.events import AHEAD_MAX, Message, Reaction, RejectedError, parse
@@ -123,6 +123,7 @@ _JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from([REACTION, MESSAGE]), st.dictionaries(st.sampled_from([*REACTION, *MESSAGE]), _JSON))
 def test_whatever_the_fields_hold_the_answer_is_an_event_nothing_or_a_refusal(
     payload: dict[str, Any], changes: dict[str, Any]
@@ -132,6 +133,7 @@ def test_whatever_the_fields_hold_the_answer_is_an_event_nothing_or_a_refusal(
         assert event is None or isinstance(event, Message | Reaction)
 
 
+@settings(deadline=None)
 @given(_JSON)
 def test_the_same_for_any_json(payload: object) -> None:
     with contextlib.suppress(RejectedError):

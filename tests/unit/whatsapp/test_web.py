@@ -14,7 +14,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg_pool import PoolTimeout
 
@@ -260,6 +260,7 @@ async def test_everything_else_is_refused_in_json(method: str, path: str, status
     assert (answer.status, list(answer.json)) == (status, ["error"])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=1_100), st.booleans(), st.dictionaries(
     st.sampled_from(["Content-Type", "Content-Length", "X-Hub-Signature-256", "Content-Encoding"]),
     st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"])),
