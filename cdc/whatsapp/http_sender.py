@@ -13,6 +13,8 @@ from cdc.whatsapp.sender import Outgoing
 
 _TIMEOUT_S = 20.0
 _RETRY_AFTER_MAX_S = 3600.0
+_LATER = (408, 425, 429)
+"""Of the answers below 500 those about the moment. To any other the same request would be answered so again."""
 
 
 class SendError(Exception):
@@ -35,7 +37,7 @@ class HttpSender:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def send(self, message: Outgoing, key: str) -> None:
-        """Raises SendError, or Retry where the messenger names a time."""
+        """Raises SendError; Retry where the messenger names a time, Reject where it will never take the message."""
         session = await self._open()
         headers = {**self._headers, "Idempotency-Key": key}
         try:
@@ -53,6 +55,8 @@ class HttpSender:
         if status in (429, 503) and wait.isdecimal():
             after = min(float(wait), _RETRY_AFTER_MAX_S)
             raise cdc.Retry(after, f"the messenger answered {status} and asks to wait {wait} s")
+        if status < 500 and status not in _LATER:
+            raise cdc.Reject(f"the messenger will not have the message: it answered {status}")
         raise SendError(f"the messenger answered {status}")
 
     async def _open(self) -> aiohttp.ClientSession:

@@ -22,10 +22,22 @@ async def test_a_message_is_posted_with_its_key_and_the_token(messenger: Messeng
     assert messenger.received == [Received("key-1", "Bearer token", {"chat_id": "c-1", "text": "Hello ✅"})]
 
 
-@pytest.mark.parametrize("status", [301, 307, 400, 404, 500, 503])
-async def test_every_other_answer_is_an_error_that_names_the_status_only(messenger: Messenger, status: int) -> None:
-    messenger.answers.append((status, {"Location": messenger.url}))
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
+async def test_an_answer_about_the_moment_is_an_error_that_names_the_status_only(
+    messenger: Messenger, status: int
+) -> None:
+    messenger.answers.append((status, {}))
     with pytest.raises(SendError, match=f"^the messenger answered {status}$"):
+        await HttpSender(messenger.url).send(HELLO, "key-1")
+    assert messenger.received == []
+
+
+@pytest.mark.parametrize("status", [301, 307, 400, 401, 404, 422])
+async def test_any_other_answer_is_the_last_word_and_a_redirect_is_not_followed(
+    messenger: Messenger, status: int
+) -> None:
+    messenger.answers.append((status, {"Location": messenger.url}))
+    with pytest.raises(cdc.Reject, match=f"it answered {status}"):
         await HttpSender(messenger.url).send(HELLO, "key-1")
     assert messenger.received == []
 
