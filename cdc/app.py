@@ -226,7 +226,7 @@ class App:
         """All that runs beside the consumer."""
         tasks = [asyncio.create_task(self._show()), asyncio.create_task(self._start_beside())]
         await self._transactions.open()
-        if self._delivery:
+        if self._delivery and not self._settings.observe:
             self._delivery.open(self.metrics)
         try:
             yield
