@@ -6,6 +6,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-bench
+NODE := tests/bench/peers
 
 ARGS ?=
 # Most tests wait: for a server, a backoff, a limit. Files stay together, as their fixtures do; the long ones come first.
@@ -47,21 +49,39 @@ metrics: $(READY) ## Write docs/metrics.md anew from the code.
 	@$(BIN)/python -m tests.prometheus.reference
 
 .PHONY: bench
-bench: machine $(READY) ## Measure throughput and latency on this machine.
+bench: machine $(READY) peers ## Measure on this machine, peers beside it. ARGS="--quick", ARGS=--help for the rest.
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+# What cannot be installed is not measured, and the result says so.
+.PHONY: peers
+peers: $(READY)
+	@test $(PEERS)/.ready -nt requirements-bench.txt || { echo "Setting up $(PEERS)" >&2; \
+	  $(BIN)/python -m venv --clear $(PEERS) && \
+	  $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.txt && \
+	  touch $(PEERS)/.ready; } || echo "bench goes without pgqueuer and procrastinate" >&2
+	@test $(PEERS)/node/.ready -nt $(NODE)/package-lock.json || { ! command -v npm >/dev/null || { mkdir -p $(PEERS)/node && \
+	  cp $(NODE)/package.json $(NODE)/package-lock.json $(PEERS)/node/ && \
+	  npm ci --silent --no-audit --no-fund --ignore-scripts --prefix $(PEERS)/node && touch $(PEERS)/node/.ready; }; } || \
+	  echo "bench goes without graphile-worker" >&2
 
 .PHONY: lock
 lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
 	uv pip compile $(LOCK) pyproject.toml --extra whatsapp --extra fast --output-file requirements.txt
 	uv pip compile $(LOCK) pyproject.toml --group dev --extra demo --extra whatsapp --extra fast --output-file requirements-dev.txt
+	uv pip compile $(LOCK) --group bench --output-file requirements-bench.txt
 	uv pip compile $(LOCK) --group build --output-file deploy/requirements-build.txt
+	cd $(NODE) && npm install --package-lock-only --omit-lockfile-registry-resolved --silent
+	$(BIN)/python -c '$(WITHOUT_FUNDING)' $(NODE)/package-lock.json
 
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+# Who may be paid for a package is no part of which one it is, and the only addresses that npm leaves in a lock.
+WITHOUT_FUNDING := import json, pathlib, sys; lock = pathlib.Path(sys.argv[1]); found = json.loads(lock.read_text()); \
+  [package.pop("funding", None) for package in found["packages"].values()]; lock.write_text(json.dumps(found, indent=2) + "\n")
 
 .PHONY: clean
-clean: ## Remove what was built; .venv, too.
-	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+clean: ## Remove what was built; .venv and .venv-bench, too.
+	rm -rf $(VENV) $(PEERS) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: python
