@@ -6,6 +6,7 @@ pytest_plugins = [
     "tests.fix_slot",
     "tests.fix_stream",
     "tests.fix_proxy",
+    "tests.fix_tally",
     "tests.fix_consumer",
     "tests.fix_logs",
     "tests.fix_messenger",

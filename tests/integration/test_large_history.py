@@ -1,12 +1,14 @@
 """What is asked often reads little, on a table of a million processed changes and by statistics of an empty queue.
 
-Counted, not timed: what each statement took from the table and from its indexes.
+Counted, not timed: what each statement took from the table and from its indexes. Of every statement of queries.sql
+the plan is looked at besides, the generic one that the consumer's sessions use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
 
 import psycopg
 import pytest
@@ -17,6 +19,7 @@ from cdc.lanes import Finished
 from cdc.model import SHARDS, Processed, WakeUp
 from cdc.outbox.letters import Letters
 from cdc.outbox.retention import Retention
+from cdc.outbox.statements import load
 from cdc.outbox.store import INDEXED, Settled, Store
 from tests.bench.database import preload_unprocessed
 from tests.unit.changes import change
@@ -156,3 +159,97 @@ def test_the_oldest_that_could_run_is_looked_for_among_the_first_of_each_shard(o
         " AND next_attempt_at IS NULL"
     )
     assert 60 <= age_s() < 120, "what is held back does not count, however old"
+
+
+# --- plans ---------------------------------------------------------------------------------------------------------
+
+_STATEMENTS = load("queries.sql", "public")
+_NO_TABLE = {"cause": "sets a setting", "check": "LIMIT 0", "missing_rights": "asks the catalog"}
+_INDEXES = {
+    "chains": {"pkey"},
+    "due": {"due_by_type", "pkey", "holding"},
+    "fetch": {"fresh", "holding"},
+    "figures": {"fresh", "holding", "due_by_type", "dead"},
+    "mark": {"pkey"},
+    "next_due": {"due_by_type"},
+    "resume": {"fresh", "holding"},
+    "settle_others": {"pkey"},
+    "settle_processed": {"fresh"},
+    "start": {"pkey"},
+    "sweep": {"fresh", "holding"},
+    "sweep_some": {"fresh", "holding"},
+    "take": {"pkey"},
+    "unstart": {"pkey"},
+}
+"""Statement to the indexes of entity_changes that it reads; the rows that it has found it may touch by their place."""
+
+Plan = dict[str, Any]
+
+
+def plan_of(connection: psycopg.Connection, statement: bytes) -> Plan:
+    """As it is for any parameters. Nothing is executed."""
+    names: list[str] = []
+
+    def numbered(found: re.Match[str]) -> str:
+        if found[1] not in names:
+            names.append(found[1])
+        return f"${names.index(found[1]) + 1}"
+
+    text = re.sub(r"%\((\w+)\)s", numbered, statement.decode()).replace("%%", "%")
+    connection.execute(_SET, [list(INDEXED), list(INDEXED.values())])
+    connection.execute(sql.SQL("PREPARE looked_at AS ") + sql.SQL(text))  # type: ignore[arg-type]
+    nothing = sql.SQL("({})").format(sql.SQL(", ").join([sql.NULL] * len(names))) if names else sql.SQL("")
+    [(plan,)] = connection.execute(sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE looked_at") + nothing).fetchall()
+    return dict(plan[0]["Plan"])
+
+
+def walk(node: Plan, above: tuple[Plan, ...] = ()) -> Iterator[tuple[Plan, tuple[Plan, ...]]]:
+    """Each node, with those above it that its rows go to, the nearest first. Those of a sub-plan stay in it."""
+    yield node, above
+    for child in node.get("Plans", ()):
+        inside = child.get("Parent Relationship") in {"SubPlan", "InitPlan"}
+        yield from walk(child, () if inside else (node, *above))
+
+
+def reads_changes(node: Plan) -> bool:
+    return node.get("Relation Name") == "entity_changes" and "Scan" in node["Node Type"]
+
+
+def finds_one(node: Plan) -> bool:
+    """By the primary key or the row's place."""
+    return node["Node Type"] == "Tid Scan" or re.search(r"\bid = ", node.get("Index Cond", "")) is not None
+
+
+def sorted_unbounded(plan: Plan) -> list[str]:
+    """Sorts of changes that no LIMIT bounds: it stands between the scan and the sort, or each row is looked up."""
+    found = []
+    for node, above in walk(plan):
+        if reads_changes(node) and not finds_one(node):
+            for upper in above:
+                if upper["Node Type"] == "Limit":
+                    break
+                if upper["Node Type"] in {"Sort", "Incremental Sort"}:
+                    found.append(f"{node.get('Index Name')} under a sort by {upper['Sort Key']}")
+    return found
+
+
+@pytest.fixture
+def connection(large_outbox: str) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(large_outbox) as opened:
+        yield opened
+        opened.rollback()
+
+
+def test_every_statement_is_looked_at() -> None:
+    assert set(_INDEXES) == set(_STATEMENTS) - set(_NO_TABLE)
+
+
+@pytest.mark.parametrize("name", _INDEXES)
+def test_it_goes_through_its_indexes_and_sorts_no_backlog(connection: psycopg.Connection, name: str) -> None:
+    plan = plan_of(connection, _STATEMENTS[name])
+    scans = [node for node, _ in walk(plan) if reads_changes(node)]
+    assert {node["Node Type"] for node in scans} <= {"Index Scan", "Index Only Scan", "Tid Scan"}, plan
+    assert {node["Index Name"] for node in scans if "Index Name" in node} == {
+        f"entity_changes_{index}" for index in _INDEXES[name]
+    }
+    assert sorted_unbounded(plan) == []

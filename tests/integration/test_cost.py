@@ -1,0 +1,106 @@
+"""What a change costs on the wire and in the table, counted, not timed.
+
+What was counted stands beside each bound. The bounds leave room for slow machines, where batches are smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import psycopg
+import pytest
+
+import cdc
+from cdc.app import App
+from cdc.model import SHARDS
+from cdc.routing import Router
+from tests.bench.database import preload
+from tests.eventually import eventually, eventually_async
+from tests.fix_consumer import consuming, metric
+from tests.fix_tally import Passed, Tally
+
+_CHANGES = 4_000
+_TIMERS = {"sweep_interval": 600.0, "poll_interval": 60.0}
+"""They do not come round meanwhile, however slow the machine is."""
+_TABLE = "CREATE TABLE note (id int PRIMARY KEY, body text)"
+_TRACK = "CREATE TRIGGER t AFTER INSERT ON note FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
+_READ = """
+SELECT t.seq_tup_read, sum(i.idx_tup_read)::bigint
+FROM pg_stat_user_tables AS t JOIN pg_stat_user_indexes AS i USING (relid)
+WHERE relid = 'entity_changes'::regclass AND t.n_tup_upd >= %s
+GROUP BY 1
+"""
+
+
+@pytest.fixture
+def noop() -> Router:
+    router = Router()
+
+    @router.on("*")
+    async def do_nothing(change: cdc.Change) -> None:
+        pass
+
+    return router
+
+
+@pytest.fixture
+async def working(tally: Tally, outbox_db: psycopg.Connection, noop: Router) -> AsyncIterator[App]:
+    """A consumer behind the tally that streams and has handled a change, so that what a start costs is over."""
+    outbox_db.execute(_TABLE)
+    outbox_db.execute(_TRACK)
+    async with consuming(tally.dsn, noop, **_TIMERS) as app:
+
+        async def live() -> bool:
+            return app._stream.status.connected and app.consumer._intake.live_shards == SHARDS
+
+        await eventually_async(live, what="the shards to be read by number")
+        outbox_db.execute("INSERT INTO note VALUES (0, 'a row')")
+        await until_processed(app, 1)
+        yield app
+
+
+async def until_processed(app: App, changes: int) -> None:
+    """Asks the consumer, not the table: what is read there is counted."""
+
+    async def done() -> bool:
+        return metric(app.metrics.registry, "cdc_settle_changes_sum") >= changes
+
+    await eventually_async(done, within_s=60, what=f"{changes} changes processed")
+
+
+def a_change(passed: Passed, changes: int) -> tuple[float, float]:
+    """Statements and bytes both ways."""
+    return passed.statements / changes, (passed.sent + passed.received) / changes
+
+
+async def test_a_change_among_many_costs_a_hundredth_of_a_statement(
+    working: App, tally: Tally, outbox_db: psycopg.Connection
+) -> None:
+    before = tally.passed
+    outbox_db.execute("INSERT INTO note SELECT n, 'a row' FROM generate_series(1, %s) AS n", [_CHANGES])
+    await until_processed(working, _CHANGES + 1)
+    statements, bytes_ = a_change(tally.passed.since(before), _CHANGES)
+    assert statements < 0.02  # 0.005
+    assert bytes_ < 600  # 427: the row itself is some 300, the wake-up 75
+
+
+async def test_a_change_that_comes_alone_costs_a_fetch_and_a_mark(
+    working: App, tally: Tally, outbox_db: psycopg.Connection
+) -> None:
+    before = tally.passed
+    for number in range(1, 101):
+        outbox_db.execute("INSERT INTO note VALUES (%s, 'a row')", [number])
+        await until_processed(working, number + 1)
+    statements, bytes_ = a_change(tally.passed.since(before), 100)
+    assert statements < 3  # 2.01: a look at the timers now and then
+    assert bytes_ < 2_000  # 1,370: half of it describes the columns
+
+
+async def test_a_backlog_is_read_through_indexes_once(outbox: str, outbox_db: psycopg.Connection, noop: Router) -> None:
+    preload(outbox_db, changes=_CHANGES, keys=100)
+    async with consuming(outbox, noop, **_TIMERS) as app:
+        await until_processed(app, _CHANGES)
+    # What a session has read is known when it has ended.
+    [(whole, by_index)] = eventually(lambda: outbox_db.execute(_READ, [_CHANGES]).fetchall(), what="statistics")
+    assert whole == 0
+    assert by_index / _CHANGES < 6.5  # 5.0: a mark finds it, passes at the start see it, the collector counts it
