@@ -30,6 +30,7 @@ MAY_SLEEP = {
     "cdc/app.py": "the ticker that shows figures is cancelled at the stop; nothing it could wait for",
     "tests/eventually.py": "the one place where tests let time pass",
     "tests/handlers.py": "a handler that takes as long as a test says",
+    "tests/bench/handlers.py": "a handler that waits, as one for a remote call does; the waiting is what is measured",
 }
 DRIVES_LIBPQ = {
     "cdc/wakeup/replication.py": "the replication connection",
@@ -44,7 +45,7 @@ PURE = (
     "whatsapp/events", "whatsapp/rows",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
-                "www.postgresql.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip
+                "www.postgresql.org", "www.w3.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip
 """Whom the files may link to. Anything else is a place somebody fetched from, or a machine somebody worked on."""
 
 

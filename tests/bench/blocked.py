@@ -8,7 +8,7 @@ from __future__ import annotations
 import psycopg
 
 from cdc.throwaway import Server
-from tests.bench.database import fresh_outbox, preload, preload_unprocessed, rest
+from tests.bench.database import fresh_outbox, preload, preload_unprocessed, rest, settled
 from tests.bench.processes import Consumer
 from tests.bench.report import Figure
 from tests.bench.size import Size
@@ -39,9 +39,8 @@ def _rate(server: Server, size: Size, others: str) -> float:
         last = [id_ for (id_,) in connection.execute(newest, [_LAST])]
         with Consumer(connection.info.dsn, "noop") as consumer:
             consumer.until(lambda: _processed(connection, last), within_s=_WITHIN_S)
-            consumer.until(lambda: _settled(connection)[0] == size.beside, within_s=_WITHIN_S)
-        _, seconds = _settled(connection)
-    return size.beside / seconds
+            consumer.until(lambda: settled(connection).changes == size.beside, within_s=_WITHIN_S)
+        return settled(connection).rate
 
 
 def _preload_others(connection: psycopg.Connection, others: str, changes: int) -> None:
@@ -58,13 +57,3 @@ def _preload_others(connection: psycopg.Connection, others: str, changes: int) -
 def _processed(connection: psycopg.Connection, ids: list[object]) -> bool:
     found = connection.execute("SELECT bool_and(processed) FROM entity_changes WHERE id = ANY (%s)", [ids]).fetchone()
     return found == (True,)
-
-
-def _settled(connection: psycopg.Connection) -> tuple[int, float]:
-    """How many, and the seconds from the first settle to the last."""
-    row = connection.execute(
-        "SELECT count(*), extract(epoch FROM max(processed_at) - min(processed_at))::float8"
-        " FROM entity_changes WHERE processed"
-    ).fetchone()
-    assert row is not None
-    return row[0], row[1]

@@ -1,40 +1,85 @@
-"""The consumer emptying an outbox of no-op changes: a process of its own, as users run it."""
+"""Consumers emptying an outbox: processes of their own, as users run them.
+
+The order of the calls is checked each time, except where several share the work.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
+from contextlib import ExitStack
 
 import psycopg
 
 from cdc.throwaway import Server
-from tests.bench.database import drained, fresh_outbox, preload, rest
+from tests.bench.database import drained, fresh_outbox, preload, rest, settled, shared_by
+from tests.bench.handlers import EFFECTS
 from tests.bench.processes import Consumer
 from tests.bench.report import Figure
 from tests.bench.size import Size
 
 _WITHIN_S = 600.0
+_CONCURRENCY = 100
+_AWAITED_S = 0.010
+_CONCURRENCY_EACH = 50
 
 
-def _measure(router: str, server: Server, size: Size) -> list[Figure]:
-    with fresh_outbox(server) as connection:
-        preload(connection, changes=size.changes, keys=size.keys)
+def measure(server: Server, size: Size) -> list[Figure]:
+    return _drained(server, "noop", size.changes, size.keys)
+
+
+def measure_sync(server: Server, size: Size) -> list[Figure]:
+    return _drained(server, "noop_sync", size.changes, size.keys)
+
+
+def measure_batches(server: Server, size: Size) -> list[Figure]:
+    return _drained(server, "batches", size.changes, size.keys)
+
+
+def measure_inserting(server: Server, size: Size) -> list[Figure]:
+    return _drained(server, "inserts", size.inserting, size.keys)
+
+
+def measure_awaiting(server: Server, size: Size) -> list[Figure]:
+    figures = _drained(server, "awaits_10ms", size.awaiting, size.many_keys, concurrency=_CONCURRENCY)
+    return [*figures, Figure("to theoretical", figures[0].value / (_CONCURRENCY / _AWAITED_S), "")]
+
+
+def measure_two(server: Server, size: Size) -> list[Figure]:
+    one, two = (rate_shared(server, consumers, size.awaiting // 4, size.many_keys) for consumers in (1, 2))
+    return [Figure("one", one, "changes/s"), Figure("two", two, "changes/s"), Figure("two to one", two / one, "")]
+
+
+def rate_shared(server: Server, consumers: int, changes: int, keys: int) -> float:
+    """Changes a second by so many consumers with a handler that awaits 20 ms, 50 at a time each."""
+    with fresh_outbox(server) as connection, ExitStack() as stack:
         rest(connection)
-        with Consumer(connection.info.dsn, router) as consumer:
+        running = [
+            stack.enter_context(Consumer(connection.info.dsn, "awaits_20ms", concurrency=_CONCURRENCY_EACH))
+            for _ in range(consumers)
+        ]
+        running[0].until(lambda: shared_by(connection, consumers), within_s=_WITHIN_S)
+        preload(connection, changes=changes, keys=keys)
+        connection.execute("NOTIFY entity_change")
+        running[0].until(lambda: drained(connection), within_s=_WITHIN_S)
+        return settled(connection).rate
+
+
+def _drained(server: Server, router: str, changes: int, keys: int, **settings: object) -> list[Figure]:
+    with fresh_outbox(server) as connection:
+        connection.execute(EFFECTS)
+        preload(connection, changes=changes, keys=keys)
+        rest(connection)
+        with Consumer(connection.info.dsn, router, **settings) as consumer:
             consumer.until(lambda: drained(connection), within_s=_WITHIN_S)
             cpu_s = consumer.cpu_s
         check_order(consumer.calls, keys_by_number(connection))
-        settled, first, last = _settled(connection)
-    assert settled == size.changes
+        done = settled(connection)
+    assert done.changes == changes
     return [
-        Figure("settled", settled / (last - first), "changes/s"),
-        Figure("with start-up", settled / (last - consumer.started_at), "changes/s"),
-        Figure("consumer's cpu", cpu_s / settled * 1e6, "us/change"),
+        Figure("settled", done.rate, "changes/s"),
+        Figure("with start-up", done.changes / (done.last - consumer.started_at), "changes/s"),
+        Figure("consumer's cpu", cpu_s / done.changes * 1e6, "us/change"),
     ]
-
-
-measure = partial(_measure, "noop")
-measure_sync = partial(_measure, "noop_sync")
 
 
 def keys_by_number(connection: psycopg.Connection) -> dict[int, str]:
@@ -53,13 +98,3 @@ def check_order(calls: Iterable[int], keys: Mapping[int, str]) -> None:
         last[key] = seq
     if count != len(keys):
         raise AssertionError(f"{count} calls for {len(keys)} changes")
-
-
-def _settled(connection: psycopg.Connection) -> tuple[int, float, float]:
-    """How many, and the unix seconds of the first settle and of the last."""
-    row = connection.execute(
-        "SELECT count(*), extract(epoch FROM min(processed_at))::float8, extract(epoch FROM max(processed_at))::float8"
-        " FROM entity_changes WHERE processed"
-    ).fetchone()
-    assert row is not None
-    return row[0], row[1], row[2]

@@ -1,5 +1,7 @@
 """The SQL floor: what PostgreSQL and one plain psycopg connection need to fetch full rows by key and to mark them.
 
+And the same with one row inserted for each: in transactions of 50, as handlers share them.
+
 The shape of the consumer's own statements, without what the consumer adds: no stream, no lanes, no handlers, and the
 next batch is fetched when the last one is marked. The consumer works on several connections at once, so this is a
 yardstick and no upper bound.
@@ -8,15 +10,19 @@ yardstick and no upper bound.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import psycopg
 
 from cdc.throwaway import Server
 from tests.bench.database import drained, fresh_outbox, preload, rest
+from tests.bench.handlers import EFFECTS, INSERT_EFFECT
 from tests.bench.report import Figure
 from tests.bench.size import Size
 
 _BATCH = 500
+_GROUP = 50
 
 _FETCH = """
 SELECT c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name), c.entity_id, c.table_schema, c.table_name,
@@ -34,23 +40,53 @@ WHERE c.shard = done.shard AND c.seq = done.seq
   AND NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL
 """
 
+Batch = Sequence[tuple[int, int]]
+"""(seq, shard) of each."""
+
 
 def measure(server: Server, size: Size) -> list[Figure]:
+    return [Figure("settled", _rate(server, size.changes, size.keys, _fetch_and_mark), "changes/s")]
+
+
+def measure_inserting(server: Server, size: Size) -> list[Figure]:
+    return [Figure("settled", _rate(server, size.inserting, size.keys, _fetch_insert_and_mark), "changes/s")]
+
+
+def _rate(server: Server, changes: int, keys: int, work: Callable[[psycopg.Connection, Batch], None]) -> float:
     with fresh_outbox(server) as connection:
-        preload(connection, changes=size.changes, keys=size.keys)
+        connection.execute(EFFECTS)
+        preload(connection, changes=changes, keys=keys)
         rest(connection)
         wanted = connection.execute("SELECT seq, shard FROM entity_changes ORDER BY seq").fetchall()
         began = time.perf_counter()
         for first in range(0, len(wanted), _BATCH):
-            _fetch_and_mark(connection, wanted[first : first + _BATCH])
+            work(connection, wanted[first : first + _BATCH])
         seconds = time.perf_counter() - began
         assert drained(connection)
-    return [Figure("settled", size.changes / seconds, "changes/s")]
+    return changes / seconds
 
 
-def _fetch_and_mark(connection: psycopg.Connection, batch: list[tuple[int, int]]) -> None:
+def _fetch_and_mark(connection: psycopg.Connection, batch: Batch) -> None:
     with connection.cursor(binary=True) as cursor:
-        cursor.execute(_FETCH, {"seqs": [seq for seq, _ in batch], "shards": [shard for _, shard in batch]})
-        found = cursor.fetchall()
-        cursor.execute(_MARK, {"seqs": [row[0] for row in found], "shards": [row[1] for row in found]})
-        assert cursor.rowcount == len(batch)
+        _mark(cursor, _fetch(cursor, batch))
+
+
+def _fetch_insert_and_mark(connection: psycopg.Connection, batch: Batch) -> None:
+    with connection.cursor(binary=True) as cursor:
+        found = _fetch(cursor, batch)
+        for first in range(0, len(found), _GROUP):
+            group = found[first : first + _GROUP]
+            with connection.transaction():
+                for row in group:
+                    cursor.execute(INSERT_EFFECT, [row[0], row[4]])
+                _mark(cursor, group)
+
+
+def _fetch(cursor: psycopg.Cursor, batch: Batch) -> list[Any]:
+    cursor.execute(_FETCH, {"seqs": [seq for seq, _ in batch], "shards": [shard for _, shard in batch]})
+    return cursor.fetchall()
+
+
+def _mark(cursor: psycopg.Cursor, rows: Sequence[Any]) -> None:
+    cursor.execute(_MARK, {"seqs": [row[0] for row in rows], "shards": [row[1] for row in rows]})
+    assert cursor.rowcount == len(rows)

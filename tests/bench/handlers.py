@@ -6,18 +6,29 @@ costs a fraction of a microsecond.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import time
 from array import array
 from pathlib import Path
 
+import psycopg
+
 import cdc
 
 nothing = cdc.Router()
 noop = cdc.Router()
 noop_sync = cdc.Router()
+batches = cdc.Router()
+inserts = cdc.Router()
+awaits_10ms = cdc.Router()
+awaits_20ms = cdc.Router()
 stamp = cdc.Router()
+began = cdc.Router()
+
+EFFECTS = "CREATE TABLE bench_effects (seq bigint PRIMARY KEY, entity_id text NOT NULL)"
+INSERT_EFFECT = "INSERT INTO bench_effects (seq, entity_id) VALUES (%s, %s)"
 
 _calls = array("q")
 
@@ -38,10 +49,40 @@ def note_number_in_thread(change: cdc.Change) -> None:
     _calls.append(change.seq)
 
 
+@batches.on("*", batch=200)
+async def note_numbers(changes: list[cdc.Change]) -> None:
+    _calls.extend(change.seq for change in changes)
+
+
+@inserts.on("*")
+async def insert_effect(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+    _calls.append(change.seq)
+    await connection.execute(INSERT_EFFECT, [change.seq, change.entity_id])
+
+
+@awaits_10ms.on("*")
+async def await_10ms(change: cdc.Change) -> None:
+    _calls.append(change.seq)
+    await asyncio.sleep(0.010)
+
+
+@awaits_20ms.on("*")
+async def await_20ms(change: cdc.Change) -> None:
+    _calls.append(change.seq)
+    await asyncio.sleep(0.020)
+
+
 @stamp.on("*")
 async def note_time(change: cdc.Change) -> None:
     """The row's number and the moment at which its handler began, on the clock that the writer reads too."""
     _calls.extend((int(change.entity_id), time.monotonic_ns()))
+
+
+@began.on("*")
+async def note_first(change: cdc.Change) -> None:
+    """When the first was called, in unix nanoseconds."""
+    if not _calls:
+        _calls.append(time.time_ns())
 
 
 def _keep() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -25,7 +27,7 @@ def machine() -> dict[str, object]:
         "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory": f"{int((_field(Path('/proc/meminfo'), 'MemTotal') or '0 kB').split()[0]) / 1024**2:.1f} GiB",
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "load before": load(),
     }
 
@@ -44,6 +46,7 @@ def versions(server: Server) -> dict[str, object]:
         "wal2json": _wal2json(server, number // 10000),
         "psycopg": f"{psycopg.__version__} ({psycopg.pq.__impl__}), libpq {psycopg.pq.version()}",
         "python": platform.python_version(),
+        "uvloop": importlib.metadata.version("uvloop") if importlib.util.find_spec("uvloop") else "not there",
     }
 
 

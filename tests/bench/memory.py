@@ -1,28 +1,86 @@
-"""The consumer's resident memory: with nothing to do, and while a large backlog is drained."""
+"""The consumer's resident memory: with nothing to do, through one large transaction, and at a start with a backlog.
+
+The handler keeps nothing. ``above idle`` is the peak less what the same consumer had when it was idle.
+"""
 
 from __future__ import annotations
 
+import psycopg
+
+from cdc.model import Operation
 from cdc.throwaway import Server
-from tests.bench.database import drained, fresh_outbox, preload, rest, streaming
+from cdc.tracking import track
+from tests.bench.database import ROWS, drained, fresh_outbox, preload, settled, streaming
 from tests.bench.processes import Consumer
 from tests.bench.report import Figure
 from tests.bench.size import Size
 
 _READY_S = 30.0
 _WITHIN_S = 900.0
+_WRITE = "INSERT INTO bench_rows (id, note) SELECT n, 'a row to be captured' FROM generate_series(1, %s) AS n"
+_ANY = "SELECT EXISTS (SELECT FROM entity_changes WHERE processed)"
+_DONE = "SELECT count(*) >= %(n)s FROM (SELECT FROM entity_changes WHERE processed LIMIT %(n)s) AS done"
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure_transaction(server: Server, size: Size) -> list[Figure]:
     with fresh_outbox(server) as connection:
-        rest(connection)
+        connection.execute(ROWS)
+        track(connection, "public", "bench_rows", operations=[Operation.INSERT])
         with Consumer(connection.info.dsn, "nothing") as consumer:
-            consumer.until(lambda: streaming(connection), within_s=_READY_S)
-            idle_mb = consumer.rss_mb
-            preload(connection, changes=size.pending, keys=size.keys)
+            idle_mb = _idle_mb(consumer, connection)
+            connection.execute(_WRITE, [size.transaction])
             consumer.until(lambda: drained(connection), within_s=_WITHIN_S)
-            peak_mb, after_mb = consumer.peak_rss_mb, consumer.rss_mb
+            peak_mb = consumer.peak_rss_mb
+        done = settled(connection)
     return [
-        Figure("idle", idle_mb, "MiB"),
-        Figure(f"peak, {size.pending:,} pending", peak_mb, "MiB"),
-        Figure("afterwards", after_mb, "MiB"),
+        Figure("idle", idle_mb, "MB"),
+        Figure(f"peak, {size.transaction:,} in one transaction", peak_mb, "MB"),
+        Figure("above idle", peak_mb - idle_mb, "MB"),
+        Figure("settled", done.rate, "changes/s"),
     ]
+
+
+def measure_backlog(server: Server, size: Size) -> list[Figure]:
+    """Until as many are handled as in the scenario drain: what the rest of the backlog takes is more of the same."""
+    with fresh_outbox(server) as connection:
+        with Consumer(connection.info.dsn, "nothing") as consumer:
+            idle_mb = _idle_mb(consumer, connection)
+        preload(connection, changes=size.pending, keys=size.many_keys)
+        connection.execute("ANALYZE")
+        connection.execute("CHECKPOINT")
+        with Consumer(connection.info.dsn, "nothing") as consumer:
+            consumer.until(lambda: _is(connection, _ANY), within_s=_READY_S)
+            first_s = settled(connection).first - consumer.started_at
+            consumer.until(lambda: _is(connection, _DONE, size.changes), within_s=_WITHIN_S)
+            peak_mb = consumer.peak_rss_mb
+    return [
+        Figure("idle", idle_mb, "MB"),
+        Figure(f"peak, {size.pending:,} pending at the start", peak_mb, "MB"),
+        Figure("above idle", peak_mb - idle_mb, "MB"),
+        Figure("start to first settled", first_s, "s"),
+    ]
+
+
+def measure_start(server: Server, size: Size) -> list[Figure]:
+    """With nothing pending but the change that is waited for."""
+    with fresh_outbox(server) as connection:
+        preload(connection, changes=1, keys=1)
+        with Consumer(connection.info.dsn, "nothing") as consumer:
+            consumer.until(lambda: drained(connection), within_s=_READY_S)
+        return [Figure("start to first settled", settled(connection).first - consumer.started_at, "s")]
+
+
+def _idle_mb(consumer: Consumer, connection: psycopg.Connection) -> float:
+    """After its first sweep and a change of its own, so that all is loaded that it needs."""
+    consumer.until(lambda: streaming(connection), within_s=_READY_S)
+    preload(connection, changes=1, keys=1)
+    connection.execute("NOTIFY entity_change")
+    consumer.until(lambda: _is(connection, _ANY), within_s=_READY_S)
+    connection.execute("TRUNCATE entity_changes")
+    return consumer.rss_mb
+
+
+def _is(connection: psycopg.Connection, query: str, number: int = 0) -> bool:
+    row = connection.execute(query, {"n": number}).fetchone()  # type: ignore[arg-type]
+    assert row is not None
+    return bool(row[0])

@@ -23,12 +23,15 @@ _STOP_S = 20.0
 class Consumer:
     """``with Consumer(dsn, "noop") as consumer:`` runs ``cdc run`` with that router of tests.bench.handlers.
 
-    It sees no settings but these: not those of our environment, nor a cdc.toml. Raises RuntimeError, with what the
-    consumer said last, when it ends before it is told to, or with an error.
+    It sees no settings but these and ``settings``: not those of our environment, nor a cdc.toml. Raises RuntimeError,
+    with what the consumer said last, when it ends before it is told to, or with an error.
     """
 
-    def __init__(self, dsn: str, router: str) -> None:
-        self._arguments = ["--dsn", dsn, "--handlers", f"tests.bench.handlers:{router}", "--http-port", "0"]
+    def __init__(self, dsn: str, router: str, **settings: object) -> None:
+        named = {"dsn": dsn, "handlers": f"tests.bench.handlers:{router}", "http_port": 0, **settings}
+        self._arguments = [
+            word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
         self.calls: array[int] = array("q")
         """What the handlers kept; there once the consumer has ended."""
 
@@ -58,14 +61,14 @@ class Consumer:
         finally:
             self._folder.cleanup()
 
-    def until(self, condition: Callable[[], bool], *, within_s: float) -> None:
+    def until(self, condition: Callable[[], bool], *, within_s: float, look_every_s: float = _LOOK_EVERY_S) -> None:
         """Let it work until the condition holds."""
         deadline = time.monotonic() + within_s
         while not condition():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"not done within {within_s:g} s; it said last:\n{self._last_words()}")
             try:
-                code = self._process.wait(_LOOK_EVERY_S)
+                code = self._process.wait(look_every_s)
             except subprocess.TimeoutExpired:
                 continue
             raise RuntimeError(f"the consumer ended with {code}; it said last:\n{self._last_words()}")
@@ -79,6 +82,7 @@ class Consumer:
 
     @property
     def rss_mb(self) -> float:
+        """In MB of 1,000,000 bytes, as all of them."""
         return self._status("VmRSS")
 
     @property
@@ -87,7 +91,7 @@ class Consumer:
 
     def _status(self, field: str) -> float:
         lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{field}:"))
 
     def _last_words(self) -> str:
         return "\n".join(self._said.read_text(errors="replace").splitlines()[-15:])

@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 
 
 class Figure(NamedTuple):
-    """One measured value. ``name`` is unique within its scenario."""
+    """One measured value. ``name`` is unique within its scenario. ``at``: where on the axis of a plot it stands."""
 
     name: str
     value: float
     unit: str
+    at: float | None = None
+
+
+class LeftOutError(Exception):
+    """A scenario cannot be measured here; says why."""
 
 
 Round = Mapping[str, Sequence[Figure]]
@@ -25,6 +30,7 @@ class Summary(NamedTuple):
     scenario: str
     name: str
     unit: str
+    at: float | None
     values: tuple[float, ...]
 
     @property
@@ -36,6 +42,7 @@ class Summary(NamedTuple):
             "scenario": self.scenario,
             "figure": self.name,
             "unit": self.unit,
+            **({} if self.at is None else {"at": self.at}),
             "median": self.median,
             "min": min(self.values),
             "max": max(self.values),
@@ -43,9 +50,19 @@ class Summary(NamedTuple):
         }
 
 
+def from_json(found: Mapping[str, Any]) -> Summary:
+    return Summary(found["scenario"], found["figure"], found["unit"], found.get("at"), tuple(found["values"]))
+
+
 RATIOS = (
     ("drain to floor", ("drain", "settled"), ("floor", "settled")),
+    ("drain to pgqueuer", ("drain", "settled"), ("pgqueuer", "best")),
+    ("drain to graphile-worker", ("drain", "settled"), ("graphile", "best")),
+    ("drain to procrastinate", ("drain", "settled"), ("procrastinate", "best")),
+    ("drain to documented", ("drain", "settled"), ("documented", "settled")),
     ("drain-sync to floor", ("drain-sync", "settled"), ("floor", "settled")),
+    ("drain-batch to floor", ("drain-batch", "settled"), ("floor", "settled")),
+    ("drain-inserts to floor-inserts", ("drain-inserts", "settled"), ("floor-inserts", "settled")),
 )
 """(name, numerator, denominator), each a scenario and a figure."""
 
@@ -62,13 +79,14 @@ def with_ratios(figures: Round) -> Round:
 
 
 def summarise(rounds: Iterable[Round]) -> list[Summary]:
-    """Each figure with its values of all rounds, in the order in which they were measured."""
-    values: dict[tuple[str, str, str], list[float]] = {}
+    """Each figure with its values of all rounds, in the order in which they were measured; ratios last."""
+    values: dict[tuple[str, str, str, float | None], list[float]] = {}
     for figures in rounds:
         for scenario, named in figures.items():
             for figure in named:
-                values.setdefault((scenario, figure.name, figure.unit), []).append(figure.value)
-    return [Summary(scenario, name, unit, tuple(found)) for (scenario, name, unit), found in values.items()]
+                values.setdefault((scenario, figure.name, figure.unit, figure.at), []).append(figure.value)
+    found = [Summary(*key, tuple(found)) for key, found in values.items()]
+    return sorted(found, key=lambda summary: summary.scenario == "ratio")
 
 
 def quantile(values: Iterable[float], share: float) -> float:
@@ -77,13 +95,18 @@ def quantile(values: Iterable[float], share: float) -> float:
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
-def table(summaries: Sequence[Summary]) -> str:
-    head = ("scenario", "figure", "median", "min", "max", "unit")
-    rows = [
-        (s.scenario, s.name, _number(s.median), _number(min(s.values)), _number(max(s.values)), s.unit)
-        for s in summaries
+HEAD = ("scenario", "figure", "median", "min", "max", "unit")
+
+
+def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """Beneath HEAD."""
+    return [
+        (s.scenario, s.name, number(s.median), number(min(s.values)), number(max(s.values)), s.unit) for s in summaries
     ]
-    return _aligned([head, *rows], right=range(2, 5))
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    return aligned([HEAD, *rows(summaries)], right=range(2, 5))
 
 
 def facts(title: str, values: Mapping[str, object]) -> str:
@@ -91,7 +114,8 @@ def facts(title: str, values: Mapping[str, object]) -> str:
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in values.items())])
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: Iterable[int]) -> str:
+def aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """Columns; those of ``right`` are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     to_the_right = set(right)
     return "\n".join(
@@ -103,7 +127,7 @@ def _aligned(rows: Sequence[Sequence[str]], right: Iterable[int]) -> str:
     )
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits that mean something; large ones whole, with separators."""
     if abs(value) >= 100:
         return f"{value:,.0f}"

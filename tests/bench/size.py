@@ -9,21 +9,39 @@ from dataclasses import dataclass
 class Size:
     """``rate`` in rows a second; ``seconds`` of each steady load, after ``warm_up_s`` that do not count.
 
-    ``beside`` so many ``blocked`` changes others are drained. ``history``: processed ones in the large table.
+    Counts of changes: ``changes`` are drained; ``inserting`` those whose handler writes; ``awaiting`` those whose
+    handler waits for 10 ms, a quarter of that for 20 ms; ``transaction`` in one transaction; ``pending`` at a start;
+    ``passing`` while an old snapshot is held, by others for at most ``snapshot_s``; ``beside`` so many ``blocked`` ones
+    others are drained; ``history``: processed ones in the large table; ``rung``: messages that are read from a slot.
+    ``queued``, ``queued_slow``: jobs for a quick peer and a slow one. ``grown``: the most in a figure of growth.
     """
 
     changes: int = 100_000
-    pending: int = 300_000
+    inserting: int = 30_000
+    awaiting: int = 40_000
+    transaction: int = 1_000_000
+    pending: int = 3_000_000
+    passing: int = 300_000
+    snapshot_s: float = 15.0
     beside: int = 50_000
     blocked: int = 100_000
     history: int = 10_000_000
+    rung: int = 400_000
+    queued: int = 30_000
+    queued_slow: int = 500
+    grown: int = 1_000_000
     keys: int = 1_000
+    many_keys: int = 10_000
     rate: int = 500
-    seconds: int = 10
+    seconds: int = 6
     warm_up_s: int = 1
     clients: int = 16
 
 
 FULL = Size()
-QUICK = Size(changes=10_000, pending=30_000, beside=5_000, blocked=10_000, history=1_000_000, seconds=2)
+QUICK = Size(
+    changes=10_000, inserting=3_000, awaiting=5_000, transaction=100_000, pending=200_000, passing=30_000,
+    snapshot_s=4.0, beside=5_000, blocked=10_000, history=1_000_000, rung=40_000, queued=5_000, queued_slow=200,
+    grown=100_000, seconds=2,
+)  # fmt: skip
 """To see that it runs; its figures are mostly start-up."""

@@ -1,0 +1,68 @@
+"""All that can be measured, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple
+
+from cdc.throwaway import Server
+from tests.bench import blocked, drain, floor, growth, history, idle, latency, memory, queues, slot, snapshot, writers
+from tests.bench.report import Figure
+from tests.bench.size import Size
+
+
+class Turn(Enum):
+    """When a scenario is measured. NAMED: once, and only if it is asked for."""
+
+    EACH_ROUND = "each round"
+    ONCE = "once"
+    NAMED = "when named"
+
+
+class Scenario(NamedTuple):
+    purpose: str
+    measure: Callable[[Server, Size], list[Figure]]
+    turn: Turn = Turn.EACH_ROUND
+
+
+SCENARIOS = {
+    "floor": Scenario("fetch and mark by key, batches of 500, one connection, no consumer", floor.measure),
+    "drain": Scenario("the consumer draining no-op changes, async handler", drain.measure),
+    "drain-sync": Scenario("the same, with a handler that runs in a thread", drain.measure_sync),
+    "drain-batch": Scenario("the same, with a handler for batches of 200", drain.measure_batches),
+    "floor-inserts": Scenario("the floor with one row inserted for each change, groups of 50", floor.measure_inserting),
+    "drain-inserts": Scenario(
+        "the consumer with a transactional handler that inserts one row", drain.measure_inserting
+    ),
+    "await": Scenario("a handler that awaits 10 ms, 100 at a time", drain.measure_awaiting),
+    "consumers": Scenario("one and two consumers, a handler that awaits 20 ms, 50 at a time each", drain.measure_two),
+    "pgqueuer": Scenario("a peer draining no-op jobs", queues.measure_pgqueuer),
+    "graphile": Scenario("a peer draining no-op jobs", queues.measure_graphile),
+    "procrastinate": Scenario("a peer draining no-op jobs", queues.measure_procrastinate, Turn.ONCE),
+    "documented": Scenario("the documented processor, as it is written", queues.measure_documented, Turn.ONCE),
+    "latency": Scenario("commit to handler at a steady pace, and NOTIFY for comparison", latency.measure),
+    "relayed": Scenario("the same on a consumer that does not stream", latency.measure_relayed),
+    "writers": Scenario("pgbench: inserts untracked, tracked, with the documented trigger", writers.measure),
+    "idle": Scenario("processor time and statements of a consumer with nothing to do", idle.measure, Turn.ONCE),
+    "start": Scenario("from the start of the process to its first change", memory.measure_start),
+    "slot": Scenario("reading the slot, and pg_recvlogical beside it", slot.measure, Turn.ONCE),
+    "snapshot": Scenario("the consumer while an old snapshot is held", snapshot.measure, Turn.ONCE),
+    "snapshot-pgqueuer": Scenario("a peer in the same place", snapshot.measure_pgqueuer, Turn.ONCE),
+    "snapshot-documented": Scenario("the documented processor, too", snapshot.measure_documented, Turn.ONCE),
+    "transaction": Scenario("resident memory through one large transaction", memory.measure_transaction, Turn.ONCE),
+    "backlog": Scenario("resident memory and first change with a large backlog", memory.measure_backlog, Turn.ONCE),
+    "blocked": Scenario("draining beside changes that are held back, waiting, dead", blocked.measure, Turn.NAMED),
+    "history": Scenario("views, commands, collector and consumer on a large history", history.measure, Turn.NAMED),
+    "growth-backlog": Scenario("rate and memory by the length of the backlog", growth.by_backlog, Turn.NAMED),
+    "growth-payload": Scenario("rate by the size of a row", growth.by_payload, Turn.NAMED),
+    "growth-keys": Scenario("rate by the number of keys", growth.by_keys, Turn.NAMED),
+    "growth-consumers": Scenario("rate by the number of consumers", growth.by_consumers, Turn.NAMED),
+    "growth-history": Scenario("rate and latency by the processed rows in the table", growth.by_history, Turn.NAMED),
+}
+
+GROUPS = {
+    "all": [name for name, scenario in SCENARIOS.items() if scenario.turn is not Turn.NAMED],
+    "growth": [name for name in SCENARIOS if name.startswith("growth-")],
+}
+"""Names that stand for several. ``all`` is what is measured where nothing is named."""
