@@ -8,7 +8,7 @@
 CREATE TABLE IF NOT EXISTS @schema@.entity_changes (
   id uuid PRIMARY KEY DEFAULT pg_catalog.gen_random_uuid(),
   table_name text NOT NULL,
-  operation text NOT NULL CHECK (operation IN ('INSERT', 'UPDATE', 'DELETE')),
+  operation text NOT NULL,
   entity_id text NOT NULL,
   entity_type text,
   old_data jsonb,
@@ -104,22 +104,19 @@ BEGIN
     -- lower one. So is drawing it while the source row is locked.
     ALTER COLUMN seq SET NOT NULL,
     ALTER COLUMN seq ADD GENERATED ALWAYS AS IDENTITY,
-    -- cdc.model.SHARDS = 64. Seeding one hash with the other needs no separator between the two texts.
-    ADD COLUMN shard smallint GENERATED ALWAYS AS (
-      (pg_catalog.hashtextextended(
-         entity_id, pg_catalog.hashtextextended(coalesce(entity_type, table_name), 0)
-       ) & 63)::smallint
-    ) STORED,
-    -- A row is in exactly one state; the words are those of cdc.model.ChangeState. A dead letter whose next attempt is
-    -- at infinity also holds back the later changes of its key.
+    -- cdc.model.SHARDS = 64. By the id alone, whatever the type: each captured row has the server read the expression anew.
+    ADD COLUMN shard smallint GENERATED ALWAYS AS ((pg_catalog.hashtext(entity_id) & 63)::smallint) STORED,
+    -- A row is in exactly one state: fresh, waiting, processed or dead (cdc.model.ChangeState). A dead letter whose next
+    -- attempt is at infinity also holds back the later changes of its key. Said in few words, and the list of operations
+    -- as one constant, because each captured row has the server read both constraints anew.
     ADD CONSTRAINT entity_changes_state_check CHECK (
       CASE
-        WHEN NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL THEN 'fresh'
-        WHEN NOT processed AND next_attempt_at < 'infinity' AND dead_at IS NULL THEN 'waiting'
-        WHEN processed AND processed_at IS NOT NULL AND next_attempt_at IS NULL AND dead_at IS NULL THEN 'processed'
-        WHEN NOT processed AND dead_at IS NOT NULL AND coalesce(next_attempt_at, 'infinity') = 'infinity' THEN 'dead'
-      END IS NOT NULL
-    );
+        WHEN processed THEN processed_at IS NOT NULL AND coalesce(next_attempt_at, dead_at) IS NULL
+        ELSE (next_attempt_at < 'infinity') = (dead_at IS NULL)
+      END
+    ),
+    DROP CONSTRAINT IF EXISTS entity_changes_operation_check,
+    ADD CONSTRAINT entity_changes_operation_check CHECK (operation = ANY ('{INSERT,UPDATE,DELETE}'));
   PERFORM pg_catalog.setval(
     pg_catalog.format('%I.entity_changes_seq_seq', @schema_literal@),
     (SELECT coalesce(pg_catalog.max(seq), 0) + 1 FROM @schema@.entity_changes),
@@ -166,7 +163,7 @@ REVOKE ALL ON SEQUENCE @schema@.entity_changes_seq_seq FROM PUBLIC;
 
 COMMENT ON TABLE @schema@.entity_changes IS 'captured changes: fresh, waiting for a retry, processed, or dead';
 COMMENT ON COLUMN @schema@.entity_changes.seq IS 'order of capture, also between the changes of one key';
-COMMENT ON COLUMN @schema@.entity_changes.shard IS 'hash of the key modulo 64: the unit of ownership between consumers';
+COMMENT ON COLUMN @schema@.entity_changes.shard IS 'hash of the entity''s id modulo 64: the unit of ownership between consumers';
 COMMENT ON COLUMN @schema@.entity_changes.next_attempt_at IS 'set = waiting for its retry, and holding back its key';
 COMMENT ON COLUMN @schema@.entity_changes.dead_at IS 'set = dead letter: nobody tries again until told to';
 COMMENT ON COLUMN @schema@.entity_changes.started_by IS 'the consumer that wrote down its start, after a crash';

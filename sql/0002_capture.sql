@@ -24,38 +24,45 @@ SET intervalstyle = 'postgres'
 SET extra_float_digits = 1
 AS $cdc$
 DECLARE
-  -- Assignments only, no queries, wherever the row passes: plpgsql evaluates these without an executor.
-  v_options CONSTANT jsonb := nullif(TG_ARGV[1], '');
-  v_key jsonb := v_options -> 'key';
-  v_exclude CONSTANT jsonb := v_options -> 'exclude';
-  v_cause CONSTANT text := current_setting('cdc.cause', true);
-  v_handled CONSTANT text := current_setting('cdc.handled', true);
-  v_entity_type text;
-  v_done boolean := false;
-  v_caused_by uuid;
-  v_depth integer := 0;
-  v_table_schema name := TG_TABLE_SCHEMA;
-  v_table_name name := TG_TABLE_NAME;
+  -- Assignments only, no queries, wherever the row passes: plpgsql evaluates these without an executor. And few of them:
+  -- each is set up anew in each transaction, which is most of what it costs.
+  v_entity_type text := nullif(TG_ARGV[0], '');
+  v_options jsonb;
+  v_key jsonb := '["id"]';
+  v_table_schema name;
+  v_table_name name;
   v_root oid;
   v_old jsonb;
   v_new jsonb;
   v_row jsonb;
   v_entity_id text;
   v_metadata jsonb;
+  v_cause text;
+  v_caused_by uuid;
+  v_depth integer := 0;
+  v_done_at timestamptz;
+  v_done_why text;
   v_xid xid8;
-  v_seq bigint;
-  v_shard smallint;
   v_rung pg_lsn;
 BEGIN
-  IF TG_LEVEL <> 'ROW' THEN
-    RAISE EXCEPTION 'trigger % on %.%: capture_entity_change() captures rows', TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME
-      USING HINT = 'create the trigger FOR EACH ROW', ERRCODE = 'trigger_protocol_violated';
+  IF TG_OP <> 'INSERT' THEN
+    v_old := to_jsonb(OLD);
+    v_row := v_old;
   END IF;
-  -- A misspelt "exclude" would publish what was to be left out.
-  IF v_options IS NOT NULL AND (v_options - 'key' - 'exclude') <> '{}' THEN
-    RAISE EXCEPTION 'trigger % on %.%: options may have "key" and "exclude", not %',
-        TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - 'key' - 'exclude'
-      USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
+  IF TG_OP <> 'DELETE' THEN
+    v_new := to_jsonb(NEW);
+    v_row := v_new;
+  END IF;
+
+  IF TG_NARGS > 1 THEN
+    v_options := nullif(TG_ARGV[1], '');
+    v_key := coalesce(v_options -> 'key', v_key);
+    -- A misspelt "exclude" would publish what was to be left out.
+    IF v_options - '{key,exclude}'::text[] <> '{}' THEN
+      RAISE EXCEPTION 'trigger % on %.%: options may have "key" and "exclude", not %',
+          TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude}'::text[]
+        USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
+    END IF;
   END IF;
 
   -- NULL for a table that is no partition, out of the relation cache. A query below only for partitions.
@@ -66,72 +73,73 @@ BEGIN
     WHERE c.oid = v_root;
   END IF;
 
-  IF TG_OP <> 'INSERT' THEN
-    v_old := to_jsonb(OLD);
+  IF jsonb_array_length(v_key) = 1 THEN
+    v_entity_id := v_row ->> (v_key ->> 0);
   END IF;
-  IF TG_OP = 'DELETE' THEN
-    v_row := v_old;
-  ELSE
-    v_new := to_jsonb(NEW);
-    v_row := v_new;
-  END IF;
-
-  IF v_key IS NULL AND NOT v_row ? 'id' THEN
-    SELECT jsonb_agg(a.attname ORDER BY k.place) INTO v_key
-    FROM pg_index AS i
-    CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k (attnum, place)
-    JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-    WHERE i.indrelid = TG_RELID AND i.indisprimary;
-    IF v_key IS NULL THEN
-      RAISE EXCEPTION 'table %.% has neither a column id nor a primary key to tell its rows apart',
-          v_table_schema, v_table_name
-        USING HINT = 'name the key columns: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
+  -- All but a key of one column that is there and not NULL.
+  IF v_entity_id IS NULL THEN
+    IF TG_LEVEL <> 'ROW' THEN
+      RAISE EXCEPTION 'trigger % on %.%: capture_entity_change() captures rows', TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME
+        USING HINT = 'create the trigger FOR EACH ROW', ERRCODE = 'trigger_protocol_violated';
     END IF;
-  END IF;
-  IF v_key IS NULL THEN
-    v_entity_id := v_row ->> 'id';
-  ELSE
+    IF v_options -> 'key' IS NULL AND NOT v_row ? 'id' THEN
+      SELECT jsonb_agg(a.attname ORDER BY k.place) INTO v_key
+      FROM pg_index AS i
+      CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k (attnum, place)
+      JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+      WHERE i.indrelid = TG_RELID AND i.indisprimary;
+      IF v_key IS NULL THEN
+        RAISE EXCEPTION 'table %.% has neither a column id nor a primary key to tell its rows apart',
+            coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME)
+          USING HINT = 'name the key columns: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
+      END IF;
+    END IF;
+    v_metadata := '[]';
     FOR i IN 0 .. jsonb_array_length(v_key) - 1 LOOP
       IF NOT v_row ? (v_key ->> i) THEN
-        RAISE EXCEPTION 'table %.% has no column % to use as its key', v_table_schema, v_table_name, v_key -> i
+        RAISE EXCEPTION 'table %.% has no column % to use as its key',
+            coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME), v_key -> i
           USING HINT = 'name the key columns anew: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
       END IF;
+      v_metadata := v_metadata || jsonb_build_array(v_row -> (v_key ->> i));
     END LOOP;
     IF jsonb_array_length(v_key) = 1 THEN
-      v_entity_id := v_row ->> (v_key ->> 0);
+      -- A key column that holds NULL. Refusing the application's write would be worse than one shared key.
+      v_entity_id := coalesce(v_metadata ->> 0, 'null');
     ELSE
-      v_metadata := '[]';
-      FOR i IN 0 .. jsonb_array_length(v_key) - 1 LOOP
-        v_metadata := v_metadata || jsonb_build_array(v_row -> (v_key ->> i));
-      END LOOP;
       v_entity_id := v_metadata::text;
     END IF;
   END IF;
 
-  IF v_exclude IS NOT NULL THEN
-    FOR i IN 0 .. jsonb_array_length(v_exclude) - 1 LOOP
-      v_old := v_old - (v_exclude ->> i);
-      v_new := v_new - (v_exclude ->> i);
+  IF v_options ? 'exclude' THEN
+    FOR i IN 0 .. jsonb_array_length(v_options -> 'exclude') - 1 LOOP
+      v_old := v_old - (v_options -> 'exclude' ->> i);
+      v_new := v_new - (v_options -> 'exclude' ->> i);
     END LOOP;
   END IF;
 
   -- Documented: none for a DELETE (its old_data says the same). Only keys that the row has a column for, and nothing
   -- that is excluded.
-  v_metadata := NULL;
-  IF TG_OP <> 'DELETE' THEN
-    v_metadata := jsonb_build_object('timestamp', now());
-    IF v_new ? 'user_id' THEN
-      v_metadata := v_metadata || jsonb_build_object('user_id', v_new -> 'user_id');
-    END IF;
-    IF v_new ? 'chat_id' OR v_new ? 'room_id' THEN
-      v_metadata := v_metadata || jsonb_build_object(
-        'chat_id', coalesce(nullif(v_new -> 'chat_id', 'null'), v_new -> 'room_id', v_new -> 'chat_id'));
-    END IF;
+  v_metadata := CASE WHEN v_new IS NOT NULL THEN
+    jsonb_build_object('timestamp', now())
+    || CASE WHEN v_new ? 'user_id' THEN jsonb_build_object('user_id', v_new -> 'user_id') ELSE '{}' END
+    || CASE WHEN v_new ? 'chat_id' OR v_new ? 'room_id' THEN jsonb_build_object(
+        'chat_id', coalesce(nullif(v_new -> 'chat_id', 'null'), v_new -> 'room_id', v_new -> 'chat_id')) ELSE '{}' END
+  END;
+
+  IF v_entity_type IS NULL THEN
+    v_entity_type := CASE coalesce(v_table_name, TG_TABLE_NAME)
+      WHEN 'whatsapp_message_reactions' THEN 'reaction'
+      WHEN 'whatsapp_messages' THEN 'message'
+      WHEN 'tasks' THEN 'task'
+      ELSE coalesce(v_table_name, TG_TABLE_NAME)
+    END;
   END IF;
 
   -- Who writes in the name of a change says so by this setting: "its id,its depth" (cdc.model.Change.cause). Anybody may
   -- set it to anything, and that must not fail the application's write. Nine digits and one more are an integer still,
   -- and at the top the depth stands still.
+  v_cause := current_setting('cdc.cause', true);
   IF v_cause ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
     v_caused_by := left(v_cause, 36);
     v_depth := least(substr(v_cause, 38)::integer, 999999998) + 1;
@@ -139,14 +147,9 @@ BEGIN
     PERFORM set_config('cdc.captured', 'on', true);
   END IF;
 
-  v_entity_type := coalesce(nullif(TG_ARGV[0], ''), CASE v_table_name
-    WHEN 'whatsapp_message_reactions' THEN 'reaction'
-    WHEN 'whatsapp_messages' THEN 'message'
-    WHEN 'tasks' THEN 'task'
-    ELSE v_table_name
-  END);
-  IF v_handled <> '' THEN
-    v_done := v_entity_type = ANY (string_to_array(v_handled, ','));
+  IF v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ',')) THEN
+    v_done_at := now();
+    v_done_why := 'discarded: its writer handles it (cdc.handled)';
   END IF;
 
   -- Readers conclude from transaction ids whether a lower seq may still appear, so this transaction has its id before it
@@ -156,26 +159,23 @@ BEGIN
     (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth,
      processed, processed_at, last_error)
   VALUES (
-    v_table_schema,
-    v_table_name,
+    coalesce(v_table_schema, TG_TABLE_SCHEMA),
+    coalesce(v_table_name, TG_TABLE_NAME),
     TG_OP,
-    -- A key column that holds NULL. Refusing the application's write would be worse than one shared key.
-    coalesce(v_entity_id, 'null'),
+    v_entity_id,
     v_entity_type,
     v_old,
     v_new,
     v_metadata,
     v_caused_by,
     v_depth,
-    v_done,
-    CASE WHEN v_done THEN now() END,
-    CASE WHEN v_done THEN 'discarded: its writer handles it (cdc.handled)' END
+    v_done_at IS NOT NULL,
+    v_done_at,
+    v_done_why
   )
-  RETURNING seq, shard INTO v_seq, v_shard;
   -- The doorbell. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
-  IF NOT v_done THEN
-    v_rung := pg_logical_emit_message(true, @prefix_literal@, v_seq || ',' || v_shard);
-  END IF;
+  RETURNING CASE WHEN NOT processed THEN pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard) END
+  INTO v_rung;
 
   -- Nobody looks at this after the row is written; created BEFORE by mistake, the trigger must not swallow the row.
   IF TG_OP = 'DELETE' THEN

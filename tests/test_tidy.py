@@ -16,7 +16,7 @@ import pytest
 
 from cdc.cli import cdc as root_command
 from cdc.config import SETTINGS
-from cdc.model import SHARDS, ChangeState
+from cdc.model import SHARDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "cdc").rglob("*.py"))
@@ -252,14 +252,9 @@ def test_every_lint_exception_carries_its_reason() -> None:
 # --- one truth in two languages ------------------------------------------------------------------------------------
 
 
-def test_the_states_in_the_check_of_the_table_are_those_of_the_model() -> None:
-    [check] = re.findall(r"entity_changes_state_check CHECK \((.*?)END IS NOT NULL", _sql(), re.DOTALL)
-    assert re.findall(r"THEN '(\w+)'", check) == [state.value for state in ChangeState]
-
-
 def test_the_number_of_shards_is_the_same_everywhere() -> None:
     assert SHARDS & (SHARDS - 1) == 0, "the column computes the modulo with &"
-    [mask] = re.findall(r"hashtextextended\(.*?\) & (\d+)\)::smallint", _sql(), re.DOTALL)
+    [mask] = re.findall(r"hashtext\(.*?\) & (\d+)\)::smallint", _sql(), re.DOTALL)
     assert int(mask) == SHARDS - 1
     queries = (ROOT / "cdc/outbox/queries.sql").read_text("utf-8")
     assert re.findall(r"generate_series\(0, (\d+)\)", queries) == [str(SHARDS - 1)]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc import schema, tracking
 from cdc.errors import UsageError
-from cdc.model import SHARDS, ChangeState, Operation, message_prefix, trigger_name
+from cdc.model import SHARDS, Operation, message_prefix, trigger_name
 from cdc.schema import Finding
 
 
@@ -18,12 +16,6 @@ def test_migrations_are_numbered_without_a_gap_and_each_says_what_it_is_for_firs
     found = schema.migrations()
     assert [migration.version for migration in found] == list(range(1, len(found) + 1))
     assert all(migration.template.startswith("-- ") for migration in found)
-
-
-def test_the_states_of_the_check_constraint_are_those_of_the_model():
-    template = schema.migrations()[0].template
-    check = template[template.index("entity_changes_state_check") :]
-    assert re.findall(r"THEN '(\w+)'", check) == [state.value for state in ChangeState]
 
 
 def test_the_shard_column_computes_modulo_the_models_number_of_shards():
