@@ -33,7 +33,7 @@ from cdc.lanes import Lanes
 from cdc.metrics import Metrics
 from cdc.model import SHARDS, Change, Committed, Outcome, Processed, Waiting, WakeUp
 from cdc.outbox.shards import Session
-from cdc.outbox.store import INDEXED, Store
+from cdc.outbox.store import INDEXED, Store, UnreadJson
 from cdc.reads import Reads
 from cdc.runner import Runner
 from cdc.scope import EVERYTHING, Scope
@@ -238,6 +238,7 @@ class Consumer:
             reader = await connect_async(
                 dsn, application_name="cdc: reader", session={**INDEXED, "statement_timeout": "60s"}
             )
+            reader.adapters.register_loader("jsonb", UnreadJson)
             async with reader:
                 self.connected.set()
                 await self._wait_for_schema(reader)

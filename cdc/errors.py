@@ -100,6 +100,16 @@ class Reject(Exception):  # noqa: N818 - see Retry
         super().__init__(reason)
 
 
+class ToldError(Exception):
+    """An attempt failed, by our own word. ``told``: what a log may say, nothing of the row. ``kind``: for the metrics."""
+
+    kind = "exception"
+
+    def __init__(self, told: str, text: str = "") -> None:
+        super().__init__(text or told)
+        self.told = told
+
+
 class Failed(Exception):  # noqa: N818 - see Retry
     """Raised by a batch handler: these changes failed, each with its error, and the rest is done.
 

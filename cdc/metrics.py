@@ -24,6 +24,7 @@ from cdc import __version__
 from cdc.connect import driver_versions
 from cdc.model import SHARDS, ChangeState
 from cdc.routing import ANY, Router
+from cdc.tallies import CountTally, HistogramTally
 
 OTHER = "other"
 """Label of an entity type without a rule of its own."""
@@ -347,11 +348,11 @@ class Metrics:
         _start(self.shard_moves, ("acquired", "released", "lost"))
 
     def _handlers(self, handlers: Iterable[str], router: Router) -> None:
-        self.changes_handled = self._counter(
+        self.changes_handled = CountTally(
             "cdc_changes_handled", "Attempts, by how they ended.", "entity_type", "handler", "outcome"
         )
         self.handler_errors = self._counter("cdc_handler_errors", "Attempts that failed.", "handler", "kind")
-        self.handler_duration = self._histogram(
+        self.handler_duration = HistogramTally(
             "cdc_handler_duration_seconds", "Run time of a handler.", _HANDLER_S, "handler"
         )
         self.settle_duration = self._histogram("cdc_settle_duration_seconds", "One batched settle.", _CALL_S)
@@ -363,12 +364,14 @@ class Metrics:
             "cdc_transaction_waiting", "Transactional handlers that wait for a connection.", "kind"
         )
         self.settle_skipped = self._counter("cdc_settle_skipped", "Changes that somebody else had settled.")
-        self.change_latency = self._histogram(
+        self.change_latency = HistogramTally(
             "cdc_change_latency_seconds",
             "From the writer's transaction to processed, by the database's clock.",
             _CHANGE_S,
             "entity_type",
         )
+        for tally in (self.changes_handled, self.handler_duration, self.change_latency):
+            self.registry.register(tally)
         self._handled = cache(self.changes_handled.labels)
         self._took = cache(self.change_latency.labels)
         for entity_type, handler in _routes(router):
@@ -415,7 +418,7 @@ def _routes(router: Router) -> set[tuple[str, str]]:
     return routes
 
 
-def _start(metric: MetricWrapperBase, *label_values: Iterable[str]) -> None:
+def _start(metric: MetricWrapperBase | CountTally | HistogramTally, *label_values: Iterable[str]) -> None:
     """Create the series of every combination, at 0."""
     for values in product(*label_values):
         metric.labels(*values)

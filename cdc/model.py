@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -77,6 +78,33 @@ class Change:
     def __repr__(self) -> str:
         """Without the row's content, so that a change may be logged."""
         return f"<Change {self.seq} {self.operation} {self.entity_type} {self.entity_id!r} attempt={self.attempt}>"
+
+
+class Json(bytes):
+    """A document that nobody has read yet. ``old``, ``new`` and ``metadata`` of a change are read when asked for."""
+
+    __slots__ = ()
+
+
+_scan = json.JSONDecoder().raw_decode
+
+
+def _read_when_asked(name: str) -> property:
+    """Over the slot of a change that may hold Json."""
+    slot = Change.__dict__[name]
+
+    def read(change: Change) -> Any:
+        value = slot.__get__(change)
+        if type(value) is Json:
+            value, _ = _scan(value.decode())
+            slot.__set__(change, value)
+        return value
+
+    return property(read, slot.__set__)
+
+
+for _name in ("old", "new", "metadata"):
+    setattr(Change, _name, _read_when_asked(_name))
 
 
 class WakeUp(NamedTuple):

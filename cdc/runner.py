@@ -35,17 +35,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from cdc import probe
 from cdc.errors import Discard, Failed, Reject, Retry
 from cdc.grouping import Grouping
+from cdc.limits import OverrunError, within
 from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, holds_its_key
 from cdc.routing import Handler, Router
 from cdc.threads import Job, Threads
 from cdc.transactions import AskTheTableError, EndedTransactionError, Errors, MixedCausesError, Ran, Transactions
-from cdc.verdict import OverrunError, TooDeepError, Verdict
+from cdc.verdict import TooDeepError, Verdict
 
 log = logging.getLogger("cdc.handlers")
 
@@ -145,10 +146,9 @@ class Runner:
             pairs = [(c, g) for c, g in zip(changes, given, strict=True) if c.key not in shut]
             changes, given = [c for c, _ in pairs], [g for _, g in pairs]
         if changes:
-            clock = asyncio.get_running_loop().time
-            started = clock()
+            started = time.monotonic()
             outcomes |= await self._attempt(handler, changes, given)
-            self._took(handler, changes, clock() - started)
+            self._took(handler, changes, time.monotonic() - started)
         for change, outcome in outcomes.items():
             self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
         probe.here("run.after_handler")
@@ -173,14 +173,13 @@ class Runner:
             try:
                 given.append(_with_model(adapter, change))
                 fitting.append(change)
-            except ValidationError as error:
+            except ValueError as error:  # pydantic's, or that of a number with more digits than Python reads
                 outcomes[change] = self._verdict.on(handler, change, error)
         return fitting, given
 
     def _took(self, handler: Handler, changes: Sequence[Change], seconds: float) -> None:
-        calls = len(_calls(handler, changes))
-        for _ in range(calls):
-            self._durations[handler.name].observe(seconds / calls)
+        calls = 1 if handler.batch else len(changes)
+        self._durations[handler.name].observe(seconds / calls, calls)
 
     async def _attempt(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
@@ -237,16 +236,11 @@ class Runner:
         limit_s = handler.timeout_s or self._timeout_s
         if not handler.is_async:
             return await self._call_in_thread(handler, changes, given, limit_s)
-        try:
-            async with asyncio.timeout(limit_s) as limit:
-                if handler.transactional:
-                    calls = [partial(_on_loop, handler, part) for part in _calls(handler, given)]
-                    return await self._transactions.run(changes, calls, causes=self._names_causes(handler))
-                return Ran(await _on_loop(handler, given))
-        except TimeoutError as error:
-            if not limit.expired():
-                raise  # the handler's own
-            raise OverrunError(f"took longer than {limit_s:g} s") from error
+        if handler.transactional:
+            calls = [partial(_on_loop, handler, part) for part in _calls(handler, given)]
+            running = self._transactions.run(changes, calls, causes=self._names_causes(handler))
+            return await within(limit_s, running)
+        return Ran(await within(limit_s, _on_loop(handler, given)))
 
     def _names_causes(self, handler: Handler) -> bool:
         grouping = self._groupings.get(handler.name)
@@ -263,15 +257,16 @@ class Runner:
                 return self._transactions.run_in_thread(changes, calls, causes=causes)
             return Ran(_in_thread(handler, given))
 
-        job = self._jobs[changes[0].seq] = self._threads.submit(call)
+        def overran() -> None:
+            self._verdict.count(handler, "timeout")
+            log.error(
+                "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key"
+                " is held until it returns",
+                handler.name, limit_s, changes[0].id, changes[0].entity_type,
+            )  # fmt: skip
+
+        job = self._jobs[changes[0].seq] = self._threads.submit(call, limit_s, overran)
         try:
-            if not await job.returns_within(limit_s):
-                self._verdict.count(handler, "timeout")
-                log.error(
-                    "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key"
-                    " is held until it returns",
-                    handler.name, limit_s, changes[0].id, changes[0].entity_type,
-                )  # fmt: skip
             return cast("Ran", await job.future)
         except asyncio.CancelledError:
             job.call_off()

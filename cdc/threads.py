@@ -10,34 +10,33 @@ import asyncio
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
 class Job:
     """A call on its way. ``future`` brings what it returns or raises."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[[], Any], limit_s: float | None, overran: Callable[[], None] | None) -> None:
         self.call = call
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Any] = self.loop.create_future()
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.started_at: float | None = None  # written by the thread, read by the event loop
         self.called_off = False
+        self.limit_s = limit_s
+        self.overran = overran
 
     def call_off(self) -> None:
         """Nobody wants the answer, nor the call if it has not begun. One that has begun goes on; nothing stops it."""
         self.called_off = True
         self.future.cancel()
 
-    async def returns_within(self, limit_s: float | None) -> bool:
-        """Whether the call ends within so many seconds of its start; waiting for a free thread does not count."""
-        while not self.future.done():
-            began = self.started_at
-            left = limit_s if limit_s is None or began is None else began + limit_s - time.monotonic()
-            if left is not None and left <= 0:
-                return False
-            await asyncio.wait({self.future}, timeout=left)
-        return True
+    def left_s(self) -> float:
+        """Until it overruns; waiting for a free thread does not count."""
+        assert self.limit_s is not None
+        began = self.started_at
+        return self.limit_s if began is None else began + self.limit_s - time.monotonic()
 
 
 class Threads:
@@ -48,27 +47,58 @@ class Threads:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._started = 0
         self._busy = 0
+        self._limited: set[Job] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        """One for all of them: it rings when the first could overrun, which most never do."""
+        self._ended: deque[tuple[Job, Any, BaseException | None]] = deque()
+        self._told = False
+        """The event loop is about to look at what has ended: to wake it for each would cost more than many a call."""
 
-    def submit(self, call: Callable[[], Any]) -> Job:
-        """Run ``call`` in a thread."""
-        job = Job(call)
+    def submit(
+        self, call: Callable[[], Any], limit_s: float | None = None, overran: Callable[[], None] | None = None
+    ) -> Job:
+        """Run ``call`` in a thread. ``overran`` is called, on the event loop, if it is still running at its limit."""
+        job = Job(call, limit_s, overran)
         self._busy += 1
-        job.future.add_done_callback(self._returned)
+        job.future.add_done_callback(partial(self._returned, job))
         if self._busy > self._started < self._size:
             self._started += 1
-            threading.Thread(target=self._run, name=f"cdc-handler-{self._started}", daemon=True).start()
+            loop = asyncio.get_running_loop()
+            threading.Thread(target=self._run, args=[loop], name=f"cdc-handler-{self._started}", daemon=True).start()
+        if limit_s is not None:
+            self._limited.add(job)
+            self._watch(limit_s)
         self._jobs.put(job)
         return job
 
     def close(self) -> None:
         """Let the threads end when they have nothing left to do."""
+        if self._timer:
+            self._timer.cancel()
         for _ in range(self._started):
             self._jobs.put(None)
 
-    def _returned(self, _future: asyncio.Future[Any]) -> None:
+    def _returned(self, job: Job, _future: asyncio.Future[Any]) -> None:
         self._busy -= 1
+        self._limited.discard(job)
 
-    def _run(self) -> None:
+    def _watch(self, left_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is None or self._timer.when() > loop.time() + left_s:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = loop.call_later(left_s, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        for job in [job for job in self._limited if job.left_s() <= 0]:
+            self._limited.discard(job)
+            if job.overran:
+                job.overran()
+        if self._limited:
+            self._watch(min(job.left_s() for job in self._limited))
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         while job := self._jobs.get():
             if job.called_off:
                 continue
@@ -79,10 +109,19 @@ class Threads:
                 result = job.call()
             except BaseException as raised:  # noqa: BLE001 - a handler's SystemExit must not end the thread unnoticed
                 error = raised
-            try:
-                job.loop.call_soon_threadsafe(_resolve, job.future, result, error)
-            except RuntimeError:
-                return  # the loop has been closed; nobody waits any more
+            self._ended.append((job, result, error))
+            if not self._told:
+                self._told = True
+                try:
+                    loop.call_soon_threadsafe(self._take_in)
+                except RuntimeError:
+                    return  # the loop has been closed; nobody waits any more
+
+    def _take_in(self) -> None:
+        self._told = False  # before the first look: what ends from now on tells again
+        while self._ended:
+            job, result, error = self._ended.popleft()
+            _resolve(job.future, result, error)
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from pydantic import ValidationError
 
-from cdc.errors import Discard, Reject, Retry
+from cdc.errors import Discard, Reject, Retry, ToldError
 from cdc.hooks import Hooks, where
 from cdc.metrics import Metrics
 from cdc.model import Change, Dead, Discarded, Outcome, Waiting
@@ -23,22 +23,6 @@ log = logging.getLogger("cdc.handlers")
 
 _ERROR_LENGTH_MAX = 2_000
 """Of last_error: an error text may quote payload, and must not outgrow the row it is about."""
-
-
-class ToldError(Exception):
-    """An error of ours. ``told`` is what a log may say of it: nothing of the row. ``kind``: of metrics.ERROR_KINDS."""
-
-    kind = "exception"
-
-    def __init__(self, told: str, text: str = "") -> None:
-        super().__init__(text or told)
-        self.told = told
-
-
-class OverrunError(ToldError):
-    """The handler's time limit passed."""
-
-    kind = "timeout"
 
 
 class CrashedError(ToldError):

@@ -34,11 +34,11 @@ from cdc.deliver.answers import Answer, Meaning
 from cdc.deliver.cloudevents import Message
 from cdc.deliver.gate import Gate
 from cdc.deliver.target import Target
-from cdc.errors import Reject, Retry
+from cdc.errors import Reject, Retry, ToldError
+from cdc.limits import OverrunError
 from cdc.metrics import REQUESTS, Metrics
 from cdc.model import Change
 from cdc.routing import ANY, Router
-from cdc.verdict import OverrunError, ToldError
 
 log = logging.getLogger("cdc.deliver")
 

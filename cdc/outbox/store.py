@@ -11,7 +11,8 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
-from psycopg import errors, sql
+from psycopg import errors, pq, sql
+from psycopg.adapt import Buffer, Loader
 
 from cdc import probe
 from cdc.errors import SchemaError
@@ -24,6 +25,7 @@ from cdc.model import (
     Committed,
     Dead,
     Discarded,
+    Json,
     Operation,
     Outcome,
     Processed,
@@ -62,6 +64,18 @@ _LOOKED_AT_OF_ALL_TYPES = 200
 """The same where some types only are ours, and any number of others may lie before them: some 10 us each."""
 _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
+
+
+class UnreadJson(Loader):
+    """For a reader's connection: ``adapters.register_loader("jsonb", UnreadJson)``.
+
+    Most handlers need one document of the three that a change may have, and some need none.
+    """
+
+    format = pq.Format.BINARY
+
+    def load(self, data: Buffer) -> Json:
+        return Json(data[1:])  # the first byte is the version of the format
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,27 @@ async def test_a_row_that_fits_the_model_arrives_as_an_instance_and_one_that_doe
     assert "secret-value" not in caplog.text
 
 
+@pytest.mark.parametrize("model", [None, dict])
+async def test_a_number_longer_than_python_reads_fails_its_own_change_only(
+    outbox: str, outbox_db: psycopg.Connection, model: object
+) -> None:
+    router = Router()
+
+    @router.on("x", model=model, max_attempts=1)
+    async def handle(change: cdc.Change) -> None:
+        assert change.new
+
+    outbox_db.execute("SELECT publish_change('x', '1', new_data => ('[' || repeat('1', 5000) || ']')::jsonb)")
+    outbox_db.execute("SELECT publish_change('x', '2', new_data => '{\"n\": 1}')")
+    async with consuming(outbox, router, **_QUICK):
+        await _until_settled(outbox_db)
+    states = "SELECT entity_id, processed, dead_at IS NOT NULL, last_error FROM entity_changes ORDER BY seq"
+    long, other = outbox_db.execute(states.encode()).fetchall()
+    assert long[:3] == ("1", False, True)
+    assert long[3].startswith("ValueError: Exceeds the limit")
+    assert other == ("2", True, False, None)
+
+
 async def test_a_handler_that_fails_twice_and_then_succeeds_processes_the_change(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
