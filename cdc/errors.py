@@ -101,7 +101,7 @@ class Reject(Exception):  # noqa: N818 - see Retry
 
 
 class ToldError(Exception):
-    """An attempt failed, by our own word. ``told``: what a log may say, nothing of the row. ``kind``: for the metrics."""
+    """A failed attempt, in our own words. ``told``: for a log, nothing of the row. ``kind``: for the metrics."""
 
     kind = "exception"
 

@@ -3,7 +3,8 @@
 A transaction of its own costs each change two round trips and a flush of the log; a group shares them. But when one of
 a group fails all are rolled back and run again one by one, and the first of a group waits for its last. So the size
 follows what the handler shows: it doubles while groups commit, halves when one is rolled back, and stays so small that
-a group should not take longer than ``_LASTS_S``.
+the calls of a group should not take longer than ``_LASTS_S``. Only the calls count: what the transaction itself costs
+is what larger groups save, and counted it would keep them small just where a server is slow.
 
 What a change's handler writes to captured tables has that change for its cause. To tell the server of each, change by
 change, is a round trip that most handlers do not need: it is done once the handler is seen to write there.
@@ -34,7 +35,7 @@ class Grouping:
         return max(1, int(min(self._size, _LASTS_S / self._seconds_each)))
 
     def committed(self, changes: int, seconds: float, *, captured: bool = False) -> None:
-        """So many changes took so long, from the beginning of their transaction to its end."""
+        """The calls for so many changes took so long."""
         self.captured = self.captured or captured
         each = seconds / changes
         before = each if self._seconds_each is None else self._seconds_each

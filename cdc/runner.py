@@ -185,11 +185,10 @@ class Runner:
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
     ) -> dict[Change, Outcome]:
         grouping = self._groupings.get(handler.name)
-        started = time.monotonic()
         try:
             ran = await self._call(handler, changes, given)
             if grouping:
-                grouping.committed(len(changes), time.monotonic() - started, captured=ran.captured)
+                grouping.committed(len(changes), ran.calls_s, captured=ran.captured)
         except AskTheTableError:
             raise
         except MixedCausesError:

@@ -19,6 +19,7 @@ Connections come from pools that open them as they are needed: one for async han
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
@@ -44,13 +45,15 @@ Errors = Mapping[int, BaseException]
 class Ran(NamedTuple):
     """How the calls for some changes ended.
 
-    ``errors`` are of changes that failed by themselves. ``at``: when the others were marked, by the database's clock;
-    None: there were none, or they are marked later. ``captured``: what the handler wrote was captured.
+    ``errors`` are of changes that failed by themselves, by seq. ``at``: when the others were marked, by the database's
+    clock; None: there were none, or they are marked later. ``captured``: what the handler wrote was captured.
+    ``calls_s``: how long the calls took, without what their transaction costs.
     """
 
     errors: Errors
     at: datetime | None = None
     captured: bool = False
+    calls_s: float = 0.0
 
 
 class AskTheTableError(Exception):
@@ -119,6 +122,7 @@ class Transactions:
                         cursor = await connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
                         xid = _taken(changes, await cursor.fetchall())
                         probe.here("run.after_take")
+                        began = time.monotonic()
                         for number, call in enumerate(calls):
                             if number:
                                 probe.here("run.between_calls")
@@ -126,6 +130,7 @@ class Transactions:
                                     await connection.execute(*self._store.cause(changes[number]))
                             errors = await call(connection)
                             _alone_only(errors, calls)
+                        calls_s = time.monotonic() - began
                         probe.here("run.before_mark")
                         done = [change for change in changes if change.seq not in errors]
                         marks = await (await connection.execute(*self._store.mark(done, xid))).fetchall()
@@ -136,7 +141,7 @@ class Transactions:
                     raise _fate(connection, error) from error
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
-        return ran
+        return ran._replace(calls_s=calls_s)
 
     def run_in_thread(
         self, changes: Sequence[Change], calls: Sequence[Callable[[psycopg.Connection], Errors]], *, causes: bool
@@ -150,6 +155,7 @@ class Transactions:
                         cursor = connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
                         xid = _taken(changes, cursor.fetchall())
                         probe.here("run.after_take")
+                        began = time.monotonic()
                         for number, call in enumerate(calls):
                             if number:
                                 probe.here("run.between_calls")
@@ -157,6 +163,7 @@ class Transactions:
                                     connection.execute(*self._store.cause(changes[number]))
                             errors = call(connection)
                             _alone_only(errors, calls)
+                        calls_s = time.monotonic() - began
                         probe.here("run.before_mark")
                         done = [change for change in changes if change.seq not in errors]
                         marks = connection.execute(*self._store.mark(done, xid)).fetchall()
@@ -167,7 +174,7 @@ class Transactions:
                     raise _fate(connection, error) from error
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
-        return ran
+        return ran._replace(calls_s=calls_s)
 
 
 def _first_cause(changes: Sequence[Change], calls: Sequence[object]) -> Change:
