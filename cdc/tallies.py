@@ -64,6 +64,7 @@ class HistogramTally(Collector):
     def __init__(self, name: str, text: str, bounds: Sequence[float], *labels: str) -> None:
         self._family = name, text, None, None, labels
         self._bounds = bounds
+        # The library's own spelling of a bound; it has no types.
         self._names = [floatToGoString(bound) for bound in (*bounds, float("inf"))]  # type: ignore[no-untyped-call]
         self._distributions: dict[tuple[str, ...], Distribution] = {}
 

@@ -11,8 +11,9 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
-from psycopg import errors, pq, sql
-from psycopg.adapt import Buffer, Loader
+from psycopg import errors, sql
+from psycopg.adapt import Buffer
+from psycopg.types.json import JsonbBinaryLoader
 
 from cdc import probe
 from cdc.errors import SchemaError
@@ -66,13 +67,11 @@ _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
 
 
-class UnreadJson(Loader):
+class UnreadJson(JsonbBinaryLoader):
     """For a reader's connection: ``adapters.register_loader("jsonb", UnreadJson)``.
 
     Most handlers need one document of the three that a change may have, and some need none.
     """
-
-    format = pq.Format.BINARY
 
     def load(self, data: Buffer) -> Json:
         return Json(data[1:])  # the first byte is the version of the format
