@@ -32,6 +32,7 @@ from psycopg.rows import class_row
 from cdc import probe
 from cdc.connect import SERVER_TCP, connect_async
 from cdc.model import SHARDS
+from cdc.outbox.statements import table
 
 RETENTION = SHARDS + 1
 """The number, within ``lock_class``, of the lock of whoever removes old changes."""
@@ -152,7 +153,7 @@ class Session:
         self.writing = asyncio.Lock()
         """Held by whoever writes: what another one writes meanwhile would become part of its transaction."""
         self._owner = owner
-        self._table = sql.Identifier(schema, "cdc_shards")
+        self._table = table(schema, "cdc_shards")
         self._key = lock_class(schema)
         self._parameters = {"shards": SHARDS, "class": _hashed(schema), "key": self._key}
 

@@ -15,12 +15,10 @@ def load(file: str, schema: str) -> dict[str, bytes]:
     These are ``{changes}``, the table; ``{regclass}``, its name as a literal; ``{shards_regclass}``, the same for the
     table of owners; and blocks that are expressions, from queries.sql or from further up in the same file.
     """
-    table = sql.Identifier(schema, "entity_changes")
-    shards = sql.Identifier(schema, "cdc_shards")
-    names: dict[str, sql.Composable] = {
-        "changes": table,
-        "regclass": sql.Literal(table.as_string(None)),
-        "shards_regclass": sql.Literal(shards.as_string(None)),
+    names = {
+        "changes": table(schema, "entity_changes"),
+        "regclass": _in_text(sql.Literal(sql.Identifier(schema, "entity_changes").as_string())),
+        "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
     }
     blocks = _blocks(file)
     everything = {**_blocks("queries.sql"), **blocks}
@@ -29,6 +27,16 @@ def load(file: str, schema: str) -> dict[str, bytes]:
         if f"{{{name}}}" in used:
             names[name] = _compose(text, names)
     return {name: _compose(text, names).as_string(None).encode() for name, text in blocks.items() if name not in names}
+
+
+def table(schema: str, name: str) -> sql.Composable:
+    """Its name for a statement with parameters."""
+    return _in_text(sql.Identifier(schema, name))
+
+
+def _in_text(name: sql.Composable) -> sql.Composable:
+    """In a statement with parameters a % begins a placeholder, also within a name."""
+    return sql.SQL(name.as_string().replace("%", "%%"))
 
 
 def _blocks(file: str) -> dict[str, str]:

@@ -137,7 +137,7 @@ class Store:
         ``settles``: also those to settle.
         """
         try:
-            await reader.execute(self._statements["check"])
+            await reader.execute(self._statements["check"], {})
         except (errors.UndefinedTable, errors.InvalidSchemaName):
             raise SchemaError(f"there is no table {self._table}", hint=f"run: cdc db install{self._option}") from None
         except errors.UndefinedColumn as missing:

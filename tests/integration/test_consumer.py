@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from pydantic import BaseModel
 
@@ -580,6 +581,29 @@ async def test_without_a_schema_the_consumer_waits_for_it_and_says_so(
         await _until_settled(db)
         assert all(check.ok for check in app._readiness())
     assert seen
+
+
+async def test_an_outbox_works_in_a_schema_of_any_name(database: str, db: psycopg.Connection) -> None:
+    from cdc import schema
+
+    name = 'off by 50% "(s)"; %(seqs)s é'
+    schema.install(db, name)
+    router, seen = Router(), []
+
+    @router.on("x")
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        seen.append(change.attempt)
+        if change.attempt == 1:
+            raise cdc.Retry(after=0)
+
+    async with consuming(database, router, schema=name, **_QUICK) as app:
+        await eventually_async(_streaming(app))
+        db.execute(sql.SQL("SELECT {}('x', '1')").format(sql.Identifier(name, "publish_change")))
+        processed = sql.SQL("SELECT count(*) FROM {} WHERE processed").format(sql.Identifier(name, "entity_changes"))
+        await eventually_async(_is(lambda: db.execute(processed).fetchone() == (1,)))
+        figures = app.metrics.registry
+        await eventually_async(_is(lambda: metric(figures, "cdc_collector_success", collector="outbox") == 1))
+    assert seen == [1, 2]
 
 
 async def test_the_library_call_drains_when_it_is_cancelled(outbox: str, outbox_db: psycopg.Connection) -> None:
