@@ -181,7 +181,7 @@ def test_three_hundred_thousand_pending_changes_at_the_start_do_not_cost_memory(
     )
     outbox_db.execute("ANALYZE entity_changes")
     processes.append(Process(outbox, tmp_path / "loaded.log"))
-    eventually(lambda: settled(outbox_db), within_s=100)
+    eventually(lambda: settled(outbox_db), within_s=240)
     assert states(outbox_db) == {"processed": 300_200}
     assert processes[-1].memory_bytes("VmHWM") - idle < 40 * 1024 * 1024
 

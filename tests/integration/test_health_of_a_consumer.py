@@ -60,7 +60,10 @@ async def until_streaming(app: App) -> None:
 
 def _green(port: int) -> Callable[[], Awaitable[bool]]:
     async def green() -> bool:
-        return not await asyncio.to_thread(failing, port)
+        try:
+            return not await asyncio.to_thread(failing, port)
+        except ConnectionRefusedError:
+            return False  # it has not begun to listen yet
 
     return green
 
