@@ -9,9 +9,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _EVERY_S = 0.01
+# The limit unless said otherwise, 30 s, is half the time between two passes from the first change on: what is found by
+# such a pass only, because a wake-up or a sweep has failed, comes too late.
 
 
-def eventually(condition: Callable[[], T], *, within_s: float = 60.0, what: str = "") -> T:
+def eventually(condition: Callable[[], T], *, within_s: float = 30.0, what: str = "") -> T:
     """The first true value of ``condition()``; an AssertionError naming ``what`` when there is none in time."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):
@@ -21,7 +23,7 @@ def eventually(condition: Callable[[], T], *, within_s: float = 60.0, what: str 
     return value
 
 
-async def eventually_async(condition: Callable[[], Awaitable[T]], *, within_s: float = 60.0, what: str = "") -> T:
+async def eventually_async(condition: Callable[[], Awaitable[T]], *, within_s: float = 30.0, what: str = "") -> T:
     deadline = time.monotonic() + within_s
     while not (value := await condition()):
         if time.monotonic() > deadline:

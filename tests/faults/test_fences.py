@@ -94,5 +94,5 @@ async def test_a_misfit_that_pauses_its_key_holds_back_the_rest_of_its_batch_too
         async def done() -> bool:
             return states(outbox_db) == {"dead": 1, "fresh": 4, "processed": 1}
 
-        await eventually_async(done, what=f"all but the misfit wait; {states(outbox_db)}")
+        await eventually_async(done, within_s=5, what=f"all but the misfit wait; {states(outbox_db)}")
     assert handled == []

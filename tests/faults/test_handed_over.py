@@ -92,7 +92,7 @@ async def test_a_row_that_a_half_dead_consumer_still_holds_keeps_nothing_else_fr
             async def all_others_are_done() -> bool:
                 return states(orphaned) == {"processed": 200, "fresh": 1}
 
-            await eventually_async(all_others_are_done, what="the others are processed")
+            await eventually_async(all_others_are_done, within_s=8, what="the others are processed")
             half_dead.rollback()
 
             async def done() -> bool:

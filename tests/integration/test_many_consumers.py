@@ -19,9 +19,9 @@ from cdc.routing import Router
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import Process, consuming, metric, settled, slot_name, states
 
-_MOVED_WITHIN_S = 20.0
-"""A second or three, on a machine that is not busy with other tests; by its own means in any case, before any sweep of
-everything or time limit would hide that it does not."""
+_REBALANCED_WITHIN_S = 6.0
+_TAKEN_OVER_WITHIN_S = 4.0
+"""Twice what is promised: this machine is busy with all of them."""
 
 
 def _router(calls: Counter[str], name: str) -> Router:
@@ -123,7 +123,7 @@ async def _owning(app: App, shards: int) -> None:
     async def owns() -> bool:
         return len(app.consumer._owned) == shards
 
-    await eventually_async(owns, within_s=_MOVED_WITHIN_S, what=f"it owns {shards} shards")
+    await eventually_async(owns, within_s=_REBALANCED_WITHIN_S, what=f"it owns {shards} shards")
 
 
 @contextlib.asynccontextmanager
@@ -188,7 +188,7 @@ async def test_while_shards_move_the_work_on_all_others_goes_on(outbox: str, out
         at = [began, *(done for shard, done in stays if shard in kept and began < done < ended), ended]
         # Handlers take a twentieth of a second and changes come in all the time: nothing else may make it wait.
         longest_s = max(later - earlier for earlier, later in itertools.pairwise(at))
-        assert longest_s < 5, f"work stood still for {longest_s:.1f} s when the other {what}"
+        assert longest_s < 2, f"work stood still for {longest_s:.1f} s when the other {what}"
     assert states(outbox_db).keys() == {"processed"}
 
 
@@ -198,7 +198,7 @@ def test_a_killed_consumers_shards_are_taken_over_by_all_others(
     processes += [Process(outbox, tmp_path / name) for name in ("one.log", "two.log", "three.log")]
     eventually(lambda: _shares(outbox_db) in ([20, 22, 22], [21, 21, 22]), what="each owns its share")
     processes[0].kill()
-    eventually(lambda: _shares(outbox_db) == [32, 32], within_s=_MOVED_WITHIN_S, what="its shards are taken over")
+    eventually(lambda: _shares(outbox_db) == [32, 32], within_s=_TAKEN_OVER_WITHIN_S, what="its shards are taken over")
 
 
 def _shares(db: psycopg.Connection) -> list[int]:
