@@ -104,7 +104,8 @@ async def test_the_example_takes_what_a_consumer_delivers(
     async with consuming(outbox, None, deliver_to=receiver.url, deliver_secret=_SECRET):
         await _all_settled(outbox_db)
     assert states(outbox_db) == {"processed": 20}
-    eventually(lambda: len(re.findall(r"cdc\.order\.insert .*total", receiver.said)) == 20)
+    # Its threads print at the same time: what each says is in one piece, and two of them may share a line.
+    eventually(lambda: len(re.findall(r"cdc\.order\.insert .*?total", receiver.said)) == 20)
     assert all(identity in receiver.said for identity in published)
 
 
