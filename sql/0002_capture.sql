@@ -25,136 +25,119 @@ SET extra_float_digits = 1
 AS $cdc$
 DECLARE
   -- Assignments only, no queries, wherever the row passes: plpgsql evaluates these without an executor. And few of them:
-  -- each is set up anew in each transaction, which is most of what it costs.
-  v_entity_type text := nullif(TG_ARGV[0], '');
-  v_options jsonb;
-  v_key jsonb := '["id"]';
+  -- each is set up anew in each transaction, which is most of what it costs. So what few tables need is asked for at
+  -- once, and looked at one by one only where something of it is there. OLD of an INSERT and NEW of a DELETE are NULL.
+  v_old jsonb := to_jsonb(OLD);
+  v_new jsonb := to_jsonb(NEW);
+  v_entity_id text := CASE
+    WHEN coalesce(TG_ARGV[1], '') IN ('', '{"key": ["id"]}') THEN coalesce(v_new, v_old) ->> 'id'
+  END;
+  v_entity_type text;
   v_table_schema name;
   v_table_name name;
-  v_root oid;
-  v_old jsonb;
-  v_new jsonb;
-  v_row jsonb;
-  v_entity_id text;
-  v_metadata jsonb;
-  v_cause text;
+  v_options jsonb;
+  v_key jsonb;
+  v_values jsonb;
   v_caused_by uuid;
-  v_depth integer := 0;
+  v_depth integer;
   v_done_at timestamptz;
   v_done_why text;
-  v_xid xid8;
   v_rung pg_lsn;
 BEGIN
-  IF TG_OP <> 'INSERT' THEN
-    v_old := to_jsonb(OLD);
-    v_row := v_old;
-  END IF;
-  IF TG_OP <> 'DELETE' THEN
-    v_new := to_jsonb(NEW);
-    v_row := v_new;
-  END IF;
+  -- All but a table whose key is its column id: other options, or a key to be found; and partitions. That a table is none,
+  -- NULL, comes out of the relation cache.
+  IF v_entity_id IS NULL OR pg_partition_root(TG_RELID) IS NOT NULL THEN
+    IF TG_LEVEL <> 'ROW' THEN
+      RAISE EXCEPTION 'trigger % on %.%: capture_entity_change() captures rows', TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME
+        USING HINT = 'create the trigger FOR EACH ROW', ERRCODE = 'trigger_protocol_violated';
+    END IF;
 
-  IF TG_NARGS > 1 THEN
     v_options := nullif(TG_ARGV[1], '');
-    v_key := coalesce(v_options -> 'key', v_key);
     -- A misspelt "exclude" would publish what was to be left out.
     IF v_options - '{key,exclude}'::text[] <> '{}' THEN
       RAISE EXCEPTION 'trigger % on %.%: options may have "key" and "exclude", not %',
           TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude}'::text[]
         USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
     END IF;
-  END IF;
 
-  -- NULL for a table that is no partition, out of the relation cache. A query below only for partitions.
-  v_root := pg_partition_root(TG_RELID);
-  IF v_root IS NOT NULL THEN
-    SELECT n.nspname, c.relname INTO v_table_schema, v_table_name
-    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE c.oid = v_root;
-  END IF;
+    IF pg_partition_root(TG_RELID) IS NOT NULL THEN
+      SELECT n.nspname, c.relname INTO v_table_schema, v_table_name
+      FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+      WHERE c.oid = pg_partition_root(TG_RELID);
+    END IF;
 
-  IF jsonb_array_length(v_key) = 1 THEN
-    v_entity_id := v_row ->> (v_key ->> 0);
-  END IF;
-  -- All but a key of one column that is there and not NULL.
-  IF v_entity_id IS NULL THEN
-    IF TG_LEVEL <> 'ROW' THEN
-      RAISE EXCEPTION 'trigger % on %.%: capture_entity_change() captures rows', TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME
-        USING HINT = 'create the trigger FOR EACH ROW', ERRCODE = 'trigger_protocol_violated';
-    END IF;
-    IF v_options -> 'key' IS NULL AND NOT v_row ? 'id' THEN
-      SELECT jsonb_agg(a.attname ORDER BY k.place) INTO v_key
-      FROM pg_index AS i
-      CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k (attnum, place)
-      JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-      WHERE i.indrelid = TG_RELID AND i.indisprimary;
-      IF v_key IS NULL THEN
-        RAISE EXCEPTION 'table %.% has neither a column id nor a primary key to tell its rows apart',
-            coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME)
-          USING HINT = 'name the key columns: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
-      END IF;
-    END IF;
-    v_metadata := '[]';
-    FOR i IN 0 .. jsonb_array_length(v_key) - 1 LOOP
-      IF NOT v_row ? (v_key ->> i) THEN
-        RAISE EXCEPTION 'table %.% has no column % to use as its key',
-            coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME), v_key -> i
-          USING HINT = 'name the key columns anew: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
-      END IF;
-      v_metadata := v_metadata || jsonb_build_array(v_row -> (v_key ->> i));
-    END LOOP;
+    v_key := coalesce(v_options -> 'key', '["id"]');
     IF jsonb_array_length(v_key) = 1 THEN
-      -- A key column that holds NULL. Refusing the application's write would be worse than one shared key.
-      v_entity_id := coalesce(v_metadata ->> 0, 'null');
-    ELSE
-      v_entity_id := v_metadata::text;
+      v_entity_id := coalesce(v_new, v_old) ->> (v_key ->> 0);
+    END IF;
+
+    -- All but a key of one column that is there and not NULL.
+    IF v_entity_id IS NULL THEN
+      IF v_options -> 'key' IS NULL AND NOT coalesce(v_new, v_old) ? 'id' THEN
+        SELECT jsonb_agg(a.attname ORDER BY k.place) INTO v_key
+        FROM pg_index AS i
+        CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k (attnum, place)
+        JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+        WHERE i.indrelid = TG_RELID AND i.indisprimary;
+        IF v_key IS NULL THEN
+          RAISE EXCEPTION 'table %.% has neither a column id nor a primary key to tell its rows apart',
+              coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME)
+            USING HINT = 'name the key columns: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
+        END IF;
+      END IF;
+      v_values := '[]';
+      FOR i IN 0 .. jsonb_array_length(v_key) - 1 LOOP
+        IF NOT coalesce(v_new, v_old) ? (v_key ->> i) THEN
+          RAISE EXCEPTION 'table %.% has no column % to use as its key',
+              coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME), v_key -> i
+            USING HINT = 'name the key columns anew: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
+        END IF;
+        v_values := v_values || jsonb_build_array(coalesce(v_new, v_old) -> (v_key ->> i));
+      END LOOP;
+      IF jsonb_array_length(v_key) = 1 THEN
+        -- A key column that holds NULL. Refusing the application's write would be worse than one shared key.
+        v_entity_id := coalesce(v_values ->> 0, 'null');
+      ELSE
+        v_entity_id := v_values::text;
+      END IF;
+    END IF;
+
+    IF v_options ? 'exclude' THEN
+      FOR i IN 0 .. jsonb_array_length(v_options -> 'exclude') - 1 LOOP
+        v_old := v_old - (v_options -> 'exclude' ->> i);
+        v_new := v_new - (v_options -> 'exclude' ->> i);
+      END LOOP;
     END IF;
   END IF;
 
-  IF v_options ? 'exclude' THEN
-    FOR i IN 0 .. jsonb_array_length(v_options -> 'exclude') - 1 LOOP
-      v_old := v_old - (v_options -> 'exclude' ->> i);
-      v_new := v_new - (v_options -> 'exclude' ->> i);
-    END LOOP;
+  v_entity_type := coalesce(nullif(TG_ARGV[0], ''), CASE coalesce(v_table_name, TG_TABLE_NAME)
+    WHEN 'whatsapp_message_reactions' THEN 'reaction'
+    WHEN 'whatsapp_messages' THEN 'message'
+    WHEN 'tasks' THEN 'task'
+    ELSE coalesce(v_table_name, TG_TABLE_NAME)
+  END);
+
+  -- Readers conclude from transaction ids whether a lower seq may still appear, so this transaction has its id, which is
+  -- never NULL, before it draws the number. In an AFTER trigger it has one already.
+  IF pg_current_xact_id() IS NULL
+    OR current_setting('cdc.cause', true) <> ''
+    OR current_setting('cdc.handled', true) <> ''
+  THEN
+    -- Who writes in the name of a change says so by this setting: "its id,its depth" (cdc.model.Change.cause). Anybody
+    -- may set it to anything, and that must not fail the application's write. Nine digits and one more are an integer
+    -- still, and at the top the depth stands still.
+    IF current_setting('cdc.cause', true) ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
+      v_caused_by := left(current_setting('cdc.cause'), 36);
+      v_depth := least(substr(current_setting('cdc.cause'), 38)::integer, 999999998) + 1;
+      -- A consumer whose handlers share a transaction names the cause anew for each of them only if they write here.
+      PERFORM set_config('cdc.captured', 'on', true);
+    END IF;
+    IF v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ',')) THEN
+      v_done_at := now();
+      v_done_why := 'discarded: its writer handles it (cdc.handled)';
+    END IF;
   END IF;
 
-  -- Documented: none for a DELETE (its old_data says the same). Only keys that the row has a column for, and nothing
-  -- that is excluded.
-  v_metadata := CASE WHEN v_new IS NOT NULL THEN
-    jsonb_build_object('timestamp', now())
-    || CASE WHEN v_new ? 'user_id' THEN jsonb_build_object('user_id', v_new -> 'user_id') ELSE '{}' END
-    || CASE WHEN v_new ? 'chat_id' OR v_new ? 'room_id' THEN jsonb_build_object(
-        'chat_id', coalesce(nullif(v_new -> 'chat_id', 'null'), v_new -> 'room_id', v_new -> 'chat_id')) ELSE '{}' END
-  END;
-
-  IF v_entity_type IS NULL THEN
-    v_entity_type := CASE coalesce(v_table_name, TG_TABLE_NAME)
-      WHEN 'whatsapp_message_reactions' THEN 'reaction'
-      WHEN 'whatsapp_messages' THEN 'message'
-      WHEN 'tasks' THEN 'task'
-      ELSE coalesce(v_table_name, TG_TABLE_NAME)
-    END;
-  END IF;
-
-  -- Who writes in the name of a change says so by this setting: "its id,its depth" (cdc.model.Change.cause). Anybody may
-  -- set it to anything, and that must not fail the application's write. Nine digits and one more are an integer still,
-  -- and at the top the depth stands still.
-  v_cause := current_setting('cdc.cause', true);
-  IF v_cause ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
-    v_caused_by := left(v_cause, 36);
-    v_depth := least(substr(v_cause, 38)::integer, 999999998) + 1;
-    -- A consumer whose handlers share a transaction names the cause anew for each of them only if they write here.
-    PERFORM set_config('cdc.captured', 'on', true);
-  END IF;
-
-  IF v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ',')) THEN
-    v_done_at := now();
-    v_done_why := 'discarded: its writer handles it (cdc.handled)';
-  END IF;
-
-  -- Readers conclude from transaction ids whether a lower seq may still appear, so this transaction has its id before it
-  -- draws the number. In an AFTER trigger it has one already.
-  v_xid := pg_current_xact_id();
   INSERT INTO @schema@.entity_changes
     (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth,
      processed, processed_at, last_error)
@@ -166,9 +149,16 @@ BEGIN
     v_entity_type,
     v_old,
     v_new,
-    v_metadata,
+    -- Documented: none for a DELETE (its old_data says the same). Only keys that the row has a column for, and nothing
+    -- that is excluded.
+    CASE WHEN v_new IS NOT NULL THEN
+      jsonb_build_object('timestamp', now())
+      || CASE WHEN v_new ? 'user_id' THEN jsonb_build_object('user_id', v_new -> 'user_id') ELSE '{}' END
+      || CASE WHEN v_new ? 'chat_id' OR v_new ? 'room_id' THEN jsonb_build_object(
+          'chat_id', coalesce(nullif(v_new -> 'chat_id', 'null'), v_new -> 'room_id', v_new -> 'chat_id')) ELSE '{}' END
+    END,
     v_caused_by,
-    v_depth,
+    coalesce(v_depth, 0),
     v_done_at IS NOT NULL,
     v_done_at,
     v_done_why

@@ -80,6 +80,14 @@ def test_trigger_arguments_are_read_as_they_were_written(entity_type: str | None
     assert tracking.read_arguments(raw) == (entity_type, tuple(key), tuple(exclude))
 
 
+def test_a_key_that_is_the_column_id_is_written_as_the_capture_function_knows_it_without_reading_it():
+    """Or each row pays for the reading of JSON."""
+    usual = tracking.Tracked(table="t", trigger="x", operations=tuple(Operation), entity_type=None, key=("id",))
+    _, options = tracking.trigger_arguments(usual)
+    [capture] = [migration.template for migration in schema.migrations() if migration.name == "capture"]
+    assert f"coalesce(TG_ARGV[1], '') IN ('', '{options}')" in capture
+
+
 @pytest.mark.parametrize(
     ("raw", "read"),
     [
