@@ -137,6 +137,9 @@ class Intake:
         self._rest_until = 0.0
         self._serial = 0
         self._first_hand = False
+        self._quiet = False
+        """No shard has a pass under way or to come, the periodic ones aside. Most reads are of one change, and to look
+        at all shards would be most of what they cost."""
 
     # --- what is where ---------------------------------------------------------------------------------------------
 
@@ -164,7 +167,7 @@ class Intake:
         """Shards taken over: swept from their first change on, at once."""
         for number in shards:
             for of_shards in (self._shards, *self._apart.values()):
-                of_shards.setdefault(number, Passes(self._serial))
+                of_shards.setdefault(number, Passes(self._serial, self._stirred))
 
     def disown(self, shards: Iterable[int]) -> None:
         for number in set(shards):
@@ -260,7 +263,7 @@ class Intake:
         """Seconds until ``next`` may have something that it has not now, wake-ups aside."""
         times = [self._next_sweep]
         times += [unseen.next_look for unseen in self._looked_for().values()]
-        for passes in self._all_passes():
+        for passes in () if self._quiet else self._all_passes():
             if passes.reading:
                 times.append(now + REPASS_MAX_S)  # it waits for room
             elif not passes.live:
@@ -344,9 +347,13 @@ class Intake:
         if periodic:
             self._sweeps = 0 if self._sweeps >= _FULL_PASS_EVERY else self._sweeps + 1
             self._next_sweep = now + self._sweep_interval_s
+        if self._quiet and not periodic:
+            return
+        self._quiet = True
         for passes in self._all_passes():
             if periodic or (not passes.live and not passes.reading and now >= passes.again_at):
                 passes.reading = True
+            self._quiet = self._quiet and passes.live and not passes.reading
 
     def _fetch(self, now: float, room: int, _sweep_room: int) -> Fetch | None:
         limit = min(room, _FETCH_MAX)
@@ -391,6 +398,8 @@ class Intake:
     def _page(
         self, only: str | None, of_shards: dict[int, Passes], now: float, room: int, sweep_room: int
     ) -> Sweep | None:
+        if self._quiet:
+            return None
         reading = [number for number, passes in of_shards.items() if passes.reading]
         waited_long = now - self._swept_at.get(only, -inf) >= REPASS_MAX_S
         if not reading or room <= 0 or (room < sweep_room and not waited_long):
@@ -427,6 +436,9 @@ class Intake:
         if self._full_pass_from is not None and not any(shard.reading for shard in self._shards.values()):
             self._rest_until = now + min(_REST * (now - self._full_pass_from), _REST_MAX_S)
             self._full_pass_asked, self._full_pass_from = False, None
+
+    def _stirred(self) -> None:
+        self._quiet = False
 
     def _all_passes(self) -> Iterator[Passes]:
         for of_shards in (self._shards, *self._apart.values()):

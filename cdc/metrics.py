@@ -24,7 +24,7 @@ from cdc import __version__
 from cdc.connect import driver_versions
 from cdc.model import SHARDS, ChangeState
 from cdc.routing import ANY, Router
-from cdc.tallies import CountTally, HistogramTally
+from cdc.tallies import CountTally, Distribution, HistogramTally
 
 OTHER = "other"
 """Label of an entity type without a rule of its own."""
@@ -308,7 +308,8 @@ class Metrics:
         _start(self.stream_disconnects, (slot,), (*UNAVAILABLE, *ENDINGS))
 
     def _wakeups(self) -> None:
-        self.wakeups = self._counter("cdc_wakeups", "Wake-ups, by what found the work.", "source")
+        self.wakeups = CountTally("cdc_wakeups", "Wake-ups, by what found the work.", "source")
+        self.registry.register(self.wakeups)
         self.wakeups_dropped = self._counter(
             "cdc_wakeups_dropped", "Wake-ups dropped because their queue was full; a sweep follows."
         )
@@ -316,11 +317,13 @@ class Metrics:
         self.relay_notifies = self._counter(
             "cdc_relay_notifies", "NOTIFY payloads sent for consumers that do not stream."
         )
-        self.wakeup_latency = self._histogram(
+        self.wakeup_latency = self._distribution(
             "cdc_wakeup_latency_seconds", "From the commit to the wake-up; two clocks, negative counts as 0.", _CALL_S
         )
-        self.fetch_duration = self._histogram("cdc_fetch_duration_seconds", "One fetch of changes by number.", _CALL_S)
-        self.fetch_changes = self._histogram("cdc_fetch_changes", "Changes in one fetch.", _BATCH)
+        self.fetch_duration = self._distribution(
+            "cdc_fetch_duration_seconds", "One fetch of changes by number.", _CALL_S
+        )
+        self.fetch_changes = self._distribution("cdc_fetch_changes", "Changes in one fetch.", _BATCH)
         self.visibility_retries = self._counter(
             "cdc_visibility_retries", "Changes that were not visible at first look, by how it ended.", "result"
         )
@@ -355,8 +358,8 @@ class Metrics:
         self.handler_duration = HistogramTally(
             "cdc_handler_duration_seconds", "Run time of a handler.", _HANDLER_S, "handler"
         )
-        self.settle_duration = self._histogram("cdc_settle_duration_seconds", "One batched settle.", _CALL_S)
-        self.settle_changes = self._histogram("cdc_settle_changes", "Changes in one settle.", _BATCH)
+        self.settle_duration = self._distribution("cdc_settle_duration_seconds", "One batched settle.", _CALL_S)
+        self.settle_changes = self._distribution("cdc_settle_changes", "Changes in one settle.", _BATCH)
         self.transaction_connections = self._gauge(
             "cdc_transaction_connections", "Connections of transactional handlers.", "kind", "state"
         )
@@ -404,6 +407,12 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)  # the client appends _total
+
+    def _distribution(self, name: str, text: str, bounds: tuple[float, ...]) -> Distribution:
+        """For the event loop only, without labels."""
+        tally = HistogramTally(name, text, bounds)
+        self.registry.register(tally)
+        return tally.labels()
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)

@@ -17,6 +17,7 @@ with a copy of the position, and *joined* again when it has caught up, at the lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -45,7 +46,10 @@ class Position(NamedTuple):
 
 
 class Passes:
-    """The passes through one shard: where they stand, and when the next one begins."""
+    """The passes through one shard: where they stand, and when the next one begins.
+
+    ``stirred`` is called whenever there may be something to read, at once or at ``again_at``.
+    """
 
     __slots__ = (
         "again_at",
@@ -59,10 +63,12 @@ class Passes:
         "patience",
         "reading",
         "since",
+        "stirred",
         "taken_in",
     )
 
-    def __init__(self, serial: int) -> None:
+    def __init__(self, serial: int, stirred: Callable[[], None]) -> None:
+        self.stirred = stirred
         self.taken_in = serial
         """The sweep that had been asked for last when the shard was taken over: it may be of an earlier stay."""
         self.reading = True
@@ -79,6 +85,7 @@ class Passes:
         """The sweep that had been asked for last: its snapshot may be older than the loss."""
         self.again_at = 0.0
         self.patience = LOOK_AGAIN_MIN_S
+        stirred()
 
     @property
     def position(self) -> Position:
@@ -90,6 +97,7 @@ class Passes:
         self.lost_in = serial
         self.patience = LOOK_AGAIN_MIN_S
         self.reading = True
+        self.stirred()
 
     def rewind(self, seq: int) -> None:
         """Read again what is above ``seq``."""
@@ -98,10 +106,11 @@ class Passes:
         self.candidate = None
         self.behind = True
         self.reading = True
+        self.stirred()
 
     def split(self) -> Passes:
         """Passes for a part of the rows."""
-        part = Passes(self.taken_in)
+        part = Passes(self.taken_in, self.stirred)
         part.floor, part.cursor, part.since = self.position
         return part
 
@@ -142,3 +151,4 @@ class Passes:
         """A wake-up: look now, and again soon if it was early."""
         self.reading = True
         self.patience = LOOK_AGAIN_MIN_S
+        self.stirred()

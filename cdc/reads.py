@@ -156,8 +156,9 @@ class Reads:
         seen = page.others.union(row.change.seq for row in page.rows)
         found = self._intake.fetched(fetch, seen, page.snapshot, _now())
         self._intake.refused(admitted.refused, _now())
-        self._metrics.visibility_retries.labels("found").inc(found.late)
-        self._metrics.visibility_retries.labels("left_to_sweep").inc(found.given_up)
+        if found.late or found.given_up:
+            self._metrics.visibility_retries.labels("found").inc(found.late)
+            self._metrics.visibility_retries.labels("left_to_sweep").inc(found.given_up)
 
     async def _sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> None:
         page = await self._timed(self._store.sweep(reader, sweep))

@@ -1,4 +1,4 @@
-"""Counters and histograms for what happens with each change.
+"""Counters and histograms for what happens with each change or read.
 
 Those of prometheus_client take a lock and check their labels at every step, which cost more than many a handler. Here
 one thread counts, the event loop's, and any may scrape: it sees a step's sum before its count at worst.
@@ -21,8 +21,8 @@ class Count:
     def __init__(self) -> None:
         self.value = 0
 
-    def inc(self) -> None:
-        self.value += 1
+    def inc(self, by: int = 1) -> None:
+        self.value += by
 
 
 class CountTally(Collector):

@@ -43,6 +43,8 @@ class Turns:
     @property
     def ready(self) -> int:
         """How many keys could start a change now; 0 if, and only if, ``next`` has none."""
+        if not self._queues:
+            return 0
         count = sum(min(len(queue), self._room(needs)) for needs, queue in self._queues.items())
         return min(count, self._slots.free)
 

@@ -58,6 +58,8 @@ class Workers:
         self._finished = finished
         self._read_anew = read_anew
         self._tasks: dict[asyncio.Task[None], list[Change]] = {}
+        self._unstarted = set[asyncio.Task[None]]()
+        """Those of the tasks that have not looked for a change yet: what is ready for them needs no others."""
         self._aside: set[asyncio.Task[None]] = set()
         """Those of the tasks that are no workers: suspects, which run one at a time."""
         self._alone = asyncio.Lock()
@@ -75,10 +77,11 @@ class Workers:
         if self._stopped:
             return
         workers = len(self._tasks) - len(self._aside)
-        ready = self._lanes.ready + (0 if self._aside else len(self._later))
+        ready = self._lanes.ready + (0 if self._aside else len(self._later)) - len(self._unstarted)
         for _ in range(min(ready, self._concurrency - workers)):
             task = asyncio.create_task(self._work())
             self._tasks[task] = []
+            self._unstarted.add(task)
             task.add_done_callback(self._ended)
 
     async def drain(self, seconds: float) -> None:
@@ -115,6 +118,7 @@ class Workers:
     async def _work(self) -> None:
         task = asyncio.current_task()
         assert task is not None
+        self._unstarted.discard(task)
         turns = 0
         while not self._stopped and (change := self._next()):
             handler = self._runner.handler(change)
@@ -232,6 +236,7 @@ class Workers:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
+        self._unstarted.discard(task)  # it may have been cut off before its first step
         self._aside.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.critical("a worker failed; this is a bug", exc_info=error)

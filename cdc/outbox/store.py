@@ -167,7 +167,10 @@ class Store:
             )
 
     async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Sequence[WakeUp]) -> Page:
-        parameters: dict[str, Any] = {"seqs": [w.seq for w in wakeups], "shards": [w.shard for w in wakeups]}
+        parameters: dict[str, Any] = {
+            "seqs": _array(w.seq for w in wakeups),
+            "shards": _array(w.shard for w in wakeups),
+        }
         if self._scope.everything:
             return await self._page(reader, await self._rows(reader, "fetch", parameters))
         types, among = self._scope
@@ -274,9 +277,9 @@ class Store:
         What the transaction writes from then on is caused by ``cause``.
         """
         return self._statements["take"], {
-            "ids": [change.id for change in changes],
-            "requeued": [change.requeued for change in changes],
-            "failures": [change.attempt - 1 for change in changes],
+            "ids": _array(change.id for change in changes),
+            "requeued": _array(change.requeued for change in changes),
+            "failures": _array(change.attempt - 1 for change in changes),
             "cause": cause.cause,
         }
 
@@ -286,7 +289,7 @@ class Store:
 
     def mark(self, changes: Sequence[Change], xid: str) -> tuple[bytes, dict[str, Any]]:
         """The statement that marks what ``take`` took, if the transaction is still the one with that id."""
-        return self._statements["mark"], {"ids": [change.id for change in changes], "xid": xid}
+        return self._statements["mark"], {"ids": _array(change.id for change in changes), "xid": xid}
 
     async def start(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> set[UUID]:
         """Write down that this process starts these; a suspect's earlier start, which failed, is counted with it.
@@ -318,7 +321,10 @@ class Store:
         return Figures(*row)
 
     async def _settle_plain(self, session: psycopg.AsyncConnection, changes: list[Change]) -> tuple[int, datetime]:
-        parameters = {"seqs": [change.seq for change in changes], "shards": [change.shard for change in changes]}
+        parameters = {
+            "seqs": _array(change.seq for change in changes),
+            "shards": _array(change.shard for change in changes),
+        }
         [(count, at)] = await self._rows(session, "settle_processed", parameters)
         return count, at
 
@@ -349,6 +355,11 @@ class Store:
         async with connection.cursor(binary=True) as cursor:
             await cursor.execute(self._statements[name], {**self._always, **parameters})
             return await cursor.fetchall()
+
+
+def _array(values: Iterable[int | UUID]) -> str:
+    """As PostgreSQL writes an array. The driver's own way looks at each element, a tenth of a small fetch's cost."""
+    return f"{{{','.join(map(str, values))}}}"
 
 
 def _is_plain(finished: Finished) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 
 import pytest
 
 from cdc.intake import Fetch, Intake, Scanned, Sweep
 from cdc.model import WakeUp
-from cdc.passes import Snapshot
+from cdc.passes import REPASS_MAX_S, Snapshot
 from cdc.scope import Scope
 
 _ROOM, _SWEEP_ROOM = 100, 10
@@ -16,13 +17,14 @@ _ROOM, _SWEEP_ROOM = 100, 10
 
 @pytest.fixture
 def intake() -> Intake:
-    """Streaming, and one shard that is live."""
+    """Streaming, one shard that is live, and nothing to read."""
     made = Intake(sweep_interval_s=5.0, queue_capacity=4)
     made.own([0])
     made.streaming(connected=True)
     _pass(made, 0.0, Snapshot(10, 10))
     _pass(made, 0.1, Snapshot(10, 10))
     assert made.live_shards == 1
+    assert _ask(made, 0.15) is None
     return made
 
 
@@ -54,6 +56,26 @@ def test_a_live_shard_is_read_by_number(intake: Intake) -> None:
 def test_a_wake_up_for_somebody_elses_shard_is_ignored(intake: Intake) -> None:
     intake.rung([WakeUp(7, 1)])
     assert intake.queue_length == 0
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        pytest.param(lambda intake: intake.own([1]), id="another shard is taken over"),
+        pytest.param(lambda intake: intake.lost(), id="wake-ups were lost"),
+        pytest.param(lambda intake: intake.streaming(connected=False), id="the stream ends"),
+        pytest.param(lambda intake: intake.restart(), id="somebody has it all read again"),
+        pytest.param(lambda intake: intake.rung([WakeUp(7, 0)], relayed=True), id="a relayed wake-up"),
+        pytest.param(lambda intake: intake.rung([WakeUp(n, 0) for n in range(9)]), id="more wake-ups than are kept"),
+        pytest.param(lambda intake: intake.refused({"hog": {0: 3}}, 0.15), id="a type has no room"),
+    ],
+)
+def test_where_nothing_was_to_be_read_there_is_something_at_once(
+    intake: Intake, happens: Callable[[Intake], object]
+) -> None:
+    happens(intake)
+    assert intake.wait_s(0.15) <= REPASS_MAX_S
+    assert any(isinstance(_ask(intake, 0.15 + REPASS_MAX_S), Sweep) for _ in range(2))
 
 
 def test_a_number_that_is_not_visible_is_looked_for_again_within_milliseconds_and_in_every_fetch(

@@ -1,0 +1,73 @@
+"""The tasks that run handlers: as many as there is work for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from cdc.careful import Careful
+from cdc.lanes import Lanes
+from cdc.model import Change, Outcome, Processed
+from cdc.outbox.store import Store
+from cdc.workers import Workers
+from tests.unit.changes import row
+
+
+class _Waiting:
+    """A runner whose handlers wait for ``go``."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.started: list[int] = []
+
+    def handler(self, change: Change) -> None:
+        return None
+
+    async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
+        self.started += [change.seq for change in batch]
+        await self.go.wait()
+        return dict.fromkeys(batch, Processed())
+
+
+def _workers(lanes: Lanes, runner: _Waiting, concurrency: int) -> Workers:
+    return Workers(
+        lanes, runner, concurrency, connections=1, careful=Careful(Store("public"), 1),  # type: ignore[arg-type]
+        finished=lambda *_: None, read_anew=lambda: None,
+    )  # fmt: skip
+
+
+async def _others_have_run() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_there_is_one_worker_for_each_change_however_often_they_are_handed_out() -> None:
+    lanes, runner = Lanes(100), _Waiting()
+    lanes.own([0])
+    workers = _workers(lanes, runner, 10)
+    lanes.admit([row(1, "a"), row(2, "b")])
+    for _ in range(3):  # after the read, at the end of the loop, after a settle
+        workers.hand_out()
+    assert len(workers) == 2
+    await _others_have_run()
+    lanes.admit([row(3, "c")])
+    for _ in range(3):
+        workers.hand_out()
+    assert len(workers) == 3
+    await _others_have_run()
+    assert runner.started == [1, 2, 3]
+    runner.go.set()
+    await _others_have_run()
+    assert len(workers) == 0
+
+
+async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another() -> None:
+    lanes, runner = Lanes(100), _Waiting()
+    lanes.own([0])
+    workers = _workers(lanes, runner, 10)
+    lanes.admit([row(1)])
+    workers.hand_out()
+    for task in workers._tasks:
+        task.cancel()
+    await _others_have_run()
+    assert runner.started == [1]
