@@ -27,7 +27,7 @@ from cdc.wakeup import pgoutput, wal2json
 from cdc.wakeup.opening import Opened, begin
 from cdc.wakeup.progress import Attempts, Progress, status_interval_s
 from cdc.wakeup.replication import Session, Stopped, Waiting, open_session
-from cdc.wakeup.wire import Decode, Plugin, parse, status_update
+from cdc.wakeup.wire import Plugin, parse, status_update
 
 log = logging.getLogger("cdc.stream")
 
@@ -196,7 +196,7 @@ class Stream:
         return _Reader(
             session,
             self._report,
-            plugin.decode,
+            plugin,
             interval_s=status_interval_s(self._settings.wal_sender_timeout_s),
             stall_limit_s=self._attempts.stall_limit_s,
         )
@@ -308,7 +308,12 @@ class _Batch:
         self.bytes = 0
         self.reply_requested = False
 
-    def read(self, received: list[memoryview], decode: Decode) -> None:
+    def read(self, received: list[memoryview], plugin: Plugin) -> None:
+        if heard := plugin.decode_all(received):
+            self.highest, self.wakeups, self.committed_at = heard
+            self.messages = len(received)
+            self.bytes = sum(map(len, received))
+            return
         for data in received:
             self.bytes += len(data)
             position, message, reply_requested = parse(data)
@@ -319,7 +324,7 @@ class _Batch:
                 self.reply_requested = self.reply_requested or reply_requested
                 continue
             self.messages += 1
-            if (rung := decode(message)) is not None:
+            if (rung := plugin.decode(message)) is not None:
                 wakeup, self.committed_at = rung
                 self.wakeups.append(wakeup)
 
@@ -328,11 +333,11 @@ class _Reader:
     """One session, from START to its end."""
 
     def __init__(
-        self, session: Session, report: _Report, decode: Decode, *, interval_s: float, stall_limit_s: float
+        self, session: Session, report: _Report, plugin: Plugin, *, interval_s: float, stall_limit_s: float
     ) -> None:
         self._session = session
         self._report = report
-        self._decode = decode
+        self._plugin = plugin
         self._stall_limit_s = stall_limit_s
         self._began = self._last_byte = time.monotonic()
         self.progress = Progress(interval_s=interval_s, now=self._began)
@@ -362,7 +367,7 @@ class _Reader:
         self._last_byte = time.monotonic()
         batch = _Batch()
         try:
-            batch.read(received, self._decode)
+            batch.read(received, self._plugin)
         finally:
             # Also what was read in front of a message that cannot be.
             self._report.read(batch, self._last_byte)

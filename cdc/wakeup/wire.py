@@ -7,8 +7,9 @@ returns a value or raises ProtocolError.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cdc.errors import ProtocolError
 from cdc.lsn import Lsn
@@ -17,7 +18,7 @@ from cdc.model import SHARDS, WakeUp
 _EPOCH_UNIX_S = 946_684_800
 """PostgreSQL counts microseconds from 2000-01-01 00:00 UTC."""
 
-_SEQ_MAX = 2**63 - 1
+SEQ_MAX = 2**63 - 1
 
 _XLOGDATA = struct.Struct("!cQQq")  # 'w', WAL start, WAL end, server clock; the plugin's message follows
 _KEEPALIVE = struct.Struct("!cQqB")  # 'k', WAL end, server clock, reply requested
@@ -27,6 +28,15 @@ Rung = tuple[WakeUp, float | None]
 """What a decoder reads from one message: the wake-up and, if it is there, the commit time (unix seconds, server's
 clock). A plain tuple, as is what ``parse`` returns: hundreds of thousands are made in a second."""
 
+
+class Heard(NamedTuple):
+    """What many messages rang for: the highest position among them, the wake-ups, the last commit time."""
+
+    highest: int
+    wakeups: list[WakeUp]
+    committed_at: float | None
+
+
 Decode = Callable[[bytes | memoryview], Rung | None]
 """One message of an output plugin; None if it is not for us, ProtocolError if it cannot be read."""
 
@@ -35,13 +45,19 @@ Decode = Callable[[bytes | memoryview], Rung | None]
 class Plugin:
     """An output plugin as the stream needs it: its options at START_REPLICATION, and how to read its messages.
 
+    ``decode_all``: many CopyData messages at once, which is quicker; None where they are to be read one by one.
     ``publication``: one that must be there, with nothing in it, before the slot is made.
     """
 
     name: str
     options: tuple[tuple[str, str], ...]
     decode: Decode
+    decode_all: Callable[[Sequence[bytes | memoryview]], Heard | None]
     publication: str | None = None
+
+
+XLOGDATA = rb"w([\x00-\xff]{8})[\x00-\xff]{16}"
+"""What stands before the plugin's message: a regular expression with a group, the position, big-endian."""
 
 
 def parse(data: bytes | memoryview) -> tuple[int, bytes | memoryview | None, bool]:
@@ -87,4 +103,4 @@ PAIR = "([1-9][0-9]{0,18}),(0|[1-9][0-9]?)"
 def pair(seq: str | bytes, shard: str | bytes) -> WakeUp | None:
     """The wake-up of the two groups of ``PAIR``, or None: anybody may ring, and what does not fit is not ours."""
     number, owner = int(seq), int(shard)
-    return WakeUp(number, owner) if number <= _SEQ_MAX and owner < SHARDS else None
+    return WakeUp(number, owner) if number <= SEQ_MAX and owner < SHARDS else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from cdc.errors import ProtocolError
 from cdc.model import WakeUp, message_prefix
-from cdc.wakeup.wal2json import Decoder, options, plugin
-from cdc.wakeup.wire import Rung
+from cdc.wakeup.wal2json import Decoder, UsualMessages, options, plugin
+from cdc.wakeup.wire import Rung, parse
 
 ODD = message_prefix('My "Schema", x.y')
 COMMITTED = datetime(2026, 11, 22, 13, 22, 11, 622365, tzinfo=UTC).timestamp()
@@ -152,17 +153,73 @@ def test_the_quick_way_reads_what_a_json_parser_reads(
         "prefix": prefix,
         "content": content,
     }
-    decode = Decoder(prefix)
     usual = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
-    unusual = json.dumps(message, indent=1).encode()
-    assert decode(usual) == decode(unusual)
+    heard, rung = UsualMessages(prefix)([envelope(usual, 77)]), Decoder(prefix)(usual)
+    if heard is not None:
+        assert rung == (heard.wakeups[0], heard.committed_at)
+        assert (heard.highest, len(heard.wakeups)) == (77, 1)
+    assert (heard is None) == (rung is None)
 
 
-def test_transactions_one_after_another_keep_their_own_times() -> None:
-    decode = Decoder("entity_change:public")
-    template = CASES[0][2]
-    heard = [decode(template.replace("13:22:11", f"13:22:{second}").encode()) for second in (10, 10, 11, 10)]
-    assert [rung[1] - COMMITTED for rung in heard if rung and rung[1]] == [-1, -1, 0, -1]
+def envelope(payload: bytes, position: int = 0) -> bytes:
+    return struct.pack("!cQQq", b"w", position, position + 9, 0) + payload
+
+
+USUAL = CASES[0][2]
+
+
+def test_of_many_usual_messages_all_wake_ups_the_highest_position_and_the_last_time_are_read() -> None:
+    # 0x0A is a line break, which is nothing special in a position.
+    seconds, positions = (10, 10, 11), (0x0A0A0A, 0x7000000A00, 0)
+    received = [
+        memoryview(envelope(USUAL.replace("13:22:11", f"13:22:{second}").replace("49,", f"{n},").encode(), position))
+        for n, (second, position) in enumerate(zip(seconds, positions, strict=True), start=1)
+    ]
+    assert UsualMessages("entity_change:public")(received) == (
+        0x7000000A00,
+        [WakeUp(1, 27), WakeUp(2, 27), WakeUp(3, 27)],
+        COMMITTED,
+    )
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        envelope(CASES[6][2].encode()),
+        envelope(CASES[7][2].encode()),
+        envelope(USUAL.replace("49,27", "0,27").encode()),
+        envelope(USUAL.replace("49,27", "49,64").encode()),
+        envelope(USUAL.replace("49,27", f"{2**63},27").encode()),
+        envelope(USUAL.encode())[:-1],
+        envelope(USUAL.encode()) + b" ",
+        b" " + envelope(USUAL.encode()),
+        envelope(USUAL.encode()) * 2,
+        struct.pack("!cQqB", b"k", 8, 0, 0),
+        b"",
+    ],
+)
+def test_one_that_is_not_usual_has_all_of_them_read_one_by_one(odd: bytes) -> None:
+    usual = envelope(USUAL.encode())
+    read = UsualMessages("entity_change:public")
+    assert all(read(received) is None for received in ([odd], [usual, odd], [odd, usual], [usual, odd, usual]))
+
+
+@given(st.lists(st.sampled_from([envelope(USUAL.encode()), envelope(CASES[7][2].encode())]), min_size=1), st.data())
+def test_whatever_is_damaged_many_messages_are_read_as_they_are_one_by_one(
+    received: list[bytes], data: st.DataObject
+) -> None:
+    place = data.draw(st.integers(0, len(received) - 1))
+    at = data.draw(st.integers(0, len(received[place]) - 1))
+    damaged = bytearray(received[place])
+    damaged[at] ^= data.draw(st.integers(0, 255))
+    messages = [*received[:place], bytes(damaged), *received[place + 1 :]]
+    heard = UsualMessages("entity_change:public")(messages)
+    if heard is not None:
+        decode = Decoder("entity_change:public")
+        parsed = [parse(message) for message in messages]
+        one_by_one = [decode(payload) for _, payload, _ in parsed if payload is not None]
+        assert heard.wakeups == [rung[0] for rung in one_by_one if rung]
+        assert heard.highest == max(position for position, _, _ in parsed)
 
 
 def test_no_option_is_newer_than_version_2_5_or_could_be_read_as_several() -> None:
