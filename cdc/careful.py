@@ -62,6 +62,11 @@ class Careful:
             self._watched.pop(shard, None)
         self._watched.update(dict.fromkeys(taken.orphaned, (taken.at, self._window)))
 
+    @property
+    def watches(self) -> bool:
+        """Whether there may be a change that ``starts`` is to be told of, besides those that crashed."""
+        return bool(self._watched)
+
     def wants(self, change: Change) -> bool:
         """Whether ``starts`` is to be told before the change's handler starts."""
         if change.crashed:

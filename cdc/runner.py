@@ -136,15 +136,9 @@ class Runner:
             return dict.fromkeys(changes, Skipped())
         probe.here("run.before_handler")
         outcomes: dict[Change, Outcome] = {}
-        if any(change.chain for change in changes):
-            changes = self._refuse_deep(handler, changes, outcomes)
         given = changes
-        if adapter := self._adapters.get(handler.name):
-            changes, given = self._validate(handler, adapter, changes, outcomes)
-        shut = {change.key for change, outcome in outcomes.items() if handler.transactional or holds_its_key(outcome)}
-        if shut:
-            pairs = [(c, g) for c, g in zip(changes, given, strict=True) if c.key not in shut]
-            changes, given = [c for c, _ in pairs], [g for _, g in pairs]
+        if handler.model is not None or any(change.chain for change in changes):
+            changes, given = self._refuse(handler, changes, outcomes)
         if changes:
             started = time.monotonic()
             outcomes |= await self._attempt(handler, changes, given)
@@ -153,6 +147,17 @@ class Runner:
             self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
         probe.here("run.after_handler")
         return outcomes
+
+    def _refuse(
+        self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
+    ) -> tuple[Sequence[Change], Sequence[Change]]:
+        """The changes that may run, as they are and as the handler gets them; of the others the outcome."""
+        changes = given = self._refuse_deep(handler, changes, outcomes)
+        if adapter := self._adapters.get(handler.name):
+            changes, given = self._validate(handler, adapter, changes, outcomes)
+        shut = {change.key for change, outcome in outcomes.items() if handler.transactional or holds_its_key(outcome)}
+        pairs = [(c, g) for c, g in zip(changes, given, strict=True) if c.key not in shut]
+        return [c for c, _ in pairs], [g for _, g in pairs]
 
     def _refuse_deep(
         self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]

@@ -25,7 +25,6 @@ _CHANGES_PER_TURN = 100
 """Handlers that never wait would otherwise keep the event loop from everything else for a whole window."""
 
 
-_FREE = contextlib.nullcontext()
 _CUT_OFF_S = 5.0
 _ASK_AGAIN_S = 0.1
 """Who has the change, or a server that is away, needs a moment; the key stays shut meanwhile."""
@@ -143,11 +142,11 @@ class Workers:
     async def _attend(self, handler: Handler | None, batch: list[Change]) -> None:
         """Run a change, or the batch that is gathered around it, and report."""
         try:
-            async with self._transactions[handler.is_async] if handler and handler.transactional else _FREE:
-                if handler is not None:
-                    await self._gather(handler, batch)
-                    await self._careful.starts(batch)
-                outcomes = await self._runner.run(handler, batch)
+            if handler is not None and handler.transactional:
+                async with self._transactions[handler.is_async]:
+                    outcomes = await self._run(handler, batch)
+            else:
+                outcomes = await self._run(handler, batch)
         except asyncio.CancelledError:
             self._leave(batch)
             raise
@@ -160,6 +159,13 @@ class Workers:
             return
         self._careful.ended(batch)
         self._report(batch, outcomes)
+
+    async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
+        if handler is not None:
+            await self._gather(handler, batch)
+            if batch[0].crashed or self._careful.watches:
+                await self._careful.starts(batch)
+        return await self._runner.run(handler, batch)
 
     def _put_back(self) -> None:
         while self._later:
