@@ -19,17 +19,20 @@ _READY_S = 30.0
 _WITHIN_S = 900.0
 _WRITE = "INSERT INTO bench_rows (id, note) SELECT n, 'a row to be captured' FROM generate_series(1, %s) AS n"
 _ANY = "SELECT EXISTS (SELECT FROM entity_changes WHERE processed)"
+_READ = "SELECT bool_and(confirmed_flush_lsn >= '{}') FROM pg_replication_slots"
 _DONE = "SELECT count(*) >= %(n)s FROM (SELECT FROM entity_changes WHERE processed LIMIT %(n)s) AS done"
 
 
 def measure_transaction(server: Server, size: Size) -> list[Figure]:
+    """Until all wake-ups of it are read, and as many changes are handled as in the scenario drain."""
     with fresh_outbox(server) as connection:
         connection.execute(ROWS)
         track(connection, "public", "bench_rows", operations=[Operation.INSERT])
         with Consumer(connection.info.dsn, "nothing") as consumer:
             idle_mb = _idle_mb(consumer, connection)
             connection.execute(_WRITE, [size.transaction])
-            consumer.until(lambda: drained(connection), within_s=_WITHIN_S)
+            read = _READ.format(_end_of_wal(connection))
+            consumer.until(lambda: _is(connection, read) and _is(connection, _DONE, size.changes), within_s=_WITHIN_S)
             peak_mb = consumer.peak_rss_mb
         done = settled(connection)
     return [
@@ -78,6 +81,12 @@ def _idle_mb(consumer: Consumer, connection: psycopg.Connection) -> float:
     consumer.until(lambda: _is(connection, _ANY), within_s=_READY_S)
     connection.execute("TRUNCATE entity_changes")
     return consumer.rss_mb
+
+
+def _end_of_wal(connection: psycopg.Connection) -> str:
+    row = connection.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+    assert row is not None
+    return str(row[0])
 
 
 def _is(connection: psycopg.Connection, query: str, number: int = 0) -> bool:

@@ -17,12 +17,12 @@ class Size:
     """
 
     changes: int = 100_000
-    inserting: int = 30_000
-    awaiting: int = 40_000
+    inserting: int = 20_000
+    awaiting: int = 30_000
     transaction: int = 1_000_000
     pending: int = 3_000_000
     passing: int = 300_000
-    snapshot_s: float = 15.0
+    snapshot_s: float = 10.0
     beside: int = 50_000
     blocked: int = 100_000
     history: int = 10_000_000
