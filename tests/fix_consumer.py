@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from cdc import config
 from cdc.app import App, Limits
 from cdc.routing import Router
 from tests.eventually import eventually
+from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,11 +72,9 @@ class Process:
         if "deliver_to" not in settings:
             settings["handlers"] = handlers
         named = [item for name, value in settings.items() for item in (f"--{name.replace('_', '-')}", str(value))]
-        with log.open("a") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "run", *named, *options],
-                cwd=ROOT, env={**os.environ, "CDC_DSN": dsn}, stdout=output, stderr=output,
-            )  # fmt: skip
+        log.touch()
+        environment = {**os.environ, "CDC_DSN": dsn}
+        self.process = Forked(module, ["run", *named, *options], cwd=ROOT, environment=environment, log=log)
 
     @property
     def log(self) -> str:

@@ -1,7 +1,7 @@
 """``python -m tests.faults.hurried run ...``: the command line, with a stream that despairs and looks again sooner.
 
-Nothing is decided otherwise, only sooner: what an operator must mend is looked at again every four seconds instead of
-every minute, and a silent server is given up after three instead of thirty.
+Nothing is decided otherwise, only sooner: what an operator must mend, or another consumer let go of, is looked at again
+every two seconds instead of every minute or five seconds; a silent server is given up after three, not thirty.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cdc.wakeup.stream import StreamSettings
 WAL_SENDER_TIMEOUT_S = 2.0
 
 if __name__ == "__main__":
-    progress.PERMANENT_PAUSE_S = 4.0
+    progress.PERMANENT_PAUSE_S = progress.STANDBY_PAUSE_MAX_S = 2.0
     app.Limits = partial(app.Limits, stall_s=3.0)
     app.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)
     main()

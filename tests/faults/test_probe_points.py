@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from tests.eventually import eventually
 from tests.faults import records
 from tests.faults.ledger import Evidence, judge
 from tests.fix_consumer import ROOT, Process, settled
+from tests.forked import Forked
 from tests.handlers_ledger import KINDS
 
 POINTS = sorted(
@@ -61,16 +60,14 @@ def _write(db: psycopg.Connection, round_: int) -> None:
         )
 
 
-def _crashing(dsn: str, log: Path, point: str, *command: str) -> subprocess.Popen[bytes]:
+def _crashing(dsn: str, log: Path, point: str, *command: str) -> Forked:
+    log.touch()
     environment = {**os.environ, "CDC_DSN": make_conninfo(dsn, user="crashing")}
-    with log.open("w") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.crashing", point, str(_NTH.get(point, 3)), *command],
-            cwd=ROOT, env=environment, stdout=output, stderr=output,
-        )  # fmt: skip
+    arguments = [point, str(_NTH.get(point, 3)), *command]
+    return Forked("tests.faults.crashing", arguments, cwd=ROOT, environment=environment, log=log)
 
 
-def _has_crashed(process: subprocess.Popen[bytes], log: Path) -> bool:
+def _has_crashed(process: Forked, log: Path) -> bool:
     code = process.poll()
     assert code in (None, -signal.SIGKILL), f"ended with {code}: {log.read_text()}"
     return code is not None

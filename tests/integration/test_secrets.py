@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from cdc.routing import Router
 from cdc.throwaway import Server, free_port
 from tests.eventually import eventually
 from tests.fix_consumer import ROOT, settled
+from tests.forked import Forked
 
 MARK = "s3cr3t"
 PASSWORD = f"{MARK}%41 @/?#&=:;,'\"`$HOME\\ {{}}[] é{MARK}"
@@ -142,12 +144,10 @@ def _environment(handed: Handed) -> dict[str, str]:
 
 def _run(handed: Handed, *arguments: str, limit_s: float = 60) -> tuple[int, str]:
     """The exit code, and all that was said."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cdc", *arguments, *handed.options],
-        cwd=ROOT, env=_environment(handed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        timeout=limit_s,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    with tempfile.NamedTemporaryFile("r") as log:
+        command = [*arguments, *handed.options]
+        process = Forked("cdc", command, cwd=ROOT, environment=_environment(handed), log=Path(log.name))
+        return process.wait(limit_s), log.read()
 
 
 class Running:

@@ -269,6 +269,7 @@ async def test_what_an_advanced_slot_does_not_ring_for_is_handled_all_the_same(
         await eventually_async(_settled(outbox_db), what="all are processed")
         assert metric(app.metrics.registry, "cdc_wakeups_total", source="wal") == 0
     assert sorted(handled.ids) == sorted(map(str, range(1, 51)))
+    eventually(lambda: not slots.status(outbox_db, name).active, what="its walsender has ended, too")
     slots.drop(outbox_db, name)
 
 

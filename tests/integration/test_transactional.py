@@ -183,7 +183,8 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
             "SELECT pid FROM pg_stat_activity WHERE application_name = 'cdc: shards' AND datname = current_database()"
         ).fetchall()
         first.consumer._workers.session_lost = _nothing  # type: ignore[method-assign]
-        first.consumer._shard_loop = _stand_still  # type: ignore[method-assign]
+        # Nor does it come back, or it would get half of the shards.
+        first.consumer._term_failure = first.consumer._stopping.wait  # type: ignore[assignment, method-assign]
         effects.execute("SELECT pg_terminate_backend(%s)", [pid])
         async with consuming(outbox, second) as other:
 
@@ -204,10 +205,6 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
 
 
 async def _nothing() -> None: ...
-
-
-async def _stand_still(session: object) -> None:
-    await asyncio.Event().wait()
 
 
 async def test_when_its_connection_dies_the_change_runs_again_and_no_attempt_is_counted(

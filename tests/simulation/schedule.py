@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import accumulate
 
 from cdc.model import WakeUp
 from cdc.shares import fair_share
@@ -49,9 +50,9 @@ class Simulation:
 
     def run(self) -> None:
         weighted = self._actions()
-        actions, weights = list(weighted), list(weighted.values())
+        actions, weights = list(weighted), list(accumulate(weighted.values()))
         for _ in range(self._steps):
-            self._step(self._dice.choices(actions, weights)[0])
+            self._step(self._dice.choices(actions, cum_weights=weights)[0])
         self._let_settle()
         self.promises.all_kept(lambda record: self.settings.kind(record.key, record.seq).transactional)
 

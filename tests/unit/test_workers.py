@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cdc.careful import Careful
 from cdc.lanes import Lanes
 from cdc.model import Change, Outcome, Processed
 from cdc.outbox.store import Store
 from cdc.workers import Workers
+from tests.eventually import eventually_async
 from tests.unit.changes import row
 
 
@@ -36,9 +37,11 @@ def _workers(lanes: Lanes, runner: _Waiting, concurrency: int) -> Workers:
     )  # fmt: skip
 
 
-async def _others_have_run() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
+async def _until(condition: Callable[[], bool]) -> None:
+    async def holds() -> bool:
+        return condition()
+
+    await eventually_async(holds)
 
 
 async def test_there_is_one_worker_for_each_change_however_often_they_are_handed_out() -> None:
@@ -49,16 +52,14 @@ async def test_there_is_one_worker_for_each_change_however_often_they_are_handed
     for _ in range(3):  # after the read, at the end of the loop, after a settle
         workers.hand_out()
     assert len(workers) == 2
-    await _others_have_run()
+    await _until(lambda: runner.started == [1, 2])
     lanes.admit([row(3, "c")])
     for _ in range(3):
         workers.hand_out()
     assert len(workers) == 3
-    await _others_have_run()
-    assert runner.started == [1, 2, 3]
+    await _until(lambda: runner.started == [1, 2, 3])
     runner.go.set()
-    await _others_have_run()
-    assert len(workers) == 0
+    await _until(lambda: len(workers) == 0)
 
 
 async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another() -> None:
@@ -69,5 +70,4 @@ async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another()
     workers.hand_out()
     for task in workers._tasks:
         task.cancel()
-    await _others_have_run()
-    assert runner.started == [1]
+    await _until(lambda: runner.started == [1])
