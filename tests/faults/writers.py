@@ -13,6 +13,13 @@ from tests.faults.ledger import Write
 
 _RECONNECT_S = 0.05
 _BURSTS = 0.01
+_BEHIND_MAX = 300
+"""Unsettled changes. On a slow machine there would be ever more, and every limit would measure how slow it is."""
+_LOOKS = 0.1
+_BEHIND = """
+SELECT count(*) >= %(n)s
+FROM (SELECT FROM entity_changes WHERE NOT processed AND dead_at IS NULL LIMIT %(n)s) AS unsettled
+"""
 
 
 class Writer(threading.Thread):
@@ -44,9 +51,17 @@ class Writer(threading.Thread):
             try:
                 with psycopg.connect(self._dsn, application_name="a writer") as connection:
                     while not self._stopping.wait(self._dice.random() * self._pause_s * 2):
+                        if self._dice.random() < _LOOKS:
+                            self._let_them_catch_up(connection)
                         self._transact(connection)
             except psycopg.Error:  # the server is away, or has chosen us as the victim of a deadlock
                 self._stopping.wait(_RECONNECT_S)
+
+    def _let_them_catch_up(self, connection: psycopg.Connection) -> None:
+        behind = True
+        while behind and not self._stopping.wait(_RECONNECT_S):
+            [(behind,)] = connection.execute(_BEHIND, {"n": _BEHIND_MAX}).fetchall()
+            connection.rollback()
 
     def _transact(self, connection: psycopg.Connection) -> None:
         if self._dice.random() < _BURSTS:
