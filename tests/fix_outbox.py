@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psycopg
 import pytest
@@ -27,15 +28,22 @@ def migrated_template(admin_dsn: str) -> Iterator[str]:
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-@pytest.fixture
-def outbox(admin_dsn: str, migrated_template: str) -> Iterator[str]:
-    """The DSN of a database of the test's own, with the outbox installed in ``public``."""
+@contextmanager
+def copied_outbox(admin_dsn: str, template: str) -> Iterator[str]:
+    """The DSN of a copy of the template, which is dropped in the end."""
     name = f"test_{uuid.uuid4().hex[:12]}"
-    copy = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(migrated_template))
+    copy = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
         admin.execute(copy)
         yield make_conninfo(admin_dsn, dbname=name)
         drop_database(admin, name)
+
+
+@pytest.fixture
+def outbox(admin_dsn: str, migrated_template: str) -> Iterator[str]:
+    """The DSN of a database of the test's own, with the outbox installed in ``public``."""
+    with copied_outbox(admin_dsn, migrated_template) as dsn:
+        yield dsn
 
 
 @pytest.fixture
@@ -52,11 +60,7 @@ def large_outbox(admin_dsn: str, migrated_template: str) -> Iterator[str]:
     Nothing was fresh, waiting or dead when it was analysed. Now there are 3,000 fresh, 2,000 waiting, 1,000 dead ones,
     and 5,000 that are held back behind one that waits.
     """
-    name = f"large_{uuid.uuid4().hex[:12]}"
-    copy = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(migrated_template))
-    dsn = make_conninfo(admin_dsn, dbname=name)
-    with psycopg.connect(admin_dsn, autocommit=True) as admin:
-        admin.execute(copy)
+    with copied_outbox(admin_dsn, migrated_template) as dsn:
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute("ALTER TABLE entity_changes SET (autovacuum_enabled = off)")
             preload_history(connection, rows=1_000_000, days=30, payload=False)
@@ -67,7 +71,6 @@ def large_outbox(admin_dsn: str, migrated_template: str) -> Iterator[str]:
             preload_unprocessed(connection, 2_000, wait="1 hour")
             preload_unprocessed(connection, 1_000, dead=True)
         yield dsn
-        drop_database(admin, name)
 
 
 def fill(db: psycopg.Connection, count: int, *, state: str = "processed", days: float = 10) -> None:

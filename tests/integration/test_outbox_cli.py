@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from cdc.outbox.letters import Letters, parse_reference
 from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled
+from tests.fix_outbox import copied_outbox
 
 
 @pytest.fixture(autouse=True)
@@ -616,23 +617,27 @@ async def test_a_paused_key_goes_on_in_order_once_its_dead_letter_is_decided_abo
 # --- bounded, however large the table is ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def large(outbox_db: psycopg.Connection) -> psycopg.Connection:
-    """100,000 processed changes; beside them some of every other state, and statistics that know of all."""
-    outbox_db.execute(
-        "INSERT INTO entity_changes (table_name, operation, entity_id, entity_type, new_data, processed, processed_at)"
-        " SELECT 'x', 'INSERT', n::text, 'x', jsonb_build_object('text', repeat('y', 100)), true,"
-        " now() - n * interval '1 second' FROM generate_series(1, 100000) AS n"
-    )
-    seqs = [publish(outbox_db, "x", str(n % 10)) for n in range(90)]
-    wait(outbox_db, *seqs[:30])
-    die(outbox_db, *seqs[30:60])
-    outbox_db.execute("VACUUM ANALYZE entity_changes")
-    return outbox_db
+@pytest.fixture(scope="module")
+def large(admin_dsn: str, migrated_template: str) -> Iterator[psycopg.Connection]:
+    """100,000 processed changes; beside them some of every other state, and statistics that know of all.
+
+    For all tests that leave it as it is.
+    """
+    with copied_outbox(admin_dsn, migrated_template) as dsn, psycopg.connect(dsn, autocommit=True) as db:
+        db.execute(
+            "INSERT INTO entity_changes (table_name, operation, entity_id, entity_type, new_data, processed,"
+            " processed_at) SELECT 'x', 'INSERT', n::text, 'x', jsonb_build_object('text', repeat('y', 100)), true,"
+            " now() - n * interval '1 second' FROM generate_series(1, 100000) AS n"
+        )
+        seqs = [publish(db, "x", str(n % 10)) for n in range(90)]
+        wait(db, *seqs[:30])
+        die(db, *seqs[30:60])
+        db.execute("VACUUM ANALYZE entity_changes")
+        yield db
 
 
 def plan(db: psycopg.Connection, statement: bytes, parameters: dict[str, Any]) -> dict[str, Any]:
-    with letters._bounded(db):
+    with db.transaction(force_rollback=True), letters._bounded(db):
         [([found],)] = db.execute(b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + statement, parameters).fetchall()
     return dict(found["Plan"])
 
