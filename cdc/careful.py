@@ -13,12 +13,18 @@ So whoever takes over such a shard goes through what was there by then, a window
 
 A poisonous change thus kills its process once unseen, once as one of many, and then as often as it has attempts; one
 that just ran beside it loses a single attempt. What is cut off by a stop loses none: a stop removes the marks.
+
+From the table, a process that lost its session looks like one that died. It lives, and takes its marks back as soon as
+it has a session again; whoever has its shards meanwhile gives it ``GRACE_S`` for that before a suspect is run or
+judged, and asks once more when the suspect's turn has come. Found by the ledger, on a machine with more to do than
+processors: sessions that were ended twice in a row cost a change two attempts of which it had made none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Container, Iterable, Sequence
 from datetime import datetime
 
@@ -32,6 +38,9 @@ from cdc.transactions import AskTheTableError
 
 log = logging.getLogger("cdc.consumer")
 
+GRACE_S = 5.0
+"""A consumer notices within a second that its session has ended, and is back after a pause that grows from 0.1 s."""
+
 
 class Careful:
     """``window``: how many changes of a shard are started carefully; no more than that were in the dead one's hands."""
@@ -42,6 +51,8 @@ class Careful:
         self._session: Session | None = None
         self._watched: dict[int, tuple[datetime, int]] = {}
         """Of a shard: what was changed until then is started carefully, and so many more of it."""
+        self._doubted_until: dict[int, float] = {}
+        """Of a shard, on the monotonic clock: whoever had it before may still say that it lives."""
         self._waiting: list[Change] = []
         self._writing = asyncio.Lock()
         self._marked: dict[int, Change] = {}
@@ -50,6 +61,7 @@ class Careful:
         """From now on this session holds the shards; of what the one before held, nothing is watched any more."""
         self._session = session
         self._watched.clear()
+        self._doubted_until.clear()
 
     def took(self, taken: Taken) -> None:
         """Shards were taken over, of which some had an owner that died."""
@@ -58,6 +70,7 @@ class Careful:
                 "the consumer that owned %d of these shards ended without a word: what it may have been working on is"
                 " started carefully", len(taken.orphaned),
             )  # fmt: skip
+        self._doubted_until.update(dict.fromkeys(taken.shards, time.monotonic() + GRACE_S))
         for shard in taken.shards:
             self._watched.pop(shard, None)
         self._watched.update(dict.fromkeys(taken.orphaned, (taken.at, self._window)))
@@ -73,6 +86,19 @@ class Careful:
             return True
         watched = self._watched.get(change.shard)
         return watched is not None and change.changed_at <= watched[0]
+
+    def doubts(self, change: Change) -> bool:
+        """Whether the process that started this suspect may only have lost its session, and be about to say so."""
+        return time.monotonic() < self._doubted_until.get(change.shard, 0.0)
+
+    async def suspects(self, change: Change) -> bool:
+        """Ask the table whether the change is one still. False on a lost session, too: nothing is to start there."""
+        assert self._session is not None
+        try:
+            async with self._session.writing:
+                return await self._store.suspects(self._session.connection, change)
+        except psycopg.Error:
+            return False
 
     async def starts(self, changes: Iterable[Change]) -> None:
         """Write down that these start now. Raises AskTheTableError: one is somebody else's, or the session is lost."""

@@ -105,7 +105,7 @@ class Consumer:
         self._careful = Careful(store, settings.window)
         self._workers = Workers(
             self._lanes, runner, settings.concurrency, connections=settings.transactions, careful=self._careful,
-            finished=self._finished, read_anew=self._read_due.set,
+            finished=self._finished, read_anew=self._read_anew,
         )  # fmt: skip
         self._owned: set[int] = set()
         self._drained = False
@@ -331,6 +331,11 @@ class Consumer:
             self._metrics.shard_moves.labels("released").inc(len(quiet))
         if len(self._owned) != before:
             log.info("owns %d of %d shards; consumers: %d", len(self._owned), SHARDS, members)
+
+    def _read_anew(self) -> None:
+        """Changes were left without an outcome; one that is waiting and due is found by a look at those only."""
+        self._reads.due_within(0.0)
+        self._read_due.set()
 
     def _own(self, shards: set[int]) -> None:
         self._owned = shards

@@ -59,8 +59,10 @@ class Workers:
         self._tasks: dict[asyncio.Task[None], list[Change]] = {}
         self._unstarted = set[asyncio.Task[None]]()
         """Those of the tasks that have not looked for a change yet: what is ready for them needs no others."""
-        self._aside: set[asyncio.Task[None]] = set()
-        """Those of the tasks that are no workers: suspects, which run one at a time."""
+        self._aside: dict[asyncio.Task[None], Change | None] = {}
+        """Those of the tasks that are no workers: suspects, which run one at a time. None: it is its turn."""
+        self._doubted: dict[asyncio.Task[None], Change] = {}
+        """No workers either: suspects that may be none, which are read again instead of run."""
         self._alone = asyncio.Lock()
         self._later: deque[Change] = deque()
         """What may kill the process as well, and would be blamed on the suspect that happens to run."""
@@ -75,7 +77,7 @@ class Workers:
         """Start workers for what is ready."""
         if self._stopped:
             return
-        workers = len(self._tasks) - len(self._aside)
+        workers = len(self._tasks) - len(self._aside) - len(self._doubted)
         ready = self._lanes.ready + (0 if self._aside else len(self._later)) - len(self._unstarted)
         for _ in range(min(ready, self._concurrency - workers)):
             task = asyncio.create_task(self._work())
@@ -182,26 +184,26 @@ class Workers:
     def _set_aside(self, change: Change) -> None:
         """A suspect runs alone; it waits for its turn without keeping a worker."""
         self._lanes.set_aside(change)
-        task = asyncio.create_task(self._attend_alone(change))
+        if self._careful.doubts(change):
+            task = asyncio.create_task(_for(_ASK_AGAIN_S, asyncio.Event()))
+            self._doubted[task] = change
+        else:
+            task = asyncio.create_task(self._attend_alone(change))
+            self._aside[task] = change
         self._tasks[task] = [change]
-        self._aside.add(task)
         task.add_done_callback(self._ended)
 
     async def _attend_alone(self, change: Change) -> None:
-        try:
-            await self._alone.acquire()
-        except asyncio.CancelledError:
-            self._leave([change])
-            raise
-        try:
-            if self._stopped:
-                self._leave([change])
-            elif outcome := self._runner.after_crash(change):
+        task = asyncio.current_task()
+        assert task is not None
+        async with self._alone:
+            if self._stopped or not await self._careful.suspects(change):
+                return
+            self._aside[task] = None
+            if outcome := self._runner.after_crash(change):
                 self._report([change], {change: outcome})
             else:
                 await self._attend(self._runner.handler(change), [change])
-        finally:
-            self._alone.release()
 
     async def _gather(self, handler: Handler, batch: list[Change]) -> None:
         """Fill a batch for a handler that takes many, or a group that shares a transaction."""
@@ -243,7 +245,8 @@ class Workers:
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
         self._unstarted.discard(task)  # it may have been cut off before its first step
-        self._aside.discard(task)
+        if unattended := self._aside.pop(task, None) or self._doubted.pop(task, None):
+            self._leave([unattended])
         if not task.cancelled() and (error := task.exception()):
             log.critical("a worker failed; this is a bug", exc_info=error)
         self.hand_out()

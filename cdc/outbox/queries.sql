@@ -301,8 +301,15 @@ FROM free WHERE c.ctid = free.place
 RETURNING c.id
 
 -- name: unstart
--- At a stop in peace.
-UPDATE {changes} SET started_by = NULL WHERE id = ANY (%(ids)s::uuid[]) AND started_by = %(process)s AND NOT processed
+-- At a stop in peace, or on a new session. What a handler in a thread still holds is not waited for: it ends by itself.
+UPDATE {changes} SET started_by = NULL
+WHERE id IN (
+  SELECT id FROM {changes} WHERE id = ANY (%(ids)s::uuid[]) AND started_by = %(process)s AND NOT processed
+  FOR UPDATE SKIP LOCKED
+)
+
+-- name: suspect
+SELECT FROM {changes} WHERE id = %(id)s AND started_by <> %(process)s AND NOT processed AND dead_at IS NULL
 
 -- name: take
 -- For a transactional handler: those of its changes that are still as they were read and that nobody else has. What

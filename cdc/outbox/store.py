@@ -308,6 +308,10 @@ class Store:
         ids = [change.id for change in changes]
         await session.execute(self._statements["unstart"], {"ids": ids, "process": self.process})
 
+    async def suspects(self, session: psycopg.AsyncConnection, change: Change) -> bool:
+        """Whether another process has written down that it started the change, and nothing came of it since."""
+        return bool(await self._rows(session, "suspect", {"id": change.id}))
+
     def figures(self, connection: psycopg.Connection) -> Figures:
         """For the collector; bounded however large the table is."""
         parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _LOOKED_AT_PER_SHARD}

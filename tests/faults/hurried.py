@@ -1,14 +1,15 @@
-"""``python -m tests.faults.hurried run ...``: the command line, with a stream that despairs and looks again sooner.
+"""``python -m tests.faults.hurried run ...``: the command line, which despairs and looks again sooner.
 
 Nothing is decided otherwise, only sooner: what an operator must mend, or another consumer let go of, is looked at again
-every two seconds instead of every minute or five seconds; a silent server is given up after three, not thirty.
+every two seconds instead of every minute or five seconds; a silent server is given up after three, not thirty; who may
+have died has half a second to say that it lives, not five.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from cdc import app
+from cdc import app, careful
 from cdc.cli import main
 from cdc.wakeup import progress
 from cdc.wakeup.stream import StreamSettings
@@ -17,6 +18,7 @@ WAL_SENDER_TIMEOUT_S = 2.0
 
 if __name__ == "__main__":
     progress.PERMANENT_PAUSE_S = progress.STANDBY_PAUSE_MAX_S = 2.0
+    careful.GRACE_S = 0.5
     app.Limits = partial(app.Limits, stall_s=3.0)
     app.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)
     main()

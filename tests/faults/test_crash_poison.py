@@ -47,7 +47,7 @@ class Supervised:
         self.look()
 
     def _started(self) -> Process:
-        return Process(self._dsn, self._log, **_OPTIONS)  # type: ignore[arg-type]
+        return Process(self._dsn, self._log, module="tests.faults.hurried", **_OPTIONS)  # type: ignore[arg-type]
 
 
 Start = Callable[..., Sequence[Supervised]]

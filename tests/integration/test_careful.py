@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,11 +12,18 @@ import psycopg
 import pytest
 
 import cdc
+from cdc import careful
 from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
 _CRASHED = "the consumer's process ended while this change's handler ran"
+
+
+@pytest.fixture
+def dead_for_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of these tests comes back: do not wait for it."""
+    monkeypatch.setattr(careful, "GRACE_S", 0.0)
 
 
 def _publish(db: psycopg.Connection, count: int, keys: int | None = None) -> None:
@@ -47,6 +55,13 @@ async def _until_settled(db: psycopg.Connection) -> None:
 def _marks(db: psycopg.Connection) -> int:
     [(count,)] = db.execute("SELECT count(started_by) FROM entity_changes").fetchall()
     return int(count)
+
+
+def _end_session(db: psycopg.Connection) -> None:
+    db.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = 'cdc: shards' AND datname = current_database()"
+    )
 
 
 async def test_in_peace_nothing_is_written_down_and_nothing_is_left_behind(
@@ -102,6 +117,7 @@ async def test_after_a_death_a_start_is_written_down_before_the_handler_runs(
     assert outbox_db.execute("SELECT sum(error_count) FROM entity_changes").fetchone() == (0,)
 
 
+@pytest.mark.usefixtures("dead_for_certain")
 async def test_a_suspect_loses_an_attempt_and_runs_while_nothing_else_that_may_kill_does(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
@@ -131,6 +147,7 @@ async def test_a_suspect_loses_an_attempt_and_runs_while_nothing_else_that_may_k
     assert sorted(counted) == [(seq, _CRASHED) for seq in sorted(suspects)]
 
 
+@pytest.mark.usefixtures("dead_for_certain")
 @pytest.mark.parametrize("dead", ["skip", "pause"])
 async def test_when_every_attempt_ended_with_its_process_the_change_is_dead_and_its_handler_is_not_called(
     dead: Any, outbox: str, outbox_db: psycopg.Connection
@@ -186,10 +203,86 @@ async def test_a_lost_session_is_no_death(outbox: str, outbox_db: psycopg.Connec
     async with consuming(outbox, router):
         await started.wait()
         assert _marks(outbox_db) == 1
-        outbox_db.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE application_name = 'cdc: shards' AND datname = current_database()"
-        )
+        _end_session(outbox_db)
         await _until_settled(outbox_db)
     assert calls == [(1, False), (1, False)]
     assert outbox_db.execute("SELECT error_count, last_error FROM entity_changes").fetchone() == (0, None)
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+@pytest.mark.parametrize("next_attempt_at", [None, "-infinity"])
+async def test_a_process_that_only_lost_its_session_has_time_to_say_that_it_lives(
+    failures: int, next_attempt_at: str | None, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, calls, other = Router(), list[tuple[int, bool]](), asyncio.Event()
+
+    @router.on("x", max_attempts=3)
+    async def handle(change: cdc.Change) -> None:
+        if change.seq == 2:
+            other.set()
+        else:
+            calls.append((change.attempt, change.crashed))
+
+    _publish(outbox_db, 2)
+    outbox_db.execute(
+        "UPDATE entity_changes SET error_count = %s, next_attempt_at = %s WHERE seq = 1", [failures, next_attempt_at]
+    )
+    _was_running(outbox_db, _as_if_the_owner_had_died(outbox_db), 1)
+    async with consuming(outbox, router, sweep_interval=3600, poll_interval=3600):
+        await other.wait()  # its shards are taken over, and what it had is read
+        outbox_db.execute("UPDATE entity_changes SET started_by = NULL WHERE seq = 1 AND NOT processed")
+        await _until_settled(outbox_db)
+    assert calls == [(failures + 1, False)]
+    assert states(outbox_db) == {"processed": 2}
+
+
+@pytest.mark.usefixtures("dead_for_certain")
+async def test_a_suspect_is_none_any_more_if_that_is_said_while_it_waits_for_its_turn(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, calls = Router(), list[tuple[int, int, bool]]()
+    first, go_on = asyncio.Event(), asyncio.Event()
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        calls.append((change.seq, change.attempt, change.crashed))
+        if not first.is_set():
+            first.set()
+            await go_on.wait()
+
+    _publish(outbox_db, 2)
+    _was_running(outbox_db, _as_if_the_owner_had_died(outbox_db), 1, 2)
+    async with consuming(outbox, router):
+        await first.wait()
+        [(alone, _, _)] = calls
+        outbox_db.execute("UPDATE entity_changes SET started_by = NULL WHERE seq <> %s", [alone])
+        go_on.set()
+        await _until_settled(outbox_db)
+    assert calls == [(alone, 2, True), (3 - alone, 1, False)]
+
+
+async def test_a_handler_in_a_thread_that_goes_on_without_its_session_does_not_keep_the_consumer_from_a_new_one(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, started, end = Router(), threading.Event(), threading.Event()
+
+    @router.on("x")
+    def handle(change: cdc.Change, connection: psycopg.Connection) -> None:
+        started.set()
+        end.wait()
+
+    @router.on("y")
+    async def another(change: cdc.Change) -> None: ...
+
+    _as_if_the_owner_had_died(outbox_db)
+    _publish(outbox_db, 1)
+    async with consuming(outbox, router):
+        await eventually_async(_is(started.is_set))
+        _end_session(outbox_db)
+        outbox_db.execute("SELECT publish_change('y', '1')")
+        await eventually_async(
+            _is(lambda: states(outbox_db) == {"fresh": 1, "processed": 1}), within_s=8, what="the other is handled"
+        )
+        end.set()
+        await _until_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 2}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
 
 from cdc.careful import Careful
-from cdc.lanes import Lanes
+from cdc.lanes import Lanes, Row
 from cdc.model import Change, Outcome, Processed
 from cdc.outbox.store import Store
 from cdc.workers import Workers
 from tests.eventually import eventually_async
-from tests.unit.changes import row
+from tests.unit.changes import change, row
 
 
 class _Waiting:
@@ -23,6 +26,16 @@ class _Waiting:
 
     def handler(self, change: Change) -> None:
         return None
+
+    def after_crash(self, change: Change) -> None:
+        return None
+
+    def session_lost(self) -> None: ...
+
+    def interrupted(self, change: Change) -> None: ...
+
+    def in_thread(self, change: Change) -> bool:
+        return False
 
     async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
         self.started += [change.seq for change in batch]
@@ -71,3 +84,31 @@ async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another()
     for task in workers._tasks:
         task.cancel()
     await _until(lambda: runner.started == [1])
+
+
+@pytest.mark.parametrize("doubtful", [False, True])
+async def test_a_suspect_that_is_cut_off_before_its_task_began_leaves_its_key_open(
+    doubtful: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def still_suspect(_self: Careful, _change: Change) -> bool:
+        return True
+
+    monkeypatch.setattr(Careful, "doubts", lambda _self, _change: doubtful)
+    monkeypatch.setattr(Careful, "suspects", still_suspect)
+    lanes, runner = Lanes(100), _Waiting()
+    lanes.own([0])
+    workers = _workers(lanes, runner, 10)
+    lanes.admit([Row(replace(change(1), crashed=True))])
+    workers.hand_out()
+    await asyncio.sleep(0)  # the worker's only step
+    assert len(workers._aside) + len(workers._doubted) == 1
+    lanes.reset()
+    await workers.session_lost()
+    await _until(lambda: len(workers) == 0)
+    assert runner.started == []
+    lanes.own([0])
+    lanes.admit([row(1)])
+    workers.hand_out()
+    await _until(lambda: runner.started == [1])
+    runner.go.set()
+    await _until(lambda: len(workers) == 0)
