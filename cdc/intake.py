@@ -31,6 +31,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import inf
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ _LOOK_AGAIN_FOR_S = 60.0
 _FETCH_MAX = 500
 _UNSEEN_MAX = 2_000
 _UNBOUNDED = 1 << 30
+_SHOWN_MAX = 1_000
 _FULL_PASS_EVERY = 12
 """Sweeps between two passes from zero: a minute at the usual interval."""
 _REST, _REST_MAX_S = 20, 600.0
@@ -126,6 +128,8 @@ class Intake:
         """By type and shard; the type that was read last stands last."""
         self._rung: dict[int, int] = {}
         self._unseen: dict[int, _Unseen] = {}
+        self._shown: dict[int, bool] = {}
+        """What passes have shown lately without having been told, the newest last: their wake-ups say nothing new."""
         self._next_sweep = 0.0
         self._sweeps = 0
         self._choices = deque((self._fetch, self._sweep, self._sweep_apart))
@@ -216,8 +220,8 @@ class Intake:
             shard = self._shards.get(number)
             if shard is None:
                 continue
-            if relayed or not shard.live:
-                shard.touch()
+            if (relayed or not shard.live) and not self._shown.pop(seq, False):
+                shard.touch(seq)
                 self._touch_apart(number)
             if relayed or not self._first_hand:
                 continue
@@ -310,6 +314,8 @@ class Intake:
         rung = 0
         for seq, _ in rows:
             rung += self._rung.pop(seq, None) is not None or self._unseen.pop(seq, None) is not None
+        if not self._first_hand:
+            self._show(rows)
         of_shards = self._shards if request.only is None else self._apart.get(request.only, {})
         stuck = refused.get(request.only, ()) if request.only else ()
         ends = _ends(rows, request.per_shard) if scanned is None else scanned
@@ -436,6 +442,17 @@ class Intake:
         if self._full_pass_from is not None and not any(shard.reading for shard in self._shards.values()):
             self._rest_until = now + min(_REST * (now - self._full_pass_from), _REST_MAX_S)
             self._full_pass_asked, self._full_pass_from = False, None
+
+    def _show(self, rows: Iterable[WakeUp]) -> None:
+        """A pass has shown these: they are not awaited any more, or their wake-ups are still to come."""
+        for seq, number in rows:
+            passes = self._shards.get(number)
+            if passes and seq in passes.awaited:
+                passes.awaited.remove(seq)
+            else:
+                self._shown[seq] = True
+        for seq in list(islice(self._shown, max(0, len(self._shown) - _SHOWN_MAX))):
+            del self._shown[seq]
 
     def _stirred(self) -> None:
         self._quiet = False

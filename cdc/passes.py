@@ -24,6 +24,9 @@ from typing import NamedTuple
 
 LOOK_AGAIN_MIN_S = 0.001
 REPASS_MAX_S = 0.5
+_AWAITED_MAX = 100
+_LOOKS = 10
+"""From LOOK_AGAIN_MIN_S to REPASS_MAX_S, each twice as late as the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Passes:
 
     __slots__ = (
         "again_at",
+        "awaited",
         "behind",
         "candidate",
         "cursor",
@@ -65,6 +69,7 @@ class Passes:
         "since",
         "stirred",
         "taken_in",
+        "uncertain",
     )
 
     def __init__(self, serial: int, stirred: Callable[[], None]) -> None:
@@ -85,6 +90,10 @@ class Passes:
         """The sweep that had been asked for last: its snapshot may be older than the loss."""
         self.again_at = 0.0
         self.patience = LOOK_AGAIN_MIN_S
+        self.awaited: set[int] = set()
+        """Numbers that were rung for, and that no page has shown since."""
+        self.uncertain = _LOOKS
+        """For so many passes: there may be more, of which nobody has told."""
         stirred()
 
     @property
@@ -96,6 +105,8 @@ class Passes:
         self.lost_at = None
         self.lost_in = serial
         self.patience = LOOK_AGAIN_MIN_S
+        self.awaited.clear()
+        self.uncertain = _LOOKS
         self.reading = True
         self.stirred()
 
@@ -143,12 +154,19 @@ class Passes:
             self.lost_at = snapshot.next_xid
         # A wake-up may have been early; after some looks without a new one the periodic sweep is enough, except where
         # a proof is still to come.
-        again = first_hand or self.patience <= REPASS_MAX_S
+        self.uncertain = max(0, self.uncertain - 1)
+        if self.patience > REPASS_MAX_S:
+            self.awaited.clear()
+        again = first_hand or self.uncertain or self.awaited
         self.again_at = now + min(self.patience, REPASS_MAX_S) if again else inf
         self.patience *= 2
 
-    def touch(self) -> None:
-        """A wake-up: look now, and again soon if it was early."""
+    def touch(self, seq: int | None = None) -> None:
+        """A wake-up, for that number or for whatever there is: look now, and again soon if it was early."""
+        if seq is None or len(self.awaited) >= _AWAITED_MAX:
+            self.uncertain = _LOOKS
+        else:
+            self.awaited.add(seq)
         self.reading = True
         self.patience = LOOK_AGAIN_MIN_S
         self.stirred()

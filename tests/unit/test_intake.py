@@ -191,6 +191,56 @@ def test_relayed_wake_ups_make_a_shard_be_swept_at_once_and_never_read_by_number
     _pass(intake, 1.5, Snapshot(30, 30), 7)
 
 
+@pytest.fixture
+def relayed_to(intake: Intake) -> Intake:
+    """The same without a stream, after so many looks without anything new that only the periodic sweep is left."""
+    intake.streaming(connected=False)
+    now = 1.0
+    while (wait_s := intake.wait_s(now)) < 2.0:
+        now += wait_s
+        _pass(intake, now, Snapshot(30, 30))
+    assert now < 3.0
+    return intake
+
+
+def test_a_relayed_wake_up_whose_change_a_pass_shows_is_done_with(relayed_to: Intake) -> None:
+    relayed_to.rung([WakeUp(7, 0), WakeUp(8, 0)])
+    _pass(relayed_to, 3.0, Snapshot(30, 30), 7, 8)
+    assert relayed_to.wait_s(3.0) > 1.0
+
+
+def test_a_relayed_wake_up_that_came_too_early_is_looked_for_again_within_milliseconds(relayed_to: Intake) -> None:
+    relayed_to.rung([WakeUp(7, 0), WakeUp(8, 0)])
+    _pass(relayed_to, 3.0, Snapshot(30, 30), 8)
+    assert relayed_to.wait_s(3.0) < 0.01
+    _pass(relayed_to, 3.0 + relayed_to.wait_s(3.0), Snapshot(30, 30), 7)
+    assert relayed_to.wait_s(3.1) > 1.0
+
+
+def test_a_relayed_wake_up_whose_change_a_pass_has_shown_before_says_nothing_new(relayed_to: Intake) -> None:
+    relayed_to.rung([WakeUp(7, 0)])
+    _pass(relayed_to, 3.0, Snapshot(30, 30), 7, 8)
+    relayed_to.rung([WakeUp(8, 0)])
+    assert _ask(relayed_to, 3.1) is None
+
+
+def test_of_what_passes_have_shown_before_its_wake_up_the_newest_is_remembered(relayed_to: Intake) -> None:
+    relayed_to.rung([WakeUp(1, 0)])
+    for page in range(1, 3000, 50):
+        _pass(relayed_to, 3.0, Snapshot(30, 30), *range(page, page + 50))
+        relayed_to.rung([WakeUp(page + 50, 0)])
+    relayed_to.rung([WakeUp(2990, 0)])
+    assert len(relayed_to._shown) == 999
+    relayed_to.rung([WakeUp(7, 0)])
+    assert 7 in relayed_to._shards[0].awaited
+
+
+def test_more_relayed_wake_ups_than_are_remembered_make_the_passes_go_on_for_a_while(relayed_to: Intake) -> None:
+    relayed_to.rung([WakeUp(seq, 0) for seq in range(7, 1000)])
+    _pass(relayed_to, 3.0, Snapshot(30, 30), *range(7, 57))
+    assert relayed_to.wait_s(3.0) < 0.01
+
+
 def test_the_periodic_sweep_comes_round_and_now_and_then_begins_at_zero(intake: Intake) -> None:
     now, fulls = 0.0, 0
     for _ in range(30):
