@@ -114,8 +114,8 @@ def processes(tmp_path: Path) -> Iterator[list[Process]]:
 
 def settled(db: psycopg.Connection) -> bool:
     """Nothing is fresh or waiting."""
-    [(left,)] = db.execute("SELECT count(*) FROM entity_changes WHERE NOT processed AND dead_at IS NULL").fetchall()
-    return bool(left == 0)
+    left = db.execute("SELECT FROM entity_changes WHERE NOT processed AND dead_at IS NULL LIMIT 1")
+    return not left.fetchall()
 
 
 def states(db: psycopg.Connection) -> dict[str, int]:

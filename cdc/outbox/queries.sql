@@ -309,6 +309,7 @@ WHERE id IN (
 )
 
 -- name: suspect
+-- Before a suspect runs: a row if it is one still.
 SELECT FROM {changes} WHERE id = %(id)s AND started_by <> %(process)s AND NOT processed AND dead_at IS NULL
 
 -- name: take

@@ -181,6 +181,7 @@ _INDEXES = {
     "start": {"pkey"},
     "sweep": {"fresh", "holding"},
     "sweep_some": {"fresh", "holding"},
+    "suspect": {"pkey"},
     "take": {"pkey"},
     "unstart": {"pkey"},
 }
