@@ -197,18 +197,17 @@ def _no_free_slot(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def _no_free_walsender(stage: Stage) -> Iterator[None]:
     with ExitStack() as held:
-        taken = 0
-
-        def all_taken() -> bool:
-            nonlocal taken
-            try:
-                held.enter_context(psycopg.connect(stage.dsn, replication="database", autocommit=True))
-                taken += 1
-            except psycopg.OperationalError:
+        def taken() -> bool:
+            """Also the one that the stream has just let go of, before it can have it again."""
+            for _ in range(2):
+                with contextlib.suppress(psycopg.OperationalError):
+                    held.enter_context(psycopg.connect(stage.dsn, replication="database", autocommit=True))
+                    return True
                 stage.end_stream()
-            return taken == _WALSENDERS
+            return False
 
-        eventually(all_taken, what="others hold every walsender")
+        for number in range(_WALSENDERS):
+            eventually(taken, what=f"others hold {number + 1} walsenders")
         yield
 
 

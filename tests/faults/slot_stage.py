@@ -54,10 +54,12 @@ class Pace:
     module: str
     wal_sender_timeout_s: float
     within_s: float
+    poll_interval_s: float
 
 
-HURRIED = Pace("tests.faults.hurried", hurried.WAL_SENDER_TIMEOUT_S, 45)
-AS_SHIPPED = Pace("cdc", 15.0, 180)
+# Hurried, it sweeps for two seconds between two attempts to stream.
+HURRIED = Pace("tests.faults.hurried", hurried.WAL_SENDER_TIMEOUT_S, 45, 0.2)
+AS_SHIPPED = Pace("cdc", 15.0, 180, 0.5)
 
 
 def prepare(dsn: str) -> None:
@@ -183,7 +185,8 @@ class Stage:
         self.proxy = Proxy(server.dsn())
         self.port = free_port()
         self._folder = folder
-        self._settings = {**_CONSUMER, "slot_plugin": plugin, "http_port": self.port, **settings}
+        own = {"slot_plugin": plugin, "http_port": self.port, "poll_interval": pace.poll_interval_s}
+        self._settings = {**_CONSUMER, **own, **settings}
         self._leads_elsewhere = dsn is not None
 
     def __enter__(self) -> Stage:
