@@ -75,7 +75,8 @@ class Server:
         self.wal2json = self.installation.wal2json
         self.port = free_port() if tcp else 5432
         self.tcp = tcp
-        self.folder = Path(tempfile.mkdtemp(prefix="cdc", dir="/tmp" if durable or not _plenty_of_memory() else _MEMORY))
+        in_memory = not durable and _plenty_of_memory()
+        self.folder = Path(tempfile.mkdtemp(prefix="cdc", dir=_MEMORY if in_memory else "/tmp"))
         self.data = self.folder / "data"
         self._settings = {**_DURABLE, **({} if durable else _FAST), **(settings or {})}
         # initdb and postgres refuse to run as root.
