@@ -31,7 +31,7 @@ _DURABLE: Mapping[str, str] = {
 }
 # synchronous_commit stays on: without it a commit waits up to 200 ms to be flushed, and only then does the slot ring.
 _FAST: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
-_MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it is made by mkdtemp
+_DISK, _MEMORY = Path("/tmp"), Path("/dev/shm")  # noqa: S108 - the folder in it is made by mkdtemp
 _PLENTY_BYTES = 8 << 30
 _LOCALE = "C" if sys.platform == "darwin" else "C.UTF-8"  # macOS has no C.UTF-8
 
@@ -76,7 +76,7 @@ class Server:
         self.port = free_port() if tcp else 5432
         self.tcp = tcp
         in_memory = not durable and _plenty_of_memory()
-        self.folder = Path(tempfile.mkdtemp(prefix="cdc", dir=_MEMORY if in_memory else "/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix="cdc", dir=_MEMORY if in_memory else _DISK))
         self.data = self.folder / "data"
         self._settings = {**_DURABLE, **({} if durable else _FAST), **(settings or {})}
         # initdb and postgres refuse to run as root.
