@@ -197,6 +197,7 @@ def _no_free_slot(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def _no_free_walsender(stage: Stage) -> Iterator[None]:
     with ExitStack() as held:
+
         def taken() -> bool:
             """Also the one that the stream has just let go of, before it can have it again."""
             for _ in range(2):
