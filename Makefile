@@ -13,9 +13,9 @@ NODE := tests/bench/peers
 unexport PYTHONDONTWRITEBYTECODE
 
 ARGS ?=
-# Files stay together, as their fixtures do; the long ones come first. More of them at a time than there are cores make some
-# limits pass that are there for what hangs.
-JOBS ?= 2
+# Files stay together, as their fixtures do; the long ones come first. Tests mostly wait: somewhat more files at a time than
+# there are cores. Many more make limits pass that are there for what hangs.
+JOBS ?= 3
 KEEP ?=
 PYTHON ?=
 export PYTHON
@@ -29,7 +29,7 @@ demo: $(READY) ## Watch changes travel, on a throw-away server. KEEP=1: stay up 
 	@$(BIN)/cdc demo $(if $(KEEP),--keep)
 
 .PHONY: test
-test: machine $(READY) ## Run all tests, JOBS=2 files at a time. ARGS="-k lanes -x" is passed to pytest.
+test: machine $(READY) ## Run all tests, JOBS=3 files at a time. ARGS="-k lanes -x" is passed to pytest.
 	@CDC_REQUIRE_PG=1 $(BIN)/python -m pytest --ignore tests/container -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: containers
