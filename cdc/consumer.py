@@ -43,6 +43,8 @@ from cdc.workers import Workers
 log = logging.getLogger("cdc.consumer")
 
 _SETTLE_MAX = 1_000
+_SETTLE_PAUSE_S = 0.005
+"""From the beginning of a settle to that of the next: what ends meanwhile shares a statement and a flush."""
 _SOON_S = 0.05
 _LOOK_AT_SHARDS_S = 1.0
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
@@ -366,7 +368,10 @@ class Consumer:
             self._settle_due.clear()
             while batch := self._lanes.take_finished(_SETTLE_MAX):
                 self._turn("settle")
+                again_at = self._now() + _SETTLE_PAUSE_S
                 await self._settle(session, batch)
+                if self._lanes.to_settle < self._lanes.worth and (pause_s := again_at - self._now()) > 0:
+                    await _wait(self._stopping, pause_s)
             if self._drained:
                 return
             await _due(self._settle_due, _TURN_AT_LEAST_S)

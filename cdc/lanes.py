@@ -129,6 +129,11 @@ class Lanes:
         return sum(self._in_flight.values()) - len(self._finished) - len(self._settling)
 
     @property
+    def to_settle(self) -> int:
+        """How many ``take_finished`` would give."""
+        return len(self._finished)
+
+    @property
     def settling(self) -> int:
         return len(self._finished) + len(self._settling)
 

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 import cdc
+from cdc import consumer
 from cdc.app import App
 from cdc.model import SHARDS
 from cdc.routing import Router
@@ -94,6 +95,23 @@ async def test_a_change_that_comes_alone_costs_a_fetch_and_a_mark(
     statements, bytes_ = a_change(tally.passed.since(before), 100)
     assert statements < 3  # 2.01: a look at the timers now and then
     assert bytes_ < 2_000  # 1,370: half of it describes the columns
+
+
+async def test_changes_that_end_shortly_after_one_another_share_a_mark(
+    working: App, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer, "_SETTLE_PAUSE_S", 0.5)  # shortly, for a machine of any speed
+    registry = working.metrics.registry
+    before = metric(registry, "cdc_settle_changes_count")
+    for number in range(1, 101):
+        outbox_db.execute("INSERT INTO note VALUES (%s, 'a row')", [number])
+
+        async def handled(so_many: int = number + 1) -> bool:
+            return metric(registry, "cdc_changes_handled_total") == so_many
+
+        await eventually_async(handled, what="it is handled, whether marked or not")
+    await until_processed(working, 101)
+    assert metric(registry, "cdc_settle_changes_count") - before < 50  # 7
 
 
 async def test_a_backlog_is_read_through_indexes_once(outbox: str, outbox_db: psycopg.Connection, noop: Router) -> None:
