@@ -21,8 +21,10 @@ from cdc.model import WakeUp
 from cdc.outbox.store import Page, Store
 
 _RESUMES_MAX = 20
-_REST = 4
-"""Between two looks for what is due there is so many times the time that the first one took."""
+_REST, _REST_MAX_S = 4, 1.0
+"""Between two looks for what is due there is so many times the time that the first one took; up to a limit, for that
+may have been the time that this process was stopped, or the table locked. Found by the ledger: six seconds of SIGSTOP
+in the middle of a look, and no retry was made for 24 more."""
 
 
 class Reads:
@@ -127,7 +129,8 @@ class Reads:
             self._sweep_interval_s if next_due_s is None else next_due_s,
             self._poll_interval_s if self._left_out else self._sweep_interval_s,
         ))  # fmt: skip
-        self._due_rests_until = _now() + _REST * (_now() - began)
+        now = _now()
+        self._due_rests_until = now + min(_REST * (now - began), _REST_MAX_S)
         return True
 
     async def _read_intake(self, reader: psycopg.AsyncConnection, room: int) -> bool:

@@ -1,0 +1,68 @@
+"""When is looked again for what is due."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from cdc import reads
+from cdc.intake import Intake
+from cdc.lanes import Lanes, Row
+from cdc.metrics import Metrics
+from cdc.reads import Reads
+from cdc.routing import Router
+
+
+class _Store:
+    """Nothing is due yet; a look takes ``took_s`` of the clock."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self.took_s = 0.0
+        self.looks = 0
+
+    async def due(
+        self, _reader: object, _shards: Iterable[int], _limit: int, _without: Iterable[str] = ()
+    ) -> tuple[list[Row], float | None]:
+        self.looks += 1
+        self.clock += self.took_s
+        return [], 0.05
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> _Store:
+    made = _Store()
+    monkeypatch.setattr(reads, "_now", lambda: made.clock)
+    return made
+
+
+async def _look(store: _Store) -> Reads:
+    intake = Intake(sweep_interval_s=3600.0)
+    assert intake.next(0.0, 1, 1) is None  # the next sweep is an hour off
+    made = Reads(
+        Lanes(100), intake, store, Metrics("cdc", Router()), owned=lambda: {0},  # type: ignore[arg-type]
+        sweep_interval_s=3600.0, poll_interval_s=3600.0,
+    )  # fmt: skip
+    reader: Any = None
+    assert await made.once(reader)
+    assert store.looks == 1
+    return made
+
+
+async def test_what_is_due_next_is_looked_for_when_it_is_due(store: _Store) -> None:
+    made = await _look(store)
+    assert made.wait_s() == pytest.approx(0.05)
+
+
+async def test_looks_that_take_long_leave_time_for_other_reads(store: _Store) -> None:
+    store.took_s = 0.1
+    made = await _look(store)
+    assert made.wait_s() == pytest.approx(0.4)
+
+
+async def test_a_process_that_was_stopped_during_a_look_makes_no_retry_wait_for_that(store: _Store) -> None:
+    store.took_s = 60.0
+    made = await _look(store)
+    assert made.wait_s() <= 1.0
