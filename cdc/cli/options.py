@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -103,5 +103,6 @@ def open_database(settings: Settings) -> Iterator[Connection]:
     """An autocommit connection for one command, closed at its end. Raises ConnectError with the remedy."""
     from cdc.connect import connect  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    with connect(settings.dsn_text, application_name="cdc command line") as connection:
+    # The driver's own way would commit, which fails where Ctrl-C came in the middle of a statement.
+    with closing(connect(settings.dsn_text, application_name="cdc command line")) as connection:
         yield connection

@@ -19,6 +19,8 @@ from psycopg.conninfo import make_conninfo
 
 from cdc import Change, Router, slots
 from cdc.cli import cdc
+from cdc.cli.options import open_database
+from cdc.config import Settings
 from cdc.errors import CdcError, NotFoundError, RefusedError, StreamError, UsageError
 from cdc.installations import Installation, find_installation, find_installations
 from cdc.model import publication_name
@@ -412,3 +414,12 @@ def test_exit_codes_tell_usage_missing_and_refused_apart(database: str, db: psyc
 def test_without_a_name_it_is_the_configured_slot(database: str, db: psycopg.Connection, slot: str) -> None:
     assert run(database, "create", "--slot-name", slot).exit_code == 0
     assert slot_facts(db, slot)
+
+
+def test_a_command_that_is_interrupted_in_the_middle_of_a_statement_leaves_its_connection_without_an_error(
+    database: str,
+) -> None:
+    # So the driver leaves it where Ctrl-C comes between sending a statement and waiting for its answer.
+    with open_database(Settings(dsn=database)) as connection:  # type: ignore[arg-type]
+        connection.pgconn.send_query(b"SELECT pg_advisory_lock(1)")
+    assert connection.closed
