@@ -22,7 +22,7 @@ def eventually(condition: Callable[[], T], *, within_s: float = 30.0, what: str 
         asked_at = time.monotonic()
         if value := condition():
             return value
-        time.sleep(_pause_s(asked_at, deadline, what or condition, value))
+        time.sleep(_pause_s(asked_at, deadline, within_s, what or condition, value))
 
 
 async def eventually_async(condition: Callable[[], Awaitable[T]], *, within_s: float = 30.0, what: str = "") -> T:
@@ -31,11 +31,11 @@ async def eventually_async(condition: Callable[[], Awaitable[T]], *, within_s: f
         asked_at = time.monotonic()
         if value := await condition():
             return value
-        await asyncio.sleep(_pause_s(asked_at, deadline, what or condition, value))
+        await asyncio.sleep(_pause_s(asked_at, deadline, within_s, what or condition, value))
 
 
-def _pause_s(asked_at: float, deadline: float, what: object, value: object) -> float:
+def _pause_s(asked_at: float, deadline: float, within_s: float, what: object, value: object) -> float:
     now = time.monotonic()
     if now > deadline:
-        raise AssertionError(f"not in time: {what}; last value {value!r}")
+        raise AssertionError(f"not within {within_s} s: {what}; last value {value!r}")
     return max(_EVERY_S, _REST * (now - asked_at))
