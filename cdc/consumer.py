@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -31,7 +31,7 @@ from cdc.intake import Intake
 from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.metrics import Metrics
-from cdc.model import SHARDS, Change, Committed, Outcome, Processed, Waiting, WakeUp
+from cdc.model import SHARDS, Change, Committed, Processed, Waiting, WakeUp
 from cdc.outbox.shards import Session
 from cdc.outbox.store import INDEXED, Store, UnreadJson
 from cdc.reads import Reads
@@ -91,9 +91,7 @@ class Consumer:
         self._store = store
         self._hooks = hooks
         self._metrics = metrics
-        self._lanes = Lanes(
-            settings.window, fenced=runner.fenced, turns=demand.turns, needs=demand.needs, sole=demand.sole_type
-        )
+        self._lanes = Lanes(settings.window, turns=demand.turns, needs=demand.needs, sole=demand.sole_type)
         self._intake = Intake(
             sweep_interval_s=settings.poll_interval_s, room_for=self._lanes.room_for, scope=settings.scope
         )
@@ -391,26 +389,29 @@ class Consumer:
         self._workers.hand_out()
         self._read_due.set()
 
-    def _finished(self, change: Change, outcome: Outcome) -> None:
-        if isinstance(outcome, Committed):
-            self._processed(change, outcome.at)
+    def _finished(self, batch: Sequence[Finished]) -> None:
+        committed = [(change, outcome.at) for change, outcome in batch if isinstance(outcome, Committed)]
+        for change, at in committed:
+            self._processed([change], at)
             self._read_due.set()
-        else:
+        if len(committed) < len(batch):
             self._settle_due.set()
 
-    def _tell(self, batch: Iterable[Finished], settled_at: datetime) -> None:
+    def _tell(self, batch: Sequence[Finished], settled_at: datetime) -> None:
+        self._processed([change for change, outcome in batch if isinstance(outcome, Processed)], settled_at)
         for change, outcome in batch:
             if change.requeued:
                 self._reads.due_within(0.0)  # it may have held back another one that is due
-            match outcome:
-                case Processed():
-                    self._processed(change, settled_at)
-                case Waiting(delay_s):
-                    self._reads.due_within(delay_s)
+            if isinstance(outcome, Waiting):
+                self._reads.due_within(outcome.delay_s)
 
-    def _processed(self, change: Change, at: datetime) -> None:
-        self._metrics.took(change.entity_type, (at - change.changed_at).total_seconds())
-        self._hooks.processed(change)
+    def _processed(self, changes: Sequence[Change], at: datetime) -> None:
+        took_s: dict[str, list[float]] = {}
+        for change in changes:
+            took_s.setdefault(change.entity_type, []).append((at - change.changed_at).total_seconds())
+        for entity_type, seconds in took_s.items():
+            self._metrics.took(entity_type, seconds)
+        self._hooks.processed(changes)
 
     # --- small things ----------------------------------------------------------------------------------------------
 

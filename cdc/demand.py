@@ -8,6 +8,8 @@ from cdc.turns import Needs, Turns
 
 _THREADS = "threads"
 _CONNECTIONS, _CONNECTIONS_IN_THREADS = "connections", "connections in threads"
+_RUN_MAX = 100
+"""Calls on the event loop that may turn out to be over at once."""
 _KINDS_MAX = 10_000
 """Of entity type and operation, remembered. Types come from the data: nothing else bounds them."""
 
@@ -32,10 +34,15 @@ class Demand:
         needs = self._known.get(kind)
         if needs is None:
             handler = self._router.match(*kind)
-            needs = Needs(change.entity_type, handler.name, _pools(handler)) if handler else Needs(change.entity_type)
+            needs = _needs(change.entity_type, handler) if handler else Needs(change.entity_type)
             if len(self._known) < _KINDS_MAX:
                 self._known[kind] = needs
         return needs
+
+
+def _needs(entity_type: str, handler: Handler) -> Needs:
+    run = _RUN_MAX if handler.single else 1
+    return Needs(entity_type, handler, _pools(handler), fenced=handler.transactional, run=run)
 
 
 def _pools(handler: Handler) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import functools
 import inspect
 import logging
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 from cdc.model import Change
@@ -37,9 +38,10 @@ class Hooks:
         self._news: asyncio.Queue[tuple[Hook, tuple[Any, ...]]] = asyncio.Queue(_BACKLOG_MAX)
         self._overflowing = False
 
-    def processed(self, change: Change) -> None:
+    def processed(self, changes: Iterable[Change]) -> None:
         for hook in self._processed:
-            self._tell(hook, change)
+            for change in changes:
+                self._tell(hook, change)
 
     def failed(self, change: Change, error: BaseException) -> None:
         for hook in self._failed:

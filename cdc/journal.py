@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from cdc.model import Change, Key, Outcome, holds_its_key
+from cdc.model import Change, Key, Outcome
 
 
 class Finished(NamedTuple):
@@ -36,9 +36,9 @@ class Journal:
         self._arrived.clear()
         self._cut_off.clear()
 
-    def settled(self, finished: Finished) -> None:
+    def settled(self, batch: Iterable[Finished]) -> None:
         if self._open:
-            self._settled[finished.change.seq] = finished
+            self._settled.update((finished.change.seq, finished) for finished in batch)
 
     def arrived(self, shards: Iterable[int]) -> None:
         """Shards were taken over; they may have been ours when the read began, and somebody else's since."""
@@ -57,9 +57,9 @@ class Journal:
     def done(self) -> set[Key]:
         """The keys which a change held back, maybe, and holds back no more."""
         settled = self._settled.values()
-        return self._cut_off | {finished.change.key for finished in settled if not holds_its_key(finished.outcome)}
+        return self._cut_off | {finished.change.key for finished in settled if not finished.outcome.holds_key}
 
     def waits(self) -> dict[Key, int]:
         """The keys of which a change has come to wait, and its number."""
         settled = self._settled.values()
-        return {finished.change.key: finished.change.seq for finished in settled if holds_its_key(finished.outcome)}
+        return {finished.change.key: finished.change.seq for finished in settled if finished.outcome.holds_key}

@@ -5,16 +5,17 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 
-from cdc.model import Change
+from cdc.model import Change, Key
 from cdc.turns import Needs
 
 
 class Lane:
     """``running`` is one change, or a batch of successive ones. ``settling`` counts."""
 
-    __slots__ = ("holding", "needs", "orphan", "queue", "running", "settling")
+    __slots__ = ("holding", "key", "needs", "orphan", "queue", "running", "settling")
 
-    def __init__(self) -> None:
+    def __init__(self, key: Key) -> None:
+        self.key = key
         self.queue: deque[Change] = deque()
         self.running: list[Change] = []
         self.settling = 0
@@ -28,6 +29,11 @@ class Lane:
     @property
     def shut(self) -> bool:
         return self.holding > 0
+
+    @property
+    def fenced(self) -> bool:
+        """Of the first queued change."""
+        return self.needs is not None and self.needs.fenced
 
     @property
     def empty(self) -> bool:

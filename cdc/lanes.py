@@ -36,9 +36,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
+from cdc.inflight import InFlight
 from cdc.journal import Finished, Journal
 from cdc.lane import Lane
-from cdc.model import Change, Committed, Key, Outcome, holds_its_key
+from cdc.model import Change, Committed, Key
 from cdc.quota import Quota
 from cdc.turns import Needs, Turns
 from cdc.unread import Resume, Unread
@@ -70,9 +71,9 @@ class Admitted(NamedTuple):
 
 
 class Lanes:
-    """``capacity``: changes in the window. ``lane_capacity``: queued changes of one key. ``fenced``: see above.
+    """``capacity``: changes in the window. ``lane_capacity``: queued changes of one key.
 
-    ``turns`` and ``needs``: what may run beside what. ``sole``: there is one entity type only.
+    ``turns`` and ``needs``: what may run beside what, and is fenced. ``sole``: there is one entity type only.
     """
 
     def __init__(
@@ -81,25 +82,22 @@ class Lanes:
         lane_capacity: int = 64,
         unread_max: int = _UNREAD_KEYS_MAX,
         *,
-        fenced: Callable[[Change], bool] = lambda _: False,
         turns: Turns | None = None,
         needs: Callable[[Change], Needs] = lambda change: Needs(change.entity_type),
         sole: bool = True,
     ) -> None:
         self.capacity = capacity
         self.lane_capacity = lane_capacity
-        self._fenced = fenced
         self._needs = needs
         self._lanes: dict[Key, Lane] = {}
-        self._known: dict[int, Change] = {}
+        self._known: dict[int, Lane] = {}
+        """Of each change in the window, by its number."""
         self._window = Quota(capacity, _FACTOR, sole=sole)
         self._turns = turns or Turns()
         self._finished: list[Finished] = []
         self._settling: dict[int, Finished] = {}
         self._unread = Unread(unread_max, sole=sole)
-        self._owned: set[int] = set()
-        self._in_flight: dict[int, int] = {}
-        self._leaving: set[int] = set()
+        self._in_flight = InFlight()
         self._journal = Journal()
 
     # --- what is where ---------------------------------------------------------------------------------------------
@@ -126,7 +124,7 @@ class Lanes:
 
     @property
     def running(self) -> int:
-        return sum(self._in_flight.values()) - len(self._finished) - len(self._settling)
+        return len(self._in_flight) - len(self._finished) - len(self._settling)
 
     @property
     def to_settle(self) -> int:
@@ -139,11 +137,11 @@ class Lanes:
 
     @property
     def queued(self) -> int:
-        return len(self._known) - sum(self._in_flight.values())
+        return len(self._known) - len(self._in_flight)
 
     @property
     def ready(self) -> int:
-        """How many keys could start a change now."""
+        """How many runs could start now: changes, where no more than one of them starts at a time."""
         return self._turns.ready
 
     def waiting_like(self, change: Change) -> int:
@@ -165,10 +163,7 @@ class Lanes:
     # --- shards ----------------------------------------------------------------------------------------------------
 
     def own(self, shards: Iterable[int]) -> None:
-        arrived = set(shards) - self._owned
-        self._owned |= arrived
-        self._leaving -= arrived
-        self._journal.arrived(arrived)
+        self._journal.arrived(self._in_flight.own(shards))
 
     def forget_unread(self, shards: Iterable[int]) -> None:
         """These shards are about to be swept from their first change on, which finds what the marks stand for.
@@ -179,19 +174,15 @@ class Lanes:
 
     def release(self, shards: Iterable[int]) -> None:
         """Take nothing more from these shards and let go what is queued. ``released`` tells when they are quiet."""
-        leaving = self._owned & set(shards)
-        self._owned -= leaving
-        self._leaving |= leaving
-        for key, lane in list(self._lanes.items()):
+        leaving = self._in_flight.release(shards)
+        for lane in list(self._lanes.values()):
             if lane.queue and lane.queue[0].shard in leaving:
-                self._drop_queue(key, lane, remember=False)
+                self._drop_queue(lane, remember=False)
         self._unread.forget(list(self._unread.of_shards(leaving)))
 
     def released(self) -> set[int]:
         """The shards asked back that have nothing in flight any more; each is told once."""
-        quiet = {shard for shard in self._leaving if not self._in_flight.get(shard)}
-        self._leaving -= quiet
-        return quiet
+        return self._in_flight.released()
 
     def reset(self) -> list[Change]:
         """The session is lost: forget all but the running handlers, and return the changes these work on."""
@@ -201,8 +192,7 @@ class Lanes:
             lane.settling = lane.holding = 0
             lane.orphan = True
         self._lanes = orphans
-        for forgotten in (self._known, self._window, self._finished, self._settling, self._unread, self._owned,
-                          self._in_flight, self._leaving):  # fmt: skip
+        for forgotten in (self._known, self._window, self._finished, self._settling, self._unread, self._in_flight):
             forgotten.clear()
         self._turns.forget_ready()
         self._journal.close()
@@ -233,9 +223,10 @@ class Lanes:
         done_meanwhile, wait_meanwhile = self._journal.done(), self._journal.waits()
         refused: dict[str, dict[int, int]] = {}
         refused_keys: set[Key] = set()
+        owned = self._in_flight.owned
         for row in rows:
             change, key = row.change, row.change.key
-            if change.seq in self._known or change.shard not in self._owned or self._journal.outdates(change):
+            if change.seq in self._known or change.shard not in owned or self._journal.outdates(change):
                 continue
             if key in refused_keys:
                 continue  # what refused the one before may have room by now, and would let this one overtake it
@@ -283,23 +274,24 @@ class Lanes:
 
     # --- through ---------------------------------------------------------------------------------------------------
 
-    def start(self) -> Change | None:
-        """The next change to run now, or None."""
+    def start(self) -> Sequence[Change]:
+        """What is to run now: the next change, or a run of several that need the same, each of another key."""
         while turn := self._turns.next():
-            key, needs = turn
-            lane = self._lanes.get(key)
-            if lane is None or not self._startable(lane):
-                continue
-            if lane.needs != needs:
-                continue  # an earlier change of the key came in, and has been made ready instead
-            change = self._start_next(lane)
-            self._turns.started(change, needs)
-            return change
-        return None
+            keys, needs = turn
+            started: list[Change] = []
+            for key in keys:
+                lane = self._lanes.get(key)
+                # Of other needs, if an earlier change of the key came in and has been made ready instead.
+                if lane is not None and self._startable(lane) and lane.needs == needs:
+                    started.append(self._start_next(lane))
+            if started:
+                self._turns.started(started, needs)
+                return started
+        return ()
 
     def set_aside(self, change: Change) -> None:
         """A started change waits for something of its own, or joins a batch: others may run in its place."""
-        self._turns.ended(change)
+        self._turns.ended([change])
 
     def start_with(self, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
         """Start more changes that ``belong`` into a started batch, up to ``limit``: of its keys first, then others.
@@ -320,55 +312,58 @@ class Lanes:
                 if belongs(lane.queue[0]):
                     self._start_run(lane, batch, limit, belongs)
                 else:
-                    self._make_ready(key, lane)
+                    self._make_ready(lane)
                 if len(batch) >= limit:
                     return
 
-    def finished(self, change: Change, outcome: Outcome) -> None:
-        """The handler of a started change ended."""
-        key = change.key
-        lane = self._lanes[key]
-        lane.leave_running(change)
-        self._turns.ended(change)
-        if lane.orphan:
-            self._orphan_returned(key, lane)
-            return
-        finished = Finished(change, outcome)
-        self._window.leave(change.entity_type)  # it waits for a mark, and that is not its type's fault
-        lane.settling += 1
-        if isinstance(outcome, Committed):
-            self._settling[change.seq] = finished
+    def finished(self, batch: Sequence[Finished]) -> None:
+        """The handlers of these started changes ended; those of a key stand in ``seq`` order."""
+        self._turns.ended(finished.change for finished in batch)
+        for finished in batch:
+            change = finished.change
+            lane = self._known.get(change.seq) or self._lanes[change.key]  # an orphan is not in the window
+            lane.leave_running(change)
+            if lane.orphan:
+                self._orphan_returned(lane)
+            else:
+                self._window.leave(change.entity_type)  # it waits for a mark, and that is not its type's fault
+                lane.settling += 1
+                self._finished_in_lane(lane, finished)
+
+    def _finished_in_lane(self, lane: Lane, finished: Finished) -> None:
+        if isinstance(finished.outcome, Committed):
+            self._settling[finished.change.seq] = finished
             self.settled([finished])
         else:
             self._finished.append(finished)
-        if holds_its_key(outcome):
+        if finished.outcome.holds_key:
             lane.holding += 1
-            self._drop_queue(key, lane, remember=True)
+            self._drop_queue(lane, remember=True)
         elif lane.queue and not lane.running:
-            self._make_ready(key, lane)
+            self._make_ready(lane)
         else:
-            self._consider_resume(key)
+            self._consider_resume(lane.key)
 
     def interrupted(self, change: Change) -> None:
         """The handler of a started change was cut off. The table knows what came of it: its key is read anew."""
         key = change.key
         lane = self._lanes[key]
         lane.leave_running(change)
-        self._turns.ended(change)
+        self._turns.ended([change])
         if lane.orphan:
-            self._orphan_returned(key, lane)
+            self._orphan_returned(lane)
             return
         self._forget(change)
-        self._left_flight(change)
+        self._in_flight.left(change)
         self._journal.cut_off(key)
         # A waiting change is found again when it is due; those behind it are not, and may be held back no more.
         first = next((c for c in (change, *lane.queue) if not c.requeued), None)
-        self._drop_queue(key, lane, remember=False)
-        if first and change.shard in self._owned:
+        self._drop_queue(lane, remember=False)
+        if first and change.shard in self._in_flight.owned:
             self._note(key, first.seq, first.shard, held=False)
         if mark := self._unread.get(key):
             mark.held = lane.shut  # what held the key may be this change, and may be done: the table is asked
-        self._drop_if_empty(key, lane)
+        self._drop_if_empty(lane)
         self._consider_resume(key)
 
     # --- out -------------------------------------------------------------------------------------------------------
@@ -381,15 +376,20 @@ class Lanes:
 
     def settled(self, batch: Iterable[Finished]) -> None:
         """These outcomes are committed."""
-        for finished in batch:
-            change = finished.change
-            if self._settling.pop(change.seq, None) is None:
-                continue  # the lanes were reset while the settle was under way
-            self._journal.settled(finished)
-            del self._known[change.seq]
-            self._window.vacate()
-            self._left_flight(change)
-            self._settled_in_lane(change, finished.outcome)
+        # Those that are not there: the lanes were reset while the settle was under way.
+        done = [finished for finished in batch if self._settling.pop(finished.change.seq, None)]
+        self._journal.settled(done)
+        self._window.vacate(len(done))
+        for change, outcome in done:
+            self._in_flight.left(change)
+            lane = self._known.pop(change.seq)
+            lane.settling -= 1
+            lane.holding -= outcome.holds_key
+            if lane.queue and not lane.running and not lane.settling and lane.fenced:
+                self._make_ready(lane)
+            self._drop_if_empty(lane)
+            if not outcome.holds_key:
+                self._unhold(lane.key)
 
     def resumes(self, limit: int) -> list[Resume]:
         """Keys to read on for, of one type that has room, each told once; answer each with ``resumed``."""
@@ -397,20 +397,19 @@ class Lanes:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _make_ready(self, key: Key, lane: Lane) -> None:
+    def _make_ready(self, lane: Lane) -> None:
         lane.needs = self._needs(lane.queue[0])
-        self._turns.put(key, lane.needs)
+        self._turns.put(lane.key, lane.needs)
 
     def _startable(self, lane: Lane) -> bool:
         if not lane.queue or lane.running or lane.shut:
             return False
-        # A fenced one is made ready again when the last before it has settled.
-        return not (lane.settling and self._fenced(lane.queue[0]))
+        return not (lane.settling and lane.fenced)  # it is made ready again when the last before it has settled
 
     def _start_next(self, lane: Lane) -> Change:
         change = lane.queue.popleft()
         lane.running.append(change)
-        self._in_flight[change.shard] = self._in_flight.get(change.shard, 0) + 1
+        self._in_flight.started(change)
         return change
 
     def _start_run(self, lane: Lane, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
@@ -422,24 +421,12 @@ class Lanes:
 
     def _enqueue(self, key: Key, lane: Lane | None, change: Change) -> None:
         if lane is None:
-            lane = self._lanes[key] = Lane()
-        self._known[change.seq] = change
+            lane = self._lanes[key] = Lane(key)
+        self._known[change.seq] = lane
         self._window.take(change.entity_type)
         lane.enqueue(change)
         if not lane.running and lane.queue[0] is change:
-            self._make_ready(key, lane)
-
-    def _settled_in_lane(self, change: Change, outcome: Outcome) -> None:
-        key = change.key
-        lane = self._lanes.get(key)
-        if lane is not None:
-            lane.settling -= 1
-            lane.holding -= holds_its_key(outcome)
-            if lane.queue and not lane.running and not lane.settling:
-                self._make_ready(key, lane)  # its head may have been fenced
-            self._drop_if_empty(key, lane)
-        if not holds_its_key(outcome):
-            self._unhold(key)
+            self._make_ready(lane)
 
     def _unhold(self, key: Key) -> None:
         if mark := self._unread.get(key):
@@ -451,15 +438,16 @@ class Lanes:
         if mark and not mark.held and (lane is None or not (lane.queue or lane.shut or lane.orphan)):
             self._unread.resume(key)
 
-    def _orphan_returned(self, key: Key, lane: Lane) -> None:
+    def _orphan_returned(self, lane: Lane) -> None:
         if lane.running:
             return
         lane.orphan = False
-        self._unhold(key)
-        self._drop_if_empty(key, lane)
+        self._unhold(lane.key)
+        self._drop_if_empty(lane)
 
-    def _drop_queue(self, key: Key, lane: Lane, *, remember: bool) -> None:
+    def _drop_queue(self, lane: Lane, *, remember: bool) -> None:
         """Let the queued changes go; with ``remember``, they are held behind the one that waits."""
+        key = lane.key
         for change in lane.queue:
             self._forget(change)
         if remember and lane.queue:
@@ -468,7 +456,7 @@ class Lanes:
             mark.held = True
             self._unread.do_not_resume(key)
         lane.queue.clear()
-        self._drop_if_empty(key, lane)
+        self._drop_if_empty(lane)
 
     def _give_way(self, key: Key, lane: Lane | None, earlier: Change) -> None:
         """An earlier change of the key was requeued and is not to run yet: what is queued behind it is let go."""
@@ -481,19 +469,15 @@ class Lanes:
             self._note(key, later[0].seq, later[0].shard, held=True)
             self._unread.do_not_resume(key)
 
-    def _drop_if_empty(self, key: Key, lane: Lane) -> None:
+    def _drop_if_empty(self, lane: Lane) -> None:
         if lane.empty:
-            self._lanes.pop(key, None)
+            self._lanes.pop(lane.key, None)
 
     def _forget(self, change: Change) -> None:
         del self._known[change.seq]
         self._window.give(change.entity_type)
 
-    def _left_flight(self, change: Change) -> None:
-        self._in_flight[change.shard] -= 1
-        if not self._in_flight[change.shard]:
-            del self._in_flight[change.shard]
-
     def _note(self, key: Key, seq: int, shard: int, *, held: bool) -> None:
-        assert shard in self._owned, "a shard that comes back is read from its first change on, without old marks"
+        owned = self._in_flight.owned
+        assert shard in owned, "a shard that comes back is read from its first change on, without old marks"
         self._unread.note(key, seq, shard, held=held)

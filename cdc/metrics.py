@@ -154,13 +154,13 @@ class Metrics:
         """The label value for an entity type: itself where a rule names it, else ``other``."""
         return name if name in self._types else OTHER
 
-    def handled(self, entity_type: str, handler: str, outcome: str) -> None:
-        """An attempt ended. On the hot path: the child is looked up once for each combination."""
-        self._handled(self.entity_type(entity_type), handler, outcome).inc()
+    def handled(self, entity_type: str, handler: str, outcome: str, attempts: int = 1) -> None:
+        """Attempts ended. On the hot path: the child is looked up once for each combination."""
+        self._handled(self.entity_type(entity_type), handler, outcome).inc(attempts)
 
-    def took(self, entity_type: str, seconds: float) -> None:
-        """A change was marked processed so long after its transaction began."""
-        self._took(self.entity_type(entity_type)).observe(max(seconds, 0.0))
+    def took(self, entity_type: str, seconds: Iterable[float]) -> None:
+        """Changes were marked processed so long after their transactions began."""
+        self._took(self.entity_type(entity_type)).observe_each(max(each, 0.0) for each in seconds)
 
     def show_lanes(self, *, running: int, queued: int, settling: int) -> None:
         """What the window holds."""

@@ -52,25 +52,25 @@ class Quota:
         room = max(0, -((held - self._factor * (self.free - 1)) // (self._factor + 1)))
         return room if held else max(room, min(1, self.free))
 
-    def take(self, user: Hashable) -> None:
-        self._held[user] = self._held.get(user, 0) + 1
-        self.free -= 1
+    def take(self, user: Hashable, places: int = 1) -> None:
+        self._held[user] = self._held.get(user, 0) + places
+        self.free -= places
 
-    def give(self, user: Hashable) -> None:
-        """The place is free again."""
-        self.leave(user)
-        self.vacate()
+    def give(self, user: Hashable, places: int = 1) -> None:
+        """The places are free again."""
+        self.leave(user, places)
+        self.vacate(places)
 
-    def leave(self, user: Hashable) -> None:
-        """The user has done with a place that is not free yet; ``vacate`` follows."""
-        left = self._held[user] - 1
+    def leave(self, user: Hashable, places: int = 1) -> None:
+        """The user has done with places that are not free yet; ``vacate`` follows."""
+        left = self._held[user] - places
         if left:
             self._held[user] = left
         else:
             del self._held[user]
 
-    def vacate(self) -> None:
-        self.free += 1
+    def vacate(self, places: int = 1) -> None:
+        self.free += places
 
     def clear(self) -> None:
         self._held.clear()

@@ -34,9 +34,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Hook = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Handler:
-    """A function and how to call it. ``max_attempts`` and ``timeout_s`` of None mean the consumer's settings."""
+    """A function and how to call it. ``max_attempts`` and ``timeout_s`` of None mean the consumer's settings.
+
+    Compared by identity.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -54,6 +57,11 @@ class Handler:
     model: Any = None
     max_attempts: int | None = None
     timeout_s: float | None = None
+
+    @property
+    def single(self) -> bool:
+        """It is called on the event loop, with one change and nothing besides."""
+        return self.is_async and not self.transactional and self.batch is None
 
     def call(self, changes: Sequence[Change], connection: Any = None) -> Any:
         """Call the function with one change, or with a batch."""

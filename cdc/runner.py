@@ -30,19 +30,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from types import CoroutineType
+from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter
 
 from cdc import probe
 from cdc.errors import Discard, Failed, Reject, Retry
 from cdc.grouping import Grouping
-from cdc.limits import OverrunError, within
+from cdc.journal import Finished
+from cdc.limits import Begun, OverrunError, within
 from cdc.metrics import NO_HANDLER, Metrics
-from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, holds_its_key
+from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting
 from cdc.routing import Handler, Router
 from cdc.threads import Job, Threads
 from cdc.transactions import AskTheTableError, EndedTransactionError, Errors, MixedCausesError, Ran, Transactions
@@ -55,6 +58,9 @@ _ABOUT_ALL = (Retry, Discard, Reject, OverrunError, EndedTransactionError)
 """What a batch raises that is not the fault of one of its changes."""
 
 
+_AT_ONCE_S = 0.005
+"""Calls in a row, before the event loop goes on with something else."""
+
 _PROCESSED = Processed()
 _LABELS: dict[type[Outcome], str] = {
     Processed: "processed",
@@ -64,6 +70,13 @@ _LABELS: dict[type[Outcome], str] = {
     Waiting: "retried",
     Dead: "dead",
 }
+
+
+class Unfinished(NamedTuple):
+    """A call that waits, or has failed."""
+
+    change: Change
+    call: Begun[object]
 
 
 class Runner:
@@ -95,11 +108,6 @@ class Runner:
 
     def handler(self, change: Change) -> Handler | None:
         return self._router.match(change.entity_type, change.operation)
-
-    def fenced(self, change: Change) -> bool:
-        """Whether the change is marked by its handler's own transaction; ``Lanes`` then waits for those before it."""
-        handler = self.handler(change)
-        return handler is not None and handler.transactional
 
     def group_limit(self, handler: Handler) -> int:
         """How many changes may share the handler's next transaction."""
@@ -143,10 +151,49 @@ class Runner:
             started = time.monotonic()
             outcomes |= await self._attempt(handler, changes, given)
             self._took(handler, changes, time.monotonic() - started)
+        self._count(handler, outcomes)
+        return outcomes
+
+    def at_once(self, handler: Handler | None, changes: deque[Change]) -> tuple[list[Finished], Unfinished | None]:
+        """Call a handler for one change after the other, for as long as the calls return without waiting.
+
+        A task's steps cost more than many a handler; these calls share them. Takes what it calls from ``changes``: none
+        where that is not as simple. Returns what has ended, and the call that has not, for ``go_on``.
+        """
+        done: list[Finished] = []
+        if handler is None or not handler.single or handler.model is not None:
+            return done, None
+        seconds: list[float] = []
+        unfinished = None
+        began = now = time.monotonic()
+        while changes and now - began < _AT_ONCE_S and not (changes[0].crashed or changes[0].chain):
+            change, started = changes.popleft(), now
+            probe.here("run.before_handler")
+            if call := _begin(handler, change, started):
+                unfinished = Unfinished(change, call)
+                break
+            done.append(Finished(change, _PROCESSED))
+            now = time.monotonic()
+            seconds.append(now - started)
+        if done:
+            self._durations[handler.name].observe_each(seconds)
+            self._metrics.handled(done[0].change.entity_type, handler.name, "processed", len(done))
+            probe.here("run.after_handler")
+        return done, unfinished
+
+    async def go_on(self, handler: Handler, unfinished: Unfinished) -> dict[Change, Outcome]:
+        """The rest of an attempt that was begun."""
+        change, call = unfinished
+        given = [change]
+        outcomes = await self._attempt(handler, given, given, self._rest(handler, call))
+        self._took(handler, given, time.monotonic() - call.started)
+        self._count(handler, outcomes)
+        return outcomes
+
+    def _count(self, handler: Handler, outcomes: Mapping[Change, Outcome]) -> None:
         for change, outcome in outcomes.items():
             self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
         probe.here("run.after_handler")
-        return outcomes
 
     def _refuse(
         self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
@@ -155,7 +202,7 @@ class Runner:
         changes = given = self._refuse_deep(handler, changes, outcomes)
         if adapter := self._adapters.get(handler.name):
             changes, given = self._validate(handler, adapter, changes, outcomes)
-        shut = {change.key for change, outcome in outcomes.items() if handler.transactional or holds_its_key(outcome)}
+        shut = {change.key for change, outcome in outcomes.items() if handler.transactional or outcome.holds_key}
         pairs = [(c, g) for c, g in zip(changes, given, strict=True) if c.key not in shut]
         return [c for c, _ in pairs], [g for _, g in pairs]
 
@@ -187,11 +234,11 @@ class Runner:
         self._durations[handler.name].observe(seconds / calls, calls)
 
     async def _attempt(
-        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], begun: Awaitable[Ran] | None = None
     ) -> dict[Change, Outcome]:
         grouping = self._groupings.get(handler.name)
         try:
-            ran = await self._call(handler, changes, given)
+            ran = await (begun or self._call(handler, changes, given))
             if grouping:
                 grouping.committed(len(changes), ran.calls_s, captured=ran.captured)
         except AskTheTableError:
@@ -230,14 +277,14 @@ class Runner:
             if change.key not in held:
                 outcomes |= await self._attempt(handler, [change], [one])
                 # What a transactional one leaves to the settle is not marked yet when its successor would be.
-                if holds_its_key(outcomes[change]) or (
+                if outcomes[change].holds_key or (
                     handler.transactional and not isinstance(outcomes[change], Committed)
                 ):
                     held.add(change.key)
         return outcomes
 
     async def _call(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
-        limit_s = handler.timeout_s or self._timeout_s
+        limit_s = self._limit_s(handler)
         if not handler.is_async:
             return await self._call_in_thread(handler, changes, given, limit_s)
         if handler.transactional:
@@ -245,6 +292,16 @@ class Runner:
             running = self._transactions.run(changes, calls, causes=self._names_causes(handler))
             return await within(limit_s, running)
         return Ran(await within(limit_s, _on_loop(handler, given)))
+
+    async def _rest(self, handler: Handler, call: Begun[object]) -> Ran:
+        try:
+            await call.within(self._limit_s(handler))
+        except Failed as failed:
+            return Ran(failed.errors)
+        return Ran(_NONE)
+
+    def _limit_s(self, handler: Handler) -> float | None:
+        return handler.timeout_s or self._timeout_s
 
     def _names_causes(self, handler: Handler) -> bool:
         grouping = self._groupings.get(handler.name)
@@ -282,6 +339,23 @@ class Runner:
 def _calls(handler: Handler, given: Sequence[Change]) -> list[Sequence[Change]]:
     """What each call of the handler gets: a batch all at once."""
     return [given] if handler.batch else [[change] for change in given]
+
+
+def _begin(handler: Handler, change: Change, started: float) -> Begun[object] | None:
+    """Call it, up to its first wait. None: it has returned."""
+    call: Any = handler.function(change)
+    if type(call) is not CoroutineType:
+        call = _awaited(call)
+    try:
+        return Begun(call, call.send(None), started)
+    except StopIteration:
+        return None
+    except BaseException as error:  # noqa: BLE001 - judged by whoever goes on with it
+        return Begun(call, None, started, error)
+
+
+async def _awaited(result: Awaitable[object]) -> object:
+    return await result
 
 
 async def _on_loop(handler: Handler, given: Sequence[Change], *connection: Any) -> Errors:

@@ -57,6 +57,12 @@ class Distribution:
         self.counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
 
+    def observe_each(self, values: Iterable[float]) -> None:
+        bounds, counts = self._bounds, self.counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+            self.sum += value
+
 
 class HistogramTally(Collector):
     """A histogram with these labels; ``bounds`` are the upper ends of its buckets, without the infinite one."""

@@ -1,15 +1,18 @@
 """Which key that has a change to run is the next to start one. Pure.
 
 The keys of one entity type and handler stand in one queue, in the order in which they became ready; the queues take
-turns. A start takes a slot, and a place in each pool that its handler draws on (threads, connections): all by quota, so
-that handlers that hang leave slots, threads and connections to the others. What would have to wait for a place in a
-pool does not start, and holds no slot meanwhile.
+turns, with one key each, or a run of several where calls of the handler may be over at once. A start takes a slot, and
+a place in each pool that its handler draws on (threads, connections): all by quota, so that handlers that hang leave
+slots, threads and connections to the others. What would have to wait for a place in a pool does not start, and holds no
+slot meanwhile.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
+from itertools import groupby
+from math import ceil
 from typing import NamedTuple
 
 from cdc.model import Change, Key
@@ -21,11 +24,16 @@ _UNBOUNDED = 1 << 30
 
 
 class Needs(NamedTuple):
-    """What a change needs to start: a slot, and a place in each of these pools, on the account of type and handler."""
+    """What a change needs to start: a slot, and a place in each of these pools, on the account of type and handler.
+
+    ``fenced``: those of its key before it have settled. ``run``: so many may start at a time.
+    """
 
     entity_type: str
-    handler: str | None = None
+    handler: Hashable = None
     pools: tuple[str, ...] = ()
+    fenced: bool = False
+    run: int = 1
 
 
 class Turns:
@@ -42,10 +50,10 @@ class Turns:
 
     @property
     def ready(self) -> int:
-        """How many keys could start a change now; 0 if, and only if, ``next`` has none."""
+        """How many runs could start now; 0 if, and only if, ``next`` has none."""
         if not self._queues:
             return 0
-        count = sum(min(len(queue), self._room(needs)) for needs, queue in self._queues.items())
+        count = sum(ceil(min(len(queue), self._room(needs)) / needs.run) for needs, queue in self._queues.items())
         return min(count, self._slots.free)
 
     def waiting(self, needs: Needs) -> int:
@@ -59,19 +67,19 @@ class Turns:
             queue = self._queues[needs] = deque()
         queue.append(key)
 
-    def next(self) -> tuple[Key, Needs] | None:
-        """The key whose turn it is, if it can start; it is in no queue then."""
+    def next(self) -> tuple[Sequence[Key], Needs] | None:
+        """The keys whose turn it is, if they can start; they are in no queue then."""
         for needs, queue in self._queues.items():
-            if self._admits(needs):
-                key = queue.popleft()
+            if count := min(len(queue), needs.run, self._room(needs)) if needs.run > 1 else self._admits(needs):
+                keys = [queue.popleft() for _ in range(count)]
                 if queue:
                     self._queues.move_to_end(needs)
                 else:
                     del self._queues[needs]
-                return key, needs
+                return keys, needs
         return None
 
-    def of_handler(self, handler: str | None) -> Generator[Key, None, None]:
+    def of_handler(self, handler: Hashable) -> Generator[Key, None, None]:
         """Take the keys that are ready for this handler one by one, whatever their type. Close it when you have enough.
 
         Those ``put`` back meanwhile do not come again.
@@ -85,18 +93,20 @@ class Turns:
                 if not queue:
                     del self._queues[needs]
 
-    def started(self, change: Change, needs: Needs) -> None:
-        self._started[change] = needs
-        self._slots.take(needs)
+    def started(self, changes: Sequence[Change], needs: Needs) -> None:
+        self._started.update(dict.fromkeys(changes, needs))
+        self._slots.take(needs, len(changes))
         for pool in needs.pools:
-            self._pools[pool].take(needs)
+            self._pools[pool].take(needs, len(changes))
 
-    def ended(self, change: Change) -> None:
-        """Its places are free again. Nothing happens if it held none: it ran in the batch of another."""
-        if needs := self._started.pop(change, None):
-            self._slots.give(needs)
-            for pool in needs.pools:
-                self._pools[pool].give(needs)
+    def ended(self, changes: Iterable[Change]) -> None:
+        """Their places are free again. Nothing happens for one that held none: it ran in the batch of another."""
+        for needs, alike in groupby(self._started.pop(change, None) for change in changes):
+            if needs is not None:
+                places = sum(1 for _ in alike)
+                self._slots.give(needs, places)
+                for pool in needs.pools:
+                    self._pools[pool].give(needs, places)
 
     def forget_ready(self) -> None:
         self._queues.clear()

@@ -44,12 +44,11 @@ class Unread:
         self._marks: dict[Key, Mark] = {}
         self._resumes: dict[str, dict[Key, None]] = {}
         """By type; the type that was served last stands last."""
+        self.get: Callable[[Key], Mark | None] = self._marks.get
+        """The mark of a key. Most have none, and each change asks three times."""
 
     def __len__(self) -> int:
         return len(self._marks)
-
-    def get(self, key: Key) -> Mark | None:
-        return self._marks.get(key)
 
     def has_room(self, key: Key) -> bool:
         """Whether the key has a mark or may get one."""

@@ -1,7 +1,9 @@
-"""The tasks that run handlers: each takes one change after the other from the lanes, until none is ready.
+"""The tasks that run handlers: each takes one run of changes after the other from the lanes, until none is ready.
 
 A task for each change would cost more than many a handler; a fixed number of waiting tasks would have to be woken one
-by one. So a worker is started when a change is ready and there is room, and ends when it finds nothing to do.
+by one. So a worker is started when something is ready and there is room, and ends when it finds nothing to do. Of a run
+it calls one change after the other for as long as the calls return without waiting; when one waits, it stays with that
+one, and others are started for the rest.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 from cdc.careful import Careful
+from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.model import Change, Outcome
 from cdc.routing import Handler
-from cdc.runner import Runner
+from cdc.runner import Runner, Unfinished
 from cdc.transactions import AskTheTableError
 
 log = logging.getLogger("cdc.consumer")
 
 _CHANGES_PER_TURN = 100
 """Handlers that never wait would otherwise keep the event loop from everything else for a whole window."""
-
 
 _CUT_OFF_S = 5.0
 _ASK_AGAIN_S = 0.1
@@ -44,7 +46,7 @@ class Workers:
         *,
         connections: int,
         careful: Careful,
-        finished: Callable[[Change, Outcome], None],
+        finished: Callable[[Sequence[Finished]], None],
         read_anew: Callable[[], None],
     ) -> None:
         self._lanes = lanes
@@ -56,6 +58,8 @@ class Workers:
         self._transactions = {is_async: asyncio.Semaphore(connections) for is_async in (True, False)}
         self._finished = finished
         self._read_anew = read_anew
+        self._started = deque[Change]()
+        """A run that the workers go through, one after the other calling what it can."""
         self._tasks: dict[asyncio.Task[None], list[Change]] = {}
         self._unstarted = set[asyncio.Task[None]]()
         """Those of the tasks that have not looked for a change yet: what is ready for them needs no others."""
@@ -78,7 +82,7 @@ class Workers:
         if self._stopped:
             return
         workers = len(self._tasks) - len(self._aside) - len(self._doubted)
-        ready = self._lanes.ready + (0 if self._aside else len(self._later)) - len(self._unstarted)
+        ready = self._lanes.ready + len(self._started) + (0 if self._aside else len(self._later)) - len(self._unstarted)
         for _ in range(min(ready, self._concurrency - workers)):
             task = asyncio.create_task(self._work())
             self._tasks[task] = []
@@ -121,30 +125,57 @@ class Workers:
         assert task is not None
         self._unstarted.discard(task)
         turns = 0
-        while not self._stopped and (change := self._next()):
-            handler = self._runner.handler(change)
-            if change.crashed:
-                self._set_aside(change)
-                continue
-            if self._aside and self._careful.wants(change):
-                self._later.append(change)
-                continue
-            if self._lingering and handler is not None and handler in self._lingering:
-                self._join(handler, change)
-                continue
-            self._tasks[task] = batch = [change]
-            await self._attend(handler, batch)
-            turns += 1
-            if turns % _CHANGES_PER_TURN == 0:
+        while not self._stopped and self._have_started():
+            handler = self._runner.handler(self._started[0])
+            done, unfinished = self._at_once(handler)
+            if unfinished or not done:
+                await self._attend_next(task, handler, unfinished)
+            turns += done or 1
+            if turns >= _CHANGES_PER_TURN or (done and self._started):
+                turns = 0
                 await _OtherTasks()
 
-    def _next(self) -> Change | None:
-        return self._later.popleft() if self._later and not self._aside else self._lanes.start()
+    def _have_started(self) -> bool:
+        """Whether there is something to call; the changes of a run have the same handler."""
+        if self._later and not self._aside:
+            self._started.appendleft(self._later.popleft())
+        if not self._started:
+            self._started.extend(self._lanes.start())
+        return bool(self._started)
 
-    async def _attend(self, handler: Handler | None, batch: list[Change]) -> None:
+    def _at_once(self, handler: Handler | None) -> tuple[int, Unfinished | None]:
+        """Call what may be over at once. Returns how many were, and the call that was not."""
+        if self._careful.watches:
+            return 0, None
+        done, unfinished = self._runner.at_once(handler, self._started)
+        self._report(done)
+        return len(done), unfinished
+
+    async def _attend_next(
+        self, task: asyncio.Task[None], handler: Handler | None, unfinished: Unfinished | None
+    ) -> None:
+        """Of the run, what was begun, or else what comes first."""
+        change = unfinished.change if unfinished else self._started.popleft()
+        if self._started:
+            self.hand_out()  # the others do not wait for it
+        if change.crashed:
+            self._set_aside(change)
+        elif self._aside and self._careful.wants(change):
+            self._later.append(change)
+        elif self._lingering and handler is not None and handler in self._lingering:
+            self._join(handler, change)
+        else:
+            self._tasks[task] = batch = [change]
+            await self._attend(handler, batch, unfinished)
+            self._tasks[task] = []
+
+    async def _attend(self, handler: Handler | None, batch: list[Change], unfinished: Unfinished | None = None) -> None:
         """Run a change, or the batch that is gathered around it, and report."""
         try:
-            if handler is not None and handler.transactional:
+            if unfinished:
+                assert handler is not None
+                outcomes = await self._runner.go_on(handler, unfinished)
+            elif handler is not None and handler.transactional:
                 async with self._transactions[handler.is_async]:
                     outcomes = await self._run(handler, batch)
             else:
@@ -160,7 +191,7 @@ class Workers:
                 self._leave(batch)  # also when the session is lost meanwhile: else its key would stay shut
             return
         self._careful.ended(batch)
-        self._report(batch, outcomes)
+        self._judged(batch, outcomes)
 
     async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
         if handler is not None:
@@ -170,16 +201,20 @@ class Workers:
         return await self._runner.run(handler, batch)
 
     def _put_back(self) -> None:
-        while self._later:
-            self._leave([self._later.popleft()])
+        for waiting in (self._later, self._started):
+            while waiting:
+                self._leave([waiting.popleft()])
 
-    def _report(self, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]) -> None:
-        for one in batch:  # in seq order within a key: so they are settled
-            if outcome := outcomes.get(one):
-                self._lanes.finished(one, outcome)
-                self._finished(one, outcome)
+    def _judged(self, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]) -> None:
+        # In seq order within a key: so they are settled.
+        self._report([Finished(one, outcomes[one]) for one in batch if one in outcomes])
         if len(outcomes) < len(batch):
             self._leave([one for one in batch if one not in outcomes])
+
+    def _report(self, batch: Sequence[Finished]) -> None:
+        if batch:
+            self._lanes.finished(batch)
+            self._finished(batch)
 
     def _set_aside(self, change: Change) -> None:
         """A suspect runs alone; it waits for its turn without keeping a worker."""
@@ -201,7 +236,7 @@ class Workers:
                 return
             self._aside[task] = None
             if outcome := self._runner.after_crash(change):
-                self._report([change], {change: outcome})
+                self._report([Finished(change, outcome)])
             else:
                 await self._attend(self._runner.handler(change), [change])
 

@@ -33,6 +33,7 @@ from cdc.model import (
     Skipped,
     Waiting,
     WakeUp,
+    read_change,
 )
 from cdc.outbox.statements import load
 from cdc.passes import Snapshot
@@ -200,10 +201,12 @@ class Store:
         records = await self._rows(reader, "sweep_some", parameters)
         page = await self._page(reader, records, first_column=3)
         counts = Counter(row.change.shard for row in page.rows)
-        scanned: dict[int, Scanned] = {}
-        for row, record in zip(page.rows, records, strict=False):
-            shard, place = row.change.shard, record[2]
-            scanned[shard] = Scanned(row.change.seq, place >= scan or counts[shard] >= sweep.per_shard)
+        # By shard; of several rows the last one stays.
+        last = {row.change.shard: (row.change.seq, record[2]) for row, record in zip(page.rows, records, strict=False)}
+        scanned = {
+            shard: Scanned(seq, place >= scan or counts[shard] >= sweep.per_shard)
+            for shard, (seq, place) in last.items()
+        }
         wanted = [row for row in page.rows if sweep.scope.has(row.change.entity_type)]
         return Page(wanted, page.snapshot, scanned)
 
@@ -241,8 +244,8 @@ class Store:
 
     async def settle(self, session: psycopg.AsyncConnection, batch: Sequence[Finished]) -> Settled:
         """Record outcomes, all or none, on the session that holds the shard locks."""
-        plain = [f.change for f in batch if _is_plain(f)]
-        others = [f for f in batch if not _is_plain(f)]
+        plain = [finished.change for finished in batch if _is_plain(finished)]
+        others = [] if len(plain) == len(batch) else [finished for finished in batch if not _is_plain(finished)]
         probe.here("settle.before_commit")
         if plain and others:
             # One transaction: a retried change and its successor may both be in this batch, and a crash between two
@@ -389,25 +392,10 @@ def _settle_values(outcome: Outcome) -> tuple[bool, bool, bool, bool, float | No
 def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
     (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,
      crashed, caused_by, depth, held) = record  # fmt: skip
-    change = Change(
-        id=id_,
-        seq=seq,
-        shard=shard,
-        entity_type=entity_type,
-        entity_id=entity_id,
-        table_schema=table_schema,
-        table=table,
-        operation=_OPERATIONS[operation],
-        old=old,
-        new=new,
-        metadata=metadata,
-        changed_at=changed_at,
-        attempt=failures + crashed + 1,
-        requeued=requeued,
-        crashed=crashed,
-        caused_by=caused_by,
-        depth=depth,
-    )
+    change = read_change(
+        id_, seq, shard, entity_type, entity_id, table_schema, table, _OPERATIONS[operation], old, new, metadata,
+        changed_at, failures + crashed + 1, requeued, crashed, caused_by, depth, None,
+    )  # fmt: skip
     return Row(change, held)
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from cdc.careful import Careful
+from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.model import Change, Waiting
 from cdc.outbox.store import Store
@@ -19,13 +20,11 @@ def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
     lanes = Lanes(10)
     lanes.own([0])
     lanes.admit([row(1), row(2)])
-    first = lanes.start()
-    assert first is not None
-    lanes.finished(first, Waiting(0.1, "no"))
+    [first] = lanes.start()
+    lanes.finished([Finished(first, Waiting(0.1, "no"))])
     lanes.settled(lanes.take_finished(10))
     lanes.admit([row(1)])  # due
-    again = lanes.start()
-    assert again is not None
+    [again] = lanes.start()
     lanes.interrupted(again)
     for resume in lanes.resumes(10):
         lanes.resumed(resume, [row(2, held=True)], complete=True)
@@ -37,15 +36,13 @@ def test_what_is_queued_behind_a_waiting_change_that_is_interrupted_is_not_forgo
     lanes = Lanes(10)
     lanes.own([0])
     lanes.admit([row(1, requeued=True)], due=True)
-    started = lanes.start()
-    assert started is not None
+    [started] = lanes.start()
     lanes.admit([row(2)])
     lanes.interrupted(started)
     for resume in lanes.resumes(10):
         lanes.resumed(resume, [row(2)], complete=True)
     lanes.admit([row(3)])
-    following = lanes.start()
-    assert following is not None
+    [following] = lanes.start()
     assert following.seq == 2, "and nothing overtakes it"
 
 
@@ -66,6 +63,9 @@ class _Unknown:
 
     def session_lost(self) -> None:
         pass
+
+    def at_once(self, handler: None, changes: Sequence[Change]) -> tuple[list[Finished], None]:
+        return [], None
 
     async def run(self, handler: None, batch: Sequence[Change]) -> None:
         self.asked.set()
@@ -88,4 +88,4 @@ async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_o
     await workers.session_lost()
     lanes.own([0])
     lanes.admit([row(1)])
-    assert lanes.start() is not None, "nothing runs any more, and the key is still shut"
+    assert lanes.start(), "nothing runs any more, and the key is still shut"

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cdc.intake import Fetch, Intake, Sweep
+from cdc.journal import Finished
 from cdc.lanes import Lanes
-from cdc.model import Change, Committed, Dead, Outcome, Processed, Waiting, WakeUp, holds_its_key
+from cdc.model import Change, Committed, Dead, Outcome, Processed, Waiting, WakeUp
 from cdc.shares import balance
 from cdc.turns import Needs, Turns
 from cdc.unread import Resume
@@ -82,8 +83,8 @@ class Consumer:
         self._dice = dice
         self.lanes = Lanes(
             settings.capacity, settings.lane_capacity, settings.unread_max,
-            fenced=lambda change: self._kind(change).transactional, sole=settings.sole,
             turns=Turns(settings.concurrency, {"threads": settings.threads}, sole=settings.sole), needs=self._needs,
+            sole=settings.sole,
         )  # fmt: skip
         self.intake = Intake(
             sweep_interval_s=_POLL_INTERVAL_S, queue_capacity=settings.queue_capacity, room_for=self.lanes.room_for
@@ -279,10 +280,12 @@ class Consumer:
     # --- handlers --------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        change = self.lanes.start()
-        if change is None or self.session is None:
-            assert change is None, "handed out without a session"
-            return
+        run = self.lanes.start()
+        assert not run or self.session, "handed out without a session"
+        for change in run:
+            self._start(change)
+
+    def _start(self, change: Change) -> None:
         kind = self._kind(change)
         mine = (call for call in self.calls if call.lingering and call.kind == kind and call.session is self.session)
         call = next(mine, None)
@@ -301,7 +304,11 @@ class Consumer:
 
     def _needs(self, change: Change) -> Needs:
         kind = self._kind(change)
-        return Needs(change.entity_type, str(kind), ("threads",) if kind.in_thread else ())
+        single = not (kind.in_thread or kind.transactional or self._settings.batches)
+        return Needs(
+            change.entity_type, str(kind), ("threads",) if kind.in_thread else (), fenced=kind.transactional,
+            run=_BATCH if single else 1,
+        )  # fmt: skip
 
     def _kind(self, change: Change) -> Kind:
         return self._settings.kind(change.entity_id, change.seq)
@@ -346,7 +353,7 @@ class Consumer:
                 failed.add(change.entity_id)
                 last = change.attempt >= _MAX_ATTEMPTS or self._dice.random() < _MISFITS
                 outcomes[change] = Dead("no", call.kind.pauses) if last else Waiting(self._dice.choice([0, 1.0]), "no")
-                if not holds_its_key(outcomes[change]):
+                if not outcomes[change].holds_key:
                     failed.discard(change.entity_id)
             elif change.entity_id not in failed:
                 outcomes[change] = Committed(EPOCH) if call.kind.transactional else Processed()
@@ -362,8 +369,8 @@ class Consumer:
 
     def _report(self, call: Call, outcomes: dict[Change, Outcome]) -> None:
         self._leaves(call)
+        self.lanes.finished([Finished(change, outcome) for change, outcome in outcomes.items()])
         for change, outcome in outcomes.items():
-            self.lanes.finished(change, outcome)
             if call.session is self.session and not isinstance(outcome, Committed):
                 self._unsettled[change.seq] = outcome
         for change in call.changes:

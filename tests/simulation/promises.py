@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from cdc.journal import Finished
-from cdc.model import Change, Outcome, Processed, holds_its_key
+from cdc.model import Change, Outcome, Processed
 from tests.simulation.server import Record, Server
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Promises:
             if earlier.seq not in beside:
                 outcome = unsettled.get(earlier.seq)
                 assert outcome is not None, f"{change!r} overtakes {earlier}"
-                assert not holds_its_key(outcome), f"{change!r} overtakes {earlier}, which failed"
+                assert not outcome.holds_key, f"{change!r} overtakes {earlier}, which failed"
                 assert not call.kind.transactional, f"{change!r} would be marked before {earlier}"
 
     def _earlier(self, change: Change) -> list[Record]:

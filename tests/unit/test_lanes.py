@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.model import Change, Dead, Outcome, Processed, Waiting
 from cdc.turns import Needs, Turns
@@ -22,8 +23,8 @@ def lanes() -> Lanes:
 
 def _start_all(lanes: Lanes) -> list[Change]:
     started = []
-    while change := lanes.start():
-        started.append(change)
+    while run := lanes.start():
+        started += run
     return started
 
 
@@ -32,7 +33,7 @@ def _seqs(changes: Iterable[Change]) -> list[int]:
 
 
 def _end(lanes: Lanes, change: Change, outcome: Outcome = Processed()) -> None:  # noqa: B008 - a frozen value
-    lanes.finished(change, outcome)
+    lanes.finished([Finished(change, outcome)])
     lanes.settled(lanes.take_finished(100))
 
 
@@ -44,32 +45,30 @@ def test_one_change_of_a_key_runs_at_a_time_and_other_keys_run_beside_it(lanes: 
 def test_the_successor_may_start_when_a_change_has_finished_before_it_is_settled(lanes: Lanes) -> None:
     lanes.admit([row(1), row(2)])
     [first] = _start_all(lanes)
-    lanes.finished(first, Processed())
+    lanes.finished([Finished(first, Processed())])
     assert _seqs(_start_all(lanes)) == [2]
     assert lanes.settling == 1
 
 
 def test_a_batch_takes_successive_changes_of_its_keys_and_then_of_others_up_to_its_limit(lanes: Lanes) -> None:
     lanes.admit([row(1, "a"), row(2, "a"), row(3, "b"), row(4, "c"), row(5, "c")])
-    first = lanes.start()
-    assert first is not None
+    [first] = lanes.start()
     batch = [first]
     lanes.start_with(batch, 4, lambda change: change.entity_id != "b")
     assert _seqs(batch) == [1, 2, 4, 5]
     assert _seqs(_start_all(lanes)) == [3]
     for change in batch:
-        lanes.finished(change, Processed())
+        lanes.finished([Finished(change, Processed())])
     assert _seqs(finished.change for finished in lanes.take_finished(10)) == [1, 2, 4, 5]
 
 
 def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(lanes: Lanes) -> None:
     lanes.admit([row(1), row(2)])
-    first = lanes.start()
-    assert first is not None
+    [first] = lanes.start()
     batch = [first]
     lanes.start_with(batch, 2, lambda change: True)
     for change in batch:
-        lanes.finished(change, Waiting(1.0, "no"))
+        lanes.finished([Finished(change, Waiting(1.0, "no"))])
     lanes.settled(lanes.take_finished(1))
     lanes.admit([row(1)], due=True)
     assert _start_all(lanes) == []
@@ -79,11 +78,11 @@ def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(
 
 
 def test_a_fenced_change_starts_when_all_before_it_have_settled() -> None:
-    lanes = Lanes(10, fenced=lambda change: change.seq == 2)
+    lanes = Lanes(10, needs=lambda change: Needs("t", fenced=change.seq == 2))
     lanes.own([0])
     lanes.admit([row(1), row(2)])
     [first] = _start_all(lanes)
-    lanes.finished(first, Processed())
+    lanes.finished([Finished(first, Processed())])
     assert _start_all(lanes) == []
     lanes.settled(lanes.take_finished(1))
     assert _seqs(_start_all(lanes)) == [2]
@@ -100,7 +99,7 @@ def test_a_dead_letter_that_pauses_its_key_shuts_its_lane(lanes: Lanes) -> None:
 def test_a_dead_letter_lets_its_key_go_on(lanes: Lanes) -> None:
     lanes.admit([row(1), row(2)])
     [first] = _start_all(lanes)
-    lanes.finished(first, Dead("no"))
+    lanes.finished([Finished(first, Dead("no"))])
     assert _seqs(_start_all(lanes)) == [2]
 
 
@@ -140,7 +139,7 @@ def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(l
     for seq in (4, 5):
         [running] = _start_all(lanes)
         assert running.seq == seq
-        lanes.finished(running, Processed())
+        lanes.finished([Finished(running, Processed())])
     assert lanes.resumes(10) == [Resume(("t", "k"), 0, 6)]
 
 
@@ -189,7 +188,7 @@ def test_a_shard_is_released_only_when_what_is_in_flight_on_it_has_settled(lanes
     running = _start_all(lanes)
     lanes.release([0, 2])
     assert lanes.released() == {2}
-    lanes.finished(running[0], Processed())
+    lanes.finished([Finished(running[0], Processed())])
     assert _start_all(lanes) == [], "what was queued is let go"
     assert lanes.released() == set()
     lanes.settled(lanes.take_finished(100))
@@ -200,12 +199,12 @@ def test_a_shard_is_released_only_when_what_is_in_flight_on_it_has_settled(lanes
 def test_after_a_lost_session_a_key_stays_shut_until_its_running_handler_returns(lanes: Lanes) -> None:
     lanes.admit([row(1, "a"), row(2, "b")])
     first, second = _start_all(lanes)
-    lanes.finished(second, Processed())
+    lanes.finished([Finished(second, Processed())])
     assert lanes.reset() == [first]
     lanes.own(range(4))
     lanes.admit([row(1, "a"), row(2, "b")])
     assert _seqs(_start_all(lanes)) == [2], "unsettled, so it runs again"
-    lanes.finished(first, Processed())
+    lanes.finished([Finished(first, Processed())])
     assert lanes.take_finished(100) == [], "an outcome from before is not settled"
     assert lanes.resumes(10) == [Resume(("t", "a"), 0, 1)]
 
@@ -222,9 +221,9 @@ def test_a_change_that_was_cut_off_is_left_as_it_was(lanes: Lanes) -> None:
 def test_finishing_what_does_not_run_is_a_bug_and_said_so(lanes: Lanes) -> None:
     lanes.admit([row(1)])
     [first] = _start_all(lanes)
-    lanes.finished(first, Processed())
+    lanes.finished([Finished(first, Processed())])
     with pytest.raises(AssertionError, match="is not running"):
-        lanes.finished(first, Processed())
+        lanes.finished([Finished(first, Processed())])
 
 
 def test_behind_a_waiting_change_that_was_cut_off_what_is_queued_is_not_forgotten(lanes: Lanes) -> None:
@@ -267,8 +266,7 @@ def test_a_key_that_a_stale_read_shows_held_by_one_that_was_cut_off_is_read_agai
 
 def test_an_earlier_change_that_comes_in_late_does_not_join_the_batch_of_a_later_one(lanes: Lanes) -> None:
     lanes.admit([row(2), row(3)])
-    first = lanes.start()
-    assert first is not None
+    [first] = lanes.start()
     batch = [first]
     lanes.admit([row(1, requeued=True)], due=True)
     lanes.start_with(batch, 3, lambda change: True)
@@ -322,27 +320,24 @@ def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
     lanes.own([0])
     lanes.admit([row(seq, str(seq)) for seq in range(1, 9)])
     for _ in range(2):
-        first = lanes.start()
-        assert first is not None
+        [first] = lanes.start()
         lanes.start_with([first], 3, lambda change: True)
-    assert lanes.start() is None
+    assert not lanes.start()
     assert lanes.ready == 0
-    lanes.finished(first, Processed())
-    assert lanes.start() is not None
+    lanes.finished([Finished(first, Processed())])
+    assert lanes.start()
 
 
 def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> None:
     lanes = Lanes(20, turns=Turns(1))
     lanes.own([0])
     lanes.admit([row(seq, str(seq)) for seq in range(1, 5)])
-    first = lanes.start()
-    assert first is not None
+    [first] = lanes.start()
     lanes.set_aside(first)
-    batch = [lanes.start()]
-    assert batch[0] is not None
-    lanes.set_aside(batch[0])
-    joining = lanes.start()
-    lanes.start_with([*batch, joining], 2, lambda change: True)  # type: ignore[list-item]
+    [first] = lanes.start()
+    lanes.set_aside(first)
+    [joining] = lanes.start()
+    lanes.start_with([first, joining], 2, lambda change: True)
     assert lanes.ready == 1
 
 
@@ -354,7 +349,7 @@ def test_a_handler_that_outlives_its_session_keeps_its_slot_until_it_returns() -
     lanes.reset()
     lanes.own([0])
     lanes.admit([row(2, "b")])
-    assert lanes.start() is None
+    assert not lanes.start()
     lanes.interrupted(running)
     assert _seqs(_start_all(lanes)) == [2]
 
@@ -365,4 +360,4 @@ def test_a_key_whose_next_change_needs_something_else_than_before_waits_for_that
     lanes.own([0])
     lanes.admit([row(2)])
     lanes.admit([row(1)])  # of a key coarser than its rows
-    assert lanes.start() is None
+    assert not lanes.start()

@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from cdc.journal import Finished
 from cdc.lanes import Lanes, Row
-from cdc.model import Change, Committed, Dead, Outcome, Processed, Waiting, holds_its_key
+from cdc.model import Change, Committed, Dead, Outcome, Processed, Waiting
+from cdc.turns import Needs
 from cdc.unread import Resume
 from tests.unit.changes import EPOCH, change
 from tests.unit.machine import MACHINE
@@ -70,12 +71,17 @@ class LanesAndTable(RuleBasedStateMachine):
         self.away: set[int] = set()
 
     @initialize(
-        capacity=st.sampled_from([2, 6, 30]), lane=st.sampled_from([1, 2, 5]), unread=st.sampled_from([1, 2, 50])
+        capacity=st.sampled_from([2, 6, 30]),
+        lane=st.sampled_from([1, 2, 5]),
+        unread=st.sampled_from([1, 2, 50]),
+        run=st.sampled_from([1, 3]),
     )
-    def begin(self, capacity: int, lane: int, unread: int) -> None:
+    def begin(self, capacity: int, lane: int, unread: int, run: int) -> None:
         self.arrived: set[int] = set()
         """Shards that have come, or come back, since the read began."""
-        self.lanes = Lanes(capacity, lane, unread, fenced=_fenced)
+        self.lanes = Lanes(
+            capacity, lane, unread, needs=lambda one: Needs("t", fenced=_fenced(one), run=1 if _fenced(one) else run)
+        )
         self.unread_max = unread
         self._own(_SHARDS)
 
@@ -215,12 +221,12 @@ class LanesAndTable(RuleBasedStateMachine):
         self._start(data.draw(st.integers(1, 4)))
 
     def _start(self, batch: int) -> None:
-        first = self.lanes.start()
-        if first is None:
+        started = list(self.lanes.start())
+        if not started:
             return
-        started = [first]
-        self.lanes.start_with(started, batch, lambda other: _fenced(other) == _fenced(first))
-        assert len(started) <= batch
+        if len(started) == 1:
+            self.lanes.start_with(started, batch, lambda other: _fenced(other) == _fenced(started[0]))
+            assert len(started) <= batch
         for one in started:
             assert one.key not in {other.key for other in (*self.running, *self.orphans)}, f"{one.key} runs twice"
             self._may_start(one, {other.seq for other in started})
@@ -238,7 +244,7 @@ class LanesAndTable(RuleBasedStateMachine):
             if earlier.key == record.key and not (earlier.settled or earlier.requeued_late or earlier.seq in beside):
                 outcome = self.unsettled.get(earlier.seq)
                 assert outcome is not None, f"{one!r} overtakes {earlier}"
-                assert not holds_its_key(outcome), f"{one!r} overtakes {earlier}"
+                assert not outcome.holds_key, f"{one!r} overtakes {earlier}"
                 assert not _fenced(one), f"{one!r} does not wait for {earlier} to be settled"
 
     @staticmethod
@@ -252,7 +258,12 @@ class LanesAndTable(RuleBasedStateMachine):
         return True
 
     def finish(self, data: st.DataObject) -> None:
-        one = self._leaves(data, self.running)
+        count = min(data.draw(st.integers(1, 3)), len(self.running))
+        ended = [self._ends(data, self._leaves(data, self.running)) for _ in range(count)]
+        self.lanes.finished(ended)
+        self.unsettled |= {one.seq: outcome for one, outcome in ended if not isinstance(outcome, Committed)}
+
+    def _ends(self, data: st.DataObject, one: Change) -> Finished:
         dead = Dead("no", one.entity_id in _PAUSING)
         outcomes: list[Outcome] = [Processed(), Processed(), Waiting(1.0, "no"), dead]
         outcome = data.draw(st.sampled_from(outcomes))
@@ -261,9 +272,7 @@ class LanesAndTable(RuleBasedStateMachine):
         elif isinstance(outcome, Processed) and _fenced(one):
             self.table[one.seq - 1].state = "processed"
             outcome = Committed(EPOCH)
-        self.lanes.finished(one, outcome)
-        if not isinstance(outcome, Committed):
-            self.unsettled[one.seq] = outcome
+        return Finished(one, outcome)
 
     def commit(self, data: st.DataObject) -> None:
         """A handler's own transaction marks its change; that it did is learnt later, or not at all."""
@@ -282,7 +291,7 @@ class LanesAndTable(RuleBasedStateMachine):
         if data.draw(st.booleans()):
             self.lanes.interrupted(one)
         else:
-            self.lanes.finished(one, Processed())
+            self.lanes.finished([Finished(one, Processed())])
 
     @staticmethod
     def _leaves(data: st.DataObject, running: list[Change]) -> Change:
@@ -388,7 +397,7 @@ class LanesAndTable(RuleBasedStateMachine):
         """Nothing fails any more, and nobody passes from the beginning: still everything is settled."""
         self.come_back()
         for orphan in self.orphans:
-            self.lanes.finished(orphan, Processed())
+            self.lanes.finished([Finished(orphan, Processed())])
         self.orphans = []
         for _ in range(20 + 20 * len(self.table)):
             for record in self.table:
@@ -411,9 +420,9 @@ class LanesAndTable(RuleBasedStateMachine):
             committed = self.table[one.seq - 1].state == "processed"
             if committed or _fenced(one):
                 self.table[one.seq - 1].state = "processed"
-                self.lanes.finished(one, Committed(EPOCH))
+                self.lanes.finished([Finished(one, Committed(EPOCH))])
             else:
-                self.lanes.finished(one, Processed())
+                self.lanes.finished([Finished(one, Processed())])
                 self.unsettled[one.seq] = Processed()
         self.ask_what_is_released()
         if self.away:

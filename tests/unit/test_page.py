@@ -177,7 +177,7 @@ def test_its_thread_keeps_the_past_of_the_metrics(metrics: Metrics) -> None:
     try:
         eventually(lambda: _figures(page)["history"]["points"], what="two readings")
         metrics.handled("order", "invoice", "processed")
-        metrics.took("order", 0.2)
+        metrics.took("order", [0.2])
         metrics.show_outbox(changes={}, oldest_ready_age_s=7, table_bytes=0, dead_tuples=0)
         processed = eventually(lambda: _with(page, "processed_per_s"), what="the rate of what was processed")
         assert 0.1 <= processed["latency_p50_s"] <= 0.25

@@ -23,9 +23,9 @@ def _put(turns: Turns, needs: Needs, count: int, first: int = 0) -> None:
 def _start_all(turns: Turns) -> list[Key]:
     started = []
     while turn := turns.next():
-        key, needs = turn
-        turns.started(change(len(started)), needs)
-        started.append(key)
+        keys, needs = turn
+        turns.started([change(len(started) + place) for place in range(len(keys))], needs)
+        started += keys
     return started
 
 
@@ -74,13 +74,29 @@ def test_a_slot_and_its_threads_are_free_again_when_the_change_has_ended() -> No
     turns = Turns(3, {"threads": 1})
     _put(turns, _A_SYNC, 2)
     first = change(1)
-    assert turns.next() == (("a", "0"), _A_SYNC)
-    turns.started(first, _A_SYNC)
+    assert turns.next() == ([("a", "0")], _A_SYNC)
+    turns.started([first], _A_SYNC)
     assert turns.next() is None
-    turns.ended(first)
-    turns.ended(first)  # it holds nothing any more
+    turns.ended([first])
+    turns.ended([first])  # it holds nothing any more
     assert turns.ready == 1
-    assert turns.next() == (("a", "1"), _A_SYNC)
+    assert turns.next() == ([("a", "1")], _A_SYNC)
+
+
+def test_a_run_has_several_keys_of_one_queue_but_no_more_than_may_start() -> None:
+    quick, other = Needs("a", "quick", run=3), Needs("b", "other")
+    turns = Turns(7, sole=False)
+    _put(turns, quick, 5)
+    _put(turns, other, 1)
+    assert turns.next() == ([("a", "0"), ("a", "1"), ("a", "2")], quick)
+    run = [change(number) for number in range(3)]
+    turns.started(run, quick)
+    assert turns.next() == ([("b", "0")], other)
+    turns.started([change(9)], other)
+    assert turns.next() == ([("a", "3")], quick)  # with both, one of seven slots would be left
+    turns.started([change(4)], quick)
+    turns.ended(run)
+    assert turns.next() == ([("a", "4")], quick)
 
 
 def test_the_keys_of_one_handler_are_offered_whatever_their_type_and_the_rest_stays_in_its_place() -> None:
@@ -102,18 +118,20 @@ def test_the_keys_of_one_handler_are_offered_whatever_their_type_and_the_rest_st
     threads=st.integers(1, 12),
     sole=st.booleans(),
     counts=st.lists(st.integers(0, 8), min_size=4, max_size=4),
+    run=st.integers(1, 5),
 )
 def test_ready_is_zero_if_and_only_if_nothing_can_start(
-    slots: int, threads: int, sole: bool, counts: list[int]
+    slots: int, threads: int, sole: bool, counts: list[int], run: int
 ) -> None:
     turns = Turns(slots, {"threads": threads}, sole=sole)
-    for needs, count in zip((_A, _B, _A_SYNC, _B_SYNC), counts, strict=True):
+    for needs, count in zip((_A._replace(run=run), _B, _A_SYNC, _B_SYNC), counts, strict=True):
         _put(turns, needs, count)
     running = 0
     while turns.ready:
         turn = turns.next()
         assert turn is not None
-        turns.started(change(running), turn[1])
-        running += 1
+        keys, needs = turn
+        turns.started([change(running + place) for place in range(len(keys))], needs)
+        running += len(keys)
     assert turns.next() is None
     assert running <= slots

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from cdc.careful import Careful
+from cdc.journal import Finished
 from cdc.lanes import Lanes, Row
 from cdc.model import Change, Outcome, Processed
 from cdc.outbox.store import Store
@@ -36,6 +37,9 @@ class _Waiting:
 
     def in_thread(self, change: Change) -> bool:
         return False
+
+    def at_once(self, handler: None, changes: Sequence[Change]) -> tuple[list[Finished], None]:
+        return [], None
 
     async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
         self.started += [change.seq for change in batch]

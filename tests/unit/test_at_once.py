@@ -1,0 +1,210 @@
+"""Calls that return without waiting follow each other in one step of a worker; nobody else is to notice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
+
+import pytest
+
+from cdc import runner
+from cdc.careful import Careful
+from cdc.demand import Demand
+from cdc.errors import Discard, Failed
+from cdc.hooks import Hooks
+from cdc.journal import Finished
+from cdc.lanes import Lanes
+from cdc.metrics import Metrics
+from cdc.model import Change, Discarded, Outcome, Processed, Waiting
+from cdc.outbox.store import Store
+from cdc.retry import Policy
+from cdc.routing import Router
+from cdc.runner import Runner
+from cdc.threads import Threads
+from cdc.transactions import Transactions
+from cdc.verdict import Verdict
+from cdc.workers import Workers, _OtherTasks
+from tests.eventually import eventually_async
+from tests.unit.changes import row
+
+Handler = Callable[[Change], Awaitable[object]]
+
+
+class _Stage:
+    """Lanes and workers with a real runner, and no table behind them."""
+
+    def __init__(self, handler: Handler, concurrency: int = 100, timeout_s: float | None = None) -> None:
+        router = Router()
+        router.on("t")(handler)
+        self.metrics, hooks = Metrics("slot", router), Hooks(router)
+        verdict = Verdict(router.handlers.values(), Policy(), hooks=hooks, metrics=self.metrics)
+        run = Runner(
+            router, verdict=verdict, timeout_s=timeout_s, threads=Threads(1), metrics=self.metrics,
+            transactions=cast("Transactions", None),
+        )  # fmt: skip
+        demand = Demand(router, concurrency=concurrency, threads=1, transactions=1)
+        self.lanes = Lanes(1_000, turns=demand.turns, needs=demand.needs)
+        self.lanes.own([0])
+        self.outcomes: dict[int, Outcome] = {}
+        self.workers = Workers(
+            self.lanes, run, concurrency, connections=1, careful=Careful(Store("public"), 1), finished=self._finished,
+            read_anew=lambda: None,
+        )  # fmt: skip
+
+    def _finished(self, batch: Sequence[Finished]) -> None:
+        self.outcomes |= {change.seq: outcome for change, outcome in batch}
+
+    def work(self, changes: int) -> None:
+        """A change of each of so many keys."""
+        self.lanes.admit([row(seq, str(seq)) for seq in range(1, changes + 1)])
+        self.workers.hand_out()
+
+    async def until_done(self, seqs: Sequence[int]) -> None:
+        async def done() -> bool:
+            return self.outcomes.keys() >= set(seqs)
+
+        await eventually_async(done)
+
+    def count(self, name: str, outcome: str) -> float:
+        labels = {"handler": "handle", "outcome": outcome, "entity_type": "t"}
+        wanted = labels if outcome else {"handler": "handle"}
+        return self.metrics.registry.get_sample_value(name, wanted) or 0.0
+
+
+async def test_calls_that_return_at_once_follow_each_other_in_one_step_of_a_worker() -> None:
+    async def handle(change: Change) -> None: ...
+
+    stage = _Stage(handle)
+    stage.work(50)
+    await _OtherTasks()
+    assert list(stage.outcomes) == list(range(1, 51))
+    assert set(stage.outcomes.values()) == {Processed()}
+    assert stage.count("cdc_changes_handled_total", "processed") == 50
+    assert stage.count("cdc_handler_duration_seconds_count", "") == 50
+
+
+async def test_one_that_waits_holds_up_no_other_of_its_run() -> None:
+    go = asyncio.Event()
+
+    async def handle(change: Change) -> None:
+        if change.seq == 3:
+            await go.wait()
+
+    stage = _Stage(handle)
+    stage.work(20)
+    await stage.until_done([*range(1, 3), *range(4, 21)])
+    assert stage.lanes.running == 1
+    go.set()
+    await stage.until_done([3])
+    assert stage.count("cdc_handler_duration_seconds_count", "") == 20
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_no_more_wait_at_a_time_than_may_run_and_each_of_those_does(concurrency: int) -> None:
+    running, most, go = 0, 0, asyncio.Event()
+
+    async def handle(change: Change) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await go.wait()
+        running -= 1
+
+    stage = _Stage(handle, concurrency)
+    stage.work(10)
+
+    async def all_wait() -> bool:
+        return running == concurrency
+
+    await eventually_async(all_wait)
+    go.set()
+    await stage.until_done(range(1, 11))
+    assert most == concurrency
+
+
+async def test_what_a_call_raises_at_once_is_judged_and_the_others_go_on() -> None:
+    async def handle(change: Change) -> None:
+        match change.seq:
+            case 2:
+                raise ValueError("no")
+            case 3:
+                raise Discard("nothing to do")
+            case 4:
+                raise Failed({change: ValueError("no")})
+            case 5:
+                raise asyncio.CancelledError  # nobody has cancelled it
+
+    stage = _Stage(handle)
+    stage.work(6)
+    await stage.until_done(range(1, 7))
+    kinds = [type(outcome) for _, outcome in sorted(stage.outcomes.items())]
+    assert kinds == [Processed, Waiting, Discarded, Waiting, Waiting, Processed]
+
+
+async def test_what_takes_long_without_waiting_lets_other_tasks_run_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_AT_ONCE_S", 1e-9)
+    told: list[str] = []
+
+    async def handle(change: Change) -> None:
+        told.append("handler")
+
+    async def other() -> None:
+        for _ in range(5):
+            told.append("other")
+            await _OtherTasks()
+
+    stage = _Stage(handle)
+    stage.work(5)
+    await asyncio.gather(other(), stage.until_done(range(1, 6)))
+    assert told == ["handler", "other"] * 5
+
+
+async def test_what_was_started_and_not_called_at_a_stop_is_left_to_whoever_comes_next() -> None:
+    async def handle(change: Change) -> None:
+        if change.seq == 2:
+            stage.workers._stopped = True
+            await asyncio.Event().wait()
+
+    stage = _Stage(handle)
+    stage.work(5)
+    await _OtherTasks()
+    assert stage.lanes.running == 4
+    await stage.workers.drain(0.0)
+    assert stage.outcomes == {1: Processed()}
+    assert stage.lanes.running == 0
+
+
+async def test_a_call_that_waits_beyond_its_limit_fails_counted_from_its_first_step() -> None:
+    async def handle(change: Change) -> None:
+        await asyncio.Event().wait()
+
+    stage = _Stage(handle, timeout_s=0.01)
+    stage.work(1)
+    await stage.until_done([1])
+    outcome = stage.outcomes[1]
+    assert isinstance(outcome, Waiting)
+    assert outcome.error == "took longer than 0.01 s"
+
+
+class _Answer:
+    """Something to await that is no coroutine."""
+
+    def __await__(self):  # type: ignore[no-untyped-def]
+        yield from _OtherTasks().__await__()
+
+
+async def test_a_handler_may_give_back_whatever_can_be_awaited() -> None:
+    class Wrapped:
+        @staticmethod
+        async def func(change: Change) -> None: ...
+
+        __qualname__ = "handle"
+
+        def __call__(self, change: Change) -> _Answer:
+            return _Answer()
+
+    stage = _Stage(cast("Handler", Wrapped()))
+    stage.work(1)
+    await stage.until_done([1])
+    assert stage.outcomes[1] == Processed()
