@@ -38,7 +38,7 @@ from cdc.reads import Reads
 from cdc.runner import Runner
 from cdc.scope import EVERYTHING, Scope
 from cdc.shares import balance
-from cdc.workers import Workers
+from cdc.workers import OtherTasks, Workers
 
 log = logging.getLogger("cdc.consumer")
 
@@ -355,6 +355,8 @@ class Consumer:
                 probe.here("fetch.after_rows")
                 self._workers.hand_out()
                 probe.here("fetch.after_hand_out")
+                if self._intake.idle:
+                    await OtherTasks()  # the handlers first: to find that there is nothing to read takes a while
             self._workers.hand_out()
             await _due(self._read_due, min(self._reads.wait_s(), _TURN_AT_LEAST_S))
 

@@ -152,6 +152,11 @@ class Intake:
         return len(self._rung)
 
     @property
+    def idle(self) -> bool:
+        """Nothing is to be read that it knows of, the periodic passes aside."""
+        return self._quiet and not self._rung
+
+    @property
     def live_shards(self) -> int:
         return sum(shard.live for shard in self._shards.values())
 
@@ -300,14 +305,14 @@ class Intake:
     def swept(
         self,
         request: Sweep,
-        rows: Sequence[WakeUp],
+        rows: Sequence[tuple[int, int]],
         refused: Mapping[str, Mapping[int, int]],
         snapshot: Snapshot,
         now: float,
         *,
         scanned: Mapping[int, Scanned] | None = None,
     ) -> int:
-        """The answer to a sweep: rows of the types it asked for. Returns how many of them had been rung for.
+        """The answer to a sweep: rows of the types it asked for, as (seq, shard). Returns how many had been rung for.
 
         ``refused``: as ``refused`` takes it. ``scanned``: by shard; left out where all rows scanned are among these.
         """
@@ -443,7 +448,7 @@ class Intake:
             self._rest_until = now + min(_REST * (now - self._full_pass_from), _REST_MAX_S)
             self._full_pass_asked, self._full_pass_from = False, None
 
-    def _show(self, rows: Iterable[WakeUp]) -> None:
+    def _show(self, rows: Iterable[tuple[int, int]]) -> None:
         """A pass has shown these: they are not awaited any more, or their wake-ups are still to come."""
         for seq, number in rows:
             passes = self._shards.get(number)
@@ -483,7 +488,7 @@ class Intake:
             del self._unseen[seq]
 
 
-def _ends(rows: Iterable[WakeUp], per_shard: int) -> dict[int, Scanned]:
+def _ends(rows: Iterable[tuple[int, int]], per_shard: int) -> dict[int, Scanned]:
     """Of a sweep whose pages end at ``per_shard`` rows."""
     counts: dict[int, int] = {}
     last: dict[int, int] = {}

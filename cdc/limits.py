@@ -1,11 +1,15 @@
-"""Time limits of calls on the event loop."""
+"""Time limits of calls on the event loop.
+
+A call that never waits needs none. For each of the others a timer of its own would cost as much as many a handler; but
+calls under the same limit overrun in the order in which they began, so that one timer does for all of them, set for the
+first.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Coroutine, Generator
-from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 from cdc.errors import ToldError
@@ -19,18 +23,8 @@ class OverrunError(ToldError):
     kind = "timeout"
 
 
-async def within(limit_s: float | None, call: Coroutine[Any, Any, _T]) -> _T:
-    """Run it under a time limit. One that never waits needs no timer, which costs more than many a handler."""
-    started = time.monotonic()
-    try:
-        waits_for = call.send(None)
-    except StopIteration as returned:
-        return cast("_T", returned.value)
-    return await Begun(call, waits_for, started).within(limit_s)
-
-
 class Begun(Generic[_T]):
-    """Awaiting it goes on with a coroutine that has been sent up to its first wait, in this task.
+    """Awaiting it goes on with a coroutine that has been sent up to its first wait, in the same task.
 
     ``started`` on the monotonic clock. ``error``: it has failed there, and does so to whoever awaits it.
     """
@@ -43,33 +37,78 @@ class Begun(Generic[_T]):
         self.started = started
         self._error = error
 
-    async def within(self, limit_s: float | None) -> _T:
-        """Go on, under a time limit that counts from the start."""
-        try:
-            async with asyncio.timeout(
-                None if limit_s is None else limit_s - (time.monotonic() - self.started)
-            ) as limit:
-                return await self
-        except TimeoutError as error:
-            if not limit.expired():
-                raise  # the handler's own
-            raise OverrunError(f"took longer than {limit_s:g} s") from error
-
     def __await__(self) -> Generator[Any, Any, _T]:
         if self._error is not None:
             raise self._error
         waits_for = self._waits_for
         while True:
+            thrown = sent = None
             try:
                 sent = yield waits_for
             except GeneratorExit:
                 self._coroutine.close()
                 raise
             except BaseException as error:  # noqa: BLE001 - a cancellation above all: it is the coroutine's to handle
-                step = partial(self._coroutine.throw, error)
-            else:
-                step = partial(self._coroutine.send, sent)
+                thrown = error
             try:
-                waits_for = step()
+                waits_for = self._coroutine.throw(thrown) if thrown else self._coroutine.send(sent)
             except StopIteration as returned:
                 return cast("_T", returned.value)
+
+
+class Limit:
+    """``seconds`` that a call may take; None: any time. For the tasks of one event loop."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._ends: dict[asyncio.Task[Any], float] = {}
+        """When a task's call overruns, on the monotonic clock; in that order."""
+        self._overran = set[asyncio.Task[Any]]()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run it. Raises OverrunError if its time passes."""
+        started = time.monotonic()
+        try:
+            waits_for = coroutine.send(None)
+        except StopIteration as returned:
+            return cast("_T", returned.value)
+        return await self.go_on(Begun(coroutine, waits_for, started))
+
+    async def go_on(self, call: Begun[_T]) -> _T:
+        """The rest of a call, with what is left of its time since the start."""
+        if self._seconds is None:
+            return await call
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
+        self._ends[task] = at = call.started + self._seconds
+        if self._timer is None:
+            self._set_timer(at)
+        try:
+            return await call
+        except (asyncio.CancelledError, TimeoutError) as error:
+            # Not if somebody else has cancelled it besides.
+            if task in self._overran and task.cancelling() - 1 <= cancelled_before:
+                raise OverrunError(f"took longer than {self._seconds:g} s") from error
+            raise
+        finally:
+            self._ends.pop(task, None)
+            if task in self._overran:
+                self._overran.remove(task)
+                task.uncancel()
+
+    def _set_timer(self, at: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(at - time.monotonic(), self._look)
+
+    def _look(self) -> None:
+        """Those whose time has passed are cancelled; the timer is set for the next, if there is one."""
+        self._timer = None
+        now = time.monotonic()
+        for task, at in list(self._ends.items()):
+            if at > now:
+                self._set_timer(at)
+                return
+            del self._ends[task]
+            self._overran.add(task)
+            task.cancel()

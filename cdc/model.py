@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, ClassVar, NamedTuple, cast
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 SHARDS = 64
@@ -119,6 +121,14 @@ def read_change(*values: Any) -> Change:
     change: Any = _Draft(*values)
     change.__class__ = Change  # of the same layout: it has the same slots
     return cast("Change", change)
+
+
+_Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
+
+
+def fast_make(kind: type[_Tuple]) -> Callable[[tuple[Any, ...]], _Tuple]:
+    """What ``_make`` of a NamedTuple does, which is a function in Python and takes twice as long."""
+    return partial(tuple.__new__, kind)
 
 
 class WakeUp(NamedTuple):

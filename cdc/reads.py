@@ -17,7 +17,6 @@ from cdc import probe
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.lanes import Lanes
 from cdc.metrics import Metrics
-from cdc.model import WakeUp
 from cdc.outbox.store import Page, Store
 
 _RESUMES_MAX = 20
@@ -166,7 +165,7 @@ class Reads:
     async def _sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> None:
         page = await self._timed(self._store.sweep(reader, sweep))
         admitted = self._lanes.admit(page.rows)
-        seen = [WakeUp(row.change.seq, row.change.shard) for row in page.rows]
+        seen = [(row.change.seq, row.change.shard) for row in page.rows]
         rung = self._intake.swept(sweep, seen, admitted.refused, page.snapshot, _now(), scanned=page.scanned)
         self._metrics.wakeups.labels("sweep").inc(max(0, admitted.taken - rung))
 

@@ -31,7 +31,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import CoroutineType
@@ -43,9 +43,9 @@ from cdc import probe
 from cdc.errors import Discard, Failed, Reject, Retry
 from cdc.grouping import Grouping
 from cdc.journal import Finished
-from cdc.limits import Begun, OverrunError, within
+from cdc.limits import Begun, Limit, OverrunError
 from cdc.metrics import NO_HANDLER, Metrics
-from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting
+from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, fast_make
 from cdc.routing import Handler, Router
 from cdc.threads import Job, Threads
 from cdc.transactions import AskTheTableError, EndedTransactionError, Errors, MixedCausesError, Ran, Transactions
@@ -62,6 +62,7 @@ _AT_ONCE_S = 0.005
 """Calls in a row, before the event loop goes on with something else."""
 
 _PROCESSED = Processed()
+_FINISHED = fast_make(Finished)
 _LABELS: dict[type[Outcome], str] = {
     Processed: "processed",
     Committed: "processed",
@@ -95,6 +96,9 @@ class Runner:
         self._router = router
         self._verdict = verdict
         self._timeout_s = timeout_s
+        self._limits = {
+            seconds: Limit(seconds) for seconds in (timeout_s, *(h.timeout_s for h in router.handlers.values()))
+        }
         self._threads = threads
         self._transactions = transactions
         self._metrics = metrics
@@ -151,28 +155,31 @@ class Runner:
             started = time.monotonic()
             outcomes |= await self._attempt(handler, changes, given)
             self._took(handler, changes, time.monotonic() - started)
-        self._count(handler, outcomes)
+        for change, outcome in outcomes.items():
+            self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
+        probe.here("run.after_handler")
         return outcomes
 
     def at_once(self, handler: Handler | None, changes: deque[Change]) -> tuple[list[Finished], Unfinished | None]:
         """Call a handler for one change after the other, for as long as the calls return without waiting.
 
         A task's steps cost more than many a handler; these calls share them. Takes what it calls from ``changes``: none
-        where that is not as simple. Returns what has ended, and the call that has not, for ``go_on``.
+        where it is not as simple as that. Returns what has ended, and the call that has not, for ``go_on``.
         """
         done: list[Finished] = []
-        if handler is None or not handler.single or handler.model is not None:
+        if handler is None or not handler.single:
             return done, None
+        adapter = self._adapters.get(handler.name)
         seconds: list[float] = []
         unfinished = None
         began = now = time.monotonic()
         while changes and now - began < _AT_ONCE_S and not (changes[0].crashed or changes[0].chain):
             change, started = changes.popleft(), now
             probe.here("run.before_handler")
-            if call := _begin(handler, change, started):
+            if call := _begin(handler, adapter, change, started):
                 unfinished = Unfinished(change, call)
                 break
-            done.append(Finished(change, _PROCESSED))
+            done.append(_FINISHED((change, _PROCESSED)))
             now = time.monotonic()
             seconds.append(now - started)
         if done:
@@ -181,19 +188,25 @@ class Runner:
             probe.here("run.after_handler")
         return done, unfinished
 
-    async def go_on(self, handler: Handler, unfinished: Unfinished) -> dict[Change, Outcome]:
-        """The rest of an attempt that was begun."""
+    async def go_on(self, handler: Handler, unfinished: Unfinished) -> Outcome:
+        """The rest of an attempt that was begun. Only a cancellation leaves as an exception."""
         change, call = unfinished
-        given = [change]
-        outcomes = await self._attempt(handler, given, given, self._rest(handler, call))
-        self._took(handler, given, time.monotonic() - call.started)
-        self._count(handler, outcomes)
-        return outcomes
-
-    def _count(self, handler: Handler, outcomes: Mapping[Change, Outcome]) -> None:
-        for change, outcome in outcomes.items():
-            self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
+        outcome: Outcome = _PROCESSED
+        try:
+            await self._limit(handler).go_on(call)
+        except Failed as failed:
+            if error := failed.errors.get(change.seq):
+                outcome = self._verdict.on(handler, change, error)
+        except asyncio.CancelledError as error:
+            if _being_cancelled():
+                raise
+            outcome = self._verdict.on(handler, change, error)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
+            outcome = self._verdict.on(handler, change, error)
+        self._durations[handler.name].observe(time.monotonic() - call.started)
+        self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
         probe.here("run.after_handler")
+        return outcome
 
     def _refuse(
         self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
@@ -234,11 +247,11 @@ class Runner:
         self._durations[handler.name].observe(seconds / calls, calls)
 
     async def _attempt(
-        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], begun: Awaitable[Ran] | None = None
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
     ) -> dict[Change, Outcome]:
         grouping = self._groupings.get(handler.name)
         try:
-            ran = await (begun or self._call(handler, changes, given))
+            ran = await self._call(handler, changes, given)
             if grouping:
                 grouping.committed(len(changes), ran.calls_s, captured=ran.captured)
         except AskTheTableError:
@@ -284,32 +297,24 @@ class Runner:
         return outcomes
 
     async def _call(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
-        limit_s = self._limit_s(handler)
         if not handler.is_async:
-            return await self._call_in_thread(handler, changes, given, limit_s)
+            return await self._call_in_thread(handler, changes, given)
+        limit = self._limit(handler)
         if handler.transactional:
             calls = [partial(_on_loop, handler, part) for part in _calls(handler, given)]
             running = self._transactions.run(changes, calls, causes=self._names_causes(handler))
-            return await within(limit_s, running)
-        return Ran(await within(limit_s, _on_loop(handler, given)))
+            return await limit.call(running)
+        return Ran(await limit.call(_on_loop(handler, given)))
 
-    async def _rest(self, handler: Handler, call: Begun[object]) -> Ran:
-        try:
-            await call.within(self._limit_s(handler))
-        except Failed as failed:
-            return Ran(failed.errors)
-        return Ran(_NONE)
-
-    def _limit_s(self, handler: Handler) -> float | None:
-        return handler.timeout_s or self._timeout_s
+    def _limit(self, handler: Handler) -> Limit:
+        return self._limits[handler.timeout_s or self._timeout_s]
 
     def _names_causes(self, handler: Handler) -> bool:
         grouping = self._groupings.get(handler.name)
         return grouping is not None and grouping.captured
 
-    async def _call_in_thread(
-        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], limit_s: float | None
-    ) -> Ran:
+    async def _call_in_thread(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
+        limit_s = handler.timeout_s or self._timeout_s
         causes = self._names_causes(handler)
 
         def call() -> Ran:
@@ -341,12 +346,13 @@ def _calls(handler: Handler, given: Sequence[Change]) -> list[Sequence[Change]]:
     return [given] if handler.batch else [[change] for change in given]
 
 
-def _begin(handler: Handler, change: Change, started: float) -> Begun[object] | None:
+def _begin(handler: Handler, adapter: TypeAdapter[Any] | None, change: Change, started: float) -> Begun[object] | None:
     """Call it, up to its first wait. None: it has returned."""
-    call: Any = handler.function(change)
-    if type(call) is not CoroutineType:
-        call = _awaited(call)
+    call: Any = None
     try:
+        call = handler.function(_with_model(adapter, change) if adapter else change)
+        if type(call) is not CoroutineType:
+            call = _awaited(call)
         return Begun(call, call.send(None), started)
     except StopIteration:
         return None

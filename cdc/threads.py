@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 
@@ -47,6 +46,7 @@ class Threads:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._started = 0
         self._busy = 0
+        """Jobs on their way; one that was called off, too, until a thread is done with it."""
         self._limited: set[Job] = set()
         self._timer: asyncio.TimerHandle | None = None
         """One for all of them: it rings when the first could overrun, which most never do."""
@@ -60,7 +60,6 @@ class Threads:
         """Run ``call`` in a thread. ``overran`` is called, on the event loop, if it is still running at its limit."""
         job = Job(call, limit_s, overran)
         self._busy += 1
-        job.future.add_done_callback(partial(self._returned, job))
         if self._busy > self._started < self._size:
             self._started += 1
             loop = asyncio.get_running_loop()
@@ -78,10 +77,6 @@ class Threads:
         for _ in range(self._started):
             self._jobs.put(None)
 
-    def _returned(self, job: Job, _future: asyncio.Future[Any]) -> None:
-        self._busy -= 1
-        self._limited.discard(job)
-
     def _watch(self, left_s: float) -> None:
         loop = asyncio.get_running_loop()
         if self._timer is None or self._timer.when() > loop.time() + left_s:
@@ -93,20 +88,19 @@ class Threads:
         self._timer = None
         for job in [job for job in self._limited if job.left_s() <= 0]:
             self._limited.discard(job)
-            if job.overran:
+            if job.overran and not job.called_off:
                 job.overran()
         if self._limited:
             self._watch(min(job.left_s() for job in self._limited))
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         while job := self._jobs.get():
-            if job.called_off:
-                continue
-            job.started_at = time.monotonic()
             result: Any = None
             error: BaseException | None = None
             try:
-                result = job.call()
+                if not job.called_off:
+                    job.started_at = time.monotonic()
+                    result = job.call()
             except BaseException as raised:  # noqa: BLE001 - a handler's SystemExit must not end the thread unnoticed
                 error = raised
             self._ended.append((job, result, error))
@@ -121,6 +115,8 @@ class Threads:
         self._told = False  # before the first look: what ends from now on tells again
         while self._ended:
             job, result, error = self._ended.popleft()
+            self._busy -= 1
+            self._limited.discard(job)
             _resolve(job.future, result, error)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
-from itertools import groupby
 from math import ceil
 from typing import NamedTuple
 
@@ -101,12 +100,14 @@ class Turns:
 
     def ended(self, changes: Iterable[Change]) -> None:
         """Their places are free again. Nothing happens for one that held none: it ran in the batch of another."""
-        for needs, alike in groupby(self._started.pop(change, None) for change in changes):
-            if needs is not None:
-                places = sum(1 for _ in alike)
-                self._slots.give(needs, places)
-                for pool in needs.pools:
-                    self._pools[pool].give(needs, places)
+        alike, places = None, 0
+        for change in changes:
+            needs = self._started.pop(change, None)
+            if needs is not alike:
+                self._give(alike, places)
+                alike, places = needs, 0
+            places += 1
+        self._give(alike, places)
 
     def forget_ready(self) -> None:
         self._queues.clear()
@@ -117,4 +118,11 @@ class Turns:
         return not needs.pools or all(self._pools[pool].admits(needs) for pool in needs.pools)
 
     def _room(self, needs: Needs) -> int:
-        return min([self._slots.room(needs), *(self._pools[pool].room(needs) for pool in needs.pools)])
+        room = self._slots.room(needs)
+        return min([room, *(self._pools[pool].room(needs) for pool in needs.pools)]) if needs.pools else room
+
+    def _give(self, needs: Needs | None, places: int) -> None:
+        if needs is not None:
+            self._slots.give(needs, places)
+            for pool in needs.pools:
+                self._pools[pool].give(needs, places)

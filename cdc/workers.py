@@ -128,12 +128,14 @@ class Workers:
         while not self._stopped and self._have_started():
             handler = self._runner.handler(self._started[0])
             done, unfinished = self._at_once(handler)
-            if unfinished or not done:
-                await self._attend_next(task, handler, unfinished)
+            if unfinished:
+                await self._go_on(task, handler, unfinished)
+            elif not done:
+                await self._attend_next(task, handler)
             turns += done or 1
             if turns >= _CHANGES_PER_TURN or (done and self._started):
                 turns = 0
-                await _OtherTasks()
+                await OtherTasks()
 
     def _have_started(self) -> bool:
         """Whether there is something to call; the changes of a run have the same handler."""
@@ -143,6 +145,11 @@ class Workers:
             self._started.extend(self._lanes.start())
         return bool(self._started)
 
+    def _hand_out_others(self) -> None:
+        """The rest of a run does not wait for one of it."""
+        if self._started:
+            self.hand_out()
+
     def _at_once(self, handler: Handler | None) -> tuple[int, Unfinished | None]:
         """Call what may be over at once. Returns how many were, and the call that was not."""
         if self._careful.watches:
@@ -151,13 +158,22 @@ class Workers:
         self._report(done)
         return len(done), unfinished
 
-    async def _attend_next(
-        self, task: asyncio.Task[None], handler: Handler | None, unfinished: Unfinished | None
-    ) -> None:
-        """Of the run, what was begun, or else what comes first."""
-        change = unfinished.change if unfinished else self._started.popleft()
-        if self._started:
-            self.hand_out()  # the others do not wait for it
+    async def _go_on(self, task: asyncio.Task[None], handler: Handler | None, unfinished: Unfinished) -> None:
+        assert handler is not None
+        change = unfinished.change
+        self._hand_out_others()
+        self._tasks[task] = [change]
+        try:
+            outcome = await self._runner.go_on(handler, unfinished)
+        except asyncio.CancelledError:
+            self._leave([change])
+            raise
+        self._tasks[task] = []
+        self._report([Finished(change, outcome)])
+
+    async def _attend_next(self, task: asyncio.Task[None], handler: Handler | None) -> None:
+        change = self._started.popleft()
+        self._hand_out_others()
         if change.crashed:
             self._set_aside(change)
         elif self._aside and self._careful.wants(change):
@@ -166,16 +182,13 @@ class Workers:
             self._join(handler, change)
         else:
             self._tasks[task] = batch = [change]
-            await self._attend(handler, batch, unfinished)
+            await self._attend(handler, batch)
             self._tasks[task] = []
 
-    async def _attend(self, handler: Handler | None, batch: list[Change], unfinished: Unfinished | None = None) -> None:
+    async def _attend(self, handler: Handler | None, batch: list[Change]) -> None:
         """Run a change, or the batch that is gathered around it, and report."""
         try:
-            if unfinished:
-                assert handler is not None
-                outcomes = await self._runner.go_on(handler, unfinished)
-            elif handler is not None and handler.transactional:
+            if handler is not None and handler.transactional:
                 async with self._transactions[handler.is_async]:
                     outcomes = await self._run(handler, batch)
             else:
@@ -287,7 +300,7 @@ class Workers:
         self.hand_out()
 
 
-class _OtherTasks:
+class OtherTasks:
     """Awaiting it lets every other task run once."""
 
     def __await__(self) -> Generator[None, None, None]:

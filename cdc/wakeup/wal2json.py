@@ -17,10 +17,12 @@ from itertools import chain
 from typing import Any
 
 from cdc.errors import ProtocolError
-from cdc.model import SHARDS, WakeUp
+from cdc.model import SHARDS, WakeUp, fast_make
 from cdc.wakeup.wire import PAIR, SEQ_MAX, XLOGDATA, Heard, Plugin, Rung, pair
 
 _CONTENT = re.compile(PAIR)
+_OWNERS = {str(shard).encode(): shard for shard in range(SHARDS)}
+_WAKEUP = fast_make(WakeUp)
 
 
 def plugin(prefix: str) -> Plugin:
@@ -86,11 +88,12 @@ class UsualMessages:
         if len(found) != len(received) or length != len(joined):
             return None
         positions, timestamps, seqs, shards = zip(*found, strict=True)
-        numbers, owners = list(map(int, seqs)), list(map(int, shards))
-        if max(numbers) > SEQ_MAX or max(owners) >= SHARDS:
+        numbers, owners = list(map(int, seqs)), list(map(_OWNERS.get, shards))
+        if max(numbers) > SEQ_MAX or None in owners:
             return None
+        wakeups: list[WakeUp] = list(map(_WAKEUP, zip(numbers, owners, strict=True)))
         committed_at = _unix_s(timestamps[-1].decode("ascii", "replace"))
-        return Heard(int.from_bytes(max(positions)), list(map(WakeUp, numbers, owners)), committed_at)
+        return Heard(int.from_bytes(max(positions)), wakeups, committed_at)
 
 
 def _json_object(payload: bytes) -> dict[str, Any]:

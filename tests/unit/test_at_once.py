@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
+from pydantic import BaseModel
 
 from cdc import runner
 from cdc.careful import Careful
@@ -16,7 +18,7 @@ from cdc.hooks import Hooks
 from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.metrics import Metrics
-from cdc.model import Change, Discarded, Outcome, Processed, Waiting
+from cdc.model import Change, Dead, Discarded, Outcome, Processed, Waiting
 from cdc.outbox.store import Store
 from cdc.retry import Policy
 from cdc.routing import Router
@@ -24,7 +26,7 @@ from cdc.runner import Runner
 from cdc.threads import Threads
 from cdc.transactions import Transactions
 from cdc.verdict import Verdict
-from cdc.workers import Workers, _OtherTasks
+from cdc.workers import OtherTasks, Workers
 from tests.eventually import eventually_async
 from tests.unit.changes import row
 
@@ -34,9 +36,11 @@ Handler = Callable[[Change], Awaitable[object]]
 class _Stage:
     """Lanes and workers with a real runner, and no table behind them."""
 
-    def __init__(self, handler: Handler, concurrency: int = 100, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, handler: Handler, concurrency: int = 100, timeout_s: float | None = None, model: Any = None
+    ) -> None:
         router = Router()
-        router.on("t")(handler)
+        router.on("t", model=model)(handler)
         self.metrics, hooks = Metrics("slot", router), Hooks(router)
         verdict = Verdict(router.handlers.values(), Policy(), hooks=hooks, metrics=self.metrics)
         run = Runner(
@@ -77,7 +81,7 @@ async def test_calls_that_return_at_once_follow_each_other_in_one_step_of_a_work
 
     stage = _Stage(handle)
     stage.work(50)
-    await _OtherTasks()
+    await OtherTasks()
     assert list(stage.outcomes) == list(range(1, 51))
     assert set(stage.outcomes.values()) == {Processed()}
     assert stage.count("cdc_changes_handled_total", "processed") == 50
@@ -142,6 +146,25 @@ async def test_what_a_call_raises_at_once_is_judged_and_the_others_go_on() -> No
     assert kinds == [Processed, Waiting, Discarded, Waiting, Waiting, Processed]
 
 
+async def test_a_row_that_does_not_fit_the_model_is_dead_and_the_others_are_handled() -> None:
+    class Model(BaseModel):
+        id: int
+
+    seen: list[Any] = []
+
+    async def handle(change: Change) -> None:
+        seen.append(change.new)
+
+    stage = _Stage(handle, model=Model)
+    rows = [row(seq, str(seq)) for seq in (1, 2, 3)]
+    fitting = [one._replace(change=replace(one.change, new={"id": one.change.seq})) for one in rows[::2]]
+    stage.lanes.admit([fitting[0], rows[1], fitting[1]])
+    stage.workers.hand_out()
+    await stage.until_done([1, 2, 3])
+    assert seen == [Model(id=1), Model(id=3)]
+    assert [type(stage.outcomes[seq]) for seq in (1, 2, 3)] == [Processed, Dead, Processed]
+
+
 async def test_what_takes_long_without_waiting_lets_other_tasks_run_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_AT_ONCE_S", 1e-9)
     told: list[str] = []
@@ -152,7 +175,7 @@ async def test_what_takes_long_without_waiting_lets_other_tasks_run_in_between(m
     async def other() -> None:
         for _ in range(5):
             told.append("other")
-            await _OtherTasks()
+            await OtherTasks()
 
     stage = _Stage(handle)
     stage.work(5)
@@ -168,7 +191,7 @@ async def test_what_was_started_and_not_called_at_a_stop_is_left_to_whoever_come
 
     stage = _Stage(handle)
     stage.work(5)
-    await _OtherTasks()
+    await OtherTasks()
     assert stage.lanes.running == 4
     await stage.workers.drain(0.0)
     assert stage.outcomes == {1: Processed()}
@@ -191,7 +214,7 @@ class _Answer:
     """Something to await that is no coroutine."""
 
     def __await__(self):  # type: ignore[no-untyped-def]
-        yield from _OtherTasks().__await__()
+        yield from OtherTasks().__await__()
 
 
 async def test_a_handler_may_give_back_whatever_can_be_awaited() -> None:

@@ -1,4 +1,4 @@
-"""Time limits of calls on the event loop."""
+"""Time limits of calls on the event loop: one timer for many, and nobody else's cancellation is taken for it."""
 
 from __future__ import annotations
 
@@ -6,74 +6,134 @@ import asyncio
 
 import pytest
 
-from cdc.limits import OverrunError, within
+from cdc.limits import Limit, OverrunError
+from tests.eventually import eventually_async
 
 
-async def _soon(value: object = None) -> object:
-    """Waits for a turn of the loop."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[object] = loop.create_future()
-    loop.call_soon(future.set_result, value)
-    return await future
+async def _for_ever() -> None:
+    await asyncio.Event().wait()
 
 
-async def test_a_call_that_never_waits_has_no_limit_to_overrun() -> None:
-    async def call() -> str:
+async def test_a_call_that_takes_too_long_is_cut_off_and_its_task_goes_on() -> None:
+    with pytest.raises(OverrunError, match=r"^took longer than 0\.01 s$"):
+        await Limit(0.01).call(_for_ever())
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+async def test_a_call_that_returns_in_time_gives_what_it_returns() -> None:
+    async def waits_a_little() -> str:
+        for _ in range(3):
+            await asyncio.get_running_loop().run_in_executor(None, lambda: None)
         return "done"
 
-    assert await within(1e-9, call()) == "done"
+    async def does_not_wait() -> str:
+        return "done"
+
+    for limit in (Limit(60.0), Limit(None)):
+        assert await limit.call(waits_a_little()) == "done"
+        assert await limit.call(does_not_wait()) == "done"
 
 
-async def test_a_call_that_waits_gets_what_it_waits_for_and_its_value_and_error_come_through() -> None:
-    async def call(fails: bool) -> list[object]:
-        got = [await _soon(1), await _soon(2)]
-        if fails:
-            raise KeyError(got[1])
-        return got
+async def test_calls_overrun_in_the_order_in_which_they_began_and_those_that_ended_do_not() -> None:
+    limit, told, go = Limit(0.2), list[int](), asyncio.Event()
 
-    assert await within(60, call(fails=False)) == [1, 2]
-    assert await within(None, call(fails=False)) == [1, 2]
-    with pytest.raises(KeyError, match="2"):
-        await within(60, call(fails=True))
-
-
-async def test_a_call_that_overruns_is_cut_off_and_may_clean_up() -> None:
-    cleaned = []
-
-    async def call() -> None:
+    async def call(number: int) -> None:
         try:
-            await asyncio.Event().wait()
+            await limit.call(_for_ever() if number % 2 else _until(go))
+        except OverrunError:
+            told.append(number)
+
+    async def _until(event: asyncio.Event) -> None:
+        await event.wait()
+
+    calls = [asyncio.create_task(call(number)) for number in range(6)]
+
+    async def all_wait() -> bool:
+        return len(limit._ends) == len(calls)
+
+    await eventually_async(all_wait)
+    go.set()
+    await asyncio.gather(*calls)
+    assert told == [1, 3, 5]
+
+
+async def test_one_that_begins_when_another_overruns_has_its_own_time() -> None:
+    limit = Limit(0.05)
+    for _ in range(2):
+        with pytest.raises(OverrunError):
+            await limit.call(_for_ever())
+
+
+async def test_a_cancellation_from_outside_is_none_of_the_limits() -> None:
+    limit = Limit(60.0)
+    call = asyncio.create_task(limit.call(_for_ever()))
+
+    async def waits() -> bool:
+        return bool(limit._ends)
+
+    await eventually_async(waits)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert not limit._ends
+
+
+async def test_who_overruns_and_is_cancelled_besides_is_cancelled() -> None:
+    """A stop that comes at the same moment must not be lost."""
+    limit = Limit(0.01)
+    ended = asyncio.Event()
+
+    async def clings() -> None:
+        try:
+            await _for_ever()
         finally:
-            await _soon()
-            cleaned.append(True)
+            call.cancel()
+            ended.set()
 
-    with pytest.raises(OverrunError, match=r"longer than 0\.01 s"):
-        await within(0.01, call())
-    assert cleaned == [True]
-
-
-async def test_a_timeout_of_the_calls_own_is_no_overrun() -> None:
-    async def at_once() -> None:
-        raise TimeoutError
-
-    async def later() -> None:
-        async with asyncio.timeout(0.001):
-            await asyncio.Event().wait()
-
-    for call in (at_once, later):
-        with pytest.raises(TimeoutError):
-            await within(60, call())
+    call = asyncio.create_task(limit.call(clings()))
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert ended.is_set()
 
 
-async def test_a_cancellation_reaches_the_call_which_may_catch_it() -> None:
-    async def call() -> object:
+async def test_a_call_that_returns_in_spite_of_its_cancellation_has_returned() -> None:
+    async def deaf() -> str:
         try:
-            await asyncio.Event().wait()
+            await _for_ever()
         except asyncio.CancelledError:
-            return await _soon("caught")
+            return "all the same"
         return "never"
 
-    task = asyncio.create_task(within(60, call()))
-    await _soon()
-    task.cancel()
-    assert await task == "caught"
+    async def task() -> tuple[str, int]:
+        returned = await Limit(0.01).call(deaf())
+        me = asyncio.current_task()
+        assert me is not None
+        return returned, me.cancelling()
+
+    assert await asyncio.create_task(task()) == ("all the same", 0)
+
+
+async def test_what_a_call_raises_is_its_own_also_a_timeout() -> None:
+    async def raises() -> None:
+        await asyncio.get_running_loop().run_in_executor(None, lambda: None)
+        raise TimeoutError("somebody else's")
+
+    with pytest.raises(TimeoutError, match="somebody else's"):
+        await Limit(60.0).call(raises())
+
+
+async def test_a_cancellation_goes_to_the_call_which_may_tidy_up_while_it_waits() -> None:
+    told: list[str] = []
+
+    async def tidies_up() -> None:
+        try:
+            await _for_ever()
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, lambda: None)
+            told.append("tidy")
+
+    with pytest.raises(OverrunError):
+        await Limit(0.01).call(tidies_up())
+    assert told == ["tidy"]

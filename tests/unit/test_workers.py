@@ -13,7 +13,7 @@ from cdc.journal import Finished
 from cdc.lanes import Lanes, Row
 from cdc.model import Change, Outcome, Processed
 from cdc.outbox.store import Store
-from cdc.workers import Workers, _OtherTasks
+from cdc.workers import OtherTasks, Workers
 from tests.eventually import eventually_async
 from tests.unit.changes import change, row
 
@@ -104,7 +104,7 @@ async def test_a_suspect_that_is_cut_off_before_its_task_began_leaves_its_key_op
     workers = _workers(lanes, runner, 10)
     lanes.admit([Row(replace(change(1), crashed=True))])
     workers.hand_out()
-    await _OtherTasks()  # the worker's only step
+    await OtherTasks()  # the worker's only step
     assert len(workers._aside) + len(workers._doubted) == 1
     lanes.reset()
     await workers.session_lost()
