@@ -33,6 +33,7 @@ class Doorbell:
         self._changed = changed
         self._metrics = metrics
         self._slot = slot
+        self._heard = metrics.wakeups.labels("wal")
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._crossing = 0
@@ -71,7 +72,7 @@ class Doorbell:
         with self._lock:
             self._crossing -= len(wakeups)
             dropped, self._dropped = self._dropped, 0
-        self._metrics.wakeups.labels("wal").inc(len(wakeups))
+        self._heard.inc(len(wakeups))
         if latency_s is not None:
             self._metrics.wakeup_latency.observe(max(0.0, latency_s))
         self._relay.offer(self._consumer.rang(wakeups))

@@ -81,8 +81,10 @@ class Workers:
         """Start workers for what is ready."""
         if self._stopped:
             return
-        workers = len(self._tasks) - len(self._aside) - len(self._doubted)
         ready = self._lanes.ready + len(self._started) + (0 if self._aside else len(self._later)) - len(self._unstarted)
+        if ready <= 0:
+            return
+        workers = len(self._tasks) - len(self._aside) - len(self._doubted)
         for _ in range(min(ready, self._concurrency - workers)):
             task = asyncio.create_task(self._work())
             self._tasks[task] = []

@@ -221,7 +221,9 @@ class Relay:
                 self._due.clear()
                 waiting, self._waiting = self._waiting, []
                 payloads = encode(self._prefix, waiting) + ([""] if self._lost else [])
-                await connection.execute("SELECT pg_notify(%s, p) FROM unnest(%s::text[]) AS p", [CHANNEL, payloads])
+                # An array as text: nothing in a payload is special in it. The driver would look at each for its type.
+                texts = f"""{{{",".join(f'"{payload}"' for payload in payloads)}}}"""
+                await connection.execute("SELECT pg_notify(%s, p) FROM unnest(%s::text[]) AS p", [CHANNEL, texts])
                 self._lost = False
                 self._sent(len(payloads))
         finally:

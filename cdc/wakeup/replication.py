@@ -38,6 +38,8 @@ _TURN_S = 5.0
 """The thread shows that it lives at least this often, whatever it waits for."""
 _ANSWER_LIMIT_S = 60.0
 """For the answer to a command. CREATE waits for open write transactions one by one, each up to lock_timeout."""
+_MANY = 32
+"""Messages since the last look at the socket after which there may be more: libpq reads 16 kB at a time."""
 _GOODBYE_LIMIT_S = 1.0
 """For the server to agree to the end, which says that it has read our last status update."""
 _REFUSAL_S = 3.0
@@ -226,14 +228,19 @@ class Session:
     def receive(self, most: int) -> list[memoryview]:
         """The messages that have come, up to ``most``. If the stream has ended behind them, ``wait`` will say so."""
         messages: list[memoryview] = []
-        get_copy_data = self._link.get_copy_data
+        get_copy_data, keep = self._link.get_copy_data, messages.append
+        looked_again_at = 0
         try:
-            for _ in range(most):
+            while len(messages) < most:
                 size, data = get_copy_data(1)
-                if size <= 0:
+                if size > 0:
+                    keep(data)
+                elif size == 0 and len(messages) - looked_again_at >= _MANY:
+                    looked_again_at = len(messages)
+                    self._link.consume_input()
+                else:
                     self._over = self._ended() if size < 0 else None
                     break
-                messages.append(data)
         except psycopg.OperationalError as error:
             self._over = classify(None, None, During.STREAM, self.names)
             self._over.__cause__ = error

@@ -27,7 +27,7 @@ from cdc.wakeup import pgoutput, wal2json
 from cdc.wakeup.opening import Opened, begin
 from cdc.wakeup.progress import Attempts, Progress, status_interval_s
 from cdc.wakeup.replication import Session, Stopped, Waiting, open_session
-from cdc.wakeup.wire import Plugin, parse, status_update
+from cdc.wakeup.wire import Plugin, is_keepalive, parse, status_update
 
 log = logging.getLogger("cdc.stream")
 
@@ -309,13 +309,14 @@ class _Batch:
         self.reply_requested = False
 
     def read(self, received: list[memoryview], plugin: Plugin) -> None:
-        if heard := plugin.decode_all(received):
-            self.highest, self.wakeups, self.committed_at = heard
-            self.messages = len(received)
-            self.bytes = sum(map(len, received))
+        self.bytes = sum(map(len, received))
+        if self._read_all(received, plugin):
             return
+        # Behind a message that comes alone there is a keepalive.
+        messages = [data for data in received if not is_keepalive(data)]
+        if len(messages) < len(received) and messages and self._read_all(messages, plugin):
+            received = [data for data in received if is_keepalive(data)]
         for data in received:
-            self.bytes += len(data)
             position, message, reply_requested = parse(data)
             # Before it is decoded: a message that cannot be read is confirmed too, or it would come for ever.
             self.highest = max(self.highest, position)
@@ -327,6 +328,15 @@ class _Batch:
             if (rung := plugin.decode(message)) is not None:
                 wakeup, self.committed_at = rung
                 self.wakeups.append(wakeup)
+
+    def _read_all(self, messages: list[memoryview], plugin: Plugin) -> bool:
+        """Whether all of them could be read at once."""
+        heard = plugin.decode_all(messages)
+        if heard is None:
+            return False
+        self.highest, self.wakeups, self.committed_at = heard
+        self.messages = len(messages)
+        return True
 
 
 class _Reader:

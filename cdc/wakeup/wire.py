@@ -22,6 +22,7 @@ SEQ_MAX = 2**63 - 1
 
 _XLOGDATA = struct.Struct("!cQQq")  # 'w', WAL start, WAL end, server clock; the plugin's message follows
 _KEEPALIVE = struct.Struct("!cQqB")  # 'k', WAL end, server clock, reply requested
+_K = ord("k")
 _STATUS = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, client clock, reply requested
 
 Rung = tuple[WakeUp, float | None]
@@ -58,6 +59,11 @@ class Plugin:
 
 XLOGDATA = rb"w([\x00-\xff]{8})[\x00-\xff]{16}"
 """What stands before the plugin's message: a regular expression with a group, the position, big-endian."""
+
+
+def is_keepalive(data: bytes | memoryview) -> bool:
+    """By its first byte; whether it is a whole one, ``parse`` knows."""
+    return len(data) > 0 and data[0] == _K
 
 
 def parse(data: bytes | memoryview) -> tuple[int, bytes | memoryview | None, bool]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import psycopg
 
+from cdc.app import spare_the_collector
 from cdc.errors import StreamError
 from cdc.model import WakeUp, message_prefix
 from cdc.throwaway import Server
@@ -31,6 +32,7 @@ _RING = "SELECT count(pg_logical_emit_message(true, %s, g || ',' || g %% 64)) FR
 def measure(server: Server, size: Size) -> list[Figure]:
     if not server.wal2json:
         raise LeftOutError("the server has no wal2json")
+    spare_the_collector()  # as ``cdc run`` does
     with fresh_outbox(server) as connection:
         for turn in range(_TURNS):
             for reader in ("ours", "theirs"):
