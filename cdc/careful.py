@@ -9,7 +9,8 @@ So whoever takes over such a shard goes through what was there by then, a window
 
     unsuspected   written down as ``started_by`` this process before its handler starts; many at once, in one statement
     suspect       written down by a process that died: that start counts as a failed attempt, and the next one is made
-                  alone, so that a process that dies again convicts one change and no other
+                  alone, when the outcome of the one before is settled, so that a process that dies again convicts one
+                  change and no other
 
 A poisonous change thus kills its process once unseen, once as one of many, and then as often as it has attempts; one
 that just ran beside it loses a single attempt. What is cut off by a stop loses none: a stop removes the marks.

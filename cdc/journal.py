@@ -19,7 +19,7 @@ class Finished(NamedTuple):
 
 
 class Journal:
-    """``open`` when a read begins, ``close`` when its answer has been taken in. One read at a time."""
+    """A context: from the beginning of a read until its answer has been taken in. One read at a time."""
 
     def __init__(self) -> None:
         self._open = False
@@ -27,8 +27,12 @@ class Journal:
         self._arrived: set[int] = set()
         self._cut_off: set[Key] = set()
 
-    def open(self) -> None:
+    def __enter__(self) -> Journal:
         self._open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._open = False

@@ -32,8 +32,8 @@ They cannot be recalled, so their keys stay shut until they return, and their ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, closing
 from typing import NamedTuple
 
 from cdc.inflight import InFlight
@@ -200,14 +200,9 @@ class Lanes:
 
     # --- in --------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> AbstractContextManager[object]:
         """Around a read of the table and the ``admit`` of its answer. One read at a time."""
-        self._journal.open()
-        try:
-            yield
-        finally:
-            self._journal.close()
+        return self._journal
 
     def admit(self, rows: Iterable[Row], *, due: bool = False, apart: Collection[str] = ()) -> Admitted:
         """Take in what a read found, in its order. ``due``: waiting changes, which need no mark to be found again.

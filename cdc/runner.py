@@ -251,7 +251,8 @@ class Runner:
     ) -> dict[Change, Outcome]:
         grouping = self._groupings.get(handler.name)
         try:
-            ran = await self._call(handler, changes, given)
+            call = self._call if handler.is_async else self._call_in_thread
+            ran = await call(handler, changes, given)
             if grouping:
                 grouping.committed(len(changes), ran.calls_s, captured=ran.captured)
         except AskTheTableError:
@@ -297,8 +298,6 @@ class Runner:
         return outcomes
 
     async def _call(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
-        if not handler.is_async:
-            return await self._call_in_thread(handler, changes, given)
         limit = self._limit(handler)
         if handler.transactional:
             calls = [partial(_on_loop, handler, part) for part in _calls(handler, given)]

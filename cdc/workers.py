@@ -68,6 +68,7 @@ class Workers:
         self._doubted: dict[asyncio.Task[None], Change] = {}
         """No workers either: suspects that may be none, which are read again instead of run."""
         self._alone = asyncio.Lock()
+        self._settled = asyncio.Event()
         self._later: deque[Change] = deque()
         """What may kill the process as well, and would be blamed on the suspect that happens to run."""
         self._stopped = False
@@ -90,6 +91,10 @@ class Workers:
             self._tasks[task] = []
             self._unstarted.add(task)
             task.add_done_callback(self._ended)
+
+    def settled(self) -> None:
+        """Some of the outcomes are in the table."""
+        self._settled.set()
 
     async def drain(self, seconds: float) -> None:
         """Start nothing more; give what runs so much time, then cut it off."""
@@ -210,7 +215,8 @@ class Workers:
 
     async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
         if handler is not None:
-            await self._gather(handler, batch)
+            if handler.batch or handler.group > 1:
+                await self._gather(handler, batch)
             if batch[0].crashed or self._careful.watches:
                 await self._careful.starts(batch)
         return await self._runner.run(handler, batch)
@@ -254,6 +260,9 @@ class Workers:
                 self._report([Finished(change, outcome)])
             else:
                 await self._attend(self._runner.handler(change), [change])
+            while self._lanes.knows(change.seq):  # else the next one's crash would be counted against it, too
+                self._settled.clear()
+                await self._settled.wait()
 
     async def _gather(self, handler: Handler, batch: list[Change]) -> None:
         """Fill a batch for a handler that takes many, or a group that shares a transaction."""

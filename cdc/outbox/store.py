@@ -361,9 +361,9 @@ class Store:
         return [row._replace(change=replace(row.change, chain=chains.get(row.change.id))) for row in rows]
 
     async def _rows(self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]) -> list[Any]:
-        async with connection.cursor(binary=True) as cursor:
-            await cursor.execute(self._statements[name], {**self._always, **parameters})
-            return await cursor.fetchall()
+        cursor = connection.cursor(binary=True)
+        await cursor.execute(self._statements[name], {**self._always, **parameters})
+        return await cursor.fetchall()
 
 
 def _array(values: Iterable[int | UUID]) -> str:

@@ -27,6 +27,8 @@ awaits_20ms = cdc.Router()
 stamp = cdc.Router()
 began = cdc.Router()
 
+TYPE = "task"
+"""Of the changes that are drained. A handler for any type would leave a third of the places to other types."""
 EFFECTS = "CREATE TABLE bench_effects (seq bigint PRIMARY KEY, entity_id text NOT NULL)"
 INSERT_EFFECT = "INSERT INTO bench_effects (seq, entity_id) VALUES (%s, %s)"
 
@@ -38,35 +40,35 @@ async def do_nothing(change: cdc.Change) -> None:
     """Keeps nothing at all: for measuring memory."""
 
 
-@noop.on("*")
+@noop.on(TYPE)
 async def note_number(change: cdc.Change) -> None:
     """The order of the calls can be checked afterwards."""
     _calls.append(change.seq)
 
 
-@noop_sync.on("*")
+@noop_sync.on(TYPE)
 def note_number_in_thread(change: cdc.Change) -> None:
     _calls.append(change.seq)
 
 
-@batches.on("*", batch=200)
+@batches.on(TYPE, batch=200)
 async def note_numbers(changes: list[cdc.Change]) -> None:
     _calls.extend(change.seq for change in changes)
 
 
-@inserts.on("*")
+@inserts.on(TYPE)
 async def insert_effect(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
     _calls.append(change.seq)
     await connection.execute(INSERT_EFFECT, [change.seq, change.entity_id])
 
 
-@awaits_10ms.on("*")
+@awaits_10ms.on(TYPE)
 async def await_10ms(change: cdc.Change) -> None:
     _calls.append(change.seq)
     await asyncio.sleep(0.010)
 
 
-@awaits_20ms.on("*")
+@awaits_20ms.on(TYPE)
 async def await_20ms(change: cdc.Change) -> None:
     _calls.append(change.seq)
     await asyncio.sleep(0.020)

@@ -97,10 +97,13 @@ async def test_a_change_that_comes_alone_costs_a_fetch_and_a_mark(
     assert bytes_ < 2_000  # 1,370: half of it describes the columns
 
 
+# Shortly, for a machine of any speed: always, or because a settle takes long.
+@pytest.mark.parametrize("pauses", [{"_SETTLE_PAUSE_S": 0.5}, {"_SETTLE_REST": 1e6, "_SETTLE_PAUSE_MAX_S": 0.5}])
 async def test_changes_that_end_shortly_after_one_another_share_a_mark(
-    working: App, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    working: App, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, pauses: dict[str, float]
 ) -> None:
-    monkeypatch.setattr(consumer, "_SETTLE_PAUSE_S", 0.5)  # shortly, for a machine of any speed
+    for name, value in pauses.items():
+        monkeypatch.setattr(consumer, name, value)
     registry = working.metrics.registry
     before = metric(registry, "cdc_settle_changes_count")
     for number in range(1, 101):

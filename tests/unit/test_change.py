@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 
-from cdc.model import Change, Json
+from cdc.model import Change, Json, read_change
 from tests.unit.changes import change as any_change
 
 
@@ -32,6 +33,18 @@ def test_a_document_that_cannot_be_read_fails_whoever_asks_for_it() -> None:
 
 def test_what_a_change_is_made_with_by_hand_stays_as_it_is() -> None:
     assert change(new=b"1").new == b"1"
+
+
+def test_one_that_is_read_from_the_table_is_like_one_that_is_made_by_hand() -> None:
+    by_hand = change(new={"a": 1}, metadata=None)
+    values = {field.name: getattr(by_hand, field.name) for field in dataclasses.fields(Change)}
+    read = read_change(*{**values, "new": Json(b'{"a": 1}')}.values())
+    assert type(read) is Change
+    assert {name: getattr(read, name) for name in values} == values
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read.seq = 2  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(read)).new == {"a": 1}
+    assert dataclasses.replace(read, attempt=2).attempt == 2
 
 
 def test_a_change_does_not_change() -> None:

@@ -30,8 +30,10 @@ def test_they_show_what_the_librarys_would(seen: list[tuple[str, float]]) -> Non
     their_histogram = Histogram("took", "Text.", ["kind"], buckets=_BOUNDS, registry=theirs)
     for kind, value in seen:
         count.labels(kind).inc()
-        histogram.labels(kind).observe(value, 2)
+        histogram.labels(kind).observe(value)
+        histogram.labels(kind).observe_each([value, 0.3, value])
+        histogram.labels(kind).observe(0.3, 2)
         their_count.labels(kind).inc()
-        for _ in range(2):
-            their_histogram.labels(kind).observe(value)
+        for each in (value, value, value, 0.3, 0.3, 0.3):
+            their_histogram.labels(kind).observe(each)
     assert _samples(ours) == _samples(theirs)

@@ -116,3 +116,33 @@ async def test_a_suspect_that_is_cut_off_before_its_task_began_leaves_its_key_op
     await _until(lambda: runner.started == [1])
     runner.go.set()
     await _until(lambda: len(workers) == 0)
+
+
+async def test_a_suspect_starts_when_what_became_of_the_one_before_is_in_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a process that it ends would be counted against that one, too, which had done its work."""
+
+    async def still_suspect(_self: Careful, _change: Change) -> bool:
+        return True
+
+    async def written_down(_self: Careful, _changes: Sequence[Change]) -> None: ...
+
+    monkeypatch.setattr(Careful, "suspects", still_suspect)
+    monkeypatch.setattr(Careful, "starts", written_down)
+    lanes, runner = Lanes(100), _Waiting()
+    runner.go.set()
+    lanes.own([0])
+    workers = _workers(lanes, runner, 10)
+    lanes.admit([Row(replace(change(seq, str(seq)), crashed=True)) for seq in (1, 2)])
+    workers.hand_out()
+    await _until(lambda: lanes.to_settle == 1)
+    for _ in range(10):
+        await OtherTasks()
+    assert runner.started == [1]
+    lanes.settled(lanes.take_finished(10))
+    workers.settled()
+    await _until(lambda: runner.started == [1, 2])
+    lanes.settled(lanes.take_finished(10))
+    workers.settled()
+    await _until(lambda: len(workers) == 0)
