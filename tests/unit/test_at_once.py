@@ -135,15 +135,20 @@ async def test_what_a_call_raises_at_once_is_judged_and_the_others_go_on() -> No
             case 3:
                 raise Discard("nothing to do")
             case 4:
-                raise Failed({change: ValueError("no")})
+                raise Failed({change: ValueError("it is this one")})
             case 5:
+                raise Failed({})
+            case 6:
                 raise asyncio.CancelledError  # nobody has cancelled it
 
     stage = _Stage(handle)
-    stage.work(6)
-    await stage.until_done(range(1, 7))
+    stage.work(7)
+    await stage.until_done(range(1, 8))
     kinds = [type(outcome) for _, outcome in sorted(stage.outcomes.items())]
-    assert kinds == [Processed, Waiting, Discarded, Waiting, Waiting, Processed]
+    assert kinds == [Processed, Waiting, Discarded, Waiting, Processed, Waiting, Processed]
+    named = stage.outcomes[4]
+    assert isinstance(named, Waiting)
+    assert named.error == "ValueError: it is this one"
 
 
 async def test_a_row_that_does_not_fit_the_model_is_dead_and_the_others_are_handled() -> None:

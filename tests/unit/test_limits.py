@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
-from cdc.limits import Limit, OverrunError
+from cdc.limits import Begun, Limit, OverrunError
 from tests.eventually import eventually_async
 
 
@@ -57,6 +58,20 @@ async def test_calls_overrun_in_the_order_in_which_they_began_and_those_that_end
     go.set()
     await asyncio.gather(*calls)
     assert told == [1, 3, 5]
+
+
+async def test_one_that_began_later_overruns_later_though_nobody_comes_after_it() -> None:
+    limit, told = Limit(0.2), list[str]()
+
+    async def rest(name: str, ago_s: float) -> None:
+        coroutine = _for_ever()
+        try:
+            await limit.go_on(Begun(coroutine, coroutine.send(None), time.monotonic() - ago_s))
+        except OverrunError:
+            told.append(name)
+
+    await asyncio.wait_for(asyncio.gather(rest("first", 0.15), rest("second", 0.0)), 30)
+    assert told == ["first", "second"]
 
 
 async def test_one_that_begins_when_another_overruns_has_its_own_time() -> None:

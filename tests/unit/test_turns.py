@@ -99,6 +99,20 @@ def test_a_run_has_several_keys_of_one_queue_but_no_more_than_may_start() -> Non
     assert turns.next() == ([("a", "4")], quick)
 
 
+def test_of_several_that_end_together_each_gives_back_its_own() -> None:
+    turns = Turns(10, {"threads": 3}, sole=False)
+    changes = [change(number) for number in range(4)]
+    for one, needs in zip(changes, (_A, _B_SYNC, _B_SYNC, _A), strict=True):
+        turns.started([one], needs)
+    _put(turns, _A_SYNC, 9)
+    assert turns.ready == 1
+    turns.ended(changes)
+    assert turns.ready == 2
+    assert len(_start_all(turns)) == 2
+    turns.ended(changes)  # they hold nothing any more
+    assert turns.ready == 0
+
+
 def test_the_keys_of_one_handler_are_offered_whatever_their_type_and_the_rest_stays_in_its_place() -> None:
     turns = Turns(pools={"threads": 1})
     _put(turns, _A, 3)
