@@ -146,10 +146,11 @@ class Workers:
 
     def _have_started(self) -> bool:
         """Whether there is something to call; the changes of a run have the same handler."""
-        if self._later and not self._aside:
-            self._started.appendleft(self._later.popleft())
         if not self._started:
-            self._started.extend(self._lanes.start())
+            if self._later and not self._aside:
+                self._started.append(self._later.popleft())
+            else:
+                self._started.extend(self._lanes.start())
         return bool(self._started)
 
     def _hand_out_others(self) -> None:

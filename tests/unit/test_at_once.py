@@ -37,10 +37,17 @@ class _Stage:
     """Lanes and workers with a real runner, and no table behind them."""
 
     def __init__(
-        self, handler: Handler, concurrency: int = 100, timeout_s: float | None = None, model: Any = None
+        self,
+        handler: Handler,
+        concurrency: int = 100,
+        timeout_s: float | None = None,
+        model: Any = None,
+        other: Handler | None = None,
     ) -> None:
         router = Router()
         router.on("t", model=model)(handler)
+        if other:
+            router.on("other")(other)
         self.metrics, hooks = Metrics("slot", router), Hooks(router)
         verdict = Verdict(router.handlers.values(), Policy(), hooks=hooks, metrics=self.metrics)
         run = Runner(
@@ -201,6 +208,25 @@ async def test_what_was_started_and_not_called_at_a_stop_is_left_to_whoever_come
     await stage.workers.drain(0.0)
     assert stage.outcomes == {1: Processed()}
     assert stage.lanes.running == 0
+
+
+async def test_what_was_put_off_meanwhile_goes_to_its_own_handler() -> None:
+    got: list[tuple[str, str]] = []
+
+    async def handle(change: Change) -> None:
+        got.append(("handle", change.entity_type))
+
+    async def other(change: Change) -> None:
+        got.append(("other", change.entity_type))
+
+    stage = _Stage(handle, other=other)
+    stage.lanes.admit([row(1, "1", entity_type="other"), row(2, "2"), row(3, "3")])
+    stage.workers._later.extend(stage.lanes.start())
+    stage.workers._started.extend(stage.lanes.start())  # the rest of a run, of which one waits
+    assert (len(stage.workers._later), len(stage.workers._started)) == (1, 2)
+    stage.workers.hand_out()
+    await stage.until_done([1, 2, 3])
+    assert sorted(got) == [("handle", "t"), ("handle", "t"), ("other", "other")]
 
 
 async def test_a_call_that_waits_beyond_its_limit_fails_counted_from_its_first_step() -> None:
