@@ -2,22 +2,28 @@
 
 What a line is about goes into ``extra`` and comes out as ``key=value`` or as a field of the object:
 ``log.info("slot created", extra={"slot": name})``. No row content, no DSN; the mask is a net below that rule.
+
+What is logged is in part other people's text, and of any length: each piece is cut, masked and made printable. Only a
+traceback has several lines, all indented, so that none of them can pass for a line of its own.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any, TextIO
 
+from cdc.masking import mask
+from cdc.printable import cut, printable, printable_json, printable_lines
+
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
-_PASSWORD = re.compile(
-    r"(\w*passw(?:or)?d[\"']?\s*[=:]\s*)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+)", re.IGNORECASE
-)
-# Greedy to the last @: a password that holds one itself is the case to guard against.
-_URL_USER = re.compile(r"(://[^:/@\s]*):\S*@")
+_MESSAGE_MAX, _FIELD_MAX, _TRACEBACK_MAX = 8_000, 2_000, 32_000
+"""Bytes. Collectors split or refuse longer lines than some ten kB; who needs a whole document has it in the row."""
+_MASKED_MAX = 64_000
+"""Bytes that are masked before the cut, so that the cut does not part a password from what tells it."""
+_INT_BITS = 1_000
 
 
 def setup(level: str, line_format: str, stream: TextIO | None = None) -> None:
@@ -28,9 +34,12 @@ def setup(level: str, line_format: str, stream: TextIO | None = None) -> None:
     logging.captureWarnings(capture=True)
 
 
-def mask(text: str) -> str:
-    """``text`` with the passwords of DSNs and URLs in it replaced."""
-    return _URL_USER.sub(r"\1:***@", _PASSWORD.sub(r"\1***", text))
+def _masked(text: str, bytes_max: int) -> str:
+    return cut(mask(cut(text, _MASKED_MAX)), bytes_max)
+
+
+def _shown(text: str, bytes_max: int) -> str:
+    return cut(printable(_masked(text, bytes_max)), bytes_max)
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -45,37 +54,43 @@ class TextLines(logging.Formatter):
     """``2026-01-31T12:00:00.000Z INFO cdc.app started slot=cdc``"""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={_quoted(str(value))}" for name, value in _fields(record).items())
-        line = f"{_time(record)} {record.levelname} {record.name} {_one_line(record.getMessage())}{fields}"
+        fields = "".join(
+            f" {name}={_quoted(_masked(str(value), _FIELD_MAX))}" for name, value in _fields(record).items()
+        )
+        message = _shown(record.getMessage(), _MESSAGE_MAX)
+        line = f"{_time(record)} {record.levelname} {printable(record.name)} {message}{printable(fields)}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return mask(line)
+            line += "\n" + printable_lines(_masked(self.formatException(record.exc_info), _TRACEBACK_MAX), indent="  ")
+        return line
 
 
 class JsonLines(logging.Formatter):
     """One object a line: time, level, logger, message, the extra fields, and exception where there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {name: _masked(value) for name, value in _fields(record).items()}
+        line: dict[str, Any] = {name: _value(value) for name, value in _fields(record).items()}
         line |= {
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": mask(record.getMessage()),
+            "message": _masked(record.getMessage(), _MESSAGE_MAX),
         }
         if record.exc_info:
-            line["exception"] = mask(self.formatException(record.exc_info))
-        return json.dumps(line, ensure_ascii=False)
-
-
-def _one_line(text: str) -> str:
-    # An entity id is the writer's; one with a line break in it must not forge a line.
-    return text.replace("\r", "\\r").replace("\n", "\\n")
+            line["exception"] = _masked(self.formatException(record.exc_info), _TRACEBACK_MAX)
+        return printable_json(json.dumps(line, ensure_ascii=False))
 
 
 def _quoted(value: str) -> str:
-    return value if value.isprintable() and value and not set(value) & set(" \"'=") else json.dumps(value)
+    plain = value.isprintable() and value and not set(value) & set(" \"'=")
+    return value if plain else printable_json(json.dumps(value, ensure_ascii=False))
 
 
-def _masked(value: object) -> object:
-    return value if value is None or isinstance(value, bool | int | float) else mask(str(value))
+def _value(value: object) -> object:
+    """As JSON has it. It has neither NaN nor infinity, and few readers numbers of any length."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, float):
+        return value if isfinite(value) else str(value)
+    if isinstance(value, int):
+        return value if value.bit_length() <= _INT_BITS else _masked(hex(value), _FIELD_MAX)
+    return _masked(str(value), _FIELD_MAX)

@@ -13,7 +13,7 @@ import click
 from cdc import __version__
 from cdc.cli.output import say
 from cdc.errors import CdcError
-from cdc.logs import mask
+from cdc.masking import mask
 
 _COMMANDS = {
     "run": ("cdc.cli.run", "Hand committed changes to your handlers."),

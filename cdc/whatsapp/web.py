@@ -34,6 +34,8 @@ log = logging.getLogger("cdc.whatsapp.web")
 _BODY_LIMIT_S = 10.0
 """Whoever sends slower holds a connection for nothing."""
 _CHALLENGE_MAX = 1_000
+_PATH_SHOWN = 200
+"""Characters of a path in the log: who asks for it need not be known to us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +146,15 @@ def _challenge(request: Request, verify_token: str | None) -> str:
 
 
 async def _refuse(request: Request, error: Any) -> Response:
-    log.info("%s %s: %d, %s", request.method, request.url.path, error.status_code, error.detail)
+    log.info("%s %s: %d, %s", request.method, request.url.path[:_PATH_SHOWN], error.status_code, error.detail)
     return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
 
 
 async def _be_away(request: Request, error: Any) -> Response:
     # Class and code, no text: it may quote the row.
-    log.error("%s %s: %s %s", request.method, request.url.path, type(error).__name__, error.sqlstate or "")
+    log.error(
+        "%s %s: %s %s", request.method, request.url.path[:_PATH_SHOWN], type(error).__name__, error.sqlstate or ""
+    )
     away = "the database cannot be reached, or did not take it; send this again later"
     return JSONResponse({"error": away}, status_code=503, headers={"Retry-After": "5"})
 

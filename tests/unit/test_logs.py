@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from cdc.logs import mask, setup
+from cdc.logs import setup
+from cdc.masking import mask
 
 Started = Callable[[str], io.StringIO]
 
@@ -95,3 +96,44 @@ def test_warnings_of_python_are_logged(started: Started) -> None:
         warnings.simplefilter("always")
         warnings.warn("old", stacklevel=1)
     assert "WARNING py.warnings" in written.getvalue()
+
+
+HOSTILE = "\x1b]0;owned\x07\x9b2J\u202eegnahc\x85 \u2028 \x0b\x0c\r\nERROR forged"
+
+
+@pytest.mark.parametrize("line_format", ["text", "json"])
+def test_no_control_of_others_reaches_the_log(started: Started, line_format: str) -> None:
+    written = started(line_format)
+    try:
+        int(HOSTILE)
+    except ValueError:
+        logging.getLogger(HOSTILE).exception("change of %s", HOSTILE, extra={"entity_id": HOSTILE})
+    lines = written.getvalue().removesuffix("\n").split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert all(line.startswith("  ") for line in lines[1:]), "only a traceback has more lines, and they are indented"
+    if line_format == "json":
+        [line] = lines
+        assert json.loads(line)["entity_id"] == HOSTILE
+
+
+@pytest.mark.parametrize("line_format", ["text", "json"])
+@pytest.mark.parametrize("character", ["a", "ü", "\x1b", "\U0001f600", "passwd='"])
+def test_a_line_has_some_kilobytes_whatever_is_logged(started: Started, line_format: str, character: str) -> None:
+    written = started(line_format)
+    logging.getLogger("cdc").info("%s", character * 1_000_000, extra={"entity_id": character * 1_000_000})
+    assert len(written.getvalue().encode()) < 65_000
+    assert written.getvalue().isascii() or "more characters" in written.getvalue()
+
+
+def test_a_secret_at_the_cut_is_masked(started: Started) -> None:
+    written = started("text")
+    logging.getLogger("cdc").info("%s postgresql://u:hunter@db/app", "x" * 7_970)
+    assert "hun" not in written.getvalue()
+
+
+def test_a_number_that_json_does_not_have_is_text(started: Started) -> None:
+    written = started("json")
+    logging.getLogger("cdc").info("x", extra={"a": float("nan"), "b": float("inf"), "c": 10**5_000, "d": 10**20})
+    line = json.loads(written.getvalue(), parse_constant=pytest.fail)
+    assert (line["a"], line["b"], line["d"]) == ("nan", "inf", 10**20)
+    assert line["c"].startswith("0x")

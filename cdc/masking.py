@@ -1,0 +1,47 @@
+"""Secrets in text, masked: passwords of DSNs and URLs, tokens in queries. Pure; a net below the rule to quote none.
+
+It goes over text of others, in the process that handles changes, so each pattern takes time that grows with the text
+and no faster: every repeat is possessive, and either nothing after it can fail or it stops where another match might
+begin.
+"""
+
+from __future__ import annotations
+
+import re
+
+# A quote that is not closed runs to the end: the text may have been cut.
+_QUOTED = r"'(?:[^'\\]++|\\.)*+'?+|\"(?:[^\"\\]++|\\.)*+\"?+"
+_PASSWORD = re.compile(rf"(passw(?:or)?d[\"']?\s*+[=:]\s*+)(?:{_QUOTED}|\S++)", re.IGNORECASE | re.DOTALL)
+
+_SECRET = re.compile(
+    rf"((?:token|secret|passphrase|api[_-]?key|access[_-]?key|signature|credential)s?(?:=|[\"']\s*+[=:]\s*+))"
+    rf"(?:{_QUOTED}|[^\s&]++)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""As ``name=value``, or as a quoted name: "the secret: ..." is prose."""
+
+_BEARER = re.compile(r"(\bbearer )(?=[^\s]{8})[^\s\"',;]++", re.IGNORECASE)
+
+_WORD = re.compile(r"\S++")
+_USER = re.compile(r"://[^:/@\s]*+:")
+
+
+def mask(text: str) -> str:
+    """``text`` with the passwords of DSNs and URLs, and the values of what is called a token or secret, replaced."""
+    text = _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1***", text))
+    text = _BEARER.sub(r"\1***", text)
+    return _WORD.sub(_without_password, text) if "://" in text else text
+
+
+def _without_password(word: re.Match[str]) -> str:
+    """Up to the last @ of the word: a password that holds one itself is the case to guard against."""
+    text = word[0]
+    if "@" in text and (user := _USER.search(text)) and (at := text.rfind("@")) >= user.end():
+        return f"{text[: user.end()]}***{text[at:]}"
+    return text
+
+
+def without_query(url: str) -> str:
+    """A URL for people: its query, in which a token may stand, and what is before an @ in its host are left out."""
+    place, question, _ = url.partition("?")
+    return mask(place) + (f"{question}***" if question else "")
