@@ -26,6 +26,11 @@ SQL = sorted((ROOT / "sql").glob("*.sql"))
 FUNCTION_LINES_MAX = 60
 MODULE_LINES_MAX = 500
 
+MAY_PRINT = {
+    "cdc/cli/output.py": "the one place: what it prints is printable",
+    "cdc/cli/watch.py": "moves the cursor of a terminal",
+    "cdc/cli/demo.py": "the demo shows the rows it has written itself",
+}
 MAY_SLEEP = {
     "cdc/app.py": "the ticker that shows figures is cancelled at the stop; nothing it could wait for",
     "tests/eventually.py": "the one place where tests let time pass",
@@ -40,9 +45,9 @@ EXPLAINED_ELSEWHERE = {("cdc/routing.py", "B004"): "the docstring of the functio
 PURE = (
     "model", "errors", "lsn", "probe", "routing", "lanes", "intake", "retry", "shares", "refusals",
     "wakeup/wire", "wakeup/wal2json", "wakeup/pgoutput", "wakeup/progress",
-    "slot_state", "amounts", "history", "printable", "masking", "doctor/findings", "doctor/facts",
-    "doctor/server", "doctor/doorbell", "doctor/outbox", "doctor/script", "deliver/target", "deliver/signature", "deliver/cloudevents", "deliver/answers",
-    "whatsapp/events", "whatsapp/rows",
+    "slot_state", "amounts", "history", "printable", "masking", "doctor/findings", "doctor/facts", "doctor/server",
+    "doctor/doorbell", "doctor/outbox", "doctor/script", "deliver/target", "deliver/signature", "deliver/cloudevents",
+    "deliver/answers", "whatsapp/events", "whatsapp/rows",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
                 "www.postgresql.org", "www.w3.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip
@@ -142,6 +147,19 @@ def test_every_module_is_used_by_another() -> None:
                 used |= {f"{node.module}.{alias.name}" for alias in node.names}
     modules = {name(path).removesuffix(".py").replace("/", ".") for path in PACKAGE if path.stem[:2] != "__"}
     assert modules - used == {"cdc.testing"}, "which is for the tests of others"
+
+
+def test_all_that_is_printed_goes_through_what_makes_it_printable() -> None:
+    """Logs have their formatters: cdc/logs.py."""
+    printing = {name(path) for path in PACKAGE for called, call in calls(path) if _prints(called, call)}
+    named = {name(path) for path in PACKAGE if re.search(r"\bclick\.echo\b|sys\.__?std", path.read_text("utf-8"))}
+    assert printing | named == set(MAY_PRINT)
+
+
+def _prints(called: str, call: ast.Call) -> bool:
+    if called in ("print", "echo", "secho", "print_exc"):
+        return True
+    return called == "write" and isinstance(call.func, ast.Attribute) and "std" in ast.unparse(call.func.value)
 
 
 # --- time and chance -----------------------------------------------------------------------------------------------

@@ -6,14 +6,16 @@ Exit codes: 0 fine, 1 findings or failure, 2 usage, 3 cannot connect, 4 not foun
 from __future__ import annotations
 
 import importlib
+import traceback
 from typing import Any, NoReturn
 
 import click
 
 from cdc import __version__
-from cdc.cli.output import say
+from cdc.cli.output import say, say_lines
 from cdc.errors import CdcError
 from cdc.masking import mask
+from cdc.printable import printable
 
 _COMMANDS = {
     "run": ("cdc.cli.run", "Hand committed changes to your handlers."),
@@ -55,15 +57,15 @@ class _Root(click.Group):
             return super().invoke(ctx)
         except click.UsageError as error:
             # It quotes the command line, where a DSN may stand in the wrong place.
-            error.message = mask(error.message)  # type: ignore[misc]
+            error.message = printable(mask(error.message))  # type: ignore[misc]
             raise
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click knows these; a reader that has seen enough (| head) is no error
         except KeyboardInterrupt:
             ctx.exit(130)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - where every error ends, as a sentence
             if ctx.params["debug"]:
-                raise
+                say_lines(mask(traceback.format_exc().rstrip()))
             failure = _explained(error)
             say(f"Error: {failure}")
             if failure.hint:

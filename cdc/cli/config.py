@@ -9,7 +9,7 @@ import click
 from pydantic import SecretStr
 
 from cdc.cli.options import json_option, resolved_options
-from cdc.cli.output import print_json, print_table
+from cdc.cli.output import print_json, print_table, put_script
 from cdc.config import SETTINGS, Resolved, Settings
 from cdc.connect import describe
 
@@ -41,7 +41,7 @@ def show(resolved: Resolved, as_json: bool) -> None:
 @config.command()
 def schema() -> None:
     """Print the JSON Schema of cdc.toml, for editors."""
-    click.echo(json.dumps(Settings.model_json_schema(), indent=2))
+    put_script(json.dumps(Settings.model_json_schema(), indent=2))
 
 
 def _shown(name: str, value: Any) -> Any:

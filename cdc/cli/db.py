@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cdc.cli.options import database_options, json_option, open_database, settings_options, yes_option
-from cdc.cli.output import confirm, print_json, print_table, say
+from cdc.cli.output import confirm, print_json, print_table, put_script, say
 from cdc.config import Settings
 from cdc.errors import UsageError
 
@@ -110,7 +110,7 @@ def print_(settings: Settings, sets: tuple[str, ...]) -> None:
     """Print one script for psql that does what install does. Needs no database."""
     from cdc import schema  # noqa: PLC0415 - see install
 
-    click.echo(schema.print_sql(settings.schema_, sets=sets), nl=False)
+    put_script(schema.print_sql(settings.schema_, sets=sets))
 
 
 @db.command()
@@ -159,7 +159,7 @@ def grant(
     if not grantees or consumer == readonly:
         raise UsageError("grant to whom?", hint="--consumer ROLE, --readonly ROLE, or both, which are two roles")
     if print_only:
-        click.echo(grants.print_sql(settings.schema_, grantees), nl=False)
+        put_script(grants.print_sql(settings.schema_, grantees))
         return
     with open_database(settings) as connection:
         granted = grants.grant(connection, settings.schema_, grantees)
@@ -207,7 +207,7 @@ def _print_steps(steps: Sequence[Migration], schema_name: str, keep_processor: b
     from cdc import schema  # noqa: PLC0415 - see install
 
     if steps or keep_processor:
-        click.echo(schema.print_sql(schema_name, steps, keep_processor=keep_processor), nl=False)
+        put_script(schema.print_sql(schema_name, steps, keep_processor=keep_processor))
     else:
         say(f"schema {schema_name} needs no migration")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cdc.cli.options import json_option, resolved_options
-from cdc.cli.output import print_json, say
+from cdc.cli.output import paint, print_json, put, put_script, say
 from cdc.cli.run import load_router
 from cdc.config import SETTINGS, Resolved, Settings
 from cdc.errors import CdcError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cdc.doctor.findings import Finding
 
 _REMEDY_INDENT = "      "
+_COLOURS = {"fail": "red", "warn": "yellow", "ok": "green"}
 
 
 @click.command()
@@ -44,7 +45,7 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
 
     findings = examine(subject_of(resolved))
     if fix:
-        click.echo(script(findings), nl=False)
+        put_script(script(findings))
     elif as_json:
         print_json({"findings": [_plain(found) for found in findings]})
     else:
@@ -115,14 +116,9 @@ def _plain(found: Finding) -> dict[str, Any]:
 def print_findings(findings: Sequence[Finding]) -> None:
     width = max(len(found.check) for found in findings)
     for found in findings:
-        click.echo(f"{found.verdict:<5} {found.check:<{width}}  {_printable(found.detail)}")
+        put(paint(f"{found.verdict:<5}", _COLOURS.get(found.verdict)), f" {found.check:<{width}}  {found.detail}")
         for line in found.remedies:
-            click.echo(f"{_REMEDY_INDENT}{_printable(line)}")
-
-
-def _printable(text: str) -> str:
-    """Names of tables and programs are other people's text; a terminal would obey the escape codes in them."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+            put(f"{_REMEDY_INDENT}{line}")
 
 
 def _say_sum(findings: Sequence[Finding]) -> None:

@@ -7,6 +7,7 @@ import http.client
 import click
 
 from cdc.cli.options import settings_options
+from cdc.cli.output import put
 from cdc.config import Settings
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - addresses to bind, which nobody can be asked at
@@ -24,10 +25,10 @@ def healthcheck(ctx: click.Context, *, settings: Settings, wait: float) -> None:
     Takes its settings as cdc run does, so that both mean the same port.
     """
     if settings.http.port == 0:
-        click.echo("not asked: http.port is 0")
+        put("not asked: http.port is 0")
         return
     alive, line = _ask(_EVERYWHERE.get(settings.http.host, settings.http.host), settings.http.port, wait)
-    click.echo(line)
+    put(line)
     ctx.exit(0 if alive else 1)
 
 

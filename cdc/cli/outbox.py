@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cdc.cli.options import database_options, json_option, open_database, yes_option
-from cdc.cli.output import confirm, print_json, print_table, say
+from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.config import Settings
 from cdc.durations import parse_duration
 from cdc.errors import UsageError
@@ -222,7 +222,7 @@ def _print_chain(chain: Sequence[Link]) -> None:
     """Each cause a little further to the right, below what it caused."""
     if not chain or chain[0].caused_by is None:
         return
-    click.echo()
+    put()
     rows = [
         (link.seq, link.state, link.changed_at, f"{'  ' * level}{link.entity_type} {link.entity_id} {link.operation}")
         for level, link in enumerate(chain)

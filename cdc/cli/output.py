@@ -1,4 +1,7 @@
-"""Printing: data to stdout, talk to stderr."""
+"""Printing: data to stdout, talk to stderr. All that a command prints goes through here, and comes out printable.
+
+Names of tables, types, keys, roles, slots and programs are other people's text, and a terminal obeys what is in it.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,28 @@ import click
 
 from cdc.errors import RefusedError
 from cdc.lsn import Lsn
+from cdc.printable import printable, printable_json, printable_lines
 
 JSON_SCHEMA = 1
 """Raised when a field is renamed or removed; new fields do not raise it."""
 
 _GAP = "  "
+
+
+class Painted(str):
+    """Printable text with the codes of a colour around it."""
+
+    __slots__ = ()
+
+
+def put(*parts: str) -> None:
+    """One line of data: these parts, one after the other."""
+    click.echo("".join(part if isinstance(part, Painted) else printable(part) for part in parts))
+
+
+def put_script(text: str) -> None:
+    """Lines for a program, such as psql: as they are, but on a terminal printable."""
+    click.echo(printable_lines(text) if sys.stdout.isatty() else text, nl=not text.endswith("\n"))
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -26,9 +46,9 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     texts = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(line[column]) for line in (list(headers), *texts)) for column in range(len(headers))]
     numeric = [bool(rows) and all(_is_number(row[column]) for row in rows) for column in range(len(headers))]
-    click.echo(paint(_line(headers, widths, numeric), bold=True))
+    put(paint(_line(headers, widths, numeric), bold=True))
     for line in texts:
-        click.echo(_line(line, widths, numeric))
+        put(_line(line, widths, numeric))
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
@@ -45,16 +65,14 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    text = _time(value) if isinstance(value, datetime) else str(value)
-    # Names of tables and slots are other people's text; a terminal would obey the escape codes in them.
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return printable(_time(value) if isinstance(value, datetime) else str(value))
 
 
 def print_json(data: Mapping[str, Any]) -> None:
     """One object with ``"schema": 1``. Times become ISO 8601 in UTC, LSNs and UUIDs text."""
     if "schema" in data:
         raise ValueError('"schema" is the version of the output; call the database schema "schema_name"')
-    click.echo(json.dumps({"schema": JSON_SCHEMA, **_plain(data)}, indent=2, ensure_ascii=False))
+    click.echo(printable_json(json.dumps({"schema": JSON_SCHEMA, **_plain(data)}, indent=2, ensure_ascii=False)))
 
 
 def _plain(value: Any) -> Any:
@@ -78,14 +96,19 @@ def _time(value: datetime) -> str:
 
 
 def say(text: str) -> None:
-    """Tell the operator something that is not data."""
-    click.echo(text, err=True)
+    """Tell the operator something that is not data, on one line."""
+    click.echo(printable(text), err=True)
 
 
-def paint(text: str, colour: str | None = None, *, bold: bool | None = None) -> str:
+def say_lines(text: str) -> None:
+    """The same of what has lines by right."""
+    click.echo(printable_lines(text), err=True)
+
+
+def paint(text: str, colour: str | None = None, *, bold: bool | None = None) -> Painted:
     """``text`` in a colour, where stdout is a terminal and NO_COLOR is not set (https://no-color.org)."""
     plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
-    return text if plain else click.style(text, fg=colour, bold=bold)
+    return Painted(printable(text) if plain else click.style(printable(text), fg=colour, bold=bold))
 
 
 def confirm(what: str, yes: bool) -> None:
@@ -97,5 +120,5 @@ def confirm(what: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise RefusedError(f"{what}: not without a confirmation", hint="add --yes")
-    if not click.confirm(f"{what}?", err=True):
+    if not click.confirm(f"{printable(what)}?", err=True):
         raise RefusedError(f"{what}: not confirmed, nothing was changed")

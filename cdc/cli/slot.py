@@ -12,7 +12,7 @@ import click
 
 from cdc.amounts import size, span
 from cdc.cli.options import json_option, open_database, settings_options, yes_option
-from cdc.cli.output import confirm, print_json, print_table, say
+from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.watch import watch
 from cdc.config import Settings
 from cdc.model import PLUGINS
@@ -249,7 +249,7 @@ def _print_line(found: Slot, expected: Outlook | None, verdict: Verdict) -> None
     words += [f"{name}={value}" for name, value in sizes.items() if value is not None]
     words += [f"wal_per_s={expected.wal_bytes_per_s:.0f}"] if expected else []
     words += [f"lost_in_s={expected.lost_in_s:.0f}"] if expected and expected.lost_in_s is not None else []
-    click.echo(f"{' '.join(words)} {verdict.sentence}")
+    put(f"{' '.join(words)} {verdict.sentence}")
 
 
 def _facts(found: Slot, expected: Outlook | None) -> list[tuple[str, Any]]:

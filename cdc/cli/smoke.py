@@ -10,7 +10,7 @@ import click
 
 from cdc.cli.doctor import print_findings, subject_of
 from cdc.cli.options import json_option, open_database, resolved_options
-from cdc.cli.output import paint, print_json, say
+from cdc.cli.output import paint, print_json, put, say
 from cdc.config import Resolved
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def smoke(resolved: Resolved, emoji: str | None, timeout_s: float, as_json: bool
 def _print_steps(steps: Sequence[Step]) -> None:
     for step in steps:
         mark, colour = _MARKS[step.ok]
-        click.echo(f"{paint(mark, colour)} {step.name:<9}  {_time(step.after_s):>8}  {step.detail}")
+        put(paint(mark, colour), f" {step.name:<9}  {_time(step.after_s):>8}  {step.detail}")
 
 
 def _time(after_s: float | None) -> str:

@@ -11,7 +11,7 @@ import click
 
 from cdc.amounts import size, span
 from cdc.cli.options import json_option, open_database, settings_options
-from cdc.cli.output import paint, print_json, print_table
+from cdc.cli.output import paint, print_json, print_table, put
 from cdc.cli.watch import watch
 from cdc.config import Settings
 from cdc.model import SHARDS
@@ -63,12 +63,12 @@ def _show(seen: Status, settings: Settings, expected: Outlook | None, as_json: b
         print_json({**figures, "schema_name": settings.schema_, "verdict": asdict(verdict) if verdict else None})
         return
     for label, sentence in _lines(seen, settings, verdict):
-        click.echo(f"{paint(label.ljust(_LABEL), bold=True)}{sentence}")
+        put(paint(label.ljust(_LABEL), bold=True), *([sentence] if isinstance(sentence, str) else sentence))
     _print_types(seen)
     _print_letters(seen.outbox.letters)
 
 
-def _lines(seen: Status, settings: Settings, verdict: Verdict | None) -> Iterable[tuple[str, str]]:
+def _lines(seen: Status, settings: Settings, verdict: Verdict | None) -> Iterable[tuple[str, str | tuple[str, ...]]]:
     yield "outbox", f"{settings.schema_} in {seen.database}, at {seen.seen_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
     yield "consumers", _members(seen)
     if seen.observers:
@@ -82,14 +82,14 @@ def _lines(seen: Status, settings: Settings, verdict: Verdict | None) -> Iterabl
         yield "", verdict.remedy
 
 
-def _members(seen: Status) -> str:
+def _members(seen: Status) -> str | tuple[str, ...]:
     if not seen.members:
         return paint("none: nothing is being handled", "red")
     owned = sum(member.shards for member in seen.members)
     shards = f"{owned} of {SHARDS} shards owned"
     each = [f"{member.shards} by process {_where(member)}" for member in seen.members[:_MEMBERS_MAX]]
     each += [f"{len(seen.members) - _MEMBERS_MAX} more"] if len(seen.members) > _MEMBERS_MAX else []
-    return f"{len(seen.members)}; {shards if owned == SHARDS else paint(shards, 'yellow')}: {', '.join(each)}"
+    return f"{len(seen.members)}; ", shards if owned == SHARDS else paint(shards, "yellow"), f": {', '.join(each)}"
 
 
 def _where(member: Member) -> str:
@@ -120,9 +120,10 @@ def _slot(slot: Slot | None, name: str) -> str:
 def _print_types(seen: Status) -> None:
     stats = seen.outbox.stats
     if not stats.types:
-        click.echo("\nevery change is processed")
+        put()
+        put("every change is processed")
         return
-    click.echo()
+    put()
     print_table(
         ["type", "fresh", "held back", "waiting", "dead", "oldest ready"],
         (
@@ -133,7 +134,7 @@ def _print_types(seen: Status) -> None:
         ),
     )  # fmt: skip
     if len(stats.types) > _TYPES_MAX:
-        click.echo(f"and {len(stats.types) - _TYPES_MAX} types more: cdc outbox stats")
+        put(f"and {len(stats.types) - _TYPES_MAX} types more: cdc outbox stats")
 
 
 def _print_letters(letters: list[Letter]) -> None:
@@ -142,7 +143,7 @@ def _print_letters(letters: list[Letter]) -> None:
         return
     dead = [letter for letter in letters if letter.state == "dead"][:_LETTERS_MAX]
     waiting = [letter for letter in letters if letter.state == "waiting"][:_LETTERS_MAX]
-    click.echo()
+    put()
     print_table(
         ["seq", "state", "type", "since, or due", "failures", "error"],
         (

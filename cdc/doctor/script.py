@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from cdc.doctor.findings import Finding, Verdict
+from cdc.printable import printable
 
 _HEAD = """\
 -- What cdc doctor asks for. Read it, then run it with psql as a superuser, or as the owner of what it names.
@@ -32,9 +33,16 @@ def _part(found: Finding, statements: Iterable[str]) -> Iterator[str]:
         yield found.script
     elif found.remedy:
         yield f"--   {_comment(found.remedy)}"
-    yield from statements
+    yield from map(_runnable, statements)
     yield ""
 
 
 def _comment(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def _runnable(statement: str) -> str:
+    """Whoever reads the script on a terminal must not have it obey a name, and such a name cannot be written twice."""
+    if statement.isprintable():
+        return statement
+    return f"-- By hand, for a name in it holds characters that cannot be shown: {printable(statement)}"

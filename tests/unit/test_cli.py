@@ -135,7 +135,17 @@ def test_an_unexpected_error_is_one_line_that_quotes_nothing(
     assert result.stderr.startswith("Error: unexpected KeyError")
     assert "--debug" in result.stderr
     assert "hunter" not in result.stderr
-    assert isinstance(cli("--debug", "probe").exception, KeyError)  # reaches the interpreter, which prints it
+    debugged = cli("--debug", "probe")
+    assert debugged.exit_code == 1
+    assert "Traceback" in debugged.stderr
+    assert "KeyError: 'hunter'" in debugged.stderr
+
+
+def test_what_an_error_quotes_is_no_command_to_the_terminal(cli: Cli, command: Callable[[click.Command], None]) -> None:
+    command(_raising(CdcError("no table \x1b]0;owned\x07\nError: forged", hint="\x9b2J")))
+    for arguments in (("probe",), ("--debug", "probe")):
+        assert all(line.isprintable() for line in cli(*arguments).stderr.split("\n"))
+    assert "\nError: forged" not in cli("probe").stderr
 
 
 @pytest.mark.parametrize("arguments", [["run", "postgresql://u:geheim@h/db"], ["postgresql://u:geheim@h/db"]])
