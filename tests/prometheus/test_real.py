@@ -229,5 +229,5 @@ def test_a_slot_that_nobody_reads_is_told_of_though_no_consumer_is_there_to_tell
         scene.fires("CdcOrphanSlot", write, slot_name=name)
 
 
-def test_nothing_is_left_out() -> None:
+def test_nothing_is_left_out(scene: Scene) -> None:
     assert {alert["alert"] for alert in alerts()} == CAUSED
