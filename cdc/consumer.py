@@ -24,6 +24,7 @@ import psycopg
 from cdc import probe
 from cdc.careful import Careful
 from cdc.connect import connect_async
+from cdc.deadline import deadline
 from cdc.demand import Demand
 from cdc.errors import CdcError, SchemaError
 from cdc.hooks import Hooks, where
@@ -290,7 +291,7 @@ class Consumer:
     async def _leave_in_peace(self, session: Session) -> None:
         """Whoever comes next need not ask what this process died of. Not said in time, it is asked in vain."""
         with contextlib.suppress(psycopg.Error, OSError):
-            async with asyncio.timeout(_LAST_SETTLE_S):
+            async with deadline(_LAST_SETTLE_S):
                 await self._careful.forget()
                 await session.leave()
 
@@ -438,7 +439,7 @@ class Consumer:
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     """Until the event is set or the time is up."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
+        async with deadline(seconds):
             await event.wait()
 
 

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
+from cdc.deadline import deadline
 from cdc.model import Change
 from cdc.routing import Hook, Router
 from cdc.threads import Threads
@@ -72,7 +73,7 @@ class Hooks:
 
     async def _call(self, hook: Hook, arguments: tuple[Any, ...]) -> None:
         try:
-            async with asyncio.timeout(_LIMIT_S):
+            async with deadline(_LIMIT_S):
                 if inspect.iscoroutinefunction(hook):
                     await hook(*arguments)
                 else:

@@ -20,6 +20,7 @@ import psycopg
 from pydantic import TypeAdapter, ValidationError
 
 from cdc.connect import connect_async
+from cdc.deadline import deadline
 from cdc.errors import CdcError, SchemaError
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.metrics import NO_HANDLER, Metrics
@@ -257,7 +258,7 @@ def _places(misfit: ValidationError) -> Iterable[str]:
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
+        async with deadline(seconds):
             await event.wait()
 
 

@@ -21,6 +21,7 @@ import psycopg
 from psycopg import errors
 
 from cdc.connect import SERVER_TCP, connect_async, explain
+from cdc.deadline import deadline
 from cdc.errors import CdcError
 from cdc.metrics import Metrics
 from cdc.outbox.retention import BATCH, Retention
@@ -115,5 +116,5 @@ class Pruning:
 
 async def _pause(seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
+        async with deadline(seconds):
             await asyncio.Event().wait()

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 from cdc import config
 from cdc.app import App
 from cdc.connect import connect, connect_async
+from cdc.deadline import deadline
 from cdc.errors import CdcError, UsageError
 from cdc.metrics import Metrics
 from cdc.model import Change, ChangeState, Operation
@@ -134,7 +135,7 @@ async def handle(router: Router, change: Change, *, connection: Any = None) -> s
         old = None if change.old is None else adapter.validate_python(change.old)
         change = replace(change, new=new, old=old)
     if handler.is_async:
-        async with asyncio.timeout(handler.timeout_s):
+        async with deadline(handler.timeout_s):
             await handler.call([change], connection)
     else:
         await asyncio.to_thread(handler.call, [change], connection)

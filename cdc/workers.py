@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 from cdc.careful import Careful
+from cdc.deadline import deadline
 from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.model import Change, Outcome
@@ -321,5 +322,5 @@ class OtherTasks:
 
 async def _for(seconds: float, sooner: asyncio.Event) -> None:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
+        async with deadline(seconds):
             await sooner.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -88,14 +89,18 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
+def git(*arguments: str) -> str:
+    """What it prints; nothing where there is no git, or no history."""
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+
+
 @cache
 def project_files() -> list[Path]:
-    """What is, or would be, under version control."""
-    listing = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if listing.returncode == 0:
-        return [ROOT / line for line in listing.stdout.splitlines() if (ROOT / line).is_file()]
+    """What is, or would be, under version control; without git or its history, what looks like it."""
+    if listing := git("ls-files", "-co", "--exclude-standard"):
+        return [ROOT / line for line in listing.splitlines() if (ROOT / line).is_file()]
     built = {"__pycache__", "build", "dist"}
     return [
         path
@@ -169,6 +174,12 @@ def test_nothing_sleeps() -> None:
     sleeping = {name(path) for path in (*PACKAGE, *TESTS) for called, _ in calls(path) if called == "sleep"}
     assert sleeping - set(MAY_SLEEP) == set(), "wait for an event with a deadline instead"
     assert sleeping >= {path for path in MAY_SLEEP if path.startswith("cdc/")}, "an exception that is no longer needed"
+
+
+def test_limits_of_time_are_those_that_hold_on_every_python() -> None:
+    users = {name(path) for path in PACKAGE for called, _ in calls(path) if called in {"timeout", "timeout_at"}}
+    # A request of the application's is a task of its own, and the application stands on the public names.
+    assert users - {"cdc/deadline.py", "cdc/whatsapp/web.py"} == set(), "cdc.deadline says why"
 
 
 @pytest.mark.parametrize("module", PURE)
@@ -303,10 +314,9 @@ def _is_an_example(host: str) -> bool:
 
 
 def test_files_name_no_committer() -> None:
-    log = subprocess.run(["git", "log", "--format=%an%n%ae"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if log.returncode:
-        pytest.skip("not a checkout")
-    names = set(log.stdout.splitlines())
+    names = set(git("log", "--format=%an%n%ae").splitlines())
+    if not names:
+        pytest.skip("not a checkout, or no git")
     found = [
         name(path) for path in project_files() for who in names if who in path.read_text("utf-8", errors="replace")
     ]

@@ -12,7 +12,6 @@ It is a router like any other: order, concurrency, retries and dead letters are 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
@@ -29,6 +28,7 @@ import aiohttp
 from yarl import URL
 
 from cdc import __version__
+from cdc.deadline import deadline
 from cdc.deliver import cloudevents, signature
 from cdc.deliver.answers import Answer, Meaning
 from cdc.deliver.cloudevents import Message
@@ -178,7 +178,7 @@ class Delivery:
         signed = signature.headers(self._keys, message.id, int(time.time()), message.body)
         headers = {"Content-Type": message.content_type, **signed}
         request = session.post(self._url, data=message.body, headers=headers, allow_redirects=False)
-        limit = asyncio.timeout(self._timeout_s)
+        limit = deadline(self._timeout_s)
         try:
             async with limit, request as response:
                 limit.reschedule(None)  # the status says all; how long its words take is limited by themselves
@@ -226,7 +226,7 @@ async def _start(content: aiohttp.StreamReader) -> bytes:
     if content.at_eof():
         return kept
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
-        async with asyncio.timeout(_BODY_S):
+        async with deadline(_BODY_S):
             async for chunk in content.iter_any():
                 kept += chunk[: _BODY_KEPT - len(kept)]
                 seen += len(chunk)

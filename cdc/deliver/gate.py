@@ -13,6 +13,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from cdc.deadline import deadline
+
 log = logging.getLogger("cdc.deliver")
 
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.1, 3.0
@@ -89,6 +91,6 @@ class Gate:
 
     async def _opens_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with deadline(seconds):
                 await self._open.wait()
         return self._open.is_set()

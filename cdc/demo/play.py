@@ -17,6 +17,7 @@ import psycopg
 from cdc import config, logs
 from cdc.app import App
 from cdc.connect import connect, describe
+from cdc.deadline import deadline
 from cdc.demo import place, report
 from cdc.demo.handlers import Messenger, make_router
 from cdc.demo.journal import Journal, Journey
@@ -127,14 +128,14 @@ class _Stage:
     async def _until_it_listens(self, app: App, work: asyncio.Task[None]) -> None:
         """Until the slot rings. Where it cannot, the consumer sweeps, and the demo shows that."""
         now = asyncio.get_running_loop().time
-        deadline, refused = now() + _START_LIMIT_S, False
+        latest, refused = now() + _START_LIMIT_S, False
         while not (app.consumer.in_service and _streams(app)):
-            if work.done() or self._stopping.is_set() or now() > deadline:
+            if work.done() or self._stopping.is_set() or now() > latest:
                 return
             if not refused and _unavailable(app) not in _PASSING:
-                refused, deadline = True, min(deadline, now() + _REFUSED_LIMIT_S)
+                refused, latest = True, min(latest, now() + _REFUSED_LIMIT_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_EVERY_S):
+                async with deadline(_LOOK_EVERY_S):
                     await self._stopping.wait()
 
     async def _write(self, ticks: int, burst_rows: int) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 import psycopg
 
 from cdc.connect import connect_async
+from cdc.deadline import deadline
 from cdc.errors import CdcError
 from cdc.model import WakeUp, message_prefix
 from cdc.wakeup.progress import Attempts
@@ -129,7 +130,7 @@ class Listener:
         self._again.clear()
         pause_s = self._attempts.pause_s(random.random(), permanent=False, standby=False)  # noqa: S311 - jitter
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause_s):
+            async with deadline(pause_s):
                 await self._again.wait()
 
     async def _listen(self) -> None:
@@ -142,7 +143,7 @@ class Listener:
             while True:
                 async for notify in connection.notifies(timeout=self._look_s):
                     self._hear(notify.payload)
-                async with asyncio.timeout(_ANSWER_LIMIT_S):
+                async with deadline(_ANSWER_LIMIT_S):
                     await connection.execute("SELECT")
         finally:
             await connection.close()
@@ -210,7 +211,7 @@ class Relay:
             self._attempts = self._attempts.after(stalled=False, advanced=False, talked_s=talked_s)
             pause_s = self._attempts.pause_s(random.random(), permanent=False, standby=False)  # noqa: S311 - jitter
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
+                async with deadline(pause_s):
                     await asyncio.Event().wait()
 
     async def _send_all(self) -> None:
