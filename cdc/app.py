@@ -231,6 +231,7 @@ class App:
             liveness=self._liveness,
             readiness=self._readiness,
             routes=self._page.routes if self._page else None,
+            hosts=http.hosts or (),
         )
         server.start()
         if self._page:

@@ -41,6 +41,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
 
 
+def _at_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+_Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_at_commas)]
+
+
 class Slot(_Section):
     name: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="Replication slot that rings for new changes.")
     create: bool = Field(True, description="Create the slot if it is missing.")
@@ -62,6 +69,9 @@ class Http(_Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics, /livez and /readyz.")
     port: int = Field(9464, ge=0, le=65535, description="Their port; 0 switches them off.")
     page: bool = Field(True, description="Show the consumer's figures on a page at /, beside them.")
+    hosts: _Names = Field(
+        None, description="A name by which the page may be asked for, besides addresses and localhost."
+    )
 
 
 def _is_a_target(url: str | None) -> str | None:
@@ -76,12 +86,7 @@ def _is_a_secret(secret: SecretStr | None) -> SecretStr | None:
     return secret
 
 
-def _at_commas(value: object) -> object:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
 _Secret = Annotated[SecretStr | None, AfterValidator(_is_a_secret)]
-_Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_at_commas)]
 
 
 class Deliver(_Section):

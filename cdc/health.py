@@ -2,14 +2,20 @@
 
 A thread, so that a handler that blocks the event loop cannot silence the probes that should report it. Nothing here
 touches the database: a probe that waits for one restarts every replica when it is slow, which never helps.
+
+The page and its figures are for whoever asks by an address, by a name of this machine, or by one that the settings
+allow. A name is what DNS rebinding needs: a page of evil.example, whose name leads here from then on, is for the
+browser of the same origin as ours and could read all of it. The metrics and the probes say less, and are asked for by
+names that nobody here knows (a service of Kubernetes or Compose), so they answer to any.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -30,6 +36,8 @@ _POLL_S = 0.1
 """How long a stop may take to be noticed; it is part of the drain time."""
 
 _ROUTES = ("/metrics", "/livez", "/readyz")
+_NO_SNIFF = ("X-Content-Type-Options", "nosniff")
+"""A browser is to take what it gets for what it is said to be, and for no script."""
 
 
 class Check(NamedTuple):
@@ -53,7 +61,8 @@ class HealthServer:
 
     ``liveness`` and ``readiness`` are called for each request, in a thread of the server, and so are those of further
     ``routes``: they read values that others replace whole, and never wait. Port 0 takes a free one; ``port`` says
-    which. Raises UsageError where host and port cannot be bound.
+    which. ``hosts``: names by which the routes may be asked for besides. Raises UsageError where host and port cannot
+    be bound.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class HealthServer:
         liveness: Checks,
         readiness: Checks,
         routes: Routes | None = None,
+        hosts: Iterable[str] = (),
     ) -> None:
         server_class = _ServerV6 if ":" in host else _Server
         try:
@@ -74,7 +84,7 @@ class HealthServer:
                 f"cannot serve metrics and health on {host} port {port}: {error.strerror}",
                 hint="choose another --http-host or --http-port; port 0 switches them off",
             ) from None
-        self._server.set_app(_Application(registry, liveness, readiness, routes or {}))
+        self._server.set_app(_Application(registry, liveness, readiness, routes or {}, hosts=(host, *hosts)))
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="cdc-health", daemon=True
         )
@@ -95,7 +105,10 @@ _Response = tuple[str, list[tuple[str, str]], bytes]
 
 
 class _Application:
-    def __init__(self, registry: CollectorRegistry, liveness: Checks, readiness: Checks, routes: Routes) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, liveness: Checks, readiness: Checks, routes: Routes, *, hosts: Iterable[str]
+    ) -> None:
+        self._hosts = frozenset(name.lower() for name in hosts)
         self._exposition = make_wsgi_app(registry)
         self._checks = {"/livez": liveness, "/readyz": readiness}
         self._routes = routes
@@ -103,6 +116,8 @@ class _Application:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         status, headers, body = self._respond(environ)
+        if _NO_SNIFF not in headers:
+            headers = [*headers, _NO_SNIFF]
         start_response(status, [*headers, ("Content-Length", str(len(body)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
@@ -114,6 +129,9 @@ class _Application:
             return self._metrics(environ)
         if path in self._checks:
             return _verdict(path, self._checks[path])
+        if path in self._routes and not answers_to(environ.get("HTTP_HOST"), self._hosts):
+            hint = "ask by an address or as localhost, or allow the name: http.hosts, --http-hosts, CDC_HTTP_HOSTS\n"
+            return _text("421 Misdirected Request", f"this consumer has no such name\n{hint}")
         if path in self._routes:
             return "200 OK", *self._routes[path]()
         return _text("200 OK", self._list) if path == "/" else _text("404 Not Found", f"there is only\n{self._list}")
@@ -124,6 +142,23 @@ class _Application:
         chunks = self._exposition({**environ, "REQUEST_METHOD": "GET"}, lambda *response: started.append(response))
         status, headers = started[0]
         return status, headers, b"".join(chunks)
+
+
+def answers_to(host: str | None, names: Collection[str]) -> bool:
+    """Whether a request with this Host may see the page. ``names`` in lower case, besides those of this machine.
+
+    Without a Host it comes from no browser.
+    """
+    if host is None:
+        return True
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    name = name.removesuffix(".")
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name in names or name == "localhost" or name.endswith(".localhost")
+    return True
 
 
 def _text(status: str, text: str) -> _Response:

@@ -82,7 +82,7 @@ def _placeholder(setting: Setting) -> str | None:
         return "|".join(get_args(setting.kind))
     words = {int: "N", float: "SECONDS"}
     if setting.repeats:
-        return "TYPE"
+        return "NAME" if setting.name == "http.hosts" else "TYPE"
     if setting.name == "deliver.to":
         return "URL"
     return words.get(setting.kind, setting.name.split(".")[-1].split("_")[-1].upper())

@@ -26,7 +26,7 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
     "handlers", "deliver.to", "deliver.types", "deliver.batch", "deliver.linger", "deliver.source", "deliver.secret",
     "deliver.previous_secret", "only", "except", "observe", "dsn", "stream_dsn", "schema", "slot.name", "slot.create",
     "slot.recreate",
-    "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "concurrency",
+    "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "http.hosts", "concurrency",
     "threads", "transactions", "window", "max_attempts", "max_chain_depth", "timeout", "backoff.base",
     "backoff.cap", "drain_time", "sweep_interval", "poll_interval", "retention", "log.level", "log.format",
     "whatsapp.sender_url", "whatsapp.sender_token", "whatsapp.help_text",

@@ -85,10 +85,10 @@ def test_the_root_lists_the_routes_and_no_other_exists(server: HealthServer) -> 
         assert _ask(server, path)[0] == 404
 
 
-def _raw(server: HealthServer, request: str) -> bytes:
+def _raw(server: HealthServer, request: str, *headers: str) -> bytes:
     """All that comes back: http.client would hide a body that has no business there."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        client.sendall(f"{request} HTTP/1.0\r\n\r\n".encode())
+        client.sendall("\r\n".join([f"{request} HTTP/1.0", *headers, "\r\n"]).encode())
         return b"".join(iter(lambda: client.recv(65536), b""))
 
 
@@ -106,6 +106,39 @@ def test_further_routes_answer_as_they_like_and_are_listed(state: State) -> None
         assert _ask(server, "/livez")[0] == 200
     finally:
         server.stop()
+
+
+OURS = ["127.0.0.1:9464", "10.1.2.3", "[::1]:9464", "[fe80::1%25eth0]", "localhost:9464", "LOCALHOST", "app.localhost",
+        "Cdc.Internal:80", "bound", "localhost."]  # fmt: skip
+OTHERS = ["evil.example:9464", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "2130706433", "0x7f.1",
+          "127.0.0.1, evil.example", "", "[evil.example]", "notlocalhost", "evil.example:80@localhost"]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", [*OURS, *OTHERS])
+def test_the_page_is_for_whoever_asks_by_an_address_or_a_name_of_ours(state: State, host: str) -> None:
+    server = HealthServer(
+        "127.0.0.1", 0, registry=CollectorRegistry(), liveness=state.liveness, readiness=state.readiness,
+        routes={"/": lambda: ([], b"figures"), "/status.json": lambda: ([], b"figures")},
+        hosts=["cdc.internal", "bound"],
+    )  # fmt: skip
+    server.start()
+    try:
+        for path in ("/", "/status.json"):
+            answer = _raw(server, f"GET {path}", f"Host: {host}")
+            assert (b"figures" in answer) == (host in OURS)
+            assert answer.startswith(b"HTTP/1.0 200" if host in OURS else b"HTTP/1.0 421")
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert _raw(server, f"GET {path}", f"Host: {host}").startswith(b"HTTP/1.0 200"), (
+                "of a kubelet, a Prometheus"
+            )
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/livez", "/readyz", "/nosuch"])
+def test_no_answer_is_to_be_taken_for_something_else(server: HealthServer, path: str) -> None:
+    for method in ("GET", "HEAD", "POST"):
+        assert _ask(server, path, method)[2].get_all("X-Content-Type-Options") == ["nosniff"]
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/livez", "/readyz", "/nosuch"])
