@@ -17,7 +17,7 @@ from cdc import probe
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.lanes import Lanes
 from cdc.metrics import Metrics
-from cdc.outbox.store import Page, Store
+from cdc.outbox.store import FIRST_TYPE, Page, Store
 
 _RESUMES_MAX = 20
 _REST, _REST_MAX_S = 4, 1.0
@@ -51,6 +51,10 @@ class Reads:
         """Who had its turn last stands last."""
         self._restart_due = False
         self._next_due_at = self._due_rests_until = self._due_looked_at = 0.0
+        self._due_from = FIRST_TYPE
+        """Where the next look goes on that has not been at all waiting types yet."""
+        self._due_after = inf
+        """When something will be due of those that it has been at."""
         self._left_out: tuple[str, ...] = ()
         """Types without room when it was last looked for what is due."""
 
@@ -102,7 +106,7 @@ class Reads:
 
     def _due_at(self, now: float) -> float:
         """When to look for what is due."""
-        at = self._next_due_at
+        at = self._next_due_at if self._due_from == FIRST_TYPE else now
         if any(free >= worth for free, worth in map(self._lanes.room_for, self._left_out)):
             at = now
         at = max(at, self._due_rests_until)
@@ -118,17 +122,22 @@ class Reads:
         long_ago = began - self._due_looked_at >= self._poll_interval_s
         rooms = {name: self._lanes.room_for(name) for name in self._lanes.types}
         without = tuple(name for name, room in rooms.items() if room.free < (1 if long_ago else room.worth))
-        self._due_looked_at, self._next_due_at = began, inf  # what settles meanwhile may bring it forward
+        self._due_looked_at = began
+        if self._due_from == FIRST_TYPE:
+            self._next_due_at = inf  # what settles meanwhile may bring it forward, until all types were looked at
         # What is in the lanes is due as well until it is settled: a page of a whole window always reaches beyond it.
-        rows, next_due_s = await self._store.due(reader, self._owned(), self._lanes.capacity, without)
-        admitted = self._lanes.admit(rows, due=True)
+        found = await self._store.due(reader, self._owned(), self._lanes.capacity, without, start=self._due_from)
+        admitted = self._lanes.admit(found.rows, due=True)
         self._metrics.wakeups.labels("retry").inc(admitted.taken)
         self._left_out = tuple({*without, *admitted.refused})
-        self.due_within(min(
-            self._sweep_interval_s if next_due_s is None else next_due_s,
-            self._poll_interval_s if self._left_out else self._sweep_interval_s,
-        ))  # fmt: skip
         now = _now()
+        if found.next_due_s is not None:
+            self._due_after = min(self._due_after, now + found.next_due_s)
+        self._due_from = FIRST_TYPE if found.go_on is None else found.go_on
+        if found.go_on is None:
+            interval_s = self._poll_interval_s if self._left_out else self._sweep_interval_s
+            self.due_within(min(self._due_after - now, interval_s))
+            self._due_after = inf
         self._due_rests_until = now + min(_REST * (now - began), _REST_MAX_S)
         return True
 

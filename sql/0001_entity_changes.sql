@@ -128,18 +128,9 @@ $cdc$;
 -- The work: swept by shard in the order of seq.
 CREATE INDEX IF NOT EXISTS entity_changes_fresh ON @schema@.entity_changes (shard, seq)
   WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL;
--- Which retries are due; and the same of one entity type, so that many of one do not stand before those of another.
--- Their predicate is not that of the next one, so that no plan can take them in the place of that: by statistics of a
--- time when nothing waited all three look equally cheap, and each probe walked all that waits.
+-- Which retries are due. Those that go by type and by key are made by 0005.
 CREATE INDEX IF NOT EXISTS entity_changes_due ON @schema@.entity_changes (next_attempt_at)
   WHERE next_attempt_at < 'infinity';
-CREATE INDEX IF NOT EXISTS entity_changes_due_by_type
-  ON @schema@.entity_changes ((coalesce(entity_type, table_name)), next_attempt_at)
-  WHERE next_attempt_at < 'infinity';
--- Does an earlier change of this key hold it back?
-CREATE INDEX IF NOT EXISTS entity_changes_holding
-  ON @schema@.entity_changes ((coalesce(entity_type, table_name)), entity_id, seq)
-  WHERE next_attempt_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS entity_changes_dead ON @schema@.entity_changes (dead_at)
   WHERE dead_at IS NOT NULL;
 -- For the views and for pruning.

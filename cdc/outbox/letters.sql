@@ -157,9 +157,7 @@ CASE WHEN c.processed THEN 'processed' WHEN c.dead_at IS NOT NULL THEN 'dead'
 -- All of a change but its payload, in the order asked for. 'infinity' is no time that Python has.
 SELECT c.seq, c.id, {state} AS state,
        (SELECT min(w.seq) FROM {changes} AS w
-        WHERE w.next_attempt_at IS NOT NULL
-          AND coalesce(w.entity_type, w.table_name) = coalesce(c.entity_type, c.table_name)
-          AND w.entity_id = c.entity_id AND w.seq < c.seq
+        WHERE {same_key} AND w.next_attempt_at IS NOT NULL AND w.seq < c.seq
           AND NOT c.processed AND c.dead_at IS NULL) AS blocked_by,
        coalesce(c.dead_at IS NOT NULL AND c.next_attempt_at = 'infinity', false) AS pauses_key,
        coalesce(c.entity_type, c.table_name) AS entity_type, c.entity_id, c.shard, c.table_schema,

@@ -7,16 +7,22 @@
 -- probe. With 50,000 fresh a fetch of 100 took 3.7 s, a mark 5 s, and no setting prevents it: where a plan could go that
 -- way, the statement is written so that it cannot.
 --
+-- Types and keys are looked up in their indexes by a hash, for they are of any length; the text is compared as well.
+--
 -- `next_xid` is the first transaction id that is not assigned yet, read off age(), which counts back from there. It is
 -- not the snapshot's xmax: that is one above the last *completed* id, and a commit that hangs may well lie above it.
+
+-- name: same_key
+-- Not a statement of its own: whether w and c are of one key.
+hashtextextended(w.entity_id, hashtextextended(coalesce(w.entity_type, w.table_name), 0))
+  = hashtextextended(c.entity_id, hashtextextended(coalesce(c.entity_type, c.table_name), 0))
+AND coalesce(w.entity_type, w.table_name) = coalesce(c.entity_type, c.table_name) AND w.entity_id = c.entity_id
 
 -- name: held
 -- Not a statement of its own: whether an earlier change of c's key waits, as an expression over c.
 CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE next_attempt_at IS NOT NULL)) THEN EXISTS (
   SELECT FROM {changes} AS w
-  WHERE w.next_attempt_at IS NOT NULL
-    AND coalesce(w.entity_type, w.table_name) = coalesce(c.entity_type, c.table_name)
-    AND w.entity_id = c.entity_id AND w.seq < c.seq
+  WHERE {same_key} AND w.next_attempt_at IS NOT NULL AND w.seq < c.seq
 ) ELSE false END
 
 -- name: columns
@@ -164,21 +170,33 @@ CROSS JOIN LATERAL (
 ORDER BY want.place, c.seq
 
 -- name: waiting_types
--- Not a statement of its own: the types that have waiting changes, each by one probe of the index; only these, or (not
--- among) all others.
-SELECT type FROM (
-  WITH RECURSIVE found(type) AS (
-    (SELECT coalesce(entity_type, table_name) AS type FROM {changes} WHERE next_attempt_at < 'infinity'
-     ORDER BY coalesce(entity_type, table_name) LIMIT 1)
+-- Not a statement of its own: the hashes of the types that have waiting changes, from one on and so many of them, each by
+-- one probe of the index; or (among) of these types. Never with `next_attempt_at < 'infinity'`, here and in what follows:
+-- it would offer the index that goes by time alone, and each probe would walk what waits of all types.
+SELECT hash, place FROM (
+  WITH RECURSIVE found(hash, place) AS (
+    (SELECT hashtextextended(coalesce(entity_type, table_name), 0), 1 FROM {changes}
+     WHERE next_attempt_at IS NOT NULL AND dead_at IS NULL AND NOT %(among)s
+       AND hashtextextended(coalesce(entity_type, table_name), 0) >= %(from)s
+     ORDER BY 1 LIMIT 1)
     UNION ALL
-    SELECT (SELECT coalesce(entity_type, table_name) FROM {changes}
-            WHERE next_attempt_at < 'infinity' AND coalesce(entity_type, table_name) > found.type
-            ORDER BY coalesce(entity_type, table_name) LIMIT 1)
-    FROM found WHERE found.type IS NOT NULL
+    SELECT (SELECT hashtextextended(coalesce(entity_type, table_name), 0) FROM {changes}
+            WHERE next_attempt_at IS NOT NULL AND dead_at IS NULL
+              AND hashtextextended(coalesce(entity_type, table_name), 0) > found.hash
+            ORDER BY 1 LIMIT 1), found.place + 1
+    FROM found WHERE found.hash IS NOT NULL AND found.place < %(types_max)s
   )
-  SELECT type FROM found
+  SELECT hash, place FROM found WHERE hash IS NOT NULL
+  UNION ALL
+  SELECT DISTINCT hashtextextended(named.type, 0), 0 FROM unnest(%(types)s::text[]) AS named(type) WHERE %(among)s
 ) AS found
-WHERE type IS NOT NULL AND (type = ANY (%(types)s::text[])) = %(among)s
+
+-- name: of_type
+-- Not a statement of its own: whether n is a waiting change of the type t, and that one is wanted.
+hashtextextended(coalesce(n.entity_type, n.table_name), 0) = t.hash
+AND (t.hash = ANY (ARRAY(SELECT hashtextextended(named.type, 0) FROM unnest(%(types)s::text[]) AS named(type)))) = %(among)s
+AND (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s
+AND n.next_attempt_at IS NOT NULL AND n.dead_at IS NULL
 
 -- name: due
 -- Waiting changes whose time has come, of each type those that came first: a type with a million of them does not fill
@@ -189,9 +207,7 @@ WITH page AS MATERIALIZED (
   CROSS JOIN LATERAL (
     SELECT n.id, row_number() OVER (ORDER BY n.next_attempt_at) AS place
     FROM {changes} AS n
-    WHERE coalesce(n.entity_type, n.table_name) = t.type
-      AND n.next_attempt_at < 'infinity' AND n.next_attempt_at <= now() AND n.dead_at IS NULL
-      AND n.shard = ANY (%(shards)s::smallint[])
+    WHERE {of_type} AND n.next_attempt_at <= now() AND n.shard = ANY (%(shards)s::smallint[])
     ORDER BY n.next_attempt_at
     LIMIT %(limit)s
   ) AS w
@@ -203,18 +219,20 @@ FROM page JOIN {changes} AS c ON c.id = page.id
 ORDER BY c.next_attempt_at
 
 -- name: next_due
--- Seconds until the next waiting change of these shards is due; NULL: none waits.
-SELECT extract(epoch FROM min(w.next_attempt_at) - now())::float8
-FROM ({waiting_types}) AS t
-CROSS JOIN LATERAL (
-  SELECT n.next_attempt_at
-  FROM {changes} AS n
-  WHERE coalesce(n.entity_type, n.table_name) = t.type
-    AND n.next_attempt_at < 'infinity' AND n.next_attempt_at > now()
-    AND n.dead_at IS NULL AND n.shard = ANY (%(shards)s::smallint[])
-  ORDER BY n.next_attempt_at
-  LIMIT 1
-) AS w
+-- Seconds until the next waiting change of these shards is due; NULL: none waits. And the type to go on from, if not all
+-- were looked at.
+WITH types AS MATERIALIZED ({waiting_types})
+SELECT (
+  SELECT extract(epoch FROM min(w.next_attempt_at) - now())::float8
+  FROM types AS t
+  CROSS JOIN LATERAL (
+    SELECT n.next_attempt_at
+    FROM {changes} AS n
+    WHERE {of_type} AND n.next_attempt_at > now() AND n.shard = ANY (%(shards)s::smallint[])
+    ORDER BY n.next_attempt_at
+    LIMIT 1
+  ) AS w
+), (SELECT max(hash) FROM types HAVING max(place) >= %(types_max)s)
 
 -- name: chains
 -- What led to these changes: each, and its causes up to a bound, the newest first, as a text. "..." stands for more, be
@@ -386,9 +404,7 @@ WITH looked AS MATERIALIZED (
   SELECT w.next_attempt_at
   FROM ({waiting_types}) AS t
   CROSS JOIN LATERAL (
-    SELECT n.next_attempt_at FROM {changes} AS n
-    WHERE coalesce(n.entity_type, n.table_name) = t.type AND n.next_attempt_at < 'infinity' AND n.dead_at IS NULL
-    ORDER BY n.next_attempt_at LIMIT %(bound)s
+    SELECT n.next_attempt_at FROM {changes} AS n WHERE {of_type} ORDER BY n.next_attempt_at LIMIT %(bound)s
   ) AS w
 )
 SELECT

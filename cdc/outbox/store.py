@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 import psycopg
@@ -66,6 +66,10 @@ _LOOKED_AT_PER_SHARD = 500
 """Fresh changes, in search of one that nothing holds back."""
 _LOOKED_AT_OF_ALL_TYPES = 200
 """The same where some types only are ours, and any number of others may lie before them: some 10 us each."""
+FIRST_TYPE, _LAST_TYPE = -(1 << 63), (1 << 63) - 1
+"""Waiting types are gone through in the order of their hashes."""
+TYPES_MAX = 1_000
+"""Types that one look for what is due goes through: some 20 ms, however many there are."""
 _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
 
@@ -90,6 +94,17 @@ class Page:
     """Of a sweep of some types only: how far it got in each shard."""
     others: frozenset[int] = frozenset()
     """Of a fetch: the numbers of changes that are there, and of types that are not ours."""
+
+
+class Due(NamedTuple):
+    """What is due, the seconds until more will be, and where to go on if not all types were looked at.
+
+    All of the types between ``start`` and there.
+    """
+
+    rows: list[Row]
+    next_due_s: float | None
+    go_on: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,18 +246,27 @@ class Store:
         return found
 
     async def due(
-        self, reader: psycopg.AsyncConnection, shards: Iterable[int], limit: int, without: Iterable[str] = ()
-    ) -> tuple[list[Row], float | None]:
-        """Waiting changes that are due, of each type in turn, and the seconds until the next one will be.
+        self,
+        reader: psycopg.AsyncConnection,
+        shards: Iterable[int],
+        limit: int,
+        without: Iterable[str] = (),
+        *,
+        start: int = FIRST_TYPE,
+    ) -> Due:
+        """Waiting changes that are due, of each type in turn, without those of some types.
 
-        Both without those of some types.
+        ``start`` is where the look before has ended, if it has not seen all types.
         """
         types, among = self._scope.without(without)
-        parameters = {"shards": list(shards), "types": list(types), "among": among}
+        parameters = {
+            "shards": list(shards), "types": list(types), "among": among, "from": start, "types_max": TYPES_MAX
+        }  # fmt: skip
         # In this order: what becomes due between the two is in both, the other way round it would be in neither.
-        [(next_due_s,)] = await self._rows(reader, "next_due", parameters)
+        [(next_due_s, last)] = await self._rows(reader, "next_due", parameters)
         found = await self._rows(reader, "due", {**parameters, "limit": limit})
-        return await self._with_chains(reader, [_row(record, requeued=True) for record in found]), next_due_s
+        rows = await self._with_chains(reader, [_row(record, requeued=True) for record in found])
+        return Due(rows, next_due_s, None if last is None or last == _LAST_TYPE else last + 1)
 
     async def settle(self, session: psycopg.AsyncConnection, batch: Sequence[Finished]) -> Settled:
         """Record outcomes, all or none, on the session that holds the shard locks."""
@@ -324,7 +348,10 @@ class Store:
         if not self._scope.everything:
             types, among = self._scope
             statement = "figures_some"
-            parameters |= {"types": list(types), "among": among, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS}
+            parameters |= {
+                "types": list(types), "among": among, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS,
+                "from": FIRST_TYPE, "types_max": TYPES_MAX,
+            }  # fmt: skip
         row = connection.execute(self._statements[statement], parameters).fetchone()
         assert row is not None
         return Figures(*row)

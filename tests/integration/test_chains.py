@@ -280,7 +280,7 @@ async def _every_read(store: Store, reader: psycopg.AsyncConnection, row: dict[s
     resume = Resume((row["entity_type"], row["entity_id"]), wakeup.shard, wakeup.seq)
     resumed = await store.resume(reader, [resume], 10)
     await reader.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE seq = %s", [wakeup.seq])
-    due, _ = await store.due(reader, [wakeup.shard], 10)
+    due = (await store.due(reader, [wakeup.shard], 10)).rows
     return [*fetched.rows, *swept.rows, *resumed[resume], *due]
 
 

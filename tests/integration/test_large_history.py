@@ -80,7 +80,7 @@ async def test_a_fetch_probes_once_for_each_change_and_once_for_what_might_hold_
 ) -> None:
     found = await reading(large_outbox, lambda connection: Store("public").fetch(connection, wakeups))
     assert found["entity_changes_fresh"] == (100, 100)
-    assert found["entity_changes_holding"][0] <= 101
+    assert found["entity_changes_holding_back"][0] <= 101
     assert rows(found) < 300
 
 
@@ -112,7 +112,9 @@ def test_the_figures_of_the_collector_read_little_though_a_long_queue_is_held_ba
     figures, found = reading_sync(large_outbox, Store("public").figures)
     assert (figures.fresh, figures.waiting, figures.dead) == (8_000, 2_001, 1_000)
     assert figures.oldest_ready_age_s > 0
-    assert found["entity_changes_holding"][0] < 1_000, "of the 5,000 that are held back a few hundred are looked at"
+    assert found["entity_changes_holding_back"][0] < 1_000, (
+        "of the 5,000 that are held back a few hundred are looked at"
+    )
     assert rows(found) < 20_000
 
 
@@ -167,20 +169,20 @@ _STATEMENTS = load("queries.sql", "public")
 _NO_TABLE = {"cause": "sets a setting", "check": "LIMIT 0", "missing_rights": "asks the catalog"}
 _INDEXES = {
     "chains": {"pkey"},
-    "due": {"due_by_type", "pkey", "holding"},
-    "fetch": {"fresh", "holding"},
-    "fetch_some": {"fresh", "holding"},
-    "figures": {"fresh", "holding", "due_by_type", "dead"},
-    "figures_some": {"fresh", "holding", "due_by_type", "dead"},
+    "due": {"waiting", "pkey", "holding_back"},
+    "fetch": {"fresh", "holding_back"},
+    "fetch_some": {"fresh", "holding_back"},
+    "figures": {"fresh", "holding_back", "due", "dead"},
+    "figures_some": {"fresh", "holding_back", "waiting", "dead"},
     "mark": {"pkey"},
-    "marked_since": {"processed", "holding"},
-    "next_due": {"due_by_type"},
-    "resume": {"fresh", "holding"},
+    "marked_since": {"processed", "holding_back"},
+    "next_due": {"waiting"},
+    "resume": {"fresh", "holding_back"},
     "settle_others": {"pkey"},
     "settle_processed": {"fresh"},
     "start": {"pkey"},
-    "sweep": {"fresh", "holding"},
-    "sweep_some": {"fresh", "holding"},
+    "sweep": {"fresh", "holding_back"},
+    "sweep_some": {"fresh", "holding_back"},
     "suspect": {"pkey"},
     "take": {"pkey"},
     "unstart": {"pkey"},

@@ -9,8 +9,9 @@ import pytest
 
 from cdc import reads
 from cdc.intake import Intake
-from cdc.lanes import Lanes, Row
+from cdc.lanes import Lanes
 from cdc.metrics import Metrics
+from cdc.outbox.store import FIRST_TYPE, Due
 from cdc.reads import Reads
 from cdc.routing import Router
 
@@ -22,13 +23,16 @@ class _Store:
         self.clock = 0.0
         self.took_s = 0.0
         self.looks = 0
+        self.starts: list[int] = []
+        self.go_on: int | None = None
 
     async def due(
-        self, _reader: object, _shards: Iterable[int], _limit: int, _without: Iterable[str] = ()
-    ) -> tuple[list[Row], float | None]:
+        self, _reader: object, _shards: Iterable[int], _limit: int, _without: Iterable[str] = (), *, start: int
+    ) -> Due:
         self.looks += 1
         self.clock += self.took_s
-        return [], 0.05
+        self.starts.append(start)
+        return Due([], 0.05, self.go_on)
 
 
 @pytest.fixture
@@ -66,3 +70,17 @@ async def test_a_process_that_was_stopped_during_a_look_makes_no_retry_wait_for_
     store.took_s = 60.0
     made = await _look(store)
     assert made.wait_s() <= 1.0
+
+
+async def test_types_beyond_the_first_look_are_looked_at_next_and_what_they_wait_for_is_not_forgotten(
+    store: _Store,
+) -> None:
+    store.go_on = 7
+    made = await _look(store)
+    assert made.wait_s() == 0, "not all types were looked at"
+    store.go_on = None
+    reader: Any = None
+    store.clock = 0.01
+    assert await made.once(reader)
+    assert store.starts == [FIRST_TYPE, 7]
+    assert made.wait_s() == pytest.approx(0.04), "what the first look found will be due"
