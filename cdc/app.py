@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import secrets
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdc import __version__, config, logs
+from cdc import __version__, config
 from cdc.collector import Collector
 from cdc.config import Settings
 from cdc.consumer import Consumer, ConsumerSettings
@@ -49,45 +47,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cdc")
 
-_STOP_THREADS_S = 5.0
+_STOP_S = 3.0
 _SHOW_EVERY_S = 1.0
 _SLOT_NAME_PART = 40
 """Of a name of up to 63 characters, so that more fits behind it."""
-
-
-def serve(settings: Settings, router: Router | None) -> None:
-    """``cdc run``: log, handle signals, work until SIGTERM or SIGINT, drain, return. ``router``: see ``App``."""
-    logs.setup(settings.log.level, settings.log.format)
-    spare_the_collector()
-    with asyncio.Runner(loop_factory=_quicker_loop()) as runner:
-        runner.run(_serve(settings, router))
-
-
-def spare_the_collector() -> None:
-    """For a process that is a consumer and nothing else: a twelfth of what a no-op change costs was the collector's.
-
-    What is loaded by now stays, and need not be looked through. A window of changes comes and goes by counting
-    references; the usual threshold of 700 has it looked through while it is there.
-    """
-    gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
-
-
-def _quicker_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """That of uvloop (``pip install 'cdc[fast]'``) where it is installed."""
-    try:
-        import uvloop  # noqa: PLC0415 - it need not be there
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
-
-
-async def _serve(settings: Settings, router: Router | None) -> None:
-    app = App(settings, router)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, app.signalled, number)
-    await app.run()
 
 
 async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
@@ -201,13 +164,6 @@ class App:
             metrics=self.metrics,
         )
 
-    def signalled(self, number: int) -> None:
-        """The first signal drains; a second one does not wait."""
-        if self.consumer.stopping:
-            raise SystemExit(128 + number)
-        log.info("%s: stopping", signal.Signals(number).name)
-        self.consumer.stop()
-
     async def run(self) -> None:
         """Until the consumer is stopped, or its first connection is refused."""
         handlers = sorted({handler.name for handler in self._router.handlers.values()})
@@ -242,7 +198,7 @@ class App:
         finally:
             server.stop()
             if self._page:
-                self._page.stop(_STOP_THREADS_S)
+                self._page.stop(_STOP_S)
 
     @contextlib.asynccontextmanager
     async def _beside(self) -> AsyncIterator[None]:
@@ -256,14 +212,20 @@ class App:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
-            if self._stream and not await asyncio.to_thread(self._stream.stop, _STOP_THREADS_S):
-                log.warning("the stream's thread has not ended within %g s", _STOP_THREADS_S)
-            await asyncio.to_thread(self._collector.stop, _STOP_THREADS_S)
-            await self._transactions.close()
+            # All at once: each may have to wait for a link that is silent.
+            await asyncio.gather(
+                asyncio.wait(tasks, timeout=_STOP_S),
+                self._stop_stream(),
+                asyncio.to_thread(self._collector.stop, _STOP_S),
+                self._transactions.close(_STOP_S),
+            )
             if self._delivery:
                 await self._delivery.close()
             self._threads.close()
+
+    async def _stop_stream(self) -> None:
+        if self._stream and not await asyncio.to_thread(self._stream.stop, _STOP_S):
+            log.warning("the stream's thread has not ended within %g s", _STOP_S)
 
     async def _start_beside(self) -> None:
         await self.consumer.connected.wait()

@@ -29,6 +29,7 @@ log = logging.getLogger("cdc.collector")
 
 _EVERY_S = 15.0
 _STATEMENT_TIMEOUT = "5s"
+_ANSWER_LIMIT_S = 10.0
 _REST = 50
 """What is for the page alone is read again after so many times as long as it took: 2 % of one connection at most."""
 
@@ -95,6 +96,7 @@ class Collector:
                     self._dsn,
                     application_name="cdc: collector",
                     session={**INDEXED, "statement_timeout": _STATEMENT_TIMEOUT},
+                    answer_limit_s=_ANSWER_LIMIT_S,
                 )
             read(self._connection)
             self._failing.discard(name)

@@ -16,6 +16,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from cdc.errors import CdcError, ConnectError, SchemaError, UsageError
+from cdc.link import AsyncLink, Link
 
 Connection = psycopg.Connection
 """Under a name of ours, for those who pass connections on and have no business with the driver."""
@@ -110,19 +111,23 @@ def connect(
     application_name: str,
     autocommit: bool = True,
     session: Mapping[str, str] | None = None,
+    answer_limit_s: float | None = None,
     **options: Any,
 ) -> Connection:
     """Connect, noticing a dead link within seconds.
 
-    ``session`` holds server settings for this session (``{"lock_timeout": "5s"}``); ``options`` are arguments of
-    psycopg.connect or parameters of libpq (``row_factory=...``, ``replication="database"``). Raises ConnectError with
-    the server's words and a remedy, UsageError for a DSN that cannot be read.
+    ``session`` holds server settings for this session (``{"lock_timeout": "5s"}``); ``answer_limit_s`` is how long an
+    answer may take before the connection is closed (``link``); ``options`` are arguments of psycopg.connect or
+    parameters of libpq (``row_factory=...``, ``replication="database"``). Raises ConnectError with the server's words
+    and a remedy, UsageError for a DSN that cannot be read.
     """
     arguments = _arguments(dsn, application_name, session, options)
     try:
-        return psycopg.connect("", autocommit=autocommit, **arguments)
+        connection = Link.connect("", autocommit=autocommit, **arguments)
     except (psycopg.Error, UnicodeError) as error:
         raise _explained(error, arguments) from None  # the driver's error carries a record with the password in it
+    connection.answer_limit_s = answer_limit_s
+    return connection
 
 
 async def connect_async(
@@ -131,14 +136,17 @@ async def connect_async(
     application_name: str,
     autocommit: bool = True,
     session: Mapping[str, str] | None = None,
+    answer_limit_s: float | None = None,
     **options: Any,
-) -> psycopg.AsyncConnection:
+) -> AsyncLink:
     """``connect`` for an event loop."""
     arguments = _arguments(dsn, application_name, session, options)
     try:
-        return await psycopg.AsyncConnection.connect("", autocommit=autocommit, **arguments)
+        connection = await AsyncLink.connect("", autocommit=autocommit, **arguments)
     except (psycopg.Error, UnicodeError) as error:
         raise _explained(error, arguments) from None
+    connection.answer_limit_s = answer_limit_s
+    return connection
 
 
 def pool_arguments(dsn: str | None, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:

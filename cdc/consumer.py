@@ -24,7 +24,7 @@ import psycopg
 from cdc import probe
 from cdc.careful import Careful
 from cdc.connect import connect_async
-from cdc.deadline import deadline
+from cdc.deadline import deadline, unless
 from cdc.demand import Demand
 from cdc.errors import CdcError, SchemaError
 from cdc.hooks import Hooks, where
@@ -33,12 +33,12 @@ from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.metrics import Metrics
 from cdc.model import SHARDS, Change, Committed, Processed, Waiting, WakeUp
-from cdc.outbox.shards import Session
+from cdc.outbox.shards import Session, without
 from cdc.outbox.store import INDEXED, Store, UnreadJson
 from cdc.reads import Reads
 from cdc.runner import Runner
 from cdc.scope import EVERYTHING, Scope
-from cdc.shares import balance
+from cdc.shares import Without, balance
 from cdc.workers import OtherTasks, Workers
 
 log = logging.getLogger("cdc.consumer")
@@ -52,6 +52,8 @@ _SOON_S = 0.05
 _LOOK_AT_SHARDS_S = 1.0
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
 _TURN_AT_LEAST_S = 5.0
+_READ_LIMIT_S = 65.0
+"""For an answer to the reader; longer than its statement_timeout."""
 _LAST_SETTLE_S = 3.0
 """A commit may hang for as long as a synchronous standby is away; a stop may not."""
 _INTERRUPTIONS = (CdcError, psycopg.Error, OSError)  # TimeoutError is an OSError
@@ -112,7 +114,8 @@ class Consumer:
             finished=self._finished, read_anew=self._read_anew,
         )  # fmt: skip
         self._owned: set[int] = set()
-        self._drained = False
+        self._without = Without()
+        self._drained = asyncio.Event()
         # Written here, read by the health thread: times of the event loop's clock.
         self.turned: dict[str, float] = {}
         self.answered_at: float | None = None
@@ -193,7 +196,7 @@ class Consumer:
             while not self.stopping:
                 began = self._now()
                 error = await self._term_failure()
-                if error and not self.connected.is_set():
+                if error and not self.connected.is_set() and not self.stopping:
                     raise error
                 if error and not self.stopping:
                     log.warning("interrupted: %s; trying again", _sentence(error))
@@ -221,7 +224,11 @@ class Consumer:
 
     async def _term(self) -> None:
         """Work with one set of connections until one of them fails or the consumer is stopped."""
-        async with self._connections() as (session, reader):
+        async with contextlib.AsyncExitStack() as connections:
+            opened = await unless(self._stopping, connections.enter_async_context(self._connections()))
+            if opened is None:
+                return
+            session, reader = opened
             try:
                 async with asyncio.TaskGroup() as loops:
                     readers = [
@@ -240,12 +247,15 @@ class Consumer:
         self._careful.begin(session)
         try:
             reader = await connect_async(
-                dsn, application_name="cdc: reader", session={**INDEXED, "statement_timeout": "60s"}
+                dsn,
+                application_name="cdc: reader",
+                session={**INDEXED, "statement_timeout": "60s"},
+                answer_limit_s=_READ_LIMIT_S,
             )
             reader.adapters.register_loader("jsonb", UnreadJson)
             async with reader:
                 self.connected.set()
-                await self._wait_for_schema(reader)
+                await self._wait_for_schema(session, reader)
                 await self._careful.forget()
                 self.in_service = True
                 yield session, reader
@@ -253,11 +263,12 @@ class Consumer:
             self.in_service = False
             await session.close()
 
-    async def _wait_for_schema(self, reader: psycopg.AsyncConnection) -> None:
+    async def _wait_for_schema(self, session: Session, reader: psycopg.AsyncConnection) -> None:
         """A sidecar starts before the application's migrations have run: wait, and say for what."""
         told = ""
         while not self.stopping:
             self._turn("consumer")
+            await session.look()
             self._answered()
             try:
                 await self._store.check(reader)
@@ -276,7 +287,7 @@ class Consumer:
         if self._at_stop:
             self._at_stop()
         await self._workers.drain(self._settings.drain_time_s)
-        self._drained = True
+        self._drained.set()
         self._settle_due.set()
         self._settle_again.set()
         for loop in readers:
@@ -313,6 +324,9 @@ class Consumer:
             await self._balance(session)
             self._answered()
             await _wait(self._stopping, _LOOK_AT_SHARDS_S)
+        while not self._drained.is_set():  # the server ends a session that says nothing
+            await session.look()
+            await _wait(self._drained, _LOOK_AT_SHARDS_S)
 
     async def _balance(self, session: Session) -> None:
         before = len(self._owned)
@@ -336,6 +350,8 @@ class Consumer:
             self._metrics.shard_moves.labels("released").inc(len(quiet))
         if len(self._owned) != before:
             log.info("owns %d of %d shards; consumers: %d", len(self._owned), SHARDS, members)
+        if self._without.due(len(self._owned), members, self._now()):
+            log.warning("%s", without(await session.holders()))
 
     def _read_anew(self) -> None:
         """Changes were left without an outcome; one that is waiting and due is found by a look at those only."""
@@ -380,7 +396,7 @@ class Consumer:
                 if self._lanes.to_settle < self._lanes.worth and pause_s > 0:
                     self._settle_again.clear()
                     await _due(self._settle_again, pause_s)
-            if self._drained:
+            if self._drained.is_set():
                 return
             await _due(self._settle_due, _TURN_AT_LEAST_S)
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Coroutine
 from types import TracebackType
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 class _Timeout(asyncio.Timeout):  # type: ignore[misc]  # final, for type checkers; what it lacks is said above
@@ -37,3 +41,15 @@ def deadline(seconds: float | None) -> asyncio.Timeout:
         return asyncio.timeout(seconds)
     now = asyncio.get_running_loop().time()
     return _Timeout(None if seconds is None else now + seconds)
+
+
+async def unless(event: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """What the work brings; None where the event is sooner: then it is cancelled."""
+    task, happened = asyncio.create_task(work), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait([task, happened], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        happened.cancel()
+        task.cancel()
+        await asyncio.wait([task, happened])
+    return None if task.cancelled() else task.result()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar, cast
 
 from cdc.errors import ToldError
@@ -56,11 +56,19 @@ class Begun(Generic[_T]):
                 return cast("_T", returned.value)
 
 
-class Limit:
-    """``seconds`` that a call may take; None: any time. For the tasks of one event loop."""
+_HEED_S = 1.0
+"""For a call to end after it was cancelled, until it is said that it goes on: it may have something to undo."""
 
-    def __init__(self, seconds: float | None) -> None:
+
+class Limit:
+    """``seconds`` that a call may take; None: any time. For the tasks of one event loop.
+
+    ``ignored``: called with the task of a call that goes on after it was cancelled.
+    """
+
+    def __init__(self, seconds: float | None, ignored: Callable[[asyncio.Task[Any]], None] = lambda _: None) -> None:
         self._seconds = seconds
+        self._ignored = ignored
         self._ends: dict[asyncio.Task[Any], float] = {}
         """When a task's call overruns, on the monotonic clock; in that order."""
         self._overran = set[asyncio.Task[Any]]()
@@ -112,3 +120,8 @@ class Limit:
             del self._ends[task]
             self._overran.add(task)
             task.cancel()
+            asyncio.get_running_loop().call_later(_HEED_S, self._look_after, task)
+
+    def _look_after(self, task: asyncio.Task[Any]) -> None:
+        if task in self._overran:
+            self._ignored(task)

@@ -40,6 +40,8 @@ _REMEMBERED = 50_000
 """Numbers seen lately, so that a change that is read twice counts once."""
 _SOON_S = 0.05
 _TURN_AT_LEAST_S = 5.0
+_ANSWER_LIMIT_S = 65.0
+"""Longer than its statement_timeout."""
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
 _SESSION = {**INDEXED, "statement_timeout": "60s", "idle_session_timeout": "0", "default_transaction_read_only": "on"}
 
@@ -145,7 +147,9 @@ class Observer:
 
     async def _term(self) -> None:
         settings = self._settings
-        async with await connect_async(settings.dsn, application_name="cdc: observer", session=_SESSION) as reader:
+        async with await connect_async(
+            settings.dsn, application_name="cdc: observer", session=_SESSION, answer_limit_s=_ANSWER_LIMIT_S
+        ) as reader:
             self.connected.set()
             await observe(reader, settings.schema)
             await self._wait_for_schema(reader)

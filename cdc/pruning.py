@@ -34,6 +34,8 @@ _ROUND_EVERY_S = 60.0
 _BUSY_SHARE = 0.1
 """Of the time of a round in which the server works for it."""
 _PAUSE_MAX_S = 60.0
+_ANSWER_LIMIT_S = 35.0
+"""Longer than a batch may take on the server."""
 
 
 class Pruning:
@@ -91,7 +93,9 @@ class Pruning:
     @contextlib.asynccontextmanager
     async def _lock(self) -> AsyncIterator[psycopg.AsyncConnection | None]:
         """A connection that holds the lock; None while another one does."""
-        async with await connect_async(self._dsn, application_name="cdc: retention", session=SERVER_TCP) as connection:
+        async with await connect_async(
+            self._dsn, application_name="cdc: retention", session=SERVER_TCP, answer_limit_s=_ANSWER_LIMIT_S
+        ) as connection:
             cursor = await connection.execute("SELECT pg_try_advisory_lock(%s, %s)", self._key)
             yield connection if await cursor.fetchone() == (True,) else None
 

@@ -21,8 +21,9 @@ Changes of a transactional handler may share a transaction, each with its own ca
 rolled back and run one by one as well; only when the handler has ended the transaction, nobody knows what of the others
 was committed, and none of them may run again.
 
-A handler in a thread cannot be stopped. When it overruns its limit that is reported at once, and the change stays
-running, its key shut, until the thread returns; then what it did decides: a return is a return, however late.
+A handler in a thread cannot be stopped, nor can one that catches its cancellation and goes on. When it overruns its
+limit that is reported, and the change stays running, its key shut, until the handler returns; then what it did decides:
+a return is a return, however late.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import CoroutineType
@@ -97,7 +98,8 @@ class Runner:
         self._verdict = verdict
         self._timeout_s = timeout_s
         self._limits = {
-            seconds: Limit(seconds) for seconds in (timeout_s, *(h.timeout_s for h in router.handlers.values()))
+            seconds: Limit(seconds, self._ignored)
+            for seconds in (timeout_s, *(h.timeout_s for h in router.handlers.values()))
         }
         self._threads = threads
         self._transactions = transactions
@@ -109,6 +111,8 @@ class Runner:
         """Calls in threads, by the first of their changes."""
         self._groupings = {h.name: Grouping(h.group) for h in handlers if h.group > 1}
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
+        self.tasks: Mapping[asyncio.Task[Any], Sequence[Change]] = {}
+        """What each of the tasks that call us is at; theirs to keep."""
 
     def handler(self, change: Change) -> Handler | None:
         return self._router.match(change.entity_type, change.operation)
@@ -304,6 +308,17 @@ class Runner:
             running = self._transactions.run(changes, calls, causes=self._names_causes(handler))
             return await limit.call(running)
         return Ran(await limit.call(_on_loop(handler, given)))
+
+    def _ignored(self, task: asyncio.Task[Any]) -> None:
+        changes = self.tasks.get(task)
+        handler = self.handler(changes[0]) if changes else None
+        if changes and handler:
+            self._verdict.count(handler, "timeout")
+            log.error(
+                "handler %s goes on though its limit of %g s has passed, on change %s of %s: it caught its"
+                " cancellation, so its key is held until it returns",
+                handler.name, handler.timeout_s or self._timeout_s, changes[0].id, changes[0].entity_type,
+            )  # fmt: skip
 
     def _limit(self, handler: Handler) -> Limit:
         return self._limits[handler.timeout_s or self._timeout_s]

@@ -38,3 +38,27 @@ def balance(members: int, owned: Collection[int], free: int, *, shards: int = SH
     if surplus > 0:
         return Move(0, frozenset(sorted(owned)[-surplus:]))
     return Move(min(free, -surplus), frozenset())
+
+
+_HANDED_OVER_S = 10.0
+"""What runs on a shard ends before it is given away; longer than most of it takes."""
+_AGAIN_S = 60.0
+
+
+class Without:
+    """When to say that a member has no shard, though there are enough for all."""
+
+    def __init__(self) -> None:
+        self._due: float | None = None
+
+    def due(self, owned: int, members: int, now: float) -> bool:
+        """Asked at each look; ``now`` in monotonic seconds."""
+        if owned or not fair_share(members)[0]:
+            self._due = None
+            return False
+        if self._due is None:
+            self._due = now + _HANDED_OVER_S
+        if now < self._due:
+            return False
+        self._due = now + _AGAIN_S
+        return True

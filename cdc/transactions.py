@@ -19,6 +19,7 @@ Connections come from pools that open them as they are needed: one for async han
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -28,14 +29,20 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
 from cdc import probe
-from cdc.connect import pool_arguments
+from cdc.connect import SERVER_TCP, pool_arguments
+from cdc.link import AsyncLink, Link, unlimited
 from cdc.metrics import CONNECTION_KINDS, Metrics
 from cdc.model import Change
 from cdc.outbox.store import Store
 from cdc.routing import Handler
 
 _CONNECTION_LIMIT_S = 10.0
-_SESSION: Mapping[str, str] = {"idle_in_transaction_session_timeout": "0"}  # the handler's own time limit rules
+_ANSWER_LIMIT_S = 30.0
+"""For each answer to a statement of ours; the handler's have its own time limit."""
+_SESSION: Mapping[str, str] = {
+    **SERVER_TCP,  # a vanished host must not hold the lock on its row
+    "idle_in_transaction_session_timeout": "0",  # the handler's own time limit rules
+}
 
 
 Errors = Mapping[int, BaseException]
@@ -78,12 +85,14 @@ class Transactions:
         self._store = store
         self._kinds = {handler.is_async for handler in handlers if handler.transactional}
         arguments = pool_arguments(dsn, application_name="cdc: handlers", session=_SESSION)
-        self._async = AsyncConnectionPool(
-            "", kwargs=arguments, min_size=0, max_size=size, open=False, timeout=_CONNECTION_LIMIT_S
-        )
-        self._sync = ConnectionPool(
-            "", kwargs=arguments, min_size=0, max_size=size, open=False, timeout=_CONNECTION_LIMIT_S
-        )
+        self._async: AsyncConnectionPool[AsyncLink] = AsyncConnectionPool(
+            "", connection_class=AsyncLink, kwargs=arguments, min_size=0, max_size=size, open=False,
+            timeout=_CONNECTION_LIMIT_S, configure=_limit_answers_async,
+        )  # fmt: skip
+        self._sync: ConnectionPool[Link] = ConnectionPool(
+            "", connection_class=Link, kwargs=arguments, min_size=0, max_size=size, open=False,
+            timeout=_CONNECTION_LIMIT_S, configure=_limit_answers,
+        )  # fmt: skip
 
     async def open(self) -> None:
         if True in self._kinds:
@@ -91,9 +100,9 @@ class Transactions:
         if False in self._kinds:
             self._sync.open()
 
-    async def close(self) -> None:
-        await self._async.close()
-        self._sync.close()
+    async def close(self, timeout_s: float) -> None:
+        """A connection that is being opened is waited for so long, one that a handler has not at all."""
+        await asyncio.gather(self._async.close(timeout_s), asyncio.to_thread(self._sync.close, timeout_s))
 
     def show(self, metrics: Metrics) -> None:
         """Bring the gauges up to date."""
@@ -128,7 +137,8 @@ class Transactions:
                                 probe.here("run.between_calls")
                                 if causes:
                                     await connection.execute(*self._store.cause(changes[number]))
-                            errors = await call(connection)
+                            with unlimited(connection):
+                                errors = await call(connection)
                             _alone_only(errors, calls)
                         calls_s = time.monotonic() - began
                         probe.here("run.before_mark")
@@ -161,7 +171,8 @@ class Transactions:
                                 probe.here("run.between_calls")
                                 if causes:
                                     connection.execute(*self._store.cause(changes[number]))
-                            errors = call(connection)
+                            with unlimited(connection):
+                                errors = call(connection)
                             _alone_only(errors, calls)
                         calls_s = time.monotonic() - began
                         probe.here("run.before_mark")
@@ -175,6 +186,14 @@ class Transactions:
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
         return ran._replace(calls_s=calls_s)
+
+
+def _limit_answers(connection: Link | AsyncLink) -> None:
+    connection.answer_limit_s = _ANSWER_LIMIT_S
+
+
+async def _limit_answers_async(connection: AsyncLink) -> None:
+    _limit_answers(connection)
 
 
 def _first_cause(changes: Sequence[Change], calls: Sequence[object]) -> Change:

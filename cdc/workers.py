@@ -62,12 +62,15 @@ class Workers:
         self._started = deque[Change]()
         """A run that the workers go through, one after the other calling what it can."""
         self._tasks: dict[asyncio.Task[None], list[Change]] = {}
+        runner.tasks = self._tasks
         self._unstarted = set[asyncio.Task[None]]()
         """Those of the tasks that have not looked for a change yet: what is ready for them needs no others."""
         self._aside: dict[asyncio.Task[None], Change | None] = {}
         """Those of the tasks that are no workers: suspects, which run one at a time. None: it is its turn."""
         self._doubted: dict[asyncio.Task[None], Change] = {}
         """No workers either: suspects that may be none, which are read again instead of run."""
+        self._deaf = set[asyncio.Task[None]]()
+        """Those of the tasks that were cut off and go on; they are not waited for again."""
         self._alone = asyncio.Lock()
         self._settled = asyncio.Event()
         self._later: deque[Change] = deque()
@@ -117,7 +120,7 @@ class Workers:
         await self._cut_off([task for task in self._tasks if task not in in_thread])
 
     async def _cut_off(self, tasks: Iterable[asyncio.Task[None]]) -> None:
-        running = [(task, self._tasks[task]) for task in tasks]
+        running = [(task, self._tasks[task]) for task in tasks if task not in self._deaf]
         for task, batch in running:
             for change in batch:
                 self._runner.interrupted(change)
@@ -125,6 +128,7 @@ class Workers:
         if running:
             log.warning("%d handlers were cut off; their changes stay as they were", len(running))
             _, deaf = await asyncio.wait([task for task, _ in running], timeout=_CUT_OFF_S)
+            self._deaf |= deaf
             if deaf:
                 log.error("%d handlers caught their cancellation and go on; nobody waits for them", len(deaf))
 
@@ -305,6 +309,7 @@ class Workers:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._tasks[task]
+        self._deaf.discard(task)
         self._unstarted.discard(task)  # it may have been cut off before its first step
         if unattended := self._aside.pop(task, None) or self._doubted.pop(task, None):
             self._leave([unattended])

@@ -3,6 +3,7 @@
 cut      every connection is reset
 refuse   cut, and new connections are reset at once
 hold     half-open: nothing passes and nothing closes, for the connections there are and for new ones
+swallow  the way to the other end has gone: what either says is taken and lost, but who hangs up is heard
 slow     each piece is passed on with a delay
 lose     the answer to what the client says next (or next says with certain words in it) is swallowed, and its
          connection reset: the server has done it, and the client cannot know
@@ -38,7 +39,7 @@ class Proxy:
         self._passing = threading.Event()
         self._passing.set()
         self._stopping = threading.Event()
-        self._refusing = False
+        self._refusing = self._swallowing = False
         self._delay_s = 0.0
         self._losing: bytes | None = None
         self._snapping: bytes | None = None
@@ -74,6 +75,9 @@ class Proxy:
     def hold(self) -> None:
         self._passing.clear()
 
+    def swallow(self) -> None:
+        self._swallowing = True
+
     def slow(self, delay_s: float) -> None:
         self._delay_s = delay_s
 
@@ -84,7 +88,7 @@ class Proxy:
         self._snapping = words
 
     def open(self) -> None:
-        self._refusing = False
+        self._refusing = self._swallowing = False
         self._delay_s = 0.0
         self._losing = self._snapping = None
         self._passing.set()
@@ -144,6 +148,8 @@ class Proxy:
             while piece := source.recv(_PIECE):
                 self._stopping.wait(self._delay_s)
                 self._passing.wait()
+                if self._swallowing:
+                    continue
                 if not passes(piece, last_words):
                     _reset(target)
                     break

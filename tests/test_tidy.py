@@ -41,6 +41,7 @@ MAY_SLEEP = {
 DRIVES_LIBPQ = {
     "cdc/wakeup/replication.py": "the replication connection",
     "cdc/connect.py": "libpq's version, and which link a refused connect was about",
+    "cdc/link.py": "closes a link that is silent, whatever waits on it",
 }
 EXPLAINED_ELSEWHERE = {("cdc/routing.py", "B004"): "the docstring of the function says what it unwraps"}
 PURE = (

@@ -1,6 +1,7 @@
 """The command line: arguments and printing. What a command does is elsewhere, and testable without it.
 
-Exit codes: 0 fine, 1 findings or failure, 2 usage, 3 cannot connect, 4 not found, 5 refused for safety, 130 Ctrl-C.
+Exit codes: 0 fine, 1 findings or failure, 2 usage, 3 cannot connect, 4 not found, 5 refused for safety, 128 and its
+number after a signal, such as 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from cdc.cli.output import say, say_lines
 from cdc.errors import CdcError
 from cdc.masking import mask
 from cdc.printable import printable
+from cdc.process import Interrupted, handle_signals, leave
 
 _COMMANDS = {
     "run": ("cdc.cli.run", "Hand committed changes to your handlers."),
@@ -61,8 +63,8 @@ class _Root(click.Group):
             raise
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click knows these; a reader that has seen enough (| head) is no error
-        except KeyboardInterrupt:
-            ctx.exit(130)
+        except KeyboardInterrupt as interrupt:
+            ctx.exit(128 + interrupt.number if isinstance(interrupt, Interrupted) else 130)
         except Exception as error:  # noqa: BLE001 - where every error ends, as a sentence
             if ctx.params["debug"]:
                 say_lines(mask(traceback.format_exc().rstrip()))
@@ -96,5 +98,9 @@ def cdc(debug: bool) -> None:
 
 
 def main() -> NoReturn:
-    cdc(prog_name="cdc")
+    handle_signals()
+    try:
+        cdc(prog_name="cdc")
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
     raise AssertionError("click ends the process")

@@ -16,6 +16,7 @@ import click
 from cdc.cli.options import settings_options
 from cdc.config import Deliver, Settings
 from cdc.errors import CdcError, UsageError
+from cdc.process import Interrupted, interrupted
 from cdc.routing import Router
 
 _EXAMPLE = "write it as package.module:router, for example --handlers myapp.events:router"
@@ -38,7 +39,7 @@ def run(settings: Settings) -> None:
         cdc run --dsn postgresql://app@db/app --handlers myapp.events:router
         cdc run --dsn postgresql://app@db/app --deliver-to http://127.0.0.1:3000/changes --type order
 
-    Runs until SIGTERM or Ctrl-C, then lets running handlers finish and ends with 0. The database needs "cdc db
+    Runs until SIGTERM, SIGHUP or Ctrl-C, then lets running handlers finish and ends with 0. The database needs "cdc db
     install" and "cdc track" first. Where replication is not to be had it works as well: it looks for new changes
     at short intervals instead of being rung.
 
@@ -50,10 +51,15 @@ def run(settings: Settings) -> None:
         )
     if not settings.handlers and not settings.deliver.to:
         raise UsageError("no handlers are named", hint=f"--handlers or CDC_HANDLERS: {_EXAMPLE}; or --deliver-to URL")
-    router = load_router(settings.handlers, settings) if settings.handlers else None
-    from cdc.app import serve  # noqa: PLC0415 - --help does not wait for the consumer to load
+    try:
+        router = load_router(settings.handlers, settings) if settings.handlers else None
+        from cdc.serve import serve  # noqa: PLC0415 - --help does not wait for the consumer to load
 
-    serve(settings, router)
+        serve(settings, router)
+    except (CdcError, Interrupted):
+        if not interrupted():
+            raise
+        # There was nothing to drain yet; what the module made of the interruption is no fault of it.
 
 
 def load_router(reference: str, settings: Settings) -> Router:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import psycopg
 
-from cdc import config, logs
+from cdc import config, logs, process
 from cdc.app import App
 from cdc.connect import connect, describe
 from cdc.deadline import deadline
@@ -81,8 +80,8 @@ class _Stage:
         self._stopping = asyncio.Event()
 
     async def perform(self, ticks: int, burst_rows: int, *, keep: bool) -> bool:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._end)
+        loop = asyncio.get_running_loop()
+        process.hand_over(lambda _: loop.call_soon_threadsafe(self._end))
         async with self._consumer() as app:
             self._introduce(app)
             await self._write(ticks, burst_rows)

@@ -208,6 +208,8 @@ class ShardHolders:
     held: int
     consumers: int
     strangers: tuple[tuple[int, str, int], ...]
+    silent: tuple[tuple[int, int, float], ...] = ()
+    """(pid, shards, seconds since its last statement) of consumers that hang, or whose forked children go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

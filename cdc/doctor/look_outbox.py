@@ -84,15 +84,18 @@ _RIGHTS = """
 """
 _OWNING = ("SELECT", "INSERT", "UPDATE", "DELETE")
 """What a consumer does with cdc_shards."""
+_SILENT_S = 10.0
+"""A consumer that owns shards looks at them every second."""
 _HOLDERS = """
     SELECT l.pid, coalesce(a.application_name, '') AS application_name,
            (count(*) FILTER (WHERE l.objid < %(shards)s))::int AS shards,
-           bool_or(l.objid = %(shards)s) AS member
+           bool_or(l.objid = %(shards)s) AS member,
+           extract(epoch FROM clock_timestamp() - a.state_change)::float8 AS silent_s
       FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
      WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
        AND l.classid = (%(class)s::bigint & 4294967295)::oid
        AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
-     GROUP BY l.pid, a.application_name ORDER BY l.pid
+     GROUP BY l.pid, a.application_name, a.state_change ORDER BY l.pid
 """
 _TABLE = """
     SELECT format('%%I.%%I', n.nspname, c.relname) AS name,
@@ -189,9 +192,14 @@ def shard_holders(connection: psycopg.Connection, name: str) -> ShardHolders:
     parameters = {"shards": SHARDS, "class": lock_class(name)}
     rows = connection.execute(_HOLDERS, parameters).fetchall()
     return ShardHolders(
-        held=sum(shards for _, _, shards, _ in rows),
-        consumers=sum(application == _CONSUMER and member for _, application, _, member in rows),
-        strangers=tuple((pid, name, shards) for pid, name, shards, _ in rows if shards and name != _CONSUMER),
+        held=sum(shards for _, _, shards, _, _ in rows),
+        consumers=sum(application == _CONSUMER and member for _, application, _, member, _ in rows),
+        strangers=tuple((pid, name, shards) for pid, name, shards, _, _ in rows if shards and name != _CONSUMER),
+        silent=tuple(
+            (pid, shards, silent_s)
+            for pid, name, shards, _, silent_s in rows
+            if shards and name == _CONSUMER and (silent_s or 0) > _SILENT_S
+        ),
     )
 
 

@@ -146,6 +146,13 @@ def shard_holders(seen: ShardHolders) -> Finding:
             "stop that program, or end its sessions: "
             + " ".join(f"SELECT pg_terminate_backend({pid});" for pid, _, _ in seen.strangers),
         )
+    if seen.silent:
+        named = ", ".join(f"process {pid}: {count}, for {span(silent_s)}" for pid, count, silent_s in seen.silent)
+        return warn(
+            f"sessions of consumers hold shards and say nothing, as one does every second: {named}",
+            "a consumer that hangs, or forked children of one that was killed: stop them, or end their sessions: "
+            + " ".join(f"SELECT pg_terminate_backend({pid});" for pid, _, _ in seen.silent),
+        )
     if not seen.consumers:
         return ok("no consumer is running")
     return ok(f"{seen.held} of {SHARDS} shards are held; consumers: {seen.consumers}")

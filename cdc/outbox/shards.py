@@ -12,7 +12,10 @@ else's, of a shard that could be locked, is that of one that died; ``careful`` i
 Outcomes are settled on this very session: whoever has lost it has lost the locks, and can settle nothing.
 
 A dead process's locks are free as soon as its kernel closes the socket. For a vanished host the server decides, by the
-TCP settings asked for here (``connect.SERVER_TCP``); our own side gives up earlier (``connect.CLIENT_TCP``).
+TCP settings asked for here (``connect.SERVER_TCP``); our own side gives up earlier (``connect.CLIENT_TCP``). TCP sees
+nothing where a proxy between the two stands still and keeps both of its links. There our side closes its own when an
+answer is late (``link``); and since an owner looks at the shards every second, the server ends a session from which it
+has heard nothing for ``SILENCE_MAX_S``. The server alone decides that: who is ended has lost the locks by the same act.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import select
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
@@ -40,11 +43,19 @@ RETENTION = SHARDS + 1
 OBSERVERS = SHARDS + 2
 """The number of the lock that those share who only look."""
 
+SILENCE_MAX_S = 60
+"""For the owner of shards that is frozen, or whose link is; so long its keys wait for another one."""
+_SILENT_S = 10.0
+"""An owner looks every second."""
+_SHOWN = 5
+_ANSWER_LIMIT_S = 25.0
+"""Longer than statement_timeout; half a minute with the second between two looks."""
 _SESSION = {
     **SERVER_TCP,
-    "idle_session_timeout": "0",  # a quiet night must not cost the locks
+    "idle_session_timeout": f"{SILENCE_MAX_S}s",
+    "idle_in_transaction_session_timeout": f"{SILENCE_MAX_S}s",
     "lock_timeout": "10s",
-    "statement_timeout": "30s",
+    "statement_timeout": "20s",
 }
 
 _LOOK = """
@@ -69,6 +80,18 @@ LEFT JOIN pg_stat_activity AS activity ON activity.pid = locks.pid
 WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)s::oid AND locks.objid = %(lock)s
   AND locks.objsubid = 2 AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 ORDER BY locks.pid
+"""
+
+_HOLDERS = """
+SELECT locks.pid, coalesce(activity.application_name, '') AS application, count(DISTINCT locks.objid)::int AS shards,
+       extract(epoch FROM clock_timestamp() - activity.state_change)::float8 AS silent_s
+FROM pg_locks AS locks
+LEFT JOIN pg_stat_activity AS activity ON activity.pid = locks.pid
+WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)s::oid AND locks.objid < %(shards)s
+  AND locks.objsubid = 2 AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+GROUP BY locks.pid, activity.application_name, activity.state_change
+ORDER BY count(*) DESC, locks.pid
+LIMIT %(shown)s
 """
 
 # LIMIT in the inner query keeps the planner from trying the lock of every shard.
@@ -132,6 +155,31 @@ def _sharing(connection: psycopg.Connection, schema: str, lock: int) -> list[Mem
         return cursor.execute(_MEMBERS, parameters).fetchall()
 
 
+class Holder(NamedTuple):
+    """A session that holds shards. ``silent_s``: since its last statement; None: this role may not see it."""
+
+    pid: int
+    application: str
+    shards: int
+    silent_s: float | None
+
+    def __str__(self) -> str:
+        silent = (
+            f", silent for {self.silent_s:.0f} s" if self.silent_s is not None and self.silent_s > _SILENT_S else ""
+        )
+        return f"process {self.pid} ({self.application or 'no application name'}) holds {self.shards}{silent}"
+
+
+def without(holders: Sequence[Holder]) -> str:
+    """For the log of a consumer that owns no shard."""
+    who = "; ".join(map(str, holders)) or "nobody holds one any more"
+    return (
+        f"owns none of {SHARDS} shards, so it handles nothing: {who}; a consumer gives its surplus away when what runs"
+        " there has ended. One that is silent hangs, or is a child of one that was killed: end it by"
+        " pg_terminate_backend(PROCESS)"
+    )
+
+
 async def observe(connection: psycopg.AsyncConnection, schema: str) -> None:
     """Be seen as an observer until the connection ends."""
     await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [lock_class(schema), OBSERVERS])
@@ -156,11 +204,18 @@ class Session:
         self._table = table(schema, "cdc_shards")
         self._key = lock_class(schema)
         self._parameters = {"shards": SHARDS, "class": _hashed(schema), "key": self._key}
+        self._poll = select.poll()  # select.select knows no descriptor beyond 1,023
+        self._poll.register(connection.fileno(), select.POLLIN)
 
     @classmethod
     async def open(cls, dsn: str | None, schema: str, owner: UUID, settings: Mapping[str, str]) -> Session:
         """Connect with these server settings besides our own, and become a member. ``owner``: this process."""
-        connection = await connect_async(dsn, application_name="cdc: shards", session={**settings, **_SESSION})
+        connection = await connect_async(
+            dsn,
+            application_name="cdc: shards",
+            session={**settings, **_SESSION},
+            answer_limit_s=_ANSWER_LIMIT_S,
+        )
         session = cls(connection, schema, owner)
         try:
             await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [session._key, SHARDS])
@@ -175,6 +230,11 @@ class Session:
         cursor = await self.connection.execute(_LOOK, self._parameters)
         [(members, taken)] = await cursor.fetchall()
         return members, SHARDS - taken
+
+    async def holders(self) -> list[Holder]:
+        """The sessions that hold the most shards."""
+        cursor = self.connection.cursor(row_factory=class_row(Holder))
+        return await (await cursor.execute(_HOLDERS, {**self._parameters, "shown": _SHOWN})).fetchall()
 
     async def take(self, limit: int) -> Taken:
         """Lock up to ``limit`` shards that nobody holds."""
@@ -212,8 +272,7 @@ class Session:
         """Something has come from the server. Where no statement runs, that is bad news: ask before going on."""
         if self.connection.closed:
             return True
-        readable, _, _ = select.select([self.connection.fileno()], [], [], 0)
-        return bool(readable)
+        return bool(self._poll.poll(0))
 
     async def close(self) -> None:
         await self.connection.close()

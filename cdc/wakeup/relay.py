@@ -25,6 +25,7 @@ import psycopg
 from cdc.connect import connect_async
 from cdc.deadline import deadline
 from cdc.errors import CdcError
+from cdc.link import unlimited
 from cdc.model import WakeUp, message_prefix
 from cdc.wakeup.progress import Attempts
 from cdc.wakeup.wire import PAIR, pair
@@ -134,17 +135,19 @@ class Listener:
                 await self._again.wait()
 
     async def _listen(self) -> None:
-        connection = await connect_async(self._dsn, application_name=self._application_name)
+        connection = await connect_async(
+            self._dsn, application_name=self._application_name, answer_limit_s=_ANSWER_LIMIT_S
+        )
         try:
             await connection.execute("LISTEN entity_change")
             log.info("listening on %s", CHANNEL)
             self.connected, self._said = True, None
             self._heard(None)
             while True:
-                async for notify in connection.notifies(timeout=self._look_s):
-                    self._hear(notify.payload)
-                async with deadline(_ANSWER_LIMIT_S):
-                    await connection.execute("SELECT")
+                with unlimited(connection):
+                    async for notify in connection.notifies(timeout=self._look_s):
+                        self._hear(notify.payload)
+                await connection.execute("SELECT")
         finally:
             await connection.close()
 
@@ -215,7 +218,7 @@ class Relay:
                     await asyncio.Event().wait()
 
     async def _send_all(self) -> None:
-        connection = await connect_async(self._dsn, application_name="cdc: relay")
+        connection = await connect_async(self._dsn, application_name="cdc: relay", answer_limit_s=_ANSWER_LIMIT_S)
         try:
             while True:
                 await self._due.wait()

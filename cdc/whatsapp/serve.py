@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import uvicorn
@@ -15,6 +14,7 @@ from psycopg_pool import AsyncConnectionPool
 from starlette.applications import Starlette
 
 import cdc
+from cdc import process
 from cdc.whatsapp.adapter import Adapter
 from cdc.whatsapp.web import Checks, make_app
 
@@ -27,7 +27,7 @@ _GRACE_S = 10
 
 
 def serve(arguments: Mapping[str, Any], *, schema: str, checks: Checks, host: str, port: int) -> None:
-    """Until SIGTERM or SIGINT; requests that are being answered get ten seconds. ``port`` 0 is any that is free.
+    """Until SIGTERM, SIGINT or SIGHUP; requests that are being answered get ten seconds. ``port`` 0: any that is free.
 
     ``arguments`` are those of psycopg's connect, for autocommit connections. The database need not be there at the
     start. Raises CdcError where the address cannot be had.
@@ -44,10 +44,16 @@ def serve(arguments: Mapping[str, Any], *, schema: str, checks: Checks, host: st
             access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_REQUESTS_MAX,
             timeout_graceful_shutdown=_GRACE_S,
         )  # fmt: skip
-        # uvicorn drains, and then raises the signal once more for those who were there before it.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[listener])
+        server = _Server(config)
+        process.hand_over(lambda _: setattr(server, "should_exit", True))
+        server.run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Its own know no SIGHUP, and take a second SIGTERM for the first."""
+        yield
 
 
 def _app(pool: AsyncConnectionPool, schema: str, checks: Checks, listener: socket.socket) -> Starlette:

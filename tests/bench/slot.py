@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import psycopg
 
-from cdc.app import spare_the_collector
 from cdc.errors import StreamError
 from cdc.model import WakeUp, message_prefix
+from cdc.serve import spare_the_collector
 from cdc.throwaway import Server
 from cdc.wakeup.stream import Stream, StreamSettings
 from cdc.wakeup.wal2json import options

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.model import SHARDS
-from cdc.shares import balance, fair_share
+from cdc.shares import Without, balance, fair_share
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,16 @@ def test_members_that_come_and_go_end_with_every_shard_owned_and_nobody_far_abov
     assert set().union(*owned) == set(range(SHARDS))
     assert sum(map(len, owned)) == SHARDS
     assert max(map(len, owned)) <= fair_share(len(owned))[1]
+
+
+def test_a_member_that_stays_without_a_shard_says_so_after_a_handing_over_and_every_minute() -> None:
+    without = Without()
+    said = [now for now in range(150) if without.due(0, 2, float(now))]
+    assert said == [10, 70, 130]
+    assert not without.due(5, 2, 200.0)
+    assert not without.due(0, 2, 201.0), "it counts anew"
+
+
+def test_a_member_for_which_there_is_no_shard_says_nothing() -> None:
+    without = Without()
+    assert not any(without.due(0, SHARDS + 1, float(now)) for now in range(150))

@@ -1,0 +1,63 @@
+"""A consumer that owns no shard handles nothing, and says who has them."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+import cdc
+from cdc import shares
+from cdc.doctor import look_outbox
+from cdc.doctor import outbox as outbox_checks
+from cdc.doctor.findings import Verdict
+from cdc.model import SHARDS
+from cdc.outbox.shards import lock_class
+from tests.eventually import eventually, eventually_async
+from tests.fix_consumer import consuming, metric
+
+
+def hold_all(link: psycopg.Connection) -> int:
+    """As the session of a consumer that is no more, kept open by a child it had forked; its process id."""
+    link.execute("SET application_name = 'cdc: shards'")
+    for shard in range(SHARDS):
+        link.execute("SELECT pg_advisory_lock(%s, %s)", [lock_class("public"), shard])
+    link.execute("SELECT pg_advisory_lock_shared(%s, %s)", [lock_class("public"), SHARDS])
+    return link.info.backend_pid
+
+
+async def test_it_is_logged_with_who_holds_them_and_again(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shares, "_HANDED_OVER_S", 0.1)
+    monkeypatch.setattr(shares, "_AGAIN_S", 0.1)
+    with psycopg.connect(outbox, autocommit=True) as orphan:
+        pid = hold_all(orphan)
+        async with consuming(outbox, cdc.Router(), stream=False) as app:
+
+            async def said() -> bool:
+                return (
+                    caplog.text.count(f"owns none of 64 shards, so it handles nothing: process {pid} (cdc: shards)") > 1
+                )
+
+            await eventually_async(said, what="it is said, and said again")
+            orphan.close()
+
+            async def owns() -> bool:
+                return metric(app.metrics.registry, "cdc_shards_owned") == SHARDS
+
+            await eventually_async(owns, what="the shards are taken")
+
+
+def test_doctor_names_a_consumer_that_holds_shards_and_says_nothing(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look_outbox, "_SILENT_S", 0.1)
+    with psycopg.connect(outbox, autocommit=True) as orphan:
+        pid = hold_all(orphan)
+        seen = eventually(
+            lambda: (holders := look_outbox.shard_holders(outbox_db, "public")).silent and holders, what="it is silent"
+        )
+    finding = outbox_checks.shard_holders(seen)
+    assert finding.verdict is Verdict.WARN
+    assert f"process {pid}: 64, for" in finding.detail
+    assert f"pg_terminate_backend({pid})" in finding.remedy
