@@ -105,7 +105,7 @@ class App:
         store = Store(settings.schema_, settings.max_chain_depth, settings.scope)
         hooks = Hooks(router)
         policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
-        self._transactions = Transactions(settings.dsn_text, store, settings.transactions, router.handlers.values())
+        self._transactions = Transactions(settings.current_dsn, store, settings.transactions, router.handlers.values())
         handlers = router.handlers.values()
         self._page = Page(metrics.registry, self._checks) if settings.http.port and settings.http.page else None
         verdict = Verdict(
@@ -114,16 +114,16 @@ class App:
         self.consumer: Consumer | Observer = (
             self._make_observer(store) if settings.observe else self._make_consumer(store, verdict, hooks)
         )
-        self._relay = Relay(settings.dsn_text, settings.schema_, metrics.relay_notifies.inc)
+        self._relay = Relay(settings.current_dsn, settings.schema_, metrics.relay_notifies.inc)
         self._collector = Collector(
-            settings.dsn_text,
+            settings.current_dsn,
             store=store,
             slot=settings.slot.name if settings.stream else None,
             metrics=metrics,
             page=(self._page, Letters(settings.schema_)) if self._page else None,
         )
         self._stream = self._make_stream() if settings.stream else None
-        self._listener = Listener(settings.dsn_text, settings.schema_, self._heard, captured=self.consumer.captured)
+        self._listener = Listener(settings.current_dsn, settings.schema_, self._heard, captured=self.consumer.captured)
         self._turned = time.monotonic()
         self._shown = StreamStatus()
 
@@ -153,7 +153,7 @@ class App:
         self.metrics.observing()
         return Observer(
             ObserverSettings(
-                dsn=settings.dsn_text,
+                dsn=settings.current_dsn,
                 schema=settings.schema_,
                 sweep_interval_s=settings.sweep_interval,
                 poll_interval_s=settings.poll_interval,
@@ -238,13 +238,15 @@ class App:
             tasks.create_task(self._listener.run())
             tasks.create_task(self._relay.run())
             if (age_s := self._settings.retention_s) is not None and not self._settings.observe:
-                tasks.create_task(Pruning(self._settings.dsn_text, self._settings.schema_, age_s, self.metrics).run())
+                tasks.create_task(
+                    Pruning(self._settings.current_dsn, self._settings.schema_, age_s, self.metrics).run()
+                )
 
     def _make_stream(self) -> Stream:
         settings = self._settings
         return Stream(
             StreamSettings(
-                dsn=settings.stream_dsn_text,
+                dsn=settings.current_stream_dsn,
                 schema=settings.schema_,
                 slot=settings.slot.name,
                 plugins=settings.slot.plugins,
@@ -349,7 +351,7 @@ def _make_delivery(settings: Settings) -> Delivery:
 
 def _consumer_settings(settings: Settings) -> ConsumerSettings:
     return ConsumerSettings(
-        dsn=settings.dsn_text,
+        dsn=settings.current_dsn,
         schema=settings.schema_,
         concurrency=settings.concurrency,
         transactions=settings.transactions,

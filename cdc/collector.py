@@ -16,7 +16,7 @@ from functools import partial
 import psycopg
 
 from cdc import slots
-from cdc.connect import connect
+from cdc.connect import Dsn, connect
 from cdc.errors import CdcError
 from cdc.metrics import Metrics
 from cdc.model import ChangeState
@@ -42,7 +42,7 @@ class Collector:
 
     def __init__(
         self,
-        dsn: str | None,
+        dsn: Dsn,
         *,
         store: Store,
         slot: str | None,

@@ -7,11 +7,12 @@ setting is refused with the nearest one that is, because a misspelt setting that
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -32,6 +33,40 @@ from cdc.durations import parse_duration
 from cdc.errors import UsageError
 from cdc.model import PLUGINS
 from cdc.scope import Scope
+
+
+class SecretFile(SecretStr):
+    """A secret in a file, read anew whenever that has changed: passwords are replaced while we work.
+
+    While it cannot be read, is empty or is refused by ``check`` (ValueError), the value is what it was.
+    """
+
+    def __init__(self, path: str, variable: str) -> None:
+        self.check: Callable[[str], object] = str
+        self._path = Path(path)
+        self._seen = _stamp(self._path)
+        self._current = _secret_from(path, variable)
+        super().__init__(self._current)
+
+    def get_secret_value(self) -> str:
+        seen = _stamp(self._path)
+        if seen != self._seen:
+            with contextlib.suppress(OSError, ValueError):
+                text = self._path.read_text().removesuffix("\n")
+                self.check(text)
+                if text:
+                    self._current, self._seen = text, seen
+        return self._current
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Changes with the file, also where a mounted one is replaced by another through a link."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
 
 DEFAULT_FILE = Path("cdc.toml")
 """Read where the process starts, if it is there and no other is named."""
@@ -83,6 +118,8 @@ def _is_a_target(url: str | None) -> str | None:
 def _is_a_secret(secret: SecretStr | None) -> SecretStr | None:
     if secret is not None:
         signature.key(secret.get_secret_value())
+    if isinstance(secret, SecretFile):
+        secret.check = signature.key
     return secret
 
 
@@ -100,9 +137,8 @@ class Deliver(_Section):
     secret: _Secret = Field(None, description="Signs what is delivered: whsec_ and base64.")
     previous_secret: _Secret = Field(None, description="Signs beside it, while a secret is being replaced.")
 
-    @property
     def keys(self) -> tuple[bytes, ...]:
-        """What to sign with, the current one first. Secrets."""
+        """What to sign with at the moment, the current one first. Secrets."""
         return tuple(signature.key(one.get_secret_value()) for one in (self.secret, self.previous_secret) if one)
 
 
@@ -207,6 +243,14 @@ class Settings(_Section):
     def stream_dsn_text(self) -> str | None:
         """For the replication stream: its own DSN, or the other one. A secret."""
         return self.stream_dsn.get_secret_value() if self.stream_dsn else self.dsn_text
+
+    def current_dsn(self) -> str | None:
+        """``dsn_text`` of the moment, for those who connect again and again."""
+        return self.dsn_text
+
+    def current_stream_dsn(self) -> str | None:
+        """``stream_dsn_text`` of the moment."""
+        return self.stream_dsn_text
 
     @property
     def scope(self) -> Scope:
@@ -379,7 +423,7 @@ def _from_environment(environ: Mapping[str, str]) -> _Given:
         elif setting := files.get(variable):
             if environ.get(setting.variable):
                 raise UsageError(f"both {setting.variable} and {variable} are set", hint="unset one of them")
-            given[setting.name] = (_secret_from(value, variable), variable)
+            given[setting.name] = (SecretFile(value, variable), variable)
         elif not _OTHERS_VARIABLES.fullmatch(variable):
             raise UsageError(f"the variable {variable} is not a setting", hint=_nearest(variable, [*variables, *files]))
     return given

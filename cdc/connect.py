@@ -9,7 +9,7 @@ before it is used.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg
@@ -20,6 +20,9 @@ from cdc.link import AsyncLink, Link
 
 Connection = psycopg.Connection
 """Under a name of ours, for those who pass connections on and have no business with the driver."""
+
+Dsn = str | Callable[[], str | None] | None
+"""A DSN, or what brings the one of the moment: a password may be replaced while we work. None: libpq's variables."""
 
 CLIENT_TCP: Mapping[str, str] = {
     "keepalives": "1",
@@ -106,7 +109,7 @@ def _shown(parameters: Mapping[str, Any]) -> dict[str, str]:
 
 
 def connect(
-    dsn: str | None,
+    dsn: Dsn,
     *,
     application_name: str,
     autocommit: bool = True,
@@ -131,7 +134,7 @@ def connect(
 
 
 async def connect_async(
-    dsn: str | None,
+    dsn: Dsn,
     *,
     application_name: str,
     autocommit: bool = True,
@@ -149,14 +152,15 @@ async def connect_async(
     return connection
 
 
-def pool_arguments(dsn: str | None, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:
+def pool_arguments(dsn: Dsn, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:
     """What a pool hands to psycopg's connect for each of its connections."""
     return {"autocommit": True, **_arguments(dsn, application_name, session, {})}
 
 
 def _arguments(
-    dsn: str | None, application_name: str, session: Mapping[str, str] | None, options: Mapping[str, Any]
+    dsn: Dsn, application_name: str, session: Mapping[str, str] | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
+    dsn = dsn() if callable(dsn) else dsn
     arguments: dict[str, Any] = {**CLIENT_TCP, **parse(dsn), **options, "application_name": application_name}
     # An SQL_ASCII database would otherwise hand out its text as bytes.
     arguments["client_encoding"] = "utf8"

@@ -23,7 +23,7 @@ import psycopg
 
 from cdc import probe
 from cdc.careful import Careful
-from cdc.connect import connect_async
+from cdc.connect import Dsn, connect_async
 from cdc.deadline import deadline, unless
 from cdc.demand import Demand
 from cdc.errors import CdcError, SchemaError
@@ -63,7 +63,7 @@ _INTERRUPTIONS = (CdcError, psycopg.Error, OSError)  # TimeoutError is an OSErro
 class ConsumerSettings:
     """Durations in seconds. ``window`` and ``concurrency`` count changes, ``transactions`` connections."""
 
-    dsn: str | None
+    dsn: Dsn
     schema: str
     concurrency: int
     transactions: int

@@ -19,7 +19,7 @@ from typing import Any
 import psycopg
 from pydantic import TypeAdapter, ValidationError
 
-from cdc.connect import connect_async
+from cdc.connect import Dsn, connect_async
 from cdc.deadline import deadline
 from cdc.errors import CdcError, SchemaError
 from cdc.intake import Fetch, Intake, Sweep
@@ -50,7 +50,7 @@ _SESSION = {**INDEXED, "statement_timeout": "60s", "idle_session_timeout": "0", 
 class ObserverSettings:
     """Durations in seconds."""
 
-    dsn: str | None
+    dsn: Dsn
     schema: str
     sweep_interval_s: float
     poll_interval_s: float

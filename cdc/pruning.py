@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator
 import psycopg
 from psycopg import errors
 
-from cdc.connect import SERVER_TCP, connect_async, explain
+from cdc.connect import SERVER_TCP, Dsn, connect_async, explain
 from cdc.deadline import deadline
 from cdc.errors import CdcError
 from cdc.metrics import Metrics
@@ -46,7 +46,7 @@ class Pruning:
 
     def __init__(
         self,
-        dsn: str | None,
+        dsn: Dsn,
         schema: str,
         older_than_s: float,
         metrics: Metrics,

@@ -23,13 +23,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
 from cdc import probe
-from cdc.connect import SERVER_TCP, pool_arguments
+from cdc.connect import SERVER_TCP, Dsn, pool_arguments
 from cdc.link import AsyncLink, Link, unlimited
 from cdc.metrics import CONNECTION_KINDS, Metrics
 from cdc.model import Change
@@ -81,10 +82,10 @@ class MixedCausesError(Exception):
 class Transactions:
     """``size``: connections of each kind. Made on the event loop; ``open`` before, ``close`` after use."""
 
-    def __init__(self, dsn: str | None, store: Store, size: int, handlers: Iterable[Handler]) -> None:
+    def __init__(self, dsn: Dsn, store: Store, size: int, handlers: Iterable[Handler]) -> None:
         self._store = store
         self._kinds = {handler.is_async for handler in handlers if handler.transactional}
-        arguments = pool_arguments(dsn, application_name="cdc: handlers", session=_SESSION)
+        arguments = partial(pool_arguments, dsn, application_name="cdc: handlers", session=_SESSION)
         self._async: AsyncConnectionPool[AsyncLink] = AsyncConnectionPool(
             "", connection_class=AsyncLink, kwargs=arguments, min_size=0, max_size=size, open=False,
             timeout=_CONNECTION_LIMIT_S, configure=_limit_answers_async,

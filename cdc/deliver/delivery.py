@@ -18,7 +18,7 @@ import math
 import os
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
@@ -82,8 +82,8 @@ class _UnreachedError(Exception):
 class Delivery:
     """``router`` hands changes of ``types`` (empty: of all) to the application. Made, opened and closed on the loop.
 
-    ``batch`` above 1: so many in one request. ``keys`` sign. ``timeout_s`` is the limit of one request; waiting for an
-    application that is not there has none.
+    ``batch`` above 1: so many in one request. ``keys`` brings what to sign with. ``timeout_s`` is the limit of one
+    request; waiting for an application that is not there has none.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Delivery:
         batch: int = 1,
         linger_s: float = 0.0,
         source: str | None = None,
-        keys: Sequence[bytes] = (),
+        keys: Callable[[], Sequence[bytes]] = tuple,
         timeout_s: float | None = None,
     ) -> None:
         self._target = target
@@ -139,7 +139,7 @@ class Delivery:
         self._looking = session(connector_owner=False, trace_configs=[tracing])
         log.info(
             "delivers %s to %s, %s", "every type" if self._types == (ANY,) else ", ".join(self._types), self._target,
-            "signed" if self._keys else "not signed: CDC_DELIVER_SECRET is not set",
+            "signed" if self._keys() else "not signed: CDC_DELIVER_SECRET is not set",
         )  # fmt: skip
 
     async def close(self) -> None:
@@ -175,7 +175,7 @@ class Delivery:
     async def _post(self, message: Message) -> Answer:
         session = self._looking if self._gate.shut_by else self._session
         assert session is not None
-        signed = signature.headers(self._keys, message.id, int(time.time()), message.body)
+        signed = signature.headers(self._keys(), message.id, int(time.time()), message.body)
         headers = {"Content-Type": message.content_type, **signed}
         request = session.post(self._url, data=message.body, headers=headers, allow_redirects=False)
         limit = deadline(self._timeout_s)

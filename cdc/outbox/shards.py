@@ -33,7 +33,7 @@ from psycopg import sql
 from psycopg.rows import class_row
 
 from cdc import probe
-from cdc.connect import SERVER_TCP, connect_async
+from cdc.connect import SERVER_TCP, Dsn, connect_async
 from cdc.model import SHARDS
 from cdc.outbox.statements import table
 
@@ -208,7 +208,7 @@ class Session:
         self._poll.register(connection.fileno(), select.POLLIN)
 
     @classmethod
-    async def open(cls, dsn: str | None, schema: str, owner: UUID, settings: Mapping[str, str]) -> Session:
+    async def open(cls, dsn: Dsn, schema: str, owner: UUID, settings: Mapping[str, str]) -> Session:
         """Connect with these server settings besides our own, and become a member. ``owner``: this process."""
         connection = await connect_async(
             dsn,

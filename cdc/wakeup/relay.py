@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import psycopg
 
-from cdc.connect import connect_async
+from cdc.connect import Dsn, connect_async
 from cdc.deadline import deadline
 from cdc.errors import CdcError
 from cdc.link import unlimited
@@ -91,7 +91,7 @@ class Listener:
 
     def __init__(
         self,
-        dsn: str | None,
+        dsn: Dsn,
         schema: str,
         heard: Callable[[list[WakeUp] | None], None],
         *,
@@ -176,7 +176,7 @@ class Relay:
     lock of the whole cluster that NOTIFY takes for no time. What could not be sent becomes one "sweep now".
     """
 
-    def __init__(self, dsn: str | None, schema: str, sent: Callable[[int], None]) -> None:
+    def __init__(self, dsn: Dsn, schema: str, sent: Callable[[int], None]) -> None:
         self._dsn = dsn
         self._prefix = message_prefix(schema)
         self._sent = sent

@@ -19,7 +19,7 @@ from types import TracebackType
 import psycopg
 from psycopg import pq, sql
 
-from cdc.connect import connect
+from cdc.connect import Dsn, connect
 from cdc.errors import CdcError, ConnectError, StreamError
 from cdc.lsn import Lsn
 from cdc.refusals import (
@@ -292,9 +292,7 @@ class Session:
         return server_ended(self.names)
 
 
-def open_session(
-    dsn: str | None, waiting: Waiting, *, application_name: str, settings: dict[str, str], slot: str
-) -> Session:
+def open_session(dsn: Dsn, waiting: Waiting, *, application_name: str, settings: dict[str, str], slot: str) -> Session:
     """Connect for replication. ``settings`` are the server's, for this connection."""
     began = time.monotonic()
     try:
@@ -315,7 +313,7 @@ def open_session(
     return Session(connection, waiting, slot=slot)
 
 
-def _server_look(dsn: str | None, application_name: str) -> tuple[ServerLook, str] | None:
+def _server_look(dsn: Dsn, application_name: str) -> tuple[ServerLook, str] | None:
     """What an ordinary connection sees, and its role; None where that is refused as well."""
     with contextlib.suppress(CdcError, psycopg.Error), connect(dsn, application_name=application_name) as connection:
         row = connection.execute(_SERVER_LOOK).fetchone()

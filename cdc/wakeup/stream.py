@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cdc import probe
+from cdc.connect import Dsn
 from cdc.errors import ProtocolError, StreamError
 from cdc.lsn import ZERO, Lsn
 from cdc.model import PLUGINS, WakeUp, message_prefix, publication_name
@@ -44,7 +45,7 @@ class StreamSettings:
     ``plugins``: names out of ``cdc.model.PLUGINS``, the preferred one first.
     """
 
-    dsn: str | None
+    dsn: Dsn
     schema: str
     slot: str
     plugins: tuple[str, ...] = PLUGINS

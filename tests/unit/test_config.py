@@ -214,9 +214,9 @@ def test_a_consumer_calls_handlers_or_delivers() -> None:
 
 def test_both_secrets_sign_and_where_there_is_none_nothing_does(folder: Path) -> None:
     (folder / "secret").write_text(f"{EXAMPLES['deliver.secret']}\n")
-    assert _load().settings.deliver.keys == ()
+    assert _load().settings.deliver.keys() == ()
     both = {"CDC_DELIVER_SECRET_FILE": str(folder / "secret"), "CDC_DELIVER_PREVIOUS_SECRET": "whsec_" + "b" * 44}
-    current, previous = _load(**both).settings.deliver.keys
+    current, previous = _load(**both).settings.deliver.keys()
     assert (current, previous) == (b"\x69\xa6\x9a" * 11, b"\x6d\xb6\xdb" * 11)
     with pytest.raises(UsageError, match="the file that CDC_DELIVER_SECRET_FILE names cannot be read") as refused:
         _load(CDC_DELIVER_SECRET_FILE="whsec_hunter")
