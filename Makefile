@@ -41,6 +41,10 @@ containers: machine $(READY) ## Build the images and test them, on a Docker engi
 chaos: machine $(READY) ## Break what can break, at random, and judge. MINUTES=30 SEED=7
 	@$(BIN)/python -m tests.faults.chaos --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED))
 
+.PHONY: fuzz
+fuzz: machine $(READY) ## Send anything to everything, and judge. TARGET=documents|http|messages|notify|settings MINUTES=10 SEED=7
+	@$(BIN)/python -m tests.fuzz $(or $(TARGET),all) --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+
 .PHONY: lint
 lint: $(READY) ## The static gate: ruff, mypy, import contracts.
 	$(BIN)/ruff check .
