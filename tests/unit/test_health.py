@@ -111,7 +111,8 @@ def test_further_routes_answer_as_they_like_and_are_listed(state: State) -> None
 OURS = ["127.0.0.1:9464", "10.1.2.3", "[::1]:9464", "[fe80::1%25eth0]", "localhost:9464", "LOCALHOST", "app.localhost",
         "Cdc.Internal:80", "bound", "localhost."]  # fmt: skip
 OTHERS = ["evil.example:9464", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "2130706433",
-          "0x7f.1", "127.0.0.1, evil.example", "", "[evil.example]", "notlocalhost", "evil.example:80@localhost"]  # fmt: skip
+          "0x7f.1", "127.0.0.1, evil.example", "", "[evil.example]", "notlocalhost",
+          "evil.example:80@localhost"]  # fmt: skip
 
 
 @pytest.mark.parametrize("host", [*OURS, *OTHERS])
