@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
+from cdc import pinned
 from cdc.errors import CdcError, ConnectError, SchemaError, UsageError
 from cdc.link import AsyncLink, Link
 
@@ -115,21 +116,30 @@ def connect(
     autocommit: bool = True,
     session: Mapping[str, str] | None = None,
     answer_limit_s: float | None = None,
+    user_path: bool = False,
     **options: Any,
 ) -> Connection:
-    """Connect, noticing a dead link within seconds.
+    """Connect, noticing a dead link within seconds; with the settings of ``pinned``, whatever the database's are.
 
     ``session`` holds server settings for this session (``{"lock_timeout": "5s"}``); ``answer_limit_s`` is how long an
     answer may take before the connection is closed (``link``); ``options`` are arguments of psycopg.connect or
-    parameters of libpq (``row_factory=...``, ``replication="database"``). Raises ConnectError with the server's words
-    and a remedy, UsageError for a DSN that cannot be read.
+    parameters of libpq (``row_factory=...``, ``replication="database"``). ``user_path`` leaves the search_path as the
+    role has it, for whoever has to find a table by its name. Raises ConnectError with the server's words and a remedy,
+    UsageError for a DSN that cannot be read.
     """
-    arguments = _arguments(dsn, application_name, session, options)
+    arguments = _arguments(dsn, application_name, session, options, user_path=user_path)
     try:
-        connection = Link.connect("", autocommit=autocommit, **arguments)
+        connection = Link.connect("", autocommit=True, **arguments)
+        connection.answer_limit_s = answer_limit_s
+        try:
+            if newer := pinned.once_connected(connection.info.server_version):
+                connection.execute(newer.encode())
+            connection.autocommit = autocommit
+        except BaseException:
+            connection.close()
+            raise
     except (psycopg.Error, UnicodeError) as error:
         raise _explained(error, arguments) from None  # the driver's error carries a record with the password in it
-    connection.answer_limit_s = answer_limit_s
     return connection
 
 
@@ -145,38 +155,59 @@ async def connect_async(
     """``connect`` for an event loop."""
     arguments = _arguments(dsn, application_name, session, options)
     try:
-        connection = await AsyncLink.connect("", autocommit=autocommit, **arguments)
+        connection = await AsyncLink.connect("", autocommit=True, **arguments)
+        connection.answer_limit_s = answer_limit_s
+        try:
+            if newer := pinned.once_connected(connection.info.server_version):
+                await connection.execute(newer.encode())
+            await connection.set_autocommit(autocommit)
+        except BaseException:
+            await connection.close()
+            raise
     except (psycopg.Error, UnicodeError) as error:
         raise _explained(error, arguments) from None
-    connection.answer_limit_s = answer_limit_s
     return connection
 
 
 def pool_arguments(dsn: Dsn, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:
-    """What a pool hands to psycopg's connect for each of its connections."""
+    """What a pool of sessions of ours hands to psycopg's connect for each of its connections."""
     return {"autocommit": True, **_arguments(dsn, application_name, session, {})}
 
 
+def lent_arguments(dsn: Dsn, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:
+    """The same for connections lent to the application's code: its own settings, and of ours only ``session``."""
+    arguments = _link_arguments(dsn, application_name, {})
+    if session:
+        arguments["options"] = pinned.options(_given(arguments), session)
+    return {"autocommit": True, **arguments}
+
+
 def _arguments(
-    dsn: Dsn, application_name: str, session: Mapping[str, str] | None, options: Mapping[str, Any]
+    dsn: Dsn,
+    application_name: str,
+    session: Mapping[str, str] | None,
+    options: Mapping[str, Any],
+    *,
+    user_path: bool = False,
 ) -> dict[str, Any]:
+    arguments = _link_arguments(dsn, application_name, options)
+    arguments["options"] = pinned.startup(_given(arguments), session or {}, user_path=user_path)
+    return arguments
+
+
+def _given(arguments: Mapping[str, Any]) -> str:
+    """Whoever gives options replaces PGOPTIONS, so all are joined."""
+    return str(arguments.get("options", os.environ.get("PGOPTIONS", "")))
+
+
+def _link_arguments(dsn: Dsn, application_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     dsn = dsn() if callable(dsn) else dsn
     arguments: dict[str, Any] = {**CLIENT_TCP, **parse(dsn), **options, "application_name": application_name}
     # An SQL_ASCII database would otherwise hand out its text as bytes.
     arguments["client_encoding"] = "utf8"
     if "PGCONNECT_TIMEOUT" not in os.environ:
         arguments.setdefault("connect_timeout", _CONNECT_TIMEOUT_S)
-    if session:
-        # Whoever gives options replaces PGOPTIONS, so both are joined; of two values for one setting the last counts.
-        given = arguments.get("options", os.environ.get("PGOPTIONS", ""))
-        arguments["options"] = " ".join([given, *(_setting(name, value) for name, value in session.items())]).strip()
     return arguments
-
-
-def _setting(name: str, value: str) -> str:
-    """``-c name=value``, with the blanks that would split it and the backslashes escaped as the server expects."""
-    escaped = value.replace("\\", "\\\\").replace(" ", "\\ ")
-    return f"-c {name}={escaped}"
 
 
 def _explained(error: Exception, arguments: Mapping[str, Any]) -> CdcError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,8 +106,8 @@ def track(
     longer than the lock of the longest open transaction on it or 5 s.
     """
     with _changing(connection, table):
-        capture = _capture_function(connection, schema)
         source = _resolve(connection, table)
+        capture = _capture_function(connection, schema)
         _refuse_kind(source, schema)
         wanted = Tracked(
             table=source.spelt,
@@ -153,7 +153,9 @@ def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tra
 
 def tracked(connection: psycopg.Connection, schema: str) -> list[Tracked]:
     """Every trigger that captures into ``schema``, by table; of a partitioned table that of its root."""
-    return _triggers(connection, _capture_function(connection, schema), schema, None)
+    with connection.transaction():
+        _use_server_names(connection)
+        return _triggers(connection, _capture_function(connection, schema), schema, None)
 
 
 def trigger_arguments(wanted: Tracked) -> tuple[str, str]:
@@ -236,6 +238,7 @@ def _changing(connection: psycopg.Connection, table: str) -> Iterator[None]:
         with connection.transaction():
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [_LOCK_TIMEOUT])
             connection.execute("SET LOCAL client_min_messages = warning")
+            _use_server_names(connection)
             yield
     except (errors.LockNotAvailable, errors.DeadlockDetected) as busy:
         raise CdcError(
@@ -247,6 +250,41 @@ def _changing(connection: psycopg.Connection, table: str) -> Iterator[None]:
             f"the role may not do this: {denied.diag.message_primary}",
             hint="it needs the right TRIGGER on the table and EXECUTE on capture_entity_change()",
         ) from denied
+
+
+_USER_PATH = "cdc.user_path"
+
+
+def _use_server_names(connection: psycopg.Connection) -> None:
+    """Until the transaction ends, operators and functions are the server's own, whatever else the user's path offers.
+
+    Where that path counts, for the name of a table as one writes it, ``_by_user`` asks; it is kept in a setting.
+    """
+    connection.execute(
+        "SELECT pg_catalog.set_config(%s, pg_catalog.current_setting('search_path'), true),"
+        " pg_catalog.set_config('search_path', 'pg_catalog', true)",
+        [_USER_PATH],
+    )
+
+
+def _by_user(connection: psycopg.Connection, query: str, parameters: list[Any]) -> list[tuple[Any, ...]]:
+    """The rows of a query that is safe on any path, with the names of the user's."""
+    switch = "SELECT pg_catalog.set_config('search_path', {}, true)"
+    connection.execute(switch.format("pg_catalog.current_setting(%s)").encode(), [_USER_PATH])
+    rows = connection.execute(query.encode(), parameters).fetchall()
+    connection.execute(switch.format("'pg_catalog'").encode())
+    return rows
+
+
+_SPELL = """
+SELECT table_oid, table_oid::pg_catalog.regclass::pg_catalog.text
+FROM pg_catalog.unnest(%s::pg_catalog.oid[]) AS named (table_oid)
+"""
+
+
+def _spelt(connection: psycopg.Connection, tables: Iterable[int]) -> dict[int, str]:
+    """The names of tables as the user would write them."""
+    return dict(_by_user(connection, _SPELL, [list(tables)]))
 
 
 def _capture_function(connection: psycopg.Connection, schema: str) -> int:
@@ -261,12 +299,12 @@ def _capture_function(connection: psycopg.Connection, schema: str) -> int:
 
 
 _RESOLVE = """
-SELECT c.oid, n.nspname, c.relname, c.oid::regclass::text, c.relkind,
-  CASE WHEN c.relispartition THEN pg_catalog.pg_partition_root(c.oid)::regclass::text END,
+SELECT c.oid, n.nspname, c.relname, c.relkind,
+  CASE WHEN c.relispartition THEN pg_catalog.pg_partition_root(c.oid)::oid END,
   ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum)
 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-WHERE c.oid = pg_catalog.to_regclass(%s)
+WHERE c.oid = %s::oid
 """
 
 # Immediate, unconditional and without expressions: only such an index tells any two rows apart at any moment. A primary
@@ -284,22 +322,24 @@ HAVING pg_catalog.bool_and(coalesce(a.attnotnull, false)) AND (i.indimmediate OR
 
 def _resolve(connection: psycopg.Connection, name: str) -> _Table:
     try:
-        row = connection.execute(_RESOLVE, [name]).fetchone()
+        [(found,)] = _by_user(connection, "SELECT pg_catalog.to_regclass(%s)::pg_catalog.oid", [name])
     except (errors.InvalidName, errors.SyntaxError, errors.FeatureNotSupported) as bad:
         raise UsageError(
             f"{name!r} is not the name of a table", hint='write it as in SQL: schema.table, or "Mixed Case" in quotes'
         ) from bad
+    row = connection.execute(_RESOLVE, [found]).fetchone()
     if row is None:
         raise NotFoundError(f"there is no table {name}", hint=_similar(connection, name))
-    oid, namespace, table, spelt, kind, root, columns = row
+    oid, namespace, table, kind, root, columns = row
+    spelt = _spelt(connection, [oid, root] if root else [oid])
     keys = connection.execute(_UNIQUE_KEYS, [oid]).fetchall()
     return _Table(
         oid=oid,
         namespace=namespace,
         name=table,
-        spelt=spelt,
+        spelt=spelt[oid],
         kind=kind,
-        root=root,
+        root=spelt[root] if root else None,
         columns=tuple(columns),
         primary_key=next((tuple(names) for primary, names in keys if primary), ()),
         unique_keys=tuple(frozenset(names) for _, names in keys),
@@ -308,29 +348,29 @@ def _resolve(connection: psycopg.Connection, name: str) -> _Table:
 
 def _similar(connection: psycopg.Connection, name: str) -> str:
     rows = connection.execute(
-        "SELECT c.oid::regclass::text, c.relname::text FROM pg_catalog.pg_class AS c"
+        "SELECT c.oid, c.relname::text FROM pg_catalog.pg_class AS c"
         " JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p')"
         " AND NOT c.relispartition AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
     ).fetchall()
     bare = name.rpartition(".")[2].strip('"').lower()
     near = set(difflib.get_close_matches(bare, [table.lower() for _, table in rows], n=3))
-    spelt = sorted(spelt for spelt, table in rows if table.lower() in near)
+    spelt = sorted(_spelt(connection, [oid for oid, table in rows if table.lower() in near]).values())
     return f"did you mean {' or '.join(spelt[:3])}?" if spelt else "write the schema with it: schema.table"
 
 
 def _triggers(connection: psycopg.Connection, capture: int, schema: str, table: int | None) -> list[Tracked]:
     rows = connection.execute(
-        "SELECT t.tgrelid::regclass::text, t.tgname, t.tgtype, t.tgenabled, t.tgargs FROM pg_catalog.pg_trigger AS t"
-        " WHERE t.tgfoid = %(capture)s AND t.tgparentid = 0 AND (%(table)s::oid IS NULL OR t.tgrelid = %(table)s::oid)"
-        " ORDER BY 1, 2",
+        "SELECT t.tgrelid, t.tgname, t.tgtype, t.tgenabled, t.tgargs FROM pg_catalog.pg_trigger AS t"
+        " WHERE t.tgfoid = %(capture)s AND t.tgparentid = 0 AND (%(table)s::oid IS NULL OR t.tgrelid = %(table)s::oid)",
         {"capture": capture, "table": table},
     ).fetchall()
+    spelt = _spelt(connection, {oid for oid, *_ in rows})
     found = []
-    for spelt, trigger, bits, enabled, raw in rows:
+    for oid, trigger, bits, enabled, raw in sorted(rows, key=lambda row: (spelt[row[0]], row[1])):
         entity_type, key, exclude = read_arguments(raw)
         found.append(
             Tracked(
-                table=spelt,
+                table=spelt[oid],
                 trigger=trigger,
                 operations=tuple(operation for operation in Operation if bits & _TYPE_BITS[operation]),
                 entity_type=entity_type,

@@ -30,7 +30,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
 from cdc import probe
-from cdc.connect import SERVER_TCP, Dsn, pool_arguments
+from cdc.connect import SERVER_TCP, Dsn, lent_arguments
 from cdc.link import AsyncLink, Link, unlimited
 from cdc.metrics import CONNECTION_KINDS, Metrics
 from cdc.model import Change
@@ -40,10 +40,6 @@ from cdc.routing import Handler
 _CONNECTION_LIMIT_S = 10.0
 _ANSWER_LIMIT_S = 30.0
 """For each answer to a statement of ours; the handler's have its own time limit."""
-_SESSION: Mapping[str, str] = {
-    **SERVER_TCP,  # a vanished host must not hold the lock on its row
-    "idle_in_transaction_session_timeout": "0",  # the handler's own time limit rules
-}
 
 
 Errors = Mapping[int, BaseException]
@@ -85,14 +81,14 @@ class Transactions:
     def __init__(self, dsn: Dsn, store: Store, size: int, handlers: Iterable[Handler]) -> None:
         self._store = store
         self._kinds = {handler.is_async for handler in handlers if handler.transactional}
-        arguments = partial(pool_arguments, dsn, application_name="cdc: handlers", session=_SESSION)
+        arguments = partial(lent_arguments, dsn, application_name="cdc: handlers", session=SERVER_TCP)
         self._async: AsyncConnectionPool[AsyncLink] = AsyncConnectionPool(
             "", connection_class=AsyncLink, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=_limit_answers_async,
+            timeout=_CONNECTION_LIMIT_S, configure=_pin_async,
         )  # fmt: skip
         self._sync: ConnectionPool[Link] = ConnectionPool(
             "", connection_class=Link, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=_limit_answers,
+            timeout=_CONNECTION_LIMIT_S, configure=_pin,
         )  # fmt: skip
 
     async def open(self) -> None:
@@ -144,7 +140,7 @@ class Transactions:
                         calls_s = time.monotonic() - began
                         probe.here("run.before_mark")
                         done = [change for change in changes if change.seq not in errors]
-                        marks = await (await connection.execute(*self._store.mark(done, xid))).fetchall()
+                        marks = await (await connection.execute(*self._store.mark(done, xid), binary=True)).fetchall()
                         ran = _marked(done, errors, marks, named=causes or len(calls) == 1)
                         probe.here("run.before_commit")
                     probe.here("run.after_commit")
@@ -178,7 +174,7 @@ class Transactions:
                         calls_s = time.monotonic() - began
                         probe.here("run.before_mark")
                         done = [change for change in changes if change.seq not in errors]
-                        marks = connection.execute(*self._store.mark(done, xid)).fetchall()
+                        marks = connection.execute(*self._store.mark(done, xid), binary=True).fetchall()
                         ran = _marked(done, errors, marks, named=causes or len(calls) == 1)
                         probe.here("run.before_commit")
                     probe.here("run.after_commit")
@@ -189,12 +185,22 @@ class Transactions:
         return ran._replace(calls_s=calls_s)
 
 
-def _limit_answers(connection: Link | AsyncLink) -> None:
+async def _pin_async(connection: AsyncLink) -> None:
+    """What the transaction is, whatever a database's default says: it comes with BEGIN, and costs no round trip.
+
+    Above read committed a change would fail for what others wrote meanwhile, and nobody's handler would be at fault.
+    """
     connection.answer_limit_s = _ANSWER_LIMIT_S
+    await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+    await connection.set_read_only(False)
+    await connection.set_deferrable(False)
 
 
-async def _limit_answers_async(connection: AsyncLink) -> None:
-    _limit_answers(connection)
+def _pin(connection: Link) -> None:
+    connection.answer_limit_s = _ANSWER_LIMIT_S
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    connection.read_only = False
+    connection.deferrable = False
 
 
 def _first_cause(changes: Sequence[Change], calls: Sequence[object]) -> Change:

@@ -99,10 +99,13 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask for a confirma
 
 
 @contextmanager
-def open_database(settings: Settings) -> Iterator[Connection]:
-    """An autocommit connection for one command, closed at its end. Raises ConnectError with the remedy."""
+def open_database(settings: Settings, *, user_path: bool = False) -> Iterator[Connection]:
+    """An autocommit connection for one command, closed at its end. Raises ConnectError with the remedy.
+
+    ``user_path``: with the role's own search_path, for a command that is given or shows names of tables.
+    """
     from cdc.connect import connect  # noqa: PLC0415 - --help does not wait for the driver to load
 
     # The driver's own way would commit, which fails where Ctrl-C came in the middle of a statement.
-    with closing(connect(settings.dsn_text, application_name="cdc command line")) as connection:
+    with closing(connect(settings.dsn_text, application_name="cdc command line", user_path=user_path)) as connection:
         yield connection

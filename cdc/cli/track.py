@@ -65,7 +65,7 @@ def track(
 
     if not operations:
         raise UsageError("--on names no operation", hint="insert, update, delete, or some of them")
-    with open_database(settings) as connection:
+    with open_database(settings, user_path=True) as connection:
         done = tracking.track(
             connection,
             settings.schema_,
@@ -94,7 +94,7 @@ def untrack(settings: Settings, table: str) -> None:
     """Stop capturing the changes of TABLE. What is captured already will still be handled."""
     from cdc import tracking  # noqa: PLC0415 - see track
 
-    with open_database(settings) as connection:
+    with open_database(settings, user_path=True) as connection:
         dropped = tracking.untrack(connection, settings.schema_, table)
     for trigger in dropped:
         say(f"dropped trigger {trigger.trigger} on {trigger.table}")
@@ -107,7 +107,7 @@ def tracked(settings: Settings, as_json: bool) -> None:
     """List the tables whose changes are captured, also by triggers made by hand."""
     from cdc import tracking  # noqa: PLC0415 - see track
 
-    with open_database(settings) as connection:
+    with open_database(settings, user_path=True) as connection:
         found = tracking.tracked(connection, settings.schema_)
     if as_json:
         print_json({"tracked": [each.as_json() for each in found]})

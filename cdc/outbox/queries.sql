@@ -333,23 +333,40 @@ SELECT FROM {changes} WHERE id = %(id)s AND started_by <> %(process)s AND NOT pr
 -- name: take
 -- For a transactional handler: those of its changes that are still as they were read and that nobody else has. What
 -- another session holds is skipped: it is still running there, which never means that it is done.
-SELECT pg_current_xact_id()::text, set_config('cdc.cause', %(cause)s, true)
-FROM unnest(%(ids)s::uuid[], %(requeued)s::bool[], %(failures)s::int[]) AS want(id, requeued, failures)
-JOIN {changes} AS c ON c.id = want.id
+--
+-- This and the next two run on a connection of the application's, with its search_path: so every name, operators
+-- included, says that it is the server's own. And its limits for what is idle or long are not for a handler, whose limit
+-- is the consumer's; that for whole transactions came with PostgreSQL 17.
+WITH begun AS MATERIALIZED (
+  SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid,
+         pg_catalog.set_config('cdc.cause', %(cause)s, true),
+         pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true),
+         CASE WHEN pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL
+              THEN pg_catalog.set_config('transaction_timeout', '0', true) END
+)
+SELECT begun.xid
+FROM begun
+CROSS JOIN ROWS FROM (
+  pg_catalog.unnest(%(ids)s::pg_catalog.uuid[]), pg_catalog.unnest(%(requeued)s::pg_catalog.bool[]),
+  pg_catalog.unnest(%(failures)s::pg_catalog.int4[])
+) AS want(id, requeued, failures)
+JOIN {changes} AS c ON c.id OPERATOR(pg_catalog.=) want.id
 WHERE NOT c.processed AND c.dead_at IS NULL
-  AND (c.next_attempt_at IS NOT NULL) = want.requeued AND c.error_count = want.failures
+  AND (c.next_attempt_at IS NOT NULL) OPERATOR(pg_catalog.=) want.requeued
+  AND c.error_count OPERATOR(pg_catalog.=) want.failures
 FOR UPDATE OF c SKIP LOCKED
 
 -- name: cause
 -- Another change of the same transaction is being handled now.
-SELECT set_config('cdc.cause', %(cause)s, true)
+SELECT pg_catalog.set_config('cdc.cause', %(cause)s, true)
 
 -- name: mark
 -- The same changes, in the same transaction; no rows: the handler has ended the transaction it was given. And whether
 -- that transaction has written something that was captured.
-UPDATE {changes} SET processed = true, processed_at = clock_timestamp(), next_attempt_at = NULL
-WHERE id = ANY (%(ids)s::uuid[]) AND NOT processed AND pg_current_xact_id() = %(xid)s::xid8
-RETURNING processed_at, current_setting('cdc.captured', true) = 'on'
+UPDATE {changes} SET processed = true, processed_at = pg_catalog.clock_timestamp(), next_attempt_at = NULL
+WHERE id OPERATOR(pg_catalog.=) ANY (%(ids)s::pg_catalog.uuid[]) AND NOT processed
+  AND pg_catalog.pg_current_xact_id() OPERATOR(pg_catalog.=) %(xid)s::pg_catalog.xid8
+RETURNING processed_at, pg_catalog.current_setting('cdc.captured', true) OPERATOR(pg_catalog.=) 'on'::pg_catalog.text
 
 -- name: figures
 -- For the metrics; every count ends at its bound, which then means "more".

@@ -2,7 +2,9 @@
 
 CREATE ROLE app LOGIN PASSWORD 'for-this-machine';
 CREATE ROLE cdc LOGIN REPLICATION PASSWORD 'for-this-machine';
-GRANT CREATE ON SCHEMA public TO app;
+-- The schema is the application's, and nobody else makes anything in it.
+ALTER SCHEMA public OWNER TO app;
+REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 
 SET ROLE app;
 
