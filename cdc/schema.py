@@ -23,7 +23,8 @@ from pathlib import Path
 import psycopg
 from psycopg import errors, sql
 
-from cdc import probe
+from cdc import catalogs, probe
+from cdc.catalogs import Finding
 from cdc.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.model import message_prefix, publication_name, trigger_name
 
@@ -37,6 +38,7 @@ _TEMPORARY = "pg_temp"
 _DOLLAR_QUOTE = "$cdc$"
 _IDENTIFIER_BYTES = 63
 
+_OWNERSHIP = "ownership.sql"
 _PROCESSOR = "processor.sql"
 _PROCESSOR_FUNCTIONS = ("processor_marks", "processor_notify")
 _PROCESSOR_INDEX = "idx_entity_changes_unprocessed"
@@ -47,6 +49,8 @@ BEGIN;
 SELECT pg_catalog.pg_advisory_xact_lock({lock}, pg_catalog.hashtext({name}));
 SET LOCAL lock_timeout = '{timeout}';
 SET LOCAL client_min_messages = warning;
+-- Whoever may CREATE in a schema of the path could offer an operator that fits better than the server's own.
+SET LOCAL search_path = pg_catalog;
 -- Not IF NOT EXISTS: that asks for the right to create a schema even where it is there.
 DO $cdc$ BEGIN IF pg_catalog.to_regnamespace({identifier_literal}) IS NULL THEN
   CREATE SCHEMA {identifier};
@@ -94,19 +98,6 @@ class Migration:
         return form.format(set=_literal(self.set), version=self.version, name=_literal(self.name))
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One object that is not as this version makes it. ``expected`` or ``found`` is "" where there is none."""
-
-    object: str
-    problem: str
-    expected: str = ""
-    found: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.object} is {self.problem}"
-
-
 def migrations(name: str = "") -> list[Migration]:
     """All migrations of this version, in order: of the outbox, or of an optional set."""
     found = [
@@ -140,6 +131,10 @@ def _folder() -> Path:
     return next(path for path in (package / "sql", package.parent / "sql") if path.is_dir())
 
 
+def _script(name: str) -> str:
+    return (_folder() / name).read_text("utf-8")
+
+
 def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> None:
     """Have ``say`` called with what the server warns of, and its hint: an installation may be less than whole."""
 
@@ -164,10 +159,11 @@ def install(
     with _exclusively(connection, schema):
         if not _exists(connection, schema, None):
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
+        _run(connection, _script(_OWNERSHIP), schema)
         missing = pending(connection, schema, sets)
         _apply(connection, missing, schema)
         if keep_processor:
-            _run(connection, (_folder() / _PROCESSOR).read_text("utf-8"), schema)
+            _run(connection, _script(_PROCESSOR), schema)
         return missing
 
 
@@ -197,6 +193,7 @@ def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration
     with _exclusively(connection, schema):
         if not _exists(connection, schema, "entity_changes"):
             raise NotFoundError(f"schema {schema} has no entity_changes to upgrade", hint="run `cdc db install`")
+        _run(connection, _script(_OWNERSHIP), schema)
         missing = pending(connection, schema)
         _apply(connection, missing, schema)
         findings = verify(connection, schema)
@@ -246,31 +243,14 @@ def verify(connection: psycopg.Connection, schema: str) -> list[Finding]:
     """
     _check_name(schema)
     with _explained(schema), connection.transaction(force_rollback=True):
-        found = _picture(connection, schema)
+        connection.execute("SET LOCAL search_path = pg_catalog")
+        query = _script("picture.sql")
         _run(connection, _CREATE_LEDGER, _TEMPORARY, schema)
         for migration in migrations():
             _run(connection, migration.template, _TEMPORARY, schema)
-        expected = _picture(connection, _TEMPORARY)
-    bodies_name = (sql.Identifier(_TEMPORARY).as_string() + ".", sql.Identifier(schema).as_string() + ".")
-    return compare({name: text.replace(*bodies_name) for name, text in expected.items()}, found)
-
-
-def compare(expected: dict[str, str], found: dict[str, str]) -> list[Finding]:
-    """Findings of two pictures, ``{"table entity_changes": definition}``. Parts of a missing object are left out."""
-    findings: list[Finding] = []
-    for name, definition in expected.items():
-        if name not in found:
-            if _whole(name) not in {finding.object for finding in findings}:
-                findings.append(Finding(name, "missing", expected=definition))
-        elif found[name] != definition:
-            findings.append(Finding(name, "different", expected=definition, found=found[name]))
-    return findings
-
-
-def _whole(name: str) -> str:
-    """The object that must be there before ``name`` can: ``table t`` for ``column t.c``, itself for a whole one."""
-    match = re.search(r" of ((?:table|view|function|sequence) .*)$", name)
-    return match[1] if match else name
+        expected = catalogs.picture(connection, query, _TEMPORARY)
+        found = catalogs.picture(connection, query, schema, expected)
+    return catalogs.compare(expected, found)
 
 
 def print_sql(
@@ -296,11 +276,11 @@ def print_sql(
         identifier=identifier,
         identifier_literal=_literal(identifier),
     )
-    parts = [opening, render(_CREATE_LEDGER, schema)]
+    parts = [opening, render(_script(_OWNERSHIP), schema), render(_CREATE_LEDGER, schema)]
     for migration in steps:
         parts += [f"\n-- {migration}\n", render(migration.template + migration.record, schema)]
     if keep_processor:
-        parts += ["", render((_folder() / _PROCESSOR).read_text("utf-8"), schema)]
+        parts += ["", render(_script(_PROCESSOR), schema)]
     return "\n".join([*parts, "COMMIT;\n"])
 
 
@@ -451,6 +431,7 @@ def _exclusively(connection: psycopg.Connection, schema: str) -> Iterator[None]:
         )
         connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [LOCK_TIMEOUT])
         connection.execute("SET LOCAL client_min_messages = warning")
+        connection.execute("SET LOCAL search_path = pg_catalog")
         yield
 
 
@@ -484,17 +465,3 @@ def _refusal(schema: str, refused: psycopg.Error) -> CdcError:
 
 def _said(error: psycopg.Error) -> str:
     return error.diag.message_primary or type(error).__name__
-
-
-def _picture(connection: psycopg.Connection, schema: str) -> dict[str, str]:
-    """``schema``'s part of the catalogs, ``{"column seq of table entity_changes": its definition}``, wholes first."""
-    if schema == _TEMPORARY:
-        connection.execute("SET LOCAL search_path = pg_catalog")
-        row = connection.execute("SELECT pg_catalog.pg_my_temp_schema()").fetchone()
-    else:
-        # Names in definitions are qualified unless they are found without; the temporary ones always are.
-        connection.execute(sql.SQL("SET LOCAL search_path = pg_catalog, {}").format(sql.Identifier(schema)))
-        row = connection.execute("SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = %s", [schema]).fetchone()
-    namespace = row[0] if row else 0
-    query = (_folder() / "picture.sql").read_bytes()
-    return {str(name): str(text) for name, text in connection.execute(query, {"namespace": namespace})}

@@ -27,7 +27,7 @@ WITH
   part (place, name, definition) AS (
     SELECT 1, r.kind || ' ' || r.relname,
       pg_catalog.concat('relkind ', r.relkind,
-        CASE WHEN r.relpersistence = 'u' THEN ', unlogged' END, CASE WHEN r.relrowsecurity THEN ', row security' END)
+        CASE WHEN r.relpersistence = 'u' THEN ', unlogged' END)
     FROM relation AS r WHERE r.kind <> 'index'
     UNION ALL
     SELECT 2, pg_catalog.format('column %%s of %%s %%s', a.attname, r.kind, r.relname),
@@ -87,10 +87,35 @@ WITH
       ('body', p.prosrc)
     ) AS v (aspect, value)
     UNION ALL
-    SELECT 10, 'PUBLIC rights of ' || whole.name,
-      coalesce((SELECT pg_catalog.string_agg(p.privilege_type, ', ' ORDER BY p.privilege_type)
-                FROM public_right AS p WHERE p.owner_of = whole.name), 'none')
+    SELECT 10, 'PUBLIC rights of ' || whole.name, coalesce(granted.rights, 'none')
     FROM (SELECT kind || ' ' || relname FROM relation WHERE kind <> 'index'
           UNION ALL SELECT 'function ' || callable.name FROM callable) AS whole (name)
+    LEFT JOIN (
+      SELECT p.owner_of, pg_catalog.string_agg(p.privilege_type, ', ' ORDER BY p.privilege_type)
+      FROM public_right AS p GROUP BY p.owner_of
+    ) AS granted (name, rights) ON granted.name = whole.name
+    UNION ALL
+    SELECT 11, pg_catalog.format('row-level security of table %%s', r.relname),
+      CASE WHEN r.relforcerowsecurity THEN 'on, also for the owner' WHEN r.relrowsecurity THEN 'on' ELSE 'off' END
+    FROM relation AS r WHERE r.kind = 'table'
+    UNION ALL
+    -- Of a fresh installation all have one owner. The sequence always has that of its table.
+    SELECT 12, 'owner of ' || whole.name,
+      CASE WHEN whole.owner = (SELECT r.relowner FROM relation AS r WHERE r.relname = 'entity_changes')
+           THEN 'that of entity_changes' ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(whole.owner)) END
+    FROM (SELECT kind || ' ' || relname, relowner FROM relation WHERE kind IN ('table', 'view')
+          UNION ALL SELECT 'function ' || callable.name, proowner FROM callable) AS whole (name, owner)
+    UNION ALL
+    SELECT 13, pg_catalog.format('trigger %%s of %%s %%s', t.tgname, r.kind, r.relname),
+      pg_catalog.concat_ws(' ', pg_catalog.pg_get_triggerdef(t.oid), CASE t.tgenabled WHEN 'O' THEN NULL ELSE t.tgenabled END)
+    FROM relation AS r JOIN pg_catalog.pg_trigger AS t ON t.tgrelid = r.oid AND NOT t.tgisinternal
+    WHERE t.tgname NOT IN ('processor_marks', 'processor_notify')
+    UNION ALL
+    SELECT 14, pg_catalog.format('rule %%s of %%s %%s', w.rulename, r.kind, r.relname), pg_catalog.pg_get_ruledef(w.oid)
+    FROM relation AS r JOIN pg_catalog.pg_rewrite AS w ON w.ev_class = r.oid AND w.rulename <> '_RETURN'
+    UNION ALL
+    SELECT 15, pg_catalog.format('policy %%s of table %%s', p.polname, r.relname),
+      pg_catalog.concat_ws(' ', 'for', p.polcmd, pg_catalog.pg_get_expr(p.polqual, p.polrelid))
+    FROM relation AS r JOIN pg_catalog.pg_policy AS p ON p.polrelid = r.oid
   )
 SELECT name, definition FROM part ORDER BY place, name;

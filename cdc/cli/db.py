@@ -13,7 +13,8 @@ from cdc.config import Settings
 from cdc.errors import UsageError
 
 if TYPE_CHECKING:
-    from cdc.schema import Finding, Migration
+    from cdc.catalogs import Finding
+    from cdc.schema import Migration
 
 with_option = click.option(
     "--with", "sets", multiple=True, metavar="NAME", help="Also the tables of an application, such as whatsapp."

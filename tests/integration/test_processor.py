@@ -166,6 +166,6 @@ def test_what_its_writer_handles_itself_is_captured_as_processed(
 
 def test_keeping_the_processor_is_in_the_script_and_goes_with_the_installation(kept: psycopg.Connection) -> None:
     assert "processor_marks" in schema.print_sql("public", [], keep_processor=True)
-    assert "processor_marks" not in schema.print_sql("public")
+    assert "TRIGGER processor_marks" not in schema.print_sql("public")
     assert "function public.processor_marks" in schema.uninstall(kept, "public")
     assert kept.execute("SELECT count(*) FROM pg_proc WHERE proname LIKE 'processor%'").fetchone() == (0,)

@@ -252,6 +252,19 @@ DRIFT: tuple[tuple[str, set[str]], ...] = (
         "CREATE OR REPLACE VIEW recent_action_history AS SELECT r.* FROM recent_action_history AS r LIMIT 0",
         {"query of view recent_action_history is different"},
     ),
+    (
+        "ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY",
+        {"row-level security of table entity_changes is different"},
+    ),
+    ("CREATE POLICY mine ON cdc_shards USING (true)", {"policy mine of table cdc_shards is not ours"}),
+    (
+        "CREATE RULE quiet AS ON DELETE TO entity_changes DO INSTEAD NOTHING",
+        {"rule quiet of table entity_changes is not ours"},
+    ),
+    (
+        "CREATE TRIGGER echo AFTER UPDATE ON entity_changes EXECUTE FUNCTION capture_entity_change()",
+        {"trigger echo of table entity_changes is not ours"},
+    ),
 )
 
 
@@ -260,9 +273,15 @@ def test_verify_names_what_is_missing_or_different(outbox_db: psycopg.Connection
     if "UNLOGGED" in drift and outbox_db.info.server_version < 150000:
         pytest.skip("sequences are unlogged with their table from 15 on")
     outbox_db.execute(drift.encode())
-    found = {str(finding) for finding in schema.verify(outbox_db, "public")}
+    found = {f"{finding.object} is {finding.problem}" for finding in schema.verify(outbox_db, "public")}
     assert findings <= found
     assert found == findings or "CASCADE" in drift
+
+
+def test_a_finding_says_what_is_different_where_that_is_short(outbox_db: psycopg.Connection):
+    outbox_db.execute("ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY")
+    [rules] = schema.verify(outbox_db, "public")
+    assert str(rules) == "row-level security of table entity_changes is different: on, not off"
 
 
 def test_verify_leaves_no_trace_and_sees_nothing_but_our_objects(outbox_db: psycopg.Connection):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc import schema, tracking
+from cdc import catalogs, schema, tracking
+from cdc.catalogs import Finding
 from cdc.errors import UsageError
 from cdc.model import SHARDS, Operation, message_prefix, trigger_name
-from cdc.schema import Finding
 
 
 def test_migrations_are_numbered_without_a_gap_and_each_says_what_it_is_for_first():
@@ -46,16 +48,40 @@ def test_a_name_that_postgresql_or_the_migrations_cannot_take_is_refused_before_
 
 def test_compare_names_a_missing_object_once_and_each_difference():
     expected = {"table t": "relkind r", "column a of table t": "int", "view v": "x", "query of view v": "SELECT 1"}
-    assert schema.compare(expected, expected) == []
-    assert schema.compare(expected, {}) == [
+    assert catalogs.compare(expected, expected) == []
+    assert catalogs.compare(expected, {}) == [
         Finding("table t", "missing", expected="relkind r"),
         Finding("view v", "missing", expected="x"),
     ]
     found = {"table t": "relkind r", "view v": "x", "query of view v": "SELECT 2", "table other": "relkind r"}
-    assert [str(finding) for finding in schema.compare(expected, found)] == [
+    assert [str(finding) for finding in catalogs.compare(expected, found)] == [
         "column a of table t is missing",
-        "query of view v is different",
+        "query of view v is different: SELECT 2, not SELECT 1",
     ]
+    assert (
+        str(Finding("body of function f", "different", expected="a\nb", found="c")) == "body of function f is different"
+    )
+
+
+def test_what_somebody_has_added_counts_where_it_hangs_on_an_object_of_ours():
+    expected = {"table t": "relkind r"}
+    added = {"trigger x of table t": "x", "policy x of table other": "x", "column x of table t": "int"}
+    assert catalogs.compare(expected, {**expected, **added}) == [Finding("trigger x of table t", "not ours", found="x")]
+
+
+def test_whatever_the_migrations_make_is_looked_at_for_its_owner():
+    """Else somebody could make it before, and it would be adopted."""
+    looked_at = (schema._folder() / "ownership.sql").read_text()
+    scripts = [each.template for each in schema.migrations()] + [schema._script("processor.sql"), schema._CREATE_LEDGER]
+    made = {
+        name
+        for script in scripts
+        for name in re.findall(
+            r"CREATE (?:OR REPLACE )?(?:TABLE|VIEW|FUNCTION)(?: IF NOT EXISTS)? @schema@\.(\w+)", script
+        )
+    }
+    assert len(made) >= 9
+    assert {name for name in made if f"'{name}'" not in looked_at} == set()
 
 
 def test_our_trigger_is_named_after_the_schema_unless_it_is_public_and_never_cut_inside_a_character():
