@@ -39,6 +39,8 @@ CREATE TABLE effects (
   number bigint GENERATED ALWAYS AS IDENTITY, seq bigint NOT NULL, type text NOT NULL, key text NOT NULL
 )
 """
+ODD = "odd"
+"""The type of changes that nothing can be done about but to make dead letters of them; the ledgers leave them out."""
 FOLDER = "LEDGER_FOLDER"
 """The variable that names the folder of the ledgers."""
 MAX_ATTEMPTS = 3
@@ -129,6 +131,13 @@ async def keep_batch_transactional(changes: list[cdc.Change], connection: psycop
             _fail_if_meant(changes)
         if failed:
             raise cdc.Failed(failed)
+
+
+@router.on(ODD, max_attempts=2)
+async def refuse(change: cdc.Change) -> None:
+    """Reads all there is to read, and fails with a text that no row can hold as it is."""
+    repr((change.old, change.new, change.metadata))
+    raise MeantToFailError("\0 \ud800 \u2717 " * 300_000)
 
 
 async def _pass(changes: Sequence[cdc.Change]) -> None:

@@ -22,6 +22,7 @@ import psycopg
 
 from tests.faults.ledger import Verdict, judge
 from tests.faults.stage import SLOT, TIMEOUT_S, Stage, pause
+from tests.handlers_ledger import ODD
 
 CONNECTIONS = (
     "cdc: shards", "cdc: reader", "cdc: listener", "cdc: stream", "cdc: relay", "cdc: collector", "cdc: handlers",
@@ -183,11 +184,48 @@ def drop_slot(stage: Stage, draw: Draw) -> None:
             connection.execute("SELECT pg_drop_replication_slot(%s)", [SLOT])
 
 
+def lock_row(stage: Stage, draw: Draw) -> None:
+    """A session holds changes that are about to be marked, at its longest beyond the lock_timeout of who would."""
+    with stage.connect() as connection, connection.transaction():
+        connection.execute(
+            "SELECT FROM entity_changes WHERE NOT processed AND dead_at IS NULL ORDER BY seq LIMIT 3"
+            " FOR UPDATE SKIP LOCKED"
+        )
+        pause(0.5 + draw.share**3 * 14)
+
+
+def lock_table(stage: Stage, draw: Draw) -> None:
+    """What CREATE INDEX takes: reads go on, and nothing is captured or marked."""
+    with stage.connect() as connection, connection.transaction():
+        connection.execute("LOCK TABLE entity_changes IN SHARE MODE")
+        pause(0.5 + draw.share**3 * 14)
+
+
+_ODD: tuple[tuple[str, str], ...] = (
+    # Longer than an index entry may be, and different enough not to be compressed.
+    ("(SELECT string_agg(md5(g::text || %s), '') FROM generate_series(1, 120) AS g)", "NULL"),
+    # Deeper than Python's recursion goes, and more digits than it converts.
+    ("'deep ' || %s", "(repeat('[', 5000) || repeat(']', 5000))::jsonb"),
+    ("'digits ' || %s", "repeat('9', 6000)::jsonb"),
+    # As JSON six times as long.
+    ("'large ' || %s", "to_jsonb(repeat(chr(1), 2 * 1024 * 1024))"),
+)
+"""Arguments of publish_change(): the id, and new_data."""
+
+
+def write_odd(stage: Stage, draw: Draw) -> None:
+    """Changes that cannot be read, or not marked as any other: each becomes a dead letter, and nothing else suffers."""
+    with stage.connect() as connection:
+        for id_, new_data in _ODD:
+            publish = f"SELECT publish_change('{ODD}', {id_}, new_data => {new_data})"
+            connection.execute(publish.encode(), [str(draw.share)])
+
+
 Fault = Callable[[Stage, Draw], None]
 WEIGHTS: dict[Fault, int] = {
     kill: 6, replace: 2, freeze: 2, freeze_and_lose: 4, freeze_beyond_every_limit: 2, terminate: 8, restart: 1,
     crash: 2, cut: 3, cut_writers: 2, hold: 2, hold_and_lose: 2, lose_answers: 2, lose_commits: 3,
-    lose_writers_commits: 1, slow: 2, drop_slot: 1,
+    lose_writers_commits: 1, slow: 2, drop_slot: 1, lock_row: 2, lock_table: 1, write_odd: 1,
 }  # fmt: skip
 
 
@@ -222,7 +260,7 @@ def verdict(stage: Stage) -> Verdict:
     evidence = stage.evidence()
     (stage.folder / "captured.txt").write_text("".join(f"{row}\n" for row in sorted(evidence.captured)))
     found = judge(evidence)
-    found.violations += stage.troubles
+    found.violations += stage.troubles + stage.odd_survivors()
     for words in ("this is a bug", "stopped by a bug", "Traceback"):
         found.violations += [f"{name} said {words!r}: see {stage.folder}" for name in stage.logged(words)]
     return found

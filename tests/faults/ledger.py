@@ -341,9 +341,16 @@ def _figures(evidence: Evidence, sessions: _Sessions) -> dict[str, float]:
         "failed": hows.count("failed"),
         "cut off": hows.count("cut off"),
         "killed": hows.count("killed"),
+        "returned again": _returned_again(evidence.calls),
         "repeated": len(hows) - len({(call.seq, call.attempt) for call in evidence.calls}),
         "latest start without a session, s": round(sessions.latest_start_s, 2),
     }
+
+
+def _returned_again(calls: Iterable[Call]) -> int:
+    """Calls that repeat one which had returned. What shared a transaction repeats because another one failed in it."""
+    counts = Counter(call.seq for call in calls if call.how == "returned" and call.key[0] not in TRANSACTIONAL)
+    return sum(count - 1 for count in counts.values())
 
 
 def _batch_sizes(calls: Iterable[Call]) -> Iterable[int]:

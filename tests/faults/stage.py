@@ -23,7 +23,7 @@ from tests.faults.ledger import Evidence, Span
 from tests.faults.writers import Writer
 from tests.fix_consumer import Process, settled
 from tests.fix_proxy import Proxy
-from tests.handlers_ledger import EFFECTS, FOLDER, KINDS
+from tests.handlers_ledger import EFFECTS, FOLDER, KINDS, ODD
 
 SLOT = "ledger"
 _SERVER = {"log_connections": "on", "log_disconnections": "on", "log_line_prefix": "%n %p "}
@@ -211,6 +211,14 @@ class Stage:
             deaf=dict(self.deaf),
             kills=self.kills + self.restarted,
         )
+
+    def odd_survivors(self) -> list[str]:
+        """Changes that can be nothing but dead letters, and are not."""
+        with self.connect() as connection:
+            rows = connection.execute(
+                "SELECT seq, left(entity_id, 20) FROM entity_changes WHERE entity_type = %s AND dead_at IS NULL", [ODD]
+            ).fetchall()
+        return [f"no dead letter: {seq}, the odd one {id_!r}" for seq, id_ in rows]
 
     def logged(self, text: str) -> list[str]:
         """The consumers whose log says so."""

@@ -39,6 +39,9 @@ _SCHEDULE: list[tuple[Fault, Draw]] = [
     (chaos.freeze_beyond_every_limit, Draw(0, "", False, 0.0)),
     (chaos.replace, Draw(2, "", False, 0.0)),
     (chaos.hold, Draw(2, "", False, 0.2)),
+    (chaos.write_odd, Draw(0, "", False, 0.0)),
+    (chaos.lock_row, Draw(0, "", False, 0.5)),
+    (chaos.lock_table, Draw(0, "", False, 0.5)),
 ]
 _BETWEEN = 60
 """Changes processed between two faults: the consumers have got over the one before, or are about to."""
@@ -64,6 +67,20 @@ def test_nothing_is_lost_and_order_holds_whatever_happens_to_three_consumers(tmp
     assert found.figures["unknown"] > 0
     assert found.figures["that shared a transaction"] > 0
     assert found.figures["in batches"] > 0
+
+
+@pytest.mark.promise("G2")
+@pytest.mark.promise("G4")
+def test_what_delays_a_mark_or_refuses_it_repeats_no_call_of_an_innocent_change(tmp_path: Path) -> None:
+    """Longer than a statement waits for a lock, so that what is known has to be kept meanwhile."""
+    with Stage(tmp_path, seed=2) as stage:
+        for number, fault in enumerate((chaos.write_odd, chaos.lock_row, chaos.lock_table, chaos.write_odd)):
+            _work_on(stage, f"before {fault.__name__}")
+            fault(stage, Draw(0, "", False, 0.97 + number / 1000))
+        found = chaos.verdict(stage)
+    assert found.violations == [], str(found)
+    assert found.figures["returned again"] == 0, str(found)
+    assert found.figures["captured"] > 4 * _BETWEEN
 
 
 def _work_on(stage: Stage, when: str) -> None:
