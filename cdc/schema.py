@@ -259,10 +259,12 @@ def print_sql(
     *,
     sets: Sequence[str] = (),
     keep_processor: bool = False,
+    owner: str | None = None,
 ) -> str:
     """One script that psql runs as it is, any number of times: what ``install`` does, for who runs DDL by hand.
 
-    ``steps`` are the migrations to print; all, unless given, and those of the optional ``sets``.
+    ``steps`` are the migrations to print; all, unless given, and those of the optional ``sets``. ``owner`` is whose the
+    outbox is already, and whoever runs the script acts as that role.
     """
     _check_name(schema)
     check_sets(sets)
@@ -276,7 +278,8 @@ def print_sql(
         identifier=identifier,
         identifier_literal=_literal(identifier),
     )
-    parts = [opening, render(_script(_OWNERSHIP), schema), render(_CREATE_LEDGER, schema)]
+    act_as = [f"SET LOCAL ROLE {sql.Identifier(owner).as_string()};\n"] if owner else []
+    parts = [opening, *act_as, render(_script(_OWNERSHIP), schema), render(_CREATE_LEDGER, schema)]
     for migration in steps:
         parts += [f"\n-- {migration}\n", render(migration.template + migration.record, schema)]
     if keep_processor:

@@ -75,8 +75,8 @@ BEGIN
   FROM foreign_thing WHERE owner NOT IN (SELECT role FROM trusted);
   IF v_found IS NOT NULL THEN
     RAISE EXCEPTION '% does not adopt what others have made: %', current_user, v_found
-      USING HINT = 'as that role, if the outbox is to be its own (PGOPTIONS="-c role=..."); else drop or rename what it'
-        ' has made, or give it away (ALTER ... OWNER TO), or install into another schema',
+      USING HINT = 'if you trust that role and the outbox is to be its own, act as it (PGOPTIONS="-c role=..."); else drop'
+        ' or rename what it has made, or give it away (ALTER ... OWNER TO), or install into another schema',
       ERRCODE = 'invalid_object_definition';
   END IF;
 END

@@ -29,9 +29,10 @@ _CONSUMER = "cdc: shards"
 _MARKED = ("processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "started_by")
 """Columns a settle writes."""
 
-_EXISTS = """
-    SELECT EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-                    WHERE n.nspname = %s AND c.relname = 'entity_changes')
+_OWNER = """
+    SELECT pg_catalog.pg_get_userbyid(c.relowner)::text
+      FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = %s AND c.relname = 'entity_changes'
 """
 _ELSEWHERE = """
     SELECT n.nspname::text
@@ -112,7 +113,8 @@ _TABLE = """
 
 
 def installed(connection: psycopg.Connection, name: str) -> Installed:
-    [exists] = column(connection, _EXISTS, [name])
+    owner = next(iter(column(connection, _OWNER, [name])), None)
+    exists = owner is not None
     pending = _pending(connection, name) if exists else []
     differences = tuple(map(str, schema.verify(connection, name))) if exists and not pending else ()
     complete = exists and not pending and not differences
@@ -122,7 +124,7 @@ def installed(connection: psycopg.Connection, name: str) -> Installed:
         pending=tuple(map(str, pending)),
         differences=differences,
         elsewhere=column(connection, _ELSEWHERE, [name]),
-        script="" if complete else schema.print_sql(name, pending or None),
+        script="" if complete else schema.print_sql(name, pending or None, owner=owner),
     )
 
 
