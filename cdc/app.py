@@ -121,6 +121,7 @@ class App:
             slot=settings.slot.name if settings.stream else None,
             metrics=metrics,
             page=(self._page, Letters(settings.schema_)) if self._page else None,
+            deaf=self._slot_is_deaf,
         )
         self._stream = self._make_stream() if settings.stream else None
         self._listener = Listener(settings.current_dsn, settings.schema_, self._heard, captured=self.consumer.captured)
@@ -257,6 +258,11 @@ class App:
             ),
             Doorbell(self.consumer, self._relay, self.metrics, settings.slot.name, changed=self._collector.look_now),
         )
+
+    def _slot_is_deaf(self) -> None:
+        """In the collector's thread."""
+        if self._stream and self._settings.slot.create and self._settings.slot.recreate:
+            self._stream.is_deaf()
 
     def _heard(self, wakeups: list[WakeUp] | None) -> None:
         if wakeups is None:

@@ -23,6 +23,7 @@ from cdc.model import ChangeState
 from cdc.outbox.letters import Letters
 from cdc.outbox.store import INDEXED, Store
 from cdc.page import Page
+from cdc.slot_state import judge
 from cdc.status import glance
 
 log = logging.getLogger("cdc.collector")
@@ -30,6 +31,8 @@ log = logging.getLogger("cdc.collector")
 _EVERY_S = 15.0
 _STATEMENT_TIMEOUT = "5s"
 _ANSWER_LIMIT_S = 10.0
+_DEAF_LOOKS = 4
+"""At a slot that waits for standbys, which may be back in a moment."""
 _REST = 50
 """What is for the page alone is read again after so many times as long as it took: 2 % of one connection at most."""
 
@@ -37,7 +40,8 @@ _REST = 50
 class Collector:
     """start() once, stop() once. ``slot`` of None: none is used, none is looked at.
 
-    ``page``: where else to show it, with the statements for what it shows besides.
+    ``page``: where else to show it, with the statements for what it shows besides. ``deaf``: called where the slot has
+    rung for nothing for about a minute, because it is one for failover and standbys are away.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Collector:
         slot: str | None,
         metrics: Metrics,
         page: tuple[Page, Letters] | None = None,
+        deaf: Callable[[], None] = lambda: None,
         every_s: float = _EVERY_S,
     ) -> None:
         self._dsn = dsn
@@ -57,6 +62,8 @@ class Collector:
         self._page = page[0] if page else None
         self._letters = page[1] if page else None
         self._glance_at = 0.0
+        self._deaf = deaf
+        self._deaf_looks = 0
         self._every_s = every_s
         self._stopping = False
         self._due = threading.Event()
@@ -128,9 +135,14 @@ class Collector:
         figures = slots.snapshot(connection, self._slot)
         if self._page:
             self._page.show_slot(self._slot, figures)
+        self._deaf_looks = self._deaf_looks + 1 if figures and figures.deaf else 0
         if figures is None:
             self._metrics.show_slot(present=False)
             return
+        if self._deaf_looks == _DEAF_LOOKS:
+            verdict = judge(figures)
+            log.warning("the slot %s is %s; %s", figures.name, verdict.sentence, verdict.remedy)
+            self._deaf()
         self._metrics.show_slot(
             present=True,
             active=figures.active,

@@ -34,6 +34,7 @@ class Reason(StrEnum):
     SLOT_MISSING = "slot_missing"
     SLOT_LOST = "slot_lost"
     SLOT_STUCK = "slot_stuck"
+    SLOT_DEAF = "slot_deaf"
     SLOT_FOREIGN = "slot_foreign"
     PUBLICATION_MISSING = "publication_missing"
     PLUGIN_REFUSED = "plugin_refused"
@@ -112,13 +113,13 @@ _PLUGIN_REFUSED = _Row(
 _PLUGIN_MISSING = _Row(
     Reason.PLUGIN_MISSING,
     "the output plugin {plugin} is not installed on the server",
-    "install it there (Debian: postgresql-NN-{plugin}); until then changes are found by sweeping",
+    "install it there (Debian: postgresql-NN-{plugin})",
     permanent=True,
 )
 _PLUGIN_OLD = _Row(
     Reason.PLUGIN_MISSING,
     "the output plugin {plugin} on the server is too old: it does not know our options",
-    "install version 2.5 or later of it there, or set slot.plugin to pgoutput; until then changes are swept for",
+    "install version 2.5 or later of it there, or set slot.plugin to pgoutput",
     permanent=True,
 )
 _PUBLICATION_MISSING = _Row(
@@ -140,6 +141,17 @@ _SLOT_BUSY = _Row(
     Reason.SLOT_BUSY,
     "another consumer reads the slot {slot}",
     "nothing: this consumer stands by and takes over when that one ends",
+)
+_DEAF = _Row(
+    Reason.SLOT_DEAF,
+    "the slot {slot} is one for failover, and the standbys that the server waits for are away",
+    "nothing: the slot goes on without failover. When they are back: cdc slot recreate {slot} --failover",
+)
+_ANOTHER_OUTBOX = _Row(
+    Reason.SLOT_FOREIGN,
+    "the slot {slot} is read by a consumer of another outbox of the database {database}",
+    "a name of its own for each outbox's slot (CDC_SLOT_NAME); slot names are one for the whole server",
+    permanent=True,
 )
 _SLOT_GONE = _Row(Reason.SLOT_MISSING, "the slot {slot} does not exist", _STREAM_AGAIN)
 _CREATED_BY_OTHERS = _Row(Reason.SLOT_BUSY, "another consumer has just created the slot {slot}", _STREAM_AGAIN)
@@ -220,6 +232,21 @@ def classify(sqlstate: str | None, function: str | None, during: During, names: 
     return _error(row or _BY_CODE.get(sqlstate, _OTHER), names, sqlstate)
 
 
+def in_recovery(names: Names) -> StreamError:
+    """It was asked, and is a standby."""
+    return _error(_IN_RECOVERY, names)
+
+
+def another_outbox(names: Names) -> StreamError:
+    """Who reads the slot does not read it for us."""
+    return _error(_ANOTHER_OUTBOX, names)
+
+
+def deaf(names: Names) -> StreamError:
+    """Its failover slot has rung for nothing for a while."""
+    return _error(_DEAF, names)
+
+
 def server_ended(names: Names) -> StreamError:
     """The server closed the stream in good order, as it does when it is shut down."""
     return _error(_ENDED, names)
@@ -273,6 +300,11 @@ class FoundSlot:
     wal_status: str | None
     confirmed: Lsn | None
     temporary: bool = False
+    lost_by: str = ""
+    """The server's word for it, from 17 on."""
+    failover: bool = False
+    held_by: str = ""
+    """Slots of standbys that the server waits for before it sends what a failover slot is to ring for; all are away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +312,8 @@ class Wanted:
     """What the settings ask for, and what earlier attempts have taught.
 
     ``plugins`` in the order in which they are tried, without those in ``refused``: the server has been asked, and
-    lacks or forbids them. ``stuck``: the slot was read several times and never came further.
+    lacks or forbids them. ``stuck``: the slot was read several times and never came further. ``failover``: the slot
+    that a new one takes the place of was one for failover, and so is that.
     """
 
     plugins: tuple[str, ...] = PLUGINS
@@ -289,6 +322,7 @@ class Wanted:
     may_create: bool = True
     may_recreate: bool = True
     stuck: bool = False
+    failover: bool = False
 
 
 class Step(StrEnum):
@@ -297,6 +331,8 @@ class Step(StrEnum):
     START = "start"
     CREATE = "create"
     RECREATE = "recreate"
+    NO_FAILOVER = "no failover"
+    """The slot stays, and is one for failover no more."""
 
 
 def next_step(found: FoundSlot | None, server_end: Lsn, names: Names, wanted: Wanted) -> Step:
@@ -312,7 +348,7 @@ def next_step(found: FoundSlot | None, server_end: Lsn, names: Names, wanted: Wa
         raise foreign
     broken = _broken(found, server_end, names, wanted)
     if broken is None:
-        return Step.START
+        return Step.NO_FAILOVER if found.failover and found.held_by and wanted.may_recreate else Step.START
     if wanted.may_recreate:
         return Step.RECREATE
     reason, sentence = broken
@@ -351,7 +387,10 @@ def _broken(found: FoundSlot, server_end: Lsn, names: Names, wanted: Wanted) -> 
     # The server believes any confirmed position; from one ahead of its WAL on it delivers nothing, without an error.
     ahead = found.confirmed is not None and found.confirmed > server_end
     if found.wal_status == "lost":
-        return Reason.SLOT_LOST, f"the server has invalidated the slot {slot}: it fell too far behind"
+        return (
+            Reason.SLOT_LOST,
+            f"the server has invalidated the slot {slot} ({found.lost_by or 'it fell too far behind'})",
+        )
     if ahead:
         return Reason.SLOT_LOST, f"the slot {slot} was confirmed ahead of the server's WAL and delivers nothing"
     if found.plugin in wanted.refused:

@@ -9,6 +9,14 @@ from cdc.amounts import size, span
 from cdc.lsn import Lsn
 
 MUCH_WAL_BYTES = 1 << 30
+ABSENT_STANDBYS = (
+    "SELECT pg_catalog.string_agg(named.slot, ', ')"
+    " FROM (SELECT pg_catalog.btrim(part, ' \"') AS slot FROM pg_catalog.regexp_split_to_table("
+    "pg_catalog.current_setting('synchronized_standby_slots', true), ',') AS part) named"
+    " WHERE named.slot OPERATOR(pg_catalog.<>) '' AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots p"
+    " WHERE p.slot_name OPERATOR(pg_catalog.=) named.slot::pg_catalog.name AND p.active)"
+)
+"""SQL for the slots that the server waits for before it sends a failover slot anything, and that nobody reads."""
 _SOON_S = 3600.0
 """Time left for somebody to come and read a slot before the server gives it up."""
 
@@ -45,6 +53,7 @@ class Slot:
     invalidation_reason: str | None
     inactive_since: datetime | None
     failover: bool | None
+    held_by: str | None
     synced: bool | None
     two_phase: bool | None
     two_phase_at: Lsn | None
@@ -63,6 +72,11 @@ class Slot:
         """Who reads it, for a sentence."""
         named = f" ({self.application_name})" if self.application_name else ""
         return f"process {self.active_pid}{named} on the server"
+
+    @property
+    def deaf(self) -> bool:
+        """What it is to ring for waits until standbys have it, and they are away: the normal state after a failover."""
+        return bool(self.failover and self.held_by)
 
     @property
     def ahead(self) -> bool:
@@ -103,7 +117,7 @@ def outlook(earlier: Slot, later: Slot) -> Outlook | None:
 
 def judge(slot: Slot, expected: Outlook | None = None) -> Verdict:
     """What an operator should think of it."""
-    verdicts = (_broken(slot), _nearly_lost(slot, expected), _keeps_much(slot))
+    verdicts = (_broken(slot), _deaf(slot), _nearly_lost(slot, expected), _keeps_much(slot))
     found = next((verdict for verdict in verdicts if verdict is not None), None)
     if found is not None:
         return found
@@ -117,6 +131,18 @@ def _broken(slot: Slot) -> Verdict | None:
     if slot.ahead:
         return Verdict(False, "deaf: confirmed ahead of the server's WAL, so it delivers nothing", _anew(slot))
     return None
+
+
+def _deaf(slot: Slot) -> Verdict | None:
+    if not slot.deaf:
+        return None
+    return Verdict(
+        False,
+        f"deaf: it is one for failover, and the server waits for the standbys in synchronized_standby_slots, but "
+        f"nobody reads {slot.held_by}",
+        f"bring them back, or take them out of that setting; a consumer that may make slots anew has it go on without"
+        f" failover after a minute (cdc slot drop {slot.name} does so at once, and loses no change)",
+    )
 
 
 def _nearly_lost(slot: Slot, expected: Outlook | None) -> Verdict | None:

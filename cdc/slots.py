@@ -22,7 +22,7 @@ from cdc.errors import CdcError, NotFoundError, RefusedError, StreamError, Usage
 from cdc.lsn import Lsn
 from cdc.model import PLUGINS, publication_name
 from cdc.refusals import During, Names, Reason, classify
-from cdc.slot_state import Slot
+from cdc.slot_state import ABSENT_STANDBYS, Slot
 
 AUTO = "auto"
 """As a plugin: the first of PLUGINS that the server has and allows."""
@@ -35,7 +35,7 @@ _LEAVE_LIMIT_S = 10.0
 _FAILOVER_SINCE = 170_000
 
 # As JSON: which columns there are depends on the server's version, and those it does not have read as None.
-_LOOK = """
+_LOOK = sql.SQL("""
     SELECT to_jsonb(s) AS slot,
            to_jsonb(stats) AS stats,
            s.slot_type = 'logical' AND s.plugin = ANY (%(plugins)s) AND s.database = current_database() AS ours,
@@ -46,6 +46,7 @@ _LOOK = """
            reader.application_name,
            walsender.state AS walsender_state,
            extract(epoch FROM walsender.flush_lag)::float8 AS walsender_lag_s,
+           ({absent_standbys}) AS held_by,
            clock_timestamp() AS seen_at
       FROM pg_catalog.pg_replication_slots s
       LEFT JOIN pg_catalog.pg_stat_replication_slots stats USING (slot_name)
@@ -55,7 +56,7 @@ _LOOK = """
                              ELSE pg_current_wal_flush_lsn() END AS lsn) now
      WHERE %(name)s::text IS NULL OR s.slot_name = %(name)s
      ORDER BY s.slot_name
-"""
+""").format(absent_standbys=sql.SQL(ABSENT_STANDBYS))
 # By the lock that each transaction has on its own number: every role may see those. Its age it may not.
 _OLDEST_WRITER = """
     SELECT l.pid, a.datname AS database, a.application_name, p.gid,
@@ -292,6 +293,7 @@ def _slot(row: dict[str, Any]) -> Slot:
         invalidation_reason=slot.get("invalidation_reason"),
         inactive_since=_time(slot.get("inactive_since")),
         failover=slot.get("failover"),
+        held_by=row["held_by"],
         synced=slot.get("synced"),
         two_phase=slot.get("two_phase"),
         two_phase_at=_lsn(slot.get("two_phase_at")),

@@ -15,7 +15,7 @@ from cdc.doctor.facts import Decoding, Proof, Subject
 from cdc.doctor.look import NAME, column
 from cdc.errors import ProtocolError, RefusedError, StreamError
 from cdc.model import PLUGINS, WakeUp, message_prefix, publication_name
-from cdc.refusals import During, Names, Reason, classify
+from cdc.refusals import During, Names, Reason, classify, in_recovery
 from cdc.wakeup import pgoutput, wal2json
 
 _SLOT = "cdc_doctor"
@@ -69,6 +69,10 @@ def _proofs(connection: psycopg.Connection, subject: Subject) -> tuple[Proof, ..
     else:
         candidates = PLUGINS if subject.plugin == slots.AUTO else (subject.plugin,)
     proofs: list[Proof] = []
+    if column(connection, "SELECT pg_catalog.pg_is_in_recovery()") == (True,):  # nothing is made on a standby
+        names = Names(slot="", plugin=candidates[0], database="", role=connection.info.user)
+        standby = in_recovery(names)
+        return (Proof(candidates[0], standby.reason, str(standby), standby.hint),)
     for plugin in candidates:
         proofs.append(_prove(connection, subject.schema, plugin))
         if proofs[-1].reason not in (Reason.PLUGIN_MISSING, Reason.PLUGIN_REFUSED):

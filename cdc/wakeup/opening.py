@@ -31,29 +31,42 @@ class Opened:
 
 def begin(session: Session, plugins: Mapping[str, Plugin], wanted: Wanted) -> Opened:
     """Start the stream. Raises StreamError; the connection may be used again after it."""
+    session.refuse_a_standby()
     found = session.look()
     # In this order: while another consumer reads the slot, its position may pass an end asked for earlier.
     end = session.server_end()
     step = next_step(found, end, session.names, wanted)
-    name = found.plugin if found and found.plugin and step is Step.START else wanted.plugins[0]
+    keeps = step in (Step.START, Step.NO_FAILOVER)
+    name = found.plugin if found and found.plugin and keeps else wanted.plugins[0]
     if found and step is Step.RECREATE:
         log.warning("%s; it is made anew, and no change is lost", why_broken(found, end, session.names, wanted))
+    if found and step is Step.NO_FAILOVER:
+        log.warning(
+            "the slot %s waits for the standby slots %s, which nobody reads, and would ring for nothing; it goes on"
+            " without failover. When they are back: cdc slot recreate %s --failover",
+            session.names.slot, found.held_by, session.names.slot,
+        )  # fmt: skip
+    if found and found.failover and not found.held_by and not wanted.temporary:
+        wanted = replace(wanted, failover=True)
     try:
-        _start(session, plugins[name], step, temporary=wanted.temporary)
+        _start(session, plugins[name], step, temporary=wanted.temporary, failover=wanted.failover)
     except StreamError as refused:
-        return _begin_with_another(session, plugins, wanted, name, refused)
+        opened = _begin_with_another(session, plugins, wanted, name, refused)
+        return replace(opened, recreated=opened.recreated or step is Step.RECREATE)
     return Opened(plugins[name], recreated=step is Step.RECREATE)
 
 
-def _start(session: Session, plugin: Plugin, step: Step, *, temporary: bool) -> None:
+def _start(session: Session, plugin: Plugin, step: Step, *, temporary: bool, failover: bool) -> None:
     # The publication first: pgoutput cannot decode what was written before it was there.
     if plugin.publication is not None:
         session.publish_nothing(plugin.publication)
     if step is Step.RECREATE:
         session.drop()
-    if step is not Step.START:
+    if step is Step.NO_FAILOVER:
+        session.end_failover()
+    if step in (Step.CREATE, Step.RECREATE):
         # A new slot starts at the end of the WAL; the sweep finds what lies before.
-        session.create(plugin, temporary=temporary)
+        session.create(plugin, temporary=temporary, failover=failover)
         log.info("created the slot %s (%s)", session.names.slot, plugin.name)
     session.start(plugin)
 

@@ -25,7 +25,10 @@ _OF_ROWS = frozenset(b"ORYIUDT")
 
 def plugin(prefix: str, publication: str) -> Plugin:
     """pgoutput, ringing for messages with ``prefix`` (``cdc.model.message_prefix``) only."""
-    return Plugin("pgoutput", options(publication), Decoder(prefix), lambda _: None, publication=publication)
+    return Plugin(
+        "pgoutput", options(publication), Decoder(prefix), lambda _: None,
+        outbox="publication_names", publication=publication,
+    )  # fmt: skip
 
 
 def options(publication: str) -> tuple[tuple[str, str], ...]:

@@ -28,10 +28,13 @@ from cdc.refusals import (
     Names,
     Reason,
     ServerLook,
+    another_outbox,
     classify,
     classify_connect,
+    in_recovery,
     server_ended,
 )
+from cdc.slot_state import ABSENT_STANDBYS
 from cdc.wakeup.wire import Plugin
 
 _TURN_S = 5.0
@@ -45,10 +48,19 @@ _GOODBYE_LIMIT_S = 1.0
 _REFUSAL_S = 3.0
 """A server that refuses says so at once; after a longer silence, asking it why would only double the wait."""
 
+# Which columns and settings there are depends on the version.
 _SLOT_LOOK = sql.SQL(
-    "SELECT plugin, database, wal_status, confirmed_flush_lsn, temporary"
-    " FROM pg_catalog.pg_replication_slots WHERE slot_name = {}"
+    "SELECT s.plugin, s.database, s.wal_status, s.confirmed_flush_lsn, s.temporary,"
+    " pg_catalog.to_jsonb(s) OPERATOR(pg_catalog.->>) 'invalidation_reason',"
+    " pg_catalog.to_jsonb(s) OPERATOR(pg_catalog.->>) 'failover', ({absent_standbys})"
+    " FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = {slot}"
 )
+# What it reads stands in its command; whose command that is, every role sees of itself only.
+_READER_LOOK = sql.SQL(
+    "SELECT a.query FROM pg_catalog.pg_stat_activity a JOIN pg_catalog.pg_replication_slots s ON s.active_pid = a.pid"
+    " WHERE s.slot_name = {} AND pg_catalog.starts_with(a.query, 'START_REPLICATION')"
+)
+_RECOVERY_LOOK = sql.SQL("SELECT pg_catalog.pg_is_in_recovery()")
 _PUBLICATION_LOOK = sql.SQL("SELECT oid FROM pg_catalog.pg_publication WHERE pubname = {}")
 # Walsenders are counted where every role sees the rows, if not what they say. RDS has a role for the attribute.
 _SERVER_LOOK = """
@@ -142,11 +154,27 @@ class Session:
     # Commands: before the stream has started
 
     def look(self) -> FoundSlot | None:
-        rows = self._command(_SLOT_LOOK.format(sql.Literal(self.names.slot)), During.START)
+        rows = self._command(
+            _SLOT_LOOK.format(slot=sql.Literal(self.names.slot), absent_standbys=sql.SQL(ABSENT_STANDBYS)), During.START
+        )
         if not rows:
             return None
-        plugin, database, wal_status, confirmed, temporary = rows[0]
-        return FoundSlot(plugin, database, wal_status, Lsn.parse(confirmed) if confirmed else None, temporary == "t")
+        plugin, database, wal_status, confirmed, temporary, lost_by, failover, held_by = rows[0]
+        return FoundSlot(
+            plugin,
+            database,
+            wal_status,
+            Lsn.parse(confirmed) if confirmed else None,
+            temporary=temporary == "t",
+            lost_by=lost_by or "",
+            failover=failover == "true",
+            held_by=held_by or "",
+        )
+
+    def refuse_a_standby(self) -> None:
+        """From 16 on one decodes, but makes a slot only when its primary writes, and its outbox takes no marks."""
+        if self._command(_RECOVERY_LOOK, During.START)[0] == ["t"]:
+            raise in_recovery(self.names)
 
     def server_end(self) -> Lsn:
         """The end of the WAL that the server has flushed."""
@@ -160,12 +188,19 @@ class Session:
             create = sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(publication))
             self._command(create, During.PUBLISH)
 
-    def create(self, plugin: Plugin, *, temporary: bool) -> None:
+    def create(self, plugin: Plugin, *, temporary: bool, failover: bool = False) -> None:
         self.names = replace(self.names, plugin=plugin.name)
-        # Without NOEXPORT_SNAPSHOT the walsender stays in a transaction that holds back vacuum everywhere.
-        create = sql.SQL("CREATE_REPLICATION_SLOT {} {} LOGICAL {} NOEXPORT_SNAPSHOT")
+        # Without a word about it the walsender stays in a transaction that holds back vacuum everywhere.
+        create = sql.SQL("CREATE_REPLICATION_SLOT {} {} LOGICAL {} {}")
         kind = sql.SQL("TEMPORARY" if temporary else "")
-        self._command(create.format(sql.Identifier(self.names.slot), kind, sql.Identifier(plugin.name)), During.CREATE)
+        snapshot = sql.SQL("(SNAPSHOT 'nothing', FAILOVER true)" if failover else "NOEXPORT_SNAPSHOT")
+        names = sql.Identifier(self.names.slot), kind, sql.Identifier(plugin.name), snapshot
+        self._command(create.format(*names), During.CREATE)
+
+    def end_failover(self) -> None:
+        """The slot stays as it is otherwise."""
+        alter = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER false)")
+        self._command(alter.format(sql.Identifier(self.names.slot)), During.CREATE)
 
     def drop(self) -> None:
         drop = sql.SQL("DROP_REPLICATION_SLOT {}")
@@ -178,7 +213,18 @@ class Session:
             sql.SQL("{} {}").format(sql.Identifier(name), _option_value(value)) for name, value in plugin.options
         )
         start = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})")
-        self._command(start.format(sql.Identifier(self.names.slot), options), During.START)
+        try:
+            self._command(start.format(sql.Identifier(self.names.slot), options), During.START)
+        except StreamError as refused:
+            if refused.reason == Reason.SLOT_BUSY and self._read_for_others(plugin):
+                raise another_outbox(self.names) from None
+            raise
+
+    def _read_for_others(self, plugin: Plugin) -> bool:
+        """Whether the reader's command names another outbox; False where it cannot be seen, or is cut off."""
+        ours = _option_value(dict(plugin.options)[plugin.outbox]).as_string(self._connection)
+        rows = self._command(_READER_LOOK.format(sql.Literal(self.names.slot)), During.START)
+        return any(query.endswith(")") and ours not in query for [query] in rows if query)
 
     def _command(self, command: sql.Composable, during: During) -> list[list[str | None]]:
         """The rows of the answer. Simple protocol: a replication connection takes no bound parameters."""

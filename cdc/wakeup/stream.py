@@ -23,7 +23,7 @@ from cdc.connect import Dsn
 from cdc.errors import ProtocolError, StreamError
 from cdc.lsn import ZERO, Lsn
 from cdc.model import PLUGINS, WakeUp, message_prefix, publication_name
-from cdc.refusals import Reason, Wanted
+from cdc.refusals import Reason, Wanted, deaf
 from cdc.wakeup import pgoutput, wal2json
 from cdc.wakeup.opening import Opened, begin
 from cdc.wakeup.progress import Attempts, Progress, status_interval_s
@@ -120,6 +120,7 @@ class Stream:
         self._thread = threading.Thread(target=self._run, name="cdc-stream", daemon=True)
         self._attempts = Attempts(settings.stall_limit_s)
         self._reached = ZERO
+        self._deaf = threading.Event()
 
     @property
     def status(self) -> StreamStatus:
@@ -127,6 +128,10 @@ class Stream:
 
     def start(self) -> None:
         self._thread.start()
+
+    def is_deaf(self) -> None:
+        """Somebody has seen that the slot rings for nothing: look at it again. From any thread."""
+        self._deaf.set()
 
     def stop(self, timeout_s: float) -> bool:
         """Confirm, leave, end the thread. False if it has not ended in time: a connection attempt cannot be cut."""
@@ -200,6 +205,7 @@ class Stream:
             plugin,
             interval_s=status_interval_s(self._settings.wal_sender_timeout_s),
             stall_limit_s=self._attempts.stall_limit_s,
+            deaf=self._deaf,
         )
 
     def _learn(self, ended: StreamError, reader: _Reader | None) -> StreamError:
@@ -344,8 +350,17 @@ class _Reader:
     """One session, from START to its end."""
 
     def __init__(
-        self, session: Session, report: _Report, plugin: Plugin, *, interval_s: float, stall_limit_s: float
+        self,
+        session: Session,
+        report: _Report,
+        plugin: Plugin,
+        *,
+        interval_s: float,
+        stall_limit_s: float,
+        deaf: threading.Event,
     ) -> None:
+        deaf.clear()
+        self._deaf = deaf
         self._session = session
         self._report = report
         self._plugin = plugin
@@ -364,6 +379,8 @@ class _Reader:
                 received = self._session.receive(_BATCH)
                 if received:
                     self._read_batch(received)
+                if self._deaf.is_set():
+                    raise deaf(self._session.names)
                 now = time.monotonic()
                 self._speak_if_due(now)
                 # Something came, so there may be more: only an empty look is followed by a wait.

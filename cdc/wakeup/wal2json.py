@@ -27,7 +27,7 @@ _WAKEUP = fast_make(WakeUp)
 
 def plugin(prefix: str) -> Plugin:
     """wal2json, ringing for messages with ``prefix`` (``cdc.model.message_prefix``) only."""
-    return Plugin("wal2json", options(prefix), Decoder(prefix), UsualMessages(prefix))
+    return Plugin("wal2json", options(prefix), Decoder(prefix), UsualMessages(prefix), outbox="add-msg-prefixes")
 
 
 def options(prefix: str) -> tuple[tuple[str, str], ...]:

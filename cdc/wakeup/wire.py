@@ -47,13 +47,15 @@ class Plugin:
     """An output plugin as the stream needs it: its options at START_REPLICATION, and how to read its messages.
 
     ``decode_all``: many CopyData messages at once, which is quicker; None where they are to be read one by one.
-    ``publication``: one that must be there, with nothing in it, before the slot is made.
+    ``publication``: one that must be there, with nothing in it, before the slot is made. ``outbox``: the option that
+    says which outbox it rings for.
     """
 
     name: str
     options: tuple[tuple[str, str], ...]
     decode: Decode
     decode_all: Callable[[Sequence[bytes | memoryview]], Heard | None]
+    outbox: str
     publication: str | None = None
 
 

@@ -396,3 +396,13 @@ def test_a_lost_slot_is_made_anew(streaming: Streaming) -> None:
             ring(db, 1)
             hears(heard, 1)
         assert slot_facts(db, "cdc")["wal_status"] != "lost"
+
+
+def test_a_slot_that_another_outbox_reads_is_told_from_one_that_is_stood_by_for(
+    streaming: Streaming, database: str, db, slot: str
+) -> None:
+    with streaming(database, slot, schema="search"), streaming(database, slot, wait=False) as (_, second):
+        eventually(lambda: second.reasons, what="the second one is refused")
+        assert second.reasons[0] == "slot_foreign"
+        assert "another outbox" in str(second.errors[0])
+        assert "CDC_SLOT_NAME" in second.errors[0].hint

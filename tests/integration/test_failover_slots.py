@@ -1,0 +1,121 @@
+"""Slots for failover, PostgreSQL 17 and later: a server rings for nothing before the standbys it names have it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from click.testing import CliRunner
+
+import cdc
+from cdc import collector, schema, slots
+from cdc.cli import cdc as root_command
+from cdc.errors import NotFoundError
+from cdc.installations import find_installation
+from cdc.throwaway import Server
+from tests.eventually import eventually, eventually_async
+from tests.fix_consumer import consuming, metric
+from tests.fix_slot import lose, slot_facts
+from tests.fix_stream import hears, ring, stream_of
+
+
+@pytest.fixture
+def modern() -> Iterator[Server]:
+    try:
+        binaries = find_installation(18)
+    except NotFoundError as missing:
+        pytest.skip(str(missing))
+    with Server(durable=False, binaries=binaries, settings={"max_slot_wal_keep_size": "32MB"}) as running:
+        yield running
+
+
+@pytest.fixture
+def admin(modern: Server) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(modern.dsn(), autocommit=True) as connection:
+        schema.install(connection, "public")
+        slots.create(connection, "x", plugin="pgoutput", failover=True)
+        yield connection
+
+
+def absent_standby(admin: psycopg.Connection) -> None:
+    admin.execute("SELECT pg_create_physical_replication_slot('phys')")
+    admin.execute("ALTER SYSTEM SET synchronized_standby_slots = 'phys'")
+    admin.execute("SELECT pg_reload_conf()")
+    eventually(lambda: admin.execute("SHOW synchronized_standby_slots").fetchone() == ("phys",))
+
+
+def test_a_stream_that_would_be_deaf_goes_on_without_failover_and_says_so(
+    modern: Server, admin: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    absent_standby(admin)
+    with stream_of(modern.dsn(), "x") as (_, heard):
+        ring(admin, 1)
+        hears(heard, 1)
+    assert slot_facts(admin, "x")["failover"] is False
+    assert "waits for the standby slots phys, which nobody reads" in caplog.text
+
+
+def test_where_it_may_not_change_the_slot_it_leaves_it(modern: Server, admin: psycopg.Connection) -> None:
+    absent_standby(admin)
+    with stream_of(modern.dsn(), "x", recreate_slot=False):
+        assert slot_facts(admin, "x")["failover"] is True
+
+
+async def test_a_stream_that_becomes_deaf_is_mended_while_it_runs(
+    modern: Server, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(collector, "_EVERY_S", 0.2)
+    async with consuming(modern.dsn(), cdc.Router(), slot_name="x") as app:
+
+        async def streams() -> bool:
+            return metric(app.metrics.registry, "cdc_stream_connected") == 1
+
+        await eventually_async(streams)
+        assert slot_facts(admin, "x")["failover"] is True
+        absent_standby(admin)
+
+        async def mended() -> bool:
+            app._collector.look_now()
+            return slot_facts(admin, "x")["failover"] is False
+
+        await eventually_async(mended)
+        await eventually_async(streams)
+    assert "not streaming (slot_deaf)" in caplog.text
+
+
+def test_status_and_doctor_call_it_deaf(modern: Server, admin: psycopg.Connection) -> None:
+    absent_standby(admin)
+    told = CliRunner().invoke(root_command, ["slot", "status", "x", "--dsn", modern.dsn()])
+    assert told.exit_code == 1
+    assert "deaf: it is one for failover" in told.output
+    found = CliRunner().invoke(root_command, ["doctor", "--dsn", modern.dsn(), "--slot-name", "x", "--json"]).stdout
+    [slot] = [each for each in json.loads(found)["findings"] if each["id"] == "slot"]
+    assert (slot["verdict"], "nobody reads phys" in slot["detail"]) == ("fail", True)
+
+
+def test_a_lost_slot_that_is_made_anew_stays_one_for_failover(modern: Server, admin: psycopg.Connection) -> None:
+    lose(admin, "x")
+    with stream_of(modern.dsn(), "x") as (stream, heard):
+        assert stream.status.recreated == 1
+        ring(admin, 1)
+        hears(heard, 1)
+    assert slot_facts(admin, "x")["failover"] is True
+
+
+@pytest.mark.parametrize("major", [16, 18])
+def test_a_stream_that_is_led_to_a_standby_says_so_and_makes_no_slot_there(major: int) -> None:
+    try:
+        binaries = find_installation(major)
+    except NotFoundError as missing:
+        pytest.skip(str(missing))
+    with Server(durable=False, binaries=binaries) as server:
+        (server.data / "standby.signal").touch()
+        server.restart()
+        with stream_of(server.dsn(), "x", wait=False) as (_, heard):
+            eventually(lambda: heard.reasons)
+        assert heard.reasons[0] == "in_recovery"
+        done = CliRunner().invoke(root_command, ["doctor", "--dsn", server.dsn(), "--json"]).stdout
+        [plugin] = [each for each in json.loads(done)["findings"] if each["id"] == "plugin"]
+        assert plugin["verdict"] == "skip"
