@@ -110,6 +110,9 @@ class ToldError(Exception):
         self.told = told
 
 
+_NAMED = "the handler named it as failed"
+
+
 class Failed(Exception):  # noqa: N818 - see Retry
     """Raised by a batch handler: these changes failed, each with its error, and the rest is done.
 
@@ -119,6 +122,6 @@ class Failed(Exception):  # noqa: N818 - see Retry
     def __init__(self, errors: Mapping[Change, BaseException | str]) -> None:
         super().__init__(f"{len(errors)} changes of the batch failed")
         self.errors = {
-            change.seq: error if isinstance(error, BaseException) else RuntimeError(error)
+            change.seq: error if isinstance(error, BaseException) else ToldError(_NAMED, str(error))
             for change, error in errors.items()
         }

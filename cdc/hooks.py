@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
+from cdc.calls import EscapedError, call_async, is_being_cancelled
 from cdc.deadline import deadline
 from cdc.model import Change
 from cdc.routing import Hook, Router
@@ -75,14 +76,23 @@ class Hooks:
         try:
             async with deadline(_LIMIT_S):
                 if inspect.iscoroutinefunction(hook):
-                    await hook(*arguments)
+                    await call_async(hook, *arguments)
                 else:
                     await self._threads.submit(functools.partial(hook, *arguments)).future
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a hook's failure never disturbs the work
-            log.warning("hook %s: %s; the work goes on", getattr(hook, "__qualname__", hook), where(error))
+        except asyncio.CancelledError as error:
+            if is_being_cancelled():
+                raise
+            self._say(hook, error)
+        except Exception as error:  # noqa: BLE001 - a hook's failure never disturbs the work
+            self._say(hook, error)
+
+    def _say(self, hook: Hook, error: BaseException) -> None:
+        log.warning("hook %s: %s; the work goes on", getattr(hook, "__qualname__", type(hook).__name__), where(error))
 
 
 def where(error: BaseException) -> str:
     """The error's class and the line it came from. Not its text, which may quote the row; last_error has that."""
+    if isinstance(error, EscapedError):
+        error = error.error
     frames = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(error).__name__

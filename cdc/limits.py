@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, cast
 
+from cdc.calls import Begun
 from cdc.errors import ToldError
 
 _T = TypeVar("_T")
@@ -21,39 +22,6 @@ class OverrunError(ToldError):
     """The handler's time limit passed."""
 
     kind = "timeout"
-
-
-class Begun(Generic[_T]):
-    """Awaiting it goes on with a coroutine that has been sent up to its first wait, in the same task.
-
-    ``started`` on the monotonic clock. ``error``: it has failed there, and does so to whoever awaits it.
-    """
-
-    def __init__(
-        self, coroutine: Coroutine[Any, Any, _T], waits_for: Any, started: float, error: BaseException | None = None
-    ) -> None:
-        self._coroutine = coroutine
-        self._waits_for = waits_for
-        self.started = started
-        self._error = error
-
-    def __await__(self) -> Generator[Any, Any, _T]:
-        if self._error is not None:
-            raise self._error
-        waits_for = self._waits_for
-        while True:
-            thrown = sent = None
-            try:
-                sent = yield waits_for
-            except GeneratorExit:
-                self._coroutine.close()
-                raise
-            except BaseException as error:  # noqa: BLE001 - a cancellation above all: it is the coroutine's to handle
-                thrown = error
-            try:
-                waits_for = self._coroutine.throw(thrown) if thrown else self._coroutine.send(sent)
-            except StopIteration as returned:
-                return cast("_T", returned.value)
 
 
 _HEED_S = 1.0

@@ -35,7 +35,7 @@ NO_HANDLER = "none"
 ROLES = ("streaming", "standby", "sweeping", "observing")
 SOURCES = ("wal", "notify", "retry", "sweep")
 OUTCOMES = ("processed", "retried", "discarded", "dead", "interrupted")
-ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected")
+ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected", "lost")
 REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 """How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""
 OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)

@@ -19,14 +19,16 @@ from typing import Any
 import psycopg
 from pydantic import TypeAdapter, ValidationError
 
+from cdc.calls import call_here
 from cdc.connect import Dsn, connect_async
 from cdc.deadline import deadline
 from cdc.errors import CdcError, SchemaError
+from cdc.hooks import where
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import SHARDS, Change, WakeUp
 from cdc.outbox.shards import observe
-from cdc.outbox.store import INDEXED, Store
+from cdc.outbox.store import INDEXED, Store, UnreadJson
 from cdc.routing import Handler, Router
 from cdc.scope import Scope
 
@@ -150,6 +152,7 @@ class Observer:
         async with await connect_async(
             settings.dsn, application_name="cdc: observer", session=_SESSION, answer_limit_s=_ANSWER_LIMIT_S
         ) as reader:
+            reader.adapters.register_loader("jsonb", UnreadJson)
             self.connected.set()
             await observe(reader, settings.schema)
             await self._wait_for_schema(reader)
@@ -223,15 +226,17 @@ class Observer:
 
     def _validate(self, handler: Handler, adapter: TypeAdapter[Any], change: Change) -> None:
         try:
-            for row in (change.new, change.old):
-                if row is not None:
-                    adapter.validate_python(row)
+            call_here(_validate_both, adapter, change)
         except ValidationError as misfit:
-            self._metrics.observed_misfits.labels(handler.name).inc()
-            log.warning(
-                "change %s of %s does not fit the model of handler %s: %s",
-                change.id, change.entity_type, handler.name, ", ".join(sorted(_places(misfit))),
-            )  # fmt: skip
+            self._misfit(handler, change, ", ".join(sorted(_places(misfit))))
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - validators are the handler's code, too
+            self._misfit(handler, change, where(error))
+
+    def _misfit(self, handler: Handler, change: Change, why: str) -> None:
+        self._metrics.observed_misfits.labels(handler.name).inc()
+        log.warning(
+            "change %s of %s does not fit the model of handler %s: %s", change.id, change.entity_type, handler.name, why
+        )
 
     def _turn(self) -> None:
         self.turned["consumer"] = self.answered_at = _now()
@@ -252,6 +257,12 @@ class _Lately:
         if len(self._numbers) > self._bound:
             del self._numbers[next(iter(self._numbers))]
         return True
+
+
+def _validate_both(adapter: TypeAdapter[Any], change: Change) -> None:
+    for row in (change.new, change.old):
+        if row is not None:
+            adapter.validate_python(row)
 
 
 def _places(misfit: ValidationError) -> Iterable[str]:

@@ -32,25 +32,35 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import CoroutineType
 from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter
 
 from cdc import probe
+from cdc.calls import Begun, begin, call_async, call_here, is_being_cancelled
 from cdc.errors import Discard, Failed, Reject, Retry
 from cdc.grouping import Grouping
 from cdc.journal import Finished
-from cdc.limits import Begun, Limit, OverrunError
+from cdc.limits import Limit, OverrunError
+from cdc.losses import LOSSES_MAX, Losses, pause_s
 from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, fast_make
 from cdc.routing import Handler, Router
 from cdc.threads import Job, Threads
-from cdc.transactions import AskTheTableError, EndedTransactionError, Errors, MixedCausesError, Ran, Transactions
-from cdc.verdict import TooDeepError, Verdict
+from cdc.transactions import (
+    AskTheTableError,
+    ConflictError,
+    EndedTransactionError,
+    Errors,
+    LostTransactionError,
+    MixedCausesError,
+    Ran,
+    Transactions,
+)
+from cdc.verdict import LostTooOftenError, TooDeepError, Verdict
 
 log = logging.getLogger("cdc.handlers")
 
@@ -109,6 +119,7 @@ class Runner:
         self._sessions_lost = 0
         self._jobs: dict[int, Job] = {}
         """Calls in threads, by the first of their changes."""
+        self._losses = Losses()
         self._groupings = {h.name: Grouping(h.group) for h in handlers if h.group > 1}
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
         self.tasks: Mapping[asyncio.Task[Any], Sequence[Change]] = {}
@@ -140,6 +151,14 @@ class Runner:
         """The outcome of a change whose attempts have all ended with their process; None: it is to run."""
         handler = self.handler(change)
         return self._verdict.after_crash(handler, change) if handler else None
+
+    def judge(self, handler: Handler | None, change: Change, error: BaseException) -> Outcome:
+        """The outcome of a change that ``error`` kept from having one."""
+        return self._verdict.on(handler, change, error) if handler else Skipped()
+
+    def suspects(self, change: Change) -> bool:
+        """Whether its transaction was lost the last time: who shares the next one may lose it, too."""
+        return change.id in self._losses
 
     async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
         """One attempt at the handler's changes: one, or a batch. A change may have no outcome: not tried.
@@ -174,13 +193,14 @@ class Runner:
         if handler is None or not handler.single:
             return done, None
         adapter = self._adapters.get(handler.name)
+        call_one = partial(_call_with_model, handler.function, adapter) if adapter else handler.function
         seconds: list[float] = []
         unfinished = None
         began = now = time.monotonic()
         while changes and now - began < _AT_ONCE_S and not (changes[0].crashed or changes[0].chain):
             change, started = changes.popleft(), now
             probe.here("run.before_handler")
-            if call := _begin(handler, adapter, change, started):
+            if call := begin(started, call_one, change):
                 unfinished = Unfinished(change, call)
                 break
             done.append(_FINISHED((change, _PROCESSED)))
@@ -202,10 +222,10 @@ class Runner:
             if error := failed.errors.get(change.seq):
                 outcome = self._verdict.on(handler, change, error)
         except asyncio.CancelledError as error:
-            if _being_cancelled():
+            if is_being_cancelled():
                 raise
             outcome = self._verdict.on(handler, change, error)
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
             outcome = self._verdict.on(handler, change, error)
         self._durations[handler.name].observe(time.monotonic() - call.started)
         self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
@@ -240,9 +260,9 @@ class Runner:
         given: list[Change] = []
         for change in changes:
             try:
-                given.append(_with_model(adapter, change))
+                given.append(call_here(_with_model, adapter, change))
                 fitting.append(change)
-            except ValueError as error:  # pydantic's, or that of a number with more digits than Python reads
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - validators are the handler's code, too
                 outcomes[change] = self._verdict.on(handler, change, error)
         return fitting, given
 
@@ -259,21 +279,22 @@ class Runner:
             ran = await call(handler, changes, given)
             if grouping:
                 grouping.committed(len(changes), ran.calls_s, captured=ran.captured)
+        except LostTransactionError as lost:
+            return self._lost(handler, changes, lost)
         except AskTheTableError:
             raise
         except MixedCausesError:
             self._groupings[handler.name].captured = True
             return await self._attempt(handler, changes, given)
-        except asyncio.CancelledError as cancelled:
-            if _being_cancelled():
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
                 raise
-            ran = Ran({change.seq: cancelled for change in changes})
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
             if len(changes) > 1 and not isinstance(error, _ABOUT_ALL if handler.batch else EndedTransactionError):
                 if grouping:
                     grouping.rolled_back()
                 return await self._one_by_one(handler, changes, given)
             ran = Ran({change.seq: error for change in changes})
+        self._losses.forget(changes)
         done: Outcome = Committed(ran.at) if ran.at else _PROCESSED
         if not ran.errors:
             return dict.fromkeys(changes, done)
@@ -281,6 +302,16 @@ class Runner:
             change: self._verdict.on(handler, change, ran.errors[change.seq]) if change.seq in ran.errors else done
             for change in changes
         }
+
+    def _lost(self, handler: Handler, changes: Sequence[Change], lost: LostTransactionError) -> dict[Change, Outcome]:
+        """Raises it again while no change is to blame: the one is that lost so many while it ran alone."""
+        times = self._losses.add(changes)
+        if len(changes) > 1 or times < LOSSES_MAX:
+            lost.pause_s = pause_s(times)
+            raise lost
+        self._losses.forget(changes)
+        error = lost.cause if isinstance(lost, ConflictError) else LostTooOftenError(handler, times, lost)
+        return {change: self._verdict.on(handler, change, error) for change in changes}
 
     async def _one_by_one(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
@@ -360,27 +391,9 @@ def _calls(handler: Handler, given: Sequence[Change]) -> list[Sequence[Change]]:
     return [given] if handler.batch else [[change] for change in given]
 
 
-def _begin(handler: Handler, adapter: TypeAdapter[Any] | None, change: Change, started: float) -> Begun[object] | None:
-    """Call it, up to its first wait. None: it has returned."""
-    call: Any = None
-    try:
-        call = handler.function(_with_model(adapter, change) if adapter else change)
-        if type(call) is not CoroutineType:
-            call = _awaited(call)
-        return Begun(call, call.send(None), started)
-    except StopIteration:
-        return None
-    except BaseException as error:  # noqa: BLE001 - judged by whoever goes on with it
-        return Begun(call, None, started, error)
-
-
-async def _awaited(result: Awaitable[object]) -> object:
-    return await result
-
-
 async def _on_loop(handler: Handler, given: Sequence[Change], *connection: Any) -> Errors:
     try:
-        await handler.call(given, *connection)
+        await call_async(handler.call, given, *connection)
     except Failed as failed:
         return failed.errors
     return _NONE
@@ -388,19 +401,17 @@ async def _on_loop(handler: Handler, given: Sequence[Change], *connection: Any) 
 
 def _in_thread(handler: Handler, given: Sequence[Change], *connection: Any) -> Errors:
     try:
-        handler.call(given, *connection)
+        call_here(handler.call, given, *connection)
     except Failed as failed:
         return failed.errors
     return _NONE
+
+
+def _call_with_model(function: Callable[..., Any], adapter: TypeAdapter[Any], change: Change) -> Any:
+    return function(_with_model(adapter, change))
 
 
 def _with_model(adapter: TypeAdapter[Any], change: Change) -> Change:
     new = None if change.new is None else adapter.validate_python(change.new)
     old = None if change.old is None else adapter.validate_python(change.old)
     return replace(change, new=new, old=old)
-
-
-def _being_cancelled() -> bool:
-    """Whether somebody cancels this task, as against a handler that raised CancelledError by itself."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

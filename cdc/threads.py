@@ -12,7 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
+
+from cdc.calls import EscapedError, as_exception
 
 
 class Job:
@@ -20,6 +23,7 @@ class Job:
 
     def __init__(self, call: Callable[[], Any], limit_s: float | None, overran: Callable[[], None] | None) -> None:
         self.call = call
+        self.context = copy_context()
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.started_at: float | None = None  # written by the thread, read by the event loop
         self.called_off = False
@@ -100,7 +104,7 @@ class Threads:
             try:
                 if not job.called_off:
                     job.started_at = time.monotonic()
-                    result = job.call()
+                    result = job.context.run(job.call)
             except BaseException as raised:  # noqa: BLE001 - a handler's SystemExit must not end the thread unnoticed
                 error = raised
             self._ended.append((job, result, error))
@@ -125,8 +129,7 @@ def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | No
         return
     if error is None:
         future.set_result(result)
-    elif isinstance(error, Exception) and not isinstance(error, StopIteration):
-        future.set_exception(error)
+    elif isinstance(error, asyncio.CancelledError):
+        future.set_exception(EscapedError(error))  # nobody has cancelled the task that waits
     else:
-        # What would end the task that waits instead of telling it (SystemExit, GeneratorExit ...), or a future refuses.
-        future.set_exception(RuntimeError(f"the handler raised {type(error).__name__}"))
+        future.set_exception(as_exception(error))

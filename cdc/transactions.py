@@ -61,7 +61,26 @@ class Ran(NamedTuple):
 
 
 class AskTheTableError(Exception):
-    """The attempt's fate is not known here, or the change is somebody else's."""
+    """The attempt's fate is not known here, or the change is somebody else's: the table is asked after ``pause_s``."""
+
+    def __init__(self, why: str, pause_s: float = 0.1) -> None:
+        super().__init__(why)
+        self.pause_s = pause_s
+
+
+class LostTransactionError(AskTheTableError):
+    """The transaction was ended by others while the handler ran: no attempt is counted, but not for ever.
+
+    ``cause``: what the driver or the server said.
+    """
+
+    def __init__(self, why: str, cause: psycopg.Error) -> None:
+        super().__init__(why)
+        self.cause = cause
+
+
+class ConflictError(LostTransactionError):
+    """A serialization failure or a deadlock. Where they do not end they are a failed attempt like any other."""
 
 
 class EndedTransactionError(Exception):
@@ -233,5 +252,9 @@ def _marked(done: Sequence[Change], errors: Errors, rows: Sequence[tuple[object,
 
 
 def _fate(connection: psycopg.Connection | psycopg.AsyncConnection, error: psycopg.Error) -> Exception:
-    """The handler's own error, or the end of the connection: then whether it committed is not known."""
-    return AskTheTableError("the connection was lost") if connection.broken or connection.closed else error
+    """The handler's own error, or that others ended the transaction; an answer to a COMMIT may be lost with it."""
+    if connection.broken or connection.closed:
+        return LostTransactionError("the connection was lost", error)
+    if isinstance(error, psycopg.errors.SerializationFailure | psycopg.errors.DeadlockDetected):
+        return ConflictError("another transaction was in the way", error)
+    return error

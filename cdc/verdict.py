@@ -7,17 +7,19 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 from uuid import UUID
 
 from pydantic import ValidationError
 
+from cdc.calls import EscapedError
 from cdc.errors import Discard, Reject, Retry, ToldError
 from cdc.hooks import Hooks, where
 from cdc.metrics import Metrics
 from cdc.model import Change, Dead, Discarded, Outcome, Waiting
 from cdc.retry import Policy, delay_s
 from cdc.routing import Handler
-from cdc.transactions import EndedTransactionError
+from cdc.transactions import EndedTransactionError, LostTransactionError
 
 log = logging.getLogger("cdc.handlers")
 
@@ -34,6 +36,20 @@ class CrashedError(ToldError):
         super().__init__(
             f"the consumer's process ended while the handler {handler.name} ran for this change, {times} times:"
             " os._exit, a crash in C code, memory that ran out, kill -9"
+        )
+
+
+class LostTooOftenError(ToldError):
+    """The change's transaction was lost again and again while its handler ran."""
+
+    kind = "lost"
+
+    def __init__(self, handler: Handler, times: int, lost: LostTransactionError) -> None:
+        super().__init__(
+            f"its transaction was lost {times} times in a row ({lost})",
+            f"{lost} while the handler {handler.name} ran for this change, {times} times in a row: it closes or ends"
+            " its connection, crashes the server's process, or overruns a time limit of the server; the last time:"
+            f" {type(lost.cause).__name__}",
         )
 
 
@@ -88,33 +104,32 @@ class Verdict:
 
     def on(self, handler: Handler, change: Change, error: BaseException) -> Outcome:
         """The outcome of an attempt that raised ``error``."""
-        if isinstance(error, Discard):
-            return Discarded(_cut(str(error)))
-        if kind := _kind(error):
-            self.count(handler, kind)
+        if isinstance(error, EscapedError):
+            error = error.error
+        read = _read(handler, error)
+        if read.discards:
+            return Discarded(read.text)
+        if read.kind:
+            self.count(handler, read.kind)
         self._hooks.failed(change, error)
         policy = self._policies.get(handler.name, self._policy)
-        wait_s = delay_s(policy, change.attempt, self._dice(), error.after if isinstance(error, Retry) else None)
-        # What does not fit, or is too deep, will be so the next time; what was committed without its mark would be done
-        # twice.
-        if isinstance(error, Reject | ValidationError | EndedTransactionError | TooDeepError):
-            wait_s = None
-        if kind and self._failed:
+        wait_s = None if read.final else delay_s(policy, change.attempt, self._dice(), read.after_s)
+        if read.kind and self._failed:
             self._failed(
-                Failure(time.time(), handler.name, _told(error), change.entity_type, change.id, change.attempt, wait_s)
+                Failure(time.time(), handler.name, read.told, change.entity_type, change.id, change.attempt, wait_s)
             )
         if wait_s is None:
             log.error(
                 "handler %s: %s on change %s of %s, attempt %d: now a dead letter; its last_error says more",
-                handler.name, _told(error), change.id, change.entity_type, change.attempt,
+                handler.name, read.told, change.id, change.entity_type, change.attempt,
             )  # fmt: skip
-            return Dead(_cut(_text(handler, error)), handler.pauses)
+            return Dead(read.text, handler.pauses)
         log.log(
-            logging.WARNING if kind else logging.INFO,
+            logging.WARNING if read.kind else logging.INFO,
             "handler %s: %s on change %s of %s, attempt %d of %d; again in %.1f s",
-            handler.name, _told(error), change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
+            handler.name, read.told, change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
         )  # fmt: skip
-        return Waiting(wait_s, _cut(_text(handler, error)))
+        return Waiting(wait_s, read.text)
 
     def after_crash(self, handler: Handler, change: Change) -> Outcome | None:
         """The process of the attempt before has ended. None: there are attempts left."""
@@ -133,8 +148,44 @@ class Verdict:
         self._metrics.handler_errors.labels(handler.name, kind).inc()
 
 
+class _Read(NamedTuple):
+    """What is to be known of an error.
+
+    ``kind``: for the metric; None: a deliberate Retry is not an error. ``told``: for a log. ``text``: for last_error.
+    ``final``: no other attempt can succeed. ``after_s``: what the handler asks for.
+    """
+
+    kind: str | None
+    told: str
+    text: str
+    final: bool = False
+    after_s: float | None = None
+    discards: bool = False
+
+
+_FINAL = (Reject, ValidationError, EndedTransactionError, TooDeepError, LostTooOftenError)
+"""What does not fit, or is too deep, will be so the next time; what was committed without its mark would be done twice;
+and of what was lost the attempts are used up."""
+
+
+def _read(handler: Handler, error: BaseException) -> _Read:
+    """Looks at the error once: its class is the handler's, and any of its methods may raise."""
+    try:
+        if isinstance(error, Discard):
+            return _Read(None, "", _cut(str(error)), discards=True)
+        after_s = _seconds(error.after) if isinstance(error, Retry) else None
+        return _Read(_kind(error), _told(error), _cut(_text(handler, error)), isinstance(error, _FINAL), after_s)
+    except BaseException as unreadable:  # noqa: BLE001 - what a method of the error raises must not take its outcome away
+        name = type(error).__name__
+        return _Read("exception", name, _cut(f"{name}, and its text cannot be read: {type(unreadable).__name__}"))
+
+
+def _seconds(after: object) -> float | None:
+    """None where it is none: the class checks it, and may be derived from."""
+    return float(after) if isinstance(after, int | float) and 0 <= after < float("inf") else None
+
+
 def _kind(error: BaseException) -> str | None:
-    """For the metric; None: a deliberate Retry is not an error."""
     match error:
         case ToldError():
             return error.kind

@@ -75,7 +75,7 @@ class Workers:
         self._settled = asyncio.Event()
         self._later: deque[Change] = deque()
         """What may kill the process as well, and would be blamed on the suspect that happens to run."""
-        self._stopped = False
+        self._stopping = asyncio.Event()
         self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
         """Batches that wait for more, and how to tell them that they are full."""
 
@@ -84,7 +84,7 @@ class Workers:
 
     def hand_out(self) -> None:
         """Start workers for what is ready."""
-        if self._stopped:
+        if self._stopping.is_set():
             return
         ready = self._lanes.ready + len(self._started) + (0 if self._aside else len(self._later)) - len(self._unstarted)
         if ready <= 0:
@@ -102,7 +102,7 @@ class Workers:
 
     async def drain(self, seconds: float) -> None:
         """Start nothing more; give what runs so much time, then cut it off."""
-        self._stopped = True
+        self._stopping.set()
         self._put_back()
         if not self._tasks:
             return
@@ -137,7 +137,7 @@ class Workers:
         assert task is not None
         self._unstarted.discard(task)
         turns = 0
-        while not self._stopped and self._have_started():
+        while not self._stopping.is_set() and self._have_started():
             handler = self._runner.handler(self._started[0])
             done, unfinished = self._at_once(handler)
             if unfinished:
@@ -181,6 +181,8 @@ class Workers:
         except asyncio.CancelledError:
             self._leave([change])
             raise
+        except Exception as error:  # noqa: BLE001 - see _bug
+            outcome = self._bug(handler, [change], error)[change]
         self._tasks[task] = []
         self._report([Finished(change, outcome)])
 
@@ -191,7 +193,7 @@ class Workers:
             self._set_aside(change)
         elif self._aside and self._careful.wants(change):
             self._later.append(change)
-        elif self._lingering and handler is not None and handler in self._lingering:
+        elif handler is not None and handler in self._lingering and not self._alone_only(change):
             self._join(handler, change)
         else:
             self._tasks[task] = batch = [change]
@@ -212,10 +214,12 @@ class Workers:
         except AskTheTableError as unknown:
             log.info("change %s of %s is read anew: %s", batch[0].id, batch[0].entity_type, unknown)
             try:
-                await _for(_ASK_AGAIN_S, asyncio.Event())
+                await _for(unknown.pause_s, self._stopping)
             finally:
                 self._leave(batch)  # also when the session is lost meanwhile: else its key would stay shut
             return
+        except Exception as error:  # noqa: BLE001 - see _bug
+            outcomes = self._bug(handler, batch, error)
         self._careful.ended(batch)
         self._judged(batch, outcomes)
 
@@ -226,6 +230,11 @@ class Workers:
             if batch[0].crashed or self._careful.watches:
                 await self._careful.starts(batch)
         return await self._runner.run(handler, batch)
+
+    def _bug(self, handler: Handler | None, batch: Sequence[Change], error: Exception) -> dict[Change, Outcome]:
+        """What only a fault of this program raises costs its changes an attempt, and never their places."""
+        log.critical("a worker failed; this is a bug", exc_info=error)
+        return {change: self._runner.judge(handler, change, error) for change in batch}
 
     def _put_back(self) -> None:
         for waiting in (self._later, self._started):
@@ -259,7 +268,7 @@ class Workers:
         task = asyncio.current_task()
         assert task is not None
         async with self._alone:
-            if self._stopped or not await self._careful.suspects(change):
+            if self._stopping.is_set() or not await self._careful.suspects(change):
                 return
             self._aside[task] = None
             if outcome := self._runner.after_crash(change):
@@ -273,7 +282,7 @@ class Workers:
     async def _gather(self, handler: Handler, batch: list[Change]) -> None:
         """Fill a batch for a handler that takes many, or a group that shares a transaction."""
         limit = handler.batch or self._runner.group_limit(handler)
-        if limit == 1 or batch[0].crashed:
+        if limit == 1 or self._alone_only(batch[0]):
             return
         if handler.batch is None:
             limit = min(limit, 1 + self._lanes.waiting_like(batch[0]) // self._connections)
@@ -299,7 +308,11 @@ class Workers:
 
     def _for(self, handler: Handler) -> Callable[[Change], bool]:
         """What may run together with others of this handler."""
-        return lambda change: self._runner.handler(change) is handler and not change.crashed
+        return lambda change: self._runner.handler(change) is handler and not self._alone_only(change)
+
+    def _alone_only(self, change: Change) -> bool:
+        """Whether it is not to run together with others: they would pay for what it does."""
+        return change.crashed or self._runner.suspects(change)
 
     def _leave(self, batch: Iterable[Change]) -> None:
         """Without an outcome: the table knows what came of these."""
@@ -308,13 +321,17 @@ class Workers:
         self._read_anew()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        del self._tasks[task]
+        batch = self._tasks.pop(task)
         self._deaf.discard(task)
         self._unstarted.discard(task)  # it may have been cut off before its first step
-        if unattended := self._aside.pop(task, None) or self._doubted.pop(task, None):
-            self._leave([unattended])
-        if not task.cancelled() and (error := task.exception()):
+        unattended = self._aside.pop(task, None) or self._doubted.pop(task, None)
+        failed = not task.cancelled() and (error := task.exception())
+        if failed:
             log.critical("a worker failed; this is a bug", exc_info=error)
+        if unattended:
+            self._leave([unattended])
+        elif failed:
+            self._leave(batch)
         self.hand_out()
 
 

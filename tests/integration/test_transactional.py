@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 import cdc
+from cdc import losses
 from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
@@ -292,3 +293,113 @@ async def test_a_dead_letter_that_pauses_its_key_holds_it_until_somebody_has_dec
         await _all_settled(outbox_db)
     assert states(outbox_db) == {"processed": 6}
     assert [seq for seq in calls if seq != 5][1:] == [1, 2, 3, 4, 6]
+
+
+async def _close(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+    await connection.close()
+
+
+async def _terminate(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+    await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+def _close_in_thread(change: cdc.Change, connection: psycopg.Connection) -> None:
+    connection.close()
+
+
+def _terminate_in_thread(change: cdc.Change, connection: psycopg.Connection) -> None:
+    connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+async def _terminate_batch(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
+    if any(change.entity_id == "bad" for change in changes):
+        await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+@pytest.mark.parametrize("lose", [_close, _terminate, _close_in_thread, _terminate_in_thread, _terminate_batch])
+async def test_a_handler_that_loses_its_connection_is_called_ten_times_and_costs_nobody_else(
+    lose: Any, outbox: str, effects: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.01)
+    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.05)
+    router, calls = Router(), 0
+
+    if asyncio.iscoroutinefunction(lose) and lose is not _terminate_batch:
+
+        @router.on("x")
+        async def on_loop(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+            nonlocal calls
+            if change.entity_id == "bad":
+                calls += 1
+                await lose(change, connection)
+
+    elif lose is _terminate_batch:
+
+        @router.on("x", batch=20)
+        async def batch(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
+            nonlocal calls
+            calls += any(change.entity_id == "bad" for change in changes)
+            await lose(changes, connection)
+
+    else:
+
+        @router.on("x")
+        def in_thread(change: cdc.Change, connection: psycopg.Connection) -> None:
+            nonlocal calls
+            if change.entity_id == "bad":
+                calls += 1
+                lose(change, connection)
+
+    effects.execute(
+        "SELECT publish_change('x', CASE n WHEN 5 THEN 'bad' ELSE n::text END) FROM generate_series(1, 20) AS n"
+    )
+    async with consuming(outbox, router):
+        await _all_settled(effects)
+    assert states(effects) == {"dead": 1, "processed": 19}
+    assert calls == losses.LOSSES_MAX
+    [(errors, text)] = effects.execute(
+        "SELECT error_count, last_error FROM entity_changes WHERE dead_at IS NOT NULL"
+    ).fetchall()
+    assert errors == 1
+    assert text.startswith("the connection was lost while the handler")
+    assert "10 times in a row" in text
+    assert effects.execute("SELECT sum(error_count) FROM entity_changes WHERE processed").fetchone() == (0,)
+
+
+async def test_a_deadlock_with_another_transaction_counts_as_no_attempt(
+    outbox: str, effects: psycopg.Connection
+) -> None:
+    router, calls = Router(), 0
+
+    @router.on("x", max_attempts=1)
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 4:
+            await connection.execute("DO $$ BEGIN RAISE 'as the server says it' USING ERRCODE = '40P01'; END $$")
+        await _write(change, connection)
+
+    _publish(effects)
+    async with consuming(outbox, router):
+        await _all_settled(effects)
+    assert _effects(effects) == [(1, 1)]
+    assert calls == 4
+
+
+async def test_deadlocks_that_do_not_end_are_failed_attempts(
+    outbox: str, effects: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.001)
+    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.01)
+    router = Router()
+
+    @router.on("x", max_attempts=2)
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await connection.execute("DO $$ BEGIN RAISE 'as the server says it' USING ERRCODE = '40001'; END $$")
+
+    _publish(effects)
+    async with consuming(outbox, router, **_QUICK):
+        await _all_settled(effects)
+    [(errors, text)] = effects.execute("SELECT error_count, last_error FROM entity_changes").fetchall()
+    assert errors == 2
+    assert text.startswith("SerializationFailure: as the server says it")

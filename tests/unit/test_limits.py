@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from cdc.limits import Begun, Limit, OverrunError
+from cdc.calls import Begun
+from cdc.limits import Limit, OverrunError
 from tests.eventually import eventually_async
 
 

@@ -31,6 +31,9 @@ class _Waiting:
     def after_crash(self, change: Change) -> None:
         return None
 
+    def suspects(self, change: Change) -> bool:
+        return False
+
     def session_lost(self) -> None: ...
 
     def interrupted(self, change: Change) -> None: ...
