@@ -23,25 +23,32 @@ _SECRET = re.compile(
 _BEARER = re.compile(r"(\bbearer )(?=[^\s]{8})[^\s\"',;]++", re.IGNORECASE)
 
 _WORD = re.compile(r"\S++")
-_USER = re.compile(r"://[^:/@\s]*+:")
+_USER = re.compile(r":/{1,2}+[^:/@\s]*+:")
+_QUERY = re.compile(r"\?[^\s'\"<>]++")
 
 
 def mask(text: str) -> str:
-    """``text`` with the passwords of DSNs and URLs, and the values of what is called a token or secret, replaced."""
+    """``text`` without the passwords of DSNs and URLs, URLs' queries, and the values of what is called a secret."""
     text = _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1***", text))
     text = _BEARER.sub(r"\1***", text)
-    return _WORD.sub(_without_password, text) if "://" in text else text
+    return _WORD.sub(_of_a_url, text) if ":/" in text else text
 
 
-def _without_password(word: re.Match[str]) -> str:
-    """Up to the last @ of the word: a password that holds one itself is the case to guard against."""
-    text = word[0]
+def _of_a_url(word: re.Match[str]) -> str:
+    """The password ends at the last @ of the word: one that holds an @ itself is the case to guard against.
+
+    What a query holds has any name, so all of it goes.
+    """
+    before, slash, rest = word[0].partition(":/")
+    if not slash:
+        return before
+    text = f"{before}:/{_QUERY.sub('?***', rest)}"
     if "@" in text and (user := _USER.search(text)) and (at := text.rfind("@")) >= user.end():
         return f"{text[: user.end()]}***{text[at:]}"
     return text
 
 
 def without_query(url: str) -> str:
-    """A URL for people: its query, in which a token may stand, and what is before an @ in its host are left out."""
+    """A URL for people, whatever is in it: its query, in which a token may stand, and a password are left out."""
     place, question, _ = url.partition("?")
     return mask(place) + (f"{question}***" if question else "")

@@ -69,7 +69,7 @@ class _Root(click.Group):
             if ctx.params["debug"]:
                 say_lines(mask(traceback.format_exc().rstrip()))
             failure = _explained(error)
-            say(f"Error: {failure}")
+            say(f"Error: {mask(str(failure))}")
             if failure.hint:
                 say(f"  {failure.hint}")
             ctx.exit(failure.exit_code)

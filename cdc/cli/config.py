@@ -12,6 +12,7 @@ from cdc.cli.options import json_option, resolved_options
 from cdc.cli.output import print_json, print_table, put_script
 from cdc.config import SETTINGS, Resolved, Settings
 from cdc.connect import describe
+from cdc.masking import mask, without_query
 
 
 @click.group()
@@ -23,7 +24,7 @@ def config() -> None:
 @resolved_options(*SETTINGS)
 @json_option
 def show(resolved: Resolved, as_json: bool) -> None:
-    """Print each setting, its value and its source. Passwords are left out.
+    """Print each setting, its value and its source. Secrets and the queries of URLs are left out.
 
     Takes the options of cdc run, and shows what it would run with.
     """
@@ -47,6 +48,10 @@ def schema() -> None:
 def _shown(name: str, value: Any) -> Any:
     if isinstance(value, SecretStr):
         return f"(secret) {describe(value.get_secret_value())}" if name.endswith("dsn") else "(secret)"
+    if isinstance(value, str):
+        return without_query(value) if "://" in value else mask(value)
+    if isinstance(value, tuple):
+        return tuple(_shown(name, each) for each in value)
     return value
 
 

@@ -206,6 +206,36 @@ def test_config_show_names_value_and_source_and_hides_the_secret(cli: Cli, folde
     assert "hunter" not in f"{table.output}{shown}"
 
 
+SECRET = "hunter"
+WITH_SECRET = (
+    f"https://host/path?token={SECRET}", f"https://host/path?x=1&sig={SECRET}", f"https://user:{SECRET}@host/path",
+    f"unix:///run/app.sock:/x?key={SECRET}", f"postgresql://host/db?password={SECRET}", f"password={SECRET} host=db",
+    f"postgresql://host/db?sslpassword={SECRET}", f"postgresql://host/db?%70assword={SECRET}", f"x?api_key={SECRET}",
+    f"host=db options='-c my.password={SECRET}'", f"host=db sslpassword={SECRET}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", WITH_SECRET)
+def test_a_secret_in_whatever_setting_is_shown_nowhere(cli: Cli, value: str) -> None:
+    for setting in SETTINGS.values():
+        for as_json in ([], ["--json"]):
+            shown = cli("config", "show", *as_json, **{setting.variable: value})
+            assert SECRET not in shown.output, setting.name
+            assert SECRET not in str(shown.exception), setting.name
+
+
+@pytest.mark.parametrize("value", WITH_SECRET)
+def test_a_secret_in_an_argument_is_shown_in_no_error(cli: Cli, value: str) -> None:
+    for arguments in (
+        ("run", "--handlers", value), ("run", "--handlers", f"x:{value}"), ("run", value), ("run", f"--{value}"),
+        (value,), ("run", "--deliver-to", value, "--handlers", "x"), ("run", "--http-port", value),
+        ("run", "--config", value), ("outbox", "show", value), ("outbox", "list", "--since", value),
+    ):  # fmt: skip
+        shown = cli(*arguments)
+        assert shown.exit_code != 0
+        assert SECRET not in shown.output, arguments
+
+
 def test_config_schema_is_a_json_schema(cli: Cli) -> None:
     assert "slot" in json.loads(cli("config", "schema").stdout)["properties"]
 
