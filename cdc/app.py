@@ -36,6 +36,7 @@ from cdc.retry import Policy
 from cdc.routing import Router
 from cdc.runner import Runner
 from cdc.scope import Scope
+from cdc.supervisor import Supervisor
 from cdc.threads import Threads
 from cdc.transactions import Transactions
 from cdc.verdict import Verdict
@@ -99,15 +100,20 @@ class App:
         self._router = router
         self._threads = Threads(settings.threads)
         self.metrics = metrics = Metrics(settings.slot.name, router)
+        self._supervisor = Supervisor(metrics.task_ended)
         metrics.lanes_capacity.set(settings.window)
         metrics.set_role("sweeping")
         metrics.set_stream("network" if settings.stream else "disabled")
         store = Store(settings.schema_, settings.max_chain_depth, settings.scope)
-        hooks = Hooks(router)
+        self._hooks = hooks = Hooks(router)
         policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
         self._transactions = Transactions(settings.current_dsn, store, settings.transactions, router.handlers.values())
         handlers = router.handlers.values()
-        self._page = Page(metrics.registry, self._checks) if settings.http.port and settings.http.page else None
+        self._page = (
+            Page(metrics.registry, self._checks, supervisor=self._supervisor)
+            if settings.http.port and settings.http.page
+            else None
+        )
         verdict = Verdict(
             handlers, policy, hooks=hooks, metrics=metrics, failed=self._page.failed if self._page else None
         )
@@ -121,6 +127,7 @@ class App:
             slot=settings.slot.name if settings.stream else None,
             metrics=metrics,
             page=(self._page, Letters(settings.schema_)) if self._page else None,
+            supervisor=self._supervisor,
             deaf=self._slot_is_deaf,
         )
         self._stream = self._make_stream() if settings.stream else None
@@ -204,7 +211,11 @@ class App:
     @contextlib.asynccontextmanager
     async def _beside(self) -> AsyncIterator[None]:
         """All that runs beside the consumer."""
-        tasks = [asyncio.create_task(self._show()), asyncio.create_task(self._start_beside())]
+        keep = self._supervisor.keep
+        tasks = [
+            asyncio.create_task(each)
+            for each in (keep("figures", self._show), keep("hooks", self._hooks.run), self._start_beside())
+        ]
         await self._transactions.open()
         if self._delivery and not self._settings.observe:
             self._delivery.open(self.metrics)
@@ -236,12 +247,11 @@ class App:
         else:
             log.info("the stream is switched off: changes are found by sweeping")
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listener.run())
-            tasks.create_task(self._relay.run())
+            tasks.create_task(self._supervisor.keep("listener", self._listener.run))
+            tasks.create_task(self._supervisor.keep("relay", self._relay.run))
             if (age_s := self._settings.retention_s) is not None and not self._settings.observe:
-                tasks.create_task(
-                    Pruning(self._settings.current_dsn, self._settings.schema_, age_s, self.metrics).run()
-                )
+                pruning = Pruning(self._settings.current_dsn, self._settings.schema_, age_s, self.metrics)
+                tasks.create_task(self._supervisor.keep("retention", pruning.run))
 
     def _make_stream(self) -> Stream:
         settings = self._settings
@@ -257,6 +267,7 @@ class App:
                 stall_limit_s=self._limits.stall_s,
             ),
             Doorbell(self.consumer, self._relay, self.metrics, settings.slot.name, changed=self._collector.look_now),
+            self._supervisor,
         )
 
     def _slot_is_deaf(self) -> None:
@@ -311,6 +322,8 @@ class App:
             if status.connected and status.last_byte_monotonic is not None:
                 silence_s = limits.silences * status.stall_limit_s
                 checks.append(_recent("stream.last_byte", now - status.last_byte_monotonic, silence_s))
+        for name, times in self._supervisor.failing():
+            checks.append(Check(f"task.{name}", ok=False, detail=f"ended {times} times in a row"))
         return checks
 
     def _readiness(self) -> list[Check]:

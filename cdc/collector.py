@@ -25,6 +25,7 @@ from cdc.outbox.store import INDEXED, Store
 from cdc.page import Page
 from cdc.slot_state import judge
 from cdc.status import glance
+from cdc.supervisor import Supervisor
 
 log = logging.getLogger("cdc.collector")
 
@@ -54,7 +55,9 @@ class Collector:
         page: tuple[Page, Letters] | None = None,
         deaf: Callable[[], None] = lambda: None,
         every_s: float = _EVERY_S,
+        supervisor: Supervisor | None = None,
     ) -> None:
+        self._supervisor = supervisor or Supervisor()
         self._dsn = dsn
         self._store = store
         self._slot = slot
@@ -65,9 +68,9 @@ class Collector:
         self._deaf = deaf
         self._deaf_looks = 0
         self._every_s = every_s
-        self._stopping = False
+        self._stopping = threading.Event()
         self._due = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cdc-collector", daemon=True)
+        self._thread = threading.Thread(target=self._kept, name="cdc-collector", daemon=True)
         self._connection: psycopg.Connection | None = None
         self._failing: set[str] = set()
 
@@ -79,13 +82,19 @@ class Collector:
         self._due.set()
 
     def stop(self, timeout_s: float) -> None:
-        self._stopping = True
+        self._stopping.set()
         self._due.set()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
+    def _kept(self) -> None:
+        try:
+            self._supervisor.keep_here("collector", self._run, self._stopping)
+        finally:
+            self._disconnect()
+
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._stopping.is_set():
             self._metrics.loop_last_iteration.labels("collector").set_to_current_time()
             self._due.clear()
             self._collect("outbox", self._outbox, self._metrics.forget_outbox)
@@ -94,7 +103,6 @@ class Collector:
             if self._page is not None and time.monotonic() >= self._glance_at:
                 self._collect("entity types", self._glance, partial(self._page.show_outbox, None))
             self._due.wait(self._every_s)
-        self._disconnect()
 
     def _collect(self, name: str, read: Callable[[psycopg.Connection], None], forget: Callable[[], None]) -> None:
         try:

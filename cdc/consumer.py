@@ -190,23 +190,18 @@ class Consumer:
 
     async def run(self) -> None:
         """Work until stopped. Raises the error when the very first connection is refused."""
-        hooks = asyncio.create_task(self._hooks.run())
         pause_s = _RECONNECT_MIN_S
-        try:
-            while not self.stopping:
-                began = self._now()
-                error = await self._term_failure()
-                if error and not self.connected.is_set() and not self.stopping:
-                    raise error
-                if error and not self.stopping:
-                    log.warning("interrupted: %s; trying again", _sentence(error))
-                    self._metrics.interruptions.labels(_kind(error)).inc()
-                    pause_s = _RECONNECT_MIN_S if self._now() - began > _RECONNECT_MAX_S else pause_s * 2
-                    await _wait(self._stopping, min(pause_s, _RECONNECT_MAX_S))
-            await self._hooks.drain(self._settings.drain_time_s)
-        finally:
-            hooks.cancel()
-            await asyncio.wait([hooks])
+        while not self.stopping:
+            began = self._now()
+            error = await self._term_failure()
+            if error and not self.connected.is_set() and not self.stopping:
+                raise error
+            if error and not self.stopping:
+                log.warning("interrupted: %s; trying again", _sentence(error))
+                self._metrics.interruptions.labels(_kind(error)).inc()
+                pause_s = _RECONNECT_MIN_S if self._now() - began > _RECONNECT_MAX_S else pause_s * 2
+                await _wait(self._stopping, min(pause_s, _RECONNECT_MAX_S))
+        await self._hooks.drain(self._settings.drain_time_s)
 
     async def _term_failure(self) -> Exception | None:
         """Work one term. What ended it if that heals by itself or by an operator; anything else is raised: a bug."""

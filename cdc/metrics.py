@@ -39,6 +39,8 @@ ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected
 REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 """How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""
 OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
+TASKS = ("figures", "hooks", "listener", "relay", "retention", "collector", "page", "stream")
+"""What runs as long as the process does."""
 CONNECTION_KINDS = ("async", "sync")
 INTERRUPTIONS = ("connection", "statement")
 """Why a consumer began anew: it could not reach the server or lost it, or a statement failed."""
@@ -173,6 +175,10 @@ class Metrics:
         self.transaction_connections.labels(kind, "idle").set(idle)
         self.transaction_waiting.labels(kind).set(wanted)
 
+    def task_ended(self, name: str) -> None:
+        """One of TASKS has ended."""
+        self.task_ends.labels(name).inc()
+
     def delivers(self) -> None:
         """This consumer delivers to an application over HTTP: only then there are figures of it."""
         self.delivery_up = self._gauge(
@@ -284,6 +290,12 @@ class Metrics:
         self.collector_success = self._gauge(
             "cdc_collector_success", "1 if the last reading of these figures worked.", "collector"
         )
+        self.task_ends = self._counter(
+            "cdc_task_ends",
+            "Times that one ended, which nobody had asked for; it was started again.",
+            "task",
+        )
+        _start(self.task_ends, TASKS)
         self.outbox_pruned = self._counter("cdc_outbox_pruned", "Processed changes that retention has removed.")
 
     def _stream(self, slot: str) -> None:

@@ -27,6 +27,7 @@ from cdc.history import Buckets, History, Point, Reading, added_up
 from cdc.model import SHARDS
 from cdc.slot_state import Slot, judge, outlook
 from cdc.status import Outbox
+from cdc.supervisor import Supervisor
 from cdc.verdict import Failure
 
 SCHEMA = 1
@@ -58,7 +59,15 @@ _ALWAYS = [
 class Page:
     """start() once, stop() once; fed from any thread. ``checks``: those of the probes."""
 
-    def __init__(self, registry: CollectorRegistry, checks: Checks, *, every_s: float = _EVERY_S) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        checks: Checks,
+        *,
+        every_s: float = _EVERY_S,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        self._supervisor = supervisor or Supervisor()
         self._registry = registry
         self._checks = checks
         self._every_s = every_s
@@ -66,7 +75,7 @@ class Page:
         self._started = time.monotonic()
         self._history = History(round(_KEPT_S / _EVERY_S))
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cdc-page", daemon=True)
+        self._thread = threading.Thread(target=self._kept, name="cdc-page", daemon=True)
         # Each replaced whole by one writer, and read by the threads that answer.
         self._failures: dict[tuple[str, str], tuple[int, Failure]] = {}
         self._outbox: tuple[float, Outbox] | None = None
@@ -110,6 +119,9 @@ class Page:
         self._slot, self._slot_before = None, None
 
     # --- the past --------------------------------------------------------------------------------------------------
+
+    def _kept(self) -> None:
+        self._supervisor.keep_here("page", self._run, self._stopping)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

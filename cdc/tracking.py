@@ -169,7 +169,7 @@ def read_arguments(raw: bytes) -> tuple[str | None, tuple[str, ...], tuple[str, 
     arguments = raw.decode(errors="replace").split("\0")
     try:
         options = json.loads(arguments[1]) if len(arguments) > 2 and arguments[1] else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         options = {}
     named = options if isinstance(options, dict) else {}
     lists = (named.get(option) for option in ("key", "exclude"))

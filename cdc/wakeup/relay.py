@@ -77,7 +77,7 @@ def is_documented(payload: str) -> bool:
         return False
     try:
         told = json.loads(payload)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(told, dict) and told.keys() == {"table", "operation", "entity_type"}
 
@@ -210,6 +210,9 @@ class Relay:
                 log.warning("cannot relay wake-ups: %s; other consumers find their changes by sweeping",
                             error if isinstance(error, CdcError) else type(error).__name__)  # fmt: skip
                 self._lost = True
+            except Exception:
+                self._lost = True
+                raise
             talked_s = asyncio.get_running_loop().time() - began
             self._attempts = self._attempts.after(stalled=False, advanced=False, talked_s=talked_s)
             pause_s = self._attempts.pause_s(random.random(), permanent=False, standby=False)  # noqa: S311 - jitter

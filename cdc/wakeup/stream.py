@@ -24,6 +24,7 @@ from cdc.errors import ProtocolError, StreamError
 from cdc.lsn import ZERO, Lsn
 from cdc.model import PLUGINS, WakeUp, message_prefix, publication_name
 from cdc.refusals import Reason, Wanted, deaf
+from cdc.supervisor import Supervisor
 from cdc.wakeup import pgoutput, wal2json
 from cdc.wakeup.opening import Opened, begin
 from cdc.wakeup.progress import Attempts, Progress, status_interval_s
@@ -112,7 +113,8 @@ class StreamStatus:
 class Stream:
     """start() once, stop() once; in between it mends itself."""
 
-    def __init__(self, settings: StreamSettings, events: StreamEvents) -> None:
+    def __init__(self, settings: StreamSettings, events: StreamEvents, supervisor: Supervisor | None = None) -> None:
+        self._supervisor = supervisor or Supervisor()
         self._settings = settings
         self._plugins = plugins(settings.schema)
         self._report = _Report(events)
@@ -159,7 +161,7 @@ class Stream:
 
     def _attempt(self) -> StreamError:
         """Stream until something ends it; returns what it was."""
-        reader = None
+        reader, began = None, time.monotonic()
         try:
             with self._open() as session:
                 opened = begin(session, self._plugins, self._wanted())
@@ -174,6 +176,11 @@ class Stream:
             ended = StreamError(
                 str(error), reason=Reason.PROTOCOL.value, hint="it is skipped; a sweep finds the change"
             )
+        except Stopped:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever ends it, it goes on
+            self._supervisor.failed("stream", began, error)
+            ended = StreamError(type(error).__name__, reason=Reason.PROTOCOL.value, hint="this is a bug; see the log")
         return self._learn(ended, reader)
 
     def _open(self) -> Session:
