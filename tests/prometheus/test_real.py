@@ -127,6 +127,7 @@ def test_handlers_that_fail_and_what_they_leave_behind(scene: Scene) -> None:
 
     scene.fires("CdcHandlerFailing", work, job="well", handler="bad")
     scene.fires("CdcDeadChanges", job="well")
+    scene.fires("CdcDeadChangesLeft", job="well")
 
 
 def test_every_panel_shows_something(scene: Scene) -> None:
@@ -227,6 +228,12 @@ def test_a_slot_that_nobody_reads_is_told_of_though_no_consumer_is_there_to_tell
 
     for name in ("cdc", "cdc_forgotten"):
         scene.fires("CdcOrphanSlot", write, slot_name=name)
+
+
+def test_of_several_installations_one_whose_only_consumer_is_killed(scene: Scene) -> None:
+    scene.processes["lonely"].kill()
+    scene.fires("CdcTargetDown", job="lonely")
+    scene.fires("CdcAbsent", job="lonely")
 
 
 def test_nothing_is_left_out(scene: Scene) -> None:
