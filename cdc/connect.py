@@ -301,15 +301,23 @@ def explain(error: Exception) -> CdcError | None:
 
 def _meaning(code: str, said: str) -> tuple[type[CdcError], str]:
     if code == "42501":
-        return CdcError, "connect as the owner of the object, or GRANT this role what it lacks"
+        return CdcError, (
+            "connect as the owner of the object, or GRANT this role what it lacks; where row-level security is meant, "
+            "switch it off for the outbox, or ALTER ROLE ... BYPASSRLS"
+        )
     if code in _MISSING and (code == "3F000" or "entity_change" in said):
         return SchemaError, "run cdc db install, with the --schema the consumer uses"
+    if code == "25006":
+        return ConnectError, STANDBY
     if code.startswith("08") or code in {"57P01", "57P02", "57P03"}:
         return ConnectError, "look at the server's log; then try again"
     if code in {"55P03", "57014", "40P01", "40001"}:
         return CdcError, "another session was in the way (see pg_stat_activity); try again"
     return CdcError, ""
 
+
+STANDBY = "the server is a standby, or has become one: list all hosts in the DSN, with target_session_attrs=read-write"
+"""What a refusal to write means in a session of ours, whose transactions are not read only by default."""
 
 _MISSING = {"3F000", "42P01", "42703", "42883"}  # schema, table, column, function
 

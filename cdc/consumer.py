@@ -23,7 +23,7 @@ import psycopg
 
 from cdc import probe
 from cdc.careful import Careful
-from cdc.connect import Dsn, connect_async
+from cdc.connect import STANDBY, Dsn, connect_async
 from cdc.deadline import deadline, unless
 from cdc.demand import Demand
 from cdc.errors import CdcError, SchemaError
@@ -472,6 +472,8 @@ def _sentence(error: Exception) -> str:
     """What happened, without row content: a server's DETAIL may quote it, its primary message does not."""
     if isinstance(error, CdcError):
         return f"{error} ({error.hint})" if error.hint else str(error)
+    if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+        return f"{error.diag.message_primary} [{error.sqlstate}] ({STANDBY})"
     if isinstance(error, psycopg.Error) and error.diag.message_primary:
         return f"{error.diag.message_primary} [{error.sqlstate}]"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

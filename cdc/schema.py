@@ -242,7 +242,7 @@ def verify(connection: psycopg.Connection, schema: str) -> list[Finding]:
     Needs no rights but TEMPORARY on the database, which everybody has unless it was taken away.
     """
     _check_name(schema)
-    with _explained(schema), connection.transaction(force_rollback=True):
+    with _explained(connection, schema), connection.transaction(force_rollback=True):
         connection.execute("SET LOCAL search_path = pg_catalog")
         query = _script("picture.sql")
         _run(connection, _CREATE_LEDGER, _TEMPORARY, schema)
@@ -427,7 +427,7 @@ def _exists_function(connection: psycopg.Connection, schema: str, name: str) -> 
 def _exclusively(connection: psycopg.Connection, schema: str) -> Iterator[None]:
     """One transaction, alone among those that change this schema, and never long in a queue for a table's lock."""
     _check_name(schema)
-    with _explained(schema), connection.transaction():
+    with _explained(connection, schema), connection.transaction():
         # Before the time limit: whoever holds it is installing the same, bounded by its own limit.
         connection.execute(
             "SELECT pg_catalog.pg_advisory_xact_lock(%s, pg_catalog.hashtext(%s))", [_ADVISORY_LOCK, schema]
@@ -439,7 +439,7 @@ def _exclusively(connection: psycopg.Connection, schema: str) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(schema: str) -> Iterator[None]:
+def _explained(connection: psycopg.Connection, schema: str) -> Iterator[None]:
     """Turn what the server says into one sentence with a remedy. A lost connection stays what it is."""
     try:
         yield
@@ -453,12 +453,18 @@ def _explained(schema: str) -> Iterator[None]:
             f"the role may not do this: {_said(denied)}",
             hint="connect as the owner of these objects, or have a superuser run the output of `cdc db print`",
         ) from denied
-    except errors.ReadOnlySqlTransaction as standby:
-        raise SchemaError(
-            "this server takes no writes", hint="connect to the primary (target_session_attrs=read-write)"
-        ) from standby
+    except errors.ReadOnlySqlTransaction as refused:
+        raise _read_only(connection) from refused
     except (psycopg.ProgrammingError, psycopg.NotSupportedError, psycopg.InternalError, psycopg.DataError) as refused:
         raise _refusal(schema, refused) from refused
+
+
+def _read_only(connection: psycopg.Connection) -> SchemaError:
+    if connection.execute("SELECT pg_catalog.pg_is_in_recovery()").fetchone() == (True,):
+        return SchemaError("this server is a standby and takes no writes", hint="connect to the primary "
+                           "(target_session_attrs=read-write)")  # fmt: skip
+    return SchemaError("the session is read only by default (default_transaction_read_only)", hint="is the disk full? "
+                       "else ALTER DATABASE ... RESET default_transaction_read_only, or for the role")  # fmt: skip
 
 
 def _refusal(schema: str, refused: psycopg.Error) -> CdcError:

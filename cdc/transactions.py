@@ -40,6 +40,10 @@ from cdc.routing import Handler
 _CONNECTION_LIMIT_S = 10.0
 _ANSWER_LIMIT_S = 30.0
 """For each answer to a statement of ours; the handler's have its own time limit."""
+_SESSION: Mapping[str, str] = {
+    **SERVER_TCP,  # a vanished host must not hold the lock on its row
+    "idle_in_transaction_session_timeout": "0",  # the handler's own time limit rules, from BEGIN on
+}
 
 
 Errors = Mapping[int, BaseException]
@@ -100,7 +104,7 @@ class Transactions:
     def __init__(self, dsn: Dsn, store: Store, size: int, handlers: Iterable[Handler]) -> None:
         self._store = store
         self._kinds = {handler.is_async for handler in handlers if handler.transactional}
-        arguments = partial(lent_arguments, dsn, application_name="cdc: handlers", session=SERVER_TCP)
+        arguments = partial(lent_arguments, dsn, application_name="cdc: handlers", session=_SESSION)
         self._async: AsyncConnectionPool[AsyncLink] = AsyncConnectionPool(
             "", connection_class=AsyncLink, kwargs=arguments, min_size=0, max_size=size, open=False,
             timeout=_CONNECTION_LIMIT_S, configure=_pin_async,

@@ -31,10 +31,14 @@ _PUBLISHED = """
 """
 
 
+_SESSION = {
+    "statement_timeout": _STATEMENT_LIMIT,
+    "synchronous_commit": "local",  # what is not flushed is not decoded, and no standby matters here
+}
+
+
 def decoding(subject: Subject) -> Decoding:
-    with connect(
-        subject.stream_dsn, application_name=NAME, session={"statement_timeout": _STATEMENT_LIMIT}
-    ) as connection:
+    with connect(subject.stream_dsn, application_name=NAME, session=_SESSION) as connection:
         publication = publication_name(subject.schema)
         published, allowed = _published(connection, publication), _allowed(connection)
         return Decoding(

@@ -56,6 +56,8 @@ class Server:
     version_num: int
     version: str
     in_recovery: bool
+    reads_by_default: bool
+    """Whether the database has default_transaction_read_only on; our own sessions write all the same."""
     server_time: datetime
     clock_ahead_s: float
     """Of this machine's clock."""

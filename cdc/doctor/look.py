@@ -39,6 +39,10 @@ _SERVER = """
     SELECT current_setting('server_version_num')::int AS version_num,
            split_part(current_setting('server_version'), ' ', 1) AS version,
            pg_is_in_recovery() AS in_recovery,
+           EXISTS (SELECT FROM pg_catalog.pg_db_role_setting s JOIN pg_catalog.pg_database d ON d.oid = s.setdatabase
+                     CROSS JOIN LATERAL unnest(s.setconfig) AS c (one)
+                    WHERE d.datname = current_database() AND s.setrole = 0
+                      AND c.one ~* '^default_transaction_read_only=(on|true|yes|1)$') AS reads_by_default,
            clock_timestamp() AS server_time,
            current_setting('wal_level') AS wal_level,
            (SELECT count(*) FROM pg_catalog.pg_replication_slots)::int AS slots,

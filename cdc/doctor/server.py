@@ -99,6 +99,12 @@ def recovery(server: Server) -> Finding:
             "the server is a standby and takes no writes",
             "connect to the primary: list all hosts in the DSN and add target_session_attrs=read-write",
         )
+    if server.reads_by_default:
+        return warn(
+            "a primary, but transactions are read only by default: the application's own writes fail",
+            "a host does that where the disk is full: make room, then ALTER DATABASE ... RESET"
+            " default_transaction_read_only",
+        )
     return ok("a primary")
 
 

@@ -39,6 +39,11 @@ SELECT seq, shard, id, table_schema, table_name, operation, entity_type, entity_
        caused_by, depth
 FROM {changes} LIMIT 0
 
+-- name: filtered
+-- Which tables of the outbox would show this role some of their rows only; sessions of ours are refused there.
+SELECT t.name FROM unnest(ARRAY[{regclass}, {shards_regclass}]) AS t(name)
+WHERE row_security_active(to_regclass(t.name)::oid)
+
 -- name: missing_rights
 -- What the consumer writes and this role may not. Without it each change would be handled again and again.
 SELECT 'UPDATE (' || string_agg(name, ', ') || ')', {regclass}

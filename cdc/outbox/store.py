@@ -154,6 +154,7 @@ class Store:
 
         ``settles``: also those to settle.
         """
+        await self._refuse_filtered(reader)
         try:
             await reader.execute(self._statements["check"], {})
         except (errors.UndefinedTable, errors.InvalidSchemaName):
@@ -182,6 +183,15 @@ class Store:
             raise SchemaError(
                 f"the role may not settle changes: it has no {', no '.join(grants)}",
                 hint=f"run: cdc db grant{self._option} --consumer ROLE",
+            )
+
+    async def _refuse_filtered(self, reader: psycopg.AsyncConnection) -> None:
+        """Rows that are filtered look like an outbox without work."""
+        if filtered := [name for (name,) in await self._rows(reader, "filtered", {})]:
+            raise SchemaError(
+                f"row-level security hides rows of {' and '.join(filtered)} from the role",
+                hint="ALTER TABLE ... DISABLE ROW LEVEL SECURITY (who has no rights reads nothing either), "
+                "or ALTER ROLE ... BYPASSRLS",
             )
 
     async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Sequence[WakeUp]) -> Page:

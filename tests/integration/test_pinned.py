@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import psycopg
 import pytest
+from click.testing import CliRunner
 from psycopg import sql
 
-from cdc import pinned
+from cdc import pinned, schema
+from cdc.cli import cdc as command
 from cdc.connect import connect, connect_async
+from cdc.errors import SchemaError
 from cdc.installations import Installation, find_installations
 from cdc.throwaway import Server
 
@@ -61,3 +66,21 @@ def test_options_of_ones_own_go_before_limits_and_after_nothing_that_is_pinned(
         assert connection.execute(asked).fetchone() == ("7s", "pg_catalog", "Asia/Tokyo")
     with connect(database, application_name="test", user_path=True) as connection:
         assert connection.execute(asked).fetchone() == ("7s", "public", "Asia/Tokyo")
+
+
+def test_a_database_that_is_read_only_by_default_takes_an_installation_and_doctor_warns(
+    database: str, db: psycopg.Connection
+) -> None:
+    db.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(
+        sql.Identifier(db.info.dbname)))  # fmt: skip
+    installed = CliRunner().invoke(command, ["db", "install"], env={"CDC_DSN": database})
+    assert installed.exit_code == 0, installed.output
+    found = CliRunner().invoke(command, ["doctor", "--json", "--no-stream"], env={"CDC_DSN": database})
+    [recovery] = [each for each in json.loads(found.stdout)["findings"] if "recovery" in each.values()]
+    assert "read only by default" in recovery["detail"]
+    # A session of somebody else's is told why, and not sent to look for a primary.
+    with (
+        psycopg.connect(database, autocommit=True) as theirs,
+        pytest.raises(SchemaError, match="read only by default"),
+    ):
+        schema.install(theirs, "other")

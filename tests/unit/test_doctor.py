@@ -42,7 +42,8 @@ SESSION = Session(
     sees_all_sessions=True, settings={}, idle_session_timeout_s=0, idle_in_transaction_timeout_s=0,
 )  # fmt: skip
 SERVER = Server(
-    version_num=150_018, version="15.18", in_recovery=False, server_time=datetime(2026, 10, 5, tzinfo=UTC),
+    version_num=150_018, version="15.18", in_recovery=False, reads_by_default=False,
+    server_time=datetime(2026, 10, 5, tzinfo=UTC),
     clock_ahead_s=0.1, wal_level="logical", slots=3, slots_max=10, idle_slots=("old",), walsenders=1,
     walsenders_max=10, slot_keep_bytes=10 << 30, slot_idle_timeout_s=None, notify_queue_ratio=0.0,
 )  # fmt: skip
@@ -142,6 +143,7 @@ TROUBLES: list[tuple[str, Any, Verdict, str, str]] = [
     ("version", replace(SERVER, version_num=130_014), FAIL, "too old", "upgrade"),
     ("version", replace(SERVER, server_time=datetime(2027, 12, 1, tzinfo=UTC)), WARN, "2027-11-11", "upgrade"),
     ("recovery", replace(SERVER, in_recovery=True), FAIL, "standby", "target_session_attrs"),
+    ("recovery", replace(SERVER, reads_by_default=True), WARN, "read only by default", "RESET"),
     ("clock", replace(SERVER, clock_ahead_s=-3.0), WARN, "3.0 s", "NTP"),
     ("notify-queue", replace(SERVER, notify_queue_ratio=0.6), WARN, "60%", "listens"),
     ("wal-level", replace(SERVER, wal_level="replica"), FAIL, "replica", "ALTER SYSTEM SET wal_level = logical;"),
