@@ -13,7 +13,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -32,6 +32,7 @@ from cdc.deliver import signature, target
 from cdc.durations import parse_duration
 from cdc.errors import UsageError
 from cdc.model import PLUGINS
+from cdc.ownership import others_hand
 from cdc.scope import Scope
 
 
@@ -336,10 +337,12 @@ _BY_FLAT = {setting.flat: setting for setting in SETTINGS.values()}
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The settings, and for each name in SETTINGS where its value came from."""
+    """The settings, and for each name in SETTINGS where its value came from. ``found``: in a file that nobody named."""
 
     settings: Settings
     sources: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    found: bool = False
 
     def value(self, name: str) -> Any:
         """By the name in SETTINGS; a secret stays a SecretStr."""
@@ -367,7 +370,12 @@ def load(
     secret.
     """
     environ = os.environ if environ is None else environ
-    return _resolved({**_from_file(file, environ), **_from_environment(environ), **_from_options(options or {})})
+    named = file or (Path(environ["CDC_CONFIG"]) if environ.get("CDC_CONFIG") else None)
+    from_file = _from_file(named)
+    reason = others_hand(named) if named else None
+    warnings = (f"{named}: {reason}; it is used all the same, as it was named",) if reason else ()
+    resolved = _resolved({**from_file, **_from_environment(environ), **_from_options(options or {})})
+    return replace(resolved, warnings=warnings, found=named is None)
 
 
 def from_options(options: Mapping[str, Any]) -> Settings:
@@ -443,10 +451,14 @@ def _secret_from(path: str, variable: str) -> str:
         raise UsageError(f"{named} cannot be read: {reason}", hint=hint) from None
 
 
-def _from_file(file: Path | None, environ: Mapping[str, str]) -> _Given:
-    named = file or (Path(environ["CDC_CONFIG"]) if environ.get("CDC_CONFIG") else None)
+def _from_file(named: Path | None) -> _Given:
     path = named or DEFAULT_FILE
     try:
+        if named is None and (reason := others_hand(path)):
+            raise UsageError(
+                f"there is a {path} here that somebody else may have written: {reason}",
+                hint=f"if you mean it, name it: --config {path}, or CDC_CONFIG={path}",
+            )
         document = tomllib.loads(path.read_text())
     except FileNotFoundError:
         if named is None:

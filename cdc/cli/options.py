@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
+from cdc.cli.output import say
 from cdc.config import SETTINGS, Resolved, Setting, Settings, load
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ def resolved_options(*names: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def merged(*args: Any, config_file: Path | None, **options: Any) -> Any:
-            given = {flat: options.pop(flat) for flat in flats}
-            return command(*args, resolved=load(given, file=config_file), **options)
+            resolved = load({flat: options.pop(flat) for flat in flats}, file=config_file)
+            for warning in resolved.warnings:
+                say(f"Warning: {warning}")
+            return command(*args, resolved=resolved, **options)
 
         flats = [SETTINGS[name].flat for name in names]
         with_options: Command = click.option(

@@ -21,10 +21,9 @@ from cdc.doctor.facts import (
 )
 from cdc.doctor.look import column, one
 from cdc.model import SHARDS
-from cdc.outbox.shards import lock_class
+from cdc.outbox.shards import MAY_MARK, lock_class, outbox_name
 from cdc.outbox.store import Store
 
-_CONSUMER = "cdc: shards"
 """The application name of the sessions that hold shards."""
 _MARKED = ("processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "started_by")
 """Columns a settle writes."""
@@ -87,17 +86,19 @@ _OWNING = ("SELECT", "INSERT", "UPDATE", "DELETE")
 """What a consumer does with cdc_shards."""
 _SILENT_S = 10.0
 """A consumer that owns shards looks at them every second."""
-_HOLDERS = """
-    SELECT l.pid, coalesce(a.application_name, '') AS application_name,
+_HOLDERS = f"""
+    SELECT l.pid, concat(a.application_name, ', role ', a.usename) AS name,
            (count(*) FILTER (WHERE l.objid < %(shards)s))::int AS shards,
            bool_or(l.objid = %(shards)s) AS member,
+           {MAY_MARK.format(locks="l")} AS may_mark,
            extract(epoch FROM clock_timestamp() - a.state_change)::float8 AS silent_s
       FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
      WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
        AND l.classid = (%(class)s::bigint & 4294967295)::oid
        AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
-     GROUP BY l.pid, a.application_name, a.state_change ORDER BY l.pid
-"""
+       AND l.objid <= %(shards)s
+     GROUP BY l.pid, a.application_name, a.usename, a.state_change ORDER BY l.pid
+"""  # noqa: S608 - of pieces of our own
 _TABLE = """
     SELECT format('%%I.%%I', n.nspname, c.relname) AS name,
            current_setting('autovacuum')::bool AND current_setting('track_counts')::bool AS autovacuum,
@@ -191,16 +192,20 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
 
 
 def shard_holders(connection: psycopg.Connection, name: str) -> ShardHolders:
-    parameters = {"shards": SHARDS, "class": lock_class(name)}
-    rows = connection.execute(_HOLDERS, parameters).fetchall()
+    parameters = {"shards": SHARDS, "class": lock_class(name), "outbox": outbox_name(name)}
+    # What a session calls itself says nothing: a consumer is who is a member and may mark changes.
+    rows = [
+        (pid, named, shards, member and may_mark, silent_s)
+        for pid, named, shards, member, may_mark, silent_s in connection.execute(_HOLDERS, parameters).fetchall()
+    ]
     return ShardHolders(
         held=sum(shards for _, _, shards, _, _ in rows),
-        consumers=sum(application == _CONSUMER and member for _, application, _, member, _ in rows),
-        strangers=tuple((pid, name, shards) for pid, name, shards, _, _ in rows if shards and name != _CONSUMER),
+        consumers=sum(consumer for _, _, _, consumer, _ in rows),
+        strangers=tuple((pid, named, shards) for pid, named, shards, consumer, _ in rows if not consumer),
         silent=tuple(
             (pid, shards, silent_s)
-            for pid, name, shards, _, silent_s in rows
-            if shards and name == _CONSUMER and (silent_s or 0) > _SILENT_S
+            for pid, _, shards, consumer, silent_s in rows
+            if shards and consumer and (silent_s or 0) > _SILENT_S
         ),
     )
 

@@ -111,7 +111,7 @@ def triggers(seen: tuple[Trigger, ...]) -> Finding:
 def unrouted(seen: tuple[Trigger, ...], *, subject: Subject) -> Finding:
     handles = subject.handles
     if handles is None:
-        return skip("no handlers are named (--handlers)")
+        return skip("no handlers are named here (--handlers, CDC_HANDLERS or --config)")
     # A trigger without a type gives each row that of its table.
     unwanted = sorted(
         {
@@ -142,7 +142,7 @@ def shard_holders(seen: ShardHolders) -> Finding:
             f"process {pid} ({name or 'no application name'}): {count}" for pid, name, count in seen.strangers
         )
         return fail(
-            f"sessions that are no consumers hold shards, whose changes nobody handles: {named}",
+            f"sessions that are no consumers hold shards, whose changes nobody handles, or claim a share: {named}",
             "stop that program, or end its sessions: "
             + " ".join(f"SELECT pg_terminate_backend({pid});" for pid, _, _ in seen.strangers),
         )
@@ -203,7 +203,7 @@ def handlers(subject: Subject) -> Finding:
     if subject.handlers_error is not None:
         return fail(*subject.handlers_error)
     if subject.handles is None:
-        return skip("no handlers are named (--handlers)")
+        return skip("no handlers are named here (--handlers, CDC_HANDLERS or --config)")
     return ok("they load, and no two want the same change")
 
 

@@ -58,16 +58,25 @@ _SESSION = {
     "statement_timeout": "20s",
 }
 
-_LOOK = """
-SELECT count(*) FILTER (WHERE objid = %(shards)s)::int AS members,
+# Anybody may take these locks. Who may not mark a change handles none: such a session has no share in the work. That
+# it takes a shard itself, nobody can undo but who ends it.
+MAY_MARK = """
+(to_regclass(%(outbox)s) IS NULL OR coalesce((
+  SELECT has_column_privilege(marking.usesysid, to_regclass(%(outbox)s), 'processed', 'UPDATE')
+  FROM pg_stat_activity AS marking WHERE marking.pid = {locks}.pid), false))
+"""
+"""Of the session ``{locks}.pid``; ``outbox``: the table, as ``outbox_name`` writes it."""
+
+_LOOK = f"""
+SELECT count(*) FILTER (WHERE objid = %(shards)s AND {MAY_MARK.format(locks="locks")})::int AS members,
        (count(DISTINCT objid) FILTER (WHERE objid < %(shards)s))::int AS taken
-FROM pg_locks
+FROM pg_locks AS locks
 WHERE locktype = 'advisory' AND granted AND classid = %(class)s::oid AND objsubid = 2
   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
+"""  # noqa: S608 - of pieces of our own
 
 # Since when a session is there, and from where, not every role may see.
-_MEMBERS = """
+_MEMBERS = f"""
 SELECT locks.pid, owned.shards, host(activity.client_addr) AS address,
        extract(epoch FROM clock_timestamp() - activity.backend_start)::float8 AS age_s
 FROM pg_locks AS locks
@@ -78,18 +87,20 @@ CROSS JOIN LATERAL (
 ) AS owned
 LEFT JOIN pg_stat_activity AS activity ON activity.pid = locks.pid
 WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)s::oid AND locks.objid = %(lock)s
+  AND (locks.objid <> %(shards)s OR {MAY_MARK.format(locks="locks")})
   AND locks.objsubid = 2 AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 ORDER BY locks.pid
-"""
+"""  # noqa: S608 - see _LOOK
 
 _HOLDERS = """
-SELECT locks.pid, coalesce(activity.application_name, '') AS application, count(DISTINCT locks.objid)::int AS shards,
+SELECT locks.pid, coalesce(activity.application_name, '') AS application, activity.usename AS role,
+       count(DISTINCT locks.objid)::int AS shards,
        extract(epoch FROM clock_timestamp() - activity.state_change)::float8 AS silent_s
 FROM pg_locks AS locks
 LEFT JOIN pg_stat_activity AS activity ON activity.pid = locks.pid
 WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)s::oid AND locks.objid < %(shards)s
   AND locks.objsubid = 2 AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-GROUP BY locks.pid, activity.application_name, activity.state_change
+GROUP BY locks.pid, activity.application_name, activity.usename, activity.state_change
 ORDER BY count(*) DESC, locks.pid
 LIMIT %(shown)s
 """
@@ -126,6 +137,11 @@ def lock_class(schema: str) -> int:
     return hashed - (1 << 32) if hashed >= 1 << 31 else hashed
 
 
+def outbox_name(schema: str) -> str:
+    """The outbox as ``to_regclass`` reads it."""
+    return sql.Identifier(schema, "entity_changes").as_string()
+
+
 def _hashed(schema: str) -> int:
     return zlib.crc32(f"cdc:{schema}".encode())
 
@@ -151,7 +167,7 @@ def observers(connection: psycopg.Connection, schema: str) -> list[Member]:
 
 def _sharing(connection: psycopg.Connection, schema: str, lock: int) -> list[Member]:
     with connection.cursor(row_factory=class_row(Member)) as cursor:
-        parameters = {"shards": SHARDS, "class": _hashed(schema), "lock": lock}
+        parameters = {"shards": SHARDS, "class": _hashed(schema), "lock": lock, "outbox": outbox_name(schema)}
         return cursor.execute(_MEMBERS, parameters).fetchall()
 
 
@@ -160,6 +176,7 @@ class Holder(NamedTuple):
 
     pid: int
     application: str
+    role: str | None
     shards: int
     silent_s: float | None
 
@@ -167,7 +184,8 @@ class Holder(NamedTuple):
         silent = (
             f", silent for {self.silent_s:.0f} s" if self.silent_s is not None and self.silent_s > _SILENT_S else ""
         )
-        return f"process {self.pid} ({self.application or 'no application name'}) holds {self.shards}{silent}"
+        who = f"({self.application or 'no application name'})" + (f" of role {self.role}" if self.role else "")
+        return f"process {self.pid} {who} holds {self.shards}{silent}"
 
 
 def without(holders: Sequence[Holder]) -> str:
@@ -203,7 +221,9 @@ class Session:
         self._owner = owner
         self._table = table(schema, "cdc_shards")
         self._key = lock_class(schema)
-        self._parameters = {"shards": SHARDS, "class": _hashed(schema), "key": self._key}
+        self._parameters = {
+            "shards": SHARDS, "class": _hashed(schema), "key": self._key, "outbox": outbox_name(schema)
+        }  # fmt: skip
         self._poll = select.poll()  # select.select knows no descriptor beyond 1,023
         self._poll.register(connection.fileno(), select.POLLIN)
 

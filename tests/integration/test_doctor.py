@@ -419,7 +419,7 @@ def test_a_stranger_that_holds_shards_is_named_and_not_ended(shop: str, db: psyc
         )
         found = findings(shop)["shard-holders"]
         assert found["verdict"] == "fail"
-        assert f"process {stranger.info.backend_pid} (batch): 3" in found["detail"]
+        assert f"process {stranger.info.backend_pid} (batch, role {stranger.info.user}): 3" in found["detail"]
         apply(shop, run(shop, "--fix").stdout)
         assert stranger.execute("SELECT 1").fetchone() == (1,)
 
