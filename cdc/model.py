@@ -167,14 +167,24 @@ def publication_name(schema: str) -> str:
     return f"cdc_{schema}".encode()[:63].decode(errors="ignore")
 
 
-TRIGGER = "cdc_capture"
-"""Our trigger's name on a table; an outbox outside public adds its schema, so that two may capture one table."""
+TRIGGER = "#cdc_capture"
+"""Our trigger's name on a table; an outbox outside public adds its schema, so that two may capture one table.
+
+Triggers of one event fire in the order of their names, by bytes. What another AFTER ROW trigger writes would be
+captured before the row that made it write, so ours comes before names of letters, digits and underscores.
+"""
+FORMER_TRIGGER = "cdc_capture"
+"""Its name in outboxes of before; ``cdc db upgrade`` and ``cdc track`` rename it."""
 
 
-def trigger_name(schema: str) -> str:
+def trigger_name(schema: str, stem: str = TRIGGER) -> str:
     """The name of our trigger, cut as PostgreSQL would cut it, between characters."""
-    name = TRIGGER if schema == "public" else f"{TRIGGER}_{schema}"
+    name = stem if schema == "public" else f"{stem}_{schema}"
     return name.encode()[:63].decode(errors="ignore")
+
+
+def former_trigger_name(schema: str) -> str:
+    return trigger_name(schema, FORMER_TRIGGER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Which tables are captured: one row trigger on each, with its entity type, key and excluded columns as arguments.
+"""Which tables are captured: one row trigger on each, with its entity type, key and columns as arguments.
 
 The triggers are the whole configuration; there is no table of tracked tables that could say something else. Triggers
 made by hand, as the documented SQL does, count like our own.
@@ -7,84 +7,46 @@ made by hand, as the documented SQL does, count like our own.
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import psycopg
 from psycopg import errors, sql
 
+from cdc import capturing, remarks
+from cdc.capturing import CaptureFunction
 from cdc.errors import CdcError, NotFoundError, RefusedError, UsageError
-from cdc.model import Operation, trigger_name
+from cdc.model import Operation, former_trigger_name, trigger_name
+from cdc.tracked import Asked, Fires, Table, Tracked, arguments, decide, losses
 
 _LOCK_TIMEOUT = "5s"
-_TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
-"""Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
-
-COARSE_KEY = (
-    "the key {key} does not tell the rows of {table} apart: a key coarser than the source row has no one true order"
-    " between concurrent transactions"
-)
+_OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets")
+"""Tables of the outbox itself."""
+_ENABLE = {Fires.ORIGIN: "ENABLE", Fires.ALWAYS: "ENABLE ALWAYS", Fires.REPLICA: "ENABLE REPLICA"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tracked:
-    """One capturing trigger. ``table`` is spelt as SQL wants it; an empty ``key`` is looked up at each capture."""
-
-    table: str
-    trigger: str
-    operations: tuple[Operation, ...]
-    entity_type: str | None
-    key: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    enabled: bool = True
-    ours: bool = True
-    """False for a trigger made by hand."""
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "table": self.table,
-            "trigger": self.trigger,
-            "operations": [operation.lower() for operation in self.operations],
-            "entity_type": self.entity_type,
-            "key": list(self.key),
-            "exclude": list(self.exclude),
-            "enabled": self.enabled,
-            "ours": self.ours,
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class Tracking:
     """What ``track`` did."""
 
     tracked: Tracked
     changed: bool
     """False when the trigger was there already, as asked for."""
+    before: Tracked | None = None
+    """Our trigger as it was."""
     replaced: tuple[str, ...] = ()
     """Triggers made by hand that were dropped in its favour."""
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Table:
-    oid: int
-    namespace: str
-    name: str
-    spelt: str
-    kind: str
-    root: str | None
-    columns: tuple[str, ...]
-    primary_key: tuple[str, ...]
-    unique_keys: tuple[frozenset[str], ...] = field(default=())
-    """Sets of NOT NULL columns of which no two rows have the same values."""
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """One trigger with our former name. ``refused``: why it keeps it."""
 
-    @property
-    def identifier(self) -> sql.Identifier:
-        return sql.Identifier(self.namespace, self.name)
+    table: str
+    refused: str = ""
 
 
 def track(
@@ -93,41 +55,60 @@ def track(
     table: str,
     *,
     entity_type: str | None = None,
-    operations: Sequence[Operation] = tuple(Operation),
-    key: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    replace_others: bool = False,
+    operations: Sequence[Operation] | None = None,
+    key: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    always: bool | None = None,
+    replace: bool = False,
 ) -> Tracking:
     """Capture the rows of ``table``, a name as PostgreSQL reads it, into the outbox in ``schema``.
 
-    ``key`` defaults to the column id, else to the primary key. Raises NotFoundError for a table that does not exist,
-    UsageError for one that cannot be tracked or columns it does not have, RefusedError when a trigger made by hand
-    captures it already and ``replace_others`` is not set. Writers of the table wait while the trigger is made, not
-    longer than the lock of the longest open transaction on it or 5 s.
+    What is None stays as the table's trigger has it; at first, all operations and columns, the type by the table's
+    name, and as key the column id, else the primary key. Raises NotFoundError for a table that does not exist,
+    UsageError for one that cannot be tracked or columns it does not have, RefusedError where the function could not
+    write the outbox, and, unless ``replace`` is set, when a trigger made by hand captures it already, or a type, a key,
+    or what is captured or left out would go. Writers of the table wait while the trigger is made, not longer than the
+    lock of the longest open transaction on it or 5 s.
     """
+    asked = Asked(
+        entity_type=entity_type,
+        operations=None if operations is None else tuple(operations),
+        key=None if key is None else tuple(key),
+        exclude=None if exclude is None else tuple(exclude),
+        columns=None if columns is None else tuple(columns),
+        always=always,
+    )
     with _changing(connection, table):
-        source = _resolve(connection, table)
-        capture = _capture_function(connection, schema)
+        capture = capturing.capture_function(connection, schema)
+        _refuse_incapable(capture, schema)
+        source = _resolve(connection, capture, schema, table)
         _refuse_kind(source, schema)
-        wanted = Tracked(
-            table=source.spelt,
-            trigger=trigger_name(schema),
-            operations=tuple(operation for operation in Operation if operation in operations),
-            entity_type=entity_type,
-            key=_choose_key(source, key, exclude),
-            exclude=_known_columns(source, exclude),
-        )
-        present = _triggers(connection, capture, schema, source.oid)
-        others = [trigger for trigger in present if not trigger.ours]
-        if others and not replace_others:
-            raise _doubled(source, others)
+        everywhere = _triggers(connection, capture, schema)
+        present = [each for each in everywhere if each.oid == source.oid]
+        wanted = decide(source, present, asked, trigger_name(schema))
+        before = next((each for each in present if each.ours), None)
+        others = [each for each in everywhere if (not each.ours and each.oid == source.oid) or source.oid in each.above]
+        if not replace:
+            _refuse_doubled(source, others)
+            _refuse_losses(source, before, wanted)
         for other in others:
-            _drop(connection, source, other.trigger)
-        changed = wanted not in present
+            _as_owner(connection, _drop_statement(other))
+        changed = _is_different(before, wanted, always=always)
         if changed:
             _refuse_foreign(connection, capture, source, wanted.trigger)
+            _rename_former(connection, schema, present)
             _create(connection, schema, source, wanted)
-        return Tracking(wanted, changed, tuple(other.trigger for other in others), _warnings(source, wanted))
+            _set_firing(connection, capture, schema, source, before, always=asked.always)
+        made = next(each for each in _triggers(connection, capture, schema, source.oid) if each.ours)
+        everywhere = [made, *(each for each in everywhere if each.oid != source.oid and each not in others)]
+        return Tracking(
+            tracked=made,
+            changed=changed,
+            before=before,
+            replaced=tuple(other.trigger for other in others),
+            warnings=tuple(_warnings(source, made, everywhere)),
+        )
 
 
 def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tracked]:
@@ -136,18 +117,13 @@ def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tra
     Raises NotFoundError when there is none, RefusedError with the statements to run when the role does not own it.
     """
     with _changing(connection, table):
-        source = _resolve(connection, table)
-        found = _triggers(connection, _capture_function(connection, schema), schema, source.oid)
+        capture = capturing.capture_function(connection, schema)
+        source = _resolve(connection, capture, schema, table)
+        found = _triggers(connection, capture, schema, source.oid)
         if not found:
             raise NotFoundError(f"{source.spelt} is not tracked", hint="`cdc tracked` lists the tables that are")
-        try:
-            for trigger in found:
-                _drop(connection, source, trigger.trigger)
-        except errors.InsufficientPrivilege as denied:
-            statements = "; ".join(_drop_statement(source, trigger.trigger).as_string() for trigger in found)
-            raise RefusedError(
-                f"only the owner of {source.spelt} may drop its triggers", hint=f"have the owner run: {statements}"
-            ) from denied
+        for trigger in found:
+            _as_owner(connection, _drop_statement(trigger))
         return found
 
 
@@ -155,63 +131,67 @@ def tracked(connection: psycopg.Connection, schema: str) -> list[Tracked]:
     """Every trigger that captures into ``schema``, by table; of a partitioned table that of its root."""
     with connection.transaction():
         _use_server_names(connection)
-        return _triggers(connection, _capture_function(connection, schema), schema, None)
+        return _triggers(connection, capturing.capture_function(connection, schema), schema)
 
 
-def trigger_arguments(wanted: Tracked) -> tuple[str, str]:
-    """The two arguments of capture_entity_change(): entity type ("" = by the table's name) and options."""
-    options = {"key": list(wanted.key)} | ({"exclude": list(wanted.exclude)} if wanted.exclude else {})
-    return wanted.entity_type or "", json.dumps(options, ensure_ascii=False)
+def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]:
+    """Give our triggers of before the name that fires first, each in a transaction of its own.
+
+    ACCESS EXCLUSIVE on each such table for a moment; who does not get it within 5 s, or does not own the table, leaves
+    it as it is and says so.
+    """
+    done = []
+    for each in tracked(connection, schema):
+        if each.trigger != former_trigger_name(schema):
+            continue
+        try:
+            with _changing(connection, each.table):
+                _rename(connection, each, trigger_name(schema))
+            done.append(Renaming(each.table))
+        except (CdcError, errors.DuplicateObject) as refused:
+            why = str(refused) if isinstance(refused, CdcError) else "there is one of the new name"
+            done.append(Renaming(each.table, why))
+    return done
 
 
-def read_arguments(raw: bytes) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
-    """Entity type, key and excluded columns out of pg_trigger.tgargs; what cannot be read counts as not given."""
-    arguments = raw.decode(errors="replace").split("\0")
-    try:
-        options = json.loads(arguments[1]) if len(arguments) > 2 and arguments[1] else {}
-    except (ValueError, RecursionError):
-        options = {}
-    named = options if isinstance(options, dict) else {}
-    lists = (named.get(option) for option in ("key", "exclude"))
-    key, exclude = (tuple(map(str, value)) if isinstance(value, list) else () for value in lists)
-    return arguments[0] or None, key, exclude
+def _is_different(before: Tracked | None, wanted: Tracked, *, always: bool | None) -> bool:
+    """``before`` is as the catalogs have it, with further facts, and with its copies on partitions."""
+    if before is None or before.trigger != wanted.trigger or before.broken or before.only:
+        return True
+    # A partition may fire ALWAYS beside others that do not, unless something was asked for.
+    unlike = always is not None and {copy.fires for copy in before.copies} - {wanted.fires}
+    same = (arguments(before), before.operations, before.fires) == (arguments(wanted), wanted.operations, wanted.fires)
+    return bool(unlike or before.off or not same)
 
 
-def _choose_key(source: _Table, key: Sequence[str], exclude: Sequence[str]) -> tuple[str, ...]:
-    chosen = _known_columns(source, key) or (("id",) if "id" in source.columns else source.primary_key)
-    if not chosen:
-        raise UsageError(
-            f"{source.spelt} has neither a column id nor a primary key to tell its rows apart",
-            hint="name the columns that do: --key col[,col]",
+def _refuse_losses(source: Table, before: Tracked | None, wanted: Tracked) -> None:
+    going = list(losses(source, before, wanted)) if before is not None else []
+    if going:
+        raise RefusedError(
+            f"{source.spelt} is tracked, and {'; '.join(going)}; nothing was changed",
+            hint="if that is meant, add --replace",
         )
-    hidden = [column for column in chosen if column in exclude]
-    if hidden:
-        raise UsageError(
-            f"column {hidden[0]} is in the key of {source.spelt}, so it cannot be left out",
-            hint="choose another --key, or do not exclude it: the key is written into each change as entity_id",
+
+
+def _warnings(source: Table, made: Tracked, everywhere: Sequence[Tracked]) -> Iterator[str]:
+    yield from remarks.coarse(source, made)
+    yield from map(str, remarks.faults(made))
+    yield from map(str, remarks.cautions(source, made))
+    yield from map(str, remarks.shared([each for each in everywhere if each.effective_type == made.effective_type]))
+
+
+def _refuse_incapable(capture: CaptureFunction, schema: str) -> None:
+    """A trigger whose function cannot write makes every write of the table fail."""
+    if capture.security_definer and capture.lacks:
+        raise RefusedError(
+            f"every write to a tracked table would fail: {capture.owner}, with whose rights {capture.name} runs, lacks"
+            f" {', '.join(capture.lacks)}",
+            hint="cdc doctor says more; an outbox that is gone: cdc db install"
+            + ("" if schema == "public" else f" --schema {schema}"),
         )
-    return chosen
 
 
-def _known_columns(source: _Table, named: Sequence[str]) -> tuple[str, ...]:
-    for column in named:
-        if column not in source.columns:
-            near = difflib.get_close_matches(column.lower(), {name.lower(): name for name in source.columns}, n=3)
-            likely = [name for name in source.columns if name.lower() in near]
-            raise UsageError(
-                f"{source.spelt} has no column {column}",
-                hint=f"did you mean {', '.join(likely)}?" if likely else f"its columns: {', '.join(source.columns)}",
-            )
-    return tuple(dict.fromkeys(named))
-
-
-def _warnings(source: _Table, wanted: Tracked) -> tuple[str, ...]:
-    if any(unique <= set(wanted.key) for unique in source.unique_keys):
-        return ()
-    return (COARSE_KEY.format(key=", ".join(wanted.key), table=source.spelt),)
-
-
-def _refuse_kind(source: _Table, schema: str) -> None:
+def _refuse_kind(source: Table, schema: str) -> None:
     if source.kind not in ("r", "p"):
         raise UsageError(
             f"{source.spelt} is {_KINDS.get(source.kind, 'no table')}, and only a table's rows can be captured",
@@ -219,16 +199,20 @@ def _refuse_kind(source: _Table, schema: str) -> None:
         )
     if source.root is not None:
         raise UsageError(f"{source.spelt} is a partition of {source.root}", hint=f"track {source.root}")
-    if source.namespace == schema and source.name in ("entity_changes", "cdc_migrations"):
+    if source.namespace == schema and source.name in _OURS:
         raise UsageError(f"{source.spelt} belongs to the outbox itself", hint="track the tables of your application")
 
 
-def _doubled(source: _Table, others: Sequence[Tracked]) -> CdcError:
-    names = ", ".join(other.trigger for other in others)
-    return RefusedError(
-        f"{source.spelt} is captured by {names} already, and would be captured twice",
-        hint="--replace drops that trigger in the same transaction, so that no change is missed",
-    )
+def _refuse_doubled(source: Table, others: Sequence[Tracked]) -> None:
+    if others:
+        named = ", ".join(
+            other.trigger if other.oid == source.oid else f"{other.trigger} of its partition {other.table}"
+            for other in others
+        )
+        raise RefusedError(
+            f"{source.spelt} is captured by {named} already, and would be captured twice",
+            hint="--replace drops that trigger in the same transaction, so that no change is missed",
+        )
 
 
 @contextmanager
@@ -258,7 +242,7 @@ _USER_PATH = "cdc.user_path"
 def _use_server_names(connection: psycopg.Connection) -> None:
     """Until the transaction ends, operators and functions are the server's own, whatever else the user's path offers.
 
-    Where that path counts, for the name of a table as one writes it, ``_by_user`` asks; it is kept in a setting.
+    Where that path counts, for the name of a table as one writes it, ``_as_user`` restores it; it is kept in a setting.
     """
     connection.execute(
         "SELECT pg_catalog.set_config(%s, pg_catalog.current_setting('search_path'), true),"
@@ -267,83 +251,38 @@ def _use_server_names(connection: psycopg.Connection) -> None:
     )
 
 
-def _by_user(connection: psycopg.Connection, query: str, parameters: list[Any]) -> list[tuple[Any, ...]]:
-    """The rows of a query that is safe on any path, with the names of the user's."""
+@contextmanager
+def _as_user(connection: psycopg.Connection) -> Iterator[None]:
+    """For a query that is safe on any path."""
     switch = "SELECT pg_catalog.set_config('search_path', {}, true)"
     connection.execute(switch.format("pg_catalog.current_setting(%s)").encode(), [_USER_PATH])
-    rows = connection.execute(query.encode(), parameters).fetchall()
+    yield
     connection.execute(switch.format("'pg_catalog'").encode())
-    return rows
 
 
-_SPELL = """
-SELECT table_oid, table_oid::pg_catalog.regclass::pg_catalog.text
-FROM pg_catalog.unnest(%s::pg_catalog.oid[]) AS named (table_oid)
-"""
+def _spell(connection: psycopg.Connection, oids: Collection[int]) -> dict[int, str]:
+    with _as_user(connection):
+        return capturing.spell(connection, oids)
 
 
-def _spelt(connection: psycopg.Connection, tables: Iterable[int]) -> dict[int, str]:
-    """The names of tables as the user would write them."""
-    return dict(_by_user(connection, _SPELL, [list(tables)]))
+def _triggers(
+    connection: psycopg.Connection, capture: CaptureFunction, schema: str, table: int | None = None
+) -> list[Tracked]:
+    return capturing.triggers(connection, capture.oid, schema, None if table is None else [table], spell=_spell)
 
 
-def _capture_function(connection: psycopg.Connection, schema: str) -> int:
-    row = connection.execute(
-        "SELECT pg_catalog.to_regprocedure(pg_catalog.format('%%I.capture_entity_change()', %s::text))::oid", [schema]
-    ).fetchone()
-    if row is None or row[0] is None:
-        raise NotFoundError(
-            f"schema {schema} has no capture_entity_change()", hint="run `cdc db install`, or look into --schema"
-        )
-    return int(row[0])
-
-
-_RESOLVE = """
-SELECT c.oid, n.nspname, c.relname, c.relkind,
-  CASE WHEN c.relispartition THEN pg_catalog.pg_partition_root(c.oid)::oid END,
-  ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
-        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum)
-FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-WHERE c.oid = %s::oid
-"""
-
-# Immediate, unconditional and without expressions: only such an index tells any two rows apart at any moment. A primary
-# key is listed in any case, since it is what the key defaults to.
-_UNIQUE_KEYS = """
-SELECT i.indisprimary, pg_catalog.array_agg(a.attname::text ORDER BY k.place)
-FROM pg_catalog.pg_index AS i
-CROSS JOIN LATERAL pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place)
-LEFT JOIN pg_catalog.pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-WHERE i.indrelid = %s AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND k.place <= i.indnkeyatts
-GROUP BY i.indexrelid, i.indisprimary, i.indimmediate
-HAVING pg_catalog.bool_and(coalesce(a.attnotnull, false)) AND (i.indimmediate OR i.indisprimary)
-"""
-
-
-def _resolve(connection: psycopg.Connection, name: str) -> _Table:
+def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: str, name: str) -> Table:
     try:
-        [(found,)] = _by_user(connection, "SELECT pg_catalog.to_regclass(%s)::pg_catalog.oid", [name])
+        with _as_user(connection):
+            [(oid,)] = connection.execute("SELECT pg_catalog.to_regclass(%s)::pg_catalog.oid", [name]).fetchall()
     except (errors.InvalidName, errors.SyntaxError, errors.FeatureNotSupported) as bad:
         raise UsageError(
             f"{name!r} is not the name of a table", hint='write it as in SQL: schema.table, or "Mixed Case" in quotes'
         ) from bad
-    row = connection.execute(_RESOLVE, [found]).fetchone()
-    if row is None:
+    found = {} if oid is None else capturing.tables(connection, capture.oid, schema, [oid], spell=_spell)
+    if oid not in found:
         raise NotFoundError(f"there is no table {name}", hint=_similar(connection, name))
-    oid, namespace, table, kind, root, columns = row
-    spelt = _spelt(connection, [oid, root] if root else [oid])
-    keys = connection.execute(_UNIQUE_KEYS, [oid]).fetchall()
-    return _Table(
-        oid=oid,
-        namespace=namespace,
-        name=table,
-        spelt=spelt[oid],
-        kind=kind,
-        root=spelt[root] if root else None,
-        columns=tuple(columns),
-        primary_key=next((tuple(names) for primary, names in keys if primary), ()),
-        unique_keys=tuple(frozenset(names) for _, names in keys),
-    )
+    return found[oid]
 
 
 def _similar(connection: psycopg.Connection, name: str) -> str:
@@ -354,54 +293,95 @@ def _similar(connection: psycopg.Connection, name: str) -> str:
     ).fetchall()
     bare = name.rpartition(".")[2].strip('"').lower()
     near = set(difflib.get_close_matches(bare, [table.lower() for _, table in rows], n=3))
-    spelt = sorted(_spelt(connection, [oid for oid, table in rows if table.lower() in near]).values())
+    spelt = sorted(_spell(connection, [oid for oid, table in rows if table.lower() in near]).values())
     return f"did you mean {' or '.join(spelt[:3])}?" if spelt else "write the schema with it: schema.table"
 
 
-def _triggers(connection: psycopg.Connection, capture: int, schema: str, table: int | None) -> list[Tracked]:
-    rows = connection.execute(
-        "SELECT t.tgrelid, t.tgname, t.tgtype, t.tgenabled, t.tgargs FROM pg_catalog.pg_trigger AS t"
-        " WHERE t.tgfoid = %(capture)s AND t.tgparentid = 0 AND (%(table)s::oid IS NULL OR t.tgrelid = %(table)s::oid)",
-        {"capture": capture, "table": table},
-    ).fetchall()
-    spelt = _spelt(connection, {oid for oid, *_ in rows})
-    found = []
-    for oid, trigger, bits, enabled, raw in sorted(rows, key=lambda row: (spelt[row[0]], row[1])):
-        entity_type, key, exclude = read_arguments(raw)
-        found.append(
-            Tracked(
-                table=spelt[oid],
-                trigger=trigger,
-                operations=tuple(operation for operation in Operation if bits & _TYPE_BITS[operation]),
-                entity_type=entity_type,
-                key=key,
-                exclude=exclude,
-                # O fires for writers, A also while rows are replicated into the table; D and R do not fire for writers.
-                enabled=enabled in ("O", "A"),
-                ours=trigger == trigger_name(schema),
-            )
-        )
-    return found
-
-
-def _create(connection: psycopg.Connection, schema: str, source: _Table, wanted: Tracked) -> None:
+def _create(connection: psycopg.Connection, schema: str, source: Table, wanted: Tracked) -> None:
     # OR REPLACE also enables a trigger that was disabled, and needs no ownership of the table as DROP TRIGGER does.
     connection.execute(
         sql.SQL("CREATE OR REPLACE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION {}({}, {})").format(
             sql.Identifier(wanted.trigger),
             sql.SQL(" OR ").join(sql.SQL(operation.value) for operation in wanted.operations),
-            source.identifier,
+            sql.Identifier(source.namespace, source.name),
             sql.Identifier(schema, "capture_entity_change"),
-            *map(sql.Literal, trigger_arguments(wanted)),
+            *map(sql.Literal, arguments(wanted)),
         )
     )
 
 
-def _refuse_foreign(connection: psycopg.Connection, capture: int, source: _Table, trigger: str) -> None:
+def _set_firing(
+    connection: psycopg.Connection,
+    capture: CaptureFunction,
+    schema: str,
+    source: Table,
+    before: Tracked | None,
+    *,
+    always: bool | None,
+) -> None:
+    """Have the trigger and its copies on partitions fire as they did before they were replaced, or as asked for."""
+    [made] = [each for each in _triggers(connection, capture, schema, source.oid) if each.ours]
+    was = {(copy.namespace, copy.name): copy.fires for copy in before.copies} if before else {}
+    if before is not None:
+        was[before.namespace, before.name] = before.fires
+    places = [
+        (made.namespace, made.name, made.fires),
+        *((each.namespace, each.name, each.fires) for each in made.copies),
+    ]
+    for namespace, name, fires in places:
+        kept = was.get((namespace, name), made.fires if before is None else before.fires)
+        enabled = Fires.ORIGIN if kept == Fires.DISABLED else kept
+        wanted = enabled if always is None else Fires.ALWAYS if always else Fires.ORIGIN
+        if wanted != fires:
+            _as_owner(
+                connection,
+                sql.SQL("ALTER TABLE ONLY {} {} TRIGGER {}").format(
+                    sql.Identifier(namespace, name), sql.SQL(_ENABLE[wanted]), sql.Identifier(made.trigger)
+                ),
+            )
+
+
+def _rename_former(connection: psycopg.Connection, schema: str, present: Sequence[Tracked]) -> None:
+    new = trigger_name(schema)
+    taken = any(each.trigger == new for each in present)
+    for each in present:
+        if each.trigger == former_trigger_name(schema):
+            if taken:
+                _as_owner(connection, _drop_statement(each))
+            else:
+                _rename(connection, each, new)
+
+
+def _rename(connection: psycopg.Connection, trigger: Tracked, new: str) -> None:
+    """Up to PostgreSQL 14 the copies on partitions keep their names unless they are renamed, too."""
+    places = [(trigger.namespace, trigger.name, trigger.trigger)]
+    if connection.info.server_version < 150_000:
+        places += [(copy.namespace, copy.name, copy.trigger) for copy in trigger.copies]
+    for namespace, name, old in places:
+        _as_owner(
+            connection,
+            sql.SQL("ALTER TRIGGER {} ON {} RENAME TO {}").format(
+                sql.Identifier(old), sql.Identifier(namespace, name), sql.Identifier(new)
+            ),
+        )
+
+
+def _as_owner(connection: psycopg.Connection, statement: sql.Composed) -> None:
+    """What the right TRIGGER is not enough for."""
+    try:
+        connection.execute(statement)
+    except errors.InsufficientPrivilege as denied:
+        raise RefusedError(
+            f"the role may not do this: {denied.diag.message_primary}",
+            hint=f"have the owner of the table run: {statement.as_string()}",
+        ) from denied
+
+
+def _refuse_foreign(connection: psycopg.Connection, capture: CaptureFunction, source: Table, trigger: str) -> None:
     """Replacing a trigger that somebody else made under our name would switch off what it does."""
     taken = connection.execute(
-        "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = %s AND tgname = %s AND tgfoid <> %s",
-        [source.oid, trigger, capture],
+        "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = %s::oid AND tgname = %s AND tgfoid <> %s::oid",
+        [source.oid, trigger, capture.oid],
     ).fetchone()
     if taken is not None:
         raise RefusedError(
@@ -410,9 +390,7 @@ def _refuse_foreign(connection: psycopg.Connection, capture: int, source: _Table
         )
 
 
-def _drop(connection: psycopg.Connection, source: _Table, trigger: str) -> None:
-    connection.execute(_drop_statement(source, trigger))
-
-
-def _drop_statement(source: _Table, trigger: str) -> sql.Composed:
-    return sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(trigger), source.identifier)
+def _drop_statement(trigger: Tracked) -> sql.Composed:
+    return sql.SQL("DROP TRIGGER {} ON {}").format(
+        sql.Identifier(trigger.trigger), sql.Identifier(trigger.namespace, trigger.name)
+    )

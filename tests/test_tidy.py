@@ -47,9 +47,9 @@ EXPLAINED_ELSEWHERE = {("cdc/routing.py", "B004"): "the docstring of the functio
 PURE = (
     "model", "errors", "lsn", "probe", "routing", "lanes", "intake", "retry", "shares", "refusals",
     "wakeup/wire", "wakeup/wal2json", "wakeup/pgoutput", "wakeup/progress",
-    "slot_state", "amounts", "history", "printable", "masking", "doctor/findings", "doctor/facts", "doctor/server",
-    "doctor/doorbell", "doctor/outbox", "doctor/script", "deliver/target", "deliver/signature", "deliver/cloudevents",
-    "deliver/answers", "whatsapp/events", "whatsapp/rows",
+    "slot_state", "amounts", "history", "printable", "masking", "tracked", "remarks", "doctor/findings", "doctor/facts",
+    "doctor/server", "doctor/doorbell", "doctor/outbox", "doctor/tables", "doctor/script", "deliver/target",
+    "deliver/signature", "deliver/cloudevents", "deliver/answers", "whatsapp/events", "whatsapp/rows",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
                 "www.postgresql.org", "www.w3.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip

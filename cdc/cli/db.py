@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cdc import remarks
 from cdc.cli.options import database_options, json_option, open_database, settings_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put_script, say
 from cdc.config import Settings
@@ -14,6 +15,7 @@ from cdc.errors import UsageError
 
 if TYPE_CHECKING:
     from cdc.catalogs import Finding
+    from cdc.connect import Connection
     from cdc.schema import Migration
 
 with_option = click.option(
@@ -57,6 +59,7 @@ def install(*, settings: Settings, sets: tuple[str, ...], dry_run: bool, keep_pr
             return
         schema.on_warning(connection, say)
         applied = schema.install(connection, settings.schema_, sets, keep_processor=keep_processor)
+        _put_in_order(connection, settings.schema_)
         findings = schema.verify(connection, settings.schema_)
     _report(settings.schema_, applied)
     if keep_processor:
@@ -77,6 +80,7 @@ def upgrade(settings: Settings, dry_run: bool) -> None:
             return
         schema.on_warning(connection, say)
         applied, repaired = schema.upgrade(connection, settings.schema_)
+        _put_in_order(connection, settings.schema_)
         left = schema.verify(connection, settings.schema_)
     _report(settings.schema_, applied)
     for finding in repaired:
@@ -88,11 +92,17 @@ def upgrade(settings: Settings, dry_run: bool) -> None:
 @database_options
 @json_option
 def verify(settings: Settings, as_json: bool) -> None:
-    """Compare the objects with this version; exit 1 if anything is missing or different."""
-    from cdc import schema  # noqa: PLC0415 - see install
+    """Compare the objects with this version, and the triggers with their tables; exit 1 if anything does not fit."""
+    from cdc import catalogs, schema, tracking  # noqa: PLC0415 - see install
 
     with open_database(settings) as connection:
         findings = schema.verify(connection, settings.schema_)
+        if not any(each.object == "function capture_entity_change()" for each in findings):
+            findings += [
+                catalogs.Finding(f"trigger {each.trigger} of {each.table}", f"at fault: {fault}")
+                for each in tracking.tracked(connection, settings.schema_)
+                for fault in remarks.faults(each)
+            ]
     if as_json:
         found = [{"object": each.object, "problem": each.problem, "expected": each.expected, "found": each.found}
                  for each in findings]  # fmt: skip
@@ -202,6 +212,21 @@ def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
         dropped = schema.uninstall(connection, settings.schema_, discard_unprocessed=discard_unprocessed)
     for name in dropped:
         say(f"dropped {name}")
+
+
+def _put_in_order(connection: Connection, schema_name: str) -> None:
+    """What is no object of the schema: the names of our triggers on others' tables, and the next number."""
+    from cdc import sequence, tracking  # noqa: PLC0415 - see install
+
+    for renaming in tracking.rename_former(connection, schema_name):
+        if renaming.refused:
+            say(f"the trigger of {renaming.table} keeps its former name: {renaming.refused}")
+            say(f"  as the owner of the table: cdc track {renaming.table}")
+        else:
+            say(f"renamed the trigger of {renaming.table}, which fires before others now")
+    before = sequence.catch_up(connection, schema_name)
+    if before is not None:
+        say(f"{before.sequence} goes on behind the highest number; it was at {before.last}")
 
 
 def _print_steps(steps: Sequence[Migration], schema_name: str, keep_processor: bool = False) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from cdc.doctor.facts import Subject
     from cdc.doctor.findings import Finding
 
-_REMEDY_INDENT = "      "
-_COLOURS = {"fail": "red", "warn": "yellow", "ok": "green"}
+_REMEDY_INDENT = "        "
+_COLOURS = {"fail": "red", "warn": "yellow", "ok": "green", "unknown": "yellow"}
 
 
 @click.command()
@@ -34,7 +34,7 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
     """Check whatever "cdc run" needs, and say what mends it.
 
     Run it with the settings, the environment and the role of the consumer. It changes nothing: to prove that the output
-    plugin works it makes a temporary slot, which ends with it. Exit 1 if a check fails.
+    plugin works it makes a temporary slot, which ends with it. Exit 1 if a check fails, or nobody could look (unknown).
 
     \b
         cdc doctor --fix > fix.sql; psql -f fix.sql       # as a superuser, after reading it
@@ -51,7 +51,7 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
     else:
         print_findings(findings)
     _say_sum(findings)
-    bad = (Verdict.FAIL, Verdict.WARN) if strict else (Verdict.FAIL,)
+    bad = (Verdict.FAIL, Verdict.UNKNOWN, *([Verdict.WARN] if strict else []))
     click.get_current_context().exit(int(any(found.verdict in bad for found in findings)))
 
 
@@ -118,12 +118,14 @@ def _plain(found: Finding) -> dict[str, Any]:
 def print_findings(findings: Sequence[Finding]) -> None:
     width = max(len(found.check) for found in findings)
     for found in findings:
-        put(paint(f"{found.verdict:<5}", _COLOURS.get(found.verdict)), f" {found.check:<{width}}  {found.detail}")
+        put(paint(f"{found.verdict:<7}", _COLOURS.get(found.verdict)), f" {found.check:<{width}}  {found.detail}")
         for line in found.remedies:
             put(f"{_REMEDY_INDENT}{line}")
 
 
 def _say_sum(findings: Sequence[Finding]) -> None:
-    counts = {verdict: sum(found.verdict == verdict for found in findings) for verdict in ("fail", "warn", "skip")}
+    counts = {
+        verdict: sum(found.verdict == verdict for found in findings) for verdict in ("fail", "warn", "unknown", "skip")
+    }
     said = [f"{count} {verdict}" for verdict, count in counts.items() if count]
     say(f"{len(findings)} checks: {', '.join(said) if said else 'all ok'}")

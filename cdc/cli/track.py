@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Iterator, Sequence
 
 import click
 
-from cdc.cli.options import database_options, json_option, open_database
+from cdc import remarks
+from cdc.cli.options import Command, database_options, json_option, open_database
 from cdc.cli.output import print_json, print_table, say
 from cdc.config import Settings
 from cdc.errors import UsageError
 from cdc.model import Operation
+from cdc.tracked import Fires, Tracked, described, named
 
-if TYPE_CHECKING:
-    from cdc.tracking import Tracked
-
-
-def _names(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """``a,b`` as column names, exactly as the table has them."""
-    return tuple(name.strip() for name in (value or "").split(",") if name.strip())
+_NAME = re.compile(r'\s*(?:"(?P<quoted>(?:[^"]|"")+)"|(?P<plain>[^,"][^,]*?))?\s*(?:,|$)')
 
 
-def _operations(ctx: click.Context, option: click.Parameter, value: str) -> tuple[Operation, ...]:
+def _names(_ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...] | None:
+    """``a,b`` as column names, exactly as the table has them; one with a comma or outer blanks in double quotes.
+
+    None: the option is not given.
+    """
+    if not values:
+        return None
+    return tuple(name for value in values for name in _split(option, value))
+
+
+def _split(option: click.Parameter, value: str) -> Iterator[str]:
+    place = 0
+    while place < len(value):
+        found = _NAME.match(value, place)
+        if found is None:
+            raise click.BadParameter(f"{value!r}: a quote is not closed", param=option)
+        if found["quoted"] or found["plain"]:
+            yield (found["quoted"] or "").replace('""', '"') or found["plain"]
+        place = found.end()
+
+
+def _operations(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[Operation, ...] | None:
     try:
-        return tuple(Operation(name.upper()) for name in _names(ctx, option, value))
+        return None if value is None else tuple(Operation(name.upper()) for name in _split(option, value))
     except ValueError:
         raise click.BadParameter(f"{value!r}; expected insert, update, delete, or some of them") from None
+
+
+def _columns(name: str, help_text: str) -> Callable[[Command], Command]:
+    return click.option(name, metavar="COLUMNS", multiple=True, callback=_names, help=f"{help_text} May be repeated.")
 
 
 @click.command()
@@ -35,21 +57,24 @@ def _operations(ctx: click.Context, option: click.Parameter, value: str) -> tupl
     "--type", "entity_type", metavar="TYPE", help="Entity type [reaction, message, task, or the table's name]."
 )
 @click.option(
-    "--on", "operations", default="insert,update,delete", show_default=True, metavar="OPERATIONS", callback=_operations,
-    help="What to capture.",
-)  # fmt: skip
-@click.option("--key", metavar="COLUMNS", callback=_names, help="What tells rows apart [id, or the primary key].")
-@click.option("--exclude", metavar="COLUMNS", callback=_names, help="Columns that never leave the table.")
-@click.option("--replace", is_flag=True, help="Drop a capturing trigger made by hand in favour of this one.")
+    "--on", "operations", metavar="OPERATIONS", callback=_operations, help="What to capture [insert,update,delete]."
+)
+@_columns("--key", "What tells rows apart [id, or the primary key].")
+@_columns("--exclude", "Columns that never leave the table.")
+@_columns("--columns", "Instead: the only columns that leave the table; new ones do not.")
+@click.option("--always/--no-always", default=None, help="Also capture what a subscription or a restore writes [no].")
+@click.option("--replace", is_flag=True, help="Let go of what is there: other options, or a trigger made by hand.")
 @json_option
 def track(
     *,
     settings: Settings,
     table: str,
     entity_type: str | None,
-    operations: tuple[Operation, ...],
-    key: tuple[str, ...],
-    exclude: tuple[str, ...],
+    operations: tuple[Operation, ...] | None,
+    key: tuple[str, ...] | None,
+    exclude: tuple[str, ...] | None,
+    columns: tuple[str, ...] | None,
+    always: bool | None,
     replace: bool,
     as_json: bool,
 ) -> None:
@@ -59,11 +84,15 @@ def track(
         cdc track whatsapp_messages --type message --on insert
         cdc track 'shop."Order Line"' --key order_id,line --exclude card_number
 
-    TABLE is read as in SQL: quote it if it has capitals. Changes of one key are handled in their order.
+    TABLE is read as in SQL: quote it if it has capitals. Columns are named exactly; one with a comma or a blank at an
+    end is put in double quotes. Changes of one key are handled in their order.
+
+    Options that are not named stay as they are. A type, a key or an exclusion that would go is refused without
+    --replace; '' takes an option away.
     """
     from cdc import tracking  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    if not operations:
+    if operations == ():
         raise UsageError("--on names no operation", hint="insert, update, delete, or some of them")
     with open_database(settings, user_path=True) as connection:
         done = tracking.track(
@@ -74,17 +103,24 @@ def track(
             operations=operations,
             key=key,
             exclude=exclude,
-            replace_others=replace,
+            columns=columns,
+            always=always,
+            replace=replace,
         )
     for name in done.replaced:
         say(f"dropped trigger {name}")
     for warning in done.warnings:
         say(f"Warning: {warning}")
     if as_json:
-        print_json({"tracked": done.tracked.as_json(), "changed": done.changed, "warnings": done.warnings})
-    else:
-        state = "is tracked now" if done.changed else "was tracked so already"
-        say(f"{done.tracked.table} {state}: {_described(done.tracked)}")
+        before = None if done.before is None else done.before.as_json()
+        print_json({
+            "tracked": done.tracked.as_json(), "changed": done.changed, "before": before, "warnings": done.warnings,
+        })  # fmt: skip
+        return
+    if done.changed and done.before is not None:
+        say(f"{done.before.table} was tracked: {described(done.before)}")
+    state = "is tracked now" if done.changed else "was tracked so already"
+    say(f"{done.tracked.table} {state}: {described(done.tracked)}")
 
 
 @click.command()
@@ -112,16 +148,33 @@ def tracked(settings: Settings, as_json: bool) -> None:
     if as_json:
         print_json({"tracked": [each.as_json() for each in found]})
         return
-    headers = ["table", "type", "on", "key", "excluded", "trigger", "enabled"]
+    headers = ["table", "type", "on", "key", "columns", "trigger", "enabled"]
     print_table(headers, (
-        (each.table, each.entity_type or "(by table)", ",".join(each.operations).lower(),
-         ",".join(each.key) or "(by table)", ",".join(each.exclude) or None, each.trigger, each.enabled)
+        (each.table, each.entity_type or f"{each.effective_type} (by table)", _on(each),
+         named(each.key) or "(by table)", _shown(each), each.trigger, _enabled(each))
         for each in found
     ))  # fmt: skip
+    for each in found:
+        for fault in remarks.faults(each):
+            say(f"Warning: {fault}")
 
 
-def _described(tracked: Tracked) -> str:
-    parts = [",".join(tracked.operations).lower(), f"key {','.join(tracked.key)}"]
-    parts += [f"type {tracked.entity_type}"] if tracked.entity_type else []
-    parts += [f"without {','.join(tracked.exclude)}"] if tracked.exclude else []
-    return "; ".join(parts)
+def _on(tracked: Tracked) -> str:
+    return " ".join([",".join(tracked.operations).lower(), *([tracked.only] if tracked.only else [])])
+
+
+def _shown(tracked: Tracked) -> str:
+    """Which columns are captured; those that are gone with a mark."""
+    if tracked.columns:
+        return "only " + _marked(tracked.columns, tracked)
+    return "all but " + _marked(tracked.exclude, tracked) if tracked.exclude else "all"
+
+
+def _marked(columns: Sequence[str], tracked: Tracked) -> str:
+    return ",".join(named([column]) + (" (gone)" if column in tracked.missing else "") for column in columns)
+
+
+def _enabled(tracked: Tracked) -> str:
+    if tracked.off:
+        return f"not in {', '.join(copy.spelt for copy in tracked.off)}"
+    return {Fires.ORIGIN: "yes", Fires.ALWAYS: "always", Fires.REPLICA: "replica only"}.get(tracked.fires, "no")

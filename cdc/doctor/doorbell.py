@@ -6,7 +6,7 @@ import re
 
 from cdc.amounts import size, span
 from cdc.doctor.facts import Decoding, Doorbell, Link, Proof, Server, Subject
-from cdc.doctor.findings import Checks, Finding, fail, ok, skip, warn
+from cdc.doctor.findings import Checks, Finding, fail, ok, skip, unknown, warn
 from cdc.doctor.server import judge_tls, slots_free, wal_level, walsenders_free
 from cdc.refusals import Reason
 from cdc.slot_state import Slot, judge
@@ -45,7 +45,7 @@ def stream_tls(link: Link) -> Finding:
 
 def replication_role(link: Link) -> Finding:
     if link.may_replicate is None:
-        return skip("there is no connection to ask over")
+        return unknown("there is no connection to ask over")
     if link.may_replicate:
         return ok(f"{link.role} may use replication")
     return fail(
@@ -101,8 +101,10 @@ def plugin_allowed(seen: Decoding) -> Finding:
     name = seen.proofs[-1].plugin
     if seen.allowed is None:
         return ok("this server allows every plugin that is installed")
+    if not seen.allowed and seen.proofs[-1].reason is None:
+        return ok("the proof of plugin says so; only pg_read_all_settings may see output_plugin_libraries")
     if not seen.allowed:
-        return skip("only pg_read_all_settings may see output_plugin_libraries; plugin has the proof")
+        return unknown("only pg_read_all_settings may see output_plugin_libraries")
     if name in _ELEMENT.findall(seen.allowed):
         return ok(f"output_plugin_libraries has {name}")
     return fail(

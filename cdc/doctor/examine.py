@@ -2,7 +2,7 @@
 
     look, look_outbox, decoding     what there is to see, each look bounded, a failed one said          (edges)
     facts                           what was seen, as values
-    server, doorbell, outbox        the checks: facts in, one finding out                               (pure)
+    server, doorbell, outbox, tables  the checks: facts in, one finding out                               (pure)
 
 Nothing is changed: what is made for a test (a temporary slot, temporary tables) is gone afterwards.
 """
@@ -16,17 +16,18 @@ import psycopg
 
 from cdc import slots
 from cdc.connect import SERVER_TCP, connect
-from cdc.doctor import doorbell, look, look_outbox, outbox, server
+from cdc.doctor import doorbell, look, look_outbox, outbox, server, tables
 from cdc.doctor.decoding import decoding
-from cdc.doctor.facts import Doorbell, OpenTransactions, Server, Session, Subject
-from cdc.doctor.findings import Finding, Unknown, Verdict, judge
+from cdc.doctor.facts import Doorbell, Installed, OpenTransactions, Server, Session, Subject
+from cdc.doctor.findings import Absent, Finding, Unknown, Verdict, judge
 from cdc.errors import CdcError
 from cdc.slot_state import Slot
 
 T = TypeVar("T")
 _SESSION = {**SERVER_TCP, "statement_timeout": "10s", "lock_timeout": "3s"}
 _NO_CONNECTION = Unknown("there is no connection to the database")
-_NO_STREAM = Unknown("the stream is switched off (CDC_STREAM)")
+_NO_OUTBOX = Absent("there is no outbox: see schema")
+_NO_STREAM = Absent("the stream is switched off (CDC_STREAM)")
 
 
 def examine(subject: Subject) -> list[Finding]:
@@ -50,14 +51,27 @@ def _examine(subject: Subject, connection: psycopg.Connection | None) -> Iterato
     yield from judge(machine, server.SERVER)
     yield from judge(seen(lambda link: _transactions(link, subject, session)), server.TRANSACTIONS)
     yield from _doorbell(subject, seen(lambda link: slots.snapshot(link, subject.slot)), machine)
-    yield from judge(seen(lambda link: look_outbox.installed(link, subject.schema)), outbox.of_installed(subject.slot))
-    yield from judge(seen(lambda link: look_outbox.capture(link, subject.schema)), outbox.CAPTURE)
-    yield from judge(seen(lambda link: look_outbox.triggers(link, subject.schema)), outbox.of_triggers(subject))
-    yield from judge(seen(lambda link: look_outbox.rights(link, subject)), outbox.RIGHTS)
-    yield from judge(seen(lambda link: look_outbox.shard_holders(link, subject.schema)), outbox.SHARDS_HELD)
-    yield from judge(seen(lambda link: look_outbox.table(link, subject.schema)), outbox.TABLE)
-    yield from judge(seen(lambda link: look_outbox.backlog(link, subject.schema)), outbox.BACKLOG)
+    there = seen(lambda link: look_outbox.installed(link, subject.schema))
+    yield from judge(there, outbox.of_installed(subject.slot))
+    yield from _outbox(subject, connection, missing=isinstance(there, Installed) and not there.exists)
     yield from judge(subject, outbox.LOCAL)
+
+
+def _outbox(subject: Subject, connection: psycopg.Connection | None, *, missing: bool) -> Iterator[Finding]:
+    def seen(look_at: Callable[[psycopg.Connection, str], T]) -> T | Unknown | Absent:
+        if connection is None:
+            return _NO_CONNECTION
+        return _NO_OUTBOX if missing else look.known(lambda: look_at(connection, subject.schema))
+
+    yield from judge(seen(look_outbox.capture), outbox.CAPTURE)
+    yield from judge(seen(look_outbox.captured), tables.of_captured(subject))
+    yield from judge(seen(lambda link, _: look_outbox.rights(link, subject)), outbox.RIGHTS)
+    yield from judge(seen(look_outbox.row_security), outbox.ROW_SECURITY)
+    yield from judge(seen(look_outbox.readers), outbox.READERS)
+    yield from judge(seen(look_outbox.numbering), outbox.NUMBERING)
+    yield from judge(seen(look_outbox.shard_holders), outbox.SHARDS_HELD)
+    yield from judge(seen(look_outbox.table), outbox.TABLE)
+    yield from judge(seen(look_outbox.backlog), outbox.BACKLOG)
 
 
 def _transactions(connection: psycopg.Connection, subject: Subject, session: Session | Unknown) -> OpenTransactions:
@@ -68,7 +82,7 @@ def _transactions(connection: psycopg.Connection, subject: Subject, session: Ses
 def _doorbell(subject: Subject, slot: Slot | Unknown | None, machine: Server | Unknown) -> Iterable[Finding]:
     there = None if isinstance(slot, Unknown) else slot
 
-    def seen(look_at: Callable[[Subject], T]) -> T | Unknown:
+    def seen(look_at: Callable[[Subject], T]) -> T | Unknown | Absent:
         if not subject.streams:
             return _NO_STREAM
         # Where the same DSN led nowhere a moment ago, it would only take the time again.
@@ -81,7 +95,7 @@ def _doorbell(subject: Subject, slot: Slot | Unknown | None, machine: Server | U
     yield from judge(_bell(subject, slot, machine), doorbell.of_slot(subject))
 
 
-def _bell(subject: Subject, slot: Slot | Unknown | None, machine: Server | Unknown) -> Doorbell | Unknown:
+def _bell(subject: Subject, slot: Slot | Unknown | None, machine: Server | Unknown) -> Doorbell | Unknown | Absent:
     if isinstance(slot, Unknown):
         return slot
     if isinstance(machine, Unknown):

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from cdc.remarks import Remark
 from cdc.slot_state import Slot
+from cdc.tracked import Tracked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,27 +173,65 @@ class Installed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureFunction:
+    """``lacks``: what its owner may not do and has to, if it runs with the owner's rights."""
+
     name: str
     owner: str
     owner_is_superuser: bool
     security_definer: bool
     settings: tuple[str, ...]
     public_may_call: bool
+    lacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trigger:
-    """A trigger that captures. ``lacks``: columns of its key that the table does not have."""
+class Captured:
+    """Every trigger that captures, and what there is to remark about them and their tables."""
 
+    triggers: tuple[Tracked, ...]
+    remarks: tuple[Remark, ...] = ()
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        return tuple(sorted({each.table for each in self.triggers}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSecurity:
+    """Row level security of the outbox's tables: all that have it, and those where it goes for this role."""
+
+    role: str
+    tables: tuple[str, ...]
+    active: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """A role that was granted the application's data in the outbox."""
+
+    role: str
+    by_default: tuple[str, ...]
+    """What ends the default privileges that have done it."""
+    intended: bool
+    """It also has what a consumer, an operator or `cdc db grant --payload` has, and nobody else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readers:
     table: str
-    trigger: str
-    entity_type: str | None
-    operations: tuple[str, ...]
-    enabled: bool
-    lacks: tuple[str, ...]
-    disabled_partitions: tuple[str, ...]
-    enable: tuple[str, ...]
-    """The statements that enable it, here and on its partitions."""
+    owner: str
+    readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbering:
+    """``last``: the number drawn last, None where the role may not see it. ``highest``: of the rows looked at."""
+
+    role: str
+    table: str
+    sequence: str
+    last: int | None
+    highest: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

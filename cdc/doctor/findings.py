@@ -14,7 +14,10 @@ class Verdict(StrEnum):
     OK = "ok"
     WARN = "warn"
     FAIL = "fail"
+    UNKNOWN = "unknown"
+    """Nobody could look: neither well nor not."""
     SKIP = "skip"
+    """There is nothing to look at, or another check has said it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,10 @@ def fail(detail: str, remedy: str = "", *sql: str) -> Finding:
     return Finding(Verdict.FAIL, detail, remedy, sql)
 
 
+def unknown(why: str, remedy: str = "", *sql: str) -> Finding:
+    return Finding(Verdict.UNKNOWN, why, remedy, sql)
+
+
 def skip(why: str) -> Finding:
     return Finding(Verdict.SKIP, why)
 
@@ -59,14 +66,27 @@ class Unknown:
     """Stands in a fact's place where nobody could look."""
 
     why: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Stands in a fact's place where there is nothing to look at."""
+
+    why: str
 
 
 Checks = Mapping[str, Callable[[T], Finding]]
 """By their ids. Those of one mapping judge the same facts."""
 
 
-def judge(facts: T | Unknown, checks: Checks[T]) -> Iterable[Finding]:
-    """One finding of each check, in their order; where there are no facts each says why it could not look."""
+def judge(facts: T | Unknown | Absent, checks: Checks[T]) -> Iterable[Finding]:
+    """One finding of each check, in their order; where there are no facts each says why it has not looked."""
     for check, look in checks.items():
-        found = skip(facts.why) if isinstance(facts, Unknown) else look(facts)
-        yield replace(found, check=check)
+        yield replace(_judged(facts, look), check=check)
+
+
+def _judged(facts: T | Unknown | Absent, look: Callable[[T], Finding]) -> Finding:
+    if isinstance(facts, Unknown):
+        return unknown(facts.why, facts.remedy)
+    return skip(facts.why) if isinstance(facts, Absent) else look(facts)

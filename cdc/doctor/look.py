@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg import sql
+from psycopg import errors, sql
 from psycopg.rows import dict_row
 
 from cdc import slots
@@ -89,9 +89,12 @@ def known(look: Callable[[], T]) -> T | Unknown:
     try:
         return look()
     except CdcError as error:
-        return Unknown(str(error))
+        return Unknown(str(error), error.hint)
+    except (errors.UndefinedTable, errors.UndefinedColumn):
+        return Unknown("the outbox lacks what is to be looked at: see schema")
     except psycopg.Error as error:
-        return Unknown(str(explain(error)))
+        explained = explain(error)
+        return Unknown(str(explained), explained.hint if explained else "")
 
 
 def one(connection: psycopg.Connection, statement: str, parameters: Any = None, *, what: str = "it") -> dict[str, Any]:
@@ -139,7 +142,8 @@ def server(connection: psycopg.Connection) -> Server:
     before = time.time()
     row = one(connection, _SERVER)
     ahead_s = (before + time.time()) / 2 - row["server_time"].timestamp()
-    return Server(clock_ahead_s=ahead_s, **{**row, "idle_slots": tuple(row["idle_slots"])})
+    lists = {name: tuple(value) for name, value in row.items() if isinstance(value, list)}
+    return Server(clock_ahead_s=ahead_s, **{**row, **lists})
 
 
 def link(subject: Subject) -> Link:

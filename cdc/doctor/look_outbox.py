@@ -7,19 +7,26 @@ from typing import Any
 
 import psycopg
 from psycopg import errors, sql
+from psycopg.rows import dict_row
 
-from cdc import schema, tracking
+from cdc import capturing, remarks, schema, sequence
 from cdc.doctor.facts import (
     Backlog,
+    Captured,
     CaptureFunction,
     Installed,
+    Numbering,
+    Reader,
+    Readers,
     Rights,
+    RowSecurity,
     ShardHolders,
     Subject,
     Table,
-    Trigger,
 )
 from cdc.doctor.look import column, one
+from cdc.errors import NotFoundError
+from cdc.grants import PAYLOAD
 from cdc.model import SHARDS
 from cdc.outbox.shards import MAY_MARK, lock_class, outbox_name
 from cdc.outbox.store import Store
@@ -27,6 +34,9 @@ from cdc.outbox.store import Store
 """The application name of the sessions that hold shards."""
 _MARKED = ("processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "started_by")
 """Columns a settle writes."""
+
+_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets")
+"""The other tables of an outbox."""
 
 _OWNER = """
     SELECT pg_catalog.pg_get_userbyid(c.relowner)::text
@@ -40,33 +50,57 @@ _ELSEWHERE = """
        AND EXISTS (SELECT FROM pg_catalog.pg_class l WHERE l.relnamespace = n.oid AND l.relname = 'cdc_migrations')
      ORDER BY 1
 """
-_CAPTURE = """
-    SELECT format('%%I.%%I()', n.nspname, p.proname) AS name,
-           r.rolname::text AS owner,
-           r.rolsuper AS owner_is_superuser,
-           p.prosecdef AS security_definer,
-           coalesce(p.proconfig, '{}') AS settings,
-           EXISTS (SELECT FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) a
-                    WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE') AS public_may_call
-      FROM pg_catalog.pg_proc p
-      JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
-      JOIN pg_catalog.pg_roles r ON r.oid = p.proowner
-     WHERE n.nspname = %s AND p.proname = 'capture_entity_change' AND p.pronargs = 0
+# The tables of the outbox, and whether their row level security goes for this role, or for it and the capture function.
+_ROW_SECURITY = """
+    SELECT current_user::text AS role,
+           coalesce(array_agg(format('%%I.%%I', n.nspname, c.relname) ORDER BY c.relname)
+             FILTER (WHERE c.relrowsecurity), '{}') AS tables,
+           coalesce(array_agg(format('%%I.%%I', n.nspname, c.relname) ORDER BY c.relname)
+             FILTER (WHERE row_security_active(c.oid)), '{}') AS active
+      FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = %(schema)s AND c.relname = ANY (%(relations)s::name[]) AND c.relkind IN ('r', 'p')
 """
-# By oid: the role need not have rights on the application's schemas to see what is in the catalogs.
-_TRIGGERS = """
-    SELECT t.tgrelid::regclass::text AS spelt, t.tgname::text AS trigger,
-           ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
-                  WHERE a.attrelid = t.tgrelid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
-           t.tgparentid <> 0 AS on_partition,
-           t.tgenabled NOT IN ('O', 'A') AS disabled,
-           pg_catalog.pg_partition_root(t.tgrelid)::regclass::text AS root,
-           format('ALTER TABLE %%I.%%I ENABLE TRIGGER %%I;', n.nspname, c.relname, t.tgname) AS enable
-      FROM pg_catalog.pg_trigger t
-      JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
-      JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-     WHERE t.tgfoid = pg_catalog.to_regprocedure(format('%%I.capture_entity_change()', %s::text))
-     ORDER BY 1, 2
+# Whoever was granted one of the columns that hold the application's data, but the owner. A consumer and an operator may
+# also mark a change, which no default privilege gives; who only looks has the history, and no right on the rest.
+_READERS = """
+    WITH outbox AS (
+      SELECT c.oid, c.relowner, c.relacl, n.oid AS namespace, n.nspname,
+             format('%%I.%%I', n.nspname, c.relname) AS name
+        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+       WHERE n.nspname = %(schema)s AND c.relname = 'entity_changes'
+    ), granted AS (
+      SELECT a.grantee FROM outbox CROSS JOIN LATERAL pg_catalog.aclexplode(outbox.relacl) a
+       WHERE a.privilege_type = 'SELECT' AND a.grantee <> outbox.relowner
+      UNION
+      SELECT a.grantee FROM outbox
+        JOIN pg_catalog.pg_attribute c ON c.attrelid = outbox.oid AND c.attname = ANY (%(payload)s::name[])
+       CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) a
+       WHERE a.privilege_type = 'SELECT' AND a.grantee <> outbox.relowner
+    )
+    SELECT outbox.name, outbox.relowner::regrole::text AS owner,
+           CASE WHEN g.grantee = 0::oid THEN 'PUBLIC' ELSE r.rolname::text END AS role,
+           g.grantee <> 0::oid AND (
+             EXISTS (SELECT FROM pg_catalog.pg_attribute c CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) a
+                      WHERE c.attrelid = outbox.oid AND c.attname = 'processed' AND a.grantee = g.grantee
+                        AND a.privilege_type = 'UPDATE')
+             OR NOT EXISTS (SELECT FROM pg_catalog.pg_class c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) a
+                             WHERE c.relnamespace = outbox.namespace AND a.grantee = g.grantee
+                               AND c.relname = ANY (%(internal)s::name[]))
+             AND EXISTS (SELECT FROM pg_catalog.pg_class c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) a
+                          WHERE c.relnamespace = outbox.namespace AND c.relname = 'recent_action_history'
+                            AND a.grantee = g.grantee AND a.privilege_type = 'SELECT')
+           ) AS intended,
+           ARRAY(SELECT format('ALTER DEFAULT PRIVILEGES FOR ROLE %%I %%sREVOKE ALL ON TABLES FROM %%s;',
+                          pg_catalog.pg_get_userbyid(d.defaclrole),
+                          CASE WHEN d.defaclnamespace <> 0::oid THEN format('IN SCHEMA %%I ', outbox.nspname) END,
+                          CASE WHEN g.grantee = 0::oid THEN 'PUBLIC' ELSE pg_catalog.quote_ident(r.rolname) END)
+                   FROM pg_catalog.pg_default_acl d
+                  WHERE d.defaclobjtype = 'r' AND d.defaclrole = outbox.relowner
+                    AND d.defaclnamespace IN (0::oid, outbox.namespace)
+                    AND EXISTS (SELECT FROM pg_catalog.aclexplode(d.defaclacl) a WHERE a.grantee = g.grantee)
+           ) AS by_default
+      FROM outbox LEFT JOIN granted g ON true LEFT JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
+     ORDER BY role
 """
 _RIGHTS = """
     SELECT current_user::text AS role,
@@ -137,37 +171,55 @@ def _pending(connection: psycopg.Connection, name: str) -> list[schema.Migration
 
 
 def capture(connection: psycopg.Connection, name: str) -> CaptureFunction:
-    row = one(connection, _CAPTURE, [name], what="capture_entity_change()")
-    return CaptureFunction(**{**row, "settings": tuple(row["settings"])})
-
-
-def triggers(connection: psycopg.Connection, name: str) -> tuple[Trigger, ...]:
-    tracked = tracking.tracked(connection, name)
-    rows = connection.execute(_TRIGGERS.encode(), [name]).fetchall()
-    whole = {(row[0], row[1]): row for row in rows if not row[3]}
-    return tuple(
-        _trigger(each, columns=whole[each.table, each.trigger][2], rows=rows)
-        for each in tracked
-        if (each.table, each.trigger) in whole
+    found = capturing.capture_function(connection, name)
+    return CaptureFunction(
+        name=found.name,
+        owner=found.owner,
+        owner_is_superuser=found.owner_is_superuser,
+        security_definer=found.security_definer,
+        settings=found.settings,
+        public_may_call=found.public_may_call,
+        lacks=found.lacks,
     )
 
 
-def _trigger(each: tracking.Tracked, *, columns: list[str], rows: list[tuple[Any, ...]]) -> Trigger:
-    disabled = [
-        (spelt, enable)
-        for spelt, trigger, _, on_partition, off, root, enable in rows
-        if off and ((on_partition and root == each.table) or (spelt, trigger) == (each.table, each.trigger))
-    ]
-    return Trigger(
-        table=each.table,
-        trigger=each.trigger,
-        entity_type=each.entity_type,
-        operations=tuple(map(str, each.operations)),
-        enabled=each.enabled,
-        lacks=tuple(name for name in each.key if name not in columns),
-        disabled_partitions=tuple(spelt for spelt, _ in disabled if spelt != each.table),
-        enable=tuple(enable for _, enable in disabled),
+def captured(connection: psycopg.Connection, name: str) -> Captured:
+    function = capturing.capture_function(connection, name)
+    triggers = capturing.triggers(connection, function.oid, name)
+    tables = capturing.tables(connection, function.oid, name, [each.oid for each in triggers])
+    said = [remark for each in triggers for remark in remarks.faults(each)]
+    said += [remark for each in triggers if each.oid in tables for remark in remarks.cautions(tables[each.oid], each)]
+    return Captured(triggers=tuple(triggers), remarks=(*said, *remarks.doubled(triggers), *remarks.shared(triggers)))
+
+
+def row_security(connection: psycopg.Connection, name: str) -> RowSecurity:
+    relations = ["entity_changes", *_INTERNAL]
+    row = one(connection, _ROW_SECURITY, {"schema": name, "relations": relations}, what="entity_changes")
+    return RowSecurity(role=row["role"], tables=tuple(row["tables"]), active=tuple(row["active"]))
+
+
+def readers(connection: psycopg.Connection, name: str) -> Readers:
+    parameters = {"schema": name, "payload": list(PAYLOAD), "internal": list(_INTERNAL)}
+    with connection.cursor(row_factory=dict_row) as cursor:
+        rows = cursor.execute(_READERS.encode(), parameters).fetchall()
+    if not rows:
+        raise NotFoundError("there is no entity_changes")
+    return Readers(
+        table=rows[0]["name"],
+        owner=rows[0]["owner"],
+        readers=tuple(
+            Reader(role=row["role"], by_default=tuple(row["by_default"]), intended=row["intended"])
+            for row in rows
+            if row["role"] is not None
+        ),
     )
+
+
+def numbering(connection: psycopg.Connection, name: str) -> Numbering:
+    found = sequence.look(connection, name)
+    [role] = column(connection, "SELECT current_user::text")
+    table = sql.Identifier(name, "entity_changes").as_string()
+    return Numbering(role=role, table=table, sequence=found.sequence, last=found.last, highest=found.highest)
 
 
 def rights(connection: psycopg.Connection, subject: Subject) -> Rights:

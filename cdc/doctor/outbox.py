@@ -9,13 +9,15 @@ from cdc.doctor.facts import (
     Backlog,
     CaptureFunction,
     Installed,
+    Numbering,
+    Readers,
     Rights,
+    RowSecurity,
     ShardHolders,
     Subject,
     Table,
-    Trigger,
 )
-from cdc.doctor.findings import Checks, Finding, fail, ok, skip, warn
+from cdc.doctor.findings import Checks, Finding, fail, ok, skip, unknown, warn
 from cdc.model import SHARDS
 
 _OLD_BACKLOG_S = 300.0
@@ -68,6 +70,14 @@ def capture_function(seen: CaptureFunction) -> Finding:
         *([] if _pinned(seen) else ["its search_path is not pinned"]),
         *(["everybody may call it, and so forge changes"] if seen.public_may_call else []),
     ]
+    if seen.security_definer and seen.lacks:
+        lacking = (
+            f"every write to a tracked table fails: {seen.owner}, whose rights it has, lacks {', '.join(seen.lacks)}"
+        )
+        return fail(
+            "; ".join([lacking, *problems]),
+            "give table and functions one owner (ALTER TABLE, ALTER FUNCTION ... OWNER TO), or GRANT it that",
+        )
     if problems:
         revoke = (f"REVOKE ALL ON FUNCTION {seen.name} FROM PUBLIC;",) if seen.public_may_call else ()
         return fail("; ".join(problems), "cdc db upgrade", *revoke)
@@ -83,51 +93,56 @@ def _pinned(seen: CaptureFunction) -> bool:
     return any(setting.startswith("search_path=") for setting in seen.settings)
 
 
-def triggers(seen: tuple[Trigger, ...]) -> Finding:
-    broken = [each for each in seen if each.lacks]
-    if broken:
-        lacking = "; ".join(f"{each.table} has no column {', '.join(each.lacks)}" for each in broken[:_SHOWN])
-        return fail(
-            f"every write fails that {broken[0].trigger} should capture: {lacking}",
-            " and ".join(f"cdc track {each.table} --key COLUMNS" for each in broken[:_SHOWN]),
-        )
-    disabled = [each for each in seen if each.enable]
-    if disabled:
-        named = [
-            name for each in disabled for name in ([] if each.enabled else [each.table]) + [*each.disabled_partitions]
-        ]
-        return fail(
-            f"nothing is captured from {', '.join(named[:_SHOWN])}: the trigger is disabled there",
-            "what was written meanwhile is not captured by that",
-            *(statement for each in disabled for statement in each.enable),
-        )
-    if not seen:
-        return warn("no table is tracked: only publish_change() writes changes", "cdc track TABLE")
-    tables = sorted({each.table for each in seen})
-    more = f" and {len(tables) - _SHOWN} more" if len(tables) > _SHOWN else ""
-    return ok(f"captured: {', '.join(tables[:_SHOWN])}{more}")
-
-
-def unrouted(seen: tuple[Trigger, ...], *, subject: Subject) -> Finding:
-    handles = subject.handles
-    if handles is None:
-        return skip("no handlers are named here (--handlers, CDC_HANDLERS or --config)")
-    # A trigger without a type gives each row that of its table.
-    unwanted = sorted(
-        {
-            f"{each.entity_type} {operation}"
-            for each in seen
-            if each.entity_type
-            for operation in each.operations
-            if not handles(each.entity_type, operation)
-        }
+def row_security(seen: RowSecurity) -> Finding:
+    """Where it goes for the role, the server refuses to read, since our sessions do not let it leave rows out."""
+    if not seen.active:
+        others = f"; on for others: {', '.join(seen.tables)}" if seen.tables else ""
+        return ok(f"none of the outbox's tables has any for {seen.role}{others}")
+    return fail(
+        f"row level security is on for {', '.join(seen.active)}, and goes for {seen.role}: no change can be read",
+        f'or, if it is to stay, as a superuser: ALTER ROLE "{seen.role.replace(chr(34), chr(34) * 2)}" BYPASSRLS;',
+        *(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY;" for table in seen.active),
     )
-    if unwanted:
-        return warn(
-            f"captured, and no handler wants them: {', '.join(unwanted[:_SHOWN])}",
-            "write a handler (@router.on), or capture less: cdc track TABLE --on ...",
+
+
+def readers(seen: Readers) -> Finding:
+    unexpected = [each for each in seen.readers if not each.intended]
+    intended = ", ".join(each.role for each in seen.readers if each.intended)
+    if not unexpected:
+        besides = f" and {intended}" if intended else ""
+        return ok(f"{seen.owner}{besides}; superusers and members of pg_read_all_data besides")
+    named = ", ".join(each.role + (" (by default privileges)" if each.by_default else "") for each in unexpected)
+    return warn(
+        f"also read what is captured, whatever they may read elsewhere: {named}",
+        "if that is meant: cdc db grant --readonly ROLE --payload",
+        *(statement for each in unexpected for statement in each.by_default),
+        *(f"REVOKE ALL ON TABLE {seen.table} FROM {_role(each.role)};" for each in unexpected),
+    )
+
+
+def _role(name: str) -> str:
+    return "PUBLIC" if name == "PUBLIC" else '"' + name.replace('"', '""') + '"'
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def sequence(seen: Numbering) -> Finding:
+    if seen.last is None:
+        return unknown(
+            f"{seen.role} may not see the last number of {seen.sequence}",
+            "",
+            f"GRANT SELECT ON SEQUENCE {seen.sequence} TO {_role(seen.role)};",
         )
-    return ok("a handler wants whatever is captured")
+    if seen.last < seen.highest:
+        return fail(
+            f"the last number drawn is {seen.last}, and there is a change {seen.highest}: new changes come before it,"
+            " or share a number",
+            "or cdc db upgrade, which does that while nobody writes",
+            f"SELECT setval({_literal(seen.sequence)}, (SELECT max(seq) FROM {seen.table}));",  # noqa: S608 - names
+        )
+    return ok(f"the last number drawn is {seen.last}, the highest of the latest changes {seen.highest}")
 
 
 def grants(seen: Rights) -> Finding:
@@ -218,12 +233,11 @@ def of_installed(slot: str) -> Checks[Installed]:
     return {"schema": schema, "outboxes": lambda seen: outboxes(seen, slot=slot)}
 
 
-def of_triggers(subject: Subject) -> Checks[tuple[Trigger, ...]]:
-    return {"triggers": triggers, "unrouted": lambda seen: unrouted(seen, subject=subject)}
-
-
 CAPTURE: Checks[CaptureFunction] = {"capture-function": capture_function}
 RIGHTS: Checks[Rights] = {"grants": grants}
+ROW_SECURITY: Checks[RowSecurity] = {"row-security": row_security}
+READERS: Checks[Readers] = {"readers": readers}
+NUMBERING: Checks[Numbering] = {"sequence": sequence}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
 TABLE: Checks[Table] = {"autovacuum": autovacuum}
 BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead}

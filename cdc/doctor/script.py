@@ -18,7 +18,7 @@ def script(findings: Iterable[Finding]) -> str:
     given: set[str] = set()
     parts = [_HEAD]
     for found in findings:
-        if found.verdict in (Verdict.FAIL, Verdict.WARN):
+        if found.verdict in (Verdict.FAIL, Verdict.WARN, Verdict.UNKNOWN):
             # Two checks may ask for the same.
             parts += _part(found, [statement for statement in found.sql if statement not in given])
             given |= set(found.sql)

@@ -7,7 +7,7 @@ from datetime import date
 
 from cdc.amounts import span
 from cdc.doctor.facts import OpenTransactions, Server, Session, Transaction
-from cdc.doctor.findings import Checks, Finding, fail, ok, skip, warn
+from cdc.doctor.findings import Checks, Finding, fail, ok, warn
 
 _OLDEST_VERSION = 14
 _END_OF_LIFE: Mapping[int, date] = {
@@ -105,7 +105,7 @@ def recovery(server: Server) -> Finding:
             "a host does that where the disk is full: make room, then ALTER DATABASE ... RESET"
             " default_transaction_read_only",
         )
-    return ok("a primary")
+    return ok("a primary, and takes writes")
 
 
 def wal_level(server: Server) -> Finding:
@@ -175,7 +175,7 @@ def old_transactions(seen: OpenTransactions) -> Finding:
         )
     if not seen.sees_all:
         newest = f"; the oldest that writes is {seen.oldest_writer}" if seen.oldest_writer else ""
-        return skip(f"the role sees only its own transactions' ages (GRANT pg_monitor TO it){newest}")
+        return warn(f"the role sees only its own transactions' ages{newest}", "GRANT pg_read_all_stats TO it")
     return ok(f"none is older than {span(seen.limit_s)}")
 
 

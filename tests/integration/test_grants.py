@@ -346,7 +346,7 @@ _FORBIDDEN = {
     " FOR EACH ROW EXECUTE FUNCTION capture_entity_change()",
     "put a trigger on the outbox": "CREATE TRIGGER t BEFORE INSERT ON entity_changes"
     " FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-    "disable the trigger of a table": "ALTER TABLE tasks DISABLE TRIGGER cdc_capture",
+    "disable the trigger of a table": 'ALTER TABLE tasks DISABLE TRIGGER "#cdc_capture"',
     "disable all triggers of its session": "SET session_replication_role = replica",
     "stop writers": "BEGIN; LOCK TABLE entity_changes IN SHARE MODE",
     "alter the outbox": "ALTER TABLE entity_changes DROP COLUMN depth",

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import collector, supervisor, tracking
+from cdc import collector, supervisor
 from cdc.app import App
 from cdc.collector import Collector
 from cdc.hooks import Hooks
@@ -79,8 +79,3 @@ async def test_what_ends_by_a_fault_is_counted_started_again_and_in_the_end_a_fa
 
         await eventually_async(failing)
         assert metric(app.metrics.registry, "cdc_task_ends_total", task=name) >= 2
-
-
-def test_trigger_arguments_nested_too_deep_count_as_not_given() -> None:
-    raw = b"order\0" + b'{"key":' * 5_000 + b"\0"
-    assert tracking.read_arguments(raw) == ("order", (), ())

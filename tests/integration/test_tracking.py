@@ -74,12 +74,12 @@ def test_tracking_again_with_other_options_replaces_the_trigger(tasks: psycopg.C
     done = track(tasks, "public", "tasks", entity_type="job", operations=[Operation.INSERT])
     assert done.changed
     assert tracked(tasks, "public") == [done.tracked]
-    assert triggers(tasks) == ["cdc_capture"]
+    assert triggers(tasks) == ["#cdc_capture"]
 
 
 def test_tracking_again_enables_a_trigger_that_was_disabled(tasks: psycopg.Connection):
     track(tasks, "public", "tasks")
-    tasks.execute("ALTER TABLE tasks DISABLE TRIGGER cdc_capture")
+    tasks.execute('ALTER TABLE tasks DISABLE TRIGGER "#cdc_capture"')
     assert [each.enabled for each in tracked(tasks, "public")] == [False]
     assert track(tasks, "public", "tasks").changed
     assert [each.enabled for each in tracked(tasks, "public")] == [True]
@@ -218,13 +218,13 @@ def test_a_trigger_made_by_hand_is_listed_and_not_doubled(tasks: psycopg.Connect
     )  # fmt: skip
     with pytest.raises(RefusedError, match="captured by track_task_changes already"):
         track(tasks, "public", "tasks")
-    assert track(tasks, "public", "tasks", replace_others=True).replaced == ("track_task_changes",)
-    assert triggers(tasks) == ["cdc_capture"]
+    assert track(tasks, "public", "tasks", replace=True).replaced == ("track_task_changes",)
+    assert triggers(tasks) == ["#cdc_capture"]
 
 
 def test_somebody_elses_trigger_under_our_name_is_not_replaced(tasks: psycopg.Connection):
     tasks.execute("CREATE FUNCTION mine() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'")
-    tasks.execute("CREATE TRIGGER cdc_capture AFTER INSERT ON tasks FOR EACH ROW EXECUTE FUNCTION mine()")
+    tasks.execute('CREATE TRIGGER "#cdc_capture" AFTER INSERT ON tasks FOR EACH ROW EXECUTE FUNCTION mine()')
     with pytest.raises(RefusedError, match="not ours"):
         track(tasks, "public", "tasks")
 
@@ -237,7 +237,7 @@ def test_two_outboxes_may_capture_one_table(tasks: psycopg.Connection):
     counts = "SELECT (SELECT count(*) FROM public.entity_changes), (SELECT count(*) FROM second.entity_changes)"
     assert tasks.execute(counts.encode()).fetchone() == (1, 1)
     untrack(tasks, "second", "tasks")
-    assert triggers(tasks) == ["cdc_capture"]
+    assert triggers(tasks) == ["#cdc_capture"]
 
 
 def test_untrack_drops_every_capturing_trigger_of_the_table_and_no_other(tasks: psycopg.Connection):
@@ -279,10 +279,10 @@ def test_a_role_with_trigger_on_the_table_may_track_but_not_untrack(outbox: str,
         tasks.execute("GRANT EXECUTE ON FUNCTION capture_entity_change() TO track_tester")
         track(connection, "public", "tasks")
         assert track(connection, "public", "tasks", entity_type="job").changed
-        with pytest.raises(RefusedError, match="only the owner of tasks") as refused:
+        with pytest.raises(RefusedError, match="must be owner of relation tasks") as refused:
             untrack(connection, "public", "tasks")
-    assert 'DROP TRIGGER "cdc_capture" ON "public"."tasks"' in refused.value.hint
-    assert triggers(tasks) == ["cdc_capture"]
+    assert 'DROP TRIGGER "#cdc_capture" ON "public"."tasks"' in refused.value.hint
+    assert triggers(tasks) == ["#cdc_capture"]
 
 
 def test_the_command_line_from_track_to_untrack(outbox: str, tasks: psycopg.Connection):
@@ -293,13 +293,16 @@ def test_the_command_line_from_track_to_untrack(outbox: str, tasks: psycopg.Conn
     again = invoke(outbox, "track", "tasks", "--type", "job", "--on", "insert,delete", "--key", "id,title",
                    "--exclude", "secret", "--json")  # fmt: skip
     expected = {
-        "table": "tasks", "trigger": "cdc_capture", "operations": ["insert", "delete"], "entity_type": "job",
-        "key": ["id", "title"], "exclude": ["secret"], "enabled": True, "ours": True,
+        "table": "tasks", "trigger": "#cdc_capture", "operations": ["insert", "delete"], "entity_type": "job",
+        "key": ["id", "title"], "exclude": ["secret"], "columns": [], "enabled": True, "fires": "origin",
+        "disabled_partitions": [], "missing": [], "only": "", "ours": True,
     }  # fmt: skip
-    assert json.loads(again.stdout) == {"schema": 1, "tracked": expected, "changed": False, "warnings": []}
+    assert json.loads(again.stdout) == {
+        "schema": 1, "tracked": expected, "changed": False, "before": expected, "warnings": [],
+    }  # fmt: skip
     assert json.loads(invoke(outbox, "tracked", "--json").stdout) == {"schema": 1, "tracked": [expected]}
-    assert "job   insert,delete  id,title  secret" in invoke(outbox, "tracked").stdout
-    assert "dropped trigger cdc_capture on tasks" in invoke(outbox, "untrack", "tasks").stderr
+    assert "job   insert,delete  id,title  all but secret" in invoke(outbox, "tracked").stdout
+    assert "dropped trigger #cdc_capture on tasks" in invoke(outbox, "untrack", "tasks").stderr
     assert json.loads(invoke(outbox, "tracked", "--json").stdout)["tracked"] == []
 
 

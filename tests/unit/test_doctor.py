@@ -11,29 +11,37 @@ from typing import Any
 
 import pytest
 
-from cdc.doctor import doorbell, outbox, server
+from cdc import remarks
+from cdc.doctor import doorbell, outbox, server, tables
 from cdc.doctor.facts import (
     Backlog,
+    Captured,
     CaptureFunction,
     Decoding,
     Doorbell,
     Installed,
     Link,
+    Numbering,
     OpenTransactions,
     Proof,
+    Reader,
+    Readers,
     Rights,
+    RowSecurity,
     Server,
     Session,
     ShardHolders,
     Subject,
     Table,
     Transaction,
-    Trigger,
 )
-from cdc.doctor.findings import Finding, Unknown, Verdict, fail, judge, ok, warn
+from cdc.doctor.findings import Absent, Finding, Unknown, Verdict, fail, judge, ok, warn
 from cdc.doctor.look_outbox import _MARKED, _OWNING
 from cdc.doctor.script import script
+from cdc.model import Operation
 from cdc.outbox.statements import load
+from cdc.tracked import Copy, Fires, Tracked
+from cdc.tracked import Table as TrackedTable
 from tests.unit.test_slot_state import slot
 
 SUBJECT = Subject(dsn=None, stream_dsn=None, schema="public", slot="cdc")
@@ -69,10 +77,15 @@ CAPTURE = CaptureFunction(
     name="public.capture_entity_change()", owner="app", owner_is_superuser=False, security_definer=True,
     settings=("search_path=pg_catalog, pg_temp",), public_may_call=False,
 )  # fmt: skip
-TRIGGER = Trigger(
-    table="tasks", trigger="cdc_capture", entity_type="task", operations=("INSERT", "DELETE"), enabled=True, lacks=(),
-    disabled_partitions=(), enable=(),
+TRIGGER = Tracked(
+    table="tasks", trigger="#cdc_capture", entity_type="task", operations=(Operation.INSERT, Operation.DELETE),
+    key=("id",), oid=1, namespace="public", name="tasks", root="tasks",
 )  # fmt: skip
+CAPTURED = Captured(triggers=(TRIGGER,))
+ROW_SECURITY = RowSecurity(role="cdc", tables=(), active=())
+GRANTED = Reader(role="grafana", by_default=(), intended=True)
+READERS = Readers(table="public.entity_changes", owner="app", readers=(GRANTED,))
+NUMBERS = Numbering(role="cdc", table='"public"."entity_changes"', sequence="public.s", last=9, highest=9)
 RIGHTS = Rights(role="cdc", grants=(), schema="public")
 HOLDERS = ShardHolders(held=64, consumers=2, strangers=())
 TABLE = Table(name="public.entity_changes", autovacuum=True, excluded=False, tuned=True, live=100, dead=5)
@@ -90,7 +103,10 @@ def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any
         Doorbell: doorbell.of_slot(subject),
         Installed: outbox.of_installed(subject.slot),
         CaptureFunction: outbox.CAPTURE,
-        tuple: outbox.of_triggers(subject),
+        Captured: tables.of_captured(subject),
+        RowSecurity: outbox.ROW_SECURITY,
+        Readers: outbox.READERS,
+        Numbering: outbox.NUMBERING,
         Rights: outbox.RIGHTS,
         ShardHolders: outbox.SHARDS_HELD,
         Table: outbox.TABLE,
@@ -104,8 +120,8 @@ def check(name: str, facts: Any, subject: Subject = SUBJECT) -> Finding:
     return checks_of(facts, subject)[name](facts)
 
 
-HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, DOORBELL, INSTALLED, CAPTURE, (TRIGGER,), RIGHTS, HOLDERS, TABLE,
-           BACKLOG, SUBJECT)  # fmt: skip
+HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, DOORBELL, INSTALLED, CAPTURE, CAPTURED, RIGHTS,
+           ROW_SECURITY, READERS, NUMBERS, HOLDERS, TABLE, BACKLOG, SUBJECT)  # fmt: skip
 
 
 @pytest.mark.parametrize("facts", HEALTHY, ids=lambda facts: type(facts).__name__)
@@ -121,14 +137,30 @@ def test_a_check_that_cannot_look_says_why(facts: Any) -> None:
     checks = checks_of(facts)
     found = list(judge(Unknown("permission denied"), checks))
     assert [each.check for each in found] == list(checks)
-    assert {(each.verdict, each.detail) for each in found} == {(Verdict.SKIP, "permission denied")}
+    assert {(each.verdict, each.detail) for each in found} == {(Verdict.UNKNOWN, "permission denied")}
+    assert {each.verdict for each in judge(Absent("it is switched off"), checks)} == {Verdict.SKIP}
 
 
 PROVEN = "pgoutput has decoded a message"
 REFUSED = Proof("wal2json", "plugin_refused", "the server does not allow wal2json", "as a superuser: ...")
 MISSING = Proof("wal2json", "plugin_missing", "wal2json is not installed", "install it there")
 
-OK, WARN, FAIL, SKIP = Verdict.OK, Verdict.WARN, Verdict.FAIL, Verdict.SKIP
+OK, WARN, FAIL, SKIP, UNKNOWN = Verdict.OK, Verdict.WARN, Verdict.FAIL, Verdict.SKIP, Verdict.UNKNOWN
+
+COPY = Copy(namespace="public", name="tasks_1", spelt="tasks_1", trigger="#cdc_capture", fires=Fires.ORIGIN)
+
+SILENT = replace(COPY, fires=Fires.DISABLED)
+
+
+def remarked(*triggers: Tracked) -> Captured:
+    """As looked at in the catalogs, where nothing about the tables is to be remarked."""
+    said = [remark for each in triggers for remark in (*remarks.faults(each), *remarks.cautions(PLAIN, each))]
+    return Captured(triggers=triggers, remarks=(*said, *remarks.doubled(triggers), *remarks.shared(triggers)))
+
+
+PLAIN = TrackedTable(
+    oid=1, namespace="public", name="tasks", spelt="tasks", kind="r", root=None, columns=("id", "a", "card")
+)
 
 TROUBLES: list[tuple[str, Any, Verdict, str, str]] = [
     # check, facts, verdict, a word of the detail, a word of the remedy
@@ -191,12 +223,41 @@ TROUBLES: list[tuple[str, Any, Verdict, str, str]] = [
     ("capture-function", replace(CAPTURE, settings=()), FAIL, "search_path", "cdc db upgrade"),
     ("capture-function", replace(CAPTURE, public_may_call=True), FAIL, "forge", "REVOKE ALL ON FUNCTION public"),
     ("capture-function", replace(CAPTURE, owner_is_superuser=True), WARN, "superuser", "owner of its own"),
-    ("triggers", (), WARN, "no table is tracked", "cdc track TABLE"),
-    ("triggers", (replace(TRIGGER, lacks=("id",)),), FAIL, "tasks has no column id", "cdc track tasks --key"),
-    ("triggers", (replace(TRIGGER, enabled=False, enable=("ALTER TABLE public.tasks ENABLE TRIGGER x;",)),), FAIL,
-     "nothing is captured from tasks", "ENABLE TRIGGER x"),
-    ("triggers", (replace(TRIGGER, disabled_partitions=("tasks_1",), enable=("ALTER TABLE tasks_1 ...;",)),), FAIL,
-     "from tasks_1:", "tasks_1"),
+    ("capture-function", replace(CAPTURE, lacks=("INSERT on entity_changes",)), FAIL, "every write .* lacks INSERT",
+     "OWNER TO"),
+    ("triggers", Captured(triggers=()), WARN, "no table is tracked", "cdc track TABLE"),
+    ("triggers", remarked(replace(TRIGGER, missing=("id",))), FAIL, "tasks has no column id, its key",
+     "cdc track tasks --key"),
+    ("triggers", remarked(replace(TRIGGER, exclude=("card",), missing=("card",))), FAIL, "no column card, .* left out",
+     "cdc track tasks --exclude"),
+    ("triggers", remarked(replace(TRIGGER, columns=("id", "a"), missing=("a",))), FAIL, "no column a, .* be captured",
+     "cdc track tasks --columns"),
+    ("triggers", remarked(replace(TRIGGER, broken="its options are no JSON")), FAIL,
+     "every write to tasks fails .* no JSON", "--replace"),
+    ("triggers", remarked(replace(TRIGGER, fires=Fires.DISABLED)), FAIL,
+     "nothing is captured from tasks: .* disabled",
+     'ALTER TABLE "public"."tasks" ENABLE TRIGGER "#cdc_capture";'),
+    ("triggers", remarked(replace(TRIGGER, fires=Fires.REPLICA)), FAIL, "fires for replicated rows only",
+     "ENABLE TRIGGER"),
+    ("triggers", remarked(replace(TRIGGER, copies=(COPY, replace(SILENT, spelt="t2", name="t2")))), FAIL,
+     "from t2:", 'ALTER TABLE "public"."t2" ENABLE'),
+    ("captured-twice", remarked(TRIGGER, replace(TRIGGER, trigger="by_hand")), FAIL,
+     "#cdc_capture of tasks and by by_hand", "--replace"),
+    ("captured-twice", remarked(TRIGGER, replace(TRIGGER, oid=2, above=(1,), table="tasks_1")), FAIL,
+     "#cdc_capture of tasks and by #cdc_capture of tasks_1", "cdc track tasks --replace"),
+    ("trigger-order", remarked(replace(TRIGGER, earlier=("!audit",))), WARN,
+     "!audit fires before #cdc_capture of tasks", "RENAME"),
+    ("shared-types", remarked(TRIGGER, replace(TRIGGER, oid=2, table="b.tasks", entity_type=None)), WARN,
+     "b.tasks and tasks share the type task", "--type"),
+    ("row-security", replace(ROW_SECURITY, tables=("public.entity_changes",), active=("public.entity_changes",)), FAIL,
+     "row level security is on for public.entity_changes, and goes for cdc",
+     'ALTER TABLE public.entity_changes DISABLE ROW LEVEL SECURITY;.*BYPASSRLS'),
+    ("readers", replace(READERS, readers=(GRANTED, Reader(role="an", intended=False, by_default=("ALTER ...;",)))),
+     WARN, r"whatever .*: an \(by default privileges\)", r'ALTER ...; REVOKE ALL ON TABLE public.* FROM "an";'),
+    ("sequence", replace(NUMBERS, highest=12), FAIL, "the last number drawn is 9, and there is a change 12",
+     r"SELECT setval\('public.s', \(SELECT max\(seq\)"),
+    ("sequence", replace(NUMBERS, last=None), UNKNOWN, "cdc may not see",
+     'GRANT SELECT ON SEQUENCE public.s TO "cdc";'),
     ("grants", replace(RIGHTS, grants=('GRANT SELECT ON "public"."entity_changes" TO "cdc";',)), FAIL, "lacks",
      "GRANT SELECT"),
     ("shard-holders", replace(HOLDERS, strangers=((9, "psql", 3),)), FAIL, r"process 9 \(psql\): 3",
@@ -234,8 +295,9 @@ def test_a_plugin_that_steps_in_for_another_is_well_and_says_for_which() -> None
     assert (found.verdict, found.detail) == (OK, f"{PROVEN} (wal2json is not installed)")
 
 
-def test_a_list_of_plugins_that_nobody_may_see_is_not_judged() -> None:
-    assert check("plugin-allowed", replace(DECODING, allowed="")).verdict == SKIP
+def test_a_list_of_plugins_that_nobody_may_see_is_judged_by_the_proof_alone() -> None:
+    assert check("plugin-allowed", replace(DECODING, allowed="")).verdict == OK
+    assert check("plugin-allowed", replace(DECODING, allowed="", proofs=(REFUSED,))).verdict == UNKNOWN
     assert check("plugin-allowed", replace(DECODING, allowed="pgoutput,wal2json")).verdict == OK
 
 
@@ -290,9 +352,9 @@ def test_a_role_that_may_not_replicate_is_said_once() -> None:
 
 def test_ages_that_the_role_may_not_see_are_not_taken_for_none() -> None:
     found = check("old-transactions", replace(OPEN, sees_all=False, oldest_writer="process 5"))
-    assert found.verdict == SKIP
+    assert found.verdict == WARN
     assert "process 5" in found.detail
-    assert "pg_monitor" in found.detail
+    assert "pg_read_all_stats" in found.remedy
 
 
 def test_another_outbox_is_well_when_this_one_has_a_slot_of_its_own_name() -> None:
@@ -302,11 +364,22 @@ def test_another_outbox_is_well_when_this_one_has_a_slot_of_its_own_name() -> No
 
 def test_a_type_that_no_handler_wants_is_named_with_its_operation() -> None:
     subject = replace(SUBJECT, handles=lambda entity_type, operation: (entity_type, operation) == ("task", "INSERT"))
-    found = check("unrouted", (TRIGGER, replace(TRIGGER, entity_type=None)), subject)
+    found = check("unrouted", CAPTURED, subject)
     assert found.verdict == WARN
     assert found.detail.endswith("task DELETE")
-    assert check("unrouted", (TRIGGER,), replace(SUBJECT, handles=lambda *_: True)).verdict == OK
-    assert check("unrouted", (TRIGGER,)).verdict == SKIP
+    assert check("unrouted", CAPTURED, replace(SUBJECT, handles=lambda *_: True)).verdict == OK
+    assert check("unrouted", CAPTURED).verdict == SKIP
+
+
+@pytest.mark.parametrize(
+    ("table", "entity_type"),
+    [("tasks", "task"), ("whatsapp_messages", "message"), ("whatsapp_message_reactions", "reaction"), ("x", "x")],
+)
+def test_a_trigger_without_a_type_is_judged_by_the_one_that_its_table_gives_it(table: str, entity_type: str) -> None:
+    seen = Captured(triggers=(replace(TRIGGER, entity_type=None, root=table, name="a_partition"),))
+    wanting = replace(SUBJECT, handles=lambda found, _operation: found == entity_type)
+    assert check("unrouted", seen, wanting).verdict == OK
+    assert check("unrouted", seen, replace(SUBJECT, handles=lambda *_: False)).detail.endswith(f"{entity_type} INSERT")
 
 
 def test_a_local_connection_needs_no_encryption() -> None:

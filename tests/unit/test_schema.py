@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc import catalogs, schema, tracking
+from cdc import catalogs, schema, tracked
 from cdc.catalogs import Finding
 from cdc.errors import UsageError
 from cdc.model import SHARDS, Operation, message_prefix, trigger_name
@@ -85,8 +85,8 @@ def test_whatever_the_migrations_make_is_looked_at_for_its_owner():
 
 
 def test_our_trigger_is_named_after_the_schema_unless_it_is_public_and_never_cut_inside_a_character():
-    assert trigger_name("public") == "cdc_capture"
-    assert trigger_name("tenant") == "cdc_capture_tenant"
+    assert trigger_name("public") == "#cdc_capture"
+    assert trigger_name("tenant") == "#cdc_capture_tenant"
     assert len(trigger_name("é" * 31).encode()) <= 63
 
 
@@ -96,36 +96,40 @@ def test_our_trigger_is_named_after_the_schema_unless_it_is_public_and_never_cut
     st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1)),
 )
 def test_trigger_arguments_are_read_as_they_were_written(entity_type: str | None, key: list[str], exclude: list[str]):
-    written = tracking.trigger_arguments(
-        tracking.Tracked(
+    named, options = tracked.arguments(
+        tracked.Tracked(
             table="t", trigger="x", operations=tuple(Operation), entity_type=entity_type, key=tuple(key),
-            exclude=tuple(exclude),
+            exclude=tuple(exclude), more=(("handled", "true"),),
         )
     )  # fmt: skip
-    raw = b"".join(argument.encode() + b"\0" for argument in written)
-    assert tracking.read_arguments(raw) == (entity_type, tuple(key), tuple(exclude))
+    read = tracked.read_options(options)
+    assert (named, read["key"], read.get("exclude", ())) == (entity_type or "", tuple(key), tuple(exclude))
+    assert read["more"] == (("handled", "true"),)
 
 
 def test_a_key_that_is_the_column_id_is_written_as_the_capture_function_knows_it_without_reading_it():
     """Or each row pays for the reading of JSON."""
-    usual = tracking.Tracked(table="t", trigger="x", operations=tuple(Operation), entity_type=None, key=("id",))
-    _, options = tracking.trigger_arguments(usual)
+    usual = tracked.Tracked(table="t", trigger="x", operations=tuple(Operation), entity_type=None, key=("id",))
+    _, options = tracked.arguments(usual)
     [capture] = [migration.template for migration in schema.migrations() if migration.name == "capture"]
     assert f"coalesce(TG_ARGV[1], '') IN ('', '{options}')" in capture
 
 
 @pytest.mark.parametrize(
-    ("raw", "read"),
+    ("options", "read"),
     [
-        (b"", (None, (), ())),
-        (b"task\0", ("task", (), ())),
-        (b"task\0\0", ("task", (), ())),
-        (b"\0not json\0", (None, (), ())),
-        (b"\0[1]\0", (None, (), ())),
-        (b'\0{"exclude": ["a"]}\0', (None, (), ("a",))),
-        (b'task\0{"key": null}\0', ("task", (), ())),
-        (b'task\0{"key": "id"}\0', ("task", (), ())),
+        ("", {"more": ()}),
+        ('{"exclude": ["a"]}', {"exclude": ("a",), "more": ()}),
+        ('{"key": ["b"], "columns": ["a", "b"], "handled": true}',
+         {"key": ("b",), "columns": ("a", "b"), "more": (("handled", "true"),)}),
+        ("not json", {"broken": "its options are no JSON"}),
+        ("[" * 3000, {"broken": "its options are no JSON"}),
+        ('{"a":' * 3000, {"broken": "its options are no JSON"}),
+        ("[1]", {"broken": "its options are no JSON object"}),
+        ('{"key": null}', {"broken": "its option key is no list of columns"}),
+        ('{"key": "id"}', {"broken": "its option key is no list of columns"}),
+        ('{"exclude": [1]}', {"broken": "its option exclude is no list of columns"}),
     ],
-)
-def test_arguments_of_a_trigger_made_by_hand_are_read_as_far_as_they_go(raw: bytes, read: object):
-    assert tracking.read_arguments(raw) == read
+)  # fmt: skip
+def test_options_of_a_trigger_made_by_hand_are_read_or_told_to_be_broken(options: str, read: object):
+    assert tracked.read_options(options) == read

@@ -1,0 +1,167 @@
+"""What `cdc track` refuses or warns of, because of what the table or the outbox is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from cdc import schema
+from tests.integration.test_tracking_again import done, invoke, payloads, refused, tracked
+
+
+@pytest.fixture
+def latin(admin_dsn: str) -> Iterator[str]:
+    """The DSN of a LATIN1 database with the outbox in it."""
+    with psycopg.connect(admin_dsn, autocommit=True) as admin:
+        admin.execute("CREATE DATABASE test_latin1 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+        dsn = make_conninfo(admin_dsn, dbname="test_latin1")
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            schema.install(connection, "public")
+        yield dsn
+        admin.execute("DROP DATABASE test_latin1 WITH (FORCE)")
+
+
+def test_names_are_read_as_they_are_in_a_database_of_another_encoding(latin: str) -> None:
+    with psycopg.connect(latin, autocommit=True, client_encoding="utf8") as db:
+        db.execute('CREATE TABLE teil ("größe" int PRIMARY KEY, "prüfziffer" text)')
+        done(latin, "track", "teil", "--type", "bestellübersicht", "--exclude", "prüfziffer")
+        found = tracked(latin)["teil"]
+        assert (found["entity_type"], found["key"], found["exclude"], found["missing"]) == (
+            "bestellübersicht", ["größe"], ["prüfziffer"], [],
+        )  # fmt: skip
+        assert "was tracked so already" in done(latin, "track", "teil")
+        db.execute("INSERT INTO teil VALUES (1, 'x')")
+        assert payloads(db) == [{"größe": 1}]
+
+
+def test_every_table_of_the_outbox_is_refused(outbox: str, outbox_db: psycopg.Connection) -> None:
+    schema.install(outbox_db, "public", ["whatsapp"])
+    of_application = {"actionRules", "whatsapp_messages", "whatsapp_message_reactions", "whatsapp_removed_reactions"}
+    tables = outbox_db.execute(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')"
+    ).fetchall()
+    ours = {name for (name,) in tables} - of_application
+    assert {"entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets"} <= ours
+    for name in ours:
+        assert "belongs to the outbox itself" in refused(outbox, "track", name)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("DROP TABLE entity_changes CASCADE", "the table entity_changes, which is not there"),
+        ("ALTER TABLE entity_changes RENAME TO changes_of_before", "the table entity_changes, which is not there"),
+        ("ALTER TABLE entity_changes OWNER TO other_owner", "INSERT on entity_changes"),
+        ("ALTER FUNCTION capture_entity_change() OWNER TO other_owner", "INSERT on entity_changes"),
+    ],
+)
+def test_where_every_write_would_fail_nothing_is_tracked(
+    outbox: str, outbox_db: psycopg.Connection, broken: str, said: str
+) -> None:
+    outbox_db.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+    outbox_db.execute("CREATE ROLE plain_owner; CREATE ROLE other_owner; GRANT ALL ON SCHEMA public TO plain_owner")
+    outbox_db.execute("GRANT ALL ON SCHEMA public TO other_owner")
+    outbox_db.execute("ALTER TABLE entity_changes OWNER TO plain_owner")
+    outbox_db.execute("ALTER FUNCTION capture_entity_change() OWNER TO plain_owner")
+    outbox_db.execute(broken.encode())
+    try:
+        assert said in refused(outbox, "track", "orders")
+        outbox_db.execute("INSERT INTO orders VALUES (1)")
+    finally:
+        outbox_db.execute(sql.SQL("REASSIGN OWNED BY plain_owner, other_owner TO {}").format(
+            sql.Identifier(outbox_db.info.user)))  # fmt: skip
+        outbox_db.execute("DROP OWNED BY plain_owner, other_owner; DROP ROLE plain_owner, other_owner")
+
+
+_BY_HAND = "CREATE TRIGGER c AFTER INSERT ON tenant.t FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
+_WRITTEN_BY_IT = (
+    "CREATE SUBSCRIPTION cdc_test_none CONNECTION 'dbname=nowhere' PUBLICATION p WITH (connect = false);"
+    "INSERT INTO pg_subscription_rel SELECT oid, 't'::regclass, 'r', NULL FROM pg_subscription"
+    " WHERE subname = 'cdc_test_none'"
+)
+WARNED = {
+    "row level security": (
+        "CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t ENABLE ROW LEVEL SECURITY",
+        "t has row level security, and what is captured of it is not under it",
+    ),
+    "unlogged": ("CREATE UNLOGGED TABLE t (id int PRIMARY KEY)", "t is unlogged: after a crash its rows are gone"),
+    "children": (
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE child () INHERITS (t); CREATE TABLE x () INHERITS (child)",
+        "child, x inherits from t, and rows of it are not captured by that",
+    ),
+    "the same table in another schema": (
+        f"CREATE TABLE t (id int PRIMARY KEY); CREATE SCHEMA tenant; CREATE TABLE tenant.t (id int); {_BY_HAND}",
+        "t and tenant.t share the type t: rows with the same key are one entity",
+    ),
+    "a subscription": (
+        f"CREATE TABLE t (id int PRIMARY KEY); {_WRITTEN_BY_IT}",
+        "a subscription writes t, and what it writes is not captured",
+    ),
+}
+
+
+@pytest.mark.parametrize("table", WARNED)
+def test_what_is_unexpected_about_the_table_is_told(outbox: str, outbox_db: psycopg.Connection, table: str) -> None:
+    prepare, said = WARNED[table]
+    if table == "a subscription":
+        outbox_db.execute("SET allow_system_table_mods = on")
+    for statement in prepare.split(";"):
+        outbox_db.execute(statement.encode())
+    try:
+        assert said in done(outbox, "track", "t")
+        doctor = invoke(outbox, "doctor", "--no-stream").output.replace("public.", "")
+        assert said in doctor
+    finally:
+        if table == "a subscription":
+            outbox_db.execute("ALTER SUBSCRIPTION cdc_test_none SET (slot_name = NONE)")
+            outbox_db.execute("DROP SUBSCRIPTION cdc_test_none")
+
+
+def test_a_child_that_is_captured_itself_and_a_type_of_its_own_are_not_warned_of(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    outbox_db.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (t)")
+    done(outbox, "track", "child")
+    assert "Warning" not in done(outbox, "track", "t")
+    outbox_db.execute("CREATE SCHEMA tenant; CREATE TABLE tenant.t (id int PRIMARY KEY)")
+    assert "Warning" not in done(outbox, "track", "tenant.t", "--type", "tenant's t")
+
+
+FOREIGN = {
+    "an enum": "m mood",
+    "an array": "m mood[]",
+    "a domain": "m spirit",
+    "a composite": "m pair",
+    "an array of composites": "m pair[]",
+    "a range": "m moods",
+    "a multirange": "m moods_multi",
+}
+
+
+@pytest.mark.parametrize("column", FOREIGN)
+def test_a_type_with_somebodys_cast_to_json_is_named(outbox: str, outbox_db: psycopg.Connection, column: str) -> None:
+    outbox_db.execute(
+        "CREATE ROLE caster; GRANT ALL ON SCHEMA public TO caster; SET ROLE caster;"
+        "CREATE TYPE mood AS ENUM ('ok'); CREATE DOMAIN spirit AS mood; CREATE TYPE pair AS (a int, b mood);"
+        "CREATE TYPE moods AS RANGE (SUBTYPE = mood, MULTIRANGE_TYPE_NAME = moods_multi);"
+        "CREATE FUNCTION peek(mood) RETURNS json LANGUAGE sql AS $$SELECT '1'::json$$;"
+        "CREATE CAST (mood AS json) WITH FUNCTION peek(mood); RESET ROLE"
+    )
+    outbox_db.execute(f"CREATE TABLE t (id int PRIMARY KEY, {FOREIGN[column]}, plain int)".encode())
+    try:
+        said = done(outbox, "track", "t")
+        assert "may run code of others" in said
+        assert "m (mood: peek(mood) of caster)" in said.replace("public.", "")
+        assert "may run code of others" in invoke(outbox, "doctor", "--no-stream").output
+        assert "code of others" not in done(outbox, "track", "t", "--exclude", "m")
+    finally:
+        outbox_db.execute("DROP OWNED BY caster CASCADE; DROP ROLE caster")
+
+
+def test_casts_of_superusers_and_extensions_are_not_named(outbox: str, outbox_db: psycopg.Connection) -> None:
+    outbox_db.execute("CREATE EXTENSION IF NOT EXISTS hstore; CREATE TABLE t (id int PRIMARY KEY, h hstore, j jsonb)")
+    assert "Warning" not in done(outbox, "track", "t")
