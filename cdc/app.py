@@ -270,6 +270,12 @@ class App:
             self._supervisor,
         )
 
+    def _unheard(self) -> str | None:
+        """Why no slot rings here, where one should. Work goes on by sweeping, so it is ready all the same."""
+        if self._stream is None:
+            return None
+        return "slot_deaf" if self._collector.slot_is_deaf else self._stream.status.reason
+
     def _slot_is_deaf(self) -> None:
         """In the collector's thread."""
         if self._stream and self._settings.slot.create and self._settings.slot.recreate:
@@ -335,6 +341,7 @@ class App:
                   "never answered" if answered is None else f"{time.monotonic() - answered:.1f}s"),
             Check("schema", self.consumer.in_service, "" if self.consumer.in_service else "not there yet"),
             Check("draining", not self.consumer.stopping, "yes" if self.consumer.stopping else "no"),
+            *([Check("stream", ok=True, detail=unheard)] if (unheard := self._unheard()) else ()),
             *([Check("application", not self._delivery.unreached, self._delivery.unreached)] if self._delivery else ()),
         ]  # fmt: skip
 

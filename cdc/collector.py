@@ -77,6 +77,11 @@ class Collector:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def slot_is_deaf(self) -> bool:
+        """It waits for standbys that are away, and has done so for a while."""
+        return self._deaf_looks >= _DEAF_LOOKS
+
     def look_now(self) -> None:
         """Something has just changed; from any thread."""
         self._due.set()

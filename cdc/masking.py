@@ -22,6 +22,9 @@ _SECRET = re.compile(
 
 _BEARER = re.compile(r"(\bbearer )(?=[^\s]{8})[^\s\"',;]++", re.IGNORECASE)
 
+_SIGNING = re.compile(r"(\bwhsec_)[^\s\"',;]++")
+"""A secret of Standard Webhooks, wherever it has come to stand."""
+
 _WORD = re.compile(r"\S++")
 _USER = re.compile(r":/{1,2}+[^:/@\s]*+:")
 _QUERY = re.compile(r"\?[^\s'\"<>]++")
@@ -30,7 +33,7 @@ _QUERY = re.compile(r"\?[^\s'\"<>]++")
 def mask(text: str) -> str:
     """``text`` without the passwords of DSNs and URLs, URLs' queries, and the values of what is called a secret."""
     text = _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1***", text))
-    text = _BEARER.sub(r"\1***", text)
+    text = _SIGNING.sub(r"\1***", _BEARER.sub(r"\1***", text))
     return _WORD.sub(_of_a_url, text) if ":/" in text else text
 
 

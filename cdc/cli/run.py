@@ -16,6 +16,7 @@ import click
 from cdc.cli.options import settings_options
 from cdc.config import Deliver, Settings
 from cdc.errors import CdcError, UsageError
+from cdc.masking import mask
 from cdc.process import Interrupted, interrupted
 from cdc.routing import Router
 
@@ -70,7 +71,7 @@ def load_router(reference: str, settings: Settings) -> Router:
     """
     module_name, colon, attribute = reference.partition(":")
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
-        raise UsageError(f"{reference!r} is no reference to a router", hint=_EXAMPLE)
+        raise UsageError(f"{mask(reference)!r} is no reference to a router", hint=_EXAMPLE)  # it may be a DSN
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

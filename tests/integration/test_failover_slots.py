@@ -85,6 +85,20 @@ async def test_a_stream_that_becomes_deaf_is_mended_while_it_runs(
     assert "not streaming (slot_deaf)" in caplog.text
 
 
+async def test_a_probe_names_it_where_it_may_not_be_mended(
+    modern: Server, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent_standby(admin)
+    async with consuming(modern.dsn(), cdc.Router(), slot_name="x", slot_recreate=False) as app:
+
+        async def told() -> bool:
+            app._collector.look_now()
+            return ("stream", True, "slot_deaf") in [(c.name, c.ok, c.detail) for c in app._readiness()]
+
+        await eventually_async(told)
+    assert slot_facts(admin, "x")["failover"] is True
+
+
 def test_status_and_doctor_call_it_deaf(modern: Server, admin: psycopg.Connection) -> None:
     absent_standby(admin)
     told = CliRunner().invoke(root_command, ["slot", "status", "x", "--dsn", modern.dsn()])

@@ -42,6 +42,8 @@ SECRET = st.text(st.characters(categories=("L", "N")), min_size=9, max_size=30).
         ('{"token": "a b", "x": 1}', '{"token": ***, "x": 1}'),
         ("password='cut off in the midd", "password=***"),
         ("password='one\\' still\nit' x", "password=*** x"),
+        ("sender_url is whsec_QUJD+/= so far", "sender_url is whsec_*** so far"),
+        ("a secret is whsec_ and then base64", "a secret is whsec_ and then base64"),
         ("the secret: it is short", "the secret: it is short"),
         ("3 tokens are left", "3 tokens are left"),
         ("a bearer of news", "a bearer of news"),
