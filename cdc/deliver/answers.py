@@ -74,8 +74,13 @@ class Answer:
         else:
             try:
                 until = parsedate_to_datetime(asked)
-            except ValueError:
+                # "-0000" is read as a time without a zone; HTTP knows no other than UTC.
+                seconds = (until.replace(tzinfo=until.tzinfo or UTC) - now).total_seconds()
+            except (
+                ValueError,
+                TypeError,
+                LookupError,
+                OverflowError,
+            ):  # a year or a zone of twenty digits, and the like
                 return None
-            # "-0000" is read as a time without a zone; HTTP knows no other than UTC.
-            seconds = (until.replace(tzinfo=until.tzinfo or UTC) - now).total_seconds()
         return min(seconds, _RETRY_AFTER_MAX_S) if seconds > 0 else None

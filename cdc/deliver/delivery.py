@@ -33,6 +33,7 @@ from cdc.deliver import cloudevents, signature
 from cdc.deliver.answers import Answer, Meaning
 from cdc.deliver.cloudevents import Message
 from cdc.deliver.gate import Gate
+from cdc.deliver.protocol import HEAD_MAX, Protocol
 from cdc.deliver.target import Target
 from cdc.errors import Reject, Retry, ToldError
 from cdc.limits import OverrunError
@@ -125,11 +126,15 @@ class Delivery:
             if self._target.socket
             else aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
         )
+        # There is no other way in, and its type there is that of the class it makes by itself.
+        connector._factory = partial(Protocol, loop=asyncio.get_running_loop())  # type: ignore[assignment]  # noqa: SLF001
         session = partial(
             aiohttp.ClientSession,
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
+            max_line_size=HEAD_MAX,
+            max_field_size=HEAD_MAX,
             headers={"User-Agent": f"cdc/{__version__}", "Accept-Encoding": "identity"},
             timeout=aiohttp.ClientTimeout(total=None, connect=min(_CONNECT_S, (self._timeout_s or math.inf) / 2)),
         )

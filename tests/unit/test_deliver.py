@@ -208,6 +208,28 @@ def test_the_status_tells_done_later_or_never(status: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        "Mon, 99999999999999999999 Jan 2024 00:00:00 GMT",
+        "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
+        "Mon, 01 Jan 2024 00:00:00 +99999999999999999999",
+        "Mon, 01 Jan 0001 00:00:00 +2359",
+        "Fri, 31 Dec 9999 23:59:59 -2359",
+        "Mon, 01 Jan 2024 99999999999999999999:00:00 GMT",
+    ],
+)
+def test_no_date_of_a_retry_after_hides_the_answer(header: str) -> None:
+    seconds = Answer(503, header).retry_after_s(NOW)
+    assert seconds is None or seconds == 86_400
+
+
+@given(st.text(max_size=60))
+def test_whatever_retry_after_says_it_is_a_time_or_nothing(header: str) -> None:
+    seconds = Answer(503, header).retry_after_s(NOW)
+    assert seconds is None or 0 < seconds <= 86_400
+
+
+@pytest.mark.parametrize(
     ("header", "seconds"),
     [
         (None, None),
