@@ -168,6 +168,11 @@ _TOO_LARGE = _Row(
     "a row is too large for {plugin} to decode",
     "nothing: it is tried again, and then the slot is made anew; a sweep finds what was written meanwhile",
 )
+_MESSAGE_TOO_LONG = _Row(
+    Reason.PROTOCOL,
+    "somebody has sent a logical message of {size} MB, which takes twice that memory to read",
+    "nothing: the stream begins anew behind it; who may send one, and how to forbid it, says cdc doctor",
+)
 _BAD_OPTIONS = _Row(
     Reason.PROTOCOL,
     "the server refuses to stream the slot {slot} with our options ({sqlstate})",
@@ -252,8 +257,14 @@ def server_ended(names: Names) -> StreamError:
     return _error(_ENDED, names)
 
 
-def _error(row: _Row, names: Names, sqlstate: str = "") -> StreamError:
+def message_too_long(size: int, names: Names) -> StreamError:
+    """Of so many bytes; the session has read it, and holds on to the memory that it took."""
+    return _error(_MESSAGE_TOO_LONG, names, size=size >> 20)
+
+
+def _error(row: _Row, names: Names, sqlstate: str = "", size: int = 0) -> StreamError:
     words = {
+        "size": size,
         "slot": names.slot,
         "plugin": names.plugin,
         "role": names.role.replace('"', '""'),
@@ -313,7 +324,8 @@ class Wanted:
 
     ``plugins`` in the order in which they are tried, without those in ``refused``: the server has been asked, and
     lacks or forbids them. ``stuck``: the slot was read several times and never came further. ``failover``: the slot
-    that a new one takes the place of was one for failover, and so is that.
+    that a new one takes the place of was one for failover, and so is that. ``from_end``: what the slot holds so far is
+    not to be read.
     """
 
     plugins: tuple[str, ...] = PLUGINS
@@ -323,6 +335,7 @@ class Wanted:
     may_recreate: bool = True
     stuck: bool = False
     failover: bool = False
+    from_end: bool = False
 
 
 class Step(StrEnum):

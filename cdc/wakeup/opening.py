@@ -1,5 +1,9 @@
 """From an open replication connection to a running stream: the slot, made or made anew if need be, and its plugin.
 
+A process that begins to read a slot does so at the present end of the WAL, not where the last reader stopped: that one
+may have died of what it read there, a message that took all its memory, and each start is followed by a sweep, which
+finds the changes before it. A session that follows another one of the same process goes on where that one stopped.
+
 A slot of ours is read with the plugin it was made with. A new one gets the first of the wanted plugins that the server
 has and allows; where that is not the one the old slot needs, the slot is made anew: nothing is lost with it.
 """
@@ -11,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cdc.errors import StreamError
+from cdc.lsn import ZERO, Lsn
 from cdc.refusals import Reason, Step, Wanted, next_step, why_broken
 from cdc.wakeup.replication import Session
 from cdc.wakeup.wire import Plugin
@@ -49,14 +54,15 @@ def begin(session: Session, plugins: Mapping[str, Plugin], wanted: Wanted) -> Op
     if found and found.failover and not found.held_by and not wanted.temporary:
         wanted = replace(wanted, failover=True)
     try:
-        _start(session, plugins[name], step, temporary=wanted.temporary, failover=wanted.failover)
+        position = end if wanted.from_end else ZERO
+        _start(session, plugins[name], step, position, wanted)
     except StreamError as refused:
         opened = _begin_with_another(session, plugins, wanted, name, refused)
         return replace(opened, recreated=opened.recreated or step is Step.RECREATE)
     return Opened(plugins[name], recreated=step is Step.RECREATE)
 
 
-def _start(session: Session, plugin: Plugin, step: Step, *, temporary: bool, failover: bool) -> None:
+def _start(session: Session, plugin: Plugin, step: Step, position: Lsn, wanted: Wanted) -> None:
     # The publication first: pgoutput cannot decode what was written before it was there.
     if plugin.publication is not None:
         session.publish_nothing(plugin.publication)
@@ -66,9 +72,9 @@ def _start(session: Session, plugin: Plugin, step: Step, *, temporary: bool, fai
         session.end_failover()
     if step in (Step.CREATE, Step.RECREATE):
         # A new slot starts at the end of the WAL; the sweep finds what lies before.
-        session.create(plugin, temporary=temporary, failover=failover)
+        session.create(plugin, temporary=wanted.temporary, failover=wanted.failover)
         log.info("created the slot %s (%s)", session.names.slot, plugin.name)
-    session.start(plugin)
+    session.start(plugin, position)
 
 
 def _begin_with_another(

@@ -32,10 +32,11 @@ from cdc.refusals import (
     classify,
     classify_connect,
     in_recovery,
+    message_too_long,
     server_ended,
 )
 from cdc.slot_state import ABSENT_STANDBYS
-from cdc.wakeup.wire import Plugin
+from cdc.wakeup.wire import LONGEST, Plugin, head
 
 _TURN_S = 5.0
 """The thread shows that it lives at least this often, whatever it waits for."""
@@ -43,6 +44,10 @@ _ANSWER_LIMIT_S = 60.0
 """For the answer to a command. CREATE waits for open write transactions one by one, each up to lock_timeout."""
 _MANY = 32
 """Messages since the last look at the socket after which there may be more: libpq reads 16 kB at a time."""
+_BYTES_AT_ONCE = 1 << 20
+"""Messages of other applications may have any size; of what is read at once no more is held than this and the last."""
+_TOO_LONG_TO_KEEP = 16 << 20
+"""libpq holds a message whole, and what it needed for one it keeps: after a longer one the session begins anew."""
 _GOODBYE_LIMIT_S = 1.0
 """For the server to agree to the end, which says that it has read our last status update."""
 _REFUSAL_S = 3.0
@@ -138,6 +143,8 @@ class Session:
         self._asking = False
         self._unsent = False
         self._over: StreamError | None = None
+        self.flooded = False
+        """Ended by a message that took too much memory; the next session is to begin behind it."""
 
     def __enter__(self) -> Session:
         return self
@@ -206,15 +213,18 @@ class Session:
         drop = sql.SQL("DROP_REPLICATION_SLOT {}")
         self._command(drop.format(sql.Identifier(self.names.slot)), During.CREATE)
 
-    def start(self, plugin: Plugin) -> None:
-        """From the confirmed position on: a server takes any other one, and may then deliver nothing."""
+    def start(self, plugin: Plugin, position: Lsn) -> None:
+        """From ``position`` on, or from the confirmed one if that is later.
+
+        A server takes any position, and from one ahead of its WAL on it delivers nothing: it is one of ``server_end``.
+        """
         self.names = replace(self.names, plugin=plugin.name)
         options = sql.SQL(", ").join(
             sql.SQL("{} {}").format(sql.Identifier(name), _option_value(value)) for name, value in plugin.options
         )
-        start = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})")
+        start = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
         try:
-            self._command(start.format(sql.Identifier(self.names.slot), options), During.START)
+            self._command(start.format(sql.Identifier(self.names.slot), sql.SQL(str(position)), options), During.START)
         except StreamError as refused:
             if refused.reason == Reason.SLOT_BUSY and self._read_for_others(plugin):
                 raise another_outbox(self.names) from None
@@ -272,14 +282,24 @@ class Session:
     # The stream: after start()
 
     def receive(self, most: int) -> list[memoryview]:
-        """The messages that have come, up to ``most``. If the stream has ended behind them, ``wait`` will say so."""
+        """The messages that have come, up to ``most``. If the stream has ended behind them, ``wait`` will say so.
+
+        Of one that is too long to be ours only its head is kept (``wire.head``).
+        """
         messages: list[memoryview] = []
         get_copy_data, keep = self._link.get_copy_data, messages.append
-        looked_again_at = 0
+        looked_again_at = bytes_ = 0
         try:
-            while len(messages) < most:
+            while len(messages) < most and bytes_ < _BYTES_AT_ONCE:
                 size, data = get_copy_data(1)
-                if size > 0:
+                bytes_ += size
+                if size > LONGEST:
+                    keep(head(data))
+                    if size > _TOO_LONG_TO_KEEP:
+                        self.flooded = True
+                        self._over = message_too_long(size, self.names)
+                        break
+                elif size > 0:
                     keep(data)
                 elif size == 0 and len(messages) - looked_again_at >= _MANY:
                     looked_again_at = len(messages)

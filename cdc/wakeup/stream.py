@@ -123,6 +123,7 @@ class Stream:
         self._attempts = Attempts(settings.stall_limit_s)
         self._reached = ZERO
         self._deaf = threading.Event()
+        self._from_end = True
 
     @property
     def status(self) -> StreamStatus:
@@ -169,7 +170,10 @@ class Stream:
                     self._attempts = replace(self._attempts, dead_ends=0)
                 reader = self._reader(session, opened.plugin)
                 self._report.started(self._settings.slot, opened)
-                reader.read()
+                try:
+                    reader.read()
+                finally:
+                    self._from_end = session.flooded
         except StreamError as error:
             ended = error
         except ProtocolError as error:
@@ -203,6 +207,7 @@ class Stream:
             may_recreate=may_recreate,
             # Where it may not be made anew it is tried all the same: somebody may have mended what breaks it.
             stuck=may_recreate and self._attempts.stuck,
+            from_end=self._from_end,
         )
 
     def _reader(self, session: Session, plugin: Plugin) -> _Reader:
@@ -339,6 +344,8 @@ class _Batch:
                 self.reply_requested = self.reply_requested or reply_requested
                 continue
             self.messages += 1
+            if not len(message):
+                continue  # too long to be ours
             if (rung := plugin.decode(message)) is not None:
                 wakeup, self.committed_at = rung
                 self.wakeups.append(wakeup)

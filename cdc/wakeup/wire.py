@@ -20,6 +20,9 @@ _EPOCH_UNIX_S = 946_684_800
 
 SEQ_MAX = 2**63 - 1
 
+LONGEST = 16_384
+"""Bytes of a CopyData message: ours has some 150, also where the schema's name is long. A longer one is not for us."""
+
 _XLOGDATA = struct.Struct("!cQQq")  # 'w', WAL start, WAL end, server clock; the plugin's message follows
 _KEEPALIVE = struct.Struct("!cQqB")  # 'k', WAL end, server clock, reply requested
 _K = ord("k")
@@ -66,6 +69,11 @@ XLOGDATA = rb"w([\x00-\xff]{8})[\x00-\xff]{16}"
 def is_keepalive(data: bytes | memoryview) -> bool:
     """By its first byte; whether it is a whole one, ``parse`` knows."""
     return len(data) > 0 and data[0] == _K
+
+
+def head(data: bytes | memoryview) -> memoryview:
+    """A copy of it as far as its position: what ``parse`` then returns is an empty message."""
+    return memoryview(bytes(data[: _XLOGDATA.size]))
 
 
 def parse(data: bytes | memoryview) -> tuple[int, bytes | memoryview | None, bool]:

@@ -79,14 +79,17 @@ def test_a_large_transaction_is_handed_over_in_bounded_batches_in_order(
     assert stream.status.bytes > 20_000 * 60
 
 
-def test_what_is_rung_while_nobody_streams_is_heard_afterwards(
-    streaming: Streaming, database: str, db, slot: str
+def test_what_is_rung_while_nobody_streams_is_left_to_the_sweep(
+    streaming: Streaming, database: str, db, slot: str, confirms: Callable[[str], None]
 ) -> None:
     with streaming(database, slot):
         pass
     ring(db, 1)
     with streaming(database, slot) as (_, heard):
-        hears(heard, 1)
+        ring(db, 2)
+        hears(heard, 2)
+        confirms(slot)
+    assert heard.wakeups == [WakeUp(2, 1)]
 
 
 # Confirming

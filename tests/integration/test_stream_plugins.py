@@ -10,6 +10,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from cdc.lsn import Lsn
 from cdc.model import publication_name
 from cdc.wakeup import stream
 from tests.eventually import eventually
@@ -126,10 +127,13 @@ def test_a_wal2json_too_old_for_our_options_is_replaced(database: str, db, slot:
 def test_a_slot_of_the_other_plugin_is_used_as_it_is(database: str, db, slot: str) -> None:
     with stream_of(database, slot, plugins=("pgoutput",)):
         pass
-    ring(db, 1)
+    before = slot_facts(db, slot)["restart_lsn"]
     with stream_of(database, slot) as (running, heard):
-        hears(heard, 1)  # rung between the two: the slot is the same
+        ring(db, 1)
+        hears(heard, 1)
     assert running.status.plugin == "pgoutput"
+    assert running.status.recreated == 0
+    assert slot_facts(db, slot)["restart_lsn"] >= before
 
 
 def test_a_slot_of_a_plugin_that_was_not_asked_for_is_kept_and_named(database: str, db, slot: str) -> None:
@@ -175,19 +179,18 @@ def test_a_publication_with_tables_in_it_rings_for_messages_all_the_same(databas
     assert not heard.errors
 
 
-# A stream that fails at the same place at every start: WAL from before the publication, which pgoutput cannot decode
+# A stream that fails at the same place at every start: WAL of a time without publication, which pgoutput cannot decode
 
 
-@pytest.fixture
-def undecodable(db: psycopg.Connection, slot: str) -> str:
-    make_slot(db, slot, "pgoutput")
+def write_undecodable(db: psycopg.Connection) -> None:
     db.execute("CREATE TABLE other (i int)")
+    db.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(PUBLICATION)))
     db.execute("INSERT INTO other VALUES (1)")
-    return slot
 
 
-def test_a_slot_that_fails_at_the_same_place_at_every_start_is_made_anew(database: str, db, undecodable: str) -> None:
-    with stream_of(database, undecodable, plugins=("pgoutput",), wait=False) as (running, heard):
+def test_a_slot_that_fails_at_the_same_place_at_every_start_is_made_anew(database: str, db, slot: str) -> None:
+    with stream_of(database, slot, plugins=("pgoutput",)) as (running, heard):
+        write_undecodable(db)
         eventually(lambda: running.status.recreated == 1 and running.status.connected, what="a new slot")
         ring(db, 1)
         hears(heard, 1)
@@ -198,17 +201,26 @@ def test_a_slot_that_fails_at_the_same_place_at_every_start_is_made_anew(databas
     assert heard.starts == len(heard.reasons) + 1
 
 
-def test_where_it_may_not_be_made_anew_it_is_tried_again_and_the_command_named(
-    database: str, db, undecodable: str
-) -> None:
-    before = slot_facts(db, undecodable)["confirmed_flush_lsn"]
-    settings = {"plugins": ("pgoutput",), "recreate_slot": False, "wait": False}
-    with stream_of(database, undecodable, **settings) as (running, heard):
+def test_where_it_may_not_be_made_anew_it_is_tried_again_and_the_command_named(database: str, db, slot: str) -> None:
+    with stream_of(database, slot, plugins=("pgoutput",), recreate_slot=False) as (running, heard):
+        write_undecodable(db)
+        end = db.execute("SELECT pg_current_wal_insert_lsn()").fetchone()
         eventually(lambda: running.status.reason == "slot_stuck", what="it is told")
     error = heard.errors[-1]
     assert error.permanent
-    assert f"cdc slot recreate {undecodable}" in error.hint
-    assert slot_facts(db, undecodable)["confirmed_flush_lsn"] == before
+    assert f"cdc slot recreate {slot}" in error.hint
+    assert Lsn.parse(slot_facts(db, slot)["confirmed_flush_lsn"]) < Lsn.parse(end[0])
+
+
+def test_a_process_that_begins_behind_what_cannot_be_decoded_reads_the_slot_as_it_is(
+    database: str, db, slot: str
+) -> None:
+    make_slot(db, slot, "pgoutput")
+    db.execute("CREATE TABLE other (i int); INSERT INTO other VALUES (1)")
+    with stream_of(database, slot, plugins=("pgoutput",), recreate_slot=False) as (_, heard):
+        ring(db, 1)
+        hears(heard, 1)
+    assert not heard.errors
 
 
 def test_a_publication_that_is_dropped_under_a_running_stream_is_made_again(database: str, db, slot: str) -> None:
