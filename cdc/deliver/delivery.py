@@ -12,6 +12,7 @@ It is a router like any other: order, concurrency, retries and dead letters are 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
