@@ -11,10 +11,13 @@ names that nobody here knows (a service of Kubernetes or Compose), so they answe
 
 from __future__ import annotations
 
+import contextlib
+import io
 import ipaddress
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,8 +32,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CLIENT_SILENCE_S = 5.0
-"""A client that opens a connection and says nothing costs a thread for this long."""
+_CONNECTIONS_MAX = 50
+"""Each is a thread and a descriptor. A new one takes the place of the oldest: who asks is answered in milliseconds, and
+who holds a connection longest is the least likely to want an answer."""
+
+_REQUEST_LIMIT_S = 5.0
+"""From the connection to the last byte of the answer, however slowly either comes."""
+
+_REQUEST_MAX = 16_384
+"""Bytes of a request that are read."""
+
+_REST_S = 0.2
+"""After a connection could not be taken, for want of descriptors: the next attempt would fail at once as well."""
 
 _POLL_S = 0.1
 """How long a stop may take to be noticed; it is part of the drain time."""
@@ -180,6 +193,48 @@ def _verdict(path: str, checks: Checks) -> _Response:
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False  # a slow client must not hold up the stop
+    request_queue_size = 128
+
+    def __init__(self, *arguments: Any) -> None:
+        self._open: dict[socket.socket, float] = {}
+        """Since when, the oldest first."""
+        self._lock = threading.Lock()
+        self._rest = threading.Event()
+        super().__init__(*arguments)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            self._rest.wait(_REST_S)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            oldest = next(iter(self._open)) if len(self._open) >= _CONNECTIONS_MAX else None
+            self._open[request] = time.monotonic()
+        if oldest is not None:
+            self._let_go(oldest)
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Called every _POLL_S, and after each connection."""
+        with self._lock:
+            overdue = [one for one, since in self._open.items() if time.monotonic() - since > _REQUEST_LIMIT_S]
+        for request in overdue:
+            self._let_go(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def _let_go(self, request: socket.socket) -> None:
+        """Its thread, whatever it waits for, finds the connection ended."""
+        with self._lock:
+            if self._open.pop(request, None) is not None:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
 
     def server_bind(self) -> None:
         # HTTPServer's own asks the name service for the host's full name, which may take seconds.
@@ -195,8 +250,23 @@ class _ServerV6(_Server):
     address_family = socket.AF_INET6
 
 
+class _Brief(io.BufferedReader):
+    """Ends after so many bytes; the library would take a hundred headers of 64 kB each."""
+
+    left = _REQUEST_MAX
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(self.left if size is None or size < 0 else min(size, self.left))
+        self.left -= len(line)
+        return line
+
+
 class _Quiet(WSGIRequestHandler):
-    timeout = _CLIENT_SILENCE_S
+    timeout = _REQUEST_LIMIT_S
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = _Brief(self.connection.makefile("rb", buffering=0))
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in http.server
         """A probe every few seconds would be most of the log."""

@@ -1,6 +1,9 @@
+import contextlib
+import errno
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from cdc.errors import UsageError
 from cdc.health import Check, HealthServer
+from tests.eventually import eventually
 
 
 class State:
@@ -159,6 +163,7 @@ def test_a_client_that_says_nothing_holds_up_neither_others_nor_the_stop(
     server: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdc.health._Quiet.timeout", 300)  # so that no patience of ours helps
+    monkeypatch.setattr("cdc.health._REQUEST_LIMIT_S", 300)
     with socket.create_connection(("127.0.0.1", server.port)) as silent:
         silent.send(b"GET /livez")
         assert _ask(server, "/livez")[0] == 200
@@ -168,9 +173,78 @@ def test_a_client_that_says_nothing_holds_up_neither_others_nor_the_stop(
 
 
 def test_a_client_that_says_nothing_is_let_go(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdc.health._Quiet.timeout", 0.05)
+    monkeypatch.setattr("cdc.health._REQUEST_LIMIT_S", 0.05)
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as silent:
         assert silent.recv(1) == b""
+
+
+def test_a_client_that_speaks_slowly_for_ever_is_let_go(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdc.health._REQUEST_LIMIT_S", 0.5)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=0.1) as slow:
+
+        def ended() -> bool:
+            try:
+                slow.send(b"a")
+                return slow.recv(1) == b""
+            except TimeoutError:
+                return False
+            except ConnectionError:
+                return True
+
+        eventually(ended, within_s=20, what="the connection ends")
+
+
+def _crowd(server: HealthServer, count: int, said: bytes) -> list[socket.socket]:
+    crowd = []
+    for _ in range(count):
+        crowd.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+        crowd[-1].send(said)
+    return crowd
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /livez HTTP/1.1\r\nX: ", b"GET /livez"])
+def test_probes_are_answered_while_others_hold_all_the_connections_they_can(server: HealthServer, said: bytes) -> None:
+    crowd = _crowd(server, 200, said)
+    try:
+        for _ in range(20):
+            assert _ask(server, "/livez")[0] == 200
+        threads = sum("process_request" in thread.name for thread in threading.enumerate())
+        assert threads <= 60  # 50, and those that are about to end
+    finally:
+        for one in crowd:
+            one.close()
+
+
+def test_without_descriptors_the_port_rests_and_is_there_again_afterwards(
+    server: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = 0
+    accept, enough = socket.socket.accept, threading.Event()
+
+    def refused(listener: socket.socket) -> object:
+        nonlocal attempts
+        if enough.is_set():
+            return accept(listener)
+        attempts += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket.socket, "accept", refused)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as waiting:
+        waiting.send(b"GET /livez HTTP/1.0\r\n\r\n")
+        eventually(lambda: attempts >= 3, what="some attempts")
+        began, before = time.monotonic(), attempts
+        eventually(lambda: time.monotonic() - began > 1, what="a second")
+        assert attempts - before < 20
+        enough.set()
+        assert waiting.recv(12) == b"HTTP/1.0 200"
+
+
+def test_no_more_of_a_request_is_read_than_one_has(server: HealthServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as talker:
+        head = b"GET /livez HTTP/1.0\r\n" + b"X: " + b"a" * 1_000_000
+        with contextlib.suppress(ConnectionError):
+            talker.sendall(head)
+            assert talker.recv(12) == b"HTTP/1.0 200"
 
 
 def test_a_request_is_not_logged_and_prints_nothing(server: HealthServer, capfd: pytest.CaptureFixture[str]) -> None:
