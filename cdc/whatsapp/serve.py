@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
+import psycopg
 import uvicorn
 from psycopg_pool import AsyncConnectionPool
 from starlette.applications import Starlette
@@ -16,13 +19,15 @@ from starlette.applications import Starlette
 import cdc
 from cdc import process
 from cdc.whatsapp.adapter import Adapter
+from cdc.whatsapp.connections import CONNECTIONS_MAX, Connection
 from cdc.whatsapp.web import Checks, make_app
 
 log = logging.getLogger("cdc.whatsapp.web")
 
 _CONNECTIONS_MAX = 10
 _CONNECTION_LIMIT_S = 5.0
-_REQUESTS_MAX = 400
+_REQUESTS_MAX = 2 * CONNECTIONS_MAX  # a request more would be refused, and none is
+_ASKED_AGAIN_S = 1.0
 _GRACE_S = 10
 
 
@@ -38,10 +43,10 @@ def serve(arguments: Mapping[str, Any], *, schema: str, checks: Checks, host: st
             # One round trip, so that not every connection has to fail once when the server has been away.
             check=AsyncConnectionPool.check_connection,
         )  # fmt: skip
-        # No compression, no access log, no name of the server; what is sent slowly is bounded by ``web``.
+        # No compression, no access log, no name of the server; what is sent slowly is bounded by ``connections``.
         config = uvicorn.Config(
-            _app(pool, schema, checks, listener), lifespan="on", ws="none", log_config=None, log_level="warning",
-            access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_REQUESTS_MAX,
+            _app(pool, schema, checks, listener), lifespan="on", ws="none", http=Connection, log_config=None,
+            log_level="warning", access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_REQUESTS_MAX,
             timeout_graceful_shutdown=_GRACE_S,
         )  # fmt: skip
         server = _Server(config)
@@ -71,7 +76,32 @@ def _app(pool: AsyncConnectionPool, schema: str, checks: Checks, listener: socke
         async with pool.connection() as connection:
             await connection.execute("SELECT 1")
 
-    return make_app(Adapter(pool.connection, schema), checks, database_answers=database_answers, lifespan=lifespan)
+    return make_app(
+        Adapter(pool.connection, schema), checks, database_answers=Lately(database_answers), lifespan=lifespan
+    )
+
+
+class Lately:
+    """Asks at most once a second, and for all who ask meanwhile: whoever asks need not be anybody we know."""
+
+    def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
+        self._ask = ask
+        self._asked_at = -math.inf
+        self._error: psycopg.Error | None = None
+        self._asking = asyncio.Lock()
+
+    async def __call__(self) -> None:
+        async with self._asking:
+            now = asyncio.get_running_loop().time
+            if now() - self._asked_at >= _ASKED_AGAIN_S:
+                self._error = None
+                try:
+                    await self._ask()
+                except psycopg.Error as error:
+                    self._error = error
+                self._asked_at = now()
+            if self._error is not None:
+                raise self._error.with_traceback(None)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import signal
 import socket
 from pathlib import Path
@@ -13,6 +15,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc import schema
 from cdc.cli import cdc
+from cdc.whatsapp.serve import Lately
 from tests.eventually import eventually
 from tests.fix_proxy import Proxy
 from tests.fix_webhook import Endpoint
@@ -122,3 +125,68 @@ def test_the_settings_show_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert shown.exit_code == 0
         assert "(secret)" in shown.stdout
         assert "hunter" not in shown.output
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"POST /webhook HTTP/1.1\r\nHost: x\r\n", b"POST /webhook HTTP/1.1\r\nContent-Length: 9\r\nHost: x\r\n\r\n{"],
+)
+def test_webhooks_are_taken_beside_any_number_of_connections_that_do_not_come_to_a_request(
+    outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path, said: bytes
+) -> None:
+    endpoint = Endpoint(outbox, tmp_path / "log")
+    endpoints.append(endpoint)
+    crowd = [socket.create_connection(("127.0.0.1", endpoint.port), timeout=60) for _ in range(450)]
+    try:
+        for each in crowd:
+            each.send(said)
+        for number in range(5):
+            assert endpoint.post(EVENT | {"key": f"m-{number}"}) == (200, {"result": "stored"})
+        assert endpoint.ask("/healthz") == 200
+        assert len(list(Path(f"/proc/{endpoint.process.pid}/fd").iterdir())) < 450
+        for each in crowd[-10:]:
+            with contextlib.suppress(ConnectionResetError):
+                while each.recv(1000):
+                    pass
+    finally:
+        for each in crowd:
+            each.close()
+
+
+def test_requests_that_follow_one_another_on_a_connection_have_their_time_each(
+    outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path
+) -> None:
+    endpoint = Endpoint(outbox, tmp_path / "log")
+    endpoints.append(endpoint)
+    asked = b"GET /webhook HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", endpoint.port), timeout=60) as link:
+        for pieces in ([asked], [asked[:20], asked[20:]], [asked + asked[:30], asked[30:]]):
+            for piece in pieces:
+                link.sendall(piece)
+        said = b""
+        while said.count(b"HTTP/1.1 400") < 4:
+            said += link.recv(10_000)
+        link.sendall(asked[:20])
+        with contextlib.suppress(ConnectionResetError):
+            assert link.recv(1) == b""
+
+
+async def test_the_database_is_asked_once_a_second_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    async def ask() -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            raise psycopg.OperationalError("away")
+
+    lately = Lately(ask)
+    await asyncio.gather(*(lately() for _ in range(100)))
+    assert asked == 1
+    monkeypatch.setattr("cdc.whatsapp.serve._ASKED_AGAIN_S", 0.0)
+    with pytest.raises(psycopg.OperationalError):
+        await lately()
+    monkeypatch.setattr("cdc.whatsapp.serve._ASKED_AGAIN_S", 60.0)
+    with pytest.raises(psycopg.OperationalError):
+        await lately()
+    assert asked == 2
