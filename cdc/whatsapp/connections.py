@@ -16,6 +16,7 @@ of connections that say nothing, or that say it slowly.
 from __future__ import annotations
 
 import asyncio
+
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 

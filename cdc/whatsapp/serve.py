@@ -46,8 +46,8 @@ def serve(arguments: Mapping[str, Any], *, schema: str, checks: Checks, host: st
         # No compression, no access log, no name of the server; what is sent slowly is bounded by ``connections``.
         config = uvicorn.Config(
             _app(pool, schema, checks, listener), lifespan="on", ws="none", http=Connection, log_config=None,
-            log_level="warning", access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_REQUESTS_MAX,
-            timeout_graceful_shutdown=_GRACE_S,
+            log_level="warning", access_log=False, server_header=False, proxy_headers=False,
+            limit_concurrency=_REQUESTS_MAX, timeout_graceful_shutdown=_GRACE_S,
         )  # fmt: skip
         server = _Server(config)
         process.hand_over(lambda _: setattr(server, "should_exit", True))
