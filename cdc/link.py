@@ -63,6 +63,11 @@ def unlimited(connection: Link | AsyncLink) -> Iterator[None]:
         connection.answer_limit_s = limit_s
 
 
+def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
+    """Close it at once; the server sees the end of the link."""
+    connection.pgconn.finish()
+
+
 def _limited(connection: Link | AsyncLink, waits: Generator[Any, Any, _T]) -> Generator[Any, Any, _T]:
     """psycopg resumes what it waits for at each event, and ten times a second without one."""
     began, limit_s = time.monotonic(), connection.answer_limit_s

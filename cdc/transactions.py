@@ -31,7 +31,8 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
 from cdc import probe
 from cdc.connect import SERVER_TCP, Dsn, lent_arguments
-from cdc.link import AsyncLink, Link, unlimited
+from cdc.lent import AsyncLent, Lent, reset, reset_async
+from cdc.link import cut, unlimited
 from cdc.metrics import CONNECTION_KINDS, Metrics
 from cdc.model import Change
 from cdc.outbox.store import Store
@@ -105,13 +106,13 @@ class Transactions:
         self._store = store
         self._kinds = {handler.is_async for handler in handlers if handler.transactional}
         arguments = partial(lent_arguments, dsn, application_name="cdc: handlers", session=_SESSION)
-        self._async: AsyncConnectionPool[AsyncLink] = AsyncConnectionPool(
-            "", connection_class=AsyncLink, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=_pin_async,
+        self._async: AsyncConnectionPool[AsyncLent] = AsyncConnectionPool(
+            "", connection_class=AsyncLent, kwargs=arguments, min_size=0, max_size=size, open=False,
+            timeout=_CONNECTION_LIMIT_S, configure=_pin_async, reset=reset_async,
         )  # fmt: skip
-        self._sync: ConnectionPool[Link] = ConnectionPool(
-            "", connection_class=Link, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=_pin,
+        self._sync: ConnectionPool[Lent] = ConnectionPool(
+            "", connection_class=Lent, kwargs=arguments, min_size=0, max_size=size, open=False,
+            timeout=_CONNECTION_LIMIT_S, configure=_pin, reset=reset,
         )  # fmt: skip
 
     async def open(self) -> None:
@@ -159,6 +160,7 @@ class Transactions:
                                     await connection.execute(*self._store.cause(changes[number]))
                             with unlimited(connection):
                                 errors = await call(connection)
+                            connection.as_new()
                             _alone_only(errors, calls)
                         calls_s = time.monotonic() - began
                         probe.here("run.before_mark")
@@ -193,6 +195,7 @@ class Transactions:
                                     connection.execute(*self._store.cause(changes[number]))
                             with unlimited(connection):
                                 errors = call(connection)
+                            connection.as_new()
                             _alone_only(errors, calls)
                         calls_s = time.monotonic() - began
                         probe.here("run.before_mark")
@@ -208,7 +211,7 @@ class Transactions:
         return ran._replace(calls_s=calls_s)
 
 
-async def _pin_async(connection: AsyncLink) -> None:
+async def _pin_async(connection: AsyncLent) -> None:
     """What the transaction is, whatever a database's default says: it comes with BEGIN, and costs no round trip.
 
     Above read committed a change would fail for what others wrote meanwhile, and nobody's handler would be at fault.
@@ -219,7 +222,7 @@ async def _pin_async(connection: AsyncLink) -> None:
     await connection.set_deferrable(False)
 
 
-def _pin(connection: Link) -> None:
+def _pin(connection: Lent) -> None:
     connection.answer_limit_s = _ANSWER_LIMIT_S
     connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     connection.read_only = False
@@ -259,6 +262,9 @@ def _fate(connection: psycopg.Connection | psycopg.AsyncConnection, error: psyco
     """The handler's own error, or that others ended the transaction; an answer to a COMMIT may be lost with it."""
     if connection.broken or connection.closed:
         return LostTransactionError("the connection was lost", error)
+    if isinstance(error, psycopg.errors.InvalidSqlStatementName):
+        cut(connection)  # the driver takes for prepared what a DEALLOCATE ALL has removed
+        return LostTransactionError("what was prepared on the connection is gone, and so it was closed", error)
     if isinstance(error, psycopg.errors.SerializationFailure | psycopg.errors.DeadlockDetected):
         return ConflictError("another transaction was in the way", error)
     return error

@@ -1,0 +1,108 @@
+"""Connections lent to one handler after the other: each is to find it as if nobody had had it before.
+
+What is set on the Python object (factories, adapters, handlers of notices ...) is undone between two calls, by
+``as_new``. What a session keeps on the server (settings, role, LISTEN, advisory locks, open cursors, temporary tables,
+prepared statements) goes by ``reset`` when the connection is given back: one message. DISCARD ALL is not it, for it
+would have the statements of every transaction prepared anew, ours and the handler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.adapt import AdaptersMap
+from psycopg.rows import tuple_row
+
+from cdc.link import AsyncLink, Link
+
+_RESET = (
+    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_catalog.pg_advisory_unlock_all();"
+    " DISCARD TEMP; DISCARD SEQUENCES;"
+    " SELECT name FROM pg_catalog.pg_prepared_statements"
+    " WHERE pg_catalog.left(name, 5) OPERATOR(pg_catalog.<>) '_pg3_'"
+)
+"""The last statement names what was prepared, and not by the driver: its own statements it keeps track of."""
+_PREPARE_THRESHOLD, _PREPARED_MAX = 5, 100
+"""psycopg's own."""
+
+
+class _Lent:
+    """What a handler may leave on a connection of either kind."""
+
+    _adapters_now: AdaptersMap | None = None
+    _callbacks: list[tuple[Callable[[Any], None], Any]]
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """Made when it is first asked for, from the program's."""
+        if self._adapters_now is None:
+            self._adapters_now = AdaptersMap(psycopg.adapters)
+        return self._adapters_now
+
+    def _forget(self) -> None:
+        self._adapters_now = None
+        for remove, callback in self.__dict__.pop("_callbacks", ()):
+            try:
+                remove(callback)
+            except ValueError:  # the handler has removed it
+                continue
+
+    def _added(self, remove: Callable[[Any], None], callback: Any) -> None:
+        self.__dict__.setdefault("_callbacks", []).append((remove, callback))
+
+
+class Lent(_Lent, Link):
+    def add_notice_handler(self, callback: Any) -> None:
+        self._added(self.remove_notice_handler, callback)
+        super().add_notice_handler(callback)
+
+    def add_notify_handler(self, callback: Any) -> None:
+        self._added(self.remove_notify_handler, callback)
+        super().add_notify_handler(callback)
+
+    def as_new(self) -> None:
+        self.row_factory = tuple_row
+        self.cursor_factory, self.server_cursor_factory = psycopg.Cursor, psycopg.ServerCursor
+        self.prepare_threshold, self.prepared_max = _PREPARE_THRESHOLD, _PREPARED_MAX
+        self._forget()
+
+
+class AsyncLent(_Lent, AsyncLink):
+    """``Lent`` for an event loop."""
+
+    def add_notice_handler(self, callback: Any) -> None:
+        self._added(self.remove_notice_handler, callback)
+        super().add_notice_handler(callback)
+
+    def add_notify_handler(self, callback: Any) -> None:
+        self._added(self.remove_notify_handler, callback)
+        super().add_notify_handler(callback)
+
+    def as_new(self) -> None:
+        self.row_factory = tuple_row
+        self.cursor_factory, self.server_cursor_factory = psycopg.AsyncCursor, psycopg.AsyncServerCursor
+        self.prepare_threshold, self.prepared_max = _PREPARE_THRESHOLD, _PREPARED_MAX
+        self._forget()
+
+
+def reset(connection: Lent) -> None:
+    """For a pool: the connection was given back."""
+    connection.as_new()
+    cursor = connection.execute(_RESET, prepare=False)
+    while cursor.nextset():
+        pass
+    for (name,) in cursor.fetchall():
+        connection.execute(sql.SQL("DEALLOCATE {}").format(sql.Identifier(name)), prepare=False)
+
+
+async def reset_async(connection: AsyncLent) -> None:
+    """``reset`` for an event loop."""
+    connection.as_new()
+    cursor = await connection.execute(_RESET, prepare=False)
+    while cursor.nextset():
+        pass
+    for (name,) in await cursor.fetchall():
+        await connection.execute(sql.SQL("DEALLOCATE {}").format(sql.Identifier(name)), prepare=False)
