@@ -26,6 +26,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from cdc.errors import UsageError
+from cdc.forks import not_for_children
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -97,6 +98,7 @@ class HealthServer:
                 f"cannot serve metrics and health on {host} port {port}: {error.strerror}",
                 hint="choose another --http-host or --http-port; port 0 switches them off",
             ) from None
+        not_for_children(self._server)
         self._server.set_app(_Application(registry, liveness, readiness, routes or {}, hosts=(host, *hosts)))
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="cdc-health", daemon=True

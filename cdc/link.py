@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import psycopg
 
+from cdc.forks import not_for_children
+
 _T = TypeVar("_T")
 
 _CANCEL_LIMIT_S = 2.0
@@ -34,6 +36,10 @@ class Link(psycopg.Connection[Any]):
     answer_due = math.inf
     """When the answer that is waited for is late, on the monotonic clock."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        not_for_children(self)
+
     def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
         return super().wait(_limited(self, gen), *arguments, **named)
 
@@ -43,6 +49,10 @@ class AsyncLink(psycopg.AsyncConnection[Any]):
 
     answer_limit_s: float | None = None
     answer_due = math.inf
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        not_for_children(self)
 
     async def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
         return await super().wait(_limited(self, gen), *arguments, **named)

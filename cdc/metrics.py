@@ -9,11 +9,12 @@ figures of the database, which also go when their collector fails.
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from itertools import product
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, values
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
@@ -69,6 +70,37 @@ class _Registry(CollectorRegistry):
         for metric in super().collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric
+
+
+_swapped = threading.Lock()
+
+
+class _InMemory(MetricWrapperBase):
+    """Its values are this process's alone.
+
+    prometheus_client keeps them in files where PROMETHEUS_MULTIPROC_DIR names a folder, which is an application's that
+    shares our environment: it may not be there, and what is in it is told as the application's.
+    """
+
+    def _metric_init(self) -> None:
+        with _swapped:
+            usual, values.ValueClass = values.ValueClass, values.MutexValue
+            try:
+                super()._metric_init()  # type: ignore[no-untyped-call]  # the library's is
+            finally:
+                values.ValueClass = usual
+
+
+class _Counter(_InMemory, Counter):
+    pass
+
+
+class _Gauge(_InMemory, Gauge):
+    pass
+
+
+class _Histogram(_InMemory, Histogram):
+    pass
 
 
 _Samples = list[tuple[tuple[str, ...], float]]
@@ -415,10 +447,10 @@ class Metrics:
         _start(self.observed_misfits, handlers)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, registry=self.registry)
+        return _Gauge(name, text, labels, registry=self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)  # the client appends _total
+        return _Counter(name, text, labels, registry=self.registry)  # the client appends _total
 
     def _distribution(self, name: str, text: str, bounds: tuple[float, ...]) -> Distribution:
         """For the event loop only, without labels."""
@@ -427,7 +459,7 @@ class Metrics:
         return tally.labels()
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+        return _Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
 
 def _routes(router: Router) -> set[tuple[str, str]]:
@@ -441,8 +473,8 @@ def _routes(router: Router) -> set[tuple[str, str]]:
 
 def _start(metric: MetricWrapperBase | CountTally | HistogramTally, *label_values: Iterable[str]) -> None:
     """Create the series of every combination, at 0."""
-    for values in product(*label_values):
-        metric.labels(*values)
+    for combination in product(*label_values):
+        metric.labels(*combination)
 
 
 def _set_state(metric: Gauge, states: Iterable[str], current: str | None) -> None:
