@@ -34,13 +34,15 @@ class CaptureFunction:
     settings: tuple[str, ...]
     public_may_call: bool
     lacks: tuple[str, ...]
+    knows_columns: bool
+    """It has the option "columns"; with an option that it does not know every write fails."""
 
 
 # What the function does: it writes these columns, returns those, and sends a message.
 _FUNCTION = """
 SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
   r.rolname::text AS owner, r.rolsuper AS owner_is_superuser, p.prosecdef AS security_definer,
-  coalesce(p.proconfig, '{}') AS settings,
+  coalesce(p.proconfig, '{}') AS settings, pg_catalog.strpos(p.prosrc, '''columns''') > 0 AS knows_columns,
   EXISTS (SELECT FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) AS a
           WHERE a.grantee = 0::oid AND a.privilege_type = 'EXECUTE') AS public_may_call,
   pg_catalog.array_remove(ARRAY[
@@ -91,7 +93,7 @@ SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type,
   coalesce((SELECT r.relname FROM pg_catalog.pg_class AS r WHERE r.oid = pg_catalog.pg_partition_root(t.tgrelid)),
     c.relname)::text AS root,
   ARRAY(SELECT relid::oid FROM pg_catalog.pg_partition_ancestors(t.tgrelid) AS a (relid)
-        WHERE relid <> t.tgrelid) AS above,
+        WHERE relid <> t.tgrelid) AS above,  -- the root is the last
   ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
         WHERE a.attrelid = t.tgrelid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
   CASE WHEN t.tgnargs > 0 THEN CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN entity_type

@@ -18,8 +18,9 @@ from psycopg import errors, sql
 from cdc.errors import NotFoundError, RefusedError, SchemaError, UsageError
 
 CHANGES, SHARDS, LEDGER = "entity_changes", "cdc_shards", "cdc_migrations"
+NUMBERS = "entity_changes_seq_seq"
 DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
-RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY)
+RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS)
 PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb)"
 FUNCTIONS = ("capture_entity_change()", PUBLISH)
 """Those that write changes. ``reprocess_failed_actions`` runs with its caller's rights, and needs no guard."""
@@ -86,6 +87,7 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, besid
         Right(("UPDATE",), CHANGES, STATE),
         Right(("SELECT", "INSERT", "UPDATE", "DELETE"), SHARDS),
         Right(("SELECT",), LEDGER),
+        Right(("SELECT",), NUMBERS),
     ]
     if retention:
         rights.append(Right(("DELETE",), CHANGES))

@@ -189,7 +189,10 @@ def shared(tracked: Sequence[Tracked]) -> Iterator[Remark]:
     for each in tracked:
         types.setdefault(each.effective_type, []).append(each)
     for entity_type, together in types.items():
-        if len({each.oid for each in together}) > 1 and not all(each.entity_type for each in together):
+        # A partition is no table of its own.
+        if len({(each.oid, *each.above)[-1] for each in together}) > 1 and not all(
+            each.entity_type for each in together
+        ):
             yield Remark(
                 TYPES,
                 f"{' and '.join(sorted({each.table for each in together}))} share the type {entity_type}: rows with the"

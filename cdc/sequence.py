@@ -61,7 +61,9 @@ def look(connection: psycopg.Connection, schema: str) -> Numbers:
     if row is None:
         raise NotFoundError(f"entity_changes in schema {schema} has no sequence", hint="run `cdc db upgrade`")
     oid, name, seen = row
-    last = connection.execute(_LAST, [oid]).fetchall()[0][0] if seen else None
+    if not seen:
+        return Numbers(name, None, 0)
+    [(last,)] = connection.execute(_LAST, [oid]).fetchall()
     return Numbers(name, last, _highest(connection, schema))
 
 

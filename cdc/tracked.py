@@ -222,7 +222,8 @@ def losses(source: Table, before: Tracked, wanted: Tracked) -> Iterator[str]:
         yield f"its type {before.entity_type} would become {wanted.effective_type}"
     if before.key and before.key != wanted.key and not set(before.key) - set(source.columns):
         yield f"its key {named(before.key)} would become {named(wanted.key)}"
-    shown = [column for column in source.columns if wanted.captures(column) and not before.captures(column)]
+    opened = [column for column in source.columns if wanted.captures(column) and not before.captures(column)]
+    shown = [column for column in opened if column not in wanted.columns]  # naming it is leave enough
     if shown:
         yield f"{named(shown)}, left out until now, would be captured"
     hidden = [column for column in before.columns if column in source.columns and not wanted.captures(column)]

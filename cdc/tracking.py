@@ -89,6 +89,8 @@ def track(
         wanted = decide(source, present, asked, trigger_name(schema))
         before = next((each for each in present if each.ours), None)
         others = [each for each in everywhere if (not each.ours and each.oid == source.oid) or source.oid in each.above]
+        if wanted.columns and not capture.knows_columns:
+            raise RefusedError(f"{capture.name} is of an older version without --columns", hint="run: cdc db upgrade")
         if not replace:
             _refuse_doubled(source, others)
             _refuse_losses(source, before, wanted)

@@ -3,7 +3,8 @@
 -- Row trigger: capture_entity_change([entity_type [, options]]).
 --
 --   entity_type   empty or left out: 'reaction', 'message', 'task' for the three documented tables, else the table's name.
---   options       one JSON object: {"key": ["a", "b"], "exclude": ["secret"]}.
+--   options       one JSON object: {"key": ["a", "b"], "exclude": ["secret"]}, or "columns" with all that is captured
+--                 in the place of "exclude".
 --
 -- A writer that handles some entity types itself, as in the webhook, says so by the setting cdc.handled, a list with
 -- commas: their changes are captured as processed already, and nobody is rung for.
@@ -54,9 +55,9 @@ BEGIN
 
     v_options := nullif(TG_ARGV[1], '');
     -- A misspelt "exclude" would publish what was to be left out.
-    IF v_options - '{key,exclude}'::text[] <> '{}' THEN
-      RAISE EXCEPTION 'trigger % on %.%: options may have "key" and "exclude", not %',
-          TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude}'::text[]
+    IF v_options - '{key,exclude,columns}'::text[] <> '{}' THEN
+      RAISE EXCEPTION 'trigger % on %.%: options may have "key", "exclude" and "columns", not %',
+          TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude,columns}'::text[]
         USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
     END IF;
 
@@ -102,6 +103,12 @@ BEGIN
       END IF;
     END IF;
 
+    IF v_options ? 'columns' THEN
+      v_old := CASE WHEN v_old IS NOT NULL THEN coalesce(
+        (SELECT jsonb_object_agg(key, value) FROM jsonb_each(v_old) WHERE v_options -> 'columns' ? key), '{}') END;
+      v_new := CASE WHEN v_new IS NOT NULL THEN coalesce(
+        (SELECT jsonb_object_agg(key, value) FROM jsonb_each(v_new) WHERE v_options -> 'columns' ? key), '{}') END;
+    END IF;
     IF v_options ? 'exclude' THEN
       FOR i IN 0 .. jsonb_array_length(v_options -> 'exclude') - 1 LOOP
         v_old := v_old - (v_options -> 'exclude' ->> i);

@@ -600,8 +600,9 @@ def test_who_may_not_grant_is_told_who_may_and_nothing_changes(
     # The tables' owner, but not the schema's: the server warns and grants nothing on the schema.
     outbox_db.execute(sql.SQL("GRANT ALL ON ALL TABLES IN SCHEMA public TO {} WITH GRANT OPTION;"
                               "GRANT ALL ON ALL FUNCTIONS IN SCHEMA public TO {} WITH GRANT OPTION;"
+                              "GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {} WITH GRANT OPTION;"
                               "GRANT USAGE ON SCHEMA public TO {}; REVOKE USAGE ON SCHEMA public FROM PUBLIC"
-                              ).format(*[sql.Identifier(somebody)] * 3))  # fmt: skip
+                              ).format(*[sql.Identifier(somebody)] * 4))  # fmt: skip
     result = run(as_(somebody, outbox), "db", "grant", "--consumer", role)
     assert (result.exit_code, "still lack USAGE on its schema" in result.stderr) == (1, True), result.output
     assert rights(outbox_db, role) == set()

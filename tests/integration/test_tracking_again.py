@@ -189,6 +189,44 @@ def test_a_column_with_a_comma_a_blank_or_a_quote_in_its_name_can_be_left_out(
     assert not set(payloads(orders)[0]) & set(columns)
 
 
+def test_an_allow_list_captures_what_it_names_whatever_comes_or_is_renamed(
+    outbox: str, orders: psycopg.Connection
+) -> None:
+    said = done(outbox, "track", "orders", "--columns", "id,total")
+    assert "orders is tracked now: insert,update,delete; key id; only id,total" in said
+    orders.execute("ALTER TABLE orders ADD ssn text; ALTER TABLE orders RENAME card TO pan")
+    orders.execute("INSERT INTO orders VALUES (1, 2, 'x', 'y'); UPDATE orders SET ssn = 'z'; DELETE FROM orders")
+    rows = orders.execute("SELECT old_data, new_data FROM entity_changes ORDER BY seq").fetchall()
+    row = {"id": 1, "total": 2}
+    assert rows == [(None, row), (row, row), (row, None)]
+    assert "only id,total" in invoke(outbox, "tracked").stdout
+    assert invoke(outbox, "db", "verify").exit_code == 0
+
+
+def test_an_allow_list_changes_with_leave_only(outbox: str, orders: psycopg.Connection) -> None:
+    done(outbox, "track", "orders", "--columns", "id")
+    assert "total,card, left out until now, would be captured" in refused(outbox, "track", "orders", "--columns", "")
+    assert "would be captured" in refused(outbox, "track", "orders", "--exclude", "card")
+    done(outbox, "track", "orders", "--columns", "id,total")
+    assert "total would be captured no more" in refused(outbox, "track", "orders", "--columns", "id")
+    assert "in the key of orders" in refused(outbox, "track", "orders", "--columns", "total", "--replace")
+    assert "name one of them" in refused(outbox, "track", "orders", "--columns", "id", "--exclude", "card")
+    orders.execute("ALTER TABLE orders RENAME total TO sum")
+    assert "orders has no column total, which is to be captured" in invoke(outbox, "tracked").stderr
+
+
+def test_a_capture_function_that_does_not_know_the_allow_list_is_not_given_one(
+    outbox: str, orders: psycopg.Connection
+) -> None:
+    orders.execute(
+        "CREATE OR REPLACE FUNCTION capture_entity_change() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER"
+        " SET search_path = pg_catalog AS $$BEGIN RETURN NULL; END$$"
+    )
+    assert "cdc db upgrade" in refused(outbox, "track", "orders", "--columns", "id")
+    done(outbox, "db", "upgrade")
+    done(outbox, "track", "orders", "--columns", "id")
+
+
 def test_a_quote_that_is_not_closed_is_told(outbox: str, orders: psycopg.Connection) -> None:
     assert "a quote is not closed" in refused(outbox, "track", "orders", "--exclude", '"a,b')
 

@@ -1,0 +1,254 @@
+"""`cdc doctor` about the outbox and the tables that are captured into it: what used to be silent, on real servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from cdc import schema, tracking
+from cdc.throwaway import Server
+from tests.integration.test_doctor import BLIND, apply, db, findings, role, run, shop, troubles, well
+from tests.integration.test_tracking_again import done, invoke, tracked
+
+__all__ = ["db", "role", "shop", "well"]
+
+READING = 'GRANT SELECT ON "public"."entity_changes_seq_seq" TO'
+
+
+def unstreamed(dsn: str, *options: str) -> dict[str, str]:
+    return {name: each for name, each in troubles(dsn, "--no-stream", *options).items() if name not in BLIND}
+
+
+def test_before_the_installation_it_is_said_once_and_not_in_the_words_of_the_server(well: Server) -> None:
+    with psycopg.connect(well.dsn(), autocommit=True) as admin:
+        admin.execute("CREATE DATABASE not_installed")
+        try:
+            result = run(well.dsn("not_installed"), "--no-stream")
+            found = findings(well.dsn("not_installed"), "--no-stream")
+        finally:
+            admin.execute("DROP DATABASE not_installed WITH (FORCE)")
+    assert result.exit_code == 1
+    assert "42P01" not in result.output
+    assert [name for name, each in found.items() if each["verdict"] == "fail"] == ["schema"]
+    assert {found[name]["detail"] for name in ("backlog", "triggers", "grants", "sequence")} == {
+        "there is no outbox: see schema"
+    }
+
+
+def test_what_nobody_could_look_at_is_unknown_and_no_good_end(shop: str, db: psycopg.Connection, role: str) -> None:
+    weak = make_conninfo(shop, user=role)
+    apply(shop, run(weak, "--no-stream", "--fix").stdout)
+    assert run(weak, "--no-stream").exit_code == 0
+    db.execute(sql.SQL("REVOKE SELECT ON SEQUENCE entity_changes_seq_seq FROM {}").format(sql.Identifier(role)))
+    result = run(weak, "--no-stream")
+    assert result.exit_code == 1
+    assert "1 unknown" in result.stderr
+    found = findings(weak, "--no-stream")["sequence"]
+    assert found["verdict"] == "unknown"
+    assert "GRANT SELECT ON SEQUENCE public.entity_changes_seq_seq" in found["remedies"][0]
+
+
+@pytest.mark.parametrize(
+    ("broken", "lacking"),
+    [
+        ("ALTER TABLE entity_changes OWNER TO {role}", "INSERT on entity_changes"),
+        ("REVOKE INSERT ON entity_changes FROM {owner}", "INSERT on entity_changes"),
+        ("REVOKE SELECT ON entity_changes FROM {owner}", "SELECT (seq, shard, processed)"),
+        ("REVOKE USAGE ON SCHEMA public FROM PUBLIC, {owner}", "USAGE on the schema"),
+        ("REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text) FROM PUBLIC",
+         "EXECUTE on pg_logical_emit_message(boolean,text,text)"),
+    ],
+)  # fmt: skip
+def test_an_owner_of_the_function_that_may_not_write_the_outbox_fails(
+    shop: str, db: psycopg.Connection, role: str, broken: str, lacking: str
+) -> None:
+    owner = f"{db.info.dbname}_owner"
+    db.execute(sql.SQL("GRANT ALL ON SCHEMA public TO {}").format(sql.Identifier(role)))
+    db.execute(sql.SQL(broken).format(role=sql.Identifier(role), owner=sql.Identifier(owner)))
+    try:
+        found = findings(shop, "--no-stream")["capture-function"]
+        assert (found["verdict"], lacking in found["detail"]) == ("fail", True), found
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            db.execute("INSERT INTO tasks VALUES (1)")
+    finally:
+        db.execute(sql.SQL("ALTER TABLE entity_changes OWNER TO {}").format(sql.Identifier(owner)))
+
+
+def test_row_level_security_on_the_outbox_fails_for_whom_it_goes(shop: str, db: psycopg.Connection, role: str) -> None:
+    weak = make_conninfo(shop, user=role)
+    apply(shop, run(weak, "--no-stream", "--fix").stdout)
+    db.execute("ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY")
+    assert findings(shop, "--no-stream")["row-security"]["verdict"] == "ok"
+    found = findings(weak, "--no-stream")["row-security"]
+    assert found["verdict"] == "fail"
+    assert found["remedies"][0] == "ALTER TABLE public.entity_changes DISABLE ROW LEVEL SECURITY;"
+    assert f'ALTER ROLE "{role}" BYPASSRLS' in found["remedies"][1]
+    assert run(weak, "--no-stream").exit_code == 1
+    apply(shop, "ALTER TABLE public.entity_changes DISABLE ROW LEVEL SECURITY;")
+    assert unstreamed(weak) == {}
+
+
+def test_who_reads_the_outbox_by_default_privileges_is_named_and_put_out(shop: str, role: str) -> None:
+    owner = psycopg.conninfo.conninfo_to_dict(shop)["dbname"] + "_owner"
+    with psycopg.connect(shop, autocommit=True) as admin:
+        admin.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(owner)))
+        admin.execute(sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {}").format(
+            sql.Identifier(role)))  # fmt: skip
+        schema.uninstall(admin, "public")
+        schema.install(admin, "public")
+        tracking.track(admin, "public", "tasks")
+    found = findings(shop, "--no-stream")["readers"]
+    assert (found["verdict"], f"{role} (by default privileges)" in found["detail"]) == ("warn", True)
+    apply(shop, run(shop, "--no-stream", "--fix").stdout)
+    assert findings(shop, "--no-stream")["readers"]["verdict"] == "ok"
+
+
+@pytest.mark.parametrize("granted", [["--consumer"], ["--readonly"], ["--payload", "--readonly"]])
+def test_who_was_granted_what_is_meant_to_read_the_outbox_is_named_and_no_trouble(
+    shop: str, role: str, granted: list[str]
+) -> None:
+    done(shop, "db", "grant", *granted, role)
+    found = findings(shop, "--no-stream")["readers"]
+    assert found["verdict"] == "ok"
+    assert (role in found["detail"]) == (granted != ["--readonly"])
+
+
+def test_everybody_is_named_among_the_readers(shop: str, db: psycopg.Connection) -> None:
+    db.execute("GRANT SELECT (new_data) ON entity_changes TO PUBLIC")
+    found = findings(shop, "--no-stream")["readers"]
+    assert (found["verdict"], found["detail"].endswith(": PUBLIC")) == ("warn", True)
+    apply(shop, run(shop, "--no-stream", "--fix").stdout)
+    assert findings(shop, "--no-stream")["readers"]["verdict"] == "ok"
+
+
+STATES = {
+    "fresh": "",
+    "waiting": "UPDATE entity_changes SET next_attempt_at = now(), error_count = 1",
+    "dead": "UPDATE entity_changes SET dead_at = now()",
+    "paused": "UPDATE entity_changes SET dead_at = now(), next_attempt_at = 'infinity'",
+    "processed": "UPDATE entity_changes SET processed = true, processed_at = now()",
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("mend", ["--fix", "upgrade", "install"])
+def test_a_sequence_that_was_left_behind_is_found_and_set_right(
+    shop: str, db: psycopg.Connection, state: str, mend: str
+) -> None:
+    db.execute("SELECT setval('entity_changes_seq_seq', 900); INSERT INTO tasks VALUES (1), (2)")
+    if STATES[state]:
+        db.execute(STATES[state].encode())
+    db.execute("SELECT setval('entity_changes_seq_seq', 10)")
+    found = findings(shop, "--no-stream")["sequence"]
+    assert (found["verdict"], "is 10, and there is a change 902" in found["detail"]) == ("fail", True)
+    if mend == "--fix":
+        apply(shop, run(shop, "--no-stream", "--fix").stdout)
+    else:
+        owner = f"{db.info.dbname}_owner"
+        said = invoke(make_conninfo(shop, options=f"-c role={owner}"), "db", mend)
+        assert "goes on behind the highest number; it was at 10" in said.output
+    assert findings(shop, "--no-stream")["sequence"]["verdict"] == "ok"
+    db.execute("INSERT INTO tasks VALUES (3)")
+    assert db.execute("SELECT max(seq) FROM entity_changes").fetchone() == (903,)
+
+
+def test_a_column_that_was_to_be_left_out_and_was_renamed_fails(shop: str, db: psycopg.Connection) -> None:
+    db.execute("ALTER TABLE tasks ADD card text")
+    tracking.track(db, "public", "tasks", exclude=["card"])
+    assert unstreamed(shop) == {}
+    db.execute("ALTER TABLE tasks RENAME card TO pan")
+    found = findings(shop, "--no-stream")["triggers"]
+    assert (found["verdict"], "no column card, which is to be left out" in found["detail"]) == ("fail", True)
+    assert "cdc track public.tasks --exclude COLUMNS" in found["remedies"][0]
+    tracking.track(db, "public", "tasks", exclude=["pan"])
+    assert unstreamed(shop) == {}
+
+
+@pytest.mark.parametrize("options", ["[", "[" * 3000, '{"a":' * 3000, '{"key": "id"}'])
+def test_a_trigger_whose_options_cannot_be_read_fails(shop: str, db: psycopg.Connection, options: str) -> None:
+    db.execute("CREATE TABLE odd (id int PRIMARY KEY)")
+    db.execute(
+        sql.SQL("CREATE TRIGGER odd AFTER INSERT ON odd FOR EACH ROW EXECUTE FUNCTION capture_entity_change('', {})")
+        .format(sql.Literal(options))
+    )  # fmt: skip
+    found = findings(shop, "--no-stream")["triggers"]
+    assert (found["verdict"], "every write to public.odd fails" in found["detail"]) == ("fail", True)
+    done(shop, "track", "odd", "--replace")
+    assert unstreamed(shop) == {}
+
+
+def test_a_trigger_for_statements_fails(shop: str, db: psycopg.Connection) -> None:
+    db.execute("CREATE TABLE odd (id int PRIMARY KEY)")
+    db.execute("CREATE TRIGGER odd AFTER INSERT ON odd EXECUTE FUNCTION capture_entity_change()")
+    assert "it is not FOR EACH ROW" in findings(shop, "--no-stream")["triggers"]["detail"]
+
+
+def test_rows_that_are_captured_twice_fail(shop: str, db: psycopg.Connection) -> None:
+    by_hand = "CREATE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
+    db.execute("CREATE TABLE odd (id int PRIMARY KEY) PARTITION BY RANGE (id)")
+    db.execute("CREATE TABLE odd_1 PARTITION OF odd FOR VALUES FROM (0) TO (10)")
+    db.execute(by_hand.format("a", "INSERT", "odd").encode())
+    db.execute(by_hand.format("b", "DELETE", "odd_1").encode())
+    assert unstreamed(shop) == {}
+    db.execute(by_hand.format("c", "INSERT OR UPDATE", "odd_1").encode())
+    found = findings(shop, "--no-stream")["captured-twice"]
+    assert (found["verdict"], "by a of public.odd and by c of public.odd_1" in found["detail"]) == ("fail", True)
+    db.execute("DROP TRIGGER c ON odd_1")
+    db.execute(by_hand.format("c", "UPDATE OR DELETE", "odd_1").encode())
+    assert findings(shop, "--no-stream")["captured-twice"]["verdict"] == "fail"
+
+
+def test_a_trigger_that_fires_before_a_documented_one_is_named_also_on_a_partition(
+    shop: str, db: psycopg.Connection
+) -> None:
+    db.execute("CREATE FUNCTION mine() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
+    db.execute("CREATE TABLE odd (id int PRIMARY KEY) PARTITION BY RANGE (id)")
+    db.execute("CREATE TABLE odd_1 PARTITION OF odd FOR VALUES FROM (0) TO (10)")
+    db.execute(
+        "CREATE TRIGGER track_task_changes AFTER INSERT ON odd FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
+    )
+    for name, when, table in (
+        ("a", "AFTER DELETE", "odd"),
+        ("b", "BEFORE INSERT", "odd_1"),
+        ("z", "AFTER INSERT", "odd"),
+    ):
+        db.execute(f"CREATE TRIGGER {name} {when} ON {table} FOR EACH ROW EXECUTE FUNCTION mine()".encode())
+    assert unstreamed(shop) == {}
+    db.execute("CREATE TRIGGER aa AFTER INSERT ON odd_1 FOR EACH ROW EXECUTE FUNCTION mine()")
+    found = findings(shop, "--no-stream")["trigger-order"]
+    assert (found["verdict"], "aa on public.odd_1 fires before track_task_changes" in found["detail"]) == ("warn", True)
+
+
+@pytest.mark.parametrize(("wanted", "verdict"), [("tasks", "warn"), ("task", "ok")])
+def test_a_type_by_the_name_of_its_table_is_missed_where_no_handler_wants_it(
+    shop: str, db: psycopg.Connection, wanted: str, verdict: str, tmp_path: Path
+) -> None:
+    found = findings(shop, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", wanted)["unrouted"]
+    assert found["verdict"] == verdict
+    db.execute("ALTER TABLE tasks RENAME TO jobs")
+    found = findings(shop, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", wanted)["unrouted"]
+    assert (found["verdict"], "jobs INSERT" in found["detail"]) == ("warn", True)
+
+
+@pytest.fixture
+def latin(well: Server) -> Iterator[str]:
+    with psycopg.connect(well.dsn(), autocommit=True) as admin:
+        admin.execute("CREATE DATABASE latin1 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+        with psycopg.connect(well.dsn("latin1"), autocommit=True, client_encoding="utf8") as connection:
+            schema.install(connection, "public")
+            connection.execute('CREATE TABLE teil ("größe" int PRIMARY KEY, "prüfziffer" text)')
+        yield well.dsn("latin1")
+        admin.execute("DROP DATABASE latin1 WITH (FORCE)")
+
+
+def test_names_in_a_database_of_another_encoding_are_no_fault(latin: str) -> None:
+    done(latin, "track", "teil", "--type", "bestellübersicht", "--exclude", "prüfziffer")
+    found = findings(latin, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", "bestellübersicht")
+    assert (found["triggers"]["verdict"], found["unrouted"]["verdict"]) == ("ok", "ok")
+    assert json.dumps(tracked(latin), ensure_ascii=False).count("größe") == 1
