@@ -107,7 +107,10 @@ class App:
         store = Store(settings.schema_, settings.max_chain_depth, settings.scope)
         self._hooks = hooks = Hooks(router)
         policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
-        self._transactions = Transactions(settings.current_dsn, store, settings.transactions, router.handlers.values())
+        self._transactions = Transactions(
+            settings.handlers_dsn.get_secret_value if settings.handlers_dsn else settings.current_dsn, store,
+            settings.transactions, router.handlers.values(), pooled=settings.handlers_dsn is not None,
+        )  # fmt: skip
         handlers = router.handlers.values()
         self._page = (
             Page(metrics.registry, self._checks, supervisor=self._supervisor)

@@ -203,6 +203,7 @@ class Settings(_Section):
 
     dsn: SecretStr | None = Field(None, description="Database, as libpq reads it. Left out: the PG* variables.")
     stream_dsn: SecretStr | None = Field(None, description="Another role for the replication stream.")
+    handlers_dsn: SecretStr | None = Field(None, description="The way for transactional handlers, such as a pooler.")
     schema_: Annotated[str, AfterValidator(_fits_a_name)] = Field(
         "public", alias="schema", min_length=1, description="Schema of the table entity_changes."
     )
@@ -250,7 +251,6 @@ class Settings(_Section):
         return self.dsn_text
 
     def current_stream_dsn(self) -> str | None:
-        """``stream_dsn_text`` of the moment."""
         return self.stream_dsn_text
 
     @property

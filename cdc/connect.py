@@ -132,6 +132,7 @@ def connect(
         connection = Link.connect("", autocommit=True, **arguments)
         connection.answer_limit_s = answer_limit_s
         try:
+            _refuse_pooler(connection.execute(_DID_IT_ARRIVE).fetchone())
             if newer := pinned.once_connected(connection.info.server_version):
                 connection.execute(newer.encode())
             connection.autocommit = autocommit
@@ -158,6 +159,7 @@ async def connect_async(
         connection = await AsyncLink.connect("", autocommit=True, **arguments)
         connection.answer_limit_s = answer_limit_s
         try:
+            _refuse_pooler(await (await connection.execute(_DID_IT_ARRIVE)).fetchone())
             if newer := pinned.once_connected(connection.info.server_version):
                 await connection.execute(newer.encode())
             await connection.set_autocommit(autocommit)
@@ -169,16 +171,33 @@ async def connect_async(
     return connection
 
 
+_DID_IT_ARRIVE = "SELECT pg_catalog.current_setting('row_security')"
+_NO_POOLER = (
+    "connect to the server itself: settings, locks and LISTEN belong to a session; transactional handlers may go "
+    "through the pooler, by CDC_HANDLERS_DSN"
+)
+
+
+def _refuse_pooler(answer: tuple[str] | None) -> None:
+    """Whoever is in between may drop what a session asks for at its start, and give each transaction another one."""
+    if answer != (pinned.PINNED["row_security"],):
+        raise ConnectError("a pooler in between drops the settings that this session needs", hint=_NO_POOLER)
+
+
 def pool_arguments(dsn: Dsn, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:
     """What a pool of sessions of ours hands to psycopg's connect for each of its connections."""
     return {"autocommit": True, **_arguments(dsn, application_name, session, {})}
 
 
 def lent_arguments(dsn: Dsn, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:
-    """The same for connections lent to the application's code: its own settings, and of ours only ``session``."""
+    """The same for connections lent to the application's code: its own settings, and of ours only ``session``.
+
+    Where that is empty, a pooler may be in between that gives each transaction another session.
+    """
+    if not session:
+        return {"autocommit": True, "prepare_threshold": None, **_link_arguments(dsn, application_name, {})}
     arguments = _link_arguments(dsn, application_name, {})
-    if session:
-        arguments["options"] = pinned.options(_given(arguments), session)
+    arguments["options"] = pinned.options(_given(arguments), session)
     return {"autocommit": True, **arguments}
 
 
@@ -237,6 +256,7 @@ _REMEDIES = (
         "no encryption",
         "sslmode=verify-full in the DSN, if the server takes encrypted connections only; or see pg_hba.conf",
     ),
+    ("unsupported startup parameter", _NO_POOLER),
     ("no pg_hba.conf entry", "add a line for this database, user and address to pg_hba.conf, then reload"),
     ("not currently accepting connections", "ALTER DATABASE ... ALLOW_CONNECTIONS true, or correct dbname in the DSN"),
     ("is not permitted to log in", "ALTER ROLE ... LOGIN, or use another user"),

@@ -32,6 +32,8 @@ _PREPARE_THRESHOLD, _PREPARED_MAX = 5, 100
 class _Lent:
     """What a handler may leave on a connection of either kind."""
 
+    is_pooled = False
+    """A pooler is in between, which gives each transaction another session: none of them is ours."""
     _adapters_now: AdaptersMap | None = None
     _callbacks: list[tuple[Callable[[Any], None], Any]]
 
@@ -66,7 +68,8 @@ class Lent(_Lent, Link):
     def as_new(self) -> None:
         self.row_factory = tuple_row
         self.cursor_factory, self.server_cursor_factory = psycopg.Cursor, psycopg.ServerCursor
-        self.prepare_threshold, self.prepared_max = _PREPARE_THRESHOLD, _PREPARED_MAX
+        self.prepare_threshold = None if self.is_pooled else _PREPARE_THRESHOLD
+        self.prepared_max = _PREPARED_MAX
         self._forget()
 
 
@@ -84,13 +87,16 @@ class AsyncLent(_Lent, AsyncLink):
     def as_new(self) -> None:
         self.row_factory = tuple_row
         self.cursor_factory, self.server_cursor_factory = psycopg.AsyncCursor, psycopg.AsyncServerCursor
-        self.prepare_threshold, self.prepared_max = _PREPARE_THRESHOLD, _PREPARED_MAX
+        self.prepare_threshold = None if self.is_pooled else _PREPARE_THRESHOLD
+        self.prepared_max = _PREPARED_MAX
         self._forget()
 
 
 def reset(connection: Lent) -> None:
     """For a pool: the connection was given back."""
     connection.as_new()
+    if connection.is_pooled:
+        return
     cursor = connection.execute(_RESET, prepare=False)
     while cursor.nextset():
         pass
@@ -101,6 +107,8 @@ def reset(connection: Lent) -> None:
 async def reset_async(connection: AsyncLent) -> None:
     """``reset`` for an event loop."""
     connection.as_new()
+    if connection.is_pooled:
+        return
     cursor = await connection.execute(_RESET, prepare=False)
     while cursor.nextset():
         pass

@@ -100,19 +100,22 @@ class MixedCausesError(Exception):
 
 
 class Transactions:
-    """``size``: connections of each kind. Made on the event loop; ``open`` before, ``close`` after use."""
+    """``size``: connections of each kind. Made on the event loop; ``open`` before, ``close`` after use.
 
-    def __init__(self, dsn: Dsn, store: Store, size: int, handlers: Iterable[Handler]) -> None:
+    ``pooled``: the DSN leads to a pooler, so that nothing is asked of a session that a transaction cannot set.
+    """
+
+    def __init__(self, dsn: Dsn, store: Store, size: int, handlers: Iterable[Handler], *, pooled: bool = False) -> None:
         self._store = store
         self._kinds = {handler.is_async for handler in handlers if handler.transactional}
-        arguments = partial(lent_arguments, dsn, application_name="cdc: handlers", session=_SESSION)
+        arguments = partial(lent_arguments, dsn, application_name="cdc: handlers", session={} if pooled else _SESSION)
         self._async: AsyncConnectionPool[AsyncLent] = AsyncConnectionPool(
             "", connection_class=AsyncLent, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=_pin_async, reset=reset_async,
+            timeout=_CONNECTION_LIMIT_S, configure=partial(_pin_async, pooled=pooled), reset=reset_async,
         )  # fmt: skip
         self._sync: ConnectionPool[Lent] = ConnectionPool(
             "", connection_class=Lent, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=_pin, reset=reset,
+            timeout=_CONNECTION_LIMIT_S, configure=partial(_pin, pooled=pooled), reset=reset,
         )  # fmt: skip
 
     async def open(self) -> None:
@@ -211,19 +214,19 @@ class Transactions:
         return ran._replace(calls_s=calls_s)
 
 
-async def _pin_async(connection: AsyncLent) -> None:
+async def _pin_async(connection: AsyncLent, *, pooled: bool) -> None:
     """What the transaction is, whatever a database's default says: it comes with BEGIN, and costs no round trip.
 
     Above read committed a change would fail for what others wrote meanwhile, and nobody's handler would be at fault.
     """
-    connection.answer_limit_s = _ANSWER_LIMIT_S
+    connection.answer_limit_s, connection.is_pooled = _ANSWER_LIMIT_S, pooled
     await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
     await connection.set_read_only(False)
     await connection.set_deferrable(False)
 
 
-def _pin(connection: Lent) -> None:
-    connection.answer_limit_s = _ANSWER_LIMIT_S
+def _pin(connection: Lent, *, pooled: bool) -> None:
+    connection.answer_limit_s, connection.is_pooled = _ANSWER_LIMIT_S, pooled
     connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
     connection.read_only = False
     connection.deferrable = False

@@ -26,8 +26,8 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
 @click.command()
 @settings_options(
     "handlers", "deliver.to", "deliver.types", "deliver.batch", "deliver.linger", "deliver.source", "deliver.secret",
-    "deliver.previous_secret", "only", "except", "observe", "dsn", "stream_dsn", "schema", "slot.name", "slot.create",
-    "slot.recreate",
+    "deliver.previous_secret", "only", "except", "observe", "dsn", "stream_dsn", "handlers_dsn", "schema", "slot.name",
+    "slot.create", "slot.recreate",
     "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "http.hosts", "concurrency",
     "threads", "transactions", "window", "max_attempts", "max_chain_depth", "timeout", "backoff.base",
     "backoff.cap", "drain_time", "sweep_interval", "poll_interval", "retention", "log.level", "log.format",

@@ -46,7 +46,10 @@ def judge_tls(is_local: bool, encrypted: bool, sslmode: str) -> Finding:
 
 
 def pooler(session: Session) -> Finding:
-    direct = "connect to the server itself, or through a pooler in session mode: locks and LISTEN belong to a session"
+    direct = (
+        "connect to the server itself, or through a pooler in session mode: locks and LISTEN belong to a session; "
+        "transactional handlers may go through any, by CDC_HANDLERS_DSN"
+    )
     if len(set(session.pids)) > 1:
         return fail("a pooler gives each transaction another session", direct)
     if session.pids and session.handshake_pid != session.pids[0]:
