@@ -26,7 +26,7 @@ from cdc.errors import UsageError
 from cdc.health import Check, HealthServer
 from cdc.hooks import Hooks
 from cdc.metrics import Metrics
-from cdc.model import Operation, WakeUp
+from cdc.model import WakeUp
 from cdc.observer import Observer, ObserverSettings
 from cdc.outbox.letters import Letters
 from cdc.outbox.store import Store
@@ -35,7 +35,7 @@ from cdc.pruning import Pruning
 from cdc.retry import Policy
 from cdc.routing import Router
 from cdc.runner import Runner
-from cdc.scope import Scope
+from cdc.scope import NOTHING, Scope
 from cdc.supervisor import Supervisor
 from cdc.threads import Threads
 from cdc.transactions import Transactions
@@ -96,6 +96,8 @@ class App:
         self._limits = limits or Limits()
         self._delivery = _make_delivery(settings) if settings.deliver.to else None
         router = _the_one(router, self._delivery.router if self._delivery else None)
+        self.scope = settings.scope if settings.unhandled == "discard" else settings.scope.within(router.scope)
+        """The types whose changes are ours; what only a look is for sees those as well that nobody wants."""
         _refuse_unhandled(settings.scope, router)
         self._router = router
         self._threads = Threads(settings.threads)
@@ -104,7 +106,7 @@ class App:
         metrics.lanes_capacity.set(settings.window)
         metrics.set_role("sweeping")
         metrics.set_stream("network" if settings.stream else "disabled")
-        store = Store(settings.schema_, settings.max_chain_depth, settings.scope)
+        store = Store(settings.schema_, settings.max_chain_depth, settings.scope if settings.observe else self.scope)
         self._hooks = hooks = Hooks(router)
         policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
         self._transactions = Transactions(
@@ -128,6 +130,7 @@ class App:
             settings.current_dsn,
             store=store,
             slot=settings.slot.name if settings.stream else None,
+            asked=None if self.scope == settings.scope or settings.observe else settings.scope,
             metrics=metrics,
             page=(self._page, Letters(settings.schema_)) if self._page else None,
             supervisor=self._supervisor,
@@ -155,8 +158,8 @@ class App:
             transactions=settings.transactions,
         )
         return Consumer(
-            _consumer_settings(settings), runner=runner, demand=demand, store=store, hooks=hooks, metrics=self.metrics,
-            at_stop=self._delivery.stop if self._delivery else None,
+            _consumer_settings(settings, self.scope), runner=runner, demand=demand, store=store, hooks=hooks,
+            metrics=self.metrics, at_stop=self._delivery.stop if self._delivery else None,
         )  # fmt: skip
 
     def _make_observer(self, store: Store) -> Observer:
@@ -179,8 +182,10 @@ class App:
         """Until the consumer is stopped, or its first connection is refused."""
         handlers = sorted({handler.name for handler in self._router.handlers.values()})
         log.info("cdc %s; handlers: %s", __version__, ", ".join(handlers) or "none")
-        if not self._settings.scope.everything:
-            log.info("for %s; changes of other types are left as they are", self._settings.scope)
+        if not self.scope.everything:
+            log.info("for %s; changes of other types are left as they are", self.scope)
+        if self.scope == NOTHING:
+            log.warning("no handler is declared, so nothing is handled: see @router.on")
         with self._serving_health():
             async with self._beside():
                 await self.consumer.run()
@@ -364,7 +369,7 @@ def _make_delivery(settings: Settings) -> Delivery:
     except ModuleNotFoundError as missing:
         if missing.name != "aiohttp":
             raise
-        raise UsageError("delivering over HTTP needs aiohttp", hint="pip install 'cdc[http]'") from None
+        raise UsageError("delivering over HTTP needs aiohttp", hint="pip install 'cdc-consumer[http]'") from None
     deliver = settings.deliver
     assert deliver.to is not None
     return Delivery(
@@ -378,7 +383,7 @@ def _make_delivery(settings: Settings) -> Delivery:
     )
 
 
-def _consumer_settings(settings: Settings) -> ConsumerSettings:
+def _consumer_settings(settings: Settings, scope: Scope) -> ConsumerSettings:
     return ConsumerSettings(
         dsn=settings.current_dsn,
         schema=settings.schema_,
@@ -388,7 +393,7 @@ def _consumer_settings(settings: Settings) -> ConsumerSettings:
         drain_time_s=settings.drain_time,
         sweep_interval_s=settings.sweep_interval,
         poll_interval_s=settings.poll_interval,
-        scope=settings.scope,
+        scope=scope,
     )
 
 
@@ -400,9 +405,9 @@ def _as_observer(settings: Settings) -> Settings:
 
 
 def _refuse_unhandled(scope: Scope, router: Router) -> None:
-    """A type that is named and that nobody handles would be marked processed, and that is the opposite of meant."""
+    """A type that is named and that nobody handles would wait for ever: the opposite of what is meant."""
     for entity_type in scope.types if scope.among else ():
-        if not any(router.match(entity_type, operation) for operation in Operation):
+        if not router.scope.has(entity_type):
             raise UsageError(
                 f"only {entity_type!r}, but no handler wants changes of it", hint="correct --only, or add the handler"
             )

@@ -23,6 +23,7 @@ from cdc.model import ChangeState
 from cdc.outbox.letters import Letters
 from cdc.outbox.store import INDEXED, Store
 from cdc.page import Page
+from cdc.scope import Scope
 from cdc.slot_state import judge
 from cdc.status import glance
 from cdc.supervisor import Supervisor
@@ -34,6 +35,8 @@ _STATEMENT_TIMEOUT = "5s"
 _ANSWER_LIMIT_S = 10.0
 _DEAF_LOOKS = 4
 """At a slot that waits for standbys, which may be back in a moment."""
+_TOLD_MAX = 1_000
+"""Types that were warned of: they come from the data."""
 _REST = 50
 """What is for the page alone is read again after so many times as long as it took: 2 % of one connection at most."""
 
@@ -41,6 +44,7 @@ _REST = 50
 class Collector:
     """start() once, stop() once. ``slot`` of None: none is used, none is looked at.
 
+    ``asked``: the types that are ours by the settings, where handlers want fewer of them.
     ``page``: where else to show it, with the statements for what it shows besides. ``deaf``: called where the slot has
     rung for nothing for about a minute, because it is one for failover and standbys are away.
     """
@@ -52,6 +56,7 @@ class Collector:
         store: Store,
         slot: str | None,
         metrics: Metrics,
+        asked: Scope | None = None,
         page: tuple[Page, Letters] | None = None,
         deaf: Callable[[], None] = lambda: None,
         every_s: float = _EVERY_S,
@@ -62,6 +67,8 @@ class Collector:
         self._store = store
         self._slot = slot
         self._metrics = metrics
+        self._asked = asked
+        self._told: set[str] = set()
         self._page = page[0] if page else None
         self._letters = page[1] if page else None
         self._glance_at = 0.0
@@ -141,7 +148,21 @@ class Collector:
             dead_tuples=figures.dead_tuples,
             blocked_keys=figures.blocked_keys,
             notify_queue_usage=figures.notify_queue_usage,
+            unhandled=self._unhandled(connection),
         )
+
+    def _unhandled(self, connection: psycopg.Connection) -> int:
+        """How many fresh changes there are that are ours by the settings, and that no handler wants."""
+        if self._asked is None:
+            return 0
+        unhandled = {name: count for name, count in self._store.outside(connection).items() if self._asked.has(name)}
+        for name in list(unhandled.keys() - self._told)[: max(0, _TOLD_MAX - len(self._told))]:
+            self._told.add(name)
+            log.warning(
+                "changes of the type %s wait, and no handler here wants them: write one, router.ignore(%r) to discard"
+                " them, or --except to say that they are somebody else's", name, name,
+            )  # fmt: skip
+        return sum(unhandled.values())
 
     def _read_slot(self, connection: psycopg.Connection) -> None:
         assert self._slot is not None

@@ -105,9 +105,7 @@ class Http(_Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics, /livez and /readyz.")
     port: int = Field(9464, ge=0, le=65535, description="Their port; 0 switches them off.")
     page: bool = Field(True, description="Show the consumer's figures on a page at /, beside them.")
-    hosts: _Names = Field(
-        None, description="A name by which the page may be asked for, besides addresses and localhost."
-    )
+    hosts: _Names = Field(None, description="A name to ask for the page by, besides addresses and localhost.")
 
 
 def _is_a_target(url: str | None) -> str | None:
@@ -211,6 +209,7 @@ class Settings(_Section):
     deliver: Deliver = Deliver()
     only: _Names = Field(None, description="Handle this entity type and no other.")
     except_: _Names = Field(None, alias="except", description="Leave this entity type alone.")
+    unhandled: Literal["leave", "discard"] = Field("leave", description="What to do with types that no handler wants.")
     observe: bool = Field(False, description="Only look: see and measure everything, run no handler, mark nothing.")
     slot: Slot = Slot()
     stream: bool = Field(True, description="Listen to the replication slot; without it changes are found by sweeping.")

@@ -54,6 +54,9 @@ _SHOWN = {
     "dbname": "PGDATABASE",
     "user": "PGUSER",
 }
+_OF_SQLALCHEMY = {
+    f"{name}+{driver}" for name in ("postgresql", "postgres") for driver in ("psycopg", "psycopg2", "asyncpg", "pg8000")
+}
 _WRITE_IT = (
     "write it as postgresql://USER@HOST:PORT/DBNAME or as host=... port=... dbname=... user=...; "
     "percent-encode the password in a URL, or keep it in a password file (PGPASSFILE)"
@@ -69,6 +72,10 @@ def parse(dsn: str | None) -> dict[str, str]:
     try:
         parameters = {name: str(value) for name, value in conninfo_to_dict(text).items() if value is not None}
     except (psycopg.Error, UnicodeError):
+        scheme = text.partition("://")[0]
+        if scheme in _OF_SQLALCHEMY:
+            plain = f"write postgresql:// instead of {scheme}://, which is SQLAlchemy's way to name a driver"
+            raise UsageError("the database DSN cannot be read", hint=plain) from None
         raise UsageError("the database DSN cannot be read", hint=_WRITE_IT) from None
     _refuse_a_spilled_password(parameters, is_url=text.startswith(("postgresql://", "postgres://")))
     return parameters

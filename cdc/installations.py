@@ -21,7 +21,7 @@ _DEBIAN = Path("/usr/lib/postgresql")
 _WAL2JSON = ("lib/wal2json.so", "lib/postgresql/wal2json.so", "lib64/pgsql/wal2json.so")
 _ASK_LIMIT_S = 20
 _REMEDY = (
-    "pip install 'cdc[demo]' brings them without root; else install postgresql and postgresql-NN-wal2json, "
+    "pip install 'cdc-consumer[demo]' brings them without root; else install postgresql and postgresql-NN-wal2json, "
     "or set PG_BINDIR to the folder of initdb"
 )
 

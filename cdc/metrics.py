@@ -158,6 +158,10 @@ def _outbox_figures() -> _Figures:
         _figure(
             "cdc_outbox_blocked_keys", "Keys held back by a waiting change or a pausing dead letter, up to a bound."
         ),
+        _figure(
+            "cdc_outbox_unhandled_changes",
+            "Fresh changes of types that no handler of this consumer wants, up to a bound.",
+        ),
         _figure("cdc_notify_queue_usage_ratio", "How full the server's queue of notifications is."),
     )
 
@@ -289,6 +293,7 @@ class Metrics:
         dead_tuples: int,
         blocked_keys: int = 0,
         notify_queue_usage: float = 0.0,
+        unhandled: int = 0,
     ) -> None:
         """A reading of the outbox; ``changes`` counts the states of OUTBOX_STATES, and one left out is 0."""
         self._outbox_figures.show(
@@ -299,6 +304,7 @@ class Metrics:
                 "cdc_outbox_dead_tuples": [((), dead_tuples)],
                 "cdc_outbox_blocked_keys": [((), blocked_keys)],
                 "cdc_notify_queue_usage_ratio": [((), notify_queue_usage)],
+                "cdc_outbox_unhandled_changes": [((), unhandled)],
             }
         )
         self.collector_success.labels("outbox").set(1)

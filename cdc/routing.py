@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from cdc.errors import UsageError
 from cdc.model import Change, Operation
+from cdc.scope import EVERYTHING, Scope
 
 ANY = "*"
 """Stands for every entity type, or every operation, that has no rule of its own."""
@@ -81,6 +82,7 @@ class Router:
 
     def __init__(self) -> None:
         self._slots: dict[tuple[str, str], Handler] = {}
+        self._ignored: set[str] = set()
         self._processed_hooks: list[Hook] = []
         self._error_hooks: list[Hook] = []
 
@@ -143,6 +145,30 @@ class Router:
 
         return declare
 
+    def ignore(self, *entity_types: str) -> None:
+        """Changes of these types are for nobody: each is discarded, and says so in its row.
+
+        A change of a type that no handler names and that is not ignored stays fresh, for a consumer that wants it.
+        """
+        for entity_type in entity_types:
+            _entity_type(entity_type)
+            if entity_type == ANY or entity_type in self.entity_types:
+                raise UsageError(
+                    f"router.ignore({entity_type!r}): a handler wants changes of it",
+                    hint='to discard whatever has no handler: the setting unhandled = "discard"',
+                )
+            self._ignored.add(entity_type)
+
+    def ignores(self, entity_type: str) -> bool:
+        return entity_type in self._ignored
+
+    @property
+    def scope(self) -> Scope:
+        """The types it says something about; with a rule for "*", all."""
+        if any(entity_type == ANY for entity_type, _ in self._slots):
+            return EVERYTHING
+        return Scope(tuple(sorted(self.entity_types | self._ignored)), among=True)
+
     def on_processed(self, hook: Function) -> Function:
         """Call ``hook(change)`` after a change is marked processed. What it raises is logged and changes nothing."""
         self._processed_hooks.append(hook)
@@ -181,6 +207,8 @@ class Router:
         return tuple(self._error_hooks)
 
     def _fill(self, slot: tuple[str, str], handler: Handler) -> None:
+        if slot[0] in self._ignored:
+            raise UsageError(f"{handler.name} wants changes of {slot[0]!r}, which the router ignores", hint="do either")
         taken = self._slots.setdefault(slot, handler)
         if taken is not handler:
             entity_type, operation = slot

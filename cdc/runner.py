@@ -105,6 +105,7 @@ class Runner:
         metrics: Metrics,
     ) -> None:
         self._router = router
+        self._scope = router.scope
         self._verdict = verdict
         self._timeout_s = timeout_s
         self._limits = {
@@ -156,6 +157,14 @@ class Runner:
         """The outcome of a change that ``error`` kept from having one."""
         return self._verdict.on(handler, change, error) if handler else Skipped()
 
+    def _unwanted(self, change: Change) -> Outcome:
+        """Of an operation that no handler of the type names, as is usual; or of a type that is thrown away."""
+        if self._router.ignores(change.entity_type):
+            return Discarded("no handler wants it, for the router ignores its type")
+        if self._scope.has(change.entity_type):
+            return Skipped()
+        return Discarded("no handler wants its type, and unhandled is discard")
+
     def suspects(self, change: Change) -> bool:
         """Whether its transaction was lost the last time: who shares the next one may lose it, too."""
         return change.id in self._losses
@@ -168,7 +177,7 @@ class Runner:
         if handler is None:
             for change in changes:
                 self._metrics.handled(change.entity_type, NO_HANDLER, "skipped")
-            return dict.fromkeys(changes, Skipped())
+            return {change: self._unwanted(change) for change in changes}
         probe.here("run.before_handler")
         outcomes: dict[Change, Outcome] = {}
         given = changes

@@ -29,11 +29,20 @@ class Scope(NamedTuple):
         left_out = frozenset(others)
         return Scope(tuple(name for name in self.types if name not in left_out), among=True)
 
+    def within(self, other: Scope) -> Scope:
+        """What is in both."""
+        if other.among:
+            return Scope(tuple(name for name in other.types if self.has(name)), among=True)
+        return self.without(other.types)
+
     def __str__(self) -> str:
         if self.everything:
             return "every entity type"
         names = ", ".join(self.types)
+        if not names:
+            return "no entity type"
         return f"only {names}" if self.among else f"every entity type but {names}"
 
 
 EVERYTHING = Scope()
+NOTHING = Scope(among=True)

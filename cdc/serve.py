@@ -50,7 +50,7 @@ def spare_the_collector() -> None:
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
-    """That of uvloop (``pip install 'cdc[fast]'``) where it is installed: a quicker one."""
+    """That of uvloop (``pip install 'cdc-consumer[fast]'``) where it is installed: a quicker one."""
     make: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     try:
         import uvloop  # noqa: PLC0415 - it need not be there

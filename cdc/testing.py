@@ -31,6 +31,7 @@ from cdc.model import Change, ChangeState, Operation
 from cdc.outbox.letters import Entry, Letters, Wanted
 from cdc.outbox.store import Store
 from cdc.routing import Router
+from cdc.scope import Scope
 
 if TYPE_CHECKING:
     from cdc.connect import Connection
@@ -65,6 +66,7 @@ class Drained:
 
     ``dead_letters``: those that died meanwhile, each with its ``last_error``. ``waiting``: for a retry that is due only
     after the drain's time limit. ``held``: fresh changes behind one of these, or behind a dead letter that pauses.
+    ``unhandled``: fresh ones of types that no handler wants, which stay as they are.
     """
 
     processed: int
@@ -74,6 +76,7 @@ class Drained:
     dead_letters: tuple[Entry, ...]
     waiting: int
     held: int
+    unhandled: int = 0
 
     @property
     def dead(self) -> int:
@@ -159,7 +162,7 @@ async def drain(
     async with await connect_async(chosen.dsn_text, application_name="cdc: drain") as reader:
         await Store(chosen.schema_).check(reader)
     with closing(await asyncio.to_thread(connect, chosen.dsn_text, application_name="cdc: drain")) as connection:
-        look = _Look(connection, Letters(chosen.schema_))
+        look = _Look(connection, Letters(chosen.schema_), app.scope)
         work = asyncio.create_task(app.run())
         try:
             await _until_settled(work, look, within_s)
@@ -198,7 +201,8 @@ async def _until_settled(work: asyncio.Task[None], look: _Look, within_s: float)
 class _Look:
     """What the table says, from a thread."""
 
-    def __init__(self, connection: Connection, letters: Letters) -> None:
+    def __init__(self, connection: Connection, letters: Letters, scope: Scope) -> None:
+        self._scope = scope
         self._connection = connection
         self._letters = letters
         self._began = self._now()
@@ -212,7 +216,8 @@ class _Look:
             fresh = self._find("fresh", _LOOKED_AT_MAX)
             waiting = self._find("waiting", _LOOKED_AT_MAX)
         ready = [entry for entry in fresh if not entry.blocked]
-        return ready + [entry for entry in waiting if entry.next_attempt_at and entry.next_attempt_at <= soon]
+        ready += [entry for entry in waiting if entry.next_attempt_at and entry.next_attempt_at <= soon]
+        return [entry for entry in ready if self._scope.has(entry.entity_type)]  # which may be all but some
 
     def _now(self) -> datetime:
         row = self._connection.execute("SELECT clock_timestamp()").fetchone()
@@ -221,7 +226,9 @@ class _Look:
         return now
 
     def _find(self, state: str, limit: int) -> list[Entry]:
-        return self._letters.find(self._connection, state, Wanted(), limit).entries
+        types = self._scope.types if self._scope.among else (None,)
+        wanted = (Wanted(entity_type) for entity_type in types)
+        return [entry for each in wanted for entry in self._letters.find(self._connection, state, each, limit).entries]
 
     def result(self, metrics: Metrics) -> Drained:
         stats = self._letters.stats(self._connection)
@@ -233,8 +240,9 @@ class _Look:
             discarded=outcomes.get("discarded", 0),
             retried=outcomes.get("retried", 0),
             dead_letters=tuple(entry for entry in dead if entry.dead_at and entry.dead_at >= self._began),
-            waiting=sum(each.waiting for each in stats.types),
-            held=sum(each.blocked for each in stats.types),
+            waiting=sum(each.waiting for each in stats.types if self._scope.has(each.entity_type)),
+            held=sum(each.blocked for each in stats.types if self._scope.has(each.entity_type)),
+            unhandled=sum(each.fresh for each in stats.types if not self._scope.has(each.entity_type)),
         )
 
 

@@ -294,6 +294,16 @@ def _sql() -> str:
     return "\n".join(path.read_text("utf-8") for path in SQL)
 
 
+def test_no_hint_installs_what_somebody_else_has_published_as_cdc() -> None:
+    """Neither a distribution nor an image: ours are cdc-consumer."""
+    for path in project_files():
+        if path.suffix in {".py", ".md", ".toml", ".yaml", ".yml", ""} and path.name != Path(__file__).name:
+            text = path.read_text("utf-8", "replace")
+            assert not re.search(
+                r"(?<![\w-])cdc\[(?:http|whatsapp|demo|fast)\]|image: cdc\s|pip install cdc\s", text
+            ), path
+
+
 # --- what strangers read -------------------------------------------------------------------------------------------
 
 

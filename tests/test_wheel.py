@@ -60,9 +60,23 @@ def test_the_wheel_holds_the_package_its_sql_and_its_licence(released: Path) -> 
         if path.suffix in {".py", ".sql", ".html"}
     }
     expected |= {f"cdc/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "sql").rglob("*.sql")}
-    expected |= {"cdc/py.typed", f"cdc-{cdc.__version__}.dist-info/licenses/LICENSE"}
+    expected |= {"cdc/py.typed", f"cdc_consumer-{cdc.__version__}.dist-info/licenses/LICENSE"}
     assert expected - set(names) == set()
-    assert {name.split("/")[0] for name in names} == {"cdc", f"cdc-{cdc.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"cdc", f"cdc_consumer-{cdc.__version__}.dist-info"}
+
+
+def test_what_an_index_shows_is_complete(released: Path) -> None:
+    [wheel], [sdist] = released.glob("*.whl"), released.glob("*.tar.gz")
+    metadata = zipfile.ZipFile(wheel).read(f"cdc_consumer-{cdc.__version__}.dist-info/METADATA").decode()
+    with tarfile.open(sdist) as archive:
+        member = archive.extractfile(f"cdc_consumer-{cdc.__version__}/PKG-INFO")
+        assert member is not None
+        assert member.read().decode() == metadata
+    head = metadata.partition("\n\n")[0].splitlines()
+    for line in ("Metadata-Version: 2.4", "Name: cdc-consumer", "License-Expression: MIT", "Requires-Python: >=3.11",
+                 "Classifier: Typing :: Typed", "Classifier: Programming Language :: Python :: 3.13",
+                 "Classifier: Intended Audience :: Developers"):  # fmt: skip
+        assert line in head
 
 
 def test_the_sdist_can_be_built_tested_and_read(released: Path) -> None:

@@ -6,6 +6,7 @@ number after a signal, such as 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import traceback
 from typing import Any, NoReturn
@@ -49,6 +50,14 @@ class _Root(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(_COMMANDS[cmd_name][0]), cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in _COMMANDS:
+            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            ctx.fail(f"no such command {args[0]!r}" + (f": did you mean {close[0]}?" if close else ""))
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

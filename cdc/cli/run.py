@@ -26,7 +26,8 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
 @click.command()
 @settings_options(
     "handlers", "deliver.to", "deliver.types", "deliver.batch", "deliver.linger", "deliver.source", "deliver.secret",
-    "deliver.previous_secret", "only", "except", "observe", "dsn", "stream_dsn", "handlers_dsn", "schema", "slot.name",
+    "deliver.previous_secret", "only", "except", "observe", "dsn", "stream_dsn", "handlers_dsn", "schema",
+    "slot.name", "unhandled",
     "slot.create", "slot.recreate",
     "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "http.hosts", "concurrency",
     "threads", "transactions", "window", "max_attempts", "max_chain_depth", "timeout", "backoff.base",
@@ -70,6 +71,9 @@ def load_router(reference: str, settings: Settings) -> Router:
     Raises UsageError in one sentence; for a fault inside the module it names the file, the line and the exception.
     """
     module_name, colon, attribute = reference.partition(":")
+    if module_name.endswith(".py") and colon:
+        module = ".".join(Path(module_name).with_suffix("").parts)
+        raise UsageError(f"{reference!r} names a file, and a module is meant", hint=f"write it as {module}:{attribute}")
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
         raise UsageError(f"{mask(reference)!r} is no reference to a router", hint=_EXAMPLE)  # it may be a DSN
     here = str(Path.cwd())

@@ -50,7 +50,7 @@ def serve(settings: Settings) -> None:
         library = (missing.name or "").partition(".")[0]
         if library not in ("starlette", "uvicorn"):
             raise
-        raise UsageError(f"the endpoint needs {library}", hint="pip install 'cdc[whatsapp]'") from None
+        raise UsageError(f"the endpoint needs {library}", hint="pip install 'cdc-consumer[whatsapp]'") from None
     from cdc import logs  # noqa: PLC0415 - see above
     from cdc.connect import pool_arguments  # noqa: PLC0415 - --help does not wait for the driver to load
 

@@ -409,6 +409,21 @@ SELECT
          WHERE next_attempt_at IS NOT NULL LIMIT %(bound)s) AS k)::int AS blocked_keys,
   pg_notification_queue_usage() AS notify_queue_usage
 
+-- name: outside
+-- The types of the first fresh changes of each shard that no handler here wants, and how many of them there are.
+SELECT type, count(*)::int
+FROM (
+  SELECT coalesce(fresh.entity_type, fresh.table_name) AS type
+  FROM generate_series(0, %(shards)s - 1) AS s(shard)
+  CROSS JOIN LATERAL (
+    SELECT n.entity_type, n.table_name FROM {changes} AS n
+    WHERE n.shard = s.shard AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+    ORDER BY n.seq LIMIT %(scan)s
+  ) AS fresh
+) AS looked
+WHERE (type = ANY (%(types)s::text[])) <> %(among)s
+GROUP BY type ORDER BY 2 DESC, 1 LIMIT %(bound)s
+
 -- name: figures_some
 -- The same, but only of these types, or (not among) only of others. Nothing finds the fresh ones of a type but looking at
 -- all of them, so of each shard the first ones are looked at; ours beyond that are not counted.

@@ -65,6 +65,7 @@ _COUNT_BOUND = 10_001
 _LOOKED_AT_PER_SHARD = 500
 """Fresh changes, in search of one that nothing holds back."""
 _LOOKED_AT_OF_ALL_TYPES = 200
+_OUTSIDE_MAX = 100
 """The same where some types only are ours, and any number of others may lie before them: some 10 us each."""
 FIRST_TYPE, _LAST_TYPE = -(1 << 63), (1 << 63) - 1
 """Waiting types are gone through in the order of their hashes."""
@@ -365,6 +366,13 @@ class Store:
         row = connection.execute(self._statements[statement], parameters).fetchone()
         assert row is not None
         return Figures(*row)
+
+    def outside(self, connection: psycopg.Connection) -> dict[str, int]:
+        """The types of fresh changes that are not in scope, with a lower bound of how many wait of each."""
+        types, among = self._scope
+        parameters = {"types": list(types), "among": among, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS,
+                      "bound": _OUTSIDE_MAX}  # fmt: skip
+        return dict(connection.execute(self._statements["outside"], parameters).fetchall())
 
     async def _settle_plain(self, session: psycopg.AsyncConnection, changes: list[Change]) -> tuple[int, datetime]:
         parameters = {

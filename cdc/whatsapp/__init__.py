@@ -26,7 +26,7 @@ def router(settings: Settings) -> cdc.Router:
     except ModuleNotFoundError as missing:
         if missing.name != "aiohttp":
             raise
-        raise UsageError("messages are sent with aiohttp", hint="pip install 'cdc[whatsapp]'") from None
+        raise UsageError("messages are sent with aiohttp", hint="pip install 'cdc-consumer[whatsapp]'") from None
     token = section.sender_token.get_secret_value() if section.sender_token else None
     try:
         sender = HttpSender(section.sender_url, token)

@@ -155,7 +155,7 @@ async def test_a_deep_change_that_nobody_handles_is_skipped_like_any_other(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     _publish(outbox_db, "x", "1", depth=99)
-    await testing.drain(outbox, Router())
+    await testing.drain(outbox, Router(), unhandled="discard")
     assert states(outbox_db) == {"processed": 1}
 
 
@@ -259,7 +259,7 @@ async def test_the_next_transaction_of_the_same_connection_has_no_cause(
             raise ValueError("no")
 
     _publish(outbox_db, "x", "1")
-    async with consuming(outbox, router, transactions=1) as app:
+    async with consuming(outbox, router, transactions=1, unhandled="discard") as app:
         await _all_settled(outbox_db)
         pool: AsyncConnectionPool[Any] = app._transactions._async
         async with pool.connection() as connection:

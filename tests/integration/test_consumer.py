@@ -279,11 +279,12 @@ async def test_a_rejected_change_is_a_dead_letter_at_once_and_its_reason_is_in_n
     assert "Ada" not in caplog.text
 
 
-async def test_a_change_that_no_handler_wants_is_marked_processed_and_counted_as_skipped(
+async def test_an_operation_that_no_handler_of_the_type_names_is_marked_processed_and_counted_as_skipped(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
-    seq = _publish(outbox_db, "unwanted")
-    async with consuming(outbox, Router()) as app:
+    seq, router = _publish(outbox_db, "x"), Router()
+    router.on("x", "DELETE")(lambda change: None)
+    async with consuming(outbox, router) as app:
         await _until_settled(outbox_db)
         assert metric(app.metrics.registry, "cdc_changes_handled_total", outcome="skipped") == 1
     assert _row(outbox_db, seq)["processed"]

@@ -100,6 +100,6 @@ def test_too_old_ones_halves_and_what_does_not_run_here_are_passed_over(machine:
 def test_where_there_is_none_the_remedy_needs_no_root(machine: Path) -> None:
     with pytest.raises(NotFoundError) as missing:
         find_installation()
-    assert "pip install 'cdc[demo]'" in missing.value.hint
+    assert "pip install 'cdc-consumer[demo]'" in missing.value.hint
     with pytest.raises(NotFoundError, match="PostgreSQL 17"):
         find_installation(17)

@@ -92,4 +92,4 @@ def test_without_its_library_the_application_does_not_start_and_names_what_to_in
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(UsageError, match="sent with aiohttp") as refused:
         router(from_options({"whatsapp_sender_url": "http://h/x"}))
-    assert refused.value.hint == "pip install 'cdc[whatsapp]'"
+    assert refused.value.hint == "pip install 'cdc-consumer[whatsapp]'"

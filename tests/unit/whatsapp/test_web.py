@@ -287,4 +287,4 @@ def test_without_its_libraries_the_endpoint_does_not_start_and_names_what_to_ins
     refused = CliRunner().invoke(cdc, ["whatsapp", "serve"])
     assert refused.exit_code == 2
     assert f"the endpoint needs {missing}" in refused.stderr
-    assert "pip install 'cdc[whatsapp]'" in refused.stderr
+    assert "pip install 'cdc-consumer[whatsapp]'" in refused.stderr
