@@ -82,7 +82,7 @@ def plugin(seen: Decoding) -> Finding:
         return skip(f"{last.sentence}: see {_SAID_ELSEWHERE[last.reason]}")
     if last.reason == Reason.SLOT_MISSING:
         return warn(f"not proven: {last.sentence}", last.hint)
-    allow = tuple(allow_plugin(seen.role, proof.plugin) for proof in seen.proofs if _is_refused(proof))
+    allow = (_allowing(seen),) if any(map(_is_refused, seen.proofs)) else ()
     remedy = "" if _is_refused(last) else last.hint
     return fail("; ".join(proof.sentence for proof in seen.proofs), remedy, *allow)
 
@@ -91,10 +91,11 @@ def _is_refused(proof: Proof) -> bool:
     return proof.reason == Reason.PLUGIN_REFUSED
 
 
-def allow_plugin(role: str, name: str) -> str:
+def _allowing(seen: Decoding) -> str:
+    """One statement for all plugins that were tried: of two, the second would undo the first."""
     # Unquoted: as one quoted string it becomes one name and allows nothing. pgoutput belongs in it, or it is refused.
-    names = ["pgoutput", "test_decoding", *([name] if name != "pgoutput" else [])]
-    return f'ALTER ROLE "{_quoted(role)}" SET output_plugin_libraries = {", ".join(names)};'
+    names = dict.fromkeys(["pgoutput", "test_decoding", *(proof.plugin for proof in seen.proofs)])
+    return f'ALTER ROLE "{_quoted(seen.role)}" SET output_plugin_libraries = {", ".join(names)};'
 
 
 def plugin_allowed(seen: Decoding) -> Finding:
@@ -110,7 +111,7 @@ def plugin_allowed(seen: Decoding) -> Finding:
     return fail(
         f"output_plugin_libraries is {seen.allowed}, without {name}",
         "",
-        allow_plugin(seen.role, name),
+        _allowing(seen),
     )
 
 

@@ -18,8 +18,6 @@ from tests.integration.test_tracking_again import done, invoke, tracked
 
 __all__ = ["db", "role", "shop", "well"]
 
-READING = 'GRANT SELECT ON "public"."entity_changes_seq_seq" TO'
-
 
 def unstreamed(dsn: str, *options: str) -> dict[str, str]:
     return {name: each for name, each in troubles(dsn, "--no-stream", *options).items() if name not in BLIND}

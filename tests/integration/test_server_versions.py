@@ -22,7 +22,7 @@ import cdc
 from cdc import schema, slots, tracking
 from cdc.app import App
 from cdc.cli import cdc as command
-from cdc.errors import RefusedError
+from cdc.errors import RefusedError, UsageError
 from cdc.installations import WHEEL, Installation, find_installations
 from cdc.model import SHARDS, publication_name
 from cdc.throwaway import Server
@@ -67,6 +67,17 @@ def test_the_outbox_can_be_installed_verified_upgraded_and_removed(db: psycopg.C
     schema.uninstall(db, "public")
     assert db.execute("SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace").fetchall() == []
     assert db.execute("SELECT pubname FROM pg_publication").fetchall() == []
+
+
+def test_a_virtual_generated_column_is_no_key_and_is_told(outbox: str, db: psycopg.Connection) -> None:
+    if db.info.server_version < 180_000:
+        pytest.skip("from PostgreSQL 18 on")
+    db.execute("CREATE TABLE line (id int PRIMARY KEY, qty int, total int GENERATED ALWAYS AS (qty * 2) VIRTUAL)")
+    with pytest.raises(UsageError, match="virtual generated column, which has no value when triggers fire"):
+        tracking.track(db, "public", "line", key=["total"])
+    for options, told in (({}, True), ({"exclude": ["total"]}, False)):
+        done = tracking.track(db, "public", "line", **options)
+        assert any("total of line is a virtual generated column" in warning for warning in done.warnings) == told
 
 
 async def test_rows_of_a_tracked_table_are_rung_by_pgoutput_and_handled_once_and_again_where_they_fail(

@@ -295,6 +295,12 @@ def test_a_plugin_that_steps_in_for_another_is_well_and_says_for_which() -> None
     assert (found.verdict, found.detail) == (OK, f"{PROVEN} (wal2json is not installed)")
 
 
+def test_a_list_that_allows_nothing_is_mended_by_one_statement_for_both_plugins() -> None:
+    seen = replace(DECODING, allowed='"pgoutput, wal2json"', proofs=(REFUSED, replace(REFUSED, plugin="pgoutput")))
+    statements = {*check("plugin", seen).sql, *check("plugin-allowed", seen).sql}
+    assert statements == {'ALTER ROLE "cdc" SET output_plugin_libraries = pgoutput, test_decoding, wal2json;'}
+
+
 def test_a_list_of_plugins_that_nobody_may_see_is_judged_by_the_proof_alone() -> None:
     assert check("plugin-allowed", replace(DECODING, allowed="")).verdict == OK
     assert check("plugin-allowed", replace(DECODING, allowed="", proofs=(REFUSED,))).verdict == UNKNOWN
