@@ -5,6 +5,7 @@ Names of the catalogs' own, by oid: who looks need have no right on the applicat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from cdc.tracked import OPTIONS, Copy, Fires, ForeignCast, Table, Tracked, read_
 
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
 """Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
-_ROW, _BEFORE = 1, 2
+_ROW = 1
+_FUNCTION_NAME = "capture_entity_change()"
 _FIRES = {"O": Fires.ORIGIN, "A": Fires.ALWAYS, "R": Fires.REPLICA, "D": Fires.DISABLED}
 
 
@@ -251,11 +253,16 @@ def triggers(
     rows = _rows(connection, _TRIGGERS, parameters)
     spelt = spell(connection, {row["oid"] for row in rows} | {copy[0] for row in rows for copy in row["copies"]})
     ours = {trigger_name(schema), former_trigger_name(schema)}
-    return [_trigger(row, ours, spelt) for row in rows]
+    [(source,)] = connection.execute("SELECT prosrc FROM pg_catalog.pg_proc WHERE oid = %s::oid", [capture]).fetchall()
+    return [_trigger(row, ours, spelt, source) for row in rows]
 
 
-def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str]) -> Tracked:
+def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], source: str) -> Tracked:
     options = read_options(_text(row["options"]))
+    # The function refuses what it does not know, and the list of what it knows is in its source.
+    unknown = [name for name, _ in options.get("more", ()) if not re.search(rf"[',{{]{re.escape(name)}[',}}]", source)]
+    if unknown:
+        options["broken"] = f"{_FUNCTION_NAME} knows no option {', '.join(unknown)}"
     if not row["type"] & _ROW:
         options["broken"] = "it is not FOR EACH ROW"
     named = [column for option in OPTIONS for column in options.get(option, ())]

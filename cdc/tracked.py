@@ -256,10 +256,9 @@ def named(columns: Sequence[str]) -> str:
 
 def _common(source: Table, present: Sequence[Tracked], asked: Asked) -> Tracked:
     """What is there, as one trigger. Where several differ in an option, that has to be named."""
-    readable = [each for each in present if not each.broken]
-    if not readable:
+    if not present:
         return Tracked(table=source.spelt, trigger="", operations=tuple(Operation), entity_type=None)
-    first, *others = readable
+    first, *others = present
     for other in others:
         for option in ("entity_type", "key", "exclude", "columns"):
             if getattr(asked, option) is None and getattr(first, option) != getattr(other, option):
@@ -268,8 +267,9 @@ def _common(source: Table, present: Sequence[Tracked], asked: Asked) -> Tracked:
                     f"{source.spelt} is captured by {first.trigger} and {other.trigger}, which differ in {flag}",
                     hint=f"name it: {flag} ...",
                 )
-    operations = {operation for each in readable for operation in each.operations}
-    return replace(first, operations=tuple(each for each in Operation if each in operations))
+    operations = {operation for each in present for operation in each.operations}
+    more = () if first.broken else first.more
+    return replace(first, operations=tuple(each for each in Operation if each in operations), more=more)
 
 
 def _shown(asked: Asked, before: Tracked) -> tuple[tuple[str, ...], tuple[str, ...]]:

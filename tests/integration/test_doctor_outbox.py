@@ -168,7 +168,7 @@ def test_a_column_that_was_to_be_left_out_and_was_renamed_fails(shop: str, db: p
     assert unstreamed(shop) == {}
 
 
-@pytest.mark.parametrize("options", ["[", "[" * 3000, '{"a":' * 3000, '{"key": "id"}'])
+@pytest.mark.parametrize("options", ["[", "[" * 3000, '{"a":' * 3000, '{"key": "id"}', '{"excluded": ["id"]}'])
 def test_a_trigger_whose_options_cannot_be_read_fails(shop: str, db: psycopg.Connection, options: str) -> None:
     db.execute("CREATE TABLE odd (id int PRIMARY KEY)")
     db.execute(

@@ -141,6 +141,18 @@ def test_a_trigger_made_by_hand_leaves_its_options_to_the_one_that_takes_its_pla
     assert (found["entity_type"], found["exclude"], found["operations"]) == ("order", ["card"], ["insert"])
 
 
+def test_a_misspelt_option_goes_and_takes_no_exclusion_along(outbox: str, orders: psycopg.Connection) -> None:
+    orders.execute(
+        "CREATE TRIGGER by_hand AFTER INSERT ON orders FOR EACH ROW"
+        """ EXECUTE FUNCTION capture_entity_change('order', '{"exclude": ["card"], "excluded": ["total"]}')"""
+    )
+    assert "knows no option excluded" in invoke(outbox, "tracked").stderr
+    done(outbox, "track", "orders", "--replace")
+    found = tracked(outbox)["orders"]
+    assert (found["entity_type"], found["exclude"]) == ("order", ["card"])
+    orders.execute("INSERT INTO orders VALUES (1)")
+
+
 def test_two_triggers_that_differ_ask_which_is_meant(outbox: str, orders: psycopg.Connection) -> None:
     for name, column in (("one", "card"), ("two", "total")):
         orders.execute(
