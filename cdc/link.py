@@ -41,7 +41,9 @@ class Link(psycopg.Connection[Any]):
         not_for_children(self)
 
     def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
-        return super().wait(_limited(self, gen), *arguments, **named)
+        if self.answer_limit_s is not None:
+            gen = _limited(self, gen)
+        return super().wait(gen, *arguments, **named)
 
 
 class AsyncLink(psycopg.AsyncConnection[Any]):

@@ -98,5 +98,7 @@ def _line(dice: random.Random) -> str:
     """Of a file that may be TOML."""
     setting = dice.choice(list(SETTINGS.values()))
     section, _, name = setting.name.rpartition(".")
-    value = dice.choice(('"x"', "5", "-1", "nan", "[1, 'a']", "{}", "true", f'"{_SECRET}"', _junk(dice)))
+    # Bare, it can be told from other words only by the name of its setting.
+    secret = f'"{_SECRET}"' if setting.secret else f'"whsec_{_SECRET}"'
+    value = dice.choice(('"x"', "5", "-1", "nan", "[1, 'a']", "{}", "true", secret, _junk(dice)))
     return (f"[{section}]\n" if section else "") + f"{name} = {value}\n"

@@ -359,6 +359,12 @@ def test_what_is_no_reference_is_refused_with_an_example(reference: str) -> None
     assert "package.module:router" in refused.value.hint
 
 
+def test_a_dsn_in_the_place_of_a_reference_is_not_quoted_with_its_password() -> None:
+    with pytest.raises(UsageError, match="no reference to a router") as refused:
+        run.load_router("postgresql://app:hunter2@db/app?sslpassword=hunter2", Settings())
+    assert "hunter2" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("source", "reference", "said"),
     [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from typing import Any
 
 import pytest
 
+from cdc import limits
 from cdc.calls import Begun
 from cdc.limits import Limit, OverrunError
 from tests.eventually import eventually_async
@@ -129,6 +132,36 @@ async def test_a_call_that_returns_in_spite_of_its_cancellation_has_returned() -
         return returned, me.cancelling()
 
     assert await asyncio.create_task(task()) == ("all the same", 0)
+
+
+async def test_a_call_that_goes_on_in_spite_of_its_cancellation_is_told_of_once_and_one_that_ends_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "_HEED_S", 0.02)
+    told, free = list[asyncio.Task[Any]](), asyncio.Event()
+    limit = Limit(0.01, told.append)
+
+    async def goes_on() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await _for_ever()
+        await free.wait()
+
+    async def ends() -> None:
+        with contextlib.suppress(OverrunError):
+            await limit.call(_for_ever())
+
+    async def deaf() -> None:
+        await limit.call(goes_on())
+
+    well, ill = asyncio.create_task(ends()), asyncio.create_task(deaf())
+
+    async def is_told() -> bool:
+        return bool(told)
+
+    await eventually_async(is_told)
+    free.set()
+    await asyncio.wait([well, ill])
+    assert told == [ill]
 
 
 async def test_what_a_call_raises_is_its_own_also_a_timeout() -> None:
