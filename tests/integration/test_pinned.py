@@ -13,16 +13,16 @@ from cdc import pinned, schema
 from cdc.cli import cdc as command
 from cdc.connect import connect, connect_async
 from cdc.errors import SchemaError
-from cdc.installations import Installation, find_installations
 from cdc.throwaway import Server
+from tests import servers
 
 _SETTABLE = "SELECT name FROM pg_catalog.pg_settings WHERE context = 'user'"
 
 
-@pytest.mark.parametrize("binaries", find_installations(), ids=lambda one: one.version)
-def test_each_setting_that_a_session_may_have_is_pinned_or_has_a_reason_not_to_be(binaries: Installation) -> None:
+@pytest.mark.parametrize("major", servers.MAJORS)
+def test_each_setting_that_a_session_may_have_is_pinned_or_has_a_reason_not_to_be(major: int) -> None:
     known = {*pinned.LIMITS, *pinned.PINNED, *pinned.NEWER, *" ".join(pinned.HARMLESS.values()).split()}
-    with Server(durable=False, binaries=binaries) as server, psycopg.connect(server.dsn()) as connection:
+    with Server(durable=False, binaries=servers.required(major)) as server, psycopg.connect(server.dsn()) as connection:
         connection.execute("LOAD 'plpgsql'")
         found = {name for (name,) in connection.execute(_SETTABLE)}
         assert found - known == set()

