@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -139,6 +139,7 @@ class Router:
                 max_attempts=max_attempts,
                 timeout_s=timeout,
             )
+            handler = self._named(handler, name)
             for slot in slots:
                 self._fill(slot, handler)
             return function
@@ -206,6 +207,20 @@ class Router:
     def error_hooks(self) -> tuple[Hook, ...]:
         return tuple(self._error_hooks)
 
+    def _named(self, handler: Handler, name: str | None) -> Handler:
+        """Attempts, models and metrics go by the name: two that share one have to be the same but for the type."""
+        module = getattr(_unwrapped(handler.function), "__module__", "")
+        qualified = f"{module}.{handler.name}"
+        names = [name] if name else [handler.name, qualified, *(f"{qualified}_{n}" for n in range(2, 1_000))]
+        for candidate in names:
+            named = replace(handler, name=candidate)
+            if not any(other.name == candidate and _differ(other, named) for other in self._slots.values()):
+                return named
+        raise UsageError(
+            f"two handlers are called {names[0]}, and are not the same",
+            hint="give one another name: router.on(..., name=)",
+        )
+
     def _fill(self, slot: tuple[str, str], handler: Handler) -> None:
         if slot[0] in self._ignored:
             raise UsageError(f"{handler.name} wants changes of {slot[0]!r}, which the router ignores", hint="do either")
@@ -218,6 +233,10 @@ class Router:
                 f" {what} of {entity_type!r}",
                 hint="give each its own operation or entity type, or call one from the other",
             )
+
+
+def _differ(one: Handler, other: Handler) -> bool:
+    return any(getattr(one, field.name) != getattr(other, field.name) for field in fields(Handler))
 
 
 def _entity_type(entity_type: object) -> str:

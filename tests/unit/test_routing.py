@@ -99,3 +99,21 @@ def test_a_rule_that_cannot_work_is_refused_where_it_is_declared(declare: object
     with pytest.raises(UsageError) as refused:
         declare(Router())
     assert re.search(sentence, str(refused.value))
+
+
+def test_two_handlers_that_differ_have_names_of_their_own() -> None:
+    router = Router()
+
+    async def handle(change: Change) -> None: ...
+
+    async def other(change: Change) -> None: ...
+
+    router.on("a", model=int)(handle)
+    router.on("b", model=int)(handle)  # the same but for the type
+    router.on("c", model=str)(handle)
+    router.on("d", model=float)(handle)
+    with pytest.raises(UsageError, match="two handlers are called handle, and are not the same"):
+        router.on("e", model=int, name="handle")(other)
+    names = {entity_type: handler.name for (entity_type, _), handler in router.handlers.items()}
+    qualified = f"{__name__}.handle"
+    assert names == {"a": "handle", "b": "handle", "c": qualified, "d": f"{qualified}_2"}
