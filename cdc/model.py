@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from datetime import datetime
+from decimal import Decimal
 from enum import StrEnum
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
@@ -88,7 +89,8 @@ class Json(bytes):
     __slots__ = ()
 
 
-_scan = json.JSONDecoder().raw_decode
+_scan = json.JSONDecoder(parse_float=Decimal).raw_decode
+"""jsonb keeps the digits of a number, which a float would not."""
 
 
 def _read_when_asked(name: str) -> property:
@@ -104,6 +106,13 @@ def _read_when_asked(name: str) -> property:
 
     return property(read, slot.__set__)
 
+
+def document(change: Change, name: str) -> Any:
+    """``old``, ``new`` or ``metadata`` of the change as it is there: Json if nobody has read it yet."""
+    return _SLOTS[name].__get__(change)
+
+
+_SLOTS = {name: Change.__dict__[name] for name in ("old", "new", "metadata")}
 
 for _name in ("old", "new", "metadata"):
     setattr(Change, _name, _read_when_asked(_name))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from standardwebhooks import Webhook
 
 from cdc.deliver import cloudevents, signature, target
 from cdc.deliver.answers import Answer, Meaning
 from cdc.deliver.delivery import DeliveryError, OneOfThemError, RejectedError, _judge, _reason
 from cdc.deliver.target import Target
-from cdc.model import Change, Operation
+from cdc.model import Change, Json, Operation, read_change
 from tests.unit.changes import change
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -49,7 +51,7 @@ def _full(**given: Any) -> Change:
 
 def test_an_event_has_what_the_change_has() -> None:
     cause = UUID(int=9)
-    assert cloudevents.event(_full(attempt=2, caused_by=cause, depth=1), None) == {
+    assert json.loads(cloudevents.event(_full(attempt=2, caused_by=cause, depth=1), None)) == {
         "specversion": "1.0",
         "id": "00000000-0000-0000-0000-00000000002a",
         "source": "/schemas/public/tables/orders",
@@ -85,12 +87,16 @@ def test_an_event_has_what_the_change_has() -> None:
 )
 def test_the_source_is_the_table_unless_one_is_named(schema: str | None, table: str, source: str) -> None:
     made = _full(table_schema=schema, table=table)
-    assert cloudevents.event(made, None)["source"] == source
-    assert cloudevents.event(made, "urn:shop")["source"] == "urn:shop"
+    assert json.loads(cloudevents.event(made, None))["source"] == source
+    assert json.loads(cloudevents.event(made, "urn:shop"))["source"] == "urn:shop"
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
     max_leaves=10,
 )
@@ -117,7 +123,7 @@ def test_every_event_is_one_by_the_specification(
 
 @given(a=st.integers(1, 2**63 - 1), b=st.integers(1, 2**63 - 1))
 def test_sequences_sort_as_text_as_the_numbers_do(a: int, b: int) -> None:
-    first, second = (cloudevents.event(_full(seq=seq), None)["sequence"] for seq in (a, b))
+    first, second = (json.loads(cloudevents.event(_full(seq=seq), None))["sequence"] for seq in (a, b))
     assert (first < second) == (a < b)
 
 
@@ -129,7 +135,7 @@ def test_a_batch_has_the_same_id_whenever_it_is_the_same_batch() -> None:
     assert ids.isdisjoint(str(each.id) for each in (one, two, three))
     message = cloudevents.batch([one, two], "urn:shop")
     assert message.content_type == "application/cloudevents-batch+json"
-    assert json.loads(message.body) == [cloudevents.event(each, "urn:shop") for each in (one, two)]
+    assert json.loads(message.body) == [json.loads(cloudevents.event(each, "urn:shop")) for each in (one, two)]
 
 
 # --- signatures ----------------------------------------------------------------------------------------------------
@@ -319,4 +325,48 @@ def test_the_event_in_the_documents_is_one_that_is_sent() -> None:
         metadata={"timestamp": "2026-01-01T18:04:05.678+00:00"},
         changed_at=datetime(2026, 1, 1, 18, 4, 5, 678000, tzinfo=UTC),
     )
-    assert shown == cloudevents.event(made, None)
+    assert shown == json.loads(cloudevents.event(made, None))
+
+
+DOCUMENT = (
+    '{"n": 12345678901234567890.123, "money": 10.10, "whole": 9007199254740993, "deep": ' + "[" * 100 + "]" * 100
+    + ', "long": 1' + "0" * 400 + '.5}'
+)  # fmt: skip
+
+
+def _stored(**documents: str) -> Change:
+    made = _full()
+    values = {field.name: getattr(made, field.name) for field in fields(Change)}
+    values |= {name: Json(text.encode()) for name, text in documents.items()}
+    return read_change(*values.values())
+
+
+def test_a_delivery_carries_the_stored_digits_and_a_handler_gets_them() -> None:
+    made = _stored(old=DOCUMENT, new=DOCUMENT, metadata=DOCUMENT)
+    one, many = cloudevents.single(made, None).body, cloudevents.batch([made, made], None).body
+    assert (one.count(DOCUMENT.encode()), many.count(DOCUMENT.encode())) == (3, 6)
+    for document in (made.old, made.new, made.metadata):
+        assert document["n"] == Decimal("12345678901234567890.123")
+        assert str(document["money"]) == "10.10"
+        assert document["whole"] == 9007199254740993
+        assert document["long"] == Decimal("1" + "0" * 400 + ".5")
+    again = cloudevents.single(made, None).body
+    assert b'"n":12345678901234567890.123,"money":10.10,' in again, "what somebody has read already, too"
+    json.loads(again, parse_constant=pytest.fail)
+
+
+def test_what_is_too_deep_or_too_long_to_read_is_delivered_as_it_is() -> None:
+    for text in ("[" * 5_000 + "]" * 5_000, "1" * 5_000):
+        assert text.encode() in cloudevents.single(_stored(new=text), None).body
+
+
+def test_a_model_gets_the_kind_of_number_that_it_asks_for() -> None:
+    made = _stored(new='{"a": 10.10, "b": 10.10, "c": 7}')
+
+    class Row(BaseModel):
+        a: Decimal
+        b: float
+        c: int
+
+    row = Row.model_validate(made.new)
+    assert (str(row.a), row.b, row.c) == ("10.10", 10.1, 7)
