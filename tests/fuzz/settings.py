@@ -23,7 +23,7 @@ _DSNS = (
     "host=127.0.0.1 port={port} password={secret}", "postgresql://u:{secret}@127.0.0.1:{port}/x", "host={junk}",
     "postgresql+psycopg://u:{secret}@127.0.0.1:{port}/x", "postgresql://127.0.0.1:{port}/x?password={secret}&{junk}=1",
     "{junk}", "password='{secret} host=x", "dbname={junk} password={secret}", "service={junk}", "postgresql://u:{secret}@[::1",
-    "host=127.0.0.1 port={port} options='-c x={secret}' sslpassword={secret}", "",
+    "host=127.0.0.1 port={port} options='-c x=y' sslpassword={secret}", "",
 )  # fmt: skip
 _JUNK = (
     "\x01",
