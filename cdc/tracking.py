@@ -89,8 +89,7 @@ def track(
         wanted = decide(source, present, asked, trigger_name(schema))
         before = next((each for each in present if each.ours), None)
         others = [each for each in everywhere if (not each.ours and each.oid == source.oid) or source.oid in each.above]
-        if wanted.columns and not capture.knows_columns:
-            raise RefusedError(f"{capture.name} is of an older version without --columns", hint="run: cdc db upgrade")
+        _refuse_unknown(capture, wanted)
         if not replace:
             _refuse_doubled(source, others)
             _refuse_losses(source, before, wanted)
@@ -191,6 +190,11 @@ def _refuse_incapable(capture: CaptureFunction, schema: str) -> None:
             hint="cdc doctor says more; an outbox that is gone: cdc db install"
             + ("" if schema == "public" else f" --schema {schema}"),
         )
+
+
+def _refuse_unknown(capture: CaptureFunction, wanted: Tracked) -> None:
+    if wanted.columns and not capture.knows_columns:
+        raise RefusedError(f"{capture.name} is of an older version without --columns", hint="run: cdc db upgrade")
 
 
 def _refuse_kind(source: Table, schema: str) -> None:
