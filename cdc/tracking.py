@@ -68,8 +68,7 @@ def track(
     name, and as key the column id, else the primary key. Raises NotFoundError for a table that does not exist,
     UsageError for one that cannot be tracked or columns it does not have, RefusedError where the function could not
     write the outbox, and, unless ``replace`` is set, when a trigger made by hand captures it already, or a type, a key,
-    or what is captured or left out would go. Writers of the table wait while the trigger is made, not longer than the
-    lock of the longest open transaction on it or 5 s.
+    or what is captured or left out would go. Writers of the table wait while the trigger is made, 5 s at most.
     """
     asked = Asked(
         entity_type=entity_type,
