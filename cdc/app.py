@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cdc")
 
+_HELD_UP_S = 30.0
+"""Marks that cannot be written for longer are somebody\'s business."""
+
 _STOP_S = 3.0
 _SHOW_EVERY_S = 1.0
 _SLOT_NAME_PART = 40
@@ -348,6 +351,7 @@ class App:
             Check("database", answered is not None and time.monotonic() - answered < self._limits.answer_s,
                   "never answered" if answered is None else f"{time.monotonic() - answered:.1f}s"),
             Check("schema", self.consumer.in_service, "" if self.consumer.in_service else "not there yet"),
+            Check("marks", self.consumer.held_up_s < _HELD_UP_S, f"held up for {self.consumer.held_up_s:.1f}s"),
             Check("draining", not self.consumer.stopping, "yes" if self.consumer.stopping else "no"),
             *([Check("stream", ok=True, detail=unheard)] if (unheard := self._unheard()) else ()),
             *([Check("application", not self._delivery.unreached, self._delivery.unreached)] if self._delivery else ()),

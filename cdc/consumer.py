@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,6 +39,7 @@ from cdc.outbox.store import INDEXED, Store, UnreadJson
 from cdc.reads import Reads
 from cdc.runner import Runner
 from cdc.scope import EVERYTHING, Scope
+from cdc.settling import Settling
 from cdc.shares import Without, balance
 from cdc.workers import OtherTasks, Workers
 
@@ -113,6 +115,7 @@ class Consumer:
             self._lanes, runner, settings.concurrency, connections=settings.transactions, careful=self._careful,
             finished=self._finished, read_anew=self._read_anew,
         )  # fmt: skip
+        self._settling = Settling(self._lanes, store, metrics, now=self._now)
         self._owned: set[int] = set()
         self._without = Without()
         self._drained = asyncio.Event()
@@ -137,6 +140,12 @@ class Consumer:
     @property
     def stopping(self) -> bool:
         return self._stopping.is_set()
+
+    @property
+    def held_up_s(self) -> float:
+        """For how long some outcome could not be written by now."""
+        since = self._settling.held_up_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def rang(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
         """Wake-ups have come in from the slot. Returns those that are other consumers' business."""
@@ -230,9 +239,10 @@ class Consumer:
                         loops.create_task(self._shard_loop(session)),
                         loops.create_task(self._intake_loop(session, reader)),
                     ]
-                    settling = loops.create_task(self._settle_loop(session))
+                    settling = loops.create_task(self._settle_loop(session, reader))
                     loops.create_task(self._drain_at_stop(session, readers, settling))
             finally:
+                await self._settling.end()
                 await self._end_term()
 
     @contextlib.asynccontextmanager
@@ -305,7 +315,7 @@ class Consumer:
         """The locks are gone, or about to be: forget what was queued and cut off what can be."""
         if self._owned and not self.stopping:
             self._metrics.shard_moves.labels("lost").inc(len(self._owned))
-        self._lanes.reset()
+        self._lanes.reset(keep=not self.stopping)
         self._intake.disown(self._owned)
         self._own(set())
         self._reads.due_within(0.0)
@@ -330,12 +340,14 @@ class Consumer:
         move = balance(members, self._owned, free)
         if move.take and (taken := await session.take(move.take)).shards:
             self._careful.took(taken)
-            self._lanes.own(taken.shards)
+            self._lanes.own(taken.shards, taken.kept)
             self._intake.own(taken.shards)
             self._own(self._owned.union(taken.shards))
             self._metrics.shard_moves.labels("acquired").inc(len(taken.shards))
             self._reads.due_within(0.0)
             self._read_due.set()
+        if parked := self._lanes.marks.parked:
+            self._lanes.disown(await session.others(parked))
         self._lanes.release(move.give)
         self._intake.disown(move.give)
         if quiet := self._lanes.released():
@@ -378,31 +390,31 @@ class Consumer:
 
     # --- settle ----------------------------------------------------------------------------------------------------
 
-    async def _settle_loop(self, session: Session) -> None:
+    async def _settle_loop(self, session: Session, reader: psycopg.AsyncConnection) -> None:
         while True:
             self._turn("settle")
             self._settle_due.clear()
-            while batch := self._lanes.take_finished(_SETTLE_MAX):
+            while batch := self._settling.take(_SETTLE_MAX):
                 self._turn("settle")
                 began = self._now()
-                await self._settle(session, batch)
+                await self._settle(session, reader, batch)
                 took_s = self._now() - began
                 pause_s = max(_SETTLE_PAUSE_S, min(_SETTLE_REST * took_s, _SETTLE_PAUSE_MAX_S)) - took_s
-                if self._lanes.to_settle < self._lanes.worth and pause_s > 0:
+                if self._lanes.marks.ready < self._lanes.worth and pause_s > 0:
                     self._settle_again.clear()
                     await _due(self._settle_again, pause_s)
-            if self._drained.is_set():
+            if self._drained.is_set() and not self._lanes.settling:
                 return
-            await _due(self._settle_due, _TURN_AT_LEAST_S)
+            await _due(self._settle_due, min(_TURN_AT_LEAST_S, self._settling.wait_s()))
 
-    async def _settle(self, session: Session, batch: Sequence[Finished]) -> None:
-        started = self._now()
-        async with session.writing:
-            settled = await self._store.settle(session.connection, batch)
-        self._metrics.settle_duration.observe(self._now() - started)
-        self._metrics.settle_changes.observe(len(batch))
+    async def _settle(self, session: Session, reader: psycopg.AsyncConnection, given: list[Finished]) -> None:
+        written = await self._settling.write(session, reader, given)
         self._answered()
+        if written is None:
+            return
+        batch, settled = written
         self._lanes.settled(batch)
+        self._settling.written()
         self._workers.settled()
         if settled.missed:
             self._metrics.settle_skipped.inc(settled.missed)

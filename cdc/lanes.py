@@ -26,19 +26,22 @@ pass it: the changes of its type and shard are read on from there.
 A read may come back older than what has settled meanwhile: ``reading`` keeps a ``journal``, and ``admit`` corrects the
 rows by it.
 
-A consumer that lost its session has lost its shards: ``reset`` forgets everything but the handlers that still run.
-They cannot be recalled, so their keys stay shut until they return, and their outcome is not settled.
+A consumer that lost its session has lost its shards: ``reset`` forgets everything but the handlers that still run, and
+the outcomes that are not written yet (``marks``). The handlers cannot be recalled, so their keys stay shut until they
+return, and their outcome is not settled. The outcomes keep their places in the window, and their keys as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
+from math import inf
 from typing import NamedTuple
 
 from cdc.inflight import InFlight
 from cdc.journal import Finished, Journal
 from cdc.lane import Lane
+from cdc.marks import Marks
 from cdc.model import Change, Committed, Key
 from cdc.quota import Quota
 from cdc.turns import Needs, Turns
@@ -94,8 +97,8 @@ class Lanes:
         """Of each change in the window, by its number."""
         self._window = Quota(capacity, _FACTOR, sole=sole)
         self._turns = turns or Turns()
-        self._finished: list[Finished] = []
-        self._settling: dict[int, Finished] = {}
+        self.marks = Marks()
+        """What has finished and is not in the table yet."""
         self._unread = Unread(unread_max, sole=sole)
         self._in_flight = InFlight()
         self._journal = Journal()
@@ -124,16 +127,11 @@ class Lanes:
 
     @property
     def running(self) -> int:
-        return len(self._in_flight) - len(self._finished) - len(self._settling)
-
-    @property
-    def to_settle(self) -> int:
-        """How many ``take_finished`` would give."""
-        return len(self._finished)
+        return len(self._in_flight) - len(self.marks)
 
     @property
     def settling(self) -> int:
-        return len(self._finished) + len(self._settling)
+        return len(self.marks)
 
     @property
     def queued(self) -> int:
@@ -162,8 +160,21 @@ class Lanes:
 
     # --- shards ----------------------------------------------------------------------------------------------------
 
-    def own(self, shards: Iterable[int]) -> None:
+    def own(self, shards: Collection[int], kept: Collection[int] = ()) -> None:
+        """``kept``: those of them that were ours before the session was lost, and nobody else's since."""
         self._journal.arrived(self._in_flight.own(shards))
+        self.marks.unpark(kept)
+        self.disown(shards)
+
+    def disown(self, shards: Iterable[int]) -> None:
+        """Somebody else has, or had, these: what finished of them before the session was lost is not ours to mark."""
+        for change, outcome in self.marks.drop(shards):
+            self._in_flight.left(change)
+            self._window.vacate()
+            lane = self._known.pop(change.seq)
+            lane.settling -= 1
+            lane.holding -= outcome.holds_key
+            self._drop_if_empty(lane)
 
     def forget_unread(self, shards: Iterable[int]) -> None:
         """These shards are about to be swept from their first change on, which finds what the marks stand for.
@@ -184,19 +195,29 @@ class Lanes:
         """The shards asked back that have nothing in flight any more; each is told once."""
         return self._in_flight.released()
 
-    def reset(self) -> list[Change]:
-        """The session is lost: forget all but the running handlers, and return the changes these work on."""
+    def reset(self, *, keep: bool = False) -> list[Change]:
+        """The session is lost: forget all but the running handlers, and return the changes these work on.
+
+        ``keep``: also the outcomes that are not written; ``own`` and ``disown`` tell what becomes of them.
+        """
         orphans = {key: lane for key, lane in self._lanes.items() if lane.running}
         for lane in orphans.values():
             lane.queue.clear()
             lane.settling = lane.holding = 0
             lane.orphan = True
         self._lanes = orphans
-        for forgotten in (self._known, self._window, self._finished, self._settling, self._unread, self._in_flight):
+        for forgotten in (self._known, self._window, self._unread, self._in_flight):
             forgotten.clear()
         self._turns.forget_ready()
         self._journal.close()
-        return [change for lane in orphans.values() for change in lane.running]
+        orphaned = [change for lane in orphans.values() for change in lane.running]
+        for change, outcome in self.marks.park() if keep else self.marks.clear():
+            self._window.vacate(-1)
+            self._in_flight.started(change)
+            lane = self._known[change.seq] = self._lanes.setdefault(change.key, Lane(change.key))
+            lane.settling += 1
+            lane.holding += outcome.holds_key
+        return orphaned
 
     # --- in --------------------------------------------------------------------------------------------------------
 
@@ -327,10 +348,9 @@ class Lanes:
 
     def _finished_in_lane(self, lane: Lane, finished: Finished) -> None:
         if isinstance(finished.outcome, Committed):
-            self._settling[finished.change.seq] = finished
-            self.settled([finished])
+            self._gone([(finished, finished)])
         else:
-            self._finished.append(finished)
+            self.marks.add(finished)
         if finished.outcome.holds_key:
             lane.holding += 1
             self._drop_queue(lane, remember=True)
@@ -363,23 +383,24 @@ class Lanes:
 
     # --- out -------------------------------------------------------------------------------------------------------
 
-    def take_finished(self, limit: int) -> list[Finished]:
+    def take_finished(self, limit: int, now: float = inf) -> list[Finished]:
         """What is to be settled next, in the order in which it finished."""
-        batch, self._finished = self._finished[:limit], self._finished[limit:]
-        self._settling.update((finished.change.seq, finished) for finished in batch)
-        return batch
+        return self.marks.take(limit, now)
 
     def settled(self, batch: Iterable[Finished]) -> None:
-        """These outcomes are committed."""
+        """These outcomes are committed; a mark that the table refused may have become another one."""
         # Those that are not there: the lanes were reset while the settle was under way.
-        done = [finished for finished in batch if self._settling.pop(finished.change.seq, None)]
-        self._journal.settled(done)
+        self._gone([(first, finished) for finished in batch if (first := self.marks.written(finished))])
+
+    def _gone(self, done: Sequence[tuple[Finished, Finished]]) -> None:
+        """As they finished, and as they are in the table."""
+        self._journal.settled(finished for _, finished in done)
         self._window.vacate(len(done))
-        for change, outcome in done:
+        for first, (change, outcome) in done:
             self._in_flight.left(change)
             lane = self._known.pop(change.seq)
             lane.settling -= 1
-            lane.holding -= outcome.holds_key
+            lane.holding -= first.outcome.holds_key
             if lane.queue and not lane.running and not lane.settling and lane.fenced:
                 self._make_ready(lane)
             self._drop_if_empty(lane)

@@ -45,6 +45,7 @@ TASKS = ("figures", "hooks", "listener", "relay", "retention", "collector", "pag
 CONNECTION_KINDS = ("async", "sync")
 INTERRUPTIONS = ("connection", "statement")
 """Why a consumer began anew: it could not reach the server or lost it, or a statement failed."""
+REFUSALS = ("read", "mark")
 WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
 UNAVAILABLE = (
     "disabled", "slot_busy", "slot_missing", "slot_lost", "slot_stuck", "slot_foreign",
@@ -417,6 +418,13 @@ class Metrics:
             "cdc_transaction_waiting", "Transactional handlers that wait for a connection.", "kind"
         )
         self.settle_skipped = self._counter("cdc_settle_skipped", "Changes that somebody else had settled.")
+        self.marks_delayed = self._counter(
+            "cdc_marks_delayed", "Tries to mark a change that something stood in the way of: a lock, a full disk."
+        )
+        self.rows_refused = self._counter(
+            "cdc_rows_refused", "Changes that the database would not mark or hand over; now dead letters.", "step"
+        )
+        _start(self.rows_refused, REFUSALS)
         self.change_latency = HistogramTally(
             "cdc_change_latency_seconds",
             "From the writer's transaction to processed, by the database's clock.",

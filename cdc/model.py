@@ -248,5 +248,10 @@ class Dead:
         return self.pauses
 
 
+@dataclass(frozen=True, slots=True)
+class Unmarkable(Dead):
+    """The table refused the outcome that there was. ``error`` fits any encoding."""
+
+
 Outcome = Processed | Committed | Skipped | Discarded | Waiting | Dead
 """How one attempt ended. What a stop or a lost session cut off has no outcome: the change stays as it was."""

@@ -291,7 +291,8 @@ WITH marked AS (
 SELECT count(*)::int, now() FROM marked
 
 -- name: settle_others
--- Retries, dead letters, discards, and waiting changes that are done.
+-- Retries, dead letters, discards, and waiting changes that are done. `failures`: it may be recorded already, by a settle
+-- of which nothing was heard; then it is not what it was.
 WITH settled AS (
   UPDATE {changes} AS c
   SET processed = s.processed,
@@ -302,11 +303,21 @@ WITH settled AS (
       last_error = coalesce(s.error, c.last_error),
       started_by = NULL
   FROM unnest(%(ids)s::uuid[], %(processed)s::bool[], %(dead)s::bool[], %(pauses)s::bool[], %(failed)s::bool[],
-              %(delays)s::float8[], %(errors)s::text[]) AS s(id, processed, dead, pauses, failed, delay_s, error)
+              %(delays)s::float8[], %(errors)s::text[], %(requeued)s::bool[], %(failures)s::int[])
+         AS s(id, processed, dead, pauses, failed, delay_s, error, requeued, failures)
   WHERE c.id = s.id AND NOT c.processed AND c.dead_at IS NULL
+    AND (s.failures IS NULL OR (c.error_count = s.failures AND (c.next_attempt_at IS NOT NULL) = s.requeued))
   RETURNING 1
 )
 SELECT count(*)::int, now() FROM settled
+
+-- name: lock
+-- Before a settle that goes around what others hold.
+SELECT c.id FROM {changes} AS c WHERE c.id = ANY (%(ids)s::uuid[]) FOR UPDATE OF c SKIP LOCKED
+
+-- name: there
+-- Which of those that could not be taken are there at all.
+SELECT c.id FROM {changes} AS c WHERE c.id = ANY (%(ids)s::uuid[])
 
 -- name: start
 -- On a shard whose owner died, before a handler starts. The failures of a suspect include the start that failed. A row

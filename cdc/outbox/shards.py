@@ -25,7 +25,7 @@ import select
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, LiteralString, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -54,7 +54,7 @@ _SESSION = {
     **SERVER_TCP,
     "idle_session_timeout": f"{SILENCE_MAX_S}s",
     "idle_in_transaction_session_timeout": f"{SILENCE_MAX_S}s",
-    "lock_timeout": "10s",
+    "lock_timeout": "1s",  # whoever has locked a row delays its own key only: what can be written is
     "statement_timeout": "20s",
 }
 
@@ -122,12 +122,13 @@ WHERE pg_try_advisory_lock(%(key)s, shard)
 # The inner query still sees who was there before.
 _SIGN_IN = """
 WITH before AS (
-  SELECT shard FROM {shards} WHERE shard = ANY (%(shards)s::int[]) AND owner <> %(owner)s
+  SELECT shard, owner FROM {shards} WHERE shard = ANY (%(shards)s::int[])
 ), signed AS (
   INSERT INTO {shards} (shard, owner) SELECT shard, %(owner)s FROM unnest(%(shards)s::int[]) AS shard
   ON CONFLICT (shard) DO UPDATE SET owner = excluded.owner, since = excluded.since
 )
-SELECT ARRAY (SELECT shard::int FROM before), now()
+SELECT ARRAY (SELECT shard::int FROM before WHERE owner <> %(owner)s),
+       ARRAY (SELECT shard::int FROM before WHERE owner = %(owner)s), now()
 """
 
 
@@ -204,10 +205,13 @@ async def observe(connection: psycopg.AsyncConnection, schema: str) -> None:
 
 
 class Taken(NamedTuple):
-    """Shards that were locked, and those of them whose owner had died, by ``at`` of the database's clock."""
+    """Shards that were locked, those of them whose owner had died, by ``at`` of the database's clock, and those of them
+    that this process had before, and nobody since.
+    """
 
     shards: list[int]
     orphaned: list[int]
+    kept: list[int]
     at: datetime
 
 
@@ -247,26 +251,31 @@ class Session:
 
     async def look(self) -> tuple[int, int]:
         """(members, free shards), as the server sees them now."""
-        cursor = await self.connection.execute(_LOOK, self._parameters)
-        [(members, taken)] = await cursor.fetchall()
+        [(members, taken)] = await self._rows(_LOOK, self._parameters)
         return members, SHARDS - taken
 
     async def holders(self) -> list[Holder]:
         """The sessions that hold the most shards."""
-        cursor = self.connection.cursor(row_factory=class_row(Holder))
-        return await (await cursor.execute(_HOLDERS, {**self._parameters, "shown": _SHOWN})).fetchall()
+        async with self.writing:
+            cursor = self.connection.cursor(row_factory=class_row(Holder))
+            return await (await cursor.execute(_HOLDERS, {**self._parameters, "shown": _SHOWN})).fetchall()
 
     async def take(self, limit: int) -> Taken:
         """Lock up to ``limit`` shards that nobody holds."""
-        cursor = await self.connection.execute(_TAKE, {**self._parameters, "limit": limit})
-        shards = [shard for (shard,) in await cursor.fetchall()]
+        shards = [shard for (shard,) in await self._rows(_TAKE, {**self._parameters, "limit": limit})]
         probe.here("shards.after_take")
-        cursor = await self.connection.execute(
-            sql.SQL(_SIGN_IN).format(shards=self._table), {"shards": shards, "owner": self._owner}
-        )
-        [(orphaned, at)] = await cursor.fetchall()
+        sign_in = sql.SQL(_SIGN_IN).format(shards=self._table)
+        [(orphaned, kept, at)] = await self._rows(sign_in, {"shards": shards, "owner": self._owner})
         probe.here("shards.after_sign_in")
-        return Taken(shards, orphaned, at)
+        return Taken(shards, orphaned, kept, at)
+
+    async def others(self, shards: Iterable[int]) -> list[int]:
+        """Those of these shards that another process owns, or that nobody does."""
+        statement = sql.SQL(
+            "SELECT shard FROM unnest(%s::int[]) AS shard"
+            " WHERE NOT EXISTS (SELECT FROM {} AS o WHERE o.shard = shard.shard AND o.owner = %s)"
+        ).format(self._table)
+        return [shard for (shard,) in await self._rows(statement, [list(shards), self._owner])]
 
     async def give(self, shards: Iterable[int]) -> None:
         """Unlock shards on which nothing is in flight."""
@@ -274,9 +283,7 @@ class Session:
         quiet = list(shards)
         await self._sign_out(quiet)
         probe.here("shards.after_sign_out")
-        await self.connection.execute(
-            "SELECT pg_advisory_unlock(%s, shard) FROM unnest(%s::int[]) AS shard", [self._key, quiet]
-        )
+        await self._rows("SELECT pg_advisory_unlock(%s, shard) FROM unnest(%s::int[]) AS shard", [self._key, quiet])
         probe.here("shards.after_release")
 
     async def leave(self) -> None:
@@ -285,7 +292,14 @@ class Session:
 
     async def _sign_out(self, shards: Iterable[int]) -> None:
         statement = sql.SQL("DELETE FROM {} WHERE shard = ANY (%s::int[]) AND owner = %s").format(self._table)
-        await self.connection.execute(statement, [list(shards), self._owner])
+        async with self.writing:
+            await self.connection.execute(statement, [list(shards), self._owner])
+
+    async def _rows(
+        self, statement: LiteralString | sql.Composed, parameters: Mapping[str, Any] | Sequence[Any]
+    ) -> list[Any]:
+        async with self.writing:  # not within a settle's transaction, which may have failed
+            return await (await self.connection.execute(statement, parameters)).fetchall()
 
     @property
     def stirred(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from cdc.model import (
     Dead,
     Discarded,
     Json,
+    Key,
     Operation,
     Outcome,
     Processed,
@@ -110,10 +112,14 @@ class Due(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """``missed`` of the batch had been settled by somebody else. ``at`` is the database's clock."""
+    """``missed`` of the batch had been settled by somebody else. ``at`` is the database's clock.
+
+    ``locked``: of these keys nothing was written, as another session holds one of their changes.
+    """
 
     missed: int
     at: datetime
+    locked: Sequence[Finished] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,24 +285,58 @@ class Store:
         rows = await self._with_chains(reader, [_row(record, requeued=True) for record in found])
         return Due(rows, next_due_s, None if last is None or last == _LAST_TYPE else last + 1)
 
-    async def settle(self, session: psycopg.AsyncConnection, batch: Sequence[Finished]) -> Settled:
-        """Record outcomes, all or none, on the session that holds the shard locks."""
+    async def settle(
+        self,
+        session: psycopg.AsyncConnection,
+        batch: Sequence[Finished],
+        *,
+        uncertain: Container[int] = (),
+        around_locks: bool = False,
+    ) -> Settled:
+        """Record outcomes, all or none, on the session that holds the shard locks.
+
+        ``uncertain``: by seq, what may be recorded already. ``around_locks``: without those keys of which another
+        session holds a change.
+        """
+        probe.here("settle.before_commit")
+        if around_locks:
+            async with session.transaction():
+                locked = await self._locked(session, batch)
+                rest = [finished for finished in batch if finished.change.key not in locked]
+                settled = replace(
+                    await self._settle(session, rest, uncertain),
+                    locked=[finished for finished in batch if finished.change.key in locked],
+                )
+        else:
+            settled = await self._settle(session, batch, uncertain)
+        probe.here("settle.after_commit")
+        return settled
+
+    async def _settle(
+        self, session: psycopg.AsyncConnection, batch: Sequence[Finished], uncertain: Container[int]
+    ) -> Settled:
         plain = [finished.change for finished in batch if _is_plain(finished)]
         others = [] if len(plain) == len(batch) else [finished for finished in batch if not _is_plain(finished)]
-        probe.here("settle.before_commit")
         if plain and others:
             # One transaction: a retried change and its successor may both be in this batch, and a crash between two
             # commits would leave the successor marked and its predecessor to run again.
             async with session.transaction():
                 counts = [await self._settle_plain(session, plain)]
                 probe.here("settle.between_marks")
-                counts.append(await self._settle_others(session, others))
-        elif plain:
-            counts = [await self._settle_plain(session, plain)]
+                counts.append(await self._settle_others(session, others, uncertain))
+        elif others:
+            counts = [await self._settle_others(session, others, uncertain)]
         else:
-            counts = [await self._settle_others(session, others)]
-        probe.here("settle.after_commit")
+            counts = [await self._settle_plain(session, plain)]
         return Settled(len(batch) - sum(count for count, _ in counts), counts[-1][1])
+
+    async def _locked(self, session: psycopg.AsyncConnection, batch: Sequence[Finished]) -> set[Key]:
+        """The keys of changes that another session holds; the others are taken until the transaction ends."""
+        keys = {finished.change.id: finished.change.key for finished in batch}
+        found = await self._rows(session, "lock", {"ids": list(keys)})
+        left = list(keys.keys() - {id_ for (id_,) in found})
+        there = await self._rows(session, "there", {"ids": left}) if left else []
+        return {keys[id_] for (id_,) in there}
 
     async def marked_since(
         self, reader: psycopg.AsyncConnection, after: datetime | None, limit: int
@@ -382,9 +422,16 @@ class Store:
         [(count, at)] = await self._rows(session, "settle_processed", parameters)
         return count, at
 
-    async def _settle_others(self, session: psycopg.AsyncConnection, batch: list[Finished]) -> tuple[int, datetime]:
-        columns = zip(*(_settle_values(finished.outcome) for finished in batch), strict=True)
-        parameters: dict[str, Any] = {"ids": [finished.change.id for finished in batch]}
+    async def _settle_others(
+        self, session: psycopg.AsyncConnection, batch: list[Finished], uncertain: Container[int]
+    ) -> tuple[int, datetime]:
+        encoding = session.info.parameter_status("server_encoding") or ""
+        columns = zip(*(_settle_values(finished.outcome, encoding) for finished in batch), strict=True)
+        parameters: dict[str, Any] = {
+            "ids": [finished.change.id for finished in batch],
+            "requeued": [finished.change.requeued for finished in batch],
+            "failures": [c.attempt - 1 if c.seq in uncertain else None for c, _ in batch],
+        }
         names = ("processed", "dead", "pauses", "failed", "delays", "errors")
         parameters |= zip(names, map(list, columns), strict=True)
         [(count, at)] = await self._rows(session, "settle_others", parameters)
@@ -421,19 +468,30 @@ def _is_plain(finished: Finished) -> bool:
     return not finished.change.requeued and isinstance(finished.outcome, Processed | Skipped)
 
 
-def _settle_values(outcome: Outcome) -> tuple[bool, bool, bool, bool, float | None, str | None]:
+def _settle_values(outcome: Outcome, encoding: str) -> tuple[bool, bool, bool, bool, float | None, str | None]:
     """(processed, dead, pauses, failed, delay_s, error) of the statement ``settle_others``."""
     match outcome:
         case Processed() | Skipped():
             return True, False, False, False, None, None
         case Discarded(reason):
-            return True, False, False, False, None, f"discarded: {reason}"
+            return True, False, False, False, None, fitting(f"discarded: {reason}", encoding)
         case Waiting(delay_s, error):
-            return False, False, False, True, delay_s, error
+            return False, False, False, True, delay_s, fitting(error, encoding)
         case Dead(error, pauses):
-            return False, True, pauses, True, None, error
+            return False, True, pauses, True, None, fitting(error, encoding)
         case Committed():
             raise AssertionError("marked by its own transaction, so there is nothing to settle")
+
+
+def fitting(text: str, encoding: str) -> str:
+    """With escapes for what the server's encoding cannot hold. Of an encoding that Python does not know, only ASCII."""
+    if encoding == "UTF8":
+        return text
+    try:
+        codec = codecs.lookup(encoding).name
+    except LookupError:
+        codec = "ascii"
+    return text.encode(codec, "backslashreplace").decode(codec)
 
 
 def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:

@@ -53,6 +53,7 @@ async def test_what_ends_after_the_session_was_lost_is_left_to_the_next_owner(
         [(shard,)] = outbox_db.execute("SELECT shard FROM entity_changes").fetchall()
         with psycopg.connect(outbox, autocommit=True) as rival:
             await _take_over(rival, outbox_db, shard)
+            rival.execute("UPDATE cdc_shards SET owner = gen_random_uuid() WHERE shard = %s", [shard])
             may_return.set()
 
             async def back() -> bool:

@@ -174,6 +174,7 @@ _INDEXES = {
     "fetch_some": {"fresh", "holding_back"},
     "figures": {"fresh", "holding_back", "due", "dead"},
     "figures_some": {"fresh", "holding_back", "waiting", "dead"},
+    "lock": {"pkey"},
     "mark": {"pkey"},
     "marked_since": {"processed", "holding_back"},
     "next_due": {"waiting"},
@@ -185,6 +186,7 @@ _INDEXES = {
     "sweep_some": {"fresh", "holding_back"},
     "suspect": {"pkey"},
     "take": {"pkey"},
+    "there": {"pkey"},
     "unstart": {"pkey"},
 }
 """Statement to the indexes of entity_changes that it reads; the rows that it has found it may touch by their place."""

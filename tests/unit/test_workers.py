@@ -139,7 +139,7 @@ async def test_a_suspect_starts_when_what_became_of_the_one_before_is_in_the_tab
     workers = _workers(lanes, runner, 10)
     lanes.admit([Row(replace(change(seq, str(seq)), crashed=True)) for seq in (1, 2)])
     workers.hand_out()
-    await _until(lambda: lanes.to_settle == 1)
+    await _until(lambda: lanes.marks.ready == 1)
     for _ in range(10):
         await OtherTasks()
     assert runner.started == [1]

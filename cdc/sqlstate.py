@@ -1,0 +1,29 @@
+"""What a refused statement is about, by its SQLSTATE. Pure.
+
+    SESSION   the connection, the role, the schema: nothing on this session will fare better
+    MOMENT    something stands in the way just now: a lock, a full disk, another transaction
+    ROW       a value, a constraint, an index, a trigger: one of the rows, and the others are not to blame
+
+Classes as in appendix A of PostgreSQL's manual.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class About(Enum):
+    SESSION = "session"
+    MOMENT = "moment"
+    ROW = "row"
+
+
+_SESSION = ("08", "0L", "25", "26", "28", "34", "3D", "3F", "42", "57P", "F0", "HV")
+_MOMENT = ("40", "53", "55P03", "55006", "57014", "58")
+
+
+def about(sqlstate: str | None) -> About:
+    """None: libpq's own words, which are about the connection."""
+    if sqlstate is None or sqlstate.startswith(_SESSION):
+        return About.SESSION
+    return About.MOMENT if sqlstate.startswith(_MOMENT) else About.ROW
