@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import shlex
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from psycopg.types.json import JsonbBinaryLoader
 
 from cdc import probe
 from cdc.errors import SchemaError
+from cdc.fitting import fitting
 from cdc.intake import Scanned, Sweep
 from cdc.journal import Finished
 from cdc.lanes import Row
@@ -481,17 +481,6 @@ def _settle_values(outcome: Outcome, encoding: str) -> tuple[bool, bool, bool, b
             return False, True, pauses, True, None, fitting(error, encoding)
         case Committed():
             raise AssertionError("marked by its own transaction, so there is nothing to settle")
-
-
-def fitting(text: str, encoding: str) -> str:
-    """With escapes for what the server's encoding cannot hold. Of an encoding that Python does not know, only ASCII."""
-    if encoding == "UTF8":
-        return text
-    try:
-        codec = codecs.lookup(encoding).name
-    except LookupError:
-        codec = "ascii"
-    return text.encode(codec, "backslashreplace").decode(codec)
 
 
 def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:

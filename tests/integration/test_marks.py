@@ -186,7 +186,7 @@ async def test_a_locked_table_delays_all_marks_and_no_handler_is_called_again(
     calls = Calls()
     with psycopg.connect(outbox, application_name="create index") as other:
         other.execute("LOCK TABLE entity_changes IN SHARE MODE")
-        async with consuming(outbox, calls.router) as app:
+        async with consuming(outbox, calls.router):
 
             async def tried_again() -> bool:
                 return len(calls.counts) == 500 and "are delayed" in caplog.text
