@@ -339,6 +339,8 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "reprocess_failed_actions", "(text, integer)"),
         ("FUNCTION", "publish_change", "(text, text, text, jsonb, jsonb, jsonb)"),
         ("FUNCTION", "capture_entity_change", "()"),
+        ("FUNCTION", "captured_row", "(record, oid, text[])"),
+        ("FUNCTION", "bounded_text", "(text)"),
         ("TABLE", "entity_changes", ""),
         *(("FUNCTION", name, "()") for name in _PROCESSOR_FUNCTIONS if _exists_function(connection, schema, name)),
         ("TABLE", "cdc_shards", ""),

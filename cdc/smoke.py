@@ -47,8 +47,6 @@ _SLOT = (
     "SELECT active, coalesce(confirmed_flush_lsn >= %s::pg_lsn, false) FROM pg_replication_slots WHERE slot_name = %s"
 )
 _TASKS = "SELECT id::text FROM cortex_projects.tasks WHERE reaction_id = %s"
-_LATE = "SELECT set_config('cdc.handled', 'reaction,task', true)"
-"""What the removal captures is nobody's to handle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +166,6 @@ class Smoke:
         self._until_quiet()
         with self._connection.transaction():
             self._connection.execute("SELECT set_config('lock_timeout', '10s', true)")
-            self._connection.execute(_LATE)
             tasks = self._tasks()
             self._connection.execute("DELETE FROM cortex_projects.tasks WHERE reaction_id = %s", [self._key])
             delete = sql.SQL("DELETE FROM {} WHERE id = %s").format(self._reactions)

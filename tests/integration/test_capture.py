@@ -12,7 +12,8 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
-from cdc import schema
+import cdc
+from cdc import schema, testing
 
 REACTIONS = """
 CREATE TABLE whatsapp_message_reactions (
@@ -117,11 +118,44 @@ def test_insert_update_and_delete_carry_new_and_old_and_number_themselves(docume
     assert not any(row["processed"] for row in found)
 
 
-def test_an_update_of_the_key_is_a_change_of_the_new_key_that_tells_the_old(documented: psycopg.Connection):
-    documented.execute("INSERT INTO whatsapp_message_reactions VALUES ('r1', 'm1', '👍', 'u1', 'c1')")
-    documented.execute("UPDATE whatsapp_message_reactions SET id = 'r2'")
-    update = changes(documented)[1]
-    assert (update["entity_id"], update["old_data"]["id"]) == ("r2", "r1")
+@pytest.mark.parametrize(
+    ("columns", "arguments", "update", "keys"),
+    [
+        ("id text", "", "id = 'b'", ("a", "b")),
+        ("id text", "", "id = NULL", ("a", "null")),
+        ("id text, n int DEFAULT 1", '\'t\', \'{"key": ["id"], "exclude": ["n"]}\'', "id = 'b'", ("a", "b")),
+        ("id text, n int DEFAULT 1", '\'t\', \'{"key": ["id", "n"]}\'', "n = 2", ('["a", 1]', '["a", 2]')),
+        ("id text, code text PRIMARY KEY DEFAULT 'x'", "'t', '{\"key\": [\"code\"]}'", "code = 'y'", ("x", "y")),
+    ],
+)
+def test_an_update_that_moves_the_key_is_told_to_both_keys_in_order(
+    outbox_db: psycopg.Connection, columns: str, arguments: str, update: str, keys: tuple[str, str]
+):
+    outbox_db.execute(f"CREATE TABLE moving ({columns})".encode())
+    outbox_db.execute("INSERT INTO moving (id) VALUES ('a')")
+    capture(outbox_db, "moving", arguments)
+    outbox_db.execute(f"UPDATE moving SET {update}".encode())
+    gone, come = changes(outbox_db)
+    assert [(row["operation"], row["entity_id"]) for row in (gone, come)] == [("DELETE", keys[0]), ("INSERT", keys[1])]
+    assert (gone["old_data"]["id"], gone["new_data"], come["old_data"]) == ("a", None, None)
+    assert (gone["metadata"]["moved_to"], come["metadata"]["moved_from"]) == (keys[1], keys[0])
+
+
+async def test_a_move_waits_behind_what_waits_of_the_old_key(outbox: str, outbox_db: psycopg.Connection):
+    router, told = cdc.Router(), list[tuple[str, str, int]]()
+
+    @router.on("*")
+    async def mirror(change: cdc.Change) -> None:
+        told.append((change.entity_id, str(change.operation), change.attempt))
+        if told[-1] == ("1", "INSERT", 1):
+            raise cdc.Retry(after=0.2)
+
+    outbox_db.execute("CREATE TABLE moving (id int PRIMARY KEY)")
+    capture(outbox_db, "moving")
+    outbox_db.execute("INSERT INTO moving VALUES (1); UPDATE moving SET id = 2; DELETE FROM moving")
+    await testing.drain(outbox, router)
+    assert [each for each in told if each[0] == "1"] == [("1", "INSERT", 1), ("1", "INSERT", 2), ("1", "DELETE", 1)]
+    assert [each[1] for each in told if each[0] == "2"] == ["INSERT", "DELETE"]
 
 
 def test_what_is_rolled_back_was_never_captured(documented: psycopg.Connection, bell: Callable[..., list[str]]):
@@ -311,7 +345,7 @@ def test_created_before_by_mistake_it_swallows_no_row(outbox_db: psycopg.Connect
         " FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
     )
     outbox_db.execute("INSERT INTO kept VALUES (1), (2)")
-    assert outbox_db.execute("UPDATE kept SET id = id + 10").rowcount == 2
+    assert outbox_db.execute("UPDATE kept SET id = id").rowcount == 2
     assert outbox_db.execute("DELETE FROM kept").rowcount == 2
     assert len(changes(outbox_db)) == 6
 
@@ -464,3 +498,128 @@ def test_objects_of_the_writers_own_cannot_slip_into_the_function(
     writer.execute("SET search_path = own, pg_temp, public, pg_catalog")
     writer.execute("INSERT INTO cortex_projects.tasks VALUES (pg_catalog.gen_random_uuid(), 'x')")
     assert len(changes(documented)) == 1
+
+
+@pytest.mark.parametrize("value", [r'{"a": "\u0000"}', r'{"a": "\ud800"}', '{"a": 1e200000}'])
+def test_json_that_jsonb_cannot_hold_is_left_out_with_a_marker_and_the_write_goes_on(
+    outbox_db: psycopg.Connection, value: str
+):
+    outbox_db.execute("CREATE TABLE d (id int PRIMARY KEY, j json, v int)")
+    capture(outbox_db, "d")
+    outbox_db.execute("INSERT INTO d VALUES (1, %s, 1)", [value])
+    outbox_db.execute("UPDATE d SET v = 2; DELETE FROM d")
+    found = changes(outbox_db)
+    assert [(row["operation"], row["entity_id"]) for row in found] == [
+        ("INSERT", "1"),
+        ("UPDATE", "1"),
+        ("DELETE", "1"),
+    ]
+    for side in (found[0]["new_data"], found[1]["old_data"], found[1]["new_data"], found[2]["old_data"]):
+        assert set(side) == {"id", "j", "v"}
+        assert side["j"].keys() == {"cdc:omitted"}
+        assert value not in repr(side)
+
+
+def test_what_is_left_out_is_not_converted(outbox_db: psycopg.Connection):
+    outbox_db.execute("CREATE DOMAIN present AS text NOT NULL")
+    outbox_db.execute("CREATE TABLE d (id int PRIMARY KEY, j json, big bytea, p present, v int)")
+    capture(outbox_db, "d", """'', '{"exclude": ["j", "big", "p"]}'""")
+    for statement in (
+        r"""INSERT INTO d VALUES (1, '{"a": "\u0000"}', decode(repeat('00', 140 * 1024 * 1024), 'hex'), 'x', 1)""",
+        "UPDATE d SET v = 2",
+        "DELETE FROM d",
+    ):
+        outbox_db.execute(statement.encode())
+    assert [row["new_data"] or row["old_data"] for row in changes(outbox_db)] == [
+        {"id": 1, "v": 1}, {"id": 1, "v": 2}, {"id": 1, "v": 2},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", ["decode(repeat('00', 140 * 1024 * 1024), 'hex')", "ARRAY[repeat('x', 135000000), repeat('y', 135000000)]"]
+)
+def test_a_value_larger_than_json_holds_is_left_out_with_a_marker(outbox_db: psycopg.Connection, value: str):
+    outbox_db.execute(f"CREATE TABLE d AS SELECT 1 AS id, {value} AS big, 1 AS v LIMIT 0".encode())
+    capture(outbox_db, "d")
+    outbox_db.execute(f"INSERT INTO d SELECT 1, {value}, 1".encode())
+    outbox_db.execute("UPDATE d SET v = 2")
+    inserted, updated = changes(outbox_db)
+    assert inserted["new_data"]["big"].keys() == updated["old_data"]["big"].keys() == {"cdc:omitted"}
+    assert (updated["entity_id"], updated["new_data"]["v"]) == ("1", 2)
+
+
+def test_values_that_are_too_large_together_leave_room_to_those_that_fit(outbox_db: psycopg.Connection):
+    outbox_db.execute("CREATE TABLE d (a text, b text, c text, id int)")
+    capture(outbox_db, "d")
+    outbox_db.execute(
+        "INSERT INTO d SELECT repeat('a', n), repeat('b', n), repeat('c', n), 1 FROM (VALUES (90000000)) AS v(n)"
+    )
+    sizes = "SELECT length(new_data ->> 'a'), new_data -> 'b', new_data -> 'c', entity_id FROM entity_changes"
+    omitted = {"cdc:omitted": "too large"}
+    assert outbox_db.execute(sizes.encode()).fetchall() == [(90_000_000, omitted, omitted, "1")]
+
+
+def test_a_cast_that_fails_costs_its_value_and_no_write(outbox_db: psycopg.Connection):
+    outbox_db.execute(
+        "CREATE TYPE mood AS ENUM ('x');"
+        "CREATE FUNCTION fail(mood) RETURNS json LANGUAGE plpgsql AS $$ BEGIN ASSERT false; END $$;"
+        "CREATE CAST (mood AS json) WITH FUNCTION fail(mood); CREATE TABLE d (id int, m mood)"
+    )
+    capture(outbox_db, "d")
+    outbox_db.execute("INSERT INTO d VALUES (1, 'x')")
+    assert changes(outbox_db)[0]["new_data"] == {"id": 1, "m": {"cdc:omitted": "cannot be JSON: P0004"}}
+
+
+def test_a_key_or_type_of_any_length_is_told_by_its_head_and_a_hash(outbox_db: psycopg.Connection):
+    long = ["\N{SNOWMAN}" * 5_000 + end for end in ("a", "b")]
+    outbox_db.execute("CREATE TABLE d (id text)")
+    capture(outbox_db, "d", f"'{'t' * 2000}'")
+    for key in (*long, long[0]):
+        outbox_db.execute("INSERT INTO d VALUES (%s)", [key])
+        outbox_db.execute("SELECT publish_change(%s, %s)", ["t" * 2000, key])
+    found = changes(outbox_db)
+    assert len({row["entity_type"] for row in found}) == 1
+    assert [row["entity_id"] for row in found[::2]] == [row["entity_id"] for row in found[1::2]]
+    assert found[0]["entity_id"] != found[2]["entity_id"]
+    assert found[0]["entity_id"] == found[4]["entity_id"]
+    assert max(len(row[name].encode()) for row in found for name in ("entity_id", "entity_type")) < 500
+    assert found[0]["entity_id"].startswith("\N{SNOWMAN}" * 100 + "...sha256:")
+    assert found[0]["new_data"] == {"id": long[0]}
+
+
+ODD_SETTINGS = [
+    ("datestyle", ("SQL, DMY", "Postgres, MDY", "German", "ISO, DMY")),
+    ("timezone", ("Asia/Tokyo", "America/New_York")),
+    ("intervalstyle", ("sql_standard", "iso_8601", "postgres_verbose")),
+    ("extra_float_digits", ("-15", "3")),
+    ("bytea_output", ("escape",)),
+    ("quote_all_identifiers", ("on",)),
+    ("lc_monetary", ("C.UTF-8", "POSIX")),
+    ("search_path", ("public, pg_catalog", "")),
+    ("xmlbinary", ("hex",)),
+    ("xmloption", ("document",)),
+    ("array_nulls", ("off",)),
+    ("standard_conforming_strings", ("off",)),
+    ("transform_null_equals", ("on",)),
+]
+SHAPED = [
+    "daterange '[2026-01-02,2026-02-03)'", "tsrange '[2026-01-02 03:04,2026-02-03)'",
+    "tstzrange '[2026-01-02 03:04+00,2026-02-03 00:00+00)'", "datemultirange '{[2026-01-02,2026-02-03)}'",
+    "date '2026-01-02'", "timestamp '2026-01-02 03:04'", "timestamptz '2026-01-02 03:04+00'", "interval '1 day 02:03'",
+    "float8 '0.1'", "float4 '0.1'", "point '(0.1,0.2)'", "bytea '\\xff00'", "money '1234.50'", "regclass 'pg_class'",
+    "regtype 'int'", "ARRAY[date '2026-01-02']", "ARRAY[daterange '[2026-01-02,2026-02-03)']", "xml '<a/>'",
+    "interval '-1 year'", "ARRAY[NULL, 1]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", SHAPED)
+def test_a_value_has_one_key_and_one_text_under_every_setting_of_its_writer(outbox_db: psycopg.Connection, value: str):
+    outbox_db.execute(f"CREATE TABLE shaped AS SELECT {value} AS id, 0 AS n".encode())
+    capture(outbox_db, "shaped")
+    for name, odd in (("application_name", ("x",)), *ODD_SETTINGS):
+        for setting in odd:
+            with outbox_db.transaction():
+                outbox_db.execute("SELECT set_config(%s, %s, true)", [name, setting])
+                outbox_db.execute("UPDATE public.shaped SET n = n + 1")
+    asked = "SELECT count(DISTINCT (entity_id, new_data ->> 'id')), count(*) FROM entity_changes"
+    assert outbox_db.execute(asked).fetchone() == (1, 1 + sum(len(odd) for _, odd in ODD_SETTINGS))

@@ -112,7 +112,7 @@ def test_a_key_that_is_the_column_id_is_written_as_the_capture_function_knows_it
     usual = tracked.Tracked(table="t", trigger="x", operations=tuple(Operation), entity_type=None, key=("id",))
     _, options = tracked.arguments(usual)
     [capture] = [migration.template for migration in schema.migrations() if migration.name == "capture"]
-    assert f"coalesce(TG_ARGV[1], '') IN ('', '{options}')" in capture
+    assert f"coalesce(TG_ARGV[1], '') NOT IN ('', '{options}')" in capture
 
 
 @pytest.mark.parametrize(

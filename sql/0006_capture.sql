@@ -1,0 +1,368 @@
+-- Capture: what writes the outbox and rings. Safe to run again; locks no table.
+--
+-- Whatever one row holds, its writer's statement goes on: a value that no JSON can hold is left out, and a marker says
+-- so in its place. What is wrong with a trigger itself (a misspelt option, a key column that is gone) is refused.
+
+-- A type or an id has to fit an index entry, beside other things: beyond a thousand bytes its first letters and a hash
+-- stand for it. One text is always one other, so order is kept.
+-- STABLE and in SQL, so that it is inlined; sha256(), which a FIPS build has.
+CREATE OR REPLACE FUNCTION @schema@.bounded_text(text) RETURNS text
+LANGUAGE sql STABLE PARALLEL SAFE
+AS $cdc$
+  SELECT CASE
+    WHEN pg_catalog.octet_length($1) > 1000 THEN pg_catalog.left($1, 100) || '...sha256:'
+      || pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to($1, pg_catalog.getdatabaseencoding())), 'hex')
+    ELSE $1
+  END
+$cdc$;
+REVOKE ALL ON FUNCTION @schema@.bounded_text(text) FROM PUBLIC;
+
+-- A row as JSON, value by value: for a row that is refused as a whole. What is refused alone, or would make the row
+-- larger than half of what jsonb holds, becomes {"cdc:omitted": why}.
+CREATE OR REPLACE FUNCTION @schema@.captured_row(p_row record, p_table oid, p_excluded text[]) RETURNS jsonb
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $cdc$
+DECLARE
+  -- Of 268,435,455 bytes; markers, and 1,600 columns of them, have room above.
+  v_room bigint := 128 * 1024 * 1024;
+  v_column name;
+  v_value jsonb;
+  v_names text[] := '{}';
+  v_values jsonb[] := '{}';
+BEGIN
+  FOR v_column IN
+    SELECT attname FROM pg_attribute
+    WHERE attrelid = p_table AND attnum > 0 AND NOT attisdropped AND attname <> ALL (coalesce(p_excluded, '{}'))
+    ORDER BY attnum
+  LOOP
+    BEGIN
+      EXECUTE format('SELECT to_jsonb(($1).%I)', v_column) INTO v_value USING p_row;
+      IF pg_column_size(v_value) > v_room THEN
+        v_value := jsonb_build_object('cdc:omitted', 'too large');
+      END IF;
+    EXCEPTION WHEN OTHERS OR assert_failure THEN
+      -- A code, and no text: that may quote the value.
+      v_value := jsonb_build_object('cdc:omitted', 'cannot be JSON: ' || SQLSTATE);
+      -- A row beyond 1 GB cannot be passed on as one; of a key by this name at least the value is told.
+      IF v_column = 'id' THEN
+        BEGIN
+          v_value := to_jsonb(p_row.id);
+        EXCEPTION WHEN OTHERS OR assert_failure THEN
+          NULL;
+        END;
+      END IF;
+    END;
+    v_room := v_room - coalesce(pg_column_size(v_value), 0);
+    v_names := v_names || v_column::text;
+    v_values := v_values || coalesce(v_value, 'null');
+  END LOOP;
+  RETURN (SELECT coalesce(jsonb_object_agg(n, v), '{}') FROM unnest(v_names, v_values) AS columns (n, v));
+END
+$cdc$;
+REVOKE ALL ON FUNCTION @schema@.captured_row(record, oid, text[]) FROM PUBLIC;
+
+-- Row trigger: capture_entity_change([entity_type [, options]]).
+--
+--   entity_type   empty or left out: 'reaction', 'message', 'task' for the three documented tables, else the table's name.
+--   options       one JSON object, all of it optional:
+--     "key": ["a", "b"]      the columns that tell the rows apart
+--     "exclude": ["secret"]  columns that are not captured, nor even converted
+--     "columns": ["a", "b"]  in its place: the only ones that are
+--
+-- A writer that handles some entity types itself, as in the webhook, says so by the setting cdc.handled, a list with
+-- commas: their changes are captured as processed already, and nobody is rung for.
+--
+-- The key is one text. One column: its text. Several: the JSON array of their values, in which no two keys look alike.
+-- Without "key" it is the column id, or, where there is none, the primary key (looked up for each row: `cdc track`
+-- writes it into the options instead). An UPDATE that moves a row to another key is two changes, as one that moves it to
+-- another partition is: a DELETE of the old key, then an INSERT of the new one.
+--
+-- It runs with its owner's rights and its own search_path, so that a writer of the application's table needs no right
+-- on the outbox and cannot slip in functions or operators of its own; but the types of the table's columns may bring casts
+-- to json, which are called here. So the owner should be a role that may do little else.
+-- The other settings make one row the same JSON, and one key the same text, whatever the writer's session has set: they
+-- are all that any output function of PostgreSQL looks at. extra_float_digits at 0 would even lose digits.
+CREATE OR REPLACE FUNCTION @schema@.capture_entity_change() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
+SET datestyle = 'ISO, YMD'
+SET bytea_output = 'hex'
+SET intervalstyle = 'postgres'
+SET extra_float_digits = 1
+SET lc_monetary = 'C'
+SET quote_all_identifiers = off
+AS $cdc$
+DECLARE
+  -- Assignments only, no queries, wherever the row passes: plpgsql evaluates these without an executor. And few of them:
+  -- each is set up anew in each transaction, which is most of what it costs. So what few tables need is asked for at
+  -- once, and looked at one by one only where something of it is there. OLD of an INSERT and NEW of a DELETE are NULL.
+  v_old jsonb;
+  v_new jsonb;
+  v_entity_id text;
+  v_moved_from text;
+  v_metadata jsonb;
+  v_operation text;
+  v_entity_type text;
+  v_table_schema name;
+  v_table_name name;
+  v_options jsonb;
+  v_excluded text[];
+  v_nulls jsonb;
+  v_key jsonb;
+  v_values jsonb;
+  v_caused_by uuid;
+  v_depth integer;
+  v_done_at timestamptz;
+  v_done_why text;
+  v_rung pg_lsn;
+BEGIN
+  IF coalesce(TG_ARGV[1], '') NOT IN ('', '{"key": ["id"]}') THEN
+    v_options := TG_ARGV[1];
+    -- A misspelt "exclude" would publish what was to be left out.
+    IF v_options - '{key,exclude,columns}'::text[] <> '{}' THEN
+      RAISE EXCEPTION 'trigger % on %.%: options may have "key", "exclude" and "columns", not %',
+          TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude,columns}'::text[]
+        USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF v_options ? 'columns' THEN
+      SELECT array_agg(attname::text) INTO v_excluded FROM pg_attribute
+      WHERE attrelid = TG_RELID AND attnum > 0 AND NOT attisdropped AND NOT v_options -> 'columns' ? attname::text;
+    END IF;
+    IF v_options ? 'exclude' THEN
+      FOR i IN 0 .. jsonb_array_length(v_options -> 'exclude') - 1 LOOP
+        v_excluded := v_excluded || (v_options -> 'exclude' ->> i);
+      END LOOP;
+    END IF;
+    IF v_excluded IS NOT NULL THEN
+      v_nulls := jsonb_object(v_excluded, array_fill(NULL::text, ARRAY[cardinality(v_excluded)]));
+    END IF;
+  END IF;
+
+  -- The subtransaction writes nothing, so it takes no transaction id.
+  BEGIN
+    IF v_excluded IS NULL THEN
+      v_old := to_jsonb(OLD);
+      v_new := to_jsonb(NEW);
+    ELSE
+      IF TG_OP <> 'INSERT' THEN
+        v_old := to_jsonb(jsonb_populate_record(OLD, v_nulls)) - v_excluded;
+      END IF;
+      IF TG_OP <> 'DELETE' THEN
+        v_new := to_jsonb(jsonb_populate_record(NEW, v_nulls)) - v_excluded;
+      END IF;
+    END IF;
+  EXCEPTION WHEN OTHERS OR assert_failure THEN
+    IF TG_OP <> 'INSERT' THEN
+      v_old := @schema@.captured_row(OLD, TG_RELID, v_excluded);
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+      v_new := @schema@.captured_row(NEW, TG_RELID, v_excluded);
+    END IF;
+  END;
+
+  v_entity_id := CASE WHEN v_options IS NULL THEN coalesce(v_new, v_old) ->> 'id' END;
+
+  -- All but a table whose key is its column id, and stays so: other options, or a key to be found; and partitions. That a
+  -- table is none, NULL, comes out of the relation cache.
+  IF v_entity_id IS NULL
+    OR coalesce(v_old, v_new) ->> 'id' IS DISTINCT FROM v_entity_id
+    OR pg_partition_root(TG_RELID) IS NOT NULL
+  THEN
+    IF TG_LEVEL <> 'ROW' THEN
+      RAISE EXCEPTION 'trigger % on %.%: capture_entity_change() captures rows', TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME
+        USING HINT = 'create the trigger FOR EACH ROW', ERRCODE = 'trigger_protocol_violated';
+    END IF;
+
+    IF pg_partition_root(TG_RELID) IS NOT NULL THEN
+      SELECT n.nspname, c.relname INTO v_table_schema, v_table_name
+      FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+      WHERE c.oid = pg_partition_root(TG_RELID);
+    END IF;
+
+    v_key := coalesce(v_options -> 'key', '["id"]');
+    IF jsonb_array_length(v_key) = 1 THEN
+      v_entity_id := coalesce(v_new, v_old) ->> (v_key ->> 0);
+      v_moved_from := coalesce(v_old ->> (v_key ->> 0), 'null');
+    END IF;
+
+    -- All but a key of one column that is there and not NULL.
+    IF v_entity_id IS NULL THEN
+      IF v_options -> 'key' IS NULL AND NOT coalesce(v_new, v_old) ? 'id' THEN
+        SELECT jsonb_agg(a.attname ORDER BY k.place) INTO v_key
+        FROM pg_index AS i
+        CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k (attnum, place)
+        JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+        WHERE i.indrelid = TG_RELID AND i.indisprimary;
+        IF v_key IS NULL THEN
+          RAISE EXCEPTION 'table %.% has neither a column id nor a primary key to tell its rows apart',
+              coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME)
+            USING HINT = 'name the key columns: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
+        END IF;
+      END IF;
+      v_values := '[[], []]';
+      FOR i IN 0 .. jsonb_array_length(v_key) - 1 LOOP
+        IF NOT coalesce(v_new, v_old) ? (v_key ->> i) THEN
+          RAISE EXCEPTION 'table %.% has no column % to use as its key',
+              coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME), v_key -> i
+            USING HINT = 'name the key columns anew: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
+        END IF;
+        v_values := jsonb_build_array(
+          v_values -> 0 || jsonb_build_array(coalesce(v_new, v_old) -> (v_key ->> i)),
+          v_values -> 1 || jsonb_build_array(v_old -> (v_key ->> i)));
+      END LOOP;
+      IF jsonb_array_length(v_key) = 1 THEN
+        -- A key column that holds NULL. Refusing the application's write would be worse than one shared key.
+        v_entity_id := coalesce(v_values -> 0 ->> 0, 'null');
+        v_moved_from := coalesce(v_values -> 1 ->> 0, 'null');
+      ELSE
+        v_entity_id := v_values ->> 0;
+        v_moved_from := v_values ->> 1;
+      END IF;
+    END IF;
+    IF TG_OP <> 'UPDATE' OR v_moved_from = v_entity_id THEN
+      v_moved_from := NULL;
+    END IF;
+  END IF;
+
+  v_entity_type := coalesce(nullif(TG_ARGV[0], ''), CASE coalesce(v_table_name, TG_TABLE_NAME)
+    WHEN 'whatsapp_message_reactions' THEN 'reaction'
+    WHEN 'whatsapp_messages' THEN 'message'
+    WHEN 'tasks' THEN 'task'
+    ELSE coalesce(v_table_name, TG_TABLE_NAME)
+  END);
+
+  -- Only keys that the row has a column for, and nothing that is excluded.
+  IF v_new ?| '{user_id,chat_id,room_id}' THEN
+    v_metadata := CASE WHEN v_new ? 'user_id' THEN jsonb_build_object('user_id', v_new -> 'user_id') ELSE '{}' END
+      || CASE WHEN v_new ? 'chat_id' OR v_new ? 'room_id' THEN jsonb_build_object(
+          'chat_id', coalesce(nullif(v_new -> 'chat_id', 'null'), v_new -> 'room_id', v_new -> 'chat_id')) ELSE '{}' END;
+  END IF;
+
+  -- Readers conclude from transaction ids whether a lower seq may still appear, so this transaction has its id, which is
+  -- never NULL, before it draws the number. In an AFTER trigger it has one already.
+  IF pg_current_xact_id() IS NULL
+    OR current_setting('cdc.cause', true) <> ''
+    OR octet_length(v_entity_id || v_entity_type) > 1000
+    OR v_moved_from IS NOT NULL
+    OR current_setting('cdc.handled', true) <> ''
+  THEN
+    -- Who writes in the name of a change says so by this setting: "its id,its depth" (cdc.model.Change.cause). Anybody
+    -- may set it to anything, and that must not fail the application's write. Nine digits and one more are an integer
+    -- still, and at the top the depth stands still.
+    IF current_setting('cdc.cause', true) ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
+      v_caused_by := left(current_setting('cdc.cause'), 36);
+      v_depth := least(substr(current_setting('cdc.cause'), 38)::integer, 999999998) + 1;
+      -- A consumer whose handlers share a transaction names the cause anew for each of them only if they write here.
+      PERFORM set_config('cdc.captured', 'on', true);
+    END IF;
+    IF v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ',')) THEN
+      v_done_at := now();
+      v_done_why := 'discarded: its writer handles it (cdc.handled)';
+    END IF;
+    v_entity_id := @schema@.bounded_text(v_entity_id);
+    v_entity_type := @schema@.bounded_text(v_entity_type);
+    IF v_moved_from IS NOT NULL THEN
+      v_moved_from := @schema@.bounded_text(v_moved_from);
+      INSERT INTO @schema@.entity_changes
+        (table_schema, table_name, operation, entity_id, entity_type, old_data, metadata, caused_by, depth,
+         processed, processed_at, last_error)
+      VALUES (
+        coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME), 'DELETE', v_moved_from,
+        v_entity_type, v_old, jsonb_build_object('timestamp', now(), 'moved_to', v_entity_id), v_caused_by,
+        coalesce(v_depth, 0), v_done_at IS NOT NULL, v_done_at, v_done_why
+      )
+      RETURNING CASE WHEN v_done_at IS NULL THEN
+        pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard)
+      END INTO v_rung;
+      v_operation := 'INSERT';
+      v_metadata := jsonb_build_object('moved_from', v_moved_from) || coalesce(v_metadata, '{}');
+      v_old := NULL;
+    END IF;
+  END IF;
+
+  INSERT INTO @schema@.entity_changes
+    (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth,
+     processed, processed_at, last_error)
+  VALUES (
+    coalesce(v_table_schema, TG_TABLE_SCHEMA),
+    coalesce(v_table_name, TG_TABLE_NAME),
+    coalesce(v_operation, TG_OP),
+    v_entity_id,
+    v_entity_type,
+    v_old,
+    v_new,
+    -- Documented: none for a DELETE (its old_data says the same).
+    CASE WHEN v_new IS NOT NULL THEN jsonb_build_object('timestamp', now()) || coalesce(v_metadata, '{}') END,
+    v_caused_by,
+    coalesce(v_depth, 0),
+    v_done_at IS NOT NULL,
+    v_done_at,
+    v_done_why
+  )
+  -- The doorbell. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
+  RETURNING CASE WHEN v_done_at IS NULL THEN pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard) END
+  INTO v_rung;
+
+  -- Created BEFORE by mistake, or INSTEAD OF, the trigger must not swallow the row.
+  IF TG_WHEN = 'AFTER' THEN
+    RETURN NULL;
+  ELSIF TG_OP = 'DELETE' THEN
+    RETURN OLD;
+  END IF;
+  RETURN NEW;
+END
+$cdc$;
+REVOKE ALL ON FUNCTION @schema@.capture_entity_change() FROM PUBLIC;
+
+-- An event without a table: the same row and the same ringing. Returns its seq.
+CREATE OR REPLACE FUNCTION @schema@.publish_change(
+  entity_type text,
+  entity_id text,
+  operation text DEFAULT 'INSERT',
+  new_data jsonb DEFAULT NULL,
+  old_data jsonb DEFAULT NULL,
+  metadata jsonb DEFAULT NULL
+) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $cdc$
+DECLARE
+  -- See capture_entity_change(). Here the transaction may well have none yet.
+  v_xid CONSTANT xid8 := pg_current_xact_id();
+  v_cause CONSTANT text := current_setting('cdc.cause', true);
+  v_type CONSTANT text := @schema@.bounded_text(publish_change.entity_type);
+  v_caused_by uuid;
+  v_depth integer := 0;
+  v_seq bigint;
+  v_shard smallint;
+  v_rung pg_lsn;
+BEGIN
+  IF publish_change.entity_type IS NULL OR publish_change.entity_id IS NULL THEN
+    RAISE EXCEPTION 'publish_change() needs an entity type and an entity id' USING ERRCODE = 'null_value_not_allowed';
+  END IF;
+  IF v_cause ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
+    v_caused_by := left(v_cause, 36);
+    v_depth := least(substr(v_cause, 38)::integer, 999999998) + 1;
+    PERFORM set_config('cdc.captured', 'on', true);
+  END IF;
+  INSERT INTO @schema@.entity_changes AS published
+    (table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth)
+  VALUES (
+    v_type,
+    publish_change.operation,
+    @schema@.bounded_text(publish_change.entity_id),
+    v_type,
+    publish_change.old_data,
+    publish_change.new_data,
+    publish_change.metadata,
+    v_caused_by,
+    v_depth
+  )
+  RETURNING published.seq, published.shard INTO v_seq, v_shard;
+  v_rung := pg_logical_emit_message(true, @prefix_literal@, v_seq || ',' || v_shard);
+  RETURN v_seq;
+END
+$cdc$;
+REVOKE ALL ON FUNCTION @schema@.publish_change(text, text, text, jsonb, jsonb, jsonb) FROM PUBLIC;
