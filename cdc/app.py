@@ -394,6 +394,7 @@ def _consumer_settings(settings: Settings, scope: Scope) -> ConsumerSettings:
         concurrency=settings.concurrency,
         transactions=settings.transactions,
         window=settings.window,
+        window_bytes=settings.window_bytes,
         drain_time_s=settings.drain_time,
         sweep_interval_s=settings.sweep_interval,
         poll_interval_s=settings.poll_interval,

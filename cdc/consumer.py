@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 import psycopg
 
@@ -70,6 +71,7 @@ class ConsumerSettings:
     concurrency: int
     transactions: int
     window: int
+    window_bytes: int
     drain_time_s: float
     sweep_interval_s: float
     poll_interval_s: float
@@ -98,7 +100,8 @@ class Consumer:
         self._store = store
         self._hooks = hooks
         self._metrics = metrics
-        self._lanes = Lanes(settings.window, turns=demand.turns, needs=demand.needs, sole=demand.sole_type)
+        lanes = partial(Lanes, settings.window, place_bytes=max(1, settings.window_bytes // settings.window))
+        self._lanes = lanes(turns=demand.turns, needs=demand.needs, sole=demand.sole_type)
         self._intake = Intake(
             sweep_interval_s=settings.poll_interval_s, room_for=self._lanes.room_for, scope=settings.scope
         )

@@ -25,7 +25,8 @@ from cdc.threads import Threads
 log = logging.getLogger("cdc.hooks")
 
 _LIMIT_S = 10.0
-_BACKLOG_MAX = 10_000
+_BACKLOG_MAX, _BACKLOG_BYTES = 10_000, 16 << 20
+"""Calls, and bytes of the documents of their changes."""
 _THREADS = 4
 """More than one, because a call that was given up may hold its thread for ever."""
 
@@ -39,6 +40,7 @@ class Hooks:
         self._threads = Threads(_THREADS)
         self._news: asyncio.Queue[tuple[Hook, tuple[Any, ...]]] = asyncio.Queue(_BACKLOG_MAX)
         self._overflowing = False
+        self._bytes = 0
 
     def processed(self, changes: Iterable[Change]) -> None:
         for hook in self._processed:
@@ -56,6 +58,7 @@ class Hooks:
             try:
                 await self._call(hook, arguments)
             finally:
+                self._bytes -= arguments[0].size
                 self._news.task_done()
 
     async def drain(self, seconds: float) -> None:
@@ -63,13 +66,14 @@ class Hooks:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.join(), seconds)
 
-    def _tell(self, hook: Hook, *arguments: Any) -> None:
-        try:
-            self._news.put_nowait((hook, arguments))
+    def _tell(self, hook: Hook, change: Change, *others: Any) -> None:
+        if not self._news.full() and (self._bytes + change.size <= _BACKLOG_BYTES or not self._bytes):
+            self._news.put_nowait((hook, (change, *others)))
+            self._bytes += change.size
             self._overflowing = False
-        except asyncio.QueueFull:
+        else:
             if not self._overflowing:
-                log.warning("hooks are %d calls behind; calls are dropped until they catch up", _BACKLOG_MAX)
+                log.warning("hooks are %d calls behind; calls are dropped until they catch up", self._news.qsize())
             self._overflowing = True
 
     async def _call(self, hook: Hook, arguments: tuple[Any, ...]) -> None:

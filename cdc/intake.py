@@ -401,7 +401,8 @@ class Intake:
     def _sweep_apart(self, now: float, room: int, _sweep_room: int) -> Sweep | None:
         for entity_type, of_shards in self._apart.items():
             free, worth = self._room_for(entity_type)
-            if request := self._page(entity_type, of_shards, now, min(room, free), worth):
+            # Where there is room, a page is not put off for being small: large rows make small pages.
+            if request := self._page(entity_type, of_shards, now, min(room, free), worth if free < worth else 1):
                 self._apart[entity_type] = self._apart.pop(entity_type)
                 return request
         return None

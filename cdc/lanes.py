@@ -13,22 +13,20 @@ A *lane* holds the changes of one key that are in the window, in ``seq`` order:
   settled: its mark does not queue behind theirs, and a crash in between would leave it marked and them to run again.
 * A change that must wait for its retry, or a dead letter that pauses its key, *shuts* its lane: what is queued behind
   it is let go, for the table holds the key back from then on, and memory need not.
-* The window is bounded, and so is each lane: a key with a million changes cannot fill the window. Nor can an entity
-  type: it has a quota of the window, and its handlers one of what may run (``quota``, ``turns``).
+* The window is bounded, and so is each lane: a key with a million changes cannot fill it. Nor can an entity type: it
+  has a quota of it, and its handlers one of what may run (``quota``, ``turns``). The window has places; a change takes
+  one, and one more for each ``place_bytes`` of its documents, and is let in while one is free.
 
-What the window does not hold is remembered by one number a key, ``unread``: from this ``seq`` on, changes of the
-key exist that were seen and not admitted. Nothing of the key at or above that number is admitted except by a
-*resume*: a read of this key that starts there. That one rule keeps order whatever was dropped, and why: behind a
-waiting change (``held``, until that one has settled), or because the lane was full. The memory for these numbers is
-bounded too; a change that finds no room there, or none in the window, is *refused*, and whoever reads the table may not
-pass it: the changes of its type and shard are read on from there.
+What the window does not hold is remembered by one number a key, ``unread``: from this ``seq`` on, changes of the key
+exist that were seen and not admitted. Nothing of the key at or above that number is admitted except by a *resume*: a
+read of this key that starts there. That one rule keeps order whatever was dropped, and why: behind a waiting change
+(``held``, until that one has settled), or because the lane was full. The memory for these is bounded, too; a change
+that finds no room there, or in the window, is *refused*, and its type and shard are read on from there.
 
-A read may come back older than what has settled meanwhile: ``reading`` keeps a ``journal``, and ``admit`` corrects the
-rows by it.
+A read may come back older than what has settled meanwhile: ``admit`` corrects its rows by a ``journal``.
 
-A consumer that lost its session has lost its shards: ``reset`` forgets everything but the handlers that still run, and
-the outcomes that are not written yet (``marks``). The handlers cannot be recalled, so their keys stay shut until they
-return, and their outcome is not settled. The outcomes keep their places in the window, and their keys as they were.
+A consumer that lost its session has lost its shards: ``reset`` forgets all but the handlers that still run, whose keys
+stay shut until they return, unsettled, and the outcomes not written yet (``marks``), which keep places and keys.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ class Admitted(NamedTuple):
 
 
 class Lanes:
-    """``capacity``: changes in the window. ``lane_capacity``: queued changes of one key.
+    """``capacity``: places of the window, of ``place_bytes`` each. ``lane_capacity``: queued changes of one key.
 
     ``turns`` and ``needs``: what may run beside what, and is fenced. ``sole``: there is one entity type only.
     """
@@ -85,11 +83,14 @@ class Lanes:
         lane_capacity: int = 64,
         unread_max: int = _UNREAD_KEYS_MAX,
         *,
+        place_bytes: int = 16_384,
         turns: Turns | None = None,
         needs: Callable[[Change], Needs] = lambda change: Needs(change.entity_type),
         sole: bool = True,
     ) -> None:
         self.capacity = capacity
+        self.place_bytes = place_bytes
+        self._places: Callable[[Change], int] = lambda change: 1 + change.size // place_bytes
         self.lane_capacity = lane_capacity
         self._needs = needs
         self._lanes: dict[Key, Lane] = {}
@@ -107,7 +108,7 @@ class Lanes:
 
     @property
     def room(self) -> int:
-        """How many more changes the window takes."""
+        """How many more changes the window takes; none, too, where it is below 0."""
         return self._window.free
 
     @property
@@ -170,7 +171,7 @@ class Lanes:
         """Somebody else has, or had, these: what finished of them before the session was lost is not ours to mark."""
         for change, outcome in self.marks.drop(shards):
             self._in_flight.left(change)
-            self._window.vacate()
+            self._window.vacate(self._places(change))
             lane = self._known.pop(change.seq)
             lane.settling -= 1
             lane.holding -= outcome.holds_key
@@ -212,7 +213,7 @@ class Lanes:
         self._journal.close()
         orphaned = [change for lane in orphans.values() for change in lane.running]
         for change, outcome in self.marks.park() if keep else self.marks.clear():
-            self._window.vacate(-1)
+            self._window.vacate(-self._places(change))
             self._in_flight.started(change)
             lane = self._known[change.seq] = self._lanes.setdefault(change.key, Lane(change.key))
             lane.settling += 1
@@ -342,7 +343,7 @@ class Lanes:
             if lane.orphan:
                 self._orphan_returned(lane)
             else:
-                self._window.leave(change.entity_type)  # it waits for a mark, and that is not its type's fault
+                self._window.leave(change.entity_type, self._places(change))  # its type can do no more for its mark
                 lane.settling += 1
                 self._finished_in_lane(lane, finished)
 
@@ -395,7 +396,7 @@ class Lanes:
     def _gone(self, done: Sequence[tuple[Finished, Finished]]) -> None:
         """As they finished, and as they are in the table."""
         self._journal.settled(finished for _, finished in done)
-        self._window.vacate(len(done))
+        self._window.vacate(sum(self._places(finished.change) for _, finished in done))
         for first, (change, outcome) in done:
             self._in_flight.left(change)
             lane = self._known.pop(change.seq)
@@ -439,7 +440,7 @@ class Lanes:
         if lane is None:
             lane = self._lanes[key] = Lane(key)
         self._known[change.seq] = lane
-        self._window.take(change.entity_type)
+        self._window.take(change.entity_type, self._places(change))
         lane.enqueue(change)
         if not lane.running and lane.queue[0] is change:
             self._make_ready(lane)
@@ -491,7 +492,7 @@ class Lanes:
 
     def _forget(self, change: Change) -> None:
         del self._known[change.seq]
-        self._window.give(change.entity_type)
+        self._window.give(change.entity_type, self._places(change))
 
     def _note(self, key: Key, seq: int, shard: int, *, held: bool) -> None:
         owned = self._in_flight.owned

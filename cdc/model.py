@@ -44,6 +44,7 @@ class Change:
     ``crashed``: the attempt before ended with its consumer's process.
     ``caused_by`` is the id of the change whose handler wrote this one, and ``depth`` counts the causes before it.
     ``chain`` names them, the newest first, and is there only when they are more than a consumer follows.
+    ``size`` is that of its documents as they were read, bytes of JSON; 0 for a change made by hand.
     """
 
     id: UUID
@@ -64,6 +65,7 @@ class Change:
     caused_by: UUID | None = None
     depth: int = 0
     chain: str | None = None
+    size: int = 0
 
     @property
     def key(self) -> Key:

@@ -29,12 +29,12 @@ from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import SHARDS, Change, WakeUp
 from cdc.outbox.shards import observe
 from cdc.outbox.store import INDEXED, Store, UnreadJson
+from cdc.paging import Paging
 from cdc.routing import Handler, Router
 from cdc.scope import Scope
 
 log = logging.getLogger("cdc.observer")
 
-_PAGE = 500
 _MARKS_EVERY_S = 1.0
 _LATE = timedelta(seconds=2)
 """Marks are read in the order of their transactions' beginnings: one that takes longer to commit is not measured."""
@@ -72,6 +72,7 @@ class Observer:
         self._metrics = metrics
         handlers = set(router.handlers.values())
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
+        self._paging = Paging()
         self._intake = Intake(sweep_interval_s=settings.poll_interval_s, scope=settings.scope)
         self._intake.own(range(SHARDS))
         self._captured, self._marked = _Lately(_REMEMBERED), _Lately(_REMEMBERED)
@@ -154,6 +155,7 @@ class Observer:
             settings.dsn, application_name="cdc: observer", session=_SESSION, answer_limit_s=_ANSWER_LIMIT_S
         ) as reader:
             reader.adapters.register_loader("jsonb", UnreadJson)
+            reader.adapters.register_loader("jsonb", UnreadJson)
             self.connected.set()
             await observe(reader, settings.schema)
             await self._wait_for_schema(reader)
@@ -184,7 +186,7 @@ class Observer:
             self._turn()
             if _now() >= self._marks_at and not await self._read_marks(reader):
                 self._marks_at = _now() + _MARKS_EVERY_S
-            request = self._intake.next(_now(), _PAGE, 1)
+            request = self._intake.next(_now(), self._paging.rows, 1)
             if request is None:
                 return
             await self._read(reader, request)
@@ -198,18 +200,21 @@ class Observer:
             page = await self._store.sweep(reader, request)
             rows = [WakeUp(row.change.seq, row.change.shard) for row in page.rows]
             self._intake.swept(request, rows, {}, page.snapshot, _now(), scanned=page.scanned)
+        self._paging.read(len(page.rows), sum(row.change.size for row in page.rows))
         for row in page.rows:
             self._note(row.change)
 
     async def _read_marks(self, reader: psycopg.AsyncConnection) -> bool:
         """What others have marked since the last look, a page of it. Returns whether there is more."""
-        now, marked = await self._store.marked_since(reader, self._marks_after, _PAGE)
+        limit = self._paging.rows
+        now, marked = await self._store.marked_since(reader, self._marks_after, limit)
+        self._paging.read(len(marked), sum(change.size for change, _ in marked))
         for change, processed_at in marked:
             self._note(change)  # it may have been marked before it was seen fresh
             if self._marked.add(change.seq):
                 took_s = (processed_at - change.changed_at).total_seconds()
                 self._metrics.others_took(change.entity_type, took_s)
-        if len(marked) == _PAGE and marked[-1][1] != self._marks_after:
+        if len(marked) == limit and marked[-1][1] != self._marks_after:
             self._marks_after = marked[-1][1]
             return True
         self._marks_after = now - _LATE

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from math import inf
 
 import psycopg
 
 from cdc import probe
 from cdc.intake import Fetch, Intake, Sweep
-from cdc.lanes import Lanes
+from cdc.lanes import Lanes, Row
 from cdc.metrics import Metrics
 from cdc.outbox.store import FIRST_TYPE, Page, Store
+from cdc.paging import Paging
 
 _RESUMES_MAX = 20
 _REST, _REST_MAX_S = 4, 1.0
@@ -47,6 +48,7 @@ class Reads:
         self._owned = owned
         self._sweep_interval_s = sweep_interval_s
         self._poll_interval_s = poll_interval_s
+        self._paging = Paging()
         self._kinds = deque((self._read_on, self._read_due, self._read_intake))
         """Who had its turn last stands last."""
         self._restart_due = False
@@ -80,7 +82,7 @@ class Reads:
             return False
         with self._lanes.reading():
             for kind in tuple(self._kinds):
-                if await kind(reader, self._lanes.room):
+                if await kind(reader, self._rows):
                     self._kinds.remove(kind)
                     self._kinds.append(kind)
                     return True
@@ -89,6 +91,12 @@ class Reads:
     @property
     def _may_read(self) -> bool:
         return self._lanes.room > 0 and bool(self._owned())
+
+    @property
+    def _rows(self) -> int:
+        """How many the next page may have: of rows like the last ones those that fit into the window."""
+        places = 1 + self._paging.row_bytes // self._lanes.place_bytes
+        return max(1, min(self._lanes.room // places, self._paging.rows))
 
     @property
     def _enough(self) -> int:
@@ -101,6 +109,7 @@ class Reads:
             return False
         per_key = max(1, min(room // len(resumes), self._lanes.lane_capacity))
         for resume, rows in (await self._store.resume(reader, resumes, per_key)).items():
+            self._weigh(rows)
             self._lanes.resumed(resume, rows, complete=len(rows) < per_key)
         return True
 
@@ -125,11 +134,16 @@ class Reads:
         self._due_looked_at = began
         if self._due_from == FIRST_TYPE:
             self._next_due_at = inf  # what settles meanwhile may bring it forward, until all types were looked at
-        # What is in the lanes is due as well until it is settled: a page of a whole window always reaches beyond it.
-        found = await self._store.due(reader, self._owned(), self._lanes.capacity, without, start=self._due_from)
+        # What is in the lanes is due as well until it is settled: a page has to reach beyond it.
+        here = self._lanes.queued + self._lanes.running + self._lanes.settling
+        limit = min(self._lanes.capacity, here + self._paging.rows)
+        found = await self._store.due(reader, self._owned(), limit, without, start=self._due_from)
+        self._weigh(found.rows)
         admitted = self._lanes.admit(found.rows, due=True)
         self._metrics.wakeups.labels("retry").inc(admitted.taken)
         self._left_out = tuple({*without, *admitted.refused})
+        if len(found.rows) == limit:
+            self.due_within(0.0)  # there may be more
         now = _now()
         if found.next_due_s is not None:
             self._due_after = min(self._due_after, now + found.next_due_s)
@@ -148,7 +162,8 @@ class Reads:
             # Here, where no read is under way: its answer would pass the marks that are forgotten now.
             self._restart_due = False
             self._lanes.forget_unread(self._intake.restart())
-        match self._intake.next(now, room, self._enough):
+        # Large rows make small pages, which are worth reading where there is room for many.
+        match self._intake.next(now, room, 1 if self._lanes.room >= self._enough else room + 1):
             case Fetch() as fetch:
                 await self._fetch(reader, fetch)
             case Sweep() as sweep:
@@ -178,10 +193,14 @@ class Reads:
         rung = self._intake.swept(sweep, seen, admitted.refused, page.snapshot, _now(), scanned=page.scanned)
         self._metrics.wakeups.labels("sweep").inc(max(0, admitted.taken - rung))
 
+    def _weigh(self, rows: Sequence[Row]) -> None:
+        self._paging.read(len(rows), sum(row.change.size for row in rows))
+
     async def _timed(self, read: Awaitable[Page]) -> Page:
         started = _now()
         probe.here("fetch.before_rows")
         page = await read
+        self._weigh(page.rows)
         self._metrics.fetch_duration.observe(_now() - started)
         self._metrics.fetch_changes.observe(len(page.rows))
         return page

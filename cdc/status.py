@@ -7,7 +7,7 @@ class is taken. The rest is for ``cdc outbox show``, which somebody runs who may
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
@@ -25,6 +25,10 @@ _PER_SHARD = 200
 _SCAN = 10_000
 """With half a million changes that are not processed: a quarter of a second, of 5 s with the bounds of Letters."""
 _LIMIT_S = 5
+_TYPES_MAX = 500
+"""Of the types with something that is not processed, those with the most; the page shows a fraction of them."""
+_NAME_MAX = 200
+"""Characters of a type: nothing else bounds it, and what is here is kept in memory and sent to whoever asks."""
 
 # Names out of programs, not out of rows: a class by the ending that classes of errors have, and the model of a misfit.
 _ERROR_CLASS = re.compile(
@@ -93,6 +97,8 @@ def glance(connection: psycopg.Connection, letters: Letters) -> Outbox:
     """What may be asked every few seconds: counts end sooner than those of ``cdc outbox stats``."""
     stats = letters.stats(connection, per_shard=_PER_SHARD, scan=_SCAN, limit_s=_LIMIT_S)
     found = [letters.find(connection, state, Wanted(), _SHOWN) for state in ("dead", "waiting")]
+    most = sorted(stats.types, key=lambda each: each.fresh + each.waiting + each.dead, reverse=True)[:_TYPES_MAX]
+    stats = replace(stats, types=sorted(most, key=lambda each: each.entity_type))
     return Outbox(stats, [_letter(entry) for each in found for entry in each.entries])
 
 
@@ -101,7 +107,7 @@ def _letter(entry: Entry) -> Letter:
         seq=entry.seq,
         id=entry.id,
         state=entry.state,
-        entity_type=entry.entity_type,
+        entity_type=entry.entity_type[:_NAME_MAX],
         attempts=entry.error_count,
         at=entry.dead_at or entry.next_attempt_at,
         pauses_key=entry.pauses_key,

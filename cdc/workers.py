@@ -28,6 +28,8 @@ log = logging.getLogger("cdc.consumer")
 _CHANGES_PER_TURN = 100
 """Handlers that never wait would otherwise keep the event loop from everything else for a whole window."""
 
+_BATCH_BYTES = 4 << 20
+"""Of the documents of a batch, if it has more than one change: it is in memory several times over while it is sent."""
 _CUT_OFF_S = 5.0
 _ASK_AGAIN_S = 0.1
 """Who has the change, or a server that is away, needs a moment; the key stays shut meanwhile."""
@@ -286,7 +288,7 @@ class Workers:
             return
         if handler.batch is None:
             limit = min(limit, 1 + self._lanes.waiting_like(batch[0]) // self._connections)
-        self._lanes.start_with(batch, limit, self._for(handler))
+        self._lanes.start_with(batch, limit, self._for(handler, batch))
         if handler.linger_s and len(batch) < limit and handler not in self._lingering:
             full = asyncio.Event()
             self._lingering[handler] = waiting = batch, full
@@ -301,14 +303,23 @@ class Workers:
         batch, full = self._lingering[handler]
         batch.append(change)
         limit = handler.batch or 1
-        self._lanes.start_with(batch, limit, self._for(handler))
+        self._lanes.start_with(batch, limit, self._for(handler, batch))
         if len(batch) >= limit:
             full.set()
             del self._lingering[handler]
 
-    def _for(self, handler: Handler) -> Callable[[Change], bool]:
-        """What may run together with others of this handler."""
-        return lambda change: self._runner.handler(change) is handler and not self._alone_only(change)
+    def _for(self, handler: Handler, batch: Sequence[Change]) -> Callable[[Change], bool]:
+        """What may run together with others of this handler, and fits into the batch with its documents."""
+        counted, left = 0, _BATCH_BYTES
+
+        def belongs(change: Change) -> bool:
+            nonlocal counted, left
+            while counted < len(batch):
+                left -= batch[counted].size
+                counted += 1
+            return self._runner.handler(change) is handler and not self._alone_only(change) and change.size <= left
+
+        return belongs
 
     def _alone_only(self, change: Change) -> bool:
         """Whether it is not to run together with others: they would pay for what it does."""

@@ -4,9 +4,10 @@
 -- order of an index, and filters what it has seen: a type that no row has must not read the whole table.
 
 -- name: stats
--- By entity type. Of each shard the first fresh ones are looked at, and so many of the waiting and the dead.
+-- By entity type, of which 200 characters count. Of each shard the first fresh ones are looked at, and so many of the
+-- waiting and the dead.
 WITH fresh AS MATERIALIZED (
-  SELECT c.shard, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.changed_at, {held} AS held
+  SELECT c.shard, left(coalesce(c.entity_type, c.table_name), 200) AS type, c.entity_id, c.changed_at, {held} AS held
   FROM generate_series(0, %(shards)s - 1) AS s(shard)
   CROSS JOIN LATERAL (
     SELECT n.shard, n.seq, n.entity_type, n.table_name, n.entity_id, n.changed_at FROM {changes} AS n
@@ -14,11 +15,11 @@ WITH fresh AS MATERIALIZED (
     ORDER BY n.seq LIMIT %(per_shard)s
   ) AS c
 ), waiting AS MATERIALIZED (
-  SELECT coalesce(entity_type, table_name) AS type, next_attempt_at FROM {changes}
+  SELECT left(coalesce(entity_type, table_name), 200) AS type, next_attempt_at FROM {changes}
   WHERE next_attempt_at < 'infinity' AND dead_at IS NULL
   ORDER BY next_attempt_at LIMIT %(bound)s
 ), dead AS MATERIALIZED (
-  SELECT coalesce(entity_type, table_name) AS type FROM {changes}
+  SELECT left(coalesce(entity_type, table_name), 200) AS type FROM {changes}
   WHERE dead_at IS NOT NULL
   ORDER BY dead_at LIMIT %(bound)s
 ), by_type AS (

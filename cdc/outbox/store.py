@@ -489,6 +489,7 @@ def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
     change = read_change(
         id_, seq, shard, entity_type, entity_id, table_schema, table, _OPERATIONS[operation], old, new, metadata,
         changed_at, failures + crashed + 1, requeued, crashed, caused_by, depth, None,
+        len(old or b"") + len(new or b"") + len(metadata or b""),
     )  # fmt: skip
     return _ROW((change, held))
 

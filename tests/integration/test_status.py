@@ -14,7 +14,9 @@ from psycopg import sql
 
 import cdc
 from cdc.cli import cdc as root_command
+from cdc.outbox.letters import Letters
 from cdc.routing import Router
+from cdc.status import glance
 from tests import handlers_page
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, slot_name
@@ -145,3 +147,12 @@ def test_another_schema_has_figures_and_consumers_of_its_own(outbox: str, outbox
     )
     assert "elsewhere" in run(outbox, "--schema", "other").stdout
     assert "elsewhere" not in run(outbox).stdout
+
+
+def test_neither_long_types_nor_many_make_the_answer_large(outbox: str, outbox_db: psycopg.Connection) -> None:
+    outbox_db.execute("SELECT publish_change(repeat(chr(97 + n), 1000000), '1') FROM generate_series(0, 9) AS n")
+    outbox_db.execute("SELECT publish_change('type ' || n, '1') FROM generate_series(1, 600) AS n")
+    outbox_db.execute("UPDATE entity_changes SET dead_at = now() WHERE seq = (SELECT min(seq) FROM entity_changes)")
+    found = glance(outbox_db, Letters("public"))
+    assert len(found.stats.types) <= 500
+    assert max(len(each.entity_type) for each in (*found.stats.types, *found.letters)) == 200
