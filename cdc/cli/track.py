@@ -15,7 +15,7 @@ from cdc.errors import UsageError
 from cdc.model import Operation
 from cdc.tracked import Fires, Tracked, described, named
 
-_NAME = re.compile(r'\s*(?:"(?P<quoted>(?:[^"]|"")+)"|(?P<plain>[^,"][^,]*?))?\s*(?:,|$)')
+_NAME = re.compile(r'\s*+(?:"(?P<quoted>(?:[^"]|"")++)"\s*+|(?P<plain>[^,"][^,]*+)|)(?:,|$)')
 
 
 def _names(_ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -35,7 +35,7 @@ def _split(option: click.Parameter, value: str) -> Iterator[str]:
         if found is None:
             raise click.BadParameter(f"{value!r}: a quote is not closed", param=option)
         if found["quoted"] or found["plain"]:
-            yield (found["quoted"] or "").replace('""', '"') or found["plain"]
+            yield (found["quoted"] or "").replace('""', '"') or found["plain"].rstrip()
         place = found.end()
 
 

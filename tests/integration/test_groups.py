@@ -47,7 +47,7 @@ def _router(in_thread: bool, act: _Act = lambda _: None, **options: Any) -> Rout
 
 
 async def _work_off(outbox: str, db: psycopg.Connection, router: Router) -> None:
-    async with consuming(outbox, router, **_QUICK):
+    async with consuming(outbox, router, unhandled="discard", **_QUICK):
 
         async def check() -> bool:
             return settled(db)

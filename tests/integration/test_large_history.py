@@ -166,7 +166,8 @@ def test_the_oldest_that_could_run_is_looked_for_among_the_first_of_each_shard(o
 # --- plans ---------------------------------------------------------------------------------------------------------
 
 _STATEMENTS = load("queries.sql", "public")
-_NO_TABLE = {"cause": "sets a setting", "check": "LIMIT 0", "missing_rights": "asks the catalog"}
+_NO_TABLE = {"cause": "sets a setting", "check": "LIMIT 0", "missing_rights": "asks the catalog",
+             "filtered": "asks the catalog"}  # fmt: skip
 _INDEXES = {
     "chains": {"pkey"},
     "due": {"waiting", "pkey", "holding_back"},
@@ -178,6 +179,7 @@ _INDEXES = {
     "mark": {"pkey"},
     "marked_since": {"processed", "holding_back"},
     "next_due": {"waiting"},
+    "outside": {"fresh"},
     "resume": {"fresh", "holding_back"},
     "settle_others": {"pkey"},
     "settle_processed": {"fresh"},

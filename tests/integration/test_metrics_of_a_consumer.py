@@ -36,7 +36,7 @@ async def test_keys_that_wait_or_pause_are_counted_once_each(outbox: str, outbox
         " SELECT 'y', 'INSERT', 'one key', now() + interval '1 hour' FROM generate_series(1, 4)"
     )
     assert count(outbox_db) == 9
-    async with consuming(outbox, Router(), stream=False) as app:
+    async with consuming(outbox, Router(), stream=False, unhandled="discard") as app:
 
         async def blocked() -> bool:
             return metric(app.metrics.registry, "cdc_outbox_blocked_keys") == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,14 +40,12 @@ pidfile = {folder}/pid
 
 
 @pytest.fixture
-def bouncer(outbox: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
+def bouncer(outbox: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """The DSN of the outbox by way of a PgBouncer in transaction mode; ``param`` is more of its configuration."""
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         (pytest.fail if os.environ.get("CDC_REQUIRE_PGBOUNCER") else pytest.skip)("there is no pgbouncer here")
-    folder = tmp_path_factory.mktemp("pooler")
-    for each in (folder, *folder.parents[:2]):
-        each.chmod(0o755)
+    folder = Path(tempfile.mkdtemp(prefix="cdc-pooler-"))
     folder.chmod(0o777)  # it refuses to run as root, and writes its log there
     given = conninfo_to_dict(outbox)
     listen = free_port()
@@ -68,6 +67,7 @@ def bouncer(outbox: str, tmp_path_factory: pytest.TempPathFactory, request: pyte
             yield dsn
         finally:
             process.kill()
+            shutil.rmtree(folder)
 
 
 def _answers(dsn: str, folder: Path) -> bool:

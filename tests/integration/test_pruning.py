@@ -60,7 +60,8 @@ def log_of_removals(outbox_db: psycopg.Connection) -> Callable[[], list[tuple[in
     outbox_db.execute(
         "CREATE TABLE removal (n bigint GENERATED ALWAYS AS IDENTITY, pid int, xid text);"
         "CREATE FUNCTION note_removal() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " INSERT INTO removal (pid, xid) VALUES (pg_backend_pid(), pg_current_xact_id()::text); RETURN NULL; END $$;"
+        " INSERT INTO public.removal (pid, xid) VALUES (pg_backend_pid(), pg_current_xact_id()::text); RETURN NULL;"
+        " END $$;"
         "CREATE TRIGGER t AFTER DELETE ON entity_changes FOR EACH ROW EXECUTE FUNCTION note_removal()"
     )
     return lambda: outbox_db.execute("SELECT pid, xid FROM removal ORDER BY n").fetchall()
@@ -203,7 +204,7 @@ async def test_a_consumer_removes_only_when_told_to(outbox: str, outbox_db: psyc
     fill(outbox_db, 3)
     connected = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cdc: retention'"
     router = Router()
-    async with consuming(outbox, router) as app:
+    async with consuming(outbox, router, unhandled="discard") as app:
         outbox_db.execute("SELECT publish_change('x', '1')")
         await _until(lambda: settled(outbox_db), "the change is done")
         await _until(lambda: app._listener.connected, "what runs beside it has started")

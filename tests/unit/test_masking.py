@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdc.cli.track import _NAME
 from cdc.config import _OTHERS_VARIABLES
 from cdc.masking import mask, without_query
 from cdc.printable import cut, printable, printable_json, printable_lines
@@ -105,6 +106,7 @@ BY_HAND = {
     '"[^"]*"|[^\\s,"]+': "a quote that is not closed is the last one of the text",
     r"([0-9]+(?:\.[0-9]+)?) ?([smhdw])": WHOLE,
     r"entity_change:[A-Za-z0-9_%]+(?: ([1-9][0-9]{0,18}),(0|[1-9][0-9]?))+": WHOLE,
+    _NAME.pattern: "it is matched where the name before has ended, so it begins at one place",
     _OTHERS_VARIABLES.pattern: "over the names of our own environment's variables",
 }
 """Why a pattern which the rule below refuses takes no more than linear time all the same."""
