@@ -29,6 +29,11 @@ _PUBLISHED = """
     SELECT format('%%I.%%I', schemaname, tablename) FROM pg_catalog.pg_publication_tables WHERE pubname = %s
      ORDER BY 1 LIMIT 5
 """
+_MAY_SEND = """
+    SELECT has_function_privilege(p.oid, 'EXECUTE') FROM pg_catalog.pg_proc p
+     WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proname = 'pg_logical_emit_message'
+       AND p.proargtypes[2] = 'pg_catalog.text'::regtype
+"""
 
 
 _SESSION = {
@@ -99,17 +104,26 @@ def _prove(connection: psycopg.Connection, schema: str, name: str) -> Proof:
         return Proof(name, refused.reason, str(refused), refused.hint)
     except ProtocolError as garbled:
         return Proof(name, Reason.PROTOCOL.value, str(garbled))
+    if heard is None:
+        return Proof(name, sent=False)
     return Proof(name) if heard else Proof(name, Reason.PROTOCOL.value, f"{name} did not pass on a message")
 
 
-def _hears(connection: psycopg.Connection, slot: str, name: str, publication: str) -> bool:
-    """Write a message, as the capture function does, and read it as the stream does."""
+def _hears(connection: psycopg.Connection, slot: str, name: str, publication: str) -> bool | None:
+    """Write a message, as the capture function does, and read it as the stream does. None: this role may not write."""
     # A prefix of its own: no consumer is woken.
     prefix = message_prefix(slot)
     known = (wal2json.plugin(prefix), pgoutput.plugin(prefix, publication))
     plugin = next(each for each in known if each.name == name)
-    connection.execute("SELECT pg_logical_emit_message(true, %s, '7,3')", [prefix])
+    sent = _send(connection, prefix)
     options = [word for option in plugin.options for word in option]
     read = sql.SQL("SELECT data FROM pg_logical_slot_get_binary_changes(%s, NULL, NULL, VARIADIC %s::text[])")
     rung = [plugin.decode(data) for (data,) in connection.execute(read, [slot, options])]
-    return WakeUp(7, 3) in [each[0] for each in rung if each is not None]
+    return WakeUp(7, 3) in [each[0] for each in rung if each is not None] if sent else None
+
+
+def _send(connection: psycopg.Connection, prefix: str) -> bool:
+    if column(connection, _MAY_SEND) != (True,):  # asked, for an error takes a temporary slot with it
+        return False
+    connection.execute("SELECT pg_logical_emit_message(true, %s, '7,3')", [prefix])
+    return True

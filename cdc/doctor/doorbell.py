@@ -77,7 +77,8 @@ def plugin(seen: Decoding) -> Finding:
     last = seen.proofs[-1]
     if last.reason is None:
         others = "; ".join(proof.sentence for proof in seen.proofs[:-1])
-        return ok(f"{last.plugin} has decoded a message" + (f" ({others})" if others else ""))
+        heard = "has decoded a message" if last.sent else f"reads a slot; {seen.role} may not send it a message"
+        return ok(f"{last.plugin} {heard}" + (f" ({others})" if others else ""))
     if last.reason in _SAID_ELSEWHERE:
         return skip(f"{last.sentence}: see {_SAID_ELSEWHERE[last.reason]}")
     if last.reason == Reason.SLOT_MISSING:

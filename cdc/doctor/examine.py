@@ -68,6 +68,7 @@ def _outbox(subject: Subject, connection: psycopg.Connection | None, *, missing:
     yield from judge(seen(lambda link, _: look_outbox.rights(link, subject)), outbox.RIGHTS)
     yield from judge(seen(look_outbox.row_security), outbox.ROW_SECURITY)
     yield from judge(seen(look_outbox.readers), outbox.READERS)
+    yield from judge(seen(lambda link, _: look_outbox.senders(link)), outbox.SENDERS)
     yield from judge(seen(look_outbox.numbering), outbox.NUMBERING)
     yield from judge(seen(look_outbox.shard_holders), outbox.SHARDS_HELD)
     yield from judge(seen(look_outbox.table), outbox.TABLE)

@@ -95,12 +95,16 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One attempt to have a message decoded. ``reason`` of cdc.refusals, or None: it came through."""
+    """One attempt to have a message decoded. ``reason`` of cdc.refusals, or None: it came through.
+
+    ``sent``: whether there was a message. Without the right to send one, the plugin has been loaded and has read on.
+    """
 
     plugin: str
     reason: str | None = None
     sentence: str = ""
     hint: str = ""
+    sent: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +225,18 @@ class Readers:
     table: str
     owner: str
     readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Senders:
+    """Who may send logical messages: ``open_to_all`` are the functions that PUBLIC may call, as SQL names them.
+
+    ``owners``: those of capture functions, in any schema, who have to. ``others``: roles that were granted it by name.
+    """
+
+    open_to_all: tuple[str, ...]
+    owners: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from cdc.doctor.facts import (
     Readers,
     Rights,
     RowSecurity,
+    Senders,
     ShardHolders,
     Subject,
     Table,
@@ -101,6 +102,27 @@ _READERS = """
            ) AS by_default
       FROM outbox LEFT JOIN granted g ON true LEFT JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
      ORDER BY role
+"""
+# The server has one for text and one for bytea. Their owner is whoever made the cluster.
+_SENDERS = """
+    WITH message AS (
+      SELECT p.oid, p.proowner, coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner)) AS acl,
+             format('pg_catalog.%I(%s)', p.proname, pg_catalog.oidvectortypes(p.proargtypes)) AS name
+        FROM pg_catalog.pg_proc p
+       WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proname = 'pg_logical_emit_message'
+    ), granted AS (
+      SELECT m.name, a.grantee FROM message m CROSS JOIN LATERAL pg_catalog.aclexplode(m.acl) a
+       WHERE a.privilege_type = 'EXECUTE' AND a.grantee <> m.proowner
+    ), owner AS (
+      SELECT DISTINCT p.proowner AS oid FROM pg_catalog.pg_proc p
+       WHERE p.proname IN ('capture_entity_change', 'publish_change')
+         AND EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relnamespace = p.pronamespace
+                        AND c.relname = 'entity_changes')
+    )
+    SELECT ARRAY(SELECT name FROM granted WHERE grantee = 0::oid ORDER BY name) AS open_to_all,
+           ARRAY(SELECT pg_catalog.pg_get_userbyid(oid)::text FROM owner ORDER BY 1) AS owners,
+           ARRAY(SELECT DISTINCT r.rolname::text FROM granted g JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
+                  WHERE NOT r.rolsuper AND g.grantee NOT IN (SELECT oid FROM owner) ORDER BY 1) AS others
 """
 _RIGHTS = """
     SELECT current_user::text AS role,
@@ -213,6 +235,10 @@ def readers(connection: psycopg.Connection, name: str) -> Readers:
             if row["role"] is not None
         ),
     )
+
+
+def senders(connection: psycopg.Connection) -> Senders:
+    return Senders(**{name: tuple(found) for name, found in one(connection, _SENDERS).items()})
 
 
 def numbering(connection: psycopg.Connection, name: str) -> Numbering:

@@ -13,6 +13,7 @@ from cdc.doctor.facts import (
     Readers,
     Rights,
     RowSecurity,
+    Senders,
     ShardHolders,
     Subject,
     Table,
@@ -117,6 +118,20 @@ def readers(seen: Readers) -> Finding:
         "if that is meant: cdc db grant --readonly ROLE --payload",
         *(statement for each in unexpected for statement in each.by_default),
         *(f"REVOKE ALL ON TABLE {seen.table} FROM {_role(each.role)};" for each in unexpected),
+    )
+
+
+def senders(seen: Senders) -> Finding:
+    if not seen.open_to_all:
+        return ok(f"superusers and {', '.join((*seen.owners, *seen.others))}")
+    functions = ", ".join(seen.open_to_all)
+    return warn(
+        "every role that may connect may send logical messages of up to 1 GB, and one that is larger than half the"
+        " consumer's memory ends it",
+        "as a superuser; another application that sends logical messages needs the GRANT as well",
+        # In this order: without the right every write to a tracked table fails.
+        *(f"GRANT EXECUTE ON FUNCTION {functions} TO {_role(owner)};" for owner in seen.owners),
+        f"REVOKE EXECUTE ON FUNCTION {functions} FROM PUBLIC;",
     )
 
 
@@ -237,6 +252,7 @@ CAPTURE: Checks[CaptureFunction] = {"capture-function": capture_function}
 RIGHTS: Checks[Rights] = {"grants": grants}
 ROW_SECURITY: Checks[RowSecurity] = {"row-security": row_security}
 READERS: Checks[Readers] = {"readers": readers}
+SENDERS: Checks[Senders] = {"message-senders": senders}
 NUMBERING: Checks[Numbering] = {"sequence": sequence}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
 TABLE: Checks[Table] = {"autovacuum": autovacuum}

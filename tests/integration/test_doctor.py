@@ -74,6 +74,13 @@ def well() -> Iterator[Server]:
         yield server
 
 
+def closed(db: psycopg.Connection, sender: str) -> None:
+    """From now on not everybody may send logical messages, but ``sender`` may."""
+    for message in db.execute("SELECT oid::regprocedure::text FROM pg_proc WHERE proname = 'pg_logical_emit_message'"):
+        db.execute(sql.SQL("REVOKE EXECUTE ON FUNCTION {0} FROM PUBLIC; GRANT EXECUTE ON FUNCTION {0} TO {1}").format(
+            sql.SQL(message[0]), sql.Identifier(sender)))  # fmt: skip
+
+
 @pytest.fixture
 def shop(well: Server) -> Iterator[str]:
     """The DSN of a database of the test's own, with an outbox whose owner is no superuser and a tracked table in it."""
@@ -88,6 +95,8 @@ def shop(well: Server) -> Iterator[str]:
             schema.install(db, "public")
             db.execute("CREATE TABLE tasks (id int PRIMARY KEY, title text)")
             tracking.track(db, "public", "tasks")
+            db.execute("RESET ROLE")
+            closed(db, f"{name}_owner")
         yield well.dsn(name)
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
@@ -141,6 +150,7 @@ def test_json_has_the_id_the_verdict_the_detail_and_the_remedies_of_each_check(s
 
 def test_pgoutput_is_proven_as_well_and_asks_for_its_publication(shop: str, db: psycopg.Connection, role: str) -> None:
     db.execute(sql.SQL("ALTER ROLE {} REPLICATION").format(sql.Identifier(role)))
+    closed(db, role)
     options = ("--slot-plugin", "pgoutput", "--stream-dsn", make_conninfo(shop, user=role))
     found = findings(shop, *options)
     assert found["plugin"]["detail"] == "pgoutput has decoded a message"
@@ -162,8 +172,10 @@ def test_warnings_count_when_one_is_strict(shop: str, db: psycopg.Connection) ->
 def test_every_version_is_examined_and_mended(binaries: Installation) -> None:
     with Server(durable=False, binaries=binaries) as server:
         apply(server.dsn(), run(server.dsn(), "--fix").stdout)
-        assert troubles(server.dsn()) == {"capture-function": "warn", "triggers": "warn"}
+        assert troubles(server.dsn()) == {"capture-function": "warn", "message-senders": "warn", "triggers": "warn"}
         assert "has decoded a message" in findings(server.dsn())["plugin"]["detail"]
+        apply(server.dsn(), run(server.dsn(), "--fix").stdout)
+        assert findings(server.dsn())["message-senders"]["verdict"] == "ok"
 
 
 # The server
@@ -189,7 +201,7 @@ def test_wal_that_is_not_logical_is_mended_by_the_script_and_a_restart() -> None
         apply(dsn, run(dsn, "--fix").stdout)
         server.restart()
         # What is left needs a decision: which table, and whose the outbox is.
-        assert troubles(dsn) == {"capture-function": "warn", "triggers": "warn"}
+        assert troubles(dsn) == {"capture-function": "warn", "message-senders": "warn", "triggers": "warn"}
 
 
 def test_a_server_without_a_free_slot_or_walsender_names_who_has_them() -> None:

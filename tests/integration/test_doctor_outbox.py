@@ -59,7 +59,7 @@ def test_what_nobody_could_look_at_is_unknown_and_no_good_end(shop: str, db: psy
         ("REVOKE INSERT ON entity_changes FROM {owner}", "INSERT on entity_changes"),
         ("REVOKE SELECT ON entity_changes FROM {owner}", "SELECT (seq, shard, processed)"),
         ("REVOKE USAGE ON SCHEMA public FROM PUBLIC, {owner}", "USAGE on the schema"),
-        ("REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text) FROM PUBLIC",
+        ("REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text) FROM PUBLIC, {owner}",
          "EXECUTE on pg_logical_emit_message(boolean,text,text)"),
     ],
 )  # fmt: skip
@@ -76,6 +76,31 @@ def test_an_owner_of_the_function_that_may_not_write_the_outbox_fails(
             db.execute("INSERT INTO tasks VALUES (1)")
     finally:
         db.execute(sql.SQL("ALTER TABLE entity_changes OWNER TO {}").format(sql.Identifier(owner)))
+
+
+def test_who_may_send_messages_is_told_and_the_script_leaves_it_to_those_who_have_to(
+    shop: str, db: psycopg.Connection, role: str
+) -> None:
+    db.execute(sql.SQL("ALTER ROLE {} REPLICATION").format(sql.Identifier(role)))
+    shout = "SELECT pg_logical_emit_message(false, 'x', {})"
+    messages = "SELECT oid::regprocedure::text FROM pg_proc WHERE proname = 'pg_logical_emit_message'"
+    owner = sql.Identifier(f"{db.info.dbname}_owner")
+    opened = sql.SQL("GRANT EXECUTE ON FUNCTION {0} TO PUBLIC; REVOKE EXECUTE ON FUNCTION {0} FROM {1}")
+    for (message,) in db.execute(messages).fetchall():
+        db.execute(opened.format(sql.SQL(message), owner))
+    weak = make_conninfo(shop, user=role)
+    assert findings(weak)["message-senders"]["verdict"] == "warn"
+    apply(shop, run(shop, "--no-stream", "--fix").stdout)
+    db.execute("INSERT INTO tasks VALUES (1)")
+    with psycopg.connect(weak, autocommit=True) as connection:
+        for value in ("'y'::text", "'y'::bytea"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(shout.format(value))
+    found = findings(weak)
+    assert found["message-senders"]["verdict"] == "ok"
+    assert f"{db.info.dbname}_owner" in found["message-senders"]["detail"]
+    # Without the right itself, the doctor says what it could prove.
+    assert (found["plugin"]["verdict"], "may not send it a message" in found["plugin"]["detail"]) == ("ok", True)
 
 
 def test_row_level_security_on_the_outbox_fails_for_whom_it_goes(shop: str, db: psycopg.Connection, role: str) -> None:

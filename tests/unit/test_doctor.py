@@ -28,6 +28,7 @@ from cdc.doctor.facts import (
     Readers,
     Rights,
     RowSecurity,
+    Senders,
     Server,
     Session,
     ShardHolders,
@@ -85,6 +86,8 @@ CAPTURED = Captured(triggers=(TRIGGER,))
 ROW_SECURITY = RowSecurity(role="cdc", tables=(), active=())
 GRANTED = Reader(role="grafana", by_default=(), intended=True)
 READERS = Readers(table="public.entity_changes", owner="app", readers=(GRANTED,))
+MESSAGES = ("pg_catalog.m(boolean, text, bytea)", "pg_catalog.m(boolean, text, text)")
+SENDERS = Senders(open_to_all=(), owners=("app",), others=("queue",))
 NUMBERS = Numbering(role="cdc", table='"public"."entity_changes"', sequence="public.s", last=9, highest=9)
 RIGHTS = Rights(role="cdc", grants=(), schema="public")
 HOLDERS = ShardHolders(held=64, consumers=2, strangers=())
@@ -106,6 +109,7 @@ def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any
         Captured: tables.of_captured(subject),
         RowSecurity: outbox.ROW_SECURITY,
         Readers: outbox.READERS,
+        Senders: outbox.SENDERS,
         Numbering: outbox.NUMBERING,
         Rights: outbox.RIGHTS,
         ShardHolders: outbox.SHARDS_HELD,
@@ -121,7 +125,7 @@ def check(name: str, facts: Any, subject: Subject = SUBJECT) -> Finding:
 
 
 HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, DOORBELL, INSTALLED, CAPTURE, CAPTURED, RIGHTS,
-           ROW_SECURITY, READERS, NUMBERS, HOLDERS, TABLE, BACKLOG, SUBJECT)  # fmt: skip
+           ROW_SECURITY, READERS, SENDERS, NUMBERS, HOLDERS, TABLE, BACKLOG, SUBJECT)  # fmt: skip
 
 
 @pytest.mark.parametrize("facts", HEALTHY, ids=lambda facts: type(facts).__name__)
@@ -254,6 +258,8 @@ TROUBLES: list[tuple[str, Any, Verdict, str, str]] = [
      'ALTER TABLE public.entity_changes DISABLE ROW LEVEL SECURITY;.*BYPASSRLS'),
     ("readers", replace(READERS, readers=(GRANTED, Reader(role="an", intended=False, by_default=("ALTER ...;",)))),
      WARN, r"whatever .*: an \(by default privileges\)", r'ALTER ...; REVOKE ALL ON TABLE public.* FROM "an";'),
+    ("message-senders", replace(SENDERS, open_to_all=MESSAGES, owners=("app", 'o"x')), WARN, "every role",
+     r'GRANT EXECUTE ON FUNCTION pg_catalog.m\(.* bytea\), .* TO "app"; GRANT .* TO "o""x"; REVOKE .* FROM PUBLIC;'),
     ("sequence", replace(NUMBERS, highest=12), FAIL, "the last number drawn is 9, and there is a change 12",
      r"SELECT setval\('public.s', \(SELECT max\(seq\)"),
     ("sequence", replace(NUMBERS, last=None), UNKNOWN, "cdc may not see",
