@@ -109,12 +109,27 @@ def test_every_container_of_ours_has_as_few_rights_as_it_can(pod: Document) -> N
         assert security["allowPrivilegeEscalation"] is False
         assert security["capabilities"] == {"drop": ["ALL"]}
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert "memory" in container["resources"]["limits"]
+        assert {"memory", "ephemeral-storage"} <= container["resources"]["limits"].keys()
         assert "cpu" not in container["resources"]["limits"], "throttled, it would stall"
         token = "/var/run/secrets/kubernetes.io/serviceaccount"
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
         assert pod.get("automountServiceAccountToken") is False or token in mounts
         assert [variable["name"] for variable in container["env"] if variable["name"] == "CDC_DSN"] == []
+
+
+@pytest.mark.parametrize("pod", _pods())
+def test_every_container_is_within_the_restricted_standard(pod: Document) -> None:
+    """That of the cluster's pod security admission: a namespace that enforces it refuses a pod for one container."""
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        security = pod.get("securityContext", {}) | container["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security.get("runAsUser") != 0
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert [port for port in container.get("ports", []) if "hostPort" in port] == []
+    assert {"hostNetwork", "hostPID", "hostIPC"}.isdisjoint(pod)
+    assert [volume for volume in pod.get("volumes", []) if "hostPath" in volume] == []
 
 
 def test_the_time_to_stop_is_longer_than_the_drain_time() -> None:
@@ -177,11 +192,22 @@ def test_what_compose_publishes_is_reached_from_this_machine_only(services: dict
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
 
 
-def test_the_consumer_of_compose_has_as_few_rights_as_it_can(services: dict[str, Any]) -> None:
-    for name in ("consumer", "setup"):
-        assert services[name]["read_only"] is True
-        assert services[name]["cap_drop"] == ["ALL"]
-        assert services[name]["security_opt"] == ["no-new-privileges:true"]
+def test_every_service_of_compose_has_as_few_rights_as_it_can(services: dict[str, Any]) -> None:
+    for service in services.values():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service.get("privileged") is None
+    # Its image starts as root, and hands its directory over to the user it goes on as.
+    assert {name for name, service in services.items() if "cap_add" in service} == {"db"}
+    assert set(services["db"]["cap_add"]) == {"CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID"}
+
+
+def test_what_compose_keeps_is_on_a_volume(services: dict[str, Any]) -> None:
+    """The rest of a container is read only, or in memory."""
+    named = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["volumes"]
+    mounted = [volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])]
+    assert set(named) == {name for name in mounted if not name.startswith("./")}
 
 
 def test_every_type_that_compose_tracks_has_a_handler(services: dict[str, Any]) -> None:
