@@ -176,8 +176,13 @@ def _read(handler: Handler, error: BaseException) -> _Read:
         after_s = _seconds(error.after) if isinstance(error, Retry) else None
         return _Read(_kind(error), _told(error), _cut(_text(handler, error)), isinstance(error, _FINAL), after_s)
     except BaseException as unreadable:  # noqa: BLE001 - what a method of the error raises must not take its outcome away
-        name = type(error).__name__
-        return _Read("exception", name, _cut(f"{name}, and its text cannot be read: {type(unreadable).__name__}"))
+        name = _class_name(type(error))
+        told = f"{name}, and its text cannot be read: {_class_name(type(unreadable))}"
+        return _Read("exception", _cut(name), _cut(told))
+
+
+_class_name = type.__dict__["__name__"].__get__
+"""As the interpreter knows it: a metaclass may answer ``cls.__name__`` with anything, or raise."""
 
 
 def _seconds(after: object) -> float | None:

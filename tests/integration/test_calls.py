@@ -45,6 +45,17 @@ class _WronglyClassedError(Exception):
         raise ValueError("in a property")
 
 
+class _Unnamed(type):
+    def __getattribute__(cls, name: str) -> Any:
+        if name in {"__name__", "__qualname__"}:
+            raise RuntimeError("in a metaclass")
+        return super().__getattribute__(name)
+
+
+class _UnnamedError(Exception, metaclass=_Unnamed):
+    pass
+
+
 class _EndlessRetry(cdc.Retry):
     def __init__(self) -> None:
         super().__init__()
@@ -68,6 +79,7 @@ _RAISED: dict[str, Callable[[], BaseException]] = {
     "memory": MemoryError,
     "unspeakable": _UnspeakableError,
     "wrong-class": _WronglyClassedError,
+    "unnamed": _UnnamedError,
     "retry": _EndlessRetry,
     "stop-async": StopAsyncIteration,
 }
