@@ -2,8 +2,11 @@
 
 A lost transaction counts as no attempt, since it may be nobody's fault: a failover, an operator, another transaction.
 But a handler that closes its connection, or whose statement crashes the server, would lose it for ever. So there is a
-bound, and a pause that grows; and what was lost with others runs alone from then on, so that only the one to blame
-comes to the bound.
+bound, and a pause that grows.
+
+A statement that crashes its backend ends every session of the server, and with it each transaction that was under way.
+So whatever was lost runs one at a time from then on, beside what was not: then the next loss is one change's, and only
+the one to blame comes to the bound. What else was lost is cleared when it has an outcome.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ class Losses:
 
     def __contains__(self, change_id: UUID) -> bool:
         return change_id in self._times
+
+    def times(self, change_id: UUID) -> int:
+        """How often in a row by now."""
+        return self._times.get(change_id, 0)
 
     def add(self, changes: Iterable[Change]) -> int:
         """They have lost a transaction. Returns how often in a row the one that did most often."""

@@ -11,7 +11,7 @@
                        ├─ raises Reject ─────────> Dead
                        ├─ raises Retry, fails ───> Waiting, or Dead after the last attempt
                        ├─ fate not known here ───> AskTheTableError: no outcome, the key is read anew
-                       └─ cut off by a stop ─────> CancelledError: no outcome, no attempt counted
+                       └─ cut off by a stop, or with the session ──> CancelledError: no outcome, no attempt counted
 
 A batch goes the same way as one call. Of what it raises, ``Failed`` names the changes it is about; ``Retry``,
 ``Discard``, ``Reject`` and the time limit are about all of them. Any other error is the fault of one of them, and
@@ -53,6 +53,7 @@ from cdc.threads import Job, Threads
 from cdc.transactions import (
     AskTheTableError,
     ConflictError,
+    CutOffError,
     EndedTransactionError,
     Errors,
     LostTransactionError,
@@ -153,6 +154,18 @@ class Runner:
         handler = self.handler(change)
         return self._verdict.after_crash(handler, change) if handler else None
 
+    def pause_s(self, change: Change) -> float:
+        """Seconds to wait before a suspect runs again."""
+        return pause_s(self._losses.times(change.id))
+
+    def after_losses(self, change: Change) -> Outcome | None:
+        """The outcome of a suspect that lost its transaction too often; None: it is to run."""
+        times, handler = self._losses.times(change.id), self.handler(change)
+        if times < LOSSES_MAX or handler is None:
+            return None
+        self._losses.forget([change])
+        return self._verdict.on(handler, change, LostTooOftenError(handler, times, LostTransactionError()))
+
     def judge(self, handler: Handler | None, change: Change, error: BaseException) -> Outcome:
         """The outcome of a change that ``error`` kept from having one."""
         return self._verdict.on(handler, change, error) if handler else Skipped()
@@ -166,7 +179,7 @@ class Runner:
         return Discarded("no handler wants its type, and unhandled is discard")
 
     def suspects(self, change: Change) -> bool:
-        """Whether its transaction was lost the last time: who shares the next one may lose it, too."""
+        """Whether its transaction was lost the last time: it runs one at a time with others of that kind."""
         return change.id in self._losses
 
     async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
@@ -297,6 +310,8 @@ class Runner:
             return await self._attempt(handler, changes, given)
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
+                if isinstance(error, CutOffError):
+                    self._losses.add(changes)
                 raise
             if len(changes) > 1 and not isinstance(error, _ABOUT_ALL if handler.batch else EndedTransactionError):
                 if grouping:
@@ -313,14 +328,16 @@ class Runner:
         }
 
     def _lost(self, handler: Handler, changes: Sequence[Change], lost: LostTransactionError) -> dict[Change, Outcome]:
-        """Raises it again while no change is to blame: the one is that lost so many while it ran alone."""
+        """Raises it again, but for conflicts that do not end.
+
+        What was lost too often is judged when it is to run again: the session may be lost as well, and the outcome.
+        """
         times = self._losses.add(changes)
-        if len(changes) > 1 or times < LOSSES_MAX:
-            lost.pause_s = pause_s(times)
+        if len(changes) > 1 or times < LOSSES_MAX or not isinstance(lost, ConflictError):
+            lost.pause_s = 0.0  # it pauses as a suspect
             raise lost
         self._losses.forget(changes)
-        error = lost.cause if isinstance(lost, ConflictError) else LostTooOftenError(handler, times, lost)
-        return {change: self._verdict.on(handler, change, error) for change in changes}
+        return {change: self._verdict.on(handler, change, lost.cause) for change in changes}
 
     async def _one_by_one(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]

@@ -79,9 +79,13 @@ class LostTransactionError(AskTheTableError):
     ``cause``: what the driver or the server said.
     """
 
-    def __init__(self, why: str, cause: psycopg.Error) -> None:
+    def __init__(self, why: str = "the connection was lost", cause: psycopg.Error | None = None) -> None:
         super().__init__(why)
-        self.cause = cause
+        self.cause = cause or psycopg.OperationalError()
+
+
+class CutOffError(asyncio.CancelledError):
+    """The call was cut off, and its transaction had been ended by others."""
 
 
 class ConflictError(LostTransactionError):
@@ -148,12 +152,14 @@ class Transactions:
         would have been needed.
         """
         errors: Errors = {}
+        taken = False
         try:
             async with self._async.connection() as connection:
                 try:
                     async with connection.transaction():
                         cursor = await connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
                         xid = _taken(changes, await cursor.fetchall())
+                        taken = True
                         probe.here("run.after_take")
                         began = time.monotonic()
                         for number, call in enumerate(calls):
@@ -173,7 +179,11 @@ class Transactions:
                         probe.here("run.before_commit")
                     probe.here("run.after_commit")
                 except psycopg.Error as error:
-                    raise _fate(connection, error) from error
+                    raise _fate(connection, error, taken=taken) from error
+                except asyncio.CancelledError as error:
+                    if taken and (connection.broken or connection.closed):
+                        raise CutOffError from error
+                    raise
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
         return ran._replace(calls_s=calls_s)
@@ -183,12 +193,14 @@ class Transactions:
     ) -> Ran:
         """``run`` for a handler that is not async; called in its thread."""
         errors: Errors = {}
+        taken = False
         try:
             with self._sync.connection() as connection:
                 try:
                     with connection.transaction():
                         cursor = connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
                         xid = _taken(changes, cursor.fetchall())
+                        taken = True
                         probe.here("run.after_take")
                         began = time.monotonic()
                         for number, call in enumerate(calls):
@@ -208,7 +220,7 @@ class Transactions:
                         probe.here("run.before_commit")
                     probe.here("run.after_commit")
                 except psycopg.Error as error:
-                    raise _fate(connection, error) from error
+                    raise _fate(connection, error, taken=taken) from error
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
         return ran._replace(calls_s=calls_s)
@@ -261,9 +273,14 @@ def _marked(done: Sequence[Change], errors: Errors, rows: Sequence[tuple[object,
     return Ran(errors, at, bool(captured))
 
 
-def _fate(connection: psycopg.Connection | psycopg.AsyncConnection, error: psycopg.Error) -> Exception:
-    """The handler's own error, or that others ended the transaction; an answer to a COMMIT may be lost with it."""
+def _fate(connection: psycopg.Connection | psycopg.AsyncConnection, error: psycopg.Error, *, taken: bool) -> Exception:
+    """The handler's own error, or that others ended the transaction; an answer to a COMMIT may be lost with it.
+
+    Not ``taken``: no call had begun. A connection may have died in the pool, and that is no change's doing.
+    """
     if connection.broken or connection.closed:
+        if not taken:
+            return AskTheTableError("the connection had been lost before the call")
         return LostTransactionError("the connection was lost", error)
     if isinstance(error, psycopg.errors.InvalidSqlStatementName):
         cut(connection)  # the driver takes for prepared what a DEALLOCATE ALL has removed

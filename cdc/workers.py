@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from typing import Any
 
 from cdc.careful import Careful
 from cdc.deadline import deadline
@@ -69,8 +70,10 @@ class Workers:
         """Those of the tasks that have not looked for a change yet: what is ready for them needs no others."""
         self._aside: dict[asyncio.Task[None], Change | None] = {}
         """Those of the tasks that are no workers: suspects, which run one at a time. None: it is its turn."""
-        self._doubted: dict[asyncio.Task[None], Change] = {}
+        self._doubted: dict[asyncio.Task[None], Change | None] = {}
         """No workers either: suspects that may be none, which are read again instead of run."""
+        self._lost: dict[asyncio.Task[None], Change | None] = {}
+        """Nor these: what has lost its transaction, and runs one at a time, too. None: it is its turn."""
         self._deaf = set[asyncio.Task[None]]()
         """Those of the tasks that were cut off and go on; they are not waited for again."""
         self._alone = asyncio.Lock()
@@ -91,7 +94,7 @@ class Workers:
         ready = self._lanes.ready + len(self._started) + (0 if self._aside else len(self._later)) - len(self._unstarted)
         if ready <= 0:
             return
-        workers = len(self._tasks) - len(self._aside) - len(self._doubted)
+        workers = len(self._tasks) - len(self._aside) - len(self._doubted) - len(self._lost)
         for _ in range(min(ready, self._concurrency - workers)):
             task = asyncio.create_task(self._work())
             self._tasks[task] = []
@@ -195,6 +198,8 @@ class Workers:
             self._set_aside(change)
         elif self._aside and self._careful.wants(change):
             self._later.append(change)
+        elif self._runner.suspects(change):
+            self._beside(change, self._attend_lost(change), self._lost)
         elif handler is not None and handler in self._lingering and not self._alone_only(change):
             self._join(handler, change)
         else:
@@ -256,15 +261,33 @@ class Workers:
 
     def _set_aside(self, change: Change) -> None:
         """A suspect runs alone; it waits for its turn without keeping a worker."""
-        self._lanes.set_aside(change)
         if self._careful.doubts(change):
-            task = asyncio.create_task(_for(_ASK_AGAIN_S, asyncio.Event()))
-            self._doubted[task] = change
+            self._beside(change, _for(_ASK_AGAIN_S, asyncio.Event()), self._doubted)
         else:
-            task = asyncio.create_task(self._attend_alone(change))
-            self._aside[task] = change
+            self._beside(change, self._attend_alone(change), self._aside)
+
+    def _beside(
+        self, change: Change, work: Coroutine[Any, Any, None], kind: dict[asyncio.Task[None], Change | None]
+    ) -> None:
+        """In a task that is no worker, and takes no place of one."""
+        self._lanes.set_aside(change)
+        task = asyncio.create_task(work)
+        kind[task] = change
         self._tasks[task] = [change]
         task.add_done_callback(self._ended)
+
+    async def _attend_lost(self, change: Change) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        await _for(self._runner.pause_s(change), self._stopping)
+        async with self._alone:
+            if self._stopping.is_set():
+                return
+            self._lost[task] = None
+            if outcome := self._runner.after_losses(change):
+                self._report([Finished(change, outcome)])
+            else:
+                await self._attend(self._runner.handler(change), [change])
 
     async def _attend_alone(self, change: Change) -> None:
         task = asyncio.current_task()
@@ -335,7 +358,8 @@ class Workers:
         batch = self._tasks.pop(task)
         self._deaf.discard(task)
         self._unstarted.discard(task)  # it may have been cut off before its first step
-        unattended = self._aside.pop(task, None) or self._doubted.pop(task, None)
+        kinds = (self._aside, self._doubted, self._lost)
+        unattended = next(filter(None, [kind.pop(task, None) for kind in kinds]), None)
         failed = not task.cancelled() and (error := task.exception())
         if failed:
             log.critical("a worker failed; this is a bug", exc_info=error)

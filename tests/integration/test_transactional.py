@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from typing import Any
 
 import psycopg
@@ -364,6 +365,39 @@ async def test_a_handler_that_loses_its_connection_is_called_ten_times_and_costs
     assert text.startswith("the connection was lost while the handler")
     assert "10 times in a row" in text
     assert effects.execute("SELECT sum(error_count) FROM entity_changes WHERE processed").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_connections_that_died_in_the_pool_are_no_losses_of_the_next_change(
+    in_thread: bool, outbox: str, effects: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.001)
+    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.01)
+    count = losses.LOSSES_MAX + 2
+    router, together, meeting = Router(), asyncio.Barrier(count), threading.Barrier(count)
+
+    async def on_loop(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        if change.entity_id != "alone":
+            await together.wait()
+        await _write(change, connection)
+
+    def in_a_thread(change: cdc.Change, connection: psycopg.Connection) -> None:
+        if change.entity_id != "alone":
+            meeting.wait()
+        _write_in_thread(change, connection)
+
+    router.on("x", group=1)(in_a_thread if in_thread else on_loop)
+    _publish(effects, count, count)
+    async with consuming(outbox, router, transactions=count, concurrency=count, threads=count):
+        await _all_settled(effects)
+        ended = effects.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE application_name = 'cdc: handlers' AND datname = current_database()"
+        ).fetchall()
+        assert len(ended) == count
+        effects.execute("SELECT publish_change('x', 'alone')")
+        await _all_settled(effects)
+    assert states(effects) == {"processed": count + 1}
 
 
 async def test_a_deadlock_with_another_transaction_counts_as_no_attempt(
