@@ -12,12 +12,12 @@ import contextlib
 import functools
 import inspect
 import logging
-import traceback
 from collections.abc import Iterable
 from typing import Any
 
 from cdc.calls import EscapedError, call_async, is_being_cancelled
 from cdc.deadline import deadline
+from cdc.frames import trace
 from cdc.model import Change
 from cdc.routing import Hook, Router
 from cdc.threads import Threads
@@ -91,12 +91,15 @@ class Hooks:
             self._say(hook, error)
 
     def _say(self, hook: Hook, error: BaseException) -> None:
-        log.warning("hook %s: %s; the work goes on", getattr(hook, "__qualname__", type(hook).__name__), where(error))
+        name = getattr(hook, "__qualname__", type(hook).__name__)
+        log.warning("hook %s: %s; the work goes on", name, where(error, hook))
 
 
-def where(error: BaseException) -> str:
-    """The error's class and the line it came from. Not its text, which may quote the row; last_error has that."""
+def where(error: BaseException, function: Any = None) -> str:
+    """The error's class and its place. Not its text, which may quote the row.
+
+    ``function``: whose own code the place is looked for in, wherever that is installed.
+    """
     if isinstance(error, EscapedError):
         error = error.error
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(error).__name__
+    return str(trace(error, function))

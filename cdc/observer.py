@@ -236,7 +236,7 @@ class Observer:
         except ValidationError as misfit:
             self._misfit(handler, change, ", ".join(sorted(_places(misfit))))
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - validators are the handler's code, too
-            self._misfit(handler, change, where(error))
+            self._misfit(handler, change, where(error, handler.function))
 
     def _misfit(self, handler: Handler, change: Change, why: str) -> None:
         self._metrics.observed_misfits.labels(handler.name).inc()

@@ -198,7 +198,7 @@ class Runner:
             changes, given = self._refuse(handler, changes, outcomes)
         if changes:
             started = time.monotonic()
-            outcomes |= await self._attempt(handler, changes, given)
+            outcomes |= await self._attempt(handler, changes, given, started)
             self._took(handler, changes, time.monotonic() - started)
         for change, outcome in outcomes.items():
             self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
@@ -242,13 +242,13 @@ class Runner:
             await self._limit(handler).go_on(call)
         except Failed as failed:
             if error := failed.errors.get(change.seq):
-                outcome = self._verdict.on(handler, change, error)
+                outcome = self._verdict.on(handler, change, error, time.monotonic() - call.started)
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise
-            outcome = self._verdict.on(handler, change, error)
+            outcome = self._verdict.on(handler, change, error, time.monotonic() - call.started)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
-            outcome = self._verdict.on(handler, change, error)
+            outcome = self._verdict.on(handler, change, error, time.monotonic() - call.started)
         self._durations[handler.name].observe(time.monotonic() - call.started)
         self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
         probe.here("run.after_handler")
@@ -293,7 +293,7 @@ class Runner:
         self._durations[handler.name].observe(seconds / calls, calls)
 
     async def _attempt(
-        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], started: float
     ) -> dict[Change, Outcome]:
         grouping = self._groupings.get(handler.name)
         try:
@@ -307,7 +307,7 @@ class Runner:
             raise
         except MixedCausesError:
             self._groupings[handler.name].captured = True
-            return await self._attempt(handler, changes, given)
+            return await self._attempt(handler, changes, given, started)
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
                 if isinstance(error, CutOffError):
@@ -322,8 +322,11 @@ class Runner:
         done: Outcome = Committed(ran.at) if ran.at else _PROCESSED
         if not ran.errors:
             return dict.fromkeys(changes, done)
+        took_s = time.monotonic() - started
         return {
-            change: self._verdict.on(handler, change, ran.errors[change.seq]) if change.seq in ran.errors else done
+            change: self._verdict.on(handler, change, ran.errors[change.seq], took_s)
+            if change.seq in ran.errors
+            else done
             for change in changes
         }
 
@@ -350,7 +353,7 @@ class Runner:
             if session != self._sessions_lost:
                 break  # one in a thread could not be cut off; the next need not start
             if change.key not in held:
-                outcomes |= await self._attempt(handler, [change], [one])
+                outcomes |= await self._attempt(handler, [change], [one], time.monotonic())
                 # What a transactional one leaves to the settle is not marked yet when its successor would be.
                 if outcomes[change].holds_key or (
                     handler.transactional and not isinstance(outcomes[change], Committed)

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 
 from cdc.calls import EscapedError
 from cdc.errors import Discard, Reject, Retry, ToldError
-from cdc.hooks import Hooks, where
+from cdc.frames import Trace, class_name, trace
+from cdc.hooks import Hooks
+from cdc.logs import in_message
 from cdc.metrics import Metrics
 from cdc.model import Change, Dead, Discarded, Outcome, Waiting
 from cdc.retry import Policy, delay_s
@@ -24,7 +26,7 @@ from cdc.transactions import EndedTransactionError, LostTransactionError
 log = logging.getLogger("cdc.handlers")
 
 _ERROR_LENGTH_MAX = 2_000
-"""Of last_error: an error text may quote payload, and must not outgrow the row it is about."""
+"""Of last_error, without the frames: an error text may quote payload, and must not outgrow the row it is about."""
 
 
 class CrashedError(ToldError):
@@ -102,8 +104,8 @@ class Verdict:
         self._failed = failed
         self._dice = dice
 
-    def on(self, handler: Handler, change: Change, error: BaseException) -> Outcome:
-        """The outcome of an attempt that raised ``error``."""
+    def on(self, handler: Handler, change: Change, error: BaseException, took_s: float | None = None) -> Outcome:
+        """The outcome of an attempt that raised ``error`` after so long; None: it was not called."""
         if isinstance(error, EscapedError):
             error = error.error
         read = _read(handler, error)
@@ -118,16 +120,19 @@ class Verdict:
             self._failed(
                 Failure(time.time(), handler.name, read.told, change.entity_type, change.id, change.attempt, wait_s)
             )
+        fields = _fields(handler, change, change.attempt, "dead" if wait_s is None else "retried", read.trace)
+        fields |= {"duration_s": took_s if took_s is None else round(took_s, 6), "again_in_s": wait_s}
         if wait_s is None:
             log.error(
                 "handler %s: %s on change %s of %s, attempt %d: now a dead letter; its last_error says more",
-                handler.name, read.told, change.id, change.entity_type, change.attempt,
+                handler.name, read.told, change.id, change.entity_type, change.attempt, extra=in_message(fields),
             )  # fmt: skip
             return Dead(read.text, handler.pauses)
         log.log(
             logging.WARNING if read.kind else logging.INFO,
             "handler %s: %s on change %s of %s, attempt %d of %d; again in %.1f s",
             handler.name, read.told, change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
+            extra=in_message(fields),
         )  # fmt: skip
         return Waiting(wait_s, read.text)
 
@@ -140,6 +145,7 @@ class Verdict:
         log.info(
             "handler %s: the process ended while change %s of %s was running; attempt %d of %d is made alone",
             handler.name, change.id, change.entity_type, change.attempt, policy.max_attempts,
+            extra=in_message(_fields(handler, change, change.attempt - 1, "retried", Trace(CrashedError.__name__))),
         )  # fmt: skip
         return None
 
@@ -152,12 +158,14 @@ class _Read(NamedTuple):
     """What is to be known of an error.
 
     ``kind``: for the metric; None: a deliberate Retry is not an error. ``told``: for a log. ``text``: for last_error.
+    ``trace``: where it came from.
     ``final``: no other attempt can succeed. ``after_s``: what the handler asks for.
     """
 
     kind: str | None
     told: str
     text: str
+    trace: Trace
     final: bool = False
     after_s: float | None = None
     discards: bool = False
@@ -168,21 +176,46 @@ _FINAL = (Reject, ValidationError, EndedTransactionError, TooDeepError, LostTooO
 and of what was lost the attempts are used up."""
 
 
+_DELIBERATE = (Reject, Retry, ToldError, EndedTransactionError)
+"""What says itself what it is about: last_error has it without the frames."""
+
+
 def _read(handler: Handler, error: BaseException) -> _Read:
     """Looks at the error once: its class is the handler's, and any of its methods may raise."""
+    found = trace(error, handler.function)
     try:
         if isinstance(error, Discard):
-            return _Read(None, "", _cut(str(error)), discards=True)
+            return _Read(None, "", _cut(str(error)), found, discards=True)
         after_s = _seconds(error.after) if isinstance(error, Retry) else None
-        return _Read(_kind(error), _told(error), _cut(_text(handler, error)), isinstance(error, _FINAL), after_s)
+        text = _cut(_text(handler, error))
+        if not isinstance(error, _DELIBERATE) and (found.own or not isinstance(error, ValidationError)):
+            text += _lines(found)
+        return _Read(_kind(error), _told(error, found), text, found, isinstance(error, _FINAL), after_s)
     except BaseException as unreadable:  # noqa: BLE001 - what a method of the error raises must not take its outcome away
-        name = _class_name(type(error))
-        told = f"{name}, and its text cannot be read: {_class_name(type(unreadable))}"
-        return _Read("exception", _cut(name), _cut(told))
+        text = f"{found.error}, and its text cannot be read: {class_name(unreadable)}"
+        return _Read("exception", str(found), _cut(text) + _lines(found), found)
 
 
-_class_name = type.__dict__["__name__"].__get__
-"""As the interpreter knows it: a metaclass may answer ``cls.__name__`` with anything, or raise."""
+def _lines(found: Trace) -> str:
+    """The frames as last_error has them, below class and text. Frames have no line breaks."""
+    return "".join(f"\n  {frame}" for frame in found.frames)
+
+
+def _fields(handler: Handler, change: Change, attempt: int, outcome: str, found: Trace) -> dict[str, object]:
+    """What a log in JSON has of an attempt beside the message. The key is an identifier, and no more of the row."""
+    return {
+        "event": "attempt",
+        "change_id": str(change.id),
+        "seq": change.seq,
+        "entity_type": change.entity_type,
+        "entity_id": change.entity_id,
+        "handler": handler.name,
+        "attempt": attempt,
+        "outcome": outcome,
+        "error": found.error,
+        "place": found.place,
+        "frames": found.frames,
+    }
 
 
 def _seconds(after: object) -> float | None:
@@ -203,7 +236,7 @@ def _kind(error: BaseException) -> str | None:
     return "exception"
 
 
-def _told(error: BaseException) -> str:
+def _told(error: BaseException, found: Trace) -> str:
     """What a log line may say of it."""
     match error:
         case ToldError():
@@ -216,7 +249,7 @@ def _told(error: BaseException) -> str:
             return "the row does not fit the model"
         case Retry():
             return "asked for another try"
-    return where(error)
+    return str(found)
 
 
 def _text(handler: Handler, error: BaseException) -> str:
@@ -230,7 +263,7 @@ def _text(handler: Handler, error: BaseException) -> str:
             faults = error.errors(include_input=False, include_url=False, include_context=False)
             told = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'row'}: {fault['msg']}" for fault in faults)
             return f"does not fit {getattr(handler.model, '__name__', handler.model)}: {told}"
-    return f"{type(error).__name__}: {error}"
+    return f"{class_name(error)}: {error}"
 
 
 def _cut(text: str) -> str:

@@ -120,7 +120,8 @@ def show(settings: Settings, name: str, show_payload: bool, as_json: bool) -> No
     if as_json:
         print_json({"change": fields | {"chain": [asdict(link) for link in chain]}})
     else:
-        print_table(["", str(entry.seq)], [(name, _text(value)) for name, value in fields.items() if name != "seq"])
+        rows = [line for name, value in fields.items() if name != "seq" for line in _lines(name, value)]
+        print_table(["", str(entry.seq)], rows)
         _print_chain(chain)
 
 
@@ -262,6 +263,14 @@ def _figure(value: Any, more: bool) -> Any:
 
 def _plain(entry: Entry) -> dict[str, Any]:
     return {**asdict(entry), "blocked": entry.blocked}
+
+
+def _lines(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The rows of a field: an error has its frames below it, a line each."""
+    if name != "last_error" or value is None:
+        return [(name, _text(value))]
+    first, *others = value.split("\n")
+    return [(name, first), *(("", line) for line in others)]
 
 
 def _text(value: Any) -> Any:

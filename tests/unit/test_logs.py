@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from cdc.logs import setup
+from cdc.logs import in_message, setup
 from cdc.masking import mask
 
 Started = Callable[[str], io.StringIO]
@@ -137,3 +137,49 @@ def test_a_number_that_json_does_not_have_is_text(started: Started) -> None:
     line = json.loads(written.getvalue(), parse_constant=pytest.fail)
     assert (line["a"], line["b"], line["d"]) == ("nan", "inf", 10**20)
     assert line["c"].startswith("0x")
+
+
+def test_what_the_message_says_already_is_a_field_in_json_only(started: Started) -> None:
+    extra = {**in_message({"event": "attempt", "place": "a.py:1 in f"}), "more": 1}
+    written = started("text")
+    logging.getLogger("cdc").info("at a.py:1", extra=extra)
+    assert written.getvalue().endswith(" INFO cdc at a.py:1 more=1\n")
+    logging.getLogger().handlers.clear()
+    written = started("json")
+    logging.getLogger("cdc").info("at a.py:1", extra=extra)
+    line = json.loads(written.getvalue())
+    assert line.keys() == {"time", "level", "logger", "message", "event", "place", "more"}
+
+
+def test_lists_and_mappings_of_extra_are_json(started: Started) -> None:
+    written = started("json")
+    logging.getLogger("app").info("x", extra={"order": {"id": 7, "lines": [1, 2.5, None]}, "tags": ("a", "b")})
+    line = json.loads(written.getvalue())
+    assert (line["order"], line["tags"]) == ({"id": 7, "lines": [1, 2.5, None]}, ["a", "b"])
+
+
+def test_lists_and_mappings_that_are_long_or_no_json_or_hold_a_password_are_text(started: Started) -> None:
+    written = started("json")
+    endless: list[object] = []
+    endless.append(endless)
+    extra = {"long": ["x" * 100] * 1_000, "endless": endless, "nan": [float("nan")], "secret": {"password": "hunter"}}
+    logging.getLogger("app").info("x", extra=extra)
+    line = json.loads(written.getvalue(), parse_constant=pytest.fail)
+    assert all(isinstance(line[name], str) for name in extra)
+    assert len(written.getvalue()) < 10_000
+    assert "hunter" not in written.getvalue()
+
+
+class _Unspeakable:
+    def __str__(self) -> str:
+        raise RuntimeError("in __str__")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("line_format", ["text", "json"])
+def test_a_line_is_not_lost_for_a_value_that_cannot_be_shown(started: Started, line_format: str) -> None:
+    written = started(line_format)
+    logging.getLogger("app").info("said", extra={"a": _Unspeakable(), "b": [_Unspeakable()], "cdc_in_message": 4})
+    assert "said" in written.getvalue()
+    assert written.getvalue().count("cannot be shown: RuntimeError") == 2
