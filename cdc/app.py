@@ -279,7 +279,12 @@ class App:
             ),
             Doorbell(self.consumer, self._relay, self.metrics, settings.slot.name, changed=self._collector.look_now),
             self._supervisor,
+            exposed=self._exposed,
         )
+
+    def _exposed(self) -> bool:
+        """An observer marks nothing."""
+        return isinstance(self.consumer, Consumer) and self.consumer.careful.exposed
 
     def _unheard(self) -> str | None:
         """Why no slot rings here, where one should. Work goes on by sweeping, so it is ready all the same."""

@@ -19,6 +19,11 @@ From the table, a process that lost its session looks like one that died. It liv
 it has a session again; whoever has its shards meanwhile gives it ``GRACE_S`` for that before a suspect is run or
 judged, and asks once more when the suspect's turn has come. Found by the ledger, on a machine with more to do than
 processors: sessions that were ended twice in a row cost a change two attempts of which it had made none.
+
+Nor may what has nothing to do with changes kill a process that has marks: a logical message can take all its memory,
+and would be paid for by whatever was marked. So the slot is not read while ``exposed``: from the start until the free
+shards have been taken, and then until nothing is marked or waits to be judged, but no longer than ``EXPOSED_MAX_S``.
+Without the slot changes are found by sweeping.
 """
 
 from __future__ import annotations
@@ -42,6 +47,13 @@ log = logging.getLogger("cdc.consumer")
 GRACE_S = 5.0
 """A consumer notices within a second that its session has ended, and is back after a pause that grows from 0.1 s."""
 
+EXPOSED_MAX_S = 60.0
+"""A handler may take for ever, and the stream does not wait for that."""
+_FIRST_LOOK_S = 10.0
+"""The database may be away; then there is no stream either."""
+_PAUSE_S = 2.0
+"""Between two marks: until a first sweep has found what there is, and until an outcome is written."""
+
 
 class Careful:
     """``window``: how many changes of a shard are started carefully; no more than that were in the dead one's hands."""
@@ -57,6 +69,8 @@ class Careful:
         self._waiting: list[Change] = []
         self._writing = asyncio.Lock()
         self._marked: dict[int, Change] = {}
+        self._looked = False
+        self._exposed_until = self._exposed_at_most_until = time.monotonic() + _FIRST_LOOK_S
 
     def begin(self, session: Session) -> None:
         """From now on this session holds the shards; of what the one before held, nothing is watched any more."""
@@ -76,6 +90,26 @@ class Careful:
             self._watched.pop(shard, None)
         self._watched.update(dict.fromkeys(taken.orphaned, (taken.at, self._window)))
 
+        if taken.orphaned:
+            self._looked = True
+            self._exposed_at_most_until = time.monotonic() + EXPOSED_MAX_S
+            self._expose_for(_PAUSE_S)
+
+    def looked(self) -> None:
+        """The shards that were free have been taken, or there is no outbox yet."""
+        if not self._looked:
+            self._looked = True
+            self._exposed_until = 0.0
+
+    @property
+    def exposed(self) -> bool:
+        """Whether the end of this process might cost a change an attempt. From any thread."""
+        now = time.monotonic()
+        return now < self._exposed_at_most_until and (now < self._exposed_until or bool(self._marked))
+
+    def _expose_for(self, seconds: float) -> None:
+        self._exposed_until = max(self._exposed_until, time.monotonic() + seconds)
+
     @property
     def watches(self) -> bool:
         """Whether there may be a change that ``starts`` is to be told of, besides those that crashed."""
@@ -90,7 +124,10 @@ class Careful:
 
     def doubts(self, change: Change) -> bool:
         """Whether the process that started this suspect may only have lost its session, and be about to say so."""
-        return time.monotonic() < self._doubted_until.get(change.shard, 0.0)
+        left_s = self._doubted_until.get(change.shard, 0.0) - time.monotonic()
+        if left_s > 0:
+            self._expose_for(left_s + _PAUSE_S)
+        return left_s > 0
 
     async def suspects(self, change: Change) -> bool:
         """Ask the table whether the change is one still. False on a lost session, too: nothing is to start there."""
@@ -119,6 +156,7 @@ class Careful:
     def ended(self, changes: Iterable[Change]) -> None:
         """Their handlers returned; what came of them is settled as ever."""
         if self._marked:
+            self._expose_for(_PAUSE_S)  # the mark stands until the outcome is written
             for change in changes:
                 self._marked.pop(change.seq, None)
 
@@ -135,6 +173,7 @@ class Careful:
 
     async def _write(self, batch: Sequence[Change]) -> None:
         assert self._session is not None
+        self._expose_for(_PAUSE_S)
         probe.here("careful.before_start")
         try:
             async with self._session.writing:

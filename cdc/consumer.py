@@ -113,9 +113,9 @@ class Consumer:
         self._read_due = asyncio.Event()
         self._settle_due = asyncio.Event()
         self._settle_again = asyncio.Event()
-        self._careful = Careful(store, settings.window)
+        self.careful = Careful(store, settings.window)
         self._workers = Workers(
-            self._lanes, runner, settings.concurrency, connections=settings.transactions, careful=self._careful,
+            self._lanes, runner, settings.concurrency, connections=settings.transactions, careful=self.careful,
             finished=self._finished, read_anew=self._read_anew,
         )  # fmt: skip
         self._settling = Settling(self._lanes, store, metrics, now=self._now)
@@ -252,7 +252,7 @@ class Consumer:
     async def _connections(self) -> AsyncIterator[tuple[Session, psycopg.AsyncConnection]]:
         dsn, schema = self._settings.dsn, self._settings.schema
         session = await Session.open(dsn, schema, self._store.process, INDEXED)
-        self._careful.begin(session)
+        self.careful.begin(session)
         try:
             reader = await connect_async(
                 dsn,
@@ -264,7 +264,7 @@ class Consumer:
             async with reader:
                 self.connected.set()
                 await self._wait_for_schema(session, reader)
-                await self._careful.forget()
+                await self.careful.forget()
                 self.in_service = True
                 yield session, reader
         finally:
@@ -311,7 +311,7 @@ class Consumer:
         """Whoever comes next need not ask what this process died of. Not said in time, it is asked in vain."""
         with contextlib.suppress(psycopg.Error, OSError):
             async with deadline(_LAST_SETTLE_S):
-                await self._careful.forget()
+                await self.careful.forget()
                 await session.leave()
 
     async def _end_term(self) -> None:
@@ -342,19 +342,19 @@ class Consumer:
         self._metrics.members.set(members)
         move = balance(members, self._owned, free)
         if move.take and (taken := await session.take(move.take)).shards:
-            self._careful.took(taken)
+            self.careful.took(taken)
             self._lanes.own(taken.shards, taken.kept)
             self._intake.own(taken.shards)
             self._own(self._owned.union(taken.shards))
             self._metrics.shard_moves.labels("acquired").inc(len(taken.shards))
-            self._reads.due_within(0.0)
-            self._read_due.set()
+            self._read_anew()
+        self.careful.looked()
         if parked := self._lanes.marks.parked:
             self._lanes.disown(await session.others(parked))
         self._lanes.release(move.give)
         self._intake.disown(move.give)
         if quiet := self._lanes.released():
-            await self._careful.forget(quiet)
+            await self.careful.forget(quiet)
             await session.give(quiet)
             self._own(self._owned - quiet)
             self._metrics.shard_moves.labels("released").inc(len(quiet))

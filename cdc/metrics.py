@@ -53,7 +53,7 @@ UNAVAILABLE = (
     "no_replication_role", "no_free_slot", "no_free_walsender", "in_recovery", "network",
 )  # fmt: skip
 """Why this process does not stream: states that last. A stream may also end by one of ``ENDINGS``."""
-ENDINGS = ("stalled", "server_shutdown", "protocol", "slot_deaf")
+ENDINGS = ("stalled", "server_shutdown", "protocol", "slot_deaf", "careful")
 
 _HANDLER_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _CHANGE_S = (*_HANDLER_S, 900, 3600, 14400)

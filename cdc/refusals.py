@@ -48,6 +48,7 @@ class Reason(StrEnum):
     STALLED = "stalled"
     SERVER_SHUTDOWN = "server_shutdown"
     PROTOCOL = "protocol"
+    CAREFUL = "careful"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,11 @@ _MESSAGE_TOO_LONG = _Row(
     "somebody has sent a logical message of {size} MB, which takes twice that memory to read",
     "nothing: the stream begins anew behind it; who may send one, and how to forbid it, says cdc doctor",
 )
+_CAREFUL = _Row(
+    Reason.CAREFUL,
+    "the slot {slot} is not read while this consumer goes through what one that died was working on",
+    "nothing: it is read again within a minute; a sweep finds what is written meanwhile",
+)
 _BAD_OPTIONS = _Row(
     Reason.PROTOCOL,
     "the server refuses to stream the slot {slot} with our options ({sqlstate})",
@@ -250,6 +256,11 @@ def another_outbox(names: Names) -> StreamError:
 def deaf(names: Names) -> StreamError:
     """Its failover slot has rung for nothing for a while."""
     return _error(_DEAF, names)
+
+
+def careful(names: Names) -> StreamError:
+    """What could end the process now might cost a change an attempt."""
+    return _error(_CAREFUL, names)
 
 
 def server_ended(names: Names) -> StreamError:

@@ -14,7 +14,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from cdc.connect import Dsn
 from cdc.errors import ProtocolError, StreamError
 from cdc.lsn import ZERO, Lsn
 from cdc.model import PLUGINS, WakeUp, message_prefix, publication_name
-from cdc.refusals import Reason, Wanted, deaf
+from cdc.refusals import Reason, Wanted, careful, deaf
 from cdc.supervisor import Supervisor
 from cdc.wakeup import pgoutput, wal2json
 from cdc.wakeup.opening import Opened, begin
@@ -35,6 +35,7 @@ log = logging.getLogger("cdc.stream")
 
 _BATCH = 1000
 """Messages handed over at once, and read between two looks at the clock: a few milliseconds."""
+_LOOK_AGAIN_S = 0.1
 _BROKEN_OFF = frozenset({Reason.PROTOCOL, Reason.PUBLICATION_MISSING, Reason.SLOT_LOST, Reason.NETWORK})
 """Ends of a stream that something in the WAL may have caused. NETWORK: a walsender that crashes says nothing else."""
 
@@ -111,9 +112,17 @@ class StreamStatus:
 
 
 class Stream:
-    """start() once, stop() once; in between it mends itself."""
+    """start() once, stop() once; in between it mends itself. ``exposed``: whether the slot is not to be read now."""
 
-    def __init__(self, settings: StreamSettings, events: StreamEvents, supervisor: Supervisor | None = None) -> None:
+    def __init__(
+        self,
+        settings: StreamSettings,
+        events: StreamEvents,
+        supervisor: Supervisor | None = None,
+        *,
+        exposed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._exposed = exposed
         self._supervisor = supervisor or Supervisor()
         self._settings = settings
         self._plugins = plugins(settings.schema)
@@ -149,6 +158,8 @@ class Stream:
         try:
             while True:
                 self._waiting.check()
+                while self._exposed():
+                    self._waiting.until(time.monotonic() + _LOOK_AGAIN_S)
                 error = self._attempt()
                 self._report.interrupted(error)
                 standby = error.reason == Reason.SLOT_BUSY
@@ -176,6 +187,7 @@ class Stream:
                     self._from_end = session.flooded
         except StreamError as error:
             ended = error
+            self._from_end = self._from_end or error.reason == Reason.CAREFUL
         except ProtocolError as error:
             ended = StreamError(
                 str(error), reason=Reason.PROTOCOL.value, hint="it is skipped; a sweep finds the change"
@@ -218,6 +230,7 @@ class Stream:
             interval_s=status_interval_s(self._settings.wal_sender_timeout_s),
             stall_limit_s=self._attempts.stall_limit_s,
             deaf=self._deaf,
+            exposed=self._exposed,
         )
 
     def _learn(self, ended: StreamError, reader: _Reader | None) -> StreamError:
@@ -303,7 +316,7 @@ class _Report:
     def interrupted(self, error: StreamError) -> None:
         if self._trouble is None or error.reason != self._trouble.reason:
             # Once for each reason, not for each attempt; who stands by is not in trouble.
-            level = logging.INFO if error.reason == Reason.SLOT_BUSY else logging.WARNING
+            level = logging.INFO if error.reason in (Reason.SLOT_BUSY, Reason.CAREFUL) else logging.WARNING
             log.log(level, "not streaming (%s): %s; %s", error.reason, error, error.hint or "it is tried again")
         self._connected, self._trouble = False, error
         self._events.interrupted(error)
@@ -372,8 +385,10 @@ class _Reader:
         interval_s: float,
         stall_limit_s: float,
         deaf: threading.Event,
+        exposed: Callable[[], bool],
     ) -> None:
         deaf.clear()
+        self._exposed = exposed
         self._deaf = deaf
         self._session = session
         self._report = report
@@ -395,6 +410,8 @@ class _Reader:
                     self._read_batch(received)
                 if self._deaf.is_set():
                     raise deaf(self._session.names)
+                if self._exposed():
+                    raise careful(self._session.names)
                 now = time.monotonic()
                 self._speak_if_due(now)
                 # Something came, so there may be more: only an empty look is followed by a wait.

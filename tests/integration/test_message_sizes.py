@@ -110,3 +110,26 @@ def test_what_a_message_has_killed_starts_behind_it(
         moved = "SELECT FROM pg_replication_slots WHERE slot_name = 'sizes' AND confirmed_flush_lsn >= %s::pg_lsn"
         eventually(lambda: outbox_db.execute(moved, end).fetchall(), what="the slot moves on")
         assert not killed.is_set()
+
+
+def test_messages_that_kill_again_and_again_cost_no_change_an_attempt(
+    consumer: Callable[..., Process], outbox_db: psycopg.Connection
+) -> None:
+    slow = "SELECT publish_change('counted', n::text, new_data => '{\"takes_s\": 20}') FROM generate_series(1, 3) AS n"
+    running, left = "SELECT FROM calls HAVING count(*) = %s", "SELECT FROM entity_changes WHERE NOT processed"
+    first = consumer("wal2json")
+    first.wait_for("streaming the slot")
+    outbox_db.execute(slow)
+    eventually(lambda: outbox_db.execute(running, [3]).fetchall(), what="all three are running")
+    with killed_above(first.process.pid, 150) as killed:
+        shout(outbox_db, 100 * _MB)
+        assert killed.wait(60)
+    first.process.wait()
+    second = consumer("wal2json")
+    with killed_above(second.process.pid, 150) as killed:
+        eventually(lambda: outbox_db.execute(running, [6]).fetchall(), what="all three are running again")
+        shout(outbox_db, 100 * _MB)
+        eventually(lambda: not outbox_db.execute(left).fetchall(), what="all three are processed")
+        second.wait_for("streaming the slot")
+        assert not killed.is_set()
+    assert outbox_db.execute("SELECT DISTINCT error_count FROM entity_changes").fetchall() == [(0,)]
