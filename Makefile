@@ -53,6 +53,13 @@ lint: $(READY) ## The static gate: ruff, mypy, import contracts.
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports
 
+# With the locked build tools of .venv, so that nothing else is fetched.
+.PHONY: package
+package: $(READY) ## Build what is published into dist, and check it as the index would.
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist
+	@$(BIN)/python -m twine check --strict dist/*
+
 .PHONY: metrics
 metrics: $(READY) ## Write docs/metrics.md anew from the code.
 	@$(BIN)/python -m tests.prometheus.reference

@@ -240,7 +240,10 @@ def _explained(error: Exception, arguments: Mapping[str, Any]) -> CdcError:
     if isinstance(error, psycopg.ProgrammingError):
         return UsageError("a parameter in the database DSN has a value that is not valid", hint=_WRITE_IT)
     words = _words(str(error))
-    return ConnectError(f"cannot connect to {_place(arguments)}: {words}", hint=_remedy(error, words))
+    hint = _remedy(error, words)
+    if not any(_shown(arguments).values()) and not (arguments.get("service") or os.environ.get("PGSERVICE")):
+        hint = f"no database is named: give CDC_DSN, --dsn or libpq's variables (PGHOST, PGDATABASE); or {hint}"
+    return ConnectError(f"cannot connect to {_place(arguments)}: {words}", hint=hint)
 
 
 def _words(text: str) -> str:

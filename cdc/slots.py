@@ -333,8 +333,11 @@ def _taken(slot: Slot, plugin: str) -> RefusedError:
     return RefusedError(f"there is a replication slot {slot.name} already: {slot.kind}", hint=hint)
 
 
+_STOP_IT = "stop that consumer first; cdc slot drop and recreate end its session with --terminate"
+
+
 def _active(slot: Slot) -> RefusedError:
-    return RefusedError(f"the slot {slot.name} is being read by {slot.reader}", hint="stop that consumer first")
+    return RefusedError(f"the slot {slot.name} is being read by {slot.reader}", hint=_STOP_IT)
 
 
 def _immovable(name: str) -> CdcError:

@@ -77,6 +77,11 @@ def test_what_an_index_shows_is_complete(released: Path) -> None:
                  "Classifier: Typing :: Typed", "Classifier: Programming Language :: Python :: 3.13",
                  "Classifier: Intended Audience :: Developers"):  # fmt: skip
         assert line in head
+    description = metadata.partition("\n\n")[2]
+    assert "# cdc" in description
+    assert re.findall(r"\]\((?!https?://)[^)]*\)", description) == [], "an index has none of the files"
+    assert "docs/handlers.md: for those who write handlers" in description
+    assert "are in the source distribution" in description
 
 
 def test_the_sdist_can_be_built_tested_and_read(released: Path) -> None:
@@ -86,7 +91,10 @@ def test_the_sdist_can_be_built_tested_and_read(released: Path) -> None:
     assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "requirements-dev.txt", "tests/conftest.py",
             "deploy/debian-setup"} <= names  # fmt: skip
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "sql").rglob("*.sql")} <= names
-    assert not [name for name in names if name.startswith((".venv", ".git/", "build"))]
+    assert {"docs/handlers.md", "docs/plots/drain.svg", "CHANGELOG.md"} <= names, "the README says so"
+    left_out = (".venv", ".git/", ".ci", "build", "dist", "docs/plots/figures.json", "requirements-bench",
+                "tests/bench/peers")  # fmt: skip
+    assert not [name for name in names if name.startswith(left_out)]
 
 
 def test_the_installed_command_runs_from_an_unrelated_folder(installed: Path, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import click
 from pydantic import SecretStr
 
-from cdc.cli.options import json_option, resolved_options
+from cdc.cli.options import Commands, json_option, resolved_options
 from cdc.cli.output import print_json, print_table, put_script
 from cdc.config import SETTINGS, Resolved, Settings
 from cdc.connect import describe
 from cdc.masking import mask, without_query
 
 
-@click.group()
+@click.group(cls=Commands)
 def config() -> None:
     """Show the settings in force."""
 

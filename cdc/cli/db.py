@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cdc import remarks
-from cdc.cli.options import database_options, json_option, open_database, settings_options, yes_option
+from cdc.cli.options import Commands, database_options, json_option, open_database, settings_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put_script, say
 from cdc.config import Settings
 from cdc.errors import UsageError
@@ -26,7 +26,7 @@ with_option = click.option(
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the SQL that would run, and run nothing.")
 
 
-@click.group()
+@click.group(cls=Commands)
 def db() -> None:
     """Install, upgrade and check the database objects.
 
@@ -64,7 +64,7 @@ def install(*, settings: Settings, sets: tuple[str, ...], dry_run: bool, keep_pr
     _report(settings.schema_, applied)
     if keep_processor:
         say("the documented processor may go on; when it is gone: cdc db retire-processor")
-    _finish(findings, "run `cdc db upgrade` to put it right")
+    _finish(findings, settings.schema_, "run `cdc db upgrade` to put it right")
 
 
 @db.command()
@@ -85,7 +85,7 @@ def upgrade(settings: Settings, dry_run: bool) -> None:
     _report(settings.schema_, applied)
     for finding in repaired:
         say(f"repaired: {finding}")
-    _finish(left, "these are changed by hand only: compare with `cdc db print`")
+    _finish(left, settings.schema_, "these are changed by hand only: compare with `cdc db print`")
 
 
 @db.command()
@@ -104,11 +104,12 @@ def verify(settings: Settings, as_json: bool) -> None:
                 for fault in remarks.faults(each)
             ]
     if as_json:
-        found = [{"object": each.object, "problem": each.problem, "expected": each.expected, "found": each.found}
-                 for each in findings]  # fmt: skip
+        found = [{"object": each.object, "problem": each.problem, "expected": each.expected, "found": each.found,
+                  "remedy": each.by_hand(settings.schema_)} for each in findings]  # fmt: skip
         print_json({"schema_name": settings.schema_, "findings": found})
     elif findings:
         print_table(["object", "problem"], ((finding.object, finding.problem) for finding in findings))
+        _say_by_hand(findings, settings.schema_)
     else:
         say(f"schema {settings.schema_} is as this version makes it")
     _exit_with(findings)
@@ -212,6 +213,7 @@ def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
         dropped = schema.uninstall(connection, settings.schema_, discard_unprocessed=discard_unprocessed)
     for name in dropped:
         say(f"dropped {name}")
+    say("a replication slot stays, and keeps WAL while nobody reads it: cdc slot drop")
 
 
 def _put_in_order(connection: Connection, schema_name: str) -> None:
@@ -244,12 +246,18 @@ def _report(schema_name: str, applied: Sequence[Migration]) -> None:
     say(f"schema {schema_name} is {'up to date now' if applied else 'up to date already'}")
 
 
-def _finish(findings: Sequence[Finding], hint: str) -> None:
+def _finish(findings: Sequence[Finding], schema_name: str, hint: str) -> None:
     for finding in findings:
         say(f"{finding}")
-    if findings:
+    _say_by_hand(findings, schema_name)
+    if not all(finding.by_hand(schema_name) for finding in findings):
         say(f"  {hint}")
     _exit_with(findings)
+
+
+def _say_by_hand(findings: Sequence[Finding], schema_name: str) -> None:
+    for statement in filter(None, (finding.by_hand(schema_name) for finding in findings)):
+        say(f"  as the owner of the table: {statement}")
 
 
 def _exit_with(findings: Sequence[Finding]) -> None:

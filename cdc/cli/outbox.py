@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cdc.cli.options import database_options, json_option, open_database, yes_option
+from cdc.cli.options import Commands, database_options, json_option, open_database, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.config import Settings
 from cdc.durations import parse_duration
@@ -39,7 +39,7 @@ type_option = click.option("--type", "entity_type", metavar="TYPE", help="Of thi
 names_argument = click.argument("names", metavar="ID...", nargs=-1)
 
 
-@click.group()
+@click.group(cls=Commands)
 def outbox() -> None:
     """Look at changes, decide about dead letters, remove old ones.
 
@@ -137,7 +137,8 @@ def retry(
 ) -> None:
     """Try changes again now that wait or are dead.
 
-    A dead letter gets its attempts anew. They run before the later changes of their key that have not run yet.
+    A dead letter gets its attempts anew. They run before the later changes of their key that have not run yet. --all
+    is one statement, for the sake of the order: it takes some ten seconds for 100,000 of them, and says so at its end.
     """
     from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
 

@@ -30,7 +30,7 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
     "slot.name", "unhandled",
     "slot.create", "slot.recreate",
     "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "http.hosts", "concurrency",
-    "threads", "transactions", "window", "max_attempts", "max_chain_depth", "timeout", "backoff.base",
+    "threads", "transactions", "window", "window_bytes", "max_attempts", "max_chain_depth", "timeout", "backoff.base",
     "backoff.cap", "drain_time", "sweep_interval", "poll_interval", "retention", "log.level", "log.format",
     "whatsapp.sender_url", "whatsapp.sender_token", "whatsapp.help_text",
 )  # fmt: skip

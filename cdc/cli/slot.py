@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cdc.amounts import size, span
-from cdc.cli.options import json_option, open_database, settings_options, yes_option
+from cdc.cli.options import Commands, json_option, open_database, settings_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.watch import watch
 from cdc.config import Settings
@@ -38,7 +38,7 @@ force_option = click.option("--force", is_flag=True, help="Also a slot of anothe
 terminate_option = click.option("--terminate", is_flag=True, help="Also one that is being read: end its reader first.")
 
 
-@click.group()
+@click.group(cls=Commands)
 def slot() -> None:
     """Create, drop and inspect the replication slot.
 

@@ -125,7 +125,7 @@ def _print_types(seen: Status) -> None:
         return
     put()
     print_table(
-        ["type", "fresh", "held back", "waiting", "dead", "oldest ready"],
+        ["type", "fresh", "blocked", "waiting", "dead", "oldest ready"],
         (
             [each.entity_type, _count(each.fresh, stats.more_fresh), each.blocked,
              _count(each.waiting, stats.more_waiting), _count(each.dead, stats.more_dead),
@@ -145,7 +145,7 @@ def _print_letters(letters: list[Letter]) -> None:
     waiting = [letter for letter in letters if letter.state == "waiting"][:_LETTERS_MAX]
     put()
     print_table(
-        ["seq", "state", "type", "since, or due", "failures", "error"],
+        ["seq", "state", "type", "since, or due", "attempts", "error"],
         (
             [each.seq, each.state, each.entity_type, _whole(each.at), each.attempts, each.error]
             for each in dead + waiting

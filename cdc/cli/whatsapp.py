@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from cdc.cli.options import settings_options
+from cdc.cli.options import Commands, settings_options
 from cdc.config import Settings
 from cdc.errors import UsageError
 
@@ -15,7 +15,7 @@ _SESSION = {
 }
 
 
-@click.group()
+@click.group(cls=Commands)
 def whatsapp() -> None:
     """The documented WhatsApp application: webhooks in, tasks and messages out.
 

@@ -172,7 +172,9 @@ class Installed:
     elsewhere: tuple[str, ...]
     """Other schemas of this database with an outbox in them."""
     script: str
-    """What installs or upgrades them."""
+    """What installs or upgrades them; "" where nothing of that is to be done."""
+    by_hand: tuple[str, ...] = ()
+    """Statements for the differences that no upgrade mends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -173,15 +173,17 @@ def installed(connection: psycopg.Connection, name: str) -> Installed:
     owner = next(iter(column(connection, _OWNER, [name])), None)
     exists = owner is not None
     pending = _pending(connection, name) if exists else []
-    differences = tuple(map(str, schema.verify(connection, name))) if exists and not pending else ()
-    complete = exists and not pending and not differences
+    found = schema.verify(connection, name) if exists and not pending else []
+    by_hand = tuple(filter(None, (each.by_hand(name) for each in found)))
+    complete = exists and not pending and len(found) == len(by_hand)
     return Installed(
         schema=name,
         exists=exists,
         pending=tuple(map(str, pending)),
-        differences=differences,
+        differences=tuple(map(str, found)),
         elsewhere=column(connection, _ELSEWHERE, [name]),
         script="" if complete else schema.print_sql(name, pending or None, owner=owner),
+        by_hand=by_hand,
     )
 
 

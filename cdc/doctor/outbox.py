@@ -41,7 +41,8 @@ def schema(seen: Installed) -> Finding:
         more = f", and {len(seen.differences) - _SHOWN} more" if len(seen.differences) > _SHOWN else ""
         found = fail(
             f"schema {seen.schema} is not as this version makes it: {', '.join(seen.differences[:_SHOWN])}{more}",
-            f"{_install('upgrade', seen.schema)} (cdc db verify lists all)",
+            f"{_install('upgrade', seen.schema)} (cdc db verify lists all)" if seen.script else "",
+            *seen.by_hand,
         )
     else:
         return ok(f"schema {seen.schema} is as this version makes it")

@@ -54,3 +54,19 @@ def test_commands_do_not_say_that_all_is_processed(consumer: str, outbox_db: psy
         assert done.exit_code != 0, said
         assert "row-level security" in said, said
         assert "every change is processed" not in said
+
+
+def test_what_is_to_be_done_is_named_and_an_upgrade_is_not(outbox_db: psycopg.Connection, outbox: str) -> None:
+    outbox_db.execute("ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    remedy = 'ALTER TABLE "public"."entity_changes" DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY;'
+    for words in (["db", "verify"], ["db", "upgrade"], ["doctor", "--no-stream"]):
+        done = CliRunner().invoke(command, words, env={"CDC_DSN": outbox})
+        assert done.exit_code == 1
+        assert remedy in done.output, done.output
+        assert "compare with" not in done.output
+    script = CliRunner().invoke(command, ["doctor", "--no-stream", "--fix"], env={"CDC_DSN": outbox}).stdout
+    assert remedy in script
+    assert "CREATE TABLE" not in script
+    assert "cdc db upgrade" not in script
+    outbox_db.execute(remedy.encode())
+    assert verify(outbox_db, "public") == []

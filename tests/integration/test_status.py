@@ -150,7 +150,7 @@ def test_another_schema_has_figures_and_consumers_of_its_own(outbox: str, outbox
 
 
 def test_neither_long_types_nor_many_make_the_answer_large(outbox: str, outbox_db: psycopg.Connection) -> None:
-    outbox_db.execute("SELECT publish_change(repeat(chr(97 + n), 1000000), '1') FROM generate_series(0, 9) AS n")
+    outbox_db.execute("SELECT publish_change(repeat(chr(97 + n), 900), '1') FROM generate_series(0, 9) AS n")
     outbox_db.execute("SELECT publish_change('type ' || n, '1') FROM generate_series(1, 600) AS n")
     outbox_db.execute("UPDATE entity_changes SET dead_at = now() WHERE seq = (SELECT min(seq) FROM entity_changes)")
     found = glance(outbox_db, Letters("public"))

@@ -93,6 +93,13 @@ def test_help_loads_neither_the_driver_nor_an_event_loop() -> None:
     assert ended.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("group", ["config", "db", "outbox", "slot", "whatsapp"])
+def test_a_list_of_commands_is_not_cut(group: str, cli: Cli) -> None:
+    _, _, listed = cli(group, "--help").stdout.partition("Commands:")
+    assert listed
+    assert "..." not in listed
+
+
 def test_the_module_is_a_program_as_well() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "cdc", "config", "nosuch"], capture_output=True, text=True, check=False

@@ -1,3 +1,5 @@
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,20 @@ def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default
     assert resolved.sources["slot.name"] == "slot.name in cdc.toml"
     assert resolved.sources["slot.create"] == "default"
     assert resolved.value("slot.name") == "in_file"
+
+
+def test_the_file_in_the_documents_has_every_setting_and_the_defaults(folder: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text("utf-8")
+    [example] = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (folder / "cdc.toml").write_text(example)
+    resolved = _load()
+    written = {name for name, source in resolved.sources.items() if source != "default"} - {"dsn", "handlers"}
+    assert all(resolved.value(name) == SETTINGS[name].default for name in written)
+    document = tomllib.loads(re.sub("^# ", "", example, flags=re.MULTILINE))
+    named = {f"{name}.{leaf}" for name, value in document.items() if isinstance(value, dict) for leaf in value}
+    named |= {name for name, value in document.items() if not isinstance(value, dict)}
+    elsewhere = {"deliver.secret", "deliver.previous_secret"}
+    assert named == {name for name in SETTINGS if not name.startswith("whatsapp.")} - elsewhere
 
 
 EXAMPLES = {

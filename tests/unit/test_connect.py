@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc.connect import CLIENT_TCP, SERVER_TCP, describe, driver_versions, explain, parse
+from cdc.connect import CLIENT_TCP, SERVER_TCP, connect, describe, driver_versions, explain, parse
 from cdc.errors import ConnectError, SchemaError, UsageError
 
 
@@ -70,6 +70,30 @@ def test_no_password_written_into_a_url_ever_shows(password: str) -> None:
     except UsageError:
         return
     assert shown == "host=host dbname=db user=user"
+
+
+@pytest.mark.parametrize(
+    ("dsn", "variables", "told"),
+    [
+        (None, {}, True),
+        ("", {}, True),
+        ("host=db", {}, False),
+        ("service=app", {}, False),
+        (None, {"PGHOST": "db"}, False),
+    ],
+)
+def test_who_names_no_database_is_told_how(
+    dsn: str | None, variables: dict[str, str], told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise psycopg.OperationalError("connection failed: No such file or directory")
+
+    monkeypatch.setattr("cdc.connect.Link.connect", refuse)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectError) as refused:
+        connect(dsn, application_name="test")
+    assert ("CDC_DSN" in refused.value.hint) == told
 
 
 def test_a_place_is_described_with_the_libpq_variables_that_fill_it_in(monkeypatch: pytest.MonkeyPatch) -> None:
