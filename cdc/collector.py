@@ -21,6 +21,7 @@ from cdc.errors import CdcError
 from cdc.metrics import Metrics
 from cdc.model import ChangeState
 from cdc.outbox.letters import Letters
+from cdc.outbox.loaders import read_anything
 from cdc.outbox.store import INDEXED, Store
 from cdc.page import Page
 from cdc.scope import Scope
@@ -125,6 +126,7 @@ class Collector:
                     session={**INDEXED, "statement_timeout": _STATEMENT_TIMEOUT},
                     answer_limit_s=_ANSWER_LIMIT_S,
                 )
+                read_anything(self._connection)
             read(self._connection)
             self._failing.discard(name)
         except (CdcError, psycopg.Error, OSError) as error:

@@ -35,8 +35,9 @@ from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.metrics import Metrics
 from cdc.model import SHARDS, Change, Committed, Processed, Waiting, WakeUp
+from cdc.outbox.loaders import UnreadJson
 from cdc.outbox.shards import Session, without
-from cdc.outbox.store import INDEXED, Store, UnreadJson
+from cdc.outbox.store import INDEXED, Store
 from cdc.reads import Reads
 from cdc.runner import Runner
 from cdc.scope import EVERYTHING, Scope
@@ -254,11 +255,9 @@ class Consumer:
         session = await Session.open(dsn, schema, self._store.process, INDEXED)
         self.careful.begin(session)
         try:
+            session_settings = {**INDEXED, "statement_timeout": "60s"}
             reader = await connect_async(
-                dsn,
-                application_name="cdc: reader",
-                session={**INDEXED, "statement_timeout": "60s"},
-                answer_limit_s=_READ_LIMIT_S,
+                dsn, application_name="cdc: reader", session=session_settings, answer_limit_s=_READ_LIMIT_S
             )
             reader.adapters.register_loader("jsonb", UnreadJson)
             async with reader:
@@ -378,7 +377,7 @@ class Consumer:
         while not self.stopping:
             self._turn("consumer")
             self._read_due.clear()
-            while not self.stopping and await self._reads.once(reader):
+            while not self.stopping and await self._reads.once(reader, session):
                 self._turn("consumer")
                 self._answered()
                 if session.stirred and not self._lanes.settling:

@@ -85,6 +85,10 @@ class Change:
         return f"<Change {self.seq} {self.operation} {self.entity_type} {self.entity_id!r} attempt={self.attempt}>"
 
 
+class UnreadableDocumentError(Exception):
+    """A document that Python cannot read, now or later: a number of thousands of digits, thousands of levels."""
+
+
 class Json(bytes):
     """A document that nobody has read yet. ``old``, ``new`` and ``metadata`` of a change are read when asked for."""
 
@@ -102,7 +106,10 @@ def _read_when_asked(name: str) -> property:
     def read(change: Change) -> Any:
         value = slot.__get__(change)
         if type(value) is Json:
-            value, _ = _scan(value.decode())
+            try:
+                value, _ = _scan(value.decode())
+            except (ValueError, RecursionError) as error:
+                raise UnreadableDocumentError(f"{name!r} cannot be read by Python: {type(error).__name__}") from error
             slot.__set__(change, value)
         return value
 

@@ -27,8 +27,9 @@ from cdc.hooks import where
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import SHARDS, Change, WakeUp
+from cdc.outbox.loaders import UnreadJson
 from cdc.outbox.shards import observe
-from cdc.outbox.store import INDEXED, Store, UnreadJson
+from cdc.outbox.store import INDEXED, Store
 from cdc.paging import Paging
 from cdc.routing import Handler, Router
 from cdc.scope import Scope

@@ -7,9 +7,11 @@ and what ``Intake`` asks for. All of it runs on the event loop; no two reads are
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from math import inf
+from uuid import UUID
 
 import psycopg
 
@@ -17,14 +19,23 @@ from cdc import probe
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.lanes import Lanes, Row
 from cdc.metrics import Metrics
+from cdc.outbox.refused import RefusedReadError
+from cdc.outbox.shards import Session
 from cdc.outbox.store import FIRST_TYPE, Page, Store
 from cdc.paging import Paging
+from cdc.sqlstate import About, about
+
+log = logging.getLogger("cdc.consumer")
 
 _RESUMES_MAX = 20
+_UNMARKED_S = 1.0
+"""Until the next read, where what is refused cannot be made a dead letter now."""
 _REST, _REST_MAX_S = 4, 1.0
 """Between two looks for what is due there is so many times the time that the first one took; up to a limit, for that
 may have been the time that this process was stopped, or the table locked. Found by the ledger: six seconds of SIGSTOP
 in the middle of a look, and no retry was made for 24 more."""
+
+_Kind = Callable[[psycopg.AsyncConnection, int], Awaitable[bool]]
 
 
 class Reads:
@@ -49,8 +60,11 @@ class Reads:
         self._sweep_interval_s = sweep_interval_s
         self._poll_interval_s = poll_interval_s
         self._paging = Paging()
-        self._kinds = deque((self._read_on, self._read_due, self._read_intake))
+        self._kinds = deque[_Kind]((self._read_on, self._read_due, self._read_intake))
         """Who had its turn last stands last."""
+        self._unmarked: set[UUID] = set()
+        """What was refused last and is no dead letter yet."""
+        self._rests_until = 0.0
         self._restart_due = False
         self._next_due_at = self._due_rests_until = self._due_looked_at = 0.0
         self._due_from = FIRST_TYPE
@@ -74,19 +88,64 @@ class Reads:
         if not self._may_read:
             return inf
         now = _now()
+        if now < self._rests_until:
+            return self._rests_until - now
         return min(self._intake.wait_s(now), max(0.0, self._due_at(now) - now))
 
-    async def once(self, reader: psycopg.AsyncConnection) -> bool:
-        """Read once. False: there is nothing to read, or no room for it."""
-        if not self._may_read:
+    async def once(self, reader: psycopg.AsyncConnection, session: Session) -> bool:
+        """Read once. False: there is nothing to read, or no room for it.
+
+        A change that the server refuses to hand over becomes a dead letter, on the session that holds its shard.
+        """
+        if not self._may_read or _now() < self._rests_until:
             return False
-        with self._lanes.reading():
-            for kind in tuple(self._kinds):
-                if await kind(reader, self._rows):
-                    self._kinds.remove(kind)
-                    self._kinds.append(kind)
-                    return True
+        try:
+            with self._lanes.reading():
+                return await self._once(reader)
+        except RefusedReadError as refused:
+            await self._set_aside(reader, session, refused)
+        # Of the read nothing has come in, and what asked for it is forgotten: wake-ups, and keys to be read on.
+        self._intake.lost()
+        self.restart()
+        return True
+
+    async def _once(self, reader: psycopg.AsyncConnection) -> bool:
+        for kind in tuple(self._kinds):
+            try:
+                read = await kind(reader, self._rows)
+            except RefusedReadError:
+                self._had_its_turn(kind)
+                raise
+            if read:
+                self._had_its_turn(kind)
+                return True
         return False
+
+    def _had_its_turn(self, kind: _Kind) -> None:
+        self._kinds.remove(kind)
+        self._kinds.append(kind)
+
+    async def _set_aside(self, reader: psycopg.AsyncConnection, session: Session, read: RefusedReadError) -> None:
+        """Raises the server's error where no change is refused alone."""
+        found = await self._store.refused.find(reader, read)
+        if not found:
+            raise read.error
+        marked = set[UUID]()
+        try:
+            async with session.writing:
+                marked = await self._store.refused.mark(session.connection, found)
+        except psycopg.Error as error:
+            if session.connection.closed or about(error.sqlstate) is About.SESSION:
+                raise
+        for seq, id_, words in found:
+            if id_ in marked:
+                self._metrics.rows_refused.labels("read").inc()
+                log.error("the database refuses to hand over change %d (%s): %s; now a dead letter", seq, id_, words)
+            elif id_ not in self._unmarked:
+                log.warning("change %d (%s) can be neither read nor marked now: %s; trying again", seq, id_, words)
+        self._unmarked = {each.id for each in found} - marked
+        if self._unmarked:
+            self._rests_until = _now() + _UNMARKED_S
 
     @property
     def _may_read(self) -> bool:

@@ -16,6 +16,7 @@ import psycopg
 from cdc import slots
 from cdc.model import ChangeState
 from cdc.outbox.letters import Entry, Letters, Pace, Stats, Wanted
+from cdc.outbox.loaders import read_anything
 from cdc.outbox.shards import Member, members, observers
 from cdc.slot_state import Slot
 
@@ -79,6 +80,7 @@ class Status:
 
 def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
     """Everything, for somebody who asks."""
+    read_anything(connection)
     letters = Letters(schema)
     row = connection.execute("SELECT clock_timestamp(), current_database()").fetchone()
     assert row is not None

@@ -18,7 +18,7 @@ from cdc.frames import Trace, class_name, trace
 from cdc.hooks import Hooks
 from cdc.logs import in_message
 from cdc.metrics import Metrics
-from cdc.model import Change, Dead, Discarded, Outcome, Waiting
+from cdc.model import Change, Dead, Discarded, Outcome, UnreadableDocumentError, Waiting
 from cdc.retry import Policy, delay_s
 from cdc.routing import Handler
 from cdc.transactions import EndedTransactionError, LostTransactionError
@@ -171,9 +171,11 @@ class _Read(NamedTuple):
     discards: bool = False
 
 
-_FINAL = (Reject, ValidationError, EndedTransactionError, TooDeepError, LostTooOftenError)
-"""What does not fit, or is too deep, will be so the next time; what was committed without its mark would be done twice;
-and of what was lost the attempts are used up."""
+_FINAL = (
+    Reject, ValidationError, UnreadableDocumentError, EndedTransactionError, TooDeepError, LostTooOftenError
+)  # fmt: skip
+"""What does not fit, cannot be read, or is too deep, will be so the next time; what was committed without its mark
+would be done twice; and of what was lost the attempts are used up."""
 
 
 _DELIBERATE = (Reject, Retry, ToldError, EndedTransactionError)
@@ -231,7 +233,7 @@ def _kind(error: BaseException) -> str | None:
             return None
         case Reject():
             return "rejected"
-        case ValidationError():
+        case ValidationError() | UnreadableDocumentError():
             return "validation"
     return "exception"
 
@@ -241,7 +243,7 @@ def _told(error: BaseException, found: Trace) -> str:
     match error:
         case ToldError():
             return error.told
-        case EndedTransactionError():
+        case EndedTransactionError() | UnreadableDocumentError():
             return str(error)
         case Reject():
             return "rejected it"
@@ -257,7 +259,7 @@ def _text(handler: Handler, error: BaseException) -> str:
     match error:
         case Reject():
             return f"rejected: {error}"
-        case ToldError() | Retry() | EndedTransactionError():
+        case ToldError() | Retry() | EndedTransactionError() | UnreadableDocumentError():
             return str(error)
         case ValidationError():
             faults = error.errors(include_input=False, include_url=False, include_context=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from cdc.durations import parse_duration
 from cdc.errors import UsageError
 
 if TYPE_CHECKING:
+    from cdc.connect import Connection
     from cdc.outbox.letters import Entry, Found, Link, Stats
 
 _STATES = ("fresh", "blocked", "waiting", "dead", "processed")
@@ -58,7 +60,7 @@ def stats(settings: Settings, as_json: bool) -> None:
     """
     from cdc.outbox.letters import Letters  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    with open_database(settings) as connection:
+    with _opened(settings) as connection:
         found = Letters(settings.schema_).stats(connection)
     if as_json:
         print_json({"schema_name": settings.schema_, **asdict(found)})
@@ -92,7 +94,7 @@ def list_(
 
     wanted = Wanted(entity_type, entity_id, parse_duration(since) if since else None)
     letters = Letters(settings.schema_)
-    with open_database(settings) as connection:
+    with _opened(settings) as connection:
         found = [letters.find(connection, each, wanted, limit) for each in ([state] if state else ["dead", "waiting"])]
     entries = [entry for each in found for entry in each.entries]
     if as_json:
@@ -113,7 +115,7 @@ def show(settings: Settings, name: str, show_payload: bool, as_json: bool) -> No
     from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
 
     reference, letters = parse_reference(name), Letters(settings.schema_)
-    with open_database(settings) as connection:
+    with _opened(settings) as connection:
         entry = letters.show(connection, reference)
         chain = letters.chain(connection, entry)
         fields = _plain(entry) | (letters.payload(connection, entry) if show_payload else {})
@@ -146,12 +148,12 @@ def retry(
         raise UsageError("which changes?", hint="give their IDs, or --all, or --all --type TYPE")
     letters, references = Letters(settings.schema_), [parse_reference(name) for name in names]
     if not everything:
-        with open_database(settings) as connection:
+        with _opened(settings) as connection:
             _report("will be tried now", letters.retry(connection, references), as_json)
         return
     if entity_type is None:
         confirm("retry the dead letters of all types", yes)
-    with open_database(settings) as connection:
+    with _opened(settings) as connection:
         count = letters.retry_all(connection, entity_type)
     if as_json:
         print_json({"retried": count})
@@ -182,7 +184,7 @@ def discard(
         raise UsageError("which changes?", hint="give IDs, as cdc outbox list shows them, or --type TYPE --before TIME")
     if entity_type is not None and before is not None:
         confirm(f"mark every fresh change of {entity_type} from before {before} processed", yes)
-        with open_database(settings) as connection:
+        with _opened(settings) as connection:
             count = sum(Letters(settings.schema_).discard_before(connection, entity_type, before))
         if as_json:
             print_json({"discarded": count})
@@ -190,7 +192,7 @@ def discard(
             say(f"fresh changes that are discarded: {count:,}")
         return
     references = [parse_reference(name) for name in names]
-    with open_database(settings) as connection:
+    with _opened(settings) as connection:
         _report("is discarded", Letters(settings.schema_).discard(connection, references), as_json)
 
 
@@ -207,7 +209,7 @@ def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> 
     from cdc.outbox.retention import COUNT_BOUND, Retention  # noqa: PLC0415 - see stats
 
     older_than_s, retention = parse_duration(older_than), Retention(settings.schema_)
-    with open_database(settings) as connection:
+    with _opened(settings) as connection:
         if dry_run:
             count = retention.prunable(connection, older_than_s)
         else:
@@ -218,6 +220,16 @@ def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> 
     else:
         done = "would be removed" if dry_run else "removed"
         say(f"processed more than {older_than} ago: {count:,}{' or more' if more else ''} {done}")
+
+
+@contextmanager
+def _opened(settings: Settings) -> Iterator[Connection]:
+    """Also for what a consumer cannot read: that is what an operator comes for."""
+    from cdc.outbox.loaders import read_anything  # noqa: PLC0415 - see stats
+
+    with open_database(settings) as connection:
+        read_anything(connection)
+        yield connection
 
 
 def _print_chain(chain: Sequence[Link]) -> None:

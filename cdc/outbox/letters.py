@@ -23,6 +23,7 @@ from psycopg.rows import class_row, dict_row
 from cdc.errors import NotFoundError, RefusedError, UsageError
 from cdc.model import SHARDS, ChangeState
 from cdc.outbox.statements import load
+from cdc.sqlstate import About, about
 
 STATES = {
     "fresh": "find_fresh",
@@ -236,9 +237,17 @@ class Letters:
         return [Link(**{**row, "state": ChangeState(row["state"])}) for row in rows]
 
     def payload(self, connection: psycopg.Connection, entry: Entry) -> dict[str, Any]:
-        """``old``, ``new`` and ``metadata``: the application's data."""
-        with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
-            found = cursor.execute(self._statements["payload"], {"id": entry.id}).fetchone()
+        """``old``, ``new`` and ``metadata``: the application's data. Raises RefusedError where the server does."""
+        try:
+            with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+                found = cursor.execute(self._statements["payload"], {"id": entry.id}).fetchone()
+        except psycopg.Error as error:
+            if about(error.sqlstate) is not About.ROW:
+                raise
+            raise RefusedError(
+                f"the database refuses to hand over the payload of change {entry.seq}: SQLSTATE {error.sqlstate}",
+                hint="without --show-payload all else is shown",
+            ) from error
         if found is None:
             raise _missing([entry.seq])
         return found

@@ -9,11 +9,12 @@ from psycopg import sql
 _NAME = "-- name: "
 
 
-def load(file: str, schema: str) -> dict[str, bytes]:
+def load(file: str, schema: str, *, columns: str | None = None) -> dict[str, bytes]:
     """Name to statement of this file, with the names in braces filled in.
 
     These are ``{changes}``, the table; ``{regclass}``, its name as a literal; ``{shards_regclass}``, the same for the
-    table of owners; and blocks that are expressions, from queries.sql or from further up in the same file.
+    table of owners; and blocks that are expressions, from queries.sql or from further up in the same file. ``columns``:
+    in place of the block of that name.
     """
     names = {
         "changes": table(schema, "entity_changes"),
@@ -22,6 +23,8 @@ def load(file: str, schema: str) -> dict[str, bytes]:
     }
     blocks = _blocks(file)
     everything = {**_blocks("queries.sql"), **blocks}
+    if columns:
+        everything["columns"] = columns
     used = "\n".join(everything.values())
     for name, text in everything.items():
         if f"{{{name}}}" in used:

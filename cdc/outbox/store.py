@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -12,8 +12,6 @@ from uuid import UUID, uuid4
 
 import psycopg
 from psycopg import errors, sql
-from psycopg.adapt import Buffer
-from psycopg.types.json import JsonbBinaryLoader
 
 from cdc import probe
 from cdc.errors import SchemaError
@@ -27,7 +25,6 @@ from cdc.model import (
     Committed,
     Dead,
     Discarded,
-    Json,
     Key,
     Operation,
     Outcome,
@@ -38,6 +35,7 @@ from cdc.model import (
     fast_make,
     read_change,
 )
+from cdc.outbox.refused import RefusedReadError, RefusedRows, rows
 from cdc.outbox.statements import load
 from cdc.passes import Snapshot
 from cdc.scope import EVERYTHING, Scope
@@ -73,18 +71,9 @@ FIRST_TYPE, _LAST_TYPE = -(1 << 63), (1 << 63) - 1
 """Waiting types are gone through in the order of their hashes."""
 TYPES_MAX = 1_000
 """Types that one look for what is due goes through: some 20 ms, however many there are."""
+_NO_CHAIN = "what led to it cannot be read"
 _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
-
-
-class UnreadJson(JsonbBinaryLoader):
-    """For a reader's connection: ``adapters.register_loader("jsonb", UnreadJson)``.
-
-    Most handlers need one document of the three that a change may have, and some need none.
-    """
-
-    def load(self, data: Buffer) -> Json:
-        return Json(data[1:])  # the first byte is the version of the format
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +137,7 @@ class Store:
 
     def __init__(self, schema: str, max_chain_depth: int = 16, scope: Scope = EVERYTHING) -> None:
         self._statements = load("queries.sql", schema)
+        self.refused = RefusedRows(schema)
         self.process = uuid4()
         """Who started a change, or owns a shard: this process, until it ends."""
         self._always = {"process": self.process}
@@ -449,13 +439,16 @@ class Store:
         if not deep:
             return rows
         bound = min(2 * self._max_chain_depth, _CHAIN_MAX)
-        chains = dict(await self._rows(reader, "chains", {"ids": deep, "bound": bound}))
+        try:
+            chains = dict(await self._rows(reader, "chains", {"ids": deep, "bound": bound}))
+        except RefusedReadError:
+            chains = dict.fromkeys(deep, _NO_CHAIN)
         return [row._replace(change=replace(row.change, chain=chains.get(row.change.id))) for row in rows]
 
-    async def _rows(self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]) -> list[Any]:
-        cursor = connection.cursor(binary=True)
-        await cursor.execute(self._statements[name], {**self._always, **parameters})
-        return await cursor.fetchall()
+    def _rows(
+        self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]
+    ) -> Coroutine[Any, Any, list[Any]]:
+        return rows(connection, name, self._statements[name], {**self._always, **parameters})
 
 
 def _array(values: Iterable[int | UUID]) -> str:

@@ -50,7 +50,8 @@ async def _look(store: _Store) -> Reads:
         sweep_interval_s=3600.0, poll_interval_s=3600.0,
     )  # fmt: skip
     reader: Any = None
-    assert await made.once(reader)
+    session: Any = None
+    assert await made.once(reader, session)
     assert store.looks == 1
     return made
 
@@ -80,7 +81,8 @@ async def test_types_beyond_the_first_look_are_looked_at_next_and_what_they_wait
     assert made.wait_s() == 0, "not all types were looked at"
     store.go_on = None
     reader: Any = None
+    session: Any = None
     store.clock = 0.01
-    assert await made.once(reader)
+    assert await made.once(reader, session)
     assert store.starts == [FIRST_TYPE, 7]
     assert made.wait_s() == pytest.approx(0.04), "what the first look found will be due"

@@ -1,0 +1,57 @@
+"""How documents and texts of the outbox become Python's: unread for a consumer, whatever they hold for an operator."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import psycopg
+from psycopg.adapt import Buffer, Loader
+from psycopg.types.json import JsonbBinaryLoader
+
+from cdc.model import Json
+
+_NO_ENCODING = "SQL_ASCII"
+
+
+class UnreadJson(JsonbBinaryLoader):
+    """For a reader's connection: ``adapters.register_loader("jsonb", UnreadJson)``.
+
+    Most handlers need one document of the three that a change may have, and some need none.
+    """
+
+    def load(self, data: Buffer) -> Json:
+        return Json(data[1:])  # the first byte is the version of the format
+
+
+def read_anything(connection: psycopg.Connection[Any]) -> None:
+    """From now on a text may hold any bytes, shown as escapes where they are no UTF-8, and a document anything.
+
+    Only a database without an encoding holds such texts; there the server is told to convert nothing.
+    """
+    connection.adapters.register_loader("jsonb", _AnyJson)
+    if connection.info.parameter_status("server_encoding") == _NO_ENCODING:
+        connection.execute("SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false)")
+        connection.adapters.register_loader("text", _AnyText)
+
+
+class _AnyText(Loader):
+    def load(self, data: Buffer) -> str:
+        return bytes(data).decode("utf-8", "backslashreplace")
+
+
+class _AnyJson(Loader):
+    """A document, or its text where Python cannot read it: numbers of thousands of digits, thousands of levels."""
+
+    def load(self, data: Buffer) -> Any:
+        # As backslashreplace would, with the backslash escaped as JSON has it.
+        text = re.sub(
+            "[\udc80-\udcff]",
+            lambda found: f"\\\\x{ord(found[0]) - 0xDC00:02x}",
+            bytes(data).decode("utf-8", "surrogateescape"),
+        )
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text

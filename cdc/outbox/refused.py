@@ -1,0 +1,114 @@
+"""Reads that the server refuses because of one row: which one it is, and how it becomes a dead letter unread.
+
+The server converts each value when it hands it over, and refuses the whole statement where one does not fit: a byte
+that is no UTF-8 in a database without an encoding, a document whose text is longer than 1 GB, a damaged value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import psycopg
+
+from cdc.outbox.statements import load
+from cdc.sqlstate import About, about
+
+_READS = {"fetch", "fetch_some", "sweep", "sweep_some", "resume", "due", "chains"}
+_WORDS_MAX = 500
+_NUMBERS = """
+coalesce(pg_column_size(c.old_data), 0) + coalesce(pg_column_size(c.new_data), 0)
+  + coalesce(pg_column_size(c.metadata), 0), c.seq, c.id
+"""
+"""What is read of changes of which nothing may be converted. The size is that of the stored form, and costs nothing."""
+
+
+class RefusedReadError(psycopg.DataError):
+    """``error`` is the server's, about a row that the statement ``name`` would have returned."""
+
+    def __init__(self, name: str, parameters: Mapping[str, Any], error: psycopg.Error) -> None:
+        super().__init__(_words(error))
+        self.name = name
+        self.parameters = parameters
+        self.error = error
+
+
+class Refused(NamedTuple):
+    """A change that is refused also when it is read alone. ``words``: the server's, in ASCII."""
+
+    seq: int
+    id: UUID
+    words: str
+
+
+async def rows(
+    connection: psycopg.AsyncConnection, name: str, statement: bytes, parameters: Mapping[str, Any]
+) -> list[Any]:
+    """What the statement returns. Raises RefusedReadError where it reads changes and one of them is refused."""
+    try:
+        cursor = connection.cursor(binary=True)
+        await cursor.execute(statement, parameters)
+        return await cursor.fetchall()
+    except psycopg.Error as error:
+        if name in _READS and _is_about_a_row(error):
+            raise RefusedReadError(name, parameters, error) from error
+        raise
+
+
+class RefusedRows:
+    """The statements for it, for the outbox in ``schema``."""
+
+    def __init__(self, schema: str) -> None:
+        self._numbers = load("queries.sql", schema, columns=_NUMBERS)
+        self._statements = load("refused.sql", schema)
+
+    async def find(self, reader: psycopg.AsyncConnection, read: RefusedReadError) -> list[Refused]:
+        """Those of the read that are refused alone. Raises what is not about a row."""
+        cursor = await reader.execute(self._numbers[read.name], read.parameters, binary=True)
+        records = [record[-3:] for record in await cursor.fetchall() if record[-1] is not None]
+        found = {id_: seq for _, seq, id_ in sorted(records, key=lambda record: record[0])}
+        alone = await self._halve(reader, list(found), read.parameters, fails=True)
+        return [Refused(found[id_], id_, words) for id_, words in alone.items()]
+
+    async def mark(self, session: psycopg.AsyncConnection, refused: Sequence[Refused]) -> set[UUID]:
+        """Make them dead letters, on the session that holds their shards. Returns those that are now."""
+        parameters = {
+            "ids": [each.id for each in refused],
+            "errors": [f"the database refuses to hand it over: {each.words}" for each in refused],
+        }
+        return {id_ for (id_,) in await (await session.execute(self._statements["mark"], parameters)).fetchall()}
+
+    async def _halve(
+        self, reader: psycopg.AsyncConnection, ids: Sequence[UUID], parameters: Mapping[str, Any], *, fails: bool
+    ) -> dict[UUID, str]:
+        """``ids``: the largest last. ``fails``: so it seems, and only of one alone it has to be certain.
+
+        To read a document of hundreds of MB in vain takes half a minute: done so, that is once.
+        """
+        if not ids:
+            return {}
+        if len(ids) == 1 or not fails:
+            try:
+                cursor = await reader.execute(self._statements["read"], {**parameters, "ids": ids}, binary=True)
+                await cursor.fetchall()
+            except psycopg.Error as error:
+                if not _is_about_a_row(error):
+                    raise
+                if len(ids) == 1:
+                    return {ids[0]: _words(error)}
+            else:
+                return {}
+        half = len(ids) // 2
+        first = await self._halve(reader, ids[:half], parameters, fails=False)
+        return first | await self._halve(reader, ids[half:], parameters, fails=not first)
+
+
+def _is_about_a_row(error: psycopg.Error) -> bool:
+    """Without an SQLSTATE a DataError is the driver's: a value that Python does not have."""
+    return isinstance(error, psycopg.DataError) or about(error.sqlstate) is About.ROW
+
+
+def _words(error: psycopg.Error) -> str:
+    words = f"{error.diag.message_primary or error} [{error.sqlstate or type(error).__name__}]"
+    return words.replace("\0", "").encode("ascii", "backslashreplace").decode()[:_WORDS_MAX]
