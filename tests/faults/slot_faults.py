@@ -18,6 +18,7 @@ import psycopg
 from psycopg import errors, sql
 
 from cdc.errors import StreamError
+from cdc.lsn import Lsn
 from cdc.model import PLUGINS, message_prefix
 from cdc.refusals import Reason
 from cdc.throwaway import Server
@@ -125,7 +126,7 @@ def _slot_held(stage: Stage) -> Iterator[None]:
 def _seized(stage: Stage, stranger: Session) -> bool:
     stage.end_stream()
     with contextlib.suppress(StreamError):
-        stranger.start(plugins("public")[stage.plugin])
+        stranger.start(plugins("public")[stage.plugin], Lsn(0))
         return True
     return False
 

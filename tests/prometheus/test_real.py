@@ -151,6 +151,11 @@ def test_every_panel_shows_something(scene: Scene) -> None:
     assert len(queries) == len(list(panel_queries())), "two panels share a title"
 
 
+def test_changes_that_no_handler_wants(scene: Scene) -> None:
+    scene.publish("well", "nobody's")
+    scene.fires("CdcChangesUnhandled", job="well")
+
+
 def test_an_application_that_does_not_run(scene: Scene) -> None:
     scene.publish("lonely", "order")
     scene.fires("CdcApplicationAway", job="lonely")
@@ -173,7 +178,7 @@ def test_a_table_that_is_locked_blinds_the_collector(scene: Scene) -> None:
 def test_an_outbox_that_is_written_without_ringing_is_deaf(scene: Scene) -> None:
     def insert() -> None:
         scene.dbs["deaf"].execute(
-            "INSERT INTO entity_changes (table_name, operation, entity_id) VALUES ('x', 'INSERT', 'by hand')"
+            "INSERT INTO entity_changes (table_name, operation, entity_id) VALUES ('good', 'INSERT', 'by hand')"
         )
 
     scene.fires("CdcDoorbellDeaf", insert, job="deaf")
