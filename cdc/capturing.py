@@ -32,6 +32,9 @@ class CaptureFunction:
     name: str
     owner: str
     owner_is_superuser: bool
+    owns_outbox: bool
+    others: tuple[str, ...]
+    """Who owns a captured table, or a type in one, and is neither a superuser nor this owner."""
     security_definer: bool
     settings: tuple[str, ...]
     public_may_call: bool
@@ -43,7 +46,17 @@ class CaptureFunction:
 # What the function does: it writes these columns, returns those, and sends a message.
 _FUNCTION = """
 SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
-  r.rolname::text AS owner, r.rolsuper AS owner_is_superuser, p.prosecdef AS security_definer,
+  r.rolname::text AS owner, r.rolsuper AS owner_is_superuser,
+  coalesce(c.relowner = p.proowner, false) AS owns_outbox,
+  ARRAY(
+    SELECT DISTINCT o.rolname::text
+    FROM pg_catalog.pg_trigger AS t
+    JOIN pg_catalog.pg_class AS s ON s.oid = t.tgrelid
+    JOIN pg_catalog.pg_attribute AS a ON a.attrelid = s.oid AND a.attnum > 0 AND NOT a.attisdropped
+    JOIN pg_catalog.pg_type AS y ON y.oid = a.atttypid
+    JOIN pg_catalog.pg_roles AS o ON o.oid IN (s.relowner, y.typowner)
+    WHERE t.tgfoid = p.oid AND NOT o.rolsuper AND o.oid <> p.proowner ORDER BY 1
+  ) AS others, p.prosecdef AS security_definer,
   coalesce(p.proconfig, '{}') AS settings, pg_catalog.strpos(p.prosrc, '''columns''') > 0 AS knows_columns,
   EXISTS (SELECT FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) AS a
           WHERE a.grantee = 0::oid AND a.privilege_type = 'EXECUTE') AS public_may_call,
@@ -57,13 +70,17 @@ SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
     ) THEN 'INSERT on entity_changes' END,
     CASE WHEN EXISTS (
       SELECT FROM pg_catalog.pg_attribute AS a
-      WHERE a.attrelid = c.oid AND a.attname = ANY ('{seq,shard,processed}'::name[])
+      WHERE a.attrelid = c.oid AND a.attname = ANY ('{seq,shard}'::name[])
         AND NOT pg_catalog.has_column_privilege(p.proowner, c.oid, a.attnum, 'SELECT')
-    ) THEN 'SELECT (seq, shard, processed) on entity_changes' END,
+    ) THEN 'SELECT (seq, shard) on entity_changes' END,
     (SELECT 'EXECUTE on ' || m.oid::regprocedure::text FROM pg_catalog.pg_proc AS m
      WHERE m.pronamespace = 'pg_catalog'::regnamespace AND m.proname = 'pg_logical_emit_message'
        AND m.proargtypes[2] = 'pg_catalog.text'::regtype
-       AND NOT pg_catalog.has_function_privilege(p.proowner, m.oid, 'EXECUTE'))
+       AND NOT pg_catalog.has_function_privilege(p.proowner, m.oid, 'EXECUTE')),
+    CASE WHEN c.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
+        AND (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, c.relowner, 'USAGE'))
+        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l WHERE l.polrelid = c.oid AND l.polcmd IN ('a', '*'))
+      THEN 'BYPASSRLS, since row level security is on' END
   ], NULL) AS lacks
 FROM pg_catalog.pg_proc AS p
 JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
@@ -228,7 +245,8 @@ def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunc
             f"schema {schema} has no capture_entity_change()", hint="run `cdc db install`, or look into --schema"
         )
     [row] = rows
-    return CaptureFunction(**{**row, "settings": tuple(row["settings"]), "lacks": tuple(row["lacks"])})
+    return CaptureFunction(**{**row, "settings": tuple(row["settings"]), "lacks": tuple(row["lacks"]),
+                              "others": tuple(row["others"])})  # fmt: skip
 
 
 Spell = Callable[[psycopg.Connection, Collection[int]], Mapping[int, str]]

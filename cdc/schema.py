@@ -23,7 +23,7 @@ from pathlib import Path
 import psycopg
 from psycopg import errors, sql
 
-from cdc import catalogs, probe
+from cdc import capture_role, catalogs, probe
 from cdc.catalogs import Finding
 from cdc.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.model import message_prefix, publication_name, trigger_name
@@ -39,6 +39,7 @@ _DOLLAR_QUOTE = "$cdc$"
 _IDENTIFIER_BYTES = 63
 
 _OWNERSHIP = "ownership.sql"
+_CAPTURE_ROLE = "capture_role.sql"
 _PROCESSOR = "processor.sql"
 _PROCESSOR_FUNCTIONS = ("processor_marks", "processor_notify")
 _PROCESSOR_INDEX = "idx_entity_changes_unprocessed"
@@ -162,6 +163,7 @@ def install(
         _run(connection, _script(_OWNERSHIP), schema)
         missing = pending(connection, schema, sets)
         _apply(connection, missing, schema)
+        _run(connection, _script(_CAPTURE_ROLE), schema)
         if keep_processor:
             _run(connection, _script(_PROCESSOR), schema)
         return missing
@@ -199,6 +201,7 @@ def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration
         findings = verify(connection, schema)
         if findings:
             _apply(connection, migrations(), schema)
+        _run(connection, _script(_CAPTURE_ROLE), schema)
         left = verify(connection, schema) if findings else []
         return missing, [finding for finding in findings if finding not in left]
 
@@ -282,6 +285,7 @@ def print_sql(
     parts = [opening, *act_as, render(_script(_OWNERSHIP), schema), render(_CREATE_LEDGER, schema)]
     for migration in steps:
         parts += [f"\n-- {migration}\n", render(migration.template + migration.record, schema)]
+    parts += ["", render(_script(_CAPTURE_ROLE), schema)]
     if keep_processor:
         parts += ["", render(_script(_PROCESSOR), schema)]
     return "\n".join([*parts, "COMMIT;\n"])
@@ -303,7 +307,9 @@ def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocesse
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(outbox))
         if not discard_unprocessed:
             _refuse_unprocessed(connection, outbox)
-        return dropped + _drop_objects(connection, schema)
+        role = capture_role.of(connection, schema)
+        dropped += _drop_objects(connection, schema)
+        return dropped + capture_role.drop(connection, schema, role)
 
 
 def _drop_triggers(connection: psycopg.Connection, schema: str) -> list[str]:

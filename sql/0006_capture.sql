@@ -80,7 +80,7 @@ REVOKE ALL ON FUNCTION @schema@.captured_row(record, oid, text[]) FROM PUBLIC;
 --
 -- It runs with its owner's rights and its own search_path, so that a writer of the application's table needs no right
 -- on the outbox and cannot slip in functions or operators of its own; but the types of the table's columns may bring casts
--- to json, which are called here. So the owner should be a role that may do little else.
+-- to json, which are called here. So the owner is a role that may do little else: capture_role.sql.
 -- The other settings make one row the same JSON, and one key the same text, whatever the writer's session has set: they
 -- are all that any output function of PostgreSQL looks at. extra_float_digits at 0 would even lose digits.
 CREATE OR REPLACE FUNCTION @schema@.capture_entity_change() RETURNS trigger

@@ -16,6 +16,11 @@ BEGIN
     SELECT m.roleid FROM self JOIN pg_catalog.pg_auth_members AS m ON m.member = self.role
   ), trusted (role) AS (
     SELECT role FROM self UNION SELECT r.oid FROM pg_catalog.pg_roles AS r WHERE r.rolsuper
+    -- That of the functions that capture, unless somebody else may act as it.
+    UNION SELECT r.oid FROM pg_catalog.pg_roles AS r
+    WHERE r.rolname LIKE 'cdc\_capture\_%' AND NOT r.rolcanlogin AND NOT EXISTS (
+      SELECT FROM pg_catalog.pg_auth_members AS m JOIN pg_catalog.pg_roles AS acting ON acting.oid = m.member
+      WHERE m.roleid = r.oid AND NOT acting.rolsuper AND m.member NOT IN (SELECT role FROM self))
   ), relation (oid, name, owner) AS (
     SELECT c.oid, c.oid::regclass::text, c.relowner
     FROM pg_catalog.pg_class AS c

@@ -99,12 +99,18 @@ WITH
       CASE WHEN r.relforcerowsecurity THEN 'on, also for the owner' WHEN r.relrowsecurity THEN 'on' ELSE 'off' END
     FROM relation AS r WHERE r.kind = 'table'
     UNION ALL
-    -- Of a fresh installation all have one owner. The sequence always has that of its table.
+    -- Of a fresh installation all have one owner, unless those that capture have a role of their own. The sequence always
+    -- has that of its table.
     SELECT 12, 'owner of ' || whole.name,
       CASE WHEN whole.owner = (SELECT r.relowner FROM relation AS r WHERE r.relname = 'entity_changes')
+             OR whole.captures AND EXISTS (
+               SELECT FROM pg_catalog.pg_roles AS o WHERE o.oid = whole.owner AND o.rolname LIKE 'cdc\_capture\_%%'
+                 AND NOT o.rolcanlogin AND NOT o.rolsuper)
            THEN 'that of entity_changes' ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(whole.owner)) END
-    FROM (SELECT kind || ' ' || relname, relowner FROM relation WHERE kind IN ('table', 'view')
-          UNION ALL SELECT 'function ' || callable.name, proowner FROM callable) AS whole (name, owner)
+    FROM (SELECT kind || ' ' || relname, relowner, false FROM relation WHERE kind IN ('table', 'view')
+          UNION ALL SELECT 'function ' || callable.name, proowner,
+            proname IN ('bounded_text', 'captured_row', 'capture_entity_change', 'publish_change')
+          FROM callable) AS whole (name, owner, captures)
     UNION ALL
     SELECT 13, pg_catalog.format('trigger %%s of %%s %%s', t.tgname, r.kind, r.relname),
       pg_catalog.concat_ws(' ', pg_catalog.pg_get_triggerdef(t.oid), CASE t.tgenabled WHEN 'O' THEN NULL ELSE t.tgenabled END)

@@ -179,7 +179,10 @@ class Installed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureFunction:
-    """``lacks``: what its owner may not do and has to, if it runs with the owner's rights."""
+    """``lacks``: what its owner may not do and has to, if it runs with the owner's rights.
+
+    ``others``: who owns captured tables, or types in them, and is neither a superuser nor this owner.
+    """
 
     name: str
     owner: str
@@ -187,6 +190,8 @@ class CaptureFunction:
     security_definer: bool
     settings: tuple[str, ...]
     public_may_call: bool
+    owns_outbox: bool = False
+    others: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
 
 

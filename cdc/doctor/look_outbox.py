@@ -200,6 +200,8 @@ def capture(connection: psycopg.Connection, name: str) -> CaptureFunction:
         name=found.name,
         owner=found.owner,
         owner_is_superuser=found.owner_is_superuser,
+        owns_outbox=found.owns_outbox,
+        others=found.others,
         security_definer=found.security_definer,
         settings=found.settings,
         public_may_call=found.public_may_call,

@@ -26,6 +26,10 @@ _DEAD_RATIO = 1.0
 _DEAD_ROWS = 10_000
 _SHOWN = 5
 DEFAULT_SLOT = "cdc"
+_OWN_ROLE = (
+    "cdc db upgrade, as a role that may create roles, gives it a role of its own: see Roles and grants in"
+    " docs/operations.md"
+)
 
 
 def schema(seen: Installed) -> Finding:
@@ -83,11 +87,15 @@ def capture_function(seen: CaptureFunction) -> Finding:
     if problems:
         revoke = (f"REVOKE ALL ON FUNCTION {seen.name} FROM PUBLIC;",) if seen.public_may_call else ()
         return fail("; ".join(problems), "cdc db upgrade", *revoke)
-    if seen.owner_is_superuser:
-        return warn(
-            f"it runs with the rights of {seen.owner}, a superuser",
-            "give the outbox an owner of its own: see Roles and grants in docs/operations.md",
+    if seen.owner_is_superuser and seen.others:
+        return fail(
+            f"it runs with the rights of {seen.owner}, a superuser, and calls casts that owners of captured tables and"
+            f" types may make: {', '.join(seen.others[:_SHOWN])}",
+            _OWN_ROLE,
         )
+    if seen.owner_is_superuser or seen.owns_outbox:
+        what = "a superuser" if seen.owner_is_superuser else "which also owns the outbox"
+        return warn(f"it runs with the rights of {seen.owner}, {what}", _OWN_ROLE)
     return ok(f"it runs with the rights of {seen.owner}")
 
 

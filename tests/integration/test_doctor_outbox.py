@@ -55,27 +55,24 @@ def test_what_nobody_could_look_at_is_unknown_and_no_good_end(shop: str, db: psy
 @pytest.mark.parametrize(
     ("broken", "lacking"),
     [
-        ("ALTER TABLE entity_changes OWNER TO {role}", "INSERT on entity_changes"),
-        ("REVOKE INSERT ON entity_changes FROM {owner}", "INSERT on entity_changes"),
-        ("REVOKE SELECT ON entity_changes FROM {owner}", "SELECT (seq, shard, processed)"),
-        ("REVOKE USAGE ON SCHEMA public FROM PUBLIC, {owner}", "USAGE on the schema"),
-        ("REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text) FROM PUBLIC, {owner}",
+        ("REVOKE ALL ON entity_changes FROM {captures}", "INSERT on entity_changes"),
+        ("REVOKE INSERT (entity_id) ON entity_changes FROM {captures}", "INSERT on entity_changes"),
+        ("ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY", "BYPASSRLS"),
+        ("REVOKE SELECT (seq) ON entity_changes FROM {captures}", "SELECT (seq, shard)"),
+        ("REVOKE USAGE ON SCHEMA public FROM PUBLIC, {owner} CASCADE", "USAGE on the schema"),
+        ("REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text) FROM PUBLIC, {captures}",
          "EXECUTE on pg_logical_emit_message(boolean,text,text)"),
     ],
 )  # fmt: skip
 def test_an_owner_of_the_function_that_may_not_write_the_outbox_fails(
-    shop: str, db: psycopg.Connection, role: str, broken: str, lacking: str
+    shop: str, db: psycopg.Connection, broken: str, lacking: str
 ) -> None:
-    owner = f"{db.info.dbname}_owner"
-    db.execute(sql.SQL("GRANT ALL ON SCHEMA public TO {}").format(sql.Identifier(role)))
-    db.execute(sql.SQL(broken).format(role=sql.Identifier(role), owner=sql.Identifier(owner)))
-    try:
-        found = findings(shop, "--no-stream")["capture-function"]
-        assert (found["verdict"], lacking in found["detail"]) == ("fail", True), found
-        with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            db.execute("INSERT INTO tasks VALUES (1)")
-    finally:
-        db.execute(sql.SQL("ALTER TABLE entity_changes OWNER TO {}").format(sql.Identifier(owner)))
+    captures = sql.Identifier(f"cdc_capture_{db.info.dbname}_public")
+    db.execute(sql.SQL(broken).format(captures=captures, owner=sql.Identifier(f"{db.info.dbname}_owner")))
+    found = findings(shop, "--no-stream")["capture-function"]
+    assert (found["verdict"], lacking in found["detail"]) == ("fail", True), found
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        db.execute("INSERT INTO tasks VALUES (1)")
 
 
 def test_who_may_send_messages_is_told_and_the_script_leaves_it_to_those_who_have_to(
@@ -84,10 +81,10 @@ def test_who_may_send_messages_is_told_and_the_script_leaves_it_to_those_who_hav
     db.execute(sql.SQL("ALTER ROLE {} REPLICATION").format(sql.Identifier(role)))
     shout = "SELECT pg_logical_emit_message(false, 'x', {})"
     messages = "SELECT oid::regprocedure::text FROM pg_proc WHERE proname = 'pg_logical_emit_message'"
-    owner = sql.Identifier(f"{db.info.dbname}_owner")
+    captures = f"cdc_capture_{db.info.dbname}_public"
     opened = sql.SQL("GRANT EXECUTE ON FUNCTION {0} TO PUBLIC; REVOKE EXECUTE ON FUNCTION {0} FROM {1}")
     for (message,) in db.execute(messages).fetchall():
-        db.execute(opened.format(sql.SQL(message), owner))
+        db.execute(opened.format(sql.SQL(message), sql.Identifier(captures)))
     weak = make_conninfo(shop, user=role)
     assert findings(weak)["message-senders"]["verdict"] == "warn"
     apply(shop, run(shop, "--no-stream", "--fix").stdout)
@@ -98,7 +95,7 @@ def test_who_may_send_messages_is_told_and_the_script_leaves_it_to_those_who_hav
                 connection.execute(shout.format(value))
     found = findings(weak)
     assert found["message-senders"]["verdict"] == "ok"
-    assert f"{db.info.dbname}_owner" in found["message-senders"]["detail"]
+    assert captures in found["message-senders"]["detail"]
     # Without the right itself, the doctor says what it could prove.
     assert (found["plugin"]["verdict"], "may not send it a message" in found["plugin"]["detail"]) == ("ok", True)
 

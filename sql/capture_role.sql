@@ -1,0 +1,117 @@
+-- Not a migration: gives the functions that capture to a role of their own. It runs after the migrations, each time.
+--
+-- They run with their owner's rights, and call casts to json that the owners of tables and types have made. So their owner
+-- owns nothing else, and may do what they do and no more. The owner of the outbox is a member of it, so that it may
+-- replace them. Who may not make such a role goes on without it, and is warned.
+DO $cdc$
+DECLARE
+  v_schema CONSTANT name := @schema_literal@;
+  v_outbox CONSTANT regclass := pg_catalog.format('%I.entity_changes', v_schema)::regclass;
+  v_functions CONSTANT text[] := ARRAY[
+    'bounded_text(text)', 'captured_row(record, oid, text[])', 'capture_entity_change()',
+    'publish_change(text, text, text, jsonb, jsonb, jsonb)'];
+  v_written CONSTANT text[] := '{table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,
+    metadata, caused_by, depth, processed, processed_at, last_error}';
+  v_returned CONSTANT text[] := '{seq, shard}';
+  v_role text := 'cdc_capture_' || pg_catalog.current_database() || '_' || v_schema;
+  v_owner name;
+  v_present name;
+  v_rows_hidden boolean;
+  v_create boolean;
+  v_emit regprocedure;
+  v_function text;
+BEGIN
+  -- An identifier has 63 bytes.
+  IF pg_catalog.octet_length(v_role) > 63 THEN
+    v_role := 'cdc_capture_' || pg_catalog.left(pg_catalog.encode(pg_catalog.sha256(
+      pg_catalog.convert_to(v_role, pg_catalog.getdatabaseencoding())), 'hex'), 32);
+  END IF;
+  SELECT pg_catalog.pg_get_userbyid(relowner), relrowsecurity INTO v_owner, v_rows_hidden
+  FROM pg_catalog.pg_class WHERE oid = v_outbox;
+  SELECT pg_catalog.pg_get_userbyid(proowner) INTO v_present FROM pg_catalog.pg_proc
+  WHERE oid = pg_catalog.format('%I.capture_entity_change()', v_schema)::regprocedure;
+  -- The database or the schema may have been renamed since.
+  IF v_present LIKE 'cdc\_capture\_%' AND v_present <> v_owner THEN
+    v_role := v_present;
+  END IF;
+
+  BEGIN
+    IF v_rows_hidden THEN
+      RAISE EXCEPTION 'row level security is on for it, and goes for all but its owner' USING ERRCODE = '42501';
+    END IF;
+    IF pg_catalog.to_regrole(pg_catalog.quote_ident(v_role)) IS NULL THEN
+      EXECUTE pg_catalog.format('CREATE ROLE %I NOLOGIN', v_role);
+    ELSIF EXISTS (
+      SELECT FROM pg_catalog.pg_roles AS r WHERE r.rolname = v_role AND (
+        r.rolsuper OR r.rolcanlogin OR r.rolcreaterole OR r.rolcreatedb OR r.rolreplication OR r.rolbypassrls
+        OR EXISTS (SELECT FROM pg_catalog.pg_auth_members AS m WHERE m.member = r.oid)
+        -- Two databases and schemas may spell one name; and whatever it has elsewhere, these functions would have.
+        OR v_role <> v_present AND EXISTS (
+          SELECT FROM pg_catalog.pg_shdepend AS d WHERE d.refclassid = 'pg_catalog.pg_authid'::regclass
+            AND d.refobjid = r.oid AND d.deptype = 'o')))
+    THEN
+      RAISE EXCEPTION 'the role % may do more than capture', v_role USING ERRCODE = '42501';
+    END IF;
+    IF NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = v_owner)
+      AND NOT pg_catalog.pg_has_role(v_owner, v_role, 'USAGE')
+    THEN
+      EXECUTE pg_catalog.format('GRANT %I TO %I', v_role, v_owner);
+    END IF;
+
+    -- Exactly these: neither more nor fewer, and none on the whole table.
+    IF EXISTS (
+      SELECT FROM pg_catalog.pg_class AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) AS a
+      WHERE c.oid = v_outbox AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
+    ) OR (
+      SELECT pg_catalog.count(*) <> pg_catalog.cardinality(v_written || v_returned) OR NOT pg_catalog.bool_and(
+        a.privilege_type = 'INSERT' AND c.attname = ANY (v_written)
+        OR a.privilege_type = 'SELECT' AND c.attname = ANY (v_returned))
+      FROM pg_catalog.pg_attribute AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) AS a
+      WHERE c.attrelid = v_outbox AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
+    ) THEN
+      EXECUTE pg_catalog.format('REVOKE ALL ON TABLE %s FROM %I', v_outbox, v_role);
+      EXECUTE pg_catalog.format('GRANT INSERT (%s), SELECT (%s) ON TABLE %s TO %I',
+        pg_catalog.array_to_string(v_written, ', '), pg_catalog.array_to_string(v_returned, ', '), v_outbox, v_role);
+    END IF;
+    -- Its own, where it can be granted: what PUBLIC has may be taken away.
+    IF NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'USAGE')
+      OR pg_catalog.has_schema_privilege(v_schema, 'USAGE WITH GRANT OPTION') AND NOT EXISTS (
+        SELECT FROM pg_catalog.pg_namespace AS n CROSS JOIN LATERAL pg_catalog.aclexplode(n.nspacl) AS a
+        WHERE n.nspname = v_schema AND a.grantee = pg_catalog.quote_ident(v_role)::regrole AND a.privilege_type = 'USAGE')
+    THEN
+      EXECUTE pg_catalog.format('GRANT USAGE ON SCHEMA %I TO %I', v_schema, v_role);
+    END IF;
+    SELECT oid INTO v_emit FROM pg_catalog.pg_proc
+    WHERE pronamespace = 'pg_catalog'::regnamespace AND proname = 'pg_logical_emit_message'
+      AND proargtypes[2] = 'pg_catalog.text'::regtype;
+    IF NOT pg_catalog.has_function_privilege(v_role, v_emit, 'EXECUTE') THEN
+      EXECUTE pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', v_emit, v_role);
+    END IF;
+    -- A GRANT of what one may not grant is a warning only.
+    IF NOT pg_catalog.has_function_privilege(v_role, v_emit, 'EXECUTE')
+      OR NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'USAGE')
+    THEN
+      RAISE EXCEPTION 'USAGE on schema % or EXECUTE on % cannot be granted', v_schema, v_emit USING ERRCODE = '42501';
+    END IF;
+
+    -- Whom a function is given to has to have CREATE on its schema at that moment, unless a superuser gives it.
+    v_create := v_role <> v_present AND NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'CREATE')
+      AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user);
+    IF v_create THEN
+      EXECUTE pg_catalog.format('GRANT CREATE ON SCHEMA %I TO %I', v_schema, v_role);
+    END IF;
+    FOREACH v_function IN ARRAY v_functions LOOP
+      EXECUTE pg_catalog.format('ALTER FUNCTION %I.%s OWNER TO %I', v_schema, v_function, v_role);
+    END LOOP;
+    IF v_create THEN
+      EXECUTE pg_catalog.format('REVOKE CREATE ON SCHEMA %I FROM %I', v_schema, v_role);
+    END IF;
+  EXCEPTION WHEN insufficient_privilege THEN
+    RAISE WARNING 'the functions that capture run with the rights of %, not of a role of their own: %',
+        pg_catalog.quote_ident(v_present), SQLERRM
+      USING HINT = pg_catalog.format(
+        'have an administrator run: CREATE ROLE %1$I NOLOGIN; GRANT %1$I TO %2$I; then run cdc db upgrade as %2$I',
+        v_role, v_owner);
+  END;
+END
+$cdc$;

@@ -1,0 +1,225 @@
+"""The functions that capture have a role of their own, so that code which capturing calls can do next to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import psycopg
+import pytest
+from psycopg import errors, sql
+from psycopg.conninfo import make_conninfo
+
+from cdc import grants, schema, tracking
+from cdc.doctor import look_outbox
+from cdc.doctor import outbox as checks
+from cdc.doctor.findings import Verdict
+
+Make = Callable[..., str]
+
+
+@pytest.fixture
+def make(db: psycopg.Connection) -> Iterator[Make]:
+    """Makes a role, which owns a schema of its name."""
+    made: list[sql.Identifier] = []
+
+    def new(name: str, attributes: str = "LOGIN") -> str:
+        role = f"{name}_{db.info.dbname}"
+        made.append(sql.Identifier(role))
+        db.execute(sql.SQL("CREATE ROLE {} {}").format(made[-1], sql.SQL(attributes)))
+        db.execute(sql.SQL("CREATE SCHEMA {0} AUTHORIZATION {0}").format(made[-1]))
+        db.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO PUBLIC").format(made[-1]))
+        return role
+
+    yield new
+    for role in made:
+        db.execute(sql.SQL("DROP OWNED BY {} CASCADE").format(role))
+    for role in made:
+        db.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
+def act(db: psycopg.Connection, role: str, statement: str) -> None:
+    """As the role, in a session that begins as it: a definer's session user counts too."""
+    with psycopg.connect(make_conninfo(db.info.dsn, user=role), autocommit=True) as session:
+        session.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(role)))
+        session.execute(statement.encode())
+
+
+def owner_of(db: psycopg.Connection, function: str, namespace: str = "public") -> str:
+    [(owner,)] = db.execute(
+        "SELECT proowner::regrole::text FROM pg_proc WHERE pronamespace = %s::regnamespace AND proname = %s",
+        [namespace, function],
+    ).fetchall()
+    return str(owner).strip('"')
+
+
+_ATTACKS = {
+    "read": "INSERT INTO {evil}.loot SELECT new_data::text FROM public.entity_changes",
+    "delete": "DELETE FROM public.entity_changes",
+    "mark": "UPDATE public.entity_changes SET processed = true, processed_at = now()",
+    "truncate": "TRUNCATE public.entity_changes",
+    "grant": "GRANT ALL ON public.entity_changes TO {evil}",
+    "hang a trigger": "CREATE RULE r AS ON INSERT TO public.entity_changes DO NOTHING",
+    "become a superuser": "ALTER ROLE {evil} SUPERUSER",
+    "make a function": "CREATE FUNCTION public.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    "join the owner": "GRANT {owner} TO {evil}",
+    "act as the owner": "SET ROLE {owner}",
+}
+_TYPES = {
+    "an enum": "{evil}.mood",
+    "an array": "{evil}.mood[]",
+    "a composite": "{evil}.pair",
+    "a domain": "{evil}.kind",
+    "a range": "{evil}.span",
+}
+_VALUES = {"an enum": "'x'", "an array": "'{x}'", "a composite": "'(x,1)'", "a domain": "'x'", "a range": "'[x,y]'"}
+
+
+@pytest.mark.parametrize("owned", ["by a superuser", "by a role of its own"])
+@pytest.mark.parametrize("kind", _TYPES)
+def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
+    db: psycopg.Connection, make: Make, owned: str, kind: str
+) -> None:
+    evil, victim, owner = make("evil"), make("victim"), make("owner", "NOLOGIN CREATEROLE")
+    db.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {} WITH GRANT OPTION").format(sql.Identifier(owner)))
+    db.execute("GRANT USAGE ON SCHEMA public TO PUBLIC")
+    if owned == "by a role of its own":
+        db.execute(sql.SQL("GRANT USAGE ON SCHEMA public TO {} WITH GRANT OPTION").format(sql.Identifier(owner)))
+        db.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(owner)))
+    schema.install(db, "public")
+    db.execute("RESET ROLE")
+    assert owner_of(db, "capture_entity_change").startswith("cdc_capture_")
+    db.execute("SELECT public.publish_change('patient', '1', new_data => '{\"secret\": 1}')")
+
+    # The type belongs to one, the table and its trigger to another, who also writes.
+    act(db, evil, """
+        CREATE TABLE loot (what text); CREATE TABLE tried (what text, sqlstate text);
+        GRANT ALL ON loot, tried TO PUBLIC; CREATE TYPE mood AS ENUM ('x', 'y'); CREATE TYPE pair AS (m mood, n int);
+        CREATE DOMAIN kind AS mood; CREATE TYPE span AS RANGE (subtype = mood)""")  # fmt: skip
+    tries = "\n".join(
+        "BEGIN {}; INSERT INTO {}.tried VALUES ({}, 'done'); EXCEPTION WHEN OTHERS THEN"
+        " INSERT INTO {}.tried VALUES ({}, SQLSTATE); END;".format(
+            attack.format(evil=evil, owner=owner), evil, f"'{name}'", evil, f"'{name}'"
+        )
+        for name, attack in _ATTACKS.items()
+    )
+    for source in ("mood", "span", "pair"):
+        act(db, evil, f"""CREATE FUNCTION as_json({source}) RETURNS json LANGUAGE plpgsql AS $$ BEGIN {tries}
+            RETURN '"x"'; END $$; CREATE CAST ({source} AS json) WITH FUNCTION as_json({source})""")  # fmt: skip
+    act(db, victim, f"CREATE TABLE orders (id int PRIMARY KEY, c {_TYPES[kind].format(evil=evil)})")
+    tracking.track(db, "public", f"{victim}.orders")
+    act(db, victim, f"INSERT INTO orders VALUES (1, {_VALUES[kind]})")
+
+    tried = dict(db.execute(sql.SQL("SELECT what, sqlstate FROM {}.tried").format(sql.Identifier(evil))).fetchall())
+    assert set(tried) == set(_ATTACKS)
+    assert "done" not in tried.values(), tried
+    assert db.execute(sql.SQL("SELECT count(*) FROM {}.loot").format(sql.Identifier(evil))).fetchone() == (0,)
+    assert db.execute("SELECT count(*), bool_or(processed) FROM entity_changes").fetchone() == (2, False)
+    assert db.execute("SELECT rolsuper FROM pg_roles WHERE rolname = %s", [evil]).fetchone() == (False,)
+    for right in ("SELECT", "INSERT", "UPDATE", "DELETE"):
+        asked = "SELECT has_table_privilege(%s, 'public.entity_changes', %s)"
+        assert db.execute(asked, [evil, right]).fetchone() == (False,)
+    assert schema.verify(db, "public") == []
+
+
+def test_plain_writers_are_captured_by_a_role_that_may_do_only_that(db: psycopg.Connection, make: Make) -> None:
+    app = make("app")
+    schema.install(db, "public")
+    act(db, app, "CREATE TABLE orders (id int PRIMARY KEY, n text)")
+    tracking.track(db, "public", f"{app}.orders")
+    act(db, app, "INSERT INTO orders VALUES (1, 'a'); UPDATE orders SET id = 2; DELETE FROM orders")
+    written = db.execute("SELECT operation, entity_id FROM entity_changes ORDER BY seq").fetchall()
+    assert written == [("INSERT", "1"), ("DELETE", "1"), ("INSERT", "2"), ("DELETE", "2")]
+    role = owner_of(db, "capture_entity_change")
+    assert {owner_of(db, name) for name in ("publish_change", "bounded_text", "captured_row")} == {role}
+    attributes = "SELECT rolcanlogin, rolsuper, rolcreaterole FROM pg_roles WHERE rolname = %s"
+    assert db.execute(attributes, [role]).fetchone() == (False, False, False)
+    assert db.execute("SELECT has_schema_privilege(%s, 'public', 'CREATE')", [role]).fetchone() == (False,)
+    finding = checks.capture_function(look_outbox.capture(db, "public"))
+    assert (finding.verdict, role in finding.detail) == (Verdict.OK, True)
+
+
+def test_the_owner_may_upgrade_repair_grant_and_uninstall(db: psycopg.Connection, make: Make) -> None:
+    owner, app = make("owner", "LOGIN CREATEROLE"), make("app")
+    with psycopg.connect(make_conninfo(db.info.dsn, user=owner), autocommit=True) as session:
+        schema.install(session, owner)
+        role = owner_of(db, "publish_change", f'"{owner}"')
+        broken = sql.SQL("ALTER FUNCTION {}.capture_entity_change() RESET search_path")
+        session.execute(broken.format(sql.Identifier(owner)))
+        _, repaired = schema.upgrade(session, owner)
+        assert [each.object for each in repaired] == ["settings of function capture_entity_change()"]
+        assert schema.verify(session, owner) == []
+        grants.grant(session, owner, [grants.consumer(app, publish=True)])
+        assert f"role {role}" in schema.uninstall(session, owner)
+    assert db.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchall() == []
+
+
+def test_who_may_make_no_role_is_told_what_an_administrator_runs(db: psycopg.Connection, make: Make) -> None:
+    owner = make("owner")
+    said: list[str] = []
+    with psycopg.connect(make_conninfo(db.info.dsn, user=owner), autocommit=True) as session:
+        schema.on_warning(session, said.append)
+        schema.install(session, owner)
+        assert owner_of(db, "capture_entity_change", f'"{owner}"') == owner
+        finding = checks.capture_function(look_outbox.capture(db, owner))
+        assert (finding.verdict, "also owns the outbox" in finding.detail) == (Verdict.WARN, True)
+        [warning] = [each for each in said if "functions that capture" in each]
+        statements = warning.partition("have an administrator run: ")[2].partition("; then run")[0]
+        db.execute(statements.encode())
+        said.clear()
+        schema.upgrade(session, owner)
+        assert [each for each in said if "functions that capture" in each] == []
+        assert owner_of(db, "capture_entity_change", f'"{owner}"').startswith("cdc_capture_")
+        assert schema.verify(session, owner) == []
+        [(may_create,)] = db.execute(
+            "SELECT has_schema_privilege(p.proowner, p.pronamespace, 'CREATE') FROM pg_proc AS p"
+            " WHERE p.proname = 'capture_entity_change' AND p.pronamespace = %s::regnamespace", [f'"{owner}"']
+        ).fetchall()  # fmt: skip
+        assert not may_create
+
+
+def test_a_role_of_this_name_that_may_do_more_is_not_taken(db: psycopg.Connection, make: Make) -> None:
+    name = f"cdc_capture_{db.info.dbname}_public"
+    db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+    try:
+        said: list[str] = []
+        schema.on_warning(db, said.append)
+        schema.install(db, "public")
+        assert owner_of(db, "capture_entity_change") == db.info.user
+        assert "may do more than capture" in said[0]
+        finding = checks.capture_function(look_outbox.capture(db, "public"))
+        assert finding.verdict == Verdict.WARN
+        app = make("app")
+        act(db, app, "CREATE TABLE orders (id int PRIMARY KEY)")
+        tracking.track(db, "public", f"{app}.orders")
+        finding = checks.capture_function(look_outbox.capture(db, "public"))
+        assert (finding.verdict, app in finding.detail) == (Verdict.FAIL, True)
+    finally:
+        with suppress(errors.UndefinedObject):
+            db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
+
+
+def test_an_outbox_of_before_gets_the_role_by_install_and_by_upgrade(db: psycopg.Connection) -> None:
+    for bring in (schema.install, schema.upgrade):
+        schema.install(db, "public")
+        for function in ("capture_entity_change", "publish_change", "bounded_text", "captured_row"):
+            db.execute(sql.SQL("ALTER FUNCTION public.{} OWNER TO CURRENT_USER").format(sql.Identifier(function)))
+        bring(db, "public")
+        assert owner_of(db, "capture_entity_change").startswith("cdc_capture_")
+        assert schema.verify(db, "public") == []
+
+
+def test_the_printed_script_makes_the_role_too(db: psycopg.Connection) -> None:
+    lines = schema.print_sql("events").splitlines()
+    db.execute("\n".join(line for line in lines if not line.startswith("\\")).encode())
+    assert owner_of(db, "capture_entity_change", "events").startswith("cdc_capture_")
+
+
+def test_a_long_name_and_an_odd_one_are_bounded(db: psycopg.Connection) -> None:
+    for name in ("é" * 31, 'a"b\\c%d'):
+        schema.install(db, name)
+        role = owner_of(db, "capture_entity_change", sql.Identifier(name).as_string())
+        assert role.startswith("cdc_capture_")
+        assert schema.verify(db, name) == []
+        db.execute(sql.SQL("SELECT {}.publish_change('t', '1')").format(sql.Identifier(name)))
+        assert [each for each in schema.uninstall(db, name, discard_unprocessed=True) if each.startswith("role ")]
