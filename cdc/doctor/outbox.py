@@ -45,7 +45,7 @@ def schema(seen: Installed) -> Finding:
         more = f", and {len(seen.differences) - _SHOWN} more" if len(seen.differences) > _SHOWN else ""
         found = fail(
             f"schema {seen.schema} is not as this version makes it: {', '.join(seen.differences[:_SHOWN])}{more}",
-            f"{_install('upgrade', seen.schema)} (cdc db verify lists all)" if seen.script else "",
+            f"{_install('upgrade', seen.schema)} (cdc db verify lists all)" if seen.script or not seen.by_hand else "",
             *seen.by_hand,
         )
     else:
