@@ -751,7 +751,7 @@ async def test_a_role_that_may_not_settle_is_told_so_before_any_handler_runs(
                 ).format(psycopg.sql.Identifier(role))
             )
             await _until_settled(outbox_db)
-        assert "no_replication_role" in caplog.text
+            await eventually_async(_is(lambda: "no_replication_role" in caplog.text))
         assert len(calls) == 1
     finally:
         outbox_db.execute(psycopg.sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(psycopg.sql.Identifier(role)))

@@ -304,7 +304,7 @@ async def test_all_go_on_as_soon_as_a_connection_is_made_and_not_only_when_one_i
     application = Application(together)
     _publish(outbox_db, 60, 60)
     async with consuming(outbox, None, deliver_to=f"http://127.0.0.1:{port}/") as app:
-        await _true(lambda: _unreached(app) > 50)  # a first page, and one that looks for it
+        await _true(lambda: _unreached(app) > 10)
         await application.start(port)
         await _true(lambda: len(application.requests) == 60, "no call waits for the answer to another")
         all_there.set()
