@@ -58,6 +58,9 @@ class _Unknown:
     def in_thread(self, change: Change) -> bool:
         return False
 
+    def suspects(self, change: Change) -> bool:
+        return False
+
     def interrupted(self, change: Change) -> None:
         pass
 

@@ -43,7 +43,7 @@ def ends_in_peace(process: Process) -> None:
     assert time.monotonic() - began < _DRAIN_S + _FEW_S, process.log
 
 
-def publish(db: psycopg.Connection, count: int, entity_type: str = "x") -> None:
+def publish(db: psycopg.Connection, count: int, entity_type: str = "nothing") -> None:
     db.execute("SELECT publish_change(%s, n::text) FROM generate_series(1, %s) AS n", [entity_type, count])
 
 
@@ -138,7 +138,7 @@ async def test_a_drain_that_takes_long_does_not_cost_the_session_which_must_say_
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.Event().wait(), 5)
 
-    publish(outbox_db, 1)
+    publish(outbox_db, 1, "x")
     async with consuming(outbox, router, stream=False, drain_time=30):
 
         async def called() -> bool:
