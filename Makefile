@@ -6,6 +6,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := $(VENV)/.demo
 PEERS := .venv-bench
 NODE := tests/bench/peers
 SERVERS := .venv-servers
@@ -26,8 +27,13 @@ help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: $(READY) ## Watch changes travel, on a throw-away server. KEEP=1: stay up until Ctrl-C.
-	@$(BIN)/cdc demo $(if $(KEEP),--keep)
+demo: $(DEMO) ## Watch changes travel, on a throw-away server. KEEP=1: stay up until Ctrl-C.
+	@$(BIN)/python -m cdc demo $(if $(KEEP),--keep)
+
+# No server, and nothing that waits: what one runs again and again while one writes.
+.PHONY: check
+check: lint ## lint, and the tests that need no server: what to run while writing.
+	@$(BIN)/python -m pytest -q -n auto tests/unit tests/test_tidy.py $(ARGS)
 
 .PHONY: test
 test: machine $(READY) ## Run all tests, JOBS=3 files at a time. ARGS="-k lanes -x" is passed to pytest.
@@ -93,6 +99,7 @@ lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
 	uv pip compile $(LOCK) pyproject.toml --extra whatsapp --extra fast --output-file requirements.txt
 	uv pip compile $(LOCK) pyproject.toml --group dev --extra demo --extra whatsapp --extra fast --output-file requirements-dev.txt
+	uv pip compile $(LOCK) pyproject.toml --extra demo --output-file requirements-demo.txt
 	uv pip compile $(LOCK) --group bench --output-file requirements-bench.txt
 	uv pip compile $(LOCK) --group build --output-file deploy/requirements-build.txt
 	cd $(NODE) && npm install --package-lock-only --omit-lockfile-registry-resolved --silent
@@ -118,14 +125,21 @@ python:
 machine: python
 	@deploy/debian-setup
 
-# Order-only: the machine is looked at each time, .venv is made anew only when its requirements have changed.
+# The machine is looked at each time (order-only), and the requirements are installed only when they have changed.
+# What the demo needs is a part of what the tests need, and is there in seconds.
+$(DEMO): requirements-demo.txt | python
+	@$(if $(wildcard $(READY)),,echo "Setting up $(VENV) for the demo" >&2; $(MAKE_VENV); $(PIP) --require-hashes -r requirements-demo.txt)
+	@touch $@
+
 $(READY): requirements-dev.txt pyproject.toml | python
 	@echo "Setting up $(VENV)" >&2
-	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 none; do \
-	  if [ $$python = none ]; then echo "cdc needs Python 3.11 or newer; make PYTHON=... names one" >&2; exit 1; fi; \
-	  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
-	done; \
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $$python -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(MAKE_VENV)
+	@$(PIP) --require-hashes -r requirements-dev.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+MAKE_VENV := for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 none; do \
+  if [ $$python = none ]; then echo "cdc needs Python 3.11 or newer; make PYTHON=... names one" >&2; exit 1; fi; \
+  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
+done; $(BIN)/python -m pip --version >/dev/null 2>&1 || $$python -m venv --clear $(VENV)
