@@ -1,4 +1,4 @@
-"""The applications in docs/handlers.md, as they stand there, in the languages they are written in."""
+"""The receiving applications of examples/, which docs/handlers.md shows, in the languages they are written in."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ from tests.fix_consumer import consuming, settled, states
 
 _SECRET = "whsec_" + base64.b64encode(b"a" * 32).decode()
 _OTHER_SECRET = "whsec_" + base64.b64encode(b"b" * 32).decode()
-_PAGE = Path(__file__).resolve().parents[2] / "docs/handlers.md"
+_ROOT = Path(__file__).resolve().parents[2]
+_EXAMPLES = {"python": "app.py", "typescript": "app.ts"}
 
 
 def _example(language: str) -> str:
-    _, section = _PAGE.read_text("utf-8").split("\n## In any language\n")
-    [found] = re.findall(rf"```{language}\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
-    return str(found)
+    return (_ROOT / f"examples/http_receiver_{language}" / _EXAMPLES[language]).read_text("utf-8")
+
+
+@pytest.mark.parametrize("language", _EXAMPLES)
+def test_the_page_shows_the_example(language: str) -> None:
+    _, section = (_ROOT / "docs/handlers.md").read_text("utf-8").split("\n## In any language\n")
+    [shown] = re.findall(rf"```{language}\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    assert shown == _example(language)
 
 
 def _command(language: str, folder: Path) -> list[str]:
