@@ -6,8 +6,8 @@ Names of the catalogs' own, by oid: who looks need have no right on the applicat
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
@@ -15,7 +15,8 @@ from psycopg.rows import dict_row
 
 from cdc.errors import NotFoundError
 from cdc.model import Operation, former_trigger_name, trigger_name
-from cdc.tracked import OPTIONS, Copy, Fires, ForeignCast, Table, Tracked, read_options
+from cdc.remarks import Saying
+from cdc.tracked import LISTS, Copy, Fires, ForeignCast, Table, Tracked, read_options
 
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
 """Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
@@ -39,8 +40,11 @@ class CaptureFunction:
     settings: tuple[str, ...]
     public_may_call: bool
     lacks: tuple[str, ...]
-    knows_columns: bool
-    """It has the option "columns"; with an option that it does not know every write fails."""
+    source: str
+
+    def unknown(self, options: Iterable[str]) -> list[str]:
+        """Those it does not know, and so refuses. The list of what it knows is in its source."""
+        return [name for name in options if not re.search(rf"[',{{]{re.escape(name)}[',}}]", self.source)]
 
 
 # What the function does: it writes these columns, returns those, and sends a message.
@@ -57,7 +61,7 @@ SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
     JOIN pg_catalog.pg_roles AS o ON o.oid IN (s.relowner, y.typowner)
     WHERE t.tgfoid = p.oid AND NOT o.rolsuper AND o.oid <> p.proowner ORDER BY 1
   ) AS others, p.prosecdef AS security_definer,
-  coalesce(p.proconfig, '{}') AS settings, pg_catalog.strpos(p.prosrc, '''columns''') > 0 AS knows_columns,
+  coalesce(p.proconfig, '{}') AS settings, p.prosrc AS source,
   EXISTS (SELECT FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) AS a
           WHERE a.grantee = 0::oid AND a.privilege_type = 'EXECUTE') AS public_may_call,
   pg_catalog.array_remove(ARRAY[
@@ -237,6 +241,19 @@ ORDER BY 1, 2, 3
 """
 
 
+_SAYINGS = """
+SELECT CASE WHEN s.setrole = 0::oid THEN 'every role' ELSE pg_catalog.format('the role %I', r.rolname) END,
+  pg_catalog.substr(c.one, pg_catalog.strpos(c.one, '=') + 1)
+FROM pg_catalog.pg_db_role_setting AS s
+CROSS JOIN LATERAL pg_catalog.unnest(s.setconfig) AS c (one)
+LEFT JOIN pg_catalog.pg_roles AS r ON r.oid = s.setrole
+WHERE c.one LIKE 'cdc.handled=%'
+  AND (s.setdatabase = 0::oid
+    OR s.setdatabase = (SELECT d.oid FROM pg_catalog.pg_database AS d WHERE d.datname = pg_catalog.current_database()))
+ORDER BY 1
+"""
+
+
 def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunction:
     """Raises NotFoundError where there is none."""
     rows = _rows(connection, _FUNCTION, {"schema": schema, "written": list(_WRITTEN)})
@@ -247,6 +264,11 @@ def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunc
     [row] = rows
     return CaptureFunction(**{**row, "settings": tuple(row["settings"]), "lacks": tuple(row["lacks"]),
                               "others": tuple(row["others"])})  # fmt: skip
+
+
+def sayings(connection: psycopg.Connection) -> list[Saying]:
+    """Of roles and databases, as far as they matter here; what one session has set by itself nobody else can see."""
+    return [Saying(who, frozenset(value.split(","))) for who, value in connection.execute(_SAYINGS.encode()).fetchall()]
 
 
 Spell = Callable[[psycopg.Connection, Collection[int]], Mapping[int, str]]
@@ -260,32 +282,27 @@ def spell(connection: psycopg.Connection, oids: Collection[int]) -> dict[int, st
 
 def triggers(
     connection: psycopg.Connection,
-    capture: int,
+    capture: CaptureFunction,
     schema: str,
     tables: Sequence[int] | None = None,
     *,
     spell: Spell = spell,
 ) -> list[Tracked]:
     """Every trigger that calls the function ``capture``, on these ``tables`` or on all; without partitions' copies."""
-    parameters = {"capture": capture, "tables": None if tables is None else list(tables)}
+    parameters = {"capture": capture.oid, "tables": None if tables is None else list(tables)}
     rows = _rows(connection, _TRIGGERS, parameters)
     spelt = spell(connection, {row["oid"] for row in rows} | {copy[0] for row in rows for copy in row["copies"]})
     ours = {trigger_name(schema), former_trigger_name(schema)}
-    [(source,)] = connection.execute("SELECT prosrc FROM pg_catalog.pg_proc WHERE oid = %s::oid", [capture]).fetchall()
-    return [_trigger(row, ours, spelt, source) for row in rows]
+    return [_trigger(row, ours, spelt, capture) for row in rows]
 
 
-def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], source: str) -> Tracked:
+def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capture: CaptureFunction) -> Tracked:
     options = read_options(_text(row["options"]))
-    # The function refuses what it does not know, and the list of what it knows is in its source.
-    unknown = [name for name, _ in options.get("more", ()) if not re.search(rf"[',{{]{re.escape(name)}[',}}]", source)]
-    if unknown:
-        options["broken"] = f"{_FUNCTION_NAME} knows no option {', '.join(unknown)}"
     if not row["type"] & _ROW:
         options["broken"] = "it is not FOR EACH ROW"
-    named = [column for option in OPTIONS for column in options.get(option, ())]
+    named = [column for option in LISTS for column in options.get(option, ())]
     narrowed = [f"UPDATE OF {', '.join(row['update_of'])}"] if row["update_of"] else []
-    return Tracked(
+    found = Tracked(
         table=spelt[row["oid"]],
         trigger=row["trigger"],
         operations=tuple(operation for operation in Operation if row["type"] & _TYPE_BITS[operation]),
@@ -303,6 +320,11 @@ def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], sour
         copies=tuple(_copy(each, spelt) for each in row["copies"]),
         **options,
     )
+    # One that reads no arguments, such as the documented one, refuses none.
+    unknown = capture.unknown(found.options) if "TG_ARGV" in capture.source else []
+    if unknown and not found.broken:
+        return replace(found, broken=f"{_FUNCTION_NAME} knows no option {', '.join(unknown)}")
+    return found
 
 
 def _copy(row: Sequence[Any], spelt: Mapping[int, str]) -> Copy:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from cdc.model import Operation
 from cdc.tracked import Fires, Table, Tracked, named
 
-TRIGGERS, TWICE, ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN = (
+TRIGGERS, TWICE, ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN, HANDLED = (
     "triggers", "captured-twice", "trigger-order", "missed-rows", "shared-types", "virtual-columns", "foreign-casts",
-    "tables-with-row-security",
+    "tables-with-row-security", "handled-by-writers",
 )  # fmt: skip
 """What a remark is about; the doctor has a check of that name."""
-OF_TABLES = (ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN)
+OF_TABLES = (ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN, HANDLED)
 """Those that are warnings."""
 
 COARSE_KEY = (
@@ -33,6 +33,14 @@ class Remark:
 
     def __str__(self) -> str:
         return f"{self.detail}; {self.remedy}" if self.remedy else self.detail
+
+
+@dataclass(frozen=True, slots=True)
+class Saying:
+    """A role or database, as a sentence calls it, whose sessions have the setting cdc.handled, and the types in it."""
+
+    who: str
+    types: frozenset[str]
 
 
 def faults(tracked: Tracked) -> Iterator[Remark]:
@@ -119,12 +127,12 @@ def cautions(table: Table, tracked: Tracked) -> Iterator[Remark]:
     yield from _order(tracked)
     yield from _missed(table, tracked)
     captured = [column for column in table.virtual if tracked.captures(column)]
-    if captured:
+    if captured and not tracked.virtual:
         yield Remark(
             VIRTUAL,
             f"{named(captured)} of {table.spelt} is a virtual generated column, which has no value when triggers fire:"
-            " it is captured as null",
-            "make it STORED, or leave it out: --exclude",
+            f" {tracked.trigger} captures null in its place",
+            f"cdc track {table.spelt} has it computed for each change" + ("" if tracked.ours else ", with --replace"),
         )
     if foreign := [cast for cast in table.casts if tracked.captures(cast.column)]:
         said = ", ".join(f"{cast.column} ({cast.type}: {cast.function} of {cast.owner})" for cast in foreign)
@@ -141,6 +149,30 @@ def cautions(table: Table, tracked: Tracked) -> Iterator[Remark]:
             " entity_changes sees all rows",
             "see who may: cdc doctor; or leave columns out: --exclude, --columns",
         )
+
+
+def handled(tracked: Sequence[Tracked], sayings: Iterable[Saying]) -> Iterator[Remark]:
+    """Which writers may keep changes from the handlers, and who is set to say so where it does not count."""
+    for each in tracked:
+        if each.handled:
+            yield Remark(
+                HANDLED,
+                f"whoever writes {each.table} may keep its changes of the type {each.effective_type} from the handlers,"
+                " by the setting cdc.handled",
+                f"when no writer handles them itself: cdc track {each.table} --no-handled",
+            )
+    for saying in sayings:
+        unheard = [each for each in tracked if not each.handled and each.effective_type in saying.types]
+        if unheard:
+            types = sorted({each.effective_type for each in unheard})
+            yield Remark(
+                HANDLED,
+                f"{saying.who} sets cdc.handled for {', '.join(types)}, which does not count: handlers get these"
+                " changes as well",
+                "if its writers handle them: "
+                + ", ".join(f"cdc track {table} --handled" for table in sorted({each.table for each in unheard}))
+                + "; else take the setting away",
+            )
 
 
 def _order(tracked: Tracked) -> Iterator[Remark]:

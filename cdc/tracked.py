@@ -16,8 +16,8 @@ from typing import Any
 from cdc.errors import UsageError
 from cdc.model import Operation
 
-OPTIONS = ("key", "exclude", "columns")
-"""Those of capture_entity_change() that are set here. Any other that a trigger has is kept as it is."""
+LISTS, FLAGS = ("key", "exclude", "columns"), ("virtual", "handled")
+"""Options of capture_entity_change() that are set here. Any other that a trigger has is kept as it is."""
 DOCUMENTED_TYPES: Mapping[str, str] = {
     "whatsapp_message_reactions": "reaction",
     "whatsapp_messages": "message",
@@ -58,6 +58,10 @@ class Tracked:
     exclude: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     """All that is captured; empty: whatever is not excluded."""
+    virtual: bool = False
+    """Virtual generated columns are captured with their value, not as null."""
+    handled: bool = False
+    """Writers may say by the setting cdc.handled that they handle a change themselves, so that no handler gets it."""
     fires: Fires = Fires.ORIGIN
     ours: bool = True
     """False for a trigger made by hand."""
@@ -80,6 +84,12 @@ class Tracked:
     earlier: tuple[str, ...] = field(default=(), compare=False)
     """Other AFTER ROW triggers that fire before it."""
     copies: tuple[Copy, ...] = field(default=(), compare=False)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of those that it has."""
+        ours = [name for name in (*LISTS, *FLAGS) if getattr(self, name)]
+        return (*ours, *(name for name, _ in self.more))
 
     @property
     def enabled(self) -> bool:
@@ -109,6 +119,8 @@ class Tracked:
             "key": list(self.key),
             "exclude": list(self.exclude),
             "columns": list(self.columns),
+            "virtual": self.virtual,
+            "handled": self.handled,
             "enabled": self.enabled,
             "fires": self.fires,
             "disabled_partitions": [copy.spelt for copy in self.off],
@@ -165,12 +177,14 @@ class Asked:
     exclude: tuple[str, ...] | None = None
     columns: tuple[str, ...] | None = None
     always: bool | None = None
+    handled: bool | None = None
 
 
 def arguments(wanted: Tracked) -> tuple[str, str]:
     """The two arguments of capture_entity_change(): entity type ("" = by the table's name) and options."""
-    named = {name: list(value) for name in OPTIONS if (value := getattr(wanted, name)) or name == "key"}
-    options = named | {name: json.loads(text) for name, text in wanted.more}
+    lists = {name: list(value) for name in LISTS if (value := getattr(wanted, name)) or name == "key"}
+    flags = {name: True for name in FLAGS if getattr(wanted, name)}
+    options = {**lists, **flags, **{name: json.loads(text) for name, text in wanted.more}}
     return wanted.entity_type or "", json.dumps(options, ensure_ascii=False)
 
 
@@ -180,14 +194,16 @@ def read_options(text: str) -> dict[str, Any]:
         named = json.loads(text) if text else {}
         if not isinstance(named, dict):
             return {"broken": "its options are no JSON object"}
-        more = tuple((name, json.dumps(value)) for name, value in named.items() if name not in OPTIONS)
+        more = tuple((name, json.dumps(value)) for name, value in named.items() if name not in (*LISTS, *FLAGS))
     except (ValueError, RecursionError):
         return {"broken": "its options are no JSON"}
-    lists = {name: named[name] for name in OPTIONS if name in named}
+    lists = {name: named[name] for name in LISTS if name in named}
     for name, value in lists.items():
         if not isinstance(value, list) or not all(isinstance(column, str) for column in value):
             return {"broken": f"its option {name} is no list of columns"}
-    return {name: tuple(value) for name, value in lists.items()} | {"more": more}
+    # As the function reads it: whatever is not true is false.
+    flags = {name: named.get(name) is True for name in FLAGS}
+    return {name: tuple(value) for name, value in lists.items()} | flags | {"more": more}
 
 
 def decide(source: Table, present: Sequence[Tracked], asked: Asked, trigger: str) -> Tracked:
@@ -209,11 +225,12 @@ def decide(source: Table, present: Sequence[Tracked], asked: Asked, trigger: str
         exclude=tuple(dict.fromkeys(exclude)),
         columns=tuple(dict.fromkeys(columns)),
         fires=_fires(asked.always, before.fires),
+        handled=before.handled if asked.handled is None else asked.handled,
         more=before.more,
         root=source.name,
     )
     _check_key(source, wanted)
-    return wanted
+    return replace(wanted, virtual=any(wanted.captures(column) for column in source.virtual))
 
 
 def losses(source: Table, before: Tracked, wanted: Tracked) -> Iterator[str]:
@@ -239,6 +256,7 @@ def described(tracked: Tracked) -> str:
     parts += [f"type {tracked.entity_type}"] if tracked.entity_type else []
     parts += [f"only {named(tracked.columns)}"] if tracked.columns else []
     parts += [f"without {named(tracked.exclude)}"] if tracked.exclude else []
+    parts += ["writers may handle changes themselves"] if tracked.handled else []
     parts += [tracked.only] if tracked.only else []
     parts += [f"fires {tracked.fires}"] if tracked.fires != Fires.ORIGIN else []
     return "; ".join(parts)
@@ -260,12 +278,12 @@ def _common(source: Table, present: Sequence[Tracked], asked: Asked) -> Tracked:
         return Tracked(table=source.spelt, trigger="", operations=tuple(Operation), entity_type=None)
     first, *others = present
     for other in others:
-        for option in ("entity_type", "key", "exclude", "columns"):
+        for option in ("entity_type", "key", "exclude", "columns", "handled"):
             if getattr(asked, option) is None and getattr(first, option) != getattr(other, option):
                 flag = "--type" if option == "entity_type" else f"--{option}"
                 raise UsageError(
                     f"{source.spelt} is captured by {first.trigger} and {other.trigger}, which differ in {flag}",
-                    hint=f"name it: {flag} ...",
+                    hint=f"name it: {flag}" + (" or --no-handled" if option == "handled" else " ..."),
                 )
     operations = {operation for each in present for operation in each.operations}
     more = () if first.broken else first.more

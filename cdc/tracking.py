@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import psycopg
 from psycopg import errors, sql
@@ -18,8 +19,9 @@ from cdc import capturing, remarks
 from cdc.capturing import CaptureFunction
 from cdc.errors import CdcError, NotFoundError, RefusedError, UsageError
 from cdc.model import Operation, former_trigger_name, trigger_name
-from cdc.tracked import Asked, Fires, Table, Tracked, arguments, decide, losses
+from cdc.tracked import FLAGS, LISTS, Asked, Fires, Table, Tracked, arguments, decide, losses
 
+T = TypeVar("T")
 _LOCK_TIMEOUT = "5s"
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 _OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets")
@@ -60,6 +62,7 @@ def track(
     exclude: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
     always: bool | None = None,
+    handled: bool | None = None,
     replace: bool = False,
 ) -> Tracking:
     """Capture the rows of ``table``, a name as PostgreSQL reads it, into the outbox in ``schema``.
@@ -71,13 +74,9 @@ def track(
     or what is captured or left out would go. Writers of the table wait while the trigger is made, 5 s at most.
     """
     asked = Asked(
-        entity_type=entity_type,
-        operations=None if operations is None else tuple(operations),
-        key=None if key is None else tuple(key),
-        exclude=None if exclude is None else tuple(exclude),
-        columns=None if columns is None else tuple(columns),
-        always=always,
-    )
+        entity_type=entity_type, operations=_frozen(operations), key=_frozen(key), exclude=_frozen(exclude),
+        columns=_frozen(columns), always=always, handled=handled,
+    )  # fmt: skip
     with _changing(connection, table):
         capture = capturing.capture_function(connection, schema)
         _refuse_incapable(capture, schema)
@@ -154,6 +153,10 @@ def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]
     return done
 
 
+def _frozen(given: Sequence[T] | None) -> tuple[T, ...] | None:
+    return None if given is None else tuple(given)
+
+
 def _is_different(before: Tracked | None, wanted: Tracked, *, always: bool | None) -> bool:
     """``before`` is as the catalogs have it, with further facts, and with its copies on partitions."""
     if before is None or before.trigger != wanted.trigger or before.broken or before.only:
@@ -177,6 +180,7 @@ def _warnings(source: Table, made: Tracked, everywhere: Sequence[Tracked]) -> It
     yield from remarks.coarse(source, made)
     yield from map(str, remarks.faults(made))
     yield from map(str, remarks.cautions(source, made))
+    yield from map(str, remarks.handled([made], ()))
     yield from map(str, remarks.shared([each for each in everywhere if each.effective_type == made.effective_type]))
 
 
@@ -192,8 +196,11 @@ def _refuse_incapable(capture: CaptureFunction, schema: str) -> None:
 
 
 def _refuse_unknown(capture: CaptureFunction, wanted: Tracked) -> None:
-    if wanted.columns and not capture.knows_columns:
-        raise RefusedError(f"{capture.name} is of an older version without --columns", hint="run: cdc db upgrade")
+    if unknown := capture.unknown(name for name in wanted.options if name in (*LISTS[1:], *FLAGS)):
+        raise RefusedError(
+            f"{capture.name} is of an older version, which does not know the option {', '.join(unknown)}",
+            hint="run: cdc db upgrade",
+        )
 
 
 def _refuse_kind(source: Table, schema: str) -> None:
@@ -273,7 +280,7 @@ def _spell(connection: psycopg.Connection, oids: Collection[int]) -> dict[int, s
 def _triggers(
     connection: psycopg.Connection, capture: CaptureFunction, schema: str, table: int | None = None
 ) -> list[Tracked]:
-    return capturing.triggers(connection, capture.oid, schema, None if table is None else [table], spell=_spell)
+    return capturing.triggers(connection, capture, schema, None if table is None else [table], spell=_spell)
 
 
 def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: str, name: str) -> Table:

@@ -17,8 +17,9 @@ AS $cdc$
 $cdc$;
 REVOKE ALL ON FUNCTION @schema@.bounded_text(text) FROM PUBLIC;
 
--- A row as JSON, value by value: for a row that is refused as a whole. What is refused alone, or would make the row
--- larger than half of what jsonb holds, becomes {"cdc:omitted": why}.
+-- A row as JSON, value by value: for a row that is refused as a whole, and for virtual generated columns, which have no
+-- value when triggers fire and are computed here. Their expressions are PostgreSQL's own functions, which it insists on.
+-- What is refused alone, or would make the row larger than half of what jsonb holds, becomes {"cdc:omitted": why}.
 CREATE OR REPLACE FUNCTION @schema@.captured_row(p_row record, p_table oid, p_excluded text[]) RETURNS jsonb
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
@@ -27,17 +28,25 @@ DECLARE
   -- Of 268,435,455 bytes; markers, and 1,600 columns of them, have room above.
   v_room bigint := 128 * 1024 * 1024;
   v_column name;
+  v_expression text;
   v_value jsonb;
   v_names text[] := '{}';
   v_values jsonb[] := '{}';
 BEGIN
-  FOR v_column IN
-    SELECT attname FROM pg_attribute
-    WHERE attrelid = p_table AND attnum > 0 AND NOT attisdropped AND attname <> ALL (coalesce(p_excluded, '{}'))
-    ORDER BY attnum
+  FOR v_column, v_expression IN
+    SELECT a.attname, CASE WHEN a.attgenerated = 'v' THEN
+      format('CAST(%s AS %s)', pg_get_expr(d.adbin, d.adrelid), format_type(a.atttypid, a.atttypmod)) END
+    FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+    WHERE a.attrelid = p_table AND a.attnum > 0 AND NOT a.attisdropped AND a.attname <> ALL (coalesce(p_excluded, '{}'))
+    ORDER BY a.attnum
   LOOP
     BEGIN
-      EXECUTE format('SELECT to_jsonb(($1).%I)', v_column) INTO v_value USING p_row;
+      IF v_expression IS NULL THEN
+        EXECUTE format('SELECT to_jsonb(($1).%I)', v_column) INTO v_value USING p_row;
+      ELSE
+        EXECUTE format('SELECT to_jsonb(%s) FROM (SELECT $2 AS tableoid, ($1).*) AS captured', v_expression)
+          INTO v_value USING p_row, p_table;
+      END IF;
       IF pg_column_size(v_value) > v_room THEN
         v_value := jsonb_build_object('cdc:omitted', 'too large');
       END IF;
@@ -69,9 +78,12 @@ REVOKE ALL ON FUNCTION @schema@.captured_row(record, oid, text[]) FROM PUBLIC;
 --     "key": ["a", "b"]      the columns that tell the rows apart
 --     "exclude": ["secret"]  columns that are not captured, nor even converted
 --     "columns": ["a", "b"]  in its place: the only ones that are
+--     "virtual": true        virtual generated columns have their value, at some cost; otherwise they are null
+--     "handled": true        writers may say that they handle a change themselves
 --
 -- A writer that handles some entity types itself, as in the webhook, says so by the setting cdc.handled, a list with
--- commas: their changes are captured as processed already, and nobody is rung for.
+-- commas: their changes are captured as processed already, and nobody is rung for. Anybody may set that, so it counts
+-- only where the trigger has the option.
 --
 -- The key is one text. One column: its text. Several: the JSON array of their values, in which no two keys look alike.
 -- Without "key" it is the column id, or, where there is none, the primary key (looked up for each row: `cdc track`
@@ -109,6 +121,7 @@ DECLARE
   v_table_name name;
   v_options jsonb;
   v_excluded text[];
+  v_stored text[];
   v_nulls jsonb;
   v_key jsonb;
   v_values jsonb;
@@ -121,9 +134,9 @@ BEGIN
   IF coalesce(TG_ARGV[1], '') NOT IN ('', '{"key": ["id"]}') THEN
     v_options := TG_ARGV[1];
     -- A misspelt "exclude" would publish what was to be left out.
-    IF v_options - '{key,exclude,columns}'::text[] <> '{}' THEN
-      RAISE EXCEPTION 'trigger % on %.%: options may have "key", "exclude" and "columns", not %',
-          TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude,columns}'::text[]
+    IF v_options - '{key,exclude,columns,virtual,handled}'::text[] <> '{}' THEN
+      RAISE EXCEPTION 'trigger % on %.%: options may have "key", "exclude", "columns", "virtual" and "handled", not %',
+          TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude,columns,virtual,handled}'::text[]
         USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
     END IF;
     IF v_options ? 'columns' THEN
@@ -134,6 +147,12 @@ BEGIN
       FOR i IN 0 .. jsonb_array_length(v_options -> 'exclude') - 1 LOOP
         v_excluded := v_excluded || (v_options -> 'exclude' ->> i);
       END LOOP;
+    END IF;
+    IF v_options -> 'virtual' = 'true' THEN
+      v_excluded := coalesce(v_excluded, '{}');
+      SELECT array_agg(attname::text) INTO v_stored FROM pg_attribute
+      WHERE attrelid = TG_RELID AND attnum > 0 AND NOT attisdropped
+        AND (attgenerated <> 'v' OR attname = ANY (v_excluded));
     END IF;
     IF v_excluded IS NOT NULL THEN
       v_nulls := jsonb_object(v_excluded, array_fill(NULL::text, ARRAY[cardinality(v_excluded)]));
@@ -151,6 +170,10 @@ BEGIN
       END IF;
       IF TG_OP <> 'DELETE' THEN
         v_new := to_jsonb(jsonb_populate_record(NEW, v_nulls)) - v_excluded;
+      END IF;
+      IF v_stored IS NOT NULL THEN
+        v_old := v_old || @schema@.captured_row(OLD, TG_RELID, v_stored);
+        v_new := v_new || @schema@.captured_row(NEW, TG_RELID, v_stored);
       END IF;
     END IF;
   EXCEPTION WHEN OTHERS OR assert_failure THEN
@@ -257,7 +280,9 @@ BEGIN
       -- A consumer whose handlers share a transaction names the cause anew for each of them only if they write here.
       PERFORM set_config('cdc.captured', 'on', true);
     END IF;
-    IF v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ',')) THEN
+    IF v_options -> 'handled' = 'true'
+      AND v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ','))
+    THEN
       v_done_at := now();
       v_done_why := 'discarded: its writer handles it (cdc.handled)';
     END IF;

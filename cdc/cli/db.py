@@ -96,22 +96,26 @@ def verify(settings: Settings, as_json: bool) -> None:
     from cdc import catalogs, schema, tracking  # noqa: PLC0415 - see install
 
     with open_database(settings) as connection:
-        findings = schema.verify(connection, settings.schema_)
+        findings, tracked = schema.verify(connection, settings.schema_), []
         if not any(each.object == "function capture_entity_change()" for each in findings):
+            tracked = tracking.tracked(connection, settings.schema_)
             findings += [
                 catalogs.Finding(f"trigger {each.trigger} of {each.table}", f"at fault: {fault}")
-                for each in tracking.tracked(connection, settings.schema_)
+                for each in tracked
                 for fault in remarks.faults(each)
             ]
+    noted = [str(remark) for remark in remarks.handled(tracked, ())]
     if as_json:
         found = [{"object": each.object, "problem": each.problem, "expected": each.expected, "found": each.found,
                   "remedy": each.by_hand(settings.schema_)} for each in findings]  # fmt: skip
-        print_json({"schema_name": settings.schema_, "findings": found})
+        print_json({"schema_name": settings.schema_, "findings": found, "notes": noted})
     elif findings:
         print_table(["object", "problem"], ((finding.object, finding.problem) for finding in findings))
         _say_by_hand(findings, settings.schema_)
     else:
         say(f"schema {settings.schema_} is as this version makes it")
+    for note in noted if not as_json else ():
+        say(f"Note: {note}")
     _exit_with(findings)
 
 

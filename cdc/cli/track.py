@@ -63,6 +63,11 @@ def _columns(name: str, help_text: str) -> Callable[[Command], Command]:
 @_columns("--exclude", "Columns that never leave the table.")
 @_columns("--columns", "Instead: the only columns that leave the table; new ones do not.")
 @click.option("--always/--no-always", default=None, help="Also capture what a subscription or a restore writes [no].")
+@click.option(
+    "--handled/--no-handled",
+    default=None,
+    help="Writers may say by the setting cdc.handled that they handle a change themselves, during a move [no].",
+)
 @click.option("--replace", is_flag=True, help="Let go of what is there: other options, or a trigger made by hand.")
 @json_option
 def track(
@@ -75,6 +80,7 @@ def track(
     exclude: tuple[str, ...] | None,
     columns: tuple[str, ...] | None,
     always: bool | None,
+    handled: bool | None,
     replace: bool,
     as_json: bool,
 ) -> None:
@@ -105,6 +111,7 @@ def track(
             exclude=exclude,
             columns=columns,
             always=always,
+            handled=handled,
             replace=replace,
         )
     for name in done.replaced:
@@ -148,10 +155,11 @@ def tracked(settings: Settings, as_json: bool) -> None:
     if as_json:
         print_json({"tracked": [each.as_json() for each in found]})
         return
-    headers = ["table", "type", "on", "key", "columns", "trigger", "enabled"]
+    headers = ["table", "type", "on", "key", "columns", "trigger", "enabled", "handled"]
     print_table(headers, (
         (each.table, each.entity_type or f"{each.effective_type} (by table)", _on(each),
-         named(each.key) or "(by table)", _shown(each), each.trigger, _enabled(each))
+         named(each.key) or "(by table)", _shown(each), each.trigger, _enabled(each),
+         "by writers too" if each.handled else "")
         for each in found
     ))  # fmt: skip
     for each in found:

@@ -211,11 +211,13 @@ def capture(connection: psycopg.Connection, name: str) -> CaptureFunction:
 
 def captured(connection: psycopg.Connection, name: str) -> Captured:
     function = capturing.capture_function(connection, name)
-    triggers = capturing.triggers(connection, function.oid, name)
+    triggers = capturing.triggers(connection, function, name)
     tables = capturing.tables(connection, function.oid, name, [each.oid for each in triggers])
     said = [remark for each in triggers for remark in remarks.faults(each)]
     said += [remark for each in triggers if each.oid in tables for remark in remarks.cautions(tables[each.oid], each)]
-    return Captured(triggers=tuple(triggers), remarks=(*said, *remarks.doubled(triggers), *remarks.shared(triggers)))
+    said += [*remarks.doubled(triggers), *remarks.shared(triggers)]
+    said += remarks.handled(triggers, capturing.sayings(connection))
+    return Captured(triggers=tuple(triggers), remarks=tuple(said))
 
 
 def row_security(connection: psycopg.Connection, name: str) -> RowSecurity:

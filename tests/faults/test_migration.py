@@ -241,5 +241,12 @@ def test_from_actions_in_the_webhook_to_consumers_one_instance_after_the_other(
         instances[n].stop()
         instances[n] = webhook(f"new{n}-{acts}-{len(ledger.writers)}", acts=acts)
         ledger.progress("consumer")
+    for n in range(3):
+        instances[n].stop()
+        instances[n] = webhook(f"last{n}", acts=False)
+    forth, back = guide["The leave taken back"]
+    for commands in (forth, back, forth):
+        shell.run(commands)
+        ledger.progress("consumer")
     ledger.judge()
     shell.stop()

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import schema, testing
+from cdc import schema, testing, tracking
 from tests.fix_consumer import states
 from tests.integration.test_schema_upgrade import DOCUMENTED
 from tests.processor import Processor, connect
@@ -150,11 +150,16 @@ def tracked(outbox_db: psycopg.Connection) -> psycopg.Connection:
 
 
 @pytest.mark.parametrize(
-    ("handled", "left"), [("message", 0), ("reaction,message", 0), ("reaction", 1), ("messages", 1), ("", 1)]
-)
-def test_what_its_writer_handles_itself_is_captured_as_processed(
-    handled: str, left: int, tracked: psycopg.Connection
+    ("allowed", "handled", "left"),
+    [
+        (True, "message", 0), (True, "reaction,message", 0), (True, "reaction", 1), (True, "messages", 1),
+        (True, "", 1), (False, "message", 1), (False, "reaction,message", 1),
+    ],
+)  # fmt: skip
+def test_what_its_writer_handles_itself_is_captured_as_processed_where_the_trigger_allows_it(
+    allowed: bool, handled: str, left: int, tracked: psycopg.Connection
 ) -> None:
+    tracking.track(tracked, "public", "whatsapp_messages", handled=allowed, replace=True)
     tracked.execute("SELECT set_config('cdc.handled', %s, false)", [handled])
     tracked.execute("INSERT INTO whatsapp_messages VALUES (1)")
     tracked.execute("RESET cdc.handled")

@@ -19,9 +19,10 @@ from click.testing import CliRunner
 from psycopg import sql
 
 import cdc
-from cdc import schema, slots, testing, tracking
+from cdc import remarks, schema, slots, testing, tracking
 from cdc.app import App
 from cdc.cli import cdc as command
+from cdc.doctor import look_outbox
 from cdc.errors import RefusedError, UsageError
 from cdc.installations import WHEEL, Installation, find_installations
 from cdc.model import SHARDS, publication_name
@@ -72,7 +73,53 @@ def test_a_virtual_generated_column_is_no_key_and_is_told(outbox: str, db: psyco
         tracking.track(db, "public", "line", key=["total"])
     for options, told in (({}, True), ({"exclude": ["total"]}, False)):
         done = tracking.track(db, "public", "line", **options)
-        assert any("total of line is a virtual generated column" in warning for warning in done.warnings) == told
+        assert (done.tracked.virtual, done.warnings) == (told, ())
+
+
+def test_a_virtual_generated_column_is_captured_with_its_value(outbox: str, db: psycopg.Connection) -> None:
+    if db.info.server_version < 180_000:
+        pytest.skip("from PostgreSQL 18 on")
+    db.execute(
+        "CREATE TABLE line (id int PRIMARY KEY, qty int, price numeric(10,2), secret text DEFAULT 's',"
+        ' "the total" numeric(10,1) GENERATED ALWAYS AS (qty * price), per int GENERATED ALWAYS AS (100 / qty),'
+        " hidden text GENERATED ALWAYS AS (secret || '!')) PARTITION BY RANGE (id)"
+    )
+    db.execute("CREATE TABLE line_1 PARTITION OF line DEFAULT")
+    assert tracking.track(db, "public", "line", exclude=["secret", "hidden"]).warnings == ()
+    statements = (
+        "INSERT INTO line VALUES (1, 2, 10.25)", "UPDATE line SET qty = 3", "UPDATE line SET qty = 0",
+        "UPDATE line SET id = 2, qty = NULL", "DELETE FROM line",
+    )  # fmt: skip
+    for statement in statements:
+        db.execute(statement)
+    at_two = '{"id": 1, "per": 50, "qty": 2, "price": 10.25, "the total": 20.5}'
+    at_three = '{"id": 1, "per": 33, "qty": 3, "price": 10.25, "the total": 30.8}'
+    failing = '{"id": 1, "per": {"cdc:omitted": "cannot be JSON: 22012"}, "qty": 0, "price": 10.25, "the total": 0.0}'
+    empty = '{"id": 2, "per": null, "qty": null, "price": 10.25, "the total": null}'
+    rows = db.execute("SELECT old_data::text, new_data::text FROM entity_changes ORDER BY seq").fetchall()
+    assert rows == [
+        (None, at_two), (at_two, at_three), (at_three, failing), (failing, None), (None, empty), (empty, None),
+    ]  # fmt: skip
+
+
+def test_a_trigger_that_captures_a_virtual_column_as_null_is_told_and_track_mends_it(
+    outbox: str, db: psycopg.Connection
+) -> None:
+    if db.info.server_version < 180_000:
+        pytest.skip("from PostgreSQL 18 on")
+    db.execute("CREATE TABLE line (id int PRIMARY KEY, qty int)")
+    tracking.track(db, "public", "line")
+    db.execute("ALTER TABLE line ADD total int GENERATED ALWAYS AS (qty * 2)")
+    found = look_outbox.captured(db, "public")
+    [remark] = remarks.about(found.remarks, remarks.VIRTUAL)
+    assert "captures null in its place" in remark.detail
+    assert remark.remedy.startswith("cdc track line ")
+    assert tracking.track(db, "public", "line").changed
+    assert remarks.about(look_outbox.captured(db, "public").remarks, remarks.VIRTUAL) == []
+    db.execute("INSERT INTO line VALUES (1, 21)")
+    assert db.execute("SELECT new_data ->> 'total' FROM entity_changes").fetchone() == ("42",)
+    db.execute("ALTER TABLE line ALTER total SET EXPRESSION AS (qty * 3); UPDATE line SET qty = 1")
+    assert db.execute("SELECT new_data ->> 'total' FROM entity_changes ORDER BY seq DESC").fetchone() == ("3",)
 
 
 async def test_rows_of_a_tracked_table_are_rung_by_pgoutput_and_handled_once_and_again_where_they_fail(

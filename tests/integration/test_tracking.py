@@ -294,7 +294,8 @@ def test_the_command_line_from_track_to_untrack(outbox: str, tasks: psycopg.Conn
                    "--exclude", "secret", "--json")  # fmt: skip
     expected = {
         "table": "tasks", "trigger": "#cdc_capture", "operations": ["insert", "delete"], "entity_type": "job",
-        "key": ["id", "title"], "exclude": ["secret"], "columns": [], "enabled": True, "fires": "origin",
+        "key": ["id", "title"], "exclude": ["secret"], "columns": [], "virtual": False, "handled": False,
+        "enabled": True, "fires": "origin",
         "disabled_partitions": [], "missing": [], "only": "", "ours": True,
     }  # fmt: skip
     assert json.loads(again.stdout) == {

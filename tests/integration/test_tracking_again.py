@@ -239,6 +239,22 @@ def test_a_capture_function_that_does_not_know_the_allow_list_is_not_given_one(
     done(outbox, "track", "orders", "--columns", "id")
 
 
+def test_leave_to_say_that_a_change_is_handled_stays_until_it_is_taken_away(
+    outbox: str, orders: psycopg.Connection
+) -> None:
+    said = done(outbox, "track", "orders", "--type", "order", "--handled")
+    assert "may keep its changes of the type order from the handlers" in said
+    done(outbox, "track", "orders", "--exclude", "card")
+    assert tracked(outbox)["orders"]["handled"]
+    assert "by writers too" in invoke(outbox, "tracked").stdout
+    assert "warn    handled-by-writers" in invoke(outbox, "doctor", "--no-stream").stdout
+    orders.execute("SET cdc.handled = 'order'; INSERT INTO orders (id) VALUES (1)")
+    assert "was tracked: " in done(outbox, "track", "orders", "--no-handled")
+    orders.execute("INSERT INTO orders (id) VALUES (2)")
+    rows = orders.execute("SELECT entity_id, processed FROM entity_changes ORDER BY seq").fetchall()
+    assert rows == [("1", True), ("2", False)]
+
+
 def test_a_quote_that_is_not_closed_is_told(outbox: str, orders: psycopg.Connection) -> None:
     assert "a quote is not closed" in refused(outbox, "track", "orders", "--exclude", '"a,b')
 
