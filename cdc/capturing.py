@@ -47,21 +47,38 @@ class CaptureFunction:
         return [name for name in options if not re.search(rf"[',{{]{re.escape(name)}[',}}]", self.source)]
 
 
+# Every type that a value of a column may hold, whatever it is nested in: ``held`` of a WITH RECURSIVE.
+_HELD = """
+held (relation, attname, type) AS (
+  SELECT a.attrelid, a.attname, a.atttypid FROM pg_catalog.pg_attribute AS a
+  WHERE a.attrelid IN ({tables}) AND a.attnum > 0 AND NOT a.attisdropped
+  UNION
+  SELECT held.relation, held.attname, part.type
+  FROM held JOIN pg_catalog.pg_type AS t ON t.oid = held.type
+  CROSS JOIN LATERAL (
+    SELECT t.typelem WHERE t.typelem <> 0::oid
+    UNION ALL SELECT t.typbasetype WHERE t.typtype = 'd'
+    UNION ALL SELECT r.rngsubtype FROM pg_catalog.pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+    UNION ALL SELECT a.atttypid FROM pg_catalog.pg_attribute AS a
+              WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+  ) AS part (type)
+)"""
 # What the function does: it writes these columns, returns those, and sends a message.
-_FUNCTION = """
+_FUNCTION = f"""
+WITH RECURSIVE capture AS (
+  SELECT p.* FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
+  WHERE n.nspname = %(schema)s AND p.proname = 'capture_entity_change' AND p.pronargs = 0
+), {_HELD.format(tables="SELECT t.tgrelid FROM pg_catalog.pg_trigger AS t JOIN capture ON capture.oid = t.tgfoid")}
 SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
   r.rolname::text AS owner, r.rolsuper AS owner_is_superuser,
   coalesce(c.relowner = p.proowner, false) AS owns_outbox,
   ARRAY(
     SELECT DISTINCT o.rolname::text
-    FROM pg_catalog.pg_trigger AS t
-    JOIN pg_catalog.pg_class AS s ON s.oid = t.tgrelid
-    JOIN pg_catalog.pg_attribute AS a ON a.attrelid = s.oid AND a.attnum > 0 AND NOT a.attisdropped
-    JOIN pg_catalog.pg_type AS y ON y.oid = a.atttypid
+    FROM held JOIN pg_catalog.pg_class AS s ON s.oid = held.relation JOIN pg_catalog.pg_type AS y ON y.oid = held.type
     JOIN pg_catalog.pg_roles AS o ON o.oid IN (s.relowner, y.typowner)
-    WHERE t.tgfoid = p.oid AND NOT o.rolsuper AND o.oid <> p.proowner ORDER BY 1
+    WHERE NOT o.rolsuper AND o.oid <> p.proowner ORDER BY 1
   ) AS others, p.prosecdef AS security_definer,
-  coalesce(p.proconfig, '{}') AS settings, p.prosrc AS source,
+  coalesce(p.proconfig, '{{}}') AS settings, p.prosrc AS source,
   EXISTS (SELECT FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) AS a
           WHERE a.grantee = 0::oid AND a.privilege_type = 'EXECUTE') AS public_may_call,
   pg_catalog.array_remove(ARRAY[
@@ -74,7 +91,7 @@ SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
     ) THEN 'INSERT on entity_changes' END,
     CASE WHEN EXISTS (
       SELECT FROM pg_catalog.pg_attribute AS a
-      WHERE a.attrelid = c.oid AND a.attname = ANY ('{seq,shard}'::name[])
+      WHERE a.attrelid = c.oid AND a.attname = ANY ('{{seq,shard}}'::name[])
         AND NOT pg_catalog.has_column_privilege(p.proowner, c.oid, a.attnum, 'SELECT')
     ) THEN 'SELECT (seq, shard) on entity_changes' END,
     (SELECT 'EXECUTE on ' || m.oid::regprocedure::text FROM pg_catalog.pg_proc AS m
@@ -86,13 +103,12 @@ SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
         AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l WHERE l.polrelid = c.oid AND l.polcmd IN ('a', '*'))
       THEN 'BYPASSRLS, since row level security is on' END
   ], NULL) AS lacks
-FROM pg_catalog.pg_proc AS p
+FROM capture AS p
 JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
 JOIN pg_catalog.pg_roles AS r ON r.oid = p.proowner
 LEFT JOIN pg_catalog.pg_class AS c
   ON c.relnamespace = n.oid AND c.relname = 'entity_changes' AND c.relkind IN ('r', 'p')
-WHERE n.nspname = %(schema)s AND p.proname = 'capture_entity_change' AND p.pronargs = 0
-"""
+"""  # noqa: S608 - of pieces of our own
 _WRITTEN = (
     "table_schema", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata",
     "caused_by", "depth", "processed", "processed_at", "last_error",
@@ -212,21 +228,8 @@ HAVING pg_catalog.bool_and(coalesce(a.attnotnull, false)) AND (i.indimmediate OR
 """
 
 # to_jsonb() calls such a cast for a value of the type, also within an array, a composite, a domain or a range.
-_CASTS = """
-WITH RECURSIVE held (relation, attname, type) AS (
-  SELECT a.attrelid, a.attname, a.atttypid FROM pg_catalog.pg_attribute AS a
-  WHERE a.attrelid = ANY (%(tables)s::oid[]) AND a.attnum > 0 AND NOT a.attisdropped
-  UNION
-  SELECT held.relation, held.attname, part.type
-  FROM held JOIN pg_catalog.pg_type AS t ON t.oid = held.type
-  CROSS JOIN LATERAL (
-    SELECT t.typelem WHERE t.typelem <> 0::oid
-    UNION ALL SELECT t.typbasetype WHERE t.typtype = 'd'
-    UNION ALL SELECT r.rngsubtype FROM pg_catalog.pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
-    UNION ALL SELECT a.atttypid FROM pg_catalog.pg_attribute AS a
-              WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
-  ) AS part (type)
-)
+_CASTS = f"""
+WITH RECURSIVE {_HELD.format(tables="SELECT pg_catalog.unnest(%(tables)s::oid[])")}
 SELECT held.relation, held.attname::text AS column, pg_catalog.format_type(held.type, NULL) AS type,
   p.oid::regprocedure::text AS function, r.rolname::text AS owner
 FROM held
@@ -238,7 +241,7 @@ WHERE k.casttarget IN ('pg_catalog.json'::regtype, 'pg_catalog.jsonb'::regtype) 
     SELECT o.relowner FROM pg_catalog.pg_class AS o JOIN pg_catalog.pg_namespace AS n ON n.oid = o.relnamespace
     WHERE n.nspname = %(schema)s AND o.relname = 'entity_changes')
 ORDER BY 1, 2, 3
-"""
+"""  # noqa: S608 - see above
 
 
 _SAYINGS = """
