@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.config import Settings
 from cdc.durations import parse_duration
 from cdc.errors import UsageError
+from cdc.model import Json
 
 if TYPE_CHECKING:
     from cdc.connect import Connection
@@ -288,7 +288,7 @@ def _lines(name: str, value: Any) -> list[tuple[str, Any]]:
 
 def _text(value: Any) -> Any:
     """A payload as the JSON it is."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+    return value.decode() if isinstance(value, Json) else value
 
 
 def _row(entry: Entry) -> list[Any]:

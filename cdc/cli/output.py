@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 import click
 
 from cdc.errors import RefusedError
 from cdc.lsn import Lsn
+from cdc.model import Json
 from cdc.printable import printable, printable_json, printable_lines
 
 JSON_SCHEMA = 1
@@ -69,24 +71,31 @@ def _cell(value: object) -> str:
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """One object with ``"schema": 1``. Times become ISO 8601 in UTC, LSNs and UUIDs text."""
+    """One object with ``"schema": 1``. Times become ISO 8601 in UTC, LSNs and UUIDs text, Json is in it as it is."""
     if "schema" in data:
         raise ValueError('"schema" is the version of the output; call the database schema "schema_name"')
-    click.echo(printable_json(json.dumps({"schema": JSON_SCHEMA, **_plain(data)}, indent=2, ensure_ascii=False)))
+    documents: dict[str, str] = {}
+    text = json.dumps({"schema": JSON_SCHEMA, **_plain(data, documents)}, indent=2, ensure_ascii=False)
+    for place, document in documents.items():
+        text = text.replace(json.dumps(place), document)
+    click.echo(printable_json(text))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, documents: dict[str, str]) -> Any:
+    """``documents``: gets what is to be put in the places of texts that occur nowhere else."""
     match value:
-        case Lsn():
-            return str(value)
-        case None | bool() | int() | float():
+        case Json():
+            place = str(uuid4())
+            documents[place] = value.decode()
+            return place
+        case None | bool() | int() | float() if not isinstance(value, Lsn):
             return value
         case datetime():
             return _time(value)
         case Mapping():
-            return {str(name): _plain(item) for name, item in value.items()}
+            return {str(name): _plain(item, documents) for name, item in value.items()}
         case list() | tuple() | set() | frozenset():
-            return [_plain(item) for item in value]
+            return [_plain(item, documents) for item in value]
         case _:
             return str(value)
 

@@ -22,6 +22,7 @@ from psycopg.rows import class_row, dict_row
 
 from cdc.errors import NotFoundError, RefusedError, UsageError
 from cdc.model import SHARDS, ChangeState
+from cdc.outbox.loaders import VerbatimJson
 from cdc.outbox.statements import load
 from cdc.sqlstate import About, about
 
@@ -237,9 +238,13 @@ class Letters:
         return [Link(**{**row, "state": ChangeState(row["state"])}) for row in rows]
 
     def payload(self, connection: psycopg.Connection, entry: Entry) -> dict[str, Any]:
-        """``old``, ``new`` and ``metadata``: the application's data. Raises RefusedError where the server does."""
+        """``old``, ``new`` and ``metadata``: the application's data. Raises RefusedError where the server does.
+
+        Each is Json, with the digits that are stored, or the text of what Python cannot read.
+        """
         try:
             with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+                cursor.adapters.register_loader("jsonb", VerbatimJson)
                 found = cursor.execute(self._statements["payload"], {"id": entry.id}).fetchone()
         except psycopg.Error as error:
             if about(error.sqlstate) is not About.ROW:

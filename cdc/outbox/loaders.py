@@ -41,17 +41,33 @@ class _AnyText(Loader):
         return bytes(data).decode("utf-8", "backslashreplace")
 
 
+def _json_text(data: Buffer) -> str:
+    # As backslashreplace would, with the backslash escaped as JSON has it.
+    return re.sub(
+        "[\udc80-\udcff]",
+        lambda found: f"\\\\x{ord(found[0]) - 0xDC00:02x}",
+        bytes(data).decode("utf-8", "surrogateescape"),
+    )
+
+
 class _AnyJson(Loader):
     """A document, or its text where Python cannot read it: numbers of thousands of digits, thousands of levels."""
 
     def load(self, data: Buffer) -> Any:
-        # As backslashreplace would, with the backslash escaped as JSON has it.
-        text = re.sub(
-            "[\udc80-\udcff]",
-            lambda found: f"\\\\x{ord(found[0]) - 0xDC00:02x}",
-            bytes(data).decode("utf-8", "surrogateescape"),
-        )
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
+        return _read(_json_text(data), as_it_is=False)
+
+
+class VerbatimJson(Loader):
+    """The same for whoever shows it: what Python can read is Json, with the digits that the database has."""
+
+    def load(self, data: Buffer) -> Json | str:
+        shown: Json | str = _read(_json_text(data), as_it_is=True)
+        return shown
+
+
+def _read(text: str, *, as_it_is: bool) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return Json(text.encode()) if as_it_is else value

@@ -251,6 +251,28 @@ def test_a_table_shows_the_first_line_of_an_error_and_no_payload(outbox: str, ou
     assert "row content" not in run(outbox, "list", "--json").stdout
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    ["10.10", "12345678901234567890.123456789", "1e-7", "9007199254740993", "0.1000", "-0.0", "1" + "0" * 400 + ".5",
+     "100000000000000000000000", "[1.50, {\"a\": 2.500}]"],
+)  # fmt: skip
+def test_a_payload_is_shown_with_the_digits_that_are_stored(
+    outbox: str, outbox_db: psycopg.Connection, numbers: str
+) -> None:
+    document = f'{{"n": {numbers}}}'
+    [(seq, stored)] = outbox_db.execute(
+        "WITH written AS (SELECT publish_change('x', '1', new_data => %s::jsonb, metadata => %s::jsonb) AS seq)"
+        " SELECT seq, (%s::jsonb ->> 'n') FROM written",
+        [document] * 3,
+    ).fetchall()
+    table = run(outbox, "show", str(seq), "--show-payload").stdout
+    assert table.count(f'{{"n": {stored}}}') == 2
+    shown = run(outbox, "show", str(seq), "--show-payload", "--json").stdout
+    assert f'"new": {{"n": {stored}}},' in shown
+    assert f'"metadata": {{"n": {stored}}}' in shown
+    assert json.loads(shown)["change"]["old"] is None
+
+
 def test_show_prints_every_field_by_seq_or_id_and_the_payload_only_when_asked(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
