@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import click
 
 from cdc.cli.options import json_option, resolved_options
 from cdc.cli.output import paint, print_json, put, put_script, say
-from cdc.cli.run import load_router
+from cdc.cli.wanted import WANTED_SETTINGS, wanted
 from cdc.config import SETTINGS, Resolved, Settings
 from cdc.errors import CdcError
 
@@ -24,8 +24,8 @@ _COLOURS = {"fail": "red", "warn": "yellow", "ok": "green", "unknown": "yellow"}
 
 @click.command()
 @resolved_options(
-    "dsn", "stream_dsn", "schema", "handlers", "deliver.to", "deliver.types", "slot.name", "slot.create", "slot.plugin",
-    "slot.mode", "stream", "timeout", "retention",
+    "dsn", "stream_dsn", "schema", *WANTED_SETTINGS, "slot.name", "slot.create", "slot.plugin", "slot.mode", "stream",
+    "timeout", "retention",
 )  # fmt: skip
 @click.option("--fix", is_flag=True, help="Print the SQL that mends what SQL can mend, and run nothing.")
 @click.option("--strict", is_flag=True, help="Exit 1 on warnings too.")
@@ -59,11 +59,9 @@ def subject_of(resolved: Resolved) -> Subject:
     from cdc.doctor.facts import Subject  # noqa: PLC0415 - see doctor
 
     settings = resolved.settings
-    handles, handlers_error = None, None
+    asked, handlers_error = None, None
     try:
-        # To load them runs their code: not of a module that a file names which was merely found here.
-        in_a_file = resolved.found and " in " in resolved.sources["handlers"]
-        handles = None if in_a_file else _handles(settings)
+        asked = wanted(resolved)
     except CdcError as error:
         handlers_error = (str(error), error.hint)
     return Subject(
@@ -77,21 +75,11 @@ def subject_of(resolved: Resolved) -> Subject:
         streams=settings.stream,
         prunes=settings.retention_s is not None,
         handler_timeout_s=settings.timeout_s,
-        handles=handles,
+        handles=asked.handles if asked else None,
+        scope=asked.scope if asked else None,
         handlers_error=handlers_error,
         exposed_files=_exposed_files(resolved, settings),
     )
-
-
-def _handles(settings: Settings) -> Callable[[str, str], bool] | None:
-    """Whether a change of such a type and operation is wanted; None: no handlers are named."""
-    if settings.deliver.to:
-        types = settings.deliver.types
-        return lambda entity_type, _operation: types is None or entity_type in types
-    if not settings.handlers:
-        return None
-    match = load_router(settings.handlers, settings).match
-    return lambda entity_type, operation: match(entity_type, operation) is not None
 
 
 def _exposed_files(resolved: Resolved, settings: Settings) -> tuple[str, ...]:

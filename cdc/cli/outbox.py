@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cdc.cli.options import Commands, database_options, json_option, open_database, yes_option
+from cdc.cli.options import Commands, database_options, json_option, open_database, resolved_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
-from cdc.config import Settings
+from cdc.cli.wanted import WANTED_SETTINGS, wanted
+from cdc.config import Resolved, Settings
 from cdc.durations import parse_duration
-from cdc.errors import UsageError
+from cdc.errors import CdcError, UsageError
 from cdc.model import Json
 
 if TYPE_CHECKING:
     from cdc.connect import Connection
     from cdc.outbox.letters import Entry, Found, Link, Stats
+    from cdc.scope import Scope
 
 _STATES = ("fresh", "blocked", "waiting", "dead", "processed")
 _LISTED = (
@@ -50,22 +52,37 @@ def outbox() -> None:
 
 
 @outbox.command()
-@database_options
+@resolved_options("dsn", "schema", *WANTED_SETTINGS)
 @json_option
-def stats(settings: Settings, as_json: bool) -> None:
+def stats(resolved: Resolved, as_json: bool) -> None:
     """Count by entity type what is not processed.
 
     Fresh changes include the blocked ones, which an earlier change of their key holds back. A + means more than were
-    looked at. Ages in seconds.
+    looked at. Ages in seconds. With the settings of the consumer, or --handlers, it names the types that wait because
+    no handler wants them.
     """
     from cdc.outbox.letters import Letters  # noqa: PLC0415 - --help does not wait for the driver to load
 
+    settings, scope = resolved.settings, _scope(resolved)
     with _opened(settings) as connection:
         found = Letters(settings.schema_).stats(connection)
+    unhandled = scope and [each.entity_type for each in found.types if each.fresh and not scope.has(each.entity_type)]
     if as_json:
-        print_json({"schema_name": settings.schema_, **asdict(found)})
-    else:
-        _print_stats(found)
+        print_json({"schema_name": settings.schema_, **asdict(found), "unhandled": unhandled})
+        return
+    _print_stats(found)
+    if unhandled:
+        say(f"no handler wants: {', '.join(unhandled)}")
+
+
+def _scope(resolved: Resolved) -> Scope | None:
+    """None: nobody knows. What is wrong with the handlers must not hide the figures."""
+    try:
+        asked = wanted(resolved)
+    except CdcError as error:
+        say(f"Warning: the handlers cannot be loaded, so what they want is not known: {error}")
+        return None
+    return asked.scope if asked else None
 
 
 @outbox.command("list")

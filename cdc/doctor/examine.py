@@ -27,6 +27,7 @@ T = TypeVar("T")
 _SESSION = {**SERVER_TCP, "statement_timeout": "10s", "lock_timeout": "3s"}
 _NO_CONNECTION = Unknown("there is no connection to the database")
 _NO_OUTBOX = Absent("there is no outbox: see schema")
+_NO_HANDLERS = Absent("no handlers are named here (--handlers, CDC_HANDLERS or --config)")
 _NO_STREAM = Absent("the stream is switched off (CDC_STREAM)")
 
 
@@ -73,6 +74,9 @@ def _outbox(subject: Subject, connection: psycopg.Connection | None, *, missing:
     yield from judge(seen(look_outbox.shard_holders), outbox.SHARDS_HELD)
     yield from judge(seen(look_outbox.table), outbox.TABLE)
     yield from judge(seen(look_outbox.backlog), outbox.BACKLOG)
+    scope = subject.scope
+    waits = _NO_HANDLERS if scope is None else seen(lambda link, name: look_outbox.unhandled(link, name, scope))
+    yield from judge(waits, outbox.UNHANDLED)
 
 
 def _transactions(connection: psycopg.Connection, subject: Subject, session: Session | Unknown) -> OpenTransactions:

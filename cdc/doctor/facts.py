@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from cdc.remarks import Remark
+from cdc.scope import Scope
 from cdc.slot_state import Slot
 from cdc.tracked import Tracked
 
@@ -15,8 +16,9 @@ from cdc.tracked import Tracked
 class Subject:
     """What is examined: the outbox in ``schema`` and its doorbell. DSNs are secrets.
 
-    ``plugin`` may be "auto". ``handles(entity_type, operation)``: whether a handler wants such changes; None where no
-    handlers are named. ``handlers_error``: why they cannot be loaded, and the remedy.
+    ``plugin`` may be "auto". ``handles(entity_type, operation)``: whether such changes are wanted, or discarded on
+    purpose, and ``scope``: the types that are; both None where no handlers are named. ``handlers_error``: why they
+    cannot be loaded, and the remedy.
     """
 
     dsn: str | None
@@ -30,6 +32,7 @@ class Subject:
     prunes: bool = False
     handler_timeout_s: float | None = None
     handles: Callable[[str, str], bool] | None = None
+    scope: Scope | None = None
     handlers_error: tuple[str, str] | None = None
     exposed_files: tuple[str, ...] = ()
     old_transaction_s: float = 300.0
@@ -298,3 +301,10 @@ class Backlog:
     waiting: int
     dead: int
     oldest_ready_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unhandled:
+    """Fresh changes, by type, that no handler of those named wants; of each at least so many."""
+
+    types: tuple[tuple[str, int], ...]

@@ -24,13 +24,17 @@ from cdc.doctor.facts import (
     ShardHolders,
     Subject,
     Table,
+    Unhandled,
 )
 from cdc.doctor.look import column, one
 from cdc.errors import NotFoundError
 from cdc.grants import PAYLOAD
 from cdc.model import SHARDS
+from cdc.outbox.letters import Letters
+from cdc.outbox.loaders import read_anything
 from cdc.outbox.shards import MAY_MARK, lock_class, outbox_name
 from cdc.outbox.store import Store
+from cdc.scope import Scope
 
 """The application name of the sessions that hold shards."""
 _MARKED = ("processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "started_by")
@@ -306,3 +310,10 @@ def backlog(connection: psycopg.Connection, name: str) -> Backlog:
         dead=figures.dead,
         oldest_ready_age_s=figures.oldest_ready_age_s,
     )
+
+
+def unhandled(connection: psycopg.Connection, name: str, scope: Scope) -> Unhandled:
+    read_anything(connection)
+    types = Letters(name).stats(connection).types
+    found = [(each.entity_type, each.fresh) for each in types if each.fresh and not scope.has(each.entity_type)]
+    return Unhandled(tuple(sorted(found, key=lambda each: -each[1])))

@@ -17,6 +17,7 @@ from cdc.doctor.facts import (
     ShardHolders,
     Subject,
     Table,
+    Unhandled,
 )
 from cdc.doctor.findings import Checks, Finding, fail, ok, skip, unknown, warn
 from cdc.model import SHARDS
@@ -230,6 +231,17 @@ def backlog(seen: Backlog) -> Finding:
     return ok(counted)
 
 
+def unhandled(seen: Unhandled) -> Finding:
+    if not seen.types:
+        return ok("every type that waits has a handler among those named here")
+    more = f", and {len(seen.types) - _SHOWN} more types" if len(seen.types) > _SHOWN else ""
+    named = ", ".join(f"{count:,} of {entity_type}" for entity_type, count in seen.types[:_SHOWN])
+    return warn(
+        f"changes wait, and no handler named here wants them: {named}{more}",
+        'write a handler (@router.on), or discard them: router.ignore("type"); nothing, if another consumer wants them',
+    )
+
+
 def dead(seen: Backlog) -> Finding:
     if seen.dead:
         return warn(
@@ -265,5 +277,6 @@ SENDERS: Checks[Senders] = {"message-senders": senders}
 NUMBERING: Checks[Numbering] = {"sequence": sequence}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
 TABLE: Checks[Table] = {"autovacuum": autovacuum}
+UNHANDLED: Checks[Unhandled] = {"unhandled": unhandled}
 BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead}
 LOCAL: Checks[Subject] = {"handlers": handlers, "config": config}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import psycopg
 import pytest
+from click.testing import CliRunner, Result
 
 import cdc
+from cdc.cli import cdc as cdc_command
 from cdc.errors import UsageError
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 
+router = cdc.Router()
+router.on("order")(print)
+router.ignore("refund")
 _LEFT = "SELECT entity_type, count(*) FROM entity_changes WHERE NOT processed GROUP BY 1 ORDER BY 1"
 _OUTCOMES = "SELECT entity_type, processed, last_error FROM entity_changes ORDER BY seq"
 
@@ -131,3 +137,35 @@ async def test_a_large_backlog_of_an_unwanted_type_holds_up_nothing(outbox: str,
         _publish(outbox_db, "order", 50)
         await _left(outbox_db, {"unwanted": 100_000})
     assert len(calls) == 50
+
+
+@pytest.mark.parametrize(
+    ("named", "unhandled"),
+    [
+        ((), None), (("--deliver-to", "http://127.0.0.1:3000/"), []),
+        (("--handlers", "tests.integration.test_unhandled:router"), ["other"]),
+        (("--deliver-to", "http://127.0.0.1:3000/", "--type", "order"), ["other", "refund"]),
+        (("--handlers", "tests.nosuch:router"), None),
+    ],
+)  # fmt: skip
+def test_the_types_that_wait_for_a_handler_are_named_by_stats_and_by_the_doctor(
+    outbox: str, outbox_db: psycopg.Connection, named: tuple[str, ...], unhandled: list[str] | None
+) -> None:
+    _publish(outbox_db, "order", 1)
+    _publish(outbox_db, "refund", 3)
+    _publish(outbox_db, "other", 2)
+
+    def told(*command: str) -> Result:
+        return CliRunner().invoke(cdc_command, [*command, "--dsn", outbox, *named], catch_exceptions=False)
+
+    stats = told("outbox", "stats")
+    assert stats.exit_code == 0, stats.output
+    assert (f"no handler wants: {', '.join(unhandled or [])}\n" in stats.stderr) == bool(unhandled)
+    assert ("cannot be loaded" in stats.stderr) == ("tests.nosuch:router" in named)
+    assert json.loads(told("outbox", "stats", "--json").stdout)["unhandled"] == unhandled
+    findings = json.loads(told("doctor", "--no-stream", "--json").stdout)["findings"]
+    [found] = [each for each in findings if each["id"] == "unhandled"]
+    expected = "skip" if unhandled is None else "warn" if unhandled else "ok"
+    assert found["verdict"] == expected
+    for entity_type, count in (("refund", 3), ("other", 2)):
+        assert (f"{count} of {entity_type}" in found["detail"]) == (entity_type in (unhandled or []))

@@ -35,6 +35,7 @@ from cdc.doctor.facts import (
     Subject,
     Table,
     Transaction,
+    Unhandled,
 )
 from cdc.doctor.findings import Absent, Finding, Unknown, Verdict, fail, judge, ok, warn
 from cdc.doctor.look_outbox import _MARKED, _OWNING
@@ -115,6 +116,7 @@ def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any
         ShardHolders: outbox.SHARDS_HELD,
         Table: outbox.TABLE,
         Backlog: outbox.BACKLOG,
+        Unhandled: outbox.UNHANDLED,
         Subject: outbox.LOCAL,
     }
     return dict(by_kind[type(facts)])
@@ -125,7 +127,7 @@ def check(name: str, facts: Any, subject: Subject = SUBJECT) -> Finding:
 
 
 HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, DOORBELL, INSTALLED, CAPTURE, CAPTURED, RIGHTS,
-           ROW_SECURITY, READERS, SENDERS, NUMBERS, HOLDERS, TABLE, BACKLOG, SUBJECT)  # fmt: skip
+           ROW_SECURITY, READERS, SENDERS, NUMBERS, HOLDERS, TABLE, BACKLOG, Unhandled(()), SUBJECT)  # fmt: skip
 
 
 @pytest.mark.parametrize("facts", HEALTHY, ids=lambda facts: type(facts).__name__)
