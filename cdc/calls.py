@@ -1,6 +1,7 @@
 """Calls of code that is not ours: each in a context of its own, and whatever it raises is an Exception to us.
 
-A ContextVar that a handler sets is seen by no other call, although many share a task, a thread or a transaction.
+A ContextVar that a handler sets is seen by no other call, although many share a task, a thread or a transaction; nor
+is how it lets decimals be rounded.
 
 What is no Exception (SystemExit, GeneratorExit, a class of the handler's own) would end the task or the thread that
 waits, instead of telling it, and its change would have no outcome. It arrives as an EscapedError. A CancelledError
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, copy_context
+from decimal import getcontext, setcontext
 from types import CoroutineType
 from typing import Any, Generic, TypeVar, cast
 
@@ -72,9 +74,16 @@ class Begun(Generic[_T]):
                 raise told from error
 
 
+def own_context() -> Context:
+    """A copy of the current one; of decimal's settings, too, which a copy would share: one object that calls change."""
+    context = copy_context()
+    context.run(setcontext, getcontext().copy())
+    return context
+
+
 def begin(started: float, function: Callable[..., Awaitable[object]], *arguments: Any) -> Begun[object] | None:
     """Call it, up to its first wait. None: it has returned."""
-    context = copy_context()
+    context = own_context()
     try:
         call: Any = context.run(function, *arguments)
     except BaseException as error:  # noqa: BLE001 - raised where the call is awaited
@@ -98,7 +107,7 @@ async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any
 def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
     """Call what does not wait, in this thread."""
     try:
-        return copy_context().run(function, *arguments)
+        return own_context().run(function, *arguments)
     except BaseException as error:
         told = as_exception(error)
         if told is error:

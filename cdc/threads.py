@@ -12,10 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextvars import copy_context
 from typing import Any
 
-from cdc.calls import EscapedError, as_exception
+from cdc.calls import EscapedError, as_exception, own_context
 
 
 class Job:
@@ -23,7 +22,7 @@ class Job:
 
     def __init__(self, call: Callable[[], Any], limit_s: float | None, overran: Callable[[], None] | None) -> None:
         self.call = call
-        self.context = copy_context()
+        self.context = own_context()
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.started_at: float | None = None  # written by the thread, read by the event loop
         self.called_off = False

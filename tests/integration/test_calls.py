@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
+from decimal import Decimal, getcontext
 from typing import Any
 
 import psycopg
@@ -308,6 +309,45 @@ async def test_what_one_call_sets_in_a_context_variable_no_other_call_sees(
         await _until_settled(outbox_db)
     assert set(seen) == {"nobody"}
     assert states(outbox_db) == {"processed": 240}
+
+
+@pytest.mark.parametrize("group", [1, 10])
+async def test_how_one_call_rounds_decimals_is_no_other_calls_matter(
+    group: int, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    third = Decimal(1) / 3
+    seen: list[Decimal] = []
+
+    def divide(change: cdc.Change, *_: Any) -> None:
+        seen.append(Decimal(1) / 3)
+        getcontext().prec = 3
+
+    async def divide_at_once(change: cdc.Change) -> None:
+        divide(change)
+
+    async def divide_many(changes: list[cdc.Change]) -> None:
+        divide(changes[0])
+
+    async def divide_in_transaction(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        divide(change)
+
+    def divide_in_thread(change: cdc.Change) -> None:
+        divide(change)
+
+    router = Router()
+    router.on("at once")(divide_at_once)
+    router.on("batch")(divide_many)
+    router.on("transaction", group=group)(divide_in_transaction)
+    router.on("thread")(divide_in_thread)
+    router.on_processed(divide)
+    outbox_db.execute(
+        "SELECT publish_change(t, n::text) FROM unnest(%s::text[]) AS t, generate_series(1, 10) AS n",
+        [sorted(router.entity_types)],
+    )
+    async with consuming(outbox, router, threads=2, concurrency=4, transactions=1):
+        await _until_settled(outbox_db)
+    assert set(seen) == {third}
+    assert Decimal(1) / 3 == third
 
 
 async def test_a_context_variable_of_the_program_around_the_consumer_is_seen_by_every_handler(
