@@ -257,6 +257,7 @@ def _words(text: str) -> str:
 _TIMEOUT = "check host and port, and that no firewall drops the connection; connect_timeout in the DSN sets the limit"
 _NO_PASSWORD = "the server asks for a password: give it in a password file (PGPASSFILE) or in the DSN"  # noqa: S105 - a sentence
 _BAD_PASSWORD = "check user and password; the server's log names the line of pg_hba.conf it used"  # noqa: S105 - a sentence
+_NO_REPLICATION = "ALTER ROLE ... REPLICATION (rds_replication on RDS and Aurora)"
 _GENERAL = "check host, port, dbname and user; the server's own log says more"
 
 # A refused connection carries no SQLSTATE: libpq has only the text, in the language of the server. These words choose
@@ -273,7 +274,8 @@ _REMEDIES = (
     ("FATAL: database", "create the database (createdb NAME), or correct dbname in the DSN"),
     ("FATAL: role", "create the role, or correct user in the DSN"),
     ("permission denied for database", "GRANT CONNECT ON DATABASE ... TO the role"),
-    ("must be superuser or replication role", "ALTER ROLE ... REPLICATION (rds_replication on RDS and Aurora)"),
+    ("must be superuser or replication role", _NO_REPLICATION),
+    ("permission denied to start WAL sender", _NO_REPLICATION),  # so from PostgreSQL 16 on
     ("max_wal_senders", "raise max_wal_senders and restart the server, or end an idle walsender"),
     ("too many", "raise max_connections or the role's CONNECTION LIMIT, or run fewer consumers"),
     ("remaining connection slots", "raise max_connections and restart the server, or run fewer consumers"),

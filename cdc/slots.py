@@ -171,7 +171,7 @@ def _create(connection: psycopg.Connection, wanted: _Wanted, plugin: str) -> Non
 def _publish_nothing(connection: psycopg.Connection, wanted: _Wanted) -> None:
     """Before the slot: pgoutput cannot decode what was written while its publication was not there."""
     publication = publication_name(wanted.schema)
-    if connection.execute("SELECT FROM pg_catalog.pg_publication WHERE pubname = %s", [publication]).fetchone():
+    if connection.execute("SELECT FROM pg_catalog.pg_publication WHERE pubname = %s", [publication]).fetchall():
         return
     try:
         connection.execute(sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(publication)))

@@ -287,7 +287,9 @@ def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: s
     try:
         with _as_user(connection):
             [(oid,)] = connection.execute("SELECT pg_catalog.to_regclass(%s)::pg_catalog.oid", [name]).fetchall()
-    except (errors.InvalidName, errors.SyntaxError, errors.FeatureNotSupported) as bad:
+            if oid is None:  # from PostgreSQL 16 on also for what is no name
+                connection.execute("SELECT pg_catalog.parse_ident(%s)", [name])
+    except (errors.InvalidName, errors.InvalidParameterValue, errors.SyntaxError, errors.FeatureNotSupported) as bad:
         raise UsageError(
             f"{name!r} is not the name of a table", hint='write it as in SQL: schema.table, or "Mixed Case" in quotes'
         ) from bad

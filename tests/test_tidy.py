@@ -244,6 +244,14 @@ def test_no_statement_is_put_together_by_an_f_string() -> None:
     assert found == [], "values are parameters, names are psycopg.sql.Identifier"
 
 
+def test_a_row_without_columns_is_not_asked_whether_it_is_true() -> None:
+    """It is an empty tuple, as true as no row: the rows are counted instead."""
+    asked = re.compile(r'"SELECT FROM [^"]*"[^)]*\)\.fetchone\(\)(:| or| and)')
+    assert asked.search('if db.execute("SELECT FROM t WHERE i = %s", [1]).fetchone():')
+    found = [name(path) for path in (*PACKAGE, *TESTS) if asked.search(path.read_text("utf-8"))]
+    assert found == ["tests/test_tidy.py"]
+
+
 # --- reasons -------------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ def guest(dsn: str, say: Say) -> Iterator[str]:
     with connect(dsn, application_name=_APPLICATION) as connection:
         if slots.snapshot(connection, SLOT):
             raise _taken("replication slot", SLOT, _REMOVE_SLOT)
-        if connection.execute("SELECT FROM pg_catalog.pg_publication WHERE pubname = %s", [_PUBLICATION]).fetchone():
+        if connection.execute("SELECT FROM pg_catalog.pg_publication WHERE pubname = %s", [_PUBLICATION]).fetchall():
             raise _taken("publication", _PUBLICATION, f"{_REMOVE_SCHEMA}; {_REMOVE_PUBLICATION}")
         _take(connection)
         say(f"On your server, {describe(dsn)}:")

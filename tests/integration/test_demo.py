@@ -163,6 +163,15 @@ def test_tasks_of_ones_own_are_not_touched_and_nothing_is_made(database: str, db
     assert _objects(db) == before
 
 
+def test_a_publication_of_its_name_is_not_touched_and_nothing_is_made(database: str, db: psycopg.Connection) -> None:
+    db.execute("CREATE PUBLICATION cdc_cdc_demo")
+    before = _objects(db)
+    refused = CliRunner().invoke(cdc, ["demo", "--dsn", database])
+    assert (refused.exit_code, refused.stdout) == (5, "")
+    assert "there is a publication cdc_cdc_demo on this server already" in refused.stderr
+    assert _objects(db) == before
+
+
 def test_a_slot_of_its_name_is_not_touched_and_nothing_is_made(database: str, db: psycopg.Connection) -> None:
     db.execute("SELECT pg_create_logical_replication_slot('cdc_demo', 'pgoutput')")
     before = _objects(db)
