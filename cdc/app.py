@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ _STOP_S = 3.0
 _SHOW_EVERY_S = 1.0
 _SLOT_NAME_PART = 40
 """Of a name of up to 63 characters, so that more fits behind it."""
+_Run = Callable[[], Coroutine[Any, Any, None]]
 
 
 async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
@@ -222,15 +223,12 @@ class App:
     @contextlib.asynccontextmanager
     async def _beside(self) -> AsyncIterator[None]:
         """All that runs beside the consumer."""
-        keep = self._supervisor.keep
-        tasks = [
-            asyncio.create_task(each)
-            for each in (keep("figures", self._show), keep("hooks", self._hooks.run), self._start_beside())
-        ]
-        await self._transactions.open()
-        if self._delivery and not self._settings.observe:
-            self._delivery.open(self.metrics)
+        keep, tasks = self._supervisor.keep, list[asyncio.Task[None]]()
         try:
+            tasks += [asyncio.create_task(keep(name, run)) for name, run in self._kept()]
+            await self._transactions.open()
+            if self._delivery and not self._settings.observe:
+                self._delivery.open(self.metrics)
             yield
         finally:
             for task in tasks:
@@ -250,19 +248,31 @@ class App:
         if self._stream and not await asyncio.to_thread(self._stream.stop, _STOP_S):
             log.warning("the stream's thread has not ended within %g s", _STOP_S)
 
-    async def _start_beside(self) -> None:
-        await self.consumer.connected.wait()
+    def _kept(self) -> Iterator[tuple[str, _Run]]:
+        """The tasks, by name."""
+        yield "figures", self._show
+        yield "hooks", self._hooks.run
+        yield "threads", self._once_connected(self._start_threads)
+        yield "listener", self._once_connected(self._listener.run)
+        yield "relay", self._once_connected(self._relay.run)
+        if (age_s := self._settings.retention_s) is not None and not self._settings.observe:
+            pruning = Pruning(self._settings.current_dsn, self._settings.schema_, age_s, self.metrics)
+            yield "retention", self._once_connected(pruning.run)
+
+    def _once_connected(self, run: _Run) -> _Run:
+        async def run_then() -> None:
+            await self.consumer.connected.wait()
+            await run()
+
+        return run_then
+
+    async def _start_threads(self) -> None:
         self._collector.start()
         if self._stream:
             self._stream.start()
         else:
             log.info("the stream is switched off: changes are found by sweeping")
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._supervisor.keep("listener", self._listener.run))
-            tasks.create_task(self._supervisor.keep("relay", self._relay.run))
-            if (age_s := self._settings.retention_s) is not None and not self._settings.observe:
-                pruning = Pruning(self._settings.current_dsn, self._settings.schema_, age_s, self.metrics)
-                tasks.create_task(self._supervisor.keep("retention", pruning.run))
+        await asyncio.Event().wait()
 
     def _make_stream(self) -> Stream:
         settings = self._settings

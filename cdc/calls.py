@@ -5,7 +5,7 @@ is how it lets decimals be rounded.
 
 What is no Exception (SystemExit, GeneratorExit, a class of the handler's own) would end the task or the thread that
 waits, instead of telling it, and its change would have no outcome. It arrives as an EscapedError. A CancelledError
-passes: who waits knows whether its own task was cancelled.
+passes: who waits knows whether this program has cancelled its task (``cancelling``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from contextvars import Context, copy_context
 from decimal import getcontext, setcontext
 from types import CoroutineType
 from typing import Any, Generic, TypeVar, cast
+
+from cdc.cancelling import disregard
 
 _T = TypeVar("_T")
 
@@ -100,8 +102,13 @@ def begin(started: float, function: Callable[..., Awaitable[object]], *arguments
 
 async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any) -> None:
     """Call it, and wait until it has returned."""
-    if begun := begin(0.0, function, *arguments):
-        await begun
+    try:
+        if begun := begin(0.0, function, *arguments):
+            await begun
+    finally:
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            await disregard()
 
 
 def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
@@ -122,12 +129,6 @@ def as_exception(error: BaseException) -> BaseException:
     except BaseException:  # noqa: BLE001 - its class may be a property, and raise
         passes = False
     return error if passes else EscapedError(error)
-
-
-def is_being_cancelled() -> bool:
-    """Whether somebody cancels this task, as against a handler that raised CancelledError by itself."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 async def _awaited(result: Awaitable[object]) -> object:

@@ -15,7 +15,8 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from cdc.calls import EscapedError, call_async, is_being_cancelled
+from cdc.calls import EscapedError, call_async
+from cdc.cancelling import is_being_cancelled
 from cdc.deadline import deadline
 from cdc.frames import trace
 from cdc.model import Change

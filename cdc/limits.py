@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 from cdc.calls import Begun
+from cdc.cancelling import is_being_cancelled
 from cdc.errors import ToldError
 
 _T = TypeVar("_T")
@@ -57,15 +58,13 @@ class Limit:
             return await call
         task = asyncio.current_task()
         assert task is not None
-        cancelled_before = task.cancelling()
         self._ends[task] = at = call.started + self._seconds
         if self._timer is None:
             self._set_timer(at)
         try:
             return await call
         except (asyncio.CancelledError, TimeoutError) as error:
-            # Not if somebody else has cancelled it besides.
-            if task in self._overran and task.cancelling() - 1 <= cancelled_before:
+            if task in self._overran and not is_being_cancelled(task):
                 raise OverrunError(f"took longer than {self._seconds:g} s") from error
             raise
         finally:

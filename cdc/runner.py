@@ -40,12 +40,13 @@ from typing import Any, NamedTuple, cast
 from pydantic import TypeAdapter
 
 from cdc import probe
-from cdc.calls import Begun, begin, call_async, call_here, is_being_cancelled
+from cdc.calls import Begun, begin, call_async, call_here
+from cdc.cancelling import is_being_cancelled
 from cdc.errors import Discard, Failed, Reject, Retry
 from cdc.grouping import Grouping
 from cdc.journal import Finished
 from cdc.limits import Limit, OverrunError
-from cdc.losses import LOSSES_MAX, Losses, pause_s
+from cdc.losses import LOSSES_MAX, SESSIONS_MAX, Losses, pause_s
 from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, fast_make
 from cdc.routing import Handler, Router
@@ -53,7 +54,6 @@ from cdc.threads import Job, Threads
 from cdc.transactions import (
     AskTheTableError,
     ConflictError,
-    CutOffError,
     EndedTransactionError,
     Errors,
     LostTransactionError,
@@ -83,6 +83,10 @@ _LABELS: dict[type[Outcome], str] = {
     Waiting: "retried",
     Dead: "dead",
 }
+
+
+class _CutOffError(asyncio.CancelledError):
+    """This program has ended the task while the call was under way."""
 
 
 class Unfinished(NamedTuple):
@@ -159,12 +163,13 @@ class Runner:
         return pause_s(self._losses.times(change.id))
 
     def after_losses(self, change: Change) -> Outcome | None:
-        """The outcome of a suspect that lost its transaction too often; None: it is to run."""
+        """The outcome of a suspect that lost its transaction or session too often; None: it is to run."""
         times, handler = self._losses.times(change.id), self.handler(change)
         if times < LOSSES_MAX or handler is None:
             return None
         self._losses.forget([change])
-        return self._verdict.on(handler, change, LostTooOftenError(handler, times, LostTransactionError()))
+        why = "the connection was lost" if handler.transactional else "the consumer's session was lost"
+        return self._verdict.on(handler, change, LostTooOftenError(handler, times, LostTransactionError(why)))
 
     def judge(self, handler: Handler | None, change: Change, error: BaseException) -> Outcome:
         """The outcome of a change that ``error`` kept from having one."""
@@ -179,8 +184,8 @@ class Runner:
         return Discarded("no handler wants its type, and unhandled is discard")
 
     def suspects(self, change: Change) -> bool:
-        """Whether its transaction was lost the last time: it runs one at a time with others of that kind."""
-        return change.id in self._losses
+        """Whether it may be what loses transactions or sessions: it runs one at a time with others of that kind."""
+        return change.id in self._losses.suspects
 
     async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
         """One attempt at the handler's changes: one, or a batch. A change may have no outcome: not tried.
@@ -209,7 +214,8 @@ class Runner:
         """Call a handler for one change after the other, for as long as the calls return without waiting.
 
         A task's steps cost more than many a handler; these calls share them. Takes what it calls from ``changes``: none
-        where it is not as simple as that. Returns what has ended, and the call that has not, for ``go_on``.
+        where it is not as simple as that. Returns what has ended, and the call that has not, for ``go_on``. Ends after
+        one that has cancelled the task (``cancelling.disregard``).
         """
         done: list[Finished] = []
         if handler is None or not handler.single:
@@ -218,8 +224,12 @@ class Runner:
         call_one = partial(_call_with_model, handler.function, adapter) if adapter else handler.function
         seconds: list[float] = []
         unfinished = None
+        task, suspects = asyncio.current_task(), self._losses.suspects
+        assert task is not None
         began = now = time.monotonic()
         while changes and now - began < _AT_ONCE_S and not (changes[0].crashed or changes[0].chain):
+            if suspects and changes[0].id in suspects:
+                break
             change, started = changes.popleft(), now
             probe.here("run.before_handler")
             if call := begin(started, call_one, change):
@@ -228,7 +238,10 @@ class Runner:
             done.append(_FINISHED((change, _PROCESSED)))
             now = time.monotonic()
             seconds.append(now - started)
+            if task.cancelling():
+                break
         if done:
+            self._losses.forget(finished.change for finished in done)
             self._durations[handler.name].observe_each(seconds)
             self._metrics.handled(done[0].change.entity_type, handler.name, "processed", len(done))
             probe.here("run.after_handler")
@@ -238,6 +251,7 @@ class Runner:
         """The rest of an attempt that was begun. Only a cancellation leaves as an exception."""
         change, call = unfinished
         outcome: Outcome = _PROCESSED
+        session = self._sessions_lost
         try:
             await self._limit(handler).go_on(call)
         except Failed as failed:
@@ -245,10 +259,12 @@ class Runner:
                 outcome = self._verdict.on(handler, change, error, time.monotonic() - call.started)
         except asyncio.CancelledError as error:
             if is_being_cancelled():
+                self._ended([change], session)
                 raise
             outcome = self._verdict.on(handler, change, error, time.monotonic() - call.started)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
             outcome = self._verdict.on(handler, change, error, time.monotonic() - call.started)
+        self._ended([change], session)
         self._durations[handler.name].observe(time.monotonic() - call.started)
         self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
         probe.here("run.after_handler")
@@ -296,6 +312,7 @@ class Runner:
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], started: float
     ) -> dict[Change, Outcome]:
         grouping = self._groupings.get(handler.name)
+        session = self._sessions_lost
         try:
             call = self._call if handler.is_async else self._call_in_thread
             ran = await call(handler, changes, given)
@@ -310,15 +327,15 @@ class Runner:
             return await self._attempt(handler, changes, given, started)
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
-                if isinstance(error, CutOffError):
-                    self._losses.add(changes)
+                if isinstance(error, _CutOffError):
+                    self._ended(changes, session)
                 raise
             if len(changes) > 1 and not isinstance(error, _ABOUT_ALL if handler.batch else EndedTransactionError):
                 if grouping:
                     grouping.rolled_back()
                 return await self._one_by_one(handler, changes, given)
             ran = Ran({change.seq: error for change in changes})
-        self._losses.forget(changes)
+        self._ended(changes, session)
         done: Outcome = Committed(ran.at) if ran.at else _PROCESSED
         if not ran.errors:
             return dict.fromkeys(changes, done)
@@ -329,6 +346,13 @@ class Runner:
             else done
             for change in changes
         }
+
+    def _ended(self, changes: Sequence[Change], session: int) -> None:
+        """Their call has, by itself or cut off, which began in this session: if that was lost, so is the outcome."""
+        if session == self._sessions_lost:
+            self._losses.forget(changes)
+        else:
+            self._losses.add(changes, suspect_at=SESSIONS_MAX)
 
     def _lost(self, handler: Handler, changes: Sequence[Change], lost: LostTransactionError) -> dict[Change, Outcome]:
         """Raises it again, but for conflicts that do not end.
@@ -425,6 +449,10 @@ async def _on_loop(handler: Handler, given: Sequence[Change], *connection: Any) 
         await call_async(handler.call, given, *connection)
     except Failed as failed:
         return failed.errors
+    except asyncio.CancelledError as error:
+        if is_being_cancelled():
+            raise _CutOffError from error
+        raise
     return _NONE
 
 

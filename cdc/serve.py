@@ -17,6 +17,7 @@ from typing import Any
 
 from cdc import logs, process
 from cdc.app import App
+from cdc.cancelling import cancel
 from cdc.config import Settings
 from cdc.routing import Router
 
@@ -99,7 +100,7 @@ def _end(loop: asyncio.AbstractEventLoop) -> None:
     """Cancel what is left on the loop, and close it. What does not end is abandoned, and the loop with it."""
     left = asyncio.all_tasks(loop)
     for task in left:
-        task.cancel()
+        cancel(task)
     if deaf := _deaf(loop, left):
         log.warning("%d tasks go on after their cancellation; the process ends without them", len(deaf))
         process.abandon()

@@ -15,9 +15,10 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
 
+from cdc.cancelling import cancel
 from cdc.deadline import deadline
 
 log = logging.getLogger("cdc")
@@ -53,20 +54,21 @@ class Supervisor:
         self._ends: dict[str, tuple[Ends, float]] = {}
         """And when it was started last, on the monotonic clock. Each name is written by its own task or thread."""
 
-    async def keep(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
-        """Run it until cancelled. A return is an end that nobody asked for."""
+    async def keep(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run it until cancelled. A return is an end that nobody asked for.
+
+        In a task of its own: what runs there may be code that is not ours, and cancel it.
+        """
         while True:
             began = time.monotonic()
-            error: BaseException | None = None
+            task = asyncio.create_task(run())
             try:
-                await run()
-            except asyncio.CancelledError as cancelled:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                error = cancelled
-            except Exception as raised:  # noqa: BLE001 - whatever ends it, it goes on
-                error = raised
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                cancel(task)
+                await asyncio.wait([task])
+                raise
+            error = asyncio.CancelledError() if task.cancelled() else task.exception()
             with contextlib.suppress(TimeoutError):
                 async with deadline(self._note(name, began, error)):
                     await asyncio.Event().wait()

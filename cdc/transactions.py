@@ -84,10 +84,6 @@ class LostTransactionError(AskTheTableError):
         self.cause = cause or psycopg.OperationalError()
 
 
-class CutOffError(asyncio.CancelledError):
-    """The call was cut off, and its transaction had been ended by others."""
-
-
 class ConflictError(LostTransactionError):
     """A serialization failure or a deadlock. Where they do not end they are a failed attempt like any other."""
 
@@ -180,10 +176,6 @@ class Transactions:
                     probe.here("run.after_commit")
                 except psycopg.Error as error:
                     raise _fate(connection, error, taken=taken) from error
-                except asyncio.CancelledError as error:
-                    if taken and (connection.broken or connection.closed):
-                        raise CutOffError from error
-                    raise
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
         return ran._replace(calls_s=calls_s)

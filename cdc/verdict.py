@@ -42,13 +42,13 @@ class CrashedError(ToldError):
 
 
 class LostTooOftenError(ToldError):
-    """The change's transaction was lost again and again while its handler ran."""
+    """The change's transaction, or the consumer's session, was lost again and again while its handler ran."""
 
     kind = "lost"
 
     def __init__(self, handler: Handler, times: int, lost: LostTransactionError) -> None:
         super().__init__(
-            f"its transaction was lost {times} times in a row ({lost})",
+            f"{lost} {times} times in a row",
             f"{lost} while the handler {handler.name} ran for this change, {times} times in a row: it closes or ends"
             " its connection, crashes the server's process, or overruns a time limit of the server; the last time:"
             f" {type(lost.cause).__name__}",

@@ -15,11 +15,13 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
+from cdc.cancelling import cancel, disregard, is_being_cancelled
 from cdc.careful import Careful
 from cdc.deadline import deadline
 from cdc.journal import Finished
 from cdc.lanes import Lanes
-from cdc.model import Change, Outcome
+from cdc.losses import LOSSES_MAX, Losses
+from cdc.model import Change, Dead, Outcome
 from cdc.routing import Handler
 from cdc.runner import Runner, Unfinished
 from cdc.transactions import AskTheTableError
@@ -76,6 +78,8 @@ class Workers:
         """Nor these: what has lost its transaction, and runs one at a time, too. None: it is its turn."""
         self._deaf = set[asyncio.Task[None]]()
         """Those of the tasks that were cut off and go on; they are not waited for again."""
+        self._escapes = Losses()
+        """Attempts that ended, not by their call, and for which there is no outcome."""
         self._alone = asyncio.Lock()
         self._settled = asyncio.Event()
         self._later: deque[Change] = deque()
@@ -129,7 +133,7 @@ class Workers:
         for task, batch in running:
             for change in batch:
                 self._runner.interrupted(change)
-            task.cancel()
+            cancel(task)
         if running:
             log.warning("%d handlers were cut off; their changes stay as they were", len(running))
             _, deaf = await asyncio.wait([task for task, _ in running], timeout=_CUT_OFF_S)
@@ -149,6 +153,8 @@ class Workers:
                 await self._go_on(task, handler, unfinished)
             elif not done:
                 await self._attend_next(task, handler)
+            if task.cancelling() or is_being_cancelled(task):
+                await disregard()
             turns += done or 1
             if turns >= _CHANGES_PER_TURN or (done and self._started):
                 turns = 0
@@ -183,7 +189,7 @@ class Workers:
         self._tasks[task] = [change]
         try:
             outcome = await self._runner.go_on(handler, unfinished)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # see Runner.go_on
             self._leave([change])
             raise
         except Exception as error:  # noqa: BLE001 - see _bug
@@ -215,7 +221,11 @@ class Workers:
                     outcomes = await self._run(handler, batch)
             else:
                 outcomes = await self._run(handler, batch)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            if not is_being_cancelled():  # nor was it their call that raised it
+                self._is_at([])
+                self._escaped(batch, error)
+                return
             self._leave(batch)
             raise
         except AskTheTableError as unknown:
@@ -243,20 +253,40 @@ class Workers:
         log.critical("a worker failed; this is a bug", exc_info=error)
         return {change: self._runner.judge(handler, change, error) for change in batch}
 
+    def _escaped(self, batch: Sequence[Change], error: BaseException) -> None:
+        """What ended the attempt was not the call, and nobody asked for it: no attempt, but not for ever."""
+        for change in batch:
+            if (times := self._escapes.add([change])) < LOSSES_MAX:
+                self._leave([change])
+            else:
+                text = f"its attempt was ended {times} times in a row by {type(error).__name__}, which is a bug"
+                log.critical("change %s of %s: %s: now a dead letter", change.id, change.entity_type, text)
+                self._report([Finished(change, Dead(text))])
+
     def _put_back(self) -> None:
         for waiting in (self._later, self._started):
             while waiting:
                 self._leave([waiting.popleft()])
 
     def _judged(self, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]) -> None:
+        left = [one for one in batch if one not in outcomes] if len(outcomes) < len(batch) else []
+        self._is_at(left)
         # In seq order within a key: so they are settled.
         self._report([Finished(one, outcomes[one]) for one in batch if one in outcomes])
-        if len(outcomes) < len(batch):
-            self._leave([one for one in batch if one not in outcomes])
+        self._is_at([])
+        if left:
+            self._leave(left)
+
+    def _is_at(self, batch: list[Change]) -> None:
+        """An error that escapes from this task is about these and no others."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[task] = batch
 
     def _report(self, batch: Sequence[Finished]) -> None:
         if batch:
             self._lanes.finished(batch)
+            self._escapes.forget(finished.change for finished in batch)
             self._finished(batch)
 
     def _set_aside(self, change: Change) -> None:
@@ -285,7 +315,7 @@ class Workers:
                 return
             self._lost[task] = None
             if outcome := self._runner.after_losses(change):
-                self._report([Finished(change, outcome)])
+                self._judged([change], {change: outcome})
             else:
                 await self._attend(self._runner.handler(change), [change])
 
@@ -297,7 +327,7 @@ class Workers:
                 return
             self._aside[task] = None
             if outcome := self._runner.after_crash(change):
-                self._report([Finished(change, outcome)])
+                self._judged([change], {change: outcome})
             else:
                 await self._attend(self._runner.handler(change), [change])
             while self._lanes.knows(change.seq):  # else the next one's crash would be counted against it, too
@@ -360,13 +390,13 @@ class Workers:
         self._unstarted.discard(task)  # it may have been cut off before its first step
         kinds = (self._aside, self._doubted, self._lost)
         unattended = next(filter(None, [kind.pop(task, None) for kind in kinds]), None)
-        failed = not task.cancelled() and (error := task.exception())
+        failed = None if task.cancelled() else task.exception()
         if failed:
-            log.critical("a worker failed; this is a bug", exc_info=error)
+            log.critical("a worker failed; this is a bug", exc_info=failed)
         if unattended:
             self._leave([unattended])
         elif failed:
-            self._leave(batch)
+            self._escaped(batch, failed)
         self.hand_out()
 
 

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from cdc.cancelling import cancel
 from cdc.deadline import deadline
 
 log = logging.getLogger("cdc.deliver")
@@ -47,7 +48,7 @@ class Gate:
         self._waiting.add(task)
         try:
             if self._stopped:
-                task.cancel()
+                cancel(task)
             async with self._turn:
                 if not await self._opens_within(self._pause_s):
                     self._pause_s = min(2 * self._pause_s, _PAUSE_MAX_S)
@@ -87,7 +88,7 @@ class Gate:
         if self._waiting:
             log.info("%d calls that waited for the application are cut off", len(self._waiting))
         for task in self._waiting:
-            task.cancel()
+            cancel(task)
 
     async def _opens_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):

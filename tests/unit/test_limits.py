@@ -11,6 +11,7 @@ import pytest
 
 from cdc import limits
 from cdc.calls import Begun
+from cdc.cancelling import cancel
 from cdc.limits import Limit, OverrunError
 from tests.eventually import eventually_async
 
@@ -93,7 +94,7 @@ async def test_a_cancellation_from_outside_is_none_of_the_limits() -> None:
         return bool(limit._ends)
 
     await eventually_async(waits)
-    call.cancel()
+    cancel(call)
     with pytest.raises(asyncio.CancelledError):
         await call
     assert not limit._ends
@@ -108,7 +109,7 @@ async def test_who_overruns_and_is_cancelled_besides_is_cancelled() -> None:
         try:
             await _for_ever()
         finally:
-            call.cancel()
+            cancel(call)
             ended.set()
 
     call = asyncio.create_task(limit.call(clings()))

@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 
+from cdc.cancelling import cancel
 from cdc.careful import Careful
 from cdc.journal import Finished
 from cdc.lanes import Lanes, Row
-from cdc.model import Change, Outcome, Processed
+from cdc.losses import LOSSES_MAX
+from cdc.model import Change, Dead, Outcome, Processed
 from cdc.outbox.store import Store
 from cdc.workers import OtherTasks, Workers
 from tests.eventually import eventually_async
@@ -148,4 +150,97 @@ async def test_a_suspect_starts_when_what_became_of_the_one_before_is_in_the_tab
     await _until(lambda: runner.started == [1, 2])
     lanes.settled(lanes.take_finished(10))
     workers.settled()
+    await _until(lambda: len(workers) == 0)
+
+
+class _Ending(_Waiting):
+    """A runner that ends each attempt with an error, and has no outcome for it."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self._error = error
+
+    async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
+        self.started += [change.seq for change in batch]
+        raise self._error
+
+    def judge(self, handler: None, change: Change, error: BaseException) -> Outcome:
+        raise AssertionError("the judge fails as well")
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, ValueError])
+async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_times(
+    error: type[BaseException],
+) -> None:
+    """By a cancellation that nobody here has asked for, or a fault of this program."""
+    lanes, runner, ended = Lanes(100), _Ending(error), list[Finished]()
+    lanes.own([0])
+
+    def read_anew() -> None:
+        for resume in lanes.resumes(10):
+            lanes.resumed(resume, [row(1)], complete=True)
+
+    workers = Workers(
+        lanes, runner, 10, connections=1, careful=Careful(Store("public"), 1),  # type: ignore[arg-type]
+        finished=ended.extend, read_anew=read_anew,
+    )  # fmt: skip
+    lanes.admit([row(1)])
+
+    def all_ended() -> bool:
+        workers.hand_out()
+        return bool(ended)
+
+    await _until(all_ended)
+    await _until(lambda: len(workers) == 0)
+    assert runner.started == [1] * LOSSES_MAX
+    [finished] = ended
+    assert isinstance(finished.outcome, Dead)
+    assert "10 times in a row" in finished.outcome.error
+
+
+async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> None:
+    lanes, runner = Lanes(100), _Waiting()
+    runner.go.set()
+    lanes.own([0])
+
+    def fail(_: object) -> None:
+        raise ValueError
+
+    workers = Workers(
+        lanes, runner, 10, connections=1, careful=Careful(Store("public"), 1),  # type: ignore[arg-type]
+        finished=fail, read_anew=lambda: None,
+    )  # fmt: skip
+    lanes.admit([row(1)])
+    workers.hand_out()
+    await _until(lambda: len(workers) == 0)
+    assert (lanes.running, lanes.settling) == (0, 1)
+
+
+class _Deaf(_Waiting):
+    """Its first call catches its cancellation, takes it back, and returns."""
+
+    async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
+        try:
+            return await super().run(handler, batch)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+            return dict.fromkeys(batch, Processed())
+
+
+async def test_a_worker_that_went_on_after_it_was_cut_off_takes_nothing_more() -> None:
+    lanes, runner = Lanes(100), _Deaf()
+    lanes.own([0])
+    workers = _workers(lanes, runner, 1)
+    lanes.admit([row(1, "a"), row(2, "b")])
+    workers.hand_out()
+    await _until(lambda: runner.started == [1])
+    [task] = workers._tasks
+
+    cancel(task)
+    await _until(lambda: runner.started == [1, 2])
+    assert task.cancelled()
+    assert lanes.settling == 1
+    runner.go.set()
     await _until(lambda: len(workers) == 0)
