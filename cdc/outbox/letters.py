@@ -57,7 +57,7 @@ Reference = UUID | int
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A change as the table has it, without its payload.
+    """A change as the table has it, without its payload: of names 1,000 characters, of the error 10,000.
 
     ``state`` is that of the row. ``blocked_by``: the ``seq`` of the first change of the same key that holds this one
     back. ``pauses_key``: a dead letter that holds back the later changes of its key until it is retried or discarded.

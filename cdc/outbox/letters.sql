@@ -155,14 +155,16 @@ CASE WHEN c.processed THEN 'processed' WHEN c.dead_at IS NOT NULL THEN 'dead'
      WHEN c.next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END
 
 -- name: look
--- All of a change but its payload, in the order asked for. 'infinity' is no time that Python has.
+-- All of a change but its payload, in the order asked for. 'infinity' is no time that Python has. What capture and the
+-- consumer write is shorter than the bounds here; rows that somebody else wrote need not be.
 SELECT c.seq, c.id, {state} AS state,
        (SELECT min(w.seq) FROM {changes} AS w
         WHERE {same_key} AND w.next_attempt_at IS NOT NULL AND w.seq < c.seq
           AND NOT c.processed AND c.dead_at IS NULL) AS blocked_by,
        coalesce(c.dead_at IS NOT NULL AND c.next_attempt_at = 'infinity', false) AS pauses_key,
-       coalesce(c.entity_type, c.table_name) AS entity_type, c.entity_id, c.shard, c.table_schema,
-       c.table_name AS "table", c.operation, c.changed_at, c.error_count, c.last_error,
+       left(coalesce(c.entity_type, c.table_name), 1000) AS entity_type, left(c.entity_id, 1000) AS entity_id, c.shard,
+       left(c.table_schema, 1000) AS table_schema, left(c.table_name, 1000) AS "table", c.operation, c.changed_at,
+       c.error_count, left(c.last_error, 10000) AS last_error,
        nullif(c.next_attempt_at, 'infinity') AS next_attempt_at, c.processed_at, c.dead_at, c.caused_by, c.depth
 FROM {changes} AS c
 WHERE c.id = ANY (%(ids)s::uuid[])
@@ -180,8 +182,8 @@ WITH RECURSIVE link AS (
          c.next_attempt_at, c.changed_at, c.caused_by
   FROM link JOIN {changes} AS c ON c.id = link.caused_by WHERE link.step < %(bound)s
 )
-SELECT c.seq, c.id, coalesce(c.entity_type, c.table_name) AS entity_type, c.entity_id, c.operation, {state} AS state,
-       c.changed_at, c.caused_by
+SELECT c.seq, c.id, left(coalesce(c.entity_type, c.table_name), 200) AS entity_type, left(c.entity_id, 200) AS entity_id,
+       c.operation, {state} AS state, c.changed_at, c.caused_by
 FROM link AS c ORDER BY c.step
 
 -- name: payload

@@ -728,3 +728,24 @@ def test_a_time_that_is_none_is_refused_before_anything_is_done(outbox: str) -> 
     refused = run(outbox, "discard", "--type", "x", "--before", "soon", "--yes")
     assert refused.exit_code == 2
     assert "'soon' is no moment" in refused.stderr
+
+
+def test_ids_types_and_errors_of_megabytes_are_shown_cut_and_decided_about(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    outbox_db.execute(
+        "INSERT INTO entity_changes (table_name, table_schema, operation, entity_id, last_error, error_count, dead_at)"
+        " SELECT repeat('t', 5000000), repeat('s', 5000000), 'INSERT', repeat('k', 5000000) || n, repeat('e', 5000000),"
+        " 1, now() FROM generate_series(1, 20) AS n"
+    )  # fmt: skip
+    found = numbers(outbox)
+    assert len(found) == 20
+    first, second = map(str, found[:2])
+    commands = (
+        ["list"], ["list", "--json"], ["show", first], ["show", first, "--json"], ["stats"], ["stats", "--json"],
+        ["retry", first], ["retry", second, "--json"], ["discard", first], ["retry", "--all", "--yes"],
+    )  # fmt: skip
+    for arguments in commands:
+        result = run(outbox, *arguments)
+        assert result.exit_code == 0, arguments
+        assert len(result.output) < 20 * 20_000, arguments
