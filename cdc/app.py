@@ -31,6 +31,7 @@ from cdc.observer import Observer, ObserverSettings
 from cdc.outbox.letters import Letters
 from cdc.outbox.store import Store
 from cdc.page import Page
+from cdc.paging import BYTES
 from cdc.pruning import Pruning
 from cdc.retry import Policy
 from cdc.routing import Router
@@ -110,7 +111,9 @@ class App:
         metrics.lanes_capacity.set(settings.window)
         metrics.set_role("sweeping")
         metrics.set_stream("network" if settings.stream else "disabled")
-        store = Store(settings.schema_, settings.max_chain_depth, settings.scope if settings.observe else self.scope)
+        scope = settings.scope if settings.observe else self.scope
+        page_bytes = min(BYTES, settings.window_bytes)
+        store = Store(settings.schema_, settings.max_chain_depth, scope, page_bytes=page_bytes)
         self._hooks = hooks = Hooks(router)
         policy = Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap)
         self._transactions = Transactions(

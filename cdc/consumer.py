@@ -35,7 +35,7 @@ from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.metrics import Metrics
 from cdc.model import SHARDS, Change, Committed, Processed, Waiting, WakeUp
-from cdc.outbox.loaders import UnreadJson
+from cdc.outbox.loaders import leave_unread
 from cdc.outbox.shards import Session, without
 from cdc.outbox.store import INDEXED, Store
 from cdc.reads import Reads
@@ -56,6 +56,7 @@ _SOON_S = 0.05
 _LOOK_AT_SHARDS_S = 1.0
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
 _TURN_AT_LEAST_S = 5.0
+_READ_TIMEOUT = "60s"
 _READ_LIMIT_S = 65.0
 """For an answer to the reader; longer than its statement_timeout."""
 _LAST_SETTLE_S = 3.0
@@ -107,7 +108,7 @@ class Consumer:
             sweep_interval_s=settings.poll_interval_s, room_for=self._lanes.room_for, scope=settings.scope
         )
         self._reads = Reads(
-            self._lanes, self._intake, store, metrics, owned=lambda: self._owned,
+            self._lanes, self._intake, store, metrics, owned=lambda: self._owned, pauses=demand.pauses,
             sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
         )  # fmt: skip
         self._stopping = asyncio.Event()
@@ -255,11 +256,11 @@ class Consumer:
         session = await Session.open(dsn, schema, self._store.process, INDEXED)
         self.careful.begin(session)
         try:
-            session_settings = {**INDEXED, "statement_timeout": "60s"}
+            session_settings = {**INDEXED, "statement_timeout": _READ_TIMEOUT}
             reader = await connect_async(
                 dsn, application_name="cdc: reader", session=session_settings, answer_limit_s=_READ_LIMIT_S
             )
-            reader.adapters.register_loader("jsonb", UnreadJson)
+            leave_unread(reader)
             async with reader:
                 self.connected.set()
                 await self._wait_for_schema(session, reader)

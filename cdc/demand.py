@@ -39,6 +39,15 @@ class Demand:
                 self._known[kind] = needs
         return needs
 
+    def pauses(self, kind: tuple[str, str] | None) -> bool:
+        """Whether a dead letter of this type and operation holds its key. None: of a type that no handler can name."""
+        if kind is None:
+            return any(
+                handler.pauses for (entity_type, _), handler in self._router.handlers.items() if entity_type == ANY
+            )
+        handler = self._router.match(*kind)
+        return handler is not None and handler.pauses
+
 
 def _needs(entity_type: str, handler: Handler) -> Needs:
     run = _RUN_MAX if handler.single else 1

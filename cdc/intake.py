@@ -33,10 +33,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
-from typing import NamedTuple
 
 from cdc.model import WakeUp
-from cdc.passes import LOOK_AGAIN_MIN_S, REPASS_MAX_S, Passes, Position, Snapshot
+from cdc.passes import LOOK_AGAIN_MIN_S, REPASS_MAX_S, Passes, Position, Scanned, Snapshot, ends_of
 from cdc.scope import EVERYTHING, Scope
 
 _LOOK_AGAIN_MAX_S = 0.05
@@ -74,13 +73,6 @@ class Sweep:
     serial: int
     only: str | None = None
     scope: Scope = EVERYTHING
-
-
-class Scanned(NamedTuple):
-    """How far a sweep got in a shard, and whether it stopped there though there may be more."""
-
-    seq: int
-    more: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,12 +271,23 @@ class Intake:
                 times.append(passes.again_at)
         return max(0.0, min(times) - now)
 
-    def fetched(self, request: Fetch, seen: Collection[int], snapshot: Snapshot, now: float) -> Found:
-        """The answer to a fetch: the numbers that were visible, the snapshot it was read with."""
+    def fetched(
+        self, request: Fetch, seen: Collection[int], snapshot: Snapshot, now: float, cut: Sequence[WakeUp] = ()
+    ) -> Found:
+        """The answer to a fetch: the numbers that were visible, the snapshot it was read with.
+
+        ``cut``: what is visible and did not fit into the page. It is fetched again before all that rang later.
+        """
         at_once = late = given_up = 0
+        unread = {seq for seq, _ in cut}
+        if cut and self._first_hand:  # else passes find it
+            self._rung = {seq: shard for seq, shard in cut if shard in self._shards} | self._rung
         for seq, shard in request.wakeups:
             if shard not in self._shards:
                 continue  # given away while the read was under way
+            if seq in unread:
+                self._unseen.pop(seq, None)
+                continue
             first_look = self._unseen.get(seq)
             if seq in seen:
                 late += first_look is not None
@@ -323,11 +326,17 @@ class Intake:
             self._show(rows)
         of_shards = self._shards if request.only is None else self._apart.get(request.only, {})
         stuck = refused.get(request.only, ()) if request.only else ()
-        ends = _ends(rows, request.per_shard) if scanned is None else scanned
+        ends = ends_of(rows, request.per_shard) if scanned is None else scanned
+        unread = {number for number, end in ends.items() if end.more and not end.seq}
+        for number in request.positions if unread else ():
+            if number not in unread and number in of_shards:
+                of_shards[number] = of_shards.pop(number)  # next time it is the others' turn
         for number, position in request.positions.items():
             passes = of_shards.get(number)
             if passes is None or passes.position != position or request.serial <= passes.taken_in:
                 continue  # given away, or sent back to its beginning, while the read was under way
+            if number in unread:
+                continue
             end = ends.get(number, Scanned(0, more=False))
             passes.page_read(end.seq if end.more else max(position.cursor, end.seq), snapshot)
             if not end.more and number not in stuck:
@@ -487,13 +496,3 @@ class Intake:
             del self._rung[seq]
         for seq in [seq for seq, unseen in self._unseen.items() if unseen.shard == number]:
             del self._unseen[seq]
-
-
-def _ends(rows: Iterable[tuple[int, int]], per_shard: int) -> dict[int, Scanned]:
-    """Of a sweep whose pages end at ``per_shard`` rows."""
-    counts: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for seq, number in rows:
-        counts[number] = counts.get(number, 0) + 1
-        last[number] = seq
-    return {number: Scanned(last[number], count >= per_shard) for number, count in counts.items()}

@@ -39,6 +39,11 @@ class Lane:
     def empty(self) -> bool:
         return not (self.queue or self.running or self.settling)
 
+    @property
+    def here(self) -> tuple[Change, ...]:
+        """Those that have not finished."""
+        return (*self.running, *self.queue)
+
     def enqueue(self, change: Change) -> None:
         if self.queue and self.queue[-1].seq > change.seq:
             # Only for a key coarser than the source row: its transactions may commit in another order.

@@ -41,7 +41,7 @@ from cdc.journal import Finished, Journal
 from cdc.lane import Lane
 from cdc.marks import Marks
 from cdc.model import Change, Committed, Key
-from cdc.quota import Quota
+from cdc.quota import Quota, Room
 from cdc.turns import Needs, Turns
 from cdc.unread import Resume, Unread
 
@@ -55,13 +55,6 @@ class Row(NamedTuple):
 
     change: Change
     held: bool = False
-
-
-class Room(NamedTuple):
-    """How many more changes of a type the window takes, and from how many on reading a page of them is worth while."""
-
-    free: int
-    worth: int
 
 
 class Admitted(NamedTuple):
@@ -151,6 +144,10 @@ class Lanes:
     def idle(self) -> bool:
         """Nothing runs and nothing waits to be settled."""
         return not self._in_flight
+
+    def requeued(self) -> list[int]:
+        """The numbers of the changes in the window that were waited for, and have not finished."""
+        return [change.seq for lane in self._lanes.values() for change in lane.here if change.requeued]
 
     @property
     def unread_keys(self) -> int:
@@ -285,8 +282,8 @@ class Lanes:
         last = rows[-1].change if rows else None
         if refused:
             self._note(resume.key, refused[resume.key[0]][resume.shard], resume.shard, held=False)
-        elif last and not complete and not self._unread.get(resume.key):
-            self._note(resume.key, last.seq + 1, last.shard, held=False)
+        elif not complete and not self._unread.get(resume.key):
+            self._note(resume.key, last.seq + 1 if last else resume.seq, resume.shard, held=False)
         self._consider_resume(resume.key)
 
     # --- through ---------------------------------------------------------------------------------------------------

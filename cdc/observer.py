@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -27,7 +27,9 @@ from cdc.hooks import where
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.metrics import NO_HANDLER, Metrics
 from cdc.model import SHARDS, Change, WakeUp
-from cdc.outbox.loaders import UnreadJson
+from cdc.outbox.loaders import leave_unread
+from cdc.outbox.pages import Place
+from cdc.outbox.refused import RefusedReadError
 from cdc.outbox.shards import observe
 from cdc.outbox.store import INDEXED, Store
 from cdc.paging import Paging
@@ -41,12 +43,20 @@ _LATE = timedelta(seconds=2)
 """Marks are read in the order of their transactions' beginnings: one that takes longer to commit is not measured."""
 _REMEMBERED = 50_000
 """Numbers seen lately, so that a change that is read twice counts once."""
+_SKIPPED = 1_000
+"""Changes that the server refuses to hand over and that are left out: of more than so many some are met again."""
 _SOON_S = 0.05
 _TURN_AT_LEAST_S = 5.0
+_READ_TIMEOUT = "60s"
 _ANSWER_LIMIT_S = 65.0
 """Longer than its statement_timeout."""
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
-_SESSION = {**INDEXED, "statement_timeout": "60s", "idle_session_timeout": "0", "default_transaction_read_only": "on"}
+_SESSION = {
+    **INDEXED,
+    "statement_timeout": _READ_TIMEOUT,
+    "idle_session_timeout": "0",
+    "default_transaction_read_only": "on",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,8 @@ class Observer:
         self._intake = Intake(sweep_interval_s=settings.poll_interval_s, scope=settings.scope)
         self._intake.own(range(SHARDS))
         self._captured, self._marked = _Lately(_REMEMBERED), _Lately(_REMEMBERED)
-        self._marks_after: datetime | None = None
+        self._skipped = _Lately(_SKIPPED)
+        self._marks_after: Place | None = None
         self._marks_at = 0.0
         self._stopping = asyncio.Event()
         self._due = asyncio.Event()
@@ -155,8 +166,7 @@ class Observer:
         async with await connect_async(
             settings.dsn, application_name="cdc: observer", session=_SESSION, answer_limit_s=_ANSWER_LIMIT_S
         ) as reader:
-            reader.adapters.register_loader("jsonb", UnreadJson)
-            reader.adapters.register_loader("jsonb", UnreadJson)
+            leave_unread(reader)
             self.connected.set()
             await observe(reader, settings.schema)
             await self._wait_for_schema(reader)
@@ -185,18 +195,26 @@ class Observer:
         """Read what there is to read."""
         while not self.stopping:
             self._turn()
-            if _now() >= self._marks_at and not await self._read_marks(reader):
-                self._marks_at = _now() + _MARKS_EVERY_S
-            request = self._intake.next(_now(), self._paging.rows, 1)
-            if request is None:
-                return
+            try:
+                if not await self._look_once(reader):
+                    return
+            except RefusedReadError as refused:
+                await self._skip(reader, refused)
+
+    async def _look_once(self, reader: psycopg.AsyncConnection) -> bool:
+        """False: there is nothing more to read."""
+        if _now() >= self._marks_at and not await self._read_marks(reader):
+            self._marks_at = _now() + _MARKS_EVERY_S
+        request = self._intake.next(_now(), self._paging.rows, 1)
+        if request is not None:
             await self._read(reader, request)
+        return request is not None
 
     async def _read(self, reader: psycopg.AsyncConnection, request: Fetch | Sweep) -> None:
         if isinstance(request, Fetch):
             page = await self._store.fetch(reader, request.wakeups)
-            seen = page.others.union(row.change.seq for row in page.rows)
-            self._intake.fetched(request, seen, page.snapshot, _now())
+            seen = page.others.union((row.change.seq for row in page.rows), self._skipped)
+            self._intake.fetched(request, seen, page.snapshot, _now(), page.cut)
         else:
             page = await self._store.sweep(reader, request)
             rows = [WakeUp(row.change.seq, row.change.shard) for row in page.rows]
@@ -207,19 +225,29 @@ class Observer:
 
     async def _read_marks(self, reader: psycopg.AsyncConnection) -> bool:
         """What others have marked since the last look, a page of it. Returns whether there is more."""
-        limit = self._paging.rows
-        now, marked = await self._store.marked_since(reader, self._marks_after, limit)
-        self._paging.read(len(marked), sum(change.size for change, _ in marked))
-        for change, processed_at in marked:
+        found = await self._store.marked_since(reader, self._marks_after, self._paging.rows)
+        self._paging.read(len(found.marks), sum(change.size for change, _ in found.marks))
+        for change, processed_at in found.marks:
             self._note(change)  # it may have been marked before it was seen fresh
             if self._marked.add(change.seq):
                 took_s = (processed_at - change.changed_at).total_seconds()
                 self._metrics.others_took(change.entity_type, took_s)
-        if len(marked) == limit and marked[-1][1] != self._marks_after:
-            self._marks_after = marked[-1][1]
-            return True
-        self._marks_after = now - _LATE
-        return False
+        self._marks_after = found.go_on or Place(found.now - _LATE)
+        return found.go_on is not None
+
+    async def _skip(self, reader: psycopg.AsyncConnection, read: RefusedReadError) -> None:
+        """Leave out from now on what the server refuses to hand over; whoever works makes it a dead letter."""
+        found = await self._store.refused.find(reader, read)
+        if not found and not read.took_too_long:
+            raise read.error
+        if not found:
+            self._paging.refused()
+        for each in found:
+            self._skipped.add(each.seq)
+            self._metrics.rows_refused.labels("read").inc()
+            log.warning("the database refuses to hand over change %d (%s): %s", each.seq, each.id, each.words)
+        self._store.skip(self._skipped)
+        self._intake.lost()  # of the read nothing has come in
 
     # --- counting --------------------------------------------------------------------------------------------------
 
@@ -255,6 +283,9 @@ class _Lately:
     def __init__(self, bound: int) -> None:
         self._bound = bound
         self._numbers: dict[int, None] = {}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
 
     def add(self, number: int) -> bool:
         """False: it is among them already."""

@@ -17,7 +17,7 @@ with a copy of the position, and *joined* again when it has caught up, at the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -46,6 +46,13 @@ class Position(NamedTuple):
     floor: int
     cursor: int
     since: int
+
+
+class Scanned(NamedTuple):
+    """How far a sweep got in a shard, and whether it stopped there though there may be more. 0: it did not begin."""
+
+    seq: int
+    more: bool
 
 
 class Passes:
@@ -170,3 +177,13 @@ class Passes:
         self.reading = True
         self.patience = LOOK_AGAIN_MIN_S
         self.stirred()
+
+
+def ends_of(rows: Iterable[tuple[int, int]], per_shard: int) -> dict[int, Scanned]:
+    """Of a sweep whose pages end at ``per_shard`` rows."""
+    counts: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for seq, number in rows:
+        counts[number] = counts.get(number, 0) + 1
+        last[number] = seq
+    return {number: Scanned(last[number], count >= per_shard) for number, count in counts.items()}

@@ -15,7 +15,14 @@ place as long as there is one. Limits sink as others come and rise as they go.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Room(NamedTuple):
+    """How many more changes of a type the window takes, and from how many on reading a page of them is worth while."""
+
+    free: int
+    worth: int
 
 
 class Quota:

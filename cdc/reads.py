@@ -19,9 +19,10 @@ from cdc import probe
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.lanes import Lanes, Row
 from cdc.metrics import Metrics
-from cdc.outbox.refused import RefusedReadError
+from cdc.outbox.pages import Page
+from cdc.outbox.refused import Kind, RefusedReadError
 from cdc.outbox.shards import Session
-from cdc.outbox.store import FIRST_TYPE, Page, Store
+from cdc.outbox.store import FIRST_TYPE, Store
 from cdc.paging import Paging
 from cdc.sqlstate import About, about
 
@@ -39,7 +40,7 @@ _Kind = Callable[[psycopg.AsyncConnection, int], Awaitable[bool]]
 
 
 class Reads:
-    """``owned`` tells the shards that are ours. Durations in seconds."""
+    """``owned`` tells the shards that are ours; ``pauses``, whether a dead letter holds its key. Times in seconds."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Reads:
         metrics: Metrics,
         *,
         owned: Callable[[], Collection[int]],
+        pauses: Callable[[Kind | None], bool] = lambda kind: False,
         sweep_interval_s: float,
         poll_interval_s: float,
     ) -> None:
@@ -57,6 +59,7 @@ class Reads:
         self._store = store
         self._metrics = metrics
         self._owned = owned
+        self._pauses = pauses
         self._sweep_interval_s = sweep_interval_s
         self._poll_interval_s = poll_interval_s
         self._paging = Paging()
@@ -126,18 +129,22 @@ class Reads:
         self._kinds.append(kind)
 
     async def _set_aside(self, reader: psycopg.AsyncConnection, session: Session, read: RefusedReadError) -> None:
-        """Raises the server's error where no change is refused alone."""
+        """Raises the server's error where no change is refused alone, unless all took too long together."""
         found = await self._store.refused.find(reader, read)
-        if not found:
+        if not found and not read.took_too_long:
             raise read.error
+        if not found:
+            log.warning("a read took longer than the session allows: reading one change at a time")
+            self._paging.refused()
+            return
         marked = set[UUID]()
         try:
             async with session.writing:
-                marked = await self._store.refused.mark(session.connection, found)
+                marked = await self._store.refused.mark(session.connection, found, self._pauses)
         except psycopg.Error as error:
             if session.connection.closed or about(error.sqlstate) is About.SESSION:
                 raise
-        for seq, id_, words in found:
+        for seq, id_, words, _ in found:
             if id_ in marked:
                 self._metrics.rows_refused.labels("read").inc()
                 log.error("the database refuses to hand over change %d (%s): %s; now a dead letter", seq, id_, words)
@@ -167,9 +174,10 @@ class Reads:
         if not resumes:
             return False
         per_key = max(1, min(room // len(resumes), self._lanes.lane_capacity))
-        for resume, rows in (await self._store.resume(reader, resumes, per_key)).items():
-            self._weigh(rows)
-            self._lanes.resumed(resume, rows, complete=len(rows) < per_key)
+        found = await self._store.resume(reader, resumes, per_key)
+        self._weigh([row for rows, _ in found.values() for row in rows])
+        for resume, (rows, cut) in found.items():
+            self._lanes.resumed(resume, rows, complete=len(rows) < per_key and not cut)
         return True
 
     def _due_at(self, now: float) -> float:
@@ -196,13 +204,15 @@ class Reads:
         # What is in the lanes is due as well until it is settled: a page has to reach beyond it.
         here = self._lanes.queued + self._lanes.running + self._lanes.settling
         limit = min(self._lanes.capacity, here + self._paging.rows)
-        found = await self._store.due(reader, self._owned(), limit, without, start=self._due_from)
+        found = await self._store.due(
+            reader, self._owned(), limit, without, start=self._due_from, in_hand=self._lanes.requeued()
+        )
         self._weigh(found.rows)
         admitted = self._lanes.admit(found.rows, due=True)
         self._metrics.wakeups.labels("retry").inc(admitted.taken)
         self._left_out = tuple({*without, *admitted.refused})
-        if len(found.rows) == limit:
-            self.due_within(0.0)  # there may be more
+        if found.more:
+            self.due_within(0.0)
         now = _now()
         if found.next_due_s is not None:
             self._due_after = min(self._due_after, now + found.next_due_s)
@@ -239,7 +249,7 @@ class Reads:
                 self._intake.passed_over(row.change.entity_type, row.change.shard)
         admitted = self._lanes.admit(page.rows, apart=apart)
         seen = page.others.union(row.change.seq for row in page.rows)
-        found = self._intake.fetched(fetch, seen, page.snapshot, _now())
+        found = self._intake.fetched(fetch, seen, page.snapshot, _now(), page.cut)
         self._intake.refused(admitted.refused, _now())
         if found.late or found.given_up:
             self._metrics.visibility_retries.labels("found").inc(found.late)

@@ -18,8 +18,9 @@ from cdc.journal import Finished
 from cdc.lanes import Lanes
 from cdc.metrics import Metrics
 from cdc.model import Dead, Outcome, Unmarkable
+from cdc.outbox.pages import Settled
 from cdc.outbox.shards import Session
-from cdc.outbox.store import Settled, Store
+from cdc.outbox.store import Store
 from cdc.sqlstate import About, about
 
 log = logging.getLogger("cdc.consumer")

@@ -29,6 +29,7 @@ from cdc.errors import CdcError, UsageError
 from cdc.metrics import Metrics
 from cdc.model import Change, ChangeState, Operation
 from cdc.outbox.letters import Entry, Letters, Wanted
+from cdc.outbox.loaders import read_anything
 from cdc.outbox.store import Store
 from cdc.routing import Router
 from cdc.scope import Scope
@@ -202,6 +203,7 @@ class _Look:
     """What the table says, from a thread."""
 
     def __init__(self, connection: Connection, letters: Letters, scope: Scope) -> None:
+        read_anything(connection)  # a change that cannot be read is one of those that are left
         self._scope = scope
         self._connection = connection
         self._letters = letters

@@ -8,21 +8,26 @@ from typing import Any
 
 import psycopg
 from psycopg.adapt import Buffer, Loader
-from psycopg.types.json import JsonbBinaryLoader
+from psycopg.pq import Format
 
 from cdc.model import Json
 
 _NO_ENCODING = "SQL_ASCII"
 
 
-class UnreadJson(JsonbBinaryLoader):
-    """For a reader's connection: ``adapters.register_loader("jsonb", UnreadJson)``.
+class _UnreadJson(Loader):
+    format = Format.BINARY
+
+    def load(self, data: Buffer) -> Json:
+        return Json(data)
+
+
+def leave_unread(connection: psycopg.AsyncConnection[Any]) -> None:
+    """From now on the documents of changes that are read stay as they came, in the type that queries.sql gives them.
 
     Most handlers need one document of the three that a change may have, and some need none.
     """
-
-    def load(self, data: Buffer) -> Json:
-        return Json(data[1:])  # the first byte is the version of the format
+    connection.adapters.register_loader("varchar", _UnreadJson)
 
 
 def read_anything(connection: psycopg.Connection[Any]) -> None:

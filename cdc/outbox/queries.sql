@@ -25,12 +25,35 @@ CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE next_attempt_at IS NOT NUL
   WHERE {same_key} AND w.next_attempt_at IS NOT NULL AND w.seq < c.seq
 ) ELSE false END
 
+-- name: texts
+-- Not a statement of its own: n as every read of changes has it, with its documents as the texts that are sent. What a
+-- document weighs is known of its text only: as stored it may be compressed, and a number of 10 bytes has 100,000 digits.
+n.seq, n.shard, n.id, n.entity_type, n.entity_id, n.table_schema, n.table_name, n.operation,
+n.old_data::text AS old_data, n.new_data::text AS new_data, n.metadata::text AS metadata,
+n.changed_at, n.error_count, n.started_by, n.caused_by, n.depth
+
+-- name: readable
+-- Not a statement of its own: whether n is none of those that are not to be read.
+n.seq <> ALL (%(skipped)s::bigint[])
+
+-- name: fits
+-- Not a statement of its own: whether what comes before f leaves room for it in the page. So the first always fits. In the
+-- order in which the rows come: of a sort each text would be held until all are there. A float, for an int overflows.
+coalesce(sum(
+  octet_length(f.entity_id)::float8 + octet_length(coalesce(f.entity_type, f.table_name))
+  + coalesce(octet_length(f.old_data), 0) + coalesce(octet_length(f.new_data), 0) + coalesce(octet_length(f.metadata), 0)
+) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) < %(page_bytes)s AS fits
+
 -- name: columns
--- Not a statement of its own: what every read of changes returns, in the order in which the rows are unpacked.
-c.seq, c.shard, c.id, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.table_schema,
-c.table_name, c.operation, c.old_data, c.new_data, c.metadata, c.changed_at, c.error_count,
+-- Not a statement of its own: what every read of changes returns, in the order in which the rows are unpacked. Of one that
+-- does not fit, the number only. varchar, which no column of ours is, stands for a document that the reader leaves unread.
+c.seq, c.shard, CASE WHEN c.fits THEN c.id END AS id,
+CASE WHEN c.fits THEN coalesce(c.entity_type, c.table_name)::text END AS type, CASE WHEN c.fits THEN c.entity_id::text END,
+CASE WHEN c.fits THEN c.table_schema::text END, CASE WHEN c.fits THEN c.table_name::text END, c.operation::text,
+CASE WHEN c.fits THEN c.old_data::varchar END, CASE WHEN c.fits THEN c.new_data::varchar END,
+CASE WHEN c.fits THEN c.metadata::varchar END, c.changed_at, c.error_count,
 coalesce(c.started_by <> %(process)s, false) AS crashed, c.caused_by, c.depth,
-{held} AS held
+CASE WHEN c.fits THEN {held} END AS held
 
 -- name: check
 -- Whether the table is there, has the columns of this version, and may be read.
@@ -58,7 +81,8 @@ WHERE NOT has_table_privilege({shards_regclass}::regclass, name)
 HAVING count(*) > 0
 
 -- name: fetch
--- By number: the fresh ones among these changes. LIMIT makes it one probe of the index for each; see the head.
+-- By number: the fresh ones among these changes, in the order asked for. LIMIT makes it one probe of the index for each;
+-- see the head.
 WITH horizon AS MATERIALIZED (
   SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
          pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
@@ -67,14 +91,16 @@ WITH horizon AS MATERIALIZED (
 SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
   SELECT {columns}
-  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
-  CROSS JOIN LATERAL (
-    SELECT * FROM {changes} AS n
-    WHERE n.shard = want.shard AND n.seq = want.seq
-      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
-    LIMIT 1
+  FROM (
+    SELECT f.*, {fits}
+    FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
+    CROSS JOIN LATERAL (
+      SELECT {texts} FROM {changes} AS n
+      WHERE n.shard = want.shard AND n.seq = want.seq
+        AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+      LIMIT 1
+    ) AS f
   ) AS c
-  ORDER BY c.seq
 ) AS row ON true
 
 -- name: fetch_some
@@ -87,19 +113,22 @@ WITH horizon AS MATERIALIZED (
 )
 SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
-  SELECT found.seq AS found, ours.*
-  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
-  CROSS JOIN LATERAL (
-    SELECT n.* FROM {changes} AS n
-    WHERE n.shard = want.shard AND n.seq = want.seq
-      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
-    LIMIT 1
-  ) AS found
-  LEFT JOIN LATERAL (
-    SELECT {columns} FROM (SELECT found.*) AS c
-    WHERE (coalesce(c.entity_type, c.table_name) = ANY (%(types)s::text[])) = %(among)s
-  ) AS ours ON true
-  ORDER BY found.seq
+  SELECT c.found, {columns}
+  FROM (
+    SELECT there.seq AS found, f.*, {fits}
+    FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
+    CROSS JOIN LATERAL (
+      SELECT n.* FROM {changes} AS n
+      WHERE n.shard = want.shard AND n.seq = want.seq
+        AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+      LIMIT 1
+    ) AS there
+    LEFT JOIN LATERAL (
+      SELECT {texts} FROM (SELECT there.*) AS n
+      WHERE (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s
+      LIMIT 1
+    ) AS f ON true
+  ) AS c
 ) AS row ON true
 
 -- name: sweep
@@ -114,15 +143,18 @@ WITH horizon AS MATERIALIZED (
 SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
   SELECT {columns}
-  FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(cursors)s::bigint[], %(since)s::text[])
-       AS want(shard, floor, cursor, since)
-  CROSS JOIN LATERAL (
-    SELECT * FROM {changes} AS n
-    WHERE n.shard = want.shard AND n.seq > want.floor
-      AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
-      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
-    ORDER BY n.seq
-    LIMIT %(per_shard)s
+  FROM (
+    SELECT f.*, {fits}
+    FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(cursors)s::bigint[], %(since)s::text[])
+         AS want(shard, floor, cursor, since)
+    CROSS JOIN LATERAL (
+      SELECT {texts} FROM {changes} AS n
+      WHERE n.shard = want.shard AND n.seq > want.floor
+        AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
+        AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+      ORDER BY n.seq
+      LIMIT %(per_shard)s
+    ) AS f
   ) AS c
 ) AS row ON true
 
@@ -138,41 +170,46 @@ WITH horizon AS MATERIALIZED (
 SELECT horizon.xmin, horizon.next_xid, row.*
 FROM horizon LEFT JOIN LATERAL (
   SELECT c.place, {columns}
-  FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(cursors)s::bigint[], %(since)s::text[])
-       AS want(shard, floor, cursor, since)
-  CROSS JOIN LATERAL (
-    SELECT * FROM (
-      SELECT *, row_number() OVER by_seq AS place, lead(f.seq) OVER by_seq IS NULL AS is_last
-      FROM (
-        SELECT * FROM {changes} AS n
-        WHERE n.shard = want.shard AND n.seq > want.floor
-          AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
-          AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
-        ORDER BY n.seq
-        LIMIT %(scan)s
-      ) AS f
-      WINDOW by_seq AS (ORDER BY f.seq)
+  FROM (
+    SELECT f.*, {fits}
+    FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(cursors)s::bigint[], %(since)s::text[])
+         AS want(shard, floor, cursor, since)
+    CROSS JOIN LATERAL (
+      SELECT n.place, {texts} FROM (
+        SELECT *, row_number() OVER by_seq AS place, lead(l.seq) OVER by_seq IS NULL AS is_last
+        FROM (
+          SELECT * FROM {changes} AS n
+          WHERE n.shard = want.shard AND n.seq > want.floor
+            AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
+            AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+          ORDER BY n.seq
+          LIMIT %(scan)s
+        ) AS l
+        WINDOW by_seq AS (ORDER BY l.seq)
+      ) AS n
+      WHERE n.is_last OR (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s
+      ORDER BY n.seq
+      LIMIT %(per_shard)s
     ) AS f
-    WHERE f.is_last OR (coalesce(f.entity_type, f.table_name) = ANY (%(types)s::text[])) = %(among)s
-    ORDER BY f.seq
-    LIMIT %(per_shard)s
   ) AS c
 ) AS row ON true
 
 -- name: resume
--- Read on for single keys, from a number on.
-SELECT {columns}
-FROM unnest(%(shards)s::smallint[], %(types)s::text[], %(ids)s::text[], %(seqs)s::bigint[])
-     WITH ORDINALITY AS want(shard, type, entity_id, seq, place)
-CROSS JOIN LATERAL (
-  SELECT * FROM {changes} AS n
-  WHERE n.shard = want.shard AND n.seq >= want.seq
-    AND n.entity_id = want.entity_id AND coalesce(n.entity_type, n.table_name) = want.type
-    AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
-  ORDER BY n.seq
-  LIMIT %(per_key)s
+-- Read on for single keys, from a number on; with the place of the key.
+SELECT c.place, {columns}
+FROM (
+  SELECT want.place, f.*, {fits}
+  FROM unnest(%(shards)s::smallint[], %(types)s::text[], %(ids)s::text[], %(seqs)s::bigint[])
+       WITH ORDINALITY AS want(shard, type, entity_id, seq, place)
+  CROSS JOIN LATERAL (
+    SELECT {texts} FROM {changes} AS n
+    WHERE n.shard = want.shard AND n.seq >= want.seq
+      AND n.entity_id = want.entity_id AND coalesce(n.entity_type, n.table_name) = want.type
+      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+    ORDER BY n.seq
+    LIMIT %(per_key)s
+  ) AS f
 ) AS c
-ORDER BY want.place, c.seq
 
 -- name: waiting_types
 -- Not a statement of its own: the hashes of the types that have waiting changes, from one on and so many of them, each by
@@ -205,12 +242,13 @@ AND n.next_attempt_at IS NOT NULL AND n.dead_at IS NULL
 
 -- name: due
 -- Waiting changes whose time has come, of each type those that came first: a type with a million of them does not fill
--- the page. In the index's order, so that the page ends the scan; of two changes of one key the later is held.
+-- the page. In the index's order, so that the page ends the scan; of two changes of one key the later is held. Of those
+-- that are not to be read there comes an empty row.
 WITH page AS MATERIALIZED (
-  SELECT w.id
+  SELECT w.id, w.next_attempt_at
   FROM ({waiting_types}) AS t
   CROSS JOIN LATERAL (
-    SELECT n.id, row_number() OVER (ORDER BY n.next_attempt_at) AS place
+    SELECT n.id, n.next_attempt_at, row_number() OVER (ORDER BY n.next_attempt_at) AS place
     FROM {changes} AS n
     WHERE {of_type} AND n.next_attempt_at <= now() AND n.shard = ANY (%(shards)s::smallint[])
     ORDER BY n.next_attempt_at
@@ -220,8 +258,13 @@ WITH page AS MATERIALIZED (
   LIMIT %(limit)s
 )
 SELECT {columns}
-FROM page JOIN {changes} AS c ON c.id = page.id
-ORDER BY c.next_attempt_at
+FROM (
+  SELECT f.*, {fits}
+  FROM (SELECT page.id FROM page ORDER BY page.next_attempt_at) AS ordered
+  LEFT JOIN LATERAL (
+    SELECT {texts} FROM {changes} AS n WHERE n.id = ordered.id AND {readable} LIMIT 1
+  ) AS f ON true
+) AS c
 
 -- name: next_due
 -- Seconds until the next waiting change of these shards is due; NULL: none waits. And the type to go on from, if not all
@@ -257,17 +300,25 @@ SELECT newest,
 FROM link GROUP BY newest
 
 -- name: marked_since
--- What was marked processed after a moment, by whomever; for who only observes.
+-- What was marked processed after a moment, by whomever; for who only observes. Many have the same moment, that of their
+-- transaction; the index has those in the order of their places. Of other types the moment and the place only.
 SELECT clock_timestamp(), row.*
 FROM (SELECT) AS always LEFT JOIN LATERAL (
-  SELECT c.processed_at, {columns}
+  SELECT c.processed_at, c.place::text, {columns}
   FROM (
-    SELECT * FROM {changes} AS n
-    WHERE n.processed AND n.processed_at > %(after)s::timestamptz
-    ORDER BY n.processed_at LIMIT %(limit)s
+    SELECT m.processed_at, m.place, f.*, {fits}
+    FROM (
+      SELECT n.*, n.ctid AS place FROM {changes} AS n
+      WHERE n.processed AND n.processed_at >= %(after)s::timestamptz
+        AND (n.processed_at > %(after)s::timestamptz OR n.ctid > %(place)s::tid)
+      ORDER BY n.processed_at LIMIT %(limit)s
+    ) AS m
+    LEFT JOIN LATERAL (
+      SELECT {texts} FROM (SELECT m.*) AS n
+      WHERE (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s AND {readable}
+      LIMIT 1
+    ) AS f ON true
   ) AS c
-  WHERE (coalesce(c.entity_type, c.table_name) = ANY (%(types)s::text[])) = %(among)s
-  ORDER BY c.processed_at
 ) AS row ON true
 
 -- name: settle_processed

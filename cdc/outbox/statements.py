@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 
 from psycopg import sql
@@ -9,12 +10,12 @@ from psycopg import sql
 _NAME = "-- name: "
 
 
-def load(file: str, schema: str, *, columns: str | None = None) -> dict[str, bytes]:
+def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) -> dict[str, bytes]:
     """Name to statement of this file, with the names in braces filled in.
 
     These are ``{changes}``, the table; ``{regclass}``, its name as a literal; ``{shards_regclass}``, the same for the
-    table of owners; and blocks that are expressions, from queries.sql or from further up in the same file. ``columns``:
-    in place of the block of that name.
+    table of owners; and blocks that are expressions, from queries.sql or from further up in the same file. ``instead``:
+    in place of the blocks of these names.
     """
     names = {
         "changes": table(schema, "entity_changes"),
@@ -22,9 +23,7 @@ def load(file: str, schema: str, *, columns: str | None = None) -> dict[str, byt
         "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
     }
     blocks = _blocks(file)
-    everything = {**_blocks("queries.sql"), **blocks}
-    if columns:
-        everything["columns"] = columns
+    everything = {**_blocks("queries.sql"), **blocks, **(instead or {})}
     used = "\n".join(everything.values())
     for name, text in everything.items():
         if f"{{{name}}}" in used:

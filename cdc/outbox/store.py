@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections import Counter
-from collections.abc import Container, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Coroutine, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
@@ -16,7 +17,7 @@ from psycopg import errors, sql
 from cdc import probe
 from cdc.errors import SchemaError
 from cdc.fitting import fitting
-from cdc.intake import Scanned, Sweep
+from cdc.intake import Sweep
 from cdc.journal import Finished
 from cdc.lanes import Row
 from cdc.model import (
@@ -35,9 +36,11 @@ from cdc.model import (
     fast_make,
     read_change,
 )
+from cdc.outbox.pages import Due, Figures, Marked, Page, Place, Resumed, Settled, ended_by
 from cdc.outbox.refused import RefusedReadError, RefusedRows, rows
 from cdc.outbox.statements import load
-from cdc.passes import Snapshot
+from cdc.paging import BYTES
+from cdc.passes import Scanned, Snapshot
 from cdc.scope import EVERYTHING, Scope
 from cdc.unread import Resume
 
@@ -76,71 +79,21 @@ _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Rows of a read, in seq order within a shard, and the snapshot that showed them."""
-
-    rows: list[Row]
-    snapshot: Snapshot
-    scanned: Mapping[int, Scanned] | None = None
-    """Of a sweep of some types only: how far it got in each shard."""
-    others: frozenset[int] = frozenset()
-    """Of a fetch: the numbers of changes that are there, and of types that are not ours."""
-
-
-class Due(NamedTuple):
-    """What is due, the seconds until more will be, and where to go on if not all types were looked at.
-
-    All of the types between ``start`` and there.
-    """
-
-    rows: list[Row]
-    next_due_s: float | None
-    go_on: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """``missed`` of the batch had been settled by somebody else. ``at`` is the database's clock.
-
-    ``locked``: of these keys nothing was written, as another session holds one of their changes.
-    """
-
-    missed: int
-    at: datetime
-    locked: Sequence[Finished] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Counts end at 10,001, which means "more".
-
-    ``blocked_keys``: those of waiting changes and of dead letters that pause. ``notify_queue_usage``: of the whole
-    server, 0 to 1.
-    """
-
-    fresh: int
-    waiting: int
-    dead: int
-    oldest_ready_age_s: float
-    table_bytes: int
-    dead_tuples: int
-    blocked_keys: int
-    notify_queue_usage: float
-
-
 class Store:
     """The statements for the outbox in ``schema``, and of it for what is in ``scope``.
 
-    A change deeper than ``max_chain_depth`` is read with its chain.
+    A change deeper than ``max_chain_depth`` is read with its chain. No read returns more than ``page_bytes`` of texts
+    and one change. Changes are read on sessions where ``leave_unread`` was called.
     """
 
-    def __init__(self, schema: str, max_chain_depth: int = 16, scope: Scope = EVERYTHING) -> None:
+    def __init__(
+        self, schema: str, max_chain_depth: int = 16, scope: Scope = EVERYTHING, *, page_bytes: int = BYTES
+    ) -> None:
         self._statements = load("queries.sql", schema)
         self.refused = RefusedRows(schema)
         self.process = uuid4()
         """Who started a change, or owns a shard: this process, until it ends."""
-        self._always = {"process": self.process}
+        self._always: dict[str, Any] = {"process": self.process, "page_bytes": page_bytes, "skipped": "{}"}
         self._max_chain_depth = max_chain_depth
         self._scope = scope
         self._table = sql.Identifier(schema, "entity_changes").as_string(None)
@@ -191,7 +144,12 @@ class Store:
                 "or ALTER ROLE ... BYPASSRLS",
             )
 
-    async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Sequence[WakeUp]) -> Page:
+    def skip(self, seqs: Iterable[int]) -> None:
+        """From now on leave these changes out wherever changes are read; those that were left out before no more."""
+        self._always["skipped"] = _array(seqs)
+
+    async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Iterable[WakeUp]) -> Page:
+        wakeups = sorted(wakeups)
         parameters: dict[str, Any] = {
             "seqs": _array(w.seq for w in wakeups),
             "shards": _array(w.shard for w in wakeups),
@@ -214,9 +172,15 @@ class Store:
             "since": _array(_xid(position.since) for position in positions),
             "per_shard": sweep.per_shard,
         }
-        if sweep.scope.everything:
-            return await self._page(reader, await self._rows(reader, "sweep", parameters))
-        return await self._sweep_some(reader, sweep, parameters)
+        if not sweep.scope.everything:
+            return await self._sweep_some(reader, sweep, parameters)
+        page = await self._page(reader, await self._rows(reader, "sweep", parameters))
+        if not page.cut:
+            return page
+        counts = Counter(row.change.shard for row in page.rows)
+        last = {row.change.shard: row.change.seq for row in page.rows}
+        ends = {shard: Scanned(seq, counts[shard] >= sweep.per_shard) for shard, seq in last.items()}
+        return replace(page, scanned=ended_by(page.cut, ends))
 
     async def _sweep_some(self, reader: psycopg.AsyncConnection, sweep: Sweep, parameters: dict[str, Any]) -> Page:
         """A sweep of one type, or of all but some."""
@@ -224,6 +188,7 @@ class Store:
         parameters |= {"types": list(sweep.scope.types), "among": sweep.scope.among, "scan": scan}
         records = await self._rows(reader, "sweep_some", parameters)
         page = await self._page(reader, records, first_column=3)
+        records = [record for record in records if record[5] is not None]
         counts = Counter(row.change.shard for row in page.rows)
         # By shard; of several rows the last one stays.
         last = {row.change.shard: (row.change.seq, record[2]) for row, record in zip(page.rows, records, strict=False)}
@@ -232,11 +197,11 @@ class Store:
             for shard, (seq, place) in last.items()
         }
         wanted = [row for row in page.rows if sweep.scope.has(row.change.entity_type)]
-        return Page(wanted, page.snapshot, scanned)
+        return replace(page, rows=wanted, scanned=ended_by(page.cut, scanned))
 
     async def resume(
         self, reader: psycopg.AsyncConnection, resumes: Sequence[Resume], per_key: int
-    ) -> dict[Resume, list[Row]]:
+    ) -> dict[Resume, Resumed]:
         """The next ``per_key`` changes of each key."""
         parameters = {
             "shards": [resume.shard for resume in resumes],
@@ -245,12 +210,14 @@ class Store:
             "seqs": [resume.seq for resume in resumes],
             "per_key": per_key,
         }
-        by_key = {resume.key: resume for resume in resumes}
-        found: dict[Resume, list[Row]] = {resume: [] for resume in resumes}
-        rows = [_row(record) for record in await self._rows(reader, "resume", parameters)]
-        for row in await self._with_chains(reader, rows):
-            found[by_key[row.change.key]].append(row)
-        return found
+        records = await self._rows(reader, "resume", parameters)
+        fitting = [record for record in records if record[3] is not None]
+        cut = {record[0] for record in records if record[3] is None}
+        found: dict[int, list[Row]] = {place: [] for place in range(1, len(resumes) + 1)}
+        rows = await self._with_chains(reader, [_row(record[1:]) for record in fitting])
+        for record, row in zip(fitting, rows, strict=True):
+            found[record[0]].append(row)
+        return {resumes[place - 1]: Resumed(rows, place in cut) for place, rows in found.items()}
 
     async def due(
         self,
@@ -260,10 +227,12 @@ class Store:
         without: Iterable[str] = (),
         *,
         start: int = FIRST_TYPE,
+        in_hand: Iterable[int] = (),
     ) -> Due:
         """Waiting changes that are due, of each type in turn, without those of some types.
 
-        ``start`` is where the look before has ended, if it has not seen all types.
+        ``start`` is where the look before has ended, if it has not seen all types. Of those ``in_hand`` nothing is
+        read, but they count for ``limit``.
         """
         types, among = self._scope.without(without)
         parameters = {
@@ -271,9 +240,11 @@ class Store:
         }  # fmt: skip
         # In this order: what becomes due between the two is in both, the other way round it would be in neither.
         [(next_due_s, last)] = await self._rows(reader, "next_due", parameters)
-        found = await self._rows(reader, "due", {**parameters, "limit": limit})
-        rows = await self._with_chains(reader, [_row(record, requeued=True) for record in found])
-        return Due(rows, next_due_s, None if last is None or last == _LAST_TYPE else last + 1)
+        found = await self._rows(reader, "due", {**parameters, "limit": limit, "skipped": _array(in_hand)})
+        fitting = [record for record in found if record[2] is not None]
+        rows = await self._with_chains(reader, [_row(record, requeued=True) for record in fitting])
+        more = len(found) == limit or any(record[0] is not None and record[2] is None for record in found)
+        return Due(rows, next_due_s, None if last is None or last == _LAST_TYPE else last + 1, more)
 
     async def settle(
         self,
@@ -328,18 +299,19 @@ class Store:
         there = await self._rows(session, "there", {"ids": left}) if left else []
         return {keys[id_] for (id_,) in there}
 
-    async def marked_since(
-        self, reader: psycopg.AsyncConnection, after: datetime | None, limit: int
-    ) -> tuple[datetime, list[tuple[Change, datetime]]]:
-        """The database's clock, and what was marked processed after that moment and when, the first marks first.
-
-        After None: nothing yet.
-        """
+    async def marked_since(self, reader: psycopg.AsyncConnection, after: Place | None, limit: int) -> Marked:
+        """What was marked processed behind that place, or (None) nothing yet."""
         types, among = self._scope
-        parameters = {"after": after, "limit": limit, "types": list(types), "among": among}
+        at, row = after or (None, None)
+        parameters = {"after": at, "place": row, "limit": limit, "types": list(types), "among": among}
         records = await self._rows(reader, "marked_since", parameters)
-        marked = [(_row(record[2:]).change, record[1]) for record in records if record[1] is not None]
-        return records[0][0], marked
+        now: datetime = records[0][0]
+        found = [record for record in records if record[1] is not None]
+        # Those of other types have no number either.
+        read = list(itertools.takewhile(lambda record: record[3] is None or record[5] is not None, found))
+        marks = [(_row(record[3:]).change, record[1]) for record in read if record[3] is not None]
+        more = len(found) == limit or len(read) < len(found)
+        return Marked(now, marks, Place(read[-1][1], read[-1][2]) if more and read else None)
 
     def take(self, changes: Sequence[Change], cause: Change) -> tuple[bytes, dict[str, Any]]:
         """The statement by which a transactional handler's connection, of either kind, takes them: a row each.
@@ -430,8 +402,13 @@ class Store:
     async def _page(self, reader: psycopg.AsyncConnection, records: list[Any], first_column: int = 2) -> Page:
         xmin, next_xid = records[0][:2]
         # The snapshot comes with every row, and alone, with nulls, when there is none.
-        rows = [] if records[0][2] is None else [_row(record[first_column:]) for record in records]
-        return Page(await self._with_chains(reader, rows), Snapshot(xmin, next_xid))
+        there = records if records[0][first_column] is not None else []
+        rows = [_row(record[first_column:]) for record in there if record[first_column + 2] is not None]
+        cut: Sequence[WakeUp] = ()
+        if len(rows) < len(there):
+            numbers = slice(first_column, first_column + 2)
+            cut = [WakeUp(*record[numbers]) for record in there if record[first_column + 2] is None]
+        return Page(await self._with_chains(reader, rows), Snapshot(xmin, next_xid), cut=cut)
 
     async def _with_chains(self, reader: psycopg.AsyncConnection, rows: list[Row]) -> list[Row]:
         """The same; those that are too deep with what led to them."""

@@ -281,7 +281,7 @@ async def _every_read(store: Store, reader: psycopg.AsyncConnection, row: dict[s
     resumed = await store.resume(reader, [resume], 10)
     await reader.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE seq = %s", [wakeup.seq])
     due = (await store.due(reader, [wakeup.shard], 10)).rows
-    return [*fetched.rows, *swept.rows, *resumed[resume], *due]
+    return [*fetched.rows, *swept.rows, *resumed[resume].rows, *due]
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from cdc.intake import Position, Sweep
 from cdc.lanes import Finished
 from cdc.model import SHARDS, Processed, WakeUp
 from cdc.outbox.letters import Letters
+from cdc.outbox.pages import Settled
 from cdc.outbox.retention import Retention
 from cdc.outbox.statements import load
-from cdc.outbox.store import INDEXED, Settled, Store
+from cdc.outbox.store import INDEXED, Store
 from tests.bench.database import preload_unprocessed
 from tests.unit.changes import change
 

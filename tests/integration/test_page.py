@@ -23,7 +23,8 @@ from psycopg.conninfo import conninfo_to_dict
 import cdc
 from cdc.app import App
 from cdc.outbox.letters import Letters, Stats
-from cdc.outbox.store import Figures, Store
+from cdc.outbox.pages import Figures
+from cdc.outbox.store import Store
 from cdc.routing import Router
 from cdc.throwaway import free_port
 from tests import handlers_page

@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc import schema
+from cdc import consumer, observer, schema, testing
 from cdc.cli import cdc as root_command
 from cdc.routing import Router
 from tests.eventually import eventually_async
@@ -179,6 +179,115 @@ async def test_a_document_whose_text_is_too_long_for_the_server_is_a_dead_letter
     assert "refuses to hand over the payload" in refused.output
     _run(outbox, "discard", str(bad))
     assert states(outbox_db) == {"processed": 21}
+
+
+async def test_what_takes_longer_to_read_than_the_session_allows_is_a_dead_letter_beside_twenty_others(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer, "_READ_TIMEOUT", "700ms")
+    calls = Calls()
+    good = _innocents(outbox_db, 10)
+    # Half a gigabyte as a text, which takes some seconds to write; 30 kB in the table.
+    numbers = "(SELECT jsonb_agg('1e131071'::numeric) FROM generate_series(1, 4000))"
+    bad = _write(outbox_db, f"SELECT publish_change('x', 'bad', new_data => {numbers})")
+    good += _innocents(outbox_db, 10)
+    async with consuming(outbox, calls.router) as app:
+        await _until_settled(outbox_db)
+        assert metric(app.metrics.registry, "cdc_interruptions_total") == 0
+    assert calls.counts == dict.fromkeys(good, 1)
+    assert "[57014]" in _last_error(outbox_db, bad)
+
+
+async def test_a_read_that_somebody_cancels_costs_no_change_anything(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    calls = Calls()
+    good = _innocents(outbox_db, 20)
+    with psycopg.connect(outbox) as other:
+        async with consuming(outbox, calls.router) as app:
+            await _until_settled(outbox_db)
+            other.execute("LOCK TABLE entity_changes")
+            waiting = (
+                "SELECT pid FROM pg_stat_activity WHERE application_name = 'cdc: reader' AND wait_event_type = 'Lock'"
+            )
+
+            async def stuck() -> bool:
+                return bool(other.execute(waiting.encode()).fetchall())
+
+            await eventually_async(stuck, within_s=30, what="the reader waits for the table")
+            good += [_write(other, f"SELECT publish_change('x', '{n}')") for n in range(20)]
+            other.execute(f"SELECT pg_cancel_backend(pid) FROM ({waiting}) AS reader".encode())
+            other.commit()
+            await _until_settled(outbox_db)
+            assert metric(app.metrics.registry, "cdc_rows_refused_total") == 0
+            assert metric(app.metrics.registry, "cdc_interruptions_total") == 0
+    assert calls.counts == dict.fromkeys(good, 1)
+
+
+@pytest.mark.parametrize("place", ["payload", "type"])
+async def test_a_dead_letter_that_pauses_its_key_does_so_also_where_nobody_could_read_it(
+    ascii_dsn: str, place: str
+) -> None:
+    router, handled = Router(), list[str]()
+
+    @router.on("*", dead="pause")
+    async def any_type(change: cdc.Change) -> None:
+        handled.append(change.entity_id)
+
+    with psycopg.connect(ascii_dsn, autocommit=True) as db:
+        bad = _write(db, _UNREADABLE[place])
+        later = _UNREADABLE[place].replace(_BAD_BYTE, "''") if place == "payload" else ""
+        if later:
+            _write(db, later)
+        _innocents(db, 1)
+        async with consuming(ascii_dsn, router):
+
+            async def held() -> bool:
+                return handled == ["0"] and states(db).get("dead") == 1
+
+            await eventually_async(held, within_s=30, what="the other key is handled")
+            stats = json.loads(_run(ascii_dsn, "show", str(bad), "--json").output)["change"]
+            assert stats["pauses_key"]
+            _run(ascii_dsn, "discard", str(bad))
+            await _until_settled(db)
+        assert handled == ["0", "bad"] if later else ["0"]
+
+
+async def test_who_observes_leaves_out_what_cannot_be_read_and_counts_the_rest(
+    ascii_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observer, "_MARKS_EVERY_S", 0.05)
+    calls = Calls()
+    with psycopg.connect(ascii_dsn, autocommit=True) as db:
+        _innocents(db, 5)
+        for statement in _UNREADABLE.values():
+            _write(db, statement)
+        async with consuming(ascii_dsn, calls.router, observe=True, poll_interval=0.05) as app:
+            registry = app.metrics.registry
+
+            async def seen(name: str, count: int) -> bool:
+                return metric(registry, name) == count
+
+            await eventually_async(lambda: seen("cdc_observed_changes_total", 5), within_s=30)
+            for statement in _UNREADABLE.values():
+                _write(db, statement)
+            _innocents(db, 5)
+            await eventually_async(lambda: seen("cdc_observed_changes_total", 10), within_s=30)
+            assert metric(registry, "cdc_rows_refused_total", step="read") == 6
+            db.execute("UPDATE entity_changes SET processed = true, processed_at = clock_timestamp()")
+            await eventually_async(lambda: seen("cdc_observed_latency_seconds_count", 10), within_s=30)
+            assert metric(registry, "cdc_interruptions_total") == 0
+        assert calls.counts == {}
+
+
+@pytest.mark.parametrize("place", _UNREADABLE)
+async def test_a_drain_goes_on_beside_what_cannot_be_read_and_names_it(ascii_dsn: str, place: str) -> None:
+    calls = Calls()
+    with psycopg.connect(ascii_dsn, autocommit=True) as db:
+        bad, good = _write(db, _UNREADABLE[place]), _innocents(db, 3)
+        with pytest.raises(testing.DeadLetterError, match=f"1 changes became dead letters: {bad} "):
+            await testing.drain(ascii_dsn, calls.router)
+        assert calls.counts == dict.fromkeys(good, 1)
 
 
 @pytest.mark.parametrize("place", _UNREADABLE)

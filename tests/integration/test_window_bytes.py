@@ -27,7 +27,9 @@ def _backlog(db: psycopg.Connection, rows: int, size: int, entity_type: str = "n
     )
 
 
-@pytest.mark.parametrize(("rows", "size"), [(4_000, 65_536), (300, 1 << 20), (6, 8 << 20)])
+@pytest.mark.parametrize(
+    ("rows", "size"), [(4_000, 65_536), (300, 1 << 20), (6, 8 << 20), (60, 5 << 20), (12, 20 << 20)]
+)
 def test_a_backlog_of_large_rows_goes_through_with_the_memory_of_the_shipped_limit(
     outbox: str, outbox_db: psycopg.Connection, tmp_path: Path, processes: list[Process], *, rows: int, size: int
 ) -> None:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.journal import Finished
-from cdc.lanes import Lanes
+from cdc.lanes import Lanes, Row
 from cdc.model import Change, Committed, Dead, Outcome, Processed, Waiting, WakeUp
+from cdc.passes import Scanned
 from cdc.shares import balance
 from cdc.turns import Needs, Turns
 from cdc.unread import Resume
@@ -27,6 +28,8 @@ _MISFITS = 0.1
 _BATCH = 3
 _READ_TAKES = (0,) * 9 + (20,)
 """So many times its answer is not there yet: in a while like that, a shard may leave and come back."""
+_LARGE = 0.2
+"""Of the pages so many end before all that is there: their rows are large."""
 _SWEEP_INTERVAL_S, _POLL_INTERVAL_S = 5.0, 1.0
 
 
@@ -229,21 +232,30 @@ class Consumer:
                 return self._sweep(sweep)
         return None
 
+    def _page(self, rows: list[Row]) -> tuple[list[Row], list[WakeUp]]:
+        """Those that fit, and the numbers of the others."""
+        fit = self._dice.randint(1, len(rows)) if rows and self._dice.random() < _LARGE else len(rows)
+        self._promises.happened["a change did not fit into a page"] += len(rows) - fit
+        return rows[:fit], [WakeUp(row.change.seq, row.change.shard) for row in rows[fit:]]
+
     def _fetch(self, fetch: Fetch) -> Callable[[], None]:
-        rows, snapshot = self._server.fetch(fetch.wakeups), self._server.snapshot()
+        (rows, cut), snapshot = self._page(self._server.fetch(fetch.wakeups)), self._server.snapshot()
         self._promises.happened["a change was fetched by its number"] += len(rows)
 
         def answer() -> None:
             for row in rows:
                 self.intake.passed_over(row.change.entity_type, row.change.shard)
             admitted = self.lanes.admit(rows, apart=self.intake.apart)
-            self.intake.fetched(fetch, {row.change.seq for row in rows}, snapshot, self._server.now)
+            self.intake.fetched(fetch, {row.change.seq for row in rows}, snapshot, self._server.now, cut)
             self.intake.refused(admitted.refused, self._server.now)
 
         return answer
 
     def _sweep(self, sweep: Sweep) -> Callable[[], None]:
         (rows, scanned), snapshot = self._server.sweep(sweep), self._server.snapshot()
+        rows, cut = self._page(rows)
+        for shard in {shard for _, shard in cut}:
+            scanned[shard] = Scanned(max((r.change.seq for r in rows if r.change.shard == shard), default=0), more=True)
         if sweep.only is not None:
             self._promises.happened["a type was read apart"] += len(rows)
 
@@ -255,22 +267,27 @@ class Consumer:
         return answer
 
     def _resume(self, resumes: list[Resume], per_key: int) -> Callable[[], None]:
-        found = [(resume, self._server.resume(resume, per_key)) for resume in resumes]
+        by_key = [(resume, self._server.resume(resume, per_key)) for resume in resumes]
+        cut = {number for number, _ in self._page([row for _, rows in by_key for row in rows])[1]}
+        found = [(resume, [row for row in rows if row.change.seq not in cut], rows) for resume, rows in by_key]
         self._promises.happened["a key was read on"] += len(found)
 
         def answer() -> None:
-            for resume, rows in found:
-                self.lanes.resumed(resume, rows, complete=len(rows) < per_key)
+            for resume, rows, there in found:
+                self.lanes.resumed(resume, rows, complete=len(rows) == len(there) < per_key)
 
         return answer
 
     def _due(self) -> Callable[[], None]:
         without = [name for name in self.lanes.types if self.lanes.room_for(name).free == 0]
-        rows, next_due_s = self._server.due(self.owned, self._settings.capacity, without)
+        due, next_due_s = self._server.due(self.owned, self._settings.capacity, without)
+        in_hand = set(self.lanes.requeued())
+        rows, cut = self._page([row for row in due if row.change.seq not in in_hand])
 
         def answer() -> None:
             admitted = self.lanes.admit(rows, due=True)
             pause_s = _SWEEP_INTERVAL_S if next_due_s is None else next_due_s
+            pause_s = 0.0 if cut else pause_s
             if admitted.refused or without:
                 pause_s = _POLL_INTERVAL_S
             self._next_due_at = self._server.now + min(pause_s, _SWEEP_INTERVAL_S)

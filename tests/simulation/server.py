@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import UUID
 
-from cdc.intake import Scanned, Sweep
+from cdc.intake import Sweep
 from cdc.journal import Finished
 from cdc.lanes import Row
 from cdc.model import Change, Dead, Operation, Processed, Waiting, WakeUp
-from cdc.passes import Snapshot
+from cdc.passes import Scanned, Snapshot
 from cdc.unread import Resume
 
 SHARDS = 4

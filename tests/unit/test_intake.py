@@ -7,9 +7,9 @@ from math import inf
 
 import pytest
 
-from cdc.intake import Fetch, Intake, Scanned, Sweep
+from cdc.intake import Fetch, Intake, Sweep
 from cdc.model import WakeUp
-from cdc.passes import REPASS_MAX_S, Snapshot
+from cdc.passes import REPASS_MAX_S, Scanned, Snapshot
 from cdc.scope import Scope
 
 _ROOM, _SWEEP_ROOM = 100, 10
@@ -89,6 +89,47 @@ def test_a_number_that_is_not_visible_is_looked_for_again_within_milliseconds_an
     assert _ask(intake, 1.0) is None
     intake.rung([WakeUp(8, 0)])
     assert _ask(intake, 1.0005) == Fetch((WakeUp(7, 0), WakeUp(8, 0)))
+
+
+def test_what_did_not_fit_into_a_page_is_fetched_before_what_rang_later(intake: Intake) -> None:
+    intake.rung([WakeUp(7, 0), WakeUp(8, 0)])
+    fetch = _ask(intake, 1.0)
+    assert isinstance(fetch, Fetch)
+    intake.rung([WakeUp(9, 0)])
+    intake.fetched(fetch, {7}, Snapshot(20, 21), 1.0, [WakeUp(8, 0)])
+    assert intake.next(1.0, 1, 1) == Fetch((WakeUp(8, 0),))
+
+
+def test_what_was_not_visible_and_then_did_not_fit_is_fetched_once_more(intake: Intake) -> None:
+    intake.rung([WakeUp(7, 0)])
+    for cut in ([], [WakeUp(7, 0)]):
+        fetch = _ask(intake, 1.1)
+        assert fetch == Fetch((WakeUp(7, 0),))
+        intake.fetched(fetch, set(), Snapshot(20, 25), 1.0, cut)
+    assert _ask(intake, 1.1) == Fetch((WakeUp(7, 0),))
+    assert _ask(intake, 1.2) is None
+
+
+def test_what_did_not_fit_is_left_to_passes_where_the_stream_has_ended_meanwhile(intake: Intake) -> None:
+    intake.rung([WakeUp(7, 0)])
+    fetch = _ask(intake, 1.0)
+    assert isinstance(fetch, Fetch)
+    intake.streaming(connected=False)
+    intake.fetched(fetch, set(), Snapshot(20, 21), 1.0, [WakeUp(7, 0)])
+    assert intake.queue_length == 0
+    assert isinstance(_ask(intake, 1.0), Sweep)
+
+
+def test_shards_that_a_full_page_did_not_reach_are_the_first_of_the_next() -> None:
+    intake = Intake(sweep_interval_s=5.0)
+    intake.own([1, 2, 3])
+    sweep = _ask(intake, 0.0)
+    assert isinstance(sweep, Sweep)
+    ends = {1: Scanned(10, more=False), 2: Scanned(11, more=True), 3: Scanned(0, more=True)}
+    intake.swept(sweep, [WakeUp(10, 1), WakeUp(11, 2)], {}, Snapshot(20, 21), 0.0, scanned=ends)
+    sweep = _ask(intake, 0.0)
+    assert isinstance(sweep, Sweep)
+    assert [(shard, position.cursor) for shard, position in sweep.positions.items()] == [(3, 0), (2, 11)]
 
 
 def test_the_looks_for_a_hanging_commit_come_at_most_a_twentieth_of_a_second_apart(intake: Intake) -> None:

@@ -103,6 +103,15 @@ def test_a_dead_letter_lets_its_key_go_on(lanes: Lanes) -> None:
     assert _seqs(_start_all(lanes)) == [2]
 
 
+def test_a_key_of_which_nothing_fitted_into_a_page_is_read_on_from_where_it_was(lanes: Lanes) -> None:
+    lanes.admit([row(seq) for seq in range(1, 7)])
+    for _ in range(3):
+        _end(lanes, _start_all(lanes)[0])
+    [resume] = lanes.resumes(10)
+    lanes.resumed(resume, [], complete=False)
+    assert lanes.resumes(10) == [resume]
+
+
 def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_when_it_has_settled(lanes: Lanes) -> None:
     lanes.admit([row(1), row(2), row(3)])
     [first] = _start_all(lanes)

@@ -11,7 +11,8 @@ from cdc import reads
 from cdc.intake import Intake
 from cdc.lanes import Lanes
 from cdc.metrics import Metrics
-from cdc.outbox.store import FIRST_TYPE, Due
+from cdc.outbox.pages import Due
+from cdc.outbox.store import FIRST_TYPE
 from cdc.reads import Reads
 from cdc.routing import Router
 
@@ -27,8 +28,16 @@ class _Store:
         self.go_on: int | None = None
 
     async def due(
-        self, _reader: object, _shards: Iterable[int], _limit: int, _without: Iterable[str] = (), *, start: int
+        self,
+        _reader: object,
+        _shards: Iterable[int],
+        _limit: int,
+        _without: Iterable[str] = (),
+        *,
+        start: int,
+        in_hand: Iterable[int],
     ) -> Due:
+        assert list(in_hand) == []
         self.looks += 1
         self.clock += self.took_s
         self.starts.append(start)
