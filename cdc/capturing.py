@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
+from psycopg import sql
 from psycopg.rows import dict_row
 
 from cdc.errors import NotFoundError
@@ -242,6 +243,25 @@ WHERE k.casttarget IN ('pg_catalog.json'::regtype, 'pg_catalog.jsonb'::regtype) 
     WHERE n.nspname = %(schema)s AND o.relname = 'entity_changes')
 ORDER BY 1, 2, 3
 """  # noqa: S608 - see above
+
+
+def grants(capture: CaptureFunction, schema: str) -> tuple[str, ...]:
+    """What gives its owner the rights that it lacks, as far as a GRANT does."""
+    table, owner = sql.Identifier(schema, "entity_changes"), sql.Identifier(capture.owner)
+    written = sql.SQL("INSERT ({}) ON {}").format(sql.SQL(", ").join(map(sql.Identifier, _WRITTEN)), table)
+    by_right = {
+        "USAGE": sql.SQL("USAGE ON SCHEMA {}").format(sql.Identifier(schema)),
+        "INSERT": written,
+        "SELECT": sql.SQL("SELECT (seq, shard) ON {}").format(table),
+    }
+    given = []
+    for lacking in capture.lacks:
+        right, _, rest = lacking.partition(" ")
+        if right == "EXECUTE":
+            given.append(sql.SQL("EXECUTE ON FUNCTION {}").format(sql.SQL(rest.removeprefix("on "))))
+        elif right in by_right:
+            given.append(by_right[right])
+    return tuple(sql.SQL("GRANT {} TO {};").format(each, owner).as_string() for each in given)
 
 
 _SAYINGS = """

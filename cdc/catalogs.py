@@ -12,7 +12,6 @@ from psycopg import sql
 _ADDED = ("trigger ", "rule ", "policy ")
 """Parts that run code or hide rows, whoever has added them."""
 _SHORT = 120
-_ROW_SECURITY = "row-level security of table "
 """Characters of a definition that a finding shows."""
 
 _NAMESPACE = """
@@ -23,23 +22,16 @@ WHERE CASE %(schema)s WHEN 'pg_temp' THEN oid = pg_catalog.pg_my_temp_schema() E
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One object that is not as this version makes it. ``expected`` or ``found`` is "" where there is none."""
+    """One object that is not as this version makes it. ``expected`` or ``found`` is "" where there is none.
+
+    ``by_hand``: the statement that mends it where ``cdc db upgrade`` does not; "" where that does, or nothing is known.
+    """
 
     object: str
     problem: str
     expected: str = ""
     found: str = ""
-
-    def by_hand(self, schema: str) -> str:
-        """The statement that mends it where ``cdc db upgrade`` does not; "" where that does, or nothing is known."""
-        _, of, table = self.object.partition(_ROW_SECURITY)
-        if not of:
-            return ""
-        return (
-            sql.SQL("ALTER TABLE {} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY;")
-            .format(sql.Identifier(schema, table))
-            .as_string()
-        )
+    by_hand: str = ""
 
     def __str__(self) -> str:
         said = f"{self.object} is {self.problem}"

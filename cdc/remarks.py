@@ -140,7 +140,7 @@ def cautions(table: Table, tracked: Tracked) -> Iterator[Remark]:
             CASTS,
             f"capturing {table.spelt} may run code of others with the rights of the outbox: their casts to JSON of"
             f" {said}",
-            "have a superuser own these functions, or drop the casts",
+            "have a superuser own these functions (ALTER FUNCTION ... OWNER TO), or drop the casts (DROP CAST ...)",
         )
     if table.row_security:
         yield Remark(
@@ -196,7 +196,9 @@ def _missed(table: Table, tracked: Tracked) -> Iterator[Remark]:
         )
     if table.unlogged:
         yield Remark(
-            MISSED, f"{table.spelt} is unlogged: after a crash its rows are gone, without a DELETE", "SET LOGGED"
+            MISSED,
+            f"{table.spelt} is unlogged: after a crash its rows are gone, without a DELETE",
+            f"ALTER TABLE {table.spelt} SET LOGGED, which writes it anew",
         )
     always = all(fires == Fires.ALWAYS for fires in (tracked.fires, *(copy.fires for copy in tracked.copies)))
     if table.subscribed and not always:
@@ -211,7 +213,8 @@ def _missed(table: Table, tracked: Tracked) -> Iterator[Remark]:
             MISSED,
             f"an UPDATE that moves a row of {table.spelt} to another partition is a DELETE and an INSERT, and of these"
             f" {' and '.join(sorted(operation for operation in moved))} is not captured",
-            "capture all three",
+            f"capture all three: cdc track {table.spelt} --on insert,update,delete"
+            + ("" if tracked.ours else " --replace"),
         )
 
 

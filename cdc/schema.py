@@ -23,7 +23,7 @@ from pathlib import Path
 import psycopg
 from psycopg import errors, sql
 
-from cdc import capture_role, catalogs, probe
+from cdc import capture_role, catalogs, probe, repairs
 from cdc.catalogs import Finding
 from cdc.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.model import message_prefix, publication_name, trigger_name
@@ -253,7 +253,14 @@ def verify(connection: psycopg.Connection, schema: str) -> list[Finding]:
             _run(connection, migration.template, _TEMPORARY, schema)
         expected = catalogs.picture(connection, query, _TEMPORARY)
         found = catalogs.picture(connection, query, schema, expected)
-    return catalogs.compare(expected, found)
+        whose = repairs.owners(connection, schema)
+    return repairs.with_repairs(catalogs.compare(expected, found), schema, whose)
+
+
+def owner(connection: psycopg.Connection, schema: str) -> str | None:
+    """Whose the outbox in ``schema`` is; None where there is none."""
+    whose = repairs.owners(connection, schema)
+    return repairs.owner_of_all(whose) if "table entity_changes" in whose else None
 
 
 def print_sql(

@@ -202,7 +202,7 @@ def read_options(text: str) -> dict[str, Any]:
         if not isinstance(value, list) or not all(isinstance(column, str) for column in value):
             return {"broken": f"its option {name} is no list of columns"}
     # As the function reads it: whatever is not true is false.
-    flags = {name: named.get(name) is True for name in FLAGS}
+    flags: dict[str, Any] = {name: True for name in FLAGS if named.get(name) is True}
     return {name: tuple(value) for name, value in lists.items()} | flags | {"more": more}
 
 

@@ -107,11 +107,11 @@ def verify(settings: Settings, as_json: bool) -> None:
     noted = [str(remark) for remark in remarks.handled(tracked, ())]
     if as_json:
         found = [{"object": each.object, "problem": each.problem, "expected": each.expected, "found": each.found,
-                  "remedy": each.by_hand(settings.schema_)} for each in findings]  # fmt: skip
+                  "remedy": each.by_hand} for each in findings]  # fmt: skip
         print_json({"schema_name": settings.schema_, "findings": found, "notes": noted})
     elif findings:
         print_table(["object", "problem"], ((finding.object, finding.problem) for finding in findings))
-        _say_by_hand(findings, settings.schema_)
+        _say_by_hand(findings)
     else:
         say(f"schema {settings.schema_} is as this version makes it")
     for note in noted if not as_json else ():
@@ -253,15 +253,15 @@ def _report(schema_name: str, applied: Sequence[Migration]) -> None:
 def _finish(findings: Sequence[Finding], schema_name: str, hint: str) -> None:
     for finding in findings:
         say(f"{finding}")
-    _say_by_hand(findings, schema_name)
-    if not all(finding.by_hand(schema_name) for finding in findings):
+    _say_by_hand(findings)
+    if not all(finding.by_hand for finding in findings):
         say(f"  {hint}")
     _exit_with(findings)
 
 
-def _say_by_hand(findings: Sequence[Finding], schema_name: str) -> None:
-    for statement in filter(None, (finding.by_hand(schema_name) for finding in findings)):
-        say(f"  as the owner of the table: {statement}")
+def _say_by_hand(findings: Sequence[Finding]) -> None:
+    for statement in dict.fromkeys(finding.by_hand for finding in findings if finding.by_hand):
+        say(f"  as a superuser, or the owner: {statement}")
 
 
 def _exit_with(findings: Sequence[Finding]) -> None:

@@ -178,6 +178,8 @@ class Installed:
     """What installs or upgrades them; "" where nothing of that is to be done."""
     by_hand: tuple[str, ...] = ()
     """Statements for the differences that no upgrade mends."""
+    owner: str = ""
+    """Whose the objects are, and as whom they are upgraded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +198,14 @@ class CaptureFunction:
     owns_outbox: bool = False
     others: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    grants: tuple[str, ...] = ()
+    """Statements that give it what it lacks."""
+    outbox_owner: str = ""
+
+    @property
+    def owner_is_meant(self) -> bool:
+        """It is the owner of the outbox, or a role for this alone."""
+        return self.owns_outbox or self.owner.startswith("cdc_capture_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

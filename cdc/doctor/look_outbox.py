@@ -43,9 +43,8 @@ _MARKED = ("processed", "processed_at", "next_attempt_at", "dead_at", "error_cou
 _INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets")
 """The other tables of an outbox."""
 
-_OWNER = """
-    SELECT pg_catalog.pg_get_userbyid(c.relowner)::text
-      FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+_THERE = """
+    SELECT true FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname = %s AND c.relname = 'entity_changes'
 """
 _ELSEWHERE = """
@@ -174,12 +173,12 @@ _TABLE = """
 
 
 def installed(connection: psycopg.Connection, name: str) -> Installed:
-    owner = next(iter(column(connection, _OWNER, [name])), None)
-    exists = owner is not None
+    exists = bool(column(connection, _THERE, [name]))
     pending = _pending(connection, name) if exists else []
     found = schema.verify(connection, name) if exists and not pending else []
-    by_hand = tuple(filter(None, (each.by_hand(name) for each in found)))
-    complete = exists and not pending and len(found) == len(by_hand)
+    # The table may have been given away, which a statement by hand takes back before the script runs.
+    owner = schema.owner(connection, name) if exists else None
+    complete = exists and not pending and all(each.by_hand for each in found)
     return Installed(
         schema=name,
         exists=exists,
@@ -187,7 +186,8 @@ def installed(connection: psycopg.Connection, name: str) -> Installed:
         differences=tuple(map(str, found)),
         elsewhere=column(connection, _ELSEWHERE, [name]),
         script="" if complete else schema.print_sql(name, pending or None, owner=owner),
-        by_hand=by_hand,
+        by_hand=tuple(dict.fromkeys(each.by_hand for each in found if each.by_hand)),
+        owner=owner or "",
     )
 
 
@@ -210,6 +210,8 @@ def capture(connection: psycopg.Connection, name: str) -> CaptureFunction:
         settings=found.settings,
         public_may_call=found.public_may_call,
         lacks=found.lacks,
+        grants=capturing.grants(found, name),
+        outbox_owner=schema.owner(connection, name) or "",
     )
 
 

@@ -27,10 +27,6 @@ _DEAD_RATIO = 1.0
 _DEAD_ROWS = 10_000
 _SHOWN = 5
 DEFAULT_SLOT = "cdc"
-_OWN_ROLE = (
-    "cdc db upgrade, as a role that may create roles, gives it a role of its own: see Roles and grants in"
-    " docs/operations.md"
-)
 
 
 def schema(seen: Installed) -> Finding:
@@ -40,18 +36,26 @@ def schema(seen: Installed) -> Finding:
     elif seen.pending:
         steps = ", ".join(seen.pending)
         found = fail(
-            f"schema {seen.schema} is older than this version; it lacks {steps}", _install("upgrade", seen.schema)
+            f"schema {seen.schema} is older than this version; it lacks {steps}",
+            _upgrade(seen.owner, _install("upgrade", seen.schema)),
         )
     elif seen.differences:
         more = f", and {len(seen.differences) - _SHOWN} more" if len(seen.differences) > _SHOWN else ""
         found = fail(
             f"schema {seen.schema} is not as this version makes it: {', '.join(seen.differences[:_SHOWN])}{more}",
-            f"{_install('upgrade', seen.schema)} (cdc db verify lists all)" if seen.script or not seen.by_hand else "",
+            f"{_upgrade(seen.owner, _install('upgrade', seen.schema))} (cdc db verify lists all)"
+            if seen.script or not seen.by_hand
+            else "",
             *seen.by_hand,
         )
     else:
         return ok(f"schema {seen.schema} is as this version makes it")
     return replace(found, script=seen.script)
+
+
+def _upgrade(owner: str, command: str = "cdc db upgrade") -> str:
+    """Objects of others are not adopted, so a superuser upgrades as their owner, too."""
+    return f"{command}, as {owner}" if owner else command
 
 
 def _install(command: str, schema_name: str) -> str:
@@ -71,7 +75,11 @@ def outboxes(seen: Installed, *, slot: str) -> Finding:
 
 
 def capture_function(seen: CaptureFunction) -> Finding:
-    """``cdc db upgrade`` mends what it may; whose the function is, it leaves alone."""
+    """``cdc db upgrade`` mends what it may; whose the function is, it leaves alone, and ``schema`` says it."""
+    own_role = (
+        f"{_upgrade(seen.outbox_owner)} with the right to create roles, gives it a role of its own: see Roles and"
+        " grants in docs/operations.md"
+    )
     problems = [
         *([] if seen.security_definer else ["it is not SECURITY DEFINER, so writers need rights on the outbox"]),
         *([] if _pinned(seen) else ["its search_path is not pinned"]),
@@ -81,22 +89,21 @@ def capture_function(seen: CaptureFunction) -> Finding:
         lacking = (
             f"every write to a tracked table fails: {seen.owner}, whose rights it has, lacks {', '.join(seen.lacks)}"
         )
-        return fail(
-            "; ".join([lacking, *problems]),
-            "give table and functions one owner (ALTER TABLE, ALTER FUNCTION ... OWNER TO), or GRANT it that",
-        )
+        if not seen.owner_is_meant:
+            return fail("; ".join([lacking, *problems]), "give it to whom it belongs, or the table back: see schema")
+        return fail("; ".join([lacking, *problems]), "" if seen.grants else "see schema", *seen.grants)
     if problems:
         revoke = (f"REVOKE ALL ON FUNCTION {seen.name} FROM PUBLIC;",) if seen.public_may_call else ()
-        return fail("; ".join(problems), "cdc db upgrade", *revoke)
+        return fail("; ".join(problems), _upgrade(seen.outbox_owner), *revoke)
     if seen.owner_is_superuser and seen.others:
         return fail(
             f"it runs with the rights of {seen.owner}, a superuser, and calls casts that owners of captured tables and"
             f" types may make: {', '.join(seen.others[:_SHOWN])}",
-            _OWN_ROLE,
+            own_role,
         )
     if seen.owner_is_superuser or seen.owns_outbox:
         what = "a superuser" if seen.owner_is_superuser else "which also owns the outbox"
-        return warn(f"it runs with the rights of {seen.owner}, {what}", _OWN_ROLE)
+        return warn(f"it runs with the rights of {seen.owner}, {what}", own_role)
     return ok(f"it runs with the rights of {seen.owner}")
 
 
@@ -245,7 +252,8 @@ def unhandled(seen: Unhandled) -> Finding:
 def dead(seen: Backlog) -> Finding:
     if seen.dead:
         return warn(
-            f"there are dead letters: {seen.dead:,}", "cdc outbox list --state dead; then cdc outbox retry or discard"
+            f"there are dead letters: {seen.dead:,}",
+            "cdc outbox list --state dead; then cdc outbox retry ID, or cdc outbox discard ID",
         )
     return ok("none")
 

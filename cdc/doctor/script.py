@@ -29,11 +29,11 @@ def script(findings: Iterable[Finding]) -> str:
 
 def _part(found: Finding, statements: Iterable[str]) -> Iterator[str]:
     yield f"-- {found.check}: {_comment(found.detail)}"
-    if found.script:
-        yield found.script
-    elif found.remedy:
+    if found.remedy and not found.script:
         yield f"--   {_comment(found.remedy)}"
     yield from map(_runnable, statements)
+    if found.script:
+        yield found.script
     yield ""
 
 

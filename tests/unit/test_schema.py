@@ -99,12 +99,12 @@ def test_trigger_arguments_are_read_as_they_were_written(entity_type: str | None
     named, options = tracked.arguments(
         tracked.Tracked(
             table="t", trigger="x", operations=tuple(Operation), entity_type=entity_type, key=tuple(key),
-            exclude=tuple(exclude), more=(("handled", "true"),),
+            exclude=tuple(exclude), handled=True, more=(("new", "true"),),
         )
     )  # fmt: skip
     read = tracked.read_options(options)
     assert (named, read["key"], read.get("exclude", ())) == (entity_type or "", tuple(key), tuple(exclude))
-    assert read["more"] == (("handled", "true"),)
+    assert (read["handled"], read["more"]) == (True, (("new", "true"),))
 
 
 def test_a_key_that_is_the_column_id_is_written_as_the_capture_function_knows_it_without_reading_it():
@@ -121,7 +121,8 @@ def test_a_key_that_is_the_column_id_is_written_as_the_capture_function_knows_it
         ("", {"more": ()}),
         ('{"exclude": ["a"]}', {"exclude": ("a",), "more": ()}),
         ('{"key": ["b"], "columns": ["a", "b"], "handled": true}',
-         {"key": ("b",), "columns": ("a", "b"), "more": (("handled", "true"),)}),
+         {"key": ("b",), "columns": ("a", "b"), "handled": True, "more": ()}),
+        ('{"handled": "true", "virtual": 1, "new": true}', {"more": (("new", "true"),)}),
         ("not json", {"broken": "its options are no JSON"}),
         ("[" * 3000, {"broken": "its options are no JSON"}),
         ('{"a":' * 3000, {"broken": "its options are no JSON"}),
