@@ -36,7 +36,7 @@ BEGIN
   END IF;
 
   BEGIN
-    IF v_rows_hidden THEN
+    IF v_rows_hidden AND v_role IS DISTINCT FROM v_present THEN
       RAISE EXCEPTION 'row level security is on for it, and goes for all but its owner' USING ERRCODE = '42501';
     END IF;
     IF pg_catalog.to_regrole(pg_catalog.quote_ident(v_role)) IS NULL THEN

@@ -209,6 +209,19 @@ def test_an_outbox_of_before_gets_the_role_by_install_and_by_upgrade(db: psycopg
         assert schema.verify(db, "public") == []
 
 
+def test_row_security_takes_no_role_away_that_is_there(db: psycopg.Connection) -> None:
+    schema.install(db, "public")
+    captures = owner_of(db, "capture_entity_change")
+    db.execute("ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY")
+    said: list[str] = []
+    schema.on_warning(db, said.append)
+    [left] = schema.verify(db, "public")
+    assert schema.upgrade(db, "public") == ([], [])
+    assert (said, owner_of(db, "capture_entity_change")) == ([], captures)
+    db.execute(left.by_hand.encode())
+    assert schema.verify(db, "public") == []
+
+
 def test_the_printed_script_makes_the_role_too(db: psycopg.Connection) -> None:
     lines = schema.print_sql("events").splitlines()
     db.execute("\n".join(line for line in lines if not line.startswith("\\")).encode())
