@@ -362,7 +362,7 @@ def test_an_older_outbox_is_brought_up_to_date_by_the_script(shop: str, db: psyc
     db.execute("DELETE FROM cdc_migrations WHERE version = 3; DROP VIEW recent_action_history")
     found = findings(shop)["schema"]
     assert (found["verdict"], "0003 views" in found["detail"]) == ("fail", True)
-    assert found["remedies"] == ["cdc db upgrade"]
+    assert found["remedies"] == [f"cdc db upgrade, as {db.info.dbname}_owner"]
     apply(shop, run(shop, "--fix").stdout)
     assert findings(shop)["schema"]["verdict"] == "ok"
 
