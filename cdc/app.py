@@ -211,6 +211,7 @@ class App:
             readiness=self._readiness,
             routes=self._page.routes if self._page else None,
             hosts=http.hosts or (),
+            supervisor=self._supervisor,
         )
         server.start()
         if self._page:

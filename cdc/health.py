@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from cdc.errors import UsageError
 from cdc.forks import not_for_children
+from cdc.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -89,7 +90,10 @@ class HealthServer:
         readiness: Checks,
         routes: Routes | None = None,
         hosts: Iterable[str] = (),
+        supervisor: Supervisor | None = None,
     ) -> None:
+        self._supervisor = supervisor or Supervisor()
+        self._stopping = threading.Event()
         server_class = _ServerV6 if ":" in host else _Server
         try:
             self._server = server_class((host, port), _Quiet)
@@ -100,9 +104,7 @@ class HealthServer:
             ) from None
         not_for_children(self._server)
         self._server.set_app(_Application(registry, liveness, readiness, routes or {}, hosts=(host, *hosts)))
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(_POLL_S,), name="cdc-health", daemon=True
-        )
+        self._thread = threading.Thread(target=self._kept, name="cdc-health", daemon=True)
         self.port: int = self._server.server_port
 
     def start(self) -> None:
@@ -110,10 +112,14 @@ class HealthServer:
 
     def stop(self) -> None:
         """Returns when the port is free again. May be called without ``start``, and twice."""
+        self._stopping.set()
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
         self._server.server_close()
+
+    def _kept(self) -> None:
+        self._supervisor.keep_here("health", lambda: self._server.serve_forever(_POLL_S), self._stopping)
 
 
 _Response = tuple[str, list[tuple[str, str]], bytes]

@@ -40,7 +40,7 @@ ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected
 REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 """How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""
 OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
-TASKS = ("figures", "hooks", "listener", "relay", "retention", "collector", "page", "stream")
+TASKS = ("figures", "hooks", "threads", "listener", "relay", "retention", "collector", "page", "health", "stream")
 """What runs as long as the process does."""
 CONNECTION_KINDS = ("async", "sync")
 INTERRUPTIONS = ("connection", "statement")

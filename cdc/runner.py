@@ -431,10 +431,7 @@ class Runner:
 
         job = self._jobs[changes[0].seq] = self._threads.submit(call, limit_s, overran)
         try:
-            return cast("Ran", await job.future)
-        except asyncio.CancelledError:
-            job.call_off()
-            raise
+            return cast("Ran", await job.outcome())
         finally:
             del self._jobs[changes[0].seq]
 

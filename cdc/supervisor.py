@@ -53,6 +53,7 @@ class Supervisor:
         self._ended = ended
         self._ends: dict[str, tuple[Ends, float]] = {}
         """And when it was started last, on the monotonic clock. Each name is written by its own task or thread."""
+        self._threads: dict[str, tuple[threading.Thread, threading.Event]] = {}
 
     async def keep(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run it until cancelled. A return is an end that nobody asked for.
@@ -74,25 +75,34 @@ class Supervisor:
                     await asyncio.Event().wait()
 
     def keep_here(self, name: str, run: Callable[[], None], stopping: threading.Event) -> None:
-        """Run it in this thread until it returns because it is ``stopping``."""
+        """Run it in this thread until it returns because it is ``stopping``.
+
+        Also after what is no Exception: others can raise SystemExit in a thread, which would end it without a word.
+        """
+        self._threads[name] = threading.current_thread(), stopping
         while True:
             began = time.monotonic()
             error: BaseException | None = None
             try:
                 run()
-            except Exception as raised:  # noqa: BLE001 - whatever ends it, it goes on
+            except BaseException as raised:  # noqa: BLE001 - whatever ends it, it goes on
                 error = raised
             if stopping.is_set() or stopping.wait(self._note(name, began, error)):
                 return
 
-    def failed(self, name: str, began: float, error: BaseException) -> None:
-        """For what starts itself anew: it has ended by ``error``."""
-        self._note(name, began, error)
+    def failed(self, name: str, began: float, error: BaseException) -> float:
+        """For what starts itself anew: it has ended by ``error``. Returns the seconds to pause."""
+        return self._note(name, began, error)
 
     def failing(self) -> list[tuple[str, int]]:
-        """What ends again and again, and how often it has in a row."""
+        """What ends again and again, or is a thread that is gone; and how often it has ended in a row."""
         now = time.monotonic()
-        return [(name, ends.times) for name, (ends, began) in list(self._ends.items()) if ends.failing(now - began)]
+        ends = dict(self._ends)
+        failing = {name: each.times for name, (each, began) in ends.items() if each.failing(now - began)}
+        for name, (thread, stopping) in list(self._threads.items()):
+            if not thread.is_alive() and not stopping.is_set():
+                failing.setdefault(name, ends[name][0].times if name in ends else 1)
+        return list(failing.items())
 
     def _note(self, name: str, began: float, error: BaseException | None) -> float:
         """Returns the seconds to pause."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cdc.calls import EscapedError, as_exception, own_context
+from cdc.cancelling import disregard, is_being_cancelled
 
 
 class Job:
@@ -24,6 +25,7 @@ class Job:
         self.call = call
         self.context = own_context()
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._ended: tuple[Any, BaseException | None] | None = None
         self.started_at: float | None = None  # written by the thread, read by the event loop
         self.called_off = False
         self.limit_s = limit_s
@@ -33,6 +35,29 @@ class Job:
         """Nobody wants the answer, nor the call if it has not begun. One that has begun goes on; nothing stops it."""
         self.called_off = True
         self.future.cancel()
+
+    def ended(self, result: Any, error: BaseException | None) -> None:
+        """On the event loop."""
+        self._ended = result, error
+        _resolve(self.future, result, error)
+
+    async def outcome(self) -> Any:
+        """What the call returns or raises.
+
+        The call goes on whoever cancels the task that waits, and so must the wait, for it holds the change's key. Only
+        this program ends it.
+        """
+        while True:
+            try:
+                return await self.future
+            except asyncio.CancelledError:
+                if is_being_cancelled():
+                    self.call_off()
+                    raise
+                await disregard()
+                self.future = asyncio.get_running_loop().create_future()
+                if self._ended:
+                    _resolve(self.future, *self._ended)
 
     def left_s(self) -> float:
         """Until it overruns; waiting for a free thread does not count."""
@@ -120,7 +145,7 @@ class Threads:
             job, result, error = self._ended.popleft()
             self._busy -= 1
             self._limited.discard(job)
-            _resolve(job.future, result, error)
+            job.ended(result, error)
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -155,21 +155,30 @@ class Stream:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        pause_s = 0.0
         try:
             while True:
-                self._waiting.check()
-                while self._exposed():
-                    self._waiting.until(time.monotonic() + _LOOK_AGAIN_S)
-                error = self._attempt()
-                self._report.interrupted(error)
-                standby = error.reason == Reason.SLOT_BUSY
-                pause_s = self._attempts.pause_s(random.random(), permanent=error.permanent, standby=standby)  # noqa: S311 - jitter
-                self._waiting.until(time.monotonic() + pause_s)
-        except Stopped:
-            pass
+                began = time.monotonic()
+                try:
+                    self._waiting.until(began + pause_s)
+                    pause_s = self._round()
+                except Stopped:
+                    return
+                except BaseException as error:  # noqa: BLE001 - whatever ends it, it goes on
+                    pause_s = self._supervisor.failed("stream", began, error)
         finally:
             self._waiting.close()
             self._report.stopped()
+
+    def _round(self) -> float:
+        """Stream once. Returns the seconds to pause."""
+        self._waiting.check()
+        while self._exposed():
+            self._waiting.until(time.monotonic() + _LOOK_AGAIN_S)
+        error = self._attempt()
+        self._report.interrupted(error)
+        standby = error.reason == Reason.SLOT_BUSY
+        return self._attempts.pause_s(random.random(), permanent=error.permanent, standby=standby)  # noqa: S311 - jitter
 
     def _attempt(self) -> StreamError:
         """Stream until something ends it; returns what it was."""
@@ -194,7 +203,7 @@ class Stream:
             )
         except Stopped:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever ends it, it goes on
+        except BaseException as error:  # noqa: BLE001 - whatever ends it, it goes on
             self._supervisor.failed("stream", began, error)
             ended = StreamError(type(error).__name__, reason=Reason.PROTOCOL.value, hint="this is a bug; see the log")
         return self._learn(ended, reader)

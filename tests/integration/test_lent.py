@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.numeric import FloatLoader
 
 import cdc
+from cdc import transactions
 from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
+from tests.fix_proxy import Proxy
 
 _LEAVE = (
     "SET search_path = pg_catalog",
@@ -126,3 +132,85 @@ async def test_a_handler_that_deallocates_everything_hurts_nobody(outbox: str, o
     async with consuming(outbox, router, transactions=1):
         await _until_settled(outbox_db)
     assert states(outbox_db) == {"processed": 30}
+
+
+@pytest.fixture
+def somebody(outbox_db: psycopg.Connection) -> Iterator[str]:
+    """A role that may do what marking needs, so that a handler's change of role outlives its transaction."""
+    name = f"somebody_{uuid.uuid4().hex[:8]}"
+    outbox_db.execute(sql.SQL("CREATE ROLE {} SUPERUSER").format(sql.Identifier(name)))
+    yield name
+    outbox_db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
+
+
+@pytest.mark.parametrize("statement", ["SET ROLE {}", "SET SESSION AUTHORIZATION {}"])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_a_role_that_a_handler_takes_on_is_its_own(
+    *, in_thread: bool, fails: bool, statement: str, somebody: str, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, found = Router(), list[Any]()
+    asked = "SELECT current_user, session_user, current_setting('role')"
+    takes_on = sql.SQL(statement).format(sql.Identifier(somebody))  # type: ignore[arg-type]  # a literal, above
+
+    async def on_loop(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        found.append(await (await connection.execute(asked)).fetchone())
+        await connection.execute(takes_on)
+        if fails:
+            raise ValueError
+
+    def in_a_thread(change: cdc.Change, connection: psycopg.Connection) -> None:
+        found.append(connection.execute(asked).fetchone())
+        connection.execute(takes_on)
+        if fails:
+            raise ValueError
+
+    router.on("x", max_attempts=1, group=1)(in_a_thread if in_thread else on_loop)
+    outbox_db.execute("SELECT publish_change('x', n::text) FROM generate_series(1, 6) AS n")
+    async with consuming(outbox, router, transactions=1):
+        await _until_settled(outbox_db)
+    assert states(outbox_db) == {"dead" if fails else "processed": 6}
+    assert set(found) == {outbox_db.execute(asked).fetchone()}
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_a_handlers_link_that_falls_silent_is_closed_at_its_limit_and_the_change_runs_again(
+    in_thread: bool,
+    outbox: str,
+    outbox_db: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(transactions, "_ANSWER_LIMIT_S", 0.5)
+    caplog.set_level(logging.INFO)
+    link, router, calls = Proxy(outbox), Router(), 0
+
+    def fall_silent() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            link.swallow()
+
+    async def on_loop(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await connection.execute("SELECT pg_sleep(0.7)")  # the handler's own statements have its own limit
+        fall_silent()
+
+    def in_a_thread(change: cdc.Change, connection: psycopg.Connection) -> None:
+        connection.execute("SELECT pg_sleep(0.7)")
+        fall_silent()
+
+    router.on("x", max_attempts=1, group=1)(in_a_thread if in_thread else on_loop)
+    outbox_db.execute("SELECT publish_change('x', '1')")
+
+    async def lost() -> bool:
+        return "is read anew: the connection was lost" in caplog.text
+
+    link.start()
+    try:
+        async with consuming(outbox, router, transactions=1, handlers_dsn=link.dsn):
+            await eventually_async(lost, within_s=20)
+            link.open()
+            await _until_settled(outbox_db)
+    finally:
+        link.stop()
+    assert (states(outbox_db), calls) == ({"processed": 1}, 2)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import http.client
+import socket
+import threading
 from typing import Any
 
 import psycopg
@@ -79,3 +83,45 @@ async def test_what_ends_by_a_fault_is_counted_started_again_and_in_the_end_a_fa
 
         await eventually_async(failing)
         assert metric(app.metrics.registry, "cdc_task_ends_total", task=name) >= 2
+
+
+def _end(name: str) -> None:
+    """As code of others can: a library that ends its calls by raising in their thread may be late."""
+    [thread] = [thread for thread in threading.enumerate() if thread.name == f"cdc-{name}"]
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+
+@pytest.mark.parametrize("name", ["health", "collector", "page", "stream"])
+async def test_a_thread_that_others_end_is_counted_and_started_again(
+    name: str, outbox: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_PAUSE_MIN_S", 0.001)
+    monkeypatch.setattr(collector, "_EVERY_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with consuming(outbox, Router(), http_port=port, http_page=True) as app:
+
+        async def turning() -> bool:
+            return not [check for check in app._checks() if not check.ok]
+
+        async def counted() -> bool:
+            return metric(app.metrics.registry, "cdc_task_ends_total", task=name) == 1
+
+        await eventually_async(turning)
+        _end(name)
+        await eventually_async(counted)
+        await eventually_async(turning)
+        status, body = await asyncio.to_thread(_ask, port, "/livez")
+        assert status == 200, body
+        assert name in {thread.name.removeprefix("cdc-") for thread in threading.enumerate()}
+
+
+def _ask(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()

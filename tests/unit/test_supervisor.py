@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 
@@ -91,3 +92,21 @@ def test_a_thread_goes_on_until_it_is_to_stop(
         stopping.set()
         thread.join()
     assert "collector has ended: MemoryError" in caplog.text
+
+
+def test_a_thread_that_is_gone_without_a_word_is_failing() -> None:
+    def end(*_: object) -> None:
+        raise SystemExit
+
+    supervised, stopping = Supervisor(end), threading.Event()  # also where its end is told
+
+    def keep() -> None:
+        with contextlib.suppress(SystemExit):
+            supervised.keep_here("page", end, stopping)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    thread.join()
+    assert supervised.failing() == [("page", 1)]
+    stopping.set()
+    assert supervised.failing() == []

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from cdc.cancelling import cancel
 from cdc.threads import Threads
 
 
@@ -43,4 +44,40 @@ async def test_one_that_is_called_off_before_it_began_is_not_called_and_takes_no
     await threads.submit(lambda: None).future
     assert called == []
     assert off.future.cancelled()
+    threads.close()
+
+
+async def test_who_waits_for_a_call_is_cut_off_by_this_program_and_by_nobody_else(threads: Threads) -> None:
+    go, began = threading.Event(), threading.Event()
+
+    def call() -> str:
+        began.set()
+        go.wait(30)
+        return "done"
+
+    first = asyncio.create_task(threads.submit(call).outcome())
+    await asyncio.to_thread(began.wait, 30)
+    for _ in range(3):
+        first.cancel()
+        await asyncio.wait([first], timeout=0.01)
+    assert not first.done()
+    go.set()
+    assert await first == "done"
+    go.clear()
+    second = asyncio.create_task(threads.submit(call).outcome())
+    await asyncio.wait([second], timeout=0.01)
+    cancel(second)
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    go.set()
+    threads.close()
+
+
+async def test_a_call_that_ends_while_who_waits_is_cancelled_is_heard(threads: Threads) -> None:
+    job = threads.submit(lambda: "done")
+    waiting = asyncio.create_task(job.outcome())
+    await asyncio.wait([waiting], timeout=0)
+    waiting.cancel()
+    job.ended("done", None)
+    assert await waiting == "done"
     threads.close()
