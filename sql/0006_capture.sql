@@ -19,7 +19,8 @@ REVOKE ALL ON FUNCTION @schema@.bounded_text(text) FROM PUBLIC;
 
 -- A row as JSON, value by value: for a row that is refused as a whole, and for virtual generated columns, which have no
 -- value when triggers fire and are computed here. Their expressions are PostgreSQL's own functions, which it insists on.
--- What is refused alone, or would make the row larger than half of what jsonb holds, becomes {"cdc:omitted": why}.
+-- What is refused alone, or would make the row larger than half of what jsonb holds, becomes {"cdc:omitted": why}. Called
+-- where nothing may be written.
 CREATE OR REPLACE FUNCTION @schema@.captured_row(p_row record, p_table oid, p_excluded text[]) RETURNS jsonb
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
@@ -130,6 +131,8 @@ DECLARE
   v_done_at timestamptz;
   v_done_why text;
   v_rung pg_lsn;
+  v_read_only text;
+  v_converted boolean;
 BEGIN
   IF coalesce(TG_ARGV[1], '') NOT IN ('', '{"key": ["id"]}') THEN
     v_options := TG_ARGV[1];
@@ -159,8 +162,13 @@ BEGIN
     END IF;
   END IF;
 
-  -- The subtransaction writes nothing, so it takes no transaction id.
+  -- Casts of others may run here, so this is read only, which nothing within the subtransaction can undo and which ends
+  -- with it: else a cast could write changes, or alter this function, whose owner it runs as, and have code of its own run
+  -- with the rights of every later writer. Two things a cast could leave behind even so: a search_path for the rest of
+  -- this function, and rows in temporary tables whose deferred triggers run as this owner (from PostgreSQL 18 on). Where
+  -- one of them is possible, the subtransaction is undone once its values are there. It takes no transaction id.
   BEGIN
+    v_read_only := set_config('transaction_read_only', 'on', true);
     IF v_excluded IS NULL THEN
       v_old := to_jsonb(OLD);
       v_new := to_jsonb(NEW);
@@ -176,12 +184,29 @@ BEGIN
         v_new := v_new || @schema@.captured_row(NEW, TG_RELID, v_stored);
       END IF;
     END IF;
-  EXCEPTION WHEN OTHERS OR assert_failure THEN
-    IF TG_OP <> 'INSERT' THEN
-      v_old := @schema@.captured_row(OLD, TG_RELID, v_excluded);
+    IF pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0
+      OR pg_catalog.current_setting('search_path') OPERATOR(pg_catalog.<>) 'pg_catalog, pg_temp'
+    THEN
+      v_converted := true;
+      RAISE assert_failure;
     END IF;
-    IF TG_OP <> 'DELETE' THEN
-      v_new := @schema@.captured_row(NEW, TG_RELID, v_excluded);
+  EXCEPTION WHEN OTHERS OR assert_failure THEN
+    IF v_converted IS NULL THEN
+      BEGIN
+        v_read_only := set_config('transaction_read_only', 'on', true);
+        IF TG_OP <> 'INSERT' THEN
+          v_old := @schema@.captured_row(OLD, TG_RELID, v_excluded);
+        END IF;
+        IF TG_OP <> 'DELETE' THEN
+          v_new := @schema@.captured_row(NEW, TG_RELID, v_excluded);
+        END IF;
+        v_converted := true;
+        RAISE assert_failure;
+      EXCEPTION WHEN assert_failure THEN
+        IF v_converted IS NULL THEN
+          RAISE;
+        END IF;
+      END;
     END IF;
   END;
 

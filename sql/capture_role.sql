@@ -95,8 +95,12 @@ BEGIN
     END IF;
 
     -- Whom a function is given to has to have CREATE on its schema at that moment, unless a superuser gives it.
-    v_create := v_role <> v_present AND NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'CREATE')
-      AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user);
+    v_create := NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'CREATE')
+      AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+      AND EXISTS (
+        SELECT FROM pg_catalog.unnest(v_functions) AS f (signature) JOIN pg_catalog.pg_proc AS p
+          ON p.oid = pg_catalog.format('%I.%s', v_schema, f.signature)::regprocedure
+        WHERE pg_catalog.pg_get_userbyid(p.proowner) <> v_role);
     IF v_create THEN
       EXECUTE pg_catalog.format('GRANT CREATE ON SCHEMA %I TO %I', v_schema, v_role);
     END IF;

@@ -38,11 +38,14 @@ def make(db: psycopg.Connection) -> Iterator[Make]:
         db.execute(sql.SQL("DROP ROLE {}").format(role))
 
 
-def act(db: psycopg.Connection, role: str, statement: str) -> None:
-    """As the role, in a session that begins as it: a definer's session user counts too."""
+def act(db: psycopg.Connection, role: str, statement: str) -> list[str]:
+    """As the role, in a session that begins as it: a definer's session user counts too. Returns the notices."""
+    said: list[str] = []
     with psycopg.connect(make_conninfo(db.info.dsn, user=role), autocommit=True) as session:
+        session.add_notice_handler(lambda notice: said.append(str(notice.message_primary)))
         session.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(role)))
         session.execute(statement.encode())
+    return said
 
 
 def owner_of(db: psycopg.Connection, function: str, namespace: str = "public") -> str:
@@ -64,6 +67,14 @@ _ATTACKS = {
     "make a function": "CREATE FUNCTION public.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     "join the owner": "GRANT {owner} TO {evil}",
     "act as the owner": "SET ROLE {owner}",
+    "add a change": "INSERT INTO public.entity_changes (table_name, operation, entity_id, entity_type)"
+    " VALUES ('forged', 'INSERT', '9', 'forged')",
+    "alter who it runs as": "ALTER FUNCTION public.capture_entity_change() SECURITY INVOKER",
+    "alter where names are found": "ALTER FUNCTION public.capture_entity_change() SET search_path = {evil}, pg_catalog",
+    "drop a function": "DROP FUNCTION public.publish_change(text, text, text, jsonb, jsonb, jsonb)",
+    "make it writable again": "SET LOCAL transaction_read_only = off",
+    "make it writable for good": "SET TRANSACTION READ WRITE",
+    "write anywhere": "INSERT INTO {evil}.loot VALUES ('x')",
 }
 _TYPES = {
     "an enum": "{evil}.mood",
@@ -92,15 +103,16 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
     db.execute("SELECT public.publish_change('patient', '1', new_data => '{\"secret\": 1}')")
 
     # The type belongs to one, the table and its trigger to another, who also writes.
-    act(db, evil, """
-        CREATE TABLE loot (what text); CREATE TABLE tried (what text, sqlstate text);
-        GRANT ALL ON loot, tried TO PUBLIC; CREATE TYPE mood AS ENUM ('x', 'y'); CREATE TYPE pair AS (m mood, n int);
-        CREATE DOMAIN kind AS mood; CREATE TYPE span AS RANGE (subtype = mood)""")  # fmt: skip
+    act(
+        db,
+        evil,
+        """
+        CREATE TABLE loot (what text); GRANT ALL ON loot TO PUBLIC; CREATE TYPE mood AS ENUM ('x', 'y');
+        CREATE TYPE pair AS (m mood, n int); CREATE DOMAIN kind AS mood; CREATE TYPE span AS RANGE (subtype = mood)""",
+    )
     tries = "\n".join(
-        "BEGIN {}; INSERT INTO {}.tried VALUES ({}, 'done'); EXCEPTION WHEN OTHERS THEN"
-        " INSERT INTO {}.tried VALUES ({}, SQLSTATE); END;".format(
-            attack.format(evil=evil, owner=owner), evil, f"'{name}'", evil, f"'{name}'"
-        )
+        f"BEGIN {attack.format(evil=evil, owner=owner)}; RAISE NOTICE '{name}: done';"
+        f" EXCEPTION WHEN OTHERS THEN RAISE NOTICE '{name}: %', SQLSTATE; END;"
         for name, attack in _ATTACKS.items()
     )
     for source in ("mood", "span", "pair"):
@@ -108,9 +120,9 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
             RETURN '"x"'; END $$; CREATE CAST ({source} AS json) WITH FUNCTION as_json({source})""")  # fmt: skip
     act(db, victim, f"CREATE TABLE orders (id int PRIMARY KEY, c {_TYPES[kind].format(evil=evil)})")
     tracking.track(db, "public", f"{victim}.orders")
-    act(db, victim, f"INSERT INTO orders VALUES (1, {_VALUES[kind]})")
+    said = act(db, victim, f"INSERT INTO orders VALUES (1, {_VALUES[kind]})")
 
-    tried = dict(db.execute(sql.SQL("SELECT what, sqlstate FROM {}.tried").format(sql.Identifier(evil))).fetchall())
+    tried = dict(each.split(": ") for each in said)
     assert set(tried) == set(_ATTACKS)
     assert "done" not in tried.values(), tried
     assert db.execute(sql.SQL("SELECT count(*) FROM {}.loot").format(sql.Identifier(evil))).fetchone() == (0,)
@@ -120,6 +132,57 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
         asked = "SELECT has_table_privilege(%s, 'public.entity_changes', %s)"
         assert db.execute(asked, [evil, right]).fetchone() == (False,)
     assert schema.verify(db, "public") == []
+
+
+_LEAVINGS = {
+    "a search path": "PERFORM pg_catalog.set_config('search_path', '{evil}, pg_catalog', true)",
+    "a row in a temporary table": "INSERT INTO carrier VALUES (1)",
+}
+
+
+@pytest.mark.parametrize("left", _LEAVINGS)
+@pytest.mark.parametrize("others", ["'1'", """'"\\u0000"'"""], ids=["a row", "a row that is taken value by value"])
+def test_code_that_capturing_calls_leaves_nothing_behind_that_runs_later_with_its_rights(
+    db: psycopg.Connection, make: Make, left: str, others: str
+) -> None:
+    evil = make("evil")
+    schema.install(db, "public")
+    act(db, evil, f"""
+        CREATE TYPE mood AS ENUM ('x');
+        CREATE FUNCTION told() RETURNS text LANGUAGE plpgsql AS $$ BEGIN
+          RAISE NOTICE '% %', current_user, current_setting('transaction_read_only'); RETURN ''; END $$;
+        CREATE FUNCTION now() RETURNS timestamptz LANGUAGE plpgsql AS $$ BEGIN
+          PERFORM {evil}.told(); RETURN pg_catalog.now(); END $$;
+        CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM {evil}.told(); RETURN NULL; END $$;
+        CREATE FUNCTION as_json(mood) RETURNS json LANGUAGE plpgsql AS $$ BEGIN
+          {_LEAVINGS[left].format(evil=evil)}; RETURN '"x"'; END $$;
+        CREATE CAST (mood AS json) WITH FUNCTION as_json(mood);
+        CREATE TABLE orders (id int PRIMARY KEY, c mood, j json)""")  # fmt: skip
+    tracking.track(db, "public", f"{evil}.orders")
+    said = act(db, evil, f"""
+        CREATE TEMP TABLE carrier (n int); GRANT ALL ON carrier TO PUBLIC;
+        CREATE CONSTRAINT TRIGGER later AFTER INSERT ON carrier DEFERRABLE INITIALLY DEFERRED
+          FOR EACH ROW EXECUTE FUNCTION later();
+        INSERT INTO orders VALUES (1, 'x', {others}); UPDATE orders SET id = 2; DELETE FROM orders""")  # fmt: skip
+    assert [each for each in said if each.endswith(" off")] == []
+    written = db.execute("SELECT operation, entity_id FROM entity_changes ORDER BY seq").fetchall()
+    assert written == [("INSERT", "1"), ("DELETE", "1"), ("INSERT", "2"), ("DELETE", "2")]
+
+
+def test_a_writer_may_write_on_after_its_row_was_captured(db: psycopg.Connection) -> None:
+    schema.install(db, "public")
+    db.execute("CREATE TABLE orders (id int PRIMARY KEY, j json)")
+    tracking.track(db, "public", "orders")
+    with db.transaction():
+        db.execute("INSERT INTO orders VALUES (1)")
+        with db.transaction():
+            db.execute("""INSERT INTO orders VALUES (2, '"\\u0000"')""")
+        with pytest.raises(errors.DivisionByZero), db.transaction():
+            db.execute("INSERT INTO orders VALUES (3); SELECT 1 / 0")
+        db.execute("CREATE TEMP TABLE beside (n int) ON COMMIT DROP")
+        db.execute("INSERT INTO orders VALUES (4)")
+        assert db.execute("SHOW transaction_read_only").fetchone() == ("off",)
+    assert db.execute("SELECT entity_id FROM entity_changes ORDER BY seq").fetchall() == [("1",), ("2",), ("4",)]
 
 
 def test_plain_writers_are_captured_by_a_role_that_may_do_only_that(db: psycopg.Connection, make: Make) -> None:
@@ -148,6 +211,13 @@ def test_the_owner_may_upgrade_repair_grant_and_uninstall(db: psycopg.Connection
         session.execute(broken.format(sql.Identifier(owner)))
         _, repaired = schema.upgrade(session, owner)
         assert [each.object for each in repaired] == ["settings of function capture_entity_change()"]
+        said: list[str] = []
+        schema.on_warning(session, said.append)
+        dropped = sql.SQL("DROP FUNCTION {}.publish_change(text, text, text, jsonb, jsonb, jsonb)")
+        session.execute(dropped.format(sql.Identifier(owner)))
+        schema.upgrade(session, owner)
+        assert [each for each in said if "functions that capture" in each] == []
+        assert owner_of(db, "publish_change", f'"{owner}"') == role
         assert schema.verify(session, owner) == []
         grants.grant(session, owner, [grants.consumer(app, publish=True)])
         assert f"role {role}" in schema.uninstall(session, owner)
