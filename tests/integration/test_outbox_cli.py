@@ -135,6 +135,7 @@ def test_stats_count_by_type_what_is_not_processed_and_what_is_held_back(
         "more_fresh": False,
         "more_waiting": False,
         "more_dead": False,
+        "unhandled": None,
     }
     assert ages["order"][1] > ages["order"][0] > 0, "the blocked ones are older than the one that could run"
     assert ages["task"][1] > ages["task"][0] > 0
