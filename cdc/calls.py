@@ -106,9 +106,7 @@ async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any
         if begun := begin(0.0, function, *arguments):
             await begun
     finally:
-        task = asyncio.current_task()
-        if task and task.cancelling():
-            await disregard()
+        await disregard()
 
 
 def call_here(function: Callable[..., _T], *arguments: Any) -> _T:

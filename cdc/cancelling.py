@@ -36,6 +36,8 @@ async def disregard() -> None:
     """
     task = asyncio.current_task()
     assert task is not None
+    if not task.cancelling() and task not in _asked:
+        return
     with contextlib.suppress(asyncio.CancelledError):
         turned = asyncio.Event()
         asyncio.get_running_loop().call_soon(turned.set)

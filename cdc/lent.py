@@ -8,8 +8,9 @@ would have the statements of every transaction prepared anew, ours and the handl
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg
 from psycopg import sql
@@ -29,8 +30,13 @@ _PREPARE_THRESHOLD, _PREPARED_MAX = 5, 100
 """psycopg's own."""
 
 
-class _Lent:
+class _Lent(psycopg.BaseConnection[Any]):
     """What a handler may leave on a connection of either kind."""
+
+    _cursors: ClassVar[tuple[Any, Any]]
+    row_factory: Any
+    cursor_factory: Any
+    server_cursor_factory: Any
 
     is_pooled = False
     """A pooler is in between, which gives each transaction another session: none of them is ours."""
@@ -44,52 +50,36 @@ class _Lent:
             self._adapters_now = AdaptersMap(psycopg.adapters)
         return self._adapters_now
 
-    def _forget(self) -> None:
+    def add_notice_handler(self, callback: Any) -> None:
+        self._added(self.remove_notice_handler, callback)
+        super().add_notice_handler(callback)
+
+    def add_notify_handler(self, callback: Any) -> None:
+        self._added(self.remove_notify_handler, callback)
+        super().add_notify_handler(callback)
+
+    def as_new(self) -> None:
+        self.row_factory = tuple_row
+        self.cursor_factory, self.server_cursor_factory = self._cursors
+        self.prepare_threshold = None if self.is_pooled else _PREPARE_THRESHOLD
+        self.prepared_max = _PREPARED_MAX
         self._adapters_now = None
         for remove, callback in self.__dict__.pop("_callbacks", ()):
-            try:
+            with contextlib.suppress(ValueError):  # the handler has removed it
                 remove(callback)
-            except ValueError:  # the handler has removed it
-                continue
 
     def _added(self, remove: Callable[[Any], None], callback: Any) -> None:
         self.__dict__.setdefault("_callbacks", []).append((remove, callback))
 
 
 class Lent(_Lent, Link):
-    def add_notice_handler(self, callback: Any) -> None:
-        self._added(self.remove_notice_handler, callback)
-        super().add_notice_handler(callback)
-
-    def add_notify_handler(self, callback: Any) -> None:
-        self._added(self.remove_notify_handler, callback)
-        super().add_notify_handler(callback)
-
-    def as_new(self) -> None:
-        self.row_factory = tuple_row
-        self.cursor_factory, self.server_cursor_factory = psycopg.Cursor, psycopg.ServerCursor
-        self.prepare_threshold = None if self.is_pooled else _PREPARE_THRESHOLD
-        self.prepared_max = _PREPARED_MAX
-        self._forget()
+    _cursors = psycopg.Cursor, psycopg.ServerCursor
 
 
 class AsyncLent(_Lent, AsyncLink):
     """``Lent`` for an event loop."""
 
-    def add_notice_handler(self, callback: Any) -> None:
-        self._added(self.remove_notice_handler, callback)
-        super().add_notice_handler(callback)
-
-    def add_notify_handler(self, callback: Any) -> None:
-        self._added(self.remove_notify_handler, callback)
-        super().add_notify_handler(callback)
-
-    def as_new(self) -> None:
-        self.row_factory = tuple_row
-        self.cursor_factory, self.server_cursor_factory = psycopg.AsyncCursor, psycopg.AsyncServerCursor
-        self.prepare_threshold = None if self.is_pooled else _PREPARE_THRESHOLD
-        self.prepared_max = _PREPARED_MAX
-        self._forget()
+    _cursors = psycopg.AsyncCursor, psycopg.AsyncServerCursor
 
 
 def reset(connection: Lent) -> None:

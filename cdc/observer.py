@@ -20,6 +20,7 @@ import psycopg
 from pydantic import TypeAdapter, ValidationError
 
 from cdc.calls import call_here
+from cdc.cancelling import disregard
 from cdc.connect import Dsn, connect_async
 from cdc.deadline import deadline
 from cdc.errors import CdcError, SchemaError
@@ -222,6 +223,7 @@ class Observer:
         self._paging.read(len(page.rows), sum(row.change.size for row in page.rows))
         for row in page.rows:
             self._note(row.change)
+        await disregard()
 
     async def _read_marks(self, reader: psycopg.AsyncConnection) -> bool:
         """What others have marked since the last look, a page of it. Returns whether there is more."""
@@ -232,6 +234,7 @@ class Observer:
             if self._marked.add(change.seq):
                 took_s = (processed_at - change.changed_at).total_seconds()
                 self._metrics.others_took(change.entity_type, took_s)
+        await disregard()
         self._marks_after = found.go_on or Place(found.now - _LATE)
         return found.go_on is not None
 

@@ -6,6 +6,7 @@ tests that need one are skipped with the reason; CDC_REQUIRE_PG=1 makes that a f
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -26,16 +27,23 @@ def pytest_report_header() -> str:
     return f"psycopg {psycopg.__version__} ({psycopg.pq.__impl__}), libpq {psycopg.pq.version()}"
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """A running throw-away server with wal2json, fsync off: for tests that neither stop nor crash it."""
+@contextlib.contextmanager
+def new_server(*, tcp: bool = False) -> Iterator[Server]:
+    """A throw-away server, fsync off. Skips the test where there is none to be had."""
     try:
-        running = Server(durable=False)
+        running = Server(durable=False, tcp=tcp)
     except NotFoundError as missing:
         if os.environ.get("CDC_REQUIRE_PG"):
             raise
         pytest.skip(str(missing))
     with running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A running throw-away server with wal2json: for tests that neither stop nor crash it."""
+    with new_server() as running:
         yield running
 
 

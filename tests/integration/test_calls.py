@@ -181,6 +181,8 @@ class _Validated(BaseModel):
         }  # fmt: skip
         if kind == "deep":
             _deep()
+        if kind == "cancels" and (task := asyncio.current_task()):
+            task.cancel()
         if kind in errors:
             raise errors[kind]()
         return kind
@@ -230,6 +232,7 @@ async def test_an_observer_goes_on_whatever_a_row_does_to_a_model(
     @router.on("x", model=_Validated)
     async def handle(change: cdc.Change) -> None: ...
 
+    outbox_db.execute("SELECT publish_change('x', '0', new_data => '{\"kind\": \"cancels\"}')")
     outbox_db.execute("SELECT publish_change('x', '1', new_data => (repeat('[', 1200) || repeat(']', 1200))::jsonb)")
     outbox_db.execute("SELECT publish_change('x', '2', new_data => ('{\"kind\": ' || repeat('9', 5000) || '}')::jsonb)")
     outbox_db.execute("SELECT publish_change('x', '3', new_data => '{\"kind\": \"own\"}')")

@@ -13,6 +13,7 @@ from psycopg.conninfo import make_conninfo
 
 import cdc
 from cdc import schema
+from cdc.app import App
 from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
@@ -52,6 +53,19 @@ async def _until_settled(db: psycopg.Connection) -> None:
         return settled(db)
 
     await eventually_async(done, what="every change processed or dead")
+
+
+async def _counted(app: App, name: str) -> None:
+    async def counted() -> bool:
+        return metric(app.metrics.registry, name) > 0
+
+    await eventually_async(counted, what=name)
+
+
+_END_SESSION = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE application_name = 'cdc: shards' AND datname = current_database()
+"""
 
 
 def _row(db: psycopg.Connection, seq: int) -> tuple[bool, bool, int, str | None]:
@@ -208,20 +222,9 @@ async def test_outcomes_that_are_known_outlive_the_session_and_are_marked_on_the
     with psycopg.connect(outbox) as other:
         other.execute("LOCK TABLE entity_changes IN SHARE MODE")
         async with consuming(outbox, calls.router, max_attempts=1) as app:
-
-            async def tried() -> bool:
-                return metric(app.metrics.registry, "cdc_marks_delayed_total") > 0
-
-            await eventually_async(tried, what="a try to mark them")
-            outbox_db.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'cdc: shards'"
-                " AND datname = current_database()"
-            )
-
-            async def interrupted() -> bool:
-                return metric(app.metrics.registry, "cdc_interruptions_total") > 0
-
-            await eventually_async(interrupted)
+            await _counted(app, "cdc_marks_delayed_total")
+            outbox_db.execute(_END_SESSION)
+            await _counted(app, "cdc_interruptions_total")
             other.rollback()
             await _until_settled(outbox_db)
     assert calls.counts == dict.fromkeys(seqs, 1)
@@ -237,21 +240,10 @@ async def test_outcomes_of_a_shard_that_somebody_else_has_had_meanwhile_are_drop
     with psycopg.connect(outbox) as other:
         other.execute("LOCK TABLE entity_changes IN SHARE MODE")
         async with consuming(outbox, calls.router) as app:
-
-            async def tried() -> bool:
-                return metric(app.metrics.registry, "cdc_marks_delayed_total") > 0
-
-            await eventually_async(tried, what="a try to mark it")
+            await _counted(app, "cdc_marks_delayed_total")
             outbox_db.execute("UPDATE cdc_shards SET owner = gen_random_uuid()")
-            outbox_db.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'cdc: shards'"
-                " AND datname = current_database()"
-            )
-
-            async def interrupted() -> bool:
-                return metric(app.metrics.registry, "cdc_interruptions_total") > 0
-
-            await eventually_async(interrupted)
+            outbox_db.execute(_END_SESSION)
+            await _counted(app, "cdc_interruptions_total")
             other.rollback()
             await _until_settled(outbox_db)
     assert calls.counts[seq] == 2, "handled again, as whoever had it may not have done so"

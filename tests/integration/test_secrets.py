@@ -22,11 +22,11 @@ from psycopg.conninfo import make_conninfo
 import cdc
 from cdc import grants, schema
 from cdc.connect import connect
-from cdc.errors import NotFoundError
 from cdc.routing import Router
 from cdc.throwaway import Server, free_port
 from tests.eventually import eventually
 from tests.fix_consumer import ROOT, settled
+from tests.fix_db import new_server
 from tests.forked import Forked
 
 MARK = "s3cr3t"
@@ -50,13 +50,7 @@ def fails_in_a_thread(change: cdc.Change, connection: psycopg.Connection) -> Non
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Over TCP it asks for passwords."""
-    try:
-        running = Server(durable=False, tcp=True)
-    except NotFoundError as missing:
-        if os.environ.get("CDC_REQUIRE_PG"):
-            raise
-        pytest.skip(str(missing))
-    with running:
+    with new_server(tcp=True) as running:
         with psycopg.connect(running.dsn(), autocommit=True) as admin:
             admin.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION").format(sql.Identifier(USER)))
             admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))

@@ -17,23 +17,16 @@ import pytest
 import cdc
 from cdc import consumer, losses, schema
 from cdc.app import App
-from cdc.errors import NotFoundError
 from cdc.routing import Router
-from cdc.throwaway import Server
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric, states
+from tests.fix_db import new_server
 
 
 @pytest.fixture
 def crashing() -> Iterator[str]:
     """The DSN of an outbox on a server of the test's own, which handlers may crash."""
-    try:
-        running = Server(durable=False)
-    except NotFoundError as missing:
-        if os.environ.get("CDC_REQUIRE_PG"):
-            raise
-        pytest.skip(str(missing))
-    with running as server:
+    with new_server() as server:
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             schema.install(connection, "public")
         yield server.dsn()
