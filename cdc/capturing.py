@@ -149,9 +149,13 @@ SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type,
     SELECT CASE WHEN o.tgrelid = t.tgrelid THEN o.tgname::text
       ELSE pg_catalog.format('%%s on %%s', o.tgname, o.tgrelid::pg_catalog.regclass) END
     FROM copy JOIN pg_catalog.pg_trigger AS o ON o.tgrelid = copy.tgrelid AND o.tgname < copy.tgname
-    WHERE copy.top = t.trigger AND NOT o.tgisinternal AND o.tgparentid = 0::oid AND o.tgfoid <> t.tgfoid
+    WHERE copy.top = t.trigger AND NOT o.tgisinternal AND o.tgparentid = 0::oid
       AND o.tgenabled <> 'D' AND NOT o.tginitdeferred AND o.tgtype::int4 & 3 = 1
       AND o.tgtype::int4 & t.tgtype::int4 & 28 <> 0
+      AND NOT EXISTS (  -- one that captures, for whichever outbox, writes nothing else
+        SELECT FROM pg_catalog.pg_proc AS f
+        JOIN pg_catalog.pg_class AS e ON e.relnamespace = f.pronamespace AND e.relname = 'entity_changes'
+        WHERE f.oid = o.tgfoid AND f.proname = 'capture_entity_change')
     ORDER BY 1
   ) AS earlier,
   ARRAY(

@@ -131,6 +131,20 @@ def test_a_child_that_is_captured_itself_and_a_type_of_its_own_are_not_warned_of
     assert "Warning" not in done(outbox, "track", "tenant.t", "--type", "tenant's t")
 
 
+def test_a_table_that_two_outboxes_capture_is_not_warned_of_and_what_else_fires_first_is(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    schema.install(outbox_db, "search")
+    outbox_db.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    assert "Warning" not in done(outbox, "track", "t")
+    assert "Warning" not in done(outbox, "track", "t", "--schema", "search")
+    doctor = invoke(outbox, "doctor", "--no-stream", "--schema", "search").output
+    assert "ok      trigger-order" in doctor
+    outbox_db.execute("CREATE FUNCTION capture() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
+    outbox_db.execute('CREATE TRIGGER "!own" AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION capture()')
+    assert "!own fires before #cdc_capture_search of t" in done(outbox, "track", "t", "--schema", "search")
+
+
 FOREIGN = {
     "an enum": "m mood",
     "an array": "m mood[]",
