@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from cdc import __version__
+from cdc.cli.commands import Commands
 from cdc.cli.output import say, say_lines
 from cdc.errors import CdcError
 from cdc.masking import mask
@@ -39,7 +40,7 @@ _COMMANDS = {
 """Name to (module that defines a command of that name, what --help says of it)."""
 
 
-class _Root(click.Group):
+class _Root(Commands):
     """Imports a command's module when it is used, so that ``cdc --help`` waits for no driver."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

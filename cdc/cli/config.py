@@ -8,7 +8,8 @@ from typing import Any
 import click
 from pydantic import SecretStr
 
-from cdc.cli.options import Commands, json_option, resolved_options
+from cdc.cli.commands import Commands
+from cdc.cli.options import json_option, resolved_options
 from cdc.cli.output import print_json, print_table, put_script
 from cdc.config import SETTINGS, Resolved, Settings
 from cdc.connect import describe

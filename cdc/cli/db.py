@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from cdc import remarks
-from cdc.cli.options import Commands, database_options, json_option, open_database, settings_options, yes_option
+from cdc.cli.commands import Commands
+from cdc.cli.options import database_options, json_option, open_database, settings_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put_script, say
 from cdc.config import Settings
 from cdc.errors import UsageError

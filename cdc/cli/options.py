@@ -18,17 +18,6 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
-_UNCUT = 1_000
-
-
-class Commands(click.Group):
-    """Its list says of each command the whole first sentence; click would cut it."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, each.get_short_help_str(_UNCUT)) for name, each in found if each])
-
 
 def resolved_options(*names: str) -> Callable[[Command], Command]:
     """An option for each named setting, and --config; the command gets ``resolved: Resolved``."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cdc.cli.options import Commands, database_options, json_option, open_database, resolved_options, yes_option
+from cdc.cli.commands import Commands
+from cdc.cli.options import database_options, json_option, open_database, resolved_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.wanted import WANTED_SETTINGS, wanted
 from cdc.config import Resolved, Settings

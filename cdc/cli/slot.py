@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cdc.amounts import size, span
-from cdc.cli.options import Commands, json_option, open_database, settings_options, yes_option
+from cdc.cli.commands import Commands
+from cdc.cli.options import json_option, open_database, settings_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.watch import watch
 from cdc.config import Settings

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from cdc.cli.options import Commands, settings_options
+from cdc.cli.commands import Commands
+from cdc.cli.options import settings_options
 from cdc.config import Settings
 from cdc.errors import UsageError
 

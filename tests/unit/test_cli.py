@@ -213,6 +213,13 @@ def test_config_show_names_value_and_source_and_hides_the_secret(cli: Cli, folde
     assert "hunter" not in f"{table.output}{shown}"
 
 
+@pytest.mark.parametrize("group", [(), ("outbox",), ("slot",), ("db",)], ids="-".join)
+def test_an_option_before_the_command_is_told_its_place(cli: Cli, group: tuple[str, ...]) -> None:
+    told = cli(*group, "--dsn=postgresql://u:hunter@db/app", "run")
+    assert f"write {' '.join(('cdc', *group))} COMMAND --dsn" in told.stderr
+    assert (told.exit_code, "hunter" in told.output) == (2, False)
+
+
 def test_a_mistake_in_a_command_or_a_reference_is_recognised(cli: Cli) -> None:
     assert "did you mean run?" in cli("runn").stderr
     assert cli("runn").exit_code == 2
