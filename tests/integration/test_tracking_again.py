@@ -255,6 +255,21 @@ def test_leave_to_say_that_a_change_is_handled_stays_until_it_is_taken_away(
     assert rows == [("1", True), ("2", False)]
 
 
+@pytest.mark.parametrize("where", ["ROLE {user} IN DATABASE {database}", "DATABASE {database}"])
+def test_who_says_that_changes_are_handled_where_it_does_not_count_is_named(
+    outbox: str, orders: psycopg.Connection, where: str
+) -> None:
+    done(outbox, "track", "orders", "--type", "order")
+    names = {"user": sql.Identifier(orders.info.user), "database": sql.Identifier(orders.info.dbname)}
+    orders.execute(sql.SQL("ALTER {} SET cdc.handled = 'reaction,order'").format(sql.SQL(where).format(**names)))
+    said = invoke(outbox, "doctor", "--no-stream").stdout
+    who = f"the role {orders.info.user}" if "ROLE" in where else "every role"
+    assert f"{who} sets cdc.handled for order, which does not count" in said
+    assert "cdc track public.orders --handled" in said
+    done(outbox, "track", "orders", "--handled")
+    assert "does not count" not in invoke(outbox, "doctor", "--no-stream").stdout
+
+
 def test_a_quote_that_is_not_closed_is_told(outbox: str, orders: psycopg.Connection) -> None:
     assert "a quote is not closed" in refused(outbox, "track", "orders", "--exclude", '"a,b')
 
