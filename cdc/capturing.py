@@ -101,8 +101,9 @@ SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
        AND NOT pg_catalog.has_function_privilege(p.proowner, m.oid, 'EXECUTE')),
     CASE WHEN c.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
         AND (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, c.relowner, 'USAGE'))
-        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l WHERE l.polrelid = c.oid AND l.polcmd IN ('a', '*'))
-      THEN 'BYPASSRLS, since row level security is on' END
+        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
+          WHERE l.polrelid = c.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])
+      THEN 'a policy of its own, since row level security is on' END
   ], NULL) AS lacks
 FROM capture AS p
 JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace

@@ -95,7 +95,8 @@ REVOKE ALL ON FUNCTION @schema@.captured_row(record, oid, text[]) FROM PUBLIC;
 -- on the outbox and cannot slip in functions or operators of its own; but the types of the table's columns may bring casts
 -- to json, which are called here. So the owner is a role that may do little else: capture_role.sql.
 -- The other settings make one row the same JSON, and one key the same text, whatever the writer's session has set: they
--- are all that any output function of PostgreSQL looks at. extra_float_digits at 0 would even lose digits.
+-- are all that any output function of PostgreSQL looks at. extra_float_digits at 0 would even lose digits. With
+-- row_security at off, a table that has policies refuses whom they go for.
 CREATE OR REPLACE FUNCTION @schema@.capture_entity_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -106,6 +107,7 @@ SET intervalstyle = 'postgres'
 SET extra_float_digits = 1
 SET lc_monetary = 'C'
 SET quote_all_identifiers = off
+SET row_security = on
 AS $cdc$
 DECLARE
   -- Assignments only, no queries, wherever the row passes: plpgsql evaluates these without an executor. And few of them:
@@ -377,6 +379,7 @@ CREATE OR REPLACE FUNCTION @schema@.publish_change(
 ) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+SET row_security = on
 AS $cdc$
 DECLARE
   -- See capture_entity_change(). Here the transaction may well have none yet.

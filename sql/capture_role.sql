@@ -16,7 +16,6 @@ DECLARE
   v_role text := 'cdc_capture_' || pg_catalog.current_database() || '_' || v_schema;
   v_owner name;
   v_present name;
-  v_rows_hidden boolean;
   v_create boolean;
   v_emit regprocedure;
   v_function text;
@@ -26,7 +25,7 @@ BEGIN
     v_role := 'cdc_capture_' || pg_catalog.left(pg_catalog.encode(pg_catalog.sha256(
       pg_catalog.convert_to(v_role, pg_catalog.getdatabaseencoding())), 'hex'), 32);
   END IF;
-  SELECT pg_catalog.pg_get_userbyid(relowner), relrowsecurity INTO v_owner, v_rows_hidden
+  SELECT pg_catalog.pg_get_userbyid(relowner) INTO v_owner
   FROM pg_catalog.pg_class WHERE oid = v_outbox;
   SELECT pg_catalog.pg_get_userbyid(proowner) INTO v_present FROM pg_catalog.pg_proc
   WHERE oid = pg_catalog.format('%I.capture_entity_change()', v_schema)::regprocedure;
@@ -36,9 +35,6 @@ BEGIN
   END IF;
 
   BEGIN
-    IF v_rows_hidden AND v_role IS DISTINCT FROM v_present THEN
-      RAISE EXCEPTION 'row level security is on for it, and goes for all but its owner' USING ERRCODE = '42501';
-    END IF;
     IF pg_catalog.to_regrole(pg_catalog.quote_ident(v_role)) IS NULL THEN
       EXECUTE pg_catalog.format('CREATE ROLE %I NOLOGIN', v_role);
     ELSIF EXISTS (
@@ -72,6 +68,16 @@ BEGIN
       EXECUTE pg_catalog.format('REVOKE ALL ON TABLE %s FROM %I', v_outbox, v_role);
       EXECUTE pg_catalog.format('GRANT INSERT (%s), SELECT (%s) ON TABLE %s TO %I',
         pg_catalog.array_to_string(v_written, ', '), pg_catalog.array_to_string(v_returned, ', '), v_outbox, v_role);
+    END IF;
+    -- Row level security, where somebody switches it on, goes for all but the table's owner; writers go on.
+    IF NOT EXISTS (
+      SELECT FROM pg_catalog.pg_policy AS p
+      WHERE p.polrelid = v_outbox AND p.polname = 'cdc_capture' AND p.polcmd = '*' AND p.polpermissive
+        AND p.polroles = ARRAY[pg_catalog.quote_ident(v_role)::regrole::oid]
+        AND pg_catalog.pg_get_expr(p.polqual, v_outbox) = 'true' AND pg_catalog.pg_get_expr(p.polwithcheck, v_outbox) = 'true'
+    ) THEN
+      EXECUTE pg_catalog.format('DROP POLICY IF EXISTS cdc_capture ON %s', v_outbox);
+      EXECUTE pg_catalog.format('CREATE POLICY cdc_capture ON %s TO %I USING (true) WITH CHECK (true)', v_outbox, v_role);
     END IF;
     -- Its own, where it can be granted: what PUBLIC has may be taken away.
     IF NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'USAGE')

@@ -123,5 +123,8 @@ WITH
     SELECT 15, pg_catalog.format('policy %%s of table %%s', p.polname, r.relname),
       pg_catalog.concat_ws(' ', 'for', p.polcmd, pg_catalog.pg_get_expr(p.polqual, p.polrelid))
     FROM relation AS r JOIN pg_catalog.pg_policy AS p ON p.polrelid = r.oid
+    -- The one of capture_role.sql, which hides nothing and is for the role that captures alone.
+    WHERE NOT (p.polname = 'cdc_capture' AND r.relname = 'entity_changes' AND p.polroles IN (
+      SELECT ARRAY[callable.proowner] FROM callable WHERE callable.proname = 'capture_entity_change'))
   )
 SELECT name, definition FROM part ORDER BY place, name;

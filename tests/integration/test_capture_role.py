@@ -292,6 +292,25 @@ def test_row_security_takes_no_role_away_that_is_there(db: psycopg.Connection) -
     assert schema.verify(db, "public") == []
 
 
+@pytest.mark.parametrize("how", ["ENABLE", "FORCE"])
+@pytest.mark.parametrize("session", ["off", "on"])
+def test_writers_go_on_where_row_security_is_switched_on(
+    db: psycopg.Connection, make: Make, how: str, session: str
+) -> None:
+    """As an adviser of a hosted database asks for: whom it goes for is not shown the changes, and may still make some."""
+    schema.install(db, "public")
+    db.execute("CREATE TABLE t (id int PRIMARY KEY); GRANT INSERT ON t TO PUBLIC")
+    tracking.track(db, "public", "t")
+    db.execute(f"ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY, {how} ROW LEVEL SECURITY".encode())
+    act(db, make("writer"), f"SET row_security = {session}; INSERT INTO public.t VALUES (1)")
+    assert db.execute("SELECT count(*) FROM entity_changes").fetchone() == (1,)
+    schema.upgrade(db, "public")
+    assert db.execute("SELECT polname FROM pg_policy").fetchall() == [("cdc_capture",)]
+    assert [str(left) for left in schema.verify(db, "public") if "row-level" not in str(left)] == []
+    schema.uninstall(db, "public", discard_unprocessed=True)
+    assert db.execute("SELECT count(*) FROM pg_policy").fetchone() == (0,)
+
+
 def test_the_printed_script_makes_the_role_too(db: psycopg.Connection) -> None:
     lines = schema.print_sql("events").splitlines()
     db.execute("\n".join(line for line in lines if not line.startswith("\\")).encode())

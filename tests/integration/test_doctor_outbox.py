@@ -57,7 +57,7 @@ def test_what_nobody_could_look_at_is_unknown_and_no_good_end(shop: str, db: psy
     [
         ("REVOKE ALL ON entity_changes FROM {captures}", "INSERT on entity_changes"),
         ("REVOKE INSERT (entity_id) ON entity_changes FROM {captures}", "INSERT on entity_changes"),
-        ("ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY", "BYPASSRLS"),
+        ("DROP POLICY cdc_capture ON entity_changes; ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY", "a policy"),
         ("REVOKE SELECT (seq) ON entity_changes FROM {captures}", "SELECT (seq, shard)"),
         ("REVOKE USAGE ON SCHEMA public FROM PUBLIC, {owner} CASCADE", "USAGE on the schema"),
         ("REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text) FROM PUBLIC, {captures}",

@@ -73,7 +73,11 @@ BROKEN = {
         "capture-function", "REVOKE USAGE ON SCHEMA public FROM PUBLIC, {captures}, {owner} CASCADE"
     ),
     "it may not send": Broken("capture-function", f"REVOKE EXECUTE ON FUNCTION {_SEND} FROM PUBLIC, {{captures}}"),
-    "row security": Broken("capture-function", "ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY"),
+    "row security": Broken("schema", "ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY"),
+    "row security without a policy": Broken(
+        "capture-function",
+        "DROP POLICY cdc_capture ON entity_changes; ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY",
+    ),
     "it is not tuned": Broken("autovacuum", "ALTER TABLE entity_changes RESET (autovacuum_vacuum_scale_factor)"),
     "autovacuum is off": Broken("autovacuum", "ALTER TABLE entity_changes SET (autovacuum_enabled = off)"),
     "a trigger is disabled": Broken("triggers", "ALTER TABLE tasks DISABLE TRIGGER ALL"),
