@@ -297,7 +297,7 @@ def test_row_security_takes_no_role_away_that_is_there(db: psycopg.Connection) -
 def test_writers_go_on_where_row_security_is_switched_on(
     db: psycopg.Connection, make: Make, how: str, session: str
 ) -> None:
-    """As an adviser of a hosted database asks for: whom it goes for is not shown the changes, and may still make some."""
+    """As an adviser of a hosted database asks for: it shows the changes to fewer, and refuses none."""
     schema.install(db, "public")
     db.execute("CREATE TABLE t (id int PRIMARY KEY); GRANT INSERT ON t TO PUBLIC")
     tracking.track(db, "public", "t")
