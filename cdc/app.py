@@ -371,6 +371,7 @@ class App:
                   "never answered" if answered is None else f"{time.monotonic() - answered:.1f}s"),
             Check("schema", self.consumer.in_service, "" if self.consumer.in_service else "not there yet"),
             Check("marks", self.consumer.held_up_s < _HELD_UP_S, f"held up for {self.consumer.held_up_s:.1f}s"),
+            Check("reads", self.consumer.unread_s < _HELD_UP_S, f"held up for {self.consumer.unread_s:.1f}s"),
             Check("draining", not self.consumer.stopping, "yes" if self.consumer.stopping else "no"),
             *([Check("stream", ok=True, detail=unheard)] if (unheard := self._unheard()) else ()),
             *([Check("application", not self._delivery.unreached, self._delivery.unreached)] if self._delivery else ()),

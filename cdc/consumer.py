@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -24,6 +24,7 @@ from functools import partial
 import psycopg
 
 from cdc import probe
+from cdc.balancing import Balancing
 from cdc.careful import Careful
 from cdc.connect import STANDBY, Dsn, connect_async
 from cdc.deadline import deadline, unless
@@ -36,13 +37,12 @@ from cdc.lanes import Lanes
 from cdc.metrics import Metrics
 from cdc.model import SHARDS, Change, Committed, Processed, Waiting, WakeUp
 from cdc.outbox.loaders import leave_unread
-from cdc.outbox.shards import Session, without
+from cdc.outbox.shards import Session
 from cdc.outbox.store import INDEXED, Store
 from cdc.reads import Reads
 from cdc.runner import Runner
 from cdc.scope import EVERYTHING, Scope
 from cdc.settling import Settling
-from cdc.shares import Without, balance
 from cdc.workers import OtherTasks, Workers
 
 log = logging.getLogger("cdc.consumer")
@@ -57,6 +57,8 @@ _LOOK_AT_SHARDS_S = 1.0
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
 _TURN_AT_LEAST_S = 5.0
 _READ_TIMEOUT = "60s"
+_READ_LOCK_TIMEOUT = "20s"
+"""Less, so that a read which waits for a lock is not taken for one that takes too long."""
 _READ_LIMIT_S = 65.0
 """For an answer to the reader; longer than its statement_timeout."""
 _LAST_SETTLE_S = 3.0
@@ -108,7 +110,7 @@ class Consumer:
             sweep_interval_s=settings.poll_interval_s, room_for=self._lanes.room_for, scope=settings.scope
         )
         self._reads = Reads(
-            self._lanes, self._intake, store, metrics, owned=lambda: self._owned, pauses=demand.pauses,
+            self._lanes, self._intake, store, metrics, owned=lambda: self._balancing.owned, pauses=demand.pauses,
             sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
         )  # fmt: skip
         self._stopping = asyncio.Event()
@@ -121,8 +123,7 @@ class Consumer:
             finished=self._finished, read_anew=self._read_anew,
         )  # fmt: skip
         self._settling = Settling(self._lanes, store, metrics, now=self._now)
-        self._owned: set[int] = set()
-        self._without = Without()
+        self._balancing = Balancing(self._lanes, self._intake, self.careful, metrics, taken=self._read_anew)
         self._drained = asyncio.Event()
         # Written here, read by the health thread: times of the event loop's clock.
         self.turned: dict[str, float] = {}
@@ -138,9 +139,14 @@ class Consumer:
         self._stopping.set()
 
     @property
+    def owned(self) -> Set[int]:
+        """The shards that are ours."""
+        return self._balancing.owned
+
+    @property
     def shares(self) -> bool:
         """Some shards are not ours."""
-        return len(self._owned) < SHARDS
+        return len(self.owned) < SHARDS
 
     @property
     def stopping(self) -> bool:
@@ -149,8 +155,12 @@ class Consumer:
     @property
     def held_up_s(self) -> float:
         """For how long some outcome could not be written by now."""
-        since = self._settling.held_up_since
-        return 0.0 if since is None else time.monotonic() - since
+        return _since(self._settling.held_up_since)
+
+    @property
+    def unread_s(self) -> float:
+        """For how long no change could be read by now."""
+        return _since(self._reads.delayed_since)
 
     def rang(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
         """Wake-ups have come in from the slot. Returns those that are other consumers' business."""
@@ -163,8 +173,9 @@ class Consumer:
     def _rung(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
         ours, others = wakeups, list[WakeUp]()
         if self.shares:
-            ours = [wakeup for wakeup in wakeups if wakeup.shard in self._owned]
-            others = [wakeup for wakeup in wakeups if wakeup.shard not in self._owned]
+            owned = self.owned
+            ours = [wakeup for wakeup in wakeups if wakeup.shard in owned]
+            others = [wakeup for wakeup in wakeups if wakeup.shard not in owned]
         if dropped := self._intake.rung(ours, relayed=relayed):
             self._metrics.wakeups_dropped.inc(dropped)
         if ours:
@@ -256,7 +267,7 @@ class Consumer:
         session = await Session.open(dsn, schema, self._store.process, INDEXED)
         self.careful.begin(session)
         try:
-            session_settings = {**INDEXED, "statement_timeout": _READ_TIMEOUT}
+            session_settings = {**INDEXED, "statement_timeout": _READ_TIMEOUT, "lock_timeout": _READ_LOCK_TIMEOUT}
             reader = await connect_async(
                 dsn, application_name="cdc: reader", session=session_settings, answer_limit_s=_READ_LIMIT_S
             )
@@ -316,11 +327,11 @@ class Consumer:
 
     async def _end_term(self) -> None:
         """The locks are gone, or about to be: forget what was queued and cut off what can be."""
-        if self._owned and not self.stopping:
-            self._metrics.shard_moves.labels("lost").inc(len(self._owned))
+        lost = self._balancing.lose()
+        if lost and not self.stopping:
+            self._metrics.shard_moves.labels("lost").inc(len(lost))
         self._lanes.reset(keep=not self.stopping)
-        self._intake.disown(self._owned)
-        self._own(set())
+        self._intake.disown(lost)
         self._reads.due_within(0.0)
         await self._workers.session_lost()
 
@@ -329,48 +340,17 @@ class Consumer:
     async def _shard_loop(self, session: Session) -> None:
         while not self.stopping:
             self._turn("shards")
-            await self._balance(session)
-            self._answered()
+            if await self._balancing.look(session, self._now()):
+                self._answered()
             await _wait(self._stopping, _LOOK_AT_SHARDS_S)
         while not self._drained.is_set():  # the server ends a session that says nothing
             await session.look()
             await _wait(self._drained, _LOOK_AT_SHARDS_S)
 
-    async def _balance(self, session: Session) -> None:
-        before = len(self._owned)
-        members, free = await session.look()
-        self._metrics.members.set(members)
-        move = balance(members, self._owned, free)
-        if move.take and (taken := await session.take(move.take)).shards:
-            self.careful.took(taken)
-            self._lanes.own(taken.shards, taken.kept)
-            self._intake.own(taken.shards)
-            self._own(self._owned.union(taken.shards))
-            self._metrics.shard_moves.labels("acquired").inc(len(taken.shards))
-            self._read_anew()
-        self.careful.looked()
-        if parked := self._lanes.marks.parked:
-            self._lanes.disown(await session.others(parked))
-        self._lanes.release(move.give)
-        self._intake.disown(move.give)
-        if quiet := self._lanes.released():
-            await self.careful.forget(quiet)
-            await session.give(quiet)
-            self._own(self._owned - quiet)
-            self._metrics.shard_moves.labels("released").inc(len(quiet))
-        if len(self._owned) != before:
-            log.info("owns %d of %d shards; consumers: %d", len(self._owned), SHARDS, members)
-        if self._without.due(len(self._owned), members, self._now()):
-            log.warning("%s", without(await session.holders()))
-
     def _read_anew(self) -> None:
         """Changes were left without an outcome; one that is waiting and due is found by a look at those only."""
         self._reads.due_within(0.0)
         self._read_due.set()
-
-    def _own(self, shards: set[int]) -> None:
-        self._owned = shards
-        self._metrics.shards_owned.set(len(shards))
 
     # --- intake ----------------------------------------------------------------------------------------------------
 
@@ -382,7 +362,8 @@ class Consumer:
                 self._turn("consumer")
                 self._answered()
                 if session.stirred and not self._lanes.settling:
-                    await session.look()  # whoever ends the session takes our shards: ask before handing out more
+                    # Whoever ends the session takes our shards: ask before handing out more.
+                    await self._balancing.ask(session, self._now())
                 probe.here("fetch.after_rows")
                 self._workers.hand_out()
                 probe.here("fetch.after_hand_out")
@@ -476,6 +457,10 @@ async def _due(event: asyncio.Event, seconds: float) -> None:
         await event.wait()
     finally:
         timer.cancel()
+
+
+def _since(moment: float | None) -> float:
+    return 0.0 if moment is None else time.monotonic() - moment
 
 
 def _first(group: ExceptionGroup[Exception]) -> Exception:

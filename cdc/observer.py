@@ -96,7 +96,7 @@ class Observer:
         self.turned: dict[str, float] = {}
         self.answered_at: float | None = None
         self.in_service = False
-        self.held_up_s = 0.0
+        self.held_up_s = self.unread_s = 0.0
         self.connected = asyncio.Event()
 
     # --- from outside, on the event loop ---------------------------------------------------------------------------

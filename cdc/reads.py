@@ -16,6 +16,7 @@ from uuid import UUID
 import psycopg
 
 from cdc import probe
+from cdc.delay import Delay
 from cdc.intake import Fetch, Intake, Sweep
 from cdc.lanes import Lanes, Row
 from cdc.metrics import Metrics
@@ -24,7 +25,7 @@ from cdc.outbox.refused import Kind, RefusedReadError
 from cdc.outbox.shards import Session
 from cdc.outbox.store import FIRST_TYPE, Store
 from cdc.paging import Paging
-from cdc.sqlstate import About, about
+from cdc.sqlstate import About, about, passes
 
 log = logging.getLogger("cdc.consumer")
 
@@ -68,6 +69,7 @@ class Reads:
         self._unmarked: set[UUID] = set()
         """What was refused last and is no dead letter yet."""
         self._rests_until = 0.0
+        self._delay = Delay()
         self._restart_due = False
         self._next_due_at = self._due_rests_until = self._due_looked_at = 0.0
         self._due_from = FIRST_TYPE
@@ -86,6 +88,11 @@ class Reads:
         """Look for waiting changes after so much time at the latest."""
         self._next_due_at = min(self._next_due_at, _now() + seconds)
 
+    @property
+    def delayed_since(self) -> float | None:
+        """Since when nothing can be read, by the event loop's clock."""
+        return self._delay.since
+
     def wait_s(self) -> float:
         """How long there is nothing to read, wake-ups and freed room aside."""
         if not self._may_read:
@@ -103,10 +110,17 @@ class Reads:
         if not self._may_read or _now() < self._rests_until:
             return False
         try:
-            with self._lanes.reading():
-                return await self._once(reader)
-        except RefusedReadError as refused:
-            await self._set_aside(reader, session, refused)
+            try:
+                with self._lanes.reading():
+                    read = await self._once(reader)
+            except RefusedReadError as refused:
+                await self._set_aside(reader, session, refused)
+            else:
+                if read and (delayed_s := self._delay.done(_now())) is not None:
+                    log.info("changes are read again, after %.1f s", delayed_s)
+                return read
+        except psycopg.Error as error:
+            self._delayed(reader, error)
         # Of the read nothing has come in, and what asked for it is forgotten: wake-ups, and keys to be read on.
         self._intake.lost()
         self.restart()
@@ -116,13 +130,24 @@ class Reads:
         for kind in tuple(self._kinds):
             try:
                 read = await kind(reader, self._rows)
-            except RefusedReadError:
+            except psycopg.Error:
                 self._had_its_turn(kind)
                 raise
             if read:
                 self._had_its_turn(kind)
                 return True
         return False
+
+    def _delayed(self, reader: psycopg.AsyncConnection, error: psycopg.Error) -> None:
+        """Raises what is about the session."""
+        if reader.closed or not passes(error.sqlstate):
+            raise error
+        if self._delay.failed(_now()):
+            log.warning(
+                "reading changes is delayed: %s [%s]; it is tried again, and what runs goes on",
+                error.diag.message_primary, error.sqlstate,
+            )  # fmt: skip
+        self._rests_until = self._delay.until
 
     def _had_its_turn(self, kind: _Kind) -> None:
         self._kinds.remove(kind)

@@ -53,9 +53,9 @@ from cdc.routing import Handler, Router
 from cdc.threads import Job, Threads
 from cdc.transactions import (
     AskTheTableError,
-    ConflictError,
     EndedTransactionError,
     Errors,
+    InTheWayError,
     LostTransactionError,
     MixedCausesError,
     Ran,
@@ -126,6 +126,9 @@ class Runner:
         self._jobs: dict[int, Job] = {}
         """Calls in threads, by the first of their changes."""
         self._losses = Losses()
+        """Of connections."""
+        self._delays = Losses()
+        """By what stood in the way."""
         self._groupings = {h.name: Grouping(h.group) for h in handlers if h.group > 1}
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
         self.tasks: Mapping[asyncio.Task[Any], Sequence[Change]] = {}
@@ -159,15 +162,15 @@ class Runner:
         return self._verdict.after_crash(handler, change) if handler else None
 
     def pause_s(self, change: Change) -> float:
-        """Seconds to wait before a suspect runs again."""
-        return pause_s(self._losses.times(change.id))
+        """Seconds to wait before what was lost runs again."""
+        return pause_s(max(self._losses.times(change.id), self._delays.times(change.id)))
 
     def after_losses(self, change: Change) -> Outcome | None:
         """The outcome of a suspect that lost its transaction or session too often; None: it is to run."""
         times, handler = self._losses.times(change.id), self.handler(change)
         if times < LOSSES_MAX or handler is None:
             return None
-        self._losses.forget([change])
+        self._forget([change])
         why = "the connection was lost" if handler.transactional else "the consumer's session was lost"
         return self._verdict.on(handler, change, LostTooOftenError(handler, times, LostTransactionError(why)))
 
@@ -186,6 +189,10 @@ class Runner:
     def suspects(self, change: Change) -> bool:
         """Whether it may be what loses transactions or sessions: it runs one at a time with others of that kind."""
         return change.id in self._losses.suspects
+
+    def lost(self, change: Change) -> bool:
+        """Whether its transaction was lost the last time: it runs after a pause, and shares no transaction."""
+        return self.suspects(change) or change.id in self._delays.suspects
 
     async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
         """One attempt at the handler's changes: one, or a batch. A change may have no outcome: not tried.
@@ -350,21 +357,28 @@ class Runner:
     def _ended(self, changes: Sequence[Change], session: int) -> None:
         """Their call has, by itself or cut off, which began in this session: if that was lost, so is the outcome."""
         if session == self._sessions_lost:
-            self._losses.forget(changes)
+            self._forget(changes)
         else:
             self._losses.add(changes, suspect_at=SESSIONS_MAX)
 
     def _lost(self, handler: Handler, changes: Sequence[Change], lost: LostTransactionError) -> dict[Change, Outcome]:
-        """Raises it again, but for conflicts that do not end.
+        """Raises it again, but for what stands in the way and does not end.
 
-        What was lost too often is judged when it is to run again: the session may be lost as well, and the outcome.
+        What lost its connection too often is judged when it is to run again: the session may be lost as well, and the
+        outcome.
         """
-        times = self._losses.add(changes)
-        if len(changes) > 1 or times < LOSSES_MAX or not isinstance(lost, ConflictError):
-            lost.pause_s = 0.0  # it pauses as a suspect
+        in_the_way = isinstance(lost, InTheWayError)
+        times = (self._delays if in_the_way else self._losses).add(changes)
+        if len(changes) > 1 or times < LOSSES_MAX or not in_the_way:
+            lost.pause_s = 0.0  # it pauses before it runs again
             raise lost
-        self._losses.forget(changes)
+        self._forget(changes)
         return {change: self._verdict.on(handler, change, lost.cause) for change in changes}
+
+    def _forget(self, changes: Sequence[Change]) -> None:
+        """They have an outcome."""
+        self._losses.forget(changes)
+        self._delays.forget(changes)
 
     async def _one_by_one(
         self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]

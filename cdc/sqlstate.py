@@ -22,6 +22,11 @@ _SESSION = ("08", "0L", "25", "26", "28", "34", "3D", "3F", "42", "57P", "F0", "
 _MOMENT = ("40", "53", "55P03", "55006", "57014", "58")
 
 
+def passes(sqlstate: str | None) -> bool:
+    """Whether the same statement may fare better on the same session, a moment later."""
+    return about(sqlstate) is About.MOMENT
+
+
 def about(sqlstate: str | None) -> About:
     """None: libpq's own words, which are about the connection."""
     if sqlstate is None or sqlstate.startswith(_SESSION):

@@ -37,10 +37,13 @@ from cdc.metrics import CONNECTION_KINDS, Metrics
 from cdc.model import Change
 from cdc.outbox.store import Store
 from cdc.routing import Handler
+from cdc.sqlstate import passes
 
 _CONNECTION_LIMIT_S = 10.0
 _ANSWER_LIMIT_S = 30.0
 """For each answer to a statement of ours; the handler's have its own time limit."""
+_TAKE_AGAIN_S = 1.0
+"""Where the row cannot be taken for a moment."""
 _SESSION: Mapping[str, str] = {
     **SERVER_TCP,  # a vanished host must not hold the lock on its row
     "idle_in_transaction_session_timeout": "0",  # the handler's own time limit rules, from BEGIN on
@@ -84,8 +87,11 @@ class LostTransactionError(AskTheTableError):
         self.cause = cause or psycopg.OperationalError()
 
 
-class ConflictError(LostTransactionError):
-    """A serialization failure or a deadlock. Where they do not end they are a failed attempt like any other."""
+class InTheWayError(LostTransactionError):
+    """Something stood in the way: another transaction, a lock, a full disk, a statement of ours that was cancelled.
+
+    Where that does not end it is a failed attempt like any other.
+    """
 
 
 class EndedTransactionError(Exception):
@@ -148,7 +154,7 @@ class Transactions:
         would have been needed.
         """
         errors: Errors = {}
-        taken = False
+        taken = calling = False
         try:
             async with self._async.connection() as connection:
                 try:
@@ -163,8 +169,10 @@ class Transactions:
                                 probe.here("run.between_calls")
                                 if causes:
                                     await connection.execute(*self._store.cause(changes[number]))
+                            calling = True
                             with unlimited(connection):
                                 errors = await call(connection)
+                            calling = False
                             connection.as_new()
                             _alone_only(errors, calls)
                         calls_s = time.monotonic() - began
@@ -175,7 +183,7 @@ class Transactions:
                         probe.here("run.before_commit")
                     probe.here("run.after_commit")
                 except psycopg.Error as error:
-                    raise _fate(connection, error, taken=taken) from error
+                    raise _fate(connection, error, taken=taken, calling=calling) from error
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
         return ran._replace(calls_s=calls_s)
@@ -185,7 +193,7 @@ class Transactions:
     ) -> Ran:
         """``run`` for a handler that is not async; called in its thread."""
         errors: Errors = {}
-        taken = False
+        taken = calling = False
         try:
             with self._sync.connection() as connection:
                 try:
@@ -200,8 +208,10 @@ class Transactions:
                                 probe.here("run.between_calls")
                                 if causes:
                                     connection.execute(*self._store.cause(changes[number]))
+                            calling = True
                             with unlimited(connection):
                                 errors = call(connection)
+                            calling = False
                             connection.as_new()
                             _alone_only(errors, calls)
                         calls_s = time.monotonic() - began
@@ -212,7 +222,7 @@ class Transactions:
                         probe.here("run.before_commit")
                     probe.here("run.after_commit")
                 except psycopg.Error as error:
-                    raise _fate(connection, error, taken=taken) from error
+                    raise _fate(connection, error, taken=taken, calling=calling) from error
         except PoolTimeout as error:
             raise AskTheTableError("no connection for a transactional handler") from error
         return ran._replace(calls_s=calls_s)
@@ -265,10 +275,13 @@ def _marked(done: Sequence[Change], errors: Errors, rows: Sequence[tuple[object,
     return Ran(errors, at, bool(captured))
 
 
-def _fate(connection: psycopg.Connection | psycopg.AsyncConnection, error: psycopg.Error, *, taken: bool) -> Exception:
+def _fate(
+    connection: psycopg.Connection | psycopg.AsyncConnection, error: psycopg.Error, *, taken: bool, calling: bool
+) -> Exception:
     """The handler's own error, or that others ended the transaction; an answer to a COMMIT may be lost with it.
 
-    Not ``taken``: no call had begun. A connection may have died in the pool, and that is no change's doing.
+    Not ``taken``: no call had begun. A connection may have died in the pool, and that is no change's doing. Not
+    ``calling``: the statement was ours, and what keeps the server from it for a moment is no attempt that failed.
     """
     if connection.broken or connection.closed:
         if not taken:
@@ -278,5 +291,8 @@ def _fate(connection: psycopg.Connection | psycopg.AsyncConnection, error: psyco
         cut(connection)  # the driver takes for prepared what a DEALLOCATE ALL has removed
         return LostTransactionError("what was prepared on the connection is gone, and so it was closed", error)
     if isinstance(error, psycopg.errors.SerializationFailure | psycopg.errors.DeadlockDetected):
-        return ConflictError("another transaction was in the way", error)
+        return InTheWayError("another transaction was in the way", error)
+    if not calling and passes(error.sqlstate):
+        why = f"{error.diag.message_primary} [{error.sqlstate}]"
+        return InTheWayError(why, error) if taken else AskTheTableError(why, _TAKE_AGAIN_S)
     return error

@@ -75,7 +75,7 @@ class Workers:
         self._doubted: dict[asyncio.Task[None], Change | None] = {}
         """No workers either: suspects that may be none, which are read again instead of run."""
         self._lost: dict[asyncio.Task[None], Change | None] = {}
-        """Nor these: what has lost its transaction, and runs one at a time, too. None: it is its turn."""
+        """Nor these: what has lost its transaction. They pause first; of a lost connection they run one at a time."""
         self._deaf = set[asyncio.Task[None]]()
         """Those of the tasks that were cut off and go on; they are not waited for again."""
         self._escapes = Losses()
@@ -204,7 +204,7 @@ class Workers:
             self._set_aside(change)
         elif self._aside and self._careful.wants(change):
             self._later.append(change)
-        elif self._runner.suspects(change):
+        elif self._runner.lost(change):
             self._beside(change, self._attend_lost(change), self._lost)
         elif handler is not None and handler in self._lingering and not self._alone_only(change):
             self._join(handler, change)
@@ -310,7 +310,7 @@ class Workers:
         task = asyncio.current_task()
         assert task is not None
         await _for(self._runner.pause_s(change), self._stopping)
-        async with self._alone:
+        async with self._alone if self._runner.suspects(change) else contextlib.nullcontext():
             if self._stopping.is_set():
                 return
             self._lost[task] = None
@@ -376,7 +376,7 @@ class Workers:
 
     def _alone_only(self, change: Change) -> bool:
         """Whether it is not to run together with others: they would pay for what it does."""
-        return change.crashed or self._runner.suspects(change)
+        return change.crashed or self._runner.lost(change)
 
     def _leave(self, batch: Iterable[Change]) -> None:
         """Without an outcome: the table knows what came of these."""

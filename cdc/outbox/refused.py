@@ -2,12 +2,13 @@
 
 The server converts each value when it hands it over, and refuses the whole statement where one does not fit: a byte
 that is no UTF-8 in a database without an encoding, a document whose text is longer than 1 GB, a damaged value. One that
-takes longer than the session's ``statement_timeout`` is refused as well, but not at its first try: a statement ends so,
-too, when somebody cancels it.
+takes longer than the session's ``statement_timeout`` is refused as well, but not at its first try. What somebody has
+cancelled ends with the same SQLSTATE, and earlier.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -22,6 +23,8 @@ from cdc.sqlstate import About, about
 _READS = {"fetch", "fetch_some", "sweep", "sweep_some", "resume", "due", "marked_since", "chains"}
 _WORDS_MAX = 500
 _TRIES = 2
+_TIMEOUT = "SELECT setting::float8 / 1000 FROM pg_catalog.pg_settings WHERE name = 'statement_timeout'"
+"""In seconds."""
 _NUMBERS = {
     "texts": "n.seq, n.id, n.entity_type, n.table_name, n.old_data, n.new_data, n.metadata",
     "fits": "true AS fits",
@@ -86,10 +89,12 @@ class RefusedRows:
 
     async def find(self, reader: psycopg.AsyncConnection, read: RefusedReadError) -> list[Refused]:
         """Those of the read that are refused alone. Raises what is not about a row."""
+        cursor = await reader.execute(_TIMEOUT)
+        [(timeout_s,)] = await cursor.fetchall()
         cursor = await reader.execute(self._numbers[read.name], read.parameters, binary=True)
         records = [record[-3:] for record in await cursor.fetchall() if record[-1] is not None]
         found = {id_: seq for _, seq, id_ in sorted(records, key=lambda record: record[0])}
-        alone = await self._halve(reader, list(found), read.parameters, fails=True)
+        alone = await self._halve(reader, list(found), {**read.parameters, "timeout_s": timeout_s}, fails=True)
         return [Refused(found[id_], id_, words, await self._kind(reader, id_)) for id_, words in alone.items()]
 
     async def mark(
@@ -128,15 +133,18 @@ class RefusedRows:
         """The server's error, if it hands these not over, a page of them after the other."""
         paging, left, tries = Paging(), list(ids), _TRIES if len(ids) == 1 else 1
         while left:
+            started = time.monotonic()
             try:
                 page = left[: paging.rows]
                 cursor = await reader.execute(self._statements["read"], {**parameters, "ids": page}, binary=True)
                 records = await cursor.fetchall()
             except psycopg.Error as error:
-                if not _may_be_about_a_row(error):
+                took_too_long = isinstance(error, errors.QueryCanceled)
+                cancelled = took_too_long and time.monotonic() - started < parameters["timeout_s"]
+                if cancelled or not _may_be_about_a_row(error):
                     raise
-                tries -= isinstance(error, errors.QueryCanceled)
-                if not isinstance(error, errors.QueryCanceled) or not tries:
+                tries -= took_too_long
+                if not took_too_long or not tries:
                     return error
             else:
                 read = [record for record in records if record[2] is not None]

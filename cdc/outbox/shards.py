@@ -34,6 +34,7 @@ from psycopg.rows import class_row
 
 from cdc import probe
 from cdc.connect import SERVER_TCP, Dsn, connect_async
+from cdc.errors import SessionLostError
 from cdc.model import SHARDS
 from cdc.outbox.statements import table
 
@@ -222,6 +223,8 @@ class Session:
         self.connection = connection
         self.writing = asyncio.Lock()
         """Held by whoever writes: what another one writes meanwhile would become part of its transaction."""
+        self.unsigned: list[int] = []
+        """Shards that are locked, and for which this process has not signed in yet."""
         self._owner = owner
         self._table = table(schema, "cdc_shards")
         self._key = lock_class(schema)
@@ -261,13 +264,27 @@ class Session:
             return await (await cursor.execute(_HOLDERS, {**self._parameters, "shown": _SHOWN})).fetchall()
 
     async def take(self, limit: int) -> Taken:
-        """Lock up to ``limit`` shards that nobody holds."""
-        shards = [shard for (shard,) in await self._rows(_TAKE, {**self._parameters, "limit": limit})]
+        """Lock up to ``limit`` shards that nobody holds; or go on with those that were locked when it failed before.
+
+        Raises SessionLostError where nobody knows which of the locks were taken.
+        """
+        self.unsigned = self.unsigned or await self._lock(limit)
         probe.here("shards.after_take")
         sign_in = sql.SQL(_SIGN_IN).format(shards=self._table)
-        [(orphaned, kept, at)] = await self._rows(sign_in, {"shards": shards, "owner": self._owner})
+        [(orphaned, kept, at)] = await self._rows(sign_in, {"shards": self.unsigned, "owner": self._owner})
+        shards, self.unsigned = self.unsigned, []
         probe.here("shards.after_sign_in")
         return Taken(shards, orphaned, kept, at)
+
+    async def _lock(self, limit: int) -> list[int]:
+        try:
+            return [shard for (shard,) in await self._rows(_TAKE, {**self._parameters, "limit": limit})]
+        except psycopg.Error as error:
+            if self.connection.closed:
+                raise
+            raise SessionLostError(
+                f"it is not known which shards were locked: {error.diag.message_primary} [{error.sqlstate}]"
+            ) from error
 
     async def others(self, shards: Iterable[int]) -> list[int]:
         """Those of these shards that another process owns, or that nobody does."""

@@ -208,7 +208,7 @@ async def test_two_consumers_of_this_role_share_the_work_and_one_relays(
 
             def fair() -> bool:
                 intakes = [app.consumer._intake.catching_up for app in (first, second)]
-                return len(second.consumer._owned) == 32 and second._listener.connected and not any(intakes)
+                return len(second.consumer.owned) == 32 and second._listener.connected and not any(intakes)
 
             await until(fair, "each has its share")
             publish(outbox_db, "x", *map(str, range(200)))

@@ -47,7 +47,7 @@ async def _streams(app: App) -> None:
 
 async def _shared(*apps: App) -> None:
     async def fair() -> bool:
-        return [len(app.consumer._owned) for app in apps] == [SHARDS // len(apps)] * len(apps)
+        return [len(app.consumer.owned) for app in apps] == [SHARDS // len(apps)] * len(apps)
 
     await eventually_async(fair, what="each owns its share")
 
@@ -97,7 +97,7 @@ async def test_who_does_not_stream_is_woken_by_notify_also_after_the_streamer_ha
             first.consumer.stop()
 
             async def streams_and_the_other_listens() -> bool:
-                if not all(len(app.consumer._owned) == SHARDS // 2 for app in (second, third)):
+                if not all(len(app.consumer.owned) == SHARDS // 2 for app in (second, third)):
                     return False
                 listens = [
                     app._listener.connected and not app.consumer._intake.catching_up
@@ -121,7 +121,7 @@ async def test_who_does_not_stream_is_woken_by_notify_also_after_the_streamer_ha
 
 async def _owning(app: App, shards: int) -> None:
     async def owns() -> bool:
-        return len(app.consumer._owned) == shards
+        return len(app.consumer.owned) == shards
 
     await eventually_async(owns, within_s=_REBALANCED_WITHIN_S, what=f"it owns {shards} shards")
 
@@ -175,7 +175,7 @@ async def test_while_shards_move_the_work_on_all_others_goes_on(outbox: str, out
         async with consuming(outbox, _recording(comes, 0.05), slot_name=slot) as second:
             await _owning(second, SHARDS // 2)
             rebalanced = time.monotonic()
-            kept = set(first.consumer._owned)
+            kept = set(first.consumer.owned)
 
             async def both_work() -> bool:
                 return bool(comes) and any(done > rebalanced for _, done in stays)

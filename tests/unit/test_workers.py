@@ -33,7 +33,7 @@ class _Waiting:
     def after_crash(self, change: Change) -> None:
         return None
 
-    def suspects(self, change: Change) -> bool:
+    def lost(self, change: Change) -> bool:
         return False
 
     def session_lost(self) -> None: ...

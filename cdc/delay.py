@@ -1,0 +1,34 @@
+"""Work that something stands in the way of for a while: when it is tried again, and when that is told. Pure."""
+
+from __future__ import annotations
+
+_REST_MIN_S, _REST_MAX_S = 0.1, 2.0
+"""Between two tries."""
+_TOLD_EVERY_S = 30.0
+
+
+class Delay:
+    """Times are those of one clock, in seconds. ``since``: when it was tried in vain first; ``until``: it rests."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self.until = 0.0
+        self._rest_s = 0.0
+        self._told_at: float | None = None
+
+    def failed(self, now: float) -> bool:
+        """It was tried in vain. Returns whether that is to be told."""
+        self.since = now if self.since is None else self.since
+        self._rest_s = min(max(2 * self._rest_s, _REST_MIN_S), _REST_MAX_S)
+        self.until = now + self._rest_s
+        if self._told_at is not None and now - self._told_at < _TOLD_EVERY_S:
+            return False
+        self._told_at = now
+        return True
+
+    def done(self, now: float) -> float | None:
+        """It was done. Returns for how long it could not be, None where it could all the time."""
+        delayed_s = None if self.since is None else now - self.since
+        self.since = self._told_at = None
+        self._rest_s = self.until = 0.0
+        return delayed_s
