@@ -23,6 +23,7 @@ import psycopg
 from tests.faults.ledger import Verdict, judge
 from tests.faults.stage import SLOT, TIMEOUT_S, Stage, pause
 from tests.handlers_ledger import ODD
+from tests.refusals import MARKS, SHARDS, refusing
 
 CONNECTIONS = (
     "cdc: shards", "cdc: reader", "cdc: listener", "cdc: stream", "cdc: relay", "cdc: collector", "cdc: handlers",
@@ -221,11 +222,74 @@ def write_odd(stage: Stage, draw: Draw) -> None:
             connection.execute(publish.encode(), [str(draw.share)])
 
 
+_CODES = ("40001", "40P01", "53100", "53200", "53300", "55P03", "57014", "57P01", "58030")
+_LONG_S = 6.0
+
+
+def refuse(stage: Stage, draw: Draw) -> None:
+    """For a while the server refuses each mark, or each word about who owns a shard."""
+    code = _CODES[int(draw.share * 1000) % len(_CODES)]
+    with stage.connect() as connection, refusing(connection, SHARDS if draw.everywhere else MARKS, code):
+        pause(0.5 + draw.share * _LONG_S)
+
+
+def fill_disk(stage: Stage, draw: Draw) -> None:
+    """The outbox has no room to grow: nothing is captured, and not much is marked."""
+    if stage.disk is None:  # who may not mount is refused with the same words
+        with stage.connect() as connection, refusing(connection, MARKS, "53100"):
+            pause(0.5 + draw.share * _LONG_S)
+        return
+    stage.disk.fill()
+    try:
+        pause(0.5 + draw.share * _LONG_S)
+    finally:
+        stage.disk.free()
+
+
+def cancel(stage: Stage, draw: Draw) -> None:
+    """pg_cancel_backend for whatever a consumer has asked; a lock sees to it that there is something."""
+    began = time.monotonic()
+    with stage.connect() as connection:
+        while time.monotonic() - began < 0.5 + draw.share * 3:
+            with connection.transaction():
+                connection.execute("LOCK TABLE entity_changes IN ACCESS EXCLUSIVE MODE")
+                pause(0.1)
+                stage.cancel_statements()
+            pause(0.05)
+
+
+def deadlock(stage: Stage, draw: Draw) -> None:
+    """Rows that are about to be marked are held, and then the table is asked for: one of the two is the victim."""
+    for _ in range(3):
+        with (
+            contextlib.suppress(psycopg.errors.DeadlockDetected),
+            stage.connect() as connection,
+            connection.transaction(),
+        ):
+            connection.execute(
+                "SELECT FROM entity_changes WHERE NOT processed AND dead_at IS NULL ORDER BY seq LIMIT 20"
+                " FOR UPDATE SKIP LOCKED"
+            )
+            pause(0.2)
+            connection.execute("LOCK TABLE entity_changes IN EXCLUSIVE MODE")
+
+
+def crowd(stage: Stage, draw: Draw) -> None:
+    """A consumer has lost its connections, and there are too many others for new ones."""
+    with contextlib.ExitStack() as others:
+        stage.end_backends(place=draw.place)
+        with contextlib.suppress(psycopg.OperationalError):
+            while True:
+                others.enter_context(contextlib.closing(stage.connect()))
+        pause(0.5 + draw.share * 3)
+
+
 Fault = Callable[[Stage, Draw], None]
 WEIGHTS: dict[Fault, int] = {
     kill: 6, replace: 2, freeze: 2, freeze_and_lose: 4, freeze_beyond_every_limit: 2, terminate: 8, restart: 1,
     crash: 2, cut: 3, cut_writers: 2, hold: 2, hold_and_lose: 2, lose_answers: 2, lose_commits: 3,
-    lose_writers_commits: 1, slow: 2, drop_slot: 1, lock_row: 2, lock_table: 1, write_odd: 1,
+    lose_writers_commits: 1, slow: 2, drop_slot: 1, lock_row: 2, lock_table: 1, write_odd: 1, refuse: 4, fill_disk: 2,
+    cancel: 3, deadlock: 2, crowd: 1,
 }  # fmt: skip
 
 

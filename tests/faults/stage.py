@@ -17,6 +17,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc import schema
 from cdc.throwaway import Server
+from tests import refusals
 from tests.eventually import eventually
 from tests.faults import records
 from tests.faults.ledger import Evidence, Span
@@ -24,9 +25,13 @@ from tests.faults.writers import Writer
 from tests.fix_consumer import Process, settled
 from tests.fix_proxy import Proxy
 from tests.handlers_ledger import EFFECTS, FOLDER, KINDS, ODD
+from tests.small_disk import SmallDisk
 
 SLOT = "ledger"
-_SERVER = {"log_connections": "on", "log_disconnections": "on", "log_line_prefix": "%n %p "}
+_SERVER = {
+    "log_connections": "on", "log_disconnections": "on", "log_line_prefix": "%n %p ", "deadlock_timeout": "100ms",
+    "max_connections": "100",
+}  # fmt: skip
 TIMEOUT_S = 4.0
 """Of a handler: some faults last longer."""
 _CONSUMER = {
@@ -72,6 +77,8 @@ class Stage:
         self.troubles: list[str] = []
         self.kills = 0
         self.restarted = 0
+        self.disk: SmallDisk | None = None
+        """What the outbox is on; None where nothing can be mounted."""
         by_tcp = self.server.dsn(tcp=True)
         self.proxies = [Proxy(by_tcp) for _ in range(places)]
         self.writers_proxy = Proxy(by_tcp)
@@ -89,6 +96,8 @@ class Stage:
             self.dsn = self.server.dsn()
             with self.connect() as connection:
                 schema.install(connection, "public")
+                refusals.install(connection)
+                self.disk = self._small_disk(connection, undo)
                 connection.execute(EFFECTS)
                 for kind in KINDS:
                     connection.execute(records.tracked_table(kind))
@@ -107,6 +116,15 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._undo.close()
+
+    def _small_disk(self, connection: psycopg.Connection, undo: ExitStack) -> SmallDisk | None:
+        try:
+            disk = undo.enter_context(SmallDisk(self.server))
+        except OSError:
+            return None
+        undo.callback(self.server.stop, "immediate")
+        disk.move_outbox(connection)
+        return disk
 
     def _kill_all(self) -> None:
         for consumer in self._everyone:
@@ -155,6 +173,14 @@ class Stage:
                 [application, role, role],
             ).fetchall()
         return len(ended)
+
+    def cancel_statements(self) -> None:
+        """pg_cancel_backend of all that the consumers have asked and not been answered."""
+        with self.connect() as connection:
+            connection.execute(
+                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name LIKE 'cdc: %' AND state = 'active'"
+            )
 
     def crash_or_restart(self, mode: str) -> None:
         if mode == "immediate":

@@ -42,7 +42,17 @@ _SCHEDULE: list[tuple[Fault, Draw]] = [
     (chaos.write_odd, Draw(0, "", False, 0.0)),
     (chaos.lock_row, Draw(0, "", False, 0.5)),
     (chaos.lock_table, Draw(0, "", False, 0.5)),
+    (chaos.refuse, Draw(0, "", False, 0.2)),
+    (chaos.refuse, Draw(0, "", True, 0.5)),
+    (chaos.fill_disk, Draw(0, "", False, 0.5)),
+    (chaos.cancel, Draw(0, "", False, 0.3)),
+    (chaos.deadlock, Draw(0, "", False, 0.0)),
+    (chaos.crowd, Draw(1, "", False, 0.5)),
 ]
+_DELAYS = (
+    chaos.write_odd, chaos.lock_row, chaos.lock_table, chaos.refuse, chaos.fill_disk, chaos.cancel, chaos.deadlock,
+    chaos.write_odd,
+)  # fmt: skip
 _BETWEEN = 60
 """Changes processed between two faults: the consumers have got over the one before, or are about to."""
 _NOT_IN_A_LEDGER = {"cdc: retention", "cdc: doctor", "cdc: observer", "cdc: drain"}
@@ -74,13 +84,13 @@ def test_nothing_is_lost_and_order_holds_whatever_happens_to_three_consumers(tmp
 def test_what_delays_a_mark_or_refuses_it_repeats_no_call_of_an_innocent_change(tmp_path: Path) -> None:
     """Longer than a statement waits for a lock, so that what is known has to be kept meanwhile."""
     with Stage(tmp_path, seed=2) as stage:
-        for number, fault in enumerate((chaos.write_odd, chaos.lock_row, chaos.lock_table, chaos.write_odd)):
+        for number, fault in enumerate(_DELAYS):
             _work_on(stage, f"before {fault.__name__}")
             fault(stage, Draw(0, "", False, 0.97 + number / 1000))
         found = chaos.verdict(stage)
     assert found.violations == [], str(found)
     assert found.figures["returned again"] == 0, str(found)
-    assert found.figures["captured"] > 4 * _BETWEEN
+    assert found.figures["captured"] > len(_DELAYS) * _BETWEEN
 
 
 def _work_on(stage: Stage, when: str) -> None:
