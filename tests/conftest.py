@@ -1,8 +1,11 @@
 """Fixtures live in plug-in files, one for each outside thing."""
 
+import os
 import signal
 
 import pytest
+
+from tests import servers
 
 _LONG_ONES = (
     "tests/faults/test_slot_faults.py", "tests/faults/test_ledger.py", "tests/prometheus", "tests/faults",
@@ -33,7 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--server", type=int, choices=servers.MAJORS, help="run on this major version of PostgreSQL")
+    parser.addoption("--encoding", help="make the databases of the tests with this encoding: LATIN1, SQL_ASCII, ...")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     # A shell that starts us in the background has us ignore it, and what a test starts would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    major = config.getoption("--server")
+    if major and not hasattr(config, "workerinput"):  # workers inherit the environment
+        os.environ["PG_BINDIR"] = str(servers.chosen(major).bindir)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if lacks := servers.lacks(name for marker in item.iter_markers("needs") for name in marker.args):
+        pytest.skip(lacks)

@@ -54,12 +54,20 @@ def admin_dsn(request: pytest.FixtureRequest) -> str:
     return named or str(request.getfixturevalue("server").dsn())
 
 
+@pytest.fixture(scope="session")
+def creation(request: pytest.FixtureRequest) -> sql.Composable:
+    """What follows CREATE DATABASE and its name: nothing, or how it gets the encoding that --encoding names."""
+    encoding = request.config.getoption("--encoding")
+    options = sql.SQL("TEMPLATE template0 ENCODING {} LC_COLLATE 'C' LC_CTYPE 'C'")
+    return options.format(sql.Literal(encoding)) if encoding else sql.SQL("")
+
+
 @pytest.fixture
-def database(admin_dsn: str) -> Iterator[str]:
+def database(admin_dsn: str, creation: sql.Composable) -> Iterator[str]:
     """The DSN of an empty database; at the end nobody may be left in it, and no slot."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        admin.execute(sql.SQL("CREATE DATABASE {} {}").format(sql.Identifier(name), creation))
         yield make_conninfo(admin_dsn, dbname=name)
         drop_database(admin, name)
 

@@ -17,11 +17,11 @@ from tests.fix_db import drop_database
 
 
 @pytest.fixture(scope="session")
-def migrated_template(admin_dsn: str) -> Iterator[str]:
+def migrated_template(admin_dsn: str, creation: sql.Composable) -> Iterator[str]:
     """The name of a database with the outbox installed in ``public``. Nobody may connect to it while it is copied."""
     name = f"template_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        admin.execute(sql.SQL("CREATE DATABASE {} {}").format(sql.Identifier(name), creation))
         with psycopg.connect(make_conninfo(admin_dsn, dbname=name), autocommit=True) as connection:
             schema.install(connection, "public")
         yield name

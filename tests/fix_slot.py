@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.rows import dict_row
 
 from tests.eventually import eventually
@@ -32,6 +33,15 @@ def slot_facts(db: psycopg.Connection, name: str) -> SlotFacts:
 
 def make_slot(db: psycopg.Connection, name: str, plugin: str) -> None:
     db.execute("SELECT pg_create_logical_replication_slot(%s, %s)", [name, plugin])
+
+
+def allow(db: psycopg.Connection, *plugins: str) -> None:
+    """This session and new ones of its database may name these output plugins, where the server has a list of them."""
+    if db.execute("SELECT FROM pg_settings WHERE name = 'output_plugin_libraries'").rowcount:
+        names = sql.SQL(", ").join(map(sql.Identifier, plugins))  # not one string, which would be one name
+        setting = sql.SQL("SET output_plugin_libraries = {}").format(names)
+        db.execute(setting)
+        db.execute(sql.SQL("ALTER DATABASE {} {}").format(sql.Identifier(db.info.dbname), setting))
 
 
 def lose(db: psycopg.Connection, slot: str) -> None:

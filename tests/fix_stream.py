@@ -15,7 +15,7 @@ import pytest
 from psycopg import sql
 
 from cdc.errors import StreamError
-from cdc.model import PLUGINS, WakeUp, message_prefix
+from cdc.model import WakeUp, message_prefix
 from cdc.wakeup.stream import Stream, StreamSettings
 from tests.eventually import eventually
 
@@ -115,7 +115,7 @@ def libraries(db: psycopg.Connection) -> Iterator[Libraries]:
 Streaming = Callable[..., AbstractContextManager[tuple[Stream, Recorder]]]
 
 
-@pytest.fixture(params=PLUGINS)
+@pytest.fixture(params=[pytest.param("wal2json", marks=pytest.mark.needs("wal2json")), "pgoutput"])
 def plugin(request: pytest.FixtureRequest) -> str:
     """A test that asks for it, or for ``streaming``, runs with each output plugin."""
     return str(request.param)

@@ -14,6 +14,8 @@ from cdc import schema
 from cdc.cli import cdc as command
 from cdc.errors import SchemaError
 
+pytestmark = pytest.mark.server
+
 _OWN = """CREATE FUNCTION public.shout() RETURNS trigger LANGUAGE plpgsql AS
   $$ BEGIN EXECUTE 'ALTER ROLE ' || quote_ident({role}) || ' SUPERUSER'; RETURN NEW; END $$"""
 _DOCUMENTED = """CREATE TABLE public.entity_changes (id uuid PRIMARY KEY DEFAULT gen_random_uuid(),

@@ -15,6 +15,8 @@ from tests import handlers_failing
 from tests.eventually import eventually
 from tests.fix_consumer import Process, settled
 
+pytestmark = pytest.mark.server
+
 _READ = f"tests/handlers_failing.py:{handlers_failing.read.__code__.co_firstlineno + 2} in read"
 _SECRET = "row-content"
 

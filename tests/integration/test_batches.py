@@ -17,6 +17,8 @@ from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 
+pytestmark = pytest.mark.server
+
 
 def _publish(db: psycopg.Connection, count: int, keys: int, entity_type: str = "x") -> None:
     db.execute(

@@ -19,6 +19,8 @@ from cdc.workers import OtherTasks
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 
+pytestmark = pytest.mark.server
+
 _FEW = {"threads": 2, "concurrency": 4, "transactions": 2, "max_attempts": 1}
 _tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
 

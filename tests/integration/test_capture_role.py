@@ -15,6 +15,8 @@ from cdc.doctor import look_outbox
 from cdc.doctor import outbox as checks
 from cdc.doctor.findings import Verdict
 
+pytestmark = pytest.mark.server
+
 Make = Callable[..., str]
 
 
@@ -94,6 +96,9 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
     evil, victim, owner = make("evil"), make("victim"), make("owner", "NOLOGIN CREATEROLE")
     db.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {} WITH GRANT OPTION").format(sql.Identifier(owner)))
     db.execute("GRANT USAGE ON SCHEMA public TO PUBLIC")
+    db.execute(
+        "REVOKE CREATE ON SCHEMA public FROM PUBLIC"
+    )  # everybody's before PostgreSQL 15, also the capture role's
     if owned == "by a role of its own":
         db.execute(sql.SQL("GRANT USAGE ON SCHEMA public TO {} WITH GRANT OPTION").format(sql.Identifier(owner)))
         db.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(owner)))
@@ -187,6 +192,7 @@ def test_a_writer_may_write_on_after_its_row_was_captured(db: psycopg.Connection
 
 def test_plain_writers_are_captured_by_a_role_that_may_do_only_that(db: psycopg.Connection, make: Make) -> None:
     app = make("app")
+    db.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     schema.install(db, "public")
     act(db, app, "CREATE TABLE orders (id int PRIMARY KEY, n text)")
     tracking.track(db, "public", f"{app}.orders")

@@ -8,7 +8,6 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from cdc.model import PLUGINS
 from tests.eventually import eventually
 from tests.fix_consumer import Process
 from tests.fix_memory import killed_above, megabytes
@@ -77,7 +76,6 @@ def consumer(
         outbox_db.execute("SELECT pg_drop_replication_slot('sizes')")
 
 
-@pytest.mark.parametrize("plugin", PLUGINS)
 def test_a_message_is_held_twice_by_libpq_and_never_by_us(
     consumer: Callable[..., Process], outbox_db: psycopg.Connection, plugin: str
 ) -> None:
@@ -89,7 +87,6 @@ def test_a_message_is_held_twice_by_libpq_and_never_by_us(
     assert megabytes(process.process.pid) - before < 2.2 * 200
 
 
-@pytest.mark.parametrize("plugin", PLUGINS)
 @pytest.mark.parametrize("options", [(), ("--no-slot-recreate",)])
 def test_what_a_message_has_killed_starts_behind_it(
     consumer: Callable[..., Process], outbox_db: psycopg.Connection, plugin: str, options: tuple[str, ...]
@@ -117,7 +114,7 @@ def test_messages_that_kill_again_and_again_cost_no_change_an_attempt(
 ) -> None:
     slow = "SELECT publish_change('counted', n::text, new_data => '{\"takes_s\": 20}') FROM generate_series(1, 3) AS n"
     running, left = "SELECT FROM calls HAVING count(*) = %s", "SELECT FROM entity_changes WHERE NOT processed"
-    first = consumer("wal2json")
+    first = consumer("auto")
     first.wait_for("streaming the slot")
     outbox_db.execute(slow)
     eventually(lambda: outbox_db.execute(running, [3]).fetchall(), what="all three are running")
@@ -125,7 +122,7 @@ def test_messages_that_kill_again_and_again_cost_no_change_an_attempt(
         shout(outbox_db, 100 * _MB)
         assert killed.wait(60)
     first.process.wait()
-    second = consumer("wal2json")
+    second = consumer("auto")
     with killed_above(second.process.pid, 150) as killed:
         eventually(lambda: outbox_db.execute(running, [6]).fetchall(), what="all three are running again")
         shout(outbox_db, 100 * _MB)

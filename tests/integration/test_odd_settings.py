@@ -21,6 +21,8 @@ from cdc.cli import cdc as command
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
 
+pytestmark = pytest.mark.server
+
 _ODD: dict[str, tuple[str, ...]] = {
     "DateStyle": ("SQL, DMY", "German", "Postgres, MDY"),
     "IntervalStyle": ("iso_8601", "sql_standard", "postgres_verbose"),
@@ -142,16 +144,16 @@ async def test_everything_works_under_settings_that_nobody_chose_for_it(odd: str
     await run("track", "public.orders", "--type", "order")
     settings: dict[str, Any] = {"slot_name": slot, "backoff_base": 0.01, "sweep_interval": 0.5}
     with psycopg.connect(database, autocommit=True, options=_WRITER) as db:
-        async with consuming(odd, _router(), **settings):
+        async with consuming(odd, _router(), **settings) as app:
             for number in range(10):
                 for kind in ("written", "grouped", "batch", "unwanted", "dead"):
                     db.execute("SELECT public.publish_change(%s, %s)", [kind, str(number)])
             db.execute("INSERT INTO orders SELECT n FROM generate_series(1, 5) AS n")
 
-            async def all_settled() -> bool:
-                return settled(db)
+            async def streams_and_all_is_settled() -> bool:
+                return app._stream.status.connected and settled(db)
 
-            await eventually_async(all_settled, what="all is settled")
+            await eventually_async(streams_and_all_is_settled, what="the slot is read, and all is settled")
         states = (
             "SELECT entity_type || CASE WHEN dead_at IS NULL THEN ' done' ELSE ' dead' END, count(*)"
             " FROM entity_changes GROUP BY 1"

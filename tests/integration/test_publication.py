@@ -13,6 +13,8 @@ from psycopg.conninfo import make_conninfo
 from cdc import schema
 from cdc.cli import cdc
 
+pytestmark = pytest.mark.server
+
 
 def publications(db: psycopg.Connection) -> set[str]:
     assert db.execute("SELECT FROM pg_publication_tables").fetchall() == []

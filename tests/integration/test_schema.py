@@ -19,8 +19,8 @@ from psycopg.conninfo import make_conninfo
 from cdc import schema
 from cdc.cli import cdc
 from cdc.errors import NotFoundError, RefusedError, SchemaError
-from cdc.installations import find_installation
 from cdc.model import ChangeState
+from tests import servers
 from tests.eventually import eventually
 
 ODD = 'Tenant "7" %s; é'
@@ -353,7 +353,7 @@ def test_a_dry_run_prints_the_sql_and_runs_nothing(database: str, db: psycopg.Co
 def test_psql_runs_the_printed_script_as_it_is_any_number_of_times(database: str, db: psycopg.Connection, name: str):
     script = CliRunner().invoke(cdc, ["db", "print", "--schema", name], catch_exceptions=False).stdout
     for _ in range(2):
-        subprocess.run([find_installation().bindir / "psql", "-X", "-q", database], input=script, text=True, check=True)
+        subprocess.run([servers.program("psql"), "-X", "-q", database], input=script, text=True, check=True)
     assert schema.install(db, name) == []
     assert schema.verify(db, name) == []
 

@@ -12,7 +12,7 @@ from psycopg import sql
 from cdc import schema, tracking
 from cdc.cli import cdc
 from cdc.errors import SchemaError
-from cdc.installations import find_installation
+from tests import servers
 
 ODD = 'Tenant "7" %s; é'
 
@@ -153,7 +153,7 @@ def test_the_printed_script_does_the_same_any_number_of_times(database: str, db:
     script = CliRunner().invoke(cdc, ["db", "print", "--with", "whatsapp", "--with", "whatsapp"]).stdout
     assert script.count("-- whatsapp 0001 tables") == 1
     for _ in range(2):
-        psql = [str(find_installation().bindir / "psql"), "-X", "-q", "-d", database]
+        psql = [servers.program("psql"), "-X", "-q", "-d", database]
         subprocess.run(psql, input=script, text=True, check=True, stdout=subprocess.DEVNULL)
     assert tracked(db) == CAPTURED
     assert schema.pending(db, "public", ["whatsapp"]) == []

@@ -12,6 +12,8 @@ from cdc import schema
 from cdc.cli import cdc
 from cdc.errors import SchemaError
 
+pytestmark = pytest.mark.server
+
 # As documented. One repair is needed to fill it: the capture function reads columns that the documented tables do not
 # have, so the rows below are written by hand.
 DOCUMENTED = """

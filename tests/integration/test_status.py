@@ -17,7 +17,7 @@ from cdc.cli import cdc as root_command
 from cdc.outbox.letters import Letters
 from cdc.routing import Router
 from cdc.status import glance
-from tests import handlers_page
+from tests import handlers_page, servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, slot_name
 from tests.fix_outbox import fill
@@ -75,7 +75,7 @@ async def test_it_tells_who_works_how_fast_what_waits_and_the_slot_and_no_row_co
     assert named == [(pid, 64)]
     assert f"1; 64 of 64 shards owned: 64 by process {pid}" in text
     assert "a second processed in the last minute" in text
-    assert f"{slot} (wal2json), read by process" in text
+    assert f"{slot} ({servers.preferred_plugin()}), read by process" in text
     assert found["verdict"]["fine"]
     assert {(each["entity_type"], each["error"]) for each in found["outbox"]["letters"]} == {
         ("dying", "ValueError"), ("failing", "KeyError"),

@@ -60,7 +60,6 @@ async def test_a_consumer_with_a_temporary_slot_of_pgoutput_is_rung_and_leaves_n
     eventually(lambda: not slot_facts(outbox_db, slot), what="the slot is gone")
 
 
-@pytest.mark.parametrize("plugin", ["wal2json", "pgoutput"])
 async def test_a_handler_that_blocks_the_event_loop_for_long_does_not_cost_the_stream_its_connection(
     outbox: str, outbox_db: psycopg.Connection, slot: str, plugin: str, monkeypatch
 ) -> None:
@@ -93,6 +92,7 @@ def pair() -> Iterator[tuple[Server, Standby, str]]:
             yield primary, standby, dsn
 
 
+@pytest.mark.needs("pg_basebackup")
 async def test_after_a_failover_to_a_standby_without_the_slot_it_is_made_there_and_nothing_is_lost(
     pair: tuple[Server, Standby, str],
 ) -> None:

@@ -16,6 +16,8 @@ from cdc.errors import CdcError, NotFoundError, RefusedError, UsageError
 from cdc.model import Operation
 from cdc.tracking import track, tracked, untrack
 
+pytestmark = pytest.mark.server
+
 
 def invoke(dsn: str, *arguments: str) -> Result:
     return CliRunner().invoke(cdc, [*arguments, "--dsn", dsn], catch_exceptions=False)

@@ -16,6 +16,8 @@ from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
+pytestmark = pytest.mark.server
+
 _QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
 
 
