@@ -108,7 +108,8 @@ class Stage:
         rows = self.databases[encoding].execute(
             "SELECT application_name FROM pg_stat_activity WHERE datname = current_database()"
         )
-        return {name for (name,) in rows}
+        # From a database without an encoding the driver hands over bytes.
+        return {name.decode() if isinstance(name, bytes) else name for (name,) in rows}
 
     def _livez(self, encoding: str) -> int | None:
         link = http.client.HTTPConnection("127.0.0.1", self.ports[encoding], timeout=_ANSWER_S)
