@@ -344,7 +344,7 @@ class Consumer:
                 self._answered()
             await _wait(self._stopping, _LOOK_AT_SHARDS_S)
         while not self._drained.is_set():  # the server ends a session that says nothing
-            await session.look()
+            await self._balancing.ask(session, self._now())
             await _wait(self._drained, _LOOK_AT_SHARDS_S)
 
     def _read_anew(self) -> None:
