@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from cdc.errors import CdcError, Discard, Failed, Reject, Retry
+from cdc.errors import CdcError, Discard, Failed, Reject, Retry, Unavailable
 from cdc.model import Change, Operation
 from cdc.routing import Router
 
-__all__ = ["CdcError", "Change", "Discard", "Failed", "Operation", "Reject", "Retry", "Router", "run"]
+__all__ = ["CdcError", "Change", "Discard", "Failed", "Operation", "Reject", "Retry", "Router", "Unavailable", "run"]
 __version__ = "0.1.0"
 
 

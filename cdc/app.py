@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cdc import __version__, config
+from cdc.breakers import Breakers
 from cdc.collector import Collector
 from cdc.config import Settings
 from cdc.consumer import Consumer, ConsumerSettings
@@ -126,9 +127,11 @@ class App:
             if settings.http.port and settings.http.page
             else None
         )
+        self._breakers = Breakers({handler.name for handler in handlers}, metrics)
         verdict = Verdict(
-            handlers, policy, hooks=hooks, metrics=metrics, failed=self._page.failed if self._page else None
-        )
+            handlers, policy, hooks=hooks, metrics=metrics, breakers=self._breakers,
+            failed=self._page.failed if self._page else None,
+        )  # fmt: skip
         self.consumer: Consumer | Observer = (
             self._make_observer(store) if settings.observe else self._make_consumer(store, verdict, hooks)
         )
@@ -163,10 +166,11 @@ class App:
             concurrency=settings.concurrency,
             threads=settings.threads,
             transactions=settings.transactions,
+            breakers=self._breakers.of,
         )
         return Consumer(
             _consumer_settings(settings, self.scope), runner=runner, demand=demand, store=store, hooks=hooks,
-            metrics=self.metrics, at_stop=self._delivery.stop if self._delivery else None,
+            metrics=self.metrics,
         )  # fmt: skip
 
     def _make_observer(self, store: Store) -> Observer:
@@ -232,7 +236,7 @@ class App:
             tasks += [asyncio.create_task(keep(name, run)) for name, run in self._kept()]
             await self._transactions.open()
             if self._delivery and not self._settings.observe:
-                self._delivery.open(self.metrics)
+                self._delivery.open(self.metrics, self._breakers)
             yield
         finally:
             for task in tasks:
@@ -374,8 +378,16 @@ class App:
             Check("reads", self.consumer.unread_s < _HELD_UP_S, f"held up for {self.consumer.unread_s:.1f}s"),
             Check("draining", not self.consumer.stopping, "yes" if self.consumer.stopping else "no"),
             *([Check("stream", ok=True, detail=unheard)] if (unheard := self._unheard()) else ()),
-            *([Check("application", not self._delivery.unreached, self._delivery.unreached)] if self._delivery else ()),
+            *self._resting(),
         ]  # fmt: skip
+
+    def _resting(self) -> list[Check]:
+        """A consumer that delivers has nothing else to do; one of several handlers may rest, and the others work."""
+        resting = dict(self._breakers.resting())
+        if self._delivery:
+            why = resting.get(target.HANDLER, "")
+            return [Check("application", not why, why)]
+        return [Check(f"handler.{name}", ok=True, detail=f"rests: {why}") for name, why in sorted(resting.items())]
 
 
 def _the_one(given: Router | None, deliverys: Router | None) -> Router:

@@ -11,13 +11,16 @@ passes: who waits knows whether this program has cancelled its task (``cancellin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextvars import Context, copy_context
 from decimal import getcontext, setcontext
 from types import CoroutineType
 from typing import Any, Generic, TypeVar, cast
 
 from cdc.cancelling import disregard
+from cdc.errors import Failed
+from cdc.model import Change
+from cdc.routing import Handler
 
 _T = TypeVar("_T")
 
@@ -118,6 +121,24 @@ def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
         if told is error:
             raise
         raise told from error
+
+
+async def call_handler(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
+    """Call an async handler. Returns what single changes of a batch failed with, by seq."""
+    try:
+        await call_async(handler.call, given, *connection)
+    except Failed as failed:
+        return failed.errors
+    return {}
+
+
+def call_handler_here(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
+    """The same for one that is not async."""
+    try:
+        call_here(handler.call, given, *connection)
+    except Failed as failed:
+        return failed.errors
+    return {}
 
 
 def as_exception(error: BaseException) -> BaseException:

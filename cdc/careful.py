@@ -37,7 +37,7 @@ from datetime import datetime
 import psycopg
 
 from cdc import probe
-from cdc.model import SHARDS, Change
+from cdc.model import SHARDS, Change, Suspicion
 from cdc.outbox.shards import Session, Taken
 from cdc.outbox.store import Store
 from cdc.transactions import AskTheTableError
@@ -129,14 +129,14 @@ class Careful:
             self._expose_for(left_s + _PAUSE_S)
         return left_s > 0
 
-    async def suspects(self, change: Change) -> bool:
-        """Ask the table whether the change is one still. False on a lost session, too: nothing is to start there."""
+    async def suspects(self, change: Change) -> Suspicion:
+        """Ask the table whether the change is one still. NONE on a lost session, too: nothing is to start there."""
         assert self._session is not None
         try:
             async with self._session.writing:
                 return await self._store.suspects(self._session.connection, change)
         except psycopg.Error:
-            return False
+            return Suspicion.NONE
 
     async def starts(self, changes: Iterable[Change]) -> None:
         """Write down that these start now. Raises AskTheTableError: one is somebody else's, or the session is lost."""

@@ -143,7 +143,7 @@ class Deliver(_Section):
 
 class Backoff(_Section):
     base: float = Field(1.0, gt=0, description="Seconds: the longest wait before the second attempt; it doubles.")
-    cap: float = Field(300.0, gt=0, description="Seconds: the longest wait before any attempt.")
+    cap: float = Field(1800.0, gt=0, description="Seconds: the longest wait before any attempt.")
 
 
 def _does_not_ask_for_help(text: str) -> str:
@@ -217,7 +217,7 @@ class Settings(_Section):
     transactions: int = Field(10, ge=1, description="Connections for transactional handlers, of each kind.")
     window: int = Field(2000, ge=1, description="Changes held in memory; at least the concurrency.")
     window_bytes: int = Field(33_554_432, ge=1_048_576, description="Bytes of documents held in memory, as JSON.")
-    max_attempts: int = Field(3, ge=1, description="Attempts before a change becomes a dead letter.")
+    max_attempts: int = Field(20, ge=1, description="Attempts before a change becomes a dead letter.")
     max_chain_depth: int = Field(
         16, ge=1, le=10_000, description="Causes a change may have, each written by the handler of the one before."
     )

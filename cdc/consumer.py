@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence, Set
+from collections.abc import AsyncIterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -83,10 +83,7 @@ class ConsumerSettings:
 
 
 class Consumer:
-    """One consumer. ``run`` returns when ``stop`` was called and what ran has been drained.
-
-    ``at_stop`` is called before that: it may cut off what would only wait in vain.
-    """
+    """One consumer. ``run`` returns when ``stop`` was called and what ran has been drained."""
 
     def __init__(
         self,
@@ -97,10 +94,8 @@ class Consumer:
         store: Store,
         hooks: Hooks,
         metrics: Metrics,
-        at_stop: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
-        self._at_stop = at_stop
         self._store = store
         self._hooks = hooks
         self._metrics = metrics
@@ -122,6 +117,7 @@ class Consumer:
             self._lanes, runner, settings.concurrency, connections=settings.transactions, careful=self.careful,
             finished=self._finished, read_anew=self._read_anew,
         )  # fmt: skip
+        runner.breakers.moved = self._workers.breaker_moved
         self._settling = Settling(self._lanes, store, metrics, now=self._now)
         self._balancing = Balancing(self._lanes, self._intake, self.careful, metrics, taken=self._read_anew)
         self._drained = asyncio.Event()
@@ -303,8 +299,6 @@ class Consumer:
         self, session: Session, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]
     ) -> None:
         await self._stopping.wait()
-        if self._at_stop:
-            self._at_stop()
         await self._workers.drain(self._settings.drain_time_s)
         self._drained.set()
         self._settle_due.set()

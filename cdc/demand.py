@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from cdc.breaker import Breaker
 from cdc.model import Change
 from cdc.routing import ANY, Handler, Router
 from cdc.turns import Needs, Turns
@@ -15,10 +18,22 @@ _KINDS_MAX = 10_000
 
 
 class Demand:
-    """``concurrency`` handlers may run at a time, of them ``threads`` in threads; ``transactions``: of each kind."""
+    """``concurrency`` handlers may run at a time, of them ``threads`` in threads; ``transactions``: of each kind.
 
-    def __init__(self, router: Router, *, concurrency: int, threads: int, transactions: int) -> None:
+    ``breakers``: by the names of their handlers.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        concurrency: int,
+        threads: int,
+        transactions: int,
+        breakers: Mapping[str, Breaker] | None = None,
+    ) -> None:
         self._router = router
+        self._breakers = breakers or {}
         self._known: dict[tuple[str, str], Needs] = {}
         types = {entity_type for entity_type, _ in router.handlers}
         self.sole_type = len(types) == 1 and ANY not in types
@@ -34,7 +49,7 @@ class Demand:
         needs = self._known.get(kind)
         if needs is None:
             handler = self._router.match(*kind)
-            needs = _needs(change.entity_type, handler) if handler else Needs(change.entity_type)
+            needs = self._of_handler(change.entity_type, handler) if handler else Needs(change.entity_type)
             if len(self._known) < _KINDS_MAX:
                 self._known[kind] = needs
         return needs
@@ -48,10 +63,10 @@ class Demand:
         handler = self._router.match(*kind)
         return handler is not None and handler.pauses
 
-
-def _needs(entity_type: str, handler: Handler) -> Needs:
-    run = _RUN_MAX if handler.single else 1
-    return Needs(entity_type, handler, _pools(handler), fenced=handler.transactional, run=run)
+    def _of_handler(self, entity_type: str, handler: Handler) -> Needs:
+        run = _RUN_MAX if handler.single else 1
+        breaker = self._breakers.get(handler.name)
+        return Needs(entity_type, handler, _pools(handler), fenced=handler.transactional, run=run, breaker=breaker)
 
 
 def _pools(handler: Handler) -> tuple[str, ...]:

@@ -11,6 +11,7 @@
       ProtocolError              bytes from the server that no decoder understands  (reconnect)
 
     Retry, Discard, Reject       what a handler says by raising them: later; nothing to do; never, a dead letter
+    Unavailable                  what it needs is away: later, and no attempt is counted
     Failed                       the same of some changes of a batch
 
 Each CdcError is one sentence, what happened to what, and a hint: what to do now.
@@ -100,6 +101,24 @@ class Reject(Exception):  # noqa: N818 - see Retry
         super().__init__(reason)
 
 
+class Unavailable(Exception):  # noqa: N818 - see Retry
+    """Raised by a handler: something that it needs is away. No attempt is counted, and the change waits.
+
+    ``retry_after``: seconds until it should be asked again, if that is known. Else the change waits for up to a second,
+    and twice as long each time, up to half a minute. Where changes of several keys meet it in a row, with no success in
+    between, the handler rests: no change of it is called, and then one at a time, until one has succeeded.
+    """
+
+    certain = False
+    """Whether it can be no key's affair: then it needs no others to say the same. For a class derived from this one."""
+
+    def __init__(self, retry_after: float | None = None, reason: str = "") -> None:
+        if retry_after is not None and not 0 <= retry_after < float("inf"):
+            raise ValueError(f"Unavailable(retry_after={retry_after!r}): seconds, 0 or more")
+        super().__init__(reason or "what the handler needs is away")
+        self.retry_after = retry_after
+
+
 class ToldError(Exception):
     """A failed attempt, in our own words. ``told``: for a log, nothing of the row. ``kind``: for the metrics."""
 
@@ -116,7 +135,7 @@ _NAMED = "the handler named it as failed"
 class Failed(Exception):  # noqa: N818 - see Retry
     """Raised by a batch handler: these changes failed, each with its error, and the rest is done.
 
-    An error is an exception, Retry, Discard and Reject too, or a text.
+    An error is an exception, Retry, Discard, Reject and Unavailable too, or a text.
     """
 
     def __init__(self, errors: Mapping[Change, BaseException | str]) -> None:

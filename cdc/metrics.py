@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, values
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from cdc import __version__
+from cdc.breaker import State
 from cdc.connect import driver_versions
+from cdc.figures import Samples, outbox_figures, slot_figures
 from cdc.model import SHARDS, ChangeState
 from cdc.routing import ANY, Router
 from cdc.tallies import CountTally, Distribution, HistogramTally
@@ -35,7 +36,7 @@ NO_HANDLER = "none"
 
 ROLES = ("streaming", "standby", "sweeping", "observing")
 SOURCES = ("wal", "notify", "retry", "sweep")
-OUTCOMES = ("processed", "retried", "discarded", "dead", "interrupted")
+OUTCOMES = ("processed", "retried", "discarded", "dead", "interrupted", "unavailable")
 ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected", "lost")
 REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 """How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""
@@ -104,69 +105,6 @@ class _Histogram(_InMemory, Histogram):
     pass
 
 
-_Samples = list[tuple[tuple[str, ...], float]]
-_Family = GaugeMetricFamily | CounterMetricFamily
-
-
-class _Figures:
-    """Values read from the database in one go: shown together, replaced together, gone together."""
-
-    def __init__(self, *families: Callable[[], _Family]) -> None:
-        self._families = families
-        self._shown: Mapping[str, _Samples] = {}
-
-    def show(self, figures: Mapping[str, _Samples]) -> None:
-        """Replaced whole, by one assignment: a scrape in another thread sees one reading or the other."""
-        self._shown = figures
-
-    def describe(self) -> list[_Family]:
-        return [family() for family in self._families]
-
-    def collect(self) -> Iterable[Metric]:
-        shown = self._shown
-        for family in self.describe():
-            for labels, value in shown.get(family.name, ()):
-                family.add_metric(labels, value)
-            yield family
-
-
-def _figure(name: str, text: str, *labels: str) -> Callable[[], _Family]:
-    return partial(GaugeMetricFamily, name, text, labels=labels)
-
-
-def _slot_figures() -> _Figures:
-    return _Figures(
-        _figure("cdc_slot_present", "1 if the slot exists.", "slot"),
-        _figure("cdc_slot_active", "1 if somebody reads the slot.", "slot"),
-        _figure("cdc_slot_wal_status", "State of the slot's WAL; 1 for the one it is in.", "slot", "wal_status"),
-        _figure("cdc_slot_retained_wal_bytes", "WAL the server keeps for the slot.", "slot"),
-        _figure("cdc_slot_confirmed_lag_bytes", "WAL the reader has not confirmed.", "slot"),
-        _figure("cdc_slot_safe_wal_bytes", "WAL that may be written before the slot is lost.", "slot"),
-        _figure(
-            "cdc_slot_catalog_xmin_age_transactions", "How far the slot holds back vacuum of the catalogs.", "slot"
-        ),
-        # The server counts it, so it is read, not counted here. The client appends _total.
-        partial(CounterMetricFamily, "cdc_slot_spilled_bytes", "Bytes that decoding wrote to disk.", labels=("slot",)),
-    )
-
-
-def _outbox_figures() -> _Figures:
-    return _Figures(
-        _figure("cdc_outbox_changes", "Unprocessed changes, counted up to a bound.", "state"),
-        _figure("cdc_outbox_oldest_ready_age_seconds", "Age of the oldest change that could run now; 0 if none."),
-        _figure("cdc_outbox_table_bytes", "Size of entity_changes with indexes and TOAST."),
-        _figure("cdc_outbox_dead_tuples", "Row versions of entity_changes that vacuum has not removed."),
-        _figure(
-            "cdc_outbox_blocked_keys", "Keys held back by a waiting change or a pausing dead letter, up to a bound."
-        ),
-        _figure(
-            "cdc_outbox_unhandled_changes",
-            "Fresh changes of types that no handler of this consumer wants, up to a bound.",
-        ),
-        _figure("cdc_notify_queue_usage_ratio", "How full the server's queue of notifications is."),
-    )
-
-
 class Metrics:
     """The metrics of one consumer, in ``registry``. Attributes carry the names without ``cdc_`` and unit.
 
@@ -185,7 +123,7 @@ class Metrics:
         self._lanes_and_shards()
         self._handlers(handlers, router)
         self._observer(handlers)
-        self._slot_figures, self._outbox_figures = _slot_figures(), _outbox_figures()
+        self._slot_figures, self._outbox_figures = slot_figures(), outbox_figures()
         self.registry.register(self._slot_figures)
         self.registry.register(self._outbox_figures)
 
@@ -212,15 +150,22 @@ class Metrics:
         self.transaction_connections.labels(kind, "idle").set(idle)
         self.transaction_waiting.labels(kind).set(wanted)
 
+    def set_breaker(self, handler: str, state: State) -> None:
+        """The handler's breaker is in this state from now on."""
+        for each in State:
+            self.handler_breaker.labels(handler, each.value).set(each is state)
+
     def task_ended(self, name: str) -> None:
         """One of TASKS has ended."""
         self.task_ends.labels(name).inc()
 
-    def delivers(self) -> None:
-        """This consumer delivers to an application over HTTP: only then there are figures of it."""
-        self.delivery_up = self._gauge(
-            "cdc_delivery_up", "1 while the application takes connections, 0 while changes wait for it."
-        )
+    def delivers(self, up: Callable[[], bool]) -> None:
+        """This consumer delivers to an application over HTTP: only then there are figures of it.
+
+        ``up``: asked at each scrape, in its thread.
+        """
+        delivery_up = self._gauge("cdc_delivery_up", "1 while the application is there, 0 while changes wait for it.")
+        delivery_up.set_function(up)
         self.delivery_requests = self._counter("cdc_delivery_requests", "Requests, by how they ended.", "result")
         _start(self.delivery_requests, REQUESTS)
         self.delivered = cache(self.delivery_requests.labels)
@@ -272,7 +217,7 @@ class Metrics:
             "cdc_slot_catalog_xmin_age_transactions": catalog_xmin_age,
             "cdc_slot_spilled_bytes": spilled_bytes,
         }
-        shown: dict[str, _Samples] = {
+        shown: dict[str, Samples] = {
             name: [((self._slot,), value)] for name, value in figures.items() if value is not None
         }
         if wal_status is not None:
@@ -401,7 +346,7 @@ class Metrics:
         _start(self.lanes_changes, ("running", "queued", "settling"))
         _start(self.shard_moves, ("acquired", "released", "lost"))
 
-    def _handlers(self, handlers: Iterable[str], router: Router) -> None:
+    def _handlers(self, handlers: Sequence[str], router: Router) -> None:
         self.changes_handled = CountTally(
             "cdc_changes_handled", "Attempts, by how they ended.", "entity_type", "handler", "outcome"
         )
@@ -409,6 +354,14 @@ class Metrics:
         self.handler_duration = HistogramTally(
             "cdc_handler_duration_seconds", "Run time of a handler.", _HANDLER_S, "handler"
         )
+        self.handler_breaker = self._gauge(
+            "cdc_handler_breaker",
+            "The circuit breaker of a handler, not closed while what it needs is away; 1 for its state.",
+            "handler",
+            "state",
+        )
+        for handler in handlers:
+            self.set_breaker(handler, State.CLOSED)
         self.settle_duration = self._distribution("cdc_settle_duration_seconds", "One batched settle.", _CALL_S)
         self.settle_changes = self._distribution("cdc_settle_changes", "Changes in one settle.", _BATCH)
         self.transaction_connections = self._gauge(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from datetime import datetime
 from decimal import Decimal
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from uuid import UUID
@@ -205,6 +205,14 @@ def former_trigger_name(schema: str) -> str:
     return trigger_name(schema, FORMER_TRIGGER)
 
 
+class Suspicion(IntEnum):
+    """Whether a change's process ended while its handler ran. AGAIN: the time before as well, and so it ran alone."""
+
+    NONE = 0
+    ONCE = 1
+    AGAIN = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Processed:
     """The handler returned."""
@@ -238,10 +246,14 @@ class Discarded:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The attempt failed; the next one is due ``delay_s`` seconds after the settle."""
+    """The attempt failed; the next one is due ``delay_s`` seconds after the settle.
+
+    ``counted``: it is one of those that a change has; else what the handler needs was away.
+    """
 
     delay_s: float
     error: str
+    counted: bool = True
     holds_key: ClassVar[bool] = True
 
 

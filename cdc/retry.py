@@ -9,16 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _DOUBLINGS_MAX = 63  # beyond it the ceiling is the cap for any sane base; and 2.0**2000 overflows
-_WAIT_MAX_S = 10 * 366 * 86_400.0  # PostgreSQL refuses intervals far beyond it, and a settle must not fail
+WAIT_MAX_S = 10 * 366 * 86_400.0  # PostgreSQL refuses intervals far beyond it, and a settle must not fail
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """``max_attempts`` counts the first one. ``base_s``: ceiling after the first failure; ``cap_s``: the highest."""
+    """``max_attempts`` counts the first one. ``base_s``: ceiling after the first failure; ``cap_s``: the highest.
 
-    max_attempts: int = 3
+    By default all attempts together span two hours and a quarter on the average, and twice that at most.
+    """
+
+    max_attempts: int = 20
     base_s: float = 1.0
-    cap_s: float = 300.0
+    cap_s: float = 1_800.0
 
 
 def ceiling_s(policy: Policy, attempt: int) -> float:
@@ -34,4 +37,4 @@ def delay_s(policy: Policy, attempt: int, fraction: float, after_s: float | None
     if attempt >= policy.max_attempts:
         return None
     # A float also where the handler gave an int: psycopg refuses an array of both, and with it a whole settle.
-    return float(min(ceiling_s(policy, attempt) * fraction if after_s is None else after_s, _WAIT_MAX_S))
+    return float(min(ceiling_s(policy, attempt) * fraction if after_s is None else after_s, WAIT_MAX_S))

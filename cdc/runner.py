@@ -10,12 +10,14 @@
                        ├─ raises Discard ────────> Discarded
                        ├─ raises Reject ─────────> Dead
                        ├─ raises Retry, fails ───> Waiting, or Dead after the last attempt
+                       ├─ raises Unavailable ────> Waiting, not counted; no outcome while the handler rests
                        ├─ fate not known here ───> AskTheTableError: no outcome, the key is read anew
                        └─ cut off by a stop, or with the session ──> CancelledError: no outcome, no attempt counted
 
 A batch goes the same way as one call. Of what it raises, ``Failed`` names the changes it is about; ``Retry``,
-``Discard``, ``Reject`` and the time limit are about all of them. Any other error is the fault of one of them, and
-nobody knows of which: so they are called one by one, at once, and a key ends where one of its changes failed.
+``Unavailable``, ``Discard``, ``Reject`` and the time limit are about all of them. Any other error is the fault of one
+of them, and nobody knows of which: so they are called one by one, at once, and a key ends where one of its changes
+failed. Where one of these finds away what it needs, the rest stay as they were.
 
 Changes of a transactional handler may share a transaction, each with its own call. If one of these fails, all are
 rolled back and run one by one as well; only when the handler has ended the transaction, nobody knows what of the others
@@ -40,21 +42,32 @@ from typing import Any, NamedTuple, cast
 from pydantic import TypeAdapter
 
 from cdc import probe
-from cdc.calls import Begun, begin, call_async, call_here
+from cdc.calls import Begun, begin, call_handler, call_handler_here, call_here
 from cdc.cancelling import is_being_cancelled
-from cdc.errors import Discard, Failed, Reject, Retry
+from cdc.errors import Discard, Failed, Reject, Retry, Unavailable
 from cdc.grouping import Grouping
 from cdc.journal import Finished
 from cdc.limits import Limit, OverrunError
 from cdc.losses import LOSSES_MAX, SESSIONS_MAX, Losses, pause_s
 from cdc.metrics import NO_HANDLER, Metrics
-from cdc.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Waiting, fast_make
+from cdc.model import (
+    Change,
+    Committed,
+    Dead,
+    Discarded,
+    Key,
+    Outcome,
+    Processed,
+    Skipped,
+    Suspicion,
+    Waiting,
+    fast_make,
+)  # fmt: skip
 from cdc.routing import Handler, Router
 from cdc.threads import Job, Threads
 from cdc.transactions import (
     AskTheTableError,
     EndedTransactionError,
-    Errors,
     InTheWayError,
     LostTransactionError,
     MixedCausesError,
@@ -65,11 +78,8 @@ from cdc.verdict import LostTooOftenError, TooDeepError, Verdict
 
 log = logging.getLogger("cdc.handlers")
 
-_NONE: Errors = {}
-_ABOUT_ALL = (Retry, Discard, Reject, OverrunError, EndedTransactionError)
+_ABOUT_ALL = (Retry, Unavailable, Discard, Reject, OverrunError, EndedTransactionError)
 """What a batch raises that is not the fault of one of its changes."""
-
-
 _AT_ONCE_S = 0.005
 """Calls in a row, before the event loop goes on with something else."""
 
@@ -112,6 +122,8 @@ class Runner:
         self._router = router
         self._scope = router.scope
         self._verdict = verdict
+        self.breakers = verdict.breakers
+        self._troubled = self.breakers.troubled
         self._timeout_s = timeout_s
         self._limits = {
             seconds: Limit(seconds, self._ignored)
@@ -138,9 +150,9 @@ class Runner:
         return self._router.match(change.entity_type, change.operation)
 
     def group_limit(self, handler: Handler) -> int:
-        """How many changes may share the handler's next transaction."""
+        """How many changes may share the handler's next transaction: one, where it only finds out."""
         grouping = self._groupings.get(handler.name)
-        return grouping.limit if grouping else 1
+        return grouping.limit if grouping and not self.breakers.of[handler.name].shut else 1
 
     def in_thread(self, change: Change) -> bool:
         """Whether its handler is at work in a thread, where it can be cut off no more."""
@@ -156,10 +168,11 @@ class Runner:
         """Nothing more is to start of what is under way."""
         self._sessions_lost += 1
 
-    def after_crash(self, change: Change) -> Outcome | None:
+    def after_crash(self, change: Change, suspicion: Suspicion) -> Outcome | None:
         """The outcome of a change whose attempts have all ended with their process; None: it is to run."""
         handler = self.handler(change)
-        return self._verdict.after_crash(handler, change) if handler else None
+        again = suspicion is Suspicion.AGAIN
+        return self._verdict.after_crash(handler, change, again=again) if handler else None
 
     def pause_s(self, change: Change) -> float:
         """Seconds to wait before what was lost runs again."""
@@ -213,7 +226,9 @@ class Runner:
             outcomes |= await self._attempt(handler, changes, given, started)
             self._took(handler, changes, time.monotonic() - started)
         for change, outcome in outcomes.items():
-            self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
+            self._count(handler, change, outcome)
+        if self._troubled and any(isinstance(outcome, Processed | Committed) for outcome in outcomes.values()):
+            self.breakers.succeeded(handler.name)
         probe.here("run.after_handler")
         return outcomes
 
@@ -251,31 +266,43 @@ class Runner:
             self._losses.forget(finished.change for finished in done)
             self._durations[handler.name].observe_each(seconds)
             self._metrics.handled(done[0].change.entity_type, handler.name, "processed", len(done))
+            if self._troubled:
+                self.breakers.succeeded(handler.name)
             probe.here("run.after_handler")
         return done, unfinished
 
-    async def go_on(self, handler: Handler, unfinished: Unfinished) -> Outcome:
-        """The rest of an attempt that was begun. Only a cancellation leaves as an exception."""
+    async def go_on(self, handler: Handler, unfinished: Unfinished) -> Outcome | None:
+        """The rest of an attempt that was begun. Only a cancellation leaves as an exception. None: as in ``run``."""
         change, call = unfinished
-        outcome: Outcome = _PROCESSED
+        failure: BaseException | None = None
         session = self._sessions_lost
         try:
             await self._limit(handler).go_on(call)
         except Failed as failed:
-            if error := failed.errors.get(change.seq):
-                outcome = self._verdict.on(handler, change, error, time.monotonic() - call.started)
+            failure = failed.errors.get(change.seq)
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 self._ended([change], session)
                 raise
-            outcome = self._verdict.on(handler, change, error, time.monotonic() - call.started)
+            failure = error
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
-            outcome = self._verdict.on(handler, change, error, time.monotonic() - call.started)
+            failure = error
         self._ended([change], session)
-        self._durations[handler.name].observe(time.monotonic() - call.started)
-        self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
+        took_s = time.monotonic() - call.started
+        self._durations[handler.name].observe(took_s)
+        outcome: Outcome | None = _PROCESSED
+        if failure is not None:
+            outcome = self._verdict.of_call(handler, [change], {change.seq: failure}, took_s).get(change)
+        elif self._troubled:
+            self.breakers.succeeded(handler.name)
+        if outcome is not None:
+            self._count(handler, change, outcome)
         probe.here("run.after_handler")
         return outcome
+
+    def _count(self, handler: Handler, change: Change, outcome: Outcome) -> None:
+        if not _is_away(outcome):  # which has been counted with its call
+            self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
 
     def _refuse(
         self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
@@ -346,13 +373,8 @@ class Runner:
         done: Outcome = Committed(ran.at) if ran.at else _PROCESSED
         if not ran.errors:
             return dict.fromkeys(changes, done)
-        took_s = time.monotonic() - started
-        return {
-            change: self._verdict.on(handler, change, ran.errors[change.seq], took_s)
-            if change.seq in ran.errors
-            else done
-            for change in changes
-        }
+        failed = self._verdict.of_call(handler, changes, ran.errors, time.monotonic() - started)
+        return {change: done for change in changes if change.seq not in ran.errors} | failed
 
     def _ended(self, changes: Sequence[Change], session: int) -> None:
         """Their call has, by itself or cut off, which began in this session: if that was lost, so is the outcome."""
@@ -392,20 +414,21 @@ class Runner:
                 break  # one in a thread could not be cut off; the next need not start
             if change.key not in held:
                 outcomes |= await self._attempt(handler, [change], [one], time.monotonic())
+                outcome = outcomes.get(change)
+                if outcome is None or _is_away(outcome):
+                    break  # what one of them needs the others need as well, and each might take its time to say so
                 # What a transactional one leaves to the settle is not marked yet when its successor would be.
-                if outcomes[change].holds_key or (
-                    handler.transactional and not isinstance(outcomes[change], Committed)
-                ):
+                if outcome.holds_key or (handler.transactional and not isinstance(outcome, Committed)):
                     held.add(change.key)
         return outcomes
 
     async def _call(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
         limit = self._limit(handler)
         if handler.transactional:
-            calls = [partial(_on_loop, handler, part) for part in _calls(handler, given)]
+            calls = [partial(call_handler, handler, part) for part in _calls(handler, given)]
             running = self._transactions.run(changes, calls, causes=self._names_causes(handler))
             return await limit.call(running)
-        return Ran(await limit.call(_on_loop(handler, given)))
+        return Ran(await limit.call(call_handler(handler, given)))
 
     def _ignored(self, task: asyncio.Task[Any]) -> None:
         changes = self.tasks.get(task)
@@ -431,9 +454,9 @@ class Runner:
 
         def call() -> Ran:
             if handler.transactional:
-                calls = [partial(_in_thread, handler, part) for part in _calls(handler, given)]
+                calls = [partial(call_handler_here, handler, part) for part in _calls(handler, given)]
                 return self._transactions.run_in_thread(changes, calls, causes=causes)
-            return Ran(_in_thread(handler, given))
+            return Ran(call_handler_here(handler, given))
 
         def overran() -> None:
             self._verdict.count(handler, "timeout")
@@ -450,29 +473,13 @@ class Runner:
             del self._jobs[changes[0].seq]
 
 
+def _is_away(outcome: Outcome) -> bool:
+    return isinstance(outcome, Waiting) and not outcome.counted
+
+
 def _calls(handler: Handler, given: Sequence[Change]) -> list[Sequence[Change]]:
     """What each call of the handler gets: a batch all at once."""
     return [given] if handler.batch else [[change] for change in given]
-
-
-async def _on_loop(handler: Handler, given: Sequence[Change], *connection: Any) -> Errors:
-    try:
-        await call_async(handler.call, given, *connection)
-    except Failed as failed:
-        return failed.errors
-    except asyncio.CancelledError as error:
-        if is_being_cancelled():
-            raise _CutOffError from error
-        raise
-    return _NONE
-
-
-def _in_thread(handler: Handler, given: Sequence[Change], *connection: Any) -> Errors:
-    try:
-        call_here(handler.call, given, *connection)
-    except Failed as failed:
-        return failed.errors
-    return _NONE
 
 
 def _call_with_model(function: Callable[..., Any], adapter: TypeAdapter[Any], change: Change) -> Any:

@@ -4,7 +4,7 @@ The keys of one entity type and handler stand in one queue, in the order in whic
 turns, with one key each, or a run of several where calls of the handler may be over at once. A start takes a slot, and
 a place in each pool that its handler draws on (threads, connections): all by quota, so that handlers that hang leave
 slots, threads and connections to the others. What would have to wait for a place in a pool does not start, and holds no
-slot meanwhile.
+slot meanwhile. Nor does what its handler's breaker holds back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from math import ceil
 from typing import NamedTuple
 
+from cdc.breaker import Breaker
 from cdc.model import Change, Key
 from cdc.quota import Quota
 
@@ -25,7 +26,8 @@ _UNBOUNDED = 1 << 30
 class Needs(NamedTuple):
     """What a change needs to start: a slot, and a place in each of these pools, on the account of type and handler.
 
-    ``fenced``: those of its key before it have settled. ``run``: so many may start at a time.
+    ``fenced``: those of its key before it have settled. ``run``: so many may start at a time. ``breaker``: of the
+    handler.
     """
 
     entity_type: str
@@ -33,6 +35,7 @@ class Needs(NamedTuple):
     pools: tuple[str, ...] = ()
     fenced: bool = False
     run: int = 1
+    breaker: Breaker | None = None
 
 
 class Turns:
@@ -46,6 +49,8 @@ class Turns:
         self._queues: OrderedDict[Needs, deque[Key]] = OrderedDict()
         """Who was served last stands last."""
         self._started: dict[Change, Needs] = {}
+        self._trials: dict[Change, Breaker] = {}
+        """What was let through by a breaker that is shut."""
 
     @property
     def ready(self) -> int:
@@ -97,10 +102,18 @@ class Turns:
         self._slots.take(needs, len(changes))
         for pool in needs.pools:
             self._pools[pool].take(needs, len(changes))
+        if needs.breaker is not None and needs.breaker.shut:
+            needs.breaker.trial(len(changes))
+            self._trials.update(dict.fromkeys(changes, needs.breaker))
 
     def ended(self, changes: Iterable[Change]) -> None:
         """Their places are free again. Nothing happens for one that held none: it ran in the batch of another."""
         alike, places = None, 0
+        if self._trials:
+            changes = list(changes)
+            for change in changes:
+                if breaker := self._trials.pop(change, None):
+                    breaker.trial(-1)
         for change in changes:
             needs = self._started.pop(change, None)
             if needs is not alike:
@@ -113,12 +126,16 @@ class Turns:
         self._queues.clear()
 
     def _admits(self, needs: Needs) -> bool:
-        if not self._slots.admits(needs):
+        if not self._slots.admits(needs) or (
+            needs.breaker is not None and needs.breaker.shut and not needs.breaker.room
+        ):
             return False
         return not needs.pools or all(self._pools[pool].admits(needs) for pool in needs.pools)
 
     def _room(self, needs: Needs) -> int:
         room = self._slots.room(needs)
+        if needs.breaker is not None and needs.breaker.shut:
+            room = min(room, needs.breaker.room)
         return min([room, *(self._pools[pool].room(needs) for pool in needs.pools)]) if needs.pools else room
 
     def _give(self, needs: Needs | None, places: int) -> None:

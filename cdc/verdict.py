@@ -5,28 +5,35 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from uuid import UUID
 
 from pydantic import ValidationError
 
+from cdc.breakers import Breakers
 from cdc.calls import EscapedError
-from cdc.errors import Discard, Reject, Retry, ToldError
+from cdc.errors import Discard, Reject, Retry, ToldError, Unavailable
 from cdc.frames import Trace, class_name, trace
 from cdc.hooks import Hooks
 from cdc.logs import in_message
+from cdc.losses import Losses
 from cdc.metrics import Metrics
 from cdc.model import Change, Dead, Discarded, Outcome, UnreadableDocumentError, Waiting
-from cdc.retry import Policy, delay_s
+from cdc.retry import WAIT_MAX_S, Policy, ceiling_s, delay_s
 from cdc.routing import Handler
-from cdc.transactions import EndedTransactionError, LostTransactionError
+from cdc.transactions import EndedTransactionError, Errors, LostTransactionError
 
 log = logging.getLogger("cdc.handlers")
 
 _ERROR_LENGTH_MAX = 2_000
 """Of last_error, without the frames: an error text may quote payload, and must not outgrow the row it is about."""
+
+
+_CRASHES_MAX = 3
+_AWAY_CAP_S = 30.0
+"""The longest wait of a change whose handler finds away what it needs, and does not rest."""
 
 
 class CrashedError(ToldError):
@@ -84,7 +91,7 @@ class Failure:
 class Verdict:
     """``policy`` holds where a handler names no attempts of its own; ``dice`` draws the jitter.
 
-    ``failed`` hears of each failure.
+    ``failed`` hears of each failure, ``breakers`` of how each call ended.
     """
 
     def __init__(
@@ -94,6 +101,7 @@ class Verdict:
         *,
         hooks: Hooks,
         metrics: Metrics,
+        breakers: Breakers,
         failed: Callable[[Failure], None] | None = None,
         dice: Callable[[], float] = random.random,
     ) -> None:
@@ -101,6 +109,8 @@ class Verdict:
         self._policies = {h.name: replace(policy, max_attempts=h.max_attempts) for h in handlers if h.max_attempts}
         self._hooks = hooks
         self._metrics = metrics
+        self.breakers = breakers
+        self._away = Losses()
         self._failed = failed
         self._dice = dice
 
@@ -109,6 +119,10 @@ class Verdict:
         if isinstance(error, EscapedError):
             error = error.error
         read = _read(handler, error)
+        if read.answers:
+            self.breakers.succeeded(handler.name)
+        else:
+            self.breakers.failed(handler.name)
         if read.discards:
             return Discarded(read.text)
         if read.kind:
@@ -136,11 +150,61 @@ class Verdict:
         )  # fmt: skip
         return Waiting(wait_s, read.text)
 
-    def after_crash(self, handler: Handler, change: Change) -> Outcome | None:
-        """The process of the attempt before has ended. None: there are attempts left."""
+    def of_call(
+        self, handler: Handler, changes: Sequence[Change], errors: Errors, took_s: float | None
+    ) -> dict[Change, Outcome]:
+        """The outcomes of the changes of a call that failed, each with its error. None of one: it stays as it was."""
+        outcomes: dict[Change, Outcome] = {}
+        away: dict[int, tuple[Unavailable, list[Change]]] = {}
+        for change in changes:
+            error = errors.get(change.seq)
+            if error is not None and issubclass(type(error), Unavailable):
+                away.setdefault(id(error), (cast("Unavailable", error), []))[1].append(change)
+            elif error is not None:
+                outcomes[change] = self.on(handler, change, error, took_s)
+        for unavailable, these in away.values():
+            outcomes |= self._unavailable(handler, these, unavailable)
+        return outcomes
+
+    def _unavailable(self, handler: Handler, changes: Sequence[Change], error: Unavailable) -> dict[Change, Outcome]:
+        """The outcomes of the changes of a call that found away what it needs. None of one: it stays as it was."""
+        read = _read(handler, error)
+        certain = error.certain is True
+        rests = self.breakers.unavailable(
+            handler.name, changes[0].key, read.told, certain=certain, after_s=read.after_s or 0.0
+        )
+        outcomes: dict[Change, Outcome] = {}
+        for change in changes:
+            self._metrics.handled(change.entity_type, handler.name, "unavailable")
+            if read.after_s is None and rests:
+                continue
+            outcomes[change] = Waiting(self._away_s(handler, change, read.after_s), read.text, counted=False)
+        if outcomes:
+            change = next(iter(outcomes))
+            fields = _fields(handler, change, change.attempt, "unavailable", read.trace)
+            log.info(
+                "handler %s: %s; change %s of %s and %d more wait, and no attempt is counted",
+                handler.name, read.told, change.id, change.entity_type, len(outcomes) - 1, extra=in_message(fields),
+            )  # fmt: skip
+        return outcomes
+
+    def _away_s(self, handler: Handler, change: Change, after_s: float | None) -> float:
+        if after_s is not None:
+            return min(after_s, WAIT_MAX_S)
         policy = self._policies.get(handler.name, self._policy)
-        if change.attempt > policy.max_attempts:
-            return self.on(handler, change, CrashedError(handler, policy.max_attempts))
+        ceiling = ceiling_s(replace(policy, cap_s=min(policy.cap_s, _AWAY_CAP_S)), self._away.add([change]))
+        return ceiling * self._dice()
+
+    def after_crash(self, handler: Handler, change: Change, *, again: bool = False) -> Outcome | None:
+        """The process of the attempt before has ended. None: there are attempts left.
+
+        ``again``: that one was made alone, so that the change is to blame. Such a one has a few attempts only, whatever
+        the policy grants others: each ends the work of all.
+        """
+        policy = self._policies.get(handler.name, self._policy)
+        limit = min(policy.max_attempts, _CRASHES_MAX) if again else policy.max_attempts
+        if change.attempt > limit:
+            return self.on(handler, change, CrashedError(handler, limit))
         self.count(handler, "crash")
         log.info(
             "handler %s: the process ended while change %s of %s was running; attempt %d of %d is made alone",
@@ -159,7 +223,8 @@ class _Read(NamedTuple):
 
     ``kind``: for the metric; None: a deliberate Retry is not an error. ``told``: for a log. ``text``: for last_error.
     ``trace``: where it came from.
-    ``final``: no other attempt can succeed. ``after_s``: what the handler asks for.
+    ``final``: no other attempt can succeed. ``after_s``: what the handler asks for. ``answers``: what the handler needs
+    was there, for it has decided.
     """
 
     kind: str | None
@@ -169,16 +234,18 @@ class _Read(NamedTuple):
     final: bool = False
     after_s: float | None = None
     discards: bool = False
+    answers: bool = False
 
 
 _FINAL = (
-    Reject, ValidationError, UnreadableDocumentError, EndedTransactionError, TooDeepError, LostTooOftenError
+    Reject, ValidationError, UnreadableDocumentError, EndedTransactionError, TooDeepError, LostTooOftenError,
+    CrashedError,
 )  # fmt: skip
 """What does not fit, cannot be read, or is too deep, will be so the next time; what was committed without its mark
-would be done twice; and of what was lost the attempts are used up."""
+would be done twice; and of what was lost, or ended with its process, the attempts are used up."""
 
 
-_DELIBERATE = (Reject, Retry, ToldError, EndedTransactionError)
+_DELIBERATE = (Reject, Retry, Unavailable, ToldError, EndedTransactionError)
 """What says itself what it is about: last_error has it without the frames."""
 
 
@@ -187,12 +254,13 @@ def _read(handler: Handler, error: BaseException) -> _Read:
     found = trace(error, handler.function)
     try:
         if isinstance(error, Discard):
-            return _Read(None, "", _cut(str(error)), found, discards=True)
-        after_s = _seconds(error.after) if isinstance(error, Retry) else None
+            return _Read(None, "", _cut(str(error)), found, discards=True, answers=True)
+        after_s = _seconds(_asked(error))
         text = _cut(_text(handler, error))
         if not isinstance(error, _DELIBERATE) and (found.own or not isinstance(error, ValidationError)):
             text += _lines(found)
-        return _Read(_kind(error), _told(error, found), text, found, isinstance(error, _FINAL), after_s)
+        final, answers = isinstance(error, _FINAL), isinstance(error, Retry | Reject)
+        return _Read(_kind(error), _told(error, found), text, found, final, after_s, answers=answers)
     except BaseException as unreadable:  # noqa: BLE001 - what a method of the error raises must not take its outcome away
         text = f"{found.error}, and its text cannot be read: {class_name(unreadable)}"
         return _Read("exception", str(found), _cut(text) + _lines(found), found)
@@ -220,6 +288,15 @@ def _fields(handler: Handler, change: Change, attempt: int, outcome: str, found:
     }
 
 
+def _asked(error: BaseException) -> object:
+    match error:
+        case Retry():
+            return error.after
+        case Unavailable():
+            return error.retry_after
+    return None
+
+
 def _seconds(after: object) -> float | None:
     """None where it is none: the class checks it, and may be derived from."""
     return float(after) if isinstance(after, int | float) and 0 <= after < float("inf") else None
@@ -229,7 +306,7 @@ def _kind(error: BaseException) -> str | None:
     match error:
         case ToldError():
             return error.kind
-        case Retry():
+        case Retry() | Unavailable():
             return None
         case Reject():
             return "rejected"
@@ -245,13 +322,14 @@ def _told(error: BaseException, found: Trace) -> str:
             return error.told
         case EndedTransactionError() | UnreadableDocumentError():
             return str(error)
-        case Reject():
-            return "rejected it"
-        case ValidationError():
-            return "the row does not fit the model"
-        case Retry():
-            return "asked for another try"
-    return str(found)
+        case Unavailable():
+            return f"what it needs is away ({found})"
+    own_words = {
+        Reject: "rejected it",
+        ValidationError: "the row does not fit the model",
+        Retry: "asked for another try",
+    }
+    return next((words for kind, words in own_words.items() if isinstance(error, kind)), str(found))
 
 
 def _text(handler: Handler, error: BaseException) -> str:
@@ -261,6 +339,8 @@ def _text(handler: Handler, error: BaseException) -> str:
             return f"rejected: {error}"
         case ToldError() | Retry() | EndedTransactionError() | UnreadableDocumentError():
             return str(error)
+        case Unavailable():
+            return f"unavailable: {error}"
         case ValidationError():
             faults = error.errors(include_input=False, include_url=False, include_context=False)
             told = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'row'}: {fault['msg']}" for fault in faults)

@@ -105,6 +105,13 @@ class Workers:
             self._unstarted.add(task)
             task.add_done_callback(self._ended)
 
+    def breaker_moved(self) -> None:
+        """The breaker of a handler has opened, lets a call through, or has closed."""
+        handler = self._runner.handler(self._started[0]) if self._started else None
+        while handler and self._started and self._runner.breakers.rests(handler.name):
+            self._leave([self._started.popleft()])
+        self.hand_out()
+
     def settled(self) -> None:
         """Some of the outcomes are in the table."""
         self._settled.set()
@@ -195,7 +202,10 @@ class Workers:
         except Exception as error:  # noqa: BLE001 - see _bug
             outcome = self._bug(handler, [change], error)[change]
         self._tasks[task] = []
-        self._report([Finished(change, outcome)])
+        if outcome is None:
+            self._leave([change])
+        else:
+            self._report([Finished(change, outcome)])
 
     async def _attend_next(self, task: asyncio.Task[None], handler: Handler | None) -> None:
         change = self._started.popleft()
@@ -237,7 +247,7 @@ class Workers:
             return
         except Exception as error:  # noqa: BLE001 - see _bug
             outcomes = self._bug(handler, batch, error)
-        self._careful.ended(batch)
+        self._careful.ended([one for one in batch if one in outcomes])
         self._judged(batch, outcomes)
 
     async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
@@ -323,10 +333,10 @@ class Workers:
         task = asyncio.current_task()
         assert task is not None
         async with self._alone:
-            if self._stopping.is_set() or not await self._careful.suspects(change):
+            if self._stopping.is_set() or not (suspicion := await self._careful.suspects(change)):
                 return
             self._aside[task] = None
-            if outcome := self._runner.after_crash(change):
+            if outcome := self._runner.after_crash(change, suspicion):
                 self._judged([change], {change: outcome})
             else:
                 await self._attend(self._runner.handler(change), [change])

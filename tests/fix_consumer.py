@@ -22,6 +22,8 @@ from tests.eventually import eventually
 from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent
+MAX_ATTEMPTS = 3
+"""Unless a test says otherwise: by default a change is dead after some hours only."""
 
 
 def slot_name() -> str:
@@ -33,7 +35,8 @@ async def consuming(
     dsn: str, router: Router | None, limits: Limits | None = None, **settings: Any
 ) -> AsyncIterator[App]:
     """A consumer beside the test. Leaves by draining; what ended it early is raised."""
-    app = App(config.from_options({"dsn": dsn, "http_port": 0, "slot_name": slot_name(), **settings}), router, limits)
+    always = {"dsn": dsn, "http_port": 0, "slot_name": slot_name(), "max_attempts": MAX_ATTEMPTS}
+    app = App(config.from_options({**always, **settings}), router, limits)
     work = asyncio.create_task(app.run())
     try:
         yield app
@@ -68,7 +71,7 @@ class Process:
         **settings: Any,
     ) -> None:
         self._log = log
-        settings = {"slot_name": "cdc_test", "http_port": 0, **settings}
+        settings = {"slot_name": "cdc_test", "http_port": 0, "max_attempts": MAX_ATTEMPTS, **settings}
         if "deliver_to" not in settings:
             settings["handlers"] = handlers
         named = [item for name, value in settings.items() for item in (f"--{name.replace('_', '-')}", str(value))]

@@ -1,8 +1,12 @@
 """What an application's answer means for the change it was given. Pure.
 
-    2xx                       done
-    408, 425, 429, and 5xx    again later, not before Retry-After
-    3xx, 410 and other 4xx    dead: the same request would be answered so again
+    2xx                        done
+    502, 503, 504              away: nobody has looked at the change, no attempt is counted
+    400, 410, 413, 415, 422    dead: the same request would be answered so again
+    any other                  again later, not before Retry-After
+
+A redirect is not followed. That, a path that is not there and a secret that is refused are mended where the application
+or the consumer is set up, and then the same request is taken.
 
 Of a batch, some of these speak of the application's state and so of all that is in it. Any other may be the fault of
 one of its changes, and then they are sent one by one, which tells of which.
@@ -16,8 +20,9 @@ from email.utils import parsedate_to_datetime
 from enum import Enum, auto
 from http import HTTPStatus
 
-_LATER = (408, 425, 429)
-_ABOUT_ALL = (*_LATER, 502, 503, 504)
+AWAY = (502, 503, 504)
+DEAD = (400, 410, 413, 415, 422)
+_ABOUT_ALL = (*AWAY, 408, 425, 429)
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 _TEXT_MAX = 1_000
 _RETRY_AFTER_MAX_S = 86_400.0
@@ -26,6 +31,7 @@ _RETRY_AFTER_MAX_S = 86_400.0
 
 class Meaning(Enum):
     DONE = auto()
+    AWAY = auto()
     LATER = auto()
     DEAD = auto()
 
@@ -40,12 +46,11 @@ class Answer:
 
     @property
     def meaning(self) -> Meaning:
-        match self.status // 100:
-            case 2:
-                return Meaning.DONE
-            case 3 | 4 if self.status not in _LATER:
-                return Meaning.DEAD
-        return Meaning.LATER
+        if self.status // 100 == 2:
+            return Meaning.DONE
+        if self.status in AWAY:
+            return Meaning.AWAY
+        return Meaning.DEAD if self.status in DEAD else Meaning.LATER
 
     @property
     def about_all(self) -> bool:

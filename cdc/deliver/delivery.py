@@ -1,11 +1,14 @@
 """Changes as HTTP requests to an application in any language: the handler of ``cdc run --deliver-to URL``.
 
-    change(s) ──> CloudEvents ──> signed ──> gate ──> POST ── 2xx ──────────────────> done
-                                     ▲         ▲        ├─ 408, 425, 429, 5xx ──────> again later
-                                     │         │        ├─ no answer, broken off ───> again later
-                                     │         │        ├─ 3xx, other 4xx ──────────> dead
-                                     │         │        └─ not even a connection ──┐
-                                     └─────────└───────────────────────────────────┘ no attempt: nobody saw it
+    change(s) ──> CloudEvents ──> signed ──> POST ── 2xx ──────────────────────────> done
+                                              ├─ 400, 410, 413, 415, 422 ─────> dead
+                                              ├─ another status, no answer ───> again later
+                                              ├─ 502, 503, 504, broken off ───> away: no attempt, unless it is alone
+                                              └─ not even a connection ───────> away: no attempt, for nobody saw it
+
+What is away is for the handler's breaker (``breaker``). That a request breaks off may also be what its change does to
+the application, which then works for all others: said of a change ten times, while others were answered in between, it
+is a failed attempt of that change.
 
 It is a router like any other: order, concurrency, retries and dead letters are the consumer's.
 """
@@ -29,24 +32,24 @@ import aiohttp
 from yarl import URL
 
 from cdc import __version__
+from cdc.breakers import Breakers
 from cdc.deadline import deadline
 from cdc.deliver import cloudevents, signature
 from cdc.deliver.answers import Answer, Meaning
 from cdc.deliver.cloudevents import Message
-from cdc.deliver.gate import Gate
 from cdc.deliver.protocol import HEAD_MAX, Protocol
-from cdc.deliver.target import Target
-from cdc.errors import Reject, Retry, ToldError
+from cdc.deliver.target import HANDLER, Target
+from cdc.errors import Reject, Retry, ToldError, Unavailable
 from cdc.limits import OverrunError
+from cdc.losses import LOSSES_MAX, Losses
 from cdc.metrics import REQUESTS, Metrics
 from cdc.model import Change
 from cdc.routing import ANY, Router
 
 log = logging.getLogger("cdc.deliver")
 
-NAME = "deliver"
-"""Of the handler, in metrics and logs."""
-
+_BROKEN = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, OSError)
+"""As against an answer that is none, which is a fault of the application and not its absence."""
 _CONNECT_S = 5.0
 _IDLE_S = 1.5
 """A connection that was idle for longer is not used again: the shortest time after which servers close one is 2 s
@@ -63,6 +66,20 @@ class DeliveryError(ToldError, Retry):
         self.told = told
 
 
+class AwayError(ToldError, Unavailable):
+    """The application is not there to look at it, or was not until the end. It is about all changes of a batch."""
+
+    def __init__(self, told: str, text: str = "", after: float | None = None) -> None:
+        Unavailable.__init__(self, after, text or told)
+        self.told = told
+
+
+class UnreachedError(AwayError):
+    """No connection could be made."""
+
+    certain = True
+
+
 class RejectedError(ToldError, Reject):
     """Never."""
 
@@ -77,15 +94,11 @@ class OneOfThemError(Exception):
     """The answer to a batch, which is about one of its changes; the consumer then has them sent one by one."""
 
 
-class _UnreachedError(Exception):
-    """No connection could be made."""
-
-
 class Delivery:
     """``router`` hands changes of ``types`` (empty: of all) to the application. Made, opened and closed on the loop.
 
     ``batch`` above 1: so many in one request. ``keys`` brings what to sign with. ``timeout_s`` is the limit of one
-    request; waiting for an application that is not there has none.
+    request.
     """
 
     def __init__(
@@ -109,19 +122,23 @@ class Delivery:
         self._looking: aiohttp.ClientSession | None = None
         """On the same connections, and it tells when one is made. A request takes a fifth longer by it, so it is for
         those that find out whether the application is there."""
-        self._gate = Gate(str(target), self._show)
         self._metrics: Metrics | None = None
+        self._breakers: Breakers | None = None
+        self._broken = Losses()
+        """Changes whose requests found the application away, while others were answered."""
+        self._answers = False
+        """Something was answered since such a one was counted."""
         self.router = Router()
         for entity_type in self._types:
             if batch > 1:
-                self.router.on(entity_type, batch=batch, linger=linger_s, name=NAME, timeout=math.inf)(self._many)
+                self.router.on(entity_type, batch=batch, linger=linger_s, name=HANDLER, timeout=math.inf)(self._many)
             else:
-                self.router.on(entity_type, name=NAME, timeout=math.inf)(self._one)
+                self.router.on(entity_type, name=HANDLER, timeout=math.inf)(self._one)
 
-    def open(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        metrics.delivers()
-        self._show(True)
+    def open(self, metrics: Metrics, breakers: Breakers) -> None:
+        self._metrics, self._breakers = metrics, breakers
+        breaker = breakers.of[HANDLER]
+        metrics.delivers(lambda: not breaker.shut)
         connector = (
             aiohttp.UnixConnector(self._target.socket, limit=0, keepalive_timeout=_IDLE_S)
             if self._target.socket
@@ -153,33 +170,39 @@ class Delivery:
             if session is not None:
                 await session.close()
 
-    def stop(self) -> None:
-        """Cut off what waits for the application; requests on their way go on."""
-        self._gate.stop()
-
-    @property
-    def unreached(self) -> str:
-        """Why no connection can be made; "" where nobody knows of a reason. From any thread."""
-        return self._gate.shut_by
-
     async def _one(self, change: Change) -> None:
-        answer = await self._delivered(cloudevents.single(change, self._source))
-        _judge(answer, alone=True)
+        await self._deliver([change], cloudevents.single(change, self._source))
 
     async def _many(self, changes: list[Change]) -> None:
-        answer = await self._delivered(cloudevents.batch(changes, self._source))
-        _judge(answer, alone=len(changes) == 1)
+        await self._deliver(changes, cloudevents.batch(changes, self._source))
 
-    async def _delivered(self, message: Message) -> Answer:
-        while True:
-            await self._gate.enter()
-            try:
-                return await self._post(message)
-            except _UnreachedError as error:
-                self._gate.shut(str(error))
+    async def _deliver(self, changes: Sequence[Change], message: Message) -> None:
+        """Raises what the answer means for the changes, if it is not that all is done."""
+        try:
+            answer = await self._post(message)
+            if answer.meaning is not Meaning.AWAY:
+                self._answered(changes)
+            _judge(answer, alone=len(changes) == 1)
+        except UnreachedError:
+            raise
+        except AwayError as away:
+            if not self._are_to_blame(changes):
+                raise
+            alone = len(changes) == 1
+            raise DeliveryError(away.told, str(away), away.retry_after) if alone else OneOfThemError from away
+
+    def _answered(self, changes: Sequence[Change]) -> None:
+        self._answers = True
+        self._broken.forget(changes)
+
+    def _are_to_blame(self, changes: Sequence[Change]) -> bool:
+        if not self._answers:
+            return False
+        self._answers = False
+        return self._broken.add(changes) >= LOSSES_MAX
 
     async def _post(self, message: Message) -> Answer:
-        session = self._looking if self._gate.shut_by else self._session
+        session = self._looking if self._unreached else self._session
         assert session is not None
         signed = signature.headers(self._keys(), message.id, int(time.time()), message.body)
         headers = {"Content-Type": message.content_type, **signed}
@@ -188,26 +211,27 @@ class Delivery:
         try:
             async with limit, request as response:
                 limit.reschedule(None)  # the status says all; how long its words take is limited by themselves
-                if session is self._looking:
-                    self._gate.opened()
                 self._count(f"{response.status // 100}xx")
                 return Answer(response.status, response.headers.get("Retry-After"), await _start(response.content))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self._count("unreached")
-            raise _UnreachedError(_reason(error)) from error
+            raise UnreachedError(f"the application at {self._target} cannot be reached ({_reason(error)})") from error
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             if limit.expired():
                 self._count("timeout")
                 raise OverrunError(f"took longer than {self._timeout_s:g} s") from error
             self._count("broken")
-            raise DeliveryError(f"the connection broke before an answer came ({type(error).__name__})") from error
+            told = f"the connection broke before an answer came ({type(error).__name__})"
+            raise AwayError(told) if isinstance(error, _BROKEN) else DeliveryError(told) from error
+
+    @property
+    def _unreached(self) -> bool:
+        """Nothing is asked but whether a connection can be made."""
+        return self._breakers is not None and self._breakers.of[HANDLER].certain
 
     async def _connected(self, _session: Any, _context: SimpleNamespace, _parameters: Any) -> None:
-        self._gate.opened()
-
-    def _show(self, reached: bool) -> None:
-        if self._metrics:
-            self._metrics.delivery_up.set(reached)
+        if self._unreached and self._breakers is not None:
+            self._breakers.succeeded(HANDLER)
 
     def _count(self, result: str) -> None:
         """One of REQUESTS; a status beyond 599 counts as what it is treated like."""
@@ -219,11 +243,14 @@ def _judge(answer: Answer, *, alone: bool) -> None:
     """Raises what the answer means, if it is not that all is done."""
     if answer.meaning is Meaning.DONE:
         return
+    after_s = answer.retry_after_s(datetime.now(UTC))
+    if answer.meaning is Meaning.AWAY:
+        raise AwayError(answer.told, answer.text, after_s)
     if not alone and not answer.about_all:
         raise OneOfThemError
     if answer.meaning is Meaning.DEAD:
         raise RejectedError(answer.told, answer.text)
-    raise DeliveryError(answer.told, answer.text, answer.retry_after_s(datetime.now(UTC)))
+    raise DeliveryError(answer.told, answer.text, after_s)
 
 
 async def _start(content: aiohttp.StreamReader) -> bytes:

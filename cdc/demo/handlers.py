@@ -42,7 +42,8 @@ def make_router(schema: str, messenger: Messenger, journal: Journal) -> Router:
     watch = _Watch(journal)
     for (entity_type, operation), handler in application.handlers.items():
         operations = () if operation == ANY else (operation,)
-        declare = router.on(entity_type, *operations, model=handler.model, batch=handler.batch, name=handler.name)
+        options = {"model": handler.model, "batch": handler.batch, "max_attempts": handler.max_attempts}
+        declare = router.on(entity_type, *operations, **options, name=handler.name)
         declare(watch.noting(handler))
     router.on_processed(watch.processed)
     router.on_error(journal.failed)

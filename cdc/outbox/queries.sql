@@ -394,8 +394,8 @@ WHERE id IN (
 )
 
 -- name: suspect
--- Before a suspect runs: a row if it is one still.
-SELECT FROM {changes} WHERE id = %(id)s AND started_by <> %(process)s AND NOT processed AND dead_at IS NULL
+-- Before a suspect runs: a row if it is one still, and whether the attempt that was counted last ended so as well.
+SELECT last_error IS NOT DISTINCT FROM %(crashed)s FROM {changes} WHERE id = %(id)s AND started_by <> %(process)s AND NOT processed AND dead_at IS NULL
 
 -- name: take
 -- For a transactional handler: those of its changes that are still as they were read and that nobody else has. What

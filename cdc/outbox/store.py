@@ -31,6 +31,7 @@ from cdc.model import (
     Outcome,
     Processed,
     Skipped,
+    Suspicion,
     Waiting,
     WakeUp,
     fast_make,
@@ -350,9 +351,12 @@ class Store:
         ids = [change.id for change in changes]
         await session.execute(self._statements["unstart"], {"ids": ids, "process": self.process})
 
-    async def suspects(self, session: psycopg.AsyncConnection, change: Change) -> bool:
+    async def suspects(self, session: psycopg.AsyncConnection, change: Change) -> Suspicion:
         """Whether another process has written down that it started the change, and nothing came of it since."""
-        return bool(await self._rows(session, "suspect", {"id": change.id}))
+        found = await self._rows(session, "suspect", {"id": change.id, "crashed": CRASHED})
+        if not found:
+            return Suspicion.NONE
+        return Suspicion.AGAIN if found[0][0] else Suspicion.ONCE
 
     def figures(self, connection: psycopg.Connection) -> Figures:
         """For the collector; bounded however large the table is."""
@@ -445,8 +449,8 @@ def _settle_values(outcome: Outcome, encoding: str) -> tuple[bool, bool, bool, b
             return True, False, False, False, None, None
         case Discarded(reason):
             return True, False, False, False, None, fitting(f"discarded: {reason}", encoding)
-        case Waiting(delay_s, error):
-            return False, False, False, True, delay_s, fitting(error, encoding)
+        case Waiting(delay_s, error, counted):
+            return False, False, False, counted, delay_s, fitting(error, encoding)
         case Dead(error, pauses):
             return False, True, pauses, True, None, fitting(error, encoding)
         case Committed():

@@ -22,6 +22,8 @@ from cdc.whatsapp.sender import Outgoing, Sender
 
 log = logging.getLogger("cdc.whatsapp")
 
+_ATTEMPTS = 3
+"""The document's: after three errors an action is failed, until ``reprocess_failed_actions()``."""
 _CAUSED_BY = "SELECT set_config('cdc.cause', %s, true)"
 
 
@@ -35,7 +37,7 @@ def make_router(
     router = cdc.Router()
     rules = Rules(schema, actions or standard(help_text))
 
-    @router.on("reaction", model=ReactionRow)
+    @router.on("reaction", model=ReactionRow, max_attempts=_ATTEMPTS)
     async def react(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
         appeared = [change for change in changes if _appeared(change)]
         meant = await rules.meant_by({change.new.reaction for change in appeared}, connection) if appeared else {}
@@ -48,18 +50,18 @@ def make_router(
                 log.debug("rule %s is followed for change %s", rule.id, change.id)
                 await rule.follow(Context(connection, change.new, rule.id, schema))
 
-    @router.on("message", "INSERT", model=MessageRow)
+    @router.on("message", "INSERT", model=MessageRow, max_attempts=_ATTEMPTS)
     async def answer(change: cdc.Change) -> None:
         if change.new.asks_for_help and change.new.chat_id is not None:
             await sender.send(Outgoing(chat_id=change.new.chat_id, text=help_text), str(change.id))
 
-    @router.on("task", "INSERT", model=TaskRow)
+    @router.on("task", "INSERT", model=TaskRow, max_attempts=_ATTEMPTS)
     async def notify(change: cdc.Change) -> None:
         if change.new.room_id is None:
             raise cdc.Discard("the task has no room to be told")
         await sender.send(Outgoing(chat_id=change.new.room_id, text=f"New task: {change.new.title}"), str(change.id))
 
-    @router.on(OUTGOING, model=Outgoing)
+    @router.on(OUTGOING, model=Outgoing, max_attempts=_ATTEMPTS)
     async def send(change: cdc.Change) -> None:
         await sender.send(change.new, str(change.id))
 

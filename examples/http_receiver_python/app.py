@@ -21,7 +21,7 @@ class Application(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
-        status = 200 if genuine(self.headers, body) else 400
+        status = 200 if genuine(self.headers, body) else 401
         if status == 200:
             try:
                 event = json.loads(body)

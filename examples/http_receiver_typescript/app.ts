@@ -15,7 +15,7 @@ createServer(async (request, response) => {
   const chunks: Buffer[] = [];
   for await (const chunk of request) chunks.push(chunk);
   const body = Buffer.concat(chunks);
-  if (!genuine(request, body)) return response.writeHead(400).end();
+  if (!genuine(request, body)) return response.writeHead(401).end();
   try {
     const { id, type, data } = JSON.parse(body.toString());
     console.log(id, type, data.new); // Here is your work. The id tells what was seen before.

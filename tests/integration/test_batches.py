@@ -171,7 +171,7 @@ async def test_one_poisonous_change_does_not_take_its_batch_along(outbox: str, o
             raise ValueError("poison")
 
     _publish(outbox_db, 50, 10)
-    await testing.drain(outbox, router, allow_dead=True)
+    await testing.drain(outbox, router, allow_dead=True, max_attempts=3)
     assert states(outbox_db) == {"processed": 49, "dead": 1}
     assert outbox_db.execute("SELECT seq, error_count FROM entity_changes WHERE error_count > 0").fetchall() == [(7, 3)]
     of_its_key = [seq for key, seq in alone if key == "k7"]

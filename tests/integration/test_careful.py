@@ -288,3 +288,25 @@ async def test_a_handler_in_a_thread_that_goes_on_without_its_session_does_not_k
         end.set()
         await _until_settled(outbox_db)
     assert states(outbox_db) == {"processed": 2}
+
+
+@pytest.mark.usefixtures("dead_for_certain")
+async def test_what_kills_its_process_alone_gets_three_attempts_however_many_others_have(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, calls = Router(), []
+
+    @router.on("x", max_attempts=20)
+    async def handle(change: cdc.Change) -> None:
+        calls.append((change.seq, change.attempt))
+
+    _publish(outbox_db, 4)
+    _was_running(outbox_db, _as_if_the_owner_had_died(outbox_db), 1, 2, 3)
+    crashed = "UPDATE entity_changes SET error_count = %s, last_error = %s WHERE seq = %s"
+    outbox_db.execute(crashed, [3, _CRASHED, 1])  # three starts were counted, and the last of them was made alone
+    outbox_db.execute(crashed, [1, _CRASHED, 2])
+    outbox_db.execute(crashed, [7, "ValueError: no", 3])  # it failed by itself, and may only have run beside
+    async with consuming(outbox, router):
+        await _until_settled(outbox_db)
+    assert sorted(calls) == [(2, 3), (3, 9), (4, 1)]
+    assert states(outbox_db) == {"dead": 1, "processed": 3}

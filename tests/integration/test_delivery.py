@@ -12,7 +12,6 @@ import subprocess
 from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from cdc import tracking
 from cdc.app import App
 from cdc.throwaway import free_port
 from tests.eventually import eventually, eventually_async
-from tests.fix_application import Application, Request, answers, listening, never
+from tests.fix_application import Application, Request, accept, answers, listening, never
 from tests.fix_consumer import Process, consuming, metric, settled, states
 
 _QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
@@ -155,7 +154,7 @@ async def test_only_the_types_asked_for_are_delivered(outbox: str, outbox_db: ps
     assert {event["data"]["entity_type"] for event in application.events} == {"wanted"}
 
 
-@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
+@pytest.mark.parametrize("status", [302, 307, 401, 403, 404, 408, 425, 429, 500, 501, 599])
 async def test_an_answer_that_says_not_now_is_another_attempt(
     status: int, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
@@ -168,6 +167,29 @@ async def test_an_answer_that_says_not_now_is_another_attempt(
     first, second = application.requests
     assert first.headers["webhook-id"] == second.headers["webhook-id"], "what the application tells them apart by"
     assert [event["attempt"] for event in application.events] == [1, 2]
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+@pytest.mark.parametrize("status", [502, 503, 504])
+async def test_an_answer_in_place_of_the_application_is_no_attempt(
+    status: int, batch: int, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    _publish(outbox_db, 40, 20)
+    async with listening(answers(*[status] * 8, 204)) as (application, url):
+        async with consuming(
+            outbox, None, deliver_to=url, deliver_batch=batch, max_attempts=1, concurrency=5, **_QUICK
+        ) as app:
+            await _all_settled(outbox_db)
+        assert metric(app.metrics.registry, "cdc_handler_errors_total") == 0
+        assert metric(app.metrics.registry, "cdc_changes_handled_total", outcome="unavailable") >= 8
+    assert states(outbox_db) == {"processed": 40}
+    assert _attempts(outbox_db) == {}
+    assert {event["attempt"] for event in application.events} == {1}
+    taken = [event for request in application.requests[8:] for event in request.events]
+    by_key = defaultdict(list)
+    for event in taken:
+        by_key[event["subject"]].append(event["sequence"])
+    assert all(sequences == sorted(sequences) for sequences in by_key.values())
 
 
 @pytest.mark.parametrize("batch", [1, 10])
@@ -190,9 +212,10 @@ async def test_retry_after_is_honoured(batch: int, kind: str, outbox: str, outbo
     ("status", "told"),
     [
         (410, "rejected: answered 410 Gone: said the application"),
-        (404, "rejected: answered 404 Not Found: said the application"),
+        (400, "rejected: answered 400 Bad Request: said the application"),
+        (413, "rejected: answered 413 "),
+        (415, "rejected: answered 415 Unsupported Media Type: said the application"),
         (422, "rejected: answered 422 "),
-        (302, "rejected: answered 302 Found, and a redirect is not followed: deliver.to names the final address"),
     ],
 )
 async def test_an_answer_that_says_never_is_a_dead_letter_at_once(
@@ -226,17 +249,71 @@ async def test_no_answer_in_time_is_another_attempt_and_counts_as_a_timeout(
     assert _last_error(outbox_db) == "took longer than 0.3 s"
 
 
-async def test_a_connection_that_breaks_before_the_answer_counts_for_the_application_may_have_seen_the_change(
+async def _breaks_off(request: Request) -> web.StreamResponse:
+    request.connection.transport.abort()  # type: ignore[attr-defined]  # aiohttp's protocol
+    return web.Response()
+
+
+async def test_a_connection_that_breaks_before_the_answer_is_no_attempt(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
-    async def broken(request: Request) -> web.StreamResponse:
-        request.connection.transport.abort()  # type: ignore[attr-defined]  # aiohttp's protocol
-        return web.Response()
+    _publish(outbox_db, 40, 20)
+    async with (
+        listening(_breaks_off) as (application, url),
+        consuming(outbox, None, deliver_to=url, max_attempts=1, concurrency=5, **_QUICK),
+    ):
+        await _true(lambda: len(application.requests) > 7)
+        application.answer = accept
+        await _all_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 40}
+    assert _attempts(outbox_db) == {}
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+async def test_a_change_that_breaks_its_connection_while_others_are_answered_is_to_blame_in_the_end(
+    batch: int, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    async def answer(request: Request) -> web.StreamResponse:
+        if any(event["data"]["new"]["n"] == 7 for event in request.events):
+            return await _breaks_off(request)
+        return web.Response(status=204)
+
+    _publish(outbox_db, 30, 30)
+
+    async def given_up() -> bool:
+        outbox_db.execute("SELECT publish_change('x', 'other', 'INSERT', '{\"n\": 0}')")
+        return states(outbox_db).get("dead") == 1
+
+    async with (
+        listening(answer) as (_, url),
+        consuming(outbox, None, deliver_to=url, deliver_batch=batch, max_attempts=1, **_QUICK),
+    ):
+        await eventually_async(given_up, what="it is given up")
+        await _all_settled(outbox_db)
+    assert _attempts(outbox_db) == {7: 1}
+    [(text,)] = outbox_db.execute("SELECT last_error FROM entity_changes WHERE seq = 7").fetchall()
+    assert text.startswith("the connection broke before an answer came (")
+
+
+async def test_a_handshake_that_breaks_or_never_ends_is_an_application_that_cannot_be_reached(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    breaks = True
+
+    async def shake(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not breaks:
+            await reader.read()  # until the other end gives up
+        writer.transport.abort()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
     _publish(outbox_db, 1)
-    async with listening(broken) as (_, url), consuming(outbox, None, deliver_to=url, max_attempts=1):
-        await _all_settled(outbox_db)
-    assert _last_error(outbox_db).startswith("the connection broke before an answer came (")
+    server = await asyncio.start_server(shake, "127.0.0.1", 0)
+    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    async with server, consuming(outbox, None, deliver_to=url, timeout=0.4, max_attempts=1) as app:
+        await _true(lambda: _unreached(app) >= 3)
+        breaks = False
+        await _true(lambda: "no answer to the attempt to connect" in dict(app._breakers.resting()).get("deliver", ""))
+    assert states(outbox_db) == {"fresh": 1}
 
 
 # --- the application is away ---------------------------------------------------------------------------------------
@@ -257,7 +334,8 @@ async def test_an_application_that_is_still_starting_costs_patience_and_no_attem
         await _true(lambda: _unreached(app) > 8)
         assert states(outbox_db) == {"fresh": 30}
         assert metric(app.metrics.registry, "cdc_delivery_up") == 0
-        assert [str(check) for check in app._readiness() if not check.ok] == [f"fail application {why}"]
+        away = f"the application at {url.removesuffix('?a=b')} cannot be reached ({why})"
+        assert [str(check) for check in app._readiness() if not check.ok] == [f"fail application {away}"]
         await application.start(0 if on_a_socket else port, path if on_a_socket else None)
         await _all_settled(outbox_db)
         assert metric(app.metrics.registry, "cdc_delivery_up") == 1
@@ -267,10 +345,10 @@ async def test_an_application_that_is_still_starting_costs_patience_and_no_attem
     assert states(outbox_db) == {"processed": 30}
     assert {request.path for request in application.requests} == {"/changes?a=b"}
     assert {event["attempt"] for event in application.events} == {1}
-    told = [record.getMessage() for record in caplog.records if record.name == "cdc.deliver"]
-    [away] = [line for line in told if "cannot be reached" in line]
-    assert away.startswith(f"the application at {url.removesuffix('?a=b')} cannot be reached ({why}): changes wait")
-    assert len([line for line in told if "is reached again" in line]) == 1
+    told = [record.getMessage() for record in caplog.records if record.name == "cdc.handlers"]
+    [rests] = [line for line in told if "cannot be reached" in line]
+    assert rests.startswith(f"handler deliver rests: {away}; its changes wait as they are")
+    assert len([line for line in told if line.startswith("handler deliver works again, after ")]) == 1
 
 
 def _unreached(app: App) -> float:
@@ -283,12 +361,12 @@ async def test_while_the_application_is_away_one_call_at_a_time_looks_for_it(
     _publish(outbox_db, 200, 200)
     url = f"http://127.0.0.1:{free_port()}/"
     async with consuming(outbox, None, deliver_to=url) as app:
-        assert app._delivery is not None
-        waiting, looks = app._delivery._gate._waiting, partial(_unreached, app)
-        await _true(lambda: 50 < len(waiting) == app.consumer._lanes.running, "whoever had begun waits")
-        first = looks()
-        await _true(lambda: looks() >= first + 3)
-        assert looks() <= first + 5
+        await _true(lambda: _unreached(app) >= 1)
+        assert [name for name, _ in app._breakers.resting()] == ["deliver"]
+        before = _unreached(app)
+        await _true(lambda: _unreached(app) >= before + 3)
+        assert app.consumer._lanes.running <= 1
+        assert metric(app.metrics.registry, "cdc_handler_breaker", handler="deliver", state="closed") == 0
     assert states(outbox_db) == {"fresh": 200}
 
 
@@ -304,7 +382,7 @@ async def test_all_go_on_as_soon_as_a_connection_is_made_and_not_only_when_one_i
     application = Application(together)
     _publish(outbox_db, 60, 60)
     async with consuming(outbox, None, deliver_to=f"http://127.0.0.1:{port}/") as app:
-        await _true(lambda: _unreached(app) > 10)
+        await _true(lambda: _unreached(app) > 3)
         await application.start(port)
         await _true(lambda: len(application.requests) == 60, "no call waits for the answer to another")
         all_there.set()
@@ -347,7 +425,6 @@ def test_a_stop_does_not_wait_for_an_application_that_is_away(
     process.wait_for("cannot be reached (Connection refused)")
     eventually(lambda: "cdc.listener listening" in process.log, what="at work")
     assert process.terminate() == 0
-    assert "20 calls that waited for the application are cut off" in process.log
     assert states(outbox_db) == {"fresh": 20}
     assert _attempts(outbox_db) == {}
     assert "hunter" not in process.log
@@ -412,7 +489,7 @@ async def test_of_a_batch_that_is_refused_only_the_change_that_is_to_blame_is_de
     _publish(outbox_db, 30, 30)
     async with (
         listening(answer) as (application, url),
-        consuming(outbox, None, deliver_to=url, deliver_batch=30, **_QUICK),
+        consuming(outbox, None, deliver_to=url, deliver_batch=30, max_attempts=3, **_QUICK),
     ):
         await _all_settled(outbox_db)
     assert states(outbox_db) == {"processed": 29, "dead": 1}
@@ -429,7 +506,7 @@ async def test_a_batch_that_is_answered_not_now_is_sent_again_as_one(
     async with busy as (application, url), consuming(outbox, None, deliver_to=url, **batches, **_QUICK):
         await _all_settled(outbox_db)
     assert states(outbox_db) == {"processed": 20}
-    assert set(_attempts(outbox_db).values()) == {1}
+    assert _attempts(outbox_db) == {}
     assert len(application.requests[0].events) == 20
     assert len(application.requests) < 20, "nobody was to blame, and nobody was asked alone"
 

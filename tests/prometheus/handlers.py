@@ -30,3 +30,8 @@ async def endless(change: cdc.Change) -> None:
 @router.on("blocking")
 async def blocking(change: cdc.Change) -> None:
     threading.Event().wait(300)
+
+
+@router.on("away", name="away")
+async def find_away(change: cdc.Change) -> None:
+    raise cdc.Unavailable

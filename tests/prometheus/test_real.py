@@ -161,6 +161,11 @@ def test_an_application_that_does_not_run(scene: Scene) -> None:
     scene.fires("CdcApplicationAway", job="lonely")
 
 
+def test_a_handler_that_finds_away_what_it_needs(scene: Scene) -> None:
+    scene.publish("stuck", "away", 10)
+    scene.fires("CdcHandlerResting", job="stuck", handler="away")
+
+
 def test_handlers_that_never_return_leave_a_backlog_and_then_one_blocks_the_event_loop(scene: Scene) -> None:
     scene.publish("stuck", "endless", 300)
     scene.fires("CdcBacklogOld", job="stuck")

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from cdc import runner
+from cdc.breakers import Breakers
 from cdc.careful import Careful
 from cdc.demand import Demand
 from cdc.errors import Discard, Failed
@@ -49,12 +50,13 @@ class _Stage:
         if other:
             router.on("other")(other)
         self.metrics, hooks = Metrics("slot", router), Hooks(router)
-        verdict = Verdict(router.handlers.values(), Policy(), hooks=hooks, metrics=self.metrics)
+        self.breakers = Breakers({one.name for one in router.handlers.values()}, self.metrics)
+        verdict = Verdict(router.handlers.values(), Policy(), hooks=hooks, metrics=self.metrics, breakers=self.breakers)
         run = Runner(
             router, verdict=verdict, timeout_s=timeout_s, threads=Threads(1), metrics=self.metrics,
             transactions=cast("Transactions", None),
         )  # fmt: skip
-        demand = Demand(router, concurrency=concurrency, threads=1, transactions=1)
+        demand = Demand(router, concurrency=concurrency, threads=1, transactions=1, breakers=self.breakers.of)
         self.lanes = Lanes(1_000, turns=demand.turns, needs=demand.needs)
         self.lanes.own([0])
         self.outcomes: dict[int, Outcome] = {}
@@ -62,6 +64,7 @@ class _Stage:
             self.lanes, run, concurrency, connections=1, careful=Careful(Store("public"), 1), finished=self._finished,
             read_anew=lambda: None,
         )  # fmt: skip
+        self.breakers.moved = self.workers.breaker_moved
 
     def _finished(self, batch: Sequence[Finished]) -> None:
         self.outcomes |= {change.seq: outcome for change, outcome in batch}

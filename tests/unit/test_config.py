@@ -198,7 +198,7 @@ def test_the_stream_may_have_a_role_of_its_own() -> None:
         ({"CDC_RETENTION": "hunter"}, "CDC_RETENTION: input should be a span of time, such as 30d, 12h, 90m, or off"),
         ({"CDC_RETENTION": "30"}, "CDC_RETENTION: input should be a span of time"),
         ({"CDC_WINDOW": "99"}, "window (99) must be at least concurrency (100)"),
-        ({"CDC_BACKOFF_BASE": "400"}, "backoff.cap (300.0) must be at least backoff.base (400.0)"),
+        ({"CDC_BACKOFF_BASE": "4000"}, "backoff.cap (1800.0) must be at least backoff.base (4000.0)"),
         ({"CDC_THREADS": "0", "CDC_HTTP_PORT": "x"}, "CDC_HTTP_PORT: input"),
         ({"CDC_DELIVER_TO": "http://hunter@app/"}, "CDC_DELIVER_TO: a URL with a user or a password in it"),
         ({"CDC_DELIVER_SECRET": "hunter"}, "CDC_DELIVER_SECRET: a secret is whsec_ and then base64"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
@@ -21,8 +22,8 @@ from pydantic import BaseModel
 from standardwebhooks import Webhook
 
 from cdc.deliver import cloudevents, signature, target
-from cdc.deliver.answers import Answer, Meaning
-from cdc.deliver.delivery import DeliveryError, OneOfThemError, RejectedError, _judge, _reason
+from cdc.deliver.answers import AWAY, DEAD, Answer, Meaning
+from cdc.deliver.delivery import AwayError, DeliveryError, OneOfThemError, RejectedError, _judge, _reason
 from cdc.deliver.target import Target
 from cdc.model import Change, Json, Operation, read_change
 from tests.unit.changes import change
@@ -201,16 +202,33 @@ def test_what_is_no_target_is_refused_and_not_quoted(text: str) -> None:
 
 # --- answers -------------------------------------------------------------------------------------------------------
 
-LATER = {408, 425, 429, *range(500, 600)}
+_MEANINGS = {
+    **dict.fromkeys(range(200, 300), Meaning.DONE),
+    **dict.fromkeys((502, 503, 504), Meaning.AWAY),
+    **dict.fromkeys((400, 410, 413, 415, 422), Meaning.DEAD),
+}
 
 
-@pytest.mark.parametrize("status", range(200, 600))
-def test_the_status_tells_done_later_or_never(status: int) -> None:
-    meaning = Answer(status).meaning
-    if status < 300:
-        assert meaning is Meaning.DONE
-    else:
-        assert meaning is (Meaning.LATER if status in LATER else Meaning.DEAD)
+@pytest.mark.parametrize("status", range(200, 1_000))
+def test_the_status_tells_done_away_later_or_never(status: int) -> None:
+    assert Answer(status).meaning is _MEANINGS.get(status, Meaning.LATER)
+
+
+def test_the_table_in_the_documents_names_every_status_that_is_told_apart() -> None:
+    lines = PAGE.read_text("utf-8").splitlines()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in lines if line.startswith("| answers"))
+    expected = {
+        "answers 2xx": "processed",
+        f"answers {_or(AWAY)}": "waits, and no attempt is counted",
+        f"answers {_or(DEAD)}": "is a dead letter at once",
+        "answers anything else": "waits, and an attempt is counted",
+    }
+    assert rows.keys() == expected.keys()
+    assert all(rows[status].startswith(start) for status, start in expected.items())
+
+
+def _or(statuses: Sequence[int]) -> str:
+    return f"{', '.join(map(str, statuses[:-1]))} or {statuses[-1]}"
 
 
 @pytest.mark.parametrize(
@@ -277,13 +295,15 @@ def test_a_date_is_as_good_as_the_seconds_until_then(seconds: int) -> None:
 @pytest.mark.parametrize(
     ("answer", "alone", "error", "text"),
     [
-        (Answer(503, "30", b"busy"), True, DeliveryError, "answered 503 Service Unavailable: busy"),
-        (Answer(503), False, DeliveryError, "answered 503 Service Unavailable"),
+        (Answer(429, "30", b"busy"), True, DeliveryError, "answered 429 Too Many Requests: busy"),
+        (Answer(503, "30", b"busy"), True, AwayError, "answered 503 Service Unavailable: busy"),
+        (Answer(503), False, AwayError, "answered 503 Service Unavailable"),
         (Answer(500), True, DeliveryError, "answered 500 Internal Server Error"),
         (Answer(500), False, OneOfThemError, ""),
         (Answer(422), False, OneOfThemError, ""),
         (Answer(410, None, b"a\n  b\x00\xff"), True, RejectedError, "answered 410 Gone: a b\0\ufffd"),
-        (Answer(499), True, RejectedError, "answered 499"),
+        (Answer(499), True, DeliveryError, "answered 499"),
+        (Answer(404), False, OneOfThemError, ""),
         (Answer(400, None, b"x" * 5_000), True, RejectedError, "answered 400 Bad Request: " + "x" * 1_000),
     ],
 )
@@ -293,8 +313,9 @@ def test_of_a_batch_an_answer_is_about_all_or_about_one_of_them(
     with pytest.raises(error) as raised:
         _judge(answer, alone=alone)
     assert str(raised.value) == text
-    if isinstance(raised.value, DeliveryError):
-        assert raised.value.after == (30 if answer.retry_after else None)
+    if isinstance(raised.value, DeliveryError | AwayError):
+        after_s = raised.value.after if isinstance(raised.value, DeliveryError) else raised.value.retry_after
+        assert after_s == (30 if answer.retry_after else None)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from cdc.careful import Careful
 from cdc.journal import Finished
 from cdc.lanes import Lanes, Row
 from cdc.losses import LOSSES_MAX
-from cdc.model import Change, Dead, Outcome, Processed
+from cdc.model import Change, Dead, Outcome, Processed, Suspicion
 from cdc.outbox.store import Store
 from cdc.workers import OtherTasks, Workers
 from tests.eventually import eventually_async
@@ -30,7 +30,7 @@ class _Waiting:
     def handler(self, change: Change) -> None:
         return None
 
-    def after_crash(self, change: Change) -> None:
+    def after_crash(self, change: Change, suspicion: Suspicion) -> None:
         return None
 
     def lost(self, change: Change) -> bool:

@@ -1,0 +1,139 @@
+"""A circuit breaker: when a handler is not called because what it needs is away. Pure: time is an argument.
+
+Theory
+------
+A handler says that something it needs is away (``cdc.Unavailable``). Said of one key, it may be that key's affair. Said
+of several keys, with no success in between, it is everybody's, and each further call is made in vain: at best it takes
+its time, at worst it keeps down what tries to get up. So no call is made for a while then, and after that one at a
+time, to find out:
+
+              several keys in a row, or one that knows
+      CLOSED ──────────────────────────────────────────► OPEN ◄─────────────┐
+        ▲                                                  │ the pause       │ unavailable: twice the pause
+        │                                                  ▼ is over         │ failed: the same pause
+        └──────────────────── success ───────────────── HALF_OPEN ───────────┘
+
+* CLOSED: any number of calls. OPEN: none. HALF_OPEN: one at a time.
+* What calls say that began before it opened is old, and changes nothing while it is open. While it is half open they
+  are listened to like the one that was let through.
+* A call that fails otherwise has told nothing about what was away: it neither opens the breaker nor closes it.
+* The pause doubles up to ``PAUSE_MAX_S``, which bounds how late the end of an outage is noticed. It begins anew where
+  the breaker had been closed for ``STEADY_S``: what comes and goes faster is asked at the pace that was reached.
+* Somebody who says when to come back (``after_s``) is not asked before, up to ``AFTER_MAX_S``: a clock that is wrong
+  there must not stop a handler for a day.
+
+What the breaker holds back stays where it is: in the lanes, which are bounded, and in the table. It needs nothing of
+its own but the names of a few keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from enum import StrEnum
+from math import inf
+
+KEYS = 3
+"""So many keys in a row open it."""
+PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 3.0
+STEADY_S = 10.0
+AFTER_MAX_S = 60.0
+
+
+class State(StrEnum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class Breaker:
+    """Of one handler. Times in seconds, by any clock that does not go back.
+
+    ``state``, ``why`` and ``since`` may be read from any thread.
+    """
+
+    __slots__ = ("_asks_at", "_closed_at", "_keys", "_pause_s", "_trials", "certain", "since", "state", "why")
+
+    def __init__(self) -> None:
+        self.state = State.CLOSED
+        self.why = ""
+        """What the last call said that found it away; "" while it is closed."""
+        self.since = -inf
+        """When it was closed for the last time."""
+        self.certain = False
+        """The last call knew that it was no key's affair."""
+        self._keys: set[Hashable] = set()
+        self._pause_s = PAUSE_MIN_S
+        self._asks_at = -inf
+        self._closed_at = -inf
+        self._trials = 0
+
+    @property
+    def shut(self) -> bool:
+        return self.state is not State.CLOSED
+
+    @property
+    def troubled(self) -> bool:
+        """Whether a success would be news."""
+        return self.shut or bool(self._keys)
+
+    @property
+    def room(self) -> int:
+        """How many calls may begin now, where it is shut."""
+        return 1 if self.state is State.HALF_OPEN and not self._trials else 0
+
+    def trial(self, calls: int) -> None:
+        """A call has begun while it was shut (1), or has ended, whatever came of it (-1)."""
+        self._trials += calls
+
+    def unavailable(self, key: Hashable, why: str, now: float, *, certain: bool = False, after_s: float = 0.0) -> bool:
+        """A call has found away what it needs. Returns whether that has opened the breaker, which was closed.
+
+        ``certain``: it is no key's affair.
+        """
+        opened = False
+        if self.state is State.OPEN:
+            return False
+        if self.state is State.HALF_OPEN:
+            self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
+        else:
+            self._keys.add(key)
+            if not certain and len(self._keys) < KEYS:
+                return False
+            if now - self._closed_at > STEADY_S:
+                self._pause_s = PAUSE_MIN_S
+            self.since, opened = now, True
+        self.why, self.certain = why, certain
+        self._open(now, after_s)
+        return opened
+
+    def failed(self, now: float) -> None:
+        """A call has failed in another way."""
+        if self.state is State.HALF_OPEN:
+            self._open(now)
+
+    def succeeded(self, now: float) -> bool:
+        """A call has done what it was to do. Returns whether that has closed the breaker."""
+        if self.state is State.OPEN and not self._trials:
+            return False
+        closed = self.shut
+        if closed:
+            self._closed_at = now
+        self.state, self.why, self.certain = State.CLOSED, "", False
+        self._keys.clear()
+        return closed
+
+    def look(self, now: float) -> bool:
+        """Time has passed. Returns whether a call may now find out."""
+        if self.state is State.OPEN and now >= self._asks_at:
+            self.state = State.HALF_OPEN
+            return True
+        return False
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until ``look`` has something to say; infinite unless it is open."""
+        return max(0.0, self._asks_at - now) if self.state is State.OPEN else inf
+
+    def _open(self, now: float, after_s: float = 0.0) -> None:
+        self.state = State.OPEN
+        self._keys.clear()
+        self._asks_at = now + max(self._pause_s, min(after_s, AFTER_MAX_S))
