@@ -19,7 +19,6 @@ _TABLE = "table entity_changes"
 _CAPTURING = ("bounded_text", "captured_row", "capture_entity_change", "publish_change")
 """Functions that may belong to a role of their own: capture_role.sql."""
 _CAPTURE_ROLE = "cdc_capture_"
-_PART = re.compile(r"(?P<kind>[a-z -]+?) (?P<name>.*) of table (?P<table>[^ ]+)", re.DOTALL)
 _COLUMN = re.compile(r"(?P<type>.*?)(?P<not_null> NOT NULL)?(?: DEFAULT (?P<default>.*))?", re.DOTALL)
 
 # Named as picture.sql names them.
@@ -85,13 +84,14 @@ def _statement(finding: Finding, schema: str) -> str:
     if of:
         return _script("ALTER TABLE {} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY;",
                        sql.Identifier(schema, table_name))  # fmt: skip
-    found = _PART.fullmatch(finding.object)
-    if not found:
+    kind, _, part = finding.object.partition(" ")
+    part, of, table_name = part.rpartition(" of table ")
+    if not of:
         return ""
-    table, name = sql.Identifier(schema, found["table"]), sql.Identifier(found["name"])
-    match found["kind"], finding.problem:
+    table, name = sql.Identifier(schema, table_name), sql.Identifier(part)
+    match kind, finding.problem:
         case "trigger" | "rule" | "policy", "not ours":
-            return _script("DROP {} {} ON {};", sql.SQL(found["kind"].upper()), name, table)
+            return _script("DROP {} {} ON {};", sql.SQL(kind.upper()), name, table)
         case "constraint", _:
             return _script("ALTER TABLE {} DROP CONSTRAINT IF EXISTS {}, ADD CONSTRAINT {} {};", table, name, name,
                            sql.SQL(" ".join(finding.expected.split())))  # fmt: skip
