@@ -138,8 +138,8 @@ def cautions(table: Table, tracked: Tracked) -> Iterator[Remark]:
         said = ", ".join(f"{cast.column} ({cast.type}: {cast.function} of {cast.owner})" for cast in foreign)
         yield Remark(
             CASTS,
-            f"capturing {table.spelt} may run code of others with the rights of the outbox: their casts to JSON of"
-            f" {said}",
+            f"capturing {table.spelt} may run code of others with the rights of the role that captures: their casts to"
+            f" JSON of {said}",
             "have a superuser own these functions (ALTER FUNCTION ... OWNER TO), or drop the casts (DROP CAST ...)",
         )
     if table.row_security:

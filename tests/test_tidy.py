@@ -342,6 +342,11 @@ def test_files_name_no_committer() -> None:
     assert found == []
 
 
+def test_no_file_is_a_link() -> None:
+    """Which would lead to a place on somebody's machine."""
+    assert [line for line in git("ls-files", "--stage").splitlines() if line.startswith("120000")] == []
+
+
 def _documents() -> str:
     paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     return "\n".join(path.read_text("utf-8") for path in paths if path.exists())
