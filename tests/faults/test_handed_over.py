@@ -10,7 +10,7 @@ from cdc.intake import Fetch, Intake, Snapshot, Sweep
 from cdc.model import SHARDS, WakeUp
 from cdc.routing import Router
 from tests.eventually import eventually_async
-from tests.fix_consumer import consuming, settled, slot_name, states
+from tests.fix_consumer import consuming, metric, settled, slot_name, states
 
 
 def test_a_shard_that_is_given_away_while_it_is_read_leaves_nothing_to_look_for() -> None:
@@ -65,7 +65,8 @@ async def test_what_a_living_consumer_started_and_could_not_finish_is_not_counte
         async with consuming(outbox, lucky, slot_name=slot) as second:
 
             async def its_share_is_done() -> bool:
-                return len(second.consumer._owned) == SHARDS // 2 and len(done) > 50
+                owned = metric(second.metrics.registry, "cdc_shards_owned")
+                return owned == SHARDS // 2 and len(done) > 50
 
             await eventually_async(its_share_is_done)
     assert orphaned.execute("SELECT max(error_count) FROM entity_changes").fetchone() == (0,), "nobody died"

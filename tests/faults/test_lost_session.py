@@ -57,7 +57,7 @@ async def test_what_ends_after_the_session_was_lost_is_left_to_the_next_owner(
             may_return.set()
 
             async def back() -> bool:
-                return len(app.consumer._owned) == SHARDS - 1
+                return metric(app.metrics.registry, "cdc_shards_owned") == SHARDS - 1
 
             await eventually_async(back, what="it is back, and the shard is another's")
             assert states(outbox_db) == {"fresh": 1}
