@@ -450,12 +450,15 @@ class Runner:
 
     async def _call_in_thread(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
         limit_s = handler.timeout_s or self._timeout_s
-        causes = self._names_causes(handler)
+        causes, session = self._names_causes(handler), self._sessions_lost
+
+        def owned() -> bool:
+            return session == self._sessions_lost
 
         def call() -> Ran:
             if handler.transactional:
                 calls = [partial(call_handler_here, handler, part) for part in _calls(handler, given)]
-                return self._transactions.run_in_thread(changes, calls, causes=causes)
+                return self._transactions.run_in_thread(changes, calls, causes=causes, owned=owned)
             return Ran(call_handler_here(handler, given))
 
         def overran() -> None:

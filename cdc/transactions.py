@@ -189,9 +189,17 @@ class Transactions:
         return ran._replace(calls_s=calls_s)
 
     def run_in_thread(
-        self, changes: Sequence[Change], calls: Sequence[Callable[[psycopg.Connection], Errors]], *, causes: bool
+        self,
+        changes: Sequence[Change],
+        calls: Sequence[Callable[[psycopg.Connection], Errors]],
+        *,
+        causes: bool,
+        owned: Callable[[], bool],
     ) -> Ran:
-        """``run`` for a handler that is not async; called in its thread."""
+        """``run`` for a handler that is not async; called in its thread, where nobody can cut it off.
+
+        ``owned``: whether the changes are this consumer's still. It may have waited long for a connection.
+        """
         errors: Errors = {}
         taken = calling = False
         try:
@@ -204,6 +212,8 @@ class Transactions:
                         probe.here("run.after_take")
                         began = time.monotonic()
                         for number, call in enumerate(calls):
+                            if not owned():
+                                raise AskTheTableError("the consumer's session was lost before the call")
                             if number:
                                 probe.here("run.between_calls")
                                 if causes:

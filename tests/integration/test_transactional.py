@@ -9,9 +9,12 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 import cdc
 from cdc import losses
+from cdc.model import SHARDS
+from cdc.outbox.shards import lock_class
 from cdc.routing import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
@@ -440,3 +443,56 @@ async def test_deadlocks_that_do_not_end_are_failed_attempts(
     [(errors, text)] = effects.execute("SELECT error_count, last_error FROM entity_changes").fetchall()
     assert errors == 2
     assert text.startswith("SerializationFailure: as the server says it")
+
+
+async def test_a_thread_that_got_its_connection_after_the_session_was_lost_calls_nothing(
+    admin_dsn: str, outbox: str, effects: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It cannot be cut off, and whoever has the shard by then may be at work on an earlier change of the key."""
+    caplog.set_level("INFO", logger="cdc.consumer")
+    router, calls = Router(), 0
+
+    @router.on("x")
+    def handle(change: cdc.Change, connection: psycopg.Connection) -> None:
+        nonlocal calls
+        calls += 1
+
+    shut = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+    name = sql.Identifier(effects.info.dbname)
+    async with consuming(outbox, router, stream=False) as app:
+
+        async def begun() -> bool:
+            return len(app.consumer.owned) == SHARDS
+
+        await eventually_async(begun)
+        with psycopg.connect(admin_dsn, autocommit=True) as admin:
+            admin.execute(shut.format(name, sql.Literal(False)))
+            _publish(effects)
+
+            async def waits() -> bool:
+                return "error connecting in" in caplog.text
+
+            await eventually_async(waits, what="a thread waits for its connection")
+            effects.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE application_name = 'cdc: shards' AND datname = current_database()"
+            )
+            effects.execute(
+                "SELECT pg_advisory_lock(%s, shard) FROM generate_series(0, %s) AS shard",
+                [lock_class("public"), SHARDS - 1],
+            )
+
+            async def lost() -> bool:
+                return not app.consumer.owned
+
+            await eventually_async(lost)
+            admin.execute(shut.format(name, sql.Literal(True)))
+
+        async def given_up() -> bool:
+            return calls > 0 or "session was lost before the call" in caplog.text
+
+        await eventually_async(given_up, what="the thread has its connection")
+        assert calls == 0
+        effects.execute("SELECT pg_advisory_unlock_all()")
+        await _all_settled(effects)
+    assert calls == 1
