@@ -16,6 +16,7 @@ of connections that say nothing, or that say it slowly.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -52,6 +53,15 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._look()  # a request that came behind the one that is answered may be there in part
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP: one answer to it at most, and none where there was or is another one."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        with contextlib.suppress(h11.LocalProtocolError):  # nor a body in answer to HEAD
+            super().send_400_response(msg)
+        self.transport.close()
 
     def _look(self) -> None:
         if self.conn.their_state in _COMPLETE or (self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]):

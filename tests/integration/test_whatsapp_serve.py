@@ -192,3 +192,27 @@ async def test_the_database_is_asked_once_a_second_whoever_asks(monkeypatch: pyt
     with pytest.raises(psycopg.OperationalError):
         await lately()
     assert asked == 2
+
+
+@pytest.mark.parametrize("asked", ["POST /webhook", "POST /nothing", "HEAD /nothing"])
+def test_a_body_that_breaks_the_protocol_is_answered_once_and_told_in_a_line(
+    asked: str, outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path
+) -> None:
+    """Together with its head, when the request is not answered yet, and after it, when it may be."""
+    endpoint = Endpoint(outbox, tmp_path / "log")
+    endpoints.append(endpoint)
+    head = f"{asked} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for pieces in ([f"{head}no length\r\n"], [head, "no length\r\n"], [f"{head}1\r\n{{\r\n", "no length\r\n"]):
+        with socket.create_connection(("127.0.0.1", endpoint.port), 10) as link:
+            for number, piece in enumerate(pieces):
+                if number and asked != "POST /webhook":
+                    link.recv(65_536)  # it is answered before its body has come
+                link.sendall(piece.encode())
+            received = b""
+            with contextlib.suppress(ConnectionError):
+                while more := link.recv(65_536):
+                    received += more
+        assert received.count(b"HTTP/1.1 ") <= 1
+    assert endpoint.post(EVENT) == (200, {"result": "stored"})
+    assert "Invalid HTTP request received." in endpoint.log
+    assert "Traceback" not in endpoint.log
