@@ -97,9 +97,10 @@ class HealthServer:
         server_class = _ServerV6 if ":" in host else _Server
         try:
             self._server = server_class((host, port), _Quiet)
-        except OSError as error:
+        except (OSError, TypeError, UnicodeError) as error:  # the last two: a name that cannot be asked for
+            why = error.strerror if isinstance(error, OSError) else "no host has such a name"
             raise UsageError(
-                f"cannot serve metrics and health on {host} port {port}: {error.strerror}",
+                f"cannot serve metrics and health on {host} port {port}: {why}",
                 hint="choose another --http-host or --http-port; port 0 switches them off",
             ) from None
         not_for_children(self._server)

@@ -106,9 +106,12 @@ class Lately:
 
 def _listening(host: str, port: int) -> socket.socket:
     try:
+        socket.getaddrinfo(host, port)  # what is no name at all would leave a socket open
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        number = error.errno or 0 if isinstance(error, OSError) else 0  # what the name service says is below 0
+        why = os.strerror(number) if number > 0 else "no host has such a name"
         raise cdc.CdcError(
-            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}",
+            f"cannot listen on {host} port {port}: {why}",
             hint="choose another --whatsapp-host or --whatsapp-port",
         ) from None

@@ -116,6 +116,14 @@ def test_an_address_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatc
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in refused.stderr
 
 
+@pytest.mark.parametrize("host", ["\u202e", "x" * 5_000, "nosuch.invalid"])
+def test_a_host_that_is_none_is_one_sentence(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CDC_WHATSAPP_APP_SECRET", "x")
+    refused = CliRunner().invoke(cdc, ["whatsapp", "serve", "--whatsapp-host", host])
+    assert refused.exit_code == 1
+    assert "no host has such a name" in refused.stderr
+
+
 def test_the_settings_show_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("hunter\n")
     monkeypatch.setenv("CDC_WHATSAPP_APP_SECRET", "hunter")
