@@ -193,11 +193,13 @@ class Stage:
             [(seq,)] = connection.execute("SELECT coalesce(max(seq), 0) FROM entity_changes").fetchall()
         return int(seq)
 
-    def settled_up_to(self, seq: int) -> bool:
+    def unsettled(self, seq: int) -> int:
+        """How many changes up to this number have no outcome."""
         with self.connect() as connection:
-            return not connection.execute(
-                "SELECT FROM entity_changes WHERE seq <= %s AND NOT processed AND dead_at IS NULL LIMIT 1", [seq]
+            [(count,)] = connection.execute(
+                "SELECT count(*) FROM entity_changes WHERE seq <= %s AND NOT processed AND dead_at IS NULL", [seq]
             ).fetchall()
+        return int(count)
 
     def deafen(self, place: int, began: float) -> None:
         """The consumer at this place has heard nothing from then until now."""
