@@ -13,9 +13,10 @@ ACT = "INSERT INTO effects (entity_type, entity_id, done_by) VALUES (%s, %s, %s)
 router = cdc.Router()
 
 
-@router.on("reaction", "INSERT")
-@router.on("message", "INSERT")
-@router.on("task", "INSERT")
+# As many attempts as the documented processor makes.
+@router.on("reaction", "INSERT", max_attempts=3)
+@router.on("message", "INSERT", max_attempts=3)
+@router.on("task", "INSERT", max_attempts=3)
 async def act(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
     if change.new["user_id"] == POISON:
         raise ValueError(POISON)

@@ -58,7 +58,7 @@ class _Unknown:
     def in_thread(self, change: Change) -> bool:
         return False
 
-    def suspects(self, change: Change) -> bool:
+    def lost(self, change: Change) -> bool:
         return False
 
     def interrupted(self, change: Change) -> None:
