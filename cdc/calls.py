@@ -17,7 +17,7 @@ from decimal import getcontext, setcontext
 from types import CoroutineType
 from typing import Any, Generic, TypeVar, cast
 
-from cdc.cancelling import disregard
+from cdc.cancelling import disregard, is_being_cancelled
 from cdc.errors import Failed
 from cdc.model import Change
 from cdc.routing import Handler
@@ -31,6 +31,10 @@ class EscapedError(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(type(error).__name__)
         self.error = error
+
+
+class CutOffError(asyncio.CancelledError):
+    """This program has ended the task while the call was under way."""
 
 
 class Begun(Generic[_T]):
@@ -124,11 +128,15 @@ def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
 
 
 async def call_handler(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
-    """Call an async handler. Returns what single changes of a batch failed with, by seq."""
+    """Call an async handler. Returns what single changes of a batch failed with, by seq. Raises CutOffError."""
     try:
         await call_async(handler.call, given, *connection)
     except Failed as failed:
         return failed.errors
+    except asyncio.CancelledError as error:
+        if is_being_cancelled():
+            raise CutOffError from error
+        raise
     return {}
 
 

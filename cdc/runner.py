@@ -42,7 +42,7 @@ from typing import Any, NamedTuple, cast
 from pydantic import TypeAdapter
 
 from cdc import probe
-from cdc.calls import Begun, begin, call_handler, call_handler_here, call_here
+from cdc.calls import Begun, CutOffError, begin, call_handler, call_handler_here, call_here
 from cdc.cancelling import is_being_cancelled
 from cdc.errors import Discard, Failed, Reject, Retry, Unavailable
 from cdc.grouping import Grouping
@@ -93,10 +93,6 @@ _LABELS: dict[type[Outcome], str] = {
     Waiting: "retried",
     Dead: "dead",
 }
-
-
-class _CutOffError(asyncio.CancelledError):
-    """This program has ended the task while the call was under way."""
 
 
 class Unfinished(NamedTuple):
@@ -361,7 +357,7 @@ class Runner:
             return await self._attempt(handler, changes, given, started)
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
-                if isinstance(error, _CutOffError):
+                if isinstance(error, CutOffError):
                     self._ended(changes, session)
                 raise
             if len(changes) > 1 and not isinstance(error, _ABOUT_ALL if handler.batch else EndedTransactionError):
