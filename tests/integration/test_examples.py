@@ -104,7 +104,7 @@ def test_the_embedded_one_works_beside_the_program_it_is_in(orders: psycopg.Conn
 def test_the_web_application_shows_what_its_consumer_has_seen(orders: psycopg.Connection, start: Start) -> None:
     port = free_port()
     said = start("fastapi", [sys.executable, "-m", "uvicorn", "main:app", "--port", str(port)])
-    eventually(lambda: "Application startup complete" in said(), what="it has started")
+    eventually(lambda: "Uvicorn running on" in said(), what="it listens")
     _order(orders)
 
     def get(path: str) -> str:
