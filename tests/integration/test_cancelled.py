@@ -155,7 +155,6 @@ _WAYS: dict[str, Callable[[], Awaitable[None]]] = {
     "overruns": _overruns,
     "overruns and takes back": _overruns_and_takes_back,
     "raises": _raises,
-    "is cancelled later": _is_cancelled_later,
 }
 _ENDLESS = {"overruns", "overruns and takes back"}
 """Without a time limit."""
@@ -254,6 +253,28 @@ async def test_a_handler_that_cancels_its_own_task_has_an_outcome_and_ends_nothi
         assert {way for way in ways if ended[way] == {True}} >= _PROCESSED
     assert ended["raises"] == {False}
     assert max(calls.values()) <= 2 * _ATTEMPTS + 1  # in a batch or group, alone after it, and once beside another
+
+
+@pytest.mark.parametrize("declare", _KINDS)
+async def test_a_cancellation_that_comes_after_the_call_ends_no_task_and_leaves_nothing_without_an_outcome(
+    declare: Callable[[Router, Call, float | None], None], outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """It may hit the call of another change by then, which costs that one an attempt."""
+    router = Router()
+
+    async def call(change: cdc.Change) -> None:
+        await _is_cancelled_later()
+
+    declare(router, call, None)
+    outbox_db.execute("SELECT publish_change('x', n::text) FROM generate_series(1, 30) n")
+
+    async def all_settled() -> bool:
+        return settled(outbox_db)
+
+    async with consuming(outbox, router, **_FEW) as app:
+        await eventually_async(all_settled, within_s=100, what="every change processed or dead")
+        assert metric(app.metrics.registry, "cdc_task_ends_total") == 0
+        assert metric(app.metrics.registry, "cdc_interruptions_total") == 0
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
