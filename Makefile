@@ -67,7 +67,7 @@ package: $(READY) ## Build what is published into dist, and check it as the inde
 	@$(BIN)/python -m twine check --strict dist/*
 
 .PHONY: metrics
-metrics: $(READY) ## Write docs/metrics.md anew from the code.
+metrics: $(READY) ## Write docs/reference/metrics.md anew from the code.
 	@$(BIN)/python -m tests.prometheus.reference
 
 .PHONY: pictures

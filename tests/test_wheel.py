@@ -80,7 +80,7 @@ def test_what_an_index_shows_is_complete(released: Path) -> None:
     description = metadata.partition("\n\n")[2]
     assert "# cdc" in description
     assert re.findall(r"\]\((?!https?://)[^)]*\)", description) == [], "an index has none of the files"
-    assert "docs/handlers.md: for those who write handlers" in description
+    assert "docs/guides/handlers.md: for those who write handlers" in description
     assert "are in the source distribution" in description
 
 
@@ -91,7 +91,7 @@ def test_the_sdist_can_be_built_tested_and_read(released: Path) -> None:
     assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "requirements-dev.txt", "tests/conftest.py",
             "deploy/debian-setup"} <= names  # fmt: skip
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "sql").rglob("*.sql")} <= names
-    assert {"docs/handlers.md", "docs/plots/drain.svg", "CHANGELOG.md"} <= names, "the README says so"
+    assert {"docs/guides/handlers.md", "docs/plots/drain.svg", "CHANGELOG.md"} <= names, "the README says so"
     left_out = (".venv", ".git/", ".ci", "build", "dist", "docs/plots/figures.json", "requirements-bench",
                 "tests/bench/peers")  # fmt: skip
     assert not [name for name in names if name.startswith(left_out)]

@@ -47,7 +47,7 @@ def install(*, settings: Settings, sets: tuple[str, ...], dry_run: bool, keep_pr
 
     An entity_changes made from the documented SQL is upgraded in place and keeps its rows: the table is locked and
     written anew, so choose a quiet hour if it is large. Stop the documented processor first, or let it go on beside
-    the consumers with --keep-processor: docs/migration.md.
+    the consumers with --keep-processor: docs/guides/migrate.md.
 
     --with makes and captures the tables of an application besides, once; a table that exists is kept.
     """

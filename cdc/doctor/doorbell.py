@@ -14,7 +14,7 @@ from cdc.slot_state import Slot, judge
 _OURS = "cdc"
 """How the application names of our sessions begin."""
 _SOME_WAL_BYTES = 64 << 20
-"""A limit below it is reached by one burst; see max_slot_wal_keep_size in docs/operations.md."""
+"""A limit below it is reached by one burst; see max_slot_wal_keep_size in docs/operations/server.md."""
 _ENOUGH_WAL = "10GB"
 _SHORT_STOP_S = 3600.0
 # A list in one pair of quotes is one name, and allows nothing.

@@ -77,8 +77,8 @@ def outboxes(seen: Installed, *, slot: str) -> Finding:
 def capture_function(seen: CaptureFunction) -> Finding:
     """``cdc db upgrade`` mends what it may; whose the function is, it leaves alone, and ``schema`` says it."""
     own_role = (
-        f"{_upgrade(seen.outbox_owner)} with the right to create roles, gives it a role of its own: see Roles and"
-        " grants in docs/operations.md"
+        f"{_upgrade(seen.outbox_owner)} with the right to create roles, gives it a role of its own: see"
+        " docs/operations/roles.md"
     )
     problems = [
         *([] if seen.security_definer else ["it is not SECURITY DEFINER, so writers need rights on the outbox"]),

@@ -134,7 +134,9 @@ def _options() -> argparse.Namespace:
         "--from", dest="results", type=Path, nargs="+", metavar="FILE", help="do not measure: show what --json wrote"
     )
     parser.add_argument(
-        "--write-docs", action="store_true", help="write the figures, and plots of them, into docs/performance.md"
+        "--write-docs",
+        action="store_true",
+        help="write the figures, and plots of them, into docs/explanation/performance.md",
     )
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in {*SCENARIOS, *GROUPS}]:

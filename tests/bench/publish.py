@@ -1,4 +1,4 @@
-"""Writes a result into docs/performance.md, and plots of it beside: what is published is what was measured.
+"""Writes a result into docs/explanation/performance.md, and plots of it beside: what is published is what was measured.
 
 The document is prose with blocks between ``<!-- NAME -->`` and ``<!-- /NAME -->``; a block is written anew by a result
 that has something for it, and left alone by any other.
@@ -18,7 +18,7 @@ from tests.bench.report import Summary
 from tests.bench.scenarios import GROUPS
 
 _DOCS = Path(__file__).parents[2] / "docs"
-_DOCUMENT = _DOCS / "performance.md"
+_DOCUMENT = _DOCS / "explanation/performance.md"
 _PLOTS = _DOCS / "plots"
 
 ABOUT = ("machine", "versions", "settings", "sizes")
@@ -147,7 +147,7 @@ def _keep(result: Mapping[str, Any], *, growth: bool) -> None:
 
 
 def _image(name: str, title: str) -> str:
-    return f"![{title}](plots/{name}.svg)"
+    return f"![{title}](../plots/{name}.svg)"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""``python -m tests.faults.fault_table``: measure every fault, and write the tables of docs/operations.md.
+"""``python -m tests.faults.fault_table``: measure every fault, and write the tables of docs/operations/slot.md.
 
 The consumer is ``cdc run`` as shipped: what an operator must mend is looked at again every 30 to 60 s, so a run takes
 half an hour. With words it measures only what they name: ``... fault_table faults``, ``... fault_table wal``.
@@ -21,7 +21,7 @@ from tests.faults.slot_stage import AS_SHIPPED, SERVER, Stage, prepare
 from tests.faults.wal_held import FULL, SETTINGS, Holding, Size, handlers_blocked, large_transaction, nothing_tracked
 from tests.fix_consumer import ROOT
 
-GUIDE = ROOT / "docs/operations.md"
+GUIDE = ROOT / "docs/operations/slot.md"
 _SCENARIOS: dict[str, Callable[[Stage, Size], Holding]] = {
     f"all handlers blocked for {FULL.seconds:.0f} s, under load": handlers_blocked,
     f"{FULL.megabytes >> 10} GB written to a table that is not tracked": nothing_tracked,

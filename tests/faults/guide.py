@@ -1,4 +1,4 @@
-"""docs/migration.md as a script: the commands of each step, run as they stand there."""
+"""docs/guides/migrate.md as a script: the commands of each step, run as they stand there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.eventually import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs/migration.md"
+PAGE = ROOT / "docs/guides/migrate.md"
 
 
 def steps(part: str) -> dict[str, list[list[str]]]:

@@ -1,4 +1,4 @@
-"""docs/migration.md, walked through under write load, each step forth, back and forth: nothing is lost or doubled."""
+"""docs/guides/migrate.md, under write load, each step forth, back and forth: nothing is lost or doubled."""
 
 from __future__ import annotations
 

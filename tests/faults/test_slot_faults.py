@@ -1,7 +1,7 @@
 """Whatever happens to the slot, its stream, its plugin or its server: work goes on, and full service comes back.
 
 Under load, from a running ``cdc run``, and each change that was committed is handled. ``slot_faults.py`` has what
-happens, and what must be seen of it; ``fault_table.py`` writes the table of docs/operations.md from the same course.
+happens, and what must be seen of it; ``fault_table.py`` writes docs/operations/slot.md from the same course.
 A plugin that ``output_plugin_libraries`` refuses is told apart in tests/unit/test_refusals.py, by the fields of an
 error that a server with that setting gave: the tests cannot count on such a server.
 """

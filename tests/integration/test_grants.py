@@ -641,7 +641,7 @@ def test_what_is_granted_is_what_the_consumer_asks_for_and_what_the_documents_sa
     queries = (ROOT / "cdc/outbox/queries.sql").read_text("utf-8")
     [asked] = re.findall(r"-- name: missing_rights\n.*?ARRAY\[(.*?)\]", queries, re.DOTALL)
     assert sorted(re.findall(r"'(\w+)'", asked)) == sorted(grants.STATE)
-    document = (ROOT / "docs/operations.md").read_text("utf-8")
+    document = (ROOT / "docs/operations/roles.md").read_text("utf-8")
     [changed] = re.findall(r"^\| `--consumer ROLE` \| reads; changes (.*?) \|", document, re.MULTILINE)
     assert tuple(re.findall(r"`(\w+)`", changed)) == grants.STATE
     [hidden] = re.findall(r"^\| `--readonly ROLE` \| reads all but (.*?) \|", document, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The receiving applications of examples/, which docs/handlers.md shows, in the languages they are written in."""
+"""The receiving applications of examples/, which docs/guides/http-delivery.md shows, in their languages."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _example(language: str) -> str:
 
 @pytest.mark.parametrize("language", _EXAMPLES)
 def test_the_page_shows_the_example(language: str) -> None:
-    _, section = (_ROOT / "docs/handlers.md").read_text("utf-8").split("\n## In any language\n")
-    [shown] = re.findall(rf"```{language}\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    page = (_ROOT / "docs/guides/http-delivery.md").read_text("utf-8")
+    [shown] = re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
     assert shown == _example(language)
 
 

@@ -51,8 +51,8 @@ def test_an_event_is_stored_captured_and_answered_and_a_stop_is_exit_0(
 def test_a_role_needs_no_more_than_the_tables_that_are_written(
     outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path
 ) -> None:
-    """The statements of docs/whatsapp.md."""
-    granted = (Path(__file__).parents[2] / "docs/whatsapp.md").read_text().partition("CREATE ROLE webhook")[2]
+    """The statements of docs/guides/whatsapp.md."""
+    granted = (Path(__file__).parents[2] / "docs/guides/whatsapp.md").read_text().partition("CREATE ROLE webhook")[2]
     tables.execute("DROP ROLE IF EXISTS webhook")
     tables.execute(("CREATE ROLE webhook" + granted.partition("```")[0]).encode())
     try:

@@ -1,4 +1,4 @@
-"""docs/metrics.md, written from the code: ``python -m tests.prometheus.reference``, or ``make metrics``."""
+"""docs/reference/metrics.md, written from the code: ``python -m tests.prometheus.reference``, or ``make metrics``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cdc.metrics import NO_HANDLER, OTHER, Metrics
 from cdc.model import Change
 from cdc.routing import Router
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/metrics.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/reference/metrics.md"
 
 _HEAD = """\
 # Metrics
 
-Written by `make metrics` from the code. What to ask them is in [operations](operations.md#metrics).
+Written by `make metrics` from the code. What to ask them is in [operations](../operations/monitoring.md#metrics).
 
 Label values come from closed sets, and where they are known beforehand they are listed. `SLOT` is the configured name
 of the slot, `HANDLER` the name of a handler, `TYPE` an entity type that a rule names; all other types are `{other}`,

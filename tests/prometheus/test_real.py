@@ -1,6 +1,6 @@
 """Each alert fires in a real Prometheus when its condition is really produced, and each panel shows something.
 
-Five consumers of a server of their own, each with its database and its scrape job, as ``docs/operations.md`` asks:
+Five consumers of a server of their own, each with its database and its scrape job, as docs/operations/alerts.md asks:
 ``well`` and what befalls it, ``stuck`` with handlers that never return, ``mute`` without the right to replicate,
 ``deaf``, whose outbox is written by hand, behind a proxy, and ``lonely``, whose application does not run. What no
 consumer can tell is told by postgres_exporter.

@@ -75,10 +75,10 @@ def test_each_alert_has_a_severity_two_sentences_and_its_entry_in_the_runbook() 
     for alert in alerts():
         assert alert["labels"]["severity"] in {"warning", "critical"}
         assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}, alert["alert"]
-        assert alert["annotations"]["runbook_url"] == f"docs/operations.md#{alert['alert'].lower()}"
+        assert alert["annotations"]["runbook_url"] == f"docs/operations/alerts.md#{alert['alert'].lower()}"
         assert alert["for"], "one bad reading wakes nobody"
-    runbook = (ROOT / "docs/operations.md").read_text("utf-8")
-    entries = re.findall(r"^### (Cdc\w+)$", runbook, re.MULTILINE)
+    runbook = (ROOT / "docs/operations/alerts.md").read_text("utf-8")
+    entries = re.findall(r"^## (Cdc\w+)$", runbook, re.MULTILINE)
     assert sorted(entries) == sorted({alert["alert"] for alert in alerts()})
 
 

@@ -44,7 +44,7 @@ def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default
 
 
 def test_the_file_in_the_documents_has_every_setting_and_the_defaults(folder: Path) -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text("utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "settings.md").read_text("utf-8")
     [example] = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (folder / "cdc.toml").write_text(example)
     resolved = _load()

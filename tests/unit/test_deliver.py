@@ -29,7 +29,7 @@ from cdc.model import Change, Json, Operation, read_change
 from tests.unit.changes import change
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
-PAGE = Path(__file__).resolve().parents[2] / "docs/handlers.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/guides/http-delivery.md"
 
 # --- CloudEvents ---------------------------------------------------------------------------------------------------
 
@@ -335,8 +335,7 @@ def test_why_an_application_is_not_reached_is_told_without_its_address(error: ai
 
 
 def test_the_event_in_the_documents_is_one_that_is_sent() -> None:
-    _, section = PAGE.read_text("utf-8").split("\n## In any language\n")
-    [example] = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
+    [example] = re.findall(r"```json\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     shown = json.loads(example)
     made = _full(
         id=UUID(shown["id"]),
