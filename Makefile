@@ -33,7 +33,7 @@ demo: $(DEMO) ## Watch changes travel, on a throw-away server. KEEP=1: stay up u
 # No server, and nothing that waits: what one runs again and again while one writes.
 .PHONY: check
 check: lint ## lint, and the tests that need no server: what to run while writing.
-	@$(BIN)/python -m pytest -q -n auto tests/unit tests/test_tidy.py $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto tests/unit tests/reference tests/test_tidy.py $(ARGS)
 
 .PHONY: test
 test: machine $(READY) ## Run all tests, JOBS=3 files at a time. ARGS="-k lanes -x" is passed to pytest.
@@ -66,9 +66,9 @@ package: $(READY) ## Build what is published into dist, and check it as the inde
 	@$(BIN)/python -m build --no-isolation --outdir dist
 	@$(BIN)/python -m twine check --strict dist/*
 
-.PHONY: metrics
-metrics: $(READY) ## Write docs/reference/metrics.md anew from the code.
-	@$(BIN)/python -m tests.prometheus.reference
+.PHONY: reference
+reference: $(READY) ## Write the pages of docs/reference that come from the code: settings, commands, metrics, Python API.
+	@$(BIN)/python -m tests.reference
 
 .PHONY: pictures
 pictures: ## Draw docs/pictures/*.svg anew (needs dot, of Graphviz).

@@ -85,9 +85,9 @@ _Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...] | None, Befor
 
 
 class Slot(_Section):
-    name: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="Replication slot that rings for new changes.")
+    name: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="Replication slot; one name a server.")
     create: bool = Field(True, description="Create the slot if it is missing.")
-    recreate: bool = Field(True, description="Make a slot anew that is lost or cannot be read; needs create.")
+    recreate: bool = Field(True, description="Create a slot again that is lost or cannot be read; needs create.")
     plugin: Literal["auto", "wal2json", "pgoutput"] = Field(
         "auto", description="Output plugin; auto is wal2json, or pgoutput where the server lacks or refuses it."
     )
@@ -102,7 +102,7 @@ class Slot(_Section):
 
 
 class Http(_Section):
-    host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics, /livez and /readyz.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics and probes; in a container 0.0.0.0.")
     port: int = Field(9464, ge=0, le=65535, description="Their port; 0 switches them off.")
     page: bool = Field(True, description="Show the consumer's figures on a page at /, beside them.")
     hosts: _Names = Field(None, description="A name to ask for the page by, besides addresses and localhost.")
@@ -199,7 +199,7 @@ class Settings(_Section):
 
     dsn: SecretStr | None = Field(None, description="Database, as libpq reads it. Left out: the PG* variables.")
     stream_dsn: SecretStr | None = Field(None, description="Another role for the replication stream.")
-    handlers_dsn: SecretStr | None = Field(None, description="The way for transactional handlers, such as a pooler.")
+    handlers_dsn: SecretStr | None = Field(None, description="Another way for transactional handlers: a pooler.")
     schema_: Annotated[str, AfterValidator(_fits_a_name)] = Field(
         "public", alias="schema", min_length=1, description="Schema of the table entity_changes."
     )
@@ -208,7 +208,7 @@ class Settings(_Section):
     only: _Names = Field(None, description="Handle this entity type and no other.")
     except_: _Names = Field(None, alias="except", description="Leave this entity type alone.")
     unhandled: Literal["leave", "discard"] = Field("leave", description="What to do with types that no handler wants.")
-    observe: bool = Field(False, description="Only look: see and measure everything, run no handler, mark nothing.")
+    observe: bool = Field(False, description="Shadow mode: measure everything, run no handler, mark nothing.")
     slot: Slot = Slot()
     stream: bool = Field(True, description="Listen to the replication slot; without it changes are found by sweeping.")
     http: Http = Http()
@@ -226,8 +226,8 @@ class Settings(_Section):
     )
     backoff: Backoff = Backoff()
     drain_time: float = Field(10.0, ge=0, description="Seconds that running handlers get to finish at a stop.")
-    sweep_interval: float = Field(5.0, gt=0, description="Seconds between two looks for changes nobody rang for.")
-    poll_interval: float = Field(0.5, gt=0, description="The same while nothing is streamed.")
+    sweep_interval: float = Field(5.0, gt=0, description="Seconds between scans for changes without a notification.")
+    poll_interval: float = Field(0.5, gt=0, description="Seconds between scans while nothing is streamed.")
     retention: Annotated[str, AfterValidator(_is_an_age)] = Field(
         "off", description="Age, such as 30d, at which processed changes are removed for good; off keeps them."
     )

@@ -19,7 +19,7 @@ def demo(dsn: str | None, keep: bool, verbose: bool) -> None:
     is read, and nothing is left.
 
     With --dsn, on that server: in the schemas cdc_demo and cortex_projects, which are removed at the end. Where there
-    is one already the demo refuses to begin. The role needs CREATE on the database, and REPLICATION to be rung.
+    is one already the demo refuses to begin. The role needs CREATE on the database, and REPLICATION for a slot.
 
     Ends by itself after about 20 seconds, with 1 if a change was not processed.
     """

@@ -43,7 +43,7 @@ def run(settings: Settings) -> None:
 
     Runs until SIGTERM, SIGHUP or Ctrl-C, then lets running handlers finish and ends with 0. The database needs "cdc db
     install" and "cdc track" first. Where replication is not to be had it works as well: it looks for new changes
-    at short intervals instead of being rung.
+    at short intervals instead of being notified.
 
     Every option is also a variable (--slot-name: CDC_SLOT_NAME) and a line of cdc.toml (name in [slot]).
     """

@@ -1,23 +1,22 @@
-"""docs/reference/metrics.md, written from the code: ``python -m tests.prometheus.reference``, or ``make metrics``."""
+"""docs/reference/metrics.md, from the registry of a consumer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 
 from prometheus_client import Metric
 
 from cdc.metrics import NO_HANDLER, OTHER, Metrics
 from cdc.model import Change
 from cdc.routing import Router
-
-PAGE = Path(__file__).resolve().parents[2] / "docs/reference/metrics.md"
+from tests.reference.markdown import WRITTEN, code, table
 
 _HEAD = """\
 # Metrics
 
-Written by `make metrics` from the code. What to ask them is in [operations](../operations/monitoring.md#metrics).
+{written}
+Which question each answers is in [monitoring](../operations/monitoring.md#metrics).
 
 Label values come from closed sets, and where they are known beforehand they are listed. `SLOT` is the configured name
 of the slot, `HANDLER` the name of a handler, `TYPE` an entity type that a rule names; all other types are `{other}`,
@@ -66,7 +65,7 @@ def everything() -> list[Metric]:
 
 
 def page() -> str:
-    head = _HEAD.format(other=OTHER, none=NO_HANDLER)
+    head = _HEAD.format(written=WRITTEN, other=OTHER, none=NO_HANDLER)
     return head + "".join(f"\n## {title}\n\n{_table(metrics)}" for title, metrics in _grouped())
 
 
@@ -79,8 +78,8 @@ def _grouped() -> Iterator[tuple[str, list[Metric]]]:
 
 
 def _table(metrics: Sequence[Metric]) -> str:
-    rows = [f"| `{_name(metric)}` | {metric.type} | {_labels(metric)} | {metric.documentation} |" for metric in metrics]
-    return "\n".join(["| name | type | labels | |", "|---|---|---|---|", *rows, ""])
+    rows = [[code(_name(metric)), metric.type, _labels(metric), metric.documentation] for metric in metrics]
+    return table(["name", "type", "labels", ""], rows)
 
 
 def _name(metric: Metric) -> str:
@@ -96,7 +95,3 @@ def _labels(metric: Metric) -> str:
     if metric.name.startswith(("cdc_build", "python_")):  # of this machine
         return ", ".join(f"`{label}`" for label in values)
     return "; ".join(f"`{label}`: {', '.join(found)}" for label, found in values.items())
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), "utf-8")
