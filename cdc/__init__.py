@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from cdc.errors import CdcError, Discard, Failed, Reject, Retry, Unavailable
-from cdc.model import Change, Operation
-from cdc.routing import Router
+from cdc.core.errors import CdcError, Discard, Failed, Reject, Retry, Unavailable
+from cdc.core.model import Change, Operation
+from cdc.core.router import Router
 
 __all__ = ["CdcError", "Change", "Discard", "Failed", "Operation", "Reject", "Retry", "Router", "Unavailable", "run"]
 __version__ = "0.1.0"
 
 
 async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
-    """Run a consumer inside one's own asyncio program, until cancelled; see ``cdc.app.run``."""
-    await importlib.import_module("cdc.app").run(dsn, router, **settings)
+    """Run a consumer inside one's own asyncio program, until cancelled; see ``cdc.app.application.run``."""
+    await importlib.import_module("cdc.app.application").run(dsn, router, **settings)

@@ -1,6 +1,6 @@
 """``python -m cdc`` and the command ``cdc``: signals are handled before anything else is loaded."""
 
-from cdc.process import handle_signals
+from cdc.runtime.process import handle_signals
 
 
 def main() -> None:

@@ -21,21 +21,21 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter
 
-from cdc import config
-from cdc.app import App
-from cdc.connect import connect, connect_async
-from cdc.deadline import deadline
-from cdc.errors import CdcError, UsageError
-from cdc.metrics import Metrics
-from cdc.model import Change, ChangeState, Operation
-from cdc.outbox.letters import Entry, Letters, Wanted
-from cdc.outbox.loaders import read_anything
-from cdc.outbox.store import Store
-from cdc.routing import Router
-from cdc.scope import Scope
+from cdc.app import config
+from cdc.app.application import App
+from cdc.core.errors import CdcError, UsageError
+from cdc.core.model import Change, ChangeState, Operation
+from cdc.core.router import Router
+from cdc.core.type_filter import TypeFilter
+from cdc.observability.metrics import Metrics
+from cdc.postgres.admin import Entry, OutboxAdmin, Wanted
+from cdc.postgres.connect import connect, connect_async
+from cdc.postgres.loaders import read_anything
+from cdc.postgres.outbox import Store
+from cdc.runtime.deadline import deadline
 
 if TYPE_CHECKING:
-    from cdc.connect import Connection
+    from cdc.postgres.connect import Connection
 
 _LOOK_EVERY_S = 0.01
 _NAMED_MAX = 20
@@ -163,7 +163,7 @@ async def drain(
     async with await connect_async(chosen.dsn_text, application_name="cdc: drain") as reader:
         await Store(chosen.schema_).check(reader)
     with closing(await asyncio.to_thread(connect, chosen.dsn_text, application_name="cdc: drain")) as connection:
-        look = _Look(connection, Letters(chosen.schema_), app.scope)
+        look = _Look(connection, OutboxAdmin(chosen.schema_), app.scope)
         work = asyncio.create_task(app.run())
         try:
             await _until_settled(work, look, within_s)
@@ -202,7 +202,7 @@ async def _until_settled(work: asyncio.Task[None], look: _Look, within_s: float)
 class _Look:
     """What the table says, from a thread."""
 
-    def __init__(self, connection: Connection, letters: Letters, scope: Scope) -> None:
+    def __init__(self, connection: Connection, letters: OutboxAdmin, scope: TypeFilter) -> None:
         read_anything(connection)  # a change that cannot be read is one of those that are left
         self._scope = scope
         self._connection = connection

@@ -1,6 +1,6 @@
 -- Who owns which shard, for those who come after a consumer that died. Safe to run again.
 --
--- The locks decide who owns a shard (cdc/outbox/shards.py); they end with the session, whatever ended it. A row here is
+-- The locks decide who owns a shard (cdc/postgres/shard_locks.py); they end with the session, whatever ended it. A row here is
 -- removed by a consumer that gives its shard back in peace. So whoever locks a shard that still has somebody else's row
 -- knows that this one died in the middle of its work.
 

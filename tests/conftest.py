@@ -10,7 +10,7 @@ from tests import servers
 _LONG_ONES = (
     "tests/faults/test_slot_faults.py", "tests/faults/test_ledger.py", "tests/prometheus", "tests/faults",
     "tests/integration/test_isolation.py", "tests/unit/test_simulation.py", "tests/test_wheel.py",
-    "tests/unit/test_lanes_machine.py", "tests/integration/test_secrets.py",
+    "tests/unit/core/test_scheduler_machine.py", "tests/integration/test_secrets.py",
 )  # fmt: skip
 """In this order before all others: one that came last would have the others wait for it. What computes all the time
 (the simulation, the lanes' machine) is not beside the ledger, which has limits for what three consumers do."""

@@ -15,9 +15,9 @@ import psycopg
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cdc import config
-from cdc.app import App, Limits
-from cdc.routing import Router
+from cdc.app import config
+from cdc.app.application import App, Limits
+from cdc.core.router import Router
 from tests.eventually import eventually
 from tests.forked import Forked
 

@@ -16,8 +16,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.errors import NotFoundError
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.errors import NotFoundError
 from tests.eventually import eventually
 
 _server_line = "none started"

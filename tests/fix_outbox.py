@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema
+from cdc.postgres import migrations
 from tests.bench.database import preload_history, preload_unprocessed
 from tests.fix_db import drop_database
 
@@ -23,7 +23,7 @@ def migrated_template(admin_dsn: str, creation: sql.Composable) -> Iterator[str]
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE DATABASE {} {}").format(sql.Identifier(name), creation))
         with psycopg.connect(make_conninfo(admin_dsn, dbname=name), autocommit=True) as connection:
-            schema.install(connection, "public")
+            migrations.install(connection, "public")
         yield name
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 

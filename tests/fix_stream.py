@@ -14,9 +14,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from cdc.errors import StreamError
-from cdc.model import WakeUp, message_prefix
-from cdc.wakeup.stream import Stream, StreamSettings
+from cdc.core.errors import StreamError
+from cdc.core.model import WakeUp, message_prefix
+from cdc.replication.stream import Stream, StreamSettings
 from tests.eventually import eventually
 
 PUBLIC = message_prefix("public")

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_PRELOADED = ["cdc.cli", "cdc.cli.run", "cdc.serve", "cdc.whatsapp.handlers"]
+_PRELOADED = ["cdc.cli", "cdc.cli.run", "cdc.app.serve", "cdc.contrib.whatsapp.handlers"]
 
 
 class Forked:

@@ -12,7 +12,7 @@ from types import TracebackType
 import psycopg
 from psycopg import sql
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 
 _ROOM = "8g"
 """What is not used takes no memory."""

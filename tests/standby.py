@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from psycopg.conninfo import make_conninfo
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 
 
 class Standby(Server):

@@ -15,9 +15,9 @@ from pathlib import Path
 import click
 import pytest
 
+from cdc.app.config import SETTINGS
 from cdc.cli import cdc as root_command
-from cdc.config import SETTINGS
-from cdc.model import SHARDS
+from cdc.core.model import SHARDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "cdc").rglob("*.py"))
@@ -33,23 +33,22 @@ MAY_PRINT = {
     "cdc/cli/demo.py": "the demo shows the rows it has written itself",
 }
 MAY_SLEEP = {
-    "cdc/app.py": "the ticker that shows figures is cancelled at the stop; nothing it could wait for",
+    "cdc/app/application.py": "the ticker that shows figures is cancelled at the stop; nothing it could wait for",
     "tests/eventually.py": "the one place where tests let time pass",
     "tests/handlers.py": "a handler that takes as long as a test says",
     "tests/bench/handlers.py": "a handler that waits, as one for a remote call does; the waiting is what is measured",
 }
 DRIVES_LIBPQ = {
-    "cdc/wakeup/replication.py": "the replication connection",
-    "cdc/connect.py": "libpq's version, and which link a refused connect was about",
-    "cdc/link.py": "closes a link that is silent, whatever waits on it",
+    "cdc/replication/connection.py": "the replication connection",
+    "cdc/postgres/connect.py": "libpq's version, and which link a refused connect was about",
+    "cdc/postgres/link.py": "closes a link that is silent, whatever waits on it",
 }
-EXPLAINED_ELSEWHERE = {("cdc/routing.py", "B004"): "the docstring of the function says what it unwraps"}
+EXPLAINED_ELSEWHERE = {("cdc/core/router.py", "B004"): "the docstring of the function says what it unwraps"}
 PURE = (
-    "model", "errors", "lsn", "probe", "routing", "lanes", "intake", "retry", "shares", "refusals",
-    "wakeup/wire", "wakeup/wal2json", "wakeup/pgoutput", "wakeup/progress",
-    "slot_state", "amounts", "history", "printable", "masking", "tracked", "remarks", "doctor/findings", "doctor/facts",
-    "doctor/server", "doctor/doorbell", "doctor/outbox", "doctor/tables", "doctor/script", "deliver/target",
-    "deliver/signature", "deliver/cloudevents", "deliver/answers", "whatsapp/events", "whatsapp/rows",
+    "core/*", "observability/history", "observability/failures", "postgres/tracked_tables", "postgres/remarks",
+    "replication/slot_health", "replication/refusals", "replication/protocol", "replication/wal2json",
+    "replication/pgoutput", "replication/lsn_tracker", "diagnostics/f*", "diagnostics/check_*", "http/endpoint_url",
+    "http/webhook_signature", "http/cloudevents", "http/responses", "contrib/whatsapp/events", "contrib/whatsapp/rows",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
                 "www.postgresql.org", "www.w3.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip
@@ -128,21 +127,27 @@ def test_modules_of_the_package_stay_readable() -> None:
 
 
 def test_package_files_below_the_root_are_empty_except_the_command_line_and_the_application() -> None:
-    """``--handlers cdc.whatsapp:router`` names a thing of the package."""
+    """``--handlers cdc.contrib.whatsapp:router`` names a thing of the package."""
     inits = [path for path in PACKAGE if path.name == "__init__.py" and path.read_text("utf-8")]
-    assert [name(path) for path in inits] == ["cdc/__init__.py", "cdc/cli/__init__.py", "cdc/whatsapp/__init__.py"]
+    assert [name(path) for path in inits] == [
+        "cdc/__init__.py",
+        "cdc/cli/__init__.py",
+        "cdc/contrib/whatsapp/__init__.py",
+    ]
 
 
 def test_the_application_stands_on_the_public_names_of_the_package() -> None:
-    """All but its package file, which reads the settings."""
+    """All but its package file, which reads the settings, and the smoke test, which looks at the outbox."""
     inner = set()
     for path in PACKAGE:
-        if path.parent.name == "whatsapp" and path.name != "__init__.py":
+        if path.parent.name == "whatsapp" and path.name not in {"__init__.py", "smoke.py"}:
             for node in ast.walk(tree(path)):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                inner |= {each for each in names if each.startswith("cdc.") and not each.startswith("cdc.whatsapp.")}
-    assert inner == set()
+                inner |= {
+                    each for each in names if each.startswith("cdc.") and not each.startswith("cdc.contrib.whatsapp.")
+                }
+    assert inner <= {"cdc.runtime"}, "which hears the signals"
 
 
 def test_every_module_is_used_by_another() -> None:
@@ -156,7 +161,7 @@ def test_every_module_is_used_by_another() -> None:
 
 
 def test_all_that_is_printed_goes_through_what_makes_it_printable() -> None:
-    """Logs have their formatters: cdc/logs.py."""
+    """Logs have their formatters: cdc/observability/logs.py."""
     printing = {name(path) for path in PACKAGE for called, call in calls(path) if _prints(called, call)}
     named = {name(path) for path in PACKAGE if re.search(r"\bclick\.echo\b|sys\.__?std", path.read_text("utf-8"))}
     assert printing | named == set(MAY_PRINT)
@@ -180,13 +185,17 @@ def test_nothing_sleeps() -> None:
 def test_limits_of_time_are_those_that_hold_on_every_python() -> None:
     users = {name(path) for path in PACKAGE for called, _ in calls(path) if called in {"timeout", "timeout_at"}}
     # A request of the application's is a task of its own, and the application stands on the public names.
-    assert users - {"cdc/deadline.py", "cdc/whatsapp/web.py"} == set(), "cdc.deadline says why"
+    assert users - {"cdc/runtime/deadline.py", "cdc/contrib/whatsapp/web.py"} == set(), "cdc.runtime.deadline says why"
 
 
-@pytest.mark.parametrize("module", PURE)
-def test_the_pure_floor_asks_no_clock_and_rolls_no_dice(module: str) -> None:
-    path = ROOT / "cdc" / f"{module}.py"
-    asked = {called for called, _ in calls(path)} & {"now", "today", "utcnow", "monotonic", "random"}
+@pytest.mark.parametrize("modules", PURE)
+def test_what_is_pure_asks_no_clock_and_rolls_no_dice(modules: str) -> None:
+    asked = {
+        f"{name(path)}: {called}"
+        for path in (ROOT / "cdc").glob(f"{modules}.py")
+        for called, _ in calls(path)
+        if called in {"now", "today", "utcnow", "monotonic", "random"}
+    }
     assert asked == set(), "time and chance are arguments"
 
 
@@ -201,7 +210,7 @@ def test_importing_the_package_loads_no_driver_and_no_event_loop() -> None:
 # --- one file for each outside thing -------------------------------------------------------------------------------
 
 
-def test_only_the_wakeup_edge_drives_libpq() -> None:
+def test_only_the_replication_connection_drives_libpq() -> None:
     drivers = set()
     for path in PACKAGE:
         named = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
@@ -223,8 +232,8 @@ def test_entity_changes_is_written_by_the_named_statements_and_by_sql_alone() ->
 
 
 def test_every_named_statement_is_described_and_used() -> None:
-    queries = (ROOT / "cdc/outbox/queries.sql").read_text("utf-8")
-    store = (ROOT / "cdc/outbox/store.py").read_text("utf-8")
+    queries = (ROOT / "cdc/postgres/outbox.sql").read_text("utf-8")
+    store = (ROOT / "cdc/postgres/outbox.py").read_text("utf-8")
     blocks = re.findall(r"^-- name: (\w+)\n(.*)$", queries, re.MULTILINE)
     assert len(blocks) >= 5
     for statement, first_line in blocks:
@@ -294,7 +303,7 @@ def test_the_number_of_shards_is_the_same_everywhere() -> None:
     assert SHARDS & (SHARDS - 1) == 0, "the column computes the modulo with &"
     [mask] = re.findall(r"hashtext\(.*?\) & (\d+)\)::smallint", _sql(), re.DOTALL)
     assert int(mask) == SHARDS - 1
-    queries = (ROOT / "cdc/outbox/queries.sql").read_text("utf-8")
+    queries = (ROOT / "cdc/postgres/outbox.sql").read_text("utf-8")
     assert re.findall(r"generate_series\(0, (\d+)\)", queries) == [str(SHARDS - 1)]
 
 

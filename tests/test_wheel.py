@@ -114,8 +114,9 @@ def test_the_installed_command_carries_its_migrations(installed: Path, tmp_path:
 
 _AS_ON_A_BARE_MACHINE = """
 import pathlib
-from cdc import cli, installations
-installations._DEBIAN = pathlib.Path("/nonexistent")
+from cdc import cli
+from cdc.contrib.demo import pg_binaries
+pg_binaries._DEBIAN = pathlib.Path("/nonexistent")
 cli.main()
 """
 """``cdc``, where no PostgreSQL is installed: it looks on the PATH, which the test sets, and in Debian's folder."""

@@ -16,10 +16,10 @@ import click
 from cdc import __version__
 from cdc.cli.commands import Commands
 from cdc.cli.output import say, say_lines
-from cdc.errors import CdcError
-from cdc.masking import mask
-from cdc.printable import printable
-from cdc.process import Interrupted, handle_signals, leave
+from cdc.core.errors import CdcError
+from cdc.core.masking import mask
+from cdc.core.printable import printable
+from cdc.runtime.process import Interrupted, handle_signals, leave
 
 _COMMANDS = {
     "run": ("cdc.cli.run", "Hand committed changes to your handlers."),
@@ -88,7 +88,7 @@ class _Root(Commands):
 def _explained(error: Exception) -> CdcError:
     if isinstance(error, CdcError):
         return error
-    from cdc.connect import explain  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.postgres.connect import explain  # noqa: PLC0415 - --help does not wait for the driver to load
 
     # The class and no text: of an error nobody thought of, nobody knows what it quotes.
     return explain(error) or CdcError(

@@ -8,12 +8,12 @@ from typing import Any
 import click
 from pydantic import SecretStr
 
+from cdc.app.config import SETTINGS, Resolved, Settings
 from cdc.cli.commands import Commands
 from cdc.cli.options import json_option, resolved_options
 from cdc.cli.output import print_json, print_table, put_script
-from cdc.config import SETTINGS, Resolved, Settings
-from cdc.connect import describe
-from cdc.masking import mask, without_query
+from cdc.core.masking import mask, without_query
+from cdc.postgres.connect import describe
 
 
 @click.group(cls=Commands)

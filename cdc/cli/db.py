@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cdc import remarks
+from cdc.app.config import Settings
 from cdc.cli.commands import Commands
 from cdc.cli.options import database_options, json_option, open_database, settings_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put_script, say
-from cdc.config import Settings
-from cdc.errors import UsageError
+from cdc.core.errors import UsageError
+from cdc.postgres import remarks
 
 if TYPE_CHECKING:
-    from cdc.catalogs import Finding
-    from cdc.connect import Connection
-    from cdc.schema import Migration
+    from cdc.postgres.catalogs import Finding
+    from cdc.postgres.connect import Connection
+    from cdc.postgres.migrations import Migration
 
 with_option = click.option(
     "--with", "sets", multiple=True, metavar="NAME", help="Also the tables of an application, such as whatsapp."
@@ -51,17 +51,17 @@ def install(*, settings: Settings, sets: tuple[str, ...], dry_run: bool, keep_pr
 
     --with makes and captures the tables of an application besides, once; a table that exists is kept.
     """
-    from cdc import schema  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.postgres import migrations  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    schema.check_sets(sets)
+    migrations.check_sets(sets)
     with open_database(settings) as connection:
         if dry_run:
-            _print_steps(schema.pending(connection, settings.schema_, sets), settings.schema_, keep_processor)
+            _print_steps(migrations.pending(connection, settings.schema_, sets), settings.schema_, keep_processor)
             return
-        schema.on_warning(connection, say)
-        applied = schema.install(connection, settings.schema_, sets, keep_processor=keep_processor)
+        migrations.on_warning(connection, say)
+        applied = migrations.install(connection, settings.schema_, sets, keep_processor=keep_processor)
         _put_in_order(connection, settings.schema_)
-        findings = schema.verify(connection, settings.schema_)
+        findings = migrations.verify(connection, settings.schema_)
     _report(settings.schema_, applied)
     if keep_processor:
         say("the documented processor may go on; when it is gone: cdc db retire-processor")
@@ -73,16 +73,16 @@ def install(*, settings: Settings, sets: tuple[str, ...], dry_run: bool, keep_pr
 @dry_run_option
 def upgrade(settings: Settings, dry_run: bool) -> None:
     """Bring installed objects to this version, and repair what differs from it."""
-    from cdc import schema  # noqa: PLC0415 - see install
+    from cdc.postgres import migrations  # noqa: PLC0415 - see install
 
     with open_database(settings) as connection:
         if dry_run:
-            _print_steps(schema.pending(connection, settings.schema_), settings.schema_)
+            _print_steps(migrations.pending(connection, settings.schema_), settings.schema_)
             return
-        schema.on_warning(connection, say)
-        applied, repaired = schema.upgrade(connection, settings.schema_)
+        migrations.on_warning(connection, say)
+        applied, repaired = migrations.upgrade(connection, settings.schema_)
         _put_in_order(connection, settings.schema_)
-        left = schema.verify(connection, settings.schema_)
+        left = migrations.verify(connection, settings.schema_)
     _report(settings.schema_, applied)
     for finding in repaired:
         say(f"repaired: {finding}")
@@ -94,10 +94,10 @@ def upgrade(settings: Settings, dry_run: bool) -> None:
 @json_option
 def verify(settings: Settings, as_json: bool) -> None:
     """Compare the objects with this version, and the triggers with their tables; exit 1 if anything does not fit."""
-    from cdc import catalogs, schema, tracking  # noqa: PLC0415 - see install
+    from cdc.postgres import catalogs, migrations, tracking  # noqa: PLC0415 - see install
 
     with open_database(settings) as connection:
-        findings, tracked = schema.verify(connection, settings.schema_), []
+        findings, tracked = migrations.verify(connection, settings.schema_), []
         if not any(each.object == "function capture_entity_change()" for each in findings):
             tracked = tracking.tracked(connection, settings.schema_)
             findings += [
@@ -125,9 +125,9 @@ def verify(settings: Settings, as_json: bool) -> None:
 @with_option
 def print_(settings: Settings, sets: tuple[str, ...]) -> None:
     """Print one script for psql that does what install does. Needs no database."""
-    from cdc import schema  # noqa: PLC0415 - see install
+    from cdc.postgres import migrations  # noqa: PLC0415 - see install
 
-    put_script(schema.print_sql(settings.schema_, sets=sets))
+    put_script(migrations.print_sql(settings.schema_, sets=sets))
 
 
 @db.command()
@@ -161,14 +161,14 @@ def grant(
     Rights on the objects that were granted to the role and are not asked for here are taken away. Run it as the owner
     of the objects, and again after each "cdc db upgrade". Exit 1 if a role has more by other ways.
     """
-    from cdc import grants, schema  # noqa: PLC0415 - see install
+    from cdc.postgres import grants, migrations  # noqa: PLC0415 - see install
 
-    schema.check_sets(sets)
+    migrations.check_sets(sets)
     if ((retention or publish or sets) and not consumer) or (payload and not readonly):
         raise UsageError(
             "--retention, --publish and --with are about --consumer ROLE, --payload is about --readonly ROLE"
         )
-    beside = [schema.consumer_rights(name, settings.schema_, consumer) for name in sets if consumer]
+    beside = [migrations.consumer_rights(name, settings.schema_, consumer) for name in sets if consumer]
     grantees = [
         *([grants.consumer(consumer, retention=retention, publish=publish, beside=beside)] if consumer else []),
         *([grants.reader(readonly, payload=payload)] if readonly else []),
@@ -195,10 +195,10 @@ def retire_processor(settings: Settings) -> None:
 
     From then on writers send no NOTIFY, and marks are quicker. "cdc db install --keep-processor" is the way back.
     """
-    from cdc import schema  # noqa: PLC0415 - see install
+    from cdc.postgres import migrations  # noqa: PLC0415 - see install
 
     with open_database(settings) as connection:
-        dropped = schema.retire_processor(connection, settings.schema_)
+        dropped = migrations.retire_processor(connection, settings.schema_)
     for name in dropped:
         say(f"dropped {name}")
     if not dropped:
@@ -211,11 +211,11 @@ def retire_processor(settings: Settings) -> None:
 @click.option("--discard-unprocessed", is_flag=True, help="Also when changes are not processed yet: they are lost.")
 def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
     """Drop the objects and the triggers of all tracked tables. The history of changes is lost."""
-    from cdc import schema  # noqa: PLC0415 - see install
+    from cdc.postgres import migrations  # noqa: PLC0415 - see install
 
     confirm(f"drop entity_changes and what belongs to it from schema {settings.schema_}", yes)
     with open_database(settings) as connection:
-        dropped = schema.uninstall(connection, settings.schema_, discard_unprocessed=discard_unprocessed)
+        dropped = migrations.uninstall(connection, settings.schema_, discard_unprocessed=discard_unprocessed)
     for name in dropped:
         say(f"dropped {name}")
     say("a replication slot stays, and keeps WAL while nobody reads it: cdc slot drop")
@@ -223,7 +223,7 @@ def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
 
 def _put_in_order(connection: Connection, schema_name: str) -> None:
     """What is no object of the schema: the names of our triggers on others' tables, and the next number."""
-    from cdc import sequence, tracking  # noqa: PLC0415 - see install
+    from cdc.postgres import sequence, tracking  # noqa: PLC0415 - see install
 
     for renaming in tracking.rename_former(connection, schema_name):
         if renaming.refused:
@@ -237,10 +237,10 @@ def _put_in_order(connection: Connection, schema_name: str) -> None:
 
 
 def _print_steps(steps: Sequence[Migration], schema_name: str, keep_processor: bool = False) -> None:
-    from cdc import schema  # noqa: PLC0415 - see install
+    from cdc.postgres import migrations  # noqa: PLC0415 - see install
 
     if steps or keep_processor:
-        put_script(schema.print_sql(schema_name, steps, keep_processor=keep_processor))
+        put_script(migrations.print_sql(schema_name, steps, keep_processor=keep_processor))
     else:
         say(f"schema {schema_name} needs no migration")
 

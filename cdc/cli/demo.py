@@ -23,7 +23,7 @@ def demo(dsn: str | None, keep: bool, verbose: bool) -> None:
 
     Ends by itself after about 20 seconds, with 1 if a change was not processed.
     """
-    from cdc.demo.play import play  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.contrib.demo.run import play  # noqa: PLC0415 - --help does not wait for the driver to load
 
     if not play(say=click.echo, paint=paint, dsn=dsn, keep=keep, verbose=verbose):
         click.get_current_context().exit(1)

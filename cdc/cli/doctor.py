@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cdc.app.config import SETTINGS, Resolved, Settings
 from cdc.cli.options import json_option, resolved_options
 from cdc.cli.output import paint, print_json, put, put_script, say
 from cdc.cli.wanted import WANTED_SETTINGS, wanted
-from cdc.config import SETTINGS, Resolved, Settings
-from cdc.errors import CdcError
+from cdc.core.errors import CdcError
 
 if TYPE_CHECKING:
-    from cdc.doctor.facts import Subject
-    from cdc.doctor.findings import Finding
+    from cdc.diagnostics.facts import Subject
+    from cdc.diagnostics.findings import Finding
 
 _REMEDY_INDENT = "        "
 _COLOURS = {"fail": "red", "warn": "yellow", "ok": "green", "unknown": "yellow"}
@@ -39,9 +39,9 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
     \b
         cdc doctor --fix > fix.sql; psql -f fix.sql       # as a superuser, after reading it
     """
-    from cdc.doctor.examine import examine  # noqa: PLC0415 - --help does not wait for the driver to load
-    from cdc.doctor.findings import Verdict  # noqa: PLC0415 - see above
-    from cdc.doctor.script import script  # noqa: PLC0415 - see above
+    from cdc.diagnostics.doctor import examine  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.diagnostics.findings import Verdict  # noqa: PLC0415 - see above
+    from cdc.diagnostics.fix_script import script  # noqa: PLC0415 - see above
 
     findings = examine(subject_of(resolved))
     if fix:
@@ -56,7 +56,7 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
 
 
 def subject_of(resolved: Resolved) -> Subject:
-    from cdc.doctor.facts import Subject  # noqa: PLC0415 - see doctor
+    from cdc.diagnostics.facts import Subject  # noqa: PLC0415 - see doctor
 
     settings = resolved.settings
     asked, handlers_error = None, None

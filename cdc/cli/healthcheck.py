@@ -6,9 +6,9 @@ import http.client
 
 import click
 
+from cdc.app.config import Settings
 from cdc.cli.options import settings_options
 from cdc.cli.output import put
-from cdc.config import Settings
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - addresses to bind, which nobody can be asked at
 

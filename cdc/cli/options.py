@@ -1,4 +1,4 @@
-"""Options that several commands share. Each setting of ``cdc.config`` can be an option of its own name."""
+"""Options that several commands share. Each setting of ``cdc.app.config`` can be an option of its own name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
+from cdc.app.config import SETTINGS, Resolved, Setting, Settings, load
 from cdc.cli.output import say
-from cdc.config import SETTINGS, Resolved, Setting, Settings, load
 
 if TYPE_CHECKING:
-    from cdc.connect import Connection
+    from cdc.postgres.connect import Connection
 
 Command = Callable[..., Any]
 
@@ -107,7 +107,7 @@ def open_database(settings: Settings, *, user_path: bool = False) -> Iterator[Co
 
     ``user_path``: with the role's own search_path, for a command that is given or shows names of tables.
     """
-    from cdc.connect import connect  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.postgres.connect import connect  # noqa: PLC0415 - --help does not wait for the driver to load
 
     # The driver's own way would commit, which fails where Ctrl-C came in the middle of a statement.
     with closing(connect(settings.dsn_text, application_name="cdc command line", user_path=user_path)) as connection:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cdc.app.config import Resolved, Settings
 from cdc.cli.commands import Commands
 from cdc.cli.options import database_options, json_option, open_database, resolved_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.wanted import WANTED_SETTINGS, wanted
-from cdc.config import Resolved, Settings
-from cdc.durations import parse_duration
-from cdc.errors import CdcError, UsageError
-from cdc.model import Json
+from cdc.core.durations import parse_duration
+from cdc.core.errors import CdcError, UsageError
+from cdc.core.model import Json
 
 if TYPE_CHECKING:
-    from cdc.connect import Connection
-    from cdc.outbox.letters import Entry, Found, Link, Stats
-    from cdc.scope import Scope
+    from cdc.core.type_filter import TypeFilter
+    from cdc.postgres.admin import Entry, Found, Link, Stats
+    from cdc.postgres.connect import Connection
 
 _STATES = ("fresh", "blocked", "waiting", "dead", "processed")
 _LISTED = (
@@ -62,11 +62,11 @@ def stats(resolved: Resolved, as_json: bool) -> None:
     looked at. Ages in seconds. With the settings of the consumer, or --handlers, it names the types that wait because
     no handler wants them.
     """
-    from cdc.outbox.letters import Letters  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.postgres.admin import OutboxAdmin  # noqa: PLC0415 - --help does not wait for the driver to load
 
     settings, scope = resolved.settings, _scope(resolved)
     with _opened(settings) as connection:
-        found = Letters(settings.schema_).stats(connection)
+        found = OutboxAdmin(settings.schema_).stats(connection)
     unhandled = scope and [each.entity_type for each in found.types if each.fresh and not scope.has(each.entity_type)]
     if as_json:
         print_json({"schema_name": settings.schema_, **asdict(found), "unhandled": unhandled})
@@ -76,7 +76,7 @@ def stats(resolved: Resolved, as_json: bool) -> None:
         say(f"no handler wants: {', '.join(unhandled)}")
 
 
-def _scope(resolved: Resolved) -> Scope | None:
+def _scope(resolved: Resolved) -> TypeFilter | None:
     """None: nobody knows. What is wrong with the handlers must not hide the figures."""
     try:
         asked = wanted(resolved)
@@ -108,10 +108,10 @@ def list_(
 
     Fresh and blocked ones the oldest first, waiting ones as they are due, dead and processed ones the youngest first.
     """
-    from cdc.outbox.letters import Letters, Wanted  # noqa: PLC0415 - see stats
+    from cdc.postgres.admin import OutboxAdmin, Wanted  # noqa: PLC0415 - see stats
 
     wanted = Wanted(entity_type, entity_id, parse_duration(since) if since else None)
-    letters = Letters(settings.schema_)
+    letters = OutboxAdmin(settings.schema_)
     with _opened(settings) as connection:
         found = [letters.find(connection, each, wanted, limit) for each in ([state] if state else ["dead", "waiting"])]
     entries = [entry for each in found for entry in each.entries]
@@ -130,9 +130,9 @@ def list_(
 @json_option
 def show(settings: Settings, name: str, show_payload: bool, as_json: bool) -> None:
     """Show all about one change, and the changes that led to it."""
-    from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
+    from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
 
-    reference, letters = parse_reference(name), Letters(settings.schema_)
+    reference, letters = parse_reference(name), OutboxAdmin(settings.schema_)
     with _opened(settings) as connection:
         entry = letters.show(connection, reference)
         chain = letters.chain(connection, entry)
@@ -160,11 +160,11 @@ def retry(
     A dead letter gets its attempts anew. They run before the later changes of their key that have not run yet. --all
     is one statement, for the sake of the order: it takes some ten seconds for 100,000 of them, and says so at its end.
     """
-    from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
+    from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
 
     if everything == bool(names) or (entity_type is not None and not everything):
         raise UsageError("which changes?", hint="give their IDs, or --all, or --all --type TYPE")
-    letters, references = Letters(settings.schema_), [parse_reference(name) for name in names]
+    letters, references = OutboxAdmin(settings.schema_), [parse_reference(name) for name in names]
     if not everything:
         with _opened(settings) as connection:
             _report("will be tried now", letters.retry(connection, references), as_json)
@@ -196,14 +196,14 @@ def discard(
     Later changes of their keys go on. With --type and --before: fresh ones, that somebody else has handled. No consumer
     may be handling the type then.
     """
-    from cdc.outbox.letters import Letters, parse_reference  # noqa: PLC0415 - see stats
+    from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
 
     if bool(names) == (before is not None) or (entity_type is None) != (before is None):
         raise UsageError("which changes?", hint="give IDs, as cdc outbox list shows them, or --type TYPE --before TIME")
     if entity_type is not None and before is not None:
         confirm(f"mark every fresh change of {entity_type} from before {before} processed", yes)
         with _opened(settings) as connection:
-            count = sum(Letters(settings.schema_).discard_before(connection, entity_type, before))
+            count = sum(OutboxAdmin(settings.schema_).discard_before(connection, entity_type, before))
         if as_json:
             print_json({"discarded": count})
         else:
@@ -211,7 +211,7 @@ def discard(
         return
     references = [parse_reference(name) for name in names]
     with _opened(settings) as connection:
-        _report("is discarded", Letters(settings.schema_).discard(connection, references), as_json)
+        _report("is discarded", OutboxAdmin(settings.schema_).discard(connection, references), as_json)
 
 
 @outbox.command()
@@ -224,7 +224,7 @@ def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> 
 
     Dead letters and whatever is not processed stay. It may be stopped and started at any time.
     """
-    from cdc.outbox.retention import COUNT_BOUND, Retention  # noqa: PLC0415 - see stats
+    from cdc.postgres.retention import COUNT_BOUND, Retention  # noqa: PLC0415 - see stats
 
     older_than_s, retention = parse_duration(older_than), Retention(settings.schema_)
     with _opened(settings) as connection:
@@ -243,7 +243,7 @@ def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> 
 @contextmanager
 def _opened(settings: Settings) -> Iterator[Connection]:
     """Also for what a consumer cannot read: that is what an operator comes for."""
-    from cdc.outbox.loaders import read_anything  # noqa: PLC0415 - see stats
+    from cdc.postgres.loaders import read_anything  # noqa: PLC0415 - see stats
 
     with open_database(settings) as connection:
         read_anything(connection)

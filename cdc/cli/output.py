@@ -15,10 +15,10 @@ from uuid import uuid4
 
 import click
 
-from cdc.errors import RefusedError
-from cdc.lsn import Lsn
-from cdc.model import Json
-from cdc.printable import printable, printable_json, printable_lines
+from cdc.core.errors import RefusedError
+from cdc.core.lsn import Lsn
+from cdc.core.model import Json
+from cdc.core.printable import printable, printable_json, printable_lines
 
 JSON_SCHEMA = 1
 """Raised when a field is renamed or removed; new fields do not raise it."""

@@ -13,12 +13,12 @@ from types import ModuleType
 
 import click
 
+from cdc.app.config import Deliver, Settings
 from cdc.cli.options import settings_options
-from cdc.config import Deliver, Settings
-from cdc.errors import CdcError, UsageError
-from cdc.masking import mask
-from cdc.process import Interrupted, interrupted
-from cdc.routing import Router
+from cdc.core.errors import CdcError, UsageError
+from cdc.core.masking import mask
+from cdc.core.router import Router
+from cdc.runtime.process import Interrupted, interrupted
 
 _EXAMPLE = "write it as package.module:router, for example --handlers myapp.events:router"
 
@@ -55,7 +55,7 @@ def run(settings: Settings) -> None:
         raise UsageError("no handlers are named", hint=f"--handlers or CDC_HANDLERS: {_EXAMPLE}; or --deliver-to URL")
     try:
         router = load_router(settings.handlers, settings) if settings.handlers else None
-        from cdc.serve import serve  # noqa: PLC0415 - --help does not wait for the consumer to load
+        from cdc.app.serve import serve  # noqa: PLC0415 - --help does not wait for the consumer to load
 
         serve(settings, router)
     except (CdcError, Interrupted):

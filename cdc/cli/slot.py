@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cdc.amounts import size, span
+from cdc.app.config import Settings
 from cdc.cli.commands import Commands
 from cdc.cli.options import json_option, open_database, settings_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.watch import watch
-from cdc.config import Settings
-from cdc.model import PLUGINS
-from cdc.slot_state import Outlook, Slot, Verdict, judge, outlook
+from cdc.core.model import PLUGINS
+from cdc.core.units import size, span
+from cdc.replication.slot_health import Outlook, Slot, Verdict, judge, outlook
 
 if TYPE_CHECKING:
-    from cdc.connect import Connection
+    from cdc.postgres.connect import Connection
 
 _LISTED = (
     "name", "plugin", "database", "temporary", "active_pid", "application_name", "wal_status", "retained_wal_bytes",
@@ -70,7 +70,7 @@ def create(
 
     cdc run does so by itself. Waits for the transactions that are writing now, and names the one it cannot wait for.
     """
-    from cdc import slots  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.replication import slots  # noqa: PLC0415 - --help does not wait for the driver to load
 
     with open_database(settings) as connection:
         made = slots.create(
@@ -98,7 +98,7 @@ def drop(*, settings: Settings, name: str | None, force: bool, terminate: bool, 
 
     Refused while it is being read, and for one that is not ours. A consumer that is running makes it anew.
     """
-    from cdc import slots  # noqa: PLC0415 - see create
+    from cdc.replication import slots  # noqa: PLC0415 - see create
 
     chosen = name or settings.slot.name
     with open_database(settings) as connection:
@@ -129,7 +129,7 @@ def recreate(
 
     No change is lost: what the old one would have rung for is found by the next sweep. Refused as for drop.
     """
-    from cdc import slots  # noqa: PLC0415 - see create
+    from cdc.replication import slots  # noqa: PLC0415 - see create
 
     chosen = name or settings.slot.name
     with open_database(settings) as connection:
@@ -158,7 +158,7 @@ def advance(settings: Settings, name: str | None, as_json: bool) -> None:
     No change is lost: the slot only rings, and the next sweep finds what it did not ring for. Refused while it is
     being read. Works while the server refuses the plugin.
     """
-    from cdc import slots  # noqa: PLC0415 - see create
+    from cdc.replication import slots  # noqa: PLC0415 - see create
 
     with open_database(settings) as connection:
         before, after = slots.advance(connection, name or settings.slot.name)
@@ -172,7 +172,7 @@ def advance(settings: Settings, name: str | None, as_json: bool) -> None:
 @json_option
 def list_(settings: Settings, as_json: bool) -> None:
     """List all slots of the server; sizes in bytes."""
-    from cdc import slots  # noqa: PLC0415 - see create
+    from cdc.replication import slots  # noqa: PLC0415 - see create
 
     with open_database(settings) as connection:
         found = [asdict(each) for each in slots.list_slots(connection)]
@@ -200,7 +200,7 @@ def status(
     Where what it may keep is limited, it takes a second: to see how fast WAL is written, and when the slot is lost if
     nobody reads it. With --watch, off a terminal, one line for each look.
     """
-    from cdc import slots  # noqa: PLC0415 - see create
+    from cdc.replication import slots  # noqa: PLC0415 - see create
 
     chosen = name or settings.slot.name
     with open_database(settings) as connection:
@@ -271,7 +271,7 @@ def _print_one(found: Slot, sentence: str, as_json: bool) -> None:
 
 def _what_it_frees(connection: Connection, name: str) -> str:
     """For the question; what is not there is said by the drop itself."""
-    from cdc import slots  # noqa: PLC0415 - see create
+    from cdc.replication import slots  # noqa: PLC0415 - see create
 
     found = slots.snapshot(connection, slots.check_name(name))
     return _freed(found) if found else ""

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cdc.app.config import Resolved
 from cdc.cli.doctor import print_findings, subject_of
 from cdc.cli.options import json_option, open_database, resolved_options
 from cdc.cli.output import paint, print_json, put, say
-from cdc.config import Resolved
 
 if TYPE_CHECKING:
-    from cdc.doctor.findings import Finding
-    from cdc.smoke import Step
+    from cdc.contrib.whatsapp.smoke import Step
+    from cdc.diagnostics.findings import Finding
 
 _MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("-", None)}
 
@@ -35,7 +35,7 @@ def smoke(resolved: Resolved, emoji: str | None, timeout_s: float, as_json: bool
     cdc-smoke, and removes it afterwards, with its task and their changes, also after Ctrl-C. The task's notification
     goes to that chat. Run it as the owner of the tables. Exit 1 if a step fails, with what cdc doctor finds.
     """
-    from cdc.smoke import Smoke  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.contrib.whatsapp.smoke import Smoke  # noqa: PLC0415 - --help does not wait for the driver to load
 
     settings = resolved.settings
     with open_database(settings) as connection:
@@ -73,8 +73,8 @@ def _time(after_s: float | None) -> str:
 
 def _causes(resolved: Resolved, *, idle: bool) -> list[Finding]:
     """What fails, and what is not as it should be, the failures first; above all where nobody works."""
-    from cdc.doctor.examine import examine  # noqa: PLC0415 - see smoke
-    from cdc.doctor.findings import Finding, Verdict  # noqa: PLC0415 - see smoke
+    from cdc.diagnostics.doctor import examine  # noqa: PLC0415 - see smoke
+    from cdc.diagnostics.findings import Finding, Verdict  # noqa: PLC0415 - see smoke
 
     nobody = Finding(Verdict.FAIL, "no consumer is running", "start one: cdc run --handlers ...", check="consumers")
     findings = [*([nobody] if idle else []), *examine(subject_of(resolved))]

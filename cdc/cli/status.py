@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cdc.amounts import size, span
+from cdc.app.config import Settings
 from cdc.cli.options import json_option, open_database, settings_options
 from cdc.cli.output import paint, print_json, print_table, put
 from cdc.cli.watch import watch
-from cdc.config import Settings
-from cdc.model import SHARDS
-from cdc.slot_state import Outlook, Slot, Verdict, judge, outlook
+from cdc.core.model import SHARDS
+from cdc.core.units import size, span
+from cdc.replication.slot_health import Outlook, Slot, Verdict, judge, outlook
 
 if TYPE_CHECKING:
-    from cdc.outbox.shards import Member
-    from cdc.status import Letter, Status
+    from cdc.diagnostics.status import Letter, Status
+    from cdc.postgres.shard_locks import Member
 
 _LABEL = 11
 _MEMBERS_MAX = 4
@@ -41,7 +41,7 @@ def status(*, settings: Settings, watching: bool, every: float, times: int | Non
     Read from the database, so that it needs no consumer to answer; of every consumer, where the page of one shows its
     own pace. Shows nothing of what is in a row. Ends with 0 whatever it sees: cdc doctor judges.
     """
-    from cdc.status import read  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.diagnostics.status import read  # noqa: PLC0415 - --help does not wait for the driver to load
 
     before: list[Slot] = []
 

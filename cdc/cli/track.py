@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import click
 
-from cdc import remarks
+from cdc.app.config import Settings
 from cdc.cli.options import Command, database_options, json_option, open_database
 from cdc.cli.output import print_json, print_table, say
-from cdc.config import Settings
-from cdc.errors import UsageError
-from cdc.model import Operation
-from cdc.tracked import Fires, Tracked, described, named
+from cdc.core.errors import UsageError
+from cdc.core.model import Operation
+from cdc.postgres import remarks
+from cdc.postgres.tracked_tables import Fires, Tracked, described, named
 
 _NAME = re.compile(r'\s*+(?:"(?P<quoted>(?:[^"]|"")++)"\s*+|(?P<plain>[^,"][^,]*+)|)(?:,|$)')
 
@@ -96,7 +96,7 @@ def track(
     Options that are not named stay as they are. A type, a key or an exclusion that would go is refused without
     --replace; '' takes an option away.
     """
-    from cdc import tracking  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.postgres import tracking  # noqa: PLC0415 - --help does not wait for the driver to load
 
     if operations == ():
         raise UsageError("--on names no operation", hint="insert, update, delete, or some of them")
@@ -135,7 +135,7 @@ def track(
 @database_options
 def untrack(settings: Settings, table: str) -> None:
     """Stop capturing the changes of TABLE. What is captured already will still be handled."""
-    from cdc import tracking  # noqa: PLC0415 - see track
+    from cdc.postgres import tracking  # noqa: PLC0415 - see track
 
     with open_database(settings, user_path=True) as connection:
         dropped = tracking.untrack(connection, settings.schema_, table)
@@ -148,7 +148,7 @@ def untrack(settings: Settings, table: str) -> None:
 @json_option
 def tracked(settings: Settings, as_json: bool) -> None:
     """List the tables whose changes are captured, also by triggers made by hand."""
-    from cdc import tracking  # noqa: PLC0415 - see track
+    from cdc.postgres import tracking  # noqa: PLC0415 - see track
 
     with open_database(settings, user_path=True) as connection:
         found = tracking.tracked(connection, settings.schema_)

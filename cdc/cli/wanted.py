@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cdc.app.config import Resolved
 from cdc.cli.run import load_router
-from cdc.config import Resolved
-from cdc.scope import EVERYTHING, Scope
+from cdc.core.type_filter import EVERYTHING, TypeFilter
 
 WANTED_SETTINGS = ("handlers", "deliver.to", "deliver.types")
 """What a command takes that asks for it."""
@@ -17,7 +17,7 @@ WANTED_SETTINGS = ("handlers", "deliver.to", "deliver.types")
 class Wanted:
     """``scope``: the types that something is said about. ``handles``: whether a type and operation has a handler."""
 
-    scope: Scope
+    scope: TypeFilter
     handles: Callable[[str, str], bool]
 
 
@@ -29,7 +29,7 @@ def wanted(resolved: Resolved) -> Wanted | None:
     settings = resolved.settings
     if settings.deliver.to:
         types = settings.deliver.types
-        scope = EVERYTHING if types is None else Scope(tuple(types), among=True)
+        scope = EVERYTHING if types is None else TypeFilter(tuple(types), among=True)
         return Wanted(scope, lambda entity_type, _operation: scope.has(entity_type))
     if not settings.handlers or (resolved.found and " in " in resolved.sources["handlers"]):
         return None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+from cdc.app.config import Settings
 from cdc.cli.commands import Commands
 from cdc.cli.options import settings_options
-from cdc.config import Settings
-from cdc.errors import UsageError
+from cdc.core.errors import UsageError
 
 _SESSION = {
     "statement_timeout": "10s",  # a messenger does not wait for long, and sends it again
@@ -23,7 +23,7 @@ def whatsapp() -> None:
     \b
         cdc db install --with whatsapp
         cdc whatsapp serve                          stores what webhooks bring
-        cdc run --handlers cdc.whatsapp:router      does what is to be done about it
+        cdc run --handlers cdc.contrib.whatsapp:router      does what is to be done about it
     """
 
 
@@ -45,15 +45,15 @@ def serve(settings: Settings) -> None:
             hint="CDC_WHATSAPP_APP_SECRET, or CDC_WHATSAPP_APP_SECRET_FILE: the one the messenger signs with",
         )
     try:
-        from cdc.whatsapp.serve import serve as serve_webhooks  # noqa: PLC0415 - its libraries are an extra
-        from cdc.whatsapp.web import Checks  # noqa: PLC0415 - see above
+        from cdc.contrib.whatsapp.serve import serve as serve_webhooks  # noqa: PLC0415 - its libraries are an extra
+        from cdc.contrib.whatsapp.web import Checks  # noqa: PLC0415 - see above
     except ModuleNotFoundError as missing:
         library = (missing.name or "").partition(".")[0]
         if library not in ("starlette", "uvicorn"):
             raise
         raise UsageError(f"the endpoint needs {library}", hint="pip install 'cdc-consumer[whatsapp]'") from None
-    from cdc import logs  # noqa: PLC0415 - see above
-    from cdc.connect import pool_arguments  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.observability import logs  # noqa: PLC0415 - see above
+    from cdc.postgres.connect import pool_arguments  # noqa: PLC0415 - --help does not wait for the driver to load
 
     logs.setup(settings.log.level, settings.log.format)
     serve_webhooks(

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 from tests.bench import machine, publish, queues, report, targets
 from tests.bench.report import Figure, LeftOutError, Round, Summary
 from tests.bench.scenarios import GROUPS, SCENARIOS, Turn

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import psycopg
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 from tests.bench.database import fresh_outbox, preload, preload_unprocessed, rest, settled
 from tests.bench.processes import Consumer
 from tests.bench.report import Figure

@@ -13,9 +13,9 @@ from typing import LiteralString, NamedTuple
 import psycopg
 from psycopg import sql
 
-from cdc import schema
-from cdc.model import SHARDS
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.model import SHARDS
+from cdc.postgres import migrations
 from tests.eventually import eventually
 
 DOCUMENTED = Path(__file__).with_name("documented.sql")
@@ -107,7 +107,7 @@ def fresh_database(server: Server) -> Iterator[psycopg.Connection]:
 def fresh_outbox(server: Server) -> Iterator[psycopg.Connection]:
     """As ``fresh_database``, with an empty outbox in the schema public."""
     with fresh_database(server) as connection:
-        schema.install(connection, "public")
+        migrations.install(connection, "public")
         yield connection
 
 

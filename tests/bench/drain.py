@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import psycopg
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 from tests.bench.database import drained, fresh_outbox, preload, rest, settled, shared_by
 from tests.bench.handlers import EFFECTS
 from tests.bench.processes import Consumer

@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 from tests.bench.database import drained, fresh_outbox, preload, rest
 from tests.bench.handlers import EFFECTS, INSERT_EFFECT
 from tests.bench.report import Figure

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 from tests.bench import latency
 from tests.bench.database import drained, fresh_outbox, preload, preload_history, rest, settled
 from tests.bench.drain import rate_shared

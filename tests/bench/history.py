@@ -14,13 +14,13 @@ from collections.abc import Awaitable, Callable, Sequence
 import psycopg
 from psycopg import sql
 
-from cdc import slots
-from cdc.intake import Position, Sweep
-from cdc.model import SHARDS, WakeUp
-from cdc.outbox.letters import Letters, Wanted
-from cdc.outbox.retention import Retention
-from cdc.outbox.store import INDEXED, Store
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.model import SHARDS, WakeUp
+from cdc.core.read_planner import Position, Sweep
+from cdc.postgres.admin import OutboxAdmin, Wanted
+from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.retention import Retention
+from cdc.replication import slots
 from tests.bench.database import fresh_outbox, preload_history, preload_unprocessed, rest
 from tests.bench.report import Figure
 from tests.bench.size import Size
@@ -73,7 +73,7 @@ def _views(connection: psycopg.Connection) -> Milliseconds:
 
 def _commands(connection: psycopg.Connection) -> Milliseconds:
     """Their statements; a program's start is the same on every table."""
-    letters, any_ = Letters("public"), Wanted()
+    letters, any_ = OutboxAdmin("public"), Wanted()
     [(dead,)] = connection.execute("SELECT seq FROM entity_changes WHERE dead_at IS NOT NULL LIMIT 1").fetchall()
     return {
         "outbox stats": _ms(lambda: letters.stats(connection)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 from tests.bench.database import fresh_outbox, rest, streaming
 from tests.bench.processes import Consumer
 from tests.bench.report import Figure

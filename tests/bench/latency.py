@@ -17,9 +17,9 @@ from pathlib import Path
 
 import psycopg
 
-from cdc.model import Operation
-from cdc.throwaway import Server
-from cdc.tracking import track
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.model import Operation
+from cdc.postgres.tracking import track
 from tests.bench.database import (
     DOCUMENTED,
     ROWS,

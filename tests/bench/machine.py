@@ -13,8 +13,8 @@ from pathlib import Path
 import psycopg
 
 import cdc
-from cdc.config import Settings
-from cdc.throwaway import Server
+from cdc.app.config import Settings
+from cdc.contrib.demo.temp_server import Server
 
 _SERVER_SETTINGS = (
     "fsync", "synchronous_commit", "full_page_writes", "wal_level", "wal_sync_method", "shared_buffers",

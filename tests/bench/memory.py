@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import psycopg
 
-from cdc.model import Operation
-from cdc.throwaway import Server
-from cdc.tracking import track
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.model import Operation
+from cdc.postgres.tracking import track
 from tests.bench.database import ROWS, drained, fresh_outbox, preload, settled, streaming
 from tests.bench.processes import Consumer
 from tests.bench.report import Figure

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 from tests.bench.database import fresh_database, preload_documented, rest
 from tests.bench.latency import numbers
 from tests.bench.processes import child, finish

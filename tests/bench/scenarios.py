@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 from tests.bench import blocked, drain, floor, growth, history, idle, latency, memory, queues, slot, snapshot, writers
 from tests.bench.report import Figure
 from tests.bench.size import Size

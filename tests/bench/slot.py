@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 
 import psycopg
 
-from cdc.errors import StreamError
-from cdc.model import WakeUp, message_prefix
-from cdc.serve import spare_the_collector
-from cdc.throwaway import Server
-from cdc.wakeup.stream import Stream, StreamSettings
-from cdc.wakeup.wal2json import options
+from cdc.app.serve import spare_the_collector
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.errors import StreamError
+from cdc.core.model import WakeUp, message_prefix
+from cdc.replication.stream import Stream, StreamSettings
+from cdc.replication.wal2json import options
 from tests.bench.database import fresh_outbox
 from tests.bench.report import Figure, LeftOutError
 from tests.bench.size import Size

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psycopg
 
-from cdc import schema
-from cdc.model import Operation
-from cdc.throwaway import Server
-from cdc.tracking import track
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.model import Operation
+from cdc.postgres import migrations
+from cdc.postgres.tracking import track
 from tests.bench.database import DOCUMENTED, fresh_database, rest, streaming
 from tests.bench.processes import Consumer
 from tests.bench.report import Figure
@@ -83,7 +83,7 @@ def _not_at_all(_connection: psycopg.Connection, _stack: ExitStack) -> None:
 
 
 def _with_cdc(connection: psycopg.Connection, stack: ExitStack) -> None:
-    schema.install(connection, "public")
+    migrations.install(connection, "public")
     track(connection, "public", "bench_rows", operations=[Operation.INSERT])
     consumer = stack.enter_context(Consumer(connection.info.dsn, "nothing"))
     consumer.until(lambda: streaming(connection), within_s=_READY_S)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from cdc.errors import NotFoundError
+from cdc.core.errors import NotFoundError
 from tests.container.containers import Database
 from tests.container.engine import Engine, answers
 from tests.container.images import Bases, build_all

@@ -16,7 +16,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from testcontainers.core.container import DockerContainer
 
-from cdc.throwaway import free_port
+from cdc.contrib.demo.temp_server import free_port
 from tests.container.images import CONSUMER, DATABASE
 from tests.eventually import eventually
 

@@ -14,7 +14,7 @@ from docker.errors import DockerException  # type: ignore[import-untyped]  # it 
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.docker_client import DockerClient
 
-from cdc.errors import NotFoundError
+from cdc.core.errors import NotFoundError
 from tests.eventually import eventually
 
 # It would be one more image, and remove what is left by a run that was killed. What we start, we end.

@@ -16,7 +16,7 @@ from requests import RequestException
 from testcontainers.core.docker_client import DockerClient
 from testcontainers.core.image import DockerImage
 
-from cdc.errors import NotFoundError
+from cdc.core.errors import NotFoundError
 from tests.fix_consumer import ROOT
 
 _PYTHON, _POSTGRES = "python:3.13-slim-bookworm", "postgres:15"

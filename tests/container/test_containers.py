@@ -12,7 +12,7 @@ import pytest
 import yaml
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from cdc.model import SHARDS
+from cdc.core.model import SHARDS
 from tests.container.containers import LOCKED_DOWN, Consumer, Database, container, create_consumer_role, run
 from tests.container.images import CONSUMER, DATABASE
 from tests.eventually import eventually

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import cdc
-from cdc.throwaway import free_port
+from cdc.contrib.demo.temp_server import free_port
 from tests.container.containers import run
 from tests.container.images import CONSUMER, Bases, build, with_images
 

@@ -11,8 +11,8 @@ import signal
 import sys
 import threading
 
-from cdc import probe
 from cdc.cli import main
+from cdc.core import failpoints
 
 
 def kill_at(point: str, nth: int) -> None:
@@ -28,7 +28,7 @@ def kill_at(point: str, nth: int) -> None:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    probe.install(hook)
+    failpoints.install(hook)
 
 
 if __name__ == "__main__":

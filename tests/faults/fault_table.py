@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from cdc.amounts import size as bytes_text
-from cdc.model import PLUGINS
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.model import PLUGINS
+from cdc.core.units import size as bytes_text
 from tests.faults.slot_faults import FAULTS, Fault, Outcome, failing_over, suffer
 from tests.faults.slot_stage import AS_SHIPPED, SERVER, Stage, prepare
 from tests.faults.wal_held import FULL, SETTINGS, Holding, Size, handlers_blocked, large_transaction, nothing_tracked
@@ -101,7 +101,7 @@ def wal_lines() -> list[str]:
             _side_by_side(f"{holding.held_s:.1f}" for holding in each),
             _side_by_side(f"{holding.unconfirmed_s:.1f}" for holding in each),
             _side_by_side(bytes_text(holding.held_at_the_end) for holding in each),
-            _side_by_side(bytes_text(holding.unread) for holding in each),
+            _side_by_side(bytes_text(holding.deferred) for holding in each),
         )
         lines.append(f"| {' | '.join(columns)} |")
     return lines

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from functools import partial
 
-from cdc import app, careful
+from cdc.app import application
 from cdc.cli import main
-from cdc.wakeup import progress
-from cdc.wakeup.stream import StreamSettings
+from cdc.engine import crash_guard
+from cdc.replication import lsn_tracker
+from cdc.replication.stream import StreamSettings
 
 WAL_SENDER_TIMEOUT_S = 2.0
 
 if __name__ == "__main__":
-    progress.PERMANENT_PAUSE_S = progress.STANDBY_PAUSE_MAX_S = 2.0
-    careful.GRACE_S = 0.5
-    app.Limits = partial(app.Limits, stall_s=3.0)
-    app.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)
+    lsn_tracker.PERMANENT_PAUSE_S = lsn_tracker.STANDBY_PAUSE_MAX_S = 2.0
+    crash_guard.GRACE_S = 0.5
+    application.Limits = partial(application.Limits, stall_s=3.0)
+    application.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)
     main()

@@ -17,13 +17,13 @@ from typing import Any
 import psycopg
 from psycopg import errors, sql
 
-from cdc.errors import StreamError
-from cdc.lsn import Lsn
-from cdc.model import PLUGINS, message_prefix
-from cdc.refusals import Reason
-from cdc.throwaway import Server
-from cdc.wakeup.replication import Session, Waiting, open_session
-from cdc.wakeup.stream import plugins
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.errors import StreamError
+from cdc.core.lsn import Lsn
+from cdc.core.model import PLUGINS, message_prefix
+from cdc.replication.connection import Session, Waiting, open_session
+from cdc.replication.refusals import Reason
+from cdc.replication.stream import plugins
 from tests.eventually import eventually
 from tests.faults.slot_stage import ROLE, SERVER, SLOT, Account, Moment, Stage, prepare
 from tests.fix_slot import SlotFacts, lose

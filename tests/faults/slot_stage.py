@@ -23,8 +23,8 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import grants, schema
-from cdc.throwaway import Server, free_port
+from cdc.contrib.demo.temp_server import Server, free_port
+from cdc.postgres import grants, migrations
 from tests.eventually import eventually
 from tests.faults import hurried
 from tests.fix_consumer import Process
@@ -65,7 +65,7 @@ AS_SHIPPED = Pace("cdc", 15.0, 180, 0.5)
 def prepare(dsn: str) -> None:
     """An outbox, the table of the handler's calls, and a role that can do what a consumer must."""
     with psycopg.connect(dsn, autocommit=True) as db:
-        schema.install(db, "public")
+        migrations.install(db, "public")
         db.execute(_CALLS)
         db.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION").format(sql.Identifier(ROLE)))
         db.execute(sql.SQL("GRANT ALL ON calls TO {}").format(sql.Identifier(ROLE)))

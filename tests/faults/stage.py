@@ -15,8 +15,8 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.postgres import migrations
 from tests import refusals
 from tests.eventually import eventually
 from tests.faults import records
@@ -95,7 +95,7 @@ class Stage:
             undo.enter_context(self.server)
             self.dsn = self.server.dsn()
             with self.connect() as connection:
-                schema.install(connection, "public")
+                migrations.install(connection, "public")
                 refusals.install(connection)
                 self.disk = self._small_disk(connection, undo)
                 connection.execute(EFFECTS)

@@ -6,27 +6,27 @@ import psycopg
 import pytest
 
 import cdc
-from cdc.intake import Fetch, Intake, Snapshot, Sweep
-from cdc.model import SHARDS, WakeUp
-from cdc.routing import Router
+from cdc.core.model import SHARDS, WakeUp
+from cdc.core.read_planner import Fetch, ReadPlanner, Snapshot, Sweep
+from cdc.core.router import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, slot_name, states
 
 
 def test_a_shard_that_is_given_away_while_it_is_read_leaves_nothing_to_look_for() -> None:
-    intake, snapshot = Intake(sweep_interval_s=5.0), Snapshot(10, 10)
-    intake.own([0, 1])
-    intake.streaming(connected=True)
+    planner, snapshot = ReadPlanner(sweep_interval_s=5.0), Snapshot(10, 10)
+    planner.own([0, 1])
+    planner.streaming(connected=True)
     for now in (0.0, 0.1):
-        sweep = intake.next(now, 100, 10)
+        sweep = planner.next(now, 100, 10)
         assert isinstance(sweep, Sweep)
-        intake.swept(sweep, [], {}, snapshot, now)
-    intake.rung([WakeUp(7, 0)])
-    fetch = intake.next(0.2, 100, 10)
+        planner.swept(sweep, [], {}, snapshot, now)
+    planner.rung([WakeUp(7, 0)])
+    fetch = planner.next(0.2, 100, 10)
     assert isinstance(fetch, Fetch)
-    intake.disown([0])
-    intake.fetched(fetch, set(), snapshot, 0.2)  # not visible yet
-    assert intake.next(0.3, 100, 10) is None
+    planner.disown([0])
+    planner.fetched(fetch, set(), snapshot, 0.2)  # not visible yet
+    assert planner.next(0.3, 100, 10) is None
 
 
 @pytest.fixture

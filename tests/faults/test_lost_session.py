@@ -10,9 +10,9 @@ import psycopg
 import pytest
 
 import cdc
-from cdc.model import SHARDS
-from cdc.outbox.shards import lock_class
-from cdc.routing import Router
+from cdc.core.model import SHARDS
+from cdc.core.router import Router
+from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 

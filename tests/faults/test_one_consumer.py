@@ -10,8 +10,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from cdc import schema
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.postgres import migrations
 from tests.eventually import eventually
 from tests.fix_consumer import Process, settled, states
 
@@ -62,7 +62,7 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
     """A durable server of the test's own, to be stopped and crashed."""
     with Server(durable=True) as server:
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
-            schema.install(connection, "public")
+            migrations.install(connection, "public")
             connection.execute(_CALLS)
         yield server
 
@@ -194,7 +194,7 @@ def test_with_wal_level_replica_the_consumer_works_by_sweeping_and_says_so(
         Server(durable=False, settings={"wal_level": "replica"}) as server,
         psycopg.connect(server.dsn(), autocommit=True) as db,
     ):
-        schema.install(db, "public")
+        migrations.install(db, "public")
         db.execute(_CALLS)
         processes.append(Process(server.dsn(), tmp_path / "log"))
         processes[-1].wait_for("not streaming (wal_level)")

@@ -13,7 +13,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema
+from cdc.postgres import migrations
 from tests.eventually import eventually
 from tests.faults import records
 from tests.faults.ledger import Evidence, judge
@@ -127,7 +127,7 @@ def test_a_crash_between_two_steps_of_the_installation_leaves_nothing_or_all(
     crashing = _crashing(make_conninfo(database), log, "schema.between_steps", "db", "install")
     assert crashing.wait() == -signal.SIGKILL, log.read_text()
     assert db.execute("SELECT to_regclass('entity_changes')").fetchone() == (None,)
-    assert schema.install(db, "public")
+    assert migrations.install(db, "public")
 
 
 def test_no_point_is_left_out() -> None:

@@ -5,44 +5,44 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from cdc.careful import Careful
-from cdc.journal import Finished
-from cdc.lanes import Lanes
-from cdc.model import Change, Waiting
-from cdc.outbox.store import Store
-from cdc.transactions import AskTheTableError
-from cdc.workers import Workers
+from cdc.core.model import Change, Waiting
+from cdc.core.read_reconciler import Settlement
+from cdc.core.scheduler import KeyScheduler
+from cdc.engine.crash_guard import CrashGuard
+from cdc.engine.dispatcher import Dispatcher
+from cdc.engine.transactions import AskTheTableError
+from cdc.postgres.outbox import Store
 from tests.unit.changes import row
 
 
 def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
     """It has later changes behind it: the mark that holds those must not hold the change itself."""
-    lanes = Lanes(10)
-    lanes.own([0])
-    lanes.admit([row(1), row(2)])
-    [first] = lanes.start()
-    lanes.finished([Finished(first, Waiting(0.1, "no"))])
-    lanes.settled(lanes.take_finished(10))
-    lanes.admit([row(1)])  # due
-    [again] = lanes.start()
-    lanes.interrupted(again)
-    for resume in lanes.resumes(10):
-        lanes.resumed(resume, [row(2, held=True)], complete=True)
-    assert lanes.admit([row(1)]).taken == 1, "it is due, and nobody else will run it"
+    scheduler = KeyScheduler(10)
+    scheduler.own([0])
+    scheduler.admit([row(1), row(2)])
+    [first] = scheduler.start()
+    scheduler.finished([Settlement(first, Waiting(0.1, "no"))])
+    scheduler.settled(scheduler.take_finished(10))
+    scheduler.admit([row(1)])  # due
+    [again] = scheduler.start()
+    scheduler.interrupted(again)
+    for resume in scheduler.resumes(10):
+        scheduler.resumed(resume, [row(2, held=True)], complete=True)
+    assert scheduler.admit([row(1)]).taken == 1, "it is due, and nobody else will run it"
 
 
 def test_what_is_queued_behind_a_waiting_change_that_is_interrupted_is_not_forgotten() -> None:
     """A half-dead consumer commits the waiting one while it is asked for here: those behind it are held no longer."""
-    lanes = Lanes(10)
-    lanes.own([0])
-    lanes.admit([row(1, requeued=True)], due=True)
-    [started] = lanes.start()
-    lanes.admit([row(2)])
-    lanes.interrupted(started)
-    for resume in lanes.resumes(10):
-        lanes.resumed(resume, [row(2)], complete=True)
-    lanes.admit([row(3)])
-    [following] = lanes.start()
+    scheduler = KeyScheduler(10)
+    scheduler.own([0])
+    scheduler.admit([row(1, requeued=True)], due=True)
+    [started] = scheduler.start()
+    scheduler.admit([row(2)])
+    scheduler.interrupted(started)
+    for resume in scheduler.resumes(10):
+        scheduler.resumed(resume, [row(2)], complete=True)
+    scheduler.admit([row(3)])
+    [following] = scheduler.start()
     assert following.seq == 2, "and nothing overtakes it"
 
 
@@ -67,7 +67,7 @@ class _Unknown:
     def session_lost(self) -> None:
         pass
 
-    def at_once(self, handler: None, changes: Sequence[Change]) -> tuple[list[Finished], None]:
+    def at_once(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
         return [], None
 
     async def run(self, handler: None, batch: Sequence[Change]) -> None:
@@ -77,18 +77,18 @@ class _Unknown:
 
 async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_open() -> None:
     """As at every restart of a server: the handler's connection ends first, the session a moment later."""
-    lanes = Lanes(10)
-    lanes.own([0])
-    lanes.admit([row(1)])
-    runner = _Unknown()
-    workers = Workers(
-        lanes, runner, 1, connections=1, careful=Careful(Store("public"), 1),  # type: ignore[arg-type]
+    scheduler = KeyScheduler(10)
+    scheduler.own([0])
+    scheduler.admit([row(1)])
+    executor = _Unknown()
+    dispatcher = Dispatcher(
+        scheduler, executor, 1, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
         finished=lambda *_: None, read_anew=lambda: None,
     )  # fmt: skip
-    workers.hand_out()
-    await runner.asked.wait()
-    lanes.reset()
-    await workers.session_lost()
-    lanes.own([0])
-    lanes.admit([row(1)])
-    assert lanes.start(), "nothing runs any more, and the key is still shut"
+    dispatcher.hand_out()
+    await executor.asked.wait()
+    scheduler.reset()
+    await dispatcher.session_lost()
+    scheduler.own([0])
+    scheduler.admit([row(1)])
+    assert scheduler.start(), "nothing runs any more, and the key is still shut"

@@ -2,8 +2,8 @@
 
 Under load, from a running ``cdc run``, and each change that was committed is handled. ``slot_faults.py`` has what
 happens, and what must be seen of it; ``fault_table.py`` writes docs/operations/slot.md from the same course.
-A plugin that ``output_plugin_libraries`` refuses is told apart in tests/unit/test_refusals.py, by the fields of an
-error that a server with that setting gave: the tests cannot count on such a server.
+A plugin that ``output_plugin_libraries`` refuses is told apart in tests/unit/replication/test_refusals.py, by the
+fields of an error that a server with that setting gave: the tests cannot count on such a server.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cdc.model import PLUGINS
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.model import PLUGINS
 from tests.faults.fault_table import GUIDE, block
 from tests.faults.slot_faults import FAILOVER, FAULTS, Fault, failing_over, suffer
 from tests.faults.slot_stage import SERVER, Account, Stage, prepare

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from cdc import schema
+from cdc.postgres import migrations
 from tests.eventually import eventually
 from tests.fix_consumer import Process, settled, states
 from tests.fix_messenger import Messenger
@@ -50,7 +50,7 @@ def start(outbox: str, processes: list[Process], messenger: Messenger, tmp_path:
     def one() -> Process:
         log = tmp_path / f"consumer-{len(processes)}.log"
         settings = {"whatsapp_sender_url": messenger.url, "backoff_base": 0.05}
-        processes.append(Process(outbox, log, handlers="cdc.whatsapp:router", **settings))
+        processes.append(Process(outbox, log, handlers="cdc.contrib.whatsapp:router", **settings))
         return processes[-1]
 
     return one
@@ -59,7 +59,7 @@ def start(outbox: str, processes: list[Process], messenger: Messenger, tmp_path:
 @pytest.fixture
 def endpoint(outbox: str, outbox_db: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path) -> Endpoint:
     """One at work, with rules in the database."""
-    schema.install(outbox_db, "public", ["whatsapp"])
+    migrations.install(outbox_db, "public", ["whatsapp"])
     for rule in _RULES:
         config = Jsonb({"trigger_emoji": "✅", "action_type": "create_task"})
         statement = "INSERT INTO \"actionRules\" (id, rule_type, config) VALUES (%s, 'simple_action', %s)"

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cdc.model import message_prefix
+from cdc.core.model import message_prefix
 from tests.fuzz.stage import Stage
 
 _MESSAGES = 300

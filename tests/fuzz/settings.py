@@ -11,8 +11,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
+from cdc.app.config import SETTINGS
 from cdc.cli import cdc as root_command
-from cdc.config import SETTINGS
 
 _SECRET = "hunter2SECRET"
 _COMMANDS = (

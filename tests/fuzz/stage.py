@@ -12,9 +12,9 @@ import psycopg
 from click.testing import CliRunner
 from psycopg import sql
 
-from cdc import schema
 from cdc.cli import cdc as root_command
-from cdc.throwaway import Server, free_port
+from cdc.contrib.demo.temp_server import Server, free_port
+from cdc.postgres import migrations
 from tests.eventually import eventually
 from tests.fix_consumer import Process
 from tests.fix_webhook import Endpoint
@@ -46,7 +46,7 @@ class Stage:
             for encoding in self._encodings:
                 self._add(encoding, folder, stack)
             if self._webhook:
-                schema.install(self.databases["UTF8"], "public", ["whatsapp"])
+                migrations.install(self.databases["UTF8"], "public", ["whatsapp"])
                 self.endpoint = Endpoint(self.dsns["UTF8"], folder / "endpoint.log")
                 stack.callback(self.endpoint.kill)
             self._stack = stack.pop_all()
@@ -62,7 +62,7 @@ class Stage:
                 ).format(sql.Identifier(name), sql.Literal(encoding))
             )  # fmt: skip
         db = stack.enter_context(psycopg.connect(dsn, autocommit=True, client_encoding=encoding))
-        schema.install(db, "public")
+        migrations.install(db, "public")
         self.databases[encoding], self.ports[encoding] = db, free_port()
         self.consumers[encoding] = consumer = Process(
             dsn, folder / f"{name}.log", handlers="tests.fuzz.handlers:router", http_port=self.ports[encoding],

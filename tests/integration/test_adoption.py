@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema
 from cdc.cli import cdc as command
-from cdc.errors import SchemaError
+from cdc.core.errors import SchemaError
+from cdc.postgres import migrations
 
 pytestmark = pytest.mark.server
 
@@ -62,7 +62,7 @@ def test_a_superuser_does_not_adopt_what_somebody_made_before(
     intern.execute(made.encode())
     before = _objects(db)
     with pytest.raises(SchemaError, match="does not adopt") as refused:
-        schema.install(db, "public")
+        migrations.install(db, "public")
     assert said in str(refused.value)
     assert intern.info.user in str(refused.value)
     assert "ALTER ... OWNER TO" in refused.value.hint
@@ -94,13 +94,13 @@ def test_nor_its_own_table_where_code_of_somebody_else_hangs_on_it(
     db.execute(attach.encode())
     before = _objects(db)
     with pytest.raises(SchemaError, match=f"belongs to {intern.info.user}"):
-        schema.install(db, "public")
+        migrations.install(db, "public")
     assert _objects(db) == before
 
 
 def test_the_printed_script_refuses_as_well(db: psycopg.Connection, intern: psycopg.Connection) -> None:
     intern.execute(_PREMADE["the function that captures"][0].encode())
-    script = schema.print_sql("public").partition("\n")[2]  # without what only psql knows
+    script = migrations.print_sql("public").partition("\n")[2]  # without what only psql knows
     with pytest.raises(psycopg.errors.InvalidObjectDefinition, match="does not adopt"):
         db.execute(script.encode())
     db.rollback()
@@ -111,12 +111,12 @@ def test_whose_it_is_may_go_on_and_a_superuser_may_act_as_that_role(
 ) -> None:
     intern.execute(_DOCUMENTED.encode())
     db.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(intern.info.user)))
-    schema.install(db, "public")
+    migrations.install(db, "public")
     db.execute("RESET ROLE")
-    assert schema.verify(db, "public") == []
+    assert migrations.verify(db, "public") == []
     with pytest.raises(SchemaError, match="does not adopt"):
-        schema.upgrade(db, "public")
-    assert schema.upgrade(intern, "public") == ([], [])
+        migrations.upgrade(db, "public")
+    assert migrations.upgrade(intern, "public") == ([], [])
 
 
 def test_a_member_of_the_owning_role_may_upgrade(db: psycopg.Connection, intern: psycopg.Connection) -> None:
@@ -126,8 +126,8 @@ def test_a_member_of_the_owning_role_may_upgrade(db: psycopg.Connection, intern:
     try:
         for role in (group, member):
             db.execute(sql.SQL("SET ROLE {}").format(role))
-            schema.install(db, "public")
-            assert schema.upgrade(db, "public") == ([], [])
+            migrations.install(db, "public")
+            assert migrations.upgrade(db, "public") == ([], [])
     finally:
         db.execute(sql.SQL("RESET ROLE; DROP OWNED BY {0}, {1}; DROP ROLE {0}, {1}").format(group, member))
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 import cdc
 from cdc import testing
-from cdc.errors import UsageError
-from cdc.routing import Router
+from cdc.core.errors import UsageError
+from cdc.core.router import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 
@@ -98,7 +98,7 @@ async def test_a_batch_that_is_not_full_lingers_for_more(outbox: str, outbox_db:
         _publish(outbox_db, 1, 1)
 
         async def one_waits() -> bool:
-            return app.consumer._lanes.running == 1
+            return app.consumer._scheduler.running == 1
 
         await eventually_async(one_waits)
         # Of other keys: what follows one of the batch joins it only if it is read together with others.

@@ -14,8 +14,8 @@ import pytest
 from pydantic import BaseModel, field_validator
 
 import cdc
-from cdc.routing import Router
-from cdc.workers import OtherTasks
+from cdc.core.router import Router
+from cdc.engine.dispatcher import OtherTasks
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 

@@ -11,8 +11,8 @@ import psycopg
 import pytest
 
 import cdc
-from cdc.routing import Router
-from cdc.workers import OtherTasks
+from cdc.core.router import Router
+from cdc.engine.dispatcher import OtherTasks
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled
 

@@ -14,7 +14,8 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
 import cdc
-from cdc import schema, testing
+from cdc import testing
+from cdc.postgres import migrations
 
 pytestmark = pytest.mark.server
 
@@ -180,7 +181,7 @@ def test_each_change_rings_with_its_number_and_shard_when_it_is_committed(
 def test_an_outbox_in_another_schema_rings_under_its_own_prefix(
     outbox_db: psycopg.Connection, bell: Callable[..., list[str]]
 ):
-    schema.install(outbox_db, "tenant, 7")
+    migrations.install(outbox_db, "tenant, 7")
     outbox_db.execute("SELECT \"tenant, 7\".publish_change('order', '42')")
     assert changes(outbox_db) == []
     assert len(bell("entity_change:tenant%2C%207")) == 1

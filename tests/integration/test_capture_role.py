@@ -10,10 +10,10 @@ import pytest
 from psycopg import errors, sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import grants, schema, tracking
-from cdc.doctor import look_outbox
-from cdc.doctor import outbox as checks
-from cdc.doctor.findings import Verdict
+from cdc.diagnostics import check_outbox as checks
+from cdc.diagnostics import inspect_outbox
+from cdc.diagnostics.findings import Verdict
+from cdc.postgres import grants, migrations, tracking
 
 pytestmark = pytest.mark.server
 
@@ -102,7 +102,7 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
     if owned == "by a role of its own":
         db.execute(sql.SQL("GRANT USAGE ON SCHEMA public TO {} WITH GRANT OPTION").format(sql.Identifier(owner)))
         db.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(owner)))
-    schema.install(db, "public")
+    migrations.install(db, "public")
     db.execute("RESET ROLE")
     assert owner_of(db, "capture_entity_change").startswith("cdc_capture_")
     db.execute("SELECT public.publish_change('patient', '1', new_data => '{\"secret\": 1}')")
@@ -136,7 +136,7 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
     for right in ("SELECT", "INSERT", "UPDATE", "DELETE"):
         asked = "SELECT has_table_privilege(%s, 'public.entity_changes', %s)"
         assert db.execute(asked, [evil, right]).fetchone() == (False,)
-    assert schema.verify(db, "public") == []
+    assert migrations.verify(db, "public") == []
 
 
 _LEAVINGS = {
@@ -151,7 +151,7 @@ def test_code_that_capturing_calls_leaves_nothing_behind_that_runs_later_with_it
     db: psycopg.Connection, make: Make, left: str, others: str
 ) -> None:
     evil = make("evil")
-    schema.install(db, "public")
+    migrations.install(db, "public")
     act(db, evil, f"""
         CREATE TYPE mood AS ENUM ('x');
         CREATE FUNCTION told() RETURNS text LANGUAGE plpgsql AS $$ BEGIN
@@ -175,7 +175,7 @@ def test_code_that_capturing_calls_leaves_nothing_behind_that_runs_later_with_it
 
 
 def test_a_writer_may_write_on_after_its_row_was_captured(db: psycopg.Connection) -> None:
-    schema.install(db, "public")
+    migrations.install(db, "public")
     db.execute("CREATE TABLE orders (id int PRIMARY KEY, j json)")
     tracking.track(db, "public", "orders")
     with db.transaction():
@@ -193,7 +193,7 @@ def test_a_writer_may_write_on_after_its_row_was_captured(db: psycopg.Connection
 def test_plain_writers_are_captured_by_a_role_that_may_do_only_that(db: psycopg.Connection, make: Make) -> None:
     app = make("app")
     db.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
-    schema.install(db, "public")
+    migrations.install(db, "public")
     act(db, app, "CREATE TABLE orders (id int PRIMARY KEY, n text)")
     tracking.track(db, "public", f"{app}.orders")
     act(db, app, "INSERT INTO orders VALUES (1, 'a'); UPDATE orders SET id = 2; DELETE FROM orders")
@@ -204,29 +204,29 @@ def test_plain_writers_are_captured_by_a_role_that_may_do_only_that(db: psycopg.
     attributes = "SELECT rolcanlogin, rolsuper, rolcreaterole FROM pg_roles WHERE rolname = %s"
     assert db.execute(attributes, [role]).fetchone() == (False, False, False)
     assert db.execute("SELECT has_schema_privilege(%s, 'public', 'CREATE')", [role]).fetchone() == (False,)
-    finding = checks.capture_function(look_outbox.capture(db, "public"))
+    finding = checks.capture_function(inspect_outbox.capture(db, "public"))
     assert (finding.verdict, role in finding.detail) == (Verdict.OK, True)
 
 
 def test_the_owner_may_upgrade_repair_grant_and_uninstall(db: psycopg.Connection, make: Make) -> None:
     owner, app = make("owner", "LOGIN CREATEROLE"), make("app")
     with psycopg.connect(make_conninfo(db.info.dsn, user=owner), autocommit=True) as session:
-        schema.install(session, owner)
+        migrations.install(session, owner)
         role = owner_of(db, "publish_change", f'"{owner}"')
         broken = sql.SQL("ALTER FUNCTION {}.capture_entity_change() RESET search_path")
         session.execute(broken.format(sql.Identifier(owner)))
-        _, repaired = schema.upgrade(session, owner)
+        _, repaired = migrations.upgrade(session, owner)
         assert [each.object for each in repaired] == ["settings of function capture_entity_change()"]
         said: list[str] = []
-        schema.on_warning(session, said.append)
+        migrations.on_warning(session, said.append)
         dropped = sql.SQL("DROP FUNCTION {}.publish_change(text, text, text, jsonb, jsonb, jsonb)")
         session.execute(dropped.format(sql.Identifier(owner)))
-        schema.upgrade(session, owner)
+        migrations.upgrade(session, owner)
         assert [each for each in said if "functions that capture" in each] == []
         assert owner_of(db, "publish_change", f'"{owner}"') == role
-        assert schema.verify(session, owner) == []
+        assert migrations.verify(session, owner) == []
         grants.grant(session, owner, [grants.consumer(app, publish=True)])
-        assert f"role {role}" in schema.uninstall(session, owner)
+        assert f"role {role}" in migrations.uninstall(session, owner)
     assert db.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchall() == []
 
 
@@ -234,19 +234,19 @@ def test_who_may_make_no_role_is_told_what_an_administrator_runs(db: psycopg.Con
     owner = make("owner")
     said: list[str] = []
     with psycopg.connect(make_conninfo(db.info.dsn, user=owner), autocommit=True) as session:
-        schema.on_warning(session, said.append)
-        schema.install(session, owner)
+        migrations.on_warning(session, said.append)
+        migrations.install(session, owner)
         assert owner_of(db, "capture_entity_change", f'"{owner}"') == owner
-        finding = checks.capture_function(look_outbox.capture(db, owner))
+        finding = checks.capture_function(inspect_outbox.capture(db, owner))
         assert (finding.verdict, "also owns the outbox" in finding.detail) == (Verdict.WARN, True)
         [warning] = [each for each in said if "functions that capture" in each]
         statements = warning.partition("have an administrator run: ")[2].partition("; then run")[0]
         db.execute(statements.encode())
         said.clear()
-        schema.upgrade(session, owner)
+        migrations.upgrade(session, owner)
         assert [each for each in said if "functions that capture" in each] == []
         assert owner_of(db, "capture_entity_change", f'"{owner}"').startswith("cdc_capture_")
-        assert schema.verify(session, owner) == []
+        assert migrations.verify(session, owner) == []
         [(may_create,)] = db.execute(
             "SELECT has_schema_privilege(p.proowner, p.pronamespace, 'CREATE') FROM pg_proc AS p"
             " WHERE p.proname = 'capture_entity_change' AND p.pronamespace = %s::regnamespace", [f'"{owner}"']
@@ -259,16 +259,16 @@ def test_a_role_of_this_name_that_may_do_more_is_not_taken(db: psycopg.Connectio
     db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
     try:
         said: list[str] = []
-        schema.on_warning(db, said.append)
-        schema.install(db, "public")
+        migrations.on_warning(db, said.append)
+        migrations.install(db, "public")
         assert owner_of(db, "capture_entity_change") == db.info.user
         assert "may do more than capture" in said[0]
-        finding = checks.capture_function(look_outbox.capture(db, "public"))
+        finding = checks.capture_function(inspect_outbox.capture(db, "public"))
         assert finding.verdict == Verdict.WARN
         app = make("app")
         act(db, app, "CREATE TABLE orders (id int PRIMARY KEY)")
         tracking.track(db, "public", f"{app}.orders")
-        finding = checks.capture_function(look_outbox.capture(db, "public"))
+        finding = checks.capture_function(inspect_outbox.capture(db, "public"))
         assert (finding.verdict, app in finding.detail) == (Verdict.FAIL, True)
     finally:
         with suppress(errors.UndefinedObject):
@@ -276,26 +276,26 @@ def test_a_role_of_this_name_that_may_do_more_is_not_taken(db: psycopg.Connectio
 
 
 def test_an_outbox_of_before_gets_the_role_by_install_and_by_upgrade(db: psycopg.Connection) -> None:
-    for bring in (schema.install, schema.upgrade):
-        schema.install(db, "public")
+    for bring in (migrations.install, migrations.upgrade):
+        migrations.install(db, "public")
         for function in ("capture_entity_change", "publish_change", "bounded_text", "captured_row"):
             db.execute(sql.SQL("ALTER FUNCTION public.{} OWNER TO CURRENT_USER").format(sql.Identifier(function)))
         bring(db, "public")
         assert owner_of(db, "capture_entity_change").startswith("cdc_capture_")
-        assert schema.verify(db, "public") == []
+        assert migrations.verify(db, "public") == []
 
 
 def test_row_security_takes_no_role_away_that_is_there(db: psycopg.Connection) -> None:
-    schema.install(db, "public")
+    migrations.install(db, "public")
     captures = owner_of(db, "capture_entity_change")
     db.execute("ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY")
     said: list[str] = []
-    schema.on_warning(db, said.append)
-    [left] = schema.verify(db, "public")
-    assert schema.upgrade(db, "public") == ([], [])
+    migrations.on_warning(db, said.append)
+    [left] = migrations.verify(db, "public")
+    assert migrations.upgrade(db, "public") == ([], [])
     assert (said, owner_of(db, "capture_entity_change")) == ([], captures)
     db.execute(left.by_hand.encode())
-    assert schema.verify(db, "public") == []
+    assert migrations.verify(db, "public") == []
 
 
 @pytest.mark.parametrize("how", ["ENABLE", "FORCE"])
@@ -304,30 +304,30 @@ def test_writers_go_on_where_row_security_is_switched_on(
     db: psycopg.Connection, make: Make, how: str, session: str
 ) -> None:
     """As an adviser of a hosted database asks for: it shows the changes to fewer, and refuses none."""
-    schema.install(db, "public")
+    migrations.install(db, "public")
     db.execute("CREATE TABLE t (id int PRIMARY KEY); GRANT INSERT ON t TO PUBLIC")
     tracking.track(db, "public", "t")
     db.execute(f"ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY, {how} ROW LEVEL SECURITY".encode())
     act(db, make("writer"), f"SET row_security = {session}; INSERT INTO public.t VALUES (1)")
     assert db.execute("SELECT count(*) FROM entity_changes").fetchone() == (1,)
-    schema.upgrade(db, "public")
+    migrations.upgrade(db, "public")
     assert db.execute("SELECT polname FROM pg_policy").fetchall() == [("cdc_capture",)]
-    assert [str(left) for left in schema.verify(db, "public") if "row-level" not in str(left)] == []
-    schema.uninstall(db, "public", discard_unprocessed=True)
+    assert [str(left) for left in migrations.verify(db, "public") if "row-level" not in str(left)] == []
+    migrations.uninstall(db, "public", discard_unprocessed=True)
     assert db.execute("SELECT count(*) FROM pg_policy").fetchone() == (0,)
 
 
 def test_the_printed_script_makes_the_role_too(db: psycopg.Connection) -> None:
-    lines = schema.print_sql("events").splitlines()
+    lines = migrations.print_sql("events").splitlines()
     db.execute("\n".join(line for line in lines if not line.startswith("\\")).encode())
     assert owner_of(db, "capture_entity_change", "events").startswith("cdc_capture_")
 
 
 def test_a_long_name_and_an_odd_one_are_bounded(db: psycopg.Connection) -> None:
     for name in ("é" * 31, 'a"b\\c%d'):
-        schema.install(db, name)
+        migrations.install(db, name)
         role = owner_of(db, "capture_entity_change", sql.Identifier(name).as_string())
         assert role.startswith("cdc_capture_")
-        assert schema.verify(db, name) == []
+        assert migrations.verify(db, name) == []
         db.execute(sql.SQL("SELECT {}.publish_change('t', '1')").format(sql.Identifier(name)))
-        assert [each for each in schema.uninstall(db, name, discard_unprocessed=True) if each.startswith("role ")]
+        assert [each for each in migrations.uninstall(db, name, discard_unprocessed=True) if each.startswith("role ")]

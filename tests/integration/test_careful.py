@@ -12,8 +12,8 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import careful
-from cdc.routing import Router
+from cdc.core.router import Router
+from cdc.engine import crash_guard
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
@@ -23,7 +23,7 @@ _CRASHED = "the consumer's process ended while this change's handler ran"
 @pytest.fixture
 def dead_for_certain(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process of these tests comes back: do not wait for it."""
-    monkeypatch.setattr(careful, "GRACE_S", 0.0)
+    monkeypatch.setattr(crash_guard, "GRACE_S", 0.0)
 
 
 def _publish(db: psycopg.Connection, count: int, keys: int | None = None) -> None:

@@ -13,11 +13,11 @@ from psycopg_pool import AsyncConnectionPool
 
 import cdc
 from cdc import testing
-from cdc.intake import Position, Sweep
-from cdc.lanes import Resume, Row
-from cdc.model import WakeUp
-from cdc.outbox.store import Store
-from cdc.routing import Router
+from cdc.core.model import WakeUp
+from cdc.core.read_planner import Position, Sweep
+from cdc.core.router import Router
+from cdc.core.scheduler import KeyRead, Row
+from cdc.postgres.outbox import Store
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
@@ -277,7 +277,7 @@ async def _every_read(store: Store, reader: psycopg.AsyncConnection, row: dict[s
     wakeup = WakeUp(row["seq"], row["shard"])
     fetched = await store.fetch(reader, [wakeup])
     swept = await store.sweep(reader, Sweep({wakeup.shard: Position(floor=0, cursor=0, since=0)}, 10, 1))
-    resume = Resume((row["entity_type"], row["entity_id"]), wakeup.shard, wakeup.seq)
+    resume = KeyRead((row["entity_type"], row["entity_id"]), wakeup.shard, wakeup.seq)
     resumed = await store.resume(reader, [resume], 10)
     await reader.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE seq = %s", [wakeup.seq])
     due = (await store.due(reader, [wakeup.shard], 10)).rows

@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from cdc import forks
+from cdc.runtime import forks
 from tests.eventually import eventually
 from tests.fix_consumer import Process, slot_name
 
@@ -64,7 +64,7 @@ def test_metrics_are_not_written_into_the_folder_of_a_neighbour(there: bool, tmp
     if there:
         folder.mkdir()
     program = (
-        "import cdc; from cdc.metrics import Metrics; from prometheus_client import generate_latest;"
+        "import cdc; from cdc.observability.metrics import Metrics; from prometheus_client import generate_latest;"
         " metrics = Metrics('slot', cdc.Router()); metrics.task_ended('relay');"
         " print(generate_latest(metrics.registry).decode())"
     )

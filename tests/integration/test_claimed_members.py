@@ -10,10 +10,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc.doctor.look_outbox import shard_holders
-from cdc.model import SHARDS
-from cdc.outbox.shards import lock_class, members
-from cdc.routing import Router
+from cdc.core.model import SHARDS
+from cdc.core.router import Router
+from cdc.diagnostics.inspect_outbox import shard_holders
+from cdc.postgres.shard_locks import lock_class, members
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 

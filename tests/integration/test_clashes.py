@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import losses
+from cdc.core import lost_transactions
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
 
@@ -17,7 +17,7 @@ _CLASH = "DO $$ BEGIN RAISE EXCEPTION 'in the way' USING ERRCODE = '{}'; END $$"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.001)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.001)
 
 
 async def _settle(dsn: str, db: psycopg.Connection, router: cdc.Router) -> tuple[Any, ...]:

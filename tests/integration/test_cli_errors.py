@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 from psycopg.conninfo import make_conninfo
 
 import cdc.cli
+from cdc.app.config import Settings
 from cdc.cli.options import database_options, open_database
-from cdc.config import Settings
 
 PASSWORD = "hunter-2-secret"
 

@@ -10,8 +10,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.connect import SERVER_TCP, connect, connect_async, explain
-from cdc.errors import CdcError, ConnectError, SchemaError, UsageError
+from cdc.core.errors import CdcError, ConnectError, SchemaError, UsageError
+from cdc.postgres.connect import SERVER_TCP, connect, connect_async, explain
 
 PASSWORD = "hunter-2-secret"
 

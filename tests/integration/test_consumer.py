@@ -18,8 +18,8 @@ from psycopg.conninfo import make_conninfo
 from pydantic import BaseModel
 
 import cdc
-from cdc.routing import Router
-from cdc.throwaway import free_port
+from cdc.contrib.demo.temp_server import free_port
+from cdc.core.router import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, slot_name, states
 
@@ -506,7 +506,7 @@ async def test_a_change_whose_commit_hangs_is_found_within_milliseconds_of_its_r
         await eventually_async(_streaming(app))
         for _ in range(3):
             commit = await _hanging_commit(admin, writer)
-            await eventually_async(_is(lambda: bool(app.consumer._intake._unseen)))
+            await eventually_async(_is(lambda: bool(app.consumer._planner._unseen)))
             before = len(handled_at)
             await admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
             released = loop.time()
@@ -570,7 +570,7 @@ async def test_a_stop_does_not_wait_for_ever_for_a_settle_that_hangs(
 async def test_without_a_schema_the_consumer_waits_for_it_and_says_so(
     database: str, db: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from cdc import schema
+    from cdc.postgres import migrations
 
     router, seen = Router(), []
 
@@ -582,7 +582,7 @@ async def test_without_a_schema_the_consumer_waits_for_it_and_says_so(
         await eventually_async(_is(lambda: "there is no table" in caplog.text))
         assert "cdc db install" in caplog.text
         assert not all(check.ok for check in app._readiness())
-        schema.install(db, "public")
+        migrations.install(db, "public")
         _publish(db, "x")
         await _until_settled(db)
         assert all(check.ok for check in app._readiness())
@@ -590,10 +590,10 @@ async def test_without_a_schema_the_consumer_waits_for_it_and_says_so(
 
 
 async def test_an_outbox_works_in_a_schema_of_any_name(database: str, db: psycopg.Connection) -> None:
-    from cdc import schema
+    from cdc.postgres import migrations
 
     name = 'off by 50% "(s)"; %(seqs)s é'
-    schema.install(db, name)
+    migrations.install(db, name)
     router, seen = Router(), []
 
     @router.on("x")
@@ -672,7 +672,7 @@ def _is(condition: Any) -> Any:
 
 def _streaming(app: Any) -> Any:
     """The stream is connected and every shard is read by number."""
-    return _is(lambda: app._stream.status.connected and app.consumer._intake.live_shards == 64)
+    return _is(lambda: app._stream.status.connected and app.consumer._planner.live_shards == 64)
 
 
 async def test_metrics_and_health_answer_from_a_thread_of_their_own_while_a_handler_blocks_the_event_loop(

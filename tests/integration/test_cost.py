@@ -11,10 +11,10 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import consumer
-from cdc.app import App
-from cdc.model import SHARDS
-from cdc.routing import Router
+from cdc.app.application import App
+from cdc.core.model import SHARDS
+from cdc.core.router import Router
+from cdc.engine import consumer
 from tests.bench.database import preload
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
@@ -52,7 +52,7 @@ async def working(tally: Tally, outbox_db: psycopg.Connection, noop: Router) -> 
     async with consuming(tally.dsn, noop, **_TIMERS) as app:
 
         async def live() -> bool:
-            return app._stream.status.connected and app.consumer._intake.live_shards == SHARDS
+            return app._stream.status.connected and app.consumer._planner.live_shards == SHARDS
 
         await eventually_async(live, what="the shards to be read by number")
         outbox_db.execute("INSERT INTO note VALUES (0, 'a row')")

@@ -20,9 +20,9 @@ import pytest
 from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from cdc import tracking
-from cdc.app import App
-from cdc.throwaway import free_port
+from cdc.app.application import App
+from cdc.contrib.demo.temp_server import free_port
+from cdc.postgres import tracking
 from tests.eventually import eventually, eventually_async
 from tests.fix_application import Application, Request, accept, answers, listening, never
 from tests.fix_consumer import Process, consuming, metric, settled, states
@@ -365,7 +365,7 @@ async def test_while_the_application_is_away_one_call_at_a_time_looks_for_it(
         assert [name for name, _ in app._breakers.resting()] == ["deliver"]
         before = _unreached(app)
         await _true(lambda: _unreached(app) >= before + 3)
-        assert app.consumer._lanes.running <= 1
+        assert app.consumer._scheduler.running <= 1
         assert metric(app.metrics.registry, "cdc_handler_breaker", handler="deliver", state="closed") == 0
     assert states(outbox_db) == {"fresh": 200}
 

@@ -21,7 +21,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.cli import cdc
 from cdc.cli.demo import demo
-from cdc.demo import play
+from cdc.contrib.demo import run
 from tests.eventually import eventually
 
 # For its skip: a machine without server programs has no demo.
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("server")
 _SHORT = """
 import sys
 from cdc.cli.output import paint
-from cdc.demo.play import play
+from cdc.contrib.demo.run import play
 def say(text): print(text, flush=True)
 sys.exit(not play(say=say, paint=paint, dsn={dsn!r}, keep={keep}, ticks={ticks}, burst_rows={burst}))
 """
@@ -192,10 +192,10 @@ def test_a_role_that_may_not_make_a_schema_is_told(database: str, db: psycopg.Co
 
 
 def test_changes_that_were_not_processed_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(play, "play", lambda **_: False)
+    monkeypatch.setattr(run, "play", lambda **_: False)
     assert CliRunner().invoke(demo).exit_code == 1
 
 
 def test_all_processed_is_exit_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(play, "play", lambda **options: options["say"] is click.echo)
+    monkeypatch.setattr(run, "play", lambda **options: options["say"] is click.echo)
     assert CliRunner().invoke(demo).exit_code == 0

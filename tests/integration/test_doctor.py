@@ -18,14 +18,15 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import Router, schema, slots, tracking
+from cdc import Router
 from cdc.cli import cdc
-from cdc.doctor.examine import examine
-from cdc.doctor.facts import Subject
-from cdc.doctor.findings import Finding, Verdict
-from cdc.outbox.shards import lock_class
-from cdc.throwaway import Server
-from cdc.wakeup import wal2json
+from cdc.contrib.demo.temp_server import Server
+from cdc.diagnostics.doctor import examine
+from cdc.diagnostics.facts import Subject
+from cdc.diagnostics.findings import Finding, Verdict
+from cdc.postgres import migrations, tracking
+from cdc.postgres.shard_locks import lock_class
+from cdc.replication import slots, wal2json
 from tests import servers
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
@@ -89,7 +90,7 @@ def shop(well: Server) -> Iterator[str]:
             db.execute(sql.SQL("CREATE ROLE {} NOLOGIN CREATEROLE").format(owner))
             db.execute(sql.SQL("GRANT ALL ON SCHEMA public TO {} WITH GRANT OPTION").format(owner))
             db.execute(sql.SQL("SET ROLE {}").format(owner))
-            schema.install(db, "public")
+            migrations.install(db, "public")
             db.execute("CREATE TABLE tasks (id int PRIMARY KEY, title text)")
             tracking.track(db, "public", "tasks")
             db.execute("RESET ROLE")
@@ -354,7 +355,7 @@ def test_an_outbox_that_is_elsewhere_is_pointed_out(shop: str, db: psycopg.Conne
     found = findings(shop, "--schema", "events")
     assert found["schema"]["verdict"] == "fail"
     assert "there is one in public" in found["schema"]["detail"]
-    schema.install(db, "events")
+    migrations.install(db, "events")
     assert findings(shop)["outboxes"]["verdict"] == "warn"
     assert findings(shop, "--slot-name", "shop")["outboxes"]["verdict"] == "ok"
 

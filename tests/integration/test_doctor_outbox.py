@@ -11,8 +11,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema, tracking
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.postgres import migrations, tracking
 from tests.integration.test_doctor import BLIND, apply, db, findings, role, run, shop, troubles, well
 from tests.integration.test_tracking_again import done, invoke, tracked
 
@@ -120,8 +120,8 @@ def test_who_reads_the_outbox_by_default_privileges_is_named_and_put_out(shop: s
         admin.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(owner)))
         admin.execute(sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {}").format(
             sql.Identifier(role)))  # fmt: skip
-        schema.uninstall(admin, "public")
-        schema.install(admin, "public")
+        migrations.uninstall(admin, "public")
+        migrations.install(admin, "public")
         tracking.track(admin, "public", "tasks")
     found = findings(shop, "--no-stream")["readers"]
     assert (found["verdict"], f"{role} (by default privileges)" in found["detail"]) == ("warn", True)
@@ -261,7 +261,7 @@ def latin(well: Server) -> Iterator[str]:
     with psycopg.connect(well.dsn(), autocommit=True) as admin:
         admin.execute("CREATE DATABASE latin1 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
         with psycopg.connect(well.dsn("latin1"), autocommit=True, client_encoding="utf8") as connection:
-            schema.install(connection, "public")
+            migrations.install(connection, "public")
             connection.execute('CREATE TABLE teil ("größe" int PRIMARY KEY, "prüfziffer" text)')
         yield well.dsn("latin1")
         admin.execute("DROP DATABASE latin1 WITH (FORCE)")

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from cdc.cli import cdc as command
-from cdc.throwaway import free_port
+from cdc.contrib.demo.temp_server import free_port
 from tests.eventually import eventually
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -10,11 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 import cdc
-from cdc import collector, schema, slots
 from cdc.cli import cdc as root_command
-from cdc.errors import NotFoundError
-from cdc.installations import find_installation
-from cdc.throwaway import Server
+from cdc.contrib.demo.pg_binaries import find_installation
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.errors import NotFoundError
+from cdc.engine import stats_poller
+from cdc.postgres import migrations
+from cdc.replication import slots
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
 from tests.fix_slot import lose, slot_facts
@@ -34,7 +36,7 @@ def modern() -> Iterator[Server]:
 @pytest.fixture
 def admin(modern: Server) -> Iterator[psycopg.Connection]:
     with psycopg.connect(modern.dsn(), autocommit=True) as connection:
-        schema.install(connection, "public")
+        migrations.install(connection, "public")
         slots.create(connection, "x", plugin="pgoutput", failover=True)
         yield connection
 
@@ -66,7 +68,7 @@ def test_where_it_may_not_change_the_slot_it_leaves_it(modern: Server, admin: ps
 async def test_a_stream_that_becomes_deaf_is_mended_while_it_runs(
     modern: Server, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(collector, "_EVERY_S", 0.2)
+    monkeypatch.setattr(stats_poller, "_EVERY_S", 0.2)
     async with consuming(modern.dsn(), cdc.Router(), slot_name="x") as app:
 
         async def streams() -> bool:

@@ -10,12 +10,12 @@ from click.testing import CliRunner
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import grants
 from cdc.cli import cdc as command
-from cdc.connect import connect_async
-from cdc.errors import SchemaError
-from cdc.outbox.store import Store
-from cdc.schema import verify
+from cdc.core.errors import SchemaError
+from cdc.postgres import grants
+from cdc.postgres.connect import connect_async
+from cdc.postgres.migrations import verify
+from cdc.postgres.outbox import Store
 
 
 @pytest.fixture

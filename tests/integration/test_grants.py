@@ -21,12 +21,12 @@ from psycopg.conninfo import make_conninfo
 from psycopg.types.json import Jsonb
 
 import cdc
-from cdc import grants, schema, tracking
-from cdc.app import App
+from cdc.app.application import App
 from cdc.cli import cdc as root_command
-from cdc.errors import NotFoundError, RefusedError, SchemaError, UsageError
-from cdc.model import publication_name
-from cdc.routing import Router
+from cdc.core.errors import NotFoundError, RefusedError, SchemaError, UsageError
+from cdc.core.model import publication_name
+from cdc.core.router import Router
+from cdc.postgres import grants, migrations, tracking
 from tests import servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, slot_name, states
@@ -209,7 +209,7 @@ async def test_two_consumers_of_this_role_share_the_work_and_one_relays(
         async with consuming(dsn, router("second"), **shared) as second:
 
             def fair() -> bool:
-                intakes = [app.consumer._intake.catching_up for app in (first, second)]
+                intakes = [app.consumer._planner.catching_up for app in (first, second)]
                 return len(second.consumer.owned) == 32 and second._listener.connected and not any(intakes)
 
             await until(fair, "each has its share")
@@ -268,7 +268,7 @@ async def test_a_stream_of_its_own_needs_replication_and_no_right_on_anything(
     never = {"sweep_interval": 3600, "poll_interval": 3600, "slot_plugin": plugin}
     async with consuming(as_(worker, outbox), router, stream_dsn=as_(streamer, outbox), **never) as app:
         await streams(app)
-        await until(lambda: not app.consumer._intake.catching_up, "it has swept")
+        await until(lambda: not app.consumer._planner.catching_up, "it has swept")
         publish(outbox_db, "x", "1")
         await until(lambda: settled(outbox_db), "it was rung")
         assert metric(app.metrics.registry, "cdc_wakeups_total", source="wal") == 1
@@ -458,7 +458,7 @@ ODD = 'Tenant "7" %s; é'
 def test_the_printed_script_grants_the_same_and_both_may_be_repeated(
     outbox: str, outbox_db: psycopg.Connection, new_role: NewRole, name: str
 ) -> None:
-    schema.install(outbox_db, name)
+    migrations.install(outbox_db, name)
     consumer, reader = new_role("LOGIN REPLICATION", ODD), new_role("LOGIN", "--\n'\\; DROP")
     options = ["db", "grant", "--schema", name, "--consumer", consumer, "--readonly", reader, "--retention"]
     by_hand = CliRunner().invoke(root_command, [*options, "--print"])
@@ -472,7 +472,7 @@ def test_the_printed_script_grants_the_same_and_both_may_be_repeated(
         assert run(outbox, *options).exit_code == 0
         assert rights(outbox_db, consumer, reader) == printed
     assert len(printed) > 20
-    assert schema.verify(outbox_db, name) == []
+    assert migrations.verify(outbox_db, name) == []
 
 
 async def test_an_outbox_with_an_owner_and_a_schema_of_its_own_is_set_up_as_documented(
@@ -638,7 +638,7 @@ def test_every_column_is_told_apart_as_state_description_or_payload(outbox_db: p
 
 
 def test_what_is_granted_is_what_the_consumer_asks_for_and_what_the_documents_say() -> None:
-    queries = (ROOT / "cdc/outbox/queries.sql").read_text("utf-8")
+    queries = (ROOT / "cdc/postgres/outbox.sql").read_text("utf-8")
     [asked] = re.findall(r"-- name: missing_rights\n.*?ARRAY\[(.*?)\]", queries, re.DOTALL)
     assert sorted(re.findall(r"'(\w+)'", asked)) == sorted(grants.STATE)
     document = (ROOT / "docs/operations/roles.md").read_text("utf-8")

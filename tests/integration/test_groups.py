@@ -9,8 +9,8 @@ import psycopg
 import pytest
 
 import cdc
-from cdc.errors import UsageError
-from cdc.routing import Router
+from cdc.core.errors import UsageError
+from cdc.core.router import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 
-from cdc import probe
-from cdc.app import App, Limits
-from cdc.config import from_options
-from cdc.model import Change
-from cdc.routing import Router
-from cdc.throwaway import free_port
-from cdc.wakeup.stream import StreamStatus
+from cdc.app.application import App, Limits
+from cdc.app.config import from_options
+from cdc.contrib.demo.temp_server import free_port
+from cdc.core import failpoints
+from cdc.core.model import Change
+from cdc.core.router import Router
+from cdc.replication.stream import StreamStatus
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
 from tests.fix_proxy import Proxy
@@ -113,7 +113,7 @@ async def test_a_frozen_stream_thread_turns_it_red(outbox: str) -> None:
     async with consuming(outbox, Router(), SHORT, http_port=port) as app:
         await until_streaming(app)
         assert await _green(port)()
-        probe.install(freeze)
+        failpoints.install(freeze)
         try:
             with psycopg.connect(outbox, autocommit=True) as writer:
                 publish(writer, "order")
@@ -123,7 +123,7 @@ async def test_a_frozen_stream_thread_turns_it_red(outbox: str) -> None:
 
             await eventually_async(red, within_s=30, what="red")
         finally:
-            probe.install(None)
+            failpoints.install(None)
             release.set()
         await eventually_async(_green(port), what="green again")
 
@@ -197,12 +197,12 @@ async def test_a_slow_consumer_that_works_is_never_red(outbox: str, outbox_db: p
     async with consuming(outbox, router, SHORT, concurrency=20, threads=5, window=100, http_port=port) as app:
         await until_streaming(app)
         reds: list[list[str]] = []
-        turns: set[float] = set()
+        ready_queues: set[float] = set()
 
         async def watched() -> bool:
             reds.append(await asyncio.to_thread(failing, port))
-            turns.add(metric(app.metrics.registry, "cdc_loop_last_iteration_timestamp_seconds", loop="stream"))
-            return max(turns) - min(turns) > 12  # beyond each limit
+            ready_queues.add(metric(app.metrics.registry, "cdc_loop_last_iteration_timestamp_seconds", loop="stream"))
+            return max(ready_queues) - min(ready_queues) > 12  # beyond each limit
 
         try:
             await eventually_async(watched, within_s=60, what="time passes")

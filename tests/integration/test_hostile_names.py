@@ -15,11 +15,11 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc import schema
-from cdc.app import App
+from cdc.app.application import App
 from cdc.cli import cdc as command
-from cdc.outbox.statements import load
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.postgres import migrations
+from cdc.postgres.sql_files import load
 from tests import hijackers, servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming
@@ -231,7 +231,7 @@ def test_what_runs_on_a_handlers_connection_takes_nothing_of_its_path_even_befor
     """The path is the application's there, and may name a schema before pg_catalog."""
     with psycopg.connect(shop.dsn("postgres"), autocommit=True) as db:
         db.execute("DROP SCHEMA IF EXISTS plain CASCADE")
-        schema.install(db, "plain")
+        migrations.install(db, "plain")
         db.execute("CREATE SCHEMA IF NOT EXISTS first")
         for name, arguments, returns in _EXACT:
             db.execute(hijackers._function("first", name, arguments, returns).encode())
@@ -245,7 +245,7 @@ def test_what_runs_on_a_handlers_connection_takes_nothing_of_its_path_even_befor
             db.execute(
                 f'CREATE DOMAIN first."{name}" AS pg_catalog."{name}" CHECK (pg_catalog.pg_sleep(1) IS NULL)'.encode()
             )
-    statements = load("queries.sql", "plain")
+    statements = load("outbox.sql", "plain")
     with psycopg.connect(make_conninfo(shop.dsn("postgres"), options="-c search_path=first,pg_catalog")) as lent:
         lent.execute("SELECT plain.publish_change('x', '1')")
         [(id_,)] = lent.execute(sql.SQL("SELECT id FROM plain.entity_changes")).fetchall()

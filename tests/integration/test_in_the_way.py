@@ -11,10 +11,11 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import losses, schema
-from cdc.errors import NotFoundError
-from cdc.routing import Router
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.core import lost_transactions
+from cdc.core.errors import NotFoundError
+from cdc.core.router import Router
+from cdc.postgres import migrations
 from tests import refusals
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
@@ -122,8 +123,8 @@ async def test_what_a_transactional_handler_did_is_undone_and_done_again_without
     code: str, kind: str, outbox: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its mark is refused, which is not its handler's doing."""
-    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.02)
-    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.02)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.02)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MAX_S", 0.02)
     calls = Calls(kind)
     _publish(db, 1, 40)
     with refusing(db, MARKS, code):
@@ -145,8 +146,8 @@ async def test_what_stays_in_the_way_of_a_transactional_handler_comes_to_count_a
     outbox: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handler can be to blame as well: it may leave no time or no room for the mark."""
-    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.001)
-    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.001)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.001)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MAX_S", 0.001)
     router, calls = Router(), Counter[int]()
 
     @router.on("x", max_attempts=2)
@@ -158,7 +159,7 @@ async def test_what_stays_in_the_way_of_a_transactional_handler_comes_to_count_a
     async with consuming(outbox, router, backoff_base=0.01):
         await _until_settled(db)
     assert states(db) == {"dead": 1}
-    assert list(calls.values()) == [2 * losses.LOSSES_MAX]
+    assert list(calls.values()) == [2 * lost_transactions.LOSSES_MAX]
     assert _attempts(db) == 2
 
 
@@ -256,7 +257,7 @@ def small_disk() -> Iterator[tuple[str, SmallDisk]]:
             pytest.skip(f"nothing can be mounted here: {refused}")
         try:
             with psycopg.connect(server.dsn(), autocommit=True) as db:
-                schema.install(db, "public")
+                migrations.install(db, "public")
                 db.execute("CREATE TABLE effects (seq bigint NOT NULL)")
                 made.move_outbox(db)
             yield server.dsn(), made
@@ -292,8 +293,8 @@ async def test_a_full_disk_delays_marks_and_no_handler_is_called_again(
 async def test_a_full_disk_costs_a_transactional_handler_no_attempt(
     kind: str, small_disk: tuple[str, SmallDisk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.05)
-    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.05)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.05)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MAX_S", 0.05)
     dsn, disk = small_disk
     calls = Calls(kind)
     with psycopg.connect(dsn, autocommit=True) as db:

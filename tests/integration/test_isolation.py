@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 import cdc
-from cdc.routing import Router
+from cdc.core.router import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 

@@ -1,6 +1,6 @@
 """What is asked often reads little, on a table of a million processed changes and by statistics of an empty queue.
 
-Counted, not timed: what each statement took from the table and from its indexes. Of every statement of queries.sql
+Counted, not timed: what each statement took from the table and from its indexes. Of every statement of outbox.sql
 the plan is looked at besides, the generic one that the consumer's sessions use.
 """
 
@@ -14,14 +14,14 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from cdc.intake import Position, Sweep
-from cdc.lanes import Finished
-from cdc.model import SHARDS, Processed, WakeUp
-from cdc.outbox.letters import Letters
-from cdc.outbox.pages import Settled
-from cdc.outbox.retention import Retention
-from cdc.outbox.statements import load
-from cdc.outbox.store import INDEXED, Store
+from cdc.core.model import SHARDS, Processed, WakeUp
+from cdc.core.read_planner import Position, Sweep
+from cdc.core.scheduler import Settlement
+from cdc.postgres.admin import OutboxAdmin
+from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.pages import Settled
+from cdc.postgres.retention import Retention
+from cdc.postgres.sql_files import load
 from tests.bench.database import preload_unprocessed
 from tests.unit.changes import change
 
@@ -40,11 +40,11 @@ _FRESH = (
 )
 
 
-Reads = dict[str, tuple[int, int]]
+Reader = dict[str, tuple[int, int]]
 """(scans, rows) of the table, where it was read whole, and of each of its indexes."""
 
 
-async def reading(dsn: str, work: Callable[[psycopg.AsyncConnection], Awaitable[object]]) -> Reads:
+async def reading(dsn: str, work: Callable[[psycopg.AsyncConnection], Awaitable[object]]) -> Reader:
     """What it reads on a session like the consumer's; what it writes is rolled back."""
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
         await connection.execute(_SET, [list(INDEXED), list(INDEXED.values())])
@@ -54,7 +54,7 @@ async def reading(dsn: str, work: Callable[[psycopg.AsyncConnection], Awaitable[
     return {name: (scans, rows) for name, scans, rows in found}
 
 
-def reading_sync(dsn: str, work: Callable[[psycopg.Connection], T]) -> tuple[T, Reads]:
+def reading_sync(dsn: str, work: Callable[[psycopg.Connection], T]) -> tuple[T, Reader]:
     """As ``reading``, and what it returned."""
     with psycopg.connect(dsn) as connection:
         connection.execute(_SET, [list(INDEXED), list(INDEXED.values())])
@@ -64,7 +64,7 @@ def reading_sync(dsn: str, work: Callable[[psycopg.Connection], T]) -> tuple[T, 
     return result, {name: (scans, rows) for name, scans, rows in found}
 
 
-def rows(reads: Reads) -> int:
+def rows(reads: Reader) -> int:
     assert reads["entity_changes"][0] == 0, "the table is never read whole"
     return sum(number for _, number in reads.values())
 
@@ -86,7 +86,7 @@ async def test_a_fetch_probes_once_for_each_change_and_once_for_what_might_hold_
 
 
 async def test_a_settle_probes_once_for_each_of_its_changes(large_outbox: str, wakeups: list[WakeUp]) -> None:
-    batch = [Finished(change(wakeup.seq, shard=wakeup.shard), Processed()) for wakeup in wakeups]
+    batch = [Settlement(change(wakeup.seq, shard=wakeup.shard), Processed()) for wakeup in wakeups]
     settled: list[Settled] = []
 
     async def settle(connection: psycopg.AsyncConnection) -> None:
@@ -122,7 +122,7 @@ def test_the_figures_of_the_collector_read_little_though_a_long_queue_is_held_ba
 def test_a_change_is_found_by_its_number_without_a_walk_over_the_fresh_ones(
     large_outbox: str, wakeups: list[WakeUp]
 ) -> None:
-    named, found = reading_sync(large_outbox, lambda connection: Letters("public").show(connection, wakeups[0].seq))
+    named, found = reading_sync(large_outbox, lambda connection: OutboxAdmin("public").show(connection, wakeups[0].seq))
     assert named.seq == wakeups[0].seq
     assert found["entity_changes_fresh"] == (SHARDS, 1)
 
@@ -166,7 +166,7 @@ def test_the_oldest_that_could_run_is_looked_for_among_the_first_of_each_shard(o
 
 # --- plans ---------------------------------------------------------------------------------------------------------
 
-_STATEMENTS = load("queries.sql", "public")
+_STATEMENTS = load("outbox.sql", "public")
 _NO_TABLE = {"cause": "sets a setting", "check": "LIMIT 0", "missing_rights": "asks the catalog",
              "filtered": "asks the catalog"}  # fmt: skip
 _INDEXES = {

@@ -14,8 +14,8 @@ from psycopg.rows import dict_row
 from psycopg.types.numeric import FloatLoader
 
 import cdc
-from cdc import transactions
-from cdc.routing import Router
+from cdc.core.router import Router
+from cdc.engine import transactions
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 from tests.fix_proxy import Proxy

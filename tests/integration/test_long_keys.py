@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cdc
-from cdc import schema
 from cdc.cli import cdc as root_command
-from cdc.model import SHARDS
-from cdc.outbox.store import FIRST_TYPE, TYPES_MAX, Store
-from cdc.routing import Router
+from cdc.core.model import SHARDS
+from cdc.core.router import Router
+from cdc.postgres import migrations
+from cdc.postgres.outbox import FIRST_TYPE, TYPES_MAX, Store
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
 from tests.integration.test_large_history import reading, rows
@@ -111,8 +111,8 @@ def test_an_outbox_with_the_indexes_of_before_is_upgraded_in_place(
     _publish(outbox_db, "x", "1")
     outbox_db.execute("UPDATE entity_changes SET next_attempt_at = now()")
     outbox_db.execute(_INDEXES_AS_THEY_WERE)
-    getattr(schema, command)(outbox_db, "public")
-    assert schema.verify(outbox_db, "public") == []
+    getattr(migrations, command)(outbox_db, "public")
+    assert migrations.verify(outbox_db, "public") == []
     outbox_db.execute("UPDATE entity_changes SET entity_id = %s", [_long()])
     names = {
         name for (name,) in outbox_db.execute("SELECT indexname FROM pg_indexes WHERE tablename = 'entity_changes'")

@@ -13,9 +13,9 @@ from pathlib import Path
 import psycopg
 
 import cdc
-from cdc.app import App
-from cdc.model import SHARDS
-from cdc.routing import Router
+from cdc.app.application import App
+from cdc.core.model import SHARDS
+from cdc.core.router import Router
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import Process, consuming, metric, settled, slot_name, states
 
@@ -63,7 +63,7 @@ async def test_a_newcomer_gets_its_share_and_its_wake_ups_are_relayed_to_it(
             await _shared(first, second)
 
             async def listens() -> bool:
-                return second._listener.connected and not second.consumer._intake.catching_up
+                return second._listener.connected and not second.consumer._planner.catching_up
 
             await eventually_async(listens)
             for _ in range(5):
@@ -100,7 +100,7 @@ async def test_who_does_not_stream_is_woken_by_notify_also_after_the_streamer_ha
                 if not all(len(app.consumer.owned) == SHARDS // 2 for app in (second, third)):
                     return False
                 listens = [
-                    app._listener.connected and not app.consumer._intake.catching_up
+                    app._listener.connected and not app.consumer._planner.catching_up
                     for app in (second, third) if not app._stream.status.connected  # type: ignore[union-attr]
                 ]  # fmt: skip
                 return listens == [True]
@@ -250,8 +250,8 @@ def test_a_killed_consumers_changes_are_handled_by_the_others(
     )
 
     def busy() -> bool:
-        [(handled, workers)] = outbox_db.execute("SELECT count(*), count(DISTINCT pid) FROM calls").fetchall()
-        return bool(handled > 100 and workers == 2)
+        [(handled, dispatcher)] = outbox_db.execute("SELECT count(*), count(DISTINCT pid) FROM calls").fetchall()
+        return bool(handled > 100 and dispatcher == 2)
 
     eventually(busy, what="both work")
     processes[0].kill()

@@ -12,9 +12,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc import schema
-from cdc.app import App
-from cdc.routing import Router
+from cdc.app.application import App
+from cdc.core.router import Router
+from cdc.postgres import migrations
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 from tests.fix_db import drop_database
@@ -85,7 +85,7 @@ def encoded(admin_dsn: str, request: pytest.FixtureRequest) -> Iterator[str]:
         admin.execute(sql.SQL(create).format(sql.Identifier(name), sql.Literal(request.param)))
         dsn = make_conninfo(admin_dsn, dbname=name, client_encoding="utf8")
         with psycopg.connect(dsn, autocommit=True) as connection:
-            schema.install(connection, "public")
+            migrations.install(connection, "public")
         yield dsn
         drop_database(admin, name)
 

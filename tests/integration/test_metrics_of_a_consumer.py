@@ -1,4 +1,4 @@
-"""Figures that only a working consumer has. What each metric is: tests/unit/test_metrics.py."""
+"""Figures that only a working consumer has. What each metric is: tests/unit/observability/test_metrics.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from cdc.model import Change
-from cdc.routing import Router
+from cdc.core.model import Change
+from cdc.core.router import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 from tests.fix_outbox import count, fill

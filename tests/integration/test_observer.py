@@ -15,9 +15,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc.app import App
+from cdc.app.application import App
 from cdc.cli import cdc as root_command
-from cdc.throwaway import free_port
+from cdc.contrib.demo.temp_server import free_port
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import Process, consuming, metric, slot_name, states
 
@@ -78,12 +78,12 @@ async def test_beside_a_working_consumer_it_takes_neither_shards_nor_the_slot_an
 ) -> None:
     ran: list[cdc.Change] = []
     name = slot_name()
-    async with consuming(outbox, _router([]), observe=True, slot_name=name, poll_interval=0.05) as observer:
+    async with consuming(outbox, _router([]), observe=True, slot_name=name, poll_interval=0.05) as shadow:
 
         async def streams(app: App) -> bool:
             return metric(app.metrics.registry, "cdc_stream_connected") == 1
 
-        await eventually_async(lambda: streams(observer))
+        await eventually_async(lambda: streams(shadow))
         async with consuming(outbox, _router(ran), slot_name=name) as worker:
             await eventually_async(lambda: streams(worker))
             assert metric(worker.metrics.registry, "cdc_role", role="streaming") == 1
@@ -91,7 +91,7 @@ async def test_beside_a_working_consumer_it_takes_neither_shards_nor_the_slot_an
                 outbox_db.execute(_PUBLISH, ["order", str(key)])
 
             async def both() -> bool:
-                registry = observer.metrics.registry
+                registry = shadow.metrics.registry
                 return (
                     states(outbox_db) == {"processed": 20}
                     and metric(registry, "cdc_observed_changes_total", handler="welcome") == 20
@@ -127,9 +127,9 @@ def test_the_probe_the_page_and_cdc_status_say_that_it_only_observes(
     outbox: str, processes: list[Process], tmp_path: Path
 ) -> None:
     port = free_port()
-    observer = Process(outbox, tmp_path / "log", options=["--observe"], http_port=port, poll_interval=0.05)
-    processes.append(observer)
-    observer.wait_for("only observing")
+    shadow = Process(outbox, tmp_path / "log", options=["--observe"], http_port=port, poll_interval=0.05)
+    processes.append(shadow)
+    shadow.wait_for("only observing")
     base = f"http://127.0.0.1:{port}"
 
     def ready() -> str:
@@ -150,4 +150,4 @@ def test_the_probe_the_page_and_cdc_status_say_that_it_only_observes(
     assert status()["members"] == []
     told = CliRunner().invoke(root_command, ["status", "--dsn", outbox]).stdout
     assert "observers  1, which run and mark nothing: process" in told
-    assert observer.terminate() == 0
+    assert shadow.terminate() == 0

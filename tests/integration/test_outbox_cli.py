@@ -19,14 +19,13 @@ from psycopg.conninfo import make_conninfo
 from psycopg.types.json import Jsonb
 
 import cdc
-from cdc import schema
 from cdc.cli import cdc as root_command
 from cdc.cli.outbox import _STATES
-from cdc.errors import RefusedError, UsageError
-from cdc.model import SHARDS
-from cdc.outbox import letters
-from cdc.outbox.letters import Letters, parse_reference
-from cdc.routing import Router
+from cdc.core.errors import RefusedError, UsageError
+from cdc.core.model import SHARDS
+from cdc.core.router import Router
+from cdc.postgres import admin, migrations
+from cdc.postgres.admin import OutboxAdmin, parse_reference
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled
 from tests.fix_outbox import copied_outbox
@@ -159,8 +158,8 @@ def test_stats_of_an_outbox_without_work_say_so(outbox: str, outbox_db: psycopg.
 def test_counts_that_end_at_their_bound_are_marked(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(letters, "_PER_SHARD", 2)
-    monkeypatch.setattr(letters, "_SCAN", 2)
+    monkeypatch.setattr(admin, "_PER_SHARD", 2)
+    monkeypatch.setattr(admin, "_SCAN", 2)
     for key in ("a", "b"):
         for _ in range(3):
             publish(outbox_db, key, key)
@@ -197,7 +196,7 @@ def test_list_shows_dead_and_waiting_changes_and_others_when_asked(outbox: str, 
 
 
 def test_the_states_of_the_command_line_are_those_that_can_be_found() -> None:
-    assert tuple(letters.STATES) == _STATES
+    assert tuple(admin.STATES) == _STATES
 
 
 @pytest.mark.parametrize("state", _STATES)
@@ -230,8 +229,8 @@ def test_list_filters_by_type_key_and_age_and_says_when_there_are_more(
 def test_a_search_that_ends_at_its_bound_says_so(
     outbox: str, outbox_db: psycopg.Connection, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(letters, "_PER_SHARD", 2)
-    monkeypatch.setattr(letters, "_SCAN", 2)
+    monkeypatch.setattr(admin, "_PER_SHARD", 2)
+    monkeypatch.setattr(admin, "_SCAN", 2)
     first, *others = [publish(outbox_db) for _ in range(4)]
     if state == "blocked":
         wait(outbox_db, first)
@@ -342,7 +341,7 @@ def test_a_chain_ends_at_its_bound_and_where_causes_were_removed_and_says_so(
         seqs.append(cause(outbox_db, seqs[-1], "x", "k"))
     newest = str(seqs[-1])
     assert run(outbox, "show", newest).stderr == ""
-    monkeypatch.setattr(letters, "_CHAIN_MAX", 3)
+    monkeypatch.setattr(admin, "_CHAIN_MAX", 3)
     assert [link["seq"] for link in data(outbox, "show", newest)["change"]["chain"]] == seqs[:1:-1]
     assert "is not shown" in run(outbox, "show", newest).stderr
     monkeypatch.undo()
@@ -386,7 +385,7 @@ def test_without_the_table_one_sentence_says_what_to_do(database: str) -> None:
 
 def test_another_schema_has_an_outbox_of_its_own(database: str, db: psycopg.Connection) -> None:
     name = 'Of "ours"'
-    schema.install(db, name)
+    migrations.install(db, name)
     seq = publish(db, schema_name=name)
     shown = data(database, "show", str(seq), "--schema", name)
     assert shown["change"]["seq"] == seq
@@ -456,7 +455,7 @@ def test_a_change_that_another_session_is_at_work_on_is_refused_at_once(
     with psycopg.connect(outbox) as working:
         working.execute("SELECT FROM entity_changes WHERE seq = %s FOR UPDATE", [seq])
         with pytest.raises(RefusedError, match="at work on it"):
-            Letters("public").discard(outbox_db, [seq])
+            OutboxAdmin("public").discard(outbox_db, [seq])
     assert not row(outbox_db, seq)["processed"]
 
 
@@ -580,7 +579,7 @@ async def test_retry_beside_a_running_consumer_keeps_the_order_within_the_key(
         await _until(lambda: running == [gated], "the later changes of the key are in the consumer's hands")
         await _until(lambda: row(outbox_db, bad[1])["dead_at"], "settled")
         mended.set()
-        Letters("public").retry(outbox_db, bad)
+        OutboxAdmin("public").retry(outbox_db, bad)
         await _until(lambda: metric(app.metrics.registry, "cdc_wakeups_total", source="retry") >= 1, "rung")
         gate.set()
         await _until(lambda: settled(outbox_db), "every change settled")
@@ -607,7 +606,7 @@ async def test_discarding_a_waiting_change_frees_the_later_ones_of_its_key_witho
         await _until(lambda: row(outbox_db, first)["due"] is False, "it waits")
         behind += [publish(outbox_db) for _ in range(5)]
         assert calls == [first]
-        Letters("public").discard(outbox_db, [first])
+        OutboxAdmin("public").discard(outbox_db, [first])
         await _until(lambda: settled(outbox_db), "the key goes on")
     assert calls == [first, *behind]
     assert row(outbox_db, first)["last_error"].startswith("discarded by operator: ")
@@ -631,7 +630,7 @@ async def test_a_paused_key_goes_on_in_order_once_its_dead_letter_is_decided_abo
         await _until(lambda: row(outbox_db, other)["processed"], "other keys go on")
         assert calls == [("other", other, 1)]
         assert numbers(outbox, "--state", "blocked") == behind
-        getattr(Letters("public"), decision)(outbox_db, [paused])
+        getattr(OutboxAdmin("public"), decision)(outbox_db, [paused])
         await _until(lambda: settled(outbox_db), "the key goes on")
     expected = [paused, *behind] if decision == "retry" else behind
     assert calls[1:] == [("k", seq, 1) for seq in expected]
@@ -660,7 +659,7 @@ def large(admin_dsn: str, migrated_template: str) -> Iterator[psycopg.Connection
 
 
 def plan(db: psycopg.Connection, statement: bytes, parameters: dict[str, Any]) -> dict[str, Any]:
-    with db.transaction(force_rollback=True), letters._bounded(db):
+    with db.transaction(force_rollback=True), admin._bounded(db):
         [([found],)] = db.execute(b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + statement, parameters).fetchall()
     return dict(found["Plan"])
 
@@ -685,7 +684,7 @@ def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
     }  # fmt: skip
     [(pages,)] = large.execute("SELECT relpages FROM pg_class WHERE oid = 'entity_changes'::regclass").fetchall()
     assert pages > 2000
-    found = plan(large, Letters("public")._statements[statement], parameters)
+    found = plan(large, OutboxAdmin("public")._statements[statement], parameters)
     scans = [node["Node Type"] for node in nodes(found) if node.get("Relation Name") == "entity_changes"]
     assert "Seq Scan" not in scans
     assert found["Shared Hit Blocks"] + found["Shared Read Blocks"] < pages / 2
@@ -693,7 +692,7 @@ def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
 
 @pytest.mark.parametrize("name", ["letters", "retention"])
 def test_every_named_statement_is_described_and_used(name: str) -> None:
-    folder = Path(letters.__file__).parent
+    folder = Path(admin.__file__).parent
     statements = folder.joinpath(f"{name}.sql").read_text("utf-8")
     code = folder.joinpath(f"{name}.py").read_text("utf-8")
     blocks = statements.split("-- name: ")[1:]
@@ -707,7 +706,7 @@ def test_every_named_statement_is_described_and_used(name: str) -> None:
 def test_fresh_changes_that_somebody_else_has_handled_are_discarded_by_type_and_time(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(letters, "_DISCARD_BATCH", 2)
+    monkeypatch.setattr(admin, "_DISCARD_BATCH", 2)
     before = [publish(outbox_db, "x", f"k{n % 3}") for n in range(20)]
     other = publish(outbox_db, "y")
     outbox_db.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE seq = %s", [before[0]])

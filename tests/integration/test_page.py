@@ -21,12 +21,12 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 import cdc
-from cdc.app import App
-from cdc.outbox.letters import Letters, Stats
-from cdc.outbox.pages import Figures
-from cdc.outbox.store import Store
-from cdc.routing import Router
-from cdc.throwaway import free_port
+from cdc.app.application import App
+from cdc.contrib.demo.temp_server import free_port
+from cdc.core.router import Router
+from cdc.postgres.admin import OutboxAdmin, Stats
+from cdc.postgres.outbox import Store
+from cdc.postgres.pages import Figures
 from tests import handlers_page
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import Process, consuming, metric, slot_name
@@ -165,7 +165,7 @@ async def test_figures_that_cannot_be_read_go_and_the_metrics_stay(
 ) -> None:
     async with serving(outbox, Router(), stream=False) as (app, port):
         await eventually_async(lambda: outbox_of(port), what="a first reading")
-        monkeypatch.setattr(Letters, "stats", lambda self, connection, **bounds: connection.execute("SELECT 1/0"))
+        monkeypatch.setattr(OutboxAdmin, "stats", lambda self, connection, **bounds: connection.execute("SELECT 1/0"))
         look_now(app)
 
         async def gone() -> bool:
@@ -181,7 +181,7 @@ async def test_what_takes_long_to_read_is_read_less_often_than_the_rest(
 ) -> None:
     slow, quick = list[int](), list[int]()
 
-    def stats(self: Letters, connection: psycopg.Connection, **bounds: int) -> Stats:
+    def stats(self: OutboxAdmin, connection: psycopg.Connection, **bounds: int) -> Stats:
         threading.Event().wait(0.5)
         slow.append(1)
         return Stats([])
@@ -191,7 +191,7 @@ async def test_what_takes_long_to_read_is_read_less_often_than_the_rest(
         return read(self, connection)
 
     read = Store.figures
-    monkeypatch.setattr(Letters, "stats", stats)
+    monkeypatch.setattr(OutboxAdmin, "stats", stats)
     monkeypatch.setattr(Store, "figures", figures_counted)
     async with serving(outbox, Router(), stream=False) as (app, _):
 

@@ -10,16 +10,16 @@ import psycopg
 import pytest
 
 import cdc
-from cdc.intake import Sweep
-from cdc.lanes import Row
-from cdc.model import SHARDS, WakeUp
-from cdc.outbox.loaders import leave_unread
-from cdc.outbox.pages import Place
-from cdc.outbox.store import INDEXED, Store
-from cdc.passes import Position
-from cdc.routing import Router
-from cdc.scope import Scope
-from cdc.unread import Resume
+from cdc.core.deferred_keys import KeyRead
+from cdc.core.model import SHARDS, WakeUp
+from cdc.core.read_planner import Sweep
+from cdc.core.router import Router
+from cdc.core.scheduler import Row
+from cdc.core.shard_cursor import Position
+from cdc.core.type_filter import TypeFilter
+from cdc.postgres.loaders import leave_unread
+from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.pages import Place
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
@@ -33,7 +33,7 @@ _LARGE = {
     "escapes": "to_jsonb(repeat(E'\\x01', 8400))",
     "digits": "to_jsonb('1e50000'::numeric)",
 }
-_SOME = Scope(("x",), among=True)
+_SOME = TypeFilter(("x",), among=True)
 
 Read = Callable[[Store, psycopg.AsyncConnection, Sequence[WakeUp]], Awaitable[tuple[list[Row], set[int]]]]
 """Returns what was read, and the numbers of what was said to be left for the next page."""
@@ -57,7 +57,7 @@ async def _sweep(store: Store, reader: psycopg.AsyncConnection, there: Sequence[
 
 async def _resume(store: Store, reader: psycopg.AsyncConnection, there: Sequence[WakeUp]) -> tuple[list[Row], set[int]]:
     shards = {f"{n}": shard for n, (_, shard) in enumerate(there)}
-    resumes = [Resume(("x", key), shard, 0) for key, shard in shards.items()]
+    resumes = [KeyRead(("x", key), shard, 0) for key, shard in shards.items()]
     found = await store.resume(reader, resumes, 5)
     rows = [row for each in found.values() for row in each.rows]
     numbers = {f"{n}": seq for n, (seq, _) in enumerate(there)}
@@ -77,7 +77,7 @@ async def _marked(store: Store, reader: psycopg.AsyncConnection, there: Sequence
     return [Row(change) for change, _ in found.marks], {seq for seq, _ in there if found.go_on and seq not in read}
 
 
-_READS: dict[str, tuple[Read, Scope | None, str | None]] = {
+_READS: dict[str, tuple[Read, TypeFilter | None, str | None]] = {
     "fetch": (_fetch, None, None),
     "fetch of some types": (_fetch, _SOME, None),
     "sweep": (_sweep, None, None),

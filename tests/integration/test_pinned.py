@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 from psycopg import sql
 
-from cdc import pinned, schema
 from cdc.cli import cdc as command
-from cdc.connect import connect, connect_async
-from cdc.errors import SchemaError
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.errors import SchemaError
+from cdc.postgres import migrations, pinned
+from cdc.postgres.connect import connect, connect_async
 from tests import servers
 
 _SETTABLE = "SELECT name FROM pg_catalog.pg_settings WHERE context = 'user'"
@@ -83,4 +83,4 @@ def test_a_database_that_is_read_only_by_default_takes_an_installation_and_docto
         psycopg.connect(database, autocommit=True) as theirs,
         pytest.raises(SchemaError, match="read only by default"),
     ):
-        schema.install(theirs, "other")
+        migrations.install(theirs, "other")

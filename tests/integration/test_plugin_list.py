@@ -13,12 +13,12 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc import schema
-from cdc.app import App
+from cdc.app.application import App
 from cdc.cli import cdc as command
-from cdc.model import SHARDS
-from cdc.throwaway import Server
-from cdc.wakeup import progress
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.model import SHARDS
+from cdc.postgres import migrations
+from cdc.replication import lsn_tracker
 from tests import servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled
@@ -45,7 +45,7 @@ def admin_dsn(listing: Server) -> str:
 @pytest.fixture
 def role(listing: Server, database: str, db: psycopg.Connection, slot: str) -> Iterator[str]:
     """Who may consume an outbox that is not its own."""
-    schema.install(db, "public")
+    migrations.install(db, "public")
     name = f"role_{slot}"
     db.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION").format(sql.Identifier(name)))
     assert _run("db", "grant", "--consumer", name, "--dsn", database).exit_code == 0
@@ -65,7 +65,7 @@ def _streams(app: App, plugin: str) -> Callable[[], Awaitable[bool]]:
     return _when(
         lambda: (
             (app._stream.status.connected, app._stream.status.plugin) == (True, plugin)
-            and app.consumer._intake.live_shards == SHARDS
+            and app.consumer._planner.live_shards == SHARDS
         )
     )
 
@@ -127,7 +127,7 @@ async def test_the_cycle_wal2json_refused_pgoutput_taken_wal2json_allowed_and_ta
 async def test_a_consumer_that_wants_wal2json_sweeps_until_it_is_allowed_and_then_streams(
     database: str, db: psycopg.Connection, role: str, slot: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "PERMANENT_PAUSE_S", 0.5)
+    monkeypatch.setattr(lsn_tracker, "PERMANENT_PAUSE_S", 0.5)
     router = cdc.Router()
     router.on("x")(lambda change: None)
     settings = {"slot_plugin": "wal2json", "slot_name": slot, "sweep_interval": 0.2}

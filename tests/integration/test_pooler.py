@@ -16,9 +16,9 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import cdc
 from cdc.cli import cdc as command
-from cdc.connect import connect, connect_async
-from cdc.errors import ConnectError
-from cdc.throwaway import free_port
+from cdc.contrib.demo.temp_server import free_port
+from cdc.core.errors import ConnectError
+from cdc.postgres.connect import connect, connect_async
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, settled
 

@@ -8,7 +8,8 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import schema, testing, tracking
+from cdc import testing
+from cdc.postgres import migrations, tracking
 from tests.fix_consumer import states
 from tests.integration.test_schema_upgrade import DOCUMENTED
 from tests.processor import Processor, connect
@@ -20,7 +21,7 @@ _ADD = "INSERT INTO entity_changes (table_name, operation, entity_id, entity_typ
 def kept(db: psycopg.Connection) -> psycopg.Connection:
     """The documented table, upgraded for a processor that goes on."""
     db.execute(DOCUMENTED)
-    schema.install(db, "public", keep_processor=True)
+    migrations.install(db, "public", keep_processor=True)
     return db
 
 
@@ -119,15 +120,15 @@ def test_its_query_goes_through_an_index_and_its_channel_rings_until_it_is_retir
         [heard] = listener.notifies(timeout=20, stop_after=1)
         assert heard.payload == '{"table" : "x", "operation" : "INSERT", "entity_type" : "x"}'
         assert "idx_entity_changes_unprocessed" in _plan(kept)
-        assert schema.retire_processor(kept, "public") == [
+        assert migrations.retire_processor(kept, "public") == [
             "trigger and function public.processor_marks",
             "trigger and function public.processor_notify",
             "index public.idx_entity_changes_unprocessed",
         ]
         kept.execute(_ADD, ["2", "reaction"])
         assert list(listener.notifies(timeout=0.1, stop_after=1)) == []
-    assert schema.retire_processor(kept, "public") == []
-    assert schema.verify(kept, "public") == []
+    assert migrations.retire_processor(kept, "public") == []
+    assert migrations.verify(kept, "public") == []
 
 
 def _plan(db: psycopg.Connection) -> str:
@@ -170,7 +171,7 @@ def test_what_its_writer_handles_itself_is_captured_as_processed_where_the_trigg
 
 
 def test_keeping_the_processor_is_in_the_script_and_goes_with_the_installation(kept: psycopg.Connection) -> None:
-    assert "processor_marks" in schema.print_sql("public", [], keep_processor=True)
-    assert "TRIGGER processor_marks" not in schema.print_sql("public")
-    assert "function public.processor_marks" in schema.uninstall(kept, "public")
+    assert "processor_marks" in migrations.print_sql("public", [], keep_processor=True)
+    assert "TRIGGER processor_marks" not in migrations.print_sql("public")
+    assert "function public.processor_marks" in migrations.uninstall(kept, "public")
     assert kept.execute("SELECT count(*) FROM pg_proc WHERE proname LIKE 'processor%'").fetchone() == (0,)

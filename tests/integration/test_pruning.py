@@ -15,12 +15,13 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc import pruning, schema
-from cdc.metrics import Metrics
-from cdc.outbox.retention import Batch, Retention
-from cdc.outbox.shards import RETENTION, lock_class
-from cdc.pruning import Pruning
-from cdc.routing import Router
+from cdc.core.router import Router
+from cdc.engine import retention
+from cdc.engine.retention import Pruning
+from cdc.observability.metrics import Metrics
+from cdc.postgres import migrations
+from cdc.postgres.retention import Batch, Retention
+from cdc.postgres.shard_locks import RETENTION, lock_class
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 from tests.fix_outbox import count, fill
@@ -95,8 +96,8 @@ async def test_one_removes_at_a_time_and_when_it_ends_another_goes_on(
         assert removed(idle) > 0
         assert removed(busy) + removed(idle) <= 2_000
     sessions = [pid for pid, _ in log_of_removals()]
-    turns = 1 + sum(one != next_ for one, next_ in itertools.pairwise(sessions))
-    assert turns == len(set(sessions)), "nobody removed while another one did"
+    ready_queues = 1 + sum(one != next_ for one, next_ in itertools.pairwise(sessions))
+    assert ready_queues == len(set(sessions)), "nobody removed while another one did"
 
 
 async def test_no_transaction_removes_more_than_a_batch(
@@ -190,7 +191,7 @@ async def test_a_missing_right_is_one_warning_with_the_remedy_until_it_is_grante
 
 
 async def test_outboxes_of_one_database_do_not_wait_for_each_other(outbox: str, outbox_db: psycopg.Connection) -> None:
-    schema.install(outbox_db, "other")
+    migrations.install(outbox_db, "other")
     fill(outbox_db, 5)
     outbox_db.execute("SELECT pg_advisory_lock(%s, %s)", [lock_class("other"), RETENTION])
     async with removing(outbox):
@@ -238,10 +239,10 @@ async def test_it_removes_while_its_consumer_is_at_work_and_the_work_goes_on(
 async def test_a_stop_does_not_wait_for_a_pause(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruning, "_BUSY_SHARE", 1e-6)
+    monkeypatch.setattr(retention, "_BUSY_SHARE", 1e-6)
     monkeypatch.setattr("cdc.app.Pruning", lambda *arguments: Pruning(*arguments, batch=10))
     fill(outbox_db, 30)
-    async with asyncio.timeout(pruning._PAUSE_MAX_S / 2):
+    async with asyncio.timeout(retention._PAUSE_MAX_S / 2):
         async with consuming(outbox, Router(), retention="7d"):
             await _until(lambda: count(outbox_db) == 20, "the pause after the first batch")
     assert count(outbox_db) == 20

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema
 from cdc.cli import cdc
+from cdc.postgres import migrations
 
 pytestmark = pytest.mark.server
 
@@ -32,15 +32,15 @@ def owner(database: str, db: psycopg.Connection, slot: str) -> Iterator[str]:
 
 def test_each_outbox_has_its_own_and_takes_it_along(db: psycopg.Connection) -> None:
     for name in ("public", "My \"Schema\", 'x'"):
-        schema.install(db, name)
-        assert schema.verify(db, name) == []
+        migrations.install(db, name)
+        assert migrations.verify(db, name) == []
     assert publications(db) == {"cdc_public", "cdc_My \"Schema\", 'x'"}
-    assert "publication cdc_public" in schema.uninstall(db, "public")
+    assert "publication cdc_public" in migrations.uninstall(db, "public")
     assert publications(db) == {"cdc_My \"Schema\", 'x'"}
 
 
 def test_the_printed_script_makes_it_as_well(db: psycopg.Connection) -> None:
-    script = "\n".join(line for line in schema.print_sql("public").splitlines() if not line.startswith("\\"))
+    script = "\n".join(line for line in migrations.print_sql("public").splitlines() if not line.startswith("\\"))
     db.execute(script.encode())
     assert publications(db) == {"cdc_public"}
 
@@ -53,12 +53,12 @@ def test_without_the_right_to_create_it_the_installation_is_whole_otherwise_and_
     assert "no publication cdc_events" in installed.stderr
     assert "CREATE PUBLICATION cdc_events" in installed.stderr
     assert publications(db) == set()
-    assert schema.verify(db, "events") == []
+    assert migrations.verify(db, "events") == []
 
 
 def test_one_that_another_role_has_made_outlives_the_outbox(owner: str, db: psycopg.Connection) -> None:
     db.execute("CREATE PUBLICATION cdc_events")
     with psycopg.connect(owner, autocommit=True) as connection:
-        schema.install(connection, "events")
-        assert not [name for name in schema.uninstall(connection, "events") if name.startswith("publication")]
+        migrations.install(connection, "events")
+        assert not [name for name in migrations.uninstall(connection, "events") if name.startswith("publication")]
     assert publications(db) == {"cdc_events"}

@@ -18,8 +18,8 @@ import aiohttp
 import psycopg
 import pytest
 
-from cdc.deliver import signature
-from cdc.throwaway import free_port
+from cdc.contrib.demo.temp_server import free_port
+from cdc.http import webhook_signature
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, settled, states
 
@@ -133,8 +133,8 @@ async def test_the_example_tells_what_is_forged_from_what_it_fails_at(receiver: 
     body = b"this is no event"
 
     def signed(at: int, message: bytes = body, **changed: str) -> dict[str, str]:
-        keys = [signature.key(_OTHER_SECRET), signature.key(_SECRET)]
-        return {**signature.headers(keys, "id", at, message), **changed}
+        keys = [webhook_signature.key(_OTHER_SECRET), webhook_signature.key(_SECRET)]
+        return {**webhook_signature.headers(keys, "id", at, message), **changed}
 
     cases: list[tuple[dict[str, str], int]] = [
         (signed(now), 500),

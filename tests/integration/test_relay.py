@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import psycopg
 import pytest
 
-from cdc.model import WakeUp, message_prefix
-from cdc.wakeup.relay import PAYLOAD_BYTES_MAX, Listener, encode
+from cdc.core.model import WakeUp, message_prefix
+from cdc.postgres.notify import PAYLOAD_BYTES_MAX, Listener, encode
 from tests.eventually import eventually_async
 from tests.fix_proxy import Proxy
 
@@ -98,7 +98,7 @@ async def test_a_terminated_listener_comes_back_and_asks_for_a_sweep(database: s
 async def test_a_half_open_link_is_noticed_and_replaced(
     proxy: Proxy, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cdc.wakeup.relay._ANSWER_LIMIT_S", 0.5)
+    monkeypatch.setattr("cdc.postgres.notify._ANSWER_LIMIT_S", 0.5)
     async with listening(proxy.dsn + " connect_timeout=2", look_s=0.2) as (listener, heard):
         proxy.hold()
 

@@ -11,12 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cdc
-from cdc import schema
 from cdc.cli import cdc as root_command
-from cdc.model import ChangeState
-from cdc.outbox import retention
-from cdc.outbox.retention import Retention
-from cdc.routing import Router
+from cdc.core.model import ChangeState
+from cdc.core.router import Router
+from cdc.postgres import migrations, retention
+from cdc.postgres.retention import Retention
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
 from tests.fix_outbox import count, fill
@@ -116,8 +115,8 @@ def test_an_age_is_needed(outbox: str, arguments: tuple[str, ...]) -> None:
 
 
 def test_another_schemas_history_is_its_own(database: str, db: psycopg.Connection) -> None:
-    schema.install(db, "other")
-    schema.install(db, "public")
+    migrations.install(db, "other")
+    migrations.install(db, "public")
     fill(db, 3)
     assert "0 removed" in run(database, "--older-than", "7d", "--schema", "other").stderr
     assert count(db) == 3

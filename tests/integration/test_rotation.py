@@ -12,9 +12,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc import config, schema
-from cdc.app import App
-from cdc.throwaway import Server
+from cdc.app import config
+from cdc.app.application import App
+from cdc.contrib.demo.temp_server import Server
+from cdc.postgres import migrations
 from tests.eventually import eventually_async
 from tests.fix_consumer import metric, settled
 
@@ -26,7 +27,7 @@ def guarded() -> Iterator[Server]:
         (running.data / "pg_hba.conf").write_text("local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
         running.restart()
         with psycopg.connect(running.dsn(), autocommit=True) as admin:
-            schema.install(admin, "public")
+            migrations.install(admin, "public")
         yield running
 
 

@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema
 from cdc.cli import cdc
-from cdc.errors import NotFoundError, RefusedError, SchemaError
-from cdc.model import ChangeState
+from cdc.core.errors import NotFoundError, RefusedError, SchemaError
+from cdc.core.model import ChangeState
+from cdc.postgres import migrations
 from tests import servers
 from tests.eventually import eventually
 
@@ -48,7 +48,7 @@ def columns(db: psycopg.Connection, name: str) -> list[str]:
 
 
 def test_install_makes_every_documented_object_and_the_additions(db: psycopg.Connection):
-    assert schema.install(db, "public") == schema.migrations()
+    assert migrations.install(db, "public") == migrations.migrations()
     assert set(columns(db, "entity_changes")) == {
         "id", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata", "changed_at",
         "processed", "processed_at", "error_count", "last_error",
@@ -64,12 +64,12 @@ def test_install_makes_every_documented_object_and_the_additions(db: psycopg.Con
     untimed = "SELECT count(*) FROM information_schema.columns WHERE table_name IN ('entity_changes',"
     untimed += " 'recent_action_history', 'action_processing_dashboard') AND data_type = 'timestamp without time zone'"
     assert db.execute(untimed.encode()).fetchone() == (0,)
-    assert schema.verify(db, "public") == []
+    assert migrations.verify(db, "public") == []
 
 
 def test_install_again_changes_nothing_and_says_so(outbox_db: psycopg.Connection, outbox: str):
     before = outbox_db.execute("SELECT xmin, oid, relfilenode FROM pg_class ORDER BY oid").fetchall()
-    assert schema.install(outbox_db, "public") == []
+    assert migrations.install(outbox_db, "public") == []
     assert outbox_db.execute("SELECT xmin, oid, relfilenode FROM pg_class ORDER BY oid").fetchall() == before
     again = invoke(outbox, "db", "install")
     assert (again.exit_code, again.stdout) == (0, "")
@@ -78,19 +78,19 @@ def test_install_again_changes_nothing_and_says_so(outbox_db: psycopg.Connection
 
 @pytest.mark.parametrize("name", ["tenant", "Tenant", "entity_changes", "change", ODD, "@schema_literal@"])
 def test_any_schema_name_works_and_is_created_when_missing(db: psycopg.Connection, name: str):
-    schema.install(db, name)
-    assert schema.verify(db, name) == []
-    assert schema.upgrade(db, name) == ([], [])
-    schema.uninstall(db, name)
-    assert schema.install(db, name) != []
+    migrations.install(db, name)
+    assert migrations.verify(db, name) == []
+    assert migrations.upgrade(db, name) == ([], [])
+    migrations.uninstall(db, name)
+    assert migrations.install(db, name) != []
 
 
 def test_two_outboxes_in_one_database_do_not_ring_each_other(outbox_db: psycopg.Connection):
-    schema.install(outbox_db, ODD)
+    migrations.install(outbox_db, ODD)
     bodies = outbox_db.execute("SELECT prosrc FROM pg_proc WHERE proname = 'publish_change'").fetchall()
     prefixes = {re.findall(r"'(entity_change:[^']*)'", body)[0] for (body,) in bodies}
     assert prefixes == {"entity_change:public", "entity_change:Tenant%20%227%22%20%25s%3B%20%C3%A9"}
-    assert schema.verify(outbox_db, ODD) == []
+    assert migrations.verify(outbox_db, ODD) == []
 
 
 def test_a_schema_somebody_else_made_needs_no_right_to_create_one(database: str, db: psycopg.Connection):
@@ -98,10 +98,10 @@ def test_a_schema_somebody_else_made_needs_no_right_to_create_one(database: str,
     db.execute("CREATE SCHEMA owned AUTHORIZATION plain_owner")
     try:
         with psycopg.connect(make_conninfo(database, user="plain_owner"), autocommit=True) as owner:
-            schema.install(owner, "owned")
-            assert schema.verify(owner, "owned") == []
+            migrations.install(owner, "owned")
+            assert migrations.verify(owner, "owned") == []
             with pytest.raises(SchemaError, match="permission denied"):
-                schema.install(owner, "another")
+                migrations.install(owner, "another")
     finally:
         db.execute("DROP OWNED BY plain_owner CASCADE")
         db.execute("DROP ROLE plain_owner")
@@ -114,7 +114,7 @@ def test_two_installations_at_once_make_one(database: str, db: psycopg.Connectio
     def one() -> None:
         try:
             with psycopg.connect(database, autocommit=True) as connection:
-                applied.append(len(schema.install(connection, "both")))
+                applied.append(len(migrations.install(connection, "both")))
         except Exception as error:
             failures.append(error)
 
@@ -124,36 +124,36 @@ def test_two_installations_at_once_make_one(database: str, db: psycopg.Connectio
     for thread in threads:
         thread.join()
     assert failures == []
-    assert sorted(applied) == [0, 0, 0, len(schema.migrations())]
-    assert schema.verify(db, "both") == []
+    assert sorted(applied) == [0, 0, 0, len(migrations.migrations())]
+    assert migrations.verify(db, "both") == []
 
 
 def test_an_installation_that_fails_in_the_middle_leaves_nothing(db: psycopg.Connection):
     db.execute("CREATE TABLE action_processing_dashboard (mine int)")
     with pytest.raises(SchemaError, match="not a view") as failure:
-        schema.install(db, "public")
+        migrations.install(db, "public")
     assert failure.value.hint
     assert db.execute("SELECT to_regclass('entity_changes'), to_regclass('cdc_migrations')").fetchone() == (None, None)
 
 
 def test_a_crash_between_two_migrations_leaves_nothing(database: str, db: psycopg.Connection):
     crash = (
-        "import os, signal, sys; from cdc import connect, probe, schema;"
+        "import os, signal, sys; from cdc.core import failpoints; from cdc.postgres import connect, migrations;"
         "seen = [];"
-        "probe.install(lambda name: seen.append(name) or len(seen) < 3 or os.kill(os.getpid(), signal.SIGKILL));"
-        "schema.install(connect.connect(sys.argv[1], application_name='crash'), 'public')"
+        "failpoints.install(lambda name: seen.append(name) or len(seen) < 3 or os.kill(os.getpid(), signal.SIGKILL));"
+        "migrations.install(connect.connect(sys.argv[1], application_name='crash'), 'public')"
     )
     ended = subprocess.run([sys.executable, "-c", crash, database], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert db.execute("SELECT to_regclass('entity_changes'), to_regclass('cdc_migrations')").fetchone() == (None, None)
-    assert schema.install(db, "public") == schema.migrations()
+    assert migrations.install(db, "public") == migrations.migrations()
 
 
 def test_a_table_that_stays_locked_ends_the_upgrade_with_a_sentence(
     database: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(schema, "LOCK_TIMEOUT", "50ms")
-    schema.install(db, "public")
+    monkeypatch.setattr(migrations, "LOCK_TIMEOUT", "50ms")
+    migrations.install(db, "public")
     db.execute("DELETE FROM cdc_migrations")
     with (
         transaction_on(
@@ -161,7 +161,7 @@ def test_a_table_that_stays_locked_ends_the_upgrade_with_a_sentence(
         ),
         pytest.raises(SchemaError, match="stayed locked") as failure,
     ):
-        schema.install(db, "public")
+        migrations.install(db, "public")
     assert "pg_stat_activity" in failure.value.hint
 
 
@@ -177,10 +177,10 @@ def test_every_migration_may_run_again_over_rows(outbox_db: psycopg.Connection):
     outbox_db.execute("SELECT publish_change('t', i::text) FROM generate_series(1, 10) AS i")
     before = outbox_db.execute("SELECT * FROM entity_changes ORDER BY seq").fetchall()
     outbox_db.execute("DELETE FROM cdc_migrations")
-    assert schema.install(outbox_db, "public") == schema.migrations()
+    assert migrations.install(outbox_db, "public") == migrations.migrations()
     assert outbox_db.execute("SELECT * FROM entity_changes ORDER BY seq").fetchall() == before
     assert outbox_db.execute("SELECT publish_change('t', '11')").fetchone() == (11,)
-    assert schema.verify(outbox_db, "public") == []
+    assert migrations.verify(outbox_db, "public") == []
 
 
 # What somebody did, and what verify says then; after a CASCADE it also says what else went.
@@ -273,14 +273,14 @@ def test_verify_names_what_is_missing_or_different(outbox_db: psycopg.Connection
     if "UNLOGGED" in drift and outbox_db.info.server_version < 150000:
         pytest.skip("sequences are unlogged with their table from 15 on")
     outbox_db.execute(drift.encode())
-    found = {f"{finding.object} is {finding.problem}" for finding in schema.verify(outbox_db, "public")}
+    found = {f"{finding.object} is {finding.problem}" for finding in migrations.verify(outbox_db, "public")}
     assert findings <= found
     assert found == findings or "CASCADE" in drift
 
 
 def test_a_finding_says_what_is_different_where_that_is_short(outbox_db: psycopg.Connection):
     outbox_db.execute("ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY")
-    [rules] = schema.verify(outbox_db, "public")
+    [rules] = migrations.verify(outbox_db, "public")
     assert str(rules) == "row-level security of table entity_changes is different: on, not off"
 
 
@@ -289,7 +289,7 @@ def test_verify_leaves_no_trace_and_sees_nothing_but_our_objects(outbox_db: psyc
         "CREATE TABLE mine (id int); CREATE VIEW yours AS SELECT 1; CREATE INDEX ON entity_changes (table_name)"
     )
     before = outbox_db.execute("SELECT oid FROM pg_class WHERE relkind <> 't' ORDER BY 1").fetchall()
-    assert schema.verify(outbox_db, "public") == []
+    assert migrations.verify(outbox_db, "public") == []
     assert outbox_db.execute("SELECT oid FROM pg_class WHERE relkind <> 't' ORDER BY 1").fetchall() == before
 
 
@@ -297,7 +297,7 @@ def test_verify_needs_no_right_on_the_objects(outbox: str, outbox_db: psycopg.Co
     outbox_db.execute("CREATE ROLE onlooker LOGIN")
     try:
         with psycopg.connect(make_conninfo(outbox, user="onlooker"), autocommit=True) as onlooker:
-            assert schema.verify(onlooker, "public") == []
+            assert migrations.verify(onlooker, "public") == []
     finally:
         outbox_db.execute("DROP ROLE onlooker")
 
@@ -324,7 +324,7 @@ def test_upgrade_repairs_what_can_be_made_again(outbox: str, outbox_db: psycopg.
     repaired = invoke(outbox, "db", "upgrade")
     assert repaired.exit_code == 0, repaired.stderr
     assert "repaired: index entity_changes_due of table entity_changes is missing" in repaired.stderr
-    assert schema.verify(outbox_db, "public") == []
+    assert migrations.verify(outbox_db, "public") == []
 
 
 def test_upgrade_says_what_it_cannot_repair_and_exits_with_1(outbox: str, outbox_db: psycopg.Connection):
@@ -336,7 +336,7 @@ def test_upgrade_says_what_it_cannot_repair_and_exits_with_1(outbox: str, outbox
 
 def test_upgrade_of_nothing_is_an_error(database: str, db: psycopg.Connection):
     with pytest.raises(NotFoundError, match="no entity_changes"):
-        schema.upgrade(db, "public")
+        migrations.upgrade(db, "public")
     assert invoke(database, "db", "upgrade").exit_code == 4
 
 
@@ -345,7 +345,7 @@ def test_a_dry_run_prints_the_sql_and_runs_nothing(database: str, db: psycopg.Co
     assert shown.exit_code == 0
     assert 'CREATE TABLE IF NOT EXISTS "public".entity_changes' in shown.stdout
     assert db.execute("SELECT to_regclass('entity_changes')").fetchone() == (None,)
-    schema.install(db, "public")
+    migrations.install(db, "public")
     assert invoke(database, "db", "install", "--dry-run").stdout == ""
 
 
@@ -354,8 +354,8 @@ def test_psql_runs_the_printed_script_as_it_is_any_number_of_times(database: str
     script = CliRunner().invoke(cdc, ["db", "print", "--schema", name], catch_exceptions=False).stdout
     for _ in range(2):
         subprocess.run([servers.program("psql"), "-X", "-q", database], input=script, text=True, check=True)
-    assert schema.install(db, name) == []
-    assert schema.verify(db, name) == []
+    assert migrations.install(db, name) == []
+    assert migrations.verify(db, name) == []
 
 
 def test_a_row_is_in_exactly_one_of_the_models_states(outbox_db: psycopg.Connection):
@@ -409,7 +409,7 @@ def test_uninstall_asks_off_a_terminal_for_yes(outbox: str, outbox_db: psycopg.C
     refused = invoke(outbox, "db", "uninstall")
     assert refused.exit_code == 5
     assert "--yes" in refused.stderr
-    assert schema.verify(outbox_db, "public") == []
+    assert migrations.verify(outbox_db, "public") == []
 
 
 def test_uninstall_refuses_to_lose_unprocessed_changes_unless_told(outbox: str, outbox_db: psycopg.Connection):
@@ -417,7 +417,7 @@ def test_uninstall_refuses_to_lose_unprocessed_changes_unless_told(outbox: str, 
     outbox_db.execute("CREATE TRIGGER t AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION capture_entity_change()")
     outbox_db.execute("INSERT INTO mine VALUES (1)")
     with pytest.raises(RefusedError, match="1 changes are not processed"):
-        schema.uninstall(outbox_db, "public")
+        migrations.uninstall(outbox_db, "public")
     outbox_db.execute("INSERT INTO mine VALUES (2)")
     assert outbox_db.execute("SELECT count(*) FROM entity_changes").fetchone() == (2,)
     assert invoke(outbox, "db", "uninstall", "--yes", "--discard-unprocessed").exit_code == 0
@@ -430,7 +430,7 @@ def test_uninstall_under_a_writer_waits_or_gives_up_but_never_deadlocks(outbox: 
 
     def uninstall() -> None:
         with psycopg.connect(outbox, autocommit=True) as connection:
-            done.append(schema.uninstall(connection, "public", discard_unprocessed=True))
+            done.append(migrations.uninstall(connection, "public", discard_unprocessed=True))
 
     with psycopg.connect(outbox) as writer:
         writer.execute("LOCK TABLE mine IN ROW EXCLUSIVE MODE")

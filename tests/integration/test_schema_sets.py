@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg import sql
 
-from cdc import schema, tracking
 from cdc.cli import cdc
-from cdc.errors import SchemaError
+from cdc.core.errors import SchemaError
+from cdc.postgres import migrations, tracking
 from tests import servers
 
 ODD = 'Tenant "7" %s; é'
@@ -44,7 +44,7 @@ def test_a_set_is_made_with_the_outbox_and_captured_at_once(database: str, db: p
     assert "applied whatsapp 0001 tables" in installed.stderr
     assert tables(db) >= {*CAPTURED, '"actionRules"', "whatsapp_removed_reactions"}
     assert tracked(db) == CAPTURED
-    assert schema.verify(db, "public") == []
+    assert migrations.verify(db, "public") == []
     again = tracking.track(
         db, "public", "whatsapp_messages", entity_type="message", operations=[tracking.Operation.INSERT]
     )
@@ -57,7 +57,7 @@ def test_without_its_name_no_table_of_a_set_is_made(database: str, db: psycopg.C
 
 
 def test_the_documented_statements_fit_the_tables(outbox_db: psycopg.Connection) -> None:
-    schema.install(outbox_db, "public", ["whatsapp"])
+    migrations.install(outbox_db, "public", ["whatsapp"])
     outbox_db.execute(
         "INSERT INTO whatsapp_message_reactions (id, message_id, reaction, user_id, chat_id)"
         " VALUES ('test-1', 'msg-123', '✅', 'test-user', 'test-chat')"
@@ -75,37 +75,37 @@ def test_the_documented_statements_fit_the_tables(outbox_db: psycopg.Connection)
 
 @pytest.mark.parametrize("name", ["public", ODD])
 def test_a_set_can_be_added_later_and_named_again_without_doing_anything(db: psycopg.Connection, name: str) -> None:
-    schema.install(db, name)
-    assert [str(step) for step in schema.install(db, name, ["whatsapp"])] == ["whatsapp 0001 tables"]
-    assert schema.install(db, name, ["whatsapp"]) == []
-    assert schema.pending(db, name) == []
-    assert schema.verify(db, name) == []
+    migrations.install(db, name)
+    assert [str(step) for step in migrations.install(db, name, ["whatsapp"])] == ["whatsapp 0001 tables"]
+    assert migrations.install(db, name, ["whatsapp"]) == []
+    assert migrations.pending(db, name) == []
+    assert migrations.verify(db, name) == []
 
 
 def test_what_is_captured_no_longer_stays_so_when_a_set_is_named_again(db: psycopg.Connection) -> None:
-    schema.install(db, "public", ["whatsapp"])
+    migrations.install(db, "public", ["whatsapp"])
     tracking.untrack(db, "public", "whatsapp_messages")
-    schema.install(db, "public", ["whatsapp"])
+    migrations.install(db, "public", ["whatsapp"])
     assert "whatsapp_messages" not in tracked(db)
 
 
 def test_a_recorded_set_is_brought_to_the_present_version_with_the_outbox(
     db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schema.install(db, "public", ["whatsapp"])
-    known = schema.migrations
-    later = schema.Migration(2, "later", "CREATE TABLE @schema@.later ();", "whatsapp")
-    monkeypatch.setattr(schema, "migrations", lambda name="": known(name) + ([later] if name else []))
-    applied, repaired = schema.upgrade(db, "public")
+    migrations.install(db, "public", ["whatsapp"])
+    known = migrations.migrations
+    later = migrations.Migration(2, "later", "CREATE TABLE @schema@.later ();", "whatsapp")
+    monkeypatch.setattr(migrations, "migrations", lambda name="": known(name) + ([later] if name else []))
+    applied, repaired = migrations.upgrade(db, "public")
     assert (list(map(str, applied)), repaired) == (["whatsapp 0002 later"], [])
     assert "later" in tables(db)
     monkeypatch.undo()
     with pytest.raises(SchemaError, match="the set whatsapp in schema public is at version 2"):
-        schema.install(db, "public")
+        migrations.install(db, "public")
 
 
 def test_tables_of_a_live_system_are_kept_with_the_triggers_it_made_itself(db: psycopg.Connection) -> None:
-    schema.install(db, "public")
+    migrations.install(db, "public")
     db.execute(
         "CREATE TABLE whatsapp_messages (id uuid UNIQUE, content text, user_id int, chat_id int, extra text,"
         " sent_at timestamptz)"
@@ -115,7 +115,7 @@ def test_tables_of_a_live_system_are_kept_with_the_triggers_it_made_itself(db: p
         " FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
     )
     db.execute("INSERT INTO whatsapp_messages VALUES (gen_random_uuid(), 'hi', 1, 2, 'kept', now())")
-    schema.install(db, "public", ["whatsapp"])
+    migrations.install(db, "public", ["whatsapp"])
     assert db.execute("SELECT extra FROM whatsapp_messages").fetchall() == [("kept",)]
     triggers = [each.trigger for each in tracking.tracked(db, "public") if each.table == "whatsapp_messages"]
     assert triggers == ["track_message_changes"], "captured once"
@@ -156,7 +156,7 @@ def test_the_printed_script_does_the_same_any_number_of_times(database: str, db:
         psql = [servers.program("psql"), "-X", "-q", "-d", database]
         subprocess.run(psql, input=script, text=True, check=True, stdout=subprocess.DEVNULL)
     assert tracked(db) == CAPTURED
-    assert schema.pending(db, "public", ["whatsapp"]) == []
+    assert migrations.pending(db, "public", ["whatsapp"]) == []
 
 
 def test_a_dry_run_prints_the_set_and_makes_nothing(database: str, db: psycopg.Connection) -> None:
@@ -166,20 +166,20 @@ def test_a_dry_run_prints_the_set_and_makes_nothing(database: str, db: psycopg.C
 
 
 def test_uninstall_leaves_the_applications_tables_and_all_that_is_in_them(db: psycopg.Connection) -> None:
-    schema.install(db, "public", ["whatsapp"])
+    migrations.install(db, "public", ["whatsapp"])
     db.execute("INSERT INTO whatsapp_messages (id, user_id, chat_id) VALUES ('1', 'a', 'b')")
-    dropped = schema.uninstall(db, "public", discard_unprocessed=True)
+    dropped = migrations.uninstall(db, "public", discard_unprocessed=True)
     assert "table public.cdc_sets" in dropped
     assert tables(db) == {*CAPTURED, '"actionRules"', "whatsapp_removed_reactions"}
     db.execute("INSERT INTO whatsapp_messages (id, user_id, chat_id) VALUES ('2', 'a', 'b')")
-    schema.install(db, "public", ["whatsapp"])
+    migrations.install(db, "public", ["whatsapp"])
     assert tracked(db) == CAPTURED
     assert db.execute("SELECT count(*) FROM whatsapp_messages").fetchall() == [(2,)]
 
 
 def test_two_outboxes_capture_one_table_of_tasks_each_for_itself(db: psycopg.Connection) -> None:
     for name in ("public", ODD):
-        schema.install(db, name, ["whatsapp"])
+        migrations.install(db, name, ["whatsapp"])
     db.execute("INSERT INTO cortex_projects.tasks (title) VALUES ('x')")
     for name in ("public", ODD):
         count = sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(name, "entity_changes"))
@@ -193,7 +193,7 @@ def test_grants_of_a_set_are_about_a_consumer_and_printed_with_the_rest(database
         in (printed.stdout)
     )
     assert CliRunner().invoke(cdc, ["db", "grant", "--readonly", "x", "--with", "whatsapp"]).exit_code == 2
-    schema.install(db, "public")
+    migrations.install(db, "public")
     missing = invoke(database, "db", "grant", "--consumer", "pg_monitor", "--with", "whatsapp")
     assert missing.exit_code == 1
     assert "cdc db install with the same --with" in missing.stderr

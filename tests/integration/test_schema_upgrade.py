@@ -8,9 +8,9 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 
-from cdc import schema
 from cdc.cli import cdc
-from cdc.errors import SchemaError
+from cdc.core.errors import SchemaError
+from cdc.postgres import migrations
 
 pytestmark = pytest.mark.server
 
@@ -193,34 +193,34 @@ def seqs(db: psycopg.Connection) -> dict[str, int]:
 
 
 def test_the_result_is_what_a_fresh_installation_makes(documented: psycopg.Connection):
-    assert schema.install(documented, "public") == schema.migrations()
-    assert schema.verify(documented, "public") == []
-    assert schema.install(documented, "public") == []
+    assert migrations.install(documented, "public") == migrations.migrations()
+    assert migrations.verify(documented, "public") == []
+    assert migrations.install(documented, "public") == []
 
 
 def test_every_row_is_kept_as_it_is(documented: psycopg.Connection):
     kept = "id, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, coalesce(error_count, 0),"
     kept += " coalesce(processed, false), last_error"
     before = rows_of(documented, kept)
-    schema.install(documented, "public")
+    migrations.install(documented, "public")
     assert rows_of(documented, kept) == before
 
 
 def test_processed_rows_stay_processed_and_get_a_time_if_they_had_none(documented: psycopg.Connection):
-    schema.install(documented, "public")
+    migrations.install(documented, "public")
     done = "SELECT entity_id, processed_at - changed_at FROM entity_changes WHERE processed ORDER BY 1"
     assert documented.execute(done.encode()).fetchall() == [("done", 2 * MINUTE), ("done, time unknown", 0 * MINUTE)]
 
 
 def test_what_the_documented_processor_gave_up_is_dead_and_can_be_requeued(documented: psycopg.Connection):
-    schema.install(documented, "public")
+    migrations.install(documented, "public")
     dead = "SELECT entity_id, processed, next_attempt_at FROM entity_changes WHERE dead_at IS NOT NULL"
     assert documented.execute(dead.encode()).fetchall() == [("given up", False, None)]
     assert documented.execute("SELECT * FROM reprocess_failed_actions()").fetchall() == [(1,)]
 
 
 def test_pending_rows_are_numbered_in_the_order_of_changed_at_and_of_writing(documented: psycopg.Connection):
-    schema.install(documented, "public")
+    migrations.install(documented, "public")
     numbered = seqs(documented)
     in_order = [
         "first", "given up", "third", *(f"one transaction {n:03}" for n in range(200)), "state unknown", "requeued",
@@ -231,30 +231,30 @@ def test_pending_rows_are_numbered_in_the_order_of_changed_at_and_of_writing(doc
 
 
 def test_what_was_there_has_no_cause(documented: psycopg.Connection):
-    schema.install(documented, "public")
+    migrations.install(documented, "public")
     assert set(rows_of(documented, "caused_by, depth")) == {(None, 0)}
 
 
 def test_numbers_go_on_above(documented: psycopg.Connection):
-    schema.install(documented, "public")
+    migrations.install(documented, "public")
     highest = max(seqs(documented).values())
     assert documented.execute("SELECT publish_change('t', '1')").fetchone() == (highest + 1,)
 
 
 def test_an_empty_table_starts_with_1(db: psycopg.Connection):
     db.execute(DOCUMENTED.encode())
-    schema.install(db, "public")
+    migrations.install(db, "public")
     assert db.execute("SELECT publish_change('t', '1')").fetchone() == (1,)
 
 
 def test_times_without_zone_are_read_in_the_sessions_zone(documented: psycopg.Connection):
-    schema.install(documented, "public")
+    migrations.install(documented, "public")
     at = documented.execute("SELECT changed_at, processed_at FROM entity_changes WHERE entity_id = 'done'").fetchone()
     assert at == (datetime(2026, 3, 1, 11, 2, tzinfo=UTC), datetime(2026, 3, 1, 11, 4, tzinfo=UTC))
 
 
 def test_the_documented_triggers_go_on_working_and_do_not_notify(documented: psycopg.Connection):
-    schema.install(documented, "public")
+    migrations.install(documented, "public")
     documented.execute("LISTEN entity_change")
     documented.execute("INSERT INTO whatsapp_message_reactions VALUES ('r1', 'm1', '✅', 'u1', 'c1')")
     captured = "SELECT entity_type, operation, metadata ->> 'chat_id' FROM entity_changes WHERE entity_id = 'r1'"
@@ -263,7 +263,7 @@ def test_the_documented_triggers_go_on_working_and_do_not_notify(documented: psy
 
 
 def test_the_documented_indexes_go(documented: psycopg.Connection):
-    schema.install(documented, "public")
+    migrations.install(documented, "public")
     names = "SELECT count(*) FROM pg_class WHERE relname LIKE 'idx_entity_changes_%'"
     assert documented.execute(names.encode()).fetchone() == (0,)
 
@@ -272,7 +272,7 @@ def test_rights_on_the_table_are_kept(documented: psycopg.Connection):
     documented.execute("CREATE ROLE upgrade_reader")
     try:
         documented.execute("GRANT SELECT ON entity_changes TO upgrade_reader")
-        schema.install(documented, "public")
+        migrations.install(documented, "public")
         asked = "SELECT has_table_privilege('upgrade_reader', 'entity_changes', 'SELECT')"
         assert documented.execute(asked.encode()).fetchone() == (True,)
     finally:
@@ -283,7 +283,7 @@ def test_a_view_of_somebody_elses_is_named_and_nothing_is_changed(documented: ps
     documented.execute("CREATE VIEW my_report AS SELECT changed_at FROM entity_changes")
     before = rows_of(documented, "*")
     with pytest.raises(SchemaError, match="my_report") as failure:
-        schema.install(documented, "public")
+        migrations.install(documented, "public")
     assert "drop these views" in failure.value.hint
     assert rows_of(documented, "*") == before
 
@@ -291,7 +291,7 @@ def test_a_view_of_somebody_elses_is_named_and_nothing_is_changed(documented: ps
 def test_a_table_that_only_shares_the_name_is_left_alone(db: psycopg.Connection):
     db.execute("CREATE TABLE entity_changes (id int PRIMARY KEY, changed_at timestamp)")
     with pytest.raises(SchemaError, match=r"not the documented one: it has no .*table_name"):
-        schema.install(db, "public")
+        migrations.install(db, "public")
     assert db.execute("SELECT count(*) FROM entity_changes").fetchone() == (0,)
 
 
@@ -300,9 +300,9 @@ def test_columns_that_somebody_added_and_a_zone_that_is_there_already_are_kept(d
     db.execute("ALTER TABLE entity_changes ADD COLUMN note text DEFAULT 'mine'")
     db.execute("INSERT INTO entity_changes (table_name, operation, entity_id) VALUES ('t', 'INSERT', '1')")
     before = db.execute("SELECT changed_at, note FROM entity_changes").fetchall()
-    schema.install(db, "public")
+    migrations.install(db, "public")
     assert db.execute("SELECT changed_at, note FROM entity_changes").fetchall() == before
-    assert schema.verify(db, "public") == []
+    assert migrations.verify(db, "public") == []
 
 
 def test_functions_and_views_of_another_shape_are_replaced(documented: psycopg.Connection):
@@ -312,8 +312,8 @@ def test_functions_and_views_of_another_shape_are_replaced(documented: psycopg.C
     )
     documented.execute("DROP VIEW action_processing_dashboard")
     documented.execute("CREATE VIEW action_processing_dashboard AS SELECT entity_type FROM entity_changes")
-    schema.install(documented, "public")
-    assert schema.verify(documented, "public") == []
+    migrations.install(documented, "public")
+    assert migrations.verify(documented, "public") == []
 
 
 def test_the_command_line_upgrades_too_by_either_name(documented: psycopg.Connection, database: str):

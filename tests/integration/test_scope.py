@@ -6,11 +6,12 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import probe, testing
-from cdc.app import App
-from cdc.errors import UsageError
-from cdc.outbox.store import Store
-from cdc.scope import Scope
+from cdc import testing
+from cdc.app.application import App
+from cdc.core import failpoints
+from cdc.core.errors import UsageError
+from cdc.core.type_filter import TypeFilter
+from cdc.postgres.outbox import Store
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming
 
@@ -108,7 +109,7 @@ def test_the_figures_of_the_outbox_are_those_of_the_types_that_are_ours(outbox_d
     for key in range(3):
         outbox_db.execute(_PUBLISH, ["new", str(key)])
     outbox_db.execute("UPDATE entity_changes SET dead_at = now() WHERE entity_type = 'new' AND entity_id = '0'")
-    for scope in (Scope(("new",), among=True), Scope(("old",))):
+    for scope in (TypeFilter(("new",), among=True), TypeFilter(("old",))):
         ours = Store("public", scope=scope).figures(outbox_db)
         assert (ours.fresh, ours.waiting, ours.dead, ours.blocked_keys) == (2, 0, 1, 0)
         assert 0 < ours.oldest_ready_age_s < 3600
@@ -129,7 +130,7 @@ async def test_who_rings_all_the_time_does_not_keep_a_sweep_from_getting_beyond_
     )
     async with consuming(outbox, _router(), only=["new"], stream=False) as app:
         # Before each read.
-        probe.install(lambda point: app.consumer.sweep_now() if point == "fetch.before_rows" else None)
+        failpoints.install(lambda point: app.consumer.sweep_now() if point == "fetch.before_rows" else None)
         try:
 
             async def done() -> bool:
@@ -137,7 +138,7 @@ async def test_who_rings_all_the_time_does_not_keep_a_sweep_from_getting_beyond_
 
             await eventually_async(done)
         finally:
-            probe.install(None)
+            failpoints.install(None)
 
 
 async def test_what_the_documented_trigger_sends_makes_a_consumer_look_soon(

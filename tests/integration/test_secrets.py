@@ -20,10 +20,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc import grants, schema
-from cdc.connect import connect
-from cdc.routing import Router
-from cdc.throwaway import Server, free_port
+from cdc.contrib.demo.temp_server import Server, free_port
+from cdc.core.router import Router
+from cdc.postgres import grants, migrations
+from cdc.postgres.connect import connect
 from tests.eventually import eventually
 from tests.fix_consumer import ROOT, settled
 from tests.fix_db import new_server
@@ -55,7 +55,7 @@ def server() -> Iterator[Server]:
             admin.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION").format(sql.Identifier(USER)))
             admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
         with psycopg.connect(running.dsn(DATABASE), autocommit=True) as db:
-            schema.install(db, "public")
+            migrations.install(db, "public")
             grants.grant(db, "public", [grants.consumer(USER)])
         (running.data / "pg_hba.conf").write_text("local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
         running.restart()
@@ -251,7 +251,7 @@ def _mistakes() -> dict[str, tuple[Handed, int]]:
         return Handed(variables={"CDC_DSN": text})
 
     wrong = f"{MARK} wrong {MARK}"
-    unread = {
+    deferred = {
         "% that is not encoded": f"postgresql://{USER}:{MARK}%zz{MARK}@127.0.0.1:PORT/{DATABASE}",
         "@ that is not encoded": f"postgresql://{USER}:{MARK}@{MARK}@127.0.0.1:PORT/{DATABASE}",
         "/ that is not encoded": f"postgresql://{USER}:{MARK}/{MARK}@127.0.0.1:PORT/{DATABASE}",
@@ -282,7 +282,7 @@ def _mistakes() -> dict[str, tuple[Handed, int]]:
         "two wrong hosts": f"postgresql://{USER}:{quote(wrong)}@127.0.0.1:CLOSED,127.0.0.1:CLOSED/{DATABASE}",
     }
     return {
-        **{name: (dsn(text), 2) for name, text in unread.items()},
+        **{name: (dsn(text), 2) for name, text in deferred.items()},
         **{name: (Handed(variables=given), 2) for name, given in variables.items()},
         **{name: (dsn(text), 3) for name, text in refused.items()},
         "a broken settings file": (Handed(options=("--config", f'dsn = "postgresql://{USER}:{MARK}\n')), 2),

@@ -15,9 +15,11 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import consumer, losses, schema
-from cdc.app import App
-from cdc.routing import Router
+from cdc.app.application import App
+from cdc.core import lost_transactions
+from cdc.core.router import Router
+from cdc.engine import consumer
+from cdc.postgres import migrations
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric, states
 from tests.fix_db import new_server
@@ -28,14 +30,14 @@ def crashing() -> Iterator[str]:
     """The DSN of an outbox on a server of the test's own, which handlers may crash."""
     with new_server() as server:
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
-            schema.install(connection, "public")
+            migrations.install(connection, "public")
         yield server.dsn()
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.01)
-    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.1)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.01)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MAX_S", 0.1)
     monkeypatch.setattr(consumer, "_RECONNECT_MAX_S", 0.2)
     monkeypatch.setattr(consumer, "_LOOK_AT_SHARDS_S", 0.05)  # so soon a lost session is noticed
 
@@ -179,7 +181,7 @@ async def _found_out(
             notice.app = app
 
         async def crashed_often() -> bool:
-            return calls["bad"] >= losses.LOSSES_MAX // 2
+            return calls["bad"] >= lost_transactions.LOSSES_MAX // 2
 
         async def others_done() -> bool:
             done = _asked(crashing, "SELECT FROM entity_changes WHERE processed AND entity_id <> 'bad'")
@@ -207,5 +209,5 @@ async def _found_out(
     assert text.startswith(told)
     assert "10 times in a row" in text
     assert {errors for entity_id, errors, _ in rows if entity_id != "bad"} == {0}
-    assert calls["bad"] == losses.LOSSES_MAX
-    assert max(calls["slow"], calls["slow too"]) <= losses.SESSIONS_MAX + 2  # shared, and alone
+    assert calls["bad"] == lost_transactions.LOSSES_MAX
+    assert max(calls["slow"], calls["slow too"]) <= lost_transactions.SESSIONS_MAX + 2  # shared, and alone

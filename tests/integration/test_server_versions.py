@@ -19,14 +19,16 @@ from click.testing import CliRunner
 from psycopg import sql
 
 import cdc
-from cdc import remarks, schema, slots, testing, tracking
-from cdc.app import App
+from cdc import testing
+from cdc.app.application import App
 from cdc.cli import cdc as command
-from cdc.doctor import look_outbox
-from cdc.errors import RefusedError, UsageError
-from cdc.installations import WHEEL, Installation, find_installations
-from cdc.model import SHARDS, publication_name
-from cdc.throwaway import Server
+from cdc.contrib.demo.pg_binaries import WHEEL, Installation, find_installations
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.errors import RefusedError, UsageError
+from cdc.core.model import SHARDS, publication_name
+from cdc.diagnostics import inspect_outbox
+from cdc.postgres import migrations, remarks, tracking
+from cdc.replication import slots
 from tests import servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
@@ -46,7 +48,7 @@ def admin_dsn(versioned: Server) -> str:
 
 @pytest.fixture
 def outbox(database: str, db: psycopg.Connection) -> str:
-    schema.install(db, "public")
+    migrations.install(db, "public")
     return database
 
 
@@ -57,10 +59,10 @@ def _slot(*arguments: str) -> Any:
 
 
 def test_the_outbox_can_be_installed_verified_upgraded_and_removed(db: psycopg.Connection) -> None:
-    assert schema.install(db, "public") == schema.migrations()
-    assert schema.verify(db, "public") == []
-    assert schema.upgrade(db, "public") == ([], [])
-    schema.uninstall(db, "public")
+    assert migrations.install(db, "public") == migrations.migrations()
+    assert migrations.verify(db, "public") == []
+    assert migrations.upgrade(db, "public") == ([], [])
+    migrations.uninstall(db, "public")
     assert db.execute("SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace").fetchall() == []
     assert db.execute("SELECT pubname FROM pg_publication").fetchall() == []
 
@@ -110,12 +112,12 @@ def test_a_trigger_that_captures_a_virtual_column_as_null_is_told_and_track_mend
     db.execute("CREATE TABLE line (id int PRIMARY KEY, qty int)")
     tracking.track(db, "public", "line")
     db.execute("ALTER TABLE line ADD total int GENERATED ALWAYS AS (qty * 2)")
-    found = look_outbox.captured(db, "public")
+    found = inspect_outbox.captured(db, "public")
     [remark] = remarks.about(found.remarks, remarks.VIRTUAL)
     assert "captures null in its place" in remark.detail
     assert remark.remedy.startswith("cdc track line ")
     assert tracking.track(db, "public", "line").changed
-    assert remarks.about(look_outbox.captured(db, "public").remarks, remarks.VIRTUAL) == []
+    assert remarks.about(inspect_outbox.captured(db, "public").remarks, remarks.VIRTUAL) == []
     db.execute("INSERT INTO line VALUES (1, 21)")
     assert db.execute("SELECT new_data ->> 'total' FROM entity_changes").fetchone() == ("42",)
     db.execute("ALTER TABLE line ALTER total SET EXPRESSION AS (qty * 3); UPDATE line SET qty = 1")
@@ -253,7 +255,7 @@ def _set(db: psycopg.Connection, setting: str, value: str) -> None:
 
 def _rung(app: App) -> bool:
     """The slot rings, and the sweep that follows its start is over."""
-    return app._stream.status.connected and app.consumer._intake.live_shards == SHARDS
+    return app._stream.status.connected and app.consumer._planner.live_shards == SHARDS
 
 
 async def _until(condition: Any, what: str) -> None:
@@ -280,8 +282,8 @@ async def test_databases_of_other_encodings_are_installed_verified_and_handled(
     try:
         dsn = versioned.dsn(name)
         with psycopg.connect(dsn, autocommit=True, client_encoding="utf8") as there:
-            schema.install(there, "public")
-            assert schema.verify(there, "public") == []
+            migrations.install(there, "public")
+            assert migrations.verify(there, "public") == []
             there.execute("CREATE TABLE note (id int PRIMARY KEY, t text); CREATE TABLE effect (t text)")
             tracking.track(there, "public", "note", entity_type="note")
             there.execute("INSERT INTO note VALUES (1, 'größer')")

@@ -17,15 +17,16 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import Change, Router, slots
+from cdc import Change, Router
+from cdc.app.config import Settings
 from cdc.cli import cdc
 from cdc.cli.options import open_database
-from cdc.config import Settings
-from cdc.errors import CdcError, NotFoundError, RefusedError, StreamError, UsageError
-from cdc.model import publication_name
-from cdc.slot_state import judge
-from cdc.throwaway import Server
-from cdc.wakeup.stream import plugins
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.errors import CdcError, NotFoundError, RefusedError, StreamError, UsageError
+from cdc.core.model import publication_name
+from cdc.replication import slots
+from cdc.replication.slot_health import judge
+from cdc.replication.stream import plugins
 from tests import servers
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import ROOT, consuming, metric, settled, slot_name

@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg.types.json import Jsonb
 
-from cdc import schema
 from cdc.cli import cdc as root_command
-from cdc.whatsapp import make_router
-from cdc.whatsapp.sender import Recorder
+from cdc.contrib.whatsapp import make_router
+from cdc.contrib.whatsapp.sender import Recorder
+from cdc.postgres import migrations
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric, slot_name
 
@@ -25,7 +25,7 @@ from tests.fix_consumer import consuming, metric, slot_name
 @pytest.fixture
 def tables(outbox_db: psycopg.Connection) -> psycopg.Connection:
     """With a rule for a task, one for a message, and something of everybody else's."""
-    schema.install(outbox_db, "public", ["whatsapp"])
+    migrations.install(outbox_db, "public", ["whatsapp"])
     for name, emoji, action in (("r1", "📣", "create_task"), ("r2", "📣", "notify"), ("r3", "✅", "create_task")):
         config = Jsonb({"trigger_emoji": emoji, "action_type": action})
         outbox_db.execute(
@@ -123,7 +123,7 @@ def test_without_the_tables_or_a_rule_it_is_one_sentence(outbox: str, outbox_db:
         "Error: there is no table public.whatsapp_message_reactions",
         "  run: cdc db install --with whatsapp",
     ]
-    schema.install(outbox_db, "public", ["whatsapp"])
+    migrations.install(outbox_db, "public", ["whatsapp"])
     done = _smoke(outbox)
     assert done.exit_code == 4
     assert "no emoji has active rules that create tasks and do nothing else" in done.stderr

@@ -14,9 +14,9 @@ from psycopg import sql
 
 import cdc
 from cdc.cli import cdc as root_command
-from cdc.outbox.letters import Letters
-from cdc.routing import Router
-from cdc.status import glance
+from cdc.core.router import Router
+from cdc.diagnostics.status import glance
+from cdc.postgres.admin import OutboxAdmin
 from tests import handlers_page, servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, slot_name
@@ -117,7 +117,7 @@ async def test_the_pace_is_that_of_the_last_minute_and_from_the_write(
 def test_more_in_the_last_minute_than_is_looked_at_is_a_rate_all_the_same(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cdc.outbox.letters._PACE_MAX", 10)
+    monkeypatch.setattr("cdc.postgres.admin._PACE_MAX", 10)
     fill(outbox_db, 100, days=0)
     outbox_db.execute("UPDATE entity_changes SET processed_at = now() - entity_id::int * interval '0.5 s'")
     # Ten of them took five seconds, or a little more: time goes on.
@@ -139,9 +139,9 @@ def test_watching_ends_by_itself_only_when_told_and_shows_each_look(outbox: str)
 
 
 def test_another_schema_has_figures_and_consumers_of_its_own(outbox: str, outbox_db: psycopg.Connection) -> None:
-    from cdc import schema
+    from cdc.postgres import migrations
 
-    schema.install(outbox_db, "other")
+    migrations.install(outbox_db, "other")
     outbox_db.execute(
         sql.SQL("SELECT {}('elsewhere', 'k', new_data => '{{}}')").format(sql.Identifier("other", "publish_change"))
     )
@@ -153,6 +153,6 @@ def test_neither_long_types_nor_many_make_the_answer_large(outbox: str, outbox_d
     outbox_db.execute("SELECT publish_change(repeat(chr(97 + n), 900), '1') FROM generate_series(0, 9) AS n")
     outbox_db.execute("SELECT publish_change('type ' || n, '1') FROM generate_series(1, 600) AS n")
     outbox_db.execute("UPDATE entity_changes SET dead_at = now() WHERE seq = (SELECT min(seq) FROM entity_changes)")
-    found = glance(outbox_db, Letters("public"))
+    found = glance(outbox_db, OutboxAdmin("public"))
     assert len(found.stats.types) <= 500
     assert max(len(each.entity_type) for each in (*found.stats.types, *found.letters)) == 200

@@ -12,11 +12,11 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.lsn import Lsn
-from cdc.model import WakeUp, message_prefix, publication_name
-from cdc.throwaway import Server
-from cdc.wakeup.stream import Stream, StreamSettings, plugins
-from cdc.wakeup.wire import status_update
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.lsn import Lsn
+from cdc.core.model import WakeUp, message_prefix, publication_name
+from cdc.replication.protocol import status_update
+from cdc.replication.stream import Stream, StreamSettings, plugins
 from tests.eventually import eventually
 from tests.fix_proxy import Proxy
 from tests.fix_slot import lose, slot_facts

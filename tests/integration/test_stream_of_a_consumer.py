@@ -10,12 +10,12 @@ from functools import partial
 import psycopg
 import pytest
 
-from cdc import app as composition
-from cdc import schema
-from cdc.model import Change
-from cdc.routing import Router
-from cdc.throwaway import Server
-from cdc.wakeup.stream import StreamSettings
+from cdc.app import application as composition
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.model import Change
+from cdc.core.router import Router
+from cdc.postgres import migrations
+from cdc.replication.stream import StreamSettings
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric, settled
 from tests.fix_slot import slot_facts
@@ -87,7 +87,7 @@ def pair() -> Iterator[tuple[Server, Standby, str]]:
     """A primary with the outbox, its standby, and the DSN that leads to whichever of them takes writes."""
     with Server(durable=False) as primary:
         with psycopg.connect(primary.dsn(), autocommit=True) as db:
-            schema.install(db, "public")
+            migrations.install(db, "public")
         with standing_by(primary) as (standby, dsn):
             yield primary, standby, dsn
 

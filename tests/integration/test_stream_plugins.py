@@ -10,9 +10,9 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.lsn import Lsn
-from cdc.model import publication_name
-from cdc.wakeup import stream
+from cdc.core.lsn import Lsn
+from cdc.core.model import publication_name
+from cdc.replication import stream
 from tests.eventually import eventually
 from tests.fix_slot import make_slot, slot_facts
 from tests.fix_stream import Libraries, hears, ring, stream_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
 from tests.eventually import eventually
 from tests.fix_proxy import Proxy
 from tests.fix_slot import lose, make_slot, slot_facts

@@ -13,14 +13,15 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import collector, supervisor
-from cdc.app import App
-from cdc.collector import Collector
-from cdc.hooks import Hooks
-from cdc.pruning import Pruning
-from cdc.routing import Router
-from cdc.wakeup.relay import Listener, Relay
-from cdc.wakeup.stream import Stream
+from cdc.app.application import App
+from cdc.core.router import Router
+from cdc.engine import stats_poller
+from cdc.engine.hooks import Hooks
+from cdc.engine.retention import Pruning
+from cdc.engine.stats_poller import Collector
+from cdc.postgres.notify import Listener, Relay
+from cdc.replication.stream import Stream
+from cdc.runtime import supervisor
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 
@@ -67,7 +68,7 @@ async def test_what_ends_by_a_fault_is_counted_started_again_and_in_the_end_a_fa
 ) -> None:
     monkeypatch.setattr(supervisor, "_PAUSE_MIN_S", 0.001)
     monkeypatch.setattr(supervisor, "FAILING_AT", 2)
-    monkeypatch.setattr(collector, "_EVERY_S", 0.01)
+    monkeypatch.setattr(stats_poller, "_EVERY_S", 0.01)
 
     def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError
@@ -97,7 +98,7 @@ async def test_a_thread_that_others_end_is_counted_and_started_again(
     name: str, outbox: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "_PAUSE_MIN_S", 0.001)
-    monkeypatch.setattr(collector, "_EVERY_S", 0.05)
+    monkeypatch.setattr(stats_poller, "_EVERY_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     async with consuming(outbox, Router(), http_port=port, http_page=True) as app:

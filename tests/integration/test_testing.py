@@ -10,7 +10,7 @@ import pytest
 
 import cdc
 from cdc import testing
-from cdc.errors import SchemaError
+from cdc.core.errors import SchemaError
 from tests.fix_consumer import states
 
 _PUBLISH = "SELECT publish_change('order', %s, new_data => '{\"secret\": \"4711\"}')"

@@ -17,10 +17,10 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc import grants, schema
-from cdc.errors import NotFoundError
-from cdc.routing import Router
-from cdc.throwaway import Server
+from cdc.contrib.demo.temp_server import Server
+from cdc.core.errors import NotFoundError
+from cdc.core.router import Router
+from cdc.postgres import grants, migrations
 from tests.eventually import eventually_async
 from tests.fix_consumer import ROOT, consuming, settled, slot_name
 from tests.fix_outbox import fill
@@ -141,7 +141,7 @@ def _secure(server: Server, authority: Authority) -> None:
             )
         admin.execute("CREATE DATABASE shop")
     with psycopg.connect(server.dsn("shop"), autocommit=True) as db:
-        schema.install(db, "public")
+        migrations.install(db, "public")
         grants.grant(db, "public", [grants.consumer(role, retention=True) for role in ROLES])
     owner = server.data.stat()
     for source in (*authority.issue("server", alternative=HOST), authority.certificate):

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner, Result
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema, tracking
 from cdc.cli import cdc
-from cdc.errors import CdcError, NotFoundError, RefusedError, UsageError
-from cdc.model import Operation
-from cdc.tracking import track, tracked, untrack
+from cdc.core.errors import CdcError, NotFoundError, RefusedError, UsageError
+from cdc.core.model import Operation
+from cdc.postgres import migrations, tracking
+from cdc.postgres.tracking import track, tracked, untrack
 
 pytestmark = pytest.mark.server
 
@@ -232,7 +232,7 @@ def test_somebody_elses_trigger_under_our_name_is_not_replaced(tasks: psycopg.Co
 
 
 def test_two_outboxes_may_capture_one_table(tasks: psycopg.Connection):
-    schema.install(tasks, "second")
+    migrations.install(tasks, "second")
     track(tasks, "public", "tasks")
     track(tasks, "second", "tasks")
     tasks.execute("INSERT INTO tasks VALUES (1)")

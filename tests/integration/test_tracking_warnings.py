@@ -9,7 +9,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema
+from cdc.postgres import migrations
 from tests.integration.test_tracking_again import done, invoke, payloads, refused, tracked
 
 
@@ -20,7 +20,7 @@ def latin(admin_dsn: str) -> Iterator[str]:
         admin.execute("CREATE DATABASE test_latin1 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
         dsn = make_conninfo(admin_dsn, dbname="test_latin1")
         with psycopg.connect(dsn, autocommit=True) as connection:
-            schema.install(connection, "public")
+            migrations.install(connection, "public")
         yield dsn
         admin.execute("DROP DATABASE test_latin1 WITH (FORCE)")
 
@@ -39,7 +39,7 @@ def test_names_are_read_as_they_are_in_a_database_of_another_encoding(latin: str
 
 
 def test_every_table_of_the_outbox_is_refused(outbox: str, outbox_db: psycopg.Connection) -> None:
-    schema.install(outbox_db, "public", ["whatsapp"])
+    migrations.install(outbox_db, "public", ["whatsapp"])
     of_application = {"actionRules", "whatsapp_messages", "whatsapp_message_reactions", "whatsapp_removed_reactions"}
     tables = outbox_db.execute(
         "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')"
@@ -134,7 +134,7 @@ def test_a_child_that_is_captured_itself_and_a_type_of_its_own_are_not_warned_of
 def test_a_table_that_two_outboxes_capture_is_not_warned_of_and_what_else_fires_first_is(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
-    schema.install(outbox_db, "search")
+    migrations.install(outbox_db, "search")
     outbox_db.execute("CREATE TABLE t (id int PRIMARY KEY)")
     assert "Warning" not in done(outbox, "track", "t")
     assert "Warning" not in done(outbox, "track", "t", "--schema", "search")

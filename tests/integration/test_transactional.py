@@ -12,10 +12,10 @@ import pytest
 from psycopg import sql
 
 import cdc
-from cdc import losses
-from cdc.model import SHARDS
-from cdc.outbox.shards import lock_class
-from cdc.routing import Router
+from cdc.core import lost_transactions
+from cdc.core.model import SHARDS
+from cdc.core.router import Router
+from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
@@ -191,7 +191,7 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
         [(pid,)] = effects.execute(
             "SELECT pid FROM pg_stat_activity WHERE application_name = 'cdc: shards' AND datname = current_database()"
         ).fetchall()
-        first.consumer._workers.session_lost = _nothing  # type: ignore[method-assign]
+        first.consumer._dispatcher.session_lost = _nothing  # type: ignore[method-assign]
         # Nor does it come back, or it would get half of the shards.
         first.consumer._term_failure = first.consumer._stopping.wait  # type: ignore[assignment, method-assign]
         effects.execute("SELECT pg_terminate_backend(%s)", [pid])
@@ -327,8 +327,8 @@ async def _terminate_batch(changes: list[cdc.Change], connection: psycopg.AsyncC
 async def test_a_handler_that_loses_its_connection_is_called_ten_times_and_costs_nobody_else(
     lose: Any, outbox: str, effects: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.01)
-    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.05)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.01)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MAX_S", 0.05)
     router, calls = Router(), 0
 
     if asyncio.iscoroutinefunction(lose) and lose is not _terminate_batch:
@@ -363,7 +363,7 @@ async def test_a_handler_that_loses_its_connection_is_called_ten_times_and_costs
     async with consuming(outbox, router):
         await _all_settled(effects)
     assert states(effects) == {"dead": 1, "processed": 19}
-    assert calls == losses.LOSSES_MAX
+    assert calls == lost_transactions.LOSSES_MAX
     [(errors, text)] = effects.execute(
         "SELECT error_count, last_error FROM entity_changes WHERE dead_at IS NOT NULL"
     ).fetchall()
@@ -377,9 +377,9 @@ async def test_a_handler_that_loses_its_connection_is_called_ten_times_and_costs
 async def test_connections_that_died_in_the_pool_are_no_losses_of_the_next_change(
     in_thread: bool, outbox: str, effects: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.001)
-    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.01)
-    count = losses.LOSSES_MAX + 2
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.001)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MAX_S", 0.01)
+    count = lost_transactions.LOSSES_MAX + 2
     router, together, meeting = Router(), asyncio.Barrier(count), threading.Barrier(count)
 
     async def on_loop(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
@@ -429,8 +429,8 @@ async def test_a_deadlock_with_another_transaction_counts_as_no_attempt(
 async def test_deadlocks_that_do_not_end_are_failed_attempts(
     outbox: str, effects: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_PAUSE_MIN_S", 0.001)
-    monkeypatch.setattr(losses, "_PAUSE_MAX_S", 0.01)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.001)
+    monkeypatch.setattr(lost_transactions, "_PAUSE_MAX_S", 0.01)
     router = Router()
 
     @router.on("x", max_attempts=2)

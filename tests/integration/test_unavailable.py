@@ -12,9 +12,9 @@ import pytest
 
 import cdc
 from cdc import testing
-from cdc.breaker import KEYS, PAUSE_MAX_S, State
-from cdc.routing import Router
-from cdc.workers import OtherTasks
+from cdc.core.circuit_breaker import KEYS, PAUSE_MAX_S, State
+from cdc.core.router import Router
+from cdc.engine.dispatcher import OtherTasks
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
@@ -143,7 +143,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
             await _until(lambda before=before: outside.calls > before, "one call finds out")
         calls = outside.calls - handled
         assert calls < 600.0 / PAUSE_MAX_S + 40, "those that were under way, and one at a time"
-        assert app.consumer._lanes.queued <= 60
+        assert app.consumer._scheduler.queued <= 60
         assert [str(check) for check in app._readiness() if check.name == "handler.asks"] != []
         assert metric(app.metrics.registry, "cdc_changes_handled_total", outcome="retried") == 0
         assert metric(app.metrics.registry, "cdc_handler_breaker", handler="asks", state="closed") == 0

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 import cdc
 from cdc.cli import cdc as cdc_command
-from cdc.errors import UsageError
+from cdc.core.errors import UsageError
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 

@@ -14,9 +14,11 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc import consumer, observer, schema, testing
+from cdc import testing
 from cdc.cli import cdc as root_command
-from cdc.routing import Router
+from cdc.core.router import Router
+from cdc.engine import consumer, shadow
+from cdc.postgres import migrations
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 from tests.fix_db import drop_database
@@ -38,7 +40,7 @@ def ascii_dsn(admin_dsn: str) -> Iterator[str]:
         admin.execute(sql.SQL(create).format(sql.Identifier(name)))
         dsn = make_conninfo(admin_dsn, dbname=name, client_encoding="utf8")
         with psycopg.connect(dsn, autocommit=True) as connection:
-            schema.install(connection, "public")
+            migrations.install(connection, "public")
         yield dsn
         drop_database(admin, name)
 
@@ -256,7 +258,7 @@ async def test_a_dead_letter_that_pauses_its_key_does_so_also_where_nobody_could
 async def test_who_observes_leaves_out_what_cannot_be_read_and_counts_the_rest(
     ascii_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observer, "_MARKS_EVERY_S", 0.05)
+    monkeypatch.setattr(shadow, "_MARKS_EVERY_S", 0.05)
     calls = Calls()
     with psycopg.connect(ascii_dsn, autocommit=True) as db:
         _innocents(db, 5)

@@ -13,11 +13,12 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.types.json import Jsonb
 
-from cdc import config, grants, schema
-from cdc.errors import UsageError
-from cdc.whatsapp import make_router, router
-from cdc.whatsapp.actions import Actions, Config, Context, standard
-from cdc.whatsapp.sender import Outgoing, Recorder
+from cdc.app import config
+from cdc.contrib.whatsapp import make_router, router
+from cdc.contrib.whatsapp.actions import Actions, Config, Context, standard
+from cdc.contrib.whatsapp.sender import Outgoing, Recorder
+from cdc.core.errors import UsageError
+from cdc.postgres import grants, migrations
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 from tests.fix_messenger import Messenger
@@ -28,7 +29,7 @@ _QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05, "stream": False, "poll_inte
 
 @pytest.fixture
 def tables(outbox_db: psycopg.Connection) -> psycopg.Connection:
-    schema.install(outbox_db, "public", ["whatsapp"])
+    migrations.install(outbox_db, "public", ["whatsapp"])
     return outbox_db
 
 
@@ -269,10 +270,10 @@ async def test_it_works_in_another_schema_and_as_a_role_that_has_the_granted_rig
 ) -> None:
     name = 'Tenant "7"; é'
     role = f"consumer_{uuid.uuid4().hex[:8]}"
-    schema.install(db, name, ["whatsapp"])
+    migrations.install(db, name, ["whatsapp"])
     db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
     try:
-        beside = [schema.consumer_rights("whatsapp", name, role)]
+        beside = [migrations.consumer_rights("whatsapp", name, role)]
         for _ in range(2):
             [granted] = grants.grant(db, name, [grants.consumer(role, beside=beside)])
         assert granted.excess == "", "what the set asks for is no excess"

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg_pool import AsyncConnectionPool
 
-from cdc import schema
-from cdc.whatsapp.adapter import Adapter, Result
-from cdc.whatsapp.events import RejectedError
+from cdc.contrib.whatsapp.adapter import Adapter, Result
+from cdc.contrib.whatsapp.events import RejectedError
+from cdc.postgres import migrations
 from tests.eventually import eventually_async
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
@@ -37,7 +37,7 @@ def message(key: str = "m", content: str | None = "hello", at: int = 0, **others
 
 @pytest.fixture
 def tables(outbox_db: psycopg.Connection) -> psycopg.Connection:
-    schema.install(outbox_db, "public", ["whatsapp"])
+    migrations.install(outbox_db, "public", ["whatsapp"])
     return outbox_db
 
 

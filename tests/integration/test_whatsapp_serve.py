@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema
 from cdc.cli import cdc
-from cdc.whatsapp.serve import Lately
+from cdc.contrib.whatsapp.serve import Lately
+from cdc.postgres import migrations
 from tests.eventually import eventually
 from tests.fix_proxy import Proxy
 from tests.fix_webhook import Endpoint
@@ -28,7 +28,7 @@ EVENT = {
 
 @pytest.fixture
 def tables(outbox_db: psycopg.Connection) -> psycopg.Connection:
-    schema.install(outbox_db, "public", ["whatsapp"])
+    migrations.install(outbox_db, "public", ["whatsapp"])
     return outbox_db
 
 
@@ -193,10 +193,10 @@ async def test_the_database_is_asked_once_a_second_whoever_asks(monkeypatch: pyt
     lately = Lately(ask)
     await asyncio.gather(*(lately() for _ in range(100)))
     assert asked == 1
-    monkeypatch.setattr("cdc.whatsapp.serve._ASKED_AGAIN_S", 0.0)
+    monkeypatch.setattr("cdc.contrib.whatsapp.serve._ASKED_AGAIN_S", 0.0)
     with pytest.raises(psycopg.OperationalError):
         await lately()
-    monkeypatch.setattr("cdc.whatsapp.serve._ASKED_AGAIN_S", 60.0)
+    monkeypatch.setattr("cdc.contrib.whatsapp.serve._ASKED_AGAIN_S", 60.0)
     with pytest.raises(psycopg.OperationalError):
         await lately()
     assert asked == 2

@@ -6,12 +6,12 @@ import psycopg
 import pytest
 
 import cdc
-from cdc import shares
-from cdc.doctor import look_outbox
-from cdc.doctor import outbox as outbox_checks
-from cdc.doctor.findings import Verdict
-from cdc.model import SHARDS
-from cdc.outbox.shards import lock_class
+from cdc.core import rebalance
+from cdc.core.model import SHARDS
+from cdc.diagnostics import check_outbox as outbox_checks
+from cdc.diagnostics import inspect_outbox
+from cdc.diagnostics.findings import Verdict
+from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
 
@@ -28,8 +28,8 @@ def hold_all(link: psycopg.Connection) -> int:
 async def test_it_is_logged_with_who_holds_them_and_again(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(shares, "_HANDED_OVER_S", 0.1)
-    monkeypatch.setattr(shares, "_AGAIN_S", 0.1)
+    monkeypatch.setattr(rebalance, "_HANDED_OVER_S", 0.1)
+    monkeypatch.setattr(rebalance, "_AGAIN_S", 0.1)
     with psycopg.connect(outbox, autocommit=True) as orphan:
         pid = hold_all(orphan)
         async with consuming(outbox, cdc.Router(), stream=False) as app:
@@ -51,11 +51,12 @@ async def test_it_is_logged_with_who_holds_them_and_again(
 def test_doctor_names_a_consumer_that_holds_shards_and_says_nothing(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(look_outbox, "_SILENT_S", 0.1)
+    monkeypatch.setattr(inspect_outbox, "_SILENT_S", 0.1)
     with psycopg.connect(outbox, autocommit=True) as orphan:
         pid = hold_all(orphan)
         seen = eventually(
-            lambda: (holders := look_outbox.shard_holders(outbox_db, "public")).silent and holders, what="it is silent"
+            lambda: (holders := inspect_outbox.shard_holders(outbox_db, "public")).silent and holders,
+            what="it is silent",
         )
     finding = outbox_checks.shard_holders(seen)
     assert finding.verdict is Verdict.WARN

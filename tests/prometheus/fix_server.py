@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from cdc.throwaway import free_port
+from cdc.contrib.demo.temp_server import free_port
 from tests.eventually import eventually
 from tests.prometheus.fix_queries import RULES, needed
 

@@ -19,9 +19,9 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc import schema
-from cdc.outbox.shards import lock_class
-from cdc.throwaway import Server, free_port
+from cdc.contrib.demo.temp_server import Server, free_port
+from cdc.postgres import migrations
+from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually
 from tests.fix_consumer import Process
 from tests.fix_proxy import Proxy
@@ -57,7 +57,7 @@ class Scene:
         with psycopg.connect(self.server.dsn(), autocommit=True) as admin:
             admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(job)))
         db = self._stack.enter_context(psycopg.connect(self.server.dsn(job), autocommit=True))
-        schema.install(db, "public")
+        migrations.install(db, "public")
         return db
 
     def start(self) -> None:

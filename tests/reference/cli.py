@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import click
 
+from cdc.app.config import SETTINGS
 from cdc.cli import cdc as root
-from cdc.config import SETTINGS
 from tests.reference.markdown import WRITTEN, code, prose, table
 
 _HEAD = f"""\

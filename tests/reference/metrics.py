@@ -7,9 +7,9 @@ from functools import cache
 
 from prometheus_client import Metric
 
-from cdc.metrics import NO_HANDLER, OTHER, Metrics
-from cdc.model import Change
-from cdc.routing import Router
+from cdc.core.model import Change
+from cdc.core.router import Router
+from cdc.observability.metrics import NO_HANDLER, OTHER, Metrics
 from tests.reference.markdown import WRITTEN, code, table
 
 _HEAD = """\

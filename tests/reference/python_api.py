@@ -10,7 +10,9 @@ from types import FunctionType
 from typing import Any
 
 import cdc
-from cdc import app, errors, testing
+from cdc import testing
+from cdc.app import application
+from cdc.core import errors
 from tests.reference.markdown import WRITTEN, code, prose, table
 
 _HEAD = f"""\
@@ -21,14 +23,14 @@ _HEAD = f"""\
 `cdc.testing` is for tests. What is not on this page is not public: it may change in any release.
 """
 _ERRORS = [found for _, found in inspect.getmembers(errors, inspect.isclass) if issubclass(found, errors.CdcError)]
-_WHERE_IT_IS = {"run": app.run}
+_WHERE_IT_IS = {"run": application.run}
 """What the package loads only when it is called."""
 
 
 def page() -> str:
     parts = [_HEAD, "\n## cdc\n"]
     parts += [_entry(f"cdc.{name}", _WHERE_IT_IS.get(name) or getattr(cdc, name)) for name in cdc.__all__]
-    parts += ["\n## cdc.errors\n\n", _errors(), "\n## cdc.testing\n"]
+    parts += ["\n## cdc.core.errors\n\n", _errors(), "\n## cdc.testing\n"]
     parts += [_entry(f"cdc.testing.{name}", found) for name, found in _public(testing)]
     return "".join(parts)
 

@@ -1,4 +1,4 @@
-"""docs/reference/settings.md, from ``cdc.config``."""
+"""docs/reference/settings.md, from ``cdc.app.config``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from itertools import groupby
 
-from cdc.config import SETTINGS, Setting
+from cdc.app.config import SETTINGS, Setting
 from tests.reference.markdown import WRITTEN, code, table
 
 _HEAD = f"""\

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from cdc.installations import Installation, find_installation, find_installations, look
+from cdc.contrib.demo.pg_binaries import Installation, find_installation, find_installations, look
 
 MAJORS = (14, 15, 16, 17, 18)
 _FOLDER = Path(__file__).parents[2] / ".venv-servers"

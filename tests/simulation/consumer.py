@@ -1,5 +1,7 @@
-"""A consumer without sockets and clock: the real ``Intake``, ``Lanes`` and ``balance``, and around them a step for each
-thing that takes time. The order of what happens within a step is that of ``cdc.consumer`` and ``cdc.workers``.
+"""A consumer without sockets and clock: the real ``ReadPlanner``, ``KeyScheduler`` and ``balance``.
+
+Around them is a step for each thing that takes time. The order of what happens within a step is that of
+``cdc.engine.consumer`` and ``cdc.engine.dispatcher``.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cdc.intake import Fetch, Intake, Sweep
-from cdc.journal import Finished
-from cdc.lanes import Lanes, Row
-from cdc.model import Change, Committed, Dead, Outcome, Processed, Waiting, WakeUp
-from cdc.passes import Scanned
-from cdc.shares import balance
-from cdc.turns import Needs, Turns
-from cdc.unread import Resume
+from cdc.core.deferred_keys import KeyRead
+from cdc.core.model import Change, Committed, Dead, Outcome, Processed, Waiting, WakeUp
+from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
+from cdc.core.read_reconciler import Settlement
+from cdc.core.ready_queues import ReadyQueues, Requirements
+from cdc.core.rebalance import balance
+from cdc.core.scheduler import KeyScheduler, Row
+from cdc.core.shard_cursor import Scanned
 from tests.simulation.promises import Promises
 from tests.simulation.server import EPOCH, SHARDS, Server, Session, SessionLostError
 
@@ -84,13 +86,13 @@ class Consumer:
         self._server = server
         self._promises = promises
         self._dice = dice
-        self.lanes = Lanes(
+        self.scheduler = KeyScheduler(
             settings.capacity, settings.lane_capacity, settings.unread_max,
-            turns=Turns(settings.concurrency, {"threads": settings.threads}, sole=settings.sole), needs=self._needs,
-            sole=settings.sole,
+            ready_queues=ReadyQueues(settings.concurrency, {"threads": settings.threads}, sole=settings.sole),
+            needs=self._needs, sole=settings.sole,
         )  # fmt: skip
-        self.intake = Intake(
-            sweep_interval_s=_POLL_INTERVAL_S, queue_capacity=settings.queue_capacity, room_for=self.lanes.room_for
+        self.planner = ReadPlanner(
+            sweep_interval_s=_POLL_INTERVAL_S, queue_capacity=settings.queue_capacity, room_for=self.scheduler.room_for
         )
         self.session: Session | None = None
         self.owned: set[int] = set()
@@ -108,7 +110,7 @@ class Consumer:
 
     @property
     def at_rest(self) -> bool:
-        return self.lanes.idle and not self.calls and self._answer is None
+        return self.scheduler.idle and not self.calls and self._answer is None
 
     # --- the session -----------------------------------------------------------------------------------------------
 
@@ -127,8 +129,8 @@ class Consumer:
         self.session = self._looked = self._answer = None
         self._reading.close()
         self._unsettled.clear()
-        self.lanes.reset()
-        self.intake.disown(self.owned)
+        self.scheduler.reset()
+        self.planner.disown(self.owned)
         self.owned = set()
         self._next_due_at = 0.0
         for call in list(self.calls):
@@ -158,13 +160,13 @@ class Consumer:
     def _move(self, session: Session, members: int, free: int) -> None:
         move = balance(members, self.owned, free, shards=SHARDS)
         if move.take and (taken := self._server.take_shards(session, move.take, self._dice)):
-            self.lanes.own(taken)
-            self.intake.own(taken)
+            self.scheduler.own(taken)
+            self.planner.own(taken)
             self.owned.update(taken)
             self._next_due_at = 0.0
-        self.lanes.release(move.give)
-        self.intake.disown(move.give)
-        if quiet := self.lanes.released():
+        self.scheduler.release(move.give)
+        self.planner.disown(move.give)
+        if quiet := self.scheduler.released():
             self._server.give_shards(session, quiet)
             self._promises.happened["a shard was given away"] += len(quiet)
             self.owned -= quiet
@@ -174,7 +176,7 @@ class Consumer:
     def rang(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> list[WakeUp]:
         """Returns what is for the others."""
         rung = list(wakeups)
-        self.intake.rung([wakeup for wakeup in rung if wakeup.shard in self.owned], relayed=relayed)
+        self.planner.rung([wakeup for wakeup in rung if wakeup.shard in self.owned], relayed=relayed)
         return [wakeup for wakeup in rung if wakeup.shard not in self.owned]
 
     def hear(self) -> None:
@@ -190,13 +192,13 @@ class Consumer:
 
     def stream_began(self) -> None:
         self.streaming = True
-        self.intake.interval(_SWEEP_INTERVAL_S, self._server.now)
-        self.intake.streaming(connected=True)
+        self.planner.interval(_SWEEP_INTERVAL_S, self._server.now)
+        self.planner.streaming(connected=True)
 
     def stream_ended(self) -> None:
         self.streaming = False
-        self.intake.interval(_POLL_INTERVAL_S, self._server.now)
-        self.intake.streaming(connected=False)
+        self.planner.interval(_POLL_INTERVAL_S, self._server.now)
+        self.planner.streaming(connected=False)
 
     # --- reads -----------------------------------------------------------------------------------------------------
 
@@ -208,24 +210,24 @@ class Consumer:
             answer, self._answer = self._answer, None
             answer()
             self._reading.close()
-        elif self.session and self.lanes.room > 0:
-            self._reading.enter_context(self.lanes.reading())
-            self._answer = self._request(self.lanes.room)
+        elif self.session and self.scheduler.room > 0:
+            self._reading.enter_context(self.scheduler.reading())
+            self._answer = self._request(self.scheduler.room)
             self._slow = self._dice.choice(_READ_TAKES)
             if self._answer is None:
                 self._reading.close()
 
     def _request(self, room: int) -> Callable[[], None] | None:
         now = self._server.now
-        if resumes := self.lanes.resumes(min(2, room)):
+        if resumes := self.scheduler.resumes(min(2, room)):
             return self._resume(resumes, max(1, room // len(resumes)))
-        enough = 1 if self.intake.apart else self.lanes.worth
+        enough = 1 if self.planner.apart else self.scheduler.worth
         if self.owned and now >= self._next_due_at and room >= enough:
             return self._due()
-        if self._restart_due or (self._settings.full_passes and self.intake.full_pass_due(now)):
+        if self._restart_due or (self._settings.full_passes and self.planner.full_pass_due(now)):
             self._restart_due = False
-            self.lanes.forget_unread(self.intake.restart())
-        match self.intake.next(now, room, enough):
+            self.scheduler.forget_unread(self.planner.restart())
+        match self.planner.next(now, room, enough):
             case Fetch() as fetch:
                 return self._fetch(fetch)
             case Sweep() as sweep:
@@ -244,10 +246,10 @@ class Consumer:
 
         def answer() -> None:
             for row in rows:
-                self.intake.passed_over(row.change.entity_type, row.change.shard)
-            admitted = self.lanes.admit(rows, apart=self.intake.apart)
-            self.intake.fetched(fetch, {row.change.seq for row in rows}, snapshot, self._server.now, cut)
-            self.intake.refused(admitted.refused, self._server.now)
+                self.planner.passed_over(row.change.entity_type, row.change.shard)
+            admitted = self.scheduler.admit(rows, apart=self.planner.apart)
+            self.planner.fetched(fetch, {row.change.seq for row in rows}, snapshot, self._server.now, cut)
+            self.planner.refused(admitted.refused, self._server.now)
 
         return answer
 
@@ -260,13 +262,13 @@ class Consumer:
             self._promises.happened["a type was read apart"] += len(rows)
 
         def answer() -> None:
-            admitted = self.lanes.admit(rows)
+            admitted = self.scheduler.admit(rows)
             seen = [WakeUp(row.change.seq, row.change.shard) for row in rows]
-            self.intake.swept(sweep, seen, admitted.refused, snapshot, self._server.now, scanned=scanned)
+            self.planner.swept(sweep, seen, admitted.refused, snapshot, self._server.now, scanned=scanned)
 
         return answer
 
-    def _resume(self, resumes: list[Resume], per_key: int) -> Callable[[], None]:
+    def _resume(self, resumes: list[KeyRead], per_key: int) -> Callable[[], None]:
         by_key = [(resume, self._server.resume(resume, per_key)) for resume in resumes]
         cut = {number for number, _ in self._page([row for _, rows in by_key for row in rows])[1]}
         found = [(resume, [row for row in rows if row.change.seq not in cut], rows) for resume, rows in by_key]
@@ -274,18 +276,18 @@ class Consumer:
 
         def answer() -> None:
             for resume, rows, there in found:
-                self.lanes.resumed(resume, rows, complete=len(rows) == len(there) < per_key)
+                self.scheduler.resumed(resume, rows, complete=len(rows) == len(there) < per_key)
 
         return answer
 
     def _due(self) -> Callable[[], None]:
-        without = [name for name in self.lanes.types if self.lanes.room_for(name).free == 0]
+        without = [name for name in self.scheduler.types if self.scheduler.room_for(name).free == 0]
         due, next_due_s = self._server.due(self.owned, self._settings.capacity, without)
-        in_hand = set(self.lanes.requeued())
+        in_hand = set(self.scheduler.requeued())
         rows, cut = self._page([row for row in due if row.change.seq not in in_hand])
 
         def answer() -> None:
-            admitted = self.lanes.admit(rows, due=True)
+            admitted = self.scheduler.admit(rows, due=True)
             pause_s = _SWEEP_INTERVAL_S if next_due_s is None else next_due_s
             pause_s = 0.0 if cut else pause_s
             if admitted.refused or without:
@@ -297,7 +299,7 @@ class Consumer:
     # --- handlers --------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        run = self.lanes.start()
+        run = self.scheduler.start()
         assert not run or self.session, "handed out without a session"
         for change in run:
             self._start(change)
@@ -314,15 +316,15 @@ class Consumer:
         before = len(call.changes)
         call.changes.append(change)
         if self._settings.batches:
-            self.lanes.start_with(call.changes, _BATCH, lambda other: self._kind(other) == kind)
+            self.scheduler.start_with(call.changes, _BATCH, lambda other: self._kind(other) == kind)
         if len(call.changes) >= _BATCH:
             call.lingering = False
         self._promises.starts(call, call.changes[before:], self._unsettled)
 
-    def _needs(self, change: Change) -> Needs:
+    def _needs(self, change: Change) -> Requirements:
         kind = self._kind(change)
         single = not (kind.in_thread or kind.transactional or self._settings.batches)
-        return Needs(
+        return Requirements(
             change.entity_type, str(kind), ("threads",) if kind.in_thread else (), fenced=kind.transactional,
             run=_BATCH if single else 1,
         )  # fmt: skip
@@ -358,7 +360,7 @@ class Consumer:
         self._promises.happened["a commit's answer was lost"] += call.outcomes is not None
         self._leaves(call)
         for change in call.changes:
-            self.lanes.interrupted(change)
+            self.scheduler.interrupted(change)
 
     def _run(self, call: Call, failure: float) -> dict[Change, Outcome]:
         """A key ends where one of its changes failed, unless what was raised is about all of them."""
@@ -386,13 +388,13 @@ class Consumer:
 
     def _report(self, call: Call, outcomes: dict[Change, Outcome]) -> None:
         self._leaves(call)
-        self.lanes.finished([Finished(change, outcome) for change, outcome in outcomes.items()])
+        self.scheduler.finished([Settlement(change, outcome) for change, outcome in outcomes.items()])
         for change, outcome in outcomes.items():
             if call.session is self.session and not isinstance(outcome, Committed):
                 self._unsettled[change.seq] = outcome
         for change in call.changes:
             if change not in outcomes:
-                self.lanes.interrupted(change)
+                self.scheduler.interrupted(change)
 
     def _leaves(self, call: Call) -> None:
         self._server.unlock(call)
@@ -415,8 +417,8 @@ class Consumer:
                         self._next_due_at = 0.0
                     if isinstance(finished.outcome, Waiting):
                         self._next_due_at = min(self._next_due_at, self._server.now + finished.outcome.delay_s)
-                self.lanes.settled(batch)
-            elif batch := self.lanes.take_finished(self._dice.choice([1, 3, 100])):
+                self.scheduler.settled(batch)
+            elif batch := self.scheduler.take_finished(self._dice.choice([1, 3, 100])):
                 self._server.settle(session, batch)
         except SessionLostError:
             self._end_term()

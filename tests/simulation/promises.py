@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from cdc.journal import Finished
-from cdc.model import Change, Outcome, Processed
+from cdc.core.model import Change, Outcome, Processed
+from cdc.core.read_reconciler import Settlement
 from tests.simulation.server import Record, Server
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Promises:
 
     # --- a change is marked ----------------------------------------------------------------------------------------
 
-    def settles(self, batch: Iterable[Finished]) -> None:
+    def settles(self, batch: Iterable[Settlement]) -> None:
         """What is about to be written, on a session that lives. What failed together may end in any order."""
         written: set[int] = set()
         for change, outcome in batch:
@@ -85,7 +85,7 @@ class Promises:
                 assert not marked or earlier.seq in written, f"{change!r} is settled before {earlier}"
             written.add(change.seq)
 
-    def missed(self, finished: Finished, *, transactional: bool) -> None:
+    def missed(self, finished: Settlement, *, transactional: bool) -> None:
         """A settle did not find its row as it should be: an orphan's transaction may have marked it, nobody else."""
         state = self._server.rows[finished.change.seq].state
         assert transactional, f"{finished} found its row {state}"

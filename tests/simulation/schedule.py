@@ -14,8 +14,8 @@ import random
 from collections.abc import Callable
 from itertools import accumulate
 
-from cdc.model import WakeUp
-from cdc.shares import fair_share
+from cdc.core.model import WakeUp
+from cdc.core.rebalance import fair_share
 from tests.simulation.consumer import Consumer, Kind, Settings
 from tests.simulation.promises import Promises
 from tests.simulation.server import SHARDS, Server, Session

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import UUID
 
-from cdc.intake import Sweep
-from cdc.journal import Finished
-from cdc.lanes import Row
-from cdc.model import Change, Dead, Operation, Processed, Waiting, WakeUp
-from cdc.passes import Scanned, Snapshot
-from cdc.unread import Resume
+from cdc.core.deferred_keys import KeyRead
+from cdc.core.model import Change, Dead, Operation, Processed, Waiting, WakeUp
+from cdc.core.read_planner import Sweep
+from cdc.core.read_reconciler import Settlement
+from cdc.core.scheduler import Row
+from cdc.core.shard_cursor import Scanned, Snapshot
 
 SHARDS = 4
 TYPES = {"a": "t", "b": "u", "c": "t", "d": "u", "e": "v", "f": "t"}
@@ -64,8 +64,8 @@ class Session:
 
     alive: bool = True
     shards: set[int] = field(default_factory=set)
-    statement: list[Finished] | None = None
-    answer: list[Finished] | None = None
+    statement: list[Settlement] | None = None
+    answer: list[Settlement] | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -185,7 +185,7 @@ class Server:
                 scanned[shard] = Scanned(looked_at[-1].seq, more=len(looked_at) < len(found))
         return rows, scanned
 
-    def resume(self, resume: Resume, per_key: int) -> list[Row]:
+    def resume(self, resume: KeyRead, per_key: int) -> list[Row]:
         found = [record for record in self._fresh() if record.key == resume.key[1] and record.seq >= resume.seq]
         return [self._row(record) for record in found[:per_key]]
 
@@ -242,12 +242,12 @@ class Server:
     def _free(self) -> list[int]:
         return sorted(set(range(SHARDS)).difference(*(session.shards for session in self.sessions)))
 
-    def settle(self, session: Session, batch: list[Finished]) -> None:
+    def settle(self, session: Session, batch: list[Settlement]) -> None:
         """The statement is on its way."""
         self._must_live(session)
         session.statement = batch
 
-    def execute(self, session: Session) -> list[Finished]:
+    def execute(self, session: Session) -> list[Settlement]:
         """Run the settle that was sent. Returns those whose row was no longer as the statement wants it."""
         assert session.statement is not None
         session.answer, session.statement = session.statement, None
@@ -261,7 +261,7 @@ class Server:
         if not session.alive:
             raise SessionLostError
 
-    def _mark(self, finished: Finished) -> bool:
+    def _mark(self, finished: Settlement) -> bool:
         change, outcome = finished
         record = self.rows[change.seq]
         plain = isinstance(outcome, Processed) and not change.requeued

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from cdc.intake import Fetch, Intake, Sweep
-from cdc.journal import Finished
-from cdc.lanes import Lanes, Row
-from cdc.model import SHARDS, Processed, WakeUp
-from cdc.passes import Snapshot
-from cdc.turns import Needs
+from cdc.core.model import SHARDS, Processed, WakeUp
+from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
+from cdc.core.read_reconciler import Settlement
+from cdc.core.ready_queues import Requirements
+from cdc.core.scheduler import KeyScheduler, Row
+from cdc.core.shard_cursor import Snapshot
 from tests.unit.changes import row
 
 _SNAPSHOT = Snapshot(1_000, 1_000)
@@ -48,31 +48,33 @@ def rows(first: int, count: int, keys: int) -> list[Row]:
     return [row(seq, f"key {seq % keys}", shard=seq % keys % SHARDS) for seq in range(first, first + count)]
 
 
-def lanes_with(queued: int, keys: int, run: int = 1) -> Lanes:
+def lanes_with(queued: int, keys: int, run: int = 1) -> KeyScheduler:
     """Lanes that own everything, with so many changes queued; the keys of what comes later are others."""
-    lanes = Lanes(100_000, lane_capacity=100_000, needs=lambda change: Needs(change.entity_type, run=run))
-    lanes.own(range(SHARDS))
-    lanes.admit([row(seq, f"queued {seq % keys}", shard=seq % keys % SHARDS) for seq in range(1, queued + 1)])
-    return lanes
+    scheduler = KeyScheduler(
+        100_000, lane_capacity=100_000, needs=lambda change: Requirements(change.entity_type, run=run)
+    )
+    scheduler.own(range(SHARDS))
+    scheduler.admit([row(seq, f"queued {seq % keys}", shard=seq % keys % SHARDS) for seq in range(1, queued + 1)])
+    return scheduler
 
 
-def through(lanes: Lanes, found: list[Row]) -> None:
+def through(scheduler: KeyScheduler, found: list[Row]) -> None:
     """Admitted, started, finished, settled."""
-    with lanes.reading():
-        lanes.admit(found)
+    with scheduler.reading():
+        scheduler.admit(found)
     to_start = len(found)
     while to_start > 0:
-        run = lanes.start()
+        run = scheduler.start()
         to_start -= len(run)
-        lanes.finished([Finished(change, Processed()) for change in run])
-    lanes.settled(lanes.take_finished(len(found)))
+        scheduler.finished([Settlement(change, Processed()) for change in run])
+    scheduler.settled(scheduler.take_finished(len(found)))
 
 
 # 999 were counted for changes that start one by one, and 700 for those that start in runs.
 @pytest.mark.parametrize(("keys", "run", "bound"), [(_BATCH, 1, 1_900), (10, 1, 1_900), (_BATCH, 100, 1_400)])
 def test_a_change_goes_through_the_lanes_in_so_many_instructions(keys: int, run: int, bound: int) -> None:
-    lanes, found = lanes_with(0, 1, run), rows(1, _BATCH, keys)
-    assert instructions(lambda: through(lanes, found)) < bound * _BATCH
+    scheduler, found = lanes_with(0, 1, run), rows(1, _BATCH, keys)
+    assert instructions(lambda: through(scheduler, found)) < bound * _BATCH
 
 
 @pytest.mark.parametrize("keys", [10, 2_000])
@@ -83,31 +85,31 @@ def test_what_is_queued_already_makes_no_change_dearer(keys: int) -> None:
     assert beside < 1.2 * alone
 
 
-def intake_live() -> Intake:
+def intake_live() -> ReadPlanner:
     """All shards owned, swept and live, the slot streaming."""
-    intake = Intake(sweep_interval_s=1_000.0)
-    intake.own(range(SHARDS))
-    intake.streaming(connected=True)
+    planner = ReadPlanner(sweep_interval_s=1_000.0)
+    planner.own(range(SHARDS))
+    planner.streaming(connected=True)
     for now in (0.0, 0.1):  # the second pass sees what the first may have missed
-        request = intake.next(now, 1_000, 1)
+        request = planner.next(now, 1_000, 1)
         assert isinstance(request, Sweep)
-        intake.swept(request, [], {}, _SNAPSHOT, now)
-    assert intake.live_shards == SHARDS
-    return intake
+        planner.swept(request, [], {}, _SNAPSHOT, now)
+    assert planner.live_shards == SHARDS
+    return planner
 
 
-def fetch(intake: Intake, wakeups: list[WakeUp]) -> None:
+def fetch(planner: ReadPlanner, wakeups: list[WakeUp]) -> None:
     """Rung for, asked for, and found."""
-    intake.rung(wakeups)
-    request = intake.next(1.0, len(wakeups), 1)
+    planner.rung(wakeups)
+    request = planner.next(1.0, len(wakeups), 1)
     assert isinstance(request, Fetch)
-    intake.fetched(request, {wakeup.seq for wakeup in request.wakeups}, _SNAPSHOT, 1.0)
+    planner.fetched(request, {wakeup.seq for wakeup in request.wakeups}, _SNAPSHOT, 1.0)
 
 
 # 174 were counted for a wake-up in a batch, and 467 for one alone; a look at all shards would be a thousand more.
 def test_a_wakeup_is_fetched_in_so_many_instructions() -> None:
-    intake = intake_live()
+    planner = intake_live()
     many = [WakeUp(seq, seq % SHARDS) for seq in range(1, _BATCH + 1)]
-    assert instructions(lambda: fetch(intake, many)) < 350 * _BATCH
-    fetch(intake, [WakeUp(999, 1)])
-    assert instructions(lambda: fetch(intake, [WakeUp(1_000, 1)])) < 940
+    assert instructions(lambda: fetch(planner, many)) < 350 * _BATCH
+    fetch(planner, [WakeUp(999, 1)])
+    assert instructions(lambda: fetch(planner, [WakeUp(1_000, 1)])) < 940

@@ -12,7 +12,7 @@ import kubernetes_validate  # type: ignore[import-untyped]  # it has no types
 import pytest
 import yaml
 
-from cdc.config import SETTINGS
+from cdc.app.config import SETTINGS
 from tests.fix_consumer import ROOT
 
 DEPLOY = ROOT / "deploy"

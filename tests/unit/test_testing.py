@@ -10,7 +10,7 @@ import pytest
 
 import cdc
 from cdc import testing
-from cdc.errors import UsageError
+from cdc.core.errors import UsageError
 
 
 class Order(pydantic.BaseModel):

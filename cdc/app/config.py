@@ -1,0 +1,500 @@
+"""Settings: command line, then ``CDC_*`` variables, then ``cdc.toml``, then defaults; merged here and nowhere else.
+
+A setting has one name in three spellings: ``slot.name`` is ``--slot-name``, ``CDC_SLOT_NAME``, and ``name`` in the
+section ``[slot]`` of cdc.toml. A secret may also come from a file: ``CDC_DSN_FILE=/run/secrets/dsn``. Whatever is not a
+setting is refused with the nearest one that is, because a misspelt setting that is ignored is found in production.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from cdc.app.file_ownership import others_hand
+from cdc.core.durations import parse_duration
+from cdc.core.errors import UsageError
+from cdc.core.model import PLUGINS
+from cdc.core.type_filter import TypeFilter
+from cdc.http import endpoint_url, webhook_signature
+
+
+class SecretFile(SecretStr):
+    """A secret in a file, read anew whenever that has changed: passwords are replaced while we work.
+
+    While it cannot be read, is empty or is refused by ``check`` (ValueError), the value is what it was.
+    """
+
+    def __init__(self, path: str, variable: str) -> None:
+        self.check: Callable[[str], object] = str
+        self._path = Path(path)
+        self._seen = _stamp(self._path)
+        self._current = _secret_from(path, variable)
+        super().__init__(self._current)
+
+    def get_secret_value(self) -> str:
+        seen = _stamp(self._path)
+        if seen != self._seen:
+            with contextlib.suppress(OSError, ValueError):
+                text = self._path.read_text().removesuffix("\n")
+                self.check(text)
+                if text:
+                    self._current, self._seen = text, seen
+        return self._current
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Changes with the file, also where a mounted one is replaced by another through a link."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+DEFAULT_FILE = Path("cdc.toml")
+"""Read where the process starts, if it is there and no other is named."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+def _at_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+_Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_at_commas)]
+
+
+class Slot(_Section):
+    name: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="Replication slot; one name a server.")
+    create: bool = Field(True, description="Create the slot if it is missing.")
+    recreate: bool = Field(True, description="Create a slot again that is lost or cannot be read; needs create.")
+    plugin: Literal["auto", "wal2json", "pgoutput"] = Field(
+        "auto", description="Output plugin; auto is wal2json, or pgoutput where the server lacks or refuses it."
+    )
+    mode: Literal["durable", "temporary"] = Field(
+        "durable", description="A temporary slot is gone with its consumer, and then keeps no WAL."
+    )
+
+    @property
+    def plugins(self) -> tuple[str, ...]:
+        """The plugins that may be used, the preferred one first."""
+        return PLUGINS if self.plugin == "auto" else (self.plugin,)
+
+
+class Http(_Section):
+    host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics and probes; in a container 0.0.0.0.")
+    port: int = Field(9464, ge=0, le=65535, description="Their port; 0 switches them off.")
+    page: bool = Field(True, description="Show the consumer's figures on a page at /, beside them.")
+    hosts: _Names = Field(None, description="A name to ask for the page by, besides addresses and localhost.")
+
+
+def _is_a_target(url: str | None) -> str | None:
+    if url is not None:
+        endpoint_url.parse(url)
+    return url
+
+
+def _is_a_secret(secret: SecretStr | None) -> SecretStr | None:
+    if secret is not None:
+        webhook_signature.key(secret.get_secret_value())
+    if isinstance(secret, SecretFile):
+        secret.check = webhook_signature.key
+    return secret
+
+
+_Secret = Annotated[SecretStr | None, AfterValidator(_is_a_secret)]
+
+
+class Deliver(_Section):
+    to: Annotated[str | None, AfterValidator(_is_a_target)] = Field(
+        None, description="URL of an application that changes are posted to, instead of to handlers."
+    )
+    types: _Names = Field(None, description="Entity types to deliver; left out, all of them.")
+    batch: int = Field(1, ge=1, le=10_000, description="Changes in one request, as a batch if more than 1.")
+    linger: float = Field(0.0, ge=0, le=10, description="Seconds that a batch which is not full waits for more.")
+    source: str | None = Field(None, min_length=1, description="The events' source; left out, the table.")
+    secret: _Secret = Field(None, description="Signs what is delivered: whsec_ and base64.")
+    previous_secret: _Secret = Field(None, description="Signs beside it, while a secret is being replaced.")
+
+    def keys(self) -> tuple[bytes, ...]:
+        """What to sign with at the moment, the current one first. Secrets."""
+        return tuple(
+            webhook_signature.key(one.get_secret_value()) for one in (self.secret, self.previous_secret) if one
+        )
+
+
+class Backoff(_Section):
+    base: float = Field(1.0, gt=0, description="Seconds: the longest wait before the second attempt; it doubles.")
+    cap: float = Field(1800.0, gt=0, description="Seconds: the longest wait before any attempt.")
+
+
+def _does_not_ask_for_help(text: str) -> str:
+    if "help" in text.lower():
+        # A messenger that reports its own messages would have it answered for ever.
+        raise ValueError("it must not have the word help in it, or it would be answered itself")
+    return text
+
+
+class Whatsapp(_Section):
+    sender_url: str | None = Field(None, description="The messenger: URL that messages are posted to.")
+    sender_token: SecretStr | None = Field(None, min_length=1, description="Bearer token for it.")
+    help_text: Annotated[str, AfterValidator(_does_not_ask_for_help)] = Field(
+        "React to a message with an emoji that has a rule, such as ✅ for a task.",
+        min_length=1,
+        description="What cdc.contrib.whatsapp answers to a message that asks for help.",
+    )
+    app_secret: SecretStr | None = Field(None, min_length=1, description="Secret that webhooks are signed with.")
+    verify_token: SecretStr | None = Field(
+        None, min_length=1, description="What the subscription of the webhook is verified with."
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address of cdc whatsapp serve.")
+    port: int = Field(8080, ge=0, le=65535, description="Its port; 0 is any that is free.")
+    body_max: int = Field(262_144, ge=1, description="Bytes a webhook may have.")
+
+
+class Log(_Section):
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object a line.")
+
+
+def _fits_a_name(schema: str) -> str:
+    if "\0" in schema or len(schema.encode()) > 63:
+        raise ValueError("a schema name has at most 63 bytes")  # PostgreSQL cuts longer ones off in silence
+    return schema
+
+
+def _none_is_zero(value: object) -> object:
+    return 0 if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+def _is_an_age(text: str) -> str:
+    try:
+        if text != "off":
+            parse_duration(text)
+    except UsageError:  # it quotes the value, and what is in the wrong place may be a secret
+        raise ValueError("input should be a span of time, such as 30d, 12h, 90m, or off") from None
+    return text
+
+
+class Settings(_Section):
+    """Everything that can be set. Times are seconds."""
+
+    dsn: SecretStr | None = Field(None, description="Database, as libpq reads it. Left out: the PG* variables.")
+    stream_dsn: SecretStr | None = Field(None, description="Another role for the replication stream.")
+    handlers_dsn: SecretStr | None = Field(None, description="Another way for transactional handlers: a pooler.")
+    schema_: Annotated[str, AfterValidator(_fits_a_name)] = Field(
+        "public", alias="schema", min_length=1, description="Schema of the table entity_changes."
+    )
+    handlers: str | None = Field(None, description="Your router, as package.module:router.")
+    deliver: Deliver = Deliver()
+    only: _Names = Field(None, description="Handle this entity type and no other.")
+    except_: _Names = Field(None, alias="except", description="Leave this entity type alone.")
+    unhandled: Literal["leave", "discard"] = Field("leave", description="What to do with types that no handler wants.")
+    observe: bool = Field(False, description="Shadow mode: measure everything, run no handler, mark nothing.")
+    slot: Slot = Slot()
+    stream: bool = Field(True, description="Listen to the replication slot; without it changes are found by sweeping.")
+    http: Http = Http()
+    concurrency: int = Field(100, ge=1, description="Handlers that run at the same time.")
+    threads: int = Field(20, ge=1, description="Threads for handlers that are not async.")
+    transactions: int = Field(10, ge=1, description="Connections for transactional handlers, of each kind.")
+    window: int = Field(2000, ge=1, description="Changes held in memory; at least the concurrency.")
+    window_bytes: int = Field(33_554_432, ge=1_048_576, description="Bytes of documents held in memory, as JSON.")
+    max_attempts: int = Field(20, ge=1, description="Attempts before a change becomes a dead letter.")
+    max_chain_depth: int = Field(
+        16, ge=1, le=10_000, description="Causes a change may have, each written by the handler of the one before."
+    )
+    timeout: Annotated[float, BeforeValidator(_none_is_zero)] = Field(
+        60.0, ge=0, description="Seconds a handler may take for one change; 0 or none is no limit."
+    )
+    backoff: Backoff = Backoff()
+    drain_time: float = Field(10.0, ge=0, description="Seconds that running handlers get to finish at a stop.")
+    sweep_interval: float = Field(5.0, gt=0, description="Seconds between scans for changes without a notification.")
+    poll_interval: float = Field(0.5, gt=0, description="Seconds between scans while nothing is streamed.")
+    retention: Annotated[str, AfterValidator(_is_an_age)] = Field(
+        "off", description="Age, such as 30d, at which processed changes are removed for good; off keeps them."
+    )
+    log: Log = Log()
+    whatsapp: Whatsapp = Whatsapp()
+
+    @property
+    def dsn_text(self) -> str | None:
+        """For connecting; a secret."""
+        return self.dsn.get_secret_value() if self.dsn else None
+
+    @property
+    def stream_dsn_text(self) -> str | None:
+        """For the replication stream: its own DSN, or the other one. A secret."""
+        return self.stream_dsn.get_secret_value() if self.stream_dsn else self.dsn_text
+
+    def current_dsn(self) -> str | None:
+        """``dsn_text`` of the moment, for those who connect again and again."""
+        return self.dsn_text
+
+    def current_stream_dsn(self) -> str | None:
+        return self.stream_dsn_text
+
+    @property
+    def scope(self) -> TypeFilter:
+        """The entity types that are ours."""
+        return TypeFilter(self.only, among=True) if self.only else TypeFilter(self.except_ or ())
+
+    @property
+    def timeout_s(self) -> float | None:
+        """The time limit of a handler; None is no limit."""
+        return self.timeout or None
+
+    @property
+    def retention_s(self) -> float | None:
+        """The age at which processed changes are removed; None: never."""
+        return None if self.retention == "off" else parse_duration(self.retention)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Settings:
+        if self.window < self.concurrency:
+            raise ValueError(f"window ({self.window}) must be at least concurrency ({self.concurrency})")
+        if self.backoff.cap < self.backoff.base:
+            raise ValueError(f"backoff.cap ({self.backoff.cap}) must be at least backoff.base ({self.backoff.base})")
+        if self.handlers and self.deliver.to:
+            raise ValueError("handlers and deliver.to are both set; a consumer has either, so leave one out")
+        if self.only and self.except_:
+            raise ValueError("only and except exclude each other: name the types that are ours, or those that are not")
+        if self.slot.mode == "temporary" and not self.slot.create:
+            raise ValueError("slot.mode temporary needs slot.create: such a slot is made at each connection")
+        return self
+
+
+_SHORT = {"deliver.types": "--type", "deliver.batch": "--batch"}
+"""Options that are no spelling of the setting's name: what one writes beside --deliver-to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One leaf of Settings. ``name`` is ``slot.name``, ``flat`` is ``slot_name``, ``kind`` its type."""
+
+    name: str
+    description: str
+    default: Any
+    kind: Any
+
+    @property
+    def secret(self) -> bool:
+        return SecretStr in get_args(self.kind)
+
+    @property
+    def switch(self) -> bool:
+        return self.kind is bool
+
+    @property
+    def repeats(self) -> bool:
+        """It may be given several times on the command line; elsewhere it is a list, or has commas."""
+        return any(get_origin(kind) is tuple for kind in get_args(self.kind))
+
+    @property
+    def flat(self) -> str:
+        return self.name.replace(".", "_")
+
+    @property
+    def variable(self) -> str:
+        return "CDC_" + self.flat.upper()
+
+    @property
+    def option(self) -> str:
+        return _SHORT.get(self.name) or "--" + self.flat.replace("_", "-")
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
+    for attribute, field in model.model_fields.items():
+        name, kind = prefix + (field.alias or attribute), field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _leaves(kind, f"{name}.")
+        else:
+            yield Setting(name, field.description or "", field.default, kind)
+
+
+SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in _leaves(Settings)}
+_BY_FLAT = {setting.flat: setting for setting in SETTINGS.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The settings, and for each name in SETTINGS where its value came from. ``found``: in a file that nobody named."""
+
+    settings: Settings
+    sources: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    found: bool = False
+
+    def value(self, name: str) -> Any:
+        """By the name in SETTINGS; a secret stays a SecretStr."""
+        value: Any = self.settings.model_dump(by_alias=True)
+        for part in name.split("."):
+            value = value[part]
+        return value
+
+
+_ALL_OF_THEM = "cdc config show --help explains every setting"
+
+_Given = dict[str, tuple[Any, str]]
+"""Name in SETTINGS to (value, where it came from)."""
+
+
+def load(
+    options: Mapping[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Merge the four sources. ``options`` holds the command line by flat name; None there means not given.
+
+    ``file`` must exist if named, here or by CDC_CONFIG. Raises UsageError naming the source of what is wrong, never a
+    secret.
+    """
+    environ = os.environ if environ is None else environ
+    named = file or (Path(environ["CDC_CONFIG"]) if environ.get("CDC_CONFIG") else None)
+    from_file = _from_file(named)
+    reason = others_hand(named) if named else None
+    warnings = (f"{named}: {reason}; it is used all the same, as it was named",) if reason else ()
+    resolved = _resolved({**from_file, **_from_environment(environ), **_from_options(options or {})})
+    return replace(resolved, warnings=warnings, found=named is None)
+
+
+def from_options(options: Mapping[str, Any]) -> Settings:
+    """Settings from flat names alone: no environment, no file. Raises UsageError, also for a name that is none."""
+    options = {name.removesuffix("_"): value for name, value in options.items()}  # except is a word of Python
+    for name in options:
+        if name not in _BY_FLAT:
+            raise UsageError(f"{name!r} is not a setting", hint=_nearest(name, list(_BY_FLAT)))
+    return _resolved(_from_options(options)).settings
+
+
+def _resolved(given: _Given) -> Resolved:
+    nested: dict[str, Any] = {}
+    for name, (value, _) in given.items():
+        section, _, leaf = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[leaf] = value
+    try:
+        settings = Settings.model_validate(nested)
+    except ValidationError as invalid:
+        raise _complaint(invalid, given) from None
+    return Resolved(settings, {name: given[name][1] if name in given else "default" for name in SETTINGS})
+
+
+def _from_options(options: Mapping[str, Any]) -> _Given:
+    known = ((_BY_FLAT[flat], value) for flat, value in options.items() if value is not None)
+    return {
+        setting.name: (value, f"--no-{setting.option[2:]}" if value is False else setting.option)
+        for setting, value in known
+    }
+
+
+_OTHERS_VARIABLES = re.compile(
+    r"CDC_(CONFIG|TEST_.*|REQUIRE_.*"
+    # Kubernetes sets these in every pod beside a Service whose name begins with "cdc"; see also _is_a_service.
+    r"|(.+_)?SERVICE_(HOST|PORT)(_.+)?|(.+_)?PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+
+
+def _is_a_service(variable: str, value: str) -> bool:
+    """CDC_PORT=tcp://10.0.0.1:9464; of a Service named cdc-http it even has the name of a setting."""
+    return variable.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://"))
+
+
+def _from_environment(environ: Mapping[str, str]) -> _Given:
+    variables = {setting.variable: setting for setting in SETTINGS.values()}
+    files = {f"{setting.variable}_FILE": setting for setting in SETTINGS.values() if setting.secret}
+    given: _Given = {}
+    for variable, value in sorted(environ.items()):
+        if not variable.startswith("CDC_") or not value or _is_a_service(variable, value):
+            continue  # empty is unset: what ${CDC_X:-} leaves in a compose file
+        if setting := variables.get(variable):
+            given[setting.name] = (value, variable)
+        elif setting := files.get(variable):
+            if environ.get(setting.variable):
+                raise UsageError(f"both {setting.variable} and {variable} are set", hint="unset one of them")
+            given[setting.name] = (SecretFile(value, variable), variable)
+        elif not _OTHERS_VARIABLES.fullmatch(variable):
+            raise UsageError(f"the variable {variable} is not a setting", hint=_nearest(variable, [*variables, *files]))
+    return given
+
+
+def _secret_from(path: str, variable: str) -> str:
+    try:
+        return Path(path).read_text().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        # A secret where the name of its file belongs is the likely mistake, and must not be quoted.
+        what = "DSN" if variable.endswith("DSN_FILE") else "secret"
+        looks_secret = set(path) & set("@=?") or "://" in path or path.startswith("whsec_")
+        is_secret = looks_secret or (what == "secret" and "/" not in path)
+        named = f"the file that {variable} names" if is_secret else f"{variable}={path}"
+        hint = f"the {what} itself goes into {variable.removesuffix('_FILE')}"
+        raise UsageError(f"{named} cannot be read: {reason}", hint=hint) from None
+
+
+def _from_file(named: Path | None) -> _Given:
+    path = named or DEFAULT_FILE
+    try:
+        if named is None and (reason := others_hand(path)):
+            raise UsageError(
+                f"there is a {path} here that somebody else may have written: {reason}",
+                hint=f"if you mean it, name it: --config {path}, or CDC_CONFIG={path}",
+            )
+        document = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if named is None:
+            return {}
+        raise UsageError(f"there is no configuration file {path}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}", hint="see https://toml.io for the format") from None
+    return {name: (value, f"{name} in {path}") for name, value in _flattened(document, path)}
+
+
+def _flattened(document: Mapping[str, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    sections = {name.partition(".")[0] for name in SETTINGS if "." in name}
+    for key, value in document.items():
+        name = prefix + key
+        if name in SETTINGS:
+            yield name, value
+        elif name in sections and isinstance(value, dict):
+            yield from _flattened(value, path, f"{name}.")
+        else:
+            raise UsageError(f"{name} in {path} is not a setting", hint=_nearest(name, list(SETTINGS)))
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    # Low cut-off: a bad guess costs a glance, and "did you mean" beats reading the manual.
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else _ALL_OF_THEM
+
+
+def _complaint(invalid: ValidationError, given: _Given) -> UsageError:
+    sentences = []
+    for error in invalid.errors(include_url=False, include_input=False, include_context=False):
+        name = ".".join(str(part) for part in error["loc"])
+        source = given[name][1] if name in given else name
+        message = error["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        sentences.append(f"{source}: {message}" if source else message)
+    return UsageError("; ".join(sentences), hint=_ALL_OF_THEM)

@@ -1,0 +1,120 @@
+"""``cdc run``: the process around a consumer, with its event loop, its signals and its end.
+
+SIGTERM, SIGINT or SIGHUP drains. Whatever hangs then, a handler that goes on after its cancellation, a thread that
+resolves a name, does not hold up the end; where the event loop itself is blocked, a thread ends the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Collection
+from typing import Any
+
+from cdc.app.application import App
+from cdc.app.config import Settings
+from cdc.core.router import Router
+from cdc.observability import logs
+from cdc.runtime import process
+from cdc.runtime.cancelling import cancel
+
+log = logging.getLogger("cdc")
+
+_CUT_OFF_S = 1.0
+"""For what was cancelled at the very end."""
+_OVERTIME_S = 20.0
+"""Beyond the drain time, until a stop has failed; all its steps have limits of their own, which are less."""
+
+
+def serve(settings: Settings, router: Router | None) -> None:
+    """Log, handle signals, work until one comes, drain, return. ``router``: see ``App``."""
+    logs.setup(settings.log.level, settings.log.format)
+    spare_the_collector()
+    loop = _new_loop()
+    try:
+        loop.run_until_complete(_serve(settings, router))
+    finally:
+        _end(loop)
+
+
+def spare_the_collector() -> None:
+    """For a process that is a consumer and nothing else: a twelfth of what a no-op change costs was the collector's.
+
+    What is loaded by now stays, and need not be looked through. A window of changes comes and goes by counting
+    references; the usual threshold of 700 has it looked through while it is there.
+    """
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """That of uvloop (``pip install 'cdc-consumer[fast]'``) where it is installed: a quicker one."""
+    make: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    try:
+        import uvloop  # noqa: PLC0415 - it need not be there
+    except ImportError:
+        return make()
+    make = uvloop.new_event_loop
+    return make()
+
+
+async def _serve(settings: Settings, router: Router | None) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def told(number: int) -> None:
+        loop.call_soon_threadsafe(stop.set)
+        late = threading.Timer(settings.drain_time + _OVERTIME_S, _end_now, [number])
+        late.daemon = True
+        late.start()
+        log.info("%s: stopping", signal.Signals(number).name)
+
+    process.hand_over(told)
+    app = App(settings, router)
+    stopping = asyncio.create_task(_stop_at(stop, app))
+    try:
+        await app.run()
+    finally:
+        stopping.cancel()
+        if not app.consumer.connected.is_set():  # a name may still be resolved, in a thread of nobody knows whom
+            process.abandon()
+
+
+async def _stop_at(stop: asyncio.Event, app: App) -> None:
+    await stop.wait()
+    app.consumer.stop()
+
+
+def _end_now(number: int) -> None:
+    log.critical(
+        "not ended long after %s: something blocks the event loop; the process ends now, and what ran will run again",
+        signal.Signals(number).name,
+    )
+    os._exit(1)
+
+
+def _end(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what is left on the loop, and close it. What does not end is abandoned, and the loop with it."""
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        cancel(task)
+    if deaf := _deaf(loop, left):
+        log.warning("%d tasks go on after their cancellation; the process ends without them", len(deaf))
+        process.abandon()
+        return
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    if _deaf(loop, [loop.create_task(loop.shutdown_default_executor())]):
+        process.abandon()
+    else:
+        loop.close()
+
+
+def _deaf(loop: asyncio.AbstractEventLoop, tasks: Collection[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
+    """Those that have not ended after a moment."""
+    if not all(task.done() for task in tasks):
+        loop.run_until_complete(asyncio.wait(tasks, timeout=_CUT_OFF_S))
+    return [task for task in tasks if not task.done()]

@@ -1,0 +1,183 @@
+"""A private PostgreSQL server that is thrown away afterwards: for the demo, the tests and the benchmark.
+
+It never touches an existing server: its own data folder, its own Unix socket, no TCP port unless asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from cdc.contrib.demo.pg_binaries import Installation, find_installation
+from cdc.core.errors import NotFoundError, RefusedError
+
+_DURABLE: Mapping[str, str] = {
+    "wal_level": "logical",
+    "max_replication_slots": "20",
+    "max_wal_senders": "20",
+    "max_connections": "200",
+    "wal_sender_timeout": "10s",
+    "log_min_messages": "warning",
+    "timezone": "UTC",
+}
+# synchronous_commit stays on: without it a commit waits up to 200 ms to be flushed, and only then does the slot ring.
+_FAST: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
+_DISK, _MEMORY = Path("/tmp"), Path("/dev/shm")  # noqa: S108 - the folder in it is made by mkdtemp
+_PLENTY_BYTES = 8 << 30
+_LOCALE = "C" if sys.platform == "darwin" else "C.UTF-8"  # macOS has no C.UTF-8
+
+
+def _plenty_of_memory() -> bool:
+    """Asked for each server: what those before it have taken is not there any more."""
+    try:
+        told = Path("/proc/meminfo").read_text()
+        room = shutil.disk_usage(_MEMORY).free
+    except OSError:
+        return False
+    available = next((int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("MemAvailable:")), 0)
+    return min(room, available) > _PLENTY_BYTES
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """One cluster in a temporary folder. ``with Server() as server: connect(server.dsn())``.
+
+    ``durable=False`` turns fsync off, and keeps the files in memory where there is plenty of it: for tests, which make
+    a database each, and its 300 files take some disks a third of a second. ``tcp=True`` also listens on a free
+    port of 127.0.0.1. ``settings`` are written to postgresql.conf. ``binaries`` are the programs to run; the best
+    there are, unless given. Raises NotFoundError where there are none.
+    """
+
+    def __init__(
+        self,
+        *,
+        durable: bool = True,
+        tcp: bool = False,
+        settings: Mapping[str, str] | None = None,
+        binaries: Installation | None = None,
+    ) -> None:
+        self.installation = binaries or find_installation()
+        self.bindir = self.installation.bindir
+        self.wal2json = self.installation.wal2json
+        self.port = free_port() if tcp else 5432
+        self.tcp = tcp
+        in_memory = not durable and _plenty_of_memory()
+        self.folder = Path(tempfile.mkdtemp(prefix="cdc", dir=_MEMORY if in_memory else _DISK))
+        self.data = self.folder / "data"
+        self._settings = {**_DURABLE, **({} if durable else _FAST), **(settings or {})}
+        # initdb and postgres refuse to run as root.
+        self._user = _unprivileged_user() if os.geteuid() == 0 else None
+
+    def __enter__(self) -> Server:
+        try:
+            self._create()
+            self.start()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop("immediate")
+        self._remove()
+
+    def dsn(self, dbname: str = "postgres", *, user: str = "postgres", tcp: bool = False) -> str:
+        host = "127.0.0.1" if tcp else str(self.folder)
+        return f"host={host} port={self.port} dbname={dbname} user={user}"
+
+    def start(self) -> None:
+        log = self.folder / "server.log"
+        self._run("pg_ctl", "-D", str(self.data), "-l", str(log), "-w", "-t", "60", "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """End the server; ``immediate`` is a crash. Quiet where it does not run."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self._run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-m", mode, "stop")
+
+    def restart(self, mode: str = "fast") -> None:
+        self.stop(mode)
+        self.start()
+
+    def configure(self, **settings: str) -> None:
+        """Append to postgresql.conf; takes effect at the next start, or on a reload."""
+        with (self.data / "postgresql.conf").open("a") as conf:
+            conf.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+
+    def _create(self) -> None:
+        if self._user:
+            os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
+            self._bring_within_reach(self._user)
+        self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8",
+                  "--locale", _LOCALE)  # fmt: skip
+        settings = {
+            **self._settings,
+            "port": str(self.port),
+            "listen_addresses": "127.0.0.1" if self.tcp else "",
+            "unix_socket_directories": str(self.folder),
+        }
+        if self._knows("output_plugin_libraries"):
+            # Unknown to minors before August 2026, where naming it is fatal; needed from then on.
+            settings["output_plugin_libraries"] = "pgoutput, test_decoding, wal2json"
+        self.configure(**settings)
+
+    def _bring_within_reach(self, user: pwd.struct_passwd) -> None:
+        """A copy of the wheel's programs, where an environment that root made for itself is closed to ``user``."""
+        try:
+            self._run("postgres", "--version")
+        except PermissionError:
+            if not self.installation.wheel:
+                raise RefusedError(
+                    f"the server would run as {user.pw_name}, who may not use the programs in {self.bindir}",
+                    hint="let others read that folder and those above it, or run this as an ordinary user",
+                ) from None
+            self.bindir = _copy_of_wheel(self.bindir, self.folder / "programs")
+            for path in (self.folder / "programs", *(self.folder / "programs").rglob("*")):
+                os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+
+    def _knows(self, setting: str) -> bool:
+        described = self._run("postgres", "--describe-config").stdout
+        return any(line.startswith(setting) for line in described.splitlines())
+
+    def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(self.bindir / program), *arguments]
+        as_user = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
+        return subprocess.run(  # type: ignore[call-overload, no-any-return]  # noqa: S603 - a fixed program
+            command, check=True, text=True, cwd=self.folder, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **as_user,
+        )  # fmt: skip
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _copy_of_wheel(bindir: Path, target: Path) -> Path:
+    """The folder of the programs in the copy: they find their libraries beside the package, by a relative path."""
+    package = bindir.parent.parent
+    shutil.copytree(bindir.parent, target / package.name / bindir.parent.name, ignore=shutil.ignore_patterns("include"))
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, target / libraries.name)
+    return target / package.name / bindir.parent.name / bindir.name
+
+
+def _unprivileged_user() -> pwd.struct_passwd:
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise NotFoundError("PostgreSQL does not run as root, and there is no user postgres or nobody")

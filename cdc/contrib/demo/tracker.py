@@ -1,0 +1,149 @@
+"""When each change was where: written down by the webhook, the wake-ups, the handlers and the hooks of the demo.
+
+Times are seconds of ``time.monotonic()``. The webhook's thread writes ``sent`` and ``stored`` of its own changes, the
+event loop and the handlers' threads everything after; each field is written once, by one of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from cdc.core.model import Change, WakeUp
+
+Watermark = tuple[str, str, str]
+"""(entity_type, entity_id, operation): what names a change before the capture trigger has numbered it."""
+
+STEPS = ("stored", "wake-up", "handler", "processed")
+"""In their usual order. The wake-up may be a little before ``stored``: the server answers the writer last."""
+
+
+@dataclass(slots=True)
+class Journey:
+    """The way of one change. ``shown``: it gets a line of its own; ``announced``: its writer notes ``stored``."""
+
+    table: str
+    operation: str
+    note: str
+    shown: bool
+    sent: float
+    stored: float | None = None
+    rung: float | None = None
+    """The slot has named the change; None: something else found it first."""
+    handler: str = ""
+    started: float | None = None
+    attempts: int = 0
+    processed: float | None = None
+    announced: bool = True
+
+    @property
+    def source(self) -> str:
+        return "sweep" if self.rung is None else "wal"
+
+    def step(self, name: str) -> float | None:
+        """The moment of one of STEPS."""
+        return {"stored": self.stored, "wake-up": self.rung, "handler": self.started, "processed": self.processed}[name]
+
+
+class Tracker:
+    """``arrived`` is called for each journey that has ended, ``stumbled`` for each attempt that failed; in any thread.
+
+    The writer may hear of its commit after the change is processed: a journey has ended when both are noted.
+    """
+
+    def __init__(
+        self,
+        arrived: Callable[[Journey], None],
+        stumbled: Callable[[Journey, BaseException], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._arrived = arrived
+        self._stumbled = stumbled
+        self._clock = clock
+        self._on_the_way: dict[Watermark, Journey] = {}
+        self._rings: dict[int, float] = {}
+        self._lock = threading.Lock()
+        self._burst_left = 0
+        self.burst_over = threading.Event()
+        self.ended: list[Journey] = []
+        self.visitors = False
+        """From now on, changes that nobody announced get a line, too: whoever plays with psql wants to see them."""
+
+    def sent(self, mark: Watermark, *, table: str, note: str, shown: bool) -> Journey:
+        """The row is about to be written. Called before, so that no handler can be earlier."""
+        journey = Journey(table, mark[2], note, shown, self._clock())
+        self._on_the_way[mark] = journey
+        return journey
+
+    def stored(self, journey: Journey) -> None:
+        """The writer's commit has returned."""
+        with self._lock:
+            journey.stored = self._clock()
+            ended = journey.processed is not None
+        if ended:
+            self._end(journey)
+
+    def known_as(self, mark: Watermark, change: Change) -> None:
+        """What was announced by this mark is this change: its writer did not know the id it would get."""
+        if journey := self._on_the_way.pop(mark, None):
+            self._on_the_way[_mark(change)] = journey
+
+    def burst_sent(self, count: int) -> None:
+        self._burst_left = count
+
+    def rang(self, wakeups: Iterable[WakeUp]) -> None:
+        now = self._clock()
+        for wakeup in wakeups:
+            self._rings.setdefault(wakeup.seq, now)
+
+    def started(self, change: Change, handler: str) -> Journey | None:
+        """A handler begins. None: the change is one of many that nobody looks at."""
+        rung = self._rings.pop(change.seq, None)
+        journey = self._on_the_way.get(_mark(change)) or self._visitor(change)
+        if journey is not None:
+            journey.attempts = change.attempt
+            if journey.started is None:
+                journey.started, journey.rung, journey.handler = self._clock(), rung, handler
+        return journey
+
+    def processed(self, change: Change) -> None:
+        journey = self._on_the_way.pop(_mark(change), None)
+        if journey is not None:
+            with self._lock:
+                journey.processed = self._clock()
+                ended = journey.stored is not None or not journey.announced
+            if ended:
+                self._end(journey)
+        elif self._burst_left:
+            self._burst_left -= 1
+            if self._burst_left == 0:
+                self.burst_over.set()
+
+    def failed(self, change: Change, error: BaseException) -> None:
+        if journey := self._on_the_way.get(_mark(change)):
+            self._stumbled(journey, error)
+
+    def _end(self, journey: Journey) -> None:
+        self.ended.append(journey)
+        self._arrived(journey)
+
+    def _visitor(self, change: Change) -> Journey | None:
+        if not self.visitors:
+            return None
+        # Of a stranger's commit only the start of its transaction is known, by the server's clock.
+        began = self._clock() - (time.time() - change.changed_at.timestamp())
+        journey = Journey(change.table, change.operation, "yours", shown=True, sent=began, announced=False)
+        self._on_the_way[_mark(change)] = journey
+        return journey
+
+
+def _mark(change: Change) -> Watermark:
+    return (change.entity_type, change.entity_id, change.operation.value)
+
+
+def percentile(values: Iterable[float], percent: float) -> float:
+    """The least of ``values`` that so many percent of them do not exceed. At least one value."""
+    ordered = sorted(values)
+    return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]

@@ -1,0 +1,163 @@
+"""The webhook over HTTP, an ASGI application. It checks, hands to the adapter, and answers in one sentence.
+
+    POST /webhook   an event, signed as WhatsApp signs: X-Hub-Signature-256, the HMAC of the body
+    GET  /webhook   the handshake of a subscription: hub.mode, hub.verify_token, hub.challenge
+    GET  /healthz   200, or 503 while the database does not answer
+
+200 says that nothing more is to be done: stored, stale or ignored. 4xx that this request will never do. 503 that the
+database is away: a messenger sends it again, and that is harmless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import psycopg
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import StatelessLifespan
+
+from cdc.contrib.whatsapp.adapter import Adapter
+from cdc.contrib.whatsapp.events import RejectedError
+
+log = logging.getLogger("cdc.whatsapp.web")
+
+_BODY_LIMIT_S = 10.0
+"""Whoever sends slower holds a connection for nothing."""
+_CHALLENGE_MAX = 1_000
+_PATH_SHOWN = 200
+"""Characters of a path in the log: who asks for it need not be known to us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """What a request has to pass. ``verify_token`` of None: no subscription is verified."""
+
+    app_secret: bytes
+    verify_token: str | None
+    body_max: int
+
+
+class _RefusedError(HTTPException):
+    """One sentence and a status."""
+
+
+def make_app(
+    adapter: Adapter,
+    checks: Checks,
+    *,
+    database_answers: Callable[[], Awaitable[None]],
+    lifespan: StatelessLifespan[Starlette] | None = None,
+) -> Starlette:
+    """``database_answers`` raises psycopg's error where it does not."""
+
+    async def receive(request: Request) -> Response:
+        payload = _decoded(await _signed_body(request, checks))
+        try:
+            result = await adapter.process_webhook(payload)
+        except RejectedError as rejected:
+            raise _RefusedError(422, str(rejected)) from None
+        return JSONResponse({"result": result.value})
+
+    async def verify(request: Request) -> Response:
+        return PlainTextResponse(_challenge(request, checks.verify_token))
+
+    async def healthz(request: Request) -> Response:
+        await database_answers()
+        return PlainTextResponse("ok\n")
+
+    return Starlette(
+        routes=[
+            Route("/webhook", receive, methods=["POST"]),
+            Route("/webhook", verify, methods=["GET"]),
+            Route("/healthz", healthz, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _refuse, psycopg.Error: _be_away, ClientDisconnect: _let_go},
+        lifespan=lifespan,
+    )
+
+
+async def _signed_body(request: Request, checks: Checks) -> bytes:
+    headers = request.headers
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise _RefusedError(415, "the content type is application/json")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise _RefusedError(415, "the body is not to be compressed")
+    body = await _body(request, checks.body_max)
+    expected = "sha256=" + hmac.digest(checks.app_secret, body, "sha256").hex()
+    given = headers.get("x-hub-signature-256", "")
+    # Bytes: compare_digest takes text only where it is ASCII, and what comes in need not be.
+    if not hmac.compare_digest(expected.encode(), given.encode()):
+        raise _RefusedError(401, "X-Hub-Signature-256 is missing, or does not fit the body")
+    return body
+
+
+async def _body(request: Request, body_max: int) -> bytes:
+    """Counted as it comes: what Content-Length says is only what the client says."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > body_max:
+        _too_large(body_max)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_LIMIT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > body_max:
+                    _too_large(body_max)
+    except TimeoutError:
+        raise _RefusedError(408, f"the body did not come within {_BODY_LIMIT_S:g} seconds") from None
+    return bytes(body)
+
+
+def _too_large(body_max: int) -> NoReturn:
+    # The rest of the body is not read, so the connection cannot be used again.
+    raise _RefusedError(413, f"the body has more than {body_max} bytes", headers={"Connection": "close"})
+
+
+def _decoded(body: bytes) -> object:
+    try:
+        return json.loads(body.decode(), parse_constant=_no_json)
+    except (ValueError, RecursionError):
+        raise _RefusedError(400, "the body is not JSON in UTF-8") from None
+
+
+def _no_json(name: str) -> NoReturn:
+    raise ValueError(name)  # NaN and Infinity, which Python reads
+
+
+def _challenge(request: Request, verify_token: str | None) -> str:
+    asked = request.query_params
+    challenge = asked.get("hub.challenge", "")
+    if asked.get("hub.mode") != "subscribe" or not 0 < len(challenge) <= _CHALLENGE_MAX:
+        raise _RefusedError(400, "a subscription has hub.mode=subscribe, hub.verify_token and hub.challenge")
+    given = asked.get("hub.verify_token", "")
+    if verify_token is None or not hmac.compare_digest(verify_token.encode(), given.encode()):
+        raise _RefusedError(403, "hub.verify_token is not the one that was agreed on")
+    return challenge
+
+
+async def _refuse(request: Request, error: Any) -> Response:
+    log.info("%s %s: %d, %s", request.method, request.url.path[:_PATH_SHOWN], error.status_code, error.detail)
+    return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
+
+
+async def _be_away(request: Request, error: Any) -> Response:
+    # Class and code, no text: it may quote the row.
+    log.error(
+        "%s %s: %s %s", request.method, request.url.path[:_PATH_SHOWN], type(error).__name__, error.sqlstate or ""
+    )
+    away = "the database cannot be reached, or did not take it; send this again later"
+    return JSONResponse({"error": away}, status_code=503, headers={"Retry-After": "5"})
+
+
+async def _let_go(request: Request, error: Any) -> Response:
+    return Response(status_code=400)  # nobody reads it

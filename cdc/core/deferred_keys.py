@@ -1,0 +1,100 @@
+"""What the window does not hold, one number for each key. Pure.
+
+A *mark* says that from its ``seq`` on there are changes of the key which were seen and not admitted. ``held``: an
+earlier change of the key waits, and nothing is to be read before that one has settled. Else the key is read on from
+there, by a *resume*, when its lane has run empty.
+
+The memory for marks is bounded, and each entity type may have its quota of it only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from cdc.core.dynamic_limit import DynamicLimit
+from cdc.core.model import Key
+
+_FACTOR = 4
+
+
+class KeyRead(NamedTuple):
+    """Read on for this key: fresh changes from ``seq`` on."""
+
+    key: Key
+    shard: int
+    seq: int
+
+
+class Watermark:
+    __slots__ = ("held", "seq", "shard")
+
+    def __init__(self, seq: int, shard: int, held: bool) -> None:
+        self.seq = seq
+        self.shard = shard
+        self.held = held
+
+
+class DeferredKeys:
+    """Up to ``size`` marks, not counting those that must be kept. ``sole``: there is one entity type only."""
+
+    def __init__(self, size: int, *, sole: bool = True) -> None:
+        self._limit = DynamicLimit(size, _FACTOR, sole=sole)
+        self._marks: dict[Key, Watermark] = {}
+        self._resumes: dict[str, dict[Key, None]] = {}
+        """By type; the type that was served last stands last."""
+        self.get: Callable[[Key], Watermark | None] = self._marks.get
+        """The mark of a key. Most have none, and each change asks three times."""
+
+    def __len__(self) -> int:
+        return len(self._marks)
+
+    def has_room(self, key: Key) -> bool:
+        """Whether the key has a mark or may get one."""
+        return key in self._marks or self._limit.admits(key[0])
+
+    def note(self, key: Key, seq: int, shard: int, *, held: bool) -> None:
+        """Mark the key from this number on, whether there is room or not."""
+        mark = self._marks.get(key)
+        if mark is None:
+            self._marks[key] = Watermark(seq, shard, held)
+            self._limit.take(key[0])
+        else:
+            mark.seq = min(mark.seq, seq)
+            mark.held = mark.held or held
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            del self._marks[key]
+            self._limit.give(key[0])
+            self.do_not_resume(key)
+
+    def of_shards(self, shards: set[int]) -> Iterator[Key]:
+        return (key for key, mark in self._marks.items() if mark.shard in shards)
+
+    def clear(self) -> None:
+        self._marks.clear()
+        self._resumes.clear()
+        self._limit.clear()
+
+    def resume(self, key: Key) -> None:
+        """The key is to be read on."""
+        self._resumes.setdefault(key[0], {})[key] = None
+
+    def do_not_resume(self, key: Key) -> None:
+        if keys := self._resumes.get(key[0]):
+            keys.pop(key, None)
+            if not keys:
+                del self._resumes[key[0]]
+
+    def resumes(self, limit: int, has_room: Callable[[str], bool]) -> list[KeyRead]:
+        """Keys to read on, of the next type that has room in the window; each is told once."""
+        entity_type = next(filter(has_room, self._resumes), None)
+        if entity_type is None:
+            return []
+        keys = self._resumes[entity_type] = self._resumes.pop(entity_type)
+        chosen = list(islice(keys, limit))
+        for key in chosen:
+            self.do_not_resume(key)
+        return [KeyRead(key, mark.shard, mark.seq) for key in chosen if (mark := self._marks.get(key))]

@@ -1,0 +1,84 @@
+"""How many places of something bounded each of its users may hold. Pure.
+
+Theory
+------
+The window, the workers, the threads are shared by all entity types. A fixed part for each would leave most of it idle;
+no limit at all would let one slow type take everything. So the limit follows what is free, as in the shared memory of
+network switches (dynamic thresholds, Choudhury and Hahne 1998): one more place is given to whoever holds less than
+``factor`` times what would then be free. Of n places one user that takes all it can get is left about
+n * factor / (1 + factor), and k of them that come at the same time n * factor / (1 + k * factor) each. Where they come
+one after the other and never give anything back, each gets the same part of what the ones before it have left. In all
+cases there is room for the next one, until there are so many that not one place is left; and who holds nothing gets a
+place as long as there is one. Limits sink as others come and rise as they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable
+from typing import Any, NamedTuple
+
+
+class Room(NamedTuple):
+    """How many more changes of a type the window takes, and from how many on reading a page of them is worth while."""
+
+    free: int
+    worth: int
+
+
+class DynamicLimit:
+    """``size`` places. ``sole``: there is one user only, and nothing to keep free for others."""
+
+    def __init__(self, size: int, factor: int, *, sole: bool = False) -> None:
+        self.free = size
+        self._size = size
+        self._factor = factor
+        self._sole = sole
+        self._held: dict[Hashable, int] = {}
+
+    @property
+    def users(self) -> Collection[Any]:
+        """Who holds any."""
+        return self._held.keys()
+
+    def held(self, user: Hashable) -> int:
+        return self._held.get(user, 0)
+
+    def admits(self, user: Hashable) -> bool:
+        """Whether the user may take one more place now."""
+        held = self._held.get(user)
+        if self._sole or not held:
+            return self.free > 0
+        return held < self._factor * (self.free - 1)
+
+    def room(self, user: Hashable) -> int:
+        """How many more the user may take one after the other, if nobody else takes any."""
+        if self._sole:
+            return max(0, self.free)
+        held = self._held.get(user, 0)
+        # The n-th of them, from 0, is given while held + n < factor * (free - n - 1).
+        room = max(0, -((held - self._factor * (self.free - 1)) // (self._factor + 1)))
+        return room if held else max(room, min(1, self.free))
+
+    def take(self, user: Hashable, places: int = 1) -> None:
+        self._held[user] = self._held.get(user, 0) + places
+        self.free -= places
+
+    def give(self, user: Hashable, places: int = 1) -> None:
+        """The places are free again."""
+        self.leave(user, places)
+        self.vacate(places)
+
+    def leave(self, user: Hashable, places: int = 1) -> None:
+        """The user has done with places that are not free yet; ``vacate`` follows."""
+        left = self._held[user] - places
+        if left:
+            self._held[user] = left
+        else:
+            del self._held[user]
+
+    def vacate(self, places: int = 1) -> None:
+        self.free += places
+
+    def clear(self) -> None:
+        self._held.clear()
+        self.free = self._size

@@ -1,0 +1,152 @@
+"""Every error this package raises on purpose.
+
+    CdcError                     something an operator or an author can act on
+      UsageError                 wrong options, settings or handler references      exit 2
+      ConnectError               the database cannot be reached or refuses us       exit 3
+      NotFoundError              the slot, table, change ... does not exist         exit 4
+      RefusedError               unsafe without a word from the operator            exit 5
+      SchemaError                entity_changes is missing or does not fit          exit 1
+      StreamError                the replication stream cannot start, or ended      (sweeping goes on)
+      SessionLostError           the session that holds the shard locks is gone     (reconnect)
+      ProtocolError              bytes from the server that no decoder understands  (reconnect)
+
+    Retry, Discard, Reject       what a handler says by raising them: later; nothing to do; never, a dead letter
+    Unavailable                  what it needs is away: later, and no attempt is counted
+    Failed                       the same of some changes of a batch
+
+Each CdcError is one sentence, what happened to what, and a hint: what to do now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cdc.core.model import Change
+
+
+class CdcError(Exception):
+    """``str(error)`` says what happened to what; ``hint`` what to do now."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(CdcError):
+    exit_code = 2
+
+
+class ConnectError(CdcError):
+    exit_code = 3
+
+
+class NotFoundError(CdcError):
+    exit_code = 4
+
+
+class RefusedError(CdcError):
+    exit_code = 5
+
+
+class SchemaError(CdcError):
+    pass
+
+
+class StreamError(CdcError):
+    """``reason`` is one of the closed set of the metric ``cdc_stream_disconnects_total``."""
+
+    def __init__(self, message: str, *, reason: str, hint: str = "", permanent: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+        self.permanent = permanent
+        """True when waiting does not mend it: the consumer then looks again every minute instead of at once."""
+
+
+class SessionLostError(CdcError):
+    pass
+
+
+class ProtocolError(CdcError):
+    pass
+
+
+class Retry(Exception):  # noqa: N818 - the name a handler's author writes: `raise Retry(after=30)`
+    """Raised by a handler: not now. The change waits ``after`` seconds, or as long as the backoff says.
+
+    It counts as an attempt, so that a handler which only ever asks for another try ends as a dead letter.
+    """
+
+    def __init__(self, after: float | None = None, reason: str = "") -> None:
+        if after is not None and not 0 <= after < float("inf"):
+            raise ValueError(f"Retry(after={after!r}): seconds, 0 or more")
+        super().__init__(reason or "the handler asked for another try")
+        self.after = after
+
+
+class Discard(Exception):  # noqa: N818 - see Retry
+    """Raised by a handler: nothing is to be done about this change. It is marked processed, with the reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+
+
+class Reject(Exception):  # noqa: N818 - see Retry
+    """Raised by a handler: no attempt will ever succeed. The change is a dead letter at once, with the reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+
+
+class Unavailable(Exception):  # noqa: N818 - see Retry
+    """Raised by a handler: something that it needs is away. No attempt is counted, and the change waits.
+
+    ``retry_after``: seconds until it should be asked again, if that is known. Else the change waits for up to a second,
+    and twice as long each time, up to half a minute. Where changes of several keys meet it in a row, with no success in
+    between, the handler rests: no change of it is called, and then one at a time, until one has succeeded.
+    """
+
+    certain = False
+    """Whether it can be no key's affair: then it needs no others to say the same. For a class derived from this one."""
+
+    def __init__(self, retry_after: float | None = None, reason: str = "") -> None:
+        if retry_after is not None and not 0 <= retry_after < float("inf"):
+            raise ValueError(f"Unavailable(retry_after={retry_after!r}): seconds, 0 or more")
+        super().__init__(reason or "what the handler needs is away")
+        self.retry_after = retry_after
+
+
+class SafeError(Exception):
+    """A failed attempt, in our own words. ``told``: for a log, nothing of the row. ``kind``: for the metrics."""
+
+    kind = "exception"
+
+    def __init__(self, told: str, text: str = "") -> None:
+        super().__init__(text or told)
+        self.told = told
+
+
+class OverrunError(SafeError):
+    """The handler's time limit passed."""
+
+    kind = "timeout"
+
+
+_NAMED = "the handler named it as failed"
+
+
+class Failed(Exception):  # noqa: N818 - see Retry
+    """Raised by a batch handler: these changes failed, each with its error, and the rest is done.
+
+    An error is an exception, Retry, Discard, Reject and Unavailable too, or a text.
+    """
+
+    def __init__(self, errors: Mapping[Change, BaseException | str]) -> None:
+        super().__init__(f"{len(errors)} changes of the batch failed")
+        self.errors = {
+            change.seq: error if isinstance(error, BaseException) else SafeError(_NAMED, str(error))
+            for change, error in errors.items()
+        }

@@ -1,0 +1,77 @@
+"""What handlers need to run, and how much of it there is. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cdc.core.circuit_breaker import Breaker
+from cdc.core.model import Change
+from cdc.core.ready_queues import ReadyQueues, Requirements
+from cdc.core.router import ANY, Handler, Router
+
+_THREADS = "threads"
+_CONNECTIONS, _CONNECTIONS_IN_THREADS = "connections", "connections in threads"
+_RUN_MAX = 100
+"""Calls on the event loop that may turn out to be over at once."""
+_KINDS_MAX = 10_000
+"""Of entity type and operation, remembered. Types come from the data: nothing else bounds them."""
+
+
+class HandlerLimits:
+    """``concurrency`` handlers may run at a time, of them ``threads`` in threads; ``transactions``: of each kind.
+
+    ``breakers``: by the names of their handlers.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        concurrency: int,
+        threads: int,
+        transactions: int,
+        breakers: Mapping[str, Breaker] | None = None,
+    ) -> None:
+        self._router = router
+        self._breakers = breakers or {}
+        self._known: dict[tuple[str, str], Requirements] = {}
+        types = {entity_type for entity_type, _ in router.handlers}
+        self.sole_type = len(types) == 1 and ANY not in types
+        """No handler waits for changes of any other type."""
+        self.ready_queues = ReadyQueues(
+            concurrency,
+            {_THREADS: threads, _CONNECTIONS: transactions, _CONNECTIONS_IN_THREADS: transactions},
+            sole=self.sole_type and len(set(router.handlers.values())) == 1,
+        )
+
+    def needs(self, change: Change) -> Requirements:
+        kind = (change.entity_type, change.operation)
+        needs = self._known.get(kind)
+        if needs is None:
+            handler = self._router.match(*kind)
+            needs = self._of_handler(change.entity_type, handler) if handler else Requirements(change.entity_type)
+            if len(self._known) < _KINDS_MAX:
+                self._known[kind] = needs
+        return needs
+
+    def pauses(self, kind: tuple[str, str] | None) -> bool:
+        """Whether a dead letter of this type and operation holds its key. None: of a type that no handler can name."""
+        if kind is None:
+            return any(
+                handler.pauses for (entity_type, _), handler in self._router.handlers.items() if entity_type == ANY
+            )
+        handler = self._router.match(*kind)
+        return handler is not None and handler.pauses
+
+    def _of_handler(self, entity_type: str, handler: Handler) -> Requirements:
+        run = _RUN_MAX if handler.single else 1
+        breaker = self._breakers.get(handler.name)
+        return Requirements(
+            entity_type, handler, _pools(handler), fenced=handler.transactional, run=run, breaker=breaker
+        )
+
+
+def _pools(handler: Handler) -> tuple[str, ...]:
+    if handler.is_async:
+        return (_CONNECTIONS,) if handler.transactional else ()
+    return (_THREADS, _CONNECTIONS_IN_THREADS) if handler.transactional else (_THREADS,)

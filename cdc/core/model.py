@@ -1,0 +1,290 @@
+"""The words of the field, as frozen values. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, make_dataclass
+from datetime import datetime
+from decimal import Decimal
+from enum import IntEnum, StrEnum
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from uuid import UUID
+
+SHARDS = 64
+"""Units of ownership between consumers. The generated column ``shard`` in sql/ computes modulo the same number."""
+
+Key = tuple[str, str]
+"""(entity_type, entity_id): what order is kept for."""
+
+
+class Operation(StrEnum):
+    INSERT = "INSERT"
+    UPDATE = "UPDATE"
+    DELETE = "DELETE"
+
+
+class ChangeState(StrEnum):
+    """The state of a row of ``entity_changes``: exactly one, held by the table's CHECK constraints."""
+
+    FRESH = "fresh"
+    WAITING = "waiting"
+    PROCESSED = "processed"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Change:
+    """One captured change of one row, as a handler gets it. Compared and hashed by identity.
+
+    ``old`` is None for an INSERT and ``new`` for a DELETE; otherwise they hold the row as JSON, or, where the
+    handler names a pydantic model, an instance of it. ``changed_at`` is the start of the writer's transaction.
+    ``attempt`` counts from 1. ``requeued``: this attempt was waited for, after a failure or at an operator's word.
+    ``crashed``: the attempt before ended with its consumer's process.
+    ``caused_by`` is the id of the change whose handler wrote this one, and ``depth`` counts the causes before it.
+    ``chain`` names them, the newest first, and is there only when they are more than a consumer follows.
+    ``size`` is that of its documents as they were read, bytes of JSON; 0 for a change made by hand.
+    """
+
+    id: UUID
+    seq: int
+    shard: int
+    entity_type: str
+    entity_id: str
+    table_schema: str | None
+    table: str
+    operation: Operation
+    old: Any
+    new: Any
+    metadata: dict[str, Any] | None
+    changed_at: datetime
+    attempt: int = 1
+    requeued: bool = False
+    crashed: bool = False
+    caused_by: UUID | None = None
+    depth: int = 0
+    chain: str | None = None
+    size: int = 0
+
+    @property
+    def key(self) -> Key:
+        return (self.entity_type, self.entity_id)
+
+    @property
+    def cause(self) -> str:
+        """The setting ``cdc.cause`` of a transaction whose writes this change causes.
+
+        A transactional handler's has it. In a transaction of your own:
+        ``execute("SELECT set_config('cdc.cause', %s, true)", [change.cause])``.
+        """
+        return f"{self.id},{self.depth}"
+
+    def __repr__(self) -> str:
+        """Without the row's content, so that a change may be logged."""
+        return f"<Change {self.seq} {self.operation} {self.entity_type} {self.entity_id!r} attempt={self.attempt}>"
+
+
+class UnreadableDocumentError(Exception):
+    """A document that Python cannot read, now or later: a number of thousands of digits, thousands of levels."""
+
+
+class Json(bytes):
+    """A document that nobody has read yet. ``old``, ``new`` and ``metadata`` of a change are read when asked for."""
+
+    __slots__ = ()
+
+
+_scan = json.JSONDecoder(parse_float=Decimal).raw_decode
+"""jsonb keeps the digits of a number, which a float would not."""
+
+
+def _read_when_asked(name: str) -> property:
+    """Over the slot of a change that may hold Json."""
+    slot = Change.__dict__[name]
+
+    def read(change: Change) -> Any:
+        value = slot.__get__(change)
+        if type(value) is Json:
+            try:
+                value, _ = _scan(value.decode())
+            except (ValueError, RecursionError) as error:
+                raise UnreadableDocumentError(f"{name!r} cannot be read by Python: {type(error).__name__}") from error
+            slot.__set__(change, value)
+        return value
+
+    return property(read, slot.__set__)
+
+
+def document(change: Change, name: str) -> Any:
+    """``old``, ``new`` or ``metadata`` of the change as it is there: Json if nobody has read it yet."""
+    return _SLOTS[name].__get__(change)
+
+
+_SLOTS = {name: Change.__dict__[name] for name in ("old", "new", "metadata")}
+
+for _name in ("old", "new", "metadata"):
+    setattr(Change, _name, _read_when_asked(_name))
+
+
+_Draft = make_dataclass("_Draft", [field.name for field in fields(Change)], eq=False, slots=True)
+
+
+def read_change(*values: Any) -> Change:
+    """A change from the values of all its fields, in their order; documents as Json.
+
+    Its constructor, which sets each field of a frozen object by a call, takes ten times as long: of all that a no-op
+    change cost the consumer, that was a tenth.
+    """
+    change: Any = _Draft(*values)
+    change.__class__ = Change  # of the same layout: it has the same slots
+    return cast("Change", change)
+
+
+_Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
+
+
+def fast_make(kind: type[_Tuple]) -> Callable[[tuple[Any, ...]], _Tuple]:
+    """What ``_make`` of a NamedTuple does, which is a function in Python and takes twice as long."""
+    return partial(tuple.__new__, kind)
+
+
+class WakeUp(NamedTuple):
+    """The doorbell's message: a change with this number is committed. It may be lost, late or doubled."""
+
+    seq: int
+    shard: int
+
+
+SEQ_MAX = 2**63 - 1
+
+PAIR = "([1-9][0-9]{0,18}),(0|[1-9][0-9]?)"
+"""The text of a wake-up, ``seq,shard``, as the capture function writes it: a regular expression with two groups."""
+
+
+def pair(seq: str | bytes, shard: str | bytes) -> WakeUp | None:
+    """The wake-up of the two groups of ``PAIR``, or None: anybody may ring, and what does not fit is not ours."""
+    number, owner = int(seq), int(shard)
+    return WakeUp(number, owner) if number <= SEQ_MAX and owner < SHARDS else None
+
+
+def message_prefix(schema: str) -> str:
+    """The prefix of the logical messages that ring for the outbox in ``schema``.
+
+    It names the schema, so that two outboxes in one database do not ring each other. Bytes other than letters,
+    digits and ``_`` are percent-encoded: a plugin option with commas or blanks in it would be several.
+    """
+    return "entity_change:" + "".join(
+        character if character.isascii() and (character.isalnum() or character == "_") else _percent(character)
+        for character in schema
+    )
+
+
+def _percent(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode())
+
+
+PLUGINS = ("wal2json", "pgoutput")
+"""Output plugins that can ring for us, in the order in which they are tried."""
+
+
+def publication_name(schema: str) -> str:
+    """The publication that pgoutput asks for, which publishes nothing: messages travel without one.
+
+    It names the schema also where that is public: a publication called just cdc may be somebody else's, with tables in
+    it. Cut as PostgreSQL would cut it; that two long names may then share one does no harm.
+    """
+    return f"cdc_{schema}".encode()[:63].decode(errors="ignore")
+
+
+TRIGGER = "#cdc_capture"
+"""Our trigger's name on a table; an outbox outside public adds its schema, so that two may capture one table.
+
+Triggers of one event fire in the order of their names, by bytes. What another AFTER ROW trigger writes would be
+captured before the row that made it write, so ours comes before names of letters, digits and underscores.
+"""
+FORMER_TRIGGER = "cdc_capture"
+"""Its name in outboxes of before; ``cdc db upgrade`` and ``cdc track`` rename it."""
+
+
+def trigger_name(schema: str, stem: str = TRIGGER) -> str:
+    """The name of our trigger, cut as PostgreSQL would cut it, between characters."""
+    name = stem if schema == "public" else f"{stem}_{schema}"
+    return name.encode()[:63].decode(errors="ignore")
+
+
+def former_trigger_name(schema: str) -> str:
+    return trigger_name(schema, FORMER_TRIGGER)
+
+
+class Suspicion(IntEnum):
+    """Whether a change's process ended while its handler ran. AGAIN: the time before as well, and so it ran alone."""
+
+    NONE = 0
+    ONCE = 1
+    AGAIN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """The handler returned."""
+
+    holds_key: ClassVar[bool] = False
+    """Of each outcome: whether later changes of the key have to wait for this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The handler returned, and its own transaction has marked the change. ``at``: the database's clock."""
+
+    at: datetime
+    holds_key: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """No handler wants the change."""
+
+    holds_key: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    """The handler said that nothing is to be done."""
+
+    reason: str
+    holds_key: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The attempt failed; the next one is due ``delay_s`` seconds after the settle.
+
+    ``counted``: it is one of those that a change has; else what the handler needs was away.
+    """
+
+    delay_s: float
+    error: str
+    counted: bool = True
+    holds_key: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """The last attempt failed, or no attempt can succeed. ``pauses``: its key waits until somebody decides."""
+
+    error: str
+    pauses: bool = False
+
+    @property
+    def holds_key(self) -> bool:
+        return self.pauses
+
+
+@dataclass(frozen=True, slots=True)
+class Unmarkable(Dead):
+    """The table refused the outcome that there was. ``error`` fits any encoding."""
+
+
+Outcome = Processed | Committed | Skipped | Discarded | Waiting | Dead
+"""How one attempt ended. What a stop or a lost session cut off has no outcome: the change stays as it was."""

@@ -1,0 +1,498 @@
+"""What to read next from the outbox, and when. Pure: time is an argument, reading is somebody else's business.
+
+Theory
+------
+Two ways lead to a change. *By number*: a wake-up names it, and the fetch touches that row alone. *By sweep*: the
+fresh changes of a shard are paged through in ``seq`` order. Fetching by number is what makes a wake-up cheap;
+sweeping is what makes losing one harmless. Both must keep order, though rows become visible in another order than
+their numbers were drawn. What both rest on: the successor of a change can only be written once that change is
+visible, so whoever reads everything that *one* snapshot shows never sees a successor without its predecessor.
+
+**Sweep.** Each page reads what its snapshot shows and the one before did not; how, is told in ``passes``.
+
+**By number.** Wake-ups arrive in commit order. As long as *every* wake-up since some moment was kept, and a rung
+number that is not visible yet is looked for in every later fetch until it is there, no fetch can see a successor and
+miss its predecessor. A shard of which that is true is *live*. A wake-up that was lost (start, takeover, reconnect,
+overflow) belongs to a transaction that had an id when it was lost: a pass whose ``xmin`` is not below the ``next_xid``
+of that moment has seen it, and makes the shard live again. Until then the shard is swept at each wake-up instead of
+fetched by number: as quick, only dearer. That is how it stays where the wake-ups are not *first-hand*, read from the
+slot by this process: who relays them may lose some without our hearing of it.
+
+**Apart.** A type of which a change could not be taken in, for lack of room, must not keep the others waiting, nor may
+its later changes pass that one. From then on it is read *apart*: by passes of its own, split off from those of each
+shard, which stop where it has no room and go on from there; what a fetch or another pass shows of it is passed over.
+When it has caught up in all shards it is joined to the others again. A backlog is thus gone through once for its own
+type and once for the others. That a shard is live is proved by a pass without what is read apart; so each such proof
+has the passes apart repeated, and they have seen what it saw before they are joined.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import inf
+
+from cdc.core.model import WakeUp
+from cdc.core.shard_cursor import LOOK_AGAIN_MIN_S, REPASS_MAX_S, Position, Scanned, ShardCursor, Snapshot, ends_of
+from cdc.core.type_filter import EVERYTHING, TypeFilter
+
+_LOOK_AGAIN_MAX_S = 0.05
+"""A commit waiting for a synchronous standby stays invisible for as long as that takes; found within this much of
+its release. 20 cheap queries a second, only while such a commit hangs."""
+_LOOK_AGAIN_FOR_S = 60.0
+_FETCH_MAX = 500
+_UNSEEN_MAX = 2_000
+_UNBOUNDED = 1 << 30
+_SHOWN_MAX = 1_000
+_FULL_PASS_EVERY = 12
+"""Sweeps between two passes from zero: a minute at the usual interval."""
+_REST, _REST_MAX_S = 20, 600.0
+"""After a pass from zero there is none for so many times as long as it took, up to a limit: where a type has a backlog
+that cannot be taken in, it goes through all of that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Read these changes by number."""
+
+    wakeups: tuple[WakeUp, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Read the next ``per_shard`` fresh changes of each shard: above the cursor, and late ones above the floor.
+
+    Only those in ``scope``, which is the type ``only`` where that is read apart. ``serial`` numbers the sweeps of an
+    intake.
+    """
+
+    positions: Mapping[int, Position]
+    per_shard: int
+    serial: int
+    only: str | None = None
+    scope: TypeFilter = EVERYTHING
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a fetch brought about: rung changes found at once, found late, given up, and still looked for."""
+
+    at_once: int = 0
+    late: int = 0
+    given_up: int = 0
+
+
+class _Unseen:
+    """A rung number that was not visible when first looked for."""
+
+    __slots__ = ("next_look", "next_xid", "shard", "since")
+
+    def __init__(self, shard: int, since: float, next_xid: int) -> None:
+        self.shard = shard
+        self.since = since
+        self.next_xid = next_xid
+        self.next_look = since + LOOK_AGAIN_MIN_S
+
+
+class ReadPlanner:
+    """``queue_capacity``: wake-ups kept; more than that are dropped and their shards swept instead.
+
+    ``room_for``: how many changes of a type can be taken in, and from how many on a page of them is worth while.
+    ``scope``: the types to read at all.
+    """
+
+    def __init__(
+        self,
+        *,
+        sweep_interval_s: float,
+        queue_capacity: int = 20_000,
+        room_for: Callable[[str], tuple[int, int]] = lambda _: (_UNBOUNDED, 1),
+        scope: TypeFilter = EVERYTHING,
+    ) -> None:
+        self._sweep_interval_s = sweep_interval_s
+        self._queue_capacity = queue_capacity
+        self._room_for = room_for
+        self._scope = scope
+        self._shards: dict[int, ShardCursor] = {}
+        self._apart: dict[str, dict[int, ShardCursor]] = {}
+        """By type and shard; the type that was read last stands last."""
+        self._rung: dict[int, int] = {}
+        self._unseen: dict[int, _Unseen] = {}
+        self._shown: dict[int, bool] = {}
+        """What passes have shown lately without having been told, the newest last: their wake-ups say nothing new."""
+        self._next_sweep = 0.0
+        self._sweeps = 0
+        self._choices = deque((self._fetch, self._sweep, self._sweep_apart))
+        """Who had its turn last stands last."""
+        self._swept_at: dict[str | None, float] = {}
+        """When a type that is read apart was last, and (None) the others."""
+        self._full_pass_from: float | None = None
+        self._full_pass_asked = False
+        self._rest_until = 0.0
+        self._serial = 0
+        self._first_hand = False
+        self._quiet = False
+        """No shard has a pass under way or to come, the periodic ones aside. Most reads are of one change, and to look
+        at all shards would be most of what they cost."""
+
+    # --- what is where ---------------------------------------------------------------------------------------------
+
+    @property
+    def queue_length(self) -> int:
+        return len(self._rung)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is to be read that it knows of, the periodic passes aside."""
+        return self._quiet and not self._rung
+
+    @property
+    def live_shards(self) -> int:
+        return sum(shard.live for shard in self._shards.values())
+
+    @property
+    def catching_up(self) -> bool:
+        """A pass is under way somewhere."""
+        return any(passes.reading for passes in self._all_passes())
+
+    @property
+    def apart(self) -> Collection[str]:
+        """The types that are read apart."""
+        return self._apart.keys()
+
+    # --- in --------------------------------------------------------------------------------------------------------
+
+    def own(self, shards: Iterable[int]) -> None:
+        """Shards taken over: swept from their first change on, at once."""
+        for number in shards:
+            for of_shards in (self._shards, *self._apart.values()):
+                of_shards.setdefault(number, ShardCursor(self._serial, self._stirred))
+
+    def disown(self, shards: Iterable[int]) -> None:
+        for number in set(shards):
+            for of_shards in (self._shards, *self._apart.values()):
+                of_shards.pop(number, None)
+            self._forget_wakeups(number)
+        if not self._shards:
+            self._apart.clear()
+
+    def interval(self, sweep_interval_s: float, now: float) -> None:
+        """From now on sweep this often."""
+        self._sweep_interval_s = sweep_interval_s
+        self._next_sweep = min(self._next_sweep, now + sweep_interval_s)
+
+    def sweep_by(self, at: float) -> None:
+        """The next sweep begins then at the latest."""
+        self._next_sweep = min(self._next_sweep, at)
+
+    def streaming(self, *, connected: bool) -> None:
+        """From now on wake-ups come first-hand, or do so no more. What rang before may have been missed."""
+        self._first_hand = connected
+        if not connected:
+            self._rung.clear()
+            self._unseen.clear()
+        self.lost()
+
+    def lost(self) -> None:
+        """Wake-ups may have been missed until now."""
+        for shard in self._shards.values():
+            shard.lose(self._serial)
+
+    def restart(self) -> Collection[int]:
+        """Sweep every shard from its first change on. Returns the shards, for ``KeyScheduler.forget_unread``."""
+        for passes in self._all_passes():
+            passes.rewind(0)
+        self._full_pass_asked, self._full_pass_from = True, None
+        return self._shards.keys()
+
+    def rung(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> int:
+        """Take wake-ups in, in the order of their arrival. Returns how many were dropped for lack of room.
+
+        ``relayed``: they come from another process, which may still be underway with them when this one streams.
+        """
+        dropped = 0
+        for seq, number in wakeups:
+            shard = self._shards.get(number)
+            if shard is None:
+                continue
+            if (relayed or not shard.live) and not self._shown.pop(seq, False):
+                shard.touch(seq)
+                self._touch_apart(number)
+            if relayed or not self._first_hand:
+                continue
+            if len(self._rung) >= self._queue_capacity:
+                dropped += 1
+                shard.lose(self._serial)
+                continue
+            self._rung[seq] = number
+        return dropped
+
+    def passed_over(self, entity_type: str, shard: int) -> None:
+        """A fetch showed a change of a type that is read apart."""
+        if passes := self._apart.get(entity_type, {}).get(shard):
+            passes.touch()
+
+    # --- out -------------------------------------------------------------------------------------------------------
+
+    @property
+    def passing_from_zero(self) -> bool:
+        """``restart`` was called, and what it asks for has begun and is not complete."""
+        return self._full_pass_from is not None
+
+    def full_pass_due(self, now: float) -> bool:
+        """Time to pass from zero, once in a while; the caller then calls ``restart``."""
+        return now >= self._next_sweep and self._sweeps >= _FULL_PASS_EVERY and now >= self._rest_until
+
+    def next(self, now: float, room: int, sweep_room: int) -> Fetch | Sweep | None:
+        """What to read now, with ``room`` for that many changes; None: nothing.
+
+        A sweep waits until there is room for ``sweep_room``, or for half a second: pages of a few rows would cost more
+        than they bring. Fetches, sweeps, and sweeps of what is read apart take turns, so that neither a backlog nor a
+        flood of wake-ups shuts out the others.
+        """
+        self._begin_passes(now)
+        for choice in self._choices:
+            if request := choice(now, room, sweep_room):
+                self._choices.remove(choice)
+                self._choices.append(choice)
+                return request
+        return None
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until ``next`` may have something that it has not now, wake-ups aside."""
+        times = [self._next_sweep]
+        times += [unseen.next_look for unseen in self._looked_for().values()]
+        for passes in () if self._quiet else self._all_passes():
+            if passes.reading:
+                times.append(now + REPASS_MAX_S)  # it waits for room
+            elif not passes.live:
+                times.append(passes.again_at)
+        return max(0.0, min(times) - now)
+
+    def fetched(
+        self, request: Fetch, seen: Collection[int], snapshot: Snapshot, now: float, cut: Sequence[WakeUp] = ()
+    ) -> Found:
+        """The answer to a fetch: the numbers that were visible, the snapshot it was read with.
+
+        ``cut``: what is visible and did not fit into the page. It is fetched again before all that rang later.
+        """
+        at_once = late = given_up = 0
+        deferred = {seq for seq, _ in cut}
+        if cut and self._first_hand:  # else passes find it
+            self._rung = {seq: shard for seq, shard in cut if shard in self._shards} | self._rung
+        for seq, shard in request.wakeups:
+            if shard not in self._shards:
+                continue  # given away while the read was under way
+            if seq in deferred:
+                self._unseen.pop(seq, None)
+                continue
+            first_look = self._unseen.get(seq)
+            if seq in seen:
+                late += first_look is not None
+                at_once += first_look is None
+                self._unseen.pop(seq, None)
+            elif first_look is None:
+                given_up += self._look_again_for(seq, shard, snapshot, now)
+            elif snapshot.xmin >= first_look.next_xid:
+                del self._unseen[seq]  # its transaction has ended, and still it is not fresh: settled already
+            elif now - first_look.since > _LOOK_AGAIN_FOR_S:
+                del self._unseen[seq]
+                given_up += self._give_up(shard)
+            else:
+                pause = min(max(now - first_look.since, LOOK_AGAIN_MIN_S), _LOOK_AGAIN_MAX_S)
+                first_look.next_look = now + pause
+        return Found(at_once, late, given_up)
+
+    def swept(
+        self,
+        request: Sweep,
+        rows: Sequence[tuple[int, int]],
+        refused: Mapping[str, Mapping[int, int]],
+        snapshot: Snapshot,
+        now: float,
+        *,
+        scanned: Mapping[int, Scanned] | None = None,
+    ) -> int:
+        """The answer to a sweep: rows of the types it asked for, as (seq, shard). Returns how many had been rung for.
+
+        ``refused``: as ``refused`` takes it. ``scanned``: by shard; left out where all rows scanned are among these.
+        """
+        rung = 0
+        for seq, _ in rows:
+            rung += self._rung.pop(seq, None) is not None or self._unseen.pop(seq, None) is not None
+        if not self._first_hand:
+            self._show(rows)
+        of_shards = self._shards if request.only is None else self._apart.get(request.only, {})
+        stuck = refused.get(request.only, ()) if request.only else ()
+        ends = ends_of(rows, request.per_shard) if scanned is None else scanned
+        deferred = {number for number, end in ends.items() if end.more and not end.seq}
+        for number in request.positions if deferred else ():
+            if number not in deferred and number in of_shards:
+                of_shards[number] = of_shards.pop(number)  # next time it is the others' turn
+        for number, position in request.positions.items():
+            passes = of_shards.get(number)
+            if passes is None or passes.position != position or request.serial <= passes.taken_in:
+                continue  # given away, or sent back to its beginning, while the read was under way
+            if number in deferred:
+                continue
+            end = ends.get(number, Scanned(0, more=False))
+            passes.page_read(end.seq if end.more else max(position.cursor, end.seq), snapshot)
+            if not end.more and number not in stuck:
+                self._pass_complete(number, passes, request, snapshot, now)
+        self.refused(refused, now)
+        self._note_full_pass(now)
+        if request.only is not None:
+            self._join_if_caught_up(request.only)
+        return rung
+
+    def refused(self, refused: Mapping[str, Mapping[int, int]], now: float) -> None:
+        """By type and shard the first change that could not be taken in. These types are read apart, from there on."""
+        for entity_type, numbers in refused.items():
+            if entity_type not in self._apart:
+                self._apart[entity_type] = {number: shard.split() for number, shard in self._shards.items()}
+            of_shards = self._apart[entity_type]
+            has_room = self._room_for(entity_type)[0] > 0
+            for number, seq in numbers.items():
+                if passes := of_shards.get(number):
+                    passes.rewind(min(passes.cursor, seq - 1))
+                    if has_room:
+                        passes.pause(now)  # it was not room in the window that it lacked
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _begin_passes(self, now: float) -> None:
+        periodic = now >= self._next_sweep
+        if periodic:
+            self._sweeps = 0 if self._sweeps >= _FULL_PASS_EVERY else self._sweeps + 1
+            self._next_sweep = now + self._sweep_interval_s
+        if self._quiet and not periodic:
+            return
+        self._quiet = True
+        for passes in self._all_passes():
+            if periodic or (not passes.live and not passes.reading and now >= passes.again_at):
+                passes.reading = True
+            self._quiet = self._quiet and passes.live and not passes.reading
+
+    def _fetch(self, now: float, room: int, _sweep_room: int) -> Fetch | None:
+        limit = min(room, _FETCH_MAX)
+        if limit <= 0:
+            return None
+        chosen = [WakeUp(seq, number) for seq, number in self._rung_and_live(limit)]
+        looked_for = self._looked_for()
+        if not chosen and not any(unseen.next_look <= now for unseen in looked_for.values()):
+            return None
+        for seq, _ in chosen:
+            del self._rung[seq]
+        return Fetch((*(WakeUp(seq, unseen.shard) for seq, unseen in looked_for.items()), *chosen))
+
+    def _looked_for(self) -> dict[int, _Unseen]:
+        """What every fetch looks for again; of a shard that is not live, a pass does."""
+        return {seq: unseen for seq, unseen in self._unseen.items() if self._by_number(unseen.shard)}
+
+    def _by_number(self, number: int) -> bool:
+        shard = self._shards[number]
+        return shard.live and not shard.reading
+
+    def _rung_and_live(self, limit: int) -> list[tuple[int, int]]:
+        chosen: list[tuple[int, int]] = []
+        for seq, number in self._rung.items():
+            if self._by_number(number):
+                chosen.append((seq, number))
+                if len(chosen) == limit:
+                    break
+        return chosen
+
+    def _sweep(self, now: float, room: int, sweep_room: int) -> Sweep | None:
+        return self._page(None, self._shards, now, room, sweep_room)
+
+    def _sweep_apart(self, now: float, room: int, _sweep_room: int) -> Sweep | None:
+        for entity_type, of_shards in self._apart.items():
+            free, worth = self._room_for(entity_type)
+            # Where there is room, a page is not put off for being small: large rows make small pages.
+            if request := self._page(entity_type, of_shards, now, min(room, free), worth if free < worth else 1):
+                self._apart[entity_type] = self._apart.pop(entity_type)
+                return request
+        return None
+
+    def _page(
+        self, only: str | None, of_shards: dict[int, ShardCursor], now: float, room: int, sweep_room: int
+    ) -> Sweep | None:
+        if self._quiet:
+            return None
+        reading = [number for number, passes in of_shards.items() if passes.reading]
+        waited_long = now - self._swept_at.get(only, -inf) >= REPASS_MAX_S
+        if not reading or room <= 0 or (room < sweep_room and not waited_long):
+            return None
+        self._swept_at[only] = now
+        per_shard = max(1, room // len(reading))
+        chosen = reading[: room // per_shard]
+        for number in chosen if len(chosen) < len(reading) else ():
+            of_shards[number] = of_shards.pop(number)  # next time it is the others' turn
+        if only is None and self._full_pass_asked and self._full_pass_from is None:
+            self._full_pass_from = now
+        self._serial += 1
+        positions = {number: of_shards[number].position for number in chosen}
+        scope = self._scope.without(self._apart) if only is None else TypeFilter((only,), among=True)
+        return Sweep(positions, per_shard, self._serial, only, scope)
+
+    def _pass_complete(self, number: int, passes: ShardCursor, request: Sweep, snapshot: Snapshot, now: float) -> None:
+        was_live = passes.live
+        first_hand = self._first_hand and request.only is None
+        passes.pass_complete(request.serial, snapshot, now, first_hand=first_hand)
+        if passes.live and not was_live:
+            self._touch_apart(number)
+
+    def _join_if_caught_up(self, entity_type: str) -> None:
+        of_shards = self._apart.get(entity_type, {})
+        if not of_shards or any(passes.reading or passes.behind for passes in of_shards.values()):
+            return
+        for number, passes in of_shards.items():
+            self._shards[number].join(passes)
+        del self._apart[entity_type]
+        self._swept_at.pop(entity_type, None)
+
+    def _note_full_pass(self, now: float) -> None:
+        if self._full_pass_from is not None and not any(shard.reading for shard in self._shards.values()):
+            self._rest_until = now + min(_REST * (now - self._full_pass_from), _REST_MAX_S)
+            self._full_pass_asked, self._full_pass_from = False, None
+
+    def _show(self, rows: Iterable[tuple[int, int]]) -> None:
+        """A pass has shown these: they are not awaited any more, or their wake-ups are still to come."""
+        for seq, number in rows:
+            passes = self._shards.get(number)
+            if passes and seq in passes.awaited:
+                passes.awaited.remove(seq)
+            else:
+                self._shown[seq] = True
+        for seq in list(islice(self._shown, max(0, len(self._shown) - _SHOWN_MAX))):
+            del self._shown[seq]
+
+    def _stirred(self) -> None:
+        self._quiet = False
+
+    def _all_passes(self) -> Iterator[ShardCursor]:
+        for of_shards in (self._shards, *self._apart.values()):
+            yield from of_shards.values()
+
+    def _touch_apart(self, number: int) -> None:
+        for of_shards in self._apart.values():
+            of_shards[number].touch()
+
+    def _look_again_for(self, seq: int, shard: int, snapshot: Snapshot, now: float) -> int:
+        if len(self._unseen) >= _UNSEEN_MAX:
+            return self._give_up(shard)
+        self._unseen[seq] = _Unseen(shard, now, snapshot.next_xid)
+        return 0
+
+    def _give_up(self, number: int) -> int:
+        if shard := self._shards.get(number):
+            shard.lose(self._serial)
+        return 1
+
+    def _forget_wakeups(self, number: int) -> None:
+        for seq in [seq for seq, shard in self._rung.items() if shard == number]:
+            del self._rung[seq]
+        for seq in [seq for seq, unseen in self._unseen.items() if unseen.shard == number]:
+            del self._unseen[seq]

@@ -1,0 +1,69 @@
+"""What happens between a read of the table and its answer. Pure.
+
+Reads and settles use different sessions, so a read may come back older than a settle that began after it; and shards
+may leave and come back meanwhile. The journal keeps what the answer has to be corrected by: without it a change settled
+during a sweep would run a second time, and the successor of a failed one would overtake it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from cdc.core.model import Change, Key, Outcome
+
+
+class Settlement(NamedTuple):
+    change: Change
+    outcome: Outcome
+
+
+class ReadReconciler:
+    """A context: from the beginning of a read until its answer has been taken in. One read at a time."""
+
+    def __init__(self) -> None:
+        self._open = False
+        self._settled: dict[int, Settlement] = {}
+        self._arrived: set[int] = set()
+        self._cut_off: set[Key] = set()
+
+    def __enter__(self) -> ReadReconciler:
+        self._open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._open = False
+        self._settled.clear()
+        self._arrived.clear()
+        self._cut_off.clear()
+
+    def settled(self, batch: Iterable[Settlement]) -> None:
+        if self._open:
+            self._settled.update((finished.change.seq, finished) for finished in batch)
+
+    def arrived(self, shards: Iterable[int]) -> None:
+        """Shards were taken over; they may have been ours when the read began, and somebody else's since."""
+        if self._open:
+            self._arrived.update(shards)
+
+    def cut_off(self, key: Key) -> None:
+        """A change of the key was; what became of it since, the table knows."""
+        if self._open:
+            self._cut_off.add(key)
+
+    def outdates(self, change: Change) -> bool:
+        """Whether the read knows less about the change than we do."""
+        return change.seq in self._settled or change.shard in self._arrived
+
+    def done(self) -> set[Key]:
+        """The keys which a change held back, maybe, and holds back no more."""
+        settled = self._settled.values()
+        return self._cut_off | {finished.change.key for finished in settled if not finished.outcome.holds_key}
+
+    def waits(self) -> dict[Key, int]:
+        """The keys of which a change has come to wait, and its number."""
+        settled = self._settled.values()
+        return {finished.change.key: finished.change.seq for finished in settled if finished.outcome.holds_key}

@@ -1,0 +1,145 @@
+"""Which key that has a change to run is the next to start one. Pure.
+
+The keys of one entity type and handler stand in one queue, in the order in which they became ready; the queues take
+turns, with one key each, or a run of several where calls of the handler may be over at once. A start takes a slot, and
+a place in each pool that its handler draws on (threads, connections): all by quota, so that handlers that hang leave
+slots, threads and connections to the others. What would have to wait for a place in a pool does not start, and holds no
+slot meanwhile. Nor does what its handler's breaker holds back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
+from math import ceil
+from typing import NamedTuple
+
+from cdc.core.circuit_breaker import Breaker
+from cdc.core.dynamic_limit import DynamicLimit
+from cdc.core.model import Change, Key
+
+_FACTOR = 2
+"""One that hangs is left two thirds. Of ten connections there is then still one for a fourth that comes after three."""
+_UNBOUNDED = 1 << 30
+
+
+class Requirements(NamedTuple):
+    """What a change needs to start: a slot, and a place in each of these pools, on the account of type and handler.
+
+    ``fenced``: those of its key before it have settled. ``run``: so many may start at a time. ``breaker``: of the
+    handler.
+    """
+
+    entity_type: str
+    handler: Hashable = None
+    pools: tuple[str, ...] = ()
+    fenced: bool = False
+    run: int = 1
+    breaker: Breaker | None = None
+
+
+class ReadyQueues:
+    """``concurrency`` slots, and the places of each pool. ``sole``: there is one handler only."""
+
+    def __init__(
+        self, concurrency: int = _UNBOUNDED, pools: Mapping[str, int] | None = None, *, sole: bool = True
+    ) -> None:
+        self._slots = DynamicLimit(concurrency, _FACTOR, sole=sole)
+        self._pools = {name: DynamicLimit(size, _FACTOR, sole=sole) for name, size in (pools or {}).items()}
+        self._queues: OrderedDict[Requirements, deque[Key]] = OrderedDict()
+        """Who was served last stands last."""
+        self._started: dict[Change, Requirements] = {}
+        self._trials: dict[Change, Breaker] = {}
+        """What was let through by a breaker that is shut."""
+
+    @property
+    def ready(self) -> int:
+        """How many runs could start now; 0 if, and only if, ``next`` has none."""
+        if not self._queues:
+            return 0
+        count = sum(ceil(min(len(queue), self._room(needs)) / needs.run) for needs, queue in self._queues.items())
+        return min(count, self._slots.free)
+
+    def waiting(self, needs: Requirements) -> int:
+        """How many keys are ready that need the same, whether they could start now or not."""
+        return len(self._queues.get(needs, ()))
+
+    def put(self, key: Key, needs: Requirements) -> None:
+        """The key has a change to start. It may have been put before."""
+        queue = self._queues.get(needs)
+        if queue is None:
+            queue = self._queues[needs] = deque()
+        queue.append(key)
+
+    def next(self) -> tuple[Sequence[Key], Requirements] | None:
+        """The keys whose turn it is, if they can start; they are in no queue then."""
+        for needs, queue in self._queues.items():
+            if count := min(len(queue), needs.run, self._room(needs)) if needs.run > 1 else self._admits(needs):
+                keys = [queue.popleft() for _ in range(count)]
+                if queue:
+                    self._queues.move_to_end(needs)
+                else:
+                    del self._queues[needs]
+                return keys, needs
+        return None
+
+    def of_handler(self, handler: Hashable) -> Generator[Key, None, None]:
+        """Take the keys that are ready for this handler one by one, whatever their type. Close it when you have enough.
+
+        Those ``put`` back meanwhile do not come again.
+        """
+        for needs in [needs for needs in self._queues if needs.handler == handler]:
+            queue = self._queues[needs]
+            try:
+                for _ in range(len(queue)):
+                    yield queue.popleft()
+            finally:
+                if not queue:
+                    del self._queues[needs]
+
+    def started(self, changes: Sequence[Change], needs: Requirements) -> None:
+        self._started.update(dict.fromkeys(changes, needs))
+        self._slots.take(needs, len(changes))
+        for pool in needs.pools:
+            self._pools[pool].take(needs, len(changes))
+        if needs.breaker is not None and needs.breaker.shut:
+            needs.breaker.trial(len(changes))
+            self._trials.update(dict.fromkeys(changes, needs.breaker))
+
+    def ended(self, changes: Iterable[Change]) -> None:
+        """Their places are free again. Nothing happens for one that held none: it ran in the batch of another."""
+        alike, places = None, 0
+        if self._trials:
+            changes = list(changes)
+            for change in changes:
+                if breaker := self._trials.pop(change, None):
+                    breaker.trial(-1)
+        for change in changes:
+            needs = self._started.pop(change, None)
+            if needs is not alike:
+                self._give(alike, places)
+                alike, places = needs, 0
+            places += 1
+        self._give(alike, places)
+
+    def forget_ready(self) -> None:
+        self._queues.clear()
+
+    def _admits(self, needs: Requirements) -> bool:
+        if not self._slots.admits(needs) or (
+            needs.breaker is not None and needs.breaker.shut and not needs.breaker.room
+        ):
+            return False
+        return not needs.pools or all(self._pools[pool].admits(needs) for pool in needs.pools)
+
+    def _room(self, needs: Requirements) -> int:
+        room = self._slots.room(needs)
+        if needs.breaker is not None and needs.breaker.shut:
+            room = min(room, needs.breaker.room)
+        return min([room, *(self._pools[pool].room(needs) for pool in needs.pools)]) if needs.pools else room
+
+    def _give(self, needs: Requirements | None, places: int) -> None:
+        if needs is not None:
+            self._slots.give(needs, places)
+            for pool in needs.pools:
+                self._pools[pool].give(needs, places)

@@ -1,0 +1,66 @@
+"""What earlier sessions teach the next one: how long to wait, and how long to bear silence. Pure.
+
+Silence. A server that decodes a huge transaction of other tables sends nothing for a while and is not dead, yet from
+here it looks the same. After ``stall limit`` the link is given up; if the next session ends in silence too and has
+brought nothing, the limit doubles, else the same transaction would be decoded for ever.
+
+Dead ends. Something in the WAL may break whoever decodes it: a row that is too large, a fault in the plugin, at worst
+one that takes the whole server down. Sessions that were broken off one after another, and came no further than those
+before, have met it: the slot must be made anew behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cdc.core.backoff import Policy, ceiling_s
+
+STALL_LIMIT_MAX_S = 600.0
+PERMANENT_PAUSE_S = 60.0
+"""Between two looks at a refusal that an operator must mend."""
+STANDBY_PAUSE_MAX_S = 5.0
+"""Between two knocks at a slot that another consumer holds: how long the doorbell is silent when that one dies."""
+DEAD_ENDS_MAX = 5
+"""Sessions that came no further, before the slot is made anew: with the pauses between them a few seconds."""
+_RECONNECT = Policy(base_s=0.1, cap_s=30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ReconnectState:
+    """What earlier sessions teach the next one."""
+
+    stall_limit_base_s: float
+    failures: int = 0
+    silences: int = 0
+    dead_ends: int = 0
+
+    @property
+    def stuck(self) -> bool:
+        return self.dead_ends >= DEAD_ENDS_MAX
+
+    @property
+    def stall_limit_s(self) -> float:
+        return float(min(STALL_LIMIT_MAX_S, self.stall_limit_base_s * 2 ** min(self.silences, 16)))
+
+    def after(self, *, stalled: bool, advanced: bool, talked_s: float, broken_off: bool = False) -> ReconnectState:
+        """After a session ended or was refused. ``broken_off``: after its start, and neither by us nor in good order.
+
+        ``advanced``: it brought a position no session had reached. ``talked_s``: from its start to its last byte; who
+        talked for longer than the stall limit was not cut off in one transaction. Either makes a fresh start. A mere
+        byte does not: the keepalive at the beginning comes in front of the transaction that hangs or breaks it.
+        """
+        # However long it talked: decoding up to the place that breaks it may take minutes, each time.
+        dead_ends = 0 if advanced else self.dead_ends + int(broken_off)
+        if advanced or talked_s > self.stall_limit_s:
+            return ReconnectState(self.stall_limit_base_s, failures=1, silences=int(stalled), dead_ends=dead_ends)
+        return ReconnectState(self.stall_limit_base_s, self.failures + 1, self.silences + int(stalled), dead_ends)
+
+    def pause_s(self, fraction: float, *, permanent: bool, standby: bool) -> float:
+        """Seconds until the next attempt; ``fraction`` in [0, 1) is the throw of the dice.
+
+        Never less than half the ceiling: consumers that lost one server together come back spread out, not at once.
+        """
+        longest = PERMANENT_PAUSE_S if permanent else ceiling_s(_RECONNECT, max(1, self.failures))
+        if standby:
+            longest = min(longest, STANDBY_PAUSE_MAX_S)
+        return longest * (0.5 + fraction / 2)

@@ -1,0 +1,310 @@
+"""Which handler gets which change. Pure; what a handler does is ``executor``'s business.
+
+Rules are slots in a table: (entity type or any, operation or any). A change goes to the most specific slot that is
+filled, type before operation, so that at most one handler ever gets it; a slot filled twice is an error where the
+second handler is declared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+from cdc.core.errors import UsageError
+from cdc.core.model import Change, Operation
+from cdc.core.type_filter import EVERYTHING, TypeFilter
+
+ANY = "*"
+"""Stands for every entity type, or every operation, that has no rule of its own."""
+
+CONNECTION = "connection"
+"""Name of the parameter that makes a handler transactional."""
+
+CHANGES = "changes"
+"""Name of the parameter that makes a handler one for batches."""
+
+_BATCH = 100
+_GROUP = 50
+"""Beyond it the round trips shared are few, and what one failure undoes is much."""
+_LINGER_MAX_S = 10.0
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Hook = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handler:
+    """A function and how to call it. ``max_attempts`` and ``timeout_s`` of None mean the consumer's settings.
+
+    Compared by identity.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    is_async: bool
+    transactional: bool = False
+    """It has a parameter ``connection``: it runs in a transaction that marks the change."""
+    group: int = 1
+    """How many of its changes may share a transaction, each with a call of its own."""
+    pauses: bool = False
+    """A dead letter of it holds back its key."""
+    batch: int | None = None
+    """It has a parameter ``changes``: it gets up to so many at once."""
+    linger_s: float = 0.0
+    """How long a batch that is not full waits for more."""
+    model: Any = None
+    max_attempts: int | None = None
+    timeout_s: float | None = None
+
+    @property
+    def single(self) -> bool:
+        """It is called on the event loop, with one change and nothing besides."""
+        return self.is_async and not self.transactional and self.batch is None
+
+    def call(self, changes: Sequence[Change], connection: Any = None) -> Any:
+        """Call the function with one change, or with a batch."""
+        beside = {CONNECTION: connection} if self.transactional else {}
+        if self.batch is None:
+            return self.function(changes[0], **beside)
+        return self.function(**{CHANGES: list(changes)}, **beside)
+
+
+class Router:
+    """Maps changes to handlers.
+
+    >>> router = Router()
+    >>> @router.on("reaction", "INSERT")
+    ... async def run_rules(change: Change) -> None: ...
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[str, str], Handler] = {}
+        self._ignored: set[str] = set()
+        self._processed_hooks: list[Hook] = []
+        self._error_hooks: list[Hook] = []
+
+    def on(
+        self,
+        entity_type: str,
+        *operations: str,
+        model: Any = None,
+        max_attempts: int | None = None,
+        timeout: float | None = None,
+        dead: Literal["skip", "pause"] = "skip",
+        batch: int | None = None,
+        linger: float = 0.0,
+        group: int | None = None,
+        name: str | None = None,
+    ) -> Callable[[Function], Function]:
+        """Declare the handler of an entity type ("*": of every type without a rule of its own).
+
+        ``operations``: any of INSERT, UPDATE, DELETE; none named means all. ``model``: a pydantic model (or any
+        type pydantic can validate) that ``change.new`` and ``change.old`` become; a row that does not fit is a dead
+        letter at once. ``max_attempts`` and ``timeout`` (seconds) override the consumer's settings. ``dead``: what a
+        dead letter does to the later changes of its key, let them go on ("skip") or hold them back until somebody has
+        decided ("pause"). ``name`` is the handler's name in metrics and logs.
+
+        The function may be async, or plain: then it runs in a thread. With a parameter named ``changes`` instead of one
+        change it gets a list of up to ``batch`` (100 if not said), in seq order within a key; ``linger`` is how many
+        seconds a batch that is not full waits for more. With a parameter named ``connection`` it is
+        transactional: it gets a psycopg connection (async or not, as it is itself) in a transaction that has taken the
+        change and marks it processed before the commit, so that what it writes there happens exactly once. Where many
+        such changes wait, up to ``group`` (50 if not said) share a transaction, each with its own call; if one of them
+        fails, all are rolled back and called again one by one. ``group=1``: each has a transaction of its own.
+        """
+        slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
+        _positive("max_attempts", max_attempts)
+        _positive("timeout", timeout)
+        _positive("batch", batch)
+        _positive("group", group)
+        if not 0 <= linger <= _LINGER_MAX_S:
+            raise UsageError(f"router.on(..., linger={linger!r}): seconds, from 0 to {_LINGER_MAX_S:g}")
+        if dead not in ("skip", "pause"):
+            raise UsageError(f"router.on(..., dead={dead!r}): no such way", hint="use 'skip' or 'pause'")
+
+        def declare(function: Function) -> Function:
+            handler = Handler(
+                name=name or _name(function),
+                function=function,
+                is_async=inspect.iscoroutinefunction(_unwrapped(function)),
+                transactional=_takes_connection(function),
+                pauses=dead == "pause",
+                group=_group(function, group),
+                batch=_batch(function, batch),
+                linger_s=linger,
+                model=model,
+                max_attempts=max_attempts,
+                timeout_s=timeout,
+            )
+            handler = self._named(handler, name)
+            for slot in slots:
+                self._fill(slot, handler)
+            return function
+
+        return declare
+
+    def ignore(self, *entity_types: str) -> None:
+        """Changes of these types are for nobody: each is discarded, and says so in its row.
+
+        A change of a type that no handler names and that is not ignored stays fresh, for a consumer that wants it.
+        """
+        for entity_type in entity_types:
+            _entity_type(entity_type)
+            if entity_type == ANY or entity_type in self.entity_types:
+                raise UsageError(
+                    f"router.ignore({entity_type!r}): a handler wants changes of it",
+                    hint='to discard whatever has no handler: the setting unhandled = "discard"',
+                )
+            self._ignored.add(entity_type)
+
+    def ignores(self, entity_type: str) -> bool:
+        return entity_type in self._ignored
+
+    @property
+    def scope(self) -> TypeFilter:
+        """The types it says something about; with a rule for "*", all."""
+        if any(entity_type == ANY for entity_type, _ in self._slots):
+            return EVERYTHING
+        return TypeFilter(tuple(sorted(self.entity_types | self._ignored)), among=True)
+
+    def on_processed(self, hook: Function) -> Function:
+        """Call ``hook(change)`` after a change is marked processed. What it raises is logged and changes nothing."""
+        self._processed_hooks.append(hook)
+        return hook
+
+    def on_error(self, hook: Function) -> Function:
+        """Call ``hook(change, error)`` after an attempt failed. What it raises is logged and changes nothing."""
+        self._error_hooks.append(hook)
+        return hook
+
+    def match(self, entity_type: str, operation: str) -> Handler | None:
+        """The handler of such a change, or None: nobody wants it."""
+        slots = self._slots
+        return (
+            slots.get((entity_type, operation))
+            or slots.get((entity_type, ANY))
+            or slots.get((ANY, operation))
+            or slots.get((ANY, ANY))
+        )
+
+    @property
+    def handlers(self) -> Mapping[tuple[str, str], Handler]:
+        return MappingProxyType(self._slots)
+
+    @property
+    def entity_types(self) -> frozenset[str]:
+        """The types named by a rule."""
+        return frozenset(entity_type for entity_type, _ in self._slots if entity_type != ANY)
+
+    @property
+    def processed_hooks(self) -> tuple[Hook, ...]:
+        return tuple(self._processed_hooks)
+
+    @property
+    def error_hooks(self) -> tuple[Hook, ...]:
+        return tuple(self._error_hooks)
+
+    def _named(self, handler: Handler, name: str | None) -> Handler:
+        """Attempts, models and metrics go by the name: two that share one have to be the same but for the type."""
+        module = getattr(_unwrapped(handler.function), "__module__", "")
+        qualified = f"{module}.{handler.name}"
+        names = [name] if name else [handler.name, qualified, *(f"{qualified}_{n}" for n in range(2, 1_000))]
+        for candidate in names:
+            named = replace(handler, name=candidate)
+            if not any(other.name == candidate and _differ(other, named) for other in self._slots.values()):
+                return named
+        raise UsageError(
+            f"two handlers are called {names[0]}, and are not the same",
+            hint="give one another name: router.on(..., name=)",
+        )
+
+    def _fill(self, slot: tuple[str, str], handler: Handler) -> None:
+        if slot[0] in self._ignored:
+            raise UsageError(f"{handler.name} wants changes of {slot[0]!r}, which the router ignores", hint="do either")
+        taken = self._slots.setdefault(slot, handler)
+        if taken is not handler:
+            entity_type, operation = slot
+            what = "every operation" if operation == ANY else operation
+            raise UsageError(
+                f"two handlers for the same change: {taken.name} and {handler.name} both want"
+                f" {what} of {entity_type!r}",
+                hint="give each its own operation or entity type, or call one from the other",
+            )
+
+
+def _differ(one: Handler, other: Handler) -> bool:
+    return any(getattr(one, field.name) != getattr(other, field.name) for field in fields(Handler))
+
+
+def _entity_type(entity_type: object) -> str:
+    if not isinstance(entity_type, str) or not entity_type:
+        raise UsageError(
+            f"router.on({entity_type!r}): the first argument is the entity type, such as 'reaction'",
+            hint="write @router.on('reaction', 'INSERT')",
+        )
+    return entity_type
+
+
+def _operations(operations: tuple[str, ...]) -> tuple[str, ...]:
+    known = [operation.value for operation in Operation]
+    for operation in operations:
+        if operation not in known:
+            raise UsageError(
+                f"router.on(..., {operation!r}): no such operation", hint=f"use {', '.join(known)}, or none for all"
+            )
+    return tuple(str(operation) for operation in operations) or (ANY,)
+
+
+def _positive(option: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise UsageError(f"router.on(..., {option}={value!r}): must be above 0")
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, behind functools.partial and behind an object with an async ``__call__``."""
+    while hasattr(function, "func"):
+        function = function.func
+    return function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+
+
+def _name(function: Callable[..., Any]) -> str:
+    qualified = getattr(_unwrapped(function), "__qualname__", type(function).__name__)
+    return str(qualified).rpartition("<locals>.")[2]
+
+
+def _takes_connection(function: Callable[..., Any]) -> bool:
+    """Whether the handler is transactional. Refuses at declaration what would fail at every call."""
+    signature = inspect.signature(function)
+    asked = {name: object() for name in (CHANGES, CONNECTION) if name in signature.parameters}
+    try:
+        signature.bind(*([] if CHANGES in asked else [object()]), **asked)
+    except TypeError:
+        raise UsageError(
+            f"handler {_name(function)} cannot be called with one change",
+            hint="write it as def handler(change), or def handler(changes) for batches; connection may come beside",
+        ) from None
+    return CONNECTION in asked
+
+
+def _batch(function: Callable[..., Any], batch: int | None) -> int | None:
+    takes_many = CHANGES in inspect.signature(function).parameters
+    if batch is not None and not takes_many:
+        raise UsageError(
+            f"handler {_name(function)} has batch={batch} and no parameter named {CHANGES}",
+            hint="write it as def handler(changes)",
+        )
+    return (batch or _BATCH) if takes_many else None
+
+
+def _group(function: Callable[..., Any], group: int | None) -> int:
+    parameters = inspect.signature(function).parameters
+    grouped = CONNECTION in parameters and CHANGES not in parameters
+    if group is not None and not grouped:
+        raise UsageError(
+            f"handler {_name(function)} has group={group} and no transaction for one change to share",
+            hint="write it as def handler(change, connection); def handler(changes, connection) takes batch= instead",
+        )
+    return (group or _GROUP) if grouped else 1

@@ -1,0 +1,195 @@
+"""Outcomes on their way to the table. Pure; time is an argument.
+
+Theory
+------
+An outcome that is known is kept until it is written. Those of a key are written in the order in which they finished:
+a crash in between would leave the later one marked and the earlier one to run again. What the table refuses is told by
+whoever writes, and comes back:
+
+    split      it is about one of them: the two halves are written next, and in the end the one alone
+    again      all of it is to be written next, once more
+    put_back   these keys cannot be written now; they are held for a while, with what else finishes of them
+
+    finished ──► next ──take──► taken ──written──► gone
+                  ▲  │            │
+                  │  └─ held ◄────┤ put_back: by key, until a moment
+                  └── parts ◄─────┘ split, again
+
+A session that is lost takes the shards with it. What was not written is *parked* by shard then; what was under way may
+have been written, and is *uncertain*. A shard that comes back and was nobody else's meanwhile brings its outcomes back
+into the queue; of any other they are dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+from math import inf
+
+from cdc.core.model import Key
+from cdc.core.read_reconciler import Settlement
+
+
+class _Held:
+    __slots__ = ("at", "waiting")
+
+    def __init__(self) -> None:
+        self.at = -inf
+        self.waiting: deque[Settlement] = deque()
+
+
+class SettleQueue:
+    """One batch is under way at a time. Bounded by the window, as each outcome keeps its change's place in it."""
+
+    def __init__(self) -> None:
+        self._next: deque[Settlement] = deque()
+        self._parts: list[list[Settlement]] = []
+        """What is written before all else; the next one stands last."""
+        self._held: dict[Key, _Held] = {}
+        self._taken: dict[int, Settlement] = {}
+        self._parked: dict[int, list[Settlement]] = {}
+        self._first: dict[int, Settlement] = {}
+        """What ``add`` was given, where the outcome is another one by now."""
+        self.uncertain: set[int] = set()
+        """Numbers of changes whose mark was under way when the session was lost."""
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def ready(self) -> int:
+        """How many ``take`` would give, what is held aside."""
+        return len(self._next) + sum(map(len, self._parts))
+
+    @property
+    def holds(self) -> bool:
+        """Some keys cannot be written for now."""
+        return bool(self._held)
+
+    @property
+    def parked(self) -> Collection[int]:
+        """The shards of what waits for its shard."""
+        return self._parked.keys()
+
+    def add(self, finished: Settlement) -> None:
+        self._next.append(finished)
+        self._count += 1
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until something that is held may be tried again."""
+        return max(0.0, min((held.at for held in self._held.values()), default=inf) - now)
+
+    def take(self, limit: int, now: float = inf) -> list[Settlement]:
+        """What is to be written next, in the order in which it finished."""
+        if not self._held and not self._parts:
+            batch = [self._next.popleft() for _ in range(min(limit, len(self._next)))]
+        elif self._parts:
+            batch = self._unless_held(self._parts.pop())
+        else:
+            batch = self._due(limit, now)
+            while self._next and len(batch) < limit:
+                batch += self._unless_held([self._next.popleft()])
+        self._taken = {finished.change.seq: finished for finished in batch}
+        return batch if batch or not self.ready else self.take(limit, now)
+
+    def written(self, finished: Settlement) -> Settlement | None:
+        """It is in the table. Returns what ``add`` was given, None for what was not under way."""
+        first = self._taken.pop(finished.change.seq, None)
+        if first:
+            self._count -= 1
+            self.uncertain.discard(finished.change.seq)
+            if self._held and (held := self._held.get(first.change.key)):
+                if held.waiting:
+                    held.at = -inf
+                else:
+                    del self._held[first.change.key]
+            first = self._first.pop(finished.change.seq, first)
+        return first
+
+    def split(self, batch: list[Settlement]) -> None:
+        """It is about one of them, and there are several."""
+        middle = len(batch) // 2
+        self._write_next(batch[middle:])
+        self._write_next(batch[:middle])
+
+    def again(self, batch: list[Settlement]) -> None:
+        """Nothing of it was written, and it is tried again as a whole."""
+        self._write_next(batch)
+
+    def becomes(self, finished: Settlement) -> None:
+        """Its outcome is another one now, and is written next."""
+        seq = finished.change.seq
+        self._first.setdefault(seq, self._taken[seq])
+        self._write_next([finished])
+
+    def put_back(self, batch: Iterable[Settlement], until: float) -> None:
+        """These were not written; their keys are held until then."""
+        by_key: dict[Key, list[Settlement]] = {}
+        for finished in batch:
+            by_key.setdefault(finished.change.key, []).append(self._taken.pop(finished.change.seq))
+        for key, these in by_key.items():
+            held = self._held.setdefault(key, _Held())
+            held.at = until
+            held.waiting.extendleft(reversed(these))
+
+    def park(self) -> list[Settlement]:
+        """The session is lost. Returns what is kept."""
+        self.uncertain |= self._taken.keys()
+        kept = [*self._taken.values()]
+        kept += [finished for held in self._held.values() for finished in held.waiting]
+        kept += [finished for part in reversed(self._parts) for finished in part]
+        kept += [*(finished for of_shard in self._parked.values() for finished in of_shard), *self._next]
+        self._clear()
+        for finished in kept:
+            self._parked.setdefault(finished.change.shard, []).append(finished)
+        self._count = len(kept)
+        return kept
+
+    def unpark(self, shards: Iterable[int]) -> None:
+        """These shards are ours again, and were nobody else's meanwhile."""
+        for shard in shards:
+            self._next.extend(self._parked.pop(shard, ()))
+
+    def drop(self, shards: Iterable[int]) -> list[Settlement]:
+        """These shards are, or were, somebody else's. Returns what is forgotten."""
+        dropped = [finished for shard in shards for finished in self._parked.pop(shard, ())]
+        self._count -= len(dropped)
+        self.uncertain.difference_update(finished.change.seq for finished in dropped)
+        return dropped
+
+    def clear(self) -> list[Settlement]:
+        """Forget all, and keep nothing."""
+        self._clear()
+        self.uncertain.clear()
+        return []
+
+    def _clear(self) -> None:
+        for forgotten in (self._next, self._parts, self._held, self._taken, self._parked, self._first):
+            forgotten.clear()
+        self._count = 0
+
+    def _write_next(self, batch: list[Settlement]) -> None:
+        for finished in batch:
+            self._taken.pop(finished.change.seq, None)
+            if self._held and (held := self._held.pop(finished.change.key, None)):
+                self._next.extendleft(reversed(held.waiting))
+        if batch:
+            self._parts.append(batch)
+
+    def _unless_held(self, batch: list[Settlement]) -> list[Settlement]:
+        free: list[Settlement] = []
+        for finished in batch:
+            held = self._held.get(finished.change.key)
+            if held is None:
+                free.append(finished)
+            else:
+                held.waiting.append(finished)
+        return free
+
+    def _due(self, limit: int, now: float) -> list[Settlement]:
+        batch: list[Settlement] = []
+        for held in self._held.values():
+            while held.at <= now and held.waiting and len(batch) < limit:
+                batch.append(held.waiting.popleft())
+        return batch

@@ -1,0 +1,189 @@
+"""How the fresh changes of a shard are paged through, in ``seq`` order, again and again. Pure.
+
+Theory
+------
+A page reads the fresh rows above the shard's *cursor*, and among those below it the *late* ones: written by a
+transaction that had not ended when the page before was read (its id is not below that page's ``xmin``). Together that
+is everything the new snapshot shows and the old one did not. The scan itself begins at the *floor*: after a page up to
+number n, only transactions without an end may still bring numbers below n; once ``xmin`` has passed that page's
+``next_xid`` there are none, and n becomes the floor. Dead index entries below it, which a snapshot held elsewhere keeps
+alive, are not walked again. A number is drawn after its transaction got its id (the capture trigger fires after the row
+was written). For rows inserted by hand that need not hold: a pass from zero, now and then, finds what slipped through.
+
+So a position says: of the rows up to the cursor, those written by transactions below ``since`` have been taken in, and
+of those up to the floor all. That holds for any part of the rows as it does for the whole: a part may be *split* off
+with a copy of the position, and *joined* again when it has caught up, at the lower of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
+
+LOOK_AGAIN_MIN_S = 0.001
+REPASS_MAX_S = 0.5
+_AWAITED_MAX = 100
+_LOOKS = 10
+"""From LOOK_AGAIN_MIN_S to REPASS_MAX_S, each twice as late as the one before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A read's view: transactions below ``xmin`` had ended, and none from ``next_xid`` on had an id yet.
+
+    ``next_xid`` is not the ``xmax`` of PostgreSQL's snapshots, above which a transaction may well be running.
+    """
+
+    xmin: int
+    next_xid: int
+
+
+class Position(NamedTuple):
+    """Where the sweep of a shard stands; see the theory above. ``since`` is the ``xmin`` of the page before."""
+
+    floor: int
+    cursor: int
+    since: int
+
+
+class Scanned(NamedTuple):
+    """How far a sweep got in a shard, and whether it stopped there though there may be more. 0: it did not begin."""
+
+    seq: int
+    more: bool
+
+
+class ShardCursor:
+    """The passes through one shard: where they stand, and when the next one begins.
+
+    ``stirred`` is called whenever there may be something to read, at once or at ``again_at``.
+    """
+
+    __slots__ = (
+        "again_at",
+        "awaited",
+        "behind",
+        "candidate",
+        "cursor",
+        "floor",
+        "live",
+        "lost_at",
+        "lost_in",
+        "patience",
+        "reading",
+        "since",
+        "stirred",
+        "taken_in",
+        "uncertain",
+    )
+
+    def __init__(self, serial: int, stirred: Callable[[], None]) -> None:
+        self.stirred = stirred
+        self.taken_in = serial
+        """The sweep that had been asked for last when the shard was taken over: it may be of an earlier stay."""
+        self.reading = True
+        """A pass is under way."""
+        self.behind = True
+        """No pass has been completed since the beginning, or since something could not be taken in."""
+        self.floor = self.cursor = self.since = 0
+        self.candidate: tuple[int, int] | None = None
+        """(number, id): the number becomes the floor once xmin has reached that id."""
+        self.live = False
+        self.lost_at: int | None = None
+        """next_xid after the last loss; None: the loss is younger than any snapshot we know."""
+        self.lost_in = serial
+        """The sweep that had been asked for last: its snapshot may be older than the loss."""
+        self.again_at = 0.0
+        self.patience = LOOK_AGAIN_MIN_S
+        self.awaited: set[int] = set()
+        """Numbers that were rung for, and that no page has shown since."""
+        self.uncertain = _LOOKS
+        """For so many passes: there may be more, of which nobody has told."""
+        stirred()
+
+    @property
+    def position(self) -> Position:
+        return Position(self.floor, self.cursor, self.since)
+
+    def lose(self, serial: int) -> None:
+        self.live = False
+        self.lost_at = None
+        self.lost_in = serial
+        self.patience = LOOK_AGAIN_MIN_S
+        self.awaited.clear()
+        self.uncertain = _LOOKS
+        self.reading = True
+        self.stirred()
+
+    def rewind(self, seq: int) -> None:
+        """Read again what is above ``seq``."""
+        self.cursor = seq
+        self.floor = min(self.floor, seq)
+        self.candidate = None
+        self.behind = True
+        self.reading = True
+        self.stirred()
+
+    def split(self) -> ShardCursor:
+        """Passes for a part of the rows."""
+        part = ShardCursor(self.taken_in, self.stirred)
+        part.floor, part.cursor, part.since = self.position
+        return part
+
+    def join(self, part: ShardCursor) -> None:
+        """Pass through that part again as well. It has caught up: its cursor may be taken to be anywhere."""
+        self.floor = min(self.floor, part.floor)
+        self.since = min(self.since, part.since)
+
+    def pause(self, now: float) -> None:
+        """Go on a little later."""
+        self.reading = False
+        self.again_at = now + REPASS_MAX_S
+
+    def page_read(self, reached: int, snapshot: Snapshot) -> None:
+        """All that the snapshot shows up to ``reached`` has been taken in."""
+        self.cursor, self.since = reached, snapshot.xmin
+        if self.candidate and snapshot.xmin >= self.candidate[1]:
+            self.floor = max(self.floor, min(self.candidate[0], reached))
+            self.candidate = None
+        if self.candidate is None and reached > self.floor:
+            self.candidate = (reached, snapshot.next_xid)
+
+    def pass_complete(self, serial: int, snapshot: Snapshot, now: float, *, first_hand: bool) -> None:
+        self.reading = self.behind = False
+        if first_hand and self.lost_at is not None and snapshot.xmin >= self.lost_at:
+            self.live = True
+        if self.live:
+            return
+        if self.lost_at is None and serial > self.lost_in:
+            self.lost_at = snapshot.next_xid
+        # A wake-up may have been early; after some looks without a new one the periodic sweep is enough, except where
+        # a proof is still to come.
+        self.uncertain = max(0, self.uncertain - 1)
+        if self.patience > REPASS_MAX_S:
+            self.awaited.clear()
+        again = first_hand or self.uncertain or self.awaited
+        self.again_at = now + min(self.patience, REPASS_MAX_S) if again else inf
+        self.patience *= 2
+
+    def touch(self, seq: int | None = None) -> None:
+        """A wake-up, for that number or for whatever there is: look now, and again soon if it was early."""
+        if seq is None or len(self.awaited) >= _AWAITED_MAX:
+            self.uncertain = _LOOKS
+        else:
+            self.awaited.add(seq)
+        self.reading = True
+        self.patience = LOOK_AGAIN_MIN_S
+        self.stirred()
+
+
+def ends_of(rows: Iterable[tuple[int, int]], per_shard: int) -> dict[int, Scanned]:
+    """Of a sweep whose pages end at ``per_shard`` rows."""
+    counts: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for seq, number in rows:
+        counts[number] = counts.get(number, 0) + 1
+        last[number] = seq
+    return {number: Scanned(last[number], count >= per_shard) for number, count in counts.items()}

@@ -1,0 +1,48 @@
+"""Which entity types a consumer is there for. Pure.
+
+Changes of other types are left as they are: not read, not marked, and in nobody's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class TypeFilter(NamedTuple):
+    """These types only (``among``), or all but these."""
+
+    types: tuple[str, ...] = ()
+    among: bool = False
+
+    @property
+    def everything(self) -> bool:
+        return not self.types and not self.among
+
+    def has(self, entity_type: str) -> bool:
+        return (entity_type in self.types) == self.among
+
+    def without(self, others: Iterable[str]) -> TypeFilter:
+        """The same, less these."""
+        if not self.among:
+            return TypeFilter((*self.types, *others))
+        left_out = frozenset(others)
+        return TypeFilter(tuple(name for name in self.types if name not in left_out), among=True)
+
+    def within(self, other: TypeFilter) -> TypeFilter:
+        """What is in both."""
+        if other.among:
+            return TypeFilter(tuple(name for name in other.types if self.has(name)), among=True)
+        return self.without(other.types)
+
+    def __str__(self) -> str:
+        if self.everything:
+            return "every entity type"
+        names = ", ".join(self.types)
+        if not names:
+            return "no entity type"
+        return f"only {names}" if self.among else f"every entity type but {names}"
+
+
+EVERYTHING = TypeFilter()
+NOTHING = TypeFilter(among=True)

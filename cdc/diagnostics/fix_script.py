@@ -1,0 +1,48 @@
+"""What the findings ask for, as one SQL script. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from cdc.core.printable import printable
+from cdc.diagnostics.findings import Finding, Verdict
+
+_HEAD = """\
+-- What cdc doctor asks for. Read it, then run it with psql as a superuser, or as the owner of what it names.
+-- Lines that begin with -- are for you to do. Then run cdc doctor again.
+"""
+
+
+def script(findings: Iterable[Finding]) -> str:
+    """For psql; nothing but comments where SQL can mend nothing."""
+    given: set[str] = set()
+    parts = [_HEAD]
+    for found in findings:
+        if found.verdict in (Verdict.FAIL, Verdict.WARN, Verdict.UNKNOWN):
+            # Two checks may ask for the same.
+            parts += _part(found, [statement for statement in found.sql if statement not in given])
+            given |= set(found.sql)
+    if any(statement.startswith("ALTER SYSTEM") for statement in given):
+        parts.append("SELECT pg_reload_conf();\n")
+    return "\n".join(parts)
+
+
+def _part(found: Finding, statements: Iterable[str]) -> Iterator[str]:
+    yield f"-- {found.check}: {_comment(found.detail)}"
+    if found.remedy and not found.script:
+        yield f"--   {_comment(found.remedy)}"
+    yield from map(_runnable, statements)
+    if found.script:
+        yield found.script
+    yield ""
+
+
+def _comment(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
+def _runnable(statement: str) -> str:
+    """Whoever reads the script on a terminal must not have it obey a name, and such a name cannot be written twice."""
+    if statement.isprintable():
+        return statement
+    return f"-- By hand, for a name in it holds characters that cannot be shown: {printable(statement)}"

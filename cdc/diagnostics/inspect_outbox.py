@@ -1,0 +1,321 @@
+"""Looks at the outbox: its objects, its triggers, the rights of the role, who works on it, and what is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import psycopg
+from psycopg import errors, sql
+from psycopg.rows import dict_row
+
+from cdc.core.errors import NotFoundError
+from cdc.core.model import SHARDS
+from cdc.core.type_filter import TypeFilter
+from cdc.diagnostics.facts import (
+    Backlog,
+    Captured,
+    CaptureFunction,
+    Installed,
+    Numbering,
+    Reader,
+    Readers,
+    Rights,
+    RowSecurity,
+    Senders,
+    ShardHolders,
+    Subject,
+    Table,
+    Unhandled,
+)
+from cdc.diagnostics.inspect_server import column, one
+from cdc.postgres import capture_triggers, migrations, remarks, sequence
+from cdc.postgres.admin import OutboxAdmin
+from cdc.postgres.grants import PAYLOAD
+from cdc.postgres.loaders import read_anything
+from cdc.postgres.outbox import Store
+from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
+
+"""The application name of the sessions that hold shards."""
+_MARKED = ("processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "started_by")
+"""Columns a settle writes."""
+
+_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets")
+"""The other tables of an outbox."""
+
+_THERE = """
+    SELECT true FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = %s AND c.relname = 'entity_changes'
+"""
+_ELSEWHERE = """
+    SELECT n.nspname::text
+      FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.relname = 'entity_changes' AND c.relkind IN ('r', 'p') AND n.nspname <> %s
+       AND EXISTS (SELECT FROM pg_catalog.pg_class l WHERE l.relnamespace = n.oid AND l.relname = 'cdc_migrations')
+     ORDER BY 1
+"""
+# The tables of the outbox, and whether their row level security goes for this role, or for it and the capture function.
+_ROW_SECURITY = """
+    SELECT current_user::text AS role,
+           coalesce(array_agg(format('%%I.%%I', n.nspname, c.relname) ORDER BY c.relname)
+             FILTER (WHERE c.relrowsecurity), '{}') AS tables,
+           coalesce(array_agg(format('%%I.%%I', n.nspname, c.relname) ORDER BY c.relname)
+             FILTER (WHERE row_security_active(c.oid)), '{}') AS active
+      FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = %(schema)s AND c.relname = ANY (%(relations)s::name[]) AND c.relkind IN ('r', 'p')
+"""
+# Whoever was granted one of the columns that hold the application's data, but the owner. A consumer and an operator may
+# also mark a change, which no default privilege gives; who only looks has the history, and no right on the rest.
+_READERS = """
+    WITH outbox AS (
+      SELECT c.oid, c.relowner, c.relacl, n.oid AS namespace, n.nspname,
+             format('%%I.%%I', n.nspname, c.relname) AS name
+        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+       WHERE n.nspname = %(schema)s AND c.relname = 'entity_changes'
+    ), granted AS (
+      SELECT a.grantee FROM outbox CROSS JOIN LATERAL pg_catalog.aclexplode(outbox.relacl) a
+       WHERE a.privilege_type = 'SELECT' AND a.grantee <> outbox.relowner
+      UNION
+      SELECT a.grantee FROM outbox
+        JOIN pg_catalog.pg_attribute c ON c.attrelid = outbox.oid AND c.attname = ANY (%(payload)s::name[])
+       CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) a
+       WHERE a.privilege_type = 'SELECT' AND a.grantee <> outbox.relowner
+    )
+    SELECT outbox.name, outbox.relowner::regrole::text AS owner,
+           CASE WHEN g.grantee = 0::oid THEN 'PUBLIC' ELSE r.rolname::text END AS role,
+           g.grantee <> 0::oid AND (
+             EXISTS (SELECT FROM pg_catalog.pg_attribute c CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) a
+                      WHERE c.attrelid = outbox.oid AND c.attname = 'processed' AND a.grantee = g.grantee
+                        AND a.privilege_type = 'UPDATE')
+             OR NOT EXISTS (SELECT FROM pg_catalog.pg_class c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) a
+                             WHERE c.relnamespace = outbox.namespace AND a.grantee = g.grantee
+                               AND c.relname = ANY (%(internal)s::name[]))
+             AND EXISTS (SELECT FROM pg_catalog.pg_class c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) a
+                          WHERE c.relnamespace = outbox.namespace AND c.relname = 'recent_action_history'
+                            AND a.grantee = g.grantee AND a.privilege_type = 'SELECT')
+           ) AS intended,
+           ARRAY(SELECT format('ALTER DEFAULT PRIVILEGES FOR ROLE %%I %%sREVOKE ALL ON TABLES FROM %%s;',
+                          pg_catalog.pg_get_userbyid(d.defaclrole),
+                          CASE WHEN d.defaclnamespace <> 0::oid THEN format('IN SCHEMA %%I ', outbox.nspname) END,
+                          CASE WHEN g.grantee = 0::oid THEN 'PUBLIC' ELSE pg_catalog.quote_ident(r.rolname) END)
+                   FROM pg_catalog.pg_default_acl d
+                  WHERE d.defaclobjtype = 'r' AND d.defaclrole = outbox.relowner
+                    AND d.defaclnamespace IN (0::oid, outbox.namespace)
+                    AND EXISTS (SELECT FROM pg_catalog.aclexplode(d.defaclacl) a WHERE a.grantee = g.grantee)
+           ) AS by_default
+      FROM outbox LEFT JOIN granted g ON true LEFT JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
+     ORDER BY role
+"""
+# The server has one for text and one for bytea. Their owner is whoever made the cluster.
+_SENDERS = """
+    WITH message AS (
+      SELECT p.oid, p.proowner, coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner)) AS acl,
+             format('pg_catalog.%I(%s)', p.proname, pg_catalog.oidvectortypes(p.proargtypes)) AS name
+        FROM pg_catalog.pg_proc p
+       WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proname = 'pg_logical_emit_message'
+    ), granted AS (
+      SELECT m.name, a.grantee FROM message m CROSS JOIN LATERAL pg_catalog.aclexplode(m.acl) a
+       WHERE a.privilege_type = 'EXECUTE' AND a.grantee <> m.proowner
+    ), owner AS (
+      SELECT DISTINCT p.proowner AS oid FROM pg_catalog.pg_proc p
+       WHERE p.proname IN ('capture_entity_change', 'publish_change')
+         AND EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relnamespace = p.pronamespace
+                        AND c.relname = 'entity_changes')
+    )
+    SELECT ARRAY(SELECT name FROM granted WHERE grantee = 0::oid ORDER BY name) AS open_to_all,
+           ARRAY(SELECT pg_catalog.pg_get_userbyid(oid)::text FROM owner ORDER BY 1) AS owners,
+           ARRAY(SELECT DISTINCT r.rolname::text FROM granted g JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
+                  WHERE NOT r.rolsuper AND g.grantee NOT IN (SELECT oid FROM owner) ORDER BY 1) AS others
+"""
+_RIGHTS = """
+    SELECT current_user::text AS role,
+           has_schema_privilege(n.oid, 'USAGE') AS usage,
+           has_table_privilege(c.oid, 'SELECT') AS "select",
+           has_table_privilege(c.oid, 'DELETE') AS "delete",
+           ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
+                  WHERE a.attrelid = c.oid AND a.attname = ANY (%(marked)s)
+                    AND NOT has_column_privilege(c.oid, a.attnum, 'UPDATE')
+                  ORDER BY a.attnum) AS unmarked,
+           (SELECT bool_and(has_table_privilege(s.oid, p)) FROM pg_catalog.pg_class s, unnest(%(owning)s::text[]) p
+             WHERE s.relnamespace = n.oid AND s.relname = 'cdc_shards') AS owning
+      FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = %(schema)s AND c.relname = 'entity_changes'
+"""
+_OWNING = ("SELECT", "INSERT", "UPDATE", "DELETE")
+"""What a consumer does with cdc_shards."""
+_SILENT_S = 10.0
+"""A consumer that owns shards looks at them every second."""
+_HOLDERS = f"""
+    SELECT l.pid, concat(a.application_name, ', role ', a.usename) AS name,
+           (count(*) FILTER (WHERE l.objid < %(shards)s))::int AS shards,
+           bool_or(l.objid = %(shards)s) AS member,
+           {MAY_MARK.format(locks="l")} AS may_mark,
+           extract(epoch FROM clock_timestamp() - a.state_change)::float8 AS silent_s
+      FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+     WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+       AND l.classid = (%(class)s::bigint & 4294967295)::oid
+       AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+       AND l.objid <= %(shards)s
+     GROUP BY l.pid, a.application_name, a.usename, a.state_change ORDER BY l.pid
+"""  # noqa: S608 - of pieces of our own
+_TABLE = """
+    SELECT format('%%I.%%I', n.nspname, c.relname) AS name,
+           current_setting('autovacuum')::bool AND current_setting('track_counts')::bool AS autovacuum,
+           coalesce((SELECT NOT o.option_value::bool FROM pg_catalog.pg_options_to_table(c.reloptions) o
+                      WHERE o.option_name = 'autovacuum_enabled'), false) AS excluded,
+           EXISTS (SELECT FROM pg_catalog.pg_options_to_table(c.reloptions) o
+                    WHERE o.option_name = 'autovacuum_vacuum_scale_factor') AS tuned,
+           coalesce(pg_stat_get_live_tuples(c.oid), 0) AS live,
+           coalesce(pg_stat_get_dead_tuples(c.oid), 0) AS dead
+      FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = %s AND c.relname = 'entity_changes'
+"""
+
+
+def installed(connection: psycopg.Connection, name: str) -> Installed:
+    exists = bool(column(connection, _THERE, [name]))
+    pending = _pending(connection, name) if exists else []
+    found = migrations.verify(connection, name) if exists and not pending else []
+    # The table may have been given away, which a statement by hand takes back before the script runs.
+    owner = migrations.owner(connection, name) if exists else None
+    complete = exists and not pending and all(each.by_hand for each in found)
+    return Installed(
+        schema=name,
+        exists=exists,
+        pending=tuple(map(str, pending)),
+        differences=tuple(map(str, found)),
+        elsewhere=column(connection, _ELSEWHERE, [name]),
+        script="" if complete else migrations.print_sql(name, pending or None, owner=owner),
+        by_hand=tuple(dict.fromkeys(each.by_hand for each in found if each.by_hand)),
+        owner=owner or "",
+    )
+
+
+def _pending(connection: psycopg.Connection, name: str) -> list[migrations.Migration]:
+    try:
+        return migrations.pending(connection, name)
+    except errors.InsufficientPrivilege:
+        return []  # what is missing shows in the objects as well
+
+
+def capture(connection: psycopg.Connection, name: str) -> CaptureFunction:
+    found = capture_triggers.capture_function(connection, name)
+    return CaptureFunction(
+        name=found.name,
+        owner=found.owner,
+        owner_is_superuser=found.owner_is_superuser,
+        owns_outbox=found.owns_outbox,
+        others=found.others,
+        security_definer=found.security_definer,
+        settings=found.settings,
+        public_may_call=found.public_may_call,
+        lacks=found.lacks,
+        grants=capture_triggers.grants(found, name),
+        outbox_owner=migrations.owner(connection, name) or "",
+    )
+
+
+def captured(connection: psycopg.Connection, name: str) -> Captured:
+    function = capture_triggers.capture_function(connection, name)
+    triggers = capture_triggers.triggers(connection, function, name)
+    tables = capture_triggers.tables(connection, function.oid, name, [each.oid for each in triggers])
+    said = [remark for each in triggers for remark in remarks.faults(each)]
+    said += [remark for each in triggers if each.oid in tables for remark in remarks.cautions(tables[each.oid], each)]
+    said += [*remarks.doubled(triggers), *remarks.shared(triggers)]
+    said += remarks.handled(triggers, capture_triggers.sayings(connection))
+    return Captured(triggers=tuple(triggers), remarks=tuple(said))
+
+
+def row_security(connection: psycopg.Connection, name: str) -> RowSecurity:
+    relations = ["entity_changes", *_INTERNAL]
+    row = one(connection, _ROW_SECURITY, {"schema": name, "relations": relations}, what="entity_changes")
+    return RowSecurity(role=row["role"], tables=tuple(row["tables"]), active=tuple(row["active"]))
+
+
+def readers(connection: psycopg.Connection, name: str) -> Readers:
+    parameters = {"schema": name, "payload": list(PAYLOAD), "internal": list(_INTERNAL)}
+    with connection.cursor(row_factory=dict_row) as cursor:
+        rows = cursor.execute(_READERS.encode(), parameters).fetchall()
+    if not rows:
+        raise NotFoundError("there is no entity_changes")
+    return Readers(
+        table=rows[0]["name"],
+        owner=rows[0]["owner"],
+        readers=tuple(
+            Reader(role=row["role"], by_default=tuple(row["by_default"]), intended=row["intended"])
+            for row in rows
+            if row["role"] is not None
+        ),
+    )
+
+
+def senders(connection: psycopg.Connection) -> Senders:
+    return Senders(**{name: tuple(found) for name, found in one(connection, _SENDERS).items()})
+
+
+def numbering(connection: psycopg.Connection, name: str) -> Numbering:
+    found = sequence.look(connection, name)
+    [role] = column(connection, "SELECT current_user::text")
+    table = sql.Identifier(name, "entity_changes").as_string()
+    return Numbering(role=role, table=table, sequence=found.sequence, last=found.last, highest=found.highest)
+
+
+def rights(connection: psycopg.Connection, subject: Subject) -> Rights:
+    parameters = {"schema": subject.schema, "marked": list(_MARKED), "owning": list(_OWNING)}
+    row = one(connection, _RIGHTS, parameters, what="entity_changes")
+    return Rights(role=row["role"], schema=subject.schema, grants=_grants(row, subject))
+
+
+def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
+    role = sql.Identifier(row["role"])
+    table, shards = (sql.Identifier(subject.schema, name) for name in ("entity_changes", "cdc_shards"))
+    columns = sql.SQL(", ").join(map(sql.Identifier, row["unmarked"]))
+    needed = (
+        (not row["usage"], sql.SQL("USAGE ON SCHEMA {}").format(sql.Identifier(subject.schema))),
+        (not row["select"], sql.SQL("SELECT ON {}").format(table)),
+        (bool(row["unmarked"]), sql.SQL("UPDATE ({}) ON {}").format(columns, table)),
+        (subject.prunes and not row["delete"], sql.SQL("DELETE ON {}").format(table)),
+        (row["owning"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(_OWNING)), shards)),
+    )
+    grant = sql.SQL("GRANT {} TO {};")
+    return tuple(grant.format(right, role).as_string() for lacking, right in needed if lacking)
+
+
+def shard_holders(connection: psycopg.Connection, name: str) -> ShardHolders:
+    parameters = {"shards": SHARDS, "class": lock_class(name), "outbox": outbox_name(name)}
+    # What a session calls itself says nothing: a consumer is who is a member and may mark changes.
+    rows = [
+        (pid, named, shards, member and may_mark, silent_s)
+        for pid, named, shards, member, may_mark, silent_s in connection.execute(_HOLDERS, parameters).fetchall()
+    ]
+    return ShardHolders(
+        held=sum(shards for _, _, shards, _, _ in rows),
+        consumers=sum(consumer for _, _, _, consumer, _ in rows),
+        strangers=tuple((pid, named, shards) for pid, named, shards, consumer, _ in rows if not consumer),
+        silent=tuple(
+            (pid, shards, silent_s)
+            for pid, _, shards, consumer, silent_s in rows
+            if shards and consumer and (silent_s or 0) > _SILENT_S
+        ),
+    )
+
+
+def table(connection: psycopg.Connection, name: str) -> Table:
+    return Table(**one(connection, _TABLE, [name], what="entity_changes"))
+
+
+def backlog(connection: psycopg.Connection, name: str) -> Backlog:
+    figures = Store(name).figures(connection)
+    return Backlog(
+        fresh=figures.fresh,
+        waiting=figures.waiting,
+        dead=figures.dead,
+        oldest_ready_age_s=figures.oldest_ready_age_s,
+    )
+
+
+def unhandled(connection: psycopg.Connection, name: str, scope: TypeFilter) -> Unhandled:
+    read_anything(connection)
+    types = OutboxAdmin(name).stats(connection).types
+    found = [(each.entity_type, each.fresh) for each in types if each.fresh and not scope.has(each.entity_type)]
+    return Unhandled(tuple(sorted(found, key=lambda each: -each[1])))

@@ -1,0 +1,123 @@
+"""The state of things at a glance, from the database: what is not processed, who works, how fast, and the slot.
+
+Every read is bounded, and none shows what is in a row: the text of an error may quote it, so of an error only the
+class is taken. The rest is for ``cdc outbox show``, which somebody runs who may see rows.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from datetime import datetime
+from uuid import UUID
+
+import psycopg
+
+from cdc.core.model import ChangeState
+from cdc.postgres.admin import Entry, OutboxAdmin, Pace, Stats, Wanted
+from cdc.postgres.loaders import read_anything
+from cdc.postgres.shard_locks import Member, members, observers
+from cdc.replication import slots
+from cdc.replication.slot_health import Slot
+
+_SHOWN = 10
+"""Dead letters, and as many of those that wait."""
+_PER_SHARD = 200
+_SCAN = 10_000
+"""With half a million changes that are not processed: a quarter of a second, of 5 s with the bounds of Letters."""
+_LIMIT_S = 5
+_TYPES_MAX = 500
+"""Of the types with something that is not processed, those with the most; the page shows a fraction of them."""
+_NAME_MAX = 200
+"""Characters of a type: nothing else bounds it, and what is here is kept in memory and sent to whoever asks."""
+
+# Names out of programs, not out of rows: a class by the ending that classes of errors have, and the model of a misfit.
+_ERROR_CLASS = re.compile(
+    r"(?P<misfit>does not fit [A-Za-z_]\w{0,60})(?=:)"
+    r"|(?P<limit>took longer than [\d.e+]{1,9} s)\Z"
+    r"|(?P<crash>the consumer's process ended)\b"
+    r"|(?P<answer>(?:rejected: )?answered \d{3})\b"
+    r"|(?P<broken>the connection broke)\b"
+    r"|(?P<rejected>rejected)(?=:)"
+    r"|(?P<error>(?:[A-Za-z_]\w{0,60})?(?:Error|Exception|Exit|Failure|Invalid|NotFound|Timeout|Warning))(?=:|\Z)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A change that waits or is dead. ``at``: when it is tried again, or when it died. ``error`` as ``error_class``."""
+
+    seq: int
+    id: UUID
+    state: ChangeState
+    entity_type: str
+    attempts: int
+    at: datetime | None
+    pauses_key: bool
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outbox:
+    """``letters``: the dead ones that died last, then the waiting ones that are due next."""
+
+    stats: Stats
+    letters: list[Letter]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """``slot`` is None where there is none of that name."""
+
+    seen_at: datetime
+    database: str
+    outbox: Outbox
+    pace: Pace
+    members: list[Member]
+    observers: list[Member]
+    slot: Slot | None
+
+
+def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
+    """Everything, for somebody who asks."""
+    read_anything(connection)
+    letters = OutboxAdmin(schema)
+    row = connection.execute("SELECT clock_timestamp(), current_database()").fetchone()
+    assert row is not None
+    return Status(
+        seen_at=row[0],
+        database=row[1],
+        outbox=glance(connection, letters),
+        pace=letters.pace(connection),
+        members=members(connection, schema),
+        observers=observers(connection, schema),
+        slot=slots.snapshot(connection, slot),
+    )
+
+
+def glance(connection: psycopg.Connection, letters: OutboxAdmin) -> Outbox:
+    """What may be asked every few seconds: counts end sooner than those of ``cdc outbox stats``."""
+    stats = letters.stats(connection, per_shard=_PER_SHARD, scan=_SCAN, limit_s=_LIMIT_S)
+    found = [letters.find(connection, state, Wanted(), _SHOWN) for state in ("dead", "waiting")]
+    most = sorted(stats.types, key=lambda each: each.fresh + each.waiting + each.dead, reverse=True)[:_TYPES_MAX]
+    stats = replace(stats, types=sorted(most, key=lambda each: each.entity_type))
+    return Outbox(stats, [_letter(entry) for each in found for entry in each.entries])
+
+
+def _letter(entry: Entry) -> Letter:
+    return Letter(
+        seq=entry.seq,
+        id=entry.id,
+        state=entry.state,
+        entity_type=entry.entity_type[:_NAME_MAX],
+        attempts=entry.error_count,
+        at=entry.dead_at or entry.next_attempt_at,
+        pauses_key=entry.pauses_key,
+        error=error_class(entry.last_error),
+    )
+
+
+def error_class(last_error: str | None) -> str | None:
+    """``ValueError`` of ``ValueError: no such user Ada``; None where the text begins with no name of an error."""
+    found = _ERROR_CLASS.match(last_error or "")
+    return found[0] if found else None

@@ -1,0 +1,117 @@
+"""Keeps to a consumer's fair share of the shards: what is free is taken, what is too much is given away.
+
+What stands in the way of a look costs nothing but time: the locks are held by the session all the same, so what runs
+goes on, and the next look goes on where this one was. Anything else ends the session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+import psycopg
+
+from cdc.core.delay import Delay
+from cdc.core.model import SHARDS
+from cdc.core.read_planner import ReadPlanner
+from cdc.core.rebalance import Without, balance
+from cdc.core.scheduler import KeyScheduler
+from cdc.core.sqlstate import passes
+from cdc.engine.crash_guard import CrashGuard
+from cdc.observability.metrics import Metrics
+from cdc.postgres.shard_locks import Session, without
+
+log = logging.getLogger("cdc.consumer")
+
+
+class Balancing:
+    """``taken`` is called when there are new ones. Times are those of the event loop's clock."""
+
+    def __init__(
+        self,
+        scheduler: KeyScheduler,
+        planner: ReadPlanner,
+        crash_guard: CrashGuard,
+        metrics: Metrics,
+        *,
+        taken: Callable[[], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._planner = planner
+        self._crash_guard = crash_guard
+        self._metrics = metrics
+        self._taken = taken
+        self._without = Without()
+        self._delay = Delay()
+        self._leaving: set[int] = set()
+        """Nothing of these is in flight, and they are to be given away."""
+        self.owned: set[int] = set()
+
+    async def look(self, session: Session, now: float) -> bool:
+        """Ask the server, take and give. False: something was in the way, and the next look does the rest."""
+        with self._patience(session, now):
+            await self._balance(session, now)
+            return True
+        return False
+
+    async def ask(self, session: Session, now: float) -> None:
+        """Make sure that the session is still there. Raises when it is not."""
+        with self._patience(session, now):
+            await session.look()
+
+    def lose(self) -> set[int]:
+        """The session is lost, and its locks. Returns what they were for."""
+        lost = self.owned
+        self._leaving.clear()
+        self._own(set())
+        return lost
+
+    async def _balance(self, session: Session, now: float) -> None:
+        before = len(self.owned)
+        members, free = await session.look()
+        self._metrics.members.set(members)
+        move = balance(members, self.owned, free)
+        if (move.take or session.unsigned) and (taken := await session.take(move.take)).shards:
+            self._crash_guard.took(taken)
+            self._scheduler.own(taken.shards, taken.kept)
+            self._planner.own(taken.shards)
+            self._own(self.owned.union(taken.shards))
+            self._metrics.shard_moves.labels("acquired").inc(len(taken.shards))
+            self._taken()
+        self._crash_guard.looked()
+        if parked := self._scheduler.marks.parked:
+            self._scheduler.disown(await session.others(parked))
+        self._scheduler.release(move.give)
+        self._planner.disown(move.give)
+        self._leaving |= self._scheduler.released()
+        if self._leaving:
+            await self._crash_guard.forget(self._leaving)
+            await session.give(self._leaving)
+            self._own(self.owned - self._leaving)
+            self._metrics.shard_moves.labels("released").inc(len(self._leaving))
+            self._leaving.clear()
+        if len(self.owned) != before:
+            log.info("owns %d of %d shards; consumers: %d", len(self.owned), SHARDS, members)
+        if self._without.due(len(self.owned), members, now):
+            log.warning("%s", without(await session.holders()))
+
+    @contextlib.contextmanager
+    def _patience(self, session: Session, now: float) -> Iterator[None]:
+        try:
+            yield
+        except psycopg.Error as error:
+            if session.connection.closed or not passes(error.sqlstate):
+                raise
+            if self._delay.failed(now):
+                log.warning(
+                    "the look at the shards is delayed: %s [%s]; it is tried again, and what runs goes on",
+                    error.diag.message_primary, error.sqlstate,
+                )  # fmt: skip
+        else:
+            if (delayed_s := self._delay.done(now)) is not None:
+                log.info("the shards are looked at again, after %.1f s", delayed_s)
+
+    def _own(self, shards: set[int]) -> None:
+        self.owned = shards
+        self._metrics.shards_owned.set(len(shards))

@@ -1,0 +1,166 @@
+"""Calls of code that is not ours: each in a context of its own, and whatever it raises is an Exception to us.
+
+A ContextVar that a handler sets is seen by no other call, although many share a task, a thread or a transaction; nor
+is how it lets decimals be rounded.
+
+What is no Exception (SystemExit, GeneratorExit, a class of the handler's own) would end the task or the thread that
+waits, instead of telling it, and its change would have no outcome. It arrives as an EscapedError. A CancelledError
+passes: who waits knows whether this program has cancelled its task (``cancelling``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from contextvars import Context, copy_context
+from decimal import getcontext, setcontext
+from types import CoroutineType
+from typing import Any, Generic, TypeVar, cast
+
+from cdc.core.errors import Failed
+from cdc.core.model import Change
+from cdc.core.router import Handler
+from cdc.runtime.cancelling import disregard, is_being_cancelled
+
+_T = TypeVar("_T")
+
+
+class EscapedError(Exception):
+    """``error`` was raised, which is no Exception, or none that may be raised anew where a call is waited for."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(type(error).__name__)
+        self.error = error
+
+
+class CutOffError(asyncio.CancelledError):
+    """This program has ended the task while the call was under way."""
+
+
+class StartedCall(Generic[_T]):
+    """Awaiting it goes on with a coroutine that has been sent up to its first wait, in the same task.
+
+    ``started`` on the monotonic clock. ``error``: it has failed there, and does so to whoever awaits it. ``context``:
+    where the coroutine runs; None: where it is awaited.
+    """
+
+    def __init__(
+        self,
+        coroutine: Coroutine[Any, Any, _T] | None,
+        waits_for: Any,
+        started: float,
+        error: BaseException | None = None,
+        context: Context | None = None,
+    ) -> None:
+        self._coroutine = coroutine
+        self._waits_for = waits_for
+        self.started = started
+        self._error = error
+        self._run: Callable[..., Any] = context.run if context else _run_here
+
+    def __await__(self) -> Generator[Any, Any, _T]:
+        if self._error is not None:
+            raise as_exception(self._error)
+        coroutine, run, waits_for = self._coroutine, self._run, self._waits_for
+        assert coroutine is not None
+        while True:
+            thrown = sent = None
+            try:
+                sent = yield waits_for
+            except GeneratorExit:  # whoever awaits is thrown away
+                run(coroutine.close)
+                raise
+            except BaseException as error:  # noqa: BLE001 - a cancellation above all: it is the coroutine's to handle
+                thrown = error
+            try:
+                waits_for = run(coroutine.throw, thrown) if thrown else run(coroutine.send, sent)
+            except StopIteration as returned:
+                return cast("_T", returned.value)
+            except BaseException as error:
+                told = as_exception(error)
+                if told is error:
+                    raise
+                raise told from error
+
+
+def own_context() -> Context:
+    """A copy of the current one; of decimal's settings, too, which a copy would share: one object that calls change."""
+    context = copy_context()
+    context.run(setcontext, getcontext().copy())
+    return context
+
+
+def begin(started: float, function: Callable[..., Awaitable[object]], *arguments: Any) -> StartedCall[object] | None:
+    """Call it, up to its first wait. None: it has returned."""
+    context = own_context()
+    try:
+        call: Any = context.run(function, *arguments)
+    except BaseException as error:  # noqa: BLE001 - raised where the call is awaited
+        return StartedCall(None, None, started, error)
+    if type(call) is not CoroutineType:
+        call = _awaited(call)
+    try:
+        return StartedCall(call, context.run(call.send, None), started, context=context)
+    except StopIteration:
+        return None
+    except BaseException as error:  # noqa: BLE001 - raised where the call is awaited
+        return StartedCall(call, None, started, error)
+
+
+async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any) -> None:
+    """Call it, and wait until it has returned."""
+    try:
+        if begun := begin(0.0, function, *arguments):
+            await begun
+    finally:
+        await disregard()
+
+
+def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
+    """Call what does not wait, in this thread."""
+    try:
+        return own_context().run(function, *arguments)
+    except BaseException as error:
+        told = as_exception(error)
+        if told is error:
+            raise
+        raise told from error
+
+
+async def call_handler(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
+    """Call an async handler. Returns what single changes of a batch failed with, by seq. Raises CutOffError."""
+    try:
+        await call_async(handler.call, given, *connection)
+    except Failed as failed:
+        return failed.errors
+    except asyncio.CancelledError as error:
+        if is_being_cancelled():
+            raise CutOffError from error
+        raise
+    return {}
+
+
+def call_handler_here(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
+    """The same for one that is not async."""
+    try:
+        call_here(handler.call, given, *connection)
+    except Failed as failed:
+        return failed.errors
+    return {}
+
+
+def as_exception(error: BaseException) -> BaseException:
+    """What may be raised in its place: itself, if that tells those who wait and does nothing else to them."""
+    try:
+        passes = isinstance(error, Exception | asyncio.CancelledError) and not isinstance(error, StopIteration)
+    except BaseException:  # noqa: BLE001 - its class may be a property, and raise
+        passes = False
+    return error if passes else EscapedError(error)
+
+
+async def _awaited(result: Awaitable[object]) -> object:
+    return await result
+
+
+def _run_here(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)

@@ -1,0 +1,100 @@
+"""The circuit breakers of all handlers: told of, counted, and looked at when their time has come. See ``breaker``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from cdc.core.circuit_breaker import Breaker, State
+from cdc.core.model import Key
+from cdc.observability.metrics import Metrics
+
+log = logging.getLogger("cdc.handlers")
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+class Breakers:
+    """For the event loop; ``resting`` from any thread. ``handlers``: their names.
+
+    ``moved`` is called when one has opened, lets a call through, or has closed.
+    """
+
+    def __init__(self, handlers: Iterable[str], metrics: Metrics, *, clock: Callable[[], float] = _loop_time) -> None:
+        self.of: Mapping[str, Breaker] = {name: Breaker() for name in handlers}
+        self._metrics = metrics
+        self._clock = clock
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._troubled: set[str] = set()
+        self.troubled: Collection[str] = self._troubled
+        """Handlers of which a success would be news. Mostly none: all that a call that succeeds asks for is that."""
+        self.moved: Callable[[], None] = lambda: None
+
+    def resting(self) -> list[tuple[str, str]]:
+        """The handlers that rest, and why. From any thread."""
+        return [(name, breaker.why) for name, breaker in self.of.items() if breaker.shut]
+
+    def rests(self, handler: str) -> bool:
+        """Whether no call of it may begin now."""
+        return self.of[handler].state is State.OPEN
+
+    def unavailable(self, handler: str, key: Key, why: str, *, certain: bool, after_s: float) -> bool:
+        """A call has found away what it needs. Returns whether its handler rests. ``why``: nothing of the row."""
+        breaker = self.of[handler]
+        opened = breaker.unavailable(key, why, self._clock(), certain=certain, after_s=after_s)
+        self._troubled.add(handler)
+        if opened:
+            log.warning(
+                "handler %s rests: %s; its changes wait as they are, no attempt is counted, and one call at a time"
+                " finds out whether that is over",
+                handler, why, extra={"event": "breaker", "handler": handler, "state": State.OPEN.value},
+            )  # fmt: skip
+        self._shut_again(handler)
+        if opened:
+            self.moved()
+        return breaker.shut
+
+    def failed(self, handler: str) -> None:
+        """A call has failed in another way."""
+        if handler in self._troubled:
+            self.of[handler].failed(self._clock())
+            self._shut_again(handler)
+
+    def succeeded(self, handler: str) -> None:
+        """A call has been answered."""
+        if handler not in self._troubled:
+            return
+        breaker, now = self.of[handler], self._clock()
+        closed = breaker.succeeded(now)
+        if not breaker.troubled:
+            self._troubled.discard(handler)
+        if closed:
+            self._metrics.set_breaker(handler, breaker.state)
+            log.info(
+                "handler %s works again, after %.1f s", handler, now - breaker.since,
+                extra={"event": "breaker", "handler": handler, "state": breaker.state.value},
+            )  # fmt: skip
+            self.moved()
+
+    def _shut_again(self, handler: str) -> None:
+        """It may have opened: look again when its pause is over."""
+        breaker = self.of[handler]
+        if breaker.state is not State.OPEN:
+            return
+        self._metrics.set_breaker(handler, breaker.state)
+        if timer := self._timers.pop(handler, None):
+            timer.cancel()
+        wait_s = breaker.wait_s(self._clock())
+        self._timers[handler] = asyncio.get_running_loop().call_later(wait_s, self._look, handler)
+
+    def _look(self, handler: str) -> None:
+        del self._timers[handler]
+        breaker = self.of[handler]
+        if breaker.look(self._clock()):
+            self._metrics.set_breaker(handler, breaker.state)
+            self.moved()
+        else:
+            self._shut_again(handler)  # the timer was a little early

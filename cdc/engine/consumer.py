@@ -1,0 +1,479 @@
+"""The consumer's loops: wake-ups -> intake -> reads -> lanes -> handlers -> settle.
+
+    read loop      reads what ``ReadPlanner`` and ``KeyScheduler`` ask for on the reader's connection, for the scheduler
+    workers        run the handlers of what the lanes let start
+    settle loop    writes what finished, in batches, on the session that holds the shard locks
+    shard loop     looks after membership and fair share on the same session
+
+All of it runs on one event loop, so that the pure parts need no locks; other threads reach it through
+``call_soon_threadsafe`` alone. A lost connection ends the *term*: the lanes are reset, handlers that can be cut off
+are, and a new term begins with new connections and a sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence, Set
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+
+import psycopg
+
+from cdc.core import failpoints
+from cdc.core.errors import CdcError, SchemaError
+from cdc.core.handler_limits import HandlerLimits
+from cdc.core.model import SHARDS, Change, Committed, Processed, Waiting, WakeUp
+from cdc.core.read_planner import ReadPlanner
+from cdc.core.read_reconciler import Settlement
+from cdc.core.scheduler import KeyScheduler
+from cdc.core.type_filter import EVERYTHING, TypeFilter
+from cdc.engine.balancing import Balancing
+from cdc.engine.crash_guard import CrashGuard
+from cdc.engine.dispatcher import Dispatcher, OtherTasks
+from cdc.engine.executor import Executor
+from cdc.engine.hooks import Hooks, where
+from cdc.engine.reader import Reader
+from cdc.engine.settler import Settler
+from cdc.observability.metrics import Metrics
+from cdc.postgres.connect import STANDBY, Dsn, connect_async
+from cdc.postgres.loaders import leave_unread
+from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.shard_locks import Session
+from cdc.runtime.deadline import deadline, unless
+
+log = logging.getLogger("cdc.consumer")
+
+_SETTLE_MAX = 1_000
+_SETTLE_PAUSE_S, _SETTLE_REST, _SETTLE_PAUSE_MAX_S = 0.005, 4, 0.020
+"""From the beginning of a settle to that of the next: what ends meanwhile shares a statement and a flush. Four times as
+long as the settle took, up to a limit: where there is much to do, there are fewer of them. With 5 ms alone a settle was
+of 35 changes that ended in threads, with this it is of 160, and a quarter more of them end."""
+_SOON_S = 0.05
+_LOOK_AT_SHARDS_S = 1.0
+_RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
+_TURN_AT_LEAST_S = 5.0
+_READ_TIMEOUT = "60s"
+_READ_LOCK_TIMEOUT = "20s"
+"""Less, so that a read which waits for a lock is not taken for one that takes too long."""
+_READ_LIMIT_S = 65.0
+"""For an answer to the reader; longer than its statement_timeout."""
+_LAST_SETTLE_S = 3.0
+"""A commit may hang for as long as a synchronous standby is away; a stop may not."""
+_INTERRUPTIONS = (CdcError, psycopg.Error, OSError)  # TimeoutError is an OSError
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerSettings:
+    """Durations in seconds. ``window`` and ``concurrency`` count changes, ``transactions`` connections."""
+
+    dsn: Dsn
+    schema: str
+    concurrency: int
+    transactions: int
+    window: int
+    window_bytes: int
+    drain_time_s: float
+    sweep_interval_s: float
+    poll_interval_s: float
+    scope: TypeFilter = EVERYTHING
+
+
+class Consumer:
+    """One consumer. ``run`` returns when ``stop`` was called and what ran has been drained."""
+
+    def __init__(
+        self,
+        settings: ConsumerSettings,
+        *,
+        executor: Executor,
+        demand: HandlerLimits,
+        store: Store,
+        hooks: Hooks,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._hooks = hooks
+        self._metrics = metrics
+        scheduler = partial(KeyScheduler, settings.window, place_bytes=max(1, settings.window_bytes // settings.window))
+        self._scheduler = scheduler(ready_queues=demand.ready_queues, needs=demand.needs, sole=demand.sole_type)
+        self._planner = ReadPlanner(
+            sweep_interval_s=settings.poll_interval_s, room_for=self._scheduler.room_for, scope=settings.scope
+        )
+        self._reads = Reader(
+            self._scheduler, self._planner, store, metrics, owned=lambda: self._balancing.owned, pauses=demand.pauses,
+            sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
+        )  # fmt: skip
+        self._stopping = asyncio.Event()
+        self._read_due = asyncio.Event()
+        self._settle_due = asyncio.Event()
+        self._settle_again = asyncio.Event()
+        self.crash_guard = CrashGuard(store, settings.window)
+        self._dispatcher = Dispatcher(
+            self._scheduler, executor, settings.concurrency, connections=settings.transactions,
+            crash_guard=self.crash_guard, finished=self._finished, read_anew=self._read_anew,
+        )  # fmt: skip
+        executor.breakers.moved = self._dispatcher.breaker_moved
+        self._settling = Settler(self._scheduler, store, metrics, now=self._now)
+        self._balancing = Balancing(self._scheduler, self._planner, self.crash_guard, metrics, taken=self._read_anew)
+        self._drained = asyncio.Event()
+        # Written here, read by the health thread: times of the event loop's clock.
+        self.turned: dict[str, float] = {}
+        self.answered_at: float | None = None
+        self.in_service = False
+        self.connected = asyncio.Event()
+        """Set at the first connection and never unset: from then on trouble is waited out."""
+
+    # --- from outside, on the event loop ---------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Hand out nothing more, give what runs its drain time, settle, leave."""
+        self._stopping.set()
+
+    @property
+    def owned(self) -> Set[int]:
+        """The shards that are ours."""
+        return self._balancing.owned
+
+    @property
+    def shares(self) -> bool:
+        """Some shards are not ours."""
+        return len(self.owned) < SHARDS
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    @property
+    def held_up_s(self) -> float:
+        """For how long some outcome could not be written by now."""
+        return _since(self._settling.held_up_since)
+
+    @property
+    def unread_s(self) -> float:
+        """For how long no change could be read by now."""
+        return _since(self._reads.delayed_since)
+
+    def rang(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
+        """Wake-ups have come in from the slot. Returns those that are other consumers' business."""
+        return self._rung(wakeups, relayed=False)
+
+    def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
+        """The same from whoever streams, or did when it sent them."""
+        return self._rung(wakeups, relayed=True)
+
+    def _rung(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
+        ours, others = wakeups, list[WakeUp]()
+        if self.shares:
+            owned = self.owned
+            ours = [wakeup for wakeup in wakeups if wakeup.shard in owned]
+            others = [wakeup for wakeup in wakeups if wakeup.shard not in owned]
+        if dropped := self._planner.rung(ours, relayed=relayed):
+            self._metrics.wakeups_dropped.inc(dropped)
+        if ours:
+            self._read_due.set()
+        return others
+
+    def sweep_now(self) -> None:
+        """The table changed without a wake-up for each row: look at everything again."""
+        self._reads.restart()
+        self._read_due.set()
+
+    def captured(self) -> None:
+        """Changes were captured, and somebody says so who cannot tell which: look soon, but not for each of them."""
+        self._planner.sweep_by(self._now() + _SOON_S)
+        self._read_due.set()
+
+    def missed(self) -> None:
+        """Wake-ups were lost."""
+        self._planner.lost()
+        self._read_due.set()
+
+    def streaming(self, *, connected: bool) -> None:
+        """This process's stream has begun, and what rang before may be lost; or it has ended."""
+        interval_s = self._settings.sweep_interval_s if connected else self._settings.poll_interval_s
+        self._planner.interval(interval_s, self._now())
+        self._planner.streaming(connected=connected)
+        self._read_due.set()
+
+    def show_figures(self) -> None:
+        """Bring the gauges up to date."""
+        scheduler, metrics = self._scheduler, self._metrics
+        metrics.show_lanes(running=scheduler.running, queued=scheduler.queued, settling=scheduler.settling)
+        metrics.wakeup_queue_length.set(self._planner.queue_length)
+        metrics.lanes_limited_types.set(len(self._planner.apart))
+
+    # --- terms -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work until stopped. Raises the error when the very first connection is refused."""
+        pause_s = _RECONNECT_MIN_S
+        while not self.stopping:
+            began = self._now()
+            error = await self._term_failure()
+            if error and not self.connected.is_set() and not self.stopping:
+                raise error
+            if error and not self.stopping:
+                log.warning("interrupted: %s; trying again", _sentence(error))
+                self._metrics.interruptions.labels(_kind(error)).inc()
+                pause_s = _RECONNECT_MIN_S if self._now() - began > _RECONNECT_MAX_S else pause_s * 2
+                await _wait(self._stopping, min(pause_s, _RECONNECT_MAX_S))
+        await self._hooks.drain(self._settings.drain_time_s)
+
+    async def _term_failure(self) -> Exception | None:
+        """Work one term. What ended it if that heals by itself or by an operator; anything else is raised: a bug."""
+        try:
+            await self._term()
+        except ExceptionGroup as group:
+            expected, bugs = group.split(_INTERRUPTIONS)
+            if bugs or not expected:
+                log.critical("stopped by a bug: %s", where(_first(bugs or group)))
+                raise
+            return _first(expected)
+        except _INTERRUPTIONS as error:
+            return error
+        return None
+
+    async def _term(self) -> None:
+        """Work with one set of connections until one of them fails or the consumer is stopped."""
+        async with contextlib.AsyncExitStack() as connections:
+            opened = await unless(self._stopping, connections.enter_async_context(self._connections()))
+            if opened is None:
+                return
+            session, reader = opened
+            try:
+                async with asyncio.TaskGroup() as loops:
+                    readers = [
+                        loops.create_task(self._shard_loop(session)),
+                        loops.create_task(self._intake_loop(session, reader)),
+                    ]
+                    settling = loops.create_task(self._settle_loop(session, reader))
+                    loops.create_task(self._drain_at_stop(session, readers, settling))
+            finally:
+                await self._settling.end()
+                await self._end_term()
+
+    @contextlib.asynccontextmanager
+    async def _connections(self) -> AsyncIterator[tuple[Session, psycopg.AsyncConnection]]:
+        dsn, schema = self._settings.dsn, self._settings.schema
+        session = await Session.open(dsn, schema, self._store.process, INDEXED)
+        self.crash_guard.begin(session)
+        try:
+            session_settings = {**INDEXED, "statement_timeout": _READ_TIMEOUT, "lock_timeout": _READ_LOCK_TIMEOUT}
+            reader = await connect_async(
+                dsn, application_name="cdc: reader", session=session_settings, answer_limit_s=_READ_LIMIT_S
+            )
+            leave_unread(reader)
+            async with reader:
+                self.connected.set()
+                await self._wait_for_schema(session, reader)
+                await self.crash_guard.forget()
+                self.in_service = True
+                yield session, reader
+        finally:
+            self.in_service = False
+            await session.close()
+
+    async def _wait_for_schema(self, session: Session, reader: psycopg.AsyncConnection) -> None:
+        """A sidecar starts before the application's migrations have run: wait, and say for what."""
+        told = ""
+        while not self.stopping:
+            self._turn("consumer")
+            await session.look()
+            self._answered()
+            try:
+                await self._store.check(reader)
+            except SchemaError as error:
+                if told != str(error):
+                    log.warning("waiting: %s", _sentence(error))
+                told = str(error)
+                await _wait(self._stopping, _LOOK_AT_SHARDS_S)
+            else:
+                return
+
+    async def _drain_at_stop(
+        self, session: Session, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]
+    ) -> None:
+        await self._stopping.wait()
+        await self._dispatcher.drain(self._settings.drain_time_s)
+        self._drained.set()
+        self._settle_due.set()
+        self._settle_again.set()
+        for loop in readers:
+            loop.cancel()
+        await asyncio.wait([settling], timeout=_LAST_SETTLE_S)
+        if settling.done():
+            await self._leave_in_peace(session)
+        else:
+            log.warning("what was done last could not be settled within %g s; it may run again", _LAST_SETTLE_S)
+            settling.cancel()
+
+    async def _leave_in_peace(self, session: Session) -> None:
+        """Whoever comes next need not ask what this process died of. Not said in time, it is asked in vain."""
+        with contextlib.suppress(psycopg.Error, OSError):
+            async with deadline(_LAST_SETTLE_S):
+                await self.crash_guard.forget()
+                await session.leave()
+
+    async def _end_term(self) -> None:
+        """The locks are gone, or about to be: forget what was queued and cut off what can be."""
+        lost = self._balancing.lose()
+        if lost and not self.stopping:
+            self._metrics.shard_moves.labels("lost").inc(len(lost))
+        self._scheduler.reset(keep=not self.stopping)
+        self._planner.disown(lost)
+        self._reads.due_within(0.0)
+        await self._dispatcher.session_lost()
+
+    # --- shards ----------------------------------------------------------------------------------------------------
+
+    async def _shard_loop(self, session: Session) -> None:
+        while not self.stopping:
+            self._turn("shards")
+            if await self._balancing.look(session, self._now()):
+                self._answered()
+            await _wait(self._stopping, _LOOK_AT_SHARDS_S)
+        while not self._drained.is_set():  # the server ends a session that says nothing
+            await self._balancing.ask(session, self._now())
+            await _wait(self._drained, _LOOK_AT_SHARDS_S)
+
+    def _read_anew(self) -> None:
+        """Changes were left without an outcome; one that is waiting and due is found by a look at those only."""
+        self._reads.due_within(0.0)
+        self._read_due.set()
+
+    # --- intake ----------------------------------------------------------------------------------------------------
+
+    async def _intake_loop(self, session: Session, reader: psycopg.AsyncConnection) -> None:
+        while not self.stopping:
+            self._turn("consumer")
+            self._read_due.clear()
+            while not self.stopping and await self._reads.once(reader, session):
+                self._turn("consumer")
+                self._answered()
+                if session.stirred and not self._scheduler.settling:
+                    # Whoever ends the session takes our shards: ask before handing out more.
+                    await self._balancing.ask(session, self._now())
+                failpoints.here("fetch.after_rows")
+                self._dispatcher.hand_out()
+                failpoints.here("fetch.after_hand_out")
+                if self._planner.idle:
+                    await OtherTasks()  # the handlers first: to find that there is nothing to read takes a while
+            self._dispatcher.hand_out()
+            await _due(self._read_due, min(self._reads.wait_s(), _TURN_AT_LEAST_S))
+
+    # --- settle ----------------------------------------------------------------------------------------------------
+
+    async def _settle_loop(self, session: Session, reader: psycopg.AsyncConnection) -> None:
+        while True:
+            self._turn("settle")
+            self._settle_due.clear()
+            while batch := self._settling.take(_SETTLE_MAX):
+                self._turn("settle")
+                began = self._now()
+                await self._settle(session, reader, batch)
+                took_s = self._now() - began
+                pause_s = max(_SETTLE_PAUSE_S, min(_SETTLE_REST * took_s, _SETTLE_PAUSE_MAX_S)) - took_s
+                if self._scheduler.marks.ready < self._scheduler.worth and pause_s > 0:
+                    self._settle_again.clear()
+                    await _due(self._settle_again, pause_s)
+            if self._drained.is_set() and not self._scheduler.settling:
+                return
+            await _due(self._settle_due, min(_TURN_AT_LEAST_S, self._settling.wait_s()))
+
+    async def _settle(self, session: Session, reader: psycopg.AsyncConnection, given: list[Settlement]) -> None:
+        written = await self._settling.write(session, reader, given)
+        self._answered()
+        if written is None:
+            return
+        batch, settled = written
+        self._scheduler.settled(batch)
+        self._settling.written()
+        self._dispatcher.settled()
+        if settled.missed:
+            self._metrics.settle_skipped.inc(settled.missed)
+            self.sweep_now()  # somebody else had settled one: what the lanes take for waiting may be done
+        self._tell(batch, settled.at)
+        self._dispatcher.hand_out()
+        self._read_due.set()
+
+    def _finished(self, batch: Sequence[Settlement]) -> None:
+        committed = [(change, outcome.at) for change, outcome in batch if isinstance(outcome, Committed)]
+        for change, at in committed:
+            self._processed([change], at)
+            self._read_due.set()
+        if len(committed) < len(batch):
+            self._settle_due.set()
+
+    def _tell(self, batch: Sequence[Settlement], settled_at: datetime) -> None:
+        self._processed([change for change, outcome in batch if isinstance(outcome, Processed)], settled_at)
+        for change, outcome in batch:
+            if change.requeued:
+                self._reads.due_within(0.0)  # it may have held back another one that is due
+            if isinstance(outcome, Waiting):
+                self._reads.due_within(outcome.delay_s)
+
+    def _processed(self, changes: Sequence[Change], at: datetime) -> None:
+        took_s: dict[str, list[float]] = {}
+        for change in changes:
+            took_s.setdefault(change.entity_type, []).append((at - change.changed_at).total_seconds())
+        for entity_type, seconds in took_s.items():
+            self._metrics.took(entity_type, seconds)
+        self._hooks.processed(changes)
+
+    # --- small things ----------------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _turn(self, loop: str) -> None:
+        self.turned[loop] = self._now()
+
+    def _answered(self) -> None:
+        self.answered_at = self._now()
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Until the event is set or the time is up."""
+    with contextlib.suppress(TimeoutError):
+        async with deadline(seconds):
+            await event.wait()
+
+
+async def _due(event: asyncio.Event, seconds: float) -> None:
+    """Until the event is set; when the time is up, it is. Half of what a timeout costs, at each wake-up."""
+    timer = asyncio.get_running_loop().call_later(seconds, event.set)
+    try:
+        await event.wait()
+    finally:
+        timer.cancel()
+
+
+def _since(moment: float | None) -> float:
+    return 0.0 if moment is None else time.monotonic() - moment
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error
+
+
+def _sentence(error: Exception) -> str:
+    """What happened, without row content: a server's DETAIL may quote it, its primary message does not."""
+    if isinstance(error, CdcError):
+        return f"{error} ({error.hint})" if error.hint else str(error)
+    if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+        return f"{error.diag.message_primary} [{error.sqlstate}] ({STANDBY})"
+    if isinstance(error, psycopg.Error) and error.diag.message_primary:
+        return f"{error.diag.message_primary} [{error.sqlstate}]"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _kind(error: Exception) -> str:
+    """One of INTERRUPTIONS. What libpq says by itself has no SQLSTATE: it is about the connection."""
+    sqlstate = (error.sqlstate if isinstance(error, psycopg.Error) else None) or "08"
+    return "connection" if sqlstate[:2] == "08" or sqlstate[:3] == "57P" else "statement"

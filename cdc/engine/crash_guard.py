@@ -1,0 +1,192 @@
+"""What is done differently on the shards of a consumer that died, so that the change that killed it is found.
+
+Theory
+------
+A change that kills its process (``os._exit``, a crash in C code, memory that ran out) never reaches the error path, and
+would kill whoever takes over for ever. Nothing is written down in steady state that could convict it; what was running
+when a process died is not known afterwards. But it is known *that* it died: its row in ``cdc_shards`` is still there.
+So whoever takes over such a shard goes through what was there by then, a window of it, in two steps:
+
+    unsuspected   written down as ``started_by`` this process before its handler starts; many at once, in one statement
+    suspect       written down by a process that died: that start counts as a failed attempt, and the next one is made
+                  alone, when the outcome of the one before is settled, so that a process that dies again convicts one
+                  change and no other
+
+A poisonous change thus kills its process once unseen, once as one of many, and then as often as it has attempts; one
+that just ran beside it loses a single attempt. What is cut off by a stop loses none: a stop removes the marks.
+
+From the table, a process that lost its session looks like one that died. It lives, and takes its marks back as soon as
+it has a session again; whoever has its shards meanwhile gives it ``GRACE_S`` for that before a suspect is run or
+judged, and asks once more when the suspect's turn has come. Found by the ledger, on a machine with more to do than
+processors: sessions that were ended twice in a row cost a change two attempts of which it had made none.
+
+Nor may what has nothing to do with changes kill a process that has marks: a logical message can take all its memory,
+and would be paid for by whatever was marked. So the slot is not read while ``exposed``: from the start until the free
+shards have been taken, and then until nothing is marked or waits to be judged, but no longer than ``EXPOSED_MAX_S``.
+Without the slot changes are found by sweeping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Container, Iterable, Sequence
+from datetime import datetime
+
+import psycopg
+
+from cdc.core import failpoints
+from cdc.core.model import SHARDS, Change, Suspicion
+from cdc.engine.transactions import AskTheTableError
+from cdc.postgres.outbox import Store
+from cdc.postgres.shard_locks import Session, Taken
+
+log = logging.getLogger("cdc.consumer")
+
+GRACE_S = 5.0
+"""A consumer notices within a second that its session has ended, and is back after a pause that grows from 0.1 s."""
+
+EXPOSED_MAX_S = 60.0
+"""A handler may take for ever, and the stream does not wait for that."""
+_FIRST_LOOK_S = 10.0
+"""The database may be away; then there is no stream either."""
+_PAUSE_S = 2.0
+"""Between two marks: until a first sweep has found what there is, and until an outcome is written."""
+
+
+class CrashGuard:
+    """``window``: how many changes of a shard are started carefully; no more than that were in the dead one's hands."""
+
+    def __init__(self, store: Store, window: int) -> None:
+        self._store = store
+        self._window = window
+        self._session: Session | None = None
+        self._watched: dict[int, tuple[datetime, int]] = {}
+        """Of a shard: what was changed until then is started carefully, and so many more of it."""
+        self._doubted_until: dict[int, float] = {}
+        """Of a shard, on the monotonic clock: whoever had it before may still say that it lives."""
+        self._waiting: list[Change] = []
+        self._writing = asyncio.Lock()
+        self._marked: dict[int, Change] = {}
+        self._looked = False
+        self._exposed_until = self._exposed_at_most_until = time.monotonic() + _FIRST_LOOK_S
+
+    def begin(self, session: Session) -> None:
+        """From now on this session holds the shards; of what the one before held, nothing is watched any more."""
+        self._session = session
+        self._watched.clear()
+        self._doubted_until.clear()
+
+    def took(self, taken: Taken) -> None:
+        """Shards were taken over, of which some had an owner that died."""
+        if taken.orphaned:
+            log.warning(
+                "the consumer that owned %d of these shards ended without a word: what it may have been working on is"
+                " started carefully", len(taken.orphaned),
+            )  # fmt: skip
+        self._doubted_until.update(dict.fromkeys(taken.shards, time.monotonic() + GRACE_S))
+        for shard in taken.shards:
+            self._watched.pop(shard, None)
+        self._watched.update(dict.fromkeys(taken.orphaned, (taken.at, self._window)))
+
+        if taken.orphaned:
+            self._looked = True
+            self._exposed_at_most_until = time.monotonic() + EXPOSED_MAX_S
+            self._expose_for(_PAUSE_S)
+
+    def looked(self) -> None:
+        """The shards that were free have been taken, or there is no outbox yet."""
+        if not self._looked:
+            self._looked = True
+            self._exposed_until = 0.0
+
+    @property
+    def exposed(self) -> bool:
+        """Whether the end of this process might cost a change an attempt. From any thread."""
+        now = time.monotonic()
+        return now < self._exposed_at_most_until and (now < self._exposed_until or bool(self._marked))
+
+    def _expose_for(self, seconds: float) -> None:
+        self._exposed_until = max(self._exposed_until, time.monotonic() + seconds)
+
+    @property
+    def watches(self) -> bool:
+        """Whether there may be a change that ``starts`` is to be told of, besides those that crashed."""
+        return bool(self._watched)
+
+    def wants(self, change: Change) -> bool:
+        """Whether ``starts`` is to be told before the change's handler starts."""
+        if change.crashed:
+            return True
+        watched = self._watched.get(change.shard)
+        return watched is not None and change.changed_at <= watched[0]
+
+    def doubts(self, change: Change) -> bool:
+        """Whether the process that started this suspect may only have lost its session, and be about to say so."""
+        left_s = self._doubted_until.get(change.shard, 0.0) - time.monotonic()
+        if left_s > 0:
+            self._expose_for(left_s + _PAUSE_S)
+        return left_s > 0
+
+    async def suspects(self, change: Change) -> Suspicion:
+        """Ask the table whether the change is one still. NONE on a lost session, too: nothing is to start there."""
+        assert self._session is not None
+        try:
+            async with self._session.writing:
+                return await self._store.suspects(self._session.connection, change)
+        except psycopg.Error:
+            return Suspicion.NONE
+
+    async def starts(self, changes: Iterable[Change]) -> None:
+        """Write down that these start now. Raises AskTheTableError: one is somebody else's, or the session is lost."""
+        crash_guard = [change for change in changes if self.wants(change)]
+        if not crash_guard:
+            return
+        self._waiting += crash_guard
+        async with self._writing:  # whoever comes first writes for all who have come meanwhile
+            batch, self._waiting = self._waiting, []
+            if batch:
+                await self._write(batch)
+        if any(change.seq not in self._marked for change in crash_guard):
+            raise AskTheTableError("somebody else has the change")
+        for change in crash_guard:
+            self._count_down(change.shard)
+
+    def ended(self, changes: Iterable[Change]) -> None:
+        """Their handlers returned; what came of them is settled as ever."""
+        if self._marked:
+            self._expose_for(_PAUSE_S)  # the mark stands until the outcome is written
+            for change in changes:
+                self._marked.pop(change.seq, None)
+
+    async def forget(self, shards: Container[int] = range(SHARDS)) -> None:
+        """Of these shards, what ended without an outcome, or was cut off, is nobody's fault: this process lives.
+
+        To be said before a shard is given away, at a stop in peace, and after a session was lost.
+        """
+        cut_off = [change for change in self._marked.values() if change.shard in shards]
+        if cut_off and self._session:
+            async with self._session.writing:
+                await self._store.unstart(self._session.connection, cut_off)
+            self.ended(cut_off)
+
+    async def _write(self, batch: Sequence[Change]) -> None:
+        assert self._session is not None
+        self._expose_for(_PAUSE_S)
+        failpoints.here("careful.before_start")
+        try:
+            async with self._session.writing:
+                started = await self._store.start(self._session.connection, batch)
+        except psycopg.Error as error:
+            raise AskTheTableError("the session was lost before it could be started") from error
+        self._marked.update((change.seq, change) for change in batch if change.id in started)
+        failpoints.here("careful.after_start")
+
+    def _count_down(self, shard: int) -> None:
+        if watched := self._watched.get(shard):
+            until, left = watched
+            if left <= 1:
+                del self._watched[shard]
+            else:
+                self._watched[shard] = (until, left - 1)

@@ -1,0 +1,425 @@
+"""The tasks that run handlers: each takes one run of changes after the other from the lanes, until none is ready.
+
+A task for each change would cost more than many a handler; a fixed number of waiting tasks would have to be woken one
+by one. So a worker is started when something is ready and there is room, and ends when it finds nothing to do. Of a run
+it calls one change after the other for as long as the calls return without waiting; when one waits, it stays with that
+one, and others are started for the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+from cdc.core.lost_transactions import LOSSES_MAX, Losses
+from cdc.core.model import Change, Dead, Outcome
+from cdc.core.read_reconciler import Settlement
+from cdc.core.router import Handler
+from cdc.core.scheduler import KeyScheduler
+from cdc.engine.crash_guard import CrashGuard
+from cdc.engine.executor import Executor, PendingCall
+from cdc.engine.transactions import AskTheTableError
+from cdc.runtime.cancelling import cancel, disregard, is_being_cancelled
+from cdc.runtime.deadline import deadline
+
+log = logging.getLogger("cdc.consumer")
+
+_CHANGES_PER_TURN = 100
+"""Handlers that never wait would otherwise keep the event loop from everything else for a whole window."""
+
+_BATCH_BYTES = 4 << 20
+"""Of the documents of a batch, if it has more than one change: it is in memory several times over while it is sent."""
+_CUT_OFF_S = 5.0
+_ASK_AGAIN_S = 0.1
+"""Who has the change, or a server that is away, needs a moment; the key stays shut meanwhile."""
+
+
+class Dispatcher:
+    """At most ``concurrency`` of them; ``connections`` for transactional handlers.
+
+    ``finished`` is called after each outcome, ``read_anew`` when the lanes want a key to be read again.
+    """
+
+    def __init__(
+        self,
+        scheduler: KeyScheduler,
+        executor: Executor,
+        concurrency: int,
+        *,
+        connections: int,
+        crash_guard: CrashGuard,
+        finished: Callable[[Sequence[Settlement]], None],
+        read_anew: Callable[[], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._concurrency = concurrency
+        self._connections = connections
+        self._crash_guard = crash_guard
+        # Of each kind of handler as many as there are connections, so that a group is made when it can begin.
+        self._transactions = {is_async: asyncio.Semaphore(connections) for is_async in (True, False)}
+        self._finished = finished
+        self._read_anew = read_anew
+        self._started = deque[Change]()
+        """A run that the workers go through, one after the other calling what it can."""
+        self._tasks: dict[asyncio.Task[None], list[Change]] = {}
+        executor.tasks = self._tasks
+        self._unstarted = set[asyncio.Task[None]]()
+        """Those of the tasks that have not looked for a change yet: what is ready for them needs no others."""
+        self._aside: dict[asyncio.Task[None], Change | None] = {}
+        """Those of the tasks that are no workers: suspects, which run one at a time. None: it is its turn."""
+        self._doubted: dict[asyncio.Task[None], Change | None] = {}
+        """No workers either: suspects that may be none, which are read again instead of run."""
+        self._lost: dict[asyncio.Task[None], Change | None] = {}
+        """Nor these: what has lost its transaction. They pause first; of a lost connection they run one at a time."""
+        self._deaf = set[asyncio.Task[None]]()
+        """Those of the tasks that were cut off and go on; they are not waited for again."""
+        self._escapes = Losses()
+        """Attempts that ended, not by their call, and for which there is no outcome."""
+        self._alone = asyncio.Lock()
+        self._settled = asyncio.Event()
+        self._later: deque[Change] = deque()
+        """What may kill the process as well, and would be blamed on the suspect that happens to run."""
+        self._stopping = asyncio.Event()
+        self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
+        """Batches that wait for more, and how to tell them that they are full."""
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def hand_out(self) -> None:
+        """Start workers for what is ready."""
+        if self._stopping.is_set():
+            return
+        ready = (
+            self._scheduler.ready + len(self._started) + (0 if self._aside else len(self._later)) - len(self._unstarted)
+        )
+        if ready <= 0:
+            return
+        dispatcher = len(self._tasks) - len(self._aside) - len(self._doubted) - len(self._lost)
+        for _ in range(min(ready, self._concurrency - dispatcher)):
+            task = asyncio.create_task(self._work())
+            self._tasks[task] = []
+            self._unstarted.add(task)
+            task.add_done_callback(self._ended)
+
+    def breaker_moved(self) -> None:
+        """The breaker of a handler has opened, lets a call through, or has closed."""
+        handler = self._executor.handler(self._started[0]) if self._started else None
+        while handler and self._started and self._executor.breakers.rests(handler.name):
+            self._leave([self._started.popleft()])
+        self.hand_out()
+
+    def settled(self) -> None:
+        """Some of the outcomes are in the table."""
+        self._settled.set()
+
+    async def drain(self, seconds: float) -> None:
+        """Start nothing more; give what runs so much time, then cut it off."""
+        self._stopping.set()
+        self._put_back()
+        if not self._tasks:
+            return
+        log.info("stopping: %d handlers have %g s to finish", len(self._tasks), seconds)
+        await asyncio.wait(list(self._tasks), timeout=seconds)
+        await self._cut_off(list(self._tasks))
+
+    async def session_lost(self) -> None:
+        """Cut off what can be. A call in a thread goes on; its key stays shut until it returns."""
+        self._put_back()
+        self._executor.session_lost()
+        in_thread = {task for task, batch in self._tasks.items() if any(map(self._executor.in_thread, batch))}
+        if in_thread:
+            log.warning("%d handlers in threads go on without their session; their keys wait for them", len(in_thread))
+        await self._cut_off([task for task in self._tasks if task not in in_thread])
+
+    async def _cut_off(self, tasks: Iterable[asyncio.Task[None]]) -> None:
+        running = [(task, self._tasks[task]) for task in tasks if task not in self._deaf]
+        for task, batch in running:
+            for change in batch:
+                self._executor.interrupted(change)
+            cancel(task)
+        if running:
+            log.warning("%d handlers were cut off; their changes stay as they were", len(running))
+            _, deaf = await asyncio.wait([task for task, _ in running], timeout=_CUT_OFF_S)
+            self._deaf |= deaf
+            if deaf:
+                log.error("%d handlers caught their cancellation and go on; nobody waits for them", len(deaf))
+
+    async def _work(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._unstarted.discard(task)
+        ready_queues = 0
+        while not self._stopping.is_set() and self._have_started():
+            handler = self._executor.handler(self._started[0])
+            done, unfinished = self._at_once(handler)
+            if unfinished:
+                await self._go_on(task, handler, unfinished)
+            elif not done:
+                await self._attend_next(task, handler)
+            if task.cancelling() or is_being_cancelled(task):
+                await disregard()
+            ready_queues += done or 1
+            if ready_queues >= _CHANGES_PER_TURN or (done and self._started):
+                ready_queues = 0
+                await OtherTasks()
+
+    def _have_started(self) -> bool:
+        """Whether there is something to call; the changes of a run have the same handler."""
+        if not self._started:
+            if self._later and not self._aside:
+                self._started.append(self._later.popleft())
+            else:
+                self._started.extend(self._scheduler.start())
+        return bool(self._started)
+
+    def _hand_out_others(self) -> None:
+        """The rest of a run does not wait for one of it."""
+        if self._started:
+            self.hand_out()
+
+    def _at_once(self, handler: Handler | None) -> tuple[int, PendingCall | None]:
+        """Call what may be over at once. Returns how many were, and the call that was not."""
+        if self._crash_guard.watches:
+            return 0, None
+        done, unfinished = self._executor.at_once(handler, self._started)
+        self._report(done)
+        return len(done), unfinished
+
+    async def _go_on(self, task: asyncio.Task[None], handler: Handler | None, unfinished: PendingCall) -> None:
+        assert handler is not None
+        change = unfinished.change
+        self._hand_out_others()
+        self._tasks[task] = [change]
+        try:
+            outcome = await self._executor.go_on(handler, unfinished)
+        except asyncio.CancelledError:  # see Runner.go_on
+            self._leave([change])
+            raise
+        except Exception as error:  # noqa: BLE001 - see _bug
+            outcome = self._bug(handler, [change], error)[change]
+        self._tasks[task] = []
+        if outcome is None:
+            self._leave([change])
+        else:
+            self._report([Settlement(change, outcome)])
+
+    async def _attend_next(self, task: asyncio.Task[None], handler: Handler | None) -> None:
+        change = self._started.popleft()
+        self._hand_out_others()
+        if change.crashed:
+            self._set_aside(change)
+        elif self._aside and self._crash_guard.wants(change):
+            self._later.append(change)
+        elif self._executor.lost(change):
+            self._beside(change, self._attend_lost(change), self._lost)
+        elif handler is not None and handler in self._lingering and not self._alone_only(change):
+            self._join(handler, change)
+        else:
+            self._tasks[task] = batch = [change]
+            await self._attend(handler, batch)
+            self._tasks[task] = []
+
+    async def _attend(self, handler: Handler | None, batch: list[Change]) -> None:
+        """Run a change, or the batch that is gathered around it, and report."""
+        try:
+            if handler is not None and handler.transactional:
+                async with self._transactions[handler.is_async]:
+                    outcomes = await self._run(handler, batch)
+            else:
+                outcomes = await self._run(handler, batch)
+        except asyncio.CancelledError as error:
+            if not is_being_cancelled():  # nor was it their call that raised it
+                self._is_at([])
+                self._escaped(batch, error)
+                return
+            self._leave(batch)
+            raise
+        except AskTheTableError as unknown:
+            log.info("change %s of %s is read anew: %s", batch[0].id, batch[0].entity_type, unknown)
+            try:
+                await _for(unknown.pause_s, self._stopping)
+            finally:
+                self._leave(batch)  # also when the session is lost meanwhile: else its key would stay shut
+            return
+        except Exception as error:  # noqa: BLE001 - see _bug
+            outcomes = self._bug(handler, batch, error)
+        self._crash_guard.ended([one for one in batch if one in outcomes])
+        self._judged(batch, outcomes)
+
+    async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
+        if handler is not None:
+            if handler.batch or handler.group > 1:
+                await self._gather(handler, batch)
+            if batch[0].crashed or self._crash_guard.watches:
+                await self._crash_guard.starts(batch)
+        return await self._executor.run(handler, batch)
+
+    def _bug(self, handler: Handler | None, batch: Sequence[Change], error: Exception) -> dict[Change, Outcome]:
+        """What only a fault of this program raises costs its changes an attempt, and never their places."""
+        log.critical("a worker failed; this is a bug", exc_info=error)
+        return {change: self._executor.judge(handler, change, error) for change in batch}
+
+    def _escaped(self, batch: Sequence[Change], error: BaseException) -> None:
+        """What ended the attempt was not the call, and nobody asked for it: no attempt, but not for ever."""
+        for change in batch:
+            if (times := self._escapes.add([change])) < LOSSES_MAX:
+                self._leave([change])
+            else:
+                text = f"its attempt was ended {times} times in a row by {type(error).__name__}, which is a bug"
+                log.critical("change %s of %s: %s: now a dead letter", change.id, change.entity_type, text)
+                self._report([Settlement(change, Dead(text))])
+
+    def _put_back(self) -> None:
+        for waiting in (self._later, self._started):
+            while waiting:
+                self._leave([waiting.popleft()])
+
+    def _judged(self, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]) -> None:
+        left = [one for one in batch if one not in outcomes] if len(outcomes) < len(batch) else []
+        self._is_at(left)
+        # In seq order within a key: so they are settled.
+        self._report([Settlement(one, outcomes[one]) for one in batch if one in outcomes])
+        self._is_at([])
+        if left:
+            self._leave(left)
+
+    def _is_at(self, batch: list[Change]) -> None:
+        """An error that escapes from this task is about these and no others."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[task] = batch
+
+    def _report(self, batch: Sequence[Settlement]) -> None:
+        if batch:
+            self._scheduler.finished(batch)
+            self._escapes.forget(finished.change for finished in batch)
+            self._finished(batch)
+
+    def _set_aside(self, change: Change) -> None:
+        """A suspect runs alone; it waits for its turn without keeping a worker."""
+        if self._crash_guard.doubts(change):
+            self._beside(change, _for(_ASK_AGAIN_S, asyncio.Event()), self._doubted)
+        else:
+            self._beside(change, self._attend_alone(change), self._aside)
+
+    def _beside(
+        self, change: Change, work: Coroutine[Any, Any, None], kind: dict[asyncio.Task[None], Change | None]
+    ) -> None:
+        """In a task that is no worker, and takes no place of one."""
+        self._scheduler.set_aside(change)
+        task = asyncio.create_task(work)
+        kind[task] = change
+        self._tasks[task] = [change]
+        task.add_done_callback(self._ended)
+
+    async def _attend_lost(self, change: Change) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        await _for(self._executor.pause_s(change), self._stopping)
+        async with self._alone if self._executor.suspects(change) else contextlib.nullcontext():
+            if self._stopping.is_set():
+                return
+            self._lost[task] = None
+            if outcome := self._executor.after_losses(change):
+                self._judged([change], {change: outcome})
+            else:
+                await self._attend(self._executor.handler(change), [change])
+
+    async def _attend_alone(self, change: Change) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        async with self._alone:
+            if self._stopping.is_set() or not (suspicion := await self._crash_guard.suspects(change)):
+                return
+            self._aside[task] = None
+            if outcome := self._executor.after_crash(change, suspicion):
+                self._judged([change], {change: outcome})
+            else:
+                await self._attend(self._executor.handler(change), [change])
+            while self._scheduler.knows(change.seq):  # else the next one's crash would be counted against it, too
+                self._settled.clear()
+                await self._settled.wait()
+
+    async def _gather(self, handler: Handler, batch: list[Change]) -> None:
+        """Fill a batch for a handler that takes many, or a group that shares a transaction."""
+        limit = handler.batch or self._executor.group_limit(handler)
+        if limit == 1 or self._alone_only(batch[0]):
+            return
+        if handler.batch is None:
+            limit = min(limit, 1 + self._scheduler.waiting_like(batch[0]) // self._connections)
+        self._scheduler.start_with(batch, limit, self._for(handler, batch))
+        if handler.linger_s and len(batch) < limit and handler not in self._lingering:
+            full = asyncio.Event()
+            self._lingering[handler] = waiting = batch, full
+            try:
+                await _for(handler.linger_s, full)
+            finally:
+                if self._lingering.get(handler) is waiting:  # a full one has made way, and another may wait by now
+                    del self._lingering[handler]
+
+    def _join(self, handler: Handler, change: Change) -> None:
+        """Put a started change into the batch of its handler that still waits for more."""
+        batch, full = self._lingering[handler]
+        batch.append(change)
+        limit = handler.batch or 1
+        self._scheduler.start_with(batch, limit, self._for(handler, batch))
+        if len(batch) >= limit:
+            full.set()
+            del self._lingering[handler]
+
+    def _for(self, handler: Handler, batch: Sequence[Change]) -> Callable[[Change], bool]:
+        """What may run together with others of this handler, and fits into the batch with its documents."""
+        counted, left = 0, _BATCH_BYTES
+
+        def belongs(change: Change) -> bool:
+            nonlocal counted, left
+            while counted < len(batch):
+                left -= batch[counted].size
+                counted += 1
+            return self._executor.handler(change) is handler and not self._alone_only(change) and change.size <= left
+
+        return belongs
+
+    def _alone_only(self, change: Change) -> bool:
+        """Whether it is not to run together with others: they would pay for what it does."""
+        return change.crashed or self._executor.lost(change)
+
+    def _leave(self, batch: Iterable[Change]) -> None:
+        """Without an outcome: the table knows what came of these."""
+        for change in batch:
+            self._scheduler.interrupted(change)
+        self._read_anew()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        batch = self._tasks.pop(task)
+        self._deaf.discard(task)
+        self._unstarted.discard(task)  # it may have been cut off before its first step
+        kinds = (self._aside, self._doubted, self._lost)
+        unattended = next(filter(None, [kind.pop(task, None) for kind in kinds]), None)
+        failed = None if task.cancelled() else task.exception()
+        if failed:
+            log.critical("a worker failed; this is a bug", exc_info=failed)
+        if unattended:
+            self._leave([unattended])
+        elif failed:
+            self._escaped(batch, failed)
+        self.hand_out()
+
+
+class OtherTasks:
+    """Awaiting it lets every other task run once."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+async def _for(seconds: float, sooner: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with deadline(seconds):
+            await sooner.wait()

@@ -1,0 +1,491 @@
+"""The life of one handler call: resolve, validate, run under its time limit, judge.
+
+    change(s) ──> handler? ──no──> Skipped
+                    │ yes
+                  depth? ──too many causes──> Dead
+                    │
+                  model? ──does not fit──> Dead
+                    │
+                  call ── returns ───────────────> Processed; Committed by a transactional handler
+                       ├─ raises Discard ────────> Discarded
+                       ├─ raises Reject ─────────> Dead
+                       ├─ raises Retry, fails ───> Waiting, or Dead after the last attempt
+                       ├─ raises Unavailable ────> Waiting, not counted; no outcome while the handler rests
+                       ├─ fate not known here ───> AskTheTableError: no outcome, the key is read anew
+                       └─ cut off by a stop, or with the session ──> CancelledError: no outcome, no attempt counted
+
+A batch goes the same way as one call. Of what it raises, ``Failed`` names the changes it is about; ``Retry``,
+``Unavailable``, ``Discard``, ``Reject`` and the time limit are about all of them. Any other error is the fault of one
+of them, and nobody knows of which: so they are called one by one, at once, and a key ends where one of its changes
+failed. Where one of these finds away what it needs, the rest stay as they were.
+
+Changes of a transactional handler may share a transaction, each with its own call. If one of these fails, all are
+rolled back and run one by one as well; only when the handler has ended the transaction, nobody knows what of the others
+was committed, and none of them may run again.
+
+A handler in a thread cannot be stopped, nor can one that catches its cancellation and goes on. When it overruns its
+limit that is reported, and the change stays running, its key shut, until the handler returns; then what it did decides:
+a return is a return, however late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+from pydantic import TypeAdapter
+
+from cdc.core import failpoints
+from cdc.core.errors import Discard, Failed, OverrunError, Reject, Retry, Unavailable
+from cdc.core.lost_transactions import LOSSES_MAX, SESSIONS_MAX, Losses, pause_s
+from cdc.core.model import (  # fmt: skip
+    Change,
+    Committed,
+    Dead,
+    Discarded,
+    Key,
+    Outcome,
+    Processed,
+    Skipped,
+    Suspicion,
+    Waiting,
+    fast_make,
+)
+from cdc.core.read_reconciler import Settlement
+from cdc.core.router import Handler, Router
+from cdc.core.transaction_batching import Grouping
+from cdc.engine.calls import CutOffError, StartedCall, begin, call_handler, call_handler_here, call_here
+from cdc.engine.error_policy import ErrorPolicy, LostTooOftenError, TooDeepError
+from cdc.engine.thread_pool import Job, Threads
+from cdc.engine.timeouts import Limit
+from cdc.engine.transactions import (
+    AskTheTableError,
+    EndedTransactionError,
+    InTheWayError,
+    LostTransactionError,
+    MixedCausesError,
+    Ran,
+    Transactions,
+)
+from cdc.observability.metrics import NO_HANDLER, Metrics
+from cdc.runtime.cancelling import is_being_cancelled
+
+log = logging.getLogger("cdc.handlers")
+
+_ABOUT_ALL = (Retry, Unavailable, Discard, Reject, OverrunError, EndedTransactionError)
+"""What a batch raises that is not the fault of one of its changes."""
+_AT_ONCE_S = 0.005
+"""Calls in a row, before the event loop goes on with something else."""
+
+_PROCESSED = Processed()
+_FINISHED = fast_make(Settlement)
+_LABELS: dict[type[Outcome], str] = {
+    Processed: "processed",
+    Committed: "processed",
+    Skipped: "skipped",
+    Discarded: "discarded",
+    Waiting: "retried",
+    Dead: "dead",
+}
+
+
+class PendingCall(NamedTuple):
+    """A call that waits, or has failed."""
+
+    change: Change
+    call: StartedCall[object]
+
+
+class Executor:
+    """``timeout_s`` holds where a handler names none of its own."""
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        error_policy: ErrorPolicy,
+        timeout_s: float | None,
+        threads: Threads,
+        transactions: Transactions,
+        metrics: Metrics,
+    ) -> None:
+        self._router = router
+        self._scope = router.scope
+        self._error_policy = error_policy
+        self.breakers = error_policy.breakers
+        self._troubled = self.breakers.troubled
+        self._timeout_s = timeout_s
+        self._limits = {
+            seconds: Limit(seconds, self._ignored)
+            for seconds in (timeout_s, *(h.timeout_s for h in router.handlers.values()))
+        }
+        self._threads = threads
+        self._transactions = transactions
+        self._metrics = metrics
+        handlers = set(router.handlers.values())
+        self._durations = {h.name: metrics.handler_duration.labels(h.name) for h in handlers}
+        self._sessions_lost = 0
+        self._jobs: dict[int, Job] = {}
+        """Calls in threads, by the first of their changes."""
+        self._losses = Losses()
+        """Of connections."""
+        self._delays = Losses()
+        """By what stood in the way."""
+        self._groupings = {h.name: Grouping(h.group) for h in handlers if h.group > 1}
+        self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
+        self.tasks: Mapping[asyncio.Task[Any], Sequence[Change]] = {}
+        """What each of the tasks that call us is at; theirs to keep."""
+
+    def handler(self, change: Change) -> Handler | None:
+        return self._router.match(change.entity_type, change.operation)
+
+    def group_limit(self, handler: Handler) -> int:
+        """How many changes may share the handler's next transaction: one, where it only finds out."""
+        grouping = self._groupings.get(handler.name)
+        return grouping.limit if grouping and not self.breakers.of[handler.name].shut else 1
+
+    def in_thread(self, change: Change) -> bool:
+        """Whether its handler is at work in a thread, where it can be cut off no more."""
+        job = self._jobs.get(change.seq)
+        return job is not None and job.started_at is not None
+
+    def interrupted(self, change: Change) -> None:
+        """The call was cut off."""
+        if handler := self.handler(change):
+            self._metrics.handled(change.entity_type, handler.name, "interrupted")
+
+    def session_lost(self) -> None:
+        """Nothing more is to start of what is under way."""
+        self._sessions_lost += 1
+
+    def after_crash(self, change: Change, suspicion: Suspicion) -> Outcome | None:
+        """The outcome of a change whose attempts have all ended with their process; None: it is to run."""
+        handler = self.handler(change)
+        again = suspicion is Suspicion.AGAIN
+        return self._error_policy.after_crash(handler, change, again=again) if handler else None
+
+    def pause_s(self, change: Change) -> float:
+        """Seconds to wait before what was lost runs again."""
+        return pause_s(max(self._losses.times(change.id), self._delays.times(change.id)))
+
+    def after_losses(self, change: Change) -> Outcome | None:
+        """The outcome of a suspect that lost its transaction or session too often; None: it is to run."""
+        times, handler = self._losses.times(change.id), self.handler(change)
+        if times < LOSSES_MAX or handler is None:
+            return None
+        self._forget([change])
+        why = "the connection was lost" if handler.transactional else "the consumer's session was lost"
+        return self._error_policy.on(handler, change, LostTooOftenError(handler, times, LostTransactionError(why)))
+
+    def judge(self, handler: Handler | None, change: Change, error: BaseException) -> Outcome:
+        """The outcome of a change that ``error`` kept from having one."""
+        return self._error_policy.on(handler, change, error) if handler else Skipped()
+
+    def _unwanted(self, change: Change) -> Outcome:
+        """Of an operation that no handler of the type names, as is usual; or of a type that is thrown away."""
+        if self._router.ignores(change.entity_type):
+            return Discarded("no handler wants it, for the router ignores its type")
+        if self._scope.has(change.entity_type):
+            return Skipped()
+        return Discarded("no handler wants its type, and unhandled is discard")
+
+    def suspects(self, change: Change) -> bool:
+        """Whether it may be what loses transactions or sessions: it runs one at a time with others of that kind."""
+        return change.id in self._losses.suspects
+
+    def lost(self, change: Change) -> bool:
+        """Whether its transaction was lost the last time: it runs after a pause, and shares no transaction."""
+        return self.suspects(change) or change.id in self._delays.suspects
+
+    async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
+        """One attempt at the handler's changes: one, or a batch. A change may have no outcome: not tried.
+
+        Only a cancellation and AskTheTableError leave as exceptions: there is no outcome at all then.
+        """
+        if handler is None:
+            for change in changes:
+                self._metrics.handled(change.entity_type, NO_HANDLER, "skipped")
+            return {change: self._unwanted(change) for change in changes}
+        failpoints.here("run.before_handler")
+        outcomes: dict[Change, Outcome] = {}
+        given = changes
+        if handler.model is not None or any(change.chain for change in changes):
+            changes, given = self._refuse(handler, changes, outcomes)
+        if changes:
+            started = time.monotonic()
+            outcomes |= await self._attempt(handler, changes, given, started)
+            self._took(handler, changes, time.monotonic() - started)
+        for change, outcome in outcomes.items():
+            self._count(handler, change, outcome)
+        if self._troubled and any(isinstance(outcome, Processed | Committed) for outcome in outcomes.values()):
+            self.breakers.succeeded(handler.name)
+        failpoints.here("run.after_handler")
+        return outcomes
+
+    def at_once(self, handler: Handler | None, changes: deque[Change]) -> tuple[list[Settlement], PendingCall | None]:
+        """Call a handler for one change after the other, for as long as the calls return without waiting.
+
+        A task's steps cost more than many a handler; these calls share them. Takes what it calls from ``changes``: none
+        where it is not as simple as that. Returns what has ended, and the call that has not, for ``go_on``. Ends after
+        one that has cancelled the task (``cancelling.disregard``).
+        """
+        done: list[Settlement] = []
+        if handler is None or not handler.single:
+            return done, None
+        adapter = self._adapters.get(handler.name)
+        call_one = partial(_call_with_model, handler.function, adapter) if adapter else handler.function
+        seconds: list[float] = []
+        unfinished = None
+        task, suspects = asyncio.current_task(), self._losses.suspects
+        assert task is not None
+        began = now = time.monotonic()
+        while changes and now - began < _AT_ONCE_S and not (changes[0].crashed or changes[0].chain):
+            if suspects and changes[0].id in suspects:
+                break
+            change, started = changes.popleft(), now
+            failpoints.here("run.before_handler")
+            if call := begin(started, call_one, change):
+                unfinished = PendingCall(change, call)
+                break
+            done.append(_FINISHED((change, _PROCESSED)))
+            now = time.monotonic()
+            seconds.append(now - started)
+            if task.cancelling():
+                break
+        if done:
+            self._losses.forget(finished.change for finished in done)
+            self._durations[handler.name].observe_each(seconds)
+            self._metrics.handled(done[0].change.entity_type, handler.name, "processed", len(done))
+            if self._troubled:
+                self.breakers.succeeded(handler.name)
+            failpoints.here("run.after_handler")
+        return done, unfinished
+
+    async def go_on(self, handler: Handler, unfinished: PendingCall) -> Outcome | None:
+        """The rest of an attempt that was begun. Only a cancellation leaves as an exception. None: as in ``run``."""
+        change, call = unfinished
+        failure: BaseException | None = None
+        session = self._sessions_lost
+        try:
+            await self._limit(handler).go_on(call)
+        except Failed as failed:
+            failure = failed.errors.get(change.seq)
+        except asyncio.CancelledError as error:
+            if is_being_cancelled():
+                self._ended([change], session)
+                raise
+            failure = error
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is that change's failure
+            failure = error
+        self._ended([change], session)
+        took_s = time.monotonic() - call.started
+        self._durations[handler.name].observe(took_s)
+        outcome: Outcome | None = _PROCESSED
+        if failure is not None:
+            outcome = self._error_policy.of_call(handler, [change], {change.seq: failure}, took_s).get(change)
+        elif self._troubled:
+            self.breakers.succeeded(handler.name)
+        if outcome is not None:
+            self._count(handler, change, outcome)
+        failpoints.here("run.after_handler")
+        return outcome
+
+    def _count(self, handler: Handler, change: Change, outcome: Outcome) -> None:
+        if not _is_away(outcome):  # which has been counted with its call
+            self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
+
+    def _refuse(
+        self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
+    ) -> tuple[Sequence[Change], Sequence[Change]]:
+        """The changes that may run, as they are and as the handler gets them; of the others the outcome."""
+        changes = given = self._refuse_deep(handler, changes, outcomes)
+        if adapter := self._adapters.get(handler.name):
+            changes, given = self._validate(handler, adapter, changes, outcomes)
+        shut = {change.key for change, outcome in outcomes.items() if handler.transactional or outcome.holds_key}
+        pairs = [(c, g) for c, g in zip(changes, given, strict=True) if c.key not in shut]
+        return [c for c, _ in pairs], [g for _, g in pairs]
+
+    def _refuse_deep(
+        self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
+    ) -> list[Change]:
+        """The changes that may run; of those with too many causes the outcome."""
+        outcomes |= {
+            change: self._error_policy.on(handler, change, TooDeepError(change)) for change in changes if change.chain
+        }
+        return [change for change in changes if not change.chain]
+
+    def _validate(
+        self, handler: Handler, adapter: TypeAdapter[Any], changes: Sequence[Change], outcomes: dict[Change, Outcome]
+    ) -> tuple[list[Change], list[Change]]:
+        """The changes that fit, as they are and as the handler gets them; of the others the outcome."""
+        fitting: list[Change] = []
+        given: list[Change] = []
+        for change in changes:
+            try:
+                given.append(call_here(_with_model, adapter, change))
+                fitting.append(change)
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - validators are the handler's code, too
+                outcomes[change] = self._error_policy.on(handler, change, error)
+        return fitting, given
+
+    def _took(self, handler: Handler, changes: Sequence[Change], seconds: float) -> None:
+        calls = 1 if handler.batch else len(changes)
+        self._durations[handler.name].observe(seconds / calls, calls)
+
+    async def _attempt(
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], started: float
+    ) -> dict[Change, Outcome]:
+        grouping = self._groupings.get(handler.name)
+        session = self._sessions_lost
+        try:
+            call = self._call if handler.is_async else self._call_in_thread
+            ran = await call(handler, changes, given)
+            if grouping:
+                grouping.committed(len(changes), ran.calls_s, captured=ran.captured)
+        except LostTransactionError as lost:
+            return self._lost(handler, changes, lost)
+        except AskTheTableError:
+            raise
+        except MixedCausesError:
+            self._groupings[handler.name].captured = True
+            return await self._attempt(handler, changes, given, started)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
+                if isinstance(error, CutOffError):
+                    self._ended(changes, session)
+                raise
+            if len(changes) > 1 and not isinstance(error, _ABOUT_ALL if handler.batch else EndedTransactionError):
+                if grouping:
+                    grouping.rolled_back()
+                return await self._one_by_one(handler, changes, given)
+            ran = Ran({change.seq: error for change in changes})
+        self._ended(changes, session)
+        done: Outcome = Committed(ran.at) if ran.at else _PROCESSED
+        if not ran.errors:
+            return dict.fromkeys(changes, done)
+        failed = self._error_policy.of_call(handler, changes, ran.errors, time.monotonic() - started)
+        return {change: done for change in changes if change.seq not in ran.errors} | failed
+
+    def _ended(self, changes: Sequence[Change], session: int) -> None:
+        """Their call has, by itself or cut off, which began in this session: if that was lost, so is the outcome."""
+        if session == self._sessions_lost:
+            self._forget(changes)
+        else:
+            self._losses.add(changes, suspect_at=SESSIONS_MAX)
+
+    def _lost(self, handler: Handler, changes: Sequence[Change], lost: LostTransactionError) -> dict[Change, Outcome]:
+        """Raises it again, but for what stands in the way and does not end.
+
+        What lost its connection too often is judged when it is to run again: the session may be lost as well, and the
+        outcome.
+        """
+        in_the_way = isinstance(lost, InTheWayError)
+        times = (self._delays if in_the_way else self._losses).add(changes)
+        if len(changes) > 1 or times < LOSSES_MAX or not in_the_way:
+            lost.pause_s = 0.0  # it pauses before it runs again
+            raise lost
+        self._forget(changes)
+        return {change: self._error_policy.on(handler, change, lost.cause) for change in changes}
+
+    def _forget(self, changes: Sequence[Change]) -> None:
+        """They have an outcome."""
+        self._losses.forget(changes)
+        self._delays.forget(changes)
+
+    async def _one_by_one(
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
+    ) -> dict[Change, Outcome]:
+        failpoints.here("run.before_one_by_one")
+        outcomes: dict[Change, Outcome] = {}
+        held: set[Key] = set()
+        session = self._sessions_lost
+        for change, one in zip(changes, given, strict=True):
+            if session != self._sessions_lost:
+                break  # one in a thread could not be cut off; the next need not start
+            if change.key not in held:
+                outcomes |= await self._attempt(handler, [change], [one], time.monotonic())
+                outcome = outcomes.get(change)
+                if outcome is None or _is_away(outcome):
+                    break  # what one of them needs the others need as well, and each might take its time to say so
+                # What a transactional one leaves to the settle is not marked yet when its successor would be.
+                if outcome.holds_key or (handler.transactional and not isinstance(outcome, Committed)):
+                    held.add(change.key)
+        return outcomes
+
+    async def _call(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
+        limit = self._limit(handler)
+        if handler.transactional:
+            calls = [partial(call_handler, handler, part) for part in _calls(handler, given)]
+            running = self._transactions.run(changes, calls, causes=self._names_causes(handler))
+            return await limit.call(running)
+        return Ran(await limit.call(call_handler(handler, given)))
+
+    def _ignored(self, task: asyncio.Task[Any]) -> None:
+        changes = self.tasks.get(task)
+        handler = self.handler(changes[0]) if changes else None
+        if changes and handler:
+            self._error_policy.count(handler, "timeout")
+            log.error(
+                "handler %s goes on though its limit of %g s has passed, on change %s of %s: it caught its"
+                " cancellation, so its key is held until it returns",
+                handler.name, handler.timeout_s or self._timeout_s, changes[0].id, changes[0].entity_type,
+            )  # fmt: skip
+
+    def _limit(self, handler: Handler) -> Limit:
+        return self._limits[handler.timeout_s or self._timeout_s]
+
+    def _names_causes(self, handler: Handler) -> bool:
+        grouping = self._groupings.get(handler.name)
+        return grouping is not None and grouping.captured
+
+    async def _call_in_thread(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
+        limit_s = handler.timeout_s or self._timeout_s
+        causes, session = self._names_causes(handler), self._sessions_lost
+
+        def owned() -> bool:
+            return session == self._sessions_lost
+
+        def call() -> Ran:
+            if handler.transactional:
+                calls = [partial(call_handler_here, handler, part) for part in _calls(handler, given)]
+                return self._transactions.run_in_thread(changes, calls, causes=causes, owned=owned)
+            return Ran(call_handler_here(handler, given))
+
+        def overran() -> None:
+            self._error_policy.count(handler, "timeout")
+            log.error(
+                "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key"
+                " is held until it returns",
+                handler.name, limit_s, changes[0].id, changes[0].entity_type,
+            )  # fmt: skip
+
+        job = self._jobs[changes[0].seq] = self._threads.submit(call, limit_s, overran)
+        try:
+            return cast("Ran", await job.outcome())
+        finally:
+            del self._jobs[changes[0].seq]
+
+
+def _is_away(outcome: Outcome) -> bool:
+    return isinstance(outcome, Waiting) and not outcome.counted
+
+
+def _calls(handler: Handler, given: Sequence[Change]) -> list[Sequence[Change]]:
+    """What each call of the handler gets: a batch all at once."""
+    return [given] if handler.batch else [[change] for change in given]
+
+
+def _call_with_model(function: Callable[..., Any], adapter: TypeAdapter[Any], change: Change) -> Any:
+    return function(_with_model(adapter, change))
+
+
+def _with_model(adapter: TypeAdapter[Any], change: Change) -> Change:
+    new = None if change.new is None else adapter.validate_python(change.new)
+    old = None if change.old is None else adapter.validate_python(change.old)
+    return replace(change, new=new, old=old)

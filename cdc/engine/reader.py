@@ -1,0 +1,304 @@
+"""What is read from the outbox, one read after the other, and handed to the lanes.
+
+Three kinds of reads take turns, so that none can shut out another: keys to be read on, waiting changes that are due,
+and what ``ReadPlanner`` asks for. All of it runs on the event loop; no two reads are under way at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from math import inf
+from uuid import UUID
+
+import psycopg
+
+from cdc.core import failpoints
+from cdc.core.delay import Delay
+from cdc.core.page_size import PageSize
+from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
+from cdc.core.scheduler import KeyScheduler, Row
+from cdc.core.sqlstate import About, about, passes
+from cdc.observability.metrics import Metrics
+from cdc.postgres.outbox import FIRST_TYPE, Store
+from cdc.postgres.pages import Page
+from cdc.postgres.shard_locks import Session
+from cdc.postgres.unreadable import Kind, RefusedReadError
+
+log = logging.getLogger("cdc.consumer")
+
+_RESUMES_MAX = 20
+_UNMARKED_S = 1.0
+"""Until the next read, where what is refused cannot be made a dead letter now."""
+_REST, _REST_MAX_S = 4, 1.0
+"""Between two looks for what is due there is so many times the time that the first one took; up to a limit, for that
+may have been the time that this process was stopped, or the table locked. Found by the ledger: six seconds of SIGSTOP
+in the middle of a look, and no retry was made for 24 more."""
+
+_Kind = Callable[[psycopg.AsyncConnection, int], Awaitable[bool]]
+
+
+class Reader:
+    """``owned`` tells the shards that are ours; ``pauses``, whether a dead letter holds its key. Times in seconds."""
+
+    def __init__(
+        self,
+        scheduler: KeyScheduler,
+        planner: ReadPlanner,
+        store: Store,
+        metrics: Metrics,
+        *,
+        owned: Callable[[], Collection[int]],
+        pauses: Callable[[Kind | None], bool] = lambda kind: False,
+        sweep_interval_s: float,
+        poll_interval_s: float,
+    ) -> None:
+        self._scheduler = scheduler
+        self._planner = planner
+        self._store = store
+        self._metrics = metrics
+        self._owned = owned
+        self._pauses = pauses
+        self._sweep_interval_s = sweep_interval_s
+        self._poll_interval_s = poll_interval_s
+        self._paging = PageSize()
+        self._kinds = deque[_Kind]((self._read_on, self._read_due, self._read_intake))
+        """Who had its turn last stands last."""
+        self._unmarked: set[UUID] = set()
+        """What was refused last and is no dead letter yet."""
+        self._rests_until = 0.0
+        self._delay = Delay()
+        self._restart_due = False
+        self._next_due_at = self._due_rests_until = self._due_looked_at = 0.0
+        self._due_from = FIRST_TYPE
+        """Where the next look goes on that has not been at all waiting types yet."""
+        self._due_after = inf
+        """When something will be due of those that it has been at."""
+        self._left_out: tuple[str, ...] = ()
+        """Types without room when it was last looked for what is due."""
+
+    def restart(self) -> None:
+        """Go through the whole outbox again."""
+        self._restart_due = True
+        self.due_within(0.0)
+
+    def due_within(self, seconds: float) -> None:
+        """Look for waiting changes after so much time at the latest."""
+        self._next_due_at = min(self._next_due_at, _now() + seconds)
+
+    @property
+    def delayed_since(self) -> float | None:
+        """Since when nothing can be read, by the event loop's clock."""
+        return self._delay.since
+
+    def wait_s(self) -> float:
+        """How long there is nothing to read, wake-ups and freed room aside."""
+        if not self._may_read:
+            return inf
+        now = _now()
+        if now < self._rests_until:
+            return self._rests_until - now
+        return min(self._planner.wait_s(now), max(0.0, self._due_at(now) - now))
+
+    async def once(self, reader: psycopg.AsyncConnection, session: Session) -> bool:
+        """Read once. False: there is nothing to read, or no room for it.
+
+        A change that the server refuses to hand over becomes a dead letter, on the session that holds its shard.
+        """
+        if not self._may_read or _now() < self._rests_until:
+            return False
+        try:
+            try:
+                with self._scheduler.reading():
+                    read = await self._once(reader)
+            except RefusedReadError as refused:
+                await self._set_aside(reader, session, refused)
+            else:
+                if read and (delayed_s := self._delay.done(_now())) is not None:
+                    log.info("changes are read again, after %.1f s", delayed_s)
+                return read
+        except psycopg.Error as error:
+            self._delayed(reader, error)
+        # Of the read nothing has come in, and what asked for it is forgotten: wake-ups, and keys to be read on.
+        self._planner.lost()
+        self.restart()
+        return True
+
+    async def _once(self, reader: psycopg.AsyncConnection) -> bool:
+        for kind in tuple(self._kinds):
+            try:
+                read = await kind(reader, self._rows)
+            except psycopg.Error:
+                self._had_its_turn(kind)
+                raise
+            if read:
+                self._had_its_turn(kind)
+                return True
+        return False
+
+    def _delayed(self, reader: psycopg.AsyncConnection, error: psycopg.Error) -> None:
+        """Raises what is about the session."""
+        if reader.closed or not passes(error.sqlstate):
+            raise error
+        if self._delay.failed(_now()):
+            log.warning(
+                "reading changes is delayed: %s [%s]; it is tried again, and what runs goes on",
+                error.diag.message_primary, error.sqlstate,
+            )  # fmt: skip
+        self._rests_until = self._delay.until
+
+    def _had_its_turn(self, kind: _Kind) -> None:
+        self._kinds.remove(kind)
+        self._kinds.append(kind)
+
+    async def _set_aside(self, reader: psycopg.AsyncConnection, session: Session, read: RefusedReadError) -> None:
+        """Raises the server's error where no change is refused alone, unless all took too long together."""
+        found = await self._store.refused.find(reader, read)
+        if not found and not read.took_too_long:
+            raise read.error
+        if not found:
+            log.warning("a read took longer than the session allows: reading one change at a time")
+            self._paging.refused()
+            return
+        marked = set[UUID]()
+        try:
+            async with session.writing:
+                marked = await self._store.refused.mark(session.connection, found, self._pauses)
+        except psycopg.Error as error:
+            if session.connection.closed or about(error.sqlstate) is About.SESSION:
+                raise
+        for seq, id_, words, _ in found:
+            if id_ in marked:
+                self._metrics.rows_refused.labels("read").inc()
+                log.error("the database refuses to hand over change %d (%s): %s; now a dead letter", seq, id_, words)
+            elif id_ not in self._unmarked:
+                log.warning("change %d (%s) can be neither read nor marked now: %s; trying again", seq, id_, words)
+        self._unmarked = {each.id for each in found} - marked
+        if self._unmarked:
+            self._rests_until = _now() + _UNMARKED_S
+
+    @property
+    def _may_read(self) -> bool:
+        return self._scheduler.room > 0 and bool(self._owned())
+
+    @property
+    def _rows(self) -> int:
+        """How many the next page may have: of rows like the last ones those that fit into the window."""
+        places = 1 + self._paging.row_bytes // self._scheduler.place_bytes
+        return max(1, min(self._scheduler.room // places, self._paging.rows))
+
+    @property
+    def _enough(self) -> int:
+        """Room that is worth a page. What has a backlog is read apart; of the rest any page brings few changes."""
+        return 1 if self._planner.apart else self._scheduler.worth
+
+    async def _read_on(self, reader: psycopg.AsyncConnection, room: int) -> bool:
+        resumes = self._scheduler.resumes(min(_RESUMES_MAX, room))
+        if not resumes:
+            return False
+        per_key = max(1, min(room // len(resumes), self._scheduler.lane_capacity))
+        found = await self._store.resume(reader, resumes, per_key)
+        self._weigh([row for rows, _ in found.values() for row in rows])
+        for resume, (rows, cut) in found.items():
+            self._scheduler.resumed(resume, rows, complete=len(rows) < per_key and not cut)
+        return True
+
+    def _due_at(self, now: float) -> float:
+        """When to look for what is due."""
+        at = self._next_due_at if self._due_from == FIRST_TYPE else now
+        if any(free >= worth for free, worth in map(self._scheduler.room_for, self._left_out)):
+            at = now
+        at = max(at, self._due_rests_until)
+        if self._scheduler.room < self._enough:
+            at = max(at, self._due_looked_at + self._poll_interval_s)
+        return at
+
+    async def _read_due(self, reader: psycopg.AsyncConnection, _room: int) -> bool:
+        began = _now()
+        if began < self._due_at(began):
+            return False
+        # One that has little room would have the same rows read again and again; now and then it gets that, too.
+        long_ago = began - self._due_looked_at >= self._poll_interval_s
+        rooms = {name: self._scheduler.room_for(name) for name in self._scheduler.types}
+        without = tuple(name for name, room in rooms.items() if room.free < (1 if long_ago else room.worth))
+        self._due_looked_at = began
+        if self._due_from == FIRST_TYPE:
+            self._next_due_at = inf  # what settles meanwhile may bring it forward, until all types were looked at
+        # What is in the lanes is due as well until it is settled: a page has to reach beyond it.
+        here = self._scheduler.queued + self._scheduler.running + self._scheduler.settling
+        limit = min(self._scheduler.capacity, here + self._paging.rows)
+        found = await self._store.due(
+            reader, self._owned(), limit, without, start=self._due_from, in_hand=self._scheduler.requeued()
+        )
+        self._weigh(found.rows)
+        admitted = self._scheduler.admit(found.rows, due=True)
+        self._metrics.wakeups.labels("retry").inc(admitted.taken)
+        self._left_out = tuple({*without, *admitted.refused})
+        if found.more:
+            self.due_within(0.0)
+        now = _now()
+        if found.next_due_s is not None:
+            self._due_after = min(self._due_after, now + found.next_due_s)
+        self._due_from = FIRST_TYPE if found.go_on is None else found.go_on
+        if found.go_on is None:
+            interval_s = self._poll_interval_s if self._left_out else self._sweep_interval_s
+            self.due_within(min(self._due_after - now, interval_s))
+            self._due_after = inf
+        self._due_rests_until = now + min(_REST * (now - began), _REST_MAX_S)
+        return True
+
+    async def _read_intake(self, reader: psycopg.AsyncConnection, room: int) -> bool:
+        now = _now()
+        # Not in the middle of such a pass: rung for all the time, it would never get beyond what stands first.
+        if (self._restart_due and not self._planner.passing_from_zero) or self._planner.full_pass_due(now):
+            # Here, where no read is under way: its answer would pass the marks that are forgotten now.
+            self._restart_due = False
+            self._scheduler.forget_unread(self._planner.restart())
+        # Large rows make small pages, which are worth reading where there is room for many.
+        match self._planner.next(now, room, 1 if self._scheduler.room >= self._enough else room + 1):
+            case Fetch() as fetch:
+                await self._fetch(reader, fetch)
+            case Sweep() as sweep:
+                await self._sweep(reader, sweep)
+            case None:
+                return False
+        return True
+
+    async def _fetch(self, reader: psycopg.AsyncConnection, fetch: Fetch) -> None:
+        page = await self._timed(self._store.fetch(reader, fetch.wakeups))
+        apart = self._planner.apart
+        if apart:
+            for row in page.rows:
+                self._planner.passed_over(row.change.entity_type, row.change.shard)
+        admitted = self._scheduler.admit(page.rows, apart=apart)
+        seen = page.others.union(row.change.seq for row in page.rows)
+        found = self._planner.fetched(fetch, seen, page.snapshot, _now(), page.cut)
+        self._planner.refused(admitted.refused, _now())
+        if found.late or found.given_up:
+            self._metrics.visibility_retries.labels("found").inc(found.late)
+            self._metrics.visibility_retries.labels("left_to_sweep").inc(found.given_up)
+
+    async def _sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> None:
+        page = await self._timed(self._store.sweep(reader, sweep))
+        admitted = self._scheduler.admit(page.rows)
+        seen = [(row.change.seq, row.change.shard) for row in page.rows]
+        rung = self._planner.swept(sweep, seen, admitted.refused, page.snapshot, _now(), scanned=page.scanned)
+        self._metrics.wakeups.labels("sweep").inc(max(0, admitted.taken - rung))
+
+    def _weigh(self, rows: Sequence[Row]) -> None:
+        self._paging.read(len(rows), sum(row.change.size for row in rows))
+
+    async def _timed(self, read: Awaitable[Page]) -> Page:
+        started = _now()
+        failpoints.here("fetch.before_rows")
+        page = await read
+        self._weigh(page.rows)
+        self._metrics.fetch_duration.observe(_now() - started)
+        self._metrics.fetch_changes.observe(len(page.rows))
+        return page
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

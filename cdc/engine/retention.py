@@ -1,0 +1,124 @@
+"""Retention: removes processed changes beyond an age, beside the work and never in its way.
+
+A round, every minute: connect, take the lock, remove batch after batch until nothing is old enough, leave. Any number
+of consumers try, the lock lets one of them in, and the next round may be another's. It is an advisory lock on the very
+connection that removes, so both end together: there is nobody to notice that the remover died. (The owner of shard 0
+would do as well, but would have to be told apart from one who only believes to own it.) Between rounds there is neither
+lock nor connection.
+
+Each batch is a transaction of its own, and pauses follow the batches' own time: on a busy server both take longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator
+
+import psycopg
+from psycopg import errors
+
+from cdc.core.errors import CdcError
+from cdc.observability.metrics import Metrics
+from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async, explain
+from cdc.postgres.retention import BATCH, Retention
+from cdc.postgres.shard_locks import RETENTION, lock_class
+from cdc.runtime.deadline import deadline
+
+log = logging.getLogger("cdc.pruning")
+
+_ROUND_EVERY_S = 60.0
+"""Also after a round that failed: nothing is urgent here, and a server that comes back has other things to do."""
+_BUSY_SHARE = 0.1
+"""Of the time of a round in which the server works for it."""
+_PAUSE_MAX_S = 60.0
+_ANSWER_LIMIT_S = 35.0
+"""Longer than a batch may take on the server."""
+
+
+class Pruning:
+    """``await run()`` until it is cancelled; it waits out what fails and never raises.
+
+    Removes what was processed more than ``older_than_s`` ago, ``batch`` changes a transaction.
+    """
+
+    def __init__(
+        self,
+        dsn: Dsn,
+        schema: str,
+        older_than_s: float,
+        metrics: Metrics,
+        *,
+        batch: int = BATCH,
+        every_s: float = _ROUND_EVERY_S,
+    ) -> None:
+        self._dsn = dsn
+        self._key = [lock_class(schema), RETENTION]
+        self._retention = Retention(schema)
+        self._older_than_s = older_than_s
+        self._metrics = metrics
+        self._batch = batch
+        self._every_s = every_s
+        self._said: str | None = None
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._round()
+            except (CdcError, psycopg.Error, OSError, UnicodeError) as error:
+                self._say(error)
+            # Consumers that start together would otherwise knock at the same moments for ever.
+            await _pause(self._every_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
+
+    async def _round(self) -> None:
+        async with self._lock() as connection:
+            if connection is None:
+                return
+            # In each round from the start: a row that somebody held is found the next time. Within a round from where
+            # the batch before ended: an old snapshot makes each batch walk over the index entries of all that is gone.
+            since, more = None, True
+            while more:
+                began = asyncio.get_running_loop().time()
+                count, since = await self._retention.prune_batch(
+                    connection, self._older_than_s, self._batch, since=since
+                )
+                self._metrics.outbox_pruned.inc(count)
+                self._said = None
+                if more := count == self._batch:
+                    took_s = asyncio.get_running_loop().time() - began
+                    await _pause(min(took_s * (1 / _BUSY_SHARE - 1), _PAUSE_MAX_S))
+
+    @contextlib.asynccontextmanager
+    async def _lock(self) -> AsyncIterator[psycopg.AsyncConnection | None]:
+        """A connection that holds the lock; None while another one does."""
+        async with await connect_async(
+            self._dsn, application_name="cdc: retention", session=SERVER_TCP, answer_limit_s=_ANSWER_LIMIT_S
+        ) as connection:
+            cursor = await connection.execute("SELECT pg_try_advisory_lock(%s, %s)", self._key)
+            yield connection if await cursor.fetchone() == (True,) else None
+
+    def _say(self, error: Exception) -> None:
+        """Once for each kind of trouble, not for each round."""
+        kind = type(error).__name__
+        if kind != self._said:
+            explained = self._explained(error)
+            what = str(explained) if isinstance(explained, CdcError) else kind
+            hint = getattr(explained, "hint", "") or "it is tried again"
+            log.warning("retention does not remove old changes: %s; %s", what, hint)
+        self._said = kind
+
+    def _explained(self, error: Exception) -> Exception:
+        if isinstance(error, errors.InsufficientPrivilege):
+            return CdcError(
+                f"the role may not: {error.diag.message_primary}",
+                hint=f"GRANT DELETE ON {self._retention.table} TO ... (cdc db grant --retention), or switch it off",
+            )
+        return explain(error) or error
+
+
+async def _pause(seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with deadline(seconds):
+            await asyncio.Event().wait()

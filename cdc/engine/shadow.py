@@ -1,0 +1,322 @@
+"""A consumer that only looks: ``cdc run --observe``, for the time before it is let to work.
+
+It reads every change as a consumer would, by wake-ups and sweeps, and counts which handler it would have gone to and
+whether it fits that handler's model; and it reads what somebody else marks processed, and how long that took. It owns
+no shard and is no member, so nobody shares work with it, and its session is read-only: the server would refuse a mark.
+Towards the doorbell, the listener and the probes it is what ``Consumer`` is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+from pydantic import TypeAdapter, ValidationError
+
+from cdc.core.errors import CdcError, SchemaError
+from cdc.core.model import SHARDS, Change, WakeUp
+from cdc.core.page_size import PageSize
+from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
+from cdc.core.router import Handler, Router
+from cdc.core.type_filter import TypeFilter
+from cdc.engine.calls import call_here
+from cdc.engine.hooks import where
+from cdc.observability.metrics import NO_HANDLER, Metrics
+from cdc.postgres.connect import Dsn, connect_async
+from cdc.postgres.loaders import leave_unread
+from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.pages import Place
+from cdc.postgres.shard_locks import observe
+from cdc.postgres.unreadable import RefusedReadError
+from cdc.runtime.cancelling import disregard
+from cdc.runtime.deadline import deadline
+
+log = logging.getLogger("cdc.observer")
+
+_MARKS_EVERY_S = 1.0
+_LATE = timedelta(seconds=2)
+"""Marks are read in the order of their transactions' beginnings: one that takes longer to commit is not measured."""
+_REMEMBERED = 50_000
+"""Numbers seen lately, so that a change that is read twice counts once."""
+_SKIPPED = 1_000
+"""Changes that the server refuses to hand over and that are left out: of more than so many some are met again."""
+_SOON_S = 0.05
+_TURN_AT_LEAST_S = 5.0
+_READ_TIMEOUT = "60s"
+_ANSWER_LIMIT_S = 65.0
+"""Longer than its statement_timeout."""
+_RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
+_SESSION = {
+    **INDEXED,
+    "statement_timeout": _READ_TIMEOUT,
+    "idle_session_timeout": "0",
+    "default_transaction_read_only": "on",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ObserverSettings:
+    """Durations in seconds."""
+
+    dsn: Dsn
+    schema: str
+    sweep_interval_s: float
+    poll_interval_s: float
+    scope: TypeFilter
+
+
+class Shadow:
+    """``run`` returns when ``stop`` was called."""
+
+    shares = False
+    """Whatever rings, it is nobody else's business: those who work have a doorbell of their own."""
+
+    def __init__(self, settings: ObserverSettings, *, router: Router, store: Store, metrics: Metrics) -> None:
+        self._settings = settings
+        self._router = router
+        self._store = store
+        self._metrics = metrics
+        handlers = set(router.handlers.values())
+        self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
+        self._paging = PageSize()
+        self._planner = ReadPlanner(sweep_interval_s=settings.poll_interval_s, scope=settings.scope)
+        self._planner.own(range(SHARDS))
+        self._captured, self._marked = _Lately(_REMEMBERED), _Lately(_REMEMBERED)
+        self._skipped = _Lately(_SKIPPED)
+        self._marks_after: Place | None = None
+        self._marks_at = 0.0
+        self._stopping = asyncio.Event()
+        self._due = asyncio.Event()
+        self.turned: dict[str, float] = {}
+        self.answered_at: float | None = None
+        self.in_service = False
+        self.held_up_s = self.unread_s = 0.0
+        self.connected = asyncio.Event()
+
+    # --- from outside, on the event loop ---------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._due.set()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def rang(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
+        """Wake-ups have come in from the slot. None of them is to be relayed."""
+        return self._rung(wakeups, relayed=False)
+
+    def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
+        return self._rung(wakeups, relayed=True)
+
+    def _rung(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
+        if dropped := self._planner.rung(wakeups, relayed=relayed):
+            self._metrics.wakeups_dropped.inc(dropped)
+        self._due.set()
+        return ()
+
+    def sweep_now(self) -> None:
+        """Not from the beginning, as a consumer does: what was seen once need not be seen again."""
+        self.captured()
+
+    def captured(self) -> None:
+        self._planner.sweep_by(_now() + _SOON_S)
+        self._due.set()
+
+    def missed(self) -> None:
+        self._planner.lost()
+        self._due.set()
+
+    def streaming(self, *, connected: bool) -> None:
+        settings = self._settings
+        self._planner.interval(settings.sweep_interval_s if connected else settings.poll_interval_s, _now())
+        self._planner.streaming(connected=connected)
+        self._due.set()
+
+    def show_figures(self) -> None:
+        self._metrics.wakeup_queue_length.set(self._planner.queue_length)
+
+    # --- terms -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Look until stopped. Raises the error when the very first connection is refused."""
+        log.info("only observing %s: no handler runs, nothing is marked", self._settings.scope)
+        pause_s = _RECONNECT_MIN_S
+        while not self.stopping:
+            try:
+                await self._term()
+            except (CdcError, psycopg.Error, OSError) as error:
+                if not self.connected.is_set():
+                    raise
+                log.warning("interrupted: %s; trying again", type(error).__name__)
+                self._metrics.interruptions.labels("connection").inc()
+                await _wait(self._stopping, pause_s)
+                pause_s = min(2 * pause_s, _RECONNECT_MAX_S)
+            finally:
+                self.in_service = False
+
+    async def _term(self) -> None:
+        settings = self._settings
+        async with await connect_async(
+            settings.dsn, application_name="cdc: observer", session=_SESSION, answer_limit_s=_ANSWER_LIMIT_S
+        ) as reader:
+            leave_unread(reader)
+            self.connected.set()
+            await observe(reader, settings.schema)
+            await self._wait_for_schema(reader)
+            self.in_service = True
+            while not self.stopping:
+                self._due.clear()
+                await self._look(reader)
+                wait_s = min(self._planner.wait_s(_now()), self._marks_at - _now(), _TURN_AT_LEAST_S)
+                await _wait(self._due, max(0.0, wait_s))
+
+    async def _wait_for_schema(self, reader: psycopg.AsyncConnection) -> None:
+        told = ""
+        while not self.stopping:
+            self._turn()
+            try:
+                await self._store.check(reader, settles=False)
+            except SchemaError as error:
+                if told != str(error):
+                    log.warning("waiting: %s (%s)", error, error.hint)
+                told = str(error)
+                await _wait(self._stopping, 1.0)
+            else:
+                return
+
+    async def _look(self, reader: psycopg.AsyncConnection) -> None:
+        """Read what there is to read."""
+        while not self.stopping:
+            self._turn()
+            try:
+                if not await self._look_once(reader):
+                    return
+            except RefusedReadError as refused:
+                await self._skip(reader, refused)
+
+    async def _look_once(self, reader: psycopg.AsyncConnection) -> bool:
+        """False: there is nothing more to read."""
+        if _now() >= self._marks_at and not await self._read_marks(reader):
+            self._marks_at = _now() + _MARKS_EVERY_S
+        request = self._planner.next(_now(), self._paging.rows, 1)
+        if request is not None:
+            await self._read(reader, request)
+        return request is not None
+
+    async def _read(self, reader: psycopg.AsyncConnection, request: Fetch | Sweep) -> None:
+        if isinstance(request, Fetch):
+            page = await self._store.fetch(reader, request.wakeups)
+            seen = page.others.union((row.change.seq for row in page.rows), self._skipped)
+            self._planner.fetched(request, seen, page.snapshot, _now(), page.cut)
+        else:
+            page = await self._store.sweep(reader, request)
+            rows = [WakeUp(row.change.seq, row.change.shard) for row in page.rows]
+            self._planner.swept(request, rows, {}, page.snapshot, _now(), scanned=page.scanned)
+        self._paging.read(len(page.rows), sum(row.change.size for row in page.rows))
+        for row in page.rows:
+            self._note(row.change)
+        await disregard()
+
+    async def _read_marks(self, reader: psycopg.AsyncConnection) -> bool:
+        """What others have marked since the last look, a page of it. Returns whether there is more."""
+        found = await self._store.marked_since(reader, self._marks_after, self._paging.rows)
+        self._paging.read(len(found.marks), sum(change.size for change, _ in found.marks))
+        for change, processed_at in found.marks:
+            self._note(change)  # it may have been marked before it was seen fresh
+            if self._marked.add(change.seq):
+                took_s = (processed_at - change.changed_at).total_seconds()
+                self._metrics.others_took(change.entity_type, took_s)
+        await disregard()
+        self._marks_after = found.go_on or Place(found.now - _LATE)
+        return found.go_on is not None
+
+    async def _skip(self, reader: psycopg.AsyncConnection, read: RefusedReadError) -> None:
+        """Leave out from now on what the server refuses to hand over; whoever works makes it a dead letter."""
+        found = await self._store.refused.find(reader, read)
+        if not found and not read.took_too_long:
+            raise read.error
+        if not found:
+            self._paging.refused()
+        for each in found:
+            self._skipped.add(each.seq)
+            self._metrics.rows_refused.labels("read").inc()
+            log.warning("the database refuses to hand over change %d (%s): %s", each.seq, each.id, each.words)
+        self._store.skip(self._skipped)
+        self._planner.lost()  # of the read nothing has come in
+
+    # --- counting --------------------------------------------------------------------------------------------------
+
+    def _note(self, change: Change) -> None:
+        if not self._captured.add(change.seq):
+            return
+        handler = self._router.match(change.entity_type, change.operation)
+        self._metrics.observed(change.entity_type, handler.name if handler else NO_HANDLER)
+        if handler and (adapter := self._adapters.get(handler.name)):
+            self._validate(handler, adapter, change)
+
+    def _validate(self, handler: Handler, adapter: TypeAdapter[Any], change: Change) -> None:
+        try:
+            call_here(_validate_both, adapter, change)
+        except ValidationError as misfit:
+            self._misfit(handler, change, ", ".join(sorted(_places(misfit))))
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - validators are the handler's code, too
+            self._misfit(handler, change, where(error, handler.function))
+
+    def _misfit(self, handler: Handler, change: Change, why: str) -> None:
+        self._metrics.observed_misfits.labels(handler.name).inc()
+        log.warning(
+            "change %s of %s does not fit the model of handler %s: %s", change.id, change.entity_type, handler.name, why
+        )
+
+    def _turn(self) -> None:
+        self.turned["consumer"] = self.answered_at = _now()
+
+
+class _Lately:
+    """The numbers added last, up to a bound."""
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._numbers: dict[int, None] = {}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def add(self, number: int) -> bool:
+        """False: it is among them already."""
+        if number in self._numbers:
+            return False
+        self._numbers[number] = None
+        if len(self._numbers) > self._bound:
+            del self._numbers[next(iter(self._numbers))]
+        return True
+
+
+def _validate_both(adapter: TypeAdapter[Any], change: Change) -> None:
+    for row in (change.new, change.old):
+        if row is not None:
+            adapter.validate_python(row)
+
+
+def _places(misfit: ValidationError) -> Iterable[str]:
+    """The fields that do not fit, without their values."""
+    faults = misfit.errors(include_input=False, include_url=False, include_context=False)
+    return {".".join(map(str, fault["loc"])) or "row" for fault in faults}
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with deadline(seconds):
+            await event.wait()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,211 @@
+"""Reads the database's figures for metrics and page, on a connection and a thread of its own, every few seconds.
+
+Never inside a scrape: how often somebody scrapes must not decide how often the database is asked, and a slow database
+must not make the consumer look dead. Each reading is bounded, and what cannot be read is removed, not left standing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+import psycopg
+
+from cdc.core.errors import CdcError
+from cdc.core.model import ChangeState
+from cdc.core.type_filter import TypeFilter
+from cdc.diagnostics.status import glance
+from cdc.http.status_page import Page
+from cdc.observability.metrics import Metrics
+from cdc.postgres.admin import OutboxAdmin
+from cdc.postgres.connect import Dsn, connect
+from cdc.postgres.loaders import read_anything
+from cdc.postgres.outbox import INDEXED, Store
+from cdc.replication import slots
+from cdc.replication.slot_health import judge
+from cdc.runtime.supervisor import Supervisor
+
+log = logging.getLogger("cdc.collector")
+
+_EVERY_S = 15.0
+_STATEMENT_TIMEOUT = "5s"
+_ANSWER_LIMIT_S = 10.0
+_DEAF_LOOKS = 4
+"""At a slot that waits for standbys, which may be back in a moment."""
+_TOLD_MAX = 1_000
+"""Types that were warned of: they come from the data."""
+_REST = 50
+"""What is for the page alone is read again after so many times as long as it took: 2 % of one connection at most."""
+
+
+class Collector:
+    """start() once, stop() once. ``slot`` of None: none is used, none is looked at.
+
+    ``asked``: the types that are ours by the settings, where handlers want fewer of them.
+    ``page``: where else to show it, with the statements for what it shows besides. ``deaf``: called where the slot has
+    rung for nothing for about a minute, because it is one for failover and standbys are away.
+    """
+
+    def __init__(
+        self,
+        dsn: Dsn,
+        *,
+        store: Store,
+        slot: str | None,
+        metrics: Metrics,
+        asked: TypeFilter | None = None,
+        page: tuple[Page, OutboxAdmin] | None = None,
+        deaf: Callable[[], None] = lambda: None,
+        every_s: float = _EVERY_S,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        self._supervisor = supervisor or Supervisor()
+        self._dsn = dsn
+        self._store = store
+        self._slot = slot
+        self._metrics = metrics
+        self._asked = asked
+        self._told: set[str] = set()
+        self._page = page[0] if page else None
+        self._letters = page[1] if page else None
+        self._glance_at = 0.0
+        self._deaf = deaf
+        self._deaf_looks = 0
+        self._every_s = every_s
+        self._stopping = threading.Event()
+        self._due = threading.Event()
+        self._thread = threading.Thread(target=self._kept, name="cdc-collector", daemon=True)
+        self._connection: psycopg.Connection | None = None
+        self._failing: set[str] = set()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def slot_is_deaf(self) -> bool:
+        """It waits for standbys that are away, and has done so for a while."""
+        return self._deaf_looks >= _DEAF_LOOKS
+
+    def look_now(self) -> None:
+        """Something has just changed; from any thread."""
+        self._due.set()
+
+    def stop(self, timeout_s: float) -> None:
+        self._stopping.set()
+        self._due.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def _kept(self) -> None:
+        try:
+            self._supervisor.keep_here("collector", self._run, self._stopping)
+        finally:
+            self._disconnect()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._metrics.loop_last_iteration.labels("collector").set_to_current_time()
+            self._due.clear()
+            self._collect("outbox", self._outbox, self._metrics.forget_outbox)
+            if self._slot is not None:
+                self._collect("slot", self._read_slot, self._forget_slot)
+            if self._page is not None and time.monotonic() >= self._glance_at:
+                self._collect("entity types", self._glance, partial(self._page.show_outbox, None))
+            self._due.wait(self._every_s)
+
+    def _collect(self, name: str, read: Callable[[psycopg.Connection], None], forget: Callable[[], None]) -> None:
+        try:
+            if self._connection is None or self._connection.closed:
+                self._connection = connect(
+                    self._dsn,
+                    application_name="cdc: collector",
+                    session={**INDEXED, "statement_timeout": _STATEMENT_TIMEOUT},
+                    answer_limit_s=_ANSWER_LIMIT_S,
+                )
+                read_anything(self._connection)
+            read(self._connection)
+            self._failing.discard(name)
+        except (CdcError, psycopg.Error, OSError) as error:
+            forget()
+            if name not in self._failing:
+                log.warning("no figures of the %s: %s", name, type(error).__name__)
+            self._failing.add(name)
+            if isinstance(error, psycopg.OperationalError):
+                self._disconnect()
+
+    def _outbox(self, connection: psycopg.Connection) -> None:
+        figures = self._store.figures(connection)
+        self._metrics.show_outbox(
+            changes={
+                ChangeState.FRESH: figures.fresh,
+                ChangeState.WAITING: figures.waiting,
+                ChangeState.DEAD: figures.dead,
+            },
+            oldest_ready_age_s=figures.oldest_ready_age_s,
+            table_bytes=figures.table_bytes,
+            dead_tuples=figures.dead_tuples,
+            blocked_keys=figures.blocked_keys,
+            notify_queue_usage=figures.notify_queue_usage,
+            unhandled=self._unhandled(connection),
+        )
+
+    def _unhandled(self, connection: psycopg.Connection) -> int:
+        """How many fresh changes there are that are ours by the settings, and that no handler wants."""
+        if self._asked is None:
+            return 0
+        unhandled = {name: count for name, count in self._store.outside(connection).items() if self._asked.has(name)}
+        for name in list(unhandled.keys() - self._told)[: max(0, _TOLD_MAX - len(self._told))]:
+            self._told.add(name)
+            log.warning(
+                "changes of the type %s wait, and no handler here wants them: write one, router.ignore(%r) to discard"
+                " them, or --except to say that they are somebody else's", name, name,
+            )  # fmt: skip
+        return sum(unhandled.values())
+
+    def _read_slot(self, connection: psycopg.Connection) -> None:
+        assert self._slot is not None
+        figures = slots.snapshot(connection, self._slot)
+        if self._page:
+            self._page.show_slot(self._slot, figures)
+        self._deaf_looks = self._deaf_looks + 1 if figures and figures.deaf else 0
+        if figures is None:
+            self._metrics.show_slot(present=False)
+            return
+        if self._deaf_looks == _DEAF_LOOKS:
+            verdict = judge(figures)
+            log.warning("the slot %s is %s; %s", figures.name, verdict.sentence, verdict.remedy)
+            self._deaf()
+        self._metrics.show_slot(
+            present=True,
+            active=figures.active,
+            wal_status=figures.wal_status,
+            retained_wal_bytes=figures.retained_wal_bytes,
+            confirmed_lag_bytes=figures.confirmed_lag_bytes,
+            safe_wal_bytes=figures.safe_wal_bytes,
+            catalog_xmin_age=figures.catalog_xmin_age,
+            spilled_bytes=figures.spilled_bytes,
+        )
+
+    def _forget_slot(self) -> None:
+        self._metrics.forget_slot()
+        if self._page:
+            self._page.forget_slot()
+
+    def _glance(self, connection: psycopg.Connection) -> None:
+        assert self._page
+        assert self._letters
+        began = time.monotonic()
+        try:
+            self._page.show_outbox(glance(connection, self._letters))
+        finally:
+            self._glance_at = time.monotonic() + _REST * (time.monotonic() - began)
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(psycopg.Error):
+                self._connection.close()
+        self._connection = None

@@ -1,0 +1,90 @@
+"""From the stream's thread to the event loop: wake-ups, and what becomes of the stream.
+
+The crossing is bounded. A server can send wake-ups many times faster than changes are handled; what the loop has not
+taken yet counts, and beyond the bound wake-ups are dropped and a sweep finds their changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from cdc.core.errors import StreamError
+from cdc.core.model import WakeUp
+from cdc.engine.consumer import Consumer
+from cdc.engine.shadow import Shadow
+from cdc.observability.metrics import ENDINGS, Metrics
+from cdc.postgres.notify import Relay
+
+_CROSSING_MAX = 20_000
+
+
+class StreamBridge:
+    """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run in the stream's thread."""
+
+    def __init__(
+        self, consumer: Consumer | Shadow, relay: Relay, metrics: Metrics, slot: str, *, changed: Callable[[], None]
+    ) -> None:
+        self._consumer = consumer
+        self._relay = relay
+        self._changed = changed
+        self._metrics = metrics
+        self._slot = slot
+        self._heard = metrics.wakeups.labels("wal")
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._crossing = 0
+        self._dropped = 0
+
+    def streaming(self) -> None:
+        self._cross(self._streaming)
+
+    def rang(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
+        with self._lock:
+            full = self._crossing + len(wakeups) > _CROSSING_MAX
+            if full:
+                self._dropped += len(wakeups)
+            else:
+                self._crossing += len(wakeups)
+        if not full:
+            latency_s = None if committed_at is None else time.time() - committed_at
+            self._cross(lambda: self._rang(wakeups, latency_s))
+
+    def interrupted(self, error: StreamError) -> None:
+        self._cross(lambda: self._interrupted(error.reason))
+
+    def _cross(self, call: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: the process is on its way out
+            self._loop.call_soon_threadsafe(call)
+
+    # --- on the event loop -----------------------------------------------------------------------------------------
+
+    def _streaming(self) -> None:
+        self._metrics.set_stream(None)
+        self._metrics.set_role("streaming")
+        self._consumer.streaming(connected=True)
+        self._changed()
+
+    def _rang(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
+        with self._lock:
+            self._crossing -= len(wakeups)
+            dropped, self._dropped = self._dropped, 0
+        self._heard.inc(len(wakeups))
+        if latency_s is not None:
+            self._metrics.wakeup_latency.observe(max(0.0, latency_s))
+        self._relay.offer(self._consumer.rang(wakeups))
+        if dropped:
+            self._metrics.wakeups_dropped.inc(dropped)
+            self._consumer.missed()
+            if self._consumer.shares:
+                self._relay.missed()
+
+    def _interrupted(self, reason: str) -> None:
+        self._metrics.stream_disconnects.labels(self._slot, reason).inc()
+        # What only ends a stream is tried again at once; the network is what stands between.
+        self._metrics.set_stream("network" if reason in ENDINGS else reason)
+        self._metrics.set_role("standby" if reason == "slot_busy" else "sweeping")
+        self._consumer.streaming(connected=False)

@@ -1,0 +1,159 @@
+"""Threads for handlers that are not async.
+
+An executor of our own, for one reason: those of the standard library are joined when the interpreter ends, and a
+handler that never returns would keep a stopped consumer alive for ever. These are daemon threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from cdc.engine.calls import EscapedError, as_exception, own_context
+from cdc.runtime.cancelling import disregard, is_being_cancelled
+
+
+class Job:
+    """A call on its way. ``future`` brings what it returns or raises."""
+
+    def __init__(self, call: Callable[[], Any], limit_s: float | None, overran: Callable[[], None] | None) -> None:
+        self.call = call
+        self.context = own_context()
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._ended: tuple[Any, BaseException | None] | None = None
+        self.started_at: float | None = None  # written by the thread, read by the event loop
+        self.called_off = False
+        self.limit_s = limit_s
+        self.overran = overran
+
+    def call_off(self) -> None:
+        """Nobody wants the answer, nor the call if it has not begun. One that has begun goes on; nothing stops it."""
+        self.called_off = True
+        self.future.cancel()
+
+    def ended(self, result: Any, error: BaseException | None) -> None:
+        """On the event loop."""
+        self._ended = result, error
+        _resolve(self.future, result, error)
+
+    async def outcome(self) -> Any:
+        """What the call returns or raises.
+
+        The call goes on whoever cancels the task that waits, and so must the wait, for it holds the change's key. Only
+        this program ends it.
+        """
+        while True:
+            try:
+                return await self.future
+            except asyncio.CancelledError:
+                if is_being_cancelled():
+                    self.call_off()
+                    raise
+                await disregard()
+                self.future = asyncio.get_running_loop().create_future()
+                if self._ended:
+                    _resolve(self.future, *self._ended)
+
+    def left_s(self) -> float:
+        """Until it overruns; waiting for a free thread does not count."""
+        assert self.limit_s is not None
+        began = self.started_at
+        return self.limit_s if began is None else began + self.limit_s - time.monotonic()
+
+
+class Threads:
+    """Up to ``size`` threads, started as they are needed."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._started = 0
+        self._busy = 0
+        """Jobs on their way; one that was called off, too, until a thread is done with it."""
+        self._limited: set[Job] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        """One for all of them: it rings when the first could overrun, which most never do."""
+        self._ended: deque[tuple[Job, Any, BaseException | None]] = deque()
+        self._told = False
+        """The event loop is about to look at what has ended: to wake it for each would cost more than many a call."""
+
+    def submit(
+        self, call: Callable[[], Any], limit_s: float | None = None, overran: Callable[[], None] | None = None
+    ) -> Job:
+        """Run ``call`` in a thread. ``overran`` is called, on the event loop, if it is still running at its limit."""
+        job = Job(call, limit_s, overran)
+        self._busy += 1
+        if self._busy > self._started < self._size:
+            self._started += 1
+            loop = asyncio.get_running_loop()
+            threading.Thread(target=self._run, args=[loop], name=f"cdc-handler-{self._started}", daemon=True).start()
+        if limit_s is not None:
+            self._limited.add(job)
+            self._watch(limit_s)
+        self._jobs.put(job)
+        return job
+
+    def close(self) -> None:
+        """Let the threads end when they have nothing left to do."""
+        if self._timer:
+            self._timer.cancel()
+        for _ in range(self._started):
+            self._jobs.put(None)
+
+    def _watch(self, left_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is None or self._timer.when() > loop.time() + left_s:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = loop.call_later(left_s, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        for job in [job for job in self._limited if job.left_s() <= 0]:
+            self._limited.discard(job)
+            if job.overran and not job.called_off:
+                job.overran()
+        if self._limited:
+            self._watch(min(job.left_s() for job in self._limited))
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        while job := self._jobs.get():
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                if not job.called_off:
+                    job.started_at = time.monotonic()
+                    result = job.context.run(job.call)
+            except BaseException as raised:  # noqa: BLE001 - a handler's SystemExit must not end the thread unnoticed
+                error = raised
+            self._ended.append((job, result, error))
+            if not self._told:
+                self._told = True
+                try:
+                    loop.call_soon_threadsafe(self._take_in)
+                except RuntimeError:
+                    return  # the loop has been closed; nobody waits any more
+
+    def _take_in(self) -> None:
+        self._told = False  # before the first look: what ends from now on tells again
+        while self._ended:
+            job, result, error = self._ended.popleft()
+            self._busy -= 1
+            self._limited.discard(job)
+            job.ended(result, error)
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, asyncio.CancelledError):
+        future.set_exception(EscapedError(error))  # nobody has cancelled the task that waits
+    else:
+        future.set_exception(as_exception(error))

@@ -1,0 +1,88 @@
+"""Time limits of calls on the event loop.
+
+A call that never waits needs none. For each of the others a timer of its own would cost as much as many a handler; but
+calls under the same limit overrun in the order in which they began, so that one timer does for all of them, set for the
+first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+from cdc.core.errors import OverrunError
+from cdc.engine.calls import StartedCall
+from cdc.runtime.cancelling import is_being_cancelled
+
+_T = TypeVar("_T")
+
+
+_HEED_S = 1.0
+"""For a call to end after it was cancelled, until it is said that it goes on: it may have something to undo."""
+
+
+class Limit:
+    """``seconds`` that a call may take; None: any time. For the tasks of one event loop.
+
+    ``ignored``: called with the task of a call that goes on after it was cancelled.
+    """
+
+    def __init__(self, seconds: float | None, ignored: Callable[[asyncio.Task[Any]], None] = lambda _: None) -> None:
+        self._seconds = seconds
+        self._ignored = ignored
+        self._ends: dict[asyncio.Task[Any], float] = {}
+        """When a task's call overruns, on the monotonic clock; in that order."""
+        self._overran = set[asyncio.Task[Any]]()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run it. Raises OverrunError if its time passes."""
+        started = time.monotonic()
+        try:
+            waits_for = coroutine.send(None)
+        except StopIteration as returned:
+            return cast("_T", returned.value)
+        return await self.go_on(StartedCall(coroutine, waits_for, started))
+
+    async def go_on(self, call: StartedCall[_T]) -> _T:
+        """The rest of a call, with what is left of its time since the start."""
+        if self._seconds is None:
+            return await call
+        task = asyncio.current_task()
+        assert task is not None
+        self._ends[task] = at = call.started + self._seconds
+        if self._timer is None:
+            self._set_timer(at)
+        try:
+            return await call
+        except (asyncio.CancelledError, TimeoutError) as error:
+            if task in self._overran and not is_being_cancelled(task):
+                raise OverrunError(f"took longer than {self._seconds:g} s") from error
+            raise
+        finally:
+            self._ends.pop(task, None)
+            if task in self._overran:
+                self._overran.remove(task)
+                task.uncancel()
+
+    def _set_timer(self, at: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(at - time.monotonic(), self._look)
+
+    def _look(self) -> None:
+        """Those whose time has passed are cancelled; the timer is set for the next, if there is one."""
+        self._timer = None
+        now = time.monotonic()
+        for task, at in list(self._ends.items()):
+            if at > now:
+                self._set_timer(at)
+                return
+            del self._ends[task]
+            self._overran.add(task)
+            task.cancel()
+            asyncio.get_running_loop().call_later(_HEED_S, self._look_after, task)
+
+    def _look_after(self, task: asyncio.Task[Any]) -> None:
+        if task in self._overran:
+            self._ignored(task)

@@ -1,0 +1,308 @@
+"""Transactional handlers: what the handler writes and the mark of its change commit together, or not at all.
+
+    BEGIN ── take the row ── handler(change, connection) ── mark the row ── COMMIT
+
+The row is taken with FOR UPDATE SKIP LOCKED, unprocessed and as it was read, so that its effects happen once even if
+two consumers believe they own the shard. Nothing taken means that somebody else has it or had it: never that it is
+done. Then, and when the connection dies (the answer to a COMMIT may be lost with it), only the table knows what
+became of the change: ``AskTheTableError`` has its key read anew.
+
+Several changes may share a transaction: the calls follow each other in it, and the marks are one statement. If one of
+them fails, nothing of any is committed, and whoever asked runs them one by one.
+
+What the handler writes to tracked tables is caused by its change: the setting ``cdc.cause`` tells the capture trigger.
+Where several changes share a transaction it is set anew for each only if the handler is known to write there
+(``causes``); if it turns out to, which the trigger tells by ``cdc.captured``, they are undone and called again.
+
+Connections come from pools that open them as they are needed: one for async handlers, one for those in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from typing import NamedTuple
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
+
+from cdc.core import failpoints
+from cdc.core.model import Change
+from cdc.core.router import Handler
+from cdc.core.sqlstate import passes
+from cdc.observability.metrics import CONNECTION_KINDS, Metrics
+from cdc.postgres.connect import SERVER_TCP, Dsn, lent_arguments
+from cdc.postgres.lent import AsyncLent, Lent, reset, reset_async
+from cdc.postgres.link import cut, unlimited
+from cdc.postgres.outbox import Store
+
+_CONNECTION_LIMIT_S = 10.0
+_ANSWER_LIMIT_S = 30.0
+"""For each answer to a statement of ours; the handler's have its own time limit."""
+_TAKE_AGAIN_S = 1.0
+"""Where the row cannot be taken for a moment."""
+_SESSION: Mapping[str, str] = {
+    **SERVER_TCP,  # a vanished host must not hold the lock on its row
+    "idle_in_transaction_session_timeout": "0",  # the handler's own time limit rules, from BEGIN on
+}
+
+
+Errors = Mapping[int, BaseException]
+"""seq -> what its change failed with, while others of the batch are done."""
+
+
+class Ran(NamedTuple):
+    """How the calls for some changes ended.
+
+    ``errors`` are of changes that failed by themselves, by seq. ``at``: when the others were marked, by the database's
+    clock; None: there were none, or they are marked later. ``captured``: what the handler wrote was captured.
+    ``calls_s``: how long the calls took, without what their transaction costs.
+    """
+
+    errors: Errors
+    at: datetime | None = None
+    captured: bool = False
+    calls_s: float = 0.0
+
+
+class AskTheTableError(Exception):
+    """The attempt's fate is not known here, or the change is somebody else's: the table is asked after ``pause_s``."""
+
+    def __init__(self, why: str, pause_s: float = 0.1) -> None:
+        super().__init__(why)
+        self.pause_s = pause_s
+
+
+class LostTransactionError(AskTheTableError):
+    """The transaction was ended by others while the handler ran: no attempt is counted, but not for ever.
+
+    ``cause``: what the driver or the server said.
+    """
+
+    def __init__(self, why: str = "the connection was lost", cause: psycopg.Error | None = None) -> None:
+        super().__init__(why)
+        self.cause = cause or psycopg.OperationalError()
+
+
+class InTheWayError(LostTransactionError):
+    """Something stood in the way: another transaction, a lock, a full disk, a statement of ours that was cancelled.
+
+    Where that does not end it is a failed attempt like any other.
+    """
+
+
+class EndedTransactionError(Exception):
+    """The handler ended the transaction that is not its own."""
+
+    def __init__(self) -> None:
+        super().__init__("the handler ended the transaction it was given; leave COMMIT and ROLLBACK to the consumer")
+
+
+class MixedCausesError(Exception):
+    """One of several changes wrote what was captured, and which one was not said."""
+
+
+class Transactions:
+    """``size``: connections of each kind. Made on the event loop; ``open`` before, ``close`` after use.
+
+    ``pooled``: the DSN leads to a pooler, so that nothing is asked of a session that a transaction cannot set.
+    """
+
+    def __init__(self, dsn: Dsn, store: Store, size: int, handlers: Iterable[Handler], *, pooled: bool = False) -> None:
+        self._store = store
+        self._kinds = {handler.is_async for handler in handlers if handler.transactional}
+        arguments = partial(lent_arguments, dsn, application_name="cdc: handlers", session={} if pooled else _SESSION)
+        self._async: AsyncConnectionPool[AsyncLent] = AsyncConnectionPool(
+            "", connection_class=AsyncLent, kwargs=arguments, min_size=0, max_size=size, open=False,
+            timeout=_CONNECTION_LIMIT_S, configure=partial(_pin_async, pooled=pooled), reset=reset_async,
+        )  # fmt: skip
+        self._sync: ConnectionPool[Lent] = ConnectionPool(
+            "", connection_class=Lent, kwargs=arguments, min_size=0, max_size=size, open=False,
+            timeout=_CONNECTION_LIMIT_S, configure=partial(_pin, pooled=pooled), reset=reset,
+        )  # fmt: skip
+
+    async def open(self) -> None:
+        if True in self._kinds:
+            await self._async.open()
+        if False in self._kinds:
+            self._sync.open()
+
+    async def close(self, timeout_s: float) -> None:
+        """A connection that is being opened is waited for so long, one that a handler has not at all."""
+        await asyncio.gather(self._async.close(timeout_s), asyncio.to_thread(self._sync.close, timeout_s))
+
+    def show(self, metrics: Metrics) -> None:
+        """Bring the gauges up to date."""
+        for kind, pool in zip(CONNECTION_KINDS, (self._async, self._sync), strict=True):
+            stats = pool.get_stats()
+            idle = stats["pool_available"]
+            metrics.show_connections(kind, busy=stats["pool_size"] - idle, idle=idle, wanted=stats["requests_waiting"])
+
+    async def run(
+        self,
+        changes: Sequence[Change],
+        calls: Sequence[Callable[[psycopg.AsyncConnection], Awaitable[Errors]]],
+        *,
+        causes: bool,
+    ) -> Ran:
+        """Run an async handler: one call for all the changes, which returns those that failed, or one for each of them.
+
+        ``causes``: each of several calls is named as the cause of what it writes. Raises MixedCausesError where that
+        would have been needed.
+        """
+        errors: Errors = {}
+        taken = calling = False
+        try:
+            async with self._async.connection() as connection:
+                try:
+                    async with connection.transaction():
+                        cursor = await connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
+                        xid = _taken(changes, await cursor.fetchall())
+                        taken = True
+                        failpoints.here("run.after_take")
+                        began = time.monotonic()
+                        for number, call in enumerate(calls):
+                            if number:
+                                failpoints.here("run.between_calls")
+                                if causes:
+                                    await connection.execute(*self._store.cause(changes[number]))
+                            calling = True
+                            with unlimited(connection):
+                                errors = await call(connection)
+                            calling = False
+                            connection.as_new()
+                            _alone_only(errors, calls)
+                        calls_s = time.monotonic() - began
+                        failpoints.here("run.before_mark")
+                        done = [change for change in changes if change.seq not in errors]
+                        marks = await (await connection.execute(*self._store.mark(done, xid), binary=True)).fetchall()
+                        ran = _marked(done, errors, marks, named=causes or len(calls) == 1)
+                        failpoints.here("run.before_commit")
+                    failpoints.here("run.after_commit")
+                except psycopg.Error as error:
+                    raise _fate(connection, error, taken=taken, calling=calling) from error
+        except PoolTimeout as error:
+            raise AskTheTableError("no connection for a transactional handler") from error
+        return ran._replace(calls_s=calls_s)
+
+    def run_in_thread(
+        self,
+        changes: Sequence[Change],
+        calls: Sequence[Callable[[psycopg.Connection], Errors]],
+        *,
+        causes: bool,
+        owned: Callable[[], bool],
+    ) -> Ran:
+        """``run`` for a handler that is not async; called in its thread, where nobody can cut it off.
+
+        ``owned``: whether the changes are this consumer's still. It may have waited long for a connection.
+        """
+        errors: Errors = {}
+        taken = calling = False
+        try:
+            with self._sync.connection() as connection:
+                try:
+                    with connection.transaction():
+                        cursor = connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
+                        xid = _taken(changes, cursor.fetchall())
+                        taken = True
+                        failpoints.here("run.after_take")
+                        began = time.monotonic()
+                        for number, call in enumerate(calls):
+                            if not owned():
+                                raise AskTheTableError("the consumer's session was lost before the call")
+                            if number:
+                                failpoints.here("run.between_calls")
+                                if causes:
+                                    connection.execute(*self._store.cause(changes[number]))
+                            calling = True
+                            with unlimited(connection):
+                                errors = call(connection)
+                            calling = False
+                            connection.as_new()
+                            _alone_only(errors, calls)
+                        calls_s = time.monotonic() - began
+                        failpoints.here("run.before_mark")
+                        done = [change for change in changes if change.seq not in errors]
+                        marks = connection.execute(*self._store.mark(done, xid), binary=True).fetchall()
+                        ran = _marked(done, errors, marks, named=causes or len(calls) == 1)
+                        failpoints.here("run.before_commit")
+                    failpoints.here("run.after_commit")
+                except psycopg.Error as error:
+                    raise _fate(connection, error, taken=taken, calling=calling) from error
+        except PoolTimeout as error:
+            raise AskTheTableError("no connection for a transactional handler") from error
+        return ran._replace(calls_s=calls_s)
+
+
+async def _pin_async(connection: AsyncLent, *, pooled: bool) -> None:
+    """What the transaction is, whatever a database's default says: it comes with BEGIN, and costs no round trip.
+
+    Above read committed a change would fail for what others wrote meanwhile, and nobody's handler would be at fault.
+    """
+    connection.answer_limit_s, connection.is_pooled = _ANSWER_LIMIT_S, pooled
+    await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+    await connection.set_read_only(False)
+    await connection.set_deferrable(False)
+
+
+def _pin(connection: Lent, *, pooled: bool) -> None:
+    connection.answer_limit_s, connection.is_pooled = _ANSWER_LIMIT_S, pooled
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    connection.read_only = False
+    connection.deferrable = False
+
+
+def _first_cause(changes: Sequence[Change], calls: Sequence[object]) -> Change:
+    """Of one call for many changes the deepest is the cause of what it writes, so that no loop hides in a batch."""
+    return changes[0] if len(calls) > 1 else max(changes, key=lambda change: change.depth)
+
+
+def _alone_only(errors: Errors, calls: Sequence[object]) -> None:
+    """``Failed`` from one of several calls: what that call wrote goes, and with it what the others did."""
+    if errors and len(calls) > 1:
+        raise next(iter(errors.values()))
+
+
+def _taken(changes: Sequence[Change], rows: Sequence[tuple[object, ...]]) -> str:
+    if len(rows) < len(changes):
+        raise AskTheTableError("somebody else has the change")
+    return str(rows[0][0])
+
+
+def _marked(done: Sequence[Change], errors: Errors, rows: Sequence[tuple[object, ...]], *, named: bool) -> Ran:
+    if len(rows) != len(done):
+        raise EndedTransactionError
+    if not rows:
+        return Ran(errors)
+    at, captured = rows[0]
+    assert isinstance(at, datetime)
+    if captured and not named:
+        raise MixedCausesError
+    return Ran(errors, at, bool(captured))
+
+
+def _fate(
+    connection: psycopg.Connection | psycopg.AsyncConnection, error: psycopg.Error, *, taken: bool, calling: bool
+) -> Exception:
+    """The handler's own error, or that others ended the transaction; an answer to a COMMIT may be lost with it.
+
+    Not ``taken``: no call had begun. A connection may have died in the pool, and that is no change's doing. Not
+    ``calling``: the statement was ours, and what keeps the server from it for a moment is no attempt that failed.
+    """
+    if connection.broken or connection.closed:
+        if not taken:
+            return AskTheTableError("the connection had been lost before the call")
+        return LostTransactionError("the connection was lost", error)
+    if isinstance(error, psycopg.errors.InvalidSqlStatementName):
+        cut(connection)  # the driver takes for prepared what a DEALLOCATE ALL has removed
+        return LostTransactionError("what was prepared on the connection is gone, and so it was closed", error)
+    if isinstance(error, psycopg.errors.SerializationFailure | psycopg.errors.DeadlockDetected):
+        return InTheWayError("another transaction was in the way", error)
+    if not calling and passes(error.sqlstate):
+        why = f"{error.diag.message_primary} [{error.sqlstate}]"
+        return InTheWayError(why, error) if taken else AskTheTableError(why, _TAKE_AGAIN_S)
+    return error

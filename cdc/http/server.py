@@ -1,0 +1,281 @@
+"""/metrics, /livez and /readyz, and the page if there is one, served from a thread of their own.
+
+A thread, so that a handler that blocks the event loop cannot silence the probes that should report it. Nothing here
+touches the database: a probe that waits for one restarts every replica when it is slow, which never helps.
+
+The page and its figures are for whoever asks by an address, by a name of this machine, or by one that the settings
+allow. A name is what DNS rebinding needs: a page of evil.example, whose name leads here from then on, is for the
+browser of the same origin as ours and could read all of it. The metrics and the probes say less, and are asked for by
+names that nobody here knows (a service of Kubernetes or Compose), so they answer to any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import ipaddress
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from socketserver import TCPServer, ThreadingMixIn
+from typing import TYPE_CHECKING, Any, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from cdc.core.errors import UsageError
+from cdc.runtime.forks import not_for_children
+from cdc.runtime.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+_CONNECTIONS_MAX = 50
+"""Each is a thread and a descriptor. A new one takes the place of the oldest: who asks is answered in milliseconds, and
+who holds a connection longest is the least likely to want an answer."""
+
+_REQUEST_LIMIT_S = 5.0
+"""From the connection to the last byte of the answer, however slowly either comes."""
+
+_REQUEST_MAX = 16_384
+"""Bytes of a request that are read."""
+
+_REST_S = 0.2
+"""After a connection could not be taken, for want of descriptors: the next attempt would fail at once as well."""
+
+_POLL_S = 0.1
+"""How long a stop may take to be noticed; it is part of the drain time."""
+
+_ROUTES = ("/metrics", "/livez", "/readyz")
+_NO_SNIFF = ("X-Content-Type-Options", "nosniff")
+"""A browser is to take what it gets for what it is said to be, and for no script."""
+
+
+class Check(NamedTuple):
+    """One line of an answer: ``ok loop.stream 0.4s`` or ``fail loop.stream 45s``. No DSN and no payload in it."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, ["ok" if self.ok else "fail", self.name, self.detail]))
+
+
+Checks = Callable[[], Iterable[Check]]
+Routes = Mapping[str, Callable[[], tuple[list[tuple[str, str]], bytes]]]
+"""By path what to answer: headers and body."""
+
+
+class HealthServer:
+    """Bound when it is made, answering from ``start()`` to ``stop()``.
+
+    ``liveness`` and ``readiness`` are called for each request, in a thread of the server, and so are those of further
+    ``routes``: they read values that others replace whole, and never wait. Port 0 takes a free one; ``port`` says
+    which. ``hosts``: names by which the routes may be asked for besides. Raises UsageError where host and port cannot
+    be bound.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        registry: CollectorRegistry,
+        liveness: Checks,
+        readiness: Checks,
+        routes: Routes | None = None,
+        hosts: Iterable[str] = (),
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        self._supervisor = supervisor or Supervisor()
+        self._stopping = threading.Event()
+        server_class = _ServerV6 if ":" in host else _Server
+        try:
+            self._server = server_class((host, port), _Quiet)
+        except (OSError, TypeError, UnicodeError) as error:  # the last two: a name that cannot be asked for
+            why = error.strerror if isinstance(error, OSError) else "no host has such a name"
+            raise UsageError(
+                f"cannot serve metrics and health on {host} port {port}: {why}",
+                hint="choose another --http-host or --http-port; port 0 switches them off",
+            ) from None
+        not_for_children(self._server)
+        self._server.set_app(_Application(registry, liveness, readiness, routes or {}, hosts=(host, *hosts)))
+        self._thread = threading.Thread(target=self._kept, name="cdc-health", daemon=True)
+        self.port: int = self._server.server_port
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when the port is free again. May be called without ``start``, and twice."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+    def _kept(self) -> None:
+        self._supervisor.keep_here("health", lambda: self._server.serve_forever(_POLL_S), self._stopping)
+
+
+_Response = tuple[str, list[tuple[str, str]], bytes]
+
+
+class _Application:
+    def __init__(
+        self, registry: CollectorRegistry, liveness: Checks, readiness: Checks, routes: Routes, *, hosts: Iterable[str]
+    ) -> None:
+        self._hosts = frozenset(name.lower() for name in hosts)
+        self._exposition = make_wsgi_app(registry)
+        self._checks = {"/livez": liveness, "/readyz": readiness}
+        self._routes = routes
+        self._list = "".join(f"{path}\n" for path in (*_ROUTES, *routes))
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        status, headers, body = self._respond(environ)
+        if _NO_SNIFF not in headers:
+            headers = [*headers, _NO_SNIFF]
+        start_response(status, [*headers, ("Content-Length", str(len(body)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    def _respond(self, environ: WSGIEnvironment) -> _Response:
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] not in {"GET", "HEAD"}:
+            return _text("405 Method Not Allowed", "only GET and HEAD\n")
+        if path == "/metrics":
+            return self._metrics(environ)
+        if path in self._checks:
+            return _verdict(path, self._checks[path])
+        if path in self._routes and not answers_to(environ.get("HTTP_HOST"), self._hosts):
+            hint = "ask by an address or as localhost, or allow the name: http.hosts, --http-hosts, CDC_HTTP_HOSTS\n"
+            return _text("421 Misdirected Request", f"this consumer has no such name\n{hint}")
+        if path in self._routes:
+            return "200 OK", *self._routes[path]()
+        return _text("200 OK", self._list) if path == "/" else _text("404 Not Found", f"there is only\n{self._list}")
+
+    def _metrics(self, environ: WSGIEnvironment) -> _Response:
+        started: list[tuple[str, list[tuple[str, str]]]] = []
+        # The client's own application knows no HEAD.
+        chunks = self._exposition({**environ, "REQUEST_METHOD": "GET"}, lambda *response: started.append(response))
+        status, headers = started[0]
+        return status, headers, b"".join(chunks)
+
+
+def answers_to(host: str | None, names: Collection[str]) -> bool:
+    """Whether a request with this Host may see the page. ``names`` in lower case, besides those of this machine.
+
+    Without a Host it comes from no browser.
+    """
+    if host is None:
+        return True
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    name = name.removesuffix(".")
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name in names or name == "localhost" or name.endswith(".localhost")
+    return True
+
+
+def _text(status: str, text: str) -> _Response:
+    return status, [("Content-Type", "text/plain; charset=utf-8")], text.encode()
+
+
+def _verdict(path: str, checks: Checks) -> _Response:
+    try:
+        results = list(checks())
+    except Exception as error:
+        # A probe that cannot tell must not say that all is well, nor take the other routes down.
+        log.exception("a health check failed", extra={"path": path})
+        results = [Check(path.strip("/"), ok=False, detail=type(error).__name__)]
+    lines = results or [Check(path.strip("/"), ok=True)]
+    status = "200 OK" if all(check.ok for check in lines) else "503 Service Unavailable"
+    return _text(status, "".join(f"{check}\n" for check in lines))
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False  # a slow client must not hold up the stop
+    request_queue_size = 128
+
+    def __init__(self, *arguments: Any) -> None:
+        self._open: dict[socket.socket, float] = {}
+        """Since when, the oldest first."""
+        self._lock = threading.Lock()
+        self._rest = threading.Event()
+        super().__init__(*arguments)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            self._rest.wait(_REST_S)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            oldest = next(iter(self._open)) if len(self._open) >= _CONNECTIONS_MAX else None
+            self._open[request] = time.monotonic()
+        if oldest is not None:
+            self._let_go(oldest)
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Called every _POLL_S, and after each connection."""
+        with self._lock:
+            overdue = [one for one, since in self._open.items() if time.monotonic() - since > _REQUEST_LIMIT_S]
+        for request in overdue:
+            self._let_go(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def _let_go(self, request: socket.socket) -> None:
+        """Its thread, whatever it waits for, finds the connection ended."""
+        with self._lock:
+            if self._open.pop(request, None) is not None:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def server_bind(self) -> None:
+        # HTTPServer's own asks the name service for the host's full name, which may take seconds.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # str, int for TCP
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a health client went away", exc_info=True)
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Brief(io.BufferedReader):
+    """Ends after so many bytes; the library would take a hundred headers of 64 kB each."""
+
+    left = _REQUEST_MAX
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(self.left if size is None or size < 0 else min(size, self.left))
+        self.left -= len(line)
+        return line
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = _REQUEST_LIMIT_S
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = _Brief(self.connection.makefile("rb", buffering=0))
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in http.server
+        """A probe every few seconds would be most of the log."""

@@ -1,0 +1,387 @@
+"""What an operator asks of the outbox, and decides about changes that wait or are dead.
+
+A dead letter is not tried again until somebody says so: ``retry`` makes it wait, due at once, and ``discard`` marks it
+processed. Both repeat in their own WHERE what they rely on, and both take the row first without waiting for it: a row
+that is locked is being worked on, and is refused instead.
+
+Every read is bounded, however large the table is: it walks a partial index, and ends after so many rows. What the bound
+cut off is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import class_row, dict_row
+
+from cdc.core.errors import NotFoundError, RefusedError, UsageError
+from cdc.core.model import SHARDS, ChangeState
+from cdc.core.sqlstate import About, about
+from cdc.postgres.loaders import VerbatimJson
+from cdc.postgres.sql_files import load
+
+STATES = {
+    "fresh": "find_fresh",
+    "blocked": "find_fresh",
+    "waiting": "find_waiting",
+    "dead": "find_dead",
+    "processed": "find_processed",
+}
+"""What ``find`` takes: the states of a row, and ``blocked``: fresh, and held back by an earlier change of its key."""
+
+_PER_SHARD = 5_000
+"""Fresh changes that are looked at, of each of the 64 shards."""
+_SCAN = 100_000
+"""Changes of another state that are looked at."""
+_CHAIN_MAX = 100
+"""Changes of a chain that are shown."""
+_PACE_S = 60.0
+_PACE_MAX = 10_000
+"""Changes that are looked at: where more were processed within the time, it is the last so many."""
+_STATEMENT_LIMIT_S = 30
+_RETRY_ALL_LIMIT_S = 600
+"""One statement, however many there are; about 10,000 a second."""
+_DISCARD_BATCH = 1_000
+_CHANNEL = "entity_change"
+_MORE = ("more_fresh", "more_waiting", "more_dead")
+
+Reference = UUID | int
+"""A change by its id, or by its ``seq``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A change as the table has it, without its payload: of names 1,000 characters, of the error 10,000.
+
+    ``state`` is that of the row. ``blocked_by``: the ``seq`` of the first change of the same key that holds this one
+    back. ``pauses_key``: a dead letter that holds back the later changes of its key until it is retried or discarded.
+    ``caused_by``: the id of the change whose handler made this one, and ``depth``: how many there are before it.
+    """
+
+    seq: int
+    id: UUID
+    state: ChangeState
+    blocked_by: int | None
+    pauses_key: bool
+    entity_type: str
+    entity_id: str
+    shard: int
+    table_schema: str | None
+    table: str
+    operation: str
+    changed_at: datetime
+    error_count: int
+    last_error: str | None
+    next_attempt_at: datetime | None
+    processed_at: datetime | None
+    dead_at: datetime | None
+    caused_by: UUID | None
+    depth: int
+
+    @property
+    def blocked(self) -> bool:
+        return self.state == ChangeState.FRESH and self.blocked_by is not None
+
+    @property
+    def undecided(self) -> bool:
+        """Waiting or dead: what ``retry`` and ``discard`` are for."""
+        return self.state in (ChangeState.WAITING, ChangeState.DEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One change of a chain of causes. Of the last one ``caused_by`` tells whether there is, or was, more."""
+
+    seq: int
+    id: UUID
+    entity_type: str
+    entity_id: str
+    operation: str
+    state: ChangeState
+    changed_at: datetime
+    caused_by: UUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class TypeStats:
+    """Counts of one entity type; ``fresh`` includes ``blocked``. Ages in seconds; None: there is none."""
+
+    entity_type: str
+    fresh: int
+    blocked: int
+    waiting: int
+    dead: int
+    blocked_keys: int
+    oldest_ready_age_s: float | None
+    oldest_blocked_age_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """``more_*``: there are more than were looked at, and counts of the state (fresh: also blocked) are too low."""
+
+    types: list[TypeStats]
+    more_fresh: bool = False
+    more_waiting: bool = False
+    more_dead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """``per_s``: changes processed a second. Latencies are from the change to its mark; None where there were none."""
+
+    per_s: float
+    latency_p50_s: float | None
+    latency_p99_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to search for; None is any. ``since_s``: changed within the last so many seconds."""
+
+    entity_type: str | None = None
+    entity_id: str | None = None
+    since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """``more``: there are more than asked for. ``cut``: the search ended before it had seen all."""
+
+    entries: list[Entry]
+    more: bool
+    cut: bool
+
+
+def parse_reference(text: str) -> Reference:
+    """A ``seq`` or an id. Raises UsageError."""
+    try:
+        # isdecimal() is true of other scripts' digits, too; int() reads those as well.
+        return int(text) if text.isdecimal() and len(text) < 19 else UUID(text)
+    except ValueError:
+        raise UsageError(
+            f"{text!r} names no change", hint="give its seq or its id, as cdc outbox list shows them"
+        ) from None
+
+
+class OutboxAdmin:
+    """The statements for the outbox in ``schema``, on an autocommit connection."""
+
+    def __init__(self, schema: str) -> None:
+        self._statements = load("admin.sql", schema)
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    def stats(
+        self,
+        connection: psycopg.Connection,
+        *,
+        per_shard: int | None = None,
+        scan: int | None = None,
+        limit_s: int = _STATEMENT_LIMIT_S,
+    ) -> Stats:
+        """By entity type, of whatever is not processed: up to ``per_shard`` fresh ones, ``scan`` of the others."""
+        parameters = {"shards": SHARDS, "per_shard": per_shard or _PER_SHARD, "bound": scan or _SCAN}
+        with _bounded(connection, limit_s), connection.cursor(row_factory=dict_row) as cursor:
+            rows = cursor.execute(self._statements["stats"], parameters).fetchall()
+        # The same in every row.
+        more = {name: rows[0][name] for name in _MORE} if rows else {}
+        types = [TypeStats(**{name: value for name, value in row.items() if name not in _MORE}) for row in rows]
+        return Stats(types, **more)
+
+    def find(self, connection: psycopg.Connection, state: str, wanted: Wanted, limit: int) -> Found:
+        """Up to ``limit`` changes in one of STATES.
+
+        Fresh and blocked ones the oldest first, waiting ones as they are due, dead and processed ones the youngest
+        first.
+        """
+        filtered = wanted != Wanted() or state == "blocked"
+        parameters = {
+            "type": wanted.entity_type,
+            "key": wanted.entity_id,
+            "age_s": wanted.since_s,
+            "blocked": state == "blocked",
+            "shards": SHARDS,
+            "per_shard": _PER_SHARD if filtered else limit + 1,
+            "scan": _SCAN if filtered else limit + 1,
+            "limit": limit + 1,
+        }
+        with _bounded(connection):
+            row = connection.execute(self._statements[STATES[state]], parameters).fetchone()
+            assert row is not None
+            cut, ids = row
+            entries = self._look(connection, ids[:limit])
+        return Found(entries, more=len(ids) > limit, cut=cut and filtered)
+
+    def pace(self, connection: psycopg.Connection) -> Pace:
+        """What was processed in the last minute, by all consumers."""
+        with _bounded(connection), connection.cursor(row_factory=class_row(Pace)) as cursor:
+            pace = cursor.execute(self._statements["pace"], {"seconds": _PACE_S, "bound": _PACE_MAX}).fetchone()
+        assert pace is not None
+        return pace
+
+    def show(self, connection: psycopg.Connection, reference: Reference) -> Entry:
+        """Raises NotFoundError."""
+        with _bounded(connection):
+            return self._named(connection, [reference])[0]
+
+    def chain(self, connection: psycopg.Connection, entry: Entry) -> list[Link]:
+        """The change, its cause, the cause of that, and so on, up to 100 of them."""
+        with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+            rows = cursor.execute(self._statements["chain"], {"id": entry.id, "bound": _CHAIN_MAX}).fetchall()
+        return [Link(**{**row, "state": ChangeState(row["state"])}) for row in rows]
+
+    def payload(self, connection: psycopg.Connection, entry: Entry) -> dict[str, Any]:
+        """``old``, ``new`` and ``metadata``: the application's data. Raises RefusedError where the server does.
+
+        Each is Json, with the digits that are stored, or the text of what Python cannot read.
+        """
+        try:
+            with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+                cursor.adapters.register_loader("jsonb", VerbatimJson)
+                found = cursor.execute(self._statements["payload"], {"id": entry.id}).fetchone()
+        except psycopg.Error as error:
+            if about(error.sqlstate) is not About.ROW:
+                raise
+            raise RefusedError(
+                f"the database refuses to hand over the payload of change {entry.seq}: SQLSTATE {error.sqlstate}",
+                hint="without --show-payload all else is shown",
+            ) from error
+        if found is None:
+            raise _missing([entry.seq])
+        return found
+
+    # --- deciding --------------------------------------------------------------------------------------------------
+
+    def retry(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[Entry]:
+        """Make these due now, all or none, and wake the consumers; a dead letter gets its attempts anew.
+
+        Raises NotFoundError, and RefusedError for one that is neither waiting nor dead, or is being worked on.
+        """
+        return self._decide(connection, "retry", references)
+
+    def discard(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[Entry]:
+        """Mark these processed, all or none, and wake the consumers: later changes of their keys go on.
+
+        Raises as ``retry`` does.
+        """
+        return self._decide(connection, "discard", references)
+
+    def retry_all(self, connection: psycopg.Connection, entity_type: str | None) -> int:
+        """Every dead letter, or those of one type; returns how many."""
+        with _bounded(connection, _RETRY_ALL_LIMIT_S):
+            count = connection.execute(self._statements["retry_all"], {"type": entity_type}).rowcount
+        if count:
+            _ring(connection)
+        return count
+
+    def discard_before(self, connection: psycopg.Connection, entity_type: str, before: str) -> Iterator[int]:
+        """Mark the fresh changes of a type processed that were made before a moment, as PostgreSQL reads it.
+
+        In batches, each committed; yields how many each of them has marked. Raises UsageError for what is no moment.
+        """
+        try:
+            [moment] = connection.execute("SELECT %s::timestamptz", [before]).fetchone() or [None]
+        except psycopg.DataError:
+            raise UsageError(f"{before!r} is no moment", hint="write it as 2026-01-31T18:00:00Z, or: now") from None
+        for shard in range(SHARDS):
+            parameters = {"type": entity_type, "before": moment, "shard": shard, "after": 0, "limit": _DISCARD_BATCH}
+            more = True
+            while more:
+                with _bounded(connection):
+                    row = connection.execute(self._statements["discard_before"], parameters).fetchone()
+                assert row is not None
+                marked, looked_at, parameters["after"] = row
+                yield marked
+                more = looked_at == _DISCARD_BATCH
+
+    def _decide(self, connection: psycopg.Connection, statement: str, references: Sequence[Reference]) -> list[Entry]:
+        with _bounded(connection):
+            ids = [entry.id for entry in self._named(connection, references)]
+            taken = {id_ for (id_,) in connection.execute(self._statements["take"], {"ids": ids})}
+            # Read again: now that they are taken, their states stay.
+            entries = self._look(connection, ids)
+            for entry in entries:
+                _refuse_unless_free(entry, taken=entry.id in taken, to=statement)
+            count = connection.execute(self._statements[statement], {"ids": ids}).rowcount
+            if count != len(ids):
+                raise _missing(references)
+            decided = self._look(connection, ids)
+        _ring(connection)
+        return decided
+
+    # --- inside a transaction --------------------------------------------------------------------------------------
+
+    def _look(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> list[Entry]:
+        with connection.cursor(row_factory=dict_row) as cursor:
+            rows = cursor.execute(self._statements["look"], {"ids": list(ids)}).fetchall()
+        return [Entry(**{**row, "state": ChangeState(row["state"])}) for row in rows]
+
+    def _named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[Entry]:
+        by_seq = self._numbered(connection, [name for name in references if isinstance(name, int)])
+        ids = [by_seq.get(name) if isinstance(name, int) else name for name in references]
+        entries = self._look(connection, list(dict.fromkeys(id_ for id_ in ids if id_)))
+        there = {entry.id for entry in entries}
+        if missing := [name for name, id_ in zip(references, ids, strict=True) if id_ not in there]:
+            raise _missing(missing)
+        return entries
+
+    def _numbered(self, connection: psycopg.Connection, seqs: list[int]) -> dict[int, UUID]:
+        """The ids of these numbers, as far as they are found."""
+        found: dict[int, UUID] = {}
+        for statement in ("number_unprocessed", "number_processed"):
+            if left := [seq for seq in seqs if seq not in found]:
+                parameters = {"seqs": left, "shards": SHARDS, "scan": _SCAN}
+                found.update(connection.execute(self._statements[statement], parameters).fetchall())
+        return found
+
+
+@contextmanager
+def _bounded(connection: psycopg.Connection, statement_limit_s: int = _STATEMENT_LIMIT_S) -> Iterator[None]:
+    """One transaction whose statements end in time.
+
+    Through an index, always: the statistics of a queue are wrong as soon as they are taken.
+    """
+    with connection.transaction():
+        connection.execute(
+            "SELECT set_config('statement_timeout', %s, true), set_config('lock_timeout', '5s', true),"
+            " set_config('enable_seqscan', 'off', true), set_config('jit', 'off', true)",
+            [f"{statement_limit_s}s"],
+        )
+        yield
+
+
+def _ring(connection: psycopg.Connection) -> None:
+    """Wake the consumers. In a transaction of its own, after the commit: NOTIFY takes a lock of the whole cluster."""
+    connection.execute("SELECT pg_notify(%s, '')", [_CHANNEL])
+
+
+def _refuse_unless_free(entry: Entry, *, taken: bool, to: str) -> None:
+    if not entry.undecided:
+        why = {
+            ChangeState.FRESH: "it is fresh, and runs in its turn",
+            ChangeState.PROCESSED: "it is processed already",
+        }[entry.state]
+        hint = f"the change {entry.blocked_by} holds it back: decide about that one" if entry.blocked else ""
+        raise RefusedError(f"cannot {to} the change {entry.seq}: {why}", hint=hint)
+    if not taken:
+        raise RefusedError(
+            f"cannot {to} the change {entry.seq}: another session is at work on it", hint="try again in a moment"
+        )
+
+
+def _missing(references: Iterable[Reference]) -> NotFoundError:
+    names = [str(name) for name in references]
+    several = len(names) > 1
+    hint = (
+        f"by their seq, processed changes are found among the last {_SCAN:,} only: give the id"
+        if all(name.isdecimal() for name in names)
+        else "cdc outbox list shows those that wait or are dead"
+    )
+    return NotFoundError(f"there {'are no changes' if several else 'is no change'} {', '.join(names)}", hint=hint)

@@ -1,0 +1,403 @@
+"""What the server's catalogs say about capturing: the function, the triggers that call it, and their tables.
+
+Names of the catalogs' own, by oid: who looks need have no right on the application's schemas.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from cdc.core.errors import NotFoundError
+from cdc.core.model import Operation, former_trigger_name, trigger_name
+from cdc.postgres.remarks import Saying
+from cdc.postgres.tracked_tables import LISTS, Copy, Fires, ForeignCast, Table, Tracked, read_options
+
+_TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
+"""Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
+_ROW = 1
+_FUNCTION_NAME = "capture_entity_change()"
+_FIRES = {"O": Fires.ORIGIN, "A": Fires.ALWAYS, "R": Fires.REPLICA, "D": Fires.DISABLED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureFunction:
+    """capture_entity_change(). ``lacks``: what its owner, with whose rights it runs, may not do and has to."""
+
+    oid: int
+    name: str
+    owner: str
+    owner_is_superuser: bool
+    owns_outbox: bool
+    others: tuple[str, ...]
+    """Who owns a captured table, or a type in one, and is neither a superuser nor this owner."""
+    security_definer: bool
+    settings: tuple[str, ...]
+    public_may_call: bool
+    lacks: tuple[str, ...]
+    source: str
+
+    def unknown(self, options: Iterable[str]) -> list[str]:
+        """Those it does not know, and so refuses. The list of what it knows is in its source."""
+        return [name for name in options if not re.search(rf"[',{{]{re.escape(name)}[',}}]", self.source)]
+
+
+# Every type that a value of a column may hold, whatever it is nested in: ``held`` of a WITH RECURSIVE.
+_HELD = """
+held (relation, attname, type) AS (
+  SELECT a.attrelid, a.attname, a.atttypid FROM pg_catalog.pg_attribute AS a
+  WHERE a.attrelid IN ({tables}) AND a.attnum > 0 AND NOT a.attisdropped
+  UNION
+  SELECT held.relation, held.attname, part.type
+  FROM held JOIN pg_catalog.pg_type AS t ON t.oid = held.type
+  CROSS JOIN LATERAL (
+    SELECT t.typelem WHERE t.typelem <> 0::oid
+    UNION ALL SELECT t.typbasetype WHERE t.typtype = 'd'
+    UNION ALL SELECT r.rngsubtype FROM pg_catalog.pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+    UNION ALL SELECT a.atttypid FROM pg_catalog.pg_attribute AS a
+              WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+  ) AS part (type)
+)"""
+# What the function does: it writes these columns, returns those, and sends a message.
+_FUNCTION = f"""
+WITH RECURSIVE capture AS (
+  SELECT p.* FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
+  WHERE n.nspname = %(schema)s AND p.proname = 'capture_entity_change' AND p.pronargs = 0
+), {_HELD.format(tables="SELECT t.tgrelid FROM pg_catalog.pg_trigger AS t JOIN capture ON capture.oid = t.tgfoid")}
+SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
+  r.rolname::text AS owner, r.rolsuper AS owner_is_superuser,
+  coalesce(c.relowner = p.proowner, false) AS owns_outbox,
+  ARRAY(
+    SELECT DISTINCT o.rolname::text
+    FROM held JOIN pg_catalog.pg_class AS s ON s.oid = held.relation JOIN pg_catalog.pg_type AS y ON y.oid = held.type
+    JOIN pg_catalog.pg_roles AS o ON o.oid IN (s.relowner, y.typowner)
+    WHERE NOT o.rolsuper AND o.oid <> p.proowner ORDER BY 1
+  ) AS others, p.prosecdef AS security_definer,
+  coalesce(p.proconfig, '{{}}') AS settings, p.prosrc AS source,
+  EXISTS (SELECT FROM pg_catalog.aclexplode(coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) AS a
+          WHERE a.grantee = 0::oid AND a.privilege_type = 'EXECUTE') AS public_may_call,
+  pg_catalog.array_remove(ARRAY[
+    CASE WHEN NOT pg_catalog.has_schema_privilege(p.proowner, n.oid, 'USAGE') THEN 'USAGE on the schema' END,
+    CASE WHEN c.oid IS NULL THEN 'the table entity_changes, which is not there' END,
+    CASE WHEN NOT pg_catalog.has_table_privilege(p.proowner, c.oid, 'INSERT') AND EXISTS (
+      SELECT FROM pg_catalog.pg_attribute AS a
+      WHERE a.attrelid = c.oid AND a.attname = ANY (%(written)s::name[])
+        AND NOT pg_catalog.has_column_privilege(p.proowner, c.oid, a.attnum, 'INSERT')
+    ) THEN 'INSERT on entity_changes' END,
+    CASE WHEN EXISTS (
+      SELECT FROM pg_catalog.pg_attribute AS a
+      WHERE a.attrelid = c.oid AND a.attname = ANY ('{{seq,shard}}'::name[])
+        AND NOT pg_catalog.has_column_privilege(p.proowner, c.oid, a.attnum, 'SELECT')
+    ) THEN 'SELECT (seq, shard) on entity_changes' END,
+    (SELECT 'EXECUTE on ' || m.oid::regprocedure::text FROM pg_catalog.pg_proc AS m
+     WHERE m.pronamespace = 'pg_catalog'::regnamespace AND m.proname = 'pg_logical_emit_message'
+       AND m.proargtypes[2] = 'pg_catalog.text'::regtype
+       AND NOT pg_catalog.has_function_privilege(p.proowner, m.oid, 'EXECUTE')),
+    CASE WHEN c.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
+        AND (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, c.relowner, 'USAGE'))
+        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
+          WHERE l.polrelid = c.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])
+      THEN 'a policy of its own, since row level security is on' END
+  ], NULL) AS lacks
+FROM capture AS p
+JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
+JOIN pg_catalog.pg_roles AS r ON r.oid = p.proowner
+LEFT JOIN pg_catalog.pg_class AS c
+  ON c.relnamespace = n.oid AND c.relname = 'entity_changes' AND c.relkind IN ('r', 'p')
+"""  # noqa: S608 - of pieces of our own
+_WRITTEN = (
+    "table_schema", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata",
+    "caused_by", "depth", "processed", "processed_at", "last_error",
+)  # fmt: skip
+
+# The arguments are in the encoding of the database, each with a zero byte behind it. SQL_ASCII is none, and is not
+# converted.
+_TRIGGERS = """
+WITH RECURSIVE whole AS (
+  SELECT t.oid AS trigger, t.* FROM pg_catalog.pg_trigger AS t
+  WHERE t.tgfoid = %(capture)s::oid AND t.tgparentid = 0::oid
+    AND (%(tables)s::oid[] IS NULL OR t.tgrelid = ANY (%(tables)s::oid[]))
+), copy (top, trigger, tgrelid, tgname, tgenabled) AS (
+  SELECT trigger, trigger, tgrelid, tgname, tgenabled FROM whole
+  UNION ALL
+  SELECT copy.top, t.oid, t.tgrelid, t.tgname, t.tgenabled
+  FROM pg_catalog.pg_trigger AS t JOIN copy ON t.tgparentid = copy.trigger
+)
+SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type,
+  t.tgenabled::text AS fires, n.nspname::text AS namespace, c.relname::text AS name,
+  coalesce((SELECT r.relname FROM pg_catalog.pg_class AS r WHERE r.oid = pg_catalog.pg_partition_root(t.tgrelid)),
+    c.relname)::text AS root,
+  ARRAY(SELECT relid::oid FROM pg_catalog.pg_partition_ancestors(t.tgrelid) AS a (relid)
+        WHERE relid <> t.tgrelid) AS above,  -- the root is the last
+  ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
+        WHERE a.attrelid = t.tgrelid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
+  CASE WHEN t.tgnargs > 0 THEN CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN entity_type
+    ELSE pg_catalog.convert(entity_type, pg_catalog.getdatabaseencoding(), 'UTF8') END END AS entity_type,
+  CASE WHEN t.tgnargs > 1 THEN CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN options
+    ELSE pg_catalog.convert(options, pg_catalog.getdatabaseencoding(), 'UTF8') END END AS options,
+  ARRAY(SELECT a.attname::text FROM pg_catalog.unnest(t.tgattr::int2[]) AS u (attnum)
+        JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.tgrelid AND a.attnum = u.attnum) AS update_of,
+  CASE WHEN t.tgqual IS NOT NULL THEN
+    pg_catalog.substring(pg_catalog.pg_get_triggerdef(t.trigger, true), ' (WHEN \\(.*\\)) EXECUTE FUNCTION ')
+  END AS when,
+  ARRAY(
+    SELECT CASE WHEN o.tgrelid = t.tgrelid THEN o.tgname::text
+      ELSE pg_catalog.format('%%s on %%s', o.tgname, o.tgrelid::pg_catalog.regclass) END
+    FROM copy JOIN pg_catalog.pg_trigger AS o ON o.tgrelid = copy.tgrelid AND o.tgname < copy.tgname
+    WHERE copy.top = t.trigger AND NOT o.tgisinternal AND o.tgparentid = 0::oid
+      AND o.tgenabled <> 'D' AND NOT o.tginitdeferred AND o.tgtype::int4 & 3 = 1
+      AND o.tgtype::int4 & t.tgtype::int4 & 28 <> 0
+      AND NOT EXISTS (  -- one that captures, for whichever outbox, writes nothing else
+        SELECT FROM pg_catalog.pg_proc AS f
+        JOIN pg_catalog.pg_class AS e ON e.relnamespace = f.pronamespace AND e.relname = 'entity_changes'
+        WHERE f.oid = o.tgfoid AND f.proname = 'capture_entity_change')
+    ORDER BY 1
+  ) AS earlier,
+  ARRAY(
+    SELECT pg_catalog.jsonb_build_array(
+      copy.tgrelid::int8, pn.nspname, pc.relname, copy.tgname, copy.tgenabled)
+    FROM copy JOIN pg_catalog.pg_class AS pc ON pc.oid = copy.tgrelid
+    JOIN pg_catalog.pg_namespace AS pn ON pn.oid = pc.relnamespace
+    WHERE copy.top = t.trigger AND copy.trigger <> t.trigger ORDER BY pn.nspname, pc.relname
+  ) AS copies
+FROM whole AS t
+JOIN pg_catalog.pg_class AS c ON c.oid = t.tgrelid
+JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+CROSS JOIN LATERAL (
+  SELECT pg_catalog.substring(t.tgargs, 1, greatest(pg_catalog.position(t.tgargs, '\\x00'::bytea) - 1, 0)),
+    pg_catalog.substring(t.tgargs, pg_catalog.position(t.tgargs, '\\x00'::bytea) + 1)
+) AS argument (entity_type, rest)
+CROSS JOIN LATERAL (
+  SELECT pg_catalog.substring(rest, 1, greatest(pg_catalog.position(rest, '\\x00'::bytea) - 1, 0))
+) AS second (options)
+ORDER BY n.nspname, c.relname, t.tgname
+"""
+
+_TABLES = """
+SELECT c.oid, n.nspname::text AS namespace, c.relname::text AS name,
+  c.relkind::text AS kind,
+  CASE WHEN c.relispartition THEN pg_catalog.pg_partition_root(c.oid)::oid END AS root,
+  ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum) AS columns,
+  ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND a.attgenerated = 'v' ORDER BY a.attnum) AS virtual,
+  ARRAY(
+    WITH RECURSIVE child (oid) AS (
+      SELECT i.inhrelid FROM pg_catalog.pg_inherits AS i WHERE i.inhparent = c.oid
+      UNION
+      SELECT i.inhrelid FROM pg_catalog.pg_inherits AS i JOIN child ON i.inhparent = child.oid
+    )
+    SELECT child.oid FROM child JOIN pg_catalog.pg_class AS ch ON ch.oid = child.oid
+    WHERE NOT ch.relispartition
+      AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger AS t WHERE t.tgrelid = ch.oid AND t.tgfoid = %(capture)s::oid)
+    ORDER BY ch.relname
+  ) AS children,
+  c.relrowsecurity AS row_security,
+  EXISTS (SELECT FROM part JOIN pg_catalog.pg_class AS p ON p.oid = part.oid
+          WHERE part.top = c.oid AND p.relpersistence = 'u') AS unlogged,
+  EXISTS (SELECT FROM part JOIN pg_catalog.pg_subscription_rel AS s ON s.srrelid = part.oid
+          WHERE part.top = c.oid) AS subscribed
+FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.oid = ANY (%(tables)s::oid[])
+"""
+_SPELL = """
+SELECT table_oid, table_oid::pg_catalog.regclass::pg_catalog.text
+FROM pg_catalog.unnest(%s::pg_catalog.oid[]) AS named (table_oid)
+"""
+_PARTS = """
+WITH part (top, oid) AS (
+  SELECT c.oid, c.oid FROM pg_catalog.pg_class AS c WHERE c.oid = ANY (%(tables)s::oid[])
+  UNION
+  SELECT c.oid, tree.relid::oid
+  FROM pg_catalog.pg_class AS c CROSS JOIN LATERAL pg_catalog.pg_partition_tree(c.oid) AS tree
+  WHERE c.oid = ANY (%(tables)s::oid[])
+)
+"""
+
+# Immediate, unconditional and without expressions: only such an index tells any two rows apart at any moment. A primary
+# key is listed in any case, since it is what the key defaults to.
+_UNIQUE_KEYS = """
+SELECT i.indrelid, i.indisprimary, pg_catalog.array_agg(a.attname::text ORDER BY k.place)
+FROM pg_catalog.pg_index AS i
+CROSS JOIN LATERAL pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place)
+LEFT JOIN pg_catalog.pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+WHERE i.indrelid = ANY (%(tables)s::oid[]) AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+  AND k.place <= i.indnkeyatts
+GROUP BY i.indrelid, i.indexrelid, i.indisprimary, i.indimmediate
+HAVING pg_catalog.bool_and(coalesce(a.attnotnull, false)) AND (i.indimmediate OR i.indisprimary)
+"""
+
+# to_jsonb() calls such a cast for a value of the type, also within an array, a composite, a domain or a range.
+_CASTS = f"""
+WITH RECURSIVE {_HELD.format(tables="SELECT pg_catalog.unnest(%(tables)s::oid[])")}
+SELECT held.relation, held.attname::text AS column, pg_catalog.format_type(held.type, NULL) AS type,
+  p.oid::regprocedure::text AS function, r.rolname::text AS owner
+FROM held
+JOIN pg_catalog.pg_cast AS k ON k.castsource = held.type
+JOIN pg_catalog.pg_proc AS p ON p.oid = k.castfunc
+JOIN pg_catalog.pg_roles AS r ON r.oid = p.proowner
+WHERE k.casttarget IN ('pg_catalog.json'::regtype, 'pg_catalog.jsonb'::regtype) AND NOT r.rolsuper
+  AND p.proowner IS DISTINCT FROM (
+    SELECT o.relowner FROM pg_catalog.pg_class AS o JOIN pg_catalog.pg_namespace AS n ON n.oid = o.relnamespace
+    WHERE n.nspname = %(schema)s AND o.relname = 'entity_changes')
+ORDER BY 1, 2, 3
+"""  # noqa: S608 - see above
+
+
+def grants(capture: CaptureFunction, schema: str) -> tuple[str, ...]:
+    """What gives its owner the rights that it lacks, as far as a GRANT does."""
+    table, owner = sql.Identifier(schema, "entity_changes"), sql.Identifier(capture.owner)
+    written = sql.SQL("INSERT ({}) ON {}").format(sql.SQL(", ").join(map(sql.Identifier, _WRITTEN)), table)
+    by_right = {
+        "USAGE": sql.SQL("USAGE ON SCHEMA {}").format(sql.Identifier(schema)),
+        "INSERT": written,
+        "SELECT": sql.SQL("SELECT (seq, shard) ON {}").format(table),
+    }
+    given = []
+    for lacking in capture.lacks:
+        right, _, rest = lacking.partition(" ")
+        if right == "EXECUTE":
+            given.append(sql.SQL("EXECUTE ON FUNCTION {}").format(sql.SQL(rest.removeprefix("on "))))
+        elif right in by_right:
+            given.append(by_right[right])
+    return tuple(sql.SQL("GRANT {} TO {};").format(each, owner).as_string() for each in given)
+
+
+_SAYINGS = """
+SELECT CASE WHEN s.setrole = 0::oid THEN 'every role' ELSE pg_catalog.format('the role %I', r.rolname) END,
+  pg_catalog.substr(c.one, pg_catalog.strpos(c.one, '=') + 1)
+FROM pg_catalog.pg_db_role_setting AS s
+CROSS JOIN LATERAL pg_catalog.unnest(s.setconfig) AS c (one)
+LEFT JOIN pg_catalog.pg_roles AS r ON r.oid = s.setrole
+WHERE c.one LIKE 'cdc.handled=%'
+  AND (s.setdatabase = 0::oid
+    OR s.setdatabase = (SELECT d.oid FROM pg_catalog.pg_database AS d WHERE d.datname = pg_catalog.current_database()))
+ORDER BY 1
+"""
+
+
+def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunction:
+    """Raises NotFoundError where there is none."""
+    rows = _rows(connection, _FUNCTION, {"schema": schema, "written": list(_WRITTEN)})
+    if not rows:
+        raise NotFoundError(
+            f"schema {schema} has no capture_entity_change()", hint="run `cdc db install`, or look into --schema"
+        )
+    [row] = rows
+    return CaptureFunction(**{**row, "settings": tuple(row["settings"]), "lacks": tuple(row["lacks"]),
+                              "others": tuple(row["others"])})  # fmt: skip
+
+
+def sayings(connection: psycopg.Connection) -> list[Saying]:
+    """Of roles and databases, as far as they matter here; what one session has set by itself nobody else can see."""
+    return [Saying(who, frozenset(value.split(","))) for who, value in connection.execute(_SAYINGS.encode()).fetchall()]
+
+
+Spell = Callable[[psycopg.Connection, Collection[int]], Mapping[int, str]]
+"""Names of tables by oid, as whoever reads them would write them."""
+
+
+def spell(connection: psycopg.Connection, oids: Collection[int]) -> dict[int, str]:
+    """As SQL in this session wants them. Safe on any search_path."""
+    return dict(connection.execute(_SPELL.encode(), [list(oids)]).fetchall())
+
+
+def triggers(
+    connection: psycopg.Connection,
+    capture: CaptureFunction,
+    schema: str,
+    tables: Sequence[int] | None = None,
+    *,
+    spell: Spell = spell,
+) -> list[Tracked]:
+    """Every trigger that calls the function ``capture``, on these ``tables`` or on all; without partitions' copies."""
+    parameters = {"capture": capture.oid, "tables": None if tables is None else list(tables)}
+    rows = _rows(connection, _TRIGGERS, parameters)
+    spelt = spell(connection, {row["oid"] for row in rows} | {copy[0] for row in rows for copy in row["copies"]})
+    ours = {trigger_name(schema), former_trigger_name(schema)}
+    return [_trigger(row, ours, spelt, capture) for row in rows]
+
+
+def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capture: CaptureFunction) -> Tracked:
+    options = read_options(_text(row["options"]))
+    if not row["type"] & _ROW:
+        options["broken"] = "it is not FOR EACH ROW"
+    named = [column for option in LISTS for column in options.get(option, ())]
+    narrowed = [f"UPDATE OF {', '.join(row['update_of'])}"] if row["update_of"] else []
+    found = Tracked(
+        table=spelt[row["oid"]],
+        trigger=row["trigger"],
+        operations=tuple(operation for operation in Operation if row["type"] & _TYPE_BITS[operation]),
+        entity_type=_text(row["entity_type"]) or None,
+        fires=_FIRES[row["fires"]],
+        ours=row["trigger"] in ours,
+        only=" ".join([*narrowed, *([row["when"]] if row["when"] else [])]),
+        missing=tuple(dict.fromkeys(column for column in named if column not in row["columns"])),
+        oid=row["oid"],
+        namespace=row["namespace"],
+        name=row["name"],
+        root=row["root"],
+        above=tuple(row["above"]),
+        earlier=tuple(row["earlier"]),
+        copies=tuple(_copy(each, spelt) for each in row["copies"]),
+        **options,
+    )
+    # One that reads no arguments, such as the documented one, refuses none.
+    unknown = capture.unknown(found.options) if "TG_ARGV" in capture.source else []
+    if unknown and not found.broken:
+        return replace(found, broken=f"{_FUNCTION_NAME} knows no option {', '.join(unknown)}")
+    return found
+
+
+def _copy(row: Sequence[Any], spelt: Mapping[int, str]) -> Copy:
+    oid, namespace, name, trigger, fires = row
+    return Copy(namespace=namespace, name=name, spelt=spelt[oid], trigger=trigger, fires=_FIRES[fires])
+
+
+def _text(raw: bytes | None) -> str:
+    # In an SQL_ASCII database an argument may be any bytes.
+    return (raw or b"").decode(errors="replace")
+
+
+def tables(
+    connection: psycopg.Connection, capture: int, schema: str, oids: Sequence[int], *, spell: Spell = spell
+) -> dict[int, Table]:
+    """Those tables, by oid. ``capture`` is the function's."""
+    parameters = {"tables": list(oids), "capture": capture, "schema": schema}
+    casts: dict[int, list[ForeignCast]] = {}
+    for row in _rows(connection, _CASTS, parameters):
+        casts.setdefault(row.pop("relation"), []).append(ForeignCast(**row))
+    keys = connection.execute(_UNIQUE_KEYS.encode(), parameters).fetchall()
+    rows = _rows(connection, _PARTS + _TABLES, parameters)
+    others = {oid for row in rows for oid in (row["root"], *row["children"]) if oid is not None}
+    spelt = spell(connection, {row["oid"] for row in rows} | others)
+    return {row["oid"]: _table(row, spelt, keys, casts) for row in rows}
+
+
+def _table(
+    row: dict[str, Any],
+    spelt: Mapping[int, str],
+    keys: Sequence[tuple[Any, ...]],
+    casts: Mapping[int, Sequence[ForeignCast]],
+) -> Table:
+    oid = row["oid"]
+    facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    facts |= {"root": spelt.get(row["root"]), "children": tuple(spelt[child] for child in row["children"])}
+    return Table(
+        **facts,
+        spelt=spelt[oid],
+        primary_key=next((tuple(names) for of, primary, names in keys if primary and of == oid), ()),
+        unique_keys=tuple(frozenset(names) for of, _, names in keys if of == oid),
+        casts=tuple(casts.get(oid, ())),
+    )
+
+
+def _rows(connection: psycopg.Connection, statement: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    with connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(statement.encode(), parameters).fetchall()

@@ -1,0 +1,106 @@
+"""Connections lent to one handler after the other: each is to find it as if nobody had had it before.
+
+What is set on the Python object (factories, adapters, handlers of notices ...) is undone between two calls, by
+``as_new``. What a session keeps on the server (settings, role, LISTEN, advisory locks, open cursors, temporary tables,
+prepared statements) goes by ``reset`` when the connection is given back: one message. DISCARD ALL is not it, for it
+would have the statements of every transaction prepared anew, ours and the handler's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import psycopg
+from psycopg import sql
+from psycopg.adapt import AdaptersMap
+from psycopg.rows import tuple_row
+
+from cdc.postgres.link import AsyncLink, Link
+
+_RESET = (
+    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_catalog.pg_advisory_unlock_all();"
+    " DISCARD TEMP; DISCARD SEQUENCES;"
+    " SELECT name FROM pg_catalog.pg_prepared_statements"
+    " WHERE pg_catalog.left(name, 5) OPERATOR(pg_catalog.<>) '_pg3_'"
+)
+"""The last statement names what was prepared, and not by the driver: its own statements it keeps track of."""
+_PREPARE_THRESHOLD, _PREPARED_MAX = 5, 100
+"""psycopg's own."""
+
+
+class _Lent(psycopg.BaseConnection[Any]):
+    """What a handler may leave on a connection of either kind."""
+
+    _cursors: ClassVar[tuple[Any, Any]]
+    row_factory: Any
+    cursor_factory: Any
+    server_cursor_factory: Any
+
+    is_pooled = False
+    """A pooler is in between, which gives each transaction another session: none of them is ours."""
+    _adapters_now: AdaptersMap | None = None
+    _callbacks: list[tuple[Callable[[Any], None], Any]]
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """Made when it is first asked for, from the program's."""
+        if self._adapters_now is None:
+            self._adapters_now = AdaptersMap(psycopg.adapters)
+        return self._adapters_now
+
+    def add_notice_handler(self, callback: Any) -> None:
+        self._added(self.remove_notice_handler, callback)
+        super().add_notice_handler(callback)
+
+    def add_notify_handler(self, callback: Any) -> None:
+        self._added(self.remove_notify_handler, callback)
+        super().add_notify_handler(callback)
+
+    def as_new(self) -> None:
+        self.row_factory = tuple_row
+        self.cursor_factory, self.server_cursor_factory = self._cursors
+        self.prepare_threshold = None if self.is_pooled else _PREPARE_THRESHOLD
+        self.prepared_max = _PREPARED_MAX
+        self._adapters_now = None
+        for remove, callback in self.__dict__.pop("_callbacks", ()):
+            with contextlib.suppress(ValueError):  # the handler has removed it
+                remove(callback)
+
+    def _added(self, remove: Callable[[Any], None], callback: Any) -> None:
+        self.__dict__.setdefault("_callbacks", []).append((remove, callback))
+
+
+class Lent(_Lent, Link):
+    _cursors = psycopg.Cursor, psycopg.ServerCursor
+
+
+class AsyncLent(_Lent, AsyncLink):
+    """``Lent`` for an event loop."""
+
+    _cursors = psycopg.AsyncCursor, psycopg.AsyncServerCursor
+
+
+def reset(connection: Lent) -> None:
+    """For a pool: the connection was given back."""
+    connection.as_new()
+    if connection.is_pooled:
+        return
+    cursor = connection.execute(_RESET, prepare=False)
+    while cursor.nextset():
+        pass
+    for (name,) in cursor.fetchall():
+        connection.execute(sql.SQL("DEALLOCATE {}").format(sql.Identifier(name)), prepare=False)
+
+
+async def reset_async(connection: AsyncLent) -> None:
+    """``reset`` for an event loop."""
+    connection.as_new()
+    if connection.is_pooled:
+        return
+    cursor = await connection.execute(_RESET, prepare=False)
+    while cursor.nextset():
+        pass
+    for (name,) in await cursor.fetchall():
+        await connection.execute(sql.SQL("DEALLOCATE {}").format(sql.Identifier(name)), prepare=False)

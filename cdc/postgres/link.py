@@ -1,0 +1,99 @@
+"""Connections that wait for no answer for ever.
+
+A proxy whose way to the server has gone keeps the link to us open and acknowledges what we send: to TCP, and so to
+libpq's keepalives, all is well. Only the missing answer tells. So each answer may have a limit, ``answer_limit_s``, and
+beyond it the connection is closed: the proxy then closes its other end, and the server frees the session's locks.
+
+A limit is longer than the ``statement_timeout`` of its session. A server that lives answers by then, if with an error.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import psycopg
+
+from cdc.runtime.forks import not_for_children
+
+_T = TypeVar("_T")
+
+_CANCEL_LIMIT_S = 2.0
+"""For a statement to end after the server was asked to cancel it, because nobody waits for it any more."""
+
+
+class SilentLinkError(psycopg.OperationalError):
+    """The server has not answered within the limit; the connection is closed."""
+
+
+class Link(psycopg.Connection[Any]):
+    """``answer_limit_s``: for each answer from now on; None: any time."""
+
+    answer_limit_s: float | None = None
+    answer_due = math.inf
+    """When the answer that is waited for is late, on the monotonic clock."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        not_for_children(self)
+
+    def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
+        if self.answer_limit_s is not None:
+            gen = _limited(self, gen)
+        return super().wait(gen, *arguments, **named)
+
+
+class AsyncLink(psycopg.AsyncConnection[Any]):
+    """``Link`` for an event loop."""
+
+    answer_limit_s: float | None = None
+    answer_due = math.inf
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        not_for_children(self)
+
+    async def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
+        return await super().wait(_limited(self, gen), *arguments, **named)
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's signature
+        """psycopg calls it when the task that waits for an answer is cancelled, and then waits for the answer."""
+        self.answer_due = min(self.answer_due, time.monotonic() + _CANCEL_LIMIT_S)
+        await super().cancel_safe(timeout=min(timeout, _CANCEL_LIMIT_S))
+
+
+@contextmanager
+def unlimited(connection: Link | AsyncLink) -> Iterator[None]:
+    """For somebody else's statements, which may take as long as they like."""
+    limit_s, connection.answer_limit_s = connection.answer_limit_s, None
+    try:
+        yield
+    finally:
+        connection.answer_limit_s = limit_s
+
+
+def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
+    """Close it at once; the server sees the end of the link."""
+    connection.pgconn.finish()
+
+
+def _limited(connection: Link | AsyncLink, waits: Generator[Any, Any, _T]) -> Generator[Any, Any, _T]:
+    """psycopg resumes what it waits for at each event, and ten times a second without one."""
+    began, limit_s = time.monotonic(), connection.answer_limit_s
+    connection.answer_due = math.inf if limit_s is None else began + limit_s
+    try:
+        ready = yield next(waits)
+        while time.monotonic() < connection.answer_due:
+            ready = yield waits.send(ready)
+    except StopIteration as ended:
+        value: _T = ended.value
+        return value
+    finally:
+        connection.answer_due = math.inf
+    name = connection.info.parameter_status("application_name")
+    connection.pgconn.finish()
+    waited_s = time.monotonic() - began
+    raise SilentLinkError(f"the server has not answered {name!r} for {waited_s:.0f} s; the connection is closed")

@@ -1,0 +1,78 @@
+"""How documents and texts of the outbox become Python's: unread for a consumer, whatever they hold for an operator."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import psycopg
+from psycopg.adapt import Buffer, Loader
+from psycopg.pq import Format
+
+from cdc.core.model import Json
+
+_NO_ENCODING = "SQL_ASCII"
+
+
+class _UnreadJson(Loader):
+    format = Format.BINARY
+
+    def load(self, data: Buffer) -> Json:
+        return Json(data)
+
+
+def leave_unread(connection: psycopg.AsyncConnection[Any]) -> None:
+    """From now on the documents of changes that are read stay as they came, in the type that outbox.sql gives them.
+
+    Most handlers need one document of the three that a change may have, and some need none.
+    """
+    connection.adapters.register_loader("varchar", _UnreadJson)
+
+
+def read_anything(connection: psycopg.Connection[Any]) -> None:
+    """From now on a text may hold any bytes, shown as escapes where they are no UTF-8, and a document anything.
+
+    Only a database without an encoding holds such texts; there the server is told to convert nothing.
+    """
+    connection.adapters.register_loader("jsonb", _AnyJson)
+    if connection.info.parameter_status("server_encoding") == _NO_ENCODING:
+        connection.execute("SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false)")
+        connection.adapters.register_loader("text", _AnyText)
+
+
+class _AnyText(Loader):
+    def load(self, data: Buffer) -> str:
+        return bytes(data).decode("utf-8", "backslashreplace")
+
+
+def _json_text(data: Buffer) -> str:
+    # As backslashreplace would, with the backslash escaped as JSON has it.
+    return re.sub(
+        "[\udc80-\udcff]",
+        lambda found: f"\\\\x{ord(found[0]) - 0xDC00:02x}",
+        bytes(data).decode("utf-8", "surrogateescape"),
+    )
+
+
+class _AnyJson(Loader):
+    """A document, or its text where Python cannot read it: numbers of thousands of digits, thousands of levels."""
+
+    def load(self, data: Buffer) -> Any:
+        return _read(_json_text(data), as_it_is=False)
+
+
+class VerbatimJson(Loader):
+    """The same for whoever shows it: what Python can read is Json, with the digits that the database has."""
+
+    def load(self, data: Buffer) -> Json | str:
+        shown: Json | str = _read(_json_text(data), as_it_is=True)
+        return shown
+
+
+def _read(text: str, *, as_it_is: bool) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return Json(text.encode()) if as_it_is else value

@@ -1,0 +1,240 @@
+"""What is wrong or unexpected about captured tables: said by `cdc track` of one, by the doctor of all. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from cdc.core.model import Operation
+from cdc.postgres.tracked_tables import Fires, Table, Tracked, named
+
+TRIGGERS, TWICE, ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN, HANDLED = (
+    "triggers", "captured-twice", "trigger-order", "missed-rows", "shared-types", "virtual-columns", "foreign-casts",
+    "tables-with-row-security", "handled-by-writers",
+)  # fmt: skip
+"""What a remark is about; the doctor has a check of that name."""
+OF_TABLES = (ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN, HANDLED)
+"""Those that are warnings."""
+
+COARSE_KEY = (
+    "the key {key} does not tell the rows of {table} apart: a key coarser than the source row has no one true order"
+    " between concurrent transactions"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """``sql``: statements that mend it. ``remedy``: what else does, or has to be decided."""
+
+    about: str
+    detail: str
+    remedy: str = ""
+    sql: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.detail}; {self.remedy}" if self.remedy else self.detail
+
+
+@dataclass(frozen=True, slots=True)
+class Saying:
+    """A role or database, as a sentence calls it, whose sessions have the setting cdc.handled, and the types in it."""
+
+    who: str
+    types: frozenset[str]
+
+
+def faults(tracked: Tracked) -> Iterator[Remark]:
+    """By which writes fail, or are not captured, or more is captured than was said."""
+    table, missing = tracked.table, tracked.missing
+    if tracked.broken:
+        yield Remark(
+            TRIGGERS,
+            f"every write to {table} fails that {tracked.trigger} should capture: {tracked.broken}",
+            f"make it anew: cdc track {table} --replace",
+        )
+    if gone := [column for column in tracked.key if column in missing]:
+        yield Remark(
+            TRIGGERS,
+            f"every write to {table} fails that {tracked.trigger} should capture: {table} has no column {named(gone)},"
+            " its key",
+            f"cdc track {table} --key COLUMNS",
+        )
+    if gone := [column for column in tracked.exclude if column in missing]:
+        yield Remark(
+            TRIGGERS,
+            f"{table} has no column {named(gone)}, which is to be left out: if it was renamed, it is captured under its"
+            " new name",
+            f"name what is to be left out: cdc track {table} --exclude COLUMNS",
+        )
+    if gone := [column for column in tracked.columns if column in missing]:
+        yield Remark(
+            TRIGGERS,
+            f"{table} has no column {named(gone)}, which is to be captured",
+            f"name what is to be captured: cdc track {table} --columns COLUMNS",
+        )
+    if silent := [] if tracked.enabled else [tracked.table, *(copy.spelt for copy in tracked.copies)]:
+        yield _silent(tracked, silent[:1])
+    elif tracked.off:
+        yield _silent(tracked, [copy.spelt for copy in tracked.off])
+
+
+def _silent(tracked: Tracked, places: Sequence[str]) -> Remark:
+    why = "fires for replicated rows only" if tracked.fires == Fires.REPLICA else "is disabled"
+    return Remark(
+        TRIGGERS,
+        f"nothing is captured from {', '.join(places)}: the trigger {why} there",
+        "what was written meanwhile is not captured by that",
+        tuple(_enabling(tracked)),
+    )
+
+
+def _enabling(tracked: Tracked) -> Iterator[str]:
+    if not tracked.enabled:
+        yield _enable(tracked.namespace, tracked.name, tracked.trigger)
+    for copy in tracked.copies:
+        if copy.fires in (Fires.DISABLED, Fires.REPLICA):
+            yield _enable(copy.namespace, copy.name, copy.trigger)
+
+
+def _enable(namespace: str, table: str, trigger: str, how: str = "ENABLE") -> str:
+    return f"ALTER TABLE {_quoted(namespace)}.{_quoted(table)} {how} TRIGGER {_quoted(trigger)};"
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def doubled(tracked: Sequence[Tracked]) -> Iterator[Remark]:
+    """Rows that two triggers write into one outbox, on a table or on a partition of it."""
+    for place, one in enumerate(tracked):
+        for other in tracked[place + 1 :]:
+            related = one.oid == other.oid or one.oid in other.above or other.oid in one.above
+            if related and set(one.operations) & set(other.operations):
+                yield Remark(
+                    TWICE,
+                    f"rows are captured twice: by {one.trigger} of {one.table} and by {other.trigger} of {other.table}",
+                    f"keep one: cdc track {one.table if one.oid in other.above else other.table} --replace",
+                )
+
+
+def coarse(table: Table, tracked: Tracked) -> Iterator[str]:
+    if not any(unique <= set(tracked.key) for unique in table.unique_keys):
+        yield COARSE_KEY.format(key=named(tracked.key), table=table.spelt)
+
+
+def cautions(table: Table, tracked: Tracked) -> Iterator[Remark]:
+    """What is as it was asked for, and may surprise."""
+    yield from _order(tracked)
+    yield from _missed(table, tracked)
+    captured = [column for column in table.virtual if tracked.captures(column)]
+    if captured and not tracked.virtual:
+        yield Remark(
+            VIRTUAL,
+            f"{named(captured)} of {table.spelt} is a virtual generated column, which has no value when triggers fire:"
+            f" {tracked.trigger} captures null in its place",
+            f"cdc track {table.spelt} has it computed for each change" + ("" if tracked.ours else ", with --replace"),
+        )
+    if foreign := [cast for cast in table.casts if tracked.captures(cast.column)]:
+        said = ", ".join(f"{cast.column} ({cast.type}: {cast.function} of {cast.owner})" for cast in foreign)
+        yield Remark(
+            CASTS,
+            f"capturing {table.spelt} may run code of others with the rights of the role that captures: their casts to"
+            f" JSON of {said}",
+            "have a superuser own these functions (ALTER FUNCTION ... OWNER TO), or drop the casts (DROP CAST ...)",
+        )
+    if table.row_security:
+        yield Remark(
+            HIDDEN,
+            f"{table.spelt} has row level security, and what is captured of it is not under it: who may read"
+            " entity_changes sees all rows",
+            "see who may: cdc doctor; or leave columns out: --exclude, --columns",
+        )
+
+
+def handled(tracked: Sequence[Tracked], sayings: Iterable[Saying]) -> Iterator[Remark]:
+    """Which writers may keep changes from the handlers, and who is set to say so where it does not count."""
+    for each in tracked:
+        if each.handled:
+            yield Remark(
+                HANDLED,
+                f"whoever writes {each.table} may keep its changes of the type {each.effective_type} from the handlers,"
+                " by the setting cdc.handled",
+                f"when no writer handles them itself: cdc track {each.table} --no-handled",
+            )
+    for saying in sayings:
+        unheard = [each for each in tracked if not each.handled and each.effective_type in saying.types]
+        if unheard:
+            types = sorted({each.effective_type for each in unheard})
+            yield Remark(
+                HANDLED,
+                f"{saying.who} sets cdc.handled for {', '.join(types)}, which does not count: handlers get these"
+                " changes as well",
+                "if its writers handle them: "
+                + ", ".join(f"cdc track {table} --handled" for table in sorted({each.table for each in unheard}))
+                + "; else take the setting away",
+            )
+
+
+def _order(tracked: Tracked) -> Iterator[Remark]:
+    if not tracked.earlier:
+        return
+    renamed = "" if not tracked.ours else f"cdc track {tracked.table}, if {tracked.trigger} is its former name; or "
+    yield Remark(
+        ORDER,
+        f"{', '.join(tracked.earlier)} fires before {tracked.trigger} of {tracked.table}: what it writes is captured"
+        " before the row that made it write",
+        f"{renamed}ALTER TRIGGER ... RENAME TO a name that sorts after {tracked.trigger}",
+    )
+
+
+def _missed(table: Table, tracked: Tracked) -> Iterator[Remark]:
+    if table.children:
+        yield Remark(
+            MISSED,
+            f"{', '.join(table.children)} inherits from {table.spelt}, and rows of it are not captured by that",
+            f"cdc track {table.children[0]}",
+        )
+    if table.unlogged:
+        yield Remark(
+            MISSED,
+            f"{table.spelt} is unlogged: after a crash its rows are gone, without a DELETE",
+            f"ALTER TABLE {table.spelt} SET LOGGED, which writes it anew",
+        )
+    always = all(fires == Fires.ALWAYS for fires in (tracked.fires, *(copy.fires for copy in tracked.copies)))
+    if table.subscribed and not always:
+        yield Remark(
+            MISSED,
+            f"a subscription writes {table.spelt}, and what it writes is not captured",
+            f"to capture that too: cdc track {table.spelt} --always",
+        )
+    moved = {Operation.INSERT, Operation.DELETE} - set(tracked.operations)
+    if table.kind == "p" and Operation.UPDATE in tracked.operations and moved:
+        yield Remark(
+            MISSED,
+            f"an UPDATE that moves a row of {table.spelt} to another partition is a DELETE and an INSERT, and of these"
+            f" {' and '.join(sorted(operation for operation in moved))} is not captured",
+            f"capture all three: cdc track {table.spelt} --on insert,update,delete"
+            + ("" if tracked.ours else " --replace"),
+        )
+
+
+def shared(tracked: Sequence[Tracked]) -> Iterator[Remark]:
+    """Tables whose changes have one type, at least one of them only because of its name."""
+    types: dict[str, list[Tracked]] = {}
+    for each in tracked:
+        types.setdefault(each.effective_type, []).append(each)
+    for entity_type, together in types.items():
+        # A partition is no table of its own.
+        if len({(each.oid, *each.above)[-1] for each in together}) > 1 and not all(
+            each.entity_type for each in together
+        ):
+            yield Remark(
+                TYPES,
+                f"{' and '.join(sorted({each.table for each in together}))} share the type {entity_type}: rows with the"
+                " same key are one entity, and wait for each other",
+                "give each a type of its own: cdc track TABLE --type TYPE",
+            )
+
+
+def about(remarks: Iterable[Remark], topic: str) -> list[Remark]:
+    return [remark for remark in remarks if remark.about == topic]

@@ -1,0 +1,84 @@
+"""Removing processed changes, in small batches: no long transaction, and no row that is still to be handled.
+
+The history is an audit trail, so nothing is removed unless asked for; and what is not processed, a dead letter above
+all, is never removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from cdc.postgres.sql_files import load
+
+BATCH = 1_000
+"""Rows a batch: a few milliseconds of locks, and a transaction that no vacuum waits for."""
+COUNT_BOUND = 1_000_001
+
+# Of one batch. Left to itself the planner may sort the whole history for the first thousand.
+_LIMITS = (
+    "SELECT set_config('statement_timeout', '30s', true), set_config('lock_timeout', '5s', true),"
+    " set_config('enable_seqscan', 'off', true), set_config('enable_sort', 'off', true), set_config('jit', 'off', true)"
+)
+
+
+class Batch(NamedTuple):
+    """``removed`` rows are gone, the last of which was processed at ``until``; None if there was none."""
+
+    removed: int
+    until: datetime | None
+
+
+class Retention:
+    """The statements for the outbox in ``schema``, on an autocommit connection."""
+
+    def __init__(self, schema: str) -> None:
+        self._statements = load("retention.sql", schema)
+        self.table = sql.Identifier(schema, "entity_changes").as_string(None)
+        """Its name, as one writes it in SQL."""
+
+    def prune(self, connection: psycopg.Connection, older_than_s: float, limit: int = BATCH) -> Iterator[int]:
+        """Remove what was processed longer ago; yields how many after each batch, which is committed by then."""
+        batch = Batch(limit, None)
+        while batch.removed == limit:
+            with connection.transaction():
+                connection.execute(_LIMITS)
+                row = connection.execute(self._statements["prune"], _asked(older_than_s, limit, batch.until)).fetchone()
+            assert row is not None
+            batch = Batch(*row)
+            if batch.removed:
+                yield batch.removed
+
+    async def prune_batch(
+        self,
+        connection: psycopg.AsyncConnection,
+        older_than_s: float,
+        limit: int = BATCH,
+        *,
+        since: datetime | None = None,
+    ) -> Batch:
+        """Remove one batch. Less than ``limit``: there is no more now. ``since``: where the batch before ended."""
+        async with connection.transaction():
+            await connection.execute(_LIMITS)
+            cursor = await connection.execute(self._statements["prune"], _asked(older_than_s, limit, since))
+            row = await cursor.fetchone()
+        assert row is not None
+        return Batch(*row)
+
+    def prunable(self, connection: psycopg.Connection, older_than_s: float) -> int:
+        """How many there are; 1,000,001 means more."""
+        parameters = {"older_than_s": older_than_s, "bound": COUNT_BOUND}
+        with connection.transaction():
+            connection.execute(_LIMITS)
+            row = connection.execute(self._statements["prunable"], parameters).fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+def _asked(older_than_s: float, limit: int, since: datetime | None) -> dict[str, Any]:
+    """The parameters of ``prune``."""
+    return {"older_than_s": older_than_s, "limit": limit, "since": since}

@@ -1,0 +1,329 @@
+"""The session that owns shards.
+
+Theory
+------
+A shard is owned by whoever holds the advisory lock ``(class, shard)``; a consumer is alive while it shares the lock
+``(class, SHARDS)``. ``class`` is a hash of the schema's name, so that two outboxes in one database have shards of their
+own. Both locks end with the session and with nothing else: no lease, no clock, no heartbeat that a pause could outlive.
+Retention has one lock more in this class, ``RETENTION``, on a session of its own, and observers share ``OBSERVERS``, so
+that they can be seen.
+A row of ``cdc_shards`` says who owns a shard, and a consumer that gives it back removes the row. So a row of somebody
+else's, of a shard that could be locked, is that of one that died; ``crash_guard`` is about what follows from that.
+Outcomes are settled on this very session: whoever has lost it has lost the locks, and can settle nothing.
+
+A dead process's locks are free as soon as its kernel closes the socket. For a vanished host the server decides, by the
+TCP settings asked for here (``connect.SERVER_TCP``); our own side gives up earlier (``connect.CLIENT_TCP``). TCP sees
+nothing where a proxy between the two stands still and keeps both of its links. There our side closes its own when an
+answer is late (``link``); and since an owner looks at the shards every second, the server ends a session from which it
+has heard nothing for ``SILENCE_MAX_S``. The server alone decides that: who is ended has lost the locks by the same act.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, LiteralString, NamedTuple
+from uuid import UUID
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import class_row
+
+from cdc.core import failpoints
+from cdc.core.errors import SessionLostError
+from cdc.core.model import SHARDS
+from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async
+from cdc.postgres.sql_files import table
+
+RETENTION = SHARDS + 1
+"""The number, within ``lock_class``, of the lock of whoever removes old changes."""
+
+OBSERVERS = SHARDS + 2
+"""The number of the lock that those share who only look."""
+
+SILENCE_MAX_S = 60
+"""For the owner of shards that is frozen, or whose link is; so long its keys wait for another one."""
+_SILENT_S = 10.0
+"""An owner looks every second."""
+_SHOWN = 5
+_ANSWER_LIMIT_S = 25.0
+"""Longer than statement_timeout; half a minute with the second between two looks."""
+_SESSION = {
+    **SERVER_TCP,
+    "idle_session_timeout": f"{SILENCE_MAX_S}s",
+    "idle_in_transaction_session_timeout": f"{SILENCE_MAX_S}s",
+    "lock_timeout": "1s",  # whoever has locked a row delays its own key only: what can be written is
+    "statement_timeout": "20s",
+}
+
+# Anybody may take these locks. Who may not mark a change handles none: such a session has no share in the work. That
+# it takes a shard itself, nobody can undo but who ends it.
+MAY_MARK = """
+(to_regclass(%(outbox)s) IS NULL OR coalesce((
+  SELECT has_column_privilege(marking.usesysid, to_regclass(%(outbox)s), 'processed', 'UPDATE')
+  FROM pg_stat_activity AS marking WHERE marking.pid = {locks}.pid), false))
+"""
+"""Of the session ``{locks}.pid``; ``outbox``: the table, as ``outbox_name`` writes it."""
+
+_LOOK = f"""
+SELECT count(*) FILTER (WHERE objid = %(shards)s AND {MAY_MARK.format(locks="locks")})::int AS members,
+       (count(DISTINCT objid) FILTER (WHERE objid < %(shards)s))::int AS taken
+FROM pg_locks AS locks
+WHERE locktype = 'advisory' AND granted AND classid = %(class)s::oid AND objsubid = 2
+  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""  # noqa: S608 - of pieces of our own
+
+# Since when a session is there, and from where, not every role may see.
+_MEMBERS = f"""
+SELECT locks.pid, owned.shards, host(activity.client_addr) AS address,
+       extract(epoch FROM clock_timestamp() - activity.backend_start)::float8 AS age_s
+FROM pg_locks AS locks
+CROSS JOIN LATERAL (
+  SELECT count(DISTINCT objid)::int AS shards FROM pg_locks
+  WHERE locktype = 'advisory' AND granted AND pid = locks.pid AND classid = %(class)s::oid AND objid < %(shards)s
+    AND objsubid = 2 AND database = locks.database
+) AS owned
+LEFT JOIN pg_stat_activity AS activity ON activity.pid = locks.pid
+WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)s::oid AND locks.objid = %(lock)s
+  AND (locks.objid <> %(shards)s OR {MAY_MARK.format(locks="locks")})
+  AND locks.objsubid = 2 AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+ORDER BY locks.pid
+"""  # noqa: S608 - see _LOOK
+
+_HOLDERS = """
+SELECT locks.pid, coalesce(activity.application_name, '') AS application, activity.usename AS role,
+       count(DISTINCT locks.objid)::int AS shards,
+       extract(epoch FROM clock_timestamp() - activity.state_change)::float8 AS silent_s
+FROM pg_locks AS locks
+LEFT JOIN pg_stat_activity AS activity ON activity.pid = locks.pid
+WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)s::oid AND locks.objid < %(shards)s
+  AND locks.objsubid = 2 AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+GROUP BY locks.pid, activity.application_name, activity.usename, activity.state_change
+ORDER BY count(*) DESC, locks.pid
+LIMIT %(shown)s
+"""
+
+# LIMIT in the inner query keeps the planner from trying the lock of every shard.
+_TAKE = """
+SELECT shard FROM (
+  SELECT shard FROM generate_series(0, %(shards)s - 1) AS shard
+  WHERE NOT EXISTS (
+    SELECT FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND classid = %(class)s::oid AND objid = shard AND objsubid = 2
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  )
+  ORDER BY random() LIMIT %(limit)s
+) AS free
+WHERE pg_try_advisory_lock(%(key)s, shard)
+"""
+
+# The inner query still sees who was there before.
+_SIGN_IN = """
+WITH before AS (
+  SELECT shard, owner FROM {shards} WHERE shard = ANY (%(shards)s::int[])
+), signed AS (
+  INSERT INTO {shards} (shard, owner) SELECT shard, %(owner)s FROM unnest(%(shards)s::int[]) AS shard
+  ON CONFLICT (shard) DO UPDATE SET owner = excluded.owner, since = excluded.since
+)
+SELECT ARRAY (SELECT shard::int FROM before WHERE owner <> %(owner)s),
+       ARRAY (SELECT shard::int FROM before WHERE owner = %(owner)s), now()
+"""
+
+
+def lock_class(schema: str) -> int:
+    """The first number of the advisory locks of this outbox, as ``pg_advisory_lock(int, int)`` takes it."""
+    hashed = _hashed(schema)
+    return hashed - (1 << 32) if hashed >= 1 << 31 else hashed
+
+
+def outbox_name(schema: str) -> str:
+    """The outbox as ``to_regclass`` reads it."""
+    return sql.Identifier(schema, "entity_changes").as_string()
+
+
+def _hashed(schema: str) -> int:
+    return zlib.crc32(f"cdc:{schema}".encode())
+
+
+class Member(NamedTuple):
+    """A live consumer, by its session on the server. None: this role may not see it, or a local socket has none."""
+
+    pid: int
+    shards: int
+    address: str | None
+    age_s: float | None
+
+
+def members(connection: psycopg.Connection, schema: str) -> list[Member]:
+    """The live consumers of this outbox; what they own of the SHARDS is all that is owned."""
+    return _sharing(connection, schema, SHARDS)
+
+
+def observers(connection: psycopg.Connection, schema: str) -> list[Member]:
+    """Those that only look; they own nothing."""
+    return _sharing(connection, schema, OBSERVERS)
+
+
+def _sharing(connection: psycopg.Connection, schema: str, lock: int) -> list[Member]:
+    with connection.cursor(row_factory=class_row(Member)) as cursor:
+        parameters = {"shards": SHARDS, "class": _hashed(schema), "lock": lock, "outbox": outbox_name(schema)}
+        return cursor.execute(_MEMBERS, parameters).fetchall()
+
+
+class Holder(NamedTuple):
+    """A session that holds shards. ``silent_s``: since its last statement; None: this role may not see it."""
+
+    pid: int
+    application: str
+    role: str | None
+    shards: int
+    silent_s: float | None
+
+    def __str__(self) -> str:
+        silent = (
+            f", silent for {self.silent_s:.0f} s" if self.silent_s is not None and self.silent_s > _SILENT_S else ""
+        )
+        who = f"({self.application or 'no application name'})" + (f" of role {self.role}" if self.role else "")
+        return f"process {self.pid} {who} holds {self.shards}{silent}"
+
+
+def without(holders: Sequence[Holder]) -> str:
+    """For the log of a consumer that owns no shard."""
+    who = "; ".join(map(str, holders)) or "nobody holds one any more"
+    return (
+        f"owns none of {SHARDS} shards, so it handles nothing: {who}; a consumer gives its surplus away when what runs"
+        " there has ended. One that is silent hangs, or is a child of one that was killed: end it by"
+        " pg_terminate_backend(PROCESS)"
+    )
+
+
+async def observe(connection: psycopg.AsyncConnection, schema: str) -> None:
+    """Be seen as an observer until the connection ends."""
+    await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [lock_class(schema), OBSERVERS])
+
+
+class Taken(NamedTuple):
+    """Shards that were locked, those of them whose owner had died, by ``at`` of the database's clock, and those of them
+    that this process had before, and nobody since.
+    """
+
+    shards: list[int]
+    orphaned: list[int]
+    kept: list[int]
+    at: datetime
+
+
+class Session:
+    """One server session: member, owner of shards, and the connection on which their changes are settled."""
+
+    def __init__(self, connection: psycopg.AsyncConnection, schema: str, owner: UUID) -> None:
+        self.connection = connection
+        self.writing = asyncio.Lock()
+        """Held by whoever writes: what another one writes meanwhile would become part of its transaction."""
+        self.unsigned: list[int] = []
+        """Shards that are locked, and for which this process has not signed in yet."""
+        self._owner = owner
+        self._table = table(schema, "cdc_shards")
+        self._key = lock_class(schema)
+        self._parameters = {
+            "shards": SHARDS, "class": _hashed(schema), "key": self._key, "outbox": outbox_name(schema)
+        }  # fmt: skip
+        self._poll = select.poll()  # select.select knows no descriptor beyond 1,023
+        self._poll.register(connection.fileno(), select.POLLIN)
+
+    @classmethod
+    async def open(cls, dsn: Dsn, schema: str, owner: UUID, settings: Mapping[str, str]) -> Session:
+        """Connect with these server settings besides our own, and become a member. ``owner``: this process."""
+        connection = await connect_async(
+            dsn,
+            application_name="cdc: shards",
+            session={**settings, **_SESSION},
+            answer_limit_s=_ANSWER_LIMIT_S,
+        )
+        session = cls(connection, schema, owner)
+        try:
+            await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [session._key, SHARDS])
+        except BaseException:
+            await connection.close()
+            raise
+        failpoints.here("shards.after_join")
+        return session
+
+    async def look(self) -> tuple[int, int]:
+        """(members, free shards), as the server sees them now."""
+        [(members, taken)] = await self._rows(_LOOK, self._parameters)
+        return members, SHARDS - taken
+
+    async def holders(self) -> list[Holder]:
+        """The sessions that hold the most shards."""
+        async with self.writing:
+            cursor = self.connection.cursor(row_factory=class_row(Holder))
+            return await (await cursor.execute(_HOLDERS, {**self._parameters, "shown": _SHOWN})).fetchall()
+
+    async def take(self, limit: int) -> Taken:
+        """Lock up to ``limit`` shards that nobody holds; or go on with those that were locked when it failed before.
+
+        Raises SessionLostError where nobody knows which of the locks were taken.
+        """
+        self.unsigned = self.unsigned or await self._lock(limit)
+        failpoints.here("shards.after_take")
+        sign_in = sql.SQL(_SIGN_IN).format(shards=self._table)
+        [(orphaned, kept, at)] = await self._rows(sign_in, {"shards": self.unsigned, "owner": self._owner})
+        shards, self.unsigned = self.unsigned, []
+        failpoints.here("shards.after_sign_in")
+        return Taken(shards, orphaned, kept, at)
+
+    async def _lock(self, limit: int) -> list[int]:
+        try:
+            return [shard for (shard,) in await self._rows(_TAKE, {**self._parameters, "limit": limit})]
+        except psycopg.Error as error:
+            if self.connection.closed:
+                raise
+            raise SessionLostError(
+                f"it is not known which shards were locked: {error.diag.message_primary} [{error.sqlstate}]"
+            ) from error
+
+    async def others(self, shards: Iterable[int]) -> list[int]:
+        """Those of these shards that another process owns, or that nobody does."""
+        statement = sql.SQL(
+            "SELECT shard FROM unnest(%s::int[]) AS shard"
+            " WHERE NOT EXISTS (SELECT FROM {} AS o WHERE o.shard = shard.shard AND o.owner = %s)"
+        ).format(self._table)
+        return [shard for (shard,) in await self._rows(statement, [list(shards), self._owner])]
+
+    async def give(self, shards: Iterable[int]) -> None:
+        """Unlock shards on which nothing is in flight."""
+        failpoints.here("shards.before_release")
+        quiet = list(shards)
+        await self._sign_out(quiet)
+        failpoints.here("shards.after_sign_out")
+        await self._rows("SELECT pg_advisory_unlock(%s, shard) FROM unnest(%s::int[]) AS shard", [self._key, quiet])
+        failpoints.here("shards.after_release")
+
+    async def leave(self) -> None:
+        """Nothing is in flight any more: whoever comes next need not be careful. The locks end with the session."""
+        await self._sign_out(range(SHARDS))
+
+    async def _sign_out(self, shards: Iterable[int]) -> None:
+        statement = sql.SQL("DELETE FROM {} WHERE shard = ANY (%s::int[]) AND owner = %s").format(self._table)
+        async with self.writing:
+            await self.connection.execute(statement, [list(shards), self._owner])
+
+    async def _rows(
+        self, statement: LiteralString | sql.Composed, parameters: Mapping[str, Any] | Sequence[Any]
+    ) -> list[Any]:
+        async with self.writing:  # not within a settle's transaction, which may have failed
+            return await (await self.connection.execute(statement, parameters)).fetchall()
+
+    @property
+    def stirred(self) -> bool:
+        """Something has come from the server. Where no statement runs, that is bad news: ask before going on."""
+        if self.connection.closed:
+            return True
+        return bool(self._poll.poll(0))
+
+    async def close(self) -> None:
+        await self.connection.close()

@@ -1,0 +1,51 @@
+"""The named statements of the ``.sql`` files beside this one, made ready for one schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+
+from psycopg import sql
+
+_NAME = "-- name: "
+
+
+def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) -> dict[str, bytes]:
+    """Name to statement of this file, with the names in braces filled in.
+
+    These are ``{changes}``, the table; ``{regclass}``, its name as a literal; ``{shards_regclass}``, the same for the
+    table of owners; and blocks that are expressions, from outbox.sql or from further up in the same file. ``instead``:
+    in place of the blocks of these names.
+    """
+    names = {
+        "changes": table(schema, "entity_changes"),
+        "regclass": _in_text(sql.Literal(sql.Identifier(schema, "entity_changes").as_string())),
+        "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
+    }
+    blocks = _blocks(file)
+    everything = {**_blocks("outbox.sql"), **blocks, **(instead or {})}
+    used = "\n".join(everything.values())
+    for name, text in everything.items():
+        if f"{{{name}}}" in used:
+            names[name] = _compose(text, names)
+    return {name: _compose(text, names).as_string(None).encode() for name, text in blocks.items() if name not in names}
+
+
+def table(schema: str, name: str) -> sql.Composable:
+    """Its name for a statement with parameters."""
+    return _in_text(sql.Identifier(schema, name))
+
+
+def _in_text(name: sql.Composable) -> sql.Composable:
+    """In a statement with parameters a % begins a placeholder, also within a name."""
+    return sql.SQL(name.as_string().replace("%", "%%"))
+
+
+def _blocks(file: str) -> dict[str, str]:
+    blocks = (files("cdc") / file if "/" in file else files("cdc.postgres") / file).read_text("utf-8").split(_NAME)[1:]
+    return dict(block.split("\n", 1) for block in blocks)
+
+
+def _compose(text: str, names: dict[str, sql.Composable]) -> sql.Composed:
+    statement = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("--"))
+    return sql.SQL(statement).format(**names)

@@ -1,0 +1,348 @@
+"""What captures: one trigger on a table, and what a second `cdc track` makes of it. Values and decisions; pure.
+
+An option that is not named stays as the trigger has it. What would be told less of than before, or more, is a loss:
+the caller decides whether that is meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from cdc.core.errors import UsageError
+from cdc.core.model import Operation
+
+LISTS, FLAGS = ("key", "exclude", "columns"), ("virtual", "handled")
+"""Options of capture_entity_change() that are set here. Any other that a trigger has is kept as it is."""
+DOCUMENTED_TYPES: Mapping[str, str] = {
+    "whatsapp_message_reactions": "reaction",
+    "whatsapp_messages": "message",
+    "tasks": "task",
+}
+"""Entity types by the name of the table, as capture_entity_change() gives them to a trigger without one."""
+
+
+class Fires(StrEnum):
+    """When the trigger does: for the application's writes, for rows that replication brings, both, or never."""
+
+    ORIGIN = "origin"
+    ALWAYS = "always"
+    REPLICA = "replica"
+    DISABLED = "disabled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """What PostgreSQL makes of a partitioned table's trigger on one of its partitions."""
+
+    namespace: str
+    name: str
+    spelt: str
+    trigger: str
+    fires: Fires
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracked:
+    """One capturing trigger. ``table`` is spelt as SQL wants it; an empty ``key`` is looked up at each capture."""
+
+    table: str
+    trigger: str
+    operations: tuple[Operation, ...]
+    entity_type: str | None
+    key: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    """All that is captured; empty: whatever is not excluded."""
+    virtual: bool = False
+    """Virtual generated columns are captured with their value, not as null."""
+    handled: bool = False
+    """Writers may say by the setting cdc.handled that they handle a change themselves, so that no handler gets it."""
+    fires: Fires = Fires.ORIGIN
+    ours: bool = True
+    """False for a trigger made by hand."""
+    more: tuple[tuple[str, str], ...] = ()
+    """Further options, each with its JSON."""
+    only: str = ""
+    """What narrows it besides, as SQL: ``UPDATE OF a``, ``WHEN (...)``."""
+    broken: str = ""
+    """Why every write fails that it should capture, whatever the table's columns are."""
+    missing: tuple[str, ...] = ()
+    """Columns that its options name and the table does not have."""
+    oid: int = field(default=0, compare=False)
+    """Of the table, and where it is:"""
+    namespace: str = field(default="", compare=False)
+    name: str = field(default="", compare=False)
+    root: str = field(default="", compare=False)
+    """The name of the partitioned table it belongs to, or its own."""
+    above: tuple[int, ...] = field(default=(), compare=False)
+    """Oids of the partitioned tables above it."""
+    earlier: tuple[str, ...] = field(default=(), compare=False)
+    """Other AFTER ROW triggers that fire before it."""
+    copies: tuple[Copy, ...] = field(default=(), compare=False)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of those that it has."""
+        ours = [name for name in (*LISTS, *FLAGS) if getattr(self, name)]
+        return (*ours, *(name for name, _ in self.more))
+
+    @property
+    def enabled(self) -> bool:
+        """For what the application writes."""
+        return self.fires in (Fires.ORIGIN, Fires.ALWAYS)
+
+    @property
+    def effective_type(self) -> str:
+        """The entity type of what it captures."""
+        return self.entity_type or DOCUMENTED_TYPES.get(self.root, self.root)
+
+    @property
+    def off(self) -> tuple[Copy, ...]:
+        """Partitions in which it does not fire for the application, while it does in others."""
+        silent = (Fires.DISABLED, Fires.REPLICA)
+        return tuple(copy for copy in self.copies if copy.fires in silent and self.enabled)
+
+    def captures(self, column: str) -> bool:
+        return column not in self.exclude and (not self.columns or column in self.columns)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "table": self.table,
+            "trigger": self.trigger,
+            "operations": [operation.lower() for operation in self.operations],
+            "entity_type": self.entity_type,
+            "key": list(self.key),
+            "exclude": list(self.exclude),
+            "columns": list(self.columns),
+            "virtual": self.virtual,
+            "handled": self.handled,
+            "enabled": self.enabled,
+            "fires": self.fires,
+            "disabled_partitions": [copy.spelt for copy in self.off],
+            "missing": list(self.missing),
+            "only": self.only,
+            "ours": self.ours,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignCast:
+    """A cast to JSON of a column's type, by a function of somebody who is neither a superuser nor owns the outbox."""
+
+    column: str
+    type: str
+    function: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table as the catalogs describe it."""
+
+    oid: int
+    namespace: str
+    name: str
+    spelt: str
+    kind: str
+    """pg_class.relkind."""
+    root: str | None
+    """The partitioned table that it is a part of."""
+    columns: tuple[str, ...]
+    virtual: tuple[str, ...] = ()
+    """Generated columns that are stored nowhere."""
+    primary_key: tuple[str, ...] = ()
+    unique_keys: tuple[frozenset[str], ...] = ()
+    """Sets of NOT NULL columns of which no two rows have the same values."""
+    children: tuple[str, ...] = ()
+    """Tables that inherit from it, and are captured by no trigger of their own."""
+    row_security: bool = False
+    unlogged: bool = False
+    subscribed: bool = False
+    """A subscription writes it."""
+    casts: tuple[ForeignCast, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What was named; None stays as it is, or gets its default. ``entity_type`` "" is that by the table's name."""
+
+    entity_type: str | None = None
+    operations: tuple[Operation, ...] | None = None
+    key: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    columns: tuple[str, ...] | None = None
+    always: bool | None = None
+    handled: bool | None = None
+
+
+def arguments(wanted: Tracked) -> tuple[str, str]:
+    """The two arguments of capture_entity_change(): entity type ("" = by the table's name) and options."""
+    lists = {name: list(value) for name in LISTS if (value := getattr(wanted, name)) or name == "key"}
+    flags = {name: True for name in FLAGS if getattr(wanted, name)}
+    options = {**lists, **flags, **{name: json.loads(text) for name, text in wanted.more}}
+    return wanted.entity_type or "", json.dumps(options, ensure_ascii=False)
+
+
+def read_options(text: str) -> dict[str, Any]:
+    """Fields of Tracked out of the second argument of its trigger. ``broken`` says why it cannot be read."""
+    try:
+        named = json.loads(text) if text else {}
+        if not isinstance(named, dict):
+            return {"broken": "its options are no JSON object"}
+        more = tuple((name, json.dumps(value)) for name, value in named.items() if name not in (*LISTS, *FLAGS))
+    except (ValueError, RecursionError):
+        return {"broken": "its options are no JSON"}
+    lists = {name: named[name] for name in LISTS if name in named}
+    for name, value in lists.items():
+        if not isinstance(value, list) or not all(isinstance(column, str) for column in value):
+            return {"broken": f"its option {name} is no list of columns"}
+    # As the function reads it: whatever is not true is false.
+    flags: dict[str, Any] = {name: True for name in FLAGS if named.get(name) is True}
+    return {name: tuple(value) for name, value in lists.items()} | flags | {"more": more}
+
+
+def decide(source: Table, present: Sequence[Tracked], asked: Asked, trigger: str) -> Tracked:
+    """The trigger that ``source`` shall have. Raises UsageError for what does not fit the table or each other.
+
+    ``present``: those that capture it now.
+    """
+    before = _common(source, present, asked)
+    exclude, columns = _shown(asked, before)
+    key = asked.key if asked.key is not None else before.key
+    for option, named in (("key", key), ("exclude", exclude), ("columns", columns)):
+        _refuse_missing(source, option, named, said=getattr(asked, option) is not None)
+    wanted = Tracked(
+        table=source.spelt,
+        trigger=trigger,
+        operations=tuple(each for each in Operation if each in (asked.operations or before.operations)),
+        entity_type=(asked.entity_type if asked.entity_type is not None else before.entity_type) or None,
+        key=tuple(dict.fromkeys(key)) or _default_key(source),
+        exclude=tuple(dict.fromkeys(exclude)),
+        columns=tuple(dict.fromkeys(columns)),
+        fires=_fires(asked.always, before.fires),
+        handled=before.handled if asked.handled is None else asked.handled,
+        more=before.more,
+        root=source.name,
+    )
+    _check_key(source, wanted)
+    return replace(wanted, virtual=any(wanted.captures(column) for column in source.virtual))
+
+
+def losses(source: Table, before: Tracked, wanted: Tracked) -> Iterator[str]:
+    """What ``wanted`` no longer keeps, a clause each. What the table has no column for is lost already."""
+    if before.entity_type and before.entity_type != wanted.entity_type:
+        yield f"its type {before.entity_type} would become {wanted.effective_type}"
+    if before.key and before.key != wanted.key and not set(before.key) - set(source.columns):
+        yield f"its key {named(before.key)} would become {named(wanted.key)}"
+    opened = [column for column in source.columns if wanted.captures(column) and not before.captures(column)]
+    shown = [column for column in opened if column not in wanted.columns]  # naming it is leave enough
+    if shown:
+        yield f"{named(shown)}, left out until now, would be captured"
+    hidden = [column for column in before.columns if column in source.columns and not wanted.captures(column)]
+    if hidden:
+        yield f"{named(hidden)} would be captured no more"
+    if before.only:
+        yield f"its {before.only} would go"
+
+
+def described(tracked: Tracked) -> str:
+    """For a sentence, ``insert,delete; key id; type order; without card``."""
+    parts = [",".join(tracked.operations).lower(), f"key {named(tracked.key)}" if tracked.key else "key by table"]
+    parts += [f"type {tracked.entity_type}"] if tracked.entity_type else []
+    parts += [f"only {named(tracked.columns)}"] if tracked.columns else []
+    parts += [f"without {named(tracked.exclude)}"] if tracked.exclude else []
+    parts += ["writers may handle changes themselves"] if tracked.handled else []
+    parts += [tracked.only] if tracked.only else []
+    parts += [f"fires {tracked.fires}"] if tracked.fires != Fires.ORIGIN else []
+    return "; ".join(parts)
+
+
+def named(columns: Sequence[str]) -> str:
+    """With commas between them, in quotes where a name would be read as several or as another."""
+    return ",".join(
+        '"' + column.replace('"', '""') + '"'
+        if "," in column or column != column.strip() or column[:1] == '"'
+        else column
+        for column in columns
+    )
+
+
+def _common(source: Table, present: Sequence[Tracked], asked: Asked) -> Tracked:
+    """What is there, as one trigger. Where several differ in an option, that has to be named."""
+    if not present:
+        return Tracked(table=source.spelt, trigger="", operations=tuple(Operation), entity_type=None)
+    first, *others = present
+    for other in others:
+        for option in ("entity_type", "key", "exclude", "columns", "handled"):
+            if getattr(asked, option) is None and getattr(first, option) != getattr(other, option):
+                flag = "--type" if option == "entity_type" else f"--{option}"
+                raise UsageError(
+                    f"{source.spelt} is captured by {first.trigger} and {other.trigger}, which differ in {flag}",
+                    hint=f"name it: {flag}" + (" or --no-handled" if option == "handled" else " ..."),
+                )
+    operations = {operation for each in present for operation in each.operations}
+    more = () if first.broken else first.more
+    return replace(first, operations=tuple(each for each in Operation if each in operations), more=more)
+
+
+def _shown(asked: Asked, before: Tracked) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """``exclude`` and ``columns``, of which at most one is there: naming the one takes the place of the other."""
+    if asked.exclude and asked.columns:
+        raise UsageError("--columns names all that is captured, and --exclude what is not", hint="name one of them")
+    exclude = asked.exclude if asked.exclude is not None else () if asked.columns else before.exclude
+    columns = asked.columns if asked.columns is not None else () if asked.exclude else before.columns
+    return exclude, columns
+
+
+def _fires(always: bool | None, before: Fires) -> Fires:
+    if always is None:
+        return before if before in (Fires.ALWAYS, Fires.REPLICA) else Fires.ORIGIN
+    return Fires.ALWAYS if always else Fires.ORIGIN
+
+
+def _default_key(source: Table) -> tuple[str, ...]:
+    chosen = ("id",) if "id" in source.columns else source.primary_key
+    if not chosen:
+        raise UsageError(
+            f"{source.spelt} has neither a column id nor a primary key to tell its rows apart",
+            hint="name the columns that do: --key col[,col]",
+        )
+    return chosen
+
+
+def _check_key(source: Table, wanted: Tracked) -> None:
+    hidden = [column for column in wanted.key if not wanted.captures(column)]
+    if hidden:
+        raise UsageError(
+            f"column {hidden[0]} is in the key of {source.spelt}, so it cannot be left out",
+            hint="choose another --key, or do not leave it out: the key is written into each change as entity_id",
+        )
+    uncomputed = [column for column in wanted.key if column in source.virtual]
+    if uncomputed:
+        raise UsageError(
+            f"column {uncomputed[0]} of {source.spelt} is a virtual generated column, which has no value when triggers"
+            " fire",
+            hint="choose another --key, or make the column STORED",
+        )
+
+
+def _refuse_missing(source: Table, option: str, columns: Sequence[str], *, said: bool) -> None:
+    for column in columns:
+        if column in source.columns:
+            continue
+        if not said:
+            raise UsageError(
+                f"{source.spelt} has no column {column} any more, which its --{option} names",
+                hint=f"name it anew: --{option} ...; its columns: {', '.join(source.columns)}",
+            )
+        near = difflib.get_close_matches(column.lower(), {name.lower(): name for name in source.columns}, n=3)
+        likely = [name for name in source.columns if name.lower() in near]
+        raise UsageError(
+            f"{source.spelt} has no column {column}",
+            hint=f"did you mean {', '.join(likely)}?" if likely else f"its columns: {', '.join(source.columns)}",
+        )

@@ -1,0 +1,410 @@
+"""Which tables are captured: one row trigger on each, with its entity type, key and columns as arguments.
+
+The triggers are the whole configuration; there is no table of tracked tables that could say something else. Triggers
+made by hand, as the documented SQL does, count like our own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import psycopg
+from psycopg import errors, sql
+
+from cdc.core.errors import CdcError, NotFoundError, RefusedError, UsageError
+from cdc.core.model import Operation, former_trigger_name, trigger_name
+from cdc.postgres import capture_triggers, remarks
+from cdc.postgres.capture_triggers import CaptureFunction
+from cdc.postgres.tracked_tables import FLAGS, LISTS, Asked, Fires, Table, Tracked, arguments, decide, losses
+
+T = TypeVar("T")
+_LOCK_TIMEOUT = "5s"
+_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
+_OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets")
+"""Tables of the outbox itself."""
+_ENABLE = {Fires.ORIGIN: "ENABLE", Fires.ALWAYS: "ENABLE ALWAYS", Fires.REPLICA: "ENABLE REPLICA"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracking:
+    """What ``track`` did."""
+
+    tracked: Tracked
+    changed: bool
+    """False when the trigger was there already, as asked for."""
+    before: Tracked | None = None
+    """Our trigger as it was."""
+    replaced: tuple[str, ...] = ()
+    """Triggers made by hand that were dropped in its favour."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """One trigger with our former name. ``refused``: why it keeps it."""
+
+    table: str
+    refused: str = ""
+
+
+def track(
+    connection: psycopg.Connection,
+    schema: str,
+    table: str,
+    *,
+    entity_type: str | None = None,
+    operations: Sequence[Operation] | None = None,
+    key: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    always: bool | None = None,
+    handled: bool | None = None,
+    replace: bool = False,
+) -> Tracking:
+    """Capture the rows of ``table``, a name as PostgreSQL reads it, into the outbox in ``schema``.
+
+    What is None stays as the table's trigger has it; at first, all operations and columns, the type by the table's
+    name, and as key the column id, else the primary key. Raises NotFoundError for a table that does not exist,
+    UsageError for one that cannot be tracked or columns it does not have, RefusedError where the function could not
+    write the outbox, and, unless ``replace`` is set, when a trigger made by hand captures it already, or a type, a key,
+    or what is captured or left out would go. Writers of the table wait while the trigger is made, 5 s at most.
+    """
+    asked = Asked(
+        entity_type=entity_type, operations=_frozen(operations), key=_frozen(key), exclude=_frozen(exclude),
+        columns=_frozen(columns), always=always, handled=handled,
+    )  # fmt: skip
+    with _changing(connection, table):
+        capture = capture_triggers.capture_function(connection, schema)
+        _refuse_incapable(capture, schema)
+        source = _resolve(connection, capture, schema, table)
+        _refuse_kind(source, schema)
+        everywhere = _triggers(connection, capture, schema)
+        present = [each for each in everywhere if each.oid == source.oid]
+        wanted = decide(source, present, asked, trigger_name(schema))
+        before = next((each for each in present if each.ours), None)
+        others = [each for each in everywhere if (not each.ours and each.oid == source.oid) or source.oid in each.above]
+        _refuse_unknown(capture, wanted)
+        if not replace:
+            _refuse_doubled(source, others)
+            _refuse_losses(source, before, wanted)
+        for other in others:
+            _as_owner(connection, _drop_statement(other))
+        changed = _is_different(before, wanted, always=always)
+        if changed:
+            _refuse_foreign(connection, capture, source, wanted.trigger)
+            _rename_former(connection, schema, present)
+            _create(connection, schema, source, wanted)
+            _set_firing(connection, capture, schema, source, before, always=asked.always)
+        made = next(each for each in _triggers(connection, capture, schema, source.oid) if each.ours)
+        everywhere = [made, *(each for each in everywhere if each.oid != source.oid and each not in others)]
+        return Tracking(
+            tracked=made,
+            changed=changed,
+            before=before,
+            replaced=tuple(other.trigger for other in others),
+            warnings=tuple(_warnings(source, made, everywhere)),
+        )
+
+
+def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tracked]:
+    """Drop every trigger on ``table`` that captures into ``schema``, also those made by hand; those dropped.
+
+    Raises NotFoundError when there is none, RefusedError with the statements to run when the role does not own it.
+    """
+    with _changing(connection, table):
+        capture = capture_triggers.capture_function(connection, schema)
+        source = _resolve(connection, capture, schema, table)
+        found = _triggers(connection, capture, schema, source.oid)
+        if not found:
+            raise NotFoundError(f"{source.spelt} is not tracked", hint="`cdc tracked` lists the tables that are")
+        for trigger in found:
+            _as_owner(connection, _drop_statement(trigger))
+        return found
+
+
+def tracked(connection: psycopg.Connection, schema: str) -> list[Tracked]:
+    """Every trigger that captures into ``schema``, by table; of a partitioned table that of its root."""
+    with connection.transaction():
+        _use_server_names(connection)
+        return _triggers(connection, capture_triggers.capture_function(connection, schema), schema)
+
+
+def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]:
+    """Give our triggers of before the name that fires first, each in a transaction of its own.
+
+    ACCESS EXCLUSIVE on each such table for a moment; who does not get it within 5 s, or does not own the table, leaves
+    it as it is and says so.
+    """
+    done = []
+    for each in tracked(connection, schema):
+        if each.trigger != former_trigger_name(schema):
+            continue
+        try:
+            with _changing(connection, each.table):
+                _rename(connection, each, trigger_name(schema))
+            done.append(Renaming(each.table))
+        except (CdcError, errors.DuplicateObject) as refused:
+            why = str(refused) if isinstance(refused, CdcError) else "there is one of the new name"
+            done.append(Renaming(each.table, why))
+    return done
+
+
+def _frozen(given: Sequence[T] | None) -> tuple[T, ...] | None:
+    return None if given is None else tuple(given)
+
+
+def _is_different(before: Tracked | None, wanted: Tracked, *, always: bool | None) -> bool:
+    """``before`` is as the catalogs have it, with further facts, and with its copies on partitions."""
+    if before is None or before.trigger != wanted.trigger or before.broken or before.only:
+        return True
+    # A partition may fire ALWAYS beside others that do not, unless something was asked for.
+    unlike = always is not None and {copy.fires for copy in before.copies} - {wanted.fires}
+    same = (arguments(before), before.operations, before.fires) == (arguments(wanted), wanted.operations, wanted.fires)
+    return bool(unlike or before.off or not same)
+
+
+def _refuse_losses(source: Table, before: Tracked | None, wanted: Tracked) -> None:
+    going = list(losses(source, before, wanted)) if before is not None else []
+    if going:
+        raise RefusedError(
+            f"{source.spelt} is tracked, and {'; '.join(going)}; nothing was changed",
+            hint="if that is meant, add --replace",
+        )
+
+
+def _warnings(source: Table, made: Tracked, everywhere: Sequence[Tracked]) -> Iterator[str]:
+    yield from remarks.coarse(source, made)
+    yield from map(str, remarks.faults(made))
+    yield from map(str, remarks.cautions(source, made))
+    yield from map(str, remarks.handled([made], ()))
+    yield from map(str, remarks.shared([each for each in everywhere if each.effective_type == made.effective_type]))
+
+
+def _refuse_incapable(capture: CaptureFunction, schema: str) -> None:
+    """A trigger whose function cannot write makes every write of the table fail."""
+    if capture.security_definer and capture.lacks:
+        raise RefusedError(
+            f"every write to a tracked table would fail: {capture.owner}, with whose rights {capture.name} runs, lacks"
+            f" {', '.join(capture.lacks)}",
+            hint="cdc doctor says more; an outbox that is gone: cdc db install"
+            + ("" if schema == "public" else f" --schema {schema}"),
+        )
+
+
+def _refuse_unknown(capture: CaptureFunction, wanted: Tracked) -> None:
+    if unknown := capture.unknown(name for name in wanted.options if name in (*LISTS[1:], *FLAGS)):
+        raise RefusedError(
+            f"{capture.name} is of an older version, which does not know the option {', '.join(unknown)}",
+            hint="run: cdc db upgrade",
+        )
+
+
+def _refuse_kind(source: Table, schema: str) -> None:
+    if source.kind not in ("r", "p"):
+        raise UsageError(
+            f"{source.spelt} is {_KINDS.get(source.kind, 'no table')}, and only a table's rows can be captured",
+            hint="track the tables behind it; for events without a table there is publish_change()",
+        )
+    if source.root is not None:
+        raise UsageError(f"{source.spelt} is a partition of {source.root}", hint=f"track {source.root}")
+    if source.namespace == schema and source.name in _OURS:
+        raise UsageError(f"{source.spelt} belongs to the outbox itself", hint="track the tables of your application")
+
+
+def _refuse_doubled(source: Table, others: Sequence[Tracked]) -> None:
+    if others:
+        named = ", ".join(
+            other.trigger if other.oid == source.oid else f"{other.trigger} of its partition {other.table}"
+            for other in others
+        )
+        raise RefusedError(
+            f"{source.spelt} is captured by {named} already, and would be captured twice",
+            hint="--replace drops that trigger in the same transaction, so that no change is missed",
+        )
+
+
+@contextmanager
+def _changing(connection: psycopg.Connection, table: str) -> Iterator[None]:
+    """One transaction that does not make writers queue for long behind its wait for the table's lock."""
+    try:
+        with connection.transaction():
+            connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [_LOCK_TIMEOUT])
+            connection.execute("SET LOCAL client_min_messages = warning")
+            _use_server_names(connection)
+            yield
+    except (errors.LockNotAvailable, errors.DeadlockDetected) as busy:
+        raise CdcError(
+            f"{table} stayed locked for {_LOCK_TIMEOUT}; nothing was changed",
+            hint="end the long transaction that holds it (pg_stat_activity, oldest xact_start), and run this again",
+        ) from busy
+    except errors.InsufficientPrivilege as denied:
+        raise RefusedError(
+            f"the role may not do this: {denied.diag.message_primary}",
+            hint="it needs the right TRIGGER on the table and EXECUTE on capture_entity_change()",
+        ) from denied
+
+
+_USER_PATH = "cdc.user_path"
+
+
+def _use_server_names(connection: psycopg.Connection) -> None:
+    """Until the transaction ends, operators and functions are the server's own, whatever else the user's path offers.
+
+    Where that path counts, for the name of a table as one writes it, ``_as_user`` restores it; it is kept in a setting.
+    """
+    connection.execute(
+        "SELECT pg_catalog.set_config(%s, pg_catalog.current_setting('search_path'), true),"
+        " pg_catalog.set_config('search_path', 'pg_catalog', true)",
+        [_USER_PATH],
+    )
+
+
+@contextmanager
+def _as_user(connection: psycopg.Connection) -> Iterator[None]:
+    """For a query that is safe on any path."""
+    switch = "SELECT pg_catalog.set_config('search_path', {}, true)"
+    connection.execute(switch.format("pg_catalog.current_setting(%s)").encode(), [_USER_PATH])
+    yield
+    connection.execute(switch.format("'pg_catalog'").encode())
+
+
+def _spell(connection: psycopg.Connection, oids: Collection[int]) -> dict[int, str]:
+    with _as_user(connection):
+        return capture_triggers.spell(connection, oids)
+
+
+def _triggers(
+    connection: psycopg.Connection, capture: CaptureFunction, schema: str, table: int | None = None
+) -> list[Tracked]:
+    return capture_triggers.triggers(connection, capture, schema, None if table is None else [table], spell=_spell)
+
+
+def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: str, name: str) -> Table:
+    try:
+        with _as_user(connection):
+            [(oid,)] = connection.execute("SELECT pg_catalog.to_regclass(%s)::pg_catalog.oid", [name]).fetchall()
+            if oid is None:  # from PostgreSQL 16 on also for what is no name
+                connection.execute("SELECT pg_catalog.parse_ident(%s)", [name])
+    except (errors.InvalidName, errors.InvalidParameterValue, errors.SyntaxError, errors.FeatureNotSupported) as bad:
+        raise UsageError(
+            f"{name!r} is not the name of a table", hint='write it as in SQL: schema.table, or "Mixed Case" in quotes'
+        ) from bad
+    found = {} if oid is None else capture_triggers.tables(connection, capture.oid, schema, [oid], spell=_spell)
+    if oid not in found:
+        raise NotFoundError(f"there is no table {name}", hint=_similar(connection, name))
+    return found[oid]
+
+
+def _similar(connection: psycopg.Connection, name: str) -> str:
+    rows = connection.execute(
+        "SELECT c.oid, c.relname::text FROM pg_catalog.pg_class AS c"
+        " JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p')"
+        " AND NOT c.relispartition AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
+    ).fetchall()
+    bare = name.rpartition(".")[2].strip('"').lower()
+    near = set(difflib.get_close_matches(bare, [table.lower() for _, table in rows], n=3))
+    spelt = sorted(_spell(connection, [oid for oid, table in rows if table.lower() in near]).values())
+    return f"did you mean {' or '.join(spelt[:3])}?" if spelt else "write the schema with it: schema.table"
+
+
+def _create(connection: psycopg.Connection, schema: str, source: Table, wanted: Tracked) -> None:
+    # OR REPLACE also enables a trigger that was disabled, and needs no ownership of the table as DROP TRIGGER does.
+    connection.execute(
+        sql.SQL("CREATE OR REPLACE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION {}({}, {})").format(
+            sql.Identifier(wanted.trigger),
+            sql.SQL(" OR ").join(sql.SQL(operation.value) for operation in wanted.operations),
+            sql.Identifier(source.namespace, source.name),
+            sql.Identifier(schema, "capture_entity_change"),
+            *map(sql.Literal, arguments(wanted)),
+        )
+    )
+
+
+def _set_firing(
+    connection: psycopg.Connection,
+    capture: CaptureFunction,
+    schema: str,
+    source: Table,
+    before: Tracked | None,
+    *,
+    always: bool | None,
+) -> None:
+    """Have the trigger and its copies on partitions fire as they did before they were replaced, or as asked for."""
+    [made] = [each for each in _triggers(connection, capture, schema, source.oid) if each.ours]
+    was = {(copy.namespace, copy.name): copy.fires for copy in before.copies} if before else {}
+    if before is not None:
+        was[before.namespace, before.name] = before.fires
+    places = [
+        (made.namespace, made.name, made.fires),
+        *((each.namespace, each.name, each.fires) for each in made.copies),
+    ]
+    for namespace, name, fires in places:
+        kept = was.get((namespace, name), made.fires if before is None else before.fires)
+        enabled = Fires.ORIGIN if kept == Fires.DISABLED else kept
+        wanted = enabled if always is None else Fires.ALWAYS if always else Fires.ORIGIN
+        if wanted != fires:
+            _as_owner(
+                connection,
+                sql.SQL("ALTER TABLE ONLY {} {} TRIGGER {}").format(
+                    sql.Identifier(namespace, name), sql.SQL(_ENABLE[wanted]), sql.Identifier(made.trigger)
+                ),
+            )
+
+
+def _rename_former(connection: psycopg.Connection, schema: str, present: Sequence[Tracked]) -> None:
+    new = trigger_name(schema)
+    taken = any(each.trigger == new for each in present)
+    for each in present:
+        if each.trigger == former_trigger_name(schema):
+            if taken:
+                _as_owner(connection, _drop_statement(each))
+            else:
+                _rename(connection, each, new)
+
+
+def _rename(connection: psycopg.Connection, trigger: Tracked, new: str) -> None:
+    """Up to PostgreSQL 14 the copies on partitions keep their names unless they are renamed, too."""
+    places = [(trigger.namespace, trigger.name, trigger.trigger)]
+    if connection.info.server_version < 150_000:
+        places += [(copy.namespace, copy.name, copy.trigger) for copy in trigger.copies]
+    for namespace, name, old in places:
+        _as_owner(
+            connection,
+            sql.SQL("ALTER TRIGGER {} ON {} RENAME TO {}").format(
+                sql.Identifier(old), sql.Identifier(namespace, name), sql.Identifier(new)
+            ),
+        )
+
+
+def _as_owner(connection: psycopg.Connection, statement: sql.Composed) -> None:
+    """What the right TRIGGER is not enough for."""
+    try:
+        connection.execute(statement)
+    except errors.InsufficientPrivilege as denied:
+        raise RefusedError(
+            f"the role may not do this: {denied.diag.message_primary}",
+            hint=f"have the owner of the table run: {statement.as_string()}",
+        ) from denied
+
+
+def _refuse_foreign(connection: psycopg.Connection, capture: CaptureFunction, source: Table, trigger: str) -> None:
+    """Replacing a trigger that somebody else made under our name would switch off what it does."""
+    taken = connection.execute(
+        "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = %s::oid AND tgname = %s AND tgfoid <> %s::oid",
+        [source.oid, trigger, capture.oid],
+    ).fetchone()
+    if taken is not None:
+        raise RefusedError(
+            f"{source.spelt} has a trigger {trigger} that is not ours",
+            hint="rename it: ALTER TRIGGER ... ON ... RENAME TO ...",
+        )
+
+
+def _drop_statement(trigger: Tracked) -> sql.Composed:
+    return sql.SQL("DROP TRIGGER {} ON {}").format(
+        sql.Identifier(trigger.trigger), sql.Identifier(trigger.namespace, trigger.name)
+    )

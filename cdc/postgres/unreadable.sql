@@ -1,0 +1,29 @@
+-- For changes that the server refuses to hand over. {changes} is the qualified table, {columns} those of outbox.sql.
+
+-- name: read
+-- By id, whatever their state, as the reads of outbox.sql do it; as many of them as fit into a page.
+SELECT {columns}
+FROM (
+  SELECT f.*, {fits}
+  FROM unnest(%(ids)s::uuid[]) AS want(id)
+  CROSS JOIN LATERAL (SELECT {texts} FROM {changes} AS n WHERE n.id = want.id LIMIT 1) AS f
+) AS c
+
+-- name: kind
+-- What a handler is chosen by.
+SELECT coalesce(entity_type, table_name)::text, operation::text FROM {changes} WHERE id = %(id)s
+
+-- name: mark
+-- Dead letters, without a look at what they hold. A row that another session has is not waited for.
+WITH free AS (
+  SELECT c.id, refused.error, refused.pauses
+  FROM unnest(%(ids)s::uuid[], %(errors)s::text[], %(pauses)s::bool[]) AS refused(id, error, pauses)
+  JOIN {changes} AS c ON c.id = refused.id
+  WHERE NOT c.processed AND c.dead_at IS NULL
+  FOR UPDATE OF c SKIP LOCKED
+)
+UPDATE {changes} AS c
+SET dead_at = now(), next_attempt_at = CASE WHEN free.pauses THEN 'infinity'::timestamptz END,
+    error_count = c.error_count + 1, last_error = free.error, started_by = NULL
+FROM free WHERE c.id = free.id
+RETURNING c.id

@@ -1,0 +1,401 @@
+"""One replication connection: the only file that drives libpq itself (``psycopg.pq``, COPY_BOTH, START_REPLICATION).
+
+psycopg has no replication interface. Its ``pq`` wrapper is public but undocumented, which is why the dependency is
+held to one minor version and why nothing else touches it. Every wait goes through the caller's ``Waiting``, so that
+stop() ends it, and every error leaves as a StreamError that is already classified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import TracebackType
+
+import psycopg
+from psycopg import pq, sql
+
+from cdc.core.errors import CdcError, ConnectError, StreamError
+from cdc.core.lsn import Lsn
+from cdc.postgres.connect import Dsn, connect
+from cdc.replication.protocol import LONGEST, Plugin, head
+from cdc.replication.refusals import (
+    During,
+    FoundSlot,
+    Names,
+    Reason,
+    ServerLook,
+    another_outbox,
+    classify,
+    classify_connect,
+    in_recovery,
+    message_too_long,
+    server_ended,
+)
+from cdc.replication.slot_health import ABSENT_STANDBYS
+
+_TURN_S = 5.0
+"""The thread shows that it lives at least this often, whatever it waits for."""
+_ANSWER_LIMIT_S = 60.0
+"""For the answer to a command. CREATE waits for open write transactions one by one, each up to lock_timeout."""
+_MANY = 32
+"""Messages since the last look at the socket after which there may be more: libpq reads 16 kB at a time."""
+_BYTES_AT_ONCE = 1 << 20
+"""Messages of other applications may have any size; of what is read at once no more is held than this and the last."""
+_TOO_LONG_TO_KEEP = 16 << 20
+"""libpq holds a message whole, and what it needed for one it keeps: after a longer one the session begins anew."""
+_GOODBYE_LIMIT_S = 1.0
+"""For the server to agree to the end, which says that it has read our last status update."""
+_REFUSAL_S = 3.0
+"""A server that refuses says so at once; after a longer silence, asking it why would only double the wait."""
+
+# Which columns and settings there are depends on the version.
+_SLOT_LOOK = sql.SQL(
+    "SELECT s.plugin, s.database, s.wal_status, s.confirmed_flush_lsn, s.temporary,"
+    " pg_catalog.to_jsonb(s) OPERATOR(pg_catalog.->>) 'invalidation_reason',"
+    " pg_catalog.to_jsonb(s) OPERATOR(pg_catalog.->>) 'failover', ({absent_standbys})"
+    " FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = {slot}"
+)
+# What it reads stands in its command; whose command that is, every role sees of itself only.
+_READER_LOOK = sql.SQL(
+    "SELECT a.query FROM pg_catalog.pg_stat_activity a JOIN pg_catalog.pg_replication_slots s ON s.active_pid = a.pid"
+    " WHERE s.slot_name = {} AND pg_catalog.starts_with(a.query, 'START_REPLICATION')"
+)
+_RECOVERY_LOOK = sql.SQL("SELECT pg_catalog.pg_is_in_recovery()")
+_PUBLICATION_LOOK = sql.SQL("SELECT oid FROM pg_catalog.pg_publication WHERE pubname = {}")
+# Walsenders are counted where every role sees the rows, if not what they say. RDS has a role for the attribute.
+_SERVER_LOOK = """
+    SELECT current_setting('wal_level'),
+           (SELECT rolsuper OR rolreplication FROM pg_catalog.pg_roles WHERE rolname = current_user)
+             OR EXISTS (SELECT FROM pg_catalog.pg_roles
+                         WHERE rolname = 'rds_replication' AND pg_has_role(current_user, oid, 'member')),
+           (SELECT count(*) FROM pg_catalog.pg_stat_replication),
+           current_setting('max_wal_senders')::int
+"""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: stop() was called, and the thread unwinds
+    pass
+
+
+class Waiting:
+    """Every wait of the stream's thread. stop() ends it; ``turned`` is called now and then, to show that it lives."""
+
+    def __init__(self, turned: Callable[[], None]) -> None:
+        self._turned = turned
+        self._asked = threading.Event()
+        self._rouse, self._roused = socket.socketpair()
+        self._poll = select.poll()
+        self._poll.register(self._roused, select.POLLIN)
+
+    def stop(self) -> None:
+        self._asked.set()
+        with contextlib.suppress(OSError):  # the thread has ended and closed it
+            self._rouse.send(b"\0")
+
+    def check(self) -> None:
+        self._turned()
+        if self._asked.is_set():
+            raise Stopped
+
+    def until(self, deadline: float, link: int | None = None, *, write: bool = False) -> bool:
+        """True once ``link`` can be read (or, with ``write``, written); False at the deadline."""
+        if link is None:
+            return self._wait(deadline, None)
+        self._poll.register(link, select.POLLIN | (select.POLLOUT if write else 0))
+        try:
+            return self._wait(deadline, link)
+        finally:
+            self._poll.unregister(link)
+
+    def _wait(self, deadline: float, link: int | None) -> bool:
+        while True:
+            self.check()
+            left = deadline - time.monotonic()
+            if any(ready == link for ready, _ in self._poll.poll(max(0.0, min(left, _TURN_S)) * 1000)):
+                return True
+            if left <= 0:
+                return False
+
+    def close(self) -> None:
+        self._rouse.close()
+        self._roused.close()
+
+
+class Session:
+    """A replication connection and one slot. Closed at the end of the ``with`` block, whatever state it is in.
+
+    A command that is refused leaves it usable, but takes a temporary slot that it has made.
+    """
+
+    def __init__(self, connection: psycopg.Connection, waiting: Waiting, *, slot: str) -> None:
+        info = connection.info
+        self.names = Names(slot=slot, plugin="", database=info.dbname, role=info.user)
+        self._connection = connection
+        self._link = connection.pgconn
+        self._link.nonblocking = 1
+        self._socket = self._link.socket
+        self._waiting = waiting
+        self._asking = False
+        self._unsent = False
+        self._over: StreamError | None = None
+        self.flooded = False
+        """Ended by a message that took too much memory; the next session is to begin behind it."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._asking:
+            # Closing does not end a CREATE_REPLICATION_SLOT that waits: its backend and half-made slot would stay.
+            with contextlib.suppress(psycopg.Error):
+                self._connection.cancel_safe(timeout=_GOODBYE_LIMIT_S)
+        self._connection.close()
+
+    # Commands: before the stream has started
+
+    def look(self) -> FoundSlot | None:
+        rows = self._command(
+            _SLOT_LOOK.format(slot=sql.Literal(self.names.slot), absent_standbys=sql.SQL(ABSENT_STANDBYS)), During.START
+        )
+        if not rows:
+            return None
+        plugin, database, wal_status, confirmed, temporary, lost_by, failover, held_by = rows[0]
+        return FoundSlot(
+            plugin,
+            database,
+            wal_status,
+            Lsn.parse(confirmed) if confirmed else None,
+            temporary=temporary == "t",
+            lost_by=lost_by or "",
+            failover=failover == "true",
+            held_by=held_by or "",
+        )
+
+    def refuse_a_standby(self) -> None:
+        """From 16 on one decodes, but makes a slot only when its primary writes, and its outbox takes no marks."""
+        if self._command(_RECOVERY_LOOK, During.START)[0] == ["t"]:
+            raise in_recovery(self.names)
+
+    def server_end(self) -> Lsn:
+        """The end of the WAL that the server has flushed."""
+        _, _, end, _ = self._command(sql.SQL("IDENTIFY_SYSTEM"), During.START)[0]
+        return Lsn.parse(end or "0/0")
+
+    def publish_nothing(self, publication: str) -> None:
+        """Have a publication of that name. Whatever is in one that is there already, only messages ring."""
+        self.names = replace(self.names, publication=publication)
+        if not self._command(_PUBLICATION_LOOK.format(sql.Literal(publication)), During.PUBLISH):
+            create = sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(publication))
+            self._command(create, During.PUBLISH)
+
+    def create(self, plugin: Plugin, *, temporary: bool, failover: bool = False) -> None:
+        self.names = replace(self.names, plugin=plugin.name)
+        # Without a word about it the walsender stays in a transaction that holds back vacuum everywhere.
+        create = sql.SQL("CREATE_REPLICATION_SLOT {} {} LOGICAL {} {}")
+        kind = sql.SQL("TEMPORARY" if temporary else "")
+        snapshot = sql.SQL("(SNAPSHOT 'nothing', FAILOVER true)" if failover else "NOEXPORT_SNAPSHOT")
+        names = sql.Identifier(self.names.slot), kind, sql.Identifier(plugin.name), snapshot
+        self._command(create.format(*names), During.CREATE)
+
+    def end_failover(self) -> None:
+        """The slot stays as it is otherwise."""
+        alter = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER false)")
+        self._command(alter.format(sql.Identifier(self.names.slot)), During.CREATE)
+
+    def drop(self) -> None:
+        drop = sql.SQL("DROP_REPLICATION_SLOT {}")
+        self._command(drop.format(sql.Identifier(self.names.slot)), During.CREATE)
+
+    def start(self, plugin: Plugin, position: Lsn) -> None:
+        """From ``position`` on, or from the confirmed one if that is later.
+
+        A server takes any position, and from one ahead of its WAL on it delivers nothing: it is one of ``server_end``.
+        """
+        self.names = replace(self.names, plugin=plugin.name)
+        options = sql.SQL(", ").join(
+            sql.SQL("{} {}").format(sql.Identifier(name), _option_value(value)) for name, value in plugin.options
+        )
+        start = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
+        try:
+            self._command(start.format(sql.Identifier(self.names.slot), sql.SQL(str(position)), options), During.START)
+        except StreamError as refused:
+            if refused.reason == Reason.SLOT_BUSY and self._read_for_others(plugin):
+                raise another_outbox(self.names) from None
+            raise
+
+    def _read_for_others(self, plugin: Plugin) -> bool:
+        """Whether the reader's command names another outbox; False where it cannot be seen, or is cut off."""
+        ours = _option_value(dict(plugin.options)[plugin.outbox]).as_string(self._connection)
+        rows = self._command(_READER_LOOK.format(sql.Literal(self.names.slot)), During.START)
+        return any(query.endswith(")") and ours not in query for [query] in rows if query)
+
+    def _command(self, command: sql.Composable, during: During) -> list[list[str | None]]:
+        """The rows of the answer. Simple protocol: a replication connection takes no bound parameters."""
+        rows: list[list[str | None]] = []
+        with self._link_errors():
+            self._asking = True
+            self._link.send_query(command.as_bytes(self._connection))
+            deadline = time.monotonic() + _ANSWER_LIMIT_S
+            while (result := self._result(deadline)) is not None and result.status != pq.ExecStatus.COPY_BOTH:
+                if result.status == pq.ExecStatus.FATAL_ERROR:
+                    self._asking = False
+                    refusal = self._refusal(result, during)
+                    self._drain(deadline)
+                    raise refusal
+                rows += _rows(result)
+            self._asking = False
+        return rows
+
+    def _result(self, deadline: float) -> pq.abc.PGresult | None:
+        while (unsent := self._link.flush()) or self._link.is_busy():
+            if not self._waiting.until(deadline, self._socket, write=bool(unsent)):
+                raise StreamError("the server does not answer", reason=Reason.STALLED.value)
+            self._link.consume_input()
+        return self._link.get_result()
+
+    def _drain(self, deadline: float) -> None:
+        """The end of an answer: before it the connection takes no other command. A refusal may also end the link."""
+        with contextlib.suppress(psycopg.OperationalError):
+            while self._result(deadline) is not None:
+                pass
+
+    def _refusal(self, result: pq.abc.PGresult, during: During) -> StreamError:
+        sqlstate = result.error_field(pq.DiagnosticField.SQLSTATE)
+        function = result.error_field(pq.DiagnosticField.SOURCE_FUNCTION)
+        return classify(_text(sqlstate), _text(function), during, self.names)
+
+    @contextlib.contextmanager
+    def _link_errors(self) -> Iterator[None]:
+        """Errors of libpq's own carry no SQLSTATE: the link is dead, timed out or cut."""
+        try:
+            yield
+        except psycopg.OperationalError as error:
+            raise classify(None, None, During.STREAM, self.names) from error
+
+    # The stream: after start()
+
+    def receive(self, most: int) -> list[memoryview]:
+        """The messages that have come, up to ``most``. If the stream has ended behind them, ``wait`` will say so.
+
+        Of one that is too long to be ours only its head is kept (``wire.head``).
+        """
+        messages: list[memoryview] = []
+        get_copy_data, keep = self._link.get_copy_data, messages.append
+        looked_again_at = bytes_ = 0
+        try:
+            while len(messages) < most and bytes_ < _BYTES_AT_ONCE:
+                size, data = get_copy_data(1)
+                bytes_ += size
+                if size > LONGEST:
+                    keep(head(data))
+                    if size > _TOO_LONG_TO_KEEP:
+                        self.flooded = True
+                        self._over = message_too_long(size, self.names)
+                        break
+                elif size > 0:
+                    keep(data)
+                elif size == 0 and len(messages) - looked_again_at >= _MANY:
+                    looked_again_at = len(messages)
+                    self._link.consume_input()
+                else:
+                    self._over = self._ended() if size < 0 else None
+                    break
+        except psycopg.OperationalError as error:
+            self._over = classify(None, None, During.STREAM, self.names)
+            self._over.__cause__ = error
+        return messages
+
+    def wait(self, deadline: float) -> None:
+        """Until something may be received, or the deadline. Raises what has ended the stream."""
+        self._check()
+        # Once for every few messages: a context manager made of a generator would cost more than the rest of it.
+        try:
+            if self._waiting.until(deadline, self._socket, write=self._unsent):
+                self._link.consume_input()
+                self._unsent = self._unsent and self._link.flush() != 0
+        except psycopg.OperationalError as error:
+            raise classify(None, None, During.STREAM, self.names) from error
+
+    def send(self, message: bytes) -> None:
+        self._check()
+        with self._link_errors():
+            self._link.put_copy_data(message)
+            self._unsent = self._link.flush() != 0
+
+    def _check(self) -> None:
+        if self._over is not None:
+            raise self._over
+
+    def goodbye(self) -> None:
+        """End the stream, and wait a moment for the server to agree. What still comes is not read: it comes again."""
+        with contextlib.suppress(psycopg.OperationalError):
+            self._link.put_copy_end()
+            self._link.flush()
+            deadline = time.monotonic() + _GOODBYE_LIMIT_S
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            while (size := self._link.get_copy_data(1)[0]) >= 0 and time.monotonic() < deadline:
+                if size == 0:
+                    poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+                    self._link.consume_input()
+
+    def _ended(self) -> StreamError:
+        """The server has ended the stream; its error, if there is one, comes as a result of its own."""
+        deadline = time.monotonic() + _GOODBYE_LIMIT_S
+        try:
+            while (result := self._result(deadline)) is not None and result.status != pq.ExecStatus.COPY_BOTH:
+                if result.status == pq.ExecStatus.FATAL_ERROR:
+                    return self._refusal(result, During.STREAM)
+        except (psycopg.OperationalError, StreamError):
+            return classify(None, None, During.STREAM, self.names)
+        return server_ended(self.names)
+
+
+def open_session(dsn: Dsn, waiting: Waiting, *, application_name: str, settings: dict[str, str], slot: str) -> Session:
+    """Connect for replication. ``settings`` are the server's, for this connection."""
+    began = time.monotonic()
+    try:
+        connection = connect(
+            dsn,
+            application_name=application_name,
+            session=settings,
+            replication="database",
+            # Such a connection refuses prepared statements, which psycopg otherwise makes by itself.
+            prepare_threshold=None,
+        )
+    except ConnectError as error:
+        look = _server_look(dsn, application_name) if time.monotonic() - began < _REFUSAL_S else None
+        names = Names(slot=slot, plugin="", database="", role=look[1] if look else "")
+        raise classify_connect(look[0] if look else None, str(error), error.hint, names) from None
+    except CdcError as error:
+        raise StreamError(str(error), reason=Reason.NETWORK.value, hint=error.hint, permanent=True) from None
+    return Session(connection, waiting, slot=slot)
+
+
+def _server_look(dsn: Dsn, application_name: str) -> tuple[ServerLook, str] | None:
+    """What an ordinary connection sees, and its role; None where that is refused as well."""
+    with contextlib.suppress(CdcError, psycopg.Error), connect(dsn, application_name=application_name) as connection:
+        row = connection.execute(_SERVER_LOOK).fetchone()
+        return (ServerLook(*row), connection.info.user) if row else None
+    return None
+
+
+def _option_value(value: str) -> sql.SQL:
+    """Not sql.Literal: that writes a backslash as E'', which the grammar of replication commands does not know."""
+    return sql.SQL("'" + value.replace("'", "''") + "'")
+
+
+def _rows(result: pq.abc.PGresult) -> list[list[str | None]]:
+    columns = range(result.nfields)
+    return [[_text(result.get_value(row, column)) for column in columns] for row in range(result.ntuples)]
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("utf-8", "replace")

@@ -1,0 +1,88 @@
+"""pgoutput, protocol version 1: its START options and its decoder. Every server has it, and allows it by default. Pure.
+
+It insists on a publication. Ours is empty, so rows never travel; what does is every logical message of the database,
+and ours are told by their prefix here, not on the server. On the wire (numbers big-endian, strings end with a zero):
+
+    B  final LSN (8), commit time (8), xid (4)                              once, before the messages of a transaction
+    M  flags (1: 1 = transactional), LSN (8), prefix, length (4), content
+    C  flags (1), commit LSN (8), end LSN (8), commit time (8)
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+from cdc.core.errors import ProtocolError
+from cdc.core.model import PAIR, pair
+from cdc.replication.protocol import Plugin, Rung, unix_s
+
+_BEGIN = struct.Struct("!cQqI")
+_COMMIT_BYTES = 26
+_MESSAGE_HEAD_BYTES = 10
+_OF_ROWS = frozenset(b"ORYIUDT")
+"""Origin, relation, type, insert, update, delete, truncate: of a publication that somebody has put tables into."""
+
+
+def plugin(prefix: str, publication: str) -> Plugin:
+    """pgoutput, ringing for messages with ``prefix`` (``cdc.core.model.message_prefix``) only."""
+    return Plugin(
+        "pgoutput", options(publication), Decoder(prefix), lambda _: None,
+        outbox="publication_names", publication=publication,
+    )  # fmt: skip
+
+
+def options(publication: str) -> tuple[tuple[str, str], ...]:
+    """What every version from 14 on knows."""
+    # A list of SQL identifiers: without quotes it would be folded to lower case and split at commas.
+    quoted = '"' + publication.replace('"', '""') + '"'
+    return (("proto_version", "1"), ("publication_names", quoted), ("messages", "true"))
+
+
+class Decoder:
+    """Message bytes -> Rung, None for what is not ours; ProtocolError for what is not pgoutput's."""
+
+    def __init__(self, prefix: str) -> None:
+        # An exact match of a usual message is the quick way.
+        self._ours = re.compile(
+            rb"M\x01[\x00-\xff]{8}" + re.escape(prefix.encode()) + rb"\x00([\x00-\xff]{4})" + PAIR.encode()
+        ).fullmatch
+        self._committed_at: float | None = None
+
+    def __call__(self, payload: bytes | memoryview) -> Rung | None:
+        ours = self._ours(payload)
+        if ours is None:
+            self._other(bytes(payload))
+            return None
+        length, seq, shard = ours.groups()
+        if int.from_bytes(length) != len(seq) + 1 + len(shard):
+            raise _garbled(payload)
+        wakeup = pair(seq, shard)
+        return (wakeup, self._committed_at) if wakeup else None
+
+    def _other(self, payload: bytes) -> None:
+        """Nothing rings here; what it is matters for the commit time, and to notice bytes that are not pgoutput's."""
+        match payload[:1]:
+            case b"M":
+                _check_message(payload)
+            case b"B" if len(payload) == _BEGIN.size:
+                _, _, committed_us, _ = _BEGIN.unpack(payload)
+                self._committed_at = unix_s(committed_us)
+            case b"C" if len(payload) == _COMMIT_BYTES:
+                self._committed_at = None
+            case kind if not kind or kind[0] not in _OF_ROWS:
+                raise _garbled(payload)
+
+
+def _check_message(payload: bytes) -> None:
+    """Of another prefix, or outside a transaction (it rings before, or without, a commit), or without numbers."""
+    prefix_end = payload.find(b"\0", _MESSAGE_HEAD_BYTES)
+    content = prefix_end + 5
+    if prefix_end < 0 or content > len(payload) or payload[1] > 1:
+        raise _garbled(payload)
+    if int.from_bytes(payload[prefix_end + 1 : content]) != len(payload) - content:
+        raise _garbled(payload)
+
+
+def _garbled(payload: bytes | memoryview) -> ProtocolError:
+    return ProtocolError(f"a message of {len(payload)} bytes that is not pgoutput's")

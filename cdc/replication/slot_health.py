@@ -1,0 +1,173 @@
+"""A replication slot as the server shows it, and what an operator should think of it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from cdc.core.lsn import Lsn
+from cdc.core.units import size, span
+
+MUCH_WAL_BYTES = 1 << 30
+ABSENT_STANDBYS = (
+    "SELECT pg_catalog.string_agg(named.slot, ', ')"
+    " FROM (SELECT pg_catalog.btrim(part, ' \"') AS slot FROM pg_catalog.regexp_split_to_table("
+    "pg_catalog.current_setting('synchronized_standby_slots', true), ',') AS part) named"
+    " WHERE named.slot OPERATOR(pg_catalog.<>) '' AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots p"
+    " WHERE p.slot_name OPERATOR(pg_catalog.=) named.slot::pg_catalog.name AND p.active)"
+)
+"""SQL for the slots that the server waits for before it sends a failover slot anything, and that nobody reads."""
+_SOON_S = 3600.0
+"""Time left for somebody to come and read a slot before the server gives it up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A slot as the server saw it at ``seen_at``. None where its version does not say, or there is nothing to say.
+
+    ``retained_wal_bytes`` (since restart_lsn) is the disk it costs; ``confirmed_lag_bytes`` how far its reader is
+    behind; ``safe_wal_bytes`` what may still be written before it is lost; ``catalog_xmin_age`` in transactions. The
+    spill figures count what decoding wrote to disk.
+    """
+
+    name: str
+    plugin: str | None
+    slot_type: str
+    database: str | None
+    temporary: bool
+    ours: bool
+    active: bool
+    active_pid: int | None
+    application_name: str | None
+    walsender_state: str | None
+    walsender_lag_s: float | None
+    wal_status: str | None
+    restart_lsn: Lsn | None
+    confirmed_lsn: Lsn | None
+    current_lsn: Lsn
+    retained_wal_bytes: int | None
+    confirmed_lag_bytes: int | None
+    safe_wal_bytes: int | None
+    catalog_xmin_age: int | None
+    conflicting: bool | None
+    invalidation_reason: str | None
+    inactive_since: datetime | None
+    failover: bool | None
+    held_by: str | None
+    synced: bool | None
+    two_phase: bool | None
+    two_phase_at: Lsn | None
+    spilled_transactions: int | None
+    spilled_bytes: int | None
+    streamed_bytes: int | None
+    total_bytes: int | None
+    seen_at: datetime
+
+    @property
+    def kind(self) -> str:
+        return f"plugin {self.plugin}, database {self.database}" if self.plugin else "a physical slot"
+
+    @property
+    def reader(self) -> str:
+        """Who reads it, for a sentence."""
+        named = f" ({self.application_name})" if self.application_name else ""
+        return f"process {self.active_pid}{named} on the server"
+
+    @property
+    def deaf(self) -> bool:
+        """What it is to ring for waits until standbys have it, and they are away: the normal state after a failover."""
+        return bool(self.failover and self.held_by)
+
+    @property
+    def ahead(self) -> bool:
+        """The server believes any confirmed position; from one ahead of its WAL on it delivers nothing."""
+        return (self.confirmed_lag_bytes or 0) < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """``wal_bytes_per_s``: what the whole server writes. ``lost_in_s``: at that rate, if nobody reads the slot.
+
+    ``lost_in_s`` is None where nothing limits what the slot keeps, or nothing is written.
+    """
+
+    wal_bytes_per_s: float
+    lost_in_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``fine`` is False when something is to be done about the slot: ``remedy`` says what."""
+
+    fine: bool
+    sentence: str
+    remedy: str = ""
+
+
+def outlook(earlier: Slot, later: Slot) -> Outlook | None:
+    """From two looks at one slot; None when they are the same look."""
+    seconds = (later.seen_at - earlier.seen_at).total_seconds()
+    if seconds <= 0:
+        return None
+    rate = max(0, later.current_lsn - earlier.current_lsn) / seconds
+    if later.safe_wal_bytes is None or not rate:
+        return Outlook(rate, None)
+    return Outlook(rate, max(0, later.safe_wal_bytes) / rate)
+
+
+def judge(slot: Slot, expected: Outlook | None = None) -> Verdict:
+    """What an operator should think of it."""
+    verdicts = (_broken(slot), _deaf(slot), _nearly_lost(slot, expected), _keeps_much(slot))
+    found = next((verdict for verdict in verdicts if verdict is not None), None)
+    if found is not None:
+        return found
+    return Verdict(True, "fine" if slot.active else "nobody reads it; it keeps WAL until somebody does")
+
+
+def _broken(slot: Slot) -> Verdict | None:
+    if slot.wal_status == "lost":
+        because = f" ({slot.invalidation_reason})" if slot.invalidation_reason else ""
+        return Verdict(False, f"lost{because}: the server no longer keeps the WAL it needs", _anew(slot))
+    if slot.ahead:
+        return Verdict(False, "deaf: confirmed ahead of the server's WAL, so it delivers nothing", _anew(slot))
+    return None
+
+
+def _deaf(slot: Slot) -> Verdict | None:
+    if not slot.deaf:
+        return None
+    return Verdict(
+        False,
+        f"deaf: it is one for failover, and the server waits for the standbys in synchronized_standby_slots, but "
+        f"nobody reads {slot.held_by}",
+        f"bring them back, or take them out of that setting; a consumer that may make slots anew has it go on without"
+        f" failover after a minute (cdc slot drop {slot.name} does so at once, and loses no change)",
+    )
+
+
+def _nearly_lost(slot: Slot, expected: Outlook | None) -> Verdict | None:
+    remedy = "start a consumer, or raise max_slot_wal_keep_size"
+    if slot.wal_status == "unreserved":
+        return Verdict(False, "about to be lost: it keeps more WAL than max_slot_wal_keep_size allows", remedy)
+    left_s = expected.lost_in_s if expected else None
+    if left_s is None or left_s > _SOON_S or slot.active:
+        return None
+    return Verdict(False, f"lost in about {span(left_s)} if nobody reads it and WAL is written as it is now", remedy)
+
+
+def _keeps_much(slot: Slot) -> Verdict | None:
+    kept = slot.retained_wal_bytes or 0
+    if kept <= MUCH_WAL_BYTES:
+        return None
+    if not slot.active:
+        return Verdict(False, f"keeps {size(kept)} of WAL, and nobody reads it", f"start a consumer, or {_anew(slot)}")
+    return Verdict(
+        False,
+        f"keeps {size(kept)} of WAL, though it is being read",
+        "end the oldest write transaction of the server (cdc doctor names it): every slot keeps what was written since"
+        " it began",
+    )
+
+
+def _anew(slot: Slot) -> str:
+    return f"cdc slot recreate {slot.name}; no change is lost, and a running consumer makes it anew by itself"

@@ -1,0 +1,93 @@
+"""From an open replication connection to a running stream: the slot, made or made anew if need be, and its plugin.
+
+A process that begins to read a slot does so at the present end of the WAL, not where the last reader stopped: that one
+may have died of what it read there, a message that took all its memory, and each start is followed by a sweep, which
+finds the changes before it. A session that follows another one of the same process goes on where that one stopped.
+
+A slot of ours is read with the plugin it was made with. A new one gets the first of the wanted plugins that the server
+has and allows; where that is not the one the old slot needs, the slot is made anew: nothing is lost with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from cdc.core.errors import StreamError
+from cdc.core.lsn import ZERO, Lsn
+from cdc.replication.connection import Session
+from cdc.replication.protocol import Plugin
+from cdc.replication.refusals import Reason, Step, Wanted, next_step, why_broken
+
+log = logging.getLogger("cdc.stream")
+
+_TRY_ANOTHER_PLUGIN = frozenset({Reason.PLUGIN_MISSING, Reason.PLUGIN_REFUSED, Reason.PUBLICATION_MISSING})
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """``instead``: why it is not the plugin that is preferred."""
+
+    plugin: Plugin
+    recreated: bool
+    instead: StreamError | None = None
+
+
+def begin(session: Session, plugins: Mapping[str, Plugin], wanted: Wanted) -> Opened:
+    """Start the stream. Raises StreamError; the connection may be used again after it."""
+    session.refuse_a_standby()
+    found = session.look()
+    # In this order: while another consumer reads the slot, its position may pass an end asked for earlier.
+    end = session.server_end()
+    step = next_step(found, end, session.names, wanted)
+    keeps = step in (Step.START, Step.NO_FAILOVER)
+    name = found.plugin if found and found.plugin and keeps else wanted.plugins[0]
+    if found and step is Step.RECREATE:
+        log.warning("%s; it is made anew, and no change is lost", why_broken(found, end, session.names, wanted))
+    if found and step is Step.NO_FAILOVER:
+        log.warning(
+            "the slot %s waits for the standby slots %s, which nobody reads, and would ring for nothing; it goes on"
+            " without failover. When they are back: cdc slot recreate %s --failover",
+            session.names.slot, found.held_by, session.names.slot,
+        )  # fmt: skip
+    if found and found.failover and not found.held_by and not wanted.temporary:
+        wanted = replace(wanted, failover=True)
+    try:
+        position = end if wanted.from_end else ZERO
+        _start(session, plugins[name], step, position, wanted)
+    except StreamError as refused:
+        opened = _begin_with_another(session, plugins, wanted, name, refused)
+        return replace(opened, recreated=opened.recreated or step is Step.RECREATE)
+    return Opened(plugins[name], recreated=step is Step.RECREATE)
+
+
+def _start(session: Session, plugin: Plugin, step: Step, position: Lsn, wanted: Wanted) -> None:
+    # The publication first: pgoutput cannot decode what was written before it was there.
+    if plugin.publication is not None:
+        session.publish_nothing(plugin.publication)
+    if step is Step.RECREATE:
+        session.drop()
+    if step is Step.NO_FAILOVER:
+        session.end_failover()
+    if step in (Step.CREATE, Step.RECREATE):
+        # A new slot starts at the end of the WAL; the sweep finds what lies before.
+        session.create(plugin, temporary=wanted.temporary, failover=wanted.failover)
+        log.info("created the slot %s (%s)", session.names.slot, plugin.name)
+    session.start(plugin, position)
+
+
+def _begin_with_another(
+    session: Session, plugins: Mapping[str, Plugin], wanted: Wanted, name: str, refused: StreamError
+) -> Opened:
+    others = tuple(other for other in wanted.plugins if other != name)
+    if refused.reason not in _TRY_ANOTHER_PLUGIN or not others:
+        raise refused
+    try:
+        opened = begin(session, plugins, replace(wanted, plugins=others, refused=(*wanted.refused, name)))
+    except StreamError as also:
+        if also.reason not in _TRY_ANOTHER_PLUGIN:
+            raise
+        hint = f"{refused.hint}; or {also.hint}"
+        raise StreamError(f"{refused}; {also}", reason=refused.reason, hint=hint, permanent=True) from also
+    return replace(opened, instead=refused)

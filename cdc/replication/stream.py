@@ -1,0 +1,462 @@
+"""The doorbell: a thread that reads the replication slot and says which changes are committed.
+
+A thread of its own, so that a handler that blocks the event loop cannot starve the keepalives. It knows nothing about
+handlers: what it has read it hands over and confirms at once.
+
+One attempt: connect, have a slot that can be read (``opening``), read until something ends it. The connection is
+``replication``; what ended it, and what to do, is decided in ``refusals``; positions, clocks and pauses in
+``progress``. Whatever happens here costs latency and never a change: the outbox is swept meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from cdc.core import failpoints
+from cdc.core.errors import ProtocolError, StreamError
+from cdc.core.lsn import ZERO, Lsn
+from cdc.core.model import PLUGINS, WakeUp, message_prefix, publication_name
+from cdc.core.reconnect import ReconnectState
+from cdc.postgres.connect import Dsn
+from cdc.replication import pgoutput, wal2json
+from cdc.replication.connection import Session, Stopped, Waiting, open_session
+from cdc.replication.lsn_tracker import LsnTracker, status_interval_s
+from cdc.replication.protocol import Plugin, is_keepalive, parse, status_update
+from cdc.replication.refusals import Reason, Wanted, crash_guard, deaf
+from cdc.replication.slot_setup import Opened, begin
+from cdc.runtime.supervisor import Supervisor
+
+log = logging.getLogger("cdc.stream")
+
+_BATCH = 1000
+"""Messages handed over at once, and read between two looks at the clock: a few milliseconds."""
+_LOOK_AGAIN_S = 0.1
+_BROKEN_OFF = frozenset({Reason.PROTOCOL, Reason.PUBLICATION_MISSING, Reason.SLOT_LOST, Reason.NETWORK})
+"""Ends of a stream that something in the WAL may have caused. NETWORK: a walsender that crashes says nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """``wal_sender_timeout_s`` is set on the server for this connection: so long a frozen consumer keeps the slot.
+
+    ``plugins``: names out of ``cdc.core.model.PLUGINS``, the preferred one first.
+    """
+
+    dsn: Dsn
+    schema: str
+    slot: str
+    plugins: tuple[str, ...] = PLUGINS
+    temporary: bool = False
+    create_slot: bool = True
+    recreate_slot: bool = True
+    wal_sender_timeout_s: float = 15.0
+    stall_limit_s: float = 30.0
+    lock_timeout_s: float = 5.0
+    application_name: str = "cdc: stream"
+
+    @property
+    def server_settings(self) -> dict[str, str]:
+        """wal2json writes commit times in the session's time zone; UTC has no offset that changes."""
+        return {
+            "wal_sender_timeout": f"{self.wal_sender_timeout_s * 1000:.0f}ms",
+            "lock_timeout": f"{self.lock_timeout_s * 1000:.0f}ms",
+            "timezone": "UTC",
+        }
+
+
+def plugins(schema: str) -> Mapping[str, Plugin]:
+    """All of ``cdc.core.model.PLUGINS``, ringing for the outbox in ``schema``."""
+    prefix = message_prefix(schema)
+    known = (wal2json.plugin(prefix), pgoutput.plugin(prefix, publication_name(schema)))
+    return {plugin.name: plugin for plugin in known}
+
+
+class StreamEvents(Protocol):
+    """Called in the stream's thread; must neither block nor raise."""
+
+    def streaming(self) -> None:
+        """The stream has started: wake-ups before this moment may have been missed."""
+
+    def rang(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
+        """These are committed. ``committed_at``: the newest commit time among them, unix seconds, server's clock."""
+
+    def interrupted(self, error: StreamError) -> None:
+        """The stream has ended, or an attempt to start it was refused; it is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatus:
+    """A value that any thread may take. Counters cover the life of the Stream; times are ``time.monotonic()``.
+
+    ``stall_limit_s``: the silence that the stream bears at present; it learns to be more patient with a busy server.
+    """
+
+    connected: bool = False
+    loop_turned_monotonic: float = 0.0
+    stall_limit_s: float = 0.0
+    last_byte_monotonic: float | None = None
+    messages: int = 0
+    keepalives: int = 0
+    bytes: int = 0
+    received_lsn: Lsn = ZERO
+    confirmed_lsn: Lsn = ZERO
+    plugin: str | None = None
+    recreated: int = 0
+    reason: str | None = None
+    hint: str | None = None
+
+
+class Stream:
+    """start() once, stop() once; in between it mends itself. ``exposed``: whether the slot is not to be read now."""
+
+    def __init__(
+        self,
+        settings: StreamSettings,
+        events: StreamEvents,
+        supervisor: Supervisor | None = None,
+        *,
+        exposed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._exposed = exposed
+        self._supervisor = supervisor or Supervisor()
+        self._settings = settings
+        self._plugins = plugins(settings.schema)
+        self._report = _Report(events)
+        self._waiting = Waiting(self._report.turned)
+        self._thread = threading.Thread(target=self._run, name="cdc-stream", daemon=True)
+        self._attempts = ReconnectState(settings.stall_limit_s)
+        self._reached = ZERO
+        self._deaf = threading.Event()
+        self._from_end = True
+
+    @property
+    def status(self) -> StreamStatus:
+        return replace(self._report.status, stall_limit_s=self._attempts.stall_limit_s)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def is_deaf(self) -> None:
+        """Somebody has seen that the slot rings for nothing: look at it again. From any thread."""
+        self._deaf.set()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Confirm, leave, end the thread. False if it has not ended in time: a connection attempt cannot be cut."""
+        if self._thread.ident is None:
+            self._waiting.close()
+            return True
+        self._waiting.stop()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        pause_s = 0.0
+        try:
+            while True:
+                began = time.monotonic()
+                try:
+                    self._waiting.until(began + pause_s)
+                    pause_s = self._round()
+                except Stopped:
+                    return
+                except BaseException as error:  # noqa: BLE001 - whatever ends it, it goes on
+                    pause_s = self._supervisor.failed("stream", began, error)
+        finally:
+            self._waiting.close()
+            self._report.stopped()
+
+    def _round(self) -> float:
+        """Stream once. Returns the seconds to pause."""
+        self._waiting.check()
+        while self._exposed():
+            self._waiting.until(time.monotonic() + _LOOK_AGAIN_S)
+        error = self._attempt()
+        self._report.interrupted(error)
+        standby = error.reason == Reason.SLOT_BUSY
+        return self._attempts.pause_s(random.random(), permanent=error.permanent, standby=standby)  # noqa: S311 - jitter
+
+    def _attempt(self) -> StreamError:
+        """Stream until something ends it; returns what it was."""
+        reader, began = None, time.monotonic()
+        try:
+            with self._open() as session:
+                opened = begin(session, self._plugins, self._wanted())
+                if opened.recreated:  # the place that others ended at lies behind it
+                    self._attempts = replace(self._attempts, dead_ends=0)
+                reader = self._reader(session, opened.plugin)
+                self._report.started(self._settings.slot, opened)
+                try:
+                    reader.read()
+                finally:
+                    self._from_end = session.flooded
+        except StreamError as error:
+            ended = error
+            self._from_end = self._from_end or error.reason == Reason.CAREFUL
+        except ProtocolError as error:
+            ended = StreamError(
+                str(error), reason=Reason.PROTOCOL.value, hint="it is skipped; a sweep finds the change"
+            )
+        except Stopped:
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever ends it, it goes on
+            self._supervisor.failed("stream", began, error)
+            ended = StreamError(type(error).__name__, reason=Reason.PROTOCOL.value, hint="this is a bug; see the log")
+        return self._learn(ended, reader)
+
+    def _open(self) -> Session:
+        settings = self._settings
+        return open_session(
+            settings.dsn,
+            self._waiting,
+            application_name=settings.application_name,
+            settings=settings.server_settings,
+            slot=settings.slot,
+        )
+
+    def _wanted(self) -> Wanted:
+        settings = self._settings
+        may_recreate = settings.create_slot and settings.recreate_slot
+        return Wanted(
+            settings.plugins,
+            temporary=settings.temporary,
+            may_create=settings.create_slot,
+            may_recreate=may_recreate,
+            # Where it may not be made anew it is tried all the same: somebody may have mended what breaks it.
+            stuck=may_recreate and self._attempts.stuck,
+            from_end=self._from_end,
+        )
+
+    def _reader(self, session: Session, plugin: Plugin) -> _Reader:
+        return _Reader(
+            session,
+            self._report,
+            plugin,
+            interval_s=status_interval_s(self._settings.wal_sender_timeout_s),
+            stall_limit_s=self._attempts.stall_limit_s,
+            deaf=self._deaf,
+            exposed=self._exposed,
+        )
+
+    def _learn(self, ended: StreamError, reader: _Reader | None) -> StreamError:
+        """What has ended the attempt, or, where nothing else helps, that it always ends there."""
+        received = reader.progress.received if reader else ZERO
+        self._attempts = self._attempts.after(
+            stalled=ended.reason == Reason.STALLED,
+            advanced=received > self._reached,
+            talked_s=reader.talked_s if reader else 0.0,
+            broken_off=reader is not None and ended.reason in _BROKEN_OFF,
+        )
+        self._reached = max(self._reached, received)
+        wanted = self._wanted()
+        if not self._attempts.stuck or wanted.may_recreate or reader is None:
+            return ended
+        return StreamError(
+            f"the stream of the slot {self._settings.slot} ends at the same place at every start: {ended}",
+            reason=Reason.SLOT_STUCK.value,
+            hint=f"nothing is lost with it: cdc slot recreate {self._settings.slot}",
+            permanent=True,
+        )
+
+
+class _Report:
+    """What others learn of the stream: its status, its events, its log. Written by the stream's thread only."""
+
+    def __init__(self, events: StreamEvents) -> None:
+        self._events = events
+        self._connected = False
+        self._loop_turned = 0.0
+        self._last_byte: float | None = None
+        self._messages = self._keepalives = self._bytes = 0
+        self._received = self._confirmed = ZERO
+        self._trouble: StreamError | None = None
+        self._opened: Opened | None = None
+        self._recreated = 0
+
+    @property
+    def status(self) -> StreamStatus:
+        """Made when somebody asks: the stream's thread has more turns in a second than there are readers in a day."""
+        trouble = self._trouble
+        return StreamStatus(
+            connected=self._connected,
+            loop_turned_monotonic=self._loop_turned,
+            last_byte_monotonic=self._last_byte,
+            messages=self._messages,
+            keepalives=self._keepalives,
+            bytes=self._bytes,
+            received_lsn=self._received,
+            confirmed_lsn=self._confirmed,
+            plugin=self._opened.plugin.name if self._opened else None,
+            recreated=self._recreated,
+            reason=trouble.reason if trouble else None,
+            hint=trouble.hint if trouble else None,
+        )
+
+    def turned(self) -> None:
+        self._loop_turned = time.monotonic()
+
+    def started(self, slot: str, opened: Opened) -> None:
+        if opened.instead and (self._opened is None or self._opened.plugin is not opened.plugin):
+            log.warning("using %s: %s; %s", opened.plugin.name, opened.instead, opened.instead.hint)
+        log.info("streaming the slot %s (%s)", slot, opened.plugin.name)
+        self._opened = opened
+        self._recreated += opened.recreated
+        self._connected, self._trouble, self._last_byte = True, None, time.monotonic()
+        self._events.streaming()
+
+    def read(self, batch: _Batch, now: float) -> None:
+        """Before anything of the batch is confirmed."""
+        self._last_byte = now
+        self._messages += batch.messages
+        self._keepalives += batch.keepalives
+        self._bytes += batch.bytes
+        if batch.highest > self._received:
+            self._received = Lsn(batch.highest)
+        if batch.wakeups:
+            self._events.rang(batch.wakeups, batch.committed_at)
+
+    def confirmed(self, position: Lsn) -> None:
+        self._confirmed = position
+
+    def interrupted(self, error: StreamError) -> None:
+        if self._trouble is None or error.reason != self._trouble.reason:
+            # Once for each reason, not for each attempt; who stands by is not in trouble.
+            level = logging.INFO if error.reason in (Reason.SLOT_BUSY, Reason.CAREFUL) else logging.WARNING
+            log.log(level, "not streaming (%s): %s; %s", error.reason, error, error.hint or "it is tried again")
+        self._connected, self._trouble = False, error
+        self._events.interrupted(error)
+
+    def stopped(self) -> None:
+        log.info("the stream has stopped")
+        self._connected = False
+
+
+class _Batch:
+    """What one turn has read."""
+
+    __slots__ = ("bytes", "committed_at", "highest", "keepalives", "messages", "reply_requested", "wakeups")
+
+    def __init__(self) -> None:
+        self.wakeups: list[WakeUp] = []
+        self.committed_at: float | None = None
+        self.highest = 0
+        self.messages = 0
+        self.keepalives = 0
+        self.bytes = 0
+        self.reply_requested = False
+
+    def read(self, received: list[memoryview], plugin: Plugin) -> None:
+        self.bytes = sum(map(len, received))
+        if self._read_all(received, plugin):
+            return
+        # Behind a message that comes alone there is a keepalive.
+        messages = [data for data in received if not is_keepalive(data)]
+        if len(messages) < len(received) and messages and self._read_all(messages, plugin):
+            received = [data for data in received if is_keepalive(data)]
+        for data in received:
+            position, message, reply_requested = parse(data)
+            # Before it is decoded: a message that cannot be read is confirmed too, or it would come for ever.
+            self.highest = max(self.highest, position)
+            if message is None:
+                self.keepalives += 1
+                self.reply_requested = self.reply_requested or reply_requested
+                continue
+            self.messages += 1
+            if not len(message):
+                continue  # too long to be ours
+            if (rung := plugin.decode(message)) is not None:
+                wakeup, self.committed_at = rung
+                self.wakeups.append(wakeup)
+
+    def _read_all(self, messages: list[memoryview], plugin: Plugin) -> bool:
+        """Whether all of them could be read at once."""
+        heard = plugin.decode_all(messages)
+        if heard is None:
+            return False
+        self.highest, self.wakeups, self.committed_at = heard
+        self.messages = len(messages)
+        return True
+
+
+class _Reader:
+    """One session, from START to its end."""
+
+    def __init__(
+        self,
+        session: Session,
+        report: _Report,
+        plugin: Plugin,
+        *,
+        interval_s: float,
+        stall_limit_s: float,
+        deaf: threading.Event,
+        exposed: Callable[[], bool],
+    ) -> None:
+        deaf.clear()
+        self._exposed = exposed
+        self._deaf = deaf
+        self._session = session
+        self._report = report
+        self._plugin = plugin
+        self._stall_limit_s = stall_limit_s
+        self._began = self._last_byte = time.monotonic()
+        self.progress = LsnTracker(interval_s=interval_s, now=self._began)
+
+    @property
+    def talked_s(self) -> float:
+        return self._last_byte - self._began
+
+    def read(self) -> None:
+        """Until stop() (Stopped), or until something ends the stream (StreamError, ProtocolError)."""
+        try:
+            while True:
+                received = self._session.receive(_BATCH)
+                if received:
+                    self._read_batch(received)
+                if self._deaf.is_set():
+                    raise deaf(self._session.names)
+                if self._exposed():
+                    raise crash_guard(self._session.names)
+                now = time.monotonic()
+                self._speak_if_due(now)
+                # Something came, so there may be more: only an empty look is followed by a wait.
+                self._session.wait(now if received else self._bear_until(now))
+        except (Stopped, ProtocolError):
+            self.progress.leave()
+            self._speak_if_due(time.monotonic())
+            self._session.goodbye()
+            raise
+
+    def _read_batch(self, received: list[memoryview]) -> None:
+        self._last_byte = time.monotonic()
+        batch = _Batch()
+        try:
+            batch.read(received, self._plugin)
+        finally:
+            # Also what was read in front of a message that cannot be.
+            self._report.read(batch, self._last_byte)
+            self.progress.receive(batch.highest, reply_requested=batch.reply_requested)
+
+    def _speak_if_due(self, now: float) -> None:
+        if self.progress.due(now) is None:
+            return
+        failpoints.here("stream.before_confirm")
+        confirmed = self.progress.confirm(now)
+        self._session.send(status_update(confirmed, unix_s=time.time(), ping=True))
+        failpoints.here("stream.after_confirm")
+        self._report.confirmed(confirmed)
+
+    def _bear_until(self, now: float) -> float:
+        given_up_at = self._last_byte + self._stall_limit_s
+        if now >= given_up_at:
+            raise StreamError(
+                f"the server has sent nothing for {self._stall_limit_s:.0f} s, though each status update asks it to",
+                reason=Reason.STALLED.value,
+                hint="a dead link, or a server decoding a huge transaction; it is tried again with a longer limit",
+            )
+        return min(given_up_at, self.progress.next_status_at)

@@ -1,0 +1,117 @@
+"""wal2json, format version 2: the START options that let only our messages through, and their decoder. Pure.
+
+A message as version 2.5 writes it, on one line; with other options there are more fields, so a message that differs
+from this is read as JSON before it is judged:
+
+    {"action":"M","timestamp":"2026-10-05 12:34:56.789+00","transactional":true,
+     "prefix":"entity_change:public","content":"49,27"}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import chain
+from typing import Any
+
+from cdc.core.errors import ProtocolError
+from cdc.core.model import PAIR, SEQ_MAX, SHARDS, WakeUp, fast_make, pair
+from cdc.replication.protocol import XLOGDATA, Heard, Plugin, Rung
+
+_CONTENT = re.compile(PAIR)
+_OWNERS = {str(shard).encode(): shard for shard in range(SHARDS)}
+_WAKEUP = fast_make(WakeUp)
+
+
+def plugin(prefix: str) -> Plugin:
+    """wal2json, ringing for messages with ``prefix`` (``cdc.core.model.message_prefix``) only."""
+    return Plugin("wal2json", options(prefix), Decoder(prefix), UsualMessages(prefix), outbox="add-msg-prefixes")
+
+
+def options(prefix: str) -> tuple[tuple[str, str], ...]:
+    """Only what version 2.5 knows: an option a version lacks is an error at START."""
+    return (
+        ("format-version", "2"),
+        # Otherwise every transaction of the database sends a begin and a commit.
+        ("include-transaction", "0"),
+        ("include-timestamp", "1"),
+        # No filter means all tables. The row is fetched by its number; on the wire it would be twenty times as long.
+        ("add-tables", "none.none"),
+        # Otherwise every logical message in the database reaches us, other tools' heartbeats among them.
+        ("add-msg-prefixes", prefix),
+    )
+
+
+class Decoder:
+    """Message bytes -> Rung, None for what is not ours; ProtocolError for what is not wal2json's."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def __call__(self, payload: bytes | memoryview) -> Rung | None:
+        message = _json_object(bytes(payload))
+        # A message outside a transaction rings before, or without, a commit.
+        if message.get("action") != "M" or message.get("transactional") is not True:
+            return None
+        content = message.get("content")
+        if message.get("prefix") != self._prefix or not isinstance(content, str):
+            return None
+        numbers = _CONTENT.fullmatch(content)
+        wakeup = pair(numbers[1], numbers[2]) if numbers else None
+        return (wakeup, _unix_s(message.get("timestamp"))) if wakeup else None
+
+
+class UsualMessages:
+    """Many messages at once, where all of them are as the module shows one; else None.
+
+    The stream's speed is this function: one regular expression over all of them, where each by itself would be parsed.
+    They follow one another without a mark between, so it is told by two numbers that the expression has found each of
+    them and nothing else: how many there are, and how long they are together.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        before, between = b'{"action":"M","timestamp":"', b'","transactional":true,"prefix":%s,"content":"'
+        between %= json.dumps(prefix).encode()
+        self._find = re.compile(
+            XLOGDATA + re.escape(before) + rb"([ -!#-\[\]-~]{1,40})" + re.escape(between) + PAIR.encode() + b'"}'
+        ).findall
+        self._bytes_besides = 17 + len(before) + len(between) + len(',"}')
+        """Of a message, those that are in no group."""
+
+    def __call__(self, received: Sequence[bytes | memoryview]) -> Heard | None:
+        """``received``: CopyData, at least one."""
+        joined = b"".join(received)
+        found: list[tuple[bytes, bytes, bytes, bytes]] = self._find(joined)
+        length = len(found) * self._bytes_besides + sum(map(len, chain.from_iterable(found)))
+        if len(found) != len(received) or length != len(joined):
+            return None
+        positions, timestamps, seqs, shards = zip(*found, strict=True)
+        numbers, owners = list(map(int, seqs)), list(map(_OWNERS.get, shards))
+        if max(numbers) > SEQ_MAX or None in owners:
+            return None
+        wakeups: list[WakeUp] = list(map(_WAKEUP, zip(numbers, owners, strict=True)))
+        committed_at = _unix_s(timestamps[-1].decode("ascii", "replace"))
+        return Heard(int.from_bytes(max(positions)), wakeups, committed_at)
+
+
+def _json_object(payload: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise ProtocolError(f"a message of {len(payload)} bytes that is not wal2json's JSON") from None
+    if not isinstance(message, dict) or "action" not in message:
+        raise ProtocolError(f"a message of {len(payload)} bytes without wal2json's action")
+    return message
+
+
+def _unix_s(timestamp: object) -> float | None:
+    """A timestamp is worth a latency figure and nothing else: one that cannot be read is left out."""
+    if not isinstance(timestamp, str):
+        return None
+    try:
+        parsed = datetime.fromisoformat(timestamp)
+    except ValueError:
+        return None
+    return parsed.timestamp() if parsed.tzinfo else None

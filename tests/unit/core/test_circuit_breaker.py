@@ -1,0 +1,188 @@
+"""When a handler rests, and how the end of an outage is found. A table, and a machine that knows the rules only."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cdc.core.circuit_breaker import AFTER_MAX_S, KEYS, PAUSE_MAX_S, PAUSE_MIN_S, STEADY_S, Breaker, State
+from tests.unit.machine import MACHINE
+
+
+def _opened(now: float = 0.0) -> Breaker:
+    breaker = Breaker()
+    assert [breaker.unavailable(key, "away", now) for key in range(KEYS)] == [False] * (KEYS - 1) + [True]
+    return breaker
+
+
+def _half_open(now: float = 0.0) -> Breaker:
+    breaker = _opened(now)
+    assert breaker.look(now + breaker.wait_s(now))
+    return breaker
+
+
+@pytest.mark.parametrize(
+    ("told", "state"),
+    [
+        (["a"] * 100, State.CLOSED),
+        (["a", "b"] * 50, State.CLOSED),
+        (["a", "b", "ok", "c", "a"], State.CLOSED),
+        (["a", "failed", "b", "failed"] * 9, State.CLOSED),
+        (["a", "b", "c"], State.OPEN),
+        (["a", "failed", "b", "a", "c"], State.OPEN),
+        (["ok", "certain"], State.OPEN),
+        (["certain", "ok", "failed", "a"], State.OPEN),  # what began before is old
+    ],
+)
+def test_it_opens_after_several_keys_in_a_row_or_at_once_where_it_can_be_no_keys_affair(
+    told: list[str], state: State
+) -> None:
+    breaker = Breaker()
+    for each in told:
+        match each:
+            case "ok":
+                breaker.succeeded(0.0)
+            case "failed":
+                breaker.failed(0.0)
+            case key:
+                breaker.unavailable(key, "away", 0.0, certain=key == "certain")
+    assert breaker.state is state
+    assert breaker.why == ("away" if state is State.OPEN else "")
+
+
+def test_one_call_at_a_time_finds_out_and_its_success_lets_all_through() -> None:
+    breaker = _opened()
+    assert (breaker.room, breaker.look(0.0), breaker.state) == (0, False, State.OPEN)
+    assert breaker.look(PAUSE_MIN_S)
+    assert (breaker.room, breaker.wait_s(1.0)) == (1, math.inf)
+    breaker.trial(1)
+    assert breaker.room == 0
+    assert breaker.succeeded(1.0)
+    breaker.trial(-1)
+    assert not breaker.shut
+    assert not breaker.troubled
+    assert not breaker.succeeded(1.0), "it closes once"
+
+
+def test_a_trial_that_is_cut_off_tells_nothing_and_makes_room_for_another() -> None:
+    breaker = _half_open()
+    breaker.trial(1)
+    breaker.trial(-1)
+    assert (breaker.state, breaker.room) == (State.HALF_OPEN, 1)
+
+
+def test_the_success_of_the_trial_counts_also_when_an_old_call_has_opened_it_again_meanwhile() -> None:
+    breaker = _half_open()
+    breaker.trial(1)
+    breaker.unavailable("old", "away", 1.0)
+    assert breaker.state is State.OPEN
+    assert breaker.succeeded(1.0)
+
+
+def test_pauses_double_up_to_a_bound_and_a_failure_of_another_kind_leaves_them_as_they_are() -> None:
+    breaker, now, pauses = _opened(), 0.0, []
+    for _ in range(8):
+        pauses.append(breaker.wait_s(now))
+        now += pauses[-1]
+        assert breaker.look(now)
+        breaker.failed(now)
+        assert breaker.wait_s(now) == pytest.approx(pauses[-1])
+        now += pauses[-1]
+        assert breaker.look(now)
+        breaker.unavailable("k", "away", now)
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.0, 3.0, 3.0])
+
+
+@pytest.mark.parametrize(("steady_s", "pause_s"), [(STEADY_S - 1, 0.2), (STEADY_S + 1, PAUSE_MIN_S)])
+def test_what_comes_and_goes_is_asked_at_the_pace_that_was_reached(steady_s: float, pause_s: float) -> None:
+    breaker = _half_open()
+    breaker.unavailable("k", "away", 1.0)
+    assert breaker.look(2.0)
+    assert breaker.succeeded(2.0)
+    now = 2.0 + steady_s
+    assert breaker.unavailable("k", "away", now, certain=True)
+    assert breaker.wait_s(now) == pytest.approx(pause_s)
+
+
+@pytest.mark.parametrize(("asked_s", "waits_s"), [(0.01, PAUSE_MIN_S), (30.0, 30.0), (86_400.0, AFTER_MAX_S)])
+def test_who_says_when_to_come_back_is_not_asked_before_and_stops_nobody_for_a_day(
+    asked_s: float, waits_s: float
+) -> None:
+    breaker = Breaker()
+    breaker.unavailable("k", "away", 0.0, certain=True, after_s=asked_s)
+    assert breaker.wait_s(0.0) == waits_s
+
+
+class Outages(RuleBasedStateMachine):
+    """Calls begin as the breaker lets them, and end in any order; what they need comes and goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaker, self.now, self.there = Breaker(), 0.0, True
+        self.running: list[tuple[int, bool]] = []
+        """Of each call its key, and whether it was let through by a breaker that is shut."""
+        self.began_shut = 0
+
+    @rule(there=st.booleans())
+    def turn(self, there: bool) -> None:
+        self.there = there
+
+    @rule(seconds=st.floats(0.0, 5.0))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.breaker.look(self.now)
+
+    @rule(key=st.integers(0, 9))
+    def begin(self, key: int) -> None:
+        shut = self.breaker.shut
+        if shut and not self.breaker.room:
+            return
+        if shut:
+            self.breaker.trial(1)
+        self.running.append((key, shut))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), certain=st.booleans(), fails=st.booleans())
+    def end(self, data: st.DataObject, certain: bool, fails: bool) -> None:
+        key, trial = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+        before = self.breaker.state
+        if not self.there:
+            self.breaker.unavailable(key, "away", self.now, certain=certain)
+            assert before is State.CLOSED or self.breaker.state is State.OPEN
+        elif fails:
+            self.breaker.failed(self.now)
+            assert before is self.breaker.state or (before, self.breaker.state) == (State.HALF_OPEN, State.OPEN)
+        else:
+            self.breaker.succeeded(self.now)
+            assert before is State.OPEN or not self.breaker.troubled
+        if trial:
+            self.breaker.trial(-1)
+
+    @invariant()
+    def one_trial_at_a_time_and_the_end_is_found_soon(self) -> None:
+        # Those of an outage before may still be under way when the next one has begun.
+        assert self.breaker.room in (0, 1)
+        if self.breaker.state is State.OPEN:
+            assert self.breaker.wait_s(self.now) <= PAUSE_MAX_S
+        assert bool(self.breaker.why) == self.breaker.shut
+
+    @precondition(lambda self: not self.running)
+    @rule()
+    def recover(self) -> None:
+        """Whatever was before: what is there again is found within the longest pause, by one call."""
+        self.there = True
+        self.now += PAUSE_MAX_S
+        self.breaker.look(self.now)
+        if self.breaker.shut:
+            assert self.breaker.room == 1
+            self.breaker.trial(1)
+            assert self.breaker.succeeded(self.now)
+            self.breaker.trial(-1)
+        assert not self.breaker.shut
+
+
+TestOutages = Outages.TestCase
+TestOutages.settings = MACHINE

@@ -1,0 +1,46 @@
+"""How often in a row a change's transaction was lost, and how long it then waits."""
+
+from __future__ import annotations
+
+from cdc.core import lost_transactions
+from cdc.core.lost_transactions import LOSSES_MAX, SESSIONS_MAX, Losses, pause_s
+from tests.unit.changes import change
+
+
+def test_losses_are_counted_for_each_change_until_it_has_an_outcome() -> None:
+    lost, one, other = Losses(), change(1), change(2)
+    assert [lost.add([one]) for _ in range(3)] == [1, 2, 3]
+    assert lost.add([one, other]) == 4
+    assert lost.add([other]) == 2
+    lost.forget([one])
+    assert (lost.times(one.id), lost.times(other.id)) == (0, 2)
+    assert lost.add([one]) == 1
+
+
+def test_who_loses_a_transaction_is_a_suspect_at_once_and_who_loses_a_session_when_it_is_often() -> None:
+    lost, one, other = Losses(), change(1), change(2)
+    lost.add([one])
+    for _ in range(SESSIONS_MAX - 1):
+        lost.add([other], suspect_at=SESSIONS_MAX)
+    assert lost.suspects == {one.id}
+    lost.add([other], suspect_at=SESSIONS_MAX)
+    assert lost.suspects == {one.id, other.id}
+    lost.forget([one, other])
+    assert lost.suspects == set()
+
+
+def test_what_was_not_heard_of_for_long_is_forgotten() -> None:
+    lost, first = Losses(), change(1)
+    lost.add([first])
+    lost.add([change(seq) for seq in range(2, lost_transactions._REMEMBERED + 2)])
+    assert lost.times(first.id) == 0
+    assert first.id not in lost.suspects
+    assert len(lost._times) == lost_transactions._REMEMBERED
+
+
+def test_pauses_grow_up_to_a_bound() -> None:
+    pauses = [pause_s(times) for times in range(1, LOSSES_MAX)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] == 0.1
+    assert 10 < sum(pauses) < 60
+    assert pause_s(10_000) == pauses[-1]

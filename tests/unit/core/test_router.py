@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+
+from cdc.core.errors import UsageError
+from cdc.core.model import Change
+from cdc.core.router import Router
+
+
+async def _async(change: Change) -> None: ...
+
+
+def _sync(change: Change) -> None: ...
+
+
+def test_the_most_specific_rule_gets_the_change_type_before_operation() -> None:
+    router = Router()
+    for rule in [("reaction", "INSERT"), ("reaction",), ("*", "DELETE"), ("*",)]:
+        router.on(*rule, name="/".join(rule))(_sync)
+
+    def name(entity_type: str, operation: str) -> str:
+        handler = router.match(entity_type, operation)
+        return handler.name if handler else "nobody"
+
+    assert name("reaction", "INSERT") == "reaction/INSERT"
+    assert name("reaction", "DELETE") == "reaction"
+    assert name("message", "DELETE") == "*/DELETE"
+    assert name("message", "UPDATE") == "*"
+
+
+def test_a_change_nobody_wants_matches_no_handler() -> None:
+    router = Router()
+    router.on("reaction", "INSERT")(_sync)
+    assert router.match("reaction", "UPDATE") is None
+    assert router.match("message", "INSERT") is None
+
+
+def test_two_handlers_for_the_same_change_are_refused_and_both_named() -> None:
+    router = Router()
+    router.on("task", "INSERT", "UPDATE")(_sync)
+    with pytest.raises(UsageError, match=r"_sync and _async both want UPDATE of 'task'"):
+        router.on("task", "UPDATE")(_async)
+
+
+def test_one_function_may_serve_several_rules() -> None:
+    router = Router()
+    router.on("task")(router.on("message", max_attempts=5)(_async))
+    task, message = router.match("task", "INSERT"), router.match("message", "INSERT")
+    assert task is not None
+    assert message is not None
+    assert (task.max_attempts, message.max_attempts) == (None, 5)
+
+
+class _Callable:
+    async def __call__(self, change: Change) -> None: ...
+
+    async def method(self, change: Change) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "is_async"),
+    [
+        (_async, True),
+        (_sync, False),
+        (functools.partial(_async), True),
+        (functools.partial(_sync), False),
+        (_Callable(), True),
+        (_Callable().method, True),
+        (lambda change: None, False),
+    ],
+)
+def test_whether_a_handler_is_async_is_seen_through_partials_methods_and_objects(
+    function: object, is_async: bool
+) -> None:
+    router = Router()
+    router.on("task")(function)  # type: ignore[type-var]
+    handler = router.match("task", "INSERT")
+    assert handler is not None
+    assert handler.is_async is is_async
+
+
+@pytest.mark.parametrize(
+    ("declare", "sentence"),
+    [
+        (lambda router: router.on(_sync), r"the first argument is the entity type"),
+        (lambda router: router.on(""), r"the first argument is the entity type"),
+        (lambda router: router.on("task", "insert"), r"'insert'.*no such operation"),
+        (lambda router: router.on("task", max_attempts=0), r"max_attempts=0"),
+        (lambda router: router.on("task", timeout=-1), r"timeout=-1"),
+        (lambda router: router.on("task")(lambda: None), r"cannot be called with one change"),
+        (lambda router: router.on("task")(lambda change, more: None), r"cannot be called with one change"),
+    ],
+)
+def test_a_rule_that_cannot_work_is_refused_where_it_is_declared(declare: object, sentence: str) -> None:
+    assert callable(declare)
+    with pytest.raises(UsageError) as refused:
+        declare(Router())
+    assert re.search(sentence, str(refused.value))
+
+
+def test_two_handlers_that_differ_have_names_of_their_own() -> None:
+    router = Router()
+
+    async def handle(change: Change) -> None: ...
+
+    async def other(change: Change) -> None: ...
+
+    router.on("a", model=int)(handle)
+    router.on("b", model=int)(handle)  # the same but for the type
+    router.on("c", model=str)(handle)
+    router.on("d", model=float)(handle)
+    with pytest.raises(UsageError, match="two handlers are called handle, and are not the same"):
+        router.on("e", model=int, name="handle")(other)
+    names = {entity_type: handler.name for (entity_type, _), handler in router.handlers.items()}
+    qualified = f"{__name__}.handle"
+    assert names == {"a": "handle", "b": "handle", "c": qualified, "d": f"{qualified}_2"}

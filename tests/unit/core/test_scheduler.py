@@ -1,0 +1,382 @@
+"""The rules of the lanes, one by one; that they hold together under any schedule is what the simulation shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from cdc.core.deferred_keys import KeyRead
+from cdc.core.model import Change, Dead, Outcome, Processed, Waiting
+from cdc.core.read_reconciler import Settlement
+from cdc.core.ready_queues import ReadyQueues, Requirements
+from cdc.core.scheduler import KeyScheduler
+from tests.unit.changes import row
+
+
+@pytest.fixture
+def scheduler() -> KeyScheduler:
+    made = KeyScheduler(10, lane_capacity=3)
+    made.own(range(4))
+    return made
+
+
+def _start_all(scheduler: KeyScheduler) -> list[Change]:
+    started = []
+    while run := scheduler.start():
+        started += run
+    return started
+
+
+def _seqs(changes: Iterable[Change]) -> list[int]:
+    return [change.seq for change in changes]
+
+
+def _end(scheduler: KeyScheduler, change: Change, outcome: Outcome = Processed()) -> None:  # noqa: B008 - a frozen value
+    scheduler.finished([Settlement(change, outcome)])
+    scheduler.settled(scheduler.take_finished(100))
+
+
+def test_one_change_of_a_key_runs_at_a_time_and_other_keys_run_beside_it(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b")])
+    assert _seqs(_start_all(scheduler)) == [1, 3]
+
+
+def test_the_successor_may_start_when_a_change_has_finished_before_it_is_settled(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1), row(2)])
+    [first] = _start_all(scheduler)
+    scheduler.finished([Settlement(first, Processed())])
+    assert _seqs(_start_all(scheduler)) == [2]
+    assert scheduler.settling == 1
+
+
+def test_a_batch_takes_successive_changes_of_its_keys_and_then_of_others_up_to_its_limit(
+    scheduler: KeyScheduler,
+) -> None:
+    scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b"), row(4, "c"), row(5, "c")])
+    [first] = scheduler.start()
+    batch = [first]
+    scheduler.start_with(batch, 4, lambda change: change.entity_id != "b")
+    assert _seqs(batch) == [1, 2, 4, 5]
+    assert _seqs(_start_all(scheduler)) == [3]
+    for change in batch:
+        scheduler.finished([Settlement(change, Processed())])
+    assert _seqs(finished.change for finished in scheduler.take_finished(10)) == [1, 2, 4, 5]
+
+
+def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1), row(2)])
+    [first] = scheduler.start()
+    batch = [first]
+    scheduler.start_with(batch, 2, lambda change: True)
+    for change in batch:
+        scheduler.finished([Settlement(change, Waiting(1.0, "no"))])
+    scheduler.settled(scheduler.take_finished(1))
+    scheduler.admit([row(1)], due=True)
+    assert _start_all(scheduler) == []
+    scheduler.settled(scheduler.take_finished(1))
+    scheduler.admit([row(1)], due=True)
+    assert _seqs(_start_all(scheduler)) == [1]
+
+
+def test_a_fenced_change_starts_when_all_before_it_have_settled() -> None:
+    scheduler = KeyScheduler(10, needs=lambda change: Requirements("t", fenced=change.seq == 2))
+    scheduler.own([0])
+    scheduler.admit([row(1), row(2)])
+    [first] = _start_all(scheduler)
+    scheduler.finished([Settlement(first, Processed())])
+    assert _start_all(scheduler) == []
+    scheduler.settled(scheduler.take_finished(1))
+    assert _seqs(_start_all(scheduler)) == [2]
+
+
+def test_a_dead_letter_that_pauses_its_key_shuts_its_lane(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1), row(2)])
+    [first] = _start_all(scheduler)
+    _end(scheduler, first, Dead("no", pauses=True))
+    assert _start_all(scheduler) == []
+    assert scheduler.unread_keys == 1
+
+
+def test_a_dead_letter_lets_its_key_go_on(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1), row(2)])
+    [first] = _start_all(scheduler)
+    scheduler.finished([Settlement(first, Dead("no"))])
+    assert _seqs(_start_all(scheduler)) == [2]
+
+
+def test_a_key_of_which_nothing_fitted_into_a_page_is_read_on_from_where_it_was(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(seq) for seq in range(1, 7)])
+    for _ in range(3):
+        _end(scheduler, _start_all(scheduler)[0])
+    [resume] = scheduler.resumes(10)
+    scheduler.resumed(resume, [], complete=False)
+    assert scheduler.resumes(10) == [resume]
+
+
+def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_when_it_has_settled(
+    scheduler: KeyScheduler,
+) -> None:
+    scheduler.admit([row(1), row(2), row(3)])
+    [first] = _start_all(scheduler)
+    _end(scheduler, first, Waiting(1.0, "no"))
+    assert _start_all(scheduler) == []
+    assert scheduler.room == 10, "the table holds the key back; memory need not"
+    scheduler.admit([row(4, held=True)])
+    assert _start_all(scheduler) == []
+    scheduler.admit([row(1)], due=True)  # its time has come
+    [again] = _start_all(scheduler)
+    _end(scheduler, again)
+    [resume] = scheduler.resumes(10)
+    assert resume == KeyRead(("t", "k"), 0, 2)
+    scheduler.resumed(resume, [row(2), row(3), row(4)], complete=True)
+    assert _seqs(_start_all(scheduler)) == [2]
+    assert scheduler.unread_keys == 0
+
+
+def test_nothing_of_a_key_passes_what_was_seen_and_not_admitted(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1), row(2), row(3), row(4)])  # a lane queues three
+    [first] = _start_all(scheduler)
+    _end(scheduler, first)
+    assert scheduler.admit([row(5)]).taken == 0
+    assert scheduler.unread_keys == 1
+
+
+def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(seq) for seq in range(1, 7)])
+    for _ in range(3):
+        _end(scheduler, _start_all(scheduler)[0])
+    [resume] = scheduler.resumes(10)
+    assert resume.seq == 4
+    scheduler.resumed(resume, [row(4), row(5)], complete=False)
+    for seq in (4, 5):
+        [running] = _start_all(scheduler)
+        assert running.seq == seq
+        scheduler.finished([Settlement(running, Processed())])
+    assert scheduler.resumes(10) == [KeyRead(("t", "k"), 0, 6)]
+
+
+def test_the_window_is_bounded_and_what_does_not_fit_is_refused_from_its_first_change_on(
+    scheduler: KeyScheduler,
+) -> None:
+    admitted = scheduler.admit([row(seq, f"key{seq}") for seq in range(1, 14)])
+    assert admitted.taken == 10
+    assert admitted.refused == {"t": {0: 11}}
+    assert scheduler.room == 0
+
+
+def test_where_no_memory_is_left_for_a_mark_the_change_is_refused_and_so_are_its_successors() -> None:
+    scheduler = KeyScheduler(10, lane_capacity=1, unread_max=1)
+    scheduler.own([0, 1])
+    admitted = scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1), row(4, "b", shard=1)])
+    assert (admitted.taken, admitted.refused) == (2, {"t": {1: 4}})
+
+
+def test_what_settles_while_a_read_is_under_way_is_not_taken_from_its_answer(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1)])
+    [first] = _start_all(scheduler)
+    with scheduler.reading():
+        _end(scheduler, first)
+        assert scheduler.admit([row(1)]).taken == 0
+
+
+def test_the_successor_of_a_change_that_failed_while_a_read_was_under_way_stays_behind_it(
+    scheduler: KeyScheduler,
+) -> None:
+    scheduler.admit([row(1)])
+    [first] = _start_all(scheduler)
+    with scheduler.reading():
+        _end(scheduler, first, Waiting(1.0, "no"))
+        scheduler.admit([row(2)])  # its snapshot is older than the failure
+    assert _start_all(scheduler) == []
+
+
+def test_a_key_that_a_stale_read_shows_held_is_read_again_at_once(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1)])
+    [first] = _start_all(scheduler)
+    with scheduler.reading():
+        _end(scheduler, first)
+        scheduler.admit([row(2, held=True)])  # as if 1 still waited
+    assert scheduler.resumes(10) == [KeyRead(("t", "k"), 0, 2)]
+
+
+def test_a_shard_is_released_only_when_what_is_in_flight_on_it_has_settled(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1)])
+    running = _start_all(scheduler)
+    scheduler.release([0, 2])
+    assert scheduler.released() == {2}
+    scheduler.finished([Settlement(running[0], Processed())])
+    assert _start_all(scheduler) == [], "what was queued is let go"
+    assert scheduler.released() == set()
+    scheduler.settled(scheduler.take_finished(100))
+    assert scheduler.released() == {0}
+    assert scheduler.released() == set(), "told once"
+
+
+def test_after_a_lost_session_a_key_stays_shut_until_its_running_handler_returns(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1, "a"), row(2, "b")])
+    first, second = _start_all(scheduler)
+    scheduler.finished([Settlement(second, Processed())])
+    assert scheduler.reset() == [first]
+    scheduler.own(range(4))
+    scheduler.admit([row(1, "a"), row(2, "b")])
+    assert _seqs(_start_all(scheduler)) == [2], "unsettled, so it runs again"
+    scheduler.finished([Settlement(first, Processed())])
+    assert scheduler.take_finished(100) == [], "an outcome from before is not settled"
+    assert scheduler.resumes(10) == [KeyRead(("t", "a"), 0, 1)]
+
+
+def test_a_change_that_was_cut_off_is_left_as_it_was(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1), row(2)])
+    [first] = _start_all(scheduler)
+    scheduler.interrupted(first)
+    assert scheduler.idle
+    assert scheduler.take_finished(100) == []
+    assert scheduler.admit([row(2)]).taken == 0, "its successor may not pass it"
+
+
+def test_finishing_what_does_not_run_is_a_bug_and_said_so(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1)])
+    [first] = _start_all(scheduler)
+    scheduler.finished([Settlement(first, Processed())])
+    with pytest.raises(AssertionError, match="is not running"):
+        scheduler.finished([Settlement(first, Processed())])
+
+
+def test_behind_a_waiting_change_that_was_cut_off_what_is_queued_is_not_forgotten(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1, requeued=True)], due=True)
+    [first] = _start_all(scheduler)
+    scheduler.admit([row(2)])  # the answer to the COMMIT of 1 is still on its way, or lost
+    scheduler.interrupted(first)
+    assert scheduler.resumes(10) == [KeyRead(("t", "k"), 0, 2)]
+    assert scheduler.admit([row(3)]).taken == 0
+
+
+def test_a_waiting_change_that_was_let_go_behind_one_that_failed_runs_when_it_is_due(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(2)])
+    [second] = _start_all(scheduler)
+    scheduler.admit([row(1, requeued=True)], due=True)  # an operator gave the dead letter another try
+    _end(scheduler, second, Waiting(1.0, "no"))
+    scheduler.admit([row(1, requeued=True)], due=True)
+    for resume in scheduler.resumes(10):
+        scheduler.resumed(resume, [], complete=True)
+    scheduler.admit([row(1, requeued=True)], due=True)
+    assert _seqs(_start_all(scheduler)) == [1]
+
+
+def test_what_was_read_before_a_shard_left_and_came_back_is_not_taken(scheduler: KeyScheduler) -> None:
+    with scheduler.reading():
+        scheduler.release([0])
+        assert scheduler.released() == {0}
+        scheduler.own([0])  # in between another consumer has handled all of it
+        assert scheduler.admit([row(1)]).taken == 0
+
+
+def test_a_key_that_a_stale_read_shows_held_by_one_that_was_cut_off_is_read_again(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(1, requeued=True)], due=True)
+    [first] = _start_all(scheduler)
+    with scheduler.reading():
+        scheduler.interrupted(first)  # somebody else has it, and is done with it before the table is asked again
+        scheduler.admit([row(2, held=True)])
+    assert scheduler.resumes(10) == [KeyRead(("t", "k"), 0, 2)]
+
+
+def test_an_earlier_change_that_comes_in_late_does_not_join_the_batch_of_a_later_one(scheduler: KeyScheduler) -> None:
+    scheduler.admit([row(2), row(3)])
+    [first] = scheduler.start()
+    batch = [first]
+    scheduler.admit([row(1, requeued=True)], due=True)
+    scheduler.start_with(batch, 3, lambda change: True)
+    assert _seqs(batch) == [2]
+
+
+@pytest.fixture
+def shared() -> KeyScheduler:
+    """Room for nine changes of several types."""
+    made = KeyScheduler(9, sole=False)
+    made.own(range(4))
+    return made
+
+
+def test_one_type_does_not_fill_the_window_and_what_it_was_refused_is_told_by_type_and_shard(
+    shared: KeyScheduler,
+) -> None:
+    admitted = shared.admit([row(seq, str(seq), entity_type="a", shard=seq % 2) for seq in range(1, 10)])
+    assert admitted == (7, {"a": {0: 8, 1: 9}})
+    assert (shared.room, shared.room_for("a"), shared.room_for("b").free) == (2, (0, 2), 1)
+    assert shared.admit([row(10, entity_type="b")]).taken == 1
+
+
+def test_a_type_that_is_read_apart_is_passed_over(shared: KeyScheduler) -> None:
+    admitted = shared.admit([row(1, entity_type="a"), row(2, entity_type="b")], apart={"a"})
+    assert admitted == (1, {})
+    assert not shared.knows(1)
+
+
+def test_a_type_has_room_again_when_its_changes_are_settled(shared: KeyScheduler) -> None:
+    shared.admit([row(seq, str(seq), entity_type="a") for seq in range(1, 10)])
+    for change in _start_all(shared)[:3]:
+        _end(shared, change)
+    assert shared.room_for("a") == (3, 2)
+    assert shared.types == {"a"}
+
+
+def test_a_key_of_a_type_without_room_is_read_on_when_there_is_some(shared: KeyScheduler) -> None:
+    shared.admit([row(seq, entity_type="a") for seq in range(1, 3)])
+    [first] = _start_all(shared)
+    _end(shared, first, Waiting(1.0, "no"))
+    shared.admit([row(1, entity_type="a", requeued=True)], due=True)
+    [again] = _start_all(shared)
+    shared.admit([row(seq, str(seq), entity_type="a") for seq in range(10, 20)])
+    _end(shared, again)
+    assert shared.resumes(10), "one place is free again"
+    shared.admit([row(20, "20", entity_type="a")])
+    assert shared.resumes(10) == []
+
+
+def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
+    scheduler = KeyScheduler(20, ready_queues=ReadyQueues(2))
+    scheduler.own([0])
+    scheduler.admit([row(seq, str(seq)) for seq in range(1, 9)])
+    for _ in range(2):
+        [first] = scheduler.start()
+        scheduler.start_with([first], 3, lambda change: True)
+    assert not scheduler.start()
+    assert scheduler.ready == 0
+    scheduler.finished([Settlement(first, Processed())])
+    assert scheduler.start()
+
+
+def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> None:
+    scheduler = KeyScheduler(20, ready_queues=ReadyQueues(1))
+    scheduler.own([0])
+    scheduler.admit([row(seq, str(seq)) for seq in range(1, 5)])
+    [first] = scheduler.start()
+    scheduler.set_aside(first)
+    [first] = scheduler.start()
+    scheduler.set_aside(first)
+    [joining] = scheduler.start()
+    scheduler.start_with([first, joining], 2, lambda change: True)
+    assert scheduler.ready == 1
+
+
+def test_a_handler_that_outlives_its_session_keeps_its_slot_until_it_returns() -> None:
+    scheduler = KeyScheduler(10, ready_queues=ReadyQueues(1))
+    scheduler.own([0])
+    scheduler.admit([row(1, "a"), row(2, "b")])
+    [running] = _start_all(scheduler)
+    scheduler.reset()
+    scheduler.own([0])
+    scheduler.admit([row(2, "b")])
+    assert not scheduler.start()
+    scheduler.interrupted(running)
+    assert _seqs(_start_all(scheduler)) == [2]
+
+
+def test_a_key_whose_next_change_needs_something_else_than_before_waits_for_that() -> None:
+    scheduler = KeyScheduler(10, needs=lambda change: Requirements("t", str(change.seq), ("pool",) * (change.seq == 1)),
+                  ready_queues=ReadyQueues(5, {"pool": 0}))  # fmt: skip
+    scheduler.own([0])
+    scheduler.admit([row(2)])
+    scheduler.admit([row(1)])  # of a key coarser than its rows
+    assert not scheduler.start()

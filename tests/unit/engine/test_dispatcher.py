@@ -1,0 +1,246 @@
+"""The tasks that run handlers: as many as there is work for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from cdc.core.lost_transactions import LOSSES_MAX
+from cdc.core.model import Change, Dead, Outcome, Processed, Suspicion
+from cdc.core.read_reconciler import Settlement
+from cdc.core.scheduler import KeyScheduler, Row
+from cdc.engine.crash_guard import CrashGuard
+from cdc.engine.dispatcher import Dispatcher, OtherTasks
+from cdc.postgres.outbox import Store
+from cdc.runtime.cancelling import cancel
+from tests.eventually import eventually_async
+from tests.unit.changes import change, row
+
+
+class _Waiting:
+    """A runner whose handlers wait for ``go``."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.started: list[int] = []
+
+    def handler(self, change: Change) -> None:
+        return None
+
+    def after_crash(self, change: Change, suspicion: Suspicion) -> None:
+        return None
+
+    def lost(self, change: Change) -> bool:
+        return False
+
+    def session_lost(self) -> None: ...
+
+    def interrupted(self, change: Change) -> None: ...
+
+    def in_thread(self, change: Change) -> bool:
+        return False
+
+    def at_once(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
+        return [], None
+
+    async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
+        self.started += [change.seq for change in batch]
+        await self.go.wait()
+        return dict.fromkeys(batch, Processed())
+
+
+def _dispatcher(scheduler: KeyScheduler, executor: _Waiting, concurrency: int) -> Dispatcher:
+    return Dispatcher(
+        scheduler, executor, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
+        finished=lambda *_: None, read_anew=lambda: None,
+    )  # fmt: skip
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async def holds() -> bool:
+        return condition()
+
+    await eventually_async(holds)
+
+
+async def test_there_is_one_worker_for_each_change_however_often_they_are_handed_out() -> None:
+    scheduler, executor = KeyScheduler(100), _Waiting()
+    scheduler.own([0])
+    dispatcher = _dispatcher(scheduler, executor, 10)
+    scheduler.admit([row(1, "a"), row(2, "b")])
+    for _ in range(3):  # after the read, at the end of the loop, after a settle
+        dispatcher.hand_out()
+    assert len(dispatcher) == 2
+    await _until(lambda: executor.started == [1, 2])
+    scheduler.admit([row(3, "c")])
+    for _ in range(3):
+        dispatcher.hand_out()
+    assert len(dispatcher) == 3
+    await _until(lambda: executor.started == [1, 2, 3])
+    executor.go.set()
+    await _until(lambda: len(dispatcher) == 0)
+
+
+async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another() -> None:
+    scheduler, executor = KeyScheduler(100), _Waiting()
+    scheduler.own([0])
+    dispatcher = _dispatcher(scheduler, executor, 10)
+    scheduler.admit([row(1)])
+    dispatcher.hand_out()
+    for task in dispatcher._tasks:
+        task.cancel()
+    await _until(lambda: executor.started == [1])
+
+
+@pytest.mark.parametrize("doubtful", [False, True])
+async def test_a_suspect_that_is_cut_off_before_its_task_began_leaves_its_key_open(
+    doubtful: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def still_suspect(_self: CrashGuard, _change: Change) -> bool:
+        return True
+
+    monkeypatch.setattr(CrashGuard, "doubts", lambda _self, _change: doubtful)
+    monkeypatch.setattr(CrashGuard, "suspects", still_suspect)
+    scheduler, executor = KeyScheduler(100), _Waiting()
+    scheduler.own([0])
+    dispatcher = _dispatcher(scheduler, executor, 10)
+    scheduler.admit([Row(replace(change(1), crashed=True))])
+    dispatcher.hand_out()
+    await OtherTasks()  # the worker's only step
+    assert len(dispatcher._aside) + len(dispatcher._doubted) == 1
+    scheduler.reset()
+    await dispatcher.session_lost()
+    await _until(lambda: len(dispatcher) == 0)
+    assert executor.started == []
+    scheduler.own([0])
+    scheduler.admit([row(1)])
+    dispatcher.hand_out()
+    await _until(lambda: executor.started == [1])
+    executor.go.set()
+    await _until(lambda: len(dispatcher) == 0)
+
+
+async def test_a_suspect_starts_when_what_became_of_the_one_before_is_in_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a process that it ends would be counted against that one, too, which had done its work."""
+
+    async def still_suspect(_self: CrashGuard, _change: Change) -> bool:
+        return True
+
+    async def written_down(_self: CrashGuard, _changes: Sequence[Change]) -> None: ...
+
+    monkeypatch.setattr(CrashGuard, "suspects", still_suspect)
+    monkeypatch.setattr(CrashGuard, "starts", written_down)
+    scheduler, executor = KeyScheduler(100), _Waiting()
+    executor.go.set()
+    scheduler.own([0])
+    dispatcher = _dispatcher(scheduler, executor, 10)
+    scheduler.admit([Row(replace(change(seq, str(seq)), crashed=True)) for seq in (1, 2)])
+    dispatcher.hand_out()
+    await _until(lambda: scheduler.marks.ready == 1)
+    for _ in range(10):
+        await OtherTasks()
+    assert executor.started == [1]
+    scheduler.settled(scheduler.take_finished(10))
+    dispatcher.settled()
+    await _until(lambda: executor.started == [1, 2])
+    scheduler.settled(scheduler.take_finished(10))
+    dispatcher.settled()
+    await _until(lambda: len(dispatcher) == 0)
+
+
+class _Ending(_Waiting):
+    """A runner that ends each attempt with an error, and has no outcome for it."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self._error = error
+
+    async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
+        self.started += [change.seq for change in batch]
+        raise self._error
+
+    def judge(self, handler: None, change: Change, error: BaseException) -> Outcome:
+        raise AssertionError("the judge fails as well")
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, ValueError])
+async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_times(
+    error: type[BaseException],
+) -> None:
+    """By a cancellation that nobody here has asked for, or a fault of this program."""
+    scheduler, executor, ended = KeyScheduler(100), _Ending(error), list[Settlement]()
+    scheduler.own([0])
+
+    def read_anew() -> None:
+        for resume in scheduler.resumes(10):
+            scheduler.resumed(resume, [row(1)], complete=True)
+
+    dispatcher = Dispatcher(
+        scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
+        finished=ended.extend, read_anew=read_anew,
+    )  # fmt: skip
+    scheduler.admit([row(1)])
+
+    def all_ended() -> bool:
+        dispatcher.hand_out()
+        return bool(ended)
+
+    await _until(all_ended)
+    await _until(lambda: len(dispatcher) == 0)
+    assert executor.started == [1] * LOSSES_MAX
+    [finished] = ended
+    assert isinstance(finished.outcome, Dead)
+    assert "10 times in a row" in finished.outcome.error
+
+
+async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> None:
+    scheduler, executor = KeyScheduler(100), _Waiting()
+    executor.go.set()
+    scheduler.own([0])
+
+    def fail(_: object) -> None:
+        raise ValueError
+
+    dispatcher = Dispatcher(
+        scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
+        finished=fail, read_anew=lambda: None,
+    )  # fmt: skip
+    scheduler.admit([row(1)])
+    dispatcher.hand_out()
+    await _until(lambda: len(dispatcher) == 0)
+    assert (scheduler.running, scheduler.settling) == (0, 1)
+
+
+class _Deaf(_Waiting):
+    """Its first call catches its cancellation, takes it back, and returns."""
+
+    async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
+        try:
+            return await super().run(handler, batch)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+            return dict.fromkeys(batch, Processed())
+
+
+async def test_a_worker_that_went_on_after_it_was_cut_off_takes_nothing_more() -> None:
+    scheduler, executor = KeyScheduler(100), _Deaf()
+    scheduler.own([0])
+    dispatcher = _dispatcher(scheduler, executor, 1)
+    scheduler.admit([row(1, "a"), row(2, "b")])
+    dispatcher.hand_out()
+    await _until(lambda: executor.started == [1])
+    [task] = dispatcher._tasks
+
+    cancel(task)
+    await _until(lambda: executor.started == [1, 2])
+    assert task.cancelled()
+    assert scheduler.settling == 1
+    executor.go.set()
+    await _until(lambda: len(dispatcher) == 0)

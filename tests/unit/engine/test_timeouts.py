@@ -1,0 +1,190 @@
+"""Time limits of calls on the event loop: one timer for many, and nobody else's cancellation is taken for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Any
+
+import pytest
+
+from cdc.core.errors import OverrunError
+from cdc.engine import timeouts
+from cdc.engine.calls import StartedCall
+from cdc.engine.timeouts import Limit
+from cdc.runtime.cancelling import cancel
+from tests.eventually import eventually_async
+
+
+async def _for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+async def test_a_call_that_takes_too_long_is_cut_off_and_its_task_goes_on() -> None:
+    with pytest.raises(OverrunError, match=r"^took longer than 0\.01 s$"):
+        await Limit(0.01).call(_for_ever())
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+async def test_a_call_that_returns_in_time_gives_what_it_returns() -> None:
+    async def waits_a_little() -> str:
+        for _ in range(3):
+            await asyncio.get_running_loop().run_in_executor(None, lambda: None)
+        return "done"
+
+    async def does_not_wait() -> str:
+        return "done"
+
+    for limit in (Limit(60.0), Limit(None)):
+        assert await limit.call(waits_a_little()) == "done"
+        assert await limit.call(does_not_wait()) == "done"
+
+
+async def test_calls_overrun_in_the_order_in_which_they_began_and_those_that_ended_do_not() -> None:
+    limit, told, go = Limit(0.2), list[int](), asyncio.Event()
+
+    async def call(number: int) -> None:
+        try:
+            await limit.call(_for_ever() if number % 2 else _until(go))
+        except OverrunError:
+            told.append(number)
+
+    async def _until(event: asyncio.Event) -> None:
+        await event.wait()
+
+    calls = [asyncio.create_task(call(number)) for number in range(6)]
+
+    async def all_wait() -> bool:
+        return len(limit._ends) == len(calls)
+
+    await eventually_async(all_wait)
+    go.set()
+    await asyncio.gather(*calls)
+    assert told == [1, 3, 5]
+
+
+async def test_one_that_began_later_overruns_later_though_nobody_comes_after_it() -> None:
+    limit, told = Limit(0.2), list[str]()
+
+    async def rest(name: str, ago_s: float) -> None:
+        coroutine = _for_ever()
+        try:
+            await limit.go_on(StartedCall(coroutine, coroutine.send(None), time.monotonic() - ago_s))
+        except OverrunError:
+            told.append(name)
+
+    await asyncio.wait_for(asyncio.gather(rest("first", 0.15), rest("second", 0.0)), 30)
+    assert told == ["first", "second"]
+
+
+async def test_one_that_begins_when_another_overruns_has_its_own_time() -> None:
+    limit = Limit(0.05)
+    for _ in range(2):
+        with pytest.raises(OverrunError):
+            await limit.call(_for_ever())
+
+
+async def test_a_cancellation_from_outside_is_none_of_the_limits() -> None:
+    limit = Limit(60.0)
+    call = asyncio.create_task(limit.call(_for_ever()))
+
+    async def waits() -> bool:
+        return bool(limit._ends)
+
+    await eventually_async(waits)
+    cancel(call)
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert not limit._ends
+
+
+async def test_who_overruns_and_is_cancelled_besides_is_cancelled() -> None:
+    """A stop that comes at the same moment must not be lost."""
+    limit = Limit(0.01)
+    ended = asyncio.Event()
+
+    async def clings() -> None:
+        try:
+            await _for_ever()
+        finally:
+            cancel(call)
+            ended.set()
+
+    call = asyncio.create_task(limit.call(clings()))
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert ended.is_set()
+
+
+async def test_a_call_that_returns_in_spite_of_its_cancellation_has_returned() -> None:
+    async def deaf() -> str:
+        try:
+            await _for_ever()
+        except asyncio.CancelledError:
+            return "all the same"
+        return "never"
+
+    async def task() -> tuple[str, int]:
+        returned = await Limit(0.01).call(deaf())
+        me = asyncio.current_task()
+        assert me is not None
+        return returned, me.cancelling()
+
+    assert await asyncio.create_task(task()) == ("all the same", 0)
+
+
+async def test_a_call_that_goes_on_in_spite_of_its_cancellation_is_told_of_once_and_one_that_ends_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timeouts, "_HEED_S", 0.02)
+    told, free = list[asyncio.Task[Any]](), asyncio.Event()
+    limit = Limit(0.01, told.append)
+
+    async def goes_on() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await _for_ever()
+        await free.wait()
+
+    async def ends() -> None:
+        with contextlib.suppress(OverrunError):
+            await limit.call(_for_ever())
+
+    async def deaf() -> None:
+        await limit.call(goes_on())
+
+    well, ill = asyncio.create_task(ends()), asyncio.create_task(deaf())
+
+    async def is_told() -> bool:
+        return bool(told)
+
+    await eventually_async(is_told)
+    free.set()
+    await asyncio.wait([well, ill])
+    assert told == [ill]
+
+
+async def test_what_a_call_raises_is_its_own_also_a_timeout() -> None:
+    async def raises() -> None:
+        await asyncio.get_running_loop().run_in_executor(None, lambda: None)
+        raise TimeoutError("somebody else's")
+
+    with pytest.raises(TimeoutError, match="somebody else's"):
+        await Limit(60.0).call(raises())
+
+
+async def test_a_cancellation_goes_to_the_call_which_may_tidy_up_while_it_waits() -> None:
+    told: list[str] = []
+
+    async def tidies_up() -> None:
+        try:
+            await _for_ever()
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, lambda: None)
+            told.append("tidy")
+
+    with pytest.raises(OverrunError):
+        await Limit(0.01).call(tidies_up())
+    assert told == ["tidy"]
