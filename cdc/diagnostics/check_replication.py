@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
+from cdc.core.stream_reason import Reason
 from cdc.core.units import size, span
 from cdc.diagnostics.check_server import judge_tls, slots_free, wal_level, walsenders_free
 from cdc.diagnostics.facts import Decoding, Doorbell, Link, Proof, Server, Subject
 from cdc.diagnostics.findings import Checks, Finding, fail, ok, skip, unknown, warn
-from cdc.replication.refusals import Reason
 from cdc.replication.slot_health import Slot, judge
 
 _OURS = "cdc"

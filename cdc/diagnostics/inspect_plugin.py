@@ -11,11 +11,12 @@ from psycopg import errors, sql
 
 from cdc.core.errors import ProtocolError, RefusedError, StreamError
 from cdc.core.model import PLUGINS, WakeUp, message_prefix, publication_name
+from cdc.core.stream_reason import Reason
 from cdc.diagnostics.facts import Decoding, Proof, Subject
 from cdc.diagnostics.inspect_server import NAME, column
 from cdc.postgres.connect import connect
 from cdc.replication import pgoutput, slots, wal2json
-from cdc.replication.refusals import During, Names, Reason, classify, in_recovery
+from cdc.replication.refusals import During, Names, classify, in_recovery
 
 _SLOT = "cdc_doctor"
 _NAME_LENGTH = 63

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 
 from cdc.core.errors import StreamError
 from cdc.core.model import WakeUp
+from cdc.core.stream_reason import Reason
 from cdc.engine.consumer import Consumer
 from cdc.engine.shadow import Shadow
-from cdc.observability.metrics import ENDINGS, Metrics
+from cdc.observability.metrics import Metrics
 from cdc.postgres.notify import Relay
 
 _CROSSING_MAX = 20_000
@@ -84,7 +85,6 @@ class StreamBridge:
 
     def _interrupted(self, reason: str) -> None:
         self._metrics.stream_disconnects.labels(self._slot, reason).inc()
-        # What only ends a stream is tried again at once; the network is what stands between.
-        self._metrics.set_stream("network" if reason in ENDINGS else reason)
+        self._metrics.set_stream(Reason(reason).lasting)
         self._metrics.set_role("standby" if reason == "slot_busy" else "sweeping")
         self._consumer.streaming(connected=False)

@@ -24,6 +24,7 @@ from cdc import __version__
 from cdc.core.circuit_breaker import State
 from cdc.core.model import SHARDS, ChangeState
 from cdc.core.router import ANY, Router
+from cdc.core.stream_reason import Reason
 from cdc.observability.counters import CountTally, Distribution, HistogramTally
 from cdc.observability.figures import Samples, outbox_figures, slot_figures
 
@@ -47,13 +48,8 @@ INTERRUPTIONS = ("connection", "statement")
 """Why a consumer began anew: it could not reach the server or lost it, or a statement failed."""
 REFUSALS = ("read", "mark")
 WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
-UNAVAILABLE = (
-    "disabled", "slot_busy", "slot_missing", "slot_lost", "slot_stuck", "slot_foreign",
-    "publication_missing", "plugin_refused", "plugin_missing", "wal_level",
-    "no_replication_role", "no_free_slot", "no_free_walsender", "in_recovery", "network",
-)  # fmt: skip
-"""Why this process does not stream: states that last. A stream may also end by one of ``ENDINGS``."""
-ENDINGS = ("stalled", "server_shutdown", "protocol", "slot_deaf", "careful")
+UNAVAILABLE = tuple(reason for reason in Reason if reason.lasting is reason)
+"""Why this process does not stream: states that last."""
 
 _HANDLER_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _CHANGE_S = (*_HANDLER_S, 900, 3600, 14400)
@@ -190,7 +186,7 @@ class Metrics:
         _set_state(self.role, ROLES, role)
 
     def set_stream(self, unavailable: str | None) -> None:
-        """None: this process streams. Else the reason why it does not; of ENDINGS none is a lasting state."""
+        """None: this process streams. Else why it does not: one of UNAVAILABLE."""
         self.stream_connected.labels(self._slot).set(unavailable is None)
         _set_state(self.stream_unavailable, UNAVAILABLE, unavailable)
 
@@ -299,7 +295,7 @@ class Metrics:
         _start(self.stream_unavailable, UNAVAILABLE)
         _start(self.stream_messages, (slot,), ("change", "keepalive"))
         _start(self.stream_received_bytes, (slot,))
-        _start(self.stream_disconnects, (slot,), (*UNAVAILABLE, *ENDINGS))
+        _start(self.stream_disconnects, (slot,), Reason)
 
     def _wakeups(self) -> None:
         self.wakeups = CountTally("cdc_wakeups", "Wake-ups, by what found the work.", "source")

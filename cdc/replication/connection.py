@@ -21,13 +21,13 @@ from psycopg import pq, sql
 
 from cdc.core.errors import CdcError, ConnectError, StreamError
 from cdc.core.lsn import Lsn
+from cdc.core.stream_reason import Reason
 from cdc.postgres.connect import Dsn, connect
 from cdc.replication.protocol import LONGEST, Plugin, head
 from cdc.replication.refusals import (
     During,
     FoundSlot,
     Names,
-    Reason,
     ServerLook,
     another_outbox,
     classify,

@@ -17,6 +17,7 @@ from enum import StrEnum
 from cdc.core.errors import StreamError
 from cdc.core.lsn import Lsn
 from cdc.core.model import PLUGINS
+from cdc.core.stream_reason import Reason
 
 
 class During(StrEnum):
@@ -24,31 +25,6 @@ class During(StrEnum):
     CREATE = "create"
     START = "start"
     STREAM = "stream"
-
-
-class Reason(StrEnum):
-    """The label ``reason`` of ``cdc_stream_disconnects_total``."""
-
-    DISABLED = "disabled"
-    SLOT_BUSY = "slot_busy"
-    SLOT_MISSING = "slot_missing"
-    SLOT_LOST = "slot_lost"
-    SLOT_STUCK = "slot_stuck"
-    SLOT_DEAF = "slot_deaf"
-    SLOT_FOREIGN = "slot_foreign"
-    PUBLICATION_MISSING = "publication_missing"
-    PLUGIN_REFUSED = "plugin_refused"
-    PLUGIN_MISSING = "plugin_missing"
-    WAL_LEVEL = "wal_level"
-    NO_REPLICATION_ROLE = "no_replication_role"
-    NO_FREE_SLOT = "no_free_slot"
-    NO_FREE_WALSENDER = "no_free_walsender"
-    IN_RECOVERY = "in_recovery"
-    NETWORK = "network"
-    STALLED = "stalled"
-    SERVER_SHUTDOWN = "server_shutdown"
-    PROTOCOL = "protocol"
-    CAREFUL = "careful"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 
 from cdc.core.errors import StreamError
 from cdc.core.lsn import ZERO, Lsn
+from cdc.core.stream_reason import Reason
 from cdc.replication.connection import Session
 from cdc.replication.protocol import Plugin
-from cdc.replication.refusals import Reason, Step, Wanted, next_step, why_broken
+from cdc.replication.refusals import Step, Wanted, next_step, why_broken
 
 log = logging.getLogger("cdc.stream")
 

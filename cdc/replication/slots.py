@@ -20,8 +20,9 @@ from psycopg.rows import dict_row
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, StreamError, UsageError
 from cdc.core.lsn import Lsn
 from cdc.core.model import PLUGINS, publication_name
+from cdc.core.stream_reason import Reason
 from cdc.core.units import span
-from cdc.replication.refusals import During, Names, Reason, classify
+from cdc.replication.refusals import During, Names, classify
 from cdc.replication.slot_health import ABSENT_STANDBYS, Slot
 
 AUTO = "auto"

@@ -23,12 +23,13 @@ from cdc.core.errors import ProtocolError, StreamError
 from cdc.core.lsn import ZERO, Lsn
 from cdc.core.model import PLUGINS, WakeUp, message_prefix, publication_name
 from cdc.core.reconnect import ReconnectState
+from cdc.core.stream_reason import Reason
 from cdc.postgres.connect import Dsn
 from cdc.replication import pgoutput, wal2json
 from cdc.replication.connection import Session, Stopped, Waiting, open_session
 from cdc.replication.lsn_tracker import LsnTracker, status_interval_s
 from cdc.replication.protocol import Plugin, is_keepalive, parse, status_update
-from cdc.replication.refusals import Reason, Wanted, crash_guard, deaf
+from cdc.replication.refusals import Wanted, crash_guard, deaf
 from cdc.replication.slot_setup import Opened, begin
 from cdc.runtime.supervisor import Supervisor
 

@@ -21,8 +21,8 @@ from cdc.contrib.demo.temp_server import Server
 from cdc.core.errors import StreamError
 from cdc.core.lsn import Lsn
 from cdc.core.model import PLUGINS, message_prefix
+from cdc.core.stream_reason import Reason
 from cdc.replication.connection import Session, Waiting, open_session
-from cdc.replication.refusals import Reason
 from cdc.replication.stream import plugins
 from tests.eventually import eventually
 from tests.faults.slot_stage import ROLE, SERVER, SLOT, Account, Moment, Stage, prepare

@@ -6,12 +6,11 @@ import pytest
 
 from cdc.core.errors import StreamError
 from cdc.core.lsn import Lsn
-from cdc.observability.metrics import ENDINGS, UNAVAILABLE
+from cdc.core.stream_reason import Reason
 from cdc.replication.refusals import (
     During,
     FoundSlot,
     Names,
-    Reason,
     ServerLook,
     Step,
     Wanted,
@@ -197,7 +196,3 @@ def test_where_nothing_may_be_created_the_command_that_does_it_is_named() -> Non
         next_step(None, END, NAMES, Wanted(may_create=False))
     assert (refused.value.reason, refused.value.permanent) == (Reason.SLOT_MISSING, True)
     assert "cdc slot create bell" in refused.value.hint
-
-
-def test_every_reason_has_its_place_in_the_metrics() -> None:
-    assert {*UNAVAILABLE, *ENDINGS} == set(Reason)

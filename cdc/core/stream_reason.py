@@ -1,0 +1,38 @@
+"""Why a process does not stream, or its stream has ended."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """The label ``reason`` of ``cdc_stream_disconnects_total``."""
+
+    DISABLED = "disabled"
+    SLOT_BUSY = "slot_busy"
+    SLOT_MISSING = "slot_missing"
+    SLOT_LOST = "slot_lost"
+    SLOT_STUCK = "slot_stuck"
+    SLOT_DEAF = "slot_deaf"
+    SLOT_FOREIGN = "slot_foreign"
+    PUBLICATION_MISSING = "publication_missing"
+    PLUGIN_REFUSED = "plugin_refused"
+    PLUGIN_MISSING = "plugin_missing"
+    WAL_LEVEL = "wal_level"
+    NO_REPLICATION_ROLE = "no_replication_role"
+    NO_FREE_SLOT = "no_free_slot"
+    NO_FREE_WALSENDER = "no_free_walsender"
+    IN_RECOVERY = "in_recovery"
+    NETWORK = "network"
+    STALLED = "stalled"
+    SERVER_SHUTDOWN = "server_shutdown"
+    PROTOCOL = "protocol"
+    CAREFUL = "careful"
+
+    @property
+    def lasting(self) -> Reason:
+        """The state that this leaves behind: what only ends a stream is tried again at once, over the network."""
+        return Reason.NETWORK if self in _ENDINGS else self
+
+
+_ENDINGS = frozenset({Reason.SLOT_DEAF, Reason.STALLED, Reason.SERVER_SHUTDOWN, Reason.PROTOCOL, Reason.CAREFUL})
