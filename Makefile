@@ -74,7 +74,7 @@ reference: $(READY) ## Write the pages of docs/reference that come from the code
 # A warning, such as a link to a heading that is not there, is an error.
 .PHONY: docs
 docs: $(SITE)/.ready ## Make the site of docs/ in build/docs.
-	@$(SITE)/bin/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky --builder html docs build/docs
+	@$(SITE)/bin/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --nitpicky --builder html docs build/docs
 	@echo "build/docs/index.html"
 
 .PHONY: pictures
