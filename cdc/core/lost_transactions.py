@@ -34,6 +34,10 @@ class Losses:
         self.suspects = set[UUID]()
         """Those that are to run one at a time."""
 
+    def doubts(self, change: Change) -> bool:
+        """Whether it is one of those that are to run one at a time."""
+        return bool(self.suspects) and change.id in self.suspects
+
     def times(self, change_id: UUID) -> int:
         """How often in a row by now."""
         return self._times.get(change_id, 0)

@@ -346,7 +346,9 @@ class KeyScheduler:
 
     def _finished_in_lane(self, lane: KeyQueue, finished: Settlement) -> None:
         if isinstance(finished.outcome, Committed):
-            self._gone([(finished, finished)])
+            self._reconciler.settled((finished,))
+            self._window.vacate(self._places(finished.change))
+            self._gone(finished, finished)
         else:
             self.marks.add(finished)
         if finished.outcome.holds_key:
@@ -388,22 +390,23 @@ class KeyScheduler:
     def settled(self, batch: Iterable[Settlement]) -> None:
         """These outcomes are committed; a mark that the table refused may have become another one."""
         # Those that are not there: the lanes were reset while the settle was under way.
-        self._gone([(first, finished) for finished in batch if (first := self.marks.written(finished))])
+        done = [(first, finished) for finished in batch if (first := self.marks.written(finished))]
+        self._reconciler.settled([finished for _, finished in done])
+        self._window.vacate(sum([self._places(finished.change) for _, finished in done]))
+        for first, finished in done:
+            self._gone(first, finished)
 
-    def _gone(self, done: Sequence[tuple[Settlement, Settlement]]) -> None:
-        """As they finished, and as they are in the table."""
-        self._reconciler.settled(finished for _, finished in done)
-        self._window.vacate(sum(self._places(finished.change) for _, finished in done))
-        for first, (change, outcome) in done:
-            self._in_flight.left(change)
-            lane = self._known.pop(change.seq)
-            lane.settling -= 1
-            lane.holding -= first.outcome.holds_key
-            if lane.queue and not lane.running and not lane.settling and lane.fenced:
-                self._make_ready(lane)
-            self._drop_if_empty(lane)
-            if not outcome.holds_key:
-                self._unhold(lane.key)
+    def _gone(self, first: Settlement, finished: Settlement) -> None:
+        """As it finished, and as it is in the table."""
+        self._in_flight.left(finished.change)
+        lane = self._known.pop(finished.change.seq)
+        lane.settling -= 1
+        lane.holding -= first.outcome.holds_key
+        if lane.queue and not lane.running and not lane.settling and lane.fenced:
+            self._make_ready(lane)
+        self._drop_if_empty(lane)
+        if not finished.outcome.holds_key:
+            self._unhold(lane.key)
 
     def resumes(self, limit: int) -> list[KeyRead]:
         """Keys to read on for, of one type that has room, each told once; answer each with ``resumed``."""

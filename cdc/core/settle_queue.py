@@ -98,13 +98,15 @@ class SettleQueue:
         first = self._taken.pop(finished.change.seq, None)
         if first:
             self._count -= 1
-            self.uncertain.discard(finished.change.seq)
+            if self.uncertain:
+                self.uncertain.discard(finished.change.seq)
             if self._held and (held := self._held.get(first.change.key)):
                 if held.waiting:
                     held.at = -inf
                 else:
                     del self._held[first.change.key]
-            first = self._first.pop(finished.change.seq, first)
+            if self._first:
+                first = self._first.pop(finished.change.seq, first)
         return first
 
     def split(self, batch: list[Settlement]) -> None:

@@ -13,14 +13,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextvars import Context, copy_context
+from decimal import Context as Decimals
 from decimal import getcontext, setcontext
+from functools import partial
 from types import CoroutineType
 from typing import Any, Generic, TypeVar, cast
 
 from cdc.core.errors import Failed
 from cdc.core.model import Change
 from cdc.core.router import Handler
-from cdc.runtime.cancelling import disregard, is_being_cancelled
+from cdc.runtime.cancelling import disregard, has_cancellations, is_being_cancelled
 
 _T = TypeVar("_T")
 
@@ -56,13 +58,15 @@ class StartedCall(Generic[_T]):
         self._waits_for = waits_for
         self.started = started
         self._error = error
-        self._run: Callable[..., Any] = context.run if context else _run_here
+        self._context = context
 
     def __await__(self) -> Generator[Any, Any, _T]:
         if self._error is not None:
             raise as_exception(self._error)
-        coroutine, run, waits_for = self._coroutine, self._run, self._waits_for
+        coroutine, waits_for = self._coroutine, self._waits_for
         assert coroutine is not None
+        run: Callable[..., Any] = _run_here if self._context is None else self._context.run
+        send: Callable[[Any], Any] = coroutine.send if self._context is None else partial(run, coroutine.send)
         while True:
             thrown = sent = None
             try:
@@ -73,7 +77,7 @@ class StartedCall(Generic[_T]):
             except BaseException as error:  # noqa: BLE001 - a cancellation above all: it is the coroutine's to handle
                 thrown = error
             try:
-                waits_for = run(coroutine.throw, thrown) if thrown else run(coroutine.send, sent)
+                waits_for = run(coroutine.throw, thrown) if thrown else send(sent)
             except StopIteration as returned:
                 return cast("_T", returned.value)
             except BaseException as error:
@@ -92,19 +96,14 @@ def own_context() -> Context:
 
 def begin(started: float, function: Callable[..., Awaitable[object]], *arguments: Any) -> StartedCall[object] | None:
     """Call it, up to its first wait. None: it has returned."""
-    context = own_context()
+    context = copy_context()
     try:
-        call: Any = context.run(function, *arguments)
-    except BaseException as error:  # noqa: BLE001 - raised where the call is awaited
-        return StartedCall(None, None, started, error)
-    if type(call) is not CoroutineType:
-        call = _awaited(call)
-    try:
-        return StartedCall(call, context.run(call.send, None), started, context=context)
+        call, waits_for = context.run(_first_step, getcontext().copy(), function, arguments)
     except StopIteration:
         return None
     except BaseException as error:  # noqa: BLE001 - raised where the call is awaited
-        return StartedCall(call, None, started, error)
+        return StartedCall(None, None, started, error)
+    return StartedCall(call, waits_for, started, context=context)
 
 
 async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any) -> None:
@@ -113,7 +112,8 @@ async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any
         if begun := begin(0.0, function, *arguments):
             await begun
     finally:
-        await disregard()
+        if has_cancellations():
+            await disregard()
 
 
 def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
@@ -130,7 +130,12 @@ def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
 async def call_handler(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
     """Call an async handler. Returns what single changes of a batch failed with, by seq. Raises CutOffError."""
     try:
-        await call_async(handler.call, given, *connection)
+        try:  # call_async, without a coroutine of its own to be resumed at each wait
+            if begun := begin(0.0, handler.call, given, *connection):
+                await begun
+        finally:
+            if has_cancellations():
+                await disregard()
     except Failed as failed:
         return failed.errors
     except asyncio.CancelledError as error:
@@ -158,7 +163,20 @@ def as_exception(error: BaseException) -> BaseException:
     return error if passes else EscapedError(error)
 
 
-async def _awaited(result: Awaitable[object]) -> object:
+def _first_step(
+    decimals: Decimals, function: Callable[..., Awaitable[_T]], arguments: Sequence[Any]
+) -> tuple[Coroutine[Any, Any, _T], Any]:
+    """Entering a context costs more than what is done here: it is entered once. Raises StopIteration at a return."""
+    setcontext(decimals)
+    try:
+        call = function(*arguments)
+    except StopIteration as error:  # no return: raised by what is no coroutine
+        raise EscapedError(error) from error
+    coroutine = cast("Coroutine[Any, Any, _T]", call) if type(call) is CoroutineType else _awaited(call)
+    return coroutine, coroutine.send(None)
+
+
+async def _awaited(result: Awaitable[_T]) -> _T:
     return await result
 
 

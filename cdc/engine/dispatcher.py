@@ -23,7 +23,7 @@ from cdc.core.scheduler import KeyScheduler
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.executor import Executor, PendingCall
 from cdc.engine.transactions import AskTheTableError
-from cdc.runtime.cancelling import cancel, disregard, is_being_cancelled
+from cdc.runtime.cancelling import cancel, disregard, has_cancellations, is_being_cancelled
 from cdc.runtime.deadline import deadline
 
 log = logging.getLogger("cdc.consumer")
@@ -162,7 +162,7 @@ class Dispatcher:
                 await self._go_on(task, handler, unfinished)
             elif not done:
                 await self._attend_next(task, handler)
-            if task.cancelling() or is_being_cancelled(task):
+            if has_cancellations():
                 await disregard()
             ready_queues += done or 1
             if ready_queues >= _CHANGES_PER_TURN or (done and self._started):

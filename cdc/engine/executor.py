@@ -197,11 +197,11 @@ class Executor:
 
     def suspects(self, change: Change) -> bool:
         """Whether it may be what loses transactions or sessions: it runs one at a time with others of that kind."""
-        return change.id in self._losses.suspects
+        return self._losses.doubts(change)
 
     def lost(self, change: Change) -> bool:
         """Whether its transaction was lost the last time: it runs after a pause, and shares no transaction."""
-        return self.suspects(change) or change.id in self._delays.suspects
+        return self._losses.doubts(change) or self._delays.doubts(change)
 
     async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
         """One attempt at the handler's changes: one, or a batch. A change may have no outcome: not tried.
@@ -221,8 +221,7 @@ class Executor:
             started = time.monotonic()
             outcomes |= await self._attempt(handler, changes, given, started)
             self._took(handler, changes, time.monotonic() - started)
-        for change, outcome in outcomes.items():
-            self._count(handler, change, outcome)
+        self._count(handler, outcomes)
         if self._troubled and any(isinstance(outcome, Processed | Committed) for outcome in outcomes.values()):
             self.breakers.succeeded(handler.name)
         failpoints.here("run.after_handler")
@@ -292,13 +291,18 @@ class Executor:
         elif self._troubled:
             self.breakers.succeeded(handler.name)
         if outcome is not None:
-            self._count(handler, change, outcome)
+            self._count(handler, {change: outcome})
         failpoints.here("run.after_handler")
         return outcome
 
-    def _count(self, handler: Handler, change: Change, outcome: Outcome) -> None:
-        if not _is_away(outcome):  # which has been counted with its call
-            self._metrics.handled(change.entity_type, handler.name, _LABELS[type(outcome)])
+    def _count(self, handler: Handler, outcomes: Mapping[Change, Outcome]) -> None:
+        alike: dict[tuple[str, str], int] = {}
+        for change, outcome in outcomes.items():
+            if not _is_away(outcome):  # which has been counted with its call
+                kind = change.entity_type, _LABELS[type(outcome)]
+                alike[kind] = alike.get(kind, 0) + 1
+        for (entity_type, label), changes in alike.items():
+            self._metrics.handled(entity_type, handler.name, label, changes)
 
     def _refuse(
         self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
@@ -473,7 +477,7 @@ class Executor:
 
 
 def _is_away(outcome: Outcome) -> bool:
-    return isinstance(outcome, Waiting) and not outcome.counted
+    return type(outcome) is Waiting and not outcome.counted
 
 
 def _calls(handler: Handler, given: Sequence[Change]) -> list[Sequence[Change]]:

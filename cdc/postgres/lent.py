@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import Dumper, Loader
 from psycopg.adapt import AdaptersMap
 from psycopg.rows import tuple_row
+from psycopg.types import TypeInfo, TypesRegistry
 
 from cdc.postgres.link import AsyncLink, Link
 
@@ -30,6 +32,43 @@ _PREPARE_THRESHOLD, _PREPARED_MAX = 5, 100
 """psycopg's own."""
 
 
+class _Types(TypesRegistry):
+    """Tells whether anything has been registered."""
+
+    is_changed = False
+
+    def add(self, info: TypeInfo) -> None:
+        self.is_changed = True
+        super().add(info)
+
+    def clear(self) -> None:
+        self.is_changed = True
+        super().clear()
+
+
+class _Adapters(AdaptersMap):
+    """The same: to make another for each call would cost as much as many a handler."""
+
+    types: _Types
+    _is_changed = False
+
+    def __init__(self, template: AdaptersMap) -> None:
+        super().__init__(template)
+        self.types = _Types(template.types)
+
+    @property
+    def is_changed(self) -> bool:
+        return self._is_changed or self.types.is_changed
+
+    def register_dumper(self, cls: type | str | None, dumper: type[Dumper]) -> None:
+        self._is_changed = True
+        super().register_dumper(cls, dumper)
+
+    def register_loader(self, oid: int | str, loader: type[Loader]) -> None:
+        self._is_changed = True
+        super().register_loader(oid, loader)
+
+
 class _Lent(psycopg.BaseConnection[Any]):
     """What a handler may leave on a connection of either kind."""
 
@@ -40,14 +79,14 @@ class _Lent(psycopg.BaseConnection[Any]):
 
     is_pooled = False
     """A pooler is in between, which gives each transaction another session: none of them is ours."""
-    _adapters_now: AdaptersMap | None = None
+    _adapters_now: _Adapters | None = None
     _callbacks: list[tuple[Callable[[Any], None], Any]]
 
     @property
     def adapters(self) -> AdaptersMap:
         """Made when it is first asked for, from the program's."""
         if self._adapters_now is None:
-            self._adapters_now = AdaptersMap(psycopg.adapters)
+            self._adapters_now = _Adapters(psycopg.adapters)
         return self._adapters_now
 
     def add_notice_handler(self, callback: Any) -> None:
@@ -63,10 +102,15 @@ class _Lent(psycopg.BaseConnection[Any]):
         self.cursor_factory, self.server_cursor_factory = self._cursors
         self.prepare_threshold = None if self.is_pooled else _PREPARE_THRESHOLD
         self.prepared_max = _PREPARED_MAX
-        self._adapters_now = None
+        if self._adapters_now is not None and self._adapters_now.is_changed:
+            self._adapters_now = None
         for remove, callback in self.__dict__.pop("_callbacks", ()):
             with contextlib.suppress(ValueError):  # the handler has removed it
                 remove(callback)
+
+    def renew_adapters(self) -> None:
+        """What the program has registered meanwhile is there for whoever gets the connection next."""
+        self._adapters_now = None
 
     def _added(self, remove: Callable[[Any], None], callback: Any) -> None:
         self.__dict__.setdefault("_callbacks", []).append((remove, callback))
@@ -85,6 +129,7 @@ class AsyncLent(_Lent, AsyncLink):
 def reset(connection: Lent) -> None:
     """For a pool: the connection was given back."""
     connection.as_new()
+    connection.renew_adapters()
     if connection.is_pooled:
         return
     cursor = connection.execute(_RESET, prepare=False)
@@ -97,6 +142,7 @@ def reset(connection: Lent) -> None:
 async def reset_async(connection: AsyncLent) -> None:
     """``reset`` for an event loop."""
     connection.as_new()
+    connection.renew_adapters()
     if connection.is_pooled:
         return
     cursor = await connection.execute(_RESET, prepare=False)

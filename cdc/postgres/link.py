@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -56,8 +56,8 @@ class AsyncLink(psycopg.AsyncConnection[Any]):
         super().__init__(*arguments, **named)
         not_for_children(self)
 
-    async def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
-        return await super().wait(_limited(self, gen), *arguments, **named)
+    def wait(self, gen: Any, *arguments: Any, **named: Any) -> Coroutine[Any, Any, Any]:
+        return super().wait(_limited(self, gen), *arguments, **named)
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's signature
         """psycopg calls it when the task that waits for an answer is cancelled, and then waits for the answer."""

@@ -29,15 +29,22 @@ def is_being_cancelled(task: asyncio.Task[Any] | None = None) -> bool:
     return (task or asyncio.current_task()) in _asked
 
 
+def has_cancellations() -> bool:
+    """Whether the task that runs has any on it: then there is something to ``disregard``, or it is to end."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task.cancelling() > 0 or task in _asked
+
+
 async def disregard() -> None:
     """After a call of code that is not ours: what it has left of cancellations in this task hits nobody else.
 
     Raises CancelledError where this program has asked the task to end.
     """
+    if not has_cancellations():
+        return
     task = asyncio.current_task()
     assert task is not None
-    if not task.cancelling() and task not in _asked:
-        return
     with contextlib.suppress(asyncio.CancelledError):
         turned = asyncio.Event()
         asyncio.get_running_loop().call_soon(turned.set)

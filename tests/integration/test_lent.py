@@ -10,12 +10,16 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.adapt import PyFormat
 from psycopg.rows import dict_row
+from psycopg.types import TypeInfo
 from psycopg.types.numeric import FloatLoader
+from psycopg.types.string import StrDumper
 
 import cdc
 from cdc.core.router import Router
 from cdc.engine import transactions
+from cdc.postgres.lent import Lent
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 from tests.fix_proxy import Proxy
@@ -59,6 +63,30 @@ def _spoilt(connection: Any) -> bool:
     return bool(
         connection.row_factory is dict_row or connection.prepare_threshold is None or connection._notice_handlers
     )
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda connection: connection.adapters.register_dumper(bool, StrDumper),
+        lambda connection: connection.adapters.register_loader("int4", FloatLoader),
+        lambda connection: TypeInfo("of_a_handler", 4711, 0).register(connection),
+        lambda connection: connection.adapters.types.clear(),
+    ],
+    ids=["dumper", "loader", "type", "no types"],
+)
+def test_what_is_registered_for_one_call_is_not_there_for_the_next(register: Any, outbox: str) -> None:
+    with Lent.connect(outbox) as connection:
+        before = connection.adapters
+        connection.as_new()
+        assert connection.adapters is before  # to make others costs time
+        register(connection)
+        connection.as_new()
+        adapters = connection.adapters
+        assert adapters.get_dumper(bool, PyFormat.TEXT) is not StrDumper
+        assert type(connection.execute("SELECT 1::int4").fetchall()[0][0]) is int
+        assert adapters.types.get("of_a_handler") is None
+        assert adapters.types.get("int4")
 
 
 def _until_settled(db: psycopg.Connection) -> Any:
