@@ -115,7 +115,7 @@ WITH
     SELECT 13, pg_catalog.format('trigger %%s of %%s %%s', t.tgname, r.kind, r.relname),
       pg_catalog.concat_ws(' ', pg_catalog.pg_get_triggerdef(t.oid), CASE t.tgenabled WHEN 'O' THEN NULL ELSE t.tgenabled END)
     FROM relation AS r JOIN pg_catalog.pg_trigger AS t ON t.tgrelid = r.oid AND NOT t.tgisinternal
-    WHERE t.tgname NOT IN ('processor_marks', 'processor_notify')
+    WHERE t.tgname NOT IN ('legacy_processor_marks', 'legacy_processor_notify')
     UNION ALL
     SELECT 14, pg_catalog.format('rule %%s of %%s %%s', w.rulename, r.kind, r.relname), pg_catalog.pg_get_ruledef(w.oid)
     FROM relation AS r JOIN pg_catalog.pg_rewrite AS w ON w.ev_class = r.oid AND w.rulename <> '_RETURN'

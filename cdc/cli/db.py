@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cdc.postgres.migrations import Migration
 
 with_option = click.option(
-    "--with", "sets", multiple=True, metavar="NAME", help="Also the tables of an application, such as whatsapp."
+    "--with", "sets", multiple=True, metavar="NAME", help="Also an optional set: whatsapp, legacy_processor."
 )
 """The command gets ``sets: tuple[str, ...]``."""
 
@@ -41,30 +41,27 @@ def db() -> None:
 @database_options
 @with_option
 @dry_run_option
-@click.option("--keep-processor", is_flag=True, help="The documented processor may go on, until retire-processor.")
-def install(*, settings: Settings, sets: tuple[str, ...], dry_run: bool, keep_processor: bool) -> None:
+def install(settings: Settings, sets: tuple[str, ...], dry_run: bool) -> None:
     """Create the objects; safe to repeat.
 
     An entity_changes made from the documented SQL is upgraded in place and keeps its rows: the table is locked and
-    written anew, so choose a quiet hour if it is large. Stop the documented processor first, or let it go on beside
-    the consumers with --keep-processor: docs/guides/migrate.md.
+    written anew, so choose a quiet hour if it is large. Stop the legacy processor first, or let it go on beside
+    the consumers with --with legacy_processor: docs/guides/migrate.md.
 
-    --with makes and captures the tables of an application besides, once; a table that exists is kept.
+    --with whatsapp makes and captures the tables of that application besides, once; a table that exists is kept.
     """
     from cdc.postgres import migrations  # noqa: PLC0415 - --help does not wait for the driver to load
 
     migrations.check_sets(sets)
     with open_database(settings) as connection:
         if dry_run:
-            _print_steps(migrations.pending(connection, settings.schema_, sets), settings.schema_, keep_processor)
+            _print_steps(migrations.pending(connection, settings.schema_, sets), settings.schema_)
             return
         migrations.on_warning(connection, say)
-        applied = migrations.install(connection, settings.schema_, sets, keep_processor=keep_processor)
+        applied = migrations.install(connection, settings.schema_, sets)
         _put_in_order(connection, settings.schema_)
         findings = migrations.verify(connection, settings.schema_)
     _report(settings.schema_, applied)
-    if keep_processor:
-        say("the documented processor may go on; when it is gone: cdc db retire-processor")
     _finish(findings, settings.schema_, "run `cdc db upgrade` to put it right")
 
 
@@ -168,7 +165,8 @@ def grant(
         raise UsageError(
             "--retention, --publish and --with are about --consumer ROLE, --payload is about --readonly ROLE"
         )
-    beside = [migrations.consumer_rights(name, settings.schema_, consumer) for name in sets if consumer]
+    scripts = [migrations.consumer_rights(name, settings.schema_, consumer or "") for name in sets]
+    beside = [script for script in scripts if script]
     grantees = [
         *([grants.consumer(consumer, retention=retention, publish=publish, beside=beside)] if consumer else []),
         *([grants.reader(readonly, payload=payload)] if readonly else []),
@@ -188,21 +186,20 @@ def grant(
         click.get_current_context().exit(1)
 
 
-@db.command("retire-processor")
+@db.command()
 @database_options
-def retire_processor(settings: Settings) -> None:
-    """Remove what install --keep-processor made: an index, and two triggers.
+@click.argument("name", metavar="SET")
+def remove(settings: Settings, name: str) -> None:
+    """Remove the optional set legacy_processor, when the legacy processor is gone: an index and two triggers.
 
-    From then on writers send no NOTIFY, and marks are quicker. "cdc db install --keep-processor" is the way back.
+    From then on writers send no NOTIFY, and marks are quicker. "cdc db install --with legacy_processor" is the way
+    back. The tables of an application are not removed: they hold its data.
     """
     from cdc.postgres import migrations  # noqa: PLC0415 - see install
 
     with open_database(settings) as connection:
-        dropped = migrations.retire_processor(connection, settings.schema_)
-    for name in dropped:
-        say(f"dropped {name}")
-    if not dropped:
-        say("there is nothing of it")
+        removed = migrations.remove(connection, settings.schema_, name)
+    say(f"removed the set {name}" if removed else f"the set {name} is not installed")
 
 
 @db.command()
@@ -236,11 +233,11 @@ def _put_in_order(connection: Connection, schema_name: str) -> None:
         say(f"{before.sequence} goes on behind the highest number; it was at {before.last}")
 
 
-def _print_steps(steps: Sequence[Migration], schema_name: str, keep_processor: bool = False) -> None:
+def _print_steps(steps: Sequence[Migration], schema_name: str) -> None:
     from cdc.postgres import migrations  # noqa: PLC0415 - see install
 
-    if steps or keep_processor:
-        put_script(migrations.print_sql(schema_name, steps, keep_processor=keep_processor))
+    if steps:
+        put_script(migrations.print_sql(schema_name, steps))
     else:
         say(f"schema {schema_name} needs no migration")
 

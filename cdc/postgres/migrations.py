@@ -4,9 +4,10 @@
 same objects from anywhere: from nothing, from the documented SQL with rows in it, or from an installation in which
 somebody has replaced a function. ``cdc_migrations``, in the same schema, records which have run.
 
-``sql/NAME/NNNN_name.sql`` is an optional set, the tables of an application: installed when it is named, and from then
-on brought to the present version with the rest. ``cdc_sets`` records that. What it makes belongs to the application: it
-is neither verified nor uninstalled here, and ``sql/NAME/consumer.sql`` says what its handlers may do with it.
+``sql/NAME/NNNN_name.sql`` is an optional set, such as the tables of an application: installed when it is named, and
+from then on brought to the present version with the rest. ``cdc_sets`` records that. It is not verified. In the same
+folder ``consumer.sql`` says what its handlers may do with it, if anything, and ``remove.sql`` undoes it: on request,
+and at the latest when the outbox is uninstalled. Without one, what the set makes belongs to the application, and stays.
 
 What the objects should look like is written nowhere a second time. ``verify`` runs the migrations in the session's
 temporary schema, asks the server's catalogs about both, rolls back, and compares.
@@ -41,9 +42,8 @@ _IDENTIFIER_BYTES = 63
 
 _OWNERSHIP = "ownership.sql"
 _CAPTURE_ROLE = "capture_role.sql"
-_PROCESSOR = "processor.sql"
-_PROCESSOR_FUNCTIONS = ("processor_marks", "processor_notify")
-_PROCESSOR_INDEX = "idx_entity_changes_unprocessed"
+_CONSUMER_OF_SET = "consumer.sql"
+_REMOVE_SET = "remove.sql"
 
 _OPEN_SCRIPT = """\
 \\set ON_ERROR_STOP on
@@ -119,12 +119,12 @@ def check_sets(names: Sequence[str]) -> None:
     """Raises UsageError for a name that is none of the ``sets``."""
     for name in names:
         if name not in (known := sets()):
-            raise UsageError(f"there is no set {name!r} of tables", hint=f"there is {', '.join(known)}")
+            raise UsageError(f"there is no set {name!r}", hint=f"there are {', '.join(known)}")
 
 
 def consumer_rights(name: str, schema: str, role: str) -> str:
-    """What the handlers of a set need, as a script that grants it to a consumer's role."""
-    return render((_folder() / name / "consumer.sql").read_text("utf-8"), schema, role=role)
+    """What the handlers of a set need, as a script that grants it to a consumer's role; "" for nothing."""
+    return render(_script_of_set(name, _CONSUMER_OF_SET), schema, role=role)
 
 
 def _folder() -> Path:
@@ -137,6 +137,12 @@ def _script(name: str) -> str:
     return (_folder() / name).read_text("utf-8")
 
 
+def _script_of_set(name: str, file: str) -> str:
+    """Empty where the set has no such file."""
+    path = _folder() / name / file
+    return path.read_text("utf-8") if path.exists() else ""
+
+
 def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> None:
     """Have ``say`` called with what the server warns of, and its hint: an installation may be less than whole."""
 
@@ -147,15 +153,12 @@ def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> No
     connection.add_notice_handler(pass_on)
 
 
-def install(
-    connection: psycopg.Connection, schema: str, sets: Sequence[str] = (), *, keep_processor: bool = False
-) -> list[Migration]:
+def install(connection: psycopg.Connection, schema: str, sets: Sequence[str] = ()) -> list[Migration]:
     """Bring ``schema`` to this version in one transaction; the migrations that had to run, none if it was there.
 
     Creates the schema when it is missing. An ``entity_changes`` made from the documented SQL is upgraded in place and
-    keeps its rows; with ``keep_processor`` the documented processor may go on, until ``retire_processor``. ``sets`` are
-    optional ones to install besides. Raises SchemaError when a table stays locked for ``LOCK_TIMEOUT``, or what is
-    there does not fit.
+    keeps its rows. ``sets`` are optional ones to install besides. Raises SchemaError when a table stays locked for
+    ``LOCK_TIMEOUT``, or what is there does not fit.
     """
     check_sets(sets)
     with _exclusively(connection, schema):
@@ -165,26 +168,27 @@ def install(
         missing = pending(connection, schema, sets)
         _apply(connection, missing, schema)
         _run(connection, _script(_CAPTURE_ROLE), schema)
-        if keep_processor:
-            _run(connection, _script(_PROCESSOR), schema)
         return missing
 
 
-def retire_processor(connection: psycopg.Connection, schema: str) -> list[str]:
-    """Drop what ``keep_processor`` made; what was dropped, as it is called.
+def remove(connection: psycopg.Connection, schema: str, name: str) -> bool:
+    """Undo an optional set, and forget that it was installed; whether it was.
 
-    With it goes the NOTIFY in the writers' transactions. Raises NotFoundError when there is no ``entity_changes``.
+    Raises UsageError for a set whose objects belong to the application, and NotFoundError when there is no
+    ``entity_changes``.
     """
+    check_sets([name])
+    if not (script := _script_of_set(name, _REMOVE_SET)):
+        raise UsageError(f"the set {name} stays: what it has made belongs to the application", hint="drop it by hand")
     with _exclusively(connection, schema):
         if not _exists(connection, schema, "entity_changes"):
             raise NotFoundError(f"schema {schema} has no entity_changes", hint="look into --schema")
-        there = [name for name in _PROCESSOR_FUNCTIONS if _exists_function(connection, schema, name)]
-        for name in there:  # with the trigger that calls it
-            connection.execute(sql.SQL("DROP FUNCTION {}() CASCADE").format(sql.Identifier(schema, name)))
-        has_index = _exists(connection, schema, _PROCESSOR_INDEX)
-        connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(schema, _PROCESSOR_INDEX)))
-    dropped = [f"trigger and function {schema}.{name}" for name in there]
-    return dropped + ([f"index {schema}.{_PROCESSOR_INDEX}"] if has_index else [])
+        if name not in _sets(connection, schema):
+            return False
+        _run(connection, script, schema)
+        ledger = sql.Identifier(schema, "cdc_sets")
+        connection.execute(sql.SQL("DELETE FROM {} WHERE set_name = {}").format(ledger, sql.Literal(name)))
+        return True
 
 
 def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration], list[Finding]]:
@@ -269,7 +273,6 @@ def print_sql(
     steps: Sequence[Migration] | None = None,
     *,
     sets: Sequence[str] = (),
-    keep_processor: bool = False,
     owner: str | None = None,
 ) -> str:
     """One script that psql runs as it is, any number of times: what ``install`` does, for who runs DDL by hand.
@@ -294,16 +297,14 @@ def print_sql(
     for migration in steps:
         parts += [f"\n-- {migration}\n", render(migration.template + migration.record, schema)]
     parts += ["", render(_script(_CAPTURE_ROLE), schema)]
-    if keep_processor:
-        parts += ["", render(_script(_PROCESSOR), schema)]
     return "\n".join([*parts, "COMMIT;\n"])
 
 
 def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocessed: bool = False) -> list[str]:
     """Drop the triggers that capture, the functions, the views and the tables; what was dropped, as it is called.
 
-    The schema itself and the tables of an application stay, also those that an optional set has made. Raises
-    RefusedError while changes are unprocessed, unless ``discard_unprocessed``.
+    The schema itself and the tables of an application stay, also those that an optional set has made. Other sets go.
+    Raises RefusedError while changes are unprocessed, unless ``discard_unprocessed``.
     """
     with _exclusively(connection, schema):
         if not _exists(connection, schema, "entity_changes"):
@@ -315,6 +316,10 @@ def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocesse
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(outbox))
         if not discard_unprocessed:
             _refuse_unprocessed(connection, outbox)
+        for name in _sets(connection, schema):
+            if script := _script_of_set(name, _REMOVE_SET):
+                _run(connection, script, schema)
+                dropped.append(f"set {name}")
         role = capture_role.of(connection, schema)
         dropped += _drop_objects(connection, schema)
         return dropped + capture_role.drop(connection, schema, role)
@@ -356,7 +361,6 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "captured_row", "(record, oid, text[])"),
         ("FUNCTION", "bounded_text", "(text)"),
         ("TABLE", "entity_changes", ""),
-        *(("FUNCTION", name, "()") for name in _PROCESSOR_FUNCTIONS if _exists_function(connection, schema, name)),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),
         *([("TABLE", "cdc_sets", "")] if _exists(connection, schema, "cdc_sets") else []),
@@ -429,13 +433,6 @@ def _exists(connection: psycopg.Connection, schema: str, relation: str | None) -
         " (SELECT FROM pg_catalog.pg_class AS c WHERE c.relnamespace = n.oid AND c.relname = %s)))"
     )
     row = connection.execute(asked, [schema, relation, relation]).fetchone()
-    return bool(row and row[0])
-
-
-def _exists_function(connection: psycopg.Connection, schema: str, name: str) -> bool:
-    """Of no arguments."""
-    asked = "SELECT pg_catalog.to_regprocedure(pg_catalog.format('%%I.%%I()', %s::text, %s::text)) IS NOT NULL"
-    row = connection.execute(asked, [schema, name]).fetchone()
     return bool(row and row[0])
 
 

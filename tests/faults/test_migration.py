@@ -19,7 +19,7 @@ from tests.faults.guide import Shell, steps
 from tests.fix_consumer import settled
 from tests.handlers_migration import ACT, POISON
 from tests.integration.test_schema_upgrade import DOCUMENTED
-from tests.processor import Processor
+from tests.legacy_processor import Processor
 
 TABLES = {"reaction": "whatsapp_message_reactions", "message": "whatsapp_messages", "task": "tasks"}
 _SOURCE = "CREATE TABLE {} (id text PRIMARY KEY, user_id text, chat_id text, room_id text)"

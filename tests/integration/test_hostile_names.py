@@ -114,8 +114,8 @@ def test_no_command_about_the_objects_takes_them(shop: Shop, owner: str) -> None
     shop.cli(owner, "db", "uninstall", "--schema", "public", "--yes")
     at = ("--schema", "outbox")
     shop.cli(owner, "db", "install", *at)
-    shop.cli(owner, "db", "install", *at, "--keep-processor")
-    shop.cli(owner, "db", "retire-processor", *at)
+    shop.cli(owner, "db", "install", *at, "--with", "legacy_processor")
+    shop.cli(owner, "db", "remove", "legacy_processor", *at)
     with psycopg.connect(shop.dsn(owner), autocommit=True) as db:
         db.execute("DROP FUNCTION outbox.publish_change")
     assert "missing" in shop.cli(owner, "db", "verify", *at, code=1).stdout

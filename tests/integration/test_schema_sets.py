@@ -203,5 +203,5 @@ def test_grants_of_a_set_are_about_a_consumer_and_printed_with_the_rest(database
 def test_a_set_that_does_not_exist_is_a_usage_error_that_names_those_that_do(command: list[str]) -> None:
     refused = CliRunner().invoke(cdc, ["db", *command, "--with", "watsapp"])
     assert refused.exit_code == 2
-    assert "there is no set 'watsapp' of tables" in refused.stderr
-    assert "there is whatsapp" in refused.stderr
+    assert "there is no set 'watsapp'" in refused.stderr
+    assert "there are legacy_processor, whatsapp" in refused.stderr

@@ -1,4 +1,6 @@
-"""The documented processor, DatabaseActionProcessor, in Python: its statements, its polling, its LISTEN, its marks.
+"""The legacy processor: DatabaseActionProcessor of the documented design, in Python.
+
+Its statements, its polling, its LISTEN, its marks.
 
 Whoever runs it stops it as one stops a service: what it has begun it finishes. ``without`` is the one change that the
 guide asks for: the types that it has given away are left out of its query.

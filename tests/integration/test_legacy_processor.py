@@ -1,4 +1,4 @@
-"""The documented processor on the upgraded table: every statement of it works, beside consumers and before them."""
+"""The legacy processor on the upgraded table: every statement of it works, beside consumers and before them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 import cdc
 from cdc import testing
+from cdc.core.errors import UsageError
 from cdc.postgres import migrations, tracking
 from tests.fix_consumer import states
 from tests.integration.test_schema_upgrade import DOCUMENTED
-from tests.processor import Processor, connect
+from tests.legacy_processor import Processor, connect
 
 _ADD = "INSERT INTO entity_changes (table_name, operation, entity_id, entity_type) VALUES ('x', 'INSERT', %s, %s)"
 
@@ -21,7 +23,7 @@ _ADD = "INSERT INTO entity_changes (table_name, operation, entity_id, entity_typ
 def kept(db: psycopg.Connection) -> psycopg.Connection:
     """The documented table, upgraded for a processor that goes on."""
     db.execute(DOCUMENTED)
-    migrations.install(db, "public", keep_processor=True)
+    migrations.install(db, "public", ["legacy_processor"])
     return db
 
 
@@ -111,7 +113,7 @@ async def test_a_consumers_own_marks_are_as_they_are_without_it(database: str, k
     assert drained.dead_letters[0].pauses_key
 
 
-def test_its_query_goes_through_an_index_and_its_channel_rings_until_it_is_retired(
+def test_its_query_goes_through_an_index_and_its_channel_notifies_until_the_set_is_removed(
     database: str, kept: psycopg.Connection
 ) -> None:
     with psycopg.connect(database, autocommit=True) as listener:
@@ -120,15 +122,14 @@ def test_its_query_goes_through_an_index_and_its_channel_rings_until_it_is_retir
         [heard] = listener.notifies(timeout=20, stop_after=1)
         assert heard.payload == '{"table" : "x", "operation" : "INSERT", "entity_type" : "x"}'
         assert "idx_entity_changes_unprocessed" in _plan(kept)
-        assert migrations.retire_processor(kept, "public") == [
-            "trigger and function public.processor_marks",
-            "trigger and function public.processor_notify",
-            "index public.idx_entity_changes_unprocessed",
-        ]
+        assert migrations.remove(kept, "public", "legacy_processor")
+        assert "idx_entity_changes_unprocessed" not in _plan(kept)
         kept.execute(_ADD, ["2", "reaction"])
         assert list(listener.notifies(timeout=0.1, stop_after=1)) == []
-    assert migrations.retire_processor(kept, "public") == []
+    assert not migrations.remove(kept, "public", "legacy_processor"), "it is gone already"
     assert migrations.verify(kept, "public") == []
+    migrations.install(kept, "public", ["legacy_processor"])
+    assert "idx_entity_changes_unprocessed" in _plan(kept), "the way back"
 
 
 def _plan(db: psycopg.Connection) -> str:
@@ -170,8 +171,41 @@ def test_what_its_writer_handles_itself_is_captured_as_processed_where_the_trigg
     assert rows == [(True, told) if not left else (False, None), (False, None)]
 
 
-def test_keeping_the_processor_is_in_the_script_and_goes_with_the_installation(kept: psycopg.Connection) -> None:
-    assert "processor_marks" in migrations.print_sql("public", [], keep_processor=True)
-    assert "TRIGGER processor_marks" not in migrations.print_sql("public")
-    assert "function public.processor_marks" in migrations.uninstall(kept, "public")
-    assert kept.execute("SELECT count(*) FROM pg_proc WHERE proname LIKE 'processor%'").fetchone() == (0,)
+@pytest.mark.parametrize("schema", ["public", 'Tenant "7" %s; é'])
+def test_what_an_earlier_version_made_for_it_is_upgraded_in_place(schema: str, db: psycopg.Connection) -> None:
+    migrations.install(db, schema, ["legacy_processor"])
+    named = {"schema": sql.Identifier(schema), "ledger": sql.Identifier(schema, "cdc_migrations")}
+    for name in ("processor_marks", "processor_notify"):
+        names = {**named, "new": sql.Identifier(f"legacy_{name}"), "old": sql.Identifier(name)}
+        db.execute(sql.SQL("ALTER FUNCTION {schema}.{new}() RENAME TO {old}").format(**names))
+        db.execute(sql.SQL("ALTER TRIGGER {new} ON {schema}.entity_changes RENAME TO {old}").format(**names))
+    db.execute(sql.SQL("DROP TABLE {schema}.cdc_sets; DELETE FROM {ledger} WHERE version >= 7").format(**named))
+    migrations.upgrade(db, schema)
+    assert _functions(db) == {"legacy_processor_marks", "legacy_processor_notify"}
+    assert migrations.verify(db, schema) == []
+    assert migrations.remove(db, schema, "legacy_processor")
+    assert _functions(db) == set()
+    assert migrations.verify(db, schema) == []
+
+
+def test_the_set_is_in_the_script_when_it_is_named_and_goes_with_the_installation(kept: psycopg.Connection) -> None:
+    made = "TRIGGER legacy_processor_marks"
+    assert made in migrations.print_sql("public", sets=["legacy_processor"])
+    assert made not in migrations.print_sql("public")
+    assert "set legacy_processor" in migrations.uninstall(kept, "public")
+    assert _functions(kept) == set()
+
+
+def test_its_set_gives_a_consumer_no_more_rights() -> None:
+    assert migrations.consumer_rights("legacy_processor", "public", "cdc") == ""
+
+
+def test_a_set_that_holds_an_applications_data_is_not_removed(kept: psycopg.Connection) -> None:
+    with pytest.raises(UsageError, match="the set whatsapp stays"):
+        migrations.remove(kept, "public", "whatsapp")
+    with pytest.raises(UsageError, match="no set 'other'"):
+        migrations.remove(kept, "public", "other")
+
+
+def _functions(db: psycopg.Connection) -> set[str]:
+    return {name for (name,) in db.execute("SELECT proname FROM pg_proc WHERE proname ~ 'processor_'")}

@@ -1,5 +1,5 @@
--- Not a migration: what lets the documented processor go on working on the upgraded table, while consumers take over type
--- by type; `cdc db install --keep-processor` makes it and `cdc db retire-processor` removes it. Safe to run again.
+-- What lets the legacy processor, DatabaseActionProcessor of the documented design, go on working on the upgraded table while
+-- consumers take over type by type. Safe to run again; remove.sql undoes it.
 -- Locks: SHARE on entity_changes for the index, then SHARE ROW EXCLUSIVE for a moment; capturing waits meanwhile.
 
 -- Without it the processor's query, processed = FALSE AND error_count < 3, reads the whole history twice a second.
@@ -9,7 +9,7 @@ CREATE INDEX IF NOT EXISTS idx_entity_changes_unprocessed ON @schema@.entity_cha
 -- The processor knows two columns of the state. It finds rows that wait for a retry, and dead letters with less than
 -- three errors, as well; what it marks processed is so, whatever else the row said. And at its third error it leaves a
 -- row for good: a dead letter.
-CREATE OR REPLACE FUNCTION @schema@.processor_marks() RETURNS trigger
+CREATE OR REPLACE FUNCTION @schema@.legacy_processor_marks() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $cdc$
 BEGIN
@@ -27,18 +27,19 @@ BEGIN
   RETURN NEW;
 END
 $cdc$;
-REVOKE ALL ON FUNCTION @schema@.processor_marks() FROM PUBLIC;
+REVOKE ALL ON FUNCTION @schema@.legacy_processor_marks() FROM PUBLIC;
 
--- Costs each mark, a consumer's too, a lock of its row: one reason to retire the processor.
-CREATE OR REPLACE TRIGGER processor_marks BEFORE UPDATE OF processed, error_count ON @schema@.entity_changes
+-- Costs each mark, a consumer's too, a lock of its row: one reason to remove this.
+CREATE OR REPLACE TRIGGER legacy_processor_marks BEFORE UPDATE OF processed, error_count ON @schema@.entity_changes
   FOR EACH ROW WHEN (
     NEW.processed AND (NEW.next_attempt_at IS NOT NULL OR NEW.dead_at IS NOT NULL OR NEW.processed_at IS NULL)
     OR NOT NEW.processed AND NEW.error_count >= 3 AND NEW.error_count > OLD.error_count
   )
-  EXECUTE FUNCTION @schema@.processor_marks();
+  EXECUTE FUNCTION @schema@.legacy_processor_marks();
 
--- As documented. It takes a lock of the whole cluster in every writer's commit: the other reason.
-CREATE OR REPLACE FUNCTION @schema@.processor_notify() RETURNS trigger
+-- As documented. It takes a lock of the whole cluster in every writer's commit: the other reason. The entity type is of the
+-- document's own notification, which knows one table by name.
+CREATE OR REPLACE FUNCTION @schema@.legacy_processor_notify() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $cdc$
 BEGIN
@@ -50,7 +51,7 @@ BEGIN
   RETURN NULL;
 END
 $cdc$;
-REVOKE ALL ON FUNCTION @schema@.processor_notify() FROM PUBLIC;
+REVOKE ALL ON FUNCTION @schema@.legacy_processor_notify() FROM PUBLIC;
 
-CREATE OR REPLACE TRIGGER processor_notify AFTER INSERT ON @schema@.entity_changes
-  FOR EACH ROW WHEN (NOT NEW.processed) EXECUTE FUNCTION @schema@.processor_notify();
+CREATE OR REPLACE TRIGGER legacy_processor_notify AFTER INSERT ON @schema@.entity_changes
+  FOR EACH ROW WHEN (NOT NEW.processed) EXECUTE FUNCTION @schema@.legacy_processor_notify();

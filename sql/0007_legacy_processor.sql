@@ -1,0 +1,29 @@
+-- Where an earlier version made what the legacy processor needs, it becomes the set legacy_processor: with its names, and
+-- recorded, so that `cdc db remove legacy_processor` finds it. Nothing elsewhere. Safe to run again.
+-- Locks: ACCESS EXCLUSIVE on entity_changes for a moment, where it has something to do.
+
+DO $cdc$
+DECLARE
+  v_former text;
+  v_name text;
+BEGIN
+  FOREACH v_former IN ARRAY ARRAY['processor_marks', 'processor_notify'] LOOP
+    CONTINUE WHEN pg_catalog.to_regprocedure(pg_catalog.format('%I.%I()', @schema_literal@, v_former)) IS NULL;
+    v_name := 'legacy_' || v_former;
+    -- What a program of that version makes beside the names of this one.
+    EXECUTE pg_catalog.format('DROP TRIGGER IF EXISTS %I ON %I.entity_changes', v_name, @schema_literal@);
+    EXECUTE pg_catalog.format('DROP FUNCTION IF EXISTS %I.%I()', @schema_literal@, v_name);
+    EXECUTE pg_catalog.format('ALTER FUNCTION %I.%I() RENAME TO %I', @schema_literal@, v_former, v_name);
+    EXECUTE pg_catalog.format('ALTER TRIGGER %I ON %I.entity_changes RENAME TO %I', v_former, @schema_literal@, v_name);
+    CREATE TABLE IF NOT EXISTS @schema@.cdc_sets (
+      set_name text NOT NULL,
+      version integer NOT NULL,
+      name text NOT NULL,
+      applied_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+      PRIMARY KEY (set_name, version)
+    );
+    INSERT INTO @schema@.cdc_sets (set_name, version, name) VALUES ('legacy_processor', 1, 'beside_consumers')
+    ON CONFLICT DO NOTHING;
+  END LOOP;
+END
+$cdc$;

@@ -1,0 +1,6 @@
+-- What undoes this set: for `cdc db remove legacy_processor`, once no legacy processor runs. Its NOTIFY in the writers'
+-- transactions ends with it.
+DROP TRIGGER IF EXISTS legacy_processor_marks ON @schema@.entity_changes;
+DROP TRIGGER IF EXISTS legacy_processor_notify ON @schema@.entity_changes;
+DROP FUNCTION IF EXISTS @schema@.legacy_processor_marks(), @schema@.legacy_processor_notify();
+DROP INDEX IF EXISTS @schema@.idx_entity_changes_unprocessed;
