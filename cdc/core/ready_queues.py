@@ -10,13 +10,14 @@ slot meanwhile. Nor does what its handler's breaker holds back.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from math import ceil
 from typing import NamedTuple
 
 from cdc.core.circuit_breaker import Breaker
 from cdc.core.dynamic_limit import DynamicLimit
 from cdc.core.model import Change, Key
+from cdc.core.router import Handler
 
 _FACTOR = 2
 """One that hangs is left two thirds. Of ten connections there is then still one for a fourth that comes after three."""
@@ -31,11 +32,21 @@ class Requirements(NamedTuple):
     """
 
     entity_type: str
-    handler: Hashable = None
+    handler: Handler | None = None
     pools: tuple[str, ...] = ()
     fenced: bool = False
     run: int = 1
     breaker: Breaker | None = None
+
+
+class Run(NamedTuple):
+    """Changes to call one after the other, each of another key, and their handler; None: nobody has declared one."""
+
+    handler: Handler | None
+    changes: Sequence[Change]
+
+
+NOTHING = Run(None, ())
 
 
 class ReadyQueues:
@@ -83,12 +94,12 @@ class ReadyQueues:
                 return keys, needs
         return None
 
-    def of_handler(self, handler: Hashable) -> Generator[Key, None, None]:
+    def of_handler(self, handler: Handler | None) -> Generator[Key, None, None]:
         """Take the keys that are ready for this handler one by one, whatever their type. Close it when you have enough.
 
         Those ``put`` back meanwhile do not come again.
         """
-        for needs in [needs for needs in self._queues if needs.handler == handler]:
+        for needs in [needs for needs in self._queues if needs.handler is handler]:
             queue = self._queues[needs]
             try:
                 for _ in range(len(queue)):

@@ -41,7 +41,7 @@ from cdc.core.dynamic_limit import DynamicLimit, Room
 from cdc.core.key_queue import KeyQueue
 from cdc.core.model import Change, Committed, Key
 from cdc.core.read_reconciler import ReadReconciler, Settlement
-from cdc.core.ready_queues import ReadyQueues, Requirements
+from cdc.core.ready_queues import NOTHING, ReadyQueues, Requirements, Run
 from cdc.core.settle_queue import SettleQueue
 from cdc.core.shard_ownership import ShardOwnership
 
@@ -96,8 +96,6 @@ class KeyScheduler:
         self._deferred = DeferredKeys(unread_max, sole=sole)
         self._in_flight = ShardOwnership()
         self._reconciler = ReadReconciler()
-
-    # --- what is where ---------------------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
@@ -288,8 +286,8 @@ class KeyScheduler:
 
     # --- through ---------------------------------------------------------------------------------------------------
 
-    def start(self) -> Sequence[Change]:
-        """What is to run now: the next change, or a run of several that need the same, each of another key."""
+    def start(self) -> Run:
+        """What is to run now: the next change, or several that need the same. Without changes: nothing is ready."""
         while turn := self._ready_queues.next():
             keys, needs = turn
             started: list[Change] = []
@@ -300,25 +298,30 @@ class KeyScheduler:
                     started.append(self._start_next(lane))
             if started:
                 self._ready_queues.started(started, needs)
-                return started
-        return ()
+                return Run(needs.handler, started)
+        return NOTHING
 
     def set_aside(self, change: Change) -> None:
         """A started change waits for something of its own, or joins a batch: others may run in its place."""
         self._ready_queues.ended([change])
 
-    def start_with(self, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
-        """Start more changes that ``belong`` into a started batch, up to ``limit``: of its keys first, then others.
+    def start_with(self, batch: list[Change], limit: int, fits: Callable[[Change], bool]) -> None:
+        """Start more changes of its handler that fit into a started batch, up to ``limit``: of its keys first.
 
         A batch holds the places of its first change, whatever the types of the others.
         """
+        handler = self._needs(batch[0]).handler
+
+        def belongs(change: Change) -> bool:
+            return self._needs(change).handler is handler and fits(change)
+
         if len(batch) > 1:
             self.set_aside(batch[-1])
         for key in dict.fromkeys(change.key for change in batch):
             self._start_run(self._scheduler[key], batch, limit, belongs)
         if len(batch) >= limit:
             return
-        with closing(self._ready_queues.of_handler(self._needs(batch[0]).handler)) as keys:
+        with closing(self._ready_queues.of_handler(handler)) as keys:
             for key in keys:
                 lane = self._scheduler.get(key)
                 if lane is None or not self._startable(lane):
@@ -381,8 +384,6 @@ class KeyScheduler:
         self._drop_if_empty(lane)
         self._consider_resume(key)
 
-    # --- out -------------------------------------------------------------------------------------------------------
-
     def take_finished(self, limit: int, now: float = inf) -> list[Settlement]:
         """What is to be settled next, in the order in which it finished."""
         return self.marks.take(limit, now)
@@ -411,8 +412,6 @@ class KeyScheduler:
     def resumes(self, limit: int) -> list[KeyRead]:
         """Keys to read on for, of one type that has room, each told once; answer each with ``resumed``."""
         return self._deferred.resumes(limit, self._window.admits)
-
-    # --- inside ----------------------------------------------------------------------------------------------------
 
     def _make_ready(self, lane: KeyQueue) -> None:
         lane.needs = self._needs(lane.queue[0])

@@ -18,6 +18,7 @@ from typing import Any
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
 from cdc.core.model import Change, Dead, Outcome
 from cdc.core.read_reconciler import Settlement
+from cdc.core.ready_queues import NOTHING, Run
 from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler
 from cdc.engine.crash_guard import CrashGuard
@@ -64,9 +65,10 @@ class Dispatcher:
         self._transactions = {is_async: asyncio.Semaphore(connections) for is_async in (True, False)}
         self._finished = finished
         self._read_anew = read_anew
+        self._handler: Handler | None = None
         self._started = deque[Change]()
-        """A run that the workers go through, one after the other calling what it can."""
-        self._tasks: dict[asyncio.Task[None], list[Change]] = {}
+        """A run of this handler that the workers go through, one after the other calling what it can."""
+        self._tasks: dict[asyncio.Task[None], Run] = {}
         executor.tasks = self._tasks
         self._unstarted = set[asyncio.Task[None]]()
         """Those of the tasks that have not looked for a change yet: what is ready for them needs no others."""
@@ -82,7 +84,7 @@ class Dispatcher:
         """Attempts that ended, not by their call, and for which there is no outcome."""
         self._alone = asyncio.Lock()
         self._settled = asyncio.Event()
-        self._later: deque[Change] = deque()
+        self._later: deque[tuple[Handler | None, Change]] = deque()
         """What may kill the process as well, and would be blamed on the suspect that happens to run."""
         self._stopping = asyncio.Event()
         self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
@@ -103,13 +105,13 @@ class Dispatcher:
         dispatcher = len(self._tasks) - len(self._aside) - len(self._doubted) - len(self._lost)
         for _ in range(min(ready, self._concurrency - dispatcher)):
             task = asyncio.create_task(self._work())
-            self._tasks[task] = []
+            self._tasks[task] = NOTHING
             self._unstarted.add(task)
             task.add_done_callback(self._ended)
 
     def breaker_moved(self) -> None:
         """The breaker of a handler has opened, lets a call through, or has closed."""
-        handler = self._executor.handler(self._started[0]) if self._started else None
+        handler = self._handler
         while handler and self._started and self._executor.breakers.rests(handler.name):
             self._leave([self._started.popleft()])
         self.hand_out()
@@ -132,16 +134,15 @@ class Dispatcher:
         """Cut off what can be. A call in a thread goes on; its key stays shut until it returns."""
         self._put_back()
         self._executor.session_lost()
-        in_thread = {task for task, batch in self._tasks.items() if any(map(self._executor.in_thread, batch))}
+        in_thread = {task for task, run in self._tasks.items() if any(map(self._executor.in_thread, run.changes))}
         if in_thread:
             log.warning("%d handlers in threads go on without their session; their keys wait for them", len(in_thread))
         await self._cut_off([task for task in self._tasks if task not in in_thread])
 
     async def _cut_off(self, tasks: Iterable[asyncio.Task[None]]) -> None:
         running = [(task, self._tasks[task]) for task in tasks if task not in self._deaf]
-        for task, batch in running:
-            for change in batch:
-                self._executor.interrupted(change)
+        for task, run in running:
+            self._executor.interrupted(run)
             cancel(task)
         if running:
             log.warning("%d handlers were cut off; their changes stay as they were", len(running))
@@ -156,7 +157,7 @@ class Dispatcher:
         self._unstarted.discard(task)
         ready_queues = 0
         while not self._stopping.is_set() and self._have_started():
-            handler = self._executor.handler(self._started[0])
+            handler = self._handler
             done, unfinished = self._at_once(handler)
             if unfinished:
                 await self._go_on(task, handler, unfinished)
@@ -170,12 +171,14 @@ class Dispatcher:
                 await OtherTasks()
 
     def _have_started(self) -> bool:
-        """Whether there is something to call; the changes of a run have the same handler."""
+        """Whether there is something to call."""
         if not self._started:
             if self._later and not self._aside:
-                self._started.append(self._later.popleft())
+                self._handler, change = self._later.popleft()
+                self._started.append(change)
             else:
-                self._started.extend(self._scheduler.start())
+                self._handler, run = self._scheduler.start()
+                self._started.extend(run)
         return bool(self._started)
 
     def _hand_out_others(self) -> None:
@@ -195,7 +198,7 @@ class Dispatcher:
         assert handler is not None
         change = unfinished.change
         self._hand_out_others()
-        self._tasks[task] = [change]
+        self._tasks[task] = Run(handler, [change])
         try:
             outcome = await self._executor.go_on(handler, unfinished)
         except asyncio.CancelledError:  # see Runner.go_on
@@ -203,7 +206,7 @@ class Dispatcher:
             raise
         except Exception as error:  # noqa: BLE001 - see _bug
             outcome = self._bug(handler, [change], error)[change]
-        self._tasks[task] = []
+        self._tasks[task] = NOTHING
         if outcome is None:
             self._leave([change])
         else:
@@ -213,17 +216,18 @@ class Dispatcher:
         change = self._started.popleft()
         self._hand_out_others()
         if change.crashed:
-            self._set_aside(change)
+            self._set_aside(handler, change)
         elif self._aside and self._crash_guard.wants(change):
-            self._later.append(change)
+            self._later.append((handler, change))
         elif self._executor.lost(change):
-            self._beside(change, self._attend_lost(change), self._lost)
+            self._beside(handler, change, self._attend_lost(handler, change), self._lost)
         elif handler is not None and handler in self._lingering and not self._alone_only(change):
             self._join(handler, change)
         else:
-            self._tasks[task] = batch = [change]
+            batch = [change]
+            self._tasks[task] = Run(handler, batch)
             await self._attend(handler, batch)
-            self._tasks[task] = []
+            self._tasks[task] = NOTHING
 
     async def _attend(self, handler: Handler | None, batch: list[Change]) -> None:
         """Run a change, or the batch that is gathered around it, and report."""
@@ -235,7 +239,7 @@ class Dispatcher:
                 outcomes = await self._run(handler, batch)
         except asyncio.CancelledError as error:
             if not is_being_cancelled():  # nor was it their call that raised it
-                self._is_at([])
+                self._is_at(NOTHING)
                 self._escaped(batch, error)
                 return
             self._leave(batch)
@@ -250,7 +254,7 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - see _bug
             outcomes = self._bug(handler, batch, error)
         self._crash_guard.ended([one for one in batch if one in outcomes])
-        self._judged(batch, outcomes)
+        self._judged(handler, batch, outcomes)
 
     async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
         if handler is not None:
@@ -276,24 +280,25 @@ class Dispatcher:
                 self._report([Settlement(change, Dead(text))])
 
     def _put_back(self) -> None:
-        for waiting in (self._later, self._started):
-            while waiting:
-                self._leave([waiting.popleft()])
+        while self._later:
+            self._leave([self._later.popleft()[1]])
+        while self._started:
+            self._leave([self._started.popleft()])
 
-    def _judged(self, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]) -> None:
+    def _judged(self, handler: Handler | None, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]) -> None:
         left = [one for one in batch if one not in outcomes] if len(outcomes) < len(batch) else []
-        self._is_at(left)
+        self._is_at(Run(handler, left))
         # In seq order within a key: so they are settled.
         self._report([Settlement(one, outcomes[one]) for one in batch if one in outcomes])
-        self._is_at([])
+        self._is_at(NOTHING)
         if left:
             self._leave(left)
 
-    def _is_at(self, batch: list[Change]) -> None:
+    def _is_at(self, run: Run) -> None:
         """An error that escapes from this task is about these and no others."""
         task = asyncio.current_task()
         assert task is not None
-        self._tasks[task] = batch
+        self._tasks[task] = run
 
     def _report(self, batch: Sequence[Settlement]) -> None:
         if batch:
@@ -301,24 +306,28 @@ class Dispatcher:
             self._escapes.forget(finished.change for finished in batch)
             self._finished(batch)
 
-    def _set_aside(self, change: Change) -> None:
+    def _set_aside(self, handler: Handler | None, change: Change) -> None:
         """A suspect runs alone; it waits for its turn without keeping a worker."""
         if self._crash_guard.doubts(change):
-            self._beside(change, _for(_ASK_AGAIN_S, asyncio.Event()), self._doubted)
+            self._beside(handler, change, _for(_ASK_AGAIN_S, asyncio.Event()), self._doubted)
         else:
-            self._beside(change, self._attend_alone(change), self._aside)
+            self._beside(handler, change, self._attend_alone(handler, change), self._aside)
 
     def _beside(
-        self, change: Change, work: Coroutine[Any, Any, None], kind: dict[asyncio.Task[None], Change | None]
+        self,
+        handler: Handler | None,
+        change: Change,
+        work: Coroutine[Any, Any, None],
+        kind: dict[asyncio.Task[None], Change | None],
     ) -> None:
         """In a task that is no worker, and takes no place of one."""
         self._scheduler.set_aside(change)
         task = asyncio.create_task(work)
         kind[task] = change
-        self._tasks[task] = [change]
+        self._tasks[task] = Run(handler, [change])
         task.add_done_callback(self._ended)
 
-    async def _attend_lost(self, change: Change) -> None:
+    async def _attend_lost(self, handler: Handler | None, change: Change) -> None:
         task = asyncio.current_task()
         assert task is not None
         await _for(self._executor.pause_s(change), self._stopping)
@@ -326,22 +335,22 @@ class Dispatcher:
             if self._stopping.is_set():
                 return
             self._lost[task] = None
-            if outcome := self._executor.after_losses(change):
-                self._judged([change], {change: outcome})
+            if outcome := self._executor.after_losses(handler, change):
+                self._judged(handler, [change], {change: outcome})
             else:
-                await self._attend(self._executor.handler(change), [change])
+                await self._attend(handler, [change])
 
-    async def _attend_alone(self, change: Change) -> None:
+    async def _attend_alone(self, handler: Handler | None, change: Change) -> None:
         task = asyncio.current_task()
         assert task is not None
         async with self._alone:
             if self._stopping.is_set() or not (suspicion := await self._crash_guard.suspects(change)):
                 return
             self._aside[task] = None
-            if outcome := self._executor.after_crash(change, suspicion):
-                self._judged([change], {change: outcome})
+            if outcome := self._executor.after_crash(handler, change, suspicion):
+                self._judged(handler, [change], {change: outcome})
             else:
-                await self._attend(self._executor.handler(change), [change])
+                await self._attend(handler, [change])
             while self._scheduler.knows(change.seq):  # else the next one's crash would be counted against it, too
                 self._settled.clear()
                 await self._settled.wait()
@@ -353,7 +362,7 @@ class Dispatcher:
             return
         if handler.batch is None:
             limit = min(limit, 1 + self._scheduler.waiting_like(batch[0]) // self._connections)
-        self._scheduler.start_with(batch, limit, self._for(handler, batch))
+        self._scheduler.start_with(batch, limit, self._fits_into(batch))
         if handler.linger_s and len(batch) < limit and handler not in self._lingering:
             full = asyncio.Event()
             self._lingering[handler] = waiting = batch, full
@@ -368,23 +377,23 @@ class Dispatcher:
         batch, full = self._lingering[handler]
         batch.append(change)
         limit = handler.batch or 1
-        self._scheduler.start_with(batch, limit, self._for(handler, batch))
+        self._scheduler.start_with(batch, limit, self._fits_into(batch))
         if len(batch) >= limit:
             full.set()
             del self._lingering[handler]
 
-    def _for(self, handler: Handler, batch: Sequence[Change]) -> Callable[[Change], bool]:
-        """What may run together with others of this handler, and fits into the batch with its documents."""
+    def _fits_into(self, batch: Sequence[Change]) -> Callable[[Change], bool]:
+        """What may run together with others of its handler, and fits into the batch with its documents."""
         counted, left = 0, _BATCH_BYTES
 
-        def belongs(change: Change) -> bool:
+        def fits(change: Change) -> bool:
             nonlocal counted, left
             while counted < len(batch):
                 left -= batch[counted].size
                 counted += 1
-            return self._executor.handler(change) is handler and not self._alone_only(change) and change.size <= left
+            return not self._alone_only(change) and change.size <= left
 
-        return belongs
+        return fits
 
     def _alone_only(self, change: Change) -> bool:
         """Whether it is not to run together with others: they would pay for what it does."""
@@ -397,7 +406,7 @@ class Dispatcher:
         self._read_anew()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        batch = self._tasks.pop(task)
+        run = self._tasks.pop(task)
         self._deaf.discard(task)
         self._unstarted.discard(task)  # it may have been cut off before its first step
         kinds = (self._aside, self._doubted, self._lost)
@@ -408,7 +417,7 @@ class Dispatcher:
         if unattended:
             self._leave([unattended])
         elif failed:
-            self._escaped(batch, failed)
+            self._escaped(run.changes, failed)
         self.hand_out()
 
 

@@ -58,6 +58,7 @@ from cdc.core.model import (  # fmt: skip
     fast_make,
 )
 from cdc.core.read_reconciler import Settlement
+from cdc.core.ready_queues import Run
 from cdc.core.router import Handler, Router
 from cdc.core.transaction_batching import Grouping
 from cdc.engine.calls import CutOffError, StartedCall, begin, call_handler, call_handler_here, call_here
@@ -139,11 +140,8 @@ class Executor:
         """By what stood in the way."""
         self._groupings = {h.name: Grouping(h.group) for h in handlers if h.group > 1}
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
-        self.tasks: Mapping[asyncio.Task[Any], Sequence[Change]] = {}
+        self.tasks: Mapping[asyncio.Task[Any], Run] = {}
         """What each of the tasks that call us is at; theirs to keep."""
-
-    def handler(self, change: Change) -> Handler | None:
-        return self._router.match(change.entity_type, change.operation)
 
     def group_limit(self, handler: Handler) -> int:
         """How many changes may share the handler's next transaction: one, where it only finds out."""
@@ -155,18 +153,18 @@ class Executor:
         job = self._jobs.get(change.seq)
         return job is not None and job.started_at is not None
 
-    def interrupted(self, change: Change) -> None:
+    def interrupted(self, run: Run) -> None:
         """The call was cut off."""
-        if handler := self.handler(change):
-            self._metrics.handled(change.entity_type, handler.name, "interrupted")
+        if run.handler:
+            for change in run.changes:
+                self._metrics.handled(change.entity_type, run.handler.name, "interrupted")
 
     def session_lost(self) -> None:
         """Nothing more is to start of what is under way."""
         self._sessions_lost += 1
 
-    def after_crash(self, change: Change, suspicion: Suspicion) -> Outcome | None:
+    def after_crash(self, handler: Handler | None, change: Change, suspicion: Suspicion) -> Outcome | None:
         """The outcome of a change whose attempts have all ended with their process; None: it is to run."""
-        handler = self.handler(change)
         again = suspicion is Suspicion.AGAIN
         return self._error_policy.after_crash(handler, change, again=again) if handler else None
 
@@ -174,9 +172,9 @@ class Executor:
         """Seconds to wait before what was lost runs again."""
         return pause_s(max(self._losses.times(change.id), self._delays.times(change.id)))
 
-    def after_losses(self, change: Change) -> Outcome | None:
+    def after_losses(self, handler: Handler | None, change: Change) -> Outcome | None:
         """The outcome of a suspect that lost its transaction or session too often; None: it is to run."""
-        times, handler = self._losses.times(change.id), self.handler(change)
+        times = self._losses.times(change.id)
         if times < LOSSES_MAX or handler is None:
             return None
         self._forget([change])
@@ -431,8 +429,7 @@ class Executor:
         return Ran(await limit.call(call_handler(handler, given)))
 
     def _ignored(self, task: asyncio.Task[Any]) -> None:
-        changes = self.tasks.get(task)
-        handler = self.handler(changes[0]) if changes else None
+        handler, changes = self.tasks.get(task, (None, ()))
         if changes and handler:
             self._error_policy.count(handler, "timeout")
             log.error(

@@ -20,11 +20,11 @@ def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
     scheduler = KeyScheduler(10)
     scheduler.own([0])
     scheduler.admit([row(1), row(2)])
-    [first] = scheduler.start()
+    [first] = scheduler.start().changes
     scheduler.finished([Settlement(first, Waiting(0.1, "no"))])
     scheduler.settled(scheduler.take_finished(10))
     scheduler.admit([row(1)])  # due
-    [again] = scheduler.start()
+    [again] = scheduler.start().changes
     scheduler.interrupted(again)
     for resume in scheduler.resumes(10):
         scheduler.resumed(resume, [row(2, held=True)], complete=True)
@@ -36,13 +36,13 @@ def test_what_is_queued_behind_a_waiting_change_that_is_interrupted_is_not_forgo
     scheduler = KeyScheduler(10)
     scheduler.own([0])
     scheduler.admit([row(1, requeued=True)], due=True)
-    [started] = scheduler.start()
+    [started] = scheduler.start().changes
     scheduler.admit([row(2)])
     scheduler.interrupted(started)
     for resume in scheduler.resumes(10):
         scheduler.resumed(resume, [row(2)], complete=True)
     scheduler.admit([row(3)])
-    [following] = scheduler.start()
+    [following] = scheduler.start().changes
     assert following.seq == 2, "and nothing overtakes it"
 
 
@@ -91,4 +91,4 @@ async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_o
     await dispatcher.session_lost()
     scheduler.own([0])
     scheduler.admit([row(1)])
-    assert scheduler.start(), "nothing runs any more, and the key is still shut"
+    assert scheduler.start().changes, "nothing runs any more, and the key is still shut"

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from typing import NamedTuple
 
 from cdc.core.deferred_keys import KeyRead
@@ -19,6 +20,7 @@ from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.rebalance import balance
+from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler, Row
 from cdc.core.shard_cursor import Scanned
 from tests.simulation.promises import Promises
@@ -41,6 +43,12 @@ class Kind(NamedTuple):
     transactional: bool
     in_thread: bool
     pauses: bool
+
+
+_HANDLERS = {
+    kind: Handler(str(kind), print, is_async=not kind.in_thread, transactional=kind.transactional, pauses=kind.pauses)
+    for kind in map(Kind._make, product((False, True), repeat=3))
+}
 
 
 @dataclass(frozen=True)
@@ -299,7 +307,7 @@ class Consumer:
     # --- handlers --------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        run = self.scheduler.start()
+        run = self.scheduler.start().changes
         assert not run or self.session, "handed out without a session"
         for change in run:
             self._start(change)
@@ -316,7 +324,7 @@ class Consumer:
         before = len(call.changes)
         call.changes.append(change)
         if self._settings.batches:
-            self.scheduler.start_with(call.changes, _BATCH, lambda other: self._kind(other) == kind)
+            self.scheduler.start_with(call.changes, _BATCH, lambda _other: True)
         if len(call.changes) >= _BATCH:
             call.lingering = False
         self._promises.starts(call, call.changes[before:], self._unsettled)
@@ -325,7 +333,7 @@ class Consumer:
         kind = self._kind(change)
         single = not (kind.in_thread or kind.transactional or self._settings.batches)
         return Requirements(
-            change.entity_type, str(kind), ("threads",) if kind.in_thread else (), fenced=kind.transactional,
+            change.entity_type, _HANDLERS[kind], ("threads",) if kind.in_thread else (), fenced=kind.transactional,
             run=_BATCH if single else 1,
         )  # fmt: skip
 

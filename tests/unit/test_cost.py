@@ -64,7 +64,7 @@ def through(scheduler: KeyScheduler, found: list[Row]) -> None:
         scheduler.admit(found)
     to_start = len(found)
     while to_start > 0:
-        run = scheduler.start()
+        run = scheduler.start().changes
         to_start -= len(run)
         scheduler.finished([Settlement(change, Processed()) for change in run])
     scheduler.settled(scheduler.take_finished(len(found)))

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from cdc.core.model import Key
 from cdc.core.ready_queues import ReadyQueues, Requirements
+from cdc.core.router import Handler
 from tests.unit.changes import change
 
-_A, _B = Requirements("a", "on loop"), Requirements("b", "on loop")
-_A_SYNC, _B_SYNC = Requirements("a", "sync", ("threads",)), Requirements("b", "sync", ("threads",))
+_ON_LOOP, _SYNC = Handler("on loop", print, is_async=True), Handler("sync", print, is_async=False)
+_A, _B = Requirements("a", _ON_LOOP), Requirements("b", _ON_LOOP)
+_A_SYNC, _B_SYNC = Requirements("a", _SYNC, ("threads",)), Requirements("b", _SYNC, ("threads",))
 
 
 def _put(ready_queues: ReadyQueues, needs: Requirements, count: int, first: int = 0) -> None:
@@ -84,7 +86,7 @@ def test_a_slot_and_its_threads_are_free_again_when_the_change_has_ended() -> No
 
 
 def test_a_run_has_several_keys_of_one_queue_but_no_more_than_may_start() -> None:
-    quick, other = Requirements("a", "quick", run=3), Requirements("b", "other")
+    quick, other = _A._replace(run=3), _B
     ready_queues = ReadyQueues(7, sole=False)
     _put(ready_queues, quick, 5)
     _put(ready_queues, other, 1)
@@ -118,10 +120,10 @@ def test_the_keys_of_one_handler_are_offered_whatever_their_type_and_the_rest_st
     _put(ready_queues, _A, 3)
     _put(ready_queues, _B, 1)
     _put(ready_queues, _A_SYNC, 1)
-    with closing(ready_queues.of_handler("on loop")) as keys:
+    with closing(ready_queues.of_handler(_ON_LOOP)) as keys:
         assert [next(keys), next(keys)] == [("a", "0"), ("a", "1")]
         ready_queues.put(("a", "0"), _A)
-    with closing(ready_queues.of_handler("on loop")) as keys:
+    with closing(ready_queues.of_handler(_ON_LOOP)) as keys:
         assert set(keys) == {("a", "2"), ("a", "0"), ("b", "0")}
     assert _start_all(ready_queues) == [("a", "0")]
     assert ready_queues.next() is None

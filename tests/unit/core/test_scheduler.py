@@ -10,6 +10,7 @@ from cdc.core.deferred_keys import KeyRead
 from cdc.core.model import Change, Dead, Outcome, Processed, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import ReadyQueues, Requirements
+from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler
 from tests.unit.changes import row
 
@@ -23,7 +24,7 @@ def scheduler() -> KeyScheduler:
 
 def _start_all(scheduler: KeyScheduler) -> list[Change]:
     started = []
-    while run := scheduler.start():
+    while run := scheduler.start().changes:
         started += run
     return started
 
@@ -54,7 +55,7 @@ def test_a_batch_takes_successive_changes_of_its_keys_and_then_of_others_up_to_i
     scheduler: KeyScheduler,
 ) -> None:
     scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b"), row(4, "c"), row(5, "c")])
-    [first] = scheduler.start()
+    [first] = scheduler.start().changes
     batch = [first]
     scheduler.start_with(batch, 4, lambda change: change.entity_id != "b")
     assert _seqs(batch) == [1, 2, 4, 5]
@@ -66,7 +67,7 @@ def test_a_batch_takes_successive_changes_of_its_keys_and_then_of_others_up_to_i
 
 def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(scheduler: KeyScheduler) -> None:
     scheduler.admit([row(1), row(2)])
-    [first] = scheduler.start()
+    [first] = scheduler.start().changes
     batch = [first]
     scheduler.start_with(batch, 2, lambda change: True)
     for change in batch:
@@ -283,7 +284,7 @@ def test_a_key_that_a_stale_read_shows_held_by_one_that_was_cut_off_is_read_agai
 
 def test_an_earlier_change_that_comes_in_late_does_not_join_the_batch_of_a_later_one(scheduler: KeyScheduler) -> None:
     scheduler.admit([row(2), row(3)])
-    [first] = scheduler.start()
+    [first] = scheduler.start().changes
     batch = [first]
     scheduler.admit([row(1, requeued=True)], due=True)
     scheduler.start_with(batch, 3, lambda change: True)
@@ -339,23 +340,23 @@ def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
     scheduler.own([0])
     scheduler.admit([row(seq, str(seq)) for seq in range(1, 9)])
     for _ in range(2):
-        [first] = scheduler.start()
+        [first] = scheduler.start().changes
         scheduler.start_with([first], 3, lambda change: True)
-    assert not scheduler.start()
+    assert not scheduler.start().changes
     assert scheduler.ready == 0
     scheduler.finished([Settlement(first, Processed())])
-    assert scheduler.start()
+    assert scheduler.start().changes
 
 
 def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> None:
     scheduler = KeyScheduler(20, ready_queues=ReadyQueues(1))
     scheduler.own([0])
     scheduler.admit([row(seq, str(seq)) for seq in range(1, 5)])
-    [first] = scheduler.start()
+    [first] = scheduler.start().changes
     scheduler.set_aside(first)
-    [first] = scheduler.start()
+    [first] = scheduler.start().changes
     scheduler.set_aside(first)
-    [joining] = scheduler.start()
+    [joining] = scheduler.start().changes
     scheduler.start_with([first, joining], 2, lambda change: True)
     assert scheduler.ready == 1
 
@@ -368,15 +369,17 @@ def test_a_handler_that_outlives_its_session_keeps_its_slot_until_it_returns() -
     scheduler.reset()
     scheduler.own([0])
     scheduler.admit([row(2, "b")])
-    assert not scheduler.start()
+    assert not scheduler.start().changes
     scheduler.interrupted(running)
     assert _seqs(_start_all(scheduler)) == [2]
 
 
 def test_a_key_whose_next_change_needs_something_else_than_before_waits_for_that() -> None:
-    scheduler = KeyScheduler(10, needs=lambda change: Requirements("t", str(change.seq), ("pool",) * (change.seq == 1)),
+    first, other = (Handler(name, print, is_async=True) for name in ("first", "other"))
+    needs = {1: Requirements("t", first, ("pool",)), 2: Requirements("t", other)}
+    scheduler = KeyScheduler(10, needs=lambda change: needs[change.seq],
                   ready_queues=ReadyQueues(5, {"pool": 0}))  # fmt: skip
     scheduler.own([0])
     scheduler.admit([row(2)])
     scheduler.admit([row(1)])  # of a key coarser than its rows
-    assert not scheduler.start()
+    assert not scheduler.start().changes

@@ -224,7 +224,7 @@ class LanesAndTable(RuleBasedStateMachine):
         self._start(data.draw(st.integers(1, 4)))
 
     def _start(self, batch: int) -> None:
-        started = list(self.scheduler.start())
+        started = list(self.scheduler.start().changes)
         if not started:
             return
         if len(started) == 1:

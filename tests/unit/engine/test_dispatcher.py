@@ -11,6 +11,7 @@ import pytest
 from cdc.core.lost_transactions import LOSSES_MAX
 from cdc.core.model import Change, Dead, Outcome, Processed, Suspicion
 from cdc.core.read_reconciler import Settlement
+from cdc.core.ready_queues import Run
 from cdc.core.scheduler import KeyScheduler, Row
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher, OtherTasks
@@ -27,10 +28,7 @@ class _Waiting:
         self.go = asyncio.Event()
         self.started: list[int] = []
 
-    def handler(self, change: Change) -> None:
-        return None
-
-    def after_crash(self, change: Change, suspicion: Suspicion) -> None:
+    def after_crash(self, handler: None, change: Change, suspicion: Suspicion) -> None:
         return None
 
     def lost(self, change: Change) -> bool:
@@ -38,7 +36,7 @@ class _Waiting:
 
     def session_lost(self) -> None: ...
 
-    def interrupted(self, change: Change) -> None: ...
+    def interrupted(self, run: Run) -> None: ...
 
     def in_thread(self, change: Change) -> bool:
         return False

@@ -226,9 +226,11 @@ async def test_what_was_put_off_meanwhile_goes_to_its_own_handler() -> None:
 
     stage = _Stage(handle, other=other)
     stage.scheduler.admit([row(1, "1", entity_type="other"), row(2, "2"), row(3, "3")])
-    stage.dispatcher._later.extend(stage.scheduler.start())
-    stage.dispatcher._started.extend(stage.scheduler.start())  # the rest of a run, of which one waits
-    assert (len(stage.dispatcher._later), len(stage.dispatcher._started)) == (1, 2)
+    handler, [put_off] = stage.scheduler.start()
+    stage.dispatcher._later.append((handler, put_off))
+    stage.dispatcher._handler, run = stage.scheduler.start()
+    stage.dispatcher._started.extend(run)  # the rest of a run, of which one waits
+    assert len(stage.dispatcher._started) == 2
     stage.dispatcher.hand_out()
     await stage.until_done([1, 2, 3])
     assert sorted(got) == [("handle", "t"), ("handle", "t"), ("other", "other")]
