@@ -27,7 +27,6 @@ from cdc.core.errors import CdcError, UsageError
 from cdc.core.model import Change, ChangeState, Operation
 from cdc.core.router import Router
 from cdc.core.type_filter import TypeFilter
-from cdc.observability.metrics import Metrics
 from cdc.postgres.admin import Entry, OutboxAdmin, Wanted
 from cdc.postgres.connect import connect, connect_async
 from cdc.postgres.loaders import read_anything
@@ -171,7 +170,7 @@ async def drain(
             app.consumer.stop()
             await asyncio.wait([work])
         work.result()
-        drained = await asyncio.to_thread(look.result, app.metrics)
+        drained = await asyncio.to_thread(look.result, app.status.handlers.attempts)
     if drained.dead and not allow_dead:
         raise DeadLetterError(
             f"{drained.dead} changes became dead letters: {_named(drained.dead_letters)}",
@@ -232,10 +231,10 @@ class _Look:
         wanted = (Wanted(entity_type) for entity_type in types)
         return [entry for each in wanted for entry in self._letters.find(self._connection, state, each, limit).entries]
 
-    def result(self, metrics: Metrics) -> Drained:
+    def result(self, outcomes: Mapping[str, int]) -> Drained:
+        """``outcomes``: attempts, by how they ended."""
         stats = self._letters.stats(self._connection)
         dead = self._find("dead", _LOOKED_AT_MAX)
-        outcomes = _outcomes(metrics)
         return Drained(
             processed=outcomes.get("processed", 0),
             skipped=outcomes.get("skipped", 0),
@@ -246,16 +245,6 @@ class _Look:
             held=sum(each.blocked for each in stats.types if self._scope.has(each.entity_type)),
             unhandled=sum(each.fresh for each in stats.types if not self._scope.has(each.entity_type)),
         )
-
-
-def _outcomes(metrics: Metrics) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for family in metrics.registry.collect():
-        for sample in family.samples:
-            if sample.name == "cdc_changes_handled_total":
-                outcome = sample.labels["outcome"]
-                counts[outcome] = counts.get(outcome, 0) + int(sample.value)
-    return counts
 
 
 def _named(entries: Iterable[Entry]) -> str:

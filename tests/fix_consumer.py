@@ -16,8 +16,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cdc.app import config
-from cdc.app.application import App, Limits
+from cdc.app.application import App
 from cdc.core.router import Router
+from cdc.engine.health_checks import HealthThresholds
 from tests.eventually import eventually
 from tests.forked import Forked
 
@@ -32,11 +33,11 @@ def slot_name() -> str:
 
 @contextlib.asynccontextmanager
 async def consuming(
-    dsn: str, router: Router | None, limits: Limits | None = None, **settings: Any
+    dsn: str, router: Router | None, thresholds: HealthThresholds | None = None, **settings: Any
 ) -> AsyncIterator[App]:
     """A consumer beside the test. Leaves by draining; what ended it early is raised."""
     always = {"dsn": dsn, "http_port": 0, "slot_name": slot_name(), "max_attempts": MAX_ATTEMPTS}
-    app = App(config.from_options({**always, **settings}), router, limits)
+    app = App(config.from_options({**always, **settings}), router, thresholds)
     work = asyncio.create_task(app.run())
     try:
         yield app

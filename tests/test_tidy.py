@@ -33,7 +33,7 @@ MAY_PRINT = {
     "cdc/cli/demo.py": "the demo shows the rows it has written itself",
 }
 MAY_SLEEP = {
-    "cdc/app/application.py": "the ticker that shows figures is cancelled at the stop; nothing it could wait for",
+    "cdc/engine/health_checks.py": "the loop's watch is cancelled at the stop; nothing it could wait for",
     "tests/eventually.py": "the one place where tests let time pass",
     "tests/handlers.py": "a handler that takes as long as a test says",
     "tests/bench/handlers.py": "a handler that waits, as one for a remote call does; the waiting is what is measured",

@@ -12,7 +12,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,12 @@ from cdc.core.model import WakeUp
 from cdc.core.page_size import BYTES
 from cdc.core.router import Router
 from cdc.core.type_filter import NOTHING, TypeFilter
+from cdc.engine import health_checks
 from cdc.engine.circuit_breakers import Breakers
 from cdc.engine.consumer import Consumer, ConsumerSettings
 from cdc.engine.error_policy import ErrorPolicy
 from cdc.engine.executor import Executor
+from cdc.engine.health_checks import HealthThresholds, LoopWatch
 from cdc.engine.hooks import Hooks
 from cdc.engine.retention import Pruning
 from cdc.engine.shadow import ObserverSettings, Shadow
@@ -40,12 +41,15 @@ from cdc.engine.transactions import Transactions
 from cdc.http import endpoint_url
 from cdc.http.server import Check, HealthServer
 from cdc.http.status_page import Page
+from cdc.observability.failures import RecentFailures
 from cdc.observability.metrics import Metrics
+from cdc.observability.snapshots import ProcessStatus
+from cdc.observability.status_metrics import StatusMetrics
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import driver_versions
 from cdc.postgres.notify import Listener, Relay
 from cdc.postgres.outbox import Store
-from cdc.replication.stream import Stream, StreamSettings, StreamStatus
+from cdc.replication.stream import Stream, StreamSettings
 from cdc.runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -53,11 +57,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cdc")
 
-_HELD_UP_S = 30.0
-"""Marks that cannot be written for longer are somebody\'s business."""
-
 _STOP_S = 3.0
-_SHOW_EVERY_S = 1.0
 _SLOT_NAME_PART = 40
 """Of a name of up to 63 characters, so that more fits behind it."""
 _Run = Callable[[], Coroutine[Any, Any, None]]
@@ -81,28 +81,14 @@ async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When a probe fails. ``turn_s`` and ``answer_s``: since a loop has turned, since the database has answered.
-
-    ``stall_s``: the silence after which the stream begins anew; it grows while a server decodes something huge, and
-    after ``silences`` times the limit of the moment it is clear that the watchdog itself has failed.
-    """
-
-    turn_s: float = 30.0
-    answer_s: float = 30.0
-    stall_s: float = 30.0
-    silences: float = 3.0
-
-
 class App:
     """One consumer with all that belongs to it. Made on the event loop. ``router`` is None where deliver.to is set."""
 
-    def __init__(self, settings: Settings, router: Router | None, limits: Limits | None = None) -> None:
+    def __init__(self, settings: Settings, router: Router | None, thresholds: HealthThresholds | None = None) -> None:
         if settings.observe:
             settings = _as_observer(settings)
         self._settings = settings
-        self._limits = limits or Limits()
+        self._thresholds = thresholds or HealthThresholds()
         self._delivery = _make_delivery(settings) if settings.deliver.to else None
         router = _the_one(router, self._delivery.router if self._delivery else None)
         self.scope = settings.scope if settings.unhandled == "discard" else settings.scope.within(router.scope)
@@ -112,9 +98,6 @@ class App:
         self._threads = Threads(settings.threads)
         self.metrics = metrics = Metrics(settings.slot.name, router, driver=driver_versions())
         self._supervisor = Supervisor(metrics.task_ended)
-        metrics.lanes_capacity.set(settings.window)
-        metrics.set_role("sweeping")
-        metrics.set_stream("network" if settings.stream else "disabled")
         scope = settings.scope if settings.observe else self.scope
         page_bytes = min(BYTES, settings.window_bytes)
         store = Store(settings.schema_, settings.max_chain_depth, scope, page_bytes=page_bytes)
@@ -125,15 +108,12 @@ class App:
             settings.transactions, router.handlers.values(), pooled=settings.handlers_dsn is not None,
         )  # fmt: skip
         handlers = router.handlers.values()
-        self._page = (
-            Page(metrics.registry, self._checks, supervisor=self._supervisor)
-            if settings.http.port and settings.http.page
-            else None
-        )
-        self._breakers = Breakers({handler.name for handler in handlers}, metrics)
+        self._failures = RecentFailures()
+        self._loop = LoopWatch()
+        self._breakers = Breakers({handler.name for handler in handlers})
         error_policy = ErrorPolicy(
             handlers, policy, hooks=hooks, metrics=metrics, breakers=self._breakers,
-            failed=self._page.failed if self._page else None,
+            failed=self._failures.add,
         )  # fmt: skip
         self.consumer: Consumer | Shadow = (
             self._make_observer(store) if settings.observe else self._make_consumer(store, error_policy, hooks)
@@ -144,15 +124,26 @@ class App:
             store=store,
             slot=settings.slot.name if settings.stream else None,
             asked=None if self.scope == settings.scope or settings.observe else settings.scope,
-            metrics=metrics,
-            page=(self._page, OutboxAdmin(settings.schema_)) if self._page else None,
+            page=OutboxAdmin(settings.schema_) if settings.http.port and settings.http.page else None,
             supervisor=self._supervisor,
             deaf=self._slot_is_deaf,
         )
         self._stream = self._make_stream() if settings.stream else None
         self._listener = Listener(settings.current_dsn, settings.schema_, self._heard, captured=self.consumer.captured)
-        self._turned = time.monotonic()
-        self._shown = StreamStatus()
+        self._page = self._make_page() if settings.http.port and settings.http.page else None
+        delivers = self._delivery is not None and not settings.observe
+        metrics.registry.register(
+            StatusMetrics(settings.slot.name, lambda: self.status, delivery=endpoint_url.HANDLER if delivers else None)
+        )
+
+    def _make_page(self) -> Page:
+        return Page(
+            lambda: self.status,
+            self._checks,
+            readings=lambda: self._collector.readings,
+            failures=lambda: self._failures.all,
+            supervisor=self._supervisor,
+        )
 
     def _make_consumer(self, store: Store, error_policy: ErrorPolicy, hooks: Hooks) -> Consumer:
         settings = self._settings
@@ -178,7 +169,6 @@ class App:
 
     def _make_observer(self, store: Store) -> Shadow:
         settings = self._settings
-        self.metrics.observing()
         return Shadow(
             ObserverSettings(
                 dsn=settings.current_dsn,
@@ -214,8 +204,8 @@ class App:
             http.host,
             http.port,
             registry=self.metrics.registry,
-            liveness=self._liveness,
-            readiness=self._readiness,
+            liveness=self.liveness,
+            readiness=self.readiness,
             routes=self._page.routes if self._page else None,
             hosts=http.hosts or (),
             supervisor=self._supervisor,
@@ -262,7 +252,7 @@ class App:
 
     def _kept(self) -> Iterator[tuple[str, _Run]]:
         """The tasks, by name."""
-        yield "figures", self._show
+        yield "loop", self._loop.run
         yield "hooks", self._hooks.run
         yield "threads", self._once_connected(self._start_threads)
         yield "listener", self._once_connected(self._listener.run)
@@ -297,7 +287,7 @@ class App:
                 temporary=settings.slot.mode == "temporary",
                 create_slot=settings.slot.create,
                 recreate_slot=settings.slot.recreate,
-                stall_limit_s=self._limits.stall_s,
+                stall_limit_s=self._thresholds.stall_s,
             ),
             StreamBridge(
                 self.consumer, self._relay, self.metrics, settings.slot.name, changed=self._collector.look_now
@@ -309,12 +299,6 @@ class App:
     def _exposed(self) -> bool:
         """An observer marks nothing."""
         return isinstance(self.consumer, Consumer) and self.consumer.crash_guard.exposed
-
-    def _unheard(self) -> str | None:
-        """Why no slot rings here, where one should. Work goes on by sweeping, so it is ready all the same."""
-        if self._stream is None:
-            return None
-        return "slot_deaf" if self._collector.slot_is_deaf else self._stream.status.reason
 
     def _slot_is_deaf(self) -> None:
         """In the collector's thread."""
@@ -330,70 +314,32 @@ class App:
 
     # --- what others look at ---------------------------------------------------------------------------------------
 
-    async def _show(self) -> None:
-        """Bring the gauges up to date, and with each turn prove that the event loop turns."""
-        while True:
-            self._turned = time.monotonic()
-            self.consumer.show_figures()
-            self._transactions.show(self.metrics)
-            offset = time.time() - time.monotonic()
-            for loop, turned in self.consumer.turned.items():
-                self.metrics.loop_last_iteration.labels(loop).set(turned + offset)
-            if self._stream:
-                self._show_stream(self._stream.status, offset)
-            await asyncio.sleep(_SHOW_EVERY_S)
+    @property
+    def status(self) -> ProcessStatus:
+        """From any thread."""
+        return ProcessStatus(
+            consumer=self.consumer.status,
+            stream=self._stream.status if self._stream else None,
+            poller=self._collector.status,
+            handlers=self.metrics.handler_status,
+            pools=self._transactions.status,
+            breakers=self._breakers.status,
+            wakeups=self.metrics.wakeup_counts,
+            failing_tasks=dict(self._supervisor.failing()),
+            loop_turned_at=self._loop.turned_at,
+        )
 
-    def _show_stream(self, status: StreamStatus, offset: float) -> None:
-        slot, metrics, before = self._settings.slot.name, self.metrics, self._shown
-        metrics.stream_messages.labels(slot, "change").inc(status.messages - before.messages)
-        metrics.stream_messages.labels(slot, "keepalive").inc(status.keepalives - before.keepalives)
-        metrics.stream_received_bytes.labels(slot).inc(status.bytes - before.bytes)
-        metrics.stream_slot_recreations.labels(slot).inc(status.recreated - before.recreated)
-        if status.loop_turned_monotonic:  # it has begun
-            metrics.loop_last_iteration.labels("stream").set(status.loop_turned_monotonic + offset)
-        if status.last_byte_monotonic is not None:
-            metrics.stream_last_byte.labels(slot).set(status.last_byte_monotonic + offset)
-        self._shown = status
+    def liveness(self) -> list[Check]:
+        """From any thread."""
+        return health_checks.liveness(self.status, time.monotonic(), self._thresholds)
+
+    def readiness(self) -> list[Check]:
+        """From any thread."""
+        delivery = endpoint_url.HANDLER if self._delivery else None
+        return health_checks.readiness(self.status, time.monotonic(), self._thresholds, delivery=delivery)
 
     def _checks(self) -> list[Check]:
-        return [*self._liveness(), *self._readiness()]
-
-    def _liveness(self) -> list[Check]:
-        """Called in the health server's threads. Only what a restart would mend: never the database, lag or role."""
-        now, limits = time.monotonic(), self._limits
-        checks = [_recent("loop.consumer", now - self._turned, limits.turn_s)]
-        status = self._stream.status if self._stream else StreamStatus()
-        if status.loop_turned_monotonic:  # it has begun
-            checks.append(_recent("loop.stream", now - status.loop_turned_monotonic, limits.turn_s))
-            if status.connected and status.last_byte_monotonic is not None:
-                silence_s = limits.silences * status.stall_limit_s
-                checks.append(_recent("stream.last_byte", now - status.last_byte_monotonic, silence_s))
-        for name, times in self._supervisor.failing():
-            checks.append(Check(f"task.{name}", ok=False, detail=f"ended {times} times in a row"))
-        return checks
-
-    def _readiness(self) -> list[Check]:
-        answered = self.consumer.answered_at
-        observing = [Check("observing", ok=True, detail="runs and marks nothing")] if self._settings.observe else []
-        return [
-            *observing,
-            Check("database", answered is not None and time.monotonic() - answered < self._limits.answer_s,
-                  "never answered" if answered is None else f"{time.monotonic() - answered:.1f}s"),
-            Check("schema", self.consumer.in_service, "" if self.consumer.in_service else "not there yet"),
-            Check("marks", self.consumer.held_up_s < _HELD_UP_S, f"held up for {self.consumer.held_up_s:.1f}s"),
-            Check("reads", self.consumer.unread_s < _HELD_UP_S, f"held up for {self.consumer.unread_s:.1f}s"),
-            Check("draining", not self.consumer.stopping, "yes" if self.consumer.stopping else "no"),
-            *([Check("stream", ok=True, detail=unheard)] if (unheard := self._unheard()) else ()),
-            *self._resting(),
-        ]  # fmt: skip
-
-    def _resting(self) -> list[Check]:
-        """A consumer that delivers has nothing else to do; one of several handlers may rest, and the others work."""
-        resting = dict(self._breakers.resting())
-        if self._delivery:
-            why = resting.get(endpoint_url.HANDLER, "")
-            return [Check("application", not why, why)]
-        return [Check(f"handler.{name}", ok=True, detail=f"rests: {why}") for name, why in sorted(resting.items())]
+        return [*self.liveness(), *self.readiness()]
 
 
 def _the_one(given: Router | None, deliverys: Router | None) -> Router:
@@ -454,7 +400,3 @@ def _refuse_unhandled(scope: TypeFilter, router: Router) -> None:
             raise UsageError(
                 f"only {entity_type!r}, but no handler wants changes of it", hint="correct --only, or add the handler"
             )
-
-
-def _recent(name: str, age_s: float, limit_s: float) -> Check:
-    return Check(name, age_s < limit_s, f"{age_s:.1f}s")

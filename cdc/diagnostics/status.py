@@ -66,6 +66,24 @@ class Outbox:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotReading:
+    """``at`` by time.monotonic(). ``slot`` is None where there is none of the name; ``before``: the reading before."""
+
+    at: float
+    name: str
+    slot: Slot | None
+    before: Slot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What is read for people alone, beside the figures. ``outbox`` with its time; None: it could not be read."""
+
+    outbox: tuple[float, Outbox] | None = None
+    slot: SlotReading | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """``slot`` is None where there is none of that name."""
 

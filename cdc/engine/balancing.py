@@ -47,6 +47,8 @@ class Balancing:
         self._leaving: set[int] = set()
         """Nothing of these is in flight, and they are to be given away."""
         self.owned: set[int] = set()
+        self.members = 0
+        """Live consumers, as the last look has shown them."""
 
     async def look(self, session: Session, now: float) -> bool:
         """Ask the server, take and give. False: something was in the way, and the next look does the rest."""
@@ -70,7 +72,7 @@ class Balancing:
     async def _balance(self, session: Session, now: float) -> None:
         before = len(self.owned)
         members, free = await session.look()
-        self._metrics.members.set(members)
+        self.members = members
         move = balance(members, self.owned, free)
         if (move.take or session.unsigned) and (taken := await session.take(move.take)).shards:
             self._crash_guard.took(taken)
@@ -114,4 +116,3 @@ class Balancing:
 
     def _own(self, shards: set[int]) -> None:
         self.owned = shards
-        self._metrics.shards_owned.set(len(shards))

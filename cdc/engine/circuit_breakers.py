@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from cdc.core.circuit_breaker import Breaker, State
 from cdc.core.model import Key
-from cdc.observability.metrics import Metrics
+from cdc.observability.snapshots import BreakerStatus
 
 log = logging.getLogger("cdc.handlers")
 
@@ -18,14 +18,13 @@ def _loop_time() -> float:
 
 
 class Breakers:
-    """For the event loop; ``resting`` from any thread. ``handlers``: their names.
+    """For the event loop; ``status`` from any thread. ``handlers``: their names.
 
     ``moved`` is called when one has opened, lets a call through, or has closed.
     """
 
-    def __init__(self, handlers: Iterable[str], metrics: Metrics, *, clock: Callable[[], float] = _loop_time) -> None:
+    def __init__(self, handlers: Iterable[str], *, clock: Callable[[], float] = _loop_time) -> None:
         self.of: Mapping[str, Breaker] = {name: Breaker() for name in handlers}
-        self._metrics = metrics
         self._clock = clock
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._troubled: set[str] = set()
@@ -33,9 +32,10 @@ class Breakers:
         """Handlers of which a success would be news. Mostly none: all that a call that succeeds asks for is that."""
         self.moved: Callable[[], None] = lambda: None
 
-    def resting(self) -> list[tuple[str, str]]:
-        """The handlers that rest, and why. From any thread."""
-        return [(name, breaker.why) for name, breaker in self.of.items() if breaker.shut]
+    @property
+    def status(self) -> Mapping[str, BreakerStatus]:
+        """By handler."""
+        return {name: BreakerStatus(breaker.state, breaker.why) for name, breaker in self.of.items()}
 
     def rests(self, handler: str) -> bool:
         """Whether no call of it may begin now."""
@@ -72,7 +72,6 @@ class Breakers:
         if not breaker.troubled:
             self._troubled.discard(handler)
         if closed:
-            self._metrics.set_breaker(handler, breaker.state)
             log.info(
                 "handler %s works again, after %.1f s", handler, now - breaker.since,
                 extra={"event": "breaker", "handler": handler, "state": breaker.state.value},
@@ -84,7 +83,6 @@ class Breakers:
         breaker = self.of[handler]
         if breaker.state is not State.OPEN:
             return
-        self._metrics.set_breaker(handler, breaker.state)
         if timer := self._timers.pop(handler, None):
             timer.cancel()
         wait_s = breaker.wait_s(self._clock())
@@ -94,7 +92,6 @@ class Breakers:
         del self._timers[handler]
         breaker = self.of[handler]
         if breaker.look(self._clock()):
-            self._metrics.set_breaker(handler, breaker.state)
             self.moved()
         else:
             self._shut_again(handler)  # the timer was a little early

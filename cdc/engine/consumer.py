@@ -39,6 +39,7 @@ from cdc.engine.hooks import Hooks, where
 from cdc.engine.reader import Reader
 from cdc.engine.settler import Settler
 from cdc.observability.metrics import Metrics
+from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import STANDBY, Dsn, connect_async
 from cdc.postgres.loaders import leave_unread
 from cdc.postgres.outbox import INDEXED, Store
@@ -200,12 +201,26 @@ class Consumer:
         self._planner.streaming(connected=connected)
         self._read_due.set()
 
-    def show_figures(self) -> None:
-        """Bring the gauges up to date."""
-        scheduler, metrics = self._scheduler, self._metrics
-        metrics.show_lanes(running=scheduler.running, queued=scheduler.queued, settling=scheduler.settling)
-        metrics.wakeup_queue_length.set(self._planner.queue_length)
-        metrics.lanes_limited_types.set(len(self._planner.apart))
+    @property
+    def status(self) -> ConsumerStatus:
+        """From any thread."""
+        scheduler, planner = self._scheduler, self._planner
+        return ConsumerStatus(
+            in_service=self.in_service,
+            stopping=self.stopping,
+            answered_at=self.answered_at,
+            turned=dict(self.turned),
+            owned_shards=len(self.owned),
+            members=self._balancing.members,
+            running=scheduler.running,
+            queued=scheduler.queued,
+            settling=scheduler.settling,
+            window=self._settings.window,
+            waiting_wakeups=planner.queue_length,
+            limited_types=len(planner.apart),
+            held_up_s=self.held_up_s,
+            unread_s=self.unread_s,
+        )
 
     # --- terms -----------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from cdc.core.type_filter import TypeFilter
 from cdc.engine.calls import call_here
 from cdc.engine.hooks import where
 from cdc.observability.metrics import NO_HANDLER, Metrics
+from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import Dsn, connect_async
 from cdc.postgres.loaders import leave_unread
 from cdc.postgres.outbox import INDEXED, Store
@@ -140,8 +141,17 @@ class Shadow:
         self._planner.streaming(connected=connected)
         self._due.set()
 
-    def show_figures(self) -> None:
-        self._metrics.wakeup_queue_length.set(self._planner.queue_length)
+    @property
+    def status(self) -> ConsumerStatus:
+        """From any thread."""
+        return ConsumerStatus(
+            observing=True,
+            in_service=self.in_service,
+            stopping=self.stopping,
+            answered_at=self.answered_at,
+            turned=dict(self.turned),
+            waiting_wakeups=self._planner.queue_length,
+        )
 
     # --- terms -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Reads the database's figures for metrics and page, on a connection and a thread of its own, every few seconds.
+"""Reads what the database says for metrics and page, on a connection and a thread of its own, every few seconds.
 
 Never inside a scrape: how often somebody scrapes must not decide how often the database is asked, and a slow database
 must not make the consumer look dead. Each reading is bounded, and what cannot be read is removed, not left standing.
@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import psycopg
@@ -18,15 +19,14 @@ import psycopg
 from cdc.core.errors import CdcError
 from cdc.core.model import ChangeState
 from cdc.core.type_filter import TypeFilter
-from cdc.diagnostics.status import glance
-from cdc.http.status_page import Page
-from cdc.observability.metrics import Metrics
+from cdc.diagnostics.status import Outbox, Readings, SlotReading, glance
+from cdc.observability.snapshots import OutboxStatus, PollerStatus, SlotStatus
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import Dsn, connect
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.replication import slots
-from cdc.replication.slot_health import judge
+from cdc.replication.slot_health import Slot, judge
 from cdc.runtime.supervisor import Supervisor
 
 log = logging.getLogger("cdc.collector")
@@ -46,8 +46,8 @@ class Collector:
     """start() once, stop() once. ``slot`` of None: none is used, none is looked at.
 
     ``asked``: the types that are ours by the settings, where handlers want fewer of them.
-    ``page``: where else to show it, with the statements for what it shows besides. ``deaf``: called where the slot has
-    rung for nothing for about a minute, because it is one for failover and standbys are away.
+    ``page``: read also what only a person looks at, by these statements. ``deaf``: called where the slot has rung for
+    nothing for about a minute, because it is one for failover and standbys are away.
     """
 
     def __init__(
@@ -56,9 +56,8 @@ class Collector:
         *,
         store: Store,
         slot: str | None,
-        metrics: Metrics,
         asked: TypeFilter | None = None,
-        page: tuple[Page, OutboxAdmin] | None = None,
+        page: OutboxAdmin | None = None,
         deaf: Callable[[], None] = lambda: None,
         every_s: float = _EVERY_S,
         supervisor: Supervisor | None = None,
@@ -67,11 +66,9 @@ class Collector:
         self._dsn = dsn
         self._store = store
         self._slot = slot
-        self._metrics = metrics
         self._asked = asked
         self._told: set[str] = set()
-        self._page = page[0] if page else None
-        self._letters = page[1] if page else None
+        self._page = page
         self._glance_at = 0.0
         self._deaf = deaf
         self._deaf_looks = 0
@@ -81,14 +78,12 @@ class Collector:
         self._thread = threading.Thread(target=self._kept, name="cdc-collector", daemon=True)
         self._connection: psycopg.Connection | None = None
         self._failing: set[str] = set()
+        # Replaced whole by this thread, read by any.
+        self.status = PollerStatus()
+        self.readings = Readings()
 
     def start(self) -> None:
         self._thread.start()
-
-    @property
-    def slot_is_deaf(self) -> bool:
-        """It waits for standbys that are away, and has done so for a while."""
-        return self._deaf_looks >= _DEAF_LOOKS
 
     def look_now(self) -> None:
         """Something has just changed; from any thread."""
@@ -108,13 +103,13 @@ class Collector:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._metrics.loop_last_iteration.labels("collector").set_to_current_time()
+            self.status = replace(self.status, turned_at=time.monotonic())
             self._due.clear()
-            self._collect("outbox", self._outbox, self._metrics.forget_outbox)
+            self._collect("outbox", self._outbox, partial(self._show_outbox, None))
             if self._slot is not None:
-                self._collect("slot", self._read_slot, self._forget_slot)
+                self._collect("slot", self._read_slot, partial(self._show_slot, None))
             if self._page is not None and time.monotonic() >= self._glance_at:
-                self._collect("entity types", self._glance, partial(self._page.show_outbox, None))
+                self._collect("entity types", self._glance, partial(self._show_types, None))
             self._due.wait(self._every_s)
 
     def _collect(self, name: str, read: Callable[[psycopg.Connection], None], forget: Callable[[], None]) -> None:
@@ -139,19 +134,25 @@ class Collector:
 
     def _outbox(self, connection: psycopg.Connection) -> None:
         figures = self._store.figures(connection)
-        self._metrics.show_outbox(
-            changes={
-                ChangeState.FRESH: figures.fresh,
-                ChangeState.WAITING: figures.waiting,
-                ChangeState.DEAD: figures.dead,
-            },
-            oldest_ready_age_s=figures.oldest_ready_age_s,
-            table_bytes=figures.table_bytes,
-            dead_tuples=figures.dead_tuples,
-            blocked_keys=figures.blocked_keys,
-            notify_queue_usage=figures.notify_queue_usage,
-            unhandled=self._unhandled(connection),
+        self._show_outbox(
+            OutboxStatus(
+                changes={
+                    ChangeState.FRESH: figures.fresh,
+                    ChangeState.WAITING: figures.waiting,
+                    ChangeState.DEAD: figures.dead,
+                },
+                oldest_ready_age_s=figures.oldest_ready_age_s,
+                table_bytes=figures.table_bytes,
+                dead_tuples=figures.dead_tuples,
+                blocked_keys=figures.blocked_keys,
+                notify_queue_usage=figures.notify_queue_usage,
+                unhandled=self._unhandled(connection),
+            )
         )
+
+    def _show_outbox(self, outbox: OutboxStatus | None) -> None:
+        success = {**self.status.success, "outbox": outbox is not None}
+        self.status = replace(self.status, outbox=outbox, success=success)
 
     def _unhandled(self, connection: psycopg.Connection) -> int:
         """How many fresh changes there are that are ours by the settings, and that no handler wants."""
@@ -169,43 +170,49 @@ class Collector:
     def _read_slot(self, connection: psycopg.Connection) -> None:
         assert self._slot is not None
         figures = slots.snapshot(connection, self._slot)
-        if self._page:
-            self._page.show_slot(self._slot, figures)
+        before = self.readings.slot
         self._deaf_looks = self._deaf_looks + 1 if figures and figures.deaf else 0
-        if figures is None:
-            self._metrics.show_slot(present=False)
-            return
-        if self._deaf_looks == _DEAF_LOOKS:
+        if figures and self._deaf_looks == _DEAF_LOOKS:
             verdict = judge(figures)
             log.warning("the slot %s is %s; %s", figures.name, verdict.sentence, verdict.remedy)
             self._deaf()
-        self._metrics.show_slot(
-            present=True,
-            active=figures.active,
-            wal_status=figures.wal_status,
-            retained_wal_bytes=figures.retained_wal_bytes,
-            confirmed_lag_bytes=figures.confirmed_lag_bytes,
-            safe_wal_bytes=figures.safe_wal_bytes,
-            catalog_xmin_age=figures.catalog_xmin_age,
-            spilled_bytes=figures.spilled_bytes,
-        )
+        self._show_slot(SlotReading(time.monotonic(), self._slot, figures, before.slot if before else None))
 
-    def _forget_slot(self) -> None:
-        self._metrics.forget_slot()
-        if self._page:
-            self._page.forget_slot()
+    def _show_slot(self, reading: SlotReading | None) -> None:
+        slot = _slot_status(reading.slot) if reading else None
+        success = {**self.status.success, "slot": slot is not None}
+        deaf = self._deaf_looks >= _DEAF_LOOKS
+        self.status = replace(self.status, slot=slot, slot_is_deaf=deaf, success=success)
+        self.readings = replace(self.readings, slot=reading)
 
     def _glance(self, connection: psycopg.Connection) -> None:
         assert self._page
-        assert self._letters
         began = time.monotonic()
         try:
-            self._page.show_outbox(glance(connection, self._letters))
+            self._show_types(glance(connection, self._page))
         finally:
             self._glance_at = time.monotonic() + _REST * (time.monotonic() - began)
+
+    def _show_types(self, outbox: Outbox | None) -> None:
+        self.readings = replace(self.readings, outbox=(time.monotonic(), outbox) if outbox else None)
 
     def _disconnect(self) -> None:
         if self._connection is not None:
             with contextlib.suppress(psycopg.Error):
                 self._connection.close()
         self._connection = None
+
+
+def _slot_status(slot: Slot | None) -> SlotStatus:
+    if slot is None:
+        return SlotStatus(present=False)
+    return SlotStatus(
+        present=True,
+        active=slot.active,
+        wal_status=slot.wal_status,
+        retained_wal_bytes=slot.retained_wal_bytes,
+        confirmed_lag_bytes=slot.confirmed_lag_bytes,
+        safe_wal_bytes=slot.safe_wal_bytes,
+        catalog_xmin_age=slot.catalog_xmin_age,
+        spilled_bytes=slot.spilled_bytes,
+    )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 from cdc.core.errors import StreamError
 from cdc.core.model import WakeUp
-from cdc.core.stream_reason import Reason
 from cdc.engine.consumer import Consumer
 from cdc.engine.shadow import Shadow
 from cdc.observability.metrics import Metrics
@@ -64,8 +63,6 @@ class StreamBridge:
     # --- on the event loop -----------------------------------------------------------------------------------------
 
     def _streaming(self) -> None:
-        self._metrics.set_stream(None)
-        self._metrics.set_role("streaming")
         self._consumer.streaming(connected=True)
         self._changed()
 
@@ -85,6 +82,4 @@ class StreamBridge:
 
     def _interrupted(self, reason: str) -> None:
         self._metrics.stream_disconnects.labels(self._slot, reason).inc()
-        self._metrics.set_stream(Reason(reason).lasting)
-        self._metrics.set_role("standby" if reason == "slot_busy" else "sweeping")
         self._consumer.streaming(connected=False)

@@ -33,7 +33,7 @@ from cdc.core import failpoints
 from cdc.core.model import Change
 from cdc.core.router import Handler
 from cdc.core.sqlstate import passes
-from cdc.observability.metrics import CONNECTION_KINDS, Metrics
+from cdc.observability.snapshots import PoolStatus
 from cdc.postgres.connect import SERVER_TCP, Dsn, lent_arguments
 from cdc.postgres.lent import AsyncLent, Lent, reset, reset_async
 from cdc.postgres.link import cut
@@ -134,12 +134,10 @@ class Transactions:
         """A connection that is being opened is waited for so long, one that a handler has not at all."""
         await asyncio.gather(self._async.close(timeout_s), asyncio.to_thread(self._sync.close, timeout_s))
 
-    def show(self, metrics: Metrics) -> None:
-        """Bring the gauges up to date."""
-        for kind, pool in zip(CONNECTION_KINDS, (self._async, self._sync), strict=True):
-            stats = pool.get_stats()
-            idle = stats["pool_available"]
-            metrics.show_connections(kind, busy=stats["pool_size"] - idle, idle=idle, wanted=stats["requests_waiting"])
+    @property
+    def status(self) -> Mapping[str, PoolStatus]:
+        """By kind; from any thread."""
+        return {"async": _status(self._async.get_stats()), "sync": _status(self._sync.get_stats())}
 
     async def run(
         self,
@@ -310,3 +308,8 @@ def _fate(
         why = f"{error.diag.message_primary} [{error.sqlstate}]"
         return InTheWayError(why, error) if taken else AskTheTableError(why, _TAKE_AGAIN_S)
     return error
+
+
+def _status(pool: Mapping[str, int]) -> PoolStatus:
+    idle = pool["pool_available"]
+    return PoolStatus(busy=pool["pool_size"] - idle, idle=idle, waiting=pool["requests_waiting"])

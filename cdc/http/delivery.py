@@ -138,7 +138,7 @@ class Delivery:
     def open(self, metrics: Metrics, breaker: Breaker, reached: Callable[[], None]) -> None:
         """``breaker`` is that of ``HANDLER``; ``reached`` is called when a connection is made while it rests."""
         self._metrics, self._breaker, self._reached = metrics, breaker, reached
-        metrics.delivers(lambda: not breaker.shut)
+        metrics.delivers()
         connector = (
             aiohttp.UnixConnector(self._target.socket, limit=0, keepalive_timeout=_IDLE_S)
             if self._target.socket

@@ -9,10 +9,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from math import inf
 
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+
+from cdc.observability.history import Buckets
 
 
 class Count:
@@ -34,6 +37,13 @@ class CountTally(Collector):
 
     def labels(self, *values: str) -> Count:
         return self._counts.setdefault(values, Count())
+
+    def totals(self, label: int) -> dict[str, int]:
+        """By the values of the label at this place, summed over the others; from any thread."""
+        totals: dict[str, int] = {}
+        for values, count in self._counts.copy().items():
+            totals[values[label]] = totals.get(values[label], 0) + count.value
+        return totals
 
     def describe(self) -> Iterable[Metric]:
         return self.collect()
@@ -76,6 +86,12 @@ class HistogramTally(Collector):
 
     def labels(self, *values: str) -> Distribution:
         return self._distributions.setdefault(values, Distribution(self._bounds))
+
+    @property
+    def total(self) -> Buckets:
+        """Over all labels; from any thread."""
+        counts = [sum(column) for column in zip(*(d.counts for d in self._distributions.copy().values()), strict=True)]
+        return tuple(zip((*self._bounds, inf), accumulate(counts), strict=False))
 
     def describe(self) -> Iterable[Metric]:
         return self.collect()

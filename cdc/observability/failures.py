@@ -1,9 +1,11 @@
-"""An attempt that failed, as it is shown to people. Pure."""
+"""Attempts that failed, as they are shown to people. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from uuid import UUID
+
+_KEPT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,3 +22,23 @@ class Failure:
     id: UUID
     attempt: int
     again_in_s: float | None
+
+
+class RecentFailures:
+    """The failures of the last time. One thread adds; any may take ``all``."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], tuple[int, Failure]] = {}
+
+    def add(self, failure: Failure) -> None:
+        """An error that repeats is one entry, or it would push out the others."""
+        key = (failure.handler, failure.told)
+        times, _ = self._kept.get(key, (0, failure))
+        others = [item for item in self._kept.items() if item[0] != key]
+        # Replaced whole: who asks in another thread sees the one or the other.
+        self._kept = dict([*others, (key, (times + 1, failure))][-_KEPT:])
+
+    @property
+    def all(self) -> list[tuple[int, Failure]]:
+        """How often, and the last time; the latest first."""
+        return list(reversed(self._kept.values()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -94,11 +93,3 @@ def _between(earlier: Reading, later: Reading) -> Point:
 def _rise(earlier: Buckets, later: Buckets) -> Buckets:
     before: dict[float, float] = dict(earlier)
     return tuple((bound, count - before.get(bound, 0.0)) for bound, count in later)
-
-
-def added_up(histograms: Sequence[Buckets]) -> Buckets:
-    """One histogram of many with the same bounds."""
-    total: dict[float, float] = {}
-    for bound, count in (bucket for histogram in histograms for bucket in histogram):
-        total[bound] = total.get(bound, 0.0) + count
-    return tuple(sorted(total.items()))

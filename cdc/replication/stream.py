@@ -24,6 +24,7 @@ from cdc.core.lsn import ZERO, Lsn
 from cdc.core.model import PLUGINS, WakeUp, message_prefix, publication_name
 from cdc.core.reconnect import ReconnectState
 from cdc.core.stream_reason import Reason
+from cdc.observability.snapshots import StreamStatus
 from cdc.postgres.connect import Dsn
 from cdc.replication import pgoutput, wal2json
 from cdc.replication.connection import Session, Stopped, Waiting, open_session
@@ -89,28 +90,6 @@ class StreamEvents(Protocol):
 
     def interrupted(self, error: StreamError) -> None:
         """The stream has ended, or an attempt to start it was refused; it is tried again."""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamStatus:
-    """A value that any thread may take. Counters cover the life of the Stream; times are ``time.monotonic()``.
-
-    ``stall_limit_s``: the silence that the stream bears at present; it learns to be more patient with a busy server.
-    """
-
-    connected: bool = False
-    loop_turned_monotonic: float = 0.0
-    stall_limit_s: float = 0.0
-    last_byte_monotonic: float | None = None
-    messages: int = 0
-    keepalives: int = 0
-    bytes: int = 0
-    received_lsn: Lsn = ZERO
-    confirmed_lsn: Lsn = ZERO
-    plugin: str | None = None
-    recreated: int = 0
-    reason: str | None = None
-    hint: str | None = None
 
 
 class Stream:

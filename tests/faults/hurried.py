@@ -20,6 +20,6 @@ WAL_SENDER_TIMEOUT_S = 2.0
 if __name__ == "__main__":
     lsn_tracker.PERMANENT_PAUSE_S = lsn_tracker.STANDBY_PAUSE_MAX_S = 2.0
     crash_guard.GRACE_S = 0.5
-    application.Limits = partial(application.Limits, stall_s=3.0)
+    application.HealthThresholds = partial(application.HealthThresholds, stall_s=3.0)
     application.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)
     main()

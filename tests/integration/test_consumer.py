@@ -581,11 +581,11 @@ async def test_without_a_schema_the_consumer_waits_for_it_and_says_so(
     async with consuming(database, router) as app:
         await eventually_async(_is(lambda: "there is no table" in caplog.text))
         assert "cdc db install" in caplog.text
-        assert not all(check.ok for check in app._readiness())
+        assert not all(check.ok for check in app.readiness())
         migrations.install(db, "public")
         _publish(db, "x")
         await _until_settled(db)
-        assert all(check.ok for check in app._readiness())
+        assert all(check.ok for check in app.readiness())
     assert seen
 
 

@@ -335,11 +335,11 @@ async def test_an_application_that_is_still_starting_costs_patience_and_no_attem
         assert states(outbox_db) == {"fresh": 30}
         assert metric(app.metrics.registry, "cdc_delivery_up") == 0
         away = f"the application at {url.removesuffix('?a=b')} cannot be reached ({why})"
-        assert [str(check) for check in app._readiness() if not check.ok] == [f"fail application {away}"]
+        assert [str(check) for check in app.readiness() if not check.ok] == [f"fail application {away}"]
         await application.start(0 if on_a_socket else port, path if on_a_socket else None)
         await _all_settled(outbox_db)
         assert metric(app.metrics.registry, "cdc_delivery_up") == 1
-        assert all(check.ok for check in app._readiness())
+        assert all(check.ok for check in app.readiness())
     await application.stop()
     assert _attempts(outbox_db) == {}
     assert states(outbox_db) == {"processed": 30}

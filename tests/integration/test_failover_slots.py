@@ -95,7 +95,7 @@ async def test_a_probe_names_it_where_it_may_not_be_mended(
 
         async def told() -> bool:
             app._collector.look_now()
-            return ("stream", True, "slot_deaf") in [(c.name, c.ok, c.detail) for c in app._readiness()]
+            return ("stream", True, "slot_deaf") in [(c.name, c.ok, c.detail) for c in app.readiness()]
 
         await eventually_async(told)
     assert slot_facts(admin, "x")["failover"] is True

@@ -5,26 +5,22 @@ from __future__ import annotations
 import asyncio
 import http.client
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
-from types import SimpleNamespace
 
 import psycopg
 import pytest
 
-from cdc.app.application import App, Limits
-from cdc.app.config import from_options
+from cdc.app.application import App
 from cdc.contrib.demo.temp_server import free_port
 from cdc.core import failpoints
 from cdc.core.model import Change
 from cdc.core.router import Router
-from cdc.replication.stream import StreamStatus
+from cdc.engine.health_checks import HealthThresholds
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
 from tests.fix_proxy import Proxy
 
-SHORT = Limits(turn_s=4.0, stall_s=600.0, silences=0.015)
+SHORT = HealthThresholds(turn_s=4.0, stall_s=600.0, silences=0.015)
 """Nine seconds of silence, though the stream itself would bear ten minutes: as if its watchdog had failed. A server
 that is asked answers every five."""
 
@@ -148,7 +144,9 @@ async def test_a_half_open_link_that_the_stream_does_not_notice_turns_it_red(out
 async def test_a_half_open_link_that_the_stream_notices_leaves_it_green(outbox: str, link: Proxy) -> None:
     """The stream begins anew by itself: there is nothing that a restart would mend."""
     port = free_port()
-    async with consuming(outbox, Router(), Limits(turn_s=10, stall_s=6.0), stream_dsn=link.dsn, http_port=port) as app:
+    async with consuming(
+        outbox, Router(), HealthThresholds(turn_s=10, stall_s=6.0), stream_dsn=link.dsn, http_port=port
+    ) as app:
         await until_streaming(app)
         link.hold()
         reds: list[list[str]] = []
@@ -162,20 +160,6 @@ async def test_a_half_open_link_that_the_stream_notices_leaves_it_green(outbox: 
         finally:
             link.open()
         assert not any(reds)
-
-
-async def test_a_stream_that_has_learnt_to_be_patient_is_not_cut_short(outbox: str) -> None:
-    """A server that decodes a huge transaction is silent for minutes; a restart would only have it begin again."""
-    app = App(from_options({"dsn": outbox, "http_port": 0}), Router())
-    assert app._stream
-    app._stream.stop(0)
-    now = time.monotonic()
-    silent = StreamStatus(connected=True, loop_turned_monotonic=now, last_byte_monotonic=now - 100, stall_limit_s=30)
-    red = {}
-    for limit_s in (30, 120):
-        app._stream = SimpleNamespace(status=replace(silent, stall_limit_s=limit_s))  # type: ignore[assignment]
-        red[limit_s] = [check.name for check in app._liveness() if not check.ok]
-    assert red == {30: ["stream.last_byte"], 120: []}
 
 
 async def test_a_slow_consumer_that_works_is_never_red(outbox: str, outbox_db: psycopg.Connection) -> None:

@@ -13,9 +13,9 @@ import psycopg
 import pytest
 
 import cdc
-from cdc.app.application import App
 from cdc.core.router import Router
 from cdc.engine import stats_poller
+from cdc.engine.health_checks import LoopWatch
 from cdc.engine.hooks import Hooks
 from cdc.engine.retention import Pruning
 from cdc.engine.stats_poller import Collector
@@ -57,7 +57,7 @@ async def test_a_payload_nested_too_deep_to_read_is_a_bell_like_any_other(
         ("listener", Listener, "_listen"),
         ("relay", Relay, "run"),
         ("retention", Pruning, "_round"),
-        ("figures", App, "_show"),
+        ("loop", LoopWatch, "run"),
         ("hooks", Hooks, "run"),
         ("collector", Collector, "_outbox"),
         ("stream", Stream, "_open"),
@@ -80,7 +80,7 @@ async def test_what_ends_by_a_fault_is_counted_started_again_and_in_the_end_a_fa
     async with consuming(outbox, Router(), retention="1d") as app:
 
         async def failing() -> bool:
-            return any(check.name == f"task.{name}" and not check.ok for check in app._liveness())
+            return any(check.name == f"task.{name}" and not check.ok for check in app.liveness())
 
         await eventually_async(failing)
         assert metric(app.metrics.registry, "cdc_task_ends_total", task=name) >= 2
@@ -104,7 +104,7 @@ async def test_a_thread_that_others_end_is_counted_and_started_again(
     async with consuming(outbox, Router(), http_port=port, http_page=True) as app:
 
         async def turning() -> bool:
-            return not [check for check in app._checks() if not check.ok]
+            return not [check for check in [*app.liveness(), *app.readiness()] if not check.ok]
 
         async def counted() -> bool:
             return metric(app.metrics.registry, "cdc_task_ends_total", task=name) == 1

@@ -144,7 +144,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
         calls = outside.calls - handled
         assert calls < 600.0 / PAUSE_MAX_S + 40, "those that were under way, and one at a time"
         assert app.consumer._scheduler.queued <= 60
-        assert [str(check) for check in app._readiness() if check.name == "handler.asks"] != []
+        assert [str(check) for check in app.readiness() if check.name == "handler.asks"] != []
         assert metric(app.metrics.registry, "cdc_changes_handled_total", outcome="retried") == 0
         assert metric(app.metrics.registry, "cdc_handler_breaker", handler="asks", state="closed") == 0
         _publish(outbox_db, 20, 20, "other")

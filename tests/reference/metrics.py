@@ -10,6 +10,17 @@ from prometheus_client import Metric
 from cdc.core.model import Change
 from cdc.core.router import Router
 from cdc.observability.metrics import NO_HANDLER, OTHER, Metrics
+from cdc.observability.snapshots import (
+    BreakerStatus,
+    ConsumerStatus,
+    OutboxStatus,
+    PollerStatus,
+    PoolStatus,
+    ProcessStatus,
+    SlotStatus,
+    StreamStatus,
+)
+from cdc.observability.status_metrics import StatusMetrics
 from tests.reference.markdown import WRITTEN, code, table
 
 _HEAD = """\
@@ -50,15 +61,24 @@ def everything() -> list[Metric]:
     def handle(change: Change) -> None: ...
 
     metrics = Metrics("SLOT", router)
-    metrics.show_slot(
-        present=True, active=True, wal_status="reserved", retained_wal_bytes=1, confirmed_lag_bytes=1,
-        safe_wal_bytes=1, catalog_xmin_age=1, spilled_bytes=1,
+    now = 1.0
+    status = ProcessStatus(
+        consumer=ConsumerStatus(turned=dict.fromkeys(("consumer", "shards", "settle"), now)),
+        stream=StreamStatus(loop_turned_monotonic=now, last_byte_monotonic=now),
+        poller=PollerStatus(
+            turned_at=now,
+            outbox=OutboxStatus(changes={}, oldest_ready_age_s=0, table_bytes=1, dead_tuples=1),
+            slot=SlotStatus(
+                present=True, wal_status="reserved", retained_wal_bytes=1, confirmed_lag_bytes=1, safe_wal_bytes=1,
+                catalog_xmin_age=1, spilled_bytes=1,
+            ),
+            success=dict.fromkeys(("slot", "outbox"), True),
+        ),
+        pools=dict.fromkeys(("async", "sync"), PoolStatus()),
+        breakers={"HANDLER": BreakerStatus()},
     )  # fmt: skip
-    metrics.show_outbox(changes={}, oldest_ready_age_s=0, table_bytes=1, dead_tuples=1)
-    for loop in ("consumer", "shards", "settle", "stream", "collector"):
-        metrics.loop_last_iteration.labels(loop).set(1)
-    metrics.stream_last_byte.labels("SLOT").set(1)
-    metrics.delivers(lambda: True)
+    metrics.registry.register(StatusMetrics("SLOT", lambda: status, delivery="HANDLER"))
+    metrics.delivers()
     metrics.observed("TYPE", "HANDLER")
     metrics.others_took("TYPE", 1)
     return list(metrics.registry.collect())

@@ -21,11 +21,12 @@ from cdc.contrib.demo.temp_server import free_port
 from cdc.contrib.demo.tracker import Journey, Tracker
 from cdc.contrib.demo.writer import Webhook
 from cdc.core.model import WakeUp
+from cdc.core.stream_reason import Reason
 from cdc.observability import logs
-from cdc.observability.metrics import SOURCES, UNAVAILABLE
 from cdc.postgres.connect import connect, describe
 from cdc.runtime import process
 from cdc.runtime.deadline import deadline
+from cdc.runtime.memory import resident_bytes
 
 TICKS = 300
 """About 15 s of writing."""
@@ -36,7 +37,7 @@ _REFUSED_LIMIT_S = 3.0
 """A server that refuses one way of replication may grant the next that is tried."""
 _FINISH_LIMIT_S = 20.0
 _LOOK_EVERY_S = 0.05
-_PASSING = (None, "network")
+_PASSING = (None, Reason.NETWORK)
 """What a stream that has not begun yet may be said to lack."""
 _BACKOFF_S = 0.5
 _PENDING = "SELECT coalesce(sum(pending), 0)::int FROM action_processing_dashboard"
@@ -130,10 +131,10 @@ class _Stage:
         """Until the slot rings. Where it cannot, the consumer sweeps, and the demo shows that."""
         now = asyncio.get_running_loop().time
         latest, refused = now() + _START_LIMIT_S, False
-        while not (app.consumer.in_service and _streams(app)):
+        while not (app.consumer.in_service and app.status.not_streaming is None):
             if work.done() or self._stopping.is_set() or now() > latest:
                 return
-            if not refused and _unavailable(app) not in _PASSING:
+            if not refused and app.status.not_streaming not in _PASSING:
                 refused, latest = True, min(latest, now() + _REFUSED_LIMIT_S)
             with contextlib.suppress(TimeoutError):
                 async with deadline(_LOOK_EVERY_S):
@@ -180,20 +181,17 @@ class _Stage:
 
     def _introduce(self, app: App) -> None:
         way = f"rung by the slot {environment.SLOT}"
-        if not _streams(app):
-            reason = _unavailable(app)
-            way = f"no slot rings{f' ({reason})' if reason else ''}, so it sweeps"
+        if reason := app.status.not_streaming:
+            way = f"no slot rings ({reason}), so it sweeps"
         self._say(f"A consumer is at work, {way}. Metrics: {self._url}")
         self._say("An application now writes 20 rows a second. One in 14 is shown, in ms after the row was sent:")
         self._say("")
         self._say(self._paint(report.HEADER, bold=True))
 
     def _conclude(self, app: App, totals: report.Totals) -> None:
-        figure = app.metrics.registry.get_sample_value
-        wakeups = {source: int(figure("cdc_wakeups_total", {"source": source}) or 0) for source in SOURCES}
         self._say("")
-        resident = figure("process_resident_memory_bytes")
-        for text in report.summary(totals, self._tracker.ended, wakeups, resident, self._paint):
+        resident = resident_bytes()
+        for text in report.summary(totals, self._tracker.ended, app.status.wakeups, resident, self._paint):
             self._say(text)
         self._say("")
         self._say(f"  messages   {len(self._messenger.sent):,} for the messenger: answers, and what is told of tasks")
@@ -210,16 +208,6 @@ class _Stage:
     def _stumbled(self, journey: Journey, error: BaseException) -> None:
         if journey.shown:
             self._say(report.failure(journey, error, self._paint))
-
-
-def _streams(app: App) -> bool:
-    return app.metrics.registry.get_sample_value("cdc_stream_connected", {"slot": environment.SLOT}) == 1
-
-
-def _unavailable(app: App) -> str | None:
-    """Why the slot does not ring, in one word; None while nothing is known."""
-    figure = app.metrics.registry.get_sample_value
-    return next((reason for reason in UNAVAILABLE if figure("cdc_stream_unavailable", {"reason": reason})), None)
 
 
 def _one(connection: psycopg.Connection, query: str) -> tuple[int, ...]:

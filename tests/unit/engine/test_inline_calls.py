@@ -50,7 +50,7 @@ class _Stage:
         if other:
             router.on("other")(other)
         self.metrics, hooks = Metrics("slot", router), Hooks(router)
-        self.breakers = Breakers({one.name for one in router.handlers.values()}, self.metrics)
+        self.breakers = Breakers({one.name for one in router.handlers.values()})
         error_policy = ErrorPolicy(
             router.handlers.values(), Policy(), hooks=hooks, metrics=self.metrics, breakers=self.breakers
         )

@@ -1,7 +1,9 @@
 import base64
 import hashlib
 import json
+import math
 import re
+import time
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -10,11 +12,17 @@ import pytest
 
 from cdc.core.lsn import Lsn
 from cdc.core.model import ChangeState
-from cdc.core.router import Router
-from cdc.diagnostics.status import Letter, Outbox
+from cdc.diagnostics.status import Letter, Outbox, Readings, SlotReading
 from cdc.http.status_page import Page
-from cdc.observability.failures import Failure
-from cdc.observability.metrics import Metrics
+from cdc.observability.failures import Failure, RecentFailures
+from cdc.observability.snapshots import (
+    ConsumerStatus,
+    HandlerStatus,
+    OutboxStatus,
+    PollerStatus,
+    ProcessStatus,
+    StreamStatus,
+)
 from cdc.postgres.admin import Stats, TypeStats
 from cdc.replication.slot_health import Slot
 from tests.eventually import eventually
@@ -22,20 +30,32 @@ from tests.eventually import eventually
 ID = UUID(int=7)
 
 
+class _Source:
+    """What a page is given, as the test has it."""
+
+    def __init__(self) -> None:
+        self.status = ProcessStatus()
+        self.readings = Readings()
+        self.failures = RecentFailures()
+
+    def page(self, **options: Any) -> Page:
+        return Page(
+            lambda: self.status,
+            lambda: [("loop.consumer", True, "0.4s")],
+            readings=lambda: self.readings,
+            failures=lambda: self.failures.all,
+            **options,
+        )
+
+
 @pytest.fixture
-def metrics() -> Metrics:
-    router = Router()
-    router.on("order")(invoice)
-    return Metrics("bell", router)
-
-
-def invoice(change: object) -> None:
-    pass
+def source() -> _Source:
+    return _Source()
 
 
 @pytest.fixture
-def page(metrics: Metrics) -> Page:
-    return Page(metrics.registry, lambda: [("loop.consumer", True, "0.4s")])
+def page(source: _Source) -> Page:
+    return source.page()
 
 
 def _answer(page: Page, path: str) -> tuple[dict[str, str], str]:
@@ -100,14 +120,12 @@ def test_before_anything_is_known_it_says_so_and_invents_no_figures(page: Page) 
     assert set(figures) == {"schema", "version", "at", "up_s", "consumer", "outbox", "slot", "failures", "history"}
 
 
-def test_the_consumers_own_figures_are_those_of_its_metrics(page: Page, metrics: Metrics) -> None:
-    metrics.set_role("standby")
-    metrics.set_stream("slot_busy")
-    metrics.shards_owned.set(21)
-    metrics.members.set(3)
-    metrics.lanes_capacity.set(2000)
-    metrics.show_lanes(running=4, queued=5, settling=6)
-    metrics.handled("order", "invoice", "processed")
+def test_the_consumers_own_figures_are_those_of_its_status(page: Page, source: _Source) -> None:
+    source.status = ProcessStatus(
+        stream=StreamStatus(reason="slot_busy"),
+        consumer=ConsumerStatus(owned_shards=21, members=3, window=2000, running=4, queued=5, settling=6),
+        handlers=HandlerStatus(attempts={"processed": 1}),
+    )
     consumer = _figures(page)["consumer"]
     assert (consumer["role"], consumer["not_streaming"]) == ("standby", "slot_busy")
     assert consumer["shards"] == {"owned": 21, "of": 64}
@@ -117,11 +135,11 @@ def test_the_consumers_own_figures_are_those_of_its_metrics(page: Page, metrics:
     assert consumer["checks"] == [{"name": "loop.consumer", "ok": True, "detail": "0.4s"}]
 
 
-def test_an_error_that_repeats_is_one_line_and_does_not_push_out_the_others(page: Page) -> None:
-    page.failed(_failure("KeyError at y.py:1"))
+def test_an_error_that_repeats_is_one_line_and_does_not_push_out_the_others(page: Page, source: _Source) -> None:
+    source.failures.add(_failure("KeyError at y.py:1"))
     for _ in range(100):
-        page.failed(_failure())
-    page.failed(_failure(handler="answer", again_in_s=None))
+        source.failures.add(_failure())
+    source.failures.add(_failure(handler="answer", again_in_s=None))
     shown = [(each["handler"], each["told"], each["times"], each["again_in_s"]) for each in _figures(page)["failures"]]
     assert shown == [
         ("answer", "ValueError at x.py:3", 1, None),
@@ -130,18 +148,19 @@ def test_an_error_that_repeats_is_one_line_and_does_not_push_out_the_others(page
     ]
 
 
-def test_only_the_last_errors_are_kept(page: Page) -> None:
+def test_only_the_last_errors_are_kept(page: Page, source: _Source) -> None:
     for number in range(100):
-        page.failed(_failure(f"ValueError at x.py:{number}"))
+        source.failures.add(_failure(f"ValueError at x.py:{number}"))
     assert [each["told"] for each in _figures(page)["failures"]] == [
         f"ValueError at x.py:{n}" for n in range(99, 79, -1)
     ]
 
 
-def test_the_outbox_is_shown_as_it_was_seen_and_goes_when_it_cannot_be_read(page: Page) -> None:
+def test_the_outbox_is_shown_as_it_was_seen_and_goes_when_it_cannot_be_read(page: Page, source: _Source) -> None:
     at = datetime(2026, 1, 2, 3, 4, 5, 6, UTC)
     letter = Letter(5, ID, ChangeState.DEAD, "order", 3, at, True, "ValueError")
-    page.show_outbox(Outbox(Stats([TypeStats("order", 4, 1, 2, 3, 1, 0.5, None)], more_dead=True), [letter]))
+    stats = Stats([TypeStats("order", 4, 1, 2, 3, 1, 0.5, None)], more_dead=True)
+    source.readings = Readings(outbox=(time.monotonic(), Outbox(stats, [letter])))
     outbox = _figures(page)["outbox"]
     assert outbox["types"][0]["dead"] == 3
     assert outbox["more"] == {"fresh": False, "waiting": False, "dead": True}
@@ -149,36 +168,40 @@ def test_the_outbox_is_shown_as_it_was_seen_and_goes_when_it_cannot_be_read(page
         {"seq": 5, "id": str(ID), "state": "dead", "entity_type": "order", "attempts": 3, "at": "2026-01-02T03:04:05Z",
          "pauses_key": True, "error": "ValueError"}
     ]  # fmt: skip
-    page.show_outbox(None)
+    source.readings = Readings()
     assert _figures(page)["outbox"] is None
 
 
-def test_the_slot_is_shown_with_its_verdict(page: Page) -> None:
-    page.show_slot("bell", _slot(wal_status="lost"))
+def test_the_slot_is_shown_with_its_verdict(page: Page, source: _Source) -> None:
+    source.readings = Readings(slot=SlotReading(0, "bell", _slot(wal_status="lost")))
     slot = _figures(page)["slot"]
     assert (slot["present"], slot["wal_status"], slot["verdict"]["fine"]) == (True, "lost", False)
     assert "cdc slot recreate bell" in slot["verdict"]["remedy"]
-    page.show_slot("bell", None)
+    source.readings = Readings(slot=SlotReading(0, "bell", None))
     assert _figures(page)["slot"]["present"] is False
-    page.forget_slot()
+    source.readings = Readings()
     assert _figures(page)["slot"] is None
 
 
-def test_a_slot_that_will_soon_be_lost_is_told_by_two_looks(page: Page) -> None:
-    for seconds, written in ((0, 0), (10, 1 << 20)):
-        page.show_slot("bell", _slot(active=False, safe_wal_bytes=10 << 20, current_lsn=Lsn(written),
-                                     seen_at=datetime.fromtimestamp(seconds, UTC)))  # fmt: skip
+def test_a_slot_that_will_soon_be_lost_is_told_by_two_looks(page: Page, source: _Source) -> None:
+    before, slot = (
+        _slot(active=False, safe_wal_bytes=10 << 20, current_lsn=Lsn(written),
+              seen_at=datetime.fromtimestamp(seconds, UTC))
+        for seconds, written in ((0, 0), (10, 1 << 20))
+    )  # fmt: skip
+    source.readings = Readings(slot=SlotReading(0, "bell", slot, before))
     assert "lost in about 100 s" in _figures(page)["slot"]["verdict"]["sentence"]
 
 
-def test_its_thread_keeps_the_past_of_the_metrics(metrics: Metrics) -> None:
-    page = Page(metrics.registry, list, every_s=0.01)
+def test_its_thread_keeps_the_past_of_the_status(source: _Source) -> None:
+    page = source.page(every_s=0.01)
     page.start()
     try:
         eventually(lambda: _figures(page)["history"]["points"], what="two readings")
-        metrics.handled("order", "invoice", "processed")
-        metrics.took("order", [0.2])
-        metrics.show_outbox(changes={}, oldest_ready_age_s=7, table_bytes=0, dead_tuples=0)
+        source.status = ProcessStatus(
+            handlers=HandlerStatus(attempts={"processed": 1}, latency=((0.1, 0), (0.25, 1), (math.inf, 1))),
+            poller=PollerStatus(outbox=OutboxStatus(changes={}, oldest_ready_age_s=7, table_bytes=0, dead_tuples=0)),
+        )
         processed = eventually(lambda: _with(page, "processed_per_s"), what="the rate of what was processed")
         assert 0.1 <= processed["latency_p50_s"] <= 0.25
         assert eventually(lambda: _with(page, "oldest_ready_age_s"))["oldest_ready_age_s"] == 7
@@ -191,24 +214,15 @@ def _with(page: Page, figure: str) -> Any:
     return next((point for point in _figures(page)["history"]["points"] if point[figure]), None)
 
 
-def test_stop_ends_its_thread_and_may_come_before_the_start(metrics: Metrics) -> None:
-    Page(metrics.registry, list).stop(1)
-    page = Page(metrics.registry, list)
+def test_stop_ends_its_thread_and_may_come_before_the_start(source: _Source) -> None:
+    source.page().stop(1)
+    page = source.page()
     page.start()
     page.stop(20)
     assert not page._thread.is_alive()
 
 
-def test_every_metric_it_reads_exists(metrics: Metrics) -> None:
-    from cdc.http.status_page import _METRICS
-
-    metrics.show_outbox(changes={}, oldest_ready_age_s=0, table_bytes=0, dead_tuples=0)
-    metrics.show_slot(present=True, retained_wal_bytes=1, confirmed_lag_bytes=1)
-    there = {sample.name for family in metrics.registry.collect() for sample in family.samples}
-    assert set(_METRICS) - there == set()
-
-
-def test_what_others_named_is_data_and_no_markup(page: Page) -> None:
-    page.failed(_failure("</script><b>"))
+def test_what_others_named_is_data_and_no_markup(page: Page, source: _Source) -> None:
+    source.failures.add(_failure("</script><b>"))
     assert _answer(page, "/status.json")[0]["Content-Type"] == "application/json"
     assert _figures(page)["failures"][0]["told"] == "</script><b>"

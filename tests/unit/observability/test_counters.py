@@ -37,3 +37,15 @@ def test_they_show_what_the_librarys_would(seen: list[tuple[str, float]]) -> Non
         for each in (value, value, value, 0.3, 0.3, 0.3):
             their_histogram.labels(kind).observe(each)
     assert _samples(ours) == _samples(theirs)
+
+
+def test_their_totals_are_summed_over_the_labels() -> None:
+    count, histogram = CountTally("done", "Text.", "kind", "how"), HistogramTally("took", "Text.", (1, 2), "kind")
+    assert (count.totals(1), histogram.total) == ({}, ())
+    count.labels("a", "well").inc(2)
+    count.labels("b", "well").inc(3)
+    count.labels("b", "badly").inc()
+    histogram.labels("a").observe_each([0.5, 1.5])
+    histogram.labels("b").observe_each([0.5, 5])
+    assert (count.totals(0), count.totals(1)) == ({"a": 2, "b": 4}, {"well": 5, "badly": 1})
+    assert histogram.total == ((1, 2), (2, 3), (float("inf"), 4))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc.observability.history import Buckets, History, Reading, added_up, quantile
+from cdc.observability.history import Buckets, History, Reading, quantile
 
 INF = math.inf
 
@@ -76,8 +76,3 @@ def test_a_quantile_is_off_by_no_more_than_its_bucket(values: list[float], share
     upper = next((bound for bound in bounds if exact <= bound), bounds[-1])
     lower = max((bound for bound in (0.0, *bounds) if bound < upper), default=0.0)
     assert lower - 1e-9 <= found <= upper + 1e-9
-
-
-def test_the_histograms_of_all_types_are_added_up() -> None:
-    assert added_up([((1, 2), (INF, 3)), ((1, 1), (INF, 5))]) == ((1, 3), (INF, 8))
-    assert added_up([]) == ()

@@ -1,13 +1,29 @@
 import os
 import shutil
 import subprocess
+import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from cdc.core.model import Change
+from cdc.core.circuit_breaker import State
+from cdc.core.model import Change, ChangeState
 from cdc.core.router import Router
-from cdc.observability.metrics import NO_HANDLER, OTHER, ROLES, UNAVAILABLE, Metrics
+from cdc.core.stream_reason import Reason
+from cdc.observability.metrics import NO_HANDLER, OTHER, UNAVAILABLE, Metrics
+from cdc.observability.snapshots import (
+    BreakerStatus,
+    ConsumerStatus,
+    OutboxStatus,
+    PoolStatus,
+    ProcessStatus,
+    Role,
+    SlotStatus,
+    StreamStatus,
+)
+from cdc.observability.status_metrics import StatusMetrics
 
 
 def _router() -> Router:
@@ -22,27 +38,47 @@ def _router() -> Router:
     return router
 
 
+_IDLE = {name: PoolStatus() for name in ("async", "sync")}
+_CLOSED = {name: BreakerStatus() for name in ("audit", "notify")}
+
+
+class _Shown:
+    """The metrics of a consumer, which is as ``status`` says."""
+
+    def __init__(self, slot: str = "cdc") -> None:
+        self.metrics = Metrics(slot, _router())
+        self.registry = self.metrics.registry
+        self.status = ProcessStatus(pools=_IDLE, breakers=_CLOSED)
+        self.registry.register(StatusMetrics(slot, lambda: self.status))
+
+    def poll(self, **figures: Any) -> None:
+        self.status = replace(self.status, poller=replace(self.status.poller, **figures))
+
+
 @pytest.fixture
-def metrics() -> Metrics:
-    return Metrics("cdc", _router())
+def metrics() -> _Shown:
+    return _Shown()
 
 
-def _fill(metrics: Metrics) -> None:
-    metrics.show_slot(
-        present=True, active=True, wal_status="extended", retained_wal_bytes=1, confirmed_lag_bytes=2,
-        safe_wal_bytes=3, catalog_xmin_age=4, spilled_bytes=5,
+def _fill(metrics: _Shown) -> None:
+    metrics.poll(
+        slot=SlotStatus(
+            present=True, active=True, wal_status="extended", retained_wal_bytes=1, confirmed_lag_bytes=2,
+            safe_wal_bytes=3, catalog_xmin_age=4, spilled_bytes=5,
+        ),
+        outbox=OutboxStatus(
+            changes={ChangeState.FRESH: 6}, oldest_ready_age_s=7.5, table_bytes=8, dead_tuples=9, blocked_keys=10,
+            notify_queue_usage=0.25,
+        ),
+        success={"slot": True, "outbox": True},
     )  # fmt: skip
-    metrics.show_outbox(
-        changes={"fresh": 6}, oldest_ready_age_s=7.5, table_bytes=8, dead_tuples=9, blocked_keys=10,
-        notify_queue_usage=0.25,
-    )  # fmt: skip
 
 
-def _value(metrics: Metrics, name: str, **labels: str) -> float | None:
+def _value(metrics: _Shown, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
 
 
-def _series(metrics: Metrics) -> set[str]:
+def _series(metrics: _Shown) -> set[str]:
     return {sample.name for metric in metrics.registry.collect() for sample in metric.samples}
 
 
@@ -85,55 +121,101 @@ def _series(metrics: Metrics) -> set[str]:
         ("cdc_change_latency_seconds_count", {"entity_type": OTHER}),
     ],
 )
-def test_a_series_exists_with_zero_before_its_first_event(metrics: Metrics, name: str, labels: dict[str, str]) -> None:
+def test_a_series_exists_with_zero_before_its_first_event(metrics: _Shown, name: str, labels: dict[str, str]) -> None:
     assert _value(metrics, name, **labels) == 0
 
 
-def test_what_has_no_value_yet_has_no_series(metrics: Metrics) -> None:
+def test_what_has_no_value_yet_has_no_series(metrics: _Shown) -> None:
     without = {
         "cdc_loop_last_iteration_timestamp_seconds", "cdc_stream_last_byte_timestamp_seconds", "cdc_slot_present",
         "cdc_slot_retained_wal_bytes", "cdc_outbox_changes", "cdc_outbox_oldest_ready_age_seconds",
         "cdc_collector_success",
     }  # fmt: skip
     assert not without & _series(metrics)
-    metrics.loop_last_iteration.labels("stream").set(1)
-    metrics.stream_last_byte.labels("cdc").set(1)
+    metrics.status = replace(metrics.status, stream=StreamStatus(loop_turned_monotonic=1, last_byte_monotonic=1))
     _fill(metrics)
     assert without <= _series(metrics)
 
 
-def test_the_constants_of_the_installation_are_there(metrics: Metrics) -> None:
+def test_the_constants_of_the_installation_are_there(metrics: _Shown) -> None:
     assert _value(metrics, "cdc_shards") == 64
     build = next(metric for metric in metrics.registry.collect() if metric.name == "cdc_build_info")
     assert set(build.samples[0].labels) == {"version", "python", "psycopg", "libpq"}
     assert {"process_start_time_seconds", "python_info"} <= _series(metrics)
 
 
-def test_a_type_without_a_rule_is_counted_as_other(metrics: Metrics) -> None:
-    assert metrics.entity_type("task") == "task"
-    assert metrics.entity_type("42; DROP TABLE") == OTHER
+def test_a_type_without_a_rule_is_counted_as_other(metrics: _Shown) -> None:
+    assert metrics.metrics.entity_type("task") == "task"
+    assert metrics.metrics.entity_type("42; DROP TABLE") == OTHER
 
 
-def test_exactly_one_role_is_in_force(metrics: Metrics) -> None:
-    for current in ROLES:
-        metrics.set_role(current)
-        assert {role: _value(metrics, "cdc_role", role=role) for role in ROLES} == {
-            role: float(role == current) for role in ROLES
-        }
+@pytest.mark.parametrize(
+    ("status", "role", "why"),
+    [
+        (ProcessStatus(), Role.SWEEPING, Reason.NETWORK),
+        (ProcessStatus(stream=None), Role.SWEEPING, Reason.DISABLED),
+        (ProcessStatus(stream=StreamStatus(connected=True)), Role.STREAMING, None),
+        (ProcessStatus(stream=StreamStatus(reason="slot_busy")), Role.STANDBY, Reason.SLOT_BUSY),
+        (ProcessStatus(stream=StreamStatus(reason="wal_level")), Role.SWEEPING, Reason.WAL_LEVEL),
+        (ProcessStatus(stream=StreamStatus(reason="stalled")), Role.SWEEPING, Reason.NETWORK),
+        (ProcessStatus(stream=StreamStatus(loop_turned_monotonic=1)), Role.SWEEPING, None),  # it was stopped
+        (
+            ProcessStatus(stream=StreamStatus(connected=True), consumer=ConsumerStatus(observing=True)),
+            Role.OBSERVING,
+            None,
+        ),
+    ],
+)
+def test_exactly_one_role_is_in_force_and_at_most_one_reason_not_to_stream(
+    metrics: _Shown, status: ProcessStatus, role: Role, why: Reason | None
+) -> None:
+    metrics.status = status
+    assert [each for each in Role if _value(metrics, "cdc_role", role=each)] == [role]
+    reasons = [each for each in UNAVAILABLE if _value(metrics, "cdc_stream_unavailable", reason=each)]
+    assert reasons == ([] if why is None else [why])
+    connected = status.stream is not None and status.stream.connected
+    assert _value(metrics, "cdc_stream_connected", slot="cdc") == connected
 
 
-def test_a_consumer_that_does_not_stream_says_why_and_one_that_does_has_no_reason(metrics: Metrics) -> None:
-    for reason in UNAVAILABLE:
-        metrics.set_stream(reason)
-        assert _value(metrics, "cdc_stream_connected", slot="cdc") == 0
-        assert sum(_value(metrics, "cdc_stream_unavailable", reason=one) or 0 for one in UNAVAILABLE) == 1
-        assert _value(metrics, "cdc_stream_unavailable", reason=reason) == 1
-    metrics.set_stream(None)
-    assert _value(metrics, "cdc_stream_connected", slot="cdc") == 1
-    assert sum(_value(metrics, "cdc_stream_unavailable", reason=one) or 0 for one in UNAVAILABLE) == 0
+def test_an_observer_owns_nothing_and_there_is_nothing_to_own(metrics: _Shown) -> None:
+    metrics.status = ProcessStatus(consumer=ConsumerStatus(observing=True))
+    assert _value(metrics, "cdc_shards") == 0
 
 
-def test_the_figures_of_a_reading_are_shown(metrics: Metrics) -> None:
+def test_what_a_consumer_holds_is_read_at_the_scrape(metrics: _Shown) -> None:
+    metrics.status = ProcessStatus(
+        consumer=ConsumerStatus(running=1, queued=2, settling=3, window=4, owned_shards=5, members=6),
+        pools={"async": PoolStatus(busy=7, idle=8, waiting=9)},
+        breakers={"notify": BreakerStatus(State.OPEN, "away")},
+    )
+    held = [_value(metrics, "cdc_lanes_changes", state=state) for state in ("running", "queued", "settling")]
+    assert held == [1, 2, 3]
+    assert [_value(metrics, name) for name in ("cdc_lanes_capacity", "cdc_shards_owned", "cdc_members")] == [4, 5, 6]
+    assert _value(metrics, "cdc_transaction_connections", kind="async", state="idle") == 8
+    assert _value(metrics, "cdc_transaction_waiting", kind="async") == 9
+    states = {each: _value(metrics, "cdc_handler_breaker", handler="notify", state=each) for each in State}
+    assert states == {State.CLOSED: 0, State.OPEN: 1, State.HALF_OPEN: 0}
+
+
+def test_times_are_those_of_the_wall_clock(metrics: _Shown) -> None:
+    metrics.status = ProcessStatus(consumer=ConsumerStatus(turned={"settle": time.monotonic()}))
+    turned = _value(metrics, "cdc_loop_last_iteration_timestamp_seconds", loop="settle")
+    assert turned is not None
+    assert abs(time.time() - turned) < 60
+
+
+def test_only_where_something_is_delivered_it_is_said_whether_the_application_is_there(metrics: _Shown) -> None:
+    assert "cdc_delivery_up" not in _series(metrics)
+    breakers = {"deliver": BreakerStatus()}
+    status = ProcessStatus(breakers=breakers)
+    registry = CollectorRegistry()
+    registry.register(StatusMetrics("cdc", lambda: status, delivery="deliver"))
+    assert registry.get_sample_value("cdc_delivery_up") == 1
+    breakers["deliver"] = BreakerStatus(State.HALF_OPEN, "away")
+    assert registry.get_sample_value("cdc_delivery_up") == 0
+
+
+def test_the_figures_of_a_reading_are_shown(metrics: _Shown) -> None:
     _fill(metrics)
     assert _value(metrics, "cdc_slot_wal_status", slot="cdc", wal_status="extended") == 1
     assert _value(metrics, "cdc_slot_wal_status", slot="cdc", wal_status="lost") == 0
@@ -146,25 +228,25 @@ def test_the_figures_of_a_reading_are_shown(metrics: Metrics) -> None:
     assert _value(metrics, "cdc_collector_success", collector="slot") == 1
 
 
-def test_the_figures_of_a_failed_reading_are_removed(metrics: Metrics) -> None:
+def test_the_figures_of_a_failed_reading_are_removed(metrics: _Shown) -> None:
     _fill(metrics)
-    metrics.forget_slot()
+    metrics.poll(slot=None, success={"slot": False, "outbox": True})
     assert not {name for name in _series(metrics) if name.startswith("cdc_slot_")}
     assert _value(metrics, "cdc_collector_success", collector="slot") == 0
     assert _value(metrics, "cdc_outbox_table_bytes") == 8
-    metrics.forget_outbox()
+    metrics.poll(outbox=None, success={"slot": False, "outbox": False})
     assert {name for name in _series(metrics) if name.startswith("cdc_outbox_")} == {"cdc_outbox_pruned_total"}
     assert _value(metrics, "cdc_collector_success", collector="outbox") == 0
 
 
-def test_a_lost_slot_keeps_no_wal_and_an_unlimited_one_is_safe(metrics: Metrics) -> None:
+def test_a_lost_slot_keeps_no_wal_and_an_unlimited_one_is_safe(metrics: _Shown) -> None:
     _fill(metrics)
-    metrics.show_slot(present=True, wal_status="lost")
+    metrics.poll(slot=SlotStatus(present=True, wal_status="lost"))
     assert not {"cdc_slot_retained_wal_bytes", "cdc_slot_safe_wal_bytes"} & _series(metrics)
     assert _value(metrics, "cdc_slot_present", slot="cdc") == 1
 
 
-def test_creation_times_are_left_out_here_and_left_alone_in_the_rest_of_the_process(metrics: Metrics) -> None:
+def test_creation_times_are_left_out_here_and_left_alone_in_the_rest_of_the_process(metrics: _Shown) -> None:
     others = CollectorRegistry()
     Counter("theirs", "A counter of the program that uses us.", registry=others)
     assert b"theirs_created" in generate_latest(others)
@@ -172,13 +254,13 @@ def test_creation_times_are_left_out_here_and_left_alone_in_the_rest_of_the_proc
 
 
 def test_two_consumers_in_one_process_have_their_own_metrics() -> None:
-    one, other = Metrics("one", _router()), Metrics("two", _router())
-    one.wakeups_dropped.inc()
+    one, other = _Shown("one"), _Shown("two")
+    one.metrics.wakeups_dropped.inc()
     assert _value(other, "cdc_wakeups_dropped_total") == 0
 
 
 @pytest.mark.parametrize("filled", [True, False])
-def test_promtool_finds_no_fault_in_names_and_help_texts(metrics: Metrics, filled: bool) -> None:
+def test_promtool_finds_no_fault_in_names_and_help_texts(metrics: _Shown, filled: bool) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         assert not os.environ.get("CDC_REQUIRE_PROMETHEUS"), "promtool is not installed"

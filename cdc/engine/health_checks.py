@@ -1,0 +1,100 @@
+"""Whether a process is well, by its status: what the probes answer. Pure but for ``LoopWatch``.
+
+Liveness is only what a restart would mend: never the database, the lag or the role.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cdc.http.server import Check
+from cdc.observability.snapshots import ProcessStatus
+
+_TURN_EVERY_S = 1.0
+_HELD_UP_S = 30.0
+"""Marks that cannot be written, or changes that cannot be read, for longer are somebody's business."""
+
+
+@dataclass(frozen=True, slots=True)
+class HealthThresholds:
+    """When a probe fails. ``turn_s`` and ``answer_s``: since a loop has turned, since the database has answered.
+
+    ``stall_s``: the silence after which the stream begins anew; it grows while a server decodes something huge, and
+    after ``silences`` times the limit of the moment it is clear that the watchdog itself has failed.
+    """
+
+    turn_s: float = 30.0
+    answer_s: float = 30.0
+    stall_s: float = 30.0
+    silences: float = 3.0
+
+
+class LoopWatch:
+    """Proves with each turn of ``run`` that the event loop turns."""
+
+    def __init__(self) -> None:
+        self.turned_at = time.monotonic()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self.turned_at = time.monotonic()
+            await asyncio.sleep(_TURN_EVERY_S)
+
+
+def liveness(status: ProcessStatus, now: float, thresholds: HealthThresholds) -> list[Check]:
+    """``now`` by time.monotonic()."""
+    checks = [_recent("loop.consumer", now - status.loop_turned_at, thresholds.turn_s)]
+    stream = status.stream
+    if stream and stream.loop_turned_monotonic:  # it has begun
+        checks.append(_recent("loop.stream", now - stream.loop_turned_monotonic, thresholds.turn_s))
+        if stream.connected and stream.last_byte_monotonic is not None:
+            silence_s = thresholds.silences * stream.stall_limit_s
+            checks.append(_recent("stream.last_byte", now - stream.last_byte_monotonic, silence_s))
+    for name, times in status.failing_tasks.items():
+        checks.append(Check(f"task.{name}", ok=False, detail=f"ended {times} times in a row"))
+    return checks
+
+
+def readiness(
+    status: ProcessStatus, now: float, thresholds: HealthThresholds, *, delivery: str | None = None
+) -> list[Check]:
+    """``now`` by time.monotonic(). ``delivery``: the handler that delivers over HTTP, where that is all there is."""
+    return [*_of_consumer(status, now, thresholds), *_of_slot(status), *_of_handlers(status, delivery)]
+
+
+def _of_consumer(status: ProcessStatus, now: float, thresholds: HealthThresholds) -> Iterator[Check]:
+    consumer = status.consumer
+    if consumer.observing:
+        yield Check("observing", ok=True, detail="runs and marks nothing")
+    if consumer.answered_at is None:
+        yield Check("database", ok=False, detail="never answered")
+    else:
+        yield _recent("database", now - consumer.answered_at, thresholds.answer_s)
+    yield Check("schema", consumer.in_service, "" if consumer.in_service else "not there yet")
+    yield Check("marks", consumer.held_up_s < _HELD_UP_S, f"held up for {consumer.held_up_s:.1f}s")
+    yield Check("reads", consumer.unread_s < _HELD_UP_S, f"held up for {consumer.unread_s:.1f}s")
+    yield Check("draining", not consumer.stopping, "yes" if consumer.stopping else "no")
+
+
+def _of_slot(status: ProcessStatus) -> Iterator[Check]:
+    """Where no slot sends wake-ups that should, work goes on by sweeping, so it is ready all the same."""
+    if status.stream and (why := "slot_deaf" if status.poller.slot_is_deaf else status.stream.reason):
+        yield Check("stream", ok=True, detail=why)
+
+
+def _of_handlers(status: ProcessStatus, delivery: str | None) -> Iterator[Check]:
+    """A consumer that delivers has nothing else to do; one of several handlers may rest, and the others work."""
+    resting = {name: breaker.why for name, breaker in sorted(status.breakers.items()) if breaker.rests}
+    if delivery is not None:
+        yield Check("application", delivery not in resting, resting.get(delivery, ""))
+        return
+    for name, why in resting.items():
+        yield Check(f"handler.{name}", ok=True, detail=f"rests: {why}")
+
+
+def _recent(name: str, age_s: float, limit_s: float) -> Check:
+    return Check(name, age_s < limit_s, f"{age_s:.1f}s")

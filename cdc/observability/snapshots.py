@@ -1,0 +1,182 @@
+"""What each part of a consumer says of itself: frozen values that any thread may take.
+
+Made when somebody asks: a scrape, the page, a probe, a test. The work itself pays nothing for them. Times are those of
+``time.monotonic()``, in seconds, and None for what has not happened yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from cdc.core.circuit_breaker import State
+from cdc.core.lsn import ZERO, Lsn
+from cdc.core.model import ChangeState
+from cdc.core.stream_reason import Reason
+from cdc.observability.history import Buckets
+
+
+class Role(StrEnum):
+    """Where a consumer's wake-ups come from; an observer's are its own affair."""
+
+    STREAMING = "streaming"
+    STANDBY = "standby"
+    SWEEPING = "sweeping"
+    OBSERVING = "observing"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatus:
+    """Counters cover the life of the Stream. ``reason``: why it is not connected, one of ``Reason``.
+
+    ``stall_limit_s``: the silence that the stream bears at present; it learns to be more patient with a busy server.
+    """
+
+    connected: bool = False
+    loop_turned_monotonic: float = 0.0
+    stall_limit_s: float = 0.0
+    last_byte_monotonic: float | None = None
+    messages: int = 0
+    keepalives: int = 0
+    bytes: int = 0
+    received_lsn: Lsn = ZERO
+    confirmed_lsn: Lsn = ZERO
+    plugin: str | None = None
+    recreated: int = 0
+    reason: str | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumerStatus:
+    """``turned``: by the name of a loop. Changes of the window are ``running``, ``queued`` or ``settling``.
+
+    ``held_up_s``: for how long some outcome could not be written by now; ``unread_s``: the same of reading.
+    """
+
+    observing: bool = False
+    in_service: bool = False
+    stopping: bool = False
+    answered_at: float | None = None
+    turned: Mapping[str, float] = field(default_factory=dict)
+    owned_shards: int = 0
+    members: int = 0
+    running: int = 0
+    queued: int = 0
+    settling: int = 0
+    window: int = 0
+    waiting_wakeups: int = 0
+    limited_types: int = 0
+    held_up_s: float = 0.0
+    unread_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """Connections of transactional handlers; ``waiting``: handlers that want one."""
+
+    busy: int = 0
+    idle: int = 0
+    waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerStatus:
+    """``why``: what the last call said that found away what it needs; "" while it is closed."""
+
+    state: State = State.CLOSED
+    why: str = ""
+
+    @property
+    def rests(self) -> bool:
+        return self.state is not State.CLOSED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotStatus:
+    """What is None has no value: a lost slot keeps no WAL, an unlimited one is safe."""
+
+    present: bool
+    active: bool = False
+    wal_status: str | None = None
+    retained_wal_bytes: int | None = None
+    confirmed_lag_bytes: int | None = None
+    safe_wal_bytes: int | None = None
+    catalog_xmin_age: int | None = None
+    spilled_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxStatus:
+    """Counts end at a bound. ``notify_queue_usage``: of the whole server, 0 to 1.
+
+    ``unhandled``: fresh changes that are this consumer's by its settings and that no handler of it wants.
+    """
+
+    changes: Mapping[ChangeState, int]
+    oldest_ready_age_s: float
+    table_bytes: int
+    dead_tuples: int
+    blocked_keys: int = 0
+    notify_queue_usage: float = 0.0
+    unhandled: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PollerStatus:
+    """What the database said last. A part that could not be read is None, and False in ``success``."""
+
+    turned_at: float | None = None
+    outbox: OutboxStatus | None = None
+    slot: SlotStatus | None = None
+    slot_is_deaf: bool = False
+    success: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandlerStatus:
+    """``attempts``: by outcome; ``latency``: from the writer's transaction to processed. All since the start."""
+
+    attempts: Mapping[str, int] = field(default_factory=dict)
+    errors: int = 0
+    latency: Buckets = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStatus:
+    """All of a consumer's process. ``stream`` is None where it is switched off; ``wakeups``: by source.
+
+    ``loop_turned_at``: when the event loop last turned. ``failing_tasks``: how often each has ended in a row.
+    """
+
+    consumer: ConsumerStatus = field(default_factory=ConsumerStatus)
+    stream: StreamStatus | None = field(default_factory=StreamStatus)
+    poller: PollerStatus = field(default_factory=PollerStatus)
+    handlers: HandlerStatus = field(default_factory=HandlerStatus)
+    pools: Mapping[str, PoolStatus] = field(default_factory=dict)
+    breakers: Mapping[str, BreakerStatus] = field(default_factory=dict)
+    wakeups: Mapping[str, int] = field(default_factory=dict)
+    failing_tasks: Mapping[str, int] = field(default_factory=dict)
+    loop_turned_at: float = 0.0
+
+    @property
+    def role(self) -> Role:
+        if self.consumer.observing:
+            return Role.OBSERVING
+        if self.stream and self.stream.connected:
+            return Role.STREAMING
+        busy = self.stream is not None and self.stream.reason == Reason.SLOT_BUSY
+        return Role.STANDBY if busy else Role.SWEEPING
+
+    @property
+    def not_streaming(self) -> Reason | None:
+        """Why this process does not stream: a state that lasts. None: it does, or its stream was stopped."""
+        stream = self.stream
+        if stream is None:
+            return Reason.DISABLED
+        if stream.connected:
+            return None
+        if stream.reason is not None:
+            return Reason(stream.reason).lasting
+        return None if stream.loop_turned_monotonic else Reason.NETWORK

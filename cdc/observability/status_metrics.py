@@ -1,0 +1,188 @@
+"""Metrics that are taken from snapshots, at each scrape: what is, beside what happens (``metrics``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+from prometheus_client import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from cdc.core.circuit_breaker import State
+from cdc.core.model import SHARDS, ChangeState
+from cdc.observability.metrics import UNAVAILABLE
+from cdc.observability.snapshots import ConsumerStatus, OutboxStatus, PollerStatus, ProcessStatus, Role, StreamStatus
+
+OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
+WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
+
+_Family = GaugeMetricFamily | CounterMetricFamily
+_Sample = tuple[str, tuple[str, ...], float | None]
+"""Name, label values, value; None: it has none now."""
+
+
+def _gauge(name: str, text: str, *labels: str) -> Callable[[], _Family]:
+    return partial(GaugeMetricFamily, name, text, labels=labels)
+
+
+def _counter(name: str, text: str, *labels: str) -> Callable[[], _Family]:
+    return partial(CounterMetricFamily, name, text, labels=labels)  # the client appends _total
+
+
+_FAMILIES = (
+    _gauge("cdc_role", "What this consumer does for the doorbell; 1 for its role.", "role"),
+    _gauge("cdc_loop_last_iteration_timestamp_seconds", "When each started loop last turned.", "loop"),
+    _gauge("cdc_collector_success", "1 if the last reading of these figures worked.", "collector"),
+    _gauge("cdc_stream_connected", "1 while this process reads the slot.", "slot"),
+    _gauge("cdc_stream_unavailable", "Why it does not; 1 for the reason.", "reason"),
+    _gauge("cdc_stream_last_byte_timestamp_seconds", "When the server last sent a byte, keepalives included.", "slot"),
+    _counter("cdc_stream_messages", "Messages read from the stream.", "slot", "kind"),
+    _counter("cdc_stream_received_bytes", "Bytes read from the stream.", "slot"),
+    _counter("cdc_stream_slot_recreations", "Slots that were lost or could not be read, and were made anew.", "slot"),
+    _gauge("cdc_wakeup_queue_length", "Wake-ups that wait to be fetched."),
+    _gauge("cdc_lanes_changes", "Changes this consumer holds.", "state"),
+    _gauge("cdc_lanes_capacity", "Changes it may hold."),
+    _gauge("cdc_lanes_limited_types", "Entity types that hold their share of it and have more to do."),
+    _gauge("cdc_shards", "Shards there are; 0 where nothing but observing is to be done."),
+    _gauge("cdc_shards_owned", "Shards this consumer owns."),
+    _gauge("cdc_members", "Live consumers, as this one sees them."),
+    _gauge("cdc_transaction_connections", "Connections of transactional handlers.", "kind", "state"),
+    _gauge("cdc_transaction_waiting", "Transactional handlers that wait for a connection.", "kind"),
+    _gauge(
+        "cdc_handler_breaker",
+        "The circuit breaker of a handler, not closed while what it needs is away; 1 for its state.",
+        "handler",
+        "state",
+    ),
+    _gauge("cdc_slot_present", "1 if the slot exists.", "slot"),
+    _gauge("cdc_slot_active", "1 if somebody reads the slot.", "slot"),
+    _gauge("cdc_slot_wal_status", "State of the slot's WAL; 1 for the one it is in.", "slot", "wal_status"),
+    _gauge("cdc_slot_retained_wal_bytes", "WAL the server keeps for the slot.", "slot"),
+    _gauge("cdc_slot_confirmed_lag_bytes", "WAL the reader has not confirmed.", "slot"),
+    _gauge("cdc_slot_safe_wal_bytes", "WAL that may be written before the slot is lost.", "slot"),
+    _gauge("cdc_slot_catalog_xmin_age_transactions", "How far the slot holds back vacuum of the catalogs.", "slot"),
+    _counter("cdc_slot_spilled_bytes", "Bytes that decoding wrote to disk.", "slot"),
+    _gauge("cdc_outbox_changes", "Unprocessed changes, counted up to a bound.", "state"),
+    _gauge("cdc_outbox_oldest_ready_age_seconds", "Age of the oldest change that could run now; 0 if none."),
+    _gauge("cdc_outbox_table_bytes", "Size of entity_changes with indexes and TOAST."),
+    _gauge("cdc_outbox_dead_tuples", "Row versions of entity_changes that vacuum has not removed."),
+    _gauge("cdc_outbox_blocked_keys", "Keys held back by a waiting change or a pausing dead letter, up to a bound."),
+    _gauge(
+        "cdc_outbox_unhandled_changes", "Fresh changes of types that no handler of this consumer wants, up to a bound."
+    ),
+    _gauge("cdc_notify_queue_usage_ratio", "How full the server's queue of notifications is."),
+)
+_DELIVERY = _gauge("cdc_delivery_up", "1 while the application is there, 0 while changes wait for it.")
+
+
+class StatusMetrics(Collector):
+    """``slot``: the configured name. ``read`` is called at each scrape, in its thread.
+
+    ``delivery``: the handler that delivers over HTTP; only where there is one there is a metric of it.
+    """
+
+    def __init__(self, slot: str, read: Callable[[], ProcessStatus], *, delivery: str | None = None) -> None:
+        self._slot = slot
+        self._read = read
+        self._delivery = delivery
+        self._families = _FAMILIES if delivery is None else (*_FAMILIES, _DELIVERY)
+
+    def describe(self) -> list[_Family]:
+        return [family() for family in self._families]
+
+    def collect(self) -> Iterable[Metric]:
+        families = {family.name: family for family in self.describe()}
+        for name, labels, value in self._samples(self._read()):
+            if value is not None:
+                families[name].add_metric(labels, value)
+        return families.values()
+
+    def _samples(self, status: ProcessStatus) -> Iterator[_Sample]:
+        # A wall clock may be set at any time, so the loops count by the other one.
+        epoch_s = time.time() - time.monotonic()
+        yield from _states("cdc_role", Role, status.role)
+        yield from _states("cdc_stream_unavailable", UNAVAILABLE, status.not_streaming)
+        yield from _of_loops(status, epoch_s)
+        yield from _of_stream(self._slot, status.stream or StreamStatus(), epoch_s)
+        yield from _of_consumer(status.consumer)
+        yield from _of_handlers(status)
+        yield from _of_slot(self._slot, status.poller)
+        if status.poller.outbox:
+            yield from _of_outbox(status.poller.outbox)
+        if self._delivery is not None:
+            breaker = status.breakers.get(self._delivery)
+            yield "cdc_delivery_up", (), not (breaker and breaker.rests)
+
+
+def _states(name: str, states: Iterable[str], current: str | None, *labels: str) -> Iterator[_Sample]:
+    for state in states:
+        yield name, (*labels, state), state == current
+
+
+def _of_loops(status: ProcessStatus, epoch_s: float) -> Iterator[_Sample]:
+    turned: dict[str, float | None] = dict(status.consumer.turned)
+    turned["stream"] = status.stream.loop_turned_monotonic or None if status.stream else None
+    turned["collector"] = status.poller.turned_at
+    for loop, at in turned.items():
+        yield "cdc_loop_last_iteration_timestamp_seconds", (loop,), None if at is None else at + epoch_s
+    for reading, success in status.poller.success.items():
+        yield "cdc_collector_success", (reading,), success
+
+
+def _of_stream(slot: str, stream: StreamStatus, epoch_s: float) -> Iterator[_Sample]:
+    last_byte = stream.last_byte_monotonic
+    yield "cdc_stream_connected", (slot,), stream.connected
+    yield "cdc_stream_last_byte_timestamp_seconds", (slot,), None if last_byte is None else last_byte + epoch_s
+    yield "cdc_stream_messages", (slot, "change"), stream.messages
+    yield "cdc_stream_messages", (slot, "keepalive"), stream.keepalives
+    yield "cdc_stream_received_bytes", (slot,), stream.bytes
+    yield "cdc_stream_slot_recreations", (slot,), stream.recreated
+
+
+def _of_consumer(consumer: ConsumerStatus) -> Iterator[_Sample]:
+    yield "cdc_wakeup_queue_length", (), consumer.waiting_wakeups
+    yield "cdc_lanes_changes", ("running",), consumer.running
+    yield "cdc_lanes_changes", ("queued",), consumer.queued
+    yield "cdc_lanes_changes", ("settling",), consumer.settling
+    yield "cdc_lanes_capacity", (), consumer.window
+    yield "cdc_lanes_limited_types", (), consumer.limited_types
+    yield "cdc_shards", (), 0 if consumer.observing else SHARDS
+    yield "cdc_shards_owned", (), consumer.owned_shards
+    yield "cdc_members", (), consumer.members
+
+
+def _of_handlers(status: ProcessStatus) -> Iterator[_Sample]:
+    for kind, pool in status.pools.items():
+        yield "cdc_transaction_connections", (kind, "busy"), pool.busy
+        yield "cdc_transaction_connections", (kind, "idle"), pool.idle
+        yield "cdc_transaction_waiting", (kind,), pool.waiting
+    for handler, breaker in sorted(status.breakers.items()):
+        yield from _states("cdc_handler_breaker", State, breaker.state, handler)
+
+
+def _of_slot(name: str, poller: PollerStatus) -> Iterator[_Sample]:
+    slot = poller.slot
+    if slot is None:
+        return
+    yield "cdc_slot_present", (name,), slot.present
+    yield "cdc_slot_active", (name,), slot.active
+    yield "cdc_slot_retained_wal_bytes", (name,), slot.retained_wal_bytes
+    yield "cdc_slot_confirmed_lag_bytes", (name,), slot.confirmed_lag_bytes
+    yield "cdc_slot_safe_wal_bytes", (name,), slot.safe_wal_bytes
+    yield "cdc_slot_catalog_xmin_age_transactions", (name,), slot.catalog_xmin_age
+    yield "cdc_slot_spilled_bytes", (name,), slot.spilled_bytes
+    if slot.wal_status is not None:
+        yield from _states("cdc_slot_wal_status", WAL_STATUSES, slot.wal_status, name)
+
+
+def _of_outbox(outbox: OutboxStatus) -> Iterator[_Sample]:
+    for state in OUTBOX_STATES:
+        yield "cdc_outbox_changes", (state.value,), outbox.changes.get(state, 0)
+    yield "cdc_outbox_oldest_ready_age_seconds", (), outbox.oldest_ready_age_s
+    yield "cdc_outbox_table_bytes", (), outbox.table_bytes
+    yield "cdc_outbox_dead_tuples", (), outbox.dead_tuples
+    yield "cdc_outbox_blocked_keys", (), outbox.blocked_keys
+    yield "cdc_notify_queue_usage_ratio", (), outbox.notify_queue_usage
+    yield "cdc_outbox_unhandled_changes", (), outbox.unhandled
