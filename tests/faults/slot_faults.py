@@ -340,7 +340,7 @@ def suffer(stage: Stage, fault: Fault) -> Outcome:
 def _became_of_it(stage: Stage, facts: SlotFacts, created: int) -> str:
     if not created:
         return "kept"
-    return "made anew" if facts["plugin"] == stage.plugin else f"made anew with {facts['plugin']}"
+    return "recreated" if facts["plugin"] == stage.plugin else f"recreated with {facts['plugin']}"
 
 
 def _shown(stage: Stage, fault: Fault, before: Moment) -> None:
