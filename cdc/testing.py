@@ -227,7 +227,7 @@ class _Look:
         return now
 
     def _find(self, state: str, limit: int) -> list[Entry]:
-        types = self._scope.types if self._scope.among else (None,)
+        types = self._scope.types if self._scope.include else (None,)
         wanted = (Wanted(entity_type) for entity_type in types)
         return [entry for each in wanted for entry in self._letters.find(self._connection, state, each, limit).entries]
 

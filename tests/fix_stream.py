@@ -35,7 +35,7 @@ class Recorder:
     def streaming(self) -> None:
         self.starts += 1
 
-    def rang(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
+    def notified(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
         self.wakeups += wakeups
         self.batches.append(len(wakeups))
         self.committed_at.append(committed_at)

@@ -326,7 +326,7 @@ class App:
             breakers=self._breakers.status,
             wakeups=self.metrics.wakeup_counts,
             failing_tasks=dict(self._supervisor.failing()),
-            loop_turned_at=self._loop.turned_at,
+            loop_last_iteration=self._loop.last_iteration_at,
         )
 
     def liveness(self) -> list[Check]:
@@ -395,7 +395,7 @@ def _as_observer(settings: Settings) -> Settings:
 
 def _refuse_unhandled(scope: TypeFilter, router: Router) -> None:
     """A type that is named and that nobody handles would wait for ever: the opposite of what is meant."""
-    for entity_type in scope.types if scope.among else ():
+    for entity_type in scope.types if scope.include else ():
         if not router.scope.has(entity_type):
             raise UsageError(
                 f"only {entity_type!r}, but no handler wants changes of it", hint="correct --only, or add the handler"

@@ -256,7 +256,7 @@ class Settings(_Section):
     @property
     def scope(self) -> TypeFilter:
         """The entity types that are ours."""
-        return TypeFilter(self.only, among=True) if self.only else TypeFilter(self.except_ or ())
+        return TypeFilter(self.only, include=True) if self.only else TypeFilter(self.except_ or ())
 
     @property
     def timeout_s(self) -> float | None:

@@ -102,18 +102,18 @@ def _end(loop: asyncio.AbstractEventLoop) -> None:
     left = asyncio.all_tasks(loop)
     for task in left:
         cancel(task)
-    if deaf := _deaf(loop, left):
+    if deaf := _uncancellable(loop, left):
         log.warning("%d tasks go on after their cancellation; the process ends without them", len(deaf))
         process.abandon()
         return
     loop.run_until_complete(loop.shutdown_asyncgens())
-    if _deaf(loop, [loop.create_task(loop.shutdown_default_executor())]):
+    if _uncancellable(loop, [loop.create_task(loop.shutdown_default_executor())]):
         process.abandon()
     else:
         loop.close()
 
 
-def _deaf(loop: asyncio.AbstractEventLoop, tasks: Collection[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
+def _uncancellable(loop: asyncio.AbstractEventLoop, tasks: Collection[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
     """Those that have not ended after a moment."""
     if not all(task.done() for task in tasks):
         loop.run_until_complete(asyncio.wait(tasks, timeout=_CUT_OFF_S))

@@ -29,7 +29,7 @@ def wanted(resolved: Resolved) -> Wanted | None:
     settings = resolved.settings
     if settings.deliver.to:
         types = settings.deliver.types
-        scope = EVERYTHING if types is None else TypeFilter(tuple(types), among=True)
+        scope = EVERYTHING if types is None else TypeFilter(tuple(types), include=True)
         return Wanted(scope, lambda entity_type, _operation: scope.has(entity_type))
     if not settings.handlers or (resolved.found and " in " in resolved.sources["handlers"]):
         return None

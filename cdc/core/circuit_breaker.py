@@ -68,13 +68,13 @@ class Breaker:
         self._trials = 0
 
     @property
-    def shut(self) -> bool:
+    def tripped(self) -> bool:
         return self.state is not State.CLOSED
 
     @property
     def troubled(self) -> bool:
         """Whether a success would be news."""
-        return self.shut or bool(self._keys)
+        return self.tripped or bool(self._keys)
 
     @property
     def room(self) -> int:
@@ -115,14 +115,14 @@ class Breaker:
         """A call has done what it was to do. Returns whether that has closed the breaker."""
         if self.state is State.OPEN and not self._trials:
             return False
-        closed = self.shut
+        closed = self.tripped
         if closed:
             self._closed_at = now
         self.state, self.why, self.certain = State.CLOSED, "", False
         self._keys.clear()
         return closed
 
-    def look(self, now: float) -> bool:
+    def try_half_open(self, now: float) -> bool:
         """Time has passed. Returns whether a call may now find out."""
         if self.state is State.OPEN and now >= self._asks_at:
             self.state = State.HALF_OPEN
@@ -130,7 +130,7 @@ class Breaker:
         return False
 
     def wait_s(self, now: float) -> float:
-        """Seconds until ``look`` has something to say; infinite unless it is open."""
+        """Seconds until ``try_half_open`` has something to say; infinite unless it is open."""
         return max(0.0, self._asks_at - now) if self.state is State.OPEN else inf
 
     def _open(self, now: float, after_s: float = 0.0) -> None:

@@ -1,6 +1,6 @@
 """What the window does not hold, one number for each key. Pure.
 
-A *mark* says that from its ``seq`` on there are changes of the key which were seen and not admitted. ``held``: an
+A *mark* says that from its ``seq`` on there are changes of the key which were seen and not admitted. ``blocked``: an
 earlier change of the key waits, and nothing is to be read before that one has settled. Else the key is read on from
 there, by a *resume*, when its lane has run empty.
 
@@ -28,12 +28,12 @@ class KeyRead(NamedTuple):
 
 
 class Watermark:
-    __slots__ = ("held", "seq", "shard")
+    __slots__ = ("blocked", "seq", "shard")
 
-    def __init__(self, seq: int, shard: int, held: bool) -> None:
+    def __init__(self, seq: int, shard: int, blocked: bool) -> None:
         self.seq = seq
         self.shard = shard
-        self.held = held
+        self.blocked = blocked
 
 
 class DeferredKeys:
@@ -42,7 +42,7 @@ class DeferredKeys:
     def __init__(self, size: int, *, sole: bool = True) -> None:
         self._limit = DynamicLimit(size, _FACTOR, sole=sole)
         self._marks: dict[Key, Watermark] = {}
-        self._resumes: dict[str, dict[Key, None]] = {}
+        self._reads: dict[str, dict[Key, None]] = {}
         """By type; the type that was served last stands last."""
         self.get: Callable[[Key], Watermark | None] = self._marks.get
         """The mark of a key. Most have none, and each change asks three times."""
@@ -54,47 +54,47 @@ class DeferredKeys:
         """Whether the key has a mark or may get one."""
         return key in self._marks or self._limit.admits(key[0])
 
-    def note(self, key: Key, seq: int, shard: int, *, held: bool) -> None:
+    def defer(self, key: Key, seq: int, shard: int, *, blocked: bool) -> None:
         """Mark the key from this number on, whether there is room or not."""
         mark = self._marks.get(key)
         if mark is None:
-            self._marks[key] = Watermark(seq, shard, held)
-            self._limit.take(key[0])
+            self._marks[key] = Watermark(seq, shard, blocked)
+            self._limit.acquire(key[0])
         else:
             mark.seq = min(mark.seq, seq)
-            mark.held = mark.held or held
+            mark.blocked = mark.blocked or blocked
 
     def forget(self, keys: Iterable[Key]) -> None:
         for key in keys:
             del self._marks[key]
-            self._limit.give(key[0])
-            self.do_not_resume(key)
+            self._limit.release(key[0])
+            self.cancel_read(key)
 
     def of_shards(self, shards: set[int]) -> Iterator[Key]:
         return (key for key, mark in self._marks.items() if mark.shard in shards)
 
     def clear(self) -> None:
         self._marks.clear()
-        self._resumes.clear()
+        self._reads.clear()
         self._limit.clear()
 
-    def resume(self, key: Key) -> None:
+    def request_read(self, key: Key) -> None:
         """The key is to be read on."""
-        self._resumes.setdefault(key[0], {})[key] = None
+        self._reads.setdefault(key[0], {})[key] = None
 
-    def do_not_resume(self, key: Key) -> None:
-        if keys := self._resumes.get(key[0]):
+    def cancel_read(self, key: Key) -> None:
+        if keys := self._reads.get(key[0]):
             keys.pop(key, None)
             if not keys:
-                del self._resumes[key[0]]
+                del self._reads[key[0]]
 
-    def resumes(self, limit: int, has_room: Callable[[str], bool]) -> list[KeyRead]:
+    def take_reads(self, limit: int, has_room: Callable[[str], bool]) -> list[KeyRead]:
         """Keys to read on, of the next type that has room in the window; each is told once."""
-        entity_type = next(filter(has_room, self._resumes), None)
+        entity_type = next(filter(has_room, self._reads), None)
         if entity_type is None:
             return []
-        keys = self._resumes[entity_type] = self._resumes.pop(entity_type)
+        keys = self._reads[entity_type] = self._reads.pop(entity_type)
         chosen = list(islice(keys, limit))
         for key in chosen:
-            self.do_not_resume(key)
+            self.cancel_read(key)
         return [KeyRead(key, mark.shard, mark.seq) for key in chosen if (mark := self._marks.get(key))]

@@ -59,16 +59,16 @@ class DynamicLimit:
         room = max(0, -((held - self._factor * (self.free - 1)) // (self._factor + 1)))
         return room if held else max(room, min(1, self.free))
 
-    def take(self, user: Hashable, places: int = 1) -> None:
+    def acquire(self, user: Hashable, places: int = 1) -> None:
         self._held[user] = self._held.get(user, 0) + places
         self.free -= places
 
-    def give(self, user: Hashable, places: int = 1) -> None:
+    def release(self, user: Hashable, places: int = 1) -> None:
         """The places are free again."""
-        self.leave(user, places)
+        self.end_use(user, places)
         self.vacate(places)
 
-    def leave(self, user: Hashable, places: int = 1) -> None:
+    def end_use(self, user: Hashable, places: int = 1) -> None:
         """The user has done with places that are not free yet; ``vacate`` follows."""
         left = self._held[user] - places
         if left:

@@ -67,7 +67,7 @@ class HandlerLimits:
         run = _RUN_MAX if handler.single else 1
         breaker = self._breakers.get(handler.name)
         return Requirements(
-            entity_type, handler, _pools(handler), fenced=handler.transactional, run=run, breaker=breaker
+            entity_type, handler, _pools(handler), after_settled=handler.transactional, run=run, breaker=breaker
         )
 
 

@@ -12,14 +12,14 @@ from cdc.core.ready_queues import Requirements
 class KeyQueue:
     """``running`` is one change, or a batch of successive ones. ``settling`` counts."""
 
-    __slots__ = ("holding", "key", "needs", "orphan", "queue", "running", "settling")
+    __slots__ = ("blocking", "key", "needs", "orphan", "queued", "running", "settling")
 
     def __init__(self, key: Key) -> None:
         self.key = key
-        self.queue: deque[Change] = deque()
+        self.queued: deque[Change] = deque()
         self.running: list[Change] = []
         self.settling = 0
-        self.holding = 0
+        self.blocking = 0
         """How many of those settling hold the key back; a batch may end with several."""
         self.orphan = False
         """What runs was started in a session that is lost."""
@@ -27,31 +27,31 @@ class KeyQueue:
         """Of the first queued change, when it was last said to be ready."""
 
     @property
-    def shut(self) -> bool:
-        return self.holding > 0
+    def blocked(self) -> bool:
+        return self.blocking > 0
 
     @property
-    def fenced(self) -> bool:
+    def after_settled(self) -> bool:
         """Of the first queued change."""
-        return self.needs is not None and self.needs.fenced
+        return self.needs is not None and self.needs.after_settled
 
     @property
     def empty(self) -> bool:
-        return not (self.queue or self.running or self.settling)
+        return not (self.queued or self.running or self.settling)
 
     @property
-    def here(self) -> tuple[Change, ...]:
+    def unfinished(self) -> tuple[Change, ...]:
         """Those that have not finished."""
-        return (*self.running, *self.queue)
+        return (*self.running, *self.queued)
 
     def enqueue(self, change: Change) -> None:
-        if self.queue and self.queue[-1].seq > change.seq:
+        if self.queued and self.queued[-1].seq > change.seq:
             # Only for a key coarser than the source row: its transactions may commit in another order.
-            insort(self.queue, change, key=lambda queued: queued.seq)
+            insort(self.queued, change, key=lambda queued: queued.seq)
         else:
-            self.queue.append(change)
+            self.queued.append(change)
 
-    def leave_running(self, change: Change) -> None:
+    def remove_running(self, change: Change) -> None:
         if change not in self.running:
             raise AssertionError(f"{change!r} finished but is not running")
         self.running.remove(change)

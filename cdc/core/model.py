@@ -229,7 +229,7 @@ class Suspicion(IntEnum):
 class Processed:
     """The handler returned."""
 
-    holds_key: ClassVar[bool] = False
+    blocks_key: ClassVar[bool] = False
     """Of each outcome: whether later changes of the key have to wait for this one."""
 
 
@@ -238,14 +238,14 @@ class Committed:
     """The handler returned, and its own transaction has marked the change. ``at``: the database's clock."""
 
     at: datetime
-    holds_key: ClassVar[bool] = False
+    blocks_key: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """No handler wants the change."""
 
-    holds_key: ClassVar[bool] = False
+    blocks_key: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +253,7 @@ class Discarded:
     """The handler said that nothing is to be done."""
 
     reason: str
-    holds_key: ClassVar[bool] = False
+    blocks_key: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +266,7 @@ class Waiting:
     delay_s: float
     error: str
     counted: bool = True
-    holds_key: ClassVar[bool] = True
+    blocks_key: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +277,7 @@ class Dead:
     pauses: bool = False
 
     @property
-    def holds_key(self) -> bool:
+    def blocks_key(self) -> bool:
         return self.pauses
 
 

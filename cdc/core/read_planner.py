@@ -8,7 +8,7 @@ sweeping is what makes losing one harmless. Both must keep order, though rows be
 their numbers were drawn. What both rest on: the successor of a change can only be written once that change is
 visible, so whoever reads everything that *one* snapshot shows never sees a successor without its predecessor.
 
-**Sweep.** Each page reads what its snapshot shows and the one before did not; how, is told in ``passes``.
+**Sweep.** Each page reads what its snapshot shows and the one before did not; how, is told in ``cursor``.
 
 **By number.** Wake-ups arrive in commit order. As long as *every* wake-up since some moment was kept, and a rung
 number that is not visible yet is looked for in every later fetch until it is there, no fetch can see a successor and
@@ -35,13 +35,13 @@ from itertools import islice
 from math import inf
 
 from cdc.core.model import WakeUp
-from cdc.core.shard_cursor import LOOK_AGAIN_MIN_S, REPASS_MAX_S, Position, Scanned, ShardCursor, Snapshot, ends_of
+from cdc.core.shard_cursor import REPASS_MAX_S, RETRY_MIN_S, Position, Scanned, ShardCursor, Snapshot, ends_of
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 
-_LOOK_AGAIN_MAX_S = 0.05
+_RETRY_MAX_S = 0.05
 """A commit waiting for a synchronous standby stays invisible for as long as that takes; found within this much of
 its release. 20 cheap queries a second, only while such a commit hangs."""
-_LOOK_AGAIN_FOR_S = 60.0
+_RETRY_FOR_S = 60.0
 _FETCH_MAX = 500
 _UNSEEN_MAX = 2_000
 _UNBOUNDED = 1 << 30
@@ -76,7 +76,7 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FetchResult:
     """What a fetch brought about: rung changes found at once, found late, given up, and still looked for."""
 
     at_once: int = 0
@@ -87,13 +87,13 @@ class Found:
 class _Unseen:
     """A rung number that was not visible when first looked for."""
 
-    __slots__ = ("next_look", "next_xid", "shard", "since")
+    __slots__ = ("next_xid", "retry_at", "shard", "since")
 
     def __init__(self, shard: int, since: float, next_xid: int) -> None:
         self.shard = shard
         self.since = since
         self.next_xid = next_xid
-        self.next_look = since + LOOK_AGAIN_MIN_S
+        self.retry_at = since + RETRY_MIN_S
 
 
 class ReadPlanner:
@@ -116,24 +116,24 @@ class ReadPlanner:
         self._room_for = room_for
         self._scope = scope
         self._shards: dict[int, ShardCursor] = {}
-        self._apart: dict[str, dict[int, ShardCursor]] = {}
+        self._throttled: dict[str, dict[int, ShardCursor]] = {}
         """By type and shard; the type that was read last stands last."""
-        self._rung: dict[int, int] = {}
+        self._notified: dict[int, int] = {}
         self._unseen: dict[int, _Unseen] = {}
         self._shown: dict[int, bool] = {}
         """What passes have shown lately without having been told, the newest last: their wake-ups say nothing new."""
         self._next_sweep = 0.0
         self._sweeps = 0
-        self._choices = deque((self._fetch, self._sweep, self._sweep_apart))
+        self._choices = deque((self._fetch, self._sweep, self._sweep_throttled))
         """Who had its turn last stands last."""
         self._swept_at: dict[str | None, float] = {}
         """When a type that is read apart was last, and (None) the others."""
         self._full_pass_from: float | None = None
-        self._full_pass_asked = False
+        self._full_pass_requested = False
         self._rest_until = 0.0
         self._serial = 0
-        self._first_hand = False
-        self._quiet = False
+        self._from_own_slot = False
+        self._cursors_idle = False
         """No shard has a pass under way or to come, the periodic ones aside. Most reads are of one change, and to look
         at all shards would be most of what they cost."""
 
@@ -141,12 +141,12 @@ class ReadPlanner:
 
     @property
     def queue_length(self) -> int:
-        return len(self._rung)
+        return len(self._notified)
 
     @property
     def idle(self) -> bool:
         """Nothing is to be read that it knows of, the periodic passes aside."""
-        return self._quiet and not self._rung
+        return self._cursors_idle and not self._notified
 
     @property
     def live_shards(self) -> int:
@@ -155,28 +155,28 @@ class ReadPlanner:
     @property
     def catching_up(self) -> bool:
         """A pass is under way somewhere."""
-        return any(passes.reading for passes in self._all_passes())
+        return any(cursor.reading for cursor in self._all_cursors())
 
     @property
-    def apart(self) -> Collection[str]:
+    def throttled(self) -> Collection[str]:
         """The types that are read apart."""
-        return self._apart.keys()
+        return self._throttled.keys()
 
     # --- in --------------------------------------------------------------------------------------------------------
 
     def own(self, shards: Iterable[int]) -> None:
         """Shards taken over: swept from their first change on, at once."""
         for number in shards:
-            for of_shards in (self._shards, *self._apart.values()):
-                of_shards.setdefault(number, ShardCursor(self._serial, self._stirred))
+            for of_shards in (self._shards, *self._throttled.values()):
+                of_shards.setdefault(number, ShardCursor(self._serial, self._cursor_due))
 
     def disown(self, shards: Iterable[int]) -> None:
         for number in set(shards):
-            for of_shards in (self._shards, *self._apart.values()):
+            for of_shards in (self._shards, *self._throttled.values()):
                 of_shards.pop(number, None)
             self._forget_wakeups(number)
         if not self._shards:
-            self._apart.clear()
+            self._throttled.clear()
 
     def interval(self, sweep_interval_s: float, now: float) -> None:
         """From now on sweep this often."""
@@ -189,9 +189,9 @@ class ReadPlanner:
 
     def streaming(self, *, connected: bool) -> None:
         """From now on wake-ups come first-hand, or do so no more. What rang before may have been missed."""
-        self._first_hand = connected
+        self._from_own_slot = connected
         if not connected:
-            self._rung.clear()
+            self._notified.clear()
             self._unseen.clear()
         self.lost()
 
@@ -201,13 +201,13 @@ class ReadPlanner:
             shard.lose(self._serial)
 
     def restart(self) -> Collection[int]:
-        """Sweep every shard from its first change on. Returns the shards, for ``KeyScheduler.forget_unread``."""
-        for passes in self._all_passes():
-            passes.rewind(0)
-        self._full_pass_asked, self._full_pass_from = True, None
+        """Sweep every shard from its first change on. Returns the shards, for ``KeyScheduler.forget_deferred``."""
+        for cursor in self._all_cursors():
+            cursor.rewind(0)
+        self._full_pass_requested, self._full_pass_from = True, None
         return self._shards.keys()
 
-    def rung(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> int:
+    def notified(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> int:
         """Take wake-ups in, in the order of their arrival. Returns how many were dropped for lack of room.
 
         ``relayed``: they come from another process, which may still be underway with them when this one streams.
@@ -219,20 +219,20 @@ class ReadPlanner:
                 continue
             if (relayed or not shard.live) and not self._shown.pop(seq, False):
                 shard.touch(seq)
-                self._touch_apart(number)
-            if relayed or not self._first_hand:
+                self._touch_throttled(number)
+            if relayed or not self._from_own_slot:
                 continue
-            if len(self._rung) >= self._queue_capacity:
+            if len(self._notified) >= self._queue_capacity:
                 dropped += 1
                 shard.lose(self._serial)
                 continue
-            self._rung[seq] = number
+            self._notified[seq] = number
         return dropped
 
-    def passed_over(self, entity_type: str, shard: int) -> None:
+    def skipped(self, entity_type: str, shard: int) -> None:
         """A fetch showed a change of a type that is read apart."""
-        if passes := self._apart.get(entity_type, {}).get(shard):
-            passes.touch()
+        if cursor := self._throttled.get(entity_type, {}).get(shard):
+            cursor.touch()
 
     # --- out -------------------------------------------------------------------------------------------------------
 
@@ -263,53 +263,53 @@ class ReadPlanner:
     def wait_s(self, now: float) -> float:
         """Seconds until ``next`` may have something that it has not now, wake-ups aside."""
         times = [self._next_sweep]
-        times += [unseen.next_look for unseen in self._looked_for().values()]
-        for passes in () if self._quiet else self._all_passes():
-            if passes.reading:
+        times += [unseen.retry_at for unseen in self._to_retry().values()]
+        for cursor in () if self._cursors_idle else self._all_cursors():
+            if cursor.reading:
                 times.append(now + REPASS_MAX_S)  # it waits for room
-            elif not passes.live:
-                times.append(passes.again_at)
+            elif not cursor.live:
+                times.append(cursor.repass_at)
         return max(0.0, min(times) - now)
 
     def fetched(
         self, request: Fetch, seen: Collection[int], snapshot: Snapshot, now: float, cut: Sequence[WakeUp] = ()
-    ) -> Found:
+    ) -> FetchResult:
         """The answer to a fetch: the numbers that were visible, the snapshot it was read with.
 
         ``cut``: what is visible and did not fit into the page. It is fetched again before all that rang later.
         """
         at_once = late = given_up = 0
         deferred = {seq for seq, _ in cut}
-        if cut and self._first_hand:  # else passes find it
-            self._rung = {seq: shard for seq, shard in cut if shard in self._shards} | self._rung
+        if cut and self._from_own_slot:  # else passes find it
+            self._notified = {seq: shard for seq, shard in cut if shard in self._shards} | self._notified
         for seq, shard in request.wakeups:
             if shard not in self._shards:
                 continue  # given away while the read was under way
             if seq in deferred:
                 self._unseen.pop(seq, None)
                 continue
-            first_look = self._unseen.get(seq)
+            unseen = self._unseen.get(seq)
             if seq in seen:
-                late += first_look is not None
-                at_once += first_look is None
+                late += unseen is not None
+                at_once += unseen is None
                 self._unseen.pop(seq, None)
-            elif first_look is None:
-                given_up += self._look_again_for(seq, shard, snapshot, now)
-            elif snapshot.xmin >= first_look.next_xid:
+            elif unseen is None:
+                given_up += self._retry_later(seq, shard, snapshot, now)
+            elif snapshot.xmin >= unseen.next_xid:
                 del self._unseen[seq]  # its transaction has ended, and still it is not fresh: settled already
-            elif now - first_look.since > _LOOK_AGAIN_FOR_S:
+            elif now - unseen.since > _RETRY_FOR_S:
                 del self._unseen[seq]
                 given_up += self._give_up(shard)
             else:
-                pause = min(max(now - first_look.since, LOOK_AGAIN_MIN_S), _LOOK_AGAIN_MAX_S)
-                first_look.next_look = now + pause
-        return Found(at_once, late, given_up)
+                pause = min(max(now - unseen.since, RETRY_MIN_S), _RETRY_MAX_S)
+                unseen.retry_at = now + pause
+        return FetchResult(at_once, late, given_up)
 
     def swept(
         self,
         request: Sweep,
         rows: Sequence[tuple[int, int]],
-        refused: Mapping[str, Mapping[int, int]],
+        rejected: Mapping[str, Mapping[int, int]],
         snapshot: Snapshot,
         now: float,
         *,
@@ -317,48 +317,48 @@ class ReadPlanner:
     ) -> int:
         """The answer to a sweep: rows of the types it asked for, as (seq, shard). Returns how many had been rung for.
 
-        ``refused``: as ``refused`` takes it. ``scanned``: by shard; left out where all rows scanned are among these.
+        ``rejected``: as ``rejected`` takes it. ``scanned``: by shard; left out where all rows scanned are among these.
         """
-        rung = 0
+        notified = 0
         for seq, _ in rows:
-            rung += self._rung.pop(seq, None) is not None or self._unseen.pop(seq, None) is not None
-        if not self._first_hand:
+            notified += self._notified.pop(seq, None) is not None or self._unseen.pop(seq, None) is not None
+        if not self._from_own_slot:
             self._show(rows)
-        of_shards = self._shards if request.only is None else self._apart.get(request.only, {})
-        stuck = refused.get(request.only, ()) if request.only else ()
+        of_shards = self._shards if request.only is None else self._throttled.get(request.only, {})
+        stuck = rejected.get(request.only, ()) if request.only else ()
         ends = ends_of(rows, request.per_shard) if scanned is None else scanned
         deferred = {number for number, end in ends.items() if end.more and not end.seq}
         for number in request.positions if deferred else ():
             if number not in deferred and number in of_shards:
                 of_shards[number] = of_shards.pop(number)  # next time it is the others' turn
         for number, position in request.positions.items():
-            passes = of_shards.get(number)
-            if passes is None or passes.position != position or request.serial <= passes.taken_in:
+            cursor = of_shards.get(number)
+            if cursor is None or cursor.position != position or request.serial <= cursor.acquired_at_serial:
                 continue  # given away, or sent back to its beginning, while the read was under way
             if number in deferred:
                 continue
             end = ends.get(number, Scanned(0, more=False))
-            passes.page_read(end.seq if end.more else max(position.cursor, end.seq), snapshot)
+            cursor.page_read(end.seq if end.more else max(position.cursor, end.seq), snapshot)
             if not end.more and number not in stuck:
-                self._pass_complete(number, passes, request, snapshot, now)
-        self.refused(refused, now)
+                self._pass_complete(number, cursor, request, snapshot, now)
+        self.throttle(rejected, now)
         self._note_full_pass(now)
         if request.only is not None:
             self._join_if_caught_up(request.only)
-        return rung
+        return notified
 
-    def refused(self, refused: Mapping[str, Mapping[int, int]], now: float) -> None:
+    def throttle(self, rejected: Mapping[str, Mapping[int, int]], now: float) -> None:
         """By type and shard the first change that could not be taken in. These types are read apart, from there on."""
-        for entity_type, numbers in refused.items():
-            if entity_type not in self._apart:
-                self._apart[entity_type] = {number: shard.split() for number, shard in self._shards.items()}
-            of_shards = self._apart[entity_type]
+        for entity_type, numbers in rejected.items():
+            if entity_type not in self._throttled:
+                self._throttled[entity_type] = {number: shard.split() for number, shard in self._shards.items()}
+            of_shards = self._throttled[entity_type]
             has_room = self._room_for(entity_type)[0] > 0
             for number, seq in numbers.items():
-                if passes := of_shards.get(number):
-                    passes.rewind(min(passes.cursor, seq - 1))
+                if cursor := of_shards.get(number):
+                    cursor.rewind(min(cursor.seq, seq - 1))
                     if has_room:
-                        passes.pause(now)  # it was not room in the window that it lacked
+                        cursor.pause(now)  # it was not room in the window that it lacked
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -367,27 +367,27 @@ class ReadPlanner:
         if periodic:
             self._sweeps = 0 if self._sweeps >= _FULL_PASS_EVERY else self._sweeps + 1
             self._next_sweep = now + self._sweep_interval_s
-        if self._quiet and not periodic:
+        if self._cursors_idle and not periodic:
             return
-        self._quiet = True
-        for passes in self._all_passes():
-            if periodic or (not passes.live and not passes.reading and now >= passes.again_at):
-                passes.reading = True
-            self._quiet = self._quiet and passes.live and not passes.reading
+        self._cursors_idle = True
+        for cursor in self._all_cursors():
+            if periodic or (not cursor.live and not cursor.reading and now >= cursor.repass_at):
+                cursor.reading = True
+            self._cursors_idle = self._cursors_idle and cursor.live and not cursor.reading
 
     def _fetch(self, now: float, room: int, _sweep_room: int) -> Fetch | None:
         limit = min(room, _FETCH_MAX)
         if limit <= 0:
             return None
-        chosen = [WakeUp(seq, number) for seq, number in self._rung_and_live(limit)]
-        looked_for = self._looked_for()
-        if not chosen and not any(unseen.next_look <= now for unseen in looked_for.values()):
+        chosen = [WakeUp(seq, number) for seq, number in self._notified_and_live(limit)]
+        looked_for = self._to_retry()
+        if not chosen and not any(unseen.retry_at <= now for unseen in looked_for.values()):
             return None
         for seq, _ in chosen:
-            del self._rung[seq]
+            del self._notified[seq]
         return Fetch((*(WakeUp(seq, unseen.shard) for seq, unseen in looked_for.items()), *chosen))
 
-    def _looked_for(self) -> dict[int, _Unseen]:
+    def _to_retry(self) -> dict[int, _Unseen]:
         """What every fetch looks for again; of a shard that is not live, a pass does."""
         return {seq: unseen for seq, unseen in self._unseen.items() if self._by_number(unseen.shard)}
 
@@ -395,9 +395,9 @@ class ReadPlanner:
         shard = self._shards[number]
         return shard.live and not shard.reading
 
-    def _rung_and_live(self, limit: int) -> list[tuple[int, int]]:
+    def _notified_and_live(self, limit: int) -> list[tuple[int, int]]:
         chosen: list[tuple[int, int]] = []
-        for seq, number in self._rung.items():
+        for seq, number in self._notified.items():
             if self._by_number(number):
                 chosen.append((seq, number))
                 if len(chosen) == limit:
@@ -407,21 +407,21 @@ class ReadPlanner:
     def _sweep(self, now: float, room: int, sweep_room: int) -> Sweep | None:
         return self._page(None, self._shards, now, room, sweep_room)
 
-    def _sweep_apart(self, now: float, room: int, _sweep_room: int) -> Sweep | None:
-        for entity_type, of_shards in self._apart.items():
+    def _sweep_throttled(self, now: float, room: int, _sweep_room: int) -> Sweep | None:
+        for entity_type, of_shards in self._throttled.items():
             free, worth = self._room_for(entity_type)
             # Where there is room, a page is not put off for being small: large rows make small pages.
             if request := self._page(entity_type, of_shards, now, min(room, free), worth if free < worth else 1):
-                self._apart[entity_type] = self._apart.pop(entity_type)
+                self._throttled[entity_type] = self._throttled.pop(entity_type)
                 return request
         return None
 
     def _page(
         self, only: str | None, of_shards: dict[int, ShardCursor], now: float, room: int, sweep_room: int
     ) -> Sweep | None:
-        if self._quiet:
+        if self._cursors_idle:
             return None
-        reading = [number for number, passes in of_shards.items() if passes.reading]
+        reading = [number for number, cursor in of_shards.items() if cursor.reading]
         waited_long = now - self._swept_at.get(only, -inf) >= REPASS_MAX_S
         if not reading or room <= 0 or (room < sweep_room and not waited_long):
             return None
@@ -430,57 +430,57 @@ class ReadPlanner:
         chosen = reading[: room // per_shard]
         for number in chosen if len(chosen) < len(reading) else ():
             of_shards[number] = of_shards.pop(number)  # next time it is the others' turn
-        if only is None and self._full_pass_asked and self._full_pass_from is None:
+        if only is None and self._full_pass_requested and self._full_pass_from is None:
             self._full_pass_from = now
         self._serial += 1
         positions = {number: of_shards[number].position for number in chosen}
-        scope = self._scope.without(self._apart) if only is None else TypeFilter((only,), among=True)
+        scope = self._scope.without(self._throttled) if only is None else TypeFilter((only,), include=True)
         return Sweep(positions, per_shard, self._serial, only, scope)
 
-    def _pass_complete(self, number: int, passes: ShardCursor, request: Sweep, snapshot: Snapshot, now: float) -> None:
-        was_live = passes.live
-        first_hand = self._first_hand and request.only is None
-        passes.pass_complete(request.serial, snapshot, now, first_hand=first_hand)
-        if passes.live and not was_live:
-            self._touch_apart(number)
+    def _pass_complete(self, number: int, cursor: ShardCursor, request: Sweep, snapshot: Snapshot, now: float) -> None:
+        was_live = cursor.live
+        from_own_slot = self._from_own_slot and request.only is None
+        cursor.pass_complete(request.serial, snapshot, now, from_own_slot=from_own_slot)
+        if cursor.live and not was_live:
+            self._touch_throttled(number)
 
     def _join_if_caught_up(self, entity_type: str) -> None:
-        of_shards = self._apart.get(entity_type, {})
-        if not of_shards or any(passes.reading or passes.behind for passes in of_shards.values()):
+        of_shards = self._throttled.get(entity_type, {})
+        if not of_shards or any(cursor.reading or cursor.behind for cursor in of_shards.values()):
             return
-        for number, passes in of_shards.items():
-            self._shards[number].join(passes)
-        del self._apart[entity_type]
+        for number, cursor in of_shards.items():
+            self._shards[number].join(cursor)
+        del self._throttled[entity_type]
         self._swept_at.pop(entity_type, None)
 
     def _note_full_pass(self, now: float) -> None:
         if self._full_pass_from is not None and not any(shard.reading for shard in self._shards.values()):
             self._rest_until = now + min(_REST * (now - self._full_pass_from), _REST_MAX_S)
-            self._full_pass_asked, self._full_pass_from = False, None
+            self._full_pass_requested, self._full_pass_from = False, None
 
     def _show(self, rows: Iterable[tuple[int, int]]) -> None:
         """A pass has shown these: they are not awaited any more, or their wake-ups are still to come."""
         for seq, number in rows:
-            passes = self._shards.get(number)
-            if passes and seq in passes.awaited:
-                passes.awaited.remove(seq)
+            cursor = self._shards.get(number)
+            if cursor and seq in cursor.awaited:
+                cursor.awaited.remove(seq)
             else:
                 self._shown[seq] = True
         for seq in list(islice(self._shown, max(0, len(self._shown) - _SHOWN_MAX))):
             del self._shown[seq]
 
-    def _stirred(self) -> None:
-        self._quiet = False
+    def _cursor_due(self) -> None:
+        self._cursors_idle = False
 
-    def _all_passes(self) -> Iterator[ShardCursor]:
-        for of_shards in (self._shards, *self._apart.values()):
+    def _all_cursors(self) -> Iterator[ShardCursor]:
+        for of_shards in (self._shards, *self._throttled.values()):
             yield from of_shards.values()
 
-    def _touch_apart(self, number: int) -> None:
-        for of_shards in self._apart.values():
+    def _touch_throttled(self, number: int) -> None:
+        for of_shards in self._throttled.values():
             of_shards[number].touch()
 
-    def _look_again_for(self, seq: int, shard: int, snapshot: Snapshot, now: float) -> int:
+    def _retry_later(self, seq: int, shard: int, snapshot: Snapshot, now: float) -> int:
         if len(self._unseen) >= _UNSEEN_MAX:
             return self._give_up(shard)
         self._unseen[seq] = _Unseen(shard, now, snapshot.next_xid)
@@ -492,7 +492,7 @@ class ReadPlanner:
         return 1
 
     def _forget_wakeups(self, number: int) -> None:
-        for seq in [seq for seq, shard in self._rung.items() if shard == number]:
-            del self._rung[seq]
+        for seq in [seq for seq, shard in self._notified.items() if shard == number]:
+            del self._notified[seq]
         for seq in [seq for seq, unseen in self._unseen.items() if unseen.shard == number]:
             del self._unseen[seq]

@@ -61,9 +61,9 @@ class ReadReconciler:
     def done(self) -> set[Key]:
         """The keys which a change held back, maybe, and holds back no more."""
         settled = self._settled.values()
-        return self._cut_off | {finished.change.key for finished in settled if not finished.outcome.holds_key}
+        return self._cut_off | {finished.change.key for finished in settled if not finished.outcome.blocks_key}
 
     def waits(self) -> dict[Key, int]:
         """The keys of which a change has come to wait, and its number."""
         settled = self._settled.values()
-        return {finished.change.key: finished.change.seq for finished in settled if finished.outcome.holds_key}
+        return {finished.change.key: finished.change.seq for finished in settled if finished.outcome.blocks_key}

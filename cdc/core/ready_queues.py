@@ -27,14 +27,14 @@ _UNBOUNDED = 1 << 30
 class Requirements(NamedTuple):
     """What a change needs to start: a slot, and a place in each of these pools, on the account of type and handler.
 
-    ``fenced``: those of its key before it have settled. ``run``: so many may start at a time. ``breaker``: of the
-    handler.
+    ``after_settled``: it starts when those of its key before it have settled. ``run``: so many may start at a time.
+    ``breaker``: of the handler.
     """
 
     entity_type: str
     handler: Handler | None = None
     pools: tuple[str, ...] = ()
-    fenced: bool = False
+    after_settled: bool = False
     run: int = 1
     breaker: Breaker | None = None
 
@@ -110,10 +110,10 @@ class ReadyQueues:
 
     def started(self, changes: Sequence[Change], needs: Requirements) -> None:
         self._started.update(dict.fromkeys(changes, needs))
-        self._slots.take(needs, len(changes))
+        self._slots.acquire(needs, len(changes))
         for pool in needs.pools:
-            self._pools[pool].take(needs, len(changes))
-        if needs.breaker is not None and needs.breaker.shut:
+            self._pools[pool].acquire(needs, len(changes))
+        if needs.breaker is not None and needs.breaker.tripped:
             needs.breaker.trial(len(changes))
             self._trials.update(dict.fromkeys(changes, needs.breaker))
 
@@ -128,29 +128,29 @@ class ReadyQueues:
         for change in changes:
             needs = self._started.pop(change, None)
             if needs is not alike:
-                self._give(alike, places)
+                self._free(alike, places)
                 alike, places = needs, 0
             places += 1
-        self._give(alike, places)
+        self._free(alike, places)
 
     def forget_ready(self) -> None:
         self._queues.clear()
 
     def _admits(self, needs: Requirements) -> bool:
         if not self._slots.admits(needs) or (
-            needs.breaker is not None and needs.breaker.shut and not needs.breaker.room
+            needs.breaker is not None and needs.breaker.tripped and not needs.breaker.room
         ):
             return False
         return not needs.pools or all(self._pools[pool].admits(needs) for pool in needs.pools)
 
     def _room(self, needs: Requirements) -> int:
         room = self._slots.room(needs)
-        if needs.breaker is not None and needs.breaker.shut:
+        if needs.breaker is not None and needs.breaker.tripped:
             room = min(room, needs.breaker.room)
         return min([room, *(self._pools[pool].room(needs) for pool in needs.pools)]) if needs.pools else room
 
-    def _give(self, needs: Requirements | None, places: int) -> None:
+    def _free(self, needs: Requirements | None, places: int) -> None:
         if needs is not None:
-            self._slots.give(needs, places)
+            self._slots.release(needs, places)
             for pool in needs.pools:
-                self._pools[pool].give(needs, places)
+                self._pools[pool].release(needs, places)

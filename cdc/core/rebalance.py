@@ -15,10 +15,10 @@ from cdc.core.model import SHARDS
 
 
 class Move(NamedTuple):
-    """``take``: how many free shards to lock; ``give``: which shards to let go once they are quiet."""
+    """``acquire``: how many free shards to lock; ``release``: which shards to let go once they are quiet."""
 
-    take: int
-    give: frozenset[int]
+    acquire: int
+    release: frozenset[int]
 
 
 def fair_share(members: int, *, shards: int = SHARDS) -> tuple[int, int]:

@@ -168,7 +168,7 @@ class Router:
         """The types it says something about; with a rule for "*", all."""
         if any(entity_type == ANY for entity_type, _ in self._slots):
             return EVERYTHING
-        return TypeFilter(tuple(sorted(self.entity_types | self._ignored)), among=True)
+        return TypeFilter(tuple(sorted(self.entity_types | self._ignored)), include=True)
 
     def on_processed(self, hook: Function) -> Function:
         """Call ``hook(change)`` after a change is marked processed. What it raises is logged and changes nothing."""

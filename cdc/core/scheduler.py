@@ -20,7 +20,7 @@ A *lane* holds the changes of one key that are in the window, in ``seq`` order:
 What the window does not hold is remembered by one number a key, ``deferred``: from this ``seq`` on, changes of the key
 exist that were seen and not admitted. Nothing of the key at or above that number is admitted except by a *resume*: a
 read of this key that starts there. That one rule keeps order whatever was dropped, and why: behind a waiting change
-(``held``, until that one has settled), or because the lane was full. The memory for these is bounded, too; a change
+(``blocked``, until that one has settled), or because the lane was full. The memory for these is bounded, too; a change
 that finds no room there, or in the window, is *refused*, and its type and shard are read on from there.
 
 A read may come back older than what has settled meanwhile: ``admit`` corrects its rows by a ``reconciler``.
@@ -45,27 +45,27 @@ from cdc.core.ready_queues import NOTHING, ReadyQueues, Requirements, Run
 from cdc.core.settle_queue import SettleQueue
 from cdc.core.shard_ownership import ShardOwnership
 
-_UNREAD_KEYS_MAX = 10_000
+_DEFERRED_KEYS_MAX = 10_000
 _FACTOR = 4
 """One type that has more to do than there is room for holds four fifths of the window."""
 
 
 class Row(NamedTuple):
-    """A change as read. ``held``: an earlier change of its key waits for a retry."""
+    """A change as read. ``blocked``: an earlier change of its key waits for a retry."""
 
     change: Change
-    held: bool = False
+    blocked: bool = False
 
 
 class Admitted(NamedTuple):
     """How many changes were taken; by entity type and shard the lowest number neither taken nor remembered."""
 
     taken: int
-    refused: dict[str, dict[int, int]]
+    rejected: dict[str, dict[int, int]]
 
 
 class KeyScheduler:
-    """``capacity``: places of the window, of ``place_bytes`` each. ``lane_capacity``: queued changes of one key.
+    """``capacity``: places of the window, of ``place_bytes`` each. ``key_capacity``: queued changes of one key.
 
     ``ready_queues`` and ``needs``: what may run beside what, and is fenced. ``sole``: there is one entity type only.
     """
@@ -73,8 +73,8 @@ class KeyScheduler:
     def __init__(
         self,
         capacity: int,
-        lane_capacity: int = 64,
-        unread_max: int = _UNREAD_KEYS_MAX,
+        key_capacity: int = 64,
+        deferred_max: int = _DEFERRED_KEYS_MAX,
         *,
         place_bytes: int = 16_384,
         ready_queues: ReadyQueues | None = None,
@@ -84,16 +84,16 @@ class KeyScheduler:
         self.capacity = capacity
         self.place_bytes = place_bytes
         self._places: Callable[[Change], int] = lambda change: 1 + change.size // place_bytes
-        self.lane_capacity = lane_capacity
+        self.key_capacity = key_capacity
         self._needs = needs
-        self._scheduler: dict[Key, KeyQueue] = {}
+        self._queues: dict[Key, KeyQueue] = {}
         self._known: dict[int, KeyQueue] = {}
         """Of each change in the window, by its number."""
         self._window = DynamicLimit(capacity, _FACTOR, sole=sole)
         self._ready_queues = ready_queues or ReadyQueues()
         self.marks = SettleQueue()
         """What has finished and is not in the table yet."""
-        self._deferred = DeferredKeys(unread_max, sole=sole)
+        self._deferred = DeferredKeys(deferred_max, sole=sole)
         self._in_flight = ShardOwnership()
         self._reconciler = ReadReconciler()
 
@@ -145,10 +145,10 @@ class KeyScheduler:
 
     def requeued(self) -> list[int]:
         """The numbers of the changes in the window that were waited for, and have not finished."""
-        return [change.seq for lane in self._scheduler.values() for change in lane.here if change.requeued]
+        return [change.seq for queue in self._queues.values() for change in queue.unfinished if change.requeued]
 
     @property
-    def unread_keys(self) -> int:
+    def deferred_keys(self) -> int:
         return len(self._deferred)
 
     def knows(self, seq: int) -> bool:
@@ -165,26 +165,26 @@ class KeyScheduler:
     def disown(self, shards: Iterable[int]) -> None:
         """Somebody else has, or had, these: what finished of them before the session was lost is not ours to mark."""
         for change, outcome in self.marks.drop(shards):
-            self._in_flight.left(change)
+            self._in_flight.ended(change)
             self._window.vacate(self._places(change))
-            lane = self._known.pop(change.seq)
-            lane.settling -= 1
-            lane.holding -= outcome.holds_key
-            self._drop_if_empty(lane)
+            queue = self._known.pop(change.seq)
+            queue.settling -= 1
+            queue.blocking -= outcome.blocks_key
+            self._drop_if_empty(queue)
 
-    def forget_unread(self, shards: Iterable[int]) -> None:
+    def forget_deferred(self, shards: Iterable[int]) -> None:
         """These shards are about to be swept from their first change on, which finds what the marks stand for.
 
         Needed because a mark may outlive its change: somebody may have deleted the row, or requeued the one before.
         """
-        self._deferred.forget([key for key in self._deferred.of_shards(set(shards)) if key not in self._scheduler])
+        self._deferred.forget([key for key in self._deferred.of_shards(set(shards)) if key not in self._queues])
 
     def release(self, shards: Iterable[int]) -> None:
         """Take nothing more from these shards and let go what is queued. ``released`` tells when they are quiet."""
         leaving = self._in_flight.release(shards)
-        for lane in list(self._scheduler.values()):
-            if lane.queue and lane.queue[0].shard in leaving:
-                self._drop_queue(lane, remember=False)
+        for queue in list(self._queues.values()):
+            if queue.queued and queue.queued[0].shard in leaving:
+                self._drop_queue(queue, remember=False)
         self._deferred.forget(list(self._deferred.of_shards(leaving)))
 
     def released(self) -> set[int]:
@@ -196,23 +196,23 @@ class KeyScheduler:
 
         ``keep``: also the outcomes that are not written; ``own`` and ``disown`` tell what becomes of them.
         """
-        orphans = {key: lane for key, lane in self._scheduler.items() if lane.running}
-        for lane in orphans.values():
-            lane.queue.clear()
-            lane.settling = lane.holding = 0
-            lane.orphan = True
-        self._scheduler = orphans
+        orphans = {key: queue for key, queue in self._queues.items() if queue.running}
+        for queue in orphans.values():
+            queue.queued.clear()
+            queue.settling = queue.blocking = 0
+            queue.orphan = True
+        self._queues = orphans
         for forgotten in (self._known, self._window, self._deferred, self._in_flight):
             forgotten.clear()
         self._ready_queues.forget_ready()
         self._reconciler.close()
-        orphaned = [change for lane in orphans.values() for change in lane.running]
+        orphaned = [change for queue in orphans.values() for change in queue.running]
         for change, outcome in self.marks.park() if keep else self.marks.clear():
             self._window.vacate(-self._places(change))
             self._in_flight.started(change)
-            lane = self._known[change.seq] = self._scheduler.setdefault(change.key, KeyQueue(change.key))
-            lane.settling += 1
-            lane.holding += outcome.holds_key
+            queue = self._known[change.seq] = self._queues.setdefault(change.key, KeyQueue(change.key))
+            queue.settling += 1
+            queue.blocking += outcome.blocks_key
         return orphaned
 
     # --- in --------------------------------------------------------------------------------------------------------
@@ -221,68 +221,68 @@ class KeyScheduler:
         """Around a read of the table and the ``admit`` of its answer. One read at a time."""
         return self._reconciler
 
-    def admit(self, rows: Iterable[Row], *, due: bool = False, apart: Collection[str] = ()) -> Admitted:
+    def admit(self, rows: Iterable[Row], *, due: bool = False, throttled: Collection[str] = ()) -> Admitted:
         """Take in what a read found, in its order. ``due``: waiting changes, which need no mark to be found again.
 
-        Types that are read ``apart`` are passed over.
+        Types that are read ``throttled`` are passed over.
         """
-        if apart:
-            rows = (row for row in rows if row.change.entity_type not in apart)
-        return self._admit(rows, resumed=False, due=due)
+        if throttled:
+            rows = (row for row in rows if row.change.entity_type not in throttled)
+        return self._admit(rows, key_read=False, due=due)
 
-    def _admit(self, rows: Iterable[Row], *, resumed: bool, due: bool = False) -> Admitted:
+    def _admit(self, rows: Iterable[Row], *, key_read: bool, due: bool = False) -> Admitted:
         taken = 0
         done_meanwhile, wait_meanwhile = self._reconciler.done(), self._reconciler.waits()
-        refused: dict[str, dict[int, int]] = {}
-        refused_keys: set[Key] = set()
+        rejected: dict[str, dict[int, int]] = {}
+        rejected_keys: set[Key] = set()
         owned = self._in_flight.owned
         for row in rows:
             change, key = row.change, row.change.key
             if change.seq in self._known or change.shard not in owned or self._reconciler.outdates(change):
                 continue
-            if key in refused_keys:
+            if key in rejected_keys:
                 continue  # what refused the one before may have room by now, and would let this one overtake it
             mark = self._deferred.get(key)
             if mark and change.seq >= mark.seq:
-                if due and not row.held:
-                    self._unhold(key)  # nothing before it waits: what the mark stands for may be this very change
+                if due and not row.blocked:
+                    self._unblock(key)  # nothing before it waits: what the mark stands for may be this very change
                 continue
-            lane = self._scheduler.get(key)
-            held = row.held or wait_meanwhile.get(key, change.seq) < change.seq
-            if held or (lane is not None and (lane.shut or lane.orphan or len(lane.queue) >= self.lane_capacity)):
+            queue = self._queues.get(key)
+            blocked = row.blocked or wait_meanwhile.get(key, change.seq) < change.seq
+            blocked = blocked or (queue is not None and (queue.blocked or queue.orphan))
+            if blocked or (queue is not None and len(queue.queued) >= self.key_capacity):
                 if due:
-                    self._give_way(key, lane, change)
+                    self._drop_later(key, queue, change)
                     continue
-                fits = resumed or self._deferred.has_room(key)  # the mark of a resumed one has just made room
+                fits = key_read or self._deferred.has_room(key)  # the mark of this key has just made room
                 if fits:
-                    held = held or (lane is not None and (lane.shut or lane.orphan))
-                    self._note(key, change.seq, change.shard, held=held)
-                if fits and row.held and key in done_meanwhile:
-                    self._unhold(key)
+                    self._defer(key, change.seq, change.shard, blocked=blocked)
+                if fits and row.blocked and key in done_meanwhile:
+                    self._unblock(key)
             elif fits := self._window.admits(change.entity_type):
-                self._enqueue(key, lane, change)
+                self._enqueue(key, queue, change)
                 taken += 1
             if not fits:
-                refused_keys.add(key)
-                of_type = refused.setdefault(change.entity_type, {})
+                rejected_keys.add(key)
+                of_type = rejected.setdefault(change.entity_type, {})
                 of_type[change.shard] = min(change.seq, of_type.get(change.shard, change.seq))
-        return Admitted(taken, refused)
+        return Admitted(taken, rejected)
 
-    def resumed(self, resume: KeyRead, rows: Sequence[Row], *, complete: bool) -> None:
+    def admit_key_read(self, request: KeyRead, rows: Sequence[Row], *, complete: bool) -> None:
         """The answer to a ``KeyRead``. ``complete``: there are no more visible changes of the key than these rows."""
-        mark = self._deferred.get(resume.key)
-        if mark is None or mark.seq != resume.seq:
+        mark = self._deferred.get(request.key)
+        if mark is None or mark.seq != request.seq:
             # The shard left, or something earlier came to light while the read was under way.
-            self._consider_resume(resume.key)
+            self._consider_key_read(request.key)
             return
-        self._deferred.forget([resume.key])
-        refused = self._admit(rows, resumed=True).refused
+        self._deferred.forget([request.key])
+        rejected = self._admit(rows, key_read=True).rejected
         last = rows[-1].change if rows else None
-        if refused:
-            self._note(resume.key, refused[resume.key[0]][resume.shard], resume.shard, held=False)
-        elif not complete and not self._deferred.get(resume.key):
-            self._note(resume.key, last.seq + 1 if last else resume.seq, resume.shard, held=False)
-        self._consider_resume(resume.key)
+        if rejected:
+            self._defer(request.key, rejected[request.key[0]][request.shard], request.shard, blocked=False)
+        elif not complete and not self._deferred.get(request.key):
+            self._defer(request.key, last.seq + 1 if last else request.seq, request.shard, blocked=False)
+        self._consider_key_read(request.key)
 
     # --- through ---------------------------------------------------------------------------------------------------
 
@@ -292,16 +292,16 @@ class KeyScheduler:
             keys, needs = turn
             started: list[Change] = []
             for key in keys:
-                lane = self._scheduler.get(key)
+                queue = self._queues.get(key)
                 # Of other needs, if an earlier change of the key came in and has been made ready instead.
-                if lane is not None and self._startable(lane) and lane.needs == needs:
-                    started.append(self._start_next(lane))
+                if queue is not None and self._startable(queue) and queue.needs == needs:
+                    started.append(self._start_next(queue))
             if started:
                 self._ready_queues.started(started, needs)
                 return Run(needs.handler, started)
         return NOTHING
 
-    def set_aside(self, change: Change) -> None:
+    def free_places(self, change: Change) -> None:
         """A started change waits for something of its own, or joins a batch: others may run in its place."""
         self._ready_queues.ended([change])
 
@@ -316,20 +316,20 @@ class KeyScheduler:
             return self._needs(change).handler is handler and fits(change)
 
         if len(batch) > 1:
-            self.set_aside(batch[-1])
+            self.free_places(batch[-1])
         for key in dict.fromkeys(change.key for change in batch):
-            self._start_run(self._scheduler[key], batch, limit, belongs)
+            self._start_run(self._queues[key], batch, limit, belongs)
         if len(batch) >= limit:
             return
         with closing(self._ready_queues.of_handler(handler)) as keys:
             for key in keys:
-                lane = self._scheduler.get(key)
-                if lane is None or not self._startable(lane):
+                queue = self._queues.get(key)
+                if queue is None or not self._startable(queue):
                     continue
-                if belongs(lane.queue[0]):
-                    self._start_run(lane, batch, limit, belongs)
+                if belongs(queue.queued[0]):
+                    self._start_run(queue, batch, limit, belongs)
                 else:
-                    self._make_ready(lane)
+                    self._make_ready(queue)
                 if len(batch) >= limit:
                     return
 
@@ -338,51 +338,51 @@ class KeyScheduler:
         self._ready_queues.ended(finished.change for finished in batch)
         for finished in batch:
             change = finished.change
-            lane = self._known.get(change.seq) or self._scheduler[change.key]  # an orphan is not in the window
-            lane.leave_running(change)
-            if lane.orphan:
-                self._orphan_returned(lane)
+            queue = self._known.get(change.seq) or self._queues[change.key]  # an orphan is not in the window
+            queue.remove_running(change)
+            if queue.orphan:
+                self._orphan_returned(queue)
             else:
-                self._window.leave(change.entity_type, self._places(change))  # its type can do no more for its mark
-                lane.settling += 1
-                self._finished_in_lane(lane, finished)
+                self._window.end_use(change.entity_type, self._places(change))  # its type can do no more for its mark
+                queue.settling += 1
+                self._finished_in_queue(queue, finished)
 
-    def _finished_in_lane(self, lane: KeyQueue, finished: Settlement) -> None:
+    def _finished_in_queue(self, queue: KeyQueue, finished: Settlement) -> None:
         if isinstance(finished.outcome, Committed):
             self._reconciler.settled((finished,))
             self._window.vacate(self._places(finished.change))
             self._gone(finished, finished)
         else:
             self.marks.add(finished)
-        if finished.outcome.holds_key:
-            lane.holding += 1
-            self._drop_queue(lane, remember=True)
-        elif lane.queue and not lane.running:
-            self._make_ready(lane)
+        if finished.outcome.blocks_key:
+            queue.blocking += 1
+            self._drop_queue(queue, remember=True)
+        elif queue.queued and not queue.running:
+            self._make_ready(queue)
         else:
-            self._consider_resume(lane.key)
+            self._consider_key_read(queue.key)
 
     def interrupted(self, change: Change) -> None:
         """The handler of a started change was cut off. The table knows what came of it: its key is read anew."""
         key = change.key
-        lane = self._scheduler[key]
-        lane.leave_running(change)
+        queue = self._queues[key]
+        queue.remove_running(change)
         self._ready_queues.ended([change])
-        if lane.orphan:
-            self._orphan_returned(lane)
+        if queue.orphan:
+            self._orphan_returned(queue)
             return
         self._forget(change)
-        self._in_flight.left(change)
+        self._in_flight.ended(change)
         self._reconciler.cut_off(key)
         # A waiting change is found again when it is due; those behind it are not, and may be held back no more.
-        first = next((c for c in (change, *lane.queue) if not c.requeued), None)
-        self._drop_queue(lane, remember=False)
+        first = next((c for c in (change, *queue.queued) if not c.requeued), None)
+        self._drop_queue(queue, remember=False)
         if first and change.shard in self._in_flight.owned:
-            self._note(key, first.seq, first.shard, held=False)
+            self._defer(key, first.seq, first.shard, blocked=False)
         if mark := self._deferred.get(key):
-            mark.held = lane.shut  # what held the key may be this change, and may be done: the table is asked
-        self._drop_if_empty(lane)
-        self._consider_resume(key)
+            mark.blocked = queue.blocked  # what held the key may be this change, and may be done: the table is asked
+        self._drop_if_empty(queue)
+        self._consider_key_read(key)
 
     def take_finished(self, limit: int, now: float = inf) -> list[Settlement]:
         """What is to be settled next, in the order in which it finished."""
@@ -399,101 +399,101 @@ class KeyScheduler:
 
     def _gone(self, first: Settlement, finished: Settlement) -> None:
         """As it finished, and as it is in the table."""
-        self._in_flight.left(finished.change)
-        lane = self._known.pop(finished.change.seq)
-        lane.settling -= 1
-        lane.holding -= first.outcome.holds_key
-        if lane.queue and not lane.running and not lane.settling and lane.fenced:
-            self._make_ready(lane)
-        self._drop_if_empty(lane)
-        if not finished.outcome.holds_key:
-            self._unhold(lane.key)
+        self._in_flight.ended(finished.change)
+        queue = self._known.pop(finished.change.seq)
+        queue.settling -= 1
+        queue.blocking -= first.outcome.blocks_key
+        if queue.queued and not queue.running and not queue.settling and queue.after_settled:
+            self._make_ready(queue)
+        self._drop_if_empty(queue)
+        if not finished.outcome.blocks_key:
+            self._unblock(queue.key)
 
-    def resumes(self, limit: int) -> list[KeyRead]:
-        """Keys to read on for, of one type that has room, each told once; answer each with ``resumed``."""
-        return self._deferred.resumes(limit, self._window.admits)
+    def key_reads(self, limit: int) -> list[KeyRead]:
+        """Keys to read on for, of one type that has room, each told once; answer each with ``key_read``."""
+        return self._deferred.take_reads(limit, self._window.admits)
 
-    def _make_ready(self, lane: KeyQueue) -> None:
-        lane.needs = self._needs(lane.queue[0])
-        self._ready_queues.put(lane.key, lane.needs)
+    def _make_ready(self, queue: KeyQueue) -> None:
+        queue.needs = self._needs(queue.queued[0])
+        self._ready_queues.put(queue.key, queue.needs)
 
-    def _startable(self, lane: KeyQueue) -> bool:
-        if not lane.queue or lane.running or lane.shut:
+    def _startable(self, queue: KeyQueue) -> bool:
+        if not queue.queued or queue.running or queue.blocked:
             return False
-        return not (lane.settling and lane.fenced)  # it is made ready again when the last before it has settled
+        return not (queue.settling and queue.after_settled)  # ready again when the last before it has settled
 
-    def _start_next(self, lane: KeyQueue) -> Change:
-        change = lane.queue.popleft()
-        lane.running.append(change)
+    def _start_next(self, queue: KeyQueue) -> Change:
+        change = queue.queued.popleft()
+        queue.running.append(change)
         self._in_flight.started(change)
         return change
 
-    def _start_run(self, lane: KeyQueue, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
-        while lane.queue and len(batch) < limit and belongs(lane.queue[0]):
-            if lane.running and lane.queue[0].seq < lane.running[-1].seq:
+    def _start_run(self, queue: KeyQueue, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
+        while queue.queued and len(batch) < limit and belongs(queue.queued[0]):
+            if queue.running and queue.queued[0].seq < queue.running[-1].seq:
                 return  # an operator has requeued it meanwhile: it runs by itself
-            batch.append(self._start_next(lane))
+            batch.append(self._start_next(queue))
         # What is left behind them becomes ready when they have finished.
 
-    def _enqueue(self, key: Key, lane: KeyQueue | None, change: Change) -> None:
-        if lane is None:
-            lane = self._scheduler[key] = KeyQueue(key)
-        self._known[change.seq] = lane
-        self._window.take(change.entity_type, self._places(change))
-        lane.enqueue(change)
-        if not lane.running and lane.queue[0] is change:
-            self._make_ready(lane)
+    def _enqueue(self, key: Key, queue: KeyQueue | None, change: Change) -> None:
+        if queue is None:
+            queue = self._queues[key] = KeyQueue(key)
+        self._known[change.seq] = queue
+        self._window.acquire(change.entity_type, self._places(change))
+        queue.enqueue(change)
+        if not queue.running and queue.queued[0] is change:
+            self._make_ready(queue)
 
-    def _unhold(self, key: Key) -> None:
+    def _unblock(self, key: Key) -> None:
         if mark := self._deferred.get(key):
-            mark.held = False
-            self._consider_resume(key)
+            mark.blocked = False
+            self._consider_key_read(key)
 
-    def _consider_resume(self, key: Key) -> None:
-        mark, lane = self._deferred.get(key), self._scheduler.get(key)
-        if mark and not mark.held and (lane is None or not (lane.queue or lane.shut or lane.orphan)):
-            self._deferred.resume(key)
+    def _consider_key_read(self, key: Key) -> None:
+        mark, queue = self._deferred.get(key), self._queues.get(key)
+        if mark and not mark.blocked and (queue is None or not (queue.queued or queue.blocked or queue.orphan)):
+            self._deferred.request_read(key)
 
-    def _orphan_returned(self, lane: KeyQueue) -> None:
-        if lane.running:
+    def _orphan_returned(self, queue: KeyQueue) -> None:
+        if queue.running:
             return
-        lane.orphan = False
-        self._unhold(lane.key)
-        self._drop_if_empty(lane)
+        queue.orphan = False
+        self._unblock(queue.key)
+        self._drop_if_empty(queue)
 
-    def _drop_queue(self, lane: KeyQueue, *, remember: bool) -> None:
+    def _drop_queue(self, queue: KeyQueue, *, remember: bool) -> None:
         """Let the queued changes go; with ``remember``, they are held behind the one that waits."""
-        key = lane.key
-        for change in lane.queue:
+        key = queue.key
+        for change in queue.queued:
             self._forget(change)
-        if remember and lane.queue:
-            self._note(key, lane.queue[0].seq, lane.queue[0].shard, held=True)
+        if remember and queue.queued:
+            self._defer(key, queue.queued[0].seq, queue.queued[0].shard, blocked=True)
         if remember and (mark := self._deferred.get(key)):
-            mark.held = True
-            self._deferred.do_not_resume(key)
-        lane.queue.clear()
-        self._drop_if_empty(lane)
+            mark.blocked = True
+            self._deferred.cancel_read(key)
+        queue.queued.clear()
+        self._drop_if_empty(queue)
 
-    def _give_way(self, key: Key, lane: KeyQueue | None, earlier: Change) -> None:
+    def _drop_later(self, key: Key, queue: KeyQueue | None, earlier: Change) -> None:
         """An earlier change of the key was requeued and is not to run yet: what is queued behind it is let go."""
-        later = [change for change in lane.queue if change.seq > earlier.seq] if lane else []
+        later = [change for change in queue.queued if change.seq > earlier.seq] if queue else []
         for change in later:
-            assert lane is not None
-            lane.queue.remove(change)
+            assert queue is not None
+            queue.queued.remove(change)
             self._forget(change)
         if later:
-            self._note(key, later[0].seq, later[0].shard, held=True)
-            self._deferred.do_not_resume(key)
+            self._defer(key, later[0].seq, later[0].shard, blocked=True)
+            self._deferred.cancel_read(key)
 
-    def _drop_if_empty(self, lane: KeyQueue) -> None:
-        if lane.empty:
-            self._scheduler.pop(lane.key, None)
+    def _drop_if_empty(self, queue: KeyQueue) -> None:
+        if queue.empty:
+            self._queues.pop(queue.key, None)
 
     def _forget(self, change: Change) -> None:
         del self._known[change.seq]
-        self._window.give(change.entity_type, self._places(change))
+        self._window.release(change.entity_type, self._places(change))
 
-    def _note(self, key: Key, seq: int, shard: int, *, held: bool) -> None:
+    def _defer(self, key: Key, seq: int, shard: int, *, blocked: bool) -> None:
         owned = self._in_flight.owned
         assert shard in owned, "a shard that comes back is read from its first change on, without old marks"
-        self._deferred.note(key, seq, shard, held=held)
+        self._deferred.defer(key, seq, shard, blocked=blocked)

@@ -50,7 +50,7 @@ class SettleQueue:
         self._parked: dict[int, list[Settlement]] = {}
         self._first: dict[int, Settlement] = {}
         """What ``add`` was given, where the outcome is another one by now."""
-        self.uncertain: set[int] = set()
+        self.maybe_written: set[int] = set()
         """Numbers of changes whose mark was under way when the session was lost."""
         self._count = 0
 
@@ -98,8 +98,8 @@ class SettleQueue:
         first = self._taken.pop(finished.change.seq, None)
         if first:
             self._count -= 1
-            if self.uncertain:
-                self.uncertain.discard(finished.change.seq)
+            if self.maybe_written:
+                self.maybe_written.discard(finished.change.seq)
             if self._held and (held := self._held.get(first.change.key)):
                 if held.waiting:
                     held.at = -inf
@@ -137,7 +137,7 @@ class SettleQueue:
 
     def park(self) -> list[Settlement]:
         """The session is lost. Returns what is kept."""
-        self.uncertain |= self._taken.keys()
+        self.maybe_written |= self._taken.keys()
         kept = [*self._taken.values()]
         kept += [finished for held in self._held.values() for finished in held.waiting]
         kept += [finished for part in reversed(self._parts) for finished in part]
@@ -157,13 +157,13 @@ class SettleQueue:
         """These shards are, or were, somebody else's. Returns what is forgotten."""
         dropped = [finished for shard in shards for finished in self._parked.pop(shard, ())]
         self._count -= len(dropped)
-        self.uncertain.difference_update(finished.change.seq for finished in dropped)
+        self.maybe_written.difference_update(finished.change.seq for finished in dropped)
         return dropped
 
     def clear(self) -> list[Settlement]:
         """Forget all, and keep nothing."""
         self._clear()
-        self.uncertain.clear()
+        self.maybe_written.clear()
         return []
 
     def _clear(self) -> None:

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-LOOK_AGAIN_MIN_S = 0.001
+RETRY_MIN_S = 0.001
 REPASS_MAX_S = 0.5
 _AWAITED_MAX = 100
-_LOOKS = 10
+_REPASSES = 10
 """From LOOK_AGAIN_MIN_S to REPASS_MAX_S, each twice as late as the one before."""
 
 
@@ -58,78 +58,78 @@ class Scanned(NamedTuple):
 class ShardCursor:
     """The passes through one shard: where they stand, and when the next one begins.
 
-    ``stirred`` is called whenever there may be something to read, at once or at ``again_at``.
+    ``on_due`` is called whenever there may be something to read, at once or at ``repass_at``.
     """
 
     __slots__ = (
-        "again_at",
+        "acquired_at_serial",
         "awaited",
         "behind",
         "candidate",
-        "cursor",
         "floor",
         "live",
-        "lost_at",
-        "lost_in",
-        "patience",
+        "lost_at_serial",
+        "lost_at_xid",
+        "on_due",
         "reading",
+        "repass_at",
+        "repass_pause_s",
+        "repasses_left",
+        "seq",
         "since",
-        "stirred",
-        "taken_in",
-        "uncertain",
     )
 
-    def __init__(self, serial: int, stirred: Callable[[], None]) -> None:
-        self.stirred = stirred
-        self.taken_in = serial
+    def __init__(self, serial: int, on_due: Callable[[], None]) -> None:
+        self.on_due = on_due
+        self.acquired_at_serial = serial
         """The sweep that had been asked for last when the shard was taken over: it may be of an earlier stay."""
         self.reading = True
         """A pass is under way."""
         self.behind = True
         """No pass has been completed since the beginning, or since something could not be taken in."""
-        self.floor = self.cursor = self.since = 0
+        self.floor = self.seq = self.since = 0
         self.candidate: tuple[int, int] | None = None
         """(number, id): the number becomes the floor once xmin has reached that id."""
         self.live = False
-        self.lost_at: int | None = None
+        self.lost_at_xid: int | None = None
         """next_xid after the last loss; None: the loss is younger than any snapshot we know."""
-        self.lost_in = serial
+        self.lost_at_serial = serial
         """The sweep that had been asked for last: its snapshot may be older than the loss."""
-        self.again_at = 0.0
-        self.patience = LOOK_AGAIN_MIN_S
+        self.repass_at = 0.0
+        self.repass_pause_s = RETRY_MIN_S
         self.awaited: set[int] = set()
         """Numbers that were rung for, and that no page has shown since."""
-        self.uncertain = _LOOKS
+        self.repasses_left = _REPASSES
         """For so many passes: there may be more, of which nobody has told."""
-        stirred()
+        on_due()
 
     @property
     def position(self) -> Position:
-        return Position(self.floor, self.cursor, self.since)
+        return Position(self.floor, self.seq, self.since)
 
     def lose(self, serial: int) -> None:
         self.live = False
-        self.lost_at = None
-        self.lost_in = serial
-        self.patience = LOOK_AGAIN_MIN_S
+        self.lost_at_xid = None
+        self.lost_at_serial = serial
+        self.repass_pause_s = RETRY_MIN_S
         self.awaited.clear()
-        self.uncertain = _LOOKS
+        self.repasses_left = _REPASSES
         self.reading = True
-        self.stirred()
+        self.on_due()
 
     def rewind(self, seq: int) -> None:
         """Read again what is above ``seq``."""
-        self.cursor = seq
+        self.seq = seq
         self.floor = min(self.floor, seq)
         self.candidate = None
         self.behind = True
         self.reading = True
-        self.stirred()
+        self.on_due()
 
     def split(self) -> ShardCursor:
         """Passes for a part of the rows."""
-        part = ShardCursor(self.taken_in, self.stirred)
-        part.floor, part.cursor, part.since = self.position
+        part = ShardCursor(self.acquired_at_serial, self.on_due)
+        part.floor, part.seq, part.since = self.position
         return part
 
     def join(self, part: ShardCursor) -> None:
@@ -140,43 +140,43 @@ class ShardCursor:
     def pause(self, now: float) -> None:
         """Go on a little later."""
         self.reading = False
-        self.again_at = now + REPASS_MAX_S
+        self.repass_at = now + REPASS_MAX_S
 
     def page_read(self, reached: int, snapshot: Snapshot) -> None:
         """All that the snapshot shows up to ``reached`` has been taken in."""
-        self.cursor, self.since = reached, snapshot.xmin
+        self.seq, self.since = reached, snapshot.xmin
         if self.candidate and snapshot.xmin >= self.candidate[1]:
             self.floor = max(self.floor, min(self.candidate[0], reached))
             self.candidate = None
         if self.candidate is None and reached > self.floor:
             self.candidate = (reached, snapshot.next_xid)
 
-    def pass_complete(self, serial: int, snapshot: Snapshot, now: float, *, first_hand: bool) -> None:
+    def pass_complete(self, serial: int, snapshot: Snapshot, now: float, *, from_own_slot: bool) -> None:
         self.reading = self.behind = False
-        if first_hand and self.lost_at is not None and snapshot.xmin >= self.lost_at:
+        if from_own_slot and self.lost_at_xid is not None and snapshot.xmin >= self.lost_at_xid:
             self.live = True
         if self.live:
             return
-        if self.lost_at is None and serial > self.lost_in:
-            self.lost_at = snapshot.next_xid
+        if self.lost_at_xid is None and serial > self.lost_at_serial:
+            self.lost_at_xid = snapshot.next_xid
         # A wake-up may have been early; after some looks without a new one the periodic sweep is enough, except where
         # a proof is still to come.
-        self.uncertain = max(0, self.uncertain - 1)
-        if self.patience > REPASS_MAX_S:
+        self.repasses_left = max(0, self.repasses_left - 1)
+        if self.repass_pause_s > REPASS_MAX_S:
             self.awaited.clear()
-        again = first_hand or self.uncertain or self.awaited
-        self.again_at = now + min(self.patience, REPASS_MAX_S) if again else inf
-        self.patience *= 2
+        again = from_own_slot or self.repasses_left or self.awaited
+        self.repass_at = now + min(self.repass_pause_s, REPASS_MAX_S) if again else inf
+        self.repass_pause_s *= 2
 
     def touch(self, seq: int | None = None) -> None:
         """A wake-up, for that number or for whatever there is: look now, and again soon if it was early."""
         if seq is None or len(self.awaited) >= _AWAITED_MAX:
-            self.uncertain = _LOOKS
+            self.repasses_left = _REPASSES
         else:
             self.awaited.add(seq)
         self.reading = True
-        self.patience = LOOK_AGAIN_MIN_S
-        self.stirred()
+        self.repass_pause_s = RETRY_MIN_S
+        self.on_due()
 
 
 def ends_of(rows: Iterable[tuple[int, int]], per_shard: int) -> dict[int, Scanned]:

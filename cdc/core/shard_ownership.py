@@ -38,18 +38,18 @@ class ShardOwnership:
 
     def released(self) -> set[int]:
         """The shards asked back of which nothing is in flight any more; each is told once."""
-        quiet = {shard for shard in self._leaving if shard not in self._counts}
-        self._leaving -= quiet
-        return quiet
+        idle = {shard for shard in self._leaving if shard not in self._counts}
+        self._leaving -= idle
+        return idle
 
     def started(self, change: Change) -> None:
         self._counts[change.shard] = self._counts.get(change.shard, 0) + 1
 
-    def left(self, change: Change) -> None:
+    def ended(self, change: Change) -> None:
         """It has settled, or was cut off."""
-        left = self._counts[change.shard] - 1
-        if left:
-            self._counts[change.shard] = left
+        ended = self._counts[change.shard] - 1
+        if ended:
+            self._counts[change.shard] = ended
         else:
             del self._counts[change.shard]
 

@@ -10,29 +10,29 @@ from typing import NamedTuple
 
 
 class TypeFilter(NamedTuple):
-    """These types only (``among``), or all but these."""
+    """These types only (``include``), or all but these."""
 
     types: tuple[str, ...] = ()
-    among: bool = False
+    include: bool = False
 
     @property
     def everything(self) -> bool:
-        return not self.types and not self.among
+        return not self.types and not self.include
 
     def has(self, entity_type: str) -> bool:
-        return (entity_type in self.types) == self.among
+        return (entity_type in self.types) == self.include
 
     def without(self, others: Iterable[str]) -> TypeFilter:
         """The same, less these."""
-        if not self.among:
+        if not self.include:
             return TypeFilter((*self.types, *others))
         left_out = frozenset(others)
-        return TypeFilter(tuple(name for name in self.types if name not in left_out), among=True)
+        return TypeFilter(tuple(name for name in self.types if name not in left_out), include=True)
 
     def within(self, other: TypeFilter) -> TypeFilter:
         """What is in both."""
-        if other.among:
-            return TypeFilter(tuple(name for name in other.types if self.has(name)), among=True)
+        if other.include:
+            return TypeFilter(tuple(name for name in other.types if self.has(name)), include=True)
         return self.without(other.types)
 
     def __str__(self) -> str:
@@ -41,8 +41,8 @@ class TypeFilter(NamedTuple):
         names = ", ".join(self.types)
         if not names:
             return "no entity type"
-        return f"only {names}" if self.among else f"every entity type but {names}"
+        return f"only {names}" if self.include else f"every entity type but {names}"
 
 
 EVERYTHING = TypeFilter()
-NOTHING = TypeFilter(among=True)
+NOTHING = TypeFilter(include=True)

@@ -118,8 +118,8 @@ def _hears(connection: psycopg.Connection, slot: str, name: str, publication: st
     sent = _send(connection, prefix)
     options = [word for option in plugin.options for word in option]
     read = sql.SQL("SELECT data FROM pg_logical_slot_get_binary_changes(%s, NULL, NULL, VARIADIC %s::text[])")
-    rung = [plugin.decode(data) for (data,) in connection.execute(read, [slot, options])]
-    return WakeUp(7, 3) in [each[0] for each in rung if each is not None] if sent else None
+    notified = [plugin.decode(data) for (data,) in connection.execute(read, [slot, options])]
+    return WakeUp(7, 3) in [each[0] for each in notified if each is not None] if sent else None
 
 
 def _send(connection: psycopg.Connection, prefix: str) -> bool:

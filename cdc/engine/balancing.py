@@ -26,7 +26,7 @@ log = logging.getLogger("cdc.consumer")
 
 
 class Balancing:
-    """``taken`` is called when there are new ones. Times are those of the event loop's clock."""
+    """``acquired`` is called when there are new ones. Times are those of the event loop's clock."""
 
     def __init__(
         self,
@@ -35,13 +35,13 @@ class Balancing:
         crash_guard: CrashGuard,
         metrics: Metrics,
         *,
-        taken: Callable[[], None],
+        acquired: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._planner = planner
         self._crash_guard = crash_guard
         self._metrics = metrics
-        self._taken = taken
+        self._taken = acquired
         self._without = Without()
         self._delay = Delay()
         self._leaving: set[int] = set()
@@ -50,7 +50,7 @@ class Balancing:
         self.members = 0
         """Live consumers, as the last look has shown them."""
 
-    async def look(self, session: Session, now: float) -> bool:
+    async def poll(self, session: Session, now: float) -> bool:
         """Ask the server, take and give. False: something was in the way, and the next look does the rest."""
         with self._patience(session, now):
             await self._balance(session, now)
@@ -60,7 +60,7 @@ class Balancing:
     async def ask(self, session: Session, now: float) -> None:
         """Make sure that the session is still there. Raises when it is not."""
         with self._patience(session, now):
-            await session.look()
+            await session.poll()
 
     def lose(self) -> set[int]:
         """The session is lost, and its locks. Returns what they were for."""
@@ -71,25 +71,25 @@ class Balancing:
 
     async def _balance(self, session: Session, now: float) -> None:
         before = len(self.owned)
-        members, free = await session.look()
+        members, free = await session.poll()
         self.members = members
         move = balance(members, self.owned, free)
-        if (move.take or session.unsigned) and (taken := await session.take(move.take)).shards:
-            self._crash_guard.took(taken)
-            self._scheduler.own(taken.shards, taken.kept)
-            self._planner.own(taken.shards)
-            self._own(self.owned.union(taken.shards))
-            self._metrics.shard_moves.labels("acquired").inc(len(taken.shards))
+        if (move.acquire or session.unregistered) and (acquired := await session.acquire(move.acquire)).shards:
+            self._crash_guard.took(acquired)
+            self._scheduler.own(acquired.shards, acquired.kept)
+            self._planner.own(acquired.shards)
+            self._own(self.owned.union(acquired.shards))
+            self._metrics.shard_moves.labels("acquired").inc(len(acquired.shards))
             self._taken()
         self._crash_guard.looked()
         if parked := self._scheduler.marks.parked:
             self._scheduler.disown(await session.others(parked))
-        self._scheduler.release(move.give)
-        self._planner.disown(move.give)
+        self._scheduler.release(move.release)
+        self._planner.disown(move.release)
         self._leaving |= self._scheduler.released()
         if self._leaving:
             await self._crash_guard.forget(self._leaving)
-            await session.give(self._leaving)
+            await session.release(self._leaving)
             self._own(self.owned - self._leaving)
             self._metrics.shard_moves.labels("released").inc(len(self._leaving))
             self._leaving.clear()

@@ -20,7 +20,7 @@ def _loop_time() -> float:
 class Breakers:
     """For the event loop; ``status`` from any thread. ``handlers``: their names.
 
-    ``moved`` is called when one has opened, lets a call through, or has closed.
+    ``changed`` is called when one has opened, lets a call through, or has closed.
     """
 
     def __init__(self, handlers: Iterable[str], *, clock: Callable[[], float] = _loop_time) -> None:
@@ -30,7 +30,7 @@ class Breakers:
         self._troubled: set[str] = set()
         self.troubled: Collection[str] = self._troubled
         """Handlers of which a success would be news. Mostly none: all that a call that succeeds asks for is that."""
-        self.moved: Callable[[], None] = lambda: None
+        self.changed: Callable[[], None] = lambda: None
 
     @property
     def status(self) -> Mapping[str, BreakerStatus]:
@@ -52,16 +52,16 @@ class Breakers:
                 " finds out whether that is over",
                 handler, why, extra={"event": "breaker", "handler": handler, "state": State.OPEN.value},
             )  # fmt: skip
-        self._shut_again(handler)
+        self._schedule_trial(handler)
         if opened:
-            self.moved()
-        return breaker.shut
+            self.changed()
+        return breaker.tripped
 
     def failed(self, handler: str) -> None:
         """A call has failed in another way."""
         if handler in self._troubled:
             self.of[handler].failed(self._clock())
-            self._shut_again(handler)
+            self._schedule_trial(handler)
 
     def succeeded(self, handler: str) -> None:
         """A call has been answered."""
@@ -76,9 +76,9 @@ class Breakers:
                 "handler %s works again, after %.1f s", handler, now - breaker.since,
                 extra={"event": "breaker", "handler": handler, "state": breaker.state.value},
             )  # fmt: skip
-            self.moved()
+            self.changed()
 
-    def _shut_again(self, handler: str) -> None:
+    def _schedule_trial(self, handler: str) -> None:
         """It may have opened: look again when its pause is over."""
         breaker = self.of[handler]
         if breaker.state is not State.OPEN:
@@ -86,12 +86,12 @@ class Breakers:
         if timer := self._timers.pop(handler, None):
             timer.cancel()
         wait_s = breaker.wait_s(self._clock())
-        self._timers[handler] = asyncio.get_running_loop().call_later(wait_s, self._look, handler)
+        self._timers[handler] = asyncio.get_running_loop().call_later(wait_s, self._pause_over, handler)
 
-    def _look(self, handler: str) -> None:
+    def _pause_over(self, handler: str) -> None:
         del self._timers[handler]
         breaker = self.of[handler]
-        if breaker.look(self._clock()):
-            self.moved()
+        if breaker.try_half_open(self._clock()):
+            self.changed()
         else:
-            self._shut_again(handler)  # the timer was a little early
+            self._schedule_trial(handler)  # the timer was a little early

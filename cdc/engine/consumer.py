@@ -56,7 +56,7 @@ of 35 changes that ended in threads, with this it is of 160, and a quarter more 
 _SOON_S = 0.05
 _LOOK_AT_SHARDS_S = 1.0
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
-_TURN_AT_LEAST_S = 5.0
+_ITERATION_MAX_S = 5.0
 _READ_TIMEOUT = "60s"
 _READ_LOCK_TIMEOUT = "20s"
 """Less, so that a read which waits for a lock is not taken for one that takes too long."""
@@ -116,14 +116,14 @@ class Consumer:
         self.crash_guard = CrashGuard(store, settings.window)
         self._dispatcher = Dispatcher(
             self._scheduler, executor, settings.concurrency, connections=settings.transactions,
-            crash_guard=self.crash_guard, finished=self._finished, read_anew=self._read_anew,
+            crash_guard=self.crash_guard, finished=self._finished, reread=self._reread,
         )  # fmt: skip
-        executor.breakers.moved = self._dispatcher.breaker_moved
+        executor.breakers.changed = self._dispatcher.breaker_changed
         self._settling = Settler(self._scheduler, store, metrics, now=self._now)
-        self._balancing = Balancing(self._scheduler, self._planner, self.crash_guard, metrics, taken=self._read_anew)
+        self._balancing = Balancing(self._scheduler, self._planner, self.crash_guard, metrics, acquired=self._reread)
         self._drained = asyncio.Event()
         # Written here, read by the health thread: times of the event loop's clock.
-        self.turned: dict[str, float] = {}
+        self.last_iteration: dict[str, float] = {}
         self.answered_at: float | None = None
         self.in_service = False
         self.connected = asyncio.Event()
@@ -159,21 +159,21 @@ class Consumer:
         """For how long no change could be read by now."""
         return _since(self._reads.delayed_since)
 
-    def rang(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
+    def notified(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
         """Wake-ups have come in from the slot. Returns those that are other consumers' business."""
-        return self._rung(wakeups, relayed=False)
+        return self._plan_reads(wakeups, relayed=False)
 
     def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
         """The same from whoever streams, or did when it sent them."""
-        return self._rung(wakeups, relayed=True)
+        return self._plan_reads(wakeups, relayed=True)
 
-    def _rung(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
+    def _plan_reads(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
         ours, others = wakeups, list[WakeUp]()
         if self.shares:
             owned = self.owned
             ours = [wakeup for wakeup in wakeups if wakeup.shard in owned]
             others = [wakeup for wakeup in wakeups if wakeup.shard not in owned]
-        if dropped := self._planner.rung(ours, relayed=relayed):
+        if dropped := self._planner.notified(ours, relayed=relayed):
             self._metrics.wakeups_dropped.inc(dropped)
         if ours:
             self._read_due.set()
@@ -209,7 +209,7 @@ class Consumer:
             in_service=self.in_service,
             stopping=self.stopping,
             answered_at=self.answered_at,
-            turned=dict(self.turned),
+            last_iteration=dict(self.last_iteration),
             owned_shards=len(self.owned),
             members=self._balancing.members,
             running=scheduler.running,
@@ -217,7 +217,7 @@ class Consumer:
             settling=scheduler.settling,
             window=self._settings.window,
             waiting_wakeups=planner.queue_length,
-            limited_types=len(planner.apart),
+            limited_types=len(planner.throttled),
             held_up_s=self.held_up_s,
             unread_s=self.unread_s,
         )
@@ -229,7 +229,7 @@ class Consumer:
         pause_s = _RECONNECT_MIN_S
         while not self.stopping:
             began = self._now()
-            error = await self._term_failure()
+            error = await self._failure_of_connection()
             if error and not self.connected.is_set() and not self.stopping:
                 raise error
             if error and not self.stopping:
@@ -239,10 +239,10 @@ class Consumer:
                 await _wait(self._stopping, min(pause_s, _RECONNECT_MAX_S))
         await self._hooks.drain(self._settings.drain_time_s)
 
-    async def _term_failure(self) -> Exception | None:
+    async def _failure_of_connection(self) -> Exception | None:
         """Work one term. What ended it if that heals by itself or by an operator; anything else is raised: a bug."""
         try:
-            await self._term()
+            await self._run_connected()
         except ExceptionGroup as group:
             expected, bugs = group.split(_INTERRUPTIONS)
             if bugs or not expected:
@@ -253,7 +253,7 @@ class Consumer:
             return error
         return None
 
-    async def _term(self) -> None:
+    async def _run_connected(self) -> None:
         """Work with one set of connections until one of them fails or the consumer is stopped."""
         async with contextlib.AsyncExitStack() as connections:
             opened = await unless(self._stopping, connections.enter_async_context(self._connections()))
@@ -264,13 +264,13 @@ class Consumer:
                 async with asyncio.TaskGroup() as loops:
                     readers = [
                         loops.create_task(self._shard_loop(session)),
-                        loops.create_task(self._intake_loop(session, reader)),
+                        loops.create_task(self._read_loop(session, reader)),
                     ]
                     settling = loops.create_task(self._settle_loop(session, reader))
                     loops.create_task(self._drain_at_stop(session, readers, settling))
             finally:
                 await self._settling.end()
-                await self._end_term()
+                await self._end_connection()
 
     @contextlib.asynccontextmanager
     async def _connections(self) -> AsyncIterator[tuple[Session, psycopg.AsyncConnection]]:
@@ -297,8 +297,8 @@ class Consumer:
         """A sidecar starts before the application's migrations have run: wait, and say for what."""
         told = ""
         while not self.stopping:
-            self._turn("consumer")
-            await session.look()
+            self._mark_iteration("consumer")
+            await session.poll()
             self._answered()
             try:
                 await self._store.check(reader)
@@ -332,9 +332,9 @@ class Consumer:
         with contextlib.suppress(psycopg.Error, OSError):
             async with deadline(_LAST_SETTLE_S):
                 await self.crash_guard.forget()
-                await session.leave()
+                await session.unregister()
 
-    async def _end_term(self) -> None:
+    async def _end_connection(self) -> None:
         """The locks are gone, or about to be: forget what was queued and cut off what can be."""
         lost = self._balancing.lose()
         if lost and not self.stopping:
@@ -348,47 +348,47 @@ class Consumer:
 
     async def _shard_loop(self, session: Session) -> None:
         while not self.stopping:
-            self._turn("shards")
-            if await self._balancing.look(session, self._now()):
+            self._mark_iteration("shards")
+            if await self._balancing.poll(session, self._now()):
                 self._answered()
             await _wait(self._stopping, _LOOK_AT_SHARDS_S)
         while not self._drained.is_set():  # the server ends a session that says nothing
             await self._balancing.ask(session, self._now())
             await _wait(self._drained, _LOOK_AT_SHARDS_S)
 
-    def _read_anew(self) -> None:
+    def _reread(self) -> None:
         """Changes were left without an outcome; one that is waiting and due is found by a look at those only."""
         self._reads.due_within(0.0)
         self._read_due.set()
 
     # --- intake ----------------------------------------------------------------------------------------------------
 
-    async def _intake_loop(self, session: Session, reader: psycopg.AsyncConnection) -> None:
+    async def _read_loop(self, session: Session, reader: psycopg.AsyncConnection) -> None:
         while not self.stopping:
-            self._turn("consumer")
+            self._mark_iteration("consumer")
             self._read_due.clear()
             while not self.stopping and await self._reads.once(reader, session):
-                self._turn("consumer")
+                self._mark_iteration("consumer")
                 self._answered()
-                if session.stirred and not self._scheduler.settling:
+                if session.has_server_message and not self._scheduler.settling:
                     # Whoever ends the session takes our shards: ask before handing out more.
                     await self._balancing.ask(session, self._now())
                 failpoints.here("fetch.after_rows")
-                self._dispatcher.hand_out()
-                failpoints.here("fetch.after_hand_out")
+                self._dispatcher.dispatch()
+                failpoints.here("fetch.after_dispatch")
                 if self._planner.idle:
                     await OtherTasks()  # the handlers first: to find that there is nothing to read takes a while
-            self._dispatcher.hand_out()
-            await _due(self._read_due, min(self._reads.wait_s(), _TURN_AT_LEAST_S))
+            self._dispatcher.dispatch()
+            await _due(self._read_due, min(self._reads.wait_s(), _ITERATION_MAX_S))
 
     # --- settle ----------------------------------------------------------------------------------------------------
 
     async def _settle_loop(self, session: Session, reader: psycopg.AsyncConnection) -> None:
         while True:
-            self._turn("settle")
+            self._mark_iteration("settle")
             self._settle_due.clear()
             while batch := self._settling.take(_SETTLE_MAX):
-                self._turn("settle")
+                self._mark_iteration("settle")
                 began = self._now()
                 await self._settle(session, reader, batch)
                 took_s = self._now() - began
@@ -398,7 +398,7 @@ class Consumer:
                     await _due(self._settle_again, pause_s)
             if self._drained.is_set() and not self._scheduler.settling:
                 return
-            await _due(self._settle_due, min(_TURN_AT_LEAST_S, self._settling.wait_s()))
+            await _due(self._settle_due, min(_ITERATION_MAX_S, self._settling.wait_s()))
 
     async def _settle(self, session: Session, reader: psycopg.AsyncConnection, given: list[Settlement]) -> None:
         written = await self._settling.write(session, reader, given)
@@ -413,7 +413,7 @@ class Consumer:
             self._metrics.settle_skipped.inc(settled.missed)
             self.sweep_now()  # somebody else had settled one: what the lanes take for waiting may be done
         self._tell(batch, settled.at)
-        self._dispatcher.hand_out()
+        self._dispatcher.dispatch()
         self._read_due.set()
 
     def _finished(self, batch: Sequence[Settlement]) -> None:
@@ -445,8 +445,8 @@ class Consumer:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def _turn(self, loop: str) -> None:
-        self.turned[loop] = self._now()
+    def _mark_iteration(self, loop: str) -> None:
+        self.last_iteration[loop] = self._now()
 
     def _answered(self) -> None:
         self.answered_at = self._now()

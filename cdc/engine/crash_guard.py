@@ -40,7 +40,7 @@ from cdc.core import failpoints
 from cdc.core.model import SHARDS, Change, Suspicion
 from cdc.engine.transactions import AskTheTableError
 from cdc.postgres.outbox import Store
-from cdc.postgres.shard_locks import Session, Taken
+from cdc.postgres.shard_locks import Acquired, Session
 
 log = logging.getLogger("cdc.consumer")
 
@@ -78,7 +78,7 @@ class CrashGuard:
         self._watched.clear()
         self._doubted_until.clear()
 
-    def took(self, taken: Taken) -> None:
+    def took(self, taken: Acquired) -> None:
         """Shards were taken over, of which some had an owner that died."""
         if taken.orphaned:
             log.warning(
@@ -174,14 +174,14 @@ class CrashGuard:
     async def _write(self, batch: Sequence[Change]) -> None:
         assert self._session is not None
         self._expose_for(_PAUSE_S)
-        failpoints.here("careful.before_start")
+        failpoints.here("crash_guard.before_start")
         try:
             async with self._session.writing:
                 started = await self._store.start(self._session.connection, batch)
         except psycopg.Error as error:
             raise AskTheTableError("the session was lost before it could be started") from error
         self._marked.update((change.seq, change) for change in batch if change.id in started)
-        failpoints.here("careful.after_start")
+        failpoints.here("crash_guard.after_start")
 
     def _count_down(self, shard: int) -> None:
         if watched := self._watched.get(shard):

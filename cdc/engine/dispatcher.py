@@ -29,7 +29,7 @@ from cdc.runtime.deadline import deadline
 
 log = logging.getLogger("cdc.consumer")
 
-_CHANGES_PER_TURN = 100
+_CHANGES_PER_ITERATION = 100
 """Handlers that never wait would otherwise keep the event loop from everything else for a whole window."""
 
 _BATCH_BYTES = 4 << 20
@@ -42,7 +42,7 @@ _ASK_AGAIN_S = 0.1
 class Dispatcher:
     """At most ``concurrency`` of them; ``connections`` for transactional handlers.
 
-    ``finished`` is called after each outcome, ``read_anew`` when the lanes want a key to be read again.
+    ``finished`` is called after each outcome, ``reread`` when the lanes want a key to be read again.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Dispatcher:
         connections: int,
         crash_guard: CrashGuard,
         finished: Callable[[Sequence[Settlement]], None],
-        read_anew: Callable[[], None],
+        reread: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
@@ -64,7 +64,7 @@ class Dispatcher:
         # Of each kind of handler as many as there are connections, so that a group is made when it can begin.
         self._transactions = {is_async: asyncio.Semaphore(connections) for is_async in (True, False)}
         self._finished = finished
-        self._read_anew = read_anew
+        self._reread = reread
         self._handler: Handler | None = None
         self._started = deque[Change]()
         """A run of this handler that the workers go through, one after the other calling what it can."""
@@ -72,13 +72,13 @@ class Dispatcher:
         executor.tasks = self._tasks
         self._unstarted = set[asyncio.Task[None]]()
         """Those of the tasks that have not looked for a change yet: what is ready for them needs no others."""
-        self._aside: dict[asyncio.Task[None], Change | None] = {}
+        self._quarantined: dict[asyncio.Task[None], Change | None] = {}
         """Those of the tasks that are no workers: suspects, which run one at a time. None: it is its turn."""
         self._doubted: dict[asyncio.Task[None], Change | None] = {}
         """No workers either: suspects that may be none, which are read again instead of run."""
         self._lost: dict[asyncio.Task[None], Change | None] = {}
         """Nor these: what has lost its transaction. They pause first; of a lost connection they run one at a time."""
-        self._deaf = set[asyncio.Task[None]]()
+        self._uncancellable = set[asyncio.Task[None]]()
         """Those of the tasks that were cut off and go on; they are not waited for again."""
         self._escapes = Losses()
         """Attempts that ended, not by their call, and for which there is no outcome."""
@@ -93,28 +93,31 @@ class Dispatcher:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def hand_out(self) -> None:
+    def dispatch(self) -> None:
         """Start workers for what is ready."""
         if self._stopping.is_set():
             return
         ready = (
-            self._scheduler.ready + len(self._started) + (0 if self._aside else len(self._later)) - len(self._unstarted)
+            self._scheduler.ready
+            + len(self._started)
+            + (0 if self._quarantined else len(self._later))
+            - len(self._unstarted)
         )
         if ready <= 0:
             return
-        dispatcher = len(self._tasks) - len(self._aside) - len(self._doubted) - len(self._lost)
-        for _ in range(min(ready, self._concurrency - dispatcher)):
+        workers = len(self._tasks) - len(self._quarantined) - len(self._doubted) - len(self._lost)
+        for _ in range(min(ready, self._concurrency - workers)):
             task = asyncio.create_task(self._work())
             self._tasks[task] = NOTHING
             self._unstarted.add(task)
             task.add_done_callback(self._ended)
 
-    def breaker_moved(self) -> None:
+    def breaker_changed(self) -> None:
         """The breaker of a handler has opened, lets a call through, or has closed."""
         handler = self._handler
         while handler and self._started and self._executor.breakers.rests(handler.name):
-            self._leave([self._started.popleft()])
-        self.hand_out()
+            self._abandon([self._started.popleft()])
+        self.dispatch()
 
     def settled(self) -> None:
         """Some of the outcomes are in the table."""
@@ -123,7 +126,7 @@ class Dispatcher:
     async def drain(self, seconds: float) -> None:
         """Start nothing more; give what runs so much time, then cut it off."""
         self._stopping.set()
-        self._put_back()
+        self._abandon_waiting()
         if not self._tasks:
             return
         log.info("stopping: %d handlers have %g s to finish", len(self._tasks), seconds)
@@ -132,7 +135,7 @@ class Dispatcher:
 
     async def session_lost(self) -> None:
         """Cut off what can be. A call in a thread goes on; its key stays shut until it returns."""
-        self._put_back()
+        self._abandon_waiting()
         self._executor.session_lost()
         in_thread = {task for task, run in self._tasks.items() if any(map(self._executor.in_thread, run.changes))}
         if in_thread:
@@ -140,14 +143,14 @@ class Dispatcher:
         await self._cut_off([task for task in self._tasks if task not in in_thread])
 
     async def _cut_off(self, tasks: Iterable[asyncio.Task[None]]) -> None:
-        running = [(task, self._tasks[task]) for task in tasks if task not in self._deaf]
+        running = [(task, self._tasks[task]) for task in tasks if task not in self._uncancellable]
         for task, run in running:
             self._executor.interrupted(run)
             cancel(task)
         if running:
             log.warning("%d handlers were cut off; their changes stay as they were", len(running))
             _, deaf = await asyncio.wait([task for task, _ in running], timeout=_CUT_OFF_S)
-            self._deaf |= deaf
+            self._uncancellable |= deaf
             if deaf:
                 log.error("%d handlers caught their cancellation and go on; nobody waits for them", len(deaf))
 
@@ -155,25 +158,25 @@ class Dispatcher:
         task = asyncio.current_task()
         assert task is not None
         self._unstarted.discard(task)
-        ready_queues = 0
+        calls = 0
         while not self._stopping.is_set() and self._have_started():
             handler = self._handler
-            done, unfinished = self._at_once(handler)
+            done, unfinished = self._run_inline(handler)
             if unfinished:
-                await self._go_on(task, handler, unfinished)
+                await self._resume(task, handler, unfinished)
             elif not done:
-                await self._attend_next(task, handler)
+                await self._execute_next(task, handler)
             if has_cancellations():
                 await disregard()
-            ready_queues += done or 1
-            if ready_queues >= _CHANGES_PER_TURN or (done and self._started):
-                ready_queues = 0
+            calls += done or 1
+            if calls >= _CHANGES_PER_ITERATION or (done and self._started):
+                calls = 0
                 await OtherTasks()
 
     def _have_started(self) -> bool:
         """Whether there is something to call."""
         if not self._started:
-            if self._later and not self._aside:
+            if self._later and not self._quarantined:
                 self._handler, change = self._later.popleft()
                 self._started.append(change)
             else:
@@ -181,55 +184,55 @@ class Dispatcher:
                 self._started.extend(run)
         return bool(self._started)
 
-    def _hand_out_others(self) -> None:
+    def _dispatch_others(self) -> None:
         """The rest of a run does not wait for one of it."""
         if self._started:
-            self.hand_out()
+            self.dispatch()
 
-    def _at_once(self, handler: Handler | None) -> tuple[int, PendingCall | None]:
+    def _run_inline(self, handler: Handler | None) -> tuple[int, PendingCall | None]:
         """Call what may be over at once. Returns how many were, and the call that was not."""
         if self._crash_guard.watches:
             return 0, None
-        done, unfinished = self._executor.at_once(handler, self._started)
+        done, unfinished = self._executor.run_inline(handler, self._started)
         self._report(done)
         return len(done), unfinished
 
-    async def _go_on(self, task: asyncio.Task[None], handler: Handler | None, unfinished: PendingCall) -> None:
+    async def _resume(self, task: asyncio.Task[None], handler: Handler | None, unfinished: PendingCall) -> None:
         assert handler is not None
         change = unfinished.change
-        self._hand_out_others()
+        self._dispatch_others()
         self._tasks[task] = Run(handler, [change])
         try:
-            outcome = await self._executor.go_on(handler, unfinished)
-        except asyncio.CancelledError:  # see Runner.go_on
-            self._leave([change])
+            outcome = await self._executor.resume(handler, unfinished)
+        except asyncio.CancelledError:  # see Executor.resume
+            self._abandon([change])
             raise
         except Exception as error:  # noqa: BLE001 - see _bug
             outcome = self._bug(handler, [change], error)[change]
         self._tasks[task] = NOTHING
         if outcome is None:
-            self._leave([change])
+            self._abandon([change])
         else:
             self._report([Settlement(change, outcome)])
 
-    async def _attend_next(self, task: asyncio.Task[None], handler: Handler | None) -> None:
+    async def _execute_next(self, task: asyncio.Task[None], handler: Handler | None) -> None:
         change = self._started.popleft()
-        self._hand_out_others()
+        self._dispatch_others()
         if change.crashed:
-            self._set_aside(handler, change)
-        elif self._aside and self._crash_guard.wants(change):
+            self._quarantine(handler, change)
+        elif self._quarantined and self._crash_guard.wants(change):
             self._later.append((handler, change))
         elif self._executor.lost(change):
-            self._beside(handler, change, self._attend_lost(handler, change), self._lost)
+            self._beside(handler, change, self._execute_lost(handler, change), self._lost)
         elif handler is not None and handler in self._lingering and not self._alone_only(change):
             self._join(handler, change)
         else:
             batch = [change]
             self._tasks[task] = Run(handler, batch)
-            await self._attend(handler, batch)
+            await self._execute(handler, batch)
             self._tasks[task] = NOTHING
 
-    async def _attend(self, handler: Handler | None, batch: list[Change]) -> None:
+    async def _execute(self, handler: Handler | None, batch: list[Change]) -> None:
         """Run a change, or the batch that is gathered around it, and report."""
         try:
             if handler is not None and handler.transactional:
@@ -242,19 +245,19 @@ class Dispatcher:
                 self._is_at(NOTHING)
                 self._escaped(batch, error)
                 return
-            self._leave(batch)
+            self._abandon(batch)
             raise
         except AskTheTableError as unknown:
             log.info("change %s of %s is read anew: %s", batch[0].id, batch[0].entity_type, unknown)
             try:
                 await _for(unknown.pause_s, self._stopping)
             finally:
-                self._leave(batch)  # also when the session is lost meanwhile: else its key would stay shut
+                self._abandon(batch)  # also when the session is lost meanwhile: else its key would stay shut
             return
         except Exception as error:  # noqa: BLE001 - see _bug
             outcomes = self._bug(handler, batch, error)
         self._crash_guard.ended([one for one in batch if one in outcomes])
-        self._judged(handler, batch, outcomes)
+        self._report_outcomes(handler, batch, outcomes)
 
     async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
         if handler is not None:
@@ -273,26 +276,28 @@ class Dispatcher:
         """What ended the attempt was not the call, and nobody asked for it: no attempt, but not for ever."""
         for change in batch:
             if (times := self._escapes.add([change])) < LOSSES_MAX:
-                self._leave([change])
+                self._abandon([change])
             else:
                 text = f"its attempt was ended {times} times in a row by {type(error).__name__}, which is a bug"
                 log.critical("change %s of %s: %s: now a dead letter", change.id, change.entity_type, text)
                 self._report([Settlement(change, Dead(text))])
 
-    def _put_back(self) -> None:
+    def _abandon_waiting(self) -> None:
         while self._later:
-            self._leave([self._later.popleft()[1]])
+            self._abandon([self._later.popleft()[1]])
         while self._started:
-            self._leave([self._started.popleft()])
+            self._abandon([self._started.popleft()])
 
-    def _judged(self, handler: Handler | None, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]) -> None:
+    def _report_outcomes(
+        self, handler: Handler | None, batch: Sequence[Change], outcomes: Mapping[Change, Outcome]
+    ) -> None:
         left = [one for one in batch if one not in outcomes] if len(outcomes) < len(batch) else []
         self._is_at(Run(handler, left))
         # In seq order within a key: so they are settled.
         self._report([Settlement(one, outcomes[one]) for one in batch if one in outcomes])
         self._is_at(NOTHING)
         if left:
-            self._leave(left)
+            self._abandon(left)
 
     def _is_at(self, run: Run) -> None:
         """An error that escapes from this task is about these and no others."""
@@ -306,12 +311,12 @@ class Dispatcher:
             self._escapes.forget(finished.change for finished in batch)
             self._finished(batch)
 
-    def _set_aside(self, handler: Handler | None, change: Change) -> None:
+    def _quarantine(self, handler: Handler | None, change: Change) -> None:
         """A suspect runs alone; it waits for its turn without keeping a worker."""
         if self._crash_guard.doubts(change):
             self._beside(handler, change, _for(_ASK_AGAIN_S, asyncio.Event()), self._doubted)
         else:
-            self._beside(handler, change, self._attend_alone(handler, change), self._aside)
+            self._beside(handler, change, self._execute_alone(handler, change), self._quarantined)
 
     def _beside(
         self,
@@ -321,13 +326,13 @@ class Dispatcher:
         kind: dict[asyncio.Task[None], Change | None],
     ) -> None:
         """In a task that is no worker, and takes no place of one."""
-        self._scheduler.set_aside(change)
+        self._scheduler.free_places(change)
         task = asyncio.create_task(work)
         kind[task] = change
         self._tasks[task] = Run(handler, [change])
         task.add_done_callback(self._ended)
 
-    async def _attend_lost(self, handler: Handler | None, change: Change) -> None:
+    async def _execute_lost(self, handler: Handler | None, change: Change) -> None:
         task = asyncio.current_task()
         assert task is not None
         await _for(self._executor.pause_s(change), self._stopping)
@@ -336,21 +341,21 @@ class Dispatcher:
                 return
             self._lost[task] = None
             if outcome := self._executor.after_losses(handler, change):
-                self._judged(handler, [change], {change: outcome})
+                self._report_outcomes(handler, [change], {change: outcome})
             else:
-                await self._attend(handler, [change])
+                await self._execute(handler, [change])
 
-    async def _attend_alone(self, handler: Handler | None, change: Change) -> None:
+    async def _execute_alone(self, handler: Handler | None, change: Change) -> None:
         task = asyncio.current_task()
         assert task is not None
         async with self._alone:
             if self._stopping.is_set() or not (suspicion := await self._crash_guard.suspects(change)):
                 return
-            self._aside[task] = None
+            self._quarantined[task] = None
             if outcome := self._executor.after_crash(handler, change, suspicion):
-                self._judged(handler, [change], {change: outcome})
+                self._report_outcomes(handler, [change], {change: outcome})
             else:
-                await self._attend(handler, [change])
+                await self._execute(handler, [change])
             while self._scheduler.knows(change.seq):  # else the next one's crash would be counted against it, too
                 self._settled.clear()
                 await self._settled.wait()
@@ -399,26 +404,26 @@ class Dispatcher:
         """Whether it is not to run together with others: they would pay for what it does."""
         return change.crashed or self._executor.lost(change)
 
-    def _leave(self, batch: Iterable[Change]) -> None:
+    def _abandon(self, batch: Iterable[Change]) -> None:
         """Without an outcome: the table knows what came of these."""
         for change in batch:
             self._scheduler.interrupted(change)
-        self._read_anew()
+        self._reread()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         run = self._tasks.pop(task)
-        self._deaf.discard(task)
+        self._uncancellable.discard(task)
         self._unstarted.discard(task)  # it may have been cut off before its first step
-        kinds = (self._aside, self._doubted, self._lost)
+        kinds = (self._quarantined, self._doubted, self._lost)
         unattended = next(filter(None, [kind.pop(task, None) for kind in kinds]), None)
         failed = None if task.cancelled() else task.exception()
         if failed:
             log.critical("a worker failed; this is a bug", exc_info=failed)
         if unattended:
-            self._leave([unattended])
+            self._abandon([unattended])
         elif failed:
             self._escaped(run.changes, failed)
-        self.hand_out()
+        self.dispatch()
 
 
 class OtherTasks:

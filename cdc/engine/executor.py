@@ -146,7 +146,7 @@ class Executor:
     def group_limit(self, handler: Handler) -> int:
         """How many changes may share the handler's next transaction: one, where it only finds out."""
         grouping = self._groupings.get(handler.name)
-        return grouping.limit if grouping and not self.breakers.of[handler.name].shut else 1
+        return grouping.limit if grouping and not self.breakers.of[handler.name].tripped else 1
 
     def in_thread(self, change: Change) -> bool:
         """Whether its handler is at work in a thread, where it can be cut off no more."""
@@ -225,11 +225,13 @@ class Executor:
         failpoints.here("run.after_handler")
         return outcomes
 
-    def at_once(self, handler: Handler | None, changes: deque[Change]) -> tuple[list[Settlement], PendingCall | None]:
+    def run_inline(
+        self, handler: Handler | None, changes: deque[Change]
+    ) -> tuple[list[Settlement], PendingCall | None]:
         """Call a handler for one change after the other, for as long as the calls return without waiting.
 
         A task's steps cost more than many a handler; these calls share them. Takes what it calls from ``changes``: none
-        where it is not as simple as that. Returns what has ended, and the call that has not, for ``go_on``. Ends after
+        where it is not as simple as that. Returns what has ended, and the call that has not, for ``resume``. Ends after
         one that has cancelled the task (``cancelling.disregard``).
         """
         done: list[Settlement] = []
@@ -264,13 +266,13 @@ class Executor:
             failpoints.here("run.after_handler")
         return done, unfinished
 
-    async def go_on(self, handler: Handler, unfinished: PendingCall) -> Outcome | None:
+    async def resume(self, handler: Handler, unfinished: PendingCall) -> Outcome | None:
         """The rest of an attempt that was begun. Only a cancellation leaves as an exception. None: as in ``run``."""
         change, call = unfinished
         failure: BaseException | None = None
         session = self._sessions_lost
         try:
-            await self._limit(handler).go_on(call)
+            await self._limit(handler).resume(call)
         except Failed as failed:
             failure = failed.errors.get(change.seq)
         except asyncio.CancelledError as error:
@@ -309,7 +311,7 @@ class Executor:
         changes = given = self._refuse_deep(handler, changes, outcomes)
         if adapter := self._adapters.get(handler.name):
             changes, given = self._validate(handler, adapter, changes, outcomes)
-        shut = {change.key for change, outcome in outcomes.items() if handler.transactional or outcome.holds_key}
+        shut = {change.key for change, outcome in outcomes.items() if handler.transactional or outcome.blocks_key}
         pairs = [(c, g) for c, g in zip(changes, given, strict=True) if c.key not in shut]
         return [c for c, _ in pairs], [g for _, g in pairs]
 
@@ -416,7 +418,7 @@ class Executor:
                 if outcome is None or _is_away(outcome):
                     break  # what one of them needs the others need as well, and each might take its time to say so
                 # What a transactional one leaves to the settle is not marked yet when its successor would be.
-                if outcome.holds_key or (handler.transactional and not isinstance(outcome, Committed)):
+                if outcome.blocks_key or (handler.transactional and not isinstance(outcome, Committed)):
                     held.add(change.key)
         return outcomes
 

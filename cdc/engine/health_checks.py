@@ -36,21 +36,21 @@ class LoopWatch:
     """Proves with each turn of ``run`` that the event loop turns."""
 
     def __init__(self) -> None:
-        self.turned_at = time.monotonic()
+        self.last_iteration_at = time.monotonic()
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            self.turned_at = time.monotonic()
+            self.last_iteration_at = time.monotonic()
             await asyncio.sleep(_TURN_EVERY_S)
 
 
 def liveness(status: ProcessStatus, now: float, thresholds: HealthThresholds) -> list[Check]:
     """``now`` by time.monotonic()."""
-    checks = [_recent("loop.consumer", now - status.loop_turned_at, thresholds.turn_s)]
+    checks = [_recent("loop.consumer", now - status.loop_last_iteration, thresholds.turn_s)]
     stream = status.stream
-    if stream and stream.loop_turned_monotonic:  # it has begun
-        checks.append(_recent("loop.stream", now - stream.loop_turned_monotonic, thresholds.turn_s))
+    if stream and stream.loop_last_iteration:  # it has begun
+        checks.append(_recent("loop.stream", now - stream.loop_last_iteration, thresholds.turn_s))
         if stream.connected and stream.last_byte_monotonic is not None:
             silence_s = thresholds.silences * stream.stall_limit_s
             checks.append(_recent("stream.last_byte", now - stream.last_byte_monotonic, silence_s))

@@ -29,7 +29,7 @@ from cdc.postgres.unreadable import Kind, RefusedReadError
 
 log = logging.getLogger("cdc.consumer")
 
-_RESUMES_MAX = 20
+_KEY_READS_MAX = 20
 _UNMARKED_S = 1.0
 """Until the next read, where what is refused cannot be made a dead letter now."""
 _REST, _REST_MAX_S = 4, 1.0
@@ -64,7 +64,7 @@ class Reader:
         self._sweep_interval_s = sweep_interval_s
         self._poll_interval_s = poll_interval_s
         self._paging = PageSize()
-        self._kinds = deque[_Kind]((self._read_on, self._read_due, self._read_intake))
+        self._kinds = deque[_Kind]((self._read_on, self._read_due, self._read_planned))
         """Who had its turn last stands last."""
         self._unmarked: set[UUID] = set()
         """What was refused last and is no dead letter yet."""
@@ -131,10 +131,10 @@ class Reader:
             try:
                 read = await kind(reader, self._rows)
             except psycopg.Error:
-                self._had_its_turn(kind)
+                self._move_last(kind)
                 raise
             if read:
-                self._had_its_turn(kind)
+                self._move_last(kind)
                 return True
         return False
 
@@ -149,7 +149,7 @@ class Reader:
             )  # fmt: skip
         self._rests_until = self._delay.until
 
-    def _had_its_turn(self, kind: _Kind) -> None:
+    def _move_last(self, kind: _Kind) -> None:
         self._kinds.remove(kind)
         self._kinds.append(kind)
 
@@ -192,17 +192,17 @@ class Reader:
     @property
     def _enough(self) -> int:
         """Room that is worth a page. What has a backlog is read apart; of the rest any page brings few changes."""
-        return 1 if self._planner.apart else self._scheduler.worth
+        return 1 if self._planner.throttled else self._scheduler.worth
 
     async def _read_on(self, reader: psycopg.AsyncConnection, room: int) -> bool:
-        resumes = self._scheduler.resumes(min(_RESUMES_MAX, room))
-        if not resumes:
+        key_reads = self._scheduler.key_reads(min(_KEY_READS_MAX, room))
+        if not key_reads:
             return False
-        per_key = max(1, min(room // len(resumes), self._scheduler.lane_capacity))
-        found = await self._store.resume(reader, resumes, per_key)
+        per_key = max(1, min(room // len(key_reads), self._scheduler.key_capacity))
+        found = await self._store.read_keys(reader, key_reads, per_key)
         self._weigh([row for rows, _ in found.values() for row in rows])
-        for resume, (rows, cut) in found.items():
-            self._scheduler.resumed(resume, rows, complete=len(rows) < per_key and not cut)
+        for request, (rows, cut) in found.items():
+            self._scheduler.admit_key_read(request, rows, complete=len(rows) < per_key and not cut)
         return True
 
     def _due_at(self, now: float) -> float:
@@ -230,12 +230,12 @@ class Reader:
         here = self._scheduler.queued + self._scheduler.running + self._scheduler.settling
         limit = min(self._scheduler.capacity, here + self._paging.rows)
         found = await self._store.due(
-            reader, self._owned(), limit, without, start=self._due_from, in_hand=self._scheduler.requeued()
+            reader, self._owned(), limit, without, start=self._due_from, in_window=self._scheduler.requeued()
         )
         self._weigh(found.rows)
         admitted = self._scheduler.admit(found.rows, due=True)
         self._metrics.wakeups.labels("retry").inc(admitted.taken)
-        self._left_out = tuple({*without, *admitted.refused})
+        self._left_out = tuple({*without, *admitted.rejected})
         if found.more:
             self.due_within(0.0)
         now = _now()
@@ -249,13 +249,13 @@ class Reader:
         self._due_rests_until = now + min(_REST * (now - began), _REST_MAX_S)
         return True
 
-    async def _read_intake(self, reader: psycopg.AsyncConnection, room: int) -> bool:
+    async def _read_planned(self, reader: psycopg.AsyncConnection, room: int) -> bool:
         now = _now()
         # Not in the middle of such a pass: rung for all the time, it would never get beyond what stands first.
         if (self._restart_due and not self._planner.passing_from_zero) or self._planner.full_pass_due(now):
             # Here, where no read is under way: its answer would pass the marks that are forgotten now.
             self._restart_due = False
-            self._scheduler.forget_unread(self._planner.restart())
+            self._scheduler.forget_deferred(self._planner.restart())
         # Large rows make small pages, which are worth reading where there is room for many.
         match self._planner.next(now, room, 1 if self._scheduler.room >= self._enough else room + 1):
             case Fetch() as fetch:
@@ -268,14 +268,14 @@ class Reader:
 
     async def _fetch(self, reader: psycopg.AsyncConnection, fetch: Fetch) -> None:
         page = await self._timed(self._store.fetch(reader, fetch.wakeups))
-        apart = self._planner.apart
-        if apart:
+        throttled = self._planner.throttled
+        if throttled:
             for row in page.rows:
-                self._planner.passed_over(row.change.entity_type, row.change.shard)
-        admitted = self._scheduler.admit(page.rows, apart=apart)
+                self._planner.skipped(row.change.entity_type, row.change.shard)
+        admitted = self._scheduler.admit(page.rows, throttled=throttled)
         seen = page.others.union(row.change.seq for row in page.rows)
         found = self._planner.fetched(fetch, seen, page.snapshot, _now(), page.cut)
-        self._planner.refused(admitted.refused, _now())
+        self._planner.throttle(admitted.rejected, _now())
         if found.late or found.given_up:
             self._metrics.visibility_retries.labels("found").inc(found.late)
             self._metrics.visibility_retries.labels("left_to_sweep").inc(found.given_up)
@@ -284,8 +284,8 @@ class Reader:
         page = await self._timed(self._store.sweep(reader, sweep))
         admitted = self._scheduler.admit(page.rows)
         seen = [(row.change.seq, row.change.shard) for row in page.rows]
-        rung = self._planner.swept(sweep, seen, admitted.refused, page.snapshot, _now(), scanned=page.scanned)
-        self._metrics.wakeups.labels("sweep").inc(max(0, admitted.taken - rung))
+        notified = self._planner.swept(sweep, seen, admitted.rejected, page.snapshot, _now(), scanned=page.scanned)
+        self._metrics.wakeups.labels("sweep").inc(max(0, admitted.taken - notified))
 
     def _weigh(self, rows: Sequence[Row]) -> None:
         self._paging.read(len(rows), sum(row.change.size for row in rows))

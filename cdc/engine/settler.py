@@ -80,7 +80,7 @@ class Settler:
                 settled = await self._store.settle(
                     session.connection,
                     batch,
-                    uncertain=self._scheduler.marks.uncertain,
+                    maybe_written=self._scheduler.marks.maybe_written,
                     around_locks=self._around_locks,
                 )
         except psycopg.Error as error:
@@ -177,5 +177,5 @@ def _unmarkable(outcome: Outcome, error: psycopg.Error) -> Unmarkable:
     """In ASCII, which every encoding of a server holds."""
     words = f"{error.diag.message_primary} [{error.sqlstate}]".replace("\0", "")
     words = words.encode("ascii", "backslashreplace").decode()[:_WORDS_MAX]
-    done = "its handler failed, and" if isinstance(outcome, Dead) or outcome.holds_key else "its handler returned, but"
+    done = "its handler failed, and" if isinstance(outcome, Dead) or outcome.blocks_key else "its handler returned, but"
     return Unmarkable(f"{done} the database refused the mark: {words}", isinstance(outcome, Dead) and outcome.pauses)

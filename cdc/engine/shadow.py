@@ -48,7 +48,7 @@ _REMEMBERED = 50_000
 _SKIPPED = 1_000
 """Changes that the server refuses to hand over and that are left out: of more than so many some are met again."""
 _SOON_S = 0.05
-_TURN_AT_LEAST_S = 5.0
+_ITERATION_MAX_S = 5.0
 _READ_TIMEOUT = "60s"
 _ANSWER_LIMIT_S = 65.0
 """Longer than its statement_timeout."""
@@ -94,7 +94,7 @@ class Shadow:
         self._marks_at = 0.0
         self._stopping = asyncio.Event()
         self._due = asyncio.Event()
-        self.turned: dict[str, float] = {}
+        self.last_iteration: dict[str, float] = {}
         self.answered_at: float | None = None
         self.in_service = False
         self.held_up_s = self.unread_s = 0.0
@@ -110,15 +110,15 @@ class Shadow:
     def stopping(self) -> bool:
         return self._stopping.is_set()
 
-    def rang(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
+    def notified(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
         """Wake-ups have come in from the slot. None of them is to be relayed."""
-        return self._rung(wakeups, relayed=False)
+        return self._plan_reads(wakeups, relayed=False)
 
     def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        return self._rung(wakeups, relayed=True)
+        return self._plan_reads(wakeups, relayed=True)
 
-    def _rung(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
-        if dropped := self._planner.rung(wakeups, relayed=relayed):
+    def _plan_reads(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
+        if dropped := self._planner.notified(wakeups, relayed=relayed):
             self._metrics.wakeups_dropped.inc(dropped)
         self._due.set()
         return ()
@@ -149,7 +149,7 @@ class Shadow:
             in_service=self.in_service,
             stopping=self.stopping,
             answered_at=self.answered_at,
-            turned=dict(self.turned),
+            last_iteration=dict(self.last_iteration),
             waiting_wakeups=self._planner.queue_length,
         )
 
@@ -161,7 +161,7 @@ class Shadow:
         pause_s = _RECONNECT_MIN_S
         while not self.stopping:
             try:
-                await self._term()
+                await self._run_connected()
             except (CdcError, psycopg.Error, OSError) as error:
                 if not self.connected.is_set():
                     raise
@@ -172,7 +172,7 @@ class Shadow:
             finally:
                 self.in_service = False
 
-    async def _term(self) -> None:
+    async def _run_connected(self) -> None:
         settings = self._settings
         async with await connect_async(
             settings.dsn, application_name="cdc: observer", session=_SESSION, answer_limit_s=_ANSWER_LIMIT_S
@@ -185,13 +185,13 @@ class Shadow:
             while not self.stopping:
                 self._due.clear()
                 await self._look(reader)
-                wait_s = min(self._planner.wait_s(_now()), self._marks_at - _now(), _TURN_AT_LEAST_S)
+                wait_s = min(self._planner.wait_s(_now()), self._marks_at - _now(), _ITERATION_MAX_S)
                 await _wait(self._due, max(0.0, wait_s))
 
     async def _wait_for_schema(self, reader: psycopg.AsyncConnection) -> None:
         told = ""
         while not self.stopping:
-            self._turn()
+            self._mark_iteration()
             try:
                 await self._store.check(reader, settles=False)
             except SchemaError as error:
@@ -205,7 +205,7 @@ class Shadow:
     async def _look(self, reader: psycopg.AsyncConnection) -> None:
         """Read what there is to read."""
         while not self.stopping:
-            self._turn()
+            self._mark_iteration()
             try:
                 if not await self._look_once(reader):
                     return
@@ -286,8 +286,8 @@ class Shadow:
             "change %s of %s does not fit the model of handler %s: %s", change.id, change.entity_type, handler.name, why
         )
 
-    def _turn(self) -> None:
-        self.turned["consumer"] = self.answered_at = _now()
+    def _mark_iteration(self) -> None:
+        self.last_iteration["consumer"] = self.answered_at = _now()
 
 
 class _Lately:

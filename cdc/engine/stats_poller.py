@@ -103,7 +103,7 @@ class Collector:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self.status = replace(self.status, turned_at=time.monotonic())
+            self.status = replace(self.status, last_iteration_at=time.monotonic())
             self._due.clear()
             self._collect("outbox", self._outbox, partial(self._show_outbox, None))
             if self._slot is not None:

@@ -42,7 +42,7 @@ class StreamBridge:
     def streaming(self) -> None:
         self._cross(self._streaming)
 
-    def rang(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
+    def notified(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
         with self._lock:
             full = self._crossing + len(wakeups) > _CROSSING_MAX
             if full:
@@ -51,7 +51,7 @@ class StreamBridge:
                 self._crossing += len(wakeups)
         if not full:
             latency_s = None if committed_at is None else time.time() - committed_at
-            self._cross(lambda: self._rang(wakeups, latency_s))
+            self._cross(lambda: self._notified(wakeups, latency_s))
 
     def interrupted(self, error: StreamError) -> None:
         self._cross(lambda: self._interrupted(error.reason))
@@ -66,14 +66,14 @@ class StreamBridge:
         self._consumer.streaming(connected=True)
         self._changed()
 
-    def _rang(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
+    def _notified(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
         with self._lock:
             self._crossing -= len(wakeups)
             dropped, self._dropped = self._dropped, 0
         self._heard.inc(len(wakeups))
         if latency_s is not None:
             self._metrics.wakeup_latency.observe(max(0.0, latency_s))
-        self._relay.offer(self._consumer.rang(wakeups))
+        self._relay.offer(self._consumer.notified(wakeups))
         if dropped:
             self._metrics.wakeups_dropped.inc(dropped)
             self._consumer.missed()

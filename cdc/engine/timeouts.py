@@ -44,9 +44,9 @@ class Limit:
             waits_for = coroutine.send(None)
         except StopIteration as returned:
             return cast("_T", returned.value)
-        return await self.go_on(StartedCall(coroutine, waits_for, started))
+        return await self.resume(StartedCall(coroutine, waits_for, started))
 
-    async def go_on(self, call: StartedCall[_T]) -> _T:
+    async def resume(self, call: StartedCall[_T]) -> _T:
         """The rest of a call, with what is left of its time since the start."""
         if self._seconds is None:
             return await call

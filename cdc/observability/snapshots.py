@@ -34,7 +34,7 @@ class StreamStatus:
     """
 
     connected: bool = False
-    loop_turned_monotonic: float = 0.0
+    loop_last_iteration: float = 0.0
     stall_limit_s: float = 0.0
     last_byte_monotonic: float | None = None
     messages: int = 0
@@ -50,7 +50,7 @@ class StreamStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerStatus:
-    """``turned``: by the name of a loop. Changes of the window are ``running``, ``queued`` or ``settling``.
+    """``last_iteration``: by the name of a loop. Changes of the window are ``running``, ``queued`` or ``settling``.
 
     ``held_up_s``: for how long some outcome could not be written by now; ``unread_s``: the same of reading.
     """
@@ -59,7 +59,7 @@ class ConsumerStatus:
     in_service: bool = False
     stopping: bool = False
     answered_at: float | None = None
-    turned: Mapping[str, float] = field(default_factory=dict)
+    last_iteration: Mapping[str, float] = field(default_factory=dict)
     owned_shards: int = 0
     members: int = 0
     running: int = 0
@@ -127,7 +127,7 @@ class OutboxStatus:
 class PollerStatus:
     """What the database said last. A part that could not be read is None, and False in ``success``."""
 
-    turned_at: float | None = None
+    last_iteration_at: float | None = None
     outbox: OutboxStatus | None = None
     slot: SlotStatus | None = None
     slot_is_deaf: bool = False
@@ -147,7 +147,7 @@ class HandlerStatus:
 class ProcessStatus:
     """All of a consumer's process. ``stream`` is None where it is switched off; ``wakeups``: by source.
 
-    ``loop_turned_at``: when the event loop last turned. ``failing_tasks``: how often each has ended in a row.
+    ``loop_last_iteration``: when the event loop last turned. ``failing_tasks``: how often each has ended in a row.
     """
 
     consumer: ConsumerStatus = field(default_factory=ConsumerStatus)
@@ -158,7 +158,7 @@ class ProcessStatus:
     breakers: Mapping[str, BreakerStatus] = field(default_factory=dict)
     wakeups: Mapping[str, int] = field(default_factory=dict)
     failing_tasks: Mapping[str, int] = field(default_factory=dict)
-    loop_turned_at: float = 0.0
+    loop_last_iteration: float = 0.0
 
     @property
     def role(self) -> Role:
@@ -179,4 +179,4 @@ class ProcessStatus:
             return None
         if stream.reason is not None:
             return Reason(stream.reason).lasting
-        return None if stream.loop_turned_monotonic else Reason.NETWORK
+        return None if stream.loop_last_iteration else Reason.NETWORK

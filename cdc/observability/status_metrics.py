@@ -122,10 +122,10 @@ def _states(name: str, states: Iterable[str], current: str | None, *labels: str)
 
 
 def _of_loops(status: ProcessStatus, epoch_s: float) -> Iterator[_Sample]:
-    turned: dict[str, float | None] = dict(status.consumer.turned)
-    turned["stream"] = status.stream.loop_turned_monotonic or None if status.stream else None
-    turned["collector"] = status.poller.turned_at
-    for loop, at in turned.items():
+    last_iteration: dict[str, float | None] = dict(status.consumer.last_iteration)
+    last_iteration["stream"] = status.stream.loop_last_iteration or None if status.stream else None
+    last_iteration["collector"] = status.poller.last_iteration_at
+    for loop, at in last_iteration.items():
         yield "cdc_loop_last_iteration_timestamp_seconds", (loop,), None if at is None else at + epoch_s
     for reading, success in status.poller.success.items():
         yield "cdc_collector_success", (reading,), success

@@ -157,8 +157,8 @@ class Store:
         }
         if self._scope.everything:
             return await self._page(reader, await self._rows(reader, "fetch", parameters))
-        types, among = self._scope
-        records = await self._rows(reader, "fetch_some", {**parameters, "types": list(types), "among": among})
+        types, include = self._scope
+        records = await self._rows(reader, "fetch_some", {**parameters, "types": list(types), "among": include})
         ours = [record for record in records if record[3] is not None]
         others = frozenset(record[2] for record in records if record[2] is not None and record[3] is None)
         page = await self._page(reader, ours or [(*records[0][:2], None, None)], first_column=3)
@@ -186,7 +186,7 @@ class Store:
     async def _sweep_some(self, reader: psycopg.AsyncConnection, sweep: Sweep, parameters: dict[str, Any]) -> Page:
         """A sweep of one type, or of all but some."""
         scan = max(sweep.per_shard, _SCAN_MAX // len(sweep.positions))
-        parameters |= {"types": list(sweep.scope.types), "among": sweep.scope.among, "scan": scan}
+        parameters |= {"types": list(sweep.scope.types), "among": sweep.scope.include, "scan": scan}
         records = await self._rows(reader, "sweep_some", parameters)
         page = await self._page(reader, records, first_column=3)
         records = [record for record in records if record[5] is not None]
@@ -200,25 +200,25 @@ class Store:
         wanted = [row for row in page.rows if sweep.scope.has(row.change.entity_type)]
         return replace(page, rows=wanted, scanned=ended_by(page.cut, scanned))
 
-    async def resume(
-        self, reader: psycopg.AsyncConnection, resumes: Sequence[KeyRead], per_key: int
+    async def read_keys(
+        self, reader: psycopg.AsyncConnection, key_reads: Sequence[KeyRead], per_key: int
     ) -> dict[KeyRead, Resumed]:
         """The next ``per_key`` changes of each key."""
         parameters = {
-            "shards": [resume.shard for resume in resumes],
-            "types": [resume.key[0] for resume in resumes],
-            "ids": [resume.key[1] for resume in resumes],
-            "seqs": [resume.seq for resume in resumes],
+            "shards": [each.shard for each in key_reads],
+            "types": [each.key[0] for each in key_reads],
+            "ids": [each.key[1] for each in key_reads],
+            "seqs": [each.seq for each in key_reads],
             "per_key": per_key,
         }
-        records = await self._rows(reader, "resume", parameters)
+        records = await self._rows(reader, "read_keys", parameters)
         fitting = [record for record in records if record[3] is not None]
         cut = {record[0] for record in records if record[3] is None}
-        found: dict[int, list[Row]] = {place: [] for place in range(1, len(resumes) + 1)}
+        found: dict[int, list[Row]] = {place: [] for place in range(1, len(key_reads) + 1)}
         rows = await self._with_chains(reader, [_row(record[1:]) for record in fitting])
         for record, row in zip(fitting, rows, strict=True):
             found[record[0]].append(row)
-        return {resumes[place - 1]: Resumed(rows, place in cut) for place, rows in found.items()}
+        return {key_reads[place - 1]: Resumed(rows, place in cut) for place, rows in found.items()}
 
     async def due(
         self,
@@ -228,20 +228,20 @@ class Store:
         without: Iterable[str] = (),
         *,
         start: int = FIRST_TYPE,
-        in_hand: Iterable[int] = (),
+        in_window: Iterable[int] = (),
     ) -> Due:
         """Waiting changes that are due, of each type in turn, without those of some types.
 
-        ``start`` is where the look before has ended, if it has not seen all types. Of those ``in_hand`` nothing is
+        ``start`` is where the look before has ended, if it has not seen all types. Of those ``in_window`` nothing is
         read, but they count for ``limit``.
         """
-        types, among = self._scope.without(without)
+        types, include = self._scope.without(without)
         parameters = {
-            "shards": list(shards), "types": list(types), "among": among, "from": start, "types_max": TYPES_MAX
+            "shards": list(shards), "types": list(types), "among": include, "from": start, "types_max": TYPES_MAX
         }  # fmt: skip
         # In this order: what becomes due between the two is in both, the other way round it would be in neither.
         [(next_due_s, last)] = await self._rows(reader, "next_due", parameters)
-        found = await self._rows(reader, "due", {**parameters, "limit": limit, "skipped": _array(in_hand)})
+        found = await self._rows(reader, "due", {**parameters, "limit": limit, "skipped": _array(in_window)})
         fitting = [record for record in found if record[2] is not None]
         rows = await self._with_chains(reader, [_row(record, requeued=True) for record in fitting])
         more = len(found) == limit or any(record[0] is not None and record[2] is None for record in found)
@@ -252,12 +252,12 @@ class Store:
         session: psycopg.AsyncConnection,
         batch: Sequence[Settlement],
         *,
-        uncertain: Container[int] = (),
+        maybe_written: Container[int] = (),
         around_locks: bool = False,
     ) -> Settled:
         """Record outcomes, all or none, on the session that holds the shard locks.
 
-        ``uncertain``: by seq, what may be recorded already. ``around_locks``: without those keys of which another
+        ``maybe_written``: by seq, what may be recorded already. ``around_locks``: without those keys of which another
         session holds a change.
         """
         failpoints.here("settle.before_commit")
@@ -266,16 +266,16 @@ class Store:
                 locked = await self._locked(session, batch)
                 rest = [finished for finished in batch if finished.change.key not in locked]
                 settled = replace(
-                    await self._settle(session, rest, uncertain),
+                    await self._settle(session, rest, maybe_written),
                     locked=[finished for finished in batch if finished.change.key in locked],
                 )
         else:
-            settled = await self._settle(session, batch, uncertain)
+            settled = await self._settle(session, batch, maybe_written)
         failpoints.here("settle.after_commit")
         return settled
 
     async def _settle(
-        self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], uncertain: Container[int]
+        self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], maybe_written: Container[int]
     ) -> Settled:
         plain = [finished.change for finished in batch if _is_plain(finished)]
         others = [] if len(plain) == len(batch) else [finished for finished in batch if not _is_plain(finished)]
@@ -285,9 +285,9 @@ class Store:
             async with session.transaction():
                 counts = [await self._settle_plain(session, plain)]
                 failpoints.here("settle.between_marks")
-                counts.append(await self._settle_others(session, others, uncertain))
+                counts.append(await self._settle_others(session, others, maybe_written))
         elif others:
-            counts = [await self._settle_others(session, others, uncertain)]
+            counts = [await self._settle_others(session, others, maybe_written)]
         else:
             counts = [await self._settle_plain(session, plain)]
         return Settled(len(batch) - sum(count for count, _ in counts), counts[-1][1])
@@ -302,9 +302,9 @@ class Store:
 
     async def marked_since(self, reader: psycopg.AsyncConnection, after: Place | None, limit: int) -> Marked:
         """What was marked processed behind that place, or (None) nothing yet."""
-        types, among = self._scope
+        types, include = self._scope
         at, row = after or (None, None)
-        parameters = {"after": at, "place": row, "limit": limit, "types": list(types), "among": among}
+        parameters = {"after": at, "place": row, "limit": limit, "types": list(types), "among": include}
         records = await self._rows(reader, "marked_since", parameters)
         now: datetime = records[0][0]
         found = [record for record in records if record[1] is not None]
@@ -363,10 +363,10 @@ class Store:
         parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _LOOKED_AT_PER_SHARD}
         statement = "figures"
         if not self._scope.everything:
-            types, among = self._scope
+            types, include = self._scope
             statement = "figures_some"
             parameters |= {
-                "types": list(types), "among": among, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS,
+                "types": list(types), "among": include, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS,
                 "from": FIRST_TYPE, "types_max": TYPES_MAX,
             }  # fmt: skip
         row = connection.execute(self._statements[statement], parameters).fetchone()
@@ -375,8 +375,8 @@ class Store:
 
     def outside(self, connection: psycopg.Connection) -> dict[str, int]:
         """The types of fresh changes that are not in scope, with a lower bound of how many wait of each."""
-        types, among = self._scope
-        parameters = {"types": list(types), "among": among, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS,
+        types, include = self._scope
+        parameters = {"types": list(types), "among": include, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS,
                       "bound": _OUTSIDE_MAX}  # fmt: skip
         return dict(connection.execute(self._statements["outside"], parameters).fetchall())
 
@@ -389,14 +389,14 @@ class Store:
         return count, at
 
     async def _settle_others(
-        self, session: psycopg.AsyncConnection, batch: list[Settlement], uncertain: Container[int]
+        self, session: psycopg.AsyncConnection, batch: list[Settlement], maybe_written: Container[int]
     ) -> tuple[int, datetime]:
         encoding = session.info.parameter_status("server_encoding") or ""
         columns = zip(*(_settle_values(finished.outcome, encoding) for finished in batch), strict=True)
         parameters: dict[str, Any] = {
             "ids": [finished.change.id for finished in batch],
             "requeued": [finished.change.requeued for finished in batch],
-            "failures": [c.attempt - 1 if c.seq in uncertain else None for c, _ in batch],
+            "failures": [c.attempt - 1 if c.seq in maybe_written else None for c, _ in batch],
         }
         names = ("processed", "dead", "pauses", "failed", "delays", "errors")
         parameters |= zip(names, map(list, columns), strict=True)

@@ -194,7 +194,7 @@ FROM horizon LEFT JOIN LATERAL (
   ) AS c
 ) AS row ON true
 
--- name: resume
+-- name: read_keys
 -- Read on for single keys, from a number on; with the place of the key.
 SELECT c.place, {columns}
 FROM (

@@ -68,7 +68,7 @@ MAY_MARK = """
 """
 """Of the session ``{locks}.pid``; ``outbox``: the table, as ``outbox_name`` writes it."""
 
-_LOOK = f"""
+_POLL = f"""
 SELECT count(*) FILTER (WHERE objid = %(shards)s AND {MAY_MARK.format(locks="locks")})::int AS members,
        (count(DISTINCT objid) FILTER (WHERE objid < %(shards)s))::int AS taken
 FROM pg_locks AS locks
@@ -107,7 +107,7 @@ LIMIT %(shown)s
 """
 
 # LIMIT in the inner query keeps the planner from trying the lock of every shard.
-_TAKE = """
+_LOCK = """
 SELECT shard FROM (
   SELECT shard FROM generate_series(0, %(shards)s - 1) AS shard
   WHERE NOT EXISTS (
@@ -121,7 +121,7 @@ WHERE pg_try_advisory_lock(%(key)s, shard)
 """
 
 # The inner query still sees who was there before.
-_SIGN_IN = """
+_REGISTER = """
 WITH before AS (
   SELECT shard, owner FROM {shards} WHERE shard = ANY (%(shards)s::int[])
 ), signed AS (
@@ -205,7 +205,7 @@ async def observe(connection: psycopg.AsyncConnection, schema: str) -> None:
     await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [lock_class(schema), OBSERVERS])
 
 
-class Taken(NamedTuple):
+class Acquired(NamedTuple):
     """Shards that were locked, those of them whose owner had died, by ``at`` of the database's clock, and those of them
     that this process had before, and nobody since.
     """
@@ -223,7 +223,7 @@ class Session:
         self.connection = connection
         self.writing = asyncio.Lock()
         """Held by whoever writes: what another one writes meanwhile would become part of its transaction."""
-        self.unsigned: list[int] = []
+        self.unregistered: list[int] = []
         """Shards that are locked, and for which this process has not signed in yet."""
         self._owner = owner
         self._table = table(schema, "cdc_shards")
@@ -252,9 +252,9 @@ class Session:
         failpoints.here("shards.after_join")
         return session
 
-    async def look(self) -> tuple[int, int]:
+    async def poll(self) -> tuple[int, int]:
         """(members, free shards), as the server sees them now."""
-        [(members, taken)] = await self._rows(_LOOK, self._parameters)
+        [(members, taken)] = await self._rows(_POLL, self._parameters)
         return members, SHARDS - taken
 
     async def holders(self) -> list[Holder]:
@@ -263,22 +263,22 @@ class Session:
             cursor = self.connection.cursor(row_factory=class_row(Holder))
             return await (await cursor.execute(_HOLDERS, {**self._parameters, "shown": _SHOWN})).fetchall()
 
-    async def take(self, limit: int) -> Taken:
+    async def acquire(self, limit: int) -> Acquired:
         """Lock up to ``limit`` shards that nobody holds; or go on with those that were locked when it failed before.
 
         Raises SessionLostError where nobody knows which of the locks were taken.
         """
-        self.unsigned = self.unsigned or await self._lock(limit)
-        failpoints.here("shards.after_take")
-        sign_in = sql.SQL(_SIGN_IN).format(shards=self._table)
-        [(orphaned, kept, at)] = await self._rows(sign_in, {"shards": self.unsigned, "owner": self._owner})
-        shards, self.unsigned = self.unsigned, []
-        failpoints.here("shards.after_sign_in")
-        return Taken(shards, orphaned, kept, at)
+        self.unregistered = self.unregistered or await self._lock(limit)
+        failpoints.here("shards.after_lock")
+        register = sql.SQL(_REGISTER).format(shards=self._table)
+        [(orphaned, kept, at)] = await self._rows(register, {"shards": self.unregistered, "owner": self._owner})
+        shards, self.unregistered = self.unregistered, []
+        failpoints.here("shards.after_register")
+        return Acquired(shards, orphaned, kept, at)
 
     async def _lock(self, limit: int) -> list[int]:
         try:
-            return [shard for (shard,) in await self._rows(_TAKE, {**self._parameters, "limit": limit})]
+            return [shard for (shard,) in await self._rows(_LOCK, {**self._parameters, "limit": limit})]
         except psycopg.Error as error:
             if self.connection.closed:
                 raise
@@ -294,20 +294,20 @@ class Session:
         ).format(self._table)
         return [shard for (shard,) in await self._rows(statement, [list(shards), self._owner])]
 
-    async def give(self, shards: Iterable[int]) -> None:
+    async def release(self, shards: Iterable[int]) -> None:
         """Unlock shards on which nothing is in flight."""
         failpoints.here("shards.before_release")
-        quiet = list(shards)
-        await self._sign_out(quiet)
-        failpoints.here("shards.after_sign_out")
-        await self._rows("SELECT pg_advisory_unlock(%s, shard) FROM unnest(%s::int[]) AS shard", [self._key, quiet])
+        idle = list(shards)
+        await self._unregister(idle)
+        failpoints.here("shards.after_unregister")
+        await self._rows("SELECT pg_advisory_unlock(%s, shard) FROM unnest(%s::int[]) AS shard", [self._key, idle])
         failpoints.here("shards.after_release")
 
-    async def leave(self) -> None:
+    async def unregister(self) -> None:
         """Nothing is in flight any more: whoever comes next need not be careful. The locks end with the session."""
-        await self._sign_out(range(SHARDS))
+        await self._unregister(range(SHARDS))
 
-    async def _sign_out(self, shards: Iterable[int]) -> None:
+    async def _unregister(self, shards: Iterable[int]) -> None:
         statement = sql.SQL("DELETE FROM {} WHERE shard = ANY (%s::int[]) AND owner = %s").format(self._table)
         async with self.writing:
             await self.connection.execute(statement, [list(shards), self._owner])
@@ -319,7 +319,7 @@ class Session:
             return await (await self.connection.execute(statement, parameters)).fetchall()
 
     @property
-    def stirred(self) -> bool:
+    def has_server_message(self) -> bool:
         """Something has come from the server. Where no statement runs, that is bad news: ask before going on."""
         if self.connection.closed:
             return True

@@ -117,7 +117,7 @@ def outlook(earlier: Slot, later: Slot) -> Outlook | None:
 
 def judge(slot: Slot, expected: Outlook | None = None) -> Verdict:
     """What an operator should think of it."""
-    verdicts = (_broken(slot), _deaf(slot), _nearly_lost(slot, expected), _keeps_much(slot))
+    verdicts = (_broken(slot), _uncancellable(slot), _nearly_lost(slot, expected), _keeps_much(slot))
     found = next((verdict for verdict in verdicts if verdict is not None), None)
     if found is not None:
         return found
@@ -133,7 +133,7 @@ def _broken(slot: Slot) -> Verdict | None:
     return None
 
 
-def _deaf(slot: Slot) -> Verdict | None:
+def _uncancellable(slot: Slot) -> Verdict | None:
     if not slot.deaf:
         return None
     return Verdict(

@@ -85,7 +85,7 @@ class StreamEvents(Protocol):
     def streaming(self) -> None:
         """The stream has started: wake-ups before this moment may have been missed."""
 
-    def rang(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
+    def notified(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
         """These are committed. ``committed_at``: the newest commit time among them, unix seconds, server's clock."""
 
     def interrupted(self, error: StreamError) -> None:
@@ -112,7 +112,7 @@ class Stream:
         self._thread = threading.Thread(target=self._run, name="cdc-stream", daemon=True)
         self._attempts = ReconnectState(settings.stall_limit_s)
         self._reached = ZERO
-        self._deaf = threading.Event()
+        self._uncancellable = threading.Event()
         self._from_end = True
 
     @property
@@ -124,7 +124,7 @@ class Stream:
 
     def is_deaf(self) -> None:
         """Somebody has seen that the slot rings for nothing: look at it again. From any thread."""
-        self._deaf.set()
+        self._uncancellable.set()
 
     def stop(self, timeout_s: float) -> bool:
         """Confirm, leave, end the thread. False if it has not ended in time: a connection attempt cannot be cut."""
@@ -219,7 +219,7 @@ class Stream:
             plugin,
             interval_s=status_interval_s(self._settings.wal_sender_timeout_s),
             stall_limit_s=self._attempts.stall_limit_s,
-            deaf=self._deaf,
+            deaf=self._uncancellable,
             exposed=self._exposed,
         )
 
@@ -250,7 +250,7 @@ class _Report:
     def __init__(self, events: StreamEvents) -> None:
         self._events = events
         self._connected = False
-        self._loop_turned = 0.0
+        self._loop_last_iteration = 0.0
         self._last_byte: float | None = None
         self._messages = self._keepalives = self._bytes = 0
         self._received = self._confirmed = ZERO
@@ -264,7 +264,7 @@ class _Report:
         trouble = self._trouble
         return StreamStatus(
             connected=self._connected,
-            loop_turned_monotonic=self._loop_turned,
+            loop_last_iteration=self._loop_last_iteration,
             last_byte_monotonic=self._last_byte,
             messages=self._messages,
             keepalives=self._keepalives,
@@ -278,7 +278,7 @@ class _Report:
         )
 
     def turned(self) -> None:
-        self._loop_turned = time.monotonic()
+        self._loop_last_iteration = time.monotonic()
 
     def started(self, slot: str, opened: Opened) -> None:
         if opened.instead and (self._opened is None or self._opened.plugin is not opened.plugin):
@@ -298,7 +298,7 @@ class _Report:
         if batch.highest > self._received:
             self._received = Lsn(batch.highest)
         if batch.wakeups:
-            self._events.rang(batch.wakeups, batch.committed_at)
+            self._events.notified(batch.wakeups, batch.committed_at)
 
     def confirmed(self, position: Lsn) -> None:
         self._confirmed = position
@@ -349,8 +349,8 @@ class _Batch:
             self.messages += 1
             if not len(message):
                 continue  # too long to be ours
-            if (rung := plugin.decode(message)) is not None:
-                wakeup, self.committed_at = rung
+            if (notified := plugin.decode(message)) is not None:
+                wakeup, self.committed_at = notified
                 self.wakeups.append(wakeup)
 
     def _read_all(self, messages: list[memoryview], plugin: Plugin) -> bool:
@@ -379,7 +379,7 @@ class _Reader:
     ) -> None:
         deaf.clear()
         self._exposed = exposed
-        self._deaf = deaf
+        self._uncancellable = deaf
         self._session = session
         self._report = report
         self._plugin = plugin
@@ -398,7 +398,7 @@ class _Reader:
                 received = self._session.receive(_BATCH)
                 if received:
                     self._read_batch(received)
-                if self._deaf.is_set():
+                if self._uncancellable.is_set():
                     raise deaf(self._session.names)
                 if self._exposed():
                     raise crash_guard(self._session.names)

@@ -12,7 +12,7 @@ class Size:
     Counts of changes: ``changes`` are drained; ``inserting`` those whose handler writes; ``awaiting`` those whose
     handler waits for 10 ms, a quarter of that for 20 ms; ``transaction`` in one transaction; ``pending`` at a start;
     ``passing`` while an old snapshot is held, by others for at most ``snapshot_s``; ``beside`` so many ``blocked`` ones
-    others are drained; ``history``: processed ones in the large table; ``rung``: messages that are read from a slot.
+    others are drained; ``history``: processed ones in the large table; ``notified``: messages read from a slot.
     ``queued``, ``queued_slow``: jobs for a quick peer and a slow one. ``grown``: the most in a figure of growth.
     """
 
@@ -26,7 +26,7 @@ class Size:
     beside: int = 50_000
     blocked: int = 100_000
     history: int = 10_000_000
-    rung: int = 400_000
+    notified: int = 400_000
     queued: int = 30_000
     queued_slow: int = 500
     grown: int = 1_000_000
@@ -41,7 +41,7 @@ class Size:
 FULL = Size()
 QUICK = Size(
     changes=10_000, inserting=3_000, awaiting=5_000, transaction=100_000, pending=200_000, passing=30_000,
-    snapshot_s=4.0, beside=5_000, blocked=10_000, history=1_000_000, rung=40_000, queued=5_000, queued_slow=200,
+    snapshot_s=4.0, beside=5_000, blocked=10_000, history=1_000_000, notified=40_000, queued=5_000, queued_slow=200,
     grown=100_000, seconds=2,
 )  # fmt: skip
 """To see that it runs; its figures are mostly start-up."""

@@ -37,15 +37,15 @@ def measure(server: Server, size: Size) -> list[Figure]:
         for turn in range(_TURNS):
             for reader in ("ours", "theirs"):
                 connection.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", [f"{reader}_{turn}"])
-        for first in range(1, size.rung + 1, _TRANSACTION):
+        for first in range(1, size.notified + 1, _TRANSACTION):
             connection.execute(_RING, [_PREFIX, first, first + _TRANSACTION - 1])
         theirs, ours = [], []
         for turn in range(_TURNS):
             theirs.append(_seconds(lambda turn=turn: _recvlogical(server, connection, f"theirs_{turn}")))  # type: ignore[misc]
-            ours.append(_seconds(lambda turn=turn: _stream(connection.info.dsn, f"ours_{turn}", size.rung)))  # type: ignore[misc]
+            ours.append(_seconds(lambda turn=turn: _stream(connection.info.dsn, f"ours_{turn}", size.notified)))  # type: ignore[misc]
     return [
-        Figure("stream", size.rung / min(ours), "messages/s"),
-        Figure("pg_recvlogical", size.rung / min(theirs), "messages/s"),
+        Figure("stream", size.notified / min(ours), "messages/s"),
+        Figure("pg_recvlogical", size.notified / min(theirs), "messages/s"),
         Figure("stream to pg_recvlogical", min(theirs) / min(ours), ""),
     ]
 
@@ -90,7 +90,7 @@ class _Counter:
     def streaming(self) -> None:
         pass
 
-    def rang(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
+    def notified(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
         self._left -= len(wakeups)
         if self._left <= 0:
             self.all.set()

@@ -34,21 +34,21 @@ class Bases(NamedTuple):
 
 def build_all(folder: Path, cleaning: ExitStack) -> Bases:
     """Build CONSUMER and DATABASE; ``cleaning`` removes them. What they were built on stays for the next run."""
-    with ThreadPoolExecutor() as at_once:
+    with ThreadPoolExecutor() as run_inline:
         if _there(_PYTHON) and _there(_POSTGRES):
             bases = Bases(_PYTHON, _PYTHON, _POSTGRES)
         else:
             import_debian(folder)
             bases = Bases(_DEBIAN, _BUILDER, _STANDIN)
-            made = [at_once.submit(_make_builder, folder / "builder"), at_once.submit(_make_postgres)]
+            made = [run_inline.submit(_make_builder, folder / "builder"), run_inline.submit(_make_postgres)]
             for one in made:
                 one.result()
         built = [
-            at_once.submit(
+            run_inline.submit(
                 build, ROOT, CONSUMER, dockerfile_path="deploy/Dockerfile",
                 buildargs={"BASE_IMAGE": bases.python, "BUILD_IMAGE": bases.builder},
             ),
-            at_once.submit(build, ROOT / "deploy/postgres", DATABASE, buildargs={"BASE_IMAGE": bases.postgres}),
+            run_inline.submit(build, ROOT / "deploy/postgres", DATABASE, buildargs={"BASE_IMAGE": bases.postgres}),
         ]  # fmt: skip
         for image in built:
             cleaning.callback(image.result().remove)

@@ -377,8 +377,8 @@ def restored_s(series: list[Moment], since: float) -> float:
     """From ``since`` to the first wake-up by the slot after the last look at which it did not stream."""
     silent = [number for number, moment in enumerate(series) if moment.role != "streaming"]
     streaming = series[silent[-1] + 1 :] if silent else [moment for moment in series if moment.at >= since]
-    rung = next(moment for moment in streaming if moment.rung > streaming[0].rung)
-    return max(0.0, rung.at - since)
+    notified = next(moment for moment in streaming if moment.notified > streaming[0].notified)
+    return max(0.0, notified.at - since)
 
 
 def swept_s(series: list[Moment]) -> float:
@@ -392,7 +392,7 @@ def swept_s(series: list[Moment]) -> float:
         length = later.at - earlier.at
         gap += length if length < 1.0 else 0.0
         noticed = noticed or later.role != "streaming"
-        if later.rung > earlier.rung:
+        if later.notified > earlier.notified:
             swept += gap if noticed else 0.0
             gap, noticed = 0.0, False
     return swept

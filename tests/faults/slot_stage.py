@@ -122,7 +122,7 @@ class Moment:
         return self._state("cdc_stream_unavailable", "reason")
 
     @property
-    def rung(self) -> float:
+    def notified(self) -> float:
         """Wake-ups that came from the slot, since the process began."""
         return self.figures['cdc_wakeups_total{source="wal"}']
 
@@ -320,7 +320,7 @@ class Stage:
         silent = [number for number, moment in enumerate(moments) if moment.role != "streaming"]
         streaming = moments[silent[-1] + 1 if silent else 0 :]
         # Ten looks: a stream that breaks again at once has not come back.
-        return len(streaming) > 10 and streaming[-1].rung > streaming[0].rung
+        return len(streaming) > 10 and streaming[-1].notified > streaming[0].notified
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ def test_a_shard_that_is_given_away_while_it_is_read_leaves_nothing_to_look_for(
         sweep = planner.next(now, 100, 10)
         assert isinstance(sweep, Sweep)
         planner.swept(sweep, [], {}, snapshot, now)
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     fetch = planner.next(0.2, 100, 10)
     assert isinstance(fetch, Fetch)
     planner.disown([0])

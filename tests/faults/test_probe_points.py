@@ -29,13 +29,13 @@ POINTS = sorted(
     }
 )
 _ELSEWHERE = {"schema.between_steps": "no consumer passes it: a test of its own"}
-_RELEASES = {"shards.before_release", "shards.after_sign_out", "shards.after_release"}
+_RELEASES = {"shards.before_release", "shards.after_unregister", "shards.after_release"}
 """A consumer gives shards away only to another."""
-_AFTER_A_DEATH = {"careful.before_start", "careful.after_start"}
+_AFTER_A_DEATH = {"crash_guard.before_start", "crash_guard.after_start"}
 """Passed only where somebody has died before."""
 _NTH = {
-    **dict.fromkeys([*_RELEASES, *_AFTER_A_DEATH, "shards.after_join", "shards.after_take", "shards.after_sign_in"], 1),
-    "stream.before_confirm": 1, "stream.after_confirm": 1, "run.before_one_by_one": 1,
+    **dict.fromkeys([*_RELEASES, *_AFTER_A_DEATH, "shards.after_join", "shards.after_lock"], 1),
+    "shards.after_register": 1, "stream.before_confirm": 1, "stream.after_confirm": 1, "run.before_one_by_one": 1,
 }  # fmt: skip
 """All other points are passed in the middle of work, at the third time."""
 _CHANGES, _KEYS = 600, 40

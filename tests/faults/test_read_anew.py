@@ -26,8 +26,8 @@ def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
     scheduler.admit([row(1)])  # due
     [again] = scheduler.start().changes
     scheduler.interrupted(again)
-    for resume in scheduler.resumes(10):
-        scheduler.resumed(resume, [row(2, held=True)], complete=True)
+    for resume in scheduler.key_reads(10):
+        scheduler.admit_key_read(resume, [row(2, blocked=True)], complete=True)
     assert scheduler.admit([row(1)]).taken == 1, "it is due, and nobody else will run it"
 
 
@@ -39,8 +39,8 @@ def test_what_is_queued_behind_a_waiting_change_that_is_interrupted_is_not_forgo
     [started] = scheduler.start().changes
     scheduler.admit([row(2)])
     scheduler.interrupted(started)
-    for resume in scheduler.resumes(10):
-        scheduler.resumed(resume, [row(2)], complete=True)
+    for resume in scheduler.key_reads(10):
+        scheduler.admit_key_read(resume, [row(2)], complete=True)
     scheduler.admit([row(3)])
     [following] = scheduler.start().changes
     assert following.seq == 2, "and nothing overtakes it"
@@ -67,7 +67,7 @@ class _Unknown:
     def session_lost(self) -> None:
         pass
 
-    def at_once(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
+    def run_inline(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
         return [], None
 
     async def run(self, handler: None, batch: Sequence[Change]) -> None:
@@ -83,9 +83,9 @@ async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_o
     executor = _Unknown()
     dispatcher = Dispatcher(
         scheduler, executor, 1, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
-        finished=lambda *_: None, read_anew=lambda: None,
+        finished=lambda *_: None, reread=lambda: None,
     )  # fmt: skip
-    dispatcher.hand_out()
+    dispatcher.dispatch()
     await executor.asked.wait()
     scheduler.reset()
     await dispatcher.session_lost()

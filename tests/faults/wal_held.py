@@ -140,11 +140,11 @@ def nothing_tracked(stage: Stage, size: Size) -> Holding:
     stage.application.stop()
     with _watched(stage, size) as watcher, stage.connect() as connection:
         connection.execute("CREATE TABLE IF NOT EXISTS untracked (content text)")
-        rung, first = stage.now.rung, watcher.readings[-1].end
+        notified, first = stage.now.notified, watcher.readings[-1].end
         while watcher.readings[-1].end - first < size.megabytes * _MEGABYTE:
             connection.execute("INSERT INTO untracked SELECT repeat('x', 1000) FROM generate_series(1, 2000)")
         _released(stage, watcher)
-        assert stage.now.rung == rung
+        assert stage.now.notified == notified
     return Holding.of(watcher.readings, _unhandled(stage))
 
 

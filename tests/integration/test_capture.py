@@ -71,7 +71,7 @@ def bell(outbox: str) -> Iterator[Callable[..., list[str]]]:
     """``bell()`` gives what was rung since it was last asked, under the prefix of ``public`` or another."""
     name = f"bell_{uuid.uuid4().hex[:12]}"
 
-    def rung(prefix: str = "entity_change:public") -> list[str]:
+    def notified(prefix: str = "entity_change:public") -> list[str]:
         # Only what is flushed is decoded, and the test server commits without waiting for that.
         listener.execute("SET synchronous_commit = on; SELECT pg_logical_emit_message(true, 'flush', '')")
         heard = listener.execute("SELECT data FROM pg_logical_slot_get_changes(%s, NULL, NULL)", [name])
@@ -80,7 +80,7 @@ def bell(outbox: str) -> Iterator[Callable[..., list[str]]]:
 
     with psycopg.connect(outbox, autocommit=True) as listener:
         listener.execute("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", [name])
-        yield rung
+        yield notified
         listener.execute("SELECT pg_drop_replication_slot(%s)", [name])
 
 

@@ -278,7 +278,7 @@ async def _every_read(store: Store, reader: psycopg.AsyncConnection, row: dict[s
     fetched = await store.fetch(reader, [wakeup])
     swept = await store.sweep(reader, Sweep({wakeup.shard: Position(floor=0, cursor=0, since=0)}, 10, 1))
     resume = KeyRead((row["entity_type"], row["entity_id"]), wakeup.shard, wakeup.seq)
-    resumed = await store.resume(reader, [resume], 10)
+    resumed = await store.read_keys(reader, [resume], 10)
     await reader.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE seq = %s", [wakeup.seq])
     due = (await store.due(reader, [wakeup.shard], 10)).rows
     return [*fetched.rows, *swept.rows, *resumed[resume].rows, *due]

@@ -181,7 +181,7 @@ _INDEXES = {
     "marked_since": {"processed", "holding_back"},
     "next_due": {"waiting"},
     "outside": {"fresh"},
-    "resume": {"fresh", "holding_back"},
+    "read_keys": {"fresh", "holding_back"},
     "settle_others": {"pkey"},
     "settle_processed": {"fresh"},
     "start": {"pkey"},

@@ -33,7 +33,7 @@ _LARGE = {
     "escapes": "to_jsonb(repeat(E'\\x01', 8400))",
     "digits": "to_jsonb('1e50000'::numeric)",
 }
-_SOME = TypeFilter(("x",), among=True)
+_SOME = TypeFilter(("x",), include=True)
 
 Read = Callable[[Store, psycopg.AsyncConnection, Sequence[WakeUp]], Awaitable[tuple[list[Row], set[int]]]]
 """Returns what was read, and the numbers of what was said to be left for the next page."""
@@ -57,8 +57,8 @@ async def _sweep(store: Store, reader: psycopg.AsyncConnection, there: Sequence[
 
 async def _resume(store: Store, reader: psycopg.AsyncConnection, there: Sequence[WakeUp]) -> tuple[list[Row], set[int]]:
     shards = {f"{n}": shard for n, (_, shard) in enumerate(there)}
-    resumes = [KeyRead(("x", key), shard, 0) for key, shard in shards.items()]
-    found = await store.resume(reader, resumes, 5)
+    key_reads = [KeyRead(("x", key), shard, 0) for key, shard in shards.items()]
+    found = await store.read_keys(reader, key_reads, 5)
     rows = [row for each in found.values() for row in each.rows]
     numbers = {f"{n}": seq for n, (seq, _) in enumerate(there)}
     return rows, {numbers[resume.key[1]] for resume, each in found.items() if each.cut}
@@ -152,8 +152,8 @@ async def test_what_waits_behind_changes_in_hand_is_read(
     there = _write(outbox_db, _LARGE["compressible"])
     outbox_db.execute("UPDATE entity_changes SET next_attempt_at = now() - make_interval(secs => 100 - seq)")
     store = Store("public", page_bytes=1_000)
-    in_hand = [seq for seq, _ in there[:5]]
-    found = await store.due(reader, range(SHARDS), 1_000, in_hand=in_hand)
+    in_window = [seq for seq, _ in there[:5]]
+    found = await store.due(reader, range(SHARDS), 1_000, in_window=in_window)
     assert [row.change.seq for row in found.rows] == [there[5].seq]
     assert found.more
 

@@ -109,7 +109,7 @@ def test_the_figures_of_the_outbox_are_those_of_the_types_that_are_ours(outbox_d
     for key in range(3):
         outbox_db.execute(_PUBLISH, ["new", str(key)])
     outbox_db.execute("UPDATE entity_changes SET dead_at = now() WHERE entity_type = 'new' AND entity_id = '0'")
-    for scope in (TypeFilter(("new",), among=True), TypeFilter(("old",))):
+    for scope in (TypeFilter(("new",), include=True), TypeFilter(("old",))):
         ours = Store("public", scope=scope).figures(outbox_db)
         assert (ours.fresh, ours.waiting, ours.dead, ours.blocked_keys) == (2, 0, 1, 0)
         assert 0 < ours.oldest_ready_age_s < 3600

@@ -55,8 +55,8 @@ async def test_a_consumer_with_a_temporary_slot_of_pgoutput_is_rung_and_leaves_n
         assert slot_facts(outbox_db, slot).items() >= {"plugin": "pgoutput", "temporary": True}.items()
         publish(outbox_db, 1, 50)
         await handled(outbox_db)
-        rung = metric(app.metrics.registry, "cdc_wakeups_total", source="wal")
-    assert rung == 50
+        notified = metric(app.metrics.registry, "cdc_wakeups_total", source="wal")
+    assert notified == 50
     eventually(lambda: not slot_facts(outbox_db, slot), what="the slot is gone")
 
 

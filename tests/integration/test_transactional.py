@@ -193,7 +193,7 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
         ).fetchall()
         first.consumer._dispatcher.session_lost = _nothing  # type: ignore[method-assign]
         # Nor does it come back, or it would get half of the shards.
-        first.consumer._term_failure = first.consumer._stopping.wait  # type: ignore[assignment, method-assign]
+        first.consumer._failure_of_connection = first.consumer._stopping.wait  # type: ignore[assignment, method-assign]
         effects.execute("SELECT pg_terminate_backend(%s)", [pid])
         async with consuming(outbox, second) as other:
 

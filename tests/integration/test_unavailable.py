@@ -59,7 +59,7 @@ class Outside:
             await OtherTasks()
             self.ask([change])
 
-        async def at_once(change: cdc.Change) -> None:
+        async def run_inline(change: cdc.Change) -> None:
             self.ask([change])
 
         def sync(change: cdc.Change) -> None:
@@ -81,7 +81,7 @@ class Outside:
                 await connection.execute("INSERT INTO effects VALUES (%s)", [change.seq])
             self.ask(changes)
 
-        functions = (waits, at_once, sync, transactional, transactional_sync, batch, transactional_batch)
+        functions = (waits, run_inline, sync, transactional, transactional_sync, batch, transactional_batch)
         function = dict(zip(_KINDS, functions, strict=True))[kind]
         router.on("x", name="asks", **({"batch": 5} if "batch" in kind else {}))(function)
 

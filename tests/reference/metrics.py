@@ -63,10 +63,10 @@ def everything() -> list[Metric]:
     metrics = Metrics("SLOT", router)
     now = 1.0
     status = ProcessStatus(
-        consumer=ConsumerStatus(turned=dict.fromkeys(("consumer", "shards", "settle"), now)),
-        stream=StreamStatus(loop_turned_monotonic=now, last_byte_monotonic=now),
+        consumer=ConsumerStatus(last_iteration=dict.fromkeys(("consumer", "shards", "settle"), now)),
+        stream=StreamStatus(loop_last_iteration=now, last_byte_monotonic=now),
         poller=PollerStatus(
-            turned_at=now,
+            last_iteration_at=now,
             outbox=OutboxStatus(changes={}, oldest_ready_age_s=0, table_bytes=1, dead_tuples=1),
             slot=SlotStatus(
                 present=True, wal_status="reserved", retained_wal_bytes=1, confirmed_lag_bytes=1, safe_wal_bytes=1,

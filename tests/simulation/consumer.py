@@ -58,8 +58,8 @@ class Settings:
     kinds: dict[str, tuple[Kind, Kind]]
     """Key -> the handlers of its changes with even and odd numbers."""
     capacity: int
-    lane_capacity: int
-    unread_max: int
+    key_capacity: int
+    deferred_max: int
     queue_capacity: int
     sole: bool
     """No type leaves room for others."""
@@ -95,7 +95,7 @@ class Consumer:
         self._promises = promises
         self._dice = dice
         self.scheduler = KeyScheduler(
-            settings.capacity, settings.lane_capacity, settings.unread_max,
+            settings.capacity, settings.key_capacity, settings.deferred_max,
             ready_queues=ReadyQueues(settings.concurrency, {"threads": settings.threads}, sole=settings.sole),
             needs=self._needs, sole=settings.sole,
         )  # fmt: skip
@@ -107,7 +107,7 @@ class Consumer:
         self.calls: list[Call] = []
         self.streaming = False
         """As far as this process knows."""
-        self.notified: deque[list[WakeUp] | None] = deque()
+        self.wakeups: deque[list[WakeUp] | None] = deque()
         self._unsettled: dict[int, Outcome] = {}
         self._looked: tuple[int, int] | None = None
         self._answer: Callable[[], None] | None = None
@@ -129,9 +129,9 @@ class Consumer:
     def notice(self) -> None:
         """A statement on the session finds out whether it is still there."""
         if self.session and not self.session.alive:
-            self._end_term()
+            self._end_connection()
 
-    def _end_term(self) -> None:
+    def _end_connection(self) -> None:
         assert self.session
         self._server.end_session(self.session)
         self.session = self._looked = self._answer = None
@@ -163,37 +163,37 @@ class Consumer:
                 figures, self._looked = self._looked, None
                 self._move(self.session, *figures)
         except SessionLostError:
-            self._end_term()
+            self._end_connection()
 
     def _move(self, session: Session, members: int, free: int) -> None:
         move = balance(members, self.owned, free, shards=SHARDS)
-        if move.take and (taken := self._server.take_shards(session, move.take, self._dice)):
+        if move.acquire and (taken := self._server.acquire_shards(session, move.acquire, self._dice)):
             self.scheduler.own(taken)
             self.planner.own(taken)
             self.owned.update(taken)
             self._next_due_at = 0.0
-        self.scheduler.release(move.give)
-        self.planner.disown(move.give)
+        self.scheduler.release(move.release)
+        self.planner.disown(move.release)
         if quiet := self.scheduler.released():
-            self._server.give_shards(session, quiet)
+            self._server.release_shards(session, quiet)
             self._promises.happened["a shard was given away"] += len(quiet)
             self.owned -= quiet
 
     # --- wake-ups --------------------------------------------------------------------------------------------------
 
-    def rang(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> list[WakeUp]:
+    def notified(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> list[WakeUp]:
         """Returns what is for the others."""
-        rung = list(wakeups)
-        self.planner.rung([wakeup for wakeup in rung if wakeup.shard in self.owned], relayed=relayed)
-        return [wakeup for wakeup in rung if wakeup.shard not in self.owned]
+        notified = list(wakeups)
+        self.planner.notified([wakeup for wakeup in notified if wakeup.shard in self.owned], relayed=relayed)
+        return [wakeup for wakeup in notified if wakeup.shard not in self.owned]
 
     def hear(self) -> None:
         """A NOTIFY has come in: wake-ups, or the word that the table was changed without any."""
-        if not self.notified:
+        if not self.wakeups:
             return
-        wakeups = self.notified.popleft()
+        wakeups = self.wakeups.popleft()
         if wakeups is not None:
-            self.rang(wakeups, relayed=True)
+            self.notified(wakeups, relayed=True)
         else:
             self._restart_due = self._settings.full_passes
             self._next_due_at = 0.0
@@ -227,14 +227,14 @@ class Consumer:
 
     def _request(self, room: int) -> Callable[[], None] | None:
         now = self._server.now
-        if resumes := self.scheduler.resumes(min(2, room)):
-            return self._resume(resumes, max(1, room // len(resumes)))
-        enough = 1 if self.planner.apart else self.scheduler.worth
+        if key_reads := self.scheduler.key_reads(min(2, room)):
+            return self._resume(key_reads, max(1, room // len(key_reads)))
+        enough = 1 if self.planner.throttled else self.scheduler.worth
         if self.owned and now >= self._next_due_at and room >= enough:
             return self._due()
         if self._restart_due or (self._settings.full_passes and self.planner.full_pass_due(now)):
             self._restart_due = False
-            self.scheduler.forget_unread(self.planner.restart())
+            self.scheduler.forget_deferred(self.planner.restart())
         match self.planner.next(now, room, enough):
             case Fetch() as fetch:
                 return self._fetch(fetch)
@@ -254,10 +254,10 @@ class Consumer:
 
         def answer() -> None:
             for row in rows:
-                self.planner.passed_over(row.change.entity_type, row.change.shard)
-            admitted = self.scheduler.admit(rows, apart=self.planner.apart)
+                self.planner.skipped(row.change.entity_type, row.change.shard)
+            admitted = self.scheduler.admit(rows, throttled=self.planner.throttled)
             self.planner.fetched(fetch, {row.change.seq for row in rows}, snapshot, self._server.now, cut)
-            self.planner.refused(admitted.refused, self._server.now)
+            self.planner.throttle(admitted.rejected, self._server.now)
 
         return answer
 
@@ -272,33 +272,33 @@ class Consumer:
         def answer() -> None:
             admitted = self.scheduler.admit(rows)
             seen = [WakeUp(row.change.seq, row.change.shard) for row in rows]
-            self.planner.swept(sweep, seen, admitted.refused, snapshot, self._server.now, scanned=scanned)
+            self.planner.swept(sweep, seen, admitted.rejected, snapshot, self._server.now, scanned=scanned)
 
         return answer
 
-    def _resume(self, resumes: list[KeyRead], per_key: int) -> Callable[[], None]:
-        by_key = [(resume, self._server.resume(resume, per_key)) for resume in resumes]
+    def _resume(self, key_reads: list[KeyRead], per_key: int) -> Callable[[], None]:
+        by_key = [(resume, self._server.resume(resume, per_key)) for resume in key_reads]
         cut = {number for number, _ in self._page([row for _, rows in by_key for row in rows])[1]}
         found = [(resume, [row for row in rows if row.change.seq not in cut], rows) for resume, rows in by_key]
         self._promises.happened["a key was read on"] += len(found)
 
         def answer() -> None:
             for resume, rows, there in found:
-                self.scheduler.resumed(resume, rows, complete=len(rows) == len(there) < per_key)
+                self.scheduler.admit_key_read(resume, rows, complete=len(rows) == len(there) < per_key)
 
         return answer
 
     def _due(self) -> Callable[[], None]:
         without = [name for name in self.scheduler.types if self.scheduler.room_for(name).free == 0]
         due, next_due_s = self._server.due(self.owned, self._settings.capacity, without)
-        in_hand = set(self.scheduler.requeued())
-        rows, cut = self._page([row for row in due if row.change.seq not in in_hand])
+        in_window = set(self.scheduler.requeued())
+        rows, cut = self._page([row for row in due if row.change.seq not in in_window])
 
         def answer() -> None:
             admitted = self.scheduler.admit(rows, due=True)
             pause_s = _SWEEP_INTERVAL_S if next_due_s is None else next_due_s
             pause_s = 0.0 if cut else pause_s
-            if admitted.refused or without:
+            if admitted.rejected or without:
                 pause_s = _POLL_INTERVAL_S
             self._next_due_at = self._server.now + min(pause_s, _SWEEP_INTERVAL_S)
 
@@ -333,8 +333,8 @@ class Consumer:
         kind = self._kind(change)
         single = not (kind.in_thread or kind.transactional or self._settings.batches)
         return Requirements(
-            change.entity_type, _HANDLERS[kind], ("threads",) if kind.in_thread else (), fenced=kind.transactional,
-            run=_BATCH if single else 1,
+            change.entity_type, _HANDLERS[kind], ("threads",) if kind.in_thread else (),
+            after_settled=kind.transactional, run=_BATCH if single else 1,
         )  # fmt: skip
 
     def _kind(self, change: Change) -> Kind:
@@ -380,7 +380,7 @@ class Consumer:
                 failed.add(change.entity_id)
                 last = change.attempt >= _MAX_ATTEMPTS or self._dice.random() < _MISFITS
                 outcomes[change] = Dead("no", call.kind.pauses) if last else Waiting(self._dice.choice([0, 1.0]), "no")
-                if not outcomes[change].holds_key:
+                if not outcomes[change].blocks_key:
                     failed.discard(change.entity_id)
             elif change.entity_id not in failed:
                 outcomes[change] = Committed(EPOCH) if call.kind.transactional else Processed()
@@ -429,4 +429,4 @@ class Consumer:
             elif batch := self.scheduler.take_finished(self._dice.choice([1, 3, 100])):
                 self._server.settle(session, batch)
         except SessionLostError:
-            self._end_term()
+            self._end_connection()

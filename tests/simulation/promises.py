@@ -66,7 +66,7 @@ class Promises:
             if earlier.seq not in beside:
                 outcome = unsettled.get(earlier.seq)
                 assert outcome is not None, f"{change!r} overtakes {earlier}"
-                assert not outcome.holds_key, f"{change!r} overtakes {earlier}, which failed"
+                assert not outcome.blocks_key, f"{change!r} overtakes {earlier}, which failed"
                 assert not call.kind.transactional, f"{change!r} would be marked before {earlier}"
 
     def _earlier(self, change: Change) -> list[Record]:

@@ -165,22 +165,24 @@ class Simulation:
 
     def _deliver(self) -> None:
         reader = self.server.slot.reader
-        if isinstance(reader, Consumer) and (others := reader.rang(self.server.slot.read(self._dice.randint(1, 6)))):
+        if isinstance(reader, Consumer) and (
+            others := reader.notified(self.server.slot.read(self._dice.randint(1, 6)))
+        ):
             self._notify(others)
 
     def _notify(self, payload: list[WakeUp] | None) -> None:
         """To whoever listens, the sender too."""
         for consumer in self.consumers:
-            consumer.notified.append(payload)
+            consumer.wakeups.append(payload)
 
     def _hear(self) -> None:
         self._any().hear()
 
     def _lose_relayed(self) -> None:
         """A relay that is cut loses wake-ups; a NOTIFY by hand is the operator's statement, and is not lost."""
-        notified = self._any().notified
-        if notified and notified[0] is not None:
-            notified.popleft()
+        wakeups = self._any().wakeups
+        if wakeups and wakeups[0] is not None:
+            wakeups.popleft()
 
     def _cut_stream(self) -> None:
         if self.server.slot.reader:
@@ -258,7 +260,7 @@ class Simulation:
             self.server.end(xid)
         self._cut_stream()
         for consumer in self.consumers:
-            consumer.notified.clear()
+            consumer.wakeups.clear()
             for call in [call for call in consumer.calls if call.kind.transactional]:
                 consumer.interrupt(call)
 
@@ -275,8 +277,8 @@ def _settings(dice: random.Random, full_passes: bool | None) -> Settings:
     return Settings(
         kinds={key: (even, even if one_handler else odd) for key, (even, odd) in handlers.items()},
         capacity=dice.choice([4, 12, 40]),
-        lane_capacity=dice.choice([1, 2, 8]),
-        unread_max=dice.choice([1, 3, 100]),
+        key_capacity=dice.choice([1, 2, 8]),
+        deferred_max=dice.choice([1, 3, 100]),
         queue_capacity=dice.choice([2, 10, 1000]),
         sole=odds(0.3),
         concurrency=dice.choice([1, 3, 10]),

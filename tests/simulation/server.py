@@ -74,12 +74,12 @@ class Slot:
 
     durable: bool
     reader: object | None = None
-    bells: deque[WakeUp] = field(default_factory=deque)
+    notifications: deque[WakeUp] = field(default_factory=deque)
     sent: deque[WakeUp] = field(default_factory=lambda: deque(maxlen=5))
 
-    def ring(self, bells: Iterable[WakeUp]) -> None:
+    def ring(self, notifications: Iterable[WakeUp]) -> None:
         if self.durable or self.reader:
-            self.bells.extend(bells)
+            self.notifications.extend(notifications)
 
     def connect(self, reader: object) -> bool:
         if self.reader is None:
@@ -90,13 +90,13 @@ class Slot:
     def disconnect(self) -> None:
         self.reader = None
         if self.durable:
-            self.bells.extendleft(reversed(self.sent))
+            self.notifications.extendleft(reversed(self.sent))
         else:
-            self.bells.clear()
+            self.notifications.clear()
         self.sent.clear()
 
     def read(self, count: int) -> list[WakeUp]:
-        read = [self.bells.popleft() for _ in range(min(count, len(self.bells)))]
+        read = [self.notifications.popleft() for _ in range(min(count, len(self.notifications)))]
         self.sent.extend(read)
         return read
 
@@ -228,14 +228,14 @@ class Server:
         self._must_live(session)
         return len(self.sessions), len(self._free())
 
-    def take_shards(self, session: Session, limit: int, dice: random.Random) -> list[int]:
+    def acquire_shards(self, session: Session, limit: int, dice: random.Random) -> list[int]:
         self._must_live(session)
         free = self._free()
         taken = dice.sample(free, min(limit, len(free)))
         session.shards.update(taken)
         return taken
 
-    def give_shards(self, session: Session, shards: Iterable[int]) -> None:
+    def release_shards(self, session: Session, shards: Iterable[int]) -> None:
         self._must_live(session)
         session.shards.difference_update(shards)
 

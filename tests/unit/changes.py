@@ -22,6 +22,6 @@ def change(
 
 
 def row(
-    seq: int, key: str = "k", *, entity_type: str = "t", held: bool = False, shard: int = 0, requeued: bool = False
+    seq: int, key: str = "k", *, entity_type: str = "t", blocked: bool = False, shard: int = 0, requeued: bool = False
 ) -> Row:
-    return Row(change(seq, key, entity_type=entity_type, shard=shard, requeued=requeued), held)
+    return Row(change(seq, key, entity_type=entity_type, shard=shard, requeued=requeued), blocked)

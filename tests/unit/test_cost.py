@@ -48,10 +48,10 @@ def rows(first: int, count: int, keys: int) -> list[Row]:
     return [row(seq, f"key {seq % keys}", shard=seq % keys % SHARDS) for seq in range(first, first + count)]
 
 
-def lanes_with(queued: int, keys: int, run: int = 1) -> KeyScheduler:
+def scheduler_with(queued: int, keys: int, run: int = 1) -> KeyScheduler:
     """Lanes that own everything, with so many changes queued; the keys of what comes later are others."""
     scheduler = KeyScheduler(
-        100_000, lane_capacity=100_000, needs=lambda change: Requirements(change.entity_type, run=run)
+        100_000, key_capacity=100_000, needs=lambda change: Requirements(change.entity_type, run=run)
     )
     scheduler.own(range(SHARDS))
     scheduler.admit([row(seq, f"queued {seq % keys}", shard=seq % keys % SHARDS) for seq in range(1, queued + 1)])
@@ -73,19 +73,19 @@ def through(scheduler: KeyScheduler, found: list[Row]) -> None:
 # 999 were counted for changes that start one by one, and 700 for those that start in runs.
 @pytest.mark.parametrize(("keys", "run", "bound"), [(_BATCH, 1, 1_900), (10, 1, 1_900), (_BATCH, 100, 1_400)])
 def test_a_change_goes_through_the_lanes_in_so_many_instructions(keys: int, run: int, bound: int) -> None:
-    scheduler, found = lanes_with(0, 1, run), rows(1, _BATCH, keys)
+    scheduler, found = scheduler_with(0, 1, run), rows(1, _BATCH, keys)
     assert instructions(lambda: through(scheduler, found)) < bound * _BATCH
 
 
 @pytest.mark.parametrize("keys", [10, 2_000])
 def test_what_is_queued_already_makes_no_change_dearer(keys: int) -> None:
-    few, many = lanes_with(20, 10), lanes_with(20_000, keys)
+    few, many = scheduler_with(20, 10), scheduler_with(20_000, keys)
     found = rows(50_000, _BATCH, _BATCH)
     alone, beside = instructions(lambda: through(few, found)), instructions(lambda: through(many, found))
     assert beside < 1.2 * alone
 
 
-def intake_live() -> ReadPlanner:
+def planner_live() -> ReadPlanner:
     """All shards owned, swept and live, the slot streaming."""
     planner = ReadPlanner(sweep_interval_s=1_000.0)
     planner.own(range(SHARDS))
@@ -100,7 +100,7 @@ def intake_live() -> ReadPlanner:
 
 def fetch(planner: ReadPlanner, wakeups: list[WakeUp]) -> None:
     """Rung for, asked for, and found."""
-    planner.rung(wakeups)
+    planner.notified(wakeups)
     request = planner.next(1.0, len(wakeups), 1)
     assert isinstance(request, Fetch)
     planner.fetched(request, {wakeup.seq for wakeup in request.wakeups}, _SNAPSHOT, 1.0)
@@ -108,7 +108,7 @@ def fetch(planner: ReadPlanner, wakeups: list[WakeUp]) -> None:
 
 # 174 were counted for a wake-up in a batch, and 467 for one alone; a look at all shards would be a thousand more.
 def test_a_wakeup_is_fetched_in_so_many_instructions() -> None:
-    planner = intake_live()
+    planner = planner_live()
     many = [WakeUp(seq, seq % SHARDS) for seq in range(1, _BATCH + 1)]
     assert instructions(lambda: fetch(planner, many)) < 350 * _BATCH
     fetch(planner, [WakeUp(999, 1)])

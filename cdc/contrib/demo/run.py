@@ -118,14 +118,14 @@ class _Stage:
             await work
 
     def _overhear(self, app: App) -> None:
-        rang = app.consumer.rang
+        notified = app.consumer.notified
 
         def overheard(wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-            self._tracker.rang(wakeups)
-            return rang(wakeups)
+            self._tracker.notified(wakeups)
+            return notified(wakeups)
 
         # The one place where the demo reaches in: which wake-up was for which change, only the consumer hears.
-        app.consumer.rang = overheard  # type: ignore[method-assign]
+        app.consumer.notified = overheard  # type: ignore[method-assign]
 
     async def _until_it_listens(self, app: App, work: asyncio.Task[None]) -> None:
         """Until the slot rings. Where it cannot, the consumer sweeps, and the demo shows that."""

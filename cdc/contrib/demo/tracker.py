@@ -30,7 +30,7 @@ class Journey:
     shown: bool
     sent: float
     stored: float | None = None
-    rung: float | None = None
+    notified: float | None = None
     """The slot has named the change; None: something else found it first."""
     handler: str = ""
     started: float | None = None
@@ -40,11 +40,13 @@ class Journey:
 
     @property
     def source(self) -> str:
-        return "sweep" if self.rung is None else "wal"
+        return "sweep" if self.notified is None else "wal"
 
     def step(self, name: str) -> float | None:
         """The moment of one of STEPS."""
-        return {"stored": self.stored, "wake-up": self.rung, "handler": self.started, "processed": self.processed}[name]
+        return {"stored": self.stored, "wake-up": self.notified, "handler": self.started, "processed": self.processed}[
+            name
+        ]
 
 
 class Tracker:
@@ -93,19 +95,19 @@ class Tracker:
     def burst_sent(self, count: int) -> None:
         self._burst_left = count
 
-    def rang(self, wakeups: Iterable[WakeUp]) -> None:
+    def notified(self, wakeups: Iterable[WakeUp]) -> None:
         now = self._clock()
         for wakeup in wakeups:
             self._rings.setdefault(wakeup.seq, now)
 
     def started(self, change: Change, handler: str) -> Journey | None:
         """A handler begins. None: the change is one of many that nobody looks at."""
-        rung = self._rings.pop(change.seq, None)
+        notified = self._rings.pop(change.seq, None)
         journey = self._on_the_way.get(_mark(change)) or self._visitor(change)
         if journey is not None:
             journey.attempts = change.attempt
             if journey.started is None:
-                journey.started, journey.rung, journey.handler = self._clock(), rung, handler
+                journey.started, journey.notified, journey.handler = self._clock(), notified, handler
         return journey
 
     def processed(self, change: Change) -> None:

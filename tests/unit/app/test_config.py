@@ -81,8 +81,8 @@ def test_each_setting_is_an_option_a_variable_and_a_line_of_the_file(name: str, 
 def test_entity_types_are_a_list_on_the_command_line_and_in_the_file_and_names_with_commas_in_a_variable(
     folder: Path,
 ) -> None:
-    assert load({"only": ("a", "b")}, environ={}).settings.scope == TypeFilter(("a", "b"), among=True)
-    assert _load(CDC_ONLY="a, b").settings.scope == TypeFilter(("a", "b"), among=True)
+    assert load({"only": ("a", "b")}, environ={}).settings.scope == TypeFilter(("a", "b"), include=True)
+    assert _load(CDC_ONLY="a, b").settings.scope == TypeFilter(("a", "b"), include=True)
     (folder / "cdc.toml").write_text("except = ['a', 'b, c']\n")
     assert _load().settings.scope == TypeFilter(("a", "b, c"))
     assert from_options({"except_": ["a"]}).scope == TypeFilter(("a",))

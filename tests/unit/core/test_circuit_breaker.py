@@ -20,7 +20,7 @@ def _opened(now: float = 0.0) -> Breaker:
 
 def _half_open(now: float = 0.0) -> Breaker:
     breaker = _opened(now)
-    assert breaker.look(now + breaker.wait_s(now))
+    assert breaker.try_half_open(now + breaker.wait_s(now))
     return breaker
 
 
@@ -55,14 +55,14 @@ def test_it_opens_after_several_keys_in_a_row_or_at_once_where_it_can_be_no_keys
 
 def test_one_call_at_a_time_finds_out_and_its_success_lets_all_through() -> None:
     breaker = _opened()
-    assert (breaker.room, breaker.look(0.0), breaker.state) == (0, False, State.OPEN)
-    assert breaker.look(PAUSE_MIN_S)
+    assert (breaker.room, breaker.try_half_open(0.0), breaker.state) == (0, False, State.OPEN)
+    assert breaker.try_half_open(PAUSE_MIN_S)
     assert (breaker.room, breaker.wait_s(1.0)) == (1, math.inf)
     breaker.trial(1)
     assert breaker.room == 0
     assert breaker.succeeded(1.0)
     breaker.trial(-1)
-    assert not breaker.shut
+    assert not breaker.tripped
     assert not breaker.troubled
     assert not breaker.succeeded(1.0), "it closes once"
 
@@ -87,11 +87,11 @@ def test_pauses_double_up_to_a_bound_and_a_failure_of_another_kind_leaves_them_a
     for _ in range(8):
         pauses.append(breaker.wait_s(now))
         now += pauses[-1]
-        assert breaker.look(now)
+        assert breaker.try_half_open(now)
         breaker.failed(now)
         assert breaker.wait_s(now) == pytest.approx(pauses[-1])
         now += pauses[-1]
-        assert breaker.look(now)
+        assert breaker.try_half_open(now)
         breaker.unavailable("k", "away", now)
     assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.0, 3.0, 3.0])
 
@@ -100,7 +100,7 @@ def test_pauses_double_up_to_a_bound_and_a_failure_of_another_kind_leaves_them_a
 def test_what_comes_and_goes_is_asked_at_the_pace_that_was_reached(steady_s: float, pause_s: float) -> None:
     breaker = _half_open()
     breaker.unavailable("k", "away", 1.0)
-    assert breaker.look(2.0)
+    assert breaker.try_half_open(2.0)
     assert breaker.succeeded(2.0)
     now = 2.0 + steady_s
     assert breaker.unavailable("k", "away", now, certain=True)
@@ -124,7 +124,7 @@ class Outages(RuleBasedStateMachine):
         self.breaker, self.now, self.there = Breaker(), 0.0, True
         self.running: list[tuple[int, bool]] = []
         """Of each call its key, and whether it was let through by a breaker that is shut."""
-        self.began_shut = 0
+        self.began_tripped = 0
 
     @rule(there=st.booleans())
     def turn(self, there: bool) -> None:
@@ -133,16 +133,16 @@ class Outages(RuleBasedStateMachine):
     @rule(seconds=st.floats(0.0, 5.0))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        self.breaker.look(self.now)
+        self.breaker.try_half_open(self.now)
 
     @rule(key=st.integers(0, 9))
     def begin(self, key: int) -> None:
-        shut = self.breaker.shut
-        if shut and not self.breaker.room:
+        tripped = self.breaker.tripped
+        if tripped and not self.breaker.room:
             return
-        if shut:
+        if tripped:
             self.breaker.trial(1)
-        self.running.append((key, shut))
+        self.running.append((key, tripped))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), certain=st.booleans(), fails=st.booleans())
@@ -167,7 +167,7 @@ class Outages(RuleBasedStateMachine):
         assert self.breaker.room in (0, 1)
         if self.breaker.state is State.OPEN:
             assert self.breaker.wait_s(self.now) <= PAUSE_MAX_S
-        assert bool(self.breaker.why) == self.breaker.shut
+        assert bool(self.breaker.why) == self.breaker.tripped
 
     @precondition(lambda self: not self.running)
     @rule()
@@ -175,13 +175,13 @@ class Outages(RuleBasedStateMachine):
         """Whatever was before: what is there again is found within the longest pause, by one call."""
         self.there = True
         self.now += PAUSE_MAX_S
-        self.breaker.look(self.now)
-        if self.breaker.shut:
+        self.breaker.try_half_open(self.now)
+        if self.breaker.tripped:
             assert self.breaker.room == 1
             self.breaker.trial(1)
             assert self.breaker.succeeded(self.now)
             self.breaker.trial(-1)
-        assert not self.breaker.shut
+        assert not self.breaker.tripped
 
 
 TestOutages = Outages.TestCase

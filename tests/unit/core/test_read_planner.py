@@ -48,13 +48,13 @@ def test_a_shard_taken_over_is_swept_from_its_first_change_on() -> None:
 
 
 def test_a_live_shard_is_read_by_number(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     assert _ask(planner, 0.2) == Fetch((WakeUp(7, 0),))
     assert _ask(planner, 0.2) is None
 
 
 def test_a_wake_up_for_somebody_elses_shard_is_ignored(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 1)])
+    planner.notified([WakeUp(7, 1)])
     assert planner.queue_length == 0
 
 
@@ -65,9 +65,11 @@ def test_a_wake_up_for_somebody_elses_shard_is_ignored(planner: ReadPlanner) -> 
         pytest.param(lambda planner: planner.lost(), id="wake-ups were lost"),
         pytest.param(lambda planner: planner.streaming(connected=False), id="the stream ends"),
         pytest.param(lambda planner: planner.restart(), id="somebody has it all read again"),
-        pytest.param(lambda planner: planner.rung([WakeUp(7, 0)], relayed=True), id="a relayed wake-up"),
-        pytest.param(lambda planner: planner.rung([WakeUp(n, 0) for n in range(9)]), id="more wake-ups than are kept"),
-        pytest.param(lambda planner: planner.refused({"hog": {0: 3}}, 0.15), id="a type has no room"),
+        pytest.param(lambda planner: planner.notified([WakeUp(7, 0)], relayed=True), id="a relayed wake-up"),
+        pytest.param(
+            lambda planner: planner.notified([WakeUp(n, 0) for n in range(9)]), id="more wake-ups than are kept"
+        ),
+        pytest.param(lambda planner: planner.throttle({"hog": {0: 3}}, 0.15), id="a type has no room"),
     ],
 )
 def test_where_nothing_was_to_be_read_there_is_something_at_once(
@@ -81,27 +83,27 @@ def test_where_nothing_was_to_be_read_there_is_something_at_once(
 def test_a_number_that_is_not_visible_is_looked_for_again_within_milliseconds_and_in_every_fetch(
     planner: ReadPlanner,
 ) -> None:
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     fetch = _ask(planner, 1.0)
     assert isinstance(fetch, Fetch)
     planner.fetched(fetch, set(), Snapshot(20, 21), 1.0)
     assert planner.wait_s(1.0) == pytest.approx(0.001)
     assert _ask(planner, 1.0) is None
-    planner.rung([WakeUp(8, 0)])
+    planner.notified([WakeUp(8, 0)])
     assert _ask(planner, 1.0005) == Fetch((WakeUp(7, 0), WakeUp(8, 0)))
 
 
 def test_what_did_not_fit_into_a_page_is_fetched_before_what_rang_later(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 0), WakeUp(8, 0)])
+    planner.notified([WakeUp(7, 0), WakeUp(8, 0)])
     fetch = _ask(planner, 1.0)
     assert isinstance(fetch, Fetch)
-    planner.rung([WakeUp(9, 0)])
+    planner.notified([WakeUp(9, 0)])
     planner.fetched(fetch, {7}, Snapshot(20, 21), 1.0, [WakeUp(8, 0)])
     assert planner.next(1.0, 1, 1) == Fetch((WakeUp(8, 0),))
 
 
 def test_what_was_not_visible_and_then_did_not_fit_is_fetched_once_more(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     for cut in ([], [WakeUp(7, 0)]):
         fetch = _ask(planner, 1.1)
         assert fetch == Fetch((WakeUp(7, 0),))
@@ -111,7 +113,7 @@ def test_what_was_not_visible_and_then_did_not_fit_is_fetched_once_more(planner:
 
 
 def test_what_did_not_fit_is_left_to_passes_where_the_stream_has_ended_meanwhile(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     fetch = _ask(planner, 1.0)
     assert isinstance(fetch, Fetch)
     planner.streaming(connected=False)
@@ -133,7 +135,7 @@ def test_shards_that_a_full_page_did_not_reach_are_the_first_of_the_next() -> No
 
 
 def test_the_looks_for_a_hanging_commit_come_at_most_a_twentieth_of_a_second_apart(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     now, looks = 1.0, 0
     while now < 2.0:
         fetch = _ask(planner, now)
@@ -146,7 +148,7 @@ def test_the_looks_for_a_hanging_commit_come_at_most_a_twentieth_of_a_second_apa
 
 
 def test_a_number_whose_transaction_has_ended_unseen_was_settled_before_and_is_forgotten(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     fetch = _ask(planner, 1.0)
     assert isinstance(fetch, Fetch)
     planner.fetched(fetch, set(), Snapshot(20, 21), 1.0)
@@ -159,7 +161,7 @@ def test_a_number_whose_transaction_has_ended_unseen_was_settled_before_and_is_f
 def test_dropped_wake_ups_are_counted_and_their_shard_is_swept_until_the_loss_is_proved_harmless(
     planner: ReadPlanner,
 ) -> None:
-    assert planner.rung([WakeUp(seq, 0) for seq in range(1, 8)]) == 3
+    assert planner.notified([WakeUp(seq, 0) for seq in range(1, 8)]) == 3
     _pass(planner, 1.0, Snapshot(30, 40), 1, 2, 3)
     assert planner.live_shards == 0, "transactions up to 39 may have rung and be invisible still"
     _pass(planner, 1.1, Snapshot(39, 50))
@@ -207,15 +209,19 @@ def test_what_could_not_be_taken_in_is_read_again_from_there_and_apart_from_the_
     sweep = _ask(planner, 1.0)
     assert isinstance(sweep, Sweep)
     planner.swept(sweep, [WakeUp(5, 0), WakeUp(9, 0)], {"a": {0: 9}}, Snapshot(30, 30), 1.0)
-    apart, others = _ask(planner, 1.6), _ask(planner, 1.6)
-    assert isinstance(apart, Sweep)
+    throttled, others = _ask(planner, 1.6), _ask(planner, 1.6)
+    assert isinstance(throttled, Sweep)
     assert isinstance(others, Sweep)
-    assert (apart.only, apart.scope, apart.positions[0]) == ("a", TypeFilter(("a",), among=True), (0, 8, 30))
+    assert (throttled.only, throttled.scope, throttled.positions[0]) == (
+        "a",
+        TypeFilter(("a",), include=True),
+        (0, 8, 30),
+    )
     assert (others.only, others.scope, others.positions[0]) == (None, TypeFilter(("a",)), (0, 9, 30))
 
 
 def test_a_sweep_waits_for_room_half_a_second_and_a_fetch_does_not_wait(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     planner.lost()
     assert isinstance(planner.next(1.0, 100, 10), Sweep)
     assert planner.next(1.4, 9, 10) is None
@@ -229,7 +235,7 @@ def test_relayed_wake_ups_make_a_shard_be_swept_at_once_and_never_read_by_number
     _pass(planner, 1.0, Snapshot(30, 30))
     _pass(planner, 1.0 + planner.wait_s(1.0), Snapshot(30, 30))
     assert planner.live_shards == 0
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     assert planner.queue_length == 0
     _pass(planner, 1.5, Snapshot(30, 30), 7)
 
@@ -247,13 +253,13 @@ def relayed_to(planner: ReadPlanner) -> ReadPlanner:
 
 
 def test_a_relayed_wake_up_whose_change_a_pass_shows_is_done_with(relayed_to: ReadPlanner) -> None:
-    relayed_to.rung([WakeUp(7, 0), WakeUp(8, 0)])
+    relayed_to.notified([WakeUp(7, 0), WakeUp(8, 0)])
     _pass(relayed_to, 3.0, Snapshot(30, 30), 7, 8)
     assert relayed_to.wait_s(3.0) > 1.0
 
 
 def test_a_relayed_wake_up_that_came_too_early_is_looked_for_again_within_milliseconds(relayed_to: ReadPlanner) -> None:
-    relayed_to.rung([WakeUp(7, 0), WakeUp(8, 0)])
+    relayed_to.notified([WakeUp(7, 0), WakeUp(8, 0)])
     _pass(relayed_to, 3.0, Snapshot(30, 30), 8)
     assert relayed_to.wait_s(3.0) < 0.01
     _pass(relayed_to, 3.0 + relayed_to.wait_s(3.0), Snapshot(30, 30), 7)
@@ -261,25 +267,25 @@ def test_a_relayed_wake_up_that_came_too_early_is_looked_for_again_within_millis
 
 
 def test_a_relayed_wake_up_whose_change_a_pass_has_shown_before_says_nothing_new(relayed_to: ReadPlanner) -> None:
-    relayed_to.rung([WakeUp(7, 0)])
+    relayed_to.notified([WakeUp(7, 0)])
     _pass(relayed_to, 3.0, Snapshot(30, 30), 7, 8)
-    relayed_to.rung([WakeUp(8, 0)])
+    relayed_to.notified([WakeUp(8, 0)])
     assert _ask(relayed_to, 3.1) is None
 
 
 def test_of_what_passes_have_shown_before_its_wake_up_the_newest_is_remembered(relayed_to: ReadPlanner) -> None:
-    relayed_to.rung([WakeUp(1, 0)])
+    relayed_to.notified([WakeUp(1, 0)])
     for page in range(1, 3000, 50):
         _pass(relayed_to, 3.0, Snapshot(30, 30), *range(page, page + 50))
-        relayed_to.rung([WakeUp(page + 50, 0)])
-    relayed_to.rung([WakeUp(2990, 0)])
+        relayed_to.notified([WakeUp(page + 50, 0)])
+    relayed_to.notified([WakeUp(2990, 0)])
     assert len(relayed_to._shown) == 999
-    relayed_to.rung([WakeUp(7, 0)])
+    relayed_to.notified([WakeUp(7, 0)])
     assert 7 in relayed_to._shards[0].awaited
 
 
 def test_more_relayed_wake_ups_than_are_remembered_make_the_passes_go_on_for_a_while(relayed_to: ReadPlanner) -> None:
-    relayed_to.rung([WakeUp(seq, 0) for seq in range(7, 1000)])
+    relayed_to.notified([WakeUp(seq, 0) for seq in range(7, 1000)])
     _pass(relayed_to, 3.0, Snapshot(30, 30), *range(7, 57))
     assert relayed_to.wait_s(3.0) < 0.01
 
@@ -296,7 +302,7 @@ def test_the_periodic_sweep_comes_round_and_now_and_then_begins_at_zero(planner:
 
 
 def test_a_shard_given_away_during_a_fetch_leaves_nothing_to_look_for(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 0)])
+    planner.notified([WakeUp(7, 0)])
     fetch = _ask(planner, 1.0)
     assert isinstance(fetch, Fetch)
     planner.disown([0])
@@ -306,7 +312,7 @@ def test_a_shard_given_away_during_a_fetch_leaves_nothing_to_look_for(planner: R
 
 
 def test_a_relayed_wake_up_is_swept_for_also_by_who_believes_to_stream(planner: ReadPlanner) -> None:
-    planner.rung([WakeUp(7, 0)], relayed=True)
+    planner.notified([WakeUp(7, 0)], relayed=True)
     assert planner.queue_length == 0
     assert isinstance(_ask(planner, 1.0), Sweep)
 
@@ -342,26 +348,26 @@ def _has_room(planner: ReadPlanner, entity_type: str, room: int) -> None:
 
 def test_a_type_that_has_no_room_is_read_on_when_it_has_some_and_its_shard_stays_live(planner: ReadPlanner) -> None:
     _has_room(planner, "a", 0)
-    planner.refused({"a": {0: 7}}, 1.0)
-    assert (list(planner.apart), planner.live_shards) == (["a"], 1)
+    planner.throttle({"a": {0: 7}}, 1.0)
+    assert (list(planner.throttled), planner.live_shards) == (["a"], 1)
     assert _ask(planner, 1.0) is None
-    planner.rung([WakeUp(8, 0)])
+    planner.notified([WakeUp(8, 0)])
     assert isinstance(_ask(planner, 1.0), Fetch)
     _has_room(planner, "a", 50)
-    apart = _sweep(planner, 1.0, "a")
-    assert (apart.per_shard, apart.positions[0].cursor) == (50, 0)
+    throttled = _sweep(planner, 1.0, "a")
+    assert (throttled.per_shard, throttled.positions[0].cursor) == (50, 0)
 
 
 def test_a_type_that_has_caught_up_is_no_longer_read_apart(planner: ReadPlanner) -> None:
-    planner.refused({"a": {0: 7}}, 1.0)
+    planner.throttle({"a": {0: 7}}, 1.0)
     planner.swept(_sweep(planner, 2.0, "a"), [WakeUp(7, 0)], {}, Snapshot(90, 95), 2.0)
-    assert list(planner.apart) == []
+    assert list(planner.throttled) == []
     assert _ask(planner, 2.0) is None
 
 
 def test_where_a_type_is_joined_again_the_passes_go_on_at_the_lower_of_the_two_positions(planner: ReadPlanner) -> None:
     planner.own([1])
-    planner.refused({"a": {0: 7}}, 1.0)
+    planner.throttle({"a": {0: 7}}, 1.0)
     sweep = _sweep(planner, 2.0, "a")
     _has_room(planner, "a", 0)
     planner.swept(sweep, [WakeUp(7, 0)], {"a": {1: 9}}, Snapshot(80, 90), 2.0)
@@ -371,41 +377,41 @@ def test_where_a_type_is_joined_again_the_passes_go_on_at_the_lower_of_the_two_p
     sweep = _sweep(planner, 2.0005, "a")
     assert set(sweep.positions) == {1}
     planner.swept(sweep, [WakeUp(9, 1)], {}, Snapshot(97, 98), 2.0005)
-    assert list(planner.apart) == []
+    assert list(planner.throttled) == []
     joined = _sweep(planner, 3.0, None).positions
     assert (joined[0].since, joined[1].since) == (80, 95)
 
 
 def test_a_type_whose_page_was_full_or_that_was_refused_again_has_not_caught_up(planner: ReadPlanner) -> None:
-    planner.refused({"a": {0: 7}}, 1.0)
+    planner.throttle({"a": {0: 7}}, 1.0)
     sweep = _sweep(planner, 2.0, "a")
     rows = [WakeUp(seq, 0) for seq in range(1, sweep.per_shard + 1)]
     planner.swept(sweep, rows, {}, Snapshot(90, 95), 2.0)
     assert _sweep(planner, 2.0, "a").positions[0].cursor == sweep.per_shard
     again = _sweep(planner, 2.0, "a")
     planner.swept(again, [WakeUp(200, 0)], {"a": {0: 200}}, Snapshot(91, 95), 2.0)
-    assert list(planner.apart) == ["a"]
+    assert list(planner.throttled) == ["a"]
     assert _sweep(planner, 3.0, "a").positions[0].cursor == 199
 
 
 def test_what_a_fetch_shows_of_a_type_that_is_read_apart_is_read_again_before_it_is_joined(
     planner: ReadPlanner,
 ) -> None:
-    planner.refused({"a": {0: 7}}, 1.0)
+    planner.throttle({"a": {0: 7}}, 1.0)
     sweep = _sweep(planner, 2.0, "a")
-    planner.passed_over("a", 0)
+    planner.skipped("a", 0)
     planner.own([1])  # nothing of it is known yet: the type has not caught up there
     planner.swept(sweep, [], {}, Snapshot(90, 95), 2.0)
-    assert list(planner.apart) == ["a"]
+    assert list(planner.throttled) == ["a"]
 
 
 def test_the_proof_that_a_shard_is_live_has_what_is_read_apart_read_once_more(planner: ReadPlanner) -> None:
-    planner.refused({"a": {0: 7}}, 1.0)
+    planner.throttle({"a": {0: 7}}, 1.0)
     planner.own([1])
-    apart = _sweep(planner, 2.0, "a")
+    throttled = _sweep(planner, 2.0, "a")
     _has_room(planner, "a", 0)
-    planner.swept(apart, [], {"a": {1: 9}}, Snapshot(90, 95), 2.0)
-    planner._apart["a"][0].again_at = inf  # no more wake-ups have come for long
+    planner.swept(throttled, [], {"a": {1: 9}}, Snapshot(90, 95), 2.0)
+    planner._throttled["a"][0].repass_at = inf  # no more wake-ups have come for long
     planner.lost()
     for now, xid in ((3.0, 96), (3.1, 98)):
         planner.swept(_sweep(planner, now, None), [], {}, Snapshot(xid, xid + 1), now)
@@ -417,26 +423,26 @@ def test_the_proof_that_a_shard_is_live_has_what_is_read_apart_read_once_more(pl
 def test_a_page_that_stopped_at_its_bound_of_rows_looked_at_is_followed_by_the_next_from_there(
     planner: ReadPlanner,
 ) -> None:
-    planner.refused({"a": {0: 7}}, 1.0)
+    planner.throttle({"a": {0: 7}}, 1.0)
     sweep = _sweep(planner, 2.0, "a")
     planner.swept(sweep, [], {}, Snapshot(90, 95), 2.0, scanned={0: Scanned(500, more=True)})
     further = _sweep(planner, 2.0, "a")
     assert further.positions[0].cursor == 500
     planner.swept(further, [], {}, Snapshot(90, 95), 2.0, scanned={0: Scanned(800, more=False)})
-    assert list(planner.apart) == []
+    assert list(planner.throttled) == []
 
 
 def test_types_that_are_read_apart_take_turns(planner: ReadPlanner) -> None:
-    planner.refused({"a": {0: 7}, "b": {0: 8}}, 1.0)
+    planner.throttle({"a": {0: 7}, "b": {0: 8}}, 1.0)
     asked = [_ask(planner, 2.0 + n) for n in range(6)]
     assert {"a", "b", None} <= {sweep.only for sweep in asked if isinstance(sweep, Sweep)}
 
 
 def test_a_lost_session_ends_what_is_read_apart(planner: ReadPlanner) -> None:
-    planner.refused({"a": {0: 7}}, 1.0)
+    planner.throttle({"a": {0: 7}}, 1.0)
     sweep = _sweep(planner, 2.0, "a")
     planner.disown([0])
-    assert list(planner.apart) == []
+    assert list(planner.throttled) == []
     planner.own([0])
     assert planner.swept(sweep, [WakeUp(7, 0)], {}, Snapshot(90, 95), 2.0) == 0
 

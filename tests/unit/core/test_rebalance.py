@@ -16,12 +16,12 @@ def test_a_fair_share_is_the_shards_divided_by_the_members(members: int, expecte
 
 
 def test_the_only_member_takes_every_free_shard() -> None:
-    assert balance(1, [], SHARDS).take == SHARDS
+    assert balance(1, [], SHARDS).acquire == SHARDS
 
 
 def test_a_newcomer_gets_its_share_from_those_who_have_more() -> None:
-    assert len(balance(2, range(SHARDS), 0).give) == SHARDS // 2
-    assert balance(2, [], SHARDS // 2).take == SHARDS // 2
+    assert len(balance(2, range(SHARDS), 0).release) == SHARDS // 2
+    assert balance(2, [], SHARDS // 2).acquire == SHARDS // 2
 
 
 @given(st.integers(1, 80), st.randoms(use_true_random=False), st.integers(10, 60))
@@ -37,9 +37,9 @@ def test_members_that_come_and_go_end_with_every_shard_owned_and_nobody_far_abov
     def look(member: int) -> bool:
         free = sorted(set(range(SHARDS)) - set().union(*owned))
         move = balance(len(owned), owned[member], len(free))
-        owned[member] |= set(free[: move.take])
-        owned[member] -= move.give
-        return bool(move.take or move.give)
+        owned[member] |= set(free[: move.acquire])
+        owned[member] -= move.release
+        return bool(move.acquire or move.release)
 
     for _ in range(rounds):
         if dice.random() < 0.1 and len(owned) > 1:

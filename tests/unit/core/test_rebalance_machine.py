@@ -68,8 +68,8 @@ class MembersAndLocks(RuleBasedStateMachine):
 
     @precondition(lambda self: any(member.leaving for member in self.members))
     @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
-        self._give_back(data.draw(st.sampled_from([member for member in self.members if member.leaving])))
+    def release_all(self, data: st.DataObject) -> None:
+        self._release(data.draw(st.sampled_from([member for member in self.members if member.leaving])))
 
     def _look(self, member: _Member) -> None:
         member.looked = len(self.members) + len(self.vanished), len(self.free)
@@ -80,17 +80,17 @@ class MembersAndLocks(RuleBasedStateMachine):
         (members, free), member.looked = member.looked, None
         move = balance(members, member.owned, free, shards=self.shards)
         least, most = self._fair(members)
-        assert not (move.take and move.give), "takes and gives at once"
-        assert move.give <= member.owned
-        assert move.take <= free
-        assert len(member.owned) + move.take <= max(most, len(member.owned)), "takes more than its share"
-        assert len(member.owned - move.give) >= min(least, len(member.owned)), "gives more than its surplus"
-        taken = self.free[: move.take]  # others may have been quicker
+        assert not (move.acquire and move.release), "takes and gives at once"
+        assert move.release <= member.owned
+        assert move.acquire <= free
+        assert len(member.owned) + move.acquire <= max(most, len(member.owned)), "takes more than its share"
+        assert len(member.owned - move.release) >= min(least, len(member.owned)), "gives more than its surplus"
+        taken = self.free[: move.acquire]  # others may have been quicker
         member.owned.update(taken)
-        member.leaving |= move.give
-        return len(taken) + len(move.give)
+        member.leaving |= move.release
+        return len(taken) + len(move.release)
 
-    def _give_back(self, member: _Member) -> None:
+    def _release(self, member: _Member) -> None:
         member.owned -= member.leaving
         member.leaving.clear()
 
@@ -118,7 +118,7 @@ class MembersAndLocks(RuleBasedStateMachine):
             if member.looked is None:
                 self._look(member)
             moved += self._act(member)
-            self._give_back(member)
+            self._release(member)
         return moved
 
 

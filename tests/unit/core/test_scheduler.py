@@ -17,7 +17,7 @@ from tests.unit.changes import row
 
 @pytest.fixture
 def scheduler() -> KeyScheduler:
-    made = KeyScheduler(10, lane_capacity=3)
+    made = KeyScheduler(10, key_capacity=3)
     made.own(range(4))
     return made
 
@@ -81,7 +81,7 @@ def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(
 
 
 def test_a_fenced_change_starts_when_all_before_it_have_settled() -> None:
-    scheduler = KeyScheduler(10, needs=lambda change: Requirements("t", fenced=change.seq == 2))
+    scheduler = KeyScheduler(10, needs=lambda change: Requirements("t", after_settled=change.seq == 2))
     scheduler.own([0])
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)
@@ -96,7 +96,7 @@ def test_a_dead_letter_that_pauses_its_key_shuts_its_lane(scheduler: KeySchedule
     [first] = _start_all(scheduler)
     _end(scheduler, first, Dead("no", pauses=True))
     assert _start_all(scheduler) == []
-    assert scheduler.unread_keys == 1
+    assert scheduler.deferred_keys == 1
 
 
 def test_a_dead_letter_lets_its_key_go_on(scheduler: KeyScheduler) -> None:
@@ -110,9 +110,9 @@ def test_a_key_of_which_nothing_fitted_into_a_page_is_read_on_from_where_it_was(
     scheduler.admit([row(seq) for seq in range(1, 7)])
     for _ in range(3):
         _end(scheduler, _start_all(scheduler)[0])
-    [resume] = scheduler.resumes(10)
-    scheduler.resumed(resume, [], complete=False)
-    assert scheduler.resumes(10) == [resume]
+    [resume] = scheduler.key_reads(10)
+    scheduler.admit_key_read(resume, [], complete=False)
+    assert scheduler.key_reads(10) == [resume]
 
 
 def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_when_it_has_settled(
@@ -123,16 +123,16 @@ def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_whe
     _end(scheduler, first, Waiting(1.0, "no"))
     assert _start_all(scheduler) == []
     assert scheduler.room == 10, "the table holds the key back; memory need not"
-    scheduler.admit([row(4, held=True)])
+    scheduler.admit([row(4, blocked=True)])
     assert _start_all(scheduler) == []
     scheduler.admit([row(1)], due=True)  # its time has come
     [again] = _start_all(scheduler)
     _end(scheduler, again)
-    [resume] = scheduler.resumes(10)
+    [resume] = scheduler.key_reads(10)
     assert resume == KeyRead(("t", "k"), 0, 2)
-    scheduler.resumed(resume, [row(2), row(3), row(4)], complete=True)
+    scheduler.admit_key_read(resume, [row(2), row(3), row(4)], complete=True)
     assert _seqs(_start_all(scheduler)) == [2]
-    assert scheduler.unread_keys == 0
+    assert scheduler.deferred_keys == 0
 
 
 def test_nothing_of_a_key_passes_what_was_seen_and_not_admitted(scheduler: KeyScheduler) -> None:
@@ -140,21 +140,21 @@ def test_nothing_of_a_key_passes_what_was_seen_and_not_admitted(scheduler: KeySc
     [first] = _start_all(scheduler)
     _end(scheduler, first)
     assert scheduler.admit([row(5)]).taken == 0
-    assert scheduler.unread_keys == 1
+    assert scheduler.deferred_keys == 1
 
 
 def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(scheduler: KeyScheduler) -> None:
     scheduler.admit([row(seq) for seq in range(1, 7)])
     for _ in range(3):
         _end(scheduler, _start_all(scheduler)[0])
-    [resume] = scheduler.resumes(10)
+    [resume] = scheduler.key_reads(10)
     assert resume.seq == 4
-    scheduler.resumed(resume, [row(4), row(5)], complete=False)
+    scheduler.admit_key_read(resume, [row(4), row(5)], complete=False)
     for seq in (4, 5):
         [running] = _start_all(scheduler)
         assert running.seq == seq
         scheduler.finished([Settlement(running, Processed())])
-    assert scheduler.resumes(10) == [KeyRead(("t", "k"), 0, 6)]
+    assert scheduler.key_reads(10) == [KeyRead(("t", "k"), 0, 6)]
 
 
 def test_the_window_is_bounded_and_what_does_not_fit_is_refused_from_its_first_change_on(
@@ -162,15 +162,15 @@ def test_the_window_is_bounded_and_what_does_not_fit_is_refused_from_its_first_c
 ) -> None:
     admitted = scheduler.admit([row(seq, f"key{seq}") for seq in range(1, 14)])
     assert admitted.taken == 10
-    assert admitted.refused == {"t": {0: 11}}
+    assert admitted.rejected == {"t": {0: 11}}
     assert scheduler.room == 0
 
 
 def test_where_no_memory_is_left_for_a_mark_the_change_is_refused_and_so_are_its_successors() -> None:
-    scheduler = KeyScheduler(10, lane_capacity=1, unread_max=1)
+    scheduler = KeyScheduler(10, key_capacity=1, deferred_max=1)
     scheduler.own([0, 1])
     admitted = scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1), row(4, "b", shard=1)])
-    assert (admitted.taken, admitted.refused) == (2, {"t": {1: 4}})
+    assert (admitted.taken, admitted.rejected) == (2, {"t": {1: 4}})
 
 
 def test_what_settles_while_a_read_is_under_way_is_not_taken_from_its_answer(scheduler: KeyScheduler) -> None:
@@ -197,8 +197,8 @@ def test_a_key_that_a_stale_read_shows_held_is_read_again_at_once(scheduler: Key
     [first] = _start_all(scheduler)
     with scheduler.reading():
         _end(scheduler, first)
-        scheduler.admit([row(2, held=True)])  # as if 1 still waited
-    assert scheduler.resumes(10) == [KeyRead(("t", "k"), 0, 2)]
+        scheduler.admit([row(2, blocked=True)])  # as if 1 still waited
+    assert scheduler.key_reads(10) == [KeyRead(("t", "k"), 0, 2)]
 
 
 def test_a_shard_is_released_only_when_what_is_in_flight_on_it_has_settled(scheduler: KeyScheduler) -> None:
@@ -224,7 +224,7 @@ def test_after_a_lost_session_a_key_stays_shut_until_its_running_handler_returns
     assert _seqs(_start_all(scheduler)) == [2], "unsettled, so it runs again"
     scheduler.finished([Settlement(first, Processed())])
     assert scheduler.take_finished(100) == [], "an outcome from before is not settled"
-    assert scheduler.resumes(10) == [KeyRead(("t", "a"), 0, 1)]
+    assert scheduler.key_reads(10) == [KeyRead(("t", "a"), 0, 1)]
 
 
 def test_a_change_that_was_cut_off_is_left_as_it_was(scheduler: KeyScheduler) -> None:
@@ -249,7 +249,7 @@ def test_behind_a_waiting_change_that_was_cut_off_what_is_queued_is_not_forgotte
     [first] = _start_all(scheduler)
     scheduler.admit([row(2)])  # the answer to the COMMIT of 1 is still on its way, or lost
     scheduler.interrupted(first)
-    assert scheduler.resumes(10) == [KeyRead(("t", "k"), 0, 2)]
+    assert scheduler.key_reads(10) == [KeyRead(("t", "k"), 0, 2)]
     assert scheduler.admit([row(3)]).taken == 0
 
 
@@ -259,8 +259,8 @@ def test_a_waiting_change_that_was_let_go_behind_one_that_failed_runs_when_it_is
     scheduler.admit([row(1, requeued=True)], due=True)  # an operator gave the dead letter another try
     _end(scheduler, second, Waiting(1.0, "no"))
     scheduler.admit([row(1, requeued=True)], due=True)
-    for resume in scheduler.resumes(10):
-        scheduler.resumed(resume, [], complete=True)
+    for resume in scheduler.key_reads(10):
+        scheduler.admit_key_read(resume, [], complete=True)
     scheduler.admit([row(1, requeued=True)], due=True)
     assert _seqs(_start_all(scheduler)) == [1]
 
@@ -278,8 +278,8 @@ def test_a_key_that_a_stale_read_shows_held_by_one_that_was_cut_off_is_read_agai
     [first] = _start_all(scheduler)
     with scheduler.reading():
         scheduler.interrupted(first)  # somebody else has it, and is done with it before the table is asked again
-        scheduler.admit([row(2, held=True)])
-    assert scheduler.resumes(10) == [KeyRead(("t", "k"), 0, 2)]
+        scheduler.admit([row(2, blocked=True)])
+    assert scheduler.key_reads(10) == [KeyRead(("t", "k"), 0, 2)]
 
 
 def test_an_earlier_change_that_comes_in_late_does_not_join_the_batch_of_a_later_one(scheduler: KeyScheduler) -> None:
@@ -309,7 +309,7 @@ def test_one_type_does_not_fill_the_window_and_what_it_was_refused_is_told_by_ty
 
 
 def test_a_type_that_is_read_apart_is_passed_over(shared: KeyScheduler) -> None:
-    admitted = shared.admit([row(1, entity_type="a"), row(2, entity_type="b")], apart={"a"})
+    admitted = shared.admit([row(1, entity_type="a"), row(2, entity_type="b")], throttled={"a"})
     assert admitted == (1, {})
     assert not shared.knows(1)
 
@@ -330,9 +330,9 @@ def test_a_key_of_a_type_without_room_is_read_on_when_there_is_some(shared: KeyS
     [again] = _start_all(shared)
     shared.admit([row(seq, str(seq), entity_type="a") for seq in range(10, 20)])
     _end(shared, again)
-    assert shared.resumes(10), "one place is free again"
+    assert shared.key_reads(10), "one place is free again"
     shared.admit([row(20, "20", entity_type="a")])
-    assert shared.resumes(10) == []
+    assert shared.key_reads(10) == []
 
 
 def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
@@ -353,9 +353,9 @@ def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> No
     scheduler.own([0])
     scheduler.admit([row(seq, str(seq)) for seq in range(1, 5)])
     [first] = scheduler.start().changes
-    scheduler.set_aside(first)
+    scheduler.free_places(first)
     [first] = scheduler.start().changes
-    scheduler.set_aside(first)
+    scheduler.free_places(first)
     [joining] = scheduler.start().changes
     scheduler.start_with([first, joining], 2, lambda change: True)
     assert scheduler.ready == 1

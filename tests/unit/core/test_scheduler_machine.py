@@ -29,7 +29,7 @@ _PAUSING = "b"
 _BACKLOG = 12
 
 
-def _fenced(one: Change) -> bool:
+def _after_settled(one: Change) -> bool:
     """All of one key's handlers are transactional, and every other one of another key's."""
     return one.entity_id == "a" or (one.entity_id == "c" and one.seq % 2 == 0)
 
@@ -54,7 +54,7 @@ class _Record:
         return change(self.seq, self.key, shard=self.shard, attempt=self.failures + 1, requeued=self.state == "waiting")
 
 
-class LanesAndTable(RuleBasedStateMachine):
+class SchedulerAndTable(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.table: list[_Record] = []
@@ -72,20 +72,22 @@ class LanesAndTable(RuleBasedStateMachine):
 
     @initialize(
         capacity=st.sampled_from([2, 6, 30]),
-        lane=st.sampled_from([1, 2, 5]),
+        queue=st.sampled_from([1, 2, 5]),
         deferred=st.sampled_from([1, 2, 50]),
         run=st.sampled_from([1, 3]),
     )
-    def begin(self, capacity: int, lane: int, deferred: int, run: int) -> None:
+    def begin(self, capacity: int, queue: int, deferred: int, run: int) -> None:
         self.arrived: set[int] = set()
         """Shards that have come, or come back, since the read began."""
         self.scheduler = KeyScheduler(
             capacity,
-            lane,
+            queue,
             deferred,
-            needs=lambda one: Requirements("t", fenced=_fenced(one), run=1 if _fenced(one) else run),
+            needs=lambda one: Requirements(
+                "t", after_settled=_after_settled(one), run=1 if _after_settled(one) else run
+            ),
         )
-        self.unread_max = deferred
+        self.deferred_max = deferred
         self._own(_SHARDS)
 
     @rule(data=st.data(), steps=st.integers(1, 20))
@@ -96,7 +98,7 @@ class LanesAndTable(RuleBasedStateMachine):
                 self.write: sum(not record.settled for record in self.table) < _BACKLOG,
                 self.sweep: not self.answer,
                 self.look_for_due: not self.answer and any(record.state == "waiting" for record in self.table),
-                self.read_on: not self.answer and self.scheduler.unread_keys,
+                self.read_on: not self.answer and self.scheduler.deferred_keys,
                 self.end_read: self.answer,
                 self.start: self.scheduler.ready,
                 self.finish: self.running,
@@ -110,7 +112,7 @@ class LanesAndTable(RuleBasedStateMachine):
         self._one_of(data, {
             self.requeue: any(record.state in ("dead", "paused") for record in self.table),
             self.pass_from_the_beginning: not self.answer and any(self.cursors.values()),
-            self.commit: any(_fenced(one) for one in self.running),
+            self.commit: any(_after_settled(one) for one in self.running),
             self.interrupt: self.running,
             self.orphan_returns: self.orphans,
             self.release: len(self.cursors) == len(_SHARDS),
@@ -168,7 +170,7 @@ class LanesAndTable(RuleBasedStateMachine):
         }
 
         def answer() -> None:
-            refused = self.scheduler.admit([row for rows in pages.values() for row in rows]).refused.get("t", {})
+            refused = self.scheduler.admit([row for rows in pages.values() for row in rows]).rejected.get("t", {})
             for shard, rows in pages.items():
                 if self.cursors.get(shard) == begun[shard] and shard not in self.arrived:
                     reached = max(begun[shard], rows[-1].change.seq if rows else 0)
@@ -191,11 +193,11 @@ class LanesAndTable(RuleBasedStateMachine):
         self._read_on(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), late=data.draw(st.booleans()))
 
     def _read_on(self, limit: int, per_key: int, *, late: bool) -> None:
-        found = [(resume, self._after(resume, per_key)) for resume in self.scheduler.resumes(limit)]
+        found = [(resume, self._after(resume, per_key)) for resume in self.scheduler.key_reads(limit)]
 
         def answer() -> None:
             for resume, rows in found:
-                self.scheduler.resumed(resume, rows, complete=len(rows) < per_key)
+                self.scheduler.admit_key_read(resume, rows, complete=len(rows) < per_key)
 
         self._begin_read(answer, late)
 
@@ -215,7 +217,7 @@ class LanesAndTable(RuleBasedStateMachine):
         self.read.close()
 
     def pass_from_the_beginning(self, _: st.DataObject) -> None:
-        self.scheduler.forget_unread(self.cursors)
+        self.scheduler.forget_deferred(self.cursors)
         self.cursors = dict.fromkeys(self.cursors, 0)
 
     # --- handlers --------------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ class LanesAndTable(RuleBasedStateMachine):
         if not started:
             return
         if len(started) == 1:
-            self.scheduler.start_with(started, batch, lambda other: _fenced(other) == _fenced(started[0]))
+            self.scheduler.start_with(started, batch, lambda other: _after_settled(other) == _after_settled(started[0]))
             assert len(started) <= batch
         for one in started:
             assert one.key not in {other.key for other in (*self.running, *self.orphans)}, f"{one.key} runs twice"
@@ -240,15 +242,15 @@ class LanesAndTable(RuleBasedStateMachine):
         record = self.table[one.seq - 1]
         assert record.shard in self.cursors, f"{one!r} was released"
         # One whose commit nobody has heard of may start again: it finds its row processed.
-        assert _fenced(one) or record.state in ("fresh", "waiting"), f"{one!r} is {record.state}"
+        assert _after_settled(one) or record.state in ("fresh", "waiting"), f"{one!r} is {record.state}"
         assert one.seq not in self.unsettled, f"{one!r} has finished and starts again"
         assert record.requeued_late or one.attempt == record.failures + 1, f"{one!r} was read before it failed"
         for earlier in self.table[: one.seq - 1]:
             if earlier.key == record.key and not (earlier.settled or earlier.requeued_late or earlier.seq in beside):
                 outcome = self.unsettled.get(earlier.seq)
                 assert outcome is not None, f"{one!r} overtakes {earlier}"
-                assert not outcome.holds_key, f"{one!r} overtakes {earlier}"
-                assert not _fenced(one), f"{one!r} does not wait for {earlier} to be settled"
+                assert not outcome.blocks_key, f"{one!r} overtakes {earlier}"
+                assert not _after_settled(one), f"{one!r} does not wait for {earlier} to be settled"
 
     @staticmethod
     def _in_order(changes: Iterable[Change]) -> bool:
@@ -272,14 +274,14 @@ class LanesAndTable(RuleBasedStateMachine):
         outcome = data.draw(st.sampled_from(outcomes))
         if self.table[one.seq - 1].state == "processed":
             outcome = Committed(EPOCH)
-        elif isinstance(outcome, Processed) and _fenced(one):
+        elif isinstance(outcome, Processed) and _after_settled(one):
             self.table[one.seq - 1].state = "processed"
             outcome = Committed(EPOCH)
         return Settlement(one, outcome)
 
     def commit(self, data: st.DataObject) -> None:
         """A handler's own transaction marks its change; that it did is learnt later, or not at all."""
-        one = data.draw(st.sampled_from([one for one in self.running if _fenced(one)]))
+        one = data.draw(st.sampled_from([one for one in self.running if _after_settled(one)]))
         if all(other.key != one.key or other.seq >= one.seq for other in self.running):
             self.table[one.seq - 1].state = "processed"
 
@@ -393,7 +395,7 @@ class LanesAndTable(RuleBasedStateMachine):
         assert scheduler.queued >= 0
         assert scheduler.room == scheduler.capacity - scheduler.running - scheduler.settling - scheduler.queued >= 0
         assert scheduler.idle == (not self.running and not self.unsettled)
-        assert scheduler.unread_keys <= len(_KEYS)
+        assert scheduler.deferred_keys <= len(_KEYS)
         assert all(scheduler.knows(seq) for seq in (*self.unsettled, *(one.seq for one in self.running)))
 
     def teardown(self) -> None:
@@ -421,7 +423,7 @@ class LanesAndTable(RuleBasedStateMachine):
         if self.running:
             one = self.running.pop(0)
             committed = self.table[one.seq - 1].state == "processed"
-            if committed or _fenced(one):
+            if committed or _after_settled(one):
                 self.table[one.seq - 1].state = "processed"
                 self.scheduler.finished([Settlement(one, Committed(EPOCH))])
             else:
@@ -435,5 +437,5 @@ class LanesAndTable(RuleBasedStateMachine):
         self._settle(99, late=False)
 
 
-LanesAndTable.TestCase.settings = MACHINE
-TestLanesAndTable = LanesAndTable.TestCase
+SchedulerAndTable.TestCase.settings = MACHINE
+TestSchedulerAndTable = SchedulerAndTable.TestCase

@@ -58,7 +58,7 @@ def test_each_is_written_once_and_in_the_order_of_its_key(
             case "lost":
                 lost = True
                 assert len(marks.park()) == len(marks)
-                assert marks.uncertain >= set(_seqs(batch))
+                assert marks.maybe_written >= set(_seqs(batch))
                 assert marks.take(9, now) == [], "they wait for their shards"
                 marks.unpark([0, 1])
             case _:
@@ -69,7 +69,7 @@ def test_each_is_written_once_and_in_the_order_of_its_key(
         report(batch)
     assert len(marks) == 0
     assert not marks.holds
-    assert not marks.uncertain
+    assert not marks.maybe_written
     assert sorted(_seqs(written)) == _seqs(coming), "each once"
     for key in set(keys):
         assert (seqs := _seqs([one for one in written if one.change.entity_id == key])) == sorted(seqs)
@@ -85,7 +85,7 @@ def test_of_a_shard_that_was_somebody_elses_meanwhile_nothing_is_written() -> No
     assert _seqs(marks.drop([0])) == [1]
     marks.unpark([1])
     assert _seqs(marks.take(9)) == [2]
-    assert marks.uncertain == set()
+    assert marks.maybe_written == set()
 
 
 def test_a_held_key_is_tried_again_in_its_time_and_keeps_no_other_back() -> None:

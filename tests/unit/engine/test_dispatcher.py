@@ -41,7 +41,7 @@ class _Waiting:
     def in_thread(self, change: Change) -> bool:
         return False
 
-    def at_once(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
+    def run_inline(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
         return [], None
 
     async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
@@ -53,7 +53,7 @@ class _Waiting:
 def _dispatcher(scheduler: KeyScheduler, executor: _Waiting, concurrency: int) -> Dispatcher:
     return Dispatcher(
         scheduler, executor, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
-        finished=lambda *_: None, read_anew=lambda: None,
+        finished=lambda *_: None, reread=lambda: None,
     )  # fmt: skip
 
 
@@ -70,12 +70,12 @@ async def test_there_is_one_worker_for_each_change_however_often_they_are_handed
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([row(1, "a"), row(2, "b")])
     for _ in range(3):  # after the read, at the end of the loop, after a settle
-        dispatcher.hand_out()
+        dispatcher.dispatch()
     assert len(dispatcher) == 2
     await _until(lambda: executor.started == [1, 2])
     scheduler.admit([row(3, "c")])
     for _ in range(3):
-        dispatcher.hand_out()
+        dispatcher.dispatch()
     assert len(dispatcher) == 3
     await _until(lambda: executor.started == [1, 2, 3])
     executor.go.set()
@@ -87,7 +87,7 @@ async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another()
     scheduler.own([0])
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([row(1)])
-    dispatcher.hand_out()
+    dispatcher.dispatch()
     for task in dispatcher._tasks:
         task.cancel()
     await _until(lambda: executor.started == [1])
@@ -106,16 +106,16 @@ async def test_a_suspect_that_is_cut_off_before_its_task_began_leaves_its_key_op
     scheduler.own([0])
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([Row(replace(change(1), crashed=True))])
-    dispatcher.hand_out()
+    dispatcher.dispatch()
     await OtherTasks()  # the worker's only step
-    assert len(dispatcher._aside) + len(dispatcher._doubted) == 1
+    assert len(dispatcher._quarantined) + len(dispatcher._doubted) == 1
     scheduler.reset()
     await dispatcher.session_lost()
     await _until(lambda: len(dispatcher) == 0)
     assert executor.started == []
     scheduler.own([0])
     scheduler.admit([row(1)])
-    dispatcher.hand_out()
+    dispatcher.dispatch()
     await _until(lambda: executor.started == [1])
     executor.go.set()
     await _until(lambda: len(dispatcher) == 0)
@@ -138,7 +138,7 @@ async def test_a_suspect_starts_when_what_became_of_the_one_before_is_in_the_tab
     scheduler.own([0])
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([Row(replace(change(seq, str(seq)), crashed=True)) for seq in (1, 2)])
-    dispatcher.hand_out()
+    dispatcher.dispatch()
     await _until(lambda: scheduler.marks.ready == 1)
     for _ in range(10):
         await OtherTasks()
@@ -174,18 +174,18 @@ async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_ti
     scheduler, executor, ended = KeyScheduler(100), _Ending(error), list[Settlement]()
     scheduler.own([0])
 
-    def read_anew() -> None:
-        for resume in scheduler.resumes(10):
-            scheduler.resumed(resume, [row(1)], complete=True)
+    def reread() -> None:
+        for resume in scheduler.key_reads(10):
+            scheduler.admit_key_read(resume, [row(1)], complete=True)
 
     dispatcher = Dispatcher(
         scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
-        finished=ended.extend, read_anew=read_anew,
+        finished=ended.extend, reread=reread,
     )  # fmt: skip
     scheduler.admit([row(1)])
 
     def all_ended() -> bool:
-        dispatcher.hand_out()
+        dispatcher.dispatch()
         return bool(ended)
 
     await _until(all_ended)
@@ -206,10 +206,10 @@ async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> 
 
     dispatcher = Dispatcher(
         scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
-        finished=fail, read_anew=lambda: None,
+        finished=fail, reread=lambda: None,
     )  # fmt: skip
     scheduler.admit([row(1)])
-    dispatcher.hand_out()
+    dispatcher.dispatch()
     await _until(lambda: len(dispatcher) == 0)
     assert (scheduler.running, scheduler.settling) == (0, 1)
 
@@ -232,7 +232,7 @@ async def test_a_worker_that_went_on_after_it_was_cut_off_takes_nothing_more() -
     scheduler.own([0])
     dispatcher = _dispatcher(scheduler, executor, 1)
     scheduler.admit([row(1, "a"), row(2, "b")])
-    dispatcher.hand_out()
+    dispatcher.dispatch()
     await _until(lambda: executor.started == [1])
     [task] = dispatcher._tasks
 

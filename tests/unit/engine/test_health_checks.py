@@ -15,23 +15,23 @@ WELL = ConsumerStatus(in_service=True, answered_at=NOW)
 
 def _stream(silent_s: float = 0.0, stall_limit_s: float = 30.0) -> StreamStatus:
     return StreamStatus(
-        connected=True, loop_turned_monotonic=NOW, last_byte_monotonic=NOW - silent_s, stall_limit_s=stall_limit_s
+        connected=True, loop_last_iteration=NOW, last_byte_monotonic=NOW - silent_s, stall_limit_s=stall_limit_s
     )
 
 
 @pytest.mark.parametrize(
     ("status", "red"),
     [
-        (ProcessStatus(loop_turned_at=NOW), []),
-        (ProcessStatus(loop_turned_at=NOW - 31), ["loop.consumer"]),
-        (ProcessStatus(loop_turned_at=NOW, stream=None), []),
-        (ProcessStatus(loop_turned_at=NOW, stream=StreamStatus(loop_turned_monotonic=NOW - 31)), ["loop.stream"]),
-        (ProcessStatus(loop_turned_at=NOW, stream=_stream(silent_s=100)), ["stream.last_byte"]),
+        (ProcessStatus(loop_last_iteration=NOW), []),
+        (ProcessStatus(loop_last_iteration=NOW - 31), ["loop.consumer"]),
+        (ProcessStatus(loop_last_iteration=NOW, stream=None), []),
+        (ProcessStatus(loop_last_iteration=NOW, stream=StreamStatus(loop_last_iteration=NOW - 31)), ["loop.stream"]),
+        (ProcessStatus(loop_last_iteration=NOW, stream=_stream(silent_s=100)), ["stream.last_byte"]),
         # It has learnt to be patient: a server that decodes a huge transaction is silent for minutes.
-        (ProcessStatus(loop_turned_at=NOW, stream=_stream(silent_s=100, stall_limit_s=120)), []),
-        (ProcessStatus(loop_turned_at=NOW, failing_tasks={"relay": 4}), ["task.relay"]),
+        (ProcessStatus(loop_last_iteration=NOW, stream=_stream(silent_s=100, stall_limit_s=120)), []),
+        (ProcessStatus(loop_last_iteration=NOW, failing_tasks={"relay": 4}), ["task.relay"]),
         # Nothing that a restart would mend.
-        (ProcessStatus(loop_turned_at=NOW, consumer=ConsumerStatus(held_up_s=900, answered_at=0)), []),
+        (ProcessStatus(loop_last_iteration=NOW, consumer=ConsumerStatus(held_up_s=900, answered_at=0)), []),
     ],
 )
 def test_a_process_is_restarted_for_what_a_restart_mends(status: ProcessStatus, red: list[str]) -> None:

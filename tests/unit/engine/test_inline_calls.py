@@ -64,9 +64,9 @@ class _Stage:
         self.outcomes: dict[int, Outcome] = {}
         self.dispatcher = Dispatcher(
             self.scheduler, run, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),
-            finished=self._finished, read_anew=lambda: None,
+            finished=self._finished, reread=lambda: None,
         )  # fmt: skip
-        self.breakers.moved = self.dispatcher.breaker_moved
+        self.breakers.moved = self.dispatcher.breaker_changed
 
     def _finished(self, batch: Sequence[Settlement]) -> None:
         self.outcomes |= {change.seq: outcome for change, outcome in batch}
@@ -74,7 +74,7 @@ class _Stage:
     def work(self, changes: int) -> None:
         """A change of each of so many keys."""
         self.scheduler.admit([row(seq, str(seq)) for seq in range(1, changes + 1)])
-        self.dispatcher.hand_out()
+        self.dispatcher.dispatch()
 
     async def until_done(self, seqs: Sequence[int]) -> None:
         async def done() -> bool:
@@ -176,7 +176,7 @@ async def test_a_row_that_does_not_fit_the_model_is_dead_and_the_others_are_hand
     rows = [row(seq, str(seq)) for seq in (1, 2, 3)]
     fitting = [one._replace(change=replace(one.change, new={"id": one.change.seq})) for one in rows[::2]]
     stage.scheduler.admit([fitting[0], rows[1], fitting[1]])
-    stage.dispatcher.hand_out()
+    stage.dispatcher.dispatch()
     await stage.until_done([1, 2, 3])
     assert seen == [Model(id=1), Model(id=3)]
     assert [type(stage.outcomes[seq]) for seq in (1, 2, 3)] == [Processed, Dead, Processed]
@@ -231,7 +231,7 @@ async def test_what_was_put_off_meanwhile_goes_to_its_own_handler() -> None:
     stage.dispatcher._handler, run = stage.scheduler.start()
     stage.dispatcher._started.extend(run)  # the rest of a run, of which one waits
     assert len(stage.dispatcher._started) == 2
-    stage.dispatcher.hand_out()
+    stage.dispatcher.dispatch()
     await stage.until_done([1, 2, 3])
     assert sorted(got) == [("handle", "t"), ("handle", "t"), ("other", "other")]
 

@@ -35,9 +35,9 @@ class _Store:
         _without: Iterable[str] = (),
         *,
         start: int,
-        in_hand: Iterable[int],
+        in_window: Iterable[int],
     ) -> Due:
-        assert list(in_hand) == []
+        assert list(in_window) == []
         self.looks += 1
         self.clock += self.took_s
         self.starts.append(start)

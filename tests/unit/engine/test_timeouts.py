@@ -72,7 +72,7 @@ async def test_one_that_began_later_overruns_later_though_nobody_comes_after_it(
     async def rest(name: str, ago_s: float) -> None:
         coroutine = _for_ever()
         try:
-            await limit.go_on(StartedCall(coroutine, coroutine.send(None), time.monotonic() - ago_s))
+            await limit.resume(StartedCall(coroutine, coroutine.send(None), time.monotonic() - ago_s))
         except OverrunError:
             told.append(name)
 

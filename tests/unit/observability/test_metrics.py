@@ -132,7 +132,7 @@ def test_what_has_no_value_yet_has_no_series(metrics: _Shown) -> None:
         "cdc_collector_success",
     }  # fmt: skip
     assert not without & _series(metrics)
-    metrics.status = replace(metrics.status, stream=StreamStatus(loop_turned_monotonic=1, last_byte_monotonic=1))
+    metrics.status = replace(metrics.status, stream=StreamStatus(loop_last_iteration=1, last_byte_monotonic=1))
     _fill(metrics)
     assert without <= _series(metrics)
 
@@ -158,7 +158,7 @@ def test_a_type_without_a_rule_is_counted_as_other(metrics: _Shown) -> None:
         (ProcessStatus(stream=StreamStatus(reason="slot_busy")), Role.STANDBY, Reason.SLOT_BUSY),
         (ProcessStatus(stream=StreamStatus(reason="wal_level")), Role.SWEEPING, Reason.WAL_LEVEL),
         (ProcessStatus(stream=StreamStatus(reason="stalled")), Role.SWEEPING, Reason.NETWORK),
-        (ProcessStatus(stream=StreamStatus(loop_turned_monotonic=1)), Role.SWEEPING, None),  # it was stopped
+        (ProcessStatus(stream=StreamStatus(loop_last_iteration=1)), Role.SWEEPING, None),  # it was stopped
         (
             ProcessStatus(stream=StreamStatus(connected=True), consumer=ConsumerStatus(observing=True)),
             Role.OBSERVING,
@@ -198,10 +198,10 @@ def test_what_a_consumer_holds_is_read_at_the_scrape(metrics: _Shown) -> None:
 
 
 def test_times_are_those_of_the_wall_clock(metrics: _Shown) -> None:
-    metrics.status = ProcessStatus(consumer=ConsumerStatus(turned={"settle": time.monotonic()}))
-    turned = _value(metrics, "cdc_loop_last_iteration_timestamp_seconds", loop="settle")
-    assert turned is not None
-    assert abs(time.time() - turned) < 60
+    metrics.status = ProcessStatus(consumer=ConsumerStatus(last_iteration={"settle": time.monotonic()}))
+    last_iteration = _value(metrics, "cdc_loop_last_iteration_timestamp_seconds", loop="settle")
+    assert last_iteration is not None
+    assert abs(time.time() - last_iteration) < 60
 
 
 def test_only_where_something_is_delivered_it_is_said_whether_the_application_is_there(metrics: _Shown) -> None:

@@ -15,16 +15,16 @@ prefixes = st.text(min_size=1, max_size=63).map(message_prefix)
 
 
 @given(prefixes, wakeups)
-def test_what_is_encoded_is_decoded_and_fits(prefix: str, rung: list[WakeUp]) -> None:
-    payloads = encode(prefix, rung)
+def test_what_is_encoded_is_decoded_and_fits(prefix: str, notified: list[WakeUp]) -> None:
+    payloads = encode(prefix, notified)
     assert all(len(payload.encode()) <= PAYLOAD_BYTES_MAX for payload in payloads)
-    assert [wakeup for payload in payloads for wakeup in decode(prefix, payload) or ["lost"]] == rung
+    assert [wakeup for payload in payloads for wakeup in decode(prefix, payload) or ["lost"]] == notified
 
 
 @given(prefixes, prefixes, wakeups)
-def test_one_outbox_never_reads_anothers(ours: str, theirs: str, rung: list[WakeUp]) -> None:
+def test_one_outbox_never_reads_anothers(ours: str, theirs: str, notified: list[WakeUp]) -> None:
     if ours != theirs:
-        assert all(decode(ours, payload) == [] for payload in encode(theirs, rung))
+        assert all(decode(ours, payload) == [] for payload in encode(theirs, notified))
 
 
 def test_many_wakeups_travel_in_few_payloads() -> None:

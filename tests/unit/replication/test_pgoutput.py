@@ -101,11 +101,11 @@ def test_any_content_of_ours_gives_a_value(content: str) -> None:
 
 def value_or_protocol_error(decode: Decoder, message: bytes, *, must_be_a_value: bool = False) -> None:
     try:
-        rung = decode(message)
+        notified = decode(message)
     except ProtocolError:
         assert not must_be_a_value
         return
-    assert rung is None or (1 <= rung[0].seq < 2**63 and 0 <= rung[0].shard < 64)
+    assert notified is None or (1 <= notified[0].seq < 2**63 and 0 <= notified[0].shard < 64)
 
 
 def test_the_publication_is_one_quoted_identifier() -> None:

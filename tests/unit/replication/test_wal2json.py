@@ -90,18 +90,18 @@ CASES = [
     ),
 ]
 by_name = pytest.mark.parametrize(
-    ("prefix", "text", "rung"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+    ("prefix", "text", "notified"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
 
 
 @by_name
-def test_what_the_plugin_sends_is_read(prefix: str, text: str, rung: Rung | None) -> None:
-    assert Decoder(prefix)(text.encode()) == rung
-    assert Decoder(prefix)(memoryview(text.encode())) == rung
+def test_what_the_plugin_sends_is_read(prefix: str, text: str, notified: Rung | None) -> None:
+    assert Decoder(prefix)(text.encode()) == notified
+    assert Decoder(prefix)(memoryview(text.encode())) == notified
 
 
 @by_name
-def test_every_strict_prefix_is_a_protocol_error(prefix: str, text: str, rung: Rung | None) -> None:
+def test_every_strict_prefix_is_a_protocol_error(prefix: str, text: str, notified: Rung | None) -> None:
     decode, payload = Decoder(prefix), text.encode()
     for size in range(len(payload)):
         with pytest.raises(ProtocolError):
@@ -111,7 +111,9 @@ def test_every_strict_prefix_is_a_protocol_error(prefix: str, text: str, rung: R
 
 
 @by_name
-def test_every_change_of_one_byte_gives_a_value_or_a_protocol_error(prefix: str, text: str, rung: Rung | None) -> None:
+def test_every_change_of_one_byte_gives_a_value_or_a_protocol_error(
+    prefix: str, text: str, notified: Rung | None
+) -> None:
     decode, payload = Decoder(prefix), text.encode()
     for place in range(len(payload)):
         for bits in (0x01, 0x10, 0x80, 0xFF):
@@ -130,10 +132,10 @@ def test_json_without_end_is_a_protocol_error() -> None:
 
 def value_or_protocol_error(decode: Decoder, payload: bytes) -> None:
     try:
-        rung = decode(payload)
+        notified = decode(payload)
     except ProtocolError:
         return
-    assert rung is None or (1 <= rung[0].seq < 2**63 and 0 <= rung[0].shard < 64)
+    assert notified is None or (1 <= notified[0].seq < 2**63 and 0 <= notified[0].shard < 64)
 
 
 @given(
@@ -154,11 +156,11 @@ def test_the_quick_way_reads_what_a_json_parser_reads(
         "content": content,
     }
     usual = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
-    heard, rung = UsualMessages(prefix)([envelope(usual, 77)]), Decoder(prefix)(usual)
+    heard, notified = UsualMessages(prefix)([envelope(usual, 77)]), Decoder(prefix)(usual)
     if heard is not None:
-        assert rung == (heard.wakeups[0], heard.committed_at)
+        assert notified == (heard.wakeups[0], heard.committed_at)
         assert (heard.highest, len(heard.wakeups)) == (77, 1)
-    assert (heard is None) == (rung is None)
+    assert (heard is None) == (notified is None)
 
 
 def envelope(payload: bytes, position: int = 0) -> bytes:
@@ -218,7 +220,7 @@ def test_whatever_is_damaged_many_messages_are_read_as_they_are_one_by_one(
         decode = Decoder("entity_change:public")
         parsed = [parse(message) for message in messages]
         one_by_one = [decode(payload) for _, payload, _ in parsed if payload is not None]
-        assert heard.wakeups == [rung[0] for rung in one_by_one if rung]
+        assert heard.wakeups == [notified[0] for notified in one_by_one if notified]
         assert heard.highest == max(position for position, _, _ in parsed)
 
 

@@ -13,10 +13,10 @@ def painted(text: str, colour: str | None = None, *, bold: bool | None = None) -
     return f"<{colour}>{text}" if colour else text
 
 
-def journey(*, rung: float | None = 10.002, attempts: int = 1) -> Journey:
+def journey(*, notified: float | None = 10.002, attempts: int = 1) -> Journey:
     return Journey(
         table="whatsapp_message_reactions", operation="INSERT", note="✅ → task", shown=True, sent=10.0, stored=10.0015,
-        rung=rung, handler="react", started=10.003, attempts=attempts, processed=10.0045,
+        notified=notified, handler="react", started=10.003, attempts=attempts, processed=10.0045,
     )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def test_columns_stand_under_their_titles() -> None:
 
 def test_what_was_swept_or_tried_again_stands_out() -> None:
     assert "<cyan>wal" in report.line(journey(), painted)
-    assert "<yellow>sweep" in report.line(journey(rung=None), painted)
+    assert "<yellow>sweep" in report.line(journey(notified=None), painted)
     retried = report.line(journey(attempts=3), painted)
     assert "<yellow>      4.5" in retried
     assert retried.endswith("attempt 3")
@@ -63,6 +63,6 @@ def test_the_rate_of_the_burst_counts_the_writing_too() -> None:
 
 
 def test_where_nothing_rang_the_summary_has_no_line_for_it() -> None:
-    text = "\n".join(report.summary(Totals(1, 1, 0, 0), [journey(rung=None)], {"sweep": 1}, None, plain))
+    text = "\n".join(report.summary(Totals(1, 1, 0, 0), [journey(notified=None)], {"sweep": 1}, None, plain))
     assert "  wake-up  " not in text
     assert "  handler  " in text

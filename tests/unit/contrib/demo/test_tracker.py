@@ -47,11 +47,11 @@ def sent(tracker: Tracker) -> Journey:
 def test_a_change_is_followed_from_the_writer_to_processed(tracker: Tracker, arrived: list[Journey]) -> None:
     journey = sent(tracker)
     tracker.stored(journey)
-    tracker.rang([WakeUp(7, 1), WakeUp(8, 1)])
+    tracker.notified([WakeUp(7, 1), WakeUp(8, 1)])
     tracker.started(change(), "answer")
     tracker.processed(change())
     assert arrived == tracker.ended == [journey]
-    assert [journey.sent, journey.stored, journey.rung, journey.started, journey.processed] == [1, 2, 3, 4, 5]
+    assert [journey.sent, journey.stored, journey.notified, journey.started, journey.processed] == [1, 2, 3, 4, 5]
     assert (journey.handler, journey.attempts, journey.source) == ("answer", 1, "wal")
 
 
