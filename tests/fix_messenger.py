@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,8 +35,24 @@ class Messenger:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+    """Closed, it leaves no connection open and no thread behind: a client that keeps its connection would keep both."""
+
+    daemon_threads = False  # those that are, are not waited for
     messenger: Messenger
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self._links: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._links.append(request)
+        super().process_request(request, client_address)
+
+    def server_close(self) -> None:
+        for link in self._links:
+            with contextlib.suppress(OSError):  # its thread has closed it
+                link.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -16,6 +16,9 @@ _RETRY_AFTER_MAX_S = 3600.0
 _LATER = (408, 425, 429)
 """Of the answers below 500 those about the moment. To any other the same request would be answered so again."""
 
+_open: dict[aiohttp.ClientSession, AsyncGenerator[aiohttp.ClientSession]] = {}
+"""What closes each session. A loop holds its generators weakly, and closes in vain what is collected as it ends."""
+
 
 class SendError(Exception):
     """The message was not taken. The text has neither the message nor the URL in it."""
@@ -33,7 +36,6 @@ class HttpSender:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._session: aiohttp.ClientSession | None = None
-        self._sessions: AsyncGenerator[aiohttp.ClientSession] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def send(self, message: Outgoing, key: str) -> None:
@@ -63,14 +65,19 @@ class HttpSender:
         loop = asyncio.get_running_loop()
         if self._session is None or self._loop is not loop:
             # Not awaited until it is there: nobody else can come in between.
-            self._loop, self._sessions = loop, self._until_the_loop_ends()
-            self._session = await anext(self._sessions)
+            self._loop, sessions = loop, _until_the_loop_ends(self._timeout)
+            self._session = await anext(sessions)
+            _open[self._session] = sessions
         return self._session
 
-    async def _until_the_loop_ends(self) -> AsyncGenerator[aiohttp.ClientSession]:
-        """One session; a loop closes the generators that were begun on it, and this closes the session."""
-        async with aiohttp.ClientSession(timeout=self._timeout) as session:
+
+async def _until_the_loop_ends(time_limit: aiohttp.ClientTimeout) -> AsyncGenerator[aiohttp.ClientSession]:
+    """One session; a loop closes the generators that were begun on it, and this closes the session."""
+    async with aiohttp.ClientSession(timeout=time_limit) as session:
+        try:
             yield session
+        finally:
+            del _open[session]
 
 
 def _check(url: str) -> None:

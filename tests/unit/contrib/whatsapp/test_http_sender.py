@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import sys
+import warnings
 
 import pytest
 
@@ -71,6 +73,16 @@ def test_it_lives_through_several_event_loops_and_leaves_no_connection_open(mess
     for key in ("1", "2"):
         asyncio.run(sender.send(HELLO, key))
     assert [each.key for each in messenger.received] == ["1", "2"]
+
+
+def test_a_sender_that_is_collected_as_its_loop_ends_leaves_no_connection_open(messenger: Messenger) -> None:
+    with warnings.catch_warnings(record=True) as left:
+        warnings.simplefilter("always")
+        with asyncio.Runner() as runner:
+            runner.run(HttpSender(messenger.url).send(HELLO, "key-1"))
+            gc.collect()
+        gc.collect()
+    assert left == []
 
 
 @pytest.mark.parametrize("url", ["", "x", "ftp://h/x", "http://", "http:///x", "http://h:99999/", "http://[::1/"])
