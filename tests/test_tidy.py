@@ -357,7 +357,12 @@ def test_no_file_is_a_link() -> None:
 
 
 def _documents() -> str:
-    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    paths = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "tests/README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ]
     return "\n".join(path.read_text("utf-8") for path in paths if path.exists())
 
 
