@@ -1,7 +1,7 @@
 -- The outbox: one row for each captured change, and its state.
 --
--- A table made from the documented SQL is upgraded in place; where there is none, an empty one is made and takes the
--- same way, so that both end alike. Safe to run again.
+-- A table made from the documented SQL (docs/explanation/documented-design.md) is upgraded in place; where there is none,
+-- an empty one is made and takes the same way, so that both end alike. Safe to run again.
 -- Locks: ACCESS EXCLUSIVE on entity_changes until the transaction ends; the table is written anew twice and indexed, some
 -- minutes for ten million rows, and capturing waits meanwhile. A later run takes SHARE for a moment.
 

@@ -366,6 +366,26 @@ def _documents() -> str:
     return "\n".join(path.read_text("utf-8") for path in paths if path.exists())
 
 
+def test_pages_that_are_named_anywhere_exist_with_their_headings() -> None:
+    """As ``docs/operations/alerts.md#cdcabsent``, in code, alerts, manifests and messages; the site checks its links."""
+    missing = []
+    for path in project_files():
+        if path.suffix in {".svg", ".png"} or path.name == "CHANGELOG.md":
+            continue
+        for page, heading in re.findall(
+            r"\b(docs/[\w./-]+\.md)(?:#([\w-]+))?", path.read_text("utf-8", errors="replace")
+        ):
+            found = (ROOT / page).read_text("utf-8") if (ROOT / page).exists() else None
+            if found is None or (heading and heading not in _anchors(found)):
+                missing.append(f"{name(path)}: {page}#{heading}")
+    assert missing == []
+
+
+def _anchors(page: str) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
 def test_make_targets_in_the_documents_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     named = set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", _documents(), re.MULTILINE))

@@ -1,5 +1,5 @@
--- The outbox and its trigger as the document has them: what capturing with NOTIFY costs is measured with these. The
--- table that is captured has every column which the function names.
+-- The outbox and its trigger as the documented design has them: what capturing with NOTIFY costs is measured with these.
+-- The table that is captured has every column which the function names.
 CREATE TABLE entity_changes (
   id UUID PRIMARY KEY DEFAULT gen_random_uuid(),
   table_name TEXT NOT NULL,

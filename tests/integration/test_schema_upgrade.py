@@ -160,7 +160,7 @@ THEN = datetime(2026, 3, 1, 12, 0)  # noqa: DTZ001 - what the documented column 
 
 @pytest.fixture
 def documented(db: psycopg.Connection) -> psycopg.Connection:
-    """A connection to a database as the document leaves it, with rows in every condition they can be in there."""
+    """A connection to a database as the documented SQL leaves it, with rows in every condition they can be in there."""
     db.execute("SET timezone = 'Europe/Berlin'")
     db.execute(DOCUMENTED.encode())
     db.execute(TABLES.encode())

@@ -1,5 +1,7 @@
 """The documented application: ``cdc run --handlers cdc.contrib.whatsapp:router``, and ``cdc whatsapp``.
 
+What is documented, and what of it is repaired: docs/explanation/documented-design.md.
+
 All but this file stands on the public names of ``cdc``, as anybody's application does.
 """
 
