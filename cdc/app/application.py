@@ -96,8 +96,9 @@ class App:
         _refuse_unhandled(settings.scope, router)
         self._router = router
         self._threads = Threads(settings.threads)
-        self.metrics = metrics = Metrics(settings.slot.name, router, driver=driver_versions())
-        self._supervisor = Supervisor(metrics.task_ended)
+        delivers = self._delivery is not None and not settings.observe
+        self.metrics = metrics = Metrics(settings.slot.name, router, driver=driver_versions(), delivers=delivers)
+        self._supervisor = Supervisor(metrics.process.task_ended)
         scope = settings.scope if settings.observe else self.scope
         page_bytes = min(BYTES, settings.window_bytes)
         store = Store(settings.schema_, settings.max_chain_depth, scope, page_bytes=page_bytes)
@@ -112,13 +113,13 @@ class App:
         self._loop = LoopWatch()
         self._breakers = Breakers({handler.name for handler in handlers})
         error_policy = ErrorPolicy(
-            handlers, policy, hooks=hooks, metrics=metrics, breakers=self._breakers,
+            handlers, policy, hooks=hooks, metrics=metrics.handlers, breakers=self._breakers,
             failed=self._failures.add,
         )  # fmt: skip
         self.consumer: Consumer | Shadow = (
             self._make_observer(store) if settings.observe else self._make_consumer(store, error_policy, hooks)
         )
-        self._relay = Relay(settings.current_dsn, settings.schema_, metrics.relay_notifies.inc)
+        self._relay = Relay(settings.current_dsn, settings.schema_, metrics.wakeups.relayed.inc)
         self._collector = Collector(
             settings.current_dsn,
             store=store,
@@ -131,7 +132,6 @@ class App:
         self._stream = self._make_stream() if settings.stream else None
         self._listener = Listener(settings.current_dsn, settings.schema_, self._heard, captured=self.consumer.captured)
         self._page = self._make_page() if settings.http.port and settings.http.page else None
-        delivers = self._delivery is not None and not settings.observe
         metrics.registry.register(
             StatusMetrics(settings.slot.name, lambda: self.status, delivery=endpoint_url.HANDLER if delivers else None)
         )
@@ -153,7 +153,7 @@ class App:
             timeout_s=settings.timeout_s,
             threads=self._threads,
             transactions=self._transactions,
-            metrics=self.metrics,
+            metrics=self.metrics.handlers,
         )
         demand = HandlerLimits(
             self._router,
@@ -230,7 +230,9 @@ class App:
             await self._transactions.open()
             if self._delivery and not self._settings.observe:
                 breaker = self._breakers.of[endpoint_url.HANDLER]
-                self._delivery.open(self.metrics, breaker, partial(self._breakers.succeeded, endpoint_url.HANDLER))
+                self._delivery.open(
+                    self.metrics.delivery, breaker, partial(self._breakers.succeeded, endpoint_url.HANDLER)
+                )
             yield
         finally:
             for task in tasks:
@@ -258,7 +260,7 @@ class App:
         yield "listener", self._once_connected(self._listener.run)
         yield "relay", self._once_connected(self._relay.run)
         if (age_s := self._settings.retention_s) is not None and not self._settings.observe:
-            pruning = Pruning(self._settings.current_dsn, self._settings.schema_, age_s, self.metrics)
+            pruning = Pruning(self._settings.current_dsn, self._settings.schema_, age_s, self.metrics.outbox)
             yield "retention", self._once_connected(pruning.run)
 
     def _once_connected(self, run: _Run) -> _Run:
@@ -289,9 +291,7 @@ class App:
                 recreate_slot=settings.slot.recreate,
                 stall_limit_s=self._thresholds.stall_s,
             ),
-            StreamBridge(
-                self.consumer, self._relay, self.metrics, settings.slot.name, changed=self._collector.look_now
-            ),
+            StreamBridge(self.consumer, self._relay, self.metrics, changed=self._collector.look_now),
             self._supervisor,
             exposed=self._exposed,
         )
@@ -310,7 +310,7 @@ class App:
             self.consumer.sweep_now()
             return
         others = self.consumer.relayed(wakeups)
-        self.metrics.wakeups.labels("notify").inc(len(wakeups) - len(others))
+        self.metrics.wakeups.received.labels("notify").inc(len(wakeups) - len(others))
 
     # --- what others look at ---------------------------------------------------------------------------------------
 
@@ -321,10 +321,10 @@ class App:
             consumer=self.consumer.status,
             stream=self._stream.status if self._stream else None,
             poller=self._collector.status,
-            handlers=self.metrics.handler_status,
+            handlers=self.metrics.handlers.status,
             pools=self._transactions.status,
             breakers=self._breakers.status,
-            wakeups=self.metrics.wakeup_counts,
+            wakeups=self.metrics.wakeups.status,
             failing_tasks=dict(self._supervisor.failing()),
             loop_last_iteration=self._loop.last_iteration_at,
         )

@@ -19,7 +19,7 @@ from cdc.core.rebalance import Without, balance
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.sqlstate import passes
 from cdc.engine.crash_guard import CrashGuard
-from cdc.observability.metrics import Metrics
+from cdc.observability.metrics import ConsumerMetrics
 from cdc.postgres.shard_locks import Session, without
 
 log = logging.getLogger("cdc.consumer")
@@ -33,7 +33,7 @@ class Balancing:
         scheduler: KeyScheduler,
         planner: ReadPlanner,
         crash_guard: CrashGuard,
-        metrics: Metrics,
+        metrics: ConsumerMetrics,
         *,
         acquired: Callable[[], None],
     ) -> None:

@@ -119,8 +119,10 @@ class Consumer:
             crash_guard=self.crash_guard, finished=self._finished, reread=self._reread,
         )  # fmt: skip
         executor.breakers.changed = self._dispatcher.breaker_changed
-        self._settling = Settler(self._scheduler, store, metrics, now=self._now)
-        self._balancing = Balancing(self._scheduler, self._planner, self.crash_guard, metrics, acquired=self._reread)
+        self._settling = Settler(self._scheduler, store, metrics.outbox, now=self._now)
+        self._balancing = Balancing(
+            self._scheduler, self._planner, self.crash_guard, metrics.consumer, acquired=self._reread
+        )
         self._drained = asyncio.Event()
         # Written here, read by the health thread: times of the event loop's clock.
         self.last_iteration: dict[str, float] = {}
@@ -174,7 +176,7 @@ class Consumer:
             ours = [wakeup for wakeup in wakeups if wakeup.shard in owned]
             others = [wakeup for wakeup in wakeups if wakeup.shard not in owned]
         if dropped := self._planner.notified(ours, relayed=relayed):
-            self._metrics.wakeups_dropped.inc(dropped)
+            self._metrics.wakeups.dropped.inc(dropped)
         if ours:
             self._read_due.set()
         return others
@@ -234,7 +236,7 @@ class Consumer:
                 raise error
             if error and not self.stopping:
                 log.warning("interrupted: %s; trying again", _sentence(error))
-                self._metrics.interruptions.labels(_kind(error)).inc()
+                self._metrics.consumer.interruptions.labels(_kind(error)).inc()
                 pause_s = _RECONNECT_MIN_S if self._now() - began > _RECONNECT_MAX_S else pause_s * 2
                 await _wait(self._stopping, min(pause_s, _RECONNECT_MAX_S))
         await self._hooks.drain(self._settings.drain_time_s)
@@ -338,7 +340,7 @@ class Consumer:
         """The locks are gone, or about to be: forget what was queued and cut off what can be."""
         lost = self._balancing.lose()
         if lost and not self.stopping:
-            self._metrics.shard_moves.labels("lost").inc(len(lost))
+            self._metrics.consumer.shard_moves.labels("lost").inc(len(lost))
         self._scheduler.reset(keep=not self.stopping)
         self._planner.disown(lost)
         self._reads.due_within(0.0)
@@ -410,7 +412,7 @@ class Consumer:
         self._settling.written()
         self._dispatcher.settled()
         if settled.missed:
-            self._metrics.settle_skipped.inc(settled.missed)
+            self._metrics.outbox.settle_skipped.inc(settled.missed)
             self.sweep_now()  # somebody else had settled one: what the lanes take for waiting may be done
         self._tell(batch, settled.at)
         self._dispatcher.dispatch()
@@ -437,7 +439,7 @@ class Consumer:
         for change in changes:
             took_s.setdefault(change.entity_type, []).append((at - change.changed_at).total_seconds())
         for entity_type, seconds in took_s.items():
-            self._metrics.took(entity_type, seconds)
+            self._metrics.handlers.took(entity_type, seconds)
         self._hooks.processed(changes)
 
     # --- small things ----------------------------------------------------------------------------------------------

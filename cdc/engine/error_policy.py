@@ -23,7 +23,7 @@ from cdc.engine.hooks import Hooks
 from cdc.engine.transactions import EndedTransactionError, Errors, LostTransactionError
 from cdc.observability.failures import Failure
 from cdc.observability.logs import in_message
-from cdc.observability.metrics import Metrics
+from cdc.observability.metrics import HandlerMetrics
 
 log = logging.getLogger("cdc.handlers")
 
@@ -84,7 +84,7 @@ class ErrorPolicy:
         policy: Policy,
         *,
         hooks: Hooks,
-        metrics: Metrics,
+        metrics: HandlerMetrics,
         breakers: Breakers,
         failed: Callable[[Failure], None] | None = None,
         dice: Callable[[], float] = random.random,
@@ -199,7 +199,7 @@ class ErrorPolicy:
 
     def count(self, handler: Handler, kind: str) -> None:
         """One of metrics.ERROR_KINDS."""
-        self._metrics.handler_errors.labels(handler.name, kind).inc()
+        self._metrics.failed(handler.name, kind)
 
 
 class _Read(NamedTuple):

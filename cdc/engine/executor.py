@@ -74,7 +74,7 @@ from cdc.engine.transactions import (
     Ran,
     Transactions,
 )
-from cdc.observability.metrics import NO_HANDLER, Metrics
+from cdc.observability.metrics import NO_HANDLER, HandlerMetrics
 from cdc.runtime.cancelling import is_being_cancelled
 
 log = logging.getLogger("cdc.handlers")
@@ -114,7 +114,7 @@ class Executor:
         timeout_s: float | None,
         threads: Threads,
         transactions: Transactions,
-        metrics: Metrics,
+        metrics: HandlerMetrics,
     ) -> None:
         self._router = router
         self._scope = router.scope
@@ -130,7 +130,7 @@ class Executor:
         self._transactions = transactions
         self._metrics = metrics
         handlers = set(router.handlers.values())
-        self._durations = {h.name: metrics.handler_duration.labels(h.name) for h in handlers}
+        self._durations = {h.name: metrics.duration.labels(h.name) for h in handlers}
         self._sessions_lost = 0
         self._jobs: dict[int, Job] = {}
         """Calls in threads, by the first of their changes."""

@@ -171,7 +171,7 @@ class Reader:
                 raise
         for seq, id_, words, _ in found:
             if id_ in marked:
-                self._metrics.rows_refused.labels("read").inc()
+                self._metrics.outbox.rows_refused.labels("read").inc()
                 log.error("the database refuses to hand over change %d (%s): %s; now a dead letter", seq, id_, words)
             elif id_ not in self._unmarked:
                 log.warning("change %d (%s) can be neither read nor marked now: %s; trying again", seq, id_, words)
@@ -234,7 +234,7 @@ class Reader:
         )
         self._weigh(found.rows)
         admitted = self._scheduler.admit(found.rows, due=True)
-        self._metrics.wakeups.labels("retry").inc(admitted.taken)
+        self._metrics.wakeups.received.labels("retry").inc(admitted.taken)
         self._left_out = tuple({*without, *admitted.rejected})
         if found.more:
             self.due_within(0.0)
@@ -277,15 +277,15 @@ class Reader:
         found = self._planner.fetched(fetch, seen, page.snapshot, _now(), page.cut)
         self._planner.throttle(admitted.rejected, _now())
         if found.late or found.given_up:
-            self._metrics.visibility_retries.labels("found").inc(found.late)
-            self._metrics.visibility_retries.labels("left_to_sweep").inc(found.given_up)
+            self._metrics.outbox.visibility_retries.labels("found").inc(found.late)
+            self._metrics.outbox.visibility_retries.labels("left_to_sweep").inc(found.given_up)
 
     async def _sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> None:
         page = await self._timed(self._store.sweep(reader, sweep))
         admitted = self._scheduler.admit(page.rows)
         seen = [(row.change.seq, row.change.shard) for row in page.rows]
         notified = self._planner.swept(sweep, seen, admitted.rejected, page.snapshot, _now(), scanned=page.scanned)
-        self._metrics.wakeups.labels("sweep").inc(max(0, admitted.taken - notified))
+        self._metrics.wakeups.received.labels("sweep").inc(max(0, admitted.taken - notified))
 
     def _weigh(self, rows: Sequence[Row]) -> None:
         self._paging.read(len(rows), sum(row.change.size for row in rows))
@@ -295,8 +295,8 @@ class Reader:
         failpoints.here("fetch.before_rows")
         page = await read
         self._weigh(page.rows)
-        self._metrics.fetch_duration.observe(_now() - started)
-        self._metrics.fetch_changes.observe(len(page.rows))
+        self._metrics.outbox.fetch_duration.observe(_now() - started)
+        self._metrics.outbox.fetch_changes.observe(len(page.rows))
         return page
 
 

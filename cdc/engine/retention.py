@@ -21,7 +21,7 @@ import psycopg
 from psycopg import errors
 
 from cdc.core.errors import CdcError
-from cdc.observability.metrics import Metrics
+from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async, explain
 from cdc.postgres.retention import BATCH, Retention
 from cdc.postgres.shard_locks import RETENTION, lock_class
@@ -49,7 +49,7 @@ class Pruning:
         dsn: Dsn,
         schema: str,
         older_than_s: float,
-        metrics: Metrics,
+        metrics: OutboxMetrics,
         *,
         batch: int = BATCH,
         every_s: float = _ROUND_EVERY_S,
@@ -84,7 +84,7 @@ class Pruning:
                 count, since = await self._retention.prune_batch(
                     connection, self._older_than_s, self._batch, since=since
                 )
-                self._metrics.outbox_pruned.inc(count)
+                self._metrics.pruned.inc(count)
                 self._said = None
                 if more := count == self._batch:
                     took_s = asyncio.get_running_loop().time() - began

@@ -18,7 +18,7 @@ from cdc.core.model import Dead, Outcome, Unmarkable
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.sqlstate import About, about
-from cdc.observability.metrics import Metrics
+from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.outbox import Store
 from cdc.postgres.pages import Settled
 from cdc.postgres.shard_locks import Session
@@ -45,7 +45,9 @@ LEFT JOIN pg_stat_activity AS activity USING (pid)
 class Settler:
     """``now`` is the event loop's clock."""
 
-    def __init__(self, scheduler: KeyScheduler, store: Store, metrics: Metrics, *, now: Callable[[], float]) -> None:
+    def __init__(
+        self, scheduler: KeyScheduler, store: Store, metrics: OutboxMetrics, *, now: Callable[[], float]
+    ) -> None:
         self._scheduler = scheduler
         self._store = store
         self._metrics = metrics

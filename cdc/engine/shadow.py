@@ -119,7 +119,7 @@ class Shadow:
 
     def _plan_reads(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
         if dropped := self._planner.notified(wakeups, relayed=relayed):
-            self._metrics.wakeups_dropped.inc(dropped)
+            self._metrics.wakeups.dropped.inc(dropped)
         self._due.set()
         return ()
 
@@ -166,7 +166,7 @@ class Shadow:
                 if not self.connected.is_set():
                     raise
                 log.warning("interrupted: %s; trying again", type(error).__name__)
-                self._metrics.interruptions.labels("connection").inc()
+                self._metrics.consumer.interruptions.labels("connection").inc()
                 await _wait(self._stopping, pause_s)
                 pause_s = min(2 * pause_s, _RECONNECT_MAX_S)
             finally:
@@ -243,7 +243,7 @@ class Shadow:
             self._note(change)  # it may have been marked before it was seen fresh
             if self._marked.add(change.seq):
                 took_s = (processed_at - change.changed_at).total_seconds()
-                self._metrics.others_took(change.entity_type, took_s)
+                self._metrics.shadow.others_took(change.entity_type, took_s)
         await disregard()
         self._marks_after = found.go_on or Place(found.now - _LATE)
         return found.go_on is not None
@@ -257,7 +257,7 @@ class Shadow:
             self._paging.refused()
         for each in found:
             self._skipped.add(each.seq)
-            self._metrics.rows_refused.labels("read").inc()
+            self._metrics.outbox.rows_refused.labels("read").inc()
             log.warning("the database refuses to hand over change %d (%s): %s", each.seq, each.id, each.words)
         self._store.skip(self._skipped)
         self._planner.lost()  # of the read nothing has come in
@@ -268,7 +268,7 @@ class Shadow:
         if not self._captured.add(change.seq):
             return
         handler = self._router.match(change.entity_type, change.operation)
-        self._metrics.observed(change.entity_type, handler.name if handler else NO_HANDLER)
+        self._metrics.shadow.saw(change.entity_type, handler.name if handler else NO_HANDLER)
         if handler and (adapter := self._adapters.get(handler.name)):
             self._validate(handler, adapter, change)
 
@@ -281,7 +281,7 @@ class Shadow:
             self._misfit(handler, change, where(error, handler.function))
 
     def _misfit(self, handler: Handler, change: Change, why: str) -> None:
-        self._metrics.observed_misfits.labels(handler.name).inc()
+        self._metrics.shadow.misfit(handler.name)
         log.warning(
             "change %s of %s does not fit the model of handler %s: %s", change.id, change.entity_type, handler.name, why
         )

@@ -26,14 +26,13 @@ class StreamBridge:
     """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run in the stream's thread."""
 
     def __init__(
-        self, consumer: Consumer | Shadow, relay: Relay, metrics: Metrics, slot: str, *, changed: Callable[[], None]
+        self, consumer: Consumer | Shadow, relay: Relay, metrics: Metrics, *, changed: Callable[[], None]
     ) -> None:
         self._consumer = consumer
         self._relay = relay
         self._changed = changed
         self._metrics = metrics
-        self._slot = slot
-        self._heard = metrics.wakeups.labels("wal")
+        self._heard = metrics.wakeups.received.labels("wal")
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._crossing = 0
@@ -72,14 +71,14 @@ class StreamBridge:
             dropped, self._dropped = self._dropped, 0
         self._heard.inc(len(wakeups))
         if latency_s is not None:
-            self._metrics.wakeup_latency.observe(max(0.0, latency_s))
+            self._metrics.wakeups.latency.observe(max(0.0, latency_s))
         self._relay.offer(self._consumer.notified(wakeups))
         if dropped:
-            self._metrics.wakeups_dropped.inc(dropped)
+            self._metrics.wakeups.dropped.inc(dropped)
             self._consumer.missed()
             if self._consumer.shares:
                 self._relay.missed()
 
     def _interrupted(self, reason: str) -> None:
-        self._metrics.stream_disconnects.labels(self._slot, reason).inc()
+        self._metrics.stream.disconnected(reason)
         self._consumer.streaming(connected=False)

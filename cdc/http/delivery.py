@@ -42,7 +42,7 @@ from cdc.http.client_protocol import HEAD_MAX, Protocol
 from cdc.http.cloudevents import Message
 from cdc.http.endpoint_url import HANDLER, Target
 from cdc.http.responses import Answer, Meaning
-from cdc.observability.metrics import REQUESTS, Metrics
+from cdc.observability.metrics import DeliveryMetrics
 from cdc.runtime.deadline import deadline
 
 log = logging.getLogger("cdc.deliver")
@@ -121,7 +121,7 @@ class Delivery:
         self._looking: aiohttp.ClientSession | None = None
         """On the same connections, and it tells when one is made. A request takes a fifth longer by it, so it is for
         those that find out whether the application is there."""
-        self._metrics: Metrics | None = None
+        self._metrics: DeliveryMetrics | None = None
         self._breaker: Breaker | None = None
         self._reached: Callable[[], None] = lambda: None
         self._broken = Losses()
@@ -135,10 +135,9 @@ class Delivery:
             else:
                 self.router.on(entity_type, name=HANDLER, timeout=math.inf)(self._one)
 
-    def open(self, metrics: Metrics, breaker: Breaker, reached: Callable[[], None]) -> None:
+    def open(self, metrics: DeliveryMetrics | None, breaker: Breaker, reached: Callable[[], None]) -> None:
         """``breaker`` is that of ``HANDLER``; ``reached`` is called when a connection is made while it rests."""
         self._metrics, self._breaker, self._reached = metrics, breaker, reached
-        metrics.delivers()
         connector = (
             aiohttp.UnixConnector(self._target.socket, limit=0, keepalive_timeout=_IDLE_S)
             if self._target.socket
@@ -234,9 +233,8 @@ class Delivery:
             self._reached()
 
     def _count(self, result: str) -> None:
-        """One of REQUESTS; a status beyond 599 counts as what it is treated like."""
         if self._metrics:
-            self._metrics.delivered(result if result in REQUESTS else "5xx").inc()
+            self._metrics.ended(result)
 
 
 def _judge(answer: Answer, *, alone: bool) -> None:

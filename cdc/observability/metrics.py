@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from itertools import product
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, values
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
@@ -90,129 +90,100 @@ class _Gauge(_InMemory, Gauge):
     pass
 
 
-class _Histogram(_InMemory, Histogram):
-    pass
+class _Group:
+    """Makes metrics in a registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return _Gauge(name, text, labels, registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return _Counter(name, text, labels, registry=self._registry)  # the client appends _total
+
+    def _count(self, name: str, text: str, *labels: str) -> CountTally:
+        """For the event loop only."""
+        tally = CountTally(name, text, *labels)
+        self._registry.register(tally)
+        return tally
+
+    def _histogram(self, name: str, text: str, bounds: Sequence[float], *labels: str) -> HistogramTally:
+        """For the event loop only."""
+        tally = HistogramTally(name, text, bounds, *labels)
+        self._registry.register(tally)
+        return tally
+
+    def _distribution(self, name: str, text: str, bounds: Sequence[float]) -> Distribution:
+        """The same without labels."""
+        return self._histogram(name, text, bounds).labels()
 
 
-class Metrics:
-    """The metrics of one consumer, in ``registry``. Attributes carry the names without ``cdc_`` and unit.
+class ProcessMetrics(_Group):
+    """``driver``: the versions of psycopg and libpq."""
 
-    ``slot`` is the configured name, ``driver`` the versions of psycopg and libpq. Thread-safe.
-    """
-
-    def __init__(self, slot: str, router: Router, *, driver: tuple[str, str] = ("", "")) -> None:
-        self.registry: CollectorRegistry = _Registry()
-        self._types = router.entity_types
-        handlers = sorted({handler.name for handler in router.handlers.values()})
-        self._process(*driver)
-        self._stream(slot)
-        self._wakeups()
-        self._shards()
-        self._handlers(handlers, router)
-        self._shadow(handlers)
-
-    def entity_type(self, name: str) -> str:
-        """The label value for an entity type: itself where a rule names it, else ``other``."""
-        return name if name in self._types else OTHER
-
-    def handled(self, entity_type: str, handler: str, outcome: str, attempts: int = 1) -> None:
-        """Attempts ended. On the hot path: the child is looked up once for each combination."""
-        self._handled(self.entity_type(entity_type), handler, outcome).inc(attempts)
-
-    def took(self, entity_type: str, seconds: Iterable[float]) -> None:
-        """Changes were marked processed so long after their transactions began."""
-        self._took(self.entity_type(entity_type)).observe_each(max(each, 0.0) for each in seconds)
-
-    def task_ended(self, name: str) -> None:
-        """One of TASKS has ended."""
-        self.task_ends.labels(name).inc()
-
-    def delivers(self) -> None:
-        """This consumer delivers to an application over HTTP: only then there are metrics of its requests."""
-        self.delivery_requests = self._counter("cdc_delivery_requests", "Requests, by how they ended.", "result")
-        _start(self.delivery_requests, REQUESTS)
-        self.delivered = cache(self.delivery_requests.labels)
-
-    def observed(self, entity_type: str, handler: str) -> None:
-        """A change was seen that would have gone to this handler."""
-        self.observed_changes.labels(self.entity_type(entity_type), handler).inc()
-
-    def others_took(self, entity_type: str, seconds: float) -> None:
-        """Somebody else marked a change processed so long after its transaction began."""
-        self.observed_latency.labels(self.entity_type(entity_type)).observe(max(seconds, 0.0))
-
-    @property
-    def wakeup_counts(self) -> dict[str, int]:
-        """By source, since the start; from any thread."""
-        return self.wakeups.totals(0)
-
-    @property
-    def handler_status(self) -> HandlerStatus:
-        """From any thread."""
-        return HandlerStatus(
-            attempts=self.changes_handled.totals(2),
-            errors=sum(self.handler_errors.totals(0).values()),
-            latency=self.change_latency.total,
-        )
-
-    def _process(self, psycopg: str, libpq: str) -> None:
+    def __init__(self, registry: CollectorRegistry, driver: tuple[str, str]) -> None:
+        super().__init__(registry)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self.registry)
+            collector(registry=registry)
         build = self._gauge("cdc_build_info", "Versions; always 1.", "version", "python", "psycopg", "libpq")
-        build.labels(__version__, platform.python_version(), psycopg, libpq).set(1)
-        self.task_ends = self._counter(
+        build.labels(__version__, platform.python_version(), *driver).set(1)
+        self._task_ends = self._counter(
             "cdc_task_ends",
             "Times that one ended, which nobody had asked for; it was started again.",
             "task",
         )
-        _start(self.task_ends, TASKS)
-        self.outbox_pruned = self._counter("cdc_outbox_pruned", "Processed changes that retention has removed.")
+        _start(self._task_ends, TASKS)
 
-    def _stream(self, slot: str) -> None:
-        self.stream_disconnects = self._counter(
+    def task_ended(self, name: str) -> None:
+        """One of TASKS has ended; from any thread."""
+        self._task_ends.labels(name).inc()
+
+
+class StreamMetrics(_Group):
+    def __init__(self, registry: CollectorRegistry, slot: str) -> None:
+        super().__init__(registry)
+        self._slot = slot
+        self._disconnects = self._counter(
             "cdc_stream_disconnects", "Ends of a stream and refused starts.", "slot", "reason"
         )
-        _start(self.stream_disconnects, (slot,), Reason)
+        _start(self._disconnects, (slot,), Reason)
 
-    def _wakeups(self) -> None:
-        self.wakeups = CountTally("cdc_wakeups", "Wake-ups, by what found the work.", "source")
-        self.registry.register(self.wakeups)
-        self.wakeups_dropped = self._counter(
+    def disconnected(self, reason: str) -> None:
+        """A stream has ended, or its start was refused, for one of ``Reason``."""
+        self._disconnects.labels(self._slot, reason).inc()
+
+
+class WakeUpMetrics(_Group):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.received = self._count("cdc_wakeups", "Wake-ups, by what found the work.", "source")
+        self.dropped = self._counter(
             "cdc_wakeups_dropped", "Wake-ups dropped because their queue was full; a sweep follows."
         )
-        self.relay_notifies = self._counter(
-            "cdc_relay_notifies", "NOTIFY payloads sent for consumers that do not stream."
-        )
-        self.wakeup_latency = self._distribution(
+        self.relayed = self._counter("cdc_relay_notifies", "NOTIFY payloads sent for consumers that do not stream.")
+        self.latency = self._distribution(
             "cdc_wakeup_latency_seconds", "From the commit to the wake-up; two clocks, negative counts as 0.", _CALL_S
         )
+        _start(self.received, SOURCES)
+
+    @property
+    def status(self) -> dict[str, int]:
+        """How many, by source; from any thread."""
+        return self.received.totals(0)
+
+
+class OutboxMetrics(_Group):
+    """What is read from the table and written to it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
         self.fetch_duration = self._distribution(
             "cdc_fetch_duration_seconds", "One fetch of changes by number.", _CALL_S
         )
         self.fetch_changes = self._distribution("cdc_fetch_changes", "Changes in one fetch.", _BATCH)
         self.visibility_retries = self._counter(
             "cdc_visibility_retries", "Changes that were not visible at first look, by how it ended.", "result"
-        )
-        _start(self.wakeups, SOURCES)
-        _start(self.visibility_retries, ("found", "left_to_sweep"))
-
-    def _shards(self) -> None:
-        self.shard_moves = self._counter(
-            "cdc_shard_moves", "Shards that came and went; lost means with the session.", "direction"
-        )
-        self.interruptions = self._counter(
-            "cdc_interruptions", "Times that the consumer gave up its connections and began anew.", "reason"
-        )
-        _start(self.interruptions, INTERRUPTIONS)
-        _start(self.shard_moves, ("acquired", "released", "lost"))
-
-    def _handlers(self, handlers: Sequence[str], router: Router) -> None:
-        self.changes_handled = CountTally(
-            "cdc_changes_handled", "Attempts, by how they ended.", "entity_type", "handler", "outcome"
-        )
-        self.handler_errors = CountTally("cdc_handler_errors", "Attempts that failed.", "handler", "kind")
-        self.handler_duration = HistogramTally(
-            "cdc_handler_duration_seconds", "Run time of a handler.", _HANDLER_S, "handler"
         )
         self.settle_duration = self._distribution("cdc_settle_duration_seconds", "One batched settle.", _CALL_S)
         self.settle_changes = self._distribution("cdc_settle_changes", "Changes in one settle.", _BATCH)
@@ -223,54 +194,146 @@ class Metrics:
         self.rows_refused = self._counter(
             "cdc_rows_refused", "Changes that the database would not mark or hand over; now dead letters.", "step"
         )
+        self.pruned = self._counter("cdc_outbox_pruned", "Processed changes that retention has removed.")
+        _start(self.visibility_retries, ("found", "left_to_sweep"))
         _start(self.rows_refused, REFUSALS)
-        self.change_latency = HistogramTally(
+
+
+class ConsumerMetrics(_Group):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.shard_moves = self._counter(
+            "cdc_shard_moves", "Shards that came and went; lost means with the session.", "direction"
+        )
+        self.interruptions = self._counter(
+            "cdc_interruptions", "Times that the consumer gave up its connections and began anew.", "reason"
+        )
+        _start(self.shard_moves, ("acquired", "released", "lost"))
+        _start(self.interruptions, INTERRUPTIONS)
+
+
+class HandlerMetrics(_Group):
+    """For the event loop, but for ``status``."""
+
+    def __init__(self, registry: CollectorRegistry, router: Router) -> None:
+        super().__init__(registry)
+        self._types = router.entity_types
+        self._attempts = self._count(
+            "cdc_changes_handled", "Attempts, by how they ended.", "entity_type", "handler", "outcome"
+        )
+        self._errors = self._count("cdc_handler_errors", "Attempts that failed.", "handler", "kind")
+        self.duration = self._histogram("cdc_handler_duration_seconds", "Run time of a handler.", _HANDLER_S, "handler")
+        self._latency = self._histogram(
             "cdc_change_latency_seconds",
             "From the writer's transaction to processed, by the database's clock.",
             _CHANGE_S,
             "entity_type",
         )
-        for tally in (self.changes_handled, self.handler_errors, self.handler_duration, self.change_latency):
-            self.registry.register(tally)
-        self._handled = cache(self.changes_handled.labels)
-        self._took = cache(self.change_latency.labels)
+        self._handled = cache(self._attempts.labels)
+        self._took = cache(self._latency.labels)
+        handlers, types = _names(router), (*sorted(self._types), OTHER)
         for entity_type, handler in _routes(router):
-            _start(self.changes_handled, (entity_type,), (handler,), OUTCOMES)
-        _start(self.changes_handled, (*sorted(self._types), OTHER), (NO_HANDLER,), ("skipped",))
-        _start(self.handler_errors, handlers, ERROR_KINDS)
-        _start(self.handler_duration, handlers)
-        _start(self.change_latency, (*sorted(self._types), OTHER))
+            _start(self._attempts, (entity_type,), (handler,), OUTCOMES)
+        _start(self._attempts, types, (NO_HANDLER,), ("skipped",))
+        _start(self._errors, handlers, ERROR_KINDS)
+        _start(self.duration, handlers)
+        _start(self._latency, types)
 
-    def _shadow(self, handlers: Iterable[str]) -> None:
-        self.observed_changes = self._counter(
+    def handled(self, entity_type: str, handler: str, outcome: str, attempts: int = 1) -> None:
+        """Attempts ended. On the hot path: the child is looked up once for each combination."""
+        self._handled(_label(entity_type, self._types), handler, outcome).inc(attempts)
+
+    def failed(self, handler: str, kind: str) -> None:
+        """An attempt failed by one of ERROR_KINDS."""
+        self._errors.labels(handler, kind).inc()
+
+    def took(self, entity_type: str, seconds: Iterable[float]) -> None:
+        """Changes were marked processed so long after their transactions began."""
+        self._took(_label(entity_type, self._types)).observe_each(max(each, 0.0) for each in seconds)
+
+    @property
+    def status(self) -> HandlerStatus:
+        """From any thread."""
+        errors = sum(self._errors.totals(0).values())
+        return HandlerStatus(attempts=self._attempts.totals(2), errors=errors, latency=self._latency.total)
+
+
+class DeliveryMetrics(_Group):
+    """Of one that delivers to an application over HTTP."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        requests = self._counter("cdc_delivery_requests", "Requests, by how they ended.", "result")
+        _start(requests, REQUESTS)
+        self._ended = cache(requests.labels)
+
+    def ended(self, result: str) -> None:
+        """One of REQUESTS; a status beyond 599 counts as what it is treated like."""
+        self._ended(result if result in REQUESTS else "5xx").inc()
+
+
+class ShadowMetrics(_Group):
+    """Of one that runs and marks nothing."""
+
+    def __init__(self, registry: CollectorRegistry, router: Router) -> None:
+        super().__init__(registry)
+        self._types = router.entity_types
+        self._changes = self._counter(
             "cdc_observed_changes", "Changes that one who only observes saw, by who would have got them.",
             "entity_type", "handler",
         )  # fmt: skip
-        self.observed_misfits = self._counter(
+        self._misfits = self._counter(
             "cdc_observed_misfits", "Those that do not fit the model of their handler.", "handler"
         )
-        self.observed_latency = self._histogram(
+        self._latency = self._histogram(
             "cdc_observed_latency_seconds",
             "The same as cdc_change_latency_seconds, of changes that somebody else marked processed.",
             _CHANGE_S,
             "entity_type",
         )
-        _start(self.observed_misfits, handlers)
+        _start(self._misfits, _names(router))
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return _Gauge(name, text, labels, registry=self.registry)
+    def saw(self, entity_type: str, handler: str) -> None:
+        """A change was seen that would have gone to this handler."""
+        self._changes.labels(_label(entity_type, self._types), handler).inc()
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return _Counter(name, text, labels, registry=self.registry)  # the client appends _total
+    def misfit(self, handler: str) -> None:
+        """It does not fit the handler's model."""
+        self._misfits.labels(handler).inc()
 
-    def _distribution(self, name: str, text: str, bounds: tuple[float, ...]) -> Distribution:
-        """For the event loop only, without labels."""
-        tally = HistogramTally(name, text, bounds)
-        self.registry.register(tally)
-        return tally.labels()
+    def others_took(self, entity_type: str, seconds: float) -> None:
+        """Somebody else marked a change processed so long after its transaction began."""
+        self._latency.labels(_label(entity_type, self._types)).observe(max(seconds, 0.0))
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return _Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+class Metrics:
+    """The metrics of one consumer, in groups, all in ``registry``.
+
+    ``slot`` is the configured name, ``driver`` the versions of psycopg and libpq. ``delivery`` is None where nothing is
+    delivered. Each group is used by the threads that it names, and may be scraped from any.
+    """
+
+    def __init__(
+        self, slot: str, router: Router, *, driver: tuple[str, str] = ("", ""), delivers: bool = False
+    ) -> None:
+        self.registry: CollectorRegistry = _Registry()
+        self.process = ProcessMetrics(self.registry, driver)
+        self.stream = StreamMetrics(self.registry, slot)
+        self.wakeups = WakeUpMetrics(self.registry)
+        self.outbox = OutboxMetrics(self.registry)
+        self.consumer = ConsumerMetrics(self.registry)
+        self.handlers = HandlerMetrics(self.registry, router)
+        self.delivery = DeliveryMetrics(self.registry) if delivers else None
+        self.shadow = ShadowMetrics(self.registry, router)
+
+
+def _label(entity_type: str, known: Collection[str]) -> str:
+    """The label of an entity type: itself where a rule names it, else ``other``."""
+    return entity_type if entity_type in known else OTHER
+
+
+def _names(router: Router) -> list[str]:
+    return sorted({handler.name for handler in router.handlers.values()})
 
 
 def _routes(router: Router) -> set[tuple[str, str]]:

@@ -65,7 +65,7 @@ def test_metrics_are_not_written_into_the_folder_of_a_neighbour(there: bool, tmp
         folder.mkdir()
     program = (
         "import cdc; from cdc.observability.metrics import Metrics; from prometheus_client import generate_latest;"
-        " metrics = Metrics('slot', cdc.Router()); metrics.task_ended('relay');"
+        " metrics = Metrics('slot', cdc.Router()); metrics.process.task_ended('relay');"
         " print(generate_latest(metrics.registry).decode())"
     )
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)}

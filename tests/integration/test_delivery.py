@@ -312,7 +312,7 @@ async def test_a_handshake_that_breaks_or_never_ends_is_an_application_that_cann
     async with server, consuming(outbox, None, deliver_to=url, timeout=0.4, max_attempts=1) as app:
         await _true(lambda: _unreached(app) >= 3)
         breaks = False
-        await _true(lambda: "no answer to the attempt to connect" in dict(app._breakers.resting()).get("deliver", ""))
+        await _true(lambda: "no answer to the attempt to connect" in app.status.breakers["deliver"].why)
     assert states(outbox_db) == {"fresh": 1}
 
 
@@ -362,7 +362,7 @@ async def test_while_the_application_is_away_one_call_at_a_time_looks_for_it(
     url = f"http://127.0.0.1:{free_port()}/"
     async with consuming(outbox, None, deliver_to=url) as app:
         await _true(lambda: _unreached(app) >= 1)
-        assert [name for name, _ in app._breakers.resting()] == ["deliver"]
+        assert app.status.breakers["deliver"].rests
         before = _unreached(app)
         await _true(lambda: _unreached(app) >= before + 3)
         assert app.consumer._scheduler.running <= 1

@@ -35,7 +35,9 @@ _AT_ONCE_S = 0.02
 async def removing(dsn: str, *, batch: int = 10) -> AsyncIterator[tuple[Metrics, asyncio.Task[None]]]:
     """Retention of a week, beside the test."""
     metrics = Metrics("cdc", Router())
-    task = asyncio.create_task(Pruning(dsn, "public", 7 * _DAY_S, metrics, batch=batch, every_s=_AT_ONCE_S).run())
+    task = asyncio.create_task(
+        Pruning(dsn, "public", 7 * _DAY_S, metrics.outbox, batch=batch, every_s=_AT_ONCE_S).run()
+    )
     try:
         yield metrics, task
         assert not task.done() or task.cancelled(), "it never ends by itself"

@@ -177,7 +177,7 @@ async def test_of_one_key_it_is_that_keys_affair(kind: str, outbox: str, outbox_
     _publish(outbox_db, 2, 1)
     async with consuming(outbox, router, **_QUICK) as app:
         await _until(lambda: outside.calls >= 2 * KEYS)
-        assert app._breakers.resting() == []
+        assert not any(breaker.rests for breaker in app.status.breakers.values())
         outside.there = True
         await _until(lambda: settled(outbox_db))
     assert [change.seq for change in outside.done] == [1, 2]
@@ -255,7 +255,7 @@ async def test_what_rests_at_a_stop_is_there_for_whoever_comes_next(outbox: str,
     outside.there = False
     _publish(outbox_db, 60, 30)
     async with consuming(outbox, router, **_QUICK) as app:
-        await _until(app._breakers.resting)
+        await _until(lambda: any(breaker.rests for breaker in app.status.breakers.values()))
     assert states(outbox_db).get("processed") is None
     outside.there = True
     async with consuming(outbox, router, **_QUICK):

@@ -60,7 +60,7 @@ def everything() -> list[Metric]:
     @router.on("TYPE", name="HANDLER")
     def handle(change: Change) -> None: ...
 
-    metrics = Metrics("SLOT", router)
+    metrics = Metrics("SLOT", router, delivers=True)
     now = 1.0
     status = ProcessStatus(
         consumer=ConsumerStatus(last_iteration=dict.fromkeys(("consumer", "shards", "settle"), now)),
@@ -78,9 +78,8 @@ def everything() -> list[Metric]:
         breakers={"HANDLER": BreakerStatus()},
     )  # fmt: skip
     metrics.registry.register(StatusMetrics("SLOT", lambda: status, delivery="HANDLER"))
-    metrics.delivers()
-    metrics.observed("TYPE", "HANDLER")
-    metrics.others_took("TYPE", 1)
+    metrics.shadow.saw("TYPE", "HANDLER")
+    metrics.shadow.others_took("TYPE", 1)
     return list(metrics.registry.collect())
 
 

@@ -52,10 +52,10 @@ class _Stage:
         self.metrics, hooks = Metrics("slot", router), Hooks(router)
         self.breakers = Breakers({one.name for one in router.handlers.values()})
         error_policy = ErrorPolicy(
-            router.handlers.values(), Policy(), hooks=hooks, metrics=self.metrics, breakers=self.breakers
+            router.handlers.values(), Policy(), hooks=hooks, metrics=self.metrics.handlers, breakers=self.breakers
         )
         run = Executor(
-            router, error_policy=error_policy, timeout_s=timeout_s, threads=Threads(1), metrics=self.metrics,
+            router, error_policy=error_policy, timeout_s=timeout_s, threads=Threads(1), metrics=self.metrics.handlers,
             transactions=cast("Transactions", None),
         )  # fmt: skip
         demand = HandlerLimits(router, concurrency=concurrency, threads=1, transactions=1, breakers=self.breakers.of)

@@ -145,8 +145,12 @@ def test_the_constants_of_the_installation_are_there(metrics: _Shown) -> None:
 
 
 def test_a_type_without_a_rule_is_counted_as_other(metrics: _Shown) -> None:
-    assert metrics.metrics.entity_type("task") == "task"
-    assert metrics.metrics.entity_type("42; DROP TABLE") == OTHER
+    handled = "cdc_changes_handled_total"
+    for entity_type in ("task", "42; DROP TABLE"):
+        metrics.metrics.handlers.handled(entity_type, "audit", "processed")
+    for label in ("task", OTHER):
+        assert _value(metrics, handled, entity_type=label, handler="audit", outcome="processed") == 1
+    assert "42; DROP TABLE" not in generate_latest(metrics.registry).decode()
 
 
 @pytest.mark.parametrize(
@@ -255,7 +259,7 @@ def test_creation_times_are_left_out_here_and_left_alone_in_the_rest_of_the_proc
 
 def test_two_consumers_in_one_process_have_their_own_metrics() -> None:
     one, other = _Shown("one"), _Shown("two")
-    one.metrics.wakeups_dropped.inc()
+    one.metrics.wakeups.dropped.inc()
     assert _value(other, "cdc_wakeups_dropped_total") == 0
 
 
