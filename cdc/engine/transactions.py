@@ -24,7 +24,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
@@ -35,15 +35,17 @@ from cdc.core.router import Handler
 from cdc.core.sqlstate import passes
 from cdc.observability.snapshots import PoolStatus
 from cdc.postgres.connect import SERVER_TCP, Dsn, lent_arguments
-from cdc.postgres.lent import AsyncLent, Lent, reset, reset_async
+from cdc.postgres.lent import AsyncLent, Lent, reset
 from cdc.postgres.link import cut
 from cdc.postgres.outbox import Store
+from cdc.postgres.script import Script, run, run_async
 
 _CONNECTION_LIMIT_S = 10.0
 _ANSWER_LIMIT_S = 30.0
 """For each answer to a statement of ours; the handler's have its own time limit."""
 _TAKE_AGAIN_S = 1.0
 """Where the row cannot be taken for a moment."""
+_NO_CONNECTION = "no connection for a transactional handler"
 _SESSION: Mapping[str, str] = {
     **SERVER_TCP,  # a vanished host must not hold the lock on its row
     "idle_in_transaction_session_timeout": "0",  # the handler's own time limit rules, from BEGIN on
@@ -117,11 +119,13 @@ class Transactions:
         arguments = partial(lent_arguments, dsn, application_name="cdc: handlers", session={} if pooled else _SESSION)
         self._async: AsyncConnectionPool[AsyncLent] = AsyncConnectionPool(
             "", connection_class=AsyncLent, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=partial(_pin_async, pooled=pooled), reset=reset_async,
+            timeout=_CONNECTION_LIMIT_S, configure=lambda connection: run_async(_pin(connection, pooled=pooled)),
+            reset=lambda connection: run_async(reset(connection)),
         )  # fmt: skip
         self._sync: ConnectionPool[Lent] = ConnectionPool(
             "", connection_class=Lent, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=partial(_pin, pooled=pooled), reset=reset,
+            timeout=_CONNECTION_LIMIT_S, configure=lambda connection: run(_pin(connection, pooled=pooled)),
+            reset=lambda connection: run(reset(connection)),
         )  # fmt: skip
 
     async def open(self) -> None:
@@ -151,42 +155,18 @@ class Transactions:
         ``causes``: each of several calls is named as the cause of what it writes. Raises MixedCausesError where that
         would have been needed.
         """
-        errors: Errors = {}
-        taken = calling = False
+        attempt = _Attempt(self._store, changes, calls, causes=causes)
         try:
             async with self._async.connection() as connection:
                 try:
                     async with connection.transaction():
-                        cursor = await connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
-                        xid = _taken(changes, await cursor.fetchall())
-                        taken = True
-                        failpoints.here("run.after_take")
-                        began = time.monotonic()
-                        for number, call in enumerate(calls):
-                            if number:
-                                failpoints.here("run.between_calls")
-                                if causes:
-                                    await connection.execute(*self._store.cause(changes[number]))
-                            calling, connection.answer_limit_s = True, None
-                            try:  # ``unlimited`` costs as much as the rest of this loop
-                                errors = await call(connection)
-                            finally:
-                                connection.answer_limit_s = _ANSWER_LIMIT_S
-                            calling = False
-                            connection.as_new()
-                            _alone_only(errors, calls)
-                        calls_s = time.monotonic() - began
-                        failpoints.here("run.before_mark")
-                        done = [change for change in changes if change.seq not in errors]
-                        marks = await (await connection.execute(*self._store.mark(done, xid), binary=True)).fetchall()
-                        ran = _marked(done, errors, marks, named=causes or len(calls) == 1)
-                        failpoints.here("run.before_commit")
+                        ran = await run_async(attempt.script(connection))
                     failpoints.here("run.after_commit")
                 except psycopg.Error as error:
-                    raise _fate(connection, error, taken=taken, calling=calling) from error
+                    raise attempt.fate(connection, error) from error
         except PoolTimeout as error:
-            raise AskTheTableError("no connection for a transactional handler") from error
-        return ran._replace(calls_s=calls_s)
+            raise AskTheTableError(_NO_CONNECTION) from error
+        return ran
 
     def run_in_thread(
         self,
@@ -200,62 +180,102 @@ class Transactions:
 
         ``owned``: whether the changes are this consumer's still. It may have waited long for a connection.
         """
-        errors: Errors = {}
-        taken = calling = False
+        attempt = _Attempt(self._store, changes, calls, causes=causes, owned=owned)
         try:
             with self._sync.connection() as connection:
                 try:
                     with connection.transaction():
-                        cursor = connection.execute(*self._store.take(changes, _first_cause(changes, calls)))
-                        xid = _taken(changes, cursor.fetchall())
-                        taken = True
-                        failpoints.here("run.after_take")
-                        began = time.monotonic()
-                        for number, call in enumerate(calls):
-                            if not owned():
-                                raise AskTheTableError("the consumer's session was lost before the call")
-                            if number:
-                                failpoints.here("run.between_calls")
-                                if causes:
-                                    connection.execute(*self._store.cause(changes[number]))
-                            calling, connection.answer_limit_s = True, None
-                            try:  # ``unlimited`` costs as much as the rest of this loop
-                                errors = call(connection)
-                            finally:
-                                connection.answer_limit_s = _ANSWER_LIMIT_S
-                            calling = False
-                            connection.as_new()
-                            _alone_only(errors, calls)
-                        calls_s = time.monotonic() - began
-                        failpoints.here("run.before_mark")
-                        done = [change for change in changes if change.seq not in errors]
-                        marks = connection.execute(*self._store.mark(done, xid), binary=True).fetchall()
-                        ran = _marked(done, errors, marks, named=causes or len(calls) == 1)
-                        failpoints.here("run.before_commit")
+                        ran = run(attempt.script(connection))
                     failpoints.here("run.after_commit")
                 except psycopg.Error as error:
-                    raise _fate(connection, error, taken=taken, calling=calling) from error
+                    raise attempt.fate(connection, error) from error
         except PoolTimeout as error:
-            raise AskTheTableError("no connection for a transactional handler") from error
+            raise AskTheTableError(_NO_CONNECTION) from error
+        return ran
+
+
+class _Attempt:
+    """What is asked of a connection between BEGIN and COMMIT, and how far that has come."""
+
+    def __init__(
+        self,
+        store: Store,
+        changes: Sequence[Change],
+        calls: Sequence[Callable[[Any], Any]],
+        *,
+        causes: bool,
+        owned: Callable[[], bool] | None = None,
+    ) -> None:
+        self._store = store
+        self._changes = changes
+        self._calls = calls
+        self._causes = causes
+        self._owned = owned
+        self._taken = self._calling = False
+
+    def script(self, connection: AsyncLent | Lent) -> Script[Ran]:
+        """Raises AskTheTableError, EndedTransactionError, MixedCausesError, and what the driver or a call raises."""
+        store, changes, calls, owned = self._store, self._changes, self._calls, self._owned
+        errors: Errors = {}
+        cursor = yield connection.execute(*store.take(changes, _first_cause(changes, calls)))
+        xid = _taken(changes, (yield cursor.fetchall()))
+        self._taken = True
+        failpoints.here("run.after_take")
+        began = time.monotonic()
+        for number, call in enumerate(calls):
+            if owned is not None and not owned():
+                raise AskTheTableError("the consumer's session was lost before the call")
+            if number:
+                failpoints.here("run.between_calls")
+                if self._causes:
+                    yield connection.execute(*store.cause(changes[number]))
+            self._calling, connection.answer_limit_s = True, None
+            try:  # ``unlimited`` costs as much as the rest of this loop
+                errors = yield call(connection)
+            finally:
+                connection.answer_limit_s = _ANSWER_LIMIT_S
+            self._calling = False
+            connection.as_new()
+            _alone_only(errors, calls)
+        calls_s = time.monotonic() - began
+        failpoints.here("run.before_mark")
+        done = [change for change in changes if change.seq not in errors]
+        cursor = yield connection.execute(*store.mark(done, xid), binary=True)
+        ran = _marked(done, errors, (yield cursor.fetchall()), named=self._causes or len(calls) == 1)
+        failpoints.here("run.before_commit")
         return ran._replace(calls_s=calls_s)
 
+    def fate(self, connection: AsyncLent | Lent, error: psycopg.Error) -> Exception:
+        """The handler's own error, or that others ended the transaction; an answer to a COMMIT may be lost with it.
 
-async def _pin_async(connection: AsyncLent, *, pooled: bool) -> None:
+        Where nothing was taken, no call had begun: a connection may have died in the pool, and that is no change's
+        doing. Where no call is under way the statement was ours, and what keeps the server from it for a moment is no
+        attempt that failed.
+        """
+        if connection.broken or connection.closed:
+            if not self._taken:
+                return AskTheTableError("the connection had been lost before the call")
+            return LostTransactionError("the connection was lost", error)
+        if isinstance(error, psycopg.errors.InvalidSqlStatementName):
+            cut(connection)  # the driver takes for prepared what a DEALLOCATE ALL has removed
+            return LostTransactionError("what was prepared on the connection is gone, and so it was closed", error)
+        if isinstance(error, psycopg.errors.SerializationFailure | psycopg.errors.DeadlockDetected):
+            return InTheWayError("another transaction was in the way", error)
+        if not self._calling and passes(error.sqlstate):
+            why = f"{error.diag.message_primary} [{error.sqlstate}]"
+            return InTheWayError(why, error) if self._taken else AskTheTableError(why, _TAKE_AGAIN_S)
+        return error
+
+
+def _pin(connection: AsyncLent | Lent, *, pooled: bool) -> Script[None]:
     """What the transaction is, whatever a database's default says: it comes with BEGIN, and costs no round trip.
 
     Above read committed a change would fail for what others wrote meanwhile, and nobody's handler would be at fault.
     """
     connection.answer_limit_s, connection.is_pooled = _ANSWER_LIMIT_S, pooled
-    await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
-    await connection.set_read_only(False)
-    await connection.set_deferrable(False)
-
-
-def _pin(connection: Lent, *, pooled: bool) -> None:
-    connection.answer_limit_s, connection.is_pooled = _ANSWER_LIMIT_S, pooled
-    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-    connection.read_only = False
-    connection.deferrable = False
+    yield connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+    yield connection.set_read_only(False)
+    yield connection.set_deferrable(False)
 
 
 def _first_cause(changes: Sequence[Change], calls: Sequence[object]) -> Change:
@@ -285,29 +305,6 @@ def _marked(done: Sequence[Change], errors: Errors, rows: Sequence[tuple[object,
     if captured and not named:
         raise MixedCausesError
     return Ran(errors, at, bool(captured))
-
-
-def _fate(
-    connection: psycopg.Connection | psycopg.AsyncConnection, error: psycopg.Error, *, taken: bool, calling: bool
-) -> Exception:
-    """The handler's own error, or that others ended the transaction; an answer to a COMMIT may be lost with it.
-
-    Not ``taken``: no call had begun. A connection may have died in the pool, and that is no change's doing. Not
-    ``calling``: the statement was ours, and what keeps the server from it for a moment is no attempt that failed.
-    """
-    if connection.broken or connection.closed:
-        if not taken:
-            return AskTheTableError("the connection had been lost before the call")
-        return LostTransactionError("the connection was lost", error)
-    if isinstance(error, psycopg.errors.InvalidSqlStatementName):
-        cut(connection)  # the driver takes for prepared what a DEALLOCATE ALL has removed
-        return LostTransactionError("what was prepared on the connection is gone, and so it was closed", error)
-    if isinstance(error, psycopg.errors.SerializationFailure | psycopg.errors.DeadlockDetected):
-        return InTheWayError("another transaction was in the way", error)
-    if not calling and passes(error.sqlstate):
-        why = f"{error.diag.message_primary} [{error.sqlstate}]"
-        return InTheWayError(why, error) if taken else AskTheTableError(why, _TAKE_AGAIN_S)
-    return error
 
 
 def _status(pool: Mapping[str, int]) -> PoolStatus:

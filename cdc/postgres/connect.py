@@ -18,6 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 from cdc.core.errors import CdcError, ConnectError, SchemaError, UsageError
 from cdc.postgres import pinned
 from cdc.postgres.link import AsyncLink, Link
+from cdc.postgres.script import Script, run, run_async
 
 Connection = psycopg.Connection
 """Under a name of ours, for those who pass connections on and have no business with the driver."""
@@ -135,20 +136,7 @@ def connect(
     UsageError for a DSN that cannot be read.
     """
     arguments = _arguments(dsn, application_name, session, options, user_path=user_path)
-    try:
-        connection = Link.connect("", autocommit=True, **arguments)
-        connection.answer_limit_s = answer_limit_s
-        try:
-            _refuse_pooler(connection.execute(_DID_IT_ARRIVE).fetchone())
-            if newer := pinned.once_connected(connection.info.server_version):
-                connection.execute(newer.encode())
-            connection.autocommit = autocommit
-        except BaseException:
-            connection.close()
-            raise
-    except (psycopg.Error, UnicodeError) as error:
-        raise _explained(error, arguments) from None  # the driver's error carries a record with the password in it
-    return connection
+    return run(_connect(Link, arguments, autocommit=autocommit, answer_limit_s=answer_limit_s))
 
 
 async def connect_async(
@@ -162,19 +150,26 @@ async def connect_async(
 ) -> AsyncLink:
     """``connect`` for an event loop."""
     arguments = _arguments(dsn, application_name, session, options)
+    return await run_async(_connect(AsyncLink, arguments, autocommit=autocommit, answer_limit_s=answer_limit_s))
+
+
+def _connect(
+    kind: type[Link] | type[AsyncLink], arguments: Mapping[str, Any], *, autocommit: bool, answer_limit_s: float | None
+) -> Script[Any]:
     try:
-        connection = await AsyncLink.connect("", autocommit=True, **arguments)
+        connection = yield kind.connect("", autocommit=True, **arguments)
         connection.answer_limit_s = answer_limit_s
         try:
-            _refuse_pooler(await (await connection.execute(_DID_IT_ARRIVE)).fetchone())
+            cursor = yield connection.execute(_DID_IT_ARRIVE)
+            _refuse_pooler((yield cursor.fetchone()))
             if newer := pinned.once_connected(connection.info.server_version):
-                await connection.execute(newer.encode())
-            await connection.set_autocommit(autocommit)
+                yield connection.execute(newer.encode())
+            yield connection.set_autocommit(autocommit)
         except BaseException:
-            await connection.close()
+            yield connection.close()
             raise
     except (psycopg.Error, UnicodeError) as error:
-        raise _explained(error, arguments) from None
+        raise _explained(error, arguments) from None  # the driver's error carries a record with the password in it
     return connection
 
 

@@ -20,6 +20,7 @@ from psycopg.rows import tuple_row
 from psycopg.types import TypeInfo, TypesRegistry
 
 from cdc.postgres.link import AsyncLink, Link
+from cdc.postgres.script import Script
 
 _RESET = (
     "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_catalog.pg_advisory_unlock_all();"
@@ -126,27 +127,14 @@ class AsyncLent(_Lent, AsyncLink):
     _cursors = psycopg.AsyncCursor, psycopg.AsyncServerCursor
 
 
-def reset(connection: Lent) -> None:
+def reset(connection: Lent | AsyncLent) -> Script[None]:
     """For a pool: the connection was given back."""
     connection.as_new()
     connection.renew_adapters()
     if connection.is_pooled:
         return
-    cursor = connection.execute(_RESET, prepare=False)
+    cursor = yield connection.execute(_RESET, prepare=False)
     while cursor.nextset():
         pass
-    for (name,) in cursor.fetchall():
-        connection.execute(sql.SQL("DEALLOCATE {}").format(sql.Identifier(name)), prepare=False)
-
-
-async def reset_async(connection: AsyncLent) -> None:
-    """``reset`` for an event loop."""
-    connection.as_new()
-    connection.renew_adapters()
-    if connection.is_pooled:
-        return
-    cursor = await connection.execute(_RESET, prepare=False)
-    while cursor.nextset():
-        pass
-    for (name,) in await cursor.fetchall():
-        await connection.execute(sql.SQL("DEALLOCATE {}").format(sql.Identifier(name)), prepare=False)
+    for (name,) in (yield cursor.fetchall()):
+        yield connection.execute(sql.SQL("DEALLOCATE {}").format(sql.Identifier(name)), prepare=False)

@@ -1,0 +1,46 @@
+"""One text for connections of both kinds: the async ones of an event loop, and those that block their thread.
+
+psycopg gives both the same methods. A script is a generator that yields what such a method returned, and goes on with
+the answer: a coroutine is awaited, anything else is the answer itself.
+
+    def one(connection: psycopg.Connection | psycopg.AsyncConnection) -> Script[int]:
+        cursor = yield connection.execute("SELECT 1")
+        return (yield cursor.fetchone())[0]
+
+    run(one(connection))
+    await run_async(one(async_connection))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, TypeAlias, TypeVar, cast
+
+_T = TypeVar("_T")
+
+Script: TypeAlias = Generator[Any, Any, _T]
+
+
+def run(script: Script[_T]) -> _T:
+    """On a connection that blocks: what the script yields is the answer. Returns what the script returns."""
+    try:
+        answer = script.send(None)
+        while True:
+            answer = script.send(answer)
+    except StopIteration as returned:
+        return cast("_T", returned.value)
+
+
+async def run_async(script: Script[_T]) -> _T:
+    """``run`` on an async connection: what is yielded is awaited; an error or a cancellation is raised at the yield."""
+    try:
+        asked = script.send(None)
+        while True:
+            try:
+                answer = await asked
+            except BaseException as error:  # noqa: BLE001 - the script's to handle, whatever it is
+                asked = script.throw(error)
+            else:
+                asked = script.send(answer)
+    except StopIteration as returned:
+        return cast("_T", returned.value)
