@@ -31,10 +31,12 @@ help: ## Show this list.
 demo: $(DEMO) ## Watch changes travel, on a throw-away server. KEEP=1: stay up until Ctrl-C.
 	@$(BIN)/python -m cdc demo $(if $(KEEP),--keep)
 
-# No server, and nothing that waits: what one runs again and again while one writes.
+# No server, and nothing that waits: what one runs again and again while one writes. A fifth of what make test plays of
+# the state machines and schedules.
 .PHONY: check
 check: lint ## lint, and the tests that need no server: what to run while writing.
-	@$(BIN)/python -m pytest -q -n auto tests/unit tests/reference tests/test_tidy.py $(ARGS)
+	@CDC_TEST_EXAMPLES=60 CDC_TEST_SEEDS=400 $(BIN)/python -m pytest -q -n auto \
+	  tests/unit tests/properties tests/simulation tests/reference tests/test_tidy.py $(ARGS)
 
 .PHONY: test
 test: machine $(READY) ## Run all tests, JOBS=3 files at a time. ARGS="-k lanes -x" is passed to pytest.

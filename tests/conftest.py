@@ -9,11 +9,11 @@ from tests import servers
 
 _LONG_ONES = (
     "tests/faults/test_slot_faults.py", "tests/faults/test_ledger.py", "tests/prometheus", "tests/faults",
-    "tests/integration/test_isolation.py", "tests/unit/test_simulation.py", "tests/test_wheel.py",
-    "tests/unit/core/test_scheduler_machine.py", "tests/integration/test_secrets.py",
+    "tests/integration/engine/test_isolation.py", "tests/simulation", "tests/test_wheel.py",
+    "tests/properties/test_scheduler.py", "tests/integration/app/test_secrets.py",
 )  # fmt: skip
 """In this order before all others: one that came last would have the others wait for it. What computes all the time
-(the simulation, the lanes' machine) is not beside the ledger, which has limits for what three consumers do."""
+(the simulation, the scheduler's machine) is not beside the ledger, which has limits for what three consumers do."""
 
 pytest_plugins = [
     "tests.fix_db",

@@ -2,7 +2,7 @@
 
 A server that has imported the command line once forks for each: a process of its own in all that tests look at, pid,
 signals, memory, files, environment, exit code. That the command starts from nothing is tested where that is the point
-(tests/test_wheel.py, tests/container, tests/integration/test_secrets.py).
+(tests/test_wheel.py, tests/container, tests/integration/app/test_secrets.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m tests.faults.crashing POINT NTH ...``: the command line, killed at a probe point.
+"""``python -m tests.faults.crashing POINT NTH ...``: the command line, killed at a failpoint.
 
 When the point is reached for the NTH time the process kills itself, as ``kill -9`` would: no exit handler, no flush, no
 goodbye to the server.

@@ -18,7 +18,7 @@ from tests.eventually import eventually
 from tests.faults.guide import Shell, steps
 from tests.fix_consumer import settled
 from tests.handlers_migration import ACT, POISON
-from tests.integration.test_schema_upgrade import DOCUMENTED
+from tests.integration.postgres.test_schema_upgrade import DOCUMENTED
 from tests.legacy_processor import Processor
 
 TABLES = {"reaction": "whatsapp_message_reactions", "message": "whatsapp_messages", "task": "tasks"}

@@ -12,7 +12,7 @@ from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher
 from cdc.engine.transactions import AskTheTableError
 from cdc.postgres.outbox import Store
-from tests.unit.changes import row
+from tests.changes import row
 
 
 def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:

@@ -19,7 +19,7 @@ from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Requirements
 from cdc.core.scheduler import KeyScheduler, Row
 from cdc.core.shard_cursor import Snapshot
-from tests.unit.changes import row
+from tests.changes import row
 
 _SNAPSHOT = Snapshot(1_000, 1_000)
 _BATCH = 250

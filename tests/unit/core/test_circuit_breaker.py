@@ -1,15 +1,12 @@
-"""When a handler rests, and how the end of an outage is found. A table, and a machine that knows the rules only."""
+"""When a handler rests, and how the end of an outage is found."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cdc.core.circuit_breaker import AFTER_MAX_S, KEYS, PAUSE_MAX_S, PAUSE_MIN_S, STEADY_S, Breaker, State
-from tests.unit.machine import MACHINE
+from cdc.core.circuit_breaker import AFTER_MAX_S, KEYS, PAUSE_MIN_S, STEADY_S, Breaker, State
 
 
 def _opened(now: float = 0.0) -> Breaker:
@@ -114,75 +111,3 @@ def test_who_says_when_to_come_back_is_not_asked_before_and_stops_nobody_for_a_d
     breaker = Breaker()
     breaker.unavailable("k", "away", 0.0, certain=True, after_s=asked_s)
     assert breaker.wait_s(0.0) == waits_s
-
-
-class Outages(RuleBasedStateMachine):
-    """Calls begin as the breaker lets them, and end in any order; what they need comes and goes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.breaker, self.now, self.there = Breaker(), 0.0, True
-        self.running: list[tuple[int, bool]] = []
-        """Of each call its key, and whether it was let through by a breaker that is shut."""
-        self.began_tripped = 0
-
-    @rule(there=st.booleans())
-    def turn(self, there: bool) -> None:
-        self.there = there
-
-    @rule(seconds=st.floats(0.0, 5.0))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-        self.breaker.try_half_open(self.now)
-
-    @rule(key=st.integers(0, 9))
-    def begin(self, key: int) -> None:
-        tripped = self.breaker.tripped
-        if tripped and not self.breaker.room:
-            return
-        if tripped:
-            self.breaker.trial(1)
-        self.running.append((key, tripped))
-
-    @precondition(lambda self: self.running)
-    @rule(data=st.data(), certain=st.booleans(), fails=st.booleans())
-    def end(self, data: st.DataObject, certain: bool, fails: bool) -> None:
-        key, trial = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        before = self.breaker.state
-        if not self.there:
-            self.breaker.unavailable(key, "away", self.now, certain=certain)
-            assert before is State.CLOSED or self.breaker.state is State.OPEN
-        elif fails:
-            self.breaker.failed(self.now)
-            assert before is self.breaker.state or (before, self.breaker.state) == (State.HALF_OPEN, State.OPEN)
-        else:
-            self.breaker.succeeded(self.now)
-            assert before is State.OPEN or not self.breaker.troubled
-        if trial:
-            self.breaker.trial(-1)
-
-    @invariant()
-    def one_trial_at_a_time_and_the_end_is_found_soon(self) -> None:
-        # Those of an outage before may still be under way when the next one has begun.
-        assert self.breaker.room in (0, 1)
-        if self.breaker.state is State.OPEN:
-            assert self.breaker.wait_s(self.now) <= PAUSE_MAX_S
-        assert bool(self.breaker.why) == self.breaker.tripped
-
-    @precondition(lambda self: not self.running)
-    @rule()
-    def recover(self) -> None:
-        """Whatever was before: what is there again is found within the longest pause, by one call."""
-        self.there = True
-        self.now += PAUSE_MAX_S
-        self.breaker.try_half_open(self.now)
-        if self.breaker.tripped:
-            assert self.breaker.room == 1
-            self.breaker.trial(1)
-            assert self.breaker.succeeded(self.now)
-            self.breaker.trial(-1)
-        assert not self.breaker.tripped
-
-
-TestOutages = Outages.TestCase
-TestOutages.settings = MACHINE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cdc.core import lost_transactions
 from cdc.core.lost_transactions import LOSSES_MAX, SESSIONS_MAX, Losses, pause_s
-from tests.unit.changes import change
+from tests.changes import change
 
 
 def test_losses_are_counted_for_each_change_until_it_has_an_outcome() -> None:

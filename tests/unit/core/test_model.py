@@ -9,7 +9,7 @@ import pickle
 import pytest
 
 from cdc.core.model import Change, Json, UnreadableDocumentError, read_change
-from tests.unit.changes import change as any_change
+from tests.changes import change as any_change
 
 
 def change(**documents: object) -> Change:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cdc.core.model import Key
 from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.router import Handler
-from tests.unit.changes import change
+from tests.changes import change
 
 _ON_LOOP, _SYNC = Handler("on loop", print, is_async=True), Handler("sync", print, is_async=False)
 _A, _B = Requirements("a", _ON_LOOP), Requirements("b", _ON_LOOP)

@@ -12,7 +12,7 @@ from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler
-from tests.unit.changes import row
+from tests.changes import row
 
 
 @pytest.fixture

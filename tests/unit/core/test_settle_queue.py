@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cdc.core.model import Processed, Unmarkable
 from cdc.core.read_reconciler import Settlement
 from cdc.core.settle_queue import SettleQueue
-from tests.unit.changes import change
+from tests.changes import change
 
 _ANSWERS = ("written", "split", "again", "becomes", "put_back", "some_put_back", "lost")
 

@@ -17,8 +17,8 @@ from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher, OtherTasks
 from cdc.postgres.outbox import Store
 from cdc.runtime.cancelling import cancel
+from tests.changes import change, row
 from tests.eventually import eventually_async
-from tests.unit.changes import change, row
 
 
 class _Waiting:

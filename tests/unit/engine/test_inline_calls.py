@@ -28,8 +28,8 @@ from cdc.engine.thread_pool import Threads
 from cdc.engine.transactions import Transactions
 from cdc.observability.metrics import Metrics
 from cdc.postgres.outbox import Store
+from tests.changes import row
 from tests.eventually import eventually_async
-from tests.unit.changes import row
 
 Handler = Callable[[Change], Awaitable[object]]
 

@@ -26,7 +26,7 @@ from cdc.http import cloudevents, endpoint_url, webhook_signature
 from cdc.http.delivery import AwayError, DeliveryError, OneOfThemError, RejectedError, _judge, _reason
 from cdc.http.endpoint_url import Target
 from cdc.http.responses import AWAY, DEAD, Answer, Meaning
-from tests.unit.changes import change
+from tests.changes import change
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 PAGE = Path(__file__).resolve().parents[3] / "docs/guides/http-delivery.md"

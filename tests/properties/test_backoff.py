@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from cdc.core.backoff import Policy, ceiling_s, delay_s
-from tests.unit.machine import MACHINE
+from tests.properties.machine import MACHINE
 
 _LONGEST_S = 10 * 366 * 86_400.0
 _FRACTION = st.floats(0, 1, exclude_max=True)

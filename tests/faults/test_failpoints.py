@@ -25,7 +25,7 @@ POINTS = sorted(
     {
         point
         for path in (ROOT / "cdc").rglob("*.py")
-        for point in re.findall(r'probe\.here\("([^"]+)"\)', path.read_text("utf-8"))
+        for point in re.findall(r'failpoints\.here\("([^"]+)"\)', path.read_text("utf-8"))
     }
 )
 _ELSEWHERE = {"schema.between_steps": "no consumer passes it: a test of its own"}

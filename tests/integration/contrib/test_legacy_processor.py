@@ -13,7 +13,7 @@ from cdc import testing
 from cdc.core.errors import UsageError
 from cdc.postgres import migrations, tracking
 from tests.fix_consumer import states
-from tests.integration.test_schema_upgrade import DOCUMENTED
+from tests.integration.postgres.test_schema_upgrade import DOCUMENTED
 from tests.legacy_processor import Processor, connect
 
 _ADD = "INSERT INTO entity_changes (table_name, operation, entity_id, entity_type) VALUES ('x', 'INSERT', %s, %s)"

@@ -151,7 +151,7 @@ class Running:
         self.port = free_port()
         self._log = log
         options = ["--log-level", "debug", "--log-format", log_format, "--http-port", str(self.port),
-                   "--handlers", "tests.integration.test_secrets:router", "--slot-mode", "temporary",
+                   "--handlers", "tests.integration.app.test_secrets:router", "--slot-mode", "temporary",
                    "--max-attempts", "1", *handed.options]  # fmt: skip
         with log.open("w") as output:
             self.process = subprocess.Popen(

@@ -52,7 +52,7 @@ def test_a_role_needs_no_more_than_the_tables_that_are_written(
     outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path
 ) -> None:
     """The statements of docs/guides/whatsapp.md."""
-    granted = (Path(__file__).parents[2] / "docs/guides/whatsapp.md").read_text().partition("CREATE ROLE webhook")[2]
+    granted = (Path(__file__).parents[3] / "docs/guides/whatsapp.md").read_text().partition("CREATE ROLE webhook")[2]
     tables.execute("DROP ROLE IF EXISTS webhook")
     tables.execute(("CREATE ROLE webhook" + granted.partition("```")[0]).encode())
     try:

@@ -23,7 +23,7 @@ from cdc.postgres.pages import Settled
 from cdc.postgres.retention import Retention
 from cdc.postgres.sql_files import load
 from tests.bench.database import preload_unprocessed
-from tests.unit.changes import change
+from tests.changes import change
 
 T = TypeVar("T")
 _DAY_S = 86_400.0

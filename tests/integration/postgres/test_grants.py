@@ -34,7 +34,7 @@ from tests.fix_outbox import count, fill
 
 pytestmark = pytest.mark.server
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 SECRET = "row content"
 NewRole = Callable[..., str]
 _QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}

@@ -18,7 +18,7 @@ from cdc.postgres import migrations
 from cdc.postgres.outbox import FIRST_TYPE, TYPES_MAX, Store
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
-from tests.integration.test_large_history import reading, rows
+from tests.integration.postgres.test_large_history import reading, rows
 
 _QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
 _INDEXES_AS_THEY_WERE = """

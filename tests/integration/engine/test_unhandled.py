@@ -143,7 +143,7 @@ async def test_a_large_backlog_of_an_unwanted_type_holds_up_nothing(outbox: str,
     ("named", "unhandled"),
     [
         ((), None), (("--deliver-to", "http://127.0.0.1:3000/"), []),
-        (("--handlers", "tests.integration.test_unhandled:router"), ["other"]),
+        (("--handlers", "tests.integration.engine.test_unhandled:router"), ["other"]),
         (("--deliver-to", "http://127.0.0.1:3000/", "--type", "order"), ["other", "refund"]),
         (("--handlers", "tests.nosuch:router"), None),
     ],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cdc.core.rebalance import balance
-from tests.unit.machine import MACHINE
+from tests.properties.machine import MACHINE
 
 
 @dataclass(eq=False)

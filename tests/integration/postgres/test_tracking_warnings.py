@@ -10,7 +10,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc.postgres import migrations
-from tests.integration.test_tracking_again import done, invoke, payloads, refused, tracked
+from tests.integration.postgres.test_tracking_again import done, invoke, payloads, refused, tracked
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from cdc.core.model import Change, Committed, Dead, Outcome, Processed, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Requirements
 from cdc.core.scheduler import KeyScheduler, Row
-from tests.unit.changes import EPOCH, change
-from tests.unit.machine import MACHINE
+from tests.changes import EPOCH, change
+from tests.properties.machine import MACHINE
 
 _SHARDS = range(2)
 _KEYS = "abc"

@@ -21,7 +21,7 @@ from tests import handlers_page, servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, slot_name
 from tests.fix_outbox import fill
-from tests.integration.test_page import SECRET, publish
+from tests.integration.http.test_status_page import SECRET, publish
 
 
 @pytest.fixture(autouse=True)
