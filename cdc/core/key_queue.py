@@ -19,8 +19,8 @@ class KeyQueue:
         self.queued: deque[Change] = deque()
         self.running: list[Change] = []
         self.settling = 0
-        self.blocking = 0
-        """How many of those settling hold the key back; a batch may end with several."""
+        self.blocking: tuple[int, ...] = ()
+        """The numbers of those settling that hold the key back; a batch may end with several."""
         self.orphan = False
         """What runs was started in a session that is lost."""
         self.needs: Requirements | None = None
@@ -28,7 +28,7 @@ class KeyQueue:
 
     @property
     def blocked(self) -> bool:
-        return self.blocking > 0
+        return bool(self.blocking)
 
     @property
     def after_settled(self) -> bool:
@@ -55,3 +55,7 @@ class KeyQueue:
         if change not in self.running:
             raise AssertionError(f"{change!r} finished but is not running")
         self.running.remove(change)
+
+    def blocks_no_more(self, seq: int) -> None:
+        """The change is in the table, or will not be."""
+        self.blocking = tuple([one for one in self.blocking if one != seq])

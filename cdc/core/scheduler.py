@@ -26,14 +26,13 @@ that finds no room there, or in the window, is *refused*, and its type and shard
 A read may come back older than what has settled meanwhile: ``admit`` corrects its rows by a ``reconciler``.
 
 A consumer that lost its session has lost its shards: ``reset`` forgets all but the handlers that still run, whose keys
-stay shut until they return, unsettled, and the outcomes not written yet (``marks``), which keep places and keys.
+stay shut until they return, unsettled, and the outcomes not written yet, which keep their places and keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
-from math import inf
 from typing import NamedTuple
 
 from cdc.core.deferred_keys import DeferredKeys, KeyRead
@@ -42,7 +41,6 @@ from cdc.core.key_queue import KeyQueue
 from cdc.core.model import Change, Committed, Key
 from cdc.core.read_reconciler import ReadReconciler, Settlement
 from cdc.core.ready_queues import NOTHING, ReadyQueues, Requirements, Run
-from cdc.core.settle_queue import SettleQueue
 from cdc.core.shard_ownership import ShardOwnership
 
 _DEFERRED_KEYS_MAX = 10_000
@@ -91,8 +89,8 @@ class KeyScheduler:
         """Of each change in the window, by its number."""
         self._window = DynamicLimit(capacity, _FACTOR, sole=sole)
         self._ready_queues = ready_queues or ReadyQueues()
-        self.marks = SettleQueue()
-        """What has finished and is not in the table yet."""
+        self.settling = 0
+        """How many have finished and are not in the table yet."""
         self._deferred = DeferredKeys(deferred_max, sole=sole)
         self._in_flight = ShardOwnership()
         self._reconciler = ReadReconciler()
@@ -119,11 +117,7 @@ class KeyScheduler:
 
     @property
     def running(self) -> int:
-        return len(self._in_flight) - len(self.marks)
-
-    @property
-    def settling(self) -> int:
-        return len(self.marks)
+        return len(self._in_flight) - self.settling
 
     @property
     def queued(self) -> int:
@@ -156,21 +150,8 @@ class KeyScheduler:
 
     # --- shards ----------------------------------------------------------------------------------------------------
 
-    def own(self, shards: Collection[int], kept: Collection[int] = ()) -> None:
-        """``kept``: those of them that were ours before the session was lost, and nobody else's since."""
+    def own(self, shards: Iterable[int]) -> None:
         self._reconciler.arrived(self._in_flight.own(shards))
-        self.marks.unpark(kept)
-        self.disown(shards)
-
-    def disown(self, shards: Iterable[int]) -> None:
-        """Somebody else has, or had, these: what finished of them before the session was lost is not ours to mark."""
-        for change, outcome in self.marks.drop(shards):
-            self._in_flight.ended(change)
-            self._window.vacate(self._places(change))
-            queue = self._known.pop(change.seq)
-            queue.settling -= 1
-            queue.blocking -= outcome.blocks_key
-            self._drop_if_empty(queue)
 
     def forget_deferred(self, shards: Iterable[int]) -> None:
         """These shards are about to be swept from their first change on, which finds what the marks stand for.
@@ -191,15 +172,16 @@ class KeyScheduler:
         """The shards asked back that have nothing in flight any more; each is told once."""
         return self._in_flight.released()
 
-    def reset(self, *, keep: bool = False) -> list[Change]:
+    def reset(self, kept: Iterable[Settlement] = ()) -> list[Change]:
         """The session is lost: forget all but the running handlers, and return the changes these work on.
 
-        ``keep``: also the outcomes that are not written; ``own`` and ``disown`` tell what becomes of them.
+        ``kept``: the outcomes that may still be written; they hold their places and keys until they are ``settled`` or
+        ``dropped``.
         """
         orphans = {key: queue for key, queue in self._queues.items() if queue.running}
         for queue in orphans.values():
             queue.queued.clear()
-            queue.settling = queue.blocking = 0
+            queue.settling, queue.blocking = 0, ()
             queue.orphan = True
         self._queues = orphans
         for forgotten in (self._known, self._window, self._deferred, self._in_flight):
@@ -207,12 +189,13 @@ class KeyScheduler:
         self._ready_queues.forget_ready()
         self._reconciler.close()
         orphaned = [change for queue in orphans.values() for change in queue.running]
-        for change, outcome in self.marks.park() if keep else self.marks.clear():
+        self.settling = 0
+        for finished in kept:
+            change = finished.change
             self._window.vacate(-self._places(change))
             self._in_flight.started(change)
             queue = self._known[change.seq] = self._queues.setdefault(change.key, KeyQueue(change.key))
-            queue.settling += 1
-            queue.blocking += outcome.blocks_key
+            self._settles(queue, finished)
         return orphaned
 
     # --- in --------------------------------------------------------------------------------------------------------
@@ -333,9 +316,13 @@ class KeyScheduler:
                 if len(batch) >= limit:
                     return
 
-    def finished(self, batch: Sequence[Settlement]) -> None:
-        """The handlers of these started changes ended; those of a key stand in ``seq`` order."""
+    def finished(self, batch: Sequence[Settlement]) -> list[Settlement]:
+        """The handlers of these started changes ended; those of a key stand in ``seq`` order.
+
+        Returns what is to be written, in that order: not what a handler has committed, nor what is an orphan's.
+        """
         self._ready_queues.ended(finished.change for finished in batch)
+        to_settle: list[Settlement] = []
         for finished in batch:
             change = finished.change
             queue = self._known.get(change.seq) or self._queues[change.key]  # an orphan is not in the window
@@ -344,23 +331,24 @@ class KeyScheduler:
                 self._orphan_returned(queue)
             else:
                 self._window.end_use(change.entity_type, self._places(change))  # its type can do no more for its mark
-                queue.settling += 1
-                self._finished_in_queue(queue, finished)
+                self._settles(queue, finished)
+                if isinstance(finished.outcome, Committed):
+                    self.settled((finished,))
+                else:
+                    to_settle.append(finished)
+                if finished.outcome.blocks_key:
+                    self._drop_queue(queue, remember=True)
+                elif queue.queued and not queue.running:
+                    self._make_ready(queue)
+                else:
+                    self._consider_key_read(queue.key)
+        return to_settle
 
-    def _finished_in_queue(self, queue: KeyQueue, finished: Settlement) -> None:
-        if isinstance(finished.outcome, Committed):
-            self._reconciler.settled((finished,))
-            self._window.vacate(self._places(finished.change))
-            self._gone(finished, finished)
-        else:
-            self.marks.add(finished)
+    def _settles(self, queue: KeyQueue, finished: Settlement) -> None:
+        self.settling += 1
+        queue.settling += 1
         if finished.outcome.blocks_key:
-            queue.blocking += 1
-            self._drop_queue(queue, remember=True)
-        elif queue.queued and not queue.running:
-            self._make_ready(queue)
-        else:
-            self._consider_key_read(queue.key)
+            queue.blocking += (finished.change.seq,)
 
     def interrupted(self, change: Change) -> None:
         """The handler of a started change was cut off. The table knows what came of it: its key is read anew."""
@@ -384,30 +372,32 @@ class KeyScheduler:
         self._drop_if_empty(queue)
         self._consider_key_read(key)
 
-    def take_finished(self, limit: int, now: float = inf) -> list[Settlement]:
-        """What is to be settled next, in the order in which it finished."""
-        return self.marks.take(limit, now)
+    def settled(self, batch: Sequence[Settlement]) -> None:
+        """These are in the table. The outcome may be another one than that with which the change finished."""
+        self._reconciler.settled(batch)
+        self._window.vacate(sum([self._places(finished.change) for finished in batch]))
+        for finished in batch:
+            queue = self._leave_window(finished.change)
+            if queue.queued and not queue.running and not queue.settling and queue.after_settled:
+                self._make_ready(queue)
+            self._drop_if_empty(queue)
+            if not finished.outcome.blocks_key:
+                self._unblock(queue.key)
 
-    def settled(self, batch: Iterable[Settlement]) -> None:
-        """These outcomes are committed; a mark that the table refused may have become another one."""
-        # Those that are not there: the lanes were reset while the settle was under way.
-        done = [(first, finished) for finished in batch if (first := self.marks.written(finished))]
-        self._reconciler.settled([finished for _, finished in done])
-        self._window.vacate(sum([self._places(finished.change) for _, finished in done]))
-        for first, finished in done:
-            self._gone(first, finished)
+    def dropped(self, batch: Sequence[Settlement]) -> None:
+        """Outcomes that were kept when the session was lost, and that are not written: their shards are others'."""
+        self._window.vacate(sum([self._places(finished.change) for finished in batch]))
+        for finished in batch:
+            self._drop_if_empty(self._leave_window(finished.change))
 
-    def _gone(self, first: Settlement, finished: Settlement) -> None:
-        """As it finished, and as it is in the table."""
-        self._in_flight.ended(finished.change)
-        queue = self._known.pop(finished.change.seq)
+    def _leave_window(self, change: Change) -> KeyQueue:
+        self.settling -= 1
+        self._in_flight.ended(change)
+        queue = self._known.pop(change.seq)
         queue.settling -= 1
-        queue.blocking -= first.outcome.blocks_key
-        if queue.queued and not queue.running and not queue.settling and queue.after_settled:
-            self._make_ready(queue)
-        self._drop_if_empty(queue)
-        if not finished.outcome.blocks_key:
-            self._unblock(queue.key)
+        if queue.blocking:
+            queue.blocks_no_more(change.seq)
+        return queue
 
     def key_reads(self, limit: int) -> list[KeyRead]:
         """Keys to read on for, of one type that has room, each told once; answer each with ``key_read``."""

@@ -48,8 +48,6 @@ class SettleQueue:
         self._held: dict[Key, _Held] = {}
         self._taken: dict[int, Settlement] = {}
         self._parked: dict[int, list[Settlement]] = {}
-        self._first: dict[int, Settlement] = {}
-        """What ``add`` was given, where the outcome is another one by now."""
         self.maybe_written: set[int] = set()
         """Numbers of changes whose mark was under way when the session was lost."""
         self._count = 0
@@ -93,21 +91,20 @@ class SettleQueue:
         self._taken = {finished.change.seq: finished for finished in batch}
         return batch if batch or not self.ready else self.take(limit, now)
 
-    def written(self, finished: Settlement) -> Settlement | None:
-        """It is in the table. Returns what ``add`` was given, None for what was not under way."""
-        first = self._taken.pop(finished.change.seq, None)
-        if first:
-            self._count -= 1
-            if self.maybe_written:
-                self.maybe_written.discard(finished.change.seq)
-            if self._held and (held := self._held.get(first.change.key)):
-                if held.waiting:
-                    held.at = -inf
-                else:
-                    del self._held[first.change.key]
-            if self._first:
-                first = self._first.pop(finished.change.seq, first)
-        return first
+    def written(self, finished: Settlement) -> bool:
+        """It is in the table. False: it was not under way any more, as the session was lost."""
+        change = finished.change
+        if self._taken.pop(change.seq, None) is None:
+            return False
+        self._count -= 1
+        if self.maybe_written:
+            self.maybe_written.discard(change.seq)
+        if self._held and (held := self._held.get(change.key)):
+            if held.waiting:
+                held.at = -inf
+            else:
+                del self._held[change.key]
+        return True
 
     def split(self, batch: list[Settlement]) -> None:
         """It is about one of them, and there are several."""
@@ -121,8 +118,6 @@ class SettleQueue:
 
     def becomes(self, finished: Settlement) -> None:
         """Its outcome is another one now, and is written next."""
-        seq = finished.change.seq
-        self._first.setdefault(seq, self._taken[seq])
         self._write_next([finished])
 
     def put_back(self, batch: Iterable[Settlement], until: float) -> None:
@@ -142,7 +137,8 @@ class SettleQueue:
         kept += [finished for held in self._held.values() for finished in held.waiting]
         kept += [finished for part in reversed(self._parts) for finished in part]
         kept += [*(finished for of_shard in self._parked.values() for finished in of_shard), *self._next]
-        self._clear()
+        for forgotten in (self._next, self._parts, self._held, self._taken, self._parked):
+            forgotten.clear()
         for finished in kept:
             self._parked.setdefault(finished.change.shard, []).append(finished)
         self._count = len(kept)
@@ -159,17 +155,6 @@ class SettleQueue:
         self._count -= len(dropped)
         self.maybe_written.difference_update(finished.change.seq for finished in dropped)
         return dropped
-
-    def clear(self) -> list[Settlement]:
-        """Forget all, and keep nothing."""
-        self._clear()
-        self.maybe_written.clear()
-        return []
-
-    def _clear(self) -> None:
-        for forgotten in (self._next, self._parts, self._held, self._taken, self._parked, self._first):
-            forgotten.clear()
-        self._count = 0
 
     def _write_next(self, batch: list[Settlement]) -> None:
         for finished in batch:

@@ -19,6 +19,7 @@ from cdc.core.rebalance import Without, balance
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.sqlstate import passes
 from cdc.engine.crash_guard import CrashGuard
+from cdc.engine.settler import Settler
 from cdc.observability.metrics import ConsumerMetrics
 from cdc.postgres.shard_locks import Session, without
 
@@ -32,6 +33,7 @@ class Balancing:
         self,
         scheduler: KeyScheduler,
         planner: ReadPlanner,
+        settler: Settler,
         crash_guard: CrashGuard,
         metrics: ConsumerMetrics,
         *,
@@ -39,6 +41,7 @@ class Balancing:
     ) -> None:
         self._scheduler = scheduler
         self._planner = planner
+        self._settler = settler
         self._crash_guard = crash_guard
         self._metrics = metrics
         self._taken = acquired
@@ -76,14 +79,16 @@ class Balancing:
         move = balance(members, self.owned, free)
         if (move.acquire or session.unregistered) and (acquired := await session.acquire(move.acquire)).shards:
             self._crash_guard.took(acquired)
-            self._scheduler.own(acquired.shards, acquired.kept)
+            self._settler.unpark(acquired.kept)
+            self._settler.drop(acquired.shards)
+            self._scheduler.own(acquired.shards)
             self._planner.own(acquired.shards)
             self._own(self.owned.union(acquired.shards))
             self._metrics.shard_moves.labels("acquired").inc(len(acquired.shards))
             self._taken()
         self._crash_guard.looked()
-        if parked := self._scheduler.marks.parked:
-            self._scheduler.disown(await session.others(parked))
+        if parked := self._settler.parked:
+            self._settler.drop(await session.others(parked))
         self._scheduler.release(move.release)
         self._planner.disown(move.release)
         self._leaving |= self._scheduler.released()

@@ -43,16 +43,12 @@ from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import STANDBY, Dsn, connect_async
 from cdc.postgres.loaders import leave_unread
 from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.pages import Settled
 from cdc.postgres.shard_locks import Session
-from cdc.runtime.deadline import deadline, unless
+from cdc.runtime.deadline import deadline, set_within, unless
 
 log = logging.getLogger("cdc.consumer")
 
-_SETTLE_MAX = 1_000
-_SETTLE_PAUSE_S, _SETTLE_REST, _SETTLE_PAUSE_MAX_S = 0.005, 4, 0.020
-"""From the beginning of a settle to that of the next: what ends meanwhile shares a statement and a flush. Four times as
-long as the settle took, up to a limit: where there is much to do, there are fewer of them. With 5 ms alone a settle was
-of 35 changes that ended in threads, with this it is of 160, and a quarter more of them end."""
 _SOON_S = 0.05
 _LOOK_AT_SHARDS_S = 1.0
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
@@ -111,17 +107,17 @@ class Consumer:
         )  # fmt: skip
         self._stopping = asyncio.Event()
         self._read_due = asyncio.Event()
-        self._settle_due = asyncio.Event()
-        self._settle_again = asyncio.Event()
         self.crash_guard = CrashGuard(store, settings.window)
         self._dispatcher = Dispatcher(
             self._scheduler, executor, settings.concurrency, connections=settings.transactions,
             crash_guard=self.crash_guard, finished=self._finished, reread=self._reread,
         )  # fmt: skip
         executor.breakers.changed = self._dispatcher.breaker_changed
-        self._settling = Settler(self._scheduler, store, metrics.outbox, now=self._now)
+        self._settler = Settler(
+            self._scheduler, store, metrics.outbox, settled=self._settled, iterated=self._settler_iterated
+        )
         self._balancing = Balancing(
-            self._scheduler, self._planner, self.crash_guard, metrics.consumer, acquired=self._reread
+            self._scheduler, self._planner, self._settler, self.crash_guard, metrics.consumer, acquired=self._reread
         )
         self._drained = asyncio.Event()
         # Written here, read by the health thread: times of the event loop's clock.
@@ -154,7 +150,7 @@ class Consumer:
     @property
     def held_up_s(self) -> float:
         """For how long some outcome could not be written by now."""
-        return _since(self._settling.held_up_since)
+        return _since(self._settler.held_up_since)
 
     @property
     def unread_s(self) -> float:
@@ -268,10 +264,9 @@ class Consumer:
                         loops.create_task(self._shard_loop(session)),
                         loops.create_task(self._read_loop(session, reader)),
                     ]
-                    settling = loops.create_task(self._settle_loop(session, reader))
+                    settling = loops.create_task(self._settler.run(session, reader))
                     loops.create_task(self._drain_at_stop(session, readers, settling))
             finally:
-                await self._settling.end()
                 await self._end_connection()
 
     @contextlib.asynccontextmanager
@@ -318,8 +313,7 @@ class Consumer:
         await self._stopping.wait()
         await self._dispatcher.drain(self._settings.drain_time_s)
         self._drained.set()
-        self._settle_due.set()
-        self._settle_again.set()
+        self._settler.finish()
         for loop in readers:
             loop.cancel()
         await asyncio.wait([settling], timeout=_LAST_SETTLE_S)
@@ -341,7 +335,7 @@ class Consumer:
         lost = self._balancing.lose()
         if lost and not self.stopping:
             self._metrics.consumer.shard_moves.labels("lost").inc(len(lost))
-        self._scheduler.reset(keep=not self.stopping)
+        self._scheduler.reset(self._settler.park())
         self._planner.disown(lost)
         self._reads.due_within(0.0)
         await self._dispatcher.session_lost()
@@ -381,50 +375,31 @@ class Consumer:
                 if self._planner.idle:
                     await OtherTasks()  # the handlers first: to find that there is nothing to read takes a while
             self._dispatcher.dispatch()
-            await _due(self._read_due, min(self._reads.wait_s(), _ITERATION_MAX_S))
+            await set_within(self._read_due, min(self._reads.wait_s(), _ITERATION_MAX_S))
 
     # --- settle ----------------------------------------------------------------------------------------------------
 
-    async def _settle_loop(self, session: Session, reader: psycopg.AsyncConnection) -> None:
-        while True:
-            self._mark_iteration("settle")
-            self._settle_due.clear()
-            while batch := self._settling.take(_SETTLE_MAX):
-                self._mark_iteration("settle")
-                began = self._now()
-                await self._settle(session, reader, batch)
-                took_s = self._now() - began
-                pause_s = max(_SETTLE_PAUSE_S, min(_SETTLE_REST * took_s, _SETTLE_PAUSE_MAX_S)) - took_s
-                if self._scheduler.marks.ready < self._scheduler.worth and pause_s > 0:
-                    self._settle_again.clear()
-                    await _due(self._settle_again, pause_s)
-            if self._drained.is_set() and not self._scheduler.settling:
-                return
-            await _due(self._settle_due, min(_ITERATION_MAX_S, self._settling.wait_s()))
+    def _finished(self, batch: Sequence[Settlement]) -> None:
+        self._settler.put(batch)
+        committed = [(change, outcome.at) for change, outcome in batch if isinstance(outcome, Committed)]
+        for change, at in committed:
+            self._processed([change], at)
+        if committed:
+            self._read_due.set()
 
-    async def _settle(self, session: Session, reader: psycopg.AsyncConnection, given: list[Settlement]) -> None:
-        written = await self._settling.write(session, reader, given)
-        self._answered()
-        if written is None:
-            return
-        batch, settled = written
-        self._scheduler.settled(batch)
-        self._settling.written()
+    def _settled(self, batch: Sequence[Settlement], settled: Settled) -> None:
         self._dispatcher.settled()
         if settled.missed:
             self._metrics.outbox.settle_skipped.inc(settled.missed)
-            self.sweep_now()  # somebody else had settled one: what the lanes take for waiting may be done
+            self.sweep_now()  # somebody else had settled one: what the queues take for waiting may be done
         self._tell(batch, settled.at)
         self._dispatcher.dispatch()
         self._read_due.set()
 
-    def _finished(self, batch: Sequence[Settlement]) -> None:
-        committed = [(change, outcome.at) for change, outcome in batch if isinstance(outcome, Committed)]
-        for change, at in committed:
-            self._processed([change], at)
-            self._read_due.set()
-        if len(committed) < len(batch):
-            self._settle_due.set()
+    def _settler_iterated(self, answered: bool) -> None:
+        self._mark_iteration("settle")
+        if answered:
+            self._answered()
 
     def _tell(self, batch: Sequence[Settlement], settled_at: datetime) -> None:
         self._processed([change for change, outcome in batch if isinstance(outcome, Processed)], settled_at)
@@ -459,15 +434,6 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with deadline(seconds):
             await event.wait()
-
-
-async def _due(event: asyncio.Event, seconds: float) -> None:
-    """Until the event is set; when the time is up, it is. Half of what a timeout costs, at each wake-up."""
-    timer = asyncio.get_running_loop().call_later(seconds, event.set)
-    try:
-        await event.wait()
-    finally:
-        timer.cancel()
 
 
 def _since(moment: float | None) -> float:

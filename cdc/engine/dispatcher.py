@@ -307,9 +307,8 @@ class Dispatcher:
 
     def _report(self, batch: Sequence[Settlement]) -> None:
         if batch:
-            self._scheduler.finished(batch)
-            self._escapes.forget(finished.change for finished in batch)
             self._finished(batch)
+            self._escapes.forget(finished.change for finished in batch)
 
     def _quarantine(self, handler: Handler | None, change: Change) -> None:
         """A suspect runs alone; it waits for its turn without keeping a worker."""

@@ -43,6 +43,15 @@ def deadline(seconds: float | None) -> asyncio.Timeout:
     return _Timeout(None if seconds is None else now + seconds)
 
 
+async def set_within(event: asyncio.Event, seconds: float) -> None:
+    """Wait until the event is set; when the time is up, set it. Half of what a timeout costs, each time."""
+    timer = asyncio.get_running_loop().call_later(seconds, event.set)
+    try:
+        await event.wait()
+    finally:
+        timer.cancel()
+
+
 async def unless(event: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | None:
     """What the work brings; None where the event is sooner: then it is cancelled."""
     task, happened = asyncio.create_task(work), asyncio.create_task(event.wait())

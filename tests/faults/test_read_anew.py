@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 from cdc.core.model import Change, Waiting
 from cdc.core.read_reconciler import Settlement
-from cdc.core.scheduler import KeyScheduler
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher
 from cdc.engine.transactions import AskTheTableError
 from cdc.postgres.outbox import Store
 from tests.changes import row
+from tests.settling import SettlingScheduler
 
 
 def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
     """It has later changes behind it: the mark that holds those must not hold the change itself."""
-    scheduler = KeyScheduler(10)
+    scheduler = SettlingScheduler(10)
     scheduler.own([0])
     scheduler.admit([row(1), row(2)])
     [first] = scheduler.start().changes
@@ -33,7 +33,7 @@ def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
 
 def test_what_is_queued_behind_a_waiting_change_that_is_interrupted_is_not_forgotten() -> None:
     """A half-dead consumer commits the waiting one while it is asked for here: those behind it are held no longer."""
-    scheduler = KeyScheduler(10)
+    scheduler = SettlingScheduler(10)
     scheduler.own([0])
     scheduler.admit([row(1, requeued=True)], due=True)
     [started] = scheduler.start().changes
@@ -77,7 +77,7 @@ class _Unknown:
 
 async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_open() -> None:
     """As at every restart of a server: the handler's connection ends first, the session a moment later."""
-    scheduler = KeyScheduler(10)
+    scheduler = SettlingScheduler(10)
     scheduler.own([0])
     scheduler.admit([row(1)])
     executor = _Unknown()

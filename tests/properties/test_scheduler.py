@@ -19,9 +19,10 @@ from cdc.core.deferred_keys import KeyRead
 from cdc.core.model import Change, Committed, Dead, Outcome, Processed, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Requirements
-from cdc.core.scheduler import KeyScheduler, Row
+from cdc.core.scheduler import Row
 from tests.changes import EPOCH, change
 from tests.properties.machine import MACHINE
+from tests.settling import SettlingScheduler
 
 _SHARDS = range(2)
 _KEYS = "abc"
@@ -79,7 +80,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
     def begin(self, capacity: int, queue: int, deferred: int, run: int) -> None:
         self.arrived: set[int] = set()
         """Shards that have come, or come back, since the read began."""
-        self.scheduler = KeyScheduler(
+        self.scheduler = SettlingScheduler(
             capacity,
             queue,
             deferred,

@@ -22,6 +22,7 @@ from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.rebalance import balance
 from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler, Row
+from cdc.core.settle_queue import SettleQueue
 from cdc.core.shard_cursor import Scanned
 from tests.simulation.promises import Promises
 from tests.simulation.server import EPOCH, SHARDS, Server, Session, SessionLostError
@@ -108,6 +109,7 @@ class Consumer:
         self.streaming = False
         """As far as this process knows."""
         self.wakeups: deque[list[WakeUp] | None] = deque()
+        self._to_settle = SettleQueue()
         self._unsettled: dict[int, Outcome] = {}
         self._looked: tuple[int, int] | None = None
         self._answer: Callable[[], None] | None = None
@@ -137,6 +139,7 @@ class Consumer:
         self.session = self._looked = self._answer = None
         self._reading.close()
         self._unsettled.clear()
+        self._to_settle = SettleQueue()
         self.scheduler.reset()
         self.planner.disown(self.owned)
         self.owned = set()
@@ -396,7 +399,8 @@ class Consumer:
 
     def _report(self, call: Call, outcomes: dict[Change, Outcome]) -> None:
         self._leaves(call)
-        self.scheduler.finished([Settlement(change, outcome) for change, outcome in outcomes.items()])
+        for finished in self.scheduler.finished([Settlement(*each) for each in outcomes.items()]):
+            self._to_settle.add(finished)
         for change, outcome in outcomes.items():
             if call.session is self.session and not isinstance(outcome, Committed):
                 self._unsettled[change.seq] = outcome
@@ -425,8 +429,8 @@ class Consumer:
                         self._next_due_at = 0.0
                     if isinstance(finished.outcome, Waiting):
                         self._next_due_at = min(self._next_due_at, self._server.now + finished.outcome.delay_s)
-                self.scheduler.settled(batch)
-            elif batch := self.scheduler.take_finished(self._dice.choice([1, 3, 100])):
+                self.scheduler.settled([finished for finished in batch if self._to_settle.written(finished)])
+            elif batch := self._to_settle.take(self._dice.choice([1, 3, 100])):
                 self._server.settle(session, batch)
         except SessionLostError:
             self._end_connection()

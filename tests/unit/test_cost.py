@@ -17,9 +17,10 @@ from cdc.core.model import SHARDS, Processed, WakeUp
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Requirements
-from cdc.core.scheduler import KeyScheduler, Row
+from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Snapshot
 from tests.changes import row
+from tests.settling import SettlingScheduler
 
 _SNAPSHOT = Snapshot(1_000, 1_000)
 _BATCH = 250
@@ -48,9 +49,9 @@ def rows(first: int, count: int, keys: int) -> list[Row]:
     return [row(seq, f"key {seq % keys}", shard=seq % keys % SHARDS) for seq in range(first, first + count)]
 
 
-def scheduler_with(queued: int, keys: int, run: int = 1) -> KeyScheduler:
+def scheduler_with(queued: int, keys: int, run: int = 1) -> SettlingScheduler:
     """Lanes that own everything, with so many changes queued; the keys of what comes later are others."""
-    scheduler = KeyScheduler(
+    scheduler = SettlingScheduler(
         100_000, key_capacity=100_000, needs=lambda change: Requirements(change.entity_type, run=run)
     )
     scheduler.own(range(SHARDS))
@@ -58,7 +59,7 @@ def scheduler_with(queued: int, keys: int, run: int = 1) -> KeyScheduler:
     return scheduler
 
 
-def through(scheduler: KeyScheduler, found: list[Row]) -> None:
+def through(scheduler: SettlingScheduler, found: list[Row]) -> None:
     """Admitted, started, finished, settled."""
     with scheduler.reading():
         scheduler.admit(found)

@@ -14,7 +14,7 @@ import cdc
 from cdc.app.application import App
 from cdc.core.model import SHARDS
 from cdc.core.router import Router
-from cdc.engine import consumer
+from cdc.engine import settler
 from tests.bench.database import preload
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
@@ -98,12 +98,12 @@ async def test_a_change_that_comes_alone_costs_a_fetch_and_a_mark(
 
 
 # Shortly, for a machine of any speed: always, or because a settle takes long.
-@pytest.mark.parametrize("pauses", [{"_SETTLE_PAUSE_S": 0.5}, {"_SETTLE_REST": 1e6, "_SETTLE_PAUSE_MAX_S": 0.5}])
+@pytest.mark.parametrize("pauses", [{"_PAUSE_S": 0.5}, {"_PAUSE_FACTOR": 1e6, "_PAUSE_MAX_S": 0.5}])
 async def test_changes_that_end_shortly_after_one_another_share_a_mark(
     working: App, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, pauses: dict[str, float]
 ) -> None:
     for name, value in pauses.items():
-        monkeypatch.setattr(consumer, name, value)
+        monkeypatch.setattr(settler, name, value)
     registry = working.metrics.registry
     before = metric(registry, "cdc_settle_changes_count")
     for number in range(1, 101):

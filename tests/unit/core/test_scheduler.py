@@ -7,22 +7,22 @@ from collections.abc import Iterable
 import pytest
 
 from cdc.core.deferred_keys import KeyRead
-from cdc.core.model import Change, Dead, Outcome, Processed, Waiting
+from cdc.core.model import Change, Dead, Outcome, Processed, Unmarkable, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.router import Handler
-from cdc.core.scheduler import KeyScheduler
 from tests.changes import row
+from tests.settling import SettlingScheduler
 
 
 @pytest.fixture
-def scheduler() -> KeyScheduler:
-    made = KeyScheduler(10, key_capacity=3)
+def scheduler() -> SettlingScheduler:
+    made = SettlingScheduler(10, key_capacity=3)
     made.own(range(4))
     return made
 
 
-def _start_all(scheduler: KeyScheduler) -> list[Change]:
+def _start_all(scheduler: SettlingScheduler) -> list[Change]:
     started = []
     while run := scheduler.start().changes:
         started += run
@@ -33,17 +33,17 @@ def _seqs(changes: Iterable[Change]) -> list[int]:
     return [change.seq for change in changes]
 
 
-def _end(scheduler: KeyScheduler, change: Change, outcome: Outcome = Processed()) -> None:  # noqa: B008 - a frozen value
+def _end(scheduler: SettlingScheduler, change: Change, outcome: Outcome = Processed()) -> None:  # noqa: B008 - a frozen value
     scheduler.finished([Settlement(change, outcome)])
     scheduler.settled(scheduler.take_finished(100))
 
 
-def test_one_change_of_a_key_runs_at_a_time_and_other_keys_run_beside_it(scheduler: KeyScheduler) -> None:
+def test_one_change_of_a_key_runs_at_a_time_and_other_keys_run_beside_it(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b")])
     assert _seqs(_start_all(scheduler)) == [1, 3]
 
 
-def test_the_successor_may_start_when_a_change_has_finished_before_it_is_settled(scheduler: KeyScheduler) -> None:
+def test_the_successor_may_start_when_a_change_has_finished_before_it_is_settled(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)
     scheduler.finished([Settlement(first, Processed())])
@@ -52,7 +52,7 @@ def test_the_successor_may_start_when_a_change_has_finished_before_it_is_settled
 
 
 def test_a_batch_takes_successive_changes_of_its_keys_and_then_of_others_up_to_its_limit(
-    scheduler: KeyScheduler,
+    scheduler: SettlingScheduler,
 ) -> None:
     scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b"), row(4, "c"), row(5, "c")])
     [first] = scheduler.start().changes
@@ -65,7 +65,7 @@ def test_a_batch_takes_successive_changes_of_its_keys_and_then_of_others_up_to_i
     assert _seqs(finished.change for finished in scheduler.take_finished(10)) == [1, 2, 4, 5]
 
 
-def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(scheduler: KeyScheduler) -> None:
+def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1), row(2)])
     [first] = scheduler.start().changes
     batch = [first]
@@ -81,7 +81,7 @@ def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(
 
 
 def test_a_fenced_change_starts_when_all_before_it_have_settled() -> None:
-    scheduler = KeyScheduler(10, needs=lambda change: Requirements("t", after_settled=change.seq == 2))
+    scheduler = SettlingScheduler(10, needs=lambda change: Requirements("t", after_settled=change.seq == 2))
     scheduler.own([0])
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)
@@ -91,7 +91,7 @@ def test_a_fenced_change_starts_when_all_before_it_have_settled() -> None:
     assert _seqs(_start_all(scheduler)) == [2]
 
 
-def test_a_dead_letter_that_pauses_its_key_shuts_its_lane(scheduler: KeyScheduler) -> None:
+def test_a_dead_letter_that_pauses_its_key_shuts_its_lane(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)
     _end(scheduler, first, Dead("no", pauses=True))
@@ -99,14 +99,30 @@ def test_a_dead_letter_that_pauses_its_key_shuts_its_lane(scheduler: KeySchedule
     assert scheduler.deferred_keys == 1
 
 
-def test_a_dead_letter_lets_its_key_go_on(scheduler: KeyScheduler) -> None:
+def test_a_key_goes_on_when_the_outcome_that_held_it_is_written_as_a_dead_letter(
+    scheduler: SettlingScheduler,
+) -> None:
+    """The table may refuse a mark: then what is written is another one."""
+    scheduler.admit([row(1), row(2)])
+    [first] = _start_all(scheduler)
+    scheduler.finished([Settlement(first, Waiting(1.0, "no"))])
+    assert scheduler.take_finished(1)
+    scheduler.to_settle.becomes(Settlement(first, Unmarkable("refused")))
+    assert _start_all(scheduler) == []
+    scheduler.settled(scheduler.take_finished(1))
+    [read] = scheduler.key_reads(1)
+    scheduler.admit_key_read(read, [row(2)], complete=True)
+    assert _seqs(_start_all(scheduler)) == [2]
+
+
+def test_a_dead_letter_lets_its_key_go_on(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)
     scheduler.finished([Settlement(first, Dead("no"))])
     assert _seqs(_start_all(scheduler)) == [2]
 
 
-def test_a_key_of_which_nothing_fitted_into_a_page_is_read_on_from_where_it_was(scheduler: KeyScheduler) -> None:
+def test_a_key_of_which_nothing_fitted_into_a_page_is_read_on_from_where_it_was(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(seq) for seq in range(1, 7)])
     for _ in range(3):
         _end(scheduler, _start_all(scheduler)[0])
@@ -116,7 +132,7 @@ def test_a_key_of_which_nothing_fitted_into_a_page_is_read_on_from_where_it_was(
 
 
 def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_when_it_has_settled(
-    scheduler: KeyScheduler,
+    scheduler: SettlingScheduler,
 ) -> None:
     scheduler.admit([row(1), row(2), row(3)])
     [first] = _start_all(scheduler)
@@ -135,7 +151,7 @@ def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_whe
     assert scheduler.deferred_keys == 0
 
 
-def test_nothing_of_a_key_passes_what_was_seen_and_not_admitted(scheduler: KeyScheduler) -> None:
+def test_nothing_of_a_key_passes_what_was_seen_and_not_admitted(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1), row(2), row(3), row(4)])  # a lane queues three
     [first] = _start_all(scheduler)
     _end(scheduler, first)
@@ -143,7 +159,7 @@ def test_nothing_of_a_key_passes_what_was_seen_and_not_admitted(scheduler: KeySc
     assert scheduler.deferred_keys == 1
 
 
-def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(scheduler: KeyScheduler) -> None:
+def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(seq) for seq in range(1, 7)])
     for _ in range(3):
         _end(scheduler, _start_all(scheduler)[0])
@@ -158,7 +174,7 @@ def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(s
 
 
 def test_the_window_is_bounded_and_what_does_not_fit_is_refused_from_its_first_change_on(
-    scheduler: KeyScheduler,
+    scheduler: SettlingScheduler,
 ) -> None:
     admitted = scheduler.admit([row(seq, f"key{seq}") for seq in range(1, 14)])
     assert admitted.taken == 10
@@ -167,13 +183,13 @@ def test_the_window_is_bounded_and_what_does_not_fit_is_refused_from_its_first_c
 
 
 def test_where_no_memory_is_left_for_a_mark_the_change_is_refused_and_so_are_its_successors() -> None:
-    scheduler = KeyScheduler(10, key_capacity=1, deferred_max=1)
+    scheduler = SettlingScheduler(10, key_capacity=1, deferred_max=1)
     scheduler.own([0, 1])
     admitted = scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1), row(4, "b", shard=1)])
     assert (admitted.taken, admitted.rejected) == (2, {"t": {1: 4}})
 
 
-def test_what_settles_while_a_read_is_under_way_is_not_taken_from_its_answer(scheduler: KeyScheduler) -> None:
+def test_what_settles_while_a_read_is_under_way_is_not_taken_from_its_answer(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1)])
     [first] = _start_all(scheduler)
     with scheduler.reading():
@@ -182,7 +198,7 @@ def test_what_settles_while_a_read_is_under_way_is_not_taken_from_its_answer(sch
 
 
 def test_the_successor_of_a_change_that_failed_while_a_read_was_under_way_stays_behind_it(
-    scheduler: KeyScheduler,
+    scheduler: SettlingScheduler,
 ) -> None:
     scheduler.admit([row(1)])
     [first] = _start_all(scheduler)
@@ -192,7 +208,7 @@ def test_the_successor_of_a_change_that_failed_while_a_read_was_under_way_stays_
     assert _start_all(scheduler) == []
 
 
-def test_a_key_that_a_stale_read_shows_held_is_read_again_at_once(scheduler: KeyScheduler) -> None:
+def test_a_key_that_a_stale_read_shows_held_is_read_again_at_once(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1)])
     [first] = _start_all(scheduler)
     with scheduler.reading():
@@ -201,7 +217,7 @@ def test_a_key_that_a_stale_read_shows_held_is_read_again_at_once(scheduler: Key
     assert scheduler.key_reads(10) == [KeyRead(("t", "k"), 0, 2)]
 
 
-def test_a_shard_is_released_only_when_what_is_in_flight_on_it_has_settled(scheduler: KeyScheduler) -> None:
+def test_a_shard_is_released_only_when_what_is_in_flight_on_it_has_settled(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1)])
     running = _start_all(scheduler)
     scheduler.release([0, 2])
@@ -214,7 +230,7 @@ def test_a_shard_is_released_only_when_what_is_in_flight_on_it_has_settled(sched
     assert scheduler.released() == set(), "told once"
 
 
-def test_after_a_lost_session_a_key_stays_shut_until_its_running_handler_returns(scheduler: KeyScheduler) -> None:
+def test_after_a_lost_session_a_key_stays_shut_until_its_running_handler_returns(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1, "a"), row(2, "b")])
     first, second = _start_all(scheduler)
     scheduler.finished([Settlement(second, Processed())])
@@ -227,7 +243,7 @@ def test_after_a_lost_session_a_key_stays_shut_until_its_running_handler_returns
     assert scheduler.key_reads(10) == [KeyRead(("t", "a"), 0, 1)]
 
 
-def test_a_change_that_was_cut_off_is_left_as_it_was(scheduler: KeyScheduler) -> None:
+def test_a_change_that_was_cut_off_is_left_as_it_was(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)
     scheduler.interrupted(first)
@@ -236,7 +252,7 @@ def test_a_change_that_was_cut_off_is_left_as_it_was(scheduler: KeyScheduler) ->
     assert scheduler.admit([row(2)]).taken == 0, "its successor may not pass it"
 
 
-def test_finishing_what_does_not_run_is_a_bug_and_said_so(scheduler: KeyScheduler) -> None:
+def test_finishing_what_does_not_run_is_a_bug_and_said_so(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1)])
     [first] = _start_all(scheduler)
     scheduler.finished([Settlement(first, Processed())])
@@ -244,7 +260,7 @@ def test_finishing_what_does_not_run_is_a_bug_and_said_so(scheduler: KeySchedule
         scheduler.finished([Settlement(first, Processed())])
 
 
-def test_behind_a_waiting_change_that_was_cut_off_what_is_queued_is_not_forgotten(scheduler: KeyScheduler) -> None:
+def test_behind_a_waiting_change_that_was_cut_off_what_is_queued_is_not_forgotten(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1, requeued=True)], due=True)
     [first] = _start_all(scheduler)
     scheduler.admit([row(2)])  # the answer to the COMMIT of 1 is still on its way, or lost
@@ -253,7 +269,9 @@ def test_behind_a_waiting_change_that_was_cut_off_what_is_queued_is_not_forgotte
     assert scheduler.admit([row(3)]).taken == 0
 
 
-def test_a_waiting_change_that_was_let_go_behind_one_that_failed_runs_when_it_is_due(scheduler: KeyScheduler) -> None:
+def test_a_waiting_change_that_was_let_go_behind_one_that_failed_runs_when_it_is_due(
+    scheduler: SettlingScheduler,
+) -> None:
     scheduler.admit([row(2)])
     [second] = _start_all(scheduler)
     scheduler.admit([row(1, requeued=True)], due=True)  # an operator gave the dead letter another try
@@ -265,7 +283,7 @@ def test_a_waiting_change_that_was_let_go_behind_one_that_failed_runs_when_it_is
     assert _seqs(_start_all(scheduler)) == [1]
 
 
-def test_what_was_read_before_a_shard_left_and_came_back_is_not_taken(scheduler: KeyScheduler) -> None:
+def test_what_was_read_before_a_shard_left_and_came_back_is_not_taken(scheduler: SettlingScheduler) -> None:
     with scheduler.reading():
         scheduler.release([0])
         assert scheduler.released() == {0}
@@ -273,7 +291,7 @@ def test_what_was_read_before_a_shard_left_and_came_back_is_not_taken(scheduler:
         assert scheduler.admit([row(1)]).taken == 0
 
 
-def test_a_key_that_a_stale_read_shows_held_by_one_that_was_cut_off_is_read_again(scheduler: KeyScheduler) -> None:
+def test_a_key_that_a_stale_read_shows_held_by_one_that_was_cut_off_is_read_again(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1, requeued=True)], due=True)
     [first] = _start_all(scheduler)
     with scheduler.reading():
@@ -282,7 +300,9 @@ def test_a_key_that_a_stale_read_shows_held_by_one_that_was_cut_off_is_read_agai
     assert scheduler.key_reads(10) == [KeyRead(("t", "k"), 0, 2)]
 
 
-def test_an_earlier_change_that_comes_in_late_does_not_join_the_batch_of_a_later_one(scheduler: KeyScheduler) -> None:
+def test_an_earlier_change_that_comes_in_late_does_not_join_the_batch_of_a_later_one(
+    scheduler: SettlingScheduler,
+) -> None:
     scheduler.admit([row(2), row(3)])
     [first] = scheduler.start().changes
     batch = [first]
@@ -292,15 +312,15 @@ def test_an_earlier_change_that_comes_in_late_does_not_join_the_batch_of_a_later
 
 
 @pytest.fixture
-def shared() -> KeyScheduler:
+def shared() -> SettlingScheduler:
     """Room for nine changes of several types."""
-    made = KeyScheduler(9, sole=False)
+    made = SettlingScheduler(9, sole=False)
     made.own(range(4))
     return made
 
 
 def test_one_type_does_not_fill_the_window_and_what_it_was_refused_is_told_by_type_and_shard(
-    shared: KeyScheduler,
+    shared: SettlingScheduler,
 ) -> None:
     admitted = shared.admit([row(seq, str(seq), entity_type="a", shard=seq % 2) for seq in range(1, 10)])
     assert admitted == (7, {"a": {0: 8, 1: 9}})
@@ -308,13 +328,13 @@ def test_one_type_does_not_fill_the_window_and_what_it_was_refused_is_told_by_ty
     assert shared.admit([row(10, entity_type="b")]).taken == 1
 
 
-def test_a_type_that_is_read_apart_is_passed_over(shared: KeyScheduler) -> None:
+def test_a_type_that_is_read_apart_is_passed_over(shared: SettlingScheduler) -> None:
     admitted = shared.admit([row(1, entity_type="a"), row(2, entity_type="b")], throttled={"a"})
     assert admitted == (1, {})
     assert not shared.knows(1)
 
 
-def test_a_type_has_room_again_when_its_changes_are_settled(shared: KeyScheduler) -> None:
+def test_a_type_has_room_again_when_its_changes_are_settled(shared: SettlingScheduler) -> None:
     shared.admit([row(seq, str(seq), entity_type="a") for seq in range(1, 10)])
     for change in _start_all(shared)[:3]:
         _end(shared, change)
@@ -322,7 +342,7 @@ def test_a_type_has_room_again_when_its_changes_are_settled(shared: KeyScheduler
     assert shared.types == {"a"}
 
 
-def test_a_key_of_a_type_without_room_is_read_on_when_there_is_some(shared: KeyScheduler) -> None:
+def test_a_key_of_a_type_without_room_is_read_on_when_there_is_some(shared: SettlingScheduler) -> None:
     shared.admit([row(seq, entity_type="a") for seq in range(1, 3)])
     [first] = _start_all(shared)
     _end(shared, first, Waiting(1.0, "no"))
@@ -336,7 +356,7 @@ def test_a_key_of_a_type_without_room_is_read_on_when_there_is_some(shared: KeyS
 
 
 def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
-    scheduler = KeyScheduler(20, ready_queues=ReadyQueues(2))
+    scheduler = SettlingScheduler(20, ready_queues=ReadyQueues(2))
     scheduler.own([0])
     scheduler.admit([row(seq, str(seq)) for seq in range(1, 9)])
     for _ in range(2):
@@ -349,7 +369,7 @@ def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
 
 
 def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> None:
-    scheduler = KeyScheduler(20, ready_queues=ReadyQueues(1))
+    scheduler = SettlingScheduler(20, ready_queues=ReadyQueues(1))
     scheduler.own([0])
     scheduler.admit([row(seq, str(seq)) for seq in range(1, 5)])
     [first] = scheduler.start().changes
@@ -362,7 +382,7 @@ def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> No
 
 
 def test_a_handler_that_outlives_its_session_keeps_its_slot_until_it_returns() -> None:
-    scheduler = KeyScheduler(10, ready_queues=ReadyQueues(1))
+    scheduler = SettlingScheduler(10, ready_queues=ReadyQueues(1))
     scheduler.own([0])
     scheduler.admit([row(1, "a"), row(2, "b")])
     [running] = _start_all(scheduler)
@@ -377,7 +397,7 @@ def test_a_handler_that_outlives_its_session_keeps_its_slot_until_it_returns() -
 def test_a_key_whose_next_change_needs_something_else_than_before_waits_for_that() -> None:
     first, other = (Handler(name, print, is_async=True) for name in ("first", "other"))
     needs = {1: Requirements("t", first, ("pool",)), 2: Requirements("t", other)}
-    scheduler = KeyScheduler(10, needs=lambda change: needs[change.seq],
+    scheduler = SettlingScheduler(10, needs=lambda change: needs[change.seq],
                   ready_queues=ReadyQueues(5, {"pool": 0}))  # fmt: skip
     scheduler.own([0])
     scheduler.admit([row(2)])

@@ -12,13 +12,14 @@ from cdc.core.lost_transactions import LOSSES_MAX
 from cdc.core.model import Change, Dead, Outcome, Processed, Suspicion
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
-from cdc.core.scheduler import KeyScheduler, Row
+from cdc.core.scheduler import Row
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher, OtherTasks
 from cdc.postgres.outbox import Store
 from cdc.runtime.cancelling import cancel
 from tests.changes import change, row
 from tests.eventually import eventually_async
+from tests.settling import SettlingScheduler
 
 
 class _Waiting:
@@ -50,10 +51,10 @@ class _Waiting:
         return dict.fromkeys(batch, Processed())
 
 
-def _dispatcher(scheduler: KeyScheduler, executor: _Waiting, concurrency: int) -> Dispatcher:
+def _dispatcher(scheduler: SettlingScheduler, executor: _Waiting, concurrency: int) -> Dispatcher:
     return Dispatcher(
         scheduler, executor, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
-        finished=lambda *_: None, reread=lambda: None,
+        finished=scheduler.finished, reread=lambda: None,
     )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 async def test_there_is_one_worker_for_each_change_however_often_they_are_handed_out() -> None:
-    scheduler, executor = KeyScheduler(100), _Waiting()
+    scheduler, executor = SettlingScheduler(100), _Waiting()
     scheduler.own([0])
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([row(1, "a"), row(2, "b")])
@@ -83,7 +84,7 @@ async def test_there_is_one_worker_for_each_change_however_often_they_are_handed
 
 
 async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another() -> None:
-    scheduler, executor = KeyScheduler(100), _Waiting()
+    scheduler, executor = SettlingScheduler(100), _Waiting()
     scheduler.own([0])
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([row(1)])
@@ -102,7 +103,7 @@ async def test_a_suspect_that_is_cut_off_before_its_task_began_leaves_its_key_op
 
     monkeypatch.setattr(CrashGuard, "doubts", lambda _self, _change: doubtful)
     monkeypatch.setattr(CrashGuard, "suspects", still_suspect)
-    scheduler, executor = KeyScheduler(100), _Waiting()
+    scheduler, executor = SettlingScheduler(100), _Waiting()
     scheduler.own([0])
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([Row(replace(change(1), crashed=True))])
@@ -133,13 +134,13 @@ async def test_a_suspect_starts_when_what_became_of_the_one_before_is_in_the_tab
 
     monkeypatch.setattr(CrashGuard, "suspects", still_suspect)
     monkeypatch.setattr(CrashGuard, "starts", written_down)
-    scheduler, executor = KeyScheduler(100), _Waiting()
+    scheduler, executor = SettlingScheduler(100), _Waiting()
     executor.go.set()
     scheduler.own([0])
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([Row(replace(change(seq, str(seq)), crashed=True)) for seq in (1, 2)])
     dispatcher.dispatch()
-    await _until(lambda: scheduler.marks.ready == 1)
+    await _until(lambda: scheduler.to_settle.ready == 1)
     for _ in range(10):
         await OtherTasks()
     assert executor.started == [1]
@@ -171,8 +172,12 @@ async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_ti
     error: type[BaseException],
 ) -> None:
     """By a cancellation that nobody here has asked for, or a fault of this program."""
-    scheduler, executor, ended = KeyScheduler(100), _Ending(error), list[Settlement]()
+    scheduler, executor, ended = SettlingScheduler(100), _Ending(error), list[Settlement]()
     scheduler.own([0])
+
+    def finished(batch: Sequence[Settlement]) -> None:
+        scheduler.finished(batch)
+        ended.extend(batch)
 
     def reread() -> None:
         for resume in scheduler.key_reads(10):
@@ -180,7 +185,7 @@ async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_ti
 
     dispatcher = Dispatcher(
         scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
-        finished=ended.extend, reread=reread,
+        finished=finished, reread=reread,
     )  # fmt: skip
     scheduler.admit([row(1)])
 
@@ -197,11 +202,12 @@ async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_ti
 
 
 async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> None:
-    scheduler, executor = KeyScheduler(100), _Waiting()
+    scheduler, executor = SettlingScheduler(100), _Waiting()
     executor.go.set()
     scheduler.own([0])
 
-    def fail(_: object) -> None:
+    def fail(batch: Sequence[Settlement]) -> None:
+        scheduler.finished(batch)
         raise ValueError
 
     dispatcher = Dispatcher(
@@ -228,7 +234,7 @@ class _Deaf(_Waiting):
 
 
 async def test_a_worker_that_went_on_after_it_was_cut_off_takes_nothing_more() -> None:
-    scheduler, executor = KeyScheduler(100), _Deaf()
+    scheduler, executor = SettlingScheduler(100), _Deaf()
     scheduler.own([0])
     dispatcher = _dispatcher(scheduler, executor, 1)
     scheduler.admit([row(1, "a"), row(2, "b")])

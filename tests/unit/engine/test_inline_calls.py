@@ -16,7 +16,6 @@ from cdc.core.handler_limits import HandlerLimits
 from cdc.core.model import Change, Dead, Discarded, Outcome, Processed, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.router import Router
-from cdc.core.scheduler import KeyScheduler
 from cdc.engine import executor
 from cdc.engine.circuit_breakers import Breakers
 from cdc.engine.crash_guard import CrashGuard
@@ -30,6 +29,7 @@ from cdc.observability.metrics import Metrics
 from cdc.postgres.outbox import Store
 from tests.changes import row
 from tests.eventually import eventually_async
+from tests.settling import SettlingScheduler
 
 Handler = Callable[[Change], Awaitable[object]]
 
@@ -59,7 +59,7 @@ class _Stage:
             transactions=cast("Transactions", None),
         )  # fmt: skip
         demand = HandlerLimits(router, concurrency=concurrency, threads=1, transactions=1, breakers=self.breakers.of)
-        self.scheduler = KeyScheduler(1_000, ready_queues=demand.ready_queues, needs=demand.needs)
+        self.scheduler = SettlingScheduler(1_000, ready_queues=demand.ready_queues, needs=demand.needs)
         self.scheduler.own([0])
         self.outcomes: dict[int, Outcome] = {}
         self.dispatcher = Dispatcher(
@@ -69,6 +69,7 @@ class _Stage:
         self.breakers.moved = self.dispatcher.breaker_changed
 
     def _finished(self, batch: Sequence[Settlement]) -> None:
+        self.scheduler.finished(batch)
         self.outcomes |= {change.seq: outcome for change, outcome in batch}
 
     def work(self, changes: int) -> None:
