@@ -34,6 +34,7 @@ class StreamStatus:
     """
 
     connected: bool = False
+    stopped: bool = False
     loop_last_iteration: float = 0.0
     stall_limit_s: float = 0.0
     last_byte_monotonic: float | None = None
@@ -179,4 +180,4 @@ class ProcessStatus:
             return None
         if stream.reason is not None:
             return Reason(stream.reason).lasting
-        return None if stream.loop_last_iteration else Reason.NETWORK
+        return None if stream.stopped else Reason.NETWORK

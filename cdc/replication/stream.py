@@ -249,7 +249,7 @@ class _Report:
 
     def __init__(self, events: StreamEvents) -> None:
         self._events = events
-        self._connected = False
+        self._connected = self._stopped = False
         self._loop_last_iteration = 0.0
         self._last_byte: float | None = None
         self._messages = self._keepalives = self._bytes = 0
@@ -264,6 +264,7 @@ class _Report:
         trouble = self._trouble
         return StreamStatus(
             connected=self._connected,
+            stopped=self._stopped,
             loop_last_iteration=self._loop_last_iteration,
             last_byte_monotonic=self._last_byte,
             messages=self._messages,
@@ -313,7 +314,7 @@ class _Report:
 
     def stopped(self) -> None:
         log.info("the stream has stopped")
-        self._connected = False
+        self._connected, self._stopped = False, True
 
 
 class _Batch:

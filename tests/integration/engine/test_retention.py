@@ -242,7 +242,7 @@ async def test_a_stop_does_not_wait_for_a_pause(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "_BUSY_SHARE", 1e-6)
-    monkeypatch.setattr("cdc.app.Pruning", lambda *arguments: Pruning(*arguments, batch=10))
+    monkeypatch.setattr("cdc.app.application.Pruning", lambda *arguments: Pruning(*arguments, batch=10))
     fill(outbox_db, 30)
     async with asyncio.timeout(retention._PAUSE_MAX_S / 2):
         async with consuming(outbox, Router(), retention="7d"):

@@ -135,7 +135,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
         clock, handled, breaker = Clock(outbox_db, monkeypatch), outside.calls, app._breakers.of["asks"]
         outside.there = False
         _publish(outbox_db, 300, 20)
-        await _until(lambda: breaker.shut, "the handler rests")
+        await _until(lambda: app.status.breakers["asks"].rests, "the handler rests")
         ended = clock.now() + 600.0
         while clock.now() < ended:
             before = outside.calls

@@ -162,7 +162,8 @@ def test_a_type_without_a_rule_is_counted_as_other(metrics: _Shown) -> None:
         (ProcessStatus(stream=StreamStatus(reason="slot_busy")), Role.STANDBY, Reason.SLOT_BUSY),
         (ProcessStatus(stream=StreamStatus(reason="wal_level")), Role.SWEEPING, Reason.WAL_LEVEL),
         (ProcessStatus(stream=StreamStatus(reason="stalled")), Role.SWEEPING, Reason.NETWORK),
-        (ProcessStatus(stream=StreamStatus(loop_last_iteration=1)), Role.SWEEPING, None),  # it was stopped
+        (ProcessStatus(stream=StreamStatus(loop_last_iteration=1)), Role.SWEEPING, Reason.NETWORK),
+        (ProcessStatus(stream=StreamStatus(stopped=True)), Role.SWEEPING, None),
         (
             ProcessStatus(stream=StreamStatus(connected=True), consumer=ConsumerStatus(observing=True)),
             Role.OBSERVING,
