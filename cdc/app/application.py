@@ -291,7 +291,7 @@ class App:
                 recreate_slot=settings.slot.recreate,
                 stall_limit_s=self._thresholds.stall_s,
             ),
-            StreamBridge(self.consumer, self._relay, self.metrics, changed=self._collector.look_now),
+            StreamBridge(self.consumer, self._relay, self.metrics, self._hooks, changed=self._collector.look_now),
             self._supervisor,
             exposed=self._exposed,
         )
@@ -309,6 +309,7 @@ class App:
         if wakeups is None:
             self.consumer.sweep_now()
             return
+        self._hooks.woken(wakeups)
         others = self.consumer.relayed(wakeups)
         self.metrics.wakeups.received.labels("notify").inc(len(wakeups) - len(others))
 

@@ -85,6 +85,7 @@ class Router:
         self._ignored: set[str] = set()
         self._processed_hooks: list[Hook] = []
         self._error_hooks: list[Hook] = []
+        self._wakeup_hooks: list[Hook] = []
 
     def on(
         self,
@@ -180,6 +181,16 @@ class Router:
         self._error_hooks.append(hook)
         return hook
 
+    def on_wakeup(self, hook: Function) -> Function:
+        """Call ``hook(seqs, at)`` when notifications come in, before the changes are read.
+
+        ``seqs``: the numbers of committed changes, ``Change.seq``, also of those that other consumers own. ``at``: when
+        they came in, by ``time.monotonic()``, in seconds. A change that a sweep finds has had no notification; one may
+        have two. What the hook raises is logged and changes nothing.
+        """
+        self._wakeup_hooks.append(hook)
+        return hook
+
     def match(self, entity_type: str, operation: str) -> Handler | None:
         """The handler of such a change, or None: nobody wants it."""
         slots = self._slots
@@ -206,6 +217,10 @@ class Router:
     @property
     def error_hooks(self) -> tuple[Hook, ...]:
         return tuple(self._error_hooks)
+
+    @property
+    def wakeup_hooks(self) -> tuple[Hook, ...]:
+        return tuple(self._wakeup_hooks)
 
     def _named(self, handler: Handler, name: str | None) -> Handler:
         """Attempts, models and metrics go by the name: two that share one have to be the same but for the type."""

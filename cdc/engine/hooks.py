@@ -1,4 +1,5 @@
-"""The router's hooks, ``on_processed`` and ``on_error``: the documented ``change:processed`` and ``change:error``.
+"""The router's hooks: ``on_processed`` and ``on_error``, the documented ``change:processed`` and ``change:error``, and
+``on_wakeup``.
 
 They run beside the work, one after the other and in threads of their own, and never disturb it: what they raise is
 logged, what takes too long is given up, and when they fall far behind, the news is dropped instead of the changes being
@@ -12,11 +13,12 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cdc.core.frames import trace
-from cdc.core.model import Change
+from cdc.core.model import Change, WakeUp
 from cdc.core.router import Hook, Router
 from cdc.engine.calls import EscapedError, call_async
 from cdc.engine.thread_pool import Threads
@@ -27,7 +29,9 @@ log = logging.getLogger("cdc.hooks")
 
 _LIMIT_S = 10.0
 _BACKLOG_MAX, _BACKLOG_BYTES = 10_000, 16 << 20
-"""Calls, and bytes of the documents of their changes."""
+"""Calls, and bytes of the documents of their changes, or of numbers."""
+_SEQ_BYTES = 40
+"""Of a number and its place in a list."""
 _THREADS = 4
 """More than one, because a call that was given up may hold its thread for ever."""
 
@@ -38,28 +42,36 @@ class Hooks:
     def __init__(self, router: Router) -> None:
         self._processed = router.processed_hooks
         self._failed = router.error_hooks
+        self._woken = router.wakeup_hooks
         self._threads = Threads(_THREADS)
-        self._news: asyncio.Queue[tuple[Hook, tuple[Any, ...]]] = asyncio.Queue(_BACKLOG_MAX)
+        self._news: asyncio.Queue[tuple[Hook, int, tuple[Any, ...]]] = asyncio.Queue(_BACKLOG_MAX)
         self._overflowing = False
         self._bytes = 0
 
     def processed(self, changes: Iterable[Change]) -> None:
         for hook in self._processed:
             for change in changes:
-                self._tell(hook, change)
+                self._tell(hook, change.size, change)
 
     def failed(self, change: Change, error: BaseException) -> None:
         for hook in self._failed:
-            self._tell(hook, change, error)
+            self._tell(hook, change.size, change, error)
+
+    def woken(self, wakeups: Sequence[WakeUp]) -> None:
+        """Notifications have come in just now."""
+        if self._woken:
+            seqs, at = [wakeup.seq for wakeup in wakeups], time.monotonic()
+            for hook in self._woken:
+                self._tell(hook, _SEQ_BYTES * len(seqs), seqs, at)
 
     async def run(self) -> None:
         """Call the hooks as news comes in, until cancelled."""
         while True:
-            hook, arguments = await self._news.get()
+            hook, size, arguments = await self._news.get()
             try:
                 await self._call(hook, arguments)
             finally:
-                self._bytes -= arguments[0].size
+                self._bytes -= size
                 self._news.task_done()
 
     async def drain(self, seconds: float) -> None:
@@ -67,10 +79,10 @@ class Hooks:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.join(), seconds)
 
-    def _tell(self, hook: Hook, change: Change, *others: Any) -> None:
-        if not self._news.full() and (self._bytes + change.size <= _BACKLOG_BYTES or not self._bytes):
-            self._news.put_nowait((hook, (change, *others)))
-            self._bytes += change.size
+    def _tell(self, hook: Hook, size: int, *arguments: Any) -> None:
+        if not self._news.full() and (self._bytes + size <= _BACKLOG_BYTES or not self._bytes):
+            self._news.put_nowait((hook, size, arguments))
+            self._bytes += size
             self._overflowing = False
         else:
             if not self._overflowing:

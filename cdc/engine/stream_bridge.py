@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from cdc.core.errors import StreamError
 from cdc.core.model import WakeUp
 from cdc.engine.consumer import Consumer
+from cdc.engine.hooks import Hooks
 from cdc.engine.shadow import Shadow
 from cdc.observability.metrics import Metrics
 from cdc.postgres.notify import Relay
@@ -26,12 +27,13 @@ class StreamBridge:
     """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run in the stream's thread."""
 
     def __init__(
-        self, consumer: Consumer | Shadow, relay: Relay, metrics: Metrics, *, changed: Callable[[], None]
+        self, consumer: Consumer | Shadow, relay: Relay, metrics: Metrics, hooks: Hooks, *, changed: Callable[[], None]
     ) -> None:
         self._consumer = consumer
         self._relay = relay
         self._changed = changed
         self._metrics = metrics
+        self._hooks = hooks
         self._heard = metrics.wakeups.received.labels("wal")
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
@@ -72,6 +74,7 @@ class StreamBridge:
         self._heard.inc(len(wakeups))
         if latency_s is not None:
             self._metrics.wakeups.latency.observe(max(0.0, latency_s))
+        self._hooks.woken(wakeups)
         self._relay.offer(self._consumer.notified(wakeups))
         if dropped:
             self._metrics.wakeups.dropped.inc(dropped)

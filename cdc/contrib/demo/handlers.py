@@ -47,6 +47,7 @@ def make_router(schema: str, messenger: Messenger, tracker: Tracker) -> Router:
         declare(watch.noting(handler))
     router.on_processed(watch.processed)
     router.on_error(tracker.failed)
+    router.on_wakeup(tracker.notified)
     return router
 
 

@@ -1,7 +1,7 @@
 """The demo: the documented application, a consumer with its handlers, and webhooks for it.
 
-Everything that is measured is measured from outside: the consumer is the one of ``cdc run``, unchanged, and has no
-code for being watched.
+Everything that is measured is measured from outside: the consumer is the one of ``cdc run``, and it is watched by the
+hooks that any application has.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 
 import psycopg
 
@@ -20,7 +20,6 @@ from cdc.contrib.demo.handlers import Messenger, make_router
 from cdc.contrib.demo.temp_server import free_port
 from cdc.contrib.demo.tracker import Journey, Tracker
 from cdc.contrib.demo.writer import Webhook
-from cdc.core.model import WakeUp
 from cdc.core.stream_reason import Reason
 from cdc.observability import logs
 from cdc.postgres.connect import connect, describe
@@ -108,7 +107,6 @@ class _Stage:
             }
         )
         app = App(settings, make_router(environment.SCHEMA, self._messenger, self._tracker))
-        self._overhear(app)
         work = asyncio.create_task(app.run())
         try:
             await self._until_it_listens(app, work)
@@ -116,16 +114,6 @@ class _Stage:
         finally:
             app.consumer.stop()
             await work
-
-    def _overhear(self, app: App) -> None:
-        notified = app.consumer.notified
-
-        def overheard(wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-            self._tracker.notified(wakeups)
-            return notified(wakeups)
-
-        # The one place where the demo reaches in: which wake-up was for which change, only the consumer hears.
-        app.consumer.notified = overheard  # type: ignore[method-assign]
 
     async def _until_it_listens(self, app: App, work: asyncio.Task[None]) -> None:
         """Until the slot rings. Where it cannot, the consumer sweeps, and the demo shows that."""

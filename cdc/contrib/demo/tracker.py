@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from cdc.core.model import Change, WakeUp
+from cdc.core.model import Change
 
 Watermark = tuple[str, str, str]
 """(entity_type, entity_id, operation): what names a change before the capture trigger has numbered it."""
@@ -65,7 +65,7 @@ class Tracker:
         self._stumbled = stumbled
         self._clock = clock
         self._on_the_way: dict[Watermark, Journey] = {}
-        self._rings: dict[int, float] = {}
+        self._notified: dict[int, float] = {}
         self._lock = threading.Lock()
         self._burst_left = 0
         self.burst_over = threading.Event()
@@ -95,24 +95,25 @@ class Tracker:
     def burst_sent(self, count: int) -> None:
         self._burst_left = count
 
-    def notified(self, wakeups: Iterable[WakeUp]) -> None:
-        now = self._clock()
-        for wakeup in wakeups:
-            self._rings.setdefault(wakeup.seq, now)
+    def notified(self, seqs: Iterable[int], at: float) -> None:
+        """Told before what comes of these changes is; a handler may have begun already."""
+        for seq in seqs:
+            self._notified.setdefault(seq, at)
 
     def started(self, change: Change, handler: str) -> Journey | None:
         """A handler begins. None: the change is one of many that nobody looks at."""
-        notified = self._rings.pop(change.seq, None)
         journey = self._on_the_way.get(_mark(change)) or self._visitor(change)
         if journey is not None:
             journey.attempts = change.attempt
             if journey.started is None:
-                journey.started, journey.notified, journey.handler = self._clock(), notified, handler
+                journey.started, journey.handler = self._clock(), handler
         return journey
 
     def processed(self, change: Change) -> None:
         journey = self._on_the_way.pop(_mark(change), None)
+        notified = self._notified.pop(change.seq, None)
         if journey is not None:
+            journey.notified = notified
             with self._lock:
                 journey.processed = self._clock()
                 ended = journey.stored is not None or not journey.announced
@@ -125,6 +126,7 @@ class Tracker:
 
     def failed(self, change: Change, error: BaseException) -> None:
         if journey := self._on_the_way.get(_mark(change)):
+            journey.notified = self._notified.get(change.seq)
             self._stumbled(journey, error)
 
     def _end(self, journey: Journey) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -58,6 +59,35 @@ async def test_a_consumer_with_a_temporary_slot_of_pgoutput_is_rung_and_leaves_n
         notified = metric(app.metrics.registry, "cdc_wakeups_total", source="wal")
     assert notified == 50
     eventually(lambda: not slot_facts(outbox_db, slot), what="the slot is gone")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_who_asks_to_be_told_of_wake_ups_is_told_their_numbers_and_the_time(
+    outbox: str, outbox_db: psycopg.Connection, slot: str, stream: bool
+) -> None:
+    router, told, began = Router(), dict[int, float](), time.monotonic()
+
+    @router.on("note")
+    async def note(change: object) -> None:
+        pass
+
+    @router.on_wakeup
+    def notified(seqs: list[int], at: float) -> None:
+        told.update(dict.fromkeys(seqs, at))
+        raise RuntimeError("which changes nothing")
+
+    async with consuming(outbox, router, slot_name=slot, stream=stream, poll_interval=0.05) as app:
+        if stream:
+            await streams(app)
+        publish(outbox_db, 1, 3)
+        await handled(outbox_db)
+        numbers = {seq for (seq,) in outbox_db.execute("SELECT seq FROM entity_changes").fetchall()}
+
+        async def all_told() -> bool:
+            return told.keys() == (numbers if stream else set())
+
+        await eventually_async(all_told, what="the hook is called")
+    assert all(began < at < time.monotonic() for at in told.values())
 
 
 async def test_a_handler_that_blocks_the_event_loop_for_long_does_not_cost_the_stream_its_connection(

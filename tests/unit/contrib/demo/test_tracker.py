@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from cdc.contrib.demo.tracker import Journey, Tracker, percentile
-from cdc.core.model import Change, Operation, WakeUp
+from cdc.core.model import Change, Operation
 
 MARK = ("message", "m-1", "INSERT")
 
@@ -47,11 +47,11 @@ def sent(tracker: Tracker) -> Journey:
 def test_a_change_is_followed_from_the_writer_to_processed(tracker: Tracker, arrived: list[Journey]) -> None:
     journey = sent(tracker)
     tracker.stored(journey)
-    tracker.notified([WakeUp(7, 1), WakeUp(8, 1)])
+    tracker.notified([7, 8], 2.5)
     tracker.started(change(), "answer")
     tracker.processed(change())
     assert arrived == tracker.ended == [journey]
-    assert [journey.sent, journey.stored, journey.notified, journey.started, journey.processed] == [1, 2, 3, 4, 5]
+    assert [journey.sent, journey.stored, journey.notified, journey.started, journey.processed] == [1, 2, 2.5, 3, 4]
     assert (journey.handler, journey.attempts, journey.source) == ("answer", 1, "wal")
 
 
