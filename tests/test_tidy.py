@@ -381,6 +381,14 @@ def test_pages_that_are_named_anywhere_exist_with_their_headings() -> None:
     assert missing == []
 
 
+def test_files_that_the_documents_name_exist() -> None:
+    named = set(
+        re.findall(r"\b((?:(?:cdc|tests|sql|deploy|examples)/[\w/-]+|test_\w+)\.(?:py|sql|yaml))", _documents())
+    )
+    known = [name(path) for path in project_files()]
+    assert {one for one in named if not any(f"/{path}".endswith(f"/{one}") for path in known)} == set()
+
+
 def _anchors(page: str) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
