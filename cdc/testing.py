@@ -27,7 +27,7 @@ from cdc.core.errors import CdcError, UsageError
 from cdc.core.model import Change, ChangeState, Operation
 from cdc.core.router import Router
 from cdc.core.type_filter import TypeFilter
-from cdc.postgres.admin import Entry, OutboxAdmin, Wanted
+from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin
 from cdc.postgres.connect import connect, connect_async
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
@@ -36,9 +36,9 @@ from cdc.runtime.deadline import deadline
 if TYPE_CHECKING:
     from cdc.postgres.connect import Connection
 
-_LOOK_EVERY_S = 0.01
+_POLL_INTERVAL_S = 0.01
 _NAMED_MAX = 20
-_LOOKED_AT_MAX = 1_000
+_ROWS_EXAMINED_MAX = 1_000
 """Changes of a state. Behind so many that are held back no others are seen: a test has fewer."""
 _QUICK: Mapping[str, Any] = {
     "http_port": 0,
@@ -73,7 +73,7 @@ class Drained:
     skipped: int
     discarded: int
     retried: int
-    dead_letters: tuple[Entry, ...]
+    dead_letters: tuple[ChangeSummary, ...]
     waiting: int
     held: int
     unhandled: int = 0
@@ -162,7 +162,7 @@ async def drain(
     async with await connect_async(chosen.dsn_text, application_name="cdc: drain") as reader:
         await Store(chosen.schema_).check(reader)
     with closing(await asyncio.to_thread(connect, chosen.dsn_text, application_name="cdc: drain")) as connection:
-        look = _Look(connection, OutboxAdmin(chosen.schema_), app.scope)
+        look = _OutboxState(connection, OutboxAdmin(chosen.schema_), app.scope)
         work = asyncio.create_task(app.run())
         try:
             await _until_settled(work, look, within_s)
@@ -184,7 +184,7 @@ def _cap(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {} if "backoff_cap" in settings else {"backoff_cap": max(0.05, settings.get("backoff_base", 0.0))}
 
 
-async def _until_settled(work: asyncio.Task[None], look: _Look, within_s: float) -> None:
+async def _until_settled(work: asyncio.Task[None], look: _OutboxState, within_s: float) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + within_s
     while left := await asyncio.to_thread(look.runnable, max(0.0, deadline - loop.time())):
@@ -193,29 +193,29 @@ async def _until_settled(work: asyncio.Task[None], look: _Look, within_s: float)
                 f"not settled within {within_s:g} s: {_named(left)}",
                 hint="a handler hangs, is slow, or causes changes without end; within_s= is the limit",
             )
-        await asyncio.wait([work], timeout=_LOOK_EVERY_S)
+        await asyncio.wait([work], timeout=_POLL_INTERVAL_S)
         if work.done():
             work.result()
 
 
-class _Look:
+class _OutboxState:
     """What the table says, from a thread."""
 
-    def __init__(self, connection: Connection, letters: OutboxAdmin, scope: TypeFilter) -> None:
+    def __init__(self, connection: Connection, admin: OutboxAdmin, scope: TypeFilter) -> None:
         read_anything(connection)  # a change that cannot be read is one of those that are left
         self._scope = scope
         self._connection = connection
-        self._letters = letters
+        self._admin = admin
         self._began = self._now()
 
-    def runnable(self, within_s: float) -> list[Entry]:
+    def runnable(self, within_s: float) -> list[ChangeSummary]:
         """Changes that could run within so many seconds; some of them, if there are many."""
         # By one snapshot: what changed its state between two looks would be in neither.
         with self._connection.transaction():
             self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             soon = self._now() + timedelta(seconds=within_s)
-            fresh = self._find("fresh", _LOOKED_AT_MAX)
-            waiting = self._find("waiting", _LOOKED_AT_MAX)
+            fresh = self._find("fresh", _ROWS_EXAMINED_MAX)
+            waiting = self._find("waiting", _ROWS_EXAMINED_MAX)
         ready = [entry for entry in fresh if not entry.blocked]
         ready += [entry for entry in waiting if entry.next_attempt_at and entry.next_attempt_at <= soon]
         return [entry for entry in ready if self._scope.has(entry.entity_type)]  # which may be all but some
@@ -226,15 +226,15 @@ class _Look:
         now: datetime = row[0]
         return now
 
-    def _find(self, state: str, limit: int) -> list[Entry]:
+    def _find(self, state: str, limit: int) -> list[ChangeSummary]:
         types = self._scope.types if self._scope.include else (None,)
-        wanted = (Wanted(entity_type) for entity_type in types)
-        return [entry for each in wanted for entry in self._letters.find(self._connection, state, each, limit).entries]
+        wanted = (Filter(entity_type) for entity_type in types)
+        return [entry for each in wanted for entry in self._admin.find(self._connection, state, each, limit).entries]
 
     def result(self, outcomes: Mapping[str, int]) -> Drained:
         """``outcomes``: attempts, by how they ended."""
-        stats = self._letters.stats(self._connection)
-        dead = self._find("dead", _LOOKED_AT_MAX)
+        stats = self._admin.stats(self._connection)
+        dead = self._find("dead", _ROWS_EXAMINED_MAX)
         return Drained(
             processed=outcomes.get("processed", 0),
             skipped=outcomes.get("skipped", 0),
@@ -247,13 +247,13 @@ class _Look:
         )
 
 
-def _named(entries: Iterable[Entry]) -> str:
+def _named(entries: Iterable[ChangeSummary]) -> str:
     """Without what the rows hold, and without the text of their errors, which may quote it."""
     shown = list(itertools.islice(entries, _NAMED_MAX + 1))
     names = [f"{each.seq} ({each.id}) of {each.entity_type}, {_state(each)}" for each in shown[:_NAMED_MAX]]
     return "; ".join([*names, "..."] if len(shown) > _NAMED_MAX else names)
 
 
-def _state(entry: Entry) -> str:
+def _state(entry: ChangeSummary) -> str:
     failures = f" after {entry.error_count} failed attempts" if entry.error_count else ""
     return f"{ChangeState(entry.state).value}{failures}"

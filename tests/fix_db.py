@@ -16,7 +16,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import NotFoundError
 from tests.eventually import eventually
 
@@ -28,10 +28,10 @@ def pytest_report_header() -> str:
 
 
 @contextlib.contextmanager
-def new_server(*, tcp: bool = False) -> Iterator[Server]:
+def new_server(*, tcp: bool = False) -> Iterator[TempServer]:
     """A throw-away server, fsync off. Skips the test where there is none to be had."""
     try:
-        running = Server(durable=False, tcp=tcp)
+        running = TempServer(durable=False, tcp=tcp)
     except NotFoundError as missing:
         if os.environ.get("CDC_REQUIRE_PG"):
             raise
@@ -41,7 +41,7 @@ def new_server(*, tcp: bool = False) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server() -> Iterator[TempServer]:
     """A running throw-away server with wal2json: for tests that neither stop nor crash it."""
     with new_server() as running:
         yield running

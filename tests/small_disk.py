@@ -12,7 +12,7 @@ from types import TracebackType
 import psycopg
 from psycopg import sql
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 
 _ROOM = "8g"
 """What is not used takes no memory."""
@@ -25,7 +25,7 @@ class SmallDisk:
     ``server`` is stopped before the disk goes.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: TempServer) -> None:
         self._server = server
         self.folder = Path(tempfile.mkdtemp(prefix="cdcdisk"))
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 from psycopg.conninfo import make_conninfo
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 
 
-class Standby(Server):
+class Standby(TempServer):
     """A physical standby of ``primary``."""
 
-    def __init__(self, primary: Server) -> None:
+    def __init__(self, primary: TempServer) -> None:
         super().__init__(durable=False)
         self._primary = primary
 
@@ -29,7 +29,7 @@ class Standby(Server):
 
 
 @contextmanager
-def standing_by(primary: Server) -> Iterator[tuple[Standby, str]]:
+def standing_by(primary: TempServer) -> Iterator[tuple[Standby, str]]:
     """A standby, and the DSN that leads to whichever of the two takes writes."""
     with Standby(primary) as standby:
         hosts = {"host": f"{primary.folder},{standby.folder}", "port": "5432,5432"}

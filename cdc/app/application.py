@@ -26,7 +26,7 @@ from cdc.core.page_size import BYTES
 from cdc.core.router import Router
 from cdc.core.type_filter import NOTHING, TypeFilter
 from cdc.engine import health_checks
-from cdc.engine.circuit_breakers import Breakers
+from cdc.engine.circuit_breakers import CircuitBreakers
 from cdc.engine.consumer import Consumer, ConsumerSettings
 from cdc.engine.error_policy import ErrorPolicy
 from cdc.engine.executor import Executor
@@ -34,13 +34,13 @@ from cdc.engine.health_checks import HealthThresholds, LoopWatch
 from cdc.engine.hooks import Hooks
 from cdc.engine.retention import Pruning
 from cdc.engine.shadow import ObserverSettings, Shadow
-from cdc.engine.stats_poller import Collector
+from cdc.engine.stats_poller import StatsPoller
 from cdc.engine.stream_bridge import StreamBridge
 from cdc.engine.thread_pool import Threads
 from cdc.engine.transactions import Transactions
 from cdc.http import endpoint_url
 from cdc.http.server import Check, HealthServer
-from cdc.http.status_page import Page
+from cdc.http.status_page import StatusPage
 from cdc.observability.failures import RecentFailures
 from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ProcessStatus
@@ -111,7 +111,7 @@ class App:
         handlers = router.handlers.values()
         self._failures = RecentFailures()
         self._loop = LoopWatch()
-        self._breakers = Breakers({handler.name for handler in handlers})
+        self._breakers = CircuitBreakers({handler.name for handler in handlers})
         error_policy = ErrorPolicy(
             handlers, policy, hooks=hooks, metrics=metrics.handlers, breakers=self._breakers,
             failed=self._failures.add,
@@ -120,14 +120,14 @@ class App:
             self._make_observer(store) if settings.observe else self._make_consumer(store, error_policy, hooks)
         )
         self._relay = Relay(settings.current_dsn, settings.schema_, metrics.wakeups.relayed.inc)
-        self._collector = Collector(
+        self._stats_poller = StatsPoller(
             settings.current_dsn,
             store=store,
             slot=settings.slot.name if settings.stream else None,
             asked=None if self.scope == settings.scope or settings.observe else settings.scope,
             page=OutboxAdmin(settings.schema_) if settings.http.port and settings.http.page else None,
             supervisor=self._supervisor,
-            deaf=self._slot_is_deaf,
+            deaf=self._slot_waits_for_standbys,
         )
         self._stream = self._make_stream() if settings.stream else None
         self._listener = Listener(settings.current_dsn, settings.schema_, self._heard, captured=self.consumer.captured)
@@ -136,11 +136,11 @@ class App:
             StatusMetrics(settings.slot.name, lambda: self.status, delivery=endpoint_url.HANDLER if delivers else None)
         )
 
-    def _make_page(self) -> Page:
-        return Page(
+    def _make_page(self) -> StatusPage:
+        return StatusPage(
             lambda: self.status,
             self._checks,
-            readings=lambda: self._collector.readings,
+            readings=lambda: self._stats_poller.readings,
             failures=lambda: self._failures.all,
             supervisor=self._supervisor,
         )
@@ -241,7 +241,7 @@ class App:
             await asyncio.gather(
                 asyncio.wait(tasks, timeout=_STOP_S),
                 self._stop_stream(),
-                asyncio.to_thread(self._collector.stop, _STOP_S),
+                asyncio.to_thread(self._stats_poller.stop, _STOP_S),
                 self._transactions.close(_STOP_S),
             )
             if self._delivery:
@@ -271,7 +271,7 @@ class App:
         return run_then
 
     async def _start_threads(self) -> None:
-        self._collector.start()
+        self._stats_poller.start()
         if self._stream:
             self._stream.start()
         else:
@@ -291,7 +291,7 @@ class App:
                 recreate_slot=settings.slot.recreate,
                 stall_limit_s=self._thresholds.stall_s,
             ),
-            StreamBridge(self.consumer, self._relay, self.metrics, self._hooks, changed=self._collector.look_now),
+            StreamBridge(self.consumer, self._relay, self.metrics, self._hooks, changed=self._stats_poller.poll_now),
             self._supervisor,
             exposed=self._exposed,
         )
@@ -300,10 +300,10 @@ class App:
         """An observer marks nothing."""
         return isinstance(self.consumer, Consumer) and self.consumer.crash_guard.exposed
 
-    def _slot_is_deaf(self) -> None:
+    def _slot_waits_for_standbys(self) -> None:
         """In the collector's thread."""
         if self._stream and self._settings.slot.create and self._settings.slot.recreate:
-            self._stream.is_deaf()
+            self._stream.waits_for_standbys()
 
     def _heard(self, wakeups: list[WakeUp] | None) -> None:
         if wakeups is None:
@@ -321,7 +321,7 @@ class App:
         return ProcessStatus(
             consumer=self.consumer.status,
             stream=self._stream.status if self._stream else None,
-            poller=self._collector.status,
+            poller=self._stats_poller.status,
             handlers=self.metrics.handlers.status,
             pools=self._transactions.status,
             breakers=self._breakers.status,

@@ -84,7 +84,7 @@ def _at_commas(value: object) -> object:
 _Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_at_commas)]
 
 
-class Slot(_Section):
+class SlotSection(_Section):
     name: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="Replication slot; one name a server.")
     create: bool = Field(True, description="Create the slot if it is missing.")
     recreate: bool = Field(True, description="Create a slot again that is lost or cannot be read; needs create.")
@@ -101,7 +101,7 @@ class Slot(_Section):
         return PLUGINS if self.plugin == "auto" else (self.plugin,)
 
 
-class Http(_Section):
+class HttpSection(_Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics and probes; in a container 0.0.0.0.")
     port: int = Field(9464, ge=0, le=65535, description="Their port; 0 switches them off.")
     page: bool = Field(True, description="Show the consumer's figures on a page at /, beside them.")
@@ -125,7 +125,7 @@ def _is_a_secret(secret: SecretStr | None) -> SecretStr | None:
 _Secret = Annotated[SecretStr | None, AfterValidator(_is_a_secret)]
 
 
-class Deliver(_Section):
+class DeliverSection(_Section):
     to: Annotated[str | None, AfterValidator(_is_a_target)] = Field(
         None, description="URL of an application that changes are posted to, instead of to handlers."
     )
@@ -143,7 +143,7 @@ class Deliver(_Section):
         )
 
 
-class Backoff(_Section):
+class BackoffSection(_Section):
     base: float = Field(1.0, gt=0, description="Seconds: the longest wait before the second attempt; it doubles.")
     cap: float = Field(1800.0, gt=0, description="Seconds: the longest wait before any attempt.")
 
@@ -155,7 +155,7 @@ def _does_not_ask_for_help(text: str) -> str:
     return text
 
 
-class Whatsapp(_Section):
+class WhatsappSection(_Section):
     sender_url: str | None = Field(None, description="The messenger: URL that messages are posted to.")
     sender_token: SecretStr | None = Field(None, min_length=1, description="Bearer token for it.")
     help_text: Annotated[str, AfterValidator(_does_not_ask_for_help)] = Field(
@@ -172,7 +172,7 @@ class Whatsapp(_Section):
     body_max: int = Field(262_144, ge=1, description="Bytes a webhook may have.")
 
 
-class Log(_Section):
+class LogSection(_Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object a line.")
 
@@ -206,14 +206,14 @@ class Settings(_Section):
         "public", alias="schema", min_length=1, description="Schema of the table entity_changes."
     )
     handlers: str | None = Field(None, description="Your router, as package.module:router.")
-    deliver: Deliver = Deliver()
+    deliver: DeliverSection = DeliverSection()
     only: _Names = Field(None, description="Handle this entity type and no other.")
     except_: _Names = Field(None, alias="except", description="Leave this entity type alone.")
     unhandled: Literal["leave", "discard"] = Field("leave", description="What to do with types that no handler wants.")
     observe: bool = Field(False, description="Shadow mode: measure everything, run no handler, mark nothing.")
-    slot: Slot = Slot()
+    slot: SlotSection = SlotSection()
     stream: bool = Field(True, description="Listen to the replication slot; without it changes are found by sweeping.")
-    http: Http = Http()
+    http: HttpSection = HttpSection()
     concurrency: int = Field(100, ge=1, description="Handlers that run at the same time.")
     threads: int = Field(20, ge=1, description="Threads for handlers that are not async.")
     transactions: int = Field(10, ge=1, description="Connections for transactional handlers, of each kind.")
@@ -226,15 +226,15 @@ class Settings(_Section):
     timeout: Annotated[float, BeforeValidator(_none_is_zero)] = Field(
         60.0, ge=0, description="Seconds a handler may take for one change; 0 or none is no limit."
     )
-    backoff: Backoff = Backoff()
+    backoff: BackoffSection = BackoffSection()
     drain_time: float = Field(10.0, ge=0, description="Seconds that running handlers get to finish at a stop.")
     sweep_interval: float = Field(5.0, gt=0, description="Seconds between scans for changes without a notification.")
     poll_interval: float = Field(0.5, gt=0, description="Seconds between scans while nothing is streamed.")
     retention: Annotated[str, AfterValidator(_is_an_age)] = Field(
         "off", description="Age, such as 30d, at which processed changes are removed for good; off keeps them."
     )
-    log: Log = Log()
-    whatsapp: Whatsapp = Whatsapp()
+    log: LogSection = LogSection()
+    whatsapp: WhatsappSection = WhatsappSection()
 
     @property
     def dsn_text(self) -> str | None:

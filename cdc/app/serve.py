@@ -33,7 +33,7 @@ _OVERTIME_S = 20.0
 def serve(settings: Settings, router: Router | None) -> None:
     """Log, handle signals, work until one comes, drain, return. ``router``: see ``App``."""
     logs.setup(settings.log.level, settings.log.format)
-    spare_the_collector()
+    spare_the_garbage_collector()
     loop = _new_loop()
     try:
         loop.run_until_complete(_serve(settings, router))
@@ -41,7 +41,7 @@ def serve(settings: Settings, router: Router | None) -> None:
         _end(loop)
 
 
-def spare_the_collector() -> None:
+def spare_the_garbage_collector() -> None:
     """For a process that is a consumer and nothing else: a twelfth of what a no-op change costs was the collector's.
 
     What is loaded by now stays, and need not be looked through. A window of changes comes and goes by counting
@@ -102,18 +102,18 @@ def _end(loop: asyncio.AbstractEventLoop) -> None:
     left = asyncio.all_tasks(loop)
     for task in left:
         cancel(task)
-    if deaf := _uncancellable(loop, left):
-        log.warning("%d tasks go on after their cancellation; the process ends without them", len(deaf))
+    if left_over := _not_ended(loop, left):
+        log.warning("%d tasks go on after their cancellation; the process ends without them", len(left_over))
         process.abandon()
         return
     loop.run_until_complete(loop.shutdown_asyncgens())
-    if _uncancellable(loop, [loop.create_task(loop.shutdown_default_executor())]):
+    if _not_ended(loop, [loop.create_task(loop.shutdown_default_executor())]):
         process.abandon()
     else:
         loop.close()
 
 
-def _uncancellable(loop: asyncio.AbstractEventLoop, tasks: Collection[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
+def _not_ended(loop: asyncio.AbstractEventLoop, tasks: Collection[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
     """Those that have not ended after a moment."""
     if not all(task.done() for task in tasks):
         loop.run_until_complete(asyncio.wait(tasks, timeout=_CUT_OFF_S))

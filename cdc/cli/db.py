@@ -15,7 +15,7 @@ from cdc.core.errors import UsageError
 from cdc.postgres import remarks
 
 if TYPE_CHECKING:
-    from cdc.postgres.catalogs import Finding
+    from cdc.postgres.catalogs import Difference
     from cdc.postgres.connect import Connection
     from cdc.postgres.migrations import Migration
 
@@ -98,7 +98,7 @@ def verify(settings: Settings, as_json: bool) -> None:
         if not any(each.object == "function capture_entity_change()" for each in findings):
             tracked = tracking.tracked(connection, settings.schema_)
             findings += [
-                catalogs.Finding(f"trigger {each.trigger} of {each.table}", f"at fault: {fault}")
+                catalogs.Difference(f"trigger {each.trigger} of {each.table}", f"at fault: {fault}")
                 for each in tracked
                 for fault in remarks.faults(each)
             ]
@@ -248,7 +248,7 @@ def _report(schema_name: str, applied: Sequence[Migration]) -> None:
     say(f"schema {schema_name} is {'up to date now' if applied else 'up to date already'}")
 
 
-def _finish(findings: Sequence[Finding], schema_name: str, hint: str) -> None:
+def _finish(findings: Sequence[Difference], schema_name: str, hint: str) -> None:
     for finding in findings:
         say(f"{finding}")
     _say_by_hand(findings)
@@ -257,11 +257,11 @@ def _finish(findings: Sequence[Finding], schema_name: str, hint: str) -> None:
     _exit_with(findings)
 
 
-def _say_by_hand(findings: Sequence[Finding]) -> None:
+def _say_by_hand(findings: Sequence[Difference]) -> None:
     for statement in dict.fromkeys(finding.by_hand for finding in findings if finding.by_hand):
         say(f"  as a superuser, or the owner: {statement}")
 
 
-def _exit_with(findings: Sequence[Finding]) -> None:
+def _exit_with(findings: Sequence[Difference]) -> None:
     if findings:
         click.get_current_context().exit(1)

@@ -11,7 +11,7 @@ import click
 from cdc.app.config import SETTINGS, Resolved, Settings
 from cdc.cli.options import json_option, resolved_options
 from cdc.cli.output import paint, print_json, put, put_script, say
-from cdc.cli.wanted import WANTED_SETTINGS, wanted
+from cdc.cli.wanted import WANTED_SETTINGS, handled_types
 from cdc.core.errors import CdcError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
         cdc doctor --fix > fix.sql; psql -f fix.sql       # as a superuser, after reading it
     """
     from cdc.diagnostics.doctor import examine  # noqa: PLC0415 - --help does not wait for the driver to load
-    from cdc.diagnostics.findings import Verdict  # noqa: PLC0415 - see above
+    from cdc.diagnostics.findings import Severity  # noqa: PLC0415 - see above
     from cdc.diagnostics.fix_script import script  # noqa: PLC0415 - see above
 
     findings = examine(subject_of(resolved))
@@ -51,8 +51,8 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
     else:
         print_findings(findings)
     _say_sum(findings)
-    bad = (Verdict.FAIL, Verdict.UNKNOWN, *([Verdict.WARN] if strict else []))
-    click.get_current_context().exit(int(any(found.verdict in bad for found in findings)))
+    bad = (Severity.FAIL, Severity.UNKNOWN, *([Severity.WARN] if strict else []))
+    click.get_current_context().exit(int(any(found.severity in bad for found in findings)))
 
 
 def subject_of(resolved: Resolved) -> Subject:
@@ -61,7 +61,7 @@ def subject_of(resolved: Resolved) -> Subject:
     settings = resolved.settings
     asked, handlers_error = None, None
     try:
-        asked = wanted(resolved)
+        asked = handled_types(resolved)
     except CdcError as error:
         handlers_error = (str(error), error.hint)
     return Subject(
@@ -100,20 +100,21 @@ def _is_open(file: Path) -> bool:
 
 
 def _plain(found: Finding) -> dict[str, Any]:
-    return {"id": found.check, "verdict": found.verdict, "detail": found.detail, "remedies": found.remedies}
+    return {"id": found.check, "severity": found.severity, "detail": found.detail, "remedies": found.remedies}
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
     width = max(len(found.check) for found in findings)
     for found in findings:
-        put(paint(f"{found.verdict:<7}", _COLOURS.get(found.verdict)), f" {found.check:<{width}}  {found.detail}")
+        put(paint(f"{found.severity:<7}", _COLOURS.get(found.severity)), f" {found.check:<{width}}  {found.detail}")
         for line in found.remedies:
             put(f"{_REMEDY_INDENT}{line}")
 
 
 def _say_sum(findings: Sequence[Finding]) -> None:
     counts = {
-        verdict: sum(found.verdict == verdict for found in findings) for verdict in ("fail", "warn", "unknown", "skip")
+        severity: sum(found.severity == severity for found in findings)
+        for severity in ("fail", "warn", "unknown", "skip")
     }
-    said = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    said = [f"{count} {severity}" for severity, count in counts.items() if count]
     say(f"{len(findings)} checks: {', '.join(said) if said else 'all ok'}")

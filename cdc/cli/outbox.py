@@ -14,14 +14,14 @@ from cdc.app.config import Resolved, Settings
 from cdc.cli.commands import Commands
 from cdc.cli.options import database_options, json_option, open_database, resolved_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
-from cdc.cli.wanted import WANTED_SETTINGS, wanted
+from cdc.cli.wanted import WANTED_SETTINGS, handled_types
 from cdc.core.durations import parse_duration
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.model import Json
 
 if TYPE_CHECKING:
     from cdc.core.type_filter import TypeFilter
-    from cdc.postgres.admin import Entry, Found, Link, Stats
+    from cdc.postgres.admin import CauseLink, ChangeSummary, SearchResult, Stats
     from cdc.postgres.connect import Connection
 
 _STATES = ("fresh", "blocked", "waiting", "dead", "processed")
@@ -79,7 +79,7 @@ def stats(resolved: Resolved, as_json: bool) -> None:
 def _scope(resolved: Resolved) -> TypeFilter | None:
     """None: nobody knows. What is wrong with the handlers must not hide the figures."""
     try:
-        asked = wanted(resolved)
+        asked = handled_types(resolved)
     except CdcError as error:
         say(f"Warning: the handlers cannot be loaded, so what they want is not known: {error}")
         return None
@@ -108,12 +108,14 @@ def list_(
 
     Fresh and blocked ones the oldest first, waiting ones as they are due, dead and processed ones the youngest first.
     """
-    from cdc.postgres.admin import OutboxAdmin, Wanted  # noqa: PLC0415 - see stats
+    from cdc.postgres.admin import Filter, OutboxAdmin  # noqa: PLC0415 - see stats
 
-    wanted = Wanted(entity_type, entity_id, parse_duration(since) if since else None)
-    letters = OutboxAdmin(settings.schema_)
+    handled_types = Filter(entity_type, entity_id, parse_duration(since) if since else None)
+    admin = OutboxAdmin(settings.schema_)
     with _opened(settings) as connection:
-        found = [letters.find(connection, each, wanted, limit) for each in ([state] if state else ["dead", "waiting"])]
+        found = [
+            admin.find(connection, each, handled_types, limit) for each in ([state] if state else ["dead", "waiting"])
+        ]
     entries = [entry for each in found for entry in each.entries]
     if as_json:
         complete = not any(each.more or each.cut for each in found)
@@ -132,11 +134,11 @@ def show(settings: Settings, name: str, show_payload: bool, as_json: bool) -> No
     """Show all about one change, and the changes that led to it."""
     from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
 
-    reference, letters = parse_reference(name), OutboxAdmin(settings.schema_)
+    reference, admin = parse_reference(name), OutboxAdmin(settings.schema_)
     with _opened(settings) as connection:
-        entry = letters.show(connection, reference)
-        chain = letters.chain(connection, entry)
-        fields = _plain(entry) | (letters.payload(connection, entry) if show_payload else {})
+        entry = admin.show(connection, reference)
+        chain = admin.chain(connection, entry)
+        fields = _plain(entry) | (admin.payload(connection, entry) if show_payload else {})
     if as_json:
         print_json({"change": fields | {"chain": [asdict(link) for link in chain]}})
     else:
@@ -164,15 +166,15 @@ def retry(
 
     if everything == bool(names) or (entity_type is not None and not everything):
         raise UsageError("which changes?", hint="give their IDs, or --all, or --all --type TYPE")
-    letters, references = OutboxAdmin(settings.schema_), [parse_reference(name) for name in names]
+    admin, references = OutboxAdmin(settings.schema_), [parse_reference(name) for name in names]
     if not everything:
         with _opened(settings) as connection:
-            _report("will be tried now", letters.retry(connection, references), as_json)
+            _report("will be tried now", admin.retry(connection, references), as_json)
         return
     if entity_type is None:
         confirm("retry the dead letters of all types", yes)
     with _opened(settings) as connection:
-        count = letters.retry_all(connection, entity_type)
+        count = admin.retry_all(connection, entity_type)
     if as_json:
         print_json({"retried": count})
     else:
@@ -250,7 +252,7 @@ def _opened(settings: Settings) -> Iterator[Connection]:
         yield connection
 
 
-def _print_chain(chain: Sequence[Link]) -> None:
+def _print_chain(chain: Sequence[CauseLink]) -> None:
     """Each cause a little further to the right, below what it caused."""
     if not chain or chain[0].caused_by is None:
         return
@@ -292,7 +294,7 @@ def _figure(value: Any, more: bool) -> Any:
     return f"{value}+" if more and value else value
 
 
-def _plain(entry: Entry) -> dict[str, Any]:
+def _plain(entry: ChangeSummary) -> dict[str, Any]:
     return {**asdict(entry), "blocked": entry.blocked}
 
 
@@ -309,7 +311,7 @@ def _text(value: Any) -> Any:
     return value.decode() if isinstance(value, Json) else value
 
 
-def _row(entry: Entry) -> list[Any]:
+def _row(entry: ChangeSummary) -> list[Any]:
     error = (entry.last_error or "").split("\n", 1)[0]
     shown = {
         **asdict(entry),
@@ -320,14 +322,14 @@ def _row(entry: Entry) -> list[Any]:
     return [shown[name] for name in _LISTED]
 
 
-def _say_what_is_missing(found: Iterable[Found], limit: int) -> None:
+def _say_what_is_missing(found: Iterable[SearchResult], limit: int) -> None:
     if any(each.more for each in found):
         say(f"there are more: these are {limit} of a state (--limit)")
     if any(each.cut for each in found):
         say("there may be more: there are so many changes that not all were looked at")
 
 
-def _report(what: str, entries: list[Entry], as_json: bool) -> None:
+def _report(what: str, entries: list[ChangeSummary], as_json: bool) -> None:
     if as_json:
         print_json({"changes": [_plain(entry) for entry in entries]})
         return

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import click
 
-from cdc.app.config import Deliver, Settings
+from cdc.app.config import DeliverSection, Settings
 from cdc.cli.options import settings_options
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.masking import mask
@@ -47,7 +47,7 @@ def run(settings: Settings) -> None:
 
     Every option is also a variable (--slot-name: CDC_SLOT_NAME) and a line of cdc.toml (name in [slot]).
     """
-    if settings.deliver != Deliver() and not settings.deliver.to:
+    if settings.deliver != DeliverSection() and not settings.deliver.to:
         raise UsageError(
             "a delivery is described, and not where to", hint="--deliver-to URL; or no --type, --batch, CDC_DELIVER_..."
         )

@@ -17,7 +17,7 @@ from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.watch import watch
 from cdc.core.model import PLUGINS
 from cdc.core.units import size, span
-from cdc.replication.slot_health import Outlook, Slot, Verdict, judge, outlook
+from cdc.replication.slot_health import Outlook, SlotHealth, SlotReport, assess, outlook
 
 if TYPE_CHECKING:
     from cdc.postgres.connect import Connection
@@ -211,13 +211,13 @@ def status(
         if found.safe_wal_bytes is not None:
             threading.Event().wait(_MEASURED_S)
             found, earlier = slots.status(connection, chosen), found
-    verdict = _show(found, outlook(earlier, found) if earlier else None, as_json)
-    click.get_current_context().exit(0 if verdict.fine else 1)
+    health = _show(found, outlook(earlier, found) if earlier else None, as_json)
+    click.get_current_context().exit(0 if health.fine else 1)
 
 
-def _shows_in_turn(look: Callable[[], Slot], as_json: bool) -> Callable[[], None]:
+def _shows_in_turn(look: Callable[[], SlotReport], as_json: bool) -> Callable[[], None]:
     """Each call shows the slot as it is, and how fast WAL was written since the call before."""
-    before: list[Slot] = []
+    before: list[SlotReport] = []
 
     def show() -> None:
         found = look()
@@ -226,34 +226,34 @@ def _shows_in_turn(look: Callable[[], Slot], as_json: bool) -> Callable[[], None
         if as_json or sys.stdout.isatty():
             _show(found, expected, as_json)
         else:
-            _print_line(found, expected, judge(found, expected))
+            _print_line(found, expected, assess(found, expected))
 
     return show
 
 
-def _show(found: Slot, expected: Outlook | None, as_json: bool) -> Verdict:
-    verdict = judge(found, expected)
+def _show(found: SlotReport, expected: Outlook | None, as_json: bool) -> SlotHealth:
+    health = assess(found, expected)
     if as_json:
         known = asdict(expected) if expected else None
-        print_json({"slot": asdict(found), "outlook": known, "verdict": asdict(verdict)})
-        return verdict
+        print_json({"slot": asdict(found), "outlook": known, "health": asdict(health)})
+        return health
     print_table(["", found.name], _facts(found, expected))
-    say(f"{found.name}: {verdict.sentence}")
-    if verdict.remedy:
-        say(f"  {verdict.remedy}")
-    return verdict
+    say(f"{found.name}: {health.sentence}")
+    if health.remedy:
+        say(f"  {health.remedy}")
+    return health
 
 
-def _print_line(found: Slot, expected: Outlook | None, verdict: Verdict) -> None:
+def _print_line(found: SlotReport, expected: Outlook | None, health: SlotHealth) -> None:
     sizes = {"retained": found.retained_wal_bytes, "lag": found.confirmed_lag_bytes, "safe": found.safe_wal_bytes}
     words = [found.seen_at.isoformat(timespec="seconds"), found.name, found.wal_status or "-"]
     words += [f"{name}={value}" for name, value in sizes.items() if value is not None]
     words += [f"wal_per_s={expected.wal_bytes_per_s:.0f}"] if expected else []
     words += [f"lost_in_s={expected.lost_in_s:.0f}"] if expected and expected.lost_in_s is not None else []
-    put(f"{' '.join(words)} {verdict.sentence}")
+    put(f"{' '.join(words)} {health.sentence}")
 
 
-def _facts(found: Slot, expected: Outlook | None) -> list[tuple[str, Any]]:
+def _facts(found: SlotReport, expected: Outlook | None) -> list[tuple[str, Any]]:
     facts = [(name, value) for name, value in asdict(found).items() if name != "name" and value is not None]
     if expected is not None:
         facts.append(("wal_written", f"{size(round(expected.wal_bytes_per_s))} a second"))
@@ -262,7 +262,7 @@ def _facts(found: Slot, expected: Outlook | None) -> list[tuple[str, Any]]:
     return facts
 
 
-def _print_one(found: Slot, sentence: str, as_json: bool) -> None:
+def _print_one(found: SlotReport, sentence: str, as_json: bool) -> None:
     if as_json:
         print_json({"slot": asdict(found)})
     else:
@@ -277,6 +277,6 @@ def _what_it_frees(connection: Connection, name: str) -> str:
     return _freed(found) if found else ""
 
 
-def _freed(found: Slot) -> str:
+def _freed(found: SlotReport) -> str:
     kept = found.retained_wal_bytes or 0
     return f", which frees {size(kept)} of WAL" if kept else ""

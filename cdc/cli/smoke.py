@@ -14,7 +14,7 @@ from cdc.cli.options import json_option, open_database, resolved_options
 from cdc.cli.output import paint, print_json, put, say
 
 if TYPE_CHECKING:
-    from cdc.contrib.whatsapp.smoke import Step
+    from cdc.contrib.whatsapp.smoke import SmokeStep
     from cdc.diagnostics.findings import Finding
 
 _MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("-", None)}
@@ -51,7 +51,7 @@ def smoke(resolved: Resolved, emoji: str | None, timeout_s: float, as_json: bool
         idle = failed and probe.nobody_works()
     findings = _causes(resolved, idle=idle) if failed else []
     if as_json:
-        plain = [{"id": found.check, "verdict": found.verdict, "detail": found.detail, "remedies": found.remedies}
+        plain = [{"id": found.check, "severity": found.severity, "detail": found.detail, "remedies": found.remedies}
                  for found in findings]  # fmt: skip
         print_json({"ok": not failed, "emoji": chosen, "steps": [asdict(step) for step in steps],
                     "removed_changes": removed, "findings": plain})  # fmt: skip
@@ -61,7 +61,7 @@ def smoke(resolved: Resolved, emoji: str | None, timeout_s: float, as_json: bool
     click.get_current_context().exit(int(failed))
 
 
-def _print_steps(steps: Sequence[Step]) -> None:
+def _print_steps(steps: Sequence[SmokeStep]) -> None:
     for step in steps:
         mark, colour = _MARKS[step.ok]
         put(paint(mark, colour), f" {step.name:<9}  {_time(step.after_s):>8}  {step.detail}")
@@ -74,8 +74,8 @@ def _time(after_s: float | None) -> str:
 def _causes(resolved: Resolved, *, idle: bool) -> list[Finding]:
     """What fails, and what is not as it should be, the failures first; above all where nobody works."""
     from cdc.diagnostics.doctor import examine  # noqa: PLC0415 - see smoke
-    from cdc.diagnostics.findings import Finding, Verdict  # noqa: PLC0415 - see smoke
+    from cdc.diagnostics.findings import Finding, Severity  # noqa: PLC0415 - see smoke
 
-    nobody = Finding(Verdict.FAIL, "no consumer is running", "start one: cdc run --handlers ...", check="consumers")
+    nobody = Finding(Severity.FAIL, "no consumer is running", "start one: cdc run --handlers ...", check="consumers")
     findings = [*([nobody] if idle else []), *examine(subject_of(resolved))]
-    return [found for verdict in (Verdict.FAIL, Verdict.WARN) for found in findings if found.verdict == verdict]
+    return [found for severity in (Severity.FAIL, Severity.WARN) for found in findings if found.severity == severity]

@@ -15,16 +15,16 @@ from cdc.cli.output import paint, print_json, print_table, put
 from cdc.cli.watch import watch
 from cdc.core.model import SHARDS
 from cdc.core.units import size, span
-from cdc.replication.slot_health import Outlook, Slot, Verdict, judge, outlook
+from cdc.replication.slot_health import Outlook, SlotHealth, SlotReport, assess, outlook
 
 if TYPE_CHECKING:
-    from cdc.diagnostics.status import Letter, Status
+    from cdc.diagnostics.status import DeadLetter, Status
     from cdc.postgres.shard_locks import Member
 
 _LABEL = 11
 _MEMBERS_MAX = 4
 _TYPES_MAX = 10
-_LETTERS_MAX = 5
+_DEAD_LETTERS_MAX = 5
 """So that it fits on one screen; --json has all of them."""
 
 
@@ -43,7 +43,7 @@ def status(*, settings: Settings, watching: bool, every: float, times: int | Non
     """
     from cdc.diagnostics.status import read  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    before: list[Slot] = []
+    before: list[SlotReport] = []
 
     def show() -> None:
         seen = read(connection, settings.schema_, settings.slot.name)
@@ -56,19 +56,19 @@ def status(*, settings: Settings, watching: bool, every: float, times: int | Non
 
 
 def _show(seen: Status, settings: Settings, expected: Outlook | None, as_json: bool) -> None:
-    verdict = judge(seen.slot, expected) if seen.slot else None
+    health = assess(seen.slot, expected) if seen.slot else None
     if as_json:
         figures = {**asdict(seen), "members": [each._asdict() for each in seen.members],
                    "observers": [each._asdict() for each in seen.observers]}  # fmt: skip
-        print_json({**figures, "schema_name": settings.schema_, "verdict": asdict(verdict) if verdict else None})
+        print_json({**figures, "schema_name": settings.schema_, "health": asdict(health) if health else None})
         return
-    for label, sentence in _lines(seen, settings, verdict):
+    for label, sentence in _lines(seen, settings, health):
         put(paint(label.ljust(_LABEL), bold=True), *([sentence] if isinstance(sentence, str) else sentence))
     _print_types(seen)
-    _print_letters(seen.outbox.letters)
+    _print_dead_letters(seen.outbox.dead_letters)
 
 
-def _lines(seen: Status, settings: Settings, verdict: Verdict | None) -> Iterable[tuple[str, str | tuple[str, ...]]]:
+def _lines(seen: Status, settings: Settings, health: SlotHealth | None) -> Iterable[tuple[str, str | tuple[str, ...]]]:
     yield "outbox", f"{settings.schema_} in {seen.database}, at {seen.seen_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
     yield "consumers", _members(seen)
     if seen.observers:
@@ -76,10 +76,10 @@ def _lines(seen: Status, settings: Settings, verdict: Verdict | None) -> Iterabl
         yield "observers", f"{len(seen.observers)}, which run and mark nothing: {each}"
     yield "pace", _pace(seen)
     yield "slot", _slot(seen.slot, settings.slot.name)
-    if verdict:
-        yield "", paint(verdict.sentence, None if verdict.fine else "red")
-    if verdict and verdict.remedy:
-        yield "", verdict.remedy
+    if health:
+        yield "", paint(health.sentence, None if health.fine else "red")
+    if health and health.remedy:
+        yield "", health.remedy
 
 
 def _members(seen: Status) -> str | tuple[str, ...]:
@@ -108,7 +108,7 @@ def _brief(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else span(seconds)
 
 
-def _slot(slot: Slot | None, name: str) -> str:
+def _slot(slot: SlotReport | None, name: str) -> str:
     if slot is None:
         return f"there is none named {name}: changes are found by sweeping"
     read_by = f"read by {slot.reader}" if slot.active else "read by nobody"
@@ -137,12 +137,12 @@ def _print_types(seen: Status) -> None:
         put(f"and {len(stats.types) - _TYPES_MAX} types more: cdc outbox stats")
 
 
-def _print_letters(letters: list[Letter]) -> None:
+def _print_dead_letters(dead_letters: list[DeadLetter]) -> None:
     """The first of the dead, then of those that wait."""
-    if not letters:
+    if not dead_letters:
         return
-    dead = [letter for letter in letters if letter.state == "dead"][:_LETTERS_MAX]
-    waiting = [letter for letter in letters if letter.state == "waiting"][:_LETTERS_MAX]
+    dead = [dead_letter for dead_letter in dead_letters if dead_letter.state == "dead"][:_DEAD_LETTERS_MAX]
+    waiting = [dead_letter for dead_letter in dead_letters if dead_letter.state == "waiting"][:_DEAD_LETTERS_MAX]
     put()
     print_table(
         ["seq", "state", "type", "since, or due", "attempts", "error"],

@@ -14,14 +14,14 @@ WANTED_SETTINGS = ("handlers", "deliver.to", "deliver.types")
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class HandledTypes:
     """``scope``: the types that something is said about. ``handles``: whether a type and operation has a handler."""
 
     scope: TypeFilter
     handles: Callable[[str, str], bool]
 
 
-def wanted(resolved: Resolved) -> Wanted | None:
+def handled_types(resolved: Resolved) -> HandledTypes | None:
     """None where no handlers are named. Raises CdcError where they cannot be loaded.
 
     To load them runs their code: not of a module that a settings file names which was merely found here.
@@ -30,11 +30,11 @@ def wanted(resolved: Resolved) -> Wanted | None:
     if settings.deliver.to:
         types = settings.deliver.types
         scope = EVERYTHING if types is None else TypeFilter(tuple(types), include=True)
-        return Wanted(scope, lambda entity_type, _operation: scope.has(entity_type))
+        return HandledTypes(scope, lambda entity_type, _operation: scope.has(entity_type))
     if not settings.handlers or (resolved.found and " in " in resolved.sources["handlers"]):
         return None
     router = load_router(settings.handlers, settings)
-    return Wanted(
+    return HandledTypes(
         router.scope,
         lambda entity_type, operation: router.ignores(entity_type) or router.match(entity_type, operation) is not None,
     )

@@ -39,13 +39,13 @@ STEADY_S = 10.0
 AFTER_MAX_S = 60.0
 
 
-class State(StrEnum):
+class BreakerState(StrEnum):
     CLOSED = "closed"
     OPEN = "open"
     HALF_OPEN = "half_open"
 
 
-class Breaker:
+class CircuitBreaker:
     """Of one handler. Times in seconds, by any clock that does not go back.
 
     ``state``, ``why`` and ``since`` may be read from any thread.
@@ -54,7 +54,7 @@ class Breaker:
     __slots__ = ("_asks_at", "_closed_at", "_keys", "_pause_s", "_trials", "certain", "since", "state", "why")
 
     def __init__(self) -> None:
-        self.state = State.CLOSED
+        self.state = BreakerState.CLOSED
         self.why = ""
         """What the last call said that found it away; "" while it is closed."""
         self.since = -inf
@@ -69,7 +69,7 @@ class Breaker:
 
     @property
     def tripped(self) -> bool:
-        return self.state is not State.CLOSED
+        return self.state is not BreakerState.CLOSED
 
     @property
     def troubled(self) -> bool:
@@ -79,7 +79,7 @@ class Breaker:
     @property
     def room(self) -> int:
         """How many calls may begin now, where it is shut."""
-        return 1 if self.state is State.HALF_OPEN and not self._trials else 0
+        return 1 if self.state is BreakerState.HALF_OPEN and not self._trials else 0
 
     def trial(self, calls: int) -> None:
         """A call has begun while it was shut (1), or has ended, whatever came of it (-1)."""
@@ -91,9 +91,9 @@ class Breaker:
         ``certain``: it is no key's affair.
         """
         opened = False
-        if self.state is State.OPEN:
+        if self.state is BreakerState.OPEN:
             return False
-        if self.state is State.HALF_OPEN:
+        if self.state is BreakerState.HALF_OPEN:
             self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
         else:
             self._keys.add(key)
@@ -108,32 +108,32 @@ class Breaker:
 
     def failed(self, now: float) -> None:
         """A call has failed in another way."""
-        if self.state is State.HALF_OPEN:
+        if self.state is BreakerState.HALF_OPEN:
             self._open(now)
 
     def succeeded(self, now: float) -> bool:
         """A call has done what it was to do. Returns whether that has closed the breaker."""
-        if self.state is State.OPEN and not self._trials:
+        if self.state is BreakerState.OPEN and not self._trials:
             return False
         closed = self.tripped
         if closed:
             self._closed_at = now
-        self.state, self.why, self.certain = State.CLOSED, "", False
+        self.state, self.why, self.certain = BreakerState.CLOSED, "", False
         self._keys.clear()
         return closed
 
     def try_half_open(self, now: float) -> bool:
         """Time has passed. Returns whether a call may now find out."""
-        if self.state is State.OPEN and now >= self._asks_at:
-            self.state = State.HALF_OPEN
+        if self.state is BreakerState.OPEN and now >= self._asks_at:
+            self.state = BreakerState.HALF_OPEN
             return True
         return False
 
     def wait_s(self, now: float) -> float:
         """Seconds until ``try_half_open`` has something to say; infinite unless it is open."""
-        return max(0.0, self._asks_at - now) if self.state is State.OPEN else inf
+        return max(0.0, self._asks_at - now) if self.state is BreakerState.OPEN else inf
 
     def _open(self, now: float, after_s: float = 0.0) -> None:
-        self.state = State.OPEN
+        self.state = BreakerState.OPEN
         self._keys.clear()
         self._asks_at = now + max(self._pause_s, min(after_s, AFTER_MAX_S))

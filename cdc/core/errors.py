@@ -120,13 +120,13 @@ class Unavailable(Exception):  # noqa: N818 - see Retry
 
 
 class SafeError(Exception):
-    """A failed attempt, in our own words. ``told``: for a log, nothing of the row. ``kind``: for the metrics."""
+    """A failed attempt, in our own words. ``summary``: for a log, nothing of the row. ``kind``: for the metrics."""
 
     kind = "exception"
 
-    def __init__(self, told: str, text: str = "") -> None:
-        super().__init__(text or told)
-        self.told = told
+    def __init__(self, summary: str, text: str = "") -> None:
+        super().__init__(text or summary)
+        self.summary = summary
 
 
 class OverrunError(SafeError):

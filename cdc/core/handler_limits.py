@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cdc.core.circuit_breaker import Breaker
+from cdc.core.circuit_breaker import CircuitBreaker
 from cdc.core.model import Change
 from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.router import ANY, Handler, Router
@@ -30,7 +30,7 @@ class HandlerLimits:
         concurrency: int,
         threads: int,
         transactions: int,
-        breakers: Mapping[str, Breaker] | None = None,
+        breakers: Mapping[str, CircuitBreaker] | None = None,
     ) -> None:
         self._router = router
         self._breakers = breakers or {}

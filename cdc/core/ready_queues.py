@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from math import ceil
 from typing import NamedTuple
 
-from cdc.core.circuit_breaker import Breaker
+from cdc.core.circuit_breaker import CircuitBreaker
 from cdc.core.dynamic_limit import DynamicLimit
 from cdc.core.model import Change, Key
 from cdc.core.router import Handler
@@ -36,7 +36,7 @@ class Requirements(NamedTuple):
     pools: tuple[str, ...] = ()
     after_settled: bool = False
     run: int = 1
-    breaker: Breaker | None = None
+    breaker: CircuitBreaker | None = None
 
 
 class Run(NamedTuple):
@@ -60,7 +60,7 @@ class ReadyQueues:
         self._queues: OrderedDict[Requirements, deque[Key]] = OrderedDict()
         """Who was served last stands last."""
         self._started: dict[Change, Requirements] = {}
-        self._trials: dict[Change, Breaker] = {}
+        self._trials: dict[Change, CircuitBreaker] = {}
         """What was let through by a breaker that is shut."""
 
     @property

@@ -45,7 +45,7 @@ _HANDED_OVER_S = 10.0
 _AGAIN_S = 60.0
 
 
-class Without:
+class NoShardReminder:
     """When to say that a member has no shard, though there are enough for all."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ class Reason(StrEnum):
     SLOT_MISSING = "slot_missing"
     SLOT_LOST = "slot_lost"
     SLOT_STUCK = "slot_stuck"
-    SLOT_DEAF = "slot_deaf"
+    STANDBYS_AWAY = "standbys_away"
     SLOT_FOREIGN = "slot_foreign"
     PUBLICATION_MISSING = "publication_missing"
     PLUGIN_REFUSED = "plugin_refused"
@@ -27,7 +27,7 @@ class Reason(StrEnum):
     STALLED = "stalled"
     SERVER_SHUTDOWN = "server_shutdown"
     PROTOCOL = "protocol"
-    CAREFUL = "careful"
+    CRASH_GUARD = "crash_guard"
 
     @property
     def lasting(self) -> Reason:
@@ -35,4 +35,6 @@ class Reason(StrEnum):
         return Reason.NETWORK if self in _ENDINGS else self
 
 
-_ENDINGS = frozenset({Reason.SLOT_DEAF, Reason.STALLED, Reason.SERVER_SHUTDOWN, Reason.PROTOCOL, Reason.CAREFUL})
+_ENDINGS = frozenset(
+    {Reason.STANDBYS_AWAY, Reason.STALLED, Reason.SERVER_SHUTDOWN, Reason.PROTOCOL, Reason.CRASH_GUARD}
+)

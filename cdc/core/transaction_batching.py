@@ -17,7 +17,7 @@ _WEIGHT = 0.3
 """Of the newest figure in the moving average."""
 
 
-class Grouping:
+class AdaptiveBatchSize:
     """For one handler. ``most``: changes in a group, at most."""
 
     def __init__(self, most: int) -> None:

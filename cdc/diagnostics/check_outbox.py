@@ -8,16 +8,16 @@ from cdc.core.model import SHARDS
 from cdc.core.units import span
 from cdc.diagnostics.facts import (
     Backlog,
-    CaptureFunction,
+    CaptureFunctionFacts,
+    DataReaders,
     Installed,
     Numbering,
-    Readers,
     Rights,
     RowSecurity,
     Senders,
     ShardHolders,
     Subject,
-    Table,
+    TableFacts,
     Unhandled,
 )
 from cdc.diagnostics.findings import Checks, Finding, fail, ok, skip, unknown, warn
@@ -74,7 +74,7 @@ def outboxes(seen: Installed, *, slot: str) -> Finding:
     return ok(f"{others}; this one has the slot {slot}")
 
 
-def capture_function(seen: CaptureFunction) -> Finding:
+def capture_function(seen: CaptureFunctionFacts) -> Finding:
     """``cdc db upgrade`` mends what it may; whose the function is, it leaves alone, and ``schema`` says it."""
     own_role = (
         f"{_upgrade(seen.outbox_owner)} with the right to create roles, gives it a role of its own: see"
@@ -107,7 +107,7 @@ def capture_function(seen: CaptureFunction) -> Finding:
     return ok(f"it runs with the rights of {seen.owner}")
 
 
-def _pinned(seen: CaptureFunction) -> bool:
+def _pinned(seen: CaptureFunctionFacts) -> bool:
     return any(setting.startswith("search_path=") for setting in seen.settings)
 
 
@@ -123,7 +123,7 @@ def row_security(seen: RowSecurity) -> Finding:
     )
 
 
-def readers(seen: Readers) -> Finding:
+def readers(seen: DataReaders) -> Finding:
     unexpected = [each for each in seen.readers if not each.intended]
     intended = ", ".join(each.role for each in seen.readers if each.intended)
     if not unexpected:
@@ -205,7 +205,7 @@ def shard_holders(seen: ShardHolders) -> Finding:
     return ok(f"{seen.held} of {SHARDS} shards are held; consumers: {seen.consumers}")
 
 
-def autovacuum(seen: Table) -> Finding:
+def autovacuum(seen: TableFacts) -> Finding:
     if seen.excluded:
         return fail(
             f"autovacuum is off for {seen.name}: dead rows pile up",
@@ -277,14 +277,14 @@ def of_installed(slot: str) -> Checks[Installed]:
     return {"schema": schema, "outboxes": lambda seen: outboxes(seen, slot=slot)}
 
 
-CAPTURE: Checks[CaptureFunction] = {"capture-function": capture_function}
+CAPTURE: Checks[CaptureFunctionFacts] = {"capture-function": capture_function}
 RIGHTS: Checks[Rights] = {"grants": grants}
 ROW_SECURITY: Checks[RowSecurity] = {"row-security": row_security}
-READERS: Checks[Readers] = {"readers": readers}
+READERS: Checks[DataReaders] = {"readers": readers}
 SENDERS: Checks[Senders] = {"message-senders": senders}
 NUMBERING: Checks[Numbering] = {"sequence": sequence}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
-TABLE: Checks[Table] = {"autovacuum": autovacuum}
+TABLE: Checks[TableFacts] = {"autovacuum": autovacuum}
 UNHANDLED: Checks[Unhandled] = {"unhandled": unhandled}
 BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead}
 LOCAL: Checks[Subject] = {"handlers": handlers, "config": config}

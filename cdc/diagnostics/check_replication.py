@@ -7,9 +7,9 @@ import re
 from cdc.core.stream_reason import Reason
 from cdc.core.units import size, span
 from cdc.diagnostics.check_server import judge_tls, slots_free, wal_level, walsenders_free
-from cdc.diagnostics.facts import Decoding, Doorbell, Link, Proof, Server, Subject
+from cdc.diagnostics.facts import Decoding, Proof, ReplicationLink, ServerFacts, SlotFacts, Subject
 from cdc.diagnostics.findings import Checks, Finding, fail, ok, skip, unknown, warn
-from cdc.replication.slot_health import Slot, judge
+from cdc.replication.slot_health import SlotReport, assess
 
 _OURS = "cdc"
 """How the application names of our sessions begin."""
@@ -29,7 +29,7 @@ _SAID_ELSEWHERE = {
 }
 
 
-def stream_connect(link: Link) -> Finding:
+def stream_connect(link: ReplicationLink) -> Finding:
     if link.refused is not None and link.may_replicate is False:
         return skip("the role may not: see replication-role")
     if link.refused is not None:
@@ -37,13 +37,13 @@ def stream_connect(link: Link) -> Finding:
     return ok(f"the server takes a replication connection of {link.role}")
 
 
-def stream_tls(link: Link) -> Finding:
+def stream_tls(link: ReplicationLink) -> Finding:
     if link.refused is not None:
         return skip("there is no replication connection")
     return judge_tls(link.is_local, link.encrypted, link.sslmode)
 
 
-def replication_role(link: Link) -> Finding:
+def replication_role(link: ReplicationLink) -> Finding:
     if link.may_replicate is None:
         return unknown("there is no connection to ask over")
     if link.may_replicate:
@@ -55,7 +55,7 @@ def replication_role(link: Link) -> Finding:
     )
 
 
-def sender_timeout(link: Link) -> Finding:
+def sender_timeout(link: ReplicationLink) -> Finding:
     got_s = link.wal_sender_timeout_s
     if link.refused is not None or got_s is None:
         return skip("there is no replication connection")
@@ -136,7 +136,7 @@ def publication(seen: Decoding, *, slot_plugin: str | None) -> Finding:
     return ok(f"{seen.publication} is there, and publishes nothing")
 
 
-def slot(seen: Doorbell, *, subject: Subject) -> Finding:
+def slot(seen: SlotFacts, *, subject: Subject) -> Finding:
     found = seen.slot
     if found is None:
         return _no_slot(subject)
@@ -172,20 +172,20 @@ def _no_slot(subject: Subject) -> Finding:
     return fail(f"there is no slot {subject.slot}, and CDC_SLOT_CREATE is off", f"cdc slot create {subject.slot}")
 
 
-def _state(found: Slot) -> Finding:
-    verdict = judge(found)
-    if not verdict.fine:
+def _state(found: SlotReport) -> Finding:
+    severity = assess(found)
+    if not severity.fine:
         gone = found.wal_status == "lost" or found.ahead
         # A name of letters, digits and underscores.
         drop = (f"SELECT pg_drop_replication_slot('{found.name}');",) if gone and not found.active else ()
-        return fail(f"{found.name}: {verdict.sentence}", verdict.remedy, *drop)
+        return fail(f"{found.name}: {severity.sentence}", severity.remedy, *drop)
     kept = f"keeps {size(found.retained_wal_bytes or 0)} of WAL"
     return ok(
         f"{found.name}, {found.plugin}, {kept}, {f'read by {found.reader}' if found.active else 'read by nobody'}"
     )
 
 
-def slot_limits(seen: Doorbell, *, temporary: bool) -> Finding:
+def slot_limits(seen: SlotFacts, *, temporary: bool) -> Finding:
     if temporary:
         return ok("a temporary slot keeps nothing when its consumer is gone")
     if seen.keep_bytes is None:
@@ -212,7 +212,7 @@ def _quoted(name: str) -> str:
     return name.replace('"', '""')
 
 
-def of_server(slot: Slot | None) -> Checks[Server]:
+def of_server(slot: SlotReport | None) -> Checks[ServerFacts]:
     """What the server must have free for the doorbell."""
     return {
         "wal-level": wal_level,
@@ -221,7 +221,7 @@ def of_server(slot: Slot | None) -> Checks[Server]:
     }
 
 
-def of_decoding(slot: Slot | None) -> Checks[Decoding]:
+def of_decoding(slot: SlotReport | None) -> Checks[Decoding]:
     ours = slot.plugin if slot is not None and slot.ours else None
     return {
         "plugin": plugin,
@@ -230,14 +230,14 @@ def of_decoding(slot: Slot | None) -> Checks[Decoding]:
     }
 
 
-def of_slot(subject: Subject) -> Checks[Doorbell]:
+def of_slot(subject: Subject) -> Checks[SlotFacts]:
     return {
         "slot": lambda seen: slot(seen, subject=subject),
         "slot-limits": lambda seen: slot_limits(seen, temporary=subject.temporary),
     }
 
 
-LINK: Checks[Link] = {
+LINK: Checks[ReplicationLink] = {
     "stream-connect": stream_connect,
     "stream-tls": stream_tls,
     "replication-role": replication_role,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import date
 
 from cdc.core.units import span
-from cdc.diagnostics.facts import OpenTransactions, Server, Session, Transaction
+from cdc.diagnostics.facts import OpenTransactions, ServerFacts, SessionFacts, Transaction
 from cdc.diagnostics.findings import Checks, Finding, fail, ok, warn
 
 _OLDEST_VERSION = 14
@@ -24,11 +24,11 @@ _SHOWN = 3
 """Transactions that are named."""
 
 
-def connect(session: Session) -> Finding:
+def connect(session: SessionFacts) -> Finding:
     return ok(f"{session.place}, as {session.role}")
 
 
-def tls(session: Session) -> Finding:
+def tls(session: SessionFacts) -> Finding:
     return judge_tls(session.is_local, session.encrypted, session.sslmode)
 
 
@@ -45,7 +45,7 @@ def judge_tls(is_local: bool, encrypted: bool, sslmode: str) -> Finding:
     return ok("encrypted, and the server's certificate is verified")
 
 
-def pooler(session: Session) -> Finding:
+def pooler(session: SessionFacts) -> Finding:
     direct = (
         "connect to the server itself, or through a pooler in session mode: locks and LISTEN belong to a session; "
         "transactional handlers may go through any, by CDC_HANDLERS_DSN"
@@ -57,7 +57,7 @@ def pooler(session: Session) -> Finding:
     return ok("none in between")
 
 
-def keepalives(session: Session) -> Finding:
+def keepalives(session: SessionFacts) -> Finding:
     if session.settings:
         different = ", ".join(f"{name} is {value}" for name, value in session.settings.items())
         return warn(
@@ -67,7 +67,7 @@ def keepalives(session: Session) -> Finding:
     return ok("a vanished consumer's shards are free within seconds")
 
 
-def session_timeouts(session: Session, *, handler_timeout_s: float | None) -> Finding:
+def session_timeouts(session: SessionFacts, *, handler_timeout_s: float | None) -> Finding:
     unset = 'ALTER ROLE "{}" SET {} = 0;'
     role = session.role.replace('"', '""')
     if session.idle_session_timeout_s:
@@ -86,7 +86,7 @@ def session_timeouts(session: Session, *, handler_timeout_s: float | None) -> Fi
     return ok("none that cuts us off")
 
 
-def version(server: Server) -> Finding:
+def version(server: ServerFacts) -> Finding:
     major = server.version_num // 10_000
     if major < _OLDEST_VERSION:
         return fail(f"PostgreSQL {server.version} is too old", f"upgrade the server to {_OLDEST_VERSION} or later")
@@ -96,7 +96,7 @@ def version(server: Server) -> Finding:
     return ok(f"PostgreSQL {server.version}")
 
 
-def recovery(server: Server) -> Finding:
+def recovery(server: ServerFacts) -> Finding:
     if server.in_recovery:
         return fail(
             "the server is a standby and takes no writes",
@@ -111,7 +111,7 @@ def recovery(server: Server) -> Finding:
     return ok("a primary, and takes writes")
 
 
-def wal_level(server: Server) -> Finding:
+def wal_level(server: ServerFacts) -> Finding:
     if server.wal_level != "logical":
         return fail(
             f"wal_level is {server.wal_level}: no slot can ring, changes are found by sweeping",
@@ -121,7 +121,7 @@ def wal_level(server: Server) -> Finding:
     return ok("logical")
 
 
-def slots_free(server: Server, *, slot_exists: bool) -> Finding:
+def slots_free(server: ServerFacts, *, slot_exists: bool) -> Finding:
     used = f"{server.slots} of {server.slots_max} replication slots are used"
     if slot_exists or server.slots < server.slots_max:
         return ok(used)
@@ -133,7 +133,7 @@ def slots_free(server: Server, *, slot_exists: bool) -> Finding:
     )
 
 
-def walsenders_free(server: Server, *, streaming: bool) -> Finding:
+def walsenders_free(server: ServerFacts, *, streaming: bool) -> Finding:
     used = f"{server.walsenders} of {server.walsenders_max} walsenders are used"
     if streaming or server.walsenders < server.walsenders_max:
         return ok(used)
@@ -148,7 +148,7 @@ def _one_more(setting: str, now: int) -> str:
     return f"ALTER SYSTEM SET {setting} = {now + 5};"
 
 
-def clock(server: Server) -> Finding:
+def clock(server: ServerFacts) -> Finding:
     apart = abs(server.clock_ahead_s)
     if apart > _CLOCKS_APART_S:
         return warn(
@@ -158,7 +158,7 @@ def clock(server: Server) -> Finding:
     return ok("this machine's and the server's agree")
 
 
-def notify_queue(server: Server) -> Finding:
+def notify_queue(server: ServerFacts) -> Finding:
     used = f"{server.notify_queue_ratio:.0%} of the queue of notifications is used"
     if server.notify_queue_ratio > _NOTIFY_QUEUE_FULL:
         return warn(
@@ -202,7 +202,7 @@ def sync_standby(seen: OpenTransactions) -> Finding:
     return ok(f"no commit waits for {seen.synchronous_standbys}")
 
 
-def of_session(handler_timeout_s: float | None) -> Checks[Session]:
+def of_session(handler_timeout_s: float | None) -> Checks[SessionFacts]:
     return {
         "connect": connect,
         "tls": tls,
@@ -212,7 +212,7 @@ def of_session(handler_timeout_s: float | None) -> Checks[Session]:
     }
 
 
-SERVER: Checks[Server] = {
+SERVER: Checks[ServerFacts] = {
     "version": version,
     "recovery": recovery,
     "clock": clock,

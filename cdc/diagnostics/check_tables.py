@@ -42,11 +42,11 @@ def _remarked(seen: Captured, *, topic: str) -> Finding:
     return ok(f"{_tables(seen)} looked at: {_WELL[topic]}")
 
 
-def _said(verdict: Callable[..., Finding], found: list[Remark]) -> Finding:
+def _said(severity: Callable[..., Finding], found: list[Remark]) -> Finding:
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     remedies = dict.fromkeys(remark.remedy for remark in found[:_SHOWN] if remark.remedy)
     statements = dict.fromkeys(statement for remark in found for statement in remark.sql)
-    return verdict("; ".join(remark.detail for remark in found[:_SHOWN]) + more, "; ".join(remedies), *statements)
+    return severity("; ".join(remark.detail for remark in found[:_SHOWN]) + more, "; ".join(remedies), *statements)
 
 
 def unrouted(seen: Captured, *, subject: Subject) -> Finding:

@@ -16,12 +16,12 @@ import psycopg
 
 from cdc.core.errors import CdcError
 from cdc.diagnostics import check_outbox, check_replication, check_server, check_tables, inspect_outbox, inspect_server
-from cdc.diagnostics.facts import Doorbell, Installed, OpenTransactions, Server, Session, Subject
-from cdc.diagnostics.findings import Absent, Finding, Unknown, Verdict, judge
+from cdc.diagnostics.facts import Installed, OpenTransactions, ServerFacts, SessionFacts, SlotFacts, Subject
+from cdc.diagnostics.findings import Absent, Finding, Severity, Unknown, run_checks
 from cdc.diagnostics.inspect_plugin import decoding
 from cdc.postgres.connect import SERVER_TCP, connect
 from cdc.replication import slots
-from cdc.replication.slot_health import Slot
+from cdc.replication.slot_health import SlotReport
 
 T = TypeVar("T")
 _SESSION = {**SERVER_TCP, "statement_timeout": "10s", "lock_timeout": "3s"}
@@ -38,7 +38,7 @@ def examine(subject: Subject) -> list[Finding]:
             return list(_examine(subject, connection))
     except CdcError as error:
         # Not even a connection: what can be said without one, and that the rest needs one.
-        refused = Finding(Verdict.FAIL, str(error), error.hint, check="connect")
+        refused = Finding(Severity.FAIL, str(error), error.hint, check="connect")
         return [refused, *(each for each in _examine(subject, None) if each.check != "connect")]
 
 
@@ -48,14 +48,14 @@ def _examine(subject: Subject, connection: psycopg.Connection | None) -> Iterato
 
     session = seen(lambda link: inspect_server.session(link, subject))
     machine = seen(inspect_server.server)
-    yield from judge(session, check_server.of_session(subject.handler_timeout_s))
-    yield from judge(machine, check_server.SERVER)
-    yield from judge(seen(lambda link: _transactions(link, subject, session)), check_server.TRANSACTIONS)
-    yield from _doorbell(subject, seen(lambda link: slots.snapshot(link, subject.slot)), machine)
+    yield from run_checks(session, check_server.of_session(subject.handler_timeout_s))
+    yield from run_checks(machine, check_server.SERVER)
+    yield from run_checks(seen(lambda link: _transactions(link, subject, session)), check_server.TRANSACTIONS)
+    yield from _slot_facts(subject, seen(lambda link: slots.snapshot(link, subject.slot)), machine)
     there = seen(lambda link: inspect_outbox.installed(link, subject.schema))
-    yield from judge(there, check_outbox.of_installed(subject.slot))
+    yield from run_checks(there, check_outbox.of_installed(subject.slot))
     yield from _outbox(subject, connection, missing=isinstance(there, Installed) and not there.exists)
-    yield from judge(subject, check_outbox.LOCAL)
+    yield from run_checks(subject, check_outbox.LOCAL)
 
 
 def _outbox(subject: Subject, connection: psycopg.Connection | None, *, missing: bool) -> Iterator[Finding]:
@@ -64,27 +64,31 @@ def _outbox(subject: Subject, connection: psycopg.Connection | None, *, missing:
             return _NO_CONNECTION
         return _NO_OUTBOX if missing else inspect_server.known(lambda: look_at(connection, subject.schema))
 
-    yield from judge(seen(inspect_outbox.capture), check_outbox.CAPTURE)
-    yield from judge(seen(inspect_outbox.captured), check_tables.of_captured(subject))
-    yield from judge(seen(lambda link, _: inspect_outbox.rights(link, subject)), check_outbox.RIGHTS)
-    yield from judge(seen(inspect_outbox.row_security), check_outbox.ROW_SECURITY)
-    yield from judge(seen(inspect_outbox.readers), check_outbox.READERS)
-    yield from judge(seen(lambda link, _: inspect_outbox.senders(link)), check_outbox.SENDERS)
-    yield from judge(seen(inspect_outbox.numbering), check_outbox.NUMBERING)
-    yield from judge(seen(inspect_outbox.shard_holders), check_outbox.SHARDS_HELD)
-    yield from judge(seen(inspect_outbox.table), check_outbox.TABLE)
-    yield from judge(seen(inspect_outbox.backlog), check_outbox.BACKLOG)
+    yield from run_checks(seen(inspect_outbox.capture), check_outbox.CAPTURE)
+    yield from run_checks(seen(inspect_outbox.captured), check_tables.of_captured(subject))
+    yield from run_checks(seen(lambda link, _: inspect_outbox.rights(link, subject)), check_outbox.RIGHTS)
+    yield from run_checks(seen(inspect_outbox.row_security), check_outbox.ROW_SECURITY)
+    yield from run_checks(seen(inspect_outbox.readers), check_outbox.READERS)
+    yield from run_checks(seen(lambda link, _: inspect_outbox.senders(link)), check_outbox.SENDERS)
+    yield from run_checks(seen(inspect_outbox.numbering), check_outbox.NUMBERING)
+    yield from run_checks(seen(inspect_outbox.shard_holders), check_outbox.SHARDS_HELD)
+    yield from run_checks(seen(inspect_outbox.table), check_outbox.TABLE)
+    yield from run_checks(seen(inspect_outbox.backlog), check_outbox.BACKLOG)
     scope = subject.scope
     waits = _NO_HANDLERS if scope is None else seen(lambda link, name: inspect_outbox.unhandled(link, name, scope))
-    yield from judge(waits, check_outbox.UNHANDLED)
+    yield from run_checks(waits, check_outbox.UNHANDLED)
 
 
-def _transactions(connection: psycopg.Connection, subject: Subject, session: Session | Unknown) -> OpenTransactions:
+def _transactions(
+    connection: psycopg.Connection, subject: Subject, session: SessionFacts | Unknown
+) -> OpenTransactions:
     sees_all = not isinstance(session, Unknown) and session.sees_all_sessions
     return inspect_server.transactions(connection, limit_s=subject.old_transaction_s, sees_all=sees_all)
 
 
-def _doorbell(subject: Subject, slot: Slot | Unknown | None, machine: Server | Unknown) -> Iterable[Finding]:
+def _slot_facts(
+    subject: Subject, slot: SlotReport | Unknown | None, machine: ServerFacts | Unknown
+) -> Iterable[Finding]:
     there = None if isinstance(slot, Unknown) else slot
 
     def seen(look_at: Callable[[Subject], T]) -> T | Unknown | Absent:
@@ -94,13 +98,15 @@ def _doorbell(subject: Subject, slot: Slot | Unknown | None, machine: Server | U
         unreachable = machine is _NO_CONNECTION and subject.stream_dsn == subject.dsn
         return _NO_CONNECTION if unreachable else inspect_server.known(lambda: look_at(subject))
 
-    yield from judge(machine if subject.streams else _NO_STREAM, check_replication.of_server(there))
-    yield from judge(seen(inspect_server.link), check_replication.LINK)
-    yield from judge(seen(decoding), check_replication.of_decoding(there))
-    yield from judge(_bell(subject, slot, machine), check_replication.of_slot(subject))
+    yield from run_checks(machine if subject.streams else _NO_STREAM, check_replication.of_server(there))
+    yield from run_checks(seen(inspect_server.link), check_replication.LINK)
+    yield from run_checks(seen(decoding), check_replication.of_decoding(there))
+    yield from run_checks(_replication(subject, slot, machine), check_replication.of_slot(subject))
 
 
-def _bell(subject: Subject, slot: Slot | Unknown | None, machine: Server | Unknown) -> Doorbell | Unknown | Absent:
+def _replication(
+    subject: Subject, slot: SlotReport | Unknown | None, machine: ServerFacts | Unknown
+) -> SlotFacts | Unknown | Absent:
     if isinstance(slot, Unknown):
         return slot
     if isinstance(machine, Unknown):
@@ -108,4 +114,4 @@ def _bell(subject: Subject, slot: Slot | Unknown | None, machine: Server | Unkno
     # Also where the stream is off: a slot that was left behind keeps WAL.
     if slot is None and not subject.streams:
         return _NO_STREAM
-    return Doorbell(slot=slot, keep_bytes=machine.slot_keep_bytes, idle_timeout_s=machine.slot_idle_timeout_s)
+    return SlotFacts(slot=slot, keep_bytes=machine.slot_keep_bytes, idle_timeout_s=machine.slot_idle_timeout_s)

@@ -9,7 +9,7 @@ from datetime import datetime
 from cdc.core.type_filter import TypeFilter
 from cdc.postgres.remarks import Remark
 from cdc.postgres.tracked_tables import Tracked
-from cdc.replication.slot_health import Slot
+from cdc.replication.slot_health import SlotReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class SessionFacts:
     """An ordinary connection as the consumer makes it. ``pids`` are of backends that served one transaction each."""
 
     place: str
@@ -57,7 +57,7 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
+class ServerFacts:
     version_num: int
     version: str
     in_recovery: bool
@@ -81,7 +81,7 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class ReplicationLink:
     """A replication connection as the stream makes it. ``refused``: why there is none, and the remedy."""
 
     role: str
@@ -128,10 +128,10 @@ class Decoding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Doorbell:
+class SlotFacts:
     """The slot as it is, None where there is none, and the limits it lives under."""
 
-    slot: Slot | None
+    slot: SlotReport | None
     keep_bytes: int | None
     idle_timeout_s: float | None
 
@@ -183,7 +183,7 @@ class Installed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CaptureFunction:
+class CaptureFunctionFacts:
     """``lacks``: what its owner may not do and has to, if it runs with the owner's rights.
 
     ``others``: who owns captured tables, or types in them, and is neither a superuser nor this owner.
@@ -230,7 +230,7 @@ class RowSecurity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class DataReader:
     """A role that was granted the application's data in the outbox."""
 
     role: str
@@ -241,10 +241,10 @@ class Reader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Readers:
+class DataReaders:
     table: str
     owner: str
-    readers: tuple[Reader, ...]
+    readers: tuple[DataReader, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,7 +291,7 @@ class ShardHolders:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class TableFacts:
     """How autovacuum stands to the outbox."""
 
     name: str

@@ -1,4 +1,4 @@
-"""What a check says: a verdict, what was seen, and what mends it. Pure."""
+"""What a check finds: how severe it is, what was seen, and what remedies it. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Verdict(StrEnum):
+class Severity(StrEnum):
     OK = "ok"
     WARN = "warn"
     FAIL = "fail"
@@ -28,7 +28,7 @@ class Finding:
     is to be done. ``script``: the SQL that does what the remedy's command does, where it is too long to be shown.
     """
 
-    verdict: Verdict
+    severity: Severity
     detail: str
     remedy: str = ""
     sql: tuple[str, ...] = ()
@@ -42,23 +42,23 @@ class Finding:
 
 
 def ok(detail: str) -> Finding:
-    return Finding(Verdict.OK, detail)
+    return Finding(Severity.OK, detail)
 
 
 def warn(detail: str, remedy: str = "", *sql: str) -> Finding:
-    return Finding(Verdict.WARN, detail, remedy, sql)
+    return Finding(Severity.WARN, detail, remedy, sql)
 
 
 def fail(detail: str, remedy: str = "", *sql: str) -> Finding:
-    return Finding(Verdict.FAIL, detail, remedy, sql)
+    return Finding(Severity.FAIL, detail, remedy, sql)
 
 
 def unknown(why: str, remedy: str = "", *sql: str) -> Finding:
-    return Finding(Verdict.UNKNOWN, why, remedy, sql)
+    return Finding(Severity.UNKNOWN, why, remedy, sql)
 
 
 def skip(why: str) -> Finding:
-    return Finding(Verdict.SKIP, why)
+    return Finding(Severity.SKIP, why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +80,13 @@ Checks = Mapping[str, Callable[[T], Finding]]
 """By their ids. Those of one mapping judge the same facts."""
 
 
-def judge(facts: T | Unknown | Absent, checks: Checks[T]) -> Iterable[Finding]:
+def run_checks(facts: T | Unknown | Absent, checks: Checks[T]) -> Iterable[Finding]:
     """One finding of each check, in their order; where there are no facts each says why it has not looked."""
     for check, look in checks.items():
-        yield replace(_judged(facts, look), check=check)
+        yield replace(_run_check(facts, look), check=check)
 
 
-def _judged(facts: T | Unknown | Absent, look: Callable[[T], Finding]) -> Finding:
+def _run_check(facts: T | Unknown | Absent, look: Callable[[T], Finding]) -> Finding:
     if isinstance(facts, Unknown):
         return unknown(facts.why, facts.remedy)
     return skip(facts.why) if isinstance(facts, Absent) else look(facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from cdc.core.printable import printable
-from cdc.diagnostics.findings import Finding, Verdict
+from cdc.diagnostics.findings import Finding, Severity
 
 _HEAD = """\
 -- What cdc doctor asks for. Read it, then run it with psql as a superuser, or as the owner of what it names.
@@ -18,7 +18,7 @@ def script(findings: Iterable[Finding]) -> str:
     given: set[str] = set()
     parts = [_HEAD]
     for found in findings:
-        if found.verdict in (Verdict.FAIL, Verdict.WARN, Verdict.UNKNOWN):
+        if found.severity in (Severity.FAIL, Severity.WARN, Severity.UNKNOWN):
             # Two checks may ask for the same.
             parts += _part(found, [statement for statement in found.sql if statement not in given])
             given |= set(found.sql)

@@ -15,17 +15,17 @@ from cdc.core.type_filter import TypeFilter
 from cdc.diagnostics.facts import (
     Backlog,
     Captured,
-    CaptureFunction,
+    CaptureFunctionFacts,
+    DataReader,
+    DataReaders,
     Installed,
     Numbering,
-    Reader,
-    Readers,
     Rights,
     RowSecurity,
     Senders,
     ShardHolders,
     Subject,
-    Table,
+    TableFacts,
     Unhandled,
 )
 from cdc.diagnostics.inspect_server import column, one
@@ -198,9 +198,9 @@ def _pending(connection: psycopg.Connection, name: str) -> list[migrations.Migra
         return []  # what is missing shows in the objects as well
 
 
-def capture(connection: psycopg.Connection, name: str) -> CaptureFunction:
+def capture(connection: psycopg.Connection, name: str) -> CaptureFunctionFacts:
     found = capture_triggers.capture_function(connection, name)
-    return CaptureFunction(
+    return CaptureFunctionFacts(
         name=found.name,
         owner=found.owner,
         owner_is_superuser=found.owner_is_superuser,
@@ -232,17 +232,17 @@ def row_security(connection: psycopg.Connection, name: str) -> RowSecurity:
     return RowSecurity(role=row["role"], tables=tuple(row["tables"]), active=tuple(row["active"]))
 
 
-def readers(connection: psycopg.Connection, name: str) -> Readers:
+def readers(connection: psycopg.Connection, name: str) -> DataReaders:
     parameters = {"schema": name, "payload": list(PAYLOAD), "internal": list(_INTERNAL)}
     with connection.cursor(row_factory=dict_row) as cursor:
         rows = cursor.execute(_READERS.encode(), parameters).fetchall()
     if not rows:
         raise NotFoundError("there is no entity_changes")
-    return Readers(
+    return DataReaders(
         table=rows[0]["name"],
         owner=rows[0]["owner"],
         readers=tuple(
-            Reader(role=row["role"], by_default=tuple(row["by_default"]), intended=row["intended"])
+            DataReader(role=row["role"], by_default=tuple(row["by_default"]), intended=row["intended"])
             for row in rows
             if row["role"] is not None
         ),
@@ -300,8 +300,8 @@ def shard_holders(connection: psycopg.Connection, name: str) -> ShardHolders:
     )
 
 
-def table(connection: psycopg.Connection, name: str) -> Table:
-    return Table(**one(connection, _TABLE, [name], what="entity_changes"))
+def table(connection: psycopg.Connection, name: str) -> TableFacts:
+    return TableFacts(**one(connection, _TABLE, [name], what="entity_changes"))
 
 
 def backlog(connection: psycopg.Connection, name: str) -> Backlog:

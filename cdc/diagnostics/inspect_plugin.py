@@ -16,7 +16,7 @@ from cdc.diagnostics.facts import Decoding, Proof, Subject
 from cdc.diagnostics.inspect_server import NAME, column
 from cdc.postgres.connect import connect
 from cdc.replication import pgoutput, slots, wal2json
-from cdc.replication.refusals import During, Names, classify, in_recovery
+from cdc.replication.refusals import ErrorContext, Phase, classify, in_recovery
 
 _SLOT = "cdc_doctor"
 _NAME_LENGTH = 63
@@ -79,7 +79,7 @@ def _proofs(connection: psycopg.Connection, subject: Subject) -> tuple[Proof, ..
         candidates = PLUGINS if subject.plugin == slots.AUTO else (subject.plugin,)
     proofs: list[Proof] = []
     if column(connection, "SELECT pg_catalog.pg_is_in_recovery()") == (True,):  # nothing is made on a standby
-        names = Names(slot="", plugin=candidates[0], database="", role=connection.info.user)
+        names = ErrorContext(slot="", plugin=candidates[0], database="", role=connection.info.user)
         standby = in_recovery(names)
         return (Proof(candidates[0], standby.reason, str(standby), standby.hint),)
     for plugin in candidates:
@@ -91,7 +91,7 @@ def _proofs(connection: psycopg.Connection, subject: Subject) -> tuple[Proof, ..
 
 def _prove(connection: psycopg.Connection, schema: str, name: str) -> Proof:
     slot = f"{_SLOT}_{connection.info.backend_pid}_{name}"[:_NAME_LENGTH]
-    names = Names(slot=slot, plugin=name, database=connection.info.dbname, role=connection.info.user)
+    names = ErrorContext(slot=slot, plugin=name, database=connection.info.dbname, role=connection.info.user)
     try:
         slots.create(connection, slot, plugin=name, schema=schema, temporary=True, limit_s=_CREATE_LIMIT_S)
         heard = _hears(connection, slot, name, publication_name(schema))
@@ -100,7 +100,7 @@ def _prove(connection: psycopg.Connection, schema: str, name: str) -> Proof:
     except RefusedError as waits:
         return Proof(name, Reason.SLOT_MISSING.value, str(waits), waits.hint)
     except psycopg.Error as error:
-        refused = classify(error.sqlstate, error.diag.source_function, During.START, names)
+        refused = classify(error.sqlstate, error.diag.source_function, Phase.START, names)
         return Proof(name, refused.reason, str(refused), refused.hint)
     except ProtocolError as garbled:
         return Proof(name, Reason.PROTOCOL.value, str(garbled))

@@ -11,7 +11,7 @@ from psycopg import errors, sql
 from psycopg.rows import dict_row
 
 from cdc.core.errors import CdcError, NotFoundError
-from cdc.diagnostics.facts import Link, OpenTransactions, Server, Session, Subject, Transaction
+from cdc.diagnostics.facts import OpenTransactions, ReplicationLink, ServerFacts, SessionFacts, Subject, Transaction
 from cdc.diagnostics.findings import Unknown
 from cdc.postgres.connect import SERVER_TCP, connect, describe, explain
 from cdc.replication import slots
@@ -110,9 +110,9 @@ def column(connection: psycopg.Connection, statement: str, parameters: Any = Non
     return tuple(value for (value,) in connection.execute(statement.encode(), parameters))
 
 
-def session(connection: psycopg.Connection, subject: Subject) -> Session:
+def session(connection: psycopg.Connection, subject: Subject) -> SessionFacts:
     pids = tuple(pid for _ in range(3) for pid in column(connection, "SELECT pg_backend_pid()"))
-    return Session(
+    return SessionFacts(
         place=describe(subject.dsn),
         is_local=_is_local(connection),
         sslmode=_sslmode(connection),
@@ -138,15 +138,15 @@ def _unlike_asked_for(connection: psycopg.Connection) -> dict[str, str]:
     return {name: value for name, value in found if value != SERVER_TCP[name]}
 
 
-def server(connection: psycopg.Connection) -> Server:
+def server(connection: psycopg.Connection) -> ServerFacts:
     before = time.time()
     row = one(connection, _SERVER)
     ahead_s = (before + time.time()) / 2 - row["server_time"].timestamp()
     lists = {name: tuple(value) for name, value in row.items() if isinstance(value, list)}
-    return Server(clock_ahead_s=ahead_s, **{**row, **lists})
+    return ServerFacts(clock_ahead_s=ahead_s, **{**row, **lists})
 
 
-def link(subject: Subject) -> Link:
+def link(subject: Subject) -> ReplicationLink:
     """Never raises for a connection that is refused: that is what is to be seen."""
     role, may_replicate = "", None
     try:
@@ -154,16 +154,16 @@ def link(subject: Subject) -> Link:
             [(role, may_replicate)] = ordinary.execute(_MAY_REPLICATE).fetchall()
         return _replication_link(subject, role, may_replicate)
     except CdcError as refused:
-        return Link(role=role, may_replicate=may_replicate, refused=(str(refused), refused.hint))
+        return ReplicationLink(role=role, may_replicate=may_replicate, refused=(str(refused), refused.hint))
 
 
-def _replication_link(subject: Subject, role: str, may_replicate: bool | None) -> Link:
+def _replication_link(subject: Subject, role: str, may_replicate: bool | None) -> ReplicationLink:
     wanted = StreamSettings(dsn=subject.stream_dsn, schema=subject.schema, slot=subject.slot)
     with connect(
         subject.stream_dsn, application_name=NAME, session=wanted.server_settings, replication="database"
     ) as connection:
         [(timeout_s, encrypted)] = connection.execute(_LINK).fetchall()
-        return Link(
+        return ReplicationLink(
             role=role,
             may_replicate=may_replicate,
             encrypted=encrypted,

@@ -14,11 +14,11 @@ from uuid import UUID
 import psycopg
 
 from cdc.core.model import ChangeState
-from cdc.postgres.admin import Entry, OutboxAdmin, Pace, Stats, Wanted
+from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin, Stats, Throughput
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.shard_locks import Member, members, observers
 from cdc.replication import slots
-from cdc.replication.slot_health import Slot
+from cdc.replication.slot_health import SlotReport
 
 _SHOWN = 10
 """Dead letters, and as many of those that wait."""
@@ -44,7 +44,7 @@ _ERROR_CLASS = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class DeadLetter:
     """A change that waits or is dead. ``at``: when it is tried again, or when it died. ``error`` as ``error_class``."""
 
     seq: int
@@ -59,10 +59,10 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Outbox:
-    """``letters``: the dead ones that died last, then the waiting ones that are due next."""
+    """``dead_letters``: the dead ones that died last, then the waiting ones that are due next."""
 
     stats: Stats
-    letters: list[Letter]
+    dead_letters: list[DeadLetter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ class SlotReading:
 
     at: float
     name: str
-    slot: Slot | None
-    before: Slot | None = None
+    slot: SlotReport | None
+    before: SlotReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,40 +90,40 @@ class Status:
     seen_at: datetime
     database: str
     outbox: Outbox
-    pace: Pace
+    pace: Throughput
     members: list[Member]
     observers: list[Member]
-    slot: Slot | None
+    slot: SlotReport | None
 
 
 def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
     """Everything, for somebody who asks."""
     read_anything(connection)
-    letters = OutboxAdmin(schema)
+    admin = OutboxAdmin(schema)
     row = connection.execute("SELECT clock_timestamp(), current_database()").fetchone()
     assert row is not None
     return Status(
         seen_at=row[0],
         database=row[1],
-        outbox=glance(connection, letters),
-        pace=letters.pace(connection),
+        outbox=summarize(connection, admin),
+        pace=admin.pace(connection),
         members=members(connection, schema),
         observers=observers(connection, schema),
         slot=slots.snapshot(connection, slot),
     )
 
 
-def glance(connection: psycopg.Connection, letters: OutboxAdmin) -> Outbox:
+def summarize(connection: psycopg.Connection, admin: OutboxAdmin) -> Outbox:
     """What may be asked every few seconds: counts end sooner than those of ``cdc outbox stats``."""
-    stats = letters.stats(connection, per_shard=_PER_SHARD, scan=_SCAN, limit_s=_LIMIT_S)
-    found = [letters.find(connection, state, Wanted(), _SHOWN) for state in ("dead", "waiting")]
+    stats = admin.stats(connection, per_shard=_PER_SHARD, scan=_SCAN, limit_s=_LIMIT_S)
+    found = [admin.find(connection, state, Filter(), _SHOWN) for state in ("dead", "waiting")]
     most = sorted(stats.types, key=lambda each: each.fresh + each.waiting + each.dead, reverse=True)[:_TYPES_MAX]
     stats = replace(stats, types=sorted(most, key=lambda each: each.entity_type))
-    return Outbox(stats, [_letter(entry) for each in found for entry in each.entries])
+    return Outbox(stats, [_dead_letter(entry) for each in found for entry in each.entries])
 
 
-def _letter(entry: Entry) -> Letter:
-    return Letter(
+def _dead_letter(entry: ChangeSummary) -> DeadLetter:
+    return DeadLetter(
         seq=entry.seq,
         id=entry.id,
         state=entry.state,

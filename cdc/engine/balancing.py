@@ -15,13 +15,13 @@ import psycopg
 from cdc.core.delay import Delay
 from cdc.core.model import SHARDS
 from cdc.core.read_planner import ReadPlanner
-from cdc.core.rebalance import Without, balance
+from cdc.core.rebalance import NoShardReminder, balance
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.sqlstate import passes
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.settler import Settler
 from cdc.observability.metrics import ConsumerMetrics
-from cdc.postgres.shard_locks import Session, without
+from cdc.postgres.shard_locks import ShardSession, without
 
 log = logging.getLogger("cdc.consumer")
 
@@ -45,7 +45,7 @@ class Balancing:
         self._crash_guard = crash_guard
         self._metrics = metrics
         self._taken = acquired
-        self._without = Without()
+        self._without = NoShardReminder()
         self._delay = Delay()
         self._leaving: set[int] = set()
         """Nothing of these is in flight, and they are to be given away."""
@@ -53,14 +53,14 @@ class Balancing:
         self.members = 0
         """Live consumers, as the last look has shown them."""
 
-    async def poll(self, session: Session, now: float) -> bool:
+    async def poll(self, session: ShardSession, now: float) -> bool:
         """Ask the server, take and give. False: something was in the way, and the next look does the rest."""
         with self._patience(session, now):
             await self._balance(session, now)
             return True
         return False
 
-    async def ask(self, session: Session, now: float) -> None:
+    async def ask(self, session: ShardSession, now: float) -> None:
         """Make sure that the session is still there. Raises when it is not."""
         with self._patience(session, now):
             await session.poll()
@@ -72,7 +72,7 @@ class Balancing:
         self._own(set())
         return lost
 
-    async def _balance(self, session: Session, now: float) -> None:
+    async def _balance(self, session: ShardSession, now: float) -> None:
         before = len(self.owned)
         members, free = await session.poll()
         self.members = members
@@ -104,7 +104,7 @@ class Balancing:
             log.warning("%s", without(await session.holders()))
 
     @contextlib.contextmanager
-    def _patience(self, session: Session, now: float) -> Iterator[None]:
+    def _patience(self, session: ShardSession, now: float) -> Iterator[None]:
         try:
             yield
         except psycopg.Error as error:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from cdc.core.circuit_breaker import Breaker, State
+from cdc.core.circuit_breaker import BreakerState, CircuitBreaker
 from cdc.core.model import Key
 from cdc.observability.snapshots import BreakerStatus
 
@@ -17,14 +17,14 @@ def _loop_time() -> float:
     return asyncio.get_running_loop().time()
 
 
-class Breakers:
+class CircuitBreakers:
     """For the event loop; ``status`` from any thread. ``handlers``: their names.
 
     ``changed`` is called when one has opened, lets a call through, or has closed.
     """
 
     def __init__(self, handlers: Iterable[str], *, clock: Callable[[], float] = _loop_time) -> None:
-        self.of: Mapping[str, Breaker] = {name: Breaker() for name in handlers}
+        self.of: Mapping[str, CircuitBreaker] = {name: CircuitBreaker() for name in handlers}
         self._clock = clock
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._troubled: set[str] = set()
@@ -39,7 +39,7 @@ class Breakers:
 
     def rests(self, handler: str) -> bool:
         """Whether no call of it may begin now."""
-        return self.of[handler].state is State.OPEN
+        return self.of[handler].state is BreakerState.OPEN
 
     def unavailable(self, handler: str, key: Key, why: str, *, certain: bool, after_s: float) -> bool:
         """A call has found away what it needs. Returns whether its handler rests. ``why``: nothing of the row."""
@@ -50,7 +50,7 @@ class Breakers:
             log.warning(
                 "handler %s rests: %s; its changes wait as they are, no attempt is counted, and one call at a time"
                 " finds out whether that is over",
-                handler, why, extra={"event": "breaker", "handler": handler, "state": State.OPEN.value},
+                handler, why, extra={"event": "breaker", "handler": handler, "state": BreakerState.OPEN.value},
             )  # fmt: skip
         self._schedule_trial(handler)
         if opened:
@@ -81,7 +81,7 @@ class Breakers:
     def _schedule_trial(self, handler: str) -> None:
         """It may have opened: look again when its pause is over."""
         breaker = self.of[handler]
-        if breaker.state is not State.OPEN:
+        if breaker.state is not BreakerState.OPEN:
             return
         if timer := self._timers.pop(handler, None):
             timer.cancel()

@@ -44,13 +44,13 @@ from cdc.postgres.connect import STANDBY, Dsn, connect_async
 from cdc.postgres.loaders import leave_unread
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.postgres.pages import Settled
-from cdc.postgres.shard_locks import Session
+from cdc.postgres.shard_locks import ShardSession
 from cdc.runtime.deadline import deadline, set_within, unless
 
 log = logging.getLogger("cdc.consumer")
 
 _SOON_S = 0.05
-_LOOK_AT_SHARDS_S = 1.0
+_POLL_SHARDS_S = 1.0
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
 _ITERATION_MAX_S = 5.0
 _READ_TIMEOUT = "60s"
@@ -270,9 +270,9 @@ class Consumer:
                 await self._end_connection()
 
     @contextlib.asynccontextmanager
-    async def _connections(self) -> AsyncIterator[tuple[Session, psycopg.AsyncConnection]]:
+    async def _connections(self) -> AsyncIterator[tuple[ShardSession, psycopg.AsyncConnection]]:
         dsn, schema = self._settings.dsn, self._settings.schema
-        session = await Session.open(dsn, schema, self._store.process, INDEXED)
+        session = await ShardSession.open(dsn, schema, self._store.process, INDEXED)
         self.crash_guard.begin(session)
         try:
             session_settings = {**INDEXED, "statement_timeout": _READ_TIMEOUT, "lock_timeout": _READ_LOCK_TIMEOUT}
@@ -290,7 +290,7 @@ class Consumer:
             self.in_service = False
             await session.close()
 
-    async def _wait_for_schema(self, session: Session, reader: psycopg.AsyncConnection) -> None:
+    async def _wait_for_schema(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         """A sidecar starts before the application's migrations have run: wait, and say for what."""
         told = ""
         while not self.stopping:
@@ -303,12 +303,12 @@ class Consumer:
                 if told != str(error):
                     log.warning("waiting: %s", _sentence(error))
                 told = str(error)
-                await _wait(self._stopping, _LOOK_AT_SHARDS_S)
+                await _wait(self._stopping, _POLL_SHARDS_S)
             else:
                 return
 
     async def _drain_at_stop(
-        self, session: Session, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]
+        self, session: ShardSession, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]
     ) -> None:
         await self._stopping.wait()
         await self._dispatcher.drain(self._settings.drain_time_s)
@@ -323,7 +323,7 @@ class Consumer:
             log.warning("what was done last could not be settled within %g s; it may run again", _LAST_SETTLE_S)
             settling.cancel()
 
-    async def _leave_in_peace(self, session: Session) -> None:
+    async def _leave_in_peace(self, session: ShardSession) -> None:
         """Whoever comes next need not ask what this process died of. Not said in time, it is asked in vain."""
         with contextlib.suppress(psycopg.Error, OSError):
             async with deadline(_LAST_SETTLE_S):
@@ -342,15 +342,15 @@ class Consumer:
 
     # --- shards ----------------------------------------------------------------------------------------------------
 
-    async def _shard_loop(self, session: Session) -> None:
+    async def _shard_loop(self, session: ShardSession) -> None:
         while not self.stopping:
             self._mark_iteration("shards")
             if await self._balancing.poll(session, self._now()):
                 self._answered()
-            await _wait(self._stopping, _LOOK_AT_SHARDS_S)
+            await _wait(self._stopping, _POLL_SHARDS_S)
         while not self._drained.is_set():  # the server ends a session that says nothing
             await self._balancing.ask(session, self._now())
-            await _wait(self._drained, _LOOK_AT_SHARDS_S)
+            await _wait(self._drained, _POLL_SHARDS_S)
 
     def _reread(self) -> None:
         """Changes were left without an outcome; one that is waiting and due is found by a look at those only."""
@@ -359,7 +359,7 @@ class Consumer:
 
     # --- intake ----------------------------------------------------------------------------------------------------
 
-    async def _read_loop(self, session: Session, reader: psycopg.AsyncConnection) -> None:
+    async def _read_loop(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         while not self.stopping:
             self._mark_iteration("consumer")
             self._read_due.clear()

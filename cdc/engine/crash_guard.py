@@ -40,7 +40,7 @@ from cdc.core import failpoints
 from cdc.core.model import SHARDS, Change, Suspicion
 from cdc.engine.transactions import AskTheTableError
 from cdc.postgres.outbox import Store
-from cdc.postgres.shard_locks import Acquired, Session
+from cdc.postgres.shard_locks import Acquired, ShardSession
 
 log = logging.getLogger("cdc.consumer")
 
@@ -49,7 +49,7 @@ GRACE_S = 5.0
 
 EXPOSED_MAX_S = 60.0
 """A handler may take for ever, and the stream does not wait for that."""
-_FIRST_LOOK_S = 10.0
+_FIRST_POLL_S = 10.0
 """The database may be away; then there is no stream either."""
 _PAUSE_S = 2.0
 """Between two marks: until a first sweep has found what there is, and until an outcome is written."""
@@ -61,7 +61,7 @@ class CrashGuard:
     def __init__(self, store: Store, window: int) -> None:
         self._store = store
         self._window = window
-        self._session: Session | None = None
+        self._session: ShardSession | None = None
         self._watched: dict[int, tuple[datetime, int]] = {}
         """Of a shard: what was changed until then is started carefully, and so many more of it."""
         self._doubted_until: dict[int, float] = {}
@@ -70,9 +70,9 @@ class CrashGuard:
         self._writing = asyncio.Lock()
         self._marked: dict[int, Change] = {}
         self._looked = False
-        self._exposed_until = self._exposed_at_most_until = time.monotonic() + _FIRST_LOOK_S
+        self._exposed_until = self._exposed_at_most_until = time.monotonic() + _FIRST_POLL_S
 
-    def begin(self, session: Session) -> None:
+    def begin(self, session: ShardSession) -> None:
         """From now on this session holds the shards; of what the one before held, nothing is watched any more."""
         self._session = session
         self._watched.clear()

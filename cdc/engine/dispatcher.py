@@ -149,10 +149,10 @@ class Dispatcher:
             cancel(task)
         if running:
             log.warning("%d handlers were cut off; their changes stay as they were", len(running))
-            _, deaf = await asyncio.wait([task for task, _ in running], timeout=_CUT_OFF_S)
-            self._uncancellable |= deaf
-            if deaf:
-                log.error("%d handlers caught their cancellation and go on; nobody waits for them", len(deaf))
+            _, uncancellable = await asyncio.wait([task for task, _ in running], timeout=_CUT_OFF_S)
+            self._uncancellable |= uncancellable
+            if uncancellable:
+                log.error("%d handlers caught their cancellation and go on; nobody waits for them", len(uncancellable))
 
     async def _work(self) -> None:
         task = asyncio.current_task()
@@ -270,7 +270,7 @@ class Dispatcher:
     def _bug(self, handler: Handler | None, batch: Sequence[Change], error: Exception) -> dict[Change, Outcome]:
         """What only a fault of this program raises costs its changes an attempt, and never their places."""
         log.critical("a worker failed; this is a bug", exc_info=error)
-        return {change: self._executor.judge(handler, change, error) for change in batch}
+        return {change: self._executor.decide(handler, change, error) for change in batch}
 
     def _escaped(self, batch: Sequence[Change], error: BaseException) -> None:
         """What ended the attempt was not the call, and nobody asked for it: no attempt, but not for ever."""

@@ -18,7 +18,7 @@ from cdc.core.lost_transactions import Losses
 from cdc.core.model import Change, Dead, Discarded, Outcome, UnreadableDocumentError, Waiting
 from cdc.core.router import Handler
 from cdc.engine.calls import EscapedError
-from cdc.engine.circuit_breakers import Breakers
+from cdc.engine.circuit_breakers import CircuitBreakers
 from cdc.engine.hooks import Hooks
 from cdc.engine.transactions import EndedTransactionError, Errors, LostTransactionError
 from cdc.observability.failures import Failure
@@ -68,8 +68,8 @@ class TooDeepError(SafeError):
     kind = "depth"
 
     def __init__(self, change: Change) -> None:
-        told = f"a chain of {change.depth + 1} changes, deeper than max_chain_depth allows"
-        super().__init__(told, f"{told}; does a handler write what it listens to? {change.chain}")
+        summary = f"a chain of {change.depth + 1} changes, deeper than max_chain_depth allows"
+        super().__init__(summary, f"{summary}; does a handler write what it listens to? {change.chain}")
 
 
 class ErrorPolicy:
@@ -85,7 +85,7 @@ class ErrorPolicy:
         *,
         hooks: Hooks,
         metrics: HandlerMetrics,
-        breakers: Breakers,
+        breakers: CircuitBreakers,
         failed: Callable[[Failure], None] | None = None,
         dice: Callable[[], float] = random.random,
     ) -> None:
@@ -116,20 +116,20 @@ class ErrorPolicy:
         wait_s = None if read.final else delay_s(policy, change.attempt, self._dice(), read.after_s)
         if read.kind and self._failed:
             self._failed(
-                Failure(time.time(), handler.name, read.told, change.entity_type, change.id, change.attempt, wait_s)
+                Failure(time.time(), handler.name, read.summary, change.entity_type, change.id, change.attempt, wait_s)
             )
         fields = _fields(handler, change, change.attempt, "dead" if wait_s is None else "retried", read.trace)
         fields |= {"duration_s": took_s if took_s is None else round(took_s, 6), "again_in_s": wait_s}
         if wait_s is None:
             log.error(
                 "handler %s: %s on change %s of %s, attempt %d: now a dead letter; its last_error says more",
-                handler.name, read.told, change.id, change.entity_type, change.attempt, extra=in_message(fields),
+                handler.name, read.summary, change.id, change.entity_type, change.attempt, extra=in_message(fields),
             )  # fmt: skip
             return Dead(read.text, handler.pauses)
         log.log(
             logging.WARNING if read.kind else logging.INFO,
             "handler %s: %s on change %s of %s, attempt %d of %d; again in %.1f s",
-            handler.name, read.told, change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
+            handler.name, read.summary, change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
             extra=in_message(fields),
         )  # fmt: skip
         return Waiting(wait_s, read.text)
@@ -155,7 +155,7 @@ class ErrorPolicy:
         read = _read(handler, error)
         certain = error.certain is True
         rests = self.breakers.unavailable(
-            handler.name, changes[0].key, read.told, certain=certain, after_s=read.after_s or 0.0
+            handler.name, changes[0].key, read.summary, certain=certain, after_s=read.after_s or 0.0
         )
         outcomes: dict[Change, Outcome] = {}
         for change in changes:
@@ -168,7 +168,7 @@ class ErrorPolicy:
             fields = _fields(handler, change, change.attempt, "unavailable", read.trace)
             log.info(
                 "handler %s: %s; change %s of %s and %d more wait, and no attempt is counted",
-                handler.name, read.told, change.id, change.entity_type, len(outcomes) - 1, extra=in_message(fields),
+                handler.name, read.summary, change.id, change.entity_type, len(outcomes) - 1, extra=in_message(fields),
             )  # fmt: skip
         return outcomes
 
@@ -202,17 +202,16 @@ class ErrorPolicy:
         self._metrics.failed(handler.name, kind)
 
 
-class _Read(NamedTuple):
+class _ErrorReport(NamedTuple):
     """What is to be known of an error.
 
-    ``kind``: for the metric; None: a deliberate Retry is not an error. ``told``: for a log. ``text``: for last_error.
-    ``trace``: where it came from.
-    ``final``: no other attempt can succeed. ``after_s``: what the handler asks for. ``answers``: what the handler needs
-    was there, for it has decided.
+    ``kind``: for the metric; None: a deliberate Retry is not an error. ``summary``: for a log. ``text``: for
+    last_error. ``trace``: where it came from. ``final``: no other attempt can succeed. ``after_s``: what the handler
+    asks for. ``answers``: what the handler needs was there, for it has decided.
     """
 
     kind: str | None
-    told: str
+    summary: str
     text: str
     trace: Trace
     final: bool = False
@@ -233,21 +232,21 @@ _DELIBERATE = (Reject, Retry, Unavailable, SafeError, EndedTransactionError)
 """What says itself what it is about: last_error has it without the frames."""
 
 
-def _read(handler: Handler, error: BaseException) -> _Read:
+def _read(handler: Handler, error: BaseException) -> _ErrorReport:
     """Looks at the error once: its class is the handler's, and any of its methods may raise."""
     found = trace(error, handler.function)
     try:
         if isinstance(error, Discard):
-            return _Read(None, "", _cut(str(error)), found, discards=True, answers=True)
+            return _ErrorReport(None, "", _cut(str(error)), found, discards=True, answers=True)
         after_s = _seconds(_asked(error))
         text = _cut(_text(handler, error))
         if not isinstance(error, _DELIBERATE) and (found.own or not isinstance(error, ValidationError)):
             text += _lines(found)
         final, answers = isinstance(error, _FINAL), isinstance(error, Retry | Reject)
-        return _Read(_kind(error), _told(error, found), text, found, final, after_s, answers=answers)
+        return _ErrorReport(_kind(error), _summary(error, found), text, found, final, after_s, answers=answers)
     except BaseException as unreadable:  # noqa: BLE001 - what a method of the error raises must not take its outcome away
         text = f"{found.error}, and its text cannot be read: {class_name(unreadable)}"
-        return _Read("exception", str(found), _cut(text) + _lines(found), found)
+        return _ErrorReport("exception", str(found), _cut(text) + _lines(found), found)
 
 
 def _lines(found: Trace) -> str:
@@ -299,11 +298,11 @@ def _kind(error: BaseException) -> str | None:
     return "exception"
 
 
-def _told(error: BaseException, found: Trace) -> str:
+def _summary(error: BaseException, found: Trace) -> str:
     """What a log line may say of it."""
     match error:
         case SafeError():
-            return error.told
+            return error.summary
         case EndedTransactionError() | UnreadableDocumentError():
             return str(error)
         case Unavailable():
@@ -327,8 +326,8 @@ def _text(handler: Handler, error: BaseException) -> str:
             return f"unavailable: {error}"
         case ValidationError():
             faults = error.errors(include_input=False, include_url=False, include_context=False)
-            told = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'row'}: {fault['msg']}" for fault in faults)
-            return f"does not fit {getattr(handler.model, '__name__', handler.model)}: {told}"
+            summary = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'row'}: {fault['msg']}" for fault in faults)
+            return f"does not fit {getattr(handler.model, '__name__', handler.model)}: {summary}"
     return f"{class_name(error)}: {error}"
 
 

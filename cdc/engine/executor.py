@@ -60,7 +60,7 @@ from cdc.core.model import (  # fmt: skip
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
 from cdc.core.router import Handler, Router
-from cdc.core.transaction_batching import Grouping
+from cdc.core.transaction_batching import AdaptiveBatchSize
 from cdc.engine.calls import CutOffError, StartedCall, begin, call_handler, call_handler_here, call_here
 from cdc.engine.error_policy import ErrorPolicy, LostTooOftenError, TooDeepError
 from cdc.engine.thread_pool import Job, Threads
@@ -138,7 +138,7 @@ class Executor:
         """Of connections."""
         self._delays = Losses()
         """By what stood in the way."""
-        self._groupings = {h.name: Grouping(h.group) for h in handlers if h.group > 1}
+        self._groupings = {h.name: AdaptiveBatchSize(h.group) for h in handlers if h.group > 1}
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
         self.tasks: Mapping[asyncio.Task[Any], Run] = {}
         """What each of the tasks that call us is at; theirs to keep."""
@@ -181,7 +181,7 @@ class Executor:
         why = "the connection was lost" if handler.transactional else "the consumer's session was lost"
         return self._error_policy.on(handler, change, LostTooOftenError(handler, times, LostTransactionError(why)))
 
-    def judge(self, handler: Handler | None, change: Change, error: BaseException) -> Outcome:
+    def decide(self, handler: Handler | None, change: Change, error: BaseException) -> Outcome:
         """The outcome of a change that ``error`` kept from having one."""
         return self._error_policy.on(handler, change, error) if handler else Skipped()
 

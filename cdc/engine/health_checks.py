@@ -82,7 +82,7 @@ def _of_consumer(status: ProcessStatus, now: float, thresholds: HealthThresholds
 
 def _of_slot(status: ProcessStatus) -> Iterator[Check]:
     """Where no slot sends wake-ups that should, work goes on by sweeping, so it is ready all the same."""
-    if status.stream and (why := "slot_deaf" if status.poller.slot_is_deaf else status.stream.reason):
+    if status.stream and (why := "standbys_away" if status.poller.slot_waits_for_standbys else status.stream.reason):
         yield Check("stream", ok=True, detail=why)
 
 

@@ -23,8 +23,8 @@ from cdc.core.scheduler import KeyScheduler, Row
 from cdc.core.sqlstate import About, about, passes
 from cdc.observability.metrics import Metrics
 from cdc.postgres.outbox import FIRST_TYPE, Store
-from cdc.postgres.pages import Page
-from cdc.postgres.shard_locks import Session
+from cdc.postgres.pages import OutboxPage
+from cdc.postgres.shard_locks import ShardSession
 from cdc.postgres.unreadable import Kind, RefusedReadError
 
 log = logging.getLogger("cdc.consumer")
@@ -102,7 +102,7 @@ class Reader:
             return self._rests_until - now
         return min(self._planner.wait_s(now), max(0.0, self._due_at(now) - now))
 
-    async def once(self, reader: psycopg.AsyncConnection, session: Session) -> bool:
+    async def once(self, reader: psycopg.AsyncConnection, session: ShardSession) -> bool:
         """Read once. False: there is nothing to read, or no room for it.
 
         A change that the server refuses to hand over becomes a dead letter, on the session that holds its shard.
@@ -153,7 +153,7 @@ class Reader:
         self._kinds.remove(kind)
         self._kinds.append(kind)
 
-    async def _set_aside(self, reader: psycopg.AsyncConnection, session: Session, read: RefusedReadError) -> None:
+    async def _set_aside(self, reader: psycopg.AsyncConnection, session: ShardSession, read: RefusedReadError) -> None:
         """Raises the server's error where no change is refused alone, unless all took too long together."""
         found = await self._store.refused.find(reader, read)
         if not found and not read.took_too_long:
@@ -290,7 +290,7 @@ class Reader:
     def _weigh(self, rows: Sequence[Row]) -> None:
         self._paging.read(len(rows), sum(row.change.size for row in rows))
 
-    async def _timed(self, read: Awaitable[Page]) -> Page:
+    async def _timed(self, read: Awaitable[OutboxPage]) -> OutboxPage:
         started = _now()
         failpoints.here("fetch.before_rows")
         page = await read

@@ -25,7 +25,7 @@ from cdc.core.sqlstate import About, about
 from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.outbox import Store
 from cdc.postgres.pages import Settled
-from cdc.postgres.shard_locks import Session
+from cdc.postgres.shard_locks import ShardSession
 from cdc.runtime.deadline import set_within
 
 log = logging.getLogger("cdc.consumer")
@@ -42,7 +42,7 @@ _LOCKED_S = 0.5
 """After so long a locked row is looked at again."""
 _REFUSED_S = 60.0
 """The same for a row that cannot even be made a dead letter."""
-_LOOK_AFTER_S = 0.3
+_ASK_AFTER_S = 0.3
 """A settle that takes as long waits for somebody; the session's lock_timeout ends it later than that."""
 _TOLD_EVERY_S = 30.0
 _WORDS_MAX = 500
@@ -130,7 +130,7 @@ class Settler:
         self._due.set()
         self._again.set()
 
-    async def run(self, session: Session, reader: psycopg.AsyncConnection) -> None:
+    async def run(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         """Write what there is on this session until ``finish``. Raises what is about the session."""
         try:
             while not self._finishing or self._queue:
@@ -155,7 +155,7 @@ class Settler:
         now = _now()
         return [] if now < self._rests_until else self._queue.take(_BATCH_MAX, now)
 
-    async def _settle(self, session: Session, reader: psycopg.AsyncConnection, batch: list[Settlement]) -> None:
+    async def _settle(self, session: ShardSession, reader: psycopg.AsyncConnection, batch: list[Settlement]) -> None:
         began = _now()
         found = await self._write(session, reader, batch)
         self._iterated(True)
@@ -174,11 +174,11 @@ class Settler:
             await set_within(self._again, pause_s)
 
     async def _write(
-        self, session: Session, reader: psycopg.AsyncConnection, batch: list[Settlement]
+        self, session: ShardSession, reader: psycopg.AsyncConnection, batch: list[Settlement]
     ) -> Settled | None:
         """None: nothing could be written, for now. Raises what is about the session."""
         started = _now()
-        look = asyncio.get_running_loop().call_later(_LOOK_AFTER_S, self._look_who_blocks, session, reader)
+        look = asyncio.get_running_loop().call_later(_ASK_AFTER_S, self._schedule_ask, session, reader)
         try:
             async with session.writing:
                 settled = await self._store.settle(
@@ -255,7 +255,7 @@ class Settler:
                 len(batch), first.id, first.entity_type, why, self._blockers,
             )  # fmt: skip
 
-    def _look_who_blocks(self, session: Session, reader: psycopg.AsyncConnection) -> None:
+    def _schedule_ask(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         if self._look is None or self._look.done():
             self._look = asyncio.create_task(self._ask_who_blocks(session.connection.info.backend_pid, reader))
 

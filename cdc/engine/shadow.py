@@ -207,12 +207,12 @@ class Shadow:
         while not self.stopping:
             self._mark_iteration()
             try:
-                if not await self._look_once(reader):
+                if not await self._read_once(reader):
                     return
             except RefusedReadError as refused:
                 await self._skip(reader, refused)
 
-    async def _look_once(self, reader: psycopg.AsyncConnection) -> bool:
+    async def _read_once(self, reader: psycopg.AsyncConnection) -> bool:
         """False: there is nothing more to read."""
         if _now() >= self._marks_at and not await self._read_marks(reader):
             self._marks_at = _now() + _MARKS_EVERY_S

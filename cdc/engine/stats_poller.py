@@ -19,14 +19,14 @@ import psycopg
 from cdc.core.errors import CdcError
 from cdc.core.model import ChangeState
 from cdc.core.type_filter import TypeFilter
-from cdc.diagnostics.status import Outbox, Readings, SlotReading, glance
+from cdc.diagnostics.status import Outbox, Readings, SlotReading, summarize
 from cdc.observability.snapshots import OutboxStatus, PollerStatus, SlotStatus
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import Dsn, connect
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.replication import slots
-from cdc.replication.slot_health import Slot, judge
+from cdc.replication.slot_health import SlotReport, assess
 from cdc.runtime.supervisor import Supervisor
 
 log = logging.getLogger("cdc.collector")
@@ -34,7 +34,7 @@ log = logging.getLogger("cdc.collector")
 _EVERY_S = 15.0
 _STATEMENT_TIMEOUT = "5s"
 _ANSWER_LIMIT_S = 10.0
-_DEAF_LOOKS = 4
+_WAITING_POLLS_MAX = 4
 """At a slot that waits for standbys, which may be back in a moment."""
 _TOLD_MAX = 1_000
 """Types that were warned of: they come from the data."""
@@ -42,12 +42,12 @@ _REST = 50
 """What is for the page alone is read again after so many times as long as it took: 2 % of one connection at most."""
 
 
-class Collector:
+class StatsPoller:
     """start() once, stop() once. ``slot`` of None: none is used, none is looked at.
 
     ``asked``: the types that are ours by the settings, where handlers want fewer of them.
-    ``page``: read also what only a person looks at, by these statements. ``deaf``: called where the slot has rung for
-    nothing for about a minute, because it is one for failover and standbys are away.
+    ``page``: read also what only a person looks at, by these statements. ``standbys_away``: called
+    where the slot has sent nothing for about a minute, because it is one for failover and standbys are away.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Collector:
         slot: str | None,
         asked: TypeFilter | None = None,
         page: OutboxAdmin | None = None,
-        deaf: Callable[[], None] = lambda: None,
+        standbys_away: Callable[[], None] = lambda: None,
         every_s: float = _EVERY_S,
         supervisor: Supervisor | None = None,
     ) -> None:
@@ -69,9 +69,9 @@ class Collector:
         self._asked = asked
         self._told: set[str] = set()
         self._page = page
-        self._glance_at = 0.0
-        self._deaf = deaf
-        self._deaf_looks = 0
+        self._summarize_at = 0.0
+        self._on_waiting = standbys_away
+        self._waiting_polls = 0
         self._every_s = every_s
         self._stopping = threading.Event()
         self._due = threading.Event()
@@ -85,7 +85,7 @@ class Collector:
     def start(self) -> None:
         self._thread.start()
 
-    def look_now(self) -> None:
+    def poll_now(self) -> None:
         """Something has just changed; from any thread."""
         self._due.set()
 
@@ -108,8 +108,8 @@ class Collector:
             self._collect("outbox", self._outbox, partial(self._show_outbox, None))
             if self._slot is not None:
                 self._collect("slot", self._read_slot, partial(self._show_slot, None))
-            if self._page is not None and time.monotonic() >= self._glance_at:
-                self._collect("entity types", self._glance, partial(self._show_types, None))
+            if self._page is not None and time.monotonic() >= self._summarize_at:
+                self._collect("entity types", self._summarize, partial(self._show_types, None))
             self._due.wait(self._every_s)
 
     def _collect(self, name: str, read: Callable[[psycopg.Connection], None], forget: Callable[[], None]) -> None:
@@ -171,27 +171,27 @@ class Collector:
         assert self._slot is not None
         figures = slots.snapshot(connection, self._slot)
         before = self.readings.slot
-        self._deaf_looks = self._deaf_looks + 1 if figures and figures.deaf else 0
-        if figures and self._deaf_looks == _DEAF_LOOKS:
-            verdict = judge(figures)
-            log.warning("the slot %s is %s; %s", figures.name, verdict.sentence, verdict.remedy)
-            self._deaf()
+        self._waiting_polls = self._waiting_polls + 1 if figures and figures.waits_for_standbys else 0
+        if figures and self._waiting_polls == _WAITING_POLLS_MAX:
+            health = assess(figures)
+            log.warning("the slot %s is %s; %s", figures.name, health.sentence, health.remedy)
+            self._on_waiting()
         self._show_slot(SlotReading(time.monotonic(), self._slot, figures, before.slot if before else None))
 
     def _show_slot(self, reading: SlotReading | None) -> None:
         slot = _slot_status(reading.slot) if reading else None
         success = {**self.status.success, "slot": slot is not None}
-        deaf = self._deaf_looks >= _DEAF_LOOKS
-        self.status = replace(self.status, slot=slot, slot_is_deaf=deaf, success=success)
+        waits = self._waiting_polls >= _WAITING_POLLS_MAX
+        self.status = replace(self.status, slot=slot, slot_waits_for_standbys=waits, success=success)
         self.readings = replace(self.readings, slot=reading)
 
-    def _glance(self, connection: psycopg.Connection) -> None:
+    def _summarize(self, connection: psycopg.Connection) -> None:
         assert self._page
         began = time.monotonic()
         try:
-            self._show_types(glance(connection, self._page))
+            self._show_types(summarize(connection, self._page))
         finally:
-            self._glance_at = time.monotonic() + _REST * (time.monotonic() - began)
+            self._summarize_at = time.monotonic() + _REST * (time.monotonic() - began)
 
     def _show_types(self, outbox: Outbox | None) -> None:
         self.readings = replace(self.readings, outbox=(time.monotonic(), outbox) if outbox else None)
@@ -203,7 +203,7 @@ class Collector:
         self._connection = None
 
 
-def _slot_status(slot: Slot | None) -> SlotStatus:
+def _slot_status(slot: SlotReport | None) -> SlotStatus:
     if slot is None:
         return SlotStatus(present=False)
     return SlotStatus(

@@ -21,7 +21,7 @@ from cdc.core.model import Change, Json, document
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class OutgoingRequest:
     """What one request carries. ``id`` is the same whenever the same is sent again."""
 
     id: str
@@ -29,12 +29,12 @@ class Message:
     body: bytes
 
 
-def single(change: Change, source: str | None) -> Message:
-    return Message(str(change.id), "application/cloudevents+json", event(change, source))
+def single(change: Change, source: str | None) -> OutgoingRequest:
+    return OutgoingRequest(str(change.id), "application/cloudevents+json", event(change, source))
 
 
-def batch(changes: Sequence[Change], source: str | None) -> Message:
-    return Message(
+def batch(changes: Sequence[Change], source: str | None) -> OutgoingRequest:
+    return OutgoingRequest(
         # Of a version that is made from its content: the ids, in their order.
         str(uuid5(changes[0].id, ",".join(str(change.id) for change in changes))),
         "application/cloudevents-batch+json",

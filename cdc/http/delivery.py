@@ -32,16 +32,16 @@ import aiohttp
 from yarl import URL
 
 from cdc import __version__
-from cdc.core.circuit_breaker import Breaker
+from cdc.core.circuit_breaker import CircuitBreaker
 from cdc.core.errors import OverrunError, Reject, Retry, SafeError, Unavailable
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
 from cdc.core.model import Change
 from cdc.core.router import ANY, Router
 from cdc.http import cloudevents, webhook_signature
 from cdc.http.client_protocol import HEAD_MAX, Protocol
-from cdc.http.cloudevents import Message
+from cdc.http.cloudevents import OutgoingRequest
 from cdc.http.endpoint_url import HANDLER, Target
-from cdc.http.responses import Answer, Meaning
+from cdc.http.responses import Answer, Disposition
 from cdc.observability.metrics import DeliveryMetrics
 from cdc.runtime.deadline import deadline
 
@@ -60,17 +60,17 @@ _BODY_KEPT, _BODY_READ_MAX, _BODY_S = 1_024, 65_536, 5.0
 class DeliveryError(SafeError, Retry):
     """Not now. It is about all changes of a batch."""
 
-    def __init__(self, told: str, text: str = "", after: float | None = None) -> None:
-        Retry.__init__(self, after, text or told)
-        self.told = told
+    def __init__(self, summary: str, text: str = "", after: float | None = None) -> None:
+        Retry.__init__(self, after, text or summary)
+        self.summary = summary
 
 
 class AwayError(SafeError, Unavailable):
     """The application is not there to look at it, or was not until the end. It is about all changes of a batch."""
 
-    def __init__(self, told: str, text: str = "", after: float | None = None) -> None:
-        Unavailable.__init__(self, after, text or told)
-        self.told = told
+    def __init__(self, summary: str, text: str = "", after: float | None = None) -> None:
+        Unavailable.__init__(self, after, text or summary)
+        self.summary = summary
 
 
 class UnreachedError(AwayError):
@@ -84,9 +84,9 @@ class RejectedError(SafeError, Reject):
 
     kind = "rejected"
 
-    def __init__(self, told: str, text: str) -> None:
+    def __init__(self, summary: str, text: str) -> None:
         Reject.__init__(self, text)
-        self.told = told
+        self.summary = summary
 
 
 class OneOfThemError(Exception):
@@ -122,7 +122,7 @@ class Delivery:
         """On the same connections, and it tells when one is made. A request takes a fifth longer by it, so it is for
         those that find out whether the application is there."""
         self._metrics: DeliveryMetrics | None = None
-        self._breaker: Breaker | None = None
+        self._breaker: CircuitBreaker | None = None
         self._reached: Callable[[], None] = lambda: None
         self._broken = Losses()
         """Changes whose requests found the application away, while others were answered."""
@@ -135,7 +135,7 @@ class Delivery:
             else:
                 self.router.on(entity_type, name=HANDLER, timeout=math.inf)(self._one)
 
-    def open(self, metrics: DeliveryMetrics | None, breaker: Breaker, reached: Callable[[], None]) -> None:
+    def open(self, metrics: DeliveryMetrics | None, breaker: CircuitBreaker, reached: Callable[[], None]) -> None:
         """``breaker`` is that of ``HANDLER``; ``reached`` is called when a connection is made while it rests."""
         self._metrics, self._breaker, self._reached = metrics, breaker, reached
         connector = (
@@ -175,11 +175,11 @@ class Delivery:
     async def _many(self, changes: list[Change]) -> None:
         await self._deliver(changes, cloudevents.batch(changes, self._source))
 
-    async def _deliver(self, changes: Sequence[Change], message: Message) -> None:
+    async def _deliver(self, changes: Sequence[Change], message: OutgoingRequest) -> None:
         """Raises what the answer means for the changes, if it is not that all is done."""
         try:
             answer = await self._post(message)
-            if answer.meaning is not Meaning.AWAY:
+            if answer.meaning is not Disposition.AWAY:
                 self._answered(changes)
             _judge(answer, alone=len(changes) == 1)
         except UnreachedError:
@@ -188,7 +188,7 @@ class Delivery:
             if not self._are_to_blame(changes):
                 raise
             alone = len(changes) == 1
-            raise DeliveryError(away.told, str(away), away.retry_after) if alone else OneOfThemError from away
+            raise DeliveryError(away.summary, str(away), away.retry_after) if alone else OneOfThemError from away
 
     def _answered(self, changes: Sequence[Change]) -> None:
         self._answers = True
@@ -200,7 +200,7 @@ class Delivery:
         self._answers = False
         return self._broken.add(changes) >= LOSSES_MAX
 
-    async def _post(self, message: Message) -> Answer:
+    async def _post(self, message: OutgoingRequest) -> Answer:
         session = self._looking if self._unreached else self._session
         assert session is not None
         signed = webhook_signature.headers(self._keys(), message.id, int(time.time()), message.body)
@@ -220,8 +220,8 @@ class Delivery:
                 self._count("timeout")
                 raise OverrunError(f"took longer than {self._timeout_s:g} s") from error
             self._count("broken")
-            told = f"the connection broke before an answer came ({type(error).__name__})"
-            raise AwayError(told) if isinstance(error, _BROKEN) else DeliveryError(told) from error
+            summary = f"the connection broke before an answer came ({type(error).__name__})"
+            raise AwayError(summary) if isinstance(error, _BROKEN) else DeliveryError(summary) from error
 
     @property
     def _unreached(self) -> bool:
@@ -239,16 +239,16 @@ class Delivery:
 
 def _judge(answer: Answer, *, alone: bool) -> None:
     """Raises what the answer means, if it is not that all is done."""
-    if answer.meaning is Meaning.DONE:
+    if answer.meaning is Disposition.DONE:
         return
     after_s = answer.retry_after_s(datetime.now(UTC))
-    if answer.meaning is Meaning.AWAY:
-        raise AwayError(answer.told, answer.text, after_s)
+    if answer.meaning is Disposition.AWAY:
+        raise AwayError(answer.summary, answer.text, after_s)
     if not alone and not answer.about_all:
         raise OneOfThemError
-    if answer.meaning is Meaning.DEAD:
-        raise RejectedError(answer.told, answer.text)
-    raise DeliveryError(answer.told, answer.text, after_s)
+    if answer.meaning is Disposition.DEAD:
+        raise RejectedError(answer.summary, answer.text)
+    raise DeliveryError(answer.summary, answer.text, after_s)
 
 
 async def _start(content: aiohttp.StreamReader) -> bytes:

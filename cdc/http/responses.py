@@ -29,7 +29,7 @@ _RETRY_AFTER_MAX_S = 86_400.0
 """A clock that is wrong, here or there, must not put a change off for years."""
 
 
-class Meaning(Enum):
+class Disposition(Enum):
     DONE = auto()
     AWAY = auto()
     LATER = auto()
@@ -45,12 +45,12 @@ class Answer:
     body: bytes = b""
 
     @property
-    def meaning(self) -> Meaning:
+    def meaning(self) -> Disposition:
         if self.status // 100 == 2:
-            return Meaning.DONE
+            return Disposition.DONE
         if self.status in AWAY:
-            return Meaning.AWAY
-        return Meaning.DEAD if self.status in DEAD else Meaning.LATER
+            return Disposition.AWAY
+        return Disposition.DEAD if self.status in DEAD else Disposition.LATER
 
     @property
     def about_all(self) -> bool:
@@ -58,7 +58,7 @@ class Answer:
         return self.status in _ABOUT_ALL
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """For the log: nothing of it is the application's words, which may quote a row."""
         said = f"answered {self.status} {_PHRASES.get(self.status, '')}".rstrip()
         if self.status // 100 == 3:
@@ -69,7 +69,7 @@ class Answer:
     def text(self) -> str:
         """For last_error: with the start of the body, in one line."""
         words = " ".join(self.body.decode("utf-8", "replace").split())
-        return f"{self.told}: {words[:_TEXT_MAX]}" if words else self.told
+        return f"{self.summary}: {words[:_TEXT_MAX]}" if words else self.summary
 
     def retry_after_s(self, now: datetime) -> float | None:
         """Seconds to wait at least; None where nothing is asked for that can be read, or nothing that lies ahead."""

@@ -94,9 +94,9 @@ class HealthServer:
     ) -> None:
         self._supervisor = supervisor or Supervisor()
         self._stopping = threading.Event()
-        server_class = _ServerV6 if ":" in host else _Server
+        server_class = _ThreadingServerV6 if ":" in host else _ThreadingServer
         try:
-            self._server = server_class((host, port), _Quiet)
+            self._server = server_class((host, port), _SilentRequestHandler)
         except (OSError, TypeError, UnicodeError) as error:  # the last two: a name that cannot be asked for
             why = error.strerror if isinstance(error, OSError) else "no host has such a name"
             raise UsageError(
@@ -199,7 +199,7 @@ def _verdict(path: str, checks: Checks) -> _Response:
     return _text(status, "".join(f"{check}\n" for check in lines))
 
 
-class _Server(ThreadingMixIn, WSGIServer):
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False  # a slow client must not hold up the stop
     request_queue_size = 128
@@ -255,11 +255,11 @@ class _Server(ThreadingMixIn, WSGIServer):
         log.debug("a health client went away", exc_info=True)
 
 
-class _ServerV6(_Server):
+class _ThreadingServerV6(_ThreadingServer):
     address_family = socket.AF_INET6
 
 
-class _Brief(io.BufferedReader):
+class _BoundedReader(io.BufferedReader):
     """Ends after so many bytes; the library would take a hundred headers of 64 kB each."""
 
     left = _REQUEST_MAX
@@ -270,12 +270,12 @@ class _Brief(io.BufferedReader):
         return line
 
 
-class _Quiet(WSGIRequestHandler):
+class _SilentRequestHandler(WSGIRequestHandler):
     timeout = _REQUEST_LIMIT_S
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = _Brief(self.connection.makefile("rb", buffering=0))
+        self.rfile = _BoundedReader(self.connection.makefile("rb", buffering=0))
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in http.server
         """A probe every few seconds would be most of the log."""

@@ -26,7 +26,7 @@ from cdc.diagnostics.status import Outbox, Readings, SlotReading
 from cdc.observability.failures import Failure
 from cdc.observability.history import History, Point, Reading
 from cdc.observability.snapshots import ProcessStatus
-from cdc.replication.slot_health import judge, outlook
+from cdc.replication.slot_health import assess, outlook
 from cdc.runtime.supervisor import Supervisor
 
 SCHEMA = 1
@@ -54,7 +54,7 @@ _ALWAYS = [
 ]
 
 
-class Page:
+class StatusPage:
     """start() once, stop() once. All it is given is called in threads of its own. ``checks``: those of the probes."""
 
     def __init__(
@@ -169,8 +169,9 @@ def _of_outbox(at: float, outbox: Outbox, status: ProcessStatus, now: float) -> 
         "oldest_ready_age_s": figures.oldest_ready_age_s if figures else None,
         "types": [asdict(each) for each in stats.types],
         "more": {"fresh": stats.more_fresh, "waiting": stats.more_waiting, "dead": stats.more_dead},
-        "letters": [
-            {**asdict(letter), "id": str(letter.id), "at": letter.at and _iso(letter.at)} for letter in outbox.letters
+        "dead_letters": [
+            {**asdict(dead_letter), "id": str(dead_letter.id), "at": dead_letter.at and _iso(dead_letter.at)}
+            for dead_letter in outbox.dead_letters
         ],
     }
 
@@ -180,10 +181,10 @@ def _of_slot(reading: SlotReading, now: float) -> dict[str, Any]:
     slot = reading.slot
     if slot is None:
         return {**seen, "present": False}
-    verdict = judge(slot, outlook(reading.before, slot) if reading.before else None)
+    health = assess(slot, outlook(reading.before, slot) if reading.before else None)
     shown = ("plugin", "active", "temporary", "wal_status", "retained_wal_bytes", "confirmed_lag_bytes",
              "safe_wal_bytes", "spilled_bytes")  # fmt: skip
-    return {**seen, "present": True, **{name: getattr(slot, name) for name in shown}, "verdict": asdict(verdict)}
+    return {**seen, "present": True, **{name: getattr(slot, name) for name in shown}, "health": asdict(health)}
 
 
 def _of_failure(times: int, failure: Failure, now: float) -> dict[str, Any]:

@@ -10,14 +10,14 @@ _KEPT = 20
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An attempt that failed, as the log tells it: ``told`` is class and place, and nothing of the row.
+    """An attempt that failed, as the log tells it: ``summary`` is class and place, and nothing of the row.
 
     ``at`` in seconds of the epoch. ``again_in_s`` is None where the change is now a dead letter.
     """
 
     at: float
     handler: str
-    told: str
+    summary: str
     entity_type: str
     id: UUID
     attempt: int
@@ -32,7 +32,7 @@ class RecentFailures:
 
     def add(self, failure: Failure) -> None:
         """An error that repeats is one entry, or it would push out the others."""
-        key = (failure.handler, failure.told)
+        key = (failure.handler, failure.summary)
         times, _ = self._kept.get(key, (0, failure))
         others = [item for item in self._kept.items() if item[0] != key]
         # Replaced whole: who asks in another thread sees the one or the other.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cdc.core.circuit_breaker import State
+from cdc.core.circuit_breaker import BreakerState
 from cdc.core.lsn import ZERO, Lsn
 from cdc.core.model import ChangeState
 from cdc.core.stream_reason import Reason
@@ -86,12 +86,12 @@ class PoolStatus:
 class BreakerStatus:
     """``why``: what the last call said that found away what it needs; "" while it is closed."""
 
-    state: State = State.CLOSED
+    state: BreakerState = BreakerState.CLOSED
     why: str = ""
 
     @property
     def rests(self) -> bool:
-        return self.state is not State.CLOSED
+        return self.state is not BreakerState.CLOSED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +131,7 @@ class PollerStatus:
     last_iteration_at: float | None = None
     outbox: OutboxStatus | None = None
     slot: SlotStatus | None = None
-    slot_is_deaf: bool = False
+    slot_waits_for_standbys: bool = False
     success: Mapping[str, bool] = field(default_factory=dict)
 
 

@@ -10,7 +10,7 @@ from prometheus_client import Metric
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from cdc.core.circuit_breaker import State
+from cdc.core.circuit_breaker import BreakerState
 from cdc.core.model import SHARDS, ChangeState
 from cdc.observability.metrics import UNAVAILABLE
 from cdc.observability.snapshots import ConsumerStatus, OutboxStatus, PollerStatus, ProcessStatus, Role, StreamStatus
@@ -159,7 +159,7 @@ def _of_handlers(status: ProcessStatus) -> Iterator[_Sample]:
         yield "cdc_transaction_connections", (kind, "idle"), pool.idle
         yield "cdc_transaction_waiting", (kind,), pool.waiting
     for handler, breaker in sorted(status.breakers.items()):
-        yield from _states("cdc_handler_breaker", State, breaker.state, handler)
+        yield from _states("cdc_handler_breaker", BreakerState, breaker.state, handler)
 
 
 def _of_slot(name: str, poller: PollerStatus) -> Iterator[_Sample]:

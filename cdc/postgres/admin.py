@@ -56,7 +56,7 @@ Reference = UUID | int
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ChangeSummary:
     """A change as the table has it, without its payload: of names 1,000 characters, of the error 10,000.
 
     ``state`` is that of the row. ``blocked_by``: the ``seq`` of the first change of the same key that holds this one
@@ -89,13 +89,13 @@ class Entry:
         return self.state == ChangeState.FRESH and self.blocked_by is not None
 
     @property
-    def undecided(self) -> bool:
+    def actionable(self) -> bool:
         """Waiting or dead: what ``retry`` and ``discard`` are for."""
         return self.state in (ChangeState.WAITING, ChangeState.DEAD)
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class CauseLink:
     """One change of a chain of causes. Of the last one ``caused_by`` tells whether there is, or was, more."""
 
     seq: int
@@ -133,7 +133,7 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Throughput:
     """``per_s``: changes processed a second. Latencies are from the change to its mark; None where there were none."""
 
     per_s: float
@@ -142,7 +142,7 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Filter:
     """What to search for; None is any. ``since_s``: changed within the last so many seconds."""
 
     entity_type: str | None = None
@@ -151,10 +151,10 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """``more``: there are more than asked for. ``cut``: the search ended before it had seen all."""
 
-    entries: list[Entry]
+    entries: list[ChangeSummary]
     more: bool
     cut: bool
 
@@ -195,13 +195,13 @@ class OutboxAdmin:
         types = [TypeStats(**{name: value for name, value in row.items() if name not in _MORE}) for row in rows]
         return Stats(types, **more)
 
-    def find(self, connection: psycopg.Connection, state: str, wanted: Wanted, limit: int) -> Found:
+    def find(self, connection: psycopg.Connection, state: str, wanted: Filter, limit: int) -> SearchResult:
         """Up to ``limit`` changes in one of STATES.
 
         Fresh and blocked ones the oldest first, waiting ones as they are due, dead and processed ones the youngest
         first.
         """
-        filtered = wanted != Wanted() or state == "blocked"
+        filtered = wanted != Filter() or state == "blocked"
         parameters = {
             "type": wanted.entity_type,
             "key": wanted.entity_id,
@@ -217,27 +217,27 @@ class OutboxAdmin:
             assert row is not None
             cut, ids = row
             entries = self._look(connection, ids[:limit])
-        return Found(entries, more=len(ids) > limit, cut=cut and filtered)
+        return SearchResult(entries, more=len(ids) > limit, cut=cut and filtered)
 
-    def pace(self, connection: psycopg.Connection) -> Pace:
+    def pace(self, connection: psycopg.Connection) -> Throughput:
         """What was processed in the last minute, by all consumers."""
-        with _bounded(connection), connection.cursor(row_factory=class_row(Pace)) as cursor:
+        with _bounded(connection), connection.cursor(row_factory=class_row(Throughput)) as cursor:
             pace = cursor.execute(self._statements["pace"], {"seconds": _PACE_S, "bound": _PACE_MAX}).fetchone()
         assert pace is not None
         return pace
 
-    def show(self, connection: psycopg.Connection, reference: Reference) -> Entry:
+    def show(self, connection: psycopg.Connection, reference: Reference) -> ChangeSummary:
         """Raises NotFoundError."""
         with _bounded(connection):
             return self._named(connection, [reference])[0]
 
-    def chain(self, connection: psycopg.Connection, entry: Entry) -> list[Link]:
+    def chain(self, connection: psycopg.Connection, entry: ChangeSummary) -> list[CauseLink]:
         """The change, its cause, the cause of that, and so on, up to 100 of them."""
         with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["chain"], {"id": entry.id, "bound": _CHAIN_MAX}).fetchall()
-        return [Link(**{**row, "state": ChangeState(row["state"])}) for row in rows]
+        return [CauseLink(**{**row, "state": ChangeState(row["state"])}) for row in rows]
 
-    def payload(self, connection: psycopg.Connection, entry: Entry) -> dict[str, Any]:
+    def payload(self, connection: psycopg.Connection, entry: ChangeSummary) -> dict[str, Any]:
         """``old``, ``new`` and ``metadata``: the application's data. Raises RefusedError where the server does.
 
         Each is Json, with the digits that are stored, or the text of what Python cannot read.
@@ -259,14 +259,14 @@ class OutboxAdmin:
 
     # --- deciding --------------------------------------------------------------------------------------------------
 
-    def retry(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[Entry]:
+    def retry(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
         """Make these due now, all or none, and wake the consumers; a dead letter gets its attempts anew.
 
         Raises NotFoundError, and RefusedError for one that is neither waiting nor dead, or is being worked on.
         """
         return self._decide(connection, "retry", references)
 
-    def discard(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[Entry]:
+    def discard(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
         """Mark these processed, all or none, and wake the consumers: later changes of their keys go on.
 
         Raises as ``retry`` does.
@@ -278,7 +278,7 @@ class OutboxAdmin:
         with _bounded(connection, _RETRY_ALL_LIMIT_S):
             count = connection.execute(self._statements["retry_all"], {"type": entity_type}).rowcount
         if count:
-            _ring(connection)
+            _notify(connection)
         return count
 
     def discard_before(self, connection: psycopg.Connection, entity_type: str, before: str) -> Iterator[int]:
@@ -301,7 +301,9 @@ class OutboxAdmin:
                 yield marked
                 more = looked_at == _DISCARD_BATCH
 
-    def _decide(self, connection: psycopg.Connection, statement: str, references: Sequence[Reference]) -> list[Entry]:
+    def _decide(
+        self, connection: psycopg.Connection, statement: str, references: Sequence[Reference]
+    ) -> list[ChangeSummary]:
         with _bounded(connection):
             ids = [entry.id for entry in self._named(connection, references)]
             taken = {id_ for (id_,) in connection.execute(self._statements["take"], {"ids": ids})}
@@ -313,17 +315,17 @@ class OutboxAdmin:
             if count != len(ids):
                 raise _missing(references)
             decided = self._look(connection, ids)
-        _ring(connection)
+        _notify(connection)
         return decided
 
     # --- inside a transaction --------------------------------------------------------------------------------------
 
-    def _look(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> list[Entry]:
+    def _look(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> list[ChangeSummary]:
         with connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["look"], {"ids": list(ids)}).fetchall()
-        return [Entry(**{**row, "state": ChangeState(row["state"])}) for row in rows]
+        return [ChangeSummary(**{**row, "state": ChangeState(row["state"])}) for row in rows]
 
-    def _named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[Entry]:
+    def _named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
         by_seq = self._numbered(connection, [name for name in references if isinstance(name, int)])
         ids = [by_seq.get(name) if isinstance(name, int) else name for name in references]
         entries = self._look(connection, list(dict.fromkeys(id_ for id_ in ids if id_)))
@@ -357,13 +359,13 @@ def _bounded(connection: psycopg.Connection, statement_limit_s: int = _STATEMENT
         yield
 
 
-def _ring(connection: psycopg.Connection) -> None:
+def _notify(connection: psycopg.Connection) -> None:
     """Wake the consumers. In a transaction of its own, after the commit: NOTIFY takes a lock of the whole cluster."""
     connection.execute("SELECT pg_notify(%s, '')", [_CHANNEL])
 
 
-def _refuse_unless_free(entry: Entry, *, taken: bool, to: str) -> None:
-    if not entry.undecided:
+def _refuse_unless_free(entry: ChangeSummary, *, taken: bool, to: str) -> None:
+    if not entry.actionable:
         why = {
             ChangeState.FRESH: "it is fresh, and runs in its turn",
             ChangeState.PROCESSED: "it is processed already",

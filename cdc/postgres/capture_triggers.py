@@ -16,8 +16,8 @@ from psycopg.rows import dict_row
 
 from cdc.core.errors import NotFoundError
 from cdc.core.model import Operation, former_trigger_name, trigger_name
-from cdc.postgres.remarks import Saying
-from cdc.postgres.tracked_tables import LISTS, Copy, Fires, ForeignCast, Table, Tracked, read_options
+from cdc.postgres.remarks import SettingOwner
+from cdc.postgres.tracked_tables import LISTS, Copy, Fires, ForeignCast, SourceTable, Tracked, read_options
 
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
 """Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
@@ -294,9 +294,12 @@ def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunc
                               "others": tuple(row["others"])})  # fmt: skip
 
 
-def sayings(connection: psycopg.Connection) -> list[Saying]:
+def sayings(connection: psycopg.Connection) -> list[SettingOwner]:
     """Of roles and databases, as far as they matter here; what one session has set by itself nobody else can see."""
-    return [Saying(who, frozenset(value.split(","))) for who, value in connection.execute(_SAYINGS.encode()).fetchall()]
+    return [
+        SettingOwner(who, frozenset(value.split(",")))
+        for who, value in connection.execute(_SAYINGS.encode()).fetchall()
+    ]
 
 
 Spell = Callable[[psycopg.Connection, Collection[int]], Mapping[int, str]]
@@ -367,7 +370,7 @@ def _text(raw: bytes | None) -> str:
 
 def tables(
     connection: psycopg.Connection, capture: int, schema: str, oids: Sequence[int], *, spell: Spell = spell
-) -> dict[int, Table]:
+) -> dict[int, SourceTable]:
     """Those tables, by oid. ``capture`` is the function's."""
     parameters = {"tables": list(oids), "capture": capture, "schema": schema}
     casts: dict[int, list[ForeignCast]] = {}
@@ -385,11 +388,11 @@ def _table(
     spelt: Mapping[int, str],
     keys: Sequence[tuple[Any, ...]],
     casts: Mapping[int, Sequence[ForeignCast]],
-) -> Table:
+) -> SourceTable:
     oid = row["oid"]
     facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
     facts |= {"root": spelt.get(row["root"]), "children": tuple(spelt[child] for child in row["children"])}
-    return Table(
+    return SourceTable(
         **facts,
         spelt=spelt[oid],
         primary_key=next((tuple(names) for of, primary, names in keys if primary and of == oid), ()),

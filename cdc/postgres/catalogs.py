@@ -21,7 +21,7 @@ WHERE CASE %(schema)s WHEN 'pg_temp' THEN oid = pg_catalog.pg_my_temp_schema() E
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Difference:
     """One object that is not as this version makes it. ``expected`` or ``found`` is "" where there is none.
 
     ``by_hand``: the statement that mends it where ``cdc db upgrade`` does not; "" where that does, or nothing is known.
@@ -63,20 +63,20 @@ def picture(
     }
 
 
-def compare(expected: Mapping[str, str], found: Mapping[str, str]) -> list[Finding]:
+def compare(expected: Mapping[str, str], found: Mapping[str, str]) -> list[Difference]:
     """Findings of two pictures, ``{"table entity_changes": definition}``. Parts of a missing object are left out.
 
     Of what is there besides, triggers, rules and policies of our objects count.
     """
-    findings: list[Finding] = []
+    findings: list[Difference] = []
     for name, definition in expected.items():
         if name not in found:
             if _whole(name) not in {finding.object for finding in findings}:
-                findings.append(Finding(name, "missing", expected=definition))
+                findings.append(Difference(name, "missing", expected=definition))
         elif found[name] != definition:
-            findings.append(Finding(name, "different", expected=definition, found=found[name]))
+            findings.append(Difference(name, "different", expected=definition, found=found[name]))
     added = (name for name in found if name.startswith(_ADDED) and name not in expected and _whole(name) in expected)
-    return findings + [Finding(name, "not ours", found=found[name]) for name in added]
+    return findings + [Difference(name, "not ours", found=found[name]) for name in added]
 
 
 def _whole(name: str) -> str:

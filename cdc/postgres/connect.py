@@ -17,7 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from cdc.core.errors import CdcError, ConnectError, SchemaError, UsageError
 from cdc.postgres import pinned
-from cdc.postgres.link import AsyncLink, Link
+from cdc.postgres.link import AsyncGuardedConnection, GuardedConnection
 from cdc.postgres.script import Script, run, run_async
 
 Connection = psycopg.Connection
@@ -136,7 +136,7 @@ def connect(
     UsageError for a DSN that cannot be read.
     """
     arguments = _arguments(dsn, application_name, session, options, user_path=user_path)
-    return run(_connect(Link, arguments, autocommit=autocommit, answer_limit_s=answer_limit_s))
+    return run(_connect(GuardedConnection, arguments, autocommit=autocommit, answer_limit_s=answer_limit_s))
 
 
 async def connect_async(
@@ -147,14 +147,20 @@ async def connect_async(
     session: Mapping[str, str] | None = None,
     answer_limit_s: float | None = None,
     **options: Any,
-) -> AsyncLink:
+) -> AsyncGuardedConnection:
     """``connect`` for an event loop."""
     arguments = _arguments(dsn, application_name, session, options)
-    return await run_async(_connect(AsyncLink, arguments, autocommit=autocommit, answer_limit_s=answer_limit_s))
+    return await run_async(
+        _connect(AsyncGuardedConnection, arguments, autocommit=autocommit, answer_limit_s=answer_limit_s)
+    )
 
 
 def _connect(
-    kind: type[Link] | type[AsyncLink], arguments: Mapping[str, Any], *, autocommit: bool, answer_limit_s: float | None
+    kind: type[GuardedConnection] | type[AsyncGuardedConnection],
+    arguments: Mapping[str, Any],
+    *,
+    autocommit: bool,
+    answer_limit_s: float | None,
 ) -> Script[Any]:
     try:
         connection = yield kind.connect("", autocommit=True, **arguments)

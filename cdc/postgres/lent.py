@@ -19,7 +19,7 @@ from psycopg.adapt import AdaptersMap
 from psycopg.rows import tuple_row
 from psycopg.types import TypeInfo, TypesRegistry
 
-from cdc.postgres.link import AsyncLink, Link
+from cdc.postgres.link import AsyncGuardedConnection, GuardedConnection
 from cdc.postgres.script import Script
 
 _RESET = (
@@ -117,11 +117,11 @@ class _Lent(psycopg.BaseConnection[Any]):
         self.__dict__.setdefault("_callbacks", []).append((remove, callback))
 
 
-class Lent(_Lent, Link):
+class Lent(_Lent, GuardedConnection):
     _cursors = psycopg.Cursor, psycopg.ServerCursor
 
 
-class AsyncLent(_Lent, AsyncLink):
+class AsyncLent(_Lent, AsyncGuardedConnection):
     """``Lent`` for an event loop."""
 
     _cursors = psycopg.AsyncCursor, psycopg.AsyncServerCursor

@@ -29,7 +29,7 @@ class SilentLinkError(psycopg.OperationalError):
     """The server has not answered within the limit; the connection is closed."""
 
 
-class Link(psycopg.Connection[Any]):
+class GuardedConnection(psycopg.Connection[Any]):
     """``answer_limit_s``: for each answer from now on; None: any time."""
 
     answer_limit_s: float | None = None
@@ -46,8 +46,8 @@ class Link(psycopg.Connection[Any]):
         return super().wait(gen, *arguments, **named)
 
 
-class AsyncLink(psycopg.AsyncConnection[Any]):
-    """``Link`` for an event loop."""
+class AsyncGuardedConnection(psycopg.AsyncConnection[Any]):
+    """``GuardedConnection`` for an event loop."""
 
     answer_limit_s: float | None = None
     answer_due = math.inf
@@ -66,7 +66,7 @@ class AsyncLink(psycopg.AsyncConnection[Any]):
 
 
 @contextmanager
-def unlimited(connection: Link | AsyncLink) -> Iterator[None]:
+def unlimited(connection: GuardedConnection | AsyncGuardedConnection) -> Iterator[None]:
     """For somebody else's statements, which may take as long as they like."""
     limit_s, connection.answer_limit_s = connection.answer_limit_s, None
     try:
@@ -80,7 +80,9 @@ def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> N
     connection.pgconn.finish()
 
 
-def _limited(connection: Link | AsyncLink, waits: Generator[Any, Any, _T]) -> Generator[Any, Any, _T]:
+def _limited(
+    connection: GuardedConnection | AsyncGuardedConnection, waits: Generator[Any, Any, _T]
+) -> Generator[Any, Any, _T]:
     """psycopg resumes what it waits for at each event, and ten times a second without one."""
     began, limit_s = time.monotonic(), connection.answer_limit_s
     connection.answer_due = math.inf if limit_s is None else began + limit_s

@@ -28,7 +28,7 @@ from cdc.core import failpoints
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.core.model import message_prefix, publication_name, trigger_name
 from cdc.postgres import capture_role, catalogs, repairs
-from cdc.postgres.catalogs import Finding
+from cdc.postgres.catalogs import Difference
 
 LOCK_TIMEOUT = "5s"
 """How long DDL waits for a table's lock. Writers queue behind it: longer would be an outage for the application."""
@@ -191,7 +191,7 @@ def remove(connection: psycopg.Connection, schema: str, name: str) -> bool:
         return True
 
 
-def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration], list[Finding]]:
+def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration], list[Difference]]:
     """``install`` for an outbox that exists, and repair: where an object differs afterwards, all migrations run again.
 
     Returns the migrations that were missing and the findings that were repaired. What is left, ``verify`` tells.
@@ -244,7 +244,7 @@ def _sets(connection: psycopg.Connection, schema: str) -> dict[str, frozenset[in
     return {name: frozenset(versions) for name, versions in rows}
 
 
-def verify(connection: psycopg.Connection, schema: str) -> list[Finding]:
+def verify(connection: psycopg.Connection, schema: str) -> list[Difference]:
     """What is missing in ``schema`` or differs from this version; nothing is changed.
 
     Needs no rights but TEMPORARY on the database, which everybody has unless it was taken away.

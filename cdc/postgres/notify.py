@@ -38,7 +38,7 @@ PAYLOAD_BYTES_MAX = 7999
 _PAIRS = re.compile(f"(?: {PAIR})+")
 _ONE = re.compile(PAIR)
 _SOME_OUTBOX = re.compile(rf"entity_change:[A-Za-z0-9_%]+{_PAIRS.pattern}")
-_LOOK_S = 15.0
+_POLL_S = 15.0
 """A listener hears nothing on a quiet database and nothing on a dead link: between two questions to the server."""
 _ANSWER_LIMIT_S = 10.0
 _RELAY_MAX = 20_000
@@ -96,14 +96,14 @@ class Listener:
         *,
         captured: Callable[[], None] | None = None,
         application_name: str = "cdc: listener",
-        look_s: float = _LOOK_S,
+        look_s: float = _POLL_S,
     ) -> None:
         self._dsn = dsn
         self._prefix = message_prefix(schema)
         self._heard = heard
         self._captured = captured or (lambda: heard(None))
         self._application_name = application_name
-        self._look_s = look_s
+        self._poll_s = look_s
         self._attempts = ReconnectState(stall_limit_base_s=look_s)
         self._again = asyncio.Event()
         self._said: str | None = None
@@ -144,7 +144,7 @@ class Listener:
             self._heard(None)
             while True:
                 with unlimited(connection):
-                    async for notify in connection.notifies(timeout=self._look_s):
+                    async for notify in connection.notifies(timeout=self._poll_s):
                         self._hear(notify.payload)
                 await connection.execute("SELECT")
         finally:
@@ -182,7 +182,7 @@ class Relay:
         self._waiting: list[WakeUp] = []
         self._lost = False
         self._due = asyncio.Event()
-        self._attempts = ReconnectState(stall_limit_base_s=_LOOK_S)
+        self._attempts = ReconnectState(stall_limit_base_s=_POLL_S)
 
     def offer(self, wakeups: Sequence[WakeUp]) -> None:
         if not wakeups:

@@ -41,7 +41,7 @@ from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Scanned, Snapshot
 from cdc.core.type_filter import EVERYTHING, TypeFilter
-from cdc.postgres.pages import Due, Figures, Marked, Page, Place, Resumed, Settled, ended_by
+from cdc.postgres.pages import DuePage, Figures, KeyPage, Marked, OutboxPage, Place, Settled, ended_by
 from cdc.postgres.sql_files import load
 from cdc.postgres.unreadable import RefusedReadError, RefusedRows, rows
 
@@ -66,9 +66,9 @@ _OPERATIONS = {operation.value: operation for operation in Operation}
 _SCAN_MAX = 20_000
 """Rows that a sweep of some types looks at: some 20 ms. What else there is to read waits no longer."""
 _COUNT_BOUND = 10_001
-_LOOKED_AT_PER_SHARD = 500
+_ROWS_EXAMINED_PER_SHARD = 500
 """Fresh changes, in search of one that nothing holds back."""
-_LOOKED_AT_OF_ALL_TYPES = 200
+_ROWS_EXAMINED_OF_ALL_TYPES = 200
 _OUTSIDE_MAX = 100
 """The same where some types only are ours, and any number of others may lie before them: some 10 us each."""
 FIRST_TYPE, _LAST_TYPE = -(1 << 63), (1 << 63) - 1
@@ -149,7 +149,7 @@ class Store:
         """From now on leave these changes out wherever changes are read; those that were left out before no more."""
         self._always["skipped"] = _array(seqs)
 
-    async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Iterable[WakeUp]) -> Page:
+    async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Iterable[WakeUp]) -> OutboxPage:
         wakeups = sorted(wakeups)
         parameters: dict[str, Any] = {
             "seqs": _array(w.seq for w in wakeups),
@@ -164,7 +164,7 @@ class Store:
         page = await self._page(reader, ours or [(*records[0][:2], None, None)], first_column=3)
         return replace(page, others=others)
 
-    async def sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> Page:
+    async def sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> OutboxPage:
         positions = sweep.positions.values()
         parameters: dict[str, Any] = {
             "shards": _array(sweep.positions),
@@ -183,7 +183,9 @@ class Store:
         ends = {shard: Scanned(seq, counts[shard] >= sweep.per_shard) for shard, seq in last.items()}
         return replace(page, scanned=ended_by(page.cut, ends))
 
-    async def _sweep_some(self, reader: psycopg.AsyncConnection, sweep: Sweep, parameters: dict[str, Any]) -> Page:
+    async def _sweep_some(
+        self, reader: psycopg.AsyncConnection, sweep: Sweep, parameters: dict[str, Any]
+    ) -> OutboxPage:
         """A sweep of one type, or of all but some."""
         scan = max(sweep.per_shard, _SCAN_MAX // len(sweep.positions))
         parameters |= {"types": list(sweep.scope.types), "among": sweep.scope.include, "scan": scan}
@@ -202,7 +204,7 @@ class Store:
 
     async def read_keys(
         self, reader: psycopg.AsyncConnection, key_reads: Sequence[KeyRead], per_key: int
-    ) -> dict[KeyRead, Resumed]:
+    ) -> dict[KeyRead, KeyPage]:
         """The next ``per_key`` changes of each key."""
         parameters = {
             "shards": [each.shard for each in key_reads],
@@ -218,7 +220,7 @@ class Store:
         rows = await self._with_chains(reader, [_row(record[1:]) for record in fitting])
         for record, row in zip(fitting, rows, strict=True):
             found[record[0]].append(row)
-        return {key_reads[place - 1]: Resumed(rows, place in cut) for place, rows in found.items()}
+        return {key_reads[place - 1]: KeyPage(rows, place in cut) for place, rows in found.items()}
 
     async def due(
         self,
@@ -229,7 +231,7 @@ class Store:
         *,
         start: int = FIRST_TYPE,
         in_window: Iterable[int] = (),
-    ) -> Due:
+    ) -> DuePage:
         """Waiting changes that are due, of each type in turn, without those of some types.
 
         ``start`` is where the look before has ended, if it has not seen all types. Of those ``in_window`` nothing is
@@ -245,7 +247,7 @@ class Store:
         fitting = [record for record in found if record[2] is not None]
         rows = await self._with_chains(reader, [_row(record, requeued=True) for record in fitting])
         more = len(found) == limit or any(record[0] is not None and record[2] is None for record in found)
-        return Due(rows, next_due_s, None if last is None or last == _LAST_TYPE else last + 1, more)
+        return DuePage(rows, next_due_s, None if last is None or last == _LAST_TYPE else last + 1, more)
 
     async def settle(
         self,
@@ -360,13 +362,13 @@ class Store:
 
     def figures(self, connection: psycopg.Connection) -> Figures:
         """For the collector; bounded however large the table is."""
-        parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _LOOKED_AT_PER_SHARD}
+        parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _ROWS_EXAMINED_PER_SHARD}
         statement = "figures"
         if not self._scope.everything:
             types, include = self._scope
             statement = "figures_some"
             parameters |= {
-                "types": list(types), "among": include, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS,
+                "types": list(types), "among": include, "scan": _ROWS_EXAMINED_OF_ALL_TYPES, "shards": SHARDS,
                 "from": FIRST_TYPE, "types_max": TYPES_MAX,
             }  # fmt: skip
         row = connection.execute(self._statements[statement], parameters).fetchone()
@@ -376,7 +378,7 @@ class Store:
     def outside(self, connection: psycopg.Connection) -> dict[str, int]:
         """The types of fresh changes that are not in scope, with a lower bound of how many wait of each."""
         types, include = self._scope
-        parameters = {"types": list(types), "among": include, "scan": _LOOKED_AT_OF_ALL_TYPES, "shards": SHARDS,
+        parameters = {"types": list(types), "among": include, "scan": _ROWS_EXAMINED_OF_ALL_TYPES, "shards": SHARDS,
                       "bound": _OUTSIDE_MAX}  # fmt: skip
         return dict(connection.execute(self._statements["outside"], parameters).fetchall())
 
@@ -403,7 +405,7 @@ class Store:
         [(count, at)] = await self._rows(session, "settle_others", parameters)
         return count, at
 
-    async def _page(self, reader: psycopg.AsyncConnection, records: list[Any], first_column: int = 2) -> Page:
+    async def _page(self, reader: psycopg.AsyncConnection, records: list[Any], first_column: int = 2) -> OutboxPage:
         xmin, next_xid = records[0][:2]
         # The snapshot comes with every row, and alone, with nulls, when there is none.
         there = records if records[0][first_column] is not None else []
@@ -412,7 +414,7 @@ class Store:
         if len(rows) < len(there):
             numbers = slice(first_column, first_column + 2)
             cut = [WakeUp(*record[numbers]) for record in there if record[first_column + 2] is None]
-        return Page(await self._with_chains(reader, rows), Snapshot(xmin, next_xid), cut=cut)
+        return OutboxPage(await self._with_chains(reader, rows), Snapshot(xmin, next_xid), cut=cut)
 
     async def _with_chains(self, reader: psycopg.AsyncConnection, rows: list[Row]) -> list[Row]:
         """The same; those that are too deep with what led to them."""

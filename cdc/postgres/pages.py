@@ -14,7 +14,7 @@ from cdc.core.shard_cursor import Scanned, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class OutboxPage:
     """Rows of a read, in seq order within a shard, and the snapshot that showed them."""
 
     rows: list[Row]
@@ -27,7 +27,7 @@ class Page:
     """What is there and did not fit into the page: nothing was read of it."""
 
 
-class Due(NamedTuple):
+class DuePage(NamedTuple):
     """What is due, the seconds until more will be, and where to go on if not all types were looked at.
 
     All of the types between ``start`` and there. ``more``: more is due than was read.
@@ -39,7 +39,7 @@ class Due(NamedTuple):
     more: bool = False
 
 
-class Resumed(NamedTuple):
+class KeyPage(NamedTuple):
     """What was read on of a key. ``cut``: there is more, which did not fit into the page."""
 
     rows: list[Row]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cdc.core.model import Operation
-from cdc.postgres.tracked_tables import Fires, Table, Tracked, named
+from cdc.postgres.tracked_tables import Fires, SourceTable, Tracked, named
 
 TRIGGERS, TWICE, ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN, HANDLED = (
     "triggers", "captured-twice", "trigger-order", "missed-rows", "shared-types", "virtual-columns", "foreign-casts",
@@ -36,7 +36,7 @@ class Remark:
 
 
 @dataclass(frozen=True, slots=True)
-class Saying:
+class SettingOwner:
     """A role or database, as a sentence calls it, whose sessions have the setting cdc.handled, and the types in it."""
 
     who: str
@@ -117,12 +117,12 @@ def doubled(tracked: Sequence[Tracked]) -> Iterator[Remark]:
                 )
 
 
-def coarse(table: Table, tracked: Tracked) -> Iterator[str]:
+def coarse(table: SourceTable, tracked: Tracked) -> Iterator[str]:
     if not any(unique <= set(tracked.key) for unique in table.unique_keys):
         yield COARSE_KEY.format(key=named(tracked.key), table=table.spelt)
 
 
-def cautions(table: Table, tracked: Tracked) -> Iterator[Remark]:
+def cautions(table: SourceTable, tracked: Tracked) -> Iterator[Remark]:
     """What is as it was asked for, and may surprise."""
     yield from _order(tracked)
     yield from _missed(table, tracked)
@@ -151,7 +151,7 @@ def cautions(table: Table, tracked: Tracked) -> Iterator[Remark]:
         )
 
 
-def handled(tracked: Sequence[Tracked], sayings: Iterable[Saying]) -> Iterator[Remark]:
+def handled(tracked: Sequence[Tracked], sayings: Iterable[SettingOwner]) -> Iterator[Remark]:
     """Which writers may keep changes from the handlers, and who is set to say so where it does not count."""
     for each in tracked:
         if each.handled:
@@ -162,15 +162,15 @@ def handled(tracked: Sequence[Tracked], sayings: Iterable[Saying]) -> Iterator[R
                 f"when no writer handles them itself: cdc track {each.table} --no-handled",
             )
     for saying in sayings:
-        unheard = [each for each in tracked if not each.handled and each.effective_type in saying.types]
-        if unheard:
-            types = sorted({each.effective_type for each in unheard})
+        unlistened = [each for each in tracked if not each.handled and each.effective_type in saying.types]
+        if unlistened:
+            types = sorted({each.effective_type for each in unlistened})
             yield Remark(
                 HANDLED,
                 f"{saying.who} sets cdc.handled for {', '.join(types)}, which does not count: handlers get these"
                 " changes as well",
                 "if its writers handle them: "
-                + ", ".join(f"cdc track {table} --handled" for table in sorted({each.table for each in unheard}))
+                + ", ".join(f"cdc track {table} --handled" for table in sorted({each.table for each in unlistened}))
                 + "; else take the setting away",
             )
 
@@ -187,7 +187,7 @@ def _order(tracked: Tracked) -> Iterator[Remark]:
     )
 
 
-def _missed(table: Table, tracked: Tracked) -> Iterator[Remark]:
+def _missed(table: SourceTable, tracked: Tracked) -> Iterator[Remark]:
     if table.children:
         yield Remark(
             MISSED,

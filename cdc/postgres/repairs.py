@@ -13,7 +13,7 @@ from dataclasses import replace
 import psycopg
 from psycopg import sql
 
-from cdc.postgres.catalogs import Finding
+from cdc.postgres.catalogs import Difference
 
 _TABLE = "table entity_changes"
 _CAPTURING = ("bounded_text", "captured_row", "capture_entity_change", "publish_change")
@@ -49,7 +49,7 @@ def owner_of_all(owners: Mapping[str, str]) -> str:
     return others[0] if len(others) > 1 and len({*others}) == 1 else table
 
 
-def with_repairs(findings: Sequence[Finding], schema: str, owners: Mapping[str, str]) -> list[Finding]:
+def with_repairs(findings: Sequence[Difference], schema: str, owners: Mapping[str, str]) -> list[Difference]:
     """The same, each with what mends it ``by_hand`` where the upgrade does not."""
     given = dict(_given_back(schema, owners)) if _TABLE in owners else {}
     return [replace(each, by_hand=given.get(each.object, "") or _statement(each, schema)) for each in findings]
@@ -79,7 +79,7 @@ def _give(schema: str, name: str, owner: str) -> str:
                    sql.SQL(parenthesis + arguments), sql.Identifier(owner))  # fmt: skip
 
 
-def _statement(finding: Finding, schema: str) -> str:
+def _statement(finding: Difference, schema: str) -> str:
     _, of, table_name = finding.object.partition("row-level security of table ")
     if of:
         return _script("ALTER TABLE {} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY;",
@@ -100,7 +100,7 @@ def _statement(finding: Finding, schema: str) -> str:
     return ""
 
 
-def _column(table: sql.Identifier, name: sql.Identifier, finding: Finding) -> str:
+def _column(table: sql.Identifier, name: sql.Identifier, finding: Difference) -> str:
     """Whether it may be NULL, and its default; not its type, which would write the table anew."""
     expected, found = (_COLUMN.fullmatch(text) for text in (finding.expected, finding.found))
     if not expected or not found or expected["type"] != found["type"]:

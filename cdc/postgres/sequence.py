@@ -11,7 +11,7 @@ from cdc.core.errors import CdcError, NotFoundError
 from cdc.core.model import SHARDS
 
 _LOCK_TIMEOUT = "5s"
-_LOOKED_AT = 10_000
+_ROWS_EXAMINED = 10_000
 """Rows in each state but fresh, the latest by the index of the state; of fresh ones the last of each shard."""
 
 _NAME = """
@@ -71,7 +71,7 @@ def _highest(connection: psycopg.Connection, schema: str) -> int:
     names = {
         "changes": sql.Identifier(schema, "entity_changes"),
         "shards": sql.Literal(SHARDS),
-        "rows": sql.Literal(_LOOKED_AT),
+        "rows": sql.Literal(_ROWS_EXAMINED),
     }
     [(highest,)] = connection.execute(sql.SQL(_HIGHEST).format(**names)).fetchall()
     return int(highest)

@@ -216,7 +216,7 @@ class Acquired(NamedTuple):
     at: datetime
 
 
-class Session:
+class ShardSession:
     """One server session: member, owner of shards, and the connection on which their changes are settled."""
 
     def __init__(self, connection: psycopg.AsyncConnection, schema: str, owner: UUID) -> None:
@@ -235,7 +235,7 @@ class Session:
         self._poll.register(connection.fileno(), select.POLLIN)
 
     @classmethod
-    async def open(cls, dsn: Dsn, schema: str, owner: UUID, settings: Mapping[str, str]) -> Session:
+    async def open(cls, dsn: Dsn, schema: str, owner: UUID, settings: Mapping[str, str]) -> ShardSession:
         """Connect with these server settings besides our own, and become a member. ``owner``: this process."""
         connection = await connect_async(
             dsn,

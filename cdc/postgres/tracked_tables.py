@@ -141,7 +141,7 @@ class ForeignCast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class SourceTable:
     """A table as the catalogs describe it."""
 
     oid: int
@@ -206,7 +206,7 @@ def read_options(text: str) -> dict[str, Any]:
     return {name: tuple(value) for name, value in lists.items()} | flags | {"more": more}
 
 
-def decide(source: Table, present: Sequence[Tracked], asked: Asked, trigger: str) -> Tracked:
+def decide(source: SourceTable, present: Sequence[Tracked], asked: Asked, trigger: str) -> Tracked:
     """The trigger that ``source`` shall have. Raises UsageError for what does not fit the table or each other.
 
     ``present``: those that capture it now.
@@ -233,7 +233,7 @@ def decide(source: Table, present: Sequence[Tracked], asked: Asked, trigger: str
     return replace(wanted, virtual=any(wanted.captures(column) for column in source.virtual))
 
 
-def losses(source: Table, before: Tracked, wanted: Tracked) -> Iterator[str]:
+def losses(source: SourceTable, before: Tracked, wanted: Tracked) -> Iterator[str]:
     """What ``wanted`` no longer keeps, a clause each. What the table has no column for is lost already."""
     if before.entity_type and before.entity_type != wanted.entity_type:
         yield f"its type {before.entity_type} would become {wanted.effective_type}"
@@ -272,7 +272,7 @@ def named(columns: Sequence[str]) -> str:
     )
 
 
-def _common(source: Table, present: Sequence[Tracked], asked: Asked) -> Tracked:
+def _common(source: SourceTable, present: Sequence[Tracked], asked: Asked) -> Tracked:
     """What is there, as one trigger. Where several differ in an option, that has to be named."""
     if not present:
         return Tracked(table=source.spelt, trigger="", operations=tuple(Operation), entity_type=None)
@@ -305,7 +305,7 @@ def _fires(always: bool | None, before: Fires) -> Fires:
     return Fires.ALWAYS if always else Fires.ORIGIN
 
 
-def _default_key(source: Table) -> tuple[str, ...]:
+def _default_key(source: SourceTable) -> tuple[str, ...]:
     chosen = ("id",) if "id" in source.columns else source.primary_key
     if not chosen:
         raise UsageError(
@@ -315,7 +315,7 @@ def _default_key(source: Table) -> tuple[str, ...]:
     return chosen
 
 
-def _check_key(source: Table, wanted: Tracked) -> None:
+def _check_key(source: SourceTable, wanted: Tracked) -> None:
     hidden = [column for column in wanted.key if not wanted.captures(column)]
     if hidden:
         raise UsageError(
@@ -331,7 +331,7 @@ def _check_key(source: Table, wanted: Tracked) -> None:
         )
 
 
-def _refuse_missing(source: Table, option: str, columns: Sequence[str], *, said: bool) -> None:
+def _refuse_missing(source: SourceTable, option: str, columns: Sequence[str], *, said: bool) -> None:
     for column in columns:
         if column in source.columns:
             continue

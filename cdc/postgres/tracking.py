@@ -19,7 +19,7 @@ from cdc.core.errors import CdcError, NotFoundError, RefusedError, UsageError
 from cdc.core.model import Operation, former_trigger_name, trigger_name
 from cdc.postgres import capture_triggers, remarks
 from cdc.postgres.capture_triggers import CaptureFunction
-from cdc.postgres.tracked_tables import FLAGS, LISTS, Asked, Fires, Table, Tracked, arguments, decide, losses
+from cdc.postgres.tracked_tables import FLAGS, LISTS, Asked, Fires, SourceTable, Tracked, arguments, decide, losses
 
 T = TypeVar("T")
 _LOCK_TIMEOUT = "5s"
@@ -167,7 +167,7 @@ def _is_different(before: Tracked | None, wanted: Tracked, *, always: bool | Non
     return bool(unlike or before.off or not same)
 
 
-def _refuse_losses(source: Table, before: Tracked | None, wanted: Tracked) -> None:
+def _refuse_losses(source: SourceTable, before: Tracked | None, wanted: Tracked) -> None:
     going = list(losses(source, before, wanted)) if before is not None else []
     if going:
         raise RefusedError(
@@ -176,7 +176,7 @@ def _refuse_losses(source: Table, before: Tracked | None, wanted: Tracked) -> No
         )
 
 
-def _warnings(source: Table, made: Tracked, everywhere: Sequence[Tracked]) -> Iterator[str]:
+def _warnings(source: SourceTable, made: Tracked, everywhere: Sequence[Tracked]) -> Iterator[str]:
     yield from remarks.coarse(source, made)
     yield from map(str, remarks.faults(made))
     yield from map(str, remarks.cautions(source, made))
@@ -203,7 +203,7 @@ def _refuse_unknown(capture: CaptureFunction, wanted: Tracked) -> None:
         )
 
 
-def _refuse_kind(source: Table, schema: str) -> None:
+def _refuse_kind(source: SourceTable, schema: str) -> None:
     if source.kind not in ("r", "p"):
         raise UsageError(
             f"{source.spelt} is {_KINDS.get(source.kind, 'no table')}, and only a table's rows can be captured",
@@ -215,7 +215,7 @@ def _refuse_kind(source: Table, schema: str) -> None:
         raise UsageError(f"{source.spelt} belongs to the outbox itself", hint="track the tables of your application")
 
 
-def _refuse_doubled(source: Table, others: Sequence[Tracked]) -> None:
+def _refuse_doubled(source: SourceTable, others: Sequence[Tracked]) -> None:
     if others:
         named = ", ".join(
             other.trigger if other.oid == source.oid else f"{other.trigger} of its partition {other.table}"
@@ -283,7 +283,7 @@ def _triggers(
     return capture_triggers.triggers(connection, capture, schema, None if table is None else [table], spell=_spell)
 
 
-def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: str, name: str) -> Table:
+def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: str, name: str) -> SourceTable:
     try:
         with _as_user(connection):
             [(oid,)] = connection.execute("SELECT pg_catalog.to_regclass(%s)::pg_catalog.oid", [name]).fetchall()
@@ -311,7 +311,7 @@ def _similar(connection: psycopg.Connection, name: str) -> str:
     return f"did you mean {' or '.join(spelt[:3])}?" if spelt else "write the schema with it: schema.table"
 
 
-def _create(connection: psycopg.Connection, schema: str, source: Table, wanted: Tracked) -> None:
+def _create(connection: psycopg.Connection, schema: str, source: SourceTable, wanted: Tracked) -> None:
     # OR REPLACE also enables a trigger that was disabled, and needs no ownership of the table as DROP TRIGGER does.
     connection.execute(
         sql.SQL("CREATE OR REPLACE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION {}({}, {})").format(
@@ -328,7 +328,7 @@ def _set_firing(
     connection: psycopg.Connection,
     capture: CaptureFunction,
     schema: str,
-    source: Table,
+    source: SourceTable,
     before: Tracked | None,
     *,
     always: bool | None,
@@ -391,7 +391,9 @@ def _as_owner(connection: psycopg.Connection, statement: sql.Composed) -> None:
         ) from denied
 
 
-def _refuse_foreign(connection: psycopg.Connection, capture: CaptureFunction, source: Table, trigger: str) -> None:
+def _refuse_foreign(
+    connection: psycopg.Connection, capture: CaptureFunction, source: SourceTable, trigger: str
+) -> None:
     """Replacing a trigger that somebody else made under our name would switch off what it does."""
     taken = connection.execute(
         "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = %s::oid AND tgname = %s AND tgfoid <> %s::oid",

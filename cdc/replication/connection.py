@@ -1,7 +1,7 @@
 """One replication connection: the only file that drives libpq itself (``psycopg.pq``, COPY_BOTH, START_REPLICATION).
 
 psycopg has no replication interface. Its ``pq`` wrapper is public but undocumented, which is why the dependency is
-held to one minor version and why nothing else touches it. Every wait goes through the caller's ``Waiting``, so that
+held to one minor version and why nothing else touches it. Every wait goes through the caller's ``SocketWait``, so that
 stop() ends it, and every error leaves as a StreamError that is already classified.
 """
 
@@ -25,10 +25,10 @@ from cdc.core.stream_reason import Reason
 from cdc.postgres.connect import Dsn, connect
 from cdc.replication.protocol import LONGEST, Plugin, head
 from cdc.replication.refusals import (
-    During,
+    ErrorContext,
     FoundSlot,
-    Names,
-    ServerLook,
+    Phase,
+    ServerState,
     another_outbox,
     classify,
     classify_connect,
@@ -54,21 +54,21 @@ _REFUSAL_S = 3.0
 """A server that refuses says so at once; after a longer silence, asking it why would only double the wait."""
 
 # Which columns and settings there are depends on the version.
-_SLOT_LOOK = sql.SQL(
+_SLOT_QUERY = sql.SQL(
     "SELECT s.plugin, s.database, s.wal_status, s.confirmed_flush_lsn, s.temporary,"
     " pg_catalog.to_jsonb(s) OPERATOR(pg_catalog.->>) 'invalidation_reason',"
     " pg_catalog.to_jsonb(s) OPERATOR(pg_catalog.->>) 'failover', ({absent_standbys})"
     " FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = {slot}"
 )
 # What it reads stands in its command; whose command that is, every role sees of itself only.
-_READER_LOOK = sql.SQL(
+_READER_QUERY = sql.SQL(
     "SELECT a.query FROM pg_catalog.pg_stat_activity a JOIN pg_catalog.pg_replication_slots s ON s.active_pid = a.pid"
     " WHERE s.slot_name = {} AND pg_catalog.starts_with(a.query, 'START_REPLICATION')"
 )
-_RECOVERY_LOOK = sql.SQL("SELECT pg_catalog.pg_is_in_recovery()")
-_PUBLICATION_LOOK = sql.SQL("SELECT oid FROM pg_catalog.pg_publication WHERE pubname = {}")
+_RECOVERY_QUERY = sql.SQL("SELECT pg_catalog.pg_is_in_recovery()")
+_PUBLICATION_QUERY = sql.SQL("SELECT oid FROM pg_catalog.pg_publication WHERE pubname = {}")
 # Walsenders are counted where every role sees the rows, if not what they say. RDS has a role for the attribute.
-_SERVER_LOOK = """
+_SERVER_QUERY = """
     SELECT current_setting('wal_level'),
            (SELECT rolsuper OR rolreplication FROM pg_catalog.pg_roles WHERE rolname = current_user)
              OR EXISTS (SELECT FROM pg_catalog.pg_roles
@@ -82,7 +82,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: stop() was called, and t
     pass
 
 
-class Waiting:
+class SocketWait:
     """Every wait of the stream's thread. stop() ends it; ``turned`` is called now and then, to show that it lives."""
 
     def __init__(self, turned: Callable[[], None]) -> None:
@@ -126,15 +126,15 @@ class Waiting:
         self._roused.close()
 
 
-class Session:
+class ReplicationSession:
     """A replication connection and one slot. Closed at the end of the ``with`` block, whatever state it is in.
 
     A command that is refused leaves it usable, but takes a temporary slot that it has made.
     """
 
-    def __init__(self, connection: psycopg.Connection, waiting: Waiting, *, slot: str) -> None:
+    def __init__(self, connection: psycopg.Connection, waiting: SocketWait, *, slot: str) -> None:
         info = connection.info
-        self.names = Names(slot=slot, plugin="", database=info.dbname, role=info.user)
+        self.names = ErrorContext(slot=slot, plugin="", database=info.dbname, role=info.user)
         self._connection = connection
         self._link = connection.pgconn
         self._link.nonblocking = 1
@@ -146,7 +146,7 @@ class Session:
         self.flooded = False
         """Ended by a message that took too much memory; the next session is to begin behind it."""
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> ReplicationSession:
         return self
 
     def __exit__(
@@ -162,7 +162,7 @@ class Session:
 
     def look(self) -> FoundSlot | None:
         rows = self._command(
-            _SLOT_LOOK.format(slot=sql.Literal(self.names.slot), absent_standbys=sql.SQL(ABSENT_STANDBYS)), During.START
+            _SLOT_QUERY.format(slot=sql.Literal(self.names.slot), absent_standbys=sql.SQL(ABSENT_STANDBYS)), Phase.START
         )
         if not rows:
             return None
@@ -180,20 +180,20 @@ class Session:
 
     def refuse_a_standby(self) -> None:
         """From 16 on one decodes, but makes a slot only when its primary writes, and its outbox takes no marks."""
-        if self._command(_RECOVERY_LOOK, During.START)[0] == ["t"]:
+        if self._command(_RECOVERY_QUERY, Phase.START)[0] == ["t"]:
             raise in_recovery(self.names)
 
     def server_end(self) -> Lsn:
         """The end of the WAL that the server has flushed."""
-        _, _, end, _ = self._command(sql.SQL("IDENTIFY_SYSTEM"), During.START)[0]
+        _, _, end, _ = self._command(sql.SQL("IDENTIFY_SYSTEM"), Phase.START)[0]
         return Lsn.parse(end or "0/0")
 
     def publish_nothing(self, publication: str) -> None:
         """Have a publication of that name. Whatever is in one that is there already, only messages ring."""
         self.names = replace(self.names, publication=publication)
-        if not self._command(_PUBLICATION_LOOK.format(sql.Literal(publication)), During.PUBLISH):
+        if not self._command(_PUBLICATION_QUERY.format(sql.Literal(publication)), Phase.PUBLISH):
             create = sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(publication))
-            self._command(create, During.PUBLISH)
+            self._command(create, Phase.PUBLISH)
 
     def create(self, plugin: Plugin, *, temporary: bool, failover: bool = False) -> None:
         self.names = replace(self.names, plugin=plugin.name)
@@ -202,16 +202,16 @@ class Session:
         kind = sql.SQL("TEMPORARY" if temporary else "")
         snapshot = sql.SQL("(SNAPSHOT 'nothing', FAILOVER true)" if failover else "NOEXPORT_SNAPSHOT")
         names = sql.Identifier(self.names.slot), kind, sql.Identifier(plugin.name), snapshot
-        self._command(create.format(*names), During.CREATE)
+        self._command(create.format(*names), Phase.CREATE)
 
     def end_failover(self) -> None:
         """The slot stays as it is otherwise."""
         alter = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER false)")
-        self._command(alter.format(sql.Identifier(self.names.slot)), During.CREATE)
+        self._command(alter.format(sql.Identifier(self.names.slot)), Phase.CREATE)
 
     def drop(self) -> None:
         drop = sql.SQL("DROP_REPLICATION_SLOT {}")
-        self._command(drop.format(sql.Identifier(self.names.slot)), During.CREATE)
+        self._command(drop.format(sql.Identifier(self.names.slot)), Phase.CREATE)
 
     def start(self, plugin: Plugin, position: Lsn) -> None:
         """From ``position`` on, or from the confirmed one if that is later.
@@ -224,7 +224,7 @@ class Session:
         )
         start = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} ({})")
         try:
-            self._command(start.format(sql.Identifier(self.names.slot), sql.SQL(str(position)), options), During.START)
+            self._command(start.format(sql.Identifier(self.names.slot), sql.SQL(str(position)), options), Phase.START)
         except StreamError as refused:
             if refused.reason == Reason.SLOT_BUSY and self._read_for_others(plugin):
                 raise another_outbox(self.names) from None
@@ -233,10 +233,10 @@ class Session:
     def _read_for_others(self, plugin: Plugin) -> bool:
         """Whether the reader's command names another outbox; False where it cannot be seen, or is cut off."""
         ours = _option_value(dict(plugin.options)[plugin.outbox]).as_string(self._connection)
-        rows = self._command(_READER_LOOK.format(sql.Literal(self.names.slot)), During.START)
+        rows = self._command(_READER_QUERY.format(sql.Literal(self.names.slot)), Phase.START)
         return any(query.endswith(")") and ours not in query for [query] in rows if query)
 
-    def _command(self, command: sql.Composable, during: During) -> list[list[str | None]]:
+    def _command(self, command: sql.Composable, during: Phase) -> list[list[str | None]]:
         """The rows of the answer. Simple protocol: a replication connection takes no bound parameters."""
         rows: list[list[str | None]] = []
         with self._link_errors():
@@ -266,7 +266,7 @@ class Session:
             while self._result(deadline) is not None:
                 pass
 
-    def _refusal(self, result: pq.abc.PGresult, during: During) -> StreamError:
+    def _refusal(self, result: pq.abc.PGresult, during: Phase) -> StreamError:
         sqlstate = result.error_field(pq.DiagnosticField.SQLSTATE)
         function = result.error_field(pq.DiagnosticField.SOURCE_FUNCTION)
         return classify(_text(sqlstate), _text(function), during, self.names)
@@ -277,7 +277,7 @@ class Session:
         try:
             yield
         except psycopg.OperationalError as error:
-            raise classify(None, None, During.STREAM, self.names) from error
+            raise classify(None, None, Phase.STREAM, self.names) from error
 
     # The stream: after start()
 
@@ -308,7 +308,7 @@ class Session:
                     self._over = self._ended() if size < 0 else None
                     break
         except psycopg.OperationalError as error:
-            self._over = classify(None, None, During.STREAM, self.names)
+            self._over = classify(None, None, Phase.STREAM, self.names)
             self._over.__cause__ = error
         return messages
 
@@ -321,7 +321,7 @@ class Session:
                 self._link.consume_input()
                 self._unsent = self._unsent and self._link.flush() != 0
         except psycopg.OperationalError as error:
-            raise classify(None, None, During.STREAM, self.names) from error
+            raise classify(None, None, Phase.STREAM, self.names) from error
 
     def send(self, message: bytes) -> None:
         self._check()
@@ -352,13 +352,15 @@ class Session:
         try:
             while (result := self._result(deadline)) is not None and result.status != pq.ExecStatus.COPY_BOTH:
                 if result.status == pq.ExecStatus.FATAL_ERROR:
-                    return self._refusal(result, During.STREAM)
+                    return self._refusal(result, Phase.STREAM)
         except (psycopg.OperationalError, StreamError):
-            return classify(None, None, During.STREAM, self.names)
+            return classify(None, None, Phase.STREAM, self.names)
         return server_ended(self.names)
 
 
-def open_session(dsn: Dsn, waiting: Waiting, *, application_name: str, settings: dict[str, str], slot: str) -> Session:
+def open_session(
+    dsn: Dsn, waiting: SocketWait, *, application_name: str, settings: dict[str, str], slot: str
+) -> ReplicationSession:
     """Connect for replication. ``settings`` are the server's, for this connection."""
     began = time.monotonic()
     try:
@@ -371,19 +373,19 @@ def open_session(dsn: Dsn, waiting: Waiting, *, application_name: str, settings:
             prepare_threshold=None,
         )
     except ConnectError as error:
-        look = _server_look(dsn, application_name) if time.monotonic() - began < _REFUSAL_S else None
-        names = Names(slot=slot, plugin="", database="", role=look[1] if look else "")
+        look = _query_server(dsn, application_name) if time.monotonic() - began < _REFUSAL_S else None
+        names = ErrorContext(slot=slot, plugin="", database="", role=look[1] if look else "")
         raise classify_connect(look[0] if look else None, str(error), error.hint, names) from None
     except CdcError as error:
         raise StreamError(str(error), reason=Reason.NETWORK.value, hint=error.hint, permanent=True) from None
-    return Session(connection, waiting, slot=slot)
+    return ReplicationSession(connection, waiting, slot=slot)
 
 
-def _server_look(dsn: Dsn, application_name: str) -> tuple[ServerLook, str] | None:
+def _query_server(dsn: Dsn, application_name: str) -> tuple[ServerState, str] | None:
     """What an ordinary connection sees, and its role; None where that is refused as well."""
     with contextlib.suppress(CdcError, psycopg.Error), connect(dsn, application_name=application_name) as connection:
-        row = connection.execute(_SERVER_LOOK).fetchone()
-        return (ServerLook(*row), connection.info.user) if row else None
+        row = connection.execute(_SERVER_QUERY).fetchone()
+        return (ServerState(*row), connection.info.user) if row else None
     return None
 
 

@@ -23,7 +23,7 @@ from cdc.core.lsn import ZERO, Lsn
 STATUS_INTERVAL_MAX_S = 10.0
 
 
-class Due(StrEnum):
+class UpdateReason(StrEnum):
     """Why a status update is due now."""
 
     REQUESTED = "requested"
@@ -52,12 +52,12 @@ class LsnTracker:
     def leave(self) -> None:
         self._leaving = True
 
-    def due(self, now: float) -> Due | None:
+    def due(self, now: float) -> UpdateReason | None:
         if self._leaving:
-            return Due.LEAVING
+            return UpdateReason.LEAVING
         if self._requested:
-            return Due.REQUESTED
-        return Due.INTERVAL if now >= self.next_status_at else None
+            return UpdateReason.REQUESTED
+        return UpdateReason.INTERVAL if now >= self.next_status_at else None
 
     def confirm(self, now: float) -> Lsn:
         """The position to send in the status update that leaves now."""

@@ -15,7 +15,7 @@ import struct
 
 from cdc.core.errors import ProtocolError
 from cdc.core.model import PAIR, pair
-from cdc.replication.protocol import Plugin, Rung, unix_s
+from cdc.replication.protocol import Decoded, Plugin, unix_s
 
 _BEGIN = struct.Struct("!cQqI")
 _COMMIT_BYTES = 26
@@ -27,7 +27,7 @@ _OF_ROWS = frozenset(b"ORYIUDT")
 def plugin(prefix: str, publication: str) -> Plugin:
     """pgoutput, ringing for messages with ``prefix`` (``cdc.core.model.message_prefix``) only."""
     return Plugin(
-        "pgoutput", options(publication), Decoder(prefix), lambda _: None,
+        "pgoutput", options(publication), PgoutputDecoder(prefix), lambda _: None,
         outbox="publication_names", publication=publication,
     )  # fmt: skip
 
@@ -39,7 +39,7 @@ def options(publication: str) -> tuple[tuple[str, str], ...]:
     return (("proto_version", "1"), ("publication_names", quoted), ("messages", "true"))
 
 
-class Decoder:
+class PgoutputDecoder:
     """Message bytes -> Rung, None for what is not ours; ProtocolError for what is not pgoutput's."""
 
     def __init__(self, prefix: str) -> None:
@@ -49,7 +49,7 @@ class Decoder:
         ).fullmatch
         self._committed_at: float | None = None
 
-    def __call__(self, payload: bytes | memoryview) -> Rung | None:
+    def __call__(self, payload: bytes | memoryview) -> Decoded | None:
         ours = self._ours(payload)
         if ours is None:
             self._other(bytes(payload))

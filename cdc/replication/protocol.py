@@ -26,12 +26,12 @@ _KEEPALIVE = struct.Struct("!cQqB")  # 'k', WAL end, server clock, reply request
 _K = ord("k")
 _STATUS = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, client clock, reply requested
 
-Rung = tuple[WakeUp, float | None]
+Decoded = tuple[WakeUp, float | None]
 """What a decoder reads from one message: the wake-up and, if it is there, the commit time (unix seconds, server's
 clock). A plain tuple, as is what ``parse`` returns: hundreds of thousands are made in a second."""
 
 
-class Heard(NamedTuple):
+class DecodedBatch(NamedTuple):
     """What many messages rang for: the highest position among them, the wake-ups, the last commit time."""
 
     highest: int
@@ -39,7 +39,7 @@ class Heard(NamedTuple):
     committed_at: float | None
 
 
-Decode = Callable[[bytes | memoryview], Rung | None]
+Decode = Callable[[bytes | memoryview], Decoded | None]
 """One message of an output plugin; None if it is not for us, ProtocolError if it cannot be read."""
 
 
@@ -55,7 +55,7 @@ class Plugin:
     name: str
     options: tuple[tuple[str, str], ...]
     decode: Decode
-    decode_all: Callable[[Sequence[bytes | memoryview]], Heard | None]
+    decode_all: Callable[[Sequence[bytes | memoryview]], DecodedBatch | None]
     outbox: str
     publication: str | None = None
 

@@ -20,7 +20,7 @@ from cdc.core.model import PLUGINS
 from cdc.core.stream_reason import Reason
 
 
-class During(StrEnum):
+class Phase(StrEnum):
     PUBLISH = "publish"
     CREATE = "create"
     START = "start"
@@ -28,7 +28,7 @@ class During(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class ErrorContext:
     """What the sentences speak of."""
 
     slot: str
@@ -39,7 +39,7 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _ErrorRule:
     reason: Reason
     sentence: str
     hint: str
@@ -49,37 +49,37 @@ class _Row:
 _STREAM_AGAIN = "nothing: it is tried again by itself, and a sweep finds what was written meanwhile"
 _LOOK = "look at it with: cdc slot status {slot}"
 
-_WAL_LEVEL = _Row(
+_WAL_LEVEL = _ErrorRule(
     Reason.WAL_LEVEL,
     "the server's wal_level does not allow logical replication",
     "ALTER SYSTEM SET wal_level = logical, then restart the server; until then changes are found by sweeping",
     permanent=True,
 )
-_NO_REPLICATION = _Row(
+_NO_REPLICATION = _ErrorRule(
     Reason.NO_REPLICATION_ROLE,
     "the role {role} may not use replication",
     'as a superuser: ALTER ROLE "{role}" REPLICATION (rds_replication on RDS and Aurora)',
     permanent=True,
 )
-_NO_FREE_SLOT = _Row(
+_NO_FREE_SLOT = _ErrorRule(
     Reason.NO_FREE_SLOT,
     "the server has no free replication slot for {slot}",
     "drop a slot that nobody uses (cdc slot list), or raise max_replication_slots and restart the server",
     permanent=True,
 )
-_NO_FREE_WALSENDER = _Row(
+_NO_FREE_WALSENDER = _ErrorRule(
     Reason.NO_FREE_WALSENDER,
     "the server has no free walsender",
     "raise max_wal_senders and restart the server, or end a replication connection that nobody needs",
     permanent=True,
 )
-_IN_RECOVERY = _Row(
+_IN_RECOVERY = _ErrorRule(
     Reason.IN_RECOVERY,
     "the server is a standby and cannot decode its WAL",
     "connect to the primary: list all hosts in the DSN and add target_session_attrs=read-write",
     permanent=True,
 )
-_PLUGIN_REFUSED = _Row(
+_PLUGIN_REFUSED = _ErrorRule(
     Reason.PLUGIN_REFUSED,
     "the server does not allow the output plugin {plugin}",
     # Unquoted: as one quoted string it becomes one name and allows nothing. pgoutput belongs in it, or it is refused.
@@ -87,84 +87,86 @@ _PLUGIN_REFUSED = _Row(
     " without quotes around the list",
     permanent=True,
 )
-_PLUGIN_MISSING = _Row(
+_PLUGIN_MISSING = _ErrorRule(
     Reason.PLUGIN_MISSING,
     "the output plugin {plugin} is not installed on the server",
     "install it there (Debian: postgresql-NN-{plugin})",
     permanent=True,
 )
-_PLUGIN_OLD = _Row(
+_PLUGIN_OLD = _ErrorRule(
     Reason.PLUGIN_MISSING,
     "the output plugin {plugin} on the server is too old: it does not know our options",
     "install version 2.5 or later of it there, or set slot.plugin to pgoutput",
     permanent=True,
 )
-_PUBLICATION_MISSING = _Row(
+_PUBLICATION_MISSING = _ErrorRule(
     Reason.PUBLICATION_MISSING,
     "pgoutput needs the publication {publication}, which is not there, and this role may not create it",
     'as the owner of the database {database}: CREATE PUBLICATION "{publication}"; it publishes nothing',
     permanent=True,
 )
-_PUBLISHED_BY_OTHERS = _Row(
+_PUBLISHED_BY_OTHERS = _ErrorRule(
     Reason.SLOT_BUSY, "another consumer has just created the publication {publication}", _STREAM_AGAIN
 )
 # It is there, or it was when the stream started, but what is being decoded was written without it.
-_NOT_PUBLISHED_THEN = _Row(
+_NOT_PUBLISHED_THEN = _ErrorRule(
     Reason.PUBLICATION_MISSING,
     "the publication {publication} was not there when the WAL at the slot {slot} was written",
     "nothing: it is tried again, and then the slot is made anew; a sweep finds what was written meanwhile",
 )
-_SLOT_BUSY = _Row(
+_SLOT_BUSY = _ErrorRule(
     Reason.SLOT_BUSY,
     "another consumer reads the slot {slot}",
     "nothing: this consumer stands by and takes over when that one ends",
 )
-_DEAF = _Row(
-    Reason.SLOT_DEAF,
+_STANDBYS_AWAY = _ErrorRule(
+    Reason.STANDBYS_AWAY,
     "the slot {slot} is one for failover, and the standbys that the server waits for are away",
     "nothing: the slot goes on without failover. When they are back: cdc slot recreate {slot} --failover",
 )
-_ANOTHER_OUTBOX = _Row(
+_ANOTHER_OUTBOX = _ErrorRule(
     Reason.SLOT_FOREIGN,
     "the slot {slot} is read by a consumer of another outbox of the database {database}",
     "a name of its own for each outbox's slot (CDC_SLOT_NAME); slot names are one for the whole server",
     permanent=True,
 )
-_SLOT_GONE = _Row(Reason.SLOT_MISSING, "the slot {slot} does not exist", _STREAM_AGAIN)
-_CREATED_BY_OTHERS = _Row(Reason.SLOT_BUSY, "another consumer has just created the slot {slot}", _STREAM_AGAIN)
-_CREATE_WAITS = _Row(
+_SLOT_GONE = _ErrorRule(Reason.SLOT_MISSING, "the slot {slot} does not exist", _STREAM_AGAIN)
+_CREATED_BY_OTHERS = _ErrorRule(Reason.SLOT_BUSY, "another consumer has just created the slot {slot}", _STREAM_AGAIN)
+_CREATE_WAITS = _ErrorRule(
     Reason.SLOT_MISSING,
     "the slot {slot} cannot be created while a transaction that writes stays open",
     "end the oldest write transaction of the server, of any database; cdc slot create {slot} names it",
 )
-_CANNOT_READ = _Row(Reason.PROTOCOL, "the server cannot read the slot {slot} (55000)", _LOOK, permanent=True)
-_WAL_REMOVED = _Row(Reason.SLOT_LOST, "WAL that the slot {slot} needs is not there", _STREAM_AGAIN)
-_ENDED = _Row(Reason.SERVER_SHUTDOWN, "the server ended the replication connection", _STREAM_AGAIN)
-_TOO_LARGE = _Row(
+_CANNOT_READ = _ErrorRule(Reason.PROTOCOL, "the server cannot read the slot {slot} (55000)", _LOOK, permanent=True)
+_WAL_REMOVED = _ErrorRule(Reason.SLOT_LOST, "WAL that the slot {slot} needs is not there", _STREAM_AGAIN)
+_ENDED = _ErrorRule(Reason.SERVER_SHUTDOWN, "the server ended the replication connection", _STREAM_AGAIN)
+_TOO_LARGE = _ErrorRule(
     Reason.PROTOCOL,
     "a row is too large for {plugin} to decode",
     "nothing: it is tried again, and then the slot is made anew; a sweep finds what was written meanwhile",
 )
-_MESSAGE_TOO_LONG = _Row(
+_MESSAGE_TOO_LONG = _ErrorRule(
     Reason.PROTOCOL,
     "somebody has sent a logical message of {size} MB, which takes twice that memory to read",
     "nothing: the stream begins anew behind it; who may send one, and how to forbid it, says cdc doctor",
 )
-_CAREFUL = _Row(
-    Reason.CAREFUL,
+_CRASH_GUARD = _ErrorRule(
+    Reason.CRASH_GUARD,
     "the slot {slot} is not read while this consumer goes through what one that died was working on",
     "nothing: it is read again within a minute; a sweep finds what is written meanwhile",
 )
-_BAD_OPTIONS = _Row(
+_BAD_OPTIONS = _ErrorRule(
     Reason.PROTOCOL,
     "the server refuses to stream the slot {slot} with our options ({sqlstate})",
     "look at the server's log",
     permanent=True,
 )
-_LINK = _Row(Reason.NETWORK, "the replication connection broke", _STREAM_AGAIN)
-_OTHER = _Row(Reason.PROTOCOL, "the server ended streaming the slot {slot} ({sqlstate})", "look at the server's log")
+_LINK = _ErrorRule(Reason.NETWORK, "the replication connection broke", _STREAM_AGAIN)
+_OTHER = _ErrorRule(
+    Reason.PROTOCOL, "the server ended streaming the slot {slot} ({sqlstate})", "look at the server's log"
+)
 
-_BY_CODE: Mapping[str, _Row] = {
+_BY_CODE: Mapping[str, _ErrorRule] = {
     "08P01": _BAD_OPTIONS,
     "0A000": _BAD_OPTIONS,
     "22023": _PLUGIN_OLD,
@@ -187,19 +189,19 @@ _BY_CODE: Mapping[str, _Row] = {
     "58P01": _PLUGIN_MISSING,
     "XX000": _BAD_OPTIONS,
 }
-_BY_FUNCTION: Mapping[tuple[str, str], _Row] = {
+_BY_FUNCTION: Mapping[tuple[str, str], _ErrorRule] = {
     ("55000", "CheckLogicalDecodingRequirements"): _WAL_LEVEL,
     ("55000", "CheckSlotRequirements"): _NO_FREE_SLOT,
     ("0A000", "CheckLogicalDecodingRequirements"): _IN_RECOVERY,
     ("42501", "StartupDecodingContext"): _PLUGIN_REFUSED,
     ("42704", "get_publication_oid"): _NOT_PUBLISHED_THEN,
 }
-_WHILE_PUBLISHING: Mapping[str, _Row] = {
+_WHILE_PUBLISHING: Mapping[str, _ErrorRule] = {
     "23505": _PUBLISHED_BY_OTHERS,
     "42501": _PUBLICATION_MISSING,
     "42710": _PUBLISHED_BY_OTHERS,
 }
-_WHILE_STREAMING: Mapping[str, _Row] = {
+_WHILE_STREAMING: Mapping[str, _ErrorRule] = {
     # At the start it is the plugin's file, later a WAL segment's.
     "58P01": _WAL_REMOVED,
     # Our options were accepted, so it is something in the WAL: the next session starts behind it.
@@ -208,10 +210,10 @@ _WHILE_STREAMING: Mapping[str, _Row] = {
     "42704": _OTHER,
     "55000": _OTHER,
 }
-_DURING: Mapping[During, Mapping[str, _Row]] = {During.PUBLISH: _WHILE_PUBLISHING, During.STREAM: _WHILE_STREAMING}
+_DURING: Mapping[Phase, Mapping[str, _ErrorRule]] = {Phase.PUBLISH: _WHILE_PUBLISHING, Phase.STREAM: _WHILE_STREAMING}
 
 
-def classify(sqlstate: str | None, function: str | None, during: During, names: Names) -> StreamError:
+def classify(sqlstate: str | None, function: str | None, during: Phase, names: ErrorContext) -> StreamError:
     """What an ERROR or FATAL on the replication connection means; ``sqlstate`` None: the link itself broke."""
     if sqlstate is None or (sqlstate.startswith("08") and sqlstate != "08P01"):
         return _error(_LINK, names)
@@ -219,37 +221,37 @@ def classify(sqlstate: str | None, function: str | None, during: During, names: 
     return _error(row or _BY_CODE.get(sqlstate, _OTHER), names, sqlstate)
 
 
-def in_recovery(names: Names) -> StreamError:
+def in_recovery(names: ErrorContext) -> StreamError:
     """It was asked, and is a standby."""
     return _error(_IN_RECOVERY, names)
 
 
-def another_outbox(names: Names) -> StreamError:
+def another_outbox(names: ErrorContext) -> StreamError:
     """Who reads the slot does not read it for us."""
     return _error(_ANOTHER_OUTBOX, names)
 
 
-def deaf(names: Names) -> StreamError:
+def standbys_away(names: ErrorContext) -> StreamError:
     """Its failover slot has rung for nothing for a while."""
-    return _error(_DEAF, names)
+    return _error(_STANDBYS_AWAY, names)
 
 
-def crash_guard(names: Names) -> StreamError:
+def crash_guard(names: ErrorContext) -> StreamError:
     """What could end the process now might cost a change an attempt."""
-    return _error(_CAREFUL, names)
+    return _error(_CRASH_GUARD, names)
 
 
-def server_ended(names: Names) -> StreamError:
+def server_ended(names: ErrorContext) -> StreamError:
     """The server closed the stream in good order, as it does when it is shut down."""
     return _error(_ENDED, names)
 
 
-def message_too_long(size: int, names: Names) -> StreamError:
+def message_too_long(size: int, names: ErrorContext) -> StreamError:
     """Of so many bytes; the session has read it, and holds on to the memory that it took."""
     return _error(_MESSAGE_TOO_LONG, names, size=size >> 20)
 
 
-def _error(row: _Row, names: Names, sqlstate: str = "", size: int = 0) -> StreamError:
+def _error(row: _ErrorRule, names: ErrorContext, sqlstate: str = "", size: int = 0) -> StreamError:
     words = {
         "size": size,
         "slot": names.slot,
@@ -268,7 +270,7 @@ def _error(row: _Row, names: Names, sqlstate: str = "", size: int = 0) -> Stream
 
 
 @dataclass(frozen=True, slots=True)
-class ServerLook:
+class ServerState:
     """Seen over an ordinary connection, after the server refused one for replication: that carries no SQLSTATE."""
 
     wal_level: str
@@ -277,7 +279,7 @@ class ServerLook:
     walsenders_max: int
 
 
-def classify_connect(look: ServerLook | None, refused: str, hint: str, names: Names) -> StreamError:
+def classify_connect(look: ServerState | None, refused: str, hint: str, names: ErrorContext) -> StreamError:
     """A refused connection. ``look`` is None when an ordinary one is refused as well; ``refused``: the sentence."""
     if look is not None:
         if look.wal_level == "minimal":
@@ -306,7 +308,7 @@ class FoundSlot:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class SlotPolicy:
     """What the settings ask for, and what earlier attempts have taught.
 
     ``plugins`` in the order in which they are tried, without those in ``refused``: the server has been asked, and
@@ -325,7 +327,7 @@ class Wanted:
     from_end: bool = False
 
 
-class Step(StrEnum):
+class SlotAction(StrEnum):
     """What the stream does with the slot before it starts reading."""
 
     START = "start"
@@ -335,36 +337,36 @@ class Step(StrEnum):
     """The slot stays, and is one for failover no more."""
 
 
-def next_step(found: FoundSlot | None, server_end: Lsn, names: Names, wanted: Wanted) -> Step:
+def next_step(found: FoundSlot | None, server_end: Lsn, names: ErrorContext, policy: SlotPolicy) -> SlotAction:
     """Raises StreamError for a slot that is missing and not ours to make, or not ours at all."""
     if found is None:
-        if wanted.may_create:
-            return Step.CREATE
+        if policy.may_create:
+            return SlotAction.CREATE
         hint = f"create it with: cdc slot create {names.slot}"
         raise StreamError(
             f"the slot {names.slot} does not exist", reason=Reason.SLOT_MISSING.value, hint=hint, permanent=True
         )
-    if (foreign := _foreign(found, names, wanted)) is not None:
+    if (foreign := _foreign(found, names, policy)) is not None:
         raise foreign
-    broken = _broken(found, server_end, names, wanted)
+    broken = _broken(found, server_end, names, policy)
     if broken is None:
-        return Step.NO_FAILOVER if found.failover and found.held_by and wanted.may_recreate else Step.START
-    if wanted.may_recreate:
-        return Step.RECREATE
+        return SlotAction.NO_FAILOVER if found.failover and found.held_by and policy.may_recreate else SlotAction.START
+    if policy.may_recreate:
+        return SlotAction.RECREATE
     reason, sentence = broken
     hint = f"nothing is lost with it: cdc slot recreate {names.slot}"
     raise StreamError(sentence, reason=reason.value, hint=hint, permanent=True)
 
 
-def _foreign(found: FoundSlot, names: Names, wanted: Wanted) -> StreamError | None:
+def _foreign(found: FoundSlot, names: ErrorContext, policy: SlotPolicy) -> StreamError | None:
     if found.plugin not in PLUGINS or found.database != names.database:
         kind = f"a slot of {found.plugin} in database {found.database}" if found.plugin else "a physical slot"
         return _not_ours(
             f"the name {names.slot} belongs to {kind}, not to a slot of ours in {names.database}",
             "choose another name for our slot (CDC_SLOT_NAME); slot names are one for the whole server",
         )
-    if found.plugin not in wanted.plugins + wanted.refused:
-        asked = wanted.plugins[0]
+    if found.plugin not in policy.plugins + policy.refused:
+        asked = policy.plugins[0]
         return _not_ours(
             f"the slot {names.slot} is one of {found.plugin}, and the setting slot.plugin asks for {asked}",
             f"cdc slot recreate {names.slot} --plugin {asked}, or slot.plugin = auto; no change is lost either way",
@@ -376,13 +378,13 @@ def _not_ours(sentence: str, hint: str) -> StreamError:
     return StreamError(sentence, reason=Reason.SLOT_FOREIGN.value, hint=hint, permanent=True)
 
 
-def why_broken(found: FoundSlot, server_end: Lsn, names: Names, wanted: Wanted) -> str:
+def why_broken(found: FoundSlot, server_end: Lsn, names: ErrorContext, policy: SlotPolicy) -> str:
     """A sentence about a slot of ours that is of no use; "" for one that can be read."""
-    broken = _broken(found, server_end, names, wanted)
+    broken = _broken(found, server_end, names, policy)
     return broken[1] if broken else ""
 
 
-def _broken(found: FoundSlot, server_end: Lsn, names: Names, wanted: Wanted) -> tuple[Reason, str] | None:
+def _broken(found: FoundSlot, server_end: Lsn, names: ErrorContext, policy: SlotPolicy) -> tuple[Reason, str] | None:
     slot = names.slot
     # The server believes any confirmed position; from one ahead of its WAL on it delivers nothing, without an error.
     ahead = found.confirmed is not None and found.confirmed > server_end
@@ -393,11 +395,11 @@ def _broken(found: FoundSlot, server_end: Lsn, names: Names, wanted: Wanted) -> 
         )
     if ahead:
         return Reason.SLOT_LOST, f"the slot {slot} was confirmed ahead of the server's WAL and delivers nothing"
-    if found.plugin in wanted.refused:
+    if found.plugin in policy.refused:
         return Reason.PLUGIN_REFUSED, f"the slot {slot} needs {found.plugin}, which cannot be used"
     # If both are temporary, START will say that another consumer reads it.
-    if wanted.temporary and not found.temporary:
+    if policy.temporary and not found.temporary:
         return Reason.SLOT_FOREIGN, f"the slot {slot} is durable, and slot.mode asks for a temporary one"
-    if wanted.stuck:
+    if policy.stuck:
         return Reason.SLOT_STUCK, f"the stream of the slot {slot} ends at the same place at every start"
     return None

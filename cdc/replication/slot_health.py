@@ -22,7 +22,7 @@ _SOON_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
+class SlotReport:
     """A slot as the server saw it at ``seen_at``. None where its version does not say, or there is nothing to say.
 
     ``retained_wal_bytes`` (since restart_lsn) is the disk it costs; ``confirmed_lag_bytes`` how far its reader is
@@ -74,7 +74,7 @@ class Slot:
         return f"process {self.active_pid}{named} on the server"
 
     @property
-    def deaf(self) -> bool:
+    def waits_for_standbys(self) -> bool:
         """What it is to ring for waits until standbys have it, and they are away: the normal state after a failover."""
         return bool(self.failover and self.held_by)
 
@@ -96,7 +96,7 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class SlotHealth:
     """``fine`` is False when something is to be done about the slot: ``remedy`` says what."""
 
     fine: bool
@@ -104,7 +104,7 @@ class Verdict:
     remedy: str = ""
 
 
-def outlook(earlier: Slot, later: Slot) -> Outlook | None:
+def outlook(earlier: SlotReport, later: SlotReport) -> Outlook | None:
     """From two looks at one slot; None when they are the same look."""
     seconds = (later.seen_at - earlier.seen_at).total_seconds()
     if seconds <= 0:
@@ -115,53 +115,57 @@ def outlook(earlier: Slot, later: Slot) -> Outlook | None:
     return Outlook(rate, max(0, later.safe_wal_bytes) / rate)
 
 
-def judge(slot: Slot, expected: Outlook | None = None) -> Verdict:
+def assess(slot: SlotReport, expected: Outlook | None = None) -> SlotHealth:
     """What an operator should think of it."""
-    verdicts = (_broken(slot), _uncancellable(slot), _nearly_lost(slot, expected), _keeps_much(slot))
-    found = next((verdict for verdict in verdicts if verdict is not None), None)
+    problems = (_broken(slot), _waiting_for_standbys(slot), _nearly_lost(slot, expected), _keeps_much(slot))
+    found = next((health for health in problems if health is not None), None)
     if found is not None:
         return found
-    return Verdict(True, "fine" if slot.active else "nobody reads it; it keeps WAL until somebody does")
+    return SlotHealth(True, "fine" if slot.active else "nobody reads it; it keeps WAL until somebody does")
 
 
-def _broken(slot: Slot) -> Verdict | None:
+def _broken(slot: SlotReport) -> SlotHealth | None:
     if slot.wal_status == "lost":
         because = f" ({slot.invalidation_reason})" if slot.invalidation_reason else ""
-        return Verdict(False, f"lost{because}: the server no longer keeps the WAL it needs", _anew(slot))
+        return SlotHealth(False, f"lost{because}: the server no longer keeps the WAL it needs", _recreate_remedy(slot))
     if slot.ahead:
-        return Verdict(False, "deaf: confirmed ahead of the server's WAL, so it delivers nothing", _anew(slot))
+        return SlotHealth(
+            False, "silent: confirmed ahead of the server's WAL, so it delivers nothing", _recreate_remedy(slot)
+        )
     return None
 
 
-def _uncancellable(slot: Slot) -> Verdict | None:
-    if not slot.deaf:
+def _waiting_for_standbys(slot: SlotReport) -> SlotHealth | None:
+    if not slot.waits_for_standbys:
         return None
-    return Verdict(
+    return SlotHealth(
         False,
-        f"deaf: it is one for failover, and the server waits for the standbys in synchronized_standby_slots, but "
+        f"waiting: it is one for failover, and the server waits for the standbys in synchronized_standby_slots, but "
         f"nobody reads {slot.held_by}",
         f"bring them back, or take them out of that setting; a consumer that may make slots anew has it go on without"
         f" failover after a minute (cdc slot drop {slot.name} does so at once, and loses no change)",
     )
 
 
-def _nearly_lost(slot: Slot, expected: Outlook | None) -> Verdict | None:
+def _nearly_lost(slot: SlotReport, expected: Outlook | None) -> SlotHealth | None:
     remedy = "start a consumer, or raise max_slot_wal_keep_size"
     if slot.wal_status == "unreserved":
-        return Verdict(False, "about to be lost: it keeps more WAL than max_slot_wal_keep_size allows", remedy)
+        return SlotHealth(False, "about to be lost: it keeps more WAL than max_slot_wal_keep_size allows", remedy)
     left_s = expected.lost_in_s if expected else None
     if left_s is None or left_s > _SOON_S or slot.active:
         return None
-    return Verdict(False, f"lost in about {span(left_s)} if nobody reads it and WAL is written as it is now", remedy)
+    return SlotHealth(False, f"lost in about {span(left_s)} if nobody reads it and WAL is written as it is now", remedy)
 
 
-def _keeps_much(slot: Slot) -> Verdict | None:
+def _keeps_much(slot: SlotReport) -> SlotHealth | None:
     kept = slot.retained_wal_bytes or 0
     if kept <= MUCH_WAL_BYTES:
         return None
     if not slot.active:
-        return Verdict(False, f"keeps {size(kept)} of WAL, and nobody reads it", f"start a consumer, or {_anew(slot)}")
-    return Verdict(
+        return SlotHealth(
+            False, f"keeps {size(kept)} of WAL, and nobody reads it", f"start a consumer, or {_recreate_remedy(slot)}"
+        )
+    return SlotHealth(
         False,
         f"keeps {size(kept)} of WAL, though it is being read",
         "end the oldest write transaction of the server (cdc doctor names it): every slot keeps what was written since"
@@ -169,5 +173,5 @@ def _keeps_much(slot: Slot) -> Verdict | None:
     )
 
 
-def _anew(slot: Slot) -> str:
+def _recreate_remedy(slot: SlotReport) -> str:
     return f"cdc slot recreate {slot.name}; no change is lost, and a running consumer makes it anew by itself"

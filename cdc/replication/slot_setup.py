@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from cdc.core.errors import StreamError
 from cdc.core.lsn import ZERO, Lsn
 from cdc.core.stream_reason import Reason
-from cdc.replication.connection import Session
+from cdc.replication.connection import ReplicationSession
 from cdc.replication.protocol import Plugin
-from cdc.replication.refusals import Step, Wanted, next_step, why_broken
+from cdc.replication.refusals import SlotAction, SlotPolicy, next_step, why_broken
 
 log = logging.getLogger("cdc.stream")
 
@@ -27,7 +27,7 @@ _TRY_ANOTHER_PLUGIN = frozenset({Reason.PLUGIN_MISSING, Reason.PLUGIN_REFUSED, R
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedSlot:
     """``instead``: why it is not the plugin that is preferred."""
 
     plugin: Plugin
@@ -35,57 +35,57 @@ class Opened:
     instead: StreamError | None = None
 
 
-def begin(session: Session, plugins: Mapping[str, Plugin], wanted: Wanted) -> Opened:
+def begin(session: ReplicationSession, plugins: Mapping[str, Plugin], policy: SlotPolicy) -> OpenedSlot:
     """Start the stream. Raises StreamError; the connection may be used again after it."""
     session.refuse_a_standby()
     found = session.look()
     # In this order: while another consumer reads the slot, its position may pass an end asked for earlier.
     end = session.server_end()
-    step = next_step(found, end, session.names, wanted)
-    keeps = step in (Step.START, Step.NO_FAILOVER)
-    name = found.plugin if found and found.plugin and keeps else wanted.plugins[0]
-    if found and step is Step.RECREATE:
-        log.warning("%s; it is made anew, and no change is lost", why_broken(found, end, session.names, wanted))
-    if found and step is Step.NO_FAILOVER:
+    step = next_step(found, end, session.names, policy)
+    keeps = step in (SlotAction.START, SlotAction.NO_FAILOVER)
+    name = found.plugin if found and found.plugin and keeps else policy.plugins[0]
+    if found and step is SlotAction.RECREATE:
+        log.warning("%s; it is made anew, and no change is lost", why_broken(found, end, session.names, policy))
+    if found and step is SlotAction.NO_FAILOVER:
         log.warning(
             "the slot %s waits for the standby slots %s, which nobody reads, and would ring for nothing; it goes on"
             " without failover. When they are back: cdc slot recreate %s --failover",
             session.names.slot, found.held_by, session.names.slot,
         )  # fmt: skip
-    if found and found.failover and not found.held_by and not wanted.temporary:
-        wanted = replace(wanted, failover=True)
+    if found and found.failover and not found.held_by and not policy.temporary:
+        policy = replace(policy, failover=True)
     try:
-        position = end if wanted.from_end else ZERO
-        _start(session, plugins[name], step, position, wanted)
+        position = end if policy.from_end else ZERO
+        _start(session, plugins[name], step, position, policy)
     except StreamError as refused:
-        opened = _begin_with_another(session, plugins, wanted, name, refused)
-        return replace(opened, recreated=opened.recreated or step is Step.RECREATE)
-    return Opened(plugins[name], recreated=step is Step.RECREATE)
+        opened = _begin_with_another(session, plugins, policy, name, refused)
+        return replace(opened, recreated=opened.recreated or step is SlotAction.RECREATE)
+    return OpenedSlot(plugins[name], recreated=step is SlotAction.RECREATE)
 
 
-def _start(session: Session, plugin: Plugin, step: Step, position: Lsn, wanted: Wanted) -> None:
+def _start(session: ReplicationSession, plugin: Plugin, step: SlotAction, position: Lsn, policy: SlotPolicy) -> None:
     # The publication first: pgoutput cannot decode what was written before it was there.
     if plugin.publication is not None:
         session.publish_nothing(plugin.publication)
-    if step is Step.RECREATE:
+    if step is SlotAction.RECREATE:
         session.drop()
-    if step is Step.NO_FAILOVER:
+    if step is SlotAction.NO_FAILOVER:
         session.end_failover()
-    if step in (Step.CREATE, Step.RECREATE):
+    if step in (SlotAction.CREATE, SlotAction.RECREATE):
         # A new slot starts at the end of the WAL; the sweep finds what lies before.
-        session.create(plugin, temporary=wanted.temporary, failover=wanted.failover)
+        session.create(plugin, temporary=policy.temporary, failover=policy.failover)
         log.info("created the slot %s (%s)", session.names.slot, plugin.name)
     session.start(plugin, position)
 
 
 def _begin_with_another(
-    session: Session, plugins: Mapping[str, Plugin], wanted: Wanted, name: str, refused: StreamError
-) -> Opened:
-    others = tuple(other for other in wanted.plugins if other != name)
+    session: ReplicationSession, plugins: Mapping[str, Plugin], policy: SlotPolicy, name: str, refused: StreamError
+) -> OpenedSlot:
+    others = tuple(other for other in policy.plugins if other != name)
     if refused.reason not in _TRY_ANOTHER_PLUGIN or not others:
         raise refused
     try:
-        opened = begin(session, plugins, replace(wanted, plugins=others, refused=(*wanted.refused, name)))
+        opened = begin(session, plugins, replace(policy, plugins=others, refused=(*policy.refused, name)))
     except StreamError as also:
         if also.reason not in _TRY_ANOTHER_PLUGIN:
             raise

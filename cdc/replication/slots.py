@@ -22,8 +22,8 @@ from cdc.core.lsn import Lsn
 from cdc.core.model import PLUGINS, publication_name
 from cdc.core.stream_reason import Reason
 from cdc.core.units import span
-from cdc.replication.refusals import During, Names, classify
-from cdc.replication.slot_health import ABSENT_STANDBYS, Slot
+from cdc.replication.refusals import ErrorContext, Phase, classify
+from cdc.replication.slot_health import ABSENT_STANDBYS, SlotReport
 
 AUTO = "auto"
 """As a plugin: the first of PLUGINS that the server has and allows."""
@@ -81,17 +81,17 @@ def check_name(name: str) -> str:
     return name
 
 
-def list_slots(connection: psycopg.Connection) -> list[Slot]:
+def list_slots(connection: psycopg.Connection) -> list[SlotReport]:
     """All slots of the server, of every database, by name."""
     return _look(connection, None)
 
 
-def snapshot(connection: psycopg.Connection, name: str) -> Slot | None:
+def snapshot(connection: psycopg.Connection, name: str) -> SlotReport | None:
     """One slot now; None when there is none of that name."""
     return next(iter(_look(connection, name)), None)
 
 
-def status(connection: psycopg.Connection, name: str) -> Slot:
+def status(connection: psycopg.Connection, name: str) -> SlotReport:
     """Raises NotFoundError."""
     found = snapshot(connection, check_name(name))
     if found is None:
@@ -111,7 +111,7 @@ def create(
     temporary: bool = False,
     failover: bool = False,
     limit_s: float = _CREATE_LIMIT_S,
-) -> Slot:
+) -> SlotReport:
     """A slot for the doorbell of the outbox in ``schema``; ``plugin`` is one of PLUGINS, or AUTO.
 
     pgoutput's empty publication is created with a lasting one. A temporary slot ends with the connection; one for
@@ -124,13 +124,13 @@ def create(
         if if_not_exists and taken.ours and plugin in (AUTO, taken.plugin):
             return taken
         raise _taken(taken, plugin)
-    wanted = _Wanted(name, schema, limit_s, temporary=temporary, failover=failover)
+    wanted = _NewSlot(name, schema, limit_s, temporary=temporary, failover=failover)
     _create_first_allowed(connection, wanted, PLUGINS if plugin == AUTO else (plugin,))
     return status(connection, name)
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _NewSlot:
     name: str
     schema: str
     limit_s: float
@@ -138,7 +138,7 @@ class _Wanted:
     failover: bool
 
 
-def _create_first_allowed(connection: psycopg.Connection, wanted: _Wanted, plugins: Sequence[str]) -> None:
+def _create_first_allowed(connection: psycopg.Connection, wanted: _NewSlot, plugins: Sequence[str]) -> None:
     plugin, *others = plugins
     try:
         _create(connection, wanted, plugin)
@@ -148,7 +148,7 @@ def _create_first_allowed(connection: psycopg.Connection, wanted: _Wanted, plugi
         _create_first_allowed(connection, wanted, others)
 
 
-def _create(connection: psycopg.Connection, wanted: _Wanted, plugin: str) -> None:
+def _create(connection: psycopg.Connection, wanted: _NewSlot, plugin: str) -> None:
     if plugin == "pgoutput" and not wanted.temporary:
         _publish_nothing(connection, wanted)
     # Only 17 and later take the argument for failover, which is behind the one for two-phase commit.
@@ -169,7 +169,7 @@ def _create(connection: psycopg.Connection, wanted: _Wanted, plugin: str) -> Non
         raise _classified(connection, error, wanted.name, plugin) from error
 
 
-def _publish_nothing(connection: psycopg.Connection, wanted: _Wanted) -> None:
+def _publish_nothing(connection: psycopg.Connection, wanted: _NewSlot) -> None:
     """Before the slot: pgoutput cannot decode what was written while its publication was not there."""
     publication = publication_name(wanted.schema)
     if connection.execute("SELECT FROM pg_catalog.pg_publication WHERE pubname = %s", [publication]).fetchall():
@@ -180,10 +180,10 @@ def _publish_nothing(connection: psycopg.Connection, wanted: _Wanted) -> None:
         pass  # somebody was faster
     except psycopg.Error as error:
         names = replace(_names(connection, wanted.name, "pgoutput"), publication=publication)
-        raise classify(error.sqlstate, error.diag.source_function, During.PUBLISH, names) from error
+        raise classify(error.sqlstate, error.diag.source_function, Phase.PUBLISH, names) from error
 
 
-def drop(connection: psycopg.Connection, name: str, *, force: bool = False, terminate: bool = False) -> Slot:
+def drop(connection: psycopg.Connection, name: str, *, force: bool = False, terminate: bool = False) -> SlotReport:
     """Drop it; returns what it was. Raises RefusedError for one that is not ours or is being read.
 
     ``force``: also another plugin's or database's. ``terminate``: end its reader first, which comes back if it is a
@@ -204,7 +204,7 @@ def drop(connection: psycopg.Connection, name: str, *, force: bool = False, term
     return found
 
 
-def advance(connection: psycopg.Connection, name: str) -> tuple[Slot, Slot]:
+def advance(connection: psycopg.Connection, name: str) -> tuple[SlotReport, SlotReport]:
     """Move a slot of ours to the end of the WAL: as it was, and as it is.
 
     What it skips is only ringing; the sweep finds the changes. Raises RefusedError for one that is being read, is not
@@ -226,7 +226,7 @@ def advance(connection: psycopg.Connection, name: str) -> tuple[Slot, Slot]:
     return before, status(connection, name)
 
 
-def _end_reader(connection: psycopg.Connection, found: Slot) -> None:
+def _end_reader(connection: psycopg.Connection, found: SlotReport) -> None:
     try:
         [(gone,)] = connection.execute(
             "SELECT pg_catalog.pg_terminate_backend(%s, %s)", [found.active_pid, round(_LEAVE_LIMIT_S * 1000)]
@@ -256,21 +256,21 @@ def _refusals(connection: psycopg.Connection, name: str) -> Iterator[None]:
 
 def _classified(connection: psycopg.Connection, error: psycopg.Error, name: str, plugin: str) -> StreamError:
     names = _names(connection, name, plugin)
-    return classify(error.sqlstate, error.diag.source_function, During.CREATE, names)
+    return classify(error.sqlstate, error.diag.source_function, Phase.CREATE, names)
 
 
-def _names(connection: psycopg.Connection, slot: str, plugin: str) -> Names:
-    return Names(slot=slot, plugin=plugin, database=connection.info.dbname, role=connection.info.user)
+def _names(connection: psycopg.Connection, slot: str, plugin: str) -> ErrorContext:
+    return ErrorContext(slot=slot, plugin=plugin, database=connection.info.dbname, role=connection.info.user)
 
 
-def _look(connection: psycopg.Connection, name: str | None) -> list[Slot]:
+def _look(connection: psycopg.Connection, name: str | None) -> list[SlotReport]:
     with connection.cursor(row_factory=dict_row) as cursor:
         return [_slot(row) for row in cursor.execute(_LOOK, {"name": name, "plugins": list(PLUGINS)})]
 
 
-def _slot(row: dict[str, Any]) -> Slot:
+def _slot(row: dict[str, Any]) -> SlotReport:
     slot, stats = row["slot"], row["stats"] or {}
-    return Slot(
+    return SlotReport(
         name=slot["slot_name"],
         plugin=slot["plugin"],
         slot_type=slot["slot_type"],
@@ -325,7 +325,7 @@ def _refuse_failover(connection: psycopg.Connection, *, temporary: bool, failove
         )
 
 
-def _taken(slot: Slot, plugin: str) -> RefusedError:
+def _taken(slot: SlotReport, plugin: str) -> RefusedError:
     hint = "choose another name (--slot-name)"
     if slot.ours:
         hint = "nothing needs to be done; --if-not-exists accepts it"
@@ -337,7 +337,7 @@ def _taken(slot: Slot, plugin: str) -> RefusedError:
 _STOP_IT = "stop that consumer first; cdc slot drop and recreate end its session with --terminate"
 
 
-def _active(slot: Slot) -> RefusedError:
+def _active(slot: SlotReport) -> RefusedError:
     return RefusedError(f"the slot {slot.name} is being read by {slot.reader}", hint=_STOP_IT)
 
 

@@ -27,11 +27,11 @@ from cdc.core.stream_reason import Reason
 from cdc.observability.snapshots import StreamStatus
 from cdc.postgres.connect import Dsn
 from cdc.replication import pgoutput, wal2json
-from cdc.replication.connection import Session, Stopped, Waiting, open_session
+from cdc.replication.connection import ReplicationSession, SocketWait, Stopped, open_session
 from cdc.replication.lsn_tracker import LsnTracker, status_interval_s
 from cdc.replication.protocol import Plugin, is_keepalive, parse, status_update
-from cdc.replication.refusals import Wanted, crash_guard, deaf
-from cdc.replication.slot_setup import Opened, begin
+from cdc.replication.refusals import SlotPolicy, crash_guard, standbys_away
+from cdc.replication.slot_setup import OpenedSlot, begin
 from cdc.runtime.supervisor import Supervisor
 
 log = logging.getLogger("cdc.stream")
@@ -108,7 +108,7 @@ class Stream:
         self._settings = settings
         self._plugins = plugins(settings.schema)
         self._report = _Report(events)
-        self._waiting = Waiting(self._report.turned)
+        self._waiting = SocketWait(self._report.turned)
         self._thread = threading.Thread(target=self._run, name="cdc-stream", daemon=True)
         self._attempts = ReconnectState(settings.stall_limit_s)
         self._reached = ZERO
@@ -122,7 +122,7 @@ class Stream:
     def start(self) -> None:
         self._thread.start()
 
-    def is_deaf(self) -> None:
+    def waits_for_standbys(self) -> None:
         """Somebody has seen that the slot rings for nothing: look at it again. From any thread."""
         self._uncancellable.set()
 
@@ -177,7 +177,7 @@ class Stream:
                     self._from_end = session.flooded
         except StreamError as error:
             ended = error
-            self._from_end = self._from_end or error.reason == Reason.CAREFUL
+            self._from_end = self._from_end or error.reason == Reason.CRASH_GUARD
         except ProtocolError as error:
             ended = StreamError(
                 str(error), reason=Reason.PROTOCOL.value, hint="it is skipped; a sweep finds the change"
@@ -189,7 +189,7 @@ class Stream:
             ended = StreamError(type(error).__name__, reason=Reason.PROTOCOL.value, hint="this is a bug; see the log")
         return self._learn(ended, reader)
 
-    def _open(self) -> Session:
+    def _open(self) -> ReplicationSession:
         settings = self._settings
         return open_session(
             settings.dsn,
@@ -199,10 +199,10 @@ class Stream:
             slot=settings.slot,
         )
 
-    def _wanted(self) -> Wanted:
+    def _wanted(self) -> SlotPolicy:
         settings = self._settings
         may_recreate = settings.create_slot and settings.recreate_slot
-        return Wanted(
+        return SlotPolicy(
             settings.plugins,
             temporary=settings.temporary,
             may_create=settings.create_slot,
@@ -212,18 +212,18 @@ class Stream:
             from_end=self._from_end,
         )
 
-    def _reader(self, session: Session, plugin: Plugin) -> _Reader:
-        return _Reader(
+    def _reader(self, session: ReplicationSession, plugin: Plugin) -> _MessageReader:
+        return _MessageReader(
             session,
             self._report,
             plugin,
             interval_s=status_interval_s(self._settings.wal_sender_timeout_s),
             stall_limit_s=self._attempts.stall_limit_s,
-            deaf=self._uncancellable,
+            standbys_away=self._uncancellable,
             exposed=self._exposed,
         )
 
-    def _learn(self, ended: StreamError, reader: _Reader | None) -> StreamError:
+    def _learn(self, ended: StreamError, reader: _MessageReader | None) -> StreamError:
         """What has ended the attempt, or, where nothing else helps, that it always ends there."""
         received = reader.progress.received if reader else ZERO
         self._attempts = self._attempts.after(
@@ -233,8 +233,8 @@ class Stream:
             broken_off=reader is not None and ended.reason in _BROKEN_OFF,
         )
         self._reached = max(self._reached, received)
-        wanted = self._wanted()
-        if not self._attempts.stuck or wanted.may_recreate or reader is None:
+        policy = self._wanted()
+        if not self._attempts.stuck or policy.may_recreate or reader is None:
             return ended
         return StreamError(
             f"the stream of the slot {self._settings.slot} ends at the same place at every start: {ended}",
@@ -255,7 +255,7 @@ class _Report:
         self._messages = self._keepalives = self._bytes = 0
         self._received = self._confirmed = ZERO
         self._trouble: StreamError | None = None
-        self._opened: Opened | None = None
+        self._opened: OpenedSlot | None = None
         self._recreated = 0
 
     @property
@@ -281,7 +281,7 @@ class _Report:
     def turned(self) -> None:
         self._loop_last_iteration = time.monotonic()
 
-    def started(self, slot: str, opened: Opened) -> None:
+    def started(self, slot: str, opened: OpenedSlot) -> None:
         if opened.instead and (self._opened is None or self._opened.plugin is not opened.plugin):
             log.warning("using %s: %s; %s", opened.plugin.name, opened.instead, opened.instead.hint)
         log.info("streaming the slot %s (%s)", slot, opened.plugin.name)
@@ -307,7 +307,7 @@ class _Report:
     def interrupted(self, error: StreamError) -> None:
         if self._trouble is None or error.reason != self._trouble.reason:
             # Once for each reason, not for each attempt; who stands by is not in trouble.
-            level = logging.INFO if error.reason in (Reason.SLOT_BUSY, Reason.CAREFUL) else logging.WARNING
+            level = logging.INFO if error.reason in (Reason.SLOT_BUSY, Reason.CRASH_GUARD) else logging.WARNING
             log.log(level, "not streaming (%s): %s; %s", error.reason, error, error.hint or "it is tried again")
         self._connected, self._trouble = False, error
         self._events.interrupted(error)
@@ -364,23 +364,23 @@ class _Batch:
         return True
 
 
-class _Reader:
+class _MessageReader:
     """One session, from START to its end."""
 
     def __init__(
         self,
-        session: Session,
+        session: ReplicationSession,
         report: _Report,
         plugin: Plugin,
         *,
         interval_s: float,
         stall_limit_s: float,
-        deaf: threading.Event,
+        standbys_away: threading.Event,
         exposed: Callable[[], bool],
     ) -> None:
-        deaf.clear()
+        standbys_away.clear()
         self._exposed = exposed
-        self._uncancellable = deaf
+        self._uncancellable = standbys_away
         self._session = session
         self._report = report
         self._plugin = plugin
@@ -400,7 +400,7 @@ class _Reader:
                 if received:
                     self._read_batch(received)
                 if self._uncancellable.is_set():
-                    raise deaf(self._session.names)
+                    raise standbys_away(self._session.names)
                 if self._exposed():
                     raise crash_guard(self._session.names)
                 now = time.monotonic()

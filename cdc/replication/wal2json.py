@@ -18,7 +18,7 @@ from typing import Any
 
 from cdc.core.errors import ProtocolError
 from cdc.core.model import PAIR, SEQ_MAX, SHARDS, WakeUp, fast_make, pair
-from cdc.replication.protocol import XLOGDATA, Heard, Plugin, Rung
+from cdc.replication.protocol import XLOGDATA, Decoded, DecodedBatch, Plugin
 
 _CONTENT = re.compile(PAIR)
 _OWNERS = {str(shard).encode(): shard for shard in range(SHARDS)}
@@ -27,7 +27,7 @@ _WAKEUP = fast_make(WakeUp)
 
 def plugin(prefix: str) -> Plugin:
     """wal2json, ringing for messages with ``prefix`` (``cdc.core.model.message_prefix``) only."""
-    return Plugin("wal2json", options(prefix), Decoder(prefix), UsualMessages(prefix), outbox="add-msg-prefixes")
+    return Plugin("wal2json", options(prefix), Wal2jsonDecoder(prefix), BatchDecoder(prefix), outbox="add-msg-prefixes")
 
 
 def options(prefix: str) -> tuple[tuple[str, str], ...]:
@@ -44,13 +44,13 @@ def options(prefix: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-class Decoder:
+class Wal2jsonDecoder:
     """Message bytes -> Rung, None for what is not ours; ProtocolError for what is not wal2json's."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
 
-    def __call__(self, payload: bytes | memoryview) -> Rung | None:
+    def __call__(self, payload: bytes | memoryview) -> Decoded | None:
         message = _json_object(bytes(payload))
         # A message outside a transaction rings before, or without, a commit.
         if message.get("action") != "M" or message.get("transactional") is not True:
@@ -63,7 +63,7 @@ class Decoder:
         return (wakeup, _unix_s(message.get("timestamp"))) if wakeup else None
 
 
-class UsualMessages:
+class BatchDecoder:
     """Many messages at once, where all of them are as the module shows one; else None.
 
     The stream's speed is this function: one regular expression over all of them, where each by itself would be parsed.
@@ -80,7 +80,7 @@ class UsualMessages:
         self._bytes_besides = 17 + len(before) + len(between) + len(',"}')
         """Of a message, those that are in no group."""
 
-    def __call__(self, received: Sequence[bytes | memoryview]) -> Heard | None:
+    def __call__(self, received: Sequence[bytes | memoryview]) -> DecodedBatch | None:
         """``received``: CopyData, at least one."""
         joined = b"".join(received)
         found: list[tuple[bytes, bytes, bytes, bytes]] = self._find(joined)
@@ -93,7 +93,7 @@ class UsualMessages:
             return None
         wakeups: list[WakeUp] = list(map(_WAKEUP, zip(numbers, owners, strict=True)))
         committed_at = _unix_s(timestamps[-1].decode("ascii", "replace"))
-        return Heard(int.from_bytes(max(positions)), wakeups, committed_at)
+        return DecodedBatch(int.from_bytes(max(positions)), wakeups, committed_at)
 
 
 def _json_object(payload: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from tests.bench import machine, publish, queues, report, targets
 from tests.bench.report import Figure, LeftOutError, Round, Summary
 from tests.bench.scenarios import GROUPS, SCENARIOS, Turn
@@ -52,7 +52,7 @@ def main() -> None:
 
 def _measured(chosen: Sequence[str], runs: int, *, quick: bool) -> Result:
     began, size = time.monotonic(), QUICK if quick else FULL
-    with Server() as server:
+    with TempServer() as server:
         about = {
             "machine": machine.machine(),
             "versions": machine.versions(server) | queues.versions(),
@@ -72,7 +72,7 @@ def _measured(chosen: Sequence[str], runs: int, *, quick: bool) -> Result:
     }
 
 
-def _rounds(server: Server, size: Size, chosen: Sequence[str], runs: int) -> tuple[list[Round], dict[str, str]]:
+def _rounds(server: TempServer, size: Size, chosen: Sequence[str], runs: int) -> tuple[list[Round], dict[str, str]]:
     """What was measured, and why what was not was not."""
     began = time.monotonic()
     rounds: list[Round] = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import psycopg
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from tests.bench.database import fresh_outbox, preload, preload_unprocessed, rest, settled
 from tests.bench.processes import Consumer
 from tests.bench.report import Figure
@@ -17,7 +17,7 @@ _WITHIN_S = 600.0
 _LAST = 500
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure(server: TempServer, size: Size) -> list[Figure]:
     alone = _rate(server, size, "none")
     figures = [Figure("alone", alone, "changes/s")]
     for others in ("behind one key", "waiting", "dead"):
@@ -29,7 +29,7 @@ def measure(server: Server, size: Size) -> list[Figure]:
     return figures
 
 
-def _rate(server: Server, size: Size, others: str) -> float:
+def _rate(server: TempServer, size: Size, others: str) -> float:
     with fresh_outbox(server) as connection:
         _preload_others(connection, others, size.blocked)
         preload(connection, changes=size.beside, keys=size.keys)

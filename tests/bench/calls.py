@@ -23,7 +23,7 @@ import psycopg
 import cdc
 from cdc.app import config
 from cdc.app.application import App
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.router import Router
 from tests.bench.database import ROWS, fresh_outbox, streaming
 from tests.eventually import eventually_async
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("handlers", nargs="*", metavar="HANDLER", help=f"of {', '.join(HANDLERS)}; all by default")
     parser.add_argument("-v", "--verbose", action="store_true", help="by function")
     options = parser.parse_args()
-    with Server() as server:
+    with TempServer() as server:
         for handler in options.handlers or HANDLERS:
             with fresh_outbox(server) as connection:
                 connection.execute(ROWS)

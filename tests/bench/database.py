@@ -13,7 +13,7 @@ from typing import LiteralString, NamedTuple
 import psycopg
 from psycopg import sql
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import SHARDS
 from cdc.postgres import migrations
 from tests.eventually import eventually
@@ -87,7 +87,7 @@ class Settled(NamedTuple):
 
 
 @contextmanager
-def fresh_database(server: Server) -> Iterator[psycopg.Connection]:
+def fresh_database(server: TempServer) -> Iterator[psycopg.Connection]:
     """An autocommit connection to a new, empty database, dropped at the end with the slots made in it."""
     name = f"bench_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(server.dsn(), autocommit=True) as admin:
@@ -104,7 +104,7 @@ def fresh_database(server: Server) -> Iterator[psycopg.Connection]:
 
 
 @contextmanager
-def fresh_outbox(server: Server) -> Iterator[psycopg.Connection]:
+def fresh_outbox(server: TempServer) -> Iterator[psycopg.Connection]:
     """As ``fresh_database``, with an empty outbox in the schema public."""
     with fresh_database(server) as connection:
         migrations.install(connection, "public")

@@ -20,7 +20,7 @@ from pathlib import Path
 import psycopg
 from psycopg.rows import dict_row
 
-_LOOK_EVERY_S = 0.5
+_POLL_INTERVAL_S = 0.5
 _CLAIM = """
 SELECT * FROM entity_changes WHERE processed = FALSE AND error_count < 3
 ORDER BY changed_at LIMIT 20 FOR UPDATE SKIP LOCKED
@@ -39,7 +39,7 @@ def main() -> None:
         print("listening", flush=True)
         while len(handled) < 2 * int(rows) and time.monotonic() < until:
             if not _batch(connection, handled, until):
-                for _ in connection.notifies(timeout=_LOOK_EVERY_S, stop_after=1):
+                for _ in connection.notifies(timeout=_POLL_INTERVAL_S, stop_after=1):
                     pass
 
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import psycopg
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from tests.bench.database import drained, fresh_outbox, preload, rest, settled, shared_by
 from tests.bench.handlers import EFFECTS
 from tests.bench.processes import Consumer
@@ -23,33 +23,33 @@ _AWAITED_S = 0.010
 _CONCURRENCY_EACH = 50
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure(server: TempServer, size: Size) -> list[Figure]:
     return _drained(server, "noop", size.changes, size.keys)
 
 
-def measure_sync(server: Server, size: Size) -> list[Figure]:
+def measure_sync(server: TempServer, size: Size) -> list[Figure]:
     return _drained(server, "noop_sync", size.changes, size.keys)
 
 
-def measure_batches(server: Server, size: Size) -> list[Figure]:
+def measure_batches(server: TempServer, size: Size) -> list[Figure]:
     return _drained(server, "batches", size.changes, size.keys)
 
 
-def measure_inserting(server: Server, size: Size) -> list[Figure]:
+def measure_inserting(server: TempServer, size: Size) -> list[Figure]:
     return _drained(server, "inserts", size.inserting, size.keys)
 
 
-def measure_awaiting(server: Server, size: Size) -> list[Figure]:
+def measure_awaiting(server: TempServer, size: Size) -> list[Figure]:
     figures = _drained(server, "awaits_10ms", size.awaiting, size.many_keys, concurrency=_CONCURRENCY)
     return [*figures, Figure("to theoretical", figures[0].value / (_CONCURRENCY / _AWAITED_S), "")]
 
 
-def measure_two(server: Server, size: Size) -> list[Figure]:
+def measure_two(server: TempServer, size: Size) -> list[Figure]:
     one, two = (rate_shared(server, consumers, size.awaiting // 4, size.many_keys) for consumers in (1, 2))
     return [Figure("one", one, "changes/s"), Figure("two", two, "changes/s"), Figure("two to one", two / one, "")]
 
 
-def rate_shared(server: Server, consumers: int, changes: int, keys: int) -> float:
+def rate_shared(server: TempServer, consumers: int, changes: int, keys: int) -> float:
     """Changes a second by so many consumers with a handler that awaits 20 ms, 50 at a time each."""
     with fresh_outbox(server) as connection, ExitStack() as stack:
         rest(connection)
@@ -64,7 +64,7 @@ def rate_shared(server: Server, consumers: int, changes: int, keys: int) -> floa
         return settled(connection).rate
 
 
-def _drained(server: Server, router: str, changes: int, keys: int, **settings: object) -> list[Figure]:
+def _drained(server: TempServer, router: str, changes: int, keys: int, **settings: object) -> list[Figure]:
     with fresh_outbox(server) as connection:
         connection.execute(EFFECTS)
         preload(connection, changes=changes, keys=keys)

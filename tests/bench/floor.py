@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from tests.bench.database import drained, fresh_outbox, preload, rest
 from tests.bench.handlers import EFFECTS, INSERT_EFFECT
 from tests.bench.report import Figure
@@ -44,15 +44,15 @@ Batch = Sequence[tuple[int, int]]
 """(seq, shard) of each."""
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure(server: TempServer, size: Size) -> list[Figure]:
     return [Figure("settled", _rate(server, size.changes, size.keys, _fetch_and_mark), "changes/s")]
 
 
-def measure_inserting(server: Server, size: Size) -> list[Figure]:
+def measure_inserting(server: TempServer, size: Size) -> list[Figure]:
     return [Figure("settled", _rate(server, size.inserting, size.keys, _fetch_insert_and_mark), "changes/s")]
 
 
-def _rate(server: Server, changes: int, keys: int, work: Callable[[psycopg.Connection, Batch], None]) -> float:
+def _rate(server: TempServer, changes: int, keys: int, work: Callable[[psycopg.Connection, Batch], None]) -> float:
     with fresh_outbox(server) as connection:
         connection.execute(EFFECTS)
         preload(connection, changes=changes, keys=keys)

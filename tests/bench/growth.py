@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from tests.bench import latency
 from tests.bench.database import drained, fresh_outbox, preload, preload_history, rest, settled
 from tests.bench.drain import rate_shared
@@ -39,7 +39,7 @@ _ENOUGH_FOR_A_RATE = 5_000
 """Fewer fit into the window and are marked in one go, and between the first mark and the last there is no time."""
 
 
-def by_backlog(server: Server, size: Size) -> list[Figure]:
+def by_backlog(server: TempServer, size: Size) -> list[Figure]:
     figures = []
     for backlog in (backlog for backlog in _BACKLOGS if backlog <= size.grown):
         with fresh_outbox(server) as connection:
@@ -49,7 +49,7 @@ def by_backlog(server: Server, size: Size) -> list[Figure]:
     return figures
 
 
-def by_payload(server: Server, size: Size) -> list[Figure]:
+def by_payload(server: TempServer, size: Size) -> list[Figure]:
     figures = []
     for payload in _PAYLOADS:
         changes = min(size.changes // 4, max(300, _PAYLOADS_BYTES // payload))
@@ -65,7 +65,7 @@ def by_payload(server: Server, size: Size) -> list[Figure]:
     return figures
 
 
-def by_keys(server: Server, size: Size) -> list[Figure]:
+def by_keys(server: TempServer, size: Size) -> list[Figure]:
     figures = []
     for keys in _KEYS:
         with fresh_outbox(server) as connection:
@@ -75,7 +75,7 @@ def by_keys(server: Server, size: Size) -> list[Figure]:
     return figures
 
 
-def by_consumers(server: Server, size: Size) -> list[Figure]:
+def by_consumers(server: TempServer, size: Size) -> list[Figure]:
     """With a handler that awaits 20 ms, 50 at a time each: 2,500 changes a second and consumer at most."""
     figures = []
     for consumers in _CONSUMERS:
@@ -84,7 +84,7 @@ def by_consumers(server: Server, size: Size) -> list[Figure]:
     return figures
 
 
-def by_history(server: Server, size: Size) -> list[Figure]:
+def by_history(server: TempServer, size: Size) -> list[Figure]:
     figures = []
     for history in (history for history in _HISTORIES if history <= size.grown):
         with fresh_outbox(server) as connection, tempfile.TemporaryDirectory(prefix="cdcbench") as folder:

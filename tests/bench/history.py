@@ -14,10 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 import psycopg
 from psycopg import sql
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import SHARDS, WakeUp
 from cdc.core.read_planner import Position, Sweep
-from cdc.postgres.admin import OutboxAdmin, Wanted
+from cdc.postgres.admin import Filter, OutboxAdmin
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.postgres.retention import Retention
 from cdc.replication import slots
@@ -32,7 +32,7 @@ _DAYS = 30.0
 Milliseconds = dict[str, float]
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure(server: TempServer, size: Size) -> list[Figure]:
     small, large = _measured(server, _SMALL), _measured(server, size.history)
     figures = []
     for name, value in large.items():
@@ -44,7 +44,7 @@ def measure(server: Server, size: Size) -> list[Figure]:
     return figures
 
 
-def _measured(server: Server, rows: int) -> Milliseconds:
+def _measured(server: TempServer, rows: int) -> Milliseconds:
     with fresh_outbox(server) as connection:
         preload_history(connection, rows=rows, days=_DAYS)
         # Before the others are there: as it is after a quiet hour.
@@ -73,7 +73,7 @@ def _views(connection: psycopg.Connection) -> Milliseconds:
 
 def _commands(connection: psycopg.Connection) -> Milliseconds:
     """Their statements; a program's start is the same on every table."""
-    letters, any_ = OutboxAdmin("public"), Wanted()
+    letters, any_ = OutboxAdmin("public"), Filter()
     [(dead,)] = connection.execute("SELECT seq FROM entity_changes WHERE dead_at IS NOT NULL LIMIT 1").fetchall()
     return {
         "outbox stats": _ms(lambda: letters.stats(connection)),

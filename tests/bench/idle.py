@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from tests.bench.database import fresh_outbox, rest, streaming
 from tests.bench.processes import Consumer
 from tests.bench.report import Figure
@@ -15,7 +15,7 @@ _READY_S = 30.0
 _QUIET_AFTER_S = 2.0
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure(server: TempServer, size: Size) -> list[Figure]:
     with fresh_outbox(server) as connection:
         rest(connection)
         tally = Tally(connection.info.dsn)

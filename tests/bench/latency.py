@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psycopg
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import Operation
 from cdc.postgres.tracking import track
 from tests.bench.database import (
@@ -44,7 +44,7 @@ Moments = Mapping[int, int]
 """Row to nanosecond."""
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure(server: TempServer, size: Size) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="cdcbench") as name:
         folder = Path(name)
         handler = _figures("handler", *_through_cdc(server, size, folder), size)
@@ -60,7 +60,7 @@ def measure(server: Server, size: Size) -> list[Figure]:
     return [*handler, *documented, *bare, *compared]
 
 
-def measure_relayed(server: Server, size: Size) -> list[Figure]:
+def measure_relayed(server: TempServer, size: Size) -> list[Figure]:
     """Of two consumers the one that does not stream: its half of the changes."""
     with tempfile.TemporaryDirectory(prefix="cdcbench") as folder, fresh_outbox(server) as connection:
         _tracked(connection)
@@ -82,7 +82,7 @@ def of_outbox(connection: psycopg.Connection, size: Size, folder: Path) -> tuple
     return p50.value, p99.value
 
 
-def _through_cdc(server: Server, size: Size, folder: Path) -> tuple[array[int], Moments]:
+def _through_cdc(server: TempServer, size: Size, folder: Path) -> tuple[array[int], Moments]:
     with fresh_outbox(server) as connection:
         return _stamped(connection, size, folder)
 
@@ -97,14 +97,14 @@ def _stamped(connection: psycopg.Connection, size: Size, folder: Path) -> tuple[
     return written, _moments(consumer.calls)
 
 
-def _through_documented(server: Server, size: Size, folder: Path) -> tuple[array[int], Moments]:
+def _through_documented(server: TempServer, size: Size, folder: Path) -> tuple[array[int], Moments]:
     with fresh_database(server) as connection:
         connection.execute(ROWS)
         connection.execute(DOCUMENTED.read_bytes())
         return _listened(connection, "documented", "insert", size, folder)
 
 
-def _through_notify(server: Server, size: Size, folder: Path) -> tuple[array[int], Moments]:
+def _through_notify(server: TempServer, size: Size, folder: Path) -> tuple[array[int], Moments]:
     with fresh_database(server) as connection:
         connection.execute(ROWS)
         return _listened(connection, "listener", "notify", size, folder)

@@ -14,7 +14,7 @@ import psycopg
 
 import cdc
 from cdc.app.config import Settings
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 
 _SERVER_SETTINGS = (
     "fsync", "synchronous_commit", "full_page_writes", "wal_level", "wal_sync_method", "shared_buffers",
@@ -37,7 +37,7 @@ def load() -> str:
     return " ".join(f"{average:.2f}" for average in os.getloadavg())
 
 
-def versions(server: Server) -> dict[str, object]:
+def versions(server: TempServer) -> dict[str, object]:
     with psycopg.connect(server.dsn()) as connection:
         number = connection.info.server_version
     return {
@@ -50,7 +50,7 @@ def versions(server: Server) -> dict[str, object]:
     }
 
 
-def settings(server: Server) -> dict[str, object]:
+def settings(server: TempServer) -> dict[str, object]:
     """The server's, where they matter here, and the consumer's defaults, which it runs with."""
     with psycopg.connect(server.dsn()) as connection:
         rows = connection.execute(
@@ -70,7 +70,7 @@ def _field(path: Path, name: str) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
 
 
-def _wal2json(server: Server, major: int) -> str:
+def _wal2json(server: TempServer, major: int) -> str:
     """The plug-in does not tell its version; the package that brought it does, where there is one."""
     if not server.wal2json:
         return "not there"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import psycopg
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import Operation
 from cdc.postgres.tracking import track
 from tests.bench.database import ROWS, drained, fresh_outbox, preload, settled, streaming
@@ -23,7 +23,7 @@ _READ = "SELECT bool_and(confirmed_flush_lsn >= '{}') FROM pg_replication_slots"
 _DONE = "SELECT count(*) >= %(n)s FROM (SELECT FROM entity_changes WHERE processed LIMIT %(n)s) AS done"
 
 
-def measure_transaction(server: Server, size: Size) -> list[Figure]:
+def measure_transaction(server: TempServer, size: Size) -> list[Figure]:
     """Until all wake-ups of it are read, and as many changes are handled as in the scenario drain."""
     with fresh_outbox(server) as connection:
         connection.execute(ROWS)
@@ -43,7 +43,7 @@ def measure_transaction(server: Server, size: Size) -> list[Figure]:
     ]
 
 
-def measure_backlog(server: Server, size: Size) -> list[Figure]:
+def measure_backlog(server: TempServer, size: Size) -> list[Figure]:
     """Until as many are handled as in the scenario drain: what the rest of the backlog takes is more of the same."""
     with fresh_outbox(server) as connection:
         with Consumer(connection.info.dsn, "nothing") as consumer:
@@ -64,7 +64,7 @@ def measure_backlog(server: Server, size: Size) -> list[Figure]:
     ]
 
 
-def measure_start(server: Server, size: Size) -> list[Figure]:
+def measure_start(server: TempServer, size: Size) -> list[Figure]:
     """With nothing pending but the change that is waited for."""
     with fresh_outbox(server) as connection:
         preload(connection, changes=1, keys=1)

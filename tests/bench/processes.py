@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 _ROOT = Path(__file__).parents[2]
-_LOOK_EVERY_S = 0.1
+_POLL_INTERVAL_S = 0.1
 """Looking takes time from what is measured: not oftener than needed."""
 _STOP_S = 20.0
 
@@ -61,7 +61,7 @@ class Consumer:
         finally:
             self._folder.cleanup()
 
-    def until(self, condition: Callable[[], bool], *, within_s: float, look_every_s: float = _LOOK_EVERY_S) -> None:
+    def until(self, condition: Callable[[], bool], *, within_s: float, look_every_s: float = _POLL_INTERVAL_S) -> None:
         """Let it work until the condition holds."""
         deadline = time.monotonic() + within_s
         while not condition():

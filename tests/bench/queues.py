@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from tests.bench.database import fresh_database, preload_documented, rest
 from tests.bench.latency import numbers
 from tests.bench.processes import child, finish
@@ -42,7 +42,7 @@ class Told(NamedTuple):
         return self.settled / self.thirds[-1]
 
 
-def measure_pgqueuer(server: Server, size: Size) -> list[Figure]:
+def measure_pgqueuer(server: TempServer, size: Size) -> list[Figure]:
     rates = {}
     for batch in _PGQUEUER_BATCHES:
         with fresh_database(server) as connection:
@@ -50,7 +50,7 @@ def measure_pgqueuer(server: Server, size: Size) -> list[Figure]:
     return _with_best(rates)
 
 
-def measure_procrastinate(server: Server, size: Size) -> list[Figure]:
+def measure_procrastinate(server: TempServer, size: Size) -> list[Figure]:
     rates = {}
     for concurrency in _PROCRASTINATE_CONCURRENCY:
         with fresh_database(server) as connection:
@@ -59,7 +59,7 @@ def measure_procrastinate(server: Server, size: Size) -> list[Figure]:
     return _with_best(rates)
 
 
-def measure_graphile(server: Server, size: Size) -> list[Figure]:
+def measure_graphile(server: TempServer, size: Size) -> list[Figure]:
     node, folder = shutil.which("node"), _PEERS / "node"
     if not node or not (folder / "node_modules" / "graphile-worker").is_dir():
         raise LeftOutError("graphile-worker is not installed: that takes node and npm, and make peers")
@@ -70,7 +70,7 @@ def measure_graphile(server: Server, size: Size) -> list[Figure]:
     return _with_best({"local queue of 500": told.rate})
 
 
-def measure_documented(server: Server, size: Size) -> list[Figure]:
+def measure_documented(server: TempServer, size: Size) -> list[Figure]:
     """The documented processor as it is written, on as many rows as a slow peer gets jobs, times ten."""
     rows = 10 * size.queued_slow
     with tempfile.TemporaryDirectory(prefix="cdcbench") as name, fresh_database(server) as connection:

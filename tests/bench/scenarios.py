@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from tests.bench import blocked, drain, floor, growth, history, idle, latency, memory, queues, slot, snapshot, writers
 from tests.bench.report import Figure
 from tests.bench.size import Size
@@ -22,7 +22,7 @@ class Turn(Enum):
 
 class Scenario(NamedTuple):
     purpose: str
-    measure: Callable[[Server, Size], list[Figure]]
+    measure: Callable[[TempServer, Size], list[Figure]]
     turn: Turn = Turn.EACH_ROUND
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import psycopg
 
-from cdc.app.serve import spare_the_collector
-from cdc.contrib.demo.temp_server import Server
+from cdc.app.serve import spare_the_garbage_collector
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import StreamError
 from cdc.core.model import WakeUp, message_prefix
 from cdc.replication.stream import Stream, StreamSettings
@@ -29,10 +29,10 @@ _TURNS = 3
 _RING = "SELECT count(pg_logical_emit_message(true, %s, g || ',' || g %% 64)) FROM generate_series(%s::int, %s) AS g"
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure(server: TempServer, size: Size) -> list[Figure]:
     if not server.wal2json:
         raise LeftOutError("the server has no wal2json")
-    spare_the_collector()  # as ``cdc run`` does
+    spare_the_garbage_collector()  # as ``cdc run`` does
     with fresh_outbox(server) as connection:
         for turn in range(_TURNS):
             for reader in ("ours", "theirs"):
@@ -56,7 +56,7 @@ def _seconds(read: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _recvlogical(server: Server, connection: psycopg.Connection, slot: str) -> None:
+def _recvlogical(server: TempServer, connection: psycopg.Connection, slot: str) -> None:
     row = connection.execute("SELECT pg_current_wal_lsn()::text").fetchone()
     assert row is not None
     chosen = [word for name, value in options(_PREFIX) for word in ("--option", f"{name}={value}")]

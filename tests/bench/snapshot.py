@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import Operation
 from cdc.postgres.tracking import track
 from tests.bench.database import (
@@ -50,7 +50,7 @@ SELECT EXISTS (
 """
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure(server: TempServer, size: Size) -> list[Figure]:
     """Changes are written in transactions of 100; when a thirtieth of all is written and handled the next one is."""
     with fresh_outbox(server) as connection:
         connection.execute(ROWS)
@@ -70,7 +70,7 @@ def measure(server: Server, size: Size) -> list[Figure]:
     return _figures("cdc", each * _ROUNDS, ends[_ROUNDS // 3 :: _ROUNDS // 3])
 
 
-def measure_documented(server: Server, size: Size) -> list[Figure]:
+def measure_documented(server: TempServer, size: Size) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="cdcbench") as name, fresh_database(server) as connection:
         preload_documented(connection, size.passing)
         rest(connection)
@@ -83,7 +83,7 @@ def measure_documented(server: Server, size: Size) -> list[Figure]:
     return _figures("documented", len(moments), ends)
 
 
-def measure_pgqueuer(server: Server, size: Size) -> list[Figure]:
+def measure_pgqueuer(server: TempServer, size: Size) -> list[Figure]:
     with fresh_database(server) as connection, old_snapshot(connection):
         told = pgqueuer(connection.info.dsn, size.passing, seconds=size.snapshot_s)
     return _figures("pgqueuer", told.settled, told.thirds)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psycopg
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import Operation
 from cdc.postgres import migrations
 from cdc.postgres.tracking import track
@@ -38,7 +38,7 @@ _READY_S = 30.0
 _TPS = re.compile(r"^tps = ([0-9.]+)", re.MULTILINE)
 
 
-def measure(server: Server, size: Size) -> list[Figure]:
+def measure(server: TempServer, size: Size) -> list[Figure]:
     untracked = _tps(server, size, _not_at_all)
     tracked = _tps(server, size, _with_cdc)
     documented = _tps(server, size, _as_documented)
@@ -52,7 +52,7 @@ def measure(server: Server, size: Size) -> list[Figure]:
     ]
 
 
-def _tps(server: Server, size: Size, capture: Callable[[psycopg.Connection, ExitStack], None]) -> float:
+def _tps(server: TempServer, size: Size, capture: Callable[[psycopg.Connection, ExitStack], None]) -> float:
     with ExitStack() as stack:
         connection = stack.enter_context(fresh_database(server))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cdcbench"))
@@ -64,7 +64,7 @@ def _tps(server: Server, size: Size, capture: Callable[[psycopg.Connection, Exit
         return _pgbench(server, connection.info.dbname, script, size)
 
 
-def _pgbench(server: Server, dbname: str, script: Path, size: Size) -> float:
+def _pgbench(server: TempServer, dbname: str, script: Path, size: Size) -> float:
     output = subprocess.run(
         [
             server.bindir / "pgbench", "--no-vacuum", "--client", str(size.clients), "--jobs", "2",

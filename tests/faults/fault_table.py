@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import PLUGINS
 from cdc.core.units import size as bytes_text
 from tests.faults.slot_faults import FAULTS, Fault, Outcome, failing_over, suffer
@@ -45,7 +45,7 @@ def write(name: str, lines: list[str]) -> None:
 
 
 def outcomes() -> Iterator[Outcome]:
-    with Server(durable=False, settings=SERVER) as server:
+    with TempServer(durable=False, settings=SERVER) as server:
         prepare(server.dsn())
         for fault in FAULTS:
             for plugin in fault.plugins:
@@ -55,7 +55,7 @@ def outcomes() -> Iterator[Outcome]:
             yield _suffered(primary, fault, plugin, dsn)
 
 
-def _suffered(server: Server, fault: Fault, plugin: str, dsn: str | None = None) -> Outcome:
+def _suffered(server: TempServer, fault: Fault, plugin: str, dsn: str | None = None) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         options = {"plugin": plugin, "pace": AS_SHIPPED, "dsn": dsn, **fault.settings}
         with Stage(server, Path(folder), **options) as stage:
@@ -108,7 +108,7 @@ def wal_lines() -> list[str]:
 
 
 def _held(scenario: Callable[[Stage, Size], Holding], plugin: str) -> Holding:
-    with Server(durable=False, settings=SERVER) as server, tempfile.TemporaryDirectory() as folder:
+    with TempServer(durable=False, settings=SERVER) as server, tempfile.TemporaryDirectory() as folder:
         prepare(server.dsn())
         with Stage(server, Path(folder), plugin, pace=AS_SHIPPED, **SETTINGS) as stage:
             holding = scenario(stage, FULL)

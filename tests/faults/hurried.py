@@ -11,14 +11,14 @@ from functools import partial
 
 from cdc.app import application
 from cdc.cli import main
+from cdc.core import reconnect
 from cdc.engine import crash_guard
-from cdc.replication import lsn_tracker
 from cdc.replication.stream import StreamSettings
 
 WAL_SENDER_TIMEOUT_S = 2.0
 
 if __name__ == "__main__":
-    lsn_tracker.PERMANENT_PAUSE_S = lsn_tracker.STANDBY_PAUSE_MAX_S = 2.0
+    reconnect.PERMANENT_PAUSE_S = reconnect.STANDBY_PAUSE_MAX_S = 2.0
     crash_guard.GRACE_S = 0.5
     application.HealthThresholds = partial(application.HealthThresholds, stall_s=3.0)
     application.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)

@@ -17,12 +17,12 @@ from typing import Any
 import psycopg
 from psycopg import errors, sql
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import StreamError
 from cdc.core.lsn import Lsn
 from cdc.core.model import PLUGINS, message_prefix
 from cdc.core.stream_reason import Reason
-from cdc.replication.connection import Session, Waiting, open_session
+from cdc.replication.connection import ReplicationSession, SocketWait, open_session
 from cdc.replication.stream import plugins
 from tests.eventually import eventually
 from tests.faults.slot_stage import ROLE, SERVER, SLOT, Account, Moment, Stage, prepare
@@ -112,7 +112,7 @@ def _slot_lost(stage: Stage) -> Iterator[None]:
 def _slot_held(stage: Stage) -> Iterator[None]:
     """By a client that reads nothing, as pg_recvlogical does when it is stopped."""
     with ExitStack() as undo:
-        waiting = Waiting(lambda: None)
+        waiting = SocketWait(lambda: None)
         undo.callback(waiting.close)
         stranger = undo.enter_context(
             open_session(
@@ -123,7 +123,7 @@ def _slot_held(stage: Stage) -> Iterator[None]:
         yield
 
 
-def _seized(stage: Stage, stranger: Session) -> bool:
+def _seized(stage: Stage, stranger: ReplicationSession) -> bool:
     stage.end_stream()
     with contextlib.suppress(StreamError):
         stranger.start(plugins("public")[stage.plugin], Lsn(0))
@@ -254,7 +254,7 @@ def _event_loop_blocked(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def failing_over() -> Iterator[tuple[Server, str, Fault]]:
+def failing_over() -> Iterator[tuple[TempServer, str, Fault]]:
     """A primary whose commits wait for its standby; the DSN that leads to the one in charge; the primary dies."""
 
     @contextlib.contextmanager
@@ -263,7 +263,7 @@ def failing_over() -> Iterator[tuple[Server, str, Fault]]:
         standby.promote()
         yield
 
-    with Server(durable=False, settings=SERVER) as primary:
+    with TempServer(durable=False, settings=SERVER) as primary:
         prepare(primary.dsn())
         with standing_by(primary) as (standby, dsn):
             with psycopg.connect(primary.dsn(), autocommit=True) as db:

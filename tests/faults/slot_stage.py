@@ -23,7 +23,7 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.contrib.demo.temp_server import Server, free_port
+from cdc.contrib.demo.temp_server import TempServer, free_port
 from cdc.postgres import grants, migrations
 from tests.eventually import eventually
 from tests.faults import hurried
@@ -41,7 +41,7 @@ CREATE TABLE calls (
 )
 """
 _CONSUMER = {"slot_name": SLOT, "concurrency": 20, "max_attempts": 50, "backoff_base": 0.05, "backoff_cap": 0.5}
-_LOOK_EVERY_S = 0.1
+_POLL_INTERVAL_S = 0.1
 _WRITE_EVERY_S = 0.01
 _KEYS = 20
 _NOT_STREAMING = re.compile(r"not streaming \((\w+)\): (.+)")
@@ -158,7 +158,7 @@ class Watch(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        while not self._stopping.wait(_LOOK_EVERY_S):
+        while not self._stopping.wait(_POLL_INTERVAL_S):
             with contextlib.suppress(OSError), urllib.request.urlopen(self._url, timeout=1) as answer:
                 lines = (line for line in answer.read().decode().splitlines() if not line.startswith("#"))
                 figures = {series: float(value) for series, value in (line.rsplit(" ", 1) for line in lines)}
@@ -170,7 +170,7 @@ class Stage:
 
     def __init__(
         self,
-        server: Server,
+        server: TempServer,
         folder: Path,
         plugin: str,
         *,

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.postgres import migrations
 from tests import refusals
 from tests.eventually import eventually
@@ -71,7 +71,7 @@ class Stage:
 
     def __init__(self, folder: Path, seed: int, *, places: int = 3, writers: int = 3, keys: int = 30) -> None:
         self.folder = folder
-        self.server = Server(durable=True, tcp=True, settings=_SERVER)
+        self.server = TempServer(durable=True, tcp=True, settings=_SERVER)
         self.crashed_at: list[float] = []
         self.deaf: dict[str, list[Span]] = defaultdict(list)
         self.troubles: list[str] = []

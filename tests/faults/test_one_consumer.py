@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.postgres import migrations
 from tests.eventually import eventually
 from tests.fix_consumer import Process, settled, states
@@ -58,9 +58,9 @@ def calls(outbox_db: psycopg.Connection) -> psycopg.Connection:
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[Server]:
+def own_server(tmp_path: Path) -> Iterator[TempServer]:
     """A durable server of the test's own, to be stopped and crashed."""
-    with Server(durable=True) as server:
+    with TempServer(durable=True) as server:
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             migrations.install(connection, "public")
             connection.execute(_CALLS)
@@ -120,7 +120,7 @@ def test_after_kill_9_every_key_goes_on_at_its_first_unsettled_change(
 @pytest.mark.promise("G1")
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_a_server_restart_under_load_loses_nothing_and_the_consumer_recovers_by_itself(
-    mode: str, own_server: Server, processes: list[Process], tmp_path: Path
+    mode: str, own_server: TempServer, processes: list[Process], tmp_path: Path
 ) -> None:
     dsn = own_server.dsn()
     stop, written = threading.Event(), []
@@ -191,7 +191,7 @@ def test_with_wal_level_replica_the_consumer_works_by_sweeping_and_says_so(
     processes: list[Process], tmp_path: Path
 ) -> None:
     with (
-        Server(durable=False, settings={"wal_level": "replica"}) as server,
+        TempServer(durable=False, settings={"wal_level": "replica"}) as server,
         psycopg.connect(server.dsn(), autocommit=True) as db,
     ):
         migrations.install(db, "public")

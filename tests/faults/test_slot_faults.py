@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import PLUGINS
 from tests.faults.fault_table import GUIDE, block
 from tests.faults.slot_faults import FAILOVER, FAULTS, Fault, failing_over, suffer
@@ -21,9 +21,9 @@ from tests.faults.slot_stage import SERVER, Account, Stage, prepare
 
 
 @pytest.fixture(scope="module")
-def breakable() -> Iterator[Server]:
+def breakable() -> Iterator[TempServer]:
     """A server that all faults of this file happen to, one after another."""
-    with Server(durable=False, settings=SERVER) as server:
+    with TempServer(durable=False, settings=SERVER) as server:
         prepare(server.dsn())
         yield server
 
@@ -35,7 +35,7 @@ def breakable() -> Iterator[Server]:
     [pytest.param(fault, plugin, id=f"{fault.name}-{plugin}") for fault in FAULTS for plugin in fault.plugins],
 )
 def test_work_goes_on_and_full_service_comes_back_by_itself(
-    fault: Fault, plugin: str, breakable: Server, tmp_path: Path
+    fault: Fault, plugin: str, breakable: TempServer, tmp_path: Path
 ) -> None:
     with Stage(breakable, tmp_path, **{"plugin": plugin, **fault.settings}) as stage:
         outcome = suffer(stage, fault)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import PLUGINS
 from tests.faults.slot_stage import SERVER, Stage, prepare
 from tests.faults.wal_held import (
@@ -32,7 +32,7 @@ _LEFT = 32 << 20
 @pytest.fixture
 def hold(tmp_path: Path) -> Iterator[Callable[[Callable[[Stage, Size], Holding], str], Holding]]:
     """``hold(scenario, plugin)`` on a server of its own."""
-    with Server(durable=False, settings=SERVER) as server:
+    with TempServer(durable=False, settings=SERVER) as server:
         prepare(server.dsn())
 
         def run(scenario: Callable[[Stage, Size], Holding], plugin: str) -> Holding:

@@ -23,7 +23,7 @@ from tests.eventually import eventually
 from tests.faults.slot_stage import SLOT, Stage
 
 _UNREAD = "unread"
-_LOOK_EVERY_S = 0.2
+_POLL_INTERVAL_S = 0.2
 _CONCURRENCY = 4
 SETTINGS: dict[str, Any] = {"concurrency": _CONCURRENCY}
 """Of the consumer: few handlers, so that few changes block them all."""
@@ -116,7 +116,7 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         with self._stage.connect() as connection:
             stepped_at = time.monotonic()
-            while not self._stopping.wait(_LOOK_EVERY_S):
+            while not self._stopping.wait(_POLL_INTERVAL_S):
                 if self._steps_s and time.monotonic() - stepped_at > self._steps_s:
                     connection.execute("CHECKPOINT")
                     stepped_at = time.monotonic()

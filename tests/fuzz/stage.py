@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from psycopg import sql
 
 from cdc.cli import cdc as root_command
-from cdc.contrib.demo.temp_server import Server, free_port
+from cdc.contrib.demo.temp_server import TempServer, free_port
 from cdc.postgres import migrations
 from tests.eventually import eventually
 from tests.fix_consumer import Process
@@ -42,7 +42,7 @@ class Stage:
     def __enter__(self) -> Stage:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cdc-fuzz-")))
-            self.server = stack.enter_context(Server(durable=False))
+            self.server = stack.enter_context(TempServer(durable=False))
             for encoding in self._encodings:
                 self._add(encoding, folder, stack)
             if self._webhook:

@@ -23,7 +23,7 @@ from cdc import testing
 from cdc.app.application import App
 from cdc.cli import cdc as command
 from cdc.contrib.demo.pg_binaries import WHEEL, Installation, find_installations
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import RefusedError, UsageError
 from cdc.core.model import SHARDS, publication_name
 from cdc.diagnostics import inspect_outbox
@@ -35,14 +35,14 @@ from tests.fix_consumer import consuming, metric, settled, states
 
 
 @pytest.fixture(scope="module", params=servers.MAJORS, ids="postgresql-{}".format)
-def versioned(request: pytest.FixtureRequest) -> Iterator[Server]:
+def versioned(request: pytest.FixtureRequest) -> Iterator[TempServer]:
     """A throw-away server of each major version."""
-    with Server(durable=False, binaries=servers.required(request.param)) as server:
+    with TempServer(durable=False, binaries=servers.required(request.param)) as server:
         yield server
 
 
 @pytest.fixture
-def admin_dsn(versioned: Server) -> str:
+def admin_dsn(versioned: TempServer) -> str:
     return versioned.dsn()
 
 
@@ -200,7 +200,7 @@ def test_slot_commands_show_the_columns_that_this_version_has(outbox: str, db: p
     _slot("drop", slot, "--yes", "--dsn", outbox)
 
 
-def test_a_lost_slot_says_so(versioned: Server, outbox: str, db: psycopg.Connection, slot: str) -> None:
+def test_a_lost_slot_says_so(versioned: TempServer, outbox: str, db: psycopg.Connection, slot: str) -> None:
     slots.create(db, slot, plugin="pgoutput")
     _set(db, "max_slot_wal_keep_size", "1MB")
     try:
@@ -231,7 +231,7 @@ def closed(tmp_path: Path) -> Installation:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's server runs as somebody else")
 def test_root_may_keep_the_wheel_in_an_environment_of_its_own(closed: Installation) -> None:
-    with Server(durable=False, binaries=closed) as server:
+    with TempServer(durable=False, binaries=closed) as server:
         with psycopg.connect(server.dsn()) as connection:
             assert connection.execute("SELECT current_setting('server_version')").fetchone() == (closed.version,)
         assert server.bindir.is_relative_to(server.folder)
@@ -242,7 +242,7 @@ def test_root_may_keep_the_wheel_in_an_environment_of_its_own(closed: Installati
 def test_other_programs_that_only_root_may_use_are_refused_with_the_remedy(closed: Installation) -> None:
     with (
         pytest.raises(RefusedError, match="may not use the programs") as refused,
-        Server(binaries=replace(closed, wheel=False)),
+        TempServer(binaries=replace(closed, wheel=False)),
     ):
         pass
     assert "as an ordinary user" in refused.value.hint
@@ -267,7 +267,7 @@ async def _until(condition: Any, what: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 async def test_databases_of_other_encodings_are_installed_verified_and_handled(
-    versioned: Server, db: psycopg.Connection, encoding: str
+    versioned: TempServer, db: psycopg.Connection, encoding: str
 ) -> None:
     name = f"{db.info.dbname}_{encoding.lower()}"
     create = sql.SQL("CREATE DATABASE {} ENCODING {} LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")

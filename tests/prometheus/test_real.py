@@ -19,7 +19,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.contrib.demo.temp_server import Server, free_port
+from cdc.contrib.demo.temp_server import TempServer, free_port
 from cdc.postgres import migrations
 from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually
@@ -41,7 +41,7 @@ class Scene:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._stack = stack
         self._folder = folder
-        self.server = stack.enter_context(Server(durable=False, settings={"max_slot_wal_keep_size": "1GB"}))
+        self.server = stack.enter_context(TempServer(durable=False, settings={"max_slot_wal_keep_size": "1GB"}))
         self.ports = {job: free_port() for job in JOBS}
         self.dbs = {job: self._database(job) for job in JOBS}
         exporter = Exporter(self.server.dsn(), folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cdc.core.circuit_breaker import PAUSE_MAX_S, Breaker, State
+from cdc.core.circuit_breaker import PAUSE_MAX_S, BreakerState, CircuitBreaker
 from tests.properties.machine import MACHINE
 
 
@@ -14,7 +14,7 @@ class Outages(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.breaker, self.now, self.there = Breaker(), 0.0, True
+        self.breaker, self.now, self.there = CircuitBreaker(), 0.0, True
         self.running: list[tuple[int, bool]] = []
         """Of each call its key, and whether it was let through by a breaker that is shut."""
         self.began_tripped = 0
@@ -44,13 +44,16 @@ class Outages(RuleBasedStateMachine):
         before = self.breaker.state
         if not self.there:
             self.breaker.unavailable(key, "away", self.now, certain=certain)
-            assert before is State.CLOSED or self.breaker.state is State.OPEN
+            assert before is BreakerState.CLOSED or self.breaker.state is BreakerState.OPEN
         elif fails:
             self.breaker.failed(self.now)
-            assert before is self.breaker.state or (before, self.breaker.state) == (State.HALF_OPEN, State.OPEN)
+            assert before is self.breaker.state or (before, self.breaker.state) == (
+                BreakerState.HALF_OPEN,
+                BreakerState.OPEN,
+            )
         else:
             self.breaker.succeeded(self.now)
-            assert before is State.OPEN or not self.breaker.troubled
+            assert before is BreakerState.OPEN or not self.breaker.troubled
         if trial:
             self.breaker.trial(-1)
 
@@ -58,7 +61,7 @@ class Outages(RuleBasedStateMachine):
     def one_trial_at_a_time_and_the_end_is_found_soon(self) -> None:
         # Those of an outage before may still be under way when the next one has begun.
         assert self.breaker.room in (0, 1)
-        if self.breaker.state is State.OPEN:
+        if self.breaker.state is BreakerState.OPEN:
             assert self.breaker.wait_s(self.now) <= PAUSE_MAX_S
         assert bool(self.breaker.why) == self.breaker.tripped
 

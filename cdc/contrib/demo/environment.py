@@ -9,7 +9,7 @@ import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import CdcError, NotFoundError, RefusedError
 from cdc.core.model import publication_name
 from cdc.postgres import migrations
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 @contextlib.contextmanager
 def private(say: Say) -> Iterator[str]:
     """The DSN of a server that ends with the demo. Raises NotFoundError where there are no programs to run one."""
-    server = Server()
+    server = TempServer()
     say(f"Starting a private server: {server.installation}. Nothing else on this machine is touched ...")
     with server:
         with connect(server.dsn(), application_name=_APPLICATION) as connection:

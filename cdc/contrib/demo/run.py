@@ -35,7 +35,7 @@ _START_LIMIT_S = 15.0
 _REFUSED_LIMIT_S = 3.0
 """A server that refuses one way of replication may grant the next that is tried."""
 _FINISH_LIMIT_S = 20.0
-_LOOK_EVERY_S = 0.05
+_POLL_INTERVAL_S = 0.05
 _PASSING = (None, Reason.NETWORK)
 """What a stream that has not begun yet may be said to lack."""
 _BACKOFF_S = 0.5
@@ -125,7 +125,7 @@ class _Stage:
             if not refused and app.status.not_streaming not in _PASSING:
                 refused, latest = True, min(latest, now() + _REFUSED_LIMIT_S)
             with contextlib.suppress(TimeoutError):
-                async with deadline(_LOOK_EVERY_S):
+                async with deadline(_POLL_INTERVAL_S):
                     await self._stopping.wait()
 
     async def _write(self, ticks: int, burst_rows: int) -> None:
@@ -146,7 +146,7 @@ class _Stage:
         timer.daemon = True
         timer.start()
         with connect(self._dsn, application_name="cdc demo: totals", session=environment.SESSION) as connection:
-            while _one(connection, _PENDING)[0] and not limit.wait(_LOOK_EVERY_S):
+            while _one(connection, _PENDING)[0] and not limit.wait(_POLL_INTERVAL_S):
                 pass
             timer.cancel()
             return report.Totals(*_one(connection, _TOTALS))

@@ -53,7 +53,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Server:
+class TempServer:
     """One cluster in a temporary folder. ``with Server() as server: connect(server.dsn())``.
 
     ``durable=False`` turns fsync off, and keeps the files in memory where there is plenty of it: for tests, which make
@@ -82,7 +82,7 @@ class Server:
         # initdb and postgres refuse to run as root.
         self._user = _unprivileged_user() if os.geteuid() == 0 else None
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> TempServer:
         try:
             self._create()
             self.start()

@@ -43,7 +43,7 @@ _SHOW_EVERY = 14
 _BURST_LIMIT_S = 30.0
 
 
-class _Row(NamedTuple):
+class _Insert(NamedTuple):
     """``event``: what the webhook gets, without its time; None for a row that somebody else writes."""
 
     table: str
@@ -95,7 +95,7 @@ class Webhook:
                 show = tick % _SHOW_EVERY == 0
                 await self._write(adapter, connection, next(shown if show else quiet), shown=show)
 
-    async def _write(self, adapter: Adapter, connection: psycopg.AsyncConnection, row: _Row, *, shown: bool) -> None:
+    async def _write(self, adapter: Adapter, connection: psycopg.AsyncConnection, row: _Insert, *, shown: bool) -> None:
         mark = (_TYPES[row.table], row.id, row.operation.value)
         journey = self._tracker.sent(mark, table=row.table, note=row.note, shown=shown)
         if row.event is None:
@@ -117,20 +117,20 @@ class Webhook:
         self._burst_over(Burst(self._burst_rows, stored - began, processed_at - stored))
 
 
-def _scenes() -> Iterator[_Row]:
+def _scenes() -> Iterator[_Insert]:
     """What is shown, again and again with new ids."""
     for n in itertools.count(1):
         yield _reaction(f"reaction-{n}", TASK_EMOJI, note="✅ → task")
         yield _message(f"message-{n}", "Good morning", note="no action")
         yield _message(f"question-{n}", "Can you help me?", note="help → answer")
-        yield _Row(_TASKS, Operation.INSERT, f"manual-{n}", None, "→ notification")
+        yield _Insert(_TASKS, Operation.INSERT, f"manual-{n}", None, "→ notification")
         yield _message(f"unlucky-{n}", "help, is anybody there?", note="help", chat=FAR_AWAY)
         yield _reaction(f"mood-{n}", "👍", note="👍")
         yield _reaction(f"mood-{n}", "❤️", note="👍 → ❤️", operation=Operation.UPDATE)
         yield _reaction(f"mood-{n}", "", note="gone", operation=Operation.DELETE)
 
 
-def _traffic() -> Iterator[_Row]:
+def _traffic() -> Iterator[_Insert]:
     """What goes on beside it."""
     for n in itertools.count(1):
         yield _message(f"chat-{n}", "Did you see this?", note="")
@@ -139,14 +139,14 @@ def _traffic() -> Iterator[_Row]:
         yield _reaction(f"check-{n}", TASK_EMOJI, note="")
 
 
-def _reaction(identity: str, emoji: str, note: str, operation: Operation = Operation.INSERT) -> _Row:
+def _reaction(identity: str, emoji: str, note: str, operation: Operation = Operation.INSERT) -> _Insert:
     event = {"event": "messages.reaction", "message_id": f"message-of-{identity}", "reaction": emoji}
-    return _Row(_REACTIONS, operation, identity, event | _sender(identity), note)
+    return _Insert(_REACTIONS, operation, identity, event | _sender(identity), note)
 
 
-def _message(identity: str, content: str, note: str, chat: str = "test-chat") -> _Row:
+def _message(identity: str, content: str, note: str, chat: str = "test-chat") -> _Insert:
     event = {"event": "messages.upsert", "content": content}
-    return _Row(_MESSAGES, Operation.INSERT, identity, event | _sender(identity, chat), note)
+    return _Insert(_MESSAGES, Operation.INSERT, identity, event | _sender(identity, chat), note)
 
 
 def _sender(identity: str, chat: str = "test-chat") -> dict[str, str]:

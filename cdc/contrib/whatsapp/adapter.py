@@ -16,7 +16,7 @@ from enum import StrEnum
 import psycopg
 from psycopg import errors, sql
 
-from cdc.contrib.whatsapp.events import Message, Reaction, RejectedError, parse
+from cdc.contrib.whatsapp.events import InvalidEventError, MessageEvent, ReactionEvent, parse
 
 Connections = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection]]
 """Lends an autocommit connection, as a pool's ``connection`` does."""
@@ -100,17 +100,17 @@ class Adapter:
         if event is None:
             return Result.IGNORED
         try:
-            stored = await (self._message(event) if isinstance(event, Message) else self._reaction(event))
+            stored = await (self._message(event) if isinstance(event, MessageEvent) else self._reaction(event))
         except errors.DataError:
             # Only in tables that were not made by us: theirs may be narrower.
-            raise RejectedError("a value does not fit its column") from None
+            raise InvalidEventError("a value does not fit its column") from None
         return Result.STORED if stored else Result.STALE
 
-    async def _message(self, event: Message) -> bool:
+    async def _message(self, event: MessageEvent) -> bool:
         async with self._connections() as connection:
             return await _changes(connection, self._store_message, event.model_dump())
 
-    async def _reaction(self, event: Reaction) -> bool:
+    async def _reaction(self, event: ReactionEvent) -> bool:
         statement = self._remove_reaction if event.removed else self._store_reaction
         async with self._connections() as connection, connection.transaction():
             await connection.execute(_LOCK, {"key": event.key})

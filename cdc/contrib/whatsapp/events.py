@@ -22,7 +22,7 @@ AHEAD_MAX = timedelta(hours=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class RejectedError(Exception):
+class InvalidEventError(Exception):
     """The payload cannot be stored, and never will be. The text names what is wrong with it, without its values."""
 
 
@@ -60,7 +60,7 @@ class _Event(BaseModel):
     timestamp: Moment
 
 
-class Reaction(_Event):
+class ReactionEvent(_Event):
     event: Literal["messages.reaction"]
     message_id: Name
     reaction: Emoji | None
@@ -70,31 +70,34 @@ class Reaction(_Event):
         return not self.reaction
 
 
-class Message(_Event):
+class MessageEvent(_Event):
     event: Literal["messages.upsert"]
     content: Content | None
     """None where there is no text: a picture, say."""
 
 
-_KINDS: dict[str, type[Reaction | Message]] = {"messages.reaction": Reaction, "messages.upsert": Message}
+_KINDS: dict[str, type[ReactionEvent | MessageEvent]] = {
+    "messages.reaction": ReactionEvent,
+    "messages.upsert": MessageEvent,
+}
 
 
-def parse(payload: object, now: datetime) -> Reaction | Message | None:
+def parse(payload: object, now: datetime) -> ReactionEvent | MessageEvent | None:
     """The event in ``payload``; None for one of a kind that is not ours. Raises RejectedError."""
     if not isinstance(payload, dict):
-        raise RejectedError("the payload is not a JSON object")
+        raise InvalidEventError("the payload is not a JSON object")
     name = payload.get("event")
     if not isinstance(name, str):
-        raise RejectedError("event: a string is required")
+        raise InvalidEventError("event: a string is required")
     kind = _KINDS.get(name)
     if kind is None:
         return None
     try:
         event = kind.model_validate(payload)
     except ValidationError as invalid:
-        raise RejectedError(_sentence(invalid)) from None
+        raise InvalidEventError(_sentence(invalid)) from None
     if event.timestamp > now + AHEAD_MAX:
-        raise RejectedError("timestamp: it lies in the future")
+        raise InvalidEventError("timestamp: it lies in the future")
     return event
 
 

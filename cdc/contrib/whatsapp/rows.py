@@ -5,14 +5,14 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 
-class _Row(BaseModel):
+class _TableRow(BaseModel):
     # A live system's ids may be numbers.
     model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True, hide_input_in_errors=True)
 
     id: str
 
 
-class ReactionRow(_Row):
+class ReactionRow(_TableRow):
     message_id: str | None = None
     reaction: str | None = None
     """None or "" where a live system keeps the rows of removed ones."""
@@ -20,7 +20,7 @@ class ReactionRow(_Row):
     chat_id: str | None = None
 
 
-class MessageRow(_Row):
+class MessageRow(_TableRow):
     content: str | None = None
     user_id: str | None = None
     chat_id: str | None = None
@@ -30,6 +30,6 @@ class MessageRow(_Row):
         return "help" in (self.content or "").lower()
 
 
-class TaskRow(_Row):
+class TaskRow(_TableRow):
     title: str
     room_id: str | None = None

@@ -49,12 +49,12 @@ def serve(arguments: Mapping[str, Any], *, schema: str, checks: Checks, host: st
             log_level="warning", access_log=False, server_header=False, proxy_headers=False,
             limit_concurrency=_REQUESTS_MAX, timeout_graceful_shutdown=_GRACE_S,
         )  # fmt: skip
-        server = _Server(config)
+        server = _WebhookServer(config)
         process.hand_over(lambda _: setattr(server, "should_exit", True))
         server.run(sockets=[listener])
 
 
-class _Server(uvicorn.Server):
+class _WebhookServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Its own know no SIGHUP, and take a second SIGTERM for the first."""

@@ -31,7 +31,7 @@ NAME = "cdc-smoke"
 """Of the user and the chat, and how the reaction's id begins."""
 
 _AFTER_CAPTURE = ("woken", "processed", "task")
-_LOOK_EVERY_S = 0.02
+_POLL_INTERVAL_S = 0.02
 _TABLES = (
     (None, "entity_changes"), (None, "whatsapp_message_reactions"), (None, "actionRules"), ("cortex_projects", "tasks"),
 )  # fmt: skip
@@ -50,7 +50,7 @@ _TASKS = "SELECT id::text FROM cortex_projects.tasks WHERE reaction_id = %s"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SmokeStep:
     """``ok`` of None: it cannot be seen, and that is no fault. ``after_s``: since the commit; None: not within time."""
 
     name: str
@@ -94,7 +94,7 @@ class Smoke:
         """Whether no consumer is there to handle changes."""
         return not members(self._connection, self._schema)
 
-    def run(self, emoji: str) -> list[Step]:
+    def run(self, emoji: str) -> list[SmokeStep]:
         """Write the reaction and watch it. Raises SchemaError where the database does not take it."""
         try:
             table, lsn, stored_s = self._write(emoji)
@@ -104,10 +104,10 @@ class Smoke:
                 hint="run as the owner of the tables; cdc db install --with whatsapp makes them",
             ) from None
         if self._id is None:
-            missing = Step("captured", False, None, f"no trigger on {table} wrote a change")
-            return [missing, *(Step(name, False, None, "nothing was captured") for name in _AFTER_CAPTURE)]
+            missing = SmokeStep("captured", False, None, f"no trigger on {table} wrote a change")
+            return [missing, *(SmokeStep(name, False, None, "nothing was captured") for name in _AFTER_CAPTURE)]
         how = f"in the transaction of the reaction, stored in {stored_s * 1000:.0f} ms"
-        return [Step("captured", True, 0.0, how), *self._watch(lsn)]
+        return [SmokeStep("captured", True, 0.0, how), *self._watch(lsn)]
 
     def _write(self, emoji: str) -> tuple[str, str, float]:
         """The table, the end of the WAL after the commit, and how long it took."""
@@ -125,7 +125,7 @@ class Smoke:
         [lsn] = self._row("SELECT pg_current_wal_flush_lsn()")
         return table, str(lsn), self._committed - began
 
-    def _watch(self, lsn: str) -> list[Step]:
+    def _watch(self, lsn: str) -> list[SmokeStep]:
         """Look again and again until all has been seen, or time is up; each with when it was seen first."""
         seen: dict[str, float] = {}
         state, slot = "fresh", (False, False)
@@ -143,18 +143,20 @@ class Smoke:
                     seen[name] = after_s
             if not slot[0] and "processed" in seen and "task" in seen:
                 break  # nobody reads the slot, so no more is to be seen of it
-            pause.wait(_LOOK_EVERY_S)
+            pause.wait(_POLL_INTERVAL_S)
         return [self._woken(seen, active=slot[0]), *_ends(seen, state, self._timeout_s)]
 
-    def _woken(self, seen: dict[str, float], *, active: bool) -> Step:
+    def _woken(self, seen: dict[str, float], *, active: bool) -> SmokeStep:
         if "woken" in seen:
-            return Step("woken", True, seen["woken"], f"the reader of the slot {self._slot} has confirmed the commit")
+            return SmokeStep(
+                "woken", True, seen["woken"], f"the reader of the slot {self._slot} has confirmed the commit"
+            )
         if active:
-            return Step("woken", False, None, f"the reader of the slot {self._slot} has not confirmed the commit")
+            return SmokeStep("woken", False, None, f"the reader of the slot {self._slot} has not confirmed the commit")
         nobody = f"nobody reads the slot {self._slot}"
         if "processed" in seen:
-            return Step("woken", None, None, f"{nobody}: a sweep has found the change")
-        return Step("woken", False, None, nobody)
+            return SmokeStep("woken", None, None, f"{nobody}: a sweep has found the change")
+        return SmokeStep("woken", False, None, nobody)
 
     def clean_up(self) -> int:
         """Remove the reaction, its tasks and all their changes; returns how many changes.
@@ -179,7 +181,7 @@ class Smoke:
             # Without anybody at work there is nothing to wait for.
             if time.monotonic() > deadline or (self._id and self._ask("state", id=self._id)[0] == "fresh"):
                 return
-            pause.wait(_LOOK_EVERY_S)
+            pause.wait(_POLL_INTERVAL_S)
 
     def _ours(self, tasks: list[str]) -> list[tuple[UUID, bool]]:
         parameters = {
@@ -201,12 +203,12 @@ class Smoke:
         return row
 
 
-def _ends(seen: dict[str, float], state: str, timeout_s: float) -> list[Step]:
+def _ends(seen: dict[str, float], state: str, timeout_s: float) -> list[SmokeStep]:
     steps = []
     for name, done, missing in (
         ("processed", "the change is marked", f"after {timeout_s:g} s the change is {state}"),
         ("task", "there is a task for the reaction", f"after {timeout_s:g} s there is no task for the reaction"),
     ):
         there = name in seen
-        steps.append(Step(name, there, seen.get(name), done if there else missing))
+        steps.append(SmokeStep(name, there, seen.get(name), done if there else missing))
     return steps

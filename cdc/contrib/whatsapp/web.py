@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import StatelessLifespan
 
 from cdc.contrib.whatsapp.adapter import Adapter
-from cdc.contrib.whatsapp.events import RejectedError
+from cdc.contrib.whatsapp.events import InvalidEventError
 
 log = logging.getLogger("cdc.whatsapp.web")
 
@@ -64,7 +64,7 @@ def make_app(
         payload = _decoded(await _signed_body(request, checks))
         try:
             result = await adapter.process_webhook(payload)
-        except RejectedError as rejected:
+        except InvalidEventError as rejected:
             raise _RefusedError(422, str(rejected)) from None
         return JSONResponse({"result": result.value})
 

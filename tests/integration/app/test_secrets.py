@@ -20,7 +20,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc.contrib.demo.temp_server import Server, free_port
+from cdc.contrib.demo.temp_server import TempServer, free_port
 from cdc.core.router import Router
 from cdc.postgres import grants, migrations
 from cdc.postgres.connect import connect
@@ -48,7 +48,7 @@ def fails_in_a_thread(change: cdc.Change, connection: psycopg.Connection) -> Non
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server() -> Iterator[TempServer]:
     """Over TCP it asks for passwords."""
     with new_server(tcp=True) as running:
         with psycopg.connect(running.dsn(), autocommit=True) as admin:
@@ -63,7 +63,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def db(server: Server) -> Iterator[psycopg.Connection]:
+def db(server: TempServer) -> Iterator[psycopg.Connection]:
     with psycopg.connect(server.dsn(DATABASE), autocommit=True) as connection:
         yield connection
 
@@ -190,7 +190,7 @@ def _everything_seen(db: psycopg.Connection, running: Running) -> str:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_running_consumer_shows_its_password_nowhere(
-    server: Server, db: psycopg.Connection, tmp_path: Path, way: str
+    server: TempServer, db: psycopg.Connection, tmp_path: Path, way: str
 ) -> None:
     _set_password(db, PASSWORD)
     handed = WAYS[way](server.port, tmp_path)
@@ -216,7 +216,7 @@ def test_a_running_consumer_shows_its_password_nowhere(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_command_prints_a_password(server: Server, db: psycopg.Connection, tmp_path: Path, way: str) -> None:
+def test_no_command_prints_a_password(server: TempServer, db: psycopg.Connection, tmp_path: Path, way: str) -> None:
     _set_password(db, PASSWORD)
     handed = WAYS[way](server.port, tmp_path)
     if handed.options[2:]:
@@ -234,7 +234,7 @@ def test_no_command_prints_a_password(server: Server, db: psycopg.Connection, tm
     ["%41", "100%", "a@b@c", "a/b", "a?b", "a#b", "it's", 'say "so"', "a b  c", " a", "\\", "a\\'b", "=", "a=b c=d",
      "$HOME", "{}", "%s", "ünïcödé", "密码", "Å", "password=x", "host=elsewhere", "[::1]", "a,b", "a&b", ";", "\t"],
 )  # fmt: skip
-def test_every_character_may_be_in_a_password(server: Server, db: psycopg.Connection, password: str) -> None:
+def test_every_character_may_be_in_a_password(server: TempServer, db: psycopg.Connection, password: str) -> None:
     _set_password(db, password)
     for dsn in (_url(server.port, password), _words(server.port, password)):
         with connect(dsn, application_name="test") as connection:
@@ -306,7 +306,7 @@ def _made_ready(handed: Handed, port: int, closed: int, folder: Path) -> Handed:
 
 @pytest.mark.parametrize(("given", "ends_with"), MISTAKES.values(), ids=MISTAKES)
 def test_whatever_is_wrong_the_message_does_not_quote_the_password(
-    server: Server, db: psycopg.Connection, tmp_path: Path, given: Handed, ends_with: int
+    server: TempServer, db: psycopg.Connection, tmp_path: Path, given: Handed, ends_with: int
 ) -> None:
     _set_password(db, PASSWORD)
     with socket.socket() as closed:  # bound, and not listening: nobody else can take the port meanwhile

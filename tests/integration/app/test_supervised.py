@@ -18,7 +18,7 @@ from cdc.engine import stats_poller
 from cdc.engine.health_checks import LoopWatch
 from cdc.engine.hooks import Hooks
 from cdc.engine.retention import Pruning
-from cdc.engine.stats_poller import Collector
+from cdc.engine.stats_poller import StatsPoller
 from cdc.postgres.notify import Listener, Relay
 from cdc.replication.stream import Stream
 from cdc.runtime import supervisor
@@ -59,7 +59,7 @@ async def test_a_payload_nested_too_deep_to_read_is_a_bell_like_any_other(
         ("retention", Pruning, "_round"),
         ("loop", LoopWatch, "run"),
         ("hooks", Hooks, "run"),
-        ("collector", Collector, "_outbox"),
+        ("collector", StatsPoller, "_outbox"),
         ("stream", Stream, "_open"),
     ],
 )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from psycopg_pool import AsyncConnectionPool
 
 from cdc.contrib.whatsapp.adapter import Adapter, Result
-from cdc.contrib.whatsapp.events import RejectedError
+from cdc.contrib.whatsapp.events import InvalidEventError
 from cdc.postgres import migrations
 from tests.eventually import eventually_async
 
@@ -53,7 +53,7 @@ async def process(dsn: str, payloads: Sequence[object], size: int = 1) -> list[s
     async def one(adapter: Adapter, payload: object) -> str:
         try:
             return await adapter.process_webhook(payload, NOW)
-        except RejectedError:
+        except InvalidEventError:
             return "rejected"
 
     async with adapting(dsn, size) as adapter:

@@ -20,10 +20,10 @@ from psycopg.conninfo import make_conninfo
 
 from cdc import Router
 from cdc.cli import cdc
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.diagnostics.doctor import examine
 from cdc.diagnostics.facts import Subject
-from cdc.diagnostics.findings import Finding, Verdict
+from cdc.diagnostics.findings import Finding, Severity
 from cdc.postgres import migrations, tracking
 from cdc.postgres.shard_locks import lock_class
 from cdc.replication import slots, wal2json
@@ -51,7 +51,7 @@ def findings(dsn: str, *options: str) -> dict[str, dict[str, Any]]:
 def troubles(dsn: str, *options: str) -> dict[str, str]:
     """What fails or warns: id to verdict."""
     return {
-        name: each["verdict"] for name, each in findings(dsn, *options).items() if each["verdict"] in ("fail", "warn")
+        name: each["severity"] for name, each in findings(dsn, *options).items() if each["severity"] in ("fail", "warn")
     }
 
 
@@ -66,9 +66,9 @@ def apply(dsn: str, script: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def well() -> Iterator[Server]:
+def well() -> Iterator[TempServer]:
     """A server on which nothing is left to be mended."""
-    with Server(durable=False, settings={"max_slot_wal_keep_size": "1GB"}) as server:
+    with TempServer(durable=False, settings={"max_slot_wal_keep_size": "1GB"}) as server:
         yield server
 
 
@@ -80,7 +80,7 @@ def closed(db: psycopg.Connection, sender: str) -> None:
 
 
 @pytest.fixture
-def shop(well: Server) -> Iterator[str]:
+def shop(well: TempServer) -> Iterator[str]:
     """The DSN of a database of the test's own, with an outbox whose owner is no superuser and a tracked table in it."""
     name = f"shop_{uuid.uuid4().hex[:8]}"
     owner = sql.Identifier(f"{name}_owner")
@@ -132,7 +132,7 @@ def test_where_all_is_well_it_ends_with_0_and_leaves_nothing_behind(shop: str, d
     result = run(shop, "--handlers", "tests.handlers:router")
     assert result.exit_code == 0
     verdicts = {line.split()[1]: line.split()[0] for line in result.stdout.splitlines() if not line.startswith(" ")}
-    assert {name for name, verdict in verdicts.items() if verdict != "ok"} <= {"publication", "unrouted"}
+    assert {name for name, severity in verdicts.items() if severity != "ok"} <= {"publication", "unrouted"}
     left = "SELECT FROM pg_replication_slots WHERE database = current_database()"
     eventually(lambda: not db.execute(left).fetchall(), what="the session that had the temporary slot is gone")
     assert db.execute("SELECT count(*) FROM pg_publication").fetchone() == (0,)
@@ -141,8 +141,8 @@ def test_where_all_is_well_it_ends_with_0_and_leaves_nothing_behind(shop: str, d
 
 def test_json_has_the_id_the_verdict_the_detail_and_the_remedies_of_each_check(shop: str) -> None:
     found = findings(shop)
-    assert {frozenset(each) for each in found.values()} == {frozenset({"id", "verdict", "detail", "remedies"})}
-    assert {each["verdict"] for each in found.values()} <= {"ok", "warn", "fail", "skip"}
+    assert {frozenset(each) for each in found.values()} == {frozenset({"id", "severity", "detail", "remedies"})}
+    assert {each["severity"] for each in found.values()} <= {"ok", "warn", "fail", "skip"}
     assert f"{servers.preferred_plugin()} has decoded a message" in found["plugin"]["detail"]
 
 
@@ -152,7 +152,7 @@ def test_pgoutput_is_proven_as_well_and_asks_for_its_publication(shop: str, db: 
     options = ("--slot-plugin", "pgoutput", "--stream-dsn", make_conninfo(shop, user=role))
     found = findings(shop, *options)
     assert found["plugin"]["detail"] == "pgoutput has decoded a message"
-    assert found["publication"]["verdict"] == "fail"
+    assert found["publication"]["severity"] == "fail"
     apply(shop, run(shop, *options, "--fix").stdout)
     assert troubles(shop, *options) == {}
     db.execute("DROP PUBLICATION cdc_public; CREATE PUBLICATION cdc_public FOR TABLE tasks")
@@ -168,20 +168,20 @@ def test_warnings_count_when_one_is_strict(shop: str, db: psycopg.Connection) ->
 
 @pytest.mark.server
 def test_a_server_as_it_is_installed_is_examined_and_mended() -> None:
-    with Server(durable=False) as server:
+    with TempServer(durable=False) as server:
         apply(server.dsn(), run(server.dsn(), "--fix").stdout)
         left = troubles(server.dsn())
         left.pop("version", None)  # a version that is maintained no more
         assert left == {"message-senders": "warn", "triggers": "warn"}
         assert "has decoded a message" in findings(server.dsn())["plugin"]["detail"]
         apply(server.dsn(), run(server.dsn(), "--fix").stdout)
-        assert findings(server.dsn())["message-senders"]["verdict"] == "ok"
+        assert findings(server.dsn())["message-senders"]["severity"] == "ok"
 
 
 # The server
 
 
-def test_a_server_that_cannot_be_reached_is_a_finding_and_no_error(well: Server) -> None:
+def test_a_server_that_cannot_be_reached_is_a_finding_and_no_error(well: TempServer) -> None:
     result = run(make_conninfo(well.dsn("nosuch"), password=PASSWORD))
     assert result.exit_code == 1
     first, second, *_ = result.stdout.splitlines()
@@ -192,11 +192,11 @@ def test_a_server_that_cannot_be_reached_is_a_finding_and_no_error(well: Server)
 
 def test_wal_that_is_not_logical_is_mended_by_the_script_and_a_restart() -> None:
     settings = {"wal_level": "replica", "max_slot_wal_keep_size": "-1"}
-    with Server(durable=False, settings=settings) as server:
+    with TempServer(durable=False, settings=settings) as server:
         dsn = server.dsn()
         found = findings(dsn)
-        assert {found[name]["verdict"] for name in ("wal-level", "slot-limits", "schema")} == {"fail"}
-        assert found["plugin"]["verdict"] == "skip"
+        assert {found[name]["severity"] for name in ("wal-level", "slot-limits", "schema")} == {"fail"}
+        assert found["plugin"]["severity"] == "skip"
         assert "restart" in found["wal-level"]["remedies"][1]
         apply(dsn, run(dsn, "--fix").stdout)
         server.restart()
@@ -206,37 +206,37 @@ def test_wal_that_is_not_logical_is_mended_by_the_script_and_a_restart() -> None
 
 def test_a_server_without_a_free_slot_or_walsender_names_who_has_them() -> None:
     settings = {"max_replication_slots": "1", "max_wal_senders": "1", "max_slot_wal_keep_size": "1GB"}
-    with Server(durable=False, settings=settings) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
+    with TempServer(durable=False, settings=settings) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
         db.execute("SELECT pg_create_physical_replication_slot('backup')")
         found = findings(server.dsn())
-        assert found["slots-free"]["verdict"] == "fail"
+        assert found["slots-free"]["severity"] == "fail"
         assert "backup" in found["slots-free"]["remedies"][1]
-        assert (found["plugin"]["verdict"], "see slots-free" in found["plugin"]["detail"]) == ("skip", True)
+        assert (found["plugin"]["severity"], "see slots-free" in found["plugin"]["detail"]) == ("skip", True)
         with psycopg.connect(server.dsn(), replication="true", autocommit=True):
             found = findings(server.dsn())
-        assert found["walsenders-free"]["verdict"] == found["stream-connect"]["verdict"] == "fail"
+        assert found["walsenders-free"]["severity"] == found["stream-connect"]["severity"] == "fail"
         apply(server.dsn(), run(server.dsn(), "--fix").stdout)
         server.restart()
-        assert findings(server.dsn())["slots-free"]["verdict"] == "ok"
+        assert findings(server.dsn())["slots-free"]["severity"] == "ok"
 
 
 def test_a_role_without_replication_is_told_how_to_get_it(shop: str, db: psycopg.Connection, role: str) -> None:
     weak = make_conninfo(shop, user=role)
     found = findings(shop, "--stream-dsn", weak)
     assert found["replication-role"]["remedies"][0] == f'ALTER ROLE "{role}" REPLICATION;'
-    assert found["stream-connect"]["verdict"] == found["plugin"]["verdict"] == "skip"
+    assert found["stream-connect"]["severity"] == found["plugin"]["severity"] == "skip"
     apply(shop, run(shop, "--stream-dsn", weak, "--fix").stdout)
     assert troubles(shop, "--stream-dsn", weak) == {}
 
 
 def test_a_standby_is_told_from_a_primary_and_nothing_is_tried_on_it() -> None:
-    with Server(durable=False) as server:
+    with TempServer(durable=False) as server:
         (server.data / "standby.signal").touch()
         server.restart()
         found = findings(server.dsn())
-    assert found["recovery"]["verdict"] == "fail"
+    assert found["recovery"]["severity"] == "fail"
     assert "target_session_attrs" in found["recovery"]["remedies"][0]
-    assert found["plugin"]["verdict"] == "skip"
+    assert found["plugin"]["severity"] == "skip"
 
 
 # The plugin
@@ -250,7 +250,7 @@ def asked(dsn: str, **fields: Any) -> dict[str, Finding]:
 def test_a_plugin_that_is_not_installed_is_told_from_a_role_and_a_list(shop: str, db: psycopg.Connection) -> None:
     allow(db, "nosuch")
     found = asked(shop, plugin="nosuch")["plugin"]
-    assert (found.verdict, "nosuch is not installed" in found.detail) == (Verdict.FAIL, True)
+    assert (found.severity, "nosuch is not installed" in found.detail) == (Severity.FAIL, True)
     assert "postgresql-NN-nosuch" in found.remedy
 
 
@@ -261,7 +261,7 @@ def test_a_plugin_that_swallows_our_messages_has_not_proven_anything(
     deaf = wal2json.plugin("entity_change:elsewhere")
     monkeypatch.setattr(wal2json, "plugin", lambda _prefix: deaf)
     found = asked(shop, plugin="wal2json")["plugin"]
-    assert (found.verdict, found.detail) == (Verdict.FAIL, "wal2json did not pass on a message")
+    assert (found.severity, found.detail) == (Severity.FAIL, "wal2json did not pass on a message")
 
 
 def test_an_open_write_transaction_that_delays_the_proof_is_named(shop: str) -> None:
@@ -269,7 +269,7 @@ def test_an_open_write_transaction_that_delays_the_proof_is_named(shop: str) -> 
         writer.execute("SELECT pg_current_xact_id()")
         pid = writer.info.backend_pid
         found = asked(shop, old_transaction_s=0.0)
-    assert found["plugin"].verdict == found["old-transactions"].verdict == Verdict.WARN
+    assert found["plugin"].severity == found["old-transactions"].severity == Severity.WARN
     for said in (found["plugin"].remedy, found["old-transactions"].detail):
         assert f"process {pid}" in said
         assert "nightly batch" in said
@@ -279,7 +279,7 @@ def test_an_open_write_transaction_that_delays_the_proof_is_named(shop: str) -> 
 
 def test_a_prepared_transaction_is_named_with_what_ends_it() -> None:
     with (
-        Server(durable=False, settings={"max_prepared_transactions": "2"}) as server,
+        TempServer(durable=False, settings={"max_prepared_transactions": "2"}) as server,
         psycopg.connect(server.dsn(), autocommit=True) as db,
     ):
         db.execute("BEGIN; SELECT pg_current_xact_id(); PREPARE TRANSACTION 'it''s left'")
@@ -297,7 +297,7 @@ def test_a_role_that_sees_no_ages_is_told_so_and_still_sees_who_writes(
         writer.execute("SELECT pg_current_xact_id()")
         found = findings(make_conninfo(shop, user=role), "--no-stream")["old-transactions"]
         assert f"process {writer.info.backend_pid}" in found["detail"]
-    assert found["verdict"] == "warn"
+    assert found["severity"] == "warn"
     assert "pg_read_all_stats" in found["remedies"][0]
 
 
@@ -307,17 +307,17 @@ def test_a_role_that_sees_no_ages_is_told_so_and_still_sees_who_writes(
 def test_another_programs_slot_under_our_name_is_not_touched(shop: str, db: psycopg.Connection, slot: str) -> None:
     db.execute("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", [slot])
     found = findings(shop, "--slot-name", slot)["slot"]
-    assert found["verdict"] == "fail"
+    assert found["severity"] == "fail"
     assert "test_decoding" in found["detail"]
     assert "pg_drop_replication_slot" not in run(shop, "--slot-name", slot, "--fix").stdout
 
 
 def test_another_databases_slot_under_our_name_is_a_failure(
-    well: Server, shop: str, db: psycopg.Connection, slot: str
+    well: TempServer, shop: str, db: psycopg.Connection, slot: str
 ) -> None:
     slots.create(db, slot)
     found = findings(well.dsn(), "--slot-name", slot)["slot"]
-    assert found["verdict"] == "fail"
+    assert found["severity"] == "fail"
     assert db.info.dbname in found["detail"]
 
 
@@ -327,25 +327,25 @@ def test_a_stranger_who_reads_our_slot_is_named(shop: str, db: psycopg.Connectio
         start = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 (\"format-version\" '2')").format(sql.Identifier(slot))
         reader.pgconn.exec_(start.as_bytes(None))
         found = findings(shop, "--slot-name", slot)
-        assert found["slot"]["verdict"] == "fail"
+        assert found["slot"]["severity"] == "fail"
         assert f"process {reader.info.backend_pid} (tailer)" in found["slot"]["detail"]
-        assert found["walsenders-free"]["verdict"] == "ok"
+        assert found["walsenders-free"]["severity"] == "ok"
     eventually(lambda: not slots.status(db, slot).active)
 
 
 def test_a_lost_slot_is_found_and_the_script_makes_room_for_a_new_one() -> None:
     settings = {"max_slot_wal_keep_size": "1MB", "min_wal_size": "32MB", "max_wal_size": "32MB"}
-    with Server(durable=False, settings=settings) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
+    with TempServer(durable=False, settings=settings) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
         slots.create(db, "cdc")
         lose(db, "cdc")
         found = findings(server.dsn())
-        assert found["slot"]["verdict"] == "fail"
+        assert found["slot"]["severity"] == "fail"
         assert "cdc slot recreate cdc" in found["slot"]["remedies"][1]
-        assert found["slot-limits"]["verdict"] == "warn"
+        assert found["slot-limits"]["severity"] == "warn"
         apply(server.dsn(), run(server.dsn(), "--fix").stdout)
         assert slots.snapshot(db, "cdc") is None
         found = findings(server.dsn())
-        assert found["slot"]["verdict"] == found["slot-limits"]["verdict"] == "ok"
+        assert found["slot"]["severity"] == found["slot-limits"]["severity"] == "ok"
 
 
 # The outbox
@@ -353,20 +353,20 @@ def test_a_lost_slot_is_found_and_the_script_makes_room_for_a_new_one() -> None:
 
 def test_an_outbox_that_is_elsewhere_is_pointed_out(shop: str, db: psycopg.Connection) -> None:
     found = findings(shop, "--schema", "events")
-    assert found["schema"]["verdict"] == "fail"
+    assert found["schema"]["severity"] == "fail"
     assert "there is one in public" in found["schema"]["detail"]
     migrations.install(db, "events")
-    assert findings(shop)["outboxes"]["verdict"] == "warn"
-    assert findings(shop, "--slot-name", "shop")["outboxes"]["verdict"] == "ok"
+    assert findings(shop)["outboxes"]["severity"] == "warn"
+    assert findings(shop, "--slot-name", "shop")["outboxes"]["severity"] == "ok"
 
 
 def test_an_older_outbox_is_brought_up_to_date_by_the_script(shop: str, db: psycopg.Connection) -> None:
     db.execute("DELETE FROM cdc_migrations WHERE version = 3; DROP VIEW recent_action_history")
     found = findings(shop)["schema"]
-    assert (found["verdict"], "0003 views" in found["detail"]) == ("fail", True)
+    assert (found["severity"], "0003 views" in found["detail"]) == ("fail", True)
     assert found["remedies"] == [f"cdc db upgrade, as {db.info.dbname}_owner"]
     apply(shop, run(shop, "--fix").stdout)
-    assert findings(shop)["schema"]["verdict"] == "ok"
+    assert findings(shop)["schema"]["severity"] == "ok"
 
 
 def test_a_trigger_that_is_disabled_is_enabled_by_the_script(shop: str, db: psycopg.Connection) -> None:
@@ -375,7 +375,7 @@ def test_a_trigger_that_is_disabled_is_enabled_by_the_script(shop: str, db: psyc
     tracking.track(db, "public", '"Odd One"')
     db.execute('ALTER TABLE tasks DISABLE TRIGGER "#cdc_capture"; ALTER TABLE odd_1 DISABLE TRIGGER "#cdc_capture"')
     found = findings(shop)["triggers"]
-    assert found["verdict"] == "fail"
+    assert found["severity"] == "fail"
     assert "tasks" in found["detail"]
     assert "odd_1" in found["detail"]
     assert 'ALTER TABLE "public"."tasks" ENABLE TRIGGER "#cdc_capture";' in found["remedies"]
@@ -386,7 +386,7 @@ def test_a_trigger_that_is_disabled_is_enabled_by_the_script(shop: str, db: psyc
 def test_a_key_column_that_is_gone_is_named_before_the_next_write_fails(shop: str, db: psycopg.Connection) -> None:
     db.execute("ALTER TABLE tasks RENAME id TO task_id")
     found = findings(shop)["triggers"]
-    assert (found["verdict"], "tasks has no column id" in found["detail"]) == ("fail", True)
+    assert (found["severity"], "tasks has no column id" in found["detail"]) == ("fail", True)
 
 
 @pytest.mark.parametrize("lacking", ["schema", "select", "column", "shards"])
@@ -425,9 +425,9 @@ def test_a_capture_function_that_everybody_may_call_is_shut_by_the_script(shop: 
 
 def test_a_table_that_autovacuum_leaves_out_is_put_back(shop: str, db: psycopg.Connection) -> None:
     db.execute("ALTER TABLE entity_changes SET (autovacuum_enabled = off)")
-    assert findings(shop)["autovacuum"]["verdict"] == "fail"
+    assert findings(shop)["autovacuum"]["severity"] == "fail"
     apply(shop, run(shop, "--fix").stdout)
-    assert findings(shop)["autovacuum"]["verdict"] == "ok"
+    assert findings(shop)["autovacuum"]["severity"] == "ok"
 
 
 def test_a_stranger_that_holds_shards_is_named_and_not_ended(shop: str, db: psycopg.Connection) -> None:
@@ -436,7 +436,7 @@ def test_a_stranger_that_holds_shards_is_named_and_not_ended(shop: str, db: psyc
             "SELECT pg_advisory_lock(%s, shard) FROM generate_series(3, 5) AS shard", [lock_class("public")]
         )
         found = findings(shop)["shard-holders"]
-        assert found["verdict"] == "fail"
+        assert found["severity"] == "fail"
         assert f"process {stranger.info.backend_pid} (batch, role {stranger.info.user}): 3" in found["detail"]
         apply(shop, run(shop, "--fix").stdout)
         assert stranger.execute("SELECT 1").fetchone() == (1,)
@@ -453,7 +453,7 @@ async def test_a_consumer_at_work_is_found_well_and_seen_at_its_shards_and_its_s
 
         await eventually_async(at_work, what="it has all shards and streams")
         found = await asyncio.to_thread(asked, shop, slot=slot, handles=lambda *_: True)
-    assert {each.check for each in found.values() if each.verdict in (Verdict.FAIL, Verdict.WARN)} == set()
+    assert {each.check for each in found.values() if each.severity in (Severity.FAIL, Severity.WARN)} == set()
     assert found["shard-holders"].detail == "64 of 64 shards are held; consumers: 1"
     assert "read by process" in found["slot"].detail
 
@@ -473,15 +473,15 @@ def test_a_backlog_and_dead_letters_are_warned_of(shop: str, db: psycopg.Connect
 
 def test_handlers_that_do_not_load_are_a_finding(shop: str) -> None:
     found = findings(shop, "--handlers", "tests.nosuch:router")["handlers"]
-    assert (found["verdict"], "tests.nosuch" in found["detail"]) == ("fail", True)
+    assert (found["severity"], "tests.nosuch" in found["detail"]) == ("fail", True)
 
 
-@pytest.mark.parametrize(("wanted", "verdict"), [([], "ok"), (["--type", "task"], "ok"), (["--type", "order"], "warn")])
-def test_what_is_captured_and_not_delivered_is_warned_of(wanted: list[str], verdict: str, shop: str) -> None:
+@pytest.mark.parametrize(("types", "severity"), [([], "ok"), (["--type", "task"], "ok"), (["--type", "order"], "warn")])
+def test_what_is_captured_and_not_delivered_is_warned_of(types: list[str], severity: str, shop: str) -> None:
     with psycopg.connect(shop, autocommit=True) as db:
         tracking.untrack(db, "public", "tasks")
         tracking.track(db, "public", "tasks", entity_type="task")
-    assert findings(shop, "--deliver-to", "http://127.0.0.1:3000/", *wanted)["unrouted"]["verdict"] == verdict
+    assert findings(shop, "--deliver-to", "http://127.0.0.1:3000/", *types)["unrouted"]["severity"] == severity
 
 
 def test_a_settings_file_with_a_dsn_that_everybody_may_read_is_warned_of(shop: str, tmp_path: Path) -> None:
@@ -489,14 +489,14 @@ def test_a_settings_file_with_a_dsn_that_everybody_may_read_is_warned_of(shop: s
     file.write_text(f"dsn = {json.dumps(make_conninfo(shop, password=PASSWORD))}\n")
     file.chmod(0o644)
 
-    def verdict() -> str:
+    def severity() -> str:
         result = CliRunner().invoke(cdc, ["doctor", "--json", "--no-stream", "--config", str(file)])
         assert PASSWORD not in result.output
-        return str({each["id"]: each for each in json.loads(result.stdout)["findings"]}["config"]["verdict"])
+        return str({each["id"]: each for each in json.loads(result.stdout)["findings"]}["config"]["severity"])
 
-    assert verdict() == "warn"
+    assert severity() == "warn"
     file.chmod(stat.S_IRUSR)
-    assert verdict() == "ok"
+    assert severity() == "ok"
 
 
 def test_a_stream_that_is_switched_off_is_not_examined_but_a_slot_that_was_left_behind_is(
@@ -504,7 +504,7 @@ def test_a_stream_that_is_switched_off_is_not_examined_but_a_slot_that_was_left_
 ) -> None:
     found = findings(shop, "--no-stream", "--slot-name", slot)
     of_the_stream = ("wal-level", "stream-connect", "plugin", "replication-role", "slot", "slot-limits")
-    assert {found[name]["verdict"] for name in of_the_stream} == {"skip"}
+    assert {found[name]["severity"] for name in of_the_stream} == {"skip"}
     slots.create(db, slot)
     found = findings(shop, "--no-stream", "--slot-name", slot)
     assert "read by nobody" in found["slot"]["detail"]

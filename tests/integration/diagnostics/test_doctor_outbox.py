@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.postgres import migrations, tracking
 from tests.integration.diagnostics.test_doctor import BLIND, apply, db, findings, role, run, shop, troubles, well
 from tests.integration.postgres.test_tracking_again import done, invoke, tracked
@@ -23,7 +23,7 @@ def unstreamed(dsn: str, *options: str) -> dict[str, str]:
     return {name: each for name, each in troubles(dsn, "--no-stream", *options).items() if name not in BLIND}
 
 
-def test_before_the_installation_it_is_said_once_and_not_in_the_words_of_the_server(well: Server) -> None:
+def test_before_the_installation_it_is_said_once_and_not_in_the_words_of_the_server(well: TempServer) -> None:
     with psycopg.connect(well.dsn(), autocommit=True) as admin:
         admin.execute("CREATE DATABASE not_installed")
         try:
@@ -33,7 +33,7 @@ def test_before_the_installation_it_is_said_once_and_not_in_the_words_of_the_ser
             admin.execute("DROP DATABASE not_installed WITH (FORCE)")
     assert result.exit_code == 1
     assert "42P01" not in result.output
-    assert [name for name, each in found.items() if each["verdict"] == "fail"] == ["schema"]
+    assert [name for name, each in found.items() if each["severity"] == "fail"] == ["schema"]
     assert {found[name]["detail"] for name in ("backlog", "triggers", "grants", "sequence")} == {
         "there is no outbox: see schema"
     }
@@ -48,7 +48,7 @@ def test_what_nobody_could_look_at_is_unknown_and_no_good_end(shop: str, db: psy
     assert result.exit_code == 1
     assert "1 unknown" in result.stderr
     found = findings(weak, "--no-stream")["sequence"]
-    assert found["verdict"] == "unknown"
+    assert found["severity"] == "unknown"
     assert "GRANT SELECT ON SEQUENCE public.entity_changes_seq_seq" in found["remedies"][0]
 
 
@@ -70,7 +70,7 @@ def test_an_owner_of_the_function_that_may_not_write_the_outbox_fails(
     captures = sql.Identifier(f"cdc_capture_{db.info.dbname}_public")
     db.execute(sql.SQL(broken).format(captures=captures, owner=sql.Identifier(f"{db.info.dbname}_owner")))
     found = findings(shop, "--no-stream")["capture-function"]
-    assert (found["verdict"], lacking in found["detail"]) == ("fail", True), found
+    assert (found["severity"], lacking in found["detail"]) == ("fail", True), found
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         db.execute("INSERT INTO tasks VALUES (1)")
 
@@ -86,7 +86,7 @@ def test_who_may_send_messages_is_told_and_the_script_leaves_it_to_those_who_hav
     for (message,) in db.execute(messages).fetchall():
         db.execute(opened.format(sql.SQL(message), sql.Identifier(captures)))
     weak = make_conninfo(shop, user=role)
-    assert findings(weak)["message-senders"]["verdict"] == "warn"
+    assert findings(weak)["message-senders"]["severity"] == "warn"
     apply(shop, run(shop, "--no-stream", "--fix").stdout)
     db.execute("INSERT INTO tasks VALUES (1)")
     with psycopg.connect(weak, autocommit=True) as connection:
@@ -94,19 +94,19 @@ def test_who_may_send_messages_is_told_and_the_script_leaves_it_to_those_who_hav
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute(shout.format(value))
     found = findings(weak)
-    assert found["message-senders"]["verdict"] == "ok"
+    assert found["message-senders"]["severity"] == "ok"
     assert captures in found["message-senders"]["detail"]
     # Without the right itself, the doctor says what it could prove.
-    assert (found["plugin"]["verdict"], "may not send it a message" in found["plugin"]["detail"]) == ("ok", True)
+    assert (found["plugin"]["severity"], "may not send it a message" in found["plugin"]["detail"]) == ("ok", True)
 
 
 def test_row_level_security_on_the_outbox_fails_for_whom_it_goes(shop: str, db: psycopg.Connection, role: str) -> None:
     weak = make_conninfo(shop, user=role)
     apply(shop, run(weak, "--no-stream", "--fix").stdout)
     db.execute("ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY")
-    assert findings(shop, "--no-stream")["row-security"]["verdict"] == "ok"
+    assert findings(shop, "--no-stream")["row-security"]["severity"] == "ok"
     found = findings(weak, "--no-stream")["row-security"]
-    assert found["verdict"] == "fail"
+    assert found["severity"] == "fail"
     assert found["remedies"][0] == "ALTER TABLE public.entity_changes DISABLE ROW LEVEL SECURITY;"
     assert f'ALTER ROLE "{role}" BYPASSRLS' in found["remedies"][1]
     assert run(weak, "--no-stream").exit_code == 1
@@ -124,9 +124,9 @@ def test_who_reads_the_outbox_by_default_privileges_is_named_and_put_out(shop: s
         migrations.install(admin, "public")
         tracking.track(admin, "public", "tasks")
     found = findings(shop, "--no-stream")["readers"]
-    assert (found["verdict"], f"{role} (by default privileges)" in found["detail"]) == ("warn", True)
+    assert (found["severity"], f"{role} (by default privileges)" in found["detail"]) == ("warn", True)
     apply(shop, run(shop, "--no-stream", "--fix").stdout)
-    assert findings(shop, "--no-stream")["readers"]["verdict"] == "ok"
+    assert findings(shop, "--no-stream")["readers"]["severity"] == "ok"
 
 
 @pytest.mark.parametrize("granted", [["--consumer"], ["--readonly"], ["--payload", "--readonly"]])
@@ -135,16 +135,16 @@ def test_who_was_granted_what_is_meant_to_read_the_outbox_is_named_and_no_troubl
 ) -> None:
     done(shop, "db", "grant", *granted, role)
     found = findings(shop, "--no-stream")["readers"]
-    assert found["verdict"] == "ok"
+    assert found["severity"] == "ok"
     assert (role in found["detail"]) == (granted != ["--readonly"])
 
 
 def test_everybody_is_named_among_the_readers(shop: str, db: psycopg.Connection) -> None:
     db.execute("GRANT SELECT (new_data) ON entity_changes TO PUBLIC")
     found = findings(shop, "--no-stream")["readers"]
-    assert (found["verdict"], found["detail"].endswith(": PUBLIC")) == ("warn", True)
+    assert (found["severity"], found["detail"].endswith(": PUBLIC")) == ("warn", True)
     apply(shop, run(shop, "--no-stream", "--fix").stdout)
-    assert findings(shop, "--no-stream")["readers"]["verdict"] == "ok"
+    assert findings(shop, "--no-stream")["readers"]["severity"] == "ok"
 
 
 STATES = {
@@ -166,14 +166,14 @@ def test_a_sequence_that_was_left_behind_is_found_and_set_right(
         db.execute(STATES[state].encode())
     db.execute("SELECT setval('entity_changes_seq_seq', 10)")
     found = findings(shop, "--no-stream")["sequence"]
-    assert (found["verdict"], "is 10, and there is a change 902" in found["detail"]) == ("fail", True)
+    assert (found["severity"], "is 10, and there is a change 902" in found["detail"]) == ("fail", True)
     if mend == "--fix":
         apply(shop, run(shop, "--no-stream", "--fix").stdout)
     else:
         owner = f"{db.info.dbname}_owner"
         said = invoke(make_conninfo(shop, options=f"-c role={owner}"), "db", mend)
         assert "goes on behind the highest number; it was at 10" in said.output
-    assert findings(shop, "--no-stream")["sequence"]["verdict"] == "ok"
+    assert findings(shop, "--no-stream")["sequence"]["severity"] == "ok"
     db.execute("INSERT INTO tasks VALUES (3)")
     assert db.execute("SELECT max(seq) FROM entity_changes").fetchone() == (903,)
 
@@ -184,7 +184,7 @@ def test_a_column_that_was_to_be_left_out_and_was_renamed_fails(shop: str, db: p
     assert unstreamed(shop) == {}
     db.execute("ALTER TABLE tasks RENAME card TO pan")
     found = findings(shop, "--no-stream")["triggers"]
-    assert (found["verdict"], "no column card, which is to be left out" in found["detail"]) == ("fail", True)
+    assert (found["severity"], "no column card, which is to be left out" in found["detail"]) == ("fail", True)
     assert "cdc track public.tasks --exclude COLUMNS" in found["remedies"][0]
     tracking.track(db, "public", "tasks", exclude=["pan"])
     assert unstreamed(shop) == {}
@@ -198,7 +198,7 @@ def test_a_trigger_whose_options_cannot_be_read_fails(shop: str, db: psycopg.Con
         .format(sql.Literal(options))
     )  # fmt: skip
     found = findings(shop, "--no-stream")["triggers"]
-    assert (found["verdict"], "every write to public.odd fails" in found["detail"]) == ("fail", True)
+    assert (found["severity"], "every write to public.odd fails" in found["detail"]) == ("fail", True)
     done(shop, "track", "odd", "--replace")
     assert unstreamed(shop) == {}
 
@@ -218,10 +218,10 @@ def test_rows_that_are_captured_twice_fail(shop: str, db: psycopg.Connection) ->
     assert unstreamed(shop) == {}
     db.execute(by_hand.format("c", "INSERT OR UPDATE", "odd_1").encode())
     found = findings(shop, "--no-stream")["captured-twice"]
-    assert (found["verdict"], "by a of public.odd and by c of public.odd_1" in found["detail"]) == ("fail", True)
+    assert (found["severity"], "by a of public.odd and by c of public.odd_1" in found["detail"]) == ("fail", True)
     db.execute("DROP TRIGGER c ON odd_1")
     db.execute(by_hand.format("c", "UPDATE OR DELETE", "odd_1").encode())
-    assert findings(shop, "--no-stream")["captured-twice"]["verdict"] == "fail"
+    assert findings(shop, "--no-stream")["captured-twice"]["severity"] == "fail"
 
 
 def test_a_trigger_that_fires_before_a_documented_one_is_named_also_on_a_partition(
@@ -242,22 +242,25 @@ def test_a_trigger_that_fires_before_a_documented_one_is_named_also_on_a_partiti
     assert unstreamed(shop) == {}
     db.execute("CREATE TRIGGER aa AFTER INSERT ON odd_1 FOR EACH ROW EXECUTE FUNCTION mine()")
     found = findings(shop, "--no-stream")["trigger-order"]
-    assert (found["verdict"], "aa on public.odd_1 fires before track_task_changes" in found["detail"]) == ("warn", True)
+    assert (found["severity"], "aa on public.odd_1 fires before track_task_changes" in found["detail"]) == (
+        "warn",
+        True,
+    )
 
 
-@pytest.mark.parametrize(("wanted", "verdict"), [("tasks", "warn"), ("task", "ok")])
+@pytest.mark.parametrize(("wanted", "severity"), [("tasks", "warn"), ("task", "ok")])
 def test_a_type_by_the_name_of_its_table_is_missed_where_no_handler_wants_it(
-    shop: str, db: psycopg.Connection, wanted: str, verdict: str, tmp_path: Path
+    shop: str, db: psycopg.Connection, wanted: str, severity: str, tmp_path: Path
 ) -> None:
     found = findings(shop, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", wanted)["unrouted"]
-    assert found["verdict"] == verdict
+    assert found["severity"] == severity
     db.execute("ALTER TABLE tasks RENAME TO jobs")
     found = findings(shop, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", wanted)["unrouted"]
-    assert (found["verdict"], "jobs INSERT" in found["detail"]) == ("warn", True)
+    assert (found["severity"], "jobs INSERT" in found["detail"]) == ("warn", True)
 
 
 @pytest.fixture
-def latin(well: Server) -> Iterator[str]:
+def latin(well: TempServer) -> Iterator[str]:
     with psycopg.connect(well.dsn(), autocommit=True) as admin:
         admin.execute("CREATE DATABASE latin1 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
         with psycopg.connect(well.dsn("latin1"), autocommit=True, client_encoding="utf8") as connection:
@@ -270,5 +273,5 @@ def latin(well: Server) -> Iterator[str]:
 def test_names_in_a_database_of_another_encoding_are_no_fault(latin: str) -> None:
     done(latin, "track", "teil", "--type", "bestellübersicht", "--exclude", "prüfziffer")
     found = findings(latin, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", "bestellübersicht")
-    assert (found["triggers"]["verdict"], found["unrouted"]["verdict"]) == ("ok", "ok")
+    assert (found["triggers"]["severity"], found["unrouted"]["severity"]) == ("ok", "ok")
     assert json.dumps(tracked(latin), ensure_ascii=False).count("größe") == 1

@@ -15,7 +15,7 @@ from psycopg import sql
 import cdc
 from cdc.cli import cdc as root_command
 from cdc.core.router import Router
-from cdc.diagnostics.status import glance
+from cdc.diagnostics.status import summarize
 from cdc.postgres.admin import OutboxAdmin
 from tests import handlers_page, servers
 from tests.eventually import eventually_async
@@ -49,7 +49,7 @@ def test_of_an_empty_outbox_without_consumers_it_says_just_that(outbox: str) -> 
     assert "there is none named nosuch" in shown
     assert "every change is processed" in shown
     found = data(outbox, "--slot-name", "nosuch")
-    assert (found["members"], found["slot"], found["verdict"]) == ([], None, None)
+    assert (found["members"], found["slot"], found["health"]) == ([], None, None)
 
 
 async def test_it_tells_who_works_how_fast_what_waits_and_the_slot_and_no_row_content(
@@ -63,7 +63,7 @@ async def test_it_tells_who_works_how_fast_what_waits_and_the_slot_and_no_row_co
 
         async def complete() -> Any:
             found = await asyncio.to_thread(data, outbox, "--slot-name", slot)
-            states = {letter["state"] for letter in found["outbox"]["letters"]}
+            states = {letter["state"] for letter in found["outbox"]["dead_letters"]}
             return found if states == {"dead", "waiting"} and (found["slot"] or {}).get("active") else None
 
         found = await eventually_async(complete, what="one died, one waits, the slot is read")
@@ -76,8 +76,8 @@ async def test_it_tells_who_works_how_fast_what_waits_and_the_slot_and_no_row_co
     assert f"1; 64 of 64 shards owned: 64 by process {pid}" in text
     assert "a second processed in the last minute" in text
     assert f"{slot} ({servers.preferred_plugin()}), read by process" in text
-    assert found["verdict"]["fine"]
-    assert {(each["entity_type"], each["error"]) for each in found["outbox"]["letters"]} == {
+    assert found["health"]["fine"]
+    assert {(each["entity_type"], each["error"]) for each in found["outbox"]["dead_letters"]} == {
         ("dying", "ValueError"), ("failing", "KeyError"),
     }  # fmt: skip
     assert SECRET not in text + json.dumps(found)
@@ -153,6 +153,6 @@ def test_neither_long_types_nor_many_make_the_answer_large(outbox: str, outbox_d
     outbox_db.execute("SELECT publish_change(repeat(chr(97 + n), 900), '1') FROM generate_series(0, 9) AS n")
     outbox_db.execute("SELECT publish_change('type ' || n, '1') FROM generate_series(1, 600) AS n")
     outbox_db.execute("UPDATE entity_changes SET dead_at = now() WHERE seq = (SELECT min(seq) FROM entity_changes)")
-    found = glance(outbox_db, OutboxAdmin("public"))
+    found = summarize(outbox_db, OutboxAdmin("public"))
     assert len(found.stats.types) <= 500
-    assert max(len(each.entity_type) for each in (*found.stats.types, *found.letters)) == 200
+    assert max(len(each.entity_type) for each in (*found.stats.types, *found.dead_letters)) == 200

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 import cdc
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core import lost_transactions
 from cdc.core.errors import NotFoundError
 from cdc.core.router import Router
@@ -245,7 +245,7 @@ async def test_shards_are_taken_and_given_when_nothing_is_in_the_way_any_more_an
 def small_disk() -> Iterator[tuple[str, SmallDisk]]:
     """The DSN of an outbox on a disk of its own."""
     try:
-        running = Server(durable=False)
+        running = TempServer(durable=False)
     except NotFoundError as missing:
         if os.environ.get("CDC_REQUIRE_PG"):
             raise

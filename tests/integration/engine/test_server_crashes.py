@@ -39,7 +39,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.01)
     monkeypatch.setattr(lost_transactions, "_PAUSE_MAX_S", 0.1)
     monkeypatch.setattr(consumer, "_RECONNECT_MAX_S", 0.2)
-    monkeypatch.setattr(consumer, "_LOOK_AT_SHARDS_S", 0.05)  # so soon a lost session is noticed
+    monkeypatch.setattr(consumer, "_POLL_SHARDS_S", 0.05)  # so soon a lost session is noticed
 
 
 def _asked(dsn: str, query: str) -> list[Any]:

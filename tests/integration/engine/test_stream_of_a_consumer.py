@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from cdc.app import application as composition
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import Change
 from cdc.core.router import Router
 from cdc.postgres import migrations
@@ -113,9 +113,9 @@ async def test_a_handler_that_blocks_the_event_loop_for_long_does_not_cost_the_s
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Server, Standby, str]]:
+def pair() -> Iterator[tuple[TempServer, Standby, str]]:
     """A primary with the outbox, its standby, and the DSN that leads to whichever of them takes writes."""
-    with Server(durable=False) as primary:
+    with TempServer(durable=False) as primary:
         with psycopg.connect(primary.dsn(), autocommit=True) as db:
             migrations.install(db, "public")
         with standing_by(primary) as (standby, dsn):
@@ -124,7 +124,7 @@ def pair() -> Iterator[tuple[Server, Standby, str]]:
 
 @pytest.mark.needs("pg_basebackup")
 async def test_after_a_failover_to_a_standby_without_the_slot_it_is_made_there_and_nothing_is_lost(
-    pair: tuple[Server, Standby, str],
+    pair: tuple[TempServer, Standby, str],
 ) -> None:
     primary, standby, dsn = pair
     router, seen = Router(), []

@@ -12,7 +12,7 @@ import pytest
 
 import cdc
 from cdc import testing
-from cdc.core.circuit_breaker import KEYS, PAUSE_MAX_S, State
+from cdc.core.circuit_breaker import KEYS, PAUSE_MAX_S, BreakerState
 from cdc.core.router import Router
 from cdc.engine.dispatcher import OtherTasks
 from tests.eventually import eventually_async
@@ -153,7 +153,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
         assert outbox_db.execute(_LONGEST_WAIT).fetchone() == (True,)
         clock.move(PAUSE_MAX_S)
         await _until(lambda: settled(outbox_db), "every change is processed")
-        assert breaker.state is State.CLOSED
+        assert breaker.state is BreakerState.CLOSED
     assert states(outbox_db) == {"processed": 360}
     assert outbox_db.execute("SELECT sum(error_count) FROM entity_changes").fetchone() == (0,)
     assert {change.attempt for change in outside.done} == {1}

@@ -50,8 +50,8 @@ async def test_a_type_without_a_handler_is_left_and_warned_of_once(
 ) -> None:
     _publish(outbox_db, "order", 3)
     async with consuming(outbox, _router(Counter(), *types), stream=False, poll_interval=0.05) as app:
-        app._collector._every_s = 0.05
-        app._collector.look_now()
+        app._stats_poller._every_s = 0.05
+        app._stats_poller.poll_now()
 
         async def told() -> bool:
             return metric(app.metrics.registry, "cdc_outbox_unhandled_changes") == 3
@@ -166,6 +166,6 @@ def test_the_types_that_wait_for_a_handler_are_named_by_stats_and_by_the_doctor(
     findings = json.loads(told("doctor", "--no-stream", "--json").stdout)["findings"]
     [found] = [each for each in findings if each["id"] == "unhandled"]
     expected = "skip" if unhandled is None else "warn" if unhandled else "ok"
-    assert found["verdict"] == expected
+    assert found["severity"] == expected
     for entity_type, count in (("refund", 3), ("other", 2)):
         assert (f"{count} of {entity_type}" in found["detail"]) == (entity_type in (unhandled or []))

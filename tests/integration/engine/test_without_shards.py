@@ -10,7 +10,7 @@ from cdc.core import rebalance
 from cdc.core.model import SHARDS
 from cdc.diagnostics import check_outbox as outbox_checks
 from cdc.diagnostics import inspect_outbox
-from cdc.diagnostics.findings import Verdict
+from cdc.diagnostics.findings import Severity
 from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
@@ -59,6 +59,6 @@ def test_doctor_names_a_consumer_that_holds_shards_and_says_nothing(
             what="it is silent",
         )
     finding = outbox_checks.shard_holders(seen)
-    assert finding.verdict is Verdict.WARN
+    assert finding.severity is Severity.WARN
     assert f"process {pid}: 64, for" in finding.detail
     assert f"pg_terminate_backend({pid})" in finding.remedy

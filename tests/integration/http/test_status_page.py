@@ -65,10 +65,10 @@ async def serving(dsn: str, router: Router, **settings: Any) -> AsyncIterator[tu
         yield app, port
 
 
-def look_now(app: App) -> None:
+def poll_now(app: App) -> None:
     """Also where the page's own figures are still resting."""
-    app._collector._glance_at = 0
-    app._collector.look_now()
+    app._stats_poller._summarize_at = 0
+    app._stats_poller.poll_now()
 
 
 def publish(db: psycopg.Connection, entity_type: str, key: str = "k", **data: Any) -> None:
@@ -84,9 +84,9 @@ async def test_it_shows_what_works_waits_and_died_and_no_row_content(
         publish(outbox_db, "failing", secret=SECRET)
 
         async def complete() -> Any:
-            look_now(app)
+            poll_now(app)
             shown = await asyncio.to_thread(figures, port)
-            dead = shown["outbox"] and [letter for letter in shown["outbox"]["letters"] if letter["state"] == "dead"]
+            dead = shown["outbox"] and [each for each in shown["outbox"]["dead_letters"] if each["state"] == "dead"]
             # The letters and the counts are two readings.
             counted = {(each["dead"], each["waiting"]) for each in shown["outbox"]["types"]} if dead else set()
             present = shown["slot"] and shown["slot"]["present"]
@@ -96,12 +96,12 @@ async def test_it_shows_what_works_waits_and_died_and_no_row_content(
         _, _, text = await asyncio.to_thread(ask, port, "/status.json")
     by_type = {each["entity_type"]: each for each in shown["outbox"]["types"]}
     assert (by_type["dying"]["dead"], by_type["failing"]["waiting"], by_type["failing"]["blocked"]) == (1, 1, 1)
-    assert {(each["state"], each["error"]) for each in shown["outbox"]["letters"]} == {
+    assert {(each["state"], each["error"]) for each in shown["outbox"]["dead_letters"]} == {
         ("dead", "ValueError"),
         ("waiting", "KeyError"),
     }
-    assert {re.sub(r" at .*", "", each["told"]) for each in shown["failures"]} == {"ValueError", "KeyError"}
-    assert shown["slot"]["verdict"]["fine"]
+    assert {re.sub(r" at .*", "", each["summary"]) for each in shown["failures"]} == {"ValueError", "KeyError"}
+    assert shown["slot"]["health"]["fine"]
     assert (shown["consumer"]["role"], shown["consumer"]["shards"]["owned"]) == ("streaming", 64)
     assert all(check["ok"] for check in shown["consumer"]["checks"])
     assert SECRET not in text
@@ -150,7 +150,7 @@ async def test_without_its_database_the_page_is_there_and_shows_no_old_figures(o
         with psycopg.connect(admin_dsn, autocommit=True) as admin:
             admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(sql.Identifier(name)))
             admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
-        look_now(app)
+        poll_now(app)
 
         async def gone() -> bool:
             return await outbox_of(port) is None
@@ -166,7 +166,7 @@ async def test_figures_that_cannot_be_read_go_and_the_metrics_stay(
     async with serving(outbox, Router(), stream=False) as (app, port):
         await eventually_async(lambda: outbox_of(port), what="a first reading")
         monkeypatch.setattr(OutboxAdmin, "stats", lambda self, connection, **bounds: connection.execute("SELECT 1/0"))
-        look_now(app)
+        poll_now(app)
 
         async def gone() -> bool:
             return await outbox_of(port) is None
@@ -196,7 +196,7 @@ async def test_what_takes_long_to_read_is_read_less_often_than_the_rest(
     async with serving(outbox, Router(), stream=False) as (app, _):
 
         async def often() -> bool:
-            app._collector.look_now()
+            app._stats_poller.poll_now()
             return len(quick) > 20
 
         await eventually_async(often, what="the metrics are read again and again")

@@ -12,7 +12,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.diagnostics import check_outbox as checks
 from cdc.diagnostics import inspect_outbox
-from cdc.diagnostics.findings import Verdict
+from cdc.diagnostics.findings import Severity
 from cdc.postgres import grants, migrations, tracking
 
 pytestmark = pytest.mark.server
@@ -205,7 +205,7 @@ def test_plain_writers_are_captured_by_a_role_that_may_do_only_that(db: psycopg.
     assert db.execute(attributes, [role]).fetchone() == (False, False, False)
     assert db.execute("SELECT has_schema_privilege(%s, 'public', 'CREATE')", [role]).fetchone() == (False,)
     finding = checks.capture_function(inspect_outbox.capture(db, "public"))
-    assert (finding.verdict, role in finding.detail) == (Verdict.OK, True)
+    assert (finding.severity, role in finding.detail) == (Severity.OK, True)
 
 
 def test_the_owner_may_upgrade_repair_grant_and_uninstall(db: psycopg.Connection, make: Make) -> None:
@@ -238,7 +238,7 @@ def test_who_may_make_no_role_is_told_what_an_administrator_runs(db: psycopg.Con
         migrations.install(session, owner)
         assert owner_of(db, "capture_entity_change", f'"{owner}"') == owner
         finding = checks.capture_function(inspect_outbox.capture(db, owner))
-        assert (finding.verdict, "also owns the outbox" in finding.detail) == (Verdict.WARN, True)
+        assert (finding.severity, "also owns the outbox" in finding.detail) == (Severity.WARN, True)
         [warning] = [each for each in said if "functions that capture" in each]
         statements = warning.partition("have an administrator run: ")[2].partition("; then run")[0]
         db.execute(statements.encode())
@@ -264,12 +264,12 @@ def test_a_role_of_this_name_that_may_do_more_is_not_taken(db: psycopg.Connectio
         assert owner_of(db, "capture_entity_change") == db.info.user
         assert "may do more than capture" in said[0]
         finding = checks.capture_function(inspect_outbox.capture(db, "public"))
-        assert finding.verdict == Verdict.WARN
+        assert finding.severity == Severity.WARN
         app = make("app")
         act(db, app, "CREATE TABLE orders (id int PRIMARY KEY)")
         tracking.track(db, "public", f"{app}.orders")
         finding = checks.capture_function(inspect_outbox.capture(db, "public"))
-        assert (finding.verdict, app in finding.detail) == (Verdict.FAIL, True)
+        assert (finding.severity, app in finding.detail) == (Severity.FAIL, True)
     finally:
         with suppress(errors.UndefinedObject):
             db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))

@@ -329,8 +329,8 @@ def test_the_doctor_finds_nothing_missing_for_the_consumers_role(
     report = run(as_(consumer, outbox), "doctor", "--json", "--slot-name", slot_name())
     found = {each["id"]: each for each in json.loads(report.stdout)["findings"]}
     for check in ("connect", "stream-connect", "replication-role", "plugin", "schema", "triggers", "grants", "backlog"):
-        assert found[check]["verdict"] == "ok", found[check]
-    skipped = {name: each["detail"] for name, each in found.items() if each["verdict"] == "skip"}
+        assert found[check]["severity"] == "ok", found[check]
+    skipped = {name: each["detail"] for name, each in found.items() if each["severity"] == "skip"}
     assert "permission" not in repr(skipped)
 
 

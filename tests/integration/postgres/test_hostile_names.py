@@ -17,7 +17,7 @@ from psycopg.conninfo import make_conninfo
 import cdc
 from cdc.app.application import App
 from cdc.cli import cdc as command
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.postgres import migrations
 from cdc.postgres.sql_files import load
 from tests import hijackers, servers
@@ -41,9 +41,9 @@ INSERT INTO public.orders VALUES (1, 'before')
 
 
 @pytest.fixture(scope="module")
-def hostile() -> Iterator[Server]:
+def hostile() -> Iterator[TempServer]:
     """A server with a database ``shop``, in whose schema ``public`` an intern has offered better matches."""
-    with Server(durable=False) as server:
+    with TempServer(durable=False) as server:
         with psycopg.connect(server.dsn(), autocommit=True) as admin:
             admin.execute("CREATE DATABASE shop")
             for statement in _PREPARE.split(";"):
@@ -58,7 +58,7 @@ def hostile() -> Iterator[Server]:
 class Shop:
     """The database, and what of it the intern has got hold of."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: TempServer) -> None:
         self._log = server.folder / "server.log"
         self._server = server
         self._seen = len(self._text())
@@ -84,12 +84,12 @@ class Shop:
 
 
 @pytest.fixture
-def shop(hostile: Server) -> Shop:
+def shop(hostile: TempServer) -> Shop:
     return Shop(hostile)
 
 
 @pytest.fixture(scope="module", params=["app", "postgres"])
-def owner(request: pytest.FixtureRequest, hostile: Server) -> Iterator[str]:
+def owner(request: pytest.FixtureRequest, hostile: TempServer) -> Iterator[str]:
     """Who installs and looks: an ordinary owner, and a superuser."""
     with psycopg.connect(hostile.dsn("shop", user=request.param), autocommit=True) as db:
         db.execute(_TABLES.encode())
@@ -226,7 +226,7 @@ async def test_nor_the_documented_application(shop: Shop, owner: str) -> None:
 
 
 def test_what_runs_on_a_handlers_connection_takes_nothing_of_its_path_even_before_the_servers_own(
-    hostile: Server, shop: Shop
+    hostile: TempServer, shop: Shop
 ) -> None:
     """The path is the application's there, and may name a schema before pg_catalog."""
     with psycopg.connect(shop.dsn("postgres"), autocommit=True) as db:

@@ -14,16 +14,16 @@ from psycopg.conninfo import make_conninfo
 import cdc
 from cdc.app import config
 from cdc.app.application import App
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.postgres import migrations
 from tests.eventually import eventually_async
 from tests.fix_consumer import metric, settled
 
 
 @pytest.fixture
-def guarded() -> Iterator[Server]:
+def guarded() -> Iterator[TempServer]:
     """A server that asks for a password, but not on its socket."""
-    with Server(durable=False, tcp=True) as running:
+    with TempServer(durable=False, tcp=True) as running:
         (running.data / "pg_hba.conf").write_text("local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
         running.restart()
         with psycopg.connect(running.dsn(), autocommit=True) as admin:
@@ -38,7 +38,7 @@ def set_password(admin: psycopg.Connection, file: Path, dsn: str, password: str)
 
 
 async def test_every_session_comes_back_with_the_new_one(
-    guarded: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guarded: TempServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router, file = cdc.Router(), tmp_path / "dsn"
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from psycopg import sql
 
 from cdc.cli import cdc as command
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import SchemaError
 from cdc.postgres import migrations, pinned
 from cdc.postgres.connect import connect, connect_async
@@ -22,7 +22,10 @@ _SETTABLE = "SELECT name FROM pg_catalog.pg_settings WHERE context = 'user'"
 @pytest.mark.parametrize("major", servers.MAJORS)
 def test_each_setting_that_a_session_may_have_is_pinned_or_has_a_reason_not_to_be(major: int) -> None:
     known = {*pinned.LIMITS, *pinned.PINNED, *pinned.NEWER, *" ".join(pinned.HARMLESS.values()).split()}
-    with Server(durable=False, binaries=servers.required(major)) as server, psycopg.connect(server.dsn()) as connection:
+    with (
+        TempServer(durable=False, binaries=servers.required(major)) as server,
+        psycopg.connect(server.dsn()) as connection,
+    ):
         connection.execute("LOAD 'plpgsql'")
         found = {name for (name,) in connection.execute(_SETTABLE)}
         assert found - known == set()

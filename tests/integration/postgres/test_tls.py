@@ -17,7 +17,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import NotFoundError
 from cdc.core.router import Router
 from cdc.postgres import grants, migrations
@@ -87,7 +87,7 @@ class Authority:
 class Secured:
     """A server that takes TCP connections with TLS only."""
 
-    server: Server
+    server: TempServer
     authority: Authority
     stranger: Authority
     """Has signed nothing that the server knows."""
@@ -121,7 +121,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
         for role in ROLES:
             each.issue(role)
     try:
-        server = Server(durable=False, tcp=True)
+        server = TempServer(durable=False, tcp=True)
     except NotFoundError as missing:
         _cannot(str(missing))
     with server:
@@ -129,7 +129,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
         yield Secured(server, authority, stranger)
 
 
-def _secure(server: Server, authority: Authority) -> None:
+def _secure(server: TempServer, authority: Authority) -> None:
     with psycopg.connect(server.dsn(), autocommit=True) as admin:
         if admin.execute("SHOW ssl_library").fetchone() == ("",):
             _cannot("this PostgreSQL was built without TLS")

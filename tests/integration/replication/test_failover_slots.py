@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import cdc
 from cdc.cli import cdc as root_command
 from cdc.contrib.demo.pg_binaries import find_installation
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import NotFoundError
 from cdc.engine import stats_poller
 from cdc.postgres import migrations
@@ -24,17 +24,17 @@ from tests.fix_stream import hears, ring, stream_of
 
 
 @pytest.fixture
-def modern() -> Iterator[Server]:
+def modern() -> Iterator[TempServer]:
     try:
         binaries = find_installation(18)
     except NotFoundError as missing:
         pytest.skip(str(missing))
-    with Server(durable=False, binaries=binaries, settings={"max_slot_wal_keep_size": "32MB"}) as running:
+    with TempServer(durable=False, binaries=binaries, settings={"max_slot_wal_keep_size": "32MB"}) as running:
         yield running
 
 
 @pytest.fixture
-def admin(modern: Server) -> Iterator[psycopg.Connection]:
+def admin(modern: TempServer) -> Iterator[psycopg.Connection]:
     with psycopg.connect(modern.dsn(), autocommit=True) as connection:
         migrations.install(connection, "public")
         slots.create(connection, "x", plugin="pgoutput", failover=True)
@@ -49,7 +49,7 @@ def absent_standby(admin: psycopg.Connection) -> None:
 
 
 def test_a_stream_that_would_be_deaf_goes_on_without_failover_and_says_so(
-    modern: Server, admin: psycopg.Connection, caplog: pytest.LogCaptureFixture
+    modern: TempServer, admin: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     absent_standby(admin)
     with stream_of(modern.dsn(), "x") as (_, heard):
@@ -59,14 +59,14 @@ def test_a_stream_that_would_be_deaf_goes_on_without_failover_and_says_so(
     assert "waits for the standby slots phys, which nobody reads" in caplog.text
 
 
-def test_where_it_may_not_change_the_slot_it_leaves_it(modern: Server, admin: psycopg.Connection) -> None:
+def test_where_it_may_not_change_the_slot_it_leaves_it(modern: TempServer, admin: psycopg.Connection) -> None:
     absent_standby(admin)
     with stream_of(modern.dsn(), "x", recreate_slot=False):
         assert slot_facts(admin, "x")["failover"] is True
 
 
 async def test_a_stream_that_becomes_deaf_is_mended_while_it_runs(
-    modern: Server, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    modern: TempServer, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(stats_poller, "_EVERY_S", 0.2)
     async with consuming(modern.dsn(), cdc.Router(), slot_name="x") as app:
@@ -79,39 +79,39 @@ async def test_a_stream_that_becomes_deaf_is_mended_while_it_runs(
         absent_standby(admin)
 
         async def mended() -> bool:
-            app._collector.look_now()
+            app._stats_poller.poll_now()
             return slot_facts(admin, "x")["failover"] is False
 
         await eventually_async(mended)
         await eventually_async(streams)
-    assert "not streaming (slot_deaf)" in caplog.text
+    assert "not streaming (standbys_away)" in caplog.text
 
 
 async def test_a_probe_names_it_where_it_may_not_be_mended(
-    modern: Server, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    modern: TempServer, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent_standby(admin)
     async with consuming(modern.dsn(), cdc.Router(), slot_name="x", slot_recreate=False) as app:
 
         async def told() -> bool:
-            app._collector.look_now()
-            return ("stream", True, "slot_deaf") in [(c.name, c.ok, c.detail) for c in app.readiness()]
+            app._stats_poller.poll_now()
+            return ("stream", True, "standbys_away") in [(c.name, c.ok, c.detail) for c in app.readiness()]
 
         await eventually_async(told)
     assert slot_facts(admin, "x")["failover"] is True
 
 
-def test_status_and_doctor_call_it_deaf(modern: Server, admin: psycopg.Connection) -> None:
+def test_status_and_doctor_call_it_deaf(modern: TempServer, admin: psycopg.Connection) -> None:
     absent_standby(admin)
     told = CliRunner().invoke(root_command, ["slot", "status", "x", "--dsn", modern.dsn()])
     assert told.exit_code == 1
-    assert "deaf: it is one for failover" in told.output
+    assert "waiting: it is one for failover" in told.output
     found = CliRunner().invoke(root_command, ["doctor", "--dsn", modern.dsn(), "--slot-name", "x", "--json"]).stdout
     [slot] = [each for each in json.loads(found)["findings"] if each["id"] == "slot"]
-    assert (slot["verdict"], "nobody reads phys" in slot["detail"]) == ("fail", True)
+    assert (slot["health"], "nobody reads phys" in slot["detail"]) == ("fail", True)
 
 
-def test_a_lost_slot_that_is_made_anew_stays_one_for_failover(modern: Server, admin: psycopg.Connection) -> None:
+def test_a_lost_slot_that_is_made_anew_stays_one_for_failover(modern: TempServer, admin: psycopg.Connection) -> None:
     lose(admin, "x")
     with stream_of(modern.dsn(), "x") as (stream, heard):
         assert stream.status.recreated == 1
@@ -126,7 +126,7 @@ def test_a_stream_that_is_led_to_a_standby_says_so_and_makes_no_slot_there(major
         binaries = find_installation(major)
     except NotFoundError as missing:
         pytest.skip(str(missing))
-    with Server(durable=False, binaries=binaries) as server:
+    with TempServer(durable=False, binaries=binaries) as server:
         (server.data / "standby.signal").touch()
         server.restart()
         with stream_of(server.dsn(), "x", wait=False) as (_, heard):
@@ -134,4 +134,4 @@ def test_a_stream_that_is_led_to_a_standby_says_so_and_makes_no_slot_there(major
         assert heard.reasons[0] == "in_recovery"
         done = CliRunner().invoke(root_command, ["doctor", "--dsn", server.dsn(), "--json"]).stdout
         [plugin] = [each for each in json.loads(done)["findings"] if each["id"] == "plugin"]
-        assert plugin["verdict"] == "skip"
+        assert plugin["health"] == "skip"

@@ -15,10 +15,10 @@ from psycopg.conninfo import make_conninfo
 import cdc
 from cdc.app.application import App
 from cdc.cli import cdc as command
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
+from cdc.core import reconnect
 from cdc.core.model import SHARDS
 from cdc.postgres import migrations
-from cdc.replication import lsn_tracker
 from tests import servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled
@@ -29,21 +29,21 @@ ALLOW = 'ALTER ROLE "{}" SET output_plugin_libraries = pgoutput, test_decoding, 
 
 
 @pytest.fixture(scope="module")
-def listing() -> Iterator[Server]:
+def listing() -> Iterator[TempServer]:
     """A server whose list is the one it comes with."""
-    with Server(durable=False, binaries=servers.required_with_list()) as server:
+    with TempServer(durable=False, binaries=servers.required_with_list()) as server:
         server.configure(output_plugin_libraries=DEFAULT)
         server.restart()
         yield server
 
 
 @pytest.fixture
-def admin_dsn(listing: Server) -> str:
+def admin_dsn(listing: TempServer) -> str:
     return listing.dsn()
 
 
 @pytest.fixture
-def role(listing: Server, database: str, db: psycopg.Connection, slot: str) -> Iterator[str]:
+def role(listing: TempServer, database: str, db: psycopg.Connection, slot: str) -> Iterator[str]:
     """Who may consume an outbox that is not its own."""
     migrations.install(db, "public")
     name = f"role_{slot}"
@@ -74,7 +74,7 @@ def _run(*arguments: str) -> Result:
     return CliRunner().invoke(command, arguments, catch_exceptions=False)
 
 
-def _plugin_verdicts(dsn: str, *options: str) -> dict[str, Any]:
+def _plugin_severities(dsn: str, *options: str) -> dict[str, Any]:
     """What doctor says of the plugin: each finding by its id."""
     found = json.loads(_run("doctor", "--json", "--dsn", dsn, "--slot-plugin", "wal2json", *options).stdout)["findings"]
     return {each["id"]: each for each in found if each["id"] in {"plugin", "plugin-allowed"}}
@@ -101,8 +101,8 @@ async def test_the_cycle_wal2json_refused_pgoutput_taken_wal2json_allowed_and_ta
     # Refused: the command says what to run, and so does doctor.
     refused = _run("slot", "create", slot, "--plugin", "wal2json", "--dsn", dsn)
     assert (refused.exit_code, allow in refused.stderr) == (1, True), refused.output
-    found = _plugin_verdicts(dsn)
-    assert {name: each["verdict"] for name, each in found.items()} == {"plugin": "fail", "plugin-allowed": "unknown"}
+    found = _plugin_severities(dsn)
+    assert {name: each["severity"] for name, each in found.items()} == {"plugin": "fail", "plugin-allowed": "unknown"}
     assert found["plugin"]["remedies"] == [allow]
     assert slot_facts(db, slot) == {}
 
@@ -116,7 +116,7 @@ async def test_the_cycle_wal2json_refused_pgoutput_taken_wal2json_allowed_and_ta
     await consume("pgoutput")
     assert _run("slot", "recreate", slot, "--yes", "--dsn", dsn).exit_code == 0
     await consume("wal2json")
-    assert _plugin_verdicts(dsn)["plugin"]["verdict"] == "ok"
+    assert _plugin_severities(dsn)["plugin"]["severity"] == "ok"
 
     # Taken back: the slot that cannot be read any more is made anew, with pgoutput.
     db.execute(sql.SQL("ALTER ROLE {} RESET output_plugin_libraries").format(sql.Identifier(role)))
@@ -127,7 +127,7 @@ async def test_the_cycle_wal2json_refused_pgoutput_taken_wal2json_allowed_and_ta
 async def test_a_consumer_that_wants_wal2json_sweeps_until_it_is_allowed_and_then_streams(
     database: str, db: psycopg.Connection, role: str, slot: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lsn_tracker, "PERMANENT_PAUSE_S", 0.5)
+    monkeypatch.setattr(reconnect, "PERMANENT_PAUSE_S", 0.5)
     router = cdc.Router()
     router.on("x")(lambda change: None)
     settings = {"slot_plugin": "wal2json", "slot_name": slot, "sweep_interval": 0.2}

@@ -21,11 +21,11 @@ from cdc import Change, Router
 from cdc.app.config import Settings
 from cdc.cli import cdc
 from cdc.cli.options import open_database
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, StreamError, UsageError
 from cdc.core.model import publication_name
 from cdc.replication import slots
-from cdc.replication.slot_health import judge
+from cdc.replication.slot_health import assess
 from cdc.replication.stream import plugins
 from tests import servers
 from tests.eventually import eventually, eventually_async
@@ -87,7 +87,7 @@ def test_a_new_slot_is_ours_and_keeps_wal_until_somebody_reads_it(db: psycopg.Co
     eventually(lambda: slots.status(db, slot).retained_wal_bytes > made.retained_wal_bytes + 10_000, what="WAL is kept")
     now = slots.status(db, slot)
     assert now.confirmed_lag_bytes > 10_000
-    assert judge(now).fine
+    assert assess(now).fine
     assert slots.drop(db, slot).name == slot
     assert slots.snapshot(db, slot) is None
 
@@ -180,7 +180,7 @@ def test_a_role_without_replication_is_told_what_it_lacks(database: str, db: psy
 
 
 def test_a_server_without_logical_wal_is_told_what_to_change() -> None:
-    server = Server(durable=False, settings={"wal_level": "replica"})
+    server = TempServer(durable=False, settings={"wal_level": "replica"})
     with server, psycopg.connect(server.dsn(), autocommit=True) as db:
         with pytest.raises(CdcError) as refused:
             slots.create(db, "cdc")
@@ -259,7 +259,7 @@ def test_failover_is_refused_where_the_server_does_not_know_it(
 
 
 def test_a_slot_is_made_with_what_the_server_has_moved_and_made_anew() -> None:
-    with Server(durable=False) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
+    with TempServer(durable=False) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
         failover = db.info.server_version >= 170_000
         made = slots.create(db, "cdc", failover=failover)
         assert (made.plugin, made.failover) == ("wal2json" if server.wal2json else "pgoutput", failover or None)
@@ -305,7 +305,7 @@ def test_a_slot_that_is_read_or_not_ours_is_not_moved(
 
 def test_a_lost_slot_is_not_moved_but_made_anew_and_says_when_it_would_have_been_lost() -> None:
     settings = {"max_slot_wal_keep_size": "64MB", "min_wal_size": "32MB", "max_wal_size": "32MB"}
-    server = Server(durable=False, settings=settings)
+    server = TempServer(durable=False, settings=settings)
     with server, psycopg.connect(server.dsn(), autocommit=True) as db:
         slots.create(db, "cdc")
         healthy = json.loads(run(server.dsn(), "status", "--json").stdout)
@@ -410,7 +410,7 @@ def test_json_is_one_object_on_stdout(database: str, slot: str) -> None:
     made = json.loads(run(database, "create", slot, "--json").stdout)
     assert (made["schema"], made["slot"]["name"]) == (1, slot)
     shown = json.loads(run(database, "status", slot, "--json").stdout)
-    assert shown["verdict"]["fine"] is True
+    assert shown["health"]["fine"] is True
     assert slot in [each["name"] for each in json.loads(run(database, "list", "--json").stdout)["slots"]]
     assert json.loads(run(database, "drop", slot, "--yes", "--json").stdout)["slot"]["name"] == slot
 

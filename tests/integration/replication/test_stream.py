@@ -12,7 +12,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.lsn import Lsn
 from cdc.core.model import WakeUp, message_prefix, publication_name
 from cdc.replication.protocol import status_update
@@ -313,7 +313,7 @@ def test_stop_ends_a_pause_between_two_attempts(streaming: Streaming, database: 
 
 
 def test_a_server_without_logical_wal_is_named_with_its_remedy() -> None:
-    server = Server(durable=False, settings={"wal_level": "replica"})
+    server = TempServer(durable=False, settings={"wal_level": "replica"})
     with server, stream_of(server.dsn(), "unused", wait=False) as (_, heard):
         [error] = eventually(lambda: heard.errors)
     assert (error.reason, error.permanent) == ("wal_level", True)
@@ -322,7 +322,7 @@ def test_a_server_without_logical_wal_is_named_with_its_remedy() -> None:
 
 
 def test_a_server_without_walsenders_is_named_with_its_remedy() -> None:
-    server = Server(durable=False, settings={"max_wal_senders": "0"})
+    server = TempServer(durable=False, settings={"max_wal_senders": "0"})
     with server, stream_of(server.dsn(), "unused", wait=False) as (_, heard):
         [error] = eventually(lambda: heard.errors)
     assert (error.reason, error.permanent) == ("no_free_walsender", True)
@@ -373,7 +373,7 @@ def test_an_unknown_host_or_database_is_network_and_shows_no_password(database: 
 
 
 def test_a_wrong_password_is_reported_once_in_the_log_however_often_it_is_tried(caplog) -> None:
-    with Server(durable=False, tcp=True) as server:
+    with TempServer(durable=False, tcp=True) as server:
         with psycopg.connect(server.dsn(), autocommit=True) as admin:
             admin.execute("CREATE ROLE streamer LOGIN REPLICATION PASSWORD 'right'")
         hba = server.data / "pg_hba.conf"
@@ -389,7 +389,7 @@ def test_a_wrong_password_is_reported_once_in_the_log_however_often_it_is_tried(
 
 def test_after_a_restart_of_the_server_the_stream_goes_on_and_misses_nothing(streaming: Streaming) -> None:
     for mode in ("fast", "immediate"):
-        with Server() as server, streaming(server.dsn(), "cdc") as (_, heard):
+        with TempServer() as server, streaming(server.dsn(), "cdc") as (_, heard):
             with psycopg.connect(server.dsn(), autocommit=True) as before:
                 ring(before, 1)
                 hears(heard, 1)
@@ -402,7 +402,7 @@ def test_after_a_restart_of_the_server_the_stream_goes_on_and_misses_nothing(str
 
 def test_a_lost_slot_is_made_anew(streaming: Streaming) -> None:
     settings = {"max_slot_wal_keep_size": "1MB", "max_wal_size": "32MB", "min_wal_size": "32MB", "wal_keep_size": "0"}
-    with Server(durable=False, settings=settings) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
+    with TempServer(durable=False, settings=settings) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
         with streaming(server.dsn(), "cdc"):
             pass
         lose(db, "cdc")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
-from cdc.contrib.demo.temp_server import Server
+from cdc.contrib.demo.temp_server import TempServer
 from tests.eventually import eventually
 from tests.fix_proxy import Proxy
 from tests.fix_slot import lose, make_slot, slot_facts
@@ -117,7 +117,7 @@ def test_a_slot_whose_stream_is_broken_off_at_the_same_place_again_and_again_is_
 
 def test_a_slot_that_is_lost_under_a_running_stream_is_made_anew(streaming: Streaming) -> None:
     settings = {"max_slot_wal_keep_size": "1MB", "max_wal_size": "32MB", "min_wal_size": "32MB", "wal_keep_size": "0"}
-    with Server(durable=False, settings=settings) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
+    with TempServer(durable=False, settings=settings) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
         with streaming(server.dsn(), "cdc", lock_timeout_s=0.5) as (stream, heard):
             with psycopg.connect(server.dsn()) as writer:
                 # Every slot keeps what was written since the oldest open write transaction.

@@ -6,16 +6,16 @@ import math
 
 import pytest
 
-from cdc.core.circuit_breaker import AFTER_MAX_S, KEYS, PAUSE_MIN_S, STEADY_S, Breaker, State
+from cdc.core.circuit_breaker import AFTER_MAX_S, KEYS, PAUSE_MIN_S, STEADY_S, BreakerState, CircuitBreaker
 
 
-def _opened(now: float = 0.0) -> Breaker:
-    breaker = Breaker()
+def _opened(now: float = 0.0) -> CircuitBreaker:
+    breaker = CircuitBreaker()
     assert [breaker.unavailable(key, "away", now) for key in range(KEYS)] == [False] * (KEYS - 1) + [True]
     return breaker
 
 
-def _half_open(now: float = 0.0) -> Breaker:
+def _half_open(now: float = 0.0) -> CircuitBreaker:
     breaker = _opened(now)
     assert breaker.try_half_open(now + breaker.wait_s(now))
     return breaker
@@ -24,20 +24,20 @@ def _half_open(now: float = 0.0) -> Breaker:
 @pytest.mark.parametrize(
     ("told", "state"),
     [
-        (["a"] * 100, State.CLOSED),
-        (["a", "b"] * 50, State.CLOSED),
-        (["a", "b", "ok", "c", "a"], State.CLOSED),
-        (["a", "failed", "b", "failed"] * 9, State.CLOSED),
-        (["a", "b", "c"], State.OPEN),
-        (["a", "failed", "b", "a", "c"], State.OPEN),
-        (["ok", "certain"], State.OPEN),
-        (["certain", "ok", "failed", "a"], State.OPEN),  # what began before is old
+        (["a"] * 100, BreakerState.CLOSED),
+        (["a", "b"] * 50, BreakerState.CLOSED),
+        (["a", "b", "ok", "c", "a"], BreakerState.CLOSED),
+        (["a", "failed", "b", "failed"] * 9, BreakerState.CLOSED),
+        (["a", "b", "c"], BreakerState.OPEN),
+        (["a", "failed", "b", "a", "c"], BreakerState.OPEN),
+        (["ok", "certain"], BreakerState.OPEN),
+        (["certain", "ok", "failed", "a"], BreakerState.OPEN),  # what began before is old
     ],
 )
 def test_it_opens_after_several_keys_in_a_row_or_at_once_where_it_can_be_no_keys_affair(
-    told: list[str], state: State
+    told: list[str], state: BreakerState
 ) -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for each in told:
         match each:
             case "ok":
@@ -47,12 +47,12 @@ def test_it_opens_after_several_keys_in_a_row_or_at_once_where_it_can_be_no_keys
             case key:
                 breaker.unavailable(key, "away", 0.0, certain=key == "certain")
     assert breaker.state is state
-    assert breaker.why == ("away" if state is State.OPEN else "")
+    assert breaker.why == ("away" if state is BreakerState.OPEN else "")
 
 
 def test_one_call_at_a_time_finds_out_and_its_success_lets_all_through() -> None:
     breaker = _opened()
-    assert (breaker.room, breaker.try_half_open(0.0), breaker.state) == (0, False, State.OPEN)
+    assert (breaker.room, breaker.try_half_open(0.0), breaker.state) == (0, False, BreakerState.OPEN)
     assert breaker.try_half_open(PAUSE_MIN_S)
     assert (breaker.room, breaker.wait_s(1.0)) == (1, math.inf)
     breaker.trial(1)
@@ -68,14 +68,14 @@ def test_a_trial_that_is_cut_off_tells_nothing_and_makes_room_for_another() -> N
     breaker = _half_open()
     breaker.trial(1)
     breaker.trial(-1)
-    assert (breaker.state, breaker.room) == (State.HALF_OPEN, 1)
+    assert (breaker.state, breaker.room) == (BreakerState.HALF_OPEN, 1)
 
 
 def test_the_success_of_the_trial_counts_also_when_an_old_call_has_opened_it_again_meanwhile() -> None:
     breaker = _half_open()
     breaker.trial(1)
     breaker.unavailable("old", "away", 1.0)
-    assert breaker.state is State.OPEN
+    assert breaker.state is BreakerState.OPEN
     assert breaker.succeeded(1.0)
 
 
@@ -108,6 +108,6 @@ def test_what_comes_and_goes_is_asked_at_the_pace_that_was_reached(steady_s: flo
 def test_who_says_when_to_come_back_is_not_asked_before_and_stops_nobody_for_a_day(
     asked_s: float, waits_s: float
 ) -> None:
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     breaker.unavailable("k", "away", 0.0, certain=True, after_s=asked_s)
     assert breaker.wait_s(0.0) == waits_s

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.core.model import SHARDS
-from cdc.core.rebalance import Without, balance, fair_share
+from cdc.core.rebalance import NoShardReminder, balance, fair_share
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_members_that_come_and_go_end_with_every_shard_owned_and_nobody_far_abov
 
 
 def test_a_member_that_stays_without_a_shard_says_so_after_a_handing_over_and_every_minute() -> None:
-    without = Without()
+    without = NoShardReminder()
     said = [now for now in range(150) if without.due(0, 2, float(now))]
     assert said == [10, 70, 130]
     assert not without.due(5, 2, 200.0)
@@ -64,5 +64,5 @@ def test_a_member_that_stays_without_a_shard_says_so_after_a_handing_over_and_ev
 
 
 def test_a_member_for_which_there_is_no_shard_says_nothing() -> None:
-    without = Without()
+    without = NoShardReminder()
     assert not any(without.due(0, SHARDS + 1, float(now)) for now in range(150))

@@ -16,48 +16,48 @@ from cdc.diagnostics import check_outbox, check_replication, check_server, check
 from cdc.diagnostics.facts import (
     Backlog,
     Captured,
-    CaptureFunction,
+    CaptureFunctionFacts,
+    DataReader,
+    DataReaders,
     Decoding,
-    Doorbell,
     Installed,
-    Link,
     Numbering,
     OpenTransactions,
     Proof,
-    Reader,
-    Readers,
+    ReplicationLink,
     Rights,
     RowSecurity,
     Senders,
-    Server,
-    Session,
+    ServerFacts,
+    SessionFacts,
     ShardHolders,
+    SlotFacts,
     Subject,
-    Table,
+    TableFacts,
     Transaction,
     Unhandled,
 )
-from cdc.diagnostics.findings import Absent, Finding, Unknown, Verdict, fail, judge, ok, warn
+from cdc.diagnostics.findings import Absent, Finding, Severity, Unknown, fail, ok, run_checks, warn
 from cdc.diagnostics.fix_script import script
 from cdc.diagnostics.inspect_outbox import _MARKED, _OWNING
 from cdc.postgres import remarks
 from cdc.postgres.sql_files import load
 from cdc.postgres.tracked_tables import Copy, Fires, Tracked
-from cdc.postgres.tracked_tables import Table as TrackedTable
+from cdc.postgres.tracked_tables import SourceTable as TrackedTable
 from tests.unit.replication.test_slot_health import slot
 
 SUBJECT = Subject(dsn=None, stream_dsn=None, schema="public", slot="cdc")
-SESSION = Session(
+SESSION = SessionFacts(
     place="host=db", role="cdc", is_local=False, encrypted=True, sslmode="verify-full", handshake_pid=1, pids=(1, 1),
     sees_all_sessions=True, settings={}, idle_session_timeout_s=0, idle_in_transaction_timeout_s=0,
 )  # fmt: skip
-SERVER = Server(
+SERVER = ServerFacts(
     version_num=150_018, version="15.18", in_recovery=False, reads_by_default=False,
     server_time=datetime(2026, 10, 5, tzinfo=UTC),
     clock_ahead_s=0.1, wal_level="logical", slots=3, slots_max=10, idle_slots=("old",), walsenders=1,
     walsenders_max=10, slot_keep_bytes=10 << 30, slot_idle_timeout_s=None, notify_queue_ratio=0.0,
 )  # fmt: skip
-LINK = Link(
+LINK = ReplicationLink(
     role="cdc", may_replicate=True, encrypted=True, is_local=False, sslmode="verify-full", wal_sender_timeout_s=15.0,
     wanted_timeout_s=15.0, status_interval_s=2.5,
 )  # fmt: skip
@@ -65,7 +65,7 @@ DECODING = Decoding(
     role="cdc", proofs=(Proof("wal2json"),), allowed=None, publication="cdc_public", published=None, may_publish=False
 )  # fmt: skip
 PGOUTPUT = replace(DECODING, proofs=(Proof("pgoutput"),), published=())
-DOORBELL = Doorbell(slot=slot(), keep_bytes=10 << 30, idle_timeout_s=None)
+SLOT_FACTS = SlotFacts(slot=slot(), keep_bytes=10 << 30, idle_timeout_s=None)
 OLD = Transaction(
     pid=42, gid=None, database="shop", application_name="batch", state="idle in transaction", age_s=900.0, writes=True,
     ends_it="SELECT pg_terminate_backend(42);",
@@ -75,7 +75,7 @@ OPEN = OpenTransactions(
     old=(), limit_s=300.0, sees_all=True, oldest_writer=None, waiting_commits=(), synchronous_standbys=""
 )
 INSTALLED = Installed(schema="public", exists=True, pending=(), differences=(), elsewhere=(), script="")
-CAPTURE = CaptureFunction(
+CAPTURE = CaptureFunctionFacts(
     name="public.capture_entity_change()", owner="app", owner_is_superuser=False, security_definer=True,
     settings=("search_path=pg_catalog, pg_temp",), public_may_call=False,
 )  # fmt: skip
@@ -85,36 +85,36 @@ TRIGGER = Tracked(
 )  # fmt: skip
 CAPTURED = Captured(triggers=(TRIGGER,))
 ROW_SECURITY = RowSecurity(role="cdc", tables=(), active=())
-GRANTED = Reader(role="grafana", by_default=(), intended=True)
-READERS = Readers(table="public.entity_changes", owner="app", readers=(GRANTED,))
+GRANTED = DataReader(role="grafana", by_default=(), intended=True)
+READERS = DataReaders(table="public.entity_changes", owner="app", readers=(GRANTED,))
 MESSAGES = ("pg_catalog.m(boolean, text, bytea)", "pg_catalog.m(boolean, text, text)")
 SENDERS = Senders(open_to_all=(), owners=("app",), others=("queue",))
 NUMBERS = Numbering(role="cdc", table='"public"."entity_changes"', sequence="public.s", last=9, highest=9)
 RIGHTS = Rights(role="cdc", grants=(), schema="public")
 HOLDERS = ShardHolders(held=64, consumers=2, strangers=())
-TABLE = Table(name="public.entity_changes", autovacuum=True, excluded=False, tuned=True, live=100, dead=5)
+TABLE = TableFacts(name="public.entity_changes", autovacuum=True, excluded=False, tuned=True, live=100, dead=5)
 BACKLOG = Backlog(fresh=3, waiting=1, dead=0, oldest_ready_age_s=1.0)
 
 
 def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any], Finding]]:
-    found = facts.slot if isinstance(facts, Doorbell) else None
+    found = facts.slot if isinstance(facts, SlotFacts) else None
     by_kind: dict[type, Any] = {
-        Session: check_server.of_session(60.0),
-        Server: {**check_server.SERVER, **check_replication.of_server(found)},
+        SessionFacts: check_server.of_session(60.0),
+        ServerFacts: {**check_server.SERVER, **check_replication.of_server(found)},
         OpenTransactions: check_server.TRANSACTIONS,
-        Link: check_replication.LINK,
+        ReplicationLink: check_replication.LINK,
         Decoding: check_replication.of_decoding(found),
-        Doorbell: check_replication.of_slot(subject),
+        SlotFacts: check_replication.of_slot(subject),
         Installed: check_outbox.of_installed(subject.slot),
-        CaptureFunction: check_outbox.CAPTURE,
+        CaptureFunctionFacts: check_outbox.CAPTURE,
         Captured: check_tables.of_captured(subject),
         RowSecurity: check_outbox.ROW_SECURITY,
-        Readers: check_outbox.READERS,
+        DataReaders: check_outbox.READERS,
         Senders: check_outbox.SENDERS,
         Numbering: check_outbox.NUMBERING,
         Rights: check_outbox.RIGHTS,
         ShardHolders: check_outbox.SHARDS_HELD,
-        Table: check_outbox.TABLE,
+        TableFacts: check_outbox.TABLE,
         Backlog: check_outbox.BACKLOG,
         Unhandled: check_outbox.UNHANDLED,
         Subject: check_outbox.LOCAL,
@@ -126,14 +126,14 @@ def check(name: str, facts: Any, subject: Subject = SUBJECT) -> Finding:
     return checks_of(facts, subject)[name](facts)
 
 
-HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, DOORBELL, INSTALLED, CAPTURE, CAPTURED, RIGHTS,
+HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, SLOT_FACTS, INSTALLED, CAPTURE, CAPTURED, RIGHTS,
            ROW_SECURITY, READERS, SENDERS, NUMBERS, HOLDERS, TABLE, BACKLOG, Unhandled(()), SUBJECT)  # fmt: skip
 
 
 @pytest.mark.parametrize("facts", HEALTHY, ids=lambda facts: type(facts).__name__)
 def test_what_is_well_asks_for_nothing(facts: Any) -> None:
-    for found in judge(facts, checks_of(facts)):
-        assert found.verdict in (Verdict.OK, Verdict.SKIP), found
+    for found in run_checks(facts, checks_of(facts)):
+        assert found.severity in (Severity.OK, Severity.SKIP), found
         assert found.detail
         assert found.remedies == []
 
@@ -141,17 +141,17 @@ def test_what_is_well_asks_for_nothing(facts: Any) -> None:
 @pytest.mark.parametrize("facts", HEALTHY, ids=lambda facts: type(facts).__name__)
 def test_a_check_that_cannot_look_says_why(facts: Any) -> None:
     checks = checks_of(facts)
-    found = list(judge(Unknown("permission denied"), checks))
+    found = list(run_checks(Unknown("permission denied"), checks))
     assert [each.check for each in found] == list(checks)
-    assert {(each.verdict, each.detail) for each in found} == {(Verdict.UNKNOWN, "permission denied")}
-    assert {each.verdict for each in judge(Absent("it is switched off"), checks)} == {Verdict.SKIP}
+    assert {(each.severity, each.detail) for each in found} == {(Severity.UNKNOWN, "permission denied")}
+    assert {each.severity for each in run_checks(Absent("it is switched off"), checks)} == {Severity.SKIP}
 
 
 PROVEN = "pgoutput has decoded a message"
 REFUSED = Proof("wal2json", "plugin_refused", "the server does not allow wal2json", "as a superuser: ...")
 MISSING = Proof("wal2json", "plugin_missing", "wal2json is not installed", "install it there")
 
-OK, WARN, FAIL, SKIP, UNKNOWN = Verdict.OK, Verdict.WARN, Verdict.FAIL, Verdict.SKIP, Verdict.UNKNOWN
+OK, WARN, FAIL, SKIP, UNKNOWN = Severity.OK, Severity.WARN, Severity.FAIL, Severity.SKIP, Severity.UNKNOWN
 
 COPY = Copy(namespace="public", name="tasks_1", spelt="tasks_1", trigger="#cdc_capture", fires=Fires.ORIGIN)
 
@@ -168,8 +168,8 @@ PLAIN = TrackedTable(
     oid=1, namespace="public", name="tasks", spelt="tasks", kind="r", root=None, columns=("id", "a", "card")
 )
 
-TROUBLES: list[tuple[str, Any, Verdict, str, str]] = [
-    # check, facts, verdict, a word of the detail, a word of the remedy
+TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
+    # check, facts, severity, a word of the detail, a word of the remedy
     ("tls", replace(SESSION, encrypted=False), WARN, "not encrypted", "verify-full"),
     ("tls", replace(SESSION, sslmode="require"), WARN, "sslmode=require", "sslrootcert"),
     ("pooler", replace(SESSION, pids=(1, 2)), FAIL, "another session", "itself"),
@@ -210,15 +210,15 @@ TROUBLES: list[tuple[str, Any, Verdict, str, str]] = [
     ("publication", replace(PGOUTPUT, published=None), FAIL, "no publication cdc_public",
      'CREATE PUBLICATION "cdc_public";'),
     ("publication", replace(PGOUTPUT, published=("public.t",)), WARN, "public.t", "DROP PUBLICATION"),
-    ("slot", replace(DOORBELL, slot=slot(ours=False, plugin="test_decoding")), FAIL, "test_decoding",
+    ("slot", replace(SLOT_FACTS, slot=slot(ours=False, plugin="test_decoding")), FAIL, "test_decoding",
      "CDC_SLOT_NAME.*cdc slot recreate cdc --force"),
-    ("slot", replace(DOORBELL, slot=slot(application_name="pg_recvlogical")), FAIL, "pg_recvlogical", "end that"),
-    ("slot", replace(DOORBELL, slot=slot(wal_status="lost", active=False)), FAIL, "lost",
+    ("slot", replace(SLOT_FACTS, slot=slot(application_name="pg_recvlogical")), FAIL, "pg_recvlogical", "end that"),
+    ("slot", replace(SLOT_FACTS, slot=slot(wal_status="lost", active=False)), FAIL, "lost",
      r"pg_drop_replication_slot\('cdc'\)"),
-    ("slot", replace(DOORBELL, slot=slot(retained_wal_bytes=2 << 30, active=False)), FAIL, "2 GB", "consumer"),
-    ("slot-limits", replace(DOORBELL, keep_bytes=None), FAIL, "disk is full", "max_slot_wal_keep_size = '10GB';"),
-    ("slot-limits", replace(DOORBELL, keep_bytes=16 << 20), WARN, "16 MB", "max_slot_wal_keep_size"),
-    ("slot-limits", replace(DOORBELL, idle_timeout_s=60.0), WARN, "idle_replication_slot_timeout", "longer"),
+    ("slot", replace(SLOT_FACTS, slot=slot(retained_wal_bytes=2 << 30, active=False)), FAIL, "2 GB", "consumer"),
+    ("slot-limits", replace(SLOT_FACTS, keep_bytes=None), FAIL, "disk is full", "max_slot_wal_keep_size = '10GB';"),
+    ("slot-limits", replace(SLOT_FACTS, keep_bytes=16 << 20), WARN, "16 MB", "max_slot_wal_keep_size"),
+    ("slot-limits", replace(SLOT_FACTS, idle_timeout_s=60.0), WARN, "idle_replication_slot_timeout", "longer"),
     ("schema", replace(INSTALLED, exists=False), FAIL, "no entity_changes in schema public", "cdc db install"),
     ("schema", replace(INSTALLED, exists=False, elsewhere=("events",)), FAIL, "events: is --schema right", "install"),
     ("schema", replace(INSTALLED, schema="events", pending=("0002 capture",)), FAIL, "0002 capture",
@@ -262,7 +262,7 @@ TROUBLES: list[tuple[str, Any, Verdict, str, str]] = [
     ("row-security", replace(ROW_SECURITY, tables=("public.entity_changes",), active=("public.entity_changes",)), FAIL,
      "row level security is on for public.entity_changes, and goes for cdc",
      'ALTER TABLE public.entity_changes DISABLE ROW LEVEL SECURITY;.*BYPASSRLS'),
-    ("readers", replace(READERS, readers=(GRANTED, Reader(role="an", intended=False, by_default=("ALTER ...;",)))),
+    ("readers", replace(READERS, readers=(GRANTED, DataReader(role="an", intended=False, by_default=("ALTER ...;",)))),
      WARN, r"whatever .*: an \(by default privileges\)", r'ALTER ...; REVOKE ALL ON TABLE public.* FROM "an";'),
     ("message-senders", replace(SENDERS, open_to_all=MESSAGES, owners=("app", 'o"x')), WARN, "every role",
      r'GRANT EXECUTE ON FUNCTION pg_catalog.m\(.* bytea\), .* TO "app"; GRANT .* TO "o""x"; REVOKE .* FROM PUBLIC;'),
@@ -285,12 +285,12 @@ TROUBLES: list[tuple[str, Any, Verdict, str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "facts", "verdict", "word", "remedy"), TROUBLES)
-def test_each_trouble_has_its_verdict_and_its_remedy(
-    name: str, facts: Any, verdict: Verdict, word: str, remedy: str
+@pytest.mark.parametrize(("name", "facts", "severity", "word", "remedy"), TROUBLES)
+def test_each_trouble_has_its_severity_and_its_remedy(
+    name: str, facts: Any, severity: Severity, word: str, remedy: str
 ) -> None:
     found = check(name, facts)
-    assert found.verdict == verdict
+    assert found.severity == severity
     assert re.search(word, found.detail), found.detail
     assert re.search(remedy, " ".join(found.remedies)), found.remedies
 
@@ -298,13 +298,13 @@ def test_each_trouble_has_its_verdict_and_its_remedy(
 @pytest.mark.parametrize("reason", ["wal_level", "no_replication_role", "no_free_slot", "in_recovery"])
 def test_what_another_check_finds_is_not_blamed_on_the_plugin(reason: str) -> None:
     found = check("plugin", replace(DECODING, proofs=(Proof("wal2json", reason, "it is so", "mend it"),)))
-    assert found.verdict == SKIP
+    assert found.severity == SKIP
     assert "it is so: see " in found.detail
 
 
 def test_a_plugin_that_steps_in_for_another_is_well_and_says_for_which() -> None:
     found = check("plugin", replace(DECODING, proofs=(MISSING, Proof("pgoutput"))))
-    assert (found.verdict, found.detail) == (OK, f"{PROVEN} (wal2json is not installed)")
+    assert (found.severity, found.detail) == (OK, f"{PROVEN} (wal2json is not installed)")
 
 
 def test_a_list_that_allows_nothing_is_mended_by_one_statement_for_both_plugins() -> None:
@@ -314,79 +314,79 @@ def test_a_list_that_allows_nothing_is_mended_by_one_statement_for_both_plugins(
 
 
 def test_a_list_of_plugins_that_nobody_may_see_is_judged_by_the_proof_alone() -> None:
-    assert check("plugin-allowed", replace(DECODING, allowed="")).verdict == OK
-    assert check("plugin-allowed", replace(DECODING, allowed="", proofs=(REFUSED,))).verdict == UNKNOWN
-    assert check("plugin-allowed", replace(DECODING, allowed="pgoutput,wal2json")).verdict == OK
+    assert check("plugin-allowed", replace(DECODING, allowed="")).severity == OK
+    assert check("plugin-allowed", replace(DECODING, allowed="", proofs=(REFUSED,))).severity == UNKNOWN
+    assert check("plugin-allowed", replace(DECODING, allowed="pgoutput,wal2json")).severity == OK
 
 
 def test_a_slot_of_the_plugin_that_is_not_wanted_has_to_be_made_anew() -> None:
-    found = check("slot", DOORBELL, replace(SUBJECT, plugin="pgoutput"))
-    assert found.verdict == FAIL
+    found = check("slot", SLOT_FACTS, replace(SUBJECT, plugin="pgoutput"))
+    assert found.severity == FAIL
     assert found.remedy.startswith("cdc slot recreate cdc --plugin pgoutput")
-    assert check("slot", DOORBELL, replace(SUBJECT, plugin="wal2json")).verdict == OK
+    assert check("slot", SLOT_FACTS, replace(SUBJECT, plugin="wal2json")).severity == OK
 
 
 def test_a_missing_slot_is_a_trouble_only_where_nobody_makes_it() -> None:
-    none = replace(DOORBELL, slot=None)
-    assert check("slot", none).verdict == OK
-    assert check("slot", none, replace(SUBJECT, temporary=True)).verdict == OK
+    none = replace(SLOT_FACTS, slot=None)
+    assert check("slot", none).severity == OK
+    assert check("slot", none, replace(SUBJECT, temporary=True)).severity == OK
     found = check("slot", none, replace(SUBJECT, creates_slot=False))
-    assert (found.verdict, found.remedy) == (FAIL, "cdc slot create cdc")
+    assert (found.severity, found.remedy) == (FAIL, "cdc slot create cdc")
 
 
 def test_a_durable_slot_that_is_left_where_a_temporary_one_is_wanted_is_warned_of() -> None:
-    found = check("slot", DOORBELL, replace(SUBJECT, temporary=True))
-    assert (found.verdict, found.remedies) == (WARN, ["cdc slot drop cdc; no change is lost"])
-    ours = replace(DOORBELL, slot=slot(temporary=True))
-    assert check("slot", ours, replace(SUBJECT, temporary=True)).verdict == OK
+    found = check("slot", SLOT_FACTS, replace(SUBJECT, temporary=True))
+    assert (found.severity, found.remedies) == (WARN, ["cdc slot drop cdc; no change is lost"])
+    ours = replace(SLOT_FACTS, slot=slot(temporary=True))
+    assert check("slot", ours, replace(SUBJECT, temporary=True)).severity == OK
 
 
 def test_a_temporary_slot_needs_no_limit() -> None:
-    assert check("slot-limits", replace(DOORBELL, keep_bytes=None), replace(SUBJECT, temporary=True)).verdict == OK
+    assert check("slot-limits", replace(SLOT_FACTS, keep_bytes=None), replace(SUBJECT, temporary=True)).severity == OK
 
 
 def test_a_slot_that_is_there_needs_no_free_one_and_one_that_is_read_no_free_walsender() -> None:
     full = replace(SERVER, slots=10, walsenders=10)
-    assert check_replication.of_server(slot(active=False))["slots-free"](full).verdict == OK
-    assert check_replication.of_server(slot(active=False))["walsenders-free"](full).verdict == FAIL
-    assert check_replication.of_server(slot())["walsenders-free"](full).verdict == OK
+    assert check_replication.of_server(slot(active=False))["slots-free"](full).severity == OK
+    assert check_replication.of_server(slot(active=False))["walsenders-free"](full).severity == FAIL
+    assert check_replication.of_server(slot())["walsenders-free"](full).severity == OK
 
 
 def test_the_publication_matters_to_pgoutput_only() -> None:
-    assert check("publication", DECODING).verdict == SKIP
-    assert check("publication", PGOUTPUT).verdict == OK
-    assert check("publication", replace(PGOUTPUT, published=None, may_publish=True)).verdict == OK, (
+    assert check("publication", DECODING).severity == SKIP
+    assert check("publication", PGOUTPUT).severity == OK
+    assert check("publication", replace(PGOUTPUT, published=None, may_publish=True)).severity == OK, (
         "the consumer makes it"
     )
     ours = slot(plugin="pgoutput")
-    assert check_replication.of_decoding(ours)["publication"](DECODING).verdict == FAIL
+    assert check_replication.of_decoding(ours)["publication"](DECODING).severity == FAIL
 
 
 def test_a_role_that_may_not_replicate_is_said_once() -> None:
     refused = replace(LINK, may_replicate=False, refused=("must be superuser", "ALTER ROLE"))
-    assert check("stream-connect", refused).verdict == SKIP
-    assert check("replication-role", refused).verdict == FAIL
+    assert check("stream-connect", refused).severity == SKIP
+    assert check("replication-role", refused).severity == FAIL
 
 
 def test_ages_that_the_role_may_not_see_are_not_taken_for_none() -> None:
     found = check("old-transactions", replace(OPEN, sees_all=False, oldest_writer="process 5"))
-    assert found.verdict == WARN
+    assert found.severity == WARN
     assert "process 5" in found.detail
     assert "pg_read_all_stats" in found.remedy
 
 
 def test_another_outbox_is_well_when_this_one_has_a_slot_of_its_own_name() -> None:
     both = replace(INSTALLED, elsewhere=("events",))
-    assert check("outboxes", both, replace(SUBJECT, slot="shop")).verdict == OK
+    assert check("outboxes", both, replace(SUBJECT, slot="shop")).severity == OK
 
 
 def test_a_type_that_no_handler_wants_is_named_with_its_operation() -> None:
     subject = replace(SUBJECT, handles=lambda entity_type, operation: (entity_type, operation) == ("task", "INSERT"))
     found = check("unrouted", CAPTURED, subject)
-    assert found.verdict == WARN
+    assert found.severity == WARN
     assert found.detail.endswith("task DELETE")
-    assert check("unrouted", CAPTURED, replace(SUBJECT, handles=lambda *_: True)).verdict == OK
-    assert check("unrouted", CAPTURED).verdict == SKIP
+    assert check("unrouted", CAPTURED, replace(SUBJECT, handles=lambda *_: True)).severity == OK
+    assert check("unrouted", CAPTURED).severity == SKIP
 
 
 @pytest.mark.parametrize(
@@ -396,12 +396,12 @@ def test_a_type_that_no_handler_wants_is_named_with_its_operation() -> None:
 def test_a_trigger_without_a_type_is_judged_by_the_one_that_its_table_gives_it(table: str, entity_type: str) -> None:
     seen = Captured(triggers=(replace(TRIGGER, entity_type=None, root=table, name="a_partition"),))
     wanting = replace(SUBJECT, handles=lambda found, _operation: found == entity_type)
-    assert check("unrouted", seen, wanting).verdict == OK
+    assert check("unrouted", seen, wanting).severity == OK
     assert check("unrouted", seen, replace(SUBJECT, handles=lambda *_: False)).detail.endswith(f"{entity_type} INSERT")
 
 
 def test_a_local_connection_needs_no_encryption() -> None:
-    assert check("tls", replace(SESSION, is_local=True, encrypted=False)).verdict == OK
+    assert check("tls", replace(SESSION, is_local=True, encrypted=False)).severity == OK
 
 
 def test_the_script_has_each_statement_once_and_the_rest_as_comments() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cdc.core.circuit_breaker import State
+from cdc.core.circuit_breaker import BreakerState
 from cdc.engine.health_checks import HealthThresholds, liveness, readiness
 from cdc.observability.snapshots import BreakerStatus, ConsumerStatus, PollerStatus, ProcessStatus, StreamStatus
 
@@ -58,8 +58,11 @@ def test_a_consumer_is_ready_when_it_works(consumer: ConsumerStatus, red: list[s
     ("status", "told"),
     [
         (ProcessStatus(consumer=WELL, stream=StreamStatus(reason="slot_busy")), "ok stream slot_busy"),
-        (ProcessStatus(consumer=WELL, poller=PollerStatus(slot_is_deaf=True)), "ok stream slot_deaf"),
-        (ProcessStatus(consumer=WELL, breakers={"ask": BreakerStatus(State.OPEN, "503")}), "ok handler.ask rests: 503"),
+        (ProcessStatus(consumer=WELL, poller=PollerStatus(slot_waits_for_standbys=True)), "ok stream standbys_away"),
+        (
+            ProcessStatus(consumer=WELL, breakers={"ask": BreakerStatus(BreakerState.OPEN, "503")}),
+            "ok handler.ask rests: 503",
+        ),
     ],
 )
 def test_without_a_slot_or_with_a_handler_that_rests_it_is_ready_and_says_so(status: ProcessStatus, told: str) -> None:
@@ -69,7 +72,7 @@ def test_without_a_slot_or_with_a_handler_that_rests_it_is_ready_and_says_so(sta
 
 
 def test_one_that_delivers_is_not_ready_while_the_application_is_away() -> None:
-    away = ProcessStatus(consumer=WELL, breakers={"deliver": BreakerStatus(State.OPEN, "refused")})
+    away = ProcessStatus(consumer=WELL, breakers={"deliver": BreakerStatus(BreakerState.OPEN, "refused")})
     assert "fail application refused" in map(str, readiness(away, NOW, USUAL, delivery="deliver"))
     there = ProcessStatus(consumer=WELL, breakers={"deliver": BreakerStatus()})
     assert all(check.ok for check in readiness(there, NOW, USUAL, delivery="deliver"))

@@ -17,7 +17,7 @@ from cdc.core.model import Change, Dead, Discarded, Outcome, Processed, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.router import Router
 from cdc.engine import executor
-from cdc.engine.circuit_breakers import Breakers
+from cdc.engine.circuit_breakers import CircuitBreakers
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher, OtherTasks
 from cdc.engine.error_policy import ErrorPolicy
@@ -50,7 +50,7 @@ class _Stage:
         if other:
             router.on("other")(other)
         self.metrics, hooks = Metrics("slot", router), Hooks(router)
-        self.breakers = Breakers({one.name for one in router.handlers.values()})
+        self.breakers = CircuitBreakers({one.name for one in router.handlers.values()})
         error_policy = ErrorPolicy(
             router.handlers.values(), Policy(), hooks=hooks, metrics=self.metrics.handlers, breakers=self.breakers
         )
@@ -66,7 +66,7 @@ class _Stage:
             self.scheduler, run, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),
             finished=self._finished, reread=lambda: None,
         )  # fmt: skip
-        self.breakers.moved = self.dispatcher.breaker_changed
+        self.breakers.changed = self.dispatcher.breaker_changed
 
     def _finished(self, batch: Sequence[Settlement]) -> None:
         self.scheduler.finished(batch)

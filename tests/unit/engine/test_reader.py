@@ -14,7 +14,7 @@ from cdc.engine import reader
 from cdc.engine.reader import Reader
 from cdc.observability.metrics import Metrics
 from cdc.postgres.outbox import FIRST_TYPE
-from cdc.postgres.pages import Due
+from cdc.postgres.pages import DuePage
 
 
 class _Store:
@@ -36,12 +36,12 @@ class _Store:
         *,
         start: int,
         in_window: Iterable[int],
-    ) -> Due:
+    ) -> DuePage:
         assert list(in_window) == []
         self.looks += 1
         self.clock += self.took_s
         self.starts.append(start)
-        return Due([], 0.05, self.go_on)
+        return DuePage([], 0.05, self.go_on)
 
 
 @pytest.fixture

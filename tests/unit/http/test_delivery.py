@@ -25,7 +25,7 @@ from cdc.core.model import Change, Json, Operation, read_change
 from cdc.http import cloudevents, endpoint_url, webhook_signature
 from cdc.http.delivery import AwayError, DeliveryError, OneOfThemError, RejectedError, _judge, _reason
 from cdc.http.endpoint_url import Target
-from cdc.http.responses import AWAY, DEAD, Answer, Meaning
+from cdc.http.responses import AWAY, DEAD, Answer, Disposition
 from tests.changes import change
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -203,15 +203,15 @@ def test_what_is_no_target_is_refused_and_not_quoted(text: str) -> None:
 # --- answers -------------------------------------------------------------------------------------------------------
 
 _MEANINGS = {
-    **dict.fromkeys(range(200, 300), Meaning.DONE),
-    **dict.fromkeys((502, 503, 504), Meaning.AWAY),
-    **dict.fromkeys((400, 410, 413, 415, 422), Meaning.DEAD),
+    **dict.fromkeys(range(200, 300), Disposition.DONE),
+    **dict.fromkeys((502, 503, 504), Disposition.AWAY),
+    **dict.fromkeys((400, 410, 413, 415, 422), Disposition.DEAD),
 }
 
 
 @pytest.mark.parametrize("status", range(200, 1_000))
 def test_the_status_tells_done_away_later_or_never(status: int) -> None:
-    assert Answer(status).meaning is _MEANINGS.get(status, Meaning.LATER)
+    assert Answer(status).meaning is _MEANINGS.get(status, Disposition.LATER)
 
 
 def test_the_table_in_the_documents_names_every_status_that_is_told_apart() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from cdc.core.circuit_breaker import State
+from cdc.core.circuit_breaker import BreakerState
 from cdc.core.model import Change, ChangeState
 from cdc.core.router import Router
 from cdc.core.stream_reason import Reason
@@ -191,15 +191,15 @@ def test_what_a_consumer_holds_is_read_at_the_scrape(metrics: _Shown) -> None:
     metrics.status = ProcessStatus(
         consumer=ConsumerStatus(running=1, queued=2, settling=3, window=4, owned_shards=5, members=6),
         pools={"async": PoolStatus(busy=7, idle=8, waiting=9)},
-        breakers={"notify": BreakerStatus(State.OPEN, "away")},
+        breakers={"notify": BreakerStatus(BreakerState.OPEN, "away")},
     )
     held = [_value(metrics, "cdc_lanes_changes", state=state) for state in ("running", "queued", "settling")]
     assert held == [1, 2, 3]
     assert [_value(metrics, name) for name in ("cdc_lanes_capacity", "cdc_shards_owned", "cdc_members")] == [4, 5, 6]
     assert _value(metrics, "cdc_transaction_connections", kind="async", state="idle") == 8
     assert _value(metrics, "cdc_transaction_waiting", kind="async") == 9
-    states = {each: _value(metrics, "cdc_handler_breaker", handler="notify", state=each) for each in State}
-    assert states == {State.CLOSED: 0, State.OPEN: 1, State.HALF_OPEN: 0}
+    states = {each: _value(metrics, "cdc_handler_breaker", handler="notify", state=each) for each in BreakerState}
+    assert states == {BreakerState.CLOSED: 0, BreakerState.OPEN: 1, BreakerState.HALF_OPEN: 0}
 
 
 def test_times_are_those_of_the_wall_clock(metrics: _Shown) -> None:
@@ -216,7 +216,7 @@ def test_only_where_something_is_delivered_it_is_said_whether_the_application_is
     registry = CollectorRegistry()
     registry.register(StatusMetrics("cdc", lambda: status, delivery="deliver"))
     assert registry.get_sample_value("cdc_delivery_up") == 1
-    breakers["deliver"] = BreakerStatus(State.HALF_OPEN, "away")
+    breakers["deliver"] = BreakerStatus(BreakerState.HALF_OPEN, "away")
     assert registry.get_sample_value("cdc_delivery_up") == 0
 
 

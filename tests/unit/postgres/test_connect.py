@@ -88,7 +88,7 @@ def test_who_names_no_database_is_told_how(
     def refuse(*_: object, **__: object) -> None:
         raise psycopg.OperationalError("connection failed: No such file or directory")
 
-    monkeypatch.setattr("cdc.postgres.connect.Link.connect", refuse)
+    monkeypatch.setattr("cdc.postgres.connect.GuardedConnection.connect", refuse)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConnectError) as refused:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cdc.core.errors import UsageError
 from cdc.core.model import SHARDS, Operation, message_prefix, trigger_name
 from cdc.postgres import catalogs, migrations, tracked_tables
-from cdc.postgres.catalogs import Finding
+from cdc.postgres.catalogs import Difference
 
 
 def test_migrations_are_numbered_without_a_gap_and_each_says_what_it_is_for_first():
@@ -50,8 +50,8 @@ def test_compare_names_a_missing_object_once_and_each_difference():
     expected = {"table t": "relkind r", "column a of table t": "int", "view v": "x", "query of view v": "SELECT 1"}
     assert catalogs.compare(expected, expected) == []
     assert catalogs.compare(expected, {}) == [
-        Finding("table t", "missing", expected="relkind r"),
-        Finding("view v", "missing", expected="x"),
+        Difference("table t", "missing", expected="relkind r"),
+        Difference("view v", "missing", expected="x"),
     ]
     found = {"table t": "relkind r", "view v": "x", "query of view v": "SELECT 2", "table other": "relkind r"}
     assert [str(finding) for finding in catalogs.compare(expected, found)] == [
@@ -59,14 +59,17 @@ def test_compare_names_a_missing_object_once_and_each_difference():
         "query of view v is different: SELECT 2, not SELECT 1",
     ]
     assert (
-        str(Finding("body of function f", "different", expected="a\nb", found="c")) == "body of function f is different"
+        str(Difference("body of function f", "different", expected="a\nb", found="c"))
+        == "body of function f is different"
     )
 
 
 def test_what_somebody_has_added_counts_where_it_hangs_on_an_object_of_ours():
     expected = {"table t": "relkind r"}
     added = {"trigger x of table t": "x", "policy x of table other": "x", "column x of table t": "int"}
-    assert catalogs.compare(expected, {**expected, **added}) == [Finding("trigger x of table t", "not ours", found="x")]
+    assert catalogs.compare(expected, {**expected, **added}) == [
+        Difference("trigger x of table t", "not ours", found="x")
+    ]
 
 
 def test_whatever_the_migrations_make_is_looked_at_for_its_owner():

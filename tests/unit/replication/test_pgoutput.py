@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cdc.core.errors import ProtocolError
 from cdc.core.model import WakeUp, message_prefix, publication_name
-from cdc.replication.pgoutput import Decoder, options, plugin
+from cdc.replication.pgoutput import PgoutputDecoder, options, plugin
 
 PUBLIC = message_prefix("public")
 ODD = message_prefix('My "Schema", x.y')
@@ -35,14 +35,14 @@ ROWS = {
 
 
 def test_a_transaction_rings_with_its_commit_time() -> None:
-    decode = Decoder(PUBLIC)
+    decode = PgoutputDecoder(PUBLIC)
     assert [decode(message) for message in (BEGIN, OURS, memoryview(OURS), COMMIT)] == [
         None, (WakeUp(49, 27), COMMITTED), (WakeUp(49, 27), COMMITTED), None,
     ]  # fmt: skip
 
 
 def test_a_commit_time_is_not_kept_beyond_its_transaction() -> None:
-    decode = Decoder(PUBLIC)
+    decode = PgoutputDecoder(PUBLIC)
     for message in (BEGIN, COMMIT):
         decode(message)
     assert decode(OURS) == (WakeUp(49, 27), None)
@@ -50,19 +50,19 @@ def test_a_commit_time_is_not_kept_beyond_its_transaction() -> None:
 
 @pytest.mark.parametrize("message", [OUTSIDE, OTHERS, NO_NUMBERS], ids=["outside", "others", "no numbers"])
 def test_messages_that_are_not_ours_do_not_ring(message: bytes) -> None:
-    assert Decoder(PUBLIC)(message) is None
+    assert PgoutputDecoder(PUBLIC)(message) is None
 
 
 @pytest.mark.parametrize("prefix", [ODD, PUBLIC + "2", PUBLIC[:-1]])
 def test_a_prefix_is_ours_only_as_a_whole(prefix: str) -> None:
     theirs = OURS.replace(PUBLIC.encode(), prefix.encode())
-    assert Decoder(PUBLIC)(theirs) is None
-    assert Decoder(prefix)(theirs) == (WakeUp(49, 27), None)
+    assert PgoutputDecoder(PUBLIC)(theirs) is None
+    assert PgoutputDecoder(prefix)(theirs) == (WakeUp(49, 27), None)
 
 
 @pytest.mark.parametrize("message", ROWS.values(), ids=ROWS)
 def test_rows_of_a_publication_that_is_not_empty_are_passed_over(message: bytes) -> None:
-    assert Decoder(PUBLIC)(message) is None
+    assert PgoutputDecoder(PUBLIC)(message) is None
 
 
 every_message = pytest.mark.parametrize("message", [BEGIN, OURS, OUTSIDE, OTHERS, NO_NUMBERS, COMMIT])
@@ -70,7 +70,7 @@ every_message = pytest.mark.parametrize("message", [BEGIN, OURS, OUTSIDE, OTHERS
 
 @every_message
 def test_every_strict_prefix_and_every_longer_message_is_a_protocol_error(message: bytes) -> None:
-    decode = Decoder(PUBLIC)
+    decode = PgoutputDecoder(PUBLIC)
     for size in range(len(message)):
         with pytest.raises(ProtocolError):
             decode(message[:size])
@@ -80,7 +80,7 @@ def test_every_strict_prefix_and_every_longer_message_is_a_protocol_error(messag
 
 @every_message
 def test_every_change_of_one_byte_gives_a_value_or_a_protocol_error(message: bytes) -> None:
-    decode = Decoder(PUBLIC)
+    decode = PgoutputDecoder(PUBLIC)
     for place in range(len(message)):
         for bits in (0x01, 0x10, 0x80, 0xFF):
             value_or_protocol_error(decode, message[:place] + bytes([message[place] ^ bits]) + message[place + 1 :])
@@ -88,7 +88,7 @@ def test_every_change_of_one_byte_gives_a_value_or_a_protocol_error(message: byt
 
 @given(st.lists(st.binary(max_size=60) | st.binary(max_size=60).map(b"M\x01".__add__), max_size=5))
 def test_any_bytes_give_a_value_or_a_protocol_error(messages: list[bytes]) -> None:
-    decode = Decoder(PUBLIC)
+    decode = PgoutputDecoder(PUBLIC)
     for message in messages:
         value_or_protocol_error(decode, message)
 
@@ -96,10 +96,10 @@ def test_any_bytes_give_a_value_or_a_protocol_error(messages: list[bytes]) -> No
 @given(content=st.tuples(st.integers(-1, 2**64), st.integers(-1, 70)).map("{0[0]},{0[1]}".format) | st.text(max_size=9))
 def test_any_content_of_ours_gives_a_value(content: str) -> None:
     body = content.encode()
-    value_or_protocol_error(Decoder(PUBLIC), OURS[:31] + len(body).to_bytes(4) + body, must_be_a_value=True)
+    value_or_protocol_error(PgoutputDecoder(PUBLIC), OURS[:31] + len(body).to_bytes(4) + body, must_be_a_value=True)
 
 
-def value_or_protocol_error(decode: Decoder, message: bytes, *, must_be_a_value: bool = False) -> None:
+def value_or_protocol_error(decode: PgoutputDecoder, message: bytes, *, must_be_a_value: bool = False) -> None:
     try:
         notified = decode(message)
     except ProtocolError:

@@ -8,12 +8,12 @@ from cdc.core.errors import StreamError
 from cdc.core.lsn import Lsn
 from cdc.core.stream_reason import Reason
 from cdc.replication.refusals import (
-    During,
+    ErrorContext,
     FoundSlot,
-    Names,
-    ServerLook,
-    Step,
-    Wanted,
+    Phase,
+    ServerState,
+    SlotAction,
+    SlotPolicy,
     classify,
     classify_connect,
     next_step,
@@ -21,9 +21,9 @@ from cdc.replication.refusals import (
     why_broken,
 )
 
-NAMES = Names(slot="bell", plugin="wal2json", database="app", role='odd"role', publication='odd"one')
+NAMES = ErrorContext(slot="bell", plugin="wal2json", database="app", role='odd"role', publication='odd"one')
 END = Lsn.parse("0/2000")
-P, C, S, R = During.PUBLISH, During.CREATE, During.START, During.STREAM
+P, C, S, R = Phase.PUBLISH, Phase.CREATE, Phase.START, Phase.STREAM
 
 # Measured on PostgreSQL 15, 16 and 18, except those that the manual only documents.
 CASES = [
@@ -70,7 +70,7 @@ CASES = [
 
 @pytest.mark.parametrize(("sqlstate", "function", "during", "reason", "permanent"), CASES)
 def test_a_refusal_is_told_by_its_code_and_the_function_that_raised_it(
-    sqlstate: str | None, function: str | None, during: During, reason: Reason, permanent: bool
+    sqlstate: str | None, function: str | None, during: Phase, reason: Reason, permanent: bool
 ) -> None:
     error = classify(sqlstate, function, during, NAMES)
     assert (error.reason, error.permanent) == (reason, permanent)
@@ -100,13 +100,13 @@ def test_an_orderly_end_is_the_servers() -> None:
     ("look", "reason"),
     [
         (None, Reason.NETWORK),
-        (ServerLook("logical", may_replicate=True, walsenders=1, walsenders_max=10), Reason.NETWORK),
-        (ServerLook("minimal", may_replicate=False, walsenders=0, walsenders_max=0), Reason.WAL_LEVEL),
-        (ServerLook("logical", may_replicate=False, walsenders=10, walsenders_max=10), Reason.NO_REPLICATION_ROLE),
-        (ServerLook("logical", may_replicate=True, walsenders=10, walsenders_max=10), Reason.NO_FREE_WALSENDER),
+        (ServerState("logical", may_replicate=True, walsenders=1, walsenders_max=10), Reason.NETWORK),
+        (ServerState("minimal", may_replicate=False, walsenders=0, walsenders_max=0), Reason.WAL_LEVEL),
+        (ServerState("logical", may_replicate=False, walsenders=10, walsenders_max=10), Reason.NO_REPLICATION_ROLE),
+        (ServerState("logical", may_replicate=True, walsenders=10, walsenders_max=10), Reason.NO_FREE_WALSENDER),
     ],
 )
-def test_a_refused_connection_is_told_by_what_an_ordinary_one_sees(look: ServerLook | None, reason: Reason) -> None:
+def test_a_refused_connection_is_told_by_what_an_ordinary_one_sees(look: ServerState | None, reason: Reason) -> None:
     error = classify_connect(look, "cannot connect", "the remedy for that", NAMES)
     assert error.reason == reason
     if reason is Reason.NETWORK:
@@ -117,48 +117,48 @@ OURS = FoundSlot("wal2json", "app", "reserved", Lsn.parse("0/1000"))
 AHEAD = replace(OURS, confirmed=Lsn.parse("0/2001"))
 LOST = replace(OURS, wal_status="lost")
 OF_PGOUTPUT = replace(OURS, plugin="pgoutput")
-ONLY_PGOUTPUT = Wanted(plugins=("pgoutput",))
-WITHOUT_WAL2JSON = Wanted(plugins=("pgoutput",), refused=("wal2json",))
-TEMPORARY = Wanted(temporary=True)
+ONLY_PGOUTPUT = SlotPolicy(plugins=("pgoutput",))
+WITHOUT_WAL2JSON = SlotPolicy(plugins=("pgoutput",), refused=("wal2json",))
+TEMPORARY = SlotPolicy(temporary=True)
 
 
 @pytest.mark.parametrize(
     ("found", "wanted", "step"),
     [
-        (None, Wanted(), Step.CREATE),
-        (OURS, Wanted(), Step.START),
-        (replace(OURS, wal_status="extended"), Wanted(), Step.START),
-        (replace(OURS, wal_status="unreserved"), Wanted(), Step.START),
-        (LOST, Wanted(), Step.RECREATE),
-        (AHEAD, Wanted(), Step.RECREATE),
+        (None, SlotPolicy(), SlotAction.CREATE),
+        (OURS, SlotPolicy(), SlotAction.START),
+        (replace(OURS, wal_status="extended"), SlotPolicy(), SlotAction.START),
+        (replace(OURS, wal_status="unreserved"), SlotPolicy(), SlotAction.START),
+        (LOST, SlotPolicy(), SlotAction.RECREATE),
+        (AHEAD, SlotPolicy(), SlotAction.RECREATE),
         # Half made by another consumer: START will say that it is busy.
-        (replace(OURS, confirmed=None), Wanted(), Step.START),
-        (OF_PGOUTPUT, Wanted(), Step.START),
-        (OF_PGOUTPUT, ONLY_PGOUTPUT, Step.START),
-        (OF_PGOUTPUT, WITHOUT_WAL2JSON, Step.START),
-        (OURS, WITHOUT_WAL2JSON, Step.RECREATE),
-        (OURS, Wanted(stuck=True), Step.RECREATE),
-        (None, Wanted(stuck=True), Step.CREATE),
-        (None, TEMPORARY, Step.CREATE),
-        (OURS, TEMPORARY, Step.RECREATE),
+        (replace(OURS, confirmed=None), SlotPolicy(), SlotAction.START),
+        (OF_PGOUTPUT, SlotPolicy(), SlotAction.START),
+        (OF_PGOUTPUT, ONLY_PGOUTPUT, SlotAction.START),
+        (OF_PGOUTPUT, WITHOUT_WAL2JSON, SlotAction.START),
+        (OURS, WITHOUT_WAL2JSON, SlotAction.RECREATE),
+        (OURS, SlotPolicy(stuck=True), SlotAction.RECREATE),
+        (None, SlotPolicy(stuck=True), SlotAction.CREATE),
+        (None, TEMPORARY, SlotAction.CREATE),
+        (OURS, TEMPORARY, SlotAction.RECREATE),
         # Another consumer's, whatever mode this one is in.
-        (replace(OURS, temporary=True), TEMPORARY, Step.START),
-        (replace(OURS, temporary=True), Wanted(), Step.START),
+        (replace(OURS, temporary=True), TEMPORARY, SlotAction.START),
+        (replace(OURS, temporary=True), SlotPolicy(), SlotAction.START),
     ],
 )
 def test_only_a_slot_that_was_looked_at_and_found_broken_is_made_anew(
-    found: FoundSlot | None, wanted: Wanted, step: Step
+    found: FoundSlot | None, wanted: SlotPolicy, step: SlotAction
 ) -> None:
     assert next_step(found, END, NAMES, wanted) is step
-    assert bool(found and why_broken(found, END, NAMES, wanted)) is (step is Step.RECREATE)
+    assert bool(found and why_broken(found, END, NAMES, wanted)) is (step is SlotAction.RECREATE)
 
 
-@pytest.mark.parametrize("wanted", [Wanted(), Wanted(may_create=False), Wanted(stuck=True), TEMPORARY])
+@pytest.mark.parametrize("wanted", [SlotPolicy(), SlotPolicy(may_create=False), SlotPolicy(stuck=True), TEMPORARY])
 @pytest.mark.parametrize(
     "found",
     [replace(LOST, plugin="test_decoding"), replace(LOST, database="other"), FoundSlot(None, None, "lost", None)],
 )
-def test_a_strangers_slot_is_never_touched(found: FoundSlot, wanted: Wanted) -> None:
+def test_a_strangers_slot_is_never_touched(found: FoundSlot, wanted: SlotPolicy) -> None:
     with pytest.raises(StreamError) as refused:
         next_step(found, END, NAMES, wanted)
     assert (refused.value.reason, refused.value.permanent) == (Reason.SLOT_FOREIGN, True)
@@ -175,15 +175,15 @@ def test_a_slot_of_a_plugin_that_was_not_asked_for_is_kept_and_the_command_named
 @pytest.mark.parametrize(
     ("found", "wanted", "reason"),
     [
-        (LOST, Wanted(), Reason.SLOT_LOST),
-        (AHEAD, Wanted(), Reason.SLOT_LOST),
+        (LOST, SlotPolicy(), Reason.SLOT_LOST),
+        (AHEAD, SlotPolicy(), Reason.SLOT_LOST),
         (OURS, WITHOUT_WAL2JSON, Reason.PLUGIN_REFUSED),
         (OURS, TEMPORARY, Reason.SLOT_FOREIGN),
-        (OURS, Wanted(stuck=True), Reason.SLOT_STUCK),
+        (OURS, SlotPolicy(stuck=True), Reason.SLOT_STUCK),
     ],
 )
 def test_where_nothing_may_be_made_anew_the_command_that_does_it_is_named(
-    found: FoundSlot, wanted: Wanted, reason: Reason
+    found: FoundSlot, wanted: SlotPolicy, reason: Reason
 ) -> None:
     with pytest.raises(StreamError) as refused:
         next_step(found, END, NAMES, replace(wanted, may_recreate=False))
@@ -193,6 +193,6 @@ def test_where_nothing_may_be_made_anew_the_command_that_does_it_is_named(
 
 def test_where_nothing_may_be_created_the_command_that_does_it_is_named() -> None:
     with pytest.raises(StreamError) as refused:
-        next_step(None, END, NAMES, Wanted(may_create=False))
+        next_step(None, END, NAMES, SlotPolicy(may_create=False))
     assert (refused.value.reason, refused.value.permanent) == (Reason.SLOT_MISSING, True)
     assert "cdc slot create bell" in refused.value.hint

@@ -12,25 +12,25 @@ from hypothesis import strategies as st
 
 from cdc.core.lsn import Lsn
 from cdc.core.units import size, span
-from cdc.replication.slot_health import Outlook, Slot, Verdict, judge, outlook
+from cdc.replication.slot_health import Outlook, SlotHealth, SlotReport, assess, outlook
 
 SEEN = datetime(2026, 10, 5, tzinfo=UTC)
 
 
-def slot(**fields: Any) -> Slot:
+def slot(**fields: Any) -> SlotReport:
     """A healthy one that is being read, with these fields instead."""
-    blank = dict.fromkeys(Slot.__dataclass_fields__)
+    blank = dict.fromkeys(SlotReport.__dataclass_fields__)
     healthy = {
         **blank, "name": "cdc", "plugin": "wal2json", "slot_type": "logical", "database": "shop", "temporary": False,
         "ours": True, "active": True, "active_pid": 7, "application_name": "cdc: stream", "wal_status": "reserved",
         "current_lsn": Lsn(1 << 20), "retained_wal_bytes": 100, "confirmed_lag_bytes": 0, "seen_at": SEEN,
     }  # fmt: skip
-    return Slot(**{**healthy, **fields})
+    return SlotReport(**{**healthy, **fields})
 
 
 def test_a_slot_that_is_read_and_keeps_little_is_fine() -> None:
-    assert judge(slot()) == Verdict(True, "fine")
-    assert judge(slot(active=False)).fine
+    assert assess(slot()) == SlotHealth(True, "fine")
+    assert assess(slot(active=False)).fine
 
 
 @pytest.mark.parametrize(
@@ -38,24 +38,24 @@ def test_a_slot_that_is_read_and_keeps_little_is_fine() -> None:
     [
         ({"wal_status": "lost", "retained_wal_bytes": None, "invalidation_reason": "wal_removed"}, "wal_removed",
          "cdc slot recreate cdc"),
-        ({"confirmed_lag_bytes": -1}, "deaf", "cdc slot recreate cdc"),
+        ({"confirmed_lag_bytes": -1}, "silent", "cdc slot recreate cdc"),
         ({"wal_status": "unreserved"}, "about to be lost", "max_slot_wal_keep_size"),
         ({"retained_wal_bytes": 2 << 30}, "keeps 2 GB of WAL, though it is being read", "cdc doctor"),
         ({"retained_wal_bytes": 2 << 30, "active": False}, "nobody reads it", "start a consumer"),
     ],
 )  # fmt: skip
 def test_each_trouble_has_its_sentence_and_its_remedy(fields: dict[str, Any], word: str, remedy: str) -> None:
-    verdict = judge(slot(**fields))
-    assert not verdict.fine
-    assert word in verdict.sentence
-    assert remedy in verdict.remedy
+    health = assess(slot(**fields))
+    assert not health.fine
+    assert word in health.sentence
+    assert remedy in health.remedy
 
 
 def test_a_slot_that_nobody_reads_and_that_is_lost_within_the_hour_is_not_fine() -> None:
     soon, later = Outlook(1e6, 1200.0), Outlook(1e6, 86_400.0)
-    assert judge(slot(active=False), soon).sentence.startswith("lost in about 20 min")
-    assert judge(slot(active=False), later).fine
-    assert judge(slot(active=True), soon).fine, "its reader moves it"
+    assert assess(slot(active=False), soon).sentence.startswith("lost in about 20 min")
+    assert assess(slot(active=False), later).fine
+    assert assess(slot(active=True), soon).fine, "its reader moves it"
 
 
 def test_the_outlook_is_what_is_left_at_the_rate_between_two_looks() -> None:

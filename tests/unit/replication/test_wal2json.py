@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from cdc.core.errors import ProtocolError
 from cdc.core.model import WakeUp, message_prefix
-from cdc.replication.protocol import Rung, parse
-from cdc.replication.wal2json import Decoder, UsualMessages, options, plugin
+from cdc.replication.protocol import Decoded, parse
+from cdc.replication.wal2json import BatchDecoder, Wal2jsonDecoder, options, plugin
 
 ODD = message_prefix('My "Schema", x.y')
 COMMITTED = datetime(2026, 11, 22, 13, 22, 11, 622365, tzinfo=UTC).timestamp()
@@ -95,14 +95,14 @@ by_name = pytest.mark.parametrize(
 
 
 @by_name
-def test_what_the_plugin_sends_is_read(prefix: str, text: str, notified: Rung | None) -> None:
-    assert Decoder(prefix)(text.encode()) == notified
-    assert Decoder(prefix)(memoryview(text.encode())) == notified
+def test_what_the_plugin_sends_is_read(prefix: str, text: str, notified: Decoded | None) -> None:
+    assert Wal2jsonDecoder(prefix)(text.encode()) == notified
+    assert Wal2jsonDecoder(prefix)(memoryview(text.encode())) == notified
 
 
 @by_name
-def test_every_strict_prefix_is_a_protocol_error(prefix: str, text: str, notified: Rung | None) -> None:
-    decode, payload = Decoder(prefix), text.encode()
+def test_every_strict_prefix_is_a_protocol_error(prefix: str, text: str, notified: Decoded | None) -> None:
+    decode, payload = Wal2jsonDecoder(prefix), text.encode()
     for size in range(len(payload)):
         with pytest.raises(ProtocolError):
             decode(payload[:size])
@@ -112,9 +112,9 @@ def test_every_strict_prefix_is_a_protocol_error(prefix: str, text: str, notifie
 
 @by_name
 def test_every_change_of_one_byte_gives_a_value_or_a_protocol_error(
-    prefix: str, text: str, notified: Rung | None
+    prefix: str, text: str, notified: Decoded | None
 ) -> None:
-    decode, payload = Decoder(prefix), text.encode()
+    decode, payload = Wal2jsonDecoder(prefix), text.encode()
     for place in range(len(payload)):
         for bits in (0x01, 0x10, 0x80, 0xFF):
             value_or_protocol_error(decode, payload[:place] + bytes([payload[place] ^ bits]) + payload[place + 1 :])
@@ -122,15 +122,15 @@ def test_every_change_of_one_byte_gives_a_value_or_a_protocol_error(
 
 @given(st.binary(max_size=200) | st.text(alphabet='{}[]":,M0e-"\\', max_size=60).map(str.encode))
 def test_any_bytes_give_a_value_or_a_protocol_error(payload: bytes) -> None:
-    value_or_protocol_error(Decoder("entity_change:public"), payload)
+    value_or_protocol_error(Wal2jsonDecoder("entity_change:public"), payload)
 
 
 def test_json_without_end_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError):
-        Decoder("entity_change:public")(b"[" * 100_000)
+        Wal2jsonDecoder("entity_change:public")(b"[" * 100_000)
 
 
-def value_or_protocol_error(decode: Decoder, payload: bytes) -> None:
+def value_or_protocol_error(decode: Wal2jsonDecoder, payload: bytes) -> None:
     try:
         notified = decode(payload)
     except ProtocolError:
@@ -156,7 +156,7 @@ def test_the_quick_way_reads_what_a_json_parser_reads(
         "content": content,
     }
     usual = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
-    heard, notified = UsualMessages(prefix)([envelope(usual, 77)]), Decoder(prefix)(usual)
+    heard, notified = BatchDecoder(prefix)([envelope(usual, 77)]), Wal2jsonDecoder(prefix)(usual)
     if heard is not None:
         assert notified == (heard.wakeups[0], heard.committed_at)
         assert (heard.highest, len(heard.wakeups)) == (77, 1)
@@ -177,7 +177,7 @@ def test_of_many_usual_messages_all_wake_ups_the_highest_position_and_the_last_t
         memoryview(envelope(USUAL.replace("13:22:11", f"13:22:{second}").replace("49,", f"{n},").encode(), position))
         for n, (second, position) in enumerate(zip(seconds, positions, strict=True), start=1)
     ]
-    assert UsualMessages("entity_change:public")(received) == (
+    assert BatchDecoder("entity_change:public")(received) == (
         0x7000000A00,
         [WakeUp(1, 27), WakeUp(2, 27), WakeUp(3, 27)],
         COMMITTED,
@@ -202,7 +202,7 @@ def test_of_many_usual_messages_all_wake_ups_the_highest_position_and_the_last_t
 )
 def test_one_that_is_not_usual_has_all_of_them_read_one_by_one(odd: bytes) -> None:
     usual = envelope(USUAL.encode())
-    read = UsualMessages("entity_change:public")
+    read = BatchDecoder("entity_change:public")
     assert all(read(received) is None for received in ([odd], [usual, odd], [odd, usual], [usual, odd, usual]))
 
 
@@ -215,9 +215,9 @@ def test_whatever_is_damaged_many_messages_are_read_as_they_are_one_by_one(
     damaged = bytearray(received[place])
     damaged[at] ^= data.draw(st.integers(0, 255))
     messages = [*received[:place], bytes(damaged), *received[place + 1 :]]
-    heard = UsualMessages("entity_change:public")(messages)
+    heard = BatchDecoder("entity_change:public")(messages)
     if heard is not None:
-        decode = Decoder("entity_change:public")
+        decode = Wal2jsonDecoder("entity_change:public")
         parsed = [parse(message) for message in messages]
         one_by_one = [decode(payload) for _, payload, _ in parsed if payload is not None]
         assert heard.wakeups == [notified[0] for notified in one_by_one if notified]

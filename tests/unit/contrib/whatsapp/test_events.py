@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdc.contrib.whatsapp.events import AHEAD_MAX, Message, Reaction, RejectedError, parse
+from cdc.contrib.whatsapp.events import AHEAD_MAX, InvalidEventError, MessageEvent, ReactionEvent, parse
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 REACTION = {
@@ -22,17 +22,17 @@ MESSAGE = {
 
 
 def refusal(payload: object) -> str:
-    with pytest.raises(RejectedError) as rejected:
+    with pytest.raises(InvalidEventError) as rejected:
         parse(payload, NOW)
     return str(rejected.value)
 
 
 def test_a_reaction_and_a_message_are_read() -> None:
     reaction, message = parse(REACTION, NOW), parse(MESSAGE, NOW)
-    assert isinstance(reaction, Reaction)
+    assert isinstance(reaction, ReactionEvent)
     assert (reaction.key, reaction.message_id, reaction.reaction) == ("r-1", "m-1", "✅")
     assert (reaction.user_id, reaction.chat_id, reaction.removed) == ("491701234567", "c-1", False)
-    assert isinstance(message, Message)
+    assert isinstance(message, MessageEvent)
     assert message.content == "Can you help me?"
     assert reaction.timestamp == message.timestamp == datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -40,13 +40,13 @@ def test_a_reaction_and_a_message_are_read() -> None:
 @pytest.mark.parametrize("nothing", ["", None])
 def test_a_reaction_of_nothing_is_a_removed_one(nothing: str | None) -> None:
     removal = parse(REACTION | {"reaction": nothing}, NOW)
-    assert isinstance(removal, Reaction)
+    assert isinstance(removal, ReactionEvent)
     assert removal.removed
 
 
 def test_a_message_need_not_have_text_but_a_field_that_is_not_there_is_not_taken_for_none() -> None:
     picture = parse(MESSAGE | {"content": None}, NOW)
-    assert isinstance(picture, Message)
+    assert isinstance(picture, MessageEvent)
     assert picture.content is None
     for payload, field in ((REACTION, "reaction"), (MESSAGE, "content")):
         assert refusal({name: value for name, value in payload.items() if name != field}) == f"{field}: field required"
@@ -128,13 +128,13 @@ _JSON = st.recursive(
 def test_whatever_the_fields_hold_the_answer_is_an_event_nothing_or_a_refusal(
     payload: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    with contextlib.suppress(RejectedError):
+    with contextlib.suppress(InvalidEventError):
         event = parse(payload | changes, NOW)
-        assert event is None or isinstance(event, Message | Reaction)
+        assert event is None or isinstance(event, MessageEvent | ReactionEvent)
 
 
 @settings(deadline=None)
 @given(_JSON)
 def test_the_same_for_any_json(payload: object) -> None:
-    with contextlib.suppress(RejectedError):
+    with contextlib.suppress(InvalidEventError):
         assert parse(payload, NOW) is None

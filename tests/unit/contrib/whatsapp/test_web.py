@@ -21,7 +21,7 @@ from psycopg_pool import PoolTimeout
 from cdc.cli import cdc
 from cdc.contrib.whatsapp import web
 from cdc.contrib.whatsapp.adapter import Adapter, Result
-from cdc.contrib.whatsapp.events import RejectedError
+from cdc.contrib.whatsapp.events import InvalidEventError
 from cdc.contrib.whatsapp.web import Checks, make_app
 
 SECRET = b"s3cret"
@@ -201,7 +201,7 @@ async def test_a_client_that_leaves_is_nobodys_error() -> None:
 
 
 async def test_what_the_adapter_rejects_is_answered_with_its_sentence() -> None:
-    answer = await post(b"{}", Scripted(RejectedError("key: field required")))
+    answer = await post(b"{}", Scripted(InvalidEventError("key: field required")))
     assert (answer.status, answer.json) == (422, {"error": "key: field required"})
 
 
