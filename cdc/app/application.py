@@ -127,7 +127,7 @@ class App:
             asked=None if self.scope == settings.scope or settings.observe else settings.scope,
             page=OutboxAdmin(settings.schema_) if settings.http.port and settings.http.page else None,
             supervisor=self._supervisor,
-            deaf=self._slot_waits_for_standbys,
+            standbys_away=self._slot_waits_for_standbys,
         )
         self._stream = self._make_stream() if settings.stream else None
         self._listener = Listener(settings.current_dsn, settings.schema_, self._heard, captured=self.consumer.captured)
