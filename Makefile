@@ -39,7 +39,7 @@ check: lint ## lint, and the tests that need no server: what to run while writin
 	  tests/unit tests/properties tests/simulation tests/reference tests/test_tidy.py $(ARGS)
 
 .PHONY: test
-test: machine $(READY) ## Run all tests, JOBS=3 files at a time. ARGS="-k lanes -x" is passed to pytest.
+test: machine $(READY) ## Run all tests, JOBS=3 files at a time. ARGS="-k scheduler -x" is passed to pytest.
 	@CDC_REQUIRE_PG=1 $(BIN)/python -m pytest --ignore tests/container -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: containers

@@ -215,7 +215,7 @@ class Consumer:
             settling=scheduler.settling,
             window=self._settings.window,
             waiting_wakeups=planner.queue_length,
-            limited_types=len(planner.throttled),
+            throttled_types=len(planner.throttled),
             held_up_s=self.held_up_s,
             unread_s=self.unread_s,
         )

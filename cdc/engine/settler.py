@@ -196,7 +196,7 @@ class Settler:
         self._metrics.settle_changes.observe(len(batch))
         self._rest_s = 0.0
         if settled.locked:
-            self._metrics.marks_delayed.inc(len(settled.locked))
+            self._metrics.settle_delayed.inc(len(settled.locked))
             self._queue.put_back(settled.locked, _now() + _LOCKED_S)
             self._delayed(settled.locked, "a row is locked")
         return settled
@@ -221,7 +221,7 @@ class Settler:
             self._around_locks = True  # at once, and then around whatever row it is
             self._delay = self._delay or _Delay(_now())
             return
-        self._metrics.marks_delayed.inc(len(batch))
+        self._metrics.settle_delayed.inc(len(batch))
         self._rest_s = min(max(2 * self._rest_s, _REST_MIN_S), _REST_MAX_S)
         self._rests_until = _now() + self._rest_s
         self._delayed(batch, f"{error.diag.message_primary} [{error.sqlstate}]")

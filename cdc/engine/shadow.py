@@ -281,7 +281,7 @@ class Shadow:
             self._misfit(handler, change, where(error, handler.function))
 
     def _misfit(self, handler: Handler, change: Change, why: str) -> None:
-        self._metrics.shadow.misfit(handler.name)
+        self._metrics.shadow.invalid(handler.name)
         log.warning(
             "change %s of %s does not fit the model of handler %s: %s", change.id, change.entity_type, handler.name, why
         )

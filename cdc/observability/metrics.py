@@ -183,13 +183,13 @@ class OutboxMetrics(_Group):
         )
         self.fetch_changes = self._distribution("cdc_fetch_changes", "Changes in one fetch.", _BATCH)
         self.visibility_retries = self._counter(
-            "cdc_visibility_retries", "Changes that were not visible at first look, by how it ended.", "result"
+            "cdc_visibility_retries", "Changes that were not visible when first read, by how it ended.", "result"
         )
         self.settle_duration = self._distribution("cdc_settle_duration_seconds", "One batched settle.", _CALL_S)
         self.settle_changes = self._distribution("cdc_settle_changes", "Changes in one settle.", _BATCH)
-        self.settle_skipped = self._counter("cdc_settle_skipped", "Changes that somebody else had settled.")
-        self.marks_delayed = self._counter(
-            "cdc_marks_delayed", "Tries to mark a change that something stood in the way of: a lock, a full disk."
+        self.settle_skipped = self._counter("cdc_settle_skipped", "Changes that another session had settled.")
+        self.settle_delayed = self._counter(
+            "cdc_settle_delayed", "Marks that a lock or a full disk delayed, by attempt."
         )
         self.rows_refused = self._counter(
             "cdc_rows_refused", "Changes that the database would not mark or hand over; now dead letters.", "step"
@@ -203,11 +203,9 @@ class ConsumerMetrics(_Group):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.shard_moves = self._counter(
-            "cdc_shard_moves", "Shards that came and went; lost means with the session.", "direction"
+            "cdc_shard_moves", "Shards acquired and released; lost means with the session.", "direction"
         )
-        self.interruptions = self._counter(
-            "cdc_interruptions", "Times that the consumer gave up its connections and began anew.", "reason"
-        )
+        self.interruptions = self._counter("cdc_interruptions", "Times that the consumer reconnected.", "reason")
         _start(self.shard_moves, ("acquired", "released", "lost"))
         _start(self.interruptions, INTERRUPTIONS)
 
@@ -279,27 +277,27 @@ class ShadowMetrics(_Group):
         super().__init__(registry)
         self._types = router.entity_types
         self._changes = self._counter(
-            "cdc_observed_changes", "Changes that one who only observes saw, by who would have got them.",
+            "cdc_observed_changes", "Changes seen in shadow mode, by the handler that would have run.",
             "entity_type", "handler",
         )  # fmt: skip
-        self._misfits = self._counter(
-            "cdc_observed_misfits", "Those that do not fit the model of their handler.", "handler"
+        self._invalid = self._counter(
+            "cdc_observed_invalid", "Changes seen in shadow mode that do not fit their handler's model.", "handler"
         )
         self._latency = self._histogram(
             "cdc_observed_latency_seconds",
-            "The same as cdc_change_latency_seconds, of changes that somebody else marked processed.",
+            "As cdc_change_latency_seconds, for changes that another program marked processed.",
             _CHANGE_S,
             "entity_type",
         )
-        _start(self._misfits, _names(router))
+        _start(self._invalid, _names(router))
 
     def saw(self, entity_type: str, handler: str) -> None:
         """A change was seen that would have gone to this handler."""
         self._changes.labels(_label(entity_type, self._types), handler).inc()
 
-    def misfit(self, handler: str) -> None:
+    def invalid(self, handler: str) -> None:
         """It does not fit the handler's model."""
-        self._misfits.labels(handler).inc()
+        self._invalid.labels(handler).inc()
 
     def others_took(self, entity_type: str, seconds: float) -> None:
         """Somebody else marked a change processed so long after its transaction began."""

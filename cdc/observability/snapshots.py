@@ -68,7 +68,7 @@ class ConsumerStatus:
     settling: int = 0
     window: int = 0
     waiting_wakeups: int = 0
-    limited_types: int = 0
+    throttled_types: int = 0
     held_up_s: float = 0.0
     unread_s: float = 0.0
 

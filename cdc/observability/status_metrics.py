@@ -32,32 +32,32 @@ def _counter(name: str, text: str, *labels: str) -> Callable[[], _Family]:
 
 
 _FAMILIES = (
-    _gauge("cdc_role", "What this consumer does for the doorbell; 1 for its role.", "role"),
-    _gauge("cdc_loop_last_iteration_timestamp_seconds", "When each started loop last turned.", "loop"),
+    _gauge("cdc_role", "Where this consumer's wake-ups come from; 1 for its role.", "role"),
+    _gauge("cdc_loop_last_iteration_timestamp_seconds", "When each loop last began an iteration.", "loop"),
     _gauge("cdc_collector_success", "1 if the last reading of these figures worked.", "collector"),
     _gauge("cdc_stream_connected", "1 while this process reads the slot.", "slot"),
     _gauge("cdc_stream_unavailable", "Why it does not; 1 for the reason.", "reason"),
     _gauge("cdc_stream_last_byte_timestamp_seconds", "When the server last sent a byte, keepalives included.", "slot"),
     _counter("cdc_stream_messages", "Messages read from the stream.", "slot", "kind"),
     _counter("cdc_stream_received_bytes", "Bytes read from the stream.", "slot"),
-    _counter("cdc_stream_slot_recreations", "Slots that were lost or could not be read, and were made anew.", "slot"),
+    _counter("cdc_stream_slot_recreations", "Slots recreated because they were lost or could not be read.", "slot"),
     _gauge("cdc_wakeup_queue_length", "Wake-ups that wait to be fetched."),
-    _gauge("cdc_lanes_changes", "Changes this consumer holds.", "state"),
-    _gauge("cdc_lanes_capacity", "Changes it may hold."),
-    _gauge("cdc_lanes_limited_types", "Entity types that hold their share of it and have more to do."),
-    _gauge("cdc_shards", "Shards there are; 0 where nothing but observing is to be done."),
+    _gauge("cdc_window_changes", "Changes in memory.", "state"),
+    _gauge("cdc_window_capacity", "Changes that memory may hold."),
+    _gauge("cdc_window_throttled_types", "Entity types that are at their limit of the window and have a backlog."),
+    _gauge("cdc_shards", "Number of shards; 0 in shadow mode."),
     _gauge("cdc_shards_owned", "Shards this consumer owns."),
-    _gauge("cdc_members", "Live consumers, as this one sees them."),
+    _gauge("cdc_members", "Live consumers, as this one counts them."),
     _gauge("cdc_transaction_connections", "Connections of transactional handlers.", "kind", "state"),
     _gauge("cdc_transaction_waiting", "Transactional handlers that wait for a connection.", "kind"),
     _gauge(
         "cdc_handler_breaker",
-        "The circuit breaker of a handler, not closed while what it needs is away; 1 for its state.",
+        "State of a handler's circuit breaker; 1 for the one it is in.",
         "handler",
         "state",
     ),
     _gauge("cdc_slot_present", "1 if the slot exists.", "slot"),
-    _gauge("cdc_slot_active", "1 if somebody reads the slot.", "slot"),
+    _gauge("cdc_slot_active", "1 if a consumer reads the slot.", "slot"),
     _gauge("cdc_slot_wal_status", "State of the slot's WAL; 1 for the one it is in.", "slot", "wal_status"),
     _gauge("cdc_slot_retained_wal_bytes", "WAL the server keeps for the slot.", "slot"),
     _gauge("cdc_slot_confirmed_lag_bytes", "WAL the reader has not confirmed.", "slot"),
@@ -68,7 +68,7 @@ _FAMILIES = (
     _gauge("cdc_outbox_oldest_ready_age_seconds", "Age of the oldest change that could run now; 0 if none."),
     _gauge("cdc_outbox_table_bytes", "Size of entity_changes with indexes and TOAST."),
     _gauge("cdc_outbox_dead_tuples", "Row versions of entity_changes that vacuum has not removed."),
-    _gauge("cdc_outbox_blocked_keys", "Keys held back by a waiting change or a pausing dead letter, up to a bound."),
+    _gauge("cdc_outbox_blocked_keys", "Keys blocked by a waiting change or a pausing dead letter, up to a bound."),
     _gauge(
         "cdc_outbox_unhandled_changes", "Fresh changes of types that no handler of this consumer wants, up to a bound."
     ),
@@ -143,11 +143,11 @@ def _of_stream(slot: str, stream: StreamStatus, epoch_s: float) -> Iterator[_Sam
 
 def _of_consumer(consumer: ConsumerStatus) -> Iterator[_Sample]:
     yield "cdc_wakeup_queue_length", (), consumer.waiting_wakeups
-    yield "cdc_lanes_changes", ("running",), consumer.running
-    yield "cdc_lanes_changes", ("queued",), consumer.queued
-    yield "cdc_lanes_changes", ("settling",), consumer.settling
-    yield "cdc_lanes_capacity", (), consumer.window
-    yield "cdc_lanes_limited_types", (), consumer.limited_types
+    yield "cdc_window_changes", ("running",), consumer.running
+    yield "cdc_window_changes", ("queued",), consumer.queued
+    yield "cdc_window_changes", ("settling",), consumer.settling
+    yield "cdc_window_capacity", (), consumer.window
+    yield "cdc_window_throttled_types", (), consumer.throttled_types
     yield "cdc_shards", (), 0 if consumer.observing else SHARDS
     yield "cdc_shards_owned", (), consumer.owned_shards
     yield "cdc_members", (), consumer.members

@@ -186,7 +186,7 @@ def test_an_outbox_that_is_written_without_ringing_is_deaf(scene: Scene) -> None
             "INSERT INTO entity_changes (table_name, operation, entity_id) VALUES ('good', 'INSERT', 'by hand')"
         )
 
-    scene.fires("CdcDoorbellDeaf", insert, job="deaf")
+    scene.fires("CdcWakeupsMissing", insert, job="deaf")
 
 
 def test_a_stream_that_hears_nothing_and_one_that_keeps_breaking(scene: Scene) -> None:

@@ -42,7 +42,7 @@ _GROUPS = {
     "Stream": ("cdc_stream_",),
     "Wake-ups": ("cdc_wakeup", "cdc_relay_", "cdc_fetch_", "cdc_visibility_"),
     "Changes and handlers": (
-        "cdc_changes_", "cdc_change_", "cdc_handler_", "cdc_settle_", "cdc_transaction_", "cdc_lanes_",
+        "cdc_changes_", "cdc_change_", "cdc_handler_", "cdc_settle_", "cdc_transaction_", "cdc_window_",
     ),
     "Delivery over HTTP": ("cdc_delivery_",),
     "Observing": ("cdc_observed_",),

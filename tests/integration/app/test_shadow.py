@@ -57,7 +57,7 @@ async def test_every_change_is_counted_by_who_would_have_got_it_and_nothing_runs
             outbox_db.execute(_PUBLISH, ["nobody", "1"])
             await eventually_async(lambda: sees("cdc_observed_changes_total", 21, handler="welcome"))
             await eventually_async(lambda: sees("cdc_observed_changes_total", 1, entity_type="other", handler="none"))
-            await eventually_async(lambda: sees("cdc_observed_misfits_total", 1, handler="strict"))
+            await eventually_async(lambda: sees("cdc_observed_invalid_total", 1, handler="strict"))
             assert await sees("cdc_role", 1, role="observing")
             assert await sees("cdc_shards_owned", 0)
             assert metric(registry, "cdc_wakeups_total", source="wal") == (22 if stream else 0)

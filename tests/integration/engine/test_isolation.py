@@ -210,10 +210,10 @@ async def test_thirty_thousand_keys_of_a_type_that_hangs_are_read_over(
     _publish(outbox_db, "quick", 200, keys=100)
     async with consuming(outbox, router, timeout=0) as app:
         await _until_done(outbox_db, "quick")
-        await _until(lambda: metric(app.metrics.registry, "cdc_lanes_limited_types") == 1, "a type has a backlog")
+        await _until(lambda: metric(app.metrics.registry, "cdc_window_throttled_types") == 1, "a type has a backlog")
         gate.open()
         await _until_done(outbox_db, "slow", within_s=100)
-        await _until(lambda: metric(app.metrics.registry, "cdc_lanes_limited_types") == 0, "no type has a backlog")
+        await _until(lambda: metric(app.metrics.registry, "cdc_window_throttled_types") == 0, "no type has a backlog")
     assert seen.count("slow") == 30_000
     assert seen.in_order
 
@@ -302,7 +302,7 @@ async def test_where_there_is_one_type_only_it_may_use_everything(outbox: str, o
     _hangs(router, "a", "async", gate, seen)
     _publish(outbox_db, "a", 100, keys=100)
     async with consuming(outbox, router, concurrency=20, window=50, timeout=0) as app:
-        running = lambda: metric(app.metrics.registry, "cdc_lanes_changes", state="running")  # noqa: E731
+        running = lambda: metric(app.metrics.registry, "cdc_window_changes", state="running")  # noqa: E731
         await _until(lambda: running() == 20, "as many run as may")
         gate.open()
         await _until_done(outbox_db, "a")

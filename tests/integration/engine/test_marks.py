@@ -183,7 +183,7 @@ async def test_a_locked_row_delays_its_own_key_and_no_handler_is_called_again(
             assert app.consumer.held_up_s > 0
             other.rollback()
             await _until_settled(outbox_db)
-            assert metric(app.metrics.registry, "cdc_marks_delayed_total") > 0
+            assert metric(app.metrics.registry, "cdc_settle_delayed_total") > 0
             assert metric(app.metrics.registry, "cdc_interruptions_total") == 0
 
             async def free() -> bool:
@@ -222,7 +222,7 @@ async def test_outcomes_that_are_known_outlive_the_session_and_are_marked_on_the
     with psycopg.connect(outbox) as other:
         other.execute("LOCK TABLE entity_changes IN SHARE MODE")
         async with consuming(outbox, calls.router, max_attempts=1) as app:
-            await _counted(app, "cdc_marks_delayed_total")
+            await _counted(app, "cdc_settle_delayed_total")
             outbox_db.execute(_END_SESSION)
             await _counted(app, "cdc_interruptions_total")
             other.rollback()
@@ -240,7 +240,7 @@ async def test_outcomes_of_a_shard_that_somebody_else_has_had_meanwhile_are_drop
     with psycopg.connect(outbox) as other:
         other.execute("LOCK TABLE entity_changes IN SHARE MODE")
         async with consuming(outbox, calls.router) as app:
-            await _counted(app, "cdc_marks_delayed_total")
+            await _counted(app, "cdc_settle_delayed_total")
             outbox_db.execute("UPDATE cdc_shards SET owner = gen_random_uuid()")
             outbox_db.execute(_END_SESSION)
             await _counted(app, "cdc_interruptions_total")

@@ -99,13 +99,13 @@ def _series(metrics: _Shown) -> set[str]:
         ("cdc_fetch_changes_count", {}),
         ("cdc_visibility_retries_total", {"result": "left_to_sweep"}),
         ("cdc_outbox_pruned_total", {}),
-        ("cdc_lanes_changes", {"state": "settling"}),
-        ("cdc_lanes_capacity", {}),
+        ("cdc_window_changes", {"state": "settling"}),
+        ("cdc_window_capacity", {}),
         ("cdc_interruptions_total", {"reason": "connection"}),
         ("cdc_stream_slot_recreations_total", {"slot": "cdc"}),
         ("cdc_transaction_connections", {"kind": "sync", "state": "idle"}),
         ("cdc_transaction_waiting", {"kind": "async"}),
-        ("cdc_lanes_limited_types", {}),
+        ("cdc_window_throttled_types", {}),
         ("cdc_shards_owned", {}),
         ("cdc_members", {}),
         ("cdc_shard_moves_total", {"direction": "lost"}),
@@ -193,9 +193,9 @@ def test_what_a_consumer_holds_is_read_at_the_scrape(metrics: _Shown) -> None:
         pools={"async": PoolStatus(busy=7, idle=8, waiting=9)},
         breakers={"notify": BreakerStatus(BreakerState.OPEN, "away")},
     )
-    held = [_value(metrics, "cdc_lanes_changes", state=state) for state in ("running", "queued", "settling")]
+    held = [_value(metrics, "cdc_window_changes", state=state) for state in ("running", "queued", "settling")]
     assert held == [1, 2, 3]
-    assert [_value(metrics, name) for name in ("cdc_lanes_capacity", "cdc_shards_owned", "cdc_members")] == [4, 5, 6]
+    assert [_value(metrics, name) for name in ("cdc_window_capacity", "cdc_shards_owned", "cdc_members")] == [4, 5, 6]
     assert _value(metrics, "cdc_transaction_connections", kind="async", state="idle") == 8
     assert _value(metrics, "cdc_transaction_waiting", kind="async") == 9
     states = {each: _value(metrics, "cdc_handler_breaker", handler="notify", state=each) for each in BreakerState}
