@@ -381,6 +381,12 @@ def test_pages_that_are_named_anywhere_exist_with_their_headings() -> None:
     assert missing == []
 
 
+def test_every_room_of_the_package_is_in_the_architecture() -> None:
+    rooms = {f"{path.parent.name}/" for path in (ROOT / "cdc").glob("*/__init__.py")}
+    page = (ROOT / "docs/explanation/architecture.md").read_text("utf-8")
+    assert rooms == set(re.findall(r"^\| `(\w+/)` \|", page, re.MULTILINE))
+
+
 def test_files_that_the_documents_name_exist() -> None:
     named = set(
         re.findall(r"\b((?:(?:cdc|tests|sql|deploy|examples)/[\w/-]+|test_\w+)\.(?:py|sql|yaml))", _documents())
