@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from cdc.core.model import SHARDS, Change, Committed
+from cdc.core.model import SHARDS, Committed
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.settle_queue import SettleQueue
@@ -30,8 +30,8 @@ class SettlingScheduler(KeyScheduler):
     def settled(self, batch: Sequence[Settlement]) -> None:
         super().settled([one for one in batch if isinstance(one.outcome, Committed) or self.to_settle.written(one)])
 
-    def reset(self, kept: Iterable[Settlement] = ()) -> list[Change]:
+    def lost(self) -> None:
         """Nothing is kept: its shards are others' by now."""
         self.to_settle.park()
         self.to_settle.drop(range(SHARDS))
-        return super().reset()
+        super().lost()

@@ -9,7 +9,7 @@ The memory for marks is bounded, and each entity type may have its quota of it o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ class DeferredKeys:
             self._limit.release(key[0])
             self.cancel_read(key)
 
-    def of_shards(self, shards: set[int]) -> Iterator[Key]:
+    def of_shards(self, shards: Collection[int]) -> Iterator[Key]:
         return (key for key, mark in self._marks.items() if mark.shard in shards)
 
     def clear(self) -> None:

@@ -36,6 +36,7 @@ from math import inf
 
 from cdc.core.model import WakeUp
 from cdc.core.shard_cursor import REPASS_MAX_S, RETRY_MIN_S, Position, Scanned, ShardCursor, Snapshot, ends_of
+from cdc.core.shard_ownership import Acquired
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 
 _RETRY_MAX_S = 0.05
@@ -137,8 +138,6 @@ class ReadPlanner:
         """No shard has a pass under way or to come, the periodic ones aside. Most reads are of one change, and to look
         at all shards would be most of what they cost."""
 
-    # --- what is where ---------------------------------------------------------------------------------------------
-
     @property
     def queue_length(self) -> int:
         return len(self._notified)
@@ -164,19 +163,22 @@ class ReadPlanner:
 
     # --- in --------------------------------------------------------------------------------------------------------
 
-    def own(self, shards: Iterable[int]) -> None:
-        """Shards taken over: swept from their first change on, at once."""
-        for number in shards:
+    def acquired(self, acquired: Acquired) -> None:
+        """They are swept from their first change on, at once."""
+        for number in acquired.shards:
             for of_shards in (self._shards, *self._throttled.values()):
                 of_shards.setdefault(number, ShardCursor(self._serial, self._cursor_due))
 
-    def disown(self, shards: Iterable[int]) -> None:
-        for number in set(shards):
+    def revoked(self, shards: Collection[int]) -> None:
+        for number in shards:
             for of_shards in (self._shards, *self._throttled.values()):
                 of_shards.pop(number, None)
             self._forget_wakeups(number)
         if not self._shards:
             self._throttled.clear()
+
+    def lost(self) -> None:
+        self.revoked(tuple(self._shards))
 
     def interval(self, sweep_interval_s: float, now: float) -> None:
         """From now on sweep this often."""
@@ -193,9 +195,9 @@ class ReadPlanner:
         if not connected:
             self._notified.clear()
             self._unseen.clear()
-        self.lost()
+        self.wakeups_lost()
 
-    def lost(self) -> None:
+    def wakeups_lost(self) -> None:
         """Wake-ups may have been missed until now."""
         for shard in self._shards.values():
             shard.lose(self._serial)
@@ -359,8 +361,6 @@ class ReadPlanner:
                     cursor.rewind(min(cursor.seq, seq - 1))
                     if has_room:
                         cursor.pause(now)  # it was not room in the window that it lacked
-
-    # --- inside ----------------------------------------------------------------------------------------------------
 
     def _begin_passes(self, now: float) -> None:
         periodic = now >= self._next_sweep

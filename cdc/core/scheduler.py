@@ -25,7 +25,7 @@ that finds no room there, or in the window, is *refused*, and its type and shard
 
 A read may come back older than what has settled meanwhile: ``admit`` corrects its rows by a ``reconciler``.
 
-A consumer that lost its session has lost its shards: ``reset`` forgets all but the handlers that still run, whose keys
+A consumer that lost its session has lost its shards: ``lost`` forgets all but the handlers that still run, whose keys
 stay shut until they return, unsettled, and the outcomes not written yet, which keep their places and keys.
 """
 
@@ -41,7 +41,7 @@ from cdc.core.key_queue import KeyQueue
 from cdc.core.model import Change, Committed, Key
 from cdc.core.read_reconciler import ReadReconciler, Settlement
 from cdc.core.ready_queues import NOTHING, ReadyQueues, Requirements, Run
-from cdc.core.shard_ownership import ShardOwnership
+from cdc.core.shard_ownership import Acquired, ShardOwnership
 
 _DEFERRED_KEYS_MAX = 10_000
 _FACTOR = 4
@@ -78,6 +78,7 @@ class KeyScheduler:
         ready_queues: ReadyQueues | None = None,
         needs: Callable[[Change], Requirements] = lambda change: Requirements(change.entity_type),
         sole: bool = True,
+        ownership: ShardOwnership | None = None,
     ) -> None:
         self.capacity = capacity
         self.place_bytes = place_bytes
@@ -92,7 +93,8 @@ class KeyScheduler:
         self.settling = 0
         """How many have finished and are not in the table yet."""
         self._deferred = DeferredKeys(deferred_max, sole=sole)
-        self._in_flight = ShardOwnership()
+        self.ownership = ownership or ShardOwnership()
+        self.ownership.subscribe(self)
         self._reconciler = ReadReconciler()
 
     @property
@@ -117,11 +119,11 @@ class KeyScheduler:
 
     @property
     def running(self) -> int:
-        return len(self._in_flight) - self.settling
+        return self.ownership.in_flight - self.settling
 
     @property
     def queued(self) -> int:
-        return len(self._known) - len(self._in_flight)
+        return len(self._known) - self.ownership.in_flight
 
     @property
     def ready(self) -> int:
@@ -135,7 +137,7 @@ class KeyScheduler:
     @property
     def idle(self) -> bool:
         """Nothing runs and nothing waits to be settled."""
-        return not self._in_flight
+        return not self.ownership.in_flight
 
     def requeued(self) -> list[int]:
         """The numbers of the changes in the window that were waited for, and have not finished."""
@@ -150,8 +152,8 @@ class KeyScheduler:
 
     # --- shards ----------------------------------------------------------------------------------------------------
 
-    def own(self, shards: Iterable[int]) -> None:
-        self._reconciler.arrived(self._in_flight.own(shards))
+    def acquired(self, acquired: Acquired) -> None:
+        self._reconciler.arrived(acquired.shards)
 
     def forget_deferred(self, shards: Iterable[int]) -> None:
         """These shards are about to be swept from their first change on, which finds what the marks stand for.
@@ -160,43 +162,35 @@ class KeyScheduler:
         """
         self._deferred.forget([key for key in self._deferred.of_shards(set(shards)) if key not in self._queues])
 
-    def release(self, shards: Iterable[int]) -> None:
-        """Take nothing more from these shards and let go what is queued. ``released`` tells when they are quiet."""
-        leaving = self._in_flight.release(shards)
+    def revoked(self, shards: Collection[int]) -> None:
+        """What is queued of them is let go; what runs goes on, and settles."""
         for queue in list(self._queues.values()):
-            if queue.queued and queue.queued[0].shard in leaving:
+            if queue.queued and queue.queued[0].shard in shards:
                 self._drop_queue(queue, remember=False)
-        self._deferred.forget(list(self._deferred.of_shards(leaving)))
+        self._deferred.forget(list(self._deferred.of_shards(shards)))
 
-    def released(self) -> set[int]:
-        """The shards asked back that have nothing in flight any more; each is told once."""
-        return self._in_flight.released()
-
-    def reset(self, kept: Iterable[Settlement] = ()) -> list[Change]:
-        """The session is lost: forget all but the running handlers, and return the changes these work on.
-
-        ``kept``: the outcomes that may still be written; they hold their places and keys until they are ``settled`` or
-        ``dropped``.
-        """
+    def lost(self) -> None:
+        """Forget all but the running handlers. ``keep`` follows, with the outcomes that may still be written."""
         orphans = {key: queue for key, queue in self._queues.items() if queue.running}
         for queue in orphans.values():
             queue.queued.clear()
             queue.settling, queue.blocking = 0, ()
             queue.orphan = True
         self._queues = orphans
-        for forgotten in (self._known, self._window, self._deferred, self._in_flight):
+        for forgotten in (self._known, self._window, self._deferred):
             forgotten.clear()
         self._ready_queues.forget_ready()
         self._reconciler.close()
-        orphaned = [change for queue in orphans.values() for change in queue.running]
         self.settling = 0
-        for finished in kept:
+
+    def keep(self, batch: Iterable[Settlement]) -> None:
+        """These outcomes keep their places and keys, though the session is lost, until they settle or are dropped."""
+        for finished in batch:
             change = finished.change
             self._window.vacate(-self._places(change))
-            self._in_flight.started(change)
+            self.ownership.started(change)
             queue = self._known[change.seq] = self._queues.setdefault(change.key, KeyQueue(change.key))
             self._settles(queue, finished)
-        return orphaned
 
     # --- in --------------------------------------------------------------------------------------------------------
 
@@ -218,7 +212,7 @@ class KeyScheduler:
         done_meanwhile, wait_meanwhile = self._reconciler.done(), self._reconciler.waits()
         rejected: dict[str, dict[int, int]] = {}
         rejected_keys: set[Key] = set()
-        owned = self._in_flight.owned
+        owned = self.ownership.active
         for row in rows:
             change, key = row.change, row.change.key
             if change.seq in self._known or change.shard not in owned or self._reconciler.outdates(change):
@@ -360,12 +354,12 @@ class KeyScheduler:
             self._orphan_returned(queue)
             return
         self._forget(change)
-        self._in_flight.ended(change)
+        self.ownership.ended(change)
         self._reconciler.cut_off(key)
         # A waiting change is found again when it is due; those behind it are not, and may be held back no more.
         first = next((c for c in (change, *queue.queued) if not c.requeued), None)
         self._drop_queue(queue, remember=False)
-        if first and change.shard in self._in_flight.owned:
+        if first and change.shard in self.ownership.active:
             self._defer(key, first.seq, first.shard, blocked=False)
         if mark := self._deferred.get(key):
             mark.blocked = queue.blocked  # what held the key may be this change, and may be done: the table is asked
@@ -392,7 +386,7 @@ class KeyScheduler:
 
     def _leave_window(self, change: Change) -> KeyQueue:
         self.settling -= 1
-        self._in_flight.ended(change)
+        self.ownership.ended(change)
         queue = self._known.pop(change.seq)
         queue.settling -= 1
         if queue.blocking:
@@ -415,7 +409,7 @@ class KeyScheduler:
     def _start_next(self, queue: KeyQueue) -> Change:
         change = queue.queued.popleft()
         queue.running.append(change)
-        self._in_flight.started(change)
+        self.ownership.started(change)
         return change
 
     def _start_run(self, queue: KeyQueue, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
@@ -484,6 +478,6 @@ class KeyScheduler:
         self._window.release(change.entity_type, self._places(change))
 
     def _defer(self, key: Key, seq: int, shard: int, *, blocked: bool) -> None:
-        owned = self._in_flight.owned
+        owned = self.ownership.active
         assert shard in owned, "a shard that comes back is read from its first change on, without old marks"
         self._deferred.defer(key, seq, shard, blocked=blocked)

@@ -1,59 +1,100 @@
-"""Which shards are ours, and how many of their changes are in flight: started, and not settled yet. Pure."""
+"""Which shards are ours, who is told when that changes, and how much of each is in flight. Pure.
+
+A shard is *owned* for as long as this process holds its lock, and *active* while changes of it may be taken in:
+
+    acquire ──► active ──revoke──► in flight until all that was started has settled ──► idle ──released──► gone
+                   └────────────── lose: the session, and with it every lock ──────────────────────────────► gone
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from datetime import UTC, datetime
+from typing import NamedTuple, Protocol
 
 from cdc.core.model import Change
 
 
+class Acquired(NamedTuple):
+    """Shards that were locked; of them those whose owner had died, by ``at`` of the database's clock, and those that
+    this process had before, and no other since.
+    """
+
+    shards: Collection[int]
+    orphaned: Collection[int] = ()
+    kept: Collection[int] = ()
+    at: datetime = datetime.min.replace(tzinfo=UTC)
+
+
+class ShardListener(Protocol):
+    """Told after the ownership has changed."""
+
+    def acquired(self, acquired: Acquired) -> None:
+        """These are ours: take from them."""
+
+    def revoked(self, shards: Collection[int]) -> None:
+        """These are to be given away: take nothing more from them."""
+
+    def lost(self) -> None:
+        """The session is lost, and all shards with it."""
+
+
 class ShardOwnership:
-    """A shard that is asked back stays in flight until all that was started of it has settled."""
+    """Listeners are told in the order in which they have subscribed."""
 
     def __init__(self) -> None:
-        self._owned: set[int] = set()
-        self._leaving: set[int] = set()
-        self._counts: dict[int, int] = {}
+        self.owned: set[int] = set()
+        self.active: set[int] = set()
+        self._in_flight: dict[int, int] = {}
+        """By shard, how many of its changes have started and not settled."""
+        self._listeners: list[ShardListener] = []
 
-    def __len__(self) -> int:
-        return sum(self._counts.values())
+    def subscribe(self, *listeners: ShardListener) -> None:
+        self._listeners += listeners
+
+    def acquire(self, acquired: Acquired) -> None:
+        """Their locks are held."""
+        self.owned.update(acquired.shards)
+        self.active.update(acquired.shards)
+        for listener in self._listeners:
+            listener.acquired(acquired)
+
+    def revoke(self, shards: Iterable[int]) -> None:
+        """Their locks are to be given up, as soon as they are idle."""
+        if revoked := self.active.intersection(shards):
+            self.active -= revoked
+            for listener in self._listeners:
+                listener.revoked(revoked)
+
+    def idle(self) -> set[int]:
+        """The revoked shards of which nothing is in flight any more."""
+        return {shard for shard in self.owned - self.active if shard not in self._in_flight}
+
+    def released(self, shards: Collection[int]) -> None:
+        """The locks of these idle shards are given up."""
+        self.owned.difference_update(shards)
+
+    def lose(self) -> int:
+        """The session is lost. Returns how many shards were owned."""
+        count = len(self.owned)
+        for forgotten in (self.owned, self.active, self._in_flight):
+            forgotten.clear()
+        for listener in self._listeners:
+            listener.lost()
+        return count
 
     @property
-    def owned(self) -> Collection[int]:
-        return self._owned
-
-    def own(self, shards: Iterable[int]) -> set[int]:
-        """Returns those that are new."""
-        arrived = set(shards) - self._owned
-        self._owned |= arrived
-        self._leaving -= arrived
-        return arrived
-
-    def release(self, shards: Iterable[int]) -> set[int]:
-        """These are asked back. Returns those that were ours."""
-        leaving = self._owned & set(shards)
-        self._owned -= leaving
-        self._leaving |= leaving
-        return leaving
-
-    def released(self) -> set[int]:
-        """The shards asked back of which nothing is in flight any more; each is told once."""
-        idle = {shard for shard in self._leaving if shard not in self._counts}
-        self._leaving -= idle
-        return idle
+    def in_flight(self) -> int:
+        """How many changes have started and not settled."""
+        return sum(self._in_flight.values())
 
     def started(self, change: Change) -> None:
-        self._counts[change.shard] = self._counts.get(change.shard, 0) + 1
+        self._in_flight[change.shard] = self._in_flight.get(change.shard, 0) + 1
 
     def ended(self, change: Change) -> None:
         """It has settled, or was cut off."""
-        ended = self._counts[change.shard] - 1
-        if ended:
-            self._counts[change.shard] = ended
+        left = self._in_flight[change.shard] - 1
+        if left:
+            self._in_flight[change.shard] = left
         else:
-            del self._counts[change.shard]
-
-    def clear(self) -> None:
-        self._owned.clear()
-        self._leaving.clear()
-        self._counts.clear()
+            del self._in_flight[change.shard]

@@ -14,9 +14,8 @@ import psycopg
 
 from cdc.core.delay import Delay
 from cdc.core.model import SHARDS
-from cdc.core.read_planner import ReadPlanner
 from cdc.core.rebalance import NoShardReminder, balance
-from cdc.core.scheduler import KeyScheduler
+from cdc.core.shard_ownership import ShardOwnership
 from cdc.core.sqlstate import passes
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.settler import Settler
@@ -31,25 +30,20 @@ class Balancing:
 
     def __init__(
         self,
-        scheduler: KeyScheduler,
-        planner: ReadPlanner,
+        ownership: ShardOwnership,
         settler: Settler,
         crash_guard: CrashGuard,
         metrics: ConsumerMetrics,
         *,
         acquired: Callable[[], None],
     ) -> None:
-        self._scheduler = scheduler
-        self._planner = planner
+        self._ownership = ownership
         self._settler = settler
         self._crash_guard = crash_guard
         self._metrics = metrics
-        self._taken = acquired
+        self._acquired = acquired
         self._without = NoShardReminder()
         self._delay = Delay()
-        self._leaving: set[int] = set()
-        """Nothing of these is in flight, and they are to be given away."""
-        self.owned: set[int] = set()
         self.members = 0
         """Live consumers, as the last look has shown them."""
 
@@ -65,42 +59,27 @@ class Balancing:
         with self._patience(session, now):
             await session.poll()
 
-    def lose(self) -> set[int]:
-        """The session is lost, and its locks. Returns what they were for."""
-        lost = self.owned
-        self._leaving.clear()
-        self._own(set())
-        return lost
-
     async def _balance(self, session: ShardSession, now: float) -> None:
-        before = len(self.owned)
-        members, free = await session.poll()
-        self.members = members
-        move = balance(members, self.owned, free)
+        owned = self._ownership.owned
+        before = len(owned)
+        self.members, free = await session.poll()
+        move = balance(self.members, owned, free)
         if (move.acquire or session.unregistered) and (acquired := await session.acquire(move.acquire)).shards:
-            self._crash_guard.took(acquired)
-            self._settler.unpark(acquired.kept)
-            self._settler.drop(acquired.shards)
-            self._scheduler.own(acquired.shards)
-            self._planner.own(acquired.shards)
-            self._own(self.owned.union(acquired.shards))
+            self._ownership.acquire(acquired)
             self._metrics.shard_moves.labels("acquired").inc(len(acquired.shards))
-            self._taken()
+            self._acquired()
         self._crash_guard.looked()
         if parked := self._settler.parked:
             self._settler.drop(await session.others(parked))
-        self._scheduler.release(move.release)
-        self._planner.disown(move.release)
-        self._leaving |= self._scheduler.released()
-        if self._leaving:
-            await self._crash_guard.forget(self._leaving)
-            await session.release(self._leaving)
-            self._own(self.owned - self._leaving)
-            self._metrics.shard_moves.labels("released").inc(len(self._leaving))
-            self._leaving.clear()
-        if len(self.owned) != before:
-            log.info("owns %d of %d shards; consumers: %d", len(self.owned), SHARDS, members)
-        if self._without.due(len(self.owned), members, now):
+        self._ownership.revoke(move.release)
+        if idle := self._ownership.idle():
+            await self._crash_guard.forget(idle)
+            await session.release(idle)
+            self._ownership.released(idle)
+            self._metrics.shard_moves.labels("released").inc(len(idle))
+        if len(owned) != before:
+            log.info("owns %d of %d shards; consumers: %d", len(owned), SHARDS, self.members)
+        if self._without.due(len(owned), self.members, now):
             log.warning("%s", without(await session.holders()))
 
     @contextlib.contextmanager
@@ -118,6 +97,3 @@ class Balancing:
         else:
             if (delayed_s := self._delay.done(now)) is not None:
                 log.info("the shards are looked at again, after %.1f s", delayed_s)
-
-    def _own(self, shards: set[int]) -> None:
-        self.owned = shards

@@ -102,7 +102,7 @@ class Consumer:
             sweep_interval_s=settings.poll_interval_s, room_for=self._scheduler.room_for, scope=settings.scope
         )
         self._reads = Reader(
-            self._scheduler, self._planner, store, metrics, owned=lambda: self._balancing.owned, pauses=demand.pauses,
+            self._scheduler, self._planner, store, metrics, pauses=demand.pauses,
             sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
         )  # fmt: skip
         self._stopping = asyncio.Event()
@@ -116,9 +116,9 @@ class Consumer:
         self._settler = Settler(
             self._scheduler, store, metrics.outbox, settled=self._settled, iterated=self._settler_iterated
         )
-        self._balancing = Balancing(
-            self._scheduler, self._planner, self._settler, self.crash_guard, metrics.consumer, acquired=self._reread
-        )
+        ownership = self._scheduler.ownership
+        ownership.subscribe(self._planner, self._settler, self.crash_guard)
+        self._balancing = Balancing(ownership, self._settler, self.crash_guard, metrics.consumer, acquired=self._reread)
         self._drained = asyncio.Event()
         # Written here, read by the health thread: times of the event loop's clock.
         self.last_iteration: dict[str, float] = {}
@@ -136,7 +136,7 @@ class Consumer:
     @property
     def owned(self) -> Set[int]:
         """The shards that are ours."""
-        return self._balancing.owned
+        return self._scheduler.ownership.owned
 
     @property
     def shares(self) -> bool:
@@ -189,7 +189,7 @@ class Consumer:
 
     def missed(self) -> None:
         """Wake-ups were lost."""
-        self._planner.lost()
+        self._planner.wakeups_lost()
         self._read_due.set()
 
     def streaming(self, *, connected: bool) -> None:
@@ -332,11 +332,9 @@ class Consumer:
 
     async def _end_connection(self) -> None:
         """The locks are gone, or about to be: forget what was queued and cut off what can be."""
-        lost = self._balancing.lose()
+        lost = self._scheduler.ownership.lose()
         if lost and not self.stopping:
-            self._metrics.consumer.shard_moves.labels("lost").inc(len(lost))
-        self._scheduler.reset(self._settler.park())
-        self._planner.disown(lost)
+            self._metrics.consumer.shard_moves.labels("lost").inc(lost)
         self._reads.due_within(0.0)
         await self._dispatcher.session_lost()
 

@@ -31,16 +31,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from datetime import datetime
 
 import psycopg
 
 from cdc.core import failpoints
 from cdc.core.model import SHARDS, Change, Suspicion
+from cdc.core.shard_ownership import Acquired
 from cdc.engine.transactions import AskTheTableError
 from cdc.postgres.outbox import Store
-from cdc.postgres.shard_locks import Acquired, ShardSession
+from cdc.postgres.shard_locks import ShardSession
 
 log = logging.getLogger("cdc.consumer")
 
@@ -73,27 +74,31 @@ class CrashGuard:
         self._exposed_until = self._exposed_at_most_until = time.monotonic() + _FIRST_POLL_S
 
     def begin(self, session: ShardSession) -> None:
-        """From now on this session holds the shards; of what the one before held, nothing is watched any more."""
+        """From now on this session holds the shards."""
         self._session = session
-        self._watched.clear()
-        self._doubted_until.clear()
 
-    def took(self, taken: Acquired) -> None:
-        """Shards were taken over, of which some had an owner that died."""
-        if taken.orphaned:
+    def acquired(self, acquired: Acquired) -> None:
+        """What an owner that died may have been working on is started carefully."""
+        if acquired.orphaned:
             log.warning(
                 "the consumer that owned %d of these shards ended without a word: what it may have been working on is"
-                " started carefully", len(taken.orphaned),
+                " started carefully", len(acquired.orphaned),
             )  # fmt: skip
-        self._doubted_until.update(dict.fromkeys(taken.shards, time.monotonic() + GRACE_S))
-        for shard in taken.shards:
+        self._doubted_until.update(dict.fromkeys(acquired.shards, time.monotonic() + GRACE_S))
+        for shard in acquired.shards:
             self._watched.pop(shard, None)
-        self._watched.update(dict.fromkeys(taken.orphaned, (taken.at, self._window)))
-
-        if taken.orphaned:
+        self._watched.update(dict.fromkeys(acquired.orphaned, (acquired.at, self._window)))
+        if acquired.orphaned:
             self._looked = True
             self._exposed_at_most_until = time.monotonic() + EXPOSED_MAX_S
             self._expose_for(_PAUSE_S)
+
+    def revoked(self, shards: Collection[int]) -> None:
+        """What still starts of them starts as before."""
+
+    def lost(self) -> None:
+        self._watched.clear()
+        self._doubted_until.clear()
 
     def looked(self) -> None:
         """The shards that were free have been taken, or there is no outbox yet."""

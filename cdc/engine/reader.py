@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 from uuid import UUID
 
@@ -41,7 +41,7 @@ _Kind = Callable[[psycopg.AsyncConnection, int], Awaitable[bool]]
 
 
 class Reader:
-    """``owned`` tells the shards that are ours; ``pauses``, whether a dead letter holds its key. Times in seconds."""
+    """``pauses`` tells whether a dead letter holds its key. Times in seconds."""
 
     def __init__(
         self,
@@ -50,7 +50,6 @@ class Reader:
         store: Store,
         metrics: Metrics,
         *,
-        owned: Callable[[], Collection[int]],
         pauses: Callable[[Kind | None], bool] = lambda kind: False,
         sweep_interval_s: float,
         poll_interval_s: float,
@@ -59,7 +58,6 @@ class Reader:
         self._planner = planner
         self._store = store
         self._metrics = metrics
-        self._owned = owned
         self._pauses = pauses
         self._sweep_interval_s = sweep_interval_s
         self._poll_interval_s = poll_interval_s
@@ -122,7 +120,7 @@ class Reader:
         except psycopg.Error as error:
             self._delayed(reader, error)
         # Of the read nothing has come in, and what asked for it is forgotten: wake-ups, and keys to be read on.
-        self._planner.lost()
+        self._planner.wakeups_lost()
         self.restart()
         return True
 
@@ -181,7 +179,7 @@ class Reader:
 
     @property
     def _may_read(self) -> bool:
-        return self._scheduler.room > 0 and bool(self._owned())
+        return self._scheduler.room > 0 and bool(self._scheduler.ownership.active)
 
     @property
     def _rows(self) -> int:
@@ -229,9 +227,8 @@ class Reader:
         # What is in the lanes is due as well until it is settled: a page has to reach beyond it.
         here = self._scheduler.queued + self._scheduler.running + self._scheduler.settling
         limit = min(self._scheduler.capacity, here + self._paging.rows)
-        found = await self._store.due(
-            reader, self._owned(), limit, without, start=self._due_from, in_window=self._scheduler.requeued()
-        )
+        active, in_window = self._scheduler.ownership.active, self._scheduler.requeued()
+        found = await self._store.due(reader, active, limit, without, start=self._due_from, in_window=in_window)
         self._weigh(found.rows)
         admitted = self._scheduler.admit(found.rows, due=True)
         self._metrics.wakeups.received.labels("retry").inc(admitted.taken)

@@ -21,6 +21,7 @@ from cdc.core.model import Dead, Outcome, Unmarkable
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.settle_queue import SettleQueue
+from cdc.core.shard_ownership import Acquired
 from cdc.core.sqlstate import About, about
 from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.outbox import Store
@@ -111,18 +112,21 @@ class Settler:
         if to_settle:
             self._due.set()
 
-    def unpark(self, shards: Iterable[int]) -> None:
-        """These are ours again, and were nobody else's meanwhile."""
-        self._queue.unpark(shards)
+    def acquired(self, acquired: Acquired) -> None:
+        """What finished before the session was lost is written where nobody else has had the shard meanwhile."""
+        self._queue.unpark(acquired.kept)
         self._due.set()
+        self.drop(acquired.shards)
+
+    def revoked(self, shards: Collection[int]) -> None:
+        """What has finished of them is written as ever."""
+
+    def lost(self) -> None:
+        self._scheduler.keep(self._queue.park())
 
     def drop(self, shards: Iterable[int]) -> None:
         """Another consumer has, or had, these: what finished of them before the session was lost is not written."""
         self._scheduler.dropped(self._queue.drop(shards))
-
-    def park(self) -> list[Settlement]:
-        """The session is lost. Returns the outcomes that are kept."""
-        return self._queue.park()
 
     def finish(self) -> None:
         """No more outcomes will come: ``run`` returns when all are written."""

@@ -24,6 +24,7 @@ from cdc.core.model import SHARDS, Change, WakeUp
 from cdc.core.page_size import PageSize
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.router import Handler, Router
+from cdc.core.shard_ownership import Acquired
 from cdc.core.type_filter import TypeFilter
 from cdc.engine.calls import call_here
 from cdc.engine.hooks import where
@@ -87,7 +88,7 @@ class Shadow:
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
         self._paging = PageSize()
         self._planner = ReadPlanner(sweep_interval_s=settings.poll_interval_s, scope=settings.scope)
-        self._planner.own(range(SHARDS))
+        self._planner.acquired(Acquired(range(SHARDS)))
         self._captured, self._marked = _Lately(_REMEMBERED), _Lately(_REMEMBERED)
         self._skipped = _Lately(_SKIPPED)
         self._marks_after: Place | None = None
@@ -132,7 +133,7 @@ class Shadow:
         self._due.set()
 
     def missed(self) -> None:
-        self._planner.lost()
+        self._planner.wakeups_lost()
         self._due.set()
 
     def streaming(self, *, connected: bool) -> None:
@@ -260,7 +261,7 @@ class Shadow:
             self._metrics.outbox.rows_refused.labels("read").inc()
             log.warning("the database refuses to hand over change %d (%s): %s", each.seq, each.id, each.words)
         self._store.skip(self._skipped)
-        self._planner.lost()  # of the read nothing has come in
+        self._planner.wakeups_lost()  # of the read nothing has come in
 
     # --- counting --------------------------------------------------------------------------------------------------
 

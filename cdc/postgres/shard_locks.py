@@ -24,7 +24,6 @@ import asyncio
 import select
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any, LiteralString, NamedTuple
 from uuid import UUID
 
@@ -35,6 +34,7 @@ from psycopg.rows import class_row
 from cdc.core import failpoints
 from cdc.core.errors import SessionLostError
 from cdc.core.model import SHARDS
+from cdc.core.shard_ownership import Acquired
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async
 from cdc.postgres.sql_files import table
 
@@ -203,17 +203,6 @@ def without(holders: Sequence[Holder]) -> str:
 async def observe(connection: psycopg.AsyncConnection, schema: str) -> None:
     """Be seen as an observer until the connection ends."""
     await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [lock_class(schema), OBSERVERS])
-
-
-class Acquired(NamedTuple):
-    """Shards that were locked, those of them whose owner had died, by ``at`` of the database's clock, and those of them
-    that this process had before, and nobody since.
-    """
-
-    shards: list[int]
-    orphaned: list[int]
-    kept: list[int]
-    at: datetime
 
 
 class ShardSession:

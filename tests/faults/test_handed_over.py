@@ -9,13 +9,14 @@ import cdc
 from cdc.core.model import SHARDS, WakeUp
 from cdc.core.read_planner import Fetch, ReadPlanner, Snapshot, Sweep
 from cdc.core.router import Router
+from cdc.core.shard_ownership import Acquired
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, slot_name, states
 
 
 def test_a_shard_that_is_given_away_while_it_is_read_leaves_nothing_to_look_for() -> None:
     planner, snapshot = ReadPlanner(sweep_interval_s=5.0), Snapshot(10, 10)
-    planner.own([0, 1])
+    planner.acquired(Acquired([0, 1]))
     planner.streaming(connected=True)
     for now in (0.0, 0.1):
         sweep = planner.next(now, 100, 10)
@@ -24,7 +25,7 @@ def test_a_shard_that_is_given_away_while_it_is_read_leaves_nothing_to_look_for(
     planner.notified([WakeUp(7, 0)])
     fetch = planner.next(0.2, 100, 10)
     assert isinstance(fetch, Fetch)
-    planner.disown([0])
+    planner.revoked([0])
     planner.fetched(fetch, set(), snapshot, 0.2)  # not visible yet
     assert planner.next(0.3, 100, 10) is None
 

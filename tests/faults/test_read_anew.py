@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cdc.core.model import Change, Waiting
 from cdc.core.read_reconciler import Settlement
+from cdc.core.shard_ownership import Acquired
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher
 from cdc.engine.transactions import AskTheTableError
@@ -18,7 +19,7 @@ from tests.settling import SettlingScheduler
 def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
     """It has later changes behind it: the mark that holds those must not hold the change itself."""
     scheduler = SettlingScheduler(10)
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(1), row(2)])
     [first] = scheduler.start().changes
     scheduler.finished([Settlement(first, Waiting(0.1, "no"))])
@@ -34,7 +35,7 @@ def test_a_waiting_change_that_is_interrupted_is_due_again() -> None:
 def test_what_is_queued_behind_a_waiting_change_that_is_interrupted_is_not_forgotten() -> None:
     """A half-dead consumer commits the waiting one while it is asked for here: those behind it are held no longer."""
     scheduler = SettlingScheduler(10)
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(1, requeued=True)], due=True)
     [started] = scheduler.start().changes
     scheduler.admit([row(2)])
@@ -78,7 +79,7 @@ class _Unknown:
 async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_open() -> None:
     """As at every restart of a server: the handler's connection ends first, the session a moment later."""
     scheduler = SettlingScheduler(10)
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(1)])
     executor = _Unknown()
     dispatcher = Dispatcher(
@@ -87,8 +88,8 @@ async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_o
     )  # fmt: skip
     dispatcher.dispatch()
     await executor.asked.wait()
-    scheduler.reset()
+    scheduler.ownership.lose()
     await dispatcher.session_lost()
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(1)])
     assert scheduler.start().changes, "nothing runs any more, and the key is still shut"

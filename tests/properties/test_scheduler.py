@@ -20,6 +20,7 @@ from cdc.core.model import Change, Committed, Dead, Outcome, Processed, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Requirements
 from cdc.core.scheduler import Row
+from cdc.core.shard_ownership import Acquired
 from tests.changes import EPOCH, change
 from tests.properties.machine import MACHINE
 from tests.settling import SettlingScheduler
@@ -349,11 +350,12 @@ class SchedulerAndTable(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         shard = data.draw(st.sampled_from(_SHARDS))
         self.cursors.pop(shard, None)
-        self.scheduler.release([shard])
+        self.scheduler.ownership.revoke([shard])
 
     def ask_what_is_released(self, _: st.DataObject | None = None) -> None:
         in_flight = {one.shard for one in self.running} | {self.table[seq - 1].shard for seq in self.unsettled}
-        released = self.scheduler.released()
+        released = self.scheduler.ownership.idle()
+        self.scheduler.ownership.released(released)
         assert not released & in_flight
         assert not released & self.cursors.keys()
         self.away |= released
@@ -363,7 +365,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
         self.away = set()
 
     def _own(self, shards: Iterable[int]) -> None:
-        self.scheduler.own(shards)
+        self.scheduler.ownership.acquire(Acquired(shards))
         self.arrived.update(shards)
         self.cursors.update(dict.fromkeys(shards, 0))
 
@@ -375,7 +377,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
         self.writing, self.answer = [], None
         self.read.close()
         self.unsettled.clear()
-        assert set(self.scheduler.reset()) == {*self.running, *self.orphans}
+        self.scheduler.ownership.lose()
         self.orphans += self.running
         self.running = []
         for one in [one for one in self.orphans if cut_off]:
@@ -388,7 +390,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
 
     @invariant()
     def the_figures_agree(self) -> None:
-        if not hasattr(self, "lanes"):
+        if not hasattr(self, "scheduler"):
             return
         scheduler = self.scheduler
         assert scheduler.running == len(self.running)

@@ -24,6 +24,7 @@ from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler, Row
 from cdc.core.settle_queue import SettleQueue
 from cdc.core.shard_cursor import Scanned
+from cdc.core.shard_ownership import Acquired
 from tests.simulation.promises import Promises
 from tests.simulation.server import EPOCH, SHARDS, Server, Session, SessionLostError
 
@@ -104,7 +105,8 @@ class Consumer:
             sweep_interval_s=_POLL_INTERVAL_S, queue_capacity=settings.queue_capacity, room_for=self.scheduler.room_for
         )
         self.session: Session | None = None
-        self.owned: set[int] = set()
+        self.ownership = self.scheduler.ownership
+        self.ownership.subscribe(self.planner)
         self.calls: list[Call] = []
         self.streaming = False
         """As far as this process knows."""
@@ -140,9 +142,7 @@ class Consumer:
         self._reading.close()
         self._unsettled.clear()
         self._to_settle = SettleQueue()
-        self.scheduler.reset()
-        self.planner.disown(self.owned)
-        self.owned = set()
+        self.ownership.lose()
         self._next_due_at = 0.0
         for call in list(self.calls):
             if call.kind.in_thread:
@@ -169,26 +169,23 @@ class Consumer:
             self._end_connection()
 
     def _move(self, session: Session, members: int, free: int) -> None:
-        move = balance(members, self.owned, free, shards=SHARDS)
+        move = balance(members, self.ownership.owned, free, shards=SHARDS)
         if move.acquire and (taken := self._server.acquire_shards(session, move.acquire, self._dice)):
-            self.scheduler.own(taken)
-            self.planner.own(taken)
-            self.owned.update(taken)
+            self.ownership.acquire(Acquired(taken))
             self._next_due_at = 0.0
-        self.scheduler.release(move.release)
-        self.planner.disown(move.release)
-        if quiet := self.scheduler.released():
-            self._server.release_shards(session, quiet)
-            self._promises.happened["a shard was given away"] += len(quiet)
-            self.owned -= quiet
+        self.ownership.revoke(move.release)
+        if idle := self.ownership.idle():
+            self._server.release_shards(session, idle)
+            self._promises.happened["a shard was given away"] += len(idle)
+            self.ownership.released(idle)
 
     # --- wake-ups --------------------------------------------------------------------------------------------------
 
     def notified(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> list[WakeUp]:
         """Returns what is for the others."""
         notified = list(wakeups)
-        self.planner.notified([wakeup for wakeup in notified if wakeup.shard in self.owned], relayed=relayed)
-        return [wakeup for wakeup in notified if wakeup.shard not in self.owned]
+        self.planner.notified([wakeup for wakeup in notified if wakeup.shard in self.ownership.owned], relayed=relayed)
+        return [wakeup for wakeup in notified if wakeup.shard not in self.ownership.owned]
 
     def hear(self) -> None:
         """A NOTIFY has come in: wake-ups, or the word that the table was changed without any."""
@@ -233,7 +230,7 @@ class Consumer:
         if key_reads := self.scheduler.key_reads(min(2, room)):
             return self._resume(key_reads, max(1, room // len(key_reads)))
         enough = 1 if self.planner.throttled else self.scheduler.worth
-        if self.owned and now >= self._next_due_at and room >= enough:
+        if self.ownership.active and now >= self._next_due_at and room >= enough:
             return self._due()
         if self._restart_due or (self._settings.full_passes and self.planner.full_pass_due(now)):
             self._restart_due = False
@@ -293,7 +290,7 @@ class Consumer:
 
     def _due(self) -> Callable[[], None]:
         without = [name for name in self.scheduler.types if self.scheduler.room_for(name).free == 0]
-        due, next_due_s = self._server.due(self.owned, self._settings.capacity, without)
+        due, next_due_s = self._server.due(self.ownership.active, self._settings.capacity, without)
         in_window = set(self.scheduler.requeued())
         rows, cut = self._page([row for row in due if row.change.seq not in in_window])
 

@@ -19,6 +19,7 @@ from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Requirements
 from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Snapshot
+from cdc.core.shard_ownership import Acquired
 from tests.changes import row
 from tests.settling import SettlingScheduler
 
@@ -54,7 +55,7 @@ def scheduler_with(queued: int, keys: int, run: int = 1) -> SettlingScheduler:
     scheduler = SettlingScheduler(
         100_000, key_capacity=100_000, needs=lambda change: Requirements(change.entity_type, run=run)
     )
-    scheduler.own(range(SHARDS))
+    scheduler.ownership.acquire(Acquired(range(SHARDS)))
     scheduler.admit([row(seq, f"queued {seq % keys}", shard=seq % keys % SHARDS) for seq in range(1, queued + 1)])
     return scheduler
 
@@ -89,7 +90,7 @@ def test_what_is_queued_already_makes_no_change_dearer(keys: int) -> None:
 def planner_live() -> ReadPlanner:
     """All shards owned, swept and live, the slot streaming."""
     planner = ReadPlanner(sweep_interval_s=1_000.0)
-    planner.own(range(SHARDS))
+    planner.acquired(Acquired(range(SHARDS)))
     planner.streaming(connected=True)
     for now in (0.0, 0.1):  # the second pass sees what the first may have missed
         request = planner.next(now, 1_000, 1)

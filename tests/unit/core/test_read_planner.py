@@ -10,6 +10,7 @@ import pytest
 from cdc.core.model import WakeUp
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.shard_cursor import REPASS_MAX_S, Scanned, Snapshot
+from cdc.core.shard_ownership import Acquired
 from cdc.core.type_filter import TypeFilter
 
 _ROOM, _SWEEP_ROOM = 100, 10
@@ -19,7 +20,7 @@ _ROOM, _SWEEP_ROOM = 100, 10
 def planner() -> ReadPlanner:
     """Streaming, one shard that is live, and nothing to read."""
     made = ReadPlanner(sweep_interval_s=5.0, queue_capacity=4)
-    made.own([0])
+    made.acquired(Acquired([0]))
     made.streaming(connected=True)
     _pass(made, 0.0, Snapshot(10, 10))
     _pass(made, 0.1, Snapshot(10, 10))
@@ -41,7 +42,7 @@ def _pass(planner: ReadPlanner, now: float, snapshot: Snapshot, *seqs: int) -> S
 
 def test_a_shard_taken_over_is_swept_from_its_first_change_on() -> None:
     planner = ReadPlanner(sweep_interval_s=5.0)
-    planner.own([3])
+    planner.acquired(Acquired([3]))
     sweep = _ask(planner, 0.0)
     assert isinstance(sweep, Sweep)
     assert sweep.positions[3][:2] == (0, 0)
@@ -61,8 +62,8 @@ def test_a_wake_up_for_somebody_elses_shard_is_ignored(planner: ReadPlanner) -> 
 @pytest.mark.parametrize(
     "happens",
     [
-        pytest.param(lambda planner: planner.own([1]), id="another shard is taken over"),
-        pytest.param(lambda planner: planner.lost(), id="wake-ups were lost"),
+        pytest.param(lambda planner: planner.acquired(Acquired([1])), id="another shard is taken over"),
+        pytest.param(lambda planner: planner.wakeups_lost(), id="wake-ups were lost"),
         pytest.param(lambda planner: planner.streaming(connected=False), id="the stream ends"),
         pytest.param(lambda planner: planner.restart(), id="somebody has it all read again"),
         pytest.param(lambda planner: planner.notified([WakeUp(7, 0)], relayed=True), id="a relayed wake-up"),
@@ -124,7 +125,7 @@ def test_what_did_not_fit_is_left_to_passes_where_the_stream_has_ended_meanwhile
 
 def test_shards_that_a_full_page_did_not_reach_are_the_first_of_the_next() -> None:
     planner = ReadPlanner(sweep_interval_s=5.0)
-    planner.own([1, 2, 3])
+    planner.acquired(Acquired([1, 2, 3]))
     sweep = _ask(planner, 0.0)
     assert isinstance(sweep, Sweep)
     ends = {1: Scanned(10, more=False), 2: Scanned(11, more=True), 3: Scanned(0, more=True)}
@@ -171,10 +172,10 @@ def test_dropped_wake_ups_are_counted_and_their_shard_is_swept_until_the_loss_is
 
 
 def test_a_sweep_that_was_under_way_when_wake_ups_were_lost_proves_nothing(planner: ReadPlanner) -> None:
-    planner.lost()
+    planner.wakeups_lost()
     sweep = _ask(planner, 1.0)
     assert isinstance(sweep, Sweep)
-    planner.lost()
+    planner.wakeups_lost()
     planner.swept(sweep, [], {}, Snapshot(30, 30), 1.0)
     _pass(planner, 1.1, Snapshot(30, 31))
     assert planner.live_shards == 0
@@ -183,17 +184,17 @@ def test_a_sweep_that_was_under_way_when_wake_ups_were_lost_proves_nothing(plann
 
 
 def test_the_floor_rises_only_when_no_open_transaction_can_bring_a_lower_number(planner: ReadPlanner) -> None:
-    planner.lost()
+    planner.wakeups_lost()
     _pass(planner, 1.0, Snapshot(30, 40), 5, 9)
     assert _pass(planner, 1.1, Snapshot(39, 41)).positions[0] == (0, 9, 30)
     assert _pass(planner, 1.2, Snapshot(40, 42)).positions[0] == (0, 9, 39)
-    planner.lost()
+    planner.wakeups_lost()
     assert _pass(planner, 1.3, Snapshot(42, 42)).positions[0] == (9, 9, 40)
 
 
 def test_a_full_page_is_followed_by_the_next_from_where_it_ended() -> None:
     planner = ReadPlanner(sweep_interval_s=5.0)
-    planner.own([0])
+    planner.acquired(Acquired([0]))
     first = planner.next(0.0, 2, 1)
     assert isinstance(first, Sweep)
     planner.swept(first, [WakeUp(4, 0), WakeUp(6, 0)], {}, Snapshot(10, 10), 0.0)
@@ -205,7 +206,7 @@ def test_a_full_page_is_followed_by_the_next_from_where_it_ended() -> None:
 def test_what_could_not_be_taken_in_is_read_again_from_there_and_apart_from_the_other_types(
     planner: ReadPlanner,
 ) -> None:
-    planner.lost()
+    planner.wakeups_lost()
     sweep = _ask(planner, 1.0)
     assert isinstance(sweep, Sweep)
     planner.swept(sweep, [WakeUp(5, 0), WakeUp(9, 0)], {"a": {0: 9}}, Snapshot(30, 30), 1.0)
@@ -222,7 +223,7 @@ def test_what_could_not_be_taken_in_is_read_again_from_there_and_apart_from_the_
 
 def test_a_sweep_waits_for_room_half_a_second_and_a_fetch_does_not_wait(planner: ReadPlanner) -> None:
     planner.notified([WakeUp(7, 0)])
-    planner.lost()
+    planner.wakeups_lost()
     assert isinstance(planner.next(1.0, 100, 10), Sweep)
     assert planner.next(1.4, 9, 10) is None
     assert planner.wait_s(1.4) <= 0.5
@@ -305,7 +306,7 @@ def test_a_shard_given_away_during_a_fetch_leaves_nothing_to_look_for(planner: R
     planner.notified([WakeUp(7, 0)])
     fetch = _ask(planner, 1.0)
     assert isinstance(fetch, Fetch)
-    planner.disown([0])
+    planner.revoked([0])
     planner.fetched(fetch, set(), Snapshot(20, 21), 1.0)
     assert _ask(planner, 1.1) is None
     assert planner.wait_s(1.1) > 0
@@ -319,11 +320,11 @@ def test_a_relayed_wake_up_is_swept_for_also_by_who_believes_to_stream(planner: 
 
 def test_a_page_of_an_earlier_stay_of_the_shard_does_not_count() -> None:
     planner = ReadPlanner(sweep_interval_s=5.0)
-    planner.own([0])
+    planner.acquired(Acquired([0]))
     sweep = _ask(planner, 0.0)
     assert isinstance(sweep, Sweep)
-    planner.disown([0])
-    planner.own([0])
+    planner.revoked([0])
+    planner.acquired(Acquired([0]))
     planner.swept(sweep, [WakeUp(7, 0)], {}, Snapshot(10, 10), 0.0)
     again = _ask(planner, 0.0)
     assert isinstance(again, Sweep)
@@ -366,12 +367,12 @@ def test_a_type_that_has_caught_up_is_no_longer_read_apart(planner: ReadPlanner)
 
 
 def test_where_a_type_is_joined_again_the_passes_go_on_at_the_lower_of_the_two_positions(planner: ReadPlanner) -> None:
-    planner.own([1])
+    planner.acquired(Acquired([1]))
     planner.throttle({"a": {0: 7}}, 1.0)
     sweep = _sweep(planner, 2.0, "a")
     _has_room(planner, "a", 0)
     planner.swept(sweep, [WakeUp(7, 0)], {"a": {1: 9}}, Snapshot(80, 90), 2.0)
-    planner.lost()
+    planner.wakeups_lost()
     planner.swept(_sweep(planner, 2.0, None), [WakeUp(20, 0), WakeUp(21, 1)], {}, Snapshot(95, 96), 2.0)
     _has_room(planner, "a", 50)
     sweep = _sweep(planner, 2.0005, "a")
@@ -400,19 +401,19 @@ def test_what_a_fetch_shows_of_a_type_that_is_read_apart_is_read_again_before_it
     planner.throttle({"a": {0: 7}}, 1.0)
     sweep = _sweep(planner, 2.0, "a")
     planner.skipped("a", 0)
-    planner.own([1])  # nothing of it is known yet: the type has not caught up there
+    planner.acquired(Acquired([1]))  # nothing of it is known yet: the type has not caught up there
     planner.swept(sweep, [], {}, Snapshot(90, 95), 2.0)
     assert list(planner.throttled) == ["a"]
 
 
 def test_the_proof_that_a_shard_is_live_has_what_is_read_apart_read_once_more(planner: ReadPlanner) -> None:
     planner.throttle({"a": {0: 7}}, 1.0)
-    planner.own([1])
+    planner.acquired(Acquired([1]))
     throttled = _sweep(planner, 2.0, "a")
     _has_room(planner, "a", 0)
     planner.swept(throttled, [], {"a": {1: 9}}, Snapshot(90, 95), 2.0)
     planner._throttled["a"][0].repass_at = inf  # no more wake-ups have come for long
-    planner.lost()
+    planner.wakeups_lost()
     for now, xid in ((3.0, 96), (3.1, 98)):
         planner.swept(_sweep(planner, now, None), [], {}, Snapshot(xid, xid + 1), now)
     assert planner.live_shards == 2
@@ -441,9 +442,9 @@ def test_types_that_are_read_apart_take_turns(planner: ReadPlanner) -> None:
 def test_a_lost_session_ends_what_is_read_apart(planner: ReadPlanner) -> None:
     planner.throttle({"a": {0: 7}}, 1.0)
     sweep = _sweep(planner, 2.0, "a")
-    planner.disown([0])
+    planner.revoked([0])
     assert list(planner.throttled) == []
-    planner.own([0])
+    planner.acquired(Acquired([0]))
     assert planner.swept(sweep, [WakeUp(7, 0)], {}, Snapshot(90, 95), 2.0) == 0
 
 

@@ -11,6 +11,7 @@ from cdc.core.model import Change, Dead, Outcome, Processed, Unmarkable, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.router import Handler
+from cdc.core.shard_ownership import Acquired
 from tests.changes import row
 from tests.settling import SettlingScheduler
 
@@ -18,7 +19,7 @@ from tests.settling import SettlingScheduler
 @pytest.fixture
 def scheduler() -> SettlingScheduler:
     made = SettlingScheduler(10, key_capacity=3)
-    made.own(range(4))
+    made.ownership.acquire(Acquired(range(4)))
     return made
 
 
@@ -82,7 +83,7 @@ def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(
 
 def test_a_fenced_change_starts_when_all_before_it_have_settled() -> None:
     scheduler = SettlingScheduler(10, needs=lambda change: Requirements("t", after_settled=change.seq == 2))
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)
     scheduler.finished([Settlement(first, Processed())])
@@ -184,7 +185,7 @@ def test_the_window_is_bounded_and_what_does_not_fit_is_refused_from_its_first_c
 
 def test_where_no_memory_is_left_for_a_mark_the_change_is_refused_and_so_are_its_successors() -> None:
     scheduler = SettlingScheduler(10, key_capacity=1, deferred_max=1)
-    scheduler.own([0, 1])
+    scheduler.ownership.acquire(Acquired([0, 1]))
     admitted = scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1), row(4, "b", shard=1)])
     assert (admitted.taken, admitted.rejected) == (2, {"t": {1: 4}})
 
@@ -220,22 +221,25 @@ def test_a_key_that_a_stale_read_shows_held_is_read_again_at_once(scheduler: Set
 def test_a_shard_is_released_only_when_what_is_in_flight_on_it_has_settled(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b", shard=1)])
     running = _start_all(scheduler)
-    scheduler.release([0, 2])
-    assert scheduler.released() == {2}
+    scheduler.ownership.revoke([0, 2])
+    assert scheduler.ownership.idle() == {2}
+    scheduler.ownership.released({2})
     scheduler.finished([Settlement(running[0], Processed())])
     assert _start_all(scheduler) == [], "what was queued is let go"
-    assert scheduler.released() == set()
+    assert scheduler.ownership.idle() == set()
     scheduler.settled(scheduler.take_finished(100))
-    assert scheduler.released() == {0}
-    assert scheduler.released() == set(), "told once"
+    assert scheduler.ownership.idle() == {0}
+    scheduler.ownership.released({0})
+    assert scheduler.ownership.idle() == set()
+    assert scheduler.ownership.owned == {1, 3}
 
 
 def test_after_a_lost_session_a_key_stays_shut_until_its_running_handler_returns(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1, "a"), row(2, "b")])
     first, second = _start_all(scheduler)
     scheduler.finished([Settlement(second, Processed())])
-    assert scheduler.reset() == [first]
-    scheduler.own(range(4))
+    assert scheduler.ownership.lose() == 4
+    scheduler.ownership.acquire(Acquired(range(4)))
     scheduler.admit([row(1, "a"), row(2, "b")])
     assert _seqs(_start_all(scheduler)) == [2], "unsettled, so it runs again"
     scheduler.finished([Settlement(first, Processed())])
@@ -285,9 +289,9 @@ def test_a_waiting_change_that_was_let_go_behind_one_that_failed_runs_when_it_is
 
 def test_what_was_read_before_a_shard_left_and_came_back_is_not_taken(scheduler: SettlingScheduler) -> None:
     with scheduler.reading():
-        scheduler.release([0])
-        assert scheduler.released() == {0}
-        scheduler.own([0])  # in between another consumer has handled all of it
+        scheduler.ownership.revoke([0])
+        assert scheduler.ownership.idle() == {0}
+        scheduler.ownership.acquire(Acquired([0]))  # in between another consumer has handled all of it
         assert scheduler.admit([row(1)]).taken == 0
 
 
@@ -315,7 +319,7 @@ def test_an_earlier_change_that_comes_in_late_does_not_join_the_batch_of_a_later
 def shared() -> SettlingScheduler:
     """Room for nine changes of several types."""
     made = SettlingScheduler(9, sole=False)
-    made.own(range(4))
+    made.ownership.acquire(Acquired(range(4)))
     return made
 
 
@@ -357,7 +361,7 @@ def test_a_key_of_a_type_without_room_is_read_on_when_there_is_some(shared: Sett
 
 def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
     scheduler = SettlingScheduler(20, ready_queues=ReadyQueues(2))
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(seq, str(seq)) for seq in range(1, 9)])
     for _ in range(2):
         [first] = scheduler.start().changes
@@ -370,7 +374,7 @@ def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
 
 def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> None:
     scheduler = SettlingScheduler(20, ready_queues=ReadyQueues(1))
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(seq, str(seq)) for seq in range(1, 5)])
     [first] = scheduler.start().changes
     scheduler.free_places(first)
@@ -383,11 +387,11 @@ def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> No
 
 def test_a_handler_that_outlives_its_session_keeps_its_slot_until_it_returns() -> None:
     scheduler = SettlingScheduler(10, ready_queues=ReadyQueues(1))
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(1, "a"), row(2, "b")])
     [running] = _start_all(scheduler)
-    scheduler.reset()
-    scheduler.own([0])
+    scheduler.ownership.lose()
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(2, "b")])
     assert not scheduler.start().changes
     scheduler.interrupted(running)
@@ -399,7 +403,7 @@ def test_a_key_whose_next_change_needs_something_else_than_before_waits_for_that
     needs = {1: Requirements("t", first, ("pool",)), 2: Requirements("t", other)}
     scheduler = SettlingScheduler(10, needs=lambda change: needs[change.seq],
                   ready_queues=ReadyQueues(5, {"pool": 0}))  # fmt: skip
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(2)])
     scheduler.admit([row(1)])  # of a key coarser than its rows
     assert not scheduler.start().changes

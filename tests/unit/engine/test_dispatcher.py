@@ -13,6 +13,7 @@ from cdc.core.model import Change, Dead, Outcome, Processed, Suspicion
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
 from cdc.core.scheduler import Row
+from cdc.core.shard_ownership import Acquired
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher, OtherTasks
 from cdc.postgres.outbox import Store
@@ -67,7 +68,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 async def test_there_is_one_worker_for_each_change_however_often_they_are_handed_out() -> None:
     scheduler, executor = SettlingScheduler(100), _Waiting()
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([row(1, "a"), row(2, "b")])
     for _ in range(3):  # after the read, at the end of the loop, after a settle
@@ -85,7 +86,7 @@ async def test_there_is_one_worker_for_each_change_however_often_they_are_handed
 
 async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another() -> None:
     scheduler, executor = SettlingScheduler(100), _Waiting()
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([row(1)])
     dispatcher.dispatch()
@@ -104,17 +105,17 @@ async def test_a_suspect_that_is_cut_off_before_its_task_began_leaves_its_key_op
     monkeypatch.setattr(CrashGuard, "doubts", lambda _self, _change: doubtful)
     monkeypatch.setattr(CrashGuard, "suspects", still_suspect)
     scheduler, executor = SettlingScheduler(100), _Waiting()
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([Row(replace(change(1), crashed=True))])
     dispatcher.dispatch()
     await OtherTasks()  # the worker's only step
     assert len(dispatcher._quarantined) + len(dispatcher._doubted) == 1
-    scheduler.reset()
+    scheduler.ownership.lose()
     await dispatcher.session_lost()
     await _until(lambda: len(dispatcher) == 0)
     assert executor.started == []
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     scheduler.admit([row(1)])
     dispatcher.dispatch()
     await _until(lambda: executor.started == [1])
@@ -136,7 +137,7 @@ async def test_a_suspect_starts_when_what_became_of_the_one_before_is_in_the_tab
     monkeypatch.setattr(CrashGuard, "starts", written_down)
     scheduler, executor = SettlingScheduler(100), _Waiting()
     executor.go.set()
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([Row(replace(change(seq, str(seq)), crashed=True)) for seq in (1, 2)])
     dispatcher.dispatch()
@@ -173,7 +174,7 @@ async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_ti
 ) -> None:
     """By a cancellation that nobody here has asked for, or a fault of this program."""
     scheduler, executor, ended = SettlingScheduler(100), _Ending(error), list[Settlement]()
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
 
     def finished(batch: Sequence[Settlement]) -> None:
         scheduler.finished(batch)
@@ -204,7 +205,7 @@ async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_ti
 async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> None:
     scheduler, executor = SettlingScheduler(100), _Waiting()
     executor.go.set()
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
 
     def fail(batch: Sequence[Settlement]) -> None:
         scheduler.finished(batch)
@@ -235,7 +236,7 @@ class _Deaf(_Waiting):
 
 async def test_a_worker_that_went_on_after_it_was_cut_off_takes_nothing_more() -> None:
     scheduler, executor = SettlingScheduler(100), _Deaf()
-    scheduler.own([0])
+    scheduler.ownership.acquire(Acquired([0]))
     dispatcher = _dispatcher(scheduler, executor, 1)
     scheduler.admit([row(1, "a"), row(2, "b")])
     dispatcher.dispatch()

@@ -16,6 +16,7 @@ from cdc.core.handler_limits import HandlerLimits
 from cdc.core.model import Change, Dead, Discarded, Outcome, Processed, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.router import Router
+from cdc.core.shard_ownership import Acquired
 from cdc.engine import executor
 from cdc.engine.circuit_breakers import CircuitBreakers
 from cdc.engine.crash_guard import CrashGuard
@@ -60,7 +61,7 @@ class _Stage:
         )  # fmt: skip
         demand = HandlerLimits(router, concurrency=concurrency, threads=1, transactions=1, breakers=self.breakers.of)
         self.scheduler = SettlingScheduler(1_000, ready_queues=demand.ready_queues, needs=demand.needs)
-        self.scheduler.own([0])
+        self.scheduler.ownership.acquire(Acquired([0]))
         self.outcomes: dict[int, Outcome] = {}
         self.dispatcher = Dispatcher(
             self.scheduler, run, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),

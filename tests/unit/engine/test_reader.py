@@ -10,6 +10,7 @@ import pytest
 from cdc.core.read_planner import ReadPlanner
 from cdc.core.router import Router
 from cdc.core.scheduler import KeyScheduler
+from cdc.core.shard_ownership import Acquired
 from cdc.engine import reader
 from cdc.engine.reader import Reader
 from cdc.observability.metrics import Metrics
@@ -54,8 +55,10 @@ def store(monkeypatch: pytest.MonkeyPatch) -> _Store:
 async def _look(store: _Store) -> Reader:
     planner = ReadPlanner(sweep_interval_s=3600.0)
     assert planner.next(0.0, 1, 1) is None  # the next sweep is an hour off
+    scheduler = KeyScheduler(100)
+    scheduler.ownership.acquire(Acquired([0]))
     made = Reader(
-        KeyScheduler(100), planner, store, Metrics("cdc", Router()), owned=lambda: {0},  # type: ignore[arg-type]
+        scheduler, planner, store, Metrics("cdc", Router()),  # type: ignore[arg-type]
         sweep_interval_s=3600.0, poll_interval_s=3600.0,
     )  # fmt: skip
     reader: Any = None
