@@ -74,7 +74,7 @@ REVOKE ALL ON FUNCTION @schema@.captured_row(record, oid, text[]) FROM PUBLIC;
 
 -- Row trigger: capture_entity_change([entity_type [, options]]).
 --
---   entity_type   empty or left out: 'reaction', 'message', 'task' for the three documented tables, else the table's name.
+--   entity_type   empty or left out: what default_entity_type() makes of the table's name.
 --   options       one JSON object, all of it optional:
 --     "key": ["a", "b"]      the columns that tell the rows apart
 --     "exclude": ["secret"]  columns that are not captured, nor even converted
@@ -276,12 +276,7 @@ BEGIN
     END IF;
   END IF;
 
-  v_entity_type := coalesce(nullif(TG_ARGV[0], ''), CASE coalesce(v_table_name, TG_TABLE_NAME)
-    WHEN 'whatsapp_message_reactions' THEN 'reaction'
-    WHEN 'whatsapp_messages' THEN 'message'
-    WHEN 'tasks' THEN 'task'
-    ELSE coalesce(v_table_name, TG_TABLE_NAME)
-  END);
+  v_entity_type := coalesce(nullif(TG_ARGV[0], ''), @schema@.default_entity_type(coalesce(v_table_name, TG_TABLE_NAME)));
 
   -- Only keys that the row has a column for, and nothing that is excluded.
   IF v_new ?| '{user_id,chat_id,room_id}' THEN

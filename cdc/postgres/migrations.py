@@ -360,6 +360,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "capture_entity_change", "()"),
         ("FUNCTION", "captured_row", "(record, oid, text[])"),
         ("FUNCTION", "bounded_text", "(text)"),
+        ("FUNCTION", "default_entity_type", "(text)"),
         ("TABLE", "entity_changes", ""),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),

@@ -16,7 +16,7 @@ from psycopg import sql
 from cdc.postgres.catalogs import Difference
 
 _TABLE = "table entity_changes"
-_CAPTURING = ("bounded_text", "captured_row", "capture_entity_change", "publish_change")
+_CAPTURING = ("bounded_text", "captured_row", "capture_entity_change", "default_entity_type", "publish_change")
 """Functions that may belong to a role of their own: capture_role.sql."""
 _CAPTURE_ROLE = "cdc_capture_"
 _COLUMN = re.compile(r"(?P<type>.*?)(?P<not_null> NOT NULL)?(?: DEFAULT (?P<default>.*))?", re.DOTALL)

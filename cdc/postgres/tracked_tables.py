@@ -23,7 +23,7 @@ DOCUMENTED_TYPES: Mapping[str, str] = {
     "whatsapp_messages": "message",
     "tasks": "task",
 }
-"""Entity types by the name of the table, as capture_entity_change() gives them to a trigger without one."""
+"""Entity types by the name of the table, as default_entity_type() gives them to a trigger without one."""
 
 
 class Fires(StrEnum):

@@ -16,6 +16,7 @@ from psycopg.rows import dict_row
 import cdc
 from cdc import testing
 from cdc.postgres import migrations
+from cdc.postgres.tracked_tables import DOCUMENTED_TYPES
 
 pytestmark = pytest.mark.server
 
@@ -102,6 +103,37 @@ def test_the_documented_triggers_work_verbatim_on_tables_without_the_columns_the
     ]  # fmt: skip
     assert found[0]["metadata"]["user_id"] == "u1"
     assert (found[1]["metadata"]["user_id"], found[1]["metadata"]["chat_id"]) == (None, "room")
+
+
+def test_no_application_is_named_where_rows_are_captured(outbox_db: psycopg.Connection):
+    [source] = outbox_db.execute("SELECT prosrc FROM pg_proc WHERE proname = 'capture_entity_change'").fetchone() or ()
+    assert [name for name in DOCUMENTED_TYPES if f"'{name}'" in source] == []
+
+
+def test_who_reads_the_catalogs_alone_tells_the_same_type_by_the_tables_name(outbox_db: psycopg.Connection):
+    said = outbox_db.execute(
+        "SELECT name, default_entity_type(name) FROM unnest(%s::text[]) AS t(name)", [[*DOCUMENTED_TYPES, "orders"]]
+    ).fetchall()
+    assert dict(said) == {**DOCUMENTED_TYPES, "orders": "orders"}
+
+
+def test_a_captured_row_calls_no_second_function_for_its_type(documented: psycopg.Connection):
+    with documented.transaction():
+        documented.execute("SET LOCAL track_functions = 'all'")
+        documented.execute("INSERT INTO whatsapp_messages VALUES (7, 'help', NULL, 'room')")
+        called = documented.execute("SELECT funcname, calls FROM pg_stat_xact_user_functions").fetchall()
+    assert called == [("capture_entity_change", 1)]
+
+
+@pytest.mark.parametrize("bring", [migrations.install, migrations.upgrade])
+def test_an_outbox_of_before_the_types_were_apart_gets_them(
+    bring: Callable[..., object], documented: psycopg.Connection
+):
+    documented.execute("DROP FUNCTION default_entity_type; DELETE FROM cdc_migrations WHERE version >= 8")
+    bring(documented, "public")
+    assert migrations.verify(documented, "public") == []
+    documented.execute("INSERT INTO whatsapp_messages VALUES (7, 'help', NULL, 'room')")
+    assert [row["entity_type"] for row in changes(documented)] == ["message"]
 
 
 def test_insert_update_and_delete_carry_new_and_old_and_number_themselves(documented: psycopg.Connection):

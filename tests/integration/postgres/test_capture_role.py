@@ -18,6 +18,7 @@ from cdc.postgres import grants, migrations, tracking
 pytestmark = pytest.mark.server
 
 Make = Callable[..., str]
+CAPTURING = ("capture_entity_change", "publish_change", "bounded_text", "captured_row", "default_entity_type")
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_plain_writers_are_captured_by_a_role_that_may_do_only_that(db: psycopg.
     written = db.execute("SELECT operation, entity_id FROM entity_changes ORDER BY seq").fetchall()
     assert written == [("INSERT", "1"), ("DELETE", "1"), ("INSERT", "2"), ("DELETE", "2")]
     role = owner_of(db, "capture_entity_change")
-    assert {owner_of(db, name) for name in ("publish_change", "bounded_text", "captured_row")} == {role}
+    assert {owner_of(db, name) for name in CAPTURING} == {role}
     attributes = "SELECT rolcanlogin, rolsuper, rolcreaterole FROM pg_roles WHERE rolname = %s"
     assert db.execute(attributes, [role]).fetchone() == (False, False, False)
     assert db.execute("SELECT has_schema_privilege(%s, 'public', 'CREATE')", [role]).fetchone() == (False,)
@@ -278,7 +279,7 @@ def test_a_role_of_this_name_that_may_do_more_is_not_taken(db: psycopg.Connectio
 def test_an_outbox_of_before_gets_the_role_by_install_and_by_upgrade(db: psycopg.Connection) -> None:
     for bring in (migrations.install, migrations.upgrade):
         migrations.install(db, "public")
-        for function in ("capture_entity_change", "publish_change", "bounded_text", "captured_row"):
+        for function in CAPTURING:
             db.execute(sql.SQL("ALTER FUNCTION public.{} OWNER TO CURRENT_USER").format(sql.Identifier(function)))
         bring(db, "public")
         assert owner_of(db, "capture_entity_change").startswith("cdc_capture_")
