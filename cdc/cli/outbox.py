@@ -17,7 +17,7 @@ from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.wanted import WANTED_SETTINGS, handled_types
 from cdc.core.durations import parse_duration
 from cdc.core.errors import CdcError, UsageError
-from cdc.core.model import Json
+from cdc.core.fast_change import Json
 
 if TYPE_CHECKING:
     from cdc.core.type_filter import TypeFilter

@@ -16,8 +16,8 @@ from uuid import uuid4
 import click
 
 from cdc.core.errors import RefusedError
+from cdc.core.fast_change import Json
 from cdc.core.lsn import Lsn
-from cdc.core.model import Json
 from cdc.core.printable import printable, printable_json, printable_lines
 
 JSON_SCHEMA = 1

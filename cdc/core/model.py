@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
 from enum import IntEnum, StrEnum
-from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
 SHARDS = 64
@@ -39,7 +35,9 @@ class Change:
     """One captured change of one row, as a handler gets it. Compared and hashed by identity.
 
     ``old`` is None for an INSERT and ``new`` for a DELETE; otherwise they hold the row as JSON, or, where the
-    handler names a pydantic model, an instance of it. ``changed_at`` is the start of the writer's transaction.
+    handler names a pydantic model, an instance of it. A document is parsed when it is asked for first: ``old``, ``new``
+    and ``metadata`` raise UnreadableDocumentError for one that Python cannot parse.
+    ``changed_at`` is the start of the writer's transaction.
     ``attempt`` counts from 1. ``requeued``: this attempt was waited for, after a failure or at an operator's word.
     ``crashed``: the attempt before ended with its consumer's process.
     ``caused_by`` is the id of the change whose handler wrote this one, and ``depth`` counts the causes before it.
@@ -87,66 +85,6 @@ class Change:
 
 class UnreadableDocumentError(Exception):
     """A document that Python cannot read, now or later: a number of thousands of digits, thousands of levels."""
-
-
-class Json(bytes):
-    """A document that nobody has read yet. ``old``, ``new`` and ``metadata`` of a change are read when asked for."""
-
-    __slots__ = ()
-
-
-_scan = json.JSONDecoder(parse_float=Decimal).raw_decode
-"""jsonb keeps the digits of a number, which a float would not."""
-
-
-def _read_when_asked(name: str) -> property:
-    """Over the slot of a change that may hold Json."""
-    slot = Change.__dict__[name]
-
-    def read(change: Change) -> Any:
-        value = slot.__get__(change)
-        if type(value) is Json:
-            try:
-                value, _ = _scan(value.decode())
-            except (ValueError, RecursionError) as error:
-                raise UnreadableDocumentError(f"{name!r} cannot be read by Python: {type(error).__name__}") from error
-            slot.__set__(change, value)
-        return value
-
-    return property(read, slot.__set__)
-
-
-def document(change: Change, name: str) -> Any:
-    """``old``, ``new`` or ``metadata`` of the change as it is there: Json if nobody has read it yet."""
-    return _SLOTS[name].__get__(change)
-
-
-_SLOTS = {name: Change.__dict__[name] for name in ("old", "new", "metadata")}
-
-for _name in ("old", "new", "metadata"):
-    setattr(Change, _name, _read_when_asked(_name))
-
-
-_Draft = make_dataclass("_Draft", [field.name for field in fields(Change)], eq=False, slots=True)
-
-
-def read_change(*values: Any) -> Change:
-    """A change from the values of all its fields, in their order; documents as Json.
-
-    Its constructor, which sets each field of a frozen object by a call, takes ten times as long: of all that a no-op
-    change cost the consumer, that was a tenth.
-    """
-    change: Any = _Draft(*values)
-    change.__class__ = Change  # of the same layout: it has the same slots
-    return cast("Change", change)
-
-
-_Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
-
-
-def fast_make(kind: type[_Tuple]) -> Callable[[tuple[Any, ...]], _Tuple]:
-    """What ``_make`` of a NamedTuple does, which is a function in Python and takes twice as long."""
-    return partial(tuple.__new__, kind)
 
 
 class WakeUp(NamedTuple):

@@ -43,20 +43,9 @@ from pydantic import TypeAdapter
 
 from cdc.core import failpoints
 from cdc.core.errors import Discard, Failed, OverrunError, Reject, Retry, Unavailable
+from cdc.core.fast_change import fast_make
 from cdc.core.lost_transactions import LOSSES_MAX, SESSIONS_MAX, Losses, pause_s
-from cdc.core.model import (  # fmt: skip
-    Change,
-    Committed,
-    Dead,
-    Discarded,
-    Key,
-    Outcome,
-    Processed,
-    Skipped,
-    Suspicion,
-    Waiting,
-    fast_make,
-)
+from cdc.core.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Suspicion, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
 from cdc.core.router import Handler, Router

@@ -17,7 +17,8 @@ from typing import Any
 from urllib.parse import quote
 from uuid import uuid5
 
-from cdc.core.model import Change, Json, document
+from cdc.core.fast_change import Json, document
+from cdc.core.model import Change
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import psycopg
 from psycopg.adapt import Buffer, Loader
 from psycopg.pq import Format
 
-from cdc.core.model import Json
+from cdc.core.fast_change import Json
 
 _NO_ENCODING = "SQL_ASCII"
 

@@ -18,6 +18,7 @@ from cdc.core import failpoints
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.encodings import fitting
 from cdc.core.errors import SchemaError
+from cdc.core.fast_change import fast_make, read_change
 from cdc.core.model import (
     SHARDS,
     Change,
@@ -32,8 +33,6 @@ from cdc.core.model import (
     Suspicion,
     Waiting,
     WakeUp,
-    fast_make,
-    read_change,
 )
 from cdc.core.page_size import BYTES
 from cdc.core.read_planner import Sweep

@@ -17,7 +17,8 @@ from itertools import chain
 from typing import Any
 
 from cdc.core.errors import ProtocolError
-from cdc.core.model import PAIR, SEQ_MAX, SHARDS, WakeUp, fast_make, pair
+from cdc.core.fast_change import fast_make
+from cdc.core.model import PAIR, SEQ_MAX, SHARDS, WakeUp, pair
 from cdc.replication.protocol import XLOGDATA, Decoded, DecodedBatch, Plugin
 
 _CONTENT = re.compile(PAIR)

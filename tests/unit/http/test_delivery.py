@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from standardwebhooks import Webhook
 
-from cdc.core.model import Change, Json, Operation, read_change
+from cdc.core.fast_change import Json, read_change
+from cdc.core.model import Change, Operation
 from cdc.http import cloudevents, endpoint_url, webhook_signature
 from cdc.http.delivery import AwayError, DeliveryError, OneOfThemError, RejectedError, _judge, _reason
 from cdc.http.endpoint_url import Target
