@@ -304,7 +304,7 @@ def test_the_number_of_shards_is_the_same_everywhere() -> None:
     [mask] = re.findall(r"hashtext\(.*?\) & (\d+)\)::smallint", _sql(), re.DOTALL)
     assert int(mask) == SHARDS - 1
     queries = (ROOT / "cdc/postgres/outbox.sql").read_text("utf-8")
-    assert re.findall(r"generate_series\(0, (\d+)\)", queries) == [str(SHARDS - 1)]
+    assert re.findall(r"generate_series\(0, \d+\)", queries) == [], "of shards: %(shards)s"
 
 
 def _sql() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from cdc.core.dynamic_limit import DynamicLimit
 from cdc.core.model import Key
@@ -41,24 +41,23 @@ class DeferredKeys:
 
     def __init__(self, size: int, *, sole: bool = True) -> None:
         self._limit = DynamicLimit(size, _FACTOR, sole=sole)
-        self._marks: dict[Key, Watermark] = {}
+        self.watermarks: Final[dict[Key, Watermark]] = {}
+        """By key; others only read it. Most keys have none, and each change asks three times: a method costs more."""
         self._reads: dict[str, dict[Key, None]] = {}
         """By type; the type that was served last stands last."""
-        self.get: Callable[[Key], Watermark | None] = self._marks.get
-        """The mark of a key. Most have none, and each change asks three times."""
 
     def __len__(self) -> int:
-        return len(self._marks)
+        return len(self.watermarks)
 
     def has_room(self, key: Key) -> bool:
         """Whether the key has a mark or may get one."""
-        return key in self._marks or self._limit.admits(key[0])
+        return key in self.watermarks or self._limit.admits(key[0])
 
     def defer(self, key: Key, seq: int, shard: int, *, blocked: bool) -> None:
         """Mark the key from this number on, whether there is room or not."""
-        mark = self._marks.get(key)
+        mark = self.watermarks.get(key)
         if mark is None:
-            self._marks[key] = Watermark(seq, shard, blocked)
+            self.watermarks[key] = Watermark(seq, shard, blocked)
             self._limit.acquire(key[0])
         else:
             mark.seq = min(mark.seq, seq)
@@ -66,15 +65,15 @@ class DeferredKeys:
 
     def forget(self, keys: Iterable[Key]) -> None:
         for key in keys:
-            del self._marks[key]
+            del self.watermarks[key]
             self._limit.release(key[0])
             self.cancel_read(key)
 
     def of_shards(self, shards: Collection[int]) -> Iterator[Key]:
-        return (key for key, mark in self._marks.items() if mark.shard in shards)
+        return (key for key, mark in self.watermarks.items() if mark.shard in shards)
 
     def clear(self) -> None:
-        self._marks.clear()
+        self.watermarks.clear()
         self._reads.clear()
         self._limit.clear()
 
@@ -97,4 +96,4 @@ class DeferredKeys:
         chosen = list(islice(keys, limit))
         for key in chosen:
             self.cancel_read(key)
-        return [KeyRead(key, mark.shard, mark.seq) for key in chosen if (mark := self._marks.get(key))]
+        return [KeyRead(key, mark.shard, mark.seq) for key in chosen if (mark := self.watermarks.get(key))]

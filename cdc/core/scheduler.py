@@ -219,7 +219,7 @@ class KeyScheduler:
                 continue
             if key in rejected_keys:
                 continue  # what refused the one before may have room by now, and would let this one overtake it
-            mark = self._deferred.get(key)
+            mark = self._deferred.watermarks.get(key)
             if mark and change.seq >= mark.seq:
                 if due and not row.blocked:
                     self._unblock(key)  # nothing before it waits: what the mark stands for may be this very change
@@ -247,7 +247,7 @@ class KeyScheduler:
 
     def admit_key_read(self, request: KeyRead, rows: Sequence[Row], *, complete: bool) -> None:
         """The answer to a ``KeyRead``. ``complete``: there are no more visible changes of the key than these rows."""
-        mark = self._deferred.get(request.key)
+        mark = self._deferred.watermarks.get(request.key)
         if mark is None or mark.seq != request.seq:
             # The shard left, or something earlier came to light while the read was under way.
             self._consider_key_read(request.key)
@@ -257,7 +257,7 @@ class KeyScheduler:
         last = rows[-1].change if rows else None
         if rejected:
             self._defer(request.key, rejected[request.key[0]][request.shard], request.shard, blocked=False)
-        elif not complete and not self._deferred.get(request.key):
+        elif not complete and not self._deferred.watermarks.get(request.key):
             self._defer(request.key, last.seq + 1 if last else request.seq, request.shard, blocked=False)
         self._consider_key_read(request.key)
 
@@ -361,7 +361,7 @@ class KeyScheduler:
         self._drop_queue(queue, remember=False)
         if first and change.shard in self.ownership.active:
             self._defer(key, first.seq, first.shard, blocked=False)
-        if mark := self._deferred.get(key):
+        if mark := self._deferred.watermarks.get(key):
             mark.blocked = queue.blocked  # what held the key may be this change, and may be done: the table is asked
         self._drop_if_empty(queue)
         self._consider_key_read(key)
@@ -429,12 +429,12 @@ class KeyScheduler:
             self._make_ready(queue)
 
     def _unblock(self, key: Key) -> None:
-        if mark := self._deferred.get(key):
+        if mark := self._deferred.watermarks.get(key):
             mark.blocked = False
             self._consider_key_read(key)
 
     def _consider_key_read(self, key: Key) -> None:
-        mark, queue = self._deferred.get(key), self._queues.get(key)
+        mark, queue = self._deferred.watermarks.get(key), self._queues.get(key)
         if mark and not mark.blocked and (queue is None or not (queue.queued or queue.blocked or queue.orphan)):
             self._deferred.request_read(key)
 
@@ -452,7 +452,7 @@ class KeyScheduler:
             self._forget(change)
         if remember and queue.queued:
             self._defer(key, queue.queued[0].seq, queue.queued[0].shard, blocked=True)
-        if remember and (mark := self._deferred.get(key)):
+        if remember and (mark := self._deferred.watermarks.get(key)):
             mark.blocked = True
             self._deferred.cancel_read(key)
         queue.queued.clear()

@@ -31,14 +31,10 @@ from cdc.diagnostics.facts import (
 from cdc.diagnostics.inspect_server import column, one
 from cdc.postgres import capture_triggers, migrations, remarks, sequence
 from cdc.postgres.admin import OutboxAdmin
-from cdc.postgres.grants import PAYLOAD
+from cdc.postgres.grants import PAYLOAD, SHARD_RIGHTS, STATE
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
 from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
-
-"""The application name of the sessions that hold shards."""
-_MARKED = ("processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "started_by")
-"""Columns a settle writes."""
 
 _INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets")
 """The other tables of an outbox."""
@@ -141,8 +137,6 @@ _RIGHTS = """
       FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname = %(schema)s AND c.relname = 'entity_changes'
 """
-_OWNING = ("SELECT", "INSERT", "UPDATE", "DELETE")
-"""What a consumer does with cdc_shards."""
 _SILENT_S = 10.0
 """A consumer that owns shards looks at them every second."""
 _HOLDERS = f"""
@@ -261,7 +255,7 @@ def numbering(connection: psycopg.Connection, name: str) -> Numbering:
 
 
 def rights(connection: psycopg.Connection, subject: Subject) -> Rights:
-    parameters = {"schema": subject.schema, "marked": list(_MARKED), "owning": list(_OWNING)}
+    parameters = {"schema": subject.schema, "marked": list(STATE), "owning": list(SHARD_RIGHTS)}
     row = one(connection, _RIGHTS, parameters, what="entity_changes")
     return Rights(role=row["role"], schema=subject.schema, grants=_grants(row, subject))
 
@@ -275,7 +269,7 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
         (not row["select"], sql.SQL("SELECT ON {}").format(table)),
         (bool(row["unmarked"]), sql.SQL("UPDATE ({}) ON {}").format(columns, table)),
         (subject.prunes and not row["delete"], sql.SQL("DELETE ON {}").format(table)),
-        (row["owning"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(_OWNING)), shards)),
+        (row["owning"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(SHARD_RIGHTS)), shards)),
     )
     grant = sql.SQL("GRANT {} TO {};")
     return tuple(grant.format(right, role).as_string() for lacking, right in needed if lacking)

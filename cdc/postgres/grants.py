@@ -27,6 +27,8 @@ FUNCTIONS = ("capture_entity_change()", PUBLISH)
 
 STATE = ("processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "started_by")
 """The columns of entity_changes that tell what became of a change."""
+SHARD_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
+"""What a consumer does with cdc_shards."""
 PAYLOAD = ("old_data", "new_data", "metadata")
 """Those that hold the application's data."""
 DESCRIPTION = (
@@ -85,7 +87,7 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, besid
     rights = [
         Right(("SELECT",), CHANGES),
         Right(("UPDATE",), CHANGES, STATE),
-        Right(("SELECT", "INSERT", "UPDATE", "DELETE"), SHARDS),
+        Right(SHARD_RIGHTS, SHARDS),
         Right(("SELECT",), LEDGER),
         Right(("SELECT",), NUMBERS),
     ]

@@ -40,6 +40,7 @@ from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Scanned, Snapshot
 from cdc.core.type_filter import EVERYTHING, TypeFilter
+from cdc.postgres import grants
 from cdc.postgres.pages import DuePage, Figures, KeyPage, Marked, OutboxPage, Place, Settled, ended_by
 from cdc.postgres.sql_files import load
 from cdc.postgres.unreadable import RefusedReadError, RefusedRows, rows
@@ -122,16 +123,17 @@ class Store:
         if not settles:
             return
         try:
-            denied = await self._rows(reader, "missing_rights", {})
+            rights = {"state": list(grants.STATE), "shard_rights": list(grants.SHARD_RIGHTS)}
+            denied = await self._rows(reader, "missing_rights", rights)
         except errors.UndefinedTable as missing:
             raise SchemaError(
                 f"the outbox does not fit this version: {missing.diag.message_primary}",
                 hint=f"run: cdc db upgrade{self._option}",
             ) from None
         if denied:
-            grants = [f"{rights} ON {table}" for rights, table in denied]
+            lacking = [f"{rights} ON {table}" for rights, table in denied]
             raise SchemaError(
-                f"the role may not settle changes: it has no {', no '.join(grants)}",
+                f"the role may not settle changes: it has no {', no '.join(lacking)}",
                 hint=f"run: cdc db grant{self._option} --consumer ROLE",
             )
 
@@ -361,13 +363,13 @@ class Store:
 
     def figures(self, connection: psycopg.Connection) -> Figures:
         """For the collector; bounded however large the table is."""
-        parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _ROWS_EXAMINED_PER_SHARD}
+        parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _ROWS_EXAMINED_PER_SHARD, "shards": SHARDS}
         statement = "figures"
         if not self._scope.everything:
             types, include = self._scope
             statement = "figures_some"
             parameters |= {
-                "types": list(types), "among": include, "scan": _ROWS_EXAMINED_OF_ALL_TYPES, "shards": SHARDS,
+                "types": list(types), "among": include, "scan": _ROWS_EXAMINED_OF_ALL_TYPES,
                 "from": FIRST_TYPE, "types_max": TYPES_MAX,
             }  # fmt: skip
         row = connection.execute(self._statements[statement], parameters).fetchone()

@@ -57,10 +57,7 @@ CASE WHEN c.fits THEN {held} END AS held
 
 -- name: check
 -- Whether the table is there, has the columns of this version, and may be read.
-SELECT seq, shard, id, table_schema, table_name, operation, entity_type, entity_id, old_data, new_data, metadata,
-       changed_at, processed, processed_at, error_count, last_error, next_attempt_at, dead_at, started_by,
-       caused_by, depth
-FROM {changes} LIMIT 0
+SELECT {every_column} FROM {changes} LIMIT 0
 
 -- name: filtered
 -- Which tables of the outbox would show this role some of their rows only; sessions of ours are refused there.
@@ -70,13 +67,12 @@ WHERE row_security_active(to_regclass(t.name)::oid)
 -- name: missing_rights
 -- What the consumer writes and this role may not. Without it each change would be handled again and again.
 SELECT 'UPDATE (' || string_agg(name, ', ') || ')', {regclass}
-FROM unnest(ARRAY['processed', 'processed_at', 'error_count', 'last_error', 'next_attempt_at', 'dead_at',
-                  'started_by']) AS c(name)
+FROM unnest(%(state)s::text[]) AS c(name)
 WHERE NOT has_column_privilege({regclass}::regclass, name, 'UPDATE')
 HAVING count(*) > 0
 UNION ALL
 SELECT string_agg(name, ', '), {shards_regclass}
-FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS r(name)
+FROM unnest(%(shard_rights)s::text[]) AS r(name)
 WHERE NOT has_table_privilege({shards_regclass}::regclass, name)
 HAVING count(*) > 0
 
@@ -449,7 +445,7 @@ SELECT
   greatest(
     coalesce((
       SELECT extract(epoch FROM now() - min(c.changed_at))::float8
-      FROM generate_series(0, 63) AS s(shard)
+      FROM generate_series(0, %(shards)s - 1) AS s(shard)
       CROSS JOIN LATERAL (
         SELECT c.changed_at
         FROM (

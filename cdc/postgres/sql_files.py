@@ -7,18 +7,21 @@ from importlib.resources import files
 
 from psycopg import sql
 
+from cdc.postgres.grants import DESCRIPTION, PAYLOAD, STATE
+
 _NAME = "-- name: "
 
 
 def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) -> dict[str, bytes]:
     """Name to statement of this file, with the names in braces filled in.
 
-    These are ``{changes}``, the table; ``{regclass}``, its name as a literal; ``{shards_regclass}``, the same for the
-    table of owners; and blocks that are expressions, from outbox.sql or from further up in the same file. ``instead``:
-    in place of the blocks of these names.
+    These are ``{changes}``, the table, and ``{every_column}`` of it; ``{regclass}``, its name as a literal;
+    ``{shards_regclass}``, the same for the table of owners; and blocks that are expressions, from outbox.sql or from
+    further up in the same file. ``instead``: in place of the blocks of these names.
     """
     names = {
         "changes": table(schema, "entity_changes"),
+        "every_column": sql.SQL(", ").join(map(sql.Identifier, (*DESCRIPTION, *STATE, *PAYLOAD))),
         "regclass": _in_text(sql.Literal(sql.Identifier(schema, "entity_changes").as_string())),
         "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
     }

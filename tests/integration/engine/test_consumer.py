@@ -743,7 +743,7 @@ async def test_a_role_that_may_not_settle_is_told_so_before_any_handler_runs(
                     psycopg.sql.Identifier(role)
                 )
             )
-            await eventually_async(_is(lambda: "no UPDATE (error_count, last_error" in caplog.text))
+            await eventually_async(_is(lambda: "no UPDATE (next_attempt_at, dead_at, error_count" in caplog.text))
             assert calls == []
             outbox_db.execute(
                 psycopg.sql.SQL(

@@ -14,7 +14,7 @@ def test_a_mark_stands_at_the_lowest_number_and_is_held_if_anything_holds_it() -
     deferred.defer(("a", "1"), 7, 0, blocked=False)
     deferred.defer(("a", "1"), 5, 0, blocked=True)
     deferred.defer(("a", "1"), 9, 0, blocked=False)
-    mark = deferred.get(("a", "1"))
+    mark = deferred.watermarks.get(("a", "1"))
     assert mark is not None
     assert (mark.seq, mark.blocked, len(deferred)) == (5, True, 1)
 
