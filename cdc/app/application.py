@@ -28,6 +28,7 @@ from cdc.core.type_filter import NOTHING, TypeFilter
 from cdc.engine import health_checks
 from cdc.engine.circuit_breakers import CircuitBreakers
 from cdc.engine.consumer import Consumer, ConsumerSettings
+from cdc.engine.consumer_port import ConsumerPort
 from cdc.engine.error_policy import ErrorPolicy
 from cdc.engine.executor import Executor
 from cdc.engine.health_checks import HealthThresholds, LoopWatch
@@ -116,7 +117,7 @@ class App:
             handlers, policy, hooks=hooks, metrics=metrics.handlers, breakers=self._breakers,
             failed=self._failures.add,
         )  # fmt: skip
-        self.consumer: Consumer | Shadow = (
+        self.consumer: ConsumerPort = (
             self._make_observer(store) if settings.observe else self._make_consumer(store, error_policy, hooks)
         )
         self._relay = Relay(settings.current_dsn, settings.schema_, metrics.wakeups.relayed.inc)
@@ -293,12 +294,8 @@ class App:
             ),
             StreamBridge(self.consumer, self._relay, self.metrics, self._hooks, changed=self._stats_poller.poll_now),
             self._supervisor,
-            exposed=self._exposed,
+            exposed=lambda: self.consumer.exposed,
         )
-
-    def _exposed(self) -> bool:
-        """An observer marks nothing."""
-        return isinstance(self.consumer, Consumer) and self.consumer.crash_guard.exposed
 
     def _slot_waits_for_standbys(self) -> None:
         """In the collector's thread."""

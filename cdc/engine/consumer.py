@@ -24,7 +24,6 @@ from functools import partial
 import psycopg
 
 from cdc.core import failpoints
-from cdc.core.errors import CdcError, SchemaError
 from cdc.core.handler_limits import HandlerLimits
 from cdc.core.model import SHARDS, Change, Committed, Processed, Waiting, WakeUp
 from cdc.core.read_planner import ReadPlanner
@@ -35,23 +34,23 @@ from cdc.engine.balancing import Balancing
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher, OtherTasks
 from cdc.engine.executor import Executor
-from cdc.engine.hooks import Hooks, where
+from cdc.engine.hooks import Hooks
 from cdc.engine.reader import Reader
+from cdc.engine.reconnecting import wait_for_schema, work_until
 from cdc.engine.settler import Settler
 from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ConsumerStatus
-from cdc.postgres.connect import STANDBY, Dsn, connect_async
+from cdc.postgres.connect import Dsn, connect_async
 from cdc.postgres.loaders import leave_unread
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.postgres.pages import Settled
 from cdc.postgres.shard_locks import ShardSession
-from cdc.runtime.deadline import deadline, set_within, unless
+from cdc.runtime.deadline import deadline, set_within, unless, wait_within
 
 log = logging.getLogger("cdc.consumer")
 
 _SOON_S = 0.05
 _POLL_SHARDS_S = 1.0
-_RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
 _ITERATION_MAX_S = 5.0
 _READ_TIMEOUT = "60s"
 _READ_LOCK_TIMEOUT = "20s"
@@ -60,7 +59,6 @@ _READ_LIMIT_S = 65.0
 """For an answer to the reader; longer than its statement_timeout."""
 _LAST_SETTLE_S = 3.0
 """A commit may hang for as long as a synchronous standby is away; a stop may not."""
-_INTERRUPTIONS = (CdcError, psycopg.Error, OSError)  # TimeoutError is an OSError
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +137,18 @@ class Consumer:
         return self._scheduler.ownership.owned
 
     @property
-    def shares(self) -> bool:
+    def is_sharing(self) -> bool:
         """Some shards are not ours."""
         return len(self.owned) < SHARDS
 
     @property
     def stopping(self) -> bool:
         return self._stopping.is_set()
+
+    @property
+    def exposed(self) -> bool:
+        """A change runs that may end the process; from any thread."""
+        return self.crash_guard.exposed
 
     @property
     def held_up_s(self) -> float:
@@ -167,7 +170,7 @@ class Consumer:
 
     def _plan_reads(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
         ours, others = wakeups, list[WakeUp]()
-        if self.shares:
+        if self.is_sharing:
             owned = self.owned
             ours = [wakeup for wakeup in wakeups if wakeup.shard in owned]
             others = [wakeup for wakeup in wakeups if wakeup.shard not in owned]
@@ -224,32 +227,9 @@ class Consumer:
 
     async def run(self) -> None:
         """Work until stopped. Raises the error when the very first connection is refused."""
-        pause_s = _RECONNECT_MIN_S
-        while not self.stopping:
-            began = self._now()
-            error = await self._failure_of_connection()
-            if error and not self.connected.is_set() and not self.stopping:
-                raise error
-            if error and not self.stopping:
-                log.warning("interrupted: %s; trying again", _sentence(error))
-                self._metrics.consumer.interruptions.labels(_kind(error)).inc()
-                pause_s = _RECONNECT_MIN_S if self._now() - began > _RECONNECT_MAX_S else pause_s * 2
-                await _wait(self._stopping, min(pause_s, _RECONNECT_MAX_S))
+        metrics = self._metrics.consumer
+        await work_until(self._stopping, self._run_connected, connected=self.connected, metrics=metrics)
         await self._hooks.drain(self._settings.drain_time_s)
-
-    async def _failure_of_connection(self) -> Exception | None:
-        """Work one term. What ended it if that heals by itself or by an operator; anything else is raised: a bug."""
-        try:
-            await self._run_connected()
-        except ExceptionGroup as group:
-            expected, bugs = group.split(_INTERRUPTIONS)
-            if bugs or not expected:
-                log.critical("stopped by a bug: %s", where(_first(bugs or group)))
-                raise
-            return _first(expected)
-        except _INTERRUPTIONS as error:
-            return error
-        return None
 
     async def _run_connected(self) -> None:
         """Work with one set of connections until one of them fails or the consumer is stopped."""
@@ -291,21 +271,13 @@ class Consumer:
             await session.close()
 
     async def _wait_for_schema(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
-        """A sidecar starts before the application's migrations have run: wait, and say for what."""
-        told = ""
-        while not self.stopping:
+        async def check() -> None:
             self._mark_iteration("consumer")
             await session.poll()
             self._answered()
-            try:
-                await self._store.check(reader)
-            except SchemaError as error:
-                if told != str(error):
-                    log.warning("waiting: %s", _sentence(error))
-                told = str(error)
-                await _wait(self._stopping, _POLL_SHARDS_S)
-            else:
-                return
+            await self._store.check(reader)
+
+        await wait_for_schema(self._stopping, check)
 
     async def _drain_at_stop(
         self, session: ShardSession, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]
@@ -345,10 +317,10 @@ class Consumer:
             self._mark_iteration("shards")
             if await self._balancing.poll(session, self._now()):
                 self._answered()
-            await _wait(self._stopping, _POLL_SHARDS_S)
+            await wait_within(self._stopping, _POLL_SHARDS_S)
         while not self._drained.is_set():  # the server ends a session that says nothing
             await self._balancing.ask(session, self._now())
-            await _wait(self._drained, _POLL_SHARDS_S)
+            await wait_within(self._drained, _POLL_SHARDS_S)
 
     def _reread(self) -> None:
         """Changes were left without an outcome; one that is waiting and due is found by a look at those only."""
@@ -427,34 +399,5 @@ class Consumer:
         self.answered_at = self._now()
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    """Until the event is set or the time is up."""
-    with contextlib.suppress(TimeoutError):
-        async with deadline(seconds):
-            await event.wait()
-
-
 def _since(moment: float | None) -> float:
     return 0.0 if moment is None else time.monotonic() - moment
-
-
-def _first(group: ExceptionGroup[Exception]) -> Exception:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, ExceptionGroup) else error
-
-
-def _sentence(error: Exception) -> str:
-    """What happened, without row content: a server's DETAIL may quote it, its primary message does not."""
-    if isinstance(error, CdcError):
-        return f"{error} ({error.hint})" if error.hint else str(error)
-    if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
-        return f"{error.diag.message_primary} [{error.sqlstate}] ({STANDBY})"
-    if isinstance(error, psycopg.Error) and error.diag.message_primary:
-        return f"{error.diag.message_primary} [{error.sqlstate}]"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _kind(error: Exception) -> str:
-    """One of INTERRUPTIONS. What libpq says by itself has no SQLSTATE: it is about the connection."""
-    sqlstate = (error.sqlstate if isinstance(error, psycopg.Error) else None) or "08"
-    return "connection" if sqlstate[:2] == "08" or sqlstate[:3] == "57P" else "statement"

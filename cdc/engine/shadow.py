@@ -9,7 +9,6 @@ Towards the doorbell, the listener and the probes it is what ``Consumer`` is.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any
 import psycopg
 from pydantic import TypeAdapter, ValidationError
 
-from cdc.core.errors import CdcError, SchemaError
 from cdc.core.model import SHARDS, Change, WakeUp
 from cdc.core.page_size import PageSize
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
@@ -28,6 +26,7 @@ from cdc.core.shard_ownership import Acquired
 from cdc.core.type_filter import TypeFilter
 from cdc.engine.calls import call_here
 from cdc.engine.hooks import where
+from cdc.engine.reconnecting import wait_for_schema, work_until
 from cdc.observability.metrics import NO_HANDLER, Metrics
 from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import Dsn, connect_async
@@ -37,7 +36,7 @@ from cdc.postgres.pages import Place
 from cdc.postgres.shard_locks import observe
 from cdc.postgres.unreadable import RefusedReadError
 from cdc.runtime.cancelling import disregard
-from cdc.runtime.deadline import deadline
+from cdc.runtime.deadline import unless, wait_within
 
 log = logging.getLogger("cdc.observer")
 
@@ -51,12 +50,14 @@ _SKIPPED = 1_000
 _SOON_S = 0.05
 _ITERATION_MAX_S = 5.0
 _READ_TIMEOUT = "60s"
+_READ_LOCK_TIMEOUT = "20s"
+"""Less, so that a read which waits for a lock is not taken for one that takes too long."""
 _ANSWER_LIMIT_S = 65.0
 """Longer than its statement_timeout."""
-_RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.1, 10.0
 _SESSION = {
     **INDEXED,
     "statement_timeout": _READ_TIMEOUT,
+    "lock_timeout": _READ_LOCK_TIMEOUT,
     "idle_session_timeout": "0",
     "default_transaction_read_only": "on",
 }
@@ -76,7 +77,7 @@ class ObserverSettings:
 class Shadow:
     """``run`` returns when ``stop`` was called."""
 
-    shares = False
+    is_sharing = exposed = False
     """Whatever rings, it is nobody else's business: those who work have a doorbell of their own."""
 
     def __init__(self, settings: ObserverSettings, *, router: Router, store: Store, metrics: Metrics) -> None:
@@ -159,19 +160,15 @@ class Shadow:
     async def run(self) -> None:
         """Look until stopped. Raises the error when the very first connection is refused."""
         log.info("only observing %s: no handler runs, nothing is marked", self._settings.scope)
-        pause_s = _RECONNECT_MIN_S
-        while not self.stopping:
-            try:
-                await self._run_connected()
-            except (CdcError, psycopg.Error, OSError) as error:
-                if not self.connected.is_set():
-                    raise
-                log.warning("interrupted: %s; trying again", type(error).__name__)
-                self._metrics.consumer.interruptions.labels("connection").inc()
-                await _wait(self._stopping, pause_s)
-                pause_s = min(2 * pause_s, _RECONNECT_MAX_S)
-            finally:
-                self.in_service = False
+        metrics = self._metrics.consumer
+        await work_until(self._stopping, self._until_stopped, connected=self.connected, metrics=metrics)
+
+    async def _until_stopped(self) -> None:
+        """A stop does not wait for a read: it may wait for a lock."""
+        try:
+            await unless(self._stopping, self._run_connected())
+        finally:
+            self.in_service = False
 
     async def _run_connected(self) -> None:
         settings = self._settings
@@ -187,28 +184,24 @@ class Shadow:
                 self._due.clear()
                 await self._look(reader)
                 wait_s = min(self._planner.wait_s(_now()), self._marks_at - _now(), _ITERATION_MAX_S)
-                await _wait(self._due, max(0.0, wait_s))
+                await wait_within(self._due, max(0.0, wait_s))
 
     async def _wait_for_schema(self, reader: psycopg.AsyncConnection) -> None:
-        told = ""
-        while not self.stopping:
+        async def check() -> None:
             self._mark_iteration()
-            try:
-                await self._store.check(reader, settles=False)
-            except SchemaError as error:
-                if told != str(error):
-                    log.warning("waiting: %s (%s)", error, error.hint)
-                told = str(error)
-                await _wait(self._stopping, 1.0)
-            else:
-                return
+            await self._store.check(reader, settles=False)
+            self._answered()
+
+        await wait_for_schema(self._stopping, check)
 
     async def _look(self, reader: psycopg.AsyncConnection) -> None:
         """Read what there is to read."""
         while not self.stopping:
             self._mark_iteration()
             try:
-                if not await self._read_once(reader):
+                more = await self._read_once(reader)
+                self._answered()
+                if not more:
                     return
             except RefusedReadError as refused:
                 await self._skip(reader, refused)
@@ -288,7 +281,10 @@ class Shadow:
         )
 
     def _mark_iteration(self) -> None:
-        self.last_iteration["consumer"] = self.answered_at = _now()
+        self.last_iteration["consumer"] = _now()
+
+    def _answered(self) -> None:
+        self.answered_at = _now()
 
 
 class _Lately:
@@ -321,12 +317,6 @@ def _places(misfit: ValidationError) -> Iterable[str]:
     """The fields that do not fit, without their values."""
     faults = misfit.errors(include_input=False, include_url=False, include_context=False)
     return {".".join(map(str, fault["loc"])) or "row" for fault in faults}
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with deadline(seconds):
-            await event.wait()
 
 
 def _now() -> float:

@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 
 from cdc.core.errors import StreamError
 from cdc.core.model import WakeUp
-from cdc.engine.consumer import Consumer
+from cdc.engine.consumer_port import ConsumerPort
 from cdc.engine.hooks import Hooks
-from cdc.engine.shadow import Shadow
 from cdc.observability.metrics import Metrics
 from cdc.postgres.notify import Relay
 
@@ -27,7 +26,7 @@ class StreamBridge:
     """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run in the stream's thread."""
 
     def __init__(
-        self, consumer: Consumer | Shadow, relay: Relay, metrics: Metrics, hooks: Hooks, *, changed: Callable[[], None]
+        self, consumer: ConsumerPort, relay: Relay, metrics: Metrics, hooks: Hooks, *, changed: Callable[[], None]
     ) -> None:
         self._consumer = consumer
         self._relay = relay
@@ -79,7 +78,7 @@ class StreamBridge:
         if dropped:
             self._metrics.wakeups.dropped.inc(dropped)
             self._consumer.missed()
-            if self._consumer.shares:
+            if self._consumer.is_sharing:
                 self._relay.missed()
 
     def _interrupted(self, reason: str) -> None:

@@ -8,6 +8,7 @@ Python 3.13, and a cleanup follows one: there each limit that passed would end i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Coroutine
 from types import TracebackType
@@ -41,6 +42,13 @@ def deadline(seconds: float | None) -> asyncio.Timeout:
         return asyncio.timeout(seconds)
     now = asyncio.get_running_loop().time()
     return _Timeout(None if seconds is None else now + seconds)
+
+
+async def wait_within(event: asyncio.Event, seconds: float) -> None:
+    """Wait until the event is set or the time is up."""
+    with contextlib.suppress(TimeoutError):
+        async with deadline(seconds):
+            await event.wait()
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import urllib.request
 from pathlib import Path
 
@@ -121,6 +122,57 @@ async def test_a_role_that_may_only_read_is_enough(outbox: str, outbox_db: psyco
     finally:
         outbox_db.execute(sql.SQL("DROP OWNED BY {}").format(reader))
         outbox_db.execute(sql.SQL("DROP ROLE {}").format(reader))
+
+
+async def test_what_interrupts_it_is_told_as_a_consumer_tells_it_and_it_goes_on(
+    outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with consuming(outbox, _router([]), observe=True, stream=False, poll_interval=0.05) as app:
+        registry = app.metrics.registry
+
+        async def in_service() -> bool:
+            return app.status.consumer.in_service
+
+        async def interrupted() -> bool:
+            return metric(registry, "cdc_interruptions_total", reason="statement") == 1
+
+        async def seen() -> bool:
+            return metric(registry, "cdc_observed_changes_total", handler="welcome") == 1
+
+        await eventually_async(in_service)
+        outbox_db.execute("ALTER TABLE entity_changes RENAME TO elsewhere")
+        await eventually_async(interrupted)
+        assert metric(registry, "cdc_interruptions_total", reason="connection") == 0
+        assert re.search(r'interrupted: relation ".*entity_changes" does not exist \[42P01\]', caplog.text)
+        outbox_db.execute("ALTER TABLE elsewhere RENAME TO entity_changes")
+        outbox_db.execute(_PUBLISH, ["order", "1"])
+        await eventually_async(seen)
+
+
+async def test_a_stop_does_not_wait_for_a_table_that_is_locked_and_a_wait_is_no_answer(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    async with consuming(outbox, _router([]), observe=True, stream=False, poll_interval=0.05) as app:
+
+        async def in_service() -> bool:
+            return app.status.consumer.in_service
+
+        async def waits() -> bool:
+            found = outbox_db.execute("SELECT FROM pg_locks WHERE NOT granted AND locktype = 'relation'")
+            return found.fetchone() is not None
+
+        await eventually_async(in_service)
+        with psycopg.connect(outbox) as locking:
+            locking.execute("LOCK TABLE entity_changes")
+            await eventually_async(waits)
+            answered_at = app.status.consumer.answered_at
+            app.consumer.stop()
+
+            async def stopped() -> bool:
+                return not app.status.consumer.in_service
+
+            await eventually_async(stopped, within_s=15, what="it has stopped, long before the lock's time limit")
+            assert app.status.consumer.answered_at == answered_at
 
 
 def test_the_probe_the_page_and_cdc_status_say_that_it_only_observes(

@@ -222,7 +222,7 @@ async def test_when_one_leaves_the_others_take_its_shards_and_the_slot(
             await _shared(stays, leaves)
 
         async def alone() -> bool:
-            return not stays.consumer.shares and stays._stream is not None and stays._stream.status.connected
+            return not stays.consumer.is_sharing and stays._stream is not None and stays._stream.status.connected
 
         await eventually_async(alone)
         _publish(outbox_db, 100)

@@ -18,7 +18,7 @@ import cdc
 from cdc.app.application import App
 from cdc.core import lost_transactions
 from cdc.core.router import Router
-from cdc.engine import consumer
+from cdc.engine import consumer, reconnecting
 from cdc.postgres import migrations
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric, states
@@ -38,7 +38,7 @@ def crashing() -> Iterator[str]:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.01)
     monkeypatch.setattr(lost_transactions, "_PAUSE_MAX_S", 0.1)
-    monkeypatch.setattr(consumer, "_RECONNECT_MAX_S", 0.2)
+    monkeypatch.setattr(reconnecting, "_PAUSE_MAX_S", 0.2)
     monkeypatch.setattr(consumer, "_POLL_SHARDS_S", 0.05)  # so soon a lost session is noticed
 
 

@@ -15,6 +15,7 @@ import cdc
 from cdc.core import lost_transactions
 from cdc.core.model import SHARDS
 from cdc.core.router import Router
+from cdc.engine import reconnecting
 from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
@@ -172,7 +173,7 @@ async def test_retry_and_discard_roll_back_what_was_written(outbox: str, effects
 
 
 async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
-    outbox: str, effects: psycopg.Connection
+    outbox: str, effects: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router, waiting, go_on = Router(), asyncio.Event(), asyncio.Event()
 
@@ -193,12 +194,12 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
         ).fetchall()
         first.consumer._dispatcher.session_lost = _nothing  # type: ignore[method-assign]
         # Nor does it come back, or it would get half of the shards.
-        first.consumer._failure_of_connection = first.consumer._stopping.wait  # type: ignore[assignment, method-assign]
+        monkeypatch.setattr(reconnecting, "next_pause_s", lambda before_s, worked_s: 600.0)
         effects.execute("SELECT pg_terminate_backend(%s)", [pid])
         async with consuming(outbox, second) as other:
 
             async def owns_all() -> bool:
-                return not other.consumer.shares
+                return not other.consumer.is_sharing
 
             await eventually_async(owns_all)
 

@@ -1,0 +1,106 @@
+"""Working with connections, and with new ones when they have broken: what a consumer and an observer have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+import psycopg
+
+from cdc.core.errors import CdcError, SchemaError
+from cdc.engine.hooks import where
+from cdc.observability.metrics import ConsumerMetrics
+from cdc.postgres.connect import STANDBY
+from cdc.runtime.deadline import wait_within
+
+log = logging.getLogger("cdc.consumer")
+
+_PAUSE_MIN_S, _PAUSE_MAX_S = 0.1, 10.0
+_SCHEMA_EVERY_S = 1.0
+_INTERRUPTIONS = (CdcError, psycopg.Error, OSError)  # TimeoutError is an OSError
+
+
+async def work_until(
+    stopping: asyncio.Event,
+    work: Callable[[], Awaitable[None]],
+    *,
+    connected: asyncio.Event,
+    metrics: ConsumerMetrics,
+) -> None:
+    """Call ``work``, which connects, again and again until it is stopping.
+
+    Raises the error when the very first connection is refused, before ``connected`` is set, and what no operator and no
+    time mends.
+    """
+    now, pause_s = asyncio.get_running_loop().time, _PAUSE_MIN_S
+    while not stopping.is_set():
+        began = now()
+        error = await _interruption(work)
+        if error and not connected.is_set() and not stopping.is_set():
+            raise error
+        if error and not stopping.is_set():
+            log.warning("interrupted: %s; trying again", _sentence(error))
+            metrics.interruptions.labels(_kind(error)).inc()
+            pause_s = next_pause_s(pause_s, now() - began)
+            await wait_within(stopping, pause_s)
+
+
+async def wait_for_schema(stopping: asyncio.Event, check: Callable[[], Awaitable[None]]) -> None:
+    """A sidecar starts before the application's migrations have run: check until there is a schema, and say what lacks.
+
+    ``check`` raises SchemaError.
+    """
+    told = ""
+    while not stopping.is_set():
+        try:
+            await check()
+        except SchemaError as error:
+            if told != str(error):
+                log.warning("waiting: %s", _sentence(error))
+            told = str(error)
+            await wait_within(stopping, _SCHEMA_EVERY_S)
+        else:
+            return
+
+
+def next_pause_s(before_s: float, worked_s: float) -> float:
+    """Twice as long as before, up to a limit; short again after what has worked for longer than that."""
+    return _PAUSE_MIN_S if worked_s > _PAUSE_MAX_S else min(2 * before_s, _PAUSE_MAX_S)
+
+
+async def _interruption(work: Callable[[], Awaitable[None]]) -> Exception | None:
+    """What ended the work if that heals by itself or by an operator; anything else is raised: a bug."""
+    try:
+        await work()
+    except ExceptionGroup as group:
+        expected, bugs = group.split(_INTERRUPTIONS)
+        if bugs or not expected:
+            log.critical("stopped by a bug: %s", where(_first(bugs or group)))
+            raise
+        return _first(expected)
+    except _INTERRUPTIONS as error:
+        return error
+    return None
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error
+
+
+def _sentence(error: Exception) -> str:
+    """What happened, without row content: a server's DETAIL may quote it, its primary message does not."""
+    if isinstance(error, CdcError):
+        return f"{error} ({error.hint})" if error.hint else str(error)
+    if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+        return f"{error.diag.message_primary} [{error.sqlstate}] ({STANDBY})"
+    if isinstance(error, psycopg.Error) and error.diag.message_primary:
+        return f"{error.diag.message_primary} [{error.sqlstate}]"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _kind(error: Exception) -> str:
+    """One of INTERRUPTIONS. What libpq says by itself has no SQLSTATE: it is about the connection."""
+    sqlstate = (error.sqlstate if isinstance(error, psycopg.Error) else None) or "08"
+    return "connection" if sqlstate[:2] == "08" or sqlstate[:3] == "57P" else "statement"
