@@ -31,10 +31,9 @@ _COMMANDS = {
     "status": ("cdc.cli.status", "Show who works, how fast, and what is not processed."),
     "outbox": ("cdc.cli.outbox", "Look at changes, decide about dead letters, remove old ones."),
     "slot": ("cdc.cli.slot", "Create, drop and inspect the replication slot."),
-    "smoke": ("cdc.cli.smoke", "Send a test reaction all the way: captured, woken, processed, task."),
     "doctor": ("cdc.cli.doctor", "Check every precondition, each with its remedy."),
     "config": ("cdc.cli.config", "Show the settings in force."),
-    "whatsapp": ("cdc.cli.whatsapp", "Receive webhooks of the documented application."),
+    "whatsapp": ("cdc.cli.whatsapp", "Receive webhooks of the documented application, and try it."),
     "healthcheck": ("cdc.cli.healthcheck", "Ask the consumer on this host whether it is alive."),
 }
 """Name to (module that defines a command of that name, what --help says of it)."""

@@ -7,6 +7,7 @@ import click
 from cdc.app.config import Settings
 from cdc.cli.commands import Commands
 from cdc.cli.options import settings_options
+from cdc.cli.whatsapp_smoke import smoke
 from cdc.core.errors import UsageError
 
 _SESSION = {
@@ -24,7 +25,11 @@ def whatsapp() -> None:
         cdc db install --with whatsapp
         cdc whatsapp serve                          stores what webhooks bring
         cdc run --handlers cdc.contrib.whatsapp:router      does what is to be done about it
+        cdc whatsapp smoke                          tries all of it once
     """
+
+
+whatsapp.add_command(smoke)
 
 
 @whatsapp.command()

@@ -1,4 +1,4 @@
--- What `cdc smoke` asks about the change it has made, and removes. {changes} is the qualified table.
+-- What `cdc whatsapp smoke` asks about the change it has made, and removes. {changes} is the qualified table.
 --
 -- All of it is bounded by when it began: fresh changes above a number, through their index, and those that were processed
 -- since. What waits and what is dead is walked: there should be little.

@@ -1,4 +1,4 @@
-"""``cdc smoke``: one reaction all the way on a live installation, and nothing of it stays."""
+"""``cdc whatsapp smoke``: one reaction all the way on a live installation, and nothing of it stays."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tables(outbox_db: psycopg.Connection) -> psycopg.Connection:
 
 
 def _smoke(dsn: str, *options: str) -> Result:
-    return CliRunner().invoke(root_command, ["smoke", "--dsn", dsn, *options])
+    return CliRunner().invoke(root_command, ["whatsapp", "smoke", "--dsn", dsn, *options])
 
 
 def _left(db: psycopg.Connection) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_without_a_trigger_nothing_is_captured(outbox: str, tables: psycopg.Conn
 
 def test_ctrl_c_leaves_nothing_behind(outbox: str, tables: psycopg.Connection) -> None:
     smoke = subprocess.Popen(
-        [sys.executable, "-m", "cdc", "smoke", "--dsn", outbox, "--timeout", "60"],
+        [sys.executable, "-m", "cdc", "whatsapp", "smoke", "--dsn", outbox, "--timeout", "60"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     eventually(lambda: _left(tables)["reactions"] == 1, what="the reaction is written")

@@ -219,7 +219,7 @@ def test_no_command_that_looks_or_decides_takes_them(shop: Shop, owner: str, slo
 async def test_nor_the_documented_application(shop: Shop, owner: str) -> None:
     shop.cli(owner, "db", "install", "--schema", "outbox", "--with", "whatsapp")
     done = CliRunner().invoke(
-        command, ["smoke", "--schema", "outbox", "--timeout", "0.5"], env={"CDC_DSN": shop.dsn(owner)}
+        command, ["whatsapp", "smoke", "--schema", "outbox", "--timeout", "0.5"], env={"CDC_DSN": shop.dsn(owner)}
     )
     assert done.exit_code in (1, 4), done.output
     assert shop.hijacked() == []

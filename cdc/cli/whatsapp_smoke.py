@@ -1,4 +1,4 @@
-"""cdc smoke: one reaction goes all the way, on a live installation."""
+"""cdc whatsapp smoke: one reaction goes all the way, on a live installation."""
 
 from __future__ import annotations
 
