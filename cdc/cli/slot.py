@@ -1,4 +1,4 @@
-"""cdc slot: the replication slot that rings for new changes."""
+"""cdc slot: the replication slot that wakes consumers for new changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ terminate_option = click.option("--terminate", is_flag=True, help="Also one that
 def slot() -> None:
     """Create, drop and inspect the replication slot.
 
-    It is a doorbell: dropping it, losing it, moving it or making it anew loses no change. A slot that nobody reads
+    It carries wake-ups only: dropping, losing, moving or recreating it loses no change. A slot that nobody reads
     keeps WAL on the server's disk.
     """
 
@@ -127,7 +127,7 @@ def recreate(
 ) -> None:
     """Drop the slot NAME [the configured one] and make it anew, as for a lost one or for another plugin.
 
-    No change is lost: what the old one would have rung for is found by the next sweep. Refused as for drop.
+    No change is lost: the next sweep finds what the old one would have announced. Refused as for drop.
     """
     from cdc.replication import slots  # noqa: PLC0415 - see create
 
@@ -155,8 +155,8 @@ def recreate(
 def advance(settings: Settings, name: str | None, as_json: bool) -> None:
     """Move the slot NAME [the configured one] to the end of the WAL, without reading what it skips.
 
-    No change is lost: the slot only rings, and the next sweep finds what it did not ring for. Refused while it is
-    being read. Works while the server refuses the plugin.
+    No change is lost: the slot carries wake-ups only, and the next sweep finds the rest. Refused while it is being
+    read. Works while the server refuses the plugin.
     """
     from cdc.replication import slots  # noqa: PLC0415 - see create
 

@@ -22,8 +22,8 @@ time, to find out:
 * Somebody who says when to come back (``after_s``) is not asked before, up to ``AFTER_MAX_S``: a clock that is wrong
   there must not stop a handler for a day.
 
-What the breaker holds back stays where it is: in the lanes, which are bounded, and in the table. It needs nothing of
-its own but the names of a few keys.
+The changes that the breaker holds back stay where they are: in the window, which is bounded, and in the table. The
+breaker itself remembers only a few keys.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What the window does not hold, one number for each key. Pure.
 
-A *mark* says that from its ``seq`` on there are changes of the key which were seen and not admitted. ``blocked``: an
-earlier change of the key waits, and nothing is to be read before that one has settled. Else the key is read on from
-there, by a *resume*, when its lane has run empty.
+A *watermark* says that changes of the key from its ``seq`` on were seen and not admitted. ``blocked``: an earlier
+change of the key waits, and the key is not read before that one has settled. Otherwise the key is read from there, by a
+``KeyRead``, as soon as its queue is empty.
 
-The memory for marks is bounded, and each entity type may have its quota of it only.
+The memory for watermarks is bounded, and each entity type has a limit in it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Watermark:
 
 
 class DeferredKeys:
-    """Up to ``size`` marks, not counting those that must be kept. ``sole``: there is one entity type only."""
+    """Up to ``size`` watermarks, not counting those that must be kept. ``sole``: there is one entity type only."""
 
     def __init__(self, size: int, *, sole: bool = True) -> None:
         self._limit = DynamicLimit(size, _FACTOR, sole=sole)

@@ -1,4 +1,4 @@
-"""The lane of one key: its changes in the window. Who may do what with it is told in ``scheduler``. Pure."""
+"""The queue of one key: its changes in the window. ``scheduler`` holds the rules for it. Pure."""
 
 from __future__ import annotations
 

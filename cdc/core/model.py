@@ -88,7 +88,7 @@ class UnreadableDocumentError(Exception):
 
 
 class WakeUp(NamedTuple):
-    """The doorbell's message: a change with this number is committed. It may be lost, late or doubled."""
+    """A notification: the change with this number is committed. It may be lost, late or doubled."""
 
     seq: int
     shard: int
@@ -101,15 +101,15 @@ PAIR = "([1-9][0-9]{0,18}),(0|[1-9][0-9]?)"
 
 
 def pair(seq: str | bytes, shard: str | bytes) -> WakeUp | None:
-    """The wake-up of the two groups of ``PAIR``, or None: anybody may ring, and what does not fit is not ours."""
+    """The wake-up of the two groups of ``PAIR``, or None: any role may notify, and what does not fit is not ours."""
     number, owner = int(seq), int(shard)
     return WakeUp(number, owner) if number <= SEQ_MAX and owner < SHARDS else None
 
 
 def message_prefix(schema: str) -> str:
-    """The prefix of the logical messages that ring for the outbox in ``schema``.
+    """The prefix of the logical messages for the outbox in ``schema``.
 
-    It names the schema, so that two outboxes in one database do not ring each other. Bytes other than letters,
+    It names the schema, so that two outboxes in one database do not wake each other. Bytes other than letters,
     digits and ``_`` are percent-encoded: a plugin option with commas or blanks in it would be several.
     """
     return "entity_change:" + "".join(
@@ -123,7 +123,7 @@ def _percent(character: str) -> str:
 
 
 PLUGINS = ("wal2json", "pgoutput")
-"""Output plugins that can ring for us, in the order in which they are tried."""
+"""Output plugins that can decode our messages, in the order in which they are tried."""
 
 
 def publication_name(schema: str) -> str:

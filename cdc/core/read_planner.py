@@ -1,4 +1,4 @@
-"""What to read next from the outbox, and when. Pure: time is an argument, reading is somebody else's business.
+"""What to read next from the outbox, and when. Pure: time is an argument, and the caller reads.
 
 Theory
 ------
@@ -6,24 +6,24 @@ Two ways lead to a change. *By number*: a wake-up names it, and the fetch touche
 fresh changes of a shard are paged through in ``seq`` order. Fetching by number is what makes a wake-up cheap;
 sweeping is what makes losing one harmless. Both must keep order, though rows become visible in another order than
 their numbers were drawn. What both rest on: the successor of a change can only be written once that change is
-visible, so whoever reads everything that *one* snapshot shows never sees a successor without its predecessor.
+visible, so a reader of everything that *one* snapshot shows never sees a successor without its predecessor.
 
-**Sweep.** Each page reads what its snapshot shows and the one before did not; how, is told in ``cursor``.
+**Sweep.** Each page reads what its snapshot shows and the one before did not; ``shard_cursor`` says how.
 
-**By number.** Wake-ups arrive in commit order. As long as *every* wake-up since some moment was kept, and a rung
-number that is not visible yet is looked for in every later fetch until it is there, no fetch can see a successor and
-miss its predecessor. A shard of which that is true is *live*. A wake-up that was lost (start, takeover, reconnect,
+**By number.** Wake-ups arrive in commit order. As long as *every* wake-up since some moment was kept, and a number
+that is not visible yet is requested by every later fetch until it is, no fetch can see a successor and miss its
+predecessor. A shard of which that is true is *live*. A wake-up that was lost (start, takeover, reconnect,
 overflow) belongs to a transaction that had an id when it was lost: a pass whose ``xmin`` is not below the ``next_xid``
 of that moment has seen it, and makes the shard live again. Until then the shard is swept at each wake-up instead of
-fetched by number: as quick, only dearer. That is how it stays where the wake-ups are not *first-hand*, read from the
-slot by this process: who relays them may lose some without our hearing of it.
+fetched by number: as fast, and more expensive. It stays so where the wake-ups do not come *from the own slot* of this
+process: a relay may lose some of them unnoticed.
 
-**Apart.** A type of which a change could not be taken in, for lack of room, must not keep the others waiting, nor may
-its later changes pass that one. From then on it is read *apart*: by passes of its own, split off from those of each
-shard, which stop where it has no room and go on from there; what a fetch or another pass shows of it is passed over.
-When it has caught up in all shards it is joined to the others again. A backlog is thus gone through once for its own
-type and once for the others. That a shard is live is proved by a pass without what is read apart; so each such proof
-has the passes apart repeated, and they have seen what it saw before they are joined.
+**Throttled types.** A type whose change was rejected for lack of room must not delay the other types, and its later
+changes must not overtake that change. From then on the type is *throttled*: it has a cursor of its own in each shard,
+split off from the common one, which pauses while the type has no room. Fetches and other passes skip its rows. When it
+has caught up in all shards, it joins the common cursor again. So a backlog is read once for its own type and once for
+the others. A pass that proves a shard live leaves out throttled types; so each such proof has their passes repeated
+before they join.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Fetch:
 class Sweep:
     """Read the next ``per_shard`` fresh changes of each shard: above the cursor, and late ones above the floor.
 
-    Only those in ``scope``, which is the type ``only`` where that is read apart. ``serial`` numbers the sweeps of an
-    intake.
+    Only those in ``scope``, which is the type ``only`` where that is read apart. ``serial`` numbers the sweeps of a
+    planner.
     """
 
     positions: Mapping[int, Position]
@@ -78,7 +78,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """What a fetch brought about: rung changes found at once, found late, given up, and still looked for."""
+    """Of the changes that a fetch asked for: visible at once, visible at a retry, and given up."""
 
     at_once: int = 0
     late: int = 0
@@ -86,7 +86,7 @@ class FetchResult:
 
 
 class _Unseen:
-    """A rung number that was not visible when first looked for."""
+    """A number that was not visible when it was first fetched."""
 
     __slots__ = ("next_xid", "retry_at", "shard", "since")
 
@@ -190,7 +190,7 @@ class ReadPlanner:
         self._next_sweep = min(self._next_sweep, at)
 
     def streaming(self, *, connected: bool) -> None:
-        """From now on wake-ups come first-hand, or do so no more. What rang before may have been missed."""
+        """Wake-ups come from this process's slot from now on, or have stopped to. Earlier ones may have been missed."""
         self._from_own_slot = connected
         if not connected:
             self._notified.clear()
@@ -278,7 +278,7 @@ class ReadPlanner:
     ) -> FetchResult:
         """The answer to a fetch: the numbers that were visible, the snapshot it was read with.
 
-        ``cut``: what is visible and did not fit into the page. It is fetched again before all that rang later.
+        ``cut``: what is visible and did not fit into the page. It is fetched again before all later wake-ups.
         """
         at_once = late = given_up = 0
         deferred = {seq for seq, _ in cut}
@@ -317,7 +317,7 @@ class ReadPlanner:
         *,
         scanned: Mapping[int, Scanned] | None = None,
     ) -> int:
-        """The answer to a sweep: rows of the types it asked for, as (seq, shard). Returns how many had been rung for.
+        """The answer to a sweep: rows of its types, as (seq, shard). Returns how many of them a wake-up had named.
 
         ``rejected``: as ``rejected`` takes it. ``scanned``: by shard; left out where all rows scanned are among these.
         """

@@ -1,8 +1,8 @@
 """What happens between a read of the table and its answer. Pure.
 
 Reads and settles use different sessions, so a read may come back older than a settle that began after it; and shards
-may leave and come back meanwhile. The journal keeps what the answer has to be corrected by: without it a change settled
-during a sweep would run a second time, and the successor of a failed one would overtake it.
+may leave and come back meanwhile. The reconciler keeps what corrects the answer. Without it a change settled during a
+sweep would run a second time, and the successor of a failed one would overtake it.
 """
 
 from __future__ import annotations

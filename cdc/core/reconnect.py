@@ -19,7 +19,7 @@ STALL_LIMIT_MAX_S = 600.0
 PERMANENT_PAUSE_S = 60.0
 """Between two looks at a refusal that an operator must mend."""
 STANDBY_PAUSE_MAX_S = 5.0
-"""Between two knocks at a slot that another consumer holds: how long the doorbell is silent when that one dies."""
+"""Between two attempts at a slot that another consumer reads: so long no wake-ups come when that one dies."""
 DEAD_ENDS_MAX = 5
 """Sessions that came no further, before the slot is made anew: with the pauses between them a few seconds."""
 _RECONNECT = Policy(base_s=0.1, cap_s=30.0)

@@ -1,8 +1,8 @@
-"""The heart: which change may run now. A state machine over keys; no clock, no I/O, no handler.
+"""Which change may run now. A state machine over keys: no clock, no I/O, no handler.
 
 Theory
 ------
-A *lane* holds the changes of one key that are in the window, in ``seq`` order:
+A ``KeyQueue`` holds the changes of one key that are in the window, in ``seq`` order:
 
     queued ──start──> running ──finished──> settling ──settled──> gone
 
@@ -11,19 +11,19 @@ A *lane* holds the changes of one key that are in the window, in ``seq`` order:
   crash a key resumes at its first unsettled change.
 * A *fenced* change, one that is marked by its handler's own transaction, starts only when all before it have
   settled: its mark does not queue behind theirs, and a crash in between would leave it marked and them to run again.
-* A change that must wait for its retry, or a dead letter that pauses its key, *shuts* its lane: what is queued behind
-  it is let go, for the table holds the key back from then on, and memory need not.
-* The window is bounded, and so is each queue: a key with a million changes cannot fill it. Nor can an entity type: it
-  has a limit in it, and its handlers one of what may run (``dynamic_limit``, ``ready_queues``). The window has places;
-  a change takes one, and one more for each ``place_bytes`` of its documents, and is let in while one is free.
+* A change that waits for its retry, or a dead letter that pauses its key, *blocks* its queue. The changes behind it
+  leave the window, because the table holds the key back from then on.
+* The window is bounded, and so is each queue: a key with a million changes cannot fill it. An entity type has a limit
+  in the window, and its handlers have one of what may run (``dynamic_limit``, ``ready_queues``). A change takes one
+  place of the window, and one more for each ``place_bytes`` of its documents. It is admitted while a place is free.
 
-What the window does not hold is remembered by one number a key, ``deferred``: from this ``seq`` on, changes of the key
-exist that were seen and not admitted. Nothing of the key at or above that number is admitted except by a *resume*: a
-read of this key that starts there. That one rule keeps order whatever was dropped, and why: behind a waiting change
-(``blocked``, until that one has settled), or because the lane was full. The memory for these is bounded, too; a change
-that finds no room there, or in the window, is *refused*, and its type and shard are read on from there.
+What the window does not hold is remembered by one number a key, its *watermark*: changes of the key from this ``seq``
+on were seen and not admitted. They are admitted only by a ``KeyRead``, which starts at that number. This rule keeps
+order whatever the reason was: a waiting change (``blocked`` until it has settled) or a full queue. The memory for
+watermarks is bounded, too. A change that finds no room there, or in the window, is *rejected*, and its type and shard
+are read again from that number.
 
-A read may come back older than what has settled meanwhile: ``admit`` corrects its rows by a ``reconciler``.
+A read may be older than what has settled since it began: ``admit`` corrects its rows by the ``ReadReconciler``.
 
 A consumer that lost its session has lost its shards: ``lost`` forgets all but the handlers that still run, whose keys
 stay shut until they return, unsettled, and the outcomes not written yet, which keep their places and keys.
@@ -45,7 +45,7 @@ from cdc.core.shard_ownership import Acquired, ShardOwnership
 
 _DEFERRED_KEYS_MAX = 10_000
 _FACTOR = 4
-"""One type that has more to do than there is room for holds four fifths of the window."""
+"""A single type with a backlog holds four fifths of the window."""
 
 
 class Row(NamedTuple):

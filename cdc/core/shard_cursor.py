@@ -98,9 +98,9 @@ class ShardCursor:
         self.repass_at = 0.0
         self.repass_pause_s = RETRY_MIN_S
         self.awaited: set[int] = set()
-        """Numbers that were rung for, and that no page has shown since."""
+        """Numbers that a wake-up named, and that no page has shown since."""
         self.repasses_left = _REPASSES
-        """For so many passes: there may be more, of which nobody has told."""
+        """So many passes are still made, because changes may exist for which no wake-up came."""
         on_due()
 
     @property

@@ -68,7 +68,7 @@ def outboxes(seen: Installed, *, slot: str) -> Finding:
     others = f"there are others in {', '.join(seen.elsewhere)}"
     if slot == DEFAULT_SLOT:
         return warn(
-            f"{others}, and a slot rings for one only",
+            f"{others}, and a slot serves one only",
             f"give each its own slot; this one has the default name {DEFAULT_SLOT} (CDC_SLOT_NAME)",
         )
     return ok(f"{others}; this one has the slot {slot}")

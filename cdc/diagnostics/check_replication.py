@@ -1,4 +1,4 @@
-"""Checks of what rings: the replication connection, the plugin, the slot. Pure."""
+"""Checks of the wake-ups: the replication connection, the plugin, the slot. Pure."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def _quoted(name: str) -> str:
 
 
 def of_server(slot: SlotReport | None) -> Checks[ServerFacts]:
-    """What the server must have free for the doorbell."""
+    """What the server must have free for a stream."""
     return {
         "wal-level": wal_level,
         "slots-free": lambda server: slots_free(server, slot_exists=slot is not None),

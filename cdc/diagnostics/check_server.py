@@ -114,7 +114,7 @@ def recovery(server: ServerFacts) -> Finding:
 def wal_level(server: ServerFacts) -> Finding:
     if server.wal_level != "logical":
         return fail(
-            f"wal_level is {server.wal_level}: no slot can ring, changes are found by sweeping",
+            f"wal_level is {server.wal_level}: no slot can be read, changes are found by sweeping",
             "then restart the server (RDS, Aurora: rds.logical_replication; Cloud SQL: cloudsql.logical_decoding)",
             "ALTER SYSTEM SET wal_level = logical;",
         )

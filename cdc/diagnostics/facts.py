@@ -14,7 +14,7 @@ from cdc.replication.slot_health import SlotReport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is examined: the outbox in ``schema`` and its doorbell. DSNs are secrets.
+    """What is examined: the outbox in ``schema`` and its slot. DSNs are secrets.
 
     ``plugin`` may be "auto". ``handles(entity_type, operation)``: whether such changes are wanted, or discarded on
     purpose, and ``scope``: the types that are; both None where no handlers are named. ``handlers_error``: why they

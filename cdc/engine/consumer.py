@@ -1,13 +1,13 @@
-"""The consumer's loops: wake-ups -> intake -> reads -> lanes -> handlers -> settle.
+"""The consumer's loops: wake-ups -> planner -> reads -> scheduler -> handlers -> settle.
 
     read loop      reads what ``ReadPlanner`` and ``KeyScheduler`` ask for on the reader's connection, for the scheduler
-    workers        run the handlers of what the lanes let start
+    workers        run the handlers of what the scheduler lets start
     settle loop    writes what finished, in batches, on the session that holds the shard locks
     shard loop     looks after membership and fair share on the same session
 
 All of it runs on one event loop, so that the pure parts need no locks; other threads reach it through
-``call_soon_threadsafe`` alone. A lost connection ends the *term*: the lanes are reset, handlers that can be cut off
-are, and a new term begins with new connections and a sweep.
+``call_soon_threadsafe`` alone. A lost connection resets the scheduler and cuts off the handlers that can be cut off;
+then the loops start again with new connections and a sweep.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Consumer:
         self._read_due.set()
 
     def streaming(self, *, connected: bool) -> None:
-        """This process's stream has begun, and what rang before may be lost; or it has ended."""
+        """This process's stream has begun, and earlier wake-ups may be lost; or it has ended."""
         interval_s = self._settings.sweep_interval_s if connected else self._settings.poll_interval_s
         self._planner.interval(interval_s, self._now())
         self._planner.streaming(connected=connected)
@@ -327,7 +327,7 @@ class Consumer:
         self._reads.due_within(0.0)
         self._read_due.set()
 
-    # --- intake ----------------------------------------------------------------------------------------------------
+    # --- reads -----------------------------------------------------------------------------------------------------
 
     async def _read_loop(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         while not self.stopping:

@@ -57,14 +57,14 @@ _PAUSE_S = 2.0
 
 
 class CrashGuard:
-    """``window``: how many changes of a shard are started carefully; no more than that were in the dead one's hands."""
+    """``window``: so many changes of a shard are recorded before they start; the dead consumer held no more of it."""
 
     def __init__(self, store: Store, window: int) -> None:
         self._store = store
         self._window = window
         self._session: ShardSession | None = None
         self._watched: dict[int, tuple[datetime, int]] = {}
-        """Of a shard: what was changed until then is started carefully, and so many more of it."""
+        """Of a shard: changes made until then are recorded before they start, at most so many."""
         self._doubted_until: dict[int, float] = {}
         """Of a shard, on the monotonic clock: whoever had it before may still say that it lives."""
         self._waiting: list[Change] = []

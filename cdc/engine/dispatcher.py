@@ -1,4 +1,4 @@
-"""The tasks that run handlers: each takes one run of changes after the other from the lanes, until none is ready.
+"""The tasks that run handlers: each takes one run of changes after the other from the scheduler, until none is ready.
 
 A task for each change would cost more than many a handler; a fixed number of waiting tasks would have to be woken one
 by one. So a worker is started when something is ready and there is room, and ends when it finds nothing to do. Of a run
@@ -42,7 +42,7 @@ _ASK_AGAIN_S = 0.1
 class Dispatcher:
     """At most ``concurrency`` of them; ``connections`` for transactional handlers.
 
-    ``finished`` is called after each outcome, ``reread`` when the lanes want a key to be read again.
+    ``finished`` is called after each outcome, ``reread`` when the scheduler wants a key to be read again.
     """
 
     def __init__(

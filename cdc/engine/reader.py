@@ -1,4 +1,4 @@
-"""What is read from the outbox, one read after the other, and handed to the lanes.
+"""What is read from the outbox, one read after the other, and handed to the scheduler.
 
 Three kinds of reads take turns, so that none can shut out another: keys to be read on, waiting changes that are due,
 and what ``ReadPlanner`` asks for. All of it runs on the event loop; no two reads are under way at a time.
@@ -224,7 +224,7 @@ class Reader:
         self._due_looked_at = began
         if self._due_from == FIRST_TYPE:
             self._next_due_at = inf  # what settles meanwhile may bring it forward, until all types were looked at
-        # What is in the lanes is due as well until it is settled: a page has to reach beyond it.
+        # What is in the window is due as well until it is settled: a page has to reach beyond it.
         here = self._scheduler.queued + self._scheduler.running + self._scheduler.settling
         limit = min(self._scheduler.capacity, here + self._paging.rows)
         active, in_window = self._scheduler.ownership.active, self._scheduler.requeued()
@@ -248,9 +248,9 @@ class Reader:
 
     async def _read_planned(self, reader: psycopg.AsyncConnection, room: int) -> bool:
         now = _now()
-        # Not in the middle of such a pass: rung for all the time, it would never get beyond what stands first.
+        # Not during such a pass: restarted at each wake-up, it would never get beyond the first rows.
         if (self._restart_due and not self._planner.passing_from_zero) or self._planner.full_pass_due(now):
-            # Here, where no read is under way: its answer would pass the marks that are forgotten now.
+            # No read is under way here: its answer would overtake the watermarks that are forgotten now.
             self._restart_due = False
             self._scheduler.forget_deferred(self._planner.restart())
         # Large rows make small pages, which are worth reading where there is room for many.

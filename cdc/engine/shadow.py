@@ -3,7 +3,7 @@
 It reads every change as a consumer would, by wake-ups and sweeps, and counts which handler it would have gone to and
 whether it fits that handler's model; and it reads what somebody else marks processed, and how long that took. It owns
 no shard and is no member, so nobody shares work with it, and its session is read-only: the server would refuse a mark.
-Towards the doorbell, the listener and the probes it is what ``Consumer`` is.
+For the stream, the listener and the probes it has the interface of ``Consumer``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Shadow:
     """``run`` returns when ``stop`` was called."""
 
     is_sharing = exposed = False
-    """Whatever rings, it is nobody else's business: those who work have a doorbell of their own."""
+    """Wake-ups are not passed on: the consumers that work have a stream of their own."""
 
     def __init__(self, settings: ObserverSettings, *, router: Router, store: Store, metrics: Metrics) -> None:
         self._settings = settings

@@ -77,7 +77,7 @@ class Threads:
         """Jobs on their way; one that was called off, too, until a thread is done with it."""
         self._limited: set[Job] = set()
         self._timer: asyncio.TimerHandle | None = None
-        """One for all of them: it rings when the first could overrun, which most never do."""
+        """One timer for all of them, set for the first that could overrun; most never do."""
         self._ended: deque[tuple[Job, Any, BaseException | None]] = deque()
         self._told = False
         """The event loop is about to look at what has ended: to wake it for each would cost more than many a call."""

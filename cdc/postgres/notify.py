@@ -1,13 +1,13 @@
-"""The channel ``entity_change``: wake-ups for consumers that do not stream, and a bell that anybody may ring.
+"""The channel ``entity_change``: wake-ups for consumers that do not stream. Any role may notify.
 
 A payload of ours is the outbox's message prefix and then pairs ``seq,shard``:
 
     entity_change:public 49,27 50,3
 
 One for another outbox of the database is not for us. The JSON that the documented trigger sends for each row says that
-something was captured, and nothing else has changed: look for it soon. Anything else (what a function rings after it
+something was captured, and nothing else has changed: look for it soon. Anything else (what a function sends after it
 has requeued changes, nothing at all) does not say which changes there are: it means "sweep now". Any role that can
-connect may ring, so what does not fit exactly is never trusted to name a change.
+connect may notify, so what does not fit exactly is never trusted to name a change.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def is_documented(payload: str) -> bool:
 class Listener:
     """LISTEN on a connection of its own. ``await run()`` until it is cancelled; it mends itself and never raises.
 
-    ``heard`` is called in the event loop with the wake-ups of a payload, or with None: sweep now. So it is after each
-    (re)connection, because what was rung before is lost. ``captured`` is called for what the documented trigger sends.
+    ``heard`` is called in the event loop with the wake-ups of a payload, or with None: sweep now. None
+    follows each (re)connection, because earlier notifications are lost. ``captured`` is called for what the documented
+    trigger sends.
     """
 
     def __init__(
@@ -169,7 +170,9 @@ class Listener:
 
 
 class Relay:
-    """Rings for the consumers that do not stream. ``offer`` on the event loop, ``await run()`` until it is cancelled.
+    """Sends wake-ups to the consumers that do not stream.
+
+    ``offer`` on the event loop, ``await run()`` until it is cancelled.
 
     One NOTIFY for all that has gathered, in a transaction that does nothing else: it is not flushed, so it holds the
     lock of the whole cluster that NOTIFY takes for no time. What could not be sent becomes one "sweep now".

@@ -293,7 +293,7 @@ class ShardSession:
         failpoints.here("shards.after_release")
 
     async def unregister(self) -> None:
-        """Nothing is in flight any more: whoever comes next need not be careful. The locks end with the session."""
+        """Nothing is in flight any more: the next owner need not suspect a crash. The locks end with the session."""
         await self._unregister(range(SHARDS))
 
     async def _unregister(self, shards: Iterable[int]) -> None:

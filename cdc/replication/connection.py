@@ -189,7 +189,7 @@ class ReplicationSession:
         return Lsn.parse(end or "0/0")
 
     def publish_nothing(self, publication: str) -> None:
-        """Have a publication of that name. Whatever is in one that is there already, only messages ring."""
+        """Have a publication of that name. Whatever an existing one publishes, only messages are wake-ups."""
         self.names = replace(self.names, publication=publication)
         if not self._command(_PUBLICATION_QUERY.format(sql.Literal(publication)), Phase.PUBLISH):
             create = sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(publication))

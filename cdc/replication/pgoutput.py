@@ -40,7 +40,7 @@ def options(publication: str) -> tuple[tuple[str, str], ...]:
 
 
 class PgoutputDecoder:
-    """Message bytes -> Rung, None for what is not ours; ProtocolError for what is not pgoutput's."""
+    """Message bytes -> Decoded, None for what is not ours; ProtocolError for what is not pgoutput's."""
 
     def __init__(self, prefix: str) -> None:
         # An exact match of a usual message is the quick way.
@@ -61,7 +61,7 @@ class PgoutputDecoder:
         return (wakeup, self._committed_at) if wakeup else None
 
     def _other(self, payload: bytes) -> None:
-        """Nothing rings here; what it is matters for the commit time, and to notice bytes that are not pgoutput's."""
+        """No wake-up; what it is matters for the commit time, and to notice bytes that are not pgoutput's."""
         match payload[:1]:
             case b"M":
                 _check_message(payload)
@@ -75,7 +75,7 @@ class PgoutputDecoder:
 
 
 def _check_message(payload: bytes) -> None:
-    """Of another prefix, or outside a transaction (it rings before, or without, a commit), or without numbers."""
+    """Of another prefix, or outside a transaction (it is sent before, or without, a commit), or without numbers."""
     prefix_end = payload.find(b"\0", _MESSAGE_HEAD_BYTES)
     content = prefix_end + 5
     if prefix_end < 0 or content > len(payload) or payload[1] > 1:

@@ -32,7 +32,7 @@ clock). A plain tuple, as is what ``parse`` returns: hundreds of thousands are m
 
 
 class DecodedBatch(NamedTuple):
-    """What many messages rang for: the highest position among them, the wake-ups, the last commit time."""
+    """What many messages say: the highest position among them, the wake-ups, the last commit time."""
 
     highest: int
     wakeups: list[WakeUp]
@@ -49,7 +49,7 @@ class Plugin:
 
     ``decode_all``: many CopyData messages at once, which is quicker; None where they are to be read one by one.
     ``publication``: one that must be there, with nothing in it, before the slot is made. ``outbox``: the option that
-    says which outbox it rings for.
+    says which outbox it is for.
     """
 
     name: str

@@ -232,7 +232,7 @@ def another_outbox(names: ErrorContext) -> StreamError:
 
 
 def standbys_away(names: ErrorContext) -> StreamError:
-    """Its failover slot has rung for nothing for a while."""
+    """Its failover slot has delivered nothing for a while."""
     return _error(_STANDBYS_AWAY, names)
 
 
@@ -304,7 +304,7 @@ class FoundSlot:
     """The server's word for it, from 17 on."""
     failover: bool = False
     held_by: str = ""
-    """Slots of standbys that the server waits for before it sends what a failover slot is to ring for; all are away."""
+    """Slots of standbys that the server waits for before it sends the messages of a failover slot; all are away."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class SlotReport:
 
     @property
     def waits_for_standbys(self) -> bool:
-        """What it is to ring for waits until standbys have it, and they are away: the normal state after a failover."""
+        """Its messages wait until standbys have them, and these are away: the normal state after a failover."""
         return bool(self.failover and self.held_by)
 
     @property

@@ -1,6 +1,6 @@
 """Replication slots as an operator handles them, over an ordinary connection.
 
-Ours is a doorbell: losing, dropping, advancing or making it anew costs latency until the next sweep and never a
+Ours carries wake-ups only: losing, dropping, advancing or recreating it costs latency until the next sweep and never a
 change. What it can cost is disk: a slot that nobody reads keeps WAL.
 """
 
@@ -112,7 +112,7 @@ def create(
     failover: bool = False,
     limit_s: float = _CREATE_LIMIT_S,
 ) -> SlotReport:
-    """A slot for the doorbell of the outbox in ``schema``; ``plugin`` is one of PLUGINS, or AUTO.
+    """A slot for the wake-ups of the outbox in ``schema``; ``plugin`` is one of PLUGINS, or AUTO.
 
     pgoutput's empty publication is created with a lasting one. A temporary slot ends with the connection; one for
     ``failover`` (PostgreSQL 17 and later) is copied to standbys. Raises RefusedError when the name is taken or a

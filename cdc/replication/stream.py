@@ -1,4 +1,4 @@
-"""The doorbell: a thread that reads the replication slot and says which changes are committed.
+"""A thread that reads the replication slot and says which changes are committed.
 
 A thread of its own, so that a handler that blocks the event loop cannot starve the keepalives. It knows nothing about
 handlers: what it has read it hands over and confirms at once.
@@ -123,7 +123,7 @@ class Stream:
         self._thread.start()
 
     def waits_for_standbys(self) -> None:
-        """Somebody has seen that the slot rings for nothing: look at it again. From any thread."""
+        """The slot delivers nothing because standbys are away: inspect it again. From any thread."""
         self._uncancellable.set()
 
     def stop(self, timeout_s: float) -> bool:

@@ -46,14 +46,14 @@ def options(prefix: str) -> tuple[tuple[str, str], ...]:
 
 
 class Wal2jsonDecoder:
-    """Message bytes -> Rung, None for what is not ours; ProtocolError for what is not wal2json's."""
+    """Message bytes -> Decoded, None for what is not ours; ProtocolError for what is not wal2json's."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
 
     def __call__(self, payload: bytes | memoryview) -> Decoded | None:
         message = _json_object(bytes(payload))
-        # A message outside a transaction rings before, or without, a commit.
+        # A message outside a transaction is sent before, or without, a commit.
         if message.get("action") != "M" or message.get("transactional") is not True:
             return None
         content = message.get("content")

@@ -1,7 +1,7 @@
 """Who has cancelled a task: this program, or code that is not ours and runs in it.
 
 A handler runs in a task of this program. It may cancel that task (``asyncio.current_task().cancel()``, a child that
-cancels its parent, a time limit that rings late), or take a cancellation back (``uncancel()``), so asyncio's count of
+cancels its parent, a time limit that ends late), or take a cancellation back (``uncancel()``), so asyncio's count of
 cancellations tells nothing. What this program ends it marks, and only the mark counts: any other CancelledError is a
 failure of the call that it comes from.
 """

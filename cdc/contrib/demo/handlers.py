@@ -36,7 +36,7 @@ class Messenger(Recorder):
 
 
 def make_router(schema: str, messenger: Messenger, tracker: Tracker) -> Router:
-    """The handlers of the application in this schema, and the journal told of whatever they do."""
+    """The handlers of the application in this schema, and the tracker of what they do."""
     application = make_application(messenger, schema=schema, help_text=Settings().whatsapp.help_text)
     router = Router()
     watch = _Watch(tracker)

@@ -95,7 +95,7 @@ def _latencies(journeys: Sequence[Journey]) -> Iterator[str]:
     for step in STEPS:
         sent = [seconds for journey in journeys if (seconds := _since_sent(journey, step)) is not None]
         after = [s for journey in journeys if step != "stored" and (s := _since_commit(journey, step)) is not None]
-        if sent:  # without a slot nothing rings
+        if sent:  # without a slot there are no wake-ups
             yield f"  {step:21}" + _percentiles(sent, 14) + _percentiles(after, 19)
 
 

@@ -69,7 +69,7 @@ def play(
 
 
 class _Stage:
-    """One performance. Its parts share the database, the journal and the word to stop."""
+    """One performance. Its parts share the database, the tracker and the signal to stop."""
 
     def __init__(self, dsn: str, say: Callable[[str], None], paint: report.Paint) -> None:
         self._dsn = dsn
@@ -116,7 +116,7 @@ class _Stage:
             await work
 
     async def _until_it_listens(self, app: App, work: asyncio.Task[None]) -> None:
-        """Until the slot rings. Where it cannot, the consumer sweeps, and the demo shows that."""
+        """Until the slot delivers wake-ups. Where it cannot, the consumer sweeps, and the demo shows that."""
         now = asyncio.get_running_loop().time
         latest, refused = now() + _START_LIMIT_S, False
         while not (app.consumer.in_service and app.status.not_streaming is None):
@@ -168,9 +168,9 @@ class _Stage:
     # --- what is said ----------------------------------------------------------------------------------------------
 
     def _introduce(self, app: App) -> None:
-        way = f"rung by the slot {environment.SLOT}"
+        way = f"woken by the slot {environment.SLOT}"
         if reason := app.status.not_streaming:
-            way = f"no slot rings ({reason}), so it sweeps"
+            way = f"no wake-ups from a slot ({reason}), so it sweeps"
         self._say(f"A consumer is at work, {way}. Metrics: {self._url}")
         self._say("An application now writes 20 rows a second. One in 14 is shown, in ms after the row was sent:")
         self._say("")

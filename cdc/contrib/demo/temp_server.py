@@ -29,7 +29,7 @@ _DURABLE: Mapping[str, str] = {
     "log_min_messages": "warning",
     "timezone": "UTC",
 }
-# synchronous_commit stays on: without it a commit waits up to 200 ms to be flushed, and only then does the slot ring.
+# synchronous_commit stays on: without it a commit is flushed up to 200 ms later, and the slot delivers it only then.
 _FAST: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
 _DISK, _MEMORY = Path("/tmp"), Path("/dev/shm")  # noqa: S108 - the folder in it is made by mkdtemp
 _PLENTY_BYTES = 8 << 30

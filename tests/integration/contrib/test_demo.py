@@ -126,7 +126,7 @@ def test_on_a_server_of_ones_own_it_leaves_everything_as_it_was(
     with _start(tmp_path / "output", ticks=20, burst=10, dsn=database) as process:
         assert process.wait(90) == 0, (tmp_path / "output").read_text()
     text = (tmp_path / "output").read_text()
-    assert "rung by the slot cdc_demo" in text
+    assert "woken by the slot cdc_demo" in text
     assert f"wake-ups   wal {_count(text, 'captured')}, " in text
     assert "Removed the schema cdc_demo, its publication and its slot, and the schema cortex_projects." in text
     assert _objects(db) == before
