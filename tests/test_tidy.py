@@ -53,6 +53,20 @@ PURE = (
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
                 "www.postgresql.org", "www.w3.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip
 """Whom the files may link to. Anything else is a place somebody fetched from, or a machine somebody worked on."""
+PRIVATE_WORDS = {
+    "lane": "the queue of a key, or the window",
+    "rung|rang|rings?|bell|doorbell|deaf": "a wake-up, to notify; a slot that delivers nothing",
+    "intake": "the read planner",
+    "read apart": "a throttled type",
+    "quota": "a limit",
+    "journal": "a durable log, which is what others mean by it",
+    "verdict": "a severity, a status, a health",
+    "careful|carefully": "the crash guard; recorded before it starts",
+    "stirred|stumbled|misfits?": "a metaphor: say what happened",
+    "mends?|mended": "to repair, to fix, to remedy",
+    "anew": "again, or to recreate",
+}
+"""Words of a dialect of our own, which no stranger can look up, and what is said instead."""
 
 
 def name(path: Path) -> str:
@@ -124,6 +138,29 @@ def test_functions_fit_on_a_screen() -> None:
 def test_modules_of_the_package_stay_readable() -> None:
     lengths = {name(path): len(path.read_text("utf-8").splitlines()) for path in PACKAGE}
     assert {where: length for where, length in lengths.items() if length > MODULE_LINES_MAX} == {}
+
+
+def test_a_class_name_means_one_thing() -> None:
+    defined: dict[str, list[str]] = {}
+    for path in PACKAGE:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                defined.setdefault(node.name, []).append(name(path))
+    assert {each: places for each, places in defined.items() if len(places) > 1} == {}
+
+
+@pytest.mark.parametrize("words", PRIVATE_WORDS)
+def test_the_package_speaks_the_words_of_its_field(words: str) -> None:
+    """In identifiers, comments, docstrings, messages and the page."""
+    found = re.compile(rf"(?i)(?<![a-z])(?:{words})(?![a-z])")
+    texts_of = [*PACKAGE, *sorted((ROOT / "cdc").rglob("*.sql")), *sorted((ROOT / "cdc").rglob("*.html"))]
+    lines = [
+        f"{name(path)}:{number}: {line.strip()}"
+        for path in texts_of
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        if found.search(line)
+    ]
+    assert lines == [], PRIVATE_WORDS[words]
 
 
 def test_package_files_below_the_root_are_empty_except_the_command_line_and_the_application() -> None:

@@ -37,7 +37,7 @@ from cdc.http import endpoint_url, webhook_signature
 
 
 class SecretFile(SecretStr):
-    """A secret in a file, read anew whenever that has changed: passwords are replaced while we work.
+    """A secret in a file, read again whenever that has changed: passwords are replaced while we work.
 
     While it cannot be read, is empty or is refused by ``check`` (ValueError), the value is what it was.
     """

@@ -27,11 +27,11 @@ _COLOURS = {"fail": "red", "warn": "yellow", "ok": "green", "unknown": "yellow"}
     "dsn", "stream_dsn", "schema", *WANTED_SETTINGS, "slot.name", "slot.create", "slot.plugin", "slot.mode", "stream",
     "timeout", "retention",
 )  # fmt: skip
-@click.option("--fix", is_flag=True, help="Print the SQL that mends what SQL can mend, and run nothing.")
+@click.option("--fix", is_flag=True, help="Print the SQL that fixes what SQL can fix, and run nothing.")
 @click.option("--strict", is_flag=True, help="Exit 1 on warnings too.")
 @json_option
 def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
-    """Check whatever "cdc run" needs, and say what mends it.
+    """Check whatever "cdc run" needs, and say how to fix it.
 
     Run it with the settings, the environment and the role of the consumer. It changes nothing: to prove that the output
     plugin works it makes a temporary slot, which ends with it. Exit 1 if a check fails, or nobody could look (unknown).

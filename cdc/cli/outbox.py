@@ -159,7 +159,7 @@ def retry(
 ) -> None:
     """Try changes again now that wait or are dead.
 
-    A dead letter gets its attempts anew. They run before the later changes of their key that have not run yet. --all
+    A dead letter gets its attempts again. They run before the later changes of their key that have not run yet. --all
     is one statement, for the sake of the order: it takes some ten seconds for 100,000 of them, and says so at its end.
     """
     from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats

@@ -96,7 +96,7 @@ def create(
 def drop(*, settings: Settings, name: str | None, force: bool, terminate: bool, yes: bool, as_json: bool) -> None:
     """Drop the slot NAME [the configured one]. No change is lost.
 
-    Refused while it is being read, and for one that is not ours. A consumer that is running makes it anew.
+    Refused while it is being read, and for one that is not ours. A consumer that is running recreates it.
     """
     from cdc.replication import slots  # noqa: PLC0415 - see create
 
@@ -125,7 +125,7 @@ def recreate(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Drop the slot NAME [the configured one] and make it anew, as for a lost one or for another plugin.
+    """Drop the slot NAME [the configured one] and recreate it, as for a lost one or for another plugin.
 
     No change is lost: the next sweep finds what the old one would have announced. Refused as for drop.
     """
@@ -133,7 +133,7 @@ def recreate(
 
     chosen = name or settings.slot.name
     with open_database(settings) as connection:
-        confirm(f"drop the replication slot {chosen} and make it anew", yes)
+        confirm(f"drop the replication slot {chosen} and recreate it", yes)
         dropped = slots.drop(connection, chosen, force=force, terminate=terminate)
         # Said before the next step, which may have to be repeated alone.
         say(f"dropped {dropped.name}{_freed(dropped)}")

@@ -17,7 +17,7 @@ time, to find out:
 * What calls say that began before it opened is old, and changes nothing while it is open. While it is half open they
   are listened to like the one that was let through.
 * A call that fails otherwise has told nothing about what was away: it neither opens the breaker nor closes it.
-* The pause doubles up to ``PAUSE_MAX_S``, which bounds how late the end of an outage is noticed. It begins anew where
+* The pause doubles up to ``PAUSE_MAX_S``, which bounds how late the end of an outage is noticed. It begins again where
   the breaker had been closed for ``STEADY_S``: what comes and goes faster is asked at the pace that was reached.
 * Somebody who says when to come back (``after_s``) is not asked before, up to ``AFTER_MAX_S``: a clock that is wrong
   there must not stop a handler for a day.

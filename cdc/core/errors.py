@@ -63,7 +63,7 @@ class StreamError(CdcError):
         super().__init__(message, hint=hint)
         self.reason = reason
         self.permanent = permanent
-        """True when waiting does not mend it: the consumer then looks again every minute instead of at once."""
+        """True when waiting does not fix it: the consumer then looks again every minute instead of at once."""
 
 
 class SessionLostError(CdcError):

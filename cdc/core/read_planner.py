@@ -65,7 +65,7 @@ class Fetch:
 class Sweep:
     """Read the next ``per_shard`` fresh changes of each shard: above the cursor, and late ones above the floor.
 
-    Only those in ``scope``, which is the type ``only`` where that is read apart. ``serial`` numbers the sweeps of a
+    Only those in ``scope``, which is the type ``only`` where that is throttled. ``serial`` numbers the sweeps of a
     planner.
     """
 
@@ -128,7 +128,7 @@ class ReadPlanner:
         self._choices = deque((self._fetch, self._sweep, self._sweep_throttled))
         """Who had its turn last stands last."""
         self._swept_at: dict[str | None, float] = {}
-        """When a type that is read apart was last, and (None) the others."""
+        """When a throttled type was swept last, and (None) the others."""
         self._full_pass_from: float | None = None
         self._full_pass_requested = False
         self._rest_until = 0.0
@@ -158,7 +158,7 @@ class ReadPlanner:
 
     @property
     def throttled(self) -> Collection[str]:
-        """The types that are read apart."""
+        """The types that are read by cursors of their own."""
         return self._throttled.keys()
 
     # --- in --------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class ReadPlanner:
         return dropped
 
     def skipped(self, entity_type: str, shard: int) -> None:
-        """A fetch showed a change of a type that is read apart."""
+        """A fetch showed a change of a throttled type."""
         if cursor := self._throttled.get(entity_type, {}).get(shard):
             cursor.touch()
 
@@ -251,7 +251,7 @@ class ReadPlanner:
         """What to read now, with ``room`` for that many changes; None: nothing.
 
         A sweep waits until there is room for ``sweep_room``, or for half a second: pages of a few rows would cost more
-        than they bring. Fetches, sweeps, and sweeps of what is read apart take turns, so that neither a backlog nor a
+        than they bring. Fetches, sweeps, and sweeps of throttled types take turns, so that neither a backlog nor a
         flood of wake-ups shuts out the others.
         """
         self._begin_passes(now)
@@ -350,7 +350,7 @@ class ReadPlanner:
         return notified
 
     def throttle(self, rejected: Mapping[str, Mapping[int, int]], now: float) -> None:
-        """By type and shard the first change that could not be taken in. These types are read apart, from there on."""
+        """By type and shard the first change that was rejected. These types are throttled, and read from there on."""
         for entity_type, numbers in rejected.items():
             if entity_type not in self._throttled:
                 self._throttled[entity_type] = {number: shard.split() for number, shard in self._shards.items()}

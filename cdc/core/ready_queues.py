@@ -1,10 +1,10 @@
 """Which key that has a change to run is the next to start one. Pure.
 
 The keys of one entity type and handler stand in one queue, in the order in which they became ready. The queues take
-turns, with one key each, or a run of several where calls of the handler may return at once. A start takes a slot, and a
-place in each pool that its handler uses (threads, connections). Each handler is limited in all of them, so that handlers
-that hang leave slots, threads and connections to the others. A change that would have to wait for a place in a pool does
-not start, and holds no slot meanwhile. Nor does a change that its handler's circuit breaker holds back.
+turns, with one key each, or a run of several where calls of the handler may return at once. A start takes a slot, and
+a place in each pool that its handler uses (threads, connections). Each handler has a limit in all of them, so that
+handlers that hang leave slots, threads and connections to the others. A change that would wait for a place in a pool
+does not start, and holds no slot meanwhile. Nor does a change that its handler's circuit breaker holds back.
 """
 
 from __future__ import annotations

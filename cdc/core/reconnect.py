@@ -6,7 +6,7 @@ brought nothing, the limit doubles, else the same transaction would be decoded f
 
 Dead ends. Something in the WAL may break whoever decodes it: a row that is too large, a fault in the plugin, at worst
 one that takes the whole server down. Sessions that were broken off one after another, and came no further than those
-before, have met it: the slot must be made anew behind it.
+before, have met it: the slot must be recreated behind it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from cdc.core.backoff import Policy, ceiling_s
 
 STALL_LIMIT_MAX_S = 600.0
 PERMANENT_PAUSE_S = 60.0
-"""Between two looks at a refusal that an operator must mend."""
+"""Between two looks at a refusal that an operator must fix."""
 STANDBY_PAUSE_MAX_S = 5.0
 """Between two attempts at a slot that another consumer reads: so long no wake-ups come when that one dies."""
 DEAD_ENDS_MAX = 5
-"""Sessions that came no further, before the slot is made anew: with the pauses between them a few seconds."""
+"""Sessions that came no further, before the slot is recreated: with the pauses between them a few seconds."""
 _RECONNECT = Policy(base_s=0.1, cap_s=30.0)
 
 

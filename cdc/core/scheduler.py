@@ -345,7 +345,7 @@ class KeyScheduler:
             queue.blocking += (finished.change.seq,)
 
     def interrupted(self, change: Change) -> None:
-        """The handler of a started change was cut off. The table knows what came of it: its key is read anew."""
+        """The handler of a started change was cut off. The table knows what came of it: its key is read again."""
         key = change.key
         queue = self._queues[key]
         queue.remove_running(change)

@@ -75,7 +75,7 @@ def outboxes(seen: Installed, *, slot: str) -> Finding:
 
 
 def capture_function(seen: CaptureFunctionFacts) -> Finding:
-    """``cdc db upgrade`` mends what it may; whose the function is, it leaves alone, and ``schema`` says it."""
+    """``cdc db upgrade`` fixes what it may; whose the function is, it leaves alone, and ``schema`` says it."""
     own_role = (
         f"{_upgrade(seen.outbox_owner)} with the right to create roles, gives it a role of its own: see"
         " docs/operations/roles.md"

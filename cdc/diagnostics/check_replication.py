@@ -125,7 +125,7 @@ def publication(seen: Decoding, *, slot_plugin: str | None) -> Finding:
     if seen.published is None:
         return fail(
             f"there is no publication {seen.publication}, which pgoutput needs",
-            "a slot that is older than it has to be made anew: cdc slot recreate",
+            "a slot that is older than it has to be recreated: cdc slot recreate",
             f"CREATE PUBLICATION {name};",
         )
     if seen.published:
@@ -197,13 +197,13 @@ def slot_limits(seen: SlotFacts, *, temporary: bool) -> Finding:
     if seen.keep_bytes < _SOME_WAL_BYTES:
         return warn(
             f"max_slot_wal_keep_size is {size(seen.keep_bytes)}: one burst of writes and a healthy slot is lost",
-            "more than half a minute of WAL at its peak; the consumer makes a lost slot anew",
+            "more than half a minute of WAL at its peak; the consumer recreates a lost slot",
             f"ALTER SYSTEM SET max_slot_wal_keep_size = '{_ENOUGH_WAL}';",
         )
     if seen.idle_timeout_s is not None and 0 < seen.idle_timeout_s < _SHORT_STOP_S:
         return warn(
             f"idle_replication_slot_timeout is {span(seen.idle_timeout_s)}: a short stop loses the slot",
-            "longer than they are ever down; the consumer makes a lost slot anew",
+            "longer than they are ever down; the consumer recreates a lost slot",
         )
     return ok(f"max_slot_wal_keep_size is {size(seen.keep_bytes)}")
 

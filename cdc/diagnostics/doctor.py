@@ -2,7 +2,7 @@
 
     look, look_outbox, decoding     what there is to see, each look bounded, a failed one said          (edges)
     facts                           what was seen, as values
-    server, doorbell, outbox, tables  the checks: facts in, one finding out                               (pure)
+    check_*                           the checks: facts in, one finding out                               (pure)
 
 Nothing is changed: what is made for a test (a temporary slot, temporary tables) is gone afterwards.
 """

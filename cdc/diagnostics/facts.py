@@ -177,7 +177,7 @@ class Installed:
     script: str
     """What installs or upgrades them; "" where nothing of that is to be done."""
     by_hand: tuple[str, ...] = ()
-    """Statements for the differences that no upgrade mends."""
+    """Statements for the differences that no upgrade fixes."""
     owner: str = ""
     """Whose the objects are, and as whom they are upgraded."""
 

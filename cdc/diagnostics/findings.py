@@ -22,7 +22,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``sql``: statements that mend it, each on one line, for a superuser or the owner of the object.
+    """``sql``: statements that fix it, each on one line, for a superuser or the owner of the object.
 
     ``remedy``: what SQL cannot do, or does not do alone: a command, a restart, a decision. Both are empty where nothing
     is to be done. ``script``: the SQL that does what the remedy's command does, where it is too long to be shown.

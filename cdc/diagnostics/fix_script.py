@@ -14,7 +14,7 @@ _HEAD = """\
 
 
 def script(findings: Iterable[Finding]) -> str:
-    """For psql; nothing but comments where SQL can mend nothing."""
+    """For psql; nothing but comments where SQL can fix nothing."""
     given: set[str] = set()
     parts = [_HEAD]
     for found in findings:

@@ -31,9 +31,9 @@ _TYPES_MAX = 500
 _NAME_MAX = 200
 """Characters of a type: nothing else bounds it, and what is here is kept in memory and sent to whoever asks."""
 
-# Names out of programs, not out of rows: a class by the ending that classes of errors have, and the model of a misfit.
+# Names from programs, not from rows: a class by the ending that classes of errors have, and the model of a row.
 _ERROR_CLASS = re.compile(
-    r"(?P<misfit>does not fit [A-Za-z_]\w{0,60})(?=:)"
+    r"(?P<model>does not fit [A-Za-z_]\w{0,60})(?=:)"
     r"|(?P<limit>took longer than [\d.e+]{1,9} s)\Z"
     r"|(?P<crash>the consumer's process ended)\b"
     r"|(?P<answer>(?:rejected: )?answered \d{3})\b"

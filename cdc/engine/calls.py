@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 class EscapedError(Exception):
-    """``error`` was raised, which is no Exception, or none that may be raised anew where a call is waited for."""
+    """``error`` was raised, which is no Exception, or none that may be raised again where a call is waited for."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(type(error).__name__)

@@ -78,11 +78,11 @@ class CrashGuard:
         self._session = session
 
     def acquired(self, acquired: Acquired) -> None:
-        """What an owner that died may have been working on is started carefully."""
+        """What an owner that died may have been working on is recorded before it starts."""
         if acquired.orphaned:
             log.warning(
                 "the consumer that owned %d of these shards ended without a word: what it may have been working on is"
-                " started carefully", len(acquired.orphaned),
+                " recorded before it starts", len(acquired.orphaned),
             )  # fmt: skip
         self._doubted_until.update(dict.fromkeys(acquired.shards, time.monotonic() + GRACE_S))
         for shard in acquired.shards:

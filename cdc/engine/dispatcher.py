@@ -248,7 +248,7 @@ class Dispatcher:
             self._abandon(batch)
             raise
         except AskTheTableError as unknown:
-            log.info("change %s of %s is read anew: %s", batch[0].id, batch[0].entity_type, unknown)
+            log.info("change %s of %s is read again: %s", batch[0].id, batch[0].entity_type, unknown)
             try:
                 await _for(unknown.pause_s, self._stopping)
             finally:

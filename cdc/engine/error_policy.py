@@ -316,7 +316,7 @@ def _summary(error: BaseException, found: Trace) -> str:
 
 
 def _text(handler: Handler, error: BaseException) -> str:
-    """For last_error. A misfit tells where and why, without the values: they are the row's content, and stand in it."""
+    """For last_error. A validation error says where and why, without the values, which are the row's content."""
     match error:
         case Reject():
             return f"rejected: {error}"

@@ -11,7 +11,7 @@
                        ├─ raises Reject ─────────> Dead
                        ├─ raises Retry, fails ───> Waiting, or Dead after the last attempt
                        ├─ raises Unavailable ────> Waiting, not counted; no outcome while the handler rests
-                       ├─ fate not known here ───> AskTheTableError: no outcome, the key is read anew
+                       ├─ fate not known here ───> AskTheTableError: no outcome, the key is read again
                        └─ cut off by a stop, or with the session ──> CancelledError: no outcome, no attempt counted
 
 A batch goes the same way as one call. Of what it raises, ``Failed`` names the changes it is about; ``Retry``,

@@ -1,6 +1,6 @@
 """Whether a process is well, by its status: what the probes answer. Pure but for ``LoopWatch``.
 
-Liveness is only what a restart would mend: never the database, the lag or the role.
+Liveness is only what a restart would fix: never the database, the lag or the role.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HELD_UP_S = 30.0
 class HealthThresholds:
     """When a probe fails. ``turn_s`` and ``answer_s``: since a loop has turned, since the database has answered.
 
-    ``stall_s``: the silence after which the stream begins anew; it grows while a server decodes something huge, and
+    ``stall_s``: the silence after which the stream begins again; it grows while a server decodes something huge, and
     after ``silences`` times the limit of the moment it is clear that the watchdog itself has failed.
     """
 

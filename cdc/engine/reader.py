@@ -189,7 +189,7 @@ class Reader:
 
     @property
     def _enough(self) -> int:
-        """Room that is worth a page. What has a backlog is read apart; of the rest any page brings few changes."""
+        """Room that is worth a page. Types with a backlog are throttled; of the rest any page brings few changes."""
         return 1 if self._planner.throttled else self._scheduler.worth
 
     async def _read_on(self, reader: psycopg.AsyncConnection, room: int) -> bool:

@@ -31,7 +31,7 @@ async def work_until(
     """Call ``work``, which connects, again and again until it is stopping.
 
     Raises the error when the very first connection is refused, before ``connected`` is set, and what no operator and no
-    time mends.
+    time heals.
     """
     now, pause_s = asyncio.get_running_loop().time, _PAUSE_MIN_S
     while not stopping.is_set():

@@ -269,12 +269,12 @@ class Shadow:
     def _validate(self, handler: Handler, adapter: TypeAdapter[Any], change: Change) -> None:
         try:
             call_here(_validate_both, adapter, change)
-        except ValidationError as misfit:
-            self._misfit(handler, change, ", ".join(sorted(_places(misfit))))
+        except ValidationError as error:
+            self._report_invalid(handler, change, ", ".join(sorted(_places(error))))
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - validators are the handler's code, too
-            self._misfit(handler, change, where(error, handler.function))
+            self._report_invalid(handler, change, where(error, handler.function))
 
-    def _misfit(self, handler: Handler, change: Change, why: str) -> None:
+    def _report_invalid(self, handler: Handler, change: Change, why: str) -> None:
         self._metrics.shadow.invalid(handler.name)
         log.warning(
             "change %s of %s does not fit the model of handler %s: %s", change.id, change.entity_type, handler.name, why
@@ -313,9 +313,9 @@ def _validate_both(adapter: TypeAdapter[Any], change: Change) -> None:
             adapter.validate_python(row)
 
 
-def _places(misfit: ValidationError) -> Iterable[str]:
+def _places(error: ValidationError) -> Iterable[str]:
     """The fields that do not fit, without their values."""
-    faults = misfit.errors(include_input=False, include_url=False, include_context=False)
+    faults = error.errors(include_input=False, include_url=False, include_context=False)
     return {".".join(map(str, fault["loc"])) or "row" for fault in faults}
 
 

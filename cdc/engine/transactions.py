@@ -5,13 +5,13 @@
 The row is taken with FOR UPDATE SKIP LOCKED, unprocessed and as it was read, so that its effects happen once even if
 two consumers believe they own the shard. Nothing taken means that somebody else has it or had it: never that it is
 done. Then, and when the connection dies (the answer to a COMMIT may be lost with it), only the table knows what
-became of the change: ``AskTheTableError`` has its key read anew.
+became of the change: ``AskTheTableError`` has its key read again.
 
 Several changes may share a transaction: the calls follow each other in it, and the marks are one statement. If one of
 them fails, nothing of any is committed, and whoever asked runs them one by one.
 
 What the handler writes to tracked tables is caused by its change: the setting ``cdc.cause`` tells the capture trigger.
-Where several changes share a transaction it is set anew for each only if the handler is known to write there
+Where several changes share a transaction it is set again for each only if the handler is known to write there
 (``causes``); if it turns out to, which the trigger tells by ``cdc.captured``, they are undone and called again.
 
 Connections come from pools that open them as they are needed: one for async handlers, one for those in threads.

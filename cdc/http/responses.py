@@ -5,7 +5,7 @@
     400, 410, 413, 415, 422    dead: the same request would be answered so again
     any other                  again later, not before Retry-After
 
-A redirect is not followed. That, a path that is not there and a secret that is refused are mended where the application
+A redirect is not followed. That, a path that is not there and a secret that is refused are fixed where the application
 or the consumer is set up, and then the same request is taken.
 
 Of a batch, some of these speak of the application's state and so of all that is in it. Any other may be the fault of

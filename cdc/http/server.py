@@ -150,7 +150,7 @@ class _Application:
         if path == "/metrics":
             return self._metrics(environ)
         if path in self._checks:
-            return _verdict(path, self._checks[path])
+            return _answer(path, self._checks[path])
         if path in self._routes and not answers_to(environ.get("HTTP_HOST"), self._hosts):
             hint = "ask by an address or as localhost, or allow the name: http.hosts, --http-hosts, CDC_HTTP_HOSTS\n"
             return _text("421 Misdirected Request", f"this consumer has no such name\n{hint}")
@@ -187,7 +187,7 @@ def _text(status: str, text: str) -> _Response:
     return status, [("Content-Type", "text/plain; charset=utf-8")], text.encode()
 
 
-def _verdict(path: str, checks: Checks) -> _Response:
+def _answer(path: str, checks: Checks) -> _Response:
     try:
         results = list(checks())
     except Exception as error:

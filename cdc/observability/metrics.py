@@ -40,7 +40,7 @@ REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 TASKS = ("loop", "hooks", "threads", "listener", "relay", "retention", "collector", "page", "health", "stream")
 """What runs as long as the process does."""
 INTERRUPTIONS = ("connection", "statement")
-"""Why a consumer began anew: it could not reach the server or lost it, or a statement failed."""
+"""Why a consumer began again: it could not reach the server or lost it, or a statement failed."""
 REFUSALS = ("read", "mark")
 UNAVAILABLE = tuple(reason for reason in Reason if reason.lasting is reason)
 """Why this process does not stream: states that last."""

@@ -260,7 +260,7 @@ class OutboxAdmin:
     # --- deciding --------------------------------------------------------------------------------------------------
 
     def retry(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
-        """Make these due now, all or none, and wake the consumers; a dead letter gets its attempts anew.
+        """Make these due now, all or none, and wake the consumers; a dead letter gets its attempts again.
 
         Raises NotFoundError, and RefusedError for one that is neither waiting nor dead, or is being worked on.
         """

@@ -24,7 +24,7 @@ WHERE CASE %(schema)s WHEN 'pg_temp' THEN oid = pg_catalog.pg_my_temp_schema() E
 class Difference:
     """One object that is not as this version makes it. ``expected`` or ``found`` is "" where there is none.
 
-    ``by_hand``: the statement that mends it where ``cdc db upgrade`` does not; "" where that does, or nothing is known.
+    ``by_hand``: the statement that fixes it where ``cdc db upgrade`` does not; "" where that does, or nothing is known.
     """
 
     object: str

@@ -3,7 +3,7 @@
 What is set on the Python object (factories, adapters, handlers of notices ...) is undone between two calls, by
 ``as_new``. What a session keeps on the server (settings, role, LISTEN, advisory locks, open cursors, temporary tables,
 prepared statements) goes by ``reset`` when the connection is given back: one message. DISCARD ALL is not it, for it
-would have the statements of every transaction prepared anew, ours and the handler's.
+would have the statements of every transaction prepared again, ours and the handler's.
 """
 
 from __future__ import annotations

@@ -383,15 +383,15 @@ def _drop_publication(connection: psycopg.Connection, schema: str) -> list[str]:
     return [f"publication {name}"]
 
 
-def render(template: str, schema: str, *, rings_for: str | None = None, role: str = "") -> str:
-    """``template`` for ``schema``; its messages carry the prefix of ``rings_for``, the same unless said otherwise.
+def render(template: str, schema: str, *, prefix_schema: str | None = None, role: str = "") -> str:
+    """``template`` for ``schema``; its messages carry the prefix of ``prefix_schema``, the same unless said otherwise.
 
     ``role`` is what ``@role@`` stands for.
     """
     values = {
         "@schema@": sql.Identifier(schema).as_string(),
         "@schema_literal@": _literal(schema),
-        "@prefix_literal@": _literal(message_prefix(rings_for or schema)),
+        "@prefix_literal@": _literal(message_prefix(prefix_schema or schema)),
         "@publication@": sql.Identifier(publication_name(schema)).as_string(),
         "@publication_literal@": _literal(publication_name(schema)),
         "@trigger_literal@": _literal(trigger_name(schema)),
@@ -423,8 +423,8 @@ def _apply(connection: psycopg.Connection, missing: Sequence[Migration], schema:
         _run(connection, migration.record, schema)
 
 
-def _run(connection: psycopg.Connection, template: str, schema: str, rings_for: str | None = None) -> None:
-    connection.execute(render(template, schema, rings_for=rings_for).encode())
+def _run(connection: psycopg.Connection, template: str, schema: str, prefix_schema: str | None = None) -> None:
+    connection.execute(render(template, schema, prefix_schema=prefix_schema).encode())
 
 
 def _exists(connection: psycopg.Connection, schema: str, relation: str | None) -> bool:

@@ -82,7 +82,7 @@ def is_documented(payload: str) -> bool:
 
 
 class Listener:
-    """LISTEN on a connection of its own. ``await run()`` until it is cancelled; it mends itself and never raises.
+    """LISTEN on a connection of its own. ``await run()`` until it is cancelled; it recovers by itself and never raises.
 
     ``heard`` is called in the event loop with the wake-ups of a payload, or with None: sweep now. None
     follows each (re)connection, because earlier notifications are lost. ``captured`` is called for what the documented

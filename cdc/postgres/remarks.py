@@ -24,7 +24,7 @@ COARSE_KEY = (
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """``sql``: statements that mend it. ``remedy``: what else does, or has to be decided."""
+    """``sql``: statements that fix it. ``remedy``: what else does, or has to be decided."""
 
     about: str
     detail: str
@@ -50,7 +50,7 @@ def faults(tracked: Tracked) -> Iterator[Remark]:
         yield Remark(
             TRIGGERS,
             f"every write to {table} fails that {tracked.trigger} should capture: {tracked.broken}",
-            f"make it anew: cdc track {table} --replace",
+            f"recreate it: cdc track {table} --replace",
         )
     if gone := [column for column in tracked.key if column in missing]:
         yield Remark(
@@ -198,7 +198,7 @@ def _missed(table: SourceTable, tracked: Tracked) -> Iterator[Remark]:
         yield Remark(
             MISSED,
             f"{table.spelt} is unlogged: after a crash its rows are gone, without a DELETE",
-            f"ALTER TABLE {table.spelt} SET LOGGED, which writes it anew",
+            f"ALTER TABLE {table.spelt} SET LOGGED, which rewrites it",
         )
     always = all(fires == Fires.ALWAYS for fires in (tracked.fires, *(copy.fires for copy in tracked.copies)))
     if table.subscribed and not always:

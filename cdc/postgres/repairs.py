@@ -1,7 +1,7 @@
-"""The statements that mend what `cdc db upgrade` leaves as it is: who owns what, what was added, columns, constraints.
+"""The statements that fix what `cdc db upgrade` leaves as it is: who owns what, what was added, columns, constraints.
 
 The upgrade makes what is missing. It takes nothing away that is not ours, gives nothing to somebody else, and does not
-write the table anew.
+rewrite the table.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def owner_of_all(owners: Mapping[str, str]) -> str:
 
 
 def with_repairs(findings: Sequence[Difference], schema: str, owners: Mapping[str, str]) -> list[Difference]:
-    """The same, each with what mends it ``by_hand`` where the upgrade does not."""
+    """The same, each with how to fix it ``by_hand`` where the upgrade does not."""
     given = dict(_given_back(schema, owners)) if _TABLE in owners else {}
     return [replace(each, by_hand=given.get(each.object, "") or _statement(each, schema)) for each in findings]
 
@@ -101,7 +101,7 @@ def _statement(finding: Difference, schema: str) -> str:
 
 
 def _column(table: sql.Identifier, name: sql.Identifier, finding: Difference) -> str:
-    """Whether it may be NULL, and its default; not its type, which would write the table anew."""
+    """Whether it may be NULL, and its default; not its type, which would rewrite the table."""
     expected, found = (_COLUMN.fullmatch(text) for text in (finding.expected, finding.found))
     if not expected or not found or expected["type"] != found["type"]:
         return ""

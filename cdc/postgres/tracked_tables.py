@@ -338,7 +338,7 @@ def _refuse_missing(source: SourceTable, option: str, columns: Sequence[str], *,
         if not said:
             raise UsageError(
                 f"{source.spelt} has no column {column} any more, which its --{option} names",
-                hint=f"name it anew: --{option} ...; its columns: {', '.join(source.columns)}",
+                hint=f"name it again: --{option} ...; its columns: {', '.join(source.columns)}",
             )
         near = difflib.get_close_matches(column.lower(), {name.lower(): name for name in source.columns}, n=3)
         likely = [name for name in source.columns if name.lower() in near]

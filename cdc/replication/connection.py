@@ -47,7 +47,7 @@ _MANY = 32
 _BYTES_AT_ONCE = 1 << 20
 """Messages of other applications may have any size; of what is read at once no more is held than this and the last."""
 _TOO_LONG_TO_KEEP = 16 << 20
-"""libpq holds a message whole, and what it needed for one it keeps: after a longer one the session begins anew."""
+"""libpq holds a message whole, and what it needed for one it keeps: after a longer one the session begins again."""
 _GOODBYE_LIMIT_S = 1.0
 """For the server to agree to the end, which says that it has read our last status update."""
 _REFUSAL_S = 3.0

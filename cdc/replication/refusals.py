@@ -1,10 +1,10 @@
 """Why a slot cannot be made or read, or a stream has ended; and what to do about the slot that was found. Pure.
 
 Decided by SQLSTATE and, where a code has several causes, by the server's function that raised it (the diagnostic
-field "source function"): message texts are translated. 55000 says nothing about the slot, so a slot is made anew
+field "source function"): message texts are translated. 55000 says nothing about the slot, so a slot is recreated
 only after a look at it, or when it was read several times and came no further; and only if it is ours.
 
-    permanent   waiting does not mend it; the stream looks again every minute
+    permanent   waiting does not fix it; the stream looks again every minute
     otherwise   exponential backoff; work goes on by sweeping in either case
 """
 
@@ -112,7 +112,7 @@ _PUBLISHED_BY_OTHERS = _ErrorRule(
 _NOT_PUBLISHED_THEN = _ErrorRule(
     Reason.PUBLICATION_MISSING,
     "the publication {publication} was not there when the WAL at the slot {slot} was written",
-    "nothing: it is tried again, and then the slot is made anew; a sweep finds what was written meanwhile",
+    "nothing: it is tried again, and then the slot is recreated; a sweep finds what was written meanwhile",
 )
 _SLOT_BUSY = _ErrorRule(
     Reason.SLOT_BUSY,
@@ -143,12 +143,12 @@ _ENDED = _ErrorRule(Reason.SERVER_SHUTDOWN, "the server ended the replication co
 _TOO_LARGE = _ErrorRule(
     Reason.PROTOCOL,
     "a row is too large for {plugin} to decode",
-    "nothing: it is tried again, and then the slot is made anew; a sweep finds what was written meanwhile",
+    "nothing: it is tried again, and then the slot is recreated; a sweep finds what was written meanwhile",
 )
 _MESSAGE_TOO_LONG = _ErrorRule(
     Reason.PROTOCOL,
     "somebody has sent a logical message of {size} MB, which takes twice that memory to read",
-    "nothing: the stream begins anew behind it; who may send one, and how to forbid it, says cdc doctor",
+    "nothing: the stream begins again behind it; who may send one, and how to forbid it, says cdc doctor",
 )
 _CRASH_GUARD = _ErrorRule(
     Reason.CRASH_GUARD,

@@ -142,7 +142,7 @@ def _waiting_for_standbys(slot: SlotReport) -> SlotHealth | None:
         False,
         f"waiting: it is one for failover, and the server waits for the standbys in synchronized_standby_slots, but "
         f"nobody reads {slot.held_by}",
-        f"bring them back, or take them out of that setting; a consumer that may make slots anew has it go on without"
+        f"bring them back, or take them out of that setting; a consumer that may recreate slots has it go on without"
         f" failover after a minute (cdc slot drop {slot.name} does so at once, and loses no change)",
     )
 
@@ -174,4 +174,4 @@ def _keeps_much(slot: SlotReport) -> SlotHealth | None:
 
 
 def _recreate_remedy(slot: SlotReport) -> str:
-    return f"cdc slot recreate {slot.name}; no change is lost, and a running consumer makes it anew by itself"
+    return f"cdc slot recreate {slot.name}; no change is lost, and a running consumer recreates it by itself"

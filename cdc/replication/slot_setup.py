@@ -1,11 +1,11 @@
-"""From an open replication connection to a running stream: the slot, made or made anew if need be, and its plugin.
+"""From an open replication connection to a running stream: the slot, made or recreated if need be, and its plugin.
 
 A process that begins to read a slot does so at the present end of the WAL, not where the last reader stopped: that one
 may have died of what it read there, a message that took all its memory, and each start is followed by a sweep, which
 finds the changes before it. A session that follows another one of the same process goes on where that one stopped.
 
 A slot of ours is read with the plugin it was made with. A new one gets the first of the wanted plugins that the server
-has and allows; where that is not the one the old slot needs, the slot is made anew: nothing is lost with it.
+has and allows; where that is not the one the old slot needs, the slot is recreated: nothing is lost with it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def begin(session: ReplicationSession, plugins: Mapping[str, Plugin], policy: Sl
     keeps = step in (SlotAction.START, SlotAction.NO_FAILOVER)
     name = found.plugin if found and found.plugin and keeps else policy.plugins[0]
     if found and step is SlotAction.RECREATE:
-        log.warning("%s; it is made anew, and no change is lost", why_broken(found, end, session.names, policy))
+        log.warning("%s; it is recreated, and no change is lost", why_broken(found, end, session.names, policy))
     if found and step is SlotAction.NO_FAILOVER:
         log.warning(
             "the slot %s waits for the standby slots %s, which nobody reads, and would deliver nothing; it goes on"

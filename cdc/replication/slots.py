@@ -321,7 +321,7 @@ def _refuse_failover(connection: psycopg.Connection, *, temporary: bool, failove
     if failover and version < _FAILOVER_SINCE:
         raise UsageError(
             f"PostgreSQL {version // 10000} has no slots for failover; they came with 17",
-            hint="leave --failover out: after a failover the consumer makes its slot anew, and no change is lost",
+            hint="leave --failover out: after a failover the consumer recreates its slot, and no change is lost",
         )
 
 
@@ -330,7 +330,7 @@ def _taken(slot: SlotReport, plugin: str) -> RefusedError:
     if slot.ours:
         hint = "nothing needs to be done; --if-not-exists accepts it"
     if slot.ours and plugin not in (AUTO, slot.plugin):
-        hint = f"make it anew, which loses no change: cdc slot recreate {slot.name} --plugin {plugin}"
+        hint = f"recreate it, which loses no change: cdc slot recreate {slot.name} --plugin {plugin}"
     return RefusedError(f"there is a replication slot {slot.name} already: {slot.kind}", hint=hint)
 
 
@@ -344,7 +344,7 @@ def _active(slot: SlotReport) -> RefusedError:
 def _immovable(name: str) -> CdcError:
     return RefusedError(
         f"the server can no longer read the slot {name}",
-        hint=f"make it anew, which loses no change: cdc slot recreate {name}",
+        hint=f"recreate it, which loses no change: cdc slot recreate {name}",
     )
 
 

@@ -93,7 +93,7 @@ class StreamEvents(Protocol):
 
 
 class Stream:
-    """start() once, stop() once; in between it mends itself. ``exposed``: whether the slot is not to be read now."""
+    """start() once, stop() once; in between it recovers by itself. ``exposed``: the slot is not to be read now."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class Stream:
             temporary=settings.temporary,
             may_create=settings.create_slot,
             may_recreate=may_recreate,
-            # Where it may not be made anew it is tried all the same: somebody may have mended what breaks it.
+            # Where it may not be recreated it is tried all the same: somebody may have fixed what breaks it.
             stuck=may_recreate and self._attempts.stuck,
             from_end=self._from_end,
         )

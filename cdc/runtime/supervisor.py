@@ -2,9 +2,9 @@
 
     runs ── ends, not asked to ──> logged, counted ── pause ──> runs
 
-Only a fault of this program ends one: what a server or a link does is its own business. So it is started anew, after a
+Only a fault of this program ends one: what a server or a link does is its own business. So it is restarted, after a
 pause that doubles from 0.1 to 30 seconds; one that has run for a minute meanwhile begins with the shortest again. After
-eight ends in a row it is failing: a restart of the process may mend what its own did not, and /livez asks for it.
+eight ends in a row it is failing: a restart of the process may fix what its own did not, and /livez asks for it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Supervisor:
                 return
 
     def failed(self, name: str, began: float, error: BaseException) -> float:
-        """For what starts itself anew: it has ended by ``error``. Returns the seconds to pause."""
+        """For what restarts itself: it has ended by ``error``. Returns the seconds to pause."""
         return self._note(name, began, error)
 
     def failing(self) -> list[tuple[str, int]]:

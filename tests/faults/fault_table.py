@@ -1,6 +1,6 @@
 """``python -m tests.faults.fault_table``: measure every fault, and write the tables of docs/operations/slot.md.
 
-The consumer is ``cdc run`` as shipped: what an operator must mend is looked at again every 30 to 60 s, so a run takes
+The consumer is ``cdc run`` as shipped: what an operator must fix is looked at again every 30 to 60 s, so a run takes
 half an hour. With words it measures only what they name: ``... fault_table faults``, ``... fault_table wal``.
 """
 

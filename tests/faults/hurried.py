@@ -1,6 +1,6 @@
 """``python -m tests.faults.hurried run ...``: the command line, which despairs and looks again sooner.
 
-Nothing is decided otherwise, only sooner: what an operator must mend, or another consumer let go of, is looked at again
+Nothing is decided otherwise, only sooner: what an operator must fix, or another consumer let go of, is looked at again
 every two seconds instead of every minute or five seconds; a silent server is given up after three, not thirty; who may
 have died has half a second to say that it lives, not five.
 """

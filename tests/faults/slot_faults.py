@@ -1,6 +1,6 @@
-"""What can happen to a slot, its stream, its plugin and its server; each broken and mended, and what became of it.
+"""What can happen to a slot, its stream, its plugin and its server; each broken and fixed, and what became of it.
 
-A fault is a context: entering breaks something, leaving mends it. Between the two, with a fault that lasts, the
+A fault is a context: entering breaks something, leaving fixes it. Between the two, with a fault that lasts, the
 consumer must say why it does not stream, and go on by sweeping.
 """
 
@@ -38,7 +38,7 @@ _UNDELIVERABLE = "nobody lives to read this"
 class Fault:
     """``reason`` and ``remedy`` as the log must have them; None: any reason, or, with a slot that is kept, not a word.
 
-    ``lasts``: until it is mended. ``anew``: the slot does not survive it. ``restarts``: the server ends all sessions,
+    ``lasts``: until it is fixed. ``anew``: the slot does not survive it. ``restarts``: the server ends all sessions,
     so that a call may be cut off and made again. ``settings`` are the consumer's.
     """
 
@@ -66,7 +66,7 @@ class Outcome:
     lost: int
 
 
-# --- what breaks, and what mends it --------------------------------------------------------------------------------
+# --- what breaks, and how to fix it --------------------------------------------------------------------------------
 
 
 def _drop_and(stage: Stage, then: str, *values: object, dbname: str = "postgres") -> None:
@@ -156,7 +156,7 @@ def _physical_slot(stage: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _wal_level_replica(stage: Stage) -> Iterator[None]:
-    """A server that has a logical slot does not start so: it is dropped first, and kept from being made anew."""
+    """A server that has a logical slot does not start so: it is dropped first, and kept from being recreated."""
     with _no_replication(stage):
         _drop_slot(stage)
         stage.set(wal_level="replica")
@@ -227,7 +227,7 @@ def _breaks_at_one_place(stage: Stage) -> Iterator[None]:
     stage.proxy.snap(_UNDELIVERABLE.encode())
     stage.sql("SELECT pg_logical_emit_message(true, %s, %s)", [message_prefix("public"), _UNDELIVERABLE])
     yield
-    stage.wait(lambda: stage.now.recreated, "the slot is made anew behind it")
+    stage.wait(lambda: stage.now.recreated, "the slot is recreated behind it")
     stage.proxy.open()
 
 
@@ -305,7 +305,7 @@ FAULTS = (
 
 
 def suffer(stage: Stage, fault: Fault) -> Outcome:
-    """The fault happens, and is mended; AssertionError where anything of it goes another way than promised."""
+    """The fault happens, and is fixed; AssertionError where anything of it goes another way than promised."""
     before, log = stage.now, len(stage.process.log)
     broken_at = time.monotonic()
     with fault.broken(stage):
@@ -315,7 +315,7 @@ def suffer(stage: Stage, fault: Fault) -> Outcome:
             stage.keeps_up()
     since = time.monotonic() if fault.lasts else since
     if fault.anew:
-        stage.wait(lambda: "created the slot" in stage.process.log[log:], "the slot is made anew")
+        stage.wait(lambda: "created the slot" in stage.process.log[log:], "the slot is recreated")
     stage.streams_again(since)
     facts = stage.slot()
     created = stage.process.log[log:].count("created the slot")

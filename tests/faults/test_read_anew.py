@@ -1,4 +1,4 @@
-"""A change whose fate only the table knows is read anew, whatever happens meanwhile: its key never stays shut."""
+"""A change whose fate only the table knows is read again, whatever happens meanwhile: its key never stays shut."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class _Stage:
         self._say = say
         self._paint = paint
         self._port = free_port()
-        self._tracker = Tracker(self._arrived, self._stumbled)
+        self._tracker = Tracker(self._arrived, self._attempt_failed)
         self._messenger = Messenger()
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
@@ -193,7 +193,7 @@ class _Stage:
         if journey.shown:
             self._say(report.line(journey, self._paint))
 
-    def _stumbled(self, journey: Journey, error: BaseException) -> None:
+    def _attempt_failed(self, journey: Journey, error: BaseException) -> None:
         if journey.shown:
             self._say(report.failure(journey, error, self._paint))
 

@@ -50,7 +50,7 @@ class Journey:
 
 
 class Tracker:
-    """``arrived`` is called for each journey that has ended, ``stumbled`` for each attempt that failed; in any thread.
+    """``arrived`` is called for each journey that has ended, ``attempt_failed`` for each failed attempt; in any thread.
 
     The writer may hear of its commit after the change is processed: a journey has ended when both are noted.
     """
@@ -58,11 +58,11 @@ class Tracker:
     def __init__(
         self,
         arrived: Callable[[Journey], None],
-        stumbled: Callable[[Journey, BaseException], None],
+        attempt_failed: Callable[[Journey, BaseException], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._arrived = arrived
-        self._stumbled = stumbled
+        self._attempt_failed = attempt_failed
         self._clock = clock
         self._on_the_way: dict[Watermark, Journey] = {}
         self._notified: dict[int, float] = {}
@@ -127,7 +127,7 @@ class Tracker:
     def failed(self, change: Change, error: BaseException) -> None:
         if journey := self._on_the_way.get(_mark(change)):
             journey.notified = self._notified.get(change.seq)
-            self._stumbled(journey, error)
+            self._attempt_failed(journey, error)
 
     def _end(self, journey: Journey) -> None:
         self.ended.append(journey)

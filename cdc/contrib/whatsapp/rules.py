@@ -33,7 +33,7 @@ class Rule:
 
 
 class Rules:
-    """The table in ``schema``, read anew for each batch of reactions: a rule counts from the moment it is stored."""
+    """The table in ``schema``, read again for each batch of reactions: a rule counts from the moment it is stored."""
 
     def __init__(self, schema: str, actions: Actions) -> None:
         self._matching = sql.SQL(_MATCHING).format(rules=sql.Identifier(schema, "actionRules"))

@@ -142,7 +142,7 @@ async def test_a_half_open_link_that_the_stream_does_not_notice_turns_it_red(out
 
 
 async def test_a_half_open_link_that_the_stream_notices_leaves_it_green(outbox: str, link: Proxy) -> None:
-    """The stream begins anew by itself: there is nothing that a restart would mend."""
+    """The stream begins again by itself: there is nothing that a restart would fix."""
     port = free_port()
     async with consuming(
         outbox, Router(), HealthThresholds(turn_s=10, stall_s=6.0), stream_dsn=link.dsn, http_port=port

@@ -555,7 +555,7 @@ async def test_retry_beside_a_running_consumer_keeps_the_order_within_the_key(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     router, calls, running, overlapping = Router(), [], [], []
-    mended, gate = asyncio.Event(), asyncio.Event()
+    fixed, gate = asyncio.Event(), asyncio.Event()
 
     @router.on("x", max_attempts=1)
     async def handle(change: cdc.Change) -> None:
@@ -564,7 +564,7 @@ async def test_retry_beside_a_running_consumer_keeps_the_order_within_the_key(
         running.append(change.seq)
         calls.append(change.seq)
         try:
-            if change.seq in bad and not mended.is_set():
+            if change.seq in bad and not fixed.is_set():
                 raise ValueError("not yet")
             if change.seq == gated:
                 await gate.wait()
@@ -578,7 +578,7 @@ async def test_retry_beside_a_running_consumer_keeps_the_order_within_the_key(
         await _hears(app)
         await _until(lambda: running == [gated], "the later changes of the key are in the consumer's hands")
         await _until(lambda: row(outbox_db, bad[1])["dead_at"], "settled")
-        mended.set()
+        fixed.set()
         OutboxAdmin("public").retry(outbox_db, bad)
         await _until(lambda: metric(app.metrics.registry, "cdc_wakeups_total", source="retry") >= 1, "rung")
         gate.set()

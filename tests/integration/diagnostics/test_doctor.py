@@ -1,4 +1,4 @@
-"""`cdc doctor` on real servers: each state it warns of is made, found, and mended by what it prints."""
+"""`cdc doctor` on real servers: each state it warns of is made, found, and fixed by what it prints."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def apply(dsn: str, script: str) -> None:
 
 @pytest.fixture(scope="module")
 def well() -> Iterator[TempServer]:
-    """A server on which nothing is left to be mended."""
+    """A server on which nothing is left to be fixed."""
     with TempServer(durable=False, settings={"max_slot_wal_keep_size": "1GB"}) as server:
         yield server
 

@@ -157,9 +157,9 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("mend", ["--fix", "upgrade", "install"])
+@pytest.mark.parametrize("fix", ["--fix", "upgrade", "install"])
 def test_a_sequence_that_was_left_behind_is_found_and_set_right(
-    shop: str, db: psycopg.Connection, state: str, mend: str
+    shop: str, db: psycopg.Connection, state: str, fix: str
 ) -> None:
     db.execute("SELECT setval('entity_changes_seq_seq', 900); INSERT INTO tasks VALUES (1), (2)")
     if STATES[state]:
@@ -167,11 +167,11 @@ def test_a_sequence_that_was_left_behind_is_found_and_set_right(
     db.execute("SELECT setval('entity_changes_seq_seq', 10)")
     found = findings(shop, "--no-stream")["sequence"]
     assert (found["severity"], "is 10, and there is a change 902" in found["detail"]) == ("fail", True)
-    if mend == "--fix":
+    if fix == "--fix":
         apply(shop, run(shop, "--no-stream", "--fix").stdout)
     else:
         owner = f"{db.info.dbname}_owner"
-        said = invoke(make_conninfo(shop, options=f"-c role={owner}"), "db", mend)
+        said = invoke(make_conninfo(shop, options=f"-c role={owner}"), "db", fix)
         assert "goes on behind the highest number; it was at 10" in said.output
     assert findings(shop, "--no-stream")["sequence"]["severity"] == "ok"
     db.execute("INSERT INTO tasks VALUES (3)")

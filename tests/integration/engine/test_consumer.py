@@ -466,19 +466,19 @@ async def test_a_row_inserted_by_hand_is_found_by_the_sweep_and_a_notify_makes_i
 
 async def test_requeued_dead_letters_run_again_at_once(outbox: str, outbox_db: psycopg.Connection) -> None:
     router, calls = Router(), []
-    mended = asyncio.Event()
+    fixed = asyncio.Event()
 
     @router.on("x")
     async def handle(change: cdc.Change) -> None:
         calls.append(change.attempt)
-        if not mended.is_set():
+        if not fixed.is_set():
             raise RuntimeError("broken")
 
     _publish(outbox_db, "x")
     async with consuming(outbox, router, sweep_interval=3600, **_QUICK) as app:
         await _until_settled(outbox_db)
         await eventually_async(_is(lambda: app._listener.connected))
-        mended.set()
+        fixed.set()
         assert outbox_db.execute("SELECT requeued_count FROM reprocess_failed_actions()").fetchall() == [(1,)]
         await _until_settled(outbox_db)
     assert states(outbox_db) == {"processed": 1}

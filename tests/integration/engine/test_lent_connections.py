@@ -231,7 +231,7 @@ async def test_a_handlers_link_that_falls_silent_is_closed_at_its_limit_and_the_
     outbox_db.execute("SELECT publish_change('x', '1')")
 
     async def lost() -> bool:
-        return "is read anew: the connection was lost" in caplog.text
+        return "is read again: the connection was lost" in caplog.text
 
     link.start()
     try:

@@ -274,12 +274,12 @@ async def test_a_transactional_change_waits_until_the_plain_ones_before_it_are_s
 async def test_a_dead_letter_that_pauses_its_key_holds_it_until_somebody_has_decided(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
-    router, calls, mended = Router(), [], asyncio.Event()
+    router, calls, fixed = Router(), [], asyncio.Event()
 
     @router.on("x", max_attempts=1, dead="pause")
     async def handle(change: cdc.Change) -> None:
         calls.append(change.seq)
-        if change.seq == 1 and not mended.is_set():
+        if change.seq == 1 and not fixed.is_set():
             raise ValueError("no")
 
     _publish(outbox_db, 4)
@@ -296,7 +296,7 @@ async def test_a_dead_letter_that_pauses_its_key_holds_it_until_somebody_has_dec
             return app._listener.connected
 
         await eventually_async(listens)
-        mended.set()
+        fixed.set()
         outbox_db.execute("SELECT reprocess_failed_actions(p_max_errors => 1)")
         await _all_settled(outbox_db)
     assert states(outbox_db) == {"processed": 6}

@@ -78,11 +78,11 @@ async def test_a_stream_that_becomes_deaf_is_mended_while_it_runs(
         assert slot_facts(admin, "x")["failover"] is True
         absent_standby(admin)
 
-        async def mended() -> bool:
+        async def fixed() -> bool:
             app._stats_poller.poll_now()
             return slot_facts(admin, "x")["failover"] is False
 
-        await eventually_async(mended)
+        await eventually_async(fixed)
         await eventually_async(streams)
     assert "not streaming (standbys_away)" in caplog.text
 

@@ -111,14 +111,14 @@ async def test_the_cycle_wal2json_refused_pgoutput_taken_wal2json_allowed_and_ta
     [said] = [record.getMessage() for record in caplog.records if "using pgoutput" in record.getMessage()]
     assert "does not allow" in said
 
-    # Allowed: a slot of pgoutput stays what it is, and one that is made anew has wal2json.
+    # Allowed: a slot of pgoutput stays what it is, and one that is recreated has wal2json.
     db.execute(allow)
     await consume("pgoutput")
     assert _run("slot", "recreate", slot, "--yes", "--dsn", dsn).exit_code == 0
     await consume("wal2json")
     assert _plugin_severities(dsn)["plugin"]["severity"] == "ok"
 
-    # Taken back: the slot that cannot be read any more is made anew, with pgoutput.
+    # Taken back: the slot that cannot be read any more is recreated, with pgoutput.
     db.execute(sql.SQL("ALTER ROLE {} RESET output_plugin_libraries").format(sql.Identifier(role)))
     await consume("pgoutput")
     assert handled == ["0", "1", "2", "3"]

@@ -1,4 +1,4 @@
-"""Secrets in files are read anew when they have changed."""
+"""Secrets in files are read again when they have changed."""
 
 from __future__ import annotations
 

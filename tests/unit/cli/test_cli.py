@@ -112,12 +112,12 @@ def test_the_module_is_a_program_as_well() -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (CdcError("it failed", hint="mend it"), 1),
-        (SchemaError("it failed", hint="mend it"), 1),
-        (UsageError("it failed", hint="mend it"), 2),
-        (ConnectError("it failed", hint="mend it"), 3),
-        (NotFoundError("it failed", hint="mend it"), 4),
-        (RefusedError("it failed", hint="mend it"), 5),
+        (CdcError("it failed", hint="fix it"), 1),
+        (SchemaError("it failed", hint="fix it"), 1),
+        (UsageError("it failed", hint="fix it"), 2),
+        (ConnectError("it failed", hint="fix it"), 3),
+        (NotFoundError("it failed", hint="fix it"), 4),
+        (RefusedError("it failed", hint="fix it"), 5),
     ],
 )
 def test_an_error_is_a_sentence_a_hint_and_an_exit_code(
@@ -125,7 +125,7 @@ def test_an_error_is_a_sentence_a_hint_and_an_exit_code(
 ) -> None:
     command(_raising(error))
     result = cli("probe")
-    assert (result.stdout, result.stderr, result.exit_code) == ("", "Error: it failed\n  mend it\n", code)
+    assert (result.stdout, result.stderr, result.exit_code) == ("", "Error: it failed\n  fix it\n", code)
 
 
 def test_an_error_without_a_hint_is_one_line(cli: Cli, command: Callable[[click.Command], None]) -> None:

@@ -297,7 +297,7 @@ def test_each_trouble_has_its_severity_and_its_remedy(
 
 @pytest.mark.parametrize("reason", ["wal_level", "no_replication_role", "no_free_slot", "in_recovery"])
 def test_what_another_check_finds_is_not_blamed_on_the_plugin(reason: str) -> None:
-    found = check("plugin", replace(DECODING, proofs=(Proof("wal2json", reason, "it is so", "mend it"),)))
+    found = check("plugin", replace(DECODING, proofs=(Proof("wal2json", reason, "it is so", "fix it"),)))
     assert found.severity == SKIP
     assert "it is so: see " in found.detail
 

@@ -30,7 +30,7 @@ def _stream(silent_s: float = 0.0, stall_limit_s: float = 30.0) -> StreamStatus:
         # It has learnt to be patient: a server that decodes a huge transaction is silent for minutes.
         (ProcessStatus(loop_last_iteration=NOW, stream=_stream(silent_s=100, stall_limit_s=120)), []),
         (ProcessStatus(loop_last_iteration=NOW, failing_tasks={"relay": 4}), ["task.relay"]),
-        # Nothing that a restart would mend.
+        # Nothing that a restart would fix.
         (ProcessStatus(loop_last_iteration=NOW, consumer=ConsumerStatus(held_up_s=900, answered_at=0)), []),
     ],
 )

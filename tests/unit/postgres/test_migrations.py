@@ -28,7 +28,7 @@ def test_the_shard_column_computes_modulo_the_models_number_of_shards():
 def test_placeholders_become_quoted_names_in_one_pass():
     rendered = migrations.render("@schema@ @schema_literal@ @prefix_literal@", "@schema_literal@'\"")
     assert rendered == """"@schema_literal@'\""" '@schema_literal@''"' 'entity_change:%40schema_literal%40%27%22'"""
-    assert migrations.render("@prefix_literal@", "a", rings_for="b") == f"'{message_prefix('b')}'"
+    assert migrations.render("@prefix_literal@", "a", prefix_schema="b") == f"'{message_prefix('b')}'"
 
 
 @given(st.text(min_size=1, max_size=20))
