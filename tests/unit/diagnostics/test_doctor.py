@@ -39,9 +39,7 @@ from cdc.diagnostics.facts import (
 )
 from cdc.diagnostics.findings import Absent, Finding, Severity, Unknown, fail, ok, run_checks, warn
 from cdc.diagnostics.fix_script import script
-from cdc.diagnostics.inspect_outbox import _MARKED, _OWNING
 from cdc.postgres import remarks
-from cdc.postgres.sql_files import load
 from cdc.postgres.tracked_tables import Copy, Fires, Tracked
 from cdc.postgres.tracked_tables import SourceTable as TrackedTable
 from tests.unit.replication.test_slot_health import slot
@@ -428,13 +426,6 @@ def test_where_a_remedy_has_a_script_it_is_printed_in_its_place() -> None:
     found = check("schema", replace(INSTALLED, exists=False, script="BEGIN; ... COMMIT;"))
     assert "BEGIN; ... COMMIT;" in script([found])
     assert found.remedies == ["cdc db install"]
-
-
-def test_the_columns_that_grants_looks_at_are_those_a_settle_writes() -> None:
-    asked = load("outbox.sql", "public")["missing_rights"].decode()
-    columns, owning = (re.findall(r"'(\w+)'", array) for array in re.findall(r"ARRAY\[(.*?)\]", asked, re.DOTALL))
-    assert sorted(columns) == sorted(_MARKED)
-    assert owning == list(_OWNING)
 
 
 def test_every_check_is_in_the_runbook() -> None:
