@@ -123,7 +123,7 @@ async def handle(router: Router, change: Change, *, connection: Any = None) -> s
     """Call the handler that a consumer would call, as it would be called; no server is needed.
 
     Its model is applied, its own time limit holds if it is async, a plain function runs in a thread, and one for
-    batches gets a batch of one. Returns the handler's name; None: nobody wants such a change. Raises whatever the
+    batches gets a batch of one. Returns the handler's name, or None where no handler wants it. Raises whatever the
     handler raises, ``cdc.Discard`` and ``cdc.Retry`` too, and pydantic's ValidationError for a row that does not fit.
     ``connection`` is for a handler that asks for one; its transaction is the caller's.
     """

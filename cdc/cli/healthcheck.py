@@ -16,12 +16,12 @@ _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - addresses to
 @click.command()
 @settings_options("http.host", "http.port")
 @click.option("--wait", type=click.FloatRange(min=0.1), default=4.0, show_default=True, metavar="SECONDS",
-              help="For the answer; less than the time limit of whoever runs this.")  # fmt: skip
+              help="For the answer; less than the time limit of the caller.")  # fmt: skip
 @click.pass_context
 def healthcheck(ctx: click.Context, *, settings: Settings, wait: float) -> None:
     """Ask the consumer on this host whether it is alive: GET /livez.
 
-    Prints one line, and ends with 0 if it is, else with 1. With --http-port 0 there is nobody to ask, which is fine.
+    Prints one line, and ends with 0 if it is, else with 1. With --http-port 0 there is nothing to ask, which is fine.
     Takes its settings as cdc run does, so that both mean the same port.
     """
     if settings.http.port == 0:

@@ -195,7 +195,7 @@ def discard(
 ) -> None:
     """Mark changes processed that wait or are dead: nothing is to be done about them.
 
-    Later changes of their keys go on. With --type and --before: fresh ones, that somebody else has handled. No consumer
+    Later changes of their keys go on. With --type and --before: fresh ones that were handled elsewhere. No consumer
     may be handling the type then.
     """
     from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats

@@ -105,8 +105,8 @@ class Router:
         ``operations``: any of INSERT, UPDATE, DELETE; none named means all. ``model``: a pydantic model (or any
         type pydantic can validate) that ``change.new`` and ``change.old`` become; a row that does not fit is a dead
         letter at once. ``max_attempts`` and ``timeout`` (seconds) override the consumer's settings. ``dead``: what a
-        dead letter does to the later changes of its key, let them go on ("skip") or hold them back until somebody has
-        decided ("pause"). ``name`` is the handler's name in metrics and logs.
+        dead letter does to the later changes of its key, let them go on ("skip") or hold them back until an operator
+        has decided ("pause"). ``name`` is the handler's name in metrics and logs.
 
         The function may be async, or plain: then it runs in a thread. With a parameter named ``changes`` instead of one
         change it gets a list of up to ``batch`` (100 if not said), in seq order within a key; ``linger`` is how many
@@ -148,7 +148,7 @@ class Router:
         return declare
 
     def ignore(self, *entity_types: str) -> None:
-        """Changes of these types are for nobody: each is discarded, and says so in its row.
+        """Changes of these types have no handler: each is discarded, and says so in its row.
 
         A change of a type that no handler names and that is not ignored stays fresh, for a consumer that wants it.
         """
@@ -192,7 +192,7 @@ class Router:
         return hook
 
     def match(self, entity_type: str, operation: str) -> Handler | None:
-        """The handler of such a change, or None: nobody wants it."""
+        """The handler of such a change, or None where no handler wants it."""
         slots = self._slots
         return (
             slots.get((entity_type, operation))

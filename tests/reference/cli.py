@@ -34,21 +34,22 @@ _SHARED = {setting.option for setting in SETTINGS.values()}
 
 
 def page() -> str:
-    return _HEAD + "".join(_entry(path, found) for path, found in _all(root, "cdc"))
+    return _HEAD + "".join(_entry(context) for context in _all(root, "cdc", None))
 
 
-def _all(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
-    yield path, command
+def _all(command: click.Command, name: str, parent: click.Context | None) -> Iterator[click.Context]:
+    """The command, and all below it, each in the context that it runs in: commands remember what a context says."""
+    context = click.Context(command, parent=parent, info_name=name, **command.context_settings)
+    yield context
     if isinstance(command, click.Group):
-        context = click.Context(command, info_name=path)
-        for name in command.list_commands(context):
-            found = command.get_command(context, name)
+        for below in command.list_commands(context):
+            found = command.get_command(context, below)
             if found is not None and not found.hidden:
-                yield from _all(found, f"{path} {name}")
+                yield from _all(found, below, context)
 
 
-def _entry(path: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=path)
+def _entry(context: click.Context) -> str:
+    command, path = context.command, context.command_path
     usage = " ".join([path, *command.collect_usage_pieces(context)])
     parts = [f"\n## {path}\n", f"```text\n{usage}\n```\n", *_help(command)]
     own, settings = [], []
