@@ -10,7 +10,7 @@ does not start, and holds no slot meanwhile. Nor does a change that its handler'
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from typing import NamedTuple
 
@@ -94,19 +94,19 @@ class ReadyQueues:
                 return keys, needs
         return None
 
-    def of_handler(self, handler: Handler | None) -> Generator[Key, None, None]:
-        """Take the keys that are ready for this handler one by one, whatever their type. Close it when you have enough.
-
-        Those ``put`` back meanwhile do not come again.
-        """
+    def take(self, handler: Handler | None, limit: int) -> list[Key]:
+        """Up to so many of the keys that are ready for this handler, whatever their type; they are in no queue then."""
+        taken: list[Key] = []
         for needs in [needs for needs in self._queues if needs.handler is handler]:
             queue = self._queues[needs]
-            try:
-                for _ in range(len(queue)):
-                    yield queue.popleft()
-            finally:
-                if not queue:
-                    del self._queues[needs]
+            taken += [queue.popleft() for _ in range(min(len(queue), limit - len(taken)))]
+            if not queue:
+                del self._queues[needs]
+        return taken
+
+    def put_back(self, key: Key, needs: Requirements) -> None:
+        """It was taken and is not used: it is the first again of its queue."""
+        self._queues.setdefault(needs, deque()).appendleft(key)
 
     def started(self, changes: Sequence[Change], needs: Requirements) -> None:
         self._started.update(dict.fromkeys(changes, needs))

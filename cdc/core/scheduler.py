@@ -31,10 +31,12 @@ stay shut until they return, unsettled, and the outcomes not written yet, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, closing
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from cdc.core.admission import Admission, Admitted
 from cdc.core.deferred_keys import DeferredKeys, KeyRead
 from cdc.core.dynamic_limit import DynamicLimit, Room
 from cdc.core.key_queue import KeyQueue
@@ -53,13 +55,6 @@ class Row(NamedTuple):
 
     change: Change
     blocked: bool = False
-
-
-class Admitted(NamedTuple):
-    """How many changes were taken; by entity type and shard the lowest number neither taken nor remembered."""
-
-    taken: int
-    rejected: dict[str, dict[int, int]]
 
 
 class KeyScheduler:
@@ -209,41 +204,49 @@ class KeyScheduler:
 
     def _admit(self, rows: Iterable[Row], *, key_read: bool, due: bool = False) -> Admitted:
         taken = 0
-        done_meanwhile, wait_meanwhile = self._reconciler.done(), self._reconciler.waits()
+        unblocked, waiting = self._reconciler.done(), self._reconciler.waits()
         rejected: dict[str, dict[int, int]] = {}
         rejected_keys: set[Key] = set()
-        owned = self.ownership.active
         for row in rows:
             change, key = row.change, row.change.key
-            if change.seq in self._known or change.shard not in owned or self._reconciler.outdates(change):
-                continue
             if key in rejected_keys:
                 continue  # what refused the one before may have room by now, and would let this one overtake it
-            mark = self._deferred.watermarks.get(key)
-            if mark and change.seq >= mark.seq:
-                if due and not row.blocked:
+            match self._decide(row, waiting, key_read=key_read, due=due):
+                case Admission.TAKE:
+                    self._enqueue(key, change)
+                    taken += 1
+                case Admission.REMEMBERED if due and not row.blocked:
                     self._unblock(key)  # nothing before it waits: what the mark stands for may be this very change
-                continue
-            queue = self._queues.get(key)
-            blocked = row.blocked or wait_meanwhile.get(key, change.seq) < change.seq
-            blocked = blocked or (queue is not None and (queue.blocked or queue.orphan))
-            if blocked or (queue is not None and len(queue.queued) >= self.key_capacity):
-                if due:
-                    self._drop_later(key, queue, change)
-                    continue
-                fits = key_read or self._deferred.has_room(key)  # the mark of this key has just made room
-                if fits:
-                    self._defer(key, change.seq, change.shard, blocked=blocked)
-                if fits and row.blocked and key in done_meanwhile:
-                    self._unblock(key)
-            elif fits := self._window.admits(change.entity_type):
-                self._enqueue(key, queue, change)
-                taken += 1
-            if not fits:
-                rejected_keys.add(key)
-                of_type = rejected.setdefault(change.entity_type, {})
-                of_type[change.shard] = min(change.seq, of_type.get(change.shard, change.seq))
+                case Admission.RUNS_LATER:
+                    self._drop_later(key, self._queues.get(key), change)
+                case Admission.DEFER | Admission.DEFER_BLOCKED as decision:
+                    self._defer(key, change.seq, change.shard, blocked=decision is Admission.DEFER_BLOCKED)
+                    if row.blocked and key in unblocked:
+                        self._unblock(key)
+                case Admission.REJECT:
+                    rejected_keys.add(key)
+                    of_type = rejected.setdefault(change.entity_type, {})
+                    of_type[change.shard] = min(change.seq, of_type.get(change.shard, change.seq))
         return Admitted(taken, rejected)
+
+    def _decide(self, row: Row, waiting: Mapping[Key, int], *, key_read: bool, due: bool) -> Admission:
+        """``waiting``: by key, the change that has come to wait since the row was read."""
+        change, key = row.change, row.change.key
+        if change.seq in self._known or change.shard not in self.ownership.active or self._reconciler.outdates(change):
+            return Admission.NOTHING
+        mark = self._deferred.watermarks.get(key)
+        if mark and change.seq >= mark.seq:
+            return Admission.REMEMBERED
+        queue = self._queues.get(key)
+        blocked = row.blocked or waiting.get(key, change.seq) < change.seq
+        blocked = blocked or (queue is not None and (queue.blocked or queue.orphan))
+        if not blocked and (queue is None or len(queue.queued) < self.key_capacity):
+            return Admission.TAKE if self._window.admits(change.entity_type) else Admission.REJECT
+        if due:
+            return Admission.RUNS_LATER
+        if not key_read and not self._deferred.has_room(key):  # the mark of a key that is read on has just made room
+            return Admission.REJECT
+        return Admission.DEFER_BLOCKED if blocked else Admission.DEFER
 
     def admit_key_read(self, request: KeyRead, rows: Sequence[Row], *, complete: bool) -> None:
         """The answer to a ``KeyRead``. ``complete``: there are no more visible changes of the key than these rows."""
@@ -296,19 +299,24 @@ class KeyScheduler:
             self.free_places(batch[-1])
         for key in dict.fromkeys(change.key for change in batch):
             self._start_run(self._queues[key], batch, limit, belongs)
-        if len(batch) >= limit:
-            return
-        with closing(self._ready_queues.of_handler(handler)) as keys:
-            for key in keys:
-                queue = self._queues.get(key)
+        others: list[KeyQueue] = []
+        while len(batch) < limit and (keys := deque(self._ready_queues.take(handler, limit - len(batch)))):
+            while keys and len(batch) < limit:
+                queue = self._queues.get(keys.popleft())
                 if queue is None or not self._startable(queue):
                     continue
                 if belongs(queue.queued[0]):
                     self._start_run(queue, batch, limit, belongs)
                 else:
-                    self._make_ready(queue)
-                if len(batch) >= limit:
-                    return
+                    others.append(queue)
+            self._put_back(keys)
+        for queue in others:
+            self._make_ready(queue)
+
+    def _put_back(self, keys: deque[Key]) -> None:
+        for queue in map(self._queues.get, reversed(keys)):
+            if queue is not None and queue.needs is not None:
+                self._ready_queues.put_back(queue.key, queue.needs)
 
     def finished(self, batch: Sequence[Settlement]) -> list[Settlement]:
         """The handlers of these started changes ended; those of a key stand in ``seq`` order.
@@ -419,7 +427,8 @@ class KeyScheduler:
             batch.append(self._start_next(queue))
         # What is left behind them becomes ready when they have finished.
 
-    def _enqueue(self, key: Key, queue: KeyQueue | None, change: Change) -> None:
+    def _enqueue(self, key: Key, change: Change) -> None:
+        queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = KeyQueue(key)
         self._known[change.seq] = queue

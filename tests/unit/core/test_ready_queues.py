@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,12 +118,13 @@ def test_the_keys_of_one_handler_are_offered_whatever_their_type_and_the_rest_st
     _put(ready_queues, _A, 3)
     _put(ready_queues, _B, 1)
     _put(ready_queues, _A_SYNC, 1)
-    with closing(ready_queues.of_handler(_ON_LOOP)) as keys:
-        assert [next(keys), next(keys)] == [("a", "0"), ("a", "1")]
-        ready_queues.put(("a", "0"), _A)
-    with closing(ready_queues.of_handler(_ON_LOOP)) as keys:
-        assert set(keys) == {("a", "2"), ("a", "0"), ("b", "0")}
-    assert _start_all(ready_queues) == [("a", "0")]
+    assert ready_queues.take(_ON_LOOP, 2) == [("a", "0"), ("a", "1")]
+    ready_queues.put(("a", "0"), _A)
+    ready_queues.put_back(("a", "1"), _A)
+    assert ready_queues.take(_ON_LOOP, 10) == [("a", "1"), ("a", "2"), ("a", "0"), ("b", "0")]
+    assert ready_queues.take(_ON_LOOP, 10) == []
+    ready_queues.put_back(("b", "0"), _B)
+    assert _start_all(ready_queues) == [("a", "0"), ("b", "0")]
     assert ready_queues.next() is None
 
 

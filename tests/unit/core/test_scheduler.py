@@ -66,6 +66,15 @@ def test_a_batch_takes_successive_changes_of_its_keys_and_then_of_others_up_to_i
     assert _seqs(finished.change for finished in scheduler.take_finished(10)) == [1, 2, 4, 5]
 
 
+def test_keys_that_find_no_place_in_a_batch_keep_their_turn(scheduler: SettlingScheduler) -> None:
+    scheduler.admit([row(1, "z"), row(2, "a"), row(3, "a"), row(4, "a"), row(5, "b"), row(6, "c"), row(7, "d")])
+    _, [first] = scheduler.start()
+    batch = [first]
+    scheduler.start_with(batch, 4, lambda change: True)
+    assert _seqs(batch) == [1, 2, 3, 4]
+    assert _seqs(_start_all(scheduler)) == [5, 6, 7]
+
+
 def test_a_batch_of_a_key_that_fails_twice_keeps_it_shut_until_both_are_settled(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1), row(2)])
     [first] = scheduler.start().changes

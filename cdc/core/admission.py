@@ -1,0 +1,29 @@
+"""What becomes of the rows that a read brings: ``scheduler`` decides it, one by one. Pure."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import NamedTuple
+
+
+class Admission(Enum):
+    """What becomes of a row."""
+
+    NOTHING = auto()
+    """It is in the window, its shard is not ours, or the read is older than what is known."""
+    REMEMBERED = auto()
+    """The mark of its key stands for it."""
+    RUNS_LATER = auto()
+    """It is due and cannot run now; a later look for what is due finds it again."""
+    DEFER = auto()
+    DEFER_BLOCKED = auto()
+    """A mark is made; with blocked, an earlier change of its key waits."""
+    REJECT = auto()
+    TAKE = auto()
+
+
+class Admitted(NamedTuple):
+    """How many changes were taken; by entity type and shard the lowest number neither taken nor remembered."""
+
+    taken: int
+    rejected: dict[str, dict[int, int]]
