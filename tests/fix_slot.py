@@ -17,7 +17,7 @@ SlotFacts = dict[str, object]
 
 @pytest.fixture
 def slot(db: psycopg.Connection) -> Iterator[str]:
-    """A name that no slot has yet. A slot of that name is dropped afterwards, once nobody reads it."""
+    """A name that no slot has yet. A slot of that name is dropped afterwards, once no consumer reads it."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     yield name
     eventually(lambda: not slot_facts(db, name).get("active"), what="a reader leaves the test's slot")

@@ -456,7 +456,7 @@ def _from_file(named: Path | None) -> _Given:
     try:
         if named is None and (reason := others_hand(path)):
             raise UsageError(
-                f"there is a {path} here that somebody else may have written: {reason}",
+                f"there is a {path} here that another user may have written: {reason}",
                 hint=f"if you mean it, name it: --config {path}, or CDC_CONFIG={path}",
             )
         document = tomllib.loads(path.read_text())

@@ -215,7 +215,7 @@ def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
         dropped = migrations.uninstall(connection, settings.schema_, discard_unprocessed=discard_unprocessed)
     for name in dropped:
         say(f"dropped {name}")
-    say("a replication slot stays, and keeps WAL while nobody reads it: cdc slot drop")
+    say("a replication slot stays, and keeps WAL while no consumer reads it: cdc slot drop")
 
 
 def _put_in_order(connection: Connection, schema_name: str) -> None:

@@ -34,7 +34,7 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
     """Check whatever "cdc run" needs, and say how to fix it.
 
     Run it with the settings, the environment and the role of the consumer. It changes nothing: to prove that the output
-    plugin works it makes a temporary slot, which ends with it. Exit 1 if a check fails, or nobody could look (unknown).
+    plugin works it makes a temporary slot, which ends with it. Exit 1 if a check fails or is unknown.
 
     \b
         cdc doctor --fix > fix.sql; psql -f fix.sql       # as a superuser, after reading it
@@ -85,7 +85,7 @@ def subject_of(resolved: Resolved) -> Subject:
 def _exposed_files(resolved: Resolved, settings: Settings) -> tuple[str, ...]:
     """Settings files with a DSN in them that everybody on this machine may read.
 
-    Not those of CDC_DSN_FILE: mounted secrets are made so, in a container where nobody else is.
+    Not those of CDC_DSN_FILE: mounted secrets are made so, in a container without other users.
     """
     sources = [resolved.sources[name] for name, setting in SETTINGS.items() if setting.secret]
     files = {source.partition(" in ")[2] for source in sources} - {""}

@@ -43,7 +43,7 @@ terminate_option = click.option("--terminate", is_flag=True, help="Also one that
 def slot() -> None:
     """Create, drop and inspect the replication slot.
 
-    It carries wake-ups only: dropping, losing, moving or recreating it loses no change. A slot that nobody reads
+    It carries wake-ups only: dropping, losing, moving or recreating it loses no change. A slot that no consumer reads
     keeps WAL on the server's disk.
     """
 
@@ -198,7 +198,7 @@ def status(
     """Show all about the slot NAME [the configured one]; exit 1 if something is to be done about it.
 
     Where what it may keep is limited, it takes a second: to see how fast WAL is written, and when the slot is lost if
-    nobody reads it. With --watch, off a terminal, one line for each look.
+    no consumer reads it. With --watch, off a terminal, one line for each look.
     """
     from cdc.replication import slots  # noqa: PLC0415 - see create
 
@@ -258,7 +258,7 @@ def _facts(found: SlotReport, expected: Outlook | None) -> list[tuple[str, Any]]
     if expected is not None:
         facts.append(("wal_written", f"{size(round(expected.wal_bytes_per_s))} a second"))
     if expected is not None and expected.lost_in_s is not None:
-        facts.append(("lost_in", f"{span(expected.lost_in_s)}, if nobody reads it"))
+        facts.append(("lost_in", f"{span(expected.lost_in_s)}, if no consumer reads it"))
     return facts
 
 

@@ -111,7 +111,7 @@ def _brief(seconds: float) -> str:
 def _slot(slot: SlotReport | None, name: str) -> str:
     if slot is None:
         return f"there is none named {name}: changes are found by sweeping"
-    read_by = f"read by {slot.reader}" if slot.active else "read by nobody"
+    read_by = f"read by {slot.reader}" if slot.active else "read by no consumer"
     kept = f"keeps {size(slot.retained_wal_bytes)}" if slot.retained_wal_bytes is not None else "keeps nothing"
     lag = f"; {size(slot.confirmed_lag_bytes)} not confirmed" if slot.confirmed_lag_bytes is not None else ""
     return f"{slot.name} ({slot.plugin}), {read_by}; {kept} of WAL{lag}"

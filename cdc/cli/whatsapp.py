@@ -46,7 +46,7 @@ def serve(settings: Settings) -> None:
     section = settings.whatsapp
     if section.app_secret is None:
         raise UsageError(
-            "there is no app secret, so nobody could tell who sends the webhooks",
+            "there is no app secret, so the sender of the webhooks cannot be verified",
             hint="CDC_WHATSAPP_APP_SECRET, or CDC_WHATSAPP_APP_SECRET_FILE: the one the messenger signs with",
         )
     try:

@@ -4,12 +4,12 @@ Theory
 ------
 The window, the workers, the threads are shared by all entity types. A fixed part for each would leave most of it idle;
 no limit at all would let one slow type take everything. So the limit follows what is free, as in the shared memory of
-network switches (dynamic thresholds, Choudhury and Hahne 1998): one more place is given to whoever holds less than
+network switches (dynamic thresholds, Choudhury and Hahne 1998): a user gets one more place while it holds less than
 ``factor`` times what would then be free. Of n places one user that takes all it can get is left about
-n * factor / (1 + factor), and k of them that come at the same time n * factor / (1 + k * factor) each. Where they come
-one after the other and never give anything back, each gets the same part of what the ones before it have left. In all
-cases there is room for the next one, until there are so many that not one place is left; and who holds nothing gets a
-place as long as there is one. Limits sink as others come and rise as they go.
+n * factor / (1 + factor), and k users that come at the same time n * factor / (1 + k * factor) each. Where users come
+one after the other and never give anything back, each gets the same part of what is left. In all cases there is room
+for the next user, until not one place is left; and a user that holds nothing gets a place as long as there is one.
+Limits sink as others come and rise as they go.
 """
 
 from __future__ import annotations

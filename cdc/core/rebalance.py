@@ -1,4 +1,4 @@
-"""Who should own which shard. Pure; the locks themselves are in ``outbox.shards``.
+"""Who should own which shard. Pure; the locks themselves are in ``postgres.shard_locks``.
 
 Every consumer decides for itself from three figures: how many members are alive, how many shards it holds and how
 many nobody holds. With m members a fair share is at least ``SHARDS // m`` and at most one more. A member above the

@@ -2,22 +2,22 @@
 
 Theory
 ------
-An outcome that is known is kept until it is written. Those of a key are written in the order in which they finished:
-a crash in between would leave the later one marked and the earlier one to run again. What the table refuses is told by
-whoever writes, and comes back:
+A known outcome is kept until it is written. The outcomes of a key are written in the order in which they finished:
+otherwise a crash could leave the later one marked and the earlier one to run again. The settler returns what the table
+refuses:
 
-    split      it is about one of them: the two halves are written next, and in the end the one alone
-    again      all of it is to be written next, once more
-    put_back   these keys cannot be written now; they are held for a while, with what else finishes of them
+    split      one of them is refused: the two halves are written next, and in the end that one alone
+    again      all of it is written next, once more
+    put_back   these keys cannot be written now; they are held for a while, with all that finishes of them
 
     finished ──► next ──take──► taken ──written──► gone
                   ▲  │            │
                   │  └─ held ◄────┤ put_back: by key, until a moment
                   └── parts ◄─────┘ split, again
 
-A session that is lost takes the shards with it. What was not written is *parked* by shard then; what was under way may
-have been written, and is *uncertain*. A shard that comes back and was nobody else's meanwhile brings its outcomes back
-into the queue; of any other they are dropped.
+A lost session loses the shards. What was not written is *parked* by shard then; what was under way is *maybe written*.
+The outcomes of a shard that comes back, and that no other consumer owned meanwhile, return to the queue. Those of any
+other shard are dropped.
 """
 
 from __future__ import annotations

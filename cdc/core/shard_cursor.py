@@ -1,4 +1,4 @@
-"""How the fresh changes of a shard are paged through, in ``seq`` order, again and again. Pure.
+"""Pages through the fresh changes of a shard, in ``seq`` order, again and again. Pure.
 
 Theory
 ------
@@ -8,11 +8,11 @@ is everything the new snapshot shows and the old one did not. The scan itself be
 number n, only transactions without an end may still bring numbers below n; once ``xmin`` has passed that page's
 ``next_xid`` there are none, and n becomes the floor. Dead index entries below it, which a snapshot held elsewhere keeps
 alive, are not walked again. A number is drawn after its transaction got its id (the capture trigger fires after the row
-was written). For rows inserted by hand that need not hold: a pass from zero, now and then, finds what slipped through.
+was written). Rows inserted by hand need not follow that order: a full pass, once in a while, finds them.
 
-So a position says: of the rows up to the cursor, those written by transactions below ``since`` have been taken in, and
-of those up to the floor all. That holds for any part of the rows as it does for the whole: a part may be *split* off
-with a copy of the position, and *joined* again when it has caught up, at the lower of the two.
+So a position says: of the rows up to the cursor, those of transactions below ``since`` have been read, and of the rows
+up to the floor, all. The same holds for any part of the rows. So a part may be *split* off with a copy of the position,
+and *joined* again when it has caught up, at the lower of the two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RETRY_MIN_S = 0.001
 REPASS_MAX_S = 0.5
 _AWAITED_MAX = 100
 _REPASSES = 10
-"""From LOOK_AGAIN_MIN_S to REPASS_MAX_S, each twice as late as the one before."""
+"""From RETRY_MIN_S to REPASS_MAX_S, each twice as late as the one before."""
 
 
 @dataclass(frozen=True, slots=True)

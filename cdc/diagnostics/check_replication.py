@@ -181,7 +181,7 @@ def _state(found: SlotReport) -> Finding:
         return fail(f"{found.name}: {severity.sentence}", severity.remedy, *drop)
     kept = f"keeps {size(found.retained_wal_bytes or 0)} of WAL"
     return ok(
-        f"{found.name}, {found.plugin}, {kept}, {f'read by {found.reader}' if found.active else 'read by nobody'}"
+        f"{found.name}, {found.plugin}, {kept}, {f'read by {found.reader}' if found.active else 'read by no consumer'}"
     )
 
 

@@ -1,4 +1,7 @@
-"""The circuit breakers of all handlers: told of, counted, and looked at when their time has come. See ``breaker``."""
+"""The circuit breakers of all handlers: logged, counted, and half-opened when their pause is over.
+
+See ``core.circuit_breaker``.
+"""
 
 from __future__ import annotations
 

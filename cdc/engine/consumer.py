@@ -361,7 +361,7 @@ class Consumer:
         self._dispatcher.settled()
         if settled.missed:
             self._metrics.outbox.settle_skipped.inc(settled.missed)
-            self.sweep_now()  # somebody else had settled one: what the queues take for waiting may be done
+            self.sweep_now()  # another session had settled one: what the queues take for waiting may be done
         self._tell(batch, settled.at)
         self._dispatcher.dispatch()
         self._read_due.set()

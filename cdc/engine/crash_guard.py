@@ -1,29 +1,28 @@
-"""What is done differently on the shards of a consumer that died, so that the change that killed it is found.
+"""How the change that killed a consumer is found, after another consumer has taken over its shards.
 
 Theory
 ------
 A change that kills its process (``os._exit``, a crash in C code, memory that ran out) never reaches the error path, and
-would kill whoever takes over for ever. Nothing is written down in steady state that could convict it; what was running
-when a process died is not known afterwards. But it is known *that* it died: its row in ``cdc_shards`` is still there.
-So whoever takes over such a shard goes through what was there by then, a window of it, in two steps:
+would kill each consumer that takes over. In steady state nothing is written that names it: what was running when a
+process died is not known afterwards. But it is known *that* the process died, because its row in ``cdc_shards`` is
+still there. The consumer that takes over such a shard goes through what was there by then, one window of it, in two
+steps:
 
-    unsuspected   written down as ``started_by`` this process before its handler starts; many at once, in one statement
-    suspect       written down by a process that died: that start counts as a failed attempt, and the next one is made
-                  alone, when the outcome of the one before is settled, so that a process that dies again convicts one
-                  change and no other
+    unsuspected   recorded as ``started_by`` this process before its handler starts; many at once, in one statement
+    suspect       recorded by a process that died: that start counts as a failed attempt. The next attempt is made
+                  alone, after the one before has settled, so that a process that dies again convicts one change only
 
-A poisonous change thus kills its process once unseen, once as one of many, and then as often as it has attempts; one
-that just ran beside it loses a single attempt. What is cut off by a stop loses none: a stop removes the marks.
+A poison message thus kills its process once unseen, once as one of many, and then as often as it has attempts. A change
+that ran beside it loses one attempt. A change that a stop cuts off loses none, because a stop removes the records.
 
-From the table, a process that lost its session looks like one that died. It lives, and takes its marks back as soon as
-it has a session again; whoever has its shards meanwhile gives it ``GRACE_S`` for that before a suspect is run or
-judged, and asks once more when the suspect's turn has come. Found by the ledger, on a machine with more to do than
-processors: sessions that were ended twice in a row cost a change two attempts of which it had made none.
+In the table a process that lost its session looks like one that died. It lives, and takes its records back as soon as
+it has a session again. The next owner gives it ``GRACE_S`` for that before a suspect runs or is judged, and reads the
+row again when the suspect's turn has come. Otherwise a healthy change could lose attempts that were never made.
 
-Nor may what has nothing to do with changes kill a process that has marks: a logical message can take all its memory,
-and would be paid for by whatever was marked. So the slot is not read while ``exposed``: from the start until the free
-shards have been taken, and then until nothing is marked or waits to be judged, but no longer than ``EXPOSED_MAX_S``.
-Without the slot changes are found by sweeping.
+A process that has records must not die of anything else: a logical message can take all its memory, and the recorded
+changes would be blamed. So the slot is not read while ``exposed``: from the start until the free shards have been
+taken, and then until nothing is recorded or waits to be judged, but no longer than ``EXPOSED_MAX_S``. Meanwhile changes
+are found by sweeping.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ class CrashGuard:
             if batch:
                 await self._write(batch)
         if any(change.seq not in self._marked for change in crash_guard):
-            raise AskTheTableError("somebody else has the change")
+            raise AskTheTableError("another session has the change")
         for change in crash_guard:
             self._count_down(change.shard)
 

@@ -152,7 +152,10 @@ class Dispatcher:
             _, uncancellable = await asyncio.wait([task for task, _ in running], timeout=_CUT_OFF_S)
             self._uncancellable |= uncancellable
             if uncancellable:
-                log.error("%d handlers caught their cancellation and go on; nobody waits for them", len(uncancellable))
+                log.error(
+                    "%d handlers caught their cancellation and go on; the consumer does not wait for them",
+                    len(uncancellable),
+                )
 
     async def _work(self) -> None:
         task = asyncio.current_task()

@@ -16,12 +16,12 @@
 
 A batch goes the same way as one call. Of what it raises, ``Failed`` names the changes it is about; ``Retry``,
 ``Unavailable``, ``Discard``, ``Reject`` and the time limit are about all of them. Any other error is the fault of one
-of them, and nobody knows of which: so they are called one by one, at once, and a key ends where one of its changes
-failed. Where one of these finds away what it needs, the rest stay as they were.
+of them, and it is unknown which: so they are called one by one, at once, and a key stops at its first failed change.
+Where one of these finds away what it needs, the rest stay as they were.
 
 Changes of a transactional handler may share a transaction, each with its own call. If one of these fails, all are
-rolled back and run one by one as well; only when the handler has ended the transaction, nobody knows what of the others
-was committed, and none of them may run again.
+rolled back and run one by one as well. Only when the handler has ended the transaction, it is unknown what of the
+others was committed, and none of them may run again.
 
 A handler in a thread cannot be stopped, nor can one that catches its cancellation and goes on. When it overruns its
 limit that is reported, and the change stays running, its key shut, until the handler returns; then what it did decides:

@@ -34,8 +34,7 @@ _UNMARKED_S = 1.0
 """Until the next read, where what is refused cannot be made a dead letter now."""
 _REST, _REST_MAX_S = 4, 1.0
 """Between two looks for what is due there is so many times the time that the first one took; up to a limit, for that
-may have been the time that this process was stopped, or the table locked. Found by the ledger: six seconds of SIGSTOP
-in the middle of a look, and no retry was made for 24 more."""
+may include a time in which this process was stopped, or the table locked."""
 
 _Kind = Callable[[psycopg.AsyncConnection, int], Awaitable[bool]]
 

@@ -4,7 +4,7 @@
 
 What the server refuses is told by its SQLSTATE. Where it is about one row, the batch is halved until that row is alone:
 it becomes a dead letter with the server's words. Where something stands in the way, the outcomes are kept and tried
-again, and no handler is called again for them; what somebody has locked is written around. Anything else ends the
+again, and no handler is called again for them; locked rows are written around. Anything else ends the
 session.
 """
 

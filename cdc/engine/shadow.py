@@ -1,7 +1,7 @@
 """A consumer that only looks: ``cdc run --observe``, for the time before it is let to work.
 
 It reads every change as a consumer would, by wake-ups and sweeps, and counts which handler it would have gone to and
-whether it fits that handler's model; and it reads what somebody else marks processed, and how long that took. It owns
+whether it fits that handler's model; and it reads what another program marks processed, and how long that took. It owns
 no shard and is no member, so nobody shares work with it, and its session is read-only: the server would refuse a mark.
 For the stream, the listener and the probes it has the interface of ``Consumer``.
 """

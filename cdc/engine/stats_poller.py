@@ -1,7 +1,7 @@
 """Reads what the database says for metrics and page, on a connection and a thread of its own, every few seconds.
 
-Never inside a scrape: how often somebody scrapes must not decide how often the database is asked, and a slow database
-must not make the consumer look dead. Each reading is bounded, and what cannot be read is removed, not left standing.
+Never inside a scrape: the scrape interval must not decide how often the database is asked, and a slow database must not
+make the consumer look dead. Each reading has a time limit, and figures that cannot be read are removed.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class StatsPoller:
             self._told.add(name)
             log.warning(
                 "changes of the type %s wait, and no handler here wants them: write one, router.ignore(%r) to discard"
-                " them, or --except to say that they are somebody else's", name, name,
+                " them, or --except to say that another consumer handles them", name, name,
             )  # fmt: skip
         return sum(unhandled.values())
 

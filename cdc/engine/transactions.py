@@ -3,7 +3,7 @@
     BEGIN ── take the row ── handler(change, connection) ── mark the row ── COMMIT
 
 The row is taken with FOR UPDATE SKIP LOCKED, unprocessed and as it was read, so that its effects happen once even if
-two consumers believe they own the shard. Nothing taken means that somebody else has it or had it: never that it is
+two consumers believe they own the shard. Nothing taken means that another session has it or had it: never that it is
 done. Then, and when the connection dies (the answer to a COMMIT may be lost with it), only the table knows what
 became of the change: ``AskTheTableError`` has its key read again.
 
@@ -291,7 +291,7 @@ def _alone_only(errors: Errors, calls: Sequence[object]) -> None:
 
 def _taken(changes: Sequence[Change], rows: Sequence[tuple[object, ...]]) -> str:
     if len(rows) < len(changes):
-        raise AskTheTableError("somebody else has the change")
+        raise AskTheTableError("another session has the change")
     return str(rows[0][0])
 
 

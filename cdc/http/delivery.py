@@ -4,7 +4,7 @@
                                               ├─ 400, 410, 413, 415, 422 ─────> dead
                                               ├─ another status, no answer ───> again later
                                               ├─ 502, 503, 504, broken off ───> away: no attempt, unless it is alone
-                                              └─ not even a connection ───────> away: no attempt, for nobody saw it
+                                              └─ not even a connection ───────> away: no attempt, nothing was sent
 
 What is away is for the handler's breaker (``breaker``). That a request breaks off may also be what its change does to
 the application, which then works for all others: said of a change ten times, while others were answered in between, it

@@ -1,7 +1,7 @@
 """What an application's answer means for the change it was given. Pure.
 
     2xx                        done
-    502, 503, 504              away: nobody has looked at the change, no attempt is counted
+    502, 503, 504              away: the application has not seen the change, no attempt is counted
     400, 410, 413, 415, 422    dead: the same request would be answered so again
     any other                  again later, not before Retry-After
 

@@ -1,6 +1,6 @@
 """The page for people without a dashboard, and the figures behind it, all of them in memory.
 
-A request reads what is here and asks nobody: neither the database nor the event loop, so that the page is there when
+A request reads what is here and asks neither the database nor the event loop, so that the page is there when
 they are not. What it shows comes from three sides: the status of this process, taken every few seconds by a thread of
 the page's own, which is how it has a past; the database, as it was read last; and the failures of handlers as the log
 tells them, by class and place and without their text, which may quote a row.

@@ -1,7 +1,7 @@
 """Every metric of what happens, its help text and its labels, once; those of what is are in ``status_metrics``.
 
-Labels come from closed sets: a type nobody routes is ``other``. Every counter and state exists from the start with 0,
-so that the first error shows as a rise. What can have no value yet does not exist until it has one: the timestamps
+Labels come from closed sets: a type without a handler is ``other``. Every counter and state exists from the start, with
+0, so that the first error shows as a rise. What can have no value yet does not exist until it has one: the timestamps
 (a 0 would be an age of fifty years), the success of a reading (one that is switched off has not failed), and what is
 read from the database, which also goes when it cannot be read.
 """
@@ -130,7 +130,7 @@ class ProcessMetrics(_Group):
         build.labels(__version__, platform.python_version(), *driver).set(1)
         self._task_ends = self._counter(
             "cdc_task_ends",
-            "Times that one ended, which nobody had asked for; it was started again.",
+            "Unexpected ends of a task; it was restarted.",
             "task",
         )
         _start(self._task_ends, TASKS)

@@ -1,6 +1,6 @@
 """What each part of a consumer says of itself: frozen values that any thread may take.
 
-Made when somebody asks: a scrape, the page, a probe, a test. The work itself pays nothing for them. Times are those of
+Made on request: by a scrape, the page, a probe, a test. The work itself pays nothing for them. Times are those of
 ``time.monotonic()``, in seconds, and None for what has not happened yet.
 """
 

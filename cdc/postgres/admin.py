@@ -1,8 +1,8 @@
 """What an operator asks of the outbox, and decides about changes that wait or are dead.
 
-A dead letter is not tried again until somebody says so: ``retry`` makes it wait, due at once, and ``discard`` marks it
-processed. Both repeat in their own WHERE what they rely on, and both take the row first without waiting for it: a row
-that is locked is being worked on, and is refused instead.
+A dead letter is not tried again until an operator says so: ``retry`` makes it wait, due at once, and ``discard`` marks
+it processed. Both repeat in their own WHERE what they rely on, and both lock the row first, without waiting for it: a
+locked row is being worked on, and is refused instead.
 
 Every read is bounded, however large the table is: it walks a partial index, and ends after so many rows. What the bound
 cut off is said.

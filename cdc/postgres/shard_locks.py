@@ -192,7 +192,7 @@ class Holder(NamedTuple):
 
 def without(holders: Sequence[Holder]) -> str:
     """For the log of a consumer that owns no shard."""
-    who = "; ".join(map(str, holders)) or "nobody holds one any more"
+    who = "; ".join(map(str, holders)) or "no session holds one any more"
     return (
         f"owns none of {SHARDS} shards, so it handles nothing: {who}; a consumer gives its surplus away when what runs"
         " there has ended. One that is silent hangs, or is a child of one that was killed: end it by"
@@ -255,7 +255,7 @@ class ShardSession:
     async def acquire(self, limit: int) -> Acquired:
         """Lock up to ``limit`` shards that nobody holds; or go on with those that were locked when it failed before.
 
-        Raises SessionLostError where nobody knows which of the locks were taken.
+        Raises SessionLostError when it is unknown which of the locks were taken.
         """
         self.unregistered = self.unregistered or await self._lock(limit)
         failpoints.here("shards.after_lock")

@@ -86,7 +86,7 @@ class SlotReport:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """``wal_bytes_per_s``: what the whole server writes. ``lost_in_s``: at that rate, if nobody reads the slot.
+    """``wal_bytes_per_s``: what the whole server writes. ``lost_in_s``: at that rate, if no consumer reads the slot.
 
     ``lost_in_s`` is None where nothing limits what the slot keeps, or nothing is written.
     """
@@ -121,7 +121,7 @@ def assess(slot: SlotReport, expected: Outlook | None = None) -> SlotHealth:
     found = next((health for health in problems if health is not None), None)
     if found is not None:
         return found
-    return SlotHealth(True, "fine" if slot.active else "nobody reads it; it keeps WAL until somebody does")
+    return SlotHealth(True, "fine" if slot.active else "no consumer reads it; it keeps WAL until one does")
 
 
 def _broken(slot: SlotReport) -> SlotHealth | None:
@@ -141,7 +141,7 @@ def _waiting_for_standbys(slot: SlotReport) -> SlotHealth | None:
     return SlotHealth(
         False,
         f"waiting: it is one for failover, and the server waits for the standbys in synchronized_standby_slots, but "
-        f"nobody reads {slot.held_by}",
+        f"no standby reads {slot.held_by}",
         f"bring them back, or take them out of that setting; a consumer that may recreate slots has it go on without"
         f" failover after a minute (cdc slot drop {slot.name} does so at once, and loses no change)",
     )
@@ -154,7 +154,9 @@ def _nearly_lost(slot: SlotReport, expected: Outlook | None) -> SlotHealth | Non
     left_s = expected.lost_in_s if expected else None
     if left_s is None or left_s > _SOON_S or slot.active:
         return None
-    return SlotHealth(False, f"lost in about {span(left_s)} if nobody reads it and WAL is written as it is now", remedy)
+    return SlotHealth(
+        False, f"lost in about {span(left_s)} if no consumer reads it and WAL is written as it is now", remedy
+    )
 
 
 def _keeps_much(slot: SlotReport) -> SlotHealth | None:
@@ -163,7 +165,9 @@ def _keeps_much(slot: SlotReport) -> SlotHealth | None:
         return None
     if not slot.active:
         return SlotHealth(
-            False, f"keeps {size(kept)} of WAL, and nobody reads it", f"start a consumer, or {_recreate_remedy(slot)}"
+            False,
+            f"keeps {size(kept)} of WAL, and no consumer reads it",
+            f"start a consumer, or {_recreate_remedy(slot)}",
         )
     return SlotHealth(
         False,

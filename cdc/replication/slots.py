@@ -1,7 +1,7 @@
 """Replication slots as an operator handles them, over an ordinary connection.
 
 Ours carries wake-ups only: losing, dropping, advancing or recreating it costs latency until the next sweep and never a
-change. What it can cost is disk: a slot that nobody reads keeps WAL.
+change. What it can cost is disk: a slot that no consumer reads keeps WAL.
 """
 
 from __future__ import annotations

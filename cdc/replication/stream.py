@@ -1,11 +1,11 @@
 """A thread that reads the replication slot and says which changes are committed.
 
-A thread of its own, so that a handler that blocks the event loop cannot starve the keepalives. It knows nothing about
-handlers: what it has read it hands over and confirms at once.
+It has a thread of its own, so that a handler that blocks the event loop cannot starve the keepalives. It knows nothing
+of handlers: it hands over what it reads, and confirms it at once.
 
-One attempt: connect, have a slot that can be read (``opening``), read until something ends it. The connection is
-``replication``; what ended it, and what to do, is decided in ``refusals``; positions, clocks and pauses in
-``progress``. Whatever happens here costs latency and never a change: the outbox is swept meanwhile.
+One attempt: connect (``connection``), prepare a slot that can be read (``slot_setup``), read until something ends it.
+``refusals`` decides what ended it and what to do, ``lsn_tracker`` keeps positions and the clock of status updates,
+``reconnect`` the pauses. A failure here costs latency and never a change: the outbox is swept meanwhile.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _write(connection: psycopg.Connection, statement: str, size: Size, folder: P
 
 
 def _figures(name: str, written: array[int], arrived: Moments, size: Size) -> list[Figure]:
-    """The rows of the warm-up are left out, and those that somebody else has handled."""
+    """The rows of the warm-up are left out, and those that another program has handled."""
     warm_up = size.rate * size.warm_up_s
     latencies = [(arrived[row] - at) / 1e6 for row, at in enumerate(written) if row >= warm_up and row in arrived]
     pace = (len(written) - warm_up - 1) / (written[-1] - written[warm_up]) * 1e9

@@ -1,4 +1,4 @@
-"""A running consumer's slot holds WAL for seconds, whatever its handlers do; a slot that nobody reads holds all of it.
+"""A running consumer's slot holds WAL for seconds, whatever its handlers do; an unread slot holds all of it.
 
 The bounds are seconds with room for a slow machine, and checkpoints are made every two seconds: without them the server
 lets go in steps of 15 to 30 s. ``fault_table.py`` measures the same without them, and longer.

@@ -1,4 +1,4 @@
-"""How much WAL the slot of a running consumer holds, beside a slot that nobody reads.
+"""How much WAL the slot of a running consumer holds, beside a slot that no consumer reads.
 
 What the server keeps for a slot begins at ``restart_lsn``. It follows ``confirmed_flush_lsn`` in steps: only where the
 server has noted which transactions were running, every 15 s while something is written and at every checkpoint, and
@@ -167,7 +167,7 @@ def _publish(connection: psycopg.Connection, rows: int) -> None:
 
 @contextlib.contextmanager
 def _watched(stage: Stage, size: Size) -> Iterator[Watcher]:
-    """With all handlers blocked, for longer than any test, and a slot that nobody reads."""
+    """With all handlers blocked, for longer than any test, and a slot that no consumer reads."""
     stage.sql(
         "SELECT publish_change('counted', 'blocks' || n, 'INSERT', '{\"takes_s\": 3600}')"
         " FROM generate_series(1, %s) AS n",

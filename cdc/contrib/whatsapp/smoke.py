@@ -142,7 +142,7 @@ class Smoke:
                 if name not in seen and look():
                     seen[name] = after_s
             if not slot[0] and "processed" in seen and "task" in seen:
-                break  # nobody reads the slot, so no more is to be seen of it
+                break  # no consumer reads the slot, so no more is to be seen of it
             pause.wait(_POLL_INTERVAL_S)
         return [self._woken(seen, active=slot[0]), *_ends(seen, state, self._timeout_s)]
 
@@ -153,7 +153,7 @@ class Smoke:
             )
         if active:
             return SmokeStep("woken", False, None, f"the reader of the slot {self._slot} has not confirmed the commit")
-        nobody = f"nobody reads the slot {self._slot}"
+        nobody = f"no consumer reads the slot {self._slot}"
         if "processed" in seen:
             return SmokeStep("woken", None, None, f"{nobody}: a sweep has found the change")
         return SmokeStep("woken", False, None, nobody)

@@ -160,4 +160,4 @@ async def _be_away(request: Request, error: Any) -> Response:
 
 
 async def _let_go(request: Request, error: Any) -> Response:
-    return Response(status_code=400)  # nobody reads it
+    return Response(status_code=400)  # no consumer reads it

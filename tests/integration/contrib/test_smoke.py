@@ -74,7 +74,7 @@ async def test_with_a_consumer_at_work_every_step_is_seen_and_nothing_is_left_be
     assert {name: step["ok"] for name, step in steps.items()} == {
         "captured": True, "woken": True if stream else None, "processed": True, "task": True,
     }  # fmt: skip
-    assert steps["woken"]["detail"].startswith("the reader of the slot" if stream else "nobody reads the slot")
+    assert steps["woken"]["detail"].startswith("the reader of the slot" if stream else "no consumer reads the slot")
     assert 0 < steps["processed"]["after_s"] < 10
     assert [message.chat_id for _, message in sender.sent] == ["cdc-smoke"], "the task's notification, and nothing else"
     assert _left(tables) == _NOTHING

@@ -507,4 +507,4 @@ def test_a_stream_that_is_switched_off_is_not_examined_but_a_slot_that_was_left_
     assert {found[name]["severity"] for name in of_the_stream} == {"skip"}
     slots.create(db, slot)
     found = findings(shop, "--no-stream", "--slot-name", slot)
-    assert "read by nobody" in found["slot"]["detail"]
+    assert "read by no consumer" in found["slot"]["detail"]

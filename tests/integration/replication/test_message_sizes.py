@@ -71,7 +71,7 @@ def consumer(
     for process in started:
         if process.process.poll() is None:
             process.kill()
-    eventually(lambda: not slot_facts(outbox_db, "sizes").get("active"), what="nobody reads the slot")
+    eventually(lambda: not slot_facts(outbox_db, "sizes").get("active"), what="no consumer reads the slot")
     if slot_facts(outbox_db, "sizes"):
         outbox_db.execute("SELECT pg_drop_replication_slot('sizes')")
 

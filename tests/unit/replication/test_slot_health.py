@@ -41,7 +41,7 @@ def test_a_slot_that_is_read_and_keeps_little_is_fine() -> None:
         ({"confirmed_lag_bytes": -1}, "silent", "cdc slot recreate cdc"),
         ({"wal_status": "unreserved"}, "about to be lost", "max_slot_wal_keep_size"),
         ({"retained_wal_bytes": 2 << 30}, "keeps 2 GB of WAL, though it is being read", "cdc doctor"),
-        ({"retained_wal_bytes": 2 << 30, "active": False}, "nobody reads it", "start a consumer"),
+        ({"retained_wal_bytes": 2 << 30, "active": False}, "no consumer reads it", "start a consumer"),
     ],
 )  # fmt: skip
 def test_each_trouble_has_its_sentence_and_its_remedy(fields: dict[str, Any], word: str, remedy: str) -> None:
