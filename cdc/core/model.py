@@ -198,21 +198,27 @@ class Discarded:
 class Waiting:
     """The attempt failed; the next one is due ``delay_s`` seconds after the settle.
 
-    ``counted``: it is one of those that a change has; else what the handler needs was away.
+    ``counted``: it is one of those that a change has; else what the handler needs was away. ``error`` may quote the
+    row; ``summary`` says what kind of error it is, and quotes nothing.
     """
 
     delay_s: float
     error: str
     counted: bool = True
+    summary: str = ""
     blocks_key: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """The last attempt failed, or no attempt can succeed. ``pauses``: its key waits until somebody decides."""
+    """The last attempt failed, or no attempt can succeed. ``pauses``: its key waits until somebody decides.
+
+    ``error`` and ``summary`` as of Waiting.
+    """
 
     error: str
     pauses: bool = False
+    summary: str = ""
 
     @property
     def blocks_key(self) -> bool:

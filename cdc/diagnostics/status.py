@@ -1,12 +1,11 @@
 """The state of things at a glance, from the database: what is not processed, who works, how fast, and the slot.
 
-Every read is bounded, and none shows what is in a row: the text of an error may quote it, so of an error only the
-class is taken. The rest is for ``cdc outbox show``, which somebody runs who may see rows.
+Every read is bounded, and none shows what is in a row: the text of an error may quote it, so of an error only its
+summary is taken. The rest is for ``cdc outbox show``, which somebody runs who may see rows.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
@@ -31,21 +30,10 @@ _TYPES_MAX = 500
 _NAME_MAX = 200
 """Characters of a type: nothing else bounds it, and what is here is kept in memory and sent to whoever asks."""
 
-# Names from programs, not from rows: a class by the ending that classes of errors have, and the model of a row.
-_ERROR_CLASS = re.compile(
-    r"(?P<model>does not fit [A-Za-z_]\w{0,60})(?=:)"
-    r"|(?P<limit>took longer than [\d.e+]{1,9} s)\Z"
-    r"|(?P<crash>the consumer's process ended)\b"
-    r"|(?P<answer>(?:rejected: )?answered \d{3})\b"
-    r"|(?P<broken>the connection broke)\b"
-    r"|(?P<rejected>rejected)(?=:)"
-    r"|(?P<error>(?:[A-Za-z_]\w{0,60})?(?:Error|Exception|Exit|Failure|Invalid|NotFound|Timeout|Warning))(?=:|\Z)"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A change that waits or is dead. ``at``: when it is tried again, or when it died. ``error`` as ``error_class``."""
+    """A change that waits or is dead. ``at``: when it is tried again, or when it died. ``error``: its summary."""
 
     seq: int
     id: UUID
@@ -131,11 +119,5 @@ def _dead_letter(entry: ChangeSummary) -> DeadLetter:
         attempts=entry.error_count,
         at=entry.dead_at or entry.next_attempt_at,
         pauses_key=entry.pauses_key,
-        error=error_class(entry.last_error),
+        error=entry.error_summary,
     )
-
-
-def error_class(last_error: str | None) -> str | None:
-    """``ValueError`` of ``ValueError: no such user Ada``; None where the text begins with no name of an error."""
-    found = _ERROR_CLASS.match(last_error or "")
-    return found[0] if found else None

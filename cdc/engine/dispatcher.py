@@ -283,7 +283,7 @@ class Dispatcher:
             else:
                 text = f"its attempt was ended {times} times in a row by {type(error).__name__}, which is a bug"
                 log.critical("change %s of %s: %s: now a dead letter", change.id, change.entity_type, text)
-                self._report([Settlement(change, Dead(text))])
+                self._report([Settlement(change, Dead(text, summary=text))])
 
     def _abandon_waiting(self) -> None:
         while self._later:

@@ -31,6 +31,9 @@ _ERROR_LENGTH_MAX = 2_000
 """Of last_error, without the frames: an error text may quote payload, and must not outgrow the row it is about."""
 
 
+_SUMMARY_LENGTH_MAX = 300
+"""Of error_summary, characters: the name of a class may be long."""
+
 _CRASHES_MAX = 3
 _AWAY_CAP_S = 30.0
 """The longest wait of a change whose handler finds away what it needs, and does not rest."""
@@ -125,14 +128,14 @@ class ErrorPolicy:
                 "handler %s: %s on change %s of %s, attempt %d: now a dead letter; its last_error says more",
                 handler.name, read.summary, change.id, change.entity_type, change.attempt, extra=in_message(fields),
             )  # fmt: skip
-            return Dead(read.text, handler.pauses)
+            return Dead(read.text, handler.pauses, read.summary)
         log.log(
             logging.WARNING if read.kind else logging.INFO,
             "handler %s: %s on change %s of %s, attempt %d of %d; again in %.1f s",
             handler.name, read.summary, change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
             extra=in_message(fields),
         )  # fmt: skip
-        return Waiting(wait_s, read.text)
+        return Waiting(wait_s, read.text, summary=read.summary)
 
     def of_call(
         self, handler: Handler, changes: Sequence[Change], errors: Errors, took_s: float | None
@@ -162,7 +165,8 @@ class ErrorPolicy:
             self._metrics.handled(change.entity_type, handler.name, "unavailable")
             if read.after_s is None and rests:
                 continue
-            outcomes[change] = Waiting(self._away_s(handler, change, read.after_s), read.text, counted=False)
+            wait_s = self._away_s(handler, change, read.after_s)
+            outcomes[change] = Waiting(wait_s, read.text, counted=False, summary=read.summary)
         if outcomes:
             change = next(iter(outcomes))
             fields = _fields(handler, change, change.attempt, "unavailable", read.trace)
@@ -205,9 +209,9 @@ class ErrorPolicy:
 class _ErrorReport(NamedTuple):
     """What is to be known of an error.
 
-    ``kind``: for the metric; None: a deliberate Retry is not an error. ``summary``: for a log. ``text``: for
-    last_error. ``trace``: where it came from. ``final``: no other attempt can succeed. ``after_s``: what the handler
-    asks for. ``answers``: what the handler needs was there, for it has decided.
+    ``kind``: for the metric; None: a deliberate Retry is not an error. ``summary``: for a log and for error_summary.
+    ``text``: for last_error. ``trace``: where it came from. ``final``: no other attempt can succeed. ``after_s``: what
+    the handler asks for. ``answers``: what the handler needs was there, for it has decided.
     """
 
     kind: str | None
@@ -243,10 +247,11 @@ def _read(handler: Handler, error: BaseException) -> _ErrorReport:
         if not isinstance(error, _DELIBERATE) and (found.own or not isinstance(error, ValidationError)):
             text += _lines(found)
         final, answers = isinstance(error, _FINAL), isinstance(error, Retry | Reject)
-        return _ErrorReport(_kind(error), _summary(error, found), text, found, final, after_s, answers=answers)
+        summary = _cut(_summary(handler, error, found), _SUMMARY_LENGTH_MAX)
+        return _ErrorReport(_kind(error), summary, text, found, final, after_s, answers=answers)
     except BaseException as unreadable:  # noqa: BLE001 - what a method of the error raises must not take its outcome away
         text = f"{found.error}, and its text cannot be read: {class_name(unreadable)}"
-        return _ErrorReport("exception", str(found), _cut(text) + _lines(found), found)
+        return _ErrorReport("exception", _cut(str(found), _SUMMARY_LENGTH_MAX), _cut(text) + _lines(found), found)
 
 
 def _lines(found: Trace) -> str:
@@ -298,7 +303,7 @@ def _kind(error: BaseException) -> str | None:
     return "exception"
 
 
-def _summary(error: BaseException, found: Trace) -> str:
+def _summary(handler: Handler, error: BaseException, found: Trace) -> str:
     """What a log line may say of it."""
     match error:
         case SafeError():
@@ -309,7 +314,7 @@ def _summary(error: BaseException, found: Trace) -> str:
             return f"what it needs is away ({found})"
     own_words = {
         Reject: "rejected it",
-        ValidationError: "the row does not fit the model",
+        ValidationError: f"the row does not fit the model {_model(handler) if handler.model else ''}".rstrip(),
         Retry: "asked for another try",
     }
     return next((words for kind, words in own_words.items() if isinstance(error, kind)), str(found))
@@ -327,11 +332,15 @@ def _text(handler: Handler, error: BaseException) -> str:
         case ValidationError():
             faults = error.errors(include_input=False, include_url=False, include_context=False)
             summary = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'row'}: {fault['msg']}" for fault in faults)
-            return f"does not fit {getattr(handler.model, '__name__', handler.model)}: {summary}"
+            return f"does not fit {_model(handler)}: {summary}"
     return f"{class_name(error)}: {error}"
 
 
-def _cut(text: str) -> str:
+def _model(handler: Handler) -> object:
+    return getattr(handler.model, "__name__", handler.model)
+
+
+def _cut(text: str, length_max: int = _ERROR_LENGTH_MAX) -> str:
     # PostgreSQL's text has no NUL; an error text with one would make the settle fail, and with it the whole batch.
     clean = text.replace("\0", "\\0").encode("utf-8", "replace").decode()
-    return clean if len(clean) <= _ERROR_LENGTH_MAX else f"{clean[: _ERROR_LENGTH_MAX - 1]}…"
+    return clean if len(clean) <= length_max else f"{clean[: length_max - 1]}…"

@@ -277,7 +277,11 @@ def _unmarkable(outcome: Outcome, error: psycopg.Error) -> Unmarkable:
     words = f"{error.diag.message_primary} [{error.sqlstate}]".replace("\0", "")
     words = words.encode("ascii", "backslashreplace").decode()[:_WORDS_MAX]
     done = "its handler failed, and" if isinstance(outcome, Dead) or outcome.blocks_key else "its handler returned, but"
-    return Unmarkable(f"{done} the database refused the mark: {words}", isinstance(outcome, Dead) and outcome.pauses)
+    return Unmarkable(
+        f"{done} the database refused the mark: {words}",
+        isinstance(outcome, Dead) and outcome.pauses,
+        f"{done} the database refused the mark [{error.sqlstate}]",
+    )
 
 
 def _now() -> float:

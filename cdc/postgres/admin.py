@@ -78,6 +78,8 @@ class ChangeSummary:
     changed_at: datetime
     error_count: int
     last_error: str | None
+    error_summary: str | None
+    """What of it the page and `cdc status` show: words that quote no row. 300 characters."""
     next_attempt_at: datetime | None
     processed_at: datetime | None
     dead_at: datetime | None

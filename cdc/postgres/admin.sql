@@ -164,7 +164,7 @@ SELECT c.seq, c.id, {state} AS state,
        coalesce(c.dead_at IS NOT NULL AND c.next_attempt_at = 'infinity', false) AS pauses_key,
        left(coalesce(c.entity_type, c.table_name), 1000) AS entity_type, left(c.entity_id, 1000) AS entity_id, c.shard,
        left(c.table_schema, 1000) AS table_schema, left(c.table_name, 1000) AS "table", c.operation, c.changed_at,
-       c.error_count, left(c.last_error, 10000) AS last_error,
+       c.error_count, left(c.last_error, 10000) AS last_error, left(c.error_summary, 300) AS error_summary,
        nullif(c.next_attempt_at, 'infinity') AS next_attempt_at, c.processed_at, c.dead_at, c.caused_by, c.depth
 FROM {changes} AS c
 WHERE c.id = ANY (%(ids)s::uuid[])

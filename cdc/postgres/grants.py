@@ -25,7 +25,10 @@ PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb)"
 FUNCTIONS = ("capture_entity_change()", PUBLISH)
 """Those that write changes. ``reprocess_failed_actions`` runs with its caller's rights, and needs no guard."""
 
-STATE = ("processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "started_by")
+STATE = (
+    "processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "error_summary",
+    "started_by",
+)  # fmt: skip
 """The columns of entity_changes that tell what became of a change."""
 SHARD_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 """What a consumer does with cdc_shards."""

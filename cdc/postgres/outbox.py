@@ -59,7 +59,7 @@ queue that was analysed while empty. Measured: 0.15 ms a fetch, and 0.75 ms afte
 """
 
 CRASHED = "the consumer's process ended while this change's handler ran"
-"""The last_error of a change that was running when its consumer died."""
+"""The last_error and error_summary of a change that was running when its consumer died."""
 
 _ROW = fast_make(Row)
 _OPERATIONS = {operation.value: operation for operation in Operation}
@@ -401,7 +401,7 @@ class Store:
             "requeued": [finished.change.requeued for finished in batch],
             "failures": [c.attempt - 1 if c.seq in maybe_written else None for c, _ in batch],
         }
-        names = ("processed", "dead", "pauses", "failed", "delays", "errors")
+        names = ("processed", "dead", "pauses", "failed", "delays", "errors", "summaries")
         parameters |= zip(names, map(list, columns), strict=True)
         [(count, at)] = await self._rows(session, "settle_others", parameters)
         return count, at
@@ -445,17 +445,19 @@ def _is_plain(finished: Settlement) -> bool:
     return not finished.change.requeued and isinstance(finished.outcome, Processed | Skipped)
 
 
-def _settle_values(outcome: Outcome, encoding: str) -> tuple[bool, bool, bool, bool, float | None, str | None]:
-    """(processed, dead, pauses, failed, delay_s, error) of the statement ``settle_others``."""
+def _settle_values(
+    outcome: Outcome, encoding: str
+) -> tuple[bool, bool, bool, bool, float | None, str | None, str | None]:
+    """(processed, dead, pauses, failed, delay_s, error, summary) of the statement ``settle_others``."""
     match outcome:
         case Processed() | Skipped():
-            return True, False, False, False, None, None
+            return True, False, False, False, None, None, None
         case Discarded(reason):
-            return True, False, False, False, None, fitting(f"discarded: {reason}", encoding)
-        case Waiting(delay_s, error, counted):
-            return False, False, False, counted, delay_s, fitting(error, encoding)
-        case Dead(error, pauses):
-            return False, True, pauses, True, None, fitting(error, encoding)
+            return True, False, False, False, None, fitting(f"discarded: {reason}", encoding), None
+        case Waiting(delay_s, error, counted, summary):
+            return False, False, False, counted, delay_s, fitting(error, encoding), fitting(summary, encoding) or None
+        case Dead(error, pauses, summary):
+            return False, True, pauses, True, None, fitting(error, encoding), fitting(summary, encoding) or None
         case Committed():
             raise AssertionError("marked by its own transaction, so there is nothing to settle")
 

@@ -348,10 +348,12 @@ WITH settled AS (
       dead_at = CASE WHEN s.dead THEN now() END,
       error_count = c.error_count + s.failed::int,
       last_error = coalesce(s.error, c.last_error),
+      error_summary = CASE WHEN s.error IS NULL THEN c.error_summary ELSE s.summary END,
       started_by = NULL
   FROM unnest(%(ids)s::uuid[], %(processed)s::bool[], %(dead)s::bool[], %(pauses)s::bool[], %(failed)s::bool[],
-              %(delays)s::float8[], %(errors)s::text[], %(requeued)s::bool[], %(failures)s::int[])
-         AS s(id, processed, dead, pauses, failed, delay_s, error, requeued, failures)
+              %(delays)s::float8[], %(errors)s::text[], %(summaries)s::text[], %(requeued)s::bool[],
+              %(failures)s::int[])
+         AS s(id, processed, dead, pauses, failed, delay_s, error, summary, requeued, failures)
   WHERE c.id = s.id AND NOT c.processed AND c.dead_at IS NULL
     AND (s.failures IS NULL OR (c.error_count = s.failures AND (c.next_attempt_at IS NOT NULL) = s.requeued))
   RETURNING 1
@@ -377,7 +379,8 @@ WITH free AS (
   FOR UPDATE OF c SKIP LOCKED
 )
 UPDATE {changes} AS c
-SET started_by = %(process)s, error_count = free.failures, last_error = coalesce(free.error, c.last_error)
+SET started_by = %(process)s, error_count = free.failures, last_error = coalesce(free.error, c.last_error),
+    error_summary = coalesce(free.error, c.error_summary)
 FROM free WHERE c.ctid = free.place
 RETURNING c.id
 

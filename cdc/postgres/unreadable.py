@@ -36,6 +36,8 @@ _NUMBERS = {
 """What is read of changes of which nothing may be converted. The size is that of the stored form, and costs nothing."""
 
 
+_SUMMARY = "the database refuses to hand it over"
+
 Kind = tuple[str, str]
 """Entity type and operation."""
 
@@ -103,7 +105,8 @@ class RefusedRows:
         """Make them dead letters, on the session that holds their shards. Returns those that are now."""
         parameters = {
             "ids": [each.id for each in refused],
-            "errors": [f"the database refuses to hand it over: {each.words}" for each in refused],
+            "errors": [f"{_SUMMARY}: {each.words}" for each in refused],
+            "summary": _SUMMARY,
             "pauses": [pauses(each.kind) for each in refused],
         }
         return {id_ for (id_,) in await (await session.execute(self._statements["mark"], parameters)).fetchall()}

@@ -24,6 +24,6 @@ WITH free AS (
 )
 UPDATE {changes} AS c
 SET dead_at = now(), next_attempt_at = CASE WHEN free.pauses THEN 'infinity'::timestamptz END,
-    error_count = c.error_count + 1, last_error = free.error, started_by = NULL
+    error_count = c.error_count + 1, last_error = free.error, error_summary = %(summary)s, started_by = NULL
 FROM free WHERE c.id = free.id
 RETURNING c.id

@@ -23,6 +23,8 @@ BEGIN
   THEN
     NEW.dead_at := now();
     NEW.next_attempt_at := NULL;
+    -- That of the consumer's last attempt, if there was one.
+    NEW.error_summary := NULL;
   END IF;
   RETURN NEW;
 END
