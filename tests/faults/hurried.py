@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from cdc.app import application
+from cdc.app import application, components
 from cdc.cli import main
 from cdc.core import reconnect
 from cdc.engine import crash_guard
@@ -21,5 +21,5 @@ if __name__ == "__main__":
     reconnect.PERMANENT_PAUSE_S = reconnect.STANDBY_PAUSE_MAX_S = 2.0
     crash_guard.GRACE_S = 0.5
     application.HealthThresholds = partial(application.HealthThresholds, stall_s=3.0)
-    application.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)
+    components.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)
     main()

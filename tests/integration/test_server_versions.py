@@ -255,7 +255,7 @@ def _set(db: psycopg.Connection, setting: str, value: str) -> None:
 
 def _rung(app: App) -> bool:
     """The slot rings, and the sweep that follows its start is over."""
-    return app._stream.status.connected and app.consumer._planner.live_shards == SHARDS
+    return app.status.stream.connected and app.consumer._planner.live_shards == SHARDS
 
 
 async def _until(condition: Any, what: str) -> None:

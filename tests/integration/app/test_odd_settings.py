@@ -151,7 +151,7 @@ async def test_everything_works_under_settings_that_nobody_chose_for_it(odd: str
             db.execute("INSERT INTO orders SELECT n FROM generate_series(1, 5) AS n")
 
             async def streams_and_all_is_settled() -> bool:
-                return app._stream.status.connected and settled(db)
+                return app.status.stream.connected and settled(db)
 
             await eventually_async(streams_and_all_is_settled, what="the slot is read, and all is settled")
         states = (

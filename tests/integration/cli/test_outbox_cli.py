@@ -539,7 +539,7 @@ def test_an_operator_needs_the_documented_grants_and_no_more(outbox: str, outbox
 
 def _hears(app: Any) -> Any:
     async def check() -> bool:
-        return bool(app._listener.connected)
+        return bool(app.components.listener.connected)
 
     return eventually_async(check, what="the consumer listens")
 

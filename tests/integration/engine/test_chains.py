@@ -261,7 +261,7 @@ async def test_the_next_transaction_of_the_same_connection_has_no_cause(
     _publish(outbox_db, "x", "1")
     async with consuming(outbox, router, transactions=1, unhandled="discard") as app:
         await _all_settled(outbox_db)
-        pool: AsyncConnectionPool[Any] = app._transactions._async
+        pool: AsyncConnectionPool[Any] = app.components.transactions._async
         async with pool.connection() as connection:
             cursor = await connection.execute("SELECT current_setting('cdc.cause', true)")
             assert await cursor.fetchone() == ("",), "this very connection has had one"

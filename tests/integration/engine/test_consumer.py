@@ -453,7 +453,7 @@ async def test_a_row_inserted_by_hand_is_found_by_the_sweep_and_a_notify_makes_i
     )
     async with consuming(outbox, router, sweep_interval=3600) as app:
         await eventually_async(_streaming(app))
-        await eventually_async(_is(lambda: app._listener.connected))
+        await eventually_async(_is(lambda: app.components.listener.connected))
         with outbox_db.transaction():
             outbox_db.execute(insert, ["noted"])
             outbox_db.execute("""NOTIFY entity_change, '{"table": "t", "operation": "INSERT"}'""")
@@ -477,7 +477,7 @@ async def test_requeued_dead_letters_run_again_at_once(outbox: str, outbox_db: p
     _publish(outbox_db, "x")
     async with consuming(outbox, router, sweep_interval=3600, **_QUICK) as app:
         await _until_settled(outbox_db)
-        await eventually_async(_is(lambda: app._listener.connected))
+        await eventually_async(_is(lambda: app.components.listener.connected))
         fixed.set()
         assert outbox_db.execute("SELECT requeued_count FROM reprocess_failed_actions()").fetchall() == [(1,)]
         await _until_settled(outbox_db)
@@ -672,7 +672,7 @@ def _is(condition: Any) -> Any:
 
 def _streaming(app: Any) -> Any:
     """The stream is connected and every shard is read by number."""
-    return _is(lambda: app._stream.status.connected and app.consumer._planner.live_shards == 64)
+    return _is(lambda: app.status.stream.connected and app.consumer._planner.live_shards == 64)
 
 
 async def test_metrics_and_health_answer_from_a_thread_of_their_own_while_a_handler_blocks_the_event_loop(

@@ -52,7 +52,7 @@ async def working(tally: Tally, outbox_db: psycopg.Connection, noop: Router) -> 
     async with consuming(tally.dsn, noop, **_TIMERS) as app:
 
         async def live() -> bool:
-            return app._stream.status.connected and app.consumer._planner.live_shards == SHARDS
+            return app.status.stream.connected and app.consumer._planner.live_shards == SHARDS
 
         await eventually_async(live, what="the shards to be read by number")
         outbox_db.execute("INSERT INTO note VALUES (0, 'a row')")

@@ -40,7 +40,7 @@ def _publish(db: psycopg.Connection, count: int, first_key: int = 1) -> None:
 
 async def _streams(app: App) -> None:
     async def connected() -> bool:
-        return app._stream is not None and app._stream.status.connected
+        return app.status.stream.connected
 
     await eventually_async(connected, what="it streams")
 
@@ -63,7 +63,7 @@ async def test_a_newcomer_gets_its_share_and_its_wake_ups_are_relayed_to_it(
             await _shared(first, second)
 
             async def listens() -> bool:
-                return second._listener.connected and not second.consumer._planner.catching_up
+                return second.components.listener.connected and not second.consumer._planner.catching_up
 
             await eventually_async(listens)
             for _ in range(5):
@@ -100,13 +100,13 @@ async def test_who_does_not_stream_is_woken_by_notify_also_after_the_streamer_ha
                 if not all(len(app.consumer.owned) == SHARDS // 2 for app in (second, third)):
                     return False
                 listens = [
-                    app._listener.connected and not app.consumer._planner.catching_up
-                    for app in (second, third) if not app._stream.status.connected  # type: ignore[union-attr]
+                    app.components.listener.connected and not app.consumer._planner.catching_up
+                    for app in (second, third) if not app.status.stream.connected  # type: ignore[union-attr]
                 ]  # fmt: skip
                 return listens == [True]
 
             await eventually_async(streams_and_the_other_listens, what="one of the two left has the slot")
-            [relayed] = [app for app in (second, third) if not app._stream.status.connected]  # type: ignore[union-attr]
+            [relayed] = [app for app in (second, third) if not app.status.stream.connected]  # type: ignore[union-attr]
             name = "second" if relayed is second else "third"
             before = calls[name]
             for _ in range(5):
@@ -222,7 +222,7 @@ async def test_when_one_leaves_the_others_take_its_shards_and_the_slot(
             await _shared(stays, leaves)
 
         async def alone() -> bool:
-            return not stays.consumer.is_sharing and stays._stream is not None and stays._stream.status.connected
+            return not stays.consumer.is_sharing and stays.status.stream.connected
 
         await eventually_async(alone)
         _publish(outbox_db, 100)

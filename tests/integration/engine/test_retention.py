@@ -210,7 +210,7 @@ async def test_a_consumer_removes_only_when_told_to(outbox: str, outbox_db: psyc
     async with consuming(outbox, router, unhandled="discard") as app:
         outbox_db.execute("SELECT publish_change('x', '1')")
         await _until(lambda: settled(outbox_db), "the change is done")
-        await _until(lambda: app._listener.connected, "what runs beside it has started")
+        await _until(lambda: app.components.listener.connected, "what runs beside it has started")
         assert outbox_db.execute(connected).fetchone() == (0,)
     assert count(outbox_db) == 4
     async with consuming(outbox, router, retention="7d") as app:

@@ -11,7 +11,8 @@ from functools import partial
 import psycopg
 import pytest
 
-from cdc.app import application as composition
+from cdc.app import components
+from cdc.app.application import App
 from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import Change
 from cdc.core.router import Router
@@ -34,7 +35,7 @@ async def handled(db: psycopg.Connection) -> None:
     await eventually_async(check, within_s=60, what="every change is processed")
 
 
-async def streams(app: composition.App) -> None:
+async def streams(app: App) -> None:
     async def connected() -> bool:
         return metric(app.metrics.registry, "cdc_stream_connected") == 1
 
@@ -93,7 +94,7 @@ async def test_who_asks_to_be_told_of_wake_ups_is_told_their_numbers_and_the_tim
 async def test_a_handler_that_blocks_the_event_loop_for_long_does_not_cost_the_stream_its_connection(
     outbox: str, outbox_db: psycopg.Connection, slot: str, plugin: str, monkeypatch
 ) -> None:
-    monkeypatch.setattr(composition, "StreamSettings", partial(StreamSettings, wal_sender_timeout_s=2.0))
+    monkeypatch.setattr(components, "StreamSettings", partial(StreamSettings, wal_sender_timeout_s=2.0))
     router, never = Router(), threading.Event()
 
     @router.on("note")

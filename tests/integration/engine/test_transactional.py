@@ -293,7 +293,7 @@ async def test_a_dead_letter_that_pauses_its_key_holds_it_until_somebody_has_dec
         assert sorted(calls) == [1, 5]
 
         async def listens() -> bool:
-            return app._listener.connected
+            return app.components.listener.connected
 
         await eventually_async(listens)
         fixed.set()

@@ -147,7 +147,7 @@ async def test_what_the_documented_trigger_sends_makes_a_consumer_look_soon(
     async with consuming(outbox, _router(), stream=False, poll_interval=3600) as app:
 
         async def listens() -> bool:
-            return app._listener.connected
+            return app.components.listener.connected
 
         await eventually_async(listens)
         await eventually_async(lambda: _idle(app))

@@ -132,7 +132,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
     async with consuming(outbox, router, concurrency=10, window=60, transactions=3, max_attempts=1) as app:
         _publish(outbox_db, 40, 20)
         await _until(lambda: len(outside.done) == 40, "all is well at first")
-        clock, handled, breaker = Clock(outbox_db, monkeypatch), outside.calls, app._breakers.of["asks"]
+        clock, handled, breaker = Clock(outbox_db, monkeypatch), outside.calls, app.components.breakers.of["asks"]
         outside.there = False
         _publish(outbox_db, 300, 20)
         await _until(lambda: app.status.breakers["asks"].rests, "the handler rests")

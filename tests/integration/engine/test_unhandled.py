@@ -50,8 +50,8 @@ async def test_a_type_without_a_handler_is_left_and_warned_of_once(
 ) -> None:
     _publish(outbox_db, "order", 3)
     async with consuming(outbox, _router(Counter(), *types), stream=False, poll_interval=0.05) as app:
-        app._stats_poller._every_s = 0.05
-        app._stats_poller.poll_now()
+        app.components.poller._every_s = 0.05
+        app.components.poller.poll_now()
 
         async def told() -> bool:
             return metric(app.metrics.registry, "cdc_outbox_unhandled_changes") == 3

@@ -67,8 +67,8 @@ async def serving(dsn: str, router: Router, **settings: Any) -> AsyncIterator[tu
 
 def poll_now(app: App) -> None:
     """Also where the page's own figures are still resting."""
-    app._stats_poller._summarize_at = 0
-    app._stats_poller.poll_now()
+    app.components.poller._summarize_at = 0
+    app.components.poller.poll_now()
 
 
 def publish(db: psycopg.Connection, entity_type: str, key: str = "k", **data: Any) -> None:
@@ -196,7 +196,7 @@ async def test_what_takes_long_to_read_is_read_less_often_than_the_rest(
     async with serving(outbox, Router(), stream=False) as (app, _):
 
         async def often() -> bool:
-            app._stats_poller.poll_now()
+            app.components.poller.poll_now()
             return len(quick) > 20
 
         await eventually_async(often, what="the metrics are read again and again")

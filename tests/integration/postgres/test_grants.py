@@ -101,8 +101,8 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 def streams(app: App) -> Any:
-    assert app._stream is not None
-    stream = app._stream
+    assert app.components.stream is not None
+    stream = app.components.stream
     return until(lambda: stream.status.connected, "it streams")
 
 
@@ -170,7 +170,7 @@ async def test_the_consumers_role_does_all_that_a_consumer_does(
 
         await until(all_but_the_dead, "all are processed, and the dead are dead")
         registry = app.metrics.registry
-        await until(lambda: app._listener.connected, "it listens")
+        await until(lambda: app.components.listener.connected, "it listens")
         for collector in ("outbox", "slot"):
             await until(partial(_collected, registry, collector), collector)
         assert metric(registry, "cdc_outbox_table_bytes") > 0
@@ -210,7 +210,7 @@ async def test_two_consumers_of_this_role_share_the_work_and_one_relays(
 
             def fair() -> bool:
                 intakes = [app.consumer._planner.catching_up for app in (first, second)]
-                return len(second.consumer.owned) == 32 and second._listener.connected and not any(intakes)
+                return len(second.consumer.owned) == 32 and second.components.listener.connected and not any(intakes)
 
             await until(fair, "each has its share")
             publish(outbox_db, "x", *map(str, range(200)))

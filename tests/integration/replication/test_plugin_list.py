@@ -64,7 +64,7 @@ def _streams(app: App, plugin: str) -> Callable[[], Awaitable[bool]]:
     """That plugin rings, and the sweep that follows its start is over."""
     return _when(
         lambda: (
-            (app._stream.status.connected, app._stream.status.plugin) == (True, plugin)
+            (app.status.stream.connected, app.status.stream.plugin) == (True, plugin)
             and app.consumer._planner.live_shards == SHARDS
         )
     )
@@ -132,7 +132,7 @@ async def test_a_consumer_that_wants_wal2json_sweeps_until_it_is_allowed_and_the
     router.on("x")(lambda change: None)
     settings = {"slot_plugin": "wal2json", "slot_name": slot, "sweep_interval": 0.2}
     async with consuming(make_conninfo(database, user=role), router, **settings) as app:
-        await eventually_async(_when(lambda: app._stream.status.reason == "plugin_refused"), what="it is refused")
+        await eventually_async(_when(lambda: app.status.stream.reason == "plugin_refused"), what="it is refused")
         db.execute("SELECT publish_change('x', '1')")
         await eventually_async(_when(lambda: settled(db)), what="the sweep finds it")
         db.execute(ALLOW.format(role))

@@ -1,0 +1,309 @@
+"""The composition root: settings -> components, all made and connected, and none of them started."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cdc.app.config import Settings
+from cdc.core.backoff import Policy
+from cdc.core.errors import UsageError
+from cdc.core.handler_limits import HandlerLimits
+from cdc.core.model import WakeUp
+from cdc.core.page_size import BYTES
+from cdc.core.router import Router
+from cdc.core.type_filter import TypeFilter
+from cdc.engine.circuit_breakers import CircuitBreakers
+from cdc.engine.consumer import Consumer, ConsumerSettings
+from cdc.engine.consumer_port import ConsumerPort
+from cdc.engine.error_policy import ErrorPolicy
+from cdc.engine.executor import Executor
+from cdc.engine.health_checks import LoopWatch
+from cdc.engine.hooks import Hooks
+from cdc.engine.shadow import ObserverSettings, Shadow
+from cdc.engine.stats_poller import StatsPoller
+from cdc.engine.stream_bridge import StreamBridge
+from cdc.engine.thread_pool import Threads
+from cdc.engine.transactions import Transactions
+from cdc.http import endpoint_url
+from cdc.observability.failures import RecentFailures
+from cdc.observability.metrics import Metrics
+from cdc.observability.snapshots import ProcessStatus
+from cdc.observability.status_metrics import StatusMetrics
+from cdc.postgres.admin import OutboxAdmin
+from cdc.postgres.connect import driver_versions
+from cdc.postgres.notify import Listener, Relay
+from cdc.postgres.outbox import Store
+from cdc.replication.stream import Stream, StreamSettings
+from cdc.runtime.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from cdc.http.delivery import Delivery
+
+_SLOT_NAME_PART = 40
+"""Of a name of up to 63 characters, so that more fits behind it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Components:
+    """``settings``: as they are used. ``scope``: the types whose changes are ours.
+
+    ``stream`` is None where it is switched off, ``delivery`` where handlers are functions.
+    """
+
+    settings: Settings
+    router: Router
+    scope: TypeFilter
+    metrics: Metrics
+    supervisor: Supervisor
+    threads: Threads
+    hooks: Hooks
+    transactions: Transactions
+    breakers: CircuitBreakers
+    failures: RecentFailures
+    loop: LoopWatch
+    consumer: ConsumerPort
+    relay: Relay
+    listener: Listener
+    poller: StatsPoller
+    stream: Stream | None
+    delivery: Delivery | None
+
+    @property
+    def status(self) -> ProcessStatus:
+        """From any thread."""
+        return ProcessStatus(
+            consumer=self.consumer.status,
+            stream=self.stream.status if self.stream else None,
+            poller=self.poller.status,
+            handlers=self.metrics.handlers.status,
+            pools=self.transactions.status,
+            breakers=self.breakers.status,
+            wakeups=self.metrics.wakeups.status,
+            failing_tasks=dict(self.supervisor.failing()),
+            loop_last_iteration=self.loop.last_iteration_at,
+        )
+
+
+def build(settings: Settings, router: Router | None, *, stall_limit_s: float) -> Components:
+    """On the event loop. ``router`` is None where deliver.to is set. Raises UsageError where these do not fit.
+
+    ``stall_limit_s``: the silence after which the stream reconnects.
+    """
+    if settings.observe:
+        settings = _as_observer(settings)
+    delivery = _make_delivery(settings) if settings.deliver.to else None
+    router = _the_one(router, delivery.router if delivery else None)
+    scope = settings.scope if settings.unhandled == "discard" else settings.scope.within(router.scope)
+    _refuse_unhandled(settings.scope, router)
+    delivers = delivery is not None and not settings.observe
+    metrics = Metrics(settings.slot.name, router, driver=driver_versions(), delivers=delivers)
+    supervisor = Supervisor(metrics.process.task_ended)
+    store = _store(settings, scope)
+    threads, hooks, failures = Threads(settings.threads), Hooks(router), RecentFailures()
+    transactions = _transactions(settings, router, store)
+    breakers = CircuitBreakers({handler.name for handler in router.handlers.values()})
+    consumer: ConsumerPort = (
+        _observer(settings, router, store, metrics)
+        if settings.observe
+        else Consumer(
+            _consumer_settings(settings, scope),
+            executor=Executor(
+                router,
+                error_policy=_error_policy(
+                    settings, router, metrics, hooks=hooks, breakers=breakers, failures=failures
+                ),
+                timeout_s=settings.timeout_s,
+                threads=threads,
+                transactions=transactions,
+                metrics=metrics.handlers,
+            ),
+            demand=_limits(settings, router, breakers),
+            store=store,
+            hooks=hooks,
+            metrics=metrics,
+        )
+    )
+    relay = Relay(settings.current_dsn, settings.schema_, metrics.wakeups.relayed.inc)
+
+    def poll_now() -> None:  # each of the two is told of the other
+        poller.poll_now()
+
+    stream = None
+    if settings.stream:
+        bridge = StreamBridge(consumer, relay, metrics, hooks, changed=poll_now)
+        stream = Stream(_stream_settings(settings, stall_limit_s), bridge, supervisor, exposed=lambda: consumer.exposed)
+    poller = _poller(settings, scope, store, supervisor, stream)
+    listener = Listener(
+        settings.current_dsn, settings.schema_, _relayed(consumer, hooks, metrics), captured=consumer.captured
+    )
+    components = Components(
+        settings=settings, router=router, scope=scope, metrics=metrics, supervisor=supervisor, threads=threads,
+        hooks=hooks, transactions=transactions, breakers=breakers, failures=failures, loop=LoopWatch(),
+        consumer=consumer, relay=relay, listener=listener, poller=poller, stream=stream, delivery=delivery,
+    )  # fmt: skip
+    name = endpoint_url.HANDLER if delivers else None
+    metrics.registry.register(StatusMetrics(settings.slot.name, lambda: components.status, delivery=name))
+    return components
+
+
+def _store(settings: Settings, scope: TypeFilter) -> Store:
+    """What only observes sees the types as well that no handler wants."""
+    read = settings.scope if settings.observe else scope
+    page_bytes = min(BYTES, settings.window_bytes)
+    return Store(settings.schema_, settings.max_chain_depth, read, page_bytes=page_bytes)
+
+
+def _transactions(settings: Settings, router: Router, store: Store) -> Transactions:
+    dsn = settings.handlers_dsn.get_secret_value if settings.handlers_dsn else settings.current_dsn
+    pooled = settings.handlers_dsn is not None
+    return Transactions(dsn, store, settings.transactions, router.handlers.values(), pooled=pooled)
+
+
+def _error_policy(
+    settings: Settings,
+    router: Router,
+    metrics: Metrics,
+    *,
+    hooks: Hooks,
+    breakers: CircuitBreakers,
+    failures: RecentFailures,
+) -> ErrorPolicy:
+    return ErrorPolicy(
+        router.handlers.values(),
+        Policy(settings.max_attempts, settings.backoff.base, settings.backoff.cap),
+        hooks=hooks,
+        metrics=metrics.handlers,
+        breakers=breakers,
+        failed=failures.add,
+    )
+
+
+def _limits(settings: Settings, router: Router, breakers: CircuitBreakers) -> HandlerLimits:
+    return HandlerLimits(
+        router,
+        concurrency=settings.concurrency,
+        threads=settings.threads,
+        transactions=settings.transactions,
+        breakers=breakers.of,
+    )
+
+
+def _observer(settings: Settings, router: Router, store: Store, metrics: Metrics) -> Shadow:
+    return Shadow(
+        ObserverSettings(
+            dsn=settings.current_dsn,
+            schema=settings.schema_,
+            sweep_interval_s=settings.sweep_interval,
+            poll_interval_s=settings.poll_interval,
+            scope=settings.scope,
+        ),
+        router=router,
+        store=store,
+        metrics=metrics,
+    )
+
+
+def _stream_settings(settings: Settings, stall_limit_s: float) -> StreamSettings:
+    return StreamSettings(
+        dsn=settings.current_stream_dsn,
+        schema=settings.schema_,
+        slot=settings.slot.name,
+        plugins=settings.slot.plugins,
+        temporary=settings.slot.mode == "temporary",
+        create_slot=settings.slot.create,
+        recreate_slot=settings.slot.recreate,
+        stall_limit_s=stall_limit_s,
+    )
+
+
+def _poller(
+    settings: Settings, scope: TypeFilter, store: Store, supervisor: Supervisor, stream: Stream | None
+) -> StatsPoller:
+    may_recreate = settings.slot.create and settings.slot.recreate
+    return StatsPoller(
+        settings.current_dsn,
+        store=store,
+        slot=settings.slot.name if stream else None,
+        asked=None if scope == settings.scope or settings.observe else settings.scope,
+        page=OutboxAdmin(settings.schema_) if settings.http.port and settings.http.page else None,
+        supervisor=supervisor,
+        standbys_away=stream.waits_for_standbys if stream and may_recreate else lambda: None,
+    )
+
+
+def _relayed(consumer: ConsumerPort, hooks: Hooks, metrics: Metrics) -> Callable[[list[WakeUp] | None], None]:
+    """What becomes of notifications by NOTIFY; of None: the table has changed, and nobody says where."""
+    count = metrics.wakeups.received.labels("notify")
+
+    def heard(wakeups: list[WakeUp] | None) -> None:
+        if wakeups is None:
+            consumer.sweep_now()
+            return
+        hooks.woken(wakeups)
+        others = consumer.relayed(wakeups)
+        count.inc(len(wakeups) - len(others))
+
+    return heard
+
+
+def _the_one(given: Router | None, deliverys: Router | None) -> Router:
+    router = given or deliverys
+    if router is None or (given and deliverys):
+        raise UsageError(
+            "a consumer has either a router or deliver_to", hint="pass a cdc.Router, or None and deliver_to=URL"
+        )
+    return router
+
+
+def _make_delivery(settings: Settings) -> Delivery:
+    try:
+        from cdc.http.delivery import Delivery  # noqa: PLC0415 - its library is an extra
+    except ModuleNotFoundError as missing:
+        if missing.name != "aiohttp":
+            raise
+        raise UsageError("delivering over HTTP needs aiohttp", hint="pip install 'cdc-consumer[http]'") from None
+    deliver = settings.deliver
+    assert deliver.to is not None
+    return Delivery(
+        endpoint_url.parse(deliver.to),
+        types=deliver.types or (),
+        batch=deliver.batch,
+        linger_s=deliver.linger,
+        source=deliver.source,
+        keys=deliver.keys,
+        timeout_s=settings.timeout_s,
+    )
+
+
+def _consumer_settings(settings: Settings, scope: TypeFilter) -> ConsumerSettings:
+    return ConsumerSettings(
+        dsn=settings.current_dsn,
+        schema=settings.schema_,
+        concurrency=settings.concurrency,
+        transactions=settings.transactions,
+        window=settings.window,
+        window_bytes=settings.window_bytes,
+        drain_time_s=settings.drain_time,
+        sweep_interval_s=settings.sweep_interval,
+        poll_interval_s=settings.poll_interval,
+        scope=scope,
+    )
+
+
+def _as_observer(settings: Settings) -> Settings:
+    """With a slot of its own, that goes with it: the configured one is for those who work."""
+    name = f"{settings.slot.name[:_SLOT_NAME_PART]}_observe_{secrets.token_hex(4)}"
+    slot = settings.slot.model_copy(update={"name": name, "mode": "temporary", "create": True, "recreate": True})
+    return settings.model_copy(update={"slot": slot})
+
+
+def _refuse_unhandled(scope: TypeFilter, router: Router) -> None:
+    """A type that is named and that nobody handles would wait for ever: the opposite of what is meant."""
+    for entity_type in scope.types if scope.include else ():
+        if not router.scope.has(entity_type):
+            raise UsageError(
+                f"only {entity_type!r}, but no handler wants changes of it", hint="correct --only, or add the handler"
+            )
