@@ -29,10 +29,10 @@ from pydantic import (
 )
 
 from cdc.app.file_ownership import others_hand
-from cdc.core.durations import parse_duration
 from cdc.core.errors import UsageError
 from cdc.core.model import PLUGINS
 from cdc.core.type_filter import TypeFilter
+from cdc.core.units import parse_duration
 from cdc.http import endpoint_url, webhook_signature
 
 

@@ -15,9 +15,9 @@ from cdc.cli.commands import Commands
 from cdc.cli.options import database_options, json_option, open_database, resolved_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.wanted import WANTED_SETTINGS, handled_types
-from cdc.core.durations import parse_duration
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.fast_change import Json
+from cdc.core.units import parse_duration
 
 if TYPE_CHECKING:
     from cdc.core.type_filter import TypeFilter

@@ -16,7 +16,7 @@ from cdc.cli.options import json_option, open_database, settings_options, yes_op
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.watch import watch
 from cdc.core.model import PLUGINS
-from cdc.core.units import size, span
+from cdc.core.units import format_bytes, format_duration
 from cdc.replication.slot_health import Outlook, SlotHealth, SlotReport, assess, outlook
 
 if TYPE_CHECKING:
@@ -162,8 +162,8 @@ def advance(settings: Settings, name: str | None, as_json: bool) -> None:
 
     with open_database(settings) as connection:
         before, after = slots.advance(connection, name or settings.slot.name)
-    skipped = size(max(0, before.confirmed_lag_bytes or 0))
-    left = size(after.retained_wal_bytes or 0)
+    skipped = format_bytes(max(0, before.confirmed_lag_bytes or 0))
+    left = format_bytes(after.retained_wal_bytes or 0)
     _print_one(after, f"{after.name} skipped {skipped} of WAL, and still keeps {left}; no change is lost", as_json)
 
 
@@ -256,9 +256,9 @@ def _print_line(found: SlotReport, expected: Outlook | None, health: SlotHealth)
 def _facts(found: SlotReport, expected: Outlook | None) -> list[tuple[str, Any]]:
     facts = [(name, value) for name, value in asdict(found).items() if name != "name" and value is not None]
     if expected is not None:
-        facts.append(("wal_written", f"{size(round(expected.wal_bytes_per_s))} a second"))
+        facts.append(("wal_written", f"{format_bytes(round(expected.wal_bytes_per_s))} a second"))
     if expected is not None and expected.lost_in_s is not None:
-        facts.append(("lost_in", f"{span(expected.lost_in_s)}, if no consumer reads it"))
+        facts.append(("lost_in", f"{format_duration(expected.lost_in_s)}, if no consumer reads it"))
     return facts
 
 
@@ -279,4 +279,4 @@ def _what_it_frees(connection: Connection, name: str) -> str:
 
 def _freed(found: SlotReport) -> str:
     kept = found.retained_wal_bytes or 0
-    return f", which frees {size(kept)} of WAL" if kept else ""
+    return f", which frees {format_bytes(kept)} of WAL" if kept else ""

@@ -14,7 +14,7 @@ from cdc.cli.options import json_option, open_database, settings_options
 from cdc.cli.output import paint, print_json, print_table, put
 from cdc.cli.watch import watch
 from cdc.core.model import SHARDS
-from cdc.core.units import size, span
+from cdc.core.units import format_bytes, format_duration
 from cdc.replication.slot_health import Outlook, SlotHealth, SlotReport, assess, outlook
 
 if TYPE_CHECKING:
@@ -105,15 +105,17 @@ def _pace(seen: Status) -> str:
 
 
 def _brief(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else span(seconds)
+    return (
+        f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
+    )
 
 
 def _slot(slot: SlotReport | None, name: str) -> str:
     if slot is None:
         return f"there is none named {name}: changes are found by sweeping"
     read_by = f"read by {slot.reader}" if slot.active else "read by no consumer"
-    kept = f"keeps {size(slot.retained_wal_bytes)}" if slot.retained_wal_bytes is not None else "keeps nothing"
-    lag = f"; {size(slot.confirmed_lag_bytes)} not confirmed" if slot.confirmed_lag_bytes is not None else ""
+    kept = f"keeps {format_bytes(slot.retained_wal_bytes)}" if slot.retained_wal_bytes is not None else "keeps nothing"
+    lag = f"; {format_bytes(slot.confirmed_lag_bytes)} not confirmed" if slot.confirmed_lag_bytes is not None else ""
     return f"{slot.name} ({slot.plugin}), {read_by}; {kept} of WAL{lag}"
 
 

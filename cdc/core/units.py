@@ -1,13 +1,21 @@
-"""Sizes and spans of time as people read them: ``1.4 GB``, ``3 h``. Pure."""
+"""Sizes and spans of time as people read and write them: ``1.4 GB``, ``3 h``, ``30d``. Pure."""
 
 from __future__ import annotations
+
+import re
+
+from cdc.core.errors import UsageError
 
 _SIZES = (("TB", 1 << 40), ("GB", 1 << 30), ("MB", 1 << 20), ("kB", 1 << 10))
 """Powers of 1024 under the names that PostgreSQL's settings have for them."""
 _SPANS = (("days", 86_400.0), ("h", 3_600.0), ("min", 60.0))
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([smhdw])")
+_LONGEST_S = 100 * 366 * 86_400
+"""Beyond it a date that far back is no history, and further on no timestamp that Python can hold."""
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """``count`` bytes, such as ``1.4 GB``."""
     for name, factor in _SIZES:
         if abs(count) >= factor:
@@ -15,12 +23,23 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Such as ``3.5 h``."""
     for name, factor in _SPANS:
         if seconds >= 2 * factor:
             return f"{_short(seconds / factor)} {name}"
     return f"{seconds:.0f} s"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds, more than 0: a number and one of s, m, h, d, w. Raises UsageError."""
+    found = _DURATION.fullmatch(text.strip())
+    seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 0 < seconds <= _LONGEST_S:
+        raise UsageError(
+            f"{text!r} is not a span of time", hint="a number above 0 and its unit, at most 100 years: 30d, 12h, 90m"
+        )
+    return seconds
 
 
 def _short(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cdc.core.model import SHARDS
-from cdc.core.units import span
+from cdc.core.units import format_duration
 from cdc.diagnostics.facts import (
     Backlog,
     CaptureFunctionFacts,
@@ -194,7 +194,9 @@ def shard_holders(seen: ShardHolders) -> Finding:
             + " ".join(f"SELECT pg_terminate_backend({pid});" for pid, _, _ in seen.strangers),
         )
     if seen.silent:
-        named = ", ".join(f"process {pid}: {count}, for {span(silent_s)}" for pid, count, silent_s in seen.silent)
+        named = ", ".join(
+            f"process {pid}: {count}, for {format_duration(silent_s)}" for pid, count, silent_s in seen.silent
+        )
         return warn(
             f"sessions of consumers hold shards and say nothing, as one does every second: {named}",
             "a consumer that hangs, or forked children of one that was killed: stop them, or end their sessions: "
@@ -232,7 +234,7 @@ def backlog(seen: Backlog) -> Finding:
     counted = f"{seen.fresh:,} fresh, {seen.waiting:,} waiting"
     if seen.oldest_ready_age_s > _OLD_BACKLOG_S:
         return warn(
-            f"{counted}; the oldest that could run has waited for {span(seen.oldest_ready_age_s)}",
+            f"{counted}; the oldest that could run has waited for {format_duration(seen.oldest_ready_age_s)}",
             "is a consumer running? cdc outbox stats, cdc outbox list --state fresh",
         )
     return ok(counted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from cdc.core.stream_reason import Reason
-from cdc.core.units import size, span
+from cdc.core.units import format_bytes, format_duration
 from cdc.diagnostics.check_server import judge_tls, slots_free, wal_level, walsenders_free
 from cdc.diagnostics.facts import Decoding, Proof, ReplicationLink, ServerFacts, SlotFacts, Subject
 from cdc.diagnostics.findings import Checks, Finding, fail, ok, skip, unknown, warn
@@ -60,14 +60,18 @@ def sender_timeout(link: ReplicationLink) -> Finding:
     if link.refused is not None or got_s is None:
         return skip("there is no replication connection")
     if got_s == link.wanted_timeout_s:
-        return ok(f"{span(got_s)}, as the stream asks for")
+        return ok(f"{format_duration(got_s)}, as the stream asks for")
     if got_s == 0:
         return warn("0, not what the stream asks for: a vanished consumer keeps the slot for ever", _PASSES_OPTIONS)
     if got_s <= 2 * link.status_interval_s:
         return fail(
-            f"{span(got_s)}, not what the stream asks for: too short, it is cut off again and again", _PASSES_OPTIONS
+            f"{format_duration(got_s)}, not what the stream asks for: too short, it is cut off again and again",
+            _PASSES_OPTIONS,
         )
-    return warn(f"{span(got_s)}, not the {span(link.wanted_timeout_s)} that the stream asks for", _PASSES_OPTIONS)
+    return warn(
+        f"{format_duration(got_s)}, not the {format_duration(link.wanted_timeout_s)} that the stream asks for",
+        _PASSES_OPTIONS,
+    )
 
 
 _PASSES_OPTIONS = "a pooler or proxy drops the session's options: connect the stream directly (CDC_STREAM_DSN)"
@@ -179,7 +183,7 @@ def _state(found: SlotReport) -> Finding:
         # A name of letters, digits and underscores.
         drop = (f"SELECT pg_drop_replication_slot('{found.name}');",) if gone and not found.active else ()
         return fail(f"{found.name}: {severity.sentence}", severity.remedy, *drop)
-    kept = f"keeps {size(found.retained_wal_bytes or 0)} of WAL"
+    kept = f"keeps {format_bytes(found.retained_wal_bytes or 0)} of WAL"
     return ok(
         f"{found.name}, {found.plugin}, {kept}, {f'read by {found.reader}' if found.active else 'read by no consumer'}"
     )
@@ -196,16 +200,16 @@ def slot_limits(seen: SlotFacts, *, temporary: bool) -> Finding:
         )
     if seen.keep_bytes < _SOME_WAL_BYTES:
         return warn(
-            f"max_slot_wal_keep_size is {size(seen.keep_bytes)}: one burst of writes and a healthy slot is lost",
+            f"max_slot_wal_keep_size is {format_bytes(seen.keep_bytes)}: a burst of writes loses a healthy slot",
             "more than half a minute of WAL at its peak; the consumer recreates a lost slot",
             f"ALTER SYSTEM SET max_slot_wal_keep_size = '{_ENOUGH_WAL}';",
         )
     if seen.idle_timeout_s is not None and 0 < seen.idle_timeout_s < _SHORT_STOP_S:
         return warn(
-            f"idle_replication_slot_timeout is {span(seen.idle_timeout_s)}: a short stop loses the slot",
+            f"idle_replication_slot_timeout is {format_duration(seen.idle_timeout_s)}: a short stop loses the slot",
             "longer than they are ever down; the consumer recreates a lost slot",
         )
-    return ok(f"max_slot_wal_keep_size is {size(seen.keep_bytes)}")
+    return ok(f"max_slot_wal_keep_size is {format_bytes(seen.keep_bytes)}")
 
 
 def _quoted(name: str) -> str:

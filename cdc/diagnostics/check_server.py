@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import date
 
-from cdc.core.units import span
+from cdc.core.units import format_duration
 from cdc.diagnostics.facts import OpenTransactions, ServerFacts, SessionFacts, Transaction
 from cdc.diagnostics.findings import Checks, Finding, fail, ok, warn
 
@@ -72,14 +72,14 @@ def session_timeouts(session: SessionFacts, *, handler_timeout_s: float | None) 
     role = session.role.replace('"', '""')
     if session.idle_session_timeout_s:
         return warn(
-            f"idle_session_timeout is {span(session.idle_session_timeout_s)}: listeners are cut off when it is quiet",
+            f"idle_session_timeout is {format_duration(session.idle_session_timeout_s)}: listeners are cut off",
             "",
             unset.format(role, "idle_session_timeout"),
         )
     limit_s = session.idle_in_transaction_timeout_s
     if limit_s and (handler_timeout_s is None or limit_s < handler_timeout_s):
         return warn(
-            f"idle_in_transaction_session_timeout is {span(limit_s)}, less than a transactional handler may take",
+            f"idle_in_transaction_session_timeout is {format_duration(limit_s)}, less than a handler may take",
             "or a shorter CDC_TIMEOUT",
             unset.format(role, "idle_in_transaction_session_timeout"),
         )
@@ -173,20 +173,20 @@ def old_transactions(seen: OpenTransactions) -> Finding:
         named = "; ".join(_transaction(each) for each in seen.old[:_SHOWN])
         more = f"; and {len(seen.old) - _SHOWN} more" if len(seen.old) > _SHOWN else ""
         return warn(
-            f"older than {span(seen.limit_s)}, so the server keeps WAL or dead rows for it: {named}{more}",
+            f"older than {format_duration(seen.limit_s)}, so the server keeps WAL or dead rows for it: {named}{more}",
             f"let it end, or end it: {' '.join(each.ends_it for each in seen.old[:_SHOWN])}",
         )
     if not seen.sees_all:
         newest = f"; the oldest that writes is {seen.oldest_writer}" if seen.oldest_writer else ""
         return warn(f"the role sees only its own transactions' ages{newest}", "GRANT pg_read_all_stats TO it")
-    return ok(f"none is older than {span(seen.limit_s)}")
+    return ok(f"none is older than {format_duration(seen.limit_s)}")
 
 
 def _transaction(each: Transaction) -> str:
     if each.gid is not None:
-        return f"the prepared transaction {each.gid}, {span(each.age_s)} old, database {each.database}"
+        return f"the prepared transaction {each.gid}, {format_duration(each.age_s)} old, database {each.database}"
     kept = "holds WAL and dead rows" if each.writes else "holds dead rows"
-    known = [f"{span(each.age_s)} old", f"database {each.database}", each.application_name, each.state, kept]
+    known = [f"{format_duration(each.age_s)} old", f"database {each.database}", each.application_name, each.state, kept]
     return f"process {each.pid}, {', '.join(part for part in known if part)}"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from cdc.core.lsn import Lsn
-from cdc.core.units import size, span
+from cdc.core.units import format_bytes, format_duration
 
 MUCH_WAL_BYTES = 1 << 30
 ABSENT_STANDBYS = (
@@ -155,7 +155,9 @@ def _nearly_lost(slot: SlotReport, expected: Outlook | None) -> SlotHealth | Non
     if left_s is None or left_s > _SOON_S or slot.active:
         return None
     return SlotHealth(
-        False, f"lost in about {span(left_s)} if no consumer reads it and WAL is written as it is now", remedy
+        False,
+        f"lost in about {format_duration(left_s)} if no consumer reads it and WAL is written as it is now",
+        remedy,
     )
 
 
@@ -166,12 +168,12 @@ def _keeps_much(slot: SlotReport) -> SlotHealth | None:
     if not slot.active:
         return SlotHealth(
             False,
-            f"keeps {size(kept)} of WAL, and no consumer reads it",
+            f"keeps {format_bytes(kept)} of WAL, and no consumer reads it",
             f"start a consumer, or {_recreate_remedy(slot)}",
         )
     return SlotHealth(
         False,
-        f"keeps {size(kept)} of WAL, though it is being read",
+        f"keeps {format_bytes(kept)} of WAL, though it is being read",
         "end the oldest write transaction of the server (cdc doctor names it): every slot keeps what was written since"
         " it began",
     )

@@ -21,7 +21,7 @@ from cdc.core.errors import CdcError, NotFoundError, RefusedError, StreamError, 
 from cdc.core.lsn import Lsn
 from cdc.core.model import PLUGINS, publication_name
 from cdc.core.stream_reason import Reason
-from cdc.core.units import span
+from cdc.core.units import format_duration
 from cdc.replication.refusals import ErrorContext, Phase, classify
 from cdc.replication.slot_health import ABSENT_STANDBYS, SlotReport
 
@@ -354,7 +354,7 @@ def oldest_writer(connection: psycopg.Connection) -> tuple[str, str] | None:
         found = cursor.execute(_OLDEST_WRITER).fetchone()
     if found is None:
         return None
-    age = f", {span(found['age_s'])} old" if found["age_s"] is not None else ""
+    age = f", {format_duration(found['age_s'])} old" if found["age_s"] is not None else ""
     if found["gid"] is not None:
         statement = sql.SQL("ROLLBACK PREPARED {}").format(sql.Literal(found["gid"])).as_string(connection)
         return f"the prepared transaction {found['gid']}{age}", f"{statement};"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import PLUGINS
-from cdc.core.units import size as bytes_text
+from cdc.core.units import format_bytes as bytes_text
 from tests.faults.slot_faults import FAULTS, Fault, Outcome, failing_over, suffer
 from tests.faults.slot_stage import AS_SHIPPED, SERVER, Stage, prepare
 from tests.faults.wal_held import FULL, SETTINGS, Holding, Size, handlers_blocked, large_transaction, nothing_tracked

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.core.lsn import Lsn
-from cdc.core.units import size, span
+from cdc.core.units import format_bytes, format_duration
 from cdc.replication.slot_health import Outlook, SlotHealth, SlotReport, assess, outlook
 
 SEEN = datetime(2026, 10, 5, tzinfo=UTC)
@@ -90,7 +90,7 @@ def test_an_outlook_is_never_negative(written: int, safe: int, microseconds: int
      (5 << 40, "5 TB"), (-2048, "-2 kB")],
 )  # fmt: skip
 def test_sizes_read_as_in_the_settings_of_the_server(count: int, text: str) -> None:
-    assert size(count) == text
+    assert format_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -106,4 +106,4 @@ def test_sizes_read_as_in_the_settings_of_the_server(count: int, text: str) -> N
     ],
 )
 def test_spans_keep_two_figures(seconds: float, text: str) -> None:
-    assert span(seconds) == text
+    assert format_duration(seconds) == text

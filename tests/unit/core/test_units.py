@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cdc.core.durations import parse_duration
 from cdc.core.errors import UsageError
+from cdc.core.units import parse_duration
 
 
 @pytest.mark.parametrize(
