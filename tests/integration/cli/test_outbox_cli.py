@@ -690,7 +690,7 @@ def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
     assert found["Shared Hit Blocks"] + found["Shared Read Blocks"] < pages / 2
 
 
-@pytest.mark.parametrize("name", ["letters", "retention"])
+@pytest.mark.parametrize("name", ["admin", "retention"])
 def test_every_named_statement_is_described_and_used(name: str) -> None:
     folder = Path(admin.__file__).parent
     statements = folder.joinpath(f"{name}.sql").read_text("utf-8")

@@ -162,7 +162,7 @@ def test_nothing_can_be_posted(server: HealthServer) -> None:
 def test_a_client_that_says_nothing_holds_up_neither_others_nor_the_stop(
     server: HealthServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cdc.http.server._Quiet.timeout", 300)  # so that no patience of ours helps
+    monkeypatch.setattr("cdc.http.server._SilentRequestHandler.timeout", 300)  # so that no patience of ours helps
     monkeypatch.setattr("cdc.http.server._REQUEST_LIMIT_S", 300)
     with socket.create_connection(("127.0.0.1", server.port)) as silent:
         silent.send(b"GET /livez")
