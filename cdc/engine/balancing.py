@@ -68,12 +68,12 @@ class Balancing:
             self._ownership.acquire(acquired)
             self._metrics.shard_moves.labels("acquired").inc(len(acquired.shards))
             self._acquired()
-        self._crash_guard.looked()
+        self._crash_guard.free_shards_acquired()
         if parked := self._settler.parked:
             self._settler.drop(await session.others(parked))
         self._ownership.revoke(move.release)
         if idle := self._ownership.idle():
-            await self._crash_guard.forget(idle)
+            await self._crash_guard.clear(idle)
             await session.release(idle)
             self._ownership.released(idle)
             self._metrics.shard_moves.labels("released").inc(len(idle))

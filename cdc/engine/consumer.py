@@ -253,7 +253,7 @@ class Consumer:
     async def _connections(self) -> AsyncIterator[tuple[ShardSession, psycopg.AsyncConnection]]:
         dsn, schema = self._settings.dsn, self._settings.schema
         session = await ShardSession.open(dsn, schema, self._store.process, INDEXED)
-        self.crash_guard.begin(session)
+        self.crash_guard.use_session(session)
         try:
             session_settings = {**INDEXED, "statement_timeout": _READ_TIMEOUT, "lock_timeout": _READ_LOCK_TIMEOUT}
             reader = await connect_async(
@@ -263,7 +263,7 @@ class Consumer:
             async with reader:
                 self.connected.set()
                 await self._wait_for_schema(session, reader)
-                await self.crash_guard.forget()
+                await self.crash_guard.clear()
                 self.in_service = True
                 yield session, reader
         finally:
@@ -299,7 +299,7 @@ class Consumer:
         """Whoever comes next need not ask what this process died of. Not said in time, it is asked in vain."""
         with contextlib.suppress(psycopg.Error, OSError):
             async with deadline(_LAST_SETTLE_S):
-                await self.crash_guard.forget()
+                await self.crash_guard.clear()
                 await session.unregister()
 
     async def _end_connection(self) -> None:

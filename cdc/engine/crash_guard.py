@@ -72,7 +72,7 @@ class CrashGuard:
         self._looked = False
         self._exposed_until = self._exposed_at_most_until = time.monotonic() + _FIRST_POLL_S
 
-    def begin(self, session: ShardSession) -> None:
+    def use_session(self, session: ShardSession) -> None:
         """From now on this session holds the shards."""
         self._session = session
 
@@ -99,7 +99,7 @@ class CrashGuard:
         self._watched.clear()
         self._doubted_until.clear()
 
-    def looked(self) -> None:
+    def free_shards_acquired(self) -> None:
         """The shards that were free have been taken, or there is no outbox yet."""
         if not self._looked:
             self._looked = True
@@ -115,25 +115,25 @@ class CrashGuard:
         self._exposed_until = max(self._exposed_until, time.monotonic() + seconds)
 
     @property
-    def watches(self) -> bool:
-        """Whether there may be a change that ``starts`` is to be told of, besides those that crashed."""
+    def active(self) -> bool:
+        """Whether there may be a change that ``record_start`` records, besides those that crashed."""
         return bool(self._watched)
 
-    def wants(self, change: Change) -> bool:
-        """Whether ``starts`` is to be told before the change's handler starts."""
+    def must_record_start(self, change: Change) -> bool:
+        """Whether ``record_start`` is to be called before the change's handler starts."""
         if change.crashed:
             return True
         watched = self._watched.get(change.shard)
         return watched is not None and change.changed_at <= watched[0]
 
-    def doubts(self, change: Change) -> bool:
+    def owner_may_be_alive(self, change: Change) -> bool:
         """Whether the process that started this suspect may only have lost its session, and be about to say so."""
         left_s = self._doubted_until.get(change.shard, 0.0) - time.monotonic()
         if left_s > 0:
             self._expose_for(left_s + _PAUSE_S)
         return left_s > 0
 
-    async def suspects(self, change: Change) -> Suspicion:
+    async def suspicion(self, change: Change) -> Suspicion:
         """Ask the table whether the change is one still. NONE on a lost session, too: nothing is to start there."""
         assert self._session is not None
         try:
@@ -142,29 +142,29 @@ class CrashGuard:
         except psycopg.Error:
             return Suspicion.NONE
 
-    async def starts(self, changes: Iterable[Change]) -> None:
+    async def record_start(self, changes: Iterable[Change]) -> None:
         """Write down that these start now. Raises AskTheTableError: one is somebody else's, or the session is lost."""
-        crash_guard = [change for change in changes if self.wants(change)]
-        if not crash_guard:
+        recorded = [change for change in changes if self.must_record_start(change)]
+        if not recorded:
             return
-        self._waiting += crash_guard
+        self._waiting += recorded
         async with self._writing:  # whoever comes first writes for all who have come meanwhile
             batch, self._waiting = self._waiting, []
             if batch:
                 await self._write(batch)
-        if any(change.seq not in self._marked for change in crash_guard):
+        if any(change.seq not in self._marked for change in recorded):
             raise AskTheTableError("another session has the change")
-        for change in crash_guard:
+        for change in recorded:
             self._count_down(change.shard)
 
-    def ended(self, changes: Iterable[Change]) -> None:
+    def returned(self, changes: Iterable[Change]) -> None:
         """Their handlers returned; what came of them is settled as ever."""
         if self._marked:
             self._expose_for(_PAUSE_S)  # the mark stands until the outcome is written
             for change in changes:
                 self._marked.pop(change.seq, None)
 
-    async def forget(self, shards: Container[int] = range(SHARDS)) -> None:
+    async def clear(self, shards: Container[int] = range(SHARDS)) -> None:
         """Of these shards, what ended without an outcome, or was cut off, is nobody's fault: this process lives.
 
         To be said before a shard is given away, at a stop in peace, and after a session was lost.
@@ -173,7 +173,7 @@ class CrashGuard:
         if cut_off and self._session:
             async with self._session.writing:
                 await self._store.unstart(self._session.connection, cut_off)
-            self.ended(cut_off)
+            self.returned(cut_off)
 
     async def _write(self, batch: Sequence[Change]) -> None:
         assert self._session is not None

@@ -194,7 +194,7 @@ class Dispatcher:
 
     def _run_inline(self, handler: Handler | None) -> tuple[int, PendingCall | None]:
         """Call what may be over at once. Returns how many were, and the call that was not."""
-        if self._crash_guard.watches:
+        if self._crash_guard.active:
             return 0, None
         done, unfinished = self._executor.run_inline(handler, self._started)
         self._report(done)
@@ -223,7 +223,7 @@ class Dispatcher:
         self._dispatch_others()
         if change.crashed:
             self._quarantine(handler, change)
-        elif self._quarantined and self._crash_guard.wants(change):
+        elif self._quarantined and self._crash_guard.must_record_start(change):
             self._later.append((handler, change))
         elif self._executor.lost(change):
             self._beside(handler, change, self._execute_lost(handler, change), self._lost)
@@ -259,15 +259,15 @@ class Dispatcher:
             return
         except Exception as error:  # noqa: BLE001 - see _bug
             outcomes = self._bug(handler, batch, error)
-        self._crash_guard.ended([one for one in batch if one in outcomes])
+        self._crash_guard.returned([one for one in batch if one in outcomes])
         self._report_outcomes(handler, batch, outcomes)
 
     async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
         if handler is not None:
             if handler.batch or handler.group > 1:
                 await self._gather(handler, batch)
-            if batch[0].crashed or self._crash_guard.watches:
-                await self._crash_guard.starts(batch)
+            if batch[0].crashed or self._crash_guard.active:
+                await self._crash_guard.record_start(batch)
         return await self._executor.run(handler, batch)
 
     def _bug(self, handler: Handler | None, batch: Sequence[Change], error: Exception) -> dict[Change, Outcome]:
@@ -315,7 +315,7 @@ class Dispatcher:
 
     def _quarantine(self, handler: Handler | None, change: Change) -> None:
         """A suspect runs alone; it waits for its turn without keeping a worker."""
-        if self._crash_guard.doubts(change):
+        if self._crash_guard.owner_may_be_alive(change):
             self._beside(handler, change, _for(_ASK_AGAIN_S, asyncio.Event()), self._doubted)
         else:
             self._beside(handler, change, self._execute_alone(handler, change), self._quarantined)
@@ -351,7 +351,7 @@ class Dispatcher:
         task = asyncio.current_task()
         assert task is not None
         async with self._alone:
-            if self._stopping.is_set() or not (suspicion := await self._crash_guard.suspects(change)):
+            if self._stopping.is_set() or not (suspicion := await self._crash_guard.suspicion(change)):
                 return
             self._quarantined[task] = None
             if outcome := self._executor.after_crash(handler, change, suspicion):

@@ -102,8 +102,8 @@ async def test_a_suspect_that_is_cut_off_before_its_task_began_leaves_its_key_op
     async def still_suspect(_self: CrashGuard, _change: Change) -> bool:
         return True
 
-    monkeypatch.setattr(CrashGuard, "doubts", lambda _self, _change: doubtful)
-    monkeypatch.setattr(CrashGuard, "suspects", still_suspect)
+    monkeypatch.setattr(CrashGuard, "owner_may_be_alive", lambda _self, _change: doubtful)
+    monkeypatch.setattr(CrashGuard, "suspicion", still_suspect)
     scheduler, executor = SettlingScheduler(100), _Waiting()
     scheduler.ownership.acquire(Acquired([0]))
     dispatcher = _dispatcher(scheduler, executor, 10)
@@ -133,8 +133,8 @@ async def test_a_suspect_starts_when_what_became_of_the_one_before_is_in_the_tab
 
     async def written_down(_self: CrashGuard, _changes: Sequence[Change]) -> None: ...
 
-    monkeypatch.setattr(CrashGuard, "suspects", still_suspect)
-    monkeypatch.setattr(CrashGuard, "starts", written_down)
+    monkeypatch.setattr(CrashGuard, "suspicion", still_suspect)
+    monkeypatch.setattr(CrashGuard, "record_start", written_down)
     scheduler, executor = SettlingScheduler(100), _Waiting()
     executor.go.set()
     scheduler.ownership.acquire(Acquired([0]))
