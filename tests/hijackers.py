@@ -77,7 +77,7 @@ def _called() -> Iterator[str]:
 def _of_operators(schema: str, pairs: list[tuple[str, str, str]]) -> Iterator[str]:
     for operator, left, right in pairs:
         function = _quoted(f"op {operator} {left} {right}")
-        yield _function(schema, function, (left, right), "bool" if operator != "||" else left)
+        yield create_function(schema, function, (left, right), "bool" if operator != "||" else left)
         arguments = f"LEFTARG = {left}, RIGHTARG = {right}, FUNCTION = {schema}.{function}"
         yield f"CREATE OPERATOR {schema}.{operator} ({arguments})"
 
@@ -97,16 +97,16 @@ def _functions(schema: str, found: list[tuple[str, bool, bool, list[str]]]) -> I
                     continue
                 if is_aggregate:
                     state = _quoted(f"state of {name} {' '.join(chosen)}")
-                    yield _function(schema, state, ("int8", *chosen), "int8")
+                    yield create_function(schema, state, ("int8", *chosen), "int8")
                     yield (
                         f"CREATE OR REPLACE AGGREGATE {schema}.{_quoted(name)} ({', '.join(chosen)})"
                         f" (SFUNC = {schema}.{state}, STYPE = int8)"
                     )
                 else:
-                    yield _function(schema, _quoted(name), chosen, "text")
+                    yield create_function(schema, _quoted(name), chosen, "text")
 
 
-def _function(schema: str, name: str, arguments: tuple[str, ...], returns: str) -> str:
+def create_function(schema: str, name: str, arguments: tuple[str, ...], returns: str) -> str:
     said = f"{MARK} {name} ({', '.join(arguments)})".replace("'", "''").replace("%", "%%")
     return (
         f"CREATE OR REPLACE FUNCTION {schema}.{name} ({', '.join(arguments)}) RETURNS {returns} LANGUAGE plpgsql AS"

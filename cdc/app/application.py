@@ -191,6 +191,10 @@ class App:
 
     # --- what others look at ---------------------------------------------------------------------------------------
 
+    def poll_now(self, *, everything: bool = False) -> None:
+        """Have figures read from the database at once. From any thread. ``everything``: also those that rest."""
+        self.components.poller.poll_now(everything=everything)
+
     def liveness(self) -> list[Check]:
         """From any thread."""
         return health_checks.liveness(self.status, time.monotonic(), self._thresholds)

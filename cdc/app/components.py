@@ -82,6 +82,7 @@ class Components:
             pools=self.transactions.status,
             breakers=self.breakers.status,
             wakeups=self.metrics.wakeups.status,
+            listening=self.listener.connected,
             failing_tasks=dict(self.supervisor.failing()),
             loop_last_iteration=self.loop.last_iteration_at,
         )

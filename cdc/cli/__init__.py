@@ -21,7 +21,7 @@ from cdc.core.masking import mask
 from cdc.core.printable import printable
 from cdc.runtime.process import Interrupted, handle_signals, leave
 
-_COMMANDS = {
+COMMANDS = {
     "run": ("cdc.cli.run", "Hand committed changes to your handlers."),
     "demo": ("cdc.cli.demo", "Watch changes travel, on a throw-away server."),
     "db": ("cdc.cli.db", "Install, upgrade and check the database objects."),
@@ -43,25 +43,25 @@ class _Root(Commands):
     """Imports a command's module when it is used, so that ``cdc --help`` waits for no driver."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(_COMMANDS[cmd_name][0]), cmd_name)
+        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in _COMMANDS:
-            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             ctx.fail(f"no such command {args[0]!r}" + (f": did you mean {close[0]}?" if close else ""))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, purpose) for name, (_, purpose) in _COMMANDS.items()])
+            formatter.write_dl([(name, purpose) for name, (_, purpose) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

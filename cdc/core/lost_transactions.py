@@ -23,7 +23,7 @@ from cdc.core.model import Change
 LOSSES_MAX = 10
 SESSIONS_MAX = 3
 """Losses of the session under a change, until it runs alone."""
-_REMEMBERED = 10_000
+REMEMBERED = 10_000
 """Those of which no more was heard, as somebody else has handled them, make room for others."""
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.1, 5.0
 
@@ -54,7 +54,7 @@ class Losses:
             if times >= suspect_at:
                 self.suspects.add(change.id)
             most = max(most, times)
-        while len(self._times) > _REMEMBERED:
+        while len(self._times) > REMEMBERED:
             self._forget(next(iter(self._times)))
         return most
 

@@ -29,7 +29,7 @@ before they join.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
@@ -149,12 +149,15 @@ class ReadPlanner:
 
     @property
     def live_shards(self) -> int:
-        return sum(shard.live for shard in self._shards.values())
+        return sum(shard.live for shard in list(self._shards.values()))
 
     @property
     def catching_up(self) -> bool:
-        """A pass is under way somewhere."""
-        return any(cursor.reading for cursor in self._all_cursors())
+        return any(cursor.catching_up for cursor in self._all_cursors())
+
+    @property
+    def uncommitted(self) -> int:
+        return len(self._unseen)
 
     @property
     def throttled(self) -> Collection[str]:
@@ -472,9 +475,8 @@ class ReadPlanner:
     def _cursor_due(self) -> None:
         self._cursors_idle = False
 
-    def _all_cursors(self) -> Iterator[ShardCursor]:
-        for of_shards in (self._shards, *self._throttled.values()):
-            yield from of_shards.values()
+    def _all_cursors(self) -> Sequence[ShardCursor]:  # copies, as status is asked for from any thread
+        return [cursor for shards in (self._shards, *self._throttled.values()) for cursor in list(shards.values())]
 
     def _touch_throttled(self, number: int) -> None:
         for of_shards in self._throttled.values():

@@ -107,6 +107,11 @@ class ShardCursor:
     def position(self) -> Position:
         return Position(self.floor, self.seq, self.since)
 
+    @property
+    def catching_up(self) -> bool:
+        """A pass is under way or to come, the periodic ones aside."""
+        return self.reading or (not self.live and self.repass_at < inf)
+
     def lose(self, serial: int) -> None:
         self.live = False
         self.lost_at_xid = None

@@ -33,7 +33,7 @@ _ROUND_EVERY_S = 60.0
 """Also after a round that failed: nothing is urgent here, and a server that comes back has other things to do."""
 _BUSY_SHARE = 0.1
 """Of the time of a round in which the server works for it."""
-_PAUSE_MAX_S = 60.0
+PAUSE_MAX_S = 60.0
 _ANSWER_LIMIT_S = 35.0
 """Longer than a batch may take on the server."""
 
@@ -88,7 +88,7 @@ class Pruning:
                 self._said = None
                 if more := count == self._batch:
                     took_s = asyncio.get_running_loop().time() - began
-                    await _pause(min(took_s * (1 / _BUSY_SHARE - 1), _PAUSE_MAX_S))
+                    await _pause(min(took_s * (1 / _BUSY_SHARE - 1), PAUSE_MAX_S))
 
     @contextlib.asynccontextmanager
     async def _lock(self) -> AsyncIterator[psycopg.AsyncConnection | None]:

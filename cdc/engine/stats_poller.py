@@ -85,8 +85,10 @@ class StatsPoller:
     def start(self) -> None:
         self._thread.start()
 
-    def poll_now(self) -> None:
-        """Something has just changed; from any thread."""
+    def poll_now(self, *, everything: bool = False) -> None:
+        """Something has just changed; from any thread. ``everything``: also what is for the page alone."""
+        if everything:
+            self._summarize_at = 0.0
         self._due.set()
 
     def stop(self, timeout_s: float) -> None:

@@ -37,6 +37,11 @@ class Limit:
         self._overran = set[asyncio.Task[Any]]()
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def waiting(self) -> int:
+        """Calls whose time passes."""
+        return len(self._ends)
+
     async def call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Run it. Raises OverrunError if its time passes."""
         started = time.monotonic()

@@ -53,6 +53,8 @@ class StreamStatus:
 class ConsumerStatus:
     """``last_iteration``: by the name of a loop. Changes of the window are ``running``, ``queued`` or ``settling``.
 
+    ``live_shards``: those read by number, as wake-ups tell; ``catching_up``: others are read from where they were left.
+    ``uncommitted_wakeups``: of changes that no read has shown yet.
     ``held_up_s``: for how long some outcome could not be written by now; ``unread_s``: the same of reading.
     """
 
@@ -68,6 +70,9 @@ class ConsumerStatus:
     settling: int = 0
     window: int = 0
     waiting_wakeups: int = 0
+    uncommitted_wakeups: int = 0
+    live_shards: int = 0
+    catching_up: bool = False
     throttled_types: int = 0
     held_up_s: float = 0.0
     unread_s: float = 0.0
@@ -148,6 +153,8 @@ class HandlerStatus:
 class ProcessStatus:
     """All of a consumer's process. ``stream`` is None where it is switched off; ``wakeups``: by source.
 
+    ``listening``: to wake-ups that another process sends by NOTIFY.
+
     ``loop_last_iteration``: when the event loop last turned. ``failing_tasks``: how often each has ended in a row.
     """
 
@@ -158,6 +165,7 @@ class ProcessStatus:
     pools: Mapping[str, PoolStatus] = field(default_factory=dict)
     breakers: Mapping[str, BreakerStatus] = field(default_factory=dict)
     wakeups: Mapping[str, int] = field(default_factory=dict)
+    listening: bool = False
     failing_tasks: Mapping[str, int] = field(default_factory=dict)
     loop_last_iteration: float = 0.0
 

@@ -190,7 +190,7 @@ class OutboxAdmin:
     ) -> Stats:
         """By entity type, of whatever is not processed: up to ``per_shard`` fresh ones, ``scan`` of the others."""
         parameters = {"shards": SHARDS, "per_shard": per_shard or _PER_SHARD, "bound": scan or _SCAN}
-        with _bounded(connection, limit_s), connection.cursor(row_factory=dict_row) as cursor:
+        with bounded(connection, limit_s), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["stats"], parameters).fetchall()
         # The same in every row.
         more = {name: rows[0][name] for name in _MORE} if rows else {}
@@ -214,7 +214,7 @@ class OutboxAdmin:
             "scan": _SCAN if filtered else limit + 1,
             "limit": limit + 1,
         }
-        with _bounded(connection):
+        with bounded(connection):
             row = connection.execute(self._statements[STATES[state]], parameters).fetchone()
             assert row is not None
             cut, ids = row
@@ -223,19 +223,19 @@ class OutboxAdmin:
 
     def pace(self, connection: psycopg.Connection) -> Throughput:
         """What was processed in the last minute, by all consumers."""
-        with _bounded(connection), connection.cursor(row_factory=class_row(Throughput)) as cursor:
+        with bounded(connection), connection.cursor(row_factory=class_row(Throughput)) as cursor:
             pace = cursor.execute(self._statements["pace"], {"seconds": _PACE_S, "bound": _PACE_MAX}).fetchone()
         assert pace is not None
         return pace
 
     def show(self, connection: psycopg.Connection, reference: Reference) -> ChangeSummary:
         """Raises NotFoundError."""
-        with _bounded(connection):
+        with bounded(connection):
             return self._named(connection, [reference])[0]
 
     def chain(self, connection: psycopg.Connection, entry: ChangeSummary) -> list[CauseLink]:
         """The change, its cause, the cause of that, and so on, up to 100 of them."""
-        with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+        with bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["chain"], {"id": entry.id, "bound": _CHAIN_MAX}).fetchall()
         return [CauseLink(**{**row, "state": ChangeState(row["state"])}) for row in rows]
 
@@ -245,7 +245,7 @@ class OutboxAdmin:
         Each is Json, with the digits that are stored, or the text of what Python cannot read.
         """
         try:
-            with _bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+            with bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
                 cursor.adapters.register_loader("jsonb", VerbatimJson)
                 found = cursor.execute(self._statements["payload"], {"id": entry.id}).fetchone()
         except psycopg.Error as error:
@@ -277,7 +277,7 @@ class OutboxAdmin:
 
     def retry_all(self, connection: psycopg.Connection, entity_type: str | None) -> int:
         """Every dead letter, or those of one type; returns how many."""
-        with _bounded(connection, _RETRY_ALL_LIMIT_S):
+        with bounded(connection, _RETRY_ALL_LIMIT_S):
             count = connection.execute(self._statements["retry_all"], {"type": entity_type}).rowcount
         if count:
             _notify(connection)
@@ -296,7 +296,7 @@ class OutboxAdmin:
             parameters = {"type": entity_type, "before": moment, "shard": shard, "after": 0, "limit": _DISCARD_BATCH}
             more = True
             while more:
-                with _bounded(connection):
+                with bounded(connection):
                     row = connection.execute(self._statements["discard_before"], parameters).fetchone()
                 assert row is not None
                 marked, looked_at, parameters["after"] = row
@@ -306,7 +306,7 @@ class OutboxAdmin:
     def _decide(
         self, connection: psycopg.Connection, statement: str, references: Sequence[Reference]
     ) -> list[ChangeSummary]:
-        with _bounded(connection):
+        with bounded(connection):
             ids = [entry.id for entry in self._named(connection, references)]
             taken = {id_ for (id_,) in connection.execute(self._statements["take"], {"ids": ids})}
             # Read again: now that they are taken, their states stay.
@@ -347,7 +347,7 @@ class OutboxAdmin:
 
 
 @contextmanager
-def _bounded(connection: psycopg.Connection, statement_limit_s: int = _STATEMENT_LIMIT_S) -> Iterator[None]:
+def bounded(connection: psycopg.Connection, statement_limit_s: int = _STATEMENT_LIMIT_S) -> Iterator[None]:
     """One transaction whose statements end in time.
 
     Through an index, always: the statistics of a queue are wrong as soon as they are taken.

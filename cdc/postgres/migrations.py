@@ -58,7 +58,7 @@ DO $cdc$ BEGIN IF pg_catalog.to_regnamespace({identifier_literal}) IS NULL THEN
   CREATE SCHEMA {identifier};
 END IF; END $cdc$;
 """
-_CREATE_LEDGER = """\
+CREATE_LEDGER = """\
 CREATE TABLE IF NOT EXISTS @schema@.cdc_migrations (
   version integer PRIMARY KEY,
   name text NOT NULL,
@@ -104,7 +104,7 @@ def migrations(name: str = "") -> list[Migration]:
     """All migrations of this version, in order: of the outbox, or of an optional set."""
     found = [
         Migration(int(path.name[:4]), path.stem[5:], path.read_text("utf-8"), name)
-        for path in sorted((_folder() / name).glob("[0-9][0-9][0-9][0-9]_*.sql"))
+        for path in sorted((folder() / name).glob("[0-9][0-9][0-9][0-9]_*.sql"))
     ]
     assert [migration.version for migration in found] == list(range(1, len(found) + 1)), "a gap in the numbers"
     return found
@@ -112,7 +112,7 @@ def migrations(name: str = "") -> list[Migration]:
 
 def sets() -> list[str]:
     """The optional sets there are."""
-    return sorted(path.name for path in _folder().iterdir() if path.is_dir() and migrations(path.name))
+    return sorted(path.name for path in folder().iterdir() if path.is_dir() and migrations(path.name))
 
 
 def check_sets(names: Sequence[str]) -> None:
@@ -127,19 +127,19 @@ def consumer_rights(name: str, schema: str, role: str) -> str:
     return render(_script_of_set(name, _CONSUMER_OF_SET), schema, role=role)
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """``cdc/sql`` in a wheel; an editable install leaves ``sql`` beside the package."""
     package = Path(__file__).parents[1]
     return next(path for path in (package / "sql", package.parent / "sql") if path.is_dir())
 
 
 def _script(name: str) -> str:
-    return (_folder() / name).read_text("utf-8")
+    return (folder() / name).read_text("utf-8")
 
 
 def _script_of_set(name: str, file: str) -> str:
     """Empty where the set has no such file."""
-    path = _folder() / name / file
+    path = folder() / name / file
     return path.read_text("utf-8") if path.exists() else ""
 
 
@@ -253,7 +253,7 @@ def verify(connection: psycopg.Connection, schema: str) -> list[Difference]:
     with _explained(connection, schema), connection.transaction(force_rollback=True):
         connection.execute("SET LOCAL search_path = pg_catalog")
         query = _script("picture.sql")
-        _run(connection, _CREATE_LEDGER, _TEMPORARY, schema)
+        _run(connection, CREATE_LEDGER, _TEMPORARY, schema)
         for migration in migrations():
             _run(connection, migration.template, _TEMPORARY, schema)
         expected = catalogs.picture(connection, query, _TEMPORARY)
@@ -293,7 +293,7 @@ def print_sql(
         identifier_literal=_literal(identifier),
     )
     act_as = [f"SET LOCAL ROLE {sql.Identifier(owner).as_string()};\n"] if owner else []
-    parts = [opening, *act_as, render(_script(_OWNERSHIP), schema), render(_CREATE_LEDGER, schema)]
+    parts = [opening, *act_as, render(_script(_OWNERSHIP), schema), render(CREATE_LEDGER, schema)]
     for migration in steps:
         parts += [f"\n-- {migration}\n", render(migration.template + migration.record, schema)]
     parts += ["", render(_script(_CAPTURE_ROLE), schema)]
@@ -416,7 +416,7 @@ def _check_name(schema: str) -> None:
 
 def _apply(connection: psycopg.Connection, missing: Sequence[Migration], schema: str) -> None:
     if missing:
-        _run(connection, _CREATE_LEDGER, schema)
+        _run(connection, CREATE_LEDGER, schema)
     for migration in missing:
         failpoints.here("schema.between_steps")
         _run(connection, migration.template, schema)

@@ -96,7 +96,7 @@ class Store:
         """Who started a change, or owns a shard: this process, until it ends."""
         self._always: dict[str, Any] = {"process": self.process, "page_bytes": page_bytes, "skipped": "{}"}
         self._max_chain_depth = max_chain_depth
-        self._scope = scope
+        self.scope = scope
         self._table = sql.Identifier(schema, "entity_changes").as_string(None)
         self._option = "" if schema == "public" else f" --schema {shlex.quote(schema)}"
 
@@ -156,9 +156,9 @@ class Store:
             "seqs": _array(w.seq for w in wakeups),
             "shards": _array(w.shard for w in wakeups),
         }
-        if self._scope.everything:
+        if self.scope.everything:
             return await self._page(reader, await self._rows(reader, "fetch", parameters))
-        types, include = self._scope
+        types, include = self.scope
         records = await self._rows(reader, "fetch_some", {**parameters, "types": list(types), "among": include})
         ours = [record for record in records if record[3] is not None]
         others = frozenset(record[2] for record in records if record[2] is not None and record[3] is None)
@@ -238,7 +238,7 @@ class Store:
         ``start`` is where the look before has ended, if it has not seen all types. Of those ``in_window`` nothing is
         read, but they count for ``limit``.
         """
-        types, include = self._scope.without(without)
+        types, include = self.scope.without(without)
         parameters = {
             "shards": list(shards), "types": list(types), "among": include, "from": start, "types_max": TYPES_MAX
         }  # fmt: skip
@@ -305,7 +305,7 @@ class Store:
 
     async def marked_since(self, reader: psycopg.AsyncConnection, after: Place | None, limit: int) -> Marked:
         """What was marked processed behind that place, or (None) nothing yet."""
-        types, include = self._scope
+        types, include = self.scope
         at, row = after or (None, None)
         parameters = {"after": at, "place": row, "limit": limit, "types": list(types), "among": include}
         records = await self._rows(reader, "marked_since", parameters)
@@ -365,8 +365,8 @@ class Store:
         """For the collector; bounded however large the table is."""
         parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _ROWS_EXAMINED_PER_SHARD, "shards": SHARDS}
         statement = "figures"
-        if not self._scope.everything:
-            types, include = self._scope
+        if not self.scope.everything:
+            types, include = self.scope
             statement = "figures_some"
             parameters |= {
                 "types": list(types), "among": include, "scan": _ROWS_EXAMINED_OF_ALL_TYPES,
@@ -378,7 +378,7 @@ class Store:
 
     def outside(self, connection: psycopg.Connection) -> dict[str, int]:
         """The types of fresh changes that are not in scope, with a lower bound of how many wait of each."""
-        types, include = self._scope
+        types, include = self.scope
         parameters = {"types": list(types), "among": include, "scan": _ROWS_EXAMINED_OF_ALL_TYPES, "shards": SHARDS,
                       "bound": _OUTSIDE_MAX}  # fmt: skip
         return dict(connection.execute(self._statements["outside"], parameters).fetchall())

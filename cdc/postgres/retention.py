@@ -20,7 +20,7 @@ BATCH = 1_000
 COUNT_BOUND = 1_000_001
 
 # Of one batch. Left to itself the planner may sort the whole history for the first thousand.
-_LIMITS = (
+LIMITS = (
     "SELECT set_config('statement_timeout', '30s', true), set_config('lock_timeout', '5s', true),"
     " set_config('enable_seqscan', 'off', true), set_config('enable_sort', 'off', true), set_config('jit', 'off', true)"
 )
@@ -46,7 +46,7 @@ class Retention:
         batch = Batch(limit, None)
         while batch.removed == limit:
             with connection.transaction():
-                connection.execute(_LIMITS)
+                connection.execute(LIMITS)
                 row = connection.execute(self._statements["prune"], _asked(older_than_s, limit, batch.until)).fetchone()
             assert row is not None
             batch = Batch(*row)
@@ -63,7 +63,7 @@ class Retention:
     ) -> Batch:
         """Remove one batch. Less than ``limit``: there is no more now. ``since``: where the batch before ended."""
         async with connection.transaction():
-            await connection.execute(_LIMITS)
+            await connection.execute(LIMITS)
             cursor = await connection.execute(self._statements["prune"], _asked(older_than_s, limit, since))
             row = await cursor.fetchone()
         assert row is not None
@@ -73,7 +73,7 @@ class Retention:
         """How many there are; 1,000,001 means more."""
         parameters = {"older_than_s": older_than_s, "bound": COUNT_BOUND}
         with connection.transaction():
-            connection.execute(_LIMITS)
+            connection.execute(LIMITS)
             row = connection.execute(self._statements["prunable"], parameters).fetchone()
         assert row is not None
         return int(row[0])

@@ -51,7 +51,7 @@ _SILENT_S = 10.0
 _SHOWN = 5
 _ANSWER_LIMIT_S = 25.0
 """Longer than statement_timeout; half a minute with the second between two looks."""
-_SESSION = {
+SESSION = {
     **SERVER_TCP,
     "idle_session_timeout": f"{SILENCE_MAX_S}s",
     "idle_in_transaction_session_timeout": f"{SILENCE_MAX_S}s",
@@ -229,7 +229,7 @@ class ShardSession:
         connection = await connect_async(
             dsn,
             application_name="cdc: shards",
-            session={**settings, **_SESSION},
+            session={**settings, **SESSION},
             answer_limit_s=_ANSWER_LIMIT_S,
         )
         session = cls(connection, schema, owner)

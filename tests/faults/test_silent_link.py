@@ -129,7 +129,7 @@ def test_sigterm_ends_a_consumer_that_waits_for_a_server_which_says_nothing(
 async def test_a_drain_that_takes_long_does_not_cost_the_session_which_must_say_something(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(shard_locks._SESSION, "idle_session_timeout", "2500ms")
+    monkeypatch.setitem(shard_locks.SESSION, "idle_session_timeout", "2500ms")
     router, calls = cdc.Router(), []
 
     @router.on("x")
@@ -151,7 +151,7 @@ async def test_a_drain_that_takes_long_does_not_cost_the_session_which_must_say_
 async def test_a_consumer_that_waits_for_its_schema_keeps_its_session(
     database: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(shard_locks._SESSION, "idle_session_timeout", "1500ms")
+    monkeypatch.setitem(shard_locks.SESSION, "idle_session_timeout", "1500ms")
     since = (
         "SELECT max(clock_timestamp() - backend_start) > '4 s' FROM pg_stat_activity"
         " WHERE application_name = 'cdc: shards' AND datname = current_database()"

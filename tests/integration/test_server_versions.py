@@ -27,6 +27,7 @@ from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import RefusedError, UsageError
 from cdc.core.model import SHARDS, publication_name
 from cdc.diagnostics import inspect_outbox
+from cdc.observability.snapshots import Role
 from cdc.postgres import migrations, remarks, tracking
 from cdc.replication import slots
 from tests import servers
@@ -255,7 +256,7 @@ def _set(db: psycopg.Connection, setting: str, value: str) -> None:
 
 def _rung(app: App) -> bool:
     """The slot rings, and the sweep that follows its start is over."""
-    return app.status.stream.connected and app.consumer._planner.live_shards == SHARDS
+    return app.status.role is Role.STREAMING and app.status.consumer.live_shards == SHARDS
 
 
 async def _until(condition: Any, what: str) -> None:

@@ -18,6 +18,7 @@ from psycopg.conninfo import make_conninfo
 
 import cdc
 from cdc.cli import cdc as command
+from cdc.observability.snapshots import Role
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
 
@@ -151,7 +152,7 @@ async def test_everything_works_under_settings_that_nobody_chose_for_it(odd: str
             db.execute("INSERT INTO orders SELECT n FROM generate_series(1, 5) AS n")
 
             async def streams_and_all_is_settled() -> bool:
-                return app.status.stream.connected and settled(db)
+                return app.status.role is Role.STREAMING and settled(db)
 
             await eventually_async(streams_and_all_is_settled, what="the slot is read, and all is settled")
         states = (

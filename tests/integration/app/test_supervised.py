@@ -40,7 +40,7 @@ async def test_a_payload_nested_too_deep_to_read_is_a_bell_like_any_other(
     async with consuming(outbox, router, stream=False, sweep_interval=600, poll_interval=600) as app:
 
         async def listens() -> bool:
-            return app.components.listener.connected
+            return app.status.listening
 
         await eventually_async(listens)
         outbox_db.execute("SELECT pg_notify('entity_change', %s)", [_NESTED])

@@ -31,7 +31,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Result]:
     module = types.ModuleType("ask_commands")
     module.ask = ask  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ask_commands", module)
-    monkeypatch.setitem(cdc.cli._COMMANDS, "ask", ("ask_commands", "Ask."))
+    monkeypatch.setitem(cdc.cli.COMMANDS, "ask", ("ask_commands", "Ask."))
 
     def call(dsn: str, statement: str = "SELECT 1") -> Result:
         result = CliRunner().invoke(cdc.cli.cdc, ["ask", statement, "--dsn", make_conninfo(dsn, password=PASSWORD)])

@@ -26,6 +26,7 @@ from cdc.core.model import SHARDS
 from cdc.core.router import Router
 from cdc.postgres import admin, migrations
 from cdc.postgres.admin import OutboxAdmin, parse_reference
+from cdc.postgres.sql_files import load
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled
 from tests.fix_outbox import copied_outbox
@@ -539,7 +540,7 @@ def test_an_operator_needs_the_documented_grants_and_no_more(outbox: str, outbox
 
 def _hears(app: Any) -> Any:
     async def check() -> bool:
-        return bool(app.components.listener.connected)
+        return app.status.listening
 
     return eventually_async(check, what="the consumer listens")
 
@@ -659,7 +660,7 @@ def large(admin_dsn: str, migrated_template: str) -> Iterator[psycopg.Connection
 
 
 def plan(db: psycopg.Connection, statement: bytes, parameters: dict[str, Any]) -> dict[str, Any]:
-    with db.transaction(force_rollback=True), admin._bounded(db):
+    with db.transaction(force_rollback=True), admin.bounded(db):
         [([found],)] = db.execute(b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + statement, parameters).fetchall()
     return dict(found["Plan"])
 
@@ -684,7 +685,7 @@ def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
     }  # fmt: skip
     [(pages,)] = large.execute("SELECT relpages FROM pg_class WHERE oid = 'entity_changes'::regclass").fetchall()
     assert pages > 2000
-    found = plan(large, OutboxAdmin("public")._statements[statement], parameters)
+    found = plan(large, load("admin.sql", "public")[statement], parameters)
     scans = [node["Node Type"] for node in nodes(found) if node.get("Relation Name") == "entity_changes"]
     assert "Seq Scan" not in scans
     assert found["Shared Hit Blocks"] + found["Shared Read Blocks"] < pages / 2

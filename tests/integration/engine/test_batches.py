@@ -98,7 +98,7 @@ async def test_a_batch_that_is_not_full_lingers_for_more(outbox: str, outbox_db:
         _publish(outbox_db, 1, 1)
 
         async def one_waits() -> bool:
-            return app.consumer._scheduler.running == 1
+            return app.status.consumer.running == 1
 
         await eventually_async(one_waits)
         # Of other keys: what follows one of the batch joins it only if it is read together with others.

@@ -9,7 +9,6 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg.rows import dict_row
-from psycopg_pool import AsyncConnectionPool
 
 import cdc
 from cdc import testing
@@ -250,19 +249,20 @@ async def test_of_a_transactional_batch_the_deepest_change_is_the_cause(
 async def test_the_next_transaction_of_the_same_connection_has_no_cause(
     fails: bool, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
-    router = Router()
+    router, lent = Router(), list[psycopg.AsyncConnection]()
 
     @router.on("x", max_attempts=1)
     async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        lent.append(connection)
         await connection.execute(_STEP, ["event", "1"])
         if fails:
             raise ValueError("no")
 
     _publish(outbox_db, "x", "1")
-    async with consuming(outbox, router, transactions=1, unhandled="discard") as app:
+    async with consuming(outbox, router, transactions=1, unhandled="discard"):
         await _all_settled(outbox_db)
-        pool: AsyncConnectionPool[Any] = app.components.transactions._async
-        async with pool.connection() as connection:
+        [connection] = lent
+        async with connection.transaction():
             cursor = await connection.execute("SELECT current_setting('cdc.cause', true)")
             assert await cursor.fetchone() == ("",), "this very connection has had one"
             await connection.execute(_STEP, ["event", "2"])

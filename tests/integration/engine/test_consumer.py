@@ -20,6 +20,7 @@ from pydantic import BaseModel
 import cdc
 from cdc.contrib.demo.temp_server import free_port
 from cdc.core.router import Router
+from cdc.observability.snapshots import Role
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, slot_name, states
 
@@ -453,7 +454,7 @@ async def test_a_row_inserted_by_hand_is_found_by_the_sweep_and_a_notify_makes_i
     )
     async with consuming(outbox, router, sweep_interval=3600) as app:
         await eventually_async(_streaming(app))
-        await eventually_async(_is(lambda: app.components.listener.connected))
+        await eventually_async(_is(lambda: app.status.listening))
         with outbox_db.transaction():
             outbox_db.execute(insert, ["noted"])
             outbox_db.execute("""NOTIFY entity_change, '{"table": "t", "operation": "INSERT"}'""")
@@ -477,7 +478,7 @@ async def test_requeued_dead_letters_run_again_at_once(outbox: str, outbox_db: p
     _publish(outbox_db, "x")
     async with consuming(outbox, router, sweep_interval=3600, **_QUICK) as app:
         await _until_settled(outbox_db)
-        await eventually_async(_is(lambda: app.components.listener.connected))
+        await eventually_async(_is(lambda: app.status.listening))
         fixed.set()
         assert outbox_db.execute("SELECT requeued_count FROM reprocess_failed_actions()").fetchall() == [(1,)]
         await _until_settled(outbox_db)
@@ -506,7 +507,7 @@ async def test_a_change_whose_commit_hangs_is_found_within_milliseconds_of_its_r
         await eventually_async(_streaming(app))
         for _ in range(3):
             commit = await _hanging_commit(admin, writer)
-            await eventually_async(_is(lambda: bool(app.consumer._planner._unseen)))
+            await eventually_async(_is(lambda: app.status.consumer.uncommitted_wakeups > 0))
             before = len(handled_at)
             await admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
             released = loop.time()
@@ -672,7 +673,7 @@ def _is(condition: Any) -> Any:
 
 def _streaming(app: Any) -> Any:
     """The stream is connected and every shard is read by number."""
-    return _is(lambda: app.status.stream.connected and app.consumer._planner.live_shards == 64)
+    return _is(lambda: app.status.role is Role.STREAMING and app.status.consumer.live_shards == 64)
 
 
 async def test_metrics_and_health_answer_from_a_thread_of_their_own_while_a_handler_blocks_the_event_loop(

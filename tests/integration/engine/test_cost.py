@@ -15,6 +15,7 @@ from cdc.app.application import App
 from cdc.core.model import SHARDS
 from cdc.core.router import Router
 from cdc.engine import settler
+from cdc.observability.snapshots import Role
 from tests.bench.database import preload
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
@@ -52,7 +53,7 @@ async def working(tally: Tally, outbox_db: psycopg.Connection, noop: Router) -> 
     async with consuming(tally.dsn, noop, **_TIMERS) as app:
 
         async def live() -> bool:
-            return app.status.stream.connected and app.consumer._planner.live_shards == SHARDS
+            return app.status.role is Role.STREAMING and app.status.consumer.live_shards == SHARDS
 
         await eventually_async(live, what="the shards to be read by number")
         outbox_db.execute("INSERT INTO note VALUES (0, 'a row')")

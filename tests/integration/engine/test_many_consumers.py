@@ -16,6 +16,7 @@ import cdc
 from cdc.app.application import App
 from cdc.core.model import SHARDS
 from cdc.core.router import Router
+from cdc.observability.snapshots import Role
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import Process, consuming, metric, settled, slot_name, states
 
@@ -40,7 +41,7 @@ def _publish(db: psycopg.Connection, count: int, first_key: int = 1) -> None:
 
 async def _streams(app: App) -> None:
     async def connected() -> bool:
-        return app.status.stream.connected
+        return app.status.role is Role.STREAMING
 
     await eventually_async(connected, what="it streams")
 
@@ -63,7 +64,7 @@ async def test_a_newcomer_gets_its_share_and_its_wake_ups_are_relayed_to_it(
             await _shared(first, second)
 
             async def listens() -> bool:
-                return second.components.listener.connected and not second.consumer._planner.catching_up
+                return second.status.listening and not second.status.consumer.catching_up
 
             await eventually_async(listens)
             for _ in range(5):
@@ -100,13 +101,13 @@ async def test_who_does_not_stream_is_woken_by_notify_also_after_the_streamer_ha
                 if not all(len(app.consumer.owned) == SHARDS // 2 for app in (second, third)):
                     return False
                 listens = [
-                    app.components.listener.connected and not app.consumer._planner.catching_up
-                    for app in (second, third) if not app.status.stream.connected  # type: ignore[union-attr]
+                    app.status.listening and not app.status.consumer.catching_up
+                    for app in (second, third) if app.status.role is not Role.STREAMING
                 ]  # fmt: skip
                 return listens == [True]
 
             await eventually_async(streams_and_the_other_listens, what="one of the two left has the slot")
-            [relayed] = [app for app in (second, third) if not app.status.stream.connected]  # type: ignore[union-attr]
+            [relayed] = [app for app in (second, third) if app.status.role is not Role.STREAMING]
             name = "second" if relayed is second else "third"
             before = calls[name]
             for _ in range(5):
@@ -222,7 +223,7 @@ async def test_when_one_leaves_the_others_take_its_shards_and_the_slot(
             await _shared(stays, leaves)
 
         async def alone() -> bool:
-            return not stays.consumer.is_sharing and stays.status.stream.connected
+            return not stays.consumer.is_sharing and stays.status.role is Role.STREAMING
 
         await eventually_async(alone)
         _publish(outbox_db, 100)

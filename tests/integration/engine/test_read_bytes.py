@@ -46,8 +46,7 @@ async def _fetch(store: Store, reader: psycopg.AsyncConnection, there: Sequence[
 
 async def _sweep(store: Store, reader: psycopg.AsyncConnection, there: Sequence[WakeUp]) -> tuple[list[Row], set[int]]:
     start = {shard: Position(floor=0, cursor=0, since=3) for shard in range(SHARDS)}
-    scope = store._scope
-    page = await store.sweep(reader, Sweep(start, _ROWS, 1, scope=scope))
+    page = await store.sweep(reader, Sweep(start, _ROWS, 1, scope=store.scope))
     assert page.scanned is not None
     ends = {shard: page.scanned.get(shard) for _, shard in there}
     left = {seq for seq, shard in there if (end := ends[shard]) is None or (end.more and seq > end.seq)}

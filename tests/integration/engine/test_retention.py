@@ -176,13 +176,13 @@ async def test_a_missing_right_is_one_warning_with_the_remedy_until_it_is_grante
 ) -> None:
     fill(outbox_db, 5)
     rounds: list[None] = []
-    one_round = Pruning._round
+    prune_batch = Retention.prune_batch
 
-    async def counted(self: Pruning) -> None:
+    async def counted(*arguments: Any, **named: Any) -> Batch:
         rounds.append(None)
-        await one_round(self)
+        return await prune_batch(*arguments, **named)
 
-    monkeypatch.setattr(Pruning, "_round", counted)
+    monkeypatch.setattr(Retention, "prune_batch", counted)
     async with removing(make_conninfo(outbox, user=role_without_delete)):
         await _until(lambda: len(rounds) > 3, "several rounds")
         assert count(outbox_db) == 5
@@ -210,7 +210,7 @@ async def test_a_consumer_removes_only_when_told_to(outbox: str, outbox_db: psyc
     async with consuming(outbox, router, unhandled="discard") as app:
         outbox_db.execute("SELECT publish_change('x', '1')")
         await _until(lambda: settled(outbox_db), "the change is done")
-        await _until(lambda: app.components.listener.connected, "what runs beside it has started")
+        await _until(lambda: app.status.listening, "what runs beside it has started")
         assert outbox_db.execute(connected).fetchone() == (0,)
     assert count(outbox_db) == 4
     async with consuming(outbox, router, retention="7d") as app:
@@ -244,7 +244,7 @@ async def test_a_stop_does_not_wait_for_a_pause(
     monkeypatch.setattr(retention, "_BUSY_SHARE", 1e-6)
     monkeypatch.setattr("cdc.app.application.Pruning", lambda *arguments: Pruning(*arguments, batch=10))
     fill(outbox_db, 30)
-    async with asyncio.timeout(retention._PAUSE_MAX_S / 2):
+    async with asyncio.timeout(retention.PAUSE_MAX_S / 2):
         async with consuming(outbox, Router(), retention="7d"):
             await _until(lambda: count(outbox_db) == 20, "the pause after the first batch")
     assert count(outbox_db) == 20

@@ -188,11 +188,12 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
     _publish(effects, 3)
     async with consuming(outbox, router) as first:
         await waiting.wait()
-        # Its locks go, as if the server had lost it, and its transaction is still open.
+        # Its locks go, as if the server had lost it, and its transaction is still open. A consumer does nothing of the
+        # kind by itself, so a step of it is taken away.
         [(pid,)] = effects.execute(
             "SELECT pid FROM pg_stat_activity WHERE application_name = 'cdc: shards' AND datname = current_database()"
         ).fetchall()
-        first.consumer._dispatcher.session_lost = _nothing  # type: ignore[method-assign]
+        first.consumer._dispatcher.session_lost = _nothing  # type: ignore[method-assign]  # noqa: SLF001
         # Nor does it come back, or it would get half of the shards.
         monkeypatch.setattr(reconnecting, "next_pause_s", lambda before_s, worked_s: 600.0)
         effects.execute("SELECT pg_terminate_backend(%s)", [pid])
@@ -293,7 +294,7 @@ async def test_a_dead_letter_that_pauses_its_key_holds_it_until_somebody_has_dec
         assert sorted(calls) == [1, 5]
 
         async def listens() -> bool:
-            return app.components.listener.connected
+            return app.status.listening
 
         await eventually_async(listens)
         fixed.set()

@@ -147,7 +147,7 @@ async def test_what_the_documented_trigger_sends_makes_a_consumer_look_soon(
     async with consuming(outbox, _router(), stream=False, poll_interval=3600) as app:
 
         async def listens() -> bool:
-            return app.components.listener.connected
+            return app.status.listening
 
         await eventually_async(listens)
         await eventually_async(lambda: _idle(app))
@@ -161,4 +161,4 @@ async def test_what_the_documented_trigger_sends_makes_a_consumer_look_soon(
 
 
 async def _idle(app: App) -> bool:
-    return app.consumer.in_service and app.consumer._reads.wait_s() > 60
+    return app.consumer.in_service and not app.status.consumer.catching_up

@@ -132,7 +132,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
     async with consuming(outbox, router, concurrency=10, window=60, transactions=3, max_attempts=1) as app:
         _publish(outbox_db, 40, 20)
         await _until(lambda: len(outside.done) == 40, "all is well at first")
-        clock, handled, breaker = Clock(outbox_db, monkeypatch), outside.calls, app.components.breakers.of["asks"]
+        clock, handled = Clock(outbox_db, monkeypatch), outside.calls
         outside.there = False
         _publish(outbox_db, 300, 20)
         await _until(lambda: app.status.breakers["asks"].rests, "the handler rests")
@@ -143,7 +143,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
             await _until(lambda before=before: outside.calls > before, "one call finds out")
         calls = outside.calls - handled
         assert calls < 600.0 / PAUSE_MAX_S + 40, "those that were under way, and one at a time"
-        assert app.consumer._scheduler.queued <= 60
+        assert app.status.consumer.queued <= 60
         assert [str(check) for check in app.readiness() if check.name == "handler.asks"] != []
         assert metric(app.metrics.registry, "cdc_changes_handled_total", outcome="retried") == 0
         assert metric(app.metrics.registry, "cdc_handler_breaker", handler="asks", state="closed") == 0
@@ -153,7 +153,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
         assert outbox_db.execute(_LONGEST_WAIT).fetchone() == (True,)
         clock.move(PAUSE_MAX_S)
         await _until(lambda: settled(outbox_db), "every change is processed")
-        assert breaker.state is BreakerState.CLOSED
+        assert app.status.breakers["asks"].state is BreakerState.CLOSED
     assert states(outbox_db) == {"processed": 360}
     assert outbox_db.execute("SELECT sum(error_count) FROM entity_changes").fetchone() == (0,)
     assert {change.attempt for change in outside.done} == {1}

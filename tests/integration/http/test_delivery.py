@@ -365,7 +365,7 @@ async def test_while_the_application_is_away_one_call_at_a_time_looks_for_it(
         assert app.status.breakers["deliver"].rests
         before = _unreached(app)
         await _true(lambda: _unreached(app) >= before + 3)
-        assert app.consumer._scheduler.running <= 1
+        assert app.status.consumer.running <= 1
         assert metric(app.metrics.registry, "cdc_handler_breaker", handler="deliver", state="closed") == 0
     assert states(outbox_db) == {"fresh": 200}
 

@@ -65,12 +65,6 @@ async def serving(dsn: str, router: Router, **settings: Any) -> AsyncIterator[tu
         yield app, port
 
 
-def poll_now(app: App) -> None:
-    """Also where the page's own figures are still resting."""
-    app.components.poller._summarize_at = 0
-    app.components.poller.poll_now()
-
-
 def publish(db: psycopg.Connection, entity_type: str, key: str = "k", **data: Any) -> None:
     db.execute("SELECT publish_change(%s, %s, new_data => %s)", [entity_type, key, json.dumps(data)])
 
@@ -84,7 +78,7 @@ async def test_it_shows_what_works_waits_and_died_and_no_row_content(
         publish(outbox_db, "failing", secret=SECRET)
 
         async def complete() -> Any:
-            poll_now(app)
+            app.poll_now(everything=True)
             shown = await asyncio.to_thread(figures, port)
             dead = shown["outbox"] and [each for each in shown["outbox"]["dead_letters"] if each["state"] == "dead"]
             # The letters and the counts are two readings.
@@ -150,7 +144,7 @@ async def test_without_its_database_the_page_is_there_and_shows_no_old_figures(o
         with psycopg.connect(admin_dsn, autocommit=True) as admin:
             admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(sql.Identifier(name)))
             admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
-        poll_now(app)
+        app.poll_now(everything=True)
 
         async def gone() -> bool:
             return await outbox_of(port) is None
@@ -166,7 +160,7 @@ async def test_figures_that_cannot_be_read_go_and_the_metrics_stay(
     async with serving(outbox, Router(), stream=False) as (app, port):
         await eventually_async(lambda: outbox_of(port), what="a first reading")
         monkeypatch.setattr(OutboxAdmin, "stats", lambda self, connection, **bounds: connection.execute("SELECT 1/0"))
-        poll_now(app)
+        app.poll_now(everything=True)
 
         async def gone() -> bool:
             return await outbox_of(port) is None
@@ -196,7 +190,7 @@ async def test_what_takes_long_to_read_is_read_less_often_than_the_rest(
     async with serving(outbox, Router(), stream=False) as (app, _):
 
         async def often() -> bool:
-            app.components.poller.poll_now()
+            app.poll_now()
             return len(quick) > 20
 
         await eventually_async(often, what="the metrics are read again and again")

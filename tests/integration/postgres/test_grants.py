@@ -26,6 +26,7 @@ from cdc.cli import cdc as root_command
 from cdc.core.errors import NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.core.model import publication_name
 from cdc.core.router import Router
+from cdc.observability.snapshots import Role
 from cdc.postgres import grants, migrations, tracking
 from tests import servers
 from tests.eventually import eventually_async
@@ -101,9 +102,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 def streams(app: App) -> Any:
-    assert app.components.stream is not None
-    stream = app.components.stream
-    return until(lambda: stream.status.connected, "it streams")
+    return until(lambda: app.status.role is Role.STREAMING, "it streams")
 
 
 # --- the consumer --------------------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ async def test_the_consumers_role_does_all_that_a_consumer_does(
 
         await until(all_but_the_dead, "all are processed, and the dead are dead")
         registry = app.metrics.registry
-        await until(lambda: app.components.listener.connected, "it listens")
+        await until(lambda: app.status.listening, "it listens")
         for collector in ("outbox", "slot"):
             await until(partial(_collected, registry, collector), collector)
         assert metric(registry, "cdc_outbox_table_bytes") > 0
@@ -209,8 +208,8 @@ async def test_two_consumers_of_this_role_share_the_work_and_one_relays(
         async with consuming(dsn, router("second"), **shared) as second:
 
             def fair() -> bool:
-                intakes = [app.consumer._planner.catching_up for app in (first, second)]
-                return len(second.consumer.owned) == 32 and second.components.listener.connected and not any(intakes)
+                intakes = [app.status.consumer.catching_up for app in (first, second)]
+                return len(second.consumer.owned) == 32 and second.status.listening and not any(intakes)
 
             await until(fair, "each has its share")
             publish(outbox_db, "x", *map(str, range(200)))
@@ -268,7 +267,7 @@ async def test_a_stream_of_its_own_needs_replication_and_no_right_on_anything(
     never = {"sweep_interval": 3600, "poll_interval": 3600, "slot_plugin": plugin}
     async with consuming(as_(worker, outbox), router, stream_dsn=as_(streamer, outbox), **never) as app:
         await streams(app)
-        await until(lambda: not app.consumer._planner.catching_up, "it has swept")
+        await until(lambda: not app.status.consumer.catching_up, "it has swept")
         publish(outbox_db, "x", "1")
         await until(lambda: settled(outbox_db), "it was rung")
         assert metric(app.metrics.registry, "cdc_wakeups_total", source="wal") == 1

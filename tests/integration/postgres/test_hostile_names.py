@@ -234,10 +234,10 @@ def test_what_runs_on_a_handlers_connection_takes_nothing_of_its_path_even_befor
         migrations.install(db, "plain")
         db.execute("CREATE SCHEMA IF NOT EXISTS first")
         for name, arguments, returns in _EXACT:
-            db.execute(hijackers._function("first", name, arguments, returns).encode())
+            db.execute(hijackers.create_function("first", name, arguments, returns).encode())
         for left, right in (("uuid", "uuid"), ("bool", "bool"), ("int4", "int4"), ("xid8", "xid8"), ("text", "text")):
             function = f'"exact {left} {right}"'
-            db.execute(hijackers._function("first", function, (left, right), "bool").encode())
+            db.execute(hijackers.create_function("first", function, (left, right), "bool").encode())
             db.execute(
                 f"CREATE OPERATOR first.= (LEFTARG = {left}, RIGHTARG = {right}, FUNCTION = first.{function})".encode()
             )

@@ -16,6 +16,7 @@ from cdc.core.model import ChangeState
 from cdc.core.router import Router
 from cdc.postgres import migrations, retention
 from cdc.postgres.retention import Retention
+from cdc.postgres.sql_files import load
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
 from tests.fix_outbox import count, fill
@@ -129,9 +130,9 @@ def test_a_batch_reads_a_small_part_of_a_large_table(outbox_db: psycopg.Connecti
     for statement, bound in (("prune", 100), ("prunable", 100)):
         parameters = {"older_than_s": _DAY_S, "limit": bound, "since": None, "bound": bound}
         with outbox_db.transaction():
-            outbox_db.execute(retention._LIMITS)
+            outbox_db.execute(retention.LIMITS)
             [([found],)] = outbox_db.execute(
-                b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + Retention("public")._statements[statement], parameters
+                b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + load("retention.sql", "public")[statement], parameters
             ).fetchall()
         assert '"Seq Scan"' not in json.dumps(found)
         assert "entity_changes_processed" in json.dumps(found)

@@ -79,7 +79,7 @@ async def test_a_stream_that_becomes_deaf_is_mended_while_it_runs(
         absent_standby(admin)
 
         async def fixed() -> bool:
-            app.components.poller.poll_now()
+            app.poll_now()
             return slot_facts(admin, "x")["failover"] is False
 
         await eventually_async(fixed)
@@ -94,7 +94,7 @@ async def test_a_probe_names_it_where_it_may_not_be_mended(
     async with consuming(modern.dsn(), cdc.Router(), slot_name="x", slot_recreate=False) as app:
 
         async def told() -> bool:
-            app.components.poller.poll_now()
+            app.poll_now()
             return ("stream", True, "standbys_away") in [(c.name, c.ok, c.detail) for c in app.readiness()]
 
         await eventually_async(told)

@@ -18,6 +18,7 @@ from cdc.cli import cdc as command
 from cdc.contrib.demo.temp_server import TempServer
 from cdc.core import reconnect
 from cdc.core.model import SHARDS
+from cdc.observability.snapshots import Role, StreamStatus
 from cdc.postgres import migrations
 from tests import servers
 from tests.eventually import eventually_async
@@ -60,12 +61,18 @@ def _when(condition: Callable[[], bool]) -> Callable[[], Awaitable[bool]]:
     return check
 
 
+def _stream(app: App) -> StreamStatus:
+    stream = app.status.stream
+    assert stream is not None
+    return stream
+
+
 def _streams(app: App, plugin: str) -> Callable[[], Awaitable[bool]]:
     """That plugin rings, and the sweep that follows its start is over."""
     return _when(
         lambda: (
-            (app.status.stream.connected, app.status.stream.plugin) == (True, plugin)
-            and app.consumer._planner.live_shards == SHARDS
+            (app.status.role, _stream(app).plugin) == (Role.STREAMING, plugin)
+            and app.status.consumer.live_shards == SHARDS
         )
     )
 
@@ -132,7 +139,7 @@ async def test_a_consumer_that_wants_wal2json_sweeps_until_it_is_allowed_and_the
     router.on("x")(lambda change: None)
     settings = {"slot_plugin": "wal2json", "slot_name": slot, "sweep_interval": 0.2}
     async with consuming(make_conninfo(database, user=role), router, **settings) as app:
-        await eventually_async(_when(lambda: app.status.stream.reason == "plugin_refused"), what="it is refused")
+        await eventually_async(_when(lambda: _stream(app).reason == "plugin_refused"), what="it is refused")
         db.execute("SELECT publish_change('x', '1')")
         await eventually_async(_when(lambda: settled(db)), what="the sweep finds it")
         db.execute(ALLOW.format(role))

@@ -55,7 +55,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[click.Command], None]:
         module = types.ModuleType("probe_commands")
         module.probe = probe  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "probe_commands", module)
-        monkeypatch.setitem(cdc.cli._COMMANDS, "probe", ("probe_commands", "Probe."))
+        monkeypatch.setitem(cdc.cli.COMMANDS, "probe", ("probe_commands", "Probe."))
 
     return register
 
@@ -76,9 +76,9 @@ def test_the_version_and_the_help_are_there(cli: Cli) -> None:
         assert "run     " in shown.stdout
 
 
-@pytest.mark.parametrize("name", cdc.cli._COMMANDS)
+@pytest.mark.parametrize("name", cdc.cli.COMMANDS)
 def test_each_command_listed_exists_and_explains_itself(name: str, cli: Cli) -> None:
-    module, _ = cdc.cli._COMMANDS[name]
+    module, _ = cdc.cli.COMMANDS[name]
     assert isinstance(getattr(importlib.import_module(module), name), click.Command)
     shown = cli(name, "--help")
     assert shown.exit_code == 0

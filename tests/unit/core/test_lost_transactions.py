@@ -32,10 +32,11 @@ def test_who_loses_a_transaction_is_a_suspect_at_once_and_who_loses_a_session_wh
 def test_what_was_not_heard_of_for_long_is_forgotten() -> None:
     lost, first = Losses(), change(1)
     lost.add([first])
-    lost.add([change(seq) for seq in range(2, lost_transactions._REMEMBERED + 2)])
+    others = [change(seq) for seq in range(2, lost_transactions.REMEMBERED + 2)]
+    lost.add(others)
     assert lost.times(first.id) == 0
     assert first.id not in lost.suspects
-    assert len(lost._times) == lost_transactions._REMEMBERED
+    assert sum(lost.times(each.id) for each in others) == lost_transactions.REMEMBERED
 
 
 def test_pauses_grow_up_to_a_bound() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
 
 import pytest
@@ -16,10 +17,25 @@ from cdc.core.type_filter import TypeFilter
 _ROOM, _SWEEP_ROOM = 100, 10
 
 
+@dataclass
+class _Room:
+    """What could be taken in of the type a."""
+
+    of_a: int = 1_000
+
+    def __call__(self, entity_type: str) -> tuple[int, int]:
+        return (self.of_a if entity_type == "a" else 1_000, 1)
+
+
 @pytest.fixture
-def planner() -> ReadPlanner:
+def room() -> _Room:
+    return _Room()
+
+
+@pytest.fixture
+def planner(room: _Room) -> ReadPlanner:
     """Streaming, one shard that is live, and nothing to read."""
-    made = ReadPlanner(sweep_interval_s=5.0, queue_capacity=4)
+    made = ReadPlanner(sweep_interval_s=5.0, queue_capacity=4, room_for=room)
     made.acquired(Acquired([0]))
     made.streaming(connected=True)
     _pass(made, 0.0, Snapshot(10, 10))
@@ -279,10 +295,11 @@ def test_of_what_passes_have_shown_before_its_wake_up_the_newest_is_remembered(r
     for page in range(1, 3000, 50):
         _pass(relayed_to, 3.0, Snapshot(30, 30), *range(page, page + 50))
         relayed_to.notified([WakeUp(page + 50, 0)])
+    _pass(relayed_to, 3.0, Snapshot(30, 30), 3001)
     relayed_to.notified([WakeUp(2990, 0)])
-    assert len(relayed_to._shown) == 999
-    relayed_to.notified([WakeUp(7, 0)])
-    assert 7 in relayed_to._shards[0].awaited
+    assert _ask(relayed_to, 3.1) is None
+    relayed_to.notified([WakeUp(1500, 0)])
+    _pass(relayed_to, 3.1, Snapshot(30, 30))
 
 
 def test_more_relayed_wake_ups_than_are_remembered_make_the_passes_go_on_for_a_while(relayed_to: ReadPlanner) -> None:
@@ -343,18 +360,16 @@ def _sweep(planner: ReadPlanner, now: float, only: str | None) -> Sweep:
     raise AssertionError(f"no sweep of {only}")
 
 
-def _has_room(planner: ReadPlanner, entity_type: str, room: int) -> None:
-    planner._room_for = lambda name: (room if name == entity_type else 100, 1)
-
-
-def test_a_type_that_has_no_room_is_read_on_when_it_has_some_and_its_shard_stays_live(planner: ReadPlanner) -> None:
-    _has_room(planner, "a", 0)
+def test_a_type_that_has_no_room_is_read_on_when_it_has_some_and_its_shard_stays_live(
+    planner: ReadPlanner, room: _Room
+) -> None:
+    room.of_a = 0
     planner.throttle({"a": {0: 7}}, 1.0)
     assert (list(planner.throttled), planner.live_shards) == (["a"], 1)
     assert _ask(planner, 1.0) is None
     planner.notified([WakeUp(8, 0)])
     assert isinstance(_ask(planner, 1.0), Fetch)
-    _has_room(planner, "a", 50)
+    room.of_a = 50
     throttled = _sweep(planner, 1.0, "a")
     assert (throttled.per_shard, throttled.positions[0].cursor) == (50, 0)
 
@@ -366,15 +381,17 @@ def test_a_type_that_has_caught_up_is_no_longer_read_apart(planner: ReadPlanner)
     assert _ask(planner, 2.0) is None
 
 
-def test_where_a_type_is_joined_again_the_passes_go_on_at_the_lower_of_the_two_positions(planner: ReadPlanner) -> None:
+def test_where_a_type_is_joined_again_the_passes_go_on_at_the_lower_of_the_two_positions(
+    planner: ReadPlanner, room: _Room
+) -> None:
     planner.acquired(Acquired([1]))
     planner.throttle({"a": {0: 7}}, 1.0)
     sweep = _sweep(planner, 2.0, "a")
-    _has_room(planner, "a", 0)
+    room.of_a = 0
     planner.swept(sweep, [WakeUp(7, 0)], {"a": {1: 9}}, Snapshot(80, 90), 2.0)
     planner.wakeups_lost()
     planner.swept(_sweep(planner, 2.0, None), [WakeUp(20, 0), WakeUp(21, 1)], {}, Snapshot(95, 96), 2.0)
-    _has_room(planner, "a", 50)
+    room.of_a = 50
     sweep = _sweep(planner, 2.0005, "a")
     assert set(sweep.positions) == {1}
     planner.swept(sweep, [WakeUp(9, 1)], {}, Snapshot(97, 98), 2.0005)
@@ -406,18 +423,20 @@ def test_what_a_fetch_shows_of_a_type_that_is_read_apart_is_read_again_before_it
     assert list(planner.throttled) == ["a"]
 
 
-def test_the_proof_that_a_shard_is_live_has_what_is_read_apart_read_once_more(planner: ReadPlanner) -> None:
+def test_the_proof_that_a_shard_is_live_has_what_is_read_apart_read_once_more(
+    planner: ReadPlanner, room: _Room
+) -> None:
     planner.throttle({"a": {0: 7}}, 1.0)
     planner.acquired(Acquired([1]))
     throttled = _sweep(planner, 2.0, "a")
-    _has_room(planner, "a", 0)
+    room.of_a = 0
     planner.swept(throttled, [], {"a": {1: 9}}, Snapshot(90, 95), 2.0)
-    planner._throttled["a"][0].repass_at = inf  # no more wake-ups have come for long
+    planner._throttled["a"][0].repass_at = inf  # noqa: SLF001 - as after hours without a wake-up
     planner.wakeups_lost()
     for now, xid in ((3.0, 96), (3.1, 98)):
         planner.swept(_sweep(planner, now, None), [], {}, Snapshot(xid, xid + 1), now)
     assert planner.live_shards == 2
-    _has_room(planner, "a", 50)
+    room.of_a = 50
     assert set(_sweep(planner, 3.3, "a").positions) == {0, 1}, "not only what was refused"
 
 

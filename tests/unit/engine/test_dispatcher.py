@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,10 @@ async def _until(condition: Callable[[], bool]) -> None:
     await eventually_async(holds)
 
 
+def _others() -> set[asyncio.Task[Any]]:
+    return asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
+
+
 async def test_there_is_one_worker_for_each_change_however_often_they_are_handed_out() -> None:
     scheduler, executor = SettlingScheduler(100), _Waiting()
     scheduler.ownership.acquire(Acquired([0]))
@@ -90,8 +95,8 @@ async def test_a_worker_that_is_cut_off_before_it_began_makes_room_for_another()
     dispatcher = _dispatcher(scheduler, executor, 10)
     scheduler.admit([row(1)])
     dispatcher.dispatch()
-    for task in dispatcher._tasks:
-        task.cancel()
+    [task] = _others()
+    task.cancel()
     await _until(lambda: executor.started == [1])
 
 
@@ -110,7 +115,7 @@ async def test_a_suspect_that_is_cut_off_before_its_task_began_leaves_its_key_op
     scheduler.admit([Row(replace(change(1), crashed=True))])
     dispatcher.dispatch()
     await OtherTasks()  # the worker's only step
-    assert len(dispatcher._quarantined) + len(dispatcher._doubted) == 1
+    assert len(dispatcher) == 2, "the worker, and beside it the suspect"
     scheduler.ownership.lose()
     await dispatcher.session_lost()
     await _until(lambda: len(dispatcher) == 0)
@@ -241,7 +246,7 @@ async def test_a_worker_that_went_on_after_it_was_cut_off_takes_nothing_more() -
     scheduler.admit([row(1, "a"), row(2, "b")])
     dispatcher.dispatch()
     await _until(lambda: executor.started == [1])
-    [task] = dispatcher._tasks
+    [task] = _others()
 
     cancel(task)
     await _until(lambda: executor.started == [1, 2])

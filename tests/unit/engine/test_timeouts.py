@@ -58,7 +58,7 @@ async def test_calls_overrun_in_the_order_in_which_they_began_and_those_that_end
     calls = [asyncio.create_task(call(number)) for number in range(6)]
 
     async def all_wait() -> bool:
-        return len(limit._ends) == len(calls)
+        return limit.waiting == len(calls)
 
     await eventually_async(all_wait)
     go.set()
@@ -92,13 +92,13 @@ async def test_a_cancellation_from_outside_is_none_of_the_limits() -> None:
     call = asyncio.create_task(limit.call(_for_ever()))
 
     async def waits() -> bool:
-        return bool(limit._ends)
+        return limit.waiting == 1
 
     await eventually_async(waits)
     cancel(call)
     with pytest.raises(asyncio.CancelledError):
         await call
-    assert not limit._ends
+    assert limit.waiting == 0
 
 
 async def test_who_overruns_and_is_cancelled_besides_is_cancelled() -> None:

@@ -74,9 +74,9 @@ def test_what_somebody_has_added_counts_where_it_hangs_on_an_object_of_ours():
 
 def test_whatever_the_migrations_make_is_looked_at_for_its_owner():
     """Else somebody could make it before, and it would be adopted."""
-    looked_at = (migrations._folder() / "ownership.sql").read_text()
+    looked_at = (migrations.folder() / "ownership.sql").read_text()
     all_of_them = migrations.migrations() + migrations.migrations("legacy_processor")
-    scripts = [each.template for each in all_of_them] + [migrations._CREATE_LEDGER]
+    scripts = [each.template for each in all_of_them] + [migrations.CREATE_LEDGER]
     made = {
         name
         for script in scripts
