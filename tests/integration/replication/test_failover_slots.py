@@ -108,7 +108,7 @@ def test_status_and_doctor_call_it_deaf(modern: TempServer, admin: psycopg.Conne
     assert "waiting: it is one for failover" in told.output
     found = CliRunner().invoke(root_command, ["doctor", "--dsn", modern.dsn(), "--slot-name", "x", "--json"]).stdout
     [slot] = [each for each in json.loads(found)["findings"] if each["id"] == "slot"]
-    assert (slot["health"], "nobody reads phys" in slot["detail"]) == ("fail", True)
+    assert (slot["severity"], "nobody reads phys" in slot["detail"]) == ("fail", True)
 
 
 def test_a_lost_slot_that_is_made_anew_stays_one_for_failover(modern: TempServer, admin: psycopg.Connection) -> None:
@@ -134,4 +134,4 @@ def test_a_stream_that_is_led_to_a_standby_says_so_and_makes_no_slot_there(major
         assert heard.reasons[0] == "in_recovery"
         done = CliRunner().invoke(root_command, ["doctor", "--dsn", server.dsn(), "--json"]).stdout
         [plugin] = [each for each in json.loads(done)["findings"] if each["id"] == "plugin"]
-        assert plugin["health"] == "skip"
+        assert plugin["severity"] == "skip"
