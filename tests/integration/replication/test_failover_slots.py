@@ -108,7 +108,7 @@ def test_status_and_doctor_call_it_deaf(modern: TempServer, admin: psycopg.Conne
     assert "waiting: it is one for failover" in told.output
     found = CliRunner().invoke(root_command, ["doctor", "--dsn", modern.dsn(), "--slot-name", "x", "--json"]).stdout
     [slot] = [each for each in json.loads(found)["findings"] if each["id"] == "slot"]
-    assert (slot["severity"], "nobody reads phys" in slot["detail"]) == ("fail", True)
+    assert (slot["severity"], "no standby reads phys" in slot["detail"]) == ("fail", True)
 
 
 def test_a_lost_slot_that_is_made_anew_stays_one_for_failover(modern: TempServer, admin: psycopg.Connection) -> None:
