@@ -101,7 +101,7 @@ async def test_a_probe_names_it_where_it_may_not_be_mended(
     assert slot_facts(admin, "x")["failover"] is True
 
 
-def test_status_and_doctor_call_it_deaf(modern: TempServer, admin: psycopg.Connection) -> None:
+def test_status_and_doctor_say_that_it_waits_for_standbys(modern: TempServer, admin: psycopg.Connection) -> None:
     absent_standby(admin)
     told = CliRunner().invoke(root_command, ["slot", "status", "x", "--dsn", modern.dsn()])
     assert told.exit_code == 1
