@@ -29,7 +29,7 @@ from cdc.diagnostics.facts import (
     Unhandled,
 )
 from cdc.diagnostics.inspect_server import column, one
-from cdc.postgres import capture_triggers, migrations, remarks, sequence
+from cdc.postgres import capture_catalog, migrations, remarks, sequence
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.grants import PAYLOAD, SHARD_RIGHTS, STATE
 from cdc.postgres.loaders import read_anything
@@ -193,7 +193,7 @@ def _pending(connection: psycopg.Connection, name: str) -> list[migrations.Migra
 
 
 def capture(connection: psycopg.Connection, name: str) -> CaptureFunctionFacts:
-    found = capture_triggers.capture_function(connection, name)
+    found = capture_catalog.capture_function(connection, name)
     return CaptureFunctionFacts(
         name=found.name,
         owner=found.owner,
@@ -204,19 +204,19 @@ def capture(connection: psycopg.Connection, name: str) -> CaptureFunctionFacts:
         settings=found.settings,
         public_may_call=found.public_may_call,
         lacks=found.lacks,
-        grants=capture_triggers.grants(found, name),
+        grants=capture_catalog.grants(found, name),
         outbox_owner=migrations.owner(connection, name) or "",
     )
 
 
 def captured(connection: psycopg.Connection, name: str) -> Captured:
-    function = capture_triggers.capture_function(connection, name)
-    triggers = capture_triggers.triggers(connection, function, name)
-    tables = capture_triggers.tables(connection, function.oid, name, [each.oid for each in triggers])
+    function = capture_catalog.capture_function(connection, name)
+    triggers = capture_catalog.triggers(connection, function, name)
+    tables = capture_catalog.tables(connection, function.oid, name, [each.oid for each in triggers])
     said = [remark for each in triggers for remark in remarks.faults(each)]
     said += [remark for each in triggers if each.oid in tables for remark in remarks.cautions(tables[each.oid], each)]
     said += [*remarks.doubled(triggers), *remarks.shared(triggers)]
-    said += remarks.handled(triggers, capture_triggers.sayings(connection))
+    said += remarks.handled(triggers, capture_catalog.sayings(connection))
     return Captured(triggers=tuple(triggers), remarks=tuple(said))
 
 

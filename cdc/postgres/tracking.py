@@ -17,8 +17,8 @@ from psycopg import errors, sql
 
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, UsageError
 from cdc.core.model import Operation, former_trigger_name, trigger_name
-from cdc.postgres import capture_triggers, remarks
-from cdc.postgres.capture_triggers import CaptureFunction
+from cdc.postgres import capture_catalog, remarks
+from cdc.postgres.capture_catalog import CaptureFunction
 from cdc.postgres.tracked_tables import FLAGS, LISTS, Asked, Fires, SourceTable, Tracked, arguments, decide, losses
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def track(
         columns=_frozen(columns), always=always, handled=handled,
     )  # fmt: skip
     with _changing(connection, table):
-        capture = capture_triggers.capture_function(connection, schema)
+        capture = capture_catalog.capture_function(connection, schema)
         _refuse_incapable(capture, schema)
         source = _resolve(connection, capture, schema, table)
         _refuse_kind(source, schema)
@@ -116,7 +116,7 @@ def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tra
     Raises NotFoundError when there is none, RefusedError with the statements to run when the role does not own it.
     """
     with _changing(connection, table):
-        capture = capture_triggers.capture_function(connection, schema)
+        capture = capture_catalog.capture_function(connection, schema)
         source = _resolve(connection, capture, schema, table)
         found = _triggers(connection, capture, schema, source.oid)
         if not found:
@@ -130,7 +130,7 @@ def tracked(connection: psycopg.Connection, schema: str) -> list[Tracked]:
     """Every trigger that captures into ``schema``, by table; of a partitioned table that of its root."""
     with connection.transaction():
         _use_server_names(connection)
-        return _triggers(connection, capture_triggers.capture_function(connection, schema), schema)
+        return _triggers(connection, capture_catalog.capture_function(connection, schema), schema)
 
 
 def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]:
@@ -274,13 +274,13 @@ def _as_user(connection: psycopg.Connection) -> Iterator[None]:
 
 def _spell(connection: psycopg.Connection, oids: Collection[int]) -> dict[int, str]:
     with _as_user(connection):
-        return capture_triggers.spell(connection, oids)
+        return capture_catalog.spell(connection, oids)
 
 
 def _triggers(
     connection: psycopg.Connection, capture: CaptureFunction, schema: str, table: int | None = None
 ) -> list[Tracked]:
-    return capture_triggers.triggers(connection, capture, schema, None if table is None else [table], spell=_spell)
+    return capture_catalog.triggers(connection, capture, schema, None if table is None else [table], spell=_spell)
 
 
 def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: str, name: str) -> SourceTable:
@@ -293,7 +293,7 @@ def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: s
         raise UsageError(
             f"{name!r} is not the name of a table", hint='write it as in SQL: schema.table, or "Mixed Case" in quotes'
         ) from bad
-    found = {} if oid is None else capture_triggers.tables(connection, capture.oid, schema, [oid], spell=_spell)
+    found = {} if oid is None else capture_catalog.tables(connection, capture.oid, schema, [oid], spell=_spell)
     if oid not in found:
         raise NotFoundError(f"there is no table {name}", hint=_similar(connection, name))
     return found[oid]
