@@ -101,7 +101,7 @@ def wal_lines() -> list[str]:
             _side_by_side(f"{holding.held_s:.1f}" for holding in each),
             _side_by_side(f"{holding.unconfirmed_s:.1f}" for holding in each),
             _side_by_side(bytes_text(holding.held_at_the_end) for holding in each),
-            _side_by_side(bytes_text(holding.deferred) for holding in each),
+            _side_by_side(bytes_text(holding.unread) for holding in each),
         )
         lines.append(f"| {' | '.join(columns)} |")
     return lines

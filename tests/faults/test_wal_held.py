@@ -48,7 +48,7 @@ def test_with_all_handlers_blocked_under_load_the_slot_holds_seconds_of_wal(hold
     holding = hold(handlers_blocked, plugin)
     assert holding.held_s < _HELD_S, holding
     assert holding.unread_s > SHORT.seconds > _HELD_S, holding
-    assert holding.held_at_the_end < _LEFT < holding.deferred, holding
+    assert holding.held_at_the_end < _LEFT < holding.unread, holding
     assert holding.unhandled > 1000, holding
 
 
@@ -58,7 +58,7 @@ def test_where_nothing_tracked_is_written_the_slot_follows_what_other_tables_tak
     holding = hold(nothing_tracked, plugin)
     assert holding.held_s < _HELD_S, holding
     assert holding.held_at_the_end < _LEFT, holding
-    assert holding.deferred >= SHORT.megabytes << 20, holding
+    assert holding.unread >= SHORT.megabytes << 20, holding
 
 
 @pytest.mark.promise("G5")
@@ -66,5 +66,5 @@ def test_where_nothing_tracked_is_written_the_slot_follows_what_other_tables_tak
 def test_a_large_transaction_is_let_go_of_once_it_is_read_and_before_it_is_handled(hold, plugin: str) -> None:
     """While it is open it holds every slot at its beginning."""
     holding = hold(large_transaction, plugin)
-    assert holding.held_at_the_end < _LEFT < holding.deferred, holding
+    assert holding.held_at_the_end < _LEFT < holding.unread, holding
     assert holding.unhandled > SHORT.rows, holding

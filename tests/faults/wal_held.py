@@ -57,7 +57,7 @@ class Reading:
     end: Lsn
     restart: Lsn
     confirmed: Lsn
-    deferred: Lsn
+    unread: Lsn
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Holding:
     held: int
     held_s: float
     unconfirmed_s: float
-    deferred: int
+    unread: int
     unread_s: float
     held_at_the_end: int
     unhandled: int
@@ -81,7 +81,7 @@ class Holding:
             held=max(reading.end - reading.restart for reading in readings),
             held_s=_age_s(readings, attrgetter("restart")),
             unconfirmed_s=_age_s(readings, attrgetter("confirmed")),
-            deferred=max(reading.end - reading.deferred for reading in readings),
+            unread=max(reading.end - reading.unread for reading in readings),
             unread_s=_age_s(readings, attrgetter("unread")),
             held_at_the_end=last.end - last.restart,
             unhandled=unhandled,
