@@ -48,7 +48,7 @@ def begin(session: ReplicationSession, plugins: Mapping[str, Plugin], policy: Sl
         log.warning("%s; it is recreated, and no change is lost", why_broken(found, end, session.names, policy))
     if found and step is SlotAction.NO_FAILOVER:
         log.warning(
-            "the slot %s waits for the standby slots %s, which no consumer reads, and would deliver nothing; it goes on"
+            "the slot %s waits for the standby slots %s, which no standby reads, and would deliver nothing; it goes on"
             " without failover. When they are back: cdc slot recreate %s --failover",
             session.names.slot, found.held_by, session.names.slot,
         )  # fmt: skip
