@@ -1,4 +1,4 @@
-"""What becomes of the rows that a read brings: ``scheduler`` decides it, one by one. Pure."""
+"""What the scheduler decides about each row that a read brings. Pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class Admission(Enum):
-    """What becomes of a row."""
+    """The decision about a row."""
 
     NOTHING = auto()
-    """It is in the window, its shard is not ours, or the read is older than what is known."""
+    """It is in the window, its shard is not owned, or the read is older than what is known."""
     REMEMBERED = auto()
     """The mark of its key stands for it."""
     RUNS_LATER = auto()
-    """It is due and cannot run now; a later look for what is due finds it again."""
+    """It is due and cannot run yet; a later read of due changes finds it again."""
     DEFER = auto()
     DEFER_BLOCKED = auto()
     """A mark is made; with blocked, an earlier change of its key waits."""

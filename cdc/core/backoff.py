@@ -1,7 +1,7 @@
-"""When a failed change runs again. Pure: the attempt, the policy and the dice are arguments.
+"""When a failed change runs again. Pure: the attempt, the policy and the random number are arguments.
 
 Exponential backoff with full jitter: the delay is drawn evenly from zero to the ceiling of the attempt, which
-spreads the retries of changes that failed together (a dead downstream) better than any smaller jitter does.
+spreads the retries of changes that failed together (a dependency was down) better than any smaller jitter does.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def ceiling_s(policy: Policy, attempt: int) -> float:
 def delay_s(policy: Policy, attempt: int, fraction: float, after_s: float | None = None) -> float | None:
     """Seconds until the next attempt, or None: ``attempt`` was the last one.
 
-    ``fraction`` in [0, 1) is the throw of the dice. ``after_s`` is the handler's own wish and not jittered.
+    ``fraction`` in [0, 1) is the random number. ``after_s`` is the handler's own delay and not jittered.
     """
     if attempt >= policy.max_attempts:
         return None
-    # A float also where the handler gave an int: psycopg refuses an array of both, and with it a whole settle.
+    # A float also if the handler gave an int: psycopg refuses an array of both, and with it a whole settle.
     return float(min(ceiling_s(policy, attempt) * fraction if after_s is None else after_s, WAIT_MAX_S))

@@ -1,11 +1,11 @@
-"""A circuit breaker: when a handler is not called because what it needs is away. Pure: time is an argument.
+"""A circuit breaker: pauses a handler while what it needs is unavailable. Pure: time is an argument.
 
 Theory
 ------
-A handler says that something it needs is away (``cdc.Unavailable``). Said of one key, it may be that key's affair. Said
-of several keys, with no success in between, it is everybody's, and each further call is made in vain: at best it takes
-its time, at worst it keeps down what tries to get up. So no call is made for a while then, and after that one at a
-time, to find out:
+A handler reports that something it needs is unavailable (``cdc.Unavailable``). For one key, that key may be the cause.
+For several keys, with no success in between, all keys are affected, and each further call is in vain: at best it takes
+its time, at worst it hinders the recovery. So no call is made for a while, and after that one at a time, to find
+out:
 
               several keys in a row, or one that knows
       CLOSED ──────────────────────────────────────────► OPEN ◄─────────────┐
@@ -14,12 +14,12 @@ time, to find out:
         └──────────────────── success ───────────────── HALF_OPEN ───────────┘
 
 * CLOSED: any number of calls. OPEN: none. HALF_OPEN: one at a time.
-* What calls say that began before it opened is old, and changes nothing while it is open. While it is half open they
-  are listened to like the one that was let through.
-* A call that fails otherwise has told nothing about what was away: it neither opens the breaker nor closes it.
-* The pause doubles up to ``PAUSE_MAX_S``, which bounds how late the end of an outage is noticed. It begins again where
-  the breaker had been closed for ``STEADY_S``: what comes and goes faster is asked at the pace that was reached.
-* Somebody who says when to come back (``after_s``) is not asked before, up to ``AFTER_MAX_S``: a clock that is wrong
+* The results of calls that began before it opened are old, and change nothing while it is open. While it is half open
+  they count like that of the trial call.
+* A call that fails otherwise says nothing about what was unavailable: it neither opens the breaker nor closes it.
+* The pause doubles up to ``PAUSE_MAX_S``, which bounds how late the end of an outage is noticed. It starts again from
+  the minimum if the breaker had been closed for ``STEADY_S``: a dependency that fails more often keeps its last pause.
+* A dependency that says when to come back (``after_s``) is not called before, up to ``AFTER_MAX_S``: a wrong clock
   there must not stop a handler for a day.
 
 The changes that the breaker holds back stay where they are: in the window, which is bounded, and in the table. The
@@ -33,7 +33,7 @@ from enum import StrEnum
 from math import inf
 
 KEYS = 3
-"""So many keys in a row open it."""
+"""Number of keys in a row that open it."""
 PAUSE_MIN_S, PAUSE_MAX_S = 0.1, 3.0
 STEADY_S = 10.0
 AFTER_MAX_S = 60.0
@@ -56,11 +56,11 @@ class CircuitBreaker:
     def __init__(self) -> None:
         self.state = BreakerState.CLOSED
         self.why = ""
-        """What the last call said that found it away; "" while it is closed."""
+        """The reason that the last unavailable call gave; "" while it is closed."""
         self.since = -inf
-        """When it was closed for the last time."""
+        """When it was last closed."""
         self.certain = False
-        """The last call knew that it was no key's affair."""
+        """The last unavailable call knew that no single key is the cause."""
         self._keys: set[Hashable] = set()
         self._pause_s = PAUSE_MIN_S
         self._asks_at = -inf
@@ -73,22 +73,22 @@ class CircuitBreaker:
 
     @property
     def troubled(self) -> bool:
-        """Whether a success would be news."""
+        """Whether a success would change its state."""
         return self.tripped or bool(self._keys)
 
     @property
     def room(self) -> int:
-        """How many calls may begin now, where it is shut."""
+        """How many calls may begin now, unless it is closed."""
         return 1 if self.state is BreakerState.HALF_OPEN and not self._trials else 0
 
     def trial(self, calls: int) -> None:
-        """A call has begun while it was shut (1), or has ended, whatever came of it (-1)."""
+        """A call began (1) or ended (-1), with any result, while it was not closed."""
         self._trials += calls
 
     def unavailable(self, key: Hashable, why: str, now: float, *, certain: bool = False, after_s: float = 0.0) -> bool:
-        """A call has found away what it needs. Returns whether that has opened the breaker, which was closed.
+        """A call found what it needs unavailable. Returns whether that has opened the breaker, which was closed.
 
-        ``certain``: it is no key's affair.
+        ``certain``: no single key is the cause.
         """
         opened = False
         if self.state is BreakerState.OPEN:
@@ -112,7 +112,7 @@ class CircuitBreaker:
             self._open(now)
 
     def succeeded(self, now: float) -> bool:
-        """A call has done what it was to do. Returns whether that has closed the breaker."""
+        """A call succeeded. Returns whether that has closed the breaker."""
         if self.state is BreakerState.OPEN and not self._trials:
             return False
         closed = self.tripped
@@ -123,14 +123,14 @@ class CircuitBreaker:
         return closed
 
     def try_half_open(self, now: float) -> bool:
-        """Time has passed. Returns whether a call may now find out."""
+        """Time has passed. Returns whether a trial call may be made."""
         if self.state is BreakerState.OPEN and now >= self._asks_at:
             self.state = BreakerState.HALF_OPEN
             return True
         return False
 
     def wait_s(self, now: float) -> float:
-        """Seconds until ``try_half_open`` has something to say; infinite unless it is open."""
+        """Seconds until ``try_half_open`` may return true; infinite unless it is open."""
         return max(0.0, self._asks_at - now) if self.state is BreakerState.OPEN else inf
 
     def _open(self, now: float, after_s: float = 0.0) -> None:

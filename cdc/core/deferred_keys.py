@@ -1,8 +1,8 @@
-"""What the window does not hold, one number for each key. Pure.
+"""Keys with changes that the window does not hold: one number for each. Pure.
 
 A *watermark* says that changes of the key from its ``seq`` on were seen and not admitted. ``blocked``: an earlier
-change of the key waits, and the key is not read before that one has settled. Otherwise the key is read from there, by a
-``KeyRead``, as soon as its queue is empty.
+change of the key waits, and the key is not read before that one has settled. Otherwise a ``KeyRead`` reads the key
+from there, as soon as its queue is empty.
 
 The memory for watermarks is bounded, and each entity type has a limit in it.
 """
@@ -20,7 +20,7 @@ _FACTOR = 4
 
 
 class KeyRead(NamedTuple):
-    """Read on for this key: fresh changes from ``seq`` on."""
+    """Read this key on: its fresh changes from ``seq`` on."""
 
     key: Key
     shard: int
@@ -44,7 +44,7 @@ class DeferredKeys:
         self.watermarks: Final[dict[Key, Watermark]] = {}
         """By key; others only read it. Most keys have none, and each change asks three times: a method costs more."""
         self._reads: dict[str, dict[Key, None]] = {}
-        """By type; the type that was served last stands last."""
+        """By type, in the order in which the types were served, the latest last."""
 
     def __len__(self) -> int:
         return len(self.watermarks)
@@ -54,7 +54,7 @@ class DeferredKeys:
         return key in self.watermarks or self._limit.admits(key[0])
 
     def defer(self, key: Key, seq: int, shard: int, *, blocked: bool) -> None:
-        """Mark the key from this number on, whether there is room or not."""
+        """Mark the key from ``seq`` on, whether there is room or not."""
         mark = self.watermarks.get(key)
         if mark is None:
             self.watermarks[key] = Watermark(seq, shard, blocked)
@@ -88,7 +88,7 @@ class DeferredKeys:
                 del self._reads[key[0]]
 
     def take_reads(self, limit: int, has_room: Callable[[str], bool]) -> list[KeyRead]:
-        """Keys to read on, of the next type that has room in the window; each is told once."""
+        """Keys to read on, of the next type that has room in the window; each is requested once."""
         entity_type = next(filter(has_room, self._reads), None)
         if entity_type is None:
             return []

@@ -1,4 +1,4 @@
-"""Work that something stands in the way of for a while: when it is tried again, and when that is told. Pure."""
+"""Work that is obstructed for a while: when to try it again, and when to report the delay. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _TOLD_EVERY_S = 30.0
 
 
 class Delay:
-    """Times are those of one clock, in seconds. ``since``: when it was tried in vain first; ``until``: it rests."""
+    """Times are those of one clock, in seconds. ``since``: the first try in vain; ``until``: the next try."""
 
     def __init__(self) -> None:
         self.since: float | None = None
@@ -17,7 +17,7 @@ class Delay:
         self._told_at: float | None = None
 
     def failed(self, now: float) -> bool:
-        """It was tried in vain. Returns whether that is to be told."""
+        """A try was in vain. Returns whether to report it."""
         self.since = now if self.since is None else self.since
         self._rest_s = min(max(2 * self._rest_s, _REST_MIN_S), _REST_MAX_S)
         self.until = now + self._rest_s
@@ -27,7 +27,7 @@ class Delay:
         return True
 
     def done(self, now: float) -> float | None:
-        """It was done. Returns for how long it could not be, None where it could all the time."""
+        """It was done. Returns for how long, in seconds, it was obstructed; None if it was not."""
         delayed_s = None if self.since is None else now - self.since
         self.since = self._told_at = None
         self._rest_s = self.until = 0.0

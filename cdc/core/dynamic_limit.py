@@ -2,11 +2,11 @@
 
 Theory
 ------
-The window, the workers, the threads are shared by all entity types. A fixed part for each would leave most of it idle;
+All entity types share the window, the workers, the threads. A fixed part for each would leave most of it idle;
 no limit at all would let one slow type take everything. So the limit follows what is free, as in the shared memory of
 network switches (dynamic thresholds, Choudhury and Hahne 1998): a user gets one more place while it holds less than
-``factor`` times what would then be free. Of n places one user that takes all it can get is left about
-n * factor / (1 + factor), and k users that come at the same time n * factor / (1 + k * factor) each. Where users come
+``factor`` times what would then be free. Of n places, one user that takes all it can get holds at most about
+n * factor / (1 + factor), and k users that come at the same time n * factor / (1 + k * factor) each. If users come
 one after the other and never give anything back, each gets the same part of what is left. In all cases there is room
 for the next user, until not one place is left; and a user that holds nothing gets a place as long as there is one.
 Limits sink as others come and rise as they go.
@@ -37,7 +37,7 @@ class DynamicLimit:
 
     @property
     def users(self) -> Collection[Any]:
-        """Who holds any."""
+        """The users that hold any places."""
         return self._held.keys()
 
     def held(self, user: Hashable) -> int:
@@ -51,7 +51,7 @@ class DynamicLimit:
         return held < self._factor * (self.free - 1)
 
     def room(self, user: Hashable) -> int:
-        """How many more the user may take one after the other, if nobody else takes any."""
+        """How many more places the user may take one after the other, if no other user takes any."""
         if self._sole:
             return max(0, self.free)
         held = self._held.get(user, 0)
@@ -64,12 +64,12 @@ class DynamicLimit:
         self.free -= places
 
     def release(self, user: Hashable, places: int = 1) -> None:
-        """The places are free again."""
+        """These places are free again."""
         self.end_use(user, places)
         self.vacate(places)
 
     def end_use(self, user: Hashable, places: int = 1) -> None:
-        """The user has done with places that are not free yet; ``vacate`` follows."""
+        """The user needs these places no more, though they are not free yet; ``vacate`` follows."""
         left = self._held[user] - places
         if left:
             self._held[user] = left

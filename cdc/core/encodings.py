@@ -1,4 +1,4 @@
-"""Text that a server's encoding is sure to hold. Pure."""
+"""Text that fits a server's encoding. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 
 
 def fitting(text: str, encoding: str) -> str:
-    """With escapes for what the server's encoding cannot hold. Of an encoding that Python does not know, only ASCII."""
+    """Escape what the server's encoding cannot hold. For an encoding that Python does not know, all but ASCII."""
     if encoding == "UTF8":
         return text
     try:

@@ -2,19 +2,19 @@
 
     CdcError                     something an operator or an author can act on
       UsageError                 wrong options, settings or handler references      exit 2
-      ConnectError               the database cannot be reached or refuses us       exit 3
+      ConnectError               the database is unreachable or refuses the login   exit 3
       NotFoundError              the slot, table, change ... does not exist         exit 4
-      RefusedError               unsafe without a word from the operator            exit 5
+      RefusedError               unsafe without the operator's explicit consent     exit 5
       SchemaError                entity_changes is missing or does not fit          exit 1
       StreamError                the replication stream cannot start, or ended      (sweeping goes on)
       SessionLostError           the session that holds the shard locks is gone     (reconnect)
       ProtocolError              bytes from the server that no decoder understands  (reconnect)
 
-    Retry, Discard, Reject       what a handler says by raising them: later; nothing to do; never, a dead letter
-    Unavailable                  what it needs is away: later, and no attempt is counted
-    Failed                       the same of some changes of a batch
+    Retry, Discard, Reject       raised by a handler: later; nothing to do; never, a dead letter
+    Unavailable                  what it needs is unavailable: later, and no attempt is counted
+    Failed                       the same for some changes of a batch
 
-Each CdcError is one sentence, what happened to what, and a hint: what to do now.
+Each CdcError is one sentence, what happened to what, and a hint: what to do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class CdcError(Exception):
-    """``str(error)`` says what happened to what; ``hint`` what to do now."""
+    """``str(error)`` says what happened to what; ``hint`` what to do."""
 
     exit_code = 1
 
@@ -63,7 +63,7 @@ class StreamError(CdcError):
         super().__init__(message, hint=hint)
         self.reason = reason
         self.permanent = permanent
-        """True when waiting does not fix it: the consumer then looks again every minute instead of at once."""
+        """True when waiting does not fix it: the consumer then tries again every minute instead of at once."""
 
 
 class SessionLostError(CdcError):
@@ -88,7 +88,7 @@ class Retry(Exception):  # noqa: N818 - the name a handler's author writes: `rai
 
 
 class Discard(Exception):  # noqa: N818 - see Retry
-    """Raised by a handler: nothing is to be done about this change. It is marked processed, with the reason."""
+    """Raised by a handler: this change needs nothing done. It is marked processed, with the reason."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -102,15 +102,15 @@ class Reject(Exception):  # noqa: N818 - see Retry
 
 
 class Unavailable(Exception):  # noqa: N818 - see Retry
-    """Raised by a handler: something that it needs is away. No attempt is counted, and the change waits.
+    """Raised by a handler: something that it needs is unavailable. No attempt is counted, and the change waits.
 
-    ``retry_after``: seconds until it should be asked again, if that is known. Else the change waits for up to a second,
-    and twice as long each time, up to half a minute. Where changes of several keys meet it in a row, with no success in
-    between, the handler rests: no change of it is called, and then one at a time, until one has succeeded.
+    ``retry_after``: seconds until the next try makes sense, if known. Else the change waits for up to a second,
+    and twice as long each time, up to half a minute. If changes of several keys raise it in a row, with no success in
+    between, the handler pauses: none of its changes is called, and then one at a time, until one has succeeded.
     """
 
     certain = False
-    """Whether it can be no key's affair: then it needs no others to say the same. For a class derived from this one."""
+    """Whether no single key can be the cause: then one key is enough. For a class derived from this one."""
 
     def __init__(self, retry_after: float | None = None, reason: str = "") -> None:
         if retry_after is not None and not 0 <= retry_after < float("inf"):
@@ -120,7 +120,7 @@ class Unavailable(Exception):  # noqa: N818 - see Retry
 
 
 class SafeError(Exception):
-    """A failed attempt, in our own words. ``summary``: for a log, nothing of the row. ``kind``: for the metrics."""
+    """A failed attempt, in cdc's words. ``summary``: for a log, quotes nothing of the row. ``kind``: for metrics."""
 
     kind = "exception"
 

@@ -1,4 +1,4 @@
-"""Named points in the code at which a test may stop, look or kill the process.
+"""Named points in the code at which a test may stop, inspect or kill the process.
 
 Silent in production: without a hook, ``here`` is one comparison. The names are collected from the source by the
 tests, which force a crash at each of them in turn.

@@ -1,10 +1,10 @@
 """Makes the values of the hot path cheaply: changes as they were read, and named tuples. Pure.
 
-A ``Change`` is a frozen dataclass for whoever handles it, and its documents are there as ``old``, ``new`` and
-``metadata``. Two things about that are too slow for each change that is read, and are done here in another way:
+A ``Change`` is a frozen dataclass for handlers, with its documents as ``old``, ``new`` and ``metadata``. Two steps are
+too slow to be done for each change that is read, so they are done differently here:
 
-- *Parsing.* Most documents are never looked at, or are sent on as they are. So what is read is a ``ReadChange``, whose
-  documents are ``Json`` until somebody asks for them.
+- *Parsing.* Most documents are never used, or are passed on unparsed. So a read makes a ``ReadChange``, whose
+  documents are ``Json`` until their first use.
 - *Making.* The constructor of a frozen dataclass sets each field by a call, 6 us for all. That of a class with the
   same slots that is not frozen takes 0.6 us, and an object may change to a class of the same layout.
   ``object.__new__`` and the setters of the slots, without a second class, take 1.3 us.
@@ -23,7 +23,7 @@ from cdc.core.model import Change, UnreadableDocumentError
 
 
 class Json(bytes):
-    """A document that nobody has parsed yet."""
+    """A document that has not been parsed yet."""
 
     __slots__ = ()
 
@@ -52,7 +52,7 @@ def _parsed_when_asked(name: str) -> property:
 
 
 class ReadChange(Change):
-    """A change whose documents may be Json, each parsed when it is asked for first. Otherwise it is as any other."""
+    """A change whose documents may be Json, each parsed at its first use. Otherwise like any other change."""
 
     __slots__ = ()
 
@@ -72,7 +72,7 @@ def read_change(*values: Any) -> ReadChange:
 
 
 def document(change: Change, name: str) -> Any:
-    """``old``, ``new`` or ``metadata`` of the change as it is there: Json if nobody has asked for it yet."""
+    """``old``, ``new`` or ``metadata`` of the change as it is stored: Json until its first use."""
     return _SLOTS[name].__get__(change)
 
 
@@ -80,5 +80,5 @@ _Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
 
 
 def fast_make(kind: type[_Tuple]) -> Callable[[tuple[Any, ...]], _Tuple]:
-    """What ``_make`` of a NamedTuple does, which is a function in Python and takes twice as long."""
+    """Does what ``_make`` of a NamedTuple does. That is a function in Python and takes twice as long."""
     return partial(tuple.__new__, kind)

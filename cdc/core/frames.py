@@ -1,10 +1,10 @@
 """Where an error came from: the frames of its traceback, and never its text, a value or a line of source. Pure.
 
-The *place* is the innermost frame of the handler's own code: what is neither ours, nor the standard library's, nor an
-installed package's, unless the handler's function is of that package. An error inside a library so names the line that
+The *place* is the innermost frame of the handler's own code: neither cdc's, nor the standard library's, nor an
+installed package's, unless the handler's function is of that package. So an error inside a library names the line that
 called the library.
 
-An error is made by a handler: nothing of it is called, and all it can say of itself is cut and made printable.
+A handler makes the error: none of its methods is called, and every text it holds is cut and made printable.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from cdc.core.printable import printable
 
 _FIRST, _LAST = 4, 12
-"""Frames that are shown: of the outermost, of the innermost, and the place between them."""
+"""Frames shown: the outermost, the innermost, and the place between them."""
 _FILE_MAX, _FUNCTION_MAX, _NAME_MAX = 120, 60, 100
 """Bytes."""
 _WALK_MAX = 100_000
-"""Frames that are looked at, some milliseconds: the innermost of more is not found."""
+"""Frames walked, which takes some milliseconds: the innermost of more are not found."""
 _CAUSES_MAX = 3
 
 _OURS, _STANDARD = (f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(os.__file__).parent))
@@ -34,7 +34,7 @@ _INSTALLED = tuple(f"{os.sep}{folder}{os.sep}" for folder in ("site-packages", "
 class Trace(NamedTuple):
     """``error``: the class's name. ``place`` and ``frames``: ``file:line in function``, the innermost frame last.
 
-    Below them, as ``from KeyError at ...``: what it was raised from, or of a group its first error, and so on.
+    Below them, as ``from KeyError at ...``: what it was raised from, or the first error of a group, and so on.
 
     ``own``: the place is in the handler's own code; else it is the innermost frame, None if there is none.
     """
@@ -60,7 +60,7 @@ def trace(error: BaseException, function: Any = None) -> Trace:
 
 
 def class_name(error: BaseException) -> str:
-    """As Python has it, whatever its metaclass says."""
+    """The name that Python keeps, whatever the metaclass says."""
     name: str = vars(type)["__name__"].__get__(type(error))
     return name
 
@@ -72,7 +72,7 @@ def _alone(error: BaseException, package: str | None) -> Trace:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Not its context: that may be whatever is being handled around the call."""
+    """Without ``__context__``: that may be an error which is being handled around the call."""
     at: BaseException | None = error
     for _ in range(_CAUSES_MAX):
         is_group = issubclass(type(at), BaseExceptionGroup)
@@ -83,7 +83,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _of(of: type, name: str, error: BaseException | None) -> Any:
-    """An attribute as Python keeps it: a class may have a property of that name."""
+    """An attribute as Python keeps it: a class may define a property of that name."""
     return vars(of)[name].__get__(error)
 
 
@@ -124,7 +124,7 @@ def _is_ours(at: TracebackType) -> bool:
 
 def _is_own(at: TracebackType, package: str | None) -> bool:
     path = at.tb_frame.f_code.co_filename
-    if path.startswith((_OURS, "<")):  # what is generated has no line that anybody could look at
+    if path.startswith((_OURS, "<")):  # generated code has no line to look at
         return False
     if not path.startswith(_STANDARD) and not any(folder in path for folder in _INSTALLED):
         return True
@@ -148,7 +148,7 @@ def _head(text: str, bytes_max: int) -> str:
 
 
 def _tail(text: str, bytes_max: int) -> str:
-    """A path is told by its end."""
+    """The end of a path identifies it."""
     shown = printable(text[-bytes_max:]).encode()
     cut = len(text) > bytes_max or len(shown) > bytes_max
     return ("..." if cut else "") + shown[-(bytes_max - 3 if cut else bytes_max) :].decode("utf-8", "ignore")

@@ -12,9 +12,9 @@ from cdc.core.router import ANY, Handler, Router
 _THREADS = "threads"
 _CONNECTIONS, _CONNECTIONS_IN_THREADS = "connections", "connections in threads"
 _RUN_MAX = 100
-"""Calls on the event loop that may turn out to be over at once."""
+"""Calls on the event loop that may return at once."""
 _KINDS_MAX = 10_000
-"""Of entity type and operation, remembered. Types come from the data: nothing else bounds them."""
+"""Entity type and operation pairs remembered. Types come from the data: nothing else bounds them."""
 
 
 class HandlerLimits:
@@ -55,7 +55,7 @@ class HandlerLimits:
         return needs
 
     def pauses(self, kind: tuple[str, str] | None) -> bool:
-        """Whether a dead letter of this type and operation holds its key. None: of a type that no handler can name."""
+        """Whether a dead letter of this type and operation blocks its key. None: of a type that no handler can name."""
         if kind is None:
             return any(
                 handler.pauses for (entity_type, _), handler in self._router.handlers.items() if entity_type == ANY

@@ -1,4 +1,4 @@
-"""The queue of one key: its changes in the window. ``scheduler`` holds the rules for it. Pure."""
+"""The queue of one key: its changes in the window. The rules are in ``scheduler``. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cdc.core.ready_queues import Requirements
 
 
 class KeyQueue:
-    """``running`` is one change, or a batch of successive ones. ``settling`` counts."""
+    """``running`` is one change, or a batch of successive ones. ``settling``: how many are being settled."""
 
     __slots__ = ("blocking", "key", "needs", "orphan", "queued", "running", "settling")
 
@@ -20,11 +20,11 @@ class KeyQueue:
         self.running: list[Change] = []
         self.settling = 0
         self.blocking: tuple[int, ...] = ()
-        """The numbers of those settling that hold the key back; a batch may end with several."""
+        """The numbers of the settling changes that block the key; a batch may end with several."""
         self.orphan = False
         """What runs was started in a session that is lost."""
         self.needs: Requirements | None = None
-        """Of the first queued change, when it was last said to be ready."""
+        """The requirements of the first queued change, when it was last made ready."""
 
     @property
     def blocked(self) -> bool:
@@ -32,7 +32,7 @@ class KeyQueue:
 
     @property
     def after_settled(self) -> bool:
-        """Of the first queued change."""
+        """Whether the first queued change is fenced."""
         return self.needs is not None and self.needs.after_settled
 
     @property
@@ -41,7 +41,7 @@ class KeyQueue:
 
     @property
     def unfinished(self) -> tuple[Change, ...]:
-        """Those that have not finished."""
+        """The changes that have not finished."""
         return (*self.running, *self.queued)
 
     def enqueue(self, change: Change) -> None:
@@ -57,5 +57,5 @@ class KeyQueue:
         self.running.remove(change)
 
     def blocks_no_more(self, seq: int) -> None:
-        """The change is in the table, or will not be."""
+        """The change is in the table, or will not be written."""
         self.blocking = tuple([one for one in self.blocking if one != seq])

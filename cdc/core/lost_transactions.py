@@ -1,16 +1,16 @@
 """Changes whose transaction or session was lost while they ran, and how often in a row. Pure.
 
-What was lost counts as no attempt, since it may be nobody's fault: a failover, an operator, another transaction. But a
-handler that closes its connection, or that crashes the server, over whatever connection, would lose it for ever. So
-there is a bound, and a pause that grows.
+A loss does not count as an attempt, since the change need not be the cause: it may be a failover, an operator, another
+transaction. But a handler that closes its connection, or that crashes the server, over any connection, would lose it
+for ever. So there is a bound, and a pause that grows.
 
-A statement that crashes its backend ends every session of the server, and with it each transaction that was under way.
-So whatever was lost runs one at a time from then on, beside what was not: then the next loss is one change's, and only
-the one to blame comes to the bound. What else was lost is cleared when it has an outcome.
+A statement that crashes its backend ends every session of the server, and with it each transaction that was open.
+So changes that lost a transaction run one at a time from then on, beside those that did not: the next loss is then one
+change's, and only the cause reaches the bound. The others are cleared when they have an outcome.
 
-The consumer's session is lost for all that runs, and handlers without a transaction may take long. One after the other
-they would take for ever, and after a failover for nothing. So these run alone when it was lost under them three times
-in a row.
+The loss of the consumer's session affects all that runs, and handlers without a transaction may take long. One after
+the other they would take for ever, and after a failover in vain. So these run alone only when the session was lost
+under them three times in a row.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cdc.core.model import Change
 
 LOSSES_MAX = 10
 SESSIONS_MAX = 3
-"""Losses of the session under a change, until it runs alone."""
+"""Losses of the session during a change, until it runs alone."""
 REMEMBERED = 10_000
-"""Those of which no more was heard, as somebody else has handled them, make room for others."""
+"""The oldest entries, such as those that another consumer has handled, make room for new ones."""
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.1, 5.0
 
 
@@ -32,20 +32,20 @@ class Losses:
     def __init__(self) -> None:
         self._times: dict[UUID, int] = {}
         self.suspects = set[UUID]()
-        """Those that are to run one at a time."""
+        """The changes that run one at a time."""
 
     def doubts(self, change: Change) -> bool:
-        """Whether it is one of those that are to run one at a time."""
+        """Whether this change has to run one at a time."""
         return bool(self.suspects) and change.id in self.suspects
 
     def times(self, change_id: UUID) -> int:
-        """How often in a row by now."""
+        """How often in a row it has lost a transaction."""
         return self._times.get(change_id, 0)
 
     def add(self, changes: Iterable[Change], *, suspect_at: int = 1) -> int:
-        """They have lost a transaction. Returns how often in a row the one that did most often.
+        """These changes have lost a transaction. Returns the highest number of losses in a row among them.
 
-        ``suspect_at``: how often until they are to run one at a time.
+        ``suspect_at``: the number of losses from which on they run one at a time.
         """
         most = 0
         for change in changes:
@@ -59,7 +59,7 @@ class Losses:
         return most
 
     def forget(self, changes: Iterable[Change]) -> None:
-        """They have an outcome."""
+        """These changes have an outcome."""
         if self._times:
             for change in changes:
                 self._forget(change.id)
@@ -70,5 +70,5 @@ class Losses:
 
 
 def pause_s(times: int) -> float:
-    """Seconds to wait after so many losses."""
+    """Seconds to wait after this many losses."""
     return min(_PAUSE_MIN_S * 2.0 ** min(times - 1, 16), _PAUSE_MAX_S)

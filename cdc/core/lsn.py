@@ -1,7 +1,7 @@
 """Positions in the write-ahead log.
 
-A type of its own, because PostgreSQL believes any number a client confirms: a clock value sent in a position's
-place silences the slot from the next reconnect on, without an error.
+A type of its own, because PostgreSQL believes any number that a client confirms: a clock value sent as a position
+silences the slot from the next reconnect on, without an error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Secrets in text, masked: passwords of DSNs and URLs, tokens in queries. Pure; a net below the rule to quote none.
 
-It goes over text of others, in the process that handles changes, so each pattern takes time that grows with the text
-and no faster: every repeat is possessive, and either nothing after it can fail or it stops where another match might
-begin.
+It reads foreign text in the process that handles changes, so each pattern takes linear time: every repeat is
+possessive, and either nothing after it can fail or it stops where another match might begin.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _SECRET = re.compile(
 _BEARER = re.compile(r"(\bbearer )(?=[^\s]{8})[^\s\"',;]++", re.IGNORECASE)
 
 _SIGNING = re.compile(r"(\bwhsec_)[^\s\"',;]++")
-"""A secret of Standard Webhooks, wherever it has come to stand."""
+"""A secret of Standard Webhooks, wherever it stands."""
 
 _WORD = re.compile(r"\S++")
 _USER = re.compile(r":/{1,2}+[^:/@\s]*+:")
@@ -31,16 +30,16 @@ _QUERY = re.compile(r"\?[^\s'\"<>]++")
 
 
 def mask(text: str) -> str:
-    """``text`` without the passwords of DSNs and URLs, URLs' queries, and the values of what is called a secret."""
+    """``text`` without the passwords of DSNs and URLs, URLs' queries, and the values of names that mean a secret."""
     text = _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1***", text))
     text = _SIGNING.sub(r"\1***", _BEARER.sub(r"\1***", text))
     return _WORD.sub(_of_a_url, text) if ":/" in text else text
 
 
 def _of_a_url(word: re.Match[str]) -> str:
-    """The password ends at the last @ of the word: one that holds an @ itself is the case to guard against.
+    """The password ends at the last @ of the word, because a password may hold an @ itself.
 
-    What a query holds has any name, so all of it goes.
+    A parameter of a query may have any name, so the whole query is masked.
     """
     before, slash, rest = word[0].partition(":/")
     if not slash:
@@ -52,6 +51,6 @@ def _of_a_url(word: re.Match[str]) -> str:
 
 
 def without_query(url: str) -> str:
-    """A URL for people, whatever is in it: its query, in which a token may stand, and a password are left out."""
+    """A URL to show: without its query, in which a token may stand, and without a password."""
     place, question, _ = url.partition("?")
     return mask(place) + (f"{question}***" if question else "")

@@ -1,4 +1,4 @@
-"""The words of the field, as frozen values. Standard library only."""
+"""The terms of change capture, as frozen values. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHARDS = 64
 """Units of ownership between consumers. The generated column ``shard`` in sql/ computes modulo the same number."""
 
 Key = tuple[str, str]
-"""(entity_type, entity_id): what order is kept for."""
+"""(entity_type, entity_id): the unit within which order is kept."""
 
 
 class Operation(StrEnum):
@@ -34,15 +34,15 @@ class ChangeState(StrEnum):
 class Change:
     """One captured change of one row, as a handler gets it. Compared and hashed by identity.
 
-    ``old`` is None for an INSERT and ``new`` for a DELETE; otherwise they hold the row as JSON, or, where the
-    handler names a pydantic model, an instance of it. A document is parsed when it is asked for first: ``old``, ``new``
+    ``old`` is None for an INSERT and ``new`` for a DELETE; otherwise they hold the row as JSON, or, if the
+    handler names a pydantic model, an instance of it. A document is parsed at its first use: ``old``, ``new``
     and ``metadata`` raise UnreadableDocumentError for one that Python cannot parse.
     ``changed_at`` is the start of the writer's transaction.
-    ``attempt`` counts from 1. ``requeued``: this attempt was waited for, after a failure or at an operator's word.
+    ``attempt`` counts from 1. ``requeued``: this attempt was waited for, after a failure or an operator's requeue.
     ``crashed``: the attempt before ended with its consumer's process.
     ``caused_by`` is the id of the change whose handler wrote this one, and ``depth`` counts the causes before it.
-    ``chain`` names them, the newest first, and is there only when they are more than a consumer follows.
-    ``size`` is that of its documents as they were read, bytes of JSON; 0 for a change made by hand.
+    ``chain`` lists their ids, the newest first, only if there are more than a consumer follows.
+    ``size`` is that of its documents as they were read, in bytes of JSON; 0 for a change made by hand.
     """
 
     id: UUID
@@ -73,7 +73,7 @@ class Change:
     def cause(self) -> str:
         """The setting ``cdc.cause`` of a transaction whose writes this change causes.
 
-        A transactional handler's has it. In a transaction of your own:
+        A transactional handler's transaction has it set. In a transaction of your own:
         ``execute("SELECT set_config('cdc.cause', %s, true)", [change.cause])``.
         """
         return f"{self.id},{self.depth}"
@@ -84,7 +84,7 @@ class Change:
 
 
 class UnreadableDocumentError(Exception):
-    """A document that Python cannot read, now or later: a number of thousands of digits, thousands of levels."""
+    """A document that Python can never read: a number of thousands of digits, thousands of levels."""
 
 
 class WakeUp(NamedTuple):
@@ -101,7 +101,7 @@ PAIR = "([1-9][0-9]{0,18}),(0|[1-9][0-9]?)"
 
 
 def pair(seq: str | bytes, shard: str | bytes) -> WakeUp | None:
-    """The wake-up of the two groups of ``PAIR``, or None: any role may notify, and what does not fit is not ours."""
+    """The wake-up of the two groups of ``PAIR``, or None if they do not fit: any role may notify."""
     number, owner = int(seq), int(shard)
     return WakeUp(number, owner) if number <= SEQ_MAX and owner < SHARDS else None
 
@@ -110,7 +110,7 @@ def message_prefix(schema: str) -> str:
     """The prefix of the logical messages for the outbox in ``schema``.
 
     It names the schema, so that two outboxes in one database do not wake each other. Bytes other than letters,
-    digits and ``_`` are percent-encoded: a plugin option with commas or blanks in it would be several.
+    digits and ``_`` are percent-encoded: commas or blanks in a plugin option would make it several.
     """
     return "entity_change:" + "".join(
         character if character.isascii() and (character.isalnum() or character == "_") else _percent(character)
@@ -127,10 +127,10 @@ PLUGINS = ("wal2json", "pgoutput")
 
 
 def publication_name(schema: str) -> str:
-    """The publication that pgoutput asks for, which publishes nothing: messages travel without one.
+    """The publication that pgoutput requires. It publishes no table: messages travel without one.
 
-    It names the schema also where that is public: a publication called just cdc may be somebody else's, with tables in
-    it. Cut as PostgreSQL would cut it; that two long names may then share one does no harm.
+    It names the schema also if that is public: a publication called just cdc may belong to another application and
+    have tables. The name is cut as PostgreSQL would cut it; two long names may then share one, which does no harm.
     """
     return f"cdc_{schema}".encode()[:63].decode(errors="ignore")
 
@@ -139,10 +139,10 @@ TRIGGER = "#cdc_capture"
 """Our trigger's name on a table; an outbox outside public adds its schema, so that two may capture one table.
 
 Triggers of one event fire in the order of their names, by bytes. What another AFTER ROW trigger writes would be
-captured before the row that made it write, so ours comes before names of letters, digits and underscores.
+captured before the row that caused it, so ours sorts before names of letters, digits and underscores.
 """
 FORMER_TRIGGER = "cdc_capture"
-"""Its name in outboxes of before; ``cdc db upgrade`` and ``cdc track`` rename it."""
+"""Its name in older outboxes; ``cdc db upgrade`` and ``cdc track`` rename it."""
 
 
 def trigger_name(schema: str, stem: str = TRIGGER) -> str:
@@ -156,7 +156,7 @@ def former_trigger_name(schema: str) -> str:
 
 
 class Suspicion(IntEnum):
-    """Whether a change's process ended while its handler ran. AGAIN: the time before as well, and so it ran alone."""
+    """Whether a change's process ended while its handler ran. AGAIN: the attempt before too, when it ran alone."""
 
     NONE = 0
     ONCE = 1
@@ -168,7 +168,7 @@ class Processed:
     """The handler returned."""
 
     blocks_key: ClassVar[bool] = False
-    """Of each outcome: whether later changes of the key have to wait for this one."""
+    """Whether later changes of the key have to wait for this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +198,8 @@ class Discarded:
 class Waiting:
     """The attempt failed; the next one is due ``delay_s`` seconds after the settle.
 
-    ``counted``: it is one of those that a change has; else what the handler needs was away. ``error`` may quote the
-    row; ``summary`` says what kind of error it is, and quotes nothing.
+    ``counted``: it counts as an attempt; else what the handler needs was unavailable. ``error`` may quote the
+    row; ``summary`` is the kind of the error, and quotes nothing.
     """
 
     delay_s: float
@@ -211,7 +211,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """The last attempt failed, or no attempt can succeed. ``pauses``: its key waits until somebody decides.
+    """The last attempt failed, or no attempt can succeed. ``pauses``: its key waits until an operator decides.
 
     ``error`` and ``summary`` as of Waiting.
     """
@@ -227,8 +227,8 @@ class Dead:
 
 @dataclass(frozen=True, slots=True)
 class Unmarkable(Dead):
-    """The table refused the outcome that there was. ``error`` fits any encoding."""
+    """The table rejected the real outcome. ``error`` fits any encoding."""
 
 
 Outcome = Processed | Committed | Skipped | Discarded | Waiting | Dead
-"""How one attempt ended. What a stop or a lost session cut off has no outcome: the change stays as it was."""
+"""How one attempt ended. An attempt cut off by a stop or a lost session has no outcome: the change stays as it was."""

@@ -2,11 +2,11 @@
 
 Theory
 ------
-The server ends a page at ``BYTES``: of what comes behind the row that reaches them, it sends the number only. So a page
-fits into memory whatever its rows are like, but for a row alone, which is always read: how large it is nobody has asked
-the writer to limit. But what a row weighs the server knows when it has made its text, which it does for every row of a
-page: so the first page has few, each may have twice as many as the one before, and none more than would have made the
-last one as heavy as a page may be. Where a page takes the server too long, the next has one row.
+The server ends a page at ``BYTES``: of the rows behind the one that reaches them, it sends the number only. So a page
+fits into memory whatever its rows are like, except for a single row, which is always read: its size has no limit. The
+server knows the size of a row only when it has made its text, which it does for every row of a page. So the first page
+has few rows, each may have twice as many as the one before, and none more than would have filled the last page. After
+a page that took the server too long, the next has one row.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class PageSize:
     def __init__(self) -> None:
         self.rows = ROWS_FIRST
         self.row_bytes = 0
-        """What a row of the last page had, on the average."""
+        """Average size of a row of the last page."""
 
     def refused(self) -> None:
         """The page took too long."""
         self.rows = 1
 
     def read(self, rows: int, size: int) -> None:
-        """A page of so many rows had so many bytes of documents."""
+        """A page of ``rows`` rows had ``size`` bytes of documents."""
         if rows == 0:
             return
         self.row_bytes = size // rows

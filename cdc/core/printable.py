@@ -1,29 +1,30 @@
-"""Text of others, made fit to be shown: on a terminal, in a line of the log, in JSON. Pure.
+"""Foreign text, made fit to be shown: on a terminal, in a line of the log, in JSON. Pure.
 
-Names of tables, types, keys, roles, slots and programs, and the words of errors, are other people's. A terminal obeys
+Names of tables, types, keys, roles, slots and programs, and the texts of errors, come from outside. A terminal obeys
 what is in them: escape sequences (also by the C1 controls), carriage returns, and marks that turn the direction of
-writing. So whatever cannot be printed is shown as its escape, ``\\x1b`` or ``\\u202e``, and a line stays one line.
+writing. So each character that cannot be printed is shown as its escape, ``\\x1b`` or ``\\u202e``, and a line stays
+one line.
 """
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, each character that is not printable as Python writes it."""
+    """``text`` on one line, with each character that is not printable as Python escapes it."""
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def printable_lines(text: str, indent: str = "") -> str:
-    """The same of each line, for what has lines by right, such as a traceback. ``indent`` goes before all of them."""
+    """The same for each line of a text that has lines, such as a traceback. ``indent`` goes before all of them."""
     return "\n".join(indent + printable(line) for line in text.split("\n"))
 
 
 def printable_json(text: str) -> str:
-    """A JSON text with the characters that are not printable as its own escapes; it means the same.
+    """A JSON text with the characters that are not printable as JSON escapes; it means the same.
 
-    They are in strings only, but for the line breaks between values.
+    Such characters are in strings only, except for the line breaks between values.
     """
     if text.isprintable():
         return text
@@ -41,10 +42,10 @@ def _json_escape(character: str) -> str:
 
 
 def cut(text: str, bytes_max: int) -> str:
-    """``text`` if it has at most so many bytes in UTF-8, else its beginning and how many bytes are left out."""
+    """``text`` if it has at most ``bytes_max`` bytes in UTF-8, else its beginning and how many bytes are left out."""
     if 4 * len(text) <= bytes_max:
         return text
-    # A character has a byte at least, so that what is encoded is bounded too.
+    # Each character has at least one byte, so what is encoded is bounded too.
     encoded = text[: bytes_max + 1].encode("utf-8", "surrogatepass")
     if len(text) <= bytes_max and len(encoded) <= bytes_max:
         return text

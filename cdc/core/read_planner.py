@@ -2,27 +2,27 @@
 
 Theory
 ------
-Two ways lead to a change. *By number*: a wake-up names it, and the fetch touches that row alone. *By sweep*: the
-fresh changes of a shard are paged through in ``seq`` order. Fetching by number is what makes a wake-up cheap;
-sweeping is what makes losing one harmless. Both must keep order, though rows become visible in another order than
-their numbers were drawn. What both rest on: the successor of a change can only be written once that change is
-visible, so a reader of everything that *one* snapshot shows never sees a successor without its predecessor.
+Changes are found in two ways. *By number*: a wake-up names a change, and the fetch touches that row alone. *By sweep*:
+the fresh changes of a shard are paged through in ``seq`` order. Fetching by number makes a wake-up cheap; sweeping
+makes the loss of one harmless. Both must keep order, though rows become visible in another order than their numbers
+were drawn. Both rest on one fact: the successor of a change can only be written once that change is visible, so a
+reader of everything that *one* snapshot shows never sees a successor without its predecessor.
 
 **Sweep.** Each page reads what its snapshot shows and the one before did not; ``shard_cursor`` says how.
 
 **By number.** Wake-ups arrive in commit order. As long as *every* wake-up since some moment was kept, and a number
 that is not visible yet is requested by every later fetch until it is, no fetch can see a successor and miss its
-predecessor. A shard of which that is true is *live*. A wake-up that was lost (start, takeover, reconnect,
-overflow) belongs to a transaction that had an id when it was lost: a pass whose ``xmin`` is not below the ``next_xid``
-of that moment has seen it, and makes the shard live again. Until then the shard is swept at each wake-up instead of
-fetched by number: as fast, and more expensive. It stays so where the wake-ups do not come *from the own slot* of this
+predecessor. A shard for which that holds is *live*. A wake-up that was lost (start, takeover, reconnect, overflow)
+belongs to a transaction that had an id when it was lost: a pass whose ``xmin`` is not below the ``next_xid`` of that
+moment has seen it, and makes the shard live again. Until then each wake-up makes the shard swept instead of fetched by
+number: as fast, and more expensive. A shard stays so while the wake-ups do not come *from the own slot* of this
 process: a relay may lose some of them unnoticed.
 
 **Throttled types.** A type whose change was rejected for lack of room must not delay the other types, and its later
 changes must not overtake that change. From then on the type is *throttled*: it has a cursor of its own in each shard,
 split off from the common one, which pauses while the type has no room. Fetches and other passes skip its rows. When it
 has caught up in all shards, it joins the common cursor again. So a backlog is read once for its own type and once for
-the others. A pass that proves a shard live leaves out throttled types; so each such proof has their passes repeated
+the others. A pass that proves a shard live leaves out throttled types; so each such proof makes their passes repeat
 before they join.
 """
 
@@ -40,8 +40,8 @@ from cdc.core.shard_ownership import Acquired
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 
 _RETRY_MAX_S = 0.05
-"""A commit waiting for a synchronous standby stays invisible for as long as that takes; found within this much of
-its release. 20 cheap queries a second, only while such a commit hangs."""
+"""A commit that waits for a synchronous standby stays invisible meanwhile. It is found within this time of its release,
+by 20 cheap queries a second, only while such a commit hangs."""
 _RETRY_FOR_S = 60.0
 _FETCH_MAX = 500
 _UNSEEN_MAX = 2_000
@@ -50,8 +50,8 @@ _SHOWN_MAX = 1_000
 _FULL_PASS_EVERY = 12
 """Sweeps between two passes from zero: a minute at the usual interval."""
 _REST, _REST_MAX_S = 20, 600.0
-"""After a pass from zero there is none for so many times as long as it took, up to a limit: where a type has a backlog
-that cannot be taken in, it goes through all of that."""
+"""The pause after a pass from zero, in times as long as that took, up to a limit. Such a pass goes through the whole
+backlog of a type that has no room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,8 @@ class Fetch:
 class Sweep:
     """Read the next ``per_shard`` fresh changes of each shard: above the cursor, and late ones above the floor.
 
-    Only those in ``scope``, which is the type ``only`` where that is throttled. ``serial`` numbers the sweeps of a
-    planner.
+    Only those in ``scope``; ``only`` is the one type of a sweep for a throttled type. ``serial`` numbers the sweeps of
+    a planner.
     """
 
     positions: Mapping[int, Position]
@@ -78,7 +78,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """Of the changes that a fetch asked for: visible at once, visible at a retry, and given up."""
+    """How many changes of a fetch were visible at once, visible at a retry, and given up."""
 
     at_once: int = 0
     late: int = 0
@@ -98,9 +98,9 @@ class _Unseen:
 
 
 class ReadPlanner:
-    """``queue_capacity``: wake-ups kept; more than that are dropped and their shards swept instead.
+    """``queue_capacity``: wake-ups kept. Those beyond are dropped and their shards swept instead.
 
-    ``room_for``: how many changes of a type can be taken in, and from how many on a page of them is worth while.
+    ``room_for``: how many changes of a type can be taken in, and from how many on reading a page is worth while.
     ``scope``: the types to read at all.
     """
 
@@ -118,25 +118,25 @@ class ReadPlanner:
         self._scope = scope
         self._shards: dict[int, ShardCursor] = {}
         self._throttled: dict[str, dict[int, ShardCursor]] = {}
-        """By type and shard; the type that was read last stands last."""
+        """By type and shard, in the order in which the types were read: the latest last."""
         self._notified: dict[int, int] = {}
         self._unseen: dict[int, _Unseen] = {}
         self._shown: dict[int, bool] = {}
-        """What passes have shown lately without having been told, the newest last: their wake-ups say nothing new."""
+        """Numbers that passes have shown before their wake-ups, which then say nothing new. The newest last."""
         self._next_sweep = 0.0
         self._sweeps = 0
         self._choices = deque((self._fetch, self._sweep, self._sweep_throttled))
-        """Who had its turn last stands last."""
+        """In the order of their last turns, the latest last."""
         self._swept_at: dict[str | None, float] = {}
-        """When a throttled type was swept last, and (None) the others."""
+        """When each throttled type was swept last, and (None) the others."""
         self._full_pass_from: float | None = None
         self._full_pass_requested = False
         self._rest_until = 0.0
         self._serial = 0
         self._from_own_slot = False
         self._cursors_idle = False
-        """No shard has a pass under way or to come, the periodic ones aside. Most reads are of one change, and to look
-        at all shards would be most of what they cost."""
+        """No shard has a pass under way or to come, the periodic ones aside. Most reads are of one change, and looking
+        at all shards would be most of their cost."""
 
     @property
     def queue_length(self) -> int:
@@ -144,7 +144,7 @@ class ReadPlanner:
 
     @property
     def idle(self) -> bool:
-        """Nothing is to be read that it knows of, the periodic passes aside."""
+        """Nothing is known that is to be read, the periodic passes aside."""
         return self._cursors_idle and not self._notified
 
     @property
@@ -161,13 +161,13 @@ class ReadPlanner:
 
     @property
     def throttled(self) -> Collection[str]:
-        """The types that are read by cursors of their own."""
+        """The types that have cursors of their own."""
         return self._throttled.keys()
 
     # --- in --------------------------------------------------------------------------------------------------------
 
     def acquired(self, acquired: Acquired) -> None:
-        """They are swept from their first change on, at once."""
+        """Sweep these shards from their first change on, at once."""
         for number in acquired.shards:
             for of_shards in (self._shards, *self._throttled.values()):
                 of_shards.setdefault(number, ShardCursor(self._serial, self._cursor_due))
@@ -184,16 +184,16 @@ class ReadPlanner:
         self.revoked(tuple(self._shards))
 
     def interval(self, sweep_interval_s: float, now: float) -> None:
-        """From now on sweep this often."""
+        """Sweep at this interval from now on."""
         self._sweep_interval_s = sweep_interval_s
         self._next_sweep = min(self._next_sweep, now + sweep_interval_s)
 
     def sweep_by(self, at: float) -> None:
-        """The next sweep begins then at the latest."""
+        """Begin the next sweep at ``at``, or earlier."""
         self._next_sweep = min(self._next_sweep, at)
 
     def streaming(self, *, connected: bool) -> None:
-        """Wake-ups come from this process's slot from now on, or have stopped to. Earlier ones may have been missed."""
+        """Wake-ups come from this process's slot from now on, or no more. Earlier ones may have been missed."""
         self._from_own_slot = connected
         if not connected:
             self._notified.clear()
@@ -213,9 +213,9 @@ class ReadPlanner:
         return self._shards.keys()
 
     def notified(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> int:
-        """Take wake-ups in, in the order of their arrival. Returns how many were dropped for lack of room.
+        """Take in wake-ups, in the order of their arrival. Returns how many were dropped for lack of room.
 
-        ``relayed``: they come from another process, which may still be underway with them when this one streams.
+        ``relayed``: another process sent them, and may still be sending earlier ones when this one streams.
         """
         dropped = 0
         for seq, number in wakeups:
@@ -243,11 +243,11 @@ class ReadPlanner:
 
     @property
     def passing_from_zero(self) -> bool:
-        """``restart`` was called, and what it asks for has begun and is not complete."""
+        """``restart`` was called, and its pass has begun and is not complete."""
         return self._full_pass_from is not None
 
     def full_pass_due(self, now: float) -> bool:
-        """Time to pass from zero, once in a while; the caller then calls ``restart``."""
+        """A pass from zero is due, as happens once in a while; the caller then calls ``restart``."""
         return now >= self._next_sweep and self._sweeps >= _FULL_PASS_EVERY and now >= self._rest_until
 
     def next(self, now: float, room: int, sweep_room: int) -> Fetch | Sweep | None:
@@ -255,7 +255,7 @@ class ReadPlanner:
 
         A sweep waits until there is room for ``sweep_room``, or for half a second: pages of a few rows would cost more
         than they bring. Fetches, sweeps, and sweeps of throttled types take turns, so that neither a backlog nor a
-        flood of wake-ups shuts out the others.
+        flood of wake-ups delays the others.
         """
         self._begin_passes(now)
         for choice in self._choices:
@@ -266,7 +266,7 @@ class ReadPlanner:
         return None
 
     def wait_s(self, now: float) -> float:
-        """Seconds until ``next`` may have something that it has not now, wake-ups aside."""
+        """Seconds until ``next`` may have something new, wake-ups aside."""
         times = [self._next_sweep]
         times += [unseen.retry_at for unseen in self._to_retry().values()]
         for cursor in () if self._cursors_idle else self._all_cursors():
@@ -279,17 +279,17 @@ class ReadPlanner:
     def fetched(
         self, request: Fetch, seen: Collection[int], snapshot: Snapshot, now: float, cut: Sequence[WakeUp] = ()
     ) -> FetchResult:
-        """The answer to a fetch: the numbers that were visible, the snapshot it was read with.
+        """The answer to a fetch: the numbers that were visible, and the snapshot of the read.
 
-        ``cut``: what is visible and did not fit into the page. It is fetched again before all later wake-ups.
+        ``cut``: visible changes that did not fit into the page. They are fetched again before all later wake-ups.
         """
         at_once = late = given_up = 0
         deferred = {seq for seq, _ in cut}
-        if cut and self._from_own_slot:  # else passes find it
+        if cut and self._from_own_slot:  # else passes find them
             self._notified = {seq: shard for seq, shard in cut if shard in self._shards} | self._notified
         for seq, shard in request.wakeups:
             if shard not in self._shards:
-                continue  # given away while the read was under way
+                continue  # given away during the read
             if seq in deferred:
                 self._unseen.pop(seq, None)
                 continue
@@ -301,7 +301,7 @@ class ReadPlanner:
             elif unseen is None:
                 given_up += self._retry_later(seq, shard, snapshot, now)
             elif snapshot.xmin >= unseen.next_xid:
-                del self._unseen[seq]  # its transaction has ended, and still it is not fresh: settled already
+                del self._unseen[seq]  # its transaction has ended, and it is not fresh: already settled
             elif now - unseen.since > _RETRY_FOR_S:
                 del self._unseen[seq]
                 given_up += self._give_up(shard)
@@ -322,7 +322,7 @@ class ReadPlanner:
     ) -> int:
         """The answer to a sweep: rows of its types, as (seq, shard). Returns how many of them a wake-up had named.
 
-        ``rejected``: as ``rejected`` takes it. ``scanned``: by shard; left out where all rows scanned are among these.
+        ``rejected``: as for ``throttle``. ``scanned``: by shard; left out where all rows scanned are among these.
         """
         notified = 0
         for seq, _ in rows:
@@ -335,11 +335,11 @@ class ReadPlanner:
         deferred = {number for number, end in ends.items() if end.more and not end.seq}
         for number in request.positions if deferred else ():
             if number not in deferred and number in of_shards:
-                of_shards[number] = of_shards.pop(number)  # next time it is the others' turn
+                of_shards[number] = of_shards.pop(number)  # the other shards come first next time
         for number, position in request.positions.items():
             cursor = of_shards.get(number)
             if cursor is None or cursor.position != position or request.serial <= cursor.acquired_at_serial:
-                continue  # given away, or sent back to its beginning, while the read was under way
+                continue  # given away, or rewound, during the read
             if number in deferred:
                 continue
             end = ends.get(number, Scanned(0, more=False))
@@ -353,7 +353,7 @@ class ReadPlanner:
         return notified
 
     def throttle(self, rejected: Mapping[str, Mapping[int, int]], now: float) -> None:
-        """By type and shard the first change that was rejected. These types are throttled, and read from there on."""
+        """Throttle the types of ``rejected``, which has their first rejected change by shard: read on from there."""
         for entity_type, numbers in rejected.items():
             if entity_type not in self._throttled:
                 self._throttled[entity_type] = {number: shard.split() for number, shard in self._shards.items()}
@@ -363,7 +363,7 @@ class ReadPlanner:
                 if cursor := of_shards.get(number):
                     cursor.rewind(min(cursor.seq, seq - 1))
                     if has_room:
-                        cursor.pause(now)  # it was not room in the window that it lacked
+                        cursor.pause(now)  # the window had room: something else was full
 
     def _begin_passes(self, now: float) -> None:
         periodic = now >= self._next_sweep
@@ -391,7 +391,7 @@ class ReadPlanner:
         return Fetch((*(WakeUp(seq, unseen.shard) for seq, unseen in looked_for.items()), *chosen))
 
     def _to_retry(self) -> dict[int, _Unseen]:
-        """What every fetch looks for again; of a shard that is not live, a pass does."""
+        """The numbers that every fetch requests again. In a shard that is not live, a pass finds them."""
         return {seq: unseen for seq, unseen in self._unseen.items() if self._by_number(unseen.shard)}
 
     def _by_number(self, number: int) -> bool:
@@ -413,7 +413,7 @@ class ReadPlanner:
     def _sweep_throttled(self, now: float, room: int, _sweep_room: int) -> Sweep | None:
         for entity_type, of_shards in self._throttled.items():
             free, worth = self._room_for(entity_type)
-            # Where there is room, a page is not put off for being small: large rows make small pages.
+            # With enough room, a page is not put off for being small: large rows make small pages.
             if request := self._page(entity_type, of_shards, now, min(room, free), worth if free < worth else 1):
                 self._throttled[entity_type] = self._throttled.pop(entity_type)
                 return request
@@ -432,7 +432,7 @@ class ReadPlanner:
         per_shard = max(1, room // len(reading))
         chosen = reading[: room // per_shard]
         for number in chosen if len(chosen) < len(reading) else ():
-            of_shards[number] = of_shards.pop(number)  # next time it is the others' turn
+            of_shards[number] = of_shards.pop(number)  # the other shards come first next time
         if only is None and self._full_pass_requested and self._full_pass_from is None:
             self._full_pass_from = now
         self._serial += 1
@@ -475,7 +475,7 @@ class ReadPlanner:
     def _cursor_due(self) -> None:
         self._cursors_idle = False
 
-    def _all_cursors(self) -> Sequence[ShardCursor]:  # copies, as status is asked for from any thread
+    def _all_cursors(self) -> Sequence[ShardCursor]:  # copies, as any thread may ask for the status
         return [cursor for shards in (self._shards, *self._throttled.values()) for cursor in list(shards.values())]
 
     def _touch_throttled(self, number: int) -> None:

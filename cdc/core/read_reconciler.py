@@ -1,8 +1,8 @@
-"""What happens between a read of the table and its answer. Pure.
+"""What happens while a read of the table is under way. Pure.
 
-Reads and settles use different sessions, so a read may come back older than a settle that began after it; and shards
-may leave and come back meanwhile. The reconciler keeps what corrects the answer. Without it a change settled during a
-sweep would run a second time, and the successor of a failed one would overtake it.
+Reads and settles use different sessions, so a read may return rows older than a settle that began after it; and shards
+may be released and acquired meanwhile. The reconciler keeps what corrects the answer. Without it a change settled
+during a sweep would run a second time, and the successor of a failed one would overtake it.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ class ReadReconciler:
             self._settled.update((finished.change.seq, finished) for finished in batch)
 
     def arrived(self, shards: Iterable[int]) -> None:
-        """Shards were taken over; they may have been ours when the read began, and somebody else's since."""
+        """Shards were acquired; they may have been owned when the read began, and by another consumer since."""
         if self._open:
             self._arrived.update(shards)
 
     def cut_off(self, key: Key) -> None:
-        """A change of the key was; what became of it since, the table knows."""
+        """A change of the key was cut off; only the table has its outcome."""
         if self._open:
             self._cut_off.add(key)
 
     def outdates(self, change: Change) -> bool:
-        """Whether the read knows less about the change than we do."""
+        """Whether the read is older than what is known about the change."""
         return change.seq in self._settled or change.shard in self._arrived
 
     def done(self) -> set[Key]:
-        """The keys which a change held back, maybe, and holds back no more."""
+        """The keys that a change may have blocked, and blocks no more."""
         settled = self._settled.values()
         return self._cut_off | {finished.change.key for finished in settled if not finished.outcome.blocks_key}
 
     def waits(self) -> dict[Key, int]:
-        """The keys of which a change has come to wait, and its number."""
+        """The keys of which a change has begun to wait, and its number."""
         settled = self._settled.values()
         return {finished.change.key: finished.change.seq for finished in settled if finished.outcome.blocks_key}

@@ -1,7 +1,7 @@
-"""Which key that has a change to run is the next to start one. Pure.
+"""Which of the keys with a change to run starts one next. Pure.
 
 The keys of one entity type and handler stand in one queue, in the order in which they became ready. The queues take
-turns, with one key each, or a run of several where calls of the handler may return at once. A start takes a slot, and
+turns, with one key each, or a run of several if calls of the handler may return at once. A start takes a slot, and
 a place in each pool that its handler uses (threads, connections). Each handler has a limit in all of them, so that
 handlers that hang leave slots, threads and connections to the others. A change that would wait for a place in a pool
 does not start, and holds no slot meanwhile. Nor does a change that its handler's circuit breaker holds back.
@@ -20,15 +20,15 @@ from cdc.core.model import Change, Key
 from cdc.core.router import Handler
 
 _FACTOR = 2
-"""One that hangs is left two thirds. Of ten connections there is then still one for a fourth that comes after three."""
+"""A handler that hangs gets at most two thirds. After three such, one of ten connections is left for a fourth."""
 _UNBOUNDED = 1 << 30
 
 
 class Requirements(NamedTuple):
-    """What a change needs to start: a slot, and a place in each of these pools, on the account of type and handler.
+    """What a change needs to start: a slot, and a place in each of ``pools``, within the limits of type and handler.
 
-    ``after_settled``: it starts when those of its key before it have settled. ``run``: so many may start at a time.
-    ``breaker``: of the handler.
+    ``after_settled``: it starts when those of its key before it have settled. ``run``: how many may start at a time.
+    ``breaker``: the handler's.
     """
 
     entity_type: str
@@ -40,7 +40,7 @@ class Requirements(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Changes to call one after the other, each of another key, and their handler; None: nobody has declared one."""
+    """Changes of different keys, to call one after the other, and their handler; None: none is declared."""
 
     handler: Handler | None
     changes: Sequence[Change]
@@ -58,10 +58,10 @@ class ReadyQueues:
         self._slots = DynamicLimit(concurrency, _FACTOR, sole=sole)
         self._pools = {name: DynamicLimit(size, _FACTOR, sole=sole) for name, size in (pools or {}).items()}
         self._queues: OrderedDict[Requirements, deque[Key]] = OrderedDict()
-        """Who was served last stands last."""
+        """In the order in which they were served, the latest last."""
         self._started: dict[Change, Requirements] = {}
         self._trials: dict[Change, CircuitBreaker] = {}
-        """What was let through by a breaker that is shut."""
+        """The calls that a breaker which is not closed let through."""
 
     @property
     def ready(self) -> int:
@@ -72,7 +72,7 @@ class ReadyQueues:
         return min(count, self._slots.free)
 
     def waiting(self, needs: Requirements) -> int:
-        """How many keys are ready that need the same, whether they could start now or not."""
+        """How many keys are ready with the same requirements, whether they could start now or not."""
         return len(self._queues.get(needs, ()))
 
     def put(self, key: Key, needs: Requirements) -> None:
@@ -83,7 +83,7 @@ class ReadyQueues:
         queue.append(key)
 
     def next(self) -> tuple[Sequence[Key], Requirements] | None:
-        """The keys whose turn it is, if they can start; they are in no queue then."""
+        """The keys whose turn it is, if they can start; they are taken out of their queue."""
         for needs, queue in self._queues.items():
             if count := min(len(queue), needs.run, self._room(needs)) if needs.run > 1 else self._admits(needs):
                 keys = [queue.popleft() for _ in range(count)]
@@ -95,7 +95,7 @@ class ReadyQueues:
         return None
 
     def take(self, handler: Handler | None, limit: int) -> list[Key]:
-        """Up to so many of the keys that are ready for this handler, whatever their type; they are in no queue then."""
+        """Take up to ``limit`` of the keys that are ready for this handler, of any type, out of their queues."""
         taken: list[Key] = []
         for needs in [needs for needs in self._queues if needs.handler is handler]:
             queue = self._queues[needs]
@@ -105,7 +105,7 @@ class ReadyQueues:
         return taken
 
     def put_back(self, key: Key, needs: Requirements) -> None:
-        """It was taken and is not used: it is the first again of its queue."""
+        """Return a key that was taken and not used to the head of its queue."""
         self._queues.setdefault(needs, deque()).appendleft(key)
 
     def started(self, changes: Sequence[Change], needs: Requirements) -> None:
@@ -118,7 +118,7 @@ class ReadyQueues:
             self._trials.update(dict.fromkeys(changes, needs.breaker))
 
     def ended(self, changes: Iterable[Change]) -> None:
-        """Their places are free again. Nothing happens for one that held none: it ran in the batch of another."""
+        """Free the places of these changes. One that ran in the batch of another holds none, and changes nothing."""
         alike, places = None, 0
         if self._trials:
             changes = list(changes)

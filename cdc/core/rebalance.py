@@ -1,9 +1,9 @@
 """Who should own which shard. Pure; the locks themselves are in ``postgres.shard_locks``.
 
 Every consumer decides for itself from three figures: how many members are alive, how many shards it holds and how
-many nobody holds. With m members a fair share is at least ``SHARDS // m`` and at most one more. A member above the
-fair share gives the surplus back; one below it takes free shards. Nobody takes from anybody, so two members that
-count differently for a moment cannot fight over a shard: at worst it stays free until the next look.
+many are free. With m members a fair share is at least ``SHARDS // m`` and at most one more. A member above the
+fair share gives the surplus back; one below it takes free shards. No member takes a shard from another, so two members
+that count differently for a moment cannot fight over a shard: at worst it stays free until the next poll.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cdc.core.model import SHARDS
 
 
 class Move(NamedTuple):
-    """``acquire``: how many free shards to lock; ``release``: which shards to let go once they are quiet."""
+    """``acquire``: how many free shards to lock; ``release``: which shards to release once they are idle."""
 
     acquire: int
     release: frozenset[int]
@@ -28,10 +28,10 @@ def fair_share(members: int, *, shards: int = SHARDS) -> tuple[int, int]:
 
 
 def balance(members: int, owned: Collection[int], free: int, *, shards: int = SHARDS) -> Move:
-    """What this member does now. ``free`` counts the shards that nobody holds.
+    """What this member does next. ``free``: the number of shards that no member holds.
 
-    A free shard is always taken up to the upper bound, because an unowned shard is work that waits; only what is
-    above that is given back, and the highest numbers first, so that equal members settle on equal answers.
+    A free shard is always taken up to the upper bound, because an unowned shard is work that waits; only shards
+    above the bound are given back, the highest numbers first, so that equal members settle on equal answers.
     """
     _, most = fair_share(members, shards=shards)
     surplus = len(owned) - most
@@ -46,13 +46,13 @@ _AGAIN_S = 60.0
 
 
 class NoShardReminder:
-    """When to say that a member has no shard, though there are enough for all."""
+    """When to report that a member has no shard, though there are enough for all."""
 
     def __init__(self) -> None:
         self._due: float | None = None
 
     def due(self, owned: int, members: int, now: float) -> bool:
-        """Asked at each look; ``now`` in monotonic seconds."""
+        """Call it at each poll; ``now`` in monotonic seconds."""
         if owned or not fair_share(members)[0]:
             self._due = None
             return False

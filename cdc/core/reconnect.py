@@ -1,12 +1,12 @@
-"""What earlier sessions teach the next one: how long to wait, and how long to bear silence. Pure.
+"""State kept from one session to the next: how long to wait, and how long to tolerate silence. Pure.
 
-Silence. A server that decodes a huge transaction of other tables sends nothing for a while and is not dead, yet from
-here it looks the same. After ``stall limit`` the link is given up; if the next session ends in silence too and has
+Silence. A server that decodes a huge transaction of other tables sends nothing for a while. It is not dead, but the
+client cannot tell. After the *stall limit* the connection is closed; if the next session ends in silence too and has
 brought nothing, the limit doubles, else the same transaction would be decoded for ever.
 
-Dead ends. Something in the WAL may break whoever decodes it: a row that is too large, a fault in the plugin, at worst
-one that takes the whole server down. Sessions that were broken off one after another, and came no further than those
-before, have met it: the slot must be recreated behind it.
+Dead ends. Something in the WAL may break its decoding: a row that is too large, a fault in the plugin, at worst one
+that takes the whole server down. Sessions that were broken off one after another, each no further than those before,
+have met it: the slot must be recreated behind it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from cdc.core.backoff import Policy, ceiling_s
 
 STALL_LIMIT_MAX_S = 600.0
 PERMANENT_PAUSE_S = 60.0
-"""Between two looks at a refusal that an operator must fix."""
+"""Between two tries after a refusal that an operator must fix."""
 STANDBY_PAUSE_MAX_S = 5.0
-"""Between two attempts at a slot that another consumer reads: so long no wake-ups come when that one dies."""
+"""Between two tries at a slot that another consumer reads: how long no wake-ups come when that one dies."""
 DEAD_ENDS_MAX = 5
 """Sessions that came no further, before the slot is recreated: with the pauses between them a few seconds."""
 _RECONNECT = Policy(base_s=0.1, cap_s=30.0)
@@ -27,7 +27,7 @@ _RECONNECT = Policy(base_s=0.1, cap_s=30.0)
 
 @dataclass(frozen=True, slots=True)
 class ReconnectState:
-    """What earlier sessions teach the next one."""
+    """What earlier sessions mean for the next one."""
 
     stall_limit_base_s: float
     failures: int = 0
@@ -43,22 +43,22 @@ class ReconnectState:
         return float(min(STALL_LIMIT_MAX_S, self.stall_limit_base_s * 2 ** min(self.silences, 16)))
 
     def after(self, *, stalled: bool, advanced: bool, talked_s: float, broken_off: bool = False) -> ReconnectState:
-        """After a session ended or was refused. ``broken_off``: after its start, and neither by us nor in good order.
+        """The state after a session ended or was refused. ``broken_off``: it started, and the other side broke it off.
 
-        ``advanced``: it brought a position no session had reached. ``talked_s``: from its start to its last byte; who
-        talked for longer than the stall limit was not cut off in one transaction. Either makes a fresh start. A mere
-        byte does not: the keepalive at the beginning comes in front of the transaction that hangs or breaks it.
+        ``advanced``: it brought a position no session had reached. ``talked_s``: from its start to its last byte; a
+        session longer than the stall limit was not cut off in one transaction. Either resets the state. A single byte
+        does not: the first keepalive comes before the transaction that hangs or breaks it.
         """
-        # However long it talked: decoding up to the place that breaks it may take minutes, each time.
+        # At any talked_s: decoding up to the place that breaks it may take minutes, each time.
         dead_ends = 0 if advanced else self.dead_ends + int(broken_off)
         if advanced or talked_s > self.stall_limit_s:
             return ReconnectState(self.stall_limit_base_s, failures=1, silences=int(stalled), dead_ends=dead_ends)
         return ReconnectState(self.stall_limit_base_s, self.failures + 1, self.silences + int(stalled), dead_ends)
 
     def pause_s(self, fraction: float, *, permanent: bool, standby: bool) -> float:
-        """Seconds until the next attempt; ``fraction`` in [0, 1) is the throw of the dice.
+        """Seconds until the next attempt; ``fraction`` in [0, 1) is a random number.
 
-        Never less than half the ceiling: consumers that lost one server together come back spread out, not at once.
+        Never less than half the ceiling: consumers that lost one server together reconnect spread out, not at once.
         """
         longest = PERMANENT_PAUSE_S if permanent else ceiling_s(_RECONNECT, max(1, self.failures))
         if standby:

@@ -1,8 +1,8 @@
-"""Which handler gets which change. Pure; what a handler does is ``executor``'s business.
+"""Which handler gets which change. Pure; ``executor`` calls the handlers.
 
 Rules are slots in a table: (entity type or any, operation or any). A change goes to the most specific slot that is
-filled, type before operation, so that at most one handler ever gets it; a slot filled twice is an error where the
-second handler is declared.
+filled, type before operation, so that at most one handler gets it. A slot filled twice is an error at the declaration
+of the second handler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHANGES = "changes"
 
 _BATCH = 100
 _GROUP = 50
-"""Beyond it the round trips shared are few, and what one failure undoes is much."""
+"""A larger group saves few more round trips, and one failure undoes much."""
 _LINGER_MAX_S = 10.0
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -46,22 +46,22 @@ class Handler:
     function: Callable[..., Any]
     is_async: bool
     transactional: bool = False
-    """It has a parameter ``connection``: it runs in a transaction that marks the change."""
+    """The function has a parameter ``connection``: it runs in a transaction that marks the change."""
     group: int = 1
     """How many of its changes may share a transaction, each with a call of its own."""
     pauses: bool = False
-    """A dead letter of it holds back its key."""
+    """A dead letter of this handler blocks its key."""
     batch: int | None = None
-    """It has a parameter ``changes``: it gets up to so many at once."""
+    """The function has a parameter ``changes``: it gets up to this many at once."""
     linger_s: float = 0.0
-    """How long a batch that is not full waits for more."""
+    """How long, in seconds, a batch that is not full waits for more."""
     model: Any = None
     max_attempts: int | None = None
     timeout_s: float | None = None
 
     @property
     def single(self) -> bool:
-        """It is called on the event loop, with one change and nothing besides."""
+        """It is called on the event loop, with one change and no other argument."""
         return self.is_async and not self.transactional and self.batch is None
 
     def call(self, changes: Sequence[Change], connection: Any = None) -> Any:
@@ -105,15 +105,15 @@ class Router:
         ``operations``: any of INSERT, UPDATE, DELETE; none named means all. ``model``: a pydantic model (or any
         type pydantic can validate) that ``change.new`` and ``change.old`` become; a row that does not fit is a dead
         letter at once. ``max_attempts`` and ``timeout`` (seconds) override the consumer's settings. ``dead``: what a
-        dead letter does to the later changes of its key, let them go on ("skip") or hold them back until an operator
+        dead letter does to the later changes of its key: they go on ("skip") or are held back until an operator
         has decided ("pause"). ``name`` is the handler's name in metrics and logs.
 
         The function may be async, or plain: then it runs in a thread. With a parameter named ``changes`` instead of one
-        change it gets a list of up to ``batch`` (100 if not said), in seq order within a key; ``linger`` is how many
+        change it gets a list of up to ``batch`` (default 100), in seq order within a key; ``linger`` is how many
         seconds a batch that is not full waits for more. With a parameter named ``connection`` it is
-        transactional: it gets a psycopg connection (async or not, as it is itself) in a transaction that has taken the
-        change and marks it processed before the commit, so that what it writes there happens exactly once. Where many
-        such changes wait, up to ``group`` (50 if not said) share a transaction, each with its own call; if one of them
+        transactional: it gets a psycopg connection (async or not, as it is itself) in a transaction that has locked the
+        change and marks it processed before the commit, so that what it writes there happens exactly once. If many
+        such changes wait, up to ``group`` (default 50) share a transaction, each with its own call; if one of them
         fails, all are rolled back and called again one by one. ``group=1``: each has a transaction of its own.
         """
         slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
@@ -148,9 +148,9 @@ class Router:
         return declare
 
     def ignore(self, *entity_types: str) -> None:
-        """Changes of these types have no handler: each is discarded, and says so in its row.
+        """Declare that changes of these types have no handler: each is discarded, and its row says so.
 
-        A change of a type that no handler names and that is not ignored stays fresh, for a consumer that wants it.
+        A change of a type that no handler names and that is not ignored stays fresh, for a consumer that handles it.
         """
         for entity_type in entity_types:
             _entity_type(entity_type)
@@ -166,18 +166,18 @@ class Router:
 
     @property
     def scope(self) -> TypeFilter:
-        """The types it says something about; with a rule for "*", all."""
+        """The types that have a rule or are ignored; with a rule for "*", all."""
         if any(entity_type == ANY for entity_type, _ in self._slots):
             return EVERYTHING
         return TypeFilter(tuple(sorted(self.entity_types | self._ignored)), include=True)
 
     def on_processed(self, hook: Function) -> Function:
-        """Call ``hook(change)`` after a change is marked processed. What it raises is logged and changes nothing."""
+        """Call ``hook(change)`` after a change is marked processed. An error in it is logged and changes nothing."""
         self._processed_hooks.append(hook)
         return hook
 
     def on_error(self, hook: Function) -> Function:
-        """Call ``hook(change, error)`` after an attempt failed. What it raises is logged and changes nothing."""
+        """Call ``hook(change, error)`` after an attempt failed. An error in it is logged and changes nothing."""
         self._error_hooks.append(hook)
         return hook
 
@@ -186,13 +186,13 @@ class Router:
 
         ``seqs``: the numbers of committed changes, ``Change.seq``, also of those that other consumers own. ``at``: when
         they came in, by ``time.monotonic()``, in seconds. A change that a sweep finds has had no notification; one may
-        have two. What the hook raises is logged and changes nothing.
+        have two. An error in it is logged and changes nothing.
         """
         self._wakeup_hooks.append(hook)
         return hook
 
     def match(self, entity_type: str, operation: str) -> Handler | None:
-        """The handler of such a change, or None where no handler wants it."""
+        """The handler of such a change, or None if there is none."""
         slots = self._slots
         return (
             slots.get((entity_type, operation))
@@ -223,7 +223,7 @@ class Router:
         return tuple(self._wakeup_hooks)
 
     def _named(self, handler: Handler, name: str | None) -> Handler:
-        """Attempts, models and metrics go by the name: two that share one have to be the same but for the type."""
+        """Attempts, models and metrics go by name: handlers of one name must be the same except for the type."""
         module = getattr(_unwrapped(handler.function), "__module__", "")
         qualified = f"{module}.{handler.name}"
         names = [name] if name else [handler.name, qualified, *(f"{qualified}_{n}" for n in range(2, 1_000))]
@@ -291,7 +291,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _takes_connection(function: Callable[..., Any]) -> bool:
-    """Whether the handler is transactional. Refuses at declaration what would fail at every call."""
+    """Whether the handler is transactional. Raises at the declaration what would fail at every call."""
     signature = inspect.signature(function)
     asked = {name: object() for name in (CHANGES, CONNECTION) if name in signature.parameters}
     try:

@@ -7,26 +7,26 @@ A ``KeyQueue`` holds the changes of one key that are in the window, in ``seq`` o
     queued ──start──> running ──finished──> settling ──settled──> gone
 
 * One change of a key runs at a time, or one batch of successive ones. Its successor may start when it has
-  *finished*: its mark is on its way, and marks reach the table in the order in which they finished, so that after a
-  crash a key resumes at its first unsettled change.
-* A *fenced* change, one that is marked by its handler's own transaction, starts only when all before it have
-  settled: its mark does not queue behind theirs, and a crash in between would leave it marked and them to run again.
+  *finished*. Its mark need not be in the table by then: marks are written in the order in which changes finished, so
+  after a crash a key resumes at its first unsettled change.
+* A *fenced* change is one that its handler's own transaction marks. It starts only when all before it have settled:
+  its mark does not queue behind theirs, and a crash in between would leave it marked and them to run again.
 * A change that waits for its retry, or a dead letter that pauses its key, *blocks* its queue. The changes behind it
   leave the window, because the table holds the key back from then on.
-* The window is bounded, and so is each queue: a key with a million changes cannot fill it. An entity type has a limit
-  in the window, and its handlers have one of what may run (``dynamic_limit``, ``ready_queues``). A change takes one
+* The window is bounded, and so is each queue: a key with a million changes cannot fill it. Each entity type has a limit
+  in the window, and its handlers have a limit on what may run (``dynamic_limit``, ``ready_queues``). A change takes one
   place of the window, and one more for each ``place_bytes`` of its documents. It is admitted while a place is free.
 
-What the window does not hold is remembered by one number a key, its *watermark*: changes of the key from this ``seq``
-on were seen and not admitted. They are admitted only by a ``KeyRead``, which starts at that number. This rule keeps
-order whatever the reason was: a waiting change (``blocked`` until it has settled) or a full queue. The memory for
-watermarks is bounded, too. A change that finds no room there, or in the window, is *rejected*, and its type and shard
-are read again from that number.
+For what the window does not hold, each key has one number, its *watermark*: changes of the key from this ``seq`` on
+were seen and not admitted. Only a ``KeyRead`` that starts at that number admits them. This rule keeps order whatever
+the reason was: a waiting change (``blocked`` until it has settled) or a full queue. The memory for watermarks is
+bounded, too. A change for which neither it nor the window has room is *rejected*, and its type and shard are read
+again from that number.
 
-A read may be older than what has settled since it began: ``admit`` corrects its rows by the ``ReadReconciler``.
+A read may be older than a settle that came after it began: ``admit`` corrects its rows by the ``ReadReconciler``.
 
-A consumer that lost its session has lost its shards: ``lost`` forgets all but the handlers that still run, whose keys
-stay shut until they return, unsettled, and the outcomes not written yet, which keep their places and keys.
+A consumer that lost its session has lost its shards. ``lost`` keeps two things only: the handlers that still run, whose
+keys stay blocked until they return, unsettled; and the outcomes not written yet, which keep their places and keys.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from cdc.core.shard_ownership import Acquired, ShardOwnership
 
 _DEFERRED_KEYS_MAX = 10_000
 _FACTOR = 4
-"""A single type with a backlog holds four fifths of the window."""
+"""A single type with a backlog holds at most four fifths of the window."""
 
 
 class Row(NamedTuple):
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 class KeyScheduler:
     """``capacity``: places of the window, of ``place_bytes`` each. ``key_capacity``: queued changes of one key.
 
-    ``ready_queues`` and ``needs``: what may run beside what, and is fenced. ``sole``: there is one entity type only.
+    ``ready_queues`` and ``needs``: what may run at the same time, and what is fenced. ``sole``: only one entity type.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class KeyScheduler:
         self._needs = needs
         self._queues: dict[Key, KeyQueue] = {}
         self._known: dict[int, KeyQueue] = {}
-        """Of each change in the window, by its number."""
+        """The queue of each change in the window, by the change's number."""
         self._window = DynamicLimit(capacity, _FACTOR, sole=sole)
         self._ready_queues = ready_queues or ReadyQueues()
         self.settling = 0
-        """How many have finished and are not in the table yet."""
+        """Number of changes that have finished and are not in the table yet."""
         self._deferred = DeferredKeys(deferred_max, sole=sole)
         self.ownership = ownership or ShardOwnership()
         self.ownership.subscribe(self)
@@ -94,16 +94,16 @@ class KeyScheduler:
 
     @property
     def room(self) -> int:
-        """How many more changes the window takes; none, too, where it is below 0."""
+        """How many more changes the window takes. None if it is below 0."""
         return self._window.free
 
     @property
     def worth(self) -> int:
-        """Room for so many is worth reading a page: a quarter of the window."""
+        """The room from which on reading a page is worth while: a quarter of the window."""
         return max(1, self.capacity // 4)
 
     def room_for(self, entity_type: str) -> Room:
-        """How many more of this type."""
+        """How many more changes of this type the window takes."""
         free = self._window.room(entity_type)
         return Room(free, max(1, min(self.worth, (self._window.held(entity_type) + free) // 2)))
 
@@ -122,11 +122,11 @@ class KeyScheduler:
 
     @property
     def ready(self) -> int:
-        """How many runs could start now: changes, where no more than one of them starts at a time."""
+        """How many runs could start now, in changes where at most one of them starts at a time."""
         return self._ready_queues.ready
 
     def waiting_like(self, change: Change) -> int:
-        """How many keys have a change to start of the same type and handler, whether they could now or not."""
+        """How many keys have a change to start of the same type and handler, startable now or not."""
         return self._ready_queues.waiting(self._needs(change))
 
     @property
@@ -135,7 +135,7 @@ class KeyScheduler:
         return not self.ownership.in_flight
 
     def requeued(self) -> list[int]:
-        """The numbers of the changes in the window that were waited for, and have not finished."""
+        """The numbers of the requeued changes in the window that have not finished."""
         return [change.seq for queue in self._queues.values() for change in queue.unfinished if change.requeued]
 
     @property
@@ -151,14 +151,15 @@ class KeyScheduler:
         self._reconciler.arrived(acquired.shards)
 
     def forget_deferred(self, shards: Iterable[int]) -> None:
-        """These shards are about to be swept from their first change on, which finds what the marks stand for.
+        """Forget the watermarks of these shards, which are about to be swept from their first change on.
 
-        Needed because a mark may outlive its change: somebody may have deleted the row, or requeued the one before.
+        The sweep finds what the watermarks stand for. A watermark may outlive its change: another session may have
+        deleted the row, or requeued the one before.
         """
         self._deferred.forget([key for key in self._deferred.of_shards(set(shards)) if key not in self._queues])
 
     def revoked(self, shards: Collection[int]) -> None:
-        """What is queued of them is let go; what runs goes on, and settles."""
+        """Drop the queued changes of these shards. Those that run go on, and settle."""
         for queue in list(self._queues.values()):
             if queue.queued and queue.queued[0].shard in shards:
                 self._drop_queue(queue, remember=False)
@@ -179,7 +180,7 @@ class KeyScheduler:
         self.settling = 0
 
     def keep(self, batch: Iterable[Settlement]) -> None:
-        """These outcomes keep their places and keys, though the session is lost, until they settle or are dropped."""
+        """These outcomes keep their places and keys after the session is lost, until they settle or are dropped."""
         for finished in batch:
             change = finished.change
             self._window.vacate(-self._places(change))
@@ -194,9 +195,9 @@ class KeyScheduler:
         return self._reconciler
 
     def admit(self, rows: Iterable[Row], *, due: bool = False, throttled: Collection[str] = ()) -> Admitted:
-        """Take in what a read found, in its order. ``due``: waiting changes, which need no mark to be found again.
+        """Take in the rows of a read, in its order. ``due``: waiting changes, which are found again without a mark.
 
-        Types that are read ``throttled`` are passed over.
+        Rows of ``throttled`` types are skipped.
         """
         if throttled:
             rows = (row for row in rows if row.change.entity_type not in throttled)
@@ -210,13 +211,13 @@ class KeyScheduler:
         for row in rows:
             change, key = row.change, row.change.key
             if key in rejected_keys:
-                continue  # what refused the one before may have room by now, and would let this one overtake it
+                continue  # the room that the change before lacked may be free by now: this one would overtake it
             match self._decide(row, waiting, key_read=key_read, due=due):
                 case Admission.TAKE:
                     self._enqueue(key, change)
                     taken += 1
                 case Admission.REMEMBERED if due and not row.blocked:
-                    self._unblock(key)  # nothing before it waits: what the mark stands for may be this very change
+                    self._unblock(key)  # nothing before it waits: the mark may stand for this very change
                 case Admission.RUNS_LATER:
                     self._drop_later(key, self._queues.get(key), change)
                 case Admission.DEFER | Admission.DEFER_BLOCKED as decision:
@@ -230,7 +231,7 @@ class KeyScheduler:
         return Admitted(taken, rejected)
 
     def _decide(self, row: Row, waiting: Mapping[Key, int], *, key_read: bool, due: bool) -> Admission:
-        """``waiting``: by key, the change that has come to wait since the row was read."""
+        """``waiting``: by key, the change that has begun to wait since the row was read."""
         change, key = row.change, row.change.key
         if change.seq in self._known or change.shard not in self.ownership.active or self._reconciler.outdates(change):
             return Admission.NOTHING
@@ -249,10 +250,10 @@ class KeyScheduler:
         return Admission.DEFER_BLOCKED if blocked else Admission.DEFER
 
     def admit_key_read(self, request: KeyRead, rows: Sequence[Row], *, complete: bool) -> None:
-        """The answer to a ``KeyRead``. ``complete``: there are no more visible changes of the key than these rows."""
+        """The answer to a ``KeyRead``. ``complete``: these rows are all visible changes of the key."""
         mark = self._deferred.watermarks.get(request.key)
         if mark is None or mark.seq != request.seq:
-            # The shard left, or something earlier came to light while the read was under way.
+            # The shard was revoked, or an earlier change became visible during the read.
             self._consider_key_read(request.key)
             return
         self._deferred.forget([request.key])
@@ -267,13 +268,13 @@ class KeyScheduler:
     # --- through ---------------------------------------------------------------------------------------------------
 
     def start(self) -> Run:
-        """What is to run now: the next change, or several that need the same. Without changes: nothing is ready."""
+        """Start the next change, or several with the same requirements. A run without changes: nothing is ready."""
         while turn := self._ready_queues.next():
             keys, needs = turn
             started: list[Change] = []
             for key in keys:
                 queue = self._queues.get(key)
-                # Of other needs, if an earlier change of the key came in and has been made ready instead.
+                # The requirements differ if an earlier change of the key came in and was made ready instead.
                 if queue is not None and self._startable(queue) and queue.needs == needs:
                     started.append(self._start_next(queue))
             if started:
@@ -282,11 +283,11 @@ class KeyScheduler:
         return NOTHING
 
     def free_places(self, change: Change) -> None:
-        """A started change waits for something of its own, or joins a batch: others may run in its place."""
+        """Free the places of a started change that waits for its own resource, or joins a batch."""
         self._ready_queues.ended([change])
 
     def start_with(self, batch: list[Change], limit: int, fits: Callable[[Change], bool]) -> None:
-        """Start more changes of its handler that fit into a started batch, up to ``limit``: of its keys first.
+        """Start up to ``limit`` more changes of the same handler that fit into a started batch, of its keys first.
 
         A batch holds the places of its first change, whatever the types of the others.
         """
@@ -319,9 +320,9 @@ class KeyScheduler:
                 self._ready_queues.put_back(queue.key, queue.needs)
 
     def finished(self, batch: Sequence[Settlement]) -> list[Settlement]:
-        """The handlers of these started changes ended; those of a key stand in ``seq`` order.
+        """The handlers of these started changes ended. Those of one key stand in ``seq`` order.
 
-        Returns what is to be written, in that order: not what a handler has committed, nor what is an orphan's.
+        Returns what is to be written, in that order: neither what a handler has committed, nor the changes of orphans.
         """
         self._ready_queues.ended(finished.change for finished in batch)
         to_settle: list[Settlement] = []
@@ -332,7 +333,7 @@ class KeyScheduler:
             if queue.orphan:
                 self._orphan_returned(queue)
             else:
-                self._window.end_use(change.entity_type, self._places(change))  # its type can do no more for its mark
+                self._window.end_use(change.entity_type, self._places(change))  # its type cannot speed up the mark
                 self._settles(queue, finished)
                 if isinstance(finished.outcome, Committed):
                     self.settled((finished,))
@@ -353,7 +354,7 @@ class KeyScheduler:
             queue.blocking += (finished.change.seq,)
 
     def interrupted(self, change: Change) -> None:
-        """The handler of a started change was cut off. The table knows what came of it: its key is read again."""
+        """The handler of a started change was cut off. Only the table has its outcome, so its key is read again."""
         key = change.key
         queue = self._queues[key]
         queue.remove_running(change)
@@ -364,18 +365,18 @@ class KeyScheduler:
         self._forget(change)
         self.ownership.ended(change)
         self._reconciler.cut_off(key)
-        # A waiting change is found again when it is due; those behind it are not, and may be held back no more.
+        # A waiting change is found again when it is due. Those behind it are not, and may not be blocked any more.
         first = next((c for c in (change, *queue.queued) if not c.requeued), None)
         self._drop_queue(queue, remember=False)
         if first and change.shard in self.ownership.active:
             self._defer(key, first.seq, first.shard, blocked=False)
         if mark := self._deferred.watermarks.get(key):
-            mark.blocked = queue.blocked  # what held the key may be this change, and may be done: the table is asked
+            mark.blocked = queue.blocked  # the change that blocked the key may be this one, and done: read the table
         self._drop_if_empty(queue)
         self._consider_key_read(key)
 
     def settled(self, batch: Sequence[Settlement]) -> None:
-        """These are in the table. The outcome may be another one than that with which the change finished."""
+        """These are in the table. The outcome there may differ from that with which the change finished."""
         self._reconciler.settled(batch)
         self._window.vacate(sum([self._places(finished.change) for finished in batch]))
         for finished in batch:
@@ -387,7 +388,7 @@ class KeyScheduler:
                 self._unblock(queue.key)
 
     def dropped(self, batch: Sequence[Settlement]) -> None:
-        """Outcomes that were kept when the session was lost, and that are not written: their shards are others'."""
+        """These outcomes, kept when the session was lost, are not written: other consumers own their shards."""
         self._window.vacate(sum([self._places(finished.change) for finished in batch]))
         for finished in batch:
             self._drop_if_empty(self._leave_window(finished.change))
@@ -402,7 +403,7 @@ class KeyScheduler:
         return queue
 
     def key_reads(self, limit: int) -> list[KeyRead]:
-        """Keys to read on for, of one type that has room, each told once; answer each with ``key_read``."""
+        """Reads of deferred keys, of one type that has room, each requested once; answer with ``admit_key_read``."""
         return self._deferred.take_reads(limit, self._window.admits)
 
     def _make_ready(self, queue: KeyQueue) -> None:
@@ -423,9 +424,9 @@ class KeyScheduler:
     def _start_run(self, queue: KeyQueue, batch: list[Change], limit: int, belongs: Callable[[Change], bool]) -> None:
         while queue.queued and len(batch) < limit and belongs(queue.queued[0]):
             if queue.running and queue.queued[0].seq < queue.running[-1].seq:
-                return  # an operator has requeued it meanwhile: it runs by itself
+                return  # an operator requeued it meanwhile: it runs by itself
             batch.append(self._start_next(queue))
-        # What is left behind them becomes ready when they have finished.
+        # The rest of the queue becomes ready when these have finished.
 
     def _enqueue(self, key: Key, change: Change) -> None:
         queue = self._queues.get(key)
@@ -455,7 +456,7 @@ class KeyScheduler:
         self._drop_if_empty(queue)
 
     def _drop_queue(self, queue: KeyQueue, *, remember: bool) -> None:
-        """Let the queued changes go; with ``remember``, they are held behind the one that waits."""
+        """Drop the queued changes; with ``remember``, they are deferred behind the one that waits."""
         key = queue.key
         for change in queue.queued:
             self._forget(change)
@@ -468,7 +469,7 @@ class KeyScheduler:
         self._drop_if_empty(queue)
 
     def _drop_later(self, key: Key, queue: KeyQueue | None, earlier: Change) -> None:
-        """An earlier change of the key was requeued and is not to run yet: what is queued behind it is let go."""
+        """An earlier change of the key was requeued and cannot run yet: drop what is queued behind it."""
         later = [change for change in queue.queued if change.seq > earlier.seq] if queue else []
         for change in later:
             assert queue is not None

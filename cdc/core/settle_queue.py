@@ -4,20 +4,20 @@ Theory
 ------
 A known outcome is kept until it is written. The outcomes of a key are written in the order in which they finished:
 otherwise a crash could leave the later one marked and the earlier one to run again. The settler returns what the table
-refuses:
+rejects:
 
-    split      one of them is refused: the two halves are written next, and in the end that one alone
+    split      one of them is rejected: the two halves are written next, and in the end that one alone
     again      all of it is written next, once more
-    put_back   these keys cannot be written now; they are held for a while, with all that finishes of them
+    put_back   these keys cannot be written now; they are held for a while, with all later outcomes of them
 
     finished ──► next ──take──► taken ──written──► gone
                   ▲  │            │
                   │  └─ held ◄────┤ put_back: by key, until a moment
                   └── parts ◄─────┘ split, again
 
-A lost session loses the shards. What was not written is *parked* by shard then; what was under way is *maybe written*.
-The outcomes of a shard that comes back, and that no other consumer owned meanwhile, return to the queue. Those of any
-other shard are dropped.
+A lost session loses the shards. Outcomes that were not written are then *parked* by shard; those that were being
+written are *maybe written*. If the shard comes back, and no other consumer owned it meanwhile, its outcomes return to
+the queue. Those of any other shard are dropped.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class _Held:
 
 
 class SettleQueue:
-    """One batch is under way at a time. Bounded by the window, as each outcome keeps its change's place in it."""
+    """One batch is being written at a time. Bounded by the window, as each outcome keeps its change's place in it."""
 
     def __init__(self) -> None:
         self._next: deque[Settlement] = deque()
         self._parts: list[list[Settlement]] = []
-        """What is written before all else; the next one stands last."""
+        """What is written first; the next one stands last."""
         self._held: dict[Key, _Held] = {}
         self._taken: dict[int, Settlement] = {}
         self._parked: dict[int, list[Settlement]] = {}
         self.maybe_written: set[int] = set()
-        """Numbers of changes whose mark was under way when the session was lost."""
+        """Numbers of the changes whose mark was being written when the session was lost."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class SettleQueue:
 
     @property
     def ready(self) -> int:
-        """How many ``take`` would give, what is held aside."""
+        """How many ``take`` would give, held ones not counted."""
         return len(self._next) + sum(map(len, self._parts))
 
     @property
@@ -67,7 +67,7 @@ class SettleQueue:
 
     @property
     def parked(self) -> Collection[int]:
-        """The shards of what waits for its shard."""
+        """The shards that have parked outcomes."""
         return self._parked.keys()
 
     def add(self, finished: Settlement) -> None:
@@ -75,7 +75,7 @@ class SettleQueue:
         self._count += 1
 
     def wait_s(self, now: float) -> float:
-        """Seconds until something that is held may be tried again."""
+        """Seconds until a held key may be tried again."""
         return max(0.0, min((held.at for held in self._held.values()), default=inf) - now)
 
     def take(self, limit: int, now: float = inf) -> list[Settlement]:
@@ -92,7 +92,7 @@ class SettleQueue:
         return batch if batch or not self.ready else self.take(limit, now)
 
     def written(self, finished: Settlement) -> bool:
-        """It is in the table. False: it was not under way any more, as the session was lost."""
+        """It is in the table. False: it was not being written any more, as the session was lost."""
         change = finished.change
         if self._taken.pop(change.seq, None) is None:
             return False
@@ -107,21 +107,21 @@ class SettleQueue:
         return True
 
     def split(self, batch: list[Settlement]) -> None:
-        """It is about one of them, and there are several."""
+        """One of several was rejected: write the halves next."""
         middle = len(batch) // 2
         self._write_next(batch[middle:])
         self._write_next(batch[:middle])
 
     def again(self, batch: list[Settlement]) -> None:
-        """Nothing of it was written, and it is tried again as a whole."""
+        """Nothing of it was written: write all of it next, once more."""
         self._write_next(batch)
 
     def becomes(self, finished: Settlement) -> None:
-        """Its outcome is another one now, and is written next."""
+        """Its outcome has changed, and is written next."""
         self._write_next([finished])
 
     def put_back(self, batch: Iterable[Settlement], until: float) -> None:
-        """These were not written; their keys are held until then."""
+        """These were not written; their keys are held until ``until``."""
         by_key: dict[Key, list[Settlement]] = {}
         for finished in batch:
             by_key.setdefault(finished.change.key, []).append(self._taken.pop(finished.change.seq))
@@ -131,7 +131,7 @@ class SettleQueue:
             held.waiting.extendleft(reversed(these))
 
     def park(self) -> list[Settlement]:
-        """The session is lost. Returns what is kept."""
+        """The session is lost. Returns the outcomes that are kept."""
         self.maybe_written |= self._taken.keys()
         kept = [*self._taken.values()]
         kept += [finished for held in self._held.values() for finished in held.waiting]
@@ -145,12 +145,12 @@ class SettleQueue:
         return kept
 
     def unpark(self, shards: Iterable[int]) -> None:
-        """These shards are ours again, and were nobody else's meanwhile."""
+        """These shards are owned again, and no other consumer owned them meanwhile."""
         for shard in shards:
             self._next.extend(self._parked.pop(shard, ()))
 
     def drop(self, shards: Iterable[int]) -> list[Settlement]:
-        """These shards are, or were, somebody else's. Returns what is forgotten."""
+        """Other consumers own or owned these shards. Returns the outcomes that are forgotten."""
         dropped = [finished for shard in shards for finished in self._parked.pop(shard, ())]
         self._count -= len(dropped)
         self.maybe_written.difference_update(finished.change.seq for finished in dropped)

@@ -41,7 +41,7 @@ class Snapshot:
 
 
 class Position(NamedTuple):
-    """Where the sweep of a shard stands; see the theory above. ``since`` is the ``xmin`` of the page before."""
+    """Where the sweep of a shard is; see the theory above. ``since`` is the ``xmin`` of the page before."""
 
     floor: int
     cursor: int
@@ -49,14 +49,14 @@ class Position(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """How far a sweep got in a shard, and whether it stopped there though there may be more. 0: it did not begin."""
+    """How far a sweep got in a shard, and whether there may be more. 0: it did not begin."""
 
     seq: int
     more: bool
 
 
 class ShardCursor:
-    """The passes through one shard: where they stand, and when the next one begins.
+    """The passes through one shard: where they are, and when the next one begins.
 
     ``on_due`` is called whenever there may be something to read, at once or at ``repass_at``.
     """
@@ -82,25 +82,25 @@ class ShardCursor:
     def __init__(self, serial: int, on_due: Callable[[], None]) -> None:
         self.on_due = on_due
         self.acquired_at_serial = serial
-        """The sweep that had been asked for last when the shard was taken over: it may be of an earlier stay."""
+        """The last sweep that was requested before the shard was acquired: it may belong to an earlier ownership."""
         self.reading = True
         """A pass is under way."""
         self.behind = True
-        """No pass has been completed since the beginning, or since something could not be taken in."""
+        """No pass has been completed since the beginning, or since a change could not be taken in."""
         self.floor = self.seq = self.since = 0
         self.candidate: tuple[int, int] | None = None
         """(number, id): the number becomes the floor once xmin has reached that id."""
         self.live = False
         self.lost_at_xid: int | None = None
-        """next_xid after the last loss; None: the loss is younger than any snapshot we know."""
+        """next_xid after the last loss; None: the loss is younger than any snapshot read."""
         self.lost_at_serial = serial
-        """The sweep that had been asked for last: its snapshot may be older than the loss."""
+        """The last sweep that was requested before the loss: its snapshot may be older than the loss."""
         self.repass_at = 0.0
         self.repass_pause_s = RETRY_MIN_S
         self.awaited: set[int] = set()
         """Numbers that a wake-up named, and that no page has shown since."""
         self.repasses_left = _REPASSES
-        """So many passes are still made, because changes may exist for which no wake-up came."""
+        """How many passes are still made, because changes may exist for which no wake-up came."""
         on_due()
 
     @property
@@ -132,18 +132,18 @@ class ShardCursor:
         self.on_due()
 
     def split(self) -> ShardCursor:
-        """Passes for a part of the rows."""
+        """A cursor for a part of the rows."""
         part = ShardCursor(self.acquired_at_serial, self.on_due)
         part.floor, part.seq, part.since = self.position
         return part
 
     def join(self, part: ShardCursor) -> None:
-        """Pass through that part again as well. It has caught up: its cursor may be taken to be anywhere."""
+        """Pass through that part again as well. It has caught up: its cursor may be anywhere."""
         self.floor = min(self.floor, part.floor)
         self.since = min(self.since, part.since)
 
     def pause(self, now: float) -> None:
-        """Go on a little later."""
+        """Go on after REPASS_MAX_S."""
         self.reading = False
         self.repass_at = now + REPASS_MAX_S
 
@@ -164,8 +164,8 @@ class ShardCursor:
             return
         if self.lost_at_xid is None and serial > self.lost_at_serial:
             self.lost_at_xid = snapshot.next_xid
-        # A wake-up may have been early; after some looks without a new one the periodic sweep is enough, except where
-        # a proof is still to come.
+        # A wake-up may come early. After some passes without a new one the periodic sweep is enough, unless the proof
+        # that makes the shard live is still to come.
         self.repasses_left = max(0, self.repasses_left - 1)
         if self.repass_pause_s > REPASS_MAX_S:
             self.awaited.clear()
@@ -174,7 +174,7 @@ class ShardCursor:
         self.repass_pause_s *= 2
 
     def touch(self, seq: int | None = None) -> None:
-        """A wake-up, for that number or for whatever there is: look now, and again soon if it was early."""
+        """A wake-up, for that number or for any: pass now, and again soon in case it was early."""
         if seq is None or len(self.awaited) >= _AWAITED_MAX:
             self.repasses_left = _REPASSES
         else:
@@ -185,7 +185,7 @@ class ShardCursor:
 
 
 def ends_of(rows: Iterable[tuple[int, int]], per_shard: int) -> dict[int, Scanned]:
-    """Of a sweep whose pages end at ``per_shard`` rows."""
+    """How far each shard got in a sweep whose pages end at ``per_shard`` rows."""
     counts: dict[int, int] = {}
     last: dict[int, int] = {}
     for seq, number in rows:

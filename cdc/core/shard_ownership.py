@@ -1,4 +1,4 @@
-"""Which shards are ours, who is told when that changes, and how much of each is in flight. Pure.
+"""Which shards this consumer owns, and how many changes of each are in flight. Notifies its listeners. Pure.
 
 A shard is *owned* for as long as this process holds its lock, and *active* while changes of it may be taken in:
 
@@ -16,8 +16,8 @@ from cdc.core.model import Change
 
 
 class Acquired(NamedTuple):
-    """Shards that were locked; of them those whose owner had died, by ``at`` of the database's clock, and those that
-    this process had before, and no other since.
+    """Shards that were locked: which of them had an owner that died, by ``at`` of the database's clock, and which
+    this process had before, with no other owner since.
     """
 
     shards: Collection[int]
@@ -27,20 +27,20 @@ class Acquired(NamedTuple):
 
 
 class ShardListener(Protocol):
-    """Told after the ownership has changed."""
+    """Called after the ownership has changed."""
 
     def acquired(self, acquired: Acquired) -> None:
-        """These are ours: take from them."""
+        """These shards are owned: take their changes in."""
 
     def revoked(self, shards: Collection[int]) -> None:
-        """These are to be given away: take nothing more from them."""
+        """These shards are to be released: take no more of their changes in."""
 
     def lost(self) -> None:
         """The session is lost, and all shards with it."""
 
 
 class ShardOwnership:
-    """Listeners are told in the order in which they have subscribed."""
+    """Listeners are called in the order in which they subscribed."""
 
     def __init__(self) -> None:
         self.owned: set[int] = set()
@@ -60,18 +60,18 @@ class ShardOwnership:
             listener.acquired(acquired)
 
     def revoke(self, shards: Iterable[int]) -> None:
-        """Their locks are to be given up, as soon as they are idle."""
+        """Their locks are to be released, as soon as they are idle."""
         if revoked := self.active.intersection(shards):
             self.active -= revoked
             for listener in self._listeners:
                 listener.revoked(revoked)
 
     def idle(self) -> set[int]:
-        """The revoked shards of which nothing is in flight any more."""
+        """The revoked shards with nothing in flight."""
         return {shard for shard in self.owned - self.active if shard not in self._in_flight}
 
     def released(self, shards: Collection[int]) -> None:
-        """The locks of these idle shards are given up."""
+        """The locks of these idle shards are released."""
         self.owned.difference_update(shards)
 
     def lose(self) -> int:
@@ -92,7 +92,7 @@ class ShardOwnership:
         self._in_flight[change.shard] = self._in_flight.get(change.shard, 0) + 1
 
     def ended(self, change: Change) -> None:
-        """It has settled, or was cut off."""
+        """The change has settled, or was cut off."""
         left = self._in_flight[change.shard] - 1
         if left:
             self._in_flight[change.shard] = left

@@ -1,8 +1,8 @@
-"""What a refused statement is about, by its SQLSTATE. Pure.
+"""The cause of a rejected statement, by its SQLSTATE. Pure.
 
-    SESSION   the connection, the role, the schema: nothing on this session will fare better
-    MOMENT    something stands in the way just now: a lock, a full disk, another transaction
-    ROW       a value, a constraint, an index, a trigger: one of the rows, and the others are not to blame
+    SESSION   the connection, the role, the schema: no statement on this session will succeed
+    MOMENT    a temporary obstacle: a lock, a full disk, another transaction
+    ROW       a value, a constraint, an index, a trigger: one of the rows, and the others are not the cause
 
 Classes as in appendix A of PostgreSQL's manual.
 """
@@ -23,12 +23,12 @@ _MOMENT = ("40", "53", "55P03", "55006", "57014", "58")
 
 
 def passes(sqlstate: str | None) -> bool:
-    """Whether the same statement may fare better on the same session, a moment later."""
+    """Whether the same statement may succeed on the same session, a moment later."""
     return about(sqlstate) is About.MOMENT
 
 
 def about(sqlstate: str | None) -> About:
-    """None: libpq's own words, which are about the connection."""
+    """None: an error of libpq itself, which is about the connection."""
     if sqlstate is None or sqlstate.startswith(_SESSION):
         return About.SESSION
     return About.MOMENT if sqlstate.startswith(_MOMENT) else About.ROW

@@ -31,7 +31,7 @@ class Reason(StrEnum):
 
     @property
     def lasting(self) -> Reason:
-        """The state that this leaves behind: what only ends a stream is tried again at once, over the network."""
+        """The state that follows. A reason that only ends a stream is retried at once, over the network."""
         return Reason.NETWORK if self in _ENDINGS else self
 
 

@@ -1,20 +1,20 @@
 """How many changes of a transactional handler share a transaction. Pure.
 
-A transaction of its own costs each change two round trips and a flush of the log; a group shares them. But when one of
+Its own transaction costs each change two round trips and a flush of the log; a group shares them. But when one of
 a group fails all are rolled back and run again one by one, and the first of a group waits for its last. So the size
-follows what the handler shows: it doubles while groups commit, halves when one is rolled back, and stays so small that
-the calls of a group should not take longer than ``_LASTS_S``. Only the calls count: what the transaction itself costs
-is what larger groups save, and counted it would keep them small just where a server is slow.
+follows the handler: it doubles while groups commit, halves when one is rolled back, and stays so small that
+the calls of a group should not take longer than ``_LASTS_S``. Only the calls count: the cost of the transaction itself
+is what larger groups save, and counting it would keep them small just when a server is slow.
 
-What a change's handler writes to captured tables has that change for its cause. To tell the server of each, change by
-change, is a round trip that most handlers do not need: it is done once the handler is seen to write there.
+What a change's handler writes to captured tables has that change as its cause. To set the cause on the server for each
+change is a round trip that most handlers do not need: it is done once the handler is seen to write there.
 """
 
 from __future__ import annotations
 
 _LASTS_S = 0.1
 _WEIGHT = 0.3
-"""Of the newest figure in the moving average."""
+"""Weight of the newest figure in the moving average."""
 
 
 class AdaptiveBatchSize:
@@ -25,7 +25,7 @@ class AdaptiveBatchSize:
         self._size = 1
         self._seconds_each: float | None = None
         self.captured = False
-        """What the handler writes has been captured."""
+        """The handler's writes have been captured."""
 
     @property
     def limit(self) -> int:
@@ -35,7 +35,7 @@ class AdaptiveBatchSize:
         return max(1, int(min(self._size, _LASTS_S / self._seconds_each)))
 
     def committed(self, changes: int, seconds: float, *, captured: bool = False) -> None:
-        """The calls for so many changes took so long."""
+        """The calls for ``changes`` changes took ``seconds``."""
         self.captured = self.captured or captured
         each = seconds / changes
         before = each if self._seconds_each is None else self._seconds_each

@@ -1,6 +1,6 @@
-"""Which entity types a consumer is there for. Pure.
+"""Which entity types a consumer handles. Pure.
 
-Changes of other types are left as they are: not read, not marked, and in nobody's way.
+Changes of other types are left as they are: not read, not marked, and they block nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class TypeFilter(NamedTuple):
-    """These types only (``include``), or all but these."""
+    """These types only (``include``), or all except these."""
 
     types: tuple[str, ...] = ()
     include: bool = False
@@ -23,14 +23,14 @@ class TypeFilter(NamedTuple):
         return (entity_type in self.types) == self.include
 
     def without(self, others: Iterable[str]) -> TypeFilter:
-        """The same, less these."""
+        """The same filter, without these types."""
         if not self.include:
             return TypeFilter((*self.types, *others))
         left_out = frozenset(others)
         return TypeFilter(tuple(name for name in self.types if name not in left_out), include=True)
 
     def within(self, other: TypeFilter) -> TypeFilter:
-        """What is in both."""
+        """The types in both filters."""
         if other.include:
             return TypeFilter(tuple(name for name in other.types if self.has(name)), include=True)
         return self.without(other.types)
