@@ -1,11 +1,11 @@
-"""What an operator asks of the outbox, and decides about changes that wait or are dead.
+"""What an operator reads from the outbox, and decides about waiting and dead changes.
 
-A dead letter is not tried again until an operator says so: ``retry`` makes it wait, due at once, and ``discard`` marks
-it processed. Both repeat in their own WHERE what they rely on, and both lock the row first, without waiting for it: a
-locked row is being worked on, and is refused instead.
+A dead letter is not tried again until an operator decides it: ``retry`` makes it wait, due at once, and ``discard``
+marks it processed. Both repeat their conditions in their own WHERE. Both lock the row first, without waiting: a locked
+row is being worked on, and the command is refused.
 
-Every read is bounded, however large the table is: it walks a partial index, and ends after so many rows. What the bound
-cut off is said.
+Every read is bounded, however large the table is: it walks a partial index, and ends after a fixed number of rows. The
+result says when it was cut off.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ STATES = {
     "dead": "find_dead",
     "processed": "find_processed",
 }
-"""What ``find`` takes: the states of a row, and ``blocked``: fresh, and held back by an earlier change of its key."""
+"""States that ``find`` takes: those of a row, and ``blocked``: fresh, but an earlier change of its key blocks it."""
 
 _PER_SHARD = 5_000
-"""Fresh changes that are looked at, of each of the 64 shards."""
+"""Fresh changes examined in each of the 64 shards."""
 _SCAN = 100_000
-"""Changes of another state that are looked at."""
+"""Changes examined of each other state."""
 _CHAIN_MAX = 100
-"""Changes of a chain that are shown."""
+"""Changes shown of a chain."""
 _PACE_S = 60.0
 _PACE_MAX = 10_000
-"""Changes that are looked at: where more were processed within the time, it is the last so many."""
+"""Changes examined: where more were processed within the time, the last ones count."""
 _STATEMENT_LIMIT_S = 30
 _RETRY_ALL_LIMIT_S = 600
-"""One statement, however many there are; about 10,000 a second."""
+"""For one statement, whatever the number of changes; about 10,000 a second."""
 _DISCARD_BATCH = 1_000
 _CHANNEL = "entity_change"
 _MORE = ("more_fresh", "more_waiting", "more_dead")
@@ -57,11 +57,11 @@ Reference = UUID | int
 
 @dataclass(frozen=True, slots=True)
 class ChangeSummary:
-    """A change as the table has it, without its payload: of names 1,000 characters, of the error 10,000.
+    """A change as the table has it, without its payload. Names are cut at 1,000 characters, the error at 10,000.
 
-    ``state`` is that of the row. ``blocked_by``: the ``seq`` of the first change of the same key that holds this one
-    back. ``pauses_key``: a dead letter that holds back the later changes of its key until it is retried or discarded.
-    ``caused_by``: the id of the change whose handler made this one, and ``depth``: how many there are before it.
+    ``state`` is that of the row. ``blocked_by``: the ``seq`` of the first change of the same key that blocks this one.
+    ``pauses_key``: a dead letter that blocks the later changes of its key until it is retried or discarded.
+    ``caused_by``: the id of the change whose handler made this one. ``depth``: how many causes lead to it.
     """
 
     seq: int
@@ -79,7 +79,7 @@ class ChangeSummary:
     error_count: int
     last_error: str | None
     error_summary: str | None
-    """What of it the page and `cdc status` show: words that quote no row. 300 characters."""
+    """The part of it that the page and `cdc status` show: 300 characters, which quote no row."""
     next_attempt_at: datetime | None
     processed_at: datetime | None
     dead_at: datetime | None
@@ -98,7 +98,7 @@ class ChangeSummary:
 
 @dataclass(frozen=True, slots=True)
 class CauseLink:
-    """One change of a chain of causes. Of the last one ``caused_by`` tells whether there is, or was, more."""
+    """One change of a chain of causes. ``caused_by`` of the last one says whether there is, or was, another."""
 
     seq: int
     id: UUID
@@ -112,7 +112,7 @@ class CauseLink:
 
 @dataclass(frozen=True, slots=True)
 class TypeStats:
-    """Counts of one entity type; ``fresh`` includes ``blocked``. Ages in seconds; None: there is none."""
+    """Counts of one entity type; ``fresh`` includes ``blocked``. Ages in seconds; None: no such change."""
 
     entity_type: str
     fresh: int
@@ -126,7 +126,7 @@ class TypeStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """``more_*``: there are more than were looked at, and counts of the state (fresh: also blocked) are too low."""
+    """``more_*``: more changes exist than were examined, so the state's counts (fresh: also blocked) are too low."""
 
     types: list[TypeStats]
     more_fresh: bool = False
@@ -136,7 +136,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """``per_s``: changes processed a second. Latencies are from the change to its mark; None where there were none."""
+    """``per_s``: changes processed a second. Latencies: from the change to its mark; None where none was processed."""
 
     per_s: float
     latency_p50_s: float | None
@@ -154,7 +154,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """``more``: there are more than asked for. ``cut``: the search ended before it had seen all."""
+    """``more``: more changes match than were asked for. ``cut``: the search ended before it had examined all."""
 
     entries: list[ChangeSummary]
     more: bool
@@ -178,7 +178,7 @@ class OutboxAdmin:
     def __init__(self, schema: str) -> None:
         self._statements = load("admin.sql", schema)
 
-    # --- looking ---------------------------------------------------------------------------------------------------
+    # --- reading ---------------------------------------------------------------------------------------------------
 
     def stats(
         self,
@@ -188,11 +188,11 @@ class OutboxAdmin:
         scan: int | None = None,
         limit_s: int = _STATEMENT_LIMIT_S,
     ) -> Stats:
-        """By entity type, of whatever is not processed: up to ``per_shard`` fresh ones, ``scan`` of the others."""
+        """By entity type, of unprocessed changes: up to ``per_shard`` fresh ones, ``scan`` of each other state."""
         parameters = {"shards": SHARDS, "per_shard": per_shard or _PER_SHARD, "bound": scan or _SCAN}
         with bounded(connection, limit_s), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["stats"], parameters).fetchall()
-        # The same in every row.
+        # Every row has the same values.
         more = {name: rows[0][name] for name in _MORE} if rows else {}
         types = [TypeStats(**{name: value for name, value in row.items() if name not in _MORE}) for row in rows]
         return Stats(types, **more)
@@ -200,7 +200,7 @@ class OutboxAdmin:
     def find(self, connection: psycopg.Connection, state: str, wanted: Filter, limit: int) -> SearchResult:
         """Up to ``limit`` changes in one of STATES.
 
-        Fresh and blocked ones the oldest first, waiting ones as they are due, dead and processed ones the youngest
+        Order: fresh and blocked ones oldest first, waiting ones by when they are due, dead and processed ones newest
         first.
         """
         filtered = wanted != Filter() or state == "blocked"
@@ -234,15 +234,15 @@ class OutboxAdmin:
             return self._named(connection, [reference])[0]
 
     def chain(self, connection: psycopg.Connection, entry: ChangeSummary) -> list[CauseLink]:
-        """The change, its cause, the cause of that, and so on, up to 100 of them."""
+        """The change, its cause, the cause of that, and so on, at most 100 changes."""
         with bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["chain"], {"id": entry.id, "bound": _CHAIN_MAX}).fetchall()
         return [CauseLink(**{**row, "state": ChangeState(row["state"])}) for row in rows]
 
     def payload(self, connection: psycopg.Connection, entry: ChangeSummary) -> dict[str, Any]:
-        """``old``, ``new`` and ``metadata``: the application's data. Raises RefusedError where the server does.
+        """``old``, ``new`` and ``metadata``: the application's data. Raises RefusedError where the server refuses.
 
-        Each is Json, with the digits that are stored, or the text of what Python cannot read.
+        Each is Json, with the digits that are stored, or its text where Python cannot read it.
         """
         try:
             with bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
@@ -262,9 +262,9 @@ class OutboxAdmin:
     # --- deciding --------------------------------------------------------------------------------------------------
 
     def retry(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
-        """Make these due now, all or none, and wake the consumers; a dead letter gets its attempts again.
+        """Make these due now, all or none, and wake the consumers; a dead letter gets all its attempts again.
 
-        Raises NotFoundError, and RefusedError for one that is neither waiting nor dead, or is being worked on.
+        Raises NotFoundError; RefusedError for a change that is neither waiting nor dead, or is being worked on.
         """
         return self._decide(connection, "retry", references)
 
@@ -276,7 +276,7 @@ class OutboxAdmin:
         return self._decide(connection, "discard", references)
 
     def retry_all(self, connection: psycopg.Connection, entity_type: str | None) -> int:
-        """Every dead letter, or those of one type; returns how many."""
+        """Retry every dead letter, or those of one type; returns how many."""
         with bounded(connection, _RETRY_ALL_LIMIT_S):
             count = connection.execute(self._statements["retry_all"], {"type": entity_type}).rowcount
         if count:
@@ -284,9 +284,9 @@ class OutboxAdmin:
         return count
 
     def discard_before(self, connection: psycopg.Connection, entity_type: str, before: str) -> Iterator[int]:
-        """Mark the fresh changes of a type processed that were made before a moment, as PostgreSQL reads it.
+        """Mark processed the fresh changes of a type made before a moment, which PostgreSQL parses.
 
-        In batches, each committed; yields how many each of them has marked. Raises UsageError for what is no moment.
+        Works in batches, each committed; yields the number marked by each. Raises UsageError for an invalid moment.
         """
         try:
             [moment] = connection.execute("SELECT %s::timestamptz", [before]).fetchone() or [None]
@@ -309,7 +309,7 @@ class OutboxAdmin:
         with bounded(connection):
             ids = [entry.id for entry in self._named(connection, references)]
             taken = {id_ for (id_,) in connection.execute(self._statements["take"], {"ids": ids})}
-            # Read again: now that they are taken, their states stay.
+            # Read again: their states cannot change while the rows are locked.
             entries = self._look(connection, ids)
             for entry in entries:
                 _refuse_unless_free(entry, taken=entry.id in taken, to=statement)
@@ -337,7 +337,7 @@ class OutboxAdmin:
         return entries
 
     def _numbered(self, connection: psycopg.Connection, seqs: list[int]) -> dict[int, UUID]:
-        """The ids of these numbers, as far as they are found."""
+        """The ids of these numbers, those that are found."""
         found: dict[int, UUID] = {}
         for statement in ("number_unprocessed", "number_processed"):
             if left := [seq for seq in seqs if seq not in found]:
@@ -348,9 +348,9 @@ class OutboxAdmin:
 
 @contextmanager
 def bounded(connection: psycopg.Connection, statement_limit_s: int = _STATEMENT_LIMIT_S) -> Iterator[None]:
-    """One transaction whose statements end in time.
+    """One transaction whose statements have time limits.
 
-    Through an index, always: the statistics of a queue are wrong as soon as they are taken.
+    They must use an index: the statistics of a queue are wrong as soon as they are taken.
     """
     with connection.transaction():
         connection.execute(
@@ -362,7 +362,7 @@ def bounded(connection: psycopg.Connection, statement_limit_s: int = _STATEMENT_
 
 
 def _notify(connection: psycopg.Connection) -> None:
-    """Wake the consumers. In a transaction of its own, after the commit: NOTIFY takes a lock of the whole cluster."""
+    """Wake the consumers, in a transaction after the commit: NOTIFY takes a lock of the whole cluster."""
     connection.execute("SELECT pg_notify(%s, '')", [_CHANNEL])
 
 

@@ -1,6 +1,6 @@
 """What the server's catalogs say about capturing: the function, the triggers that call it, and their tables.
 
-Names of the catalogs' own, by oid: who looks need have no right on the application's schemas.
+Objects are looked up by oid, so the role needs no right on the application's schemas.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FIRES = {"O": Fires.ORIGIN, "A": Fires.ALWAYS, "R": Fires.REPLICA, "D": Fires.D
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureFunction:
-    """capture_entity_change(). ``lacks``: what its owner, with whose rights it runs, may not do and has to."""
+    """capture_entity_change(). ``lacks``: rights that its owner, as whom it runs, needs and does not have."""
 
     oid: int
     name: str
@@ -36,7 +36,7 @@ class CaptureFunction:
     owner_is_superuser: bool
     owns_outbox: bool
     others: tuple[str, ...]
-    """Who owns a captured table, or a type in one, and is neither a superuser nor this owner."""
+    """Owners of a captured table, or of a type in one, that are neither superusers nor this function's owner."""
     security_definer: bool
     settings: tuple[str, ...]
     public_may_call: bool
@@ -44,11 +44,11 @@ class CaptureFunction:
     source: str
 
     def unknown(self, options: Iterable[str]) -> list[str]:
-        """Those it does not know, and so refuses. The list of what it knows is in its source."""
+        """The options that the function does not know, and so refuses. Its source lists those it knows."""
         return [name for name in options if not re.search(rf"[',{{]{re.escape(name)}[',}}]", self.source)]
 
 
-# Every type that a value of a column may hold, whatever it is nested in: ``held`` of a WITH RECURSIVE.
+# Every type that a column's value may hold, at any level of nesting: ``held`` of a WITH RECURSIVE.
 _HELD = """
 held (relation, attname, type) AS (
   SELECT a.attrelid, a.attname, a.atttypid FROM pg_catalog.pg_attribute AS a
@@ -64,7 +64,7 @@ held (relation, attname, type) AS (
               WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
   ) AS part (type)
 )"""
-# What the function does: it writes these columns, returns those, and sends a message.
+# The rights that the function uses: it writes these columns, returns those, and sends a message.
 _FUNCTION = f"""
 WITH RECURSIVE capture AS (
   SELECT p.* FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
@@ -116,7 +116,7 @@ _WRITTEN = (
     "caused_by", "depth", "processed", "processed_at", "last_error",
 )  # fmt: skip
 
-# The arguments are in the encoding of the database, each with a zero byte behind it. SQL_ASCII is none, and is not
+# The arguments are in the encoding of the database, each followed by a zero byte. SQL_ASCII is no encoding, and is not
 # converted.
 _TRIGGERS = """
 WITH RECURSIVE whole AS (
@@ -220,8 +220,8 @@ WITH part (top, oid) AS (
 )
 """
 
-# Immediate, unconditional and without expressions: only such an index tells any two rows apart at any moment. A primary
-# key is listed in any case, since it is what the key defaults to.
+# Immediate, unconditional and without expressions: only such an index keeps any two rows distinct at every moment. A
+# primary key is listed in any case, since it is the default key.
 _UNIQUE_KEYS = """
 SELECT i.indrelid, i.indisprimary, pg_catalog.array_agg(a.attname::text ORDER BY k.place)
 FROM pg_catalog.pg_index AS i
@@ -251,7 +251,7 @@ ORDER BY 1, 2, 3
 
 
 def grants(capture: CaptureFunction, schema: str) -> tuple[str, ...]:
-    """What gives its owner the rights that it lacks, as far as a GRANT does."""
+    """The GRANT statements for the rights that its owner lacks, as far as a GRANT gives them."""
     table, owner = sql.Identifier(schema, "entity_changes"), sql.Identifier(capture.owner)
     written = sql.SQL("INSERT ({}) ON {}").format(sql.SQL(", ").join(map(sql.Identifier, _WRITTEN)), table)
     by_right = {
@@ -283,7 +283,7 @@ ORDER BY 1
 
 
 def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunction:
-    """Raises NotFoundError where there is none."""
+    """Raises NotFoundError where the function is missing."""
     rows = _rows(connection, _FUNCTION, {"schema": schema, "written": list(_WRITTEN)})
     if not rows:
         raise NotFoundError(
@@ -295,7 +295,7 @@ def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunc
 
 
 def sayings(connection: psycopg.Connection) -> list[SettingOwner]:
-    """Of roles and databases, as far as they matter here; what one session has set by itself nobody else can see."""
+    """Settings of roles and databases that matter here. Settings made within another session are not visible."""
     return [
         SettingOwner(who, frozenset(value.split(",")))
         for who, value in connection.execute(_SAYINGS.encode()).fetchall()
@@ -303,11 +303,11 @@ def sayings(connection: psycopg.Connection) -> list[SettingOwner]:
 
 
 Spell = Callable[[psycopg.Connection, Collection[int]], Mapping[int, str]]
-"""Names of tables by oid, as whoever reads them would write them."""
+"""Returns the names of tables by oid, in the spelling that its reader needs."""
 
 
 def spell(connection: psycopg.Connection, oids: Collection[int]) -> dict[int, str]:
-    """As SQL in this session wants them. Safe on any search_path."""
+    """The spelling for SQL in this session. Safe on any search_path."""
     return dict(connection.execute(_SPELL.encode(), [list(oids)]).fetchall())
 
 
@@ -319,7 +319,7 @@ def triggers(
     *,
     spell: Spell = spell,
 ) -> list[Tracked]:
-    """Every trigger that calls the function ``capture``, on these ``tables`` or on all; without partitions' copies."""
+    """Every trigger that calls the function ``capture``, on these ``tables`` or all; without copies on partitions."""
     parameters = {"capture": capture.oid, "tables": None if tables is None else list(tables)}
     rows = _rows(connection, _TRIGGERS, parameters)
     spelt = spell(connection, {row["oid"] for row in rows} | {copy[0] for row in rows for copy in row["copies"]})
@@ -351,7 +351,7 @@ def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capt
         copies=tuple(_copy(each, spelt) for each in row["copies"]),
         **options,
     )
-    # One that reads no arguments, such as the documented one, refuses none.
+    # A function that reads no arguments, such as the documented one, refuses none.
     unknown = capture.unknown(found.options) if "TG_ARGV" in capture.source else []
     if unknown and not found.broken:
         return replace(found, broken=f"{_FUNCTION_NAME} knows no option {', '.join(unknown)}")

@@ -1,4 +1,4 @@
-"""The role of their own that the functions which capture belong to; ``sql/capture_role.sql`` makes it."""
+"""The role that owns the capture functions and nothing else; ``sql/capture_role.sql`` creates it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ WHERE p.oid = pg_catalog.to_regprocedure(pg_catalog.format('%%I.capture_entity_c
 
 
 def of(connection: psycopg.Connection, schema: str) -> str | None:
-    """None where the functions belong to another role, or are not there."""
+    """The role's name; None where the functions belong to another role, or are missing."""
     row = connection.execute(_OWNER, [schema]).fetchone()
     return row[0] if row else None
 
 
 def drop(connection: psycopg.Connection, schema: str, role: str | None) -> list[str]:
-    """What was dropped, as it is called. It stays where something else is its own, or the session may drop no roles."""
+    """Returns what was dropped. The role stays where it owns something else, or the session may drop no roles."""
     if role is None:
         return []
     rights = sql.SQL("REVOKE ALL ON SCHEMA {} FROM {}").format(sql.Identifier(schema), sql.Identifier(role))

@@ -10,7 +10,7 @@ import psycopg
 from psycopg import sql
 
 _ADDED = ("trigger ", "rule ", "policy ")
-"""Parts that run code or hide rows, whoever has added them."""
+"""Parts that run code or hide rows, whichever role has added them."""
 _SHORT = 120
 """Characters of a definition that a finding shows."""
 
@@ -22,9 +22,9 @@ WHERE CASE %(schema)s WHEN 'pg_temp' THEN oid = pg_catalog.pg_my_temp_schema() E
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One object that is not as this version makes it. ``expected`` or ``found`` is "" where there is none.
+    """One object that differs from this version's. ``expected`` or ``found`` is "" where the object is missing there.
 
-    ``by_hand``: the statement that fixes it where ``cdc db upgrade`` does not; "" where that does, or nothing is known.
+    ``by_hand``: the statement that fixes it where ``cdc db upgrade`` does not; "" where that does, or none is known.
     """
 
     object: str
@@ -47,16 +47,16 @@ def picture(
 ) -> dict[str, str]:
     """``schema``'s part of the catalogs, ``{"column seq of table entity_changes": its definition}``, wholes first.
 
-    ``query`` is picture.sql; the search_path is pg_catalog. Names in definitions are without their schema, as those of
-    temporary tables always are; in the bodies of functions, where it counts, ``@schema@`` stands for it. The names that
-    are meant are those of ``expected``, if it is given: the schema may hold any number of others.
+    ``query`` is picture.sql; the search_path is pg_catalog. Names in definitions have no schema, as those of temporary
+    tables never do; in the bodies of functions, where it counts, ``@schema@`` stands for it. Only names in ``expected``
+    are replaced, if it is given: the schema may hold any number of other objects.
     """
     namespace, prefix = connection.execute(_NAMESPACE, {"schema": schema}).fetchone() or (0, "")
     rows = connection.execute(query.encode(), {"namespace": namespace}).fetchall()
-    written = sql.Identifier(schema).as_string() + "."  # as the migrations have it
+    written = sql.Identifier(schema).as_string() + "."  # as in the migrations
     meant = [name for name in (expected or dict(rows)) if _whole(name) == name]
     ours = "|".join(re.escape(name.split("(")[0].split(" ", 1)[1]) for name in meant)
-    qualified = re.compile(f"(?<![.\\w]){re.escape(prefix)}(?=(?:{ours})\\b)")  # a schema may be called like an alias
+    qualified = re.compile(f"(?<![.\\w]){re.escape(prefix)}(?=(?:{ours})\\b)")  # a schema's name may equal an alias
     return {
         name: text.replace(written, "@schema@.") if name.startswith("body of ") else qualified.sub("", text)
         for name, text in rows
@@ -66,7 +66,7 @@ def picture(
 def compare(expected: Mapping[str, str], found: Mapping[str, str]) -> list[Difference]:
     """Findings of two pictures, ``{"table entity_changes": definition}``. Parts of a missing object are left out.
 
-    Of what is there besides, triggers, rules and policies of our objects count.
+    Of unexpected objects, triggers, rules and policies on ours are findings.
     """
     findings: list[Difference] = []
     for name, definition in expected.items():
@@ -80,6 +80,6 @@ def compare(expected: Mapping[str, str], found: Mapping[str, str]) -> list[Diffe
 
 
 def _whole(name: str) -> str:
-    """The object that must be there before ``name`` can: ``table t`` for ``column t.c``, itself for a whole one."""
+    """The object that ``name`` is a part of: ``table t`` for ``column t.c``, ``name`` itself for a whole one."""
     match = re.search(r" of ((?:table|view|function|sequence) .*)$", name)
     return match[1] if match else name

@@ -1,9 +1,9 @@
-"""Connections to PostgreSQL: the one place that reads a DSN, and the one that says why a server refused.
+"""Connections to PostgreSQL: this module alone reads a DSN, and explains why a server refused a connection.
 
 A DSN is treated as a secret. libpq's and psycopg's parse errors quote pieces of the password (``missing "=" after
-"cret"``), and an ``@`` or ``/`` that is not percent-encoded moves a part of it into host, port or dbname, which every
-later message prints. So nothing here quotes a DSN, and one whose password seems to have spilled over is refused
-before it is used.
+"cret"``), and an ``@`` or ``/`` that is not percent-encoded moves a part of it into host, port or dbname, which later
+messages print. So no message quotes a DSN, and one whose password seems to have spilled over is refused before it is
+used.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from cdc.postgres.link import AsyncGuardedConnection, GuardedConnection
 from cdc.postgres.script import Script, run, run_async
 
 Connection = psycopg.Connection
-"""Under a name of ours, for those who pass connections on and have no business with the driver."""
+"""psycopg's class under our own name, for modules that pass connections on and do not import the driver."""
 
 Dsn = str | Callable[[], str | None] | None
-"""A DSN, or what brings the one of the moment: a password may be replaced while we work. None: libpq's variables."""
+"""A DSN, or a function that returns the current one, as passwords are rotated. None: libpq's variables."""
 
 CLIENT_TCP: Mapping[str, str] = {
     "keepalives": "1",
     "keepalives_idle": "5",
     "keepalives_interval": "2",
     "keepalives_count": "2",
-    "tcp_user_timeout": "8000",  # milliseconds; without it data on its way overrides the keepalives
+    "tcp_user_timeout": "8000",  # milliseconds; without it unacknowledged data overrides the keepalives
 }
-"""A dead link is noticed after 9 s here, before the server's side of it (``SERVER_TCP``) lets the locks go."""
+"""The client notices a dead link after 9 s, before the server (``SERVER_TCP``) releases the locks."""
 
 SERVER_TCP: Mapping[str, str] = {
     "tcp_keepalives_idle": "5",
@@ -43,7 +43,7 @@ SERVER_TCP: Mapping[str, str] = {
 }
 """``session`` settings for a connection that holds advisory locks: the server ends it 11 s after its host vanished.
 
-With the kernel's defaults it takes two hours; without the fourth setting, unsent NOTIFYs postpone it.
+With the kernel's defaults that takes two hours. Without the fourth setting unsent NOTIFYs postpone it.
 """
 
 _CONNECT_TIMEOUT_S = "10"
@@ -85,11 +85,11 @@ def parse(dsn: str | None) -> dict[str, str]:
 def _refuse_a_spilled_password(parameters: Mapping[str, str], *, is_url: bool) -> None:
     found = _shown(parameters)
     host = found["host"]
-    # Outside a URL the parts cannot run into each other, and a socket's name may begin with @ or be a path with one.
+    # Outside a URL the parts cannot run into each other. A socket's name may begin with @, or be a path that has one.
     in_url = is_url and "host" in parameters
     host_spilled = "@" in host and (in_url or not host.startswith(("@", "/")))
     port_spilled = any(port and not port.isdecimal() for port in found["port"].split(","))
-    # Also a whole DSN, as in PGDATABASE=postgresql://...: libpq takes it for a name.
+    # A whole DSN as dbname, such as PGDATABASE=postgresql://..., which libpq takes for a name.
     dbname_spilled = any(mark in found["dbname"] for mark in "@/=")
     for part, spilled, reason in (
         ("host", host_spilled, "contains @"),
@@ -113,7 +113,7 @@ def _place(parameters: Mapping[str, Any]) -> str:
 
 
 def _shown(parameters: Mapping[str, Any]) -> dict[str, str]:
-    """What a DSN says, or libpq's variables say where it does not; "" where neither does."""
+    """The parts that the DSN, or else libpq's variables, set; "" where neither does."""
     return {name: str(parameters.get(name) or os.environ.get(variable, "")) for name, variable in _SHOWN.items()}
 
 
@@ -127,13 +127,13 @@ def connect(
     user_path: bool = False,
     **options: Any,
 ) -> Connection:
-    """Connect, noticing a dead link within seconds; with the settings of ``pinned``, whatever the database's are.
+    """Connect, with a dead link noticed within seconds, and with the settings of ``pinned``, whatever the database's.
 
     ``session`` holds server settings for this session (``{"lock_timeout": "5s"}``); ``answer_limit_s`` is how long an
     answer may take before the connection is closed (``link``); ``options`` are arguments of psycopg.connect or
     parameters of libpq (``row_factory=...``, ``replication="database"``). ``user_path`` leaves the search_path as the
-    role has it, for whoever has to find a table by its name. Raises ConnectError with the server's words and a remedy,
-    UsageError for a DSN that cannot be read.
+    role has it, for callers that look up a table by its name. Raises ConnectError with the server's words and a
+    remedy, UsageError for a DSN that cannot be read.
     """
     arguments = _arguments(dsn, application_name, session, options, user_path=user_path)
     return run(_connect(GuardedConnection, arguments, autocommit=autocommit, answer_limit_s=answer_limit_s))
@@ -175,7 +175,7 @@ def _connect(
             yield connection.close()
             raise
     except (psycopg.Error, UnicodeError) as error:
-        raise _explained(error, arguments) from None  # the driver's error carries a record with the password in it
+        raise _explained(error, arguments) from None  # the driver's error carries a record that holds the password
     return connection
 
 
@@ -187,20 +187,20 @@ _NO_POOLER = (
 
 
 def _refuse_pooler(answer: tuple[str] | None) -> None:
-    """Whoever is in between may drop what a session asks for at its start, and give each transaction another one."""
+    """A pooler may drop the settings asked for at the start, and may give each transaction another session."""
     if answer != (pinned.PINNED["row_security"],):
         raise ConnectError("a pooler in between drops the settings that this session needs", hint=_NO_POOLER)
 
 
 def pool_arguments(dsn: Dsn, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:
-    """What a pool of sessions of ours hands to psycopg's connect for each of its connections."""
+    """What a pool of our sessions passes to psycopg's connect for each connection."""
     return {"autocommit": True, **_arguments(dsn, application_name, session, {})}
 
 
 def lent_arguments(dsn: Dsn, *, application_name: str, session: Mapping[str, str]) -> dict[str, Any]:
-    """The same for connections lent to the application's code: its own settings, and of ours only ``session``.
+    """The same for connections lent to the application's code: its settings, and of ours only ``session``.
 
-    Where that is empty, a pooler may be in between that gives each transaction another session.
+    An empty ``session`` allows a pooler that gives each transaction another session.
     """
     if not session:
         return {"autocommit": True, "prepare_threshold": None, **_link_arguments(dsn, application_name, {})}
@@ -223,14 +223,14 @@ def _arguments(
 
 
 def _given(arguments: Mapping[str, Any]) -> str:
-    """Whoever gives options replaces PGOPTIONS, so all are joined."""
+    """The options of the DSN, else PGOPTIONS: what we pass replaces PGOPTIONS, and so is joined with it."""
     return str(arguments.get("options", os.environ.get("PGOPTIONS", "")))
 
 
 def _link_arguments(dsn: Dsn, application_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     dsn = dsn() if callable(dsn) else dsn
     arguments: dict[str, Any] = {**CLIENT_TCP, **parse(dsn), **options, "application_name": application_name}
-    # An SQL_ASCII database would otherwise hand out its text as bytes.
+    # Without it psycopg returns texts of an SQL_ASCII database as bytes.
     arguments["client_encoding"] = "utf8"
     if "PGCONNECT_TIMEOUT" not in os.environ:
         arguments.setdefault("connect_timeout", _CONNECT_TIMEOUT_S)
@@ -248,7 +248,7 @@ def _explained(error: Exception, arguments: Mapping[str, Any]) -> CdcError:
 
 
 def _words(text: str) -> str:
-    """The server's or libpq's own sentence, without the address it is wrapped in; of several hosts' ones, all."""
+    """The server's or libpq's own sentence, without the address around it; for several hosts, all sentences."""
     if text.startswith("Multiple connection attempts"):
         return " ".join(text.split())
     last = text.rpartition(" failed: ")[2].strip().partition("\n")[0].removeprefix("connection is bad: ")
@@ -261,8 +261,8 @@ _BAD_PASSWORD = "check user and password; the server's log names the line of pg_
 _NO_REPLICATION = "ALTER ROLE ... REPLICATION (rds_replication on RDS and Aurora)"
 _GENERAL = "check host, port, dbname and user; the server's own log says more"
 
-# A refused connection carries no SQLSTATE: libpq has only the text, in the language of the server. These words choose
-# the remedy that is shown and nothing else; a server that speaks another language gets the general one.
+# A refused connection carries no SQLSTATE: libpq has only the text, in the server's language. These words choose the
+# remedy that is shown and nothing else; for a server that speaks another language the general one is shown.
 _REMEDIES = (
     (
         "no encryption",
@@ -276,7 +276,7 @@ _REMEDIES = (
     ("FATAL: role", "create the role, or correct user in the DSN"),
     ("permission denied for database", "GRANT CONNECT ON DATABASE ... TO the role"),
     ("must be superuser or replication role", _NO_REPLICATION),
-    ("permission denied to start WAL sender", _NO_REPLICATION),  # so from PostgreSQL 16 on
+    ("permission denied to start WAL sender", _NO_REPLICATION),  # the wording from PostgreSQL 16 on
     ("max_wal_senders", "raise max_wal_senders and restart the server, or end an idle walsender"),
     ("too many", "raise max_connections or the role's CONNECTION LIMIT, or run fewer consumers"),
     ("remaining connection slots", "raise max_connections and restart the server, or run fewer consumers"),
@@ -313,7 +313,7 @@ def _remedy(error: Exception, words: str) -> str:
 
 
 def explain(error: Exception) -> CdcError | None:
-    """What a driver's error that nobody expected means to an operator; None if it is not the driver's.
+    """What an unexpected error of the driver means to an operator; None for any other error.
 
     Only the server's primary message is kept: DETAIL and CONTEXT quote rows, and so do the messages of class 22.
     """
@@ -350,12 +350,12 @@ def _meaning(code: str, said: str) -> tuple[type[CdcError], str]:
 
 
 STANDBY = "the server is a standby, or has become one: list all hosts in the DSN, with target_session_attrs=read-write"
-"""What a refusal to write means in a session of ours, whose transactions are not read only by default."""
+"""What a refusal to write means in a session of ours, whose transactions are read-write by default."""
 
 _MISSING = {"3F000", "42P01", "42703", "42883"}  # schema, table, column, function
 
 
 def driver_versions() -> tuple[str, str]:
-    """Of psycopg and of libpq, such as ("3.3.9", "18.6")."""
+    """The versions of psycopg and of libpq, such as ("3.3.9", "18.6")."""
     libpq = psycopg.pq.version()
     return psycopg.__version__, f"{libpq // 10000}.{libpq % 10000}"

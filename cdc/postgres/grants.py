@@ -1,9 +1,9 @@
-"""What the roles may do that work on the outbox: exactly that, and each as little as it can.
+"""The rights of the roles that work on the outbox: what each needs, and no more.
 
-Rights are values; the script for psql and what ``grant`` runs are made of the same statements. They begin by taking
-away whatever was granted directly, so that the end does not depend on the beginning: a right that is no longer asked
-for is gone, and one that was too wide is narrow. What a role has in other ways (as a superuser, by membership, through
-PUBLIC) no grant can take from it; that is looked for afterwards, and said.
+Rights are values; the script for psql and what ``grant`` runs are made of the same statements. They begin by revoking
+every direct grant, so that the result does not depend on the beginning: a right that is not asked for is gone, and one
+that was too wide is narrow. Rights that a role has in other ways (as a superuser, by membership, through PUBLIC) cannot
+be revoked from it; they are looked up afterwards and reported.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
 RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS)
 PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb)"
 FUNCTIONS = ("capture_entity_change()", PUBLISH)
-"""Those that write changes. ``reprocess_failed_actions`` runs with its caller's rights, and needs no guard."""
+"""The functions that write changes. ``reprocess_failed_actions`` has its caller's rights, and needs no guard."""
 
 STATE = (
     "processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "error_summary",
     "started_by",
 )  # fmt: skip
-"""The columns of entity_changes that tell what became of a change."""
+"""The columns of entity_changes that record the outcome of a change."""
 SHARD_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
-"""What a consumer does with cdc_shards."""
+"""A consumer's rights on cdc_shards."""
 PAYLOAD = ("old_data", "new_data", "metadata")
-"""Those that hold the application's data."""
+"""The columns that hold the application's data."""
 DESCRIPTION = (
     "id", "seq", "shard", "table_schema", "table_name", "operation", "entity_type", "entity_id", "changed_at",
     "caused_by", "depth",
 )  # fmt: skip
-"""The others: what a change is."""
+"""The other columns, which describe a change."""
 HISTORY_WITHOUT_PREVIEW = (
     "id", "entity_type", "operation", "changed_at", "processed", "processed_at", "processing_delay_seconds",
     "error_count", "last_error",
@@ -62,8 +62,8 @@ class Right:
 class Grantee:
     """``streams``: it also needs the attribute REPLICATION, which only a superuser gives.
 
-    ``beside``: scripts that grant it more, on the tables of an application. Those are not ours: nothing is taken away
-    there, and nothing judged.
+    ``beside``: scripts that grant it further rights, on the tables of an application. Those tables are not ours: their
+    rights are neither revoked nor judged.
     """
 
     role: str
@@ -74,7 +74,7 @@ class Grantee:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """``excess``: a sentence about what it may do besides; "" is nothing. ``advice``: what no grant can give it."""
+    """``excess``: a sentence about rights it has besides, or "". ``advice``: what it needs that no grant gives."""
 
     role: str
     excess: str
@@ -82,10 +82,10 @@ class Granted:
 
 
 def consumer(role: str, *, retention: bool = False, publish: bool = False, beside: Sequence[str] = ()) -> Grantee:
-    """Who runs ``cdc run``: reads changes and marks them.
+    """A role for ``cdc run``, which reads changes and marks them.
 
-    ``retention``: it also removes them. ``publish``: its handlers call publish_change(); so do those whose rights
-    ``beside`` say so.
+    ``retention``: it also removes them. ``publish``: its handlers call publish_change(); so do those whose rights in
+    ``beside`` include it.
     """
     rights = [
         Right(("SELECT",), CHANGES),
@@ -102,19 +102,19 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, besid
 
 
 def reader(role: str, *, payload: bool = False) -> Grantee:
-    """For dashboards and whoever is on call: everything about the changes, and of their content only by ``payload``."""
+    """For dashboards and operators: everything about the changes; their content only with ``payload``."""
     seen = Right(("SELECT",), CHANGES, () if payload else DESCRIPTION + STATE)
     history = Right(("SELECT",), HISTORY, () if payload else HISTORY_WITHOUT_PREVIEW)
     return Grantee(role, (seen, history, Right(("SELECT",), DASHBOARD)))
 
 
 def print_sql(schema: str, grantees: Sequence[Grantee]) -> str:
-    """One script that psql runs as it is, any number of times: what ``grant`` does."""
+    """One script for psql, safe to repeat, that does what ``grant`` does."""
     parts = ["\\set ON_ERROR_STOP on\nBEGIN;\n"]
     for grantee in grantees:
         _check_names(schema, grantee)
         if grantee.streams:
-            # On one line: a name with a break in it must not end the comment.
+            # On one line: a line break in a name must not end the comment.
             alter = " ".join(_alter(grantee.role).split())
             parts.append(f"-- To stream, the role also needs, from a superuser: {alter};")
         parts += [f"{statement.as_string()};" for statement in _statements(schema, grantee)]
@@ -122,10 +122,10 @@ def print_sql(schema: str, grantees: Sequence[Grantee]) -> str:
 
 
 def grant(connection: psycopg.Connection, schema: str, grantees: Sequence[Grantee]) -> list[Granted]:
-    """Give these roles their rights, and take from them what they have besides; in one transaction, safe to repeat.
+    """Give these roles their rights and revoke all others they have, in one transaction; safe to repeat.
 
-    Raises NotFoundError for a role or an outbox that is not there, RefusedError for the owner of the outbox, from whom
-    the capture function has its own rights, and SchemaError when this session's role may not grant.
+    Raises NotFoundError for a missing role or outbox, RefusedError for the owner of the outbox, whose rights the
+    capture function uses, and SchemaError when this session's role may not grant.
     """
     for grantee in grantees:
         _check_names(schema, grantee)
@@ -152,7 +152,7 @@ def _statements(schema: str, grantee: Grantee) -> Iterator[sql.SQL | sql.Compose
 
 
 def _guard(schema: str, role: str) -> sql.Composed:
-    """The statement that refuses the owner: it would lose what the capture function writes with."""
+    """The statement that refuses the owner: it would lose the rights that the capture function uses."""
     outbox = sql.Literal(sql.Identifier(schema, CHANGES).as_string())
     return sql.SQL(
         """\
@@ -202,7 +202,7 @@ JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
 JOIN pg_catalog.pg_roles AS owner ON owner.oid = c.relowner
 WHERE n.nspname = %(schema)s AND c.relname = %(outbox)s
 """
-# What there is to be had, and whether the role has it, in whatever way: (privilege, object, column or NULL, held).
+# The rights that exist, and whether the role has them in any way: (privilege, object, column or NULL, held).
 _HOLDINGS = """
 WITH namespace AS (
   SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = %(schema)s
@@ -257,7 +257,7 @@ def _refuse_unless_grantable(connection: psycopg.Connection, schema: str, grante
 
 
 def _owner(connection: psycopg.Connection, schema: str, role: str) -> tuple[str, bool]:
-    """Who owns the outbox, and whether the role may do what that one may."""
+    """The owner of the outbox, and whether the role has that owner's rights."""
     found = connection.execute(_OWNER, {"role": role, "schema": schema, "outbox": CHANGES}).fetchone()
     if found is None:
         raise NotFoundError(
@@ -267,7 +267,7 @@ def _owner(connection: psycopg.Connection, schema: str, role: str) -> tuple[str,
 
 
 def _judge(connection: psycopg.Connection, schema: str, grantee: Grantee) -> Granted:
-    """Whether it came as asked for: who may grant nothing gets a warning from the server, and no error."""
+    """Whether the role has the rights asked for: a session that may not grant gets a warning, and no error."""
     parameters = {
         "role": grantee.role, "schema": schema, "relations": list(RELATIONS), "functions": list(FUNCTIONS),
     }  # fmt: skip

@@ -1,9 +1,9 @@
-"""Connections lent to one handler after the other: each is to find it as if nobody had had it before.
+"""Connections lent to one handler after the other: each handler finds a connection without traces of the one before.
 
-What is set on the Python object (factories, adapters, handlers of notices ...) is undone between two calls, by
-``as_new``. What a session keeps on the server (settings, role, LISTEN, advisory locks, open cursors, temporary tables,
-prepared statements) goes by ``reset`` when the connection is given back: one message. DISCARD ALL is not it, for it
-would have the statements of every transaction prepared again, ours and the handler's.
+What is set on the Python object (factories, adapters, notice handlers ...) is undone between two calls, by ``as_new``.
+What a session keeps on the server (settings, role, LISTEN, advisory locks, open cursors, temporary tables, prepared
+statements) is removed by ``reset`` when the connection is given back: one message. DISCARD ALL would not do: after it
+the statements of every transaction, ours and the handler's, would have to be prepared again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _RESET = (
     " SELECT name FROM pg_catalog.pg_prepared_statements"
     " WHERE pg_catalog.left(name, 5) OPERATOR(pg_catalog.<>) '_pg3_'"
 )
-"""The last statement names what was prepared, and not by the driver: its own statements it keeps track of."""
+"""The last statement lists what was prepared by others than the driver, which keeps track of its own."""
 _PREPARE_THRESHOLD, _PREPARED_MAX = 5, 100
-"""psycopg's own."""
+"""psycopg's defaults."""
 
 
 class _Types(TypesRegistry):
-    """Tells whether anything has been registered."""
+    """Reports whether anything has been registered."""
 
     is_changed = False
 
@@ -48,7 +48,7 @@ class _Types(TypesRegistry):
 
 
 class _Adapters(AdaptersMap):
-    """The same: to make another for each call would cost as much as many a handler."""
+    """The same. One object is reused: making one for each call would cost as much as many handlers."""
 
     types: _Types
     _is_changed = False
@@ -79,13 +79,13 @@ class _Lent(psycopg.BaseConnection[Any]):
     server_cursor_factory: Any
 
     is_pooled = False
-    """A pooler is in between, which gives each transaction another session: none of them is ours."""
+    """True: a pooler gives each transaction another session, so no session is ours."""
     _adapters_now: _Adapters | None = None
     _callbacks: list[tuple[Callable[[Any], None], Any]]
 
     @property
     def adapters(self) -> AdaptersMap:
-        """Made when it is first asked for, from the program's."""
+        """Made from the program's adapters at the first access."""
         if self._adapters_now is None:
             self._adapters_now = _Adapters(psycopg.adapters)
         return self._adapters_now
@@ -106,11 +106,11 @@ class _Lent(psycopg.BaseConnection[Any]):
         if self._adapters_now is not None and self._adapters_now.is_changed:
             self._adapters_now = None
         for remove, callback in self.__dict__.pop("_callbacks", ()):
-            with contextlib.suppress(ValueError):  # the handler has removed it
+            with contextlib.suppress(ValueError):  # the handler has removed it already
                 remove(callback)
 
     def renew_adapters(self) -> None:
-        """What the program has registered meanwhile is there for whoever gets the connection next."""
+        """Adapters that the program registers later reach the next borrower of the connection."""
         self._adapters_now = None
 
     def _added(self, remove: Callable[[Any], None], callback: Any) -> None:
@@ -128,7 +128,7 @@ class AsyncLent(_Lent, AsyncGuardedConnection):
 
 
 def reset(connection: Lent | AsyncLent) -> Script[None]:
-    """For a pool: the connection was given back."""
+    """Called by a pool when the connection was given back."""
     connection.as_new()
     connection.renew_adapters()
     if connection.is_pooled:

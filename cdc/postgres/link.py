@@ -1,10 +1,10 @@
-"""Connections that wait for no answer for ever.
+"""Connections whose answers have a time limit.
 
-A proxy whose way to the server has gone keeps the link to us open and acknowledges what we send: to TCP, and so to
-libpq's keepalives, all is well. Only the missing answer tells. So each answer may have a limit, ``answer_limit_s``, and
-beyond it the connection is closed: the proxy then closes its other end, and the server frees the session's locks.
-
-A limit is longer than the ``statement_timeout`` of its session. A server that lives answers by then, if with an error.
+A proxy that has lost its way to the server keeps the link to us open and acknowledges what we send: TCP, and so
+libpq's keepalives, see no fault. Only the missing answer shows it. So each answer may have a limit,
+``answer_limit_s``; beyond it the connection is closed. The proxy then closes its other end, and the server releases
+the session's locks. A limit must be longer than the ``statement_timeout`` of its session: a live server has answered by
+then, if only with an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cdc.runtime.forks import not_for_children
 _T = TypeVar("_T")
 
 _CANCEL_LIMIT_S = 2.0
-"""For a statement to end after the server was asked to cancel it, because nobody waits for it any more."""
+"""For a statement to end after a cancel request, when no task waits for its answer."""
 
 
 class SilentLinkError(psycopg.OperationalError):
@@ -30,11 +30,11 @@ class SilentLinkError(psycopg.OperationalError):
 
 
 class GuardedConnection(psycopg.Connection[Any]):
-    """``answer_limit_s``: for each answer from now on; None: any time."""
+    """``answer_limit_s``: for each answer from now on; None: no limit."""
 
     answer_limit_s: float | None = None
     answer_due = math.inf
-    """When the answer that is waited for is late, on the monotonic clock."""
+    """When the awaited answer is late, on the monotonic clock."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -60,14 +60,14 @@ class AsyncGuardedConnection(psycopg.AsyncConnection[Any]):
         return super().wait(_limited(self, gen), *arguments, **named)
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's signature
-        """psycopg calls it when the task that waits for an answer is cancelled, and then waits for the answer."""
+        """psycopg calls it when the task that awaits an answer is cancelled, and then waits for the answer."""
         self.answer_due = min(self.answer_due, time.monotonic() + _CANCEL_LIMIT_S)
         await super().cancel_safe(timeout=min(timeout, _CANCEL_LIMIT_S))
 
 
 @contextmanager
 def unlimited(connection: GuardedConnection | AsyncGuardedConnection) -> Iterator[None]:
-    """For somebody else's statements, which may take as long as they like."""
+    """For the application's statements, which may take any time."""
     limit_s, connection.answer_limit_s = connection.answer_limit_s, None
     try:
         yield
@@ -76,14 +76,14 @@ def unlimited(connection: GuardedConnection | AsyncGuardedConnection) -> Iterato
 
 
 def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
-    """Close it at once; the server sees the end of the link."""
+    """Close it at once; the server notices the end of the link."""
     connection.pgconn.finish()
 
 
 def _limited(
     connection: GuardedConnection | AsyncGuardedConnection, waits: Generator[Any, Any, _T]
 ) -> Generator[Any, Any, _T]:
-    """psycopg resumes what it waits for at each event, and ten times a second without one."""
+    """psycopg resumes this generator at each event, and ten times a second without one."""
     began, limit_s = time.monotonic(), connection.answer_limit_s
     connection.answer_due = math.inf if limit_s is None else began + limit_s
     try:

@@ -1,4 +1,4 @@
-"""How documents and texts of the outbox become Python's: unread for a consumer, whatever they hold for an operator."""
+"""How documents and texts of the outbox are loaded: lazily for a consumer, tolerant of any content for an operator."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class _UnreadJson(Loader):
 
 
 def leave_unread(connection: psycopg.AsyncConnection[Any]) -> None:
-    """From now on the documents of changes that are read stay as they came, in the type that outbox.sql gives them.
+    """From now on this connection loads documents of changes as raw values, in the type that outbox.sql gives them.
 
-    Most handlers need one document of the three that a change may have, and some need none.
+    Most handlers need one of the three documents that a change may have, and some need none.
     """
     connection.adapters.register_loader("varchar", _UnreadJson)
 
 
 def read_anything(connection: psycopg.Connection[Any]) -> None:
-    """From now on a text may hold any bytes, shown as escapes where they are no UTF-8, and a document anything.
+    """From now on a text may hold any bytes, shown as escapes where they are not UTF-8, and a document any content.
 
-    Only a database without an encoding holds such texts; there the server is told to convert nothing.
+    Only a database without an encoding holds such texts; the server is set to convert nothing there.
     """
     connection.adapters.register_loader("jsonb", _AnyJson)
     if connection.info.parameter_status("server_encoding") == _NO_ENCODING:
@@ -63,7 +63,7 @@ class _AnyJson(Loader):
 
 
 class VerbatimJson(Loader):
-    """The same for whoever shows it: what Python can read is Json, with the digits that the database has."""
+    """The same for display: what Python can read is Json, with the digits that the database has."""
 
     def load(self, data: Buffer) -> Json | str:
         shown: Json | str = _read(_json_text(data), as_it_is=True)

@@ -1,16 +1,16 @@
 """The objects in the database: install, upgrade, verify, print, uninstall.
 
-``sql/NNNN_name.sql`` are the migrations. Each is written so that it may run again, and all of them in order lead to the
-same objects from anywhere: from nothing, from the documented SQL with rows in it, or from an installation in which
-somebody has replaced a function. ``cdc_migrations``, in the same schema, records which have run.
+``sql/NNNN_name.sql`` are the migrations. Each may run again, and all of them in order lead to the same objects from any
+start: from nothing, from the documented SQL with rows in it, or from an installation in which a function was replaced.
+``cdc_migrations``, in the same schema, records which have run.
 
 ``sql/NAME/NNNN_name.sql`` is an optional set, such as the tables of an application: installed when it is named, and
-from then on brought to the present version with the rest. ``cdc_sets`` records that. It is not verified. In the same
-folder ``consumer.sql`` says what its handlers may do with it, if anything, and ``remove.sql`` undoes it: on request,
-and at the latest when the outbox is uninstalled. Without one, what the set makes belongs to the application, and stays.
+from then on upgraded with the rest. ``cdc_sets`` records that. It is not verified. In the same folder ``consumer.sql``
+grants the rights that its handlers need, if any, and ``remove.sql`` undoes the set: on request, and at the latest when
+the outbox is uninstalled. Without ``remove.sql`` the set's objects belong to the application, and stay.
 
-What the objects should look like is written nowhere a second time. ``verify`` runs the migrations in the session's
-temporary schema, asks the server's catalogs about both, rolls back, and compares.
+The expected objects are not written down a second time. ``verify`` runs the migrations in the session's temporary
+schema, reads the server's catalogs about both, rolls back, and compares.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LOCK_TIMEOUT = "5s"
 """How long DDL waits for a table's lock. Writers queue behind it: longer would be an outage for the application."""
 
 _ADVISORY_LOCK = 0x63646301
-"""First key of the lock under which migrations run; the second is a hash of the schema's name."""
+"""First key of the lock held while migrations run; the second is a hash of the schema's name."""
 
 _TEMPORARY = "pg_temp"
 _DOLLAR_QUOTE = "$cdc$"
@@ -95,7 +95,7 @@ class Migration:
 
     @property
     def record(self) -> str:
-        """A template, as the migration is."""
+        """The template of the statement that records that this migration ran."""
         form = _RECORD_OF_SET if self.set else _RECORD
         return form.format(set=_literal(self.set), version=self.version, name=_literal(self.name))
 
@@ -111,7 +111,7 @@ def migrations(name: str = "") -> list[Migration]:
 
 
 def sets() -> list[str]:
-    """The optional sets there are."""
+    """The names of the optional sets."""
     return sorted(path.name for path in folder().iterdir() if path.is_dir() and migrations(path.name))
 
 
@@ -123,7 +123,7 @@ def check_sets(names: Sequence[str]) -> None:
 
 
 def consumer_rights(name: str, schema: str, role: str) -> str:
-    """What the handlers of a set need, as a script that grants it to a consumer's role; "" for nothing."""
+    """A script that grants a consumer's role what the handlers of a set need; "" for nothing."""
     return render(_script_of_set(name, _CONSUMER_OF_SET), schema, role=role)
 
 
@@ -144,7 +144,7 @@ def _script_of_set(name: str, file: str) -> str:
 
 
 def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> None:
-    """Have ``say`` called with what the server warns of, and its hint: an installation may be less than whole."""
+    """Call ``say`` with each warning of the server and its hint: an installation may be incomplete."""
 
     def pass_on(notice: errors.Diagnostic) -> None:
         if notice.severity_nonlocalized == "WARNING":
@@ -154,11 +154,11 @@ def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> No
 
 
 def install(connection: psycopg.Connection, schema: str, sets: Sequence[str] = ()) -> list[Migration]:
-    """Bring ``schema`` to this version in one transaction; the migrations that had to run, none if it was there.
+    """Bring ``schema`` to this version in one transaction; returns the migrations that ran, none if it was current.
 
     Creates the schema when it is missing. An ``entity_changes`` made from the documented SQL is upgraded in place and
     keeps its rows. ``sets`` are optional ones to install besides. Raises SchemaError when a table stays locked for
-    ``LOCK_TIMEOUT``, or what is there does not fit.
+    ``LOCK_TIMEOUT``, or existing objects do not fit.
     """
     check_sets(sets)
     with _exclusively(connection, schema):
@@ -172,7 +172,7 @@ def install(connection: psycopg.Connection, schema: str, sets: Sequence[str] = (
 
 
 def remove(connection: psycopg.Connection, schema: str, name: str) -> bool:
-    """Undo an optional set, and forget that it was installed; whether it was.
+    """Undo an optional set and delete its record; returns whether it was installed.
 
     Raises UsageError for a set whose objects belong to the application, and NotFoundError when there is no
     ``entity_changes``.
@@ -194,7 +194,7 @@ def remove(connection: psycopg.Connection, schema: str, name: str) -> bool:
 def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration], list[Difference]]:
     """``install`` for an outbox that exists, and repair: where an object differs afterwards, all migrations run again.
 
-    Returns the migrations that were missing and the findings that were repaired. What is left, ``verify`` tells.
+    Returns the migrations that were missing and the findings that were repaired; ``verify`` returns what is left.
     Raises NotFoundError when there is no ``entity_changes``.
     """
     with _exclusively(connection, schema):
@@ -247,7 +247,7 @@ def _sets(connection: psycopg.Connection, schema: str) -> dict[str, frozenset[in
 def verify(connection: psycopg.Connection, schema: str) -> list[Difference]:
     """What is missing in ``schema`` or differs from this version; nothing is changed.
 
-    Needs no rights but TEMPORARY on the database, which everybody has unless it was taken away.
+    Needs only the right TEMPORARY on the database, which every role has unless it was revoked.
     """
     _check_name(schema)
     with _explained(connection, schema), connection.transaction(force_rollback=True):
@@ -263,7 +263,7 @@ def verify(connection: psycopg.Connection, schema: str) -> list[Difference]:
 
 
 def owner(connection: psycopg.Connection, schema: str) -> str | None:
-    """Whose the outbox in ``schema`` is; None where there is none."""
+    """The role that owns the outbox in ``schema``; None where there is no outbox."""
     whose = repairs.owners(connection, schema)
     return repairs.owner_of_all(whose) if "table entity_changes" in whose else None
 
@@ -275,10 +275,10 @@ def print_sql(
     sets: Sequence[str] = (),
     owner: str | None = None,
 ) -> str:
-    """One script that psql runs as it is, any number of times: what ``install`` does, for who runs DDL by hand.
+    """One script for psql, safe to repeat, that does what ``install`` does, for operators who run DDL by hand.
 
-    ``steps`` are the migrations to print; all, unless given, and those of the optional ``sets``. ``owner`` is whose the
-    outbox is already, and whoever runs the script acts as that role.
+    ``steps`` are the migrations to print, by default all, and those of the optional ``sets``. ``owner`` is the role
+    that owns the outbox already: the script runs as that role.
     """
     _check_name(schema)
     check_sets(sets)
@@ -301,16 +301,16 @@ def print_sql(
 
 
 def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocessed: bool = False) -> list[str]:
-    """Drop the triggers that capture, the functions, the views and the tables; what was dropped, as it is called.
+    """Drop the triggers that capture, the functions, the views and the tables; returns what was dropped, in words.
 
-    The schema itself and the tables of an application stay, also those that an optional set has made. Other sets go.
+    The schema and the tables of an application stay, also those that an optional set has made. Other sets go.
     Raises RefusedError while changes are unprocessed, unless ``discard_unprocessed``.
     """
     with _exclusively(connection, schema):
         if not _exists(connection, schema, "entity_changes"):
             raise NotFoundError(f"schema {schema} has no entity_changes", hint="look into --schema")
-        # Tracked tables first: a writer holds one of them when it comes to write the outbox. The other way round the
-        # two would wait for each other.
+        # Tracked tables first: a writer locks one of them before it writes the outbox. In the other order the two
+        # would deadlock.
         dropped = _drop_triggers(connection, schema)
         outbox = sql.Identifier(schema, "entity_changes")
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(outbox))
@@ -351,7 +351,7 @@ def _refuse_unprocessed(connection: psycopg.Connection, outbox: sql.Identifier) 
 
 
 def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
-    # The order matters: a view before what it reads.
+    # The order matters: a view is dropped before what it reads.
     objects = (
         ("VIEW", "recent_action_history", ""),
         ("VIEW", "action_processing_dashboard", ""),
@@ -374,7 +374,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
 
 
 def _drop_publication(connection: psycopg.Connection, schema: str) -> list[str]:
-    """One that another role has made, such as a consumer's, stays: it publishes nothing."""
+    """A publication that another role owns, such as a consumer's, stays: it publishes nothing."""
     name = publication_name(schema)
     ours = "SELECT FROM pg_catalog.pg_publication WHERE pubname = %s AND pg_catalog.pg_has_role(pubowner, 'USAGE')"
     if not connection.execute(ours, [name]).fetchall():
@@ -384,7 +384,7 @@ def _drop_publication(connection: psycopg.Connection, schema: str) -> list[str]:
 
 
 def render(template: str, schema: str, *, prefix_schema: str | None = None, role: str = "") -> str:
-    """``template`` for ``schema``; its messages carry the prefix of ``prefix_schema``, the same unless said otherwise.
+    """``template`` for ``schema``; its messages carry the prefix of ``prefix_schema``, by default the same.
 
     ``role`` is what ``@role@`` stands for.
     """
@@ -397,7 +397,7 @@ def render(template: str, schema: str, *, prefix_schema: str | None = None, role
         "@trigger_literal@": _literal(trigger_name(schema)),
         "@role@": sql.Identifier(role).as_string(),
     }
-    # In one pass: a schema may be called @schema_literal@.
+    # In one pass: a schema's name may be @schema_literal@.
     return re.sub("|".join(values), lambda match: values[match[0]], template)
 
 
@@ -428,7 +428,7 @@ def _run(connection: psycopg.Connection, template: str, schema: str, prefix_sche
 
 
 def _exists(connection: psycopg.Connection, schema: str, relation: str | None) -> bool:
-    """Whether there is such a table in the schema; with None, whether there is such a schema."""
+    """Whether the schema has such a table; with None, whether the schema exists."""
     asked = (
         "SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspname = %s AND (%s::text IS NULL OR EXISTS"
         " (SELECT FROM pg_catalog.pg_class AS c WHERE c.relnamespace = n.oid AND c.relname = %s)))"
@@ -439,10 +439,10 @@ def _exists(connection: psycopg.Connection, schema: str, relation: str | None) -
 
 @contextmanager
 def _exclusively(connection: psycopg.Connection, schema: str) -> Iterator[None]:
-    """One transaction, alone among those that change this schema, and never long in a queue for a table's lock."""
+    """One transaction, the only one that changes this schema, with a limit on its wait for a table's lock."""
     _check_name(schema)
     with _explained(connection, schema), connection.transaction():
-        # Before the time limit: whoever holds it is installing the same, bounded by its own limit.
+        # Before the time limit: the holder of this lock runs the same work, bounded by its own limit.
         connection.execute(
             "SELECT pg_catalog.pg_advisory_xact_lock(%s, pg_catalog.hashtext(%s))", [_ADVISORY_LOCK, schema]
         )
@@ -454,7 +454,7 @@ def _exclusively(connection: psycopg.Connection, schema: str) -> Iterator[None]:
 
 @contextmanager
 def _explained(connection: psycopg.Connection, schema: str) -> Iterator[None]:
-    """Turn what the server says into one sentence with a remedy. A lost connection stays what it is."""
+    """Turn the server's error into one sentence with a remedy. A lost connection's error passes unchanged."""
     try:
         yield
     except (errors.LockNotAvailable, errors.DeadlockDetected) as busy:

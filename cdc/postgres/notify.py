@@ -4,10 +4,10 @@ A payload of ours is the outbox's message prefix and then pairs ``seq,shard``:
 
     entity_change:public 49,27 50,3
 
-One for another outbox of the database is not for us. The JSON that the documented trigger sends for each row says that
-something was captured, and nothing else has changed: look for it soon. Anything else (what a function sends after it
-has requeued changes, nothing at all) does not say which changes there are: it means "sweep now". Any role that can
-connect may notify, so what does not fit exactly is never trusted to name a change.
+A payload for another outbox of the database is ignored. The JSON that the documented trigger sends for each row says
+that one row was captured and nothing else has changed: look for it soon. Any other payload (a function's after it has
+requeued changes, an empty one) names no changes: it means "sweep now". Any role that can connect may notify, so only a
+payload that fits exactly is trusted to name a change.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _PAIRS = re.compile(f"(?: {PAIR})+")
 _ONE = re.compile(PAIR)
 _SOME_OUTBOX = re.compile(rf"entity_change:[A-Za-z0-9_%]+{_PAIRS.pattern}")
 _POLL_S = 15.0
-"""A listener hears nothing on a quiet database and nothing on a dead link: between two questions to the server."""
+"""Between two queries to the server: a listener receives nothing on a quiet database, and nothing on a dead link."""
 _ANSWER_LIMIT_S = 10.0
 _RELAY_MAX = 20_000
 
 
 def encode(prefix: str, wakeups: Iterable[WakeUp]) -> list[str]:
-    """As few payloads as hold them, in order."""
+    """The fewest payloads that hold them, in order."""
     payloads: list[str] = []
     payload = prefix
     for seq, shard in wakeups:
@@ -59,7 +59,7 @@ def encode(prefix: str, wakeups: Iterable[WakeUp]) -> list[str]:
 
 
 def decode(prefix: str, payload: str) -> list[WakeUp] | None:
-    """The wake-ups of a payload, [] if they are another outbox's; None: it names none, sweep now."""
+    """The wake-ups of a payload; [] if it is for another outbox; None: it names no change, sweep now."""
     name, _, _ = payload.partition(" ")
     if name != prefix:
         return [] if _SOME_OUTBOX.fullmatch(payload) else None
@@ -71,7 +71,7 @@ def decode(prefix: str, payload: str) -> list[WakeUp] | None:
 
 
 def is_documented(payload: str) -> bool:
-    """Whether it is what the documented trigger sends: table, operation and entity type of one captured row."""
+    """Whether it is the documented trigger's payload: table, operation and entity type of one captured row."""
     if not payload.startswith("{"):
         return False
     try:
@@ -111,7 +111,7 @@ class Listener:
         self.connected = False
 
     def retry_now(self) -> None:
-        """Cut a pause between two attempts short: somebody has just seen the server."""
+        """End a pause between two attempts: another connection has just reached the server."""
         self._again.set()
 
     async def run(self) -> None:
@@ -160,7 +160,7 @@ class Listener:
             self._heard(wakeups)
 
     def _say(self, error: Exception) -> None:
-        """Once for each kind of trouble, not for each attempt. A driver's text may quote anything, so it stays out."""
+        """Log each kind of failure once, not each attempt. A driver's text may quote anything, so it is left out."""
         kind = type(error).__name__
         if kind != self._said:
             what = str(error) if isinstance(error, CdcError) else f"the connection ended ({kind})"
@@ -174,8 +174,8 @@ class Relay:
 
     ``offer`` on the event loop, ``await run()`` until it is cancelled.
 
-    One NOTIFY for all that has gathered, in a transaction that does nothing else: it is not flushed, so it holds the
-    lock of the whole cluster that NOTIFY takes for no time. What could not be sent becomes one "sweep now".
+    One NOTIFY carries all that has gathered, in a transaction that does nothing else: it is not flushed, so it holds
+    NOTIFY's lock of the whole cluster only briefly. Wake-ups that could not be sent become one "sweep now".
     """
 
     def __init__(self, dsn: Dsn, schema: str, sent: Callable[[int], None]) -> None:
@@ -198,14 +198,14 @@ class Relay:
         self._due.set()
 
     def missed(self) -> None:
-        """Wake-ups were lost on the way here: tell the others to sweep."""
+        """Wake-ups were lost before they came here: notify the others to sweep."""
         self._lost = True
         self._due.set()
 
     async def run(self) -> None:
         while True:
             began = asyncio.get_running_loop().time()
-            await self._due.wait()  # no connection is opened before there is something to relay
+            await self._due.wait()  # a connection is opened only when there is a wake-up to relay
             try:
                 await self._send_all()
             except (CdcError, psycopg.Error, UnicodeError) as error:
@@ -230,7 +230,7 @@ class Relay:
                 self._due.clear()
                 waiting, self._waiting = self._waiting, []
                 payloads = encode(self._prefix, waiting) + ([""] if self._lost else [])
-                # An array as text: nothing in a payload is special in it. The driver would look at each for its type.
+                # An array as text: payloads need no escaping in it. The driver would examine each for its type.
                 texts = f"""{{{",".join(f'"{payload}"' for payload in payloads)}}}"""
                 await connection.execute("SELECT pg_notify(%s, p) FROM unnest(%s::text[]) AS p", [CHANNEL, texts])
                 self._lost = False

@@ -52,10 +52,10 @@ INDEXED = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
 }
-"""``session`` settings for connections that run these statements: each of them goes through an index, always.
+"""``session`` settings for connections that run these statements: every one of them must use an index.
 
-Left to itself the planner plans each call again, by statistics that are wrong as soon as they are taken: it scans a
-queue that was analysed while empty. Measured: 0.15 ms a fetch, and 0.75 ms after 2,000 rows.
+By default the planner plans each call again, with statistics that are wrong as soon as they are taken: it scans a
+queue that was analysed while empty. Measured: 0.15 ms a fetch with these, 0.75 ms without, after 2,000 rows.
 """
 
 CRASHED = "the consumer's process ended while this change's handler ran"
@@ -64,26 +64,26 @@ CRASHED = "the consumer's process ended while this change's handler ran"
 _ROW = fast_make(Row)
 _OPERATIONS = {operation.value: operation for operation in Operation}
 _SCAN_MAX = 20_000
-"""Rows that a sweep of some types looks at: some 20 ms. What else there is to read waits no longer."""
+"""Rows that a sweep of some types examines: some 20 ms. Other reads wait no longer than that."""
 _COUNT_BOUND = 10_001
 _ROWS_EXAMINED_PER_SHARD = 500
-"""Fresh changes, in search of one that nothing holds back."""
+"""Fresh changes examined in search of one that nothing blocks."""
 _ROWS_EXAMINED_OF_ALL_TYPES = 200
 _OUTSIDE_MAX = 100
-"""The same where some types only are ours, and any number of others may lie before them: some 10 us each."""
+"""The same for a consumer of some types, whose changes may lie behind any number of others: some 10 us each."""
 FIRST_TYPE, _LAST_TYPE = -(1 << 63), (1 << 63) - 1
-"""Waiting types are gone through in the order of their hashes."""
+"""Waiting types are visited in the order of their hashes."""
 TYPES_MAX = 1_000
-"""Types that one look for what is due goes through: some 20 ms, however many there are."""
+"""Types that one read of due changes visits: some 20 ms, however many there are."""
 _NO_CHAIN = "what led to it cannot be read"
 _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
 
 
 class Store:
-    """The statements for the outbox in ``schema``, and of it for what is in ``scope``.
+    """The statements for the outbox in ``schema``, limited to the types in ``scope``.
 
-    A change deeper than ``max_chain_depth`` is read with its chain. No read returns more than ``page_bytes`` of texts
+    A change deeper than ``max_chain_depth`` is read with its chain. A read returns at most ``page_bytes`` of texts
     and one change. Changes are read on sessions where ``leave_unread`` was called.
     """
 
@@ -101,9 +101,9 @@ class Store:
         self._option = "" if schema == "public" else f" --schema {shlex.quote(schema)}"
 
     async def check(self, reader: psycopg.AsyncConnection, *, settles: bool = True) -> None:
-        """Raises SchemaError where the table is missing, is an older one, or this role lacks rights.
+        """Raises SchemaError where the table is missing or of an older version, or this role lacks rights.
 
-        ``settles``: also those to settle.
+        ``settles``: also checks the rights to settle.
         """
         await self._refuse_filtered(reader)
         try:
@@ -138,7 +138,7 @@ class Store:
             )
 
     async def _refuse_filtered(self, reader: psycopg.AsyncConnection) -> None:
-        """Rows that are filtered look like an outbox without work."""
+        """Filtered rows would look like an outbox without work."""
         if filtered := [name for (name,) in await self._rows(reader, "filtered", {})]:
             raise SchemaError(
                 f"row-level security hides rows of {' and '.join(filtered)} from the role",
@@ -147,7 +147,7 @@ class Store:
             )
 
     def skip(self, seqs: Iterable[int]) -> None:
-        """From now on leave these changes out wherever changes are read; those that were left out before no more."""
+        """Leave these changes out of every read from now on. They replace those of the call before."""
         self._always["skipped"] = _array(seqs)
 
     async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Iterable[WakeUp]) -> OutboxPage:
@@ -194,7 +194,7 @@ class Store:
         page = await self._page(reader, records, first_column=3)
         records = [record for record in records if record[5] is not None]
         counts = Counter(row.change.shard for row in page.rows)
-        # By shard; of several rows the last one stays.
+        # By shard; of several rows the last one is kept.
         last = {row.change.shard: (row.change.seq, record[2]) for row, record in zip(page.rows, records, strict=False)}
         scanned = {
             shard: Scanned(seq, place >= scan or counts[shard] >= sweep.per_shard)
@@ -233,16 +233,16 @@ class Store:
         start: int = FIRST_TYPE,
         in_window: Iterable[int] = (),
     ) -> DuePage:
-        """Waiting changes that are due, of each type in turn, without those of some types.
+        """Due changes that wait for a retry, each type in turn, except the types in ``without``.
 
-        ``start`` is where the look before has ended, if it has not seen all types. Of those ``in_window`` nothing is
-        read, but they count for ``limit``.
+        ``start`` is where the previous call ended, if it did not visit all types. Changes ``in_window`` are not read,
+        but they count for ``limit``.
         """
         types, include = self.scope.without(without)
         parameters = {
             "shards": list(shards), "types": list(types), "among": include, "from": start, "types_max": TYPES_MAX
         }  # fmt: skip
-        # In this order: what becomes due between the two is in both, the other way round it would be in neither.
+        # In this order: a change that becomes due between the two is in both. In the other order it is in neither.
         [(next_due_s, last)] = await self._rows(reader, "next_due", parameters)
         found = await self._rows(reader, "due", {**parameters, "limit": limit, "skipped": _array(in_window)})
         fitting = [record for record in found if record[2] is not None]
@@ -260,8 +260,8 @@ class Store:
     ) -> Settled:
         """Record outcomes, all or none, on the session that holds the shard locks.
 
-        ``maybe_written``: by seq, what may be recorded already. ``around_locks``: without those keys of which another
-        session holds a change.
+        ``maybe_written``: the seqs of changes that may be recorded already. ``around_locks``: leave out the keys of
+        which another session holds a change.
         """
         failpoints.here("settle.before_commit")
         if around_locks:
@@ -283,8 +283,8 @@ class Store:
         plain = [finished.change for finished in batch if _is_plain(finished)]
         others = [] if len(plain) == len(batch) else [finished for finished in batch if not _is_plain(finished)]
         if plain and others:
-            # One transaction: a retried change and its successor may both be in this batch, and a crash between two
-            # commits would leave the successor marked and its predecessor to run again.
+            # One transaction: a retried change and its successor may both be in this batch. A crash between two
+            # commits would leave the successor marked, and its predecessor would run again.
             async with session.transaction():
                 counts = [await self._settle_plain(session, plain)]
                 failpoints.here("settle.between_marks")
@@ -296,7 +296,7 @@ class Store:
         return Settled(len(batch) - sum(count for count, _ in counts), counts[-1][1])
 
     async def _locked(self, session: psycopg.AsyncConnection, batch: Sequence[Settlement]) -> set[Key]:
-        """The keys of changes that another session holds; the others are taken until the transaction ends."""
+        """The keys of changes that another session has locked; the others are locked until the transaction ends."""
         keys = {finished.change.id: finished.change.key for finished in batch}
         found = await self._rows(session, "lock", {"ids": list(keys)})
         left = list(keys.keys() - {id_ for (id_,) in found})
@@ -304,21 +304,21 @@ class Store:
         return {keys[id_] for (id_,) in there}
 
     async def marked_since(self, reader: psycopg.AsyncConnection, after: Place | None, limit: int) -> Marked:
-        """What was marked processed behind that place, or (None) nothing yet."""
+        """Changes marked processed after that place. With None: no changes, only the clock."""
         types, include = self.scope
         at, row = after or (None, None)
         parameters = {"after": at, "place": row, "limit": limit, "types": list(types), "among": include}
         records = await self._rows(reader, "marked_since", parameters)
         now: datetime = records[0][0]
         found = [record for record in records if record[1] is not None]
-        # Those of other types have no number either.
+        # Rows of other types have no number either.
         read = list(itertools.takewhile(lambda record: record[3] is None or record[5] is not None, found))
         marks = [(_row(record[3:]).change, record[1]) for record in read if record[3] is not None]
         more = len(found) == limit or len(read) < len(found)
         return Marked(now, marks, Place(read[-1][1], read[-1][2]) if more and read else None)
 
     def take(self, changes: Sequence[Change], cause: Change) -> tuple[bytes, dict[str, Any]]:
-        """The statement by which a transactional handler's connection, of either kind, takes them: a row each.
+        """The statement that locks these on a transactional handler's connection, of either kind: a row each.
 
         What the transaction writes from then on is caused by ``cause``.
         """
@@ -334,13 +334,13 @@ class Store:
         return self._statements["cause"], {"cause": change.cause}
 
     def mark(self, changes: Sequence[Change], xid: str) -> tuple[bytes, dict[str, Any]]:
-        """The statement that marks what ``take`` took, if the transaction is still the one with that id."""
+        """The statement that marks what ``take`` locked, if the transaction still has this id."""
         return self._statements["mark"], {"ids": _array(change.id for change in changes), "xid": xid}
 
     async def start(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> set[UUID]:
-        """Write down that this process starts these; a suspect's earlier start, which failed, is counted with it.
+        """Record that this process starts these. A suspect's earlier start is counted as a failed attempt.
 
-        Returns the ids of those for which that was possible: not of what another session has taken, or settled.
+        Returns the ids of the changes recorded: without those that another session has locked or settled.
         """
         parameters = {
             "ids": [change.id for change in changes],
@@ -350,19 +350,19 @@ class Store:
         return {id_ for (id_,) in await self._rows(session, "start", parameters)}
 
     async def unstart(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> None:
-        """What ``start`` wrote down is of no account: they were cut off."""
+        """Take back the record of a start: these calls were cancelled."""
         ids = [change.id for change in changes]
         await session.execute(self._statements["unstart"], {"ids": ids, "process": self.process})
 
     async def suspects(self, session: psycopg.AsyncConnection, change: Change) -> Suspicion:
-        """Whether another process has written down that it started the change, and nothing came of it since."""
+        """Whether another process recorded that it started the change, and no outcome followed."""
         found = await self._rows(session, "suspect", {"id": change.id, "crashed": CRASHED})
         if not found:
             return Suspicion.NONE
         return Suspicion.AGAIN if found[0][0] else Suspicion.ONCE
 
     def figures(self, connection: psycopg.Connection) -> Figures:
-        """For the collector; bounded however large the table is."""
+        """For the stats poller; bounded however large the table is."""
         parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _ROWS_EXAMINED_PER_SHARD, "shards": SHARDS}
         statement = "figures"
         if not self.scope.everything:
@@ -377,7 +377,7 @@ class Store:
         return Figures(*row)
 
     def outside(self, connection: psycopg.Connection) -> dict[str, int]:
-        """The types of fresh changes that are not in scope, with a lower bound of how many wait of each."""
+        """The types of fresh changes outside the scope, each with a lower bound of their number."""
         types, include = self.scope
         parameters = {"types": list(types), "among": include, "scan": _ROWS_EXAMINED_OF_ALL_TYPES, "shards": SHARDS,
                       "bound": _OUTSIDE_MAX}  # fmt: skip
@@ -408,7 +408,7 @@ class Store:
 
     async def _page(self, reader: psycopg.AsyncConnection, records: list[Any], first_column: int = 2) -> OutboxPage:
         xmin, next_xid = records[0][:2]
-        # The snapshot comes with every row, and alone, with nulls, when there is none.
+        # Every row carries the snapshot. Without any change it comes in one row, with nulls.
         there = records if records[0][first_column] is not None else []
         rows = [_row(record[first_column:]) for record in there if record[first_column + 2] is not None]
         cut: Sequence[WakeUp] = ()
@@ -418,7 +418,7 @@ class Store:
         return OutboxPage(await self._with_chains(reader, rows), Snapshot(xmin, next_xid), cut=cut)
 
     async def _with_chains(self, reader: psycopg.AsyncConnection, rows: list[Row]) -> list[Row]:
-        """The same; those that are too deep with what led to them."""
+        """The same rows; those that are too deep get the chain of their causes."""
         deep = [row.change.id for row in rows if row.change.depth > self._max_chain_depth]
         if not deep:
             return rows
@@ -436,12 +436,12 @@ class Store:
 
 
 def _array(values: Iterable[int | UUID]) -> str:
-    """As PostgreSQL writes an array. The driver's own way looks at each element, a tenth of a small fetch's cost."""
+    """As PostgreSQL writes an array. The driver examines each element: a tenth of a small fetch's cost."""
     return f"{{{','.join(map(str, values))}}}"
 
 
 def _is_plain(finished: Settlement) -> bool:
-    """A fresh change that is done: what the statement ``settle_processed`` is for."""
+    """A fresh change that was processed: what the statement ``settle_processed`` is for."""
     return not finished.change.requeued and isinstance(finished.outcome, Processed | Skipped)
 
 

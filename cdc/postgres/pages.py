@@ -20,17 +20,17 @@ class OutboxPage:
     rows: list[Row]
     snapshot: Snapshot
     scanned: Mapping[int, Scanned] | None = None
-    """Of a sweep of some types, or one that was cut: how far it got in each shard."""
+    """For a sweep of some types, or one that was cut: the last seq examined in each shard."""
     others: frozenset[int] = frozenset()
-    """Of a fetch: the numbers of changes that are there, and of types that are not ours."""
+    """For a fetch: the seqs of changes that exist and are of types outside the scope."""
     cut: Sequence[WakeUp] = ()
-    """What is there and did not fit into the page: nothing was read of it."""
+    """Changes that exist and did not fit into the page: none of their columns were read."""
 
 
 class DuePage(NamedTuple):
-    """What is due, the seconds until more will be, and where to go on if not all types were looked at.
+    """Due changes, the seconds until more are due, and where to go on if not all types were visited.
 
-    All of the types between ``start`` and there. ``more``: more is due than was read.
+    It holds all types between ``start`` and there. ``more``: more changes are due than were read.
     """
 
     rows: list[Row]
@@ -40,21 +40,21 @@ class DuePage(NamedTuple):
 
 
 class KeyPage(NamedTuple):
-    """What was read on of a key. ``cut``: there is more, which did not fit into the page."""
+    """Further changes of a key. ``cut``: there are more, which did not fit into the page."""
 
     rows: list[Row]
     cut: bool
 
 
 class Place(NamedTuple):
-    """Where to go on reading what was marked: a moment, and the place in the table of the last one that has it."""
+    """Where to go on reading marked changes: a moment, and the place in the table of the last row that has it."""
 
     at: datetime
     row: str = "(0,0)"
 
 
 class Marked(NamedTuple):
-    """``now``: the database's clock. Changes and when each was marked, the first first. None: there is no more."""
+    """``now``: the database's clock. Changes, each with when it was marked, earliest first. None: there are no more."""
 
     now: datetime
     marks: list[tuple[Change, datetime]]
@@ -63,9 +63,9 @@ class Marked(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """``missed`` of the batch had been settled by somebody else. ``at`` is the database's clock.
+    """``missed``: those of the batch that another session had settled. ``at`` is the database's clock.
 
-    ``locked``: of these keys nothing was written, as another session holds one of their changes.
+    ``locked``: keys of which nothing was written, because another session holds one of their changes.
     """
 
     missed: int
@@ -77,7 +77,7 @@ class Settled:
 class Figures:
     """Counts end at 10,001, which means "more".
 
-    ``blocked_keys``: those of waiting changes and of dead letters that pause. ``notify_queue_usage``: of the whole
+    ``blocked_keys``: keys with a waiting change, or a dead letter that pauses. ``notify_queue_usage``: of the whole
     server, 0 to 1.
     """
 
@@ -92,5 +92,5 @@ class Figures:
 
 
 def ended_by(cut: Sequence[WakeUp], ends: dict[int, Scanned]) -> dict[int, Scanned]:
-    """How far a sweep got, where its page was full before these."""
+    """How far a sweep got whose page was full before the changes in ``cut``."""
     return ends | {shard: Scanned(ends[shard].seq if shard in ends else 0, more=True) for _, shard in cut}

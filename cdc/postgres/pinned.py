@@ -1,11 +1,11 @@
-"""Which server settings a session of ours pins, and why each of the others may be whatever a database or role says.
+"""Which server settings our sessions pin, and why every other setting may have any value.
 
 A setting that reaches an input or output function, the meaning of a name, a lock or a plan is pinned: ``ALTER
-DATABASE`` and ``ALTER ROLE`` may hold any value of it. They are given to the server in this order, and of two values
-the later counts: ``LIMITS``, then what the DSN or PGOPTIONS say, then ``PINNED``, then what the one session asks for.
-``NEWER`` is not known to every server, and naming what a server does not know ends the connection; it follows once the
-server's version is known. Everything else that a session may set is in ``HARMLESS``, with the reason; a test compares
-this file with ``pg_settings`` of each version at hand.
+DATABASE`` and ``ALTER ROLE`` may hold any value of it. They are passed to the server in this order, and of two values
+the later counts: ``LIMITS``, then those of the DSN or PGOPTIONS, then ``PINNED``, then those of the single session.
+``NEWER`` is not known to every server, and a server that does not know a setting ends the connection; it is sent once
+the server's version is known. Every other setting of a session is in ``HARMLESS``, with the reason; a test compares
+this file with ``pg_settings`` of each installed version.
 
 Connections lent to handlers keep the application's settings; what they pin is in ``transactions`` and its statements.
 """
@@ -20,14 +20,14 @@ LIMITS: Mapping[str, str] = {
     "idle_in_transaction_session_timeout": "0",
     "idle_session_timeout": "0",
 }
-"""Those of a database are meant for its application. Each session of ours names what it needs."""
+"""The database's values are meant for its application. Each session of ours sets the limits it needs."""
 
 PINNED: Mapping[str, str] = {
-    # Names: whoever may CREATE in a schema of the path could offer a better operator or function.
+    # Names: a role that may CREATE in a schema of the path could add a better match of an operator or function.
     "search_path": "pg_catalog",
-    # Filtering would look like an empty outbox; refused is seen.
+    # Filtered rows would look like an empty outbox; an error is seen.
     "row_security": "off",
-    # Transactions: each statement sees what is committed, and a default that is meant for readers does not stop marks.
+    # Transactions: each statement sees what is committed, and a default meant for readers does not stop marks.
     "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "off",
     "default_transaction_deferrable": "off",
@@ -37,7 +37,7 @@ PINNED: Mapping[str, str] = {
     "extra_float_digits": "1",
     "bytea_output": "hex",
     "array_nulls": "on",
-    # SQL, as it is read and as the catalogs give it back.
+    # SQL, as the server parses it and as the catalogs return it.
     "standard_conforming_strings": "on",
     "backslash_quote": "safe_encoding",
     "transform_null_equals": "off",
@@ -47,7 +47,7 @@ PINNED: Mapping[str, str] = {
     # Errors and messages.
     "exit_on_error": "off",
     "client_min_messages": "warning",
-    # Plans: with one method forbidden, a statement that is written for one plan gets another. See store.INDEXED.
+    # Plans: with one method disabled, a statement written for one plan gets another. See store.INDEXED.
     "plan_cache_mode": "auto",
     "enable_bitmapscan": "on",
     "enable_hashagg": "on",
@@ -128,22 +128,22 @@ HARMLESS: Mapping[str, str] = {
     ),
     "loads what a superuser has put on the server": "local_preload_libraries",
 }
-"""Reason to settings. Those that only a superuser may set are not here: no session of ours may set them either."""
+"""Reason to settings. Settings for superusers only are missing: our sessions may not set them either."""
 
 
 def startup(given: str, session: Mapping[str, str], *, user_path: bool = False) -> str:
-    """The parameter ``options`` of a session of ours; ``given``: what the DSN or PGOPTIONS say."""
+    """The parameter ``options`` of our sessions; ``given``: those of the DSN or PGOPTIONS."""
     ours = {name: value for name, value in PINNED.items() if not (user_path and name == "search_path")}
     return options(" ".join(filter(None, [*_settings(LIMITS), given, *_settings(ours)])), session)
 
 
 def options(given: str, session: Mapping[str, str]) -> str:
-    """What is given and, after it, the settings of one session."""
+    """The given options followed by the settings of one session."""
     return " ".join(filter(None, [given, *_settings(session)]))
 
 
 def once_connected(server_version: int) -> str | None:
-    """The statement that sets what this server has besides."""
+    """The statement that sets what this version of the server has besides."""
     known = [f"SET {name} = '{value}'" for name, (since, value) in NEWER.items() if server_version >= since]
     return "; ".join(known) or None
 

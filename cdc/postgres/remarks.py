@@ -1,4 +1,4 @@
-"""What is wrong or unexpected about captured tables: said by `cdc track` of one, by the doctor of all. Pure."""
+"""What is wrong or unexpected about captured tables: `cdc track` reports it for one, the doctor for all. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ TRIGGERS, TWICE, ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN, HANDLED = (
     "triggers", "captured-twice", "trigger-order", "missed-rows", "shared-types", "virtual-columns", "foreign-casts",
     "tables-with-row-security", "handled-by-writers",
 )  # fmt: skip
-"""What a remark is about; the doctor has a check of that name."""
+"""The subject of a remark; the doctor has a check of that name."""
 OF_TABLES = (ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN, HANDLED)
-"""Those that are warnings."""
+"""Subjects of warnings."""
 
 COARSE_KEY = (
     "the key {key} does not tell the rows of {table} apart: a key coarser than the source row has no one true order"
@@ -24,7 +24,7 @@ COARSE_KEY = (
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """``sql``: statements that fix it. ``remedy``: what else does, or has to be decided."""
+    """``sql``: statements that fix it. ``remedy``: another way to fix it, or what has to be decided."""
 
     about: str
     detail: str
@@ -37,14 +37,14 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class SettingOwner:
-    """A role or database, as a sentence calls it, whose sessions have the setting cdc.handled, and the types in it."""
+    """A role or database, as a sentence names it, whose sessions set cdc.handled, and the entity types in the value."""
 
     who: str
     types: frozenset[str]
 
 
 def faults(tracked: Tracked) -> Iterator[Remark]:
-    """By which writes fail, or are not captured, or more is captured than was said."""
+    """Faults by which writes fail, are not captured, or more is captured than was declared."""
     table, missing = tracked.table, tracked.missing
     if tracked.broken:
         yield Remark(
@@ -105,7 +105,7 @@ def _quoted(name: str) -> str:
 
 
 def doubled(tracked: Sequence[Tracked]) -> Iterator[Remark]:
-    """Rows that two triggers write into one outbox, on a table or on a partition of it."""
+    """Rows that two triggers write into one outbox, on a table or on one of its partitions."""
     for place, one in enumerate(tracked):
         for other in tracked[place + 1 :]:
             related = one.oid == other.oid or one.oid in other.above or other.oid in one.above
@@ -123,7 +123,7 @@ def coarse(table: SourceTable, tracked: Tracked) -> Iterator[str]:
 
 
 def cautions(table: SourceTable, tracked: Tracked) -> Iterator[Remark]:
-    """What is as it was asked for, and may surprise."""
+    """What is as configured, and may surprise."""
     yield from _order(tracked)
     yield from _missed(table, tracked)
     captured = [column for column in table.virtual if tracked.captures(column)]
@@ -152,7 +152,7 @@ def cautions(table: SourceTable, tracked: Tracked) -> Iterator[Remark]:
 
 
 def handled(tracked: Sequence[Tracked], sayings: Iterable[SettingOwner]) -> Iterator[Remark]:
-    """Which writers may keep changes from the handlers, and who is set to say so where it does not count."""
+    """Writers that may keep changes from the handlers, and roles or databases whose setting has no effect."""
     for each in tracked:
         if each.handled:
             yield Remark(
@@ -219,12 +219,12 @@ def _missed(table: SourceTable, tracked: Tracked) -> Iterator[Remark]:
 
 
 def shared(tracked: Sequence[Tracked]) -> Iterator[Remark]:
-    """Tables whose changes have one type, at least one of them only because of its name."""
+    """Tables whose changes have the same type, at least one of them only because of its name."""
     types: dict[str, list[Tracked]] = {}
     for each in tracked:
         types.setdefault(each.effective_type, []).append(each)
     for entity_type, together in types.items():
-        # A partition is no table of its own.
+        # A partition does not count as a table.
         if len({(each.oid, *each.above)[-1] for each in together}) > 1 and not all(
             each.entity_type for each in together
         ):

@@ -1,7 +1,7 @@
-"""The statements that fix what `cdc db upgrade` leaves as it is: who owns what, what was added, columns, constraints.
+"""The statements that fix what `cdc db upgrade` leaves as it is: owners, added objects, columns, constraints.
 
-The upgrade makes what is missing. It takes nothing away that is not ours, gives nothing to somebody else, and does not
-rewrite the table.
+The upgrade creates what is missing. It drops no object that is not ours, changes no owner, and does not rewrite the
+table.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from cdc.postgres.catalogs import Difference
 
 _TABLE = "table entity_changes"
 _CAPTURING = ("bounded_text", "captured_row", "capture_entity_change", "default_entity_type", "publish_change")
-"""Functions that may belong to a role of their own: capture_role.sql."""
+"""Functions that capture_role.sql may give to a role of their own."""
 _CAPTURE_ROLE = "cdc_capture_"
 _COLUMN = re.compile(r"(?P<type>.*?)(?P<not_null> NOT NULL)?(?: DEFAULT (?P<default>.*))?", re.DOTALL)
 
-# Named as picture.sql names them.
+# The names that picture.sql uses.
 _OWNERS = """
 SELECT CASE c.relkind WHEN 'v' THEN 'view ' ELSE 'table ' END || c.relname,
   pg_catalog.pg_get_userbyid(c.relowner)::text
@@ -36,21 +36,21 @@ WHERE n.nspname = %(schema)s AND p.proname = ANY (%(names)s::name[])
 
 
 def owners(connection: psycopg.Connection, schema: str) -> dict[str, str]:
-    """Who owns the objects of the outbox, by their names in a finding, "table entity_changes"."""
+    """The owners of the outbox's objects, by their names in a finding, "table entity_changes"."""
     names = ["entity_changes", "cdc_shards", "cdc_migrations", "action_processing_dashboard", "recent_action_history",
              "reprocess_failed_actions", *_CAPTURING]  # fmt: skip
     return dict(connection.execute(_OWNERS.encode(), {"schema": schema, "names": names}).fetchall())
 
 
 def owner_of_all(owners: Mapping[str, str]) -> str:
-    """Whose the outbox is. Where the table has one owner and all else another, somebody gave away the table alone."""
+    """The owner of the outbox. Where the table's owner differs from all others, only the table was given away."""
     table = owners[_TABLE]
     others = [owner for name, owner in owners.items() if name != _TABLE and not _captures(name)]
     return others[0] if len(others) > 1 and len({*others}) == 1 else table
 
 
 def with_repairs(findings: Sequence[Difference], schema: str, owners: Mapping[str, str]) -> list[Difference]:
-    """The same, each with how to fix it ``by_hand`` where the upgrade does not."""
+    """The same findings, each with the statement that fixes it (``by_hand``) where the upgrade does not."""
     given = dict(_given_back(schema, owners)) if _TABLE in owners else {}
     return [replace(each, by_hand=given.get(each.object, "") or _statement(each, schema)) for each in findings]
 
@@ -58,7 +58,7 @@ def with_repairs(findings: Sequence[Difference], schema: str, owners: Mapping[st
 def _given_back(schema: str, owners: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     wanted = owner_of_all(owners)
     if wanted != owners[_TABLE]:
-        # All other owners are compared with that of the table.
+        # The owners of all other objects are compared with that of the table.
         yield from ((f"owner of {name}", _give(schema, _TABLE, wanted)) for name in owners if owners[name] == wanted)
     roles = {owner for name, owner in owners.items() if _captures(name) and owner.startswith(_CAPTURE_ROLE)}
     for name, owner in owners.items():
@@ -101,7 +101,7 @@ def _statement(finding: Difference, schema: str) -> str:
 
 
 def _column(table: sql.Identifier, name: sql.Identifier, finding: Difference) -> str:
-    """Whether it may be NULL, and its default; not its type, which would rewrite the table."""
+    """Sets whether it may be NULL, and its default; not its type, which would rewrite the table."""
     expected, found = (_COLUMN.fullmatch(text) for text in (finding.expected, finding.found))
     if not expected or not found or expected["type"] != found["type"]:
         return ""

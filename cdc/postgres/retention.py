@@ -1,7 +1,7 @@
-"""Removing processed changes, in small batches: no long transaction, and no row that is still to be handled.
+"""Removing processed changes in small batches: no long transaction, and no unprocessed row.
 
-The history is an audit trail, so nothing is removed unless asked for; and what is not processed, a dead letter above
-all, is never removed.
+The history is an audit trail, so nothing is removed unless asked for. An unprocessed change, a dead letter above all,
+is never removed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from psycopg import sql
 from cdc.postgres.sql_files import load
 
 BATCH = 1_000
-"""Rows a batch: a few milliseconds of locks, and a transaction that no vacuum waits for."""
+"""Rows a batch: a few milliseconds of locks, and a transaction too short to delay vacuum."""
 COUNT_BOUND = 1_000_001
 
-# Of one batch. Left to itself the planner may sort the whole history for the first thousand.
+# For one batch. Without them the planner may sort the whole history to find the first thousand.
 LIMITS = (
     "SELECT set_config('statement_timeout', '30s', true), set_config('lock_timeout', '5s', true),"
     " set_config('enable_seqscan', 'off', true), set_config('enable_sort', 'off', true), set_config('jit', 'off', true)"
@@ -27,7 +27,7 @@ LIMITS = (
 
 
 class Batch(NamedTuple):
-    """``removed`` rows are gone, the last of which was processed at ``until``; None if there was none."""
+    """``removed`` rows are gone, the last of which was processed at ``until``; None if none was."""
 
     removed: int
     until: datetime | None
@@ -42,7 +42,7 @@ class Retention:
         """Its name, as one writes it in SQL."""
 
     def prune(self, connection: psycopg.Connection, older_than_s: float, limit: int = BATCH) -> Iterator[int]:
-        """Remove what was processed longer ago; yields how many after each batch, which is committed by then."""
+        """Remove changes processed more than ``older_than_s`` ago; yields each batch's count after its commit."""
         batch = Batch(limit, None)
         while batch.removed == limit:
             with connection.transaction():
@@ -61,7 +61,7 @@ class Retention:
         *,
         since: datetime | None = None,
     ) -> Batch:
-        """Remove one batch. Less than ``limit``: there is no more now. ``since``: where the batch before ended."""
+        """Remove one batch. Fewer than ``limit``: no more are left. ``since``: where the previous batch ended."""
         async with connection.transaction():
             await connection.execute(LIMITS)
             cursor = await connection.execute(self._statements["prune"], _asked(older_than_s, limit, since))
@@ -70,7 +70,7 @@ class Retention:
         return Batch(*row)
 
     def prunable(self, connection: psycopg.Connection, older_than_s: float) -> int:
-        """How many there are; 1,000,001 means more."""
+        """The number of changes that ``prune`` would remove; 1,000,001 means more."""
         parameters = {"older_than_s": older_than_s, "bound": COUNT_BOUND}
         with connection.transaction():
             connection.execute(LIMITS)

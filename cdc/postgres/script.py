@@ -1,7 +1,7 @@
-"""One text for connections of both kinds: the async ones of an event loop, and those that block their thread.
+"""One code for both kinds of connections: the async ones of an event loop, and those that block their thread.
 
-psycopg gives both the same methods. A script is a generator that yields what such a method returned, and goes on with
-the answer: a coroutine is awaited, anything else is the answer itself.
+psycopg gives both the same methods. A script is a generator that yields what such a method returned, and is resumed
+with the result: a coroutine is awaited, any other value is the result itself.
 
     def one(connection: psycopg.Connection | psycopg.AsyncConnection) -> Script[int]:
         cursor = yield connection.execute("SELECT 1")
@@ -22,7 +22,7 @@ Script: TypeAlias = Generator[Any, Any, _T]
 
 
 def run(script: Script[_T]) -> _T:
-    """On a connection that blocks: what the script yields is the answer. Returns what the script returns."""
+    """Run on a blocking connection: a yielded value is the result itself. Returns what the script returns."""
     try:
         answer = script.send(None)
         while True:
@@ -32,7 +32,7 @@ def run(script: Script[_T]) -> _T:
 
 
 async def run_async(script: Script[_T]) -> _T:
-    """``run`` on an async connection: what is yielded is awaited; an error or a cancellation is raised at the yield."""
+    """``run`` on an async connection: a yielded value is awaited; an error or cancellation is raised at the yield."""
     try:
         asked = script.send(None)
         while True:

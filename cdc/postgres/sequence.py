@@ -1,4 +1,4 @@
-"""The numbers of changes: their order is that of one sequence, which replication and some copies do not carry along."""
+"""The numbers of changes: one sequence gives their order, and replication and some copies do not carry it along."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cdc.core.model import SHARDS
 
 _LOCK_TIMEOUT = "5s"
 _ROWS_EXAMINED = 10_000
-"""Rows in each state but fresh, the latest by the index of the state; of fresh ones the last of each shard."""
+"""Rows examined in each state but fresh, the latest by the state's index; of fresh ones the last of each shard."""
 
 _NAME = """
 SELECT s.oid, pg_catalog.format('%%I.%%I', n.nspname, s.relname) AS name,
@@ -43,7 +43,7 @@ SELECT greatest(
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """``last``: the number drawn last, None where the role may not see it. ``highest``: of the rows looked at."""
+    """``last``: the number drawn last, None where the role may not see it. ``highest``: of the rows examined."""
 
     sequence: str
     last: int | None
@@ -51,12 +51,12 @@ class Numbers:
 
     @property
     def behind(self) -> bool:
-        """New changes would be numbered below, or like, those that are there."""
+        """New changes would get numbers that exist already, or lower ones."""
         return self.last is not None and self.last < self.highest
 
 
 def look(connection: psycopg.Connection, schema: str) -> Numbers:
-    """Some index looks; nothing is locked. Raises NotFoundError where there is no such table, or it has no sequence."""
+    """Takes some index look-ups and no lock. Raises NotFoundError where the table or its sequence is missing."""
     row = connection.execute(_NAME.encode(), [schema]).fetchone()
     if row is None:
         raise NotFoundError(f"entity_changes in schema {schema} has no sequence", hint="run `cdc db upgrade`")
@@ -78,10 +78,10 @@ def _highest(connection: psycopg.Connection, schema: str) -> int:
 
 
 def catch_up(connection: psycopg.Connection, schema: str) -> Numbers | None:
-    """Have the sequence go on behind the highest number; what it was before, None where nothing was to be done.
+    """Set the sequence behind the highest number; returns what it was before, None where it was right.
 
     Reads the whole table once, and then holds SHARE ROW EXCLUSIVE on it for a moment: writers of tracked tables wait,
-    and so no number is drawn meanwhile. Raises CdcError where that lock does not come within 5 s.
+    so no number is drawn meanwhile. Raises CdcError where that lock is not granted within 5 s.
     """
     before = look(connection, schema)
     if not before.behind:

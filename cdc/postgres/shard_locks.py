@@ -2,20 +2,20 @@
 
 Theory
 ------
-A shard is owned by whoever holds the advisory lock ``(class, shard)``; a consumer is alive while it shares the lock
-``(class, SHARDS)``. ``class`` is a hash of the schema's name, so that two outboxes in one database have shards of their
-own. Both locks end with the session and with nothing else: no lease, no clock, no heartbeat that a pause could outlive.
-Retention has one lock more in this class, ``RETENTION``, on a session of its own, and observers share ``OBSERVERS``, so
-that they can be seen.
-A row of ``cdc_shards`` says who owns a shard, and a consumer that gives it back removes the row. So a row of somebody
-else's, of a shard that could be locked, is that of one that died; ``crash_guard`` is about what follows from that.
-Outcomes are settled on this very session: whoever has lost it has lost the locks, and can settle nothing.
+The owner of a shard is the session that holds the advisory lock ``(class, shard)``. A consumer is alive while it shares
+the lock ``(class, SHARDS)``. ``class`` is a hash of the schema's name, so that two outboxes in one database have
+separate shards. Both locks end with the session and with nothing else: no lease, no clock, no heartbeat that a pause
+could outlive. Retention has one lock more in this class, ``RETENTION``, on another session, and observers share
+``OBSERVERS``, so that they can be seen.
+A row of ``cdc_shards`` names the owner of a shard, and a consumer that releases the shard removes the row. So another
+process's row, of a shard that could be locked, means that its owner died; ``crash_guard`` decides what follows.
+Outcomes are settled on this very session: a consumer that has lost it has lost the locks, and can settle nothing.
 
-A dead process's locks are free as soon as its kernel closes the socket. For a vanished host the server decides, by the
-TCP settings asked for here (``connect.SERVER_TCP``); our own side gives up earlier (``connect.CLIENT_TCP``). TCP sees
-nothing where a proxy between the two stands still and keeps both of its links. There our side closes its own when an
-answer is late (``link``); and since an owner looks at the shards every second, the server ends a session from which it
-has heard nothing for ``SILENCE_MAX_S``. The server alone decides that: who is ended has lost the locks by the same act.
+A dead process's locks are released as soon as its kernel closes the socket. For a vanished host the server decides, by
+the TCP settings of ``connect.SERVER_TCP``; the client gives up earlier (``connect.CLIENT_TCP``). TCP notices nothing
+where a proxy between the two stands still and keeps both of its links. There the client closes its link when an answer
+is late (``link``). Since an owner polls the shards every second, the server ends a session that has sent nothing for
+``SILENCE_MAX_S``. The server alone decides that: the same act ends the session and releases its locks.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async
 from cdc.postgres.sql_files import table
 
 RETENTION = SHARDS + 1
-"""The number, within ``lock_class``, of the lock of whoever removes old changes."""
+"""The number, within ``lock_class``, of the lock held by the process that removes old changes."""
 
 OBSERVERS = SHARDS + 2
-"""The number of the lock that those share who only look."""
+"""The number of the lock that observers share."""
 
 SILENCE_MAX_S = 60
-"""For the owner of shards that is frozen, or whose link is; so long its keys wait for another one."""
+"""For an owner of shards that is frozen, or whose link is; its keys wait that long for another owner."""
 _SILENT_S = 10.0
-"""An owner looks every second."""
+"""An owner polls every second."""
 _SHOWN = 5
 _ANSWER_LIMIT_S = 25.0
-"""Longer than statement_timeout; half a minute with the second between two looks."""
+"""Longer than statement_timeout; half a minute with the second between two polls."""
 SESSION = {
     **SERVER_TCP,
     "idle_session_timeout": f"{SILENCE_MAX_S}s",
     "idle_in_transaction_session_timeout": f"{SILENCE_MAX_S}s",
-    "lock_timeout": "1s",  # whoever has locked a row delays its own key only: what can be written is
+    "lock_timeout": "1s",  # a session that has locked a row delays its own key only: the others are written
     "statement_timeout": "20s",
 }
 
-# Anybody may take these locks. Who may not mark a change handles none: such a session has no share in the work. That
-# it takes a shard itself, nobody can undo but who ends it.
+# Any role may take these locks. A session that may not mark a change handles none, so it gets no share. A shard that
+# such a session locks itself stays locked until the session is ended.
 MAY_MARK = """
 (to_regclass(%(outbox)s) IS NULL OR coalesce((
   SELECT has_column_privilege(marking.usesysid, to_regclass(%(outbox)s), 'processed', 'UPDATE')
   FROM pg_stat_activity AS marking WHERE marking.pid = {locks}.pid), false))
 """
-"""Of the session ``{locks}.pid``; ``outbox``: the table, as ``outbox_name`` writes it."""
+"""About the session ``{locks}.pid``; ``outbox``: the table, as ``outbox_name`` writes it."""
 
 _POLL = f"""
 SELECT count(*) FILTER (WHERE objid = %(shards)s AND {MAY_MARK.format(locks="locks")})::int AS members,
@@ -76,7 +76,7 @@ WHERE locktype = 'advisory' AND granted AND classid = %(class)s::oid AND objsubi
   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """  # noqa: S608 - of pieces of our own
 
-# Since when a session is there, and from where, not every role may see.
+# Not every role may see a session's start and address.
 _MEMBERS = f"""
 SELECT locks.pid, owned.shards, host(activity.client_addr) AS address,
        extract(epoch FROM clock_timestamp() - activity.backend_start)::float8 AS age_s
@@ -120,7 +120,7 @@ SELECT shard FROM (
 WHERE pg_try_advisory_lock(%(key)s, shard)
 """
 
-# The inner query still sees who was there before.
+# The inner query still sees the members from before.
 _REGISTER = """
 WITH before AS (
   SELECT shard, owner FROM {shards} WHERE shard = ANY (%(shards)s::int[])
@@ -149,7 +149,7 @@ def _hashed(schema: str) -> int:
 
 
 class Member(NamedTuple):
-    """A live consumer, by its session on the server. None: this role may not see it, or a local socket has none."""
+    """A live consumer's session on the server. None: this role may not see it, or a local socket has no address."""
 
     pid: int
     shards: int
@@ -158,12 +158,12 @@ class Member(NamedTuple):
 
 
 def members(connection: psycopg.Connection, schema: str) -> list[Member]:
-    """The live consumers of this outbox; what they own of the SHARDS is all that is owned."""
+    """The live consumers of this outbox; together they hold all shards that are owned."""
     return _sharing(connection, schema, SHARDS)
 
 
 def observers(connection: psycopg.Connection, schema: str) -> list[Member]:
-    """Those that only look; they own nothing."""
+    """Sessions that only observe; they own no shard."""
     return _sharing(connection, schema, OBSERVERS)
 
 
@@ -201,7 +201,7 @@ def without(holders: Sequence[Holder]) -> str:
 
 
 async def observe(connection: psycopg.AsyncConnection, schema: str) -> None:
-    """Be seen as an observer until the connection ends."""
+    """Register as an observer until the connection ends."""
     await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [lock_class(schema), OBSERVERS])
 
 
@@ -225,7 +225,7 @@ class ShardSession:
 
     @classmethod
     async def open(cls, dsn: Dsn, schema: str, owner: UUID, settings: Mapping[str, str]) -> ShardSession:
-        """Connect with these server settings besides our own, and become a member. ``owner``: this process."""
+        """Connect with these server settings besides our own, and register as a member. ``owner``: this process."""
         connection = await connect_async(
             dsn,
             application_name="cdc: shards",
@@ -253,7 +253,7 @@ class ShardSession:
             return await (await cursor.execute(_HOLDERS, {**self._parameters, "shown": _SHOWN})).fetchall()
 
     async def acquire(self, limit: int) -> Acquired:
-        """Lock up to ``limit`` shards that nobody holds; or go on with those that were locked when it failed before.
+        """Lock up to ``limit`` shards that no session holds; or go on with those locked by a call that failed.
 
         Raises SessionLostError when it is unknown which of the locks were taken.
         """
@@ -276,7 +276,7 @@ class ShardSession:
             ) from error
 
     async def others(self, shards: Iterable[int]) -> list[int]:
-        """Those of these shards that another process owns, or that nobody does."""
+        """Those of these shards whose owner is another process, or none."""
         statement = sql.SQL(
             "SELECT shard FROM unnest(%s::int[]) AS shard"
             " WHERE NOT EXISTS (SELECT FROM {} AS o WHERE o.shard = shard.shard AND o.owner = %s)"
@@ -293,7 +293,7 @@ class ShardSession:
         failpoints.here("shards.after_release")
 
     async def unregister(self) -> None:
-        """Nothing is in flight any more: the next owner need not suspect a crash. The locks end with the session."""
+        """Nothing is in flight: the next owner need not suspect a crash. The locks end with the session."""
         await self._unregister(range(SHARDS))
 
     async def _unregister(self, shards: Iterable[int]) -> None:
@@ -309,7 +309,7 @@ class ShardSession:
 
     @property
     def has_server_message(self) -> bool:
-        """Something has come from the server. Where no statement runs, that is bad news: ask before going on."""
+        """The server has sent something. While no statement runs, that means trouble: check before going on."""
         if self.connection.closed:
             return True
         return bool(self._poll.poll(0))

@@ -1,4 +1,4 @@
-"""The named statements of the ``.sql`` files beside this one, made ready for one schema."""
+"""The named statements of the ``.sql`` files in this folder, prepared for one schema."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
 
 
 def table(schema: str, name: str) -> sql.Composable:
-    """Its name for a statement with parameters."""
+    """The table's name, for a statement with parameters."""
     return _in_text(sql.Identifier(schema, name))
 
 
 def _in_text(name: sql.Composable) -> sql.Composable:
-    """In a statement with parameters a % begins a placeholder, also within a name."""
+    """A % begins a placeholder in a statement with parameters, also within a name."""
     return sql.SQL(name.as_string().replace("%", "%%"))
 
 

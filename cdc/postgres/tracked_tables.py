@@ -1,7 +1,7 @@
 """What captures: one trigger on a table, and what a second `cdc track` makes of it. Values and decisions; pure.
 
-An option that is not named stays as the trigger has it. What would be told less of than before, or more, is a loss:
-the caller decides whether that is meant.
+An option that is not named stays as the trigger has it. A change that captures less than before, or more, is a loss:
+the caller decides whether it is intended.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from cdc.core.errors import UsageError
 from cdc.core.model import Operation
 
 LISTS, FLAGS = ("key", "exclude", "columns"), ("virtual", "handled")
-"""Options of capture_entity_change() that are set here. Any other that a trigger has is kept as it is."""
+"""Options of capture_entity_change() that are set here. Any other option of a trigger is kept as it is."""
 DOCUMENTED_TYPES: Mapping[str, str] = {
     "whatsapp_message_reactions": "reaction",
     "whatsapp_messages": "message",
     "tasks": "task",
 }
-"""Entity types by the name of the table, as default_entity_type() gives them to a trigger without one."""
+"""Entity types by the table's name, as default_entity_type() gives them to a trigger without one."""
 
 
 class Fires(StrEnum):
-    """When the trigger does: for the application's writes, for rows that replication brings, both, or never."""
+    """Which writes fire the trigger: the application's, rows that replication brings, both, or none."""
 
     ORIGIN = "origin"
     ALWAYS = "always"
@@ -37,7 +37,7 @@ class Fires(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """What PostgreSQL makes of a partitioned table's trigger on one of its partitions."""
+    """The copy on one partition that PostgreSQL makes of a partitioned table's trigger."""
 
     namespace: str
     name: str
@@ -48,7 +48,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tracked:
-    """One capturing trigger. ``table`` is spelt as SQL wants it; an empty ``key`` is looked up at each capture."""
+    """One capturing trigger. ``table`` is spelt for SQL; an empty ``key`` is looked up at each capture."""
 
     table: str
     trigger: str
@@ -57,24 +57,24 @@ class Tracked:
     key: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
-    """All that is captured; empty: whatever is not excluded."""
+    """The captured columns; empty: all that are not excluded."""
     virtual: bool = False
     """Virtual generated columns are captured with their value, not as null."""
     handled: bool = False
-    """Writers may say by the setting cdc.handled that they handle a change themselves, so that no handler gets it."""
+    """Writers may declare by the setting cdc.handled that they handle a change themselves; no handler gets it."""
     fires: Fires = Fires.ORIGIN
     ours: bool = True
     """False for a trigger made by hand."""
     more: tuple[tuple[str, str], ...] = ()
     """Further options, each with its JSON."""
     only: str = ""
-    """What narrows it besides, as SQL: ``UPDATE OF a``, ``WHEN (...)``."""
+    """Further conditions, as SQL: ``UPDATE OF a``, ``WHEN (...)``."""
     broken: str = ""
-    """Why every write fails that it should capture, whatever the table's columns are."""
+    """Why every write that it should capture fails, whatever the table's columns are."""
     missing: tuple[str, ...] = ()
     """Columns that its options name and the table does not have."""
     oid: int = field(default=0, compare=False)
-    """Of the table, and where it is:"""
+    """The table's; what follows describes the table's place:"""
     namespace: str = field(default="", compare=False)
     name: str = field(default="", compare=False)
     root: str = field(default="", compare=False)
@@ -87,13 +87,13 @@ class Tracked:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The names of those that it has."""
+        """The names of the options that it has."""
         ours = [name for name in (*LISTS, *FLAGS) if getattr(self, name)]
         return (*ours, *(name for name, _ in self.more))
 
     @property
     def enabled(self) -> bool:
-        """For what the application writes."""
+        """Whether the application's writes fire it."""
         return self.fires in (Fires.ORIGIN, Fires.ALWAYS)
 
     @property
@@ -103,7 +103,7 @@ class Tracked:
 
     @property
     def off(self) -> tuple[Copy, ...]:
-        """Partitions in which it does not fire for the application, while it does in others."""
+        """Partitions in which the application's writes do not fire it, while they do in others."""
         silent = (Fires.DISABLED, Fires.REPLICA)
         return tuple(copy for copy in self.copies if copy.fires in silent and self.enabled)
 
@@ -132,7 +132,7 @@ class Tracked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForeignCast:
-    """A cast to JSON of a column's type, by a function of somebody who is neither a superuser nor owns the outbox."""
+    """A cast to JSON of a column's type, whose function's owner is neither a superuser nor the outbox's owner."""
 
     column: str
     type: str
@@ -154,12 +154,12 @@ class SourceTable:
     """The partitioned table that it is a part of."""
     columns: tuple[str, ...]
     virtual: tuple[str, ...] = ()
-    """Generated columns that are stored nowhere."""
+    """Generated columns that are not stored."""
     primary_key: tuple[str, ...] = ()
     unique_keys: tuple[frozenset[str], ...] = ()
-    """Sets of NOT NULL columns of which no two rows have the same values."""
+    """Sets of NOT NULL columns whose values are unique."""
     children: tuple[str, ...] = ()
-    """Tables that inherit from it, and are captured by no trigger of their own."""
+    """Tables that inherit from it and have no capturing trigger."""
     row_security: bool = False
     unlogged: bool = False
     subscribed: bool = False
@@ -169,7 +169,7 @@ class SourceTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was named; None stays as it is, or gets its default. ``entity_type`` "" is that by the table's name."""
+    """The options named; None stays as it is, or gets its default. ``entity_type`` "": that by the table's name."""
 
     entity_type: str | None = None
     operations: tuple[Operation, ...] | None = None
@@ -201,15 +201,15 @@ def read_options(text: str) -> dict[str, Any]:
     for name, value in lists.items():
         if not isinstance(value, list) or not all(isinstance(column, str) for column in value):
             return {"broken": f"its option {name} is no list of columns"}
-    # As the function reads it: whatever is not true is false.
+    # As the function reads it: any value but true is false.
     flags: dict[str, Any] = {name: True for name in FLAGS if named.get(name) is True}
     return {name: tuple(value) for name, value in lists.items()} | flags | {"more": more}
 
 
 def decide(source: SourceTable, present: Sequence[Tracked], asked: Asked, trigger: str) -> Tracked:
-    """The trigger that ``source`` shall have. Raises UsageError for what does not fit the table or each other.
+    """The trigger that ``source`` shall have. Raises UsageError for options that do not fit the table or each other.
 
-    ``present``: those that capture it now.
+    ``present``: the triggers that capture it already.
     """
     before = _common(source, present, asked)
     exclude, columns = _shown(asked, before)
@@ -234,13 +234,13 @@ def decide(source: SourceTable, present: Sequence[Tracked], asked: Asked, trigge
 
 
 def losses(source: SourceTable, before: Tracked, wanted: Tracked) -> Iterator[str]:
-    """What ``wanted`` no longer keeps, a clause each. What the table has no column for is lost already."""
+    """What ``wanted`` would not keep, a clause each. Columns that the table does not have are lost already."""
     if before.entity_type and before.entity_type != wanted.entity_type:
         yield f"its type {before.entity_type} would become {wanted.effective_type}"
     if before.key and before.key != wanted.key and not set(before.key) - set(source.columns):
         yield f"its key {named(before.key)} would become {named(wanted.key)}"
     opened = [column for column in source.columns if wanted.captures(column) and not before.captures(column)]
-    shown = [column for column in opened if column not in wanted.columns]  # naming it is leave enough
+    shown = [column for column in opened if column not in wanted.columns]  # naming a column is consent
     if shown:
         yield f"{named(shown)}, left out until now, would be captured"
     hidden = [column for column in before.columns if column in source.columns and not wanted.captures(column)]
@@ -263,7 +263,7 @@ def described(tracked: Tracked) -> str:
 
 
 def named(columns: Sequence[str]) -> str:
-    """With commas between them, in quotes where a name would be read as several or as another."""
+    """Joined by commas; in quotes where a name would be read as several or as another."""
     return ",".join(
         '"' + column.replace('"', '""') + '"'
         if "," in column or column != column.strip() or column[:1] == '"'
@@ -273,7 +273,7 @@ def named(columns: Sequence[str]) -> str:
 
 
 def _common(source: SourceTable, present: Sequence[Tracked], asked: Asked) -> Tracked:
-    """What is there, as one trigger. Where several differ in an option, that has to be named."""
+    """The present triggers, as one. Raises UsageError for an option in which several differ, unless it is named."""
     if not present:
         return Tracked(table=source.spelt, trigger="", operations=tuple(Operation), entity_type=None)
     first, *others = present
@@ -291,7 +291,7 @@ def _common(source: SourceTable, present: Sequence[Tracked], asked: Asked) -> Tr
 
 
 def _shown(asked: Asked, before: Tracked) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """``exclude`` and ``columns``, of which at most one is there: naming the one takes the place of the other."""
+    """``exclude`` and ``columns``, of which at most one is set: naming one replaces the other."""
     if asked.exclude and asked.columns:
         raise UsageError("--columns names all that is captured, and --exclude what is not", hint="name one of them")
     exclude = asked.exclude if asked.exclude is not None else () if asked.columns else before.exclude

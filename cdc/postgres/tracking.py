@@ -1,7 +1,7 @@
 """Which tables are captured: one row trigger on each, with its entity type, key and columns as arguments.
 
-The triggers are the whole configuration; there is no table of tracked tables that could say something else. Triggers
-made by hand, as the documented SQL does, count like our own.
+The triggers are the whole configuration: no table of tracked tables could contradict them. Triggers made by hand, as
+the documented SQL does, count like our own.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Tracking:
 
     tracked: Tracked
     changed: bool
-    """False when the trigger was there already, as asked for."""
+    """False when the trigger existed already, as asked for."""
     before: Tracked | None = None
-    """Our trigger as it was."""
+    """Our trigger before the change."""
     replaced: tuple[str, ...] = ()
-    """Triggers made by hand that were dropped in its favour."""
+    """Triggers made by hand that were dropped and replaced by ours."""
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """One trigger with our former name. ``refused``: why it keeps it."""
+    """One trigger with our former name. ``refused``: why it keeps that name."""
 
     table: str
     refused: str = ""
@@ -67,11 +67,11 @@ def track(
 ) -> Tracking:
     """Capture the rows of ``table``, a name as PostgreSQL reads it, into the outbox in ``schema``.
 
-    What is None stays as the table's trigger has it; at first, all operations and columns, the type by the table's
-    name, and as key the column id, else the primary key. Raises NotFoundError for a table that does not exist,
-    UsageError for one that cannot be tracked or columns it does not have, RefusedError where the function could not
-    write the outbox, and, unless ``replace`` is set, when a trigger made by hand captures it already, or a type, a key,
-    or what is captured or left out would go. Writers of the table wait while the trigger is made, 5 s at most.
+    An option that is None stays as the table's trigger has it; a new one has all operations and columns, the type by
+    the table's name, and as key the column id, else the primary key. Raises NotFoundError for a table that does not
+    exist, UsageError for one that cannot be tracked or columns it does not have, RefusedError where the function could
+    not write the outbox, and, unless ``replace`` is set, when a trigger made by hand captures it already, or a type, a
+    key, captured or excluded columns would be lost. Writers of the table wait while the trigger is made, up to 5 s.
     """
     asked = Asked(
         entity_type=entity_type, operations=_frozen(operations), key=_frozen(key), exclude=_frozen(exclude),
@@ -111,7 +111,7 @@ def track(
 
 
 def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tracked]:
-    """Drop every trigger on ``table`` that captures into ``schema``, also those made by hand; those dropped.
+    """Drop every trigger on ``table`` that captures into ``schema``, also those made by hand; returns them.
 
     Raises NotFoundError when there is none, RefusedError with the statements to run when the role does not own it.
     """
@@ -127,17 +127,17 @@ def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tra
 
 
 def tracked(connection: psycopg.Connection, schema: str) -> list[Tracked]:
-    """Every trigger that captures into ``schema``, by table; of a partitioned table that of its root."""
+    """Every trigger that captures into ``schema``, by table; for a partitioned table the one of its root."""
     with connection.transaction():
         _use_server_names(connection)
         return _triggers(connection, capture_catalog.capture_function(connection, schema), schema)
 
 
 def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]:
-    """Give our triggers of before the name that fires first, each in a transaction of its own.
+    """Rename our triggers of former versions so that they fire first, each in a transaction of its own.
 
-    ACCESS EXCLUSIVE on each such table for a moment; who does not get it within 5 s, or does not own the table, leaves
-    it as it is and says so.
+    Takes ACCESS EXCLUSIVE on each such table for a moment. A trigger keeps its name where that lock is not granted
+    within 5 s, or the role does not own the table; its Renaming says so.
     """
     done = []
     for each in tracked(connection, schema):
@@ -158,10 +158,10 @@ def _frozen(given: Sequence[T] | None) -> tuple[T, ...] | None:
 
 
 def _is_different(before: Tracked | None, wanted: Tracked, *, always: bool | None) -> bool:
-    """``before`` is as the catalogs have it, with further facts, and with its copies on partitions."""
+    """``before`` comes from the catalogs, with further facts, and with its copies on partitions."""
     if before is None or before.trigger != wanted.trigger or before.broken or before.only:
         return True
-    # A partition may fire ALWAYS beside others that do not, unless something was asked for.
+    # A partition's copy may fire ALWAYS beside others that do not, unless the option was named.
     unlike = always is not None and {copy.fires for copy in before.copies} - {wanted.fires}
     same = (arguments(before), before.operations, before.fires) == (arguments(wanted), wanted.operations, wanted.fires)
     return bool(unlike or before.off or not same)
@@ -229,7 +229,7 @@ def _refuse_doubled(source: SourceTable, others: Sequence[Tracked]) -> None:
 
 @contextmanager
 def _changing(connection: psycopg.Connection, table: str) -> Iterator[None]:
-    """One transaction that does not make writers queue for long behind its wait for the table's lock."""
+    """One transaction whose wait for the table's lock does not hold up writers for long."""
     try:
         with connection.transaction():
             connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [_LOCK_TIMEOUT])
@@ -252,9 +252,9 @@ _USER_PATH = "cdc.user_path"
 
 
 def _use_server_names(connection: psycopg.Connection) -> None:
-    """Until the transaction ends, operators and functions are the server's own, whatever else the user's path offers.
+    """Until the transaction ends, operators and functions are the server's own, whatever the user's path contains.
 
-    Where that path counts, for the name of a table as one writes it, ``_as_user`` restores it; it is kept in a setting.
+    Where that path counts, for a table's name as a user writes it, ``_as_user`` restores it; a setting keeps it.
     """
     connection.execute(
         "SELECT pg_catalog.set_config(%s, pg_catalog.current_setting('search_path'), true),"
@@ -287,7 +287,7 @@ def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: s
     try:
         with _as_user(connection):
             [(oid,)] = connection.execute("SELECT pg_catalog.to_regclass(%s)::pg_catalog.oid", [name]).fetchall()
-            if oid is None:  # from PostgreSQL 16 on also for what is no name
+            if oid is None:  # from PostgreSQL 16 on also for what is not a name
                 connection.execute("SELECT pg_catalog.parse_ident(%s)", [name])
     except (errors.InvalidName, errors.InvalidParameterValue, errors.SyntaxError, errors.FeatureNotSupported) as bad:
         raise UsageError(
@@ -312,7 +312,7 @@ def _similar(connection: psycopg.Connection, name: str) -> str:
 
 
 def _create(connection: psycopg.Connection, schema: str, source: SourceTable, wanted: Tracked) -> None:
-    # OR REPLACE also enables a trigger that was disabled, and needs no ownership of the table as DROP TRIGGER does.
+    # OR REPLACE also enables a trigger that was disabled, and unlike DROP TRIGGER needs no ownership of the table.
     connection.execute(
         sql.SQL("CREATE OR REPLACE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION {}({}, {})").format(
             sql.Identifier(wanted.trigger),
@@ -333,7 +333,7 @@ def _set_firing(
     *,
     always: bool | None,
 ) -> None:
-    """Have the trigger and its copies on partitions fire as they did before they were replaced, or as asked for."""
+    """Make the trigger and its copies on partitions fire as before they were replaced, or as asked for."""
     [made] = [each for each in _triggers(connection, capture, schema, source.oid) if each.ours]
     was = {(copy.namespace, copy.name): copy.fires for copy in before.copies} if before else {}
     if before is not None:
@@ -367,7 +367,7 @@ def _rename_former(connection: psycopg.Connection, schema: str, present: Sequenc
 
 
 def _rename(connection: psycopg.Connection, trigger: Tracked, new: str) -> None:
-    """Up to PostgreSQL 14 the copies on partitions keep their names unless they are renamed, too."""
+    """Up to PostgreSQL 14 the copies on partitions must be renamed, too."""
     places = [(trigger.namespace, trigger.name, trigger.trigger)]
     if connection.info.server_version < 150_000:
         places += [(copy.namespace, copy.name, copy.trigger) for copy in trigger.copies]
@@ -381,7 +381,7 @@ def _rename(connection: psycopg.Connection, trigger: Tracked, new: str) -> None:
 
 
 def _as_owner(connection: psycopg.Connection, statement: sql.Composed) -> None:
-    """What the right TRIGGER is not enough for."""
+    """Run a statement for which the right TRIGGER is not enough."""
     try:
         connection.execute(statement)
     except errors.InsufficientPrivilege as denied:
@@ -394,7 +394,7 @@ def _as_owner(connection: psycopg.Connection, statement: sql.Composed) -> None:
 def _refuse_foreign(
     connection: psycopg.Connection, capture: CaptureFunction, source: SourceTable, trigger: str
 ) -> None:
-    """Replacing a trigger that somebody else made under our name would switch off what it does."""
+    """Refuse to replace another author's trigger under our name: that would switch off what it does."""
     taken = connection.execute(
         "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = %s::oid AND tgname = %s AND tgfoid <> %s::oid",
         [source.oid, trigger, capture.oid],

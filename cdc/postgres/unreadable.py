@@ -1,9 +1,9 @@
-"""Reads that the server refuses because of one row: which one it is, and how it becomes a dead letter unread.
+"""Reads that the server refuses because of one row: finding that row, and making it a dead letter without reading it.
 
-The server converts each value when it hands it over, and refuses the whole statement where one does not fit: a byte
-that is no UTF-8 in a database without an encoding, a document whose text is longer than 1 GB, a damaged value. One that
-takes longer than the session's ``statement_timeout`` is refused as well, but not at its first try. What somebody has
-cancelled ends with the same SQLSTATE, and earlier.
+The server converts each value when it sends it, and refuses the whole statement where one does not fit: a byte that is
+not UTF-8 in a database without an encoding, a document whose text is longer than 1 GB, a damaged value. A value that
+takes longer than the session's ``statement_timeout`` is refused as well, but only at a repeated try. A statement that
+an operator cancelled ends with the same SQLSTATE, but before the timeout.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _READS = {"fetch", "fetch_some", "sweep", "sweep_some", "read_keys", "due", "mar
 _WORDS_MAX = 500
 _TRIES = 2
 _TIMEOUT = "SELECT setting::float8 / 1000 FROM pg_catalog.pg_settings WHERE name = 'statement_timeout'"
-"""In seconds."""
+"""Returns seconds."""
 _NUMBERS = {
     "texts": "n.seq, n.id, n.entity_type, n.table_name, n.old_data, n.new_data, n.metadata",
     "fits": "true AS fits",
@@ -33,7 +33,7 @@ _NUMBERS = {
       + coalesce(pg_column_size(c.metadata), 0), c.seq, c.id
     """,
 }
-"""What is read of changes of which nothing may be converted. The size is that of the stored form, and costs nothing."""
+"""What is read of changes whose values may not be converted. The size is that of the stored form, free of cost."""
 
 
 _SUMMARY = "the database refuses to hand it over"
@@ -71,7 +71,7 @@ class Refused(NamedTuple):
 async def rows(
     connection: psycopg.AsyncConnection, name: str, statement: bytes, parameters: Mapping[str, Any]
 ) -> list[Any]:
-    """What the statement returns. Raises RefusedReadError where it reads changes and one of them is refused."""
+    """The rows of the statement. Raises RefusedReadError where it reads changes and one of them is refused."""
     try:
         cursor = connection.cursor(binary=True)
         await cursor.execute(statement, parameters)
@@ -83,14 +83,14 @@ async def rows(
 
 
 class RefusedRows:
-    """The statements for it, for the outbox in ``schema``."""
+    """The statements that find and mark refused rows, for the outbox in ``schema``."""
 
     def __init__(self, schema: str) -> None:
         self._numbers = load("outbox.sql", schema, instead=_NUMBERS)
         self._statements = load("unreadable.sql", schema)
 
     async def find(self, reader: psycopg.AsyncConnection, read: RefusedReadError) -> list[Refused]:
-        """Those of the read that are refused alone. Raises what is not about a row."""
+        """Changes of the read that are refused alone. Raises an error that is not about a row."""
         cursor = await reader.execute(_TIMEOUT)
         [(timeout_s,)] = await cursor.fetchall()
         cursor = await reader.execute(self._numbers[read.name], read.parameters, binary=True)
@@ -102,7 +102,7 @@ class RefusedRows:
     async def mark(
         self, session: psycopg.AsyncConnection, refused: Sequence[Refused], pauses: Callable[[Kind | None], bool]
     ) -> set[UUID]:
-        """Make them dead letters, on the session that holds their shards. Returns those that are now."""
+        """Make them dead letters, on the session that holds their shards. Returns the ids of those marked."""
         parameters = {
             "ids": [each.id for each in refused],
             "errors": [f"{_SUMMARY}: {each.words}" for each in refused],
@@ -114,9 +114,9 @@ class RefusedRows:
     async def _halve(
         self, reader: psycopg.AsyncConnection, ids: Sequence[UUID], parameters: Mapping[str, Any], *, fails: bool
     ) -> dict[UUID, str]:
-        """``ids``: the largest last. ``fails``: so it seems, and only of one alone it has to be certain.
+        """``ids``: the largest last. ``fails``: a read of these seems to fail; only for a single one this must be sure.
 
-        To read a document of hundreds of MB in vain takes half a minute: done so, that is once.
+        A failed read of a document of hundreds of MB takes half a minute: this order causes only one.
         """
         if not ids:
             return {}
@@ -133,7 +133,7 @@ class RefusedRows:
     async def _refusal(
         self, reader: psycopg.AsyncConnection, ids: Sequence[UUID], parameters: Mapping[str, Any]
     ) -> psycopg.Error | None:
-        """The server's error, if it hands these not over, a page of them after the other."""
+        """The server's error, if it refuses any of these, read page by page."""
         paging, left, tries = PageSize(), list(ids), _TRIES if len(ids) == 1 else 1
         while left:
             started = time.monotonic()
@@ -152,7 +152,7 @@ class RefusedRows:
             else:
                 read = [record for record in records if record[2] is not None]
                 paging.read(len(read), sum(len(text or b"") for record in read for text in record[8:11]))
-                # Those that are not there any more are not asked for again.
+                # Rows that are gone are not asked for again.
                 left = page[len(read) : len(records)] + left[len(page) :]
         return None
 
@@ -167,7 +167,7 @@ class RefusedRows:
 
 
 def _may_be_about_a_row(error: psycopg.Error) -> bool:
-    """Without an SQLSTATE a DataError is the driver's: a value that Python does not have."""
+    """A DataError without an SQLSTATE is the driver's: a value that Python does not have."""
     return isinstance(error, psycopg.DataError | errors.QueryCanceled) or about(error.sqlstate) is About.ROW
 
 
