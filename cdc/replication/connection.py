@@ -1,8 +1,8 @@
 """One replication connection: the only file that drives libpq itself (``psycopg.pq``, COPY_BOTH, START_REPLICATION).
 
-psycopg has no replication interface. Its ``pq`` wrapper is public but undocumented, which is why the dependency is
-held to one minor version and why nothing else touches it. Every wait goes through the caller's ``SocketWait``, so that
-stop() ends it, and every error leaves as a StreamError that is already classified.
+psycopg has no replication interface. Its ``pq`` wrapper is public but undocumented, so the dependency is pinned to one
+minor version, and no other module uses the wrapper. Every wait goes through the caller's ``SocketWait``, so that
+stop() ends it, and every error is raised as a StreamError that is already classified.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ from cdc.replication.refusals import (
 from cdc.replication.slot_health import ABSENT_STANDBYS
 
 _TURN_S = 5.0
-"""The thread shows that it lives at least this often, whatever it waits for."""
+"""The thread reports that it is alive at least this often, whatever it waits for."""
 _ANSWER_LIMIT_S = 60.0
 """For the answer to a command. CREATE waits for open write transactions one by one, each up to lock_timeout."""
 _MANY = 32
-"""Messages since the last look at the socket after which there may be more: libpq reads 16 kB at a time."""
+"""Messages since the last read of the socket after which there may be more: libpq reads 16 kB at a time."""
 _BYTES_AT_ONCE = 1 << 20
-"""Messages of other applications may have any size; of what is read at once no more is held than this and the last."""
+"""Messages of other applications may have any size: one read holds at most this much and one message."""
 _TOO_LONG_TO_KEEP = 16 << 20
-"""libpq holds a message whole, and what it needed for one it keeps: after a longer one the session begins again."""
+"""libpq holds a message whole and keeps the memory it needed: after a longer one the session begins again."""
 _GOODBYE_LIMIT_S = 1.0
-"""For the server to agree to the end, which says that it has read our last status update."""
+"""For the server to acknowledge the end, which shows that it has read our last status update."""
 _REFUSAL_S = 3.0
-"""A server that refuses says so at once; after a longer silence, asking it why would only double the wait."""
+"""A server that refuses answers at once. After a longer silence, asking it why would only double the wait."""
 
-# Which columns and settings there are depends on the version.
+# The version decides which columns and settings exist.
 _SLOT_QUERY = sql.SQL(
     "SELECT s.plugin, s.database, s.wal_status, s.confirmed_flush_lsn, s.temporary,"
     " pg_catalog.to_jsonb(s) OPERATOR(pg_catalog.->>) 'invalidation_reason',"
     " pg_catalog.to_jsonb(s) OPERATOR(pg_catalog.->>) 'failover', ({absent_standbys})"
     " FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = {slot}"
 )
-# What it reads stands in its command; whose command that is, every role sees of itself only.
+# The reader's command names what it reads. A role sees the commands of its own sessions only.
 _READER_QUERY = sql.SQL(
     "SELECT a.query FROM pg_catalog.pg_stat_activity a JOIN pg_catalog.pg_replication_slots s ON s.active_pid = a.pid"
     " WHERE s.slot_name = {} AND pg_catalog.starts_with(a.query, 'START_REPLICATION')"
 )
 _RECOVERY_QUERY = sql.SQL("SELECT pg_catalog.pg_is_in_recovery()")
 _PUBLICATION_QUERY = sql.SQL("SELECT oid FROM pg_catalog.pg_publication WHERE pubname = {}")
-# Walsenders are counted where every role sees the rows, if not what they say. RDS has a role for the attribute.
+# Walsenders are counted in a view whose rows every role sees, if not their content. RDS has a role for the attribute.
 _SERVER_QUERY = """
     SELECT current_setting('wal_level'),
            (SELECT rolsuper OR rolreplication FROM pg_catalog.pg_roles WHERE rolname = current_user)
@@ -83,7 +83,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: stop() was called, and t
 
 
 class SocketWait:
-    """Every wait of the stream's thread. stop() ends it; ``turned`` is called now and then, to show that it lives."""
+    """Every wait of the stream's thread. stop() ends it; ``turned`` is called regularly, to show that it is alive."""
 
     def __init__(self, turned: Callable[[], None]) -> None:
         self._turned = turned
@@ -94,7 +94,7 @@ class SocketWait:
 
     def stop(self) -> None:
         self._asked.set()
-        with contextlib.suppress(OSError):  # the thread has ended and closed it
+        with contextlib.suppress(OSError):  # the thread has ended, and has closed it
             self._rouse.send(b"\0")
 
     def check(self) -> None:
@@ -103,7 +103,7 @@ class SocketWait:
             raise Stopped
 
     def until(self, deadline: float, link: int | None = None, *, write: bool = False) -> bool:
-        """True once ``link`` can be read (or, with ``write``, written); False at the deadline."""
+        """True when ``link`` is readable (or, with ``write``, writable); False at the deadline."""
         if link is None:
             return self._wait(deadline, None)
         self._poll.register(link, select.POLLIN | (select.POLLOUT if write else 0))
@@ -127,9 +127,9 @@ class SocketWait:
 
 
 class ReplicationSession:
-    """A replication connection and one slot. Closed at the end of the ``with`` block, whatever state it is in.
+    """A replication connection and one slot. Closed at the end of the ``with`` block, whatever its state.
 
-    A command that is refused leaves it usable, but takes a temporary slot that it has made.
+    A refused command leaves it usable, but drops a temporary slot that it has created.
     """
 
     def __init__(self, connection: psycopg.Connection, waiting: SocketWait, *, slot: str) -> None:
@@ -153,7 +153,7 @@ class ReplicationSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._asking:
-            # Closing does not end a CREATE_REPLICATION_SLOT that waits: its backend and half-made slot would stay.
+            # Closing does not end a waiting CREATE_REPLICATION_SLOT: its backend and half-made slot would stay.
             with contextlib.suppress(psycopg.Error):
                 self._connection.cancel_safe(timeout=_GOODBYE_LIMIT_S)
         self._connection.close()
@@ -179,7 +179,7 @@ class ReplicationSession:
         )
 
     def refuse_a_standby(self) -> None:
-        """From 16 on one decodes, but makes a slot only when its primary writes, and its outbox takes no marks."""
+        """From 16 on a standby decodes, but it creates a slot only when its primary writes, and cannot mark changes."""
         if self._command(_RECOVERY_QUERY, Phase.START)[0] == ["t"]:
             raise in_recovery(self.names)
 
@@ -189,7 +189,7 @@ class ReplicationSession:
         return Lsn.parse(end or "0/0")
 
     def publish_nothing(self, publication: str) -> None:
-        """Have a publication of that name. Whatever an existing one publishes, only messages are wake-ups."""
+        """Create a publication of that name if it is missing. An existing one may publish rows: they are ignored."""
         self.names = replace(self.names, publication=publication)
         if not self._command(_PUBLICATION_QUERY.format(sql.Literal(publication)), Phase.PUBLISH):
             create = sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(publication))
@@ -197,7 +197,7 @@ class ReplicationSession:
 
     def create(self, plugin: Plugin, *, temporary: bool, failover: bool = False) -> None:
         self.names = replace(self.names, plugin=plugin.name)
-        # Without a word about it the walsender stays in a transaction that holds back vacuum everywhere.
+        # Without this option the walsender stays in a transaction that holds back vacuum everywhere.
         create = sql.SQL("CREATE_REPLICATION_SLOT {} {} LOGICAL {} {}")
         kind = sql.SQL("TEMPORARY" if temporary else "")
         snapshot = sql.SQL("(SNAPSHOT 'nothing', FAILOVER true)" if failover else "NOEXPORT_SNAPSHOT")
@@ -205,7 +205,7 @@ class ReplicationSession:
         self._command(create.format(*names), Phase.CREATE)
 
     def end_failover(self) -> None:
-        """The slot stays as it is otherwise."""
+        """Turn off failover for the slot; all else of it stays."""
         alter = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER false)")
         self._command(alter.format(sql.Identifier(self.names.slot)), Phase.CREATE)
 
@@ -214,9 +214,9 @@ class ReplicationSession:
         self._command(drop.format(sql.Identifier(self.names.slot)), Phase.CREATE)
 
     def start(self, plugin: Plugin, position: Lsn) -> None:
-        """From ``position`` on, or from the confirmed one if that is later.
+        """Start at ``position``, or at the confirmed one if that is later.
 
-        A server takes any position, and from one ahead of its WAL on it delivers nothing: it is one of ``server_end``.
+        ``position`` is one of ``server_end``: a server takes any, but delivers nothing from one ahead of its WAL.
         """
         self.names = replace(self.names, plugin=plugin.name)
         options = sql.SQL(", ").join(
@@ -231,7 +231,7 @@ class ReplicationSession:
             raise
 
     def _read_for_others(self, plugin: Plugin) -> bool:
-        """Whether the reader's command names another outbox; False where it cannot be seen, or is cut off."""
+        """Whether the reader's command names another outbox; False where it is not visible, or is cut off."""
         ours = _option_value(dict(plugin.options)[plugin.outbox]).as_string(self._connection)
         rows = self._command(_READER_QUERY.format(sql.Literal(self.names.slot)), Phase.START)
         return any(query.endswith(")") and ours not in query for [query] in rows if query)
@@ -261,7 +261,7 @@ class ReplicationSession:
         return self._link.get_result()
 
     def _drain(self, deadline: float) -> None:
-        """The end of an answer: before it the connection takes no other command. A refusal may also end the link."""
+        """Read to the end of an answer: the next command must wait for it. A refusal may also end the link."""
         with contextlib.suppress(psycopg.OperationalError):
             while self._result(deadline) is not None:
                 pass
@@ -273,7 +273,7 @@ class ReplicationSession:
 
     @contextlib.contextmanager
     def _link_errors(self) -> Iterator[None]:
-        """Errors of libpq's own carry no SQLSTATE: the link is dead, timed out or cut."""
+        """Errors raised by libpq carry no SQLSTATE: the link is dead, timed out or cut."""
         try:
             yield
         except psycopg.OperationalError as error:
@@ -282,9 +282,9 @@ class ReplicationSession:
     # The stream: after start()
 
     def receive(self, most: int) -> list[memoryview]:
-        """The messages that have come, up to ``most``. If the stream has ended behind them, ``wait`` will say so.
+        """The messages received, at most ``most``. If the stream has ended after them, ``wait`` raises that.
 
-        Of one that is too long to be ours only its head is kept (``wire.head``).
+        Of a message that is too long to be ours only the head is kept (``protocol.head``).
         """
         messages: list[memoryview] = []
         get_copy_data, keep = self._link.get_copy_data, messages.append
@@ -313,9 +313,9 @@ class ReplicationSession:
         return messages
 
     def wait(self, deadline: float) -> None:
-        """Until something may be received, or the deadline. Raises what has ended the stream."""
+        """Wait until the socket is readable, or the deadline. Raises the error that has ended the stream."""
         self._check()
-        # Once for every few messages: a context manager made of a generator would cost more than the rest of it.
+        # Runs once for every few messages: a context manager made of a generator would cost more than all else here.
         try:
             if self._waiting.until(deadline, self._socket, write=self._unsent):
                 self._link.consume_input()
@@ -334,7 +334,7 @@ class ReplicationSession:
             raise self._over
 
     def goodbye(self) -> None:
-        """End the stream, and wait a moment for the server to agree. What still comes is not read: it comes again."""
+        """End the stream, and briefly await the server's acknowledgement. Unread messages will be sent again."""
         with contextlib.suppress(psycopg.OperationalError):
             self._link.put_copy_end()
             self._link.flush()
@@ -347,7 +347,7 @@ class ReplicationSession:
                     self._link.consume_input()
 
     def _ended(self) -> StreamError:
-        """The server has ended the stream; its error, if there is one, comes as a result of its own."""
+        """The server has ended the stream; its error, if any, comes as a separate result."""
         deadline = time.monotonic() + _GOODBYE_LIMIT_S
         try:
             while (result := self._result(deadline)) is not None and result.status != pq.ExecStatus.COPY_BOTH:
@@ -369,7 +369,7 @@ def open_session(
             application_name=application_name,
             session=settings,
             replication="database",
-            # Such a connection refuses prepared statements, which psycopg otherwise makes by itself.
+            # Such a connection refuses prepared statements, which psycopg makes by default.
             prepare_threshold=None,
         )
     except ConnectError as error:
@@ -382,7 +382,7 @@ def open_session(
 
 
 def _query_server(dsn: Dsn, application_name: str) -> tuple[ServerState, str] | None:
-    """What an ordinary connection sees, and its role; None where that is refused as well."""
+    """The server's state over an ordinary connection, and its role; None where that connection is refused as well."""
     with contextlib.suppress(CdcError, psycopg.Error), connect(dsn, application_name=application_name) as connection:
         row = connection.execute(_SERVER_QUERY).fetchone()
         return (ServerState(*row), connection.info.user) if row else None
@@ -390,7 +390,7 @@ def _query_server(dsn: Dsn, application_name: str) -> tuple[ServerState, str] | 
 
 
 def _option_value(value: str) -> sql.SQL:
-    """Not sql.Literal: that writes a backslash as E'', which the grammar of replication commands does not know."""
+    """Not sql.Literal: it writes a backslash as E'', which the grammar of replication commands does not know."""
     return sql.SQL("'" + value.replace("'", "''") + "'")
 
 

@@ -1,17 +1,17 @@
-"""Where a stream stands, and when it must speak. Pure: time is an argument.
+"""The position of a stream, and when a status update is due. Pure: time is an argument.
 
-Positions. Two are kept, and both are only ever raised:
+Positions. Two are kept, and neither ever decreases:
 
     received    the highest position the server has sent, in a message or in a keepalive
-    confirmed   what the server was told we have read; never above received
+    confirmed   the position that the last status update gave as read; never above received
 
-Nothing waits for a handler: the outbox is the truth, so what was received may be confirmed at once. Keepalives count:
-on a database where nothing we watch is written they are all that comes, and a slot whose reader does not confirm them
-keeps WAL without end. The maximum counts, not the last value: some messages carry position 0/0. A position the server
-never sent must not be confirmed: PostgreSQL would believe it, and deliver nothing after the next reconnect.
+Confirming waits for no handler: the outbox holds the changes, so a received position may be confirmed at once.
+Keepalives count: on a database where no captured table is written only they arrive, and a slot whose reader does not
+confirm them keeps WAL without end. The maximum counts, not the last value: some messages carry position 0/0. A position
+that the server never sent must not be confirmed: PostgreSQL would accept it, and deliver nothing after a reconnect.
 
-Status updates. One is due for one of three reasons: the server asked, the interval has passed, or we leave. Each asks
-for an answer, so the time since the last byte tells a quiet server from a dead link.
+Status updates. One is due for one of three reasons: the server asked, the interval has passed, or the stream ends. Each
+asks for an answer, so the time since the last byte distinguishes a quiet server from a dead link.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class LsnTracker:
         self.received = ZERO
         self.confirmed = ZERO
         self._interval_s = interval_s
-        # At once: the answer proves that the link works.
+        # At once: its answer proves that the link works.
         self.next_status_at = now
         self._requested = False
         self._leaving = False
 
     def receive(self, position: int, *, reply_requested: bool = False) -> None:
-        """``position`` is the highest of a batch; lower ones than known change nothing."""
+        """``position`` is the highest of a batch; a lower one than the known changes nothing."""
         self._requested = self._requested or reply_requested
         if position > self.received:
             self.received = Lsn(position)
@@ -69,9 +69,9 @@ class LsnTracker:
 
 
 def status_interval_s(wal_sender_timeout_s: float) -> float:
-    """Six updates within the time after which the server gives us up; 0 means that it never does.
+    """Six updates within the time after which the server ends a silent link; 0 means that it never does.
 
-    The server asks after half of that time, and on version 15 a walsender inside a large transaction reads our
-    answers only now and then: a client that speaks when asked is killed at every attempt.
+    The server asks for one after half of that time, but on version 15 a walsender inside a large transaction rarely
+    reads answers: a client that sends only when asked is killed at every attempt.
     """
     return min(STATUS_INTERVAL_MAX_S, wal_sender_timeout_s / 6) if wal_sender_timeout_s > 0 else STATUS_INTERVAL_MAX_S

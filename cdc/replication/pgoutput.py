@@ -1,7 +1,7 @@
 """pgoutput, protocol version 1: its START options and its decoder. Every server has it, and allows it by default. Pure.
 
-It insists on a publication. Ours is empty, so rows never travel; what does is every logical message of the database,
-and ours are told by their prefix here, not on the server. On the wire (numbers big-endian, strings end with a zero):
+It requires a publication. Ours is empty, so no rows are sent; every logical message of the database is, and the decoder
+picks ours by their prefix. On the wire (numbers big-endian, strings end with a zero byte):
 
     B  final LSN (8), commit time (8), xid (4)                              once, before the messages of a transaction
     M  flags (1: 1 = transactional), LSN (8), prefix, length (4), content
@@ -21,11 +21,11 @@ _BEGIN = struct.Struct("!cQqI")
 _COMMIT_BYTES = 26
 _MESSAGE_HEAD_BYTES = 10
 _OF_ROWS = frozenset(b"ORYIUDT")
-"""Origin, relation, type, insert, update, delete, truncate: of a publication that somebody has put tables into."""
+"""Origin, relation, type, insert, update, delete, truncate: sent when tables were added to the publication."""
 
 
 def plugin(prefix: str, publication: str) -> Plugin:
-    """pgoutput, ringing for messages with ``prefix`` (``cdc.core.model.message_prefix``) only."""
+    """pgoutput, with wake-ups only for messages with ``prefix`` (``cdc.core.model.message_prefix``)."""
     return Plugin(
         "pgoutput", options(publication), PgoutputDecoder(prefix), lambda _: None,
         outbox="publication_names", publication=publication,
@@ -33,17 +33,17 @@ def plugin(prefix: str, publication: str) -> Plugin:
 
 
 def options(publication: str) -> tuple[tuple[str, str], ...]:
-    """What every version from 14 on knows."""
-    # A list of SQL identifiers: without quotes it would be folded to lower case and split at commas.
+    """Options known to every version from 14 on."""
+    # A list of SQL identifiers: an unquoted one would be folded to lower case and split at commas.
     quoted = '"' + publication.replace('"', '""') + '"'
     return (("proto_version", "1"), ("publication_names", quoted), ("messages", "true"))
 
 
 class PgoutputDecoder:
-    """Message bytes -> Decoded, None for what is not ours; ProtocolError for what is not pgoutput's."""
+    """Message bytes -> Decoded; None for messages of others; ProtocolError for bytes that are not pgoutput's."""
 
     def __init__(self, prefix: str) -> None:
-        # An exact match of a usual message is the quick way.
+        # The fast path: an exact match of a usual message.
         self._ours = re.compile(
             rb"M\x01[\x00-\xff]{8}" + re.escape(prefix.encode()) + rb"\x00([\x00-\xff]{4})" + PAIR.encode()
         ).fullmatch
@@ -61,7 +61,7 @@ class PgoutputDecoder:
         return (wakeup, self._committed_at) if wakeup else None
 
     def _other(self, payload: bytes) -> None:
-        """No wake-up; what it is matters for the commit time, and to notice bytes that are not pgoutput's."""
+        """No wake-up; parsed for the commit time, and to detect bytes that are not pgoutput's."""
         match payload[:1]:
             case b"M":
                 _check_message(payload)
@@ -75,7 +75,7 @@ class PgoutputDecoder:
 
 
 def _check_message(payload: bytes) -> None:
-    """Of another prefix, or outside a transaction (it is sent before, or without, a commit), or without numbers."""
+    """Of another prefix, or outside a transaction (the server sends it before, or without, a commit), or no numbers."""
     prefix_end = payload.find(b"\0", _MESSAGE_HEAD_BYTES)
     content = prefix_end + 5
     if prefix_end < 0 or content > len(payload) or payload[1] > 1:

@@ -1,7 +1,7 @@
 """The envelope of streaming replication: what travels inside CopyData, both ways. Pure: bytes in, values out.
 
-Numbers are big-endian. The bytes come from a network, so every length is checked: whatever they are, ``parse``
-returns a value or raises ProtocolError.
+Numbers are big-endian. The bytes come from a network, so every length is checked: for any bytes ``parse`` returns a
+value or raises ProtocolError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _EPOCH_UNIX_S = 946_684_800
 """PostgreSQL counts microseconds from 2000-01-01 00:00 UTC."""
 
 LONGEST = 16_384
-"""Bytes of a CopyData message: ours has some 150, also where the schema's name is long. A longer one is not for us."""
+"""Bytes of a CopyData message: ours has some 150, also with a long schema name. A longer one is not ours."""
 
 _XLOGDATA = struct.Struct("!cQQq")  # 'w', WAL start, WAL end, server clock; the plugin's message follows
 _KEEPALIVE = struct.Struct("!cQqB")  # 'k', WAL end, server clock, reply requested
@@ -27,12 +27,12 @@ _K = ord("k")
 _STATUS = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, client clock, reply requested
 
 Decoded = tuple[WakeUp, float | None]
-"""What a decoder reads from one message: the wake-up and, if it is there, the commit time (unix seconds, server's
-clock). A plain tuple, as is what ``parse`` returns: hundreds of thousands are made in a second."""
+"""What a decoder reads from one message: the wake-up and, if present, the commit time (unix seconds, server's clock). A
+plain tuple, like the result of ``parse``: hundreds of thousands are made in a second."""
 
 
 class DecodedBatch(NamedTuple):
-    """What many messages say: the highest position among them, the wake-ups, the last commit time."""
+    """The content of many messages: the highest position among them, the wake-ups, the last commit time."""
 
     highest: int
     wakeups: list[WakeUp]
@@ -40,16 +40,16 @@ class DecodedBatch(NamedTuple):
 
 
 Decode = Callable[[bytes | memoryview], Decoded | None]
-"""One message of an output plugin; None if it is not for us, ProtocolError if it cannot be read."""
+"""Decodes one message of an output plugin: None if it is not ours, ProtocolError if it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """An output plugin as the stream needs it: its options at START_REPLICATION, and how to read its messages.
+    """An output plugin as the stream uses it: its options at START_REPLICATION, and how to read its messages.
 
-    ``decode_all``: many CopyData messages at once, which is quicker; None where they are to be read one by one.
-    ``publication``: one that must be there, with nothing in it, before the slot is made. ``outbox``: the option that
-    says which outbox it is for.
+    ``decode_all``: decodes many CopyData messages at once, which is faster; None where each must be read alone.
+    ``publication``: must exist, and be empty, before the slot is created. ``outbox``: the option that names the outbox
+    it is for.
     """
 
     name: str
@@ -61,31 +61,31 @@ class Plugin:
 
 
 XLOGDATA = rb"w([\x00-\xff]{8})[\x00-\xff]{16}"
-"""What stands before the plugin's message: a regular expression with a group, the position, big-endian."""
+"""The bytes before the plugin's message: a regular expression with one group, the position, big-endian."""
 
 
 def is_keepalive(data: bytes | memoryview) -> bool:
-    """By its first byte; whether it is a whole one, ``parse`` knows."""
+    """Looks at the first byte only; ``parse`` checks the whole."""
     return len(data) > 0 and data[0] == _K
 
 
 def head(data: bytes | memoryview) -> memoryview:
-    """A copy of it as far as its position: what ``parse`` then returns is an empty message."""
+    """A copy of the bytes up to the position: ``parse`` then returns an empty message."""
     return memoryview(bytes(data[: _XLOGDATA.size]))
 
 
 def parse(data: bytes | memoryview) -> tuple[int, bytes | memoryview | None, bool]:
     """(position, the plugin's message or None for a keepalive, reply requested).
 
-    The position is the message's own, or the server's end of WAL. A bare int: one Lsn is made for a whole batch.
+    The position is the message's own, or the server's end of WAL. A plain int: one Lsn is made for a whole batch.
     """
-    # An unpack_from cannot read past the end: it raises.
+    # unpack_from raises when the data is too short.
     try:
         kind, position, _, _ = _XLOGDATA.unpack_from(data)
         if kind == b"w":
             return position, data[_XLOGDATA.size :], False
     except struct.error:
-        pass  # shorter than any message; a keepalive is
+        pass  # shorter than any message; a keepalive is, too
     return _keepalive(data)
 
 
@@ -100,7 +100,7 @@ def _keepalive(data: bytes | memoryview) -> tuple[int, None, bool]:
 
 
 def status_update(confirmed: Lsn, *, unix_s: float, ping: bool) -> bytes:
-    """What we have read. ``ping`` asks for an answer: an idle server sends a client that does not ask not one byte."""
+    """What we have read. ``ping`` asks for an answer: without it an idle server sends the client no byte at all."""
     clock_us = int((unix_s - _EPOCH_UNIX_S) * 1_000_000)
     return _STATUS.pack(b"r", confirmed, confirmed, confirmed, clock_us, ping)
 

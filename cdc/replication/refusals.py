@@ -1,11 +1,11 @@
-"""Why a slot cannot be made or read, or a stream has ended; and what to do about the slot that was found. Pure.
+"""Why a slot cannot be created or read, or a stream has ended; and what to do about the slot that was found. Pure.
 
 Decided by SQLSTATE and, where a code has several causes, by the server's function that raised it (the diagnostic
 field "source function"): message texts are translated. 55000 says nothing about the slot, so a slot is recreated
-only after a look at it, or when it was read several times and came no further; and only if it is ours.
+only after its row was read, or when several reads came no further; and only if it is ours.
 
-    permanent   waiting does not fix it; the stream looks again every minute
-    otherwise   exponential backoff; work goes on by sweeping in either case
+    permanent   waiting does not fix it; the stream tries again every minute
+    otherwise   exponential backoff; the consumer sweeps meanwhile in either case
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ErrorContext:
-    """What the sentences speak of."""
+    """Values for the sentences."""
 
     slot: str
     plugin: str
@@ -82,7 +82,7 @@ _IN_RECOVERY = _ErrorRule(
 _PLUGIN_REFUSED = _ErrorRule(
     Reason.PLUGIN_REFUSED,
     "the server does not allow the output plugin {plugin}",
-    # Unquoted: as one quoted string it becomes one name and allows nothing. pgoutput belongs in it, or it is refused.
+    # Unquoted: as one quoted string it is one name and allows nothing. Without pgoutput in the list it is refused.
     'as a superuser: ALTER ROLE "{role}" SET output_plugin_libraries = pgoutput, test_decoding, wal2json;'
     " without quotes around the list",
     permanent=True,
@@ -108,7 +108,7 @@ _PUBLICATION_MISSING = _ErrorRule(
 _PUBLISHED_BY_OTHERS = _ErrorRule(
     Reason.SLOT_BUSY, "another consumer has just created the publication {publication}", _STREAM_AGAIN
 )
-# It is there, or it was when the stream started, but what is being decoded was written without it.
+# The publication exists, or did when the stream started, but the WAL being decoded was written without it.
 _NOT_PUBLISHED_THEN = _ErrorRule(
     Reason.PUBLICATION_MISSING,
     "the publication {publication} was not there when the WAL at the slot {slot} was written",
@@ -202,9 +202,9 @@ _WHILE_PUBLISHING: Mapping[str, _ErrorRule] = {
     "42710": _PUBLISHED_BY_OTHERS,
 }
 _WHILE_STREAMING: Mapping[str, _ErrorRule] = {
-    # At the start it is the plugin's file, later a WAL segment's.
+    # At the start the missing file is the plugin's, later a WAL segment.
     "58P01": _WAL_REMOVED,
-    # Our options were accepted, so it is something in the WAL: the next session starts behind it.
+    # Our options were accepted, so the cause is in the WAL: the next session starts after it.
     "XX000": _OTHER,
     "22023": _OTHER,
     "42704": _OTHER,
@@ -214,7 +214,7 @@ _DURING: Mapping[Phase, Mapping[str, _ErrorRule]] = {Phase.PUBLISH: _WHILE_PUBLI
 
 
 def classify(sqlstate: str | None, function: str | None, during: Phase, names: ErrorContext) -> StreamError:
-    """What an ERROR or FATAL on the replication connection means; ``sqlstate`` None: the link itself broke."""
+    """The meaning of an ERROR or FATAL on the replication connection; ``sqlstate`` None: the link itself broke."""
     if sqlstate is None or (sqlstate.startswith("08") and sqlstate != "08P01"):
         return _error(_LINK, names)
     row = _BY_FUNCTION.get((sqlstate, function or "")) or _DURING.get(during, {}).get(sqlstate)
@@ -222,32 +222,32 @@ def classify(sqlstate: str | None, function: str | None, during: Phase, names: E
 
 
 def in_recovery(names: ErrorContext) -> StreamError:
-    """It was asked, and is a standby."""
+    """The server answered that it is a standby."""
     return _error(_IN_RECOVERY, names)
 
 
 def another_outbox(names: ErrorContext) -> StreamError:
-    """Who reads the slot does not read it for us."""
+    """The slot's reader reads it for another outbox."""
     return _error(_ANOTHER_OUTBOX, names)
 
 
 def standbys_away(names: ErrorContext) -> StreamError:
-    """Its failover slot has delivered nothing for a while."""
+    """The failover slot has delivered nothing for a while."""
     return _error(_STANDBYS_AWAY, names)
 
 
 def crash_guard(names: ErrorContext) -> StreamError:
-    """What could end the process now might cost a change an attempt."""
+    """Reading could end the process, which might cost a running change an attempt."""
     return _error(_CRASH_GUARD, names)
 
 
 def server_ended(names: ErrorContext) -> StreamError:
-    """The server closed the stream in good order, as it does when it is shut down."""
+    """The server closed the stream in good order, as it does at a shutdown."""
     return _error(_ENDED, names)
 
 
 def message_too_long(size: int, names: ErrorContext) -> StreamError:
-    """Of so many bytes; the session has read it, and holds on to the memory that it took."""
+    """A message of ``size`` bytes; the session has read it, and keeps the memory that it took."""
     return _error(_MESSAGE_TOO_LONG, names, size=size >> 20)
 
 
@@ -271,7 +271,7 @@ def _error(row: _ErrorRule, names: ErrorContext, sqlstate: str = "", size: int =
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """Seen over an ordinary connection, after the server refused one for replication: that carries no SQLSTATE."""
+    """Read over an ordinary connection after the server refused a replication connection, which has no SQLSTATE."""
 
     wal_level: str
     may_replicate: bool
@@ -301,20 +301,19 @@ class FoundSlot:
     confirmed: Lsn | None
     temporary: bool = False
     lost_by: str = ""
-    """The server's word for it, from 17 on."""
+    """The server's reason, from 17 on."""
     failover: bool = False
     held_by: str = ""
-    """Slots of standbys that the server waits for before it sends the messages of a failover slot; all are away."""
+    """Standbys' slots for which the server delays the messages of a failover slot; all of these are away."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotPolicy:
-    """What the settings ask for, and what earlier attempts have taught.
+    """The settings, and what earlier attempts have shown.
 
-    ``plugins`` in the order in which they are tried, without those in ``refused``: the server has been asked, and
-    lacks or forbids them. ``stuck``: the slot was read several times and never came further. ``failover``: the slot
-    that a new one takes the place of was one for failover, and so is that. ``from_end``: what the slot holds so far is
-    not to be read.
+    ``plugins`` in the order in which they are tried, without those in ``refused``, which the server lacks or forbids.
+    ``stuck``: several reads of the slot never came further. ``failover``: the slot that a new one replaces was a
+    failover slot, and so will the new one be. ``from_end``: what the slot holds so far must not be read.
     """
 
     plugins: tuple[str, ...] = PLUGINS
@@ -334,11 +333,11 @@ class SlotAction(StrEnum):
     CREATE = "create"
     RECREATE = "recreate"
     NO_FAILOVER = "no failover"
-    """The slot stays, and is one for failover no more."""
+    """The slot stays, without failover."""
 
 
 def next_step(found: FoundSlot | None, server_end: Lsn, names: ErrorContext, policy: SlotPolicy) -> SlotAction:
-    """Raises StreamError for a slot that is missing and not ours to make, or not ours at all."""
+    """Raises StreamError for a missing slot that we may not create, or one that is not ours."""
     if found is None:
         if policy.may_create:
             return SlotAction.CREATE
@@ -379,14 +378,14 @@ def _not_ours(sentence: str, hint: str) -> StreamError:
 
 
 def why_broken(found: FoundSlot, server_end: Lsn, names: ErrorContext, policy: SlotPolicy) -> str:
-    """A sentence about a slot of ours that is of no use; "" for one that can be read."""
+    """A sentence about a slot of ours that is unusable; "" for one that can be read."""
     broken = _broken(found, server_end, names, policy)
     return broken[1] if broken else ""
 
 
 def _broken(found: FoundSlot, server_end: Lsn, names: ErrorContext, policy: SlotPolicy) -> tuple[Reason, str] | None:
     slot = names.slot
-    # The server believes any confirmed position; from one ahead of its WAL on it delivers nothing, without an error.
+    # The server accepts any confirmed position; from one ahead of its WAL it delivers nothing, without an error.
     ahead = found.confirmed is not None and found.confirmed > server_end
     if found.wal_status == "lost":
         return (
@@ -397,7 +396,7 @@ def _broken(found: FoundSlot, server_end: Lsn, names: ErrorContext, policy: Slot
         return Reason.SLOT_LOST, f"the slot {slot} was confirmed ahead of the server's WAL and delivers nothing"
     if found.plugin in policy.refused:
         return Reason.PLUGIN_REFUSED, f"the slot {slot} needs {found.plugin}, which cannot be used"
-    # If both are temporary, START will say that another consumer reads it.
+    # If both are temporary, START reports that another consumer reads it.
     if policy.temporary and not found.temporary:
         return Reason.SLOT_FOREIGN, f"the slot {slot} is durable, and slot.mode asks for a temporary one"
     if policy.stuck:

@@ -1,4 +1,4 @@
-"""A replication slot as the server shows it, and what an operator should think of it. Pure."""
+"""A replication slot as the server shows it, and its assessment for an operator. Pure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ ABSENT_STANDBYS = (
     " WHERE named.slot OPERATOR(pg_catalog.<>) '' AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots p"
     " WHERE p.slot_name OPERATOR(pg_catalog.=) named.slot::pg_catalog.name AND p.active)"
 )
-"""SQL for the slots that the server waits for before it sends a failover slot anything, and that nobody reads."""
+"""SQL for the slots that the server waits for before it sends a failover slot anything, and that have no reader."""
 _SOON_S = 3600.0
-"""Time left for somebody to come and read a slot before the server gives it up."""
+"""Time left for a consumer to read a slot before the server invalidates it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotReport:
-    """A slot as the server saw it at ``seen_at``. None where its version does not say, or there is nothing to say.
+    """A slot as the server saw it at ``seen_at``. None where the server's version has no such value, or it is unset.
 
     ``retained_wal_bytes`` (since restart_lsn) is the disk it costs; ``confirmed_lag_bytes`` how far its reader is
     behind; ``safe_wal_bytes`` what may still be written before it is lost; ``catalog_xmin_age`` in transactions. The
@@ -69,26 +69,26 @@ class SlotReport:
 
     @property
     def reader(self) -> str:
-        """Who reads it, for a sentence."""
+        """The session that reads it, for a sentence."""
         named = f" ({self.application_name})" if self.application_name else ""
         return f"process {self.active_pid}{named} on the server"
 
     @property
     def waits_for_standbys(self) -> bool:
-        """Its messages wait until standbys have them, and these are away: the normal state after a failover."""
+        """Its messages wait for standbys to have them, and these are away: the normal state after a failover."""
         return bool(self.failover and self.held_by)
 
     @property
     def ahead(self) -> bool:
-        """The server believes any confirmed position; from one ahead of its WAL on it delivers nothing."""
+        """The server accepts any confirmed position; from one ahead of its WAL it delivers nothing."""
         return (self.confirmed_lag_bytes or 0) < 0
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """``wal_bytes_per_s``: what the whole server writes. ``lost_in_s``: at that rate, if no consumer reads the slot.
+    """``wal_bytes_per_s``: of the whole server. ``lost_in_s``: at that rate, if no consumer reads the slot.
 
-    ``lost_in_s`` is None where nothing limits what the slot keeps, or nothing is written.
+    ``lost_in_s`` is None where the slot keeps WAL without limit, or nothing is written.
     """
 
     wal_bytes_per_s: float
@@ -97,7 +97,7 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class SlotHealth:
-    """``fine`` is False when something is to be done about the slot: ``remedy`` says what."""
+    """``fine`` is False when the slot needs an action: ``remedy`` names it."""
 
     fine: bool
     sentence: str
@@ -105,7 +105,7 @@ class SlotHealth:
 
 
 def outlook(earlier: SlotReport, later: SlotReport) -> Outlook | None:
-    """From two looks at one slot; None when they are the same look."""
+    """From two reports of one slot; None when they are the same report."""
     seconds = (later.seen_at - earlier.seen_at).total_seconds()
     if seconds <= 0:
         return None
@@ -116,7 +116,7 @@ def outlook(earlier: SlotReport, later: SlotReport) -> Outlook | None:
 
 
 def assess(slot: SlotReport, expected: Outlook | None = None) -> SlotHealth:
-    """What an operator should think of it."""
+    """The slot's state as an operator should judge it."""
     problems = (_broken(slot), _waiting_for_standbys(slot), _nearly_lost(slot, expected), _keeps_much(slot))
     found = next((health for health in problems if health is not None), None)
     if found is not None:

@@ -1,11 +1,11 @@
-"""From an open replication connection to a running stream: the slot, made or recreated if need be, and its plugin.
+"""From an open replication connection to a running stream: the slot, created or recreated if needed, and its plugin.
 
-A process that begins to read a slot does so at the present end of the WAL, not where the last reader stopped: that one
-may have died of what it read there, a message that took all its memory, and each start is followed by a sweep, which
-finds the changes before it. A session that follows another one of the same process goes on where that one stopped.
+A process starts to read a slot at the present end of the WAL, not where the last reader stopped: a message there that
+took all memory may have killed that reader. Each start is followed by a sweep, which finds the changes before it. A
+later session of the same process goes on where the one before stopped.
 
-A slot of ours is read with the plugin it was made with. A new one gets the first of the wanted plugins that the server
-has and allows; where that is not the one the old slot needs, the slot is recreated: nothing is lost with it.
+A slot of ours is read with the plugin it was created with. A new one gets the first of the wanted plugins that the
+server has and allows. Where that is not the old slot's plugin, the slot is recreated: no change is lost with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TRY_ANOTHER_PLUGIN = frozenset({Reason.PLUGIN_MISSING, Reason.PLUGIN_REFUSED, R
 
 @dataclass(frozen=True, slots=True)
 class OpenedSlot:
-    """``instead``: why it is not the plugin that is preferred."""
+    """``instead``: why the preferred plugin is not used."""
 
     plugin: Plugin
     recreated: bool
@@ -36,10 +36,10 @@ class OpenedSlot:
 
 
 def begin(session: ReplicationSession, plugins: Mapping[str, Plugin], policy: SlotPolicy) -> OpenedSlot:
-    """Start the stream. Raises StreamError; the connection may be used again after it."""
+    """Start the stream. Raises StreamError, after which the connection is still usable."""
     session.refuse_a_standby()
     found = session.look()
-    # In this order: while another consumer reads the slot, its position may pass an end asked for earlier.
+    # In this order: while another consumer reads the slot, its position may pass an end that was read earlier.
     end = session.server_end()
     step = next_step(found, end, session.names, policy)
     keeps = step in (SlotAction.START, SlotAction.NO_FAILOVER)
@@ -64,7 +64,7 @@ def begin(session: ReplicationSession, plugins: Mapping[str, Plugin], policy: Sl
 
 
 def _start(session: ReplicationSession, plugin: Plugin, step: SlotAction, position: Lsn, policy: SlotPolicy) -> None:
-    # The publication first: pgoutput cannot decode what was written before it was there.
+    # The publication first: pgoutput cannot decode WAL written before the publication existed.
     if plugin.publication is not None:
         session.publish_nothing(plugin.publication)
     if step is SlotAction.RECREATE:
@@ -72,7 +72,7 @@ def _start(session: ReplicationSession, plugin: Plugin, step: SlotAction, positi
     if step is SlotAction.NO_FAILOVER:
         session.end_failover()
     if step in (SlotAction.CREATE, SlotAction.RECREATE):
-        # A new slot starts at the end of the WAL; the sweep finds what lies before.
+        # A new slot starts at the end of the WAL; the sweep finds the changes before.
         session.create(plugin, temporary=policy.temporary, failover=policy.failover)
         log.info("created the slot %s (%s)", session.names.slot, plugin.name)
     session.start(plugin, position)

@@ -1,7 +1,7 @@
 """Replication slots as an operator handles them, over an ordinary connection.
 
 Ours carries wake-ups only: losing, dropping, advancing or recreating it costs latency until the next sweep and never a
-change. What it can cost is disk: a slot that no consumer reads keeps WAL.
+change. Its possible cost is disk: a slot without a reader keeps WAL.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ AUTO = "auto"
 
 _NAME = re.compile(r"[a-z0-9_]{1,63}")
 _CREATE_LIMIT_S = 5.0
-"""For each open write transaction that creating a slot waits for; some in a row make it longer."""
+"""For each open write transaction that creating a slot waits for; several in sequence take longer."""
 _LEAVE_LIMIT_S = 10.0
-"""For a reader to be gone after it was told to."""
+"""For a reader to end after it was terminated."""
 _FAILOVER_SINCE = 170_000
 
-# As JSON: which columns there are depends on the server's version, and those it does not have read as None.
+# As JSON: the columns depend on the server's version, and a missing one is read as None.
 _LOOK = sql.SQL("""
     SELECT to_jsonb(s) AS slot,
            to_jsonb(stats) AS stats,
@@ -58,7 +58,7 @@ _LOOK = sql.SQL("""
      WHERE %(name)s::text IS NULL OR s.slot_name = %(name)s
      ORDER BY s.slot_name
 """).format(absent_standbys=sql.SQL(ABSENT_STANDBYS))
-# By the lock that each transaction has on its own number: every role may see those. Its age it may not.
+# By the lock that each transaction holds on its own number: every role may see those locks, but not the ages.
 _OLDEST_WRITER = """
     SELECT l.pid, a.datname AS database, a.application_name, p.gid,
            extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))::float8 AS age_s
@@ -112,11 +112,11 @@ def create(
     failover: bool = False,
     limit_s: float = _CREATE_LIMIT_S,
 ) -> SlotReport:
-    """A slot for the wake-ups of the outbox in ``schema``; ``plugin`` is one of PLUGINS, or AUTO.
+    """Create a slot for the wake-ups of the outbox in ``schema``; ``plugin`` is one of PLUGINS, or AUTO.
 
-    pgoutput's empty publication is created with a lasting one. A temporary slot ends with the connection; one for
+    pgoutput's empty publication is created with a durable slot. A temporary slot ends with the connection; one for
     ``failover`` (PostgreSQL 17 and later) is copied to standbys. Raises RefusedError when the name is taken or a
-    transaction that writes stays open longer than ``limit_s``, StreamError when the server does not make it.
+    write transaction stays open longer than ``limit_s``, StreamError when the server does not create the slot.
     """
     _refuse_failover(connection, temporary=temporary, failover=failover)
     taken = snapshot(connection, check_name(name))
@@ -151,7 +151,7 @@ def _create_first_allowed(connection: psycopg.Connection, wanted: _NewSlot, plug
 def _create(connection: psycopg.Connection, wanted: _NewSlot, plugin: str) -> None:
     if plugin == "pgoutput" and not wanted.temporary:
         _publish_nothing(connection, wanted)
-    # Only 17 and later take the argument for failover, which is behind the one for two-phase commit.
+    # Only 17 and later take the argument for failover, which follows the one for two-phase commit.
     arguments = [wanted.name, plugin, wanted.temporary, *([False, True] if wanted.failover else [])]
     call = sql.SQL("SELECT pg_catalog.pg_create_logical_replication_slot({})").format(
         sql.SQL(", ").join([sql.Placeholder()] * len(arguments))
@@ -170,24 +170,23 @@ def _create(connection: psycopg.Connection, wanted: _NewSlot, plugin: str) -> No
 
 
 def _publish_nothing(connection: psycopg.Connection, wanted: _NewSlot) -> None:
-    """Before the slot: pgoutput cannot decode what was written while its publication was not there."""
+    """Runs before the slot is created: pgoutput cannot decode WAL written while its publication was missing."""
     publication = publication_name(wanted.schema)
     if connection.execute("SELECT FROM pg_catalog.pg_publication WHERE pubname = %s", [publication]).fetchall():
         return
     try:
         connection.execute(sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(publication)))
     except errors.DuplicateObject:
-        pass  # somebody was faster
+        pass  # another session was faster
     except psycopg.Error as error:
         names = replace(_names(connection, wanted.name, "pgoutput"), publication=publication)
         raise classify(error.sqlstate, error.diag.source_function, Phase.PUBLISH, names) from error
 
 
 def drop(connection: psycopg.Connection, name: str, *, force: bool = False, terminate: bool = False) -> SlotReport:
-    """Drop it; returns what it was. Raises RefusedError for one that is not ours or is being read.
+    """Drop it; returns what it was. Raises RefusedError for a slot that is not ours or is being read.
 
-    ``force``: also another plugin's or database's. ``terminate``: end its reader first, which comes back if it is a
-    consumer.
+    ``force``: also another plugin's or database's slot. ``terminate``: end its reader first; a consumer reconnects.
     """
     found = status(connection, name)
     if not found.ours and not force:
@@ -205,9 +204,9 @@ def drop(connection: psycopg.Connection, name: str, *, force: bool = False, term
 
 
 def advance(connection: psycopg.Connection, name: str) -> tuple[SlotReport, SlotReport]:
-    """Move a slot of ours to the end of the WAL: as it was, and as it is.
+    """Move a slot of ours to the end of the WAL; returns it before and after.
 
-    What it skips is only ringing; the sweep finds the changes. Raises RefusedError for one that is being read, is not
+    It skips wake-ups only; the sweep finds the changes. Raises RefusedError for a slot that is being read, is not
     ours, or cannot be moved.
     """
     before = status(connection, name)
@@ -241,13 +240,13 @@ def _end_reader(connection: psycopg.Connection, found: SlotReport) -> None:
 
 @contextmanager
 def _refusals(connection: psycopg.Connection, name: str) -> Iterator[None]:
-    """What the server says against a change of a slot that was there a moment ago."""
+    """Explains the server's errors against a change of a slot that existed a moment ago."""
     try:
         yield
     except errors.ObjectInUse:
         raise _active(status(connection, name)) from None
     except errors.UndefinedObject:
-        status(connection, name)  # somebody was faster: the usual sentence
+        status(connection, name)  # another session was faster: raises the usual error
     except errors.ObjectNotInPrerequisiteState as error:
         raise _immovable(name) from error
     except errors.InsufficientPrivilege as error:
@@ -349,7 +348,7 @@ def _immovable(name: str) -> CdcError:
 
 
 def oldest_writer(connection: psycopg.Connection) -> tuple[str, str] | None:
-    """The oldest open transaction that writes, of any database, for a sentence; and the statement that ends it."""
+    """The oldest open write transaction of any database, as a sentence; and the statement that ends it."""
     with connection.cursor(row_factory=dict_row) as cursor:
         found = cursor.execute(_OLDEST_WRITER).fetchone()
     if found is None:

@@ -1,9 +1,9 @@
-"""A thread that reads the replication slot and says which changes are committed.
+"""A thread that reads the replication slot and reports which changes are committed.
 
-It has a thread of its own, so that a handler that blocks the event loop cannot starve the keepalives. It knows nothing
-of handlers: it hands over what it reads, and confirms it at once.
+It has its own thread, so that a handler that blocks the event loop cannot starve the keepalives. It is independent of
+handlers: it hands over what it reads, and confirms it at once.
 
-One attempt: connect (``connection``), prepare a slot that can be read (``slot_setup``), read until something ends it.
+One attempt: connect (``connection``), prepare a readable slot (``slot_setup``), read until something ends it.
 ``refusals`` decides what ended it and what to do, ``lsn_tracker`` keeps positions and the clock of status updates,
 ``reconnect`` the pauses. A failure here costs latency and never a change: the outbox is swept meanwhile.
 """
@@ -37,15 +37,15 @@ from cdc.runtime.supervisor import Supervisor
 log = logging.getLogger("cdc.stream")
 
 _BATCH = 1000
-"""Messages handed over at once, and read between two looks at the clock: a few milliseconds."""
+"""Messages handed over at once, and read between two checks of the clock: a few milliseconds."""
 _LOOK_AGAIN_S = 0.1
 _BROKEN_OFF = frozenset({Reason.PROTOCOL, Reason.PUBLICATION_MISSING, Reason.SLOT_LOST, Reason.NETWORK})
-"""Ends of a stream that something in the WAL may have caused. NETWORK: a walsender that crashes says nothing else."""
+"""Ends of a stream that the WAL's content may have caused. NETWORK: a walsender that crashes gives no other reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """``wal_sender_timeout_s`` is set on the server for this connection: so long a frozen consumer keeps the slot.
+    """``wal_sender_timeout_s`` is set on the server for this connection: a frozen consumer keeps the slot that long.
 
     ``plugins``: names out of ``cdc.core.model.PLUGINS``, the preferred one first.
     """
@@ -64,7 +64,7 @@ class StreamSettings:
 
     @property
     def server_settings(self) -> dict[str, str]:
-        """wal2json writes commit times in the session's time zone; UTC has no offset that changes."""
+        """wal2json writes commit times in the session's time zone; UTC has a constant offset."""
         return {
             "wal_sender_timeout": f"{self.wal_sender_timeout_s * 1000:.0f}ms",
             "lock_timeout": f"{self.lock_timeout_s * 1000:.0f}ms",
@@ -73,7 +73,7 @@ class StreamSettings:
 
 
 def plugins(schema: str) -> Mapping[str, Plugin]:
-    """All of ``cdc.core.model.PLUGINS``, ringing for the outbox in ``schema``."""
+    """All of ``cdc.core.model.PLUGINS``, with wake-ups for the outbox in ``schema``."""
     prefix = message_prefix(schema)
     known = (wal2json.plugin(prefix), pgoutput.plugin(prefix, publication_name(schema)))
     return {plugin.name: plugin for plugin in known}
@@ -83,17 +83,17 @@ class StreamEvents(Protocol):
     """Called in the stream's thread; must neither block nor raise."""
 
     def streaming(self) -> None:
-        """The stream has started: wake-ups before this moment may have been missed."""
+        """The stream has started: earlier wake-ups may have been missed."""
 
     def notified(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
         """These are committed. ``committed_at``: the newest commit time among them, unix seconds, server's clock."""
 
     def interrupted(self, error: StreamError) -> None:
-        """The stream has ended, or an attempt to start it was refused; it is tried again."""
+        """The stream has ended, or an attempt to start it was refused; the stream tries again."""
 
 
 class Stream:
-    """start() once, stop() once; in between it recovers by itself. ``exposed``: the slot is not to be read now."""
+    """start() once, stop() once; in between it recovers by itself. ``exposed``: the slot must not be read now."""
 
     def __init__(
         self,
@@ -123,11 +123,11 @@ class Stream:
         self._thread.start()
 
     def waits_for_standbys(self) -> None:
-        """The slot delivers nothing because standbys are away: inspect it again. From any thread."""
+        """The slot delivers nothing because standbys are away: inspect it again. Callable from any thread."""
         self._uncancellable.set()
 
     def stop(self, timeout_s: float) -> bool:
-        """Confirm, leave, end the thread. False if it has not ended in time: a connection attempt cannot be cut."""
+        """Confirm, disconnect, end the thread. False if it has not ended in time: connecting cannot be interrupted."""
         if self._thread.ident is None:
             self._waiting.close()
             return True
@@ -162,12 +162,12 @@ class Stream:
         return self._attempts.pause_s(random.random(), permanent=error.permanent, standby=standby)  # noqa: S311 - jitter
 
     def _attempt(self) -> StreamError:
-        """Stream until something ends it; returns what it was."""
+        """Stream until something ends it; returns its cause."""
         reader, began = None, time.monotonic()
         try:
             with self._open() as session:
                 opened = begin(session, self._plugins, self._wanted())
-                if opened.recreated:  # the place that others ended at lies behind it
+                if opened.recreated:  # the new slot starts after the place where earlier streams ended
                     self._attempts = replace(self._attempts, dead_ends=0)
                 reader = self._reader(session, opened.plugin)
                 self._report.started(self._settings.slot, opened)
@@ -207,7 +207,7 @@ class Stream:
             temporary=settings.temporary,
             may_create=settings.create_slot,
             may_recreate=may_recreate,
-            # Where it may not be recreated it is tried all the same: somebody may have fixed what breaks it.
+            # A slot that may not be recreated is still tried: an operator may have fixed what breaks its stream.
             stuck=may_recreate and self._attempts.stuck,
             from_end=self._from_end,
         )
@@ -224,7 +224,7 @@ class Stream:
         )
 
     def _learn(self, ended: StreamError, reader: _MessageReader | None) -> StreamError:
-        """What has ended the attempt, or, where nothing else helps, that it always ends there."""
+        """The cause of the end; or, if every attempt ends at the same place and the slot may not be recreated, that."""
         received = reader.progress.received if reader else ZERO
         self._attempts = self._attempts.after(
             stalled=ended.reason == Reason.STALLED,
@@ -245,7 +245,7 @@ class Stream:
 
 
 class _Report:
-    """What others learn of the stream: its status, its events, its log. Written by the stream's thread only."""
+    """What the stream reports: its status, its events, its log. Written by the stream's thread only."""
 
     def __init__(self, events: StreamEvents) -> None:
         self._events = events
@@ -260,7 +260,7 @@ class _Report:
 
     @property
     def status(self) -> StreamStatus:
-        """Made when somebody asks: the stream's thread has more turns in a second than there are readers in a day."""
+        """Built at each read: the stream's thread turns far more often than its status is read."""
         trouble = self._trouble
         return StreamStatus(
             connected=self._connected,
@@ -291,7 +291,7 @@ class _Report:
         self._events.streaming()
 
     def read(self, batch: _Batch, now: float) -> None:
-        """Before anything of the batch is confirmed."""
+        """Called before anything of the batch is confirmed."""
         self._last_byte = now
         self._messages += batch.messages
         self._keepalives += batch.keepalives
@@ -306,7 +306,7 @@ class _Report:
 
     def interrupted(self, error: StreamError) -> None:
         if self._trouble is None or error.reason != self._trouble.reason:
-            # Once for each reason, not for each attempt; who stands by is not in trouble.
+            # Once for each reason, not for each attempt. A standby consumer is no cause for a warning.
             level = logging.INFO if error.reason in (Reason.SLOT_BUSY, Reason.CRASH_GUARD) else logging.WARNING
             log.log(level, "not streaming (%s): %s; %s", error.reason, error, error.hint or "it is tried again")
         self._connected, self._trouble = False, error
@@ -318,7 +318,7 @@ class _Report:
 
 
 class _Batch:
-    """What one turn has read."""
+    """The content of one read."""
 
     __slots__ = ("bytes", "committed_at", "highest", "keepalives", "messages", "reply_requested", "wakeups")
 
@@ -335,13 +335,13 @@ class _Batch:
         self.bytes = sum(map(len, received))
         if self._read_all(received, plugin):
             return
-        # Behind a message that comes alone there is a keepalive.
+        # A keepalive follows a message that comes alone.
         messages = [data for data in received if not is_keepalive(data)]
         if len(messages) < len(received) and messages and self._read_all(messages, plugin):
             received = [data for data in received if is_keepalive(data)]
         for data in received:
             position, message, reply_requested = parse(data)
-            # Before it is decoded: a message that cannot be read is confirmed too, or it would come for ever.
+            # Before decoding: a message that cannot be read is confirmed too, or the server would send it for ever.
             self.highest = max(self.highest, position)
             if message is None:
                 self.keepalives += 1
@@ -393,7 +393,7 @@ class _MessageReader:
         return self._last_byte - self._began
 
     def read(self) -> None:
-        """Until stop() (Stopped), or until something ends the stream (StreamError, ProtocolError)."""
+        """Read until stop() (Stopped), or until something ends the stream (StreamError, ProtocolError)."""
         try:
             while True:
                 received = self._session.receive(_BATCH)
@@ -405,7 +405,7 @@ class _MessageReader:
                     raise crash_guard(self._session.names)
                 now = time.monotonic()
                 self._speak_if_due(now)
-                # Something came, so there may be more: only an empty look is followed by a wait.
+                # After data there may be more: the reader waits only after an empty read.
                 self._session.wait(now if received else self._bear_until(now))
         except (Stopped, ProtocolError):
             self.progress.leave()
@@ -419,7 +419,7 @@ class _MessageReader:
         try:
             batch.read(received, self._plugin)
         finally:
-            # Also what was read in front of a message that cannot be.
+            # Also counts the messages read before one that cannot be decoded.
             self._report.read(batch, self._last_byte)
             self.progress.receive(batch.highest, reply_requested=batch.reply_requested)
 

@@ -1,7 +1,7 @@
 """wal2json, format version 2: the START options that let only our messages through, and their decoder. Pure.
 
-A message as version 2.5 writes it, on one line; with other options there are more fields, so a message that differs
-from this is read as JSON before it is judged:
+A message as version 2.5 writes it, on one line. Other options add fields, so a message that differs from this is
+parsed as JSON before it is judged:
 
     {"action":"M","timestamp":"2026-10-05 12:34:56.789+00","transactional":true,
      "prefix":"entity_change:public","content":"49,27"}
@@ -27,26 +27,26 @@ _WAKEUP = fast_make(WakeUp)
 
 
 def plugin(prefix: str) -> Plugin:
-    """wal2json, ringing for messages with ``prefix`` (``cdc.core.model.message_prefix``) only."""
+    """wal2json, with wake-ups only for messages with ``prefix`` (``cdc.core.model.message_prefix``)."""
     return Plugin("wal2json", options(prefix), Wal2jsonDecoder(prefix), BatchDecoder(prefix), outbox="add-msg-prefixes")
 
 
 def options(prefix: str) -> tuple[tuple[str, str], ...]:
-    """Only what version 2.5 knows: an option a version lacks is an error at START."""
+    """Only options that version 2.5 knows: an unknown option is an error at START."""
     return (
         ("format-version", "2"),
-        # Otherwise every transaction of the database sends a begin and a commit.
+        # Without it every transaction of the database sends a begin and a commit.
         ("include-transaction", "0"),
         ("include-timestamp", "1"),
         # No filter means all tables. The row is fetched by its number; on the wire it would be twenty times as long.
         ("add-tables", "none.none"),
-        # Otherwise every logical message in the database reaches us, other tools' heartbeats among them.
+        # Without it every logical message in the database is sent to us, other tools' heartbeats among them.
         ("add-msg-prefixes", prefix),
     )
 
 
 class Wal2jsonDecoder:
-    """Message bytes -> Decoded, None for what is not ours; ProtocolError for what is not wal2json's."""
+    """Message bytes -> Decoded; None for messages of others; ProtocolError for bytes that are not wal2json's."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -65,11 +65,11 @@ class Wal2jsonDecoder:
 
 
 class BatchDecoder:
-    """Many messages at once, where all of them are as the module shows one; else None.
+    """Many messages at once, if all have the form that the module shows; else None.
 
-    The stream's speed is this function: one regular expression over all of them, where each by itself would be parsed.
-    They follow one another without a mark between, so it is told by two numbers that the expression has found each of
-    them and nothing else: how many there are, and how long they are together.
+    This function sets the stream's speed: one regular expression over all messages, instead of parsing each. They
+    follow one another without a separator, so two numbers prove that the expression has found every message and
+    nothing else: their count, and their total length.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -79,7 +79,7 @@ class BatchDecoder:
             XLOGDATA + re.escape(before) + rb"([ -!#-\[\]-~]{1,40})" + re.escape(between) + PAIR.encode() + b'"}'
         ).findall
         self._bytes_besides = 17 + len(before) + len(between) + len(',"}')
-        """Of a message, those that are in no group."""
+        """Bytes of a message outside the groups."""
 
     def __call__(self, received: Sequence[bytes | memoryview]) -> DecodedBatch | None:
         """``received``: CopyData, at least one."""
@@ -108,7 +108,7 @@ def _json_object(payload: bytes) -> dict[str, Any]:
 
 
 def _unix_s(timestamp: object) -> float | None:
-    """A timestamp is worth a latency figure and nothing else: one that cannot be read is left out."""
+    """A timestamp serves the latency figure only: one that cannot be read is left out."""
     if not isinstance(timestamp, str):
         return None
     try:
