@@ -1,9 +1,9 @@
 """The consumer's loops: wake-ups -> planner -> reads -> scheduler -> handlers -> settle.
 
-    read loop      reads what ``ReadPlanner`` and ``KeyScheduler`` ask for on the reader's connection, for the scheduler
-    workers        run the handlers of what the scheduler lets start
-    settle loop    writes what finished, in batches, on the session that holds the shard locks
-    shard loop     looks after membership and fair share on the same session
+    read loop      reads what ``ReadPlanner`` and ``KeyScheduler`` request, on the reader's connection
+    workers        run the handlers of the changes that the scheduler starts
+    settle loop    writes outcomes, in batches, on the session that holds the shard locks
+    shard loop     keeps membership and fair share, on the same session
 
 All of it runs on one event loop, so that the pure parts need no locks; other threads reach it through
 ``call_soon_threadsafe`` alone. A lost connection resets the scheduler and cuts off the handlers that can be cut off;
@@ -54,11 +54,11 @@ _POLL_SHARDS_S = 1.0
 _ITERATION_MAX_S = 5.0
 _READ_TIMEOUT = "60s"
 _READ_LOCK_TIMEOUT = "20s"
-"""Less, so that a read which waits for a lock is not taken for one that takes too long."""
+"""Shorter than statement_timeout, so that waiting for a lock is not taken for a read that takes too long."""
 _READ_LIMIT_S = 65.0
 """For an answer to the reader; longer than its statement_timeout."""
 _LAST_SETTLE_S = 3.0
-"""A commit may hang for as long as a synchronous standby is away; a stop may not."""
+"""A commit may hang for as long as a synchronous standby is away; a stop must not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +123,22 @@ class Consumer:
         self.answered_at: float | None = None
         self.in_service = False
         self.connected = asyncio.Event()
-        """Set at the first connection and never unset: from then on trouble is waited out."""
+        """Set at the first connection and never unset: from then on lost connections are waited out."""
 
     # --- from outside, on the event loop ---------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Hand out nothing more, give what runs its drain time, settle, leave."""
+        """Start nothing more, give what runs its drain time, settle, and leave."""
         self._stopping.set()
 
     @property
     def owned(self) -> Set[int]:
-        """The shards that are ours."""
+        """The shards that this consumer owns."""
         return self._scheduler.ownership.owned
 
     @property
     def is_sharing(self) -> bool:
-        """Some shards are not ours."""
+        """Whether it does not own all shards."""
         return len(self.owned) < SHARDS
 
     @property
@@ -152,20 +152,20 @@ class Consumer:
 
     @property
     def held_up_s(self) -> float:
-        """For how long some outcome could not be written by now."""
+        """For how long some outcome could not be written, in seconds."""
         return _since(self._settler.held_up_since)
 
     @property
     def unread_s(self) -> float:
-        """For how long no change could be read by now."""
+        """For how long no change could be read, in seconds."""
         return _since(self._reads.delayed_since)
 
     def notified(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        """Wake-ups have come in from the slot. Returns those that are other consumers' business."""
+        """Wake-ups have come in from the slot. Returns those whose shards other consumers own."""
         return self._plan_reads(wakeups, relayed=False)
 
     def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        """The same from whoever streams, or did when it sent them."""
+        """The same for wake-ups from the process that streams, or streamed when it sent them."""
         return self._plan_reads(wakeups, relayed=True)
 
     def _plan_reads(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
@@ -181,12 +181,12 @@ class Consumer:
         return others
 
     def sweep_now(self) -> None:
-        """The table changed without a wake-up for each row: look at everything again."""
+        """The table changed without a wake-up for each row: sweep from the start."""
         self._reads.restart()
         self._read_due.set()
 
     def captured(self) -> None:
-        """Changes were captured, and somebody says so who cannot tell which: look soon, but not for each of them."""
+        """Changes were captured, and the notification cannot say which: sweep soon, but not for each of them."""
         self._planner.sweep_by(self._now() + _SOON_S)
         self._read_due.set()
 
@@ -299,7 +299,7 @@ class Consumer:
             settling.cancel()
 
     async def _leave_in_peace(self, session: ShardSession) -> None:
-        """Whoever comes next need not ask what this process died of. Not said in time, it is asked in vain."""
+        """Leave no sign of a crash for the next owner to check. If it is not done in time, that check is in vain."""
         with contextlib.suppress(psycopg.Error, OSError):
             async with deadline(_LAST_SETTLE_S):
                 await self.crash_guard.clear()
@@ -321,12 +321,12 @@ class Consumer:
             if await self._balancing.poll(session, self._now()):
                 self._answered()
             await wait_within(self._stopping, _POLL_SHARDS_S)
-        while not self._drained.is_set():  # the server ends a session that says nothing
+        while not self._drained.is_set():  # the server ends a session that is silent
             await self._balancing.ask(session, self._now())
             await wait_within(self._drained, _POLL_SHARDS_S)
 
     def _reread(self) -> None:
-        """Changes were left without an outcome; one that is waiting and due is found by a look at those only."""
+        """Changes were left without an outcome. Only a read of due changes finds one that waits and is due."""
         self._reads.due_within(0.0)
         self._read_due.set()
 
@@ -340,13 +340,13 @@ class Consumer:
                 self._mark_iteration("consumer")
                 self._answered()
                 if session.has_server_message and not self._scheduler.settling:
-                    # Whoever ends the session takes our shards: ask before handing out more.
+                    # Another consumer takes the shards if the session has ended: check before starting more.
                     await self._balancing.ask(session, self._now())
                 failpoints.here("fetch.after_rows")
                 self._dispatcher.dispatch()
                 failpoints.here("fetch.after_dispatch")
                 if self._planner.idle:
-                    await OtherTasks()  # the handlers first: to find that there is nothing to read takes a while
+                    await OtherTasks()  # the handlers first: it takes a while to find that there is nothing to read
             self._dispatcher.dispatch()
             await set_within(self._read_due, min(self._reads.wait_s(), _ITERATION_MAX_S))
 
@@ -364,7 +364,7 @@ class Consumer:
         self._dispatcher.settled()
         if settled.missed:
             self._metrics.outbox.settle_skipped.inc(settled.missed)
-            self.sweep_now()  # another session had settled one: what the queues take for waiting may be done
+            self.sweep_now()  # another session had settled one: changes that the queues hold as waiting may be done
         self._tell(batch, settled.at)
         self._dispatcher.dispatch()
         self._read_due.set()

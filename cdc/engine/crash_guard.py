@@ -1,12 +1,12 @@
-"""How the change that killed a consumer is found, after another consumer has taken over its shards.
+"""Finds the change that killed a consumer, after another consumer has taken over its shards.
 
 Theory
 ------
 A change that kills its process (``os._exit``, a crash in C code, memory that ran out) never reaches the error path, and
 would kill each consumer that takes over. In steady state nothing is written that names it: what was running when a
-process died is not known afterwards. But it is known *that* the process died, because its row in ``cdc_shards`` is
-still there. The consumer that takes over such a shard goes through what was there by then, one window of it, in two
-steps:
+process died is not known afterwards. But *that* the process died is known, because its row in ``cdc_shards`` is
+still there. The consumer that takes over such a shard goes through the changes captured before, one window of them, in
+two steps:
 
     unsuspected   recorded as ``started_by`` this process before its handler starts; many at once, in one statement
     suspect       recorded by a process that died: that start counts as a failed attempt. The next attempt is made
@@ -15,13 +15,13 @@ steps:
 A poison message thus kills its process once unseen, once as one of many, and then as often as it has attempts. A change
 that ran beside it loses one attempt. A change that a stop cuts off loses none, because a stop removes the records.
 
-In the table a process that lost its session looks like one that died. It lives, and takes its records back as soon as
-it has a session again. The next owner gives it ``GRACE_S`` for that before a suspect runs or is judged, and reads the
-row again when the suspect's turn has come. Otherwise a healthy change could lose attempts that were never made.
+In the table a process that lost its session looks like one that died. It lives, and removes its records as soon as
+it has a session again. The next owner gives it ``GRACE_S`` for that before a suspect runs or gets an outcome, and reads
+the row again when the suspect's turn has come. Otherwise a healthy change could lose attempts that were never made.
 
 A process that has records must not die of anything else: a logical message can take all its memory, and the recorded
 changes would be blamed. So the slot is not read while ``exposed``: from the start until the free shards have been
-taken, and then until nothing is recorded or waits to be judged, but no longer than ``EXPOSED_MAX_S``. Meanwhile changes
+taken, and then until nothing is recorded or still suspect, but no longer than ``EXPOSED_MAX_S``. Meanwhile changes
 are found by sweeping.
 """
 
@@ -48,24 +48,24 @@ GRACE_S = 5.0
 """A consumer notices within a second that its session has ended, and is back after a pause that grows from 0.1 s."""
 
 EXPOSED_MAX_S = 60.0
-"""A handler may take for ever, and the stream does not wait for that."""
+"""A handler may take for ever; the stream does not wait for that."""
 _FIRST_POLL_S = 10.0
-"""The database may be away; then there is no stream either."""
+"""The database may be unavailable; then there is no stream either."""
 _PAUSE_S = 2.0
-"""Between two marks: until a first sweep has found what there is, and until an outcome is written."""
+"""Exposed for so long without a record: until a first sweep is over, and until an outcome is written."""
 
 
 class CrashGuard:
-    """``window``: so many changes of a shard are recorded before they start; the dead consumer held no more of it."""
+    """``window``: changes of a shard that are recorded before they start; the dead consumer held no more of it."""
 
     def __init__(self, store: Store, window: int) -> None:
         self._store = store
         self._window = window
         self._session: ShardSession | None = None
         self._watched: dict[int, tuple[datetime, int]] = {}
-        """Of a shard: changes made until then are recorded before they start, at most so many."""
+        """By shard: changes made until then are recorded before they start, at most so many."""
         self._doubted_until: dict[int, float] = {}
-        """Of a shard, on the monotonic clock: whoever had it before may still say that it lives."""
+        """By shard, on the monotonic clock: until then its previous owner may still report that it lives."""
         self._waiting: list[Change] = []
         self._writing = asyncio.Lock()
         self._marked: dict[int, Change] = {}
@@ -73,11 +73,11 @@ class CrashGuard:
         self._exposed_until = self._exposed_at_most_until = time.monotonic() + _FIRST_POLL_S
 
     def use_session(self, session: ShardSession) -> None:
-        """From now on this session holds the shards."""
+        """This session holds the shards from now on."""
         self._session = session
 
     def acquired(self, acquired: Acquired) -> None:
-        """What an owner that died may have been working on is recorded before it starts."""
+        """Record what a dead owner may have been working on before it starts."""
         if acquired.orphaned:
             log.warning(
                 "the consumer that owned %d of these shards ended without a word: what it may have been working on is"
@@ -93,7 +93,7 @@ class CrashGuard:
             self._expose_for(_PAUSE_S)
 
     def revoked(self, shards: Collection[int]) -> None:
-        """What still starts of them starts as before."""
+        """Changes of these shards start without a record again."""
 
     def lost(self) -> None:
         self._watched.clear()
@@ -120,21 +120,21 @@ class CrashGuard:
         return bool(self._watched)
 
     def must_record_start(self, change: Change) -> bool:
-        """Whether ``record_start`` is to be called before the change's handler starts."""
+        """Whether to call ``record_start`` before the change's handler starts."""
         if change.crashed:
             return True
         watched = self._watched.get(change.shard)
         return watched is not None and change.changed_at <= watched[0]
 
     def owner_may_be_alive(self, change: Change) -> bool:
-        """Whether the process that started this suspect may only have lost its session, and be about to say so."""
+        """Whether the process that started this suspect may only have lost its session, and be about to report so."""
         left_s = self._doubted_until.get(change.shard, 0.0) - time.monotonic()
         if left_s > 0:
             self._expose_for(left_s + _PAUSE_S)
         return left_s > 0
 
     async def suspicion(self, change: Change) -> Suspicion:
-        """Ask the table whether the change is one still. NONE on a lost session, too: nothing is to start there."""
+        """Whether the change is still a suspect in the table. NONE on a lost session, too: nothing may start there."""
         assert self._session is not None
         try:
             async with self._session.writing:
@@ -143,12 +143,12 @@ class CrashGuard:
             return Suspicion.NONE
 
     async def record_start(self, changes: Iterable[Change]) -> None:
-        """Write down that these start now. Raises AskTheTableError: one is somebody else's, or the session is lost."""
+        """Record that these start. Raises AskTheTableError: another session has one, or the session is lost."""
         recorded = [change for change in changes if self.must_record_start(change)]
         if not recorded:
             return
         self._waiting += recorded
-        async with self._writing:  # whoever comes first writes for all who have come meanwhile
+        async with self._writing:  # the first to come writes for all that have come meanwhile
             batch, self._waiting = self._waiting, []
             if batch:
                 await self._write(batch)
@@ -158,16 +158,17 @@ class CrashGuard:
             self._count_down(change.shard)
 
     def returned(self, changes: Iterable[Change]) -> None:
-        """Their handlers returned; what came of them is settled as ever."""
+        """Their handlers returned; the outcomes are settled as usual."""
         if self._marked:
-            self._expose_for(_PAUSE_S)  # the mark stands until the outcome is written
+            self._expose_for(_PAUSE_S)  # the record stands until the outcome is written
             for change in changes:
                 self._marked.pop(change.seq, None)
 
     async def clear(self, shards: Container[int] = range(SHARDS)) -> None:
-        """Of these shards, what ended without an outcome, or was cut off, is nobody's fault: this process lives.
+        """Remove the records of these shards for changes that ended without an outcome, or were cut off.
 
-        To be said before a shard is given away, at a stop in peace, and after a session was lost.
+        This process lives, so no change is to blame. Call it before a shard is given away, at an orderly stop, and
+        after a session was lost.
         """
         cut_off = [change for change in self._marked.values() if change.shard in shards]
         if cut_off and self._session:

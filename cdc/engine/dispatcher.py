@@ -1,9 +1,9 @@
-"""The tasks that run handlers: each takes one run of changes after the other from the scheduler, until none is ready.
+"""The tasks that run handlers: each takes runs of changes from the scheduler, one after the other, until none is ready.
 
-A task for each change would cost more than many a handler; a fixed number of waiting tasks would have to be woken one
-by one. So a worker is started when something is ready and there is room, and ends when it finds nothing to do. Of a run
-it calls one change after the other for as long as the calls return without waiting; when one waits, it stays with that
-one, and others are started for the rest.
+A task for each change would cost more than many handlers; a fixed number of waiting tasks would have to be woken one
+by one. So a worker is started when something is ready and there is room, and ends when it finds nothing to do. It calls
+the changes of a run one after the other for as long as the calls return without waiting. When one waits, the worker
+stays with it, and others are started for the rest.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from cdc.runtime.deadline import deadline
 log = logging.getLogger("cdc.consumer")
 
 _CHANGES_PER_ITERATION = 100
-"""Handlers that never wait would otherwise keep the event loop from everything else for a whole window."""
+"""Handlers that never wait would otherwise keep the event loop busy for a whole window."""
 
 _BATCH_BYTES = 4 << 20
-"""Of the documents of a batch, if it has more than one change: it is in memory several times over while it is sent."""
+"""Documents of a batch of more than one change: they are in memory several times over while they are sent."""
 _CUT_OFF_S = 5.0
 _ASK_AGAIN_S = 0.1
-"""Who has the change, or a server that is away, needs a moment; the key stays shut meanwhile."""
+"""Until the change's lock or the server is free again; the key stays blocked meanwhile."""
 
 
 class Dispatcher:
@@ -61,34 +61,34 @@ class Dispatcher:
         self._concurrency = concurrency
         self._connections = connections
         self._crash_guard = crash_guard
-        # Of each kind of handler as many as there are connections, so that a group is made when it can begin.
+        # For each kind of handler as many as there are connections, so that a group is made when it can begin.
         self._transactions = {is_async: asyncio.Semaphore(connections) for is_async in (True, False)}
         self._finished = finished
         self._reread = reread
         self._handler: Handler | None = None
         self._started = deque[Change]()
-        """A run of this handler that the workers go through, one after the other calling what it can."""
+        """A run of this handler, which the workers go through together, each calling what it can."""
         self._tasks: dict[asyncio.Task[None], Run] = {}
         executor.tasks = self._tasks
         self._unstarted = set[asyncio.Task[None]]()
-        """Those of the tasks that have not looked for a change yet: what is ready for them needs no others."""
+        """The tasks that have not taken a change yet: for what is ready for them, no others are started."""
         self._quarantined: dict[asyncio.Task[None], Change | None] = {}
-        """Those of the tasks that are no workers: suspects, which run one at a time. None: it is its turn."""
+        """Tasks that are no workers, for suspects, which run one at a time. None: its turn has come."""
         self._doubted: dict[asyncio.Task[None], Change | None] = {}
-        """No workers either: suspects that may be none, which are read again instead of run."""
+        """Tasks for possible suspects, which are read again instead of run."""
         self._lost: dict[asyncio.Task[None], Change | None] = {}
-        """Nor these: what has lost its transaction. They pause first; of a lost connection they run one at a time."""
+        """For changes that lost a transaction. They pause first; after a lost connection they run one at a time."""
         self._uncancellable = set[asyncio.Task[None]]()
-        """Those of the tasks that were cut off and go on; they are not waited for again."""
+        """The tasks that were cut off and go on; they are not waited for again."""
         self._escapes = Losses()
-        """Attempts that ended, not by their call, and for which there is no outcome."""
+        """Attempts that ended without an outcome, and not because of their call."""
         self._alone = asyncio.Lock()
         self._settled = asyncio.Event()
         self._later: deque[tuple[Handler | None, Change]] = deque()
-        """What may kill the process as well, and would be blamed on the suspect that happens to run."""
+        """Changes that may kill the process as well: the suspect that runs would be blamed for it."""
         self._stopping = asyncio.Event()
         self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
-        """Batches that wait for more, and how to tell them that they are full."""
+        """Batches that wait for more, each with the event that says it is full."""
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -124,7 +124,7 @@ class Dispatcher:
         self._settled.set()
 
     async def drain(self, seconds: float) -> None:
-        """Start nothing more; give what runs so much time, then cut it off."""
+        """Start nothing more; give what runs this many seconds, then cut it off."""
         self._stopping.set()
         self._abandon_waiting()
         if not self._tasks:
@@ -134,7 +134,7 @@ class Dispatcher:
         await self._cut_off(list(self._tasks))
 
     async def session_lost(self) -> None:
-        """Cut off what can be. A call in a thread goes on; its key stays shut until it returns."""
+        """Cut off what can be. A call in a thread goes on; its key stays blocked until it returns."""
         self._abandon_waiting()
         self._executor.session_lost()
         in_thread = {task for task, run in self._tasks.items() if any(map(self._executor.in_thread, run.changes))}
@@ -177,7 +177,7 @@ class Dispatcher:
                 await OtherTasks()
 
     def _have_started(self) -> bool:
-        """Whether there is something to call."""
+        """Whether there is a change to call."""
         if not self._started:
             if self._later and not self._quarantined:
                 self._handler, change = self._later.popleft()
@@ -188,12 +188,12 @@ class Dispatcher:
         return bool(self._started)
 
     def _dispatch_others(self) -> None:
-        """The rest of a run does not wait for one of it."""
+        """The rest of a run does not wait for the call that waits."""
         if self._started:
             self.dispatch()
 
     def _run_inline(self, handler: Handler | None) -> tuple[int, PendingCall | None]:
-        """Call what may be over at once. Returns how many were, and the call that was not."""
+        """Call what may return at once. Returns how many calls did, and the call that did not."""
         if self._crash_guard.active:
             return 0, None
         done, unfinished = self._executor.run_inline(handler, self._started)
@@ -244,7 +244,7 @@ class Dispatcher:
             else:
                 outcomes = await self._run(handler, batch)
         except asyncio.CancelledError as error:
-            if not is_being_cancelled():  # nor was it their call that raised it
+            if not is_being_cancelled():  # nor did their call raise it
                 self._is_at(NOTHING)
                 self._escaped(batch, error)
                 return
@@ -255,7 +255,7 @@ class Dispatcher:
             try:
                 await _for(unknown.pause_s, self._stopping)
             finally:
-                self._abandon(batch)  # also when the session is lost meanwhile: else its key would stay shut
+                self._abandon(batch)  # also when the session is lost meanwhile: else its key would stay blocked
             return
         except Exception as error:  # noqa: BLE001 - see _bug
             outcomes = self._bug(handler, batch, error)
@@ -271,12 +271,12 @@ class Dispatcher:
         return await self._executor.run(handler, batch)
 
     def _bug(self, handler: Handler | None, batch: Sequence[Change], error: Exception) -> dict[Change, Outcome]:
-        """What only a fault of this program raises costs its changes an attempt, and never their places."""
+        """An error that only a bug in cdc raises costs its changes an attempt, and never their places."""
         log.critical("a worker failed; this is a bug", exc_info=error)
         return {change: self._executor.decide(handler, change, error) for change in batch}
 
     def _escaped(self, batch: Sequence[Change], error: BaseException) -> None:
-        """What ended the attempt was not the call, and nobody asked for it: no attempt, but not for ever."""
+        """The attempt was ended neither by the call nor by a cancellation: it is not counted, up to a bound."""
         for change in batch:
             if (times := self._escapes.add([change])) < LOSSES_MAX:
                 self._abandon([change])
@@ -296,14 +296,14 @@ class Dispatcher:
     ) -> None:
         left = [one for one in batch if one not in outcomes] if len(outcomes) < len(batch) else []
         self._is_at(Run(handler, left))
-        # In seq order within a key: so they are settled.
+        # In seq order within a key: they are settled in this order.
         self._report([Settlement(one, outcomes[one]) for one in batch if one in outcomes])
         self._is_at(NOTHING)
         if left:
             self._abandon(left)
 
     def _is_at(self, run: Run) -> None:
-        """An error that escapes from this task is about these and no others."""
+        """An error that escapes from this task is about these changes only."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks[task] = run
@@ -314,7 +314,7 @@ class Dispatcher:
             self._escapes.forget(finished.change for finished in batch)
 
     def _quarantine(self, handler: Handler | None, change: Change) -> None:
-        """A suspect runs alone; it waits for its turn without keeping a worker."""
+        """Run a suspect alone; it waits for its turn without holding a worker."""
         if self._crash_guard.owner_may_be_alive(change):
             self._beside(handler, change, _for(_ASK_AGAIN_S, asyncio.Event()), self._doubted)
         else:
@@ -327,7 +327,7 @@ class Dispatcher:
         work: Coroutine[Any, Any, None],
         kind: dict[asyncio.Task[None], Change | None],
     ) -> None:
-        """In a task that is no worker, and takes no place of one."""
+        """Work in a task that is no worker, and takes no place of one."""
         self._scheduler.free_places(change)
         task = asyncio.create_task(work)
         kind[task] = change
@@ -376,7 +376,7 @@ class Dispatcher:
             try:
                 await _for(handler.linger_s, full)
             finally:
-                if self._lingering.get(handler) is waiting:  # a full one has made way, and another may wait by now
+                if self._lingering.get(handler) is waiting:  # a full one has left, and another may wait by now
                     del self._lingering[handler]
 
     def _join(self, handler: Handler, change: Change) -> None:
@@ -390,7 +390,7 @@ class Dispatcher:
             del self._lingering[handler]
 
     def _fits_into(self, batch: Sequence[Change]) -> Callable[[Change], bool]:
-        """What may run together with others of its handler, and fits into the batch with its documents."""
+        """Whether a change may run together with the batch, and its documents fit into it."""
         counted, left = 0, _BATCH_BYTES
 
         def fits(change: Change) -> bool:
@@ -403,11 +403,11 @@ class Dispatcher:
         return fits
 
     def _alone_only(self, change: Change) -> bool:
-        """Whether it is not to run together with others: they would pay for what it does."""
+        """Whether it must not run together with others: its failure would cost them an attempt."""
         return change.crashed or self._executor.lost(change)
 
     def _abandon(self, batch: Iterable[Change]) -> None:
-        """Without an outcome: the table knows what came of these."""
+        """Leave these without an outcome: only the table has it."""
         for change in batch:
             self._scheduler.interrupted(change)
         self._reread()

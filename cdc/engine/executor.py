@@ -1,4 +1,4 @@
-"""The life of one handler call: resolve, validate, run under its time limit, judge.
+"""The life of one handler call: resolve, validate, run under its time limit, decide the outcome.
 
     change(s) ──> handler? ──no──> Skipped
                     │ yes
@@ -11,20 +11,20 @@
                        ├─ raises Reject ─────────> Dead
                        ├─ raises Retry, fails ───> Waiting, or Dead after the last attempt
                        ├─ raises Unavailable ────> Waiting, not counted; no outcome while the handler rests
-                       ├─ fate not known here ───> AskTheTableError: no outcome, the key is read again
+                       ├─ outcome unknown ───────> AskTheTableError: no outcome, the key is read again
                        └─ cut off by a stop, or with the session ──> CancelledError: no outcome, no attempt counted
 
-A batch goes the same way as one call. Of what it raises, ``Failed`` names the changes it is about; ``Retry``,
-``Unavailable``, ``Discard``, ``Reject`` and the time limit are about all of them. Any other error is the fault of one
-of them, and it is unknown which: so they are called one by one, at once, and a key stops at its first failed change.
-Where one of these finds away what it needs, the rest stay as they were.
+A batch is handled as one call. Of its errors, ``Failed`` names the changes it is about; ``Retry``, ``Unavailable``,
+``Discard``, ``Reject`` and the time limit are about all of them. Any other error comes from one of the changes, and
+it is unknown which: so they are called one by one, at once, and a key stops at its first failed change. If one of these
+finds a dependency unavailable, the rest stay as they were.
 
 Changes of a transactional handler may share a transaction, each with its own call. If one of these fails, all are
-rolled back and run one by one as well. Only when the handler has ended the transaction, it is unknown what of the
-others was committed, and none of them may run again.
+rolled back and run one by one as well. But if the handler has ended the transaction, it is unknown which of the
+others were committed, and none of them may run again.
 
-A handler in a thread cannot be stopped, nor can one that catches its cancellation and goes on. When it overruns its
-limit that is reported, and the change stays running, its key shut, until the handler returns; then what it did decides:
+A handler in a thread cannot be stopped, nor can one that catches its cancellation and goes on. An overrun of its time
+limit is reported, and the change stays running, its key blocked, until the handler returns. Its result then decides:
 a return is a return, however late.
 """
 
@@ -69,9 +69,9 @@ from cdc.runtime.cancelling import is_being_cancelled
 log = logging.getLogger("cdc.handlers")
 
 _ABOUT_ALL = (Retry, Unavailable, Discard, Reject, OverrunError, EndedTransactionError)
-"""What a batch raises that is not the fault of one of its changes."""
+"""Errors of a batch that are not about a single change."""
 _AT_ONCE_S = 0.005
-"""Calls in a row, before the event loop goes on with something else."""
+"""Calls in a row, before the event loop goes on with other tasks."""
 
 _PROCESSED = Processed()
 _FINISHED = fast_make(Settlement)
@@ -93,7 +93,7 @@ class PendingCall(NamedTuple):
 
 
 class Executor:
-    """``timeout_s`` holds where a handler names none of its own."""
+    """``timeout_s`` holds for handlers that name none of their own."""
 
     def __init__(
         self,
@@ -124,21 +124,21 @@ class Executor:
         self._jobs: dict[int, Job] = {}
         """Calls in threads, by the first of their changes."""
         self._losses = Losses()
-        """Of connections."""
+        """Losses of connections."""
         self._delays = Losses()
-        """By what stood in the way."""
+        """Attempts that a temporary obstacle ended."""
         self._groupings = {h.name: AdaptiveBatchSize(h.group) for h in handlers if h.group > 1}
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
         self.tasks: Mapping[asyncio.Task[Any], Run] = {}
-        """What each of the tasks that call us is at; theirs to keep."""
+        """What each calling task works on; the tasks keep it."""
 
     def group_limit(self, handler: Handler) -> int:
-        """How many changes may share the handler's next transaction: one, where it only finds out."""
+        """How many changes may share the handler's next transaction: one while the breaker tries it out."""
         grouping = self._groupings.get(handler.name)
         return grouping.limit if grouping and not self.breakers.of[handler.name].tripped else 1
 
     def in_thread(self, change: Change) -> bool:
-        """Whether its handler is at work in a thread, where it can be cut off no more."""
+        """Whether its handler runs in a thread, where it cannot be cut off any more."""
         job = self._jobs.get(change.seq)
         return job is not None and job.started_at is not None
 
@@ -149,20 +149,20 @@ class Executor:
                 self._metrics.handled(change.entity_type, run.handler.name, "interrupted")
 
     def session_lost(self) -> None:
-        """Nothing more is to start of what is under way."""
+        """Nothing more of what has begun may start."""
         self._sessions_lost += 1
 
     def after_crash(self, handler: Handler | None, change: Change, suspicion: Suspicion) -> Outcome | None:
-        """The outcome of a change whose attempts have all ended with their process; None: it is to run."""
+        """The outcome of a change whose attempts have all ended with their process; None: it may run."""
         again = suspicion is Suspicion.AGAIN
         return self._error_policy.after_crash(handler, change, again=again) if handler else None
 
     def pause_s(self, change: Change) -> float:
-        """Seconds to wait before what was lost runs again."""
+        """Seconds to wait before a change that was lost runs again."""
         return pause_s(max(self._losses.times(change.id), self._delays.times(change.id)))
 
     def after_losses(self, handler: Handler | None, change: Change) -> Outcome | None:
-        """The outcome of a suspect that lost its transaction or session too often; None: it is to run."""
+        """The outcome of a suspect that lost its transaction or session too often; None: it may run."""
         times = self._losses.times(change.id)
         if times < LOSSES_MAX or handler is None:
             return None
@@ -171,11 +171,11 @@ class Executor:
         return self._error_policy.on(handler, change, LostTooOftenError(handler, times, LostTransactionError(why)))
 
     def decide(self, handler: Handler | None, change: Change, error: BaseException) -> Outcome:
-        """The outcome of a change that ``error`` kept from having one."""
+        """The outcome of a change that got none because of ``error``."""
         return self._error_policy.on(handler, change, error) if handler else Skipped()
 
     def _unwanted(self, change: Change) -> Outcome:
-        """Of an operation that no handler of the type names, as is usual; or of a type that is thrown away."""
+        """For an operation that no handler of the type names, as is usual; or for an ignored type."""
         if self._router.ignores(change.entity_type):
             return Discarded("no handler wants it, for the router ignores its type")
         if self._scope.has(change.entity_type):
@@ -183,7 +183,7 @@ class Executor:
         return Discarded("no handler wants its type, and unhandled is discard")
 
     def suspects(self, change: Change) -> bool:
-        """Whether it may be what loses transactions or sessions: it runs one at a time with others of that kind."""
+        """Whether it may be the cause of lost transactions or sessions: such changes run one at a time."""
         return self._losses.doubts(change)
 
     def lost(self, change: Change) -> bool:
@@ -193,7 +193,7 @@ class Executor:
     async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
         """One attempt at the handler's changes: one, or a batch. A change may have no outcome: not tried.
 
-        Only a cancellation and AskTheTableError leave as exceptions: there is no outcome at all then.
+        Raises only a cancellation and AskTheTableError: there is no outcome at all then.
         """
         if handler is None:
             for change in changes:
@@ -219,9 +219,9 @@ class Executor:
     ) -> tuple[list[Settlement], PendingCall | None]:
         """Call a handler for one change after the other, for as long as the calls return without waiting.
 
-        A task's steps cost more than many a handler; these calls share them. Takes what it calls from ``changes``: none
-        where it is not as simple as that. Returns what has ended, and the call that has not, for ``resume``. Ends after
-        one that has cancelled the task (``cancelling.disregard``).
+        The steps of a task cost more than many handlers; these calls share them. Takes the changes it calls from
+        ``changes``: none if their call is not that simple. Returns what has ended, and the call that has not, for
+        ``resume``. Stops after a call that has cancelled the task (``cancelling.disregard``).
         """
         done: list[Settlement] = []
         if handler is None or not handler.single:
@@ -256,7 +256,7 @@ class Executor:
         return done, unfinished
 
     async def resume(self, handler: Handler, unfinished: PendingCall) -> Outcome | None:
-        """The rest of an attempt that was begun. Only a cancellation leaves as an exception. None: as in ``run``."""
+        """The rest of an attempt that was begun. Raises only a cancellation. None: as in ``run``."""
         change, call = unfinished
         failure: BaseException | None = None
         session = self._sessions_lost
@@ -287,7 +287,7 @@ class Executor:
     def _count(self, handler: Handler, outcomes: Mapping[Change, Outcome]) -> None:
         alike: dict[tuple[str, str], int] = {}
         for change, outcome in outcomes.items():
-            if not _is_away(outcome):  # which has been counted with its call
+            if not _is_away(outcome):  # counted with its call
                 kind = change.entity_type, _LABELS[type(outcome)]
                 alike[kind] = alike.get(kind, 0) + 1
         for (entity_type, label), changes in alike.items():
@@ -296,7 +296,7 @@ class Executor:
     def _refuse(
         self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
     ) -> tuple[Sequence[Change], Sequence[Change]]:
-        """The changes that may run, as they are and as the handler gets them; of the others the outcome."""
+        """The changes that may run, as they are and as the handler gets them; sets the outcome of the others."""
         changes = given = self._refuse_deep(handler, changes, outcomes)
         if adapter := self._adapters.get(handler.name):
             changes, given = self._validate(handler, adapter, changes, outcomes)
@@ -307,7 +307,7 @@ class Executor:
     def _refuse_deep(
         self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
     ) -> list[Change]:
-        """The changes that may run; of those with too many causes the outcome."""
+        """The changes that may run; sets the outcome of those with too many causes."""
         outcomes |= {
             change: self._error_policy.on(handler, change, TooDeepError(change)) for change in changes if change.chain
         }
@@ -316,7 +316,7 @@ class Executor:
     def _validate(
         self, handler: Handler, adapter: TypeAdapter[Any], changes: Sequence[Change], outcomes: dict[Change, Outcome]
     ) -> tuple[list[Change], list[Change]]:
-        """The changes that fit, as they are and as the handler gets them; of the others the outcome."""
+        """The changes that fit, as they are and as the handler gets them; sets the outcome of the others."""
         fitting: list[Change] = []
         given: list[Change] = []
         for change in changes:
@@ -366,17 +366,17 @@ class Executor:
         return {change: done for change in changes if change.seq not in ran.errors} | failed
 
     def _ended(self, changes: Sequence[Change], session: int) -> None:
-        """Their call has, by itself or cut off, which began in this session: if that was lost, so is the outcome."""
+        """Their call, begun in this session, returned or was cut off. If the session was lost, so is the outcome."""
         if session == self._sessions_lost:
             self._forget(changes)
         else:
             self._losses.add(changes, suspect_at=SESSIONS_MAX)
 
     def _lost(self, handler: Handler, changes: Sequence[Change], lost: LostTransactionError) -> dict[Change, Outcome]:
-        """Raises it again, but for what stands in the way and does not end.
+        """Raise ``lost`` again, unless it is an obstacle that does not end.
 
-        What lost its connection too often is judged when it is to run again: the session may be lost as well, and the
-        outcome.
+        A change that lost its connection too often is decided about when it is to run again: the session may be lost
+        as well, and the outcome with it.
         """
         in_the_way = isinstance(lost, InTheWayError)
         times = (self._delays if in_the_way else self._losses).add(changes)
@@ -387,7 +387,7 @@ class Executor:
         return {change: self._error_policy.on(handler, change, lost.cause) for change in changes}
 
     def _forget(self, changes: Sequence[Change]) -> None:
-        """They have an outcome."""
+        """These changes have an outcome."""
         self._losses.forget(changes)
         self._delays.forget(changes)
 
@@ -400,13 +400,13 @@ class Executor:
         session = self._sessions_lost
         for change, one in zip(changes, given, strict=True):
             if session != self._sessions_lost:
-                break  # one in a thread could not be cut off; the next need not start
+                break  # a call in a thread could not be cut off; the next must not start
             if change.key not in held:
                 outcomes |= await self._attempt(handler, [change], [one], time.monotonic())
                 outcome = outcomes.get(change)
                 if outcome is None or _is_away(outcome):
-                    break  # what one of them needs the others need as well, and each might take its time to say so
-                # What a transactional one leaves to the settle is not marked yet when its successor would be.
+                    break  # the others need the same dependency, and each call might take long to find it unavailable
+                # The settle marks what a transactional handler leaves to it, and its successor would not wait for that.
                 if outcome.blocks_key or (handler.transactional and not isinstance(outcome, Committed)):
                     held.add(change.key)
         return outcomes

@@ -1,7 +1,7 @@
-"""What is read from the outbox, one read after the other, and handed to the scheduler.
+"""Reads changes from the outbox, one read after the other, and hands them to the scheduler.
 
-Three kinds of reads take turns, so that none can shut out another: keys to be read on, waiting changes that are due,
-and what ``ReadPlanner`` asks for. All of it runs on the event loop; no two reads are under way at a time.
+Three kinds of reads take turns, so that none can delay another for long: keys to be read on, waiting changes that are
+due, and what ``ReadPlanner`` plans. All of it runs on the event loop; no two reads are under way at a time.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ log = logging.getLogger("cdc.consumer")
 
 _KEY_READS_MAX = 20
 _UNMARKED_S = 1.0
-"""Until the next read, where what is refused cannot be made a dead letter now."""
+"""Until the next read, while a rejected change cannot be made a dead letter."""
 _REST, _REST_MAX_S = 4, 1.0
-"""Between two looks for what is due there is so many times the time that the first one took; up to a limit, for that
+"""The pause between two reads of due changes, in times as long as the first one took; up to a limit, since that
 may include a time in which this process was stopped, or the table locked."""
 
 _Kind = Callable[[psycopg.AsyncConnection, int], Awaitable[bool]]
 
 
 class Reader:
-    """``pauses`` tells whether a dead letter holds its key. Times in seconds."""
+    """``pauses`` tells whether a dead letter blocks its key. Times in seconds."""
 
     def __init__(
         self,
@@ -62,27 +62,27 @@ class Reader:
         self._poll_interval_s = poll_interval_s
         self._paging = PageSize()
         self._kinds = deque[_Kind]((self._read_on, self._read_due, self._read_planned))
-        """Who had its turn last stands last."""
+        """In the order of their last turns, the latest last."""
         self._unmarked: set[UUID] = set()
-        """What was refused last and is no dead letter yet."""
+        """The changes that were rejected last and are no dead letters yet."""
         self._rests_until = 0.0
         self._delay = Delay()
         self._restart_due = False
         self._next_due_at = self._due_rests_until = self._due_looked_at = 0.0
         self._due_from = FIRST_TYPE
-        """Where the next look goes on that has not been at all waiting types yet."""
+        """Where the next read of due changes goes on, if the last one has not reached all waiting types."""
         self._due_after = inf
-        """When something will be due of those that it has been at."""
+        """When the next change of the types read so far will be due."""
         self._left_out: tuple[str, ...] = ()
-        """Types without room when it was last looked for what is due."""
+        """Types that had no room at the last read of due changes."""
 
     def restart(self) -> None:
-        """Go through the whole outbox again."""
+        """Read the whole outbox again."""
         self._restart_due = True
         self.due_within(0.0)
 
     def due_within(self, seconds: float) -> None:
-        """Look for waiting changes after so much time at the latest."""
+        """Read waiting changes after this many seconds at the latest."""
         self._next_due_at = min(self._next_due_at, _now() + seconds)
 
     @property
@@ -91,7 +91,7 @@ class Reader:
         return self._delay.since
 
     def wait_s(self) -> float:
-        """How long there is nothing to read, wake-ups and freed room aside."""
+        """Seconds for which there is nothing to read, unless a wake-up comes or room is freed."""
         if not self._may_read:
             return inf
         now = _now()
@@ -118,7 +118,7 @@ class Reader:
                 return read
         except psycopg.Error as error:
             self._delayed(reader, error)
-        # Of the read nothing has come in, and what asked for it is forgotten: wake-ups, and keys to be read on.
+        # The read brought nothing, and what asked for it is forgotten: wake-ups, and keys to be read on.
         self._planner.wakeups_lost()
         self.restart()
         return True
@@ -136,7 +136,7 @@ class Reader:
         return False
 
     def _delayed(self, reader: psycopg.AsyncConnection, error: psycopg.Error) -> None:
-        """Raises what is about the session."""
+        """Raises errors that are about the session."""
         if reader.closed or not passes(error.sqlstate):
             raise error
         if self._delay.failed(_now()):
@@ -151,7 +151,7 @@ class Reader:
         self._kinds.append(kind)
 
     async def _set_aside(self, reader: psycopg.AsyncConnection, session: ShardSession, read: RefusedReadError) -> None:
-        """Raises the server's error where no change is refused alone, unless all took too long together."""
+        """Raises the server's error if it rejects no change by itself, unless all took too long together."""
         found = await self._store.refused.find(reader, read)
         if not found and not read.took_too_long:
             raise read.error
@@ -182,7 +182,7 @@ class Reader:
 
     @property
     def _rows(self) -> int:
-        """How many the next page may have: of rows like the last ones those that fit into the window."""
+        """How many the next page may have: as many rows like the last ones as fit into the window."""
         places = 1 + self._paging.row_bytes // self._scheduler.place_bytes
         return max(1, min(self._scheduler.room // places, self._paging.rows))
 
@@ -203,7 +203,7 @@ class Reader:
         return True
 
     def _due_at(self, now: float) -> float:
-        """When to look for what is due."""
+        """When to read due changes."""
         at = self._next_due_at if self._due_from == FIRST_TYPE else now
         if any(free >= worth for free, worth in map(self._scheduler.room_for, self._left_out)):
             at = now
@@ -216,13 +216,13 @@ class Reader:
         began = _now()
         if began < self._due_at(began):
             return False
-        # One that has little room would have the same rows read again and again; now and then it gets that, too.
+        # A type with little room would have the same rows read again and again; it gets that once an interval.
         long_ago = began - self._due_looked_at >= self._poll_interval_s
         rooms = {name: self._scheduler.room_for(name) for name in self._scheduler.types}
         without = tuple(name for name, room in rooms.items() if room.free < (1 if long_ago else room.worth))
         self._due_looked_at = began
         if self._due_from == FIRST_TYPE:
-            self._next_due_at = inf  # what settles meanwhile may bring it forward, until all types were looked at
+            self._next_due_at = inf  # what settles meanwhile may bring it forward, until all types were read
         # What is in the window is due as well until it is settled: a page has to reach beyond it.
         here = self._scheduler.queued + self._scheduler.running + self._scheduler.settling
         limit = min(self._scheduler.capacity, here + self._paging.rows)
@@ -249,10 +249,10 @@ class Reader:
         now = _now()
         # Not during such a pass: restarted at each wake-up, it would never get beyond the first rows.
         if (self._restart_due and not self._planner.passing_from_zero) or self._planner.full_pass_due(now):
-            # No read is under way here: its answer would overtake the watermarks that are forgotten now.
+            # No read is under way here: its answer would overtake the watermarks that are forgotten here.
             self._restart_due = False
             self._scheduler.forget_deferred(self._planner.restart())
-        # Large rows make small pages, which are worth reading where there is room for many.
+        # Large rows make small pages, which are worth reading if there is room for many.
         match self._planner.next(now, room, 1 if self._scheduler.room >= self._enough else room + 1):
             case Fetch() as fetch:
                 await self._fetch(reader, fetch)

@@ -1,10 +1,10 @@
-"""Writes outcomes to the table, and knows what a refusal means. ``settle_queue`` says what is written next.
+"""Writes outcomes to the table, and handles rejected writes. ``settle_queue`` says what is written next.
 
     handler ends ──put──► scheduler.finished ──► queue ──written──► scheduler.settled ──► ``settled``
 
-What the server refuses is told by its SQLSTATE. Where it is about one row, the batch is halved until that row is alone:
-it becomes a dead letter with the server's words. Where something stands in the way, the outcomes are kept and tried
-again, and no handler is called again for them; locked rows are written around. Anything else ends the
+The SQLSTATE says what a rejected write is about. If it is one row, the batch is halved until that row is alone:
+it becomes a dead letter with the server's message. If it is a temporary obstacle, the outcomes are kept and tried
+again, and no handler is called again for them; locked rows are skipped meanwhile. Anything else ends the
 session.
 """
 
@@ -34,17 +34,17 @@ log = logging.getLogger("cdc.consumer")
 _BATCH_MAX = 1_000
 _PAUSE_S, _PAUSE_FACTOR, _PAUSE_MAX_S = 0.005, 4, 0.020
 """From the beginning of a settle to that of the next: what ends meanwhile shares a statement and a flush. Four times as
-long as the settle took, up to a limit: where there is much to do, there are fewer of them. With 5 ms alone a settle was
-of 35 changes that ended in threads, with this it is of 160, and a quarter more of them end."""
+long as the settle took, up to a limit: under load there are fewer of them. With 5 ms alone a settle had 35 changes that
+ended in threads, with this it has 160, and a quarter more of them end."""
 _ITERATION_MAX_S = 5.0
 _REST_MIN_S, _REST_MAX_S = 0.1, 2.0
-"""Between two tries where nothing can be written."""
+"""Between two tries while nothing can be written."""
 _LOCKED_S = 0.5
-"""After so long a locked row is looked at again."""
+"""Until a locked row is tried again."""
 _REFUSED_S = 60.0
 """The same for a row that cannot even be made a dead letter."""
 _ASK_AFTER_S = 0.3
-"""A settle that takes as long waits for somebody; the session's lock_timeout ends it later than that."""
+"""A settle that takes as long waits for another session; lock_timeout ends it later than that."""
 _TOLD_EVERY_S = 30.0
 _WORDS_MAX = 500
 
@@ -56,7 +56,7 @@ LEFT JOIN pg_stat_activity AS activity USING (pid)
 
 @dataclass(slots=True)
 class _Delay:
-    """Some outcomes cannot be written: since when, and when the log said so last."""
+    """Some outcomes cannot be written: since when, and when the log last reported it."""
 
     since: float
     told_at: float | None = None
@@ -65,8 +65,8 @@ class _Delay:
 class Settler:
     """``put`` takes the outcomes of changes that were started, ``run`` writes them. Times are the event loop's.
 
-    ``settled``: called after each settle, and after the scheduler, with what is in the table now. ``iterated``: called
-    in each iteration of ``run``, with True when the server has answered.
+    ``settled``: called after each settle, and after the scheduler, with what is in the table by then. ``iterated``:
+    called in each iteration of ``run``, with True when the server has answered.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Settler:
 
     @property
     def parked(self) -> Collection[int]:
-        """The shards of outcomes that wait, since the session was lost, for their shard to be ours again."""
+        """The shards of outcomes that wait, since the session was lost, for this consumer to own them again."""
         return self._queue.parked
 
     def put(self, batch: Sequence[Settlement]) -> None:
@@ -113,13 +113,13 @@ class Settler:
             self._due.set()
 
     def acquired(self, acquired: Acquired) -> None:
-        """What finished before the session was lost is written where nobody else has had the shard meanwhile."""
+        """Write what finished before the session was lost, in shards that no other consumer has had meanwhile."""
         self._queue.unpark(acquired.kept)
         self._due.set()
         self.drop(acquired.shards)
 
     def revoked(self, shards: Collection[int]) -> None:
-        """What has finished of them is written as ever."""
+        """What has finished of them is written as usual."""
 
     def lost(self) -> None:
         self._scheduler.keep(self._queue.park())
@@ -135,7 +135,7 @@ class Settler:
         self._again.set()
 
     async def run(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
-        """Write what there is on this session until ``finish``. Raises what is about the session."""
+        """Write outcomes on this session until ``finish``. Raises errors that are about the session."""
         try:
             while not self._finishing or self._queue:
                 self._iterated(False)
@@ -151,7 +151,7 @@ class Settler:
                 await asyncio.wait([self._look])
 
     def _wait_s(self) -> float:
-        """Seconds until there may be something to write that cannot be written now."""
+        """Seconds until there may be something to write that cannot be written yet."""
         now = _now()
         return max(self._rests_until - now, 0.0 if self._queue.ready else self._queue.wait_s(now))
 
@@ -166,7 +166,7 @@ class Settler:
         if found:
             locked = {finished.change.seq for finished in found.locked}
             queue = self._queue
-            # What is not there: the session was lost while the settle was under way.
+            # A change that the queue has not got: the session was lost during the settle.
             done = [one for one in batch if one.change.seq not in locked and queue.written(one)]
             self._scheduler.settled(done)
             self._tell_that_delay_is_over()
@@ -180,7 +180,7 @@ class Settler:
     async def _write(
         self, session: ShardSession, reader: psycopg.AsyncConnection, batch: list[Settlement]
     ) -> Settled | None:
-        """None: nothing could be written, for now. Raises what is about the session."""
+        """None: nothing could be written yet. Raises errors that are about the session."""
         started = _now()
         look = asyncio.get_running_loop().call_later(_ASK_AFTER_S, self._schedule_ask, session, reader)
         try:
@@ -222,7 +222,7 @@ class Settler:
             return
         self._queue.again(batch)
         if error.sqlstate == "55P03" and not self._around_locks:
-            self._around_locks = True  # at once, and then around whatever row it is
+            self._around_locks = True  # the next try is at once, and skips whatever row is locked
             self._delay = self._delay or _Delay(_now())
             return
         self._metrics.settle_delayed.inc(len(batch))
@@ -267,7 +267,7 @@ class Settler:
         try:
             found = await (await reader.execute(_BLOCKERS, [pid])).fetchall()
         except (psycopg.Error, OSError):
-            return  # the log says less then
+            return  # the log then does without the names
         if found:
             self._blockers = "; in the way: " + ", ".join(f"pid {one} ({name or 'no name'})" for one, name in found[:5])
 

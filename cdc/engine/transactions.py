@@ -1,18 +1,18 @@
 """Transactional handlers: what the handler writes and the mark of its change commit together, or not at all.
 
-    BEGIN ── take the row ── handler(change, connection) ── mark the row ── COMMIT
+    BEGIN ── lock the row ── handler(change, connection) ── mark the row ── COMMIT
 
-The row is taken with FOR UPDATE SKIP LOCKED, unprocessed and as it was read, so that its effects happen once even if
-two consumers believe they own the shard. Nothing taken means that another session has it or had it: never that it is
-done. Then, and when the connection dies (the answer to a COMMIT may be lost with it), only the table knows what
-became of the change: ``AskTheTableError`` has its key read again.
+The row is locked with FOR UPDATE SKIP LOCKED, unprocessed and as it was read, so that its effects happen once even if
+two consumers believe they own the shard. If no row is locked, another session has it or had it, which never means that
+it is done. Then, and when the connection dies (the answer to a COMMIT may be lost with it), only the table knows what
+became of the change: ``AskTheTableError`` makes its key be read again.
 
 Several changes may share a transaction: the calls follow each other in it, and the marks are one statement. If one of
-them fails, nothing of any is committed, and whoever asked runs them one by one.
+them fails, nothing of any is committed, and the caller runs them one by one.
 
-What the handler writes to tracked tables is caused by its change: the setting ``cdc.cause`` tells the capture trigger.
-Where several changes share a transaction it is set again for each only if the handler is known to write there
-(``causes``); if it turns out to, which the trigger tells by ``cdc.captured``, they are undone and called again.
+The handler's writes to tracked tables are caused by its change: the setting ``cdc.cause`` tells the capture trigger.
+If several changes share a transaction it is set again for each only if the handler is known to write there
+(``causes``). If it turns out to write, as the trigger reports in ``cdc.captured``, they are undone and called again.
 
 Connections come from pools that open them as they are needed: one for async handlers, one for those in threads.
 """
@@ -42,26 +42,26 @@ from cdc.postgres.script import Script, run, run_async
 
 _CONNECTION_LIMIT_S = 10.0
 _ANSWER_LIMIT_S = 30.0
-"""For each answer to a statement of ours; the handler's have its own time limit."""
+"""For each answer to a statement of cdc; the handler's have its own time limit."""
 _TAKE_AGAIN_S = 1.0
-"""Where the row cannot be taken for a moment."""
+"""If the row cannot be locked for a moment."""
 _NO_CONNECTION = "no connection for a transactional handler"
 _SESSION: Mapping[str, str] = {
     **SERVER_TCP,  # a vanished host must not hold the lock on its row
-    "idle_in_transaction_session_timeout": "0",  # the handler's own time limit rules, from BEGIN on
+    "idle_in_transaction_session_timeout": "0",  # the handler's own time limit holds, from BEGIN on
 }
 
 
 Errors = Mapping[int, BaseException]
-"""seq -> what its change failed with, while others of the batch are done."""
+"""By seq, the errors of the changes that failed, while others of the batch are done."""
 
 
 class Ran(NamedTuple):
     """How the calls for some changes ended.
 
-    ``errors`` are of changes that failed by themselves, by seq. ``at``: when the others were marked, by the database's
-    clock; None: there were none, or they are marked later. ``captured``: what the handler wrote was captured.
-    ``calls_s``: how long the calls took, without what their transaction costs.
+    ``errors``: of changes that failed by themselves, by seq. ``at``: when the others were marked, by the database's
+    clock; None: there were none, or they are marked later. ``captured``: the handler's writes were captured.
+    ``calls_s``: how long the calls took, in seconds, without their transaction.
     """
 
     errors: Errors
@@ -71,7 +71,7 @@ class Ran(NamedTuple):
 
 
 class AskTheTableError(Exception):
-    """The attempt's fate is not known here, or the change is somebody else's: the table is asked after ``pause_s``."""
+    """The attempt's outcome is unknown, or another session has the change: read the table after ``pause_s``."""
 
     def __init__(self, why: str, pause_s: float = 0.1) -> None:
         super().__init__(why)
@@ -79,7 +79,7 @@ class AskTheTableError(Exception):
 
 
 class LostTransactionError(AskTheTableError):
-    """The transaction was ended by others while the handler ran: no attempt is counted, but not for ever.
+    """Another session or the server ended the transaction while the handler ran: not counted, up to a bound.
 
     ``cause``: what the driver or the server said.
     """
@@ -90,9 +90,9 @@ class LostTransactionError(AskTheTableError):
 
 
 class InTheWayError(LostTransactionError):
-    """Something stood in the way: another transaction, a lock, a full disk, a statement of ours that was cancelled.
+    """A temporary obstacle: another transaction, a lock, a full disk, a statement of cdc that was cancelled.
 
-    Where that does not end it is a failed attempt like any other.
+    If it does not end, it is a failed attempt like any other.
     """
 
 
@@ -104,13 +104,13 @@ class EndedTransactionError(Exception):
 
 
 class MixedCausesError(Exception):
-    """One of several changes wrote what was captured, and which one was not said."""
+    """One of several changes wrote to a captured table, and ``cdc.cause`` did not say which one."""
 
 
 class Transactions:
     """``size``: connections of each kind. Made on the event loop; ``open`` before, ``close`` after use.
 
-    ``pooled``: the DSN leads to a pooler, so that nothing is asked of a session that a transaction cannot set.
+    ``pooled``: the DSN leads to a pooler, so no session setting is used that a transaction cannot set.
     """
 
     def __init__(self, dsn: Dsn, store: Store, size: int, handlers: Iterable[Handler], *, pooled: bool = False) -> None:
@@ -135,7 +135,7 @@ class Transactions:
             self._sync.open()
 
     async def close(self, timeout_s: float) -> None:
-        """A connection that is being opened is waited for so long, one that a handler has not at all."""
+        """Wait up to ``timeout_s`` for a connection that is being opened, and not for one that a handler has."""
         await asyncio.gather(self._async.close(timeout_s), asyncio.to_thread(self._sync.close, timeout_s))
 
     @property
@@ -152,8 +152,8 @@ class Transactions:
     ) -> Ran:
         """Run an async handler: one call for all the changes, which returns those that failed, or one for each of them.
 
-        ``causes``: each of several calls is named as the cause of what it writes. Raises MixedCausesError where that
-        would have been needed.
+        ``causes``: each of several calls is set as the cause of what it writes. Raises MixedCausesError if that would
+        have been needed.
         """
         attempt = _Attempt(self._store, changes, calls, causes=causes)
         try:
@@ -176,9 +176,9 @@ class Transactions:
         causes: bool,
         owned: Callable[[], bool],
     ) -> Ran:
-        """``run`` for a handler that is not async; called in its thread, where nobody can cut it off.
+        """``run`` for a handler that is not async; called in its thread, where nothing can cut it off.
 
-        ``owned``: whether the changes are this consumer's still. It may have waited long for a connection.
+        ``owned``: whether this consumer still owns the changes. It may have waited long for a connection.
         """
         attempt = _Attempt(self._store, changes, calls, causes=causes, owned=owned)
         try:
@@ -195,7 +195,7 @@ class Transactions:
 
 
 class _Attempt:
-    """What is asked of a connection between BEGIN and COMMIT, and how far that has come."""
+    """The statements on a connection between BEGIN and COMMIT, and how far they have come."""
 
     def __init__(
         self,
@@ -246,18 +246,18 @@ class _Attempt:
         return ran._replace(calls_s=calls_s)
 
     def fate(self, connection: AsyncLent | Lent, error: psycopg.Error) -> Exception:
-        """The handler's own error, or that others ended the transaction; an answer to a COMMIT may be lost with it.
+        """The handler's own error, or that another session or the server ended the transaction, maybe during COMMIT.
 
-        Where nothing was taken, no call had begun: a connection may have died in the pool, and that is no change's
-        doing. Where no call is under way the statement was ours, and what keeps the server from it for a moment is no
-        attempt that failed.
+        If no row was locked, no call had begun: a connection may have died in the pool, and no change is the cause.
+        If no call is under way the statement was cdc's own, and a temporary obstacle to it is no failed
+        attempt.
         """
         if connection.broken or connection.closed:
             if not self._taken:
                 return AskTheTableError("the connection had been lost before the call")
             return LostTransactionError("the connection was lost", error)
         if isinstance(error, psycopg.errors.InvalidSqlStatementName):
-            cut(connection)  # the driver takes for prepared what a DEALLOCATE ALL has removed
+            cut(connection)  # the driver believes that statements which a DEALLOCATE ALL removed are still prepared
             return LostTransactionError("what was prepared on the connection is gone, and so it was closed", error)
         if isinstance(error, psycopg.errors.SerializationFailure | psycopg.errors.DeadlockDetected):
             return InTheWayError("another transaction was in the way", error)
@@ -268,9 +268,9 @@ class _Attempt:
 
 
 def _pin(connection: AsyncLent | Lent, *, pooled: bool) -> Script[None]:
-    """What the transaction is, whatever a database's default says: it comes with BEGIN, and costs no round trip.
+    """Pin the transaction's settings, whatever the database's defaults: they come with BEGIN, at no round trip.
 
-    Above read committed a change would fail for what others wrote meanwhile, and nobody's handler would be at fault.
+    Above read committed a change would fail because of concurrent writes, and no handler would be at fault.
     """
     connection.answer_limit_s, connection.is_pooled = _ANSWER_LIMIT_S, pooled
     yield connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
@@ -279,12 +279,12 @@ def _pin(connection: AsyncLent | Lent, *, pooled: bool) -> Script[None]:
 
 
 def _first_cause(changes: Sequence[Change], calls: Sequence[object]) -> Change:
-    """Of one call for many changes the deepest is the cause of what it writes, so that no loop hides in a batch."""
+    """The cause of what one call for many changes writes is the deepest, so that no loop hides in a batch."""
     return changes[0] if len(calls) > 1 else max(changes, key=lambda change: change.depth)
 
 
 def _alone_only(errors: Errors, calls: Sequence[object]) -> None:
-    """``Failed`` from one of several calls: what that call wrote goes, and with it what the others did."""
+    """``Failed`` from one of several calls rolls back that call's writes, and with them those of the others."""
     if errors and len(calls) > 1:
         raise next(iter(errors.values()))
 
