@@ -1,7 +1,7 @@
-"""Keeps to a consumer's fair share of the shards: what is free is taken, what is too much is given away.
+"""Keeps to a consumer's fair share of the shards: takes free shards, gives surplus ones away.
 
-What stands in the way of a look costs nothing but time: the locks are held by the session all the same, so what runs
-goes on, and the next look goes on where this one was. Anything else ends the session.
+A temporary obstacle to a poll costs nothing but time: the session holds the locks all the same, so what runs
+goes on, and the next poll continues. Any other error ends the session.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger("cdc.consumer")
 
 
 class Balancing:
-    """``acquired`` is called when there are new ones. Times are those of the event loop's clock."""
+    """``acquired`` is called when there are new shards. Times are those of the event loop's clock."""
 
     def __init__(
         self,
@@ -45,17 +45,17 @@ class Balancing:
         self._without = NoShardReminder()
         self._delay = Delay()
         self.members = 0
-        """Live consumers, as the last look has shown them."""
+        """Live consumers, at the last poll."""
 
     async def poll(self, session: ShardSession, now: float) -> bool:
-        """Ask the server, take and give. False: something was in the way, and the next look does the rest."""
+        """Read the membership, acquire and release. False: an obstacle stopped it, and the next poll does the rest."""
         with self._patience(session, now):
             await self._balance(session, now)
             return True
         return False
 
     async def ask(self, session: ShardSession, now: float) -> None:
-        """Make sure that the session is still there. Raises when it is not."""
+        """Check that the session is still there. Raises if it is not."""
         with self._patience(session, now):
             await session.poll()
 

@@ -1,11 +1,11 @@
-"""Calls of code that is not ours: each in a context of its own, and whatever it raises is an Exception to us.
+"""Calls of foreign code: each in a context of its own, and whatever it raises arrives as an Exception.
 
 A ContextVar that a handler sets is seen by no other call, although many share a task, a thread or a transaction; nor
-is how it lets decimals be rounded.
+are its decimal settings.
 
-What is no Exception (SystemExit, GeneratorExit, a class of the handler's own) would end the task or the thread that
-waits, instead of telling it, and its change would have no outcome. It arrives as an EscapedError. A CancelledError
-passes: who waits knows whether this program has cancelled its task (``cancelling``).
+A raised object that is no Exception (SystemExit, GeneratorExit, a class of the handler's own) would end the waiting
+task or thread instead of being caught there, and its change would have no outcome. It arrives as an EscapedError. A
+CancelledError passes: the caller knows whether this program has cancelled its task (``cancelling``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 class EscapedError(Exception):
-    """``error`` was raised, which is no Exception, or none that may be raised again where a call is waited for."""
+    """``error`` was raised. It is no Exception, or one that must not be raised again in the caller."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(type(error).__name__)
@@ -36,14 +36,14 @@ class EscapedError(Exception):
 
 
 class CutOffError(asyncio.CancelledError):
-    """This program has ended the task while the call was under way."""
+    """This program has ended the task during the call."""
 
 
 class StartedCall(Generic[_T]):
     """Awaiting it goes on with a coroutine that has been sent up to its first wait, in the same task.
 
-    ``started`` on the monotonic clock. ``error``: it has failed there, and does so to whoever awaits it. ``context``:
-    where the coroutine runs; None: where it is awaited.
+    ``started`` on the monotonic clock. ``error``: the call has failed before its first wait; awaiting raises it.
+    ``context``: the coroutine runs in it; None: in the awaiting one.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class StartedCall(Generic[_T]):
             thrown = sent = None
             try:
                 sent = yield waits_for
-            except GeneratorExit:  # whoever awaits is thrown away
+            except GeneratorExit:  # the awaiting coroutine is closed
                 run(coroutine.close)
                 raise
             except BaseException as error:  # noqa: BLE001 - a cancellation above all: it is the coroutine's to handle
@@ -88,7 +88,7 @@ class StartedCall(Generic[_T]):
 
 
 def own_context() -> Context:
-    """A copy of the current one; of decimal's settings, too, which a copy would share: one object that calls change."""
+    """A copy of the current context, and of decimal's settings in it: one mutable object, which a copy would share."""
     context = copy_context()
     context.run(setcontext, getcontext().copy())
     return context
@@ -117,7 +117,7 @@ async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any
 
 
 def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
-    """Call what does not wait, in this thread."""
+    """Call a function that does not wait, in this thread."""
     try:
         return own_context().run(function, *arguments)
     except BaseException as error:
@@ -128,7 +128,7 @@ def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
 
 
 async def call_handler(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
-    """Call an async handler. Returns what single changes of a batch failed with, by seq. Raises CutOffError."""
+    """Call an async handler. Returns the errors of single changes of a batch, by seq. Raises CutOffError."""
     try:
         try:  # call_async, without a coroutine of its own to be resumed at each wait
             if begun := begin(0.0, handler.call, given, *connection):
@@ -146,7 +146,7 @@ async def call_handler(handler: Handler, given: Sequence[Change], *connection: A
 
 
 def call_handler_here(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
-    """The same for one that is not async."""
+    """The same for a handler that is not async."""
     try:
         call_here(handler.call, given, *connection)
     except Failed as failed:
@@ -155,7 +155,7 @@ def call_handler_here(handler: Handler, given: Sequence[Change], *connection: An
 
 
 def as_exception(error: BaseException) -> BaseException:
-    """What may be raised in its place: itself, if that tells those who wait and does nothing else to them."""
+    """What to raise instead of ``error``: itself, if the waiting code can catch it without other effects."""
     try:
         passes = isinstance(error, Exception | asyncio.CancelledError) and not isinstance(error, StopIteration)
     except BaseException:  # noqa: BLE001 - its class may be a property, and raise
@@ -170,7 +170,7 @@ def _first_step(
     setcontext(decimals)
     try:
         call = function(*arguments)
-    except StopIteration as error:  # no return: raised by what is no coroutine
+    except StopIteration as error:  # not a return: the function is no coroutine function and raised it
         raise EscapedError(error) from error
     coroutine = cast("Coroutine[Any, Any, _T]", call) if type(call) is CoroutineType else _awaited(call)
     return coroutine, coroutine.send(None)

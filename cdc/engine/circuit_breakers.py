@@ -32,7 +32,7 @@ class CircuitBreakers:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._troubled: set[str] = set()
         self.troubled: Collection[str] = self._troubled
-        """Handlers of which a success would be news. Mostly none: all that a call that succeeds asks for is that."""
+        """Handlers whose breaker a success would change. Mostly none: a call that succeeds only checks that."""
         self.changed: Callable[[], None] = lambda: None
 
     @property
@@ -41,11 +41,11 @@ class CircuitBreakers:
         return {name: BreakerStatus(breaker.state, breaker.why) for name, breaker in self.of.items()}
 
     def rests(self, handler: str) -> bool:
-        """Whether no call of it may begin now."""
+        """Whether no call of it may begin yet."""
         return self.of[handler].state is BreakerState.OPEN
 
     def unavailable(self, handler: str, key: Key, why: str, *, certain: bool, after_s: float) -> bool:
-        """A call has found away what it needs. Returns whether its handler rests. ``why``: nothing of the row."""
+        """A call found a dependency unavailable. Returns whether the breaker tripped. ``why``: nothing of the row."""
         breaker = self.of[handler]
         opened = breaker.unavailable(key, why, self._clock(), certain=certain, after_s=after_s)
         self._troubled.add(handler)
@@ -67,7 +67,7 @@ class CircuitBreakers:
             self._schedule_trial(handler)
 
     def succeeded(self, handler: str) -> None:
-        """A call has been answered."""
+        """What a call needs was there: it returned, or the handler decided about its change."""
         if handler not in self._troubled:
             return
         breaker, now = self.of[handler], self._clock()
@@ -82,7 +82,7 @@ class CircuitBreakers:
             self.changed()
 
     def _schedule_trial(self, handler: str) -> None:
-        """It may have opened: look again when its pause is over."""
+        """The breaker may have opened: check again when its pause is over."""
         breaker = self.of[handler]
         if breaker.state is not BreakerState.OPEN:
             return

@@ -1,4 +1,4 @@
-"""What a process needs of whoever reads the changes: a consumer, or one that only observes."""
+"""What a process requires of its consumer, whether it handles changes or only observes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cdc.observability.snapshots import ConsumerStatus
 
 
 class ConsumerPort(Protocol):
-    """For the event loop, but for ``status`` and ``exposed``."""
+    """For the event loop, except ``status`` and ``exposed``."""
 
     connected: asyncio.Event
     """Set at the first connection and never unset."""
@@ -26,14 +26,14 @@ class ConsumerPort(Protocol):
 
     @property
     def is_sharing(self) -> bool:
-        """Some shards are other consumers'."""
+        """Other consumers own some shards."""
 
     @property
     def exposed(self) -> bool:
         """A change runs that may end the process; from any thread."""
 
     async def run(self) -> None:
-        """Until stopped. Raises the error when the very first connection is refused."""
+        """Run until stopped. Raises the error when the very first connection is refused."""
 
     def stop(self) -> None: ...
 
@@ -41,10 +41,10 @@ class ConsumerPort(Protocol):
         """These have come in from the slot. Returns those to be relayed: other consumers own their shards."""
 
     def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        """The same from whoever streams."""
+        """The same for wake-ups from the process that streams."""
 
     def captured(self) -> None:
-        """Changes were captured, and nobody says which."""
+        """Changes were captured, and it is not known which."""
 
     def sweep_now(self) -> None:
         """The table changed without a wake-up for each row."""

@@ -1,4 +1,4 @@
-"""What a handler's error means for its change: again later, dead, or nothing to do. Counted, logged, told to hooks."""
+"""What a handler's error means for its change: again later, dead, or nothing to do. Counts, logs, calls the hooks."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from cdc.observability.metrics import HandlerMetrics
 log = logging.getLogger("cdc.handlers")
 
 _ERROR_LENGTH_MAX = 2_000
-"""Of last_error, without the frames: an error text may quote payload, and must not outgrow the row it is about."""
+"""Length of last_error, without the frames: an error text may quote payload, and must not outgrow its row."""
 
 
 _SUMMARY_LENGTH_MAX = 300
-"""Of error_summary, characters: the name of a class may be long."""
+"""Length of error_summary, in characters: the name of a class may be long."""
 
 _CRASHES_MAX = 3
 _AWAY_CAP_S = 30.0
-"""The longest wait of a change whose handler finds away what it needs, and does not rest."""
+"""The longest wait of a change whose handler finds a dependency unavailable while its breaker is closed."""
 
 
 class CrashedError(SafeError):
-    """The process ended while the handler ran, which the handler's own process cannot tell any more."""
+    """The process ended while the handler ran. That process cannot report it any more."""
 
     kind = "crash"
 
@@ -76,9 +76,9 @@ class TooDeepError(SafeError):
 
 
 class ErrorPolicy:
-    """``policy`` holds where a handler names no attempts of its own; ``dice`` draws the jitter.
+    """``policy`` holds for handlers that name no attempts of their own; ``dice`` draws the jitter.
 
-    ``failed`` hears of each failure, ``breakers`` of how each call ended.
+    ``failed`` is called for each failure; ``breakers`` get the result of each call.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ErrorPolicy:
         self._dice = dice
 
     def on(self, handler: Handler, change: Change, error: BaseException, took_s: float | None = None) -> Outcome:
-        """The outcome of an attempt that raised ``error`` after so long; None: it was not called."""
+        """The outcome of an attempt that raised ``error`` after ``took_s`` seconds; None: it was not called."""
         if isinstance(error, EscapedError):
             error = error.error
         read = _read(handler, error)
@@ -140,7 +140,7 @@ class ErrorPolicy:
     def of_call(
         self, handler: Handler, changes: Sequence[Change], errors: Errors, took_s: float | None
     ) -> dict[Change, Outcome]:
-        """The outcomes of the changes of a call that failed, each with its error. None of one: it stays as it was."""
+        """The outcomes of the changes of a failed call, by their errors. A change without one stays as it was."""
         outcomes: dict[Change, Outcome] = {}
         away: dict[int, tuple[Unavailable, list[Change]]] = {}
         for change in changes:
@@ -154,7 +154,7 @@ class ErrorPolicy:
         return outcomes
 
     def _unavailable(self, handler: Handler, changes: Sequence[Change], error: Unavailable) -> dict[Change, Outcome]:
-        """The outcomes of the changes of a call that found away what it needs. None of one: it stays as it was."""
+        """The outcomes of a call that found a dependency unavailable. A change without one stays as it was."""
         read = _read(handler, error)
         certain = error.certain is True
         rests = self.breakers.unavailable(
@@ -186,8 +186,8 @@ class ErrorPolicy:
     def after_crash(self, handler: Handler, change: Change, *, again: bool = False) -> Outcome | None:
         """The process of the attempt before has ended. None: there are attempts left.
 
-        ``again``: that one was made alone, so that the change is to blame. Such a one has a few attempts only, whatever
-        the policy grants others: each ends the work of all.
+        ``again``: that attempt was made alone, so the change is to blame. It then has a few attempts only, whatever
+        the policy grants others, because each ends the work of all.
         """
         policy = self._policies.get(handler.name, self._policy)
         limit = min(policy.max_attempts, _CRASHES_MAX) if again else policy.max_attempts
@@ -202,16 +202,16 @@ class ErrorPolicy:
         return None
 
     def count(self, handler: Handler, kind: str) -> None:
-        """One of metrics.ERROR_KINDS."""
+        """``kind``: one of metrics.ERROR_KINDS."""
         self._metrics.failed(handler.name, kind)
 
 
 class _ErrorReport(NamedTuple):
-    """What is to be known of an error.
+    """What an error says.
 
     ``kind``: for the metric; None: a deliberate Retry is not an error. ``summary``: for a log and for error_summary.
-    ``text``: for last_error. ``trace``: where it came from. ``final``: no other attempt can succeed. ``after_s``: what
-    the handler asks for. ``answers``: what the handler needs was there, for it has decided.
+    ``text``: for last_error. ``trace``: where it came from. ``final``: no other attempt can succeed. ``after_s``: the
+    delay that the handler requests. ``answers``: what the handler needs was there, for it has decided.
     """
 
     kind: str | None
@@ -228,16 +228,16 @@ _FINAL = (
     Reject, ValidationError, UnreadableDocumentError, EndedTransactionError, TooDeepError, LostTooOftenError,
     CrashedError,
 )  # fmt: skip
-"""What does not fit, cannot be read, or is too deep, will be so the next time; what was committed without its mark
-would be done twice; and of what was lost, or ended with its process, the attempts are used up."""
+"""What does not fit, cannot be read, or is too deep, will be so the next time. What was committed without its mark
+would be done twice. For losses and crashes the attempts are used up."""
 
 
 _DELIBERATE = (Reject, Retry, Unavailable, SafeError, EndedTransactionError)
-"""What says itself what it is about: last_error has it without the frames."""
+"""Errors that explain themselves: last_error has them without the frames."""
 
 
 def _read(handler: Handler, error: BaseException) -> _ErrorReport:
-    """Looks at the error once: its class is the handler's, and any of its methods may raise."""
+    """Reads the error once: its class is the handler's, and any of its methods may raise."""
     found = trace(error, handler.function)
     try:
         if isinstance(error, Discard):
@@ -255,12 +255,12 @@ def _read(handler: Handler, error: BaseException) -> _ErrorReport:
 
 
 def _lines(found: Trace) -> str:
-    """The frames as last_error has them, below class and text. Frames have no line breaks."""
+    """The frames for last_error, below class and text. Frames have no line breaks."""
     return "".join(f"\n  {frame}" for frame in found.frames)
 
 
 def _fields(handler: Handler, change: Change, attempt: int, outcome: str, found: Trace) -> dict[str, object]:
-    """What a log in JSON has of an attempt beside the message. The key is an identifier, and no more of the row."""
+    """The fields of an attempt in a JSON log, beside the message. The key is an identifier, and no more of the row."""
     return {
         "event": "attempt",
         "change_id": str(change.id),
@@ -286,7 +286,7 @@ def _asked(error: BaseException) -> object:
 
 
 def _seconds(after: object) -> float | None:
-    """None where it is none: the class checks it, and may be derived from."""
+    """None if it is no number of seconds: the class checks it, and may be derived from."""
     return float(after) if isinstance(after, int | float) and 0 <= after < float("inf") else None
 
 
@@ -304,7 +304,7 @@ def _kind(error: BaseException) -> str | None:
 
 
 def _summary(handler: Handler, error: BaseException, found: Trace) -> str:
-    """What a log line may say of it."""
+    """The text about it for a log line."""
     match error:
         case SafeError():
             return error.summary

@@ -1,6 +1,6 @@
-"""Whether a process is well, by its status: what the probes answer. Pure but for ``LoopWatch``.
+"""Whether a process is healthy, by its status: the answers of the probes. Pure but for ``LoopWatch``.
 
-Liveness is only what a restart would fix: never the database, the lag or the role.
+Liveness covers only what a restart would fix: never the database, the lag or the role.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from cdc.observability.snapshots import ProcessStatus
 
 _TURN_EVERY_S = 1.0
 _HELD_UP_S = 30.0
-"""Marks that cannot be written, or changes that cannot be read, for longer are somebody's business."""
+"""Marks that cannot be written, or changes that cannot be read, for longer make the process not ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class HealthThresholds:
-    """When a probe fails. ``turn_s`` and ``answer_s``: since a loop has turned, since the database has answered.
+    """When a probe fails. ``turn_s``, ``answer_s``: seconds since a loop's last turn, since the database's last answer.
 
-    ``stall_s``: the silence after which the stream begins again; it grows while a server decodes something huge, and
-    after ``silences`` times the limit of the moment it is clear that the watchdog itself has failed.
+    ``stall_s``: the silence after which the stream begins again; it grows while a server decodes something huge.
+    After ``silences`` times the current limit the watchdog itself has failed.
     """
 
     turn_s: float = 30.0
@@ -39,7 +39,7 @@ class LoopWatch:
         self.last_iteration_at = time.monotonic()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         while True:
             self.last_iteration_at = time.monotonic()
             await asyncio.sleep(_TURN_EVERY_S)
@@ -62,7 +62,7 @@ def liveness(status: ProcessStatus, now: float, thresholds: HealthThresholds) ->
 def readiness(
     status: ProcessStatus, now: float, thresholds: HealthThresholds, *, delivery: str | None = None
 ) -> list[Check]:
-    """``now`` by time.monotonic(). ``delivery``: the handler that delivers over HTTP, where that is all there is."""
+    """``now`` by time.monotonic(). ``delivery``: the handler that delivers over HTTP, if it is the only one."""
     return [*_of_consumer(status, now, thresholds), *_of_slot(status), *_of_handlers(status, delivery)]
 
 
@@ -81,13 +81,13 @@ def _of_consumer(status: ProcessStatus, now: float, thresholds: HealthThresholds
 
 
 def _of_slot(status: ProcessStatus) -> Iterator[Check]:
-    """Where no slot sends wake-ups that should, work goes on by sweeping, so it is ready all the same."""
+    """If no slot sends wake-ups though one should, work goes on by sweeping, so the process is ready all the same."""
     if status.stream and (why := "standbys_away" if status.poller.slot_waits_for_standbys else status.stream.reason):
         yield Check("stream", ok=True, detail=why)
 
 
 def _of_handlers(status: ProcessStatus, delivery: str | None) -> Iterator[Check]:
-    """A consumer that delivers has nothing else to do; one of several handlers may rest, and the others work."""
+    """A consumer that only delivers is not ready while its breaker is tripped; of several handlers the others work."""
     resting = {name: breaker.why for name, breaker in sorted(status.breakers.items()) if breaker.rests}
     if delivery is not None:
         yield Check("application", delivery not in resting, resting.get(delivery, ""))

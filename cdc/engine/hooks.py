@@ -1,9 +1,9 @@
 """The router's hooks: ``on_processed`` and ``on_error``, the documented ``change:processed`` and ``change:error``, and
 ``on_wakeup``.
 
-They run beside the work, one after the other and in threads of their own, and never disturb it: what they raise is
-logged, what takes too long is given up, and when they fall far behind, the news is dropped instead of the changes being
-held up.
+They run beside the work, one after the other and in threads of their own, and never disturb it: their errors are
+logged, a call that takes too long is given up, and when they fall far behind, calls are dropped instead of delaying
+the changes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _THREADS = 4
 
 
 class Hooks:
-    """Tells the hooks of ``router``."""
+    """Calls the hooks of ``router``."""
 
     def __init__(self, router: Router) -> None:
         self._processed = router.processed_hooks
@@ -58,14 +58,14 @@ class Hooks:
             self._tell(hook, change.size, change, error)
 
     def woken(self, wakeups: Sequence[WakeUp]) -> None:
-        """Notifications have come in just now."""
+        """Notifications have just come in."""
         if self._woken:
             seqs, at = [wakeup.seq for wakeup in wakeups], time.monotonic()
             for hook in self._woken:
                 self._tell(hook, _SEQ_BYTES * len(seqs), seqs, at)
 
     async def run(self) -> None:
-        """Call the hooks as news comes in, until cancelled."""
+        """Call the hooks as calls are queued, until cancelled."""
         while True:
             hook, size, arguments = await self._news.get()
             try:
@@ -75,7 +75,7 @@ class Hooks:
                 self._news.task_done()
 
     async def drain(self, seconds: float) -> None:
-        """Wait until all news is told, for so long at most."""
+        """Wait until all queued calls are made, up to ``seconds``."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.join(), seconds)
 
@@ -111,7 +111,7 @@ class Hooks:
 def where(error: BaseException, function: Any = None) -> str:
     """The error's class and its place. Not its text, which may quote the row.
 
-    ``function``: whose own code the place is looked for in, wherever that is installed.
+    ``function``: the place is looked for in its own code, wherever that is installed.
     """
     if isinstance(error, EscapedError):
         error = error.error

@@ -1,4 +1,4 @@
-"""Working with connections, and with new ones when they have broken: what a consumer and an observer have in common."""
+"""Runs work on connections, and again on new ones when they have broken: for a consumer and an observer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ async def work_until(
 ) -> None:
     """Call ``work``, which connects, again and again until it is stopping.
 
-    Raises the error when the very first connection is refused, before ``connected`` is set, and what no operator and no
-    time heals.
+    Raises the error when the very first connection is refused, before ``connected`` is set, and any error that neither
+    an operator nor time can fix.
     """
     now, pause_s = asyncio.get_running_loop().time, _PAUSE_MIN_S
     while not stopping.is_set():
@@ -47,7 +47,7 @@ async def work_until(
 
 
 async def wait_for_schema(stopping: asyncio.Event, check: Callable[[], Awaitable[None]]) -> None:
-    """A sidecar starts before the application's migrations have run: check until there is a schema, and say what lacks.
+    """Check until there is a schema, and log what is missing: a sidecar may start before the application's migrations.
 
     ``check`` raises SchemaError.
     """
@@ -65,12 +65,12 @@ async def wait_for_schema(stopping: asyncio.Event, check: Callable[[], Awaitable
 
 
 def next_pause_s(before_s: float, worked_s: float) -> float:
-    """Twice as long as before, up to a limit; short again after what has worked for longer than that."""
+    """Twice as long as before, up to a limit; short again after work that lasted longer than that."""
     return _PAUSE_MIN_S if worked_s > _PAUSE_MAX_S else min(2 * before_s, _PAUSE_MAX_S)
 
 
 async def _interruption(work: Callable[[], Awaitable[None]]) -> Exception | None:
-    """What ended the work if that heals by itself or by an operator; anything else is raised: a bug."""
+    """The error that ended the work, if an operator or time can fix it; any other is raised: a bug."""
     try:
         await work()
     except ExceptionGroup as group:
@@ -101,6 +101,6 @@ def _sentence(error: Exception) -> str:
 
 
 def _kind(error: Exception) -> str:
-    """One of INTERRUPTIONS. What libpq says by itself has no SQLSTATE: it is about the connection."""
+    """One of INTERRUPTIONS. An error of libpq itself has no SQLSTATE: it is about the connection."""
     sqlstate = (error.sqlstate if isinstance(error, psycopg.Error) else None) or "08"
     return "connection" if sqlstate[:2] == "08" or sqlstate[:3] == "57P" else "statement"

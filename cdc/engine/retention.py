@@ -1,10 +1,10 @@
 """Retention: removes processed changes beyond an age, beside the work and never in its way.
 
 A round, every minute: connect, take the lock, remove batch after batch until nothing is old enough, leave. Any number
-of consumers try, the lock lets one of them in, and the next round may be another's. It is an advisory lock on the very
-connection that removes, so both end together: there is nobody to notice that the remover died. (The owner of shard 0
-would do as well, but would have to be told apart from one who only believes to own it.) Between rounds there is neither
-lock nor connection.
+of consumers try; the lock admits one of them, and the next round may be another's. It is an advisory lock on the very
+connection that removes, so both end together, and no process needs to notice that the remover died. (The owner of shard
+0 would do as well, but could not be distinguished from one that only believes to own it.) Between rounds there is
+neither lock nor connection.
 
 Each batch is a transaction of its own, and pauses follow the batches' own time: on a busy server both take longer.
 """
@@ -32,14 +32,14 @@ log = logging.getLogger("cdc.pruning")
 _ROUND_EVERY_S = 60.0
 """Also after a round that failed: nothing is urgent here, and a server that comes back has other things to do."""
 _BUSY_SHARE = 0.1
-"""Of the time of a round in which the server works for it."""
+"""Share of a round's time in which the server works for it."""
 PAUSE_MAX_S = 60.0
 _ANSWER_LIMIT_S = 35.0
 """Longer than a batch may take on the server."""
 
 
 class Pruning:
-    """``await run()`` until it is cancelled; it waits out what fails and never raises.
+    """``await run()`` until it is cancelled; it retries what fails and never raises.
 
     Removes what was processed more than ``older_than_s`` ago, ``batch`` changes a transaction.
     """
@@ -69,15 +69,15 @@ class Pruning:
                 await self._round()
             except (CdcError, psycopg.Error, OSError, UnicodeError) as error:
                 self._say(error)
-            # Consumers that start together would otherwise knock at the same moments for ever.
+            # Consumers that start together would otherwise connect at the same moments for ever.
             await _pause(self._every_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
 
     async def _round(self) -> None:
         async with self._lock() as connection:
             if connection is None:
                 return
-            # In each round from the start: a row that somebody held is found the next time. Within a round from where
-            # the batch before ended: an old snapshot makes each batch walk over the index entries of all that is gone.
+            # Each round begins at the start: a row that was locked is found the next time. Within a round each batch
+            # begins where the last ended: an old snapshot makes it walk over the index entries of all removed rows.
             since, more = None, True
             while more:
                 began = asyncio.get_running_loop().time()
@@ -100,7 +100,7 @@ class Pruning:
             yield connection if await cursor.fetchone() == (True,) else None
 
     def _say(self, error: Exception) -> None:
-        """Once for each kind of trouble, not for each round."""
+        """Logs each kind of error once, not in each round."""
         kind = type(error).__name__
         if kind != self._said:
             explained = self._explained(error)

@@ -1,8 +1,9 @@
-"""A consumer that only looks: ``cdc run --observe``, for the time before it is let to work.
+"""A consumer that only reads: ``cdc run --observe``, for the time before it may handle changes.
 
 It reads every change as a consumer would, by wake-ups and sweeps, and counts which handler it would have gone to and
 whether it fits that handler's model; and it reads what another program marks processed, and how long that took. It owns
-no shard and is no member, so nobody shares work with it, and its session is read-only: the server would refuse a mark.
+no shard and is no member, so it takes no work from others, and its session is read-only: the server would refuse a
+mark.
 For the stream, the listener and the probes it has the interface of ``Consumer``.
 """
 
@@ -42,16 +43,16 @@ log = logging.getLogger("cdc.observer")
 
 _MARKS_EVERY_S = 1.0
 _LATE = timedelta(seconds=2)
-"""Marks are read in the order of their transactions' beginnings: one that takes longer to commit is not measured."""
+"""Marks are read in the order in which their transactions began: one that takes longer to commit is not measured."""
 _REMEMBERED = 50_000
 """Numbers seen lately, so that a change that is read twice counts once."""
 _SKIPPED = 1_000
-"""Changes that the server refuses to hand over and that are left out: of more than so many some are met again."""
+"""Changes that the server refuses to hand over and that are left out: if there are more, some are read again."""
 _SOON_S = 0.05
 _ITERATION_MAX_S = 5.0
 _READ_TIMEOUT = "60s"
 _READ_LOCK_TIMEOUT = "20s"
-"""Less, so that a read which waits for a lock is not taken for one that takes too long."""
+"""Shorter than statement_timeout, so that waiting for a lock is not taken for a read that takes too long."""
 _ANSWER_LIMIT_S = 65.0
 """Longer than its statement_timeout."""
 _SESSION = {
@@ -78,7 +79,7 @@ class Shadow:
     """``run`` returns when ``stop`` was called."""
 
     is_sharing = exposed = False
-    """Wake-ups are not passed on: the consumers that work have a stream of their own."""
+    """Wake-ups are not relayed: the consumers that handle changes have a stream of their own."""
 
     def __init__(self, settings: ObserverSettings, *, router: Router, store: Store, metrics: Metrics) -> None:
         self._settings = settings
@@ -158,7 +159,7 @@ class Shadow:
     # --- terms -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Look until stopped. Raises the error when the very first connection is refused."""
+        """Read until stopped. Raises the error when the very first connection is refused."""
         log.info("only observing %s: no handler runs, nothing is marked", self._settings.scope)
         metrics = self._metrics.consumer
         await work_until(self._stopping, self._until_stopped, connected=self.connected, metrics=metrics)
@@ -195,7 +196,7 @@ class Shadow:
         await wait_for_schema(self._stopping, check)
 
     async def _look(self, reader: psycopg.AsyncConnection) -> None:
-        """Read what there is to read."""
+        """Read all that can be read."""
         while not self.stopping:
             self._mark_iteration()
             try:
@@ -230,7 +231,7 @@ class Shadow:
         await disregard()
 
     async def _read_marks(self, reader: psycopg.AsyncConnection) -> bool:
-        """What others have marked since the last look, a page of it. Returns whether there is more."""
+        """Read a page of what others have marked since the last read. Returns whether there is more."""
         found = await self._store.marked_since(reader, self._marks_after, self._paging.rows)
         self._paging.read(len(found.marks), sum(change.size for change, _ in found.marks))
         for change, processed_at in found.marks:
@@ -243,7 +244,7 @@ class Shadow:
         return found.go_on is not None
 
     async def _skip(self, reader: psycopg.AsyncConnection, read: RefusedReadError) -> None:
-        """Leave out from now on what the server refuses to hand over; whoever works makes it a dead letter."""
+        """Leave out from now on what the server refuses to hand over; a working consumer makes it a dead letter."""
         found = await self._store.refused.find(reader, read)
         if not found and not read.took_too_long:
             raise read.error
@@ -254,7 +255,7 @@ class Shadow:
             self._metrics.outbox.rows_refused.labels("read").inc()
             log.warning("the database refuses to hand over change %d (%s): %s", each.seq, each.id, each.words)
         self._store.skip(self._skipped)
-        self._planner.wakeups_lost()  # of the read nothing has come in
+        self._planner.wakeups_lost()  # the read brought nothing
 
     # --- counting --------------------------------------------------------------------------------------------------
 
@@ -298,7 +299,7 @@ class _Lately:
         return iter(self._numbers)
 
     def add(self, number: int) -> bool:
-        """False: it is among them already."""
+        """Returns False if it is among them already."""
         if number in self._numbers:
             return False
         self._numbers[number] = None

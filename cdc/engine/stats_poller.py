@@ -1,7 +1,7 @@
-"""Reads what the database says for metrics and page, on a connection and a thread of its own, every few seconds.
+"""Reads figures from the database for metrics and page, on a connection and a thread of its own, every few seconds.
 
-Never inside a scrape: the scrape interval must not decide how often the database is asked, and a slow database must not
-make the consumer look dead. Each reading has a time limit, and figures that cannot be read are removed.
+Never inside a scrape: the scrape interval must not decide how often the database is queried, and a slow database must
+not make the consumer look dead. Each reading has a time limit, and figures that cannot be read are removed.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _EVERY_S = 15.0
 _STATEMENT_TIMEOUT = "5s"
 _ANSWER_LIMIT_S = 10.0
 _WAITING_POLLS_MAX = 4
-"""At a slot that waits for standbys, which may be back in a moment."""
+"""While a slot waits for standbys, which may be back in a moment."""
 _TOLD_MAX = 1_000
 """Types that were warned of: they come from the data."""
 _REST = 50
-"""What is for the page alone is read again after so many times as long as it took: 2 % of one connection at most."""
+"""Figures for the page alone are read again after this many times as long as they took: 2 % of one connection."""
 
 
 class StatsPoller:
-    """start() once, stop() once. ``slot`` of None: none is used, none is looked at.
+    """Call ``start`` once and ``stop`` once. ``slot``: None if no slot is used or read.
 
-    ``asked``: the types that are ours by the settings, where handlers want fewer of them.
-    ``page``: read also what only a person looks at, by these statements. ``standbys_away``: called
-    where the slot has sent nothing for about a minute, because it is one for failover and standbys are away.
+    ``asked``: the types that the settings name, if the handlers handle fewer of them.
+    ``page``: statements that are run also, for figures that only the page shows. ``standbys_away``: called
+    when the slot has sent nothing for about a minute, because it is one for failover and standbys are away.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class StatsPoller:
         self._thread.start()
 
     def poll_now(self, *, everything: bool = False) -> None:
-        """Something has just changed; from any thread. ``everything``: also what is for the page alone."""
+        """Poll at once, as something has changed; from any thread. ``everything``: also what only the page shows."""
         if everything:
             self._summarize_at = 0.0
         self._due.set()
@@ -157,7 +157,7 @@ class StatsPoller:
         self.status = replace(self.status, outbox=outbox, success=success)
 
     def _unhandled(self, connection: psycopg.Connection) -> int:
-        """How many fresh changes there are that are ours by the settings, and that no handler wants."""
+        """How many fresh changes are of types that the settings name, and that no handler handles."""
         if self._asked is None:
             return 0
         unhandled = {name: count for name, count in self._store.outside(connection).items() if self._asked.has(name)}

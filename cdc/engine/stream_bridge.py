@@ -1,7 +1,7 @@
-"""From the stream's thread to the event loop: wake-ups, and what becomes of the stream.
+"""From the stream's thread to the event loop: wake-ups, and the state of the stream.
 
-The crossing is bounded. A server can send wake-ups many times faster than changes are handled; what the loop has not
-taken yet counts, and beyond the bound wake-ups are dropped and a sweep finds their changes.
+The bridge is bounded. A server can send wake-ups many times faster than changes are handled; those that the loop has
+not taken yet count, and beyond the bound wake-ups are dropped and a sweep finds their changes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class StreamBridge:
         self._cross(lambda: self._interrupted(error.reason))
 
     def _cross(self, call: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: the process is on its way out
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: the process is ending
             self._loop.call_soon_threadsafe(call)
 
     # --- on the event loop -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from cdc.runtime.cancelling import disregard, is_being_cancelled
 
 
 class Job:
-    """A call on its way. ``future`` brings what it returns or raises."""
+    """A queued or running call. ``future`` brings what it returns or raises."""
 
     def __init__(self, call: Callable[[], Any], limit_s: float | None, overran: Callable[[], None] | None) -> None:
         self.call = call
@@ -32,7 +32,7 @@ class Job:
         self.overran = overran
 
     def call_off(self) -> None:
-        """Nobody wants the answer, nor the call if it has not begun. One that has begun goes on; nothing stops it."""
+        """The result is not needed, nor the call if it has not begun. A call that has begun goes on to its end."""
         self.called_off = True
         self.future.cancel()
 
@@ -44,8 +44,8 @@ class Job:
     async def outcome(self) -> Any:
         """What the call returns or raises.
 
-        The call goes on whoever cancels the task that waits, and so must the wait, for it holds the change's key. Only
-        this program ends it.
+        A cancelled task goes on to wait, as the call goes on, too, and holds the change's key. Only this program ends
+        the wait.
         """
         while True:
             try:
@@ -60,7 +60,7 @@ class Job:
                     _resolve(self.future, *self._ended)
 
     def left_s(self) -> float:
-        """Until it overruns; waiting for a free thread does not count."""
+        """Seconds until it overruns; waiting for a free thread does not count."""
         assert self.limit_s is not None
         began = self.started_at
         return self.limit_s if began is None else began + self.limit_s - time.monotonic()
@@ -74,13 +74,13 @@ class Threads:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._started = 0
         self._busy = 0
-        """Jobs on their way; one that was called off, too, until a thread is done with it."""
+        """Queued and running jobs; also a job that was called off, until a thread is done with it."""
         self._limited: set[Job] = set()
         self._timer: asyncio.TimerHandle | None = None
         """One timer for all of them, set for the first that could overrun; most never do."""
         self._ended: deque[tuple[Job, Any, BaseException | None]] = deque()
         self._told = False
-        """The event loop is about to look at what has ended: to wake it for each would cost more than many a call."""
+        """The event loop is about to take in the ended jobs: waking it for each would cost more than many calls."""
 
     def submit(
         self, call: Callable[[], Any], limit_s: float | None = None, overran: Callable[[], None] | None = None
@@ -99,7 +99,7 @@ class Threads:
         return job
 
     def close(self) -> None:
-        """Let the threads end when they have nothing left to do."""
+        """Let the threads end when the queue is empty."""
         if self._timer:
             self._timer.cancel()
         for _ in range(self._started):
@@ -137,10 +137,10 @@ class Threads:
                 try:
                     loop.call_soon_threadsafe(self._take_in)
                 except RuntimeError:
-                    return  # the loop has been closed; nobody waits any more
+                    return  # the loop has been closed; no task waits any more
 
     def _take_in(self) -> None:
-        self._told = False  # before the first look: what ends from now on tells again
+        self._told = False  # before the first look: what ends from here on wakes the loop again
         while self._ended:
             job, result, error = self._ended.popleft()
             self._busy -= 1
@@ -154,6 +154,6 @@ def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | No
     if error is None:
         future.set_result(result)
     elif isinstance(error, asyncio.CancelledError):
-        future.set_exception(EscapedError(error))  # nobody has cancelled the task that waits
+        future.set_exception(EscapedError(error))  # the task that waits was not cancelled
     else:
         future.set_exception(as_exception(error))

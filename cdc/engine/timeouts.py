@@ -1,7 +1,7 @@
 """Time limits of calls on the event loop.
 
-A call that never waits needs none. For each of the others a timer of its own would cost as much as many a handler; but
-calls under the same limit overrun in the order in which they began, so that one timer does for all of them, set for the
+A call that never waits needs none. For each of the others its own timer would cost as much as many handlers. But
+calls under the same limit overrun in the order in which they began, so one timer is enough for all of them, set for the
 first.
 """
 
@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 _HEED_S = 1.0
-"""For a call to end after it was cancelled, until it is said that it goes on: it may have something to undo."""
+"""For a call to end after it was cancelled, until it is reported to go on: it may have something to undo."""
 
 
 class Limit:
@@ -39,7 +39,7 @@ class Limit:
 
     @property
     def waiting(self) -> int:
-        """Calls whose time passes."""
+        """Number of calls that a limit runs for."""
         return len(self._ends)
 
     async def call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
@@ -76,7 +76,7 @@ class Limit:
         self._timer = asyncio.get_running_loop().call_later(at - time.monotonic(), self._look)
 
     def _look(self) -> None:
-        """Those whose time has passed are cancelled; the timer is set for the next, if there is one."""
+        """Cancel the calls whose time has passed, and set the timer for the next, if there is one."""
         self._timer = None
         now = time.monotonic()
         for task, at in list(self._ends.items()):
