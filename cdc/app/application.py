@@ -1,7 +1,7 @@
-"""A consumer's process: the order in which its components start and stop, and what others see of them.
+"""A consumer's process: the order in which its components start and stop, and its status for others.
 
 start   health, so that a slow start can be seen; stats; consumer; listener; stream
-stop    consumer (hands out nothing more, drains, settles), then the others, health last
+stop    consumer (starts nothing more, drains, settles), then the others, health last
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger("cdc")
 
 _STOP_S = 3.0
 _SLOT_NAME_PART = 40
-"""Of a name of up to 63 characters, so that more fits behind it."""
+"""Of a name of up to 63 characters, so that a suffix fits."""
 _Run = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -43,8 +43,8 @@ async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
 
     ``settings`` are those of ``cdc run``, with the names of its options (``slot_name="billing"``, ``drain_time=5``);
     the environment and cdc.toml are not read, and HTTP is off unless ``http_port`` is given. Raises ConnectError when
-    the database cannot be reached at the start, UsageError for a setting that does not exist. A ``router`` of None
-    needs ``deliver_to``.
+    the database cannot be reached at the start, UsageError for a setting that does not exist. If ``router`` is None,
+    ``deliver_to`` is required.
     """
     app = App(config.from_options({"http_port": 0, "dsn": dsn, **settings}), router)
     work = asyncio.create_task(app.run())
@@ -57,7 +57,7 @@ async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
 
 
 class App:
-    """One consumer with all that belongs to it. Made on the event loop. ``router`` is None where deliver.to is set."""
+    """One consumer with its other components. Made on the event loop. ``router`` is None if deliver.to is set."""
 
     def __init__(self, settings: Settings, router: Router | None, thresholds: HealthThresholds | None = None) -> None:
         self._thresholds = thresholds or HealthThresholds()
@@ -84,7 +84,7 @@ class App:
 
     @property
     def scope(self) -> TypeFilter:
-        """The types whose changes are ours; what only a look is for sees those as well that nobody wants."""
+        """The types that this consumer handles; an observer also reads those that no handler names."""
         return self.components.scope
 
     @property
@@ -93,7 +93,7 @@ class App:
         return self.components.status
 
     async def run(self) -> None:
-        """Until the consumer is stopped, or its first connection is refused."""
+        """Run until the consumer is stopped, or its first connection is refused."""
         handlers = sorted({handler.name for handler in self.components.router.handlers.values()})
         log.info("cdc %s; handlers: %s", __version__, ", ".join(handlers) or "none")
         if not self.scope.everything:
@@ -133,7 +133,7 @@ class App:
 
     @contextlib.asynccontextmanager
     async def _beside(self) -> AsyncIterator[None]:
-        """All that runs beside the consumer."""
+        """Runs the other components beside the consumer."""
         keep, tasks = self.components.supervisor.keep, list[asyncio.Task[None]]()
         try:
             tasks += [asyncio.create_task(keep(name, run)) for name, run in self._kept()]
@@ -147,7 +147,7 @@ class App:
         finally:
             for task in tasks:
                 task.cancel()
-            # All at once: each may have to wait for a link that is silent.
+            # All at once: each may have to wait for a silent connection.
             await asyncio.gather(
                 asyncio.wait(tasks, timeout=_STOP_S),
                 self._stop_stream(),
@@ -192,7 +192,7 @@ class App:
     # --- what others look at ---------------------------------------------------------------------------------------
 
     def poll_now(self, *, everything: bool = False) -> None:
-        """Have figures read from the database at once. From any thread. ``everything``: also those that rest."""
+        """Read the figures from the database at once. From any thread. ``everything``: also those on their pause."""
         self.components.poller.poll_now(everything=everything)
 
     def liveness(self) -> list[Check]:

@@ -43,14 +43,14 @@ if TYPE_CHECKING:
     from cdc.http.delivery import Delivery
 
 _SLOT_NAME_PART = 40
-"""Of a name of up to 63 characters, so that more fits behind it."""
+"""Of a name of up to 63 characters, so that a suffix fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
-    """``settings``: as they are used. ``scope``: the types whose changes are ours.
+    """``settings``: as they are used. ``scope``: the types that this consumer handles.
 
-    ``stream`` is None where it is switched off, ``delivery`` where handlers are functions.
+    ``stream`` is None if it is switched off, ``delivery`` if handlers are functions.
     """
 
     settings: Settings
@@ -89,7 +89,7 @@ class Components:
 
 
 def build(settings: Settings, router: Router | None, *, stall_limit_s: float) -> Components:
-    """On the event loop. ``router`` is None where deliver.to is set. Raises UsageError where these do not fit.
+    """On the event loop. ``router`` is None if deliver.to is set. Raises UsageError if these do not fit.
 
     ``stall_limit_s``: the silence after which the stream reconnects.
     """
@@ -129,7 +129,7 @@ def build(settings: Settings, router: Router | None, *, stall_limit_s: float) ->
     )
     relay = Relay(settings.current_dsn, settings.schema_, metrics.wakeups.relayed.inc)
 
-    def poll_now() -> None:  # each of the two is told of the other
+    def poll_now() -> None:  # poller and stream refer to each other
         poller.poll_now()
 
     stream = None
@@ -151,7 +151,7 @@ def build(settings: Settings, router: Router | None, *, stall_limit_s: float) ->
 
 
 def _store(settings: Settings, scope: TypeFilter) -> Store:
-    """What only observes sees the types as well that no handler wants."""
+    """An observer also reads the types that no handler names."""
     read = settings.scope if settings.observe else scope
     page_bytes = min(BYTES, settings.window_bytes)
     return Store(settings.schema_, settings.max_chain_depth, read, page_bytes=page_bytes)
@@ -236,7 +236,7 @@ def _poller(
 
 
 def _relayed(consumer: ConsumerPort, hooks: Hooks, metrics: Metrics) -> Callable[[list[WakeUp] | None], None]:
-    """What becomes of notifications by NOTIFY; of None: the table has changed, and nobody says where."""
+    """Passes on notifications by NOTIFY; None: the table has changed, and it is not known where."""
     count = metrics.wakeups.received.labels("notify")
 
     def heard(wakeups: list[WakeUp] | None) -> None:
@@ -295,14 +295,14 @@ def _consumer_settings(settings: Settings, scope: TypeFilter) -> ConsumerSetting
 
 
 def _as_observer(settings: Settings) -> Settings:
-    """With a slot of its own, that goes with it: the configured one is for those who work."""
+    """With a slot of its own, dropped with the observer: the configured one is for consumers that handle changes."""
     name = f"{settings.slot.name[:_SLOT_NAME_PART]}_observe_{secrets.token_hex(4)}"
     slot = settings.slot.model_copy(update={"name": name, "mode": "temporary", "create": True, "recreate": True})
     return settings.model_copy(update={"slot": slot})
 
 
 def _refuse_unhandled(scope: TypeFilter, router: Router) -> None:
-    """A type that is named and that nobody handles would wait for ever: the opposite of what is meant."""
+    """Changes of a type that is named and has no handler would wait for ever: the opposite of what is meant."""
     for entity_type in scope.types if scope.include else ():
         if not router.scope.has(entity_type):
             raise UsageError(

@@ -1,8 +1,8 @@
 """Settings: command line, then ``CDC_*`` variables, then ``cdc.toml``, then defaults; merged here and nowhere else.
 
 A setting has one name in three spellings: ``slot.name`` is ``--slot-name``, ``CDC_SLOT_NAME``, and ``name`` in the
-section ``[slot]`` of cdc.toml. A secret may also come from a file: ``CDC_DSN_FILE=/run/secrets/dsn``. Whatever is not a
-setting is refused with the nearest one that is, because a misspelt setting that is ignored is found in production.
+section ``[slot]`` of cdc.toml. A secret may also come from a file: ``CDC_DSN_FILE=/run/secrets/dsn``. An unknown name
+is refused with the nearest known one, because a misspelt setting that is ignored is found in production.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cdc.http import endpoint_url, webhook_signature
 
 
 class SecretFile(SecretStr):
-    """A secret in a file, read again whenever that has changed: passwords are replaced while we work.
+    """A secret in a file, read again whenever that has changed: passwords are replaced while a consumer runs.
 
     While it cannot be read, is empty or is refused by ``check`` (ValueError), the value is what it was.
     """
@@ -61,7 +61,7 @@ class SecretFile(SecretStr):
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Changes with the file, also where a mounted one is replaced by another through a link."""
+    """Changes with the file, also if a mounted one is replaced by another through a link."""
     try:
         found = path.stat()
     except OSError:
@@ -70,7 +70,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 DEFAULT_FILE = Path("cdc.toml")
-"""Read where the process starts, if it is there and no other is named."""
+"""Read in the working directory, if it is there and no other is named."""
 
 
 class _Section(BaseModel):
@@ -137,7 +137,7 @@ class DeliverSection(_Section):
     previous_secret: _Secret = Field(None, description="Signs beside it, while a secret is being replaced.")
 
     def keys(self) -> tuple[bytes, ...]:
-        """What to sign with at the moment, the current one first. Secrets."""
+        """The keys to sign with at the moment, the current one first. Secrets."""
         return tuple(
             webhook_signature.key(one.get_secret_value()) for one in (self.secret, self.previous_secret) if one
         )
@@ -150,7 +150,7 @@ class BackoffSection(_Section):
 
 def _does_not_ask_for_help(text: str) -> str:
     if "help" in text.lower():
-        # A messenger that reports its own messages would have it answered for ever.
+        # If a messenger reports its own messages, such an answer would be answered for ever.
         raise ValueError("it must not have the word help in it, or it would be answered itself")
     return text
 
@@ -179,7 +179,7 @@ class LogSection(_Section):
 
 def _fits_a_name(schema: str) -> str:
     if "\0" in schema or len(schema.encode()) > 63:
-        raise ValueError("a schema name has at most 63 bytes")  # PostgreSQL cuts longer ones off in silence
+        raise ValueError("a schema name has at most 63 bytes")  # PostgreSQL silently cuts longer ones
     return schema
 
 
@@ -191,7 +191,7 @@ def _is_an_age(text: str) -> str:
     try:
         if text != "off":
             parse_duration(text)
-    except UsageError:  # it quotes the value, and what is in the wrong place may be a secret
+    except UsageError:  # it quotes the value, and a misplaced value may be a secret
         raise ValueError("input should be a span of time, such as 30d, 12h, 90m, or off") from None
     return text
 
@@ -243,11 +243,11 @@ class Settings(_Section):
 
     @property
     def stream_dsn_text(self) -> str | None:
-        """For the replication stream: its own DSN, or the other one. A secret."""
+        """For the replication stream: its own DSN, or the general one. A secret."""
         return self.stream_dsn.get_secret_value() if self.stream_dsn else self.dsn_text
 
     def current_dsn(self) -> str | None:
-        """``dsn_text`` of the moment, for those who connect again and again."""
+        """``dsn_text`` of the moment, for components that connect again and again."""
         return self.dsn_text
 
     def current_stream_dsn(self) -> str | None:
@@ -255,7 +255,7 @@ class Settings(_Section):
 
     @property
     def scope(self) -> TypeFilter:
-        """The entity types that are ours."""
+        """The entity types that this consumer handles."""
         return TypeFilter(self.only, include=True) if self.only else TypeFilter(self.except_ or ())
 
     @property
@@ -284,7 +284,7 @@ class Settings(_Section):
 
 
 _SHORT = {"deliver.types": "--type", "deliver.batch": "--batch"}
-"""Options that are no spelling of the setting's name: what one writes beside --deliver-to."""
+"""Options that are no spelling of the setting's name: those used beside --deliver-to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +337,7 @@ _BY_FLAT = {setting.flat: setting for setting in SETTINGS.values()}
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The settings, and for each name in SETTINGS where its value came from. ``found``: in a file that nobody named."""
+    """The settings, and the source of each value by name in SETTINGS. ``found``: in the default file, not a named one."""
 
     settings: Settings
     sources: Mapping[str, str]
@@ -355,7 +355,7 @@ class Resolved:
 _ALL_OF_THEM = "cdc config show --help explains every setting"
 
 _Given = dict[str, tuple[Any, str]]
-"""Name in SETTINGS to (value, where it came from)."""
+"""Name in SETTINGS to (value, source)."""
 
 
 def load(
@@ -366,7 +366,7 @@ def load(
 ) -> Resolved:
     """Merge the four sources. ``options`` holds the command line by flat name; None there means not given.
 
-    ``file`` must exist if named, here or by CDC_CONFIG. Raises UsageError naming the source of what is wrong, never a
+    ``file`` must exist if named, here or by CDC_CONFIG. Raises UsageError naming the source of a wrong value, never a
     secret.
     """
     environ = os.environ if environ is None else environ
@@ -379,8 +379,8 @@ def load(
 
 
 def from_options(options: Mapping[str, Any]) -> Settings:
-    """Settings from flat names alone: no environment, no file. Raises UsageError, also for a name that is none."""
-    options = {name.removesuffix("_"): value for name, value in options.items()}  # except is a word of Python
+    """Settings from flat names alone: no environment, no file. Raises UsageError, also for an unknown name."""
+    options = {name.removesuffix("_"): value for name, value in options.items()}  # except is a keyword of Python
     for name in options:
         if name not in _BY_FLAT:
             raise UsageError(f"{name!r} is not a setting", hint=_nearest(name, list(_BY_FLAT)))
@@ -415,7 +415,7 @@ _OTHERS_VARIABLES = re.compile(
 
 
 def _is_a_service(variable: str, value: str) -> bool:
-    """CDC_PORT=tcp://10.0.0.1:9464; of a Service named cdc-http it even has the name of a setting."""
+    """CDC_PORT=tcp://10.0.0.1:9464; a Service named cdc-http even sets a variable with the name of a setting."""
     return variable.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://"))
 
 
@@ -442,7 +442,7 @@ def _secret_from(path: str, variable: str) -> str:
         return Path(path).read_text().removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        # A secret where the name of its file belongs is the likely mistake, and must not be quoted.
+        # A secret in place of its file's name is the likely mistake, and must not be quoted.
         what = "DSN" if variable.endswith("DSN_FILE") else "secret"
         looks_secret = set(path) & set("@=?") or "://" in path or path.startswith("whsec_")
         is_secret = looks_secret or (what == "secret" and "/" not in path)
@@ -484,7 +484,7 @@ def _flattened(document: Mapping[str, Any], path: Path, prefix: str = "") -> Ite
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    # Low cut-off: a bad guess costs a glance, and "did you mean" beats reading the manual.
+    # Low cut-off: a bad suggestion does little harm, and "did you mean" beats reading the manual.
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else _ALL_OF_THEM
 

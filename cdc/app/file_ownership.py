@@ -1,4 +1,4 @@
-"""Whether a file may be what somebody else wrote. A settings file names code that is run and where a password goes."""
+"""Whether another user may have written a file. A settings file names code that is run and where a password goes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _ROOT = 0
 
 
 def others_hand(file: Path) -> str | None:
-    """Why somebody else than this user and root may have written the file or put it there; None: nobody may.
+    """Why a user other than this one and root may have written the file or put it there; None: no other user may.
 
-    A group of this user's own may write. Raises OSError where it is not there.
+    A group of this user's own may write. Raises OSError if the file does not exist.
     """
     if not hasattr(os, "geteuid"):
         return None  # not POSIX: there are no such owners

@@ -1,7 +1,7 @@
 """``cdc run``: the process around a consumer, with its event loop, its signals and its end.
 
-SIGTERM, SIGINT or SIGHUP drains. Whatever hangs then, a handler that goes on after its cancellation, a thread that
-resolves a name, does not hold up the end; where the event loop itself is blocked, a thread ends the process.
+SIGTERM, SIGINT or SIGHUP drains. What hangs then, such as a handler that goes on after its cancellation or a thread
+that resolves a name, does not delay the end. If the event loop itself is blocked, a thread ends the process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from cdc.runtime.cancelling import cancel
 log = logging.getLogger("cdc")
 
 _CUT_OFF_S = 1.0
-"""For what was cancelled at the very end."""
+"""For tasks that were cancelled at the very end."""
 _OVERTIME_S = 20.0
 """Beyond the drain time, until a stop has failed; all its steps have limits of their own, which are less."""
 
 
 def serve(settings: Settings, router: Router | None) -> None:
-    """Log, handle signals, work until one comes, drain, return. ``router``: see ``App``."""
+    """Log, handle signals, run until one comes, drain, return. ``router``: see ``App``."""
     logs.setup(settings.log.level, settings.log.format)
     spare_the_garbage_collector()
     loop = _new_loop()
@@ -42,17 +42,17 @@ def serve(settings: Settings, router: Router | None) -> None:
 
 
 def spare_the_garbage_collector() -> None:
-    """For a process that is a consumer and nothing else: a twelfth of what a no-op change costs was the collector's.
+    """For a process that is only a consumer: a twelfth of the cost of a no-op change was the collector's.
 
-    What is loaded by now stays, and need not be looked through. A window of changes comes and goes by counting
-    references; the usual threshold of 700 has it looked through while it is there.
+    What is loaded by now stays, and need not be scanned. The changes of a window are freed by reference counts; the
+    usual threshold of 700 would have them scanned while they are there.
     """
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
-    """That of uvloop (``pip install 'cdc-consumer[fast]'``) where it is installed: a quicker one."""
+    """The loop of uvloop (``pip install 'cdc-consumer[fast]'``) if it is installed, a faster one."""
     make: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     try:
         import uvloop  # noqa: PLC0415 - it need not be there
@@ -80,7 +80,7 @@ async def _serve(settings: Settings, router: Router | None) -> None:
         await app.run()
     finally:
         stopping.cancel()
-        if not app.consumer.connected.is_set():  # a name may still be resolved, in a thread of nobody knows whom
+        if not app.consumer.connected.is_set():  # a thread of a library may still be resolving a name
             process.abandon()
 
 
@@ -114,7 +114,7 @@ def _end(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _not_ended(loop: asyncio.AbstractEventLoop, tasks: Collection[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
-    """Those that have not ended after a moment."""
+    """The tasks that have not ended after a moment."""
     if not all(task.done() for task in tasks):
         loop.run_until_complete(asyncio.wait(tasks, timeout=_CUT_OFF_S))
     return [task for task in tasks if not task.done()]

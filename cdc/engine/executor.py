@@ -133,7 +133,7 @@ class Executor:
         """What each calling task works on; the tasks keep it."""
 
     def group_limit(self, handler: Handler) -> int:
-        """How many changes may share the handler's next transaction: one while the breaker tries it out."""
+        """How many changes may share the handler's next transaction: one while its breaker is tripped."""
         grouping = self._groupings.get(handler.name)
         return grouping.limit if grouping and not self.breakers.of[handler.name].tripped else 1
 

@@ -1,7 +1,7 @@
 """Counters and histograms for what happens with each change or read.
 
-Those of prometheus_client take a lock and check their labels at every step, which cost more than many a handler. Here
-one thread counts, the event loop's, and any may scrape: it sees a step's sum before its count at worst.
+Those of prometheus_client take a lock and check their labels at every step, which cost more than many handlers. Here
+one thread counts, the event loop's, and any may scrape: at worst it sees a step's sum before its count.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class HistogramTally(Collector):
 
     @property
     def total(self) -> Buckets:
-        """Over all labels; from any thread."""
+        """Sum over all labels; from any thread."""
         counts = [sum(column) for column in zip(*(d.counts for d in self._distributions.copy().values()), strict=True)]
         return tuple(zip((*self._bounds, inf), accumulate(counts), strict=False))
 

@@ -1,4 +1,4 @@
-"""Attempts that failed, as they are shown to people. Pure."""
+"""Failed attempts, for display. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _KEPT = 20
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An attempt that failed, as the log tells it: ``summary`` is class and place, and nothing of the row.
+    """A failed attempt, as in the log: ``summary`` is class and place, and nothing of the row.
 
-    ``at`` in seconds of the epoch. ``again_in_s`` is None where the change is now a dead letter.
+    ``at`` in seconds of the epoch. ``again_in_s`` is None if the change is a dead letter.
     """
 
     at: float
@@ -25,7 +25,7 @@ class Failure:
 
 
 class RecentFailures:
-    """The failures of the last time. One thread adds; any may take ``all``."""
+    """The latest failures. One thread adds; any may take ``all``."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], tuple[int, Failure]] = {}
@@ -35,10 +35,10 @@ class RecentFailures:
         key = (failure.handler, failure.summary)
         times, _ = self._kept.get(key, (0, failure))
         others = [item for item in self._kept.items() if item[0] != key]
-        # Replaced whole: who asks in another thread sees the one or the other.
+        # Replaced whole: another thread sees either the old or the new one.
         self._kept = dict([*others, (key, (times + 1, failure))][-_KEPT:])
 
     @property
     def all(self) -> list[tuple[int, Failure]]:
-        """How often, and the last time; the latest first."""
+        """Each with its number of occurrences, as of the last time; the latest first."""
         return list(reversed(self._kept.values()))

@@ -27,7 +27,7 @@ class Reading:
 class Point:
     """What happened between two readings, and the gauges of the later one; ``at`` is its time.
 
-    Rates are per second. A latency is None where nothing was processed.
+    Rates are per second. A latency is None if nothing was processed.
     """
 
     at: float
@@ -48,9 +48,9 @@ class History:
         self._readings: tuple[Reading, ...] = ()
 
     def add(self, reading: Reading) -> None:
-        """One that is not later than the last is left out."""
+        """A reading that is not later than the last is left out."""
         if not self._readings or reading.at > self._readings[-1].at:
-            # Replaced whole: who asks in another thread sees the one or the other.
+            # Replaced whole: another thread sees either the old or the new one.
             self._readings = (*self._readings, reading)[-self._length :]
 
     def points(self) -> list[Point]:
@@ -61,7 +61,7 @@ class History:
 def quantile(buckets: Buckets, share: float) -> float | None:
     """The value that ``share`` of the observations do not exceed, taking them as spread evenly within a bucket.
 
-    Beyond the last finite bound that bound; None where there are no observations.
+    At most the last finite bound; None if there are no observations.
     """
     total = buckets[-1][1] if buckets else 0
     if total <= 0:

@@ -1,11 +1,11 @@
 """Log lines on stderr, for people (text) or for a collector (JSON), times in UTC.
 
-What a line is about goes into ``extra`` and comes out as ``key=value`` or as a field of the object:
+The subject of a line goes into ``extra`` and comes out as ``key=value`` or as a field of the object:
 ``log.info("slot created", extra={"slot": name})``. What the message says already is for JSON only, ``in_message()``.
 No row content, no DSN; the mask is a net below that rule.
 
-What is logged is in part other people's text, and of any length: each piece is cut, masked and made printable. Only a
-traceback has several lines, all indented, so that none of them can pass for a line of its own.
+Log texts are in part foreign, and of any length: each piece is cut, masked and made printable. Only a
+traceback has several lines, all indented, so that none of them can look like a line of its own.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from cdc.core.printable import cut, printable, printable_json, printable_lines
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 _MESSAGE_MAX, _FIELD_MAX, _TRACEBACK_MAX = 8_000, 2_000, 32_000
-"""Bytes. Collectors split or refuse longer lines than some ten kB; who needs a whole document has it in the row."""
+"""Bytes. Collectors split or refuse lines longer than some ten kB; the whole document is in the row."""
 _MASKED_MAX = 64_000
-"""Bytes that are masked before the cut, so that the cut does not part a password from what tells it."""
+"""Bytes that are masked before the cut, so that the cut does not part a password from its name."""
 _INT_BITS = 1_000
 _COMPOSED_MAX = 8_000
-"""Bytes of a list or mapping as JSON; what is longer is text, and cut."""
+"""Bytes of a list or mapping as JSON; a longer one becomes text, and is cut."""
 _IN_MESSAGE = "cdc_in_message"
 
 
 def in_message(fields: Mapping[str, object]) -> dict[str, object]:
-    """``extra`` of a record whose message says it in words: a text line has it once, a JSON line as fields too."""
+    """``extra`` of a record whose message has these in words: a text line has them once, a JSON line as fields too."""
     return {**fields, _IN_MESSAGE: frozenset(fields)}
 
 
@@ -81,7 +81,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: time, level, logger, message, the extra fields, and exception where there is one."""
+    """One object a line: time, level, logger, message, the extra fields, and any exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {name: _value(value) for name, value in _fields(record).items()}
@@ -102,7 +102,7 @@ def _quoted(value: str) -> str:
 
 
 def _value(value: object) -> object:
-    """As JSON has it. It has neither NaN nor infinity, and few readers numbers of any length."""
+    """A value for JSON, which has neither NaN nor infinity; few readers take numbers of any length."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, float):
@@ -115,7 +115,7 @@ def _value(value: object) -> object:
 
 
 def _composed(value: object) -> object:
-    """As it is, if it is JSON, short, and holds nothing to mask; else as text."""
+    """The value itself, if it is JSON, short, and holds nothing to mask; else as text."""
     try:
         text = json.dumps(value, allow_nan=False, default=str, ensure_ascii=False)
         if len(text.encode("utf-8", "surrogatepass")) <= _COMPOSED_MAX and mask(text) == text:
@@ -126,7 +126,7 @@ def _composed(value: object) -> object:
 
 
 def _text(value: object) -> str:
-    """A line is not lost for a value that cannot be shown."""
+    """The text of a value, or a substitute: a value that cannot be shown must not lose the line."""
     try:
         return str(value)
     except Exception as error:  # noqa: BLE001 - a method of whoever logs it

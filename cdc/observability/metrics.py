@@ -1,9 +1,9 @@
-"""Every metric of what happens, its help text and its labels, once; those of what is are in ``status_metrics``.
+"""Every metric of events, its help text and its labels, once; those of states are in ``status_metrics``.
 
 Labels come from closed sets: a type without a handler is ``other``. Every counter and state exists from the start, with
-0, so that the first error shows as a rise. What can have no value yet does not exist until it has one: the timestamps
-(a 0 would be an age of fifty years), the success of a reading (one that is switched off has not failed), and what is
-read from the database, which also goes when it cannot be read.
+0, so that the first error shows as a rise. A metric that can have no value yet does not exist until it has one: the
+timestamps (a 0 would be an age of fifty years), the success of a reading (one that is switched off has not failed), and
+what is read from the database, which also disappears when it cannot be read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OTHER = "other"
 """Label of an entity type without a rule of its own."""
 
 NO_HANDLER = "none"
-"""Label of the handler of a change that nobody wants."""
+"""Label of the handler of a change that no handler takes."""
 
 SOURCES = ("wal", "notify", "retry", "sweep")
 OUTCOMES = ("processed", "retried", "discarded", "dead", "interrupted", "unavailable")
@@ -38,9 +38,9 @@ ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected
 REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 """How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""
 TASKS = ("loop", "hooks", "threads", "listener", "relay", "retention", "collector", "page", "health", "stream")
-"""What runs as long as the process does."""
+"""Tasks and threads that run as long as the process does."""
 INTERRUPTIONS = ("connection", "statement")
-"""Why a consumer began again: it could not reach the server or lost it, or a statement failed."""
+"""Why a consumer reconnected: it could not reach the server or lost it, or a statement failed."""
 REFUSALS = ("read", "mark")
 UNAVAILABLE = tuple(reason for reason in Reason if reason.lasting is reason)
 """Why this process does not stream: states that last."""
@@ -69,8 +69,8 @@ _swapped = threading.Lock()
 class _InMemory(MetricWrapperBase):
     """Its values are this process's alone.
 
-    prometheus_client keeps them in files where PROMETHEUS_MULTIPROC_DIR names a folder, which is an application's that
-    shares our environment: it may not be there, and what is in it is told as the application's.
+    prometheus_client keeps values in files if PROMETHEUS_MULTIPROC_DIR names a folder. The variable belongs to an
+    application in the same environment: the folder may be missing, and its files are scraped as the application's.
     """
 
     def _metric_init(self) -> None:
@@ -91,7 +91,7 @@ class _Gauge(_InMemory, Gauge):
 
 
 class _Group:
-    """Makes metrics in a registry."""
+    """Creates metrics in a registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -169,12 +169,12 @@ class WakeUpMetrics(_Group):
 
     @property
     def status(self) -> dict[str, int]:
-        """How many, by source; from any thread."""
+        """How many wake-ups came in, by source; from any thread."""
         return self.received.totals(0)
 
 
 class OutboxMetrics(_Group):
-    """What is read from the table and written to it."""
+    """Reads and writes of the table."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
@@ -211,7 +211,7 @@ class ConsumerMetrics(_Group):
 
 
 class HandlerMetrics(_Group):
-    """For the event loop, but for ``status``."""
+    """For the event loop, except ``status``."""
 
     def __init__(self, registry: CollectorRegistry, router: Router) -> None:
         super().__init__(registry)
@@ -246,7 +246,7 @@ class HandlerMetrics(_Group):
         self._errors.labels(handler, kind).inc()
 
     def took(self, entity_type: str, seconds: Iterable[float]) -> None:
-        """Changes were marked processed so long after their transactions began."""
+        """Changes were marked processed, each this many seconds after its transaction began."""
         self._took(_label(entity_type, self._types)).observe_each(max(each, 0.0) for each in seconds)
 
     @property
@@ -257,7 +257,7 @@ class HandlerMetrics(_Group):
 
 
 class DeliveryMetrics(_Group):
-    """Of one that delivers to an application over HTTP."""
+    """Of a consumer that delivers to an application over HTTP."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
@@ -266,12 +266,12 @@ class DeliveryMetrics(_Group):
         self._ended = cache(requests.labels)
 
     def ended(self, result: str) -> None:
-        """One of REQUESTS; a status beyond 599 counts as what it is treated like."""
+        """``result``: one of REQUESTS; a status beyond 599 counts as what it is treated like."""
         self._ended(result if result in REQUESTS else "5xx").inc()
 
 
 class ShadowMetrics(_Group):
-    """Of one that runs and marks nothing."""
+    """Of an observer, which runs and marks nothing."""
 
     def __init__(self, registry: CollectorRegistry, router: Router) -> None:
         super().__init__(registry)
@@ -296,18 +296,18 @@ class ShadowMetrics(_Group):
         self._changes.labels(_label(entity_type, self._types), handler).inc()
 
     def invalid(self, handler: str) -> None:
-        """It does not fit the handler's model."""
+        """A change does not fit the handler's model."""
         self._invalid.labels(handler).inc()
 
     def others_took(self, entity_type: str, seconds: float) -> None:
-        """Somebody else marked a change processed so long after its transaction began."""
+        """Another program marked a change processed, ``seconds`` after its transaction began."""
         self._latency.labels(_label(entity_type, self._types)).observe(max(seconds, 0.0))
 
 
 class Metrics:
     """The metrics of one consumer, in groups, all in ``registry``.
 
-    ``slot`` is the configured name, ``driver`` the versions of psycopg and libpq. ``delivery`` is None where nothing is
+    ``slot`` is the configured name, ``driver`` the versions of psycopg and libpq. ``delivery`` is None if nothing is
     delivered. Each group is used by the threads that it names, and may be scraped from any.
     """
 
@@ -326,7 +326,7 @@ class Metrics:
 
 
 def _label(entity_type: str, known: Collection[str]) -> str:
-    """The label of an entity type: itself where a rule names it, else ``other``."""
+    """The label of an entity type: itself if a rule names it, else ``other``."""
     return entity_type if entity_type in known else OTHER
 
 

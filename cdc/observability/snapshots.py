@@ -1,7 +1,7 @@
-"""What each part of a consumer says of itself: frozen values that any thread may take.
+"""The status of each part of a consumer: frozen values that any thread may take.
 
 Made on request: by a scrape, the page, a probe, a test. The work itself pays nothing for them. Times are those of
-``time.monotonic()``, in seconds, and None for what has not happened yet.
+``time.monotonic()``, in seconds, and None for events that have not happened yet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cdc.observability.history import Buckets
 
 
 class Role(StrEnum):
-    """Where a consumer's wake-ups come from; an observer's are its own affair."""
+    """Where a consumer's wake-ups come from. OBSERVING: an observer, wherever they come from."""
 
     STREAMING = "streaming"
     STANDBY = "standby"
@@ -30,7 +30,7 @@ class Role(StrEnum):
 class StreamStatus:
     """Counters cover the life of the Stream. ``reason``: why it is not connected, one of ``Reason``.
 
-    ``stall_limit_s``: the silence that the stream bears at present; it learns to be more patient with a busy server.
+    ``stall_limit_s``: the silence that the stream tolerates at present; it grows with a busy server.
     """
 
     connected: bool = False
@@ -53,9 +53,9 @@ class StreamStatus:
 class ConsumerStatus:
     """``last_iteration``: by the name of a loop. Changes of the window are ``running``, ``queued`` or ``settling``.
 
-    ``live_shards``: those read by number, as wake-ups tell; ``catching_up``: others are read from where they were left.
+    ``live_shards``: those read by number, from wake-ups; ``catching_up``: the others, read from their cursors on.
     ``uncommitted_wakeups``: of changes that no read has shown yet.
-    ``held_up_s``: for how long some outcome could not be written by now; ``unread_s``: the same of reading.
+    ``held_up_s``: for how long some outcome could not be written, in seconds; ``unread_s``: the same for reading.
     """
 
     observing: bool = False
@@ -80,7 +80,7 @@ class ConsumerStatus:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """Connections of transactional handlers; ``waiting``: handlers that want one."""
+    """Connections of transactional handlers; ``waiting``: handlers that wait for one."""
 
     busy: int = 0
     idle: int = 0
@@ -89,7 +89,7 @@ class PoolStatus:
 
 @dataclass(frozen=True, slots=True)
 class BreakerStatus:
-    """``why``: what the last call said that found away what it needs; "" while it is closed."""
+    """``why``: the reason that the last unavailable call gave; "" while it is closed."""
 
     state: BreakerState = BreakerState.CLOSED
     why: str = ""
@@ -101,7 +101,7 @@ class BreakerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotStatus:
-    """What is None has no value: a lost slot keeps no WAL, an unlimited one is safe."""
+    """None: there is no value. A lost slot keeps no WAL, an unlimited one is safe."""
 
     present: bool
     active: bool = False
@@ -117,7 +117,7 @@ class SlotStatus:
 class OutboxStatus:
     """Counts end at a bound. ``notify_queue_usage``: of the whole server, 0 to 1.
 
-    ``unhandled``: fresh changes that are this consumer's by its settings and that no handler of it wants.
+    ``unhandled``: fresh changes of types that this consumer's settings name and none of its handlers handles.
     """
 
     changes: Mapping[ChangeState, int]
@@ -131,7 +131,7 @@ class OutboxStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PollerStatus:
-    """What the database said last. A part that could not be read is None, and False in ``success``."""
+    """The latest figures from the database. A part that could not be read is None, and False in ``success``."""
 
     last_iteration_at: float | None = None
     outbox: OutboxStatus | None = None
@@ -151,7 +151,7 @@ class HandlerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessStatus:
-    """All of a consumer's process. ``stream`` is None where it is switched off; ``wakeups``: by source.
+    """Status of a consumer's whole process. ``stream`` is None if it is switched off; ``wakeups``: by source.
 
     ``listening``: to wake-ups that another process sends by NOTIFY.
 
@@ -180,7 +180,7 @@ class ProcessStatus:
 
     @property
     def not_streaming(self) -> Reason | None:
-        """Why this process does not stream: a state that lasts. None: it does, or its stream was stopped."""
+        """Why this process does not stream: a state that lasts. None: it streams, or its stream was stopped."""
         stream = self.stream
         if stream is None:
             return Reason.DISABLED

@@ -1,4 +1,4 @@
-"""Metrics that are taken from snapshots, at each scrape: what is, beside what happens (``metrics``)."""
+"""Metrics that are taken from snapshots, at each scrape: states, beside the events in ``metrics``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
 
 _Family = GaugeMetricFamily | CounterMetricFamily
 _Sample = tuple[str, tuple[str, ...], float | None]
-"""Name, label values, value; None: it has none now."""
+"""Name, label values, value; None: it has no value at present."""
 
 
 def _gauge(name: str, text: str, *labels: str) -> Callable[[], _Family]:
@@ -80,7 +80,7 @@ _DELIVERY = _gauge("cdc_delivery_up", "1 while the application is there, 0 while
 class StatusMetrics(Collector):
     """``slot``: the configured name. ``read`` is called at each scrape, in its thread.
 
-    ``delivery``: the handler that delivers over HTTP; only where there is one there is a metric of it.
+    ``delivery``: the handler that delivers over HTTP; without one there is no metric of it.
     """
 
     def __init__(self, slot: str, read: Callable[[], ProcessStatus], *, delivery: str | None = None) -> None:
@@ -100,7 +100,7 @@ class StatusMetrics(Collector):
         return families.values()
 
     def _samples(self, status: ProcessStatus) -> Iterator[_Sample]:
-        # A wall clock may be set at any time, so the loops count by the other one.
+        # A wall clock may be set at any time, so the loops use the monotonic one.
         epoch_s = time.time() - time.monotonic()
         yield from _states("cdc_role", Role, status.role)
         yield from _states("cdc_stream_unavailable", UNAVAILABLE, status.not_streaming)

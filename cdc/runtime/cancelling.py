@@ -1,9 +1,9 @@
-"""Who has cancelled a task: this program, or code that is not ours and runs in it.
+"""Whether this program has cancelled a task, or foreign code that runs in it.
 
 A handler runs in a task of this program. It may cancel that task (``asyncio.current_task().cancel()``, a child that
 cancels its parent, a time limit that ends late), or take a cancellation back (``uncancel()``), so asyncio's count of
-cancellations tells nothing. What this program ends it marks, and only the mark counts: any other CancelledError is a
-failure of the call that it comes from.
+cancellations says nothing. This program marks the tasks that it cancels, and only the mark counts: any other
+CancelledError is a failure of the call that raised it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import contextlib
 from typing import Any
 
 _asked = set[asyncio.Task[Any]]()
-"""To end, and not done yet."""
+"""Tasks that this program has cancelled and that are not done yet."""
 
 
 def cancel(task: asyncio.Task[Any]) -> None:
-    """Ask it to end. What it does then is its own business, but it takes up nothing new."""
+    """Cancel the task. It may run on for a while, but it takes up nothing new."""
     if not task.done():
         _asked.add(task)
         task.add_done_callback(_asked.discard)
@@ -25,21 +25,21 @@ def cancel(task: asyncio.Task[Any]) -> None:
 
 
 def is_being_cancelled(task: asyncio.Task[Any] | None = None) -> bool:
-    """Whether this program has asked the task (None: the one that runs) to end."""
+    """Whether this program has cancelled the task (None: the current one)."""
     return (task or asyncio.current_task()) in _asked
 
 
 def has_cancellations() -> bool:
-    """Whether the task that runs has any on it: then there is something to ``disregard``, or it is to end."""
+    """Whether the current task has any cancellation: then there is one to ``disregard``, or the task is to end."""
     task = asyncio.current_task()
     assert task is not None
     return task.cancelling() > 0 or task in _asked
 
 
 async def disregard() -> None:
-    """After a call of code that is not ours: what it has left of cancellations in this task hits nobody else.
+    """Remove the cancellations that a call of foreign code has left in this task, so that they hit no other call.
 
-    Raises CancelledError where this program has asked the task to end.
+    Raises CancelledError if this program has cancelled the task.
     """
     if not has_cancellations():
         return
@@ -48,7 +48,7 @@ async def disregard() -> None:
     with contextlib.suppress(asyncio.CancelledError):
         turned = asyncio.Event()
         asyncio.get_running_loop().call_soon(turned.set)
-        await turned.wait()  # a cancellation on its way arrives here
+        await turned.wait()  # a pending cancellation arrives here
     if task in _asked:
         raise asyncio.CancelledError
     while task.uncancel():

@@ -1,8 +1,8 @@
-"""A limit to what is awaited, right on every Python that is supported.
+"""A time limit for an await, correct on every Python that is supported.
 
-``asyncio.timeout`` of Python 3.11.0 to 3.11.2, which Debian 12 has, tells its own end from a cancellation by the number
-of these that the task has seen, not by how many came meanwhile. A task group that failed leaves one behind, until
-Python 3.13, and a cleanup follows one: there each limit that passed would end its task, not its wait.
+``asyncio.timeout`` of Python 3.11.0 to 3.11.2, which Debian 12 has, distinguishes its own end from a cancellation by
+the number of cancellations that the task has seen, not by how many came meanwhile. A task group that failed leaves one
+behind, until Python 3.13, and a cleanup follows one: there each limit that passed would end its task, not its wait.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _cancelled() -> int:
 
 
 def deadline(seconds: float | None) -> asyncio.Timeout:
-    """``asyncio.timeout``: raises TimeoutError after so many seconds; None: no limit yet."""
+    """``asyncio.timeout``: raises TimeoutError after ``seconds``; None: no limit yet."""
     if sys.version_info >= (3, 11, 3):
         return asyncio.timeout(seconds)
     now = asyncio.get_running_loop().time()
@@ -52,7 +52,7 @@ async def wait_within(event: asyncio.Event, seconds: float) -> None:
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> None:
-    """Wait until the event is set; when the time is up, set it. Half of what a timeout costs, each time."""
+    """Wait until the event is set; when the time is up, set it. Costs half of what a timeout costs."""
     timer = asyncio.get_running_loop().call_later(seconds, event.set)
     try:
         await event.wait()
@@ -61,7 +61,7 @@ async def set_within(event: asyncio.Event, seconds: float) -> None:
 
 
 async def unless(event: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | None:
-    """What the work brings; None where the event is sooner: then it is cancelled."""
+    """The result of the work; None if the event is set first: then the work is cancelled."""
     task, happened = asyncio.create_task(work), asyncio.create_task(event.wait())
     try:
         await asyncio.wait([task, happened], return_when=asyncio.FIRST_COMPLETED)

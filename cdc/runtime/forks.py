@@ -1,8 +1,8 @@
-"""A child that a handler forks keeps none of our sockets.
+"""A child that a handler forks keeps none of this process's sockets.
 
-A session lives as long as any process has its socket: of a consumer that was killed the shards would stay locked until
-the last of its forked children ends. So in a child each of these sockets is replaced by /dev/null. It is not closed:
-the number would be given to the next file, and a driver that is cleaned up there would say goodbye into it.
+A session lives as long as any process has its socket: the shards of a killed consumer would stay locked until the
+last of its forked children ends. So in a child each of these sockets is replaced by /dev/null. It is not closed:
+the number would be given to the next file, and a driver that is cleaned up there would write its goodbye into it.
 
 Programs that are started (``subprocess``) have none of them anyway, and neither have processes that are spawned.
 """
@@ -26,7 +26,7 @@ _ours: WeakSet[HasSocket] = WeakSet()
 
 
 def not_for_children(*sockets: HasSocket) -> None:
-    """From now on. Each is kept in mind as long as it lives."""
+    """Replace these in each child from now on. Each is remembered as long as it lives."""
     _ours.update(sockets)
 
 
@@ -40,7 +40,7 @@ def _in_child() -> None:
 
 def _numbers(sockets: Iterable[HasSocket]) -> Iterable[int]:
     for socket in sockets:
-        with contextlib.suppress(Exception):  # it is closed, as each of them says in its own way
+        with contextlib.suppress(Exception):  # a closed socket, which each class reports differently
             yield socket.fileno()
 
 

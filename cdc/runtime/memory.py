@@ -1,4 +1,4 @@
-"""What this process occupies."""
+"""The memory of this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def resident_bytes() -> int | None:
-    """None where the system has no /proc."""
+    """Resident memory in bytes. None if the system has no /proc."""
     try:
         pages = Path("/proc/self/statm").read_text("ascii").split()[1]
     except OSError:

@@ -1,11 +1,11 @@
 """The signals that end a process, from its first instruction to its last.
 
-    nobody has work yet    the main thread is interrupted wherever it is: importing handlers, starting a server
-    after ``hand_over``    whoever has the work is told of the first signal, and ends it in good order
+    before ``hand_over``   the main thread is interrupted wherever it is: importing handlers, starting a server
+    after ``hand_over``    the first signal is reported to its callback, which ends the work in good order
     the second signal      ends the process at once, with 128 and its number, whatever it is doing
 
 Process 1 of a container has no default actions: a signal that comes before its handler is lost. So the handlers are
-there before anything else is loaded. A signal that is ignored at the start (nohup) stays so.
+set before anything else is loaded. A signal that is ignored at the start (nohup) stays so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has come before there was work; what handles Ctrl-C handles the others as well."""
+    """A signal has come before there was work; code that handles Ctrl-C handles the others as well."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
@@ -39,7 +39,7 @@ _state = _State()
 
 
 def handle_signals() -> None:
-    """In the main thread; again after others may have set handlers of their own."""
+    """In the main thread; again after other code may have set handlers of its own."""
     _state.pid = os.getpid()
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -47,7 +47,7 @@ def handle_signals() -> None:
 
 
 def hand_over(told: Callable[[int], object]) -> None:
-    """From now on ``told`` is called with the first signal; at once if it has come already. In the main thread."""
+    """Call ``told`` with the first signal from now on; at once if it has come already. In the main thread."""
     handle_signals()
     _state.told = told
     if _state.first is not None:
@@ -55,12 +55,12 @@ def hand_over(told: Callable[[int], object]) -> None:
 
 
 def interrupted() -> bool:
-    """A signal has come: what was interrupted may have swallowed it."""
+    """Whether a signal has come: the interrupted code may have swallowed it."""
     return _state.first is not None
 
 
 def _received(number: int, _frame: FrameType | None) -> None:
-    if os.getpid() != _state.pid:  # a child that a handler has forked: none of this is its business
+    if os.getpid() != _state.pid:  # a child that a handler has forked: the signal is not for this consumer
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
@@ -73,12 +73,12 @@ def _received(number: int, _frame: FrameType | None) -> None:
 
 
 def abandon() -> None:
-    """Something of this process cannot be ended, and its end is not to wait for it."""
+    """Some task or thread of this process cannot be ended: ``leave`` does not wait for it."""
     _state.abandoned = True
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. What was abandoned would otherwise be waited for: the interpreter joins threads."""
+    """End the process, without waiting for what was abandoned: the interpreter would join its threads."""
     if _state.abandoned:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,10 +1,10 @@
-"""Keeps tasks and threads going that are to run as long as the process does.
+"""Restarts tasks and threads that are to run as long as the process does.
 
-    runs ── ends, not asked to ──> logged, counted ── pause ──> runs
+    runs ── ends unexpectedly ──> logged, counted ── pause ──> runs
 
-Only a fault of this program ends one: what a server or a link does is its own business. So it is restarted, after a
-pause that doubles from 0.1 to 30 seconds; one that has run for a minute meanwhile begins with the shortest again. After
-eight ends in a row it is failing: a restart of the process may fix what its own did not, and /livez asks for it.
+Only a bug in cdc ends one: errors of a server or a connection are handled inside. So it is restarted, after a
+pause that doubles from 0.1 to 30 seconds; after it has run for a minute the pause starts at 0.1 again. After
+eight ends in a row it is failing: a restart of the process may fix what its own did not, and /livez requests it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _STEADY_S = 60.0
 
 
 class Ends(NamedTuple):
-    """``times`` that it has ended in a row."""
+    """``times``: how often it has ended in a row."""
 
     times: int = 0
 
     def after(self, ran_s: float) -> Ends:
-        """It has ended once more, after so many seconds."""
+        """It has ended once more, after ``ran_s`` seconds."""
         return Ends(1 if ran_s >= _STEADY_S else self.times + 1)
 
     @property
@@ -42,23 +42,23 @@ class Ends(NamedTuple):
         return min(_PAUSE_MIN_S * 2.0 ** min(self.times - 1, 16), _PAUSE_MAX_S)
 
     def failing(self, ran_s: float) -> bool:
-        """``ran_s``: since it was started last."""
+        """``ran_s``: since its last start, in seconds."""
         return self.times >= FAILING_AT and ran_s < _STEADY_S
 
 
 class Supervisor:
-    """``ended`` hears the name of what has ended. Thread-safe."""
+    """``ended`` is called with the name of what has ended. Thread-safe."""
 
     def __init__(self, ended: Callable[[str], None] = lambda _: None) -> None:
         self._ended = ended
         self._ends: dict[str, tuple[Ends, float]] = {}
-        """And when it was started last, on the monotonic clock. Each name is written by its own task or thread."""
+        """Also when it was last started, on the monotonic clock. Each name is written by its own task or thread."""
         self._threads: dict[str, tuple[threading.Thread, threading.Event]] = {}
 
     async def keep(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run it until cancelled. A return is an end that nobody asked for.
+        """Run it until cancelled. A return is an unexpected end, too.
 
-        In a task of its own: what runs there may be code that is not ours, and cancel it.
+        It runs in a task of its own, because foreign code in it may cancel that task.
         """
         while True:
             began = time.monotonic()
@@ -77,7 +77,7 @@ class Supervisor:
     def keep_here(self, name: str, run: Callable[[], None], stopping: threading.Event) -> None:
         """Run it in this thread until it returns because it is ``stopping``.
 
-        Also after what is no Exception: others can raise SystemExit in a thread, which would end it without a word.
+        Also after a BaseException: foreign code can raise SystemExit in a thread, which would end it silently.
         """
         self._threads[name] = threading.current_thread(), stopping
         while True:
@@ -91,11 +91,11 @@ class Supervisor:
                 return
 
     def failed(self, name: str, began: float, error: BaseException) -> float:
-        """For what restarts itself: it has ended by ``error``. Returns the seconds to pause."""
+        """Report what restarts itself: it has ended by ``error``. Returns the seconds to pause."""
         return self._note(name, began, error)
 
     def failing(self) -> list[tuple[str, int]]:
-        """What ends again and again, or is a thread that is gone; and how often it has ended in a row."""
+        """Names that end again and again, or whose thread is gone, each with how often it has ended in a row."""
         now = time.monotonic()
         ends = dict(self._ends)
         failing = {name: each.times for name, (each, began) in ends.items() if each.failing(now - began)}
@@ -105,7 +105,7 @@ class Supervisor:
         return list(failing.items())
 
     def _note(self, name: str, began: float, error: BaseException | None) -> float:
-        """Returns the seconds to pause."""
+        """Record an end. Returns the seconds to pause."""
         now = time.monotonic()
         before, _ = self._ends.get(name, (Ends(), now))
         ends = before.after(now - began)
