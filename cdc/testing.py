@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _POLL_INTERVAL_S = 0.01
 _NAMED_MAX = 20
 _ROWS_EXAMINED_MAX = 1_000
-"""Changes of a state. Behind so many that are held back no others are seen: a test has fewer."""
+"""Changes examined in each state: a test has fewer. Behind this many blocked ones no other is seen."""
 _QUICK: Mapping[str, Any] = {
     "http_port": 0,
     "stream": False,
@@ -47,26 +47,26 @@ _QUICK: Mapping[str, Any] = {
     "backoff_base": 0.01,
     "drain_time": 0.5,
 }
-"""Settings of a drain, unless it is given others: no slot, and no waiting that a test would feel."""
+"""Settings of a drain, unless others are given: no slot, and no noticeable waiting."""
 
 _numbers = itertools.count(1)
 
 
 class UnsettledError(CdcError):
-    """A drain's time is up, and there are changes that could still run."""
+    """A drain's time is up, and some changes could still run."""
 
 
 class DeadLetterError(CdcError):
-    """There are dead letters, and the test has not said that it expects them."""
+    """Changes became dead letters, and the test did not allow it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """What a drain did, and what it left. ``retried`` counts failed attempts that were made again, the rest changes.
+    """What a drain did, and what it left. ``retried`` counts repeated attempts, the other fields changes.
 
-    ``dead_letters``: those that died meanwhile, each with its ``last_error``. ``waiting``: for a retry that is due only
-    after the drain's time limit. ``held``: fresh changes behind one of these, or behind a dead letter that pauses.
-    ``unhandled``: fresh ones of types that no handler wants, which stay as they are.
+    ``dead_letters``: those that died during the drain, each with its ``last_error``. ``waiting``: for a retry that is
+    due only after the drain's time limit. ``held``: fresh changes behind one of these, or behind a dead letter that
+    pauses. ``unhandled``: fresh ones of types that no handler wants, which stay as they are.
     """
 
     processed: int
@@ -94,8 +94,8 @@ def change(
 ) -> Change:
     """A change as a handler gets it, made by hand. ``fields``: any other field of ``cdc.Change``.
 
-    What is left out fits the rest: ``entity_id`` is the row's ``id``, ``seq`` is above those of all made before, the
-    table is called like the type.
+    Defaults fit the arguments: ``entity_id`` is the row's ``id``, ``seq`` is above those of all changes made before,
+    the table has the type's name.
     """
     row = new or old
     if entity_id is None:
@@ -120,12 +120,12 @@ def change(
 
 
 async def handle(router: Router, change: Change, *, connection: Any = None) -> str | None:
-    """Call the handler that a consumer would call, as it would be called; no server is needed.
+    """Call the handler as a consumer would; no server is needed.
 
     Its model is applied, its own time limit holds if it is async, a plain function runs in a thread, and one for
-    batches gets a batch of one. Returns the handler's name, or None where no handler wants it. Raises whatever the
-    handler raises, ``cdc.Discard`` and ``cdc.Retry`` too, and pydantic's ValidationError for a row that does not fit.
-    ``connection`` is for a handler that asks for one; its transaction is the caller's.
+    batches gets a batch of one. Returns the handler's name, or None where no handler wants the change. Raises every
+    error of the handler, ``cdc.Discard`` and ``cdc.Retry`` too, and pydantic's ValidationError for a row that does not
+    fit. ``connection`` is for a handler that asks for one; its transaction is the caller's.
     """
     handler = router.match(change.entity_type, change.operation)
     if handler is None:
@@ -150,12 +150,12 @@ async def drain(
 ) -> Drained:
     """Run a consumer on the database until every change is settled, then stop it.
 
-    Settled: nothing is left that could run before ``within_s`` seconds are over. Retries are made too, after waits of
-    some hundredths of a second at most. A change that asked to wait for longer than the limit is left as it is and
-    counted, and so is what it holds back. ``settings`` are those of ``cdc.run``; no slot is used unless they say so.
+    Settled: no change is left that could run within ``within_s`` seconds. Retries run too, after waits of at most some
+    hundredths of a second. A change that asked to wait for longer than the limit stays as it is and is counted, like
+    the changes that it blocks. ``settings`` are those of ``cdc.run``; no slot is used unless they ask for one.
 
     Raises DeadLetterError where changes became dead letters, unless ``allow_dead``; UnsettledError where time is up,
-    naming what is left by number, id, type and state; SchemaError where there is no outbox.
+    naming the changes left by number, id, type and state; SchemaError where there is no outbox.
     """
     chosen = config.from_options({**_QUICK, **settings, "dsn": dsn, **_cap(settings)})
     app = App(chosen, router)
@@ -180,7 +180,7 @@ async def drain(
 
 
 def _cap(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The longest wait, so that a test need not know of it to set the shortest."""
+    """The longest backoff, so that a test that sets the shortest need not set both."""
     return {} if "backoff_cap" in settings else {"backoff_cap": max(0.05, settings.get("backoff_base", 0.0))}
 
 
@@ -199,18 +199,18 @@ async def _until_settled(work: asyncio.Task[None], look: _OutboxState, within_s:
 
 
 class _OutboxState:
-    """What the table says, from a thread."""
+    """What the table holds, read from a thread."""
 
     def __init__(self, connection: Connection, admin: OutboxAdmin, scope: TypeFilter) -> None:
-        read_anything(connection)  # a change that cannot be read is one of those that are left
+        read_anything(connection)  # an unreadable change may be among those left
         self._scope = scope
         self._connection = connection
         self._admin = admin
         self._began = self._now()
 
     def runnable(self, within_s: float) -> list[ChangeSummary]:
-        """Changes that could run within so many seconds; some of them, if there are many."""
-        # By one snapshot: what changed its state between two looks would be in neither.
+        """Changes that could run within ``within_s`` seconds; some of them, if there are many."""
+        # In one snapshot: a change whose state changes between two reads would be in neither.
         with self._connection.transaction():
             self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             soon = self._now() + timedelta(seconds=within_s)
@@ -218,7 +218,7 @@ class _OutboxState:
             waiting = self._find("waiting", _ROWS_EXAMINED_MAX)
         ready = [entry for entry in fresh if not entry.blocked]
         ready += [entry for entry in waiting if entry.next_attempt_at and entry.next_attempt_at <= soon]
-        return [entry for entry in ready if self._scope.has(entry.entity_type)]  # which may be all but some
+        return [entry for entry in ready if self._scope.has(entry.entity_type)]  # the scope may exclude types
 
     def _now(self) -> datetime:
         row = self._connection.execute("SELECT clock_timestamp()").fetchone()
@@ -248,7 +248,7 @@ class _OutboxState:
 
 
 def _named(entries: Iterable[ChangeSummary]) -> str:
-    """Without what the rows hold, and without the text of their errors, which may quote it."""
+    """Without row content, and without the text of errors, which may quote it."""
     shown = list(itertools.islice(entries, _NAMED_MAX + 1))
     names = [f"{each.seq} ({each.id}) of {each.entity_type}, {_state(each)}" for each in shown[:_NAMED_MAX]]
     return "; ".join([*names, "..."] if len(shown) > _NAMED_MAX else names)

@@ -1,4 +1,4 @@
-"""Checks of the outbox: its objects, what is captured into it, who may work on it, and what is left to do. Pure."""
+"""Checks of the outbox: its objects, what is captured into it, the roles that work on it, and its backlog. Pure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def schema(seen: Installed) -> Finding:
 
 
 def _upgrade(owner: str, command: str = "cdc db upgrade") -> str:
-    """Objects of others are not adopted, so a superuser upgrades as their owner, too."""
+    """The upgrade does not change owners, so a superuser must run it as the objects' owner, too."""
     return f"{command}, as {owner}" if owner else command
 
 
@@ -75,7 +75,7 @@ def outboxes(seen: Installed, *, slot: str) -> Finding:
 
 
 def capture_function(seen: CaptureFunctionFacts) -> Finding:
-    """``cdc db upgrade`` fixes what it may; whose the function is, it leaves alone, and ``schema`` says it."""
+    """``cdc db upgrade`` fixes what it may. It does not change the function's owner; ``schema`` reports that."""
     own_role = (
         f"{_upgrade(seen.outbox_owner)} with the right to create roles, gives it a role of its own: see"
         " docs/operations/roles.md"
@@ -112,7 +112,7 @@ def _pinned(seen: CaptureFunctionFacts) -> bool:
 
 
 def row_security(seen: RowSecurity) -> Finding:
-    """Where it goes for the role, the server refuses to read, since our sessions do not let it leave rows out."""
+    """Where it applies to the role, the server refuses to read: our sessions do not let it leave rows out."""
     if not seen.active:
         others = f"; on for others: {', '.join(seen.tables)}" if seen.tables else ""
         return ok(f"none of the outbox's tables has any for {seen.role}{others}")
@@ -146,7 +146,7 @@ def senders(seen: Senders) -> Finding:
         "every role that may connect may send logical messages of up to 1 GB, and one that is larger than half the"
         " consumer's memory ends it",
         "as a superuser; another application that sends logical messages needs the GRANT as well",
-        # In this order: without the right every write to a tracked table fails.
+        # In this order: without the right every write to a tracked table would fail.
         *(f"GRANT EXECUTE ON FUNCTION {functions} TO {_role(owner)};" for owner in seen.owners),
         f"REVOKE EXECUTE ON FUNCTION {functions} FROM PUBLIC;",
     )

@@ -12,15 +12,15 @@ from cdc.diagnostics.findings import Checks, Finding, fail, ok, skip, unknown, w
 from cdc.replication.slot_health import SlotReport, assess
 
 _OURS = "cdc"
-"""How the application names of our sessions begin."""
+"""The beginning of our sessions' application names."""
 _SOME_WAL_BYTES = 64 << 20
-"""A limit below it is reached by one burst; see max_slot_wal_keep_size in docs/operations/server.md."""
+"""One burst fills a lower limit; see max_slot_wal_keep_size in docs/operations/server.md."""
 _ENOUGH_WAL = "10GB"
 _SHORT_STOP_S = 3600.0
-# A list in one pair of quotes is one name, and allows nothing.
+# A list in one pair of quotes is a single name, and allows nothing.
 _ELEMENT = re.compile(r'"[^"]*"|[^\s,"]+')
 
-# What another check finds, with its remedy.
+# Reasons that another check reports, with its remedy.
 _SAID_ELSEWHERE = {
     Reason.WAL_LEVEL.value: "wal-level",
     Reason.NO_REPLICATION_ROLE.value: "replication-role",
@@ -97,8 +97,8 @@ def _is_refused(proof: Proof) -> bool:
 
 
 def _allowing(seen: Decoding) -> str:
-    """One statement for all plugins that were tried: of two, the second would undo the first."""
-    # Unquoted: as one quoted string it becomes one name and allows nothing. pgoutput belongs in it, or it is refused.
+    """One statement for all plugins that were tried: a second statement would undo the first."""
+    # Unquoted: as one quoted string it is one name and allows nothing. Without pgoutput in the list it is refused.
     names = dict.fromkeys(["pgoutput", "test_decoding", *(proof.plugin for proof in seen.proofs)])
     return f'ALTER ROLE "{_quoted(seen.role)}" SET output_plugin_libraries = {", ".join(names)};'
 
@@ -180,7 +180,7 @@ def _state(found: SlotReport) -> Finding:
     severity = assess(found)
     if not severity.fine:
         gone = found.wal_status == "lost" or found.ahead
-        # A name of letters, digits and underscores.
+        # The name consists of letters, digits and underscores.
         drop = (f"SELECT pg_drop_replication_slot('{found.name}');",) if gone and not found.active else ()
         return fail(f"{found.name}: {severity.sentence}", severity.remedy, *drop)
     kept = f"keeps {format_bytes(found.retained_wal_bytes or 0)} of WAL"
@@ -217,7 +217,7 @@ def _quoted(name: str) -> str:
 
 
 def of_server(slot: SlotReport | None) -> Checks[ServerFacts]:
-    """What the server must have free for a stream."""
+    """The free resources that a stream needs on the server."""
     return {
         "wal-level": wal_level,
         "slots-free": lambda server: slots_free(server, slot_exists=slot is not None),

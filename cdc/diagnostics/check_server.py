@@ -21,7 +21,7 @@ _END_OF_LIFE: Mapping[int, date] = {
 _CLOCKS_APART_S = 2.0
 _NOTIFY_QUEUE_FULL = 0.5
 _SHOWN = 3
-"""Transactions that are named."""
+"""Transactions that the finding names."""
 
 
 def connect(session: SessionFacts) -> Finding:

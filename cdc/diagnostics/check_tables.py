@@ -1,4 +1,4 @@
-"""Checks of the tables that are captured, and of the triggers on them. Pure."""
+"""Checks of the captured tables and their triggers. Pure."""
 
 from __future__ import annotations
 

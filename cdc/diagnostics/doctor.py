@@ -1,10 +1,10 @@
-"""Every precondition of the consumer, looked at and judged.
+"""Every precondition of the consumer, inspected and checked.
 
-    look, look_outbox, decoding     what there is to see, each look bounded, a failed one said          (edges)
-    facts                           what was seen, as values
-    check_*                           the checks: facts in, one finding out                               (pure)
+    inspect_*                       read the server: each read bounded, a failed one reported             (edges)
+    facts                           what was read, as values
+    check_*                         the checks: facts in, one finding out                                  (pure)
 
-Nothing is changed: what is made for a test (a temporary slot, temporary tables) is gone afterwards.
+Nothing is changed: what is created for a test (a temporary slot, temporary tables) is gone afterwards.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _NO_STREAM = Absent("the stream is switched off (CDC_STREAM)")
 
 
 def examine(subject: Subject) -> list[Finding]:
-    """One finding of each check. Never raises for what it finds; bounded to about a minute where nothing answers."""
+    """One finding of each check. Never raises for a fault it finds; takes about a minute at most without any answer."""
     try:
         with connect(subject.dsn, application_name=inspect_server.NAME, session=_SESSION) as connection:
             return list(_examine(subject, connection))
     except CdcError as error:
-        # Not even a connection: what can be said without one, and that the rest needs one.
+        # No connection: report it, the checks that need none, and that the others need one.
         refused = Finding(Severity.FAIL, str(error), error.hint, check="connect")
         return [refused, *(each for each in _examine(subject, None) if each.check != "connect")]
 
@@ -94,7 +94,7 @@ def _slot_facts(
     def seen(look_at: Callable[[Subject], T]) -> T | Unknown | Absent:
         if not subject.streams:
             return _NO_STREAM
-        # Where the same DSN led nowhere a moment ago, it would only take the time again.
+        # The same DSN failed a moment ago: another attempt would only take time.
         unreachable = machine is _NO_CONNECTION and subject.stream_dsn == subject.dsn
         return _NO_CONNECTION if unreachable else inspect_server.known(lambda: look_at(subject))
 
@@ -111,7 +111,7 @@ def _replication(
         return slot
     if isinstance(machine, Unknown):
         return machine
-    # Also where the stream is off: a slot that was left behind keeps WAL.
+    # Also checked while the stream is off: a slot that was left behind keeps WAL.
     if slot is None and not subject.streams:
         return _NO_STREAM
     return SlotFacts(slot=slot, keep_bytes=machine.slot_keep_bytes, idle_timeout_s=machine.slot_idle_timeout_s)

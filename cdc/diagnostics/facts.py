@@ -1,4 +1,4 @@
-"""What the doctor has seen, as values: the checks judge these and nothing else. Pure."""
+"""What the doctor has read, as values: the checks judge these and nothing else. Pure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cdc.replication.slot_health import SlotReport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is examined: the outbox in ``schema`` and its slot. DSNs are secrets.
+    """What is inspected: the outbox in ``schema`` and its slot. DSNs are secrets.
 
-    ``plugin`` may be "auto". ``handles(entity_type, operation)``: whether such changes are wanted, or discarded on
-    purpose, and ``scope``: the types that are; both None where no handlers are named. ``handlers_error``: why they
-    cannot be loaded, and the remedy.
+    ``plugin`` may be "auto". ``handles(entity_type, operation)``: whether a handler wants such changes, or discards
+    them on purpose. ``scope``: the types it holds for. Both are None where no handlers are named.
+    ``handlers_error``: why they cannot be loaded, and the remedy.
     """
 
     dsn: str | None
@@ -40,7 +40,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionFacts:
-    """An ordinary connection as the consumer makes it. ``pids`` are of backends that served one transaction each."""
+    """An ordinary connection, made as the consumer makes it. ``pids``: backends that served one transaction each."""
 
     place: str
     role: str
@@ -51,7 +51,7 @@ class SessionFacts:
     pids: tuple[int, ...]
     sees_all_sessions: bool
     settings: Mapping[str, str]
-    """Those of connect.SERVER_TCP that were asked for and are different, with what they are."""
+    """Settings of connect.SERVER_TCP that differ from what we asked for, with their values."""
     idle_session_timeout_s: float
     idle_in_transaction_timeout_s: float
 
@@ -62,19 +62,19 @@ class ServerFacts:
     version: str
     in_recovery: bool
     reads_by_default: bool
-    """Whether the database has default_transaction_read_only on; our own sessions write all the same."""
+    """Whether the database has default_transaction_read_only on; our own sessions can write nevertheless."""
     server_time: datetime
     clock_ahead_s: float
-    """Of this machine's clock."""
+    """How far this machine's clock is ahead of the server's."""
     wal_level: str
     slots: int
     slots_max: int
     idle_slots: tuple[str, ...]
-    """Names of slots of any database that nobody reads."""
+    """Names of slots of any database that have no reader."""
     walsenders: int
     walsenders_max: int
     slot_keep_bytes: int | None
-    """max_slot_wal_keep_size; None: without end."""
+    """max_slot_wal_keep_size; None: unlimited."""
     slot_idle_timeout_s: float | None
     """idle_replication_slot_timeout, from 18 on; None: no such limit."""
     notify_queue_ratio: float
@@ -82,11 +82,11 @@ class ServerFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicationLink:
-    """A replication connection as the stream makes it. ``refused``: why there is none, and the remedy."""
+    """A replication connection, made as the stream makes it. ``refused``: why it failed, and the remedy."""
 
     role: str
     may_replicate: bool | None = None
-    """None where not even an ordinary connection is to be had."""
+    """None where an ordinary connection fails, too."""
     refused: tuple[str, str] | None = None
     encrypted: bool = False
     is_local: bool = True
@@ -98,9 +98,9 @@ class ReplicationLink:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One attempt to have a message decoded. ``reason`` of cdc.replication.refusals, or None: it came through.
+    """One attempt to decode a message. ``reason`` of cdc.replication.refusals, or None: the message came through.
 
-    ``sent``: whether there was a message. Without the right to send one, the plugin has been loaded and has read on.
+    ``sent``: whether a message was sent. Without the right to send one, only loading the plugin and reading are tested.
     """
 
     plugin: str
@@ -112,7 +112,7 @@ class Proof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
-    """``proofs``: in the order in which plugins were tried; the last one counts.
+    """``proofs``: in the order in which the plugins were tried; the last one counts.
 
     ``allowed``: output_plugin_libraries; None where the server has no such setting, "" where the role may not see it.
     """
@@ -122,14 +122,14 @@ class Decoding:
     allowed: str | None
     publication: str
     published: tuple[str, ...] | None
-    """What the publication publishes, which should be nothing; None: there is no such publication."""
+    """What the publication publishes, which should be nothing; None: the publication is missing."""
     may_publish: bool
-    """The role may create it, so the consumer does."""
+    """The role may create it, so the consumer will."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotFacts:
-    """The slot as it is, None where there is none, and the limits it lives under."""
+    """The slot, None where it is missing, and the server's limits on it."""
 
     slot: SlotReport | None
     keep_bytes: int | None
@@ -138,7 +138,7 @@ class SlotFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transaction:
-    """An open transaction that holds something back. ``gid`` of a prepared one, which has no process."""
+    """An open transaction that holds something back. ``gid``: of a prepared one, which has no process."""
 
     pid: int | None
     gid: str | None
@@ -148,18 +148,18 @@ class Transaction:
     age_s: float
     writes: bool
     ends_it: str
-    """The statement that does."""
+    """The statement that ends it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenTransactions:
-    """Those older than the limit, the oldest first. ``waiting_commits``: pids that wait for a synchronous standby."""
+    """Those older than the limit, the oldest first. ``waiting_commits``: pids that await a synchronous standby."""
 
     old: tuple[Transaction, ...]
     limit_s: float
     sees_all: bool
     oldest_writer: str | None
-    """For a sentence, of any age."""
+    """A phrase for the finding, whatever the transaction's age."""
     waiting_commits: tuple[int, ...]
     synchronous_standbys: str
 
@@ -173,20 +173,20 @@ class Installed:
     pending: tuple[str, ...]
     differences: tuple[str, ...]
     elsewhere: tuple[str, ...]
-    """Other schemas of this database with an outbox in them."""
+    """Other schemas of this database that have an outbox."""
     script: str
-    """What installs or upgrades them; "" where nothing of that is to be done."""
+    """The SQL that installs or upgrades them; "" where they are complete."""
     by_hand: tuple[str, ...] = ()
-    """Statements for the differences that no upgrade fixes."""
+    """Statements for the differences that the upgrade does not fix."""
     owner: str = ""
-    """Whose the objects are, and as whom they are upgraded."""
+    """The owner of the objects, who must run the upgrade."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureFunctionFacts:
-    """``lacks``: what its owner may not do and has to, if it runs with the owner's rights.
+    """``lacks``: rights that its owner needs and does not have, if it runs with the owner's rights.
 
-    ``others``: who owns captured tables, or types in them, and is neither a superuser nor this owner.
+    ``others``: owners of captured tables, or of types in them, that are neither superusers nor this owner.
     """
 
     name: str
@@ -199,18 +199,18 @@ class CaptureFunctionFacts:
     others: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     grants: tuple[str, ...] = ()
-    """Statements that give it what it lacks."""
+    """Statements that grant its owner the rights it lacks."""
     outbox_owner: str = ""
 
     @property
     def owner_is_meant(self) -> bool:
-        """It is the owner of the outbox, or a role for this alone."""
+        """The owner is that of the outbox, or a role for this function alone."""
         return self.owns_outbox or self.owner.startswith("cdc_capture_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """Every trigger that captures, and what there is to remark about them and their tables."""
+    """Every trigger that captures, and the remarks about them and their tables."""
 
     triggers: tuple[Tracked, ...]
     remarks: tuple[Remark, ...] = ()
@@ -222,7 +222,7 @@ class Captured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSecurity:
-    """Row level security of the outbox's tables: all that have it, and those where it goes for this role."""
+    """Row-level security of the outbox's tables: those that have it, and those where it applies to this role."""
 
     role: str
     tables: tuple[str, ...]
@@ -235,9 +235,9 @@ class DataReader:
 
     role: str
     by_default: tuple[str, ...]
-    """What ends the default privileges that have done it."""
+    """Statements that revoke the default privileges which granted it."""
     intended: bool
-    """It also has what a consumer, an operator or `cdc db grant --payload` has, and nobody else."""
+    """It also has a right that only consumers, operators and roles of `cdc db grant --payload` have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +251,7 @@ class DataReaders:
 class Senders:
     """Who may send logical messages: ``open_to_all`` are the functions that PUBLIC may call, as SQL names them.
 
-    ``owners``: those of capture functions, in any schema, who have to. ``others``: roles that were granted it by name.
+    ``owners``: owners of capture functions, in any schema, who need the right. ``others``: roles granted it by name.
     """
 
     open_to_all: tuple[str, ...]
@@ -261,7 +261,7 @@ class Senders:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbering:
-    """``last``: the number drawn last, None where the role may not see it. ``highest``: of the rows looked at."""
+    """``last``: the number drawn last, None where the role may not see it. ``highest``: of the rows examined."""
 
     role: str
     table: str
@@ -272,7 +272,7 @@ class Numbering:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rights:
-    """Statements that give the role what it lacks, none where it has all."""
+    """Statements that grant the role the rights it lacks, none where it has all."""
 
     role: str
     grants: tuple[str, ...]
@@ -281,26 +281,26 @@ class Rights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardHolders:
-    """Who holds the shards. ``strangers``: (pid, application, shards) of sessions that are no consumers."""
+    """Holders of shards. ``strangers``: (pid, application, shards) of sessions that are not consumers."""
 
     held: int
     consumers: int
     strangers: tuple[tuple[int, str, int], ...]
     silent: tuple[tuple[int, int, float], ...] = ()
-    """(pid, shards, seconds since its last statement) of consumers that hang, or whose forked children go on."""
+    """(pid, shards, seconds since its last statement) of consumers that hang, or whose forked children still run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableFacts:
-    """How autovacuum stands to the outbox."""
+    """The autovacuum settings for the outbox."""
 
     name: str
     autovacuum: bool
-    """Of the server."""
+    """Whether the server runs it."""
     excluded: bool
     """autovacuum_enabled is off for the table."""
     tuned: bool
-    """The settings for a queue are there."""
+    """The settings for a queue are set."""
     live: int
     dead: int
 
@@ -315,6 +315,6 @@ class Backlog:
 
 @dataclass(frozen=True, slots=True)
 class Unhandled:
-    """Fresh changes, by type, that no handler of those named wants; of each at least so many."""
+    """Fresh changes that none of the named handlers wants, by type; each number is a lower bound."""
 
     types: tuple[tuple[str, int], ...]

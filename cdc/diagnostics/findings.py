@@ -1,4 +1,4 @@
-"""What a check finds: how severe it is, what was seen, and what remedies it. Pure."""
+"""What a check finds: its severity, what was read, and the remedy. Pure."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Severity(StrEnum):
     WARN = "warn"
     FAIL = "fail"
     UNKNOWN = "unknown"
-    """Nobody could look: neither well nor not."""
+    """The facts could not be read: neither good nor bad."""
     SKIP = "skip"
-    """There is nothing to look at, or another check has said it."""
+    """There is nothing to check, or another check reports it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """``sql``: statements that fix it, each on one line, for a superuser or the owner of the object.
 
-    ``remedy``: what SQL cannot do, or does not do alone: a command, a restart, a decision. Both are empty where nothing
-    is to be done. ``script``: the SQL that does what the remedy's command does, where it is too long to be shown.
+    ``remedy``: what SQL cannot do, or not alone: a command, a restart, a decision. Both are empty where nothing needs
+    to be done. ``script``: SQL that does the same as the remedy's command, where it is too long to be shown.
     """
 
     severity: Severity
@@ -37,7 +37,7 @@ class Finding:
 
     @property
     def remedies(self) -> list[str]:
-        """All there is to do, a line each."""
+        """All remedies, a line each."""
         return [*self.sql, *([self.remedy] if self.remedy else [])]
 
 
@@ -63,7 +63,7 @@ def skip(why: str) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Stands in a fact's place where nobody could look."""
+    """Takes a fact's place when it could not be read."""
 
     why: str
     remedy: str = ""
@@ -71,17 +71,17 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """Stands in a fact's place where there is nothing to look at."""
+    """Takes a fact's place when there is nothing to read."""
 
     why: str
 
 
 Checks = Mapping[str, Callable[[T], Finding]]
-"""By their ids. Those of one mapping judge the same facts."""
+"""By their ids. All checks of one mapping judge the same facts."""
 
 
 def run_checks(facts: T | Unknown | Absent, checks: Checks[T]) -> Iterable[Finding]:
-    """One finding of each check, in their order; where there are no facts each says why it has not looked."""
+    """One finding of each check, in order; without facts each finding says why."""
     for check, look in checks.items():
         yield replace(_run_check(facts, look), check=check)
 

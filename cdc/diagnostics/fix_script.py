@@ -1,4 +1,4 @@
-"""What the findings ask for, as one SQL script. Pure."""
+"""The remedies of the findings, as one SQL script. Pure."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _HEAD = """\
 
 
 def script(findings: Iterable[Finding]) -> str:
-    """For psql; nothing but comments where SQL can fix nothing."""
+    """A script for psql; only comments where SQL can fix nothing."""
     given: set[str] = set()
     parts = [_HEAD]
     for found in findings:
         if found.severity in (Severity.FAIL, Severity.WARN, Severity.UNKNOWN):
-            # Two checks may ask for the same.
+            # Two checks may ask for the same statement.
             parts += _part(found, [statement for statement in found.sql if statement not in given])
             given |= set(found.sql)
     if any(statement.startswith("ALTER SYSTEM") for statement in given):
@@ -42,7 +42,7 @@ def _comment(text: str) -> str:
 
 
 def _runnable(statement: str) -> str:
-    """Whoever reads the script on a terminal must not have it obey a name, and such a name cannot be written twice."""
+    """A name with control characters must not reach the reader's terminal, and cannot be written in another way."""
     if statement.isprintable():
         return statement
     return f"-- By hand, for a name in it holds characters that cannot be shown: {printable(statement)}"

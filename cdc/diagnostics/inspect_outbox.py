@@ -1,4 +1,4 @@
-"""Looks at the outbox: its objects, its triggers, the rights of the role, who works on it, and what is left to do."""
+"""Reads the outbox: its objects, its triggers, the rights of the role, the sessions at work, and the backlog."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from cdc.postgres.outbox import Store
 from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
 
 _INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets")
-"""The other tables of an outbox."""
+"""Other tables of an outbox."""
 
 _THERE = """
     SELECT true FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -50,7 +50,7 @@ _ELSEWHERE = """
        AND EXISTS (SELECT FROM pg_catalog.pg_class l WHERE l.relnamespace = n.oid AND l.relname = 'cdc_migrations')
      ORDER BY 1
 """
-# The tables of the outbox, and whether their row level security goes for this role, or for it and the capture function.
+# The outbox's tables, and whether their row-level security applies to this role, or to it and the capture function.
 _ROW_SECURITY = """
     SELECT current_user::text AS role,
            coalesce(array_agg(format('%%I.%%I', n.nspname, c.relname) ORDER BY c.relname)
@@ -60,8 +60,8 @@ _ROW_SECURITY = """
       FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname = %(schema)s AND c.relname = ANY (%(relations)s::name[]) AND c.relkind IN ('r', 'p')
 """
-# Whoever was granted one of the columns that hold the application's data, but the owner. A consumer and an operator may
-# also mark a change, which no default privilege gives; who only looks has the history, and no right on the rest.
+# Roles, except the owner, with a right on a column that holds the application's data. A consumer and an operator may
+# also mark a change, which no default privilege grants; a reader may read the history, and nothing else here.
 _READERS = """
     WITH outbox AS (
       SELECT c.oid, c.relowner, c.relacl, n.oid AS namespace, n.nspname,
@@ -102,7 +102,7 @@ _READERS = """
       FROM outbox LEFT JOIN granted g ON true LEFT JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
      ORDER BY role
 """
-# The server has one for text and one for bytea. Their owner is whoever made the cluster.
+# The server has one for text and one for bytea. Their owner is the role that created the cluster.
 _SENDERS = """
     WITH message AS (
       SELECT p.oid, p.proowner, coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner)) AS acl,
@@ -138,7 +138,7 @@ _RIGHTS = """
      WHERE n.nspname = %(schema)s AND c.relname = 'entity_changes'
 """
 _SILENT_S = 10.0
-"""A consumer that owns shards looks at them every second."""
+"""A consumer that owns shards polls them every second."""
 _HOLDERS = f"""
     SELECT l.pid, concat(a.application_name, ', role ', a.usename) AS name,
            (count(*) FILTER (WHERE l.objid < %(shards)s))::int AS shards,
@@ -170,7 +170,7 @@ def installed(connection: psycopg.Connection, name: str) -> Installed:
     exists = bool(column(connection, _THERE, [name]))
     pending = _pending(connection, name) if exists else []
     found = migrations.verify(connection, name) if exists and not pending else []
-    # The table may have been given away, which a statement by hand takes back before the script runs.
+    # The table may have been given away; a statement of ``by_hand`` takes it back before the script runs.
     owner = migrations.owner(connection, name) if exists else None
     complete = exists and not pending and all(each.by_hand for each in found)
     return Installed(
@@ -189,7 +189,7 @@ def _pending(connection: psycopg.Connection, name: str) -> list[migrations.Migra
     try:
         return migrations.pending(connection, name)
     except errors.InsufficientPrivilege:
-        return []  # what is missing shows in the objects as well
+        return []  # the objects show what is missing, too
 
 
 def capture(connection: psycopg.Connection, name: str) -> CaptureFunctionFacts:
@@ -277,7 +277,7 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
 
 def shard_holders(connection: psycopg.Connection, name: str) -> ShardHolders:
     parameters = {"shards": SHARDS, "class": lock_class(name), "outbox": outbox_name(name)}
-    # What a session calls itself says nothing: a consumer is who is a member and may mark changes.
+    # An application name proves nothing: a consumer is a member that may mark changes.
     rows = [
         (pid, named, shards, member and may_mark, silent_s)
         for pid, named, shards, member, may_mark, silent_s in connection.execute(_HOLDERS, parameters).fetchall()

@@ -1,7 +1,7 @@
-"""Has the server decode a message for a temporary slot: the one sure test of a plugin.
+"""Lets the server decode a message for a temporary slot: the only certain test of a plugin.
 
-Nothing remains: the slot ends with the connection. It is bounded: by a limit for each open write transaction that it
-waits for, and by one for each statement.
+Nothing remains: the slot ends with the connection. The time is bounded: by a limit for each open write transaction that
+it waits for, and by one for each statement.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAY_SEND = """
 
 _SESSION = {
     "statement_timeout": _STATEMENT_LIMIT,
-    "synchronous_commit": "local",  # what is not flushed is not decoded, and no standby matters here
+    "synchronous_commit": "local",  # an unflushed message is not decoded, and no standby matters here
 }
 
 
@@ -78,7 +78,7 @@ def _proofs(connection: psycopg.Connection, subject: Subject) -> tuple[Proof, ..
     else:
         candidates = PLUGINS if subject.plugin == slots.AUTO else (subject.plugin,)
     proofs: list[Proof] = []
-    if column(connection, "SELECT pg_catalog.pg_is_in_recovery()") == (True,):  # nothing is made on a standby
+    if column(connection, "SELECT pg_catalog.pg_is_in_recovery()") == (True,):  # nothing is created on a standby
         names = ErrorContext(slot="", plugin=candidates[0], database="", role=connection.info.user)
         standby = in_recovery(names)
         return (Proof(candidates[0], standby.reason, str(standby), standby.hint),)
@@ -111,7 +111,7 @@ def _prove(connection: psycopg.Connection, schema: str, name: str) -> Proof:
 
 def _hears(connection: psycopg.Connection, slot: str, name: str, publication: str) -> bool | None:
     """Write a message, as the capture function does, and read it as the stream does. None: this role may not write."""
-    # A prefix of its own: no consumer is woken.
+    # A separate prefix: no consumer is woken.
     prefix = message_prefix(slot)
     known = (wal2json.plugin(prefix), pgoutput.plugin(prefix, publication))
     plugin = next(each for each in known if each.name == name)
@@ -123,7 +123,7 @@ def _hears(connection: psycopg.Connection, slot: str, name: str, publication: st
 
 
 def _send(connection: psycopg.Connection, prefix: str) -> bool:
-    if column(connection, _MAY_SEND) != (True,):  # asked, for an error takes a temporary slot with it
+    if column(connection, _MAY_SEND) != (True,):  # checked before, since an error would drop the temporary slot
         return False
     connection.execute("SELECT pg_logical_emit_message(true, %s, '7,3')", [prefix])
     return True

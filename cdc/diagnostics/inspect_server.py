@@ -1,4 +1,4 @@
-"""Looks at the server and at connections to it. Each look is one fact, or an error that says why there is none."""
+"""Reads the server's state, and connections to it. Each function returns one fact, or raises why it cannot be read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cdc.replication.stream import StreamSettings
 
 T = TypeVar("T")
 NAME = "cdc: doctor"
-"""Of its sessions."""
+"""The application name of its sessions."""
 _LOOPBACK = ("localhost", "127.", "::1")
 
 _SESSION = """
@@ -34,7 +34,7 @@ _SESSION = """
 """
 _SETTINGS = "SELECT name, setting FROM pg_catalog.pg_settings WHERE name = ANY (%s)"
 
-# Walsenders are counted where every role sees the rows, if not what they say.
+# Walsenders are counted in a view whose rows every role sees, if not their content.
 _SERVER = """
     SELECT current_setting('server_version_num')::int AS version_num,
            split_part(current_setting('server_version'), ' ', 1) AS version,
@@ -56,7 +56,7 @@ _SERVER = """
               FROM pg_catalog.pg_settings WHERE name = 'idle_replication_slot_timeout') AS slot_idle_timeout_s,
            pg_notification_queue_usage() AS notify_queue_ratio
 """
-# RDS has a role for the attribute.
+# RDS has a role for this attribute.
 _MAY_REPLICATE = """
     SELECT current_user::text,
            (SELECT rolsuper OR rolreplication FROM pg_catalog.pg_roles WHERE rolname = current_user)
@@ -67,7 +67,7 @@ _LINK = """
     SELECT (SELECT setting::float8 / 1000 FROM pg_catalog.pg_settings WHERE name = 'wal_sender_timeout'),
            coalesce((SELECT ssl FROM pg_catalog.pg_stat_ssl WHERE pid = pg_backend_pid()), false)
 """
-# Vacuum's own transactions hold nothing back, and a walsender's is the slot's affair.
+# Vacuum's own transactions hold nothing back, and a walsender's belongs to the slot's check.
 _OLD = """
     SELECT pid, NULL AS gid, datname AS database, application_name, state,
            extract(epoch FROM clock_timestamp() - xact_start)::float8 AS age_s, backend_xid IS NOT NULL AS writes
@@ -85,7 +85,7 @@ _WAITING_COMMITS = "SELECT pid FROM pg_catalog.pg_stat_activity WHERE wait_event
 
 
 def known(look: Callable[[], T]) -> T | Unknown:
-    """What ``look`` sees; where it fails, why."""
+    """The result of ``look``, or the reason of its failure."""
     try:
         return look()
     except CdcError as error:
@@ -98,7 +98,7 @@ def known(look: Callable[[], T]) -> T | Unknown:
 
 
 def one(connection: psycopg.Connection, statement: str, parameters: Any = None, *, what: str = "it") -> dict[str, Any]:
-    """The one row of a query. Raises NotFoundError, "there is no ``what``", where it has none."""
+    """The one row of a query. Raises NotFoundError, "there is no ``what``", where the query returns none."""
     with connection.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(statement.encode(), parameters).fetchone()
     if row is None:
@@ -133,7 +133,7 @@ def _sslmode(connection: psycopg.Connection) -> str:
 
 def _unlike_asked_for(connection: psycopg.Connection) -> dict[str, str]:
     if connection.info.host.startswith(("/", "@")):
-        return {}  # over a Unix socket they all read as 0
+        return {}  # over a Unix socket they all are 0
     found = connection.execute(_SETTINGS, [list(SERVER_TCP)]).fetchall()
     return {name: value for name, value in found if value != SERVER_TCP[name]}
 
@@ -147,7 +147,7 @@ def server(connection: psycopg.Connection) -> ServerFacts:
 
 
 def link(subject: Subject) -> ReplicationLink:
-    """Never raises for a connection that is refused: that is what is to be seen."""
+    """Never raises for a refused connection: the refusal is the fact."""
     role, may_replicate = "", None
     try:
         with connect(subject.stream_dsn, application_name=NAME) as ordinary:

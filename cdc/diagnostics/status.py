@@ -1,7 +1,7 @@
-"""The state of things at a glance, from the database: what is not processed, who works, how fast, and the slot.
+"""A summary of the outbox from the database: unprocessed changes, consumers, throughput, and the slot.
 
-Every read is bounded, and none shows what is in a row: the text of an error may quote it, so of an error only its
-summary is taken. The rest is for ``cdc outbox show``, which somebody runs who may see rows.
+Every read is bounded, and none shows row content: an error's text may quote the row, so only its summary is read.
+``cdc outbox show`` shows the rest, to operators who may see rows.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport
 
 _SHOWN = 10
-"""Dead letters, and as many of those that wait."""
+"""Dead letters shown, and as many waiting changes."""
 _PER_SHARD = 200
 _SCAN = 10_000
-"""With half a million changes that are not processed: a quarter of a second, of 5 s with the bounds of Letters."""
+"""With half a million unprocessed changes a read takes a quarter of a second; with the bounds of OutboxAdmin, 5 s."""
 _LIMIT_S = 5
 _TYPES_MAX = 500
-"""Of the types with something that is not processed, those with the most; the page shows a fraction of them."""
+"""The types with the most unprocessed changes; the page shows a fraction of them."""
 _NAME_MAX = 200
-"""Characters of a type: nothing else bounds it, and what is here is kept in memory and sent to whoever asks."""
+"""Characters of a type, which nothing else bounds: the summary is kept in memory and sent to every client."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A change that waits or is dead. ``at``: when it is tried again, or when it died. ``error``: its summary."""
+    """A waiting or dead change. ``at``: when it is due, or when it died. ``error``: its summary."""
 
     seq: int
     id: UUID
@@ -47,7 +47,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Outbox:
-    """``dead_letters``: the dead ones that died last, then the waiting ones that are due next."""
+    """``dead_letters``: the latest dead ones, then the waiting ones that are due next."""
 
     stats: Stats
     dead_letters: list[DeadLetter]
@@ -55,7 +55,7 @@ class Outbox:
 
 @dataclass(frozen=True, slots=True)
 class SlotReading:
-    """``at`` by time.monotonic(). ``slot`` is None where there is none of the name; ``before``: the reading before."""
+    """``at`` by time.monotonic(). ``slot`` is None where no slot has the name; ``before``: the reading before."""
 
     at: float
     name: str
@@ -65,7 +65,7 @@ class SlotReading:
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """What is read for people alone, beside the figures. ``outbox`` with its time; None: it could not be read."""
+    """Readings for people alone, beside the figures. ``outbox`` with its time; None: it could not be read."""
 
     outbox: tuple[float, Outbox] | None = None
     slot: SlotReading | None = None
@@ -73,7 +73,7 @@ class Readings:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """``slot`` is None where there is none of that name."""
+    """``slot`` is None where no slot has that name."""
 
     seen_at: datetime
     database: str
@@ -85,7 +85,7 @@ class Status:
 
 
 def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
-    """Everything, for somebody who asks."""
+    """Everything, read on demand."""
     read_anything(connection)
     admin = OutboxAdmin(schema)
     row = connection.execute("SELECT clock_timestamp(), current_database()").fetchone()
@@ -102,7 +102,7 @@ def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
 
 
 def summarize(connection: psycopg.Connection, admin: OutboxAdmin) -> Outbox:
-    """What may be asked every few seconds: counts end sooner than those of ``cdc outbox stats``."""
+    """Cheap enough for every few seconds: counts stop earlier than those of ``cdc outbox stats``."""
     stats = admin.stats(connection, per_shard=_PER_SHARD, scan=_SCAN, limit_s=_LIMIT_S)
     found = [admin.find(connection, state, Filter(), _SHOWN) for state in ("dead", "waiting")]
     most = sorted(stats.types, key=lambda each: each.fresh + each.waiting + each.dead, reverse=True)[:_TYPES_MAX]

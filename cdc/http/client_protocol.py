@@ -1,10 +1,10 @@
-"""How much an application may say before its answer begins, and that its answer is read even if garbage follows.
+"""Limits what an application may send before its answer begins, and reads that answer even if garbage follows it.
 
 Theory
 ------
-What the client library reads at once it parses at once: of an endless row of ``100 Continue`` it makes objects as fast
-as they come, and behind an answer without a body it takes the next byte for a broken second answer, and then forgets
-the first. So the heads are cut off here, where they end, and handed to it one by one:
+The client library parses at once all that it reads. From an endless sequence of ``100 Continue`` it makes objects as
+fast as they come. After an answer without a body it takes the next byte for a broken second answer, and drops the
+first. So this class splits the input at the end of each head, and passes the heads on one by one:
 
     interim (1xx) ──up to a few──> interim ... ──> the answer's head ──> all the rest as it comes
 """
@@ -18,27 +18,27 @@ import aiohttp
 from aiohttp.client_proto import ResponseHandler
 
 INTERIM_MAX = 8
-"""103 (early hints) may come a few times; more than that no server has a reason for."""
+"""103 (early hints) may come a few times; no server has a reason for more."""
 HEAD_MAX = 65_536
-"""Bytes of the interim answers together, and of an answer's status line and headers. Others allow 8 to 64 kB."""
+"""Bytes of the interim answers together, and of an answer's status line and headers. Other clients allow 8 to 64 kB."""
 
 _HEAD_END = re.compile(rb"\n\r?\n")
 _INTERIM = re.compile(rb"HTTP/\d\.\d 1(?!01)\d\d\b")
 
 
 class TooMuchError(aiohttp.ClientError):
-    """The application speaks and does not come to its answer."""
+    """The application sends more than the limits, and its answer has not begun."""
 
 
 class Protocol(ResponseHandler):
-    """A connection to the application. Raises TooMuchError to whoever waits for an answer that does not begin."""
+    """A connection to the application. The request fails with TooMuchError when no answer begins within the limits."""
 
     _held = b""
     _heads = _said = 0
     _begun = False
 
     def set_response_params(self, **parameters: Any) -> None:
-        """A request is about to be answered."""
+        """Called when a request is about to be answered."""
         self._held, self._heads, self._said, self._begun = b"", 0, 0, False
         super().set_response_params(**parameters)
 
@@ -71,7 +71,7 @@ class Protocol(ResponseHandler):
         super().connection_lost(exc)
 
     def _hand_over(self) -> None:
-        """What has come of a head that will not end: the library knows what to say of it."""
+        """Pass on the part of a head that will not be completed: the library raises the error for it."""
         rest, self._held = self._held, b""
         if rest:
             super().data_received(rest)

@@ -1,8 +1,8 @@
-"""A change as a CloudEvent 1.0, and what is posted: one of them, or a batch. Pure.
+"""A change as a CloudEvent 1.0, and the content of a request: one event, or a batch. Pure.
 
-The JSON format in structured mode, with two of the documented extensions: ``partitionkey`` is what order is kept for,
-``sequence`` the number of capture. The latter is padded, because it is compared as text, and no number of the
-specification, whose integers have 32 bits.
+The JSON format in structured mode, with two of the documented extensions: ``partitionkey`` is the key within which
+order is kept, ``sequence`` the number of capture. The latter is padded, because it is compared as text. It is not an
+integer of the specification, which has 32 bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cdc.core.model import Change
 
 @dataclass(frozen=True, slots=True)
 class OutgoingRequest:
-    """What one request carries. ``id`` is the same whenever the same is sent again."""
+    """The content of one request. ``id`` is the same whenever the same content is sent again."""
 
     id: str
     content_type: str
@@ -36,7 +36,7 @@ def single(change: Change, source: str | None) -> OutgoingRequest:
 
 def batch(changes: Sequence[Change], source: str | None) -> OutgoingRequest:
     return OutgoingRequest(
-        # Of a version that is made from its content: the ids, in their order.
+        # Version 5: made from the content, the ids in their order.
         str(uuid5(changes[0].id, ",".join(str(change.id) for change in changes))),
         "application/cloudevents-batch+json",
         b"[" + b",".join(event(change, source) for change in changes) + b"]",
@@ -44,9 +44,9 @@ def batch(changes: Sequence[Change], source: str | None) -> OutgoingRequest:
 
 
 def event(change: Change, source: str | None) -> bytes:
-    """The change as the JSON format has it. ``source`` of None: the table it happened in.
+    """The change in the JSON format. ``source`` of None: the table it happened in.
 
-    The documents are as they are stored, so that no digit of a number is lost on the way.
+    The documents are passed on as stored, so that no digit of a number is lost.
     """
     attributes = {
         "specversion": "1.0",
@@ -70,7 +70,7 @@ def event(change: Change, source: str | None) -> bytes:
         "table": change.table,
     }
     documents = "".join(f',"{name}":{_text(document(change, name))}' for name in ("old", "new", "metadata"))
-    # An attribute without a value is left out: none may be null, nor a subject empty.
+    # An attribute without a value is left out: none may be null, nor may a subject be empty.
     head = _json({name: value for name, value in attributes.items() if value not in (None, "")})
     return f'{head[:-1]},"data":{_json(data)[:-1]}{documents}}}}}'.encode()
 
@@ -85,7 +85,7 @@ def _json(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """As stored; of what was made by hand or read already, the same digits."""
+    """The stored text; for a change made by hand, or already parsed, JSON with the same digits."""
     match value:
         case Json():
             return value.decode()

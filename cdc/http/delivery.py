@@ -6,11 +6,11 @@
                                               ├─ 502, 503, 504, broken off ───> away: no attempt, unless it is alone
                                               └─ not even a connection ───────> away: no attempt, nothing was sent
 
-What is away is for the handler's breaker (``breaker``). That a request breaks off may also be what its change does to
-the application, which then works for all others: said of a change ten times, while others were answered in between, it
-is a failed attempt of that change.
+The handler's breaker (``circuit_breaker``) acts on "away". A broken connection may also be the fault of a change that
+makes the application fail, while it works for all others: after ten breaks of a change, with others answered in
+between, the break counts as a failed attempt of that change.
 
-It is a router like any other: order, concurrency, retries and dead letters are the consumer's.
+Delivery is a router like any other: order, concurrency, retries and dead letters are the consumer's.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ from cdc.runtime.deadline import deadline
 log = logging.getLogger("cdc.deliver")
 
 _BROKEN = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, OSError)
-"""As against an answer that is none, which is a fault of the application and not its absence."""
+"""The application is absent. An answer that cannot be parsed is a fault of the application instead."""
 _CONNECT_S = 5.0
 _IDLE_S = 1.5
-"""A connection that was idle for longer is not used again: the shortest time after which servers close one is 2 s
-(gunicorn; 5 s are usual), and a request that crosses with the close is an attempt lost."""
+"""A connection that was idle for longer is not reused: servers close idle connections after 2 s at the earliest
+(gunicorn; 5 s are usual), and a request that crosses with the close loses an attempt."""
 _BODY_KEPT, _BODY_READ_MAX, _BODY_S = 1_024, 65_536, 5.0
-"""Of an answer: what is kept; up to what size the rest is read, so that the connection can be used again; how long."""
+"""For an answer's body: bytes kept; bytes read, so that the connection can be reused; seconds for reading them."""
 
 
 class DeliveryError(SafeError, Retry):
-    """Not now. It is about all changes of a batch."""
+    """Retry later. It applies to all changes of a batch."""
 
     def __init__(self, summary: str, text: str = "", after: float | None = None) -> None:
         Retry.__init__(self, after, text or summary)
@@ -66,7 +66,7 @@ class DeliveryError(SafeError, Retry):
 
 
 class AwayError(SafeError, Unavailable):
-    """The application is not there to look at it, or was not until the end. It is about all changes of a batch."""
+    """The application was absent, or broke off before its answer. It applies to all changes of a batch."""
 
     def __init__(self, summary: str, text: str = "", after: float | None = None) -> None:
         Unavailable.__init__(self, after, text or summary)
@@ -80,7 +80,7 @@ class UnreachedError(AwayError):
 
 
 class RejectedError(SafeError, Reject):
-    """Never."""
+    """The application will never accept the change."""
 
     kind = "rejected"
 
@@ -90,14 +90,14 @@ class RejectedError(SafeError, Reject):
 
 
 class OneOfThemError(Exception):
-    """The answer to a batch, which is about one of its changes; the consumer then has them sent one by one."""
+    """The answer to a batch is about one of its changes; the consumer then sends them one by one."""
 
 
 class Delivery:
-    """``router`` hands changes of ``types`` (empty: of all) to the application. Made, opened and closed on the loop.
+    """``router`` delivers changes of ``types`` (empty: all) to the application. Made, opened and closed on the loop.
 
-    ``batch`` above 1: so many in one request. ``keys`` brings what to sign with. ``timeout_s`` is the limit of one
-    request.
+    ``batch`` above 1: that many changes in one request. ``keys`` returns the keys to sign with. ``timeout_s`` limits
+    one request.
     """
 
     def __init__(
@@ -119,15 +119,15 @@ class Delivery:
         self._timeout_s = timeout_s
         self._session: aiohttp.ClientSession | None = None
         self._looking: aiohttp.ClientSession | None = None
-        """On the same connections, and it tells when one is made. A request takes a fifth longer by it, so it is for
-        those that find out whether the application is there."""
+        """Uses the same connections, and reports when one is made. That makes a request a fifth slower, so it serves
+        only requests that find out whether the application is present."""
         self._metrics: DeliveryMetrics | None = None
         self._breaker: CircuitBreaker | None = None
         self._reached: Callable[[], None] = lambda: None
         self._broken = Losses()
         """Changes whose requests found the application away, while others were answered."""
         self._answers = False
-        """Something was answered since such a one was counted."""
+        """A request was answered since such a change was last counted."""
         self.router = Router()
         for entity_type in self._types:
             if batch > 1:
@@ -136,14 +136,14 @@ class Delivery:
                 self.router.on(entity_type, name=HANDLER, timeout=math.inf)(self._one)
 
     def open(self, metrics: DeliveryMetrics | None, breaker: CircuitBreaker, reached: Callable[[], None]) -> None:
-        """``breaker`` is that of ``HANDLER``; ``reached`` is called when a connection is made while it rests."""
+        """``breaker`` is that of ``HANDLER``; ``reached`` is called when a connection is made while it is open."""
         self._metrics, self._breaker, self._reached = metrics, breaker, reached
         connector = (
             aiohttp.UnixConnector(self._target.socket, limit=0, keepalive_timeout=_IDLE_S)
             if self._target.socket
             else aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
         )
-        # There is no other way in, and its type there is that of the class it makes by itself.
+        # There is no public way. The attribute's type is the class that the library makes by default.
         connector._factory = partial(Protocol, loop=asyncio.get_running_loop())  # type: ignore[assignment]  # noqa: SLF001
         session = partial(
             aiohttp.ClientSession,
@@ -176,7 +176,7 @@ class Delivery:
         await self._deliver(changes, cloudevents.batch(changes, self._source))
 
     async def _deliver(self, changes: Sequence[Change], message: OutgoingRequest) -> None:
-        """Raises what the answer means for the changes, if it is not that all is done."""
+        """Raises the outcome of the changes, unless the answer is a success."""
         try:
             answer = await self._post(message)
             if answer.meaning is not Disposition.AWAY:
@@ -209,7 +209,7 @@ class Delivery:
         limit = deadline(self._timeout_s)
         try:
             async with limit, request as response:
-                limit.reschedule(None)  # the status says all; how long its words take is limited by themselves
+                limit.reschedule(None)  # the status suffices; reading the body has its own limit
                 self._count(f"{response.status // 100}xx")
                 return Answer(response.status, response.headers.get("Retry-After"), await _start(response.content))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -225,7 +225,7 @@ class Delivery:
 
     @property
     def _unreached(self) -> bool:
-        """Nothing is asked but whether a connection can be made."""
+        """The breaker only waits for a connection to succeed."""
         return self._breaker is not None and self._breaker.certain
 
     async def _connected(self, _session: Any, _context: SimpleNamespace, _parameters: Any) -> None:
@@ -238,7 +238,7 @@ class Delivery:
 
 
 def _judge(answer: Answer, *, alone: bool) -> None:
-    """Raises what the answer means, if it is not that all is done."""
+    """Raises the outcome of the changes, unless the answer is a success."""
     if answer.meaning is Disposition.DONE:
         return
     after_s = answer.retry_after_s(datetime.now(UTC))
@@ -252,7 +252,7 @@ def _judge(answer: Answer, *, alone: bool) -> None:
 
 
 async def _start(content: aiohttp.StreamReader) -> bytes:
-    """The first of it. What comes after that, or does not come, is of no interest."""
+    """The beginning of the body. The rest does not matter, whether it arrives or not."""
     kept, seen = b"", 0
     if content.at_eof():
         return kept
@@ -267,7 +267,7 @@ async def _start(content: aiohttp.StreamReader) -> bytes:
 
 
 def _reason(error: aiohttp.ClientError) -> str:
-    """Why no connection was made. The error's own text quotes the address."""
+    """Why no connection was made. The error's own text is not used: it quotes the address."""
     match error:
         case aiohttp.ClientConnectorCertificateError(certificate_error=ssl.SSLCertVerificationError() as cause):
             return f"its certificate: {cause.verify_message}"

@@ -1,4 +1,4 @@
-"""Where changes are delivered to. Pure: the text of a setting in, its parts out."""
+"""The address that changes are delivered to. Pure: the text of a setting in, its parts out."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _UNIX = "unix://"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """``url`` is what is requested; ``socket`` the path of a Unix socket that takes the connections, if not None."""
+    """``url`` is the URL requested; ``socket`` the path of the Unix socket to connect to, or None."""
 
     url: str
     socket: str | None = None
 
     def __str__(self) -> str:
-        """For messages: without the query, in which a token may stand."""
+        """For messages: without the query, which may hold a token."""
         parts = urlsplit(self.url)
         return f"{_UNIX}{self.socket}:{parts.path}" if self.socket else f"{parts.scheme}://{parts.netloc}{parts.path}"
 
 
 def parse(text: str) -> Target:
-    """``http://HOST:PORT/PATH``, https, or ``unix:///SOCKET:/PATH``. Raises ValueError, which quotes nothing of it."""
+    """``http://HOST:PORT/PATH``, https, or ``unix:///SOCKET:/PATH``. Raises ValueError that quotes nothing of it."""
     if not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError("a URL has no blanks, no control characters and ASCII only; percent-encode all others")
     if "#" in text:
@@ -43,7 +43,7 @@ def _on_a_host(text: str) -> Target:
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
-    except ValueError:  # its words quote the URL
+    except ValueError:  # its text quotes the URL
         raise ValueError("the host or the port of this URL cannot be read") from None
     if parts.scheme not in ("http", "https") or not host or port == 0 or parts.netloc.endswith(":"):
         raise ValueError("input should be a URL such as http://127.0.0.1:3000/changes or unix:///run/app.sock:/changes")

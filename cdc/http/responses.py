@@ -1,15 +1,15 @@
-"""What an application's answer means for the change it was given. Pure.
+"""The meaning of an application's answer for the change that was sent. Pure.
 
     2xx                        done
     502, 503, 504              away: the application has not seen the change, no attempt is counted
-    400, 410, 413, 415, 422    dead: the same request would be answered so again
-    any other                  again later, not before Retry-After
+    400, 410, 413, 415, 422    dead: the same request would get the same answer
+    any other                  retry later, not before Retry-After
 
-A redirect is not followed. That, a path that is not there and a secret that is refused are fixed where the application
-or the consumer is set up, and then the same request is taken.
+A redirect is not followed. A redirect, a missing path or a refused secret is fixed in the set-up of the application
+or the consumer; then the same request is accepted.
 
-Of a batch, some of these speak of the application's state and so of all that is in it. Any other may be the fault of
-one of its changes, and then they are sent one by one, which tells of which.
+For a batch, some of these answers are about the application's state and so about all changes in it. Any other may be
+the fault of one of its changes: then they are sent one by one, which shows which.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ABOUT_ALL = (*AWAY, 408, 425, 429)
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 _TEXT_MAX = 1_000
 _RETRY_AFTER_MAX_S = 86_400.0
-"""A clock that is wrong, here or there, must not put a change off for years."""
+"""A wrong clock, on either side, must not delay a change for years."""
 
 
 class Disposition(Enum):
@@ -38,7 +38,7 @@ class Disposition(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``retry_after`` is the header; ``body`` the start of what was answered."""
+    """``retry_after`` is the header; ``body`` the start of the answer's body."""
 
     status: int
     retry_after: str | None = None
@@ -54,12 +54,12 @@ class Answer:
 
     @property
     def about_all(self) -> bool:
-        """Whether it is no change's fault."""
+        """Whether the answer is about the application's state, and no change's fault."""
         return self.status in _ABOUT_ALL
 
     @property
     def summary(self) -> str:
-        """For the log: nothing of it is the application's words, which may quote a row."""
+        """For the log: without the application's words, which may quote a row."""
         said = f"answered {self.status} {_PHRASES.get(self.status, '')}".rstrip()
         if self.status // 100 == 3:
             said += ", and a redirect is not followed: deliver.to names the final address"
@@ -67,25 +67,25 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """For last_error: with the start of the body, in one line."""
+        """For last_error: with the start of the body, on one line."""
         words = " ".join(self.body.decode("utf-8", "replace").split())
         return f"{self.summary}: {words[:_TEXT_MAX]}" if words else self.summary
 
     def retry_after_s(self, now: datetime) -> float | None:
-        """Seconds to wait at least; None where nothing is asked for that can be read, or nothing that lies ahead."""
+        """Seconds to wait at least; None where the header is missing, cannot be read, or names a time in the past."""
         asked = (self.retry_after or "").strip()
         if asked.isascii() and asked.isdecimal():
-            seconds = float(asked[:20])  # more digits are as good as that many, and do not become inf
+            seconds = float(asked[:20])  # 20 digits suffice, and do not become inf
         else:
             try:
                 until = parsedate_to_datetime(asked)
-                # "-0000" is read as a time without a zone; HTTP knows no other than UTC.
+                # "-0000" is parsed as a time without a zone; in HTTP every time is UTC.
                 seconds = (until.replace(tzinfo=until.tzinfo or UTC) - now).total_seconds()
             except (
                 ValueError,
                 TypeError,
                 LookupError,
                 OverflowError,
-            ):  # a year or a zone of twenty digits, and the like
+            ):  # a year or a zone of twenty digits, for example
                 return None
         return min(seconds, _RETRY_AFTER_MAX_S) if seconds > 0 else None

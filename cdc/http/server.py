@@ -1,12 +1,12 @@
-"""/metrics, /livez and /readyz, and the page if there is one, served from a thread of their own.
+"""/metrics, /livez and /readyz, and the status page if there is one, served from their own thread.
 
-A thread, so that a handler that blocks the event loop cannot silence the probes that should report it. Nothing here
-touches the database: a probe that waits for one restarts every replica when it is slow, which never helps.
+A thread, so that a handler that blocks the event loop cannot silence the probes that should report it. The server never
+uses the database: a probe that waits for a slow one restarts every replica, which never helps.
 
-The page and its figures are for whoever asks by an address, by a name of this machine, or by one that the settings
-allow. A name is what DNS rebinding needs: a page of evil.example, whose name leads here from then on, is for the
-browser of the same origin as ours and could read all of it. The metrics and the probes say less, and are asked for by
-names that nobody here knows (a service of Kubernetes or Compose), so they answer to any.
+The page and its figures are served only for a Host that is an address, a name of this machine, or a name that the
+settings allow. DNS rebinding needs a name: a browser treats a page of evil.example, whose name is then pointed here, as
+of the same origin as ours, and it could read all of it. The metrics and the probes say less, and are requested by names
+that are not known here (a service of Kubernetes or Compose), so they answer to any name.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CONNECTIONS_MAX = 50
-"""Each is a thread and a descriptor. A new one takes the place of the oldest: who asks is answered in milliseconds, and
-who holds a connection longest is the least likely to want an answer."""
+"""Each is a thread and a descriptor. A new one replaces the oldest: an answer takes milliseconds, so the client that
+has held a connection longest is the least likely to want one."""
 
 _REQUEST_LIMIT_S = 5.0
 """From the connection to the last byte of the answer, however slowly either comes."""
 
 _REQUEST_MAX = 16_384
-"""Bytes of a request that are read."""
+"""Bytes of a request that the server reads."""
 
 _REST_S = 0.2
-"""After a connection could not be taken, for want of descriptors: the next attempt would fail at once as well."""
+"""Pause after a connection could not be accepted for want of descriptors: the next attempt would fail at once, too."""
 
 _POLL_S = 0.1
-"""How long a stop may take to be noticed; it is part of the drain time."""
+"""A stop is noticed within this time, which is part of the drain time."""
 
 _ROUTES = ("/metrics", "/livez", "/readyz")
 _NO_SNIFF = ("X-Content-Type-Options", "nosniff")
-"""A browser is to take what it gets for what it is said to be, and for no script."""
+"""A browser must use the declared content type, and must not guess a script."""
 
 
 class Check(NamedTuple):
@@ -68,16 +68,16 @@ class Check(NamedTuple):
 
 Checks = Callable[[], Iterable[Check]]
 Routes = Mapping[str, Callable[[], tuple[list[tuple[str, str]], bytes]]]
-"""By path what to answer: headers and body."""
+"""By path the function that returns headers and body."""
 
 
 class HealthServer:
     """Bound when it is made, answering from ``start()`` to ``stop()``.
 
-    ``liveness`` and ``readiness`` are called for each request, in a thread of the server, and so are those of further
-    ``routes``: they read values that others replace whole, and never wait. Port 0 takes a free one; ``port`` says
-    which. ``hosts``: names by which the routes may be asked for besides. Raises UsageError where host and port cannot
-    be bound.
+    ``liveness``, ``readiness`` and further ``routes`` are called for each request, in a thread of the server: they read
+    values that other threads replace whole, and never wait. Port 0 takes a free one, which ``port`` returns.
+    ``hosts``: further names under which the routes may be requested. Raises UsageError where host and port cannot be
+    bound.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class HealthServer:
         server_class = _ThreadingServerV6 if ":" in host else _ThreadingServer
         try:
             self._server = server_class((host, port), _SilentRequestHandler)
-        except (OSError, TypeError, UnicodeError) as error:  # the last two: a name that cannot be asked for
+        except (OSError, TypeError, UnicodeError) as error:  # the last two: a name that cannot be looked up
             why = error.strerror if isinstance(error, OSError) else "no host has such a name"
             raise UsageError(
                 f"cannot serve metrics and health on {host} port {port}: {why}",
@@ -160,16 +160,16 @@ class _Application:
 
     def _metrics(self, environ: WSGIEnvironment) -> _Response:
         started: list[tuple[str, list[tuple[str, str]]]] = []
-        # The client's own application knows no HEAD.
+        # The Prometheus client's application does not know HEAD.
         chunks = self._exposition({**environ, "REQUEST_METHOD": "GET"}, lambda *response: started.append(response))
         status, headers = started[0]
         return status, headers, b"".join(chunks)
 
 
 def answers_to(host: str | None, names: Collection[str]) -> bool:
-    """Whether a request with this Host may see the page. ``names`` in lower case, besides those of this machine.
+    """Whether a request with this Host may see the page. ``names``: in lower case, beside those of this machine.
 
-    Without a Host it comes from no browser.
+    A request without a Host comes from no browser.
     """
     if host is None:
         return True
@@ -191,7 +191,7 @@ def _answer(path: str, checks: Checks) -> _Response:
     try:
         results = list(checks())
     except Exception as error:
-        # A probe that cannot tell must not say that all is well, nor take the other routes down.
+        # A probe that fails must not report success, nor break the other routes.
         log.exception("a health check failed", extra={"path": path})
         results = [Check(path.strip("/"), ok=False, detail=type(error).__name__)]
     lines = results or [Check(path.strip("/"), ok=True)]
@@ -201,12 +201,12 @@ def _answer(path: str, checks: Checks) -> _Response:
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    block_on_close = False  # a slow client must not hold up the stop
+    block_on_close = False  # a slow client must not delay the stop
     request_queue_size = 128
 
     def __init__(self, *arguments: Any) -> None:
         self._open: dict[socket.socket, float] = {}
-        """Since when, the oldest first."""
+        """When each was opened, the oldest first."""
         self._lock = threading.Lock()
         self._rest = threading.Event()
         super().__init__(*arguments)
@@ -227,7 +227,7 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Called every _POLL_S, and after each connection."""
+        """Called by the library every _POLL_S, and after each connection."""
         with self._lock:
             overdue = [one for one, since in self._open.items() if time.monotonic() - since > _REQUEST_LIMIT_S]
         for request in overdue:
@@ -239,14 +239,14 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def _let_go(self, request: socket.socket) -> None:
-        """Its thread, whatever it waits for, finds the connection ended."""
+        """End the connection under its thread, whatever that thread waits for."""
         with self._lock:
             if self._open.pop(request, None) is not None:
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RDWR)
 
     def server_bind(self) -> None:
-        # HTTPServer's own asks the name service for the host's full name, which may take seconds.
+        # HTTPServer's method asks the name service for the host's full name, which may take seconds.
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # str, int for TCP
         self.setup_environ()
@@ -260,7 +260,7 @@ class _ThreadingServerV6(_ThreadingServer):
 
 
 class _BoundedReader(io.BufferedReader):
-    """Ends after so many bytes; the library would take a hundred headers of 64 kB each."""
+    """Ends after a fixed number of bytes; the library would accept a hundred headers of 64 kB each."""
 
     left = _REQUEST_MAX
 
@@ -278,4 +278,4 @@ class _SilentRequestHandler(WSGIRequestHandler):
         self.rfile = _BoundedReader(self.connection.makefile("rb", buffering=0))
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in http.server
-        """A probe every few seconds would be most of the log."""
+        """Not logged: a probe every few seconds would fill most of the log."""

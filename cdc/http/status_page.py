@@ -1,9 +1,9 @@
-"""The page for people without a dashboard, and the figures behind it, all of them in memory.
+"""The status page for operators without a dashboard, and its figures, all from memory.
 
-A request reads what is here and asks neither the database nor the event loop, so that the page is there when
-they are not. What it shows comes from three sides: the status of this process, taken every few seconds by a thread of
-the page's own, which is how it has a past; the database, as it was read last; and the failures of handlers as the log
-tells them, by class and place and without their text, which may quote a row.
+A request reads memory and uses neither the database nor the event loop, so the page works while they do not. Its
+figures have three sources: the status of this process, sampled every few seconds by the page's own thread, which keeps
+the history; the last reading of the database; and the failures of handlers as they are logged, by class and place and
+without their text, which may quote a row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KEPT_S = 900.0
 Answer = tuple[list[tuple[str, str]], bytes]
 """Headers and body."""
 Checks = Callable[[], Iterable[tuple[str, bool, str]]]
-"""(name, whether it is well, detail)."""
+"""(name, whether it passed, detail)."""
 
 _METRICS = (
     "cdc_role", "cdc_stream_unavailable", "cdc_shards_owned", "cdc_members", "cdc_window_changes",
@@ -55,7 +55,7 @@ _ALWAYS = [
 
 
 class StatusPage:
-    """start() once, stop() once. All it is given is called in threads of its own. ``checks``: those of the probes."""
+    """start() once, stop() once. Its arguments are called in its own threads. ``checks``: those of the probes."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class StatusPage:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    # --- the past --------------------------------------------------------------------------------------------------
+    # --- history ---------------------------------------------------------------------------------------------------
 
     def _kept(self) -> None:
         self._supervisor.keep_here("page", self._run, self._stopping)
@@ -108,7 +108,7 @@ class StatusPage:
         return [("Content-Type", "application/json"), *_ALWAYS], body.encode()
 
     def figures(self) -> dict[str, Any]:
-        """What /status.json holds. Ages in seconds: the reader's clock has no say in them."""
+        """The content of /status.json. Ages in seconds, so that the reader's clock does not matter."""
         now, status, readings = time.monotonic(), self._status(), self._readings()
         return {
             "schema": SCHEMA,
@@ -198,14 +198,14 @@ def _iso(moment: datetime) -> str:
 
 
 def _document() -> Answer:
-    """The page with its one style and its one script, which nothing else may join: the policy names their hashes."""
+    """The page with its one style and its one script; the policy names their hashes, so no other may run."""
     html = resources.files("cdc.http").joinpath("status_page.html").read_text("utf-8")
     policy = {
         "default-src": "'none'",
         "script-src": _hash_of("script", html),
         "style-src": _hash_of("style", html),
         "connect-src": "'self'",
-        "img-src": "data:",  # the empty icon, without which a browser asks for one
+        "img-src": "data:",  # the empty icon, without which a browser requests one
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",

@@ -1,4 +1,4 @@
-"""Signatures as Standard Webhooks 1.0 describes them: HMAC-SHA256, symmetric. Pure."""
+"""Signatures of Standard Webhooks 1.0: HMAC-SHA256, symmetric. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BYTES_MIN, _BYTES_MAX = 24, 64  # the specification's
 
 
 def key(secret: str) -> bytes:
-    """The key in ``whsec_...``. Raises ValueError, which quotes nothing of it."""
+    """The key in ``whsec_...``. Raises ValueError that quotes nothing of it."""
     prefix, _, text = secret.partition("_")
     try:
         found = base64.b64decode(text, validate=True)
@@ -26,9 +26,9 @@ def key(secret: str) -> bytes:
 
 
 def headers(keys: Iterable[bytes], message_id: str, timestamp: int, body: bytes) -> Mapping[str, str]:
-    """``webhook-id`` and ``webhook-timestamp`` (seconds of the epoch), and one signature for each key, if there is any.
+    """``webhook-id`` and ``webhook-timestamp`` (seconds of the epoch), and one signature for each key, if any.
 
-    While a secret is replaced there are two: who verifies is content with either.
+    Two keys are used while a secret is replaced: a receiver accepts either signature.
     """
     signed = f"{message_id}.{timestamp}.".encode() + body
     signatures = [base64.b64encode(hmac.digest(each, signed, hashlib.sha256)).decode() for each in keys]
