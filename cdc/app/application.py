@@ -189,7 +189,7 @@ class App:
             log.info("the stream is switched off: changes are found by sweeping")
         await asyncio.Event().wait()
 
-    # --- what others look at ---------------------------------------------------------------------------------------
+    # --- status for others -----------------------------------------------------------------------------------------
 
     def poll_now(self, *, everything: bool = False) -> None:
         """Read the figures from the database at once. From any thread. ``everything``: also those on their pause."""

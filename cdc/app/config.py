@@ -337,7 +337,7 @@ _BY_FLAT = {setting.flat: setting for setting in SETTINGS.values()}
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The settings, and the source of each value by name in SETTINGS. ``found``: in the default file, not a named one."""
+    """The settings, and each value's source by name in SETTINGS. ``found``: in the default file, not a named one."""
 
     settings: Settings
     sources: Mapping[str, str]

@@ -156,7 +156,7 @@ def former_trigger_name(schema: str) -> str:
 
 
 class Suspicion(IntEnum):
-    """Whether a change's process ended while its handler ran. AGAIN: the attempt before too, when it ran alone."""
+    """Whether a change's process ended while its handler ran. AGAIN: twice in a row, the last time alone."""
 
     NONE = 0
     ONCE = 1

@@ -276,7 +276,7 @@ class Dispatcher:
         return {change: self._executor.decide(handler, change, error) for change in batch}
 
     def _escaped(self, batch: Sequence[Change], error: BaseException) -> None:
-        """The attempt was ended neither by the call nor by a cancellation: it is not counted, up to a bound."""
+        """The attempt was ended neither by its call nor by this program's order: not counted, up to a bound."""
         for change in batch:
             if (times := self._escapes.add([change])) < LOSSES_MAX:
                 self._abandon([change])

@@ -39,7 +39,7 @@ _WAITING_POLLS_MAX = 4
 _TOLD_MAX = 1_000
 """Types that were warned of: they come from the data."""
 _REST = 50
-"""Figures for the page alone are read again after this many times as long as they took: 2 % of one connection."""
+"""Figures for the page alone are read again after so many times as long as they took: at most 2 % of a connection."""
 
 
 class StatsPoller:

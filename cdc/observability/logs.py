@@ -120,7 +120,7 @@ def _composed(value: object) -> object:
         text = json.dumps(value, allow_nan=False, default=str, ensure_ascii=False)
         if len(text.encode("utf-8", "surrogatepass")) <= _COMPOSED_MAX and mask(text) == text:
             return json.loads(text)
-    except Exception:  # noqa: BLE001 - it is whoever logs it that made it
+    except Exception:  # noqa: BLE001 - the value's class is foreign and may raise
         text = _text(value)
     return _masked(text, _FIELD_MAX)
 
@@ -129,5 +129,5 @@ def _text(value: object) -> str:
     """The text of a value, or a substitute: a value that cannot be shown must not lose the line."""
     try:
         return str(value)
-    except Exception as error:  # noqa: BLE001 - a method of whoever logs it
+    except Exception as error:  # noqa: BLE001 - a method of foreign code
         return f"cannot be shown: {type(error).__name__}"
