@@ -67,14 +67,14 @@ class _Root(Commands):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            # It quotes the command line, where a DSN may stand in the wrong place.
+            # The message quotes the command line, where a DSN may stand in the wrong place.
             error.message = printable(mask(error.message))  # type: ignore[misc]
             raise
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click knows these; a reader that has seen enough (| head) is no error
+            raise  # click handles these; a reader that closes the pipe (| head) is no error
         except KeyboardInterrupt as interrupt:
             ctx.exit(128 + interrupt.number if isinstance(interrupt, Interrupted) else 130)
-        except Exception as error:  # noqa: BLE001 - where every error ends, as a sentence
+        except Exception as error:  # noqa: BLE001 - every error is shown as a sentence
             if ctx.params["debug"]:
                 say_lines(mask(traceback.format_exc().rstrip()))
             failure = _explained(error)
@@ -89,7 +89,7 @@ def _explained(error: Exception) -> CdcError:
         return error
     from cdc.postgres.connect import explain  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    # The class and no text: of an error nobody thought of, nobody knows what it quotes.
+    # The class without the text: an unexpected error may quote anything.
     return explain(error) or CdcError(
         f"unexpected {type(error).__name__}; this is a fault of cdc", hint="run cdc --debug ... for the traceback"
     )

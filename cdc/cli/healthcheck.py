@@ -10,7 +10,7 @@ from cdc.app.config import Settings
 from cdc.cli.options import settings_options
 from cdc.cli.output import put
 
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - addresses to bind, which nobody can be asked at
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - addresses to bind, which cannot be requested
 
 
 @click.command()

@@ -58,7 +58,7 @@ def _option(name: str) -> Callable[[Command], Command]:
     setting = SETTINGS[name]
     shown = "" if setting.default is None or setting.switch else f" [{_plain(setting.default)}]"
     declaration = f"{setting.option}/--no-{setting.option[2:]}" if setting.switch else setting.option
-    # A switch that is not given must be told from one that is off: only the first leaves CDC_X its say.
+    # A missing switch must differ from one that is off: only for a missing one CDC_X applies.
     return click.option(
         declaration,
         setting.flat,
@@ -109,6 +109,6 @@ def open_database(settings: Settings, *, user_path: bool = False) -> Iterator[Co
     """
     from cdc.postgres.connect import connect  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    # The driver's own way would commit, which fails where Ctrl-C came in the middle of a statement.
+    # Not the driver's context manager: it commits, which fails where Ctrl-C came in the middle of a statement.
     with closing(connect(settings.dsn_text, application_name="cdc command line", user_path=user_path)) as connection:
         yield connection

@@ -61,7 +61,7 @@ def run(settings: Settings) -> None:
     except (CdcError, Interrupted):
         if not interrupted():
             raise
-        # There was nothing to drain yet; what the module made of the interruption is no fault of it.
+        # Nothing ran that could be drained; an error that the interruption caused in the module is not reported.
 
 
 def load_router(reference: str, settings: Settings) -> Router:
@@ -102,7 +102,7 @@ def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except CdcError:
-        raise  # two handlers for one change: already a sentence
+        raise  # two handlers for one change: its message is a sentence already
     except ModuleNotFoundError as missing:
         if missing.name and f"{name}.".startswith(f"{missing.name}."):
             raise UsageError(
@@ -110,7 +110,7 @@ def _module(name: str) -> ModuleType:
                 hint=f"start in the folder that holds it, or install it; looked in {Path.cwd()} first",
             ) from None
         raise _broken(f"module {name} cannot be imported", missing) from None
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's module may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise anything
         raise _broken(f"module {name} cannot be imported", error) from None
 
 

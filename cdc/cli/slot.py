@@ -135,14 +135,14 @@ def recreate(
     with open_database(settings) as connection:
         confirm(f"drop the replication slot {chosen} and recreate it", yes)
         dropped = slots.drop(connection, chosen, force=force, terminate=terminate)
-        # Said before the next step, which may have to be repeated alone.
+        # Printed before the next step, which may have to be repeated alone.
         say(f"dropped {dropped.name}{_freed(dropped)}")
         made = slots.create(
             connection,
             chosen,
             plugin=plugin or settings.slot.plugin,
             schema=settings.schema_,
-            if_not_exists=terminate,  # the consumer that was reading it may be faster
+            if_not_exists=terminate,  # the consumer that was reading it may create it first
             failover=bool(dropped.failover),
         )
     _print_one(made, f"slot {made.name} ({made.plugin}) is there; it keeps WAL until a consumer reads it", as_json)
@@ -179,7 +179,7 @@ def list_(settings: Settings, as_json: bool) -> None:
     if as_json:
         print_json({"slots": found})
     else:
-        # A server that is too old for a column has it nowhere.
+        # A column that the server's version lacks is None in every row.
         columns = [column for column in _LISTED if not found or any(each[column] is not None for each in found)]
         print_table(columns, ([each[column] for column in columns] for each in found))
 

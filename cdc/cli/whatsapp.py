@@ -11,9 +11,9 @@ from cdc.cli.whatsapp_smoke import smoke
 from cdc.core.errors import UsageError
 
 _SESSION = {
-    "statement_timeout": "10s",  # a messenger does not wait for long, and sends it again
+    "statement_timeout": "10s",  # a messenger does not wait long, and sends the event again
     "lock_timeout": "5s",
-    "default_transaction_isolation": "read committed",  # who has waited for a lock must see what its holder did
+    "default_transaction_isolation": "read committed",  # after a wait for a lock the holder's writes must be visible
 }
 
 

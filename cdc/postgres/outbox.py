@@ -93,7 +93,7 @@ class Store:
         self._statements = load("outbox.sql", schema)
         self.refused = RefusedRows(schema)
         self.process = uuid4()
-        """Who started a change, or owns a shard: this process, until it ends."""
+        """Identifies this process as the one that started a change, or owns a shard."""
         self._always: dict[str, Any] = {"process": self.process, "page_bytes": page_bytes, "skipped": "{}"}
         self._max_chain_depth = max_chain_depth
         self.scope = scope

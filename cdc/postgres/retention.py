@@ -39,7 +39,7 @@ class Retention:
     def __init__(self, schema: str) -> None:
         self._statements = load("retention.sql", schema)
         self.table = sql.Identifier(schema, "entity_changes").as_string(None)
-        """Its name, as one writes it in SQL."""
+        """The table's name, as written in SQL."""
 
     def prune(self, connection: psycopg.Connection, older_than_s: float, limit: int = BATCH) -> Iterator[int]:
         """Remove changes processed more than ``older_than_s`` ago; yields each batch's count after its commit."""

@@ -38,7 +38,7 @@ async def run_async(script: Script[_T]) -> _T:
         while True:
             try:
                 answer = await asked
-            except BaseException as error:  # noqa: BLE001 - the script's to handle, whatever it is
+            except BaseException as error:  # noqa: BLE001 - the script handles it
                 asked = script.throw(error)
             else:
                 asked = script.send(answer)

@@ -211,9 +211,9 @@ class ShardSession:
     def __init__(self, connection: psycopg.AsyncConnection, schema: str, owner: UUID) -> None:
         self.connection = connection
         self.writing = asyncio.Lock()
-        """Held by whoever writes: what another one writes meanwhile would become part of its transaction."""
+        """Held by the task that writes: another task's statement would become part of its transaction."""
         self.unregistered: list[int] = []
-        """Shards that are locked, and for which this process has not signed in yet."""
+        """Locked shards for which this process has not registered yet."""
         self._owner = owner
         self._table = table(schema, "cdc_shards")
         self._key = lock_class(schema)

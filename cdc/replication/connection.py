@@ -144,7 +144,7 @@ class ReplicationSession:
         self._unsent = False
         self._over: StreamError | None = None
         self.flooded = False
-        """Ended by a message that took too much memory; the next session is to begin behind it."""
+        """A message that took too much memory has ended it; the next session begins after that message."""
 
     def __enter__(self) -> ReplicationSession:
         return self

@@ -145,7 +145,7 @@ class Stream:
                     pause_s = self._round()
                 except Stopped:
                     return
-                except BaseException as error:  # noqa: BLE001 - whatever ends it, it goes on
+                except BaseException as error:  # noqa: BLE001 - the thread survives every error
                     pause_s = self._supervisor.failed("stream", began, error)
         finally:
             self._waiting.close()
@@ -184,7 +184,7 @@ class Stream:
             )
         except Stopped:
             raise
-        except BaseException as error:  # noqa: BLE001 - whatever ends it, it goes on
+        except BaseException as error:  # noqa: BLE001 - the thread survives every error
             self._supervisor.failed("stream", began, error)
             ended = StreamError(type(error).__name__, reason=Reason.PROTOCOL.value, hint="this is a bug; see the log")
         return self._learn(ended, reader)

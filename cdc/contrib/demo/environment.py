@@ -1,4 +1,4 @@
-"""Where the demo plays: a server of its own that is thrown away, or a schema of its own on a server that is named."""
+"""Where the demo runs: on a temporary server, or in schemas of its own on a named server."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cdc.replication import slots
 SCHEMA = "cdc_demo"
 SLOT = "cdc_demo"
 TASKS = "cortex_projects"
-"""Schema of the application's tasks, which has the same name everywhere."""
+"""The schema of the application's tasks; its name is the same everywhere."""
 SESSION = {"search_path": SCHEMA}
-"""Of all connections that name the demo's tables: the statements are those of an application."""
+"""For all connections that name the demo's tables: the statements are those of an application."""
 
 _PUBLICATION = publication_name(SCHEMA)
 _REMOVE_SCHEMA = f"DROP SCHEMA {SCHEMA} CASCADE"
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 @contextlib.contextmanager
 def private(say: Say) -> Iterator[str]:
-    """The DSN of a server that ends with the demo. Raises NotFoundError where there are no programs to run one."""
+    """The DSN of a server that ends with the demo. Raises NotFoundError where no server programs are found."""
     server = TempServer()
     say(f"Starting a private server: {server.installation}. Nothing else on this machine is touched ...")
     with server:
@@ -48,9 +48,9 @@ def private(say: Say) -> Iterator[str]:
 
 @contextlib.contextmanager
 def guest(dsn: str, say: Say) -> Iterator[str]:
-    """The same DSN, of a server that is not ours: nothing that is there is touched, and what is made is removed.
+    """Yields the same DSN, of a server that is not ours. Nothing existing is changed, and what is made is removed.
 
-    Raises RefusedError where something has the name of what would be made.
+    Raises RefusedError where an object already has a name that the demo needs.
     """
     with connect(dsn, application_name=_APPLICATION) as connection:
         if slots.snapshot(connection, SLOT):
@@ -70,7 +70,7 @@ def guest(dsn: str, say: Say) -> Iterator[str]:
 
 
 def _take(connection: psycopg.Connection) -> None:
-    """Made by itself: what follows may drop these schemas, because they are ours."""
+    """A separate step: only schemas that it has made itself may be dropped later."""
     try:
         with connection.transaction():
             _make(connection, SCHEMA, _taken("schema", SCHEMA, f"{_REMOVE_SCHEMA}; {_REMOVE_PUBLICATION}"))
@@ -106,7 +106,7 @@ def _taken(kind: str, name: str, remedy: str) -> RefusedError:
 
 
 def _furnish(connection: psycopg.Connection) -> None:
-    """The outbox, the application's tables, and a rule."""
+    """Create the outbox, the application's tables, and a rule."""
     migrations.install(connection, SCHEMA, ["whatsapp"])
     connection.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(SCHEMA)))
     connection.execute(_ADD_RULE, [Jsonb({"trigger_emoji": "✅", "action_type": "create_task"})])
@@ -125,9 +125,9 @@ def _leave(dsn: str, say: Say) -> None:
 
 
 def _remove(connection: psycopg.Connection) -> None:
-    with contextlib.suppress(NotFoundError):  # a temporary one has left with its reader
+    with contextlib.suppress(NotFoundError):  # a temporary slot has ended with its reader
         slots.drop(connection, SLOT, terminate=True)
-    with contextlib.suppress(NotFoundError):  # the set-up did not come that far
+    with contextlib.suppress(NotFoundError):  # the set-up ended before it
         migrations.uninstall(connection, SCHEMA, discard_unprocessed=True)
     connection.execute(_REMOVE_SCHEMA.encode())
     connection.execute(_REMOVE_TASKS.encode())

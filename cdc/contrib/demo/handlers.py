@@ -1,4 +1,4 @@
-"""The application's handlers, with notes of what they do; and a messenger for it, which sends nothing."""
+"""The application's handlers, with records of their calls, and a messenger that sends nothing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cdc.core.model import Change, Operation
 from cdc.core.router import ANY, Handler, Router
 
 FAR_AWAY = "far-away"
-"""The chat to which a message gets through at the third attempt only."""
+"""The chat whose messages are sent at the third attempt only."""
 TASK_EMOJI = "✅"
-"""The one with a rule."""
+"""The emoji that has a rule."""
 
 
 class MessengerError(Exception):
-    """The outside world, being itself."""
+    """A failure as an external service has them."""
 
 
 class Messenger(Recorder):
@@ -36,7 +36,7 @@ class Messenger(Recorder):
 
 
 def make_router(schema: str, messenger: Messenger, tracker: Tracker) -> Router:
-    """The handlers of the application in this schema, and the tracker of what they do."""
+    """The handlers of the application in this schema, with the tracker as their hooks."""
     application = make_application(messenger, schema=schema, help_text=Settings().whatsapp.help_text)
     router = Router()
     watch = _Watch(tracker)
@@ -52,12 +52,12 @@ def make_router(schema: str, messenger: Messenger, tracker: Tracker) -> Router:
 
 
 class _Watch:
-    """Follows each change, and from a check mark on the task that will come of it."""
+    """Follows each change, and after a check mark also the task that its rule will create."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
         self._expected: dict[str, Journey] = {}
-        """The journeys of tasks, by the reaction they are of."""
+        """The journeys of tasks, by the id of their reaction."""
 
     def noting(self, handler: Handler) -> Any:
         @functools.wraps(handler.function)
@@ -73,7 +73,7 @@ class _Watch:
             self._tracker.known_as(("task", change.new.title, Operation.INSERT), change)
         journey = self._tracker.started(change, handler)
         if _makes_a_task(change) and change.entity_id not in self._expected:
-            # Its id is not known yet, but its title is.
+            # The task's id is not known yet, but its title is.
             mark = ("task", f"Follow up on {change.new.message_id}", Operation.INSERT)
             shown = journey is not None and journey.shown
             self._expected[change.entity_id] = self._tracker.sent(

@@ -1,4 +1,4 @@
-"""Where PostgreSQL's server programs are: the machine's own, and those that a Python wheel carries."""
+"""Finds PostgreSQL's server programs: those of the machine, and those of a Python wheel."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Installation:
 
 
 def find_installation(major: int | None = None) -> Installation:
-    """The best one, of that major version if it is given. Raises NotFoundError."""
+    """The best installation, of that major version if it is given. Raises NotFoundError."""
     found = [one for one in find_installations() if major in {None, one.major}]
     if not found:
         raise NotFoundError(f"no server programs of PostgreSQL {major or f'{OLDEST} or newer'} here", hint=_REMEDY)
@@ -55,7 +55,7 @@ def find_installation(major: int | None = None) -> Installation:
 def find_installations() -> list[Installation]:
     """All of PostgreSQL 14 or newer: that of PG_BINDIR, those with wal2json, without it, the wheel's; newest first.
 
-    Raises NotFoundError where PG_BINDIR names a folder without them.
+    Raises NotFoundError where PG_BINDIR names a folder without the programs.
     """
     named = os.environ.get("PG_BINDIR")
     chosen = [look(Path(named))] if named else []
@@ -64,7 +64,7 @@ def find_installations() -> list[Installation]:
             f"PG_BINDIR is {named}, and PostgreSQL's server programs are not there",
             hint="set it to the folder of initdb, pg_ctl and postgres, or unset it",
         )
-    # initdb on the PATH may be a link to one of the others.
+    # initdb on the PATH may be a link to one of the other installations.
     machine = {_home(folder) for folder in _machine_bindirs()}
     found = [*map(look, machine), *(look(folder, wheel=True) for folder in _wheel_bindirs())]
     rest = sorted((one for one in found if one and one.major >= OLDEST), key=_rank)
@@ -88,14 +88,14 @@ def _home(bindir: Path) -> Path:
 
 
 def _wheel_bindirs() -> Iterator[Path]:
-    """The wheel has one folder for each major version. It is not imported: of its Python code nothing is needed."""
+    """The wheel has one folder for each major version. It is not imported: its Python code is not needed."""
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     for package in (spec.submodule_search_locations if spec else None) or ():
         yield from Path(package).glob("pginstall*/bin")
 
 
 def look(bindir: Path, *, wheel: bool = False) -> Installation | None:
-    """The one in this folder, if there is one."""
+    """The installation in this folder, if there is one."""
     if not all((bindir / program).exists() for program in PROGRAMS):
         return None
     said = re.search(r"\(PostgreSQL\) (\d+[.\w]*)", _answer(bindir / "postgres", "--version"))
@@ -104,7 +104,7 @@ def look(bindir: Path, *, wheel: bool = False) -> Installation | None:
 
 
 def _answer(program: Path | str, question: str) -> str:
-    """What it prints; nothing where it does not run, as a wheel for another C library."""
+    """The program's output; empty where it does not run, such as that of a wheel for another C library."""
     try:
         done = subprocess.run([program, question], capture_output=True, text=True, timeout=_ASK_LIMIT_S, check=False)  # noqa: S603 - a fixed program
     except (OSError, subprocess.TimeoutExpired):
@@ -113,6 +113,6 @@ def _answer(program: Path | str, question: str) -> str:
 
 
 def _major(version: str) -> int:
-    """Of "16.14", "19devel", "18beta1"."""
+    """The major version of "16.14", "19devel", "18beta1"."""
     digits = re.match(r"\d+", version)
     return int(digits[0]) if digits else 0

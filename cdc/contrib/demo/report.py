@@ -1,4 +1,4 @@
-"""What the demo prints: a line for each change that is shown, and the summary. Text from values, nothing else."""
+"""The demo's output: a line for each change that is shown, and the summary. Text from values, nothing else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cdc.contrib.demo.tracker import STEPS, Journey, percentile
 
 
 class Paint(Protocol):
-    """``paint(text, colour, bold=...)``: the text in a colour, or as it is where there are none."""
+    """``paint(text, colour, bold=...)``: the text in a colour, or unchanged where colours are off."""
 
     def __call__(self, text: str, colour: str | None = None, *, bold: bool | None = None) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Counted by the database, in the documented views. ``dead`` are those that nobody will try again."""
+    """Counted by the database, in the documented views. ``dead``: changes that are not tried again."""
 
     captured: int
     processed: int
@@ -38,7 +38,7 @@ HEADER = f"{'table':26}  {'change':6}  {'stored':>6}  {'wake-up':>12}  {'handler
 
 
 def line(journey: Journey, paint: Paint) -> str:
-    """One change from table to processed, in milliseconds after the writer sent its row."""
+    """One change on its way from the table to processed, in milliseconds after the writer sent its row."""
     wakeup = paint(f"{journey.source:5}", "cyan" if journey.source == "wal" else "yellow")
     return "  ".join(
         [
@@ -54,13 +54,13 @@ def line(journey: Journey, paint: Paint) -> str:
 
 
 def failure(journey: Journey, error: BaseException, paint: Paint) -> str:
-    """An attempt that failed; the change waits for its next one."""
+    """A failed attempt; the change waits for its next one."""
     reason = f"attempt {journey.attempts} failed: {type(error).__name__}"
     return f"{journey.table:26}  {journey.operation:6}  {'':6}  {'':12}  {journey.handler:7} {paint(reason, 'yellow')}"
 
 
 def burst_line(burst: Burst, paint: Paint) -> str:
-    # The whole way, the writer's part included: what a person with a stop-watch would divide by.
+    # Over the whole time, the writer's part included, as a person with a stop-watch would compute it.
     rate = burst.rows / (burst.written_s + burst.processed_s)
     return paint(
         f"burst: {burst.rows:,} messages in one transaction, written in {burst.written_s * 1000:,.0f} ms,"
@@ -89,7 +89,7 @@ def summary(
 
 
 def _latencies(journeys: Sequence[Journey]) -> Iterator[str]:
-    """Without the retried: how long those take is their backoff."""
+    """Without retried changes: their backoff sets how long they take."""
     yield f"  {f'{len(journeys):,} changes, each':21}{'after the row was sent':>24}{'after its commit returned':>29}"
     yield f"  {'on its own way':21}{'p50':>14}{'p99':>10}{'p50':>19}{'p99':>10}   ms"
     for step in STEPS:

@@ -1,7 +1,7 @@
 """The demo: the documented application, a consumer with its handlers, and webhooks for it.
 
-Everything that is measured is measured from outside: the consumer is the one of ``cdc run``, and it is watched by the
-hooks that any application has.
+All measurements are made from outside: the consumer is that of ``cdc run``, observed by the hooks that any application
+has.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ BURST_ROWS = 2_000
 
 _START_LIMIT_S = 15.0
 _REFUSED_LIMIT_S = 3.0
-"""A server that refuses one way of replication may grant the next that is tried."""
+"""A server that refuses one way of replication may allow the next one tried."""
 _FINISH_LIMIT_S = 20.0
 _POLL_INTERVAL_S = 0.05
 _PASSING = (None, Reason.NETWORK)
-"""What a stream that has not begun yet may be said to lack."""
+"""Reasons of a stream that has not begun yet which waiting may resolve."""
 _BACKOFF_S = 0.5
 _PENDING = "SELECT coalesce(sum(pending), 0)::int FROM action_processing_dashboard"
 _TOTALS = """
@@ -69,7 +69,7 @@ def play(
 
 
 class _Stage:
-    """One performance. Its parts share the database, the tracker and the signal to stop."""
+    """One run of the demo. Its parts share the database, the tracker and the signal to stop."""
 
     def __init__(self, dsn: str, say: Callable[[str], None], paint: report.Paint) -> None:
         self._dsn = dsn
@@ -95,13 +95,13 @@ class _Stage:
 
     @contextlib.asynccontextmanager
     async def _consumer(self) -> AsyncIterator[App]:
-        """A consumer at work, as ``cdc run`` would start it."""
+        """A running consumer, started as ``cdc run`` would start it."""
         settings = config.from_options(
             {
                 "dsn": self._dsn,
                 "schema": environment.SCHEMA,
                 "slot_name": environment.SLOT,
-                "slot_mode": "temporary",  # nothing of it stays, even if the demo is killed
+                "slot_mode": "temporary",  # the slot ends with the demo, even if it is killed
                 "http_port": self._port,
                 "backoff_base": _BACKOFF_S,
             }
@@ -116,7 +116,7 @@ class _Stage:
             await work
 
     async def _until_it_listens(self, app: App, work: asyncio.Task[None]) -> None:
-        """Until the slot delivers wake-ups. Where it cannot, the consumer sweeps, and the demo shows that."""
+        """Wait until the slot delivers wake-ups. Where it cannot, the consumer sweeps, and the demo shows that."""
         now = asyncio.get_running_loop().time
         latest, refused = now() + _START_LIMIT_S, False
         while not (app.consumer.in_service and app.status.not_streaming is None):
@@ -165,7 +165,7 @@ class _Stage:
         self._stop.set()
         self._stopping.set()
 
-    # --- what is said ----------------------------------------------------------------------------------------------
+    # --- output ----------------------------------------------------------------------------------------------------
 
     def _introduce(self, app: App) -> None:
         way = f"woken by the slot {environment.SLOT}"

@@ -1,6 +1,6 @@
-"""A private PostgreSQL server that is thrown away afterwards: for the demo, the tests and the benchmark.
+"""A temporary PostgreSQL server: for the demo, the tests and the benchmark.
 
-It never touches an existing server: its own data folder, its own Unix socket, no TCP port unless asked for.
+It never touches an existing server: it has its own data folder, its own Unix socket, and no TCP port unless asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DURABLE: Mapping[str, str] = {
     "log_min_messages": "warning",
     "timezone": "UTC",
 }
-# synchronous_commit stays on: without it a commit is flushed up to 200 ms later, and the slot delivers it only then.
+# synchronous_commit stays on: otherwise a commit is flushed up to 200 ms later, and the slot delivers it only then.
 _FAST: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
 _DISK, _MEMORY = Path("/tmp"), Path("/dev/shm")  # noqa: S108 - the folder in it is made by mkdtemp
 _PLENTY_BYTES = 8 << 30
@@ -37,7 +37,7 @@ _LOCALE = "C" if sys.platform == "darwin" else "C.UTF-8"  # macOS has no C.UTF-8
 
 
 def _plenty_of_memory() -> bool:
-    """Asked for each server: what those before it have taken is not there any more."""
+    """Checked for each server: earlier servers may have used the memory."""
     try:
         told = Path("/proc/meminfo").read_text()
         room = shutil.disk_usage(_MEMORY).free
@@ -54,12 +54,12 @@ def free_port() -> int:
 
 
 class TempServer:
-    """One cluster in a temporary folder. ``with Server() as server: connect(server.dsn())``.
+    """One cluster in a temporary folder. ``with TempServer() as server: connect(server.dsn())``.
 
-    ``durable=False`` turns fsync off, and keeps the files in memory where there is plenty of it: for tests, which make
-    a database each, and its 300 files take some disks a third of a second. ``tcp=True`` also listens on a free
-    port of 127.0.0.1. ``settings`` are written to postgresql.conf. ``binaries`` are the programs to run; the best
-    there are, unless given. Raises NotFoundError where there are none.
+    ``durable=False`` turns fsync off, and keeps the files in memory where there is plenty of it: for tests, which
+    create a database each, whose 300 files take a third of a second on some disks. ``tcp=True`` also listens on a free
+    port of 127.0.0.1. ``settings`` are written to postgresql.conf. ``binaries`` are the programs to run, by default the
+    best found. Raises NotFoundError where there are none.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class TempServer:
         self._run("pg_ctl", "-D", str(self.data), "-l", str(log), "-w", "-t", "60", "start")
 
     def stop(self, mode: str = "fast") -> None:
-        """End the server; ``immediate`` is a crash. Quiet where it does not run."""
+        """End the server; ``immediate`` is a crash. Does nothing where it does not run."""
         with contextlib.suppress(subprocess.CalledProcessError):
             self._run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-m", mode, "stop")
 
@@ -132,12 +132,12 @@ class TempServer:
             "unix_socket_directories": str(self.folder),
         }
         if self._knows("output_plugin_libraries"):
-            # Unknown to minors before August 2026, where naming it is fatal; needed from then on.
+            # Minor versions before August 2026 do not know it and would not start; later ones need it.
             settings["output_plugin_libraries"] = "pgoutput, test_decoding, wal2json"
         self.configure(**settings)
 
     def _bring_within_reach(self, user: pwd.struct_passwd) -> None:
-        """A copy of the wheel's programs, where an environment that root made for itself is closed to ``user``."""
+        """Copy the wheel's programs where ``user`` cannot read an environment that root has made."""
         try:
             self._run("postgres", "--version")
         except PermissionError:
@@ -167,7 +167,7 @@ class TempServer:
 
 
 def _copy_of_wheel(bindir: Path, target: Path) -> Path:
-    """The folder of the programs in the copy: they find their libraries beside the package, by a relative path."""
+    """The programs' folder in the copy: they find their libraries beside the package, by a relative path."""
     package = bindir.parent.parent
     shutil.copytree(bindir.parent, target / package.name / bindir.parent.name, ignore=shutil.ignore_patterns("include"))
     libraries = package.with_name(f"{package.name}.libs")

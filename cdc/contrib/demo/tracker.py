@@ -1,7 +1,7 @@
-"""When each change was where: written down by the webhook, the wake-ups, the handlers and the hooks of the demo.
+"""When each change reached each step, as recorded by the webhook, the wake-ups, the handlers and the demo's hooks.
 
 Times are seconds of ``time.monotonic()``. The webhook's thread writes ``sent`` and ``stored`` of its own changes, the
-event loop and the handlers' threads everything after; each field is written once, by one of them.
+event loop and the handlers' threads all later fields; each field is written once, by one thread.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from cdc.core.model import Change
 
 Watermark = tuple[str, str, str]
-"""(entity_type, entity_id, operation): what names a change before the capture trigger has numbered it."""
+"""(entity_type, entity_id, operation): identifies a change before the capture trigger has numbered it."""
 
 STEPS = ("stored", "wake-up", "handler", "processed")
-"""In their usual order. The wake-up may be a little before ``stored``: the server answers the writer last."""
+"""In their usual order. The wake-up may come slightly before ``stored``: the server answers the writer last."""
 
 
 @dataclass(slots=True)
 class Journey:
-    """The way of one change. ``shown``: it gets a line of its own; ``announced``: its writer notes ``stored``."""
+    """The steps of one change. ``shown``: it gets a line of output; ``announced``: its writer records ``stored``."""
 
     table: str
     operation: str
@@ -31,7 +31,7 @@ class Journey:
     sent: float
     stored: float | None = None
     notified: float | None = None
-    """The slot has named the change; None: something else found it first."""
+    """The slot has reported the change; None: a read found it first."""
     handler: str = ""
     started: float | None = None
     attempts: int = 0
@@ -43,7 +43,7 @@ class Journey:
         return "sweep" if self.notified is None else "wal"
 
     def step(self, name: str) -> float | None:
-        """The moment of one of STEPS."""
+        """The time of one of STEPS."""
         return {"stored": self.stored, "wake-up": self.notified, "handler": self.started, "processed": self.processed}[
             name
         ]
@@ -52,7 +52,7 @@ class Journey:
 class Tracker:
     """``arrived`` is called for each journey that has ended, ``attempt_failed`` for each failed attempt; in any thread.
 
-    The writer may hear of its commit after the change is processed: a journey has ended when both are noted.
+    The writer may learn of its commit after the change is processed: a journey has ended when both are recorded.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class Tracker:
         self.burst_over = threading.Event()
         self.ended: list[Journey] = []
         self.visitors = False
-        """From now on, changes that nobody announced get a line, too: whoever plays with psql wants to see them."""
+        """When True, changes that were not announced get a line, too: those of a user in psql, for example."""
 
     def sent(self, mark: Watermark, *, table: str, note: str, shown: bool) -> Journey:
-        """The row is about to be written. Called before, so that no handler can be earlier."""
+        """The row is about to be written. Called before the write, so that no handler can be earlier."""
         journey = Journey(table, mark[2], note, shown, self._clock())
         self._on_the_way[mark] = journey
         return journey
@@ -88,7 +88,7 @@ class Tracker:
             self._end(journey)
 
     def known_as(self, mark: Watermark, change: Change) -> None:
-        """What was announced by this mark is this change: its writer did not know the id it would get."""
+        """The change announced by this mark is ``change``: its writer did not know the id that it would get."""
         if journey := self._on_the_way.pop(mark, None):
             self._on_the_way[_mark(change)] = journey
 
@@ -96,12 +96,12 @@ class Tracker:
         self._burst_left = count
 
     def notified(self, seqs: Iterable[int], at: float) -> None:
-        """Told before what comes of these changes is; a handler may have begun already."""
+        """Called before these changes reach a handler by it; a read may have started the handler already."""
         for seq in seqs:
             self._notified.setdefault(seq, at)
 
     def started(self, change: Change, handler: str) -> Journey | None:
-        """A handler begins. None: the change is one of many that nobody looks at."""
+        """A handler begins. None: the change is not shown."""
         journey = self._on_the_way.get(_mark(change)) or self._visitor(change)
         if journey is not None:
             journey.attempts = change.attempt
@@ -136,7 +136,7 @@ class Tracker:
     def _visitor(self, change: Change) -> Journey | None:
         if not self.visitors:
             return None
-        # Of a stranger's commit only the start of its transaction is known, by the server's clock.
+        # Of a user's commit only the start of its transaction is known, by the server's clock.
         began = self._clock() - (time.time() - change.changed_at.timestamp())
         journey = Journey(change.table, change.operation, "yours", shown=True, sent=began, announced=False)
         self._on_the_way[_mark(change)] = journey
@@ -148,6 +148,6 @@ def _mark(change: Change) -> Watermark:
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """The least of ``values`` that so many percent of them do not exceed. At least one value."""
+    """The smallest of ``values`` that at least ``percent`` of them do not exceed. At least one value is needed."""
     ordered = sorted(values)
     return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]

@@ -1,7 +1,7 @@
 """The application of the demo: events for its webhook, which stores them and triggers nothing.
 
-It has its own thread and its own connection, and does not know that a consumer exists. Tasks made by hand and the burst
-are written by others, straight into the tables: a change is a change, whoever makes it.
+It has its own thread and its own connection, and is independent of the consumer. Tasks made by hand and the burst are
+written straight into the tables by other code: a change is captured whatever its writer is.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ WHERE entity_type = 'message' AND preview LIKE 'burst %'
 
 _PACE_S = 0.05
 _SHOW_EVERY = 14
-"""Of the rows written, so many for one that is shown: as many lines as a person can read meanwhile."""
+"""Rows written for each one that is shown: as many lines as a person can read."""
 _BURST_LIMIT_S = 30.0
 
 
 class _Insert(NamedTuple):
-    """``event``: what the webhook gets, without its time; None for a row that somebody else writes."""
+    """``event``: what the webhook gets, without its time; None for a row that is written without the webhook."""
 
     table: str
     operation: Operation
@@ -74,7 +74,7 @@ class Webhook:
         self._stop = stop
 
     def run(self) -> None:
-        """Returns when all is written. Raises psycopg.Error where the server goes away."""
+        """Returns when all is written. Raises psycopg.Error when the server goes away."""
         asyncio.run(self._run())
 
     async def _run(self) -> None:
@@ -87,7 +87,7 @@ class Webhook:
             adapter = Adapter(lend, SCHEMA)
             shown, quiet = _scenes(), _traffic()
             for tick in range(self._ticks):
-                # Nothing else runs on this loop.
+                # This loop runs nothing else, so a blocking wait is fine.
                 if self._stop.wait(_PACE_S):
                     return
                 if tick == self._ticks // 2:
@@ -105,20 +105,20 @@ class Webhook:
         self._tracker.stored(journey)
 
     async def _burst(self, connection: psycopg.AsyncConnection) -> None:
-        """Nothing else is written until it is processed: it would measure the burst, not the way of one change."""
+        """All other writes pause until it is processed: they would measure the burst, not the way of one change."""
         self._tracker.burst_sent(self._burst_rows)
         began = time.time()
         await connection.execute(_ADD_BURST, [self._burst_rows])
         stored = time.time()
         if not self._tracker.burst_over.wait(_BURST_LIMIT_S):
-            return  # the totals at the end will tell
-        # The mark's own time: the hooks that told us are called one by one, and lag behind. One machine, one clock.
+            return  # the totals at the end show it
+        # The mark's own time: the hooks are called one by one, and lag behind. One machine, one clock.
         [processed_at] = await (await connection.execute(_BURST_PROCESSED_AT)).fetchone() or [stored]
         self._burst_over(Burst(self._burst_rows, stored - began, processed_at - stored))
 
 
 def _scenes() -> Iterator[_Insert]:
-    """What is shown, again and again with new ids."""
+    """Rows that are shown, repeated with new ids."""
     for n in itertools.count(1):
         yield _reaction(f"reaction-{n}", TASK_EMOJI, note="✅ → task")
         yield _message(f"message-{n}", "Good morning", note="no action")
@@ -131,7 +131,7 @@ def _scenes() -> Iterator[_Insert]:
 
 
 def _traffic() -> Iterator[_Insert]:
-    """What goes on beside it."""
+    """Rows that are not shown."""
     for n in itertools.count(1):
         yield _message(f"chat-{n}", "Did you see this?", note="")
         yield _reaction(f"like-{n}", "👍", note="")

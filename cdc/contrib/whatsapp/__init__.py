@@ -1,8 +1,8 @@
 """The documented application: ``cdc run --handlers cdc.contrib.whatsapp:router``, and ``cdc whatsapp``.
 
-What is documented, and what of it is repaired: docs/explanation/documented-design.md.
+docs/explanation/documented-design.md says what is documented, and what of it is repaired.
 
-All but this file stands on the public names of ``cdc``, as anybody's application does.
+All files but this one use only the public names of ``cdc``, as any application does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["make_router", "router"]
 
 
 def router(settings: Settings) -> cdc.Router:
-    """The handlers, with the messenger that the settings name. Raises UsageError where they name none."""
+    """The handlers, with the messenger of the settings. Raises UsageError where they name none."""
     section = settings.whatsapp
     if section.sender_url is None:
         raise UsageError(

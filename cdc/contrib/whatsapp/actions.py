@@ -1,8 +1,8 @@
-"""What a rule can have done, by its action_type; one's own are added in the same way.
+"""Actions that a rule can name as its action_type; an application adds its own in the same way.
 
-An action writes through the connection of its context, in the transaction that marks the reaction as handled: what it
-writes happens once. It does nothing outside the database. What it has to say to people goes through ``context.send``,
-which commits with the rest; then it is sent by a handler of its own, and a messenger that is away holds up no task.
+An action writes through the connection of its context, in the transaction that marks the reaction as handled: its
+writes happen once. It has no effect outside the database. Its messages go through ``context.send``, which commits with
+the rest; a separate handler sends them afterwards, and an absent messenger delays no task.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cdc.contrib.whatsapp.rows import ReactionRow
 from cdc.contrib.whatsapp.sender import Outgoing
 
 OUTGOING = "outgoing_message"
-"""The entity type of what is to be sent."""
+"""The entity type of a message to be sent."""
 
 _FIELDS = ("message_id", "user_id", "chat_id", "reaction")
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
@@ -39,11 +39,11 @@ def _known_placeholders(text: str) -> str:
 
 
 Template = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_known_placeholders)]
-"""Text in which {message_id}, {user_id}, {chat_id} and {reaction} stand for those of the reaction."""
+"""Text with placeholders {message_id}, {user_id}, {chat_id} and {reaction}, which take the reaction's values."""
 
 
 class Config(BaseModel):
-    """What the config of every rule has. An action's own adds to it; what it does not know is ignored."""
+    """The config fields of every rule. An action adds its own; unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
@@ -53,7 +53,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One reaction that a rule is about. ``schema`` is that of the outbox."""
+    """One reaction that a rule applies to. ``schema`` is that of the outbox."""
 
     connection: psycopg.AsyncConnection
     reaction: ReactionRow
@@ -64,7 +64,7 @@ class Context:
         return _PLACEHOLDER.sub(lambda match: getattr(self.reaction, match[1]) or "", template)
 
     async def send(self, chat_id: str | None, text: str) -> None:
-        """Have a message sent after the commit, at least once; to nobody where there is no chat."""
+        """Send a message after the commit, at least once. Without a chat nothing is sent."""
         if chat_id is not None:
             publish = sql.SQL("SELECT {}(%s, %s, 'INSERT', %s)").format(sql.Identifier(self.schema, "publish_change"))
             message = Outgoing(chat_id=chat_id, text=text)
@@ -88,7 +88,7 @@ class Actions:
         self._known: dict[str, tuple[type[Config], Perform]] = {}
 
     def register(self, action_type: str, config: type[Config] = Config) -> Callable[[Perform], Perform]:
-        """Declare an action and what the config of its rules must have. A name that is taken is replaced."""
+        """Declare an action and the model of its rules' config. A second action of the same name replaces the first."""
 
         def declare(perform: Perform) -> Perform:
             self._known[action_type] = (config, perform)
@@ -97,7 +97,7 @@ class Actions:
         return declare
 
     def read(self, config: Mapping[str, Any]) -> tuple[Config, Perform]:
-        """A rule's config, validated, and what carries it out. Raises BadRuleError."""
+        """A rule's config, validated, and the function that carries it out. Raises BadRuleError."""
         kind, perform = self._known.get(str(config.get("action_type")), (None, None))
         if kind is None or perform is None:
             raise BadRuleError(f"its action_type is none of {', '.join(sorted(self._known))}")

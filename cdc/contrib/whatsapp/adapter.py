@@ -1,9 +1,9 @@
-"""The adapter: stores what a webhook brings, and triggers nothing. The capture triggers do the rest.
+"""The adapter: stores a webhook's events, and triggers nothing. The capture triggers do the rest.
 
-Webhooks come twice, late, and in any order. So each event is put against what is known of its key, by its own
-timestamp: only a newer one changes anything, and the end is the same in whatever order they come. Of two with one
-timestamp a removal counts, else the one whose fields sort last: any rule would do, but every order must obey it.
-A removed reaction is deleted; ``whatsapp_removed_reactions`` remembers when, so that an older event cannot revive it.
+Webhooks come twice, late, and in any order. So each event is compared with what is stored for its key, by its own
+timestamp: only a newer one changes anything, and every order of arrival has the same result. Of two with the same
+timestamp a removal wins, else the one whose fields sort last: any rule would do, if every order obeys it.
+A removed reaction is deleted; ``whatsapp_removed_reactions`` records when, so that an older event cannot revive it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Connections = Callable[[], AbstractAsyncContextManager[psycopg.AsyncConnection]]
 class Result(StrEnum):
     STORED = "stored"
     STALE = "stale"
-    """Known already, or superseded by a newer event."""
+    """Already stored, or superseded by a newer event."""
     IGNORED = "ignored"
-    """Of a kind that is not ours."""
+    """Of a kind that is not stored."""
 
 
-# One at a time for each reaction: what one transaction removes, another one that began before cannot see.
+# One event at a time for each reaction: a transaction that began earlier cannot see what another one removes.
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('whatsapp_message_reactions ' || %(key)s, 0))"
 
 _STORE_MESSAGE = """
@@ -77,7 +77,7 @@ SELECT true FROM gone
 
 
 class Adapter:
-    """``schema`` holds the tables; nothing is done before ``process_webhook`` is called."""
+    """``schema`` holds the tables; nothing is read or written before ``process_webhook`` is called."""
 
     def __init__(self, connections: Connections, schema: str) -> None:
         self._connections = connections
@@ -91,10 +91,10 @@ class Adapter:
         self._remove_reaction = sql.SQL(_REMOVE_REACTION).format(**names)
 
     async def process_webhook(self, payload: object, now: datetime | None = None) -> Result:
-        """Store the event in ``payload``, decoded JSON; ``now`` is the moment at which it came.
+        """Store the event in ``payload``, decoded JSON; ``now`` is the moment at which it arrived.
 
-        Raises RejectedError for what cannot be stored, before the database is asked; psycopg's and the pool's errors
-        where the database is away.
+        Raises RejectedError for an event that cannot be stored, before any query; psycopg's and the pool's errors
+        where the database is unavailable.
         """
         event = parse(payload, now or datetime.now(UTC))
         if event is None:
@@ -102,7 +102,7 @@ class Adapter:
         try:
             stored = await (self._message(event) if isinstance(event, MessageEvent) else self._reaction(event))
         except errors.DataError:
-            # Only in tables that were not made by us: theirs may be narrower.
+            # Happens only in tables that the application has made: their columns may be narrower.
             raise InvalidEventError("a value does not fit its column") from None
         return Result.STORED if stored else Result.STALE
 

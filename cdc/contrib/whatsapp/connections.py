@@ -1,4 +1,4 @@
-"""Connections of the endpoint: how long a request may take to come, and how many may be on their way.
+"""Connections of the endpoint: how long a request may take to arrive, and how many may be arriving.
 
 Theory
 ------
@@ -8,9 +8,9 @@ is complete with its body:
     waited for ──request complete──> answered ──> idle (uvicorn closes it after some seconds) ──byte──> waited for
         └──too long, or pushed out──> closed
 
-Whoever is waited for holds nothing but a descriptor, and is counted for that alone: where there are too many, the one
-that is waited for the longest makes room for the new one. A request that comes at once is answered beside any number
-of connections that say nothing, or that say it slowly.
+A connection that is waited for holds only a descriptor, and only these connections are limited: at the limit, the one
+that is waited for the longest is closed for the new one. A request that arrives at once is answered beside any number
+of silent or slow connections.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_LIMIT_S = 15.0
-"""More than the time limit of a body, which is answered with a sentence."""
+"""More than the time limit of a body, whose end gets an answer."""
 CONNECTIONS_MAX = 400
-"""A process has 1,024 descriptors where nobody has said otherwise."""
+"""A process has 1,024 descriptors by default."""
 _COMPLETE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
 
 
 class Connection(H11Protocol):
     waited_since: float | None = None
-    """By the loop's clock; None: it has said all that its request has."""
+    """By the loop's clock; None: its request is complete."""
     _timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the library has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # the library's type
         if len(self.connections) >= CONNECTIONS_MAX:
             others = (other for other in self.connections if isinstance(other, Connection))
             waited_for = [(other.waited_since, id(other), other) for other in others if other.waited_since is not None]
@@ -52,14 +52,14 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._look()  # a request that came behind the one that is answered may be there in part
+        self._look()  # part of the next request may have arrived already
 
     def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP: one answer to it at most, and none where there was or is another one."""
+        """The input is not HTTP. It gets one answer at most, and none where another answer was or is being sent."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        with contextlib.suppress(h11.LocalProtocolError):  # nor a body in answer to HEAD
+        with contextlib.suppress(h11.LocalProtocolError):  # a body may not answer HEAD
             super().send_400_response(msg)
         self.transport.close()
 

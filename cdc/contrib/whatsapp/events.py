@@ -1,12 +1,12 @@
-"""What a webhook brings, as values. Pure: the time is an argument, and no database is known here.
+"""A webhook's events, as values. Pure: the time is an argument, and no database is used.
 
     {"event": "messages.reaction", "key": "r-1", "message_id": "m-1", "reaction": "✅",
      "from": "491701234567", "chat_id": "c-1", "timestamp": 1767225600}
     {"event": "messages.upsert", "key": "m-1", "content": "Can you help me?",
      "from": "491701234567", "chat_id": "c-1", "timestamp": "2026-01-01T00:00:00Z"}
 
-``key`` names the reaction or the message. A reaction that is null or "" has been removed. Whatever else an event has is
-ignored, and so is an event of another name.
+``key`` identifies the reaction or the message. A reaction that is null or "" has been removed. Other fields of an event
+are ignored, and so are events of another name.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 AHEAD_MAX = timedelta(hours=1)
-"""How far a clock may be ahead of ours. An event from the far future would never be superseded."""
+"""How far a sender's clock may be ahead of ours. An event from the far future would never be superseded."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class InvalidEventError(Exception):
-    """The payload cannot be stored, and never will be. The text names what is wrong with it, without its values."""
+    """The payload can never be stored. The text names the fault, without values."""
 
 
 def _storable(text: str) -> str:
     if "\0" in text:
         raise ValueError("a NUL character cannot be stored")
-    return text  # half of a surrogate pair, which cannot be stored either, is no string for pydantic
+    return text  # pydantic refuses half of a surrogate pair as a string; it could not be stored either
 
 
 def _no_truth(value: object) -> object:
@@ -73,7 +73,7 @@ class ReactionEvent(_Event):
 class MessageEvent(_Event):
     event: Literal["messages.upsert"]
     content: Content | None
-    """None where there is no text: a picture, say."""
+    """None where there is no text, such as for a picture."""
 
 
 _KINDS: dict[str, type[ReactionEvent | MessageEvent]] = {
@@ -83,7 +83,7 @@ _KINDS: dict[str, type[ReactionEvent | MessageEvent]] = {
 
 
 def parse(payload: object, now: datetime) -> ReactionEvent | MessageEvent | None:
-    """The event in ``payload``; None for one of a kind that is not ours. Raises RejectedError."""
+    """The event in ``payload``; None for one of a kind that is not stored. Raises RejectedError."""
     if not isinstance(payload, dict):
         raise InvalidEventError("the payload is not a JSON object")
     name = payload.get("event")
@@ -102,7 +102,7 @@ def parse(payload: object, now: datetime) -> ReactionEvent | MessageEvent | None
 
 
 def _sentence(invalid: ValidationError) -> str:
-    """``from: field required; timestamp: ...``: what is wrong, never the value."""
+    """``from: field required; timestamp: ...``: the faults, never the values."""
     found = invalid.errors(include_url=False, include_input=False, include_context=False)
     return "; ".join(f"{'.'.join(map(str, each['loc']))}: {_said(each['msg'])}" for each in found)
 

@@ -2,10 +2,10 @@
 
     reaction  ── rules ──> tasks, and messages to be sent     exactly once, in the transaction that marks the reaction
     message   ── "help" ─> the help message is sent           at least once
-    task      ───────────> its room is told                   at least once
+    task      ───────────> its room is notified               at least once
     outgoing_message ────> it is sent                         at least once
 
-What is sent carries the id of its change as idempotency key.
+Each message sent carries the id of its change as idempotency key.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cdc.contrib.whatsapp.sender import Outgoing, Sender
 log = logging.getLogger("cdc.whatsapp")
 
 _ATTEMPTS = 3
-"""The document's: after three errors an action is failed, until ``reprocess_failed_actions()``."""
+"""As documented: after three errors an action is failed, until ``reprocess_failed_actions()``."""
 _CAUSED_BY = "SELECT set_config('cdc.cause', %s, true)"
 
 
@@ -32,7 +32,7 @@ def make_router(
 ) -> cdc.Router:
     """The handlers of the application. ``schema`` is that of the outbox, and of "actionRules" beside it.
 
-    ``actions`` are what rules can name: the documented ones, unless given.
+    ``actions`` are those that rules can name, by default the documented ones.
     """
     router = cdc.Router()
     rules = Rules(schema, actions or standard(help_text))
@@ -44,7 +44,7 @@ def make_router(
         for change in appeared:
             if not meant[change.new.reaction]:
                 continue
-            # Of a batch the consumer knows no single cause.
+            # For a batch the consumer cannot set a single cause.
             await connection.execute(_CAUSED_BY, [change.cause])
             for rule in meant[change.new.reaction]:
                 log.debug("rule %s is followed for change %s", rule.id, change.id)
@@ -69,7 +69,7 @@ def make_router(
 
 
 def _appeared(change: cdc.Change) -> bool:
-    """Whether the emoji is there for the first time: a new reaction, or one that has become another.
+    """Whether the emoji is new: a new reaction, or one whose emoji has changed.
 
     Not only an INSERT, as documented: where the removal in between comes late, the same events are an UPDATE.
     """

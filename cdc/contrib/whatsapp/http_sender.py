@@ -14,20 +14,20 @@ from cdc.contrib.whatsapp.sender import Outgoing
 _TIMEOUT_S = 20.0
 _RETRY_AFTER_MAX_S = 3600.0
 _LATER = (408, 425, 429)
-"""Of the answers below 500 those about the moment. To any other the same request would be answered so again."""
+"""Answers below 500 that are about the moment. With any other the same request would get the same answer again."""
 
 _open: dict[aiohttp.ClientSession, AsyncGenerator[aiohttp.ClientSession]] = {}
-"""What closes each session. A loop holds its generators weakly, and closes in vain what is collected as it ends."""
+"""The generator that closes each session. A loop holds its generators weakly, and cannot close a collected one."""
 
 
 class SendError(Exception):
-    """The message was not taken. The text has neither the message nor the URL in it."""
+    """The message was not accepted. The text contains neither the message nor the URL."""
 
 
 class HttpSender:
     """``token`` is sent as a bearer token. One pool of connections, closed when the event loop is.
 
-    Raises CdcError for a URL that is none, or has a password in it.
+    Raises CdcError for an invalid URL, or one with a password in it.
     """
 
     def __init__(self, url: str, token: str | None = None, *, timeout_s: float = _TIMEOUT_S) -> None:
@@ -39,11 +39,11 @@ class HttpSender:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def send(self, message: Outgoing, key: str) -> None:
-        """Raises SendError; Retry where the messenger names a time, Reject where it will never take the message."""
+        """Raises SendError; Retry where the messenger names a time; Reject where it never accepts the message."""
         session = await self._open()
         headers = {**self._headers, "Idempotency-Key": key}
         try:
-            # Redirected, a POST may become a GET, and the token would go to somebody else.
+            # A redirect may turn a POST into a GET, and would send the token to another host.
             async with session.post(
                 self._url, json=message.model_dump(), headers=headers, allow_redirects=False
             ) as response:
@@ -64,7 +64,7 @@ class HttpSender:
     async def _open(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
         if self._session is None or self._loop is not loop:
-            # Not awaited until it is there: nobody else can come in between.
+            # The first step of the generator does not suspend, so no other task can run in between.
             self._loop, sessions = loop, _until_the_loop_ends(self._timeout)
             self._session = await anext(sessions)
             _open[self._session] = sessions
@@ -72,7 +72,7 @@ class HttpSender:
 
 
 async def _until_the_loop_ends(time_limit: aiohttp.ClientTimeout) -> AsyncGenerator[aiohttp.ClientSession]:
-    """One session; a loop closes the generators that were begun on it, and this closes the session."""
+    """One session; a loop closes the generators that were started on it, and this one closes the session."""
     async with aiohttp.ClientSession(timeout=time_limit) as session:
         try:
             yield session

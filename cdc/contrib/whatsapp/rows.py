@@ -1,4 +1,4 @@
-"""Rows of the application's tables as captured, as far as handlers look at them."""
+"""Rows of the application's tables as captured, with the columns that handlers read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _TableRow(BaseModel):
 class ReactionRow(_TableRow):
     message_id: str | None = None
     reaction: str | None = None
-    """None or "" where a live system keeps the rows of removed ones."""
+    """None or "" where a live system keeps the rows of removed reactions."""
     user_id: str | None = None
     chat_id: str | None = None
 

@@ -1,4 +1,4 @@
-"""The rules in "actionRules": which are meant by a reaction, and which cannot be followed."""
+"""The rules in "actionRules": which apply to a reaction, and which are invalid."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Rule:
 
 
 class Rules:
-    """The table in ``schema``, read again for each batch of reactions: a rule counts from the moment it is stored."""
+    """The table in ``schema``, read again for each batch of reactions: a rule applies from the moment it is stored."""
 
     def __init__(self, schema: str, actions: Actions) -> None:
         self._matching = sql.SQL(_MATCHING).format(rules=sql.Identifier(schema, "actionRules"))
@@ -59,7 +59,7 @@ class Rules:
         return rule
 
     def _report(self, rule_id: str, problem: str) -> None:
-        """Once, not with each reaction; again when it is bad in another way, or has been good meanwhile."""
+        """Log a bad rule once, not with each reaction; again when its fault changes, or after it was good."""
         if self._reported.get(rule_id) != problem:
             if len(self._reported) >= _REPORTED_MAX:
                 self._reported.clear()

@@ -1,4 +1,4 @@
-"""What goes out to people, and how: the interface of a messenger, and one that only takes notes."""
+"""How messages are sent: the interface of a messenger, and one that only records them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Outgoing(BaseModel):
 
 class Sender(Protocol):
     async def send(self, message: Outgoing, key: str) -> None:
-        """Have the message delivered. ``key`` is the same at each attempt, and no other message has it.
+        """Send the message. ``key`` is the same at each attempt, and no other message has it.
 
-        Raises whatever shows that it was not; then it is tried again, so a message may arrive twice. A messenger that
-        knows the key sends it once.
+        Any exception means that it was not sent; it is tried again, so a message may arrive twice. A messenger that
+        checks the key sends it once.
         """
 
 
 class Recorder:
-    """Sends nothing, and remembers what it was to send: for demonstrations and tests."""
+    """Sends nothing, and records what it was given: for demonstrations and tests."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, Outgoing]] = []

@@ -26,24 +26,24 @@ log = logging.getLogger("cdc.whatsapp.web")
 
 _CONNECTIONS_MAX = 10
 _CONNECTION_LIMIT_S = 5.0
-_REQUESTS_MAX = 2 * CONNECTIONS_MAX  # a request more would be refused, and none is
+_REQUESTS_MAX = 2 * CONNECTIONS_MAX  # uvicorn would refuse one more, but there are never that many
 _ASKED_AGAIN_S = 1.0
 _GRACE_S = 10
 
 
 def serve(arguments: Mapping[str, Any], *, schema: str, checks: Checks, host: str, port: int) -> None:
-    """Until SIGTERM, SIGINT or SIGHUP; requests that are being answered get ten seconds. ``port`` 0: any that is free.
+    """Serve until SIGTERM, SIGINT or SIGHUP; requests being answered get ten seconds. ``port`` 0: any free one.
 
-    ``arguments`` are those of psycopg's connect, for autocommit connections. The database need not be there at the
-    start. Raises CdcError where the address cannot be had.
+    ``arguments`` are those of psycopg's connect, for autocommit connections. The database may be unavailable at the
+    start. Raises CdcError where the address cannot be used.
     """
     with _listening(host, port) as listener:
         pool = AsyncConnectionPool(
             "", kwargs=dict(arguments), min_size=1, max_size=_CONNECTIONS_MAX, timeout=_CONNECTION_LIMIT_S, open=False,
-            # One round trip, so that not every connection has to fail once when the server has been away.
+            # One round trip, so that after an outage of the server no request fails for each stale connection.
             check=AsyncConnectionPool.check_connection,
         )  # fmt: skip
-        # No compression, no access log, no name of the server; what is sent slowly is bounded by ``connections``.
+        # No compression, no access log, no server name; ``connections`` limits slow requests.
         config = uvicorn.Config(
             _app(pool, schema, checks, listener), lifespan="on", ws="none", http=Connection, log_config=None,
             log_level="warning", access_log=False, server_header=False, proxy_headers=False,
@@ -57,7 +57,7 @@ def serve(arguments: Mapping[str, Any], *, schema: str, checks: Checks, host: st
 class _WebhookServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Its own know no SIGHUP, and take a second SIGTERM for the first."""
+        """uvicorn's handlers do not know SIGHUP, and take a second SIGTERM for the first."""
         yield
 
 
@@ -82,7 +82,7 @@ def _app(pool: AsyncConnectionPool, schema: str, checks: Checks, listener: socke
 
 
 class Lately:
-    """Asks at most once a second, and for all who ask meanwhile: whoever asks need not be anybody we know."""
+    """Queries at most once a second, and shares the result: requests may come from unknown clients."""
 
     def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
         self._ask = ask
@@ -106,10 +106,10 @@ class Lately:
 
 def _listening(host: str, port: int) -> socket.socket:
     try:
-        socket.getaddrinfo(host, port)  # what is no name at all would leave a socket open
+        socket.getaddrinfo(host, port)  # create_server would leave a socket open for an invalid name
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
-        number = error.errno or 0 if isinstance(error, OSError) else 0  # what the name service says is below 0
+        number = error.errno or 0 if isinstance(error, OSError) else 0  # errors of the name service are below 0
         why = os.strerror(number) if number > 0 else "no host has such a name"
         raise cdc.CdcError(
             f"cannot listen on {host} port {port}: {why}",

@@ -1,12 +1,12 @@
-"""The document's test script against a live installation: one reaction goes all the way, and nothing of it stays.
+"""The documented test script against a live installation: one reaction goes all the way, and everything is removed.
 
-What is written is written for the user and the chat ``cdc-smoke``, with an emoji whose active rules do nothing but
-create tasks; the task's notification goes to that chat. What is seen from outside, and when:
+The rows written are for the user and the chat ``cdc-smoke``, with an emoji whose active rules only create tasks; the
+task's notification goes to that chat. The steps that are observed from outside:
 
     captured    the change is in the outbox, in the very transaction that wrote the reaction
     woken       the slot's reader has confirmed WAL beyond that transaction's commit
     processed   the change is marked
-    task        there is a task that names the reaction
+    task        a task names the reaction
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cdc.postgres.shard_locks import members
 from cdc.postgres.sql_files import load
 
 NAME = "cdc-smoke"
-"""Of the user and the chat, and how the reaction's id begins."""
+"""The name of the user and the chat, and the beginning of the reaction's id."""
 
 _AFTER_CAPTURE = ("woken", "processed", "task")
 _POLL_INTERVAL_S = 0.02
@@ -51,7 +51,7 @@ _TASKS = "SELECT id::text FROM cortex_projects.tasks WHERE reaction_id = %s"
 
 @dataclass(frozen=True, slots=True)
 class SmokeStep:
-    """``ok`` of None: it cannot be seen, and that is no fault. ``after_s``: since the commit; None: not within time."""
+    """``ok`` of None: it cannot be observed, and that is no fault. ``after_s``: since the commit; None: not in time."""
 
     name: str
     ok: bool | None
@@ -60,7 +60,7 @@ class SmokeStep:
 
 
 class Smoke:
-    """``run`` once, then ``clean_up``, whatever came of it. ``connection`` is autocommit, of the tables' owner."""
+    """``run`` once, then ``clean_up``, whatever the result. ``connection`` is autocommit, of the tables' owner."""
 
     def __init__(self, connection: psycopg.Connection, schema: str, *, slot: str, timeout_s: float) -> None:
         self._connection = connection
@@ -77,7 +77,7 @@ class Smoke:
         self._committed = 0.0
 
     def emoji(self) -> str:
-        """One whose active rules create tasks and nothing else. Raises SchemaError, NotFoundError."""
+        """An emoji whose active rules create tasks and nothing else. Raises SchemaError, NotFoundError."""
         for schema, table in ((name or self._schema, table) for name, table in _TABLES):
             if self._row(_MISSING, [schema, table])[0]:
                 raise SchemaError(f"there is no table {schema}.{table}", hint="run: cdc db install --with whatsapp")
@@ -91,11 +91,11 @@ class Smoke:
         return str(found[0])
 
     def nobody_works(self) -> bool:
-        """Whether no consumer is there to handle changes."""
+        """Whether no consumer is running."""
         return not members(self._connection, self._schema)
 
     def run(self, emoji: str) -> list[SmokeStep]:
-        """Write the reaction and watch it. Raises SchemaError where the database does not take it."""
+        """Write the reaction and watch it. Raises SchemaError where the database refuses the row."""
         try:
             table, lsn, stored_s = self._write(emoji)
         except (errors.ProgrammingError, errors.IntegrityError) as refused:
@@ -110,7 +110,7 @@ class Smoke:
         return [SmokeStep("captured", True, 0.0, how), *self._watch(lsn)]
 
     def _write(self, emoji: str) -> tuple[str, str, float]:
-        """The table, the end of the WAL after the commit, and how long it took."""
+        """The table, the end of the WAL after the commit, and the seconds that the write took."""
         table = self._reactions.as_string()
         self._began, self._after = self._row("SELECT now()")[0], self._ask("last_seq")[0]
         began = time.monotonic()
@@ -126,7 +126,7 @@ class Smoke:
         return table, str(lsn), self._committed - began
 
     def _watch(self, lsn: str) -> list[SmokeStep]:
-        """Look again and again until all has been seen, or time is up; each with when it was seen first."""
+        """Poll until every step is seen, or time is up; each step with the time at which it was first seen."""
         seen: dict[str, float] = {}
         state, slot = "fresh", (False, False)
         looks: dict[str, Callable[[], bool]] = {
@@ -142,7 +142,7 @@ class Smoke:
                 if name not in seen and look():
                     seen[name] = after_s
             if not slot[0] and "processed" in seen and "task" in seen:
-                break  # no consumer reads the slot, so no more is to be seen of it
+                break  # no consumer reads the slot, so "woken" will not be seen
             pause.wait(_POLL_INTERVAL_S)
         return [self._woken(seen, active=slot[0]), *_ends(seen, state, self._timeout_s)]
 
@@ -159,9 +159,9 @@ class Smoke:
         return SmokeStep("woken", False, None, nobody)
 
     def clean_up(self) -> int:
-        """Remove the reaction, its tasks and all their changes; returns how many changes.
+        """Remove the reaction, its tasks and all their changes; returns the number of changes.
 
-        What the task's change has still to do is waited for, as long as there was time for the rest.
+        Waits for the task's change to be settled, within the same time limit as the steps.
         """
         if not self._wrote:
             return 0
@@ -178,7 +178,7 @@ class Smoke:
     def _until_quiet(self) -> None:
         deadline, pause = time.monotonic() + self._timeout_s, threading.Event()
         while any(not settled for _, settled in self._ours(self._tasks())):
-            # Without anybody at work there is nothing to wait for.
+            # Without a consumer there is nothing to wait for.
             if time.monotonic() > deadline or (self._id and self._ask("state", id=self._id)[0] == "fresh"):
                 return
             pause.wait(_POLL_INTERVAL_S)

@@ -1,11 +1,11 @@
-"""The webhook over HTTP, an ASGI application. It checks, hands to the adapter, and answers in one sentence.
+"""The webhook over HTTP, an ASGI application. It checks, calls the adapter, and answers in one sentence.
 
     POST /webhook   an event, signed as WhatsApp signs: X-Hub-Signature-256, the HMAC of the body
     GET  /webhook   the handshake of a subscription: hub.mode, hub.verify_token, hub.challenge
     GET  /healthz   200, or 503 while the database does not answer
 
-200 says that nothing more is to be done: stored, stale or ignored. 4xx that this request will never do. 503 that the
-database is away: a messenger sends it again, and that is harmless.
+200 means that the event needs nothing more: stored, stale or ignored. 4xx: this request can never succeed. 503: the
+database is unavailable; a messenger sends the event again, which is harmless.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from cdc.contrib.whatsapp.events import InvalidEventError
 log = logging.getLogger("cdc.whatsapp.web")
 
 _BODY_LIMIT_S = 10.0
-"""Whoever sends slower holds a connection for nothing."""
+"""A slower sender would hold a connection for nothing."""
 _CHALLENGE_MAX = 1_000
 _PATH_SHOWN = 200
-"""Characters of a path in the log: who asks for it need not be known to us."""
+"""Characters of a path in the log: the client may be unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """What a request has to pass. ``verify_token`` of None: no subscription is verified."""
+    """The checks of a request. ``verify_token`` of None: no subscription is verified."""
 
     app_secret: bytes
     verify_token: str | None
@@ -58,7 +58,7 @@ def make_app(
     database_answers: Callable[[], Awaitable[None]],
     lifespan: StatelessLifespan[Starlette] | None = None,
 ) -> Starlette:
-    """``database_answers`` raises psycopg's error where it does not."""
+    """``database_answers`` raises psycopg's error where the database does not answer."""
 
     async def receive(request: Request) -> Response:
         payload = _decoded(await _signed_body(request, checks))
@@ -95,14 +95,14 @@ async def _signed_body(request: Request, checks: Checks) -> bytes:
     body = await _body(request, checks.body_max)
     expected = "sha256=" + hmac.digest(checks.app_secret, body, "sha256").hex()
     given = headers.get("x-hub-signature-256", "")
-    # Bytes: compare_digest takes text only where it is ASCII, and what comes in need not be.
+    # Bytes: compare_digest accepts only ASCII text, and the header may hold more.
     if not hmac.compare_digest(expected.encode(), given.encode()):
         raise _RefusedError(401, "X-Hub-Signature-256 is missing, or does not fit the body")
     return body
 
 
 async def _body(request: Request, body_max: int) -> bytes:
-    """Counted as it comes: what Content-Length says is only what the client says."""
+    """Counted as it arrives: Content-Length is only the client's claim."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > body_max:
         _too_large(body_max)
@@ -119,7 +119,7 @@ async def _body(request: Request, body_max: int) -> bytes:
 
 
 def _too_large(body_max: int) -> NoReturn:
-    # The rest of the body is not read, so the connection cannot be used again.
+    # The rest of the body is not read, so the connection cannot be reused.
     raise _RefusedError(413, f"the body has more than {body_max} bytes", headers={"Connection": "close"})
 
 
@@ -131,7 +131,7 @@ def _decoded(body: bytes) -> object:
 
 
 def _no_json(name: str) -> NoReturn:
-    raise ValueError(name)  # NaN and Infinity, which Python reads
+    raise ValueError(name)  # NaN and Infinity, which Python's parser accepts
 
 
 def _challenge(request: Request, verify_token: str | None) -> str:
@@ -151,7 +151,7 @@ async def _refuse(request: Request, error: Any) -> Response:
 
 
 async def _be_away(request: Request, error: Any) -> Response:
-    # Class and code, no text: it may quote the row.
+    # Class and SQLSTATE, no text: it may quote the row.
     log.error(
         "%s %s: %s %s", request.method, request.url.path[:_PATH_SHOWN], type(error).__name__, error.sqlstate or ""
     )
@@ -160,4 +160,4 @@ async def _be_away(request: Request, error: Any) -> Response:
 
 
 async def _let_go(request: Request, error: Any) -> Response:
-    return Response(status_code=400)  # no consumer reads it
+    return Response(status_code=400)  # the client is gone
