@@ -1,4 +1,4 @@
-"""What the statements of the store return."""
+"""What the statements of ``outbox.Store`` return."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ PINNED: Mapping[str, str] = {
     # Errors and messages.
     "exit_on_error": "off",
     "client_min_messages": "warning",
-    # Plans: with one method disabled, a statement written for one plan gets another. See store.INDEXED.
+    # Plans: with one method disabled, a statement written for one plan gets another. See outbox.INDEXED.
     "plan_cache_mode": "auto",
     "enable_bitmapscan": "on",
     "enable_hashagg": "on",

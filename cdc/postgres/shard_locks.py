@@ -91,7 +91,7 @@ WHERE locks.locktype = 'advisory' AND locks.granted AND locks.classid = %(class)
   AND (locks.objid <> %(shards)s OR {MAY_MARK.format(locks="locks")})
   AND locks.objsubid = 2 AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 ORDER BY locks.pid
-"""  # noqa: S608 - see _LOOK
+"""  # noqa: S608 - see _POLL
 
 _HOLDERS = """
 SELECT locks.pid, coalesce(activity.application_name, '') AS application, activity.usename AS role,

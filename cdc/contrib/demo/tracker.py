@@ -96,7 +96,7 @@ class Tracker:
         self._burst_left = count
 
     def notified(self, seqs: Iterable[int], at: float) -> None:
-        """Called before these changes reach a handler by it; a read may have started the handler already."""
+        """Called before the consumer reads these changes; a sweep may have started a handler already."""
         for seq in seqs:
             self._notified.setdefault(seq, at)
 

@@ -22,7 +22,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_LIMIT_S = 15.0
-"""More than the time limit of a body, whose end gets an answer."""
+"""Longer than the time limit of a body, which is answered with a sentence."""
 CONNECTIONS_MAX = 400
 """A process has 1,024 descriptors by default."""
 _COMPLETE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
