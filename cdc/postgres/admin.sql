@@ -1,11 +1,11 @@
--- What an operator asks and decides. {changes} is the qualified table, {held} the expression of outbox.sql.
+-- What an operator reads and decides. {changes} is the qualified table, {held} the expression of outbox.sql.
 --
--- The predicates of the partial indexes stay literal, as there. A search looks at a bounded number of rows, in the
--- order of an index, and filters what it has seen: a type that no row has must not read the whole table.
+-- The predicates of the partial indexes stay literal, as there. A search examines a bounded number of rows, in the
+-- order of an index, and filters those: a search for a type without rows must not read the whole table.
 
 -- name: stats
--- By entity type, of which 200 characters count. Of each shard the first fresh ones are looked at, and so many of the
--- waiting and the dead.
+-- By entity type, of which 200 characters count. Of each shard the first fresh changes are examined, and a bounded
+-- number of the waiting and the dead.
 WITH fresh AS MATERIALIZED (
   SELECT c.shard, left(coalesce(c.entity_type, c.table_name), 200) AS type, c.entity_id, c.changed_at, {held} AS held
   FROM generate_series(0, %(shards)s - 1) AS s(shard)
@@ -44,7 +44,7 @@ SELECT type AS entity_type, sum(fresh)::int AS fresh, sum(blocked)::int AS block
 FROM by_type GROUP BY type ORDER BY type
 
 -- name: pace
--- How many were processed a second, and how long after they were written. Beyond the bound, by the time those took.
+-- Changes processed a second, and how long after they were written. Beyond the bound, over the time that those took.
 WITH looked AS MATERIALIZED (
   SELECT processed_at, changed_at FROM {changes}
   WHERE processed AND processed_at > now() - make_interval(secs => %(seconds)s::float8)
@@ -60,13 +60,13 @@ SELECT count / CASE WHEN count < %(bound)s THEN %(seconds)s::float8 ELSE greates
 FROM seen
 
 -- name: wanted
--- Not a statement of its own: whether a search is for c, as an expression over c.
+-- Not a statement: whether a search is for c, as an expression over c.
 (%(type)s::text IS NULL OR coalesce(c.entity_type, c.table_name) = %(type)s)
 AND (%(key)s::text IS NULL OR c.entity_id = %(key)s)
 AND (%(age_s)s::float8 IS NULL OR c.changed_at >= now() - make_interval(secs => %(age_s)s))
 
 -- name: find_fresh
--- The oldest first; or of these those that an earlier change of their key holds back.
+-- The oldest first; or only those that an earlier change of their key blocks.
 WITH looked AS MATERIALIZED (
   SELECT c.*
   FROM generate_series(0, %(shards)s - 1) AS s(shard)
@@ -84,7 +84,7 @@ SELECT EXISTS (SELECT FROM looked GROUP BY shard HAVING count(*) >= %(per_shard)
        ) AS ids
 
 -- name: find_waiting
--- Those that are due next first.
+-- The next due first.
 WITH looked AS MATERIALIZED (
   SELECT id, seq, entity_type, table_name, entity_id, changed_at, next_attempt_at FROM {changes}
   WHERE next_attempt_at < 'infinity' AND dead_at IS NULL
@@ -98,7 +98,7 @@ SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
        ) AS ids
 
 -- name: find_dead
--- The youngest dead letters first.
+-- The latest dead letters first.
 WITH looked AS MATERIALIZED (
   SELECT id, seq, entity_type, table_name, entity_id, changed_at, dead_at FROM {changes}
   WHERE dead_at IS NOT NULL
@@ -112,7 +112,7 @@ SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
        ) AS ids
 
 -- name: find_processed
--- Those that were processed last first. What was changed since a moment was processed since then, too.
+-- The latest processed first. A change made since a moment was also processed since then.
 WITH looked AS MATERIALIZED (
   SELECT id, seq, entity_type, table_name, entity_id, changed_at, processed_at FROM {changes}
   WHERE processed
@@ -127,8 +127,8 @@ SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
        ) AS ids
 
 -- name: number_unprocessed
--- By number, whichever partial index has it: there is none on seq alone, for each index costs every mark a write.
--- LIMIT keeps the fresh ones a probe for each number and shard: joined, by the statistics of an empty queue, all are read.
+-- By number, from any partial index: there is none on seq alone, because each index costs every mark a write. LIMIT
+-- keeps the fresh ones a probe for each number and shard: a join, by the statistics of an empty queue, would read all.
 SELECT n.seq, n.id
 FROM generate_series(0, %(shards)s - 1) AS s(shard)
 CROSS JOIN unnest(%(seqs)s::bigint[]) AS named(seq)
@@ -144,19 +144,19 @@ SELECT seq, id FROM {changes}
 WHERE dead_at IS NOT NULL AND next_attempt_at IS NULL AND seq = ANY (%(seqs)s::bigint[])
 
 -- name: number_processed
--- By number among those that were processed last.
+-- By number among the latest processed.
 SELECT seq, id
 FROM (SELECT seq, id FROM {changes} WHERE processed ORDER BY processed_at DESC LIMIT %(scan)s) AS looked
 WHERE seq = ANY (%(seqs)s::bigint[])
 
 -- name: state
--- Not a statement of its own: the state of c, as an expression over c.
+-- Not a statement: the state of c, as an expression over c.
 CASE WHEN c.processed THEN 'processed' WHEN c.dead_at IS NOT NULL THEN 'dead'
      WHEN c.next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END
 
 -- name: look
--- All of a change but its payload, in the order asked for. 'infinity' is no time that Python has. What capture and the
--- consumer write is shorter than the bounds here; rows that somebody else wrote need not be.
+-- All of a change but its payload, in the order asked for. Python has no time 'infinity'. Texts that capture and the
+-- consumer write are shorter than the bounds here; rows written by others may be longer.
 SELECT c.seq, c.id, {state} AS state,
        (SELECT min(w.seq) FROM {changes} AS w
         WHERE {same_key} AND w.next_attempt_at IS NOT NULL AND w.seq < c.seq
@@ -171,8 +171,8 @@ WHERE c.id = ANY (%(ids)s::uuid[])
 ORDER BY array_position(%(ids)s::uuid[], c.id)
 
 -- name: chain
--- A change, what caused it, what caused that, and so on: by the primary key, and no further than the bound. By column,
--- so that a role which may not see payloads may ask.
+-- A change, its cause, the cause of that, and so on: by the primary key, and up to the bound. By column, so that a role
+-- that may not see payloads may run it.
 WITH RECURSIVE link AS (
   SELECT 1 AS step, c.seq, c.id, c.entity_type, c.table_name, c.entity_id, c.operation, c.processed, c.dead_at,
          c.next_attempt_at, c.changed_at, c.caused_by
@@ -187,36 +187,36 @@ SELECT c.seq, c.id, left(coalesce(c.entity_type, c.table_name), 200) AS entity_t
 FROM link AS c ORDER BY c.step
 
 -- name: payload
--- The application's data, for those who ask for it.
+-- The application's data, on request only.
 SELECT old_data AS old, new_data AS new, metadata FROM {changes} WHERE id = %(id)s
 
 -- name: take
--- Whatever their state. What is locked is being worked on; waiting for it while holding others could be a deadlock.
+-- Whatever their state. A locked row is being worked on; waiting for it while holding others could deadlock.
 SELECT id FROM {changes} WHERE id = ANY (%(ids)s::uuid[]) FOR UPDATE SKIP LOCKED
 
 -- name: retry
--- Due now. They wait rather than become fresh: a waiting change goes before the later ones of its key.
+-- Due now. They wait rather than become fresh: a waiting change runs before the later ones of its key.
 UPDATE {changes}
 SET next_attempt_at = now(), error_count = CASE WHEN dead_at IS NULL THEN error_count ELSE 0 END, dead_at = NULL
 WHERE id = ANY (%(ids)s::uuid[]) AND NOT processed AND (dead_at IS NOT NULL OR next_attempt_at IS NOT NULL)
 
 -- name: retry_all
--- In one statement however many they are: of two of one key, the later must not be seen without the earlier.
+-- In one statement, whatever their number: of two of one key, the later must not be seen without the earlier.
 UPDATE {changes}
 SET next_attempt_at = now(), error_count = 0, dead_at = NULL
 WHERE dead_at IS NOT NULL AND NOT processed
   AND (%(type)s::text IS NULL OR coalesce(entity_type, table_name) = %(type)s)
 
 -- name: discard
--- Processed, with the word that nothing was done and the reason it failed for.
+-- Processed, with the note that nothing was done and the reason of the failure.
 UPDATE {changes}
 SET processed = true, processed_at = now(), next_attempt_at = NULL, dead_at = NULL,
     last_error = concat_ws(': ', 'discarded by operator', last_error)
 WHERE id = ANY (%(ids)s::uuid[]) AND NOT processed AND (dead_at IS NOT NULL OR next_attempt_at IS NOT NULL)
 
 -- name: discard_before
--- Of one shard the next page of fresh changes, and of these the ones of a type from before a moment. How many were marked,
--- how many were looked at, and the last of them.
+-- Of one shard the next page of fresh changes, and of these the ones of a type from before a moment. Returns how many
+-- were marked, how many were examined, and the last of them.
 WITH page AS MATERIALIZED (
   SELECT n.ctid AS place, n.seq,
          coalesce(n.entity_type, n.table_name) = %(type)s AND n.changed_at < %(before)s::timestamptz AS wanted

@@ -1,52 +1,52 @@
 -- Every statement of the consumer on entity_changes, by name. {changes} is the qualified table.
 --
 -- The predicates of the partial indexes stay literal: with a parameter in their place the generic plan cannot use
--- the index. `held` is one probe a row into the index of waiting changes, and not even that while nothing waits.
+-- the index. `held` is one probe a row into the index of waiting changes, and not even that while none waits.
 --
--- By the statistics of a quiet hour nothing is fresh and nothing waits, so that to walk all of either looks as cheap as a
--- probe. With 50,000 fresh a fetch of 100 took 3.7 s, a mark 5 s, and no setting prevents it: where a plan could go that
--- way, the statement is written so that it cannot.
+-- Statistics taken while the queue is empty show no fresh and no waiting rows, so walking all of either looks as cheap
+-- as a probe. With 50,000 fresh rows a fetch of 100 took 3.7 s, a mark 5 s, and no setting prevents that: each
+-- statement is written so that such a plan is impossible.
 --
--- Types and keys are looked up in their indexes by a hash, for they are of any length; the text is compared as well.
+-- Types and keys have any length, so their indexes hold a hash; the text is compared as well.
 --
--- `next_xid` is the first transaction id that is not assigned yet, read off age(), which counts back from there. It is
--- not the snapshot's xmax: that is one above the last *completed* id, and a commit that hangs may well lie above it.
+-- `next_xid` is the first transaction id that is not assigned yet, computed from age(), which counts back from there.
+-- It is not the snapshot's xmax: that is one above the last *completed* id, and a hanging commit may well lie above it.
 
 -- name: same_key
--- Not a statement of its own: whether w and c are of one key.
+-- Not a statement: whether w and c have the same key.
 hashtextextended(w.entity_id, hashtextextended(coalesce(w.entity_type, w.table_name), 0))
   = hashtextextended(c.entity_id, hashtextextended(coalesce(c.entity_type, c.table_name), 0))
 AND coalesce(w.entity_type, w.table_name) = coalesce(c.entity_type, c.table_name) AND w.entity_id = c.entity_id
 
 -- name: held
--- Not a statement of its own: whether an earlier change of c's key waits, as an expression over c.
+-- Not a statement: whether an earlier change of c's key waits, as an expression over c.
 CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE next_attempt_at IS NOT NULL)) THEN EXISTS (
   SELECT FROM {changes} AS w
   WHERE {same_key} AND w.next_attempt_at IS NOT NULL AND w.seq < c.seq
 ) ELSE false END
 
 -- name: texts
--- Not a statement of its own: n as every read of changes has it, with its documents as the texts that are sent. What a
--- document weighs is known of its text only: as stored it may be compressed, and a number of 10 bytes has 100,000 digits.
+-- Not a statement: n as every read of changes has it, with its documents as the texts that are sent. Only the text
+-- shows a document's size: the stored form may be compressed, and a number of 10 bytes may have 100,000 digits.
 n.seq, n.shard, n.id, n.entity_type, n.entity_id, n.table_schema, n.table_name, n.operation,
 n.old_data::text AS old_data, n.new_data::text AS new_data, n.metadata::text AS metadata,
 n.changed_at, n.error_count, n.started_by, n.caused_by, n.depth
 
 -- name: readable
--- Not a statement of its own: whether n is none of those that are not to be read.
+-- Not a statement: whether n is not among the changes that must not be read.
 n.seq <> ALL (%(skipped)s::bigint[])
 
 -- name: fits
--- Not a statement of its own: whether what comes before f leaves room for it in the page. So the first always fits. In the
--- order in which the rows come: of a sort each text would be held until all are there. A float, for an int overflows.
+-- Not a statement: whether the rows before f leave room for it in the page. The first row always fits. It follows the
+-- order in which the rows come: a sort would hold every text until all are read. A float, because an int overflows.
 coalesce(sum(
   octet_length(f.entity_id)::float8 + octet_length(coalesce(f.entity_type, f.table_name))
   + coalesce(octet_length(f.old_data), 0) + coalesce(octet_length(f.new_data), 0) + coalesce(octet_length(f.metadata), 0)
 ) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) < %(page_bytes)s AS fits
 
 -- name: columns
--- Not a statement of its own: what every read of changes returns, in the order in which the rows are unpacked. Of one that
--- does not fit, the number only. varchar, which no column of ours is, stands for a document that the reader leaves unread.
+-- Not a statement: the columns that every read of changes returns, in the order in which rows are unpacked. For a row
+-- that does not fit, only the number. varchar, a type that no column of ours has, marks a document that stays unread.
 c.seq, c.shard, CASE WHEN c.fits THEN c.id END AS id,
 CASE WHEN c.fits THEN coalesce(c.entity_type, c.table_name)::text END AS type, CASE WHEN c.fits THEN c.entity_id::text END,
 CASE WHEN c.fits THEN c.table_schema::text END, CASE WHEN c.fits THEN c.table_name::text END, c.operation::text,
@@ -56,16 +56,16 @@ coalesce(c.started_by <> %(process)s, false) AS crashed, c.caused_by, c.depth,
 CASE WHEN c.fits THEN {held} END AS held
 
 -- name: check
--- Whether the table is there, has the columns of this version, and may be read.
+-- Whether the table exists, has the columns of this version, and may be read.
 SELECT {every_column} FROM {changes} LIMIT 0
 
 -- name: filtered
--- Which tables of the outbox would show this role some of their rows only; sessions of ours are refused there.
+-- Tables of the outbox that would show this role only some of their rows; our sessions are refused there.
 SELECT t.name FROM unnest(ARRAY[{regclass}, {shards_regclass}]) AS t(name)
 WHERE row_security_active(to_regclass(t.name)::oid)
 
 -- name: missing_rights
--- What the consumer writes and this role may not. Without it each change would be handled again and again.
+-- Write rights that the consumer needs and this role lacks. Without them each change would be handled repeatedly.
 SELECT 'UPDATE (' || string_agg(name, ', ') || ')', {regclass}
 FROM unnest(%(state)s::text[]) AS c(name)
 WHERE NOT has_column_privilege({regclass}::regclass, name, 'UPDATE')
@@ -77,8 +77,8 @@ WHERE NOT has_table_privilege({shards_regclass}::regclass, name)
 HAVING count(*) > 0
 
 -- name: fetch
--- By number: the fresh ones among these changes, in the order asked for. LIMIT makes it one probe of the index for each;
--- see the head.
+-- By number: the fresh ones among these changes, in the order asked for. LIMIT makes it one probe of the index for
+-- each; see the head of this file.
 WITH horizon AS MATERIALIZED (
   SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
          pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
@@ -100,8 +100,8 @@ FROM horizon LEFT JOIN LATERAL (
 ) AS row ON true
 
 -- name: fetch_some
--- The same, but only changes of these types, or (not among) only of others. Of the rest that is there only the number
--- comes along, so that the reader need not look for it again.
+-- The same, but only changes of these types, or (not among) only of others. Of the other existing changes only the
+-- number is returned, so that the reader need not look for them again.
 WITH horizon AS MATERIALIZED (
   SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
          pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
@@ -155,9 +155,9 @@ FROM horizon LEFT JOIN LATERAL (
 ) AS row ON true
 
 -- name: sweep_some
--- The same, but only changes of these types, or (not among) only of others. At most ``scan`` rows of a shard are looked
--- at: a backlog of any length may lie before what is wanted. The last of these comes along whatever its type, and the
--- place of each among them, so that the reader learns how far it got.
+-- The same, but only changes of these types, or (not among) only of others. At most ``scan`` rows of a shard are
+-- examined: a backlog of any length may lie before the wanted ones. The last row examined is returned whatever its
+-- type, with the place of each row among them, so that the reader learns how far the scan got.
 WITH horizon AS MATERIALIZED (
   SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
          pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
@@ -191,7 +191,7 @@ FROM horizon LEFT JOIN LATERAL (
 ) AS row ON true
 
 -- name: read_keys
--- Read on for single keys, from a number on; with the place of the key.
+-- Further changes of single keys, from a number on, with the place of the key.
 SELECT c.place, {columns}
 FROM (
   SELECT want.place, f.*, {fits}
@@ -208,9 +208,9 @@ FROM (
 ) AS c
 
 -- name: waiting_types
--- Not a statement of its own: the hashes of the types that have waiting changes, from one on and so many of them, each by
--- one probe of the index; or (among) of these types. Never with `next_attempt_at < 'infinity'`, here and in what follows:
--- it would offer the index that goes by time alone, and each probe would walk what waits of all types.
+-- Not a statement: the hashes of the types that have waiting changes, from one on and a limited number of them, each by
+-- one probe of the index; or (among) of these types. Here and below, `next_attempt_at < 'infinity'` must not be used:
+-- it would offer the index that is ordered by time alone, and each probe would walk the waiting changes of all types.
 SELECT hash, place FROM (
   WITH RECURSIVE found(hash, place) AS (
     (SELECT hashtextextended(coalesce(entity_type, table_name), 0), 1 FROM {changes}
@@ -230,16 +230,16 @@ SELECT hash, place FROM (
 ) AS found
 
 -- name: of_type
--- Not a statement of its own: whether n is a waiting change of the type t, and that one is wanted.
+-- Not a statement: whether n is a waiting change of the type t, and wanted.
 hashtextextended(coalesce(n.entity_type, n.table_name), 0) = t.hash
 AND (t.hash = ANY (ARRAY(SELECT hashtextextended(named.type, 0) FROM unnest(%(types)s::text[]) AS named(type)))) = %(among)s
 AND (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s
 AND n.next_attempt_at IS NOT NULL AND n.dead_at IS NULL
 
 -- name: due
--- Waiting changes whose time has come, of each type those that came first: a type with a million of them does not fill
--- the page. In the index's order, so that the page ends the scan; of two changes of one key the later is held. Of those
--- that are not to be read there comes an empty row.
+-- Waiting changes that are due, of each type the earliest: a type with a million of them does not fill the page. In the
+-- index's order, so that a full page ends the scan; of two changes of one key the later is held. A change that must not
+-- be read gives an empty row.
 WITH page AS MATERIALIZED (
   SELECT w.id, w.next_attempt_at
   FROM ({waiting_types}) AS t
@@ -263,8 +263,8 @@ FROM (
 ) AS c
 
 -- name: next_due
--- Seconds until the next waiting change of these shards is due; NULL: none waits. And the type to go on from, if not all
--- were looked at.
+-- Seconds until the next waiting change of these shards is due; NULL: none waits. And the type to go on from, if not
+-- all were visited.
 WITH types AS MATERIALIZED ({waiting_types})
 SELECT (
   SELECT extract(epoch FROM min(w.next_attempt_at) - now())::float8
@@ -279,9 +279,9 @@ SELECT (
 ), (SELECT max(hash) FROM types HAVING max(place) >= %(types_max)s)
 
 -- name: chains
--- What led to these changes: each, and its causes up to a bound, the newest first, as a text. "..." stands for more, be
--- they beyond the bound or removed by retention. Types and ids are cut, as nothing else bounds their length. Not a part
--- of {columns}, for setting it up would cost each fetch of a single row a tenth.
+-- The causes of these changes: each change and its causes up to a bound, the newest first, as a text. "..." stands for
+-- further ones, beyond the bound or removed by retention. Types and ids are cut, as nothing else bounds their length.
+-- Not a part of {columns}: setting it up would cost each fetch of a single row a tenth.
 WITH RECURSIVE link AS (
   SELECT c.id AS newest, 1 AS step, c.caused_by, coalesce(c.entity_type, c.table_name) AS type, c.entity_id, c.operation
   FROM {changes} AS c WHERE c.id = ANY (%(ids)s::uuid[])
@@ -296,8 +296,8 @@ SELECT newest,
 FROM link GROUP BY newest
 
 -- name: marked_since
--- What was marked processed after a moment, by whomever; for who only observes. Many have the same moment, that of their
--- transaction; the index has those in the order of their places. Of other types the moment and the place only.
+-- Changes marked processed after a moment, by any session; for observers. Many have the same moment, that of their
+-- transaction; the index holds those in the order of their places. For other types only the moment and the place.
 SELECT clock_timestamp(), row.*
 FROM (SELECT) AS always LEFT JOIN LATERAL (
   SELECT c.processed_at, c.place::text, {columns}
@@ -318,8 +318,8 @@ FROM (SELECT) AS always LEFT JOIN LATERAL (
 ) AS row ON true
 
 -- name: settle_processed
--- The common case: fresh changes that are done. Whoever settled a row first wins; the count tells. They are found as in
--- fetch and updated where they lie; the guard is written so that it does not offer the index of the fresh ones again.
+-- The common case: fresh changes that are processed. The first session to settle a row wins; the count shows it. They
+-- are found as in fetch and updated in place; the guard is written so that it does not offer the fresh changes' index.
 WITH marked AS (
   UPDATE {changes} AS c SET processed = true, processed_at = now()
   WHERE c.ctid = ANY (ARRAY(
@@ -338,8 +338,8 @@ WITH marked AS (
 SELECT count(*)::int, now() FROM marked
 
 -- name: settle_others
--- Retries, dead letters, discards, and waiting changes that are done. `failures`: it may be recorded already, by a settle
--- of which nothing was heard; then it is not what it was.
+-- Retries, dead letters, discards, and waiting changes that are processed. `failures`: an earlier settle whose answer
+-- was lost may have recorded the outcome; then the row's count differs.
 WITH settled AS (
   UPDATE {changes} AS c
   SET processed = s.processed,
@@ -361,16 +361,16 @@ WITH settled AS (
 SELECT count(*)::int, now() FROM settled
 
 -- name: lock
--- Before a settle that goes around what others hold.
+-- Before a settle that leaves out rows locked by others.
 SELECT c.id FROM {changes} AS c WHERE c.id = ANY (%(ids)s::uuid[]) FOR UPDATE OF c SKIP LOCKED
 
 -- name: there
--- Which of those that could not be taken are there at all.
+-- Those of the rows not locked that exist.
 SELECT c.id FROM {changes} AS c WHERE c.id = ANY (%(ids)s::uuid[])
 
 -- name: start
 -- On a shard whose owner died, before a handler starts. The failures of a suspect include the start that failed. A row
--- that the dead one's session still holds is not waited for: this is the session that settles everything else.
+-- that the dead owner's session still locks is not waited for: this session settles all other changes.
 WITH free AS (
   SELECT c.ctid AS place, s.failures, s.error
   FROM unnest(%(ids)s::uuid[], %(failures)s::int[], %(errors)s::text[]) AS s(id, failures, error)
@@ -385,7 +385,7 @@ FROM free WHERE c.ctid = free.place
 RETURNING c.id
 
 -- name: unstart
--- At a stop in peace, or on a new session. What a handler in a thread still holds is not waited for: it ends by itself.
+-- At an orderly stop, or on a new session. A row that a handler in a thread still locks is skipped: it ends by itself.
 UPDATE {changes} SET started_by = NULL
 WHERE id IN (
   SELECT id FROM {changes} WHERE id = ANY (%(ids)s::uuid[]) AND started_by = %(process)s AND NOT processed
@@ -393,16 +393,16 @@ WHERE id IN (
 )
 
 -- name: suspect
--- Before a suspect runs: a row if it is one still, and whether the attempt that was counted last ended so as well.
+-- Before a suspect runs: a row if it is still one, and whether the last counted attempt ended in the same way.
 SELECT last_error IS NOT DISTINCT FROM %(crashed)s FROM {changes} WHERE id = %(id)s AND started_by <> %(process)s AND NOT processed AND dead_at IS NULL
 
 -- name: take
--- For a transactional handler: those of its changes that are still as they were read and that nobody else has. What
--- another session holds is skipped: it is still running there, which never means that it is done.
+-- For a transactional handler: those of its changes that are still as they were read and that no other session holds. A
+-- change that another session holds is skipped: it still runs there, which never means that it is processed.
 --
--- This and the next two run on a connection of the application's, with its search_path: so every name, operators
--- included, says that it is the server's own. And its limits for what is idle or long are not for a handler, whose limit
--- is the consumer's; that for whole transactions came with PostgreSQL 17.
+-- This and the next two run on a connection of the application, with its search_path: so every name, operators
+-- included, is qualified as the server's own. The application's limits for idle or long transactions do not apply to a
+-- handler, whose limit is the consumer's; the limit for whole transactions exists from PostgreSQL 17 on.
 WITH begun AS MATERIALIZED (
   SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid,
          pg_catalog.set_config('cdc.cause', %(cause)s, true),
@@ -423,28 +423,28 @@ WHERE NOT c.processed AND c.dead_at IS NULL
 FOR UPDATE OF c SKIP LOCKED
 
 -- name: cause
--- Another change of the same transaction is being handled now.
+-- The same transaction goes on with another change.
 SELECT pg_catalog.set_config('cdc.cause', %(cause)s, true)
 
 -- name: mark
 -- The same changes, in the same transaction; no rows: the handler has ended the transaction it was given. And whether
--- that transaction has written something that was captured.
+-- that transaction has written a captured change.
 UPDATE {changes} SET processed = true, processed_at = pg_catalog.clock_timestamp(), next_attempt_at = NULL
 WHERE id OPERATOR(pg_catalog.=) ANY (%(ids)s::pg_catalog.uuid[]) AND NOT processed
   AND pg_catalog.pg_current_xact_id() OPERATOR(pg_catalog.=) %(xid)s::pg_catalog.xid8
 RETURNING processed_at, pg_catalog.current_setting('cdc.captured', true) OPERATOR(pg_catalog.=) 'on'::pg_catalog.text
 
 -- name: figures
--- For the metrics; every count ends at its bound, which then means "more".
+-- For the metrics; a count that reaches its bound means "more".
 SELECT
   (SELECT count(*) FROM (SELECT FROM {changes} WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
                          LIMIT %(bound)s) AS f)::int AS fresh,
   (SELECT count(*) FROM (SELECT FROM {changes} WHERE next_attempt_at < 'infinity' AND dead_at IS NULL
                          LIMIT %(bound)s) AS w)::int AS waiting,
   (SELECT count(*) FROM (SELECT FROM {changes} WHERE dead_at IS NOT NULL LIMIT %(bound)s) AS d)::int AS dead,
-  -- The oldest that could run now: of each shard the lowest fresh number that nothing holds back, and the waiting
-  -- change that has been due the longest. A shard whose first ones are all held back is left out: behind one key there
-  -- may be any number of them.
+  -- The oldest that could run now: of each shard the lowest fresh number that nothing blocks, and the waiting change
+  -- that has been due the longest. A shard whose first rows are all blocked is left out: any number of them may lie
+  -- behind one key.
   greatest(
     coalesce((
       SELECT extract(epoch FROM now() - min(c.changed_at))::float8
@@ -471,7 +471,7 @@ SELECT
   pg_notification_queue_usage() AS notify_queue_usage
 
 -- name: outside
--- The types of the first fresh changes of each shard that no handler here wants, and how many of them there are.
+-- The types of the first fresh changes of each shard that no handler here wants, with their numbers.
 SELECT type, count(*)::int
 FROM (
   SELECT coalesce(fresh.entity_type, fresh.table_name) AS type
@@ -486,8 +486,8 @@ WHERE (type = ANY (%(types)s::text[])) <> %(among)s
 GROUP BY type ORDER BY 2 DESC, 1 LIMIT %(bound)s
 
 -- name: figures_some
--- The same, but only of these types, or (not among) only of others. Nothing finds the fresh ones of a type but looking at
--- all of them, so of each shard the first ones are looked at; ours beyond that are not counted.
+-- The same, but only of these types, or (not among) only of others. No index finds the fresh changes of a type, so only
+-- the first ones of each shard are examined; wanted changes beyond those are not counted.
 WITH looked AS MATERIALIZED (
   SELECT c.* FROM generate_series(0, %(shards)s - 1) AS s(shard)
   CROSS JOIN LATERAL (

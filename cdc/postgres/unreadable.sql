@@ -1,7 +1,7 @@
--- For changes that the server refuses to hand over. {changes} is the qualified table, {columns} those of outbox.sql.
+-- For changes that the server refuses to return. {changes} is the qualified table, {columns} those of outbox.sql.
 
 -- name: read
--- By id, whatever their state, as the reads of outbox.sql do it; as many of them as fit into a page.
+-- By id, whatever their state, as the reads of outbox.sql do it; as many as fit into a page.
 SELECT {columns}
 FROM (
   SELECT f.*, {fits}
@@ -10,11 +10,11 @@ FROM (
 ) AS c
 
 -- name: kind
--- What a handler is chosen by.
+-- The columns that choose a handler.
 SELECT coalesce(entity_type, table_name)::text, operation::text FROM {changes} WHERE id = %(id)s
 
 -- name: mark
--- Dead letters, without a look at what they hold. A row that another session has is not waited for.
+-- Makes dead letters without reading the documents. A row that another session has locked is not waited for.
 WITH free AS (
   SELECT c.id, refused.error, refused.pauses
   FROM unnest(%(ids)s::uuid[], %(errors)s::text[], %(pauses)s::bool[]) AS refused(id, error, pauses)

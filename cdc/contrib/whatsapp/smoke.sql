@@ -1,14 +1,14 @@
--- What `cdc whatsapp smoke` asks about the change it has made, and removes. {changes} is the qualified table.
+-- What `cdc whatsapp smoke` reads about the change it has made, and removes. {changes} is the qualified table.
 --
--- All of it is bounded by when it began: fresh changes above a number, through their index, and those that were processed
--- since. What waits and what is dead is walked: there should be little.
+-- All reads are bounded by the start: fresh changes above a number, through their index, and those processed since. The
+-- waiting and the dead are walked: there should be few.
 
 -- name: last_seq
--- The highest number drawn, which is below those to come.
+-- The highest number drawn; all later ones are above it.
 SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence({regclass}, 'seq')::regclass), 0)
 
 -- name: captured
--- In the transaction that wrote the row: fresh, and there for nobody else yet.
+-- In the transaction that wrote the row: fresh, and not yet visible to other sessions.
 SELECT c.id, c.seq, coalesce(c.entity_type, c.table_name)
 FROM generate_series(0, %(shards)s - 1) AS s(shard)
 CROSS JOIN LATERAL (
@@ -23,7 +23,7 @@ SELECT CASE WHEN processed THEN 'processed' WHEN dead_at IS NOT NULL THEN 'dead'
 FROM {changes} WHERE id = %(id)s
 
 -- name: ours
--- Every change of these rows, and what they have caused: id, and whether it is processed or dead.
+-- Every change of these rows, and the changes they have caused: id, and whether it is processed or dead.
 WITH RECURSIVE since AS MATERIALIZED (
   SELECT c.id, c.caused_by, c.entity_id, c.table_name, false AS settled
   FROM generate_series(0, %(shards)s - 1) AS s(shard)
