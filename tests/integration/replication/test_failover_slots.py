@@ -56,7 +56,7 @@ def test_a_stream_that_would_be_deaf_goes_on_without_failover_and_says_so(
         ring(admin, 1)
         hears(heard, 1)
     assert slot_facts(admin, "x")["failover"] is False
-    assert "waits for the standby slots phys, which no consumer reads" in caplog.text
+    assert "waits for the standby slots phys, which no standby reads" in caplog.text
 
 
 def test_where_it_may_not_change_the_slot_it_leaves_it(modern: TempServer, admin: psycopg.Connection) -> None:
