@@ -94,7 +94,7 @@ class KeyScheduler:
 
     @property
     def room(self) -> int:
-        """How many more changes the window takes. None if it is below 0."""
+        """How many more changes the window takes. It takes no more at 0, and below."""
         return self._window.free
 
     @property
