@@ -8,7 +8,12 @@ DECLARE
   v_name text;
 BEGIN
   FOREACH v_former IN ARRAY ARRAY['processor_marks', 'processor_notify'] LOOP
-    CONTINUE WHEN pg_catalog.to_regprocedure(pg_catalog.format('%I.%I()', @schema_literal@, v_former)) IS NULL;
+    -- A function without its trigger, left behind by an uninstall or another's, is not part of this outbox.
+    CONTINUE WHEN NOT EXISTS (
+      SELECT FROM pg_catalog.pg_trigger AS t
+      WHERE t.tgname = v_former AND t.tgrelid = '@schema@.entity_changes'::pg_catalog.regclass
+        AND t.tgfoid = pg_catalog.to_regprocedure(pg_catalog.format('%I.%I()', @schema_literal@, v_former))
+    );
     v_name := 'legacy_' || v_former;
     -- What a program of that version makes beside the names of this one.
     EXECUTE pg_catalog.format('DROP TRIGGER IF EXISTS %I ON %I.entity_changes', v_name, @schema_literal@);
@@ -22,7 +27,8 @@ BEGIN
       applied_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
       PRIMARY KEY (set_name, version)
     );
-    INSERT INTO @schema@.cdc_sets (set_name, version, name) VALUES ('legacy_processor', 1, 'beside_consumers')
+    -- Version 0, so that the migrations of the set are missing, and run after this one.
+    INSERT INTO @schema@.cdc_sets (set_name, version, name) VALUES ('legacy_processor', 0, 'former')
     ON CONFLICT DO NOTHING;
   END LOOP;
 END

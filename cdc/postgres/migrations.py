@@ -165,8 +165,7 @@ def install(connection: psycopg.Connection, schema: str, sets: Sequence[str] = (
         if not _exists(connection, schema, None):
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
         _run(connection, _script(_OWNERSHIP), schema)
-        missing = pending(connection, schema, sets)
-        _apply(connection, missing, schema)
+        missing = _apply_pending(connection, schema, sets)
         _run(connection, _script(_CAPTURE_ROLE), schema)
         return missing
 
@@ -201,8 +200,7 @@ def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration
         if not _exists(connection, schema, "entity_changes"):
             raise NotFoundError(f"schema {schema} has no entity_changes to upgrade", hint="run `cdc db install`")
         _run(connection, _script(_OWNERSHIP), schema)
-        missing = pending(connection, schema)
-        _apply(connection, missing, schema)
+        missing = _apply_pending(connection, schema)
         findings = verify(connection, schema)
         if findings:
             _apply(connection, migrations(), schema)
@@ -412,6 +410,15 @@ def _check_name(schema: str) -> None:
             f"{schema!r} cannot be the schema of the outbox",
             hint=f"1 to {_IDENTIFIER_BYTES} bytes, not beginning with pg_, without {_DOLLAR_QUOTE} in it",
         )
+
+
+def _apply_pending(connection: psycopg.Connection, schema: str, sets: Sequence[str] = ()) -> list[Migration]:
+    """Run what is missing, until nothing is: a migration may record a set, of which the migrations are missing then."""
+    applied = list[Migration]()
+    while missing := pending(connection, schema, sets):
+        _apply(connection, missing, schema)
+        applied += missing
+    return applied
 
 
 def _apply(connection: psycopg.Connection, missing: Sequence[Migration], schema: str) -> None:

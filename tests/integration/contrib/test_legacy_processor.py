@@ -179,13 +179,27 @@ def test_what_an_earlier_version_made_for_it_is_upgraded_in_place(schema: str, d
         names = {**named, "new": sql.Identifier(f"legacy_{name}"), "old": sql.Identifier(name)}
         db.execute(sql.SQL("ALTER FUNCTION {schema}.{new}() RENAME TO {old}").format(**names))
         db.execute(sql.SQL("ALTER TRIGGER {new} ON {schema}.entity_changes RENAME TO {old}").format(**names))
+    former = "CREATE OR REPLACE FUNCTION {schema}.processor_marks() RETURNS trigger LANGUAGE plpgsql AS {body}"
+    db.execute(sql.SQL(former).format(**named, body=sql.Literal("BEGIN RETURN NEW; END")))
     db.execute(sql.SQL("DROP TABLE {schema}.cdc_sets; DELETE FROM {ledger} WHERE version >= 7").format(**named))
     migrations.upgrade(db, schema)
     assert _functions(db) == {"legacy_processor_marks", "legacy_processor_notify"}
+    [body] = db.execute("SELECT prosrc FROM pg_proc WHERE proname = 'legacy_processor_marks'").fetchone()
+    assert "error_summary" in body, "what this version does"
+    assert migrations.pending(db, schema) == []
     assert migrations.verify(db, schema) == []
     assert migrations.remove(db, schema, "legacy_processor")
     assert _functions(db) == set()
     assert migrations.verify(db, schema) == []
+
+
+def test_a_function_of_its_former_name_that_no_trigger_calls_stops_no_installation(
+    db: psycopg.Connection,
+) -> None:
+    db.execute("CREATE FUNCTION processor_marks() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'")
+    migrations.install(db, "public")
+    assert _functions(db) == {"processor_marks"}
+    assert migrations.verify(db, "public") == []
 
 
 def test_the_set_is_in_the_script_when_it_is_named_and_goes_with_the_installation(kept: psycopg.Connection) -> None:
