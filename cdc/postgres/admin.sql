@@ -224,7 +224,8 @@ WITH page AS MATERIALIZED (
   WHERE n.shard = %(shard)s AND n.seq > %(after)s AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
   ORDER BY n.seq LIMIT %(limit)s
 ), marked AS (
-  UPDATE {changes} AS c SET processed = true, processed_at = now(), last_error = 'discarded by operator'
+  UPDATE {changes} AS c
+  SET processed = true, processed_at = now(), last_error = 'discarded by operator', error_summary = NULL
   FROM page
   WHERE c.ctid = page.place AND page.wanted
     AND NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL

@@ -100,7 +100,7 @@ _BRING: dict[str, Callable[..., None]] = {
 def row(db: psycopg.Connection, seq: int) -> dict[str, Any]:
     with db.cursor(row_factory=psycopg.rows.dict_row) as cursor:
         found = cursor.execute(
-            "SELECT id, processed, processed_at, error_count, last_error, dead_at,"
+            "SELECT id, processed, processed_at, error_count, last_error, error_summary, dead_at,"
             " nullif(next_attempt_at, 'infinity') AS next_attempt_at, next_attempt_at <= now() AS due"
             " FROM entity_changes WHERE seq = %s",
             [seq],
@@ -711,13 +711,17 @@ def test_fresh_changes_that_somebody_else_has_handled_are_discarded_by_type_and_
     before = [publish(outbox_db, "x", f"k{n % 3}") for n in range(20)]
     other = publish(outbox_db, "y")
     outbox_db.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE seq = %s", [before[0]])
+    # As the end of a process leaves it.
+    crashed = "UPDATE entity_changes SET last_error = 'x', error_summary = 'the process ended' WHERE seq = %s"
+    outbox_db.execute(crashed, [before[1]])
     [(moment,)] = outbox_db.execute("SELECT clock_timestamp()::text").fetchall()
     after = publish(outbox_db, "x")
     assert run(outbox, "discard", "--type", "x", "--before", moment).exit_code == 5, "not without a confirmation"
     assert data(outbox, "discard", "--type", "x", "--before", moment, "--yes") == {"discarded": 19}
     left = [seq for (seq,) in outbox_db.execute("SELECT seq FROM entity_changes WHERE NOT processed ORDER BY seq")]
     assert left == [before[0], other, after]
-    assert row(outbox_db, before[1])["last_error"] == "discarded by operator"
+    discarded = row(outbox_db, before[1])
+    assert (discarded["last_error"], discarded["error_summary"]) == ("discarded by operator", None)
 
 
 @pytest.mark.parametrize("arguments", [["--type", "x"], ["--before", "now"], ["1", "--type", "x", "--before", "now"]])
