@@ -33,8 +33,6 @@ from cdc.observability.snapshots import ProcessStatus
 log = logging.getLogger("cdc")
 
 _STOP_S = 3.0
-_SLOT_NAME_PART = 40
-"""Of a name of up to 63 characters, so that a suffix fits."""
 _Run = Callable[[], Coroutine[Any, Any, None]]
 
 

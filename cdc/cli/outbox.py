@@ -110,12 +110,10 @@ def list_(
     """
     from cdc.postgres.admin import Filter, OutboxAdmin  # noqa: PLC0415 - see stats
 
-    handled_types = Filter(entity_type, entity_id, parse_duration(since) if since else None)
+    asked = Filter(entity_type, entity_id, parse_duration(since) if since else None)
     admin = OutboxAdmin(settings.schema_)
     with _opened(settings) as connection:
-        found = [
-            admin.find(connection, each, handled_types, limit) for each in ([state] if state else ["dead", "waiting"])
-        ]
+        found = [admin.find(connection, each, asked, limit) for each in ([state] if state else ["dead", "waiting"])]
     entries = [entry for each in found for entry in each.entries]
     if as_json:
         complete = not any(each.more or each.cut for each in found)

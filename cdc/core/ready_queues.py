@@ -40,7 +40,7 @@ class Requirements(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Changes of different keys, to call one after the other, and their handler; None: none is declared."""
+    """Changes to call and their handler; None: none is declared. Those that ``start`` gives are of different keys."""
 
     handler: Handler | None
     changes: Sequence[Change]

@@ -73,7 +73,6 @@ class KeyScheduler:
         ready_queues: ReadyQueues | None = None,
         needs: Callable[[Change], Requirements] = lambda change: Requirements(change.entity_type),
         sole: bool = True,
-        ownership: ShardOwnership | None = None,
     ) -> None:
         self.capacity = capacity
         self.place_bytes = place_bytes
@@ -88,7 +87,7 @@ class KeyScheduler:
         self.settling = 0
         """Number of changes that have finished and are not in the table yet."""
         self._deferred = DeferredKeys(deferred_max, sole=sole)
-        self.ownership = ownership or ShardOwnership()
+        self.ownership = ShardOwnership()
         self.ownership.subscribe(self)
         self._reconciler = ReadReconciler()
 
@@ -219,7 +218,7 @@ class KeyScheduler:
                 case Admission.REMEMBERED if due and not row.blocked:
                     self._unblock(key)  # nothing before it waits: the mark may stand for this very change
                 case Admission.RUNS_LATER:
-                    self._drop_later(key, self._queues.get(key), change)
+                    self._drop_later(key, change)
                 case Admission.DEFER | Admission.DEFER_BLOCKED as decision:
                     self._defer(key, change.seq, change.shard, blocked=decision is Admission.DEFER_BLOCKED)
                     if row.blocked and key in unblocked:
@@ -362,8 +361,8 @@ class KeyScheduler:
         if queue.orphan:
             self._orphan_returned(queue)
             return
-        self._forget(change)
         self.ownership.ended(change)
+        self._forget(change)
         self._reconciler.cut_off(key)
         # A waiting change is found again when it is due. Those behind it are not, and may not be blocked any more.
         first = next((c for c in (change, *queue.queued) if not c.requeued), None)
@@ -468,11 +467,12 @@ class KeyScheduler:
         queue.queued.clear()
         self._drop_if_empty(queue)
 
-    def _drop_later(self, key: Key, queue: KeyQueue | None, earlier: Change) -> None:
+    def _drop_later(self, key: Key, earlier: Change) -> None:
         """An earlier change of the key was requeued and cannot run yet: drop what is queued behind it."""
-        later = [change for change in queue.queued if change.seq > earlier.seq] if queue else []
+        if not (queue := self._queues.get(key)):
+            return
+        later = [change for change in queue.queued if change.seq > earlier.seq]
         for change in later:
-            assert queue is not None
             queue.queued.remove(change)
             self._forget(change)
         if later:

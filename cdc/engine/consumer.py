@@ -42,7 +42,7 @@ from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import Dsn, connect_async
 from cdc.postgres.loaders import leave_unread
-from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.outbox import INDEXED, READ_LIMIT_S, READ_SESSION, Store
 from cdc.postgres.pages import Settled
 from cdc.postgres.shard_locks import ShardSession
 from cdc.runtime.deadline import deadline, set_within, unless, wait_within
@@ -52,11 +52,6 @@ log = logging.getLogger("cdc.consumer")
 _SOON_S = 0.05
 _POLL_SHARDS_S = 1.0
 _ITERATION_MAX_S = 5.0
-_READ_TIMEOUT = "60s"
-_READ_LOCK_TIMEOUT = "20s"
-"""Shorter than statement_timeout, so that waiting for a lock is not taken for a read that takes too long."""
-_READ_LIMIT_S = 65.0
-"""For an answer to the reader; longer than its statement_timeout."""
 _LAST_SETTLE_S = 3.0
 """A commit may hang for as long as a synchronous standby is away; a stop must not."""
 
@@ -226,7 +221,7 @@ class Consumer:
             unread_s=self.unread_s,
         )
 
-    # --- terms -----------------------------------------------------------------------------------------------------
+    # --- connections -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Work until stopped. Raises the error when the very first connection is refused."""
@@ -258,9 +253,8 @@ class Consumer:
         session = await ShardSession.open(dsn, schema, self._store.process, INDEXED)
         self.crash_guard.use_session(session)
         try:
-            session_settings = {**INDEXED, "statement_timeout": _READ_TIMEOUT, "lock_timeout": _READ_LOCK_TIMEOUT}
             reader = await connect_async(
-                dsn, application_name="cdc: reader", session=session_settings, answer_limit_s=_READ_LIMIT_S
+                dsn, application_name="cdc: reader", session=READ_SESSION, answer_limit_s=READ_LIMIT_S
             )
             leave_unread(reader)
             async with reader:

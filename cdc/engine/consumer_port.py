@@ -26,7 +26,7 @@ class ConsumerPort(Protocol):
 
     @property
     def is_sharing(self) -> bool:
-        """Other consumers own some shards."""
+        """Whether it does not own all shards."""
 
     @property
     def exposed(self) -> bool:

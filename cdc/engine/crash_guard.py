@@ -93,7 +93,7 @@ class CrashGuard:
             self._expose_for(_PAUSE_S)
 
     def revoked(self, shards: Collection[int]) -> None:
-        """Changes of these shards start without a record again."""
+        """Starts in these shards are recorded until the shards are acquired again: what is in flight has records."""
 
     def lost(self) -> None:
         self._watched.clear()

@@ -25,7 +25,7 @@ from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.executor import Executor, PendingCall
 from cdc.engine.transactions import AskTheTableError
 from cdc.runtime.cancelling import cancel, disregard, has_cancellations, is_being_cancelled
-from cdc.runtime.deadline import deadline
+from cdc.runtime.deadline import wait_within
 
 log = logging.getLogger("cdc.consumer")
 
@@ -40,9 +40,10 @@ _ASK_AGAIN_S = 0.1
 
 
 class Dispatcher:
-    """At most ``concurrency`` of them; ``connections`` for transactional handlers.
+    """At most ``concurrency`` workers; ``connections`` for transactional handlers.
 
-    ``finished`` is called after each outcome, ``reread`` when the scheduler wants a key to be read again.
+    ``finished`` is given the outcomes, and hands them on to the scheduler (``Settler.put``). ``reread`` is called when
+    the scheduler wants a key to be read again.
     """
 
     def __init__(
@@ -253,7 +254,7 @@ class Dispatcher:
         except AskTheTableError as unknown:
             log.info("change %s of %s is read again: %s", batch[0].id, batch[0].entity_type, unknown)
             try:
-                await _for(unknown.pause_s, self._stopping)
+                await wait_within(self._stopping, unknown.pause_s)
             finally:
                 self._abandon(batch)  # also when the session is lost meanwhile: else its key would stay blocked
             return
@@ -316,7 +317,7 @@ class Dispatcher:
     def _quarantine(self, handler: Handler | None, change: Change) -> None:
         """Run a suspect alone; it waits for its turn without holding a worker."""
         if self._crash_guard.owner_may_be_alive(change):
-            self._beside(handler, change, _for(_ASK_AGAIN_S, asyncio.Event()), self._doubted)
+            self._beside(handler, change, wait_within(asyncio.Event(), _ASK_AGAIN_S), self._doubted)
         else:
             self._beside(handler, change, self._execute_alone(handler, change), self._quarantined)
 
@@ -337,7 +338,7 @@ class Dispatcher:
     async def _execute_lost(self, handler: Handler | None, change: Change) -> None:
         task = asyncio.current_task()
         assert task is not None
-        await _for(self._executor.pause_s(change), self._stopping)
+        await wait_within(self._stopping, self._executor.pause_s(change))
         async with self._alone if self._executor.suspects(change) else contextlib.nullcontext():
             if self._stopping.is_set():
                 return
@@ -374,7 +375,7 @@ class Dispatcher:
             full = asyncio.Event()
             self._lingering[handler] = waiting = batch, full
             try:
-                await _for(handler.linger_s, full)
+                await wait_within(full, handler.linger_s)
             finally:
                 if self._lingering.get(handler) is waiting:  # a full one has left, and another may wait by now
                     del self._lingering[handler]
@@ -433,9 +434,3 @@ class OtherTasks:
 
     def __await__(self) -> Generator[None, None, None]:
         yield
-
-
-async def _for(seconds: float, sooner: asyncio.Event) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with deadline(seconds):
-            await sooner.wait()

@@ -164,10 +164,8 @@ class Settler:
         found = await self._write(session, reader, batch)
         self._iterated(True)
         if found:
-            locked = {finished.change.seq for finished in found.locked}
-            queue = self._queue
-            # A change that the queue has not got: the session was lost during the settle.
-            done = [one for one in batch if one.change.seq not in locked and queue.written(one)]
+            # Neither what was put back, nor any of a session that was lost during the settle.
+            done = [one for one in batch if self._queue.written(one)]
             self._scheduler.settled(done)
             self._tell_that_delay_is_over()
             self._settled(done, found)

@@ -32,7 +32,7 @@ from cdc.observability.metrics import NO_HANDLER, Metrics
 from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import Dsn, connect_async
 from cdc.postgres.loaders import leave_unread
-from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.outbox import READ_LIMIT_S, READ_SESSION, Store
 from cdc.postgres.pages import Place
 from cdc.postgres.shard_locks import observe
 from cdc.postgres.unreadable import RefusedReadError
@@ -50,15 +50,8 @@ _SKIPPED = 1_000
 """Changes that the server refuses to hand over and that are left out: if there are more, some are read again."""
 _SOON_S = 0.05
 _ITERATION_MAX_S = 5.0
-_READ_TIMEOUT = "60s"
-_READ_LOCK_TIMEOUT = "20s"
-"""Shorter than statement_timeout, so that waiting for a lock is not taken for a read that takes too long."""
-_ANSWER_LIMIT_S = 65.0
-"""Longer than its statement_timeout."""
 _SESSION = {
-    **INDEXED,
-    "statement_timeout": _READ_TIMEOUT,
-    "lock_timeout": _READ_LOCK_TIMEOUT,
+    **READ_SESSION,
     "idle_session_timeout": "0",
     "default_transaction_read_only": "on",
 }
@@ -100,7 +93,6 @@ class Shadow:
         self.last_iteration: dict[str, float] = {}
         self.answered_at: float | None = None
         self.in_service = False
-        self.held_up_s = self.unread_s = 0.0
         self.connected = asyncio.Event()
 
     # --- from outside, on the event loop ---------------------------------------------------------------------------
@@ -156,7 +148,7 @@ class Shadow:
             waiting_wakeups=self._planner.queue_length,
         )
 
-    # --- terms -----------------------------------------------------------------------------------------------------
+    # --- connections -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Read until stopped. Raises the error when the very first connection is refused."""
@@ -174,7 +166,7 @@ class Shadow:
     async def _run_connected(self) -> None:
         settings = self._settings
         async with await connect_async(
-            settings.dsn, application_name="cdc: observer", session=_SESSION, answer_limit_s=_ANSWER_LIMIT_S
+            settings.dsn, application_name="cdc: observer", session=_SESSION, answer_limit_s=READ_LIMIT_S
         ) as reader:
             leave_unread(reader)
             self.connected.set()

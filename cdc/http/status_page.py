@@ -40,12 +40,6 @@ Answer = tuple[list[tuple[str, str]], bytes]
 Checks = Callable[[], Iterable[tuple[str, bool, str]]]
 """(name, whether it passed, detail)."""
 
-_METRICS = (
-    "cdc_role", "cdc_stream_unavailable", "cdc_shards_owned", "cdc_members", "cdc_window_changes",
-    "cdc_window_capacity", "cdc_changes_handled_total", "cdc_handler_errors_total", "cdc_change_latency_seconds_bucket",
-    "cdc_outbox_changes", "cdc_outbox_oldest_ready_age_seconds", "cdc_slot_retained_wal_bytes",
-    "cdc_slot_confirmed_lag_bytes",
-)  # fmt: skip
 _ALWAYS = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),

@@ -1,4 +1,4 @@
-"""The named statements of the ``.sql`` files in this folder, prepared for one schema."""
+"""The named statements of ``.sql`` files, prepared for one schema."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _NAME = "-- name: "
 
 def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) -> dict[str, bytes]:
     """Name to statement of this file, with the names in braces filled in.
+
+    ``file`` is in this folder, or with a slash in it a path below the package.
 
     These are ``{changes}``, the table, and ``{every_column}`` of it; ``{regclass}``, its name as a literal;
     ``{shards_regclass}``, the same for the table of owners; and blocks that are expressions, from outbox.sql or from

@@ -112,7 +112,7 @@ class Stream:
         self._thread = threading.Thread(target=self._run, name="cdc-stream", daemon=True)
         self._attempts = ReconnectState(settings.stall_limit_s)
         self._reached = ZERO
-        self._uncancellable = threading.Event()
+        self._waits_for_standbys = threading.Event()
         self._from_end = True
 
     @property
@@ -124,7 +124,7 @@ class Stream:
 
     def waits_for_standbys(self) -> None:
         """The slot delivers nothing because standbys are away: inspect it again. Callable from any thread."""
-        self._uncancellable.set()
+        self._waits_for_standbys.set()
 
     def stop(self, timeout_s: float) -> bool:
         """Confirm, disconnect, end the thread. False if it has not ended in time: connecting cannot be interrupted."""
@@ -219,7 +219,7 @@ class Stream:
             plugin,
             interval_s=status_interval_s(self._settings.wal_sender_timeout_s),
             stall_limit_s=self._attempts.stall_limit_s,
-            standbys_away=self._uncancellable,
+            waits_for_standbys=self._waits_for_standbys,
             exposed=self._exposed,
         )
 
@@ -375,12 +375,12 @@ class _MessageReader:
         *,
         interval_s: float,
         stall_limit_s: float,
-        standbys_away: threading.Event,
+        waits_for_standbys: threading.Event,
         exposed: Callable[[], bool],
     ) -> None:
-        standbys_away.clear()
+        waits_for_standbys.clear()
         self._exposed = exposed
-        self._uncancellable = standbys_away
+        self._waits_for_standbys = waits_for_standbys
         self._session = session
         self._report = report
         self._plugin = plugin
@@ -399,7 +399,7 @@ class _MessageReader:
                 received = self._session.receive(_BATCH)
                 if received:
                     self._read_batch(received)
-                if self._uncancellable.is_set():
+                if self._waits_for_standbys.is_set():
                     raise standbys_away(self._session.names)
                 if self._exposed():
                     raise crash_guard(self._session.names)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cdc.core.model import Change
 
-Watermark = tuple[str, str, str]
+Mark = tuple[str, str, str]
 """(entity_type, entity_id, operation): identifies a change before the capture trigger has numbered it."""
 
 STEPS = ("stored", "wake-up", "handler", "processed")
@@ -64,7 +64,7 @@ class Tracker:
         self._arrived = arrived
         self._attempt_failed = attempt_failed
         self._clock = clock
-        self._on_the_way: dict[Watermark, Journey] = {}
+        self._on_the_way: dict[Mark, Journey] = {}
         self._notified: dict[int, float] = {}
         self._lock = threading.Lock()
         self._burst_left = 0
@@ -73,7 +73,7 @@ class Tracker:
         self.visitors = False
         """When True, changes that were not announced get a line, too: those of a user in psql, for example."""
 
-    def sent(self, mark: Watermark, *, table: str, note: str, shown: bool) -> Journey:
+    def sent(self, mark: Mark, *, table: str, note: str, shown: bool) -> Journey:
         """The row is about to be written. Called before the write, so that no handler can be earlier."""
         journey = Journey(table, mark[2], note, shown, self._clock())
         self._on_the_way[mark] = journey
@@ -87,7 +87,7 @@ class Tracker:
         if ended:
             self._end(journey)
 
-    def known_as(self, mark: Watermark, change: Change) -> None:
+    def known_as(self, mark: Mark, change: Change) -> None:
         """The change announced by this mark is ``change``: its writer did not know the id that it would get."""
         if journey := self._on_the_way.pop(mark, None):
             self._on_the_way[_mark(change)] = journey
@@ -143,7 +143,7 @@ class Tracker:
         return journey
 
 
-def _mark(change: Change) -> Watermark:
+def _mark(change: Change) -> Mark:
     return (change.entity_type, change.entity_id, change.operation.value)
 
 
