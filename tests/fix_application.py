@@ -57,7 +57,7 @@ class Application:
     def __init__(self, answer: Answering = accept) -> None:
         self.answer = answer
         self.requests: list[Request] = []
-        self._executor: web.AppRunner | None = None
+        self._runner: web.AppRunner | None = None
 
     @property
     def events(self) -> list[Event]:
@@ -71,18 +71,18 @@ class Application:
         """On a TCP port, which is returned, or on the Unix socket ``path``."""
         server = web.Application(client_max_size=1 << 30)
         server.router.add_route("*", "/{tail:.*}", self._handle)
-        self._executor = web.AppRunner(server, access_log=None, shutdown_timeout=0.1)
-        await self._executor.setup()
+        self._runner = web.AppRunner(server, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
         if path:
-            await web.UnixSite(self._executor, str(path)).start()
+            await web.UnixSite(self._runner, str(path)).start()
             return 0
-        await web.TCPSite(self._executor, "127.0.0.1", port, ssl_context=tls, reuse_address=True).start()
-        return int(self._executor.addresses[0][1])
+        await web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls, reuse_address=True).start()
+        return int(self._runner.addresses[0][1])
 
     async def stop(self) -> None:
         """What is under way is broken off."""
-        if self._executor:
-            await self._executor.cleanup()
+        if self._runner:
+            await self._runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         found = Request(request.path_qs, request.headers, await request.read(), request.protocol)

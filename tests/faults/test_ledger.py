@@ -241,10 +241,10 @@ def _effects_out_of_order(evidence: Evidence) -> None:
 def test_the_judge_acquits_what_is_allowed() -> None:
     assert judge(_fine()).violations == []
     # What was on its way may have been committed or not.
-    actionable = _fine()
-    actionable.committed.remove(Write("WRITE", "b"))
-    actionable.unknown |= {Write("WRITE", "b"), Write("WRITE", "x")}
-    assert judge(actionable).violations == []
+    undecided = _fine()
+    undecided.committed.remove(Write("WRITE", "b"))
+    undecided.unknown |= {Write("WRITE", "b"), Write("WRITE", "x")}
+    assert judge(undecided).violations == []
     # One that lost its session, at 16, may still be at work on what another has taken over.
     late = _fine()
     late.calls[0] = late.calls[0]._replace(start=15.5, end=18.5, how="cut off")

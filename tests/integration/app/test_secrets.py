@@ -251,7 +251,7 @@ def _mistakes() -> dict[str, tuple[Handed, int]]:
         return Handed(variables={"CDC_DSN": text})
 
     wrong = f"{MARK} wrong {MARK}"
-    deferred = {
+    unread = {
         "% that is not encoded": f"postgresql://{USER}:{MARK}%zz{MARK}@127.0.0.1:PORT/{DATABASE}",
         "@ that is not encoded": f"postgresql://{USER}:{MARK}@{MARK}@127.0.0.1:PORT/{DATABASE}",
         "/ that is not encoded": f"postgresql://{USER}:{MARK}/{MARK}@127.0.0.1:PORT/{DATABASE}",
@@ -282,7 +282,7 @@ def _mistakes() -> dict[str, tuple[Handed, int]]:
         "two wrong hosts": f"postgresql://{USER}:{quote(wrong)}@127.0.0.1:CLOSED,127.0.0.1:CLOSED/{DATABASE}",
     }
     return {
-        **{name: (dsn(text), 2) for name, text in deferred.items()},
+        **{name: (dsn(text), 2) for name, text in unread.items()},
         **{name: (Handed(variables=given), 2) for name, given in variables.items()},
         **{name: (dsn(text), 3) for name, text in refused.items()},
         "a broken settings file": (Handed(options=("--config", f'dsn = "postgresql://{USER}:{MARK}\n')), 2),

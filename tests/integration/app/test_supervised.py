@@ -14,7 +14,6 @@ import pytest
 
 import cdc
 from cdc.core.router import Router
-from cdc.engine import stats_poller
 from cdc.engine.health_checks import LoopWatch
 from cdc.engine.hooks import Hooks
 from cdc.engine.retention import Pruning
@@ -68,7 +67,6 @@ async def test_what_ends_by_a_fault_is_counted_started_again_and_in_the_end_a_fa
 ) -> None:
     monkeypatch.setattr(supervisor, "_PAUSE_MIN_S", 0.001)
     monkeypatch.setattr(supervisor, "FAILING_AT", 2)
-    monkeypatch.setattr(stats_poller, "_EVERY_S", 0.01)
 
     def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError
@@ -98,7 +96,6 @@ async def test_a_thread_that_others_end_is_counted_and_started_again(
     name: str, outbox: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "_PAUSE_MIN_S", 0.001)
-    monkeypatch.setattr(stats_poller, "_EVERY_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     async with consuming(outbox, Router(), http_port=port, http_page=True) as app:

@@ -154,21 +154,21 @@ def test_what_has_its_names_already_is_not_touched(database: str, db: psycopg.Co
     assert db.execute("TABLE cdc_demo.entity_changes").description[0].name == "mine"
 
 
-def test_tasks_of_ones_own_are_not_touched_and_nothing_is_made(database: str, db: psycopg.Connection) -> None:
-    db.execute("CREATE SCHEMA cortex_projects CREATE TABLE tasks (mine text)")
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("CREATE SCHEMA cortex_projects CREATE TABLE tasks (mine text)", "schema cortex_projects in this database"),
+        ("CREATE PUBLICATION cdc_cdc_demo", "publication cdc_cdc_demo on this server"),
+    ],
+)
+def test_what_it_would_make_and_is_there_is_not_touched_and_nothing_is_made(
+    statement: str, said: str, database: str, db: psycopg.Connection
+) -> None:
+    db.execute(statement)
     before = _objects(db)
     refused = CliRunner().invoke(cdc, ["demo", "--dsn", database])
     assert (refused.exit_code, refused.stdout) == (5, "")
-    assert "there is a schema cortex_projects in this database already" in refused.stderr
-    assert _objects(db) == before
-
-
-def test_a_publication_of_its_name_is_not_touched_and_nothing_is_made(database: str, db: psycopg.Connection) -> None:
-    db.execute("CREATE PUBLICATION cdc_cdc_demo")
-    before = _objects(db)
-    refused = CliRunner().invoke(cdc, ["demo", "--dsn", database])
-    assert (refused.exit_code, refused.stdout) == (5, "")
-    assert "there is a publication cdc_cdc_demo on this server already" in refused.stderr
+    assert f"there is a {said} already" in refused.stderr
     assert _objects(db) == before
 
 

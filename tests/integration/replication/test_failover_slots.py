@@ -14,7 +14,6 @@ from cdc.cli import cdc as root_command
 from cdc.contrib.demo.pg_binaries import find_installation
 from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.errors import NotFoundError
-from cdc.engine import stats_poller
 from cdc.postgres import migrations
 from cdc.replication import slots
 from tests.eventually import eventually, eventually_async
@@ -68,7 +67,6 @@ def test_where_it_may_not_change_the_slot_it_leaves_it(modern: TempServer, admin
 async def test_a_stream_that_becomes_deaf_is_mended_while_it_runs(
     modern: TempServer, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stats_poller, "_EVERY_S", 0.2)
     async with consuming(modern.dsn(), cdc.Router(), slot_name="x") as app:
 
         async def streams() -> bool:
