@@ -11,7 +11,8 @@ BEGIN
     -- A function without its trigger, left behind by an uninstall or another's, is not part of this outbox.
     CONTINUE WHEN NOT EXISTS (
       SELECT FROM pg_catalog.pg_trigger AS t
-      WHERE t.tgname = v_former AND t.tgrelid = '@schema@.entity_changes'::pg_catalog.regclass
+      WHERE t.tgname = v_former
+        AND t.tgrelid = pg_catalog.format('%I.entity_changes', @schema_literal@)::pg_catalog.regclass
         AND t.tgfoid = pg_catalog.to_regprocedure(pg_catalog.format('%I.%I()', @schema_literal@, v_former))
     );
     v_name := 'legacy_' || v_former;

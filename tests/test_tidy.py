@@ -349,6 +349,19 @@ def test_the_number_of_shards_is_the_same_everywhere() -> None:
     assert [name(path) for path, text in queries.items() if re.search(r"generate_series\(0, \d+\)", text)] == []
 
 
+def test_a_schema_stands_in_no_literal_unquoted() -> None:
+    """``@schema@`` is an identifier: within a literal, a quote in the schema's name would end it."""
+    scripts = sorted((ROOT / "sql").rglob("*.sql"))
+    assert scripts
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in scripts
+        for line in path.read_text("utf-8").splitlines()
+        if "'@schema" in line
+    ]
+    assert found == [], "use @schema_literal@, or format('%I', @schema_literal@)"
+
+
 def _sql() -> str:
     return "\n".join(path.read_text("utf-8") for path in SQL)
 

@@ -105,7 +105,7 @@ def test_the_installed_command_runs_from_an_unrelated_folder(installed: Path, tm
 
 
 def test_the_installed_command_carries_its_migrations(installed: Path, tmp_path: Path) -> None:
-    print_all = (installed / "bin" / "cdc", "db", "print", "--with", "whatsapp")
+    print_all = (installed / "bin" / "cdc", "db", "print", "--with", "whatsapp", "--with", "legacy_processor")
     script = _run(*print_all, cwd=tmp_path, PYTHONPATH=str(installed))
     for path in sorted((ROOT / "sql").rglob("[0-9]*.sql")):
         assert path.stem[5:] in script

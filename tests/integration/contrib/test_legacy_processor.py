@@ -171,7 +171,7 @@ def test_what_its_writer_handles_itself_is_captured_as_processed_where_the_trigg
     assert rows == [(True, told) if not left else (False, None), (False, None)]
 
 
-@pytest.mark.parametrize("schema", ["public", 'Tenant "7" %s; é'])
+@pytest.mark.parametrize("schema", ["public", 'Tenant "7" %s; it\'s é'])
 def test_what_an_earlier_version_made_for_it_is_upgraded_in_place(schema: str, db: psycopg.Connection) -> None:
     migrations.install(db, schema, ["legacy_processor"])
     named = {"schema": sql.Identifier(schema), "ledger": sql.Identifier(schema, "cdc_migrations")}

@@ -450,7 +450,7 @@ def psql(dsn: str, script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, "-X", "-q", dsn], input=script, text=True, check=False, capture_output=True)
 
 
-ODD = 'Tenant "7" %s; é'
+ODD = 'Tenant "7" %s; it\'s é'
 
 
 @pytest.mark.parametrize("name", ["public", ODD])

@@ -23,7 +23,7 @@ from cdc.postgres import migrations
 from tests import servers
 from tests.eventually import eventually
 
-ODD = 'Tenant "7" %s; é'
+ODD = 'Tenant "7" %s; it\'s é'
 
 
 def invoke(dsn: str, *arguments: str) -> Result:
@@ -90,7 +90,7 @@ def test_two_outboxes_in_one_database_do_not_ring_each_other(outbox_db: psycopg.
     migrations.install(outbox_db, ODD)
     bodies = outbox_db.execute("SELECT prosrc FROM pg_proc WHERE proname = 'publish_change'").fetchall()
     prefixes = {re.findall(r"'(entity_change:[^']*)'", body)[0] for (body,) in bodies}
-    assert prefixes == {"entity_change:public", "entity_change:Tenant%20%227%22%20%25s%3B%20%C3%A9"}
+    assert prefixes == {"entity_change:public", "entity_change:Tenant%20%227%22%20%25s%3B%20it%27s%20%C3%A9"}
     assert migrations.verify(outbox_db, ODD) == []
 
 

@@ -14,7 +14,7 @@ from cdc.core.errors import SchemaError
 from cdc.postgres import migrations, tracking
 from tests import servers
 
-ODD = 'Tenant "7" %s; é'
+ODD = 'Tenant "7" %s; it\'s é'
 
 
 def invoke(dsn: str, *arguments: str) -> Result:
