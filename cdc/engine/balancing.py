@@ -73,7 +73,7 @@ class Balancing:
             self._settler.drop(await session.others(parked))
         self._ownership.revoke(move.release)
         if idle := self._ownership.idle():
-            await self._crash_guard.clear(idle)
+            await self._crash_guard.release(idle)
             await session.release(idle)
             self._ownership.released(idle)
             self._metrics.shard_moves.labels("released").inc(len(idle))

@@ -93,7 +93,7 @@ class CrashGuard:
             self._expose_for(_PAUSE_S)
 
     def revoked(self, shards: Collection[int]) -> None:
-        """Starts in these shards are recorded until the shards are acquired again: what is in flight has records."""
+        """Starts in these shards are recorded until ``release``: what is in flight has records."""
 
     def lost(self) -> None:
         self._watched.clear()
@@ -167,14 +167,20 @@ class CrashGuard:
     async def clear(self, shards: Container[int] = range(SHARDS)) -> None:
         """Remove the records of these shards for changes that ended without an outcome, or were cut off.
 
-        This process lives, so no change is to blame. Call it before a shard is given away, at an orderly stop, and
-        after a session was lost.
+        This process lives, so no change is to blame. Call it at an orderly stop, and after a session was lost.
         """
         cut_off = [change for change in self._marked.values() if change.shard in shards]
         if cut_off and self._session:
             async with self._session.writing:
                 await self._store.unstart(self._session.connection, cut_off)
             self.returned(cut_off)
+
+    async def release(self, shards: Collection[int]) -> None:
+        """Leave no record in these idle shards, and forget them. Call it before their locks are released."""
+        await self.clear(shards)
+        for shard in shards:
+            self._watched.pop(shard, None)
+            self._doubted_until.pop(shard, None)
 
     async def _write(self, batch: Sequence[Change]) -> None:
         assert self._session is not None

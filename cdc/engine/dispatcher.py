@@ -23,6 +23,7 @@ from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.executor import Executor, PendingCall
+from cdc.engine.quarantine import Quarantine
 from cdc.engine.transactions import AskTheTableError
 from cdc.runtime.cancelling import cancel, disregard, has_cancellations, is_being_cancelled
 from cdc.runtime.deadline import wait_within
@@ -73,20 +74,11 @@ class Dispatcher:
         executor.tasks = self._tasks
         self._unstarted = set[asyncio.Task[None]]()
         """The tasks that have not taken a change yet: for what is ready for them, no others are started."""
-        self._quarantined: dict[asyncio.Task[None], Change | None] = {}
-        """Tasks that are no workers, for suspects, which run one at a time. None: its turn has come."""
-        self._doubted: dict[asyncio.Task[None], Change | None] = {}
-        """Tasks for possible suspects, which are read again instead of run."""
-        self._lost: dict[asyncio.Task[None], Change | None] = {}
-        """For changes that lost a transaction. They pause first; after a lost connection they run one at a time."""
+        self._quarantine = Quarantine(scheduler.knows)
         self._uncancellable = set[asyncio.Task[None]]()
         """The tasks that were cut off and go on; they are not waited for again."""
         self._escapes = Losses()
         """Attempts that ended without an outcome, and not because of their call."""
-        self._alone = asyncio.Lock()
-        self._settled = asyncio.Event()
-        self._later: deque[tuple[Handler | None, Change]] = deque()
-        """Changes that may kill the process as well: the suspect that runs would be blamed for it."""
         self._stopping = asyncio.Event()
         self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
         """Batches that wait for more, each with the event that says it is full."""
@@ -98,15 +90,10 @@ class Dispatcher:
         """Start workers for what is ready."""
         if self._stopping.is_set():
             return
-        ready = (
-            self._scheduler.ready
-            + len(self._started)
-            + (0 if self._quarantined else len(self._later))
-            - len(self._unstarted)
-        )
+        ready = self._scheduler.ready + len(self._started) + len(self._quarantine.freed) - len(self._unstarted)
         if ready <= 0:
             return
-        workers = len(self._tasks) - len(self._quarantined) - len(self._doubted) - len(self._lost)
+        workers = len(self._tasks) - len(self._quarantine.tasks)
         for _ in range(min(ready, self._concurrency - workers)):
             task = asyncio.create_task(self._work())
             self._tasks[task] = NOTHING
@@ -122,7 +109,7 @@ class Dispatcher:
 
     def settled(self) -> None:
         """Some of the outcomes are in the table."""
-        self._settled.set()
+        self._quarantine.settled()
 
     async def drain(self, seconds: float) -> None:
         """Start nothing more; give what runs this many seconds, then cut it off."""
@@ -180,8 +167,8 @@ class Dispatcher:
     def _have_started(self) -> bool:
         """Whether there is a change to call."""
         if not self._started:
-            if self._later and not self._quarantined:
-                self._handler, change = self._later.popleft()
+            if self._quarantine.freed:
+                self._handler, change = self._quarantine.freed.popleft()
                 self._started.append(change)
             else:
                 self._handler, run = self._scheduler.start()
@@ -195,7 +182,7 @@ class Dispatcher:
 
     def _run_inline(self, handler: Handler | None) -> tuple[int, PendingCall | None]:
         """Call what may return at once. Returns how many calls did, and the call that did not."""
-        if self._crash_guard.active:
+        if self._crash_guard.active and any(map(self._crash_guard.must_record_start, self._started)):
             return 0, None
         done, unfinished = self._executor.run_inline(handler, self._started)
         self._report(done)
@@ -223,11 +210,11 @@ class Dispatcher:
         change = self._started.popleft()
         self._dispatch_others()
         if change.crashed:
-            self._quarantine(handler, change)
-        elif self._quarantined and self._crash_guard.must_record_start(change):
-            self._later.append((handler, change))
+            self._run_suspect(handler, change)
+        elif self._quarantine.suspects and self._crash_guard.must_record_start(change):
+            self._quarantine.held.append((handler, change))
         elif self._executor.lost(change):
-            self._beside(handler, change, self._execute_lost(handler, change), self._lost)
+            self._beside(handler, change, self._execute_lost(handler, change))
         elif handler is not None and handler in self._lingering and not self._alone_only(change):
             self._join(handler, change)
         else:
@@ -287,8 +274,9 @@ class Dispatcher:
                 self._report([Settlement(change, Dead(text, summary=text))])
 
     def _abandon_waiting(self) -> None:
-        while self._later:
-            self._abandon([self._later.popleft()[1]])
+        for waiting in (self._quarantine.held, self._quarantine.freed):
+            while waiting:
+                self._abandon([waiting.popleft()[1]])
         while self._started:
             self._abandon([self._started.popleft()])
 
@@ -314,54 +302,41 @@ class Dispatcher:
             self._finished(batch)
             self._escapes.forget(finished.change for finished in batch)
 
-    def _quarantine(self, handler: Handler | None, change: Change) -> None:
-        """Run a suspect alone; it waits for its turn without holding a worker."""
+    def _run_suspect(self, handler: Handler | None, change: Change) -> None:
         if self._crash_guard.owner_may_be_alive(change):
-            self._beside(handler, change, wait_within(asyncio.Event(), _ASK_AGAIN_S), self._doubted)
+            self._beside(handler, change, asyncio.sleep(_ASK_AGAIN_S))  # and read again
         else:
-            self._beside(handler, change, self._execute_alone(handler, change), self._quarantined)
+            self._beside(handler, change, self._execute_suspect(handler, change), suspect=True)
 
     def _beside(
-        self,
-        handler: Handler | None,
-        change: Change,
-        work: Coroutine[Any, Any, None],
-        kind: dict[asyncio.Task[None], Change | None],
+        self, handler: Handler | None, change: Change, work: Coroutine[Any, Any, None], *, suspect: bool = False
     ) -> None:
         """Work in a task that is no worker, and takes no place of one."""
         self._scheduler.free_places(change)
-        task = asyncio.create_task(work)
-        kind[task] = change
+        task = self._quarantine.start(change, work, suspect=suspect)
         self._tasks[task] = Run(handler, [change])
         task.add_done_callback(self._ended)
 
     async def _execute_lost(self, handler: Handler | None, change: Change) -> None:
-        task = asyncio.current_task()
-        assert task is not None
         await wait_within(self._stopping, self._executor.pause_s(change))
-        async with self._alone if self._executor.suspects(change) else contextlib.nullcontext():
-            if self._stopping.is_set():
-                return
-            self._lost[task] = None
-            if outcome := self._executor.after_losses(handler, change):
-                self._report_outcomes(handler, [change], {change: outcome})
-            else:
-                await self._execute(handler, [change])
+        async with self._quarantine.turn if self._executor.suspects(change) else contextlib.nullcontext():
+            if not self._stopping.is_set():
+                await self._execute_alone(handler, change, self._executor.after_losses(handler, change))
 
-    async def _execute_alone(self, handler: Handler | None, change: Change) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        async with self._alone:
+    async def _execute_suspect(self, handler: Handler | None, change: Change) -> None:
+        async with self._quarantine.turn:
             if self._stopping.is_set() or not (suspicion := await self._crash_guard.suspicion(change)):
                 return
-            self._quarantined[task] = None
-            if outcome := self._executor.after_crash(handler, change, suspicion):
-                self._report_outcomes(handler, [change], {change: outcome})
-            else:
-                await self._execute(handler, [change])
-            while self._scheduler.knows(change.seq):  # else the next one's crash would be counted against it, too
-                self._settled.clear()
-                await self._settled.wait()
+            await self._execute_alone(handler, change, self._executor.after_crash(handler, change, suspicion))
+            await self._quarantine.until_settled(change)
+
+    async def _execute_alone(self, handler: Handler | None, change: Change, outcome: Outcome | None) -> None:
+        """``outcome``: without another attempt."""
+        self._quarantine.attend()
+        if outcome:
+            self._report_outcomes(handler, [change], {change: outcome})
+        else:
+            await self._execute(handler, [change])
 
     async def _gather(self, handler: Handler, batch: list[Change]) -> None:
         """Fill a batch for a handler that takes many, or a group that shares a transaction."""
@@ -417,8 +392,7 @@ class Dispatcher:
         run = self._tasks.pop(task)
         self._uncancellable.discard(task)
         self._unstarted.discard(task)  # it may have been cut off before its first step
-        kinds = (self._quarantined, self._doubted, self._lost)
-        unattended = next(filter(None, [kind.pop(task, None) for kind in kinds]), None)
+        unattended = self._quarantine.ended(task)
         failed = None if task.cancelled() else task.exception()
         if failed:
             log.critical("a worker failed; this is a bug", exc_info=failed)

@@ -229,7 +229,7 @@ async def test_what_was_put_off_meanwhile_goes_to_its_own_handler() -> None:
     stage.scheduler.admit([row(1, "1", entity_type="other"), row(2, "2"), row(3, "3")])
     handler, [put_off] = stage.scheduler.start()
     # As after a crash whose suspect has just ended: there is no other way to this moment.
-    stage.dispatcher._later.append((handler, put_off))  # noqa: SLF001
+    stage.dispatcher._quarantine.freed.append((handler, put_off))  # noqa: SLF001
     stage.dispatcher._handler, run = stage.scheduler.start()  # noqa: SLF001
     assert len(run) == 2
     stage.dispatcher._started.extend(run)  # noqa: SLF001 - the rest of a run, of which one waits
