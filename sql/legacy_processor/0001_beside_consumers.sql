@@ -17,25 +17,27 @@ BEGIN
     NEW.processed_at := coalesce(NEW.processed_at, now());
     NEW.next_attempt_at := NULL;
     NEW.dead_at := NULL;
-  -- A consumer writes with an error when the next attempt is, that there is none, or who has started it.
-  ELSIF NEW.next_attempt_at IS NOT DISTINCT FROM OLD.next_attempt_at
-    AND NEW.dead_at IS NULL AND NEW.started_by IS NULL
-  THEN
-    NEW.dead_at := now();
-    NEW.next_attempt_at := NULL;
-    -- That of the consumer's last attempt, if there was one.
+  ELSE
+    -- That of the consumer's last attempt, if there was one: last_error is the processor's.
     NEW.error_summary := NULL;
+    IF NEW.error_count >= 3 AND NEW.dead_at IS NULL THEN
+      NEW.dead_at := now();
+      NEW.next_attempt_at := NULL;
+    END IF;
   END IF;
   RETURN NEW;
 END
 $cdc$;
 REVOKE ALL ON FUNCTION @schema@.legacy_processor_marks() FROM PUBLIC;
 
--- Costs each mark, a consumer's too, a lock of its row: one reason to remove this.
+-- Costs each mark, a consumer's too, a lock of its row: one reason to remove this. A consumer writes with an error when the
+-- next attempt is, that there is none, or who has started it.
 CREATE OR REPLACE TRIGGER legacy_processor_marks BEFORE UPDATE OF processed, error_count ON @schema@.entity_changes
   FOR EACH ROW WHEN (
     NEW.processed AND (NEW.next_attempt_at IS NOT NULL OR NEW.dead_at IS NOT NULL OR NEW.processed_at IS NULL)
-    OR NOT NEW.processed AND NEW.error_count >= 3 AND NEW.error_count > OLD.error_count
+    OR NOT NEW.processed AND NEW.error_count > OLD.error_count
+      AND NEW.next_attempt_at IS NOT DISTINCT FROM OLD.next_attempt_at
+      AND NEW.dead_at IS NOT DISTINCT FROM OLD.dead_at AND NEW.started_by IS NOT DISTINCT FROM OLD.started_by
   )
   EXECUTE FUNCTION @schema@.legacy_processor_marks();
 

@@ -94,6 +94,41 @@ async def test_what_it_has_given_up_is_a_dead_letter_and_no_consumer_starts_it_a
     assert len(ran) == 1
 
 
+@pytest.mark.parametrize(
+    "left",
+    ["next_attempt_at = now()", "next_attempt_at = 'infinity', dead_at = now()", "started_by = gen_random_uuid()"],
+)
+@pytest.mark.parametrize("errors", [0, 1, 2])
+def test_its_error_leaves_no_summary_of_a_consumers_error(
+    errors: int, left: str, database: str, kept: psycopg.Connection
+) -> None:
+    """The summary is shown in place of last_error, which quotes rows."""
+    kept.execute(_ADD, ["1", "message"])
+    kept.execute(
+        "UPDATE entity_changes SET error_count = %s, last_error = 'it', error_summary = 'of a consumer', " + left,  # type: ignore[arg-type]
+        [errors],
+    )
+    _process(database, _broken)
+    [row] = kept.execute(
+        "SELECT error_count, last_error, error_summary, dead_at IS NULL FROM entity_changes"
+    ).fetchall()
+    assert row == (errors + 1, "no", None, errors < 2 and "dead_at" not in left)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+async def test_a_consumer_beside_it_keeps_its_summaries(failures: int, database: str, kept: psycopg.Connection) -> None:
+    router = cdc.Router()
+
+    @router.on("message", max_attempts=failures)
+    def fail(change: cdc.Change) -> None:
+        raise KeyError
+
+    kept.execute(_ADD, ["1", "message"])
+    await testing.drain(database, router, allow_dead=True)
+    [(summary,)] = kept.execute("SELECT error_summary FROM entity_changes").fetchall()
+    assert summary.startswith("KeyError at ")
+
+
 async def test_a_consumers_own_marks_are_as_they_are_without_it(database: str, kept: psycopg.Connection) -> None:
     router = cdc.Router()
 
