@@ -11,17 +11,27 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cdc.app.config import Resolved, Settings
+from cdc.cli.bulk import (
+    FilterOptions,
+    described,
+    filter_options,
+    refuse_unless_clear,
+    report_count,
+    report_done,
+    work_off,
+)
 from cdc.cli.commands import Commands
 from cdc.cli.options import database_options, json_option, open_database, resolved_options, yes_option
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.wanted import WANTED_SETTINGS, handled_types
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.fast_change import Json
+from cdc.core.model import ChangeState
 from cdc.core.units import parse_duration
 
 if TYPE_CHECKING:
     from cdc.core.type_filter import TypeFilter
-    from cdc.postgres.admin import CauseLink, ChangeSummary, SearchResult, Stats
+    from cdc.postgres.admin import CauseLink, ChangeSummary, Decision, SearchResult, Stats
     from cdc.postgres.connect import Connection
 
 _STATES = ("fresh", "blocked", "waiting", "dead", "processed")
@@ -42,6 +52,10 @@ _PROGRESS_EVERY_S = 1.0
 
 type_option = click.option("--type", "entity_type", metavar="TYPE", help="Of this entity type only.")
 names_argument = click.argument("names", metavar="ID...", nargs=-1)
+state_option = click.option(
+    "--state", type=click.Choice(("dead", "waiting")), help="What filters find: dead letters, or what waits. [dead]"
+)
+_NAMED = {ChangeState.DEAD: "dead letters", ChangeState.WAITING: "waiting changes"}
 
 
 @click.group(cls=Commands)
@@ -146,72 +160,121 @@ def show(settings: Settings, name: str, show_payload: bool, as_json: bool) -> No
 
 
 @outbox.command()
-@database_options
+@resolved_options("dsn", "schema", "handlers")
 @names_argument
-@click.option("--all", "everything", is_flag=True, help="Every dead letter, or with --type those of one type.")
-@type_option
+@filter_options
+@state_option
 @yes_option
 @json_option
 def retry(
-    *, settings: Settings, names: tuple[str, ...], everything: bool, entity_type: str | None, yes: bool, as_json: bool
+    *, resolved: Resolved, names: tuple[str, ...], filters: FilterOptions, state: str | None, yes: bool, as_json: bool
 ) -> None:
     """Try changes again now that wait or are dead.
 
-    A dead letter gets its attempts again. They run before the later changes of their key that have not run yet. --all
-    is one statement, for the sake of the order: it takes some ten seconds for 100,000 of them, and says so at its end.
+    A dead letter gets its attempts again. They run before the later changes of their key that have not run yet. By
+    filters, dead letters only, unless --state says otherwise: it says how many before it begins, and works in rounds of
+    some thousand. It may be stopped and given again at any time.
     """
+    refuse_unless_clear(filters, names, state)
+    if filters.many:
+        _decide(resolved, filters, "retry", "retried", state, yes=yes, as_json=as_json)
+        return
     from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
 
-    if everything == bool(names) or (entity_type is not None and not everything):
-        raise UsageError("which changes?", hint="give their IDs, or --all, or --all --type TYPE")
-    admin, references = OutboxAdmin(settings.schema_), [parse_reference(name) for name in names]
-    if not everything:
-        with _opened(settings) as connection:
-            _report("will be tried now", admin.retry(connection, references), as_json)
-        return
-    if entity_type is None:
-        confirm("retry the dead letters of all types", yes)
-    with _opened(settings) as connection:
-        count = admin.retry_all(connection, entity_type)
-    if as_json:
-        print_json({"retried": count})
-    else:
-        say(f"dead letters that will be tried now: {count}")
+    references = [parse_reference(name) for name in names]
+    with _opened(resolved.settings) as connection:
+        entries = OutboxAdmin(resolved.settings.schema_).retry(connection, references)
+    _report("will be tried now", entries, as_json)
 
 
 @outbox.command()
-@database_options
+@resolved_options("dsn", "schema", "handlers")
 @names_argument
-@type_option
+@filter_options
+@state_option
 @click.option(
     "--before", metavar="TIME", help="Every fresh change of --type from before, such as 2026-01-31T18:00Z, now."
 )
 @yes_option
 @json_option
 def discard(
-    *, settings: Settings, names: tuple[str, ...], entity_type: str | None, before: str | None, yes: bool, as_json: bool
+    *,
+    resolved: Resolved,
+    names: tuple[str, ...],
+    filters: FilterOptions,
+    state: str | None,
+    before: str | None,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Mark changes processed that wait or are dead: nothing is to be done about them.
 
-    Later changes of their keys go on. With --type and --before: fresh ones that were handled elsewhere. No consumer
-    may be handling the type then.
+    Later changes of their keys go on. By filters, dead letters only, unless --state says otherwise: it says how many
+    before it begins, and works in rounds of some thousand. It may be stopped and given again at any time.
+
+    With --type and --before: fresh ones that were handled elsewhere. No consumer may be handling the type then.
     """
+    if before is not None:
+        _discard_before(resolved.settings, names, filters, state, before, yes=yes, as_json=as_json)
+        return
+    refuse_unless_clear(filters, names, state)
+    if filters.many:
+        _decide(resolved, filters, "discard", "discarded", state, yes=yes, as_json=as_json)
+        return
     from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
 
-    if bool(names) == (before is not None) or (entity_type is None) != (before is None):
-        raise UsageError("which changes?", hint="give IDs, as cdc outbox list shows them, or --type TYPE --before TIME")
-    if entity_type is not None and before is not None:
-        confirm(f"mark every fresh change of {entity_type} from before {before} processed", yes)
-        with _opened(settings) as connection:
-            count = sum(OutboxAdmin(settings.schema_).discard_before(connection, entity_type, before))
-        if as_json:
-            print_json({"discarded": count})
-        else:
-            say(f"fresh changes that are discarded: {count:,}")
-        return
     references = [parse_reference(name) for name in names]
+    with _opened(resolved.settings) as connection:
+        entries = OutboxAdmin(resolved.settings.schema_).discard(connection, references)
+    _report("is discarded", entries, as_json)
+
+
+def _decide(
+    resolved: Resolved,
+    filters: FilterOptions,
+    decision: Decision,
+    done: str,
+    state: str | None,
+    *,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    from cdc.postgres.bulk import Bulk  # noqa: PLC0415 - see stats
+
+    wanted, settings = filters.wanted(resolved), resolved.settings
+    chosen = ChangeState(state or ChangeState.DEAD)
+    what = f"{_NAMED[chosen]}{described(filters)}"
+    with _opened(settings) as connection, Bulk(settings.schema_).selected(connection, chosen, wanted) as selection:
+        if filters.dry_run:
+            report_count(what, selection.count, as_json)
+            return
+        if selection.count:
+            confirm(f"{decision} {selection.count:,} {what}", yes)
+        total = work_off(selection.decide(decision), count=selection.count, done=done)
+    report_done(done, what, total, as_json)
+
+
+def _discard_before(
+    settings: Settings,
+    names: tuple[str, ...],
+    filters: FilterOptions,
+    state: str | None,
+    before: str,
+    *,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    from cdc.postgres.admin import OutboxAdmin  # noqa: PLC0415 - see stats
+
+    if filters.entity_type is None or names or state or filters.dry_run or filters.everything or len(filters.named) > 1:
+        raise UsageError("which changes?", hint="with --before there is a --type, and no other filter")
+    confirm(f"mark every fresh change of {filters.entity_type} from before {before} processed", yes)
     with _opened(settings) as connection:
-        _report("is discarded", OutboxAdmin(settings.schema_).discard(connection, references), as_json)
+        count = sum(OutboxAdmin(settings.schema_).discard_before(connection, filters.entity_type, before))
+    if as_json:
+        print_json({"discarded": count})
+    else:
+        say(f"fresh changes that are discarded: {count:,}")
 
 
 @outbox.command()

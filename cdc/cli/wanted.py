@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from cdc.app.config import Resolved
 from cdc.cli.run import load_router
+from cdc.core.errors import UsageError
+from cdc.core.router import Router
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 
 WANTED_SETTINGS = ("handlers", "deliver.to", "deliver.types")
@@ -21,6 +23,19 @@ class HandledTypes:
     handles: Callable[[str, str], bool]
 
 
+def named_router(resolved: Resolved) -> Router:
+    """The router that --handlers or CDC_HANDLERS names. Raises UsageError where none is named, or it cannot be loaded.
+
+    As of ``handled_types``, a settings file that was merely found here does not count.
+    """
+    settings = resolved.settings
+    if not settings.handlers or _found_here(resolved):
+        raise UsageError(
+            "which types the handler gets is not known", hint="name the handlers: --handlers package.module:router"
+        )
+    return load_router(settings.handlers, settings)
+
+
 def handled_types(resolved: Resolved) -> HandledTypes | None:
     """None where no handlers are named. Raises CdcError where they cannot be loaded.
 
@@ -31,10 +46,15 @@ def handled_types(resolved: Resolved) -> HandledTypes | None:
         types = settings.deliver.types
         scope = EVERYTHING if types is None else TypeFilter(tuple(types), include=True)
         return HandledTypes(scope, lambda entity_type, _operation: scope.has(entity_type))
-    if not settings.handlers or (resolved.found and " in " in resolved.sources["handlers"]):
+    if not settings.handlers or _found_here(resolved):
         return None
     router = load_router(settings.handlers, settings)
     return HandledTypes(
         router.scope,
         lambda entity_type, operation: router.ignores(entity_type) or router.match(entity_type, operation) is not None,
     )
+
+
+def _found_here(resolved: Resolved) -> bool:
+    """Whether the handlers are named by a settings file that nobody named."""
+    return bool(resolved.found) and " in " in resolved.sources["handlers"]

@@ -8,7 +8,7 @@ of the second handler.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -70,6 +70,18 @@ class Handler:
         if self.batch is None:
             return self.function(changes[0], **beside)
         return self.function(**{CHANGES: list(changes)}, **beside)
+
+
+@dataclass(frozen=True, slots=True)
+class HandledChanges:
+    """The changes that one handler gets, by type and operation: those in ``named``, and ``others`` of other types.
+
+    ``others_than``: the types that have a rule of their own.
+    """
+
+    named: frozenset[tuple[str, str]]
+    others_than: frozenset[str]
+    others: frozenset[str]
 
 
 class Router:
@@ -199,6 +211,23 @@ class Router:
             or slots.get((entity_type, ANY))
             or slots.get((ANY, operation))
             or slots.get((ANY, ANY))
+        )
+
+    def handled_by(self, name: str) -> HandledChanges:
+        """Which changes the handler of this name gets. Raises UsageError where there is none."""
+        if name not in (names := {handler.name for handler in self._slots.values()}):
+            raise UsageError(f"there is no handler {name!r}", hint=f"there are {', '.join(sorted(names)) or 'none'}")
+
+        def operations(entity_type: str) -> Iterator[str]:
+            for operation in Operation:
+                handler = self.match(entity_type, operation)
+                if handler and handler.name == name:
+                    yield str(operation)
+
+        return HandledChanges(
+            frozenset((each, operation) for each in self.entity_types for operation in operations(each)),
+            self.entity_types | self._ignored,
+            frozenset(operations(ANY)),
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime, timedelta
 
 from cdc.core.errors import UsageError
 
@@ -40,6 +41,22 @@ def parse_duration(text: str) -> float:
             f"{text!r} is not a span of time", hint="a number above 0 and its unit, at most 100 years: 30d, 12h, 90m"
         )
     return seconds
+
+
+def parse_moment(text: str) -> datetime | timedelta:
+    """A time in ISO 8601, without a zone in UTC; or a span of time: how long ago. Raises UsageError."""
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        try:
+            return timedelta(seconds=parse_duration(text))
+        except UsageError:
+            raise UsageError(
+                f"{text!r} is no moment",
+                hint="a time in ISO 8601, in UTC where it names no zone, or how long ago:"
+                " 2026-01-31T18:00:00Z, 2026-01-31T18:00+01:00, 2026-01-31, 2h",
+            ) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _short(value: float) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import psycopg
@@ -45,14 +45,16 @@ _PACE_S = 60.0
 _PACE_MAX = 10_000
 """Changes examined: where more were processed within the time, the last ones count."""
 _STATEMENT_LIMIT_S = 30
-_RETRY_ALL_LIMIT_S = 600
-"""For one statement, whatever the number of changes; about 10,000 a second."""
+_ROUND_LIMIT_S = 120
+"""For one round of a decision about many: some 10,000 changes a second."""
 _DISCARD_BATCH = 1_000
 _CHANNEL = "entity_change"
 _MORE = ("more_fresh", "more_waiting", "more_dead")
 
 Reference = UUID | int
 """A change by its id, or by its ``seq``."""
+Decision = Literal["retry", "discard"]
+"""About a waiting or a dead change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,12 +277,18 @@ class OutboxAdmin:
         """
         return self._decide(connection, "discard", references)
 
-    def retry_all(self, connection: psycopg.Connection, entity_type: str | None) -> int:
-        """Retry every dead letter, or those of one type; returns how many."""
-        with bounded(connection, _RETRY_ALL_LIMIT_S):
-            count = connection.execute(self._statements["retry_all"], {"type": entity_type}).rowcount
+    def decide_free(
+        self, connection: psycopg.Connection, decision: Decision, state: ChangeState, ids: Sequence[UUID]
+    ) -> int:
+        """Retry or discard those of ``ids`` that are in ``state`` and free, and wake the consumers; returns how many.
+
+        The others stay as they are.
+        """
+        with bounded(connection, _ROUND_LIMIT_S):
+            free = [id_ for (id_,) in connection.execute(self._statements["take"], {"ids": list(ids), "state": state})]
+            count = connection.execute(self._statements[decision], {"ids": free}).rowcount
         if count:
-            _notify(connection)
+            wake(connection)
         return count
 
     def discard_before(self, connection: psycopg.Connection, entity_type: str, before: str) -> Iterator[int]:
@@ -304,20 +312,20 @@ class OutboxAdmin:
                 more = looked_at == _DISCARD_BATCH
 
     def _decide(
-        self, connection: psycopg.Connection, statement: str, references: Sequence[Reference]
+        self, connection: psycopg.Connection, decision: Decision, references: Sequence[Reference]
     ) -> list[ChangeSummary]:
         with bounded(connection):
             ids = [entry.id for entry in self._named(connection, references)]
-            taken = {id_ for (id_,) in connection.execute(self._statements["take"], {"ids": ids})}
+            taken = {id_ for (id_,) in connection.execute(self._statements["take"], {"ids": ids, "state": None})}
             # Read again: their states cannot change while the rows are locked.
             entries = self._look(connection, ids)
             for entry in entries:
-                _refuse_unless_free(entry, taken=entry.id in taken, to=statement)
-            count = connection.execute(self._statements[statement], {"ids": ids}).rowcount
+                _refuse_unless_free(entry, taken=entry.id in taken, to=decision)
+            count = connection.execute(self._statements[decision], {"ids": ids}).rowcount
             if count != len(ids):
                 raise _missing(references)
             decided = self._look(connection, ids)
-        _notify(connection)
+        wake(connection)
         return decided
 
     # --- inside a transaction --------------------------------------------------------------------------------------
@@ -361,7 +369,7 @@ def bounded(connection: psycopg.Connection, statement_limit_s: int = _STATEMENT_
         yield
 
 
-def _notify(connection: psycopg.Connection) -> None:
+def wake(connection: psycopg.Connection) -> None:
     """Wake the consumers, in a transaction after the commit: NOTIFY takes a lock of the whole cluster."""
     connection.execute("SELECT pg_notify(%s, '')", [_CHANNEL])
 

@@ -191,21 +191,17 @@ FROM link AS c ORDER BY c.step
 SELECT old_data AS old, new_data AS new, metadata FROM {changes} WHERE id = %(id)s
 
 -- name: take
--- Whatever their state. A locked row is being worked on; waiting for it while holding others could deadlock.
-SELECT id FROM {changes} WHERE id = ANY (%(ids)s::uuid[]) FOR UPDATE SKIP LOCKED
+-- Whatever their state, or in this one only. A locked row is being worked on; waiting for it while holding others could
+-- deadlock.
+SELECT c.id FROM {changes} AS c
+WHERE c.id = ANY (%(ids)s::uuid[]) AND (%(state)s::text IS NULL OR {state} = %(state)s)
+FOR UPDATE SKIP LOCKED
 
 -- name: retry
 -- Due now. They wait rather than become fresh: a waiting change runs before the later ones of its key.
 UPDATE {changes}
 SET next_attempt_at = now(), error_count = CASE WHEN dead_at IS NULL THEN error_count ELSE 0 END, dead_at = NULL
 WHERE id = ANY (%(ids)s::uuid[]) AND NOT processed AND (dead_at IS NOT NULL OR next_attempt_at IS NOT NULL)
-
--- name: retry_all
--- In one statement, whatever their number: of two of one key, the later must not be seen without the earlier.
-UPDATE {changes}
-SET next_attempt_at = now(), error_count = 0, dead_at = NULL
-WHERE dead_at IS NOT NULL AND NOT processed
-  AND (%(type)s::text IS NULL OR coalesce(entity_type, table_name) = %(type)s)
 
 -- name: discard
 -- Processed, with the note that nothing was done and the reason of the failure.

@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from psycopg.types.json import Jsonb
 
 import cdc
-from cdc.cli import cdc as root_command
 from cdc.cli.outbox import _STATES
 from cdc.core.errors import RefusedError, UsageError
 from cdc.core.model import SHARDS
@@ -27,6 +23,7 @@ from cdc.core.router import Router
 from cdc.postgres import admin, migrations
 from cdc.postgres.admin import OutboxAdmin, parse_reference
 from cdc.postgres.sql_files import load
+from tests.commands_outbox import BRING, data, die, numbers, process, publish, row, run, wait
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled
 from tests.fix_outbox import copied_outbox
@@ -36,77 +33,6 @@ from tests.fix_outbox import copied_outbox
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("CDC_") and not name.startswith("CDC_TEST_")]:
         monkeypatch.delenv(name)
-
-
-def run(dsn: str, *arguments: str) -> Result:
-    return CliRunner().invoke(root_command, ["outbox", *arguments, "--dsn", dsn])
-
-
-def data(dsn: str, *arguments: str) -> dict[str, Any]:
-    result = run(dsn, *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    assert found.pop("schema") == 1
-    return found
-
-
-def numbers(dsn: str, *arguments: str) -> list[int]:
-    return [change["seq"] for change in data(dsn, "list", *arguments)["changes"]]
-
-
-def publish(db: psycopg.Connection, entity_type: str = "x", entity_id: str = "k", schema_name: str = "public") -> int:
-    function = sql.Identifier(schema_name, "publish_change")
-    call = sql.SQL("SELECT {}(%s, %s, 'INSERT', %s)").format(function)
-    content = Jsonb({"secret": "row content"})
-    [(seq,)] = db.execute(call, [entity_type, entity_id, content]).fetchall()
-    return int(seq)
-
-
-def wait(db: psycopg.Connection, *seqs: int) -> None:
-    """As a failed attempt leaves them, until in an hour."""
-    db.execute(
-        "UPDATE entity_changes SET next_attempt_at = now() + interval '1 hour', error_count = 1,"
-        " last_error = 'Failed: x' WHERE seq = ANY(%s)",
-        [list(seqs)],
-    )
-
-
-def die(db: psycopg.Connection, *seqs: int, pausing: bool = False) -> None:
-    """As the last failed attempt leaves them."""
-    db.execute(
-        "UPDATE entity_changes SET next_attempt_at = %s, dead_at = clock_timestamp(), error_count = 3,"
-        " last_error = 'Failed: x' WHERE seq = ANY(%s)",
-        ["infinity" if pausing else None, list(seqs)],
-    )
-
-
-def process(db: psycopg.Connection, *seqs: int) -> None:
-    db.execute(
-        "UPDATE entity_changes SET processed = true, processed_at = clock_timestamp() WHERE seq = ANY(%s)", [list(seqs)]
-    )
-
-
-def leave(db: psycopg.Connection, *seqs: int) -> None:
-    """As they were captured."""
-
-
-_BRING: dict[str, Callable[..., None]] = {
-    "fresh": leave, "blocked": leave, "waiting": wait, "dead": die, "paused": partial(die, pausing=True),
-    "processed": process,
-}  # fmt: skip
-"""Into a state."""
-
-
-def row(db: psycopg.Connection, seq: int) -> dict[str, Any]:
-    with db.cursor(row_factory=psycopg.rows.dict_row) as cursor:
-        found = cursor.execute(
-            "SELECT id, processed, processed_at, error_count, last_error, error_summary, dead_at,"
-            " nullif(next_attempt_at, 'infinity') AS next_attempt_at, next_attempt_at <= now() AS due"
-            " FROM entity_changes WHERE seq = %s",
-            [seq],
-        ).fetchone()
-    assert found is not None
-    return found
 
 
 # --- looking -------------------------------------------------------------------------------------------------------
@@ -208,7 +134,7 @@ def test_list_filters_by_type_key_and_age_and_says_when_there_are_more(
     if state == "blocked":
         wait(outbox_db, *(publish(outbox_db, *key) for key in keys))
     xa, xb, ya, yb = seqs = [publish(outbox_db, *key) for key in keys]
-    _BRING[state](outbox_db, *seqs)
+    BRING[state](outbox_db, *seqs)
     outbox_db.execute("UPDATE entity_changes SET changed_at = now() - interval '2 days' WHERE seq = %s", [yb])
 
     def found(*arguments: str) -> set[int]:
@@ -235,7 +161,7 @@ def test_a_search_that_ends_at_its_bound_says_so(
     first, *others = [publish(outbox_db) for _ in range(4)]
     if state == "blocked":
         wait(outbox_db, first)
-    _BRING[state](outbox_db, first, *others)
+    BRING[state](outbox_db, first, *others)
     found = data(outbox, "list", "--state", state, "--type", "none")
     assert found == {"changes": [], "complete": False}
     assert "not all were looked at" in run(outbox, "list", "--state", state, "--type", "none").stderr
@@ -356,7 +282,7 @@ def test_a_change_is_found_by_its_number_in_whatever_state_it_is(
     outbox: str, outbox_db: psycopg.Connection, state: str
 ) -> None:
     seq = publish(outbox_db)
-    _BRING[state](outbox_db, seq)
+    BRING[state](outbox_db, seq)
     assert data(outbox, "show", str(seq))["change"]["seq"] == seq
 
 
@@ -483,31 +409,6 @@ def test_discard_marks_a_change_processed_and_keeps_what_it_failed_for(
     assert now["processed_at"] is not None
     assert len(list(outbox_db.notifies(timeout=20, stop_after=1))) == 1
     assert data(outbox, "show", str(behind))["change"]["blocked_by"] is None
-
-
-def test_retry_all_takes_the_dead_letters_of_one_type_or_after_a_word_of_all(
-    outbox: str, outbox_db: psycopg.Connection
-) -> None:
-    dead = [publish(outbox_db, entity_type, str(n)) for entity_type in ("x", "y") for n in range(3)]
-    waiting = publish(outbox_db, "x", "w")
-    die(outbox_db, *dead[:-1])
-    die(outbox_db, dead[-1], pausing=True)
-    wait(outbox_db, waiting)
-    assert data(outbox, "retry", "--all", "--type", "x") == {"retried": 3}
-    assert set(numbers(outbox, "--state", "dead")) == set(dead[3:])
-    refused = run(outbox, "retry", "--all")
-    assert refused.exit_code == 5
-    assert "--yes" in refused.stderr
-    assert "3" in run(outbox, "retry", "--all", "--yes").stderr
-    assert numbers(outbox, "--state", "dead") == []
-    assert not row(outbox_db, waiting)["due"], "what waits keeps its time"
-    assert data(outbox, "retry", "--all", "--yes") == {"retried": 0}
-
-
-@pytest.mark.parametrize("arguments", [(), ("--type", "x"), ("1", "--all"), ("1", "--type", "x")])
-def test_retry_wants_to_know_which(outbox: str, arguments: tuple[str, ...]) -> None:
-    assert run(outbox, "retry", *arguments).exit_code == 2
-    assert run(outbox, "discard").exit_code == 2
 
 
 def test_an_operator_needs_the_documented_grants_and_no_more(outbox: str, outbox_db: psycopg.Connection) -> None:
@@ -672,7 +573,7 @@ def nodes(node: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "statement",
     ["stats", "find_fresh", "find_waiting", "find_dead", "find_processed", "number_unprocessed", "number_processed",
-     "look", "payload", "take", "retry", "retry_all", "discard", "discard_before"],
+     "look", "payload", "take", "retry", "discard", "discard_before"],
 )  # fmt: skip
 def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
     large: psycopg.Connection, statement: str
@@ -680,7 +581,7 @@ def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
     ids = [id_ for (id_,) in large.execute("SELECT id FROM entity_changes WHERE dead_at IS NOT NULL LIMIT 20")]
     parameters = {
         "shards": SHARDS, "per_shard": 100, "bound": 1000, "scan": 1000, "limit": 51, "type": "none", "key": None,
-        "age_s": 3e6, "blocked": True, "seqs": [1, 2, 3], "ids": ids, "id": ids[0],
+        "age_s": 3e6, "blocked": True, "seqs": [1, 2, 3], "ids": ids, "id": ids[0], "state": None,
         "shard": 1, "after": 0, "before": "now",
     }  # fmt: skip
     [(pages,)] = large.execute("SELECT relpages FROM pg_class WHERE oid = 'entity_changes'::regclass").fetchall()
@@ -691,7 +592,7 @@ def test_every_statement_reads_a_small_part_of_a_large_table_by_an_index(
     assert found["Shared Hit Blocks"] + found["Shared Read Blocks"] < pages / 2
 
 
-@pytest.mark.parametrize("name", ["admin", "retention"])
+@pytest.mark.parametrize("name", ["admin", "bulk", "retention"])
 def test_every_named_statement_is_described_and_used(name: str) -> None:
     folder = Path(admin.__file__).parent
     statements = folder.joinpath(f"{name}.sql").read_text("utf-8")
@@ -724,7 +625,12 @@ def test_fresh_changes_that_somebody_else_has_handled_are_discarded_by_type_and_
     assert (discarded["last_error"], discarded["error_summary"]) == ("discarded by operator", None)
 
 
-@pytest.mark.parametrize("arguments", [["--type", "x"], ["--before", "now"], ["1", "--type", "x", "--before", "now"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--before", "now"], ["1", "--type", "x", "--before", "now"], ["--type", "x", "--key", "1", "--before", "now"],
+     ["--type", "x", "--all", "--before", "now"], ["--type", "x", "--dry-run", "--before", "now"],
+     ["--type", "x", "--state", "dead", "--before", "now"]],
+)  # fmt: skip
 def test_it_is_said_exactly_what_is_to_be_discarded(arguments: list[str], outbox: str) -> None:
     assert run(outbox, "discard", "--yes", *arguments).exit_code == 2
 

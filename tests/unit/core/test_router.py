@@ -6,7 +6,7 @@ import re
 import pytest
 
 from cdc.core.errors import UsageError
-from cdc.core.model import Change
+from cdc.core.model import Change, Operation
 from cdc.core.router import Router
 
 
@@ -117,3 +117,24 @@ def test_two_handlers_that_differ_have_names_of_their_own() -> None:
     names = {entity_type: handler.name for (entity_type, _), handler in router.handlers.items()}
     qualified = f"{__name__}.handle"
     assert names == {"a": "handle", "b": "handle", "c": qualified, "d": f"{qualified}_2"}
+
+
+@pytest.mark.parametrize("name", ["one", "two", "any", "rest"])
+def test_which_changes_a_handler_gets_is_what_it_is_matched_with(name: str) -> None:
+    router = Router()
+    for slot, handler in {("a", "INSERT"): "one", ("a",): "two", ("*", "DELETE"): "any", ("*",): "rest"}.items():
+        router.on(*slot, name=handler)(_sync)
+    router.on("b", "UPDATE", name="any")(_sync)
+    router.ignore("ignored")
+    handled = router.handled_by(name)
+    found = set()
+    for entity_type in ("a", "b", "other"):
+        for operation in Operation:
+            described = (entity_type, operation) in handled.named or (
+                entity_type not in handled.others_than and operation in handled.others
+            )
+            matched = router.match(entity_type, operation)
+            assert described == (matched is not None and matched.name == name)
+            found |= {(entity_type, operation)} if described else set()
+    assert found
+    assert "ignored" in handled.others_than
