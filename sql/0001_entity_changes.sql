@@ -1,9 +1,9 @@
 -- The outbox: one row for each captured change, and its state.
 --
--- A table made from the documented SQL (docs/explanation/documented-design.md) is upgraded in place; where there is none,
--- an empty one is made and takes the same way, so that both end alike. Safe to run again.
--- Locks: ACCESS EXCLUSIVE on entity_changes until the transaction ends; the table is written anew twice and indexed, some
--- minutes for ten million rows, and capturing waits meanwhile. A later run takes SHARE for a moment.
+-- A table made from the documented SQL (docs/explanation/documented-design.md) is upgraded in place. If there is no table,
+-- an empty one is made and upgraded by the same statements, so that both end alike. Safe to run again.
+-- Locks: ACCESS EXCLUSIVE on entity_changes until the transaction ends. The table is rewritten twice and indexed, which
+-- takes minutes for ten million rows; writers of captured tables wait meanwhile. A later run takes SHARE for a moment.
 
 CREATE TABLE IF NOT EXISTS @schema@.entity_changes (
   id uuid PRIMARY KEY DEFAULT pg_catalog.gen_random_uuid(),
@@ -48,7 +48,7 @@ BEGIN
       USING HINT = 'add the columns, rename the table, or install into another schema', ERRCODE = 'undefined_column';
   END IF;
 
-  -- A column cannot change its type under a view. Our own two are made anew; what somebody else built is not ours to drop.
+  -- A column's type cannot change under a view. Our two views are recreated; the views of others are not ours to drop.
   SELECT pg_catalog.string_agg(DISTINCT r.ev_class::regclass::text, ', ') INTO v_names
   FROM pg_catalog.pg_depend AS d
   JOIN pg_catalog.pg_rewrite AS r ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.objid = r.oid
@@ -62,7 +62,7 @@ BEGIN
       USING HINT = 'drop these views, upgrade, and create them again', ERRCODE = 'dependent_objects_still_exist';
   END IF;
   DROP VIEW IF EXISTS @schema@.action_processing_dashboard, @schema@.recent_action_history;
-  -- The partial indexes below serve what these two did. Each index costs every mark a write.
+  -- The partial indexes below replace these two. Every settled change is a write to each index.
   DROP INDEX IF EXISTS @schema@.idx_entity_changes_unprocessed, @schema@.idx_entity_changes_type;
 
   ALTER TABLE @schema@.entity_changes
@@ -71,12 +71,12 @@ BEGIN
     ADD COLUMN next_attempt_at timestamptz,
     ADD COLUMN dead_at timestamptz,
     ADD COLUMN started_by uuid,
-    -- No foreign key: retention removes causes before their effects. No index: only the way up is ever asked for.
+    -- No foreign key: retention removes causes before their effects. No index: queries go from an effect to its cause only.
     ADD COLUMN caused_by uuid,
     ADD COLUMN depth integer NOT NULL DEFAULT 0;
 
-  -- One transaction's rows share their changed_at; their place in the table is the nearest there is to the order in
-  -- which they were written. Three errors were the end for the documented processor: such a change is a dead letter.
+  -- The rows of one transaction share their changed_at; ctid is the best known order among them. The documented processor
+  -- gave up after three errors: such a change is a dead letter.
   UPDATE @schema@.entity_changes AS change
   SET seq = numbered.seq,
       changed_at = coalesce(changed_at, processed_at, pg_catalog.now()),
@@ -100,15 +100,15 @@ BEGIN
     ALTER COLUMN processed_at TYPE timestamptz,
     ALTER COLUMN error_count SET DEFAULT 0,
     ALTER COLUMN error_count SET NOT NULL,
-    -- CACHE 1, the default, is part of the promise: a session with numbers in stock would give a later change of a row a
-    -- lower one. So is drawing it while the source row is locked.
+    -- The promised order needs CACHE 1, the default: a session with cached numbers would give a later change of a row a
+    -- lower one. It also needs the number to be drawn while the source row is locked.
     ALTER COLUMN seq SET NOT NULL,
     ALTER COLUMN seq ADD GENERATED ALWAYS AS IDENTITY,
-    -- cdc.model.SHARDS = 64. By the id alone, whatever the type: each captured row has the server read the expression anew.
+    -- cdc.model.SHARDS = 64. By the id alone, without the type: the server parses the expression for each captured row.
     ADD COLUMN shard smallint GENERATED ALWAYS AS ((pg_catalog.hashtext(entity_id) & 63)::smallint) STORED,
     -- A row is in exactly one state: fresh, waiting, processed or dead (cdc.model.ChangeState). A dead letter whose next
-    -- attempt is at infinity also holds back the later changes of its key. Said in few words, and the list of operations
-    -- as one constant, because each captured row has the server read both constraints anew.
+    -- attempt is at infinity also blocks the later changes of its key. The expressions are short, and the operations are
+    -- one constant, because the server parses both constraints for each captured row.
     ADD CONSTRAINT entity_changes_state_check CHECK (
       CASE
         WHEN processed THEN processed_at IS NOT NULL AND coalesce(next_attempt_at, dead_at) IS NULL
@@ -125,10 +125,10 @@ BEGIN
 END
 $cdc$;
 
--- The work: swept by shard in the order of seq.
+-- Fresh changes, read by shard in the order of seq.
 CREATE INDEX IF NOT EXISTS entity_changes_fresh ON @schema@.entity_changes (shard, seq)
   WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL;
--- Which retries are due. Those that go by type and by key are made by 0005.
+-- Retries that are due. The indexes by type and by key are made by 0005.
 CREATE INDEX IF NOT EXISTS entity_changes_due ON @schema@.entity_changes (next_attempt_at)
   WHERE next_attempt_at < 'infinity';
 CREATE INDEX IF NOT EXISTS entity_changes_dead ON @schema@.entity_changes (dead_at)
@@ -137,9 +137,9 @@ CREATE INDEX IF NOT EXISTS entity_changes_dead ON @schema@.entity_changes (dead_
 CREATE INDEX IF NOT EXISTS entity_changes_processed ON @schema@.entity_changes (processed_at)
   WHERE processed;
 
--- Each row is written twice within moments, and the mark is never HOT (it moves the row from index to index): a tenth of
--- the default share of dead rows starts vacuum, so that the left edge of the fresh index stays short, and ten times the
--- default cost limit lets it keep up. fillfactor stays at 100: room kept in the page would serve HOT updates only.
+-- Each row is inserted and soon updated, and the update is never HOT (it moves the row from one index to another). Vacuum
+-- starts at a tenth of the default share of dead rows, so that few dead entries precede the first fresh one in its index,
+-- and has ten times the default cost limit to keep up. fillfactor stays at 100: free space would serve HOT updates only.
 ALTER TABLE @schema@.entity_changes SET (
   autovacuum_vacuum_scale_factor = 0.02,
   autovacuum_vacuum_threshold = 1000,
@@ -148,15 +148,15 @@ ALTER TABLE @schema@.entity_changes SET (
   autovacuum_vacuum_cost_limit = 2000
 );
 
--- Default privileges may have granted what PUBLIC does not get by itself.
+-- Default privileges may have granted rights that PUBLIC does not have otherwise.
 REVOKE ALL ON TABLE @schema@.entity_changes FROM PUBLIC;
 REVOKE ALL ON SEQUENCE @schema@.entity_changes_seq_seq FROM PUBLIC;
 
 COMMENT ON TABLE @schema@.entity_changes IS 'captured changes: fresh, waiting for a retry, processed, or dead';
 COMMENT ON COLUMN @schema@.entity_changes.seq IS 'order of capture, also between the changes of one key';
 COMMENT ON COLUMN @schema@.entity_changes.shard IS 'hash of the entity''s id modulo 64: the unit of ownership between consumers';
-COMMENT ON COLUMN @schema@.entity_changes.next_attempt_at IS 'set = waiting for its retry, and holding back its key';
-COMMENT ON COLUMN @schema@.entity_changes.dead_at IS 'set = dead letter: nobody tries again until told to';
-COMMENT ON COLUMN @schema@.entity_changes.started_by IS 'the consumer that wrote down its start, after a crash';
+COMMENT ON COLUMN @schema@.entity_changes.next_attempt_at IS 'set = waiting for its retry, and blocking its key';
+COMMENT ON COLUMN @schema@.entity_changes.dead_at IS 'set = dead letter: not tried again until requeued';
+COMMENT ON COLUMN @schema@.entity_changes.started_by IS 'the consumer that recorded the start of its handler, after a crash';
 COMMENT ON COLUMN @schema@.entity_changes.caused_by IS 'id of the change whose handler made this one';
 COMMENT ON COLUMN @schema@.entity_changes.depth IS 'how many changes caused each other before this one';

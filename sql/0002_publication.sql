@@ -1,7 +1,7 @@
--- What pgoutput insists on. Safe to run again; locks no table.
+-- The publication that pgoutput requires. Safe to run again; locks no table.
 
--- For streaming with pgoutput, which insists on a publication and, without wal2json, is what rings. It publishes nothing:
--- messages travel without. It belongs to no schema, and is not needed where wal2json is.
+-- pgoutput sends the wake-ups on servers without wal2json, and does not start without a publication. This one publishes
+-- no table: logical messages are sent without it. It belongs to no schema, and wal2json does not need it.
 DO $cdc$
 BEGIN
   -- "cdc db verify" installs there, for comparison.

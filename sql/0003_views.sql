@@ -1,11 +1,12 @@
--- What operators look at: two views, and the function that gives dead letters another chance. Safe to run again; locks
--- nothing a writer or a consumer waits for.
+-- For operators: two views, and the function that requeues dead letters. Safe to run again; takes no lock that a writer
+-- or a consumer waits for.
 
 DO $cdc$
 DECLARE
   v_old record;
 BEGIN
-  -- CREATE OR REPLACE keeps the grants, but cannot change columns or a result. What differs there goes first.
+  -- CREATE OR REPLACE keeps the grants, but cannot change columns or a result type. An object that differs there is
+  -- dropped first.
   FOR v_old IN
     SELECT expected.name, expected.columns
     FROM (VALUES
@@ -43,7 +44,7 @@ $cdc$;
 
 -- The documented columns. The documented query reads the whole history at each refresh; this one reads what is not
 -- processed, through the partial indexes, and what was processed today, through the index on processed_at:
---   pending              fresh or waiting. Documented: also the dead, which nobody will try again.
+--   pending              fresh or waiting. Documented: also dead letters, which are not tried again.
 --   failed               not processed, and an attempt has failed: waiting for a retry, or dead. Documented: also what
 --                        failed once and was processed since.
 --   processed_today      by the day it was processed (in the session's TimeZone). Documented: by the day of the change.
@@ -107,9 +108,9 @@ ORDER BY changed_at DESC;
 
 REVOKE ALL ON @schema@.action_processing_dashboard, @schema@.recent_action_history FROM PUBLIC;
 
--- Dead letters with at least p_max_errors failed attempts (of one entity type, or of all) get their attempts anew, now.
--- They wait, due at once, rather than become fresh: a waiting change goes before the later ones of its key. Returns how
--- many. Runs with the rights of its caller, so that calling it takes the right to update the table.
+-- Requeues dead letters with at least p_max_errors failed attempts (of one entity type, or of all), with all their
+-- attempts. They are waiting and due at once, and not fresh, because a waiting change runs before the later ones of its
+-- key. Returns how many. Runs with its caller's rights, so the caller needs the right to update the table.
 CREATE OR REPLACE FUNCTION @schema@.reprocess_failed_actions(
   p_entity_type text DEFAULT NULL,
   p_max_errors integer DEFAULT 3

@@ -1,12 +1,12 @@
--- Who owns which shard, for those who come after a consumer that died. Safe to run again.
+-- Which consumer owns which shard, for the next owner after a crash. Safe to run again.
 --
--- The locks decide who owns a shard (cdc/postgres/shard_locks.py); they end with the session, whatever ended it. A row here is
--- removed by a consumer that gives its shard back in peace. So whoever locks a shard that still has somebody else's row
--- knows that this one died in the middle of its work.
+-- Advisory locks decide who owns a shard (cdc/postgres/shard_locks.py); they end with their session. A consumer that
+-- releases a shard removes its row here. So a consumer that locks a shard and finds another's row knows that the previous
+-- owner died at work.
 
 CREATE TABLE IF NOT EXISTS @schema@.cdc_shards (
   shard smallint PRIMARY KEY,
-  -- A consumer's process: it is drawn anew at each start.
+  -- A consumer's process: a new one at each start.
   owner uuid NOT NULL,
   since timestamptz NOT NULL DEFAULT pg_catalog.now()
 );

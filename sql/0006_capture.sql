@@ -1,11 +1,11 @@
--- Capture: what writes the outbox and rings. Safe to run again; locks no table.
+-- Capture: the functions that write the outbox and send the wake-up. Safe to run again; locks no table.
 --
--- Whatever one row holds, its writer's statement goes on: a value that no JSON can hold is left out, and a marker says
--- so in its place. What is wrong with a trigger itself (a misspelt option, a key column that is gone) is refused.
+-- No value of a row makes its writer's statement fail: a value that JSON cannot represent is left out, and a marker
+-- stands in its place. A fault of the trigger itself (a misspelt option, a key column that does not exist) is an error.
 
--- A type or an id has to fit an index entry, beside other things: beyond a thousand bytes its first letters and a hash
--- stand for it. One text is always one other, so order is kept.
--- STABLE and in SQL, so that it is inlined; sha256(), which a FIPS build has.
+-- A type or an id has to fit an index entry together with other columns, so a text of more than 1,000 bytes is replaced
+-- by its first 100 characters and a hash. The same text always gives the same replacement, so order per key is kept.
+-- STABLE and in SQL, so that it is inlined; sha256(), because a FIPS build has it.
 CREATE OR REPLACE FUNCTION @schema@.bounded_text(text) RETURNS text
 LANGUAGE sql STABLE PARALLEL SAFE
 AS $cdc$
@@ -17,10 +17,10 @@ AS $cdc$
 $cdc$;
 REVOKE ALL ON FUNCTION @schema@.bounded_text(text) FROM PUBLIC;
 
--- A row as JSON, value by value: for a row that is refused as a whole, and for virtual generated columns, which have no
--- value when triggers fire and are computed here. Their expressions are PostgreSQL's own functions, which it insists on.
--- What is refused alone, or would make the row larger than half of what jsonb holds, becomes {"cdc:omitted": why}. Called
--- where nothing may be written.
+-- A row as JSON, value by value: for a row that cannot be converted as a whole, and for virtual generated columns, which
+-- have no value when triggers fire and are computed here. PostgreSQL allows only built-in functions in their expressions.
+-- A value that cannot be converted, or that would make the row larger than half of what jsonb can hold, becomes
+-- {"cdc:omitted": why}. The caller makes the transaction read only.
 CREATE OR REPLACE FUNCTION @schema@.captured_row(p_row record, p_table oid, p_excluded text[]) RETURNS jsonb
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
@@ -74,29 +74,29 @@ REVOKE ALL ON FUNCTION @schema@.captured_row(record, oid, text[]) FROM PUBLIC;
 
 -- Row trigger: capture_entity_change([entity_type [, options]]).
 --
---   entity_type   empty or left out: what default_entity_type() makes of the table's name.
---   options       one JSON object, all of it optional:
---     "key": ["a", "b"]      the columns that tell the rows apart
---     "exclude": ["secret"]  columns that are not captured, nor even converted
---     "columns": ["a", "b"]  in its place: the only ones that are
+--   entity_type   empty or left out: default_entity_type() of the table's name.
+--   options       one JSON object, every member optional:
+--     "key": ["a", "b"]      the columns that identify a row
+--     "exclude": ["secret"]  columns that are neither captured nor converted
+--     "columns": ["a", "b"]  instead of "exclude": only these columns are captured
 --     "virtual": true        virtual generated columns have their value, at some cost; otherwise they are null
---     "handled": true        writers may say that they handle a change themselves
+--     "handled": true        writers may declare that they handle a change themselves
 --
--- A writer that handles some entity types itself, as in the webhook, says so by the setting cdc.handled, a list with
--- commas: their changes are captured as processed already, and nobody is rung for. Anybody may set that, so it counts
--- only where the trigger has the option.
+-- A writer that handles some entity types itself, for example in a webhook, lists them in the setting cdc.handled,
+-- separated by commas. Their changes are captured as processed, and no wake-up is sent. Any role may set it, so it has
+-- an effect only where the trigger has the option.
 --
--- The key is one text. One column: its text. Several: the JSON array of their values, in which no two keys look alike.
--- Without "key" it is the column id, or, where there is none, the primary key (looked up for each row: `cdc track`
--- writes it into the options instead). An UPDATE that moves a row to another key is two changes, as one that moves it to
--- another partition is: a DELETE of the old key, then an INSERT of the new one.
+-- The key is one text. One column: its text. Several: the JSON array of their values, so that different keys have
+-- different texts. Without "key" it is the column id, or, if there is none, the primary key (looked up for each row:
+-- `cdc track` writes it into the options instead). An UPDATE that gives a row another key is captured as two changes,
+-- a DELETE of the old key and an INSERT of the new one, like an UPDATE that moves a row to another partition.
 --
 -- It runs with its owner's rights and its own search_path, so that a writer of the application's table needs no right
--- on the outbox and cannot slip in functions or operators of its own; but the types of the table's columns may bring casts
--- to json, which are called here. So the owner is a role that may do little else: capture_role.sql.
--- The other settings make one row the same JSON, and one key the same text, whatever the writer's session has set: they
--- are all that any output function of PostgreSQL looks at. extra_float_digits at 0 would even lose digits. With
--- row_security at off, a table that has policies refuses whom they go for.
+-- on the outbox and cannot substitute functions or operators. The types of the table's columns may define casts to
+-- json, which are called here, so the owner is a role with few other rights: capture_role.sql.
+-- The other settings make the JSON of a row and the text of a key independent of the writer's session. They are all the
+-- settings that PostgreSQL's output functions read. extra_float_digits at 0 would lose digits. With row_security at off,
+-- a table with policies would refuse the roles that the policies apply to.
 CREATE OR REPLACE FUNCTION @schema@.capture_entity_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -363,7 +363,7 @@ END
 $cdc$;
 REVOKE ALL ON FUNCTION @schema@.capture_entity_change() FROM PUBLIC;
 
--- An event without a table: the same row and the same ringing. Returns its seq.
+-- An event without a table: the same row and the same wake-up. Returns its seq.
 CREATE OR REPLACE FUNCTION @schema@.publish_change(
   entity_type text,
   entity_id text,

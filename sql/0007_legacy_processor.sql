@@ -1,6 +1,6 @@
--- Where an earlier version made what the legacy processor needs, it becomes the set legacy_processor: with its names, and
--- recorded, so that `cdc db remove legacy_processor` finds it. Nothing elsewhere. Safe to run again.
--- Locks: ACCESS EXCLUSIVE on entity_changes for a moment, where it has something to do.
+-- Turns the objects that an earlier version made for the legacy processor into the set legacy_processor: renames them, and
+-- records the set, so that `cdc db remove legacy_processor` finds it. Does nothing otherwise. Safe to run again.
+-- Locks: ACCESS EXCLUSIVE on entity_changes for a moment, if it has something to do.
 
 DO $cdc$
 DECLARE
@@ -8,7 +8,7 @@ DECLARE
   v_name text;
 BEGIN
   FOREACH v_former IN ARRAY ARRAY['processor_marks', 'processor_notify'] LOOP
-    -- A function without its trigger, left behind by an uninstall or another's, is not part of this outbox.
+    -- A function without its trigger is not part of this outbox: an uninstall left it, or it is somebody else's.
     CONTINUE WHEN NOT EXISTS (
       SELECT FROM pg_catalog.pg_trigger AS t
       WHERE t.tgname = v_former
@@ -16,7 +16,7 @@ BEGIN
         AND t.tgfoid = pg_catalog.to_regprocedure(pg_catalog.format('%I.%I()', @schema_literal@, v_former))
     );
     v_name := 'legacy_' || v_former;
-    -- What a program of that version makes beside the names of this one.
+    -- Both names exist if a program of that version has run after this migration.
     EXECUTE pg_catalog.format('DROP TRIGGER IF EXISTS %I ON %I.entity_changes', v_name, @schema_literal@);
     EXECUTE pg_catalog.format('DROP FUNCTION IF EXISTS %I.%I()', @schema_literal@, v_name);
     EXECUTE pg_catalog.format('ALTER FUNCTION %I.%I() RENAME TO %I', @schema_literal@, v_former, v_name);

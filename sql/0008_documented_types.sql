@@ -1,9 +1,9 @@
--- The entity types that the documented design has for its three tables, for triggers that name none: its own CREATE TRIGGER
--- statements work as they are written. Any other table's changes have its name. An application of today names the type in
--- its trigger, as `cdc track --type` does. Safe to run again; locks no table.
+-- The entity types of the documented design's three tables, for triggers that name none, so that its CREATE TRIGGER
+-- statements work as they are written. For any other table the type is the table's name. A trigger that `cdc track --type`
+-- makes names its type. Safe to run again; locks no table.
 
--- For capture_entity_change(). In SQL and without settings of its own, so that it is inlined there: a captured row calls
--- no second function. cdc.postgres.tracked_tables.DOCUMENTED_TYPES says the same to who reads the catalogs alone.
+-- Called by capture_entity_change(). In SQL and without SET, so that it is inlined there. The same table for code that
+-- reads the catalogs only: cdc.postgres.tracked_tables.DOCUMENTED_TYPES.
 CREATE OR REPLACE FUNCTION @schema@.default_entity_type(p_table_name text) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 AS $cdc$

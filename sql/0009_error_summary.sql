@@ -1,4 +1,4 @@
--- What kind of error last_error tells of, for those who may not see rows: a class, or words of the consumer's own.
+-- The kind of the error in last_error, for readers who may not see rows: an exception class, or the consumer's own words.
 -- Safe to run again.
 -- Locks: ACCESS EXCLUSIVE on entity_changes for a moment, the first time.
 
@@ -13,7 +13,7 @@ BEGIN
     RETURN;
   END IF;
   ALTER TABLE @schema@.entity_changes ADD COLUMN error_summary text;
-  -- Who reads or writes the one has to go on without a new grant, and does the same with the other.
+  -- Roles that may read or write last_error get the same right on error_summary, so that they need no new grant.
   FOR v_right IN
     SELECT a.privilege_type, a.is_grantable,
       CASE WHEN a.grantee = 0::oid THEN 'PUBLIC' ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) END

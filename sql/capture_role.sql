@@ -1,8 +1,8 @@
--- Not a migration: gives the functions that capture to a role of their own. It runs after the migrations, each time.
+-- Not a migration: gives the capture functions to a role of their own. Runs after the migrations, each time.
 --
 -- They run with their owner's rights, and call casts to json that the owners of tables and types have made. So their owner
--- owns nothing else, and may do what they do and no more. The owner of the outbox is a member of it, so that it may
--- replace them. Who may not make such a role goes on without it, and is warned.
+-- owns nothing else, and has no more rights than they need. The owner of the outbox is a member of it, so that it may
+-- replace them. An installing role that may not create roles gets a warning, and its functions keep their owner.
 DO $cdc$
 DECLARE
   v_schema CONSTANT name := @schema_literal@;
@@ -54,7 +54,7 @@ BEGIN
       EXECUTE pg_catalog.format('GRANT %I TO %I', v_role, v_owner);
     END IF;
 
-    -- Exactly these: neither more nor fewer, and none on the whole table.
+    -- Exactly these rights, and none on the whole table.
     IF EXISTS (
       SELECT FROM pg_catalog.pg_class AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) AS a
       WHERE c.oid = v_outbox AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
@@ -69,7 +69,7 @@ BEGIN
       EXECUTE pg_catalog.format('GRANT INSERT (%s), SELECT (%s) ON TABLE %s TO %I',
         pg_catalog.array_to_string(v_written, ', '), pg_catalog.array_to_string(v_returned, ', '), v_outbox, v_role);
     END IF;
-    -- Row level security, where somebody switches it on, goes for all but the table's owner; writers go on.
+    -- Row level security, if it is switched on, applies to all but the table's owner. Writers must go on working.
     IF NOT EXISTS (
       SELECT FROM pg_catalog.pg_policy AS p
       WHERE p.polrelid = v_outbox AND p.polname = 'cdc_capture' AND p.polcmd = '*' AND p.polpermissive
@@ -79,7 +79,7 @@ BEGIN
       EXECUTE pg_catalog.format('DROP POLICY IF EXISTS cdc_capture ON %s', v_outbox);
       EXECUTE pg_catalog.format('CREATE POLICY cdc_capture ON %s TO %I USING (true) WITH CHECK (true)', v_outbox, v_role);
     END IF;
-    -- Its own, where it can be granted: what PUBLIC has may be taken away.
+    -- Granted to the role itself where possible, because PUBLIC's right may be revoked.
     IF NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'USAGE')
       OR pg_catalog.has_schema_privilege(v_schema, 'USAGE WITH GRANT OPTION') AND NOT EXISTS (
         SELECT FROM pg_catalog.pg_namespace AS n CROSS JOIN LATERAL pg_catalog.aclexplode(n.nspacl) AS a
@@ -93,14 +93,14 @@ BEGIN
     IF NOT pg_catalog.has_function_privilege(v_role, v_emit, 'EXECUTE') THEN
       EXECUTE pg_catalog.format('GRANT EXECUTE ON FUNCTION %s TO %I', v_emit, v_role);
     END IF;
-    -- A GRANT of what one may not grant is a warning only.
+    -- GRANT without the right to grant is a warning, and not an error.
     IF NOT pg_catalog.has_function_privilege(v_role, v_emit, 'EXECUTE')
       OR NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'USAGE')
     THEN
       RAISE EXCEPTION 'USAGE on schema % or EXECUTE on % cannot be granted', v_schema, v_emit USING ERRCODE = '42501';
     END IF;
 
-    -- Whom a function is given to has to have CREATE on its schema at that moment, unless a superuser gives it.
+    -- The new owner of a function needs CREATE on its schema at that moment, unless a superuser changes the owner.
     v_create := NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'CREATE')
       AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
       AND EXISTS (

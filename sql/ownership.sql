@@ -1,10 +1,11 @@
--- Not a migration: refuses, before anything is changed, to adopt what somebody else has made. It runs before the migrations.
+-- Not a migration: refuses, before anything is changed, to adopt objects that another role owns. Runs before the
+-- migrations.
 --
--- A statement of the migrations on a table runs whatever hangs on it, with the rights of who installs, who may be a
--- superuser; and CREATE OR REPLACE leaves an object to its owner, who may replace it the next day. So whatever has a name
--- of ours belongs to the role that installs, to one it is a member of, or to a superuser; and so does every function,
--- operator and type that a trigger, rule, policy, constraint, default, index or column there uses. That a superuser may act
--- for everybody makes nobody its own.
+-- A migration's statement on a table also runs the triggers, rules, constraints and defaults of that table, with the
+-- rights of the installing role, which may be a superuser. And CREATE OR REPLACE keeps an object's owner, who may replace
+-- it later. So every object with a name of ours must belong to the installing role, to a role it is a member of, or to a
+-- superuser, and so must every function, operator and type that a trigger, rule, policy, constraint, default, index or
+-- column there uses. A superuser may act as any role, but does not count as a member of every role here.
 DO $cdc$
 DECLARE
   v_schema CONSTANT oid := pg_catalog.to_regnamespace(pg_catalog.quote_ident(@schema_literal@))::oid;

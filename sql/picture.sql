@@ -1,6 +1,6 @@
--- Not a migration: what the catalogs say about the objects of one schema, (name, definition), wholes before their parts.
--- cdc.schema asks it twice, for the schema and for a fresh installation, and compares. Ours are the names that occur in
--- both, so whatever else lives in the schema is not looked at.
+-- Not a migration: the definitions of the objects of one schema from the catalogs, (name, definition), each object before
+-- its parts. cdc.postgres.catalogs.picture runs it for the schema and for a fresh installation, and compares. Only names of a
+-- fresh installation are compared, so other objects in the schema are ignored.
 WITH
   relation AS (
     SELECT c.*, CASE c.relkind WHEN 'v' THEN 'view' WHEN 'S' THEN 'sequence' WHEN 'i' THEN 'index' ELSE 'table' END AS kind

@@ -1,14 +1,14 @@
--- What lets the legacy processor, DatabaseActionProcessor of the documented design, go on working on the upgraded table while
+-- Lets the legacy processor, DatabaseActionProcessor of the documented design, go on working on the upgraded table while
 -- consumers take over type by type. Safe to run again; remove.sql undoes it.
--- Locks: SHARE on entity_changes for the index, then SHARE ROW EXCLUSIVE for a moment; capturing waits meanwhile.
+-- Locks: SHARE on entity_changes for the index, then SHARE ROW EXCLUSIVE for a moment; writers of captured tables wait.
 
 -- Without it the processor's query, processed = FALSE AND error_count < 3, reads the whole history twice a second.
 CREATE INDEX IF NOT EXISTS idx_entity_changes_unprocessed ON @schema@.entity_changes (processed, changed_at)
   WHERE processed = FALSE;
 
--- The processor knows two columns of the state. It finds rows that wait for a retry, and dead letters with less than
--- three errors, as well; what it marks processed is so, whatever else the row said. And at its third error it leaves a
--- row for good: a dead letter.
+-- The processor reads two columns of the state only. So it also finds rows that wait for a retry, and dead letters with
+-- fewer than three errors. A row that it marks processed is processed, whatever its other columns held. At the third
+-- error it never tries the row again: a dead letter.
 CREATE OR REPLACE FUNCTION @schema@.legacy_processor_marks() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $cdc$
@@ -30,8 +30,8 @@ END
 $cdc$;
 REVOKE ALL ON FUNCTION @schema@.legacy_processor_marks() FROM PUBLIC;
 
--- Costs each mark, a consumer's too, a lock of its row: one reason to remove this. A consumer writes with an error when the
--- next attempt is, that there is none, or who has started it.
+-- Costs a row lock for each settled change, a consumer's as well: one reason to remove this set. When a consumer writes an
+-- error, it sets next_attempt_at, dead_at or started_by in the same statement.
 CREATE OR REPLACE TRIGGER legacy_processor_marks BEFORE UPDATE OF processed, error_count ON @schema@.entity_changes
   FOR EACH ROW WHEN (
     NEW.processed AND (NEW.next_attempt_at IS NOT NULL OR NEW.dead_at IS NOT NULL OR NEW.processed_at IS NULL)
@@ -41,8 +41,8 @@ CREATE OR REPLACE TRIGGER legacy_processor_marks BEFORE UPDATE OF processed, err
   )
   EXECUTE FUNCTION @schema@.legacy_processor_marks();
 
--- As documented. It takes a lock of the whole cluster in every writer's commit: the other reason. The entity type is of the
--- document's own notification, which knows one table by name.
+-- As documented. NOTIFY takes a lock of the whole cluster in every writer's commit: the other reason. The entity types are
+-- those of the documented notification, which names one table.
 CREATE OR REPLACE FUNCTION @schema@.legacy_processor_notify() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $cdc$

@@ -1,5 +1,4 @@
--- What undoes this set: for `cdc db remove legacy_processor`, once no legacy processor runs. Its NOTIFY in the writers'
--- transactions ends with it.
+-- Undoes this set: for `cdc db remove legacy_processor`, once no legacy processor runs. Writers then send no NOTIFY.
 DROP TRIGGER IF EXISTS legacy_processor_marks ON @schema@.entity_changes;
 DROP TRIGGER IF EXISTS legacy_processor_notify ON @schema@.entity_changes;
 DROP FUNCTION IF EXISTS @schema@.legacy_processor_marks(), @schema@.legacy_processor_notify();

@@ -1,7 +1,7 @@
 -- The tables of the WhatsApp application, and their capture. Safe to run again.
 --
--- Tables that exist are kept as they are. Then each trigger waits for the writers of its table, and the index of
--- cortex_projects.tasks for as long as it is built; on tables made here neither takes time.
+-- Tables that exist are kept as they are. On those, each new trigger waits for the writers of its table, and the index of
+-- cortex_projects.tasks blocks them while it is built; on tables made here neither takes time.
 
 CREATE TABLE IF NOT EXISTS @schema@.whatsapp_messages (
   id text PRIMARY KEY,
@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS @schema@.whatsapp_message_reactions (
   created_at timestamptz NOT NULL DEFAULT pg_catalog.now()
 );
 
--- What was removed, and when: an older event that comes late must not bring it back.
+-- Removed reactions, and when: an older event that arrives late must not restore one.
 CREATE TABLE IF NOT EXISTS @schema@.whatsapp_removed_reactions (
   id text PRIMARY KEY,
   sent_at timestamptz NOT NULL
@@ -45,7 +45,7 @@ BEGIN
   END IF;
 END
 $cdc$;
--- reaction_id and rule_id say why there is a task, and are NULL where somebody else has made it.
+-- reaction_id and rule_id say why there is a task, and are NULL if another program has made it.
 CREATE TABLE IF NOT EXISTS cortex_projects.tasks (
   id text PRIMARY KEY DEFAULT pg_catalog.gen_random_uuid()::text,
   title text NOT NULL,
@@ -56,7 +56,7 @@ CREATE TABLE IF NOT EXISTS cortex_projects.tasks (
   created_at timestamptz NOT NULL DEFAULT pg_catalog.now()
 );
 
--- Whatever was there before must have what the code reads and writes.
+-- A table that existed before must have the columns that the code reads and writes.
 DO $cdc$
 DECLARE
   v_ours CONSTANT text := pg_catalog.quote_ident(@schema_literal@) || '.';
@@ -109,7 +109,7 @@ $cdc$;
 -- One task for each reaction and rule, whatever else goes wrong.
 CREATE UNIQUE INDEX IF NOT EXISTS tasks_reaction_id_rule_id_idx ON cortex_projects.tasks (reaction_id, rule_id);
 
--- The documented triggers, as `cdc track` makes them. A table that is captured already, by whatever trigger, stays so.
+-- The documented triggers, as `cdc track` makes them. A table that any trigger captures already is left as it is.
 DO $cdc$
 DECLARE
   v_ours CONSTANT text := pg_catalog.quote_ident(@schema_literal@) || '.';
