@@ -8,11 +8,40 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from cdc.core.errors import CdcError, Discard, Failed, Reject, Retry, Unavailable
-from cdc.core.model import Change, Operation
+from cdc.core.errors import (
+    CdcError,
+    ConnectError,
+    Discard,
+    Failed,
+    NotFoundError,
+    RefusedError,
+    Reject,
+    Retry,
+    SchemaError,
+    Unavailable,
+    UsageError,
+)
+from cdc.core.model import Change, Operation, UnreadableDocumentError
 from cdc.core.router import Router
 
-__all__ = ["CdcError", "Change", "Discard", "Failed", "Operation", "Reject", "Retry", "Router", "Unavailable", "run"]
+__all__ = [
+    "CdcError",
+    "Change",
+    "ConnectError",
+    "Discard",
+    "Failed",
+    "NotFoundError",
+    "Operation",
+    "RefusedError",
+    "Reject",
+    "Retry",
+    "Router",
+    "SchemaError",
+    "Unavailable",
+    "UnreadableDocumentError",
+    "UsageError",
+    "run",
+]
 __version__ = "0.1.0"
 
 

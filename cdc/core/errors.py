@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class CdcError(Exception):
-    """``str(error)`` says what happened to what; ``hint`` what to do."""
+    """``str(error)`` says what happened to what; ``hint`` what to do; ``exit_code`` is that of the command line."""
 
     exit_code = 1
 
@@ -37,23 +37,31 @@ class CdcError(Exception):
 
 
 class UsageError(CdcError):
+    """An option, a setting or a handler reference is wrong. Exit code 2."""
+
     exit_code = 2
 
 
 class ConnectError(CdcError):
+    """The database is unreachable, or refuses the login. Exit code 3."""
+
     exit_code = 3
 
 
 class NotFoundError(CdcError):
+    """The slot, table or change does not exist. Exit code 4."""
+
     exit_code = 4
 
 
 class RefusedError(CdcError):
+    """Unsafe without the operator's explicit consent. Exit code 5."""
+
     exit_code = 5
 
 
 class SchemaError(CdcError):
-    pass
+    """The outbox is missing, or does not fit this version."""
 
 
 class StreamError(CdcError):

@@ -12,7 +12,6 @@ from typing import Any
 import cdc
 from cdc import testing
 from cdc.app import application
-from cdc.core import errors
 from tests.reference.markdown import WRITTEN, code, prose, table
 
 _HEAD = f"""\
@@ -22,7 +21,6 @@ _HEAD = f"""\
 `import cdc` is all that an author of handlers needs; it loads neither the database driver nor an event loop.
 `cdc.testing` is for tests. What is not on this page is not public: it may change in any release.
 """
-_ERRORS = [found for _, found in inspect.getmembers(errors, inspect.isclass) if issubclass(found, errors.CdcError)]
 _WHERE_IT_IS = {"run": application.run}
 """What the package loads only when it is called."""
 
@@ -30,7 +28,7 @@ _WHERE_IT_IS = {"run": application.run}
 def page() -> str:
     parts = [_HEAD, "\n## cdc\n"]
     parts += [_entry(f"cdc.{name}", _WHERE_IT_IS.get(name) or getattr(cdc, name)) for name in cdc.__all__]
-    parts += ["\n## cdc.core.errors\n\n", _errors(), "\n## cdc.testing\n"]
+    parts += ["\n## cdc.testing\n"]
     parts += [_entry(f"cdc.testing.{name}", found) for name, found in _public(testing)]
     return "".join(parts)
 
@@ -97,10 +95,3 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _docstring(found: Any) -> str:
     text = prose(inspect.cleandoc((vars(found).get("__doc__") if inspect.isclass(found) else found.__doc__) or ""))
     return re.sub(r"((?:^(?:>>>|\.\.\.) .*\n?)+)", r"```pycon\n\1\n```\n", text, flags=re.MULTILINE).strip()
-
-
-def _errors() -> str:
-    rows = [[code(one.__name__), str(one.exit_code)] for one in _ERRORS]
-    return "Each is a sentence, what happened to what; `hint` says what to do.\n\n" + table(
-        ["error", "exit code"], rows
-    )

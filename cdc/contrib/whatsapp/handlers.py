@@ -20,7 +20,7 @@ from cdc.contrib.whatsapp.rows import MessageRow, ReactionRow, TaskRow
 from cdc.contrib.whatsapp.rules import Rules
 from cdc.contrib.whatsapp.sender import Outgoing, Sender
 
-log = logging.getLogger("cdc.whatsapp")
+log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 """As documented: after three errors an action is failed, until ``reprocess_failed_actions()``."""

@@ -12,7 +12,7 @@ from psycopg import sql
 
 from cdc.contrib.whatsapp.actions import Actions, BadRuleError, Config, Context, Perform
 
-log = logging.getLogger("cdc.whatsapp")
+log = logging.getLogger(__name__)
 
 _MATCHING = """
 SELECT id::text, config FROM {rules}

@@ -22,7 +22,7 @@ from cdc.contrib.whatsapp.connections import CONNECTIONS_MAX, Connection
 from cdc.contrib.whatsapp.web import Checks, make_app
 from cdc.runtime import process
 
-log = logging.getLogger("cdc.whatsapp.web")
+log = logging.getLogger(__name__)
 
 _CONNECTIONS_MAX = 10
 _CONNECTION_LIMIT_S = 5.0

@@ -29,7 +29,7 @@ from starlette.types import StatelessLifespan
 from cdc.contrib.whatsapp.adapter import Adapter
 from cdc.contrib.whatsapp.events import InvalidEventError
 
-log = logging.getLogger("cdc.whatsapp.web")
+log = logging.getLogger(__name__)
 
 _BODY_LIMIT_S = 10.0
 """A slower sender would hold a connection for nothing."""

@@ -166,9 +166,9 @@ async def test_bad_rules_are_reported_once_each_and_stop_nothing_else(
     add_rule(tables, "c")
     for n in range(5):
         react(tables, f"r-{n}")
-    with caplog.at_level(logging.ERROR, "cdc.whatsapp"):
+    with caplog.at_level(logging.ERROR, "cdc.contrib.whatsapp"):
         await work_off(outbox, tables, Recorder(), concurrency=1)
-    reports = [record.getMessage() for record in caplog.records if record.name == "cdc.whatsapp"]
+    reports = [record.getMessage() for record in caplog.records if record.name.startswith("cdc.contrib.whatsapp.")]
     assert [report.split(":")[0] for report in reports] == ["rule a is left out", "rule b is left out"]
     assert "secret_text" not in "".join(reports)
     assert [task[:2] for task in tasks(tables)] == [(f"r-{n}", "c") for n in range(5)]
