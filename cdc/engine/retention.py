@@ -25,7 +25,6 @@ from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async, explain
 from cdc.postgres.retention import BATCH, Retention
 from cdc.postgres.shard_locks import RETENTION, lock_class
-from cdc.runtime.deadline import deadline
 
 log = logging.getLogger("cdc.pruning")
 
@@ -70,7 +69,7 @@ class Pruning:
             except (CdcError, psycopg.Error, OSError, UnicodeError) as error:
                 self._say(error)
             # Consumers that start together would otherwise connect at the same moments for ever.
-            await _pause(self._every_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
+            await asyncio.sleep(self._every_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
 
     async def _round(self) -> None:
         async with self._lock() as connection:
@@ -88,7 +87,7 @@ class Pruning:
                 self._said = None
                 if more := count == self._batch:
                     took_s = asyncio.get_running_loop().time() - began
-                    await _pause(min(took_s * (1 / _BUSY_SHARE - 1), PAUSE_MAX_S))
+                    await asyncio.sleep(min(took_s * (1 / _BUSY_SHARE - 1), PAUSE_MAX_S))
 
     @contextlib.asynccontextmanager
     async def _lock(self) -> AsyncIterator[psycopg.AsyncConnection | None]:
@@ -116,9 +115,3 @@ class Pruning:
                 hint=f"GRANT DELETE ON {self._retention.table} TO ... (cdc db grant --retention), or switch it off",
             )
         return explain(error) or error
-
-
-async def _pause(seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with deadline(seconds):
-            await asyncio.Event().wait()

@@ -36,7 +36,7 @@ _STATEMENT_TIMEOUT = "5s"
 _ANSWER_LIMIT_S = 10.0
 _WAITING_POLLS_MAX = 4
 """While a slot waits for standbys, which may be back in a moment."""
-_TOLD_MAX = 1_000
+_REPORTED_MAX = 1_000
 """Types that were warned of: they come from the data."""
 _REST = 50
 """Figures for the page alone are read again after so many times as long as they took: at most 2 % of a connection."""
@@ -59,24 +59,18 @@ class StatsPoller:
         asked: TypeFilter | None = None,
         page: OutboxAdmin | None = None,
         standbys_away: Callable[[], None] = lambda: None,
-        every_s: float = _EVERY_S,
         supervisor: Supervisor | None = None,
     ) -> None:
         self._supervisor = supervisor or Supervisor()
-        self._dsn = dsn
+        self._session = _Session(dsn)
         self._store = store
-        self._slot = slot
-        self._asked = asked
-        self._told: set[str] = set()
+        self._unhandled = _UnhandledTypes(store, asked) if asked is not None else None
+        self._slot = _WatchedSlot(slot, standbys_away) if slot is not None else None
         self._page = page
         self._summarize_at = 0.0
-        self._on_waiting = standbys_away
-        self._waiting_polls = 0
-        self._every_s = every_s
         self._stopping = threading.Event()
         self._due = threading.Event()
         self._thread = threading.Thread(target=self._kept, name="cdc-collector", daemon=True)
-        self._connection: psycopg.Connection | None = None
         self._failing: set[str] = set()
         # Replaced whole by this thread, read by any.
         self.status = PollerStatus()
@@ -101,7 +95,7 @@ class StatsPoller:
         try:
             self._supervisor.keep_here("collector", self._run, self._stopping)
         finally:
-            self._disconnect()
+            self._session.close()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -112,19 +106,11 @@ class StatsPoller:
                 self._collect("slot", self._read_slot, partial(self._show_slot, None))
             if self._page is not None and time.monotonic() >= self._summarize_at:
                 self._collect("entity types", self._summarize, partial(self._show_types, None))
-            self._due.wait(self._every_s)
+            self._due.wait(_EVERY_S)
 
     def _collect(self, name: str, read: Callable[[psycopg.Connection], None], forget: Callable[[], None]) -> None:
         try:
-            if self._connection is None or self._connection.closed:
-                self._connection = connect(
-                    self._dsn,
-                    application_name="cdc: collector",
-                    session={**INDEXED, "statement_timeout": _STATEMENT_TIMEOUT},
-                    answer_limit_s=_ANSWER_LIMIT_S,
-                )
-                read_anything(self._connection)
-            read(self._connection)
+            read(self._session.open())
             self._failing.discard(name)
         except (CdcError, psycopg.Error, OSError) as error:
             forget()
@@ -132,7 +118,7 @@ class StatsPoller:
                 log.warning("no figures of the %s: %s", name, type(error).__name__)
             self._failing.add(name)
             if isinstance(error, psycopg.OperationalError):
-                self._disconnect()
+                self._session.close()
 
     def _outbox(self, connection: psycopg.Connection) -> None:
         figures = self._store.figures(connection)
@@ -148,7 +134,7 @@ class StatsPoller:
                 dead_tuples=figures.dead_tuples,
                 blocked_keys=figures.blocked_keys,
                 notify_queue_usage=figures.notify_queue_usage,
-                unhandled=self._unhandled(connection),
+                unhandled=self._unhandled.count(connection) if self._unhandled else 0,
             )
         )
 
@@ -156,35 +142,15 @@ class StatsPoller:
         success = {**self.status.success, "outbox": outbox is not None}
         self.status = replace(self.status, outbox=outbox, success=success)
 
-    def _unhandled(self, connection: psycopg.Connection) -> int:
-        """How many fresh changes are of types that the settings name, and that no handler handles."""
-        if self._asked is None:
-            return 0
-        unhandled = {name: count for name, count in self._store.outside(connection).items() if self._asked.has(name)}
-        for name in list(unhandled.keys() - self._told)[: max(0, _TOLD_MAX - len(self._told))]:
-            self._told.add(name)
-            log.warning(
-                "changes of the type %s wait, and no handler here wants them: write one, router.ignore(%r) to discard"
-                " them, or --except to say that another consumer handles them", name, name,
-            )  # fmt: skip
-        return sum(unhandled.values())
-
     def _read_slot(self, connection: psycopg.Connection) -> None:
-        assert self._slot is not None
-        figures = slots.snapshot(connection, self._slot)
-        before = self.readings.slot
-        self._waiting_polls = self._waiting_polls + 1 if figures and figures.waits_for_standbys else 0
-        if figures and self._waiting_polls == _WAITING_POLLS_MAX:
-            health = assess(figures)
-            log.warning("the slot %s is %s; %s", figures.name, health.sentence, health.remedy)
-            self._on_waiting()
-        self._show_slot(SlotReading(time.monotonic(), self._slot, figures, before.slot if before else None))
+        assert self._slot
+        self._show_slot(self._slot.read(connection, self.readings.slot))
 
     def _show_slot(self, reading: SlotReading | None) -> None:
+        assert self._slot
         slot = _slot_status(reading.slot) if reading else None
         success = {**self.status.success, "slot": slot is not None}
-        waits = self._waiting_polls >= _WAITING_POLLS_MAX
-        self.status = replace(self.status, slot=slot, slot_waits_for_standbys=waits, success=success)
+        self.status = replace(self.status, slot=slot, slot_waits_for_standbys=self._slot.waits, success=success)
         self.readings = replace(self.readings, slot=reading)
 
     def _summarize(self, connection: psycopg.Connection) -> None:
@@ -198,11 +164,72 @@ class StatsPoller:
     def _show_types(self, outbox: Outbox | None) -> None:
         self.readings = replace(self.readings, outbox=(time.monotonic(), outbox) if outbox else None)
 
-    def _disconnect(self) -> None:
+
+class _Session:
+    """The connection, made when it is needed."""
+
+    def __init__(self, dsn: Dsn) -> None:
+        self._dsn = dsn
+        self._connection: psycopg.Connection | None = None
+
+    def open(self) -> psycopg.Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = connect(
+                self._dsn,
+                application_name="cdc: collector",
+                session={**INDEXED, "statement_timeout": _STATEMENT_TIMEOUT},
+                answer_limit_s=_ANSWER_LIMIT_S,
+            )
+            read_anything(self._connection)
+        return self._connection
+
+    def close(self) -> None:
         if self._connection is not None:
             with contextlib.suppress(psycopg.Error):
                 self._connection.close()
         self._connection = None
+
+
+class _UnhandledTypes:
+    """Types that the settings name, and that no handler handles."""
+
+    def __init__(self, store: Store, asked: TypeFilter) -> None:
+        self._store = store
+        self._asked = asked
+        self._reported: set[str] = set()
+
+    def count(self, connection: psycopg.Connection) -> int:
+        """How many fresh changes are of such types. Each type is logged once."""
+        unhandled = {name: count for name, count in self._store.outside(connection).items() if self._asked.has(name)}
+        for name in list(unhandled.keys() - self._reported)[: max(0, _REPORTED_MAX - len(self._reported))]:
+            self._reported.add(name)
+            log.warning(
+                "changes of the type %s wait, and no handler here wants them: write one, router.ignore(%r) to discard"
+                " them, or --except to say that another consumer handles them", name, name,
+            )  # fmt: skip
+        return sum(unhandled.values())
+
+
+class _WatchedSlot:
+    """``standbys_away``: called once each time that the slot waits for them for too long."""
+
+    def __init__(self, name: str, standbys_away: Callable[[], None]) -> None:
+        self._name = name
+        self._standbys_away = standbys_away
+        self._waiting_polls = 0
+
+    @property
+    def waits(self) -> bool:
+        return self._waiting_polls >= _WAITING_POLLS_MAX
+
+    def read(self, connection: psycopg.Connection, before: SlotReading | None) -> SlotReading:
+        found = slots.snapshot(connection, self._name)
+        self._waiting_polls = self._waiting_polls + 1 if found and found.waits_for_standbys else 0
+        if found and self._waiting_polls == _WAITING_POLLS_MAX:
+            health = assess(found)
+            log.warning("the slot %s is %s; %s", found.name, health.sentence, health.remedy)
+            self._standbys_away()
+        return SlotReading(time.monotonic(), self._name, found, before.slot if before else None)
 
 
 def _slot_status(slot: SlotReport | None) -> SlotStatus:
