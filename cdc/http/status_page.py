@@ -58,6 +58,7 @@ class StatusPage:
         *,
         readings: Callable[[], Readings] = Readings,
         failures: Callable[[], Sequence[tuple[int, Failure]]] = list,
+        every_s: float = _EVERY_S,
         supervisor: Supervisor | None = None,
     ) -> None:
         self._supervisor = supervisor or Supervisor()
@@ -65,6 +66,7 @@ class StatusPage:
         self._checks = checks
         self._readings = readings
         self._failures = failures
+        self._every_s = every_s
         self._html = _document()
         self._started = time.monotonic()
         self._history = History(round(_KEPT_S / _EVERY_S))
@@ -91,7 +93,7 @@ class StatusPage:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._history.add(_reading(time.monotonic(), self._status()))
-            self._stopping.wait(_EVERY_S)
+            self._stopping.wait(self._every_s)
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
@@ -112,7 +114,7 @@ class StatusPage:
             "slot": readings.slot and _of_slot(readings.slot, now),
             "failures": [_of_failure(*each, time.time()) for each in self._failures()],
             "history": {
-                "every_s": _EVERY_S,
+                "every_s": self._every_s,
                 "points": [_of_point(point, now) for point in self._history.points()],
             },
         }
