@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psycopg
 import pytest
@@ -12,7 +13,7 @@ from psycopg.rows import dict_row
 
 from tests.eventually import eventually
 
-SlotFacts = dict[str, object]
+SlotFacts = dict[str, Any]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -43,39 +44,44 @@ class Recorder:
     def interrupted(self, error: StreamError) -> None:
         self.errors.append(error)
 
+    def first_error(self) -> StreamError | None:
+        return self.errors[0] if self.errors else None
+
     @property
     def reasons(self) -> list[str]:
         return [error.reason for error in self.errors]
 
 
 @contextmanager
-def stream_of(dsn: str, slot: str, *, wait: bool = True, **settings: object) -> Iterator[tuple[Stream, Recorder]]:
+def stream_of(dsn: str, slot: str, *, wait: bool = True, **settings: Any) -> Iterator[tuple[Stream, Recorder]]:
     """A stream of the outbox in ``public``; with ``wait`` it has started."""
-    heard = Recorder()
+    received = Recorder()
     chosen = replace(StreamSettings(dsn=dsn, schema="public", slot=slot, wal_sender_timeout_s=3.0), **settings)
-    stream = Stream(chosen, heard)
+    stream = Stream(chosen, received)
     stream.start()
     try:
         if wait:
             eventually(lambda: stream.status.connected, what="the stream starts")
-        yield stream, heard
+        yield stream, received
     finally:
         assert stream.stop(20)
 
 
-def ring(db: psycopg.Connection, seq: int, shard: int = 1, *, prefix: str = PUBLIC, transactional: bool = True) -> None:
+def send_wakeup(
+    db: psycopg.Connection, seq: int, shard: int = 1, *, prefix: str = PUBLIC, transactional: bool = True
+) -> None:
     db.execute("SELECT pg_logical_emit_message(%s, %s, %s)", [transactional, prefix, f"{seq},{shard}"])
 
 
-def ring_many(db: psycopg.Connection, first: int, last: int) -> None:
+def send_wakeups(db: psycopg.Connection, first: int, last: int) -> None:
     db.execute(
         "SELECT count(pg_logical_emit_message(true, %s, g || ',' || g %% 64)) FROM generate_series(%s::int, %s) g",
         [PUBLIC, first, last],
     )
 
 
-def hears(heard: Recorder, *seqs: int) -> None:
-    eventually(lambda: {wakeup.seq for wakeup in heard.wakeups} >= set(seqs), what=f"wake-ups {seqs}")
+def wait_for_wakeups(received: Recorder, *seqs: int) -> None:
+    eventually(lambda: {wakeup.seq for wakeup in received.wakeups} >= set(seqs), what=f"wake-ups {seqs}")
 
 
 Libraries = Callable[..., None]

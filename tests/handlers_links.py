@@ -26,8 +26,8 @@ async def transactional(change: cdc.Change, connection: psycopg.AsyncConnection)
     await connection.execute("SELECT pg_sleep(600)")
 
 
-@router.on("deaf", timeout=1)
-async def deaf(change: cdc.Change) -> None:
+@router.on("uncancellable", timeout=1)
+async def uncancellable(change: cdc.Change) -> None:
     """It swallows its cancellation, as a loop around everything does."""
     log.info("a handler is at work")
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from psycopg.conninfo import make_conninfo
 
@@ -31,6 +32,7 @@ class Standby(TempServer):
 @contextmanager
 def standing_by(primary: TempServer) -> Iterator[tuple[Standby, str]]:
     """A standby, and the DSN that leads to whichever of the two takes writes."""
-    with Standby(primary) as standby:
-        hosts = {"host": f"{primary.folder},{standby.folder}", "port": "5432,5432"}
+    standby = Standby(primary)
+    with standby:
+        hosts: dict[str, Any] = {"host": f"{primary.folder},{standby.folder}", "port": "5432,5432"}
         yield standby, make_conninfo(primary.dsn(), target_session_attrs="read-write", **hosts)

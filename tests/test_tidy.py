@@ -69,6 +69,8 @@ PRIVATE_WORDS = {
     "stirred|stumbled|misfits?": "a metaphor: say what happened",
     "mends?|mended": "to repair, to fix, to remedy",
     "anew": "again, or to recreate",
+    "told|heard|asleep": "logged, reported, named; received, decoded; idle",
+    "in the way": "it blocks, or conflicts with",
 }
 """Words of a dialect of our own, which no stranger can look up, and what is said instead."""
 

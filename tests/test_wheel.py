@@ -134,7 +134,7 @@ def _python_for_everybody() -> tuple[str, dict[str, Any]]:
     """A Python, and whom to run it as: nobody, if this is root and there is a Python outside root's own folders."""
     if os.geteuid() != 0:
         return sys.executable, {}
-    nobody = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
+    nobody: dict[str, Any] = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
     probe = "import sys; sys.exit(sys.version_info < (3, 11))"
     for python in filter(None, (sys.executable, shutil.which("python3", path="/usr/bin:/usr/local/bin"))):
         with contextlib.suppress(OSError):

@@ -239,7 +239,7 @@ def _relayed(consumer: ConsumerPort, hooks: Hooks, metrics: Metrics) -> Callable
     """Passes on notifications by NOTIFY; None: the table has changed, and it is not known where."""
     count = metrics.wakeups.received.labels("notify")
 
-    def heard(wakeups: list[WakeUp] | None) -> None:
+    def received(wakeups: list[WakeUp] | None) -> None:
         if wakeups is None:
             consumer.sweep_now()
             return
@@ -247,7 +247,7 @@ def _relayed(consumer: ConsumerPort, hooks: Hooks, metrics: Metrics) -> Callable
         others = consumer.relayed(wakeups)
         count.inc(len(wakeups) - len(others))
 
-    return heard
+    return received
 
 
 def _the_one(given: Router | None, deliverys: Router | None) -> Router:

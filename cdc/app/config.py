@@ -104,7 +104,7 @@ class SlotSection(_Section):
 class HttpSection(_Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address of /metrics and probes; in a container 0.0.0.0.")
     port: int = Field(9464, ge=0, le=65535, description="Their port; 0 switches them off.")
-    page: bool = Field(True, description="Show the consumer's figures on a page at /, beside them.")
+    page: bool = Field(True, description="Show the consumer's figures on a page at /, on the same port.")
     hosts: _Names = Field(None, description="A name to ask for the page by, besides addresses and localhost.")
 
 
@@ -134,7 +134,7 @@ class DeliverSection(_Section):
     linger: float = Field(0.0, ge=0, le=10, description="Seconds that a batch which is not full waits for more.")
     source: str | None = Field(None, min_length=1, description="The events' source; left out, the table.")
     secret: _Secret = Field(None, description="Signs what is delivered: whsec_ and base64.")
-    previous_secret: _Secret = Field(None, description="Signs beside it, while a secret is being replaced.")
+    previous_secret: _Secret = Field(None, description="The former secret, which signs too while it is being replaced.")
 
     def keys(self) -> tuple[bytes, ...]:
         """The keys to sign with at the moment, the current one first. Secrets."""

@@ -66,14 +66,14 @@ async def _serve(settings: Settings, router: Router | None) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
-    def told(number: int) -> None:
+    def on_signal(number: int) -> None:
         loop.call_soon_threadsafe(stop.set)
         late = threading.Timer(settings.drain_time + _OVERTIME_S, _end_now, [number])
         late.daemon = True
         late.start()
         log.info("%s: stopping", signal.Signals(number).name)
 
-    process.hand_over(told)
+    process.hand_over(on_signal)
     app = App(settings, router)
     stopping = asyncio.create_task(_stop_at(stop, app))
     try:

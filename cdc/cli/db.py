@@ -129,8 +129,8 @@ def print_(settings: Settings, sets: tuple[str, ...]) -> None:
 
 @db.command()
 @database_options
-@click.option("--consumer", metavar="ROLE", help="Who runs cdc run: reads changes and marks them.")
-@click.option("--readonly", metavar="ROLE", help="Who only looks: dashboards, cdc outbox stats and list.")
+@click.option("--consumer", metavar="ROLE", help="Role of cdc run: reads changes and marks them.")
+@click.option("--readonly", metavar="ROLE", help="Role that only reads: dashboards, cdc outbox stats and list.")
 @click.option("--retention", is_flag=True, help="The consumer may also remove changes, for its setting retention.")
 @click.option("--publish", is_flag=True, help="The consumer's handlers may also call publish_change().")
 @click.option(
@@ -140,7 +140,7 @@ def print_(settings: Settings, sets: tuple[str, ...]) -> None:
     metavar="NAME",
     help="The consumer runs the handlers of this set, such as whatsapp.",
 )
-@click.option("--payload", is_flag=True, help="The other may also read the application's data in the changes.")
+@click.option("--payload", is_flag=True, help="The role that only reads may also read the data in the changes.")
 @click.option("--print", "print_only", is_flag=True, help="Print a script for psql instead. Needs no database.")
 def grant(
     *,
@@ -166,13 +166,13 @@ def grant(
             "--retention, --publish and --with are about --consumer ROLE, --payload is about --readonly ROLE"
         )
     scripts = [migrations.consumer_rights(name, settings.schema_, consumer or "") for name in sets]
-    beside = [script for script in scripts if script]
+    granting = [script for script in scripts if script]
     grantees = [
-        *([grants.consumer(consumer, retention=retention, publish=publish, beside=beside)] if consumer else []),
+        *([grants.consumer(consumer, retention=retention, publish=publish, scripts=granting)] if consumer else []),
         *([grants.reader(readonly, payload=payload)] if readonly else []),
     ]
     if not grantees or consumer == readonly:
-        raise UsageError("grant to whom?", hint="--consumer ROLE, --readonly ROLE, or both, which are two roles")
+        raise UsageError("no role is named", hint="--consumer ROLE, --readonly ROLE, or both, which are two roles")
     if print_only:
         put_script(grants.print_sql(settings.schema_, grantees))
         return

@@ -49,7 +49,7 @@ def run(settings: Settings) -> None:
     """
     if settings.deliver != DeliverSection() and not settings.deliver.to:
         raise UsageError(
-            "a delivery is described, and not where to", hint="--deliver-to URL; or no --type, --batch, CDC_DELIVER_..."
+            "a delivery has settings and no URL", hint="--deliver-to URL; or no --type, --batch, CDC_DELIVER_..."
         )
     if not settings.handlers and not settings.deliver.to:
         raise UsageError("no handlers are named", hint=f"--handlers or CDC_HANDLERS: {_EXAMPLE}; or --deliver-to URL")
@@ -73,7 +73,7 @@ def load_router(reference: str, settings: Settings) -> Router:
     module_name, colon, attribute = reference.partition(":")
     if module_name.endswith(".py") and colon:
         module = ".".join(Path(module_name).with_suffix("").parts)
-        raise UsageError(f"{reference!r} names a file, and a module is meant", hint=f"write it as {module}:{attribute}")
+        raise UsageError(f"{reference!r} names a file; a module is expected", hint=f"write it as {module}:{attribute}")
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
         raise UsageError(f"{mask(reference)!r} is no reference to a router", hint=_EXAMPLE)  # it may be a DSN
     here = str(Path.cwd())

@@ -189,7 +189,7 @@ def list_(settings: Settings, as_json: bool) -> None:
 @name_argument
 @click.option("--watch", "watching", is_flag=True, help="Again and again, until Ctrl-C; always ends with 0.")
 @click.option("--every", type=click.FloatRange(min=0.1), default=2.0, show_default=True, metavar="SECONDS",
-              help="Between two looks, with --watch.")  # fmt: skip
+              help="Between two readings, with --watch.")  # fmt: skip
 @click.option("--times", type=click.IntRange(min=1), hidden=True)
 @json_option
 def status(

@@ -32,7 +32,7 @@ _DEAD_LETTERS_MAX = 5
 @settings_options("dsn", "schema", "slot.name")
 @click.option("--watch", "watching", is_flag=True, help="Again and again, until Ctrl-C.")
 @click.option("--every", type=click.FloatRange(min=0.1), default=2.0, show_default=True, metavar="SECONDS",
-              help="Between two looks, with --watch.")  # fmt: skip
+              help="Between two readings, with --watch.")  # fmt: skip
 @click.option("--times", type=click.IntRange(min=1), hidden=True)
 @json_option
 def status(*, settings: Settings, watching: bool, every: float, times: int | None, as_json: bool) -> None:

@@ -68,7 +68,7 @@ def _columns(name: str, help_text: str) -> Callable[[Command], Command]:
     default=None,
     help="Writers may say by the setting cdc.handled that they handle a change themselves, during a move [no].",
 )
-@click.option("--replace", is_flag=True, help="Let go of what is there: other options, or a trigger made by hand.")
+@click.option("--replace", is_flag=True, help="Replace what is there: other options, or a trigger made by hand.")
 @json_option
 def track(
     *,

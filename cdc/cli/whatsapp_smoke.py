@@ -48,7 +48,7 @@ def smoke(resolved: Resolved, emoji: str | None, timeout_s: float, as_json: bool
         finally:
             removed = probe.clean_up()
         failed = any(step.ok is False for step in steps)
-        idle = failed and probe.nobody_works()
+        idle = failed and probe.no_consumer_works()
     findings = _causes(resolved, idle=idle) if failed else []
     if as_json:
         plain = [{"id": found.check, "severity": found.severity, "detail": found.detail, "remedies": found.remedies}
@@ -72,10 +72,10 @@ def _time(after_s: float | None) -> str:
 
 
 def _causes(resolved: Resolved, *, idle: bool) -> list[Finding]:
-    """What fails, and what is not as it should be, the failures first; above all where nobody works."""
+    """What fails, and what is not as it should be, the failures first; above all that no consumer runs."""
     from cdc.diagnostics.doctor import examine  # noqa: PLC0415 - see smoke
     from cdc.diagnostics.findings import Finding, Severity  # noqa: PLC0415 - see smoke
 
-    nobody = Finding(Severity.FAIL, "no consumer is running", "start one: cdc run --handlers ...", check="consumers")
-    findings = [*([nobody] if idle else []), *examine(subject_of(resolved))]
+    missing = Finding(Severity.FAIL, "no consumer is running", "start one: cdc run --handlers ...", check="consumers")
+    findings = [*([missing] if idle else []), *examine(subject_of(resolved))]
     return [found for severity in (Severity.FAIL, Severity.WARN) for found in findings if found.severity == severity]

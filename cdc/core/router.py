@@ -66,10 +66,10 @@ class Handler:
 
     def call(self, changes: Sequence[Change], connection: Any = None) -> Any:
         """Call the function with one change, or with a batch."""
-        beside = {CONNECTION: connection} if self.transactional else {}
+        extra = {CONNECTION: connection} if self.transactional else {}
         if self.batch is None:
-            return self.function(changes[0], **beside)
-        return self.function(**{CHANGES: list(changes)}, **beside)
+            return self.function(changes[0], **extra)
+        return self.function(**{CHANGES: list(changes)}, **extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +328,7 @@ def _takes_connection(function: Callable[..., Any]) -> bool:
     except TypeError:
         raise UsageError(
             f"handler {_name(function)} cannot be called with one change",
-            hint="write it as def handler(change), or def handler(changes) for batches; connection may come beside",
+            hint="write it as def handler(change), or def handler(changes) for batches; both may take connection, too",
         ) from None
     return CONNECTION in asked
 

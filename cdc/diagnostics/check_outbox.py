@@ -83,7 +83,7 @@ def capture_function(seen: CaptureFunctionFacts) -> Finding:
     problems = [
         *([] if seen.security_definer else ["it is not SECURITY DEFINER, so writers need rights on the outbox"]),
         *([] if _pinned(seen) else ["its search_path is not pinned"]),
-        *(["everybody may call it, and so forge changes"] if seen.public_may_call else []),
+        *(["every role may call it, and so forge changes"] if seen.public_may_call else []),
     ]
     if seen.security_definer and seen.lacks:
         lacking = (
@@ -171,7 +171,7 @@ def sequence(seen: Numbering) -> Finding:
         return fail(
             f"the last number drawn is {seen.last}, and there is a change {seen.highest}: new changes come before it,"
             " or share a number",
-            "or cdc db upgrade, which does that while nobody writes",
+            "or cdc db upgrade, which locks out writers meanwhile",
             f"SELECT setval({_literal(seen.sequence)}, (SELECT max(seq) FROM {seen.table}));",  # noqa: S608 - names
         )
     return ok(f"the last number drawn is {seen.last}, the highest of the latest changes {seen.highest}")
@@ -189,7 +189,7 @@ def shard_holders(seen: ShardHolders) -> Finding:
             f"process {pid} ({name or 'no application name'}): {count}" for pid, name, count in seen.strangers
         )
         return fail(
-            f"sessions that are no consumers hold shards, whose changes nobody handles, or claim a share: {named}",
+            f"sessions that are no consumers hold shards, whose changes are not handled, or claim a share: {named}",
             "stop that program, or end its sessions: "
             + " ".join(f"SELECT pg_terminate_backend({pid});" for pid, _, _ in seen.strangers),
         )
@@ -198,7 +198,7 @@ def shard_holders(seen: ShardHolders) -> Finding:
             f"process {pid}: {count}, for {format_duration(silent_s)}" for pid, count, silent_s in seen.silent
         )
         return warn(
-            f"sessions of consumers hold shards and say nothing, as one does every second: {named}",
+            f"sessions of consumers hold shards and send nothing, as a consumer does every second: {named}",
             "a consumer that hangs, or forked children of one that was killed: stop them, or end their sessions: "
             + " ".join(f"SELECT pg_terminate_backend({pid});" for pid, _, _ in seen.silent),
         )
@@ -271,7 +271,7 @@ def handlers(subject: Subject) -> Finding:
 def config(subject: Subject) -> Finding:
     if subject.exposed_files:
         files = " ".join(subject.exposed_files)
-        return warn(f"everybody on this machine can read the DSN in {files}", f"chmod 600 {files}")
+        return warn(f"every user of this machine can read the DSN in {files}", f"chmod 600 {files}")
     return ok("no secret lies open")
 
 

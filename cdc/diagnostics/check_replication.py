@@ -81,8 +81,8 @@ def plugin(seen: Decoding) -> Finding:
     last = seen.proofs[-1]
     if last.reason is None:
         others = "; ".join(proof.sentence for proof in seen.proofs[:-1])
-        heard = "has decoded a message" if last.sent else f"reads a slot; {seen.role} may not send it a message"
-        return ok(f"{last.plugin} {heard}" + (f" ({others})" if others else ""))
+        proof = "has decoded a message" if last.sent else f"reads a slot; {seen.role} may not send it a message"
+        return ok(f"{last.plugin} {proof}" + (f" ({others})" if others else ""))
     if last.reason in _SAID_ELSEWHERE:
         return skip(f"{last.sentence}: see {_SAID_ELSEWHERE[last.reason]}")
     if last.reason == Reason.SLOT_MISSING:
@@ -134,8 +134,8 @@ def publication(seen: Decoding, *, slot_plugin: str | None) -> Finding:
         )
     if seen.published:
         return warn(
-            f"the publication {seen.publication} publishes {', '.join(seen.published)}: rows travel that nobody reads",
-            f"if nobody else reads it: DROP PUBLICATION {name}; CREATE PUBLICATION {name};",
+            f"the publication {seen.publication} publishes {', '.join(seen.published)}, which no consumer reads",
+            f"if no other program reads it: DROP PUBLICATION {name}; CREATE PUBLICATION {name};",
         )
     return ok(f"{seen.publication} is there, and publishes nothing")
 
@@ -147,7 +147,7 @@ def slot(seen: SlotFacts, *, subject: Subject) -> Finding:
     if not found.ours:
         return fail(
             f"the name {found.name} belongs to another slot: {found.kind}",
-            "choose another name for ours (CDC_SLOT_NAME), or, if nobody needs that one: "
+            "choose another name for ours (CDC_SLOT_NAME), or, if that one is not needed: "
             f"cdc slot recreate {found.name} --force",
         )
     if subject.plugin not in ("auto", found.plugin):

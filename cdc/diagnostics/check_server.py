@@ -39,9 +39,9 @@ def judge_tls(is_local: bool, encrypted: bool, sslmode: str) -> Finding:
         "sslmode=verify-full in the DSN, and sslrootcert=FILE of the authority that signed the server's certificate"
     )
     if not encrypted:
-        return warn("not encrypted: whoever sits between can read changes and passwords", verify)
+        return warn("not encrypted: anybody on the way to the server can read changes and passwords", verify)
     if sslmode != "verify-full":
-        return warn(f"encrypted, but with sslmode={sslmode} nobody makes sure who the server is", verify)
+        return warn(f"encrypted, but with sslmode={sslmode} the server's identity is not verified", verify)
     return ok("encrypted, and the server's certificate is verified")
 
 
@@ -125,7 +125,7 @@ def slots_free(server: ServerFacts, *, slot_exists: bool) -> Finding:
     used = f"{server.slots} of {server.slots_max} replication slots are used"
     if slot_exists or server.slots < server.slots_max:
         return ok(used)
-    idle = f"drop one that nobody reads: {', '.join(server.idle_slots[:_SHOWN])}; or " if server.idle_slots else ""
+    idle = f"drop an unused one: {', '.join(server.idle_slots[:_SHOWN])}; or " if server.idle_slots else ""
     return fail(
         f"{used}, and ours is not there",
         f"{idle}restart the server",
@@ -139,7 +139,7 @@ def walsenders_free(server: ServerFacts, *, streaming: bool) -> Finding:
         return ok(used)
     return fail(
         used,
-        "then restart the server; or end a replication connection that nobody needs",
+        "then restart the server; or end an unused replication connection",
         _one_more("max_wal_senders", server.walsenders_max),
     )
 

@@ -94,7 +94,7 @@ def _prove(connection: psycopg.Connection, schema: str, name: str) -> Proof:
     names = ErrorContext(slot=slot, plugin=name, database=connection.info.dbname, role=connection.info.user)
     try:
         slots.create(connection, slot, plugin=name, schema=schema, temporary=True, limit_s=_CREATE_LIMIT_S)
-        heard = _hears(connection, slot, name, publication_name(schema))
+        received = _receives(connection, slot, name, publication_name(schema))
     except StreamError as error:
         return Proof(name, error.reason, str(error), error.hint)
     except RefusedError as waits:
@@ -104,12 +104,12 @@ def _prove(connection: psycopg.Connection, schema: str, name: str) -> Proof:
         return Proof(name, refused.reason, str(refused), refused.hint)
     except ProtocolError as garbled:
         return Proof(name, Reason.PROTOCOL.value, str(garbled))
-    if heard is None:
+    if received is None:
         return Proof(name, sent=False)
-    return Proof(name) if heard else Proof(name, Reason.PROTOCOL.value, f"{name} did not pass on a message")
+    return Proof(name) if received else Proof(name, Reason.PROTOCOL.value, f"{name} did not pass on a message")
 
 
-def _hears(connection: psycopg.Connection, slot: str, name: str, publication: str) -> bool | None:
+def _receives(connection: psycopg.Connection, slot: str, name: str, publication: str) -> bool | None:
     """Write a message, as the capture function does, and read it as the stream does. None: this role may not write."""
     # A separate prefix: no consumer is woken.
     prefix = message_prefix(slot)

@@ -91,9 +91,9 @@ class Balancing:
                 raise
             if self._delay.failed(now):
                 log.warning(
-                    "the look at the shards is delayed: %s [%s]; it is tried again, and what runs goes on",
+                    "the check of the shards is delayed: %s [%s]; it is tried again, and what runs goes on",
                     error.diag.message_primary, error.sqlstate,
                 )  # fmt: skip
         else:
             if (delayed_s := self._delay.done(now)) is not None:
-                log.info("the shards are looked at again, after %.1f s", delayed_s)
+                log.info("the shards are checked again, after %.1f s", delayed_s)

@@ -81,10 +81,10 @@ class StartedCall(Generic[_T]):
             except StopIteration as returned:
                 return cast("_T", returned.value)
             except BaseException as error:
-                told = as_exception(error)
-                if told is error:
+                translated = as_exception(error)
+                if translated is error:
                     raise
-                raise told from error
+                raise translated from error
 
 
 def own_context() -> Context:
@@ -121,10 +121,10 @@ def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
     try:
         return own_context().run(function, *arguments)
     except BaseException as error:
-        told = as_exception(error)
-        if told is error:
+        translated = as_exception(error)
+        if translated is error:
             raise
-        raise told from error
+        raise translated from error
 
 
 async def call_handler(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:

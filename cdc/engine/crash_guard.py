@@ -80,8 +80,8 @@ class CrashGuard:
         """Record what a dead owner may have been working on before it starts."""
         if acquired.orphaned:
             log.warning(
-                "the consumer that owned %d of these shards ended without a word: what it may have been working on is"
-                " recorded before it starts", len(acquired.orphaned),
+                "the former owner of %d of these shards did not release them: changes that may have run there are"
+                " recorded before they start", len(acquired.orphaned),
             )  # fmt: skip
         self._doubted_until.update(dict.fromkeys(acquired.shards, time.monotonic() + GRACE_S))
         for shard in acquired.shards:

@@ -56,8 +56,8 @@ from cdc.engine.thread_pool import Job, Threads
 from cdc.engine.timeouts import Limit
 from cdc.engine.transactions import (
     AskTheTableError,
+    BlockedError,
     EndedTransactionError,
-    InTheWayError,
     LostTransactionError,
     MixedCausesError,
     Ran,
@@ -378,9 +378,9 @@ class Executor:
         A change that lost its connection too often is decided about when it is to run again: the session may be lost
         as well, and the outcome with it.
         """
-        in_the_way = isinstance(lost, InTheWayError)
-        times = (self._delays if in_the_way else self._losses).add(changes)
-        if len(changes) > 1 or times < LOSSES_MAX or not in_the_way:
+        blocked = isinstance(lost, BlockedError)
+        times = (self._delays if blocked else self._losses).add(changes)
+        if len(changes) > 1 or times < LOSSES_MAX or not blocked:
             lost.pause_s = 0.0  # it pauses before it runs again
             raise lost
         self._forget(changes)

@@ -51,14 +51,14 @@ async def wait_for_schema(stopping: asyncio.Event, check: Callable[[], Awaitable
 
     ``check`` raises SchemaError.
     """
-    told = ""
+    reported = ""
     while not stopping.is_set():
         try:
             await check()
         except SchemaError as error:
-            if told != str(error):
+            if reported != str(error):
                 log.warning("waiting: %s", _sentence(error))
-            told = str(error)
+            reported = str(error)
             await wait_within(stopping, _SCHEMA_EVERY_S)
         else:
             return

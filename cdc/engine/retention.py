@@ -3,7 +3,7 @@
 A round, every minute: connect, take the lock, remove batch after batch until nothing is old enough, leave. Any number
 of consumers try; the lock admits one of them, and the next round may be another's. It is an advisory lock on the very
 connection that removes, so both end together, and no process needs to notice that the remover died. (The owner of shard
-0 would do as well, but could not be told from one that only believes it is the owner.) Between rounds there is
+0 would do as well, but could not be distinguished from one that only believes it is the owner.) Between rounds there is
 neither lock nor connection.
 
 Each batch is a transaction of its own, and pauses follow the batches' own time: on a busy server both take longer.

@@ -45,7 +45,7 @@ _REFUSED_S = 60.0
 """The same for a row that cannot even be made a dead letter."""
 _ASK_AFTER_S = 0.3
 """A settle that takes as long waits for another session; lock_timeout ends it later than that."""
-_TOLD_EVERY_S = 30.0
+_LOG_EVERY_S = 30.0
 _WORDS_MAX = 500
 
 _BLOCKERS = """
@@ -59,7 +59,7 @@ class _Delay:
     """Some outcomes cannot be written: since when, and when the log last reported it."""
 
     since: float
-    told_at: float | None = None
+    logged_at: float | None = None
 
 
 class Settler:
@@ -205,17 +205,17 @@ class Settler:
 
     def _tell_that_delay_is_over(self) -> None:
         if self._delay and not self._queue.holds:
-            if self._delay.told_at is not None:
+            if self._delay.logged_at is not None:
                 log.info("all marks are written again, after %.1f s", _now() - self._delay.since)
             self._delay = None
             self._around_locks = False
             self._blockers = ""
 
     def _refused(self, connection: psycopg.AsyncConnection, batch: list[Settlement], error: psycopg.Error) -> None:
-        told = about(None if connection.closed else error.sqlstate)
-        if told is About.SESSION:
+        subject = about(None if connection.closed else error.sqlstate)
+        if subject is About.SESSION:
             raise error
-        if told is About.ROW:
+        if subject is About.ROW:
             self._isolate(batch, error)
             return
         self._queue.again(batch)
@@ -248,8 +248,8 @@ class Settler:
     def _delayed(self, batch: Sequence[Settlement], why: str) -> None:
         now = _now()
         delay = self._delay = self._delay or _Delay(now)
-        if delay.told_at is None or now - delay.told_at >= _TOLD_EVERY_S:
-            delay.told_at = now
+        if delay.logged_at is None or now - delay.logged_at >= _LOG_EVERY_S:
+            delay.logged_at = now
             first = batch[0].change
             log.warning(
                 "the marks of %d changes are delayed, the first is %s of %s: %s%s; they are kept, and no handler is"
@@ -267,7 +267,7 @@ class Settler:
         except (psycopg.Error, OSError):
             return  # the log then does without the names
         if found:
-            self._blockers = "; in the way: " + ", ".join(f"pid {one} ({name or 'no name'})" for one, name in found[:5])
+            self._blockers = "; blocked by: " + ", ".join(f"pid {one} ({name or 'no name'})" for one, name in found[:5])
 
 
 def _unmarkable(outcome: Outcome, error: psycopg.Error) -> Unmarkable:

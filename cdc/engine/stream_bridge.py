@@ -33,7 +33,7 @@ class StreamBridge:
         self._changed = changed
         self._metrics = metrics
         self._hooks = hooks
-        self._heard = metrics.wakeups.received.labels("wal")
+        self._received = metrics.wakeups.received.labels("wal")
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._crossing = 0
@@ -70,7 +70,7 @@ class StreamBridge:
         with self._lock:
             self._crossing -= len(wakeups)
             dropped, self._dropped = self._dropped, 0
-        self._heard.inc(len(wakeups))
+        self._received.inc(len(wakeups))
         if latency_s is not None:
             self._metrics.wakeups.latency.observe(max(0.0, latency_s))
         self._hooks.woken(wakeups)

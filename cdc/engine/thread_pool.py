@@ -79,7 +79,7 @@ class Threads:
         self._timer: asyncio.TimerHandle | None = None
         """One timer for all of them, set for the first that could overrun; most never do."""
         self._ended: deque[tuple[Job, Any, BaseException | None]] = deque()
-        self._told = False
+        self._notified = False
         """The event loop is about to take in the ended jobs: waking it for each would cost more than many calls."""
 
     def submit(
@@ -132,15 +132,15 @@ class Threads:
             except BaseException as raised:  # noqa: BLE001 - a handler's SystemExit must not end the thread unnoticed
                 error = raised
             self._ended.append((job, result, error))
-            if not self._told:
-                self._told = True
+            if not self._notified:
+                self._notified = True
                 try:
                     loop.call_soon_threadsafe(self._take_in)
                 except RuntimeError:
                     return  # the loop has been closed; no task waits any more
 
     def _take_in(self) -> None:
-        self._told = False  # before the first look: what ends from here on wakes the loop again
+        self._notified = False  # before the first look: what ends from here on wakes the loop again
         while self._ended:
             job, result, error = self._ended.popleft()
             self._busy -= 1

@@ -73,9 +73,9 @@ class Limit:
                 task.uncancel()
 
     def _set_timer(self, at: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(at - time.monotonic(), self._look)
+        self._timer = asyncio.get_running_loop().call_later(at - time.monotonic(), self._cancel_overdue)
 
-    def _look(self) -> None:
+    def _cancel_overdue(self) -> None:
         """Cancel the calls whose time has passed, and set the timer for the next, if there is one."""
         self._timer = None
         now = time.monotonic()
@@ -86,8 +86,8 @@ class Limit:
             del self._ends[task]
             self._overran.add(task)
             task.cancel()
-            asyncio.get_running_loop().call_later(_HEED_S, self._look_after, task)
+            asyncio.get_running_loop().call_later(_HEED_S, self._report_if_ignored, task)
 
-    def _look_after(self, task: asyncio.Task[Any]) -> None:
+    def _report_if_ignored(self, task: asyncio.Task[Any]) -> None:
         if task in self._overran:
             self._ignored(task)

@@ -89,7 +89,7 @@ class LostTransactionError(AskTheTableError):
         self.cause = cause or psycopg.OperationalError()
 
 
-class InTheWayError(LostTransactionError):
+class BlockedError(LostTransactionError):
     """A temporary obstacle: another transaction, a lock, a full disk, a statement of cdc that was cancelled.
 
     If it does not end, it is a failed attempt like any other.
@@ -260,10 +260,10 @@ class _Attempt:
             cut(connection)  # the driver believes that statements which a DEALLOCATE ALL removed are still prepared
             return LostTransactionError("what was prepared on the connection is gone, and so it was closed", error)
         if isinstance(error, psycopg.errors.SerializationFailure | psycopg.errors.DeadlockDetected):
-            return InTheWayError("another transaction was in the way", error)
+            return BlockedError("another transaction blocked it", error)
         if not self._calling and passes(error.sqlstate):
             why = f"{error.diag.message_primary} [{error.sqlstate}]"
-            return InTheWayError(why, error) if self._taken else AskTheTableError(why, _TAKE_AGAIN_S)
+            return BlockedError(why, error) if self._taken else AskTheTableError(why, _TAKE_AGAIN_S)
         return error
 
 

@@ -80,4 +80,4 @@ class Protocol(ResponseHandler):
         self._held = b""
         if self.transport is not None:
             self.transport.abort()
-        self.set_exception(TooMuchError("too much was said before an answer began"))
+        self.set_exception(TooMuchError("too many bytes came before an answer began"))

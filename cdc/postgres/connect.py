@@ -345,7 +345,7 @@ def _meaning(code: str, said: str) -> tuple[type[CdcError], str]:
     if code.startswith("08") or code in {"57P01", "57P02", "57P03"}:
         return ConnectError, "look at the server's log; then try again"
     if code in {"55P03", "57014", "40P01", "40001"}:
-        return CdcError, "another session was in the way (see pg_stat_activity); try again"
+        return CdcError, "another session blocked it (see pg_stat_activity); try again"
     return CdcError, ""
 
 

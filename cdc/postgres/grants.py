@@ -62,14 +62,14 @@ class Right:
 class Grantee:
     """``streams``: it also needs the attribute REPLICATION, which only a superuser gives.
 
-    ``beside``: scripts that grant it further rights, on the tables of an application. Those tables are not ours: their
+    ``scripts``: scripts that grant it further rights, on the tables of an application. Those tables are not ours: their
     rights are neither revoked nor judged.
     """
 
     role: str
     rights: tuple[Right, ...]
     streams: bool = False
-    beside: tuple[str, ...] = ()
+    scripts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +81,11 @@ class Granted:
     advice: tuple[str, ...]
 
 
-def consumer(role: str, *, retention: bool = False, publish: bool = False, beside: Sequence[str] = ()) -> Grantee:
+def consumer(role: str, *, retention: bool = False, publish: bool = False, scripts: Sequence[str] = ()) -> Grantee:
     """A role for ``cdc run``, which reads changes and marks them.
 
     ``retention``: it also removes them. ``publish``: its handlers call publish_change(); so do those whose rights in
-    ``beside`` include it.
+    ``scripts`` include it.
     """
     rights = [
         Right(("SELECT",), CHANGES),
@@ -96,9 +96,9 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, besid
     ]
     if retention:
         rights.append(Right(("DELETE",), CHANGES))
-    if publish or any(PUBLISH in script for script in beside):
+    if publish or any(PUBLISH in script for script in scripts):
         rights.append(Right(("EXECUTE",), PUBLISH))
-    return Grantee(role, tuple(rights), streams=True, beside=tuple(beside))
+    return Grantee(role, tuple(rights), streams=True, scripts=tuple(scripts))
 
 
 def reader(role: str, *, payload: bool = False) -> Grantee:
@@ -147,7 +147,7 @@ def _statements(schema: str, grantee: Grantee) -> Iterator[sql.SQL | sql.Compose
     yield sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(schema), role)
     for right in grantee.rights:
         yield sql.SQL("GRANT {} ON {} TO {}").format(_privileges(right), _object(schema, right.object), role)
-    for script in grantee.beside:
+    for script in grantee.scripts:
         yield sql.SQL(script.strip().removesuffix(";"))
 
 

@@ -75,16 +75,16 @@ def is_documented(payload: str) -> bool:
     if not payload.startswith("{"):
         return False
     try:
-        told = json.loads(payload)
+        decoded = json.loads(payload)
     except (ValueError, RecursionError):
         return False
-    return isinstance(told, dict) and told.keys() == {"table", "operation", "entity_type"}
+    return isinstance(decoded, dict) and decoded.keys() == {"table", "operation", "entity_type"}
 
 
 class Listener:
     """LISTEN on a connection of its own. ``await run()`` until it is cancelled; it recovers by itself and never raises.
 
-    ``heard`` is called in the event loop with the wake-ups of a payload, or with None: sweep now. None
+    ``received`` is called in the event loop with the wake-ups of a payload, or with None: sweep now. None
     follows each (re)connection, because earlier notifications are lost. ``captured`` is called for what the documented
     trigger sends.
     """
@@ -93,19 +93,19 @@ class Listener:
         self,
         dsn: Dsn,
         schema: str,
-        heard: Callable[[list[WakeUp] | None], None],
+        received: Callable[[list[WakeUp] | None], None],
         *,
         captured: Callable[[], None] | None = None,
         application_name: str = "cdc: listener",
-        look_s: float = _POLL_S,
+        poll_s: float = _POLL_S,
     ) -> None:
         self._dsn = dsn
         self._prefix = message_prefix(schema)
-        self._heard = heard
-        self._captured = captured or (lambda: heard(None))
+        self._received = received
+        self._captured = captured or (lambda: received(None))
         self._application_name = application_name
-        self._poll_s = look_s
-        self._attempts = ReconnectState(stall_limit_base_s=look_s)
+        self._poll_s = poll_s
+        self._attempts = ReconnectState(stall_limit_base_s=poll_s)
         self._again = asyncio.Event()
         self._said: str | None = None
         self.connected = False
@@ -142,7 +142,7 @@ class Listener:
             await connection.execute("LISTEN entity_change")
             log.info("listening on %s", CHANNEL)
             self.connected, self._said = True, None
-            self._heard(None)
+            self._received(None)
             while True:
                 with unlimited(connection):
                     async for notify in connection.notifies(timeout=self._poll_s):
@@ -157,7 +157,7 @@ class Listener:
             return
         wakeups = decode(self._prefix, payload)
         if wakeups is None or wakeups:
-            self._heard(wakeups)
+            self._received(wakeups)
 
     def _say(self, error: Exception) -> None:
         """Log each kind of failure once, not each attempt. A driver's text may quote anything, so it is left out."""

@@ -64,13 +64,13 @@ _NO_REPLICATION = _ErrorRule(
 _NO_FREE_SLOT = _ErrorRule(
     Reason.NO_FREE_SLOT,
     "the server has no free replication slot for {slot}",
-    "drop a slot that nobody uses (cdc slot list), or raise max_replication_slots and restart the server",
+    "drop an unused slot (cdc slot list), or raise max_replication_slots and restart the server",
     permanent=True,
 )
 _NO_FREE_WALSENDER = _ErrorRule(
     Reason.NO_FREE_WALSENDER,
     "the server has no free walsender",
-    "raise max_wal_senders and restart the server, or end a replication connection that nobody needs",
+    "raise max_wal_senders and restart the server, or end an unused replication connection",
     permanent=True,
 )
 _IN_RECOVERY = _ErrorRule(

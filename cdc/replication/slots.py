@@ -83,12 +83,12 @@ def check_name(name: str) -> str:
 
 def list_slots(connection: psycopg.Connection) -> list[SlotReport]:
     """All slots of the server, of every database, by name."""
-    return _look(connection, None)
+    return _reports(connection, None)
 
 
 def snapshot(connection: psycopg.Connection, name: str) -> SlotReport | None:
     """One slot now; None when there is none of that name."""
-    return next(iter(_look(connection, name)), None)
+    return next(iter(_reports(connection, name)), None)
 
 
 def status(connection: psycopg.Connection, name: str) -> SlotReport:
@@ -262,7 +262,7 @@ def _names(connection: psycopg.Connection, slot: str, plugin: str) -> ErrorConte
     return ErrorContext(slot=slot, plugin=plugin, database=connection.info.dbname, role=connection.info.user)
 
 
-def _look(connection: psycopg.Connection, name: str | None) -> list[SlotReport]:
+def _reports(connection: psycopg.Connection, name: str | None) -> list[SlotReport]:
     with connection.cursor(row_factory=dict_row) as cursor:
         return [_slot(row) for row in cursor.execute(_LOOK, {"name": name, "plugins": list(PLUGINS)})]
 

@@ -356,10 +356,10 @@ class _Batch:
 
     def _read_all(self, messages: list[memoryview], plugin: Plugin) -> bool:
         """Whether all of them could be read at once."""
-        heard = plugin.decode_all(messages)
-        if heard is None:
+        decoded = plugin.decode_all(messages)
+        if decoded is None:
             return False
-        self.highest, self.wakeups, self.committed_at = heard
+        self.highest, self.wakeups, self.committed_at = decoded
         self.messages = len(messages)
         return True
 

@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 class _State:
     pid = 0
     first: int | None = None
-    told: Callable[[int], object] | None = None
+    on_signal: Callable[[int], object] | None = None
     abandoned = False
 
 
@@ -46,12 +46,12 @@ def handle_signals() -> None:
             signal.signal(number, _received)
 
 
-def hand_over(told: Callable[[int], object]) -> None:
-    """Call ``told`` with the first signal from now on; at once if it has come already. In the main thread."""
+def hand_over(on_signal: Callable[[int], object]) -> None:
+    """Call ``on_signal`` with the first signal from now on; at once if it has come already. In the main thread."""
     handle_signals()
-    _state.told = told
+    _state.on_signal = on_signal
     if _state.first is not None:
-        told(_state.first)
+        on_signal(_state.first)
 
 
 def interrupted() -> bool:
@@ -67,9 +67,9 @@ def _received(number: int, _frame: FrameType | None) -> None:
     if _state.first is not None:
         os._exit(128 + number)
     _state.first = number
-    if _state.told is None:
+    if _state.on_signal is None:
         raise Interrupted(number)
-    _state.told(number)
+    _state.on_signal(number)
 
 
 def abandon() -> None:

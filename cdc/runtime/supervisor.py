@@ -110,12 +110,14 @@ class Supervisor:
         before, _ = self._ends.get(name, (Ends(), now))
         ends = before.after(now - began)
         self._ends[name] = (ends, now + ends.pause_s)
-        log.critical("%s has ended: %s; this is a bug. It is started again in %.1f s", name, _told(error), ends.pause_s)
+        log.critical(
+            "%s has ended: %s; this is a bug. It is started again in %.1f s", name, _summary(error), ends.pause_s
+        )
         self._ended(name)
         return ends.pause_s
 
 
-def _told(error: BaseException | None) -> str:
+def _summary(error: BaseException | None) -> str:
     """Class and place: the text may quote anything."""
     if error is None:
         return "it returned"

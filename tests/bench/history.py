@@ -16,7 +16,8 @@ from psycopg import sql
 
 from cdc.contrib.demo.temp_server import TempServer
 from cdc.core.model import SHARDS, WakeUp
-from cdc.core.read_planner import Position, Sweep
+from cdc.core.read_planner import Sweep
+from cdc.core.shard_cursor import Position
 from cdc.postgres.admin import Filter, OutboxAdmin
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.postgres.retention import Retention

@@ -122,7 +122,7 @@ def _listened(
         with suppress(subprocess.TimeoutExpired):
             finish(listener, within_s=_KEEP_UP_S)
     ended = time.monotonic_ns()
-    return written, dict.fromkeys(range(len(written)), ended) | _moments(numbers(heard))
+    return written, {**dict.fromkeys(range(len(written)), ended), **_moments(numbers(heard))}
 
 
 def _tracked(connection: psycopg.Connection) -> None:

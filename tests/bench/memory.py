@@ -90,6 +90,6 @@ def _end_of_wal(connection: psycopg.Connection) -> str:
 
 
 def _is(connection: psycopg.Connection, query: str, number: int = 0) -> bool:
-    row = connection.execute(query, {"n": number}).fetchone()  # type: ignore[arg-type]
+    row = connection.execute(query, {"n": number}).fetchone()
     assert row is not None
     return bool(row[0])

@@ -93,7 +93,7 @@ def versions() -> dict[str, object]:
     found: dict[str, object] = {}
     if (_PEERS / ".ready").exists():
         code = "from importlib.metadata import version as v; print(v('pgqueuer'), v('procrastinate'))"
-        command = [_PEERS / "bin" / "python", "-c", code]
+        command = [str(_PEERS / "bin" / "python"), "-c", code]
         names = subprocess.run(command, check=True, text=True, capture_output=True).stdout.split()
         found |= zip(("pgqueuer", "procrastinate"), names, strict=True)
     manifest = _PEERS / "node" / "node_modules" / "graphile-worker" / "package.json"

@@ -51,14 +51,14 @@ def _python(code: str, **options: Any) -> Any:
     return json.loads(said)
 
 
-def test_the_process_is_the_consumer_itself_and_nobody_in_particular(image: dict[str, Any]) -> None:
+def test_the_process_is_the_consumer_itself_and_its_user_is_not_root(image: dict[str, Any]) -> None:
     config = image["Config"]
     assert (config["Entrypoint"], config["Cmd"]) == (["cdc"], ["run"]), "no shell between SIGTERM and the consumer"
     assert config["User"] == "65532:65532"
     assert list(config["ExposedPorts"]) == ["9464/tcp"]
 
 
-def test_the_labels_tell_what_it_is(image: dict[str, Any]) -> None:
+def test_the_labels_describe_the_image(image: dict[str, Any]) -> None:
     labels = {name.removeprefix("org.opencontainers.image."): text for name, text in image["Config"]["Labels"].items()}
     assert (labels["title"], labels["licenses"], labels["version"]) == ("cdc", "MIT", cdc.__version__)
     assert labels["description"]

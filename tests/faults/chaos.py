@@ -100,7 +100,7 @@ def _frozen(stage: Stage, place: int) -> Iterator[None]:
         yield
     finally:
         stage.consumers[place].signal(signal.SIGCONT)
-        stage.deafen(place, began)
+        stage.was_paused(place, began)
 
 
 def terminate(stage: Stage, draw: Draw) -> None:
@@ -134,7 +134,7 @@ def hold(stage: Stage, draw: Draw) -> None:
     stage.proxies[draw.place].hold()
     pause(0.5 + draw.share * 6)
     stage.proxies[draw.place].open()
-    stage.deafen(draw.place, began)
+    stage.was_paused(draw.place, began)
 
 
 def hold_and_lose(stage: Stage, draw: Draw) -> None:
@@ -145,7 +145,7 @@ def hold_and_lose(stage: Stage, draw: Draw) -> None:
     pause(0.5 + draw.share * 4)
     stage.proxies[draw.place].cut()
     stage.proxies[draw.place].open()
-    stage.deafen(draw.place, began)
+    stage.was_paused(draw.place, began)
 
 
 def lose_answers(stage: Stage, draw: Draw) -> None:

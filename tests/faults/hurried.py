@@ -13,6 +13,7 @@ from cdc.app import application, components
 from cdc.cli import main
 from cdc.core import reconnect
 from cdc.engine import crash_guard
+from cdc.engine.health_checks import HealthThresholds
 from cdc.replication.stream import StreamSettings
 
 WAL_SENDER_TIMEOUT_S = 2.0
@@ -20,6 +21,8 @@ WAL_SENDER_TIMEOUT_S = 2.0
 if __name__ == "__main__":
     reconnect.PERMANENT_PAUSE_S = reconnect.STANDBY_PAUSE_MAX_S = 2.0
     crash_guard.GRACE_S = 0.5
-    application.HealthThresholds = partial(application.HealthThresholds, stall_s=3.0)
-    components.StreamSettings = partial(StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0)
+    vars(application)["HealthThresholds"] = partial(HealthThresholds, stall_s=3.0)
+    vars(components)["StreamSettings"] = partial(
+        StreamSettings, wal_sender_timeout_s=WAL_SENDER_TIMEOUT_S, lock_timeout_s=2.0
+    )
     main()

@@ -121,7 +121,7 @@ class Evidence:
     unknown: set[Write] = field(default_factory=set)
     effects: list[Effect] = field(default_factory=list)
     sessions: dict[str, list[Span]] | None = None
-    deaf: dict[str, list[Span]] = field(default_factory=dict)
+    paused: dict[str, list[Span]] = field(default_factory=dict)
     """When a consumer was stopped, or could not hear the server."""
     kills: int = 0
     """Consumers that ended without a word."""
@@ -290,7 +290,7 @@ def _repeat_faults(key: Key, changes: Sequence[Captured], calls: Sequence[Call],
 class _Sessions:
     def __init__(self, evidence: Evidence) -> None:
         self._spans = evidence.sessions
-        self._deaf = evidence.deaf
+        self._paused = evidence.paused
         self._calls = evidence.calls
         self.latest_start_s = 0.0
 
@@ -312,7 +312,7 @@ class _Sessions:
             if span is None:
                 faults.append(f"called before there was a session: {call}")
                 continue
-            late_s = call.start - span.end - self._deaf_s(call.consumer, span.end, call.start)
+            late_s = call.start - span.end - self._paused_s(call.consumer, span.end, call.start)
             self.latest_start_s = max(self.latest_start_s, late_s)
             if late_s > NOTICE_S:
                 faults.append(f"called {late_s:.1f} s after the session had ended: {call}")
@@ -323,8 +323,8 @@ class _Sessions:
         place = bisect_right(spans, at, key=lambda span: span.start)
         return spans[place - 1] if place else None
 
-    def _deaf_s(self, consumer: str, start: float, end: float) -> float:
-        return sum(max(0.0, min(end, span.end) - max(start, span.start)) for span in self._deaf.get(consumer, []))
+    def _paused_s(self, consumer: str, start: float, end: float) -> float:
+        return sum(max(0.0, min(end, span.end) - max(start, span.start)) for span in self._paused.get(consumer, []))
 
 
 def _figures(evidence: Evidence, sessions: _Sessions) -> dict[str, float]:

@@ -205,7 +205,7 @@ class Stage:
             self.application = Application(self.dsn, first)
             self.application.start()
             undo.callback(self.application.stop)
-            self.wait(lambda: self._rings_since(0), "the consumer streams, and is rung")
+            self.wait(lambda: self._woken_since(0), "the consumer streams, and wake-ups arrive")
             self._undo = undo.pop_all()
         return self
 
@@ -240,7 +240,7 @@ class Stage:
         """As a superuser, past the proxy."""
         return psycopg.connect(make_conninfo(self.dsn, **parameters), autocommit=True, application_name="the stage")
 
-    def sql(self, statement: str | sql.Composable, values: list[object] | None = None) -> list[tuple[Any, ...]]:
+    def sql(self, statement: str | sql.SQL | sql.Composed, values: list[object] | None = None) -> list[tuple[Any, ...]]:
         """Its rows, on a connection of its own: faults end connections."""
         with self.connect() as connection:
             cursor = connection.execute(statement, values)
@@ -312,10 +312,10 @@ class Stage:
         return self.now
 
     def streams_again(self, at: float) -> None:
-        """Since ``at`` it has begun to stream, or has never ceased, and is rung."""
-        self.wait(lambda: self._rings_since(at), "it streams again, and is rung")
+        """Since ``at`` it has begun to stream, or has never ceased, and wake-ups arrive."""
+        self.wait(lambda: self._woken_since(at), "it streams again, and wake-ups arrive")
 
-    def _rings_since(self, at: float) -> bool:
+    def _woken_since(self, at: float) -> bool:
         moments = self.moments_since(at)
         silent = [number for number, moment in enumerate(moments) if moment.role != "streaming"]
         streaming = moments[silent[-1] + 1 if silent else 0 :]

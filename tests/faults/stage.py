@@ -73,7 +73,7 @@ class Stage:
         self.folder = folder
         self.server = TempServer(durable=True, tcp=True, settings=_SERVER)
         self.crashed_at: list[float] = []
-        self.deaf: dict[str, list[Span]] = defaultdict(list)
+        self.paused: dict[str, list[Span]] = defaultdict(list)
         self.troubles: list[str] = []
         self.kills = 0
         self.restarted = 0
@@ -201,9 +201,9 @@ class Stage:
             ).fetchall()
         return int(count)
 
-    def deafen(self, place: int, began: float) -> None:
+    def was_paused(self, place: int, began: float) -> None:
         """The consumer at this place has heard nothing from then until now."""
-        self.deaf[self.consumers[place].name].append(Span(began, time.time()))
+        self.paused[self.consumers[place].name].append(Span(began, time.time()))
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class Stage:
             unknown=set().union(*(writer.unknown for writer in self.writers)),
             effects=effects,
             sessions=records.read_sessions(log, self.crashed_at),
-            deaf=dict(self.deaf),
+            paused=dict(self.paused),
             kills=self.kills + self.restarted,
         )
 

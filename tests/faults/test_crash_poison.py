@@ -149,7 +149,7 @@ def test_two_consumers_do_not_die_more_often_of_it_than_one(
 
 
 @pytest.mark.promise("G4")
-def test_two_poisonous_changes_are_told_from_all_others_and_from_each_other(
+def test_two_poisonous_changes_are_distinguished_from_all_others_and_from_each_other(
     kept: psycopg.Connection, start: Start, ledgers: Path
 ) -> None:
     _write(kept, ["kept_async", "kept_sync"], poisoned=[7, 23])

@@ -16,7 +16,7 @@ from cdc.core.router import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 
-_OPTIONS = {"transactions": 1, "concurrency": 1, "backoff_base": 0.01, "backoff_cap": 0.05}
+_OPTIONS: dict[str, Any] = {"transactions": 1, "concurrency": 1, "backoff_base": 0.01, "backoff_cap": 0.05}
 
 
 class Numbered(BaseModel):

@@ -7,8 +7,9 @@ import pytest
 
 import cdc
 from cdc.core.model import SHARDS, WakeUp
-from cdc.core.read_planner import Fetch, ReadPlanner, Snapshot, Sweep
+from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.router import Router
+from cdc.core.shard_cursor import Snapshot
 from cdc.core.shard_ownership import Acquired
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, slot_name, states

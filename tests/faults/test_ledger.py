@@ -269,7 +269,7 @@ def test_the_judge_acquits_what_is_allowed() -> None:
     poison.kills = 1
     assert judge(poison).violations == []
     # And one that was stopped meanwhile does not know it yet.
-    stopped = replace(late, deaf={"one": [Span(16.0, 40.0)]})
+    stopped = replace(late, paused={"one": [Span(16.0, 40.0)]})
     stopped.calls.append(Call("one", _KEY, 2, 1, 41.0, 42.0, "cut off"))
     assert judge(stopped).violations == []
 

@@ -184,7 +184,7 @@ def test_from_the_documented_processor_to_consumers_and_back_at_every_step(
         ledger.progress("consumer")
     ledger.judge()
     shell.stop()
-    by = dict(db.execute("SELECT done_by, count(*) FROM effects GROUP BY 1").fetchall())
+    by: dict[str, int] = dict(db.execute("SELECT done_by, count(*) FROM effects GROUP BY 1").fetchall())
     assert by.keys() == {"processor", "consumer"}
 
 

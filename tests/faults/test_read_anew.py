@@ -76,7 +76,7 @@ class _Unknown:
         raise AskTheTableError("the connection was lost")
 
 
-async def test_a_session_lost_while_a_worker_waits_to_read_anew_leaves_the_key_open() -> None:
+async def test_a_session_lost_while_a_worker_waits_to_read_again_leaves_the_key_open() -> None:
     """As at every restart of a server: the handler's connection ends first, the session a moment later."""
     scheduler = SettlingScheduler(10)
     scheduler.ownership.acquire(Acquired([0]))

@@ -9,6 +9,7 @@ import random
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from tests.fix_webhook import APP_SECRET
 from tests.fuzz.stage import Stage
@@ -85,7 +86,7 @@ def _request(dice: random.Random) -> bytes:
 
 
 def _body(dice: random.Random) -> bytes:
-    values = (None, "", 0, 1e308, 10**400, "x" * 3_000, "\x00", "\ud800", [], {}, True, "✅", -1)
+    values: tuple[Any, ...] = (None, "", 0, 1e308, 10**400, "x" * 3_000, "\x00", "\ud800", [], {}, True, "✅", -1)
     event = {**_EVENT, **{dice.choice([*_EVENT, "more"]): dice.choice(values) for _ in range(dice.randrange(4))}}
     text = json.dumps(event)
     match dice.randrange(5):

@@ -95,7 +95,7 @@ def test_the_one_for_batches_indexes_all_but_the_bad_ones(orders: psycopg.Connec
     eventually(lambda: orders.execute(dead).fetchall() == [("2",)], what="the bad one is a dead letter")
 
 
-def test_the_embedded_one_works_beside_the_program_it_is_in(orders: psycopg.Connection, start: Start) -> None:
+def test_the_embedded_consumer_works_inside_its_program(orders: psycopg.Connection, start: Start) -> None:
     said = start("embedded_asyncio", [sys.executable, "main.py"])
     _order(orders)
     eventually(lambda: "new order 1\n" in said(), what="the order is seen")

@@ -2,7 +2,7 @@
 
 Five consumers of a server of their own, each with its database and its scrape job, as docs/operations/alerts.md asks:
 ``well`` and what befalls it, ``stuck`` with handlers that never return, ``mute`` without the right to replicate,
-``deaf``, whose outbox is written by hand, behind a proxy, and ``lonely``, whose application does not run. What no
+``cut_off``, whose outbox is written by hand, behind a proxy, and ``lonely``, whose application does not run. What no
 consumer can tell is told by postgres_exporter.
 """
 
@@ -28,7 +28,7 @@ from tests.fix_proxy import Proxy
 from tests.prometheus.fix_queries import alerts, dashboard, needed, panel_queries
 from tests.prometheus.fix_server import Exporter, Prometheus
 
-JOBS = ("well", "stuck", "mute", "deaf", "lonely")
+JOBS = ("well", "stuck", "mute", "cut_off", "lonely")
 _WITHIN_S = 90.0
 
 CAUSED: set[str] = set()
@@ -48,7 +48,7 @@ class Scene:
         stack.callback(exporter.stop)
         self.prometheus = Prometheus(folder, {**self.ports, "postgres": exporter.port})
         stack.callback(self.prometheus.stop)
-        self.proxy = Proxy(self.server.dsn("deaf"))
+        self.proxy = Proxy(self.server.dsn("cut_off"))
         self.proxy.start()
         stack.callback(self.proxy.stop)
         self.processes: dict[str, Process] = {}
@@ -67,7 +67,7 @@ class Scene:
         patch.setenv("CDC_SLOT_RECREATE", "no")  # else a lost slot is gone before anybody has looked
         own = {
             "mute": {"stream_dsn": make_conninfo(self.server.dsn("mute"), user="mute")},
-            "deaf": {"stream_dsn": self.proxy.dsn},
+            "cut_off": {"stream_dsn": self.proxy.dsn},
             "lonely": {"deliver_to": f"http://127.0.0.1:{free_port()}/"},
         }
         for job in JOBS:
@@ -115,7 +115,7 @@ def test_shards_that_a_stranger_holds_are_missed(scene: Scene) -> None:
     scene.fires("CdcShardsUnowned", job="mute")
 
 
-def test_a_role_without_the_right_to_replicate_is_told_apart(scene: Scene) -> None:
+def test_a_role_without_the_right_to_replicate_is_recognised(scene: Scene) -> None:
     scene.fires("CdcStreamMisconfigured", job="mute", reason="no_replication_role")
     scene.fires("CdcNotStreaming", job="mute", slot="slot_mute")
 
@@ -180,26 +180,27 @@ def test_a_table_that_is_locked_blinds_the_collector(scene: Scene) -> None:
         scene.fires("CdcCollectorFailing", job="mute", collector="outbox")
 
 
-def test_an_outbox_that_is_written_without_ringing_is_deaf(scene: Scene) -> None:
+def test_an_outbox_that_sends_no_wake_ups_is_reported(scene: Scene) -> None:
     def insert() -> None:
-        scene.dbs["deaf"].execute(
+        scene.dbs["cut_off"].execute(
             "INSERT INTO entity_changes (table_name, operation, entity_id) VALUES ('good', 'INSERT', 'by hand')"
         )
 
-    scene.fires("CdcWakeupsMissing", insert, job="deaf")
+    scene.fires("CdcWakeupsMissing", insert, job="cut_off")
 
 
 def test_a_stream_that_hears_nothing_and_one_that_keeps_breaking(scene: Scene) -> None:
     scene.proxy.hold()
-    scene.fires("CdcStreamSilent", job="deaf", slot="slot_deaf")
+    scene.fires("CdcStreamSilent", job="cut_off", slot="slot_cut_off")
     scene.proxy.open()
 
     def cut() -> None:
-        scene.dbs["deaf"].execute(
-            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = 'slot_deaf' AND active"
+        scene.dbs["cut_off"].execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+            " WHERE slot_name = 'slot_cut_off' AND active"
         )
 
-    scene.fires("CdcStreamFlapping", cut, job="deaf", slot="slot_deaf")
+    scene.fires("CdcStreamFlapping", cut, job="cut_off", slot="slot_cut_off")
 
 
 def test_wal_that_an_open_transaction_keeps_and_a_slot_that_is_lost_with_it(scene: Scene) -> None:
@@ -228,7 +229,7 @@ def test_wal_that_an_open_transaction_keeps_and_a_slot_that_is_lost_with_it(scen
         scene.fires("CdcSlotLost", lose, slot="slot_well")
 
 
-def test_a_slot_that_nobody_reads_is_told_of_though_no_consumer_is_there_to_tell(scene: Scene) -> None:
+def test_an_unread_slot_is_reported_though_no_consumer_runs(scene: Scene) -> None:
     db = scene.dbs["mute"]
     for name in ("cdc", "cdc_forgotten"):  # the name that a consumer takes unless told otherwise, and one like it
         db.execute("SELECT pg_create_logical_replication_slot(%s, 'wal2json')", [name])

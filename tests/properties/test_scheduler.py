@@ -8,7 +8,7 @@ handled elsewhere before it comes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -364,7 +364,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
         self._own(self.away)
         self.away = set()
 
-    def _own(self, shards: Iterable[int]) -> None:
+    def _own(self, shards: Collection[int]) -> None:
         self.scheduler.ownership.acquire(Acquired(shards))
         self.arrived.update(shards)
         self.cursors.update(dict.fromkeys(shards, 0))

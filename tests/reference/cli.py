@@ -52,7 +52,7 @@ def _entry(context: click.Context) -> str:
     command, path = context.command, context.command_path
     usage = " ".join([path, *command.collect_usage_pieces(context)])
     parts = [f"\n## {path}\n", f"```text\n{usage}\n```\n", *_help(command)]
-    own, settings = [], []
+    own, settings = list[tuple[str, str]](), list[tuple[str, str]]()
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is None or "--help" in record[0]:

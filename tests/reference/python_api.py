@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import re
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def _entry(name: str, found: Any) -> str:
         is_async = "async " if inspect.iscoroutinefunction(found) else ""
         return f"\n### {name}\n\n```python\n{is_async}{_signature(name, found)}\n```\n\n{_docstring(found)}\n"
     text = f"\n### {name}\n\n{_docstring(found)}\n"
-    if issubclass(found, str):
+    if issubclass(found, enum.StrEnum):
         return text + f"\nOne of {', '.join(code(value) for value in found)}; each compares equal to its text.\n"
     if dataclasses.is_dataclass(found):
         fields = [[code(field.name), code(field.type), _default(field)] for field in dataclasses.fields(found)]

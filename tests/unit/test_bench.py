@@ -56,7 +56,7 @@ def test_plots_are_svg_that_a_browser_reads() -> None:
         assert ElementTree.fromstring(svg).tag.endswith("svg")
 
 
-def test_a_block_of_the_document_is_written_anew_and_a_missing_one_is_an_error() -> None:
+def test_a_block_of_the_document_is_rewritten_and_a_missing_one_is_an_error() -> None:
     text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter"
     assert publish.with_block(text, "a", r"new \1") == "before\n<!-- a -->\nnew \\1\n<!-- /a -->\nafter"
     with pytest.raises(ValueError, match="no block b"):

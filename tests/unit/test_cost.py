@@ -101,7 +101,7 @@ def planner_live() -> ReadPlanner:
 
 
 def fetch(planner: ReadPlanner, wakeups: list[WakeUp]) -> None:
-    """Rung for, asked for, and found."""
+    """A wake-up came, and it was asked for and found."""
     planner.notified(wakeups)
     request = planner.next(1.0, len(wakeups), 1)
     assert isinstance(request, Fetch)

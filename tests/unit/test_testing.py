@@ -90,7 +90,7 @@ async def test_a_transactional_handler_gets_the_callers_connection_and_is_not_ca
     assert given == ["mine"]
 
 
-def test_changes_made_by_hand_are_told_apart_and_take_any_field() -> None:
+def test_changes_made_by_hand_are_distinct_and_take_any_field() -> None:
     first, second = testing.change("order"), testing.change("order", "DELETE", "9", old={"id": 9}, attempt=2)
     assert first.id != second.id
     assert first.seq < second.seq

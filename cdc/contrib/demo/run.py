@@ -182,7 +182,7 @@ class _Stage:
         for text in report.summary(totals, self._tracker.ended, app.status.wakeups, resident, self._paint):
             self._say(text)
         self._say("")
-        self._say(f"  messages   {len(self._messenger.sent):,} for the messenger: answers, and what is told of tasks")
+        self._say(f"  messages   {len(self._messenger.sent):,} for the messenger: answers, and notices of new tasks")
         self._say(f"  metrics    {self._url} (until the demo ends)")
 
     @property

@@ -39,11 +39,12 @@ _LOCALE = "C" if sys.platform == "darwin" else "C.UTF-8"  # macOS has no C.UTF-8
 def _plenty_of_memory() -> bool:
     """Checked for each server: earlier servers may have used the memory."""
     try:
-        told = Path("/proc/meminfo").read_text()
+        meminfo = Path("/proc/meminfo").read_text()
         room = shutil.disk_usage(_MEMORY).free
     except OSError:
         return False
-    available = next((int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("MemAvailable:")), 0)
+    found = (line.split()[1] for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    available = int(next(found, 0)) * 1024
     return min(room, available) > _PLENTY_BYTES
 
 

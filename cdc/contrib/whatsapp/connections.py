@@ -48,11 +48,11 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._look()
+        self._update_wait()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._look()  # part of the next request may have arrived already
+        self._update_wait()  # part of the next request may have arrived already
 
     def send_400_response(self, msg: str) -> None:
         """The input is not HTTP. It gets one answer at most, and none where another answer was or is being sent."""
@@ -63,7 +63,7 @@ class Connection(H11Protocol):
             super().send_400_response(msg)
         self.transport.close()
 
-    def _look(self) -> None:
+    def _update_wait(self) -> None:
         if self.conn.their_state in _COMPLETE or (self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]):
             self._have()
         elif self.waited_since is None:

@@ -58,7 +58,7 @@ def make_router(
     @router.on("task", "INSERT", model=TaskRow, max_attempts=_ATTEMPTS)
     async def notify(change: cdc.Change) -> None:
         if change.new.room_id is None:
-            raise cdc.Discard("the task has no room to be told")
+            raise cdc.Discard("the task has no room to write to")
         await sender.send(Outgoing(chat_id=change.new.room_id, text=f"New task: {change.new.title}"), str(change.id))
 
     @router.on(OUTGOING, model=Outgoing, max_attempts=_ATTEMPTS)

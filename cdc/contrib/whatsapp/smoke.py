@@ -90,7 +90,7 @@ class Smoke:
             )
         return str(found[0])
 
-    def nobody_works(self) -> bool:
+    def no_consumer_works(self) -> bool:
         """Whether no consumer is running."""
         return not members(self._connection, self._schema)
 
@@ -153,10 +153,10 @@ class Smoke:
             )
         if active:
             return SmokeStep("woken", False, None, f"the reader of the slot {self._slot} has not confirmed the commit")
-        nobody = f"no consumer reads the slot {self._slot}"
+        no_reader = f"no consumer reads the slot {self._slot}"
         if "processed" in seen:
-            return SmokeStep("woken", None, None, f"{nobody}: a sweep has found the change")
-        return SmokeStep("woken", False, None, nobody)
+            return SmokeStep("woken", None, None, f"{no_reader}: a sweep has found the change")
+        return SmokeStep("woken", False, None, no_reader)
 
     def clean_up(self) -> int:
         """Remove the reaction, its tasks and all their changes; returns the number of changes.

@@ -7,7 +7,6 @@ import contextlib
 import json
 import uuid
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import psycopg
@@ -139,7 +138,9 @@ def _router() -> cdc.Router:
 
 
 async def test_everything_works_under_settings_that_nobody_chose_for_it(odd: str, database: str, slot: str) -> None:
-    run = partial(asyncio.to_thread, _cli, odd)
+    async def run(*arguments: str) -> str:
+        return await asyncio.to_thread(_cli, odd, *arguments)
+
     await run("db", "install")
     await run("db", "verify")
     await run("track", "public.orders", "--type", "order")
@@ -168,10 +169,10 @@ async def test_everything_works_under_settings_that_nobody_chose_for_it(odd: str
         assert (count, error.split("\n")[0]) == (1, "RuntimeError: NULL")
     listed = json.loads(await run("outbox", "list", "--state", "dead", "--json"))["changes"]
     assert len(listed) == 10
-    number = str(listed[0]["seq"])
-    await run("outbox", "show", number)
-    await run("outbox", "retry", number)
-    await run("outbox", "discard", number, "--yes")
+    seq = str(listed[0]["seq"])
+    await run("outbox", "show", seq)
+    await run("outbox", "retry", seq)
+    await run("outbox", "discard", seq, "--yes")
     await run("outbox", "stats")
     await run("outbox", "prune", "--older-than", "30d")
     await run("status")

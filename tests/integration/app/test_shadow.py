@@ -124,7 +124,7 @@ async def test_a_role_that_may_only_read_is_enough(outbox: str, outbox_db: psyco
         outbox_db.execute(sql.SQL("DROP ROLE {}").format(reader))
 
 
-async def test_what_interrupts_it_is_told_as_a_consumer_tells_it_and_it_goes_on(
+async def test_what_interrupts_it_is_logged_as_a_consumer_logs_it_and_it_goes_on(
     outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with consuming(outbox, _router([]), observe=True, stream=False, poll_interval=0.05) as app:

@@ -153,8 +153,8 @@ def test_a_handler_that_swallows_its_cancellation_is_reported_and_does_not_keep_
 ) -> None:
     process = Process(outbox, tmp_path / "log", handlers="tests.handlers_links:router", drain_time=0.5)
     processes.append(process)
-    outbox_db.execute("SELECT publish_change('deaf', '1')")
-    process.wait_for("handler deaf goes on though its limit of 1 s has passed")
+    outbox_db.execute("SELECT publish_change('uncancellable', '1')")
+    process.wait_for("handler uncancellable goes on though its limit of 1 s has passed")
     assert process.terminate(30) == 0, process.log
     assert "1 tasks go on after their cancellation" in process.log
 

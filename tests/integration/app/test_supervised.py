@@ -1,4 +1,4 @@
-"""Nothing that anybody rings, and no fault of ours, ends what runs beside the consumer."""
+"""No notification, and no fault of ours, ends the tasks that run with the consumer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ from tests.fix_consumer import consuming, metric
 _NESTED = '{"a":' * 1_300
 
 
-async def test_a_payload_nested_too_deep_to_read_is_a_bell_like_any_other(
-    outbox: str, outbox_db: psycopg.Connection
-) -> None:
+async def test_a_payload_nested_too_deep_to_read_causes_a_sweep(outbox: str, outbox_db: psycopg.Connection) -> None:
     router, seen = Router(), asyncio.Event()
 
     @router.on("x")

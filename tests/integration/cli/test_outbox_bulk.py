@@ -304,10 +304,10 @@ async def test_dead_letters_of_a_key_run_in_order_and_before_its_later_changes(
         await eventually_async(begun, what="the key to be at work")
         assert (await asyncio.to_thread(data, outbox, "retry", "--all", "--yes"))["retried"] == 6
 
-        async def rung() -> bool:
+        async def woken() -> bool:
             return metric(app.metrics.registry, "cdc_wakeups_total", source="retry") >= 1
 
-        await eventually_async(rung, what="the wake-up to come in")
+        await eventually_async(woken, what="the wake-up to come in")
         gate.set()
 
         async def over() -> bool:

@@ -226,7 +226,7 @@ def cause(db: psycopg.Connection, cause: int, entity_type: str, entity_id: str) 
         return publish(db, entity_type, entity_id)
 
 
-def test_show_tells_what_led_to_a_change(outbox: str, outbox_db: psycopg.Connection) -> None:
+def test_show_lists_the_chain_of_causes_of_a_change(outbox: str, outbox_db: psycopg.Connection) -> None:
     reaction = publish(outbox_db, "reaction", "r1")
     task = cause(outbox_db, reaction, "task", "17")
     notice, _ = cause(outbox_db, task, "notice", "a\x1b[2J"), cause(outbox_db, task, "other", "1")
@@ -323,7 +323,7 @@ def test_another_schema_has_an_outbox_of_its_own(database: str, db: psycopg.Conn
 
 
 @pytest.mark.parametrize("pausing", [False, True])
-def test_retry_gives_a_dead_letter_its_attempts_anew_and_rings_afterwards(
+def test_retry_gives_a_dead_letter_all_its_attempts_again_and_sends_a_wake_up(
     outbox: str, outbox_db: psycopg.Connection, pausing: bool
 ) -> None:
     seq, behind = publish(outbox_db), publish(outbox_db)
@@ -333,8 +333,8 @@ def test_retry_gives_a_dead_letter_its_attempts_anew_and_rings_afterwards(
     assert (changed["seq"], changed["state"], changed["error_count"]) == (seq, "waiting", 0)
     now = row(outbox_db, seq)
     assert (now["due"], now["dead_at"], now["error_count"], now["last_error"]) == (True, None, 0, "Failed: x")
-    [bell] = outbox_db.notifies(timeout=20, stop_after=1)
-    assert bell.payload == ""
+    [sent] = outbox_db.notifies(timeout=20, stop_after=1)
+    assert sent.payload == ""
     assert numbers(outbox, "--state", "blocked") == [behind], "it goes before the later change of its key"
 
 
@@ -453,10 +453,11 @@ def _until(condition: Any, what: str) -> Any:
     return eventually_async(check, what=what)
 
 
-async def test_retry_beside_a_running_consumer_keeps_the_order_within_the_key(
+async def test_retry_while_a_consumer_runs_keeps_the_order_within_the_key(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
-    router, calls, running, overlapping = Router(), [], [], []
+    router = Router()
+    calls, running, overlapping = list[Any](), list[Any](), list[Any]()
     fixed, gate = asyncio.Event(), asyncio.Event()
 
     @router.on("x", max_attempts=1)
@@ -482,7 +483,7 @@ async def test_retry_beside_a_running_consumer_keeps_the_order_within_the_key(
         await _until(lambda: row(outbox_db, bad[1])["dead_at"], "settled")
         fixed.set()
         OutboxAdmin("public").retry(outbox_db, bad)
-        await _until(lambda: metric(app.metrics.registry, "cdc_wakeups_total", source="retry") >= 1, "rung")
+        await _until(lambda: metric(app.metrics.registry, "cdc_wakeups_total", source="retry") >= 1, "a wake-up came")
         gate.set()
         await _until(lambda: settled(outbox_db), "every change settled")
     assert overlapping == [], "two changes of one key at a time"

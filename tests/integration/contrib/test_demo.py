@@ -182,7 +182,7 @@ def test_a_slot_of_its_name_is_not_touched_and_nothing_is_made(database: str, db
     db.execute("SELECT pg_drop_replication_slot('cdc_demo')")
 
 
-def test_a_role_that_may_not_make_a_schema_is_told(database: str, db: psycopg.Connection) -> None:
+def test_a_role_that_may_not_make_a_schema_gets_the_remedy(database: str, db: psycopg.Connection) -> None:
     role = f"test_{uuid.uuid4().hex[:12]}"
     db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
     refused = CliRunner().invoke(cdc, ["demo", "--dsn", make_conninfo(database, user=role)])

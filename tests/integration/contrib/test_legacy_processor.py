@@ -85,7 +85,7 @@ async def test_what_it_has_given_up_is_a_dead_letter_and_no_consumer_starts_it_a
         _process(database, _broken)
     assert states(kept) == {"dead": 1}
     assert kept.execute("SELECT error_count, last_error FROM entity_changes").fetchone() == (3, "no")
-    router, ran = cdc.Router(), []
+    router, ran = cdc.Router(), list[cdc.Change]()
     router.on("message")(ran.append)
     await testing.drain(database, router)
     assert ran == []
@@ -105,7 +105,7 @@ def test_its_error_leaves_no_summary_of_a_consumers_error(
     """The summary is shown in place of last_error, which quotes rows."""
     kept.execute(_ADD, ["1", "message"])
     kept.execute(
-        "UPDATE entity_changes SET error_count = %s, last_error = 'it', error_summary = 'of a consumer', " + left,  # type: ignore[arg-type]
+        "UPDATE entity_changes SET error_count = %s, last_error = 'it', error_summary = 'of a consumer', " + left,
         [errors],
     )
     _process(database, _broken)

@@ -24,7 +24,7 @@ from tests.fix_consumer import consuming, settled, states
 from tests.fix_messenger import Messenger
 
 HELP = "React with ✅."
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05, "stream": False, "poll_interval": 0.02}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05, "stream": False, "poll_interval": 0.02}
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ class Down(Recorder):
         await super().send(message, key)
 
 
-async def test_a_reaction_becomes_a_task_for_each_active_rule_and_each_task_is_told_to_its_room(
+async def test_a_reaction_becomes_a_task_for_each_active_rule_and_each_room_gets_a_message(
     outbox: str, tables: psycopg.Connection
 ) -> None:
     add_rule(tables, "a")
@@ -258,7 +258,7 @@ async def test_an_action_that_fails_takes_back_what_the_other_rules_of_its_react
     assert [count for _, count in tables.execute(attempts).fetchall()[1:]] == [0, 0]
 
 
-async def test_a_task_without_a_room_is_told_to_nobody(outbox: str, tables: psycopg.Connection) -> None:
+async def test_for_a_task_without_a_room_no_message_is_sent(outbox: str, tables: psycopg.Connection) -> None:
     tables.execute("INSERT INTO cortex_projects.tasks (title) VALUES ('made by hand')")
     sender = Recorder()
     await work_off(outbox, tables, sender)
@@ -273,9 +273,9 @@ async def test_it_works_in_another_schema_and_as_a_role_that_has_the_granted_rig
     migrations.install(db, name, ["whatsapp"])
     db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
     try:
-        beside = [migrations.consumer_rights("whatsapp", name, role)]
+        scripts = [migrations.consumer_rights("whatsapp", name, role)]
         for _ in range(2):
-            [granted] = grants.grant(db, name, [grants.consumer(role, beside=beside)])
+            [granted] = grants.grant(db, name, [grants.consumer(role, scripts=scripts)])
         assert granted.excess == "", "what the set asks for is no excess"
         db.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(name)))
         add_rule(db, "task")

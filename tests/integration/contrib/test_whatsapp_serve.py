@@ -203,7 +203,7 @@ async def test_the_database_is_asked_once_a_second_whoever_asks(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("asked", ["POST /webhook", "POST /nothing", "HEAD /nothing"])
-def test_a_body_that_breaks_the_protocol_is_answered_once_and_told_in_a_line(
+def test_a_body_that_breaks_the_protocol_is_answered_once_and_logged_in_one_line(
     asked: str, outbox: str, tables: psycopg.Connection, endpoints: list[Endpoint], tmp_path: Path
 ) -> None:
     """Together with its head, when the request is not answered yet, and after it, when it may be."""

@@ -220,7 +220,7 @@ def test_a_server_without_a_free_slot_or_walsender_names_who_has_them() -> None:
         assert findings(server.dsn())["slots-free"]["severity"] == "ok"
 
 
-def test_a_role_without_replication_is_told_how_to_get_it(shop: str, db: psycopg.Connection, role: str) -> None:
+def test_for_a_role_without_replication_the_remedy_is_named(shop: str, db: psycopg.Connection, role: str) -> None:
     weak = make_conninfo(shop, user=role)
     found = findings(shop, "--stream-dsn", weak)
     assert found["replication-role"]["remedies"][0] == f'ALTER ROLE "{role}" REPLICATION;'
@@ -229,7 +229,7 @@ def test_a_role_without_replication_is_told_how_to_get_it(shop: str, db: psycopg
     assert troubles(shop, "--stream-dsn", weak) == {}
 
 
-def test_a_standby_is_told_from_a_primary_and_nothing_is_tried_on_it() -> None:
+def test_a_standby_is_distinguished_from_a_primary_and_nothing_is_tried_on_it() -> None:
     with TempServer(durable=False) as server:
         (server.data / "standby.signal").touch()
         server.restart()
@@ -247,7 +247,9 @@ def asked(dsn: str, **fields: Any) -> dict[str, Finding]:
     return {found.check: found for found in examine(subject)}
 
 
-def test_a_plugin_that_is_not_installed_is_told_from_a_role_and_a_list(shop: str, db: psycopg.Connection) -> None:
+def test_a_plugin_that_is_not_installed_is_distinguished_from_a_role_and_a_list(
+    shop: str, db: psycopg.Connection
+) -> None:
     allow(db, "nosuch")
     found = asked(shop, plugin="nosuch")["plugin"]
     assert (found.severity, "nosuch is not installed" in found.detail) == (Severity.FAIL, True)
@@ -258,8 +260,8 @@ def test_a_plugin_that_is_not_installed_is_told_from_a_role_and_a_list(shop: str
 def test_a_plugin_that_swallows_our_messages_has_not_proven_anything(
     shop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deaf = wal2json.plugin("entity_change:elsewhere")
-    monkeypatch.setattr(wal2json, "plugin", lambda _prefix: deaf)
+    misled = wal2json.plugin("entity_change:elsewhere")
+    monkeypatch.setattr(wal2json, "plugin", lambda _prefix: misled)
     found = asked(shop, plugin="wal2json")["plugin"]
     assert (found.severity, found.detail) == (Severity.FAIL, "wal2json did not pass on a message")
 
@@ -290,7 +292,7 @@ def test_a_prepared_transaction_is_named_with_what_ends_it() -> None:
         db.execute("ROLLBACK PREPARED 'it''s left'")
 
 
-def test_a_role_that_sees_no_ages_is_told_so_and_still_sees_who_writes(
+def test_for_a_role_that_sees_no_ages_the_right_is_named_and_the_writer_is_shown(
     shop: str, db: psycopg.Connection, role: str
 ) -> None:
     with psycopg.connect(shop, application_name="batch") as writer:

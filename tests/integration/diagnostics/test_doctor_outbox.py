@@ -39,7 +39,7 @@ def test_before_the_installation_it_is_said_once_and_not_in_the_words_of_the_ser
     }
 
 
-def test_what_nobody_could_look_at_is_unknown_and_no_good_end(shop: str, db: psycopg.Connection, role: str) -> None:
+def test_what_could_not_be_read_is_unknown_and_no_success(shop: str, db: psycopg.Connection, role: str) -> None:
     weak = make_conninfo(shop, user=role)
     apply(shop, run(weak, "--no-stream", "--fix").stdout)
     assert run(weak, "--no-stream").exit_code == 0
@@ -75,7 +75,7 @@ def test_an_owner_of_the_function_that_may_not_write_the_outbox_fails(
         db.execute("INSERT INTO tasks VALUES (1)")
 
 
-def test_who_may_send_messages_is_told_and_the_script_leaves_it_to_those_who_have_to(
+def test_who_may_send_messages_is_shown_and_the_script_grants_it_to_those_who_have_to(
     shop: str, db: psycopg.Connection, role: str
 ) -> None:
     db.execute(sql.SQL("ALTER ROLE {} REPLICATION").format(sql.Identifier(role)))
@@ -115,7 +115,7 @@ def test_row_level_security_on_the_outbox_fails_for_whom_it_goes(shop: str, db: 
 
 
 def test_who_reads_the_outbox_by_default_privileges_is_named_and_put_out(shop: str, role: str) -> None:
-    owner = psycopg.conninfo.conninfo_to_dict(shop)["dbname"] + "_owner"
+    owner = f"{psycopg.conninfo.conninfo_to_dict(shop)['dbname']}_owner"
     with psycopg.connect(shop, autocommit=True) as admin:
         admin.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(owner)))
         admin.execute(sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {}").format(

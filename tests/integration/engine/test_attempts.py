@@ -44,7 +44,7 @@ def test_a_failed_attempt_is_an_object_with_fields_and_so_is_what_a_handler_logs
     lines: list[dict[str, Any]] = [
         json.loads(line) for line in _ran(outbox, outbox_db, tmp_path / "log", processes, "json")
     ]
-    ids = dict(outbox_db.execute("SELECT entity_type, id::text FROM entity_changes").fetchall())
+    ids: dict[str, str] = dict(outbox_db.execute("SELECT entity_type, id::text FROM entity_changes").fetchall())
     first, last = [line for line in lines if line.get("event") == "attempt" and line["handler"] == "order"]
     expected = {"change_id": ids["order"], "seq": 1, "entity_type": "order", "entity_id": "key-1", "attempt": 1,
                 "outcome": "retried", "error": "JSONDecodeError", "level": "warning"}  # fmt: skip
@@ -81,12 +81,12 @@ def test_last_error_has_class_and_text_first_and_the_frames_below(
     outbox: str, outbox_db: psycopg.Connection, processes: list[Process], tmp_path: Path
 ) -> None:
     _ran(outbox, outbox_db, tmp_path / "log", processes, "text")
-    told = dict(outbox_db.execute("SELECT entity_type, last_error FROM entity_changes").fetchall())
-    head, *frames = told["order"].split("\n")
+    errors: dict[str, str] = dict(outbox_db.execute("SELECT entity_type, last_error FROM entity_changes").fetchall())
+    head, *frames = errors["order"].split("\n")
     assert head == "JSONDecodeError: Expecting value: line 1 column 1 (char 0)"
     assert frames[1].startswith("  ")
     assert frames[1].endswith(_READ)
-    assert told["later"] == "the handler asked for another try", "it says itself what it is about"
+    assert errors["later"] == "the handler asked for another try", "it says itself what it is about"
     shown = CliRunner().invoke(command, ["outbox", "show", "1", "--dsn", outbox])
     assert shown.exit_code == 0, shown.output
     lines = [line.strip() for line in shown.stdout.splitlines()]

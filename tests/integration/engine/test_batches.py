@@ -134,8 +134,8 @@ async def test_a_batch_can_fail_some_of_its_changes_and_the_rest_is_done(
     _publish(outbox_db, 10, 10)
     await testing.drain(outbox, router, allow_dead=True)
     assert states(outbox_db) == {"processed": 7, "dead": 3}
-    told = dict(outbox_db.execute("SELECT seq, last_error FROM entity_changes WHERE last_error IS NOT NULL").fetchall())
-    assert told == {
+    rows = outbox_db.execute("SELECT seq, last_error FROM entity_changes WHERE last_error IS NOT NULL").fetchall()
+    assert dict(rows) == {
         2: "ValueError: two",
         4: "four",
         6: "the handler asked for another try",
@@ -210,7 +210,7 @@ class Numbered(BaseModel):
 async def test_a_row_that_does_not_fit_the_model_leaves_the_batch_and_the_others_are_handled(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
-    router, seen = Router(), []
+    router, seen = Router(), list[Any]()
 
     @router.on("x", model=Numbered, batch=10)
     async def handle(changes: list[cdc.Change]) -> None:

@@ -21,7 +21,7 @@ from tests.fix_consumer import consuming, settled, states
 
 pytestmark = pytest.mark.server
 
-_FEW = {"threads": 2, "concurrency": 4, "transactions": 2, "max_attempts": 1}
+_FEW: dict[str, Any] = {"threads": 2, "concurrency": 4, "transactions": 2, "max_attempts": 1}
 _tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
 
 
@@ -43,7 +43,7 @@ class _UnspeakableError(Exception):
 
 
 class _WronglyClassedError(Exception):
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         raise ValueError("in a property")
 
@@ -248,7 +248,7 @@ async def test_an_observer_goes_on_whatever_a_row_does_to_a_model(
             await eventually_async(told)
 
 
-async def test_a_failed_change_of_a_batch_is_told_by_the_handlers_own_words(
+async def test_a_failed_change_of_a_batch_has_the_error_that_the_handler_named(
     outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     router = Router()

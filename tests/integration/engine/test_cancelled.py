@@ -17,7 +17,7 @@ from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled
 
 _ATTEMPTS = 3
-_FEW = {
+_FEW: dict[str, Any] = {
     "threads": 2, "concurrency": 4, "transactions": 2, "max_attempts": _ATTEMPTS,
     "backoff_base": 0.01, "backoff_cap": 0.02,
 }  # fmt: skip

@@ -12,10 +12,12 @@ from psycopg.rows import dict_row
 
 import cdc
 from cdc import testing
+from cdc.core.deferred_keys import KeyRead
 from cdc.core.model import WakeUp
-from cdc.core.read_planner import Position, Sweep
+from cdc.core.read_planner import Sweep
 from cdc.core.router import Router
-from cdc.core.scheduler import KeyRead, Row
+from cdc.core.scheduler import Row
+from cdc.core.shard_cursor import Position
 from cdc.postgres.outbox import Store
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
@@ -80,7 +82,7 @@ def _rounds_in_thread(changes: list[cdc.Change], connection: psycopg.Connection)
 
 
 @pytest.mark.parametrize("handler", [_round, _round_in_thread, _rounds, _rounds_in_thread])
-async def test_a_handler_that_writes_what_it_listens_to_ends_as_a_dead_letter_that_tells_why(
+async def test_a_handler_that_writes_what_it_listens_to_ends_as_a_dead_letter_that_says_why(
     handler: Callable[..., Any], outbox: str, counter: psycopg.Connection
 ) -> None:
     router = Router()
@@ -137,7 +139,7 @@ async def test_a_loop_of_two_types_names_both(outbox: str, outbox_db: psycopg.Co
 async def test_in_a_batch_only_the_changes_that_are_too_deep_are_refused(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
-    router, handled = Router(), []
+    router, handled = Router(), list[Any]()
 
     @router.on("x", batch=50)
     async def handle(changes: list[cdc.Change]) -> None:
@@ -294,7 +296,7 @@ async def _every_read(store: Store, reader: psycopg.AsyncConnection, row: dict[s
         (1, "x e UPDATE <- x d INSERT <- ..."),
     ],
 )
-async def test_every_read_tells_the_chain_of_what_is_too_deep_and_of_nothing_else(
+async def test_every_read_returns_the_chain_of_what_is_too_deep_and_of_nothing_else(
     limit: int, expected: str | None, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     cause = ""

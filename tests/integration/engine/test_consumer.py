@@ -15,6 +15,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg.types.json import Jsonb
 from pydantic import BaseModel
 
 import cdc
@@ -24,7 +25,7 @@ from cdc.observability.snapshots import Role
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, slot_name, states
 
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05}
 
 
 def _until_settled(db: psycopg.Connection) -> Any:
@@ -37,7 +38,7 @@ def _until_settled(db: psycopg.Connection) -> Any:
 def _publish(db: psycopg.Connection, entity_type: str, entity_id: str = "1", **new: Any) -> int:
     """Capture a change by hand; returns its seq."""
     [(seq,)] = db.execute(
-        "SELECT publish_change(%s, %s, 'INSERT', %s)", [entity_type, entity_id, psycopg.types.json.Jsonb(new)]
+        "SELECT publish_change(%s, %s, 'INSERT', %s)", [entity_type, entity_id, Jsonb(new)]
     ).fetchall()
     return int(seq)
 
@@ -489,7 +490,7 @@ async def test_requeued_dead_letters_run_again_at_once(outbox: str, outbox_db: p
 async def test_a_change_whose_commit_hangs_is_found_within_milliseconds_of_its_release_without_a_sweep(
     outbox: str, outbox_db: psycopg.Connection, admin_dsn: str
 ) -> None:
-    """The walsender rings when the commit is flushed; visible it is only after the synchronous standby has answered."""
+    """The walsender sends the wake-up at the flush of the commit; the row is visible after the standby has answered."""
     router, handled_at = Router(), []
     loop = asyncio.get_running_loop()
 
@@ -724,7 +725,7 @@ async def test_metrics_and_health_answer_from_a_thread_of_their_own_while_a_hand
         assert sample in text, sample
 
 
-async def test_a_role_that_may_not_settle_is_told_so_before_any_handler_runs(
+async def test_a_role_that_may_not_settle_is_refused_before_any_handler_runs(
     outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     router, calls = Router(), []
@@ -770,7 +771,7 @@ async def test_what_was_written_while_the_stream_was_away_is_found_by_a_sweep_at
     slot = slot_name()
     async with consuming(outbox, router, slot_name=slot, sweep_interval=3600, poll_interval=3600) as app:
         await eventually_async(_streaming(app))
-        # A new slot begins at the end of the WAL: what was committed before it rings for nobody.
+        # A new slot begins at the end of the WAL: for what was committed before it no wake-up comes.
         outbox_db.execute(
             "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s", [slot]
         )

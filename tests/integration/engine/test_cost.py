@@ -6,6 +6,7 @@ What was counted stands beside each bound. The bounds leave room for slow machin
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import psycopg
 import pytest
@@ -22,7 +23,7 @@ from tests.fix_consumer import consuming, metric
 from tests.fix_tally import Passed, Tally
 
 _CHANGES = 4_000
-_TIMERS = {"sweep_interval": 600.0, "poll_interval": 60.0}
+_TIMERS: dict[str, Any] = {"sweep_interval": 600.0, "poll_interval": 60.0}
 """They do not come round meanwhile, however slow the machine is."""
 _TABLE = "CREATE TABLE note (id int PRIMARY KEY, body text)"
 _TRACK = "CREATE TRIGGER t AFTER INSERT ON note FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"

@@ -103,7 +103,9 @@ async def test_after_a_death_a_start_is_written_down_before_the_handler_runs(
     async def batch(changes: list[cdc.Change]) -> None:
         look(changes)
 
-    kinds = {"async": on_loop, "sync": lambda change: look([change]), "transactional": transactional, "batch": batch}
+    kinds: dict[str, Callable[..., Any]] = {
+        "async": on_loop, "sync": lambda change: look([change]), "transactional": transactional, "batch": batch,
+    }  # fmt: skip
     router.on("x")(kinds[kind])
     _as_if_the_owner_had_died(outbox_db)
     _publish(outbox_db, 40, 7)

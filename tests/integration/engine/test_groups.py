@@ -14,7 +14,7 @@ from cdc.core.router import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05, "transactions": 2, "concurrency": 4}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05, "transactions": 2, "concurrency": 4}
 _COUNT, _KEYS = 600, 150
 
 _Act = Callable[[cdc.Change], str | None]
@@ -122,7 +122,7 @@ async def test_when_one_ends_the_transaction_nothing_of_its_group_is_done_twice(
     await _work_off(outbox, effects, _router(in_thread, lambda c: "COMMIT" if c.seq == ended else None))
     _assert_each_once_and_in_order(
         effects,
-        effects.execute("SELECT count(DISTINCT seq) FROM effect").fetchone()[0],  # type: ignore[index]
+        effects.execute("SELECT count(DISTINCT seq) FROM effect").fetchone()[0],
     )
     told = effects.execute("SELECT seq, last_error FROM entity_changes WHERE dead_at IS NOT NULL").fetchall()
     assert ended in [seq for seq, _ in told]

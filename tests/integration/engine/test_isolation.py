@@ -16,7 +16,14 @@ from cdc.core.router import Router
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 
-_BOUNDED = {"concurrency": 20, "threads": 5, "transactions": 3, "window": 500, "drain_time": 5, "timeout": 0}
+_BOUNDED: dict[str, Any] = {
+    "concurrency": 20,
+    "threads": 5,
+    "transactions": 3,
+    "window": 500,
+    "drain_time": 5,
+    "timeout": 0,
+}
 """Small, so that there is always more to do than there is room for."""
 
 
@@ -175,7 +182,7 @@ async def test_three_types_that_hang_leave_room_for_a_fourth(outbox: str, outbox
     assert seen.in_order
 
 
-async def test_a_backlog_of_more_keys_than_memory_has_room_for_does_not_stand_in_the_way(
+async def test_a_backlog_of_more_keys_than_memory_has_room_for_blocks_no_other_key(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     """Each key has a change that waits for its retry and one behind it, of which something has to be remembered."""

@@ -148,7 +148,9 @@ async def test_what_a_handler_leaves_in_its_session_is_not_there_for_the_next(
     assert [row for row in found if not _clean(row)] == []
 
 
-async def test_a_handler_that_deallocates_everything_hurts_nobody(outbox: str, outbox_db: psycopg.Connection) -> None:
+async def test_a_handler_that_deallocates_everything_affects_no_other(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
     router = Router()
 
     @router.on("x", max_attempts=1, group=1)
@@ -178,7 +180,7 @@ async def test_a_role_that_a_handler_takes_on_is_its_own(
 ) -> None:
     router, found = Router(), list[Any]()
     asked = "SELECT current_user, session_user, current_setting('role')"
-    takes_on = sql.SQL(statement).format(sql.Identifier(somebody))  # type: ignore[arg-type]  # a literal, above
+    takes_on = sql.SQL(statement).format(sql.Identifier(somebody))  # a literal, above
 
     async def on_loop(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
         found.append(await (await connection.execute(asked)).fetchone())

@@ -1,4 +1,4 @@
-"""What stands in the way for a moment delays marks, reads and shards; it repeats no handler and costs no attempt."""
+"""What blocks for a moment delays marks, reads and shards; it repeats no handler and costs no attempt."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ async def test_what_a_transactional_handler_did_is_undone_and_done_again_without
     assert sorted(_effects(db).values()) == [1] * 40
 
 
-async def test_what_stays_in_the_way_of_a_transactional_handler_comes_to_count_as_attempts(
+async def test_what_keeps_blocking_a_transactional_handler_comes_to_count_as_attempts(
     outbox: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handler can be to blame as well: it may leave no time or no room for the mark."""
@@ -186,11 +186,11 @@ async def test_a_cancelled_read_is_made_again_and_what_runs_goes_on(
                 return "reading changes is delayed: canceling statement" in caplog.text
 
             await eventually_async(cancelled, what="a read was cancelled, and the log says so")
-            assert app.consumer.unread_s > 0
+            assert app.status.consumer.unread_s > 0
         _publish(db, 6, 10)
 
         async def read_again() -> bool:
-            return len(calls.counts) == 10 and app.consumer.unread_s == 0
+            return len(calls.counts) == 10 and app.status.consumer.unread_s == 0
 
         await eventually_async(read_again, what="changes are read again")
         calls.go.set()
@@ -200,7 +200,7 @@ async def test_a_cancelled_read_is_made_again_and_what_runs_goes_on(
 
 
 @pytest.mark.parametrize("code", CODES)
-async def test_shards_are_taken_and_given_when_nothing_is_in_the_way_any_more_and_what_runs_goes_on(
+async def test_shards_are_taken_and_given_once_nothing_blocks_it_and_what_runs_goes_on(
     code: str, outbox: str, db: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls, others = Calls(), Calls()
@@ -208,13 +208,13 @@ async def test_shards_are_taken_and_given_when_nothing_is_in_the_way_any_more_an
         async with consuming(outbox, calls.router, stream=False) as app:
 
             async def told() -> bool:
-                return f"the look at the shards is delayed: refused for a while [{code}]" in caplog.text
+                return f"the check of the shards is delayed: refused for a while [{code}]" in caplog.text
 
-            await eventually_async(told, what="the log says what is in the way of taking")
+            await eventually_async(told, what="the log says what delays taking")
             db.execute("DELETE FROM refused")
 
             async def taken() -> bool:
-                return len(app.consumer.owned) == 64
+                return app.status.consumer.owned_shards == 64
 
             await eventually_async(taken, what="all shards are taken")
             _publish(db, 1, 100)
@@ -228,11 +228,11 @@ async def test_shards_are_taken_and_given_when_nothing_is_in_the_way_any_more_an
             async with consuming(outbox, others.router, stream=False) as other:
                 calls.go.set()
                 others.go.set()
-                await eventually_async(told, what="the log says what is in the way of giving")
+                await eventually_async(told, what="the log says what delays giving")
                 db.execute("DELETE FROM refused")
 
                 async def halves() -> bool:
-                    return len(app.consumer.owned) == len(other.consumer.owned) == 32
+                    return app.status.consumer.owned_shards == other.status.consumer.owned_shards == 32
 
                 await eventually_async(halves, what="each has half of the shards")
                 await _until_settled(db)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
@@ -19,7 +20,7 @@ from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 from tests.fix_db import drop_database
 
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05, "max_attempts": 2}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05, "max_attempts": 2}
 
 
 class Calls:
@@ -147,7 +148,7 @@ async def test_a_row_that_refuses_every_mark_keeps_its_own_key_and_nothing_else(
         await eventually_async(others_are_marked, what="the innocent ones marked")
 
         async def known() -> bool:
-            return app.consumer.held_up_s > 0
+            return app.status.consumer.held_up_s > 0
 
         await eventually_async(known)
         assert _row(outbox_db, poison)[:2] == _row(outbox_db, behind)[:2] == (False, False)
@@ -179,15 +180,15 @@ async def test_a_locked_row_delays_its_own_key_and_no_handler_is_called_again(
                 return "are delayed" in caplog.text
 
             await eventually_async(told, what="the log says so")
-            assert f"in the way: pid {other.info.backend_pid} (somebody)" in caplog.text
-            assert app.consumer.held_up_s > 0
+            assert f"blocked by: pid {other.info.backend_pid} (somebody)" in caplog.text
+            assert app.status.consumer.held_up_s > 0
             other.rollback()
             await _until_settled(outbox_db)
             assert metric(app.metrics.registry, "cdc_settle_delayed_total") > 0
             assert metric(app.metrics.registry, "cdc_interruptions_total") == 0
 
             async def free() -> bool:
-                return app.consumer.held_up_s == 0
+                return app.status.consumer.held_up_s == 0
 
             await eventually_async(free)
     assert calls.counts == dict.fromkeys([locked, behind, *innocents, *later], 1)

@@ -16,7 +16,7 @@ from cdc.core.read_planner import Sweep
 from cdc.core.router import Router
 from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Position
-from cdc.core.type_filter import TypeFilter
+from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.postgres.loaders import leave_unread
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.postgres.pages import Place
@@ -76,14 +76,14 @@ async def _marked(store: Store, reader: psycopg.AsyncConnection, there: Sequence
     return [Row(change) for change, _ in found.marks], {seq for seq, _ in there if found.go_on and seq not in read}
 
 
-_READS: dict[str, tuple[Read, TypeFilter | None, str | None]] = {
-    "fetch": (_fetch, None, None),
+_READS: dict[str, tuple[Read, TypeFilter, str | None]] = {
+    "fetch": (_fetch, EVERYTHING, None),
     "fetch of some types": (_fetch, _SOME, None),
-    "sweep": (_sweep, None, None),
+    "sweep": (_sweep, EVERYTHING, None),
     "sweep of some types": (_sweep, _SOME, None),
-    "keys read on": (_resume, None, None),
-    "due": (_due, None, "UPDATE entity_changes SET next_attempt_at = now()"),
-    "marked": (_marked, None, "UPDATE entity_changes SET processed = true, processed_at = now()"),
+    "keys read on": (_resume, EVERYTHING, None),
+    "due": (_due, EVERYTHING, "UPDATE entity_changes SET next_attempt_at = now()"),
+    "marked": (_marked, EVERYTHING, "UPDATE entity_changes SET processed = true, processed_at = now()"),
     "marked of some types": (_marked, _SOME, "UPDATE entity_changes SET processed = true, processed_at = now()"),
 }
 
@@ -105,14 +105,14 @@ def _write(db: psycopg.Connection, document: str) -> list[WakeUp]:
 
 @pytest.mark.parametrize("document", _LARGE)
 @pytest.mark.parametrize("name", _READS)
-async def test_a_read_ends_at_a_page_of_bytes_and_tells_what_it_left(
+async def test_a_read_ends_at_a_page_of_bytes_and_returns_what_it_left(
     outbox_db: psycopg.Connection, reader: psycopg.AsyncConnection, name: str, document: str
 ) -> None:
     read, scope, prepare = _READS[name]
     there = _write(outbox_db, _LARGE[document])
     if prepare:
         outbox_db.execute(prepare.encode())
-    store = Store("public", page_bytes=_BYTES, **({"scope": scope} if scope else {}))
+    store = Store("public", scope=scope, page_bytes=_BYTES)
     rows, left = await read(store, reader, there)
     assert all(row.change.size >= _ROW for row in rows)
     assert _BYTES <= sum(row.change.size for row in rows) < _BYTES + 1.1 * _ROW
@@ -128,7 +128,7 @@ async def test_a_change_that_is_larger_than_a_page_is_read_alone(
     there = _write(outbox_db, _LARGE["compressible"])
     if prepare:
         outbox_db.execute(prepare.encode())
-    store = Store("public", page_bytes=1_000, **({"scope": scope} if scope else {}))
+    store = Store("public", scope=scope, page_bytes=1_000)
     rows, left = await read(store, reader, there)
     assert len(rows) == 1
     assert len(left) == _ROWS - 1
@@ -198,7 +198,7 @@ async def test_changes_larger_than_pages_are_handled_once_and_in_order(
         await eventually_async(done, within_s=60, what="what was there is handled")
         write(40)
         write(80)
-        await eventually_async(done, within_s=60, what="what was rung for is handled")
+        await eventually_async(done, within_s=60, what="what had a wake-up is handled")
         assert metric(app.metrics.registry, "cdc_interruptions_total") == 0
     assert states(outbox_db) == {"processed": 120}
     assert handled == {str(key): list(range(key, 120, 5)) for key in range(5)}

@@ -145,7 +145,7 @@ async def test_each_batch_of_a_round_begins_where_the_one_before_ended(
     assert next_round is None
 
 
-async def test_a_lost_connection_is_told_once_and_the_next_round_goes_on(
+async def test_a_lost_connection_is_logged_once_and_the_next_round_goes_on(
     outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(outbox_db, 2_000)
@@ -202,7 +202,7 @@ async def test_outboxes_of_one_database_do_not_wait_for_each_other(outbox: str, 
 # --- in the consumer -----------------------------------------------------------------------------------------------
 
 
-async def test_a_consumer_removes_only_when_told_to(outbox: str, outbox_db: psycopg.Connection) -> None:
+async def test_a_consumer_removes_only_with_the_setting_retention(outbox: str, outbox_db: psycopg.Connection) -> None:
     fill(outbox_db, 3)
     connected = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cdc: retention'"
     router = Router()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import psycopg
 import pytest
@@ -42,16 +43,16 @@ async def streams(app: App) -> None:
     await eventually_async(connected, within_s=60, what="the consumer streams")
 
 
-async def test_a_consumer_with_a_temporary_slot_of_pgoutput_is_rung_and_leaves_nothing_behind(
+async def test_a_consumer_with_a_temporary_slot_of_pgoutput_is_woken_and_leaves_nothing_behind(
     outbox: str, outbox_db: psycopg.Connection, slot: str
 ) -> None:
     router = Router()
 
     @router.on("note")
-    async def note(change: object) -> None:
+    async def note(change: Change) -> None:
         pass
 
-    settings = {"slot_name": slot, "slot_plugin": "pgoutput", "slot_mode": "temporary"}
+    settings: dict[str, Any] = {"slot_name": slot, "slot_plugin": "pgoutput", "slot_mode": "temporary"}
     async with consuming(outbox, router, **settings) as app:
         await streams(app)
         assert slot_facts(outbox_db, slot).items() >= {"plugin": "pgoutput", "temporary": True}.items()
@@ -63,13 +64,13 @@ async def test_a_consumer_with_a_temporary_slot_of_pgoutput_is_rung_and_leaves_n
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_who_asks_to_be_told_of_wake_ups_is_told_their_numbers_and_the_time(
+async def test_a_hook_for_wake_ups_gets_their_numbers_and_the_time(
     outbox: str, outbox_db: psycopg.Connection, slot: str, stream: bool
 ) -> None:
     router, told, began = Router(), dict[int, float](), time.monotonic()
 
     @router.on("note")
-    async def note(change: object) -> None:
+    async def note(change: Change) -> None:
         pass
 
     @router.on_wakeup
@@ -131,7 +132,7 @@ async def test_after_a_failover_to_a_standby_without_the_slot_it_is_made_there_a
     router, seen = Router(), []
 
     @router.on("note")
-    async def note(change: object) -> None:
+    async def note(change: Change) -> None:
         seen.append(change.entity_id)
 
     async with consuming(dsn, router, slot_name="cdc") as app:

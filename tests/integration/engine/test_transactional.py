@@ -16,13 +16,14 @@ from cdc.core import lost_transactions
 from cdc.core.model import SHARDS
 from cdc.core.router import Router
 from cdc.engine import reconnecting
+from cdc.engine.dispatcher import Dispatcher
 from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
 pytestmark = pytest.mark.server
 
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05}
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ async def test_what_a_failed_attempt_wrote_is_rolled_back(
     assert (count, error.split("\n")[0]) == (2, "ValueError: no")
 
 
-async def test_a_handler_that_commits_or_rolls_back_by_itself_is_told_so_clearly(
+async def test_for_a_handler_that_commits_or_rolls_back_by_itself_the_error_says_so(
     outbox: str, effects: psycopg.Connection
 ) -> None:
     router = Router()
@@ -127,7 +128,7 @@ async def test_a_handler_that_commits_or_rolls_back_by_itself_is_told_so_clearly
     async with consuming(outbox, router):
         await _all_settled(effects)
     assert states(effects) == {"dead": 6}
-    told = dict(effects.execute("SELECT entity_id, last_error FROM entity_changes").fetchall())
+    told: dict[str, str] = dict(effects.execute("SELECT entity_id, last_error FROM entity_changes").fetchall())
     assert "commit() forbidden" in told["0"]
     assert "rollback() forbidden" in told["1"]
     assert "ProgrammingError" in told["2"]
@@ -186,14 +187,14 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
     second = Router()
     second.on("x")(_write)
     _publish(effects, 3)
-    async with consuming(outbox, router) as first:
+    async with consuming(outbox, router):
         await waiting.wait()
         # Its locks go, as if the server had lost it, and its transaction is still open. A consumer does nothing of the
         # kind by itself, so a step of it is taken away.
         [(pid,)] = effects.execute(
             "SELECT pid FROM pg_stat_activity WHERE application_name = 'cdc: shards' AND datname = current_database()"
         ).fetchall()
-        first.consumer._dispatcher.session_lost = _nothing  # type: ignore[method-assign]  # noqa: SLF001
+        monkeypatch.setattr(Dispatcher, "session_lost", _nothing)
         # Nor does it come back, or it would get half of the shards.
         monkeypatch.setattr(reconnecting, "next_pause_s", lambda before_s, worked_s: 600.0)
         effects.execute("SELECT pg_terminate_backend(%s)", [pid])
@@ -215,7 +216,7 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
     assert len(_effects(effects)) == 3
 
 
-async def _nothing() -> None: ...
+async def _nothing(_self: Dispatcher) -> None: ...
 
 
 async def test_when_its_connection_dies_the_change_runs_again_and_no_attempt_is_counted(
@@ -326,7 +327,7 @@ async def _terminate_batch(changes: list[cdc.Change], connection: psycopg.AsyncC
 
 
 @pytest.mark.parametrize("lose", [_close, _terminate, _close_in_thread, _terminate_in_thread, _terminate_batch])
-async def test_a_handler_that_loses_its_connection_is_called_ten_times_and_costs_nobody_else(
+async def test_a_handler_that_loses_its_connection_is_called_ten_times_and_costs_no_other_change(
     lose: Any, outbox: str, effects: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lost_transactions, "_PAUSE_MIN_S", 0.01)
@@ -464,7 +465,7 @@ async def test_a_thread_that_got_its_connection_after_the_session_was_lost_calls
     async with consuming(outbox, router, stream=False) as app:
 
         async def begun() -> bool:
-            return len(app.consumer.owned) == SHARDS
+            return app.status.consumer.owned_shards == SHARDS
 
         await eventually_async(begun)
         with psycopg.connect(admin_dsn, autocommit=True) as admin:
@@ -485,7 +486,7 @@ async def test_a_thread_that_got_its_connection_after_the_session_was_lost_calls
             )
 
             async def lost() -> bool:
-                return not app.consumer.owned
+                return app.status.consumer.owned_shards == 0
 
             await eventually_async(lost)
             admin.execute(shut.format(name, sql.Literal(True)))

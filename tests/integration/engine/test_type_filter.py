@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import psycopg
 import pytest
 
@@ -40,7 +43,7 @@ def _states(db: psycopg.Connection) -> dict[str, int]:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("choice", [{"only": ["new", "newer"]}, {"except_": ["old"]}])
 async def test_other_types_are_left_untouched_and_hold_up_nothing(
-    stream: bool, choice: dict[str, list[str]], outbox: str, outbox_db: psycopg.Connection
+    stream: bool, choice: dict[str, Any], outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     outbox_db.execute(_MANY, ["k", 2_000])
     outbox_db.execute("UPDATE entity_changes SET error_count = 2, next_attempt_at = now() WHERE seq <= 5")
@@ -59,7 +62,9 @@ async def test_other_types_are_left_untouched_and_hold_up_nothing(
     assert outbox_db.execute(_OLD).fetchall()[:2_000] == before
 
 
-async def test_their_own_retries_are_made_beside_those_of_others(outbox: str, outbox_db: psycopg.Connection) -> None:
+async def test_their_own_retries_are_made_though_others_have_retries(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
     router, tries = cdc.Router(), []
 
     @router.on("new")
@@ -91,7 +96,7 @@ async def test_types_may_be_taken_over_one_after_the_other_and_nothing_is_lost(
 
     for only, left in ((["a"], {"b", "c"}), (["a", "b"], {"c"}), ([], set())):
         async with consuming(outbox, _router(), only=only, stream=False, poll_interval=0.05):
-            await eventually_async(lambda left=left: done(left))
+            await eventually_async(partial(done, left))
 
 
 async def test_a_type_that_nobody_handles_is_refused_because_it_would_be_marked_processed(outbox: str) -> None:
@@ -117,7 +122,7 @@ def test_the_figures_of_the_outbox_are_those_of_the_types_that_are_ours(outbox_d
     assert (all_of_it.fresh, all_of_it.waiting, all_of_it.dead) == (82, 10, 11)
 
 
-async def test_who_rings_all_the_time_does_not_keep_a_sweep_from_getting_beyond_the_others(
+async def test_constant_wake_ups_do_not_keep_a_sweep_from_getting_beyond_the_others(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     # In each shard more than a page looks at.

@@ -18,7 +18,7 @@ from cdc.engine.dispatcher import OtherTasks
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05, "max_attempts": 1}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05, "max_attempts": 1}
 _LONGEST_WAIT = "SELECT coalesce(max(next_attempt_at) < now() + '3 s', true) FROM entity_changes"
 _KINDS = ("async", "at once", "sync", "transactional", "transactional sync", "batch", "transactional batch")
 
@@ -81,15 +81,27 @@ class Outside:
                 await connection.execute("INSERT INTO effects VALUES (%s)", [change.seq])
             self.ask(changes)
 
-        functions = (waits, run_inline, sync, transactional, transactional_sync, batch, transactional_batch)
+        functions: tuple[Callable[..., Any], ...] = (
+            waits,
+            run_inline,
+            sync,
+            transactional,
+            transactional_sync,
+            batch,
+            transactional_batch,
+        )
         function = dict(zip(_KINDS, functions, strict=True))[kind]
-        router.on("x", name="asks", **({"batch": 5} if "batch" in kind else {}))(function)
+        router.on("x", name="asks", batch=5 if "batch" in kind else None)(function)
 
     def in_order(self) -> bool:
         by_key: dict[str, list[int]] = defaultdict(list)
         for change in self.done:
             by_key[change.entity_id].append(change.seq)
         return all(seqs == sorted(set(seqs)) for seqs in by_key.values())
+
+
+async def _called_after(outside: Outside, calls: int) -> None:
+    await _until(lambda: outside.calls > calls, "one call finds out")
 
 
 class Clock:
@@ -140,7 +152,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
         while clock.now() < ended:
             before = outside.calls
             clock.move(10.0)
-            await _until(lambda before=before: outside.calls > before, "one call finds out")
+            await _called_after(outside, before)
         calls = outside.calls - handled
         assert calls < 600.0 / PAUSE_MAX_S + 40, "those that were under way, and one at a time"
         assert app.status.consumer.queued <= 60
@@ -249,7 +261,9 @@ async def test_a_change_that_fails_while_others_find_it_away_has_an_attempt_less
     assert failures == [(4, 1)]
 
 
-async def test_what_rests_at_a_stop_is_there_for_whoever_comes_next(outbox: str, outbox_db: psycopg.Connection) -> None:
+async def test_what_waits_for_its_handler_at_a_stop_is_there_for_the_next_consumer(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
     router, outside = Router(), Outside()
     outside.serve(router, "async")
     outside.there = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from typing import Any
 
 import psycopg
 import pytest
@@ -105,7 +106,7 @@ async def test_a_rolling_update_loses_nothing_though_each_version_lacks_a_handle
 ) -> None:
     old_calls, new_calls = Counter[str](), Counter[str]()
     each = 10_000 // 3
-    quick = {"stream": False, "poll_interval": 0.1}
+    quick: dict[str, Any] = {"stream": False, "poll_interval": 0.1}
     async with consuming(outbox, _router(old_calls, "both", "old"), **quick):
         async with consuming(outbox, _router(new_calls, "both", "new"), **quick):
             for entity_type in ("both", "old", "new"):

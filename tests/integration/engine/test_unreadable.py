@@ -90,7 +90,7 @@ def _run(dsn: str, *arguments: str) -> Result:
 
 
 @pytest.mark.parametrize("place", _UNREADABLE)
-@pytest.mark.parametrize("backlog", [True, False], ids=["swept", "rung for"])
+@pytest.mark.parametrize("backlog", [True, False], ids=["swept", "by wake-ups"])
 async def test_a_byte_that_is_no_utf8_is_its_own_changes_business(
     ascii_dsn: str, place: str, backlog: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,7 +117,9 @@ async def test_a_byte_that_is_no_utf8_is_its_own_changes_business(
             assert caplog.text.count(f"refuses to hand over change {seq} ") == 1
 
 
-async def test_waiting_changes_and_keys_that_are_read_on_are_found_beside_what_is_refused(ascii_dsn: str) -> None:
+async def test_waiting_changes_and_keys_that_are_read_on_are_found_though_other_rows_are_refused(
+    ascii_dsn: str,
+) -> None:
     router, calls = Router(), Counter[int]()
 
     @router.on("*")
@@ -150,7 +152,7 @@ async def test_what_is_locked_and_cannot_be_read_is_a_dead_letter_as_soon_as_it_
         async with consuming(ascii_dsn, calls.router) as app:
 
             async def tried() -> bool:
-                return app.consumer.answered_at is not None and bool(
+                return app.status.consumer.answered_at is not None and bool(
                     db.execute("SELECT FROM pg_stat_activity WHERE application_name = 'cdc: reader'").fetchall()
                 )
 
@@ -162,7 +164,7 @@ async def test_what_is_locked_and_cannot_be_read_is_a_dead_letter_as_soon_as_it_
         assert "[22021]" in _last_error(db, bad)
 
 
-async def test_a_document_whose_text_is_too_long_for_the_server_is_a_dead_letter_beside_twenty_others(
+async def test_a_document_whose_text_is_too_long_for_the_server_is_a_dead_letter_and_twenty_others_are_read(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     calls = Calls()
@@ -184,7 +186,7 @@ async def test_a_document_whose_text_is_too_long_for_the_server_is_a_dead_letter
     assert states(outbox_db) == {"processed": 21}
 
 
-async def test_what_takes_longer_to_read_than_the_session_allows_is_a_dead_letter_beside_twenty_others(
+async def test_what_takes_longer_to_read_than_the_session_allows_is_a_dead_letter_and_twenty_others_are_read(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(READ_SESSION, "statement_timeout", "700ms")
@@ -228,9 +230,7 @@ async def test_a_read_that_somebody_cancels_costs_no_change_anything(
 
 
 @pytest.mark.parametrize("place", ["payload", "type"])
-async def test_a_dead_letter_that_pauses_its_key_does_so_also_where_nobody_could_read_it(
-    ascii_dsn: str, place: str
-) -> None:
+async def test_a_dead_letter_that_could_not_be_read_pauses_its_key_as_well(ascii_dsn: str, place: str) -> None:
     router, handled = Router(), list[str]()
 
     @router.on("*", dead="pause")
@@ -284,7 +284,7 @@ async def test_who_observes_leaves_out_what_cannot_be_read_and_counts_the_rest(
 
 
 @pytest.mark.parametrize("place", _UNREADABLE)
-async def test_a_drain_goes_on_beside_what_cannot_be_read_and_names_it(ascii_dsn: str, place: str) -> None:
+async def test_a_drain_goes_on_though_a_change_cannot_be_read_and_names_it(ascii_dsn: str, place: str) -> None:
     calls = Calls()
     with psycopg.connect(ascii_dsn, autocommit=True) as db:
         bad, good = _write(db, _UNREADABLE[place]), _innocents(db, 3)
@@ -294,7 +294,7 @@ async def test_a_drain_goes_on_beside_what_cannot_be_read_and_names_it(ascii_dsn
 
 
 @pytest.mark.parametrize("place", _UNREADABLE)
-async def test_every_outbox_command_works_on_it_and_beside_it(ascii_dsn: str, place: str) -> None:
+async def test_every_outbox_command_works_on_it_and_on_other_changes(ascii_dsn: str, place: str) -> None:
     calls = Calls()
     with psycopg.connect(ascii_dsn, autocommit=True) as db:
         bad, other, good = _write(db, _UNREADABLE[place]), _write(db, _UNREADABLE[place]), _innocents(db, 1)

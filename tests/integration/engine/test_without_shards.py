@@ -10,6 +10,7 @@ from cdc.core import rebalance
 from cdc.core.model import SHARDS
 from cdc.diagnostics import check_outbox as outbox_checks
 from cdc.diagnostics import inspect_outbox
+from cdc.diagnostics.facts import ShardHolders
 from cdc.diagnostics.findings import Severity
 from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually, eventually_async
@@ -54,10 +55,12 @@ def test_doctor_names_a_consumer_that_holds_shards_and_says_nothing(
     monkeypatch.setattr(inspect_outbox, "_SILENT_S", 0.1)
     with psycopg.connect(outbox, autocommit=True) as orphan:
         pid = hold_all(orphan)
-        seen = eventually(
-            lambda: (holders := inspect_outbox.shard_holders(outbox_db, "public")).silent and holders,
-            what="it is silent",
-        )
+
+        def silent() -> ShardHolders | None:
+            holders = inspect_outbox.shard_holders(outbox_db, "public")
+            return holders if holders.silent else None
+
+        seen = eventually(silent, what="it is silent")
     finding = outbox_checks.shard_holders(seen)
     assert finding.severity is Severity.WARN
     assert f"process {pid}: 64, for" in finding.detail

@@ -27,7 +27,7 @@ from tests.eventually import eventually, eventually_async
 from tests.fix_application import Application, Request, accept, answers, listening, never
 from tests.fix_consumer import Process, consuming, metric, settled, states
 
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05}
 _SECRET = "whsec_" + base64.b64encode(b"a" * 32).decode()
 _OTHER_SECRET = "whsec_" + base64.b64encode(b"b" * 32).decode()
 
@@ -94,7 +94,7 @@ async def test_what_is_sent_is_signed_and_anybody_elses_reading_of_the_specifica
     batch: int, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     _publish(outbox_db, 20, 5)
-    signed = {"deliver_batch": batch, "deliver_secret": _SECRET}
+    signed: dict[str, Any] = {"deliver_batch": batch, "deliver_secret": _SECRET}
     async with listening() as (application, url), consuming(outbox, None, deliver_to=url, **signed):
         await _all_settled(outbox_db)
     for request in application.requests:
@@ -105,7 +105,7 @@ async def test_what_is_sent_is_signed_and_anybody_elses_reading_of_the_specifica
 
 async def test_while_a_secret_is_replaced_both_are_good(outbox: str, outbox_db: psycopg.Connection) -> None:
     _publish(outbox_db, 1)
-    secrets = {"deliver_secret": _OTHER_SECRET, "deliver_previous_secret": _SECRET}
+    secrets: dict[str, Any] = {"deliver_secret": _OTHER_SECRET, "deliver_previous_secret": _SECRET}
     async with listening() as (application, url), consuming(outbox, None, deliver_to=url, **secrets):
         await _all_settled(outbox_db)
     [request] = application.requests
@@ -501,7 +501,7 @@ async def test_a_batch_that_is_answered_not_now_is_sent_again_as_one(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     _publish(outbox_db, 20, 20)
-    batches = {"deliver_batch": 20, "deliver_linger": 0.3}
+    batches: dict[str, Any] = {"deliver_batch": 20, "deliver_linger": 0.3}
     busy = listening(answers(503, 204))
     async with busy as (application, url), consuming(outbox, None, deliver_to=url, **batches, **_QUICK):
         await _all_settled(outbox_db)

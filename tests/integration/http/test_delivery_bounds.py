@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -15,7 +16,7 @@ from tests.fix_consumer import Process, consuming, settled, states
 from tests.fix_memory import megabytes
 
 Speaking = Callable[[asyncio.StreamWriter], Awaitable[None]]
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05, "timeout": 5, "max_attempts": 3}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05, "timeout": 5, "max_attempts": 3}
 _OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 _INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 

@@ -138,7 +138,7 @@ async def test_off_it_costs_nothing_and_the_root_lists_the_routes(outbox: str) -
 
 
 async def test_without_its_database_the_page_is_there_and_shows_no_old_figures(outbox: str, admin_dsn: str) -> None:
-    name = conninfo_to_dict(outbox)["dbname"]
+    name = str(conninfo_to_dict(outbox)["dbname"])
     async with serving(outbox, Router(), stream=False) as (app, port):
         await eventually_async(lambda: outbox_of(port), what="a first reading")
         with psycopg.connect(admin_dsn, autocommit=True) as admin:

@@ -1,4 +1,4 @@
-"""What the trigger writes, for whom, and that it rings."""
+"""What the trigger writes, for whom, and the wake-up it sends."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def documented(outbox_db: psycopg.Connection) -> psycopg.Connection:
 
 
 @pytest.fixture
-def bell(outbox: str) -> Iterator[Callable[..., list[str]]]:
-    """``bell()`` gives what was rung since it was last asked, under the prefix of ``public`` or another."""
+def wakeups(outbox: str) -> Iterator[Callable[..., list[str]]]:
+    """``wakeups()`` returns those sent since it was last asked, under the prefix of ``public`` or another."""
     name = f"bell_{uuid.uuid4().hex[:12]}"
 
     def notified(prefix: str = "entity_change:public") -> list[str]:
@@ -110,7 +110,7 @@ def test_no_application_is_named_where_rows_are_captured(outbox_db: psycopg.Conn
     assert [name for name in DOCUMENTED_TYPES if f"'{name}'" in source] == []
 
 
-def test_who_reads_the_catalogs_alone_tells_the_same_type_by_the_tables_name(outbox_db: psycopg.Connection):
+def test_code_that_reads_the_catalogs_alone_finds_the_same_type_by_the_tables_name(outbox_db: psycopg.Connection):
     said = outbox_db.execute(
         "SELECT name, default_entity_type(name) FROM unnest(%s::text[]) AS t(name)", [[*DOCUMENTED_TYPES, "orders"]]
     ).fetchall()
@@ -161,7 +161,7 @@ def test_insert_update_and_delete_carry_new_and_old_and_number_themselves(docume
         ("id text, code text PRIMARY KEY DEFAULT 'x'", "'t', '{\"key\": [\"code\"]}'", "code = 'y'", ("x", "y")),
     ],
 )
-def test_an_update_that_moves_the_key_is_told_to_both_keys_in_order(
+def test_an_update_that_moves_the_key_is_captured_for_both_keys_in_order(
     outbox_db: psycopg.Connection, columns: str, arguments: str, update: str, keys: tuple[str, str]
 ):
     outbox_db.execute(f"CREATE TABLE moving ({columns})".encode())
@@ -191,32 +191,32 @@ async def test_a_move_waits_behind_what_waits_of_the_old_key(outbox: str, outbox
     assert [each[1] for each in told if each[0] == "2"] == ["INSERT", "DELETE"]
 
 
-def test_what_is_rolled_back_was_never_captured(documented: psycopg.Connection, bell: Callable[..., list[str]]):
+def test_what_is_rolled_back_was_never_captured(documented: psycopg.Connection, wakeups: Callable[..., list[str]]):
     with documented.transaction(force_rollback=True):
         documented.execute("INSERT INTO cortex_projects.tasks VALUES (gen_random_uuid(), 'x')")
     assert changes(documented) == []
-    assert bell() == []
+    assert wakeups() == []
 
 
-def test_each_change_rings_with_its_number_and_shard_when_it_is_committed(
-    documented: psycopg.Connection, bell: Callable[..., list[str]]
+def test_each_change_sends_a_wake_up_with_its_number_and_shard_when_it_is_committed(
+    documented: psycopg.Connection, wakeups: Callable[..., list[str]]
 ):
     with documented.transaction():
         documented.execute("INSERT INTO cortex_projects.tasks SELECT gen_random_uuid(), 'x' FROM generate_series(1, 3)")
         documented.execute("SELECT publish_change('order', '42')")
-        assert bell() == []
+        assert wakeups() == []
     expected = [f"{row['seq']},{row['shard']}" for row in changes(documented)]
     assert len(expected) == 4
-    assert bell() == expected
+    assert wakeups() == expected
 
 
-def test_an_outbox_in_another_schema_rings_under_its_own_prefix(
-    outbox_db: psycopg.Connection, bell: Callable[..., list[str]]
+def test_an_outbox_in_another_schema_sends_wake_ups_with_its_own_prefix(
+    outbox_db: psycopg.Connection, wakeups: Callable[..., list[str]]
 ):
     migrations.install(outbox_db, "tenant, 7")
     outbox_db.execute("SELECT \"tenant, 7\".publish_change('order', '42')")
     assert changes(outbox_db) == []
-    assert len(bell("entity_change:tenant%2C%207")) == 1
+    assert len(wakeups("entity_change:tenant%2C%207")) == 1
 
 
 def test_the_writers_transaction_never_notifies(documented: psycopg.Connection):
@@ -383,7 +383,7 @@ def test_created_before_by_mistake_it_swallows_no_row(outbox_db: psycopg.Connect
     assert len(changes(outbox_db)) == 6
 
 
-def test_a_statement_trigger_is_told_to_be_a_row_trigger(outbox_db: psycopg.Connection):
+def test_a_statement_trigger_is_refused(outbox_db: psycopg.Connection):
     outbox_db.execute("CREATE TABLE t (id int)")
     outbox_db.execute(
         "CREATE TRIGGER s AFTER TRUNCATE ON t FOR EACH STATEMENT EXECUTE FUNCTION capture_entity_change()"
@@ -483,12 +483,12 @@ def writer(documented: psycopg.Connection, outbox: str) -> Iterator[psycopg.Conn
 
 
 def test_a_role_that_may_only_write_the_application_table_is_captured(
-    documented: psycopg.Connection, writer: psycopg.Connection, bell: Callable[..., list[str]]
+    documented: psycopg.Connection, writer: psycopg.Connection, wakeups: Callable[..., list[str]]
 ):
     writer.execute("INSERT INTO cortex_projects.tasks VALUES (gen_random_uuid(), 'x')")
     (row,) = changes(documented)
     assert row["entity_type"] == "task"
-    assert bell() == [f"{row['seq']},{row['shard']}"]
+    assert wakeups() == [f"{row['seq']},{row['shard']}"]
 
 
 @pytest.mark.parametrize(
@@ -603,7 +603,7 @@ def test_a_cast_that_fails_costs_its_value_and_no_write(outbox_db: psycopg.Conne
     assert changes(outbox_db)[0]["new_data"] == {"id": 1, "m": {"cdc:omitted": "cannot be JSON: P0004"}}
 
 
-def test_a_key_or_type_of_any_length_is_told_by_its_head_and_a_hash(outbox_db: psycopg.Connection):
+def test_a_key_or_type_that_is_too_long_is_replaced_by_its_head_and_a_hash(outbox_db: psycopg.Connection):
     long = ["\N{SNOWMAN}" * 5_000 + end for end in ("a", "b")]
     outbox_db.execute("CREATE TABLE d (id text)")
     capture(outbox_db, "d", f"'{'t' * 2000}'")

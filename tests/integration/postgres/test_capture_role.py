@@ -231,7 +231,7 @@ def test_the_owner_may_upgrade_repair_grant_and_uninstall(db: psycopg.Connection
     assert db.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchall() == []
 
 
-def test_who_may_make_no_role_is_told_what_an_administrator_runs(db: psycopg.Connection, make: Make) -> None:
+def test_who_may_make_no_role_gets_the_statements_for_an_administrator(db: psycopg.Connection, make: Make) -> None:
     owner = make("owner")
     said: list[str] = []
     with psycopg.connect(make_conninfo(db.info.dsn, user=owner), autocommit=True) as session:

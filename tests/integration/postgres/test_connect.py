@@ -67,7 +67,7 @@ def test_a_missing_role_is_named_with_the_remedy(attempt: Callable[[str], None],
     assert "create the role" in refused.hint
 
 
-def test_a_role_that_may_not_connect_or_log_in_is_told_what_to_grant(
+def test_for_a_role_that_may_not_connect_or_log_in_the_grant_is_named(
     attempt: Callable[[str], None], database: str, db: psycopg.Connection, role: str
 ) -> None:
     db.execute(sql.SQL("REVOKE CONNECT ON DATABASE {} FROM public").format(sql.Identifier(db.info.dbname)))
@@ -76,7 +76,7 @@ def test_a_role_that_may_not_connect_or_log_in_is_told_what_to_grant(
     assert "LOGIN" in _refusal(attempt, make_conninfo(database, user=role)).hint
 
 
-def test_a_role_without_replication_is_told_what_to_alter(database: str, role: str) -> None:
+def test_for_a_role_without_replication_the_alter_role_is_named(database: str, role: str) -> None:
     with pytest.raises(ConnectError) as refused:
         connect(make_conninfo(database, user=role), application_name="test", replication="database")
     assert "REPLICATION" in refused.value.hint

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.server
 ROOT = Path(__file__).parents[3]
 SECRET = "row content"
 NewRole = Callable[..., str]
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05}
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ async def test_two_consumers_of_this_role_share_the_work_and_one_relays(
 
         return made
 
-    shared = {"slot_name": slot_name(), "sweep_interval": 3600, "poll_interval": 3600}
+    shared: dict[str, Any] = {"slot_name": slot_name(), "sweep_interval": 3600, "poll_interval": 3600}
     dsn = as_(consumer, outbox)
     async with consuming(dsn, router("first"), **shared) as first:
         await streams(first)
@@ -209,7 +209,7 @@ async def test_two_consumers_of_this_role_share_the_work_and_one_relays(
 
             def fair() -> bool:
                 intakes = [app.status.consumer.catching_up for app in (first, second)]
-                return len(second.consumer.owned) == 32 and second.status.listening and not any(intakes)
+                return second.status.consumer.owned_shards == 32 and second.status.listening and not any(intakes)
 
             await until(fair, "each has its share")
             publish(outbox_db, "x", *map(str, range(200)))
@@ -264,12 +264,12 @@ async def test_a_stream_of_its_own_needs_replication_and_no_right_on_anything(
     async def handle(change: cdc.Change) -> None:
         pass
 
-    never = {"sweep_interval": 3600, "poll_interval": 3600, "slot_plugin": plugin}
+    never: dict[str, Any] = {"sweep_interval": 3600, "poll_interval": 3600, "slot_plugin": plugin}
     async with consuming(as_(worker, outbox), router, stream_dsn=as_(streamer, outbox), **never) as app:
         await streams(app)
         await until(lambda: not app.status.consumer.catching_up, "it has swept")
         publish(outbox_db, "x", "1")
-        await until(lambda: settled(outbox_db), "it was rung")
+        await until(lambda: settled(outbox_db), "it was woken")
         assert metric(app.metrics.registry, "cdc_wakeups_total", source="wal") == 1
         [(user,)] = outbox_db.execute(
             "SELECT usename FROM pg_stat_activity WHERE application_name = 'cdc: stream'"
@@ -281,7 +281,7 @@ async def test_a_stream_of_its_own_needs_replication_and_no_right_on_anything(
             execute(as_(streamer, outbox), f"SELECT FROM {relation}")
 
 
-async def test_without_replication_a_consumer_sweeps_and_is_told_what_to_alter(
+async def test_without_replication_a_consumer_sweeps_and_the_alter_role_is_named(
     outbox: str, outbox_db: psycopg.Connection, new_role: NewRole, caplog: pytest.LogCaptureFixture
 ) -> None:
     role = new_role("LOGIN")
@@ -554,7 +554,9 @@ def test_what_no_grant_can_limit_is_said_and_ends_with_1(
     assert "UPDATE (" in result.stderr
 
 
-def test_a_role_that_may_not_connect_is_told_so(outbox: str, outbox_db: psycopg.Connection, new_role: NewRole) -> None:
+def test_a_role_that_may_not_connect_gets_an_advice(
+    outbox: str, outbox_db: psycopg.Connection, new_role: NewRole
+) -> None:
     role = new_role("LOGIN REPLICATION")
     database = sql.Identifier(outbox_db.info.dbname)
     outbox_db.execute(sql.SQL("REVOKE CONNECT ON DATABASE {} FROM PUBLIC").format(database))
@@ -592,7 +594,7 @@ def test_an_outbox_that_is_not_there_or_too_old_is_named_with_the_command(
     assert rights(outbox_db, role) == set()
 
 
-def test_who_may_not_grant_is_told_who_may_and_nothing_changes(
+def test_a_role_that_may_not_grant_is_refused_with_the_remedy_and_nothing_changes(
     outbox: str, outbox_db: psycopg.Connection, new_role: NewRole
 ) -> None:
     somebody, role = new_role(), new_role()
@@ -628,7 +630,7 @@ def test_names_are_checked_before_anything_is_asked(outbox_db: psycopg.Connectio
 # --- one truth -----------------------------------------------------------------------------------------------------
 
 
-def test_every_column_is_told_apart_as_state_description_or_payload(outbox_db: psycopg.Connection) -> None:
+def test_every_column_is_classified_as_state_description_or_payload(outbox_db: psycopg.Connection) -> None:
     columns = "SELECT attname::text FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped"
     named = [name for (name,) in outbox_db.execute(columns.encode(), [grants.CHANGES])]
     assert sorted(named) == sorted(grants.STATE + grants.DESCRIPTION + grants.PAYLOAD)

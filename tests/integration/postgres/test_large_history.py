@@ -15,8 +15,9 @@ import pytest
 from psycopg import sql
 
 from cdc.core.model import SHARDS, Processed, WakeUp
-from cdc.core.read_planner import Position, Sweep
-from cdc.core.scheduler import Settlement
+from cdc.core.read_planner import Sweep
+from cdc.core.read_reconciler import Settlement
+from cdc.core.shard_cursor import Position
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.postgres.pages import Settled
@@ -208,7 +209,7 @@ def plan_of(connection: psycopg.Connection, statement: bytes) -> Plan:
 
     text = re.sub(r"%\((\w+)\)s", numbered, statement.decode()).replace("%%", "%")
     connection.execute(_SET, [list(INDEXED), list(INDEXED.values())])
-    connection.execute(sql.SQL("PREPARE looked_at AS ") + sql.SQL(text))  # type: ignore[arg-type]
+    connection.execute(sql.SQL("PREPARE looked_at AS ") + sql.SQL(text))
     nothing = sql.SQL("({})").format(sql.SQL(", ").join([sql.NULL] * len(names))) if names else sql.SQL("")
     [(plan,)] = connection.execute(sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE looked_at") + nothing).fetchall()
     return dict(plan[0]["Plan"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from typing import Any
 
 import psycopg
 import pytest
@@ -20,7 +21,7 @@ from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
 from tests.integration.postgres.test_large_history import reading, rows
 
-_QUICK = {"backoff_base": 0.01, "backoff_cap": 0.05}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05}
 _INDEXES_AS_THEY_WERE = """
 DROP INDEX entity_changes_waiting, entity_changes_holding_back;
 CREATE INDEX entity_changes_due_by_type ON entity_changes ((coalesce(entity_type, table_name)), next_attempt_at)
@@ -48,7 +49,7 @@ def _run(dsn: str, *arguments: str) -> Result:
 
 
 @pytest.mark.parametrize("key", [("bad", _long()), (_long(), "1")], ids=["long key", "long type"])
-async def test_what_has_a_long_key_is_tried_again_in_its_order_and_keeps_nobody_else_from_being_marked(
+async def test_what_has_a_long_key_is_tried_again_in_its_order_and_other_changes_are_marked(
     outbox: str, outbox_db: psycopg.Connection, key: tuple[str, str]
 ) -> None:
     router, calls = Router(), list[int]()
@@ -75,7 +76,7 @@ async def test_what_has_a_long_key_is_tried_again_in_its_order_and_keeps_nobody_
     assert calls.index(second) > max(n for n, seq in enumerate(calls) if seq == first), "the order of the key"
 
 
-def test_dead_letters_with_long_keys_are_listed_shown_and_requeued_beside_others(
+def test_dead_letters_with_long_keys_are_listed_shown_and_requeued_like_others(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     seqs = [_publish(outbox_db, *key) for key in (("bad", _long()), (_long(), "1"), ("bad", "1"))]

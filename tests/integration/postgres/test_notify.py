@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import psycopg
 import pytest
@@ -20,7 +21,7 @@ Heard = list[list[WakeUp] | None]
 
 
 @asynccontextmanager
-async def listening(dsn: str, schema: str = "public", **options: object) -> AsyncIterator[tuple[Listener, Heard]]:
+async def listening(dsn: str, schema: str = "public", **options: Any) -> AsyncIterator[tuple[Listener, Heard]]:
     heard: Heard = []
     listener = Listener(dsn, schema, heard.append, **options)
     task = asyncio.create_task(listener.run())
@@ -46,13 +47,13 @@ def notify(db: psycopg.Connection, *payloads: str) -> None:
         db.execute("SELECT pg_notify('entity_change', %s)", [payload])
 
 
-async def test_once_it_listens_a_sweep_is_due_for_what_was_rung_before(database: str) -> None:
+async def test_once_it_listens_a_sweep_is_due_for_earlier_notifications(database: str) -> None:
     async with listening(database) as (listener, heard):
         assert listener.connected
         assert heard == [None]
 
 
-async def test_wakeups_of_our_outbox_are_heard_in_order(database: str, db: psycopg.Connection) -> None:
+async def test_wakeups_of_our_outbox_are_received_in_order(database: str, db: psycopg.Connection) -> None:
     async with listening(database, 'My "Schema"') as (_, heard):
         notify(db, *encode(message_prefix('My "Schema"'), [WakeUp(49, 27), WakeUp(50, 3)]))
         await count(heard, 2)
@@ -77,7 +78,7 @@ async def test_any_other_payload_means_sweep_now(database: str, db: psycopg.Conn
     assert heard == [None, None]
 
 
-async def test_another_outbox_of_the_database_does_not_ring_here(database: str, db: psycopg.Connection) -> None:
+async def test_wakeups_of_another_outbox_of_the_database_are_ignored(database: str, db: psycopg.Connection) -> None:
     async with listening(database) as (_, heard):
         notify(db, *encode(message_prefix("public2"), [WakeUp(1, 1)]), *encode(PUBLIC, [WakeUp(2, 2)]))
         await count(heard, 2)
@@ -99,7 +100,7 @@ async def test_a_half_open_link_is_noticed_and_replaced(
     proxy: Proxy, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdc.postgres.notify._ANSWER_LIMIT_S", 0.5)
-    async with listening(proxy.dsn + " connect_timeout=2", look_s=0.2) as (listener, heard):
+    async with listening(proxy.dsn + " connect_timeout=2", poll_s=0.2) as (listener, heard):
         proxy.hold()
 
         async def noticed() -> bool:

@@ -81,7 +81,7 @@ def test_many_that_were_processed_at_one_moment_are_all_removed(outbox_db: psyco
     assert list(Retention("public").prune(outbox_db, _DAY_S, limit=10)) == [10, 10, 5]
 
 
-def test_progress_is_told_while_it_takes_long(
+def test_progress_is_shown_while_it_takes_long(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdc.cli.outbox._PROGRESS_EVERY_S", 0)
@@ -89,9 +89,7 @@ def test_progress_is_told_while_it_takes_long(
     assert f"removed {retention.BATCH:,} so far" in run(outbox, "--older-than", "7d").stderr
 
 
-def test_a_row_that_somebody_holds_is_left_for_the_next_time_and_waited_for_by_nobody(
-    outbox: str, outbox_db: psycopg.Connection
-) -> None:
+def test_a_locked_row_is_left_for_the_next_round_without_waiting(outbox: str, outbox_db: psycopg.Connection) -> None:
     fill(outbox_db, 10)
     with psycopg.connect(outbox) as reading:
         reading.execute("SELECT FROM entity_changes ORDER BY seq LIMIT 1 FOR UPDATE")
@@ -140,7 +138,7 @@ def test_a_batch_reads_a_small_part_of_a_large_table(outbox_db: psycopg.Connecti
         assert touched < pages
 
 
-async def test_pruning_beside_a_running_consumer_removes_processed_changes_only(
+async def test_pruning_while_a_consumer_runs_removes_processed_changes_only(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     router, handled = Router(), set()

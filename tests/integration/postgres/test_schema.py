@@ -86,7 +86,7 @@ def test_any_schema_name_works_and_is_created_when_missing(db: psycopg.Connectio
     assert migrations.install(db, name) != []
 
 
-def test_two_outboxes_in_one_database_do_not_ring_each_other(outbox_db: psycopg.Connection):
+def test_two_outboxes_in_one_database_do_not_wake_each_other(outbox_db: psycopg.Connection):
     migrations.install(outbox_db, ODD)
     bodies = outbox_db.execute("SELECT prosrc FROM pg_proc WHERE proname = 'publish_change'").fetchall()
     prefixes = {re.findall(r"'(entity_change:[^']*)'", body)[0] for (body,) in bodies}
@@ -413,7 +413,7 @@ def test_uninstall_asks_off_a_terminal_for_yes(outbox: str, outbox_db: psycopg.C
     assert migrations.verify(outbox_db, "public") == []
 
 
-def test_uninstall_refuses_to_lose_unprocessed_changes_unless_told(outbox: str, outbox_db: psycopg.Connection):
+def test_uninstall_refuses_to_lose_unprocessed_changes_without_the_option(outbox: str, outbox_db: psycopg.Connection):
     outbox_db.execute("CREATE TABLE mine (id int)")
     outbox_db.execute("CREATE TRIGGER t AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION capture_entity_change()")
     outbox_db.execute("INSERT INTO mine VALUES (1)")
@@ -504,7 +504,9 @@ def test_the_history_shows_the_last_24_hours_newest_first_with_a_preview(outbox_
     assert found[0][2] == pytest.approx(3600, abs=1)
 
 
-def test_reprocess_makes_dead_letters_due_now_counts_them_and_rings(outbox: str, outbox_db: psycopg.Connection):
+def test_reprocess_makes_dead_letters_due_now_counts_them_and_sends_a_wake_up(
+    outbox: str, outbox_db: psycopg.Connection
+):
     outbox_db.execute("SELECT publish_change('task', i::text) FROM generate_series(1, 4) AS i")
     outbox_db.execute("SELECT publish_change('message', '5')")
     outbox_db.execute(
@@ -518,7 +520,7 @@ def test_reprocess_makes_dead_letters_due_now_counts_them_and_rings(outbox: str,
     assert outbox_db.execute(state.encode()).fetchall() == [
         (1, True, False, 0), (2, True, False, 0), (3, None, True, 1), (4, None, False, 0), (5, None, True, 3),
     ]  # fmt: skip
-    assert [(ring.channel, ring.payload) for ring in outbox_db.notifies(timeout=5, stop_after=1)] == [
+    assert [(sent.channel, sent.payload) for sent in outbox_db.notifies(timeout=5, stop_after=1)] == [
         ("entity_change", "")
     ]
     assert outbox_db.execute("SELECT requeued_count FROM reprocess_failed_actions(p_max_errors => 1)").fetchone() == (

@@ -11,6 +11,7 @@ from psycopg import sql
 
 from cdc.cli import cdc
 from cdc.core.errors import SchemaError
+from cdc.core.model import Operation
 from cdc.postgres import migrations, tracking
 from tests import servers
 
@@ -45,9 +46,7 @@ def test_a_set_is_made_with_the_outbox_and_captured_at_once(database: str, db: p
     assert tables(db) >= {*CAPTURED, '"actionRules"', "whatsapp_removed_reactions"}
     assert tracked(db) == CAPTURED
     assert migrations.verify(db, "public") == []
-    again = tracking.track(
-        db, "public", "whatsapp_messages", entity_type="message", operations=[tracking.Operation.INSERT]
-    )
+    again = tracking.track(db, "public", "whatsapp_messages", entity_type="message", operations=[Operation.INSERT])
     assert not again.changed, "as `cdc track` would have made it"
 
 

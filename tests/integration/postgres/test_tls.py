@@ -209,7 +209,8 @@ async def _watch(db: psycopg.Connection, wanted: set[str]) -> set[tuple[Any, ...
 async def test_every_session_of_a_consumer_is_encrypted_and_the_stream_is_one_of_them(
     secured: Secured, db: psycopg.Connection
 ) -> None:
-    dsn, shared = secured.dsn(channel_binding="require"), {"slot_name": slot_name(), "retention": "1d"}
+    dsn = secured.dsn(channel_binding="require")
+    shared: dict[str, Any] = {"slot_name": slot_name(), "retention": "1d"}
     wanted = {*SESSIONS, "cdc: retention"}
     fill(db, 5_000)  # so many that removing them is seen
     # The one that streams relays to the other, over one connection more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
@@ -174,7 +175,7 @@ def test_a_partitioned_table_is_tracked_at_its_root(outbox_db: psycopg.Connectio
         ("cdc_migrations", UsageError, "outbox itself"),
     ],
 )
-def test_what_cannot_be_tracked_is_told_with_the_remedy(
+def test_what_cannot_be_tracked_is_refused_with_the_remedy(
     tasks: psycopg.Connection, table: str, error: type[CdcError], said: str
 ):
     tasks.execute('CREATE TABLE "Mixed" (id int); CREATE VIEW seen AS SELECT 1 AS id')
@@ -194,8 +195,8 @@ def test_what_cannot_be_tracked_is_told_with_the_remedy(
         ({"exclude": ["id"]}, "cannot be left out"),
     ],
 )
-def test_columns_that_do_not_fit_are_told_and_nothing_is_tracked(
-    tasks: psycopg.Connection, options: dict[str, list[str]], said: str
+def test_columns_that_do_not_fit_are_named_and_nothing_is_tracked(
+    tasks: psycopg.Connection, options: dict[str, Any], said: str
 ):
     with pytest.raises(UsageError) as refused:
         track(tasks, "public", "tasks", **options)

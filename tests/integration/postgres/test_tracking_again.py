@@ -164,7 +164,7 @@ def test_two_triggers_that_differ_ask_which_is_meant(outbox: str, orders: psycop
 
 
 @pytest.mark.parametrize("option", ["--exclude", "--key"])
-def test_a_column_that_is_gone_is_marked_and_has_to_be_named_anew(
+def test_a_column_that_is_gone_is_marked_and_has_to_be_named_again(
     outbox: str, orders: psycopg.Connection, option: str
 ) -> None:
     done(outbox, "track", "orders", "--key", "id", "--exclude", "card")
@@ -270,7 +270,7 @@ def test_who_says_that_changes_are_handled_where_it_does_not_count_is_named(
     assert "does not count" not in invoke(outbox, "doctor", "--no-stream").stdout
 
 
-def test_a_quote_that_is_not_closed_is_told(outbox: str, orders: psycopg.Connection) -> None:
+def test_a_quote_that_is_not_closed_is_an_error(outbox: str, orders: psycopg.Connection) -> None:
     assert "a quote is not closed" in refused(outbox, "track", "orders", "--exclude", '"a,b')
 
 
@@ -302,7 +302,9 @@ def test_always_captures_what_replication_writes_and_can_be_taken_back(outbox: s
     assert len(captured(orders)) == 1
 
 
-def test_who_may_not_alter_the_table_is_told_what_its_owner_does(outbox: str, orders: psycopg.Connection) -> None:
+def test_a_role_that_may_not_alter_the_table_gets_the_statement_for_its_owner(
+    outbox: str, orders: psycopg.Connection
+) -> None:
     orders.execute("CREATE ROLE trigger_maker LOGIN; GRANT TRIGGER ON orders TO trigger_maker")
     orders.execute("GRANT EXECUTE ON FUNCTION capture_entity_change() TO trigger_maker")
     said = refused(make_conninfo(outbox, user="trigger_maker"), "track", "orders", "--always")
@@ -324,7 +326,7 @@ def test_a_partition_that_is_captured_by_hand_is_not_captured_twice(outbox: str,
     assert len(captured(measures)) == 1
 
 
-def test_a_partition_whose_trigger_is_disabled_is_told_and_enabled(outbox: str, measures: psycopg.Connection) -> None:
+def test_a_partition_whose_trigger_is_disabled_is_named_and_enabled(outbox: str, measures: psycopg.Connection) -> None:
     done(outbox, "track", "measures", "--key", "id,d")
     measures.execute('ALTER TABLE measures_1 DISABLE TRIGGER "#cdc_capture"')
     assert tracked(outbox)["measures"]["disabled_partitions"] == ["measures_1"]

@@ -105,7 +105,9 @@ WARNED = {
 
 
 @pytest.mark.parametrize("table", WARNED)
-def test_what_is_unexpected_about_the_table_is_told(outbox: str, outbox_db: psycopg.Connection, table: str) -> None:
+def test_what_is_unexpected_about_the_table_is_a_warning(
+    outbox: str, outbox_db: psycopg.Connection, table: str
+) -> None:
     prepare, said = WARNED[table]
     if table == "a subscription":
         outbox_db.execute("SET allow_system_table_mods = on")

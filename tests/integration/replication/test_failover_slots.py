@@ -1,4 +1,4 @@
-"""Slots for failover, PostgreSQL 17 and later: a server rings for nothing before the standbys it names have it."""
+"""Slots for failover, PostgreSQL 17 and later: a server delivers nothing before the standbys it names have it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cdc.replication import slots
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import consuming, metric
 from tests.fix_slot import lose, slot_facts
-from tests.fix_stream import hears, ring, stream_of
+from tests.fix_stream import send_wakeup, stream_of, wait_for_wakeups
 
 
 @pytest.fixture
@@ -47,13 +47,13 @@ def absent_standby(admin: psycopg.Connection) -> None:
     eventually(lambda: admin.execute("SHOW synchronized_standby_slots").fetchone() == ("phys",))
 
 
-def test_a_stream_that_would_be_deaf_goes_on_without_failover_and_says_so(
+def test_a_slot_that_would_deliver_nothing_goes_on_without_failover_and_the_log_says_so(
     modern: TempServer, admin: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     absent_standby(admin)
-    with stream_of(modern.dsn(), "x") as (_, heard):
-        ring(admin, 1)
-        hears(heard, 1)
+    with stream_of(modern.dsn(), "x") as (_, received):
+        send_wakeup(admin, 1)
+        wait_for_wakeups(received, 1)
     assert slot_facts(admin, "x")["failover"] is False
     assert "waits for the standby slots phys, which no standby reads" in caplog.text
 
@@ -64,7 +64,7 @@ def test_where_it_may_not_change_the_slot_it_leaves_it(modern: TempServer, admin
         assert slot_facts(admin, "x")["failover"] is True
 
 
-async def test_a_stream_that_becomes_deaf_is_mended_while_it_runs(
+async def test_a_slot_that_stops_delivering_is_repaired_while_the_stream_runs(
     modern: TempServer, admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with consuming(modern.dsn(), cdc.Router(), slot_name="x") as app:
@@ -109,12 +109,12 @@ def test_status_and_doctor_say_that_it_waits_for_standbys(modern: TempServer, ad
     assert (slot["severity"], "no standby reads phys" in slot["detail"]) == ("fail", True)
 
 
-def test_a_lost_slot_that_is_made_anew_stays_one_for_failover(modern: TempServer, admin: psycopg.Connection) -> None:
+def test_a_lost_slot_that_is_recreated_stays_one_for_failover(modern: TempServer, admin: psycopg.Connection) -> None:
     lose(admin, "x")
-    with stream_of(modern.dsn(), "x") as (stream, heard):
+    with stream_of(modern.dsn(), "x") as (stream, received):
         assert stream.status.recreated == 1
-        ring(admin, 1)
-        hears(heard, 1)
+        send_wakeup(admin, 1)
+        wait_for_wakeups(received, 1)
     assert slot_facts(admin, "x")["failover"] is True
 
 
@@ -127,9 +127,9 @@ def test_a_stream_that_is_led_to_a_standby_says_so_and_makes_no_slot_there(major
     with TempServer(durable=False, binaries=binaries) as server:
         (server.data / "standby.signal").touch()
         server.restart()
-        with stream_of(server.dsn(), "x", wait=False) as (_, heard):
-            eventually(lambda: heard.reasons)
-        assert heard.reasons[0] == "in_recovery"
+        with stream_of(server.dsn(), "x", wait=False) as (_, received):
+            eventually(lambda: received.reasons)
+        assert received.reasons[0] == "in_recovery"
         done = CliRunner().invoke(root_command, ["doctor", "--dsn", server.dsn(), "--json"]).stdout
         [plugin] = [each for each in json.loads(done)["findings"] if each["id"] == "plugin"]
         assert plugin["severity"] == "skip"

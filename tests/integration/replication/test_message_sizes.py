@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -12,7 +13,7 @@ from tests.eventually import eventually
 from tests.fix_consumer import Process
 from tests.fix_memory import killed_above, megabytes
 from tests.fix_slot import slot_facts
-from tests.fix_stream import PUBLIC, Streaming, hears, ring
+from tests.fix_stream import PUBLIC, Streaming, send_wakeup, wait_for_wakeups
 
 _MB = 1 << 20
 _CALLS = (
@@ -29,25 +30,25 @@ def shout(db: psycopg.Connection, size: int, *, prefix: str = PUBLIC, transactio
 def test_what_is_too_long_to_be_ours_is_passed_over_and_the_stream_goes_on(
     streaming: Streaming, database: str, db, slot: str, *, prefix: str, transactional: bool
 ) -> None:
-    with streaming(database, slot) as (stream, heard):
+    with streaming(database, slot) as (stream, received):
         for size in (20_000, 100_000, 2 * _MB):
             shout(db, size, prefix=prefix, transactional=transactional)
-        ring(db, 1)
-        hears(heard, 1)
-        assert not heard.errors
+        send_wakeup(db, 1)
+        wait_for_wakeups(received, 1)
+        assert not received.errors
         assert stream.status.confirmed_lsn <= stream.status.received_lsn
 
 
-def test_after_one_that_took_much_memory_the_session_begins_anew_behind_it(
+def test_after_one_that_took_much_memory_the_session_starts_again_behind_it(
     streaming: Streaming, database: str, db, slot: str
 ) -> None:
-    with streaming(database, slot) as (_, heard):
+    with streaming(database, slot) as (_, received):
         shout(db, 40 * _MB)
-        eventually(lambda: heard.starts == 2, what="a new session")
-        ring(db, 1)
-        hears(heard, 1)
-    assert heard.reasons == ["protocol"]
-    assert "message of 40 MB" in str(heard.errors[0])
+        eventually(lambda: received.starts == 2, what="a new session")
+        send_wakeup(db, 1)
+        wait_for_wakeups(received, 1)
+    assert received.reasons == ["protocol"]
+    assert "message of 40 MB" in str(received.errors[0])
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def consumer(
     outbox_db.execute(_CALLS)
     started: list[Process] = []
 
-    def start(plugin: str, **settings: object) -> Process:
+    def start(plugin: str, **settings: Any) -> Process:
         process = Process(
             outbox, tmp_path / f"log{len(started)}", slot_name="sizes", slot_plugin=plugin, poll_interval=0.1,
             **settings,

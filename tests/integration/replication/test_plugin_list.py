@@ -68,7 +68,7 @@ def _stream(app: App) -> StreamStatus:
 
 
 def _streams(app: App, plugin: str) -> Callable[[], Awaitable[bool]]:
-    """That plugin rings, and the sweep that follows its start is over."""
+    """Wake-ups come through that plugin, and the sweep that follows its start is over."""
     return _when(
         lambda: (
             (app.status.role, _stream(app).plugin) == (Role.STREAMING, plugin)
@@ -97,9 +97,9 @@ async def test_the_cycle_wal2json_refused_pgoutput_taken_wal2json_allowed_and_ta
     router.on("x")(lambda change: handled.append(change.entity_id))
 
     async def consume(expected: str, **settings: Any) -> None:
-        """One change, rung for by that plugin."""
+        """One change, whose wake-up comes through that plugin."""
         async with consuming(dsn, router, slot_name=slot, sweep_interval=3600, **settings) as app:
-            await eventually_async(_streams(app, expected), what=f"{expected} rings")
+            await eventually_async(_streams(app, expected), what=f"{expected} is used")
             db.execute("SELECT publish_change('x', %s)", [f"{len(handled)}"])
             await eventually_async(_when(lambda: settled(db)), what="it is handled")
             assert metric(app.metrics.registry, "cdc_wakeups_total", source="wal") == 1
@@ -137,7 +137,7 @@ async def test_a_consumer_that_wants_wal2json_sweeps_until_it_is_allowed_and_the
     monkeypatch.setattr(reconnect, "PERMANENT_PAUSE_S", 0.5)
     router = cdc.Router()
     router.on("x")(lambda change: None)
-    settings = {"slot_plugin": "wal2json", "slot_name": slot, "sweep_interval": 0.2}
+    settings: dict[str, Any] = {"slot_plugin": "wal2json", "slot_name": slot, "sweep_interval": 0.2}
     async with consuming(make_conninfo(database, user=role), router, **settings) as app:
         await eventually_async(_when(lambda: _stream(app).reason == "plugin_refused"), what="it is refused")
         db.execute("SELECT publish_change('x', '1')")

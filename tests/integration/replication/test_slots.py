@@ -74,7 +74,7 @@ def _settled(db: psycopg.Connection) -> Callable[[], Awaitable[bool]]:
     return look
 
 
-def test_a_new_slot_is_ours_and_keeps_wal_until_somebody_reads_it(db: psycopg.Connection, slot: str) -> None:
+def test_a_new_slot_is_ours_and_keeps_wal_until_it_is_read(db: psycopg.Connection, slot: str) -> None:
     made = slots.create(db, slot)
     assert (made.name, made.plugin, made.ours, made.active, made.temporary) == (
         slot,
@@ -93,7 +93,8 @@ def test_a_new_slot_is_ours_and_keeps_wal_until_somebody_reads_it(db: psycopg.Co
 
 
 def test_a_slot_that_is_being_read_says_by_whom(db: psycopg.Connection, slot: str, reader: int) -> None:
-    found = eventually(lambda: (now := slots.status(db, slot)).active and now)
+    eventually(lambda: slots.status(db, slot).active)
+    found = slots.status(db, slot)
     assert (found.active_pid, found.application_name, found.wal_status) == (reader, "rdr", "reserved")
 
 
@@ -164,7 +165,9 @@ def test_creating_names_the_write_transaction_it_will_not_wait_for(
     assert db.execute("SHOW lock_timeout").fetchone() == ("0",)
 
 
-def test_a_role_without_replication_is_told_what_it_lacks(database: str, db: psycopg.Connection, slot: str) -> None:
+def test_for_a_role_without_replication_the_missing_right_is_named(
+    database: str, db: psycopg.Connection, slot: str
+) -> None:
     db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(slot)))
     try:
         with psycopg.connect(make_conninfo(database, user=slot), autocommit=True) as weak:
@@ -179,7 +182,7 @@ def test_a_role_without_replication_is_told_what_it_lacks(database: str, db: psy
         db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(slot)))
 
 
-def test_a_server_without_logical_wal_is_told_what_to_change() -> None:
+def test_for_a_server_without_logical_wal_the_setting_is_named() -> None:
     server = TempServer(durable=False, settings={"wal_level": "replica"})
     with server, psycopg.connect(server.dsn(), autocommit=True) as db:
         with pytest.raises(CdcError) as refused:
@@ -211,7 +214,7 @@ def test_where_the_first_plugin_is_not_installed_the_next_one_is_taken(
         slots.create(db, slot, plugin="nosuch")
 
 
-def test_a_role_that_may_not_create_the_publication_is_told_what_the_owner_has_to_run(
+def test_a_role_that_may_not_create_the_publication_gets_the_statement_for_the_owner(
     database: str, db: psycopg.Connection, slot: str
 ) -> None:
     db.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION").format(sql.Identifier(slot)))
@@ -258,7 +261,7 @@ def test_failover_is_refused_where_the_server_does_not_know_it(
     assert not slot_facts(db, slot)
 
 
-def test_a_slot_is_made_with_what_the_server_has_moved_and_made_anew() -> None:
+def test_a_slot_is_made_with_what_the_server_has_moved_and_recreated() -> None:
     with TempServer(durable=False) as server, psycopg.connect(server.dsn(), autocommit=True) as db:
         failover = db.info.server_version >= 170_000
         made = slots.create(db, "cdc", failover=failover)
@@ -273,7 +276,7 @@ def test_a_slot_is_made_with_what_the_server_has_moved_and_made_anew() -> None:
 # Advance
 
 
-async def test_what_an_advanced_slot_does_not_ring_for_is_handled_all_the_same(
+async def test_changes_that_an_advanced_slot_skips_are_handled_all_the_same(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     name, router = slot_name(), Router()
@@ -303,7 +306,7 @@ def test_a_slot_that_is_read_or_not_ours_is_not_moved(
             slots.advance(elsewhere, slot)
 
 
-def test_a_lost_slot_is_not_moved_but_made_anew_and_says_when_it_would_have_been_lost() -> None:
+def test_a_lost_slot_is_not_moved_but_recreated_and_says_when_it_would_have_been_lost() -> None:
     settings = {"max_slot_wal_keep_size": "64MB", "min_wal_size": "32MB", "max_wal_size": "32MB"}
     server = TempServer(durable=False, settings=settings)
     with server, psycopg.connect(server.dsn(), autocommit=True) as db:
@@ -333,7 +336,7 @@ def test_a_reader_is_ended_only_when_one_says_so(database: str, db: psycopg.Conn
     assert slots.status(db, slot).plugin == "pgoutput"
 
 
-def test_a_role_that_may_not_end_the_reader_is_told_what_it_lacks(
+def test_for_a_role_that_may_not_end_the_reader_the_missing_right_is_named(
     database: str, db: psycopg.Connection, slot: str, reader: int
 ) -> None:
     name = sql.Identifier(f"{slot}_role")
@@ -415,7 +418,7 @@ def test_json_is_one_object_on_stdout(database: str, slot: str) -> None:
     assert json.loads(run(database, "drop", slot, "--yes", "--json").stdout)["slot"]["name"] == slot
 
 
-def test_exit_codes_tell_usage_missing_and_refused_apart(database: str, db: psycopg.Connection, slot: str) -> None:
+def test_exit_codes_distinguish_usage_missing_and_refused(database: str, db: psycopg.Connection, slot: str) -> None:
     assert run(database, "create", "No Such Name").exit_code == 2
     assert run(database, "status", slot).exit_code == 4
     assert run(database, "drop", slot, "--yes").exit_code == 4
@@ -436,6 +439,6 @@ def test_a_command_that_is_interrupted_in_the_middle_of_a_statement_leaves_its_c
     database: str,
 ) -> None:
     # So the driver leaves it where Ctrl-C comes between sending a statement and waiting for its answer.
-    with open_database(Settings(dsn=database)) as connection:  # type: ignore[arg-type]
+    with open_database(Settings(dsn=database)) as connection:
         connection.pgconn.send_query(b"SELECT pg_advisory_lock(1)")
     assert connection.closed

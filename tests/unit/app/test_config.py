@@ -98,7 +98,7 @@ def test_auto_is_every_plugin_and_a_name_is_that_one_alone() -> None:
     assert _load(CDC_SLOT_PLUGIN="pgoutput").settings.slot.plugins == ("pgoutput",)
 
 
-def test_a_temporary_slot_that_nobody_may_create_is_refused() -> None:
+def test_a_temporary_slot_without_slot_create_is_refused() -> None:
     with pytest.raises(UsageError, match=r"slot\.create"):
         _load(CDC_SLOT_MODE="temporary", CDC_SLOT_CREATE="no")
 

@@ -214,7 +214,7 @@ def test_config_show_names_value_and_source_and_hides_the_secret(cli: Cli, folde
 
 
 @pytest.mark.parametrize("group", [(), ("outbox",), ("slot",), ("db",)], ids="-".join)
-def test_an_option_before_the_command_is_told_its_place(cli: Cli, group: tuple[str, ...]) -> None:
+def test_for_an_option_before_the_command_the_error_names_its_place(cli: Cli, group: tuple[str, ...]) -> None:
     told = cli(*group, "--dsn=postgresql://u:hunter@db/app", "run")
     assert f"write {' '.join(('cdc', *group))} COMMAND --dsn" in told.stderr
     assert (told.exit_code, "hunter" in told.output) == (2, False)
@@ -460,8 +460,8 @@ def test_a_delivery_is_described_on_the_command_line(cli: Cli, served: list[tupl
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--type", "order"], "a delivery is described, and not where to"),
-        (["--handlers", "tests.handlers:router", "--batch", "5"], "a delivery is described, and not where to"),
+        (["--type", "order"], "a delivery has settings and no URL"),
+        (["--handlers", "tests.handlers:router", "--batch", "5"], "a delivery has settings and no URL"),
         (["--deliver-to", "http://app/", "--handlers", "a:b"], "handlers and deliver.to are both set"),
         (["--deliver-to", "http://user:hunter@app/"], "--deliver-to: a URL with a user or a password in it"),
         (["--deliver-to", "http://app/", "--deliver-secret", "hunter"], "--deliver-secret: a secret is whsec_"),

@@ -55,7 +55,7 @@ def test_the_address_is_that_of_the_consumer_and_one_that_means_all_is_asked_on_
     assert (asked.exit_code, asked.stdout[:6]) == (0, "alive:")
 
 
-def test_nobody_there_is_1(server: HealthServer) -> None:
+def test_without_an_answer_it_is_1(server: HealthServer) -> None:
     server.stop()
     asked = healthcheck("--http-port", str(server.port))
     assert (asked.exit_code, asked.stdout) == (1, f"no answer from 127.0.0.1 port {server.port}: Connection refused\n")
@@ -84,6 +84,6 @@ def test_something_else_that_listens_there_is_1() -> None:
     assert asked.stdout.startswith("no answer from 127.0.0.1")
 
 
-def test_where_nothing_is_served_nobody_is_asked() -> None:
+def test_where_nothing_is_served_nothing_is_asked() -> None:
     asked = healthcheck("--http-port", "0")
     assert (asked.exit_code, asked.stdout) == (0, "not asked: http.port is 0\n")

@@ -64,7 +64,7 @@ def test_one_call_at_a_time_finds_out_and_its_success_lets_all_through() -> None
     assert not breaker.succeeded(1.0), "it closes once"
 
 
-def test_a_trial_that_is_cut_off_tells_nothing_and_makes_room_for_another() -> None:
+def test_a_trial_that_is_cut_off_changes_nothing_and_makes_room_for_another() -> None:
     breaker = _half_open()
     breaker.trial(1)
     breaker.trial(-1)
@@ -105,9 +105,7 @@ def test_what_comes_and_goes_is_asked_at_the_pace_that_was_reached(steady_s: flo
 
 
 @pytest.mark.parametrize(("asked_s", "waits_s"), [(0.01, PAUSE_MIN_S), (30.0, 30.0), (86_400.0, AFTER_MAX_S)])
-def test_who_says_when_to_come_back_is_not_asked_before_and_stops_nobody_for_a_day(
-    asked_s: float, waits_s: float
-) -> None:
+def test_retry_after_is_respected_up_to_a_bound(asked_s: float, waits_s: float) -> None:
     breaker = CircuitBreaker()
     breaker.unavailable("k", "away", 0.0, certain=True, after_s=asked_s)
     assert breaker.wait_s(0.0) == waits_s

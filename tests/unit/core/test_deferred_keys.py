@@ -31,7 +31,7 @@ def test_one_type_does_not_take_all_the_memory_there_is_for_marks() -> None:
     assert deferred.has_room(("a", "30"))
 
 
-def test_a_key_is_told_once_and_types_without_room_are_told_when_they_have_some() -> None:
+def test_a_key_is_reported_once_and_types_without_room_are_reported_when_they_have_some() -> None:
     deferred = DeferredKeys(10)
     for entity_type in ("a", "b"):
         for number in (1, 2):

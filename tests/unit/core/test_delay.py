@@ -5,7 +5,7 @@ from __future__ import annotations
 from cdc.core.delay import Delay
 
 
-def test_the_rests_grow_up_to_a_bound_and_begin_anew_when_it_was_done() -> None:
+def test_the_pauses_grow_up_to_a_bound_and_start_again_after_a_success() -> None:
     delay, now, rests = Delay(), 100.0, []
     for _ in range(7):
         delay.failed(now)
@@ -18,7 +18,7 @@ def test_the_rests_grow_up_to_a_bound_and_begin_anew_when_it_was_done() -> None:
     assert round(delay.until - now, 6) == 0.1
 
 
-def test_it_is_told_at_once_and_then_each_half_minute() -> None:
+def test_it_is_logged_at_once_and_then_each_half_minute() -> None:
     delay = Delay()
     assert [delay.failed(now) for now in (0.0, 1.0, 29.9, 30.0, 31.0, 60.0)] == [True, False, False, True, False, True]
 

@@ -37,7 +37,7 @@ def test_those_that_take_turns_get_the_same_and_leave_room_for_one_more(users: i
     assert limit.admits("one more")
 
 
-def test_whoever_comes_after_three_that_give_nothing_back_finds_room() -> None:
+def test_after_three_that_give_nothing_back_the_next_finds_room() -> None:
     limit = DynamicLimit(20, 2)
     assert [_acquire_all(limit, user) for user in "abc"] == [13, 4, 2]
     assert limit.admits("d")

@@ -83,7 +83,7 @@ def _deeper(depth: int, at_the_end: Callable[[], object]) -> None:
         at_the_end()
 
 
-def test_of_many_frames_the_first_and_the_last_are_told_and_how_many_are_not() -> None:
+def test_of_many_frames_the_first_and_the_last_are_shown_and_the_number_of_the_others() -> None:
     found = _failed(_deeper, 500, _parses)
     assert len(found.frames) == 17
     [gap] = [frame for frame in found.frames if frame.startswith("... ")]
@@ -128,7 +128,7 @@ async def _fails() -> None:
     _wraps()
 
 
-def test_what_an_error_was_raised_from_and_the_first_of_a_group_are_told_below() -> None:
+def test_what_an_error_was_raised_from_and_the_first_of_a_group_are_shown_below() -> None:
     assert _failed(_wraps).frames[-1].startswith("from JSONDecodeError at ")
     assert _failed(_wraps).frames[-1].endswith(" in _parses")
     found = _failed(lambda: asyncio.run(_in_a_group()))
@@ -156,7 +156,7 @@ class _HostileError(Exception, metaclass=_Meta):
         raise RuntimeError("in a traceback")
 
 
-def test_an_error_that_lies_about_itself_is_told_all_the_same() -> None:
+def test_an_error_that_lies_about_itself_is_described_all_the_same() -> None:
     def raises() -> None:
         raise _HostileError
 

@@ -29,7 +29,7 @@ def test_who_loses_a_transaction_is_a_suspect_at_once_and_who_loses_a_session_wh
     assert lost.suspects == set()
 
 
-def test_what_was_not_heard_of_for_long_is_forgotten() -> None:
+def test_what_was_not_seen_for_long_is_forgotten() -> None:
     lost, first = Losses(), change(1)
     lost.add([first])
     others = [change(seq) for seq in range(2, lost_transactions.REMEMBERED + 2)]

@@ -124,8 +124,9 @@ def patterns() -> Iterator[tuple[str, str | bytes]]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CALLS:
                 of_re = isinstance(node.func.value, ast.Name) and node.func.value.id == "re"
-                if of_re and isinstance(node.args[0], ast.Constant):
-                    yield where, node.args[0].value
+                match node.args:
+                    case [ast.Constant(value=str() | bytes() as pattern), *_] if of_re:
+                        yield where, pattern
 
 
 def unbounded(items: Items, after: Items) -> Iterator[tuple[bool, Items, Items]]:

@@ -21,7 +21,7 @@ def _put(ready_queues: ReadyQueues, needs: Requirements, count: int, first: int 
 
 
 def _start_all(ready_queues: ReadyQueues) -> list[Key]:
-    started = []
+    started = list[Key]()
     while turn := ready_queues.next():
         keys, needs = turn
         ready_queues.started([change(len(started) + place) for place in range(len(keys))], needs)

@@ -25,7 +25,7 @@ def test_a_newcomer_gets_its_share_from_those_who_have_more() -> None:
 
 
 @given(st.integers(1, 80), st.randoms(use_true_random=False), st.integers(10, 60))
-def test_members_that_come_and_go_end_with_every_shard_owned_and_nobody_far_above_another(
+def test_members_that_come_and_go_end_with_every_shard_owned_and_divided_evenly(
     members: int, dice: object, rounds: int
 ) -> None:
     """Each round one member looks, with the true figures, and moves; then everybody looks until nothing moves."""

@@ -31,7 +31,7 @@ def test_the_most_specific_rule_gets_the_change_type_before_operation() -> None:
     assert name("message", "UPDATE") == "*"
 
 
-def test_a_change_nobody_wants_matches_no_handler() -> None:
+def test_a_change_of_an_unwanted_type_matches_no_handler() -> None:
     router = Router()
     router.on("reaction", "INSERT")(_sync)
     assert router.match("reaction", "UPDATE") is None

@@ -24,7 +24,7 @@ def scheduler() -> SettlingScheduler:
 
 
 def _start_all(scheduler: SettlingScheduler) -> list[Change]:
-    started = []
+    started = list[Change]()
     while run := scheduler.start().changes:
         started += run
     return started
@@ -39,7 +39,7 @@ def _end(scheduler: SettlingScheduler, change: Change, outcome: Outcome = Proces
     scheduler.settled(scheduler.take_finished(100))
 
 
-def test_one_change_of_a_key_runs_at_a_time_and_other_keys_run_beside_it(scheduler: SettlingScheduler) -> None:
+def test_one_change_of_a_key_runs_at_a_time_and_other_keys_run_at_the_same_time(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b")])
     assert _seqs(_start_all(scheduler)) == [1, 3]
 
@@ -332,7 +332,7 @@ def shared() -> SettlingScheduler:
     return made
 
 
-def test_one_type_does_not_fill_the_window_and_what_it_was_refused_is_told_by_type_and_shard(
+def test_one_type_does_not_fill_the_window_and_what_it_was_refused_is_returned_by_type_and_shard(
     shared: SettlingScheduler,
 ) -> None:
     admitted = shared.admit([row(seq, str(seq), entity_type="a", shard=seq % 2) for seq in range(1, 10)])

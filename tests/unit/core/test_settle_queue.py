@@ -67,11 +67,11 @@ def test_each_is_written_once_and_in_the_order_of_its_key(
     assert not marks.holds
     assert not marks.maybe_written
     assert sorted(_seqs(written)) == _seqs(coming), "each once"
-    for key in set(keys):
-        assert (seqs := _seqs([one for one in written if one.change.entity_id == key])) == sorted(seqs)
+    for entity_id in set(keys):
+        assert (seqs := _seqs([one for one in written if one.change.entity_id == entity_id])) == sorted(seqs)
 
 
-def test_of_a_shard_that_was_somebody_elses_meanwhile_nothing_is_written() -> None:
+def test_of_a_shard_that_had_another_owner_meanwhile_nothing_is_written() -> None:
     marks = SettleQueue()
     for seq, shard in ((1, 0), (2, 1)):
         marks.add(Settlement(change(seq, str(seq), shard=shard), Processed()))

@@ -311,20 +311,20 @@ def test_a_list_that_allows_nothing_is_mended_by_one_statement_for_both_plugins(
     assert statements == {'ALTER ROLE "cdc" SET output_plugin_libraries = pgoutput, test_decoding, wal2json;'}
 
 
-def test_a_list_of_plugins_that_nobody_may_see_is_judged_by_the_proof_alone() -> None:
+def test_a_list_of_plugins_that_the_role_may_not_see_is_judged_by_the_proof_alone() -> None:
     assert check("plugin-allowed", replace(DECODING, allowed="")).severity == OK
     assert check("plugin-allowed", replace(DECODING, allowed="", proofs=(REFUSED,))).severity == UNKNOWN
     assert check("plugin-allowed", replace(DECODING, allowed="pgoutput,wal2json")).severity == OK
 
 
-def test_a_slot_of_the_plugin_that_is_not_wanted_has_to_be_made_anew() -> None:
+def test_a_slot_of_the_plugin_that_is_not_wanted_has_to_be_recreated() -> None:
     found = check("slot", SLOT_FACTS, replace(SUBJECT, plugin="pgoutput"))
     assert found.severity == FAIL
     assert found.remedy.startswith("cdc slot recreate cdc --plugin pgoutput")
     assert check("slot", SLOT_FACTS, replace(SUBJECT, plugin="wal2json")).severity == OK
 
 
-def test_a_missing_slot_is_a_trouble_only_where_nobody_makes_it() -> None:
+def test_a_missing_slot_is_a_problem_only_where_no_consumer_makes_it() -> None:
     none = replace(SLOT_FACTS, slot=None)
     assert check("slot", none).severity == OK
     assert check("slot", none, replace(SUBJECT, temporary=True)).severity == OK

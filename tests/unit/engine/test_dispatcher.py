@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,12 @@ from cdc.core.lost_transactions import LOSSES_MAX
 from cdc.core.model import Change, Dead, Outcome, Processed, Suspicion
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
+from cdc.core.router import Handler
 from cdc.core.scheduler import Row
 from cdc.core.shard_ownership import Acquired
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher, OtherTasks
+from cdc.engine.executor import Executor
 from cdc.postgres.outbox import Store
 from cdc.runtime.cancelling import cancel
 from tests.changes import change, row
@@ -24,14 +27,14 @@ from tests.eventually import eventually_async
 from tests.settling import SettlingScheduler
 
 
-class _Waiting:
-    """A runner whose handlers wait for ``go``."""
+class _Waiting(Executor):
+    """Calls no handler: each call waits for ``go``. Its methods have the signatures of the real ones."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
         self.started: list[int] = []
 
-    def after_crash(self, handler: None, change: Change, suspicion: Suspicion) -> None:
+    def after_crash(self, handler: Handler | None, change: Change, suspicion: Suspicion) -> None:
         return None
 
     def lost(self, change: Change) -> bool:
@@ -44,19 +47,22 @@ class _Waiting:
     def in_thread(self, change: Change) -> bool:
         return False
 
-    def run_inline(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
+    def run_inline(self, handler: Handler | None, changes: deque[Change]) -> tuple[list[Settlement], None]:
         return [], None
 
-    async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
-        self.started += [change.seq for change in batch]
+    async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
+        self.started += [change.seq for change in changes]
         await self.go.wait()
-        return dict.fromkeys(batch, Processed())
+        return dict.fromkeys(changes, Processed())
 
 
 def _dispatcher(scheduler: SettlingScheduler, executor: _Waiting, concurrency: int) -> Dispatcher:
+    def finished(settled: Sequence[Settlement]) -> None:
+        scheduler.finished(settled)
+
     return Dispatcher(
-        scheduler, executor, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
-        finished=scheduler.finished, reread=lambda: None,
+        scheduler, executor, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),
+        finished=finished, reread=lambda: None,
     )  # fmt: skip
 
 
@@ -68,7 +74,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 def _others() -> set[asyncio.Task[Any]]:
-    return asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
+    return asyncio.all_tasks() - {asyncio.current_task()}
 
 
 async def test_there_is_one_worker_for_each_change_however_often_they_are_handed_out() -> None:
@@ -159,18 +165,18 @@ async def test_a_suspect_starts_when_what_became_of_the_one_before_is_in_the_tab
 
 
 class _Ending(_Waiting):
-    """A runner that ends each attempt with an error, and has no outcome for it."""
+    """Ends each attempt with an error, and has no outcome for it."""
 
     def __init__(self, error: type[BaseException]) -> None:
         super().__init__()
         self._error = error
 
-    async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
-        self.started += [change.seq for change in batch]
+    async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
+        self.started += [change.seq for change in changes]
         raise self._error
 
-    def judge(self, handler: None, change: Change, error: BaseException) -> Outcome:
-        raise AssertionError("the judge fails as well")
+    def decide(self, handler: Handler | None, change: Change, error: BaseException) -> Outcome:
+        raise AssertionError("the decision fails as well")
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, ValueError])
@@ -190,7 +196,7 @@ async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_ti
             scheduler.admit_key_read(resume, [row(1)], complete=True)
 
     dispatcher = Dispatcher(
-        scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
+        scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),
         finished=finished, reread=reread,
     )  # fmt: skip
     scheduler.admit([row(1)])
@@ -202,9 +208,9 @@ async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_ti
     await _until(all_ended)
     await _until(lambda: len(dispatcher) == 0)
     assert executor.started == [1] * LOSSES_MAX
-    [finished] = ended
-    assert isinstance(finished.outcome, Dead)
-    assert "10 times in a row" in finished.outcome.error
+    [settled] = ended
+    assert isinstance(settled.outcome, Dead)
+    assert "10 times in a row" in settled.outcome.error
 
 
 async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> None:
@@ -217,7 +223,7 @@ async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> 
         raise ValueError
 
     dispatcher = Dispatcher(
-        scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
+        scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),
         finished=fail, reread=lambda: None,
     )  # fmt: skip
     scheduler.admit([row(1)])
@@ -226,21 +232,21 @@ async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> 
     assert (scheduler.running, scheduler.settling) == (0, 1)
 
 
-class _Deaf(_Waiting):
+class _IgnoringCancellation(_Waiting):
     """Its first call catches its cancellation, takes it back, and returns."""
 
-    async def run(self, handler: None, batch: Sequence[Change]) -> dict[Change, Outcome]:
+    async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
         try:
-            return await super().run(handler, batch)
+            return await super().run(handler, changes)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             assert task is not None
             task.uncancel()
-            return dict.fromkeys(batch, Processed())
+            return dict.fromkeys(changes, Processed())
 
 
 async def test_a_worker_that_went_on_after_it_was_cut_off_takes_nothing_more() -> None:
-    scheduler, executor = SettlingScheduler(100), _Deaf()
+    scheduler, executor = SettlingScheduler(100), _IgnoringCancellation()
     scheduler.ownership.acquire(Acquired([0]))
     dispatcher = _dispatcher(scheduler, executor, 1)
     scheduler.admit([row(1, "a"), row(2, "b")])

@@ -202,7 +202,7 @@ async def test_what_takes_long_without_waiting_lets_other_tasks_run_in_between(m
     assert told == ["handler", "other"] * 5
 
 
-async def test_what_was_started_and_not_called_at_a_stop_is_left_to_whoever_comes_next() -> None:
+async def test_what_was_started_and_not_called_at_a_stop_is_left_to_the_next_consumer() -> None:
     async def handle(change: Change) -> None:
         if change.seq == 2:
             await asyncio.Event().wait()
@@ -253,7 +253,7 @@ async def test_a_call_that_waits_beyond_its_limit_fails_counted_from_its_first_s
 class _Answer:
     """Something to await that is no coroutine."""
 
-    def __await__(self):  # type: ignore[no-untyped-def]
+    def __await__(self):
         yield from OtherTasks().__await__()
 
 

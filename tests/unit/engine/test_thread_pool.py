@@ -47,7 +47,7 @@ async def test_one_that_is_called_off_before_it_began_is_not_called_and_takes_no
     threads.close()
 
 
-async def test_who_waits_for_a_call_is_cut_off_by_this_program_and_by_nobody_else(threads: Threads) -> None:
+async def test_who_waits_for_a_call_is_cut_off_by_this_program_only(threads: Threads) -> None:
     go, began = threading.Event(), threading.Event()
 
     def call() -> str:
@@ -73,7 +73,7 @@ async def test_who_waits_for_a_call_is_cut_off_by_this_program_and_by_nobody_els
     threads.close()
 
 
-async def test_a_call_that_ends_while_who_waits_is_cancelled_is_heard(threads: Threads) -> None:
+async def test_the_result_of_a_call_that_ends_while_its_caller_is_cancelled_is_kept(threads: Threads) -> None:
     job = threads.submit(lambda: "done")
     waiting = asyncio.create_task(job.outcome())
     await asyncio.wait([waiting], timeout=0)

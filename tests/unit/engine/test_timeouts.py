@@ -66,7 +66,7 @@ async def test_calls_overrun_in_the_order_in_which_they_began_and_those_that_end
     assert told == [1, 3, 5]
 
 
-async def test_one_that_began_later_overruns_later_though_nobody_comes_after_it() -> None:
+async def test_one_that_began_later_overruns_later_though_none_comes_after_it() -> None:
     limit, told = Limit(0.2), list[str]()
 
     async def rest(name: str, ago_s: float) -> None:
@@ -120,7 +120,7 @@ async def test_who_overruns_and_is_cancelled_besides_is_cancelled() -> None:
 
 
 async def test_a_call_that_returns_in_spite_of_its_cancellation_has_returned() -> None:
-    async def deaf() -> str:
+    async def ignores_cancellation() -> str:
         try:
             await _for_ever()
         except asyncio.CancelledError:
@@ -128,7 +128,7 @@ async def test_a_call_that_returns_in_spite_of_its_cancellation_has_returned() -
         return "never"
 
     async def task() -> tuple[str, int]:
-        returned = await Limit(0.01).call(deaf())
+        returned = await Limit(0.01).call(ignores_cancellation())
         me = asyncio.current_task()
         assert me is not None
         return returned, me.cancelling()
@@ -136,7 +136,7 @@ async def test_a_call_that_returns_in_spite_of_its_cancellation_has_returned() -
     assert await asyncio.create_task(task()) == ("all the same", 0)
 
 
-async def test_a_call_that_goes_on_in_spite_of_its_cancellation_is_told_of_once_and_one_that_ends_is_not(
+async def test_a_call_that_goes_on_in_spite_of_its_cancellation_is_reported_once_and_one_that_ends_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(timeouts, "_HEED_S", 0.02)
@@ -152,10 +152,10 @@ async def test_a_call_that_goes_on_in_spite_of_its_cancellation_is_told_of_once_
         with contextlib.suppress(OverrunError):
             await limit.call(_for_ever())
 
-    async def deaf() -> None:
+    async def ignores_cancellation() -> None:
         await limit.call(goes_on())
 
-    well, ill = asyncio.create_task(ends()), asyncio.create_task(deaf())
+    well, ill = asyncio.create_task(ends()), asyncio.create_task(ignores_cancellation())
 
     async def is_told() -> bool:
         return bool(told)

@@ -210,12 +210,12 @@ _MEANINGS = {
 }
 
 
-def test_the_status_tells_done_away_later_or_never() -> None:
+def test_the_status_means_done_away_later_or_never() -> None:
     for status in range(200, 1_000):
         assert Answer(status).meaning is _MEANINGS.get(status, Disposition.LATER), status
 
 
-def test_the_table_in_the_documents_names_every_status_that_is_told_apart() -> None:
+def test_the_table_in_the_documents_names_every_status_with_a_meaning_of_its_own() -> None:
     lines = PAGE.read_text("utf-8").splitlines()
     rows = dict(line.strip("| ").split(" | ", 1) for line in lines if line.startswith("| answers"))
     expected = {
@@ -331,7 +331,7 @@ def test_of_a_batch_an_answer_is_about_all_or_about_one_of_them(
         (aiohttp.ConnectionTimeoutError("hunter"), "no answer to the attempt to connect"),
     ],
 )
-def test_why_an_application_is_not_reached_is_told_without_its_address(error: aiohttp.ClientError, told: str) -> None:
+def test_why_an_application_is_not_reached_is_said_without_its_address(error: aiohttp.ClientError, told: str) -> None:
     assert _reason(error) == told
 
 

@@ -277,7 +277,7 @@ def test_a_host_that_is_not_ours_is_a_sentence(state: State) -> None:
 @pytest.mark.parametrize("host", ["\u202e", "a\0b", "x" * 5_000])
 def test_a_host_that_cannot_be_a_name_is_a_sentence(host: str, state: State) -> None:
     with pytest.raises(UsageError, match="cannot serve metrics and health on"):
-        HealthServer(host, 0, registry=CollectorRegistry(), liveness=list, readiness=lambda: state.readiness)
+        HealthServer(host, 0, registry=CollectorRegistry(), liveness=list, readiness=state.readiness)
 
 
 def test_it_serves_an_ipv6_address(state: State) -> None:

@@ -75,13 +75,13 @@ def _failure(told: str = "ValueError at x.py:3", handler: str = "invoice", again
 
 def _slot(**figures: Any) -> SlotReport:
     unknown = dict.fromkeys(SlotReport.__dataclass_fields__)
-    shown = {"name": "bell", "plugin": "wal2json", "active": True, "temporary": False, "wal_status": "reserved",
+    shown = {"name": "cdc", "plugin": "wal2json", "active": True, "temporary": False, "wal_status": "reserved",
              "current_lsn": Lsn(0), "retained_wal_bytes": 10, "confirmed_lag_bytes": 3,
              "seen_at": datetime.now(UTC)}  # fmt: skip
-    return SlotReport(**{**unknown, **shown, **figures})  # type: ignore[arg-type]  # a test's own figures
+    return SlotReport(**{**unknown, **shown, **figures})  # a test's own figures
 
 
-def test_the_page_asks_nobody_else_for_anything(page: StatusPage) -> None:
+def test_the_page_loads_nothing_from_elsewhere(page: StatusPage) -> None:
     _, html = _answer(page, "/")
     assert re.findall(r"(?:https?:)?//[\w.]+", re.sub(r"^\s*// .*$", "", html, flags=re.MULTILINE)) == []
     assert re.findall(r"\bsrc=|@import|url\(", html) == []
@@ -176,23 +176,23 @@ def test_the_outbox_is_shown_as_it_was_seen_and_goes_when_it_cannot_be_read(page
 
 
 def test_the_slot_is_shown_with_its_health(page: StatusPage, source: _Source) -> None:
-    source.readings = Readings(slot=SlotReading(0, "bell", _slot(wal_status="lost")))
+    source.readings = Readings(slot=SlotReading(0, "cdc", _slot(wal_status="lost")))
     slot = _figures(page)["slot"]
     assert (slot["present"], slot["wal_status"], slot["health"]["fine"]) == (True, "lost", False)
-    assert "cdc slot recreate bell" in slot["health"]["remedy"]
-    source.readings = Readings(slot=SlotReading(0, "bell", None))
+    assert "cdc slot recreate cdc" in slot["health"]["remedy"]
+    source.readings = Readings(slot=SlotReading(0, "cdc", None))
     assert _figures(page)["slot"]["present"] is False
     source.readings = Readings()
     assert _figures(page)["slot"] is None
 
 
-def test_a_slot_that_will_soon_be_lost_is_told_by_two_looks(page: StatusPage, source: _Source) -> None:
+def test_a_slot_that_will_soon_be_lost_is_found_by_two_readings(page: StatusPage, source: _Source) -> None:
     before, slot = (
         _slot(active=False, safe_wal_bytes=10 << 20, current_lsn=Lsn(written),
               seen_at=datetime.fromtimestamp(seconds, UTC))
         for seconds, written in ((0, 0), (10, 1 << 20))
     )  # fmt: skip
-    source.readings = Readings(slot=SlotReading(0, "bell", slot, before))
+    source.readings = Readings(slot=SlotReading(0, "cdc", slot, before))
     assert "lost in about 100 s" in _figures(page)["slot"]["health"]["sentence"]
 
 

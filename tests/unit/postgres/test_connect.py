@@ -82,7 +82,7 @@ def test_no_password_written_into_a_url_ever_shows(password: str) -> None:
         (None, {"PGHOST": "db"}, False),
     ],
 )
-def test_who_names_no_database_is_told_how(
+def test_without_a_database_the_error_says_how_to_name_one(
     dsn: str | None, variables: dict[str, str], told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:

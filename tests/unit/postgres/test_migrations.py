@@ -136,5 +136,5 @@ def test_a_key_that_is_the_column_id_is_written_as_the_capture_function_knows_it
         ('{"exclude": [1]}', {"broken": "its option exclude is no list of columns"}),
     ],
 )  # fmt: skip
-def test_options_of_a_trigger_made_by_hand_are_read_or_told_to_be_broken(options: str, read: object):
+def test_options_of_a_trigger_made_by_hand_are_read_or_reported_as_broken(options: str, read: object):
     assert tracked_tables.read_options(options) == read

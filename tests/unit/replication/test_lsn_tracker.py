@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,7 +59,7 @@ def test_the_interval_leaves_several_updates_within_the_servers_patience(timeout
     assert status_interval_s(timeout_s) == interval_s
 
 
-def silence(attempts: ReconnectState, **brought: object) -> ReconnectState:
+def silence(attempts: ReconnectState, **brought: Any) -> ReconnectState:
     return attempts.after(**{"stalled": True, "advanced": False, "talked_s": 1.0, **brought})
 
 
@@ -82,7 +84,7 @@ def test_a_refusal_in_between_does_not_shorten_the_limit_again() -> None:
     assert attempts.stall_limit_s == 60
 
 
-def broken_off(attempts: ReconnectState, **brought: object) -> ReconnectState:
+def broken_off(attempts: ReconnectState, **brought: Any) -> ReconnectState:
     return attempts.after(**{"stalled": False, "advanced": False, "talked_s": 1.0, "broken_off": True, **brought})
 
 

@@ -34,7 +34,7 @@ ROWS = {
 }
 
 
-def test_a_transaction_rings_with_its_commit_time() -> None:
+def test_a_transactions_wake_ups_have_its_commit_time() -> None:
     decode = PgoutputDecoder(PUBLIC)
     assert [decode(message) for message in (BEGIN, OURS, memoryview(OURS), COMMIT)] == [
         None, (WakeUp(49, 27), COMMITTED), (WakeUp(49, 27), COMMITTED), None,

@@ -69,7 +69,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("sqlstate", "function", "during", "reason", "permanent"), CASES)
-def test_a_refusal_is_told_by_its_code_and_the_function_that_raised_it(
+def test_a_refusal_is_recognised_by_its_code_and_the_function_that_raised_it(
     sqlstate: str | None, function: str | None, during: Phase, reason: Reason, permanent: bool
 ) -> None:
     error = classify(sqlstate, function, during, NAMES)
@@ -106,7 +106,9 @@ def test_an_orderly_end_is_the_servers() -> None:
         (ServerState("logical", may_replicate=True, walsenders=10, walsenders_max=10), Reason.NO_FREE_WALSENDER),
     ],
 )
-def test_a_refused_connection_is_told_by_what_an_ordinary_one_sees(look: ServerState | None, reason: Reason) -> None:
+def test_a_refused_connection_is_explained_by_what_an_ordinary_one_sees(
+    look: ServerState | None, reason: Reason
+) -> None:
     error = classify_connect(look, "cannot connect", "the remedy for that", NAMES)
     assert error.reason == reason
     if reason is Reason.NETWORK:
@@ -146,7 +148,7 @@ TEMPORARY = SlotPolicy(temporary=True)
         (replace(OURS, temporary=True), SlotPolicy(), SlotAction.START),
     ],
 )
-def test_only_a_slot_that_was_looked_at_and_found_broken_is_made_anew(
+def test_only_a_slot_that_was_looked_at_and_found_broken_is_recreated(
     found: FoundSlot | None, wanted: SlotPolicy, step: SlotAction
 ) -> None:
     assert next_step(found, END, NAMES, wanted) is step
@@ -182,7 +184,7 @@ def test_a_slot_of_a_plugin_that_was_not_asked_for_is_kept_and_the_command_named
         (OURS, SlotPolicy(stuck=True), Reason.SLOT_STUCK),
     ],
 )
-def test_where_nothing_may_be_made_anew_the_command_that_does_it_is_named(
+def test_where_nothing_may_be_recreated_the_command_that_does_it_is_named(
     found: FoundSlot, wanted: SlotPolicy, reason: Reason
 ) -> None:
     with pytest.raises(StreamError) as refused:

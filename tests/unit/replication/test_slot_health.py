@@ -51,7 +51,7 @@ def test_each_trouble_has_its_sentence_and_its_remedy(fields: dict[str, Any], wo
     assert remedy in health.remedy
 
 
-def test_a_slot_that_nobody_reads_and_that_is_lost_within_the_hour_is_not_fine() -> None:
+def test_an_unread_slot_that_is_lost_within_the_hour_is_not_fine() -> None:
     soon, later = Outlook(1e6, 1200.0), Outlook(1e6, 86_400.0)
     assert assess(slot(active=False), soon).sentence.startswith("lost in about 20 min")
     assert assess(slot(active=False), later).fine

@@ -63,7 +63,7 @@ async def test_a_cancellation_from_outside_stays_one(seconds: float | None) -> N
         await task
 
 
-async def test_the_one_for_older_pythons_ends_a_wait_once_and_tells_that_it_has() -> None:
+async def test_the_one_for_older_pythons_ends_a_wait_once_and_says_that_it_has() -> None:
     limit = _Timeout(asyncio.get_running_loop().time() + 0.001)
     with pytest.raises(TimeoutError):
         async with limit:

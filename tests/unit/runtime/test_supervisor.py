@@ -14,7 +14,7 @@ from cdc.runtime.supervisor import FAILING_AT, Ends, Supervisor
 from tests.eventually import eventually, eventually_async
 
 
-def test_pauses_double_up_to_a_bound_and_a_long_run_begins_anew() -> None:
+def test_pauses_double_up_to_a_bound_and_start_again_after_a_long_run() -> None:
     ends, pauses = Ends(), []
     for _ in range(12):
         ends = ends.after(1.0)
@@ -35,7 +35,7 @@ async def _until(condition: object) -> None:
 
 
 @pytest.mark.parametrize("how", [RecursionError, MemoryError, asyncio.CancelledError, None])
-async def test_a_task_that_ends_is_told_counted_started_again_and_failing_in_the_end(
+async def test_a_task_that_ends_is_logged_counted_started_again_and_failing_in_the_end(
     how: type[BaseException] | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "_PAUSE_MIN_S", 0.001)

@@ -20,7 +20,7 @@ def journey(*, notified: float | None = 10.002, attempts: int = 1) -> Journey:
     )  # fmt: skip
 
 
-def test_a_line_tells_every_step_in_milliseconds_and_fits_a_terminal() -> None:
+def test_a_line_shows_every_step_in_milliseconds_and_fits_a_terminal() -> None:
     line = report.line(journey(), plain)
     assert line.split()[:9] == [
         "whatsapp_message_reactions", "INSERT", "1.5", "wal", "2.0", "react", "3.0", "4.5", "✅",

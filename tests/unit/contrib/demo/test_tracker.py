@@ -64,7 +64,7 @@ def test_the_writer_may_be_the_last_to_hear_of_its_commit(tracker: Tracker, arri
     assert arrived == [journey]
 
 
-def test_a_change_that_did_not_ring_was_found_by_sweeping(tracker: Tracker) -> None:
+def test_a_change_without_a_wake_up_was_found_by_sweeping(tracker: Tracker) -> None:
     journey = sent(tracker)
     tracker.started(change(), "answer")
     assert journey.source == "sweep"

@@ -57,7 +57,7 @@ def test_an_event_of_another_name_is_none_of_ours_whatever_is_in_it(name: str) -
     assert parse({"event": name, "key": 5}, NOW) is None
 
 
-def test_fields_nobody_knows_are_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     assert parse(REACTION | {"push_name": "Ada", "deep": [{}]}, NOW) == parse(REACTION, NOW)
 
 

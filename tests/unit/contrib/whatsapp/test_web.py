@@ -194,7 +194,7 @@ async def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch: pytest.Monk
     assert (await request(Scripted(), "POST", "/webhook", signed(b"{}"), [b"{", None])).status == 408
 
 
-async def test_a_client_that_leaves_is_nobodys_error() -> None:
+async def test_a_client_that_leaves_is_no_error() -> None:
     adapter = Scripted()
     await request(adapter, "POST", "/webhook", signed(b"{}"), [b"{}"], leaves=True)
     assert adapter.given == []
@@ -208,7 +208,7 @@ async def test_what_the_adapter_rejects_is_answered_with_its_sentence() -> None:
 @pytest.mark.parametrize(
     "error", [psycopg.OperationalError("row 4711"), PoolTimeout("x"), psycopg.errors.UndefinedTable("x")]
 )
-async def test_a_database_that_is_away_is_503_and_nothing_of_the_error_is_told(error: Exception) -> None:
+async def test_a_database_that_is_unavailable_is_503_and_nothing_of_the_error_is_shown(error: Exception) -> None:
     answer = await post(b"{}", Scripted(error))
     assert (answer.status, answer.headers["retry-after"]) == (503, "5")
     assert "4711" not in answer.json["error"]
