@@ -19,19 +19,22 @@ from cdc.runtime.cancelling import is_being_cancelled
 _T = TypeVar("_T")
 
 
-_HEED_S = 1.0
-"""For a call to end after it was cancelled, until it is reported to go on: it may have something to undo."""
-
-
 class Limit:
     """``seconds`` that a call may take; None: any time. For the tasks of one event loop.
 
-    ``ignored``: called with the task of a call that goes on after it was cancelled.
+    ``ignored``: called with the task of a call that goes on ``grace_s`` seconds after it was cancelled.
     """
 
-    def __init__(self, seconds: float | None, ignored: Callable[[asyncio.Task[Any]], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        seconds: float | None,
+        ignored: Callable[[asyncio.Task[Any]], None] = lambda _: None,
+        *,
+        grace_s: float = 1.0,
+    ) -> None:
         self._seconds = seconds
         self._ignored = ignored
+        self._grace_s = grace_s
         self._ends: dict[asyncio.Task[Any], float] = {}
         """When a task's call overruns, on the monotonic clock; in that order."""
         self._overran = set[asyncio.Task[Any]]()
@@ -86,7 +89,7 @@ class Limit:
             del self._ends[task]
             self._overran.add(task)
             task.cancel()
-            asyncio.get_running_loop().call_later(_HEED_S, self._report_if_ignored, task)
+            asyncio.get_running_loop().call_later(self._grace_s, self._report_if_ignored, task)
 
     def _report_if_ignored(self, task: asyncio.Task[Any]) -> None:
         if task in self._overran:

@@ -38,9 +38,6 @@ _CONNECTIONS_MAX = 50
 """Each is a thread and a descriptor. A new one replaces the oldest: an answer takes milliseconds, so the client that
 has held a connection longest is the least likely to want one."""
 
-_REQUEST_LIMIT_S = 5.0
-"""From the connection to the last byte of the answer, however slowly either comes."""
-
 _REQUEST_MAX = 16_384
 """Bytes of a request that the server reads."""
 
@@ -76,8 +73,8 @@ class HealthServer:
 
     ``liveness``, ``readiness`` and further ``routes`` are called for each request, in a thread of the server: they read
     values that other threads replace whole, and never wait. Port 0 takes a free one, which ``port`` returns.
-    ``hosts``: further names under which the routes may be requested. Raises UsageError where host and port cannot be
-    bound.
+    ``hosts``: further names under which the routes may be requested. ``request_limit_s``: seconds from the connection
+    to the last byte of the answer, however slowly either comes. Raises UsageError where host and port cannot be bound.
     """
 
     def __init__(
@@ -91,12 +88,13 @@ class HealthServer:
         routes: Routes | None = None,
         hosts: Iterable[str] = (),
         supervisor: Supervisor | None = None,
+        request_limit_s: float = 5.0,
     ) -> None:
         self._supervisor = supervisor or Supervisor()
         self._stopping = threading.Event()
         server_class = _ThreadingServerV6 if ":" in host else _ThreadingServer
         try:
-            self._server = server_class((host, port), _SilentRequestHandler)
+            self._server = server_class((host, port), _SilentRequestHandler, request_limit_s)
         except (OSError, TypeError, UnicodeError) as error:  # the last two: a name that cannot be looked up
             why = error.strerror if isinstance(error, OSError) else "no host has such a name"
             raise UsageError(
@@ -204,12 +202,13 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
     block_on_close = False  # a slow client must not delay the stop
     request_queue_size = 128
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler], request_limit_s: float) -> None:
+        self.request_limit_s = request_limit_s
         self._open: dict[socket.socket, float] = {}
         """When each was opened, the oldest first."""
         self._lock = threading.Lock()
         self._rest = threading.Event()
-        super().__init__(*arguments)
+        super().__init__(address, handler)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -229,7 +228,7 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
     def service_actions(self) -> None:
         """Called by the library every _POLL_S, and after each connection."""
         with self._lock:
-            overdue = [one for one, since in self._open.items() if time.monotonic() - since > _REQUEST_LIMIT_S]
+            overdue = [one for one, since in self._open.items() if time.monotonic() - since > self.request_limit_s]
         for request in overdue:
             self._let_go(request)
 
@@ -271,10 +270,11 @@ class _BoundedReader(io.BufferedReader):
 
 
 class _SilentRequestHandler(WSGIRequestHandler):
-    timeout = _REQUEST_LIMIT_S
+    server: _ThreadingServer
 
     def setup(self) -> None:
         super().setup()
+        self.connection.settimeout(self.server.request_limit_s)
         self.rfile = _BoundedReader(self.connection.makefile("rb", buffering=0))
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in http.server

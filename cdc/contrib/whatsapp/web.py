@@ -31,8 +31,6 @@ from cdc.contrib.whatsapp.events import InvalidEventError
 
 log = logging.getLogger(__name__)
 
-_BODY_LIMIT_S = 10.0
-"""A slower sender would hold a connection for nothing."""
 _CHALLENGE_MAX = 1_000
 _PATH_SHOWN = 200
 """Characters of a path in the log: the client may be unknown."""
@@ -40,11 +38,15 @@ _PATH_SHOWN = 200
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """The checks of a request. ``verify_token`` of None: no subscription is verified."""
+    """The checks of a request. ``verify_token`` of None: no subscription is verified.
+
+    ``body_limit_s``: seconds until the whole body is there; a slower client would hold a connection for nothing.
+    """
 
     app_secret: bytes
     verify_token: str | None
     body_max: int
+    body_limit_s: float = 10.0
 
 
 class _RefusedError(HTTPException):
@@ -92,7 +94,7 @@ async def _signed_body(request: Request, checks: Checks) -> bytes:
         raise _RefusedError(415, "the content type is application/json")
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise _RefusedError(415, "the body is not to be compressed")
-    body = await _body(request, checks.body_max)
+    body = await _body(request, checks)
     expected = "sha256=" + hmac.digest(checks.app_secret, body, "sha256").hex()
     given = headers.get("x-hub-signature-256", "")
     # Bytes: compare_digest accepts only ASCII text, and the header may hold more.
@@ -101,20 +103,20 @@ async def _signed_body(request: Request, checks: Checks) -> bytes:
     return body
 
 
-async def _body(request: Request, body_max: int) -> bytes:
+async def _body(request: Request, checks: Checks) -> bytes:
     """Counted as it arrives: Content-Length is only the client's claim."""
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > body_max:
-        _too_large(body_max)
+    if announced.isdecimal() and int(announced[:20]) > checks.body_max:
+        _too_large(checks.body_max)
     body = bytearray()
     try:
-        async with asyncio.timeout(_BODY_LIMIT_S):
+        async with asyncio.timeout(checks.body_limit_s):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > body_max:
-                    _too_large(body_max)
+                if len(body) > checks.body_max:
+                    _too_large(checks.body_max)
     except TimeoutError:
-        raise _RefusedError(408, f"the body did not come within {_BODY_LIMIT_S:g} seconds") from None
+        raise _RefusedError(408, f"the body did not come within {checks.body_limit_s:g} seconds") from None
     return bytes(body)
 
 

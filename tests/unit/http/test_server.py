@@ -4,7 +4,7 @@ import http.client
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
@@ -41,6 +41,26 @@ def server(state: State) -> Iterator[HealthServer]:
     running.start()
     yield running
     running.stop()
+
+
+Limited = Callable[[float], HealthServer]
+
+
+@pytest.fixture
+def limited(state: State) -> Iterator[Limited]:
+    """Starts a server whose requests may take that many seconds."""
+    with contextlib.ExitStack() as servers:
+
+        def start(request_limit_s: float) -> HealthServer:
+            running = HealthServer(
+                "127.0.0.1", 0, registry=CollectorRegistry(), liveness=state.liveness, readiness=state.readiness,
+                request_limit_s=request_limit_s,
+            )  # fmt: skip
+            running.start()
+            servers.callback(running.stop)
+            return running
+
+        yield start
 
 
 def _ask(server: HealthServer, path: str, method: str = "GET") -> tuple[int, str, http.client.HTTPMessage]:
@@ -159,11 +179,8 @@ def test_nothing_can_be_posted(server: HealthServer) -> None:
     assert _ask(server, "/livez", "POST")[0] == 405
 
 
-def test_a_client_that_says_nothing_holds_up_neither_others_nor_the_stop(
-    server: HealthServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cdc.http.server._SilentRequestHandler.timeout", 300)  # so that no patience of ours helps
-    monkeypatch.setattr("cdc.http.server._REQUEST_LIMIT_S", 300)
+def test_a_client_that_says_nothing_holds_up_neither_others_nor_the_stop(limited: Limited) -> None:
+    server = limited(300.0)
     with socket.create_connection(("127.0.0.1", server.port)) as silent:
         silent.send(b"GET /livez")
         assert _ask(server, "/livez")[0] == 200
@@ -172,18 +189,14 @@ def test_a_client_that_says_nothing_holds_up_neither_others_nor_the_stop(
             _ask(server, "/livez")
 
 
-def test_a_client_that_says_nothing_is_let_go(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "cdc.http.server._SilentRequestHandler.timeout", 300
-    )  # it is the limit of the request that ends it
-    monkeypatch.setattr("cdc.http.server._REQUEST_LIMIT_S", 0.05)
+def test_a_client_that_says_nothing_is_let_go(limited: Limited) -> None:
+    server = limited(0.05)
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as silent:
         assert silent.recv(1) == b""
 
 
-def test_a_client_that_speaks_slowly_for_ever_is_let_go(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdc.http.server._SilentRequestHandler.timeout", 300)
-    monkeypatch.setattr("cdc.http.server._REQUEST_LIMIT_S", 0.5)
+def test_a_client_that_speaks_slowly_for_ever_is_let_go(limited: Limited) -> None:
+    server = limited(0.5)
     with socket.create_connection(("127.0.0.1", server.port), timeout=0.1) as slow:
 
         def ended() -> bool:

@@ -7,7 +7,7 @@ import hmac
 import json
 import sys
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from psycopg_pool import PoolTimeout
 
 from cdc.cli import cdc
-from cdc.contrib.whatsapp import web
 from cdc.contrib.whatsapp.adapter import Adapter, Result
 from cdc.contrib.whatsapp.events import InvalidEventError
 from cdc.contrib.whatsapp.web import Checks, make_app
@@ -189,9 +188,10 @@ async def test_the_limit_holds_while_the_body_comes_whatever_was_announced() -> 
     assert taken <= 3 * 11, "and no more of it is read"
 
 
-async def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_BODY_LIMIT_S", 0.01)
-    assert (await request(Scripted(), "POST", "/webhook", signed(b"{}"), [b"{", None])).status == 408
+async def test_a_body_that_comes_too_slowly_is_given_up() -> None:
+    checks = replace(CHECKS, body_limit_s=0.01)
+    answer = await request(Scripted(), "POST", "/webhook", signed(b"{}"), [b"{", None], checks=checks)
+    assert answer.status == 408
 
 
 async def test_a_client_that_leaves_is_no_error() -> None:
