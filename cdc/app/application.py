@@ -99,7 +99,7 @@ class App:
         if self.scope == NOTHING:
             log.warning("no handler is declared, so nothing is handled: see @router.on")
         with self._serving_health():
-            async with self._beside():
+            async with self._running_components():
                 await self.consumer.run()
 
     @contextlib.contextmanager
@@ -130,8 +130,8 @@ class App:
                 self._page.stop(_STOP_S)
 
     @contextlib.asynccontextmanager
-    async def _beside(self) -> AsyncIterator[None]:
-        """Runs the other components beside the consumer."""
+    async def _running_components(self) -> AsyncIterator[None]:
+        """Runs the other components while the consumer works."""
         keep, tasks = self.components.supervisor.keep, list[asyncio.Task[None]]()
         try:
             tasks += [asyncio.create_task(keep(name, run)) for name, run in self._kept()]

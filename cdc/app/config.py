@@ -284,7 +284,7 @@ class Settings(_Section):
 
 
 _SHORT = {"deliver.types": "--type", "deliver.batch": "--batch"}
-"""Options that are no spelling of the setting's name: those used beside --deliver-to."""
+"""Options that are no spelling of the setting's name: those used with --deliver-to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +409,7 @@ def _from_options(options: Mapping[str, Any]) -> _Given:
 
 _OTHERS_VARIABLES = re.compile(
     r"CDC_(CONFIG|TEST_.*|REQUIRE_.*"
-    # Kubernetes sets these in every pod beside a Service whose name begins with "cdc"; see also _is_a_service.
+    # Kubernetes sets these in every pod of a namespace with a Service "cdc..."; see also _is_a_service.
     r"|(.+_)?SERVICE_(HOST|PORT)(_.+)?|(.+_)?PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 

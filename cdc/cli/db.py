@@ -45,7 +45,7 @@ def install(settings: Settings, sets: tuple[str, ...], dry_run: bool) -> None:
     """Create the objects; safe to repeat.
 
     An entity_changes made from the documented SQL is upgraded in place and keeps its rows: the table is locked and
-    rewritten, so choose a quiet hour if it is large. Stop the legacy processor first, or let it go on beside
+    rewritten, so choose a quiet hour if it is large. Stop the legacy processor first, or let it go on next to
     the consumers with --with legacy_processor: docs/guides/migrate.md.
 
     --with whatsapp makes and captures the tables of that application besides, once; a table that exists is kept.

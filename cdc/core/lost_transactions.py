@@ -5,8 +5,8 @@ transaction. But a handler that closes its connection, or that crashes the serve
 for ever. So there is a bound, and a pause that grows.
 
 A statement that crashes its backend ends every session of the server, and with it each transaction that was open.
-So changes that lost a transaction run one at a time from then on, beside those that did not: the next loss is then one
-change's, and only the cause reaches the bound. The others are cleared when they have an outcome.
+So changes that lost a transaction run one at a time from then on, while the others run as before: the next loss is then
+one change's, and only the cause reaches the bound. The others are cleared when they have an outcome.
 
 The loss of the consumer's session affects all that runs, and handlers without a transaction may take long. One after
 the other they would take for ever, and after a failover in vain. So these run alone only when the session was lost

@@ -224,7 +224,7 @@ def autovacuum(seen: TableFacts) -> Finding:
         return warn(f"{seen.name} has not the settings of a queue", "cdc db upgrade")
     if seen.dead > max(_DEAD_ROWS, _DEAD_RATIO * seen.live):
         return warn(
-            f"{seen.dead:,} dead rows beside {seen.live:,}: vacuum cannot keep up, or something holds them",
+            f"{seen.dead:,} dead rows and {seen.live:,} live ones: vacuum cannot keep up, or something holds them",
             "see old-transactions; then: VACUUM " + seen.name,
         )
     return ok(f"on, {seen.dead:,} dead rows")

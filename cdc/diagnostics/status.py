@@ -65,7 +65,7 @@ class SlotReading:
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """Readings for people alone, beside the figures. ``outbox`` with its time; None: it could not be read."""
+    """Readings for people alone, besides the figures. ``outbox`` with its time; None: it could not be read."""
 
     outbox: tuple[float, Outbox] | None = None
     slot: SlotReading | None = None

@@ -13,7 +13,7 @@ two steps:
                   alone, after the one before has settled, so that a process that dies again convicts one change only
 
 A poison message thus kills its process once unseen, once as one of many, and then as often as it has attempts. A change
-that ran beside it loses one attempt. A change that a stop cuts off loses none, because a stop removes the records.
+that ran at that time loses one attempt. A change that a stop cuts off loses none, because a stop removes the records.
 
 In the table a process that lost its session looks like one that died. It lives, and removes its records as soon as
 it has a session again. The next owner gives it ``GRACE_S`` for that before a suspect runs or gets an outcome, and reads

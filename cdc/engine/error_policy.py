@@ -260,7 +260,7 @@ def _lines(found: Trace) -> str:
 
 
 def _fields(handler: Handler, change: Change, attempt: int, outcome: str, found: Trace) -> dict[str, object]:
-    """The fields of an attempt in a JSON log, beside the message. The key is an identifier, and no more of the row."""
+    """The fields of an attempt in a JSON log, besides the message. The key is an identifier, and no more of the row."""
     return {
         "event": "attempt",
         "change_id": str(change.id),

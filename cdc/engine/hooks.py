@@ -1,7 +1,7 @@
 """The router's hooks: ``on_processed`` and ``on_error``, the documented ``change:processed`` and ``change:error``, and
 ``on_wakeup``.
 
-They run beside the work, one after the other and in threads of their own, and never disturb it: their errors are
+They run while the work goes on, one after the other and in threads of their own, and never disturb it: their errors are
 logged, a call that takes too long is given up, and when they fall far behind, calls are dropped instead of delaying
 the changes.
 """

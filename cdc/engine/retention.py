@@ -1,4 +1,4 @@
-"""Retention: removes processed changes beyond an age, beside the work and never in its way.
+"""Retention: removes processed changes beyond an age, and never delays the work.
 
 A round, every minute: connect, take the lock, remove batch after batch until nothing is old enough, leave. Any number
 of consumers try; the lock admits one of them, and the next round may be another's. It is an advisory lock on the very

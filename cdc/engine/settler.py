@@ -92,7 +92,7 @@ class Settler:
         self._rests_until = 0.0
         self._delay: _Delay | None = None
         self._blockers = ""
-        self._look: asyncio.Task[None] | None = None
+        self._blocker_query: asyncio.Task[None] | None = None
 
     @property
     def held_up_since(self) -> float | None:
@@ -146,9 +146,9 @@ class Settler:
                 if not self._finishing or self._queue:
                     await set_within(self._due, min(_ITERATION_MAX_S, self._wait_s()))
         finally:
-            if self._look:
-                self._look.cancel()
-                await asyncio.wait([self._look])
+            if self._blocker_query:
+                self._blocker_query.cancel()
+                await asyncio.wait([self._blocker_query])
 
     def _wait_s(self) -> float:
         """Seconds until there may be something to write that cannot be written yet."""
@@ -258,8 +258,8 @@ class Settler:
             )  # fmt: skip
 
     def _schedule_ask(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
-        if self._look is None or self._look.done():
-            self._look = asyncio.create_task(self._ask_who_blocks(session.connection.info.backend_pid, reader))
+        if self._blocker_query is None or self._blocker_query.done():
+            self._blocker_query = asyncio.create_task(self._ask_who_blocks(session.connection.info.backend_pid, reader))
 
     async def _ask_who_blocks(self, pid: int, reader: psycopg.AsyncConnection) -> None:
         try:

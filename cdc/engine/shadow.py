@@ -175,7 +175,7 @@ class Shadow:
             self.in_service = True
             while not self.stopping:
                 self._due.clear()
-                await self._look(reader)
+                await self._read_all(reader)
                 wait_s = min(self._planner.wait_s(_now()), self._marks_at - _now(), _ITERATION_MAX_S)
                 await wait_within(self._due, max(0.0, wait_s))
 
@@ -187,7 +187,7 @@ class Shadow:
 
         await wait_for_schema(self._stopping, check)
 
-    async def _look(self, reader: psycopg.AsyncConnection) -> None:
+    async def _read_all(self, reader: psycopg.AsyncConnection) -> None:
         """Read all that can be read."""
         while not self.stopping:
             self._mark_iteration()

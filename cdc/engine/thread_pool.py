@@ -110,9 +110,9 @@ class Threads:
         if self._timer is None or self._timer.when() > loop.time() + left_s:
             if self._timer:
                 self._timer.cancel()
-            self._timer = loop.call_later(left_s, self._look)
+            self._timer = loop.call_later(left_s, self._report_overruns)
 
-    def _look(self) -> None:
+    def _report_overruns(self) -> None:
         self._timer = None
         for job in [job for job in self._limited if job.left_s() <= 0]:
             self._limited.discard(job)

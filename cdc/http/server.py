@@ -165,7 +165,7 @@ class _Application:
 
 
 def answers_to(host: str | None, names: Collection[str]) -> bool:
-    """Whether a request with this Host may see the page. ``names``: in lower case, beside those of this machine.
+    """Whether a request with this Host may see the page. ``names``: in lower case, besides those of this machine.
 
     A request without a Host comes from no browser.
     """

@@ -1,4 +1,4 @@
-"""Metrics that are taken from snapshots, at each scrape: states, beside the events in ``metrics``."""
+"""Metrics that are taken from snapshots, at each scrape: states; the events are in ``metrics``."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ class OutboxAdmin:
             row = connection.execute(self._statements[STATES[state]], parameters).fetchone()
             assert row is not None
             cut, ids = row
-            entries = self._look(connection, ids[:limit])
+            entries = self._summaries(connection, ids[:limit])
         return SearchResult(entries, more=len(ids) > limit, cut=cut and filtered)
 
     def pace(self, connection: psycopg.Connection) -> Throughput:
@@ -318,19 +318,19 @@ class OutboxAdmin:
             ids = [entry.id for entry in self._named(connection, references)]
             taken = {id_ for (id_,) in connection.execute(self._statements["take"], {"ids": ids, "state": None})}
             # Read again: their states cannot change while the rows are locked.
-            entries = self._look(connection, ids)
+            entries = self._summaries(connection, ids)
             for entry in entries:
                 _refuse_unless_free(entry, taken=entry.id in taken, to=decision)
             count = connection.execute(self._statements[decision], {"ids": ids}).rowcount
             if count != len(ids):
                 raise _missing(references)
-            decided = self._look(connection, ids)
+            decided = self._summaries(connection, ids)
         wake(connection)
         return decided
 
     # --- inside a transaction --------------------------------------------------------------------------------------
 
-    def _look(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> list[ChangeSummary]:
+    def _summaries(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> list[ChangeSummary]:
         with connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["look"], {"ids": list(ids)}).fetchall()
         return [ChangeSummary(**{**row, "state": ChangeState(row["state"])}) for row in rows]
@@ -338,7 +338,7 @@ class OutboxAdmin:
     def _named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
         by_seq = self._numbered(connection, [name for name in references if isinstance(name, int)])
         ids = [by_seq.get(name) if isinstance(name, int) else name for name in references]
-        entries = self._look(connection, list(dict.fromkeys(id_ for id_ in ids if id_)))
+        entries = self._summaries(connection, list(dict.fromkeys(id_ for id_ in ids if id_)))
         there = {entry.id for entry in entries}
         if missing := [name for name, id_ in zip(references, ids, strict=True) if id_ not in there]:
             raise _missing(missing)

@@ -128,7 +128,7 @@ def consumer_rights(name: str, schema: str, role: str) -> str:
 
 
 def folder() -> Path:
-    """``cdc/sql`` in a wheel; an editable install leaves ``sql`` beside the package."""
+    """``cdc/sql`` in a wheel; an editable install leaves ``sql`` next to the package."""
     package = Path(__file__).parents[1]
     return next(path for path in (package / "sql", package.parent / "sql") if path.is_dir())
 

@@ -161,7 +161,7 @@ def _is_different(before: Tracked | None, wanted: Tracked, *, always: bool | Non
     """``before`` comes from the catalogs, with further facts, and with its copies on partitions."""
     if before is None or before.trigger != wanted.trigger or before.broken or before.only:
         return True
-    # A partition's copy may fire ALWAYS beside others that do not, unless the option was named.
+    # A partition's copy may fire ALWAYS where others do not, unless the option was named.
     unlike = always is not None and {copy.fires for copy in before.copies} - {wanted.fires}
     same = (arguments(before), before.operations, before.fires) == (arguments(wanted), wanted.operations, wanted.fires)
     return bool(unlike or before.off or not same)

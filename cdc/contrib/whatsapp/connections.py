@@ -9,8 +9,8 @@ is complete with its body:
         └──too long, or pushed out──> closed
 
 A connection that is waited for holds only a descriptor, and only these connections are limited: at the limit, the one
-that is waited for the longest is closed for the new one. A request that arrives at once is answered beside any number
-of silent or slow connections.
+that is waited for the longest is closed for the new one. A request that arrives at once is answered, however many
+connections are silent or slow.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _CAUSED_BY = "SELECT set_config('cdc.cause', %s, true)"
 def make_router(
     sender: Sender, *, help_text: str, schema: str = "public", actions: Actions | None = None
 ) -> cdc.Router:
-    """The handlers of the application. ``schema`` is that of the outbox, and of "actionRules" beside it.
+    """The handlers of the application. ``schema`` is that of the outbox, and of the table "actionRules".
 
     ``actions`` are those that rules can name, by default the documented ones.
     """
