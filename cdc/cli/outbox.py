@@ -27,7 +27,7 @@ from cdc.cli.wanted import WANTED_SETTINGS, handled_types
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.fast_change import Json
 from cdc.core.model import ChangeState
-from cdc.core.units import parse_duration
+from cdc.core.units import parse_duration, parse_moment
 
 if TYPE_CHECKING:
     from cdc.core.type_filter import TypeFilter
@@ -254,6 +254,65 @@ def _decide(
     report_done(done, what, total, as_json)
 
 
+@outbox.command()
+@resolved_options("dsn", "schema", "handlers")
+@names_argument
+@filter_options
+@click.option("--latest-per-key", is_flag=True, help="Of the changes of each key only the last that is found.")
+@click.option(
+    "--unless-replayed-since",
+    metavar="TIME",
+    help="Without those that were replayed at this time or later: to go on after an interruption.",
+)
+@yes_option
+@json_option
+def replay(
+    *,
+    resolved: Resolved,
+    names: tuple[str, ...],
+    filters: FilterOptions,
+    latest_per_key: bool,
+    unless_replayed_since: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Have processed changes handled once more.
+
+    Each is written again as a new change that names the old one (replay_of), in the order of the old ones and behind
+    whatever of its key is not processed yet. The old ones stay as they are. It says how many before it begins, and
+    works in rounds of a thousand. Filters find no replays, but the changes that these repeat.
+    """
+    refuse_unless_clear(filters, names)
+    if names and (latest_per_key or unless_replayed_since):
+        raise UsageError("which changes?", hint="--latest-per-key and --unless-replayed-since are for filters")
+    from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
+    from cdc.postgres.bulk import Bulk  # noqa: PLC0415 - see stats
+
+    settings, bulk, what = resolved.settings, Bulk(resolved.settings.schema_), f"processed changes{described(filters)}"
+    if names:
+        references = [parse_reference(name) for name in names]
+        with _opened(settings) as connection:
+            total = work_off(bulk.replay_named(connection, references), count=len(names), done="replayed")
+        report_done("replayed", what, total, as_json)
+        return
+    wanted = filters.wanted(resolved)
+    unless_since = parse_moment(unless_replayed_since) if unless_replayed_since else None
+    with (
+        _opened(settings) as connection,
+        bulk.replayable(connection, wanted, latest_per_key=latest_per_key, unless_since=unless_since) as found,
+    ):
+        if filters.dry_run:
+            report_count(what, found.count, as_json)
+            return
+        if found.count:
+            confirm(f"replay {found.count:,} {what}", yes)
+            moments = {"--since": found.since, "--until": found.until, "--unless-replayed-since": found.unless_since}
+            written = " ".join(f"{option} {moment.isoformat()}" for option, moment in moments.items() if moment)
+            say(f"if it is interrupted, give it again with {written}")
+        total = work_off(found.rounds(), count=found.count, done="replayed")
+    report_done("replayed", what, total, as_json)
+
+
 def _discard_before(
     settings: Settings,
     names: tuple[str, ...],
@@ -314,17 +373,19 @@ def _opened(settings: Settings) -> Iterator[Connection]:
 
 
 def _print_chain(chain: Sequence[CauseLink]) -> None:
-    """Each cause a little further to the right, below what it caused."""
-    if not chain or chain[0].caused_by is None:
+    """Each cause a little further to the right, below what it caused; so is what a replay repeats."""
+    if not chain or chain[0].before is None:
         return
     put()
-    rows = [
-        (link.seq, link.state, link.changed_at, f"{'  ' * level}{link.entity_type} {link.entity_id} {link.operation}")
-        for level, link in enumerate(chain)
-    ]
+    rows = [(link.seq, link.state, link.changed_at, "  " * level + _link(link)) for level, link in enumerate(chain)]
     print_table(["seq", "state", "changed_at", "caused by the one below"], rows)
-    if chain[-1].caused_by is not None:
+    if chain[-1].before is not None:
         say(f"what caused the last one is not shown: it was removed, or this is more than {len(chain)} changes deep")
+
+
+def _link(link: CauseLink) -> str:
+    named = f"{link.entity_type} {link.entity_id} {link.operation}"
+    return f"{named} (a replay of the one below)" if link.replay_of else named
 
 
 def _added_up(batches: Iterable[int]) -> int:

@@ -42,6 +42,7 @@ class Change:
     ``crashed``: the attempt before ended with its consumer's process.
     ``caused_by`` is the id of the change whose handler wrote this one, and ``depth`` counts the causes before it.
     ``chain`` lists their ids, the newest first, only if there are more than a consumer follows.
+    ``replay_of`` is the id of the processed change that this one repeats, because an operator had it replayed.
     ``size`` is that of its documents as they were read, in bytes of JSON; 0 for a change made by hand.
     """
 
@@ -62,6 +63,7 @@ class Change:
     crashed: bool = False
     caused_by: UUID | None = None
     depth: int = 0
+    replay_of: UUID | None = None
     chain: str | None = None
     size: int = 0
 

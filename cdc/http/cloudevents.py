@@ -61,6 +61,7 @@ def event(change: Change, source: str | None) -> bytes:
         "attempt": change.attempt,
         "depth": change.depth,
         "causedby": str(change.caused_by) if change.caused_by else None,
+        "replayof": str(change.replay_of) if change.replay_of else None,
     }
     data = {
         "entity_type": change.entity_type,

@@ -45,7 +45,7 @@ _PACE_S = 60.0
 _PACE_MAX = 10_000
 """Changes examined: where more were processed within the time, the last ones count."""
 _STATEMENT_LIMIT_S = 30
-_ROUND_LIMIT_S = 120
+ROUND_LIMIT_S = 120
 """For one round of a decision about many: some 10,000 changes a second."""
 _DISCARD_BATCH = 1_000
 _CHANNEL = "entity_change"
@@ -64,6 +64,7 @@ class ChangeSummary:
     ``state`` is that of the row. ``blocked_by``: the ``seq`` of the first change of the same key that blocks this one.
     ``pauses_key``: a dead letter that blocks the later changes of its key until it is retried or discarded.
     ``caused_by``: the id of the change whose handler made this one. ``depth``: how many causes lead to it.
+    ``replay_of``: the id of the change that this one repeats.
     """
 
     seq: int
@@ -87,6 +88,7 @@ class ChangeSummary:
     dead_at: datetime | None
     caused_by: UUID | None
     depth: int
+    replay_of: UUID | None
 
     @property
     def blocked(self) -> bool:
@@ -100,7 +102,7 @@ class ChangeSummary:
 
 @dataclass(frozen=True, slots=True)
 class CauseLink:
-    """One change of a chain of causes. ``caused_by`` of the last one says whether there is, or was, another."""
+    """One change of a chain of causes. ``before`` of the last one says whether there is, or was, another."""
 
     seq: int
     id: UUID
@@ -110,6 +112,12 @@ class CauseLink:
     state: ChangeState
     changed_at: datetime
     caused_by: UUID | None
+    replay_of: UUID | None
+
+    @property
+    def before(self) -> UUID | None:
+        """The next change of the chain: the one that this one repeats, else the one whose handler made it."""
+        return self.replay_of or self.caused_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +243,13 @@ class OutboxAdmin:
         with bounded(connection):
             return self._named(connection, [reference])[0]
 
+    def named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
+        """In the order of their names, each once. Raises NotFoundError."""
+        with bounded(connection):
+            return self._named(connection, references)
+
     def chain(self, connection: psycopg.Connection, entry: ChangeSummary) -> list[CauseLink]:
-        """The change, its cause, the cause of that, and so on, at most 100 changes."""
+        """The change, what it repeats or what caused it, the same of that, and so on, at most 100 changes."""
         with bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["chain"], {"id": entry.id, "bound": _CHAIN_MAX}).fetchall()
         return [CauseLink(**{**row, "state": ChangeState(row["state"])}) for row in rows]
@@ -284,7 +297,7 @@ class OutboxAdmin:
 
         The others stay as they are.
         """
-        with bounded(connection, _ROUND_LIMIT_S):
+        with bounded(connection, ROUND_LIMIT_S):
             free = [id_ for (id_,) in connection.execute(self._statements["take"], {"ids": list(ids), "state": state})]
             count = connection.execute(self._statements[decision], {"ids": free}).rowcount
         if count:

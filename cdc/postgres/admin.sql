@@ -165,25 +165,25 @@ SELECT c.seq, c.id, {state} AS state,
        left(coalesce(c.entity_type, c.table_name), 1000) AS entity_type, left(c.entity_id, 1000) AS entity_id, c.shard,
        left(c.table_schema, 1000) AS table_schema, left(c.table_name, 1000) AS "table", c.operation, c.changed_at,
        c.error_count, left(c.last_error, 10000) AS last_error, left(c.error_summary, 300) AS error_summary,
-       nullif(c.next_attempt_at, 'infinity') AS next_attempt_at, c.processed_at, c.dead_at, c.caused_by, c.depth
+       nullif(c.next_attempt_at, 'infinity') AS next_attempt_at, c.processed_at, c.dead_at, c.caused_by, c.depth, c.replay_of
 FROM {changes} AS c
 WHERE c.id = ANY (%(ids)s::uuid[])
 ORDER BY array_position(%(ids)s::uuid[], c.id)
 
 -- name: chain
--- A change, its cause, the cause of that, and so on: by the primary key, and up to the bound. By column, so that a role
--- that may not see payloads may run it.
+-- A change, what it repeats or what caused it, the same of that, and so on: by the primary key, and up to the bound. By
+-- column, so that a role that may not see payloads may run it.
 WITH RECURSIVE link AS (
   SELECT 1 AS step, c.seq, c.id, c.entity_type, c.table_name, c.entity_id, c.operation, c.processed, c.dead_at,
-         c.next_attempt_at, c.changed_at, c.caused_by
+         c.next_attempt_at, c.changed_at, c.caused_by, c.replay_of
   FROM {changes} AS c WHERE c.id = %(id)s
   UNION ALL
   SELECT link.step + 1, c.seq, c.id, c.entity_type, c.table_name, c.entity_id, c.operation, c.processed, c.dead_at,
-         c.next_attempt_at, c.changed_at, c.caused_by
-  FROM link JOIN {changes} AS c ON c.id = link.caused_by WHERE link.step < %(bound)s
+         c.next_attempt_at, c.changed_at, c.caused_by, c.replay_of
+  FROM link JOIN {changes} AS c ON c.id = coalesce(link.replay_of, link.caused_by) WHERE link.step < %(bound)s
 )
 SELECT c.seq, c.id, left(coalesce(c.entity_type, c.table_name), 200) AS entity_type, left(c.entity_id, 200) AS entity_id,
-       c.operation, {state} AS state, c.changed_at, c.caused_by
+       c.operation, {state} AS state, c.changed_at, c.caused_by, c.replay_of
 FROM link AS c ORDER BY c.step
 
 -- name: payload

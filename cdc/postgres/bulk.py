@@ -6,29 +6,38 @@ given again.
 
 All that is selected of one key is decided about in one round. A dead letter that is tried again runs before the later
 changes of its key that have not run yet; of two in rounds of their own, a fresh change could run before the second.
+
+A replay writes processed changes once more, as new ones that name the old. Their numbers are drawn in the order of the
+old ones, so they run in it, behind whatever of their key is there already. No row says how far a replay got: it is
+resumed by leaving out what has a replay made since it began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 from uuid import UUID
 
 import psycopg
 
-from cdc.core.model import ChangeState
+from cdc.core.errors import RefusedError
+from cdc.core.model import ChangeState, message_prefix
 from cdc.core.router import HandledChanges
-from cdc.postgres.admin import Decision, OutboxAdmin, bounded
+from cdc.postgres.admin import ROUND_LIMIT_S, Decision, OutboxAdmin, Reference, bounded, wake
 from cdc.postgres.sql_files import load
 
 _SELECT_LIMIT_S = 600
 """For the one statement that selects; some 100,000 rows a second are examined."""
 _ROUND = 1_000
+_REPLAYED_BYTES = 16 << 20
+"""Of stored documents that a round writes; the first change always fits."""
+_REPLAY_LOCK = 0x63646302
+"""First key of the lock held by who replays; the second is a hash of the schema's name."""
 _KEY_MAX = 100_000
 """Changes of one key that a round takes, if there are so many: some ten seconds."""
 _CURSOR = b"cdc_selection"
@@ -67,17 +76,76 @@ class Bulk:
 
     def __init__(self, schema: str) -> None:
         self._statements = load("bulk.sql", schema)
+        self._schema = schema
+        self._prefix = message_prefix(schema)
         self._admin = OutboxAdmin(schema)
 
     @contextmanager
     def selected(self, connection: psycopg.Connection, state: ChangeState, wanted: Wanted) -> Iterator[Selection]:
         """The changes in this state, dead or waiting, that match. One at a time on a connection."""
-        with bounded(connection, _SELECT_LIMIT_S):
-            connection.execute(self._statements[_SELECTS[state]], _parameters(connection, wanted))
-        count = connection.execute(b"MOVE FORWARD ALL IN " + _CURSOR).rowcount
-        connection.execute(b"MOVE ABSOLUTE 0 IN " + _CURSOR)
-        yield Selection(connection, self._admin, state, count)
-        connection.execute(b"CLOSE " + _CURSOR)
+        [(now,)] = connection.execute("SELECT now()").fetchall()
+        with _cursor(connection, self._statements[_SELECTS[state]], _parameters(wanted, now)) as count:
+            yield Selection(connection, self._admin, state, count)
+
+    @contextmanager
+    def replayable(
+        self,
+        connection: psycopg.Connection,
+        wanted: Wanted,
+        *,
+        latest_per_key: bool = False,
+        unless_since: Moment | None = None,
+    ) -> Iterator[Replay]:
+        """The processed changes that match and are no replays themselves; of each key the last only, if asked.
+
+        ``unless_since``: without those that have a replay made since then. One at a time, also by others: raises
+        RefusedError while another replay runs.
+        """
+        with self._alone(connection):
+            [(now,)] = connection.execute("SELECT now()").fetchall()
+            parameters = {**_parameters(wanted, now), "unless_since": _at(unless_since, now)}
+            statement = self._statements["select_latest" if latest_per_key else "select_processed"]
+            with _cursor(connection, statement, parameters) as count:
+                yield Replay(
+                    self, connection, count, since=parameters["since"], until=parameters["until"] or now,
+                    unless_since=parameters["unless_since"] or now,
+                )  # fmt: skip
+
+    def replay_named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> Iterator[Round]:
+        """Replay these. Raises NotFoundError, and RefusedError for a change that is not processed, before any is."""
+        entries = sorted(self._admin.named(connection, references), key=attrgetter("seq"))
+        for entry in entries:
+            if entry.state is not ChangeState.PROCESSED:
+                raise RefusedError(
+                    f"cannot replay the change {entry.seq}: it is {entry.state}",
+                    hint="a fresh one runs in its turn; cdc outbox retry is for one that waits or is dead",
+                )
+        with self._alone(connection):
+            yield from self.replay(connection, [entry.id for entry in entries])
+
+    def replay(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> Iterator[Round]:
+        """Write these once more, in this order, where they are processed; yields each round after its commit."""
+        while ids:
+            parameters = {"ids": list(ids), "bytes": _REPLAYED_BYTES, "prefix": self._prefix}
+            with bounded(connection, ROUND_LIMIT_S):
+                # Before any number: readers conclude from transaction ids whether a lower seq may still appear.
+                connection.execute("SELECT pg_current_xact_id()")
+                row = connection.execute(self._statements["replay"], parameters).fetchone()
+            assert row is not None
+            written, looked_at = row
+            wake(connection)
+            yield Round(looked_at, written)
+            ids = ids[looked_at:]
+
+    @contextmanager
+    def _alone(self, connection: psycopg.Connection) -> Iterator[None]:
+        """The order of two replays of one key would be nobody's."""
+        lock = [_REPLAY_LOCK, self._schema]
+        [(taken,)] = connection.execute("SELECT pg_try_advisory_lock(%s, hashtext(%s))", lock).fetchall()
+        if not taken:
+            raise RefusedError("another replay runs on this outbox", hint="wait until it has ended")
+        yield
+        connection.execute("SELECT pg_advisory_unlock(%s, hashtext(%s))", lock)
 
 
 class Selection:
@@ -112,13 +180,58 @@ class Selection:
             yield pending
 
     def _rows(self) -> Iterator[tuple[UUID, int]]:
-        while rows := self._connection.execute(b"FETCH %d FROM %s" % (_ROUND, _CURSOR)).fetchall():
+        while rows := _fetch(self._connection):
             yield from rows
 
 
-def _parameters(connection: psycopg.Connection, wanted: Wanted) -> dict[str, Any]:
+class Replay:
+    """``count`` processed changes, as they were when they were selected.
+
+    Given again with these moments, the command goes on where it was interrupted.
+    """
+
+    def __init__(
+        self,
+        bulk: Bulk,
+        connection: psycopg.Connection,
+        count: int,
+        *,
+        since: datetime | None,
+        until: datetime,
+        unless_since: datetime,
+    ) -> None:
+        self._bulk = bulk
+        self._connection = connection
+        self.count = count
+        self.since = since
+        self.until = until
+        self.unless_since = unless_since
+
+    def rounds(self) -> Iterator[Round]:
+        """Write them once more; yields each round after its commit, and after the consumers are woken."""
+        while rows := _fetch(self._connection):
+            yield from self._bulk.replay(self._connection, [id_ for id_, _ in rows])
+
+
+@contextmanager
+def _cursor(connection: psycopg.Connection, statement: bytes, parameters: dict[str, Any]) -> Iterator[int]:
+    """How many rows the statement selects, which stay on the server meanwhile."""
+    with bounded(connection, _SELECT_LIMIT_S):
+        # By old statistics a loop within a loop looks cheap.
+        connection.execute("SELECT set_config('enable_nestloop', 'off', true)")
+        connection.execute(statement, parameters)
+    count = connection.execute(b"MOVE FORWARD ALL IN " + _CURSOR).rowcount
+    connection.execute(b"MOVE ABSOLUTE 0 IN " + _CURSOR)
+    yield count
+    connection.execute(b"CLOSE " + _CURSOR)
+
+
+def _fetch(connection: psycopg.Connection) -> list[tuple[UUID, int]]:
+    return connection.execute(b"FETCH %d FROM %s" % (_ROUND, _CURSOR)).fetchall()
+
+
+def _parameters(wanted: Wanted, now: datetime) -> dict[str, Any]:
     handled = wanted.handled
-    [(now,)] = connection.execute("SELECT now()").fetchall()
     return {
         "type": wanted.entity_type,
         "key": wanted.entity_id,

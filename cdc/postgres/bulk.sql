@@ -33,3 +33,72 @@ SELECT c.id, hashtextextended(c.entity_id, hashtextextended(coalesce(c.entity_ty
 FROM {changes} AS c
 WHERE c.next_attempt_at < 'infinity' AND c.dead_at IS NULL AND NOT c.processed AND {matches}
 ORDER BY key, c.seq
+
+-- name: replayable
+-- Not a statement: whether c is processed, asked for, and no replay itself: its original says the same. A change made
+-- since a moment was also processed since then.
+c.processed AND c.processed_at >= coalesce(%(since)s::timestamptz, '-infinity') AND c.replay_of IS NULL AND {matches}
+
+-- name: replayed
+-- Not a statement: the originals of the replays made since a moment, in whatever state these are.
+SELECT c.replay_of FROM {changes} AS c
+WHERE NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL
+  AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
+UNION ALL
+SELECT c.replay_of FROM {changes} AS c
+WHERE c.next_attempt_at IS NOT NULL AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
+UNION ALL
+SELECT c.replay_of FROM {changes} AS c
+WHERE c.dead_at IS NOT NULL AND c.next_attempt_at IS NULL
+  AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
+UNION ALL
+SELECT c.replay_of FROM {changes} AS c
+WHERE c.processed AND c.processed_at >= %(unless_since)s::timestamptz
+  AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
+
+-- name: select_processed
+-- Processed changes in their order, but those with a replay made since a moment.
+DECLARE cdc_selection SCROLL CURSOR WITH HOLD FOR
+WITH replayed AS MATERIALIZED ({replayed})
+SELECT c.id, 0 AS key
+FROM {changes} AS c
+WHERE {replayable} AND NOT EXISTS (SELECT FROM replayed WHERE replayed.replay_of = c.id)
+ORDER BY c.seq
+
+-- name: select_latest
+-- The same of the last one of each key only.
+DECLARE cdc_selection SCROLL CURSOR WITH HOLD FOR
+WITH replayed AS MATERIALIZED ({replayed})
+SELECT l.id, 0 AS key
+FROM (
+  SELECT c.id, c.seq,
+         lead(c.seq) OVER (PARTITION BY coalesce(c.entity_type, c.table_name), c.entity_id ORDER BY c.seq) IS NULL AS latest
+  FROM {changes} AS c WHERE {replayable}
+) AS l
+WHERE l.latest AND NOT EXISTS (SELECT FROM replayed WHERE replayed.replay_of = l.id)
+ORDER BY l.seq
+
+-- name: replay
+-- The first of these processed changes, until a page is full, as new ones in this order, each with its wake-up. A replay
+-- has the causes of what it repeats. Returns how many were written, and how many were looked at. LIMIT keeps it a probe
+-- of the index for each.
+WITH page AS MATERIALIZED (
+  SELECT wanted.id, wanted.place, c.stored, coalesce(sum(c.stored) OVER (
+    ORDER BY wanted.place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) < %(bytes)s AS fits
+  FROM unnest(%(ids)s::uuid[]) WITH ORDINALITY AS wanted(id, place)
+  LEFT JOIN LATERAL (
+    SELECT coalesce(pg_column_size(n.old_data), 0)::float8 + coalesce(pg_column_size(n.new_data), 0)
+           + coalesce(pg_column_size(n.metadata), 0) AS stored
+    FROM {changes} AS n WHERE n.id = wanted.id AND n.processed LIMIT 1
+  ) AS c ON true
+), written AS (
+  INSERT INTO {changes} AS replay
+    (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth, replay_of)
+  SELECT c.table_schema, c.table_name, c.operation, c.entity_id, c.entity_type, c.old_data, c.new_data, c.metadata,
+         c.caused_by, c.depth, coalesce(c.replay_of, c.id)
+  FROM page CROSS JOIN LATERAL (SELECT * FROM {changes} AS n WHERE n.id = page.id AND n.processed LIMIT 1) AS c
+  WHERE page.fits
+  ORDER BY page.place
+  RETURNING pg_logical_emit_message(true, %(prefix)s, replay.seq || ',' || replay.shard)
+)
+SELECT (SELECT count(*) FROM written)::int, (SELECT count(*) FROM page WHERE page.fits)::int

@@ -469,10 +469,10 @@ def _settle_values(
 
 def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
     (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,
-     crashed, caused_by, depth, held) = record  # fmt: skip
+     crashed, caused_by, depth, replay_of, held) = record  # fmt: skip
     change = read_change(
         id_, seq, shard, entity_type, entity_id, table_schema, table, _OPERATIONS[operation], old, new, metadata,
-        changed_at, failures + crashed + 1, requeued, crashed, caused_by, depth, None,
+        changed_at, failures + crashed + 1, requeued, crashed, caused_by, depth or 0, replay_of, None,
         len(old or b"") + len(new or b"") + len(metadata or b""),
     )  # fmt: skip
     return _ROW((change, held))

@@ -30,7 +30,7 @@ CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE next_attempt_at IS NOT NUL
 -- shows a document's size: the stored form may be compressed, and a number of 10 bytes may have 100,000 digits.
 n.seq, n.shard, n.id, n.entity_type, n.entity_id, n.table_schema, n.table_name, n.operation,
 n.old_data::text AS old_data, n.new_data::text AS new_data, n.metadata::text AS metadata,
-n.changed_at, n.error_count, n.started_by, n.caused_by, n.depth
+n.changed_at, n.error_count, n.started_by, n.caused_by, n.depth, n.replay_of
 
 -- name: readable
 -- Not a statement: whether n is not among the changes that must not be read.
@@ -46,13 +46,13 @@ coalesce(sum(
 
 -- name: columns
 -- Not a statement: the columns that every read of changes returns, in the order in which rows are unpacked. For a row
--- that does not fit, only the number. varchar, a type that no column of ours has, marks a document that stays unread.
+-- that does not fit, only the number. A depth of 0 is not sent, since it is that of most rows. varchar, a type that no column of ours has, marks a document that stays unread.
 c.seq, c.shard, CASE WHEN c.fits THEN c.id END AS id,
 CASE WHEN c.fits THEN coalesce(c.entity_type, c.table_name)::text END AS type, CASE WHEN c.fits THEN c.entity_id::text END,
 CASE WHEN c.fits THEN c.table_schema::text END, CASE WHEN c.fits THEN c.table_name::text END, c.operation::text,
 CASE WHEN c.fits THEN c.old_data::varchar END, CASE WHEN c.fits THEN c.new_data::varchar END,
 CASE WHEN c.fits THEN c.metadata::varchar END, c.changed_at, c.error_count,
-coalesce(c.started_by <> %(process)s, false) AS crashed, c.caused_by, c.depth,
+coalesce(c.started_by <> %(process)s, false) AS crashed, c.caused_by, nullif(c.depth, 0) AS depth, c.replay_of,
 CASE WHEN c.fits THEN {held} END AS held
 
 -- name: check
