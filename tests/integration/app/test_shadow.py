@@ -158,7 +158,10 @@ async def test_a_stop_does_not_wait_for_a_table_that_is_locked_and_a_wait_is_no_
             return app.status.consumer.in_service
 
         async def waits() -> bool:
-            found = outbox_db.execute("SELECT FROM pg_locks WHERE NOT granted AND locktype = 'relation'")
+            found = outbox_db.execute(
+                "SELECT FROM pg_stat_activity WHERE application_name = 'cdc: observer' AND wait_event_type = 'Lock'"
+                " AND datname = current_database()"
+            )
             return found.fetchone() is not None
 
         await eventually_async(in_service)
