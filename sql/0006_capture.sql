@@ -110,11 +110,13 @@ SET quote_all_identifiers = off
 SET row_security = on
 AS $cdc$
 DECLARE
-  -- Assignments only, no queries, wherever the row passes: plpgsql evaluates these without an executor. And few of them:
-  -- each is set up anew in each transaction, which is most of what it costs. So what few tables need is asked for at
-  -- once, and looked at one by one only where something of it is there. OLD of an INSERT and NEW of a DELETE are NULL.
+  -- Assignments only, no queries, wherever the row passes: plpgsql evaluates these without an executor. And few of them,
+  -- that call few functions: each is set up anew in each transaction, which is most of what it costs. So what few rows
+  -- need is asked for at once, and looked at one by one only where something of it is there. OLD of an INSERT and NEW of a
+  -- DELETE are NULL.
   v_old jsonb;
   v_new jsonb;
+  v_key_column text := 'id';
   v_entity_id text;
   v_moved_from text;
   v_metadata jsonb;
@@ -126,6 +128,8 @@ DECLARE
   v_excluded text[];
   v_stored text[];
   v_nulls jsonb;
+  v_virtual boolean;
+  v_handled boolean;
   v_key jsonb;
   v_values jsonb;
   v_caused_by uuid;
@@ -136,24 +140,28 @@ DECLARE
   v_read_only text;
   v_converted boolean;
 BEGIN
-  IF coalesce(TG_ARGV[1], '') NOT IN ('', '{"key": ["id"]}') THEN
-    v_options := TG_ARGV[1];
-    -- A misspelt "exclude" would publish what was to be left out.
-    IF v_options - '{key,exclude,columns,virtual,handled}'::text[] <> '{}' THEN
-      RAISE EXCEPTION 'trigger % on %.%: options may have "key", "exclude", "columns", "virtual" and "handled", not %',
-          TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude,columns,virtual,handled}'::text[]
-        USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
-    END IF;
-    IF v_options ? 'columns' THEN
-      SELECT array_agg(attname::text) INTO v_excluded FROM pg_attribute
-      WHERE attrelid = TG_RELID AND attnum > 0 AND NOT attisdropped AND NOT v_options -> 'columns' ? attname::text;
+  IF TG_ARGV[1] <> '{"key": ["id"]}' THEN
+    v_options := nullif(TG_ARGV[1], '');
+    IF v_options - '{key,exclude}'::text[] <> '{}' THEN
+      -- A misspelt "exclude" would publish what was to be left out.
+      IF v_options - '{key,exclude,columns,virtual,handled}'::text[] <> '{}' THEN
+        RAISE EXCEPTION 'trigger % on %.%: options may have "key", "exclude", "columns", "virtual" and "handled", not %',
+            TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude,columns,virtual,handled}'::text[]
+          USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
+      END IF;
+      IF v_options ? 'columns' THEN
+        SELECT array_agg(attname::text) INTO v_excluded FROM pg_attribute
+        WHERE attrelid = TG_RELID AND attnum > 0 AND NOT attisdropped AND NOT v_options -> 'columns' ? attname::text;
+      END IF;
+      v_virtual := v_options -> 'virtual' = 'true';
+      v_handled := v_options -> 'handled' = 'true';
     END IF;
     IF v_options ? 'exclude' THEN
       FOR i IN 0 .. jsonb_array_length(v_options -> 'exclude') - 1 LOOP
         v_excluded := v_excluded || (v_options -> 'exclude' ->> i);
       END LOOP;
     END IF;
-    IF v_options -> 'virtual' = 'true' THEN
+    IF v_virtual THEN
       v_excluded := coalesce(v_excluded, '{}');
       SELECT array_agg(attname::text) INTO v_stored FROM pg_attribute
       WHERE attrelid = TG_RELID AND attnum > 0 AND NOT attisdropped
@@ -162,6 +170,8 @@ BEGIN
     IF v_excluded IS NOT NULL THEN
       v_nulls := jsonb_object(v_excluded, array_fill(NULL::text, ARRAY[cardinality(v_excluded)]));
     END IF;
+    v_key := coalesce(v_options -> 'key', '["id"]');
+    v_key_column := CASE jsonb_array_length(v_key) WHEN 1 THEN v_key ->> 0 END;
   END IF;
 
   -- Casts of others may run here, so this is read only, which nothing within the subtransaction can undo and which ends
@@ -170,11 +180,12 @@ BEGIN
   -- this function, and rows in temporary tables whose deferred triggers run as this owner (from PostgreSQL 18 on). Where
   -- one of them is possible, the subtransaction is undone once its values are there. It takes no transaction id.
   BEGIN
-    v_read_only := set_config('transaction_read_only', 'on', true);
     IF v_excluded IS NULL THEN
-      v_old := to_jsonb(OLD);
+      -- CASE evaluates in this order.
+      v_old := CASE set_config('transaction_read_only', 'on', true) WHEN 'on' THEN to_jsonb(OLD) END;
       v_new := to_jsonb(NEW);
     ELSE
+      v_read_only := set_config('transaction_read_only', 'on', true);
       IF TG_OP <> 'INSERT' THEN
         v_old := to_jsonb(jsonb_populate_record(OLD, v_nulls)) - v_excluded;
       END IF;
@@ -212,12 +223,37 @@ BEGIN
     END IF;
   END;
 
-  v_entity_id := CASE WHEN v_options IS NULL THEN coalesce(v_new, v_old) ->> 'id' END;
+  -- The usual row: its key is one column, and stays as it is; the table is no partition, and the trigger as it should be;
+  -- no change has caused it. Below all of this is looked at once more, one by one. Readers conclude from transaction ids
+  -- whether a lower seq may still appear, so this transaction has its id, which is never NULL, before it draws the number;
+  -- in an AFTER trigger it has one already. That a table is no partition, NULL, comes out of the relation cache.
+  IF v_key_column IS NOT NULL AND v_handled IS NOT TRUE THEN
+    v_entity_id := coalesce(v_new, v_old) ->> v_key_column;
+    v_entity_type := nullif(TG_ARGV[0], '');
+    IF v_entity_type IS NULL THEN
+      v_entity_type := @schema@.default_entity_type(TG_TABLE_NAME);
+    END IF;
+    IF coalesce(v_old, v_new) ->> v_key_column = v_entity_id
+      AND octet_length(v_entity_id || v_entity_type) <= 1000
+      AND pg_partition_root(TG_RELID) IS NULL
+      AND TG_WHEN = 'AFTER'
+      AND coalesce(current_setting('cdc.cause', true), '') = ''
+      AND pg_current_xact_id() IS NOT NULL
+      AND (v_new ?| '{user_id,chat_id,room_id}') IS NOT TRUE
+    THEN
+      INSERT INTO @schema@.entity_changes
+        (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata)
+      VALUES (TG_TABLE_SCHEMA, TG_TABLE_NAME, TG_OP, v_entity_id, v_entity_type, v_old, v_new,
+        CASE WHEN v_new IS NOT NULL THEN jsonb_build_object('timestamp', now()) END)
+      -- The doorbell. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
+      RETURNING pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard) INTO v_rung;
+      RETURN NULL;
+    END IF;
+  END IF;
 
-  -- All but a table whose key is its column id, and stays so: other options, or a key to be found; and partitions. That a
-  -- table is none, NULL, comes out of the relation cache.
+  -- All but a key of one column that stays as it is: one of several, or to be found; and partitions.
   IF v_entity_id IS NULL
-    OR coalesce(v_old, v_new) ->> 'id' IS DISTINCT FROM v_entity_id
+    OR coalesce(v_old, v_new) ->> v_key_column IS DISTINCT FROM v_entity_id
     OR pg_partition_root(TG_RELID) IS NOT NULL
   THEN
     IF TG_LEVEL <> 'ROW' THEN
@@ -231,10 +267,10 @@ BEGIN
       WHERE c.oid = pg_partition_root(TG_RELID);
     END IF;
 
-    v_key := coalesce(v_options -> 'key', '["id"]');
-    IF jsonb_array_length(v_key) = 1 THEN
-      v_entity_id := coalesce(v_new, v_old) ->> (v_key ->> 0);
-      v_moved_from := coalesce(v_old ->> (v_key ->> 0), 'null');
+    v_key := coalesce(v_key, '["id"]');
+    IF v_key_column IS NOT NULL THEN
+      v_entity_id := coalesce(v_new, v_old) ->> v_key_column;
+      v_moved_from := coalesce(v_old ->> v_key_column, 'null');
     END IF;
 
     -- All but a key of one column that is there and not NULL.
@@ -285,8 +321,6 @@ BEGIN
           'chat_id', coalesce(nullif(v_new -> 'chat_id', 'null'), v_new -> 'room_id', v_new -> 'chat_id')) ELSE '{}' END;
   END IF;
 
-  -- Readers conclude from transaction ids whether a lower seq may still appear, so this transaction has its id, which is
-  -- never NULL, before it draws the number. In an AFTER trigger it has one already.
   IF pg_current_xact_id() IS NULL
     OR current_setting('cdc.cause', true) <> ''
     OR octet_length(v_entity_id || v_entity_type) > 1000
@@ -302,9 +336,7 @@ BEGIN
       -- A consumer whose handlers share a transaction names the cause anew for each of them only if they write here.
       PERFORM set_config('cdc.captured', 'on', true);
     END IF;
-    IF v_options -> 'handled' = 'true'
-      AND v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ','))
-    THEN
+    IF v_handled AND v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ',')) THEN
       v_done_at := now();
       v_done_why := 'discarded: its writer handles it (cdc.handled)';
     END IF;
@@ -348,7 +380,6 @@ BEGIN
     v_done_at,
     v_done_why
   )
-  -- The doorbell. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
   RETURNING CASE WHEN v_done_at IS NULL THEN pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard) END
   INTO v_rung;
 
