@@ -104,22 +104,19 @@ class SocketWait:
 
     def until(self, deadline: float, link: int | None = None, *, write: bool = False) -> bool:
         """True when ``link`` is readable (or, with ``write``, writable); False at the deadline."""
-        if link is None:
-            return self._wait(deadline, None)
-        self._poll.register(link, select.POLLIN | (select.POLLOUT if write else 0))
+        if link is not None:
+            self._poll.register(link, select.POLLIN | (select.POLLOUT if write else 0))
         try:
-            return self._wait(deadline, link)
+            while True:
+                self.check()
+                left = deadline - time.monotonic()
+                if link in dict(self._poll.poll(max(0.0, min(left, _TURN_S)) * 1000)):
+                    return True
+                if left <= 0:
+                    return False
         finally:
-            self._poll.unregister(link)
-
-    def _wait(self, deadline: float, link: int | None) -> bool:
-        while True:
-            self.check()
-            left = deadline - time.monotonic()
-            if any(ready == link for ready, _ in self._poll.poll(max(0.0, min(left, _TURN_S)) * 1000)):
-                return True
-            if left <= 0:
-                return False
+            if link is not None:
+                self._poll.unregister(link)
 
     def close(self) -> None:
         self._rouse.close()
@@ -143,6 +140,8 @@ class ReplicationSession:
         self._asking = False
         self._unsent = False
         self._over: StreamError | None = None
+        self._drained = False
+        """libpq holds no whole message."""
         self.flooded = False
         """A message that took too much memory has ended it; the next session begins after that message."""
 
@@ -289,6 +288,7 @@ class ReplicationSession:
         messages: list[memoryview] = []
         get_copy_data, keep = self._link.get_copy_data, messages.append
         looked_again_at = bytes_ = 0
+        self._drained = False
         try:
             while len(messages) < most and bytes_ < _BYTES_AT_ONCE:
                 size, data = get_copy_data(1)
@@ -305,6 +305,7 @@ class ReplicationSession:
                     looked_again_at = len(messages)
                     self._link.consume_input()
                 else:
+                    self._drained = True
                     self._over = self._ended() if size < 0 else None
                     break
         except psycopg.OperationalError as error:
@@ -313,8 +314,11 @@ class ReplicationSession:
         return messages
 
     def wait(self, deadline: float) -> None:
-        """Wait until the socket is readable, or the deadline. Raises the error that has ended the stream."""
-        self._check()
+        """Wait until there is more to receive, or the deadline. Raises the error that has ended the stream."""
+        if self._over is not None:
+            raise self._over
+        if not self._drained:
+            deadline = 0.0
         # Runs once for every few messages: a context manager made of a generator would cost more than all else here.
         try:
             if self._waiting.until(deadline, self._socket, write=self._unsent):
@@ -324,14 +328,11 @@ class ReplicationSession:
             raise classify(None, None, Phase.STREAM, self.names) from error
 
     def send(self, message: bytes) -> None:
-        self._check()
+        if self._over is not None:
+            raise self._over
         with self._link_errors():
             self._link.put_copy_data(message)
             self._unsent = self._link.flush() != 0
-
-    def _check(self) -> None:
-        if self._over is not None:
-            raise self._over
 
     def goodbye(self) -> None:
         """End the stream, and briefly await the server's acknowledgement. Unread messages will be sent again."""

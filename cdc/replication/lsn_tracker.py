@@ -16,19 +16,11 @@ asks for an answer, so the time since the last byte distinguishes a quiet server
 
 from __future__ import annotations
 
-from enum import StrEnum
+from math import inf
 
 from cdc.core.lsn import ZERO, Lsn
 
 STATUS_INTERVAL_MAX_S = 10.0
-
-
-class UpdateReason(StrEnum):
-    """Why a status update is due now."""
-
-    REQUESTED = "requested"
-    INTERVAL = "interval"
-    LEAVING = "leaving"
 
 
 class LsnTracker:
@@ -40,31 +32,23 @@ class LsnTracker:
         self._interval_s = interval_s
         # At once: its answer proves that the link works.
         self.next_status_at = now
-        self._requested = False
-        self._leaving = False
 
     def receive(self, position: int, *, reply_requested: bool = False) -> None:
         """``position`` is the highest of a batch; a lower one than the known changes nothing."""
-        self._requested = self._requested or reply_requested
+        if reply_requested:
+            self.next_status_at = -inf
         if position > self.received:
             self.received = Lsn(position)
 
     def leave(self) -> None:
-        self._leaving = True
-
-    def due(self, now: float) -> UpdateReason | None:
-        if self._leaving:
-            return UpdateReason.LEAVING
-        if self._requested:
-            return UpdateReason.REQUESTED
-        return UpdateReason.INTERVAL if now >= self.next_status_at else None
+        """A last status update is due at once."""
+        self.next_status_at = -inf
 
     def confirm(self, now: float) -> Lsn:
         """The position to send in the status update that leaves now."""
         assert self.confirmed <= self.received
         self.confirmed = self.received
         self.next_status_at = now + self._interval_s
-        self._requested = False
         return self.confirmed
 
 

@@ -23,7 +23,6 @@ LONGEST = 16_384
 
 _XLOGDATA = struct.Struct("!cQQq")  # 'w', WAL start, WAL end, server clock; the plugin's message follows
 _KEEPALIVE = struct.Struct("!cQqB")  # 'k', WAL end, server clock, reply requested
-_K = ord("k")
 _STATUS = struct.Struct("!cQQQqB")  # 'r', written, flushed, applied, client clock, reply requested
 
 Decoded = tuple[WakeUp, float | None]
@@ -60,13 +59,11 @@ class Plugin:
     publication: str | None = None
 
 
+KEEPALIVE = ord("k")
+"""The first byte of a keepalive; ``parse`` checks the rest."""
+
 XLOGDATA = rb"w([\x00-\xff]{8})[\x00-\xff]{16}"
 """The bytes before the plugin's message: a regular expression with one group, the position, big-endian."""
-
-
-def is_keepalive(data: bytes | memoryview) -> bool:
-    """Looks at the first byte only; ``parse`` checks the whole."""
-    return len(data) > 0 and data[0] == _K
 
 
 def head(data: bytes | memoryview) -> memoryview:
@@ -79,24 +76,16 @@ def parse(data: bytes | memoryview) -> tuple[int, bytes | memoryview | None, boo
 
     The position is the message's own, or the server's end of WAL. A plain int: one Lsn is made for a whole batch.
     """
-    # unpack_from raises when the data is too short.
-    try:
+    size = len(data)
+    if size == _KEEPALIVE.size:
+        kind, position, _, reply_requested = _KEEPALIVE.unpack(data)
+        if kind == b"k" and reply_requested <= 1:
+            return position, None, bool(reply_requested)
+    elif size >= _XLOGDATA.size:
         kind, position, _, _ = _XLOGDATA.unpack_from(data)
         if kind == b"w":
             return position, data[_XLOGDATA.size :], False
-    except struct.error:
-        pass  # shorter than any message; a keepalive is, too
-    return _keepalive(data)
-
-
-def _keepalive(data: bytes | memoryview) -> tuple[int, None, bool]:
-    try:
-        kind, wal_end, _, reply_requested = _KEEPALIVE.unpack(data)
-    except struct.error:
-        kind = b""
-    if kind != b"k" or reply_requested > 1:
-        raise ProtocolError(f"{len(data)} bytes that are neither a replication message nor a keepalive")
-    return wal_end, None, bool(reply_requested)
+    raise ProtocolError(f"{size} bytes that are neither a replication message nor a keepalive")
 
 
 def status_update(confirmed: Lsn, *, unix_s: float, ping: bool) -> bytes:

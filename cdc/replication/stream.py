@@ -29,7 +29,7 @@ from cdc.postgres.connect import Dsn
 from cdc.replication import pgoutput, wal2json
 from cdc.replication.connection import ReplicationSession, SocketWait, Stopped, open_session
 from cdc.replication.lsn_tracker import LsnTracker, status_interval_s
-from cdc.replication.protocol import Plugin, is_keepalive, parse, status_update
+from cdc.replication.protocol import KEEPALIVE, Plugin, parse, status_update
 from cdc.replication.refusals import SlotPolicy, crash_guard, standbys_away
 from cdc.replication.slot_setup import OpenedSlot, begin
 from cdc.runtime.supervisor import Supervisor
@@ -290,14 +290,13 @@ class _Report:
         self._connected, self._trouble, self._last_byte = True, None, time.monotonic()
         self._events.streaming()
 
-    def read(self, batch: _Batch, now: float) -> None:
-        """Called before anything of the batch is confirmed."""
+    def read(self, batch: _Batch, received: Lsn, now: float) -> None:
+        """Called before anything of the batch is confirmed. ``received``: the highest position of the session."""
         self._last_byte = now
         self._messages += batch.messages
         self._keepalives += batch.keepalives
         self._bytes += batch.bytes
-        if batch.highest > self._received:
-            self._received = Lsn(batch.highest)
+        self._received = max(self._received, received)
         if batch.wakeups:
             self._events.notified(batch.wakeups, batch.committed_at)
 
@@ -333,12 +332,14 @@ class _Batch:
 
     def read(self, received: list[memoryview], plugin: Plugin) -> None:
         self.bytes = sum(map(len, received))
-        if self._read_all(received, plugin):
-            return
         # A keepalive follows a message that comes alone.
-        messages = [data for data in received if not is_keepalive(data)]
-        if len(messages) < len(received) and messages and self._read_all(messages, plugin):
-            received = [data for data in received if is_keepalive(data)]
+        messages = [data for data in received if data[0] != KEEPALIVE]
+        if messages and (decoded := plugin.decode_all(messages)):
+            self.highest, self.wakeups, self.committed_at = decoded
+            self.messages = len(messages)
+            if len(messages) == len(received):
+                return
+            received = [data for data in received if data[0] == KEEPALIVE]
         for data in received:
             position, message, reply_requested = parse(data)
             # Before decoding: a message that cannot be read is confirmed too, or the server would send it for ever.
@@ -353,15 +354,6 @@ class _Batch:
             if (notified := plugin.decode(message)) is not None:
                 wakeup, self.committed_at = notified
                 self.wakeups.append(wakeup)
-
-    def _read_all(self, messages: list[memoryview], plugin: Plugin) -> bool:
-        """Whether all of them could be read at once."""
-        decoded = plugin.decode_all(messages)
-        if decoded is None:
-            return False
-        self.highest, self.wakeups, self.committed_at = decoded
-        self.messages = len(messages)
-        return True
 
 
 class _MessageReader:
@@ -405,8 +397,7 @@ class _MessageReader:
                     raise crash_guard(self._session.names)
                 now = time.monotonic()
                 self._speak_if_due(now)
-                # After data there may be more: the reader waits only after an empty read.
-                self._session.wait(now if received else self._bear_until(now))
+                self._session.wait(self._bear_until(now))
         except (Stopped, ProtocolError):
             self.progress.leave()
             self._speak_if_due(time.monotonic())
@@ -420,11 +411,11 @@ class _MessageReader:
             batch.read(received, self._plugin)
         finally:
             # Also counts the messages read before one that cannot be decoded.
-            self._report.read(batch, self._last_byte)
             self.progress.receive(batch.highest, reply_requested=batch.reply_requested)
+            self._report.read(batch, self.progress.received, self._last_byte)
 
     def _speak_if_due(self, now: float) -> None:
-        if self.progress.due(now) is None:
+        if now < self.progress.next_status_at:
             return
         failpoints.here("stream.before_confirm")
         confirmed = self.progress.confirm(now)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cdc.core.lsn import ZERO, Lsn
 from cdc.core.reconnect import ReconnectState
-from cdc.replication.lsn_tracker import LsnTracker, UpdateReason, status_interval_s
+from cdc.replication.lsn_tracker import LsnTracker, status_interval_s
 
 positions = st.integers(0, 2**64 - 1)
 
@@ -29,10 +29,9 @@ def test_positions_only_rise_and_no_more_is_confirmed_than_was_received(steps: l
 
 def test_a_status_update_is_due_at_once_then_after_each_interval() -> None:
     progress = LsnTracker(interval_s=2.0, now=100.0)
-    assert progress.due(100.0) is UpdateReason.INTERVAL
+    assert progress.next_status_at <= 100.0
     assert progress.confirm(100.0) == ZERO
-    assert progress.due(101.9) is None
-    assert progress.due(102.0) is UpdateReason.INTERVAL
+    assert progress.next_status_at == 102.0
 
 
 def test_a_status_update_is_due_when_the_server_asks_and_once_for_each_question() -> None:
@@ -40,16 +39,16 @@ def test_a_status_update_is_due_when_the_server_asks_and_once_for_each_question(
     progress.confirm(100.0)
     progress.receive(Lsn.parse("0/10"), reply_requested=True)
     progress.receive(Lsn.parse("0/20"))
-    assert progress.due(100.1) is UpdateReason.REQUESTED
+    assert progress.next_status_at < 100.1
     assert str(progress.confirm(100.1)) == "0/20"
-    assert progress.due(100.2) is None
+    assert progress.next_status_at == pytest.approx(102.1)
 
 
 def test_a_status_update_is_due_before_leaving() -> None:
     progress = LsnTracker(interval_s=2.0, now=100.0)
     progress.confirm(100.0)
     progress.leave()
-    assert progress.due(100.0) is UpdateReason.LEAVING
+    assert progress.next_status_at < 100.0
 
 
 @pytest.mark.parametrize(
