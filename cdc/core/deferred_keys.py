@@ -43,8 +43,8 @@ class DeferredKeys:
         self._limit = DynamicLimit(size, _FACTOR, sole=sole)
         self.watermarks: Final[dict[Key, Watermark]] = {}
         """By key; others only read it. Most keys have none, and each change asks three times: a method costs more."""
-        self._reads: dict[str, dict[Key, None]] = {}
-        """By type, in the order in which the types were served, the latest last."""
+        self.reads: Final[dict[str, dict[Key, None]]] = {}
+        """The keys to be read on; others only read it. By type, the type that was served last stands last."""
 
     def __len__(self) -> int:
         return len(self.watermarks)
@@ -74,25 +74,25 @@ class DeferredKeys:
 
     def clear(self) -> None:
         self.watermarks.clear()
-        self._reads.clear()
+        self.reads.clear()
         self._limit.clear()
 
     def request_read(self, key: Key) -> None:
         """The key is to be read on."""
-        self._reads.setdefault(key[0], {})[key] = None
+        self.reads.setdefault(key[0], {})[key] = None
 
     def cancel_read(self, key: Key) -> None:
-        if keys := self._reads.get(key[0]):
+        if keys := self.reads.get(key[0]):
             keys.pop(key, None)
             if not keys:
-                del self._reads[key[0]]
+                del self.reads[key[0]]
 
     def take_reads(self, limit: int, has_room: Callable[[str], bool]) -> list[KeyRead]:
         """Keys to read on, of the next type that has room in the window; each is requested once."""
-        entity_type = next(filter(has_room, self._reads), None)
+        entity_type = next(filter(has_room, self.reads), None)
         if entity_type is None:
             return []
-        keys = self._reads[entity_type] = self._reads.pop(entity_type)
+        keys = self.reads[entity_type] = self.reads.pop(entity_type)
         chosen = list(islice(keys, limit))
         for key in chosen:
             self.cancel_read(key)

@@ -37,6 +37,7 @@ from math import inf
 from cdc.core.model import WakeUp
 from cdc.core.shard_cursor import REPASS_MAX_S, RETRY_MIN_S, Position, Scanned, ShardCursor, Snapshot, ends_of
 from cdc.core.shard_ownership import Acquired
+from cdc.core.sweep_schedule import SweepSchedule
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 
 _RETRY_MAX_S = 0.05
@@ -47,11 +48,6 @@ _FETCH_MAX = 500
 _UNSEEN_MAX = 2_000
 _UNBOUNDED = 1 << 30
 _SHOWN_MAX = 1_000
-_FULL_PASS_EVERY = 12
-"""Sweeps between two passes from zero: a minute at the usual interval."""
-_REST, _REST_MAX_S = 20, 600.0
-"""The pause after a pass from zero, in times as long as that took, up to a limit. Such a pass goes through the whole
-backlog of a type that has no room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,26 +108,21 @@ class ReadPlanner:
         room_for: Callable[[str], tuple[int, int]] = lambda _: (_UNBOUNDED, 1),
         scope: TypeFilter = EVERYTHING,
     ) -> None:
-        self._sweep_interval_s = sweep_interval_s
+        self._schedule = SweepSchedule(sweep_interval_s)
         self._queue_capacity = queue_capacity
         self._room_for = room_for
         self._scope = scope
         self._shards: dict[int, ShardCursor] = {}
-        self._throttled: dict[str, dict[int, ShardCursor]] = {}
-        """By type and shard, in the order in which the types were read: the latest last."""
+        self.throttled: dict[str, dict[int, ShardCursor]] = {}
+        """The types that have cursors of their own, and these by shard. The type that was read last stands last."""
         self._notified: dict[int, int] = {}
         self._unseen: dict[int, _Unseen] = {}
         self._shown: dict[int, bool] = {}
         """Numbers that passes have shown before their wake-ups, which then say nothing new. The newest last."""
-        self._next_sweep = 0.0
-        self._sweeps = 0
         self._choices = deque((self._fetch, self._sweep, self._sweep_throttled))
         """In the order of their last turns, the latest last."""
         self._swept_at: dict[str | None, float] = {}
         """When each throttled type was swept last, and (None) the others."""
-        self._full_pass_from: float | None = None
-        self._full_pass_requested = False
-        self._rest_until = 0.0
         self._serial = 0
         self._from_own_slot = False
         self._cursors_idle = False
@@ -159,38 +150,32 @@ class ReadPlanner:
     def uncommitted(self) -> int:
         return len(self._unseen)
 
-    @property
-    def throttled(self) -> Collection[str]:
-        """The types that have cursors of their own."""
-        return self._throttled.keys()
-
     # --- in --------------------------------------------------------------------------------------------------------
 
     def acquired(self, acquired: Acquired) -> None:
         """Sweep these shards from their first change on, at once."""
         for number in acquired.shards:
-            for of_shards in (self._shards, *self._throttled.values()):
+            for of_shards in (self._shards, *self.throttled.values()):
                 of_shards.setdefault(number, ShardCursor(self._serial, self._cursor_due))
 
     def revoked(self, shards: Collection[int]) -> None:
         for number in shards:
-            for of_shards in (self._shards, *self._throttled.values()):
+            for of_shards in (self._shards, *self.throttled.values()):
                 of_shards.pop(number, None)
             self._forget_wakeups(number)
         if not self._shards:
-            self._throttled.clear()
+            self.throttled.clear()
 
     def lost(self) -> None:
         self.revoked(tuple(self._shards))
 
     def interval(self, sweep_interval_s: float, now: float) -> None:
         """Sweep at this interval from now on."""
-        self._sweep_interval_s = sweep_interval_s
-        self._next_sweep = min(self._next_sweep, now + sweep_interval_s)
+        self._schedule.interval(sweep_interval_s, now)
 
     def sweep_by(self, at: float) -> None:
         """Begin the next sweep at ``at``, or earlier."""
-        self._next_sweep = min(self._next_sweep, at)
+        self._schedule.by(at)
 
     def streaming(self, *, connected: bool) -> None:
         """Wake-ups come from this process's slot from now on, or no more. Earlier ones may have been missed."""
@@ -209,7 +194,7 @@ class ReadPlanner:
         """Sweep every shard from its first change on. Returns the shards, for ``KeyScheduler.forget_deferred``."""
         for cursor in self._all_cursors():
             cursor.rewind(0)
-        self._full_pass_requested, self._full_pass_from = True, None
+        self._schedule.request_full_pass()
         return self._shards.keys()
 
     def notified(self, wakeups: Iterable[WakeUp], *, relayed: bool = False) -> int:
@@ -236,7 +221,7 @@ class ReadPlanner:
 
     def skipped(self, entity_type: str, shard: int) -> None:
         """A fetch showed a change of a throttled type."""
-        if cursor := self._throttled.get(entity_type, {}).get(shard):
+        if cursor := self.throttled.get(entity_type, {}).get(shard):
             cursor.touch()
 
     # --- out -------------------------------------------------------------------------------------------------------
@@ -244,11 +229,11 @@ class ReadPlanner:
     @property
     def passing_from_zero(self) -> bool:
         """``restart`` was called, and its pass has begun and is not complete."""
-        return self._full_pass_from is not None
+        return self._schedule.passing_from_zero
 
     def full_pass_due(self, now: float) -> bool:
         """A pass from zero is due, as happens once in a while; the caller then calls ``restart``."""
-        return now >= self._next_sweep and self._sweeps >= _FULL_PASS_EVERY and now >= self._rest_until
+        return self._schedule.full_pass_due(now)
 
     def next(self, now: float, room: int, sweep_room: int) -> Fetch | Sweep | None:
         """What to read now, with ``room`` for that many changes; None: nothing.
@@ -257,7 +242,10 @@ class ReadPlanner:
         than they bring. Fetches, sweeps, and sweeps of throttled types take turns, so that neither a backlog nor a
         flood of wake-ups delays the others.
         """
-        self._begin_passes(now)
+        if not self._cursors_idle or now >= self._schedule.next_at:
+            self._begin_passes(now)
+        if self._cursors_idle:
+            return self._fetch(now, room, sweep_room)
         for choice in self._choices:
             if request := choice(now, room, sweep_room):
                 self._choices.remove(choice)
@@ -267,8 +255,9 @@ class ReadPlanner:
 
     def wait_s(self, now: float) -> float:
         """Seconds until ``next`` may have something new, wake-ups aside."""
-        times = [self._next_sweep]
-        times += [unseen.retry_at for unseen in self._to_retry().values()]
+        times = [self._schedule.next_at]
+        if self._unseen:
+            times += [unseen.retry_at for unseen in self._to_retry().values()]
         for cursor in () if self._cursors_idle else self._all_cursors():
             if cursor.reading:
                 times.append(now + REPASS_MAX_S)  # it waits for room
@@ -284,7 +273,7 @@ class ReadPlanner:
         ``cut``: visible changes that did not fit into the page. They are fetched again before all later wake-ups.
         """
         at_once = late = given_up = 0
-        deferred = {seq for seq, _ in cut}
+        deferred = dict(cut)
         if cut and self._from_own_slot:  # else passes find them
             self._notified = {seq: shard for seq, shard in cut if shard in self._shards} | self._notified
         for seq, shard in request.wakeups:
@@ -329,7 +318,7 @@ class ReadPlanner:
             notified += self._notified.pop(seq, None) is not None or self._unseen.pop(seq, None) is not None
         if not self._from_own_slot:
             self._show(rows)
-        of_shards = self._shards if request.only is None else self._throttled.get(request.only, {})
+        of_shards = self._shards if request.only is None else self.throttled.get(request.only, {})
         stuck = rejected.get(request.only, ()) if request.only else ()
         ends = ends_of(rows, request.per_shard) if scanned is None else scanned
         deferred = {number for number, end in ends.items() if end.more and not end.seq}
@@ -355,9 +344,9 @@ class ReadPlanner:
     def throttle(self, rejected: Mapping[str, Mapping[int, int]], now: float) -> None:
         """Throttle the types of ``rejected``, which has their first rejected change by shard: read on from there."""
         for entity_type, numbers in rejected.items():
-            if entity_type not in self._throttled:
-                self._throttled[entity_type] = {number: shard.split() for number, shard in self._shards.items()}
-            of_shards = self._throttled[entity_type]
+            if entity_type not in self.throttled:
+                self.throttled[entity_type] = {number: shard.split() for number, shard in self._shards.items()}
+            of_shards = self.throttled[entity_type]
             has_room = self._room_for(entity_type)[0] > 0
             for number, seq in numbers.items():
                 if cursor := of_shards.get(number):
@@ -366,12 +355,9 @@ class ReadPlanner:
                         cursor.pause(now)  # the window had room: something else was full
 
     def _begin_passes(self, now: float) -> None:
-        periodic = now >= self._next_sweep
+        periodic = now >= self._schedule.next_at
         if periodic:
-            self._sweeps = 0 if self._sweeps >= _FULL_PASS_EVERY else self._sweeps + 1
-            self._next_sweep = now + self._sweep_interval_s
-        if self._cursors_idle and not periodic:
-            return
+            self._schedule.begin(now)
         self._cursors_idle = True
         for cursor in self._all_cursors():
             if periodic or (not cursor.live and not cursor.reading and now >= cursor.repass_at):
@@ -382,27 +368,31 @@ class ReadPlanner:
         limit = min(room, _FETCH_MAX)
         if limit <= 0:
             return None
-        chosen = [WakeUp(seq, number) for seq, number in self._notified_and_live(limit)]
-        looked_for = self._to_retry()
-        if not chosen and not any(unseen.retry_at <= now for unseen in looked_for.values()):
+        chosen = self._notified_and_live(limit) if self._notified else []
+        looked_for: list[WakeUp] = []
+        if self._unseen:
+            to_retry = self._to_retry()
+            if not chosen and not any(unseen.retry_at <= now for unseen in to_retry.values()):
+                return None
+            looked_for = [WakeUp(seq, unseen.shard) for seq, unseen in to_retry.items()]
+        elif not chosen:
             return None
         for seq, _ in chosen:
             del self._notified[seq]
-        return Fetch((*(WakeUp(seq, unseen.shard) for seq, unseen in looked_for.items()), *chosen))
+        return Fetch((*looked_for, *chosen))
 
     def _to_retry(self) -> dict[int, _Unseen]:
         """The numbers that every fetch requests again. In a shard that is not live, a pass finds them."""
-        return {seq: unseen for seq, unseen in self._unseen.items() if self._by_number(unseen.shard)}
+        numbers = {unseen.shard for unseen in self._unseen.values()}
+        live = {number for number in numbers if self._shards[number].live and not self._shards[number].reading}
+        return {seq: unseen for seq, unseen in self._unseen.items() if unseen.shard in live}
 
-    def _by_number(self, number: int) -> bool:
-        shard = self._shards[number]
-        return shard.live and not shard.reading
-
-    def _notified_and_live(self, limit: int) -> list[tuple[int, int]]:
-        chosen: list[tuple[int, int]] = []
+    def _notified_and_live(self, limit: int) -> list[WakeUp]:
+        chosen: list[WakeUp] = []
         for seq, number in self._notified.items():
-            if self._by_number(number):
-                chosen.append((seq, number))
+            shard = self._shards[number]
+            if shard.live and not shard.reading:
+                chosen.append(WakeUp(seq, number))
                 if len(chosen) == limit:
                     break
         return chosen
@@ -411,19 +401,17 @@ class ReadPlanner:
         return self._page(None, self._shards, now, room, sweep_room)
 
     def _sweep_throttled(self, now: float, room: int, _sweep_room: int) -> Sweep | None:
-        for entity_type, of_shards in self._throttled.items():
+        for entity_type, of_shards in self.throttled.items():
             free, worth = self._room_for(entity_type)
             # With enough room, a page is not put off for being small: large rows make small pages.
             if request := self._page(entity_type, of_shards, now, min(room, free), worth if free < worth else 1):
-                self._throttled[entity_type] = self._throttled.pop(entity_type)
+                self.throttled[entity_type] = self.throttled.pop(entity_type)
                 return request
         return None
 
     def _page(
         self, only: str | None, of_shards: dict[int, ShardCursor], now: float, room: int, sweep_room: int
     ) -> Sweep | None:
-        if self._cursors_idle:
-            return None
         reading = [number for number, cursor in of_shards.items() if cursor.reading]
         waited_long = now - self._swept_at.get(only, -inf) >= REPASS_MAX_S
         if not reading or room <= 0 or (room < sweep_room and not waited_long):
@@ -433,11 +421,11 @@ class ReadPlanner:
         chosen = reading[: room // per_shard]
         for number in chosen if len(chosen) < len(reading) else ():
             of_shards[number] = of_shards.pop(number)  # the other shards come first next time
-        if only is None and self._full_pass_requested and self._full_pass_from is None:
-            self._full_pass_from = now
+        if only is None:
+            self._schedule.page_requested(now)
         self._serial += 1
         positions = {number: of_shards[number].position for number in chosen}
-        scope = self._scope.without(self._throttled) if only is None else TypeFilter((only,), include=True)
+        scope = self._scope.without(self.throttled) if only is None else TypeFilter((only,), include=True)
         return Sweep(positions, per_shard, self._serial, only, scope)
 
     def _pass_complete(self, number: int, cursor: ShardCursor, request: Sweep, snapshot: Snapshot, now: float) -> None:
@@ -448,18 +436,17 @@ class ReadPlanner:
             self._touch_throttled(number)
 
     def _join_if_caught_up(self, entity_type: str) -> None:
-        of_shards = self._throttled.get(entity_type, {})
+        of_shards = self.throttled.get(entity_type, {})
         if not of_shards or any(cursor.reading or cursor.behind for cursor in of_shards.values()):
             return
         for number, cursor in of_shards.items():
             self._shards[number].join(cursor)
-        del self._throttled[entity_type]
+        del self.throttled[entity_type]
         self._swept_at.pop(entity_type, None)
 
     def _note_full_pass(self, now: float) -> None:
-        if self._full_pass_from is not None and not any(shard.reading for shard in self._shards.values()):
-            self._rest_until = now + min(_REST * (now - self._full_pass_from), _REST_MAX_S)
-            self._full_pass_requested, self._full_pass_from = False, None
+        if self._schedule.passing_from_zero and not any(shard.reading for shard in self._shards.values()):
+            self._schedule.full_pass_complete(now)
 
     def _show(self, rows: Iterable[tuple[int, int]]) -> None:
         """A pass has shown these: they are not awaited any more, or their wake-ups are still to come."""
@@ -476,10 +463,10 @@ class ReadPlanner:
         self._cursors_idle = False
 
     def _all_cursors(self) -> Sequence[ShardCursor]:  # copies, as any thread may ask for the status
-        return [cursor for shards in (self._shards, *self._throttled.values()) for cursor in list(shards.values())]
+        return [cursor for shards in (self._shards, *self.throttled.values()) for cursor in list(shards.values())]
 
     def _touch_throttled(self, number: int) -> None:
-        for of_shards in self._throttled.values():
+        for of_shards in self.throttled.values():
             of_shards[number].touch()
 
     def _retry_later(self, seq: int, shard: int, snapshot: Snapshot, now: float) -> int:

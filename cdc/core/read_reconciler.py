@@ -7,7 +7,7 @@ during a sweep would run a second time, and the successor of a failed one would 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 from cdc.core.model import Change, Key, Outcome
@@ -31,14 +31,13 @@ class ReadReconciler:
         self._open = True
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         self._open = False
         self._settled.clear()
         self._arrived.clear()
         self._cut_off.clear()
+
+    __exit__ = close
 
     def settled(self, batch: Iterable[Settlement]) -> None:
         if self._open:
@@ -58,12 +57,14 @@ class ReadReconciler:
         """Whether the read is older than what is known about the change."""
         return change.seq in self._settled or change.shard in self._arrived
 
-    def done(self) -> set[Key]:
-        """The keys that a change may have blocked, and blocks no more."""
-        settled = self._settled.values()
-        return self._cut_off | {finished.change.key for finished in settled if not finished.outcome.blocks_key}
-
-    def waits(self) -> dict[Key, int]:
-        """The keys of which a change has begun to wait, and its number."""
-        settled = self._settled.values()
-        return {finished.change.key: finished.change.seq for finished in settled if finished.outcome.blocks_key}
+    def keys(self) -> tuple[Set[Key], Mapping[Key, int]]:
+        """The keys that a change may have blocked, and blocks no more; those of which a change has begun to wait, and
+        its number.
+        """
+        unblocked, waiting = set(self._cut_off), dict[Key, int]()
+        for change, outcome in self._settled.values():
+            if outcome.blocks_key:
+                waiting[change.key] = change.seq
+            else:
+                unblocked.add(change.key)
+        return unblocked, waiting

@@ -75,6 +75,8 @@ class KeyScheduler:
         sole: bool = True,
     ) -> None:
         self.capacity = capacity
+        self.worth = max(1, capacity // 4)
+        """The room from which on reading a page is worth while."""
         self.place_bytes = place_bytes
         self._places: Callable[[Change], int] = lambda change: 1 + change.size // place_bytes
         self.key_capacity = key_capacity
@@ -95,11 +97,6 @@ class KeyScheduler:
     def room(self) -> int:
         """How many more changes the window takes. It takes no more at 0, and below."""
         return self._window.free
-
-    @property
-    def worth(self) -> int:
-        """The room from which on reading a page is worth while: a quarter of the window."""
-        return max(1, self.capacity // 4)
 
     def room_for(self, entity_type: str) -> Room:
         """How many more changes of this type the window takes."""
@@ -204,14 +201,14 @@ class KeyScheduler:
 
     def _admit(self, rows: Iterable[Row], *, key_read: bool, due: bool = False) -> Admitted:
         taken = 0
-        unblocked, waiting = self._reconciler.done(), self._reconciler.waits()
+        unblocked, waiting = self._reconciler.keys()
         rejected: dict[str, dict[int, int]] = {}
         rejected_keys: set[Key] = set()
         for row in rows:
             change, key = row.change, row.change.key
             if key in rejected_keys:
                 continue  # the room that the change before lacked may be free by now: this one would overtake it
-            match self._decide(row, waiting, key_read=key_read, due=due):
+            match self._decide(row, key, waiting, key_read=key_read, due=due):
                 case Admission.TAKE:
                     self._enqueue(key, change)
                     taken += 1
@@ -229,9 +226,9 @@ class KeyScheduler:
                     of_type[change.shard] = min(change.seq, of_type.get(change.shard, change.seq))
         return Admitted(taken, rejected)
 
-    def _decide(self, row: Row, waiting: Mapping[Key, int], *, key_read: bool, due: bool) -> Admission:
+    def _decide(self, row: Row, key: Key, waiting: Mapping[Key, int], *, key_read: bool, due: bool) -> Admission:
         """``waiting``: by key, the change that has begun to wait since the row was read."""
-        change, key = row.change, row.change.key
+        change = row.change
         if change.seq in self._known or change.shard not in self.ownership.active or self._reconciler.outdates(change):
             return Admission.NOTHING
         mark = self._deferred.watermarks.get(key)
@@ -401,9 +398,14 @@ class KeyScheduler:
             queue.blocks_no_more(change.seq)
         return queue
 
+    @property
+    def wants_key_reads(self) -> bool:
+        """There are deferred keys to be read on, with room or without."""
+        return bool(self._deferred.reads)
+
     def key_reads(self, limit: int) -> list[KeyRead]:
         """Reads of deferred keys, of one type that has room, each requested once; answer with ``admit_key_read``."""
-        return self._deferred.take_reads(limit, self._window.admits)
+        return self._deferred.take_reads(limit, self._window.admits) if self._deferred.reads else []
 
     def _make_ready(self, queue: KeyQueue) -> None:
         queue.needs = self._needs(queue.queued[0])

@@ -32,7 +32,7 @@ from cdc.core.scheduler import KeyScheduler
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.engine.balancing import Balancing
 from cdc.engine.crash_guard import CrashGuard
-from cdc.engine.dispatcher import Dispatcher, OtherTasks
+from cdc.engine.dispatcher import Dispatcher
 from cdc.engine.executor import Executor
 from cdc.engine.hooks import Hooks
 from cdc.engine.reader import Reader
@@ -269,9 +269,9 @@ class Consumer:
 
     async def _wait_for_schema(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         async def check() -> None:
-            self._mark_iteration("consumer")
+            self._iterated("consumer")
             await session.poll()
-            self._answered()
+            self._iterated("consumer", answered=True)
             await self._store.check(reader)
 
         await wait_for_schema(self._stopping, check)
@@ -311,9 +311,9 @@ class Consumer:
 
     async def _shard_loop(self, session: ShardSession) -> None:
         while not self.stopping:
-            self._mark_iteration("shards")
+            self._iterated("shards")
             if await self._balancing.poll(session, self._now()):
-                self._answered()
+                self._iterated("shards", answered=True)
             await wait_within(self._stopping, _POLL_SHARDS_S)
         while not self._drained.is_set():  # the server ends a session that is silent
             await self._balancing.ask(session, self._now())
@@ -327,22 +327,20 @@ class Consumer:
     # --- reads -----------------------------------------------------------------------------------------------------
 
     async def _read_loop(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
-        while not self.stopping:
-            self._mark_iteration("consumer")
+        while not self._stopping.is_set():
             self._read_due.clear()
-            while not self.stopping and await self._reads.once(reader, session):
-                self._mark_iteration("consumer")
-                self._answered()
+            read = await self._reads.once(reader, session)
+            self._iterated("consumer", answered=read)
+            if read:
                 if session.has_server_message and not self._scheduler.settling:
                     # Another consumer takes the shards if the session has ended: check before starting more.
                     await self._balancing.ask(session, self._now())
                 failpoints.here("fetch.after_rows")
-                self._dispatcher.dispatch()
-                failpoints.here("fetch.after_dispatch")
-                if self._planner.idle:
-                    await OtherTasks()  # the handlers first: it takes a while to find that there is nothing to read
             self._dispatcher.dispatch()
-            await set_within(self._read_due, min(self._reads.wait_s(), _ITERATION_MAX_S))
+            failpoints.here("fetch.after_dispatch")
+            wait_s = self._reads.wait_s(read=read)
+            if wait_s or not read:
+                await set_within(self._read_due, min(wait_s, _ITERATION_MAX_S))
 
     # --- settle ----------------------------------------------------------------------------------------------------
 
@@ -352,7 +350,7 @@ class Consumer:
         for change, at in committed:
             self._processed([change], at)
         if committed:
-            self._read_due.set()
+            self._read_if_room_helps()
 
     def _settled(self, batch: Sequence[Settlement], settled: Settled) -> None:
         self._dispatcher.settled()
@@ -361,20 +359,23 @@ class Consumer:
             self.sweep_now()  # another session had settled one: changes that the queues hold as waiting may be done
         self._tell(batch, settled.at)
         self._dispatcher.dispatch()
-        self._read_due.set()
+        self._read_if_room_helps()
+
+    def _read_if_room_helps(self) -> None:
+        if self._reads.wants_room or self._scheduler.wants_key_reads:
+            self._read_due.set()
 
     def _settler_iterated(self, answered: bool) -> None:
-        self._mark_iteration("settle")
-        if answered:
-            self._answered()
+        self._iterated("settle", answered=answered)
 
     def _tell(self, batch: Sequence[Settlement], settled_at: datetime) -> None:
         self._processed([change for change, outcome in batch if isinstance(outcome, Processed)], settled_at)
         for change, outcome in batch:
             if change.requeued:
-                self._reads.due_within(0.0)  # it may have held back another one that is due
+                self._reread()  # it may have held back another one that is due
             if isinstance(outcome, Waiting):
                 self._reads.due_within(outcome.delay_s)
+                self._read_due.set()
 
     def _processed(self, changes: Sequence[Change], at: datetime) -> None:
         took_s: dict[str, list[float]] = {}
@@ -389,11 +390,10 @@ class Consumer:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def _mark_iteration(self, loop: str) -> None:
-        self.last_iteration[loop] = self._now()
-
-    def _answered(self) -> None:
-        self.answered_at = self._now()
+    def _iterated(self, loop: str, *, answered: bool = False) -> None:
+        now = self.last_iteration[loop] = self._now()
+        if answered:
+            self.answered_at = now
 
 
 def _since(moment: float | None) -> float:

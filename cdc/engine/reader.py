@@ -1,7 +1,7 @@
 """Reads changes from the outbox, one read after the other, and hands them to the scheduler.
 
 Three kinds of reads take turns, so that none can delay another for long: keys to be read on, waiting changes that are
-due, and what ``ReadPlanner`` plans. All of it runs on the event loop; no two reads are under way at a time.
+due (``DueReads``), and what ``ReadPlanner`` plans. All of it runs on the event loop, one read at a time.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from math import inf
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import psycopg
 
 from cdc.core import failpoints
+from cdc.core.deferred_keys import KeyRead
 from cdc.core.delay import Delay
+from cdc.core.due_reads import DueReads
 from cdc.core.page_size import PageSize
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.scheduler import KeyScheduler, Row
@@ -32,11 +35,18 @@ log = logging.getLogger("cdc.consumer")
 _KEY_READS_MAX = 20
 _UNMARKED_S = 1.0
 """Until the next read, while a rejected change cannot be made a dead letter."""
-_REST, _REST_MAX_S = 4, 1.0
-"""The pause between two reads of due changes, in times as long as the first one took; up to a limit, since that
-may include a time in which this process was stopped, or the table locked."""
 
-_Kind = Callable[[psycopg.AsyncConnection, int], Awaitable[bool]]
+
+class _Room(NamedTuple):
+    """Of a read at ``now``. ``rows``: how many the next page may have. ``scarce``: less than is worth a page."""
+
+    now: float
+    rows: int
+    scarce: bool
+
+
+_Kind = Callable[[psycopg.AsyncConnection, _Room], Coroutine[Any, Any, None] | None]
+"""The read to make now; None: there is nothing of this kind to read."""
 
 
 class Reader:
@@ -58,8 +68,9 @@ class Reader:
         self._store = store
         self._metrics = metrics
         self._pauses = pauses
-        self._sweep_interval_s = sweep_interval_s
-        self._poll_interval_s = poll_interval_s
+        self._due = DueReads(
+            scheduler.room_for, sweep_interval_s=sweep_interval_s, poll_interval_s=poll_interval_s
+        )  # fmt: skip
         self._paging = PageSize()
         self._kinds = deque[_Kind]((self._read_on, self._read_due, self._read_planned))
         """In the order of their last turns, the latest last."""
@@ -68,13 +79,8 @@ class Reader:
         self._rests_until = 0.0
         self._delay = Delay()
         self._restart_due = False
-        self._next_due_at = self._due_rests_until = self._due_looked_at = 0.0
-        self._due_from = FIRST_TYPE
-        """Where the next read of due changes goes on, if the last one has not reached all waiting types."""
-        self._due_after = inf
-        """When the next change of the types read so far will be due."""
-        self._left_out: tuple[str, ...] = ()
-        """Types that had no room at the last read of due changes."""
+        self.wants_room = True
+        """There may be something to read as soon as room is freed."""
 
     def restart(self) -> None:
         """Read the whole outbox again."""
@@ -83,38 +89,47 @@ class Reader:
 
     def due_within(self, seconds: float) -> None:
         """Read waiting changes after this many seconds at the latest."""
-        self._next_due_at = min(self._next_due_at, _now() + seconds)
+        self._due.within(seconds, _now())
 
     @property
     def delayed_since(self) -> float | None:
         """Since when nothing can be read, by the event loop's clock."""
         return self._delay.since
 
-    def wait_s(self) -> float:
-        """Seconds for which there is nothing to read, unless a wake-up comes or room is freed."""
-        if not self._may_read:
+    def wait_s(self, *, read: bool = False) -> float:
+        """Seconds for which there is nothing to read, unless a wake-up comes or room is freed (``wants_room``).
+
+        ``read``: there was something at the last time, so there may be more.
+        """
+        now, room = _now(), self._scheduler.room
+        scarce = room < self._enough
+        idle = not self._restart_due and self._planner.idle and self._due.idle(now)
+        self.wants_room = scarce or not idle
+        if room <= 0 or not self._scheduler.ownership.active:
             return inf
-        now = _now()
         if now < self._rests_until:
             return self._rests_until - now
-        return min(self._planner.wait_s(now), max(0.0, self._due_at(now) - now))
+        if read and (not idle or self._scheduler.wants_key_reads):
+            return 0.0
+        return min(self._planner.wait_s(now), max(0.0, self._due.next_at(now, scarce=scarce) - now))
 
     async def once(self, reader: psycopg.AsyncConnection, session: ShardSession) -> bool:
         """Read once. False: there is nothing to read, or no room for it.
 
         A change that the server refuses to hand over becomes a dead letter, on the session that holds its shard.
         """
-        if not self._may_read or _now() < self._rests_until:
+        now, room = _now(), self._scheduler.room
+        if room <= 0 or now < self._rests_until or not self._scheduler.ownership.active:
             return False
         try:
             try:
                 with self._scheduler.reading():
-                    read = await self._once(reader)
+                    read = await self._read(reader, now, room)
             except RefusedReadError as refused:
                 await self._set_aside(reader, session, refused)
             else:
-                if read and (delayed_s := self._delay.done(_now())) is not None:
-                    log.info("changes are read again, after %.1f s", delayed_s)
+                if read and self._delay.since is not None:
+                    log.info("changes are read again, after %.1f s", self._delay.done(_now()))
                 return read
         except psycopg.Error as error:
             self._delayed(reader, error)
@@ -123,15 +138,15 @@ class Reader:
         self.restart()
         return True
 
-    async def _once(self, reader: psycopg.AsyncConnection) -> bool:
-        for kind in tuple(self._kinds):
-            try:
-                read = await kind(reader, self._rows)
-            except psycopg.Error:
-                self._move_last(kind)
-                raise
-            if read:
-                self._move_last(kind)
+    async def _read(self, reader: psycopg.AsyncConnection, now: float, places: int) -> bool:
+        # As many rows like the last ones as fit into the window.
+        rows = min(places // (1 + self._paging.row_bytes // self._scheduler.place_bytes), self._paging.rows)
+        room = _Room(now, max(1, rows), places < self._enough)
+        for kind in self._kinds:
+            if read := kind(reader, room):
+                self._kinds.remove(kind)
+                self._kinds.append(kind)
+                await read
                 return True
         return False
 
@@ -145,10 +160,6 @@ class Reader:
                 error.diag.message_primary, error.sqlstate,
             )  # fmt: skip
         self._rests_until = self._delay.until
-
-    def _move_last(self, kind: _Kind) -> None:
-        self._kinds.remove(kind)
-        self._kinds.append(kind)
 
     async def _set_aside(self, reader: psycopg.AsyncConnection, session: ShardSession, read: RefusedReadError) -> None:
         """Raises the server's error if it rejects no change by itself, unless all took too long together."""
@@ -177,90 +188,53 @@ class Reader:
             self._rests_until = _now() + _UNMARKED_S
 
     @property
-    def _may_read(self) -> bool:
-        return self._scheduler.room > 0 and bool(self._scheduler.ownership.active)
-
-    @property
-    def _rows(self) -> int:
-        """How many the next page may have: as many rows like the last ones as fit into the window."""
-        places = 1 + self._paging.row_bytes // self._scheduler.place_bytes
-        return max(1, min(self._scheduler.room // places, self._paging.rows))
-
-    @property
     def _enough(self) -> int:
         """Room that is worth a page. Types with a backlog are throttled; of the rest any page brings few changes."""
         return 1 if self._planner.throttled else self._scheduler.worth
 
-    async def _read_on(self, reader: psycopg.AsyncConnection, room: int) -> bool:
-        key_reads = self._scheduler.key_reads(min(_KEY_READS_MAX, room))
-        if not key_reads:
-            return False
-        per_key = max(1, min(room // len(key_reads), self._scheduler.key_capacity))
+    def _read_on(self, reader: psycopg.AsyncConnection, room: _Room) -> Coroutine[Any, Any, None] | None:
+        key_reads = self._scheduler.key_reads(min(_KEY_READS_MAX, room.rows))
+        return self._read_keys(reader, key_reads, room.rows) if key_reads else None
+
+    async def _read_keys(self, reader: psycopg.AsyncConnection, key_reads: Sequence[KeyRead], rows: int) -> None:
+        per_key = max(1, min(rows // len(key_reads), self._scheduler.key_capacity))
         found = await self._store.read_keys(reader, key_reads, per_key)
         self._weigh([row for rows, _ in found.values() for row in rows])
-        for request, (rows, cut) in found.items():
-            self._scheduler.admit_key_read(request, rows, complete=len(rows) < per_key and not cut)
-        return True
+        for request, (of_key, cut) in found.items():
+            self._scheduler.admit_key_read(request, of_key, complete=len(of_key) < per_key and not cut)
 
-    def _due_at(self, now: float) -> float:
-        """When to read due changes."""
-        at = self._next_due_at if self._due_from == FIRST_TYPE else now
-        if any(free >= worth for free, worth in map(self._scheduler.room_for, self._left_out)):
-            at = now
-        at = max(at, self._due_rests_until)
-        if self._scheduler.room < self._enough:
-            at = max(at, self._due_looked_at + self._poll_interval_s)
-        return at
+    def _read_due(self, reader: psycopg.AsyncConnection, room: _Room) -> Coroutine[Any, Any, None] | None:
+        if self._due.idle(room.now) or room.now < self._due.next_at(room.now, scarce=room.scarce):
+            return None
+        return self._read_waiting(reader, self._due.begin(room.now, self._scheduler.types))
 
-    async def _read_due(self, reader: psycopg.AsyncConnection, _room: int) -> bool:
-        began = _now()
-        if began < self._due_at(began):
-            return False
-        # A type with little room would have the same rows read again and again; it gets that once an interval.
-        long_ago = began - self._due_looked_at >= self._poll_interval_s
-        rooms = {name: self._scheduler.room_for(name) for name in self._scheduler.types}
-        without = tuple(name for name, room in rooms.items() if room.free < (1 if long_ago else room.worth))
-        self._due_looked_at = began
-        if self._due_from == FIRST_TYPE:
-            self._next_due_at = inf  # what settles meanwhile may bring it forward, until all types were read
+    async def _read_waiting(self, reader: psycopg.AsyncConnection, without: Collection[str]) -> None:
         # What is in the window is due as well until it is settled: a page has to reach beyond it.
         here = self._scheduler.queued + self._scheduler.running + self._scheduler.settling
         limit = min(self._scheduler.capacity, here + self._paging.rows)
         active, in_window = self._scheduler.ownership.active, self._scheduler.requeued()
-        found = await self._store.due(reader, active, limit, without, start=self._due_from, in_window=in_window)
+        start = FIRST_TYPE if self._due.start is None else self._due.start
+        found = await self._store.due(reader, active, limit, without, start=start, in_window=in_window)
         self._weigh(found.rows)
         admitted = self._scheduler.admit(found.rows, due=True)
         self._metrics.wakeups.received.labels("retry").inc(admitted.taken)
-        self._left_out = tuple({*without, *admitted.rejected})
-        if found.more:
-            self.due_within(0.0)
-        now = _now()
-        if found.next_due_s is not None:
-            self._due_after = min(self._due_after, now + found.next_due_s)
-        self._due_from = FIRST_TYPE if found.go_on is None else found.go_on
-        if found.go_on is None:
-            interval_s = self._poll_interval_s if self._left_out else self._sweep_interval_s
-            self.due_within(min(self._due_after - now, interval_s))
-            self._due_after = inf
-        self._due_rests_until = now + min(_REST * (now - began), _REST_MAX_S)
-        return True
+        self._due.done(
+            _now(), rejected=admitted.rejected, next_due_s=found.next_due_s, go_on=found.go_on, more=found.more
+        )
 
-    async def _read_planned(self, reader: psycopg.AsyncConnection, room: int) -> bool:
-        now = _now()
+    def _read_planned(self, reader: psycopg.AsyncConnection, room: _Room) -> Coroutine[Any, Any, None] | None:
         # Not during such a pass: restarted at each wake-up, it would never get beyond the first rows.
-        if (self._restart_due and not self._planner.passing_from_zero) or self._planner.full_pass_due(now):
+        if (self._restart_due and not self._planner.passing_from_zero) or self._planner.full_pass_due(room.now):
             # No read is under way here: its answer would overtake the watermarks that are forgotten here.
             self._restart_due = False
             self._scheduler.forget_deferred(self._planner.restart())
         # Large rows make small pages, which are worth reading if there is room for many.
-        match self._planner.next(now, room, 1 if self._scheduler.room >= self._enough else room + 1):
+        match self._planner.next(room.now, room.rows, room.rows + 1 if room.scarce else 1):
             case Fetch() as fetch:
-                await self._fetch(reader, fetch)
+                return self._fetch(reader, fetch)
             case Sweep() as sweep:
-                await self._sweep(reader, sweep)
-            case None:
-                return False
-        return True
+                return self._sweep(reader, sweep)
+        return None
 
     async def _fetch(self, reader: psycopg.AsyncConnection, fetch: Fetch) -> None:
         page = await self._timed(self._store.fetch(reader, fetch.wakeups))
@@ -269,9 +243,11 @@ class Reader:
             for row in page.rows:
                 self._planner.skipped(row.change.entity_type, row.change.shard)
         admitted = self._scheduler.admit(page.rows, throttled=throttled)
-        seen = page.others.union(row.change.seq for row in page.rows)
-        found = self._planner.fetched(fetch, seen, page.snapshot, _now(), page.cut)
-        self._planner.throttle(admitted.rejected, _now())
+        seen = page.others.union([row.change.seq for row in page.rows])
+        now = _now()
+        found = self._planner.fetched(fetch, seen, page.snapshot, now, page.cut)
+        if admitted.rejected:
+            self._planner.throttle(admitted.rejected, now)
         if found.late or found.given_up:
             self._metrics.outbox.visibility_retries.labels("found").inc(found.late)
             self._metrics.outbox.visibility_retries.labels("left_to_sweep").inc(found.given_up)
@@ -284,7 +260,7 @@ class Reader:
         self._metrics.wakeups.received.labels("sweep").inc(max(0, admitted.taken - notified))
 
     def _weigh(self, rows: Sequence[Row]) -> None:
-        self._paging.read(len(rows), sum(row.change.size for row in rows))
+        self._paging.read(len(rows), sum([row.change.size for row in rows]))
 
     async def _timed(self, read: Awaitable[OutboxPage]) -> OutboxPage:
         started = _now()

@@ -431,7 +431,7 @@ def test_the_proof_that_a_shard_is_live_has_what_is_read_apart_read_once_more(
     throttled = _sweep(planner, 2.0, "a")
     room.of_a = 0
     planner.swept(throttled, [], {"a": {1: 9}}, Snapshot(90, 95), 2.0)
-    planner._throttled["a"][0].repass_at = inf  # noqa: SLF001 - as after hours without a wake-up
+    planner.throttled["a"][0].repass_at = inf  # as after hours without a wake-up
     planner.wakeups_lost()
     for now, xid in ((3.0, 96), (3.1, 98)):
         planner.swept(_sweep(planner, now, None), [], {}, Snapshot(xid, xid + 1), now)
