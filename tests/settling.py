@@ -20,8 +20,7 @@ class SettlingScheduler(KeyScheduler):
 
     def finished(self, batch: Sequence[Settlement]) -> list[Settlement]:
         to_settle = super().finished(batch)
-        for finished in to_settle:
-            self.to_settle.add(finished)
+        self.to_settle.add(*to_settle)
         return to_settle
 
     def take_finished(self, limit: int) -> list[Settlement]:

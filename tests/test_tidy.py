@@ -28,7 +28,7 @@ FUNCTION_LINES_MAX = 60
 MODULE_LINES_MAX = 500
 ATTRIBUTES_MAX = 15
 MORE_ATTRIBUTES = {
-    "Dispatcher": 17, "Reader": 19, "ReadPlanner": 19, "Consumer": 18, "Executor": 18, "Shadow": 18,
+    "Dispatcher": 17, "Consumer": 18, "Executor": 18, "Shadow": 18,
 }  # fmt: skip
 """Classes that want to be two, and how far they have come. A number may fall, and none may be added."""
 

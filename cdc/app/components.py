@@ -135,7 +135,7 @@ def build(settings: Settings, router: Router | None, *, stall_limit_s: float) ->
     stream = None
     if settings.stream:
         bridge = StreamBridge(consumer, relay, metrics, hooks, changed=poll_now)
-        stream = Stream(_stream_settings(settings, stall_limit_s), bridge, supervisor, exposed=lambda: consumer.exposed)
+        stream = Stream(_stream_settings(settings, stall_limit_s), bridge, supervisor, exposed=consumer.exposed)
     poller = _poller(settings, scope, store, supervisor, stream)
     listener = Listener(
         settings.current_dsn, settings.schema_, _relayed(consumer, hooks, metrics), captured=consumer.captured
@@ -244,7 +244,7 @@ def _relayed(consumer: ConsumerPort, hooks: Hooks, metrics: Metrics) -> Callable
             consumer.sweep_now()
             return
         hooks.woken(wakeups)
-        others = consumer.relayed(wakeups)
+        others = consumer.notified(wakeups, relayed=True)
         count.inc(len(wakeups) - len(others))
 
     return received

@@ -51,10 +51,23 @@ class CircuitBreaker:
     ``state``, ``why`` and ``since`` may be read from any thread.
     """
 
-    __slots__ = ("_asks_at", "_closed_at", "_keys", "_pause_s", "_trials", "certain", "since", "state", "why")
+    __slots__ = (
+        "_asks_at",
+        "_closed_at",
+        "_keys",
+        "_pause_s",
+        "_trials",
+        "certain",
+        "since",
+        "state",
+        "tripped",
+        "why",
+    )
 
     def __init__(self) -> None:
         self.state = BreakerState.CLOSED
+        self.tripped = False
+        """It is not closed."""
         self.why = ""
         """The reason that the last unavailable call gave; "" while it is closed."""
         self.since = -inf
@@ -66,10 +79,6 @@ class CircuitBreaker:
         self._asks_at = -inf
         self._closed_at = -inf
         self._trials = 0
-
-    @property
-    def tripped(self) -> bool:
-        return self.state is not BreakerState.CLOSED
 
     @property
     def troubled(self) -> bool:
@@ -118,7 +127,8 @@ class CircuitBreaker:
         closed = self.tripped
         if closed:
             self._closed_at = now
-        self.state, self.why, self.certain = BreakerState.CLOSED, "", False
+        self.state, self.tripped = BreakerState.CLOSED, False
+        self.why, self.certain = "", False
         self._keys.clear()
         return closed
 
@@ -134,6 +144,6 @@ class CircuitBreaker:
         return max(0.0, self._asks_at - now) if self.state is BreakerState.OPEN else inf
 
     def _open(self, now: float, after_s: float = 0.0) -> None:
-        self.state = BreakerState.OPEN
+        self.state, self.tripped = BreakerState.OPEN, True
         self._keys.clear()
         self._asks_at = now + max(self._pause_s, min(after_s, AFTER_MAX_S))

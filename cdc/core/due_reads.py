@@ -37,20 +37,17 @@ class DueReads:
         self._at = self._rests_until = self._began = 0.0
         self._next_due_at = inf
         """When the next change of the types read so far will be due."""
-        self._left_out: Collection[str] = ()
+        self.left_out: Collection[str] = ()
+        """The types that wait for room."""
 
     def within(self, seconds: float, now: float) -> None:
         """Read after this many seconds at the latest."""
         self._at = min(self._at, now + seconds)
 
-    def idle(self, now: float) -> bool:
-        """There is nothing to read, whatever room there is."""
-        return now < self._at and self.start is None and not self._left_out
-
     def next_at(self, now: float, *, scarce: bool) -> float:
         """When to read. ``scarce``: the window has little room."""
         at = self._at if self.start is None else now
-        for entity_type in self._left_out:
+        for entity_type in self.left_out:
             free, worth = self._room_for(entity_type)
             if free >= worth:
                 at = now
@@ -61,24 +58,24 @@ class DueReads:
         """A read begins. ``types``: those in the window. Returns the types to leave out."""
         long_ago = now - self._began >= self._poll_interval_s
         rooms = {entity_type: self._room_for(entity_type) for entity_type in types}
-        self._left_out = [name for name, (free, worth) in rooms.items() if free < (1 if long_ago else worth)]
+        self.left_out = [name for name, (free, worth) in rooms.items() if free < (1 if long_ago else worth)]
         self._began = now
         if self.start is None:
             self._at = inf  # what settles meanwhile may bring it forward, until all types were read
-        return self._left_out
+        return self.left_out
 
     def done(
         self, now: float, *, rejected: Collection[str], next_due_s: float | None, go_on: int | None, more: bool
     ) -> None:
         """The answer: types without room, the next due time, where to go on, and whether more is due already."""
-        self._left_out = {*self._left_out, *rejected}
+        self.left_out = {*self.left_out, *rejected}
         if more:
             self.within(0.0, now)
         if next_due_s is not None:
             self._next_due_at = min(self._next_due_at, now + next_due_s)
         self.start = go_on
         if go_on is None:
-            interval_s = self._poll_interval_s if self._left_out else self._sweep_interval_s
+            interval_s = self._poll_interval_s if self.left_out else self._sweep_interval_s
             self.within(min(self._next_due_at - now, interval_s), now)
             self._next_due_at = inf
         self._rests_until = now + min(_REST * (now - self._began), _REST_MAX_S)

@@ -66,7 +66,7 @@ class DynamicLimit:
     def release(self, user: Hashable, places: int = 1) -> None:
         """These places are free again."""
         self.end_use(user, places)
-        self.vacate(places)
+        self.free += places
 
     def end_use(self, user: Hashable, places: int = 1) -> None:
         """The user needs these places no more, though they are not free yet; ``vacate`` follows."""

@@ -36,10 +36,6 @@ class KeyQueue:
         return self.needs is not None and self.needs.after_settled
 
     @property
-    def empty(self) -> bool:
-        return not (self.queued or self.running or self.settling)
-
-    @property
     def unfinished(self) -> tuple[Change, ...]:
         """The changes that have not finished."""
         return (*self.running, *self.queued)

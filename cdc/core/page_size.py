@@ -11,6 +11,8 @@ a page that took the server too long, the next has one row.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cdc.core.model import SHARDS
 
 ROWS_FIRST, ROWS_MAX = SHARDS, 500
@@ -29,10 +31,10 @@ class PageSize:
         """The page took too long."""
         self.rows = 1
 
-    def read(self, rows: int, size: int) -> None:
-        """A page of ``rows`` rows had ``size`` bytes of documents."""
-        if rows == 0:
+    def read(self, sizes: Collection[int]) -> None:
+        """A page has been read; of each row, the bytes of its documents."""
+        if not sizes:
             return
-        self.row_bytes = size // rows
+        self.row_bytes = sum(sizes) // len(sizes)
         fitting = BYTES // max(1, self.row_bytes)
         self.rows = max(1, min(2 * self.rows, fitting, ROWS_MAX))

@@ -233,7 +233,7 @@ class ReadPlanner:
 
     def full_pass_due(self, now: float) -> bool:
         """A pass from zero is due, as happens once in a while; the caller then calls ``restart``."""
-        return self._schedule.full_pass_due(now)
+        return now >= self._schedule.next_at and self._schedule.full_pass_due(now)
 
     def next(self, now: float, room: int, sweep_room: int) -> Fetch | Sweep | None:
         """What to read now, with ``room`` for that many changes; None: nothing.

@@ -22,17 +22,19 @@ class ReadReconciler:
     """A context: from the beginning of a read until its answer has been taken in. One read at a time."""
 
     def __init__(self) -> None:
-        self._open = False
+        self.eventful = False
+        """Something has happened meanwhile: call ``keys`` and ``outdates``."""
+        self.under_way = False
         self._settled: dict[int, Settlement] = {}
         self._arrived: set[int] = set()
         self._cut_off: set[Key] = set()
 
     def __enter__(self) -> ReadReconciler:
-        self._open = True
+        self.under_way = True
         return self
 
     def close(self, *_: object) -> None:
-        self._open = False
+        self.under_way = self.eventful = False
         self._settled.clear()
         self._arrived.clear()
         self._cut_off.clear()
@@ -40,17 +42,20 @@ class ReadReconciler:
     __exit__ = close
 
     def settled(self, batch: Iterable[Settlement]) -> None:
-        if self._open:
+        if self.under_way:
+            self.eventful = True
             self._settled.update((finished.change.seq, finished) for finished in batch)
 
     def arrived(self, shards: Iterable[int]) -> None:
         """Shards were acquired; they may have been owned when the read began, and by another consumer since."""
-        if self._open:
+        if self.under_way:
+            self.eventful = True
             self._arrived.update(shards)
 
     def cut_off(self, key: Key) -> None:
         """A change of the key was cut off; only the table has its outcome."""
-        if self._open:
+        if self.under_way:
+            self.eventful = True
             self._cut_off.add(key)
 
     def outdates(self, change: Change) -> bool:

@@ -66,9 +66,9 @@ class ReadyQueues:
     @property
     def ready(self) -> int:
         """How many runs could start now; 0 if, and only if, ``next`` has none."""
-        if not self._queues:
-            return 0
-        count = sum(ceil(min(len(queue), self._room(needs)) / needs.run) for needs, queue in self._queues.items())
+        count = 0
+        for needs, queue in self._queues.items():
+            count += ceil(min(len(queue), self._room(needs)) / needs.run)
         return min(count, self._slots.free)
 
     def waiting(self, needs: Requirements) -> int:
@@ -128,10 +128,12 @@ class ReadyQueues:
         for change in changes:
             needs = self._started.pop(change, None)
             if needs is not alike:
-                self._free(alike, places)
+                if alike is not None:
+                    self._free(alike, places)
                 alike, places = needs, 0
             places += 1
-        self._free(alike, places)
+        if alike is not None:
+            self._free(alike, places)
 
     def forget_ready(self) -> None:
         self._queues.clear()
@@ -149,8 +151,7 @@ class ReadyQueues:
             room = min(room, needs.breaker.room)
         return min([room, *(self._pools[pool].room(needs) for pool in needs.pools)]) if needs.pools else room
 
-    def _free(self, needs: Requirements | None, places: int) -> None:
-        if needs is not None:
-            self._slots.release(needs, places)
-            for pool in needs.pools:
-                self._pools[pool].release(needs, places)
+    def _free(self, needs: Requirements, places: int) -> None:
+        self._slots.release(needs, places)
+        for pool in needs.pools:
+            self._pools[pool].release(needs, places)

@@ -32,8 +32,8 @@ keys stay blocked until they return, unsettled; and the outcomes not written yet
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from operator import attrgetter
 from typing import NamedTuple
 
 from cdc.core.admission import Admission, Admitted
@@ -46,6 +46,9 @@ from cdc.core.ready_queues import NOTHING, ReadyQueues, Requirements, Run
 from cdc.core.shard_ownership import Acquired, ShardOwnership
 
 _DEFERRED_KEYS_MAX = 10_000
+_CHANGE = attrgetter("change")
+_NO_KEYS: Set[Key] = frozenset()
+_NONE_WAITS: Mapping[Key, int] = {}
 _FACTOR = 4
 """A single type with a backlog holds at most four fifths of the window."""
 
@@ -84,29 +87,30 @@ class KeyScheduler:
         self._queues: dict[Key, KeyQueue] = {}
         self._known: dict[int, KeyQueue] = {}
         """The queue of each change in the window, by the change's number."""
-        self._window = DynamicLimit(capacity, _FACTOR, sole=sole)
-        self._ready_queues = ready_queues or ReadyQueues()
+        self.window = DynamicLimit(capacity, _FACTOR, sole=sole)
+        self.ready_queues = ready_queues or ReadyQueues()
         self.settling = 0
         """Number of changes that have finished and are not in the table yet."""
         self._deferred = DeferredKeys(deferred_max, sole=sole)
         self.ownership = ShardOwnership()
         self.ownership.subscribe(self)
-        self._reconciler = ReadReconciler()
+        self.reading = ReadReconciler()
+        """A context to hold from the beginning of a read of the table until its answer has been taken in."""
 
     @property
     def room(self) -> int:
         """How many more changes the window takes. It takes no more at 0, and below."""
-        return self._window.free
+        return self.window.free
 
     def room_for(self, entity_type: str) -> Room:
         """How many more changes of this type the window takes."""
-        free = self._window.room(entity_type)
-        return Room(free, max(1, min(self.worth, (self._window.held(entity_type) + free) // 2)))
+        free = self.window.room(entity_type)
+        return Room(free, max(1, min(self.worth, (self.window.held(entity_type) + free) // 2)))
 
     @property
     def types(self) -> Collection[str]:
         """The types that have changes in the window."""
-        return self._window.users
+        return self.window.users
 
     @property
     def running(self) -> int:
@@ -116,14 +120,9 @@ class KeyScheduler:
     def queued(self) -> int:
         return len(self._known) - self.ownership.in_flight
 
-    @property
-    def ready(self) -> int:
-        """How many runs could start now, in changes where at most one of them starts at a time."""
-        return self._ready_queues.ready
-
     def waiting_like(self, change: Change) -> int:
         """How many keys have a change to start of the same type and handler, startable now or not."""
-        return self._ready_queues.waiting(self._needs(change))
+        return self.ready_queues.waiting(self._needs(change))
 
     @property
     def idle(self) -> bool:
@@ -144,7 +143,7 @@ class KeyScheduler:
     # --- shards ----------------------------------------------------------------------------------------------------
 
     def acquired(self, acquired: Acquired) -> None:
-        self._reconciler.arrived(acquired.shards)
+        self.reading.arrived(acquired.shards)
 
     def forget_deferred(self, shards: Iterable[int]) -> None:
         """Forget the watermarks of these shards, which are about to be swept from their first change on.
@@ -169,39 +168,34 @@ class KeyScheduler:
             queue.settling, queue.blocking = 0, ()
             queue.orphan = True
         self._queues = orphans
-        for forgotten in (self._known, self._window, self._deferred):
+        for forgotten in (self._known, self.window, self._deferred):
             forgotten.clear()
-        self._ready_queues.forget_ready()
-        self._reconciler.close()
+        self.ready_queues.forget_ready()
+        self.reading.close()
         self.settling = 0
 
     def keep(self, batch: Iterable[Settlement]) -> None:
         """These outcomes keep their places and keys after the session is lost, until they settle or are dropped."""
         for finished in batch:
             change = finished.change
-            self._window.vacate(-self._places(change))
+            self.window.vacate(-self._places(change))
             self.ownership.started(change)
             queue = self._known[change.seq] = self._queues.setdefault(change.key, KeyQueue(change.key))
             self._settles(queue, finished)
 
     # --- in --------------------------------------------------------------------------------------------------------
 
-    def reading(self) -> AbstractContextManager[object]:
-        """Around a read of the table and the ``admit`` of its answer. One read at a time."""
-        return self._reconciler
-
-    def admit(self, rows: Iterable[Row], *, due: bool = False, throttled: Collection[str] = ()) -> Admitted:
+    def admit(
+        self, rows: Iterable[Row], *, due: bool = False, key_read: bool = False, throttled: Collection[str] = ()
+    ) -> Admitted:
         """Take in the rows of a read, in its order. ``due``: waiting changes, which are found again without a mark.
 
-        Rows of ``throttled`` types are skipped.
+        ``key_read``: all are of a key that is read on. Rows of ``throttled`` types are skipped.
         """
         if throttled:
             rows = (row for row in rows if row.change.entity_type not in throttled)
-        return self._admit(rows, key_read=False, due=due)
-
-    def _admit(self, rows: Iterable[Row], *, key_read: bool, due: bool = False) -> Admitted:
         taken = 0
-        unblocked, waiting = self._reconciler.keys()
+        unblocked, waiting = self.reading.keys() if self.reading.eventful else (_NO_KEYS, _NONE_WAITS)
         rejected: dict[str, dict[int, int]] = {}
         rejected_keys: set[Key] = set()
         for row in rows:
@@ -229,7 +223,8 @@ class KeyScheduler:
     def _decide(self, row: Row, key: Key, waiting: Mapping[Key, int], *, key_read: bool, due: bool) -> Admission:
         """``waiting``: by key, the change that has begun to wait since the row was read."""
         change = row.change
-        if change.seq in self._known or change.shard not in self.ownership.active or self._reconciler.outdates(change):
+        outdated = self.reading.eventful and self.reading.outdates(change)
+        if outdated or change.seq in self._known or change.shard not in self.ownership.active:
             return Admission.NOTHING
         mark = self._deferred.watermarks.get(key)
         if mark and change.seq >= mark.seq:
@@ -238,7 +233,7 @@ class KeyScheduler:
         blocked = row.blocked or waiting.get(key, change.seq) < change.seq
         blocked = blocked or (queue is not None and (queue.blocked or queue.orphan))
         if not blocked and (queue is None or len(queue.queued) < self.key_capacity):
-            return Admission.TAKE if self._window.admits(change.entity_type) else Admission.REJECT
+            return Admission.TAKE if self.window.admits(change.entity_type) else Admission.REJECT
         if due:
             return Admission.RUNS_LATER
         if not key_read and not self._deferred.has_room(key):  # the mark of a key that is read on has just made room
@@ -253,7 +248,7 @@ class KeyScheduler:
             self._consider_key_read(request.key)
             return
         self._deferred.forget([request.key])
-        rejected = self._admit(rows, key_read=True).rejected
+        rejected = self.admit(rows, key_read=True).rejected
         last = rows[-1].change if rows else None
         if rejected:
             self._defer(request.key, rejected[request.key[0]][request.shard], request.shard, blocked=False)
@@ -265,7 +260,7 @@ class KeyScheduler:
 
     def start(self) -> Run:
         """Start the next change, or several with the same requirements. A run without changes: nothing is ready."""
-        while turn := self._ready_queues.next():
+        while turn := self.ready_queues.next():
             keys, needs = turn
             started: list[Change] = []
             for key in keys:
@@ -274,13 +269,13 @@ class KeyScheduler:
                 if queue is not None and self._startable(queue) and queue.needs == needs:
                     started.append(self._start_next(queue))
             if started:
-                self._ready_queues.started(started, needs)
+                self.ready_queues.started(started, needs)
                 return Run(needs.handler, started)
         return NOTHING
 
     def free_places(self, change: Change) -> None:
         """Free the places of a started change that waits for its own resource, or joins a batch."""
-        self._ready_queues.ended([change])
+        self.ready_queues.ended([change])
 
     def start_with(self, batch: list[Change], limit: int, fits: Callable[[Change], bool]) -> None:
         """Start up to ``limit`` more changes of the same handler that fit into a started batch, of its keys first.
@@ -297,7 +292,7 @@ class KeyScheduler:
         for key in dict.fromkeys(change.key for change in batch):
             self._start_run(self._queues[key], batch, limit, belongs)
         others: list[KeyQueue] = []
-        while len(batch) < limit and (keys := deque(self._ready_queues.take(handler, limit - len(batch)))):
+        while len(batch) < limit and (keys := deque(self.ready_queues.take(handler, limit - len(batch)))):
             while keys and len(batch) < limit:
                 queue = self._queues.get(keys.popleft())
                 if queue is None or not self._startable(queue):
@@ -313,14 +308,14 @@ class KeyScheduler:
     def _put_back(self, keys: deque[Key]) -> None:
         for queue in map(self._queues.get, reversed(keys)):
             if queue is not None and queue.needs is not None:
-                self._ready_queues.put_back(queue.key, queue.needs)
+                self.ready_queues.put_back(queue.key, queue.needs)
 
     def finished(self, batch: Sequence[Settlement]) -> list[Settlement]:
         """The handlers of these started changes ended. Those of one key stand in ``seq`` order.
 
         Returns what is to be written, in that order: neither what a handler has committed, nor the changes of orphans.
         """
-        self._ready_queues.ended(finished.change for finished in batch)
+        self.ready_queues.ended(map(_CHANGE, batch))
         to_settle: list[Settlement] = []
         for finished in batch:
             change = finished.change
@@ -329,7 +324,7 @@ class KeyScheduler:
             if queue.orphan:
                 self._orphan_returned(queue)
             else:
-                self._window.end_use(change.entity_type, self._places(change))  # its type cannot speed up the mark
+                self.window.end_use(change.entity_type, self._places(change))  # its type cannot speed up the mark
                 self._settles(queue, finished)
                 if isinstance(finished.outcome, Committed):
                     self.settled((finished,))
@@ -339,7 +334,7 @@ class KeyScheduler:
                     self._drop_queue(queue, remember=True)
                 elif queue.queued and not queue.running:
                     self._make_ready(queue)
-                else:
+                elif self._deferred.watermarks:
                     self._consider_key_read(queue.key)
         return to_settle
 
@@ -354,13 +349,13 @@ class KeyScheduler:
         key = change.key
         queue = self._queues[key]
         queue.remove_running(change)
-        self._ready_queues.ended([change])
+        self.ready_queues.ended([change])
         if queue.orphan:
             self._orphan_returned(queue)
             return
         self.ownership.ended(change)
         self._forget(change)
-        self._reconciler.cut_off(key)
+        self.reading.cut_off(key)
         # A waiting change is found again when it is due. Those behind it are not, and may not be blocked any more.
         first = next((c for c in (change, *queue.queued) if not c.requeued), None)
         self._drop_queue(queue, remember=False)
@@ -373,24 +368,24 @@ class KeyScheduler:
 
     def settled(self, batch: Sequence[Settlement]) -> None:
         """These are in the table. The outcome there may differ from that with which the change finished."""
-        self._reconciler.settled(batch)
-        self._window.vacate(sum([self._places(finished.change) for finished in batch]))
+        if self.reading.under_way:
+            self.reading.settled(batch)
         for finished in batch:
             queue = self._leave_window(finished.change)
             if queue.queued and not queue.running and not queue.settling and queue.after_settled:
                 self._make_ready(queue)
             self._drop_if_empty(queue)
-            if not finished.outcome.blocks_key:
+            if self._deferred.watermarks and not finished.outcome.blocks_key:
                 self._unblock(queue.key)
 
     def dropped(self, batch: Sequence[Settlement]) -> None:
         """These outcomes, kept when the session was lost, are not written: other consumers own their shards."""
-        self._window.vacate(sum([self._places(finished.change) for finished in batch]))
         for finished in batch:
             self._drop_if_empty(self._leave_window(finished.change))
 
     def _leave_window(self, change: Change) -> KeyQueue:
         self.settling -= 1
+        self.window.vacate(self._places(change))
         self.ownership.ended(change)
         queue = self._known.pop(change.seq)
         queue.settling -= 1
@@ -405,14 +400,14 @@ class KeyScheduler:
 
     def key_reads(self, limit: int) -> list[KeyRead]:
         """Reads of deferred keys, of one type that has room, each requested once; answer with ``admit_key_read``."""
-        return self._deferred.take_reads(limit, self._window.admits) if self._deferred.reads else []
+        return self._deferred.take_reads(limit, self.window.admits) if self._deferred.reads else []
 
     def _make_ready(self, queue: KeyQueue) -> None:
         queue.needs = self._needs(queue.queued[0])
-        self._ready_queues.put(queue.key, queue.needs)
+        self.ready_queues.put(queue.key, queue.needs)
 
     def _startable(self, queue: KeyQueue) -> bool:
-        if not queue.queued or queue.running or queue.blocked:
+        if not queue.queued or queue.running or queue.blocking:
             return False
         return not (queue.settling and queue.after_settled)  # ready again when the last before it has settled
 
@@ -434,7 +429,7 @@ class KeyScheduler:
         if queue is None:
             queue = self._queues[key] = KeyQueue(key)
         self._known[change.seq] = queue
-        self._window.acquire(change.entity_type, self._places(change))
+        self.window.acquire(change.entity_type, self._places(change))
         queue.enqueue(change)
         if not queue.running and queue.queued[0] is change:
             self._make_ready(queue)
@@ -482,12 +477,12 @@ class KeyScheduler:
             self._deferred.cancel_read(key)
 
     def _drop_if_empty(self, queue: KeyQueue) -> None:
-        if queue.empty:
+        if not (queue.queued or queue.running or queue.settling):
             self._queues.pop(queue.key, None)
 
     def _forget(self, change: Change) -> None:
         del self._known[change.seq]
-        self._window.release(change.entity_type, self._places(change))
+        self.window.release(change.entity_type, self._places(change))
 
     def _defer(self, key: Key, seq: int, shard: int, *, blocked: bool) -> None:
         owned = self.ownership.active

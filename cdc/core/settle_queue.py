@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
+from itertools import islice
 from math import inf
 
 from cdc.core.model import Key
@@ -70,18 +71,24 @@ class SettleQueue:
         """The shards that have parked outcomes."""
         return self._parked.keys()
 
-    def add(self, finished: Settlement) -> None:
-        self._next.append(finished)
-        self._count += 1
+    def add(self, *finished: Settlement) -> None:
+        self._next += finished
+        self._count += len(finished)
 
     def wait_s(self, now: float) -> float:
-        """Seconds until a held key may be tried again."""
-        return max(0.0, min((held.at for held in self._held.values()), default=inf) - now)
+        """Seconds until ``take`` may give something."""
+        if self._next or self._parts:
+            return 0.0
+        return max(0.0, min([held.at for held in self._held.values()]) - now) if self._held else inf
 
     def take(self, limit: int, now: float = inf) -> list[Settlement]:
         """What is to be written next, in the order in which it finished."""
+        if not self._count:
+            return []
         if not self._held and not self._parts:
-            batch = [self._next.popleft() for _ in range(min(limit, len(self._next)))]
+            batch = list(islice(self._next, limit))
+            for _ in batch:
+                self._next.popleft()
         elif self._parts:
             batch = self._unless_held(self._parts.pop())
         else:

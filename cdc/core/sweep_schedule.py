@@ -38,7 +38,8 @@ class SweepSchedule:
         self.next_at = now + self._interval_s
 
     def full_pass_due(self, now: float) -> bool:
-        return now >= self.next_at and self._sweeps >= _FULL_PASS_EVERY and now >= self._full_pass_after
+        """Of the sweep that begins next."""
+        return self._sweeps >= _FULL_PASS_EVERY and now >= self._full_pass_after
 
     def request_full_pass(self) -> None:
         """The next page is the first one of a full pass."""

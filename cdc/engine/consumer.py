@@ -101,21 +101,25 @@ class Consumer:
         self._stopping = asyncio.Event()
         self._read_due = asyncio.Event()
         self.crash_guard = CrashGuard(store, settings.window)
+        self.exposed = self.crash_guard.exposed
+        self._liveness = _Liveness()
+        self._settler = Settler(
+            self._scheduler,
+            store,
+            metrics.outbox,
+            committed=self._committed,
+            settled=self._settled,
+            iterated=partial(self._liveness.iterated, "settle"),
+        )
         self._dispatcher = Dispatcher(
             self._scheduler, executor, settings.concurrency, connections=settings.transactions,
-            crash_guard=self.crash_guard, finished=self._finished, reread=self._reread,
+            crash_guard=self.crash_guard, finished=self._settler.put, reread=self._reread,
         )  # fmt: skip
         executor.breakers.changed = self._dispatcher.breaker_changed
-        self._settler = Settler(
-            self._scheduler, store, metrics.outbox, settled=self._settled, iterated=self._settler_iterated
-        )
         ownership = self._scheduler.ownership
         ownership.subscribe(self._planner, self._settler, self.crash_guard)
         self._balancing = Balancing(ownership, self._settler, self.crash_guard, metrics.consumer, acquired=self._reread)
         self._drained = asyncio.Event()
-        # Written here, read by the health thread: times of the event loop's clock.
-        self.last_iteration: dict[str, float] = {}
-        self.answered_at: float | None = None
         self.in_service = False
         self.connected = asyncio.Event()
         """Set at the first connection and never unset: from then on lost connections are waited out."""
@@ -134,16 +138,11 @@ class Consumer:
     @property
     def is_sharing(self) -> bool:
         """Whether it does not own all shards."""
-        return len(self.owned) < SHARDS
+        return len(self._scheduler.ownership.owned) < SHARDS
 
     @property
     def stopping(self) -> bool:
         return self._stopping.is_set()
-
-    @property
-    def exposed(self) -> bool:
-        """A change runs that may end the process; from any thread."""
-        return self.crash_guard.exposed
 
     @property
     def held_up_s(self) -> float:
@@ -155,18 +154,13 @@ class Consumer:
         """For how long no change could be read, in seconds."""
         return _since(self._reads.delayed_since)
 
-    def notified(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        """Wake-ups have come in from the slot. Returns those whose shards other consumers own."""
-        return self._plan_reads(wakeups, relayed=False)
+    def notified(self, wakeups: Sequence[WakeUp], *, relayed: bool = False) -> Sequence[WakeUp]:
+        """Wake-ups have come in from the slot. Returns those whose shards other consumers own.
 
-    def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        """The same for wake-ups from the process that streams, or streamed when it sent them."""
-        return self._plan_reads(wakeups, relayed=True)
-
-    def _plan_reads(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
-        ours, others = wakeups, list[WakeUp]()
-        if self.is_sharing:
-            owned = self.owned
+        ``relayed``: they come from the process that streams, or streamed when it sent them.
+        """
+        ours, others, owned = wakeups, list[WakeUp](), self._scheduler.ownership.owned
+        if len(owned) < SHARDS:
             ours = [wakeup for wakeup in wakeups if wakeup.shard in owned]
             others = [wakeup for wakeup in wakeups if wakeup.shard not in owned]
         if dropped := self._planner.notified(ours, relayed=relayed):
@@ -182,7 +176,7 @@ class Consumer:
 
     def captured(self) -> None:
         """Changes were captured, and the notification cannot say which: sweep soon, but not for each of them."""
-        self._planner.sweep_by(self._now() + _SOON_S)
+        self._planner.sweep_by(time.monotonic() + _SOON_S)
         self._read_due.set()
 
     def missed(self) -> None:
@@ -193,7 +187,7 @@ class Consumer:
     def streaming(self, *, connected: bool) -> None:
         """This process's stream has begun, and earlier wake-ups may be lost; or it has ended."""
         interval_s = self._settings.sweep_interval_s if connected else self._settings.poll_interval_s
-        self._planner.interval(interval_s, self._now())
+        self._planner.interval(interval_s, time.monotonic())
         self._planner.streaming(connected=connected)
         self._read_due.set()
 
@@ -204,8 +198,8 @@ class Consumer:
         return ConsumerStatus(
             in_service=self.in_service,
             stopping=self.stopping,
-            answered_at=self.answered_at,
-            last_iteration=dict(self.last_iteration),
+            answered_at=self._liveness.answered_at,
+            last_iteration=dict(self._liveness.last_iteration),
             owned_shards=len(self.owned),
             members=self._balancing.members,
             running=scheduler.running,
@@ -269,9 +263,9 @@ class Consumer:
 
     async def _wait_for_schema(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         async def check() -> None:
-            self._iterated("consumer")
+            self._liveness.iterated("consumer")
             await session.poll()
-            self._iterated("consumer", answered=True)
+            self._liveness.iterated("consumer", answered=True)
             await self._store.check(reader)
 
         await wait_for_schema(self._stopping, check)
@@ -311,12 +305,12 @@ class Consumer:
 
     async def _shard_loop(self, session: ShardSession) -> None:
         while not self.stopping:
-            self._iterated("shards")
-            if await self._balancing.poll(session, self._now()):
-                self._iterated("shards", answered=True)
+            self._liveness.iterated("shards")
+            if await self._balancing.poll(session, time.monotonic()):
+                self._liveness.iterated("shards", answered=True)
             await wait_within(self._stopping, _POLL_SHARDS_S)
         while not self._drained.is_set():  # the server ends a session that is silent
-            await self._balancing.ask(session, self._now())
+            await self._balancing.ask(session, time.monotonic())
             await wait_within(self._drained, _POLL_SHARDS_S)
 
     def _reread(self) -> None:
@@ -330,11 +324,11 @@ class Consumer:
         while not self._stopping.is_set():
             self._read_due.clear()
             read = await self._reads.once(reader, session)
-            self._iterated("consumer", answered=read)
+            self._liveness.iterated("consumer", answered=read)
             if read:
                 if session.has_server_message and not self._scheduler.settling:
                     # Another consumer takes the shards if the session has ended: check before starting more.
-                    await self._balancing.ask(session, self._now())
+                    await self._balancing.ask(session, time.monotonic())
                 failpoints.here("fetch.after_rows")
             self._dispatcher.dispatch()
             failpoints.here("fetch.after_dispatch")
@@ -344,13 +338,10 @@ class Consumer:
 
     # --- settle ----------------------------------------------------------------------------------------------------
 
-    def _finished(self, batch: Sequence[Settlement]) -> None:
-        self._settler.put(batch)
-        committed = [(change, outcome.at) for change, outcome in batch if isinstance(outcome, Committed)]
-        for change, at in committed:
-            self._processed([change], at)
-        if committed:
-            self._read_if_room_helps()
+    def _committed(self, changes: Sequence[tuple[Change, Committed]]) -> None:
+        for change, outcome in changes:
+            self._processed([change], outcome.at)
+        self._read_if_room_helps()
 
     def _settled(self, batch: Sequence[Settlement], settled: Settled) -> None:
         self._dispatcher.settled()
@@ -365,33 +356,36 @@ class Consumer:
         if self._reads.wants_room or self._scheduler.wants_key_reads:
             self._read_due.set()
 
-    def _settler_iterated(self, answered: bool) -> None:
-        self._iterated("settle", answered=answered)
-
     def _tell(self, batch: Sequence[Settlement], settled_at: datetime) -> None:
-        self._processed([change for change, outcome in batch if isinstance(outcome, Processed)], settled_at)
+        processed: list[Change] = []
         for change, outcome in batch:
+            if isinstance(outcome, Processed):
+                processed.append(change)
             if change.requeued:
                 self._reread()  # it may have held back another one that is due
             if isinstance(outcome, Waiting):
                 self._reads.due_within(outcome.delay_s)
                 self._read_due.set()
+        self._processed(processed, settled_at)
 
     def _processed(self, changes: Sequence[Change], at: datetime) -> None:
         took_s: dict[str, list[float]] = {}
         for change in changes:
-            took_s.setdefault(change.entity_type, []).append((at - change.changed_at).total_seconds())
+            took_s.setdefault(change.entity_type, []).append(max(0.0, (at - change.changed_at).total_seconds()))
         for entity_type, seconds in took_s.items():
             self._metrics.handlers.took(entity_type, seconds)
         self._hooks.processed(changes)
 
-    # --- small things ----------------------------------------------------------------------------------------------
 
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+class _Liveness:
+    """When each loop last came round, and when the server last answered. Written on the event loop, read anywhere."""
 
-    def _iterated(self, loop: str, *, answered: bool = False) -> None:
-        now = self.last_iteration[loop] = self._now()
+    def __init__(self) -> None:
+        self.last_iteration: dict[str, float] = {}
+        self.answered_at: float | None = None
+
+    def iterated(self, loop: str, *, answered: bool = False) -> None:
+        now = self.last_iteration[loop] = time.monotonic()
         if answered:
             self.answered_at = now
 

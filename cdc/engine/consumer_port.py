@@ -28,7 +28,6 @@ class ConsumerPort(Protocol):
     def is_sharing(self) -> bool:
         """Whether it does not own all shards."""
 
-    @property
     def exposed(self) -> bool:
         """A change runs that may end the process; from any thread."""
 
@@ -37,11 +36,11 @@ class ConsumerPort(Protocol):
 
     def stop(self) -> None: ...
 
-    def notified(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        """These have come in from the slot. Returns those to be relayed: other consumers own their shards."""
+    def notified(self, wakeups: Sequence[WakeUp], *, relayed: bool = False) -> Sequence[WakeUp]:
+        """These have come in from the slot. Returns those to be relayed: other consumers own their shards.
 
-    def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        """The same for wake-ups from the process that streams."""
+        ``relayed``: they come from the process that streams, or streamed when it sent them.
+        """
 
     def captured(self) -> None:
         """Changes were captured, and it is not known which."""

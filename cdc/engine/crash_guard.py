@@ -105,7 +105,6 @@ class CrashGuard:
             self._looked = True
             self._exposed_until = 0.0
 
-    @property
     def exposed(self) -> bool:
         """Whether the end of this process might cost a change an attempt. From any thread."""
         now = time.monotonic()

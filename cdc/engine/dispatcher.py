@@ -90,7 +90,9 @@ class Dispatcher:
         """Start workers for what is ready."""
         if self._stopping.is_set():
             return
-        ready = self._scheduler.ready + len(self._started) + len(self._quarantine.freed) - len(self._unstarted)
+        ready = (
+            self._scheduler.ready_queues.ready + len(self._started) + len(self._quarantine.freed) - len(self._unstarted)
+        )
         if ready <= 0:
             return
         workers = len(self._tasks) - len(self._quarantine.tasks)
@@ -109,7 +111,8 @@ class Dispatcher:
 
     def settled(self) -> None:
         """Some of the outcomes are in the table."""
-        self._quarantine.settled()
+        if self._quarantine.suspects:
+            self._quarantine.settled()
 
     async def drain(self, seconds: float) -> None:
         """Start nothing more; give what runs this many seconds, then cut it off."""
@@ -300,7 +303,8 @@ class Dispatcher:
     def _report(self, batch: Sequence[Settlement]) -> None:
         if batch:
             self._finished(batch)
-            self._escapes.forget(finished.change for finished in batch)
+            if self._escapes.suspects:
+                self._escapes.forget(finished.change for finished in batch)
 
     def _run_suspect(self, handler: Handler | None, change: Change) -> None:
         if self._crash_guard.owner_may_be_alive(change):
@@ -392,7 +396,7 @@ class Dispatcher:
         run = self._tasks.pop(task)
         self._uncancellable.discard(task)
         self._unstarted.discard(task)  # it may have been cut off before its first step
-        unattended = self._quarantine.ended(task)
+        unattended = self._quarantine.ended(task) if task in self._quarantine.tasks else None
         failed = None if task.cancelled() else task.exception()
         if failed:
             log.critical("a worker failed; this is a bug", exc_info=failed)

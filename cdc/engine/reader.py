@@ -6,11 +6,12 @@ due (``DueReads``), and what ``ReadPlanner`` plans. All of it runs on the event 
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from math import inf
+from operator import attrgetter
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -22,7 +23,7 @@ from cdc.core.delay import Delay
 from cdc.core.due_reads import DueReads
 from cdc.core.page_size import PageSize
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
-from cdc.core.scheduler import KeyScheduler, Row
+from cdc.core.scheduler import KeyScheduler
 from cdc.core.sqlstate import About, about, passes
 from cdc.observability.metrics import Metrics
 from cdc.postgres.outbox import FIRST_TYPE, Store
@@ -33,6 +34,9 @@ from cdc.postgres.unreadable import Kind, RefusedReadError
 log = logging.getLogger("cdc.consumer")
 
 _KEY_READS_MAX = 20
+_SEQ, _SIZE = attrgetter("change.seq"), attrgetter("change.size")
+_now = time.monotonic
+"""The event loop's clock."""
 _UNMARKED_S = 1.0
 """Until the next read, while a rejected change cannot be made a dead letter."""
 
@@ -101,10 +105,10 @@ class Reader:
 
         ``read``: there was something at the last time, so there may be more.
         """
-        now, room = _now(), self._scheduler.room
-        scarce = room < self._enough
-        idle = not self._restart_due and self._planner.idle and self._due.idle(now)
-        self.wants_room = scarce or not idle
+        now, room = _now(), self._scheduler.window.free
+        scarce = room < self._scheduler.worth and not self._planner.throttled
+        idle = not self._restart_due and self._planner.idle
+        self.wants_room = scarce or not idle or bool(self._due.left_out)
         if room <= 0 or not self._scheduler.ownership.active:
             return inf
         if now < self._rests_until:
@@ -118,19 +122,22 @@ class Reader:
 
         A change that the server refuses to hand over becomes a dead letter, on the session that holds its shard.
         """
-        now, room = _now(), self._scheduler.room
+        now, room = _now(), self._scheduler.window.free
         if room <= 0 or now < self._rests_until or not self._scheduler.ownership.active:
             return False
         try:
             try:
-                with self._scheduler.reading():
-                    read = await self._read(reader, now, room)
+                with self._scheduler.reading:
+                    read = self._next(reader, now, room)
+                    if read is None:
+                        return False
+                    await read
             except RefusedReadError as refused:
                 await self._set_aside(reader, session, refused)
             else:
-                if read and self._delay.since is not None:
+                if self._delay.since is not None:
                     log.info("changes are read again, after %.1f s", self._delay.done(_now()))
-                return read
+                return True
         except psycopg.Error as error:
             self._delayed(reader, error)
         # The read brought nothing, and what asked for it is forgotten: wake-ups, and keys to be read on.
@@ -138,17 +145,19 @@ class Reader:
         self.restart()
         return True
 
-    async def _read(self, reader: psycopg.AsyncConnection, now: float, places: int) -> bool:
+    def _next(self, reader: psycopg.AsyncConnection, now: float, places: int) -> Coroutine[Any, Any, None] | None:
+        """The next read; None: there is nothing to read."""
         # As many rows like the last ones as fit into the window.
         rows = min(places // (1 + self._paging.row_bytes // self._scheduler.place_bytes), self._paging.rows)
-        room = _Room(now, max(1, rows), places < self._enough)
+        # Types with a backlog are throttled; of the rest any page brings few changes.
+        scarce = places < self._scheduler.worth and not self._planner.throttled
+        room = _Room(now, max(1, rows), scarce)
         for kind in self._kinds:
             if read := kind(reader, room):
                 self._kinds.remove(kind)
                 self._kinds.append(kind)
-                await read
-                return True
-        return False
+                return read
+        return None
 
     def _delayed(self, reader: psycopg.AsyncConnection, error: psycopg.Error) -> None:
         """Raises errors that are about the session."""
@@ -187,11 +196,6 @@ class Reader:
         if self._unmarked:
             self._rests_until = _now() + _UNMARKED_S
 
-    @property
-    def _enough(self) -> int:
-        """Room that is worth a page. Types with a backlog are throttled; of the rest any page brings few changes."""
-        return 1 if self._planner.throttled else self._scheduler.worth
-
     def _read_on(self, reader: psycopg.AsyncConnection, room: _Room) -> Coroutine[Any, Any, None] | None:
         key_reads = self._scheduler.key_reads(min(_KEY_READS_MAX, room.rows))
         return self._read_keys(reader, key_reads, room.rows) if key_reads else None
@@ -199,12 +203,12 @@ class Reader:
     async def _read_keys(self, reader: psycopg.AsyncConnection, key_reads: Sequence[KeyRead], rows: int) -> None:
         per_key = max(1, min(rows // len(key_reads), self._scheduler.key_capacity))
         found = await self._store.read_keys(reader, key_reads, per_key)
-        self._weigh([row for rows, _ in found.values() for row in rows])
+        self._paging.read([row.change.size for of_key, _ in found.values() for row in of_key])
         for request, (of_key, cut) in found.items():
             self._scheduler.admit_key_read(request, of_key, complete=len(of_key) < per_key and not cut)
 
     def _read_due(self, reader: psycopg.AsyncConnection, room: _Room) -> Coroutine[Any, Any, None] | None:
-        if self._due.idle(room.now) or room.now < self._due.next_at(room.now, scarce=room.scarce):
+        if room.now < self._due.next_at(room.now, scarce=room.scarce):
             return None
         return self._read_waiting(reader, self._due.begin(room.now, self._scheduler.types))
 
@@ -215,7 +219,7 @@ class Reader:
         active, in_window = self._scheduler.ownership.active, self._scheduler.requeued()
         start = FIRST_TYPE if self._due.start is None else self._due.start
         found = await self._store.due(reader, active, limit, without, start=start, in_window=in_window)
-        self._weigh(found.rows)
+        self._paging.read(list(map(_SIZE, found.rows)))
         admitted = self._scheduler.admit(found.rows, due=True)
         self._metrics.wakeups.received.labels("retry").inc(admitted.taken)
         self._due.done(
@@ -231,20 +235,21 @@ class Reader:
         # Large rows make small pages, which are worth reading if there is room for many.
         match self._planner.next(room.now, room.rows, room.rows + 1 if room.scarce else 1):
             case Fetch() as fetch:
-                return self._fetch(reader, fetch)
+                return self._fetch(reader, fetch, room.now)
             case Sweep() as sweep:
-                return self._sweep(reader, sweep)
+                return self._sweep(reader, sweep, room.now)
         return None
 
-    async def _fetch(self, reader: psycopg.AsyncConnection, fetch: Fetch) -> None:
-        page = await self._timed(self._store.fetch(reader, fetch.wakeups))
+    async def _fetch(self, reader: psycopg.AsyncConnection, fetch: Fetch, began: float) -> None:
+        failpoints.here("fetch.before_rows")
+        page = await self._store.fetch(reader, fetch.wakeups)
+        now = self._measure(page, began)
         throttled = self._planner.throttled
         if throttled:
             for row in page.rows:
                 self._planner.skipped(row.change.entity_type, row.change.shard)
         admitted = self._scheduler.admit(page.rows, throttled=throttled)
-        seen = page.others.union([row.change.seq for row in page.rows])
-        now = _now()
+        seen = page.others.union(map(_SEQ, page.rows))
         found = self._planner.fetched(fetch, seen, page.snapshot, now, page.cut)
         if admitted.rejected:
             self._planner.throttle(admitted.rejected, now)
@@ -252,25 +257,19 @@ class Reader:
             self._metrics.outbox.visibility_retries.labels("found").inc(found.late)
             self._metrics.outbox.visibility_retries.labels("left_to_sweep").inc(found.given_up)
 
-    async def _sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> None:
-        page = await self._timed(self._store.sweep(reader, sweep))
+    async def _sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep, began: float) -> None:
+        failpoints.here("fetch.before_rows")
+        page = await self._store.sweep(reader, sweep)
+        now = self._measure(page, began)
         admitted = self._scheduler.admit(page.rows)
         seen = [(row.change.seq, row.change.shard) for row in page.rows]
-        notified = self._planner.swept(sweep, seen, admitted.rejected, page.snapshot, _now(), scanned=page.scanned)
+        notified = self._planner.swept(sweep, seen, admitted.rejected, page.snapshot, now, scanned=page.scanned)
         self._metrics.wakeups.received.labels("sweep").inc(max(0, admitted.taken - notified))
 
-    def _weigh(self, rows: Sequence[Row]) -> None:
-        self._paging.read(len(rows), sum([row.change.size for row in rows]))
-
-    async def _timed(self, read: Awaitable[OutboxPage]) -> OutboxPage:
-        started = _now()
-        failpoints.here("fetch.before_rows")
-        page = await read
-        self._weigh(page.rows)
-        self._metrics.outbox.fetch_duration.observe(_now() - started)
+    def _measure(self, page: OutboxPage, began: float) -> float:
+        """A page has come. Returns the time."""
+        self._paging.read(list(map(_SIZE, page.rows)))
+        now = _now()
+        self._metrics.outbox.fetch_duration.observe(now - began)
         self._metrics.outbox.fetch_changes.observe(len(page.rows))
-        return page
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
+        return now

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import psycopg
 
-from cdc.core.model import Dead, Outcome, Unmarkable
+from cdc.core.model import Change, Committed, Dead, Outcome, Unmarkable
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.settle_queue import SettleQueue
@@ -48,6 +50,9 @@ _ASK_AFTER_S = 0.3
 _LOG_EVERY_S = 30.0
 _WORDS_MAX = 500
 
+_now = time.monotonic
+"""The event loop's clock."""
+
 _BLOCKERS = """
 SELECT pid, coalesce(activity.application_name, '') FROM unnest(pg_blocking_pids(%s)) AS pid
 LEFT JOIN pg_stat_activity AS activity USING (pid)
@@ -56,17 +61,26 @@ LEFT JOIN pg_stat_activity AS activity USING (pid)
 
 @dataclass(slots=True)
 class _Delay:
-    """Some outcomes cannot be written: since when, and when the log last reported it."""
+    """Some outcomes cannot be written: since when, and when the log last reported it.
+
+    ``around_locks``: whatever row is locked is skipped.
+    """
 
     since: float
     logged_at: float | None = None
+    around_locks: bool = False
+
+
+class _Iterated(Protocol):
+    def __call__(self, *, answered: bool = False) -> None: ...
 
 
 class Settler:
     """``put`` takes the outcomes of changes that were started, ``run`` writes them. Times are the event loop's.
 
-    ``settled``: called after each settle, and after the scheduler, with what is in the table by then. ``iterated``:
-    called in each iteration of ``run``, with True when the server has answered.
+    ``committed``: called with what handlers' own transactions have marked. ``settled``: called after each settle, and
+    after the scheduler, with what is in the table by then. ``iterated``: called in each iteration of ``run``;
+    ``answered``: the server has.
     """
 
     def __init__(
@@ -75,24 +89,24 @@ class Settler:
         store: Store,
         metrics: OutboxMetrics,
         *,
+        committed: Callable[[Sequence[tuple[Change, Committed]]], None],
         settled: Callable[[Sequence[Settlement], Settled], None],
-        iterated: Callable[[bool], None],
+        iterated: _Iterated,
     ) -> None:
         self._scheduler = scheduler
         self._store = store
         self._metrics = metrics
+        self._committed = committed
         self._settled = settled
         self._iterated = iterated
         self._queue = SettleQueue()
         self._due = asyncio.Event()
         self._again = asyncio.Event()
         self._finishing = False
-        self._around_locks = False
         self._rest_s = 0.0
-        self._rests_until = 0.0
+        self._rests_until = self._pauses_until = 0.0
         self._delay: _Delay | None = None
-        self._blockers = ""
-        self._blocker_query: asyncio.Task[None] | None = None
+        self._blockers = _Blockers()
 
     @property
     def held_up_since(self) -> float | None:
@@ -107,10 +121,13 @@ class Settler:
     def put(self, batch: Sequence[Settlement]) -> None:
         """The handlers of these started changes ended; those of a key stand in ``seq`` order."""
         to_settle = self._scheduler.finished(batch)
-        for finished in to_settle:
-            self._queue.add(finished)
         if to_settle:
+            self._queue.add(*to_settle)
             self._due.set()
+        if len(to_settle) < len(batch) and (
+            committed := [(change, outcome) for change, outcome in batch if isinstance(outcome, Committed)]
+        ):
+            self._committed(committed)
 
     def acquired(self, acquired: Acquired) -> None:
         """Write what finished before the session was lost, in shards that no other consumer has had meanwhile."""
@@ -138,64 +155,63 @@ class Settler:
         """Write outcomes on this session until ``finish``. Raises errors that are about the session."""
         try:
             while not self._finishing or self._queue:
-                self._iterated(False)
+                self._iterated()
                 self._due.clear()
-                while batch := self._take():
-                    self._iterated(False)
-                    await self._settle(session, reader, batch)
+                now = _now()
+                if now >= self._rests_until and (batch := self._queue.take(_BATCH_MAX, now)):
+                    now = await self._settle(session, reader, batch, now)
                 if not self._finishing or self._queue:
-                    await set_within(self._due, min(_ITERATION_MAX_S, self._wait_s()))
+                    await set_within(
+                        self._due, min(_ITERATION_MAX_S, max(self._rests_until - now, self._queue.wait_s(now)))
+                    )
+                    if _now() < self._pauses_until:
+                        await self._pause()
         finally:
-            if self._blocker_query:
-                self._blocker_query.cancel()
-                await asyncio.wait([self._blocker_query])
+            await self._blockers.end()
 
-    def _wait_s(self) -> float:
-        """Seconds until there may be something to write that cannot be written yet."""
-        now = _now()
-        return max(self._rests_until - now, 0.0 if self._queue.ready else self._queue.wait_s(now))
-
-    def _take(self) -> list[Settlement]:
-        now = _now()
-        return [] if now < self._rests_until else self._queue.take(_BATCH_MAX, now)
-
-    async def _settle(self, session: ShardSession, reader: psycopg.AsyncConnection, batch: list[Settlement]) -> None:
-        began = _now()
-        found = await self._write(session, reader, batch)
-        self._iterated(True)
-        if found:
-            # Neither what was put back, nor any of a session that was lost during the settle.
-            done = [one for one in batch if self._queue.written(one)]
-            self._scheduler.settled(done)
-            self._tell_that_delay_is_over()
-            self._settled(done, found)
-        took_s = _now() - began
-        pause_s = max(_PAUSE_S, min(_PAUSE_FACTOR * took_s, _PAUSE_MAX_S)) - took_s
-        if self._queue.ready < self._scheduler.worth and pause_s > 0:
+    async def _pause(self) -> None:
+        """Unless there is enough for the next settle, wait: what ends meanwhile shares it."""
+        if self._queue.ready < self._scheduler.worth:
             self._again.clear()
-            await set_within(self._again, pause_s)
+            await set_within(self._again, self._pauses_until - _now())
+
+    async def _settle(
+        self, session: ShardSession, reader: psycopg.AsyncConnection, batch: list[Settlement], began: float
+    ) -> float:
+        """Returns the time. Raises errors that are about the session."""
+        found = await self._write(session, reader, batch)
+        now = _now()
+        self._pauses_until = began + max(_PAUSE_S, min(_PAUSE_FACTOR * (now - began), _PAUSE_MAX_S))
+        self._iterated(answered=True)
+        if found:
+            self._metrics.settle_duration.observe(now - began)
+            self._metrics.settle_changes.observe(len(batch))
+            # Neither what was put back, nor any of a session that was lost during the settle.
+            done = list(filter(self._queue.written, batch))
+            self._scheduler.settled(done)
+            if self._delay:
+                self._log_end_of_delay(self._delay)
+            self._settled(done, found)
+        return now
 
     async def _write(
         self, session: ShardSession, reader: psycopg.AsyncConnection, batch: list[Settlement]
     ) -> Settled | None:
-        """None: nothing could be written yet. Raises errors that are about the session."""
-        started = _now()
-        look = asyncio.get_running_loop().call_later(_ASK_AFTER_S, self._schedule_ask, session, reader)
+        """None: nothing could be written yet."""
+        look = asyncio.get_running_loop().call_later(_ASK_AFTER_S, self._blockers.ask, session, reader)
         try:
             async with session.writing:
                 settled = await self._store.settle(
                     session.connection,
                     batch,
                     maybe_written=self._queue.maybe_written,
-                    around_locks=self._around_locks,
+                    around_locks=self._delay is not None and self._delay.around_locks,
                 )
         except psycopg.Error as error:
             self._refused(session.connection, batch, error)
             return None
         finally:
             look.cancel()
-        self._metrics.settle_duration.observe(_now() - started)
-        self._metrics.settle_changes.observe(len(batch))
         self._rest_s = 0.0
         if settled.locked:
             self._metrics.settle_delayed.inc(len(settled.locked))
@@ -203,13 +219,12 @@ class Settler:
             self._delayed(settled.locked, "a row is locked")
         return settled
 
-    def _tell_that_delay_is_over(self) -> None:
-        if self._delay and not self._queue.holds:
-            if self._delay.logged_at is not None:
-                log.info("all marks are written again, after %.1f s", _now() - self._delay.since)
+    def _log_end_of_delay(self, delay: _Delay) -> None:
+        if not self._queue.holds:
+            if delay.logged_at is not None:
+                log.info("all marks are written again, after %.1f s", _now() - delay.since)
             self._delay = None
-            self._around_locks = False
-            self._blockers = ""
+            self._blockers.words = ""
 
     def _refused(self, connection: psycopg.AsyncConnection, batch: list[Settlement], error: psycopg.Error) -> None:
         subject = about(None if connection.closed else error.sqlstate)
@@ -219,9 +234,9 @@ class Settler:
             self._isolate(batch, error)
             return
         self._queue.again(batch)
-        if error.sqlstate == "55P03" and not self._around_locks:
-            self._around_locks = True  # the next try is at once, and skips whatever row is locked
-            self._delay = self._delay or _Delay(_now())
+        delay = self._delay = self._delay or _Delay(_now())
+        if error.sqlstate == "55P03" and not delay.around_locks:
+            delay.around_locks = True  # the next try is at once
             return
         self._metrics.settle_delayed.inc(len(batch))
         self._rest_s = min(max(2 * self._rest_s, _REST_MIN_S), _REST_MAX_S)
@@ -254,20 +269,33 @@ class Settler:
             log.warning(
                 "the marks of %d changes are delayed, the first is %s of %s: %s%s; they are kept, and no handler is"
                 " called again for them",
-                len(batch), first.id, first.entity_type, why, self._blockers,
+                len(batch), first.id, first.entity_type, why, self._blockers.words,
             )  # fmt: skip
 
-    def _schedule_ask(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
-        if self._blocker_query is None or self._blocker_query.done():
-            self._blocker_query = asyncio.create_task(self._ask_who_blocks(session.connection.info.backend_pid, reader))
 
-    async def _ask_who_blocks(self, pid: int, reader: psycopg.AsyncConnection) -> None:
+class _Blockers:
+    """Which sessions a settle waits for; another session is asked. ``words`` say it to the log."""
+
+    def __init__(self) -> None:
+        self.words = ""
+        self._query: asyncio.Task[None] | None = None
+
+    def ask(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
+        if self._query is None or self._query.done():
+            self._query = asyncio.create_task(self._ask(session.connection.info.backend_pid, reader))
+
+    async def _ask(self, pid: int, reader: psycopg.AsyncConnection) -> None:
         try:
             found = await (await reader.execute(_BLOCKERS, [pid])).fetchall()
         except (psycopg.Error, OSError):
             return  # the log then does without the names
         if found:
-            self._blockers = "; blocked by: " + ", ".join(f"pid {one} ({name or 'no name'})" for one, name in found[:5])
+            self.words = "; blocked by: " + ", ".join(f"pid {one} ({name or 'no name'})" for one, name in found[:5])
+
+    async def end(self) -> None:
+        if self._query:
+            self._query.cancel()
+            await asyncio.wait([self._query])
 
 
 def _unmarkable(outcome: Outcome, error: psycopg.Error) -> Unmarkable:
@@ -280,7 +308,3 @@ def _unmarkable(outcome: Outcome, error: psycopg.Error) -> Unmarkable:
         isinstance(outcome, Dead) and outcome.pauses,
         f"{done} the database refused the mark [{error.sqlstate}]",
     )
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -71,7 +71,7 @@ class ObserverSettings:
 class Shadow:
     """``run`` returns when ``stop`` was called."""
 
-    is_sharing = exposed = False
+    is_sharing = False
     """Wake-ups are not relayed: the consumers that handle changes have a stream of their own."""
 
     def __init__(self, settings: ObserverSettings, *, router: Router, store: Store, metrics: Metrics) -> None:
@@ -105,14 +105,12 @@ class Shadow:
     def stopping(self) -> bool:
         return self._stopping.is_set()
 
-    def notified(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        """Wake-ups have come in from the slot. None of them is to be relayed."""
-        return self._plan_reads(wakeups, relayed=False)
+    def exposed(self) -> bool:
+        """It calls no handler."""
+        return False
 
-    def relayed(self, wakeups: Sequence[WakeUp]) -> Sequence[WakeUp]:
-        return self._plan_reads(wakeups, relayed=True)
-
-    def _plan_reads(self, wakeups: Sequence[WakeUp], *, relayed: bool) -> Sequence[WakeUp]:
+    def notified(self, wakeups: Sequence[WakeUp], *, relayed: bool = False) -> Sequence[WakeUp]:
+        """Wake-ups have come in. None of them is to be relayed."""
         if dropped := self._planner.notified(wakeups, relayed=relayed):
             self._metrics.wakeups.dropped.inc(dropped)
         self._due.set()
@@ -217,7 +215,7 @@ class Shadow:
             page = await self._store.sweep(reader, request)
             rows = [WakeUp(row.change.seq, row.change.shard) for row in page.rows]
             self._planner.swept(request, rows, {}, page.snapshot, _now(), scanned=page.scanned)
-        self._paging.read(len(page.rows), sum(row.change.size for row in page.rows))
+        self._paging.read([row.change.size for row in page.rows])
         for row in page.rows:
             self._note(row.change)
         await disregard()
@@ -225,7 +223,7 @@ class Shadow:
     async def _read_marks(self, reader: psycopg.AsyncConnection) -> bool:
         """Read a page of what others have marked since the last read. Returns whether there is more."""
         found = await self._store.marked_since(reader, self._marks_after, self._paging.rows)
-        self._paging.read(len(found.marks), sum(change.size for change, _ in found.marks))
+        self._paging.read([change.size for change, _ in found.marks])
         for change, processed_at in found.marks:
             self._note(change)  # it may have been marked before it was seen fresh
             if self._marked.add(change.seq):

@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cdc.core.errors import StreamError
 from cdc.core.model import WakeUp
@@ -51,14 +52,14 @@ class StreamBridge:
                 self._crossing += len(wakeups)
         if not full:
             latency_s = None if committed_at is None else time.time() - committed_at
-            self._cross(lambda: self._notified(wakeups, latency_s))
+            self._cross(self._notified, wakeups, latency_s)
 
     def interrupted(self, error: StreamError) -> None:
-        self._cross(lambda: self._interrupted(error.reason))
+        self._cross(self._interrupted, error.reason)
 
-    def _cross(self, call: Callable[[], None]) -> None:
+    def _cross(self, call: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed: the process is ending
-            self._loop.call_soon_threadsafe(call)
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     # --- on the event loop -----------------------------------------------------------------------------------------
 
@@ -74,7 +75,8 @@ class StreamBridge:
         if latency_s is not None:
             self._metrics.wakeups.latency.observe(max(0.0, latency_s))
         self._hooks.woken(wakeups)
-        self._relay.offer(self._consumer.notified(wakeups))
+        if others := self._consumer.notified(wakeups):
+            self._relay.offer(others)
         if dropped:
             self._metrics.wakeups.dropped.inc(dropped)
             self._consumer.missed()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import product
 
@@ -215,7 +215,7 @@ class HandlerMetrics(_Group):
 
     def __init__(self, registry: CollectorRegistry, router: Router) -> None:
         super().__init__(registry)
-        self._types = router.entity_types
+        self._label = _labels(router).get
         self._attempts = self._count(
             "cdc_changes_handled", "Attempts, by how they ended.", "entity_type", "handler", "outcome"
         )
@@ -229,7 +229,7 @@ class HandlerMetrics(_Group):
         )
         self._handled = cache(self._attempts.labels)
         self._took = cache(self._latency.labels)
-        handlers, types = _names(router), (*sorted(self._types), OTHER)
+        handlers, types = _names(router), (*sorted(router.entity_types), OTHER)
         for entity_type, handler in _routes(router):
             _start(self._attempts, (entity_type,), (handler,), OUTCOMES)
         _start(self._attempts, types, (NO_HANDLER,), ("skipped",))
@@ -239,15 +239,15 @@ class HandlerMetrics(_Group):
 
     def handled(self, entity_type: str, handler: str, outcome: str, attempts: int = 1) -> None:
         """Attempts ended. On the hot path: the child is looked up once for each combination."""
-        self._handled(_label(entity_type, self._types), handler, outcome).inc(attempts)
+        self._handled(self._label(entity_type, OTHER), handler, outcome).inc(attempts)
 
     def failed(self, handler: str, kind: str) -> None:
         """An attempt failed by one of ERROR_KINDS."""
         self._errors.labels(handler, kind).inc()
 
     def took(self, entity_type: str, seconds: Iterable[float]) -> None:
-        """Changes were marked processed, each this many seconds after its transaction began."""
-        self._took(_label(entity_type, self._types)).observe_each(max(each, 0.0) for each in seconds)
+        """Changes were marked processed, each this many seconds after its transaction began; 0 and more."""
+        self._took(self._label(entity_type, OTHER)).observe_each(seconds)
 
     @property
     def status(self) -> HandlerStatus:
@@ -275,7 +275,7 @@ class ShadowMetrics(_Group):
 
     def __init__(self, registry: CollectorRegistry, router: Router) -> None:
         super().__init__(registry)
-        self._types = router.entity_types
+        self._label = _labels(router).get
         self._changes = self._counter(
             "cdc_observed_changes", "Changes seen in shadow mode, by the handler that would have run.",
             "entity_type", "handler",
@@ -293,7 +293,7 @@ class ShadowMetrics(_Group):
 
     def saw(self, entity_type: str, handler: str) -> None:
         """A change was seen that would have gone to this handler."""
-        self._changes.labels(_label(entity_type, self._types), handler).inc()
+        self._changes.labels(self._label(entity_type, OTHER), handler).inc()
 
     def invalid(self, handler: str) -> None:
         """A change does not fit the handler's model."""
@@ -301,7 +301,7 @@ class ShadowMetrics(_Group):
 
     def others_took(self, entity_type: str, seconds: float) -> None:
         """Another program marked a change processed, ``seconds`` after its transaction began."""
-        self._latency.labels(_label(entity_type, self._types)).observe(max(seconds, 0.0))
+        self._latency.labels(self._label(entity_type, OTHER)).observe(max(seconds, 0.0))
 
 
 class Metrics:
@@ -325,9 +325,9 @@ class Metrics:
         self.shadow = ShadowMetrics(self.registry, router)
 
 
-def _label(entity_type: str, known: Collection[str]) -> str:
-    """The label of an entity type: itself if a rule names it, else ``other``."""
-    return entity_type if entity_type in known else OTHER
+def _labels(router: Router) -> dict[str, str]:
+    """The label of each entity type that a rule names: itself. All others are ``other``."""
+    return {entity_type: entity_type for entity_type in router.entity_types}
 
 
 def _names(router: Router) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections import Counter
-from collections.abc import Container, Coroutine, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from operator import attrgetter, itemgetter
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,22 +17,14 @@ from psycopg import errors, sql
 
 from cdc.core import failpoints
 from cdc.core.deferred_keys import KeyRead
-from cdc.core.encodings import fitting
 from cdc.core.errors import SchemaError
 from cdc.core.fast_change import fast_make, read_change
 from cdc.core.model import (
     SHARDS,
     Change,
-    Committed,
-    Dead,
-    Discarded,
     Key,
     Operation,
-    Outcome,
-    Processed,
-    Skipped,
     Suspicion,
-    Waiting,
     WakeUp,
 )
 from cdc.core.page_size import BYTES
@@ -41,9 +34,10 @@ from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Scanned, Snapshot
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.postgres import grants
+from cdc.postgres.outcomes import divide, settle_values
 from cdc.postgres.pages import DuePage, Figures, KeyPage, Marked, OutboxPage, Place, Settled, ended_by
 from cdc.postgres.sql_files import load
-from cdc.postgres.unreadable import RefusedReadError, RefusedRows, rows
+from cdc.postgres.unreadable import RefusedReadError, RefusedRows, may_be_refused
 
 INDEXED = {
     "plan_cache_mode": "force_generic_plan",
@@ -67,6 +61,8 @@ CRASHED = "the consumer's process ended while this change's handler ran"
 """The last_error and error_summary of a change that was running when its consumer died."""
 
 _ROW = fast_make(Row)
+_SEQ, _SHARD = attrgetter("seq"), attrgetter("shard")
+_FIRST, _DEPTH = itemgetter(0), attrgetter("change.depth")
 _OPERATIONS = {operation.value: operation for operation in Operation}
 _SCAN_MAX = 20_000
 """Rows that a sweep of some types examines: some 20 ms. Other reads wait no longer than that."""
@@ -102,6 +98,7 @@ class Store:
         self._always: dict[str, Any] = {"process": self.process, "page_bytes": page_bytes, "skipped": "{}"}
         self._max_chain_depth = max_chain_depth
         self.scope = scope
+        self._everything = scope.everything
         self._table = sql.Identifier(schema, "entity_changes").as_string(None)
         self._option = "" if schema == "public" else f" --schema {shlex.quote(schema)}"
 
@@ -157,11 +154,8 @@ class Store:
 
     async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Iterable[WakeUp]) -> OutboxPage:
         wakeups = sorted(wakeups)
-        parameters: dict[str, Any] = {
-            "seqs": _array(w.seq for w in wakeups),
-            "shards": _array(w.shard for w in wakeups),
-        }
-        if self.scope.everything:
+        parameters = _numbers(wakeups)
+        if self._everything:
             return await self._page(reader, await self._rows(reader, "fetch", parameters))
         types, include = self.scope
         records = await self._rows(reader, "fetch_some", {**parameters, "types": list(types), "among": include})
@@ -223,7 +217,9 @@ class Store:
         fitting = [record for record in records if record[3] is not None]
         cut = {record[0] for record in records if record[3] is None}
         found: dict[int, list[Row]] = {place: [] for place in range(1, len(key_reads) + 1)}
-        rows = await self._with_chains(reader, [_row(record[1:]) for record in fitting])
+        rows = [_row(record[1:]) for record in fitting]
+        if self._any_deep(rows):
+            rows = await self._with_chains(reader, rows)
         for record, row in zip(fitting, rows, strict=True):
             found[record[0]].append(row)
         return {key_reads[place - 1]: KeyPage(rows, place in cut) for place, rows in found.items()}
@@ -251,7 +247,9 @@ class Store:
         [(next_due_s, last)] = await self._rows(reader, "next_due", parameters)
         found = await self._rows(reader, "due", {**parameters, "limit": limit, "skipped": _array(in_window)})
         fitting = [record for record in found if record[2] is not None]
-        rows = await self._with_chains(reader, [_row(record, requeued=True) for record in fitting])
+        rows = [_row(record, requeued=True) for record in fitting]
+        if self._any_deep(rows):
+            rows = await self._with_chains(reader, rows)
         more = len(found) == limit or any(record[0] is not None and record[2] is None for record in found)
         return DuePage(rows, next_due_s, None if last is None or last == _LAST_TYPE else last + 1, more)
 
@@ -269,36 +267,42 @@ class Store:
         which another session holds a change.
         """
         failpoints.here("settle.before_commit")
+        locked: list[Settlement] = []
         if around_locks:
             async with session.transaction():
-                locked = await self._locked(session, batch)
-                rest = [finished for finished in batch if finished.change.key not in locked]
-                settled = replace(
-                    await self._settle(session, rest, maybe_written),
-                    locked=[finished for finished in batch if finished.change.key in locked],
-                )
+                keys = await self._locked(session, batch)
+                locked = [finished for finished in batch if finished.change.key in keys]
+                batch = [finished for finished in batch if finished.change.key not in keys]
+                counts = await self._settle(session, *divide(batch), maybe_written)
         else:
-            settled = await self._settle(session, batch, maybe_written)
+            plain, others = divide(batch)
+            if others:
+                counts = await self._settle(session, plain, others, maybe_written)
+            else:
+                counts = await self._rows(session, "settle_processed", _numbers(plain))
         failpoints.here("settle.after_commit")
-        return settled
+        return Settled(len(batch) - sum(map(_FIRST, counts)), counts[-1][1], locked)
 
     async def _settle(
-        self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], maybe_written: Container[int]
-    ) -> Settled:
-        plain = [finished.change for finished in batch if _is_plain(finished)]
-        others = [] if len(plain) == len(batch) else [finished for finished in batch if not _is_plain(finished)]
+        self,
+        session: psycopg.AsyncConnection,
+        plain: Sequence[Change],
+        others: Sequence[Settlement],
+        maybe_written: Container[int],
+    ) -> list[tuple[int, datetime]]:
+        """Returns how many were recorded, and when, by statement."""
         if plain and others:
             # One transaction: a retried change and its successor may both be in this batch. A crash between two
             # commits would leave the successor marked, and its predecessor would run again.
             async with session.transaction():
-                counts = [await self._settle_plain(session, plain)]
+                counts = await self._rows(session, "settle_processed", _numbers(plain))
                 failpoints.here("settle.between_marks")
-                counts.append(await self._settle_others(session, others, maybe_written))
+                counts += await self._settle_others(session, others, maybe_written)
         elif others:
-            counts = [await self._settle_others(session, others, maybe_written)]
+            counts = await self._settle_others(session, others, maybe_written)
         else:
-            counts = [await self._settle_plain(session, plain)]
-        return Settled(len(batch) - sum(count for count, _ in counts), counts[-1][1])
+            counts = await self._rows(session, "settle_processed", _numbers(plain))
+        return counts
 
     async def _locked(self, session: psycopg.AsyncConnection, batch: Sequence[Settlement]) -> set[Key]:
         """The keys of changes that another session has locked; the others are locked until the transaction ends."""
@@ -370,7 +374,7 @@ class Store:
         """For the stats poller; bounded however large the table is."""
         parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _ROWS_EXAMINED_PER_SHARD, "shards": SHARDS}
         statement = "figures"
-        if not self.scope.everything:
+        if not self._everything:
             types, include = self.scope
             statement = "figures_some"
             parameters |= {
@@ -388,19 +392,11 @@ class Store:
                       "bound": _OUTSIDE_MAX}  # fmt: skip
         return dict(connection.execute(self._statements["outside"], parameters).fetchall())
 
-    async def _settle_plain(self, session: psycopg.AsyncConnection, changes: list[Change]) -> tuple[int, datetime]:
-        parameters = {
-            "seqs": _array(change.seq for change in changes),
-            "shards": _array(change.shard for change in changes),
-        }
-        [(count, at)] = await self._rows(session, "settle_processed", parameters)
-        return count, at
-
     async def _settle_others(
-        self, session: psycopg.AsyncConnection, batch: list[Settlement], maybe_written: Container[int]
-    ) -> tuple[int, datetime]:
+        self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], maybe_written: Container[int]
+    ) -> list[tuple[int, datetime]]:
         encoding = session.info.parameter_status("server_encoding") or ""
-        columns = zip(*(_settle_values(finished.outcome, encoding) for finished in batch), strict=True)
+        columns = zip(*(settle_values(finished.outcome, encoding) for finished in batch), strict=True)
         parameters: dict[str, Any] = {
             "ids": [finished.change.id for finished in batch],
             "requeued": [finished.change.requeued for finished in batch],
@@ -408,8 +404,7 @@ class Store:
         }
         names = ("processed", "dead", "pauses", "failed", "delays", "errors", "summaries")
         parameters |= zip(names, map(list, columns), strict=True)
-        [(count, at)] = await self._rows(session, "settle_others", parameters)
-        return count, at
+        return await self._rows(session, "settle_others", parameters)
 
     async def _page(self, reader: psycopg.AsyncConnection, records: list[Any], first_column: int = 2) -> OutboxPage:
         xmin, next_xid = records[0][:2]
@@ -420,13 +415,16 @@ class Store:
         if len(rows) < len(there):
             numbers = slice(first_column, first_column + 2)
             cut = [WakeUp(*record[numbers]) for record in there if record[first_column + 2] is None]
-        return OutboxPage(await self._with_chains(reader, rows), Snapshot(xmin, next_xid), cut=cut)
+        if self._any_deep(rows):
+            rows = await self._with_chains(reader, rows)
+        return OutboxPage(rows, Snapshot(xmin, next_xid), cut=cut)
+
+    def _any_deep(self, rows: Sequence[Row]) -> bool:
+        return max(map(_DEPTH, rows), default=0) > self._max_chain_depth
 
     async def _with_chains(self, reader: psycopg.AsyncConnection, rows: list[Row]) -> list[Row]:
         """The same rows; those that are too deep get the chain of their causes."""
         deep = [row.change.id for row in rows if row.change.depth > self._max_chain_depth]
-        if not deep:
-            return rows
         bound = min(2 * self._max_chain_depth, _CHAIN_MAX)
         try:
             chains = dict(await self._rows(reader, "chains", {"ids": deep, "bound": bound}))
@@ -434,10 +432,17 @@ class Store:
             chains = dict.fromkeys(deep, _NO_CHAIN)
         return [row._replace(change=replace(row.change, chain=chains.get(row.change.id))) for row in rows]
 
-    def _rows(
-        self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]
-    ) -> Coroutine[Any, Any, list[Any]]:
-        return rows(connection, name, self._statements[name], {**self._always, **parameters})
+    async def _rows(self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]) -> list[Any]:
+        """The rows of the statement. Raises RefusedReadError where it reads changes and one of them is refused."""
+        parameters = {**self._always, **parameters}
+        try:
+            cursor = connection.cursor(binary=True)
+            await cursor.execute(self._statements[name], parameters)
+            return await cursor.fetchall()
+        except psycopg.Error as error:
+            if may_be_refused(name, error):
+                raise RefusedReadError(name, parameters, error) from error
+            raise
 
 
 def _array(values: Iterable[int | UUID]) -> str:
@@ -445,26 +450,9 @@ def _array(values: Iterable[int | UUID]) -> str:
     return f"{{{','.join(map(str, values))}}}"
 
 
-def _is_plain(finished: Settlement) -> bool:
-    """A fresh change that was processed: what the statement ``settle_processed`` is for."""
-    return not finished.change.requeued and isinstance(finished.outcome, Processed | Skipped)
-
-
-def _settle_values(
-    outcome: Outcome, encoding: str
-) -> tuple[bool, bool, bool, bool, float | None, str | None, str | None]:
-    """(processed, dead, pauses, failed, delay_s, error, summary) of the statement ``settle_others``."""
-    match outcome:
-        case Processed() | Skipped():
-            return True, False, False, False, None, None, None
-        case Discarded(reason):
-            return True, False, False, False, None, fitting(f"discarded: {reason}", encoding), None
-        case Waiting(delay_s, error, counted, summary):
-            return False, False, False, counted, delay_s, fitting(error, encoding), fitting(summary, encoding) or None
-        case Dead(error, pauses, summary):
-            return False, True, pauses, True, None, fitting(error, encoding), fitting(summary, encoding) or None
-        case Committed():
-            raise AssertionError("marked by its own transaction, so there is nothing to settle")
+def _numbers(these: Collection[Change | WakeUp]) -> dict[str, Any]:
+    """The parameters of the statements that name fresh changes by their numbers."""
+    return {"seqs": _array(map(_SEQ, these)), "shards": _array(map(_SHARD, these))}
 
 
 def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:

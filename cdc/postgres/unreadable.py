@@ -68,18 +68,9 @@ class Refused(NamedTuple):
     kind: Kind | None
 
 
-async def rows(
-    connection: psycopg.AsyncConnection, name: str, statement: bytes, parameters: Mapping[str, Any]
-) -> list[Any]:
-    """The rows of the statement. Raises RefusedReadError where it reads changes and one of them is refused."""
-    try:
-        cursor = connection.cursor(binary=True)
-        await cursor.execute(statement, parameters)
-        return await cursor.fetchall()
-    except psycopg.Error as error:
-        if name in _READS and _may_be_about_a_row(error):
-            raise RefusedReadError(name, parameters, error) from error
-        raise
+def may_be_refused(name: str, error: psycopg.Error) -> bool:
+    """Whether the statement ``name`` reads changes, and the error may be about one of them."""
+    return name in _READS and _may_be_about_a_row(error)
 
 
 class RefusedRows:
@@ -151,7 +142,7 @@ class RefusedRows:
                     return error
             else:
                 read = [record for record in records if record[2] is not None]
-                paging.read(len(read), sum(len(text or b"") for record in read for text in record[8:11]))
+                paging.read([sum(len(text or b"") for text in record[8:11]) for record in read])
                 # Rows that are gone are not asked for again.
                 left = page[len(read) : len(records)] + left[len(page) :]
         return None

@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
 
@@ -83,10 +83,13 @@ class Stopped(Exception):  # noqa: N818 - not an error: stop() was called, and t
 
 
 class SocketWait:
-    """Every wait of the stream's thread. stop() ends it; ``turned`` is called regularly, to show that it is alive."""
+    """Every wait of the stream's thread. stop() ends it.
 
-    def __init__(self, turned: Callable[[], None]) -> None:
-        self._turned = turned
+    ``turned_at``: when the thread last came here, on the monotonic clock. It does so regularly while it is alive.
+    """
+
+    def __init__(self) -> None:
+        self.turned_at = 0.0
         self._asked = threading.Event()
         self._rouse, self._roused = socket.socketpair()
         self._poll = select.poll()
@@ -97,19 +100,16 @@ class SocketWait:
         with contextlib.suppress(OSError):  # the thread has ended, and has closed it
             self._rouse.send(b"\0")
 
-    def check(self) -> None:
-        self._turned()
-        if self._asked.is_set():
-            raise Stopped
-
     def until(self, deadline: float, link: int | None = None, *, write: bool = False) -> bool:
         """True when ``link`` is readable (or, with ``write``, writable); False at the deadline."""
         if link is not None:
             self._poll.register(link, select.POLLIN | (select.POLLOUT if write else 0))
         try:
             while True:
-                self.check()
-                left = deadline - time.monotonic()
+                self.turned_at = now = time.monotonic()
+                if self._asked.is_set():
+                    raise Stopped
+                left = deadline - now
                 if link in dict(self._poll.poll(max(0.0, min(left, _TURN_S)) * 1000)):
                     return True
                 if left <= 0:

@@ -27,7 +27,8 @@ class LsnTracker:
     """One session's positions and its clock for status updates. ``now`` is monotonic seconds throughout."""
 
     def __init__(self, *, interval_s: float, now: float) -> None:
-        self.received = ZERO
+        self.received = 0
+        """A plain number: it changes with each batch."""
         self.confirmed = ZERO
         self._interval_s = interval_s
         # At once: its answer proves that the link works.
@@ -37,17 +38,12 @@ class LsnTracker:
         """``position`` is the highest of a batch; a lower one than the known changes nothing."""
         if reply_requested:
             self.next_status_at = -inf
-        if position > self.received:
-            self.received = Lsn(position)
-
-    def leave(self) -> None:
-        """A last status update is due at once."""
-        self.next_status_at = -inf
+        self.received = max(self.received, position)
 
     def confirm(self, now: float) -> Lsn:
         """The position to send in the status update that leaves now."""
         assert self.confirmed <= self.received
-        self.confirmed = self.received
+        self.confirmed = Lsn(self.received)
         self.next_status_at = now + self._interval_s
         return self.confirmed
 

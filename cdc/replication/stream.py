@@ -108,16 +108,20 @@ class Stream:
         self._settings = settings
         self._plugins = plugins(settings.schema)
         self._report = _Report(events)
-        self._waiting = SocketWait(self._report.turned)
+        self._waiting = SocketWait()
         self._thread = threading.Thread(target=self._run, name="cdc-stream", daemon=True)
         self._attempts = ReconnectState(settings.stall_limit_s)
-        self._reached = ZERO
+        self._reached = 0
         self._waits_for_standbys = threading.Event()
         self._from_end = True
 
     @property
     def status(self) -> StreamStatus:
-        return replace(self._report.status, stall_limit_s=self._attempts.stall_limit_s)
+        return replace(
+            self._report.status,
+            loop_last_iteration=self._waiting.turned_at,
+            stall_limit_s=self._attempts.stall_limit_s,
+        )
 
     def start(self) -> None:
         self._thread.start()
@@ -153,7 +157,7 @@ class Stream:
 
     def _round(self) -> float:
         """Stream once. Returns the seconds to pause."""
-        self._waiting.check()
+        self._waiting.until(0.0)
         while self._exposed():
             self._waiting.until(time.monotonic() + _LOOK_AGAIN_S)
         error = self._attempt()
@@ -225,7 +229,7 @@ class Stream:
 
     def _learn(self, ended: StreamError, reader: _MessageReader | None) -> StreamError:
         """The cause of the end; or, if every attempt ends at the same place and the slot may not be recreated, that."""
-        received = reader.progress.received if reader else ZERO
+        received = reader.progress.received if reader else 0
         self._attempts = self._attempts.after(
             stalled=ended.reason == Reason.STALLED,
             advanced=received > self._reached,
@@ -250,10 +254,10 @@ class _Report:
     def __init__(self, events: StreamEvents) -> None:
         self._events = events
         self._connected = self._stopped = False
-        self._loop_last_iteration = 0.0
         self._last_byte: float | None = None
         self._messages = self._keepalives = self._bytes = 0
-        self._received = self._confirmed = ZERO
+        self._received = 0
+        self._confirmed = ZERO
         self._trouble: StreamError | None = None
         self._opened: OpenedSlot | None = None
         self._recreated = 0
@@ -265,21 +269,17 @@ class _Report:
         return StreamStatus(
             connected=self._connected,
             stopped=self._stopped,
-            loop_last_iteration=self._loop_last_iteration,
             last_byte_monotonic=self._last_byte,
             messages=self._messages,
             keepalives=self._keepalives,
             bytes=self._bytes,
-            received_lsn=self._received,
+            received_lsn=Lsn(self._received),
             confirmed_lsn=self._confirmed,
             plugin=self._opened.plugin.name if self._opened else None,
             recreated=self._recreated,
             reason=trouble.reason if trouble else None,
             hint=trouble.hint if trouble else None,
         )
-
-    def turned(self) -> None:
-        self._loop_last_iteration = time.monotonic()
 
     def started(self, slot: str, opened: OpenedSlot) -> None:
         if opened.instead and (self._opened is None or self._opened.plugin is not opened.plugin):
@@ -290,7 +290,7 @@ class _Report:
         self._connected, self._trouble, self._last_byte = True, None, time.monotonic()
         self._events.streaming()
 
-    def read(self, batch: _Batch, received: Lsn, now: float) -> None:
+    def read(self, batch: _Batch, received: int, now: float) -> None:
         """Called before anything of the batch is confirmed. ``received``: the highest position of the session."""
         self._last_byte = now
         self._messages += batch.messages
@@ -396,11 +396,11 @@ class _MessageReader:
                 if self._exposed():
                     raise crash_guard(self._session.names)
                 now = time.monotonic()
-                self._speak_if_due(now)
+                if now >= self.progress.next_status_at:
+                    self._confirm(now)
                 self._session.wait(self._bear_until(now))
         except (Stopped, ProtocolError):
-            self.progress.leave()
-            self._speak_if_due(time.monotonic())
+            self._confirm(time.monotonic())
             self._session.goodbye()
             raise
 
@@ -414,9 +414,7 @@ class _MessageReader:
             self.progress.receive(batch.highest, reply_requested=batch.reply_requested)
             self._report.read(batch, self.progress.received, self._last_byte)
 
-    def _speak_if_due(self, now: float) -> None:
-        if now < self.progress.next_status_at:
-            return
+    def _confirm(self, now: float) -> None:
         failpoints.here("stream.before_confirm")
         confirmed = self.progress.confirm(now)
         self._session.send(status_update(confirmed, unix_s=time.time(), ping=True))

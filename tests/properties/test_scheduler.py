@@ -102,7 +102,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
                 self.look_for_due: not self.answer and any(record.state == "waiting" for record in self.table),
                 self.read_on: not self.answer and self.scheduler.deferred_keys,
                 self.end_read: self.answer,
-                self.start: self.scheduler.ready,
+                self.start: self.scheduler.ready_queues.ready,
                 self.finish: self.running,
                 self.settle: self.unsettled and not self.writing,
                 self.write_or_report: self.writing,
@@ -207,7 +207,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
         return self._fresh(lambda record: record.key == resume.key[1] and record.seq >= resume.seq, limit)
 
     def _begin_read(self, answer: Callable[[], None], late: bool) -> None:
-        self.read.enter_context(self.scheduler.reading())
+        self.read.enter_context(self.scheduler.reading)
         self.answer, self.arrived = answer, set()
         if not late:
             self.end_read()

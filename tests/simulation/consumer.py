@@ -219,7 +219,7 @@ class Consumer:
             answer()
             self._reading.close()
         elif self.session and self.scheduler.room > 0:
-            self._reading.enter_context(self.scheduler.reading())
+            self._reading.enter_context(self.scheduler.reading)
             self._answer = self._request(self.scheduler.room)
             self._slow = self._dice.choice(_READ_TAKES)
             if self._answer is None:
@@ -396,8 +396,7 @@ class Consumer:
 
     def _report(self, call: Call, outcomes: dict[Change, Outcome]) -> None:
         self._leaves(call)
-        for finished in self.scheduler.finished([Settlement(*each) for each in outcomes.items()]):
-            self._to_settle.add(finished)
+        self._to_settle.add(*self.scheduler.finished([Settlement(*each) for each in outcomes.items()]))
         for change, outcome in outcomes.items():
             if call.session is self.session and not isinstance(outcome, Committed):
                 self._unsettled[change.seq] = outcome

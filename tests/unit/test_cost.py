@@ -62,7 +62,7 @@ def scheduler_with(queued: int, keys: int, run: int = 1) -> SettlingScheduler:
 
 def through(scheduler: SettlingScheduler, found: list[Row]) -> None:
     """Admitted, started, finished, settled."""
-    with scheduler.reading():
+    with scheduler.reading:
         scheduler.admit(found)
     to_start = len(found)
     while to_start > 0:

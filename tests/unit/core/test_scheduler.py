@@ -202,7 +202,7 @@ def test_where_no_memory_is_left_for_a_mark_the_change_is_refused_and_so_are_its
 def test_what_settles_while_a_read_is_under_way_is_not_taken_from_its_answer(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1)])
     [first] = _start_all(scheduler)
-    with scheduler.reading():
+    with scheduler.reading:
         _end(scheduler, first)
         assert scheduler.admit([row(1)]).taken == 0
 
@@ -212,7 +212,7 @@ def test_the_successor_of_a_change_that_failed_while_a_read_was_under_way_stays_
 ) -> None:
     scheduler.admit([row(1)])
     [first] = _start_all(scheduler)
-    with scheduler.reading():
+    with scheduler.reading:
         _end(scheduler, first, Waiting(1.0, "no"))
         scheduler.admit([row(2)])  # its snapshot is older than the failure
     assert _start_all(scheduler) == []
@@ -221,7 +221,7 @@ def test_the_successor_of_a_change_that_failed_while_a_read_was_under_way_stays_
 def test_a_key_that_a_stale_read_shows_held_is_read_again_at_once(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1)])
     [first] = _start_all(scheduler)
-    with scheduler.reading():
+    with scheduler.reading:
         _end(scheduler, first)
         scheduler.admit([row(2, blocked=True)])  # as if 1 still waited
     assert scheduler.key_reads(10) == [KeyRead(("t", "k"), 0, 2)]
@@ -297,7 +297,7 @@ def test_a_waiting_change_that_was_let_go_behind_one_that_failed_runs_when_it_is
 
 
 def test_what_was_read_before_a_shard_left_and_came_back_is_not_taken(scheduler: SettlingScheduler) -> None:
-    with scheduler.reading():
+    with scheduler.reading:
         scheduler.ownership.revoke([0])
         assert scheduler.ownership.idle() == {0}
         scheduler.ownership.acquire(Acquired([0]))  # in between another consumer has handled all of it
@@ -307,7 +307,7 @@ def test_what_was_read_before_a_shard_left_and_came_back_is_not_taken(scheduler:
 def test_a_key_that_a_stale_read_shows_held_by_one_that_was_cut_off_is_read_again(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1, requeued=True)], due=True)
     [first] = _start_all(scheduler)
-    with scheduler.reading():
+    with scheduler.reading:
         scheduler.interrupted(first)  # somebody else has it, and is done with it before the table is asked again
         scheduler.admit([row(2, blocked=True)])
     assert scheduler.key_reads(10) == [KeyRead(("t", "k"), 0, 2)]
@@ -376,7 +376,7 @@ def test_in_a_batch_only_the_first_change_takes_a_slot() -> None:
         [first] = scheduler.start().changes
         scheduler.start_with([first], 3, lambda change: True)
     assert not scheduler.start().changes
-    assert scheduler.ready == 0
+    assert scheduler.ready_queues.ready == 0
     scheduler.finished([Settlement(first, Processed())])
     assert scheduler.start().changes
 
@@ -391,7 +391,7 @@ def test_a_change_that_is_set_aside_or_joins_a_batch_gives_its_slot_back() -> No
     scheduler.free_places(first)
     [joining] = scheduler.start().changes
     scheduler.start_with([first, joining], 2, lambda change: True)
-    assert scheduler.ready == 1
+    assert scheduler.ready_queues.ready == 1
 
 
 def test_a_handler_that_outlives_its_session_keeps_its_slot_until_it_returns() -> None:

@@ -44,13 +44,6 @@ def test_a_status_update_is_due_when_the_server_asks_and_once_for_each_question(
     assert progress.next_status_at == pytest.approx(102.1)
 
 
-def test_a_status_update_is_due_before_leaving() -> None:
-    progress = LsnTracker(interval_s=2.0, now=100.0)
-    progress.confirm(100.0)
-    progress.leave()
-    assert progress.next_status_at < 100.0
-
-
 @pytest.mark.parametrize(
     ("timeout_s", "interval_s"), [(15.0, 2.5), (3.0, 0.5), (60.0, 10.0), (600.0, 10.0), (0.0, 10.0)]
 )
