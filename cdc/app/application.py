@@ -174,7 +174,7 @@ class App:
 
     def _once_connected(self, run: _Run) -> _Run:
         async def run_then() -> None:
-            await self.consumer.connected.wait()
+            await self.consumer.lifecycle.connected.wait()
             await run()
 
         return run_then

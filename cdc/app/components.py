@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,13 +15,13 @@ from cdc.core.page_size import BYTES
 from cdc.core.router import Router
 from cdc.core.type_filter import TypeFilter
 from cdc.engine.circuit_breakers import CircuitBreakers
-from cdc.engine.consumer import Consumer, ConsumerSettings
-from cdc.engine.consumer_port import ConsumerPort
+from cdc.engine.consumer import Consumer
+from cdc.engine.consumer_port import ConsumerPort, ConsumerSettings
 from cdc.engine.error_policy import ErrorPolicy
 from cdc.engine.executor import Executor
 from cdc.engine.health_checks import LoopWatch
 from cdc.engine.hooks import Hooks
-from cdc.engine.shadow import ObserverSettings, Shadow
+from cdc.engine.shadow import Shadow
 from cdc.engine.stats_poller import StatsPoller
 from cdc.engine.stream_bridge import StreamBridge
 from cdc.engine.thread_pool import Threads
@@ -107,7 +106,7 @@ def build(settings: Settings, router: Router | None, *, stall_limit_s: float) ->
     transactions = _transactions(settings, router, store)
     breakers = CircuitBreakers({handler.name for handler in router.handlers.values()})
     consumer: ConsumerPort = (
-        _observer(settings, router, store, metrics)
+        Shadow(_consumer_settings(settings, settings.scope), router=router, store=store, metrics=metrics)
         if settings.observe
         else Consumer(
             _consumer_settings(settings, scope),
@@ -134,12 +133,10 @@ def build(settings: Settings, router: Router | None, *, stall_limit_s: float) ->
 
     stream = None
     if settings.stream:
-        bridge = StreamBridge(consumer, relay, metrics, hooks, changed=poll_now)
+        bridge = StreamBridge(consumer.notifications, relay, metrics, hooks, changed=poll_now)
         stream = Stream(_stream_settings(settings, stall_limit_s), bridge, supervisor, exposed=consumer.exposed)
     poller = _poller(settings, scope, store, supervisor, stream)
-    listener = Listener(
-        settings.current_dsn, settings.schema_, _relayed(consumer, hooks, metrics), captured=consumer.captured
-    )
+    listener = _listener(settings, consumer, hooks, metrics)
     components = Components(
         settings=settings, router=router, scope=scope, metrics=metrics, supervisor=supervisor, threads=threads,
         hooks=hooks, transactions=transactions, breakers=breakers, failures=failures, loop=LoopWatch(),
@@ -192,21 +189,6 @@ def _limits(settings: Settings, router: Router, breakers: CircuitBreakers) -> Ha
     )
 
 
-def _observer(settings: Settings, router: Router, store: Store, metrics: Metrics) -> Shadow:
-    return Shadow(
-        ObserverSettings(
-            dsn=settings.current_dsn,
-            schema=settings.schema_,
-            sweep_interval_s=settings.sweep_interval,
-            poll_interval_s=settings.poll_interval,
-            scope=settings.scope,
-        ),
-        router=router,
-        store=store,
-        metrics=metrics,
-    )
-
-
 def _stream_settings(settings: Settings, stall_limit_s: float) -> StreamSettings:
     return StreamSettings(
         dsn=settings.current_stream_dsn,
@@ -235,19 +217,19 @@ def _poller(
     )
 
 
-def _relayed(consumer: ConsumerPort, hooks: Hooks, metrics: Metrics) -> Callable[[list[WakeUp] | None], None]:
-    """Passes on notifications by NOTIFY; None: the table has changed, and it is not known where."""
-    count = metrics.wakeups.received.labels("notify")
+def _listener(settings: Settings, consumer: ConsumerPort, hooks: Hooks, metrics: Metrics) -> Listener:
+    notifications, count = consumer.notifications, metrics.wakeups.received.labels("notify")
 
     def received(wakeups: list[WakeUp] | None) -> None:
+        """None: the table has changed, and it is not known where."""
         if wakeups is None:
             consumer.sweep_now()
             return
         hooks.woken(wakeups)
-        others = consumer.notified(wakeups, relayed=True)
+        others = notifications.notified(wakeups, relayed=True)
         count.inc(len(wakeups) - len(others))
 
-    return received
+    return Listener(settings.current_dsn, settings.schema_, received, captured=notifications.captured)
 
 
 def _the_one(given: Router | None, deliverys: Router | None) -> Router:

@@ -80,7 +80,7 @@ async def _serve(settings: Settings, router: Router | None) -> None:
         await app.run()
     finally:
         stopping.cancel()
-        if not app.consumer.connected.is_set():  # a thread of a library may still be resolving a name
+        if not app.consumer.lifecycle.connected.is_set():  # a thread of a library may still be resolving a name
             process.abandon()
 
 

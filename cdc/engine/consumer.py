@@ -17,7 +17,6 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence, Set
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
@@ -25,22 +24,23 @@ import psycopg
 
 from cdc.core import failpoints
 from cdc.core.handler_limits import HandlerLimits
-from cdc.core.model import SHARDS, Change, Committed, Processed, Waiting, WakeUp
+from cdc.core.model import Change, Committed, Processed, Waiting
 from cdc.core.read_planner import ReadPlanner
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
-from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.engine.balancing import Balancing
+from cdc.engine.consumer_port import ConsumerSettings
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher
 from cdc.engine.executor import Executor
 from cdc.engine.hooks import Hooks
+from cdc.engine.notifications import Notifications
 from cdc.engine.reader import Reader
-from cdc.engine.reconnecting import wait_for_schema, work_until
+from cdc.engine.reconnecting import Lifecycle
 from cdc.engine.settler import Settler
 from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ConsumerStatus
-from cdc.postgres.connect import Dsn, connect_async
+from cdc.postgres.connect import connect_async
 from cdc.postgres.loaders import leave_unread
 from cdc.postgres.outbox import INDEXED, READ_LIMIT_S, READ_SESSION, Store
 from cdc.postgres.pages import Settled
@@ -49,27 +49,10 @@ from cdc.runtime.deadline import deadline, set_within, unless, wait_within
 
 log = logging.getLogger("cdc.consumer")
 
-_SOON_S = 0.05
 _POLL_SHARDS_S = 1.0
 _ITERATION_MAX_S = 5.0
 _LAST_SETTLE_S = 3.0
 """A commit may hang for as long as a synchronous standby is away; a stop must not."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConsumerSettings:
-    """Durations in seconds. ``window`` and ``concurrency`` count changes, ``transactions`` connections."""
-
-    dsn: Dsn
-    schema: str
-    concurrency: int
-    transactions: int
-    window: int
-    window_bytes: int
-    drain_time_s: float
-    sweep_interval_s: float
-    poll_interval_s: float
-    scope: TypeFilter = EVERYTHING
 
 
 class Consumer:
@@ -98,51 +81,41 @@ class Consumer:
             self._scheduler, self._planner, store, metrics, pauses=demand.pauses,
             sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
         )  # fmt: skip
-        self._stopping = asyncio.Event()
-        self._read_due = asyncio.Event()
+        ownership = self._scheduler.ownership
+        self.lifecycle = Lifecycle(metrics.consumer)
+        self.notifications = Notifications(
+            self._planner, metrics.wakeups.dropped, owned=ownership.owned,
+            sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
+        )  # fmt: skip
         self.crash_guard = CrashGuard(store, settings.window)
         self.exposed = self.crash_guard.exposed
-        self._liveness = _Liveness()
         self._settler = Settler(
             self._scheduler,
             store,
             metrics.outbox,
             committed=self._committed,
             settled=self._settled,
-            iterated=partial(self._liveness.iterated, "settle"),
+            iterated=partial(self.lifecycle.iterated, "settle"),
         )
         self._dispatcher = Dispatcher(
             self._scheduler, executor, settings.concurrency, connections=settings.transactions,
             crash_guard=self.crash_guard, finished=self._settler.put, reread=self._reread,
         )  # fmt: skip
         executor.breakers.changed = self._dispatcher.breaker_changed
-        ownership = self._scheduler.ownership
         ownership.subscribe(self._planner, self._settler, self.crash_guard)
         self._balancing = Balancing(ownership, self._settler, self.crash_guard, metrics.consumer, acquired=self._reread)
         self._drained = asyncio.Event()
-        self.in_service = False
-        self.connected = asyncio.Event()
-        """Set at the first connection and never unset: from then on lost connections are waited out."""
 
     # --- from outside, on the event loop ---------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Start nothing more, give what runs its drain time, settle, and leave."""
-        self._stopping.set()
+        self.lifecycle.stopping.set()
 
     @property
     def owned(self) -> Set[int]:
         """The shards that this consumer owns."""
         return self._scheduler.ownership.owned
-
-    @property
-    def is_sharing(self) -> bool:
-        """Whether it does not own all shards."""
-        return len(self._scheduler.ownership.owned) < SHARDS
-
-    @property
-    def stopping(self) -> bool:
-        return self._stopping.is_set()
 
     @property
     def held_up_s(self) -> float:
@@ -154,52 +127,20 @@ class Consumer:
         """For how long no change could be read, in seconds."""
         return _since(self._reads.delayed_since)
 
-    def notified(self, wakeups: Sequence[WakeUp], *, relayed: bool = False) -> Sequence[WakeUp]:
-        """Wake-ups have come in from the slot. Returns those whose shards other consumers own.
-
-        ``relayed``: they come from the process that streams, or streamed when it sent them.
-        """
-        ours, others, owned = wakeups, list[WakeUp](), self._scheduler.ownership.owned
-        if len(owned) < SHARDS:
-            ours = [wakeup for wakeup in wakeups if wakeup.shard in owned]
-            others = [wakeup for wakeup in wakeups if wakeup.shard not in owned]
-        if dropped := self._planner.notified(ours, relayed=relayed):
-            self._metrics.wakeups.dropped.inc(dropped)
-        if ours:
-            self._read_due.set()
-        return others
-
     def sweep_now(self) -> None:
         """The table changed without a wake-up for each row: sweep from the start."""
         self._reads.restart()
-        self._read_due.set()
-
-    def captured(self) -> None:
-        """Changes were captured, and the notification cannot say which: sweep soon, but not for each of them."""
-        self._planner.sweep_by(time.monotonic() + _SOON_S)
-        self._read_due.set()
-
-    def missed(self) -> None:
-        """Wake-ups were lost."""
-        self._planner.wakeups_lost()
-        self._read_due.set()
-
-    def streaming(self, *, connected: bool) -> None:
-        """This process's stream has begun, and earlier wake-ups may be lost; or it has ended."""
-        interval_s = self._settings.sweep_interval_s if connected else self._settings.poll_interval_s
-        self._planner.interval(interval_s, time.monotonic())
-        self._planner.streaming(connected=connected)
-        self._read_due.set()
+        self.notifications.due.set()
 
     @property
     def status(self) -> ConsumerStatus:
         """From any thread."""
-        scheduler, planner = self._scheduler, self._planner
+        life, scheduler, planner = self.lifecycle, self._scheduler, self._planner
         return ConsumerStatus(
-            in_service=self.in_service,
-            stopping=self.stopping,
-            answered_at=self._liveness.answered_at,
-            last_iteration=dict(self._liveness.last_iteration),
+            in_service=life.in_service,
+            stopping=life.stopping.is_set(),
+            answered_at=life.answered_at,
+            last_iteration=dict(life.last_iteration),
             owned_shards=len(self.owned),
             members=self._balancing.members,
             running=scheduler.running,
@@ -219,14 +160,13 @@ class Consumer:
 
     async def run(self) -> None:
         """Work until stopped. Raises the error when the very first connection is refused."""
-        metrics = self._metrics.consumer
-        await work_until(self._stopping, self._run_connected, connected=self.connected, metrics=metrics)
+        await self.lifecycle.run(self._run_connected)
         await self._hooks.drain(self._settings.drain_time_s)
 
     async def _run_connected(self) -> None:
         """Work with one set of connections until one of them fails or the consumer is stopped."""
         async with contextlib.AsyncExitStack() as connections:
-            opened = await unless(self._stopping, connections.enter_async_context(self._connections()))
+            opened = await unless(self.lifecycle.stopping, connections.enter_async_context(self._connections()))
             if opened is None:
                 return
             session, reader = opened
@@ -252,28 +192,28 @@ class Consumer:
             )
             leave_unread(reader)
             async with reader:
-                self.connected.set()
+                self.lifecycle.connected.set()
                 await self._wait_for_schema(session, reader)
                 await self.crash_guard.clear()
-                self.in_service = True
+                self.lifecycle.in_service = True
                 yield session, reader
         finally:
-            self.in_service = False
+            self.lifecycle.in_service = False
             await session.close()
 
     async def _wait_for_schema(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         async def check() -> None:
-            self._liveness.iterated("consumer")
+            self.lifecycle.iterated("consumer")
             await session.poll()
-            self._liveness.iterated("consumer", answered=True)
+            self.lifecycle.iterated("consumer", answered=True)
             await self._store.check(reader)
 
-        await wait_for_schema(self._stopping, check)
+        await self.lifecycle.wait_for_schema(check)
 
     async def _drain_at_stop(
         self, session: ShardSession, readers: Sequence[asyncio.Task[None]], settling: asyncio.Task[None]
     ) -> None:
-        await self._stopping.wait()
+        await self.lifecycle.stopping.wait()
         await self._dispatcher.drain(self._settings.drain_time_s)
         self._drained.set()
         self._settler.finish()
@@ -296,7 +236,7 @@ class Consumer:
     async def _end_connection(self) -> None:
         """The locks are gone, or about to be: forget what was queued and cut off what can be."""
         lost = self._scheduler.ownership.lose()
-        if lost and not self.stopping:
+        if lost and not self.lifecycle.stopping.is_set():
             self._metrics.consumer.shard_moves.labels("lost").inc(lost)
         self._reads.due_within(0.0)
         await self._dispatcher.session_lost()
@@ -304,11 +244,11 @@ class Consumer:
     # --- shards ----------------------------------------------------------------------------------------------------
 
     async def _shard_loop(self, session: ShardSession) -> None:
-        while not self.stopping:
-            self._liveness.iterated("shards")
+        while not self.lifecycle.stopping.is_set():
+            self.lifecycle.iterated("shards")
             if await self._balancing.poll(session, time.monotonic()):
-                self._liveness.iterated("shards", answered=True)
-            await wait_within(self._stopping, _POLL_SHARDS_S)
+                self.lifecycle.iterated("shards", answered=True)
+            await wait_within(self.lifecycle.stopping, _POLL_SHARDS_S)
         while not self._drained.is_set():  # the server ends a session that is silent
             await self._balancing.ask(session, time.monotonic())
             await wait_within(self._drained, _POLL_SHARDS_S)
@@ -316,15 +256,15 @@ class Consumer:
     def _reread(self) -> None:
         """Changes were left without an outcome. Only a read of due changes finds one that waits and is due."""
         self._reads.due_within(0.0)
-        self._read_due.set()
+        self.notifications.due.set()
 
     # --- reads -----------------------------------------------------------------------------------------------------
 
     async def _read_loop(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
-        while not self._stopping.is_set():
-            self._read_due.clear()
+        while not self.lifecycle.stopping.is_set():
+            self.notifications.due.clear()
             read = await self._reads.once(reader, session)
-            self._liveness.iterated("consumer", answered=read)
+            self.lifecycle.iterated("consumer", answered=read)
             if read:
                 if session.has_server_message and not self._scheduler.settling:
                     # Another consumer takes the shards if the session has ended: check before starting more.
@@ -334,7 +274,7 @@ class Consumer:
             failpoints.here("fetch.after_dispatch")
             wait_s = self._reads.wait_s(read=read)
             if wait_s or not read:
-                await set_within(self._read_due, min(wait_s, _ITERATION_MAX_S))
+                await set_within(self.notifications.due, min(wait_s, _ITERATION_MAX_S))
 
     # --- settle ----------------------------------------------------------------------------------------------------
 
@@ -354,7 +294,7 @@ class Consumer:
 
     def _read_if_room_helps(self) -> None:
         if self._reads.wants_room or self._scheduler.wants_key_reads:
-            self._read_due.set()
+            self.notifications.due.set()
 
     def _tell(self, batch: Sequence[Settlement], settled_at: datetime) -> None:
         processed: list[Change] = []
@@ -365,7 +305,7 @@ class Consumer:
                 self._reread()  # it may have held back another one that is due
             if isinstance(outcome, Waiting):
                 self._reads.due_within(outcome.delay_s)
-                self._read_due.set()
+                self.notifications.due.set()
         self._processed(processed, settled_at)
 
     def _processed(self, changes: Sequence[Change], at: datetime) -> None:
@@ -375,19 +315,6 @@ class Consumer:
         for entity_type, seconds in took_s.items():
             self._metrics.handlers.took(entity_type, seconds)
         self._hooks.processed(changes)
-
-
-class _Liveness:
-    """When each loop last came round, and when the server last answered. Written on the event loop, read anywhere."""
-
-    def __init__(self) -> None:
-        self.last_iteration: dict[str, float] = {}
-        self.answered_at: float | None = None
-
-    def iterated(self, loop: str, *, answered: bool = False) -> None:
-        now = self.last_iteration[loop] = time.monotonic()
-        if answered:
-            self.answered_at = now
 
 
 def _since(moment: float | None) -> float:

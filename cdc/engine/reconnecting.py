@@ -1,9 +1,10 @@
-"""Runs work on connections, and again on new ones when they have broken: for a consumer and an observer."""
+"""The life of a consumer: it connects, works until a connection breaks, and connects again, until it is stopped."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 import psycopg
@@ -21,47 +22,60 @@ _SCHEMA_EVERY_S = 1.0
 _INTERRUPTIONS = (CdcError, psycopg.Error, OSError)  # TimeoutError is an OSError
 
 
-async def work_until(
-    stopping: asyncio.Event,
-    work: Callable[[], Awaitable[None]],
-    *,
-    connected: asyncio.Event,
-    metrics: ConsumerMetrics,
-) -> None:
-    """Call ``work``, which connects, again and again until it is stopping.
+class Lifecycle:
+    """Written on the event loop; ``in_service`` and the times, by ``time.monotonic()``, are read by any thread."""
 
-    Raises the error when the very first connection is refused, before ``connected`` is set, and any error that neither
-    an operator nor time can fix.
-    """
-    now, pause_s = asyncio.get_running_loop().time, _PAUSE_MIN_S
-    while not stopping.is_set():
-        began = now()
-        error = await _interruption(work)
-        if error and not connected.is_set() and not stopping.is_set():
-            raise error
-        if error and not stopping.is_set():
-            log.warning("interrupted: %s; trying again", _sentence(error))
-            metrics.interruptions.labels(_kind(error)).inc()
-            pause_s = next_pause_s(pause_s, now() - began)
-            await wait_within(stopping, pause_s)
+    def __init__(self, metrics: ConsumerMetrics) -> None:
+        self._metrics = metrics
+        self.stopping = asyncio.Event()
+        self.connected = asyncio.Event()
+        """Set at the first connection and never unset: from then on lost connections are waited out."""
+        self.in_service = False
+        """There are connections, and a schema."""
+        self.last_iteration: dict[str, float] = {}
+        """By the name of a loop."""
+        self.answered_at: float | None = None
 
+    def iterated(self, loop: str, *, answered: bool = False) -> None:
+        """A loop has begun an iteration. ``answered``: and the server has answered."""
+        now = self.last_iteration[loop] = time.monotonic()
+        if answered:
+            self.answered_at = now
 
-async def wait_for_schema(stopping: asyncio.Event, check: Callable[[], Awaitable[None]]) -> None:
-    """Check until there is a schema, and log what is missing: a sidecar may start before the application's migrations.
+    async def run(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Call ``work``, which connects, again and again until it is stopping.
 
-    ``check`` raises SchemaError.
-    """
-    reported = ""
-    while not stopping.is_set():
-        try:
-            await check()
-        except SchemaError as error:
-            if reported != str(error):
-                log.warning("waiting: %s", _sentence(error))
-            reported = str(error)
-            await wait_within(stopping, _SCHEMA_EVERY_S)
-        else:
-            return
+        Raises the error when the very first connection is refused, and any error that neither an operator nor time can
+        fix.
+        """
+        pause_s = _PAUSE_MIN_S
+        while not self.stopping.is_set():
+            began = time.monotonic()
+            error = await _interruption(work)
+            if error and not self.connected.is_set() and not self.stopping.is_set():
+                raise error
+            if error and not self.stopping.is_set():
+                log.warning("interrupted: %s; trying again", _sentence(error))
+                self._metrics.interruptions.labels(_kind(error)).inc()
+                pause_s = next_pause_s(pause_s, time.monotonic() - began)
+                await wait_within(self.stopping, pause_s)
+
+    async def wait_for_schema(self, check: Callable[[], Awaitable[None]]) -> None:
+        """Check until there is a schema, and log what is missing: a sidecar may start before the migrations.
+
+        ``check`` raises SchemaError.
+        """
+        reported = ""
+        while not self.stopping.is_set():
+            try:
+                await check()
+            except SchemaError as error:
+                if reported != str(error):
+                    log.warning("waiting: %s", _sentence(error))
+                reported = str(error)
+                await wait_within(self.stopping, _SCHEMA_EVERY_S)
+            else:
+                return
 
 
 def next_pause_s(before_s: float, worked_s: float) -> float:

@@ -15,8 +15,8 @@ from typing import Any
 
 from cdc.core.errors import StreamError
 from cdc.core.model import WakeUp
-from cdc.engine.consumer_port import ConsumerPort
 from cdc.engine.hooks import Hooks
+from cdc.engine.notifications import Notifications
 from cdc.observability.metrics import Metrics
 from cdc.postgres.notify import Relay
 
@@ -27,9 +27,9 @@ class StreamBridge:
     """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run in the stream's thread."""
 
     def __init__(
-        self, consumer: ConsumerPort, relay: Relay, metrics: Metrics, hooks: Hooks, *, changed: Callable[[], None]
+        self, notifications: Notifications, relay: Relay, metrics: Metrics, hooks: Hooks, *, changed: Callable[[], None]
     ) -> None:
-        self._consumer = consumer
+        self._notifications = notifications
         self._relay = relay
         self._changed = changed
         self._metrics = metrics
@@ -64,7 +64,7 @@ class StreamBridge:
     # --- on the event loop -----------------------------------------------------------------------------------------
 
     def _streaming(self) -> None:
-        self._consumer.streaming(connected=True)
+        self._notifications.streaming(connected=True)
         self._changed()
 
     def _notified(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
@@ -75,14 +75,14 @@ class StreamBridge:
         if latency_s is not None:
             self._metrics.wakeups.latency.observe(max(0.0, latency_s))
         self._hooks.woken(wakeups)
-        if others := self._consumer.notified(wakeups):
+        if others := self._notifications.notified(wakeups):
             self._relay.offer(others)
         if dropped:
             self._metrics.wakeups.dropped.inc(dropped)
-            self._consumer.missed()
-            if self._consumer.is_sharing:
+            self._notifications.missed()
+            if self._notifications.is_sharing:
                 self._relay.missed()
 
     def _interrupted(self, reason: str) -> None:
         self._metrics.stream.disconnected(reason)
-        self._consumer.streaming(connected=False)
+        self._notifications.streaming(connected=False)

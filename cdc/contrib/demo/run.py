@@ -119,7 +119,7 @@ class _Stage:
         """Wait until the slot delivers wake-ups. Where it cannot, the consumer sweeps, and the demo shows that."""
         now = asyncio.get_running_loop().time
         latest, refused = now() + _START_LIMIT_S, False
-        while not (app.consumer.in_service and app.status.not_streaming is None):
+        while not (app.consumer.lifecycle.in_service and app.status.not_streaming is None):
             if work.done() or self._stopping.is_set() or now() > latest:
                 return
             if not refused and app.status.not_streaming not in _PASSING:

@@ -57,7 +57,7 @@ async def test_it_shows_who_works_how_fast_what_waits_and_the_slot_and_no_row_co
 ) -> None:
     slot = slot_name()
     async with consuming(outbox, handlers_page.router, slot_name=slot, slot_mode="temporary", backoff_base=200) as app:
-        await asyncio.wait_for(app.consumer.connected.wait(), 20)
+        await asyncio.wait_for(app.consumer.lifecycle.connected.wait(), 20)
         for entity_type in ("good", "good", "dying", "failing"):
             publish(outbox_db, entity_type, secret=SECRET)
 

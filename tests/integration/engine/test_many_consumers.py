@@ -224,7 +224,7 @@ async def test_when_one_leaves_the_others_take_its_shards_and_the_slot(
             await _shared(stays, leaves)
 
         async def alone() -> bool:
-            return not stays.consumer.is_sharing and stays.status.role is Role.STREAMING
+            return not stays.consumer.notifications.is_sharing and stays.status.role is Role.STREAMING
 
         await eventually_async(alone)
         _publish(outbox_db, 100)

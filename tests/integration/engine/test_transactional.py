@@ -201,7 +201,7 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
         async with consuming(outbox, second) as other:
 
             async def owns_all() -> bool:
-                return not other.consumer.is_sharing
+                return not other.consumer.notifications.is_sharing
 
             await eventually_async(owns_all)
 

@@ -58,7 +58,7 @@ async def test_other_types_are_left_untouched_and_hold_up_nothing(
             return _states(outbox_db) == {"old": 2_100}
 
         await eventually_async(done)
-        assert app.consumer.in_service
+        assert app.consumer.lifecycle.in_service
     assert outbox_db.execute(_OLD).fetchall()[:2_000] == before
 
 
@@ -166,4 +166,4 @@ async def test_what_the_documented_trigger_sends_makes_a_consumer_look_soon(
 
 
 async def _idle(app: App) -> bool:
-    return app.consumer.in_service and not app.status.consumer.catching_up
+    return app.consumer.lifecycle.in_service and not app.status.consumer.catching_up

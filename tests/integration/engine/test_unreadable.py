@@ -152,7 +152,7 @@ async def test_what_is_locked_and_cannot_be_read_is_a_dead_letter_as_soon_as_it_
         async with consuming(ascii_dsn, calls.router) as app:
 
             async def tried() -> bool:
-                return app.status.consumer.answered_at is not None and bool(
+                return app.consumer.lifecycle.answered_at is not None and bool(
                     db.execute("SELECT FROM pg_stat_activity WHERE application_name = 'cdc: reader'").fetchall()
                 )
 

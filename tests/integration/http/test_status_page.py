@@ -61,7 +61,7 @@ async def serving(dsn: str, router: Router, **settings: Any) -> AsyncIterator[tu
     """A consumer that answers on a port."""
     port = free_port()
     async with consuming(dsn, router, http_port=port, **settings) as app:
-        await asyncio.wait_for(app.consumer.connected.wait(), 20)
+        await asyncio.wait_for(app.consumer.lifecycle.connected.wait(), 20)
         yield app, port
 
 
