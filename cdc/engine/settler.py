@@ -14,11 +14,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import psycopg
 
+from cdc.core.delay import Delay
 from cdc.core.model import Change, Committed, Dead, Outcome, Unmarkable
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
@@ -39,15 +39,12 @@ _PAUSE_S, _PAUSE_FACTOR, _PAUSE_MAX_S = 0.005, 4, 0.020
 long as the settle took, up to a limit: under load there are fewer of them. With 5 ms alone a settle had 35 changes that
 ended in threads, with this it has 160, and a quarter more of them end."""
 _ITERATION_MAX_S = 5.0
-_REST_MIN_S, _REST_MAX_S = 0.1, 2.0
-"""Between two tries while nothing can be written."""
 _LOCKED_S = 0.5
 """Until a locked row is tried again."""
 _REFUSED_S = 60.0
 """The same for a row that cannot even be made a dead letter."""
 _ASK_AFTER_S = 0.3
 """A settle that takes as long waits for another session; lock_timeout ends it later than that."""
-_LOG_EVERY_S = 30.0
 _WORDS_MAX = 500
 
 _now = time.monotonic
@@ -57,18 +54,6 @@ _BLOCKERS = """
 SELECT pid, coalesce(activity.application_name, '') FROM unnest(pg_blocking_pids(%s)) AS pid
 LEFT JOIN pg_stat_activity AS activity USING (pid)
 """
-
-
-@dataclass(slots=True)
-class _Delay:
-    """Some outcomes cannot be written: since when, and when the log last reported it.
-
-    ``around_locks``: whatever row is locked is skipped.
-    """
-
-    since: float
-    logged_at: float | None = None
-    around_locks: bool = False
 
 
 class _Iterated(Protocol):
@@ -103,15 +88,15 @@ class Settler:
         self._due = asyncio.Event()
         self._again = asyncio.Event()
         self._finishing = False
-        self._rest_s = 0.0
-        self._rests_until = self._pauses_until = 0.0
-        self._delay: _Delay | None = None
+        self._around_locks = False
+        self._pauses_until = 0.0
+        self._delay = Delay()
         self._blockers = _Blockers()
 
     @property
     def held_up_since(self) -> float | None:
         """Since when some outcome cannot be written."""
-        return self._delay.since if self._delay else None
+        return self._delay.since
 
     @property
     def parked(self) -> Collection[int]:
@@ -158,11 +143,11 @@ class Settler:
                 self._iterated()
                 self._due.clear()
                 now = _now()
-                if now >= self._rests_until and (batch := self._queue.take(_BATCH_MAX, now)):
+                if now >= self._delay.until and (batch := self._queue.take(_BATCH_MAX, now)):
                     now = await self._settle(session, reader, batch, now)
                 if not self._finishing or self._queue:
                     await set_within(
-                        self._due, min(_ITERATION_MAX_S, max(self._rests_until - now, self._queue.wait_s(now)))
+                        self._due, min(_ITERATION_MAX_S, max(self._delay.until - now, self._queue.wait_s(now)))
                     )
                     if _now() < self._pauses_until:
                         await self._pause()
@@ -189,8 +174,8 @@ class Settler:
             # Neither what was put back, nor any of a session that was lost during the settle.
             done = list(filter(self._queue.written, batch))
             self._scheduler.settled(done)
-            if self._delay:
-                self._log_end_of_delay(self._delay)
+            if self._delay.since is not None and not self._queue.holds:
+                self._log_end_of_delay(now)
             self._settled(done, found)
         return now
 
@@ -205,26 +190,27 @@ class Settler:
                     session.connection,
                     batch,
                     maybe_written=self._queue.maybe_written,
-                    around_locks=self._delay is not None and self._delay.around_locks,
+                    around_locks=self._around_locks,
                 )
         except psycopg.Error as error:
             self._refused(session.connection, batch, error)
             return None
         finally:
             look.cancel()
-        self._rest_s = 0.0
+        if self._delay.since is not None:
+            self._delay.advanced()
         if settled.locked:
             self._metrics.settle_delayed.inc(len(settled.locked))
             self._queue.put_back(settled.locked, _now() + _LOCKED_S)
-            self._delayed(settled.locked, "a row is locked")
+            if self._delay.reports(_now()):
+                self._log_delay(settled.locked, "a row is locked")
         return settled
 
-    def _log_end_of_delay(self, delay: _Delay) -> None:
-        if not self._queue.holds:
-            if delay.logged_at is not None:
-                log.info("all marks are written again, after %.1f s", _now() - delay.since)
-            self._delay = None
-            self._blockers.words = ""
+    def _log_end_of_delay(self, now: float) -> None:
+        if (delayed_s := self._delay.done(now)) is not None:
+            log.info("all marks are written again, after %.1f s", delayed_s)
+        self._around_locks = False
+        self._blockers.words = ""
 
     def _refused(self, connection: psycopg.AsyncConnection, batch: list[Settlement], error: psycopg.Error) -> None:
         subject = about(None if connection.closed else error.sqlstate)
@@ -234,14 +220,13 @@ class Settler:
             self._isolate(batch, error)
             return
         self._queue.again(batch)
-        delay = self._delay = self._delay or _Delay(_now())
-        if error.sqlstate == "55P03" and not delay.around_locks:
-            delay.around_locks = True  # the next try is at once
+        if error.sqlstate == "55P03" and not self._around_locks:
+            self._around_locks = True  # the next try is at once, and skips whatever row is locked
+            self._delay.begin(_now())
             return
         self._metrics.settle_delayed.inc(len(batch))
-        self._rest_s = min(max(2 * self._rest_s, _REST_MIN_S), _REST_MAX_S)
-        self._rests_until = _now() + self._rest_s
-        self._delayed(batch, f"{error.diag.message_primary} [{error.sqlstate}]")
+        if self._delay.failed(_now()):
+            self._log_delay(batch, f"{error.diag.message_primary} [{error.sqlstate}]")
 
     def _isolate(self, batch: list[Settlement], error: psycopg.Error) -> None:
         if len(batch) > 1:
@@ -251,7 +236,8 @@ class Settler:
         change, outcome = finished
         if isinstance(outcome, Unmarkable):
             self._queue.put_back(batch, _now() + _REFUSED_S)
-            self._delayed(batch, f"the table refuses even a dead letter [{error.sqlstate}]")
+            if self._delay.reports(_now()):
+                self._log_delay(batch, f"the table refuses even a dead letter [{error.sqlstate}]")
             return
         self._metrics.rows_refused.labels("mark").inc()
         log.error(
@@ -260,17 +246,13 @@ class Settler:
         )  # fmt: skip
         self._queue.becomes(Settlement(change, _unmarkable(outcome, error)))
 
-    def _delayed(self, batch: Sequence[Settlement], why: str) -> None:
-        now = _now()
-        delay = self._delay = self._delay or _Delay(now)
-        if delay.logged_at is None or now - delay.logged_at >= _LOG_EVERY_S:
-            delay.logged_at = now
-            first = batch[0].change
-            log.warning(
-                "the marks of %d changes are delayed, the first is %s of %s: %s%s; they are kept, and no handler is"
-                " called again for them",
-                len(batch), first.id, first.entity_type, why, self._blockers.words,
-            )  # fmt: skip
+    def _log_delay(self, batch: Sequence[Settlement], why: str) -> None:
+        first = batch[0].change
+        log.warning(
+            "the marks of %d changes are delayed, the first is %s of %s: %s%s; they are kept, and no handler is called"
+            " again for them",
+            len(batch), first.id, first.entity_type, why, self._blockers.words,
+        )  # fmt: skip
 
 
 class _Blockers:

@@ -32,3 +32,30 @@ def test_it_says_since_when_and_for_how_long() -> None:
     assert delay.done(5.0) == 3.0
     assert delay.since is None
     assert delay.done(6.0) is None
+
+
+def test_what_is_done_before_it_was_reported_is_not_reported_either() -> None:
+    delay = Delay()
+    delay.begin(1.0)
+    assert (delay.since, delay.until) == (1.0, 0.0)
+    assert delay.done(2.0) is None
+    assert delay.since is None
+
+
+def test_part_of_it_that_is_obstructed_is_reported_and_rests_nothing() -> None:
+    delay = Delay()
+    delay.begin(1.0)
+    assert [delay.reports(now) for now in (2.0, 3.0)] == [True, False]
+    assert delay.until == 0.0
+    assert delay.done(4.0) == 3.0
+
+
+def test_after_part_of_it_was_done_the_next_rest_is_short() -> None:
+    delay = Delay()
+    for now in (1.0, 2.0):
+        delay.failed(now)
+    delay.advanced()
+    assert delay.until == 0.0
+    delay.failed(3.0)
+    assert round(delay.until - 3.0, 6) == 0.1
+    assert delay.since == 1.0
