@@ -21,6 +21,7 @@ from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import NOTHING, Run
 from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler
+from cdc.engine.batching import Batching
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.executor import Executor, PendingCall
 from cdc.engine.quarantine import Quarantine
@@ -32,9 +33,6 @@ log = logging.getLogger("cdc.consumer")
 
 _CHANGES_PER_ITERATION = 100
 """Handlers that never wait would otherwise keep the event loop busy for a whole window."""
-
-_BATCH_BYTES = 4 << 20
-"""Documents of a batch of more than one change: they are in memory several times over while they are sent."""
 _CUT_OFF_S = 5.0
 _ASK_AGAIN_S = 0.1
 """Until the change's lock or the server is free again; the key stays blocked meanwhile."""
@@ -61,10 +59,8 @@ class Dispatcher:
         self._scheduler = scheduler
         self._executor = executor
         self._concurrency = concurrency
-        self._connections = connections
         self._crash_guard = crash_guard
-        # For each kind of handler as many as there are connections, so that a group is made when it can begin.
-        self._transactions = {is_async: asyncio.Semaphore(connections) for is_async in (True, False)}
+        self._batching = Batching(scheduler, executor, connections)
         self._finished = finished
         self._reread = reread
         self._handler: Handler | None = None
@@ -80,8 +76,6 @@ class Dispatcher:
         self._escapes = Losses()
         """Attempts that ended without an outcome, and not because of their call."""
         self._stopping = asyncio.Event()
-        self._lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
-        """Batches that wait for more, each with the event that says it is full."""
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -218,8 +212,8 @@ class Dispatcher:
             self._quarantine.held.append((handler, change))
         elif self._executor.lost(change):
             self._beside(handler, change, self._execute_lost(handler, change))
-        elif handler is not None and handler in self._lingering and not self._alone_only(change):
-            self._join(handler, change)
+        elif handler is not None and handler in self._batching.lingering and not self._batching.runs_alone(change):
+            self._batching.join(handler, change)
         else:
             batch = [change]
             self._tasks[task] = Run(handler, batch)
@@ -230,7 +224,7 @@ class Dispatcher:
         """Run a change, or the batch that is gathered around it, and report."""
         try:
             if handler is not None and handler.transactional:
-                async with self._transactions[handler.is_async]:
+                async with self._batching.transactions[handler.is_async]:
                     outcomes = await self._run(handler, batch)
             else:
                 outcomes = await self._run(handler, batch)
@@ -256,7 +250,7 @@ class Dispatcher:
     async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
         if handler is not None:
             if handler.batch or handler.group > 1:
-                await self._gather(handler, batch)
+                await self._batching.gather(handler, batch)
             if batch[0].crashed or self._crash_guard.active:
                 await self._crash_guard.record_start(batch)
         return await self._executor.run(handler, batch)
@@ -341,50 +335,6 @@ class Dispatcher:
             self._report_outcomes(handler, [change], {change: outcome})
         else:
             await self._execute(handler, [change])
-
-    async def _gather(self, handler: Handler, batch: list[Change]) -> None:
-        """Fill a batch for a handler that takes many, or a group that shares a transaction."""
-        limit = handler.batch or self._executor.group_limit(handler)
-        if limit == 1 or self._alone_only(batch[0]):
-            return
-        if handler.batch is None:
-            limit = min(limit, 1 + self._scheduler.waiting_like(batch[0]) // self._connections)
-        self._scheduler.start_with(batch, limit, self._fits_into(batch))
-        if handler.linger_s and len(batch) < limit and handler not in self._lingering:
-            full = asyncio.Event()
-            self._lingering[handler] = waiting = batch, full
-            try:
-                await wait_within(full, handler.linger_s)
-            finally:
-                if self._lingering.get(handler) is waiting:  # a full one has left, and another may wait by now
-                    del self._lingering[handler]
-
-    def _join(self, handler: Handler, change: Change) -> None:
-        """Put a started change into the batch of its handler that still waits for more."""
-        batch, full = self._lingering[handler]
-        batch.append(change)
-        limit = handler.batch or 1
-        self._scheduler.start_with(batch, limit, self._fits_into(batch))
-        if len(batch) >= limit:
-            full.set()
-            del self._lingering[handler]
-
-    def _fits_into(self, batch: Sequence[Change]) -> Callable[[Change], bool]:
-        """Whether a change may run together with the batch, and its documents fit into it."""
-        counted, left = 0, _BATCH_BYTES
-
-        def fits(change: Change) -> bool:
-            nonlocal counted, left
-            while counted < len(batch):
-                left -= batch[counted].size
-                counted += 1
-            return not self._alone_only(change) and change.size <= left
-
-        return fits
-
-    def _alone_only(self, change: Change) -> bool:
-        """Whether it must not run together with others: its failure would cost them an attempt."""
-        return change.crashed or self._executor.lost(change)
 
     def _abandon(self, batch: Iterable[Change]) -> None:
         """Leave these without an outcome: only the table has it."""

@@ -1,0 +1,72 @@
+"""What a handler gets at once: a batch, which may wait for more changes, or a group that shares a transaction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from cdc.core.model import Change
+from cdc.core.router import Handler
+from cdc.core.scheduler import KeyScheduler
+from cdc.engine.executor import Executor
+from cdc.runtime.deadline import wait_within
+
+_BATCH_BYTES = 4 << 20
+"""Documents of a batch of more than one change: they are in memory several times over while they are sent."""
+
+
+class Batching:
+    """``connections``: those for transactional handlers."""
+
+    def __init__(self, scheduler: KeyScheduler, executor: Executor, connections: int) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._connections = connections
+        # For each kind of handler as many as there are connections, so that a group is made when it can begin.
+        self.transactions = {is_async: asyncio.Semaphore(connections) for is_async in (True, False)}
+        self.lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
+        """Batches that wait for more, each with the event that says it is full."""
+
+    async def gather(self, handler: Handler, batch: list[Change]) -> None:
+        """Fill a batch for a handler that takes many, or a group that shares a transaction."""
+        limit = handler.batch or self._executor.group_limit(handler)
+        if limit == 1 or self.runs_alone(batch[0]):
+            return
+        if handler.batch is None:
+            limit = min(limit, 1 + self._scheduler.waiting_like(batch[0]) // self._connections)
+        self._scheduler.start_with(batch, limit, self._fits_into(batch))
+        if handler.linger_s and len(batch) < limit and handler not in self.lingering:
+            full = asyncio.Event()
+            self.lingering[handler] = waiting = batch, full
+            try:
+                await wait_within(full, handler.linger_s)
+            finally:
+                if self.lingering.get(handler) is waiting:  # a full one has left, and another may wait by now
+                    del self.lingering[handler]
+
+    def join(self, handler: Handler, change: Change) -> None:
+        """Put a started change into the batch of its handler that still waits for more."""
+        batch, full = self.lingering[handler]
+        batch.append(change)
+        limit = handler.batch or 1
+        self._scheduler.start_with(batch, limit, self._fits_into(batch))
+        if len(batch) >= limit:
+            full.set()
+            del self.lingering[handler]
+
+    def _fits_into(self, batch: Sequence[Change]) -> Callable[[Change], bool]:
+        """Whether a change may run together with the batch, and its documents fit into it."""
+        counted, left = 0, _BATCH_BYTES
+
+        def fits(change: Change) -> bool:
+            nonlocal counted, left
+            while counted < len(batch):
+                left -= batch[counted].size
+                counted += 1
+            return not self.runs_alone(change) and change.size <= left
+
+        return fits
+
+    def runs_alone(self, change: Change) -> bool:
+        """Whether it must not run together with others: its failure would cost them an attempt."""
+        return change.crashed or self._executor.lost(change)
