@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, copy_context
 from decimal import Context as Decimals
-from decimal import getcontext, setcontext
-from functools import partial
-from types import CoroutineType
-from typing import Any, Generic, TypeVar, cast
+from decimal import DefaultContext, getcontext, setcontext
+from types import CoroutineType, coroutine
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from cdc.core.errors import Failed
 from cdc.core.model import Change
@@ -25,6 +24,17 @@ from cdc.core.router import Handler
 from cdc.runtime.cancelling import disregard, has_cancellations, is_being_cancelled
 
 _T = TypeVar("_T")
+
+
+def _variable_of_decimals() -> ContextVar[Decimals]:
+    """In which decimal keeps its settings: the only one that it sets in an empty context."""
+    context = Context()
+    context.run(getcontext)
+    (variable,) = context
+    return variable
+
+
+_DECIMALS = _variable_of_decimals()
 
 
 class EscapedError(Exception):
@@ -39,78 +49,122 @@ class CutOffError(asyncio.CancelledError):
     """This program has ended the task during the call."""
 
 
+class Contexts(NamedTuple):
+    """Each call runs in a copy of ``template``, with a copy of ``decimals`` unless that is None.
+
+    Decimal's settings are one mutable object, which the copy of a context would share.
+    """
+
+    template: Context
+    decimals: Decimals | None
+
+    @classmethod
+    def current(cls) -> Contexts:
+        return cls(copy_context(), getcontext())
+
+    @classmethod
+    def current_for_many(cls) -> Contexts:
+        """To copy decimal's settings costs more than the rest of a call that does nothing.
+
+        So they are left out here if they are the defaults, which decimal then makes at their first use.
+        """
+        template, decimals = copy_context(), getcontext()
+        if _settings(decimals) != _settings(DefaultContext):
+            return cls(template, decimals)
+        return cls(_without_decimals(template), None)
+
+    def new(self) -> Context:
+        context = self.template.copy()
+        if self.decimals is not None:
+            context.run(setcontext, self.decimals.copy())
+        return context
+
+
 class StartedCall(Generic[_T]):
-    """Awaiting it goes on with a coroutine that has been sent up to its first wait, in the same task.
+    """Awaiting it goes on with a call that has been sent up to its first wait, in the same task.
 
     ``started`` on the monotonic clock. ``error``: the call has failed before its first wait; awaiting raises it.
-    ``context``: the coroutine runs in it; None: in the awaiting one.
     """
+
+    __slots__ = ("_call", "_error", "_waits_for", "started")
 
     def __init__(
         self,
-        coroutine: Coroutine[Any, Any, _T] | None,
+        call: Coroutine[Any, Any, _T] | None,
         waits_for: Any,
         started: float,
         error: BaseException | None = None,
-        context: Context | None = None,
     ) -> None:
-        self._coroutine = coroutine
+        self._call = call
         self._waits_for = waits_for
         self.started = started
         self._error = error
-        self._context = context
 
     def __await__(self) -> Generator[Any, Any, _T]:
         if self._error is not None:
-            raise as_exception(self._error)
-        coroutine, waits_for = self._coroutine, self._waits_for
-        assert coroutine is not None
-        run: Callable[..., Any] = _run_here if self._context is None else self._context.run
-        send: Callable[[Any], Any] = coroutine.send if self._context is None else partial(run, coroutine.send)
+            raise self._error
+        call, waits_for = self._call, self._waits_for
+        assert call is not None
         while True:
             thrown = sent = None
             try:
                 sent = yield waits_for
             except GeneratorExit:  # the awaiting coroutine is closed
-                run(coroutine.close)
+                call.close()
                 raise
-            except BaseException as error:  # noqa: BLE001 - a cancellation above all: it is the coroutine's to handle
+            except BaseException as error:  # noqa: BLE001 - a cancellation above all: it is the call's to handle
                 thrown = error
             try:
-                waits_for = run(coroutine.throw, thrown) if thrown else send(sent)
+                waits_for = call.send(sent) if thrown is None else call.throw(thrown)
             except StopIteration as returned:
                 return cast("_T", returned.value)
-            except BaseException as error:
-                translated = as_exception(error)
-                if translated is error:
-                    raise
-                raise translated from error
 
 
-def own_context() -> Context:
-    """A copy of the current context, and of decimal's settings in it: one mutable object, which a copy would share."""
-    context = copy_context()
-    context.run(setcontext, getcontext().copy())
-    return context
-
-
-def begin(started: float, function: Callable[..., Awaitable[object]], *arguments: Any) -> StartedCall[object] | None:
-    """Call it, up to its first wait. None: it has returned."""
-    context = copy_context()
+def begin(
+    contexts: Contexts, function: Callable[..., Awaitable[_T]], arguments: Sequence[Any]
+) -> Coroutine[Any, Any, _T] | None:
+    """Call it, up to its first wait. Returns the rest of the call, to be awaited; None: it has returned."""
+    context = contexts.template.copy()
     try:
-        call, waits_for = context.run(_first_step, getcontext().copy(), function, arguments)
+        call, waits_for = context.run(_first_step, contexts.decimals, function, arguments)
     except StopIteration:
         return None
-    except BaseException as error:  # noqa: BLE001 - raised where the call is awaited
-        return StartedCall(None, None, started, error)
-    return StartedCall(call, waits_for, started, context=context)
+    except BaseException as error:
+        translated = as_exception(error)
+        if translated is error:
+            raise
+        raise translated from error
+    return cast("Coroutine[Any, Any, _T]", _rest(context.run, call, waits_for))
+
+
+@coroutine
+def _rest(run: Callable[..., Any], call: Coroutine[Any, Any, _T], waits_for: Any) -> Generator[Any, Any, _T]:
+    """A generator: no coroutine could enter a context for each of its steps."""
+    while True:
+        thrown: BaseException | None = None
+        try:
+            yield waits_for  # event loops send nothing
+        except GeneratorExit:  # the awaiting coroutine is closed
+            run(call.close)
+            raise
+        except BaseException as error:  # noqa: BLE001 - a cancellation above all: it is the call's to handle
+            thrown = error
+        try:
+            waits_for = run(call.send, None) if thrown is None else run(call.throw, thrown)
+        except StopIteration as returned:
+            return cast("_T", returned.value)
+        except BaseException as error:
+            translated = as_exception(error)
+            if translated is error:
+                raise
+            raise translated from error
 
 
 async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any) -> None:
     """Call it, and wait until it has returned."""
     try:
-        if begun := begin(0.0, function, *arguments):
-            await begun
+        if rest := begin(Contexts.current(), function, arguments):
+            await rest
     finally:
         if has_cancellations():
             await disregard()
@@ -118,21 +172,17 @@ async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any
 
 def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
     """Call a function that does not wait, in this thread."""
-    try:
-        return own_context().run(function, *arguments)
-    except BaseException as error:
-        translated = as_exception(error)
-        if translated is error:
-            raise
-        raise translated from error
+    return _call_in(Contexts.current().new(), function, arguments)
 
 
-async def call_handler(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
+async def call_handler(
+    handler: Handler, contexts: Contexts, given: Sequence[Change], *connection: Any
+) -> Mapping[int, BaseException]:
     """Call an async handler. Returns the errors of single changes of a batch, by seq. Raises CutOffError."""
     try:
-        try:  # call_async, without a coroutine of its own to be resumed at each wait
-            if begun := begin(0.0, handler.call, given, *connection):
-                await begun
+        try:
+            if rest := begin(contexts, handler.call, (given, *connection)):  # call_async, without its coroutine
+                await rest
         finally:
             if has_cancellations():
                 await disregard()
@@ -145,10 +195,12 @@ async def call_handler(handler: Handler, given: Sequence[Change], *connection: A
     return {}
 
 
-def call_handler_here(handler: Handler, given: Sequence[Change], *connection: Any) -> Mapping[int, BaseException]:
+def call_handler_here(
+    handler: Handler, contexts: Contexts, given: Sequence[Change], *connection: Any
+) -> Mapping[int, BaseException]:
     """The same for a handler that is not async."""
     try:
-        call_here(handler.call, given, *connection)
+        _call_in(contexts.new(), handler.call, (given, *connection))
     except Failed as failed:
         return failed.errors
     return {}
@@ -163,22 +215,45 @@ def as_exception(error: BaseException) -> BaseException:
     return error if passes else EscapedError(error)
 
 
+def _call_in(context: Context, function: Callable[..., _T], arguments: Sequence[Any]) -> _T:
+    try:
+        return context.run(function, *arguments)
+    except BaseException as error:
+        translated = as_exception(error)
+        if translated is error:
+            raise
+        raise translated from error
+
+
 def _first_step(
-    decimals: Decimals, function: Callable[..., Awaitable[_T]], arguments: Sequence[Any]
+    decimals: Decimals | None, function: Callable[..., Awaitable[_T]], arguments: Sequence[Any]
 ) -> tuple[Coroutine[Any, Any, _T], Any]:
     """Entering a context costs more than what is done here: it is entered once. Raises StopIteration at a return."""
-    setcontext(decimals)
+    if decimals is not None:
+        setcontext(decimals.copy())
     try:
         call = function(*arguments)
     except StopIteration as error:  # not a return: the function is no coroutine function and raised it
         raise EscapedError(error) from error
-    coroutine = cast("Coroutine[Any, Any, _T]", call) if type(call) is CoroutineType else _awaited(call)
-    return coroutine, coroutine.send(None)
+    steps = cast("Coroutine[Any, Any, _T]", call) if type(call) is CoroutineType else _awaited(call)
+    return steps, steps.send(None)
 
 
 async def _awaited(result: Awaitable[_T]) -> _T:
     return await result
 
 
-def _run_here(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
+def _settings(decimals: Decimals) -> tuple[object, ...]:
+    """All but the flags, which are what happened."""
+    return (
+        decimals.prec, decimals.rounding, decimals.Emin, decimals.Emax, decimals.capitals, decimals.clamp,
+        decimals.traps,
+    )  # fmt: skip
+
+
+def _without_decimals(context: Context) -> Context:
+    without = Context()
+    for variable, value in context.items():
+        if variable is not _DECIMALS:
+            without.run(variable.set, value)
+    return without

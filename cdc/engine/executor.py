@@ -36,7 +36,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter
@@ -50,7 +50,7 @@ from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
 from cdc.core.router import Handler, Router
 from cdc.core.transaction_batching import AdaptiveBatchSize
-from cdc.engine.calls import CutOffError, StartedCall, begin, call_handler, call_handler_here, call_here
+from cdc.engine.calls import Contexts, CutOffError, StartedCall, begin, call_handler, call_handler_here, call_here
 from cdc.engine.error_policy import ErrorPolicy, LostTooOftenError, TooDeepError
 from cdc.engine.thread_pool import Job, Threads
 from cdc.engine.timeouts import Limit
@@ -131,6 +131,11 @@ class Executor:
         self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
         self.tasks: Mapping[asyncio.Task[Any], Run] = {}
         """What each calling task works on; the tasks keep it."""
+
+    @cached_property
+    def _contexts(self) -> Contexts:
+        """As they are at the first call, for all."""
+        return Contexts.current_for_many()
 
     def group_limit(self, handler: Handler) -> int:
         """How many changes may share the handler's next transaction: one while its breaker is tripped."""
@@ -230,7 +235,7 @@ class Executor:
         call_one = partial(_call_with_model, handler.function, adapter) if adapter else handler.function
         seconds: list[float] = []
         unfinished = None
-        task, suspects = asyncio.current_task(), self._losses.suspects
+        task, suspects, contexts = asyncio.current_task(), self._losses.suspects, self._contexts
         assert task is not None
         began = now = time.monotonic()
         while changes and now - began < _AT_ONCE_S and not (changes[0].crashed or changes[0].chain):
@@ -238,8 +243,13 @@ class Executor:
                 break
             change, started = changes.popleft(), now
             failpoints.here("run.before_handler")
-            if call := begin(started, call_one, change):
-                unfinished = PendingCall(change, call)
+            try:
+                rest = begin(contexts, call_one, (change,))
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - raised where the call is awaited
+                unfinished = PendingCall(change, StartedCall(None, None, started, error))
+                break
+            if rest:
+                unfinished = PendingCall(change, StartedCall(rest, rest.send(None), started))
                 break
             done.append(_FINISHED((change, _PROCESSED)))
             now = time.monotonic()
@@ -261,7 +271,7 @@ class Executor:
         failure: BaseException | None = None
         session = self._sessions_lost
         try:
-            await self._limit(handler).resume(call)
+            await self._limit(handler).resume(call, call.started)
         except Failed as failed:
             failure = failed.errors.get(change.seq)
         except asyncio.CancelledError as error:
@@ -412,12 +422,12 @@ class Executor:
         return outcomes
 
     async def _call(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
-        limit = self._limit(handler)
+        limit, contexts = self._limit(handler), self._contexts
         if handler.transactional:
-            calls = [partial(call_handler, handler, part) for part in _calls(handler, given)]
+            calls = [partial(call_handler, handler, contexts, part) for part in _calls(handler, given)]
             running = self._transactions.run(changes, calls, causes=self._names_causes(handler))
-            return await limit.call(running)
-        return Ran(await limit.call(call_handler(handler, given)))
+            return await limit.resume(running, time.monotonic())
+        return Ran(await limit.call(call_handler(handler, contexts, given)))
 
     def _ignored(self, task: asyncio.Task[Any]) -> None:
         handler, changes = self.tasks.get(task, (None, ()))
@@ -443,11 +453,13 @@ class Executor:
         def owned() -> bool:
             return session == self._sessions_lost
 
+        contexts = self._contexts
+
         def call() -> Ran:
             if handler.transactional:
-                calls = [partial(call_handler_here, handler, part) for part in _calls(handler, given)]
+                calls = [partial(call_handler_here, handler, contexts, part) for part in _calls(handler, given)]
                 return self._transactions.run_in_thread(changes, calls, causes=causes, owned=owned)
-            return Ran(call_handler_here(handler, given))
+            return Ran(call_handler_here(handler, contexts, given))
 
         def overran() -> None:
             self._error_policy.count(handler, "timeout")

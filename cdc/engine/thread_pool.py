@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from cdc.engine.calls import EscapedError, as_exception, own_context
+from cdc.engine.calls import Contexts, EscapedError, as_exception
 from cdc.runtime.cancelling import disregard, is_being_cancelled
 
 
@@ -23,7 +23,7 @@ class Job:
 
     def __init__(self, call: Callable[[], Any], limit_s: float | None, overran: Callable[[], None] | None) -> None:
         self.call = call
-        self.context = own_context()
+        self.context = Contexts.current().new()
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._ended: tuple[Any, BaseException | None] | None = None
         self.started_at: float | None = None  # written by the thread, read by the event loop

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 from cdc.core.errors import OverrunError
@@ -52,15 +52,15 @@ class Limit:
             waits_for = coroutine.send(None)
         except StopIteration as returned:
             return cast("_T", returned.value)
-        return await self.resume(StartedCall(coroutine, waits_for, started))
+        return await self.resume(StartedCall(coroutine, waits_for, started), started)
 
-    async def resume(self, call: StartedCall[_T]) -> _T:
-        """The rest of a call, with what is left of its time since the start."""
+    async def resume(self, call: Awaitable[_T], started: float) -> _T:
+        """The rest of a call, with what is left of its time since the start; or all of one that certainly waits."""
         if self._seconds is None:
             return await call
         task = asyncio.current_task()
         assert task is not None
-        self._ends[task] = at = call.started + self._seconds
+        self._ends[task] = at = started + self._seconds
         if self._timer is None:
             self._set_timer(at)
         try:

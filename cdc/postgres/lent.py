@@ -9,7 +9,7 @@ the statements of every transaction, ours and the handler's, would have to be pr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import psycopg
@@ -51,23 +51,31 @@ class _Adapters(AdaptersMap):
     """The same. One object is reused: making one for each call would cost as much as many handlers."""
 
     types: _Types
-    _is_changed = False
+    is_changed = False
+    """Apart from ``types``."""
 
     def __init__(self, template: AdaptersMap) -> None:
         super().__init__(template)
         self.types = _Types(template.types)
 
-    @property
-    def is_changed(self) -> bool:
-        return self._is_changed or self.types.is_changed
-
     def register_dumper(self, cls: type | str | None, dumper: type[Dumper]) -> None:
-        self._is_changed = True
+        self.is_changed = True
         super().register_dumper(cls, dumper)
 
     def register_loader(self, oid: int | str, loader: type[Loader]) -> None:
-        self._is_changed = True
+        self.is_changed = True
         super().register_loader(oid, loader)
+
+
+def _noted(name: str) -> Any:
+    """A property of psycopg's connections. Whether it was set is noted."""
+    of_driver: property = vars(psycopg.BaseConnection)[name]
+
+    def note(connection: _Lent, value: int | None) -> None:
+        connection.prepares_otherwise = True
+        of_driver.__set__(connection, value)
+
+    return property(of_driver.fget, note)
 
 
 class _Lent(psycopg.BaseConnection[Any]):
@@ -81,7 +89,8 @@ class _Lent(psycopg.BaseConnection[Any]):
     is_pooled = False
     """True: a pooler gives each transaction another session, so no session is ours."""
     _adapters_now: _Adapters | None = None
-    _callbacks: list[tuple[Callable[[Any], None], Any]]
+    _callbacks: Sequence[tuple[Callable[[Any], None], Any]] = ()
+    prepares_otherwise = False
 
     @property
     def adapters(self) -> AdaptersMap:
@@ -89,6 +98,9 @@ class _Lent(psycopg.BaseConnection[Any]):
         if self._adapters_now is None:
             self._adapters_now = _Adapters(psycopg.adapters)
         return self._adapters_now
+
+    prepare_threshold = _noted("prepare_threshold")
+    prepared_max = _noted("prepared_max")
 
     def add_notice_handler(self, callback: Any) -> None:
         self._added(self.remove_notice_handler, callback)
@@ -99,22 +111,28 @@ class _Lent(psycopg.BaseConnection[Any]):
         super().add_notify_handler(callback)
 
     def as_new(self) -> None:
+        """Cheap where a handler changed nothing: it is called after each change."""
         self.row_factory = tuple_row
         self.cursor_factory, self.server_cursor_factory = self._cursors
-        self.prepare_threshold = None if self.is_pooled else _PREPARE_THRESHOLD
-        self.prepared_max = _PREPARED_MAX
-        if self._adapters_now is not None and self._adapters_now.is_changed:
+        if self.prepares_otherwise:
+            self.prepare_threshold = None if self.is_pooled else _PREPARE_THRESHOLD
+            self.prepared_max = _PREPARED_MAX
+            self.prepares_otherwise = False
+        adapters = self._adapters_now
+        if adapters is not None and (adapters.is_changed or adapters.types.is_changed):
             self._adapters_now = None
-        for remove, callback in self.__dict__.pop("_callbacks", ()):
-            with contextlib.suppress(ValueError):  # the handler has removed it already
-                remove(callback)
+        if self._callbacks:
+            callbacks, self._callbacks = self._callbacks, ()
+            for remove, callback in callbacks:
+                with contextlib.suppress(ValueError):  # the handler has removed it already
+                    remove(callback)
 
     def renew_adapters(self) -> None:
         """Adapters that the program registers later reach the next borrower of the connection."""
         self._adapters_now = None
 
     def _added(self, remove: Callable[[Any], None], callback: Any) -> None:
-        self.__dict__.setdefault("_callbacks", []).append((remove, callback))
+        self._callbacks = (*self._callbacks, (remove, callback))
 
 
 class Lent(_Lent, GuardedConnection):

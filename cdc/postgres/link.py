@@ -9,7 +9,11 @@ then, if only with an error.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
+import os
+import socket
 import time
 from collections.abc import Coroutine, Generator, Iterator
 from contextlib import contextmanager
@@ -21,9 +25,6 @@ from cdc.runtime.forks import not_for_children
 
 _T = TypeVar("_T")
 
-_CANCEL_LIMIT_S = 2.0
-"""For a statement to end after a cancel request, when no task waits for its answer."""
-
 
 class SilentLinkError(psycopg.OperationalError):
     """The server has not answered within the limit; the connection is closed."""
@@ -33,8 +34,6 @@ class GuardedConnection(psycopg.Connection[Any]):
     """``answer_limit_s``: for each answer from now on; None: no limit."""
 
     answer_limit_s: float | None = None
-    answer_due = math.inf
-    """When the awaited answer is late, on the monotonic clock."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -47,22 +46,37 @@ class GuardedConnection(psycopg.Connection[Any]):
 
 
 class AsyncGuardedConnection(psycopg.AsyncConnection[Any]):
-    """``GuardedConnection`` for an event loop."""
+    """``GuardedConnection`` for an event loop. After a cancellation each answer has a limit."""
 
     answer_limit_s: float | None = None
-    answer_due = math.inf
+    cancel_limit_s = 2.0
+    """For a statement to end after a cancel request, when no task waits for its answer."""
+    _waits = 0
+    """Number of answers awaited so far."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         not_for_children(self)
 
     def wait(self, gen: Any, *arguments: Any, **named: Any) -> Coroutine[Any, Any, Any]:
-        return super().wait(_limited(self, gen), *arguments, **named)
+        self._waits += 1
+        if self.answer_limit_s is not None:
+            gen = _limited(self, gen)
+        return super().wait(gen, *arguments, **named)
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's signature
         """psycopg calls it when the task that awaits an answer is cancelled, and then waits for the answer."""
-        self.answer_due = min(self.answer_due, time.monotonic() + _CANCEL_LIMIT_S)
-        await super().cancel_safe(timeout=min(timeout, _CANCEL_LIMIT_S))
+        asyncio.get_running_loop().call_later(self.cancel_limit_s, self._unanswered, self._waits)
+        await super().cancel_safe(timeout=min(timeout, self.cancel_limit_s))
+
+    def _unanswered(self, waits: int) -> None:
+        """End the wait for an answer that was cancelled, if it still goes on: what waits reads the end of the link.
+
+        To close the connection would not do: its socket's number may be another's before the event loop forgets it.
+        """
+        if self._waits == waits and self.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as link:
+                link.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -84,17 +98,15 @@ def _limited(
     connection: GuardedConnection | AsyncGuardedConnection, waits: Generator[Any, Any, _T]
 ) -> Generator[Any, Any, _T]:
     """psycopg resumes this generator at each event, and ten times a second without one."""
-    began, limit_s = time.monotonic(), connection.answer_limit_s
-    connection.answer_due = math.inf if limit_s is None else began + limit_s
+    began = time.monotonic()
+    due = began + (math.inf if connection.answer_limit_s is None else connection.answer_limit_s)
     try:
         ready = yield next(waits)
-        while time.monotonic() < connection.answer_due:
+        while time.monotonic() < due:
             ready = yield waits.send(ready)
     except StopIteration as ended:
         value: _T = ended.value
         return value
-    finally:
-        connection.answer_due = math.inf
     name = connection.info.parameter_status("application_name")
     connection.pgconn.finish()
     waited_s = time.monotonic() - began

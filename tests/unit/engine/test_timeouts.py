@@ -71,7 +71,8 @@ async def test_one_that_began_later_overruns_later_though_none_comes_after_it() 
     async def rest(name: str, ago_s: float) -> None:
         coroutine = _for_ever()
         try:
-            await limit.resume(StartedCall(coroutine, coroutine.send(None), time.monotonic() - ago_s))
+            began = time.monotonic() - ago_s
+            await limit.resume(StartedCall(coroutine, coroutine.send(None), began), began)
         except OverrunError:
             told.append(name)
 
