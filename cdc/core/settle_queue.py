@@ -79,7 +79,8 @@ class SettleQueue:
         """Seconds until ``take`` may give something."""
         if self._next or self._parts:
             return 0.0
-        return max(0.0, min([held.at for held in self._held.values()]) - now) if self._held else inf
+        due = [held.at for held in self._held.values() if held.waiting] if self._held else []
+        return max(0.0, min(due) - now) if due else inf
 
     def take(self, limit: int, now: float = inf) -> list[Settlement]:
         """What is to be written next, in the order in which it finished."""
@@ -96,7 +97,7 @@ class SettleQueue:
             while self._next and len(batch) < limit:
                 batch += self._unless_held([self._next.popleft()])
         self._taken = {finished.change.seq: finished for finished in batch}
-        return batch if batch or not self.ready else self.take(limit, now)
+        return batch if batch or self.wait_s(now) > 0 else self.take(limit, now)
 
     def written(self, finished: Settlement) -> bool:
         """It is in the table. False: it was not being written any more, as the session was lost."""

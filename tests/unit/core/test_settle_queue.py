@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cdc.core.model import Processed, Unmarkable
@@ -21,6 +21,12 @@ def _seqs(batch: list[Settlement]) -> list[int]:
     keys=st.lists(st.sampled_from("abc"), min_size=1, max_size=30),
     answers=st.lists(st.tuples(st.sampled_from(_ANSWERS), st.integers(1, 8), st.booleans()), max_size=60),
 )
+# The half that is written next belongs to a key that is held, and due.
+@example(
+    ["a", "a"],
+    [("again", 1, True), ("again", 1, True), ("put_back", 2, False), ("written", 1, False), ("split", 2, False),
+     ("put_back", 1, False)],
+)  # fmt: skip
 def test_each_is_written_once_and_in_the_order_of_its_key(
     keys: list[str], answers: list[tuple[str, int, bool]]
 ) -> None:
