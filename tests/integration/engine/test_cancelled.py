@@ -231,15 +231,17 @@ async def test_a_handler_that_cancels_its_own_task_has_an_outcome_and_ends_nothi
 
     declare(router, call, limit)
     ways = [way for way in _WAYS if not (way in _ENDLESS and (limit is None or declare in _THREADS))]
-    outbox_db.execute(
-        "SELECT publish_change('x', w || ' #' || n) FROM unnest(%s::text[]) w, generate_series(1, 2) n", [ways]
-    )
+    publish = "SELECT publish_change('x', w || ' #' || n) FROM unnest(%s::text[]) w, generate_series(1, 2) n"
+    outbox_db.execute(publish, [[way for way in ways if way not in _ENDLESS]])
     outbox_db.execute("SELECT publish_change('x', 'fine #' || n) FROM generate_series(1, 3) n")
 
     async def all_settled() -> bool:
         return settled(outbox_db)
 
     async with consuming(outbox, router, **_FEW) as app:
+        await eventually_async(all_settled, within_s=100, what="every change processed or dead")
+        # A batch that takes too long costs each of its changes an attempt: these run by themselves.
+        outbox_db.execute(publish, [[way for way in ways if way in _ENDLESS]])
         await eventually_async(all_settled, within_s=100, what="every change processed or dead")
         outbox_db.execute("SELECT publish_change('x', 'fine #later')")
         await eventually_async(all_settled, within_s=100, what="every change processed or dead")
