@@ -300,7 +300,7 @@ class Stage:
 
     def _kept_up_between_attempts(self) -> bool:
         attempts = self._look().ends()
-        [(newest,)] = self.sql("SELECT max(seq) + 50 FROM entity_changes")
+        [(newest,)] = self.sql("SELECT max(seq) + 15 FROM entity_changes")
         left = "SELECT max(seq) < %s OR bool_or(seq <= %s AND NOT processed) FROM entity_changes"
         self.wait(lambda: self.sql(left, [newest, newest]) == [(False,)], "it is handled at all")
         return self._look().ends() == attempts
