@@ -88,6 +88,7 @@ class KeyScheduler:
         self._known: dict[int, KeyQueue] = {}
         """The queue of each change in the window, by the change's number."""
         self.window = DynamicLimit(capacity, _FACTOR, sole=sole)
+        """It takes no more changes when 0 places, or fewer, are ``free``."""
         self.ready_queues = ready_queues or ReadyQueues()
         self.settling = 0
         """Number of changes that have finished and are not in the table yet."""
@@ -96,11 +97,6 @@ class KeyScheduler:
         self.ownership.subscribe(self)
         self.reading = ReadReconciler()
         """A context to hold from the beginning of a read of the table until its answer has been taken in."""
-
-    @property
-    def room(self) -> int:
-        """How many more changes the window takes. It takes no more at 0, and below."""
-        return self.window.free
 
     def room_for(self, entity_type: str) -> Room:
         """How many more changes of this type the window takes."""

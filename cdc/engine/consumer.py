@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence, Set
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from functools import partial
 
@@ -112,21 +112,6 @@ class Consumer:
         """Start nothing more, give what runs its drain time, settle, and leave."""
         self.lifecycle.stopping.set()
 
-    @property
-    def owned(self) -> Set[int]:
-        """The shards that this consumer owns."""
-        return self._scheduler.ownership.owned
-
-    @property
-    def held_up_s(self) -> float:
-        """For how long some outcome could not be written, in seconds."""
-        return _since(self._settler.held_up_since)
-
-    @property
-    def unread_s(self) -> float:
-        """For how long no change could be read, in seconds."""
-        return _since(self._reads.delayed_since)
-
     def sweep_now(self) -> None:
         """The table changed without a wake-up for each row: sweep from the start."""
         self._reads.restart()
@@ -141,7 +126,7 @@ class Consumer:
             stopping=life.stopping.is_set(),
             answered_at=life.answered_at,
             last_iteration=dict(life.last_iteration),
-            owned_shards=len(self.owned),
+            owned_shards=len(scheduler.ownership.owned),
             members=self._balancing.members,
             running=scheduler.running,
             queued=scheduler.queued,
@@ -152,8 +137,8 @@ class Consumer:
             live_shards=planner.live_shards,
             catching_up=planner.catching_up,
             throttled_types=len(planner.throttled),
-            held_up_s=self.held_up_s,
-            unread_s=self.unread_s,
+            held_up_s=_since(self._settler.held_up_since),
+            unread_s=_since(self._reads.delayed_since),
         )
 
     # --- connections -----------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ class Dispatcher:
         elif self._quarantine.suspects and self._crash_guard.must_record_start(change):
             self._quarantine.held.append((handler, change))
         elif self._executor.lost(change):
-            self._beside(handler, change, self._execute_lost(handler, change))
+            self._in_own_task(handler, change, self._execute_lost(handler, change))
         elif handler is not None and handler in self._batching.lingering and not self._batching.runs_alone(change):
             self._batching.join(handler, change)
         else:
@@ -302,11 +302,11 @@ class Dispatcher:
 
     def _run_suspect(self, handler: Handler | None, change: Change) -> None:
         if self._crash_guard.owner_may_be_alive(change):
-            self._beside(handler, change, asyncio.sleep(_ASK_AGAIN_S))  # and read again
+            self._in_own_task(handler, change, asyncio.sleep(_ASK_AGAIN_S))  # and read again
         else:
-            self._beside(handler, change, self._execute_suspect(handler, change), suspect=True)
+            self._in_own_task(handler, change, self._execute_suspect(handler, change), suspect=True)
 
-    def _beside(
+    def _in_own_task(
         self, handler: Handler | None, change: Change, work: Coroutine[Any, Any, None], *, suspect: bool = False
     ) -> None:
         """Work in a task that is no worker, and takes no place of one."""

@@ -20,7 +20,7 @@ from typing import Any
 from cdc.core.frames import trace
 from cdc.core.model import Change, WakeUp
 from cdc.core.router import Hook, Router
-from cdc.engine.calls import EscapedError, call_async
+from cdc.engine.calls import Contexts, EscapedError, call_async
 from cdc.engine.thread_pool import Threads
 from cdc.runtime.cancelling import is_being_cancelled
 from cdc.runtime.deadline import deadline
@@ -95,7 +95,8 @@ class Hooks:
                 if inspect.iscoroutinefunction(hook):
                     await call_async(hook, *arguments)
                 else:
-                    await self._threads.submit(functools.partial(hook, *arguments)).future
+                    call = functools.partial(Contexts.current().new().run, hook, *arguments)
+                    await self._threads.submit(call).future
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise

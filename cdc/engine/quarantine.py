@@ -1,4 +1,4 @@
-"""Changes that run beside the workers: those that may kill the process, one at a time, and those that lost a session.
+"""Changes outside the workers: those that may kill the process, one at a time, and those that lost a session.
 
     suspect   it was running when its consumer died. It waits for its turn, and the next one has it only when the
               outcome is in the table: otherwise a crash would be counted against both

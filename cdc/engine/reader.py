@@ -72,9 +72,7 @@ class Reader:
         self._store = store
         self._metrics = metrics
         self._pauses = pauses
-        self._due = DueReads(
-            scheduler.room_for, sweep_interval_s=sweep_interval_s, poll_interval_s=poll_interval_s
-        )  # fmt: skip
+        self._due = DueReads(scheduler.room_for, sweep_interval_s=sweep_interval_s, poll_interval_s=poll_interval_s)
         self._paging = PageSize()
         self._kinds = deque[_Kind]((self._read_on, self._read_due, self._read_planned))
         """In the order of their last turns, the latest last."""

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from cdc.engine.calls import Contexts, EscapedError, as_exception
+from cdc.engine.calls import EscapedError, as_exception
 from cdc.runtime.cancelling import disregard, is_being_cancelled
 
 
@@ -23,7 +23,6 @@ class Job:
 
     def __init__(self, call: Callable[[], Any], limit_s: float | None, overran: Callable[[], None] | None) -> None:
         self.call = call
-        self.context = Contexts.current().new()
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._ended: tuple[Any, BaseException | None] | None = None
         self.started_at: float | None = None  # written by the thread, read by the event loop
@@ -85,7 +84,10 @@ class Threads:
     def submit(
         self, call: Callable[[], Any], limit_s: float | None = None, overran: Callable[[], None] | None = None
     ) -> Job:
-        """Run ``call`` in a thread. ``overran`` is called, on the event loop, if it is still running at its limit."""
+        """Run ``call`` in a thread, whose context other calls share: foreign code needs one of its own.
+
+        ``overran`` is called, on the event loop, if it is still running at its limit.
+        """
         job = Job(call, limit_s, overran)
         self._busy += 1
         if self._busy > self._started < self._size:
@@ -128,7 +130,7 @@ class Threads:
             try:
                 if not job.called_off:
                     job.started_at = time.monotonic()
-                    result = job.context.run(job.call)
+                    result = job.call()
             except BaseException as raised:  # noqa: BLE001 - a handler's SystemExit must not end the thread unnoticed
                 error = raised
             self._ended.append((job, result, error))

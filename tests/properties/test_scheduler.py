@@ -396,7 +396,8 @@ class SchedulerAndTable(RuleBasedStateMachine):
         assert scheduler.running == len(self.running)
         assert scheduler.settling == len(self.unsettled)
         assert scheduler.queued >= 0
-        assert scheduler.room == scheduler.capacity - scheduler.running - scheduler.settling - scheduler.queued >= 0
+        in_window = scheduler.running + scheduler.settling + scheduler.queued
+        assert scheduler.window.free == scheduler.capacity - in_window >= 0
         assert scheduler.idle == (not self.running and not self.unsettled)
         assert scheduler.deferred_keys <= len(_KEYS)
         assert all(scheduler.knows(seq) for seq in (*self.unsettled, *(one.seq for one in self.running)))

@@ -218,9 +218,9 @@ class Consumer:
             answer, self._answer = self._answer, None
             answer()
             self._reading.close()
-        elif self.session and self.scheduler.room > 0:
+        elif self.session and self.scheduler.window.free > 0:
             self._reading.enter_context(self.scheduler.reading)
-            self._answer = self._request(self.scheduler.room)
+            self._answer = self._request(self.scheduler.window.free)
             self._slow = self._dice.choice(_READ_TAKES)
             if self._answer is None:
                 self._reading.close()

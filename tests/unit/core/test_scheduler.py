@@ -148,7 +148,7 @@ def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_whe
     [first] = _start_all(scheduler)
     _end(scheduler, first, Waiting(1.0, "no"))
     assert _start_all(scheduler) == []
-    assert scheduler.room == 10, "the table holds the key back; memory need not"
+    assert scheduler.window.free == 10, "the table holds the key back; memory need not"
     scheduler.admit([row(4, blocked=True)])
     assert _start_all(scheduler) == []
     scheduler.admit([row(1)], due=True)  # its time has come
@@ -189,7 +189,7 @@ def test_the_window_is_bounded_and_what_does_not_fit_is_refused_from_its_first_c
     admitted = scheduler.admit([row(seq, f"key{seq}") for seq in range(1, 14)])
     assert admitted.taken == 10
     assert admitted.rejected == {"t": {0: 11}}
-    assert scheduler.room == 0
+    assert scheduler.window.free == 0
 
 
 def test_where_no_memory_is_left_for_a_mark_the_change_is_refused_and_so_are_its_successors() -> None:
@@ -337,7 +337,7 @@ def test_one_type_does_not_fill_the_window_and_what_it_was_refused_is_returned_b
 ) -> None:
     admitted = shared.admit([row(seq, str(seq), entity_type="a", shard=seq % 2) for seq in range(1, 10)])
     assert admitted == (7, {"a": {0: 8, 1: 9}})
-    assert (shared.room, shared.room_for("a"), shared.room_for("b").free) == (2, (0, 2), 1)
+    assert (shared.window.free, shared.room_for("a"), shared.room_for("b").free) == (2, (0, 2), 1)
     assert shared.admit([row(10, entity_type="b")]).taken == 1
 
 

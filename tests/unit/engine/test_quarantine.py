@@ -1,4 +1,4 @@
-"""Who waits for whom beside the workers."""
+"""Which changes outside the workers wait for which."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any
 
 import pytest
@@ -52,10 +53,10 @@ def store(monkeypatch: pytest.MonkeyPatch) -> _Store:
     return made
 
 
-async def _look(store: _Store) -> Reader:
+async def _look(store: _Store, scheduler: KeyScheduler | None = None) -> Reader:
     planner = ReadPlanner(sweep_interval_s=3600.0)
     assert planner.next(0.0, 1, 1) is None  # the next sweep is an hour off
-    scheduler = KeyScheduler(100)
+    scheduler = scheduler or KeyScheduler(100)
     scheduler.ownership.acquire(Acquired([0]))
     made = Reader(
         scheduler, planner, store, Metrics("cdc", Router()),  # type: ignore[arg-type]
@@ -98,3 +99,16 @@ async def test_types_beyond_the_first_look_are_looked_at_next_and_what_they_wait
     assert await made.once(reader, session)
     assert store.starts == [FIRST_TYPE, 7]
     assert made.wait_s() == pytest.approx(0.04), "what the first look found will be due"
+
+
+async def test_freed_room_is_waited_for_only_while_the_window_has_little(store: _Store) -> None:
+    scheduler = KeyScheduler(100)
+    made = await _look(store, scheduler)
+    assert made.wait_s() < inf
+    assert not made.wants_room
+    scheduler.window.acquire("a", 80)
+    assert made.wait_s() < inf
+    assert made.wants_room
+    scheduler.window.acquire("a", 20)
+    assert made.wait_s() == inf
+    assert made.wants_room
