@@ -1,7 +1,8 @@
 """The handlers that are measured. ``cdc run --handlers tests.bench.handlers:noop``
 
 What they keep of each call goes to the file BENCH_CALLS when the process ends: a few bytes a call, so that keeping it
-costs a fraction of a microsecond.
+costs a fraction of a microsecond. ``tests.bench.instructions`` loads this file beside the ``cdc`` of another tree: it
+imports nothing of ours but the public names.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import subprocess
+import sys
 import time
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 
 import psycopg
@@ -22,6 +26,7 @@ noop = cdc.Router()
 noop_sync = cdc.Router()
 batches = cdc.Router()
 inserts = cdc.Router()
+inserts_sync = cdc.Router()
 awaits_10ms = cdc.Router()
 awaits_20ms = cdc.Router()
 stamp = cdc.Router()
@@ -32,7 +37,39 @@ TYPE = "task"
 EFFECTS = "CREATE TABLE bench_effects (seq bigint PRIMARY KEY, entity_id text NOT NULL)"
 INSERT_EFFECT = "INSERT INTO bench_effects (seq, entity_id) VALUES (%s, %s)"
 
-_calls = array("q")
+
+class _Counted(array):
+    """Under valgrind: what runs from one call to another, by their numbers ``FIRST:LAST``, is counted."""
+
+    first, last = (int(number) for number in os.environ.get("BENCH_COUNTED", "0:0").split(":"))
+
+    def append(self, number: int) -> None:
+        self.extend([number])
+
+    def extend(self, numbers: Iterable[int]) -> None:
+        before = len(self)
+        super().extend(numbers)
+        if before < self.first <= len(self):
+            _as_if_fast()
+            _count("on")
+        elif before < self.last <= len(self):
+            _count("off")
+
+
+def _count(to: str) -> None:
+    """Blocks meanwhile, as the count is of all threads."""
+    command = ["callgrind_control", "-i", to, str(os.getpid())]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def _as_if_fast() -> None:
+    """Calls take fifty times as long under valgrind, and so their groups would be smaller."""
+    for name in ("cdc.core.transaction_batching", "cdc.grouping"):  # by version
+        if module := sys.modules.get(name):
+            vars(module)["_LASTS_S"] = 100.0
+
+
+_calls = _Counted("q") if "BENCH_COUNTED" in os.environ else array("q")
 
 
 @nothing.on("*")
@@ -60,6 +97,12 @@ async def note_numbers(changes: list[cdc.Change]) -> None:
 async def insert_effect(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
     _calls.append(change.seq)
     await connection.execute(INSERT_EFFECT, [change.seq, change.entity_id])
+
+
+@inserts_sync.on(TYPE)
+def insert_effect_in_thread(change: cdc.Change, connection: psycopg.Connection) -> None:
+    _calls.append(change.seq)
+    connection.execute(INSERT_EFFECT, [change.seq, change.entity_id])
 
 
 @awaits_10ms.on(TYPE)

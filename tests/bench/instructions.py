@@ -25,13 +25,13 @@ from pathlib import Path
 import psycopg
 
 from cdc.contrib.demo.temp_server import TempServer
+from tests.bench import handlers
 from tests.bench.database import drained, fresh_database, preload, rest
-from tests.bench.handlers import EFFECTS
 from tests.eventually import eventually
 
 _ROOT = Path(__file__).parents[2]
 _CHANGES = {"noop": 20_000, "noop_sync": 6_000, "batches": 20_000, "inserts": 6_000, "inserts_sync": 6_000}
-"""By router of ``counted``. A minute or two each."""
+"""By router of ``handlers``. A minute or two each."""
 _KEYS = 1_000
 _GROUP = "SELECT count(*) / nullif(count(DISTINCT xmin::text), 0)::float8 FROM bench_effects"
 _FILES = "instructions"
@@ -68,9 +68,9 @@ def count(server: TempServer, tree: Path, handler: str) -> tuple[Counter[str], s
     first, last = changes // 10, changes - changes // 20
     with fresh_database(server) as connection, tempfile.TemporaryDirectory(prefix="cdcbench") as name:
         folder = Path(name)
-        run = _Run(tree, folder, {"COUNTED": f"{first}:{last}"})
+        run = _Run(tree, folder, {"BENCH_COUNTED": f"{first}:{last}"})
         run.to_end("db", "install", "--dsn", connection.info.dsn)
-        connection.execute(EFFECTS)
+        connection.execute(handlers.EFFECTS)
         preload(connection, changes=changes, keys=_KEYS)
         rest(connection)
         run.drain(connection, handler)
@@ -85,7 +85,7 @@ class _Run:
     def __init__(self, tree: Path, folder: Path, settings: dict[str, str]) -> None:
         own = tree / ".venv/bin/python"
         self._cdc = [str(own if own.exists() else sys.executable), "-m", "cdc"]
-        shutil.copy(Path(__file__).with_name("counted.py"), folder)
+        shutil.copy(handlers.__file__, folder)
         self._folder = folder
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CDC_", "PG", "PYTHON"))}
         self._environment = inherited | settings | {"PYTHONPATH": str(tree), "PYTHONHASHSEED": "0"}
@@ -99,7 +99,7 @@ class _Run:
         said = self._folder / "stderr"
         callgrind = ["valgrind", "-q", "--tool=callgrind", "--instr-atstart=no",
                      f"--callgrind-out-file={self._folder}/{_FILES}.%p"]  # fmt: skip
-        words = ["run", "--dsn", connection.info.dsn, "--handlers", f"counted:{handler}", "--http-port", "0"]
+        words = ["run", "--dsn", connection.info.dsn, "--handlers", f"handlers:{handler}", "--http-port", "0"]
         with said.open("wb") as file:
             consumer = subprocess.Popen([*callgrind, *self._cdc, *words], cwd=self._folder, env=self._environment,
                                         stdin=subprocess.DEVNULL, stdout=file, stderr=file)  # fmt: skip
@@ -119,8 +119,8 @@ class _Run:
 def _by_function(folder: Path, changes: int) -> Counter[str]:
     """Of callgrind's files: each function's own instructions, divided by the changes."""
     found: Counter[str] = Counter()
-    names: dict[str, str] = {}
     for path in folder.glob(f"{_FILES}.*"):
+        names: dict[str, str] = {}
         function, of_callee = "", False
         for line in path.read_text().splitlines():
             if named := _FUNCTION.match(line):

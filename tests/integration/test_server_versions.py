@@ -145,7 +145,7 @@ async def test_rows_of_a_tracked_table_are_handled_once_through_pgoutput_and_aga
         "backoff_base": 0.01,
     }
     async with consuming(outbox, router, **settings) as app:
-        await _until(lambda: _rung(app), "the stream")
+        await _until(lambda: _is_live(app), "the stream")
         db.execute("INSERT INTO note VALUES (1, 'x', 'hidden')")
         db.execute("UPDATE note SET secret = 'hidden, too'")
         db.execute("DELETE FROM note")
@@ -179,7 +179,7 @@ async def test_a_dead_letter_is_requeued_and_runs_again_at_once(outbox: str, db:
 
     db.execute("CREATE TABLE effect (seq bigint PRIMARY KEY)")
     async with consuming(outbox, router, sweep_interval=3600, slot_mode="temporary", backoff_base=0.01) as app:
-        await _until(lambda: _rung(app), "the stream")
+        await _until(lambda: _is_live(app), "the stream")
         db.execute("SELECT publish_change('x', '1'), publish_change('y', '1')")
         await _until(lambda: states(db) == {"dead": 1, "processed": 1}, "the dead letter")
         failing.clear()
@@ -259,7 +259,7 @@ def _set(db: psycopg.Connection, setting: str, value: str) -> None:
     db.execute("SELECT pg_reload_conf()")
 
 
-def _rung(app: App) -> bool:
+def _is_live(app: App) -> bool:
     """Wake-ups come from the slot, and the sweep that follows its start is over."""
     return app.status.role is Role.STREAMING and app.status.consumer.live_shards == SHARDS
 

@@ -129,9 +129,12 @@ def test_what_was_received_is_confirmed_when_the_stream_stops(
     streaming: Streaming, database: str, db, slot: str
 ) -> None:
     # An interval far away: only the update on leaving can have confirmed it.
-    with streaming(database, slot, wal_sender_timeout_s=60.0) as (_, received):
+    with streaming(database, slot, wal_sender_timeout_s=60.0) as (stream, received):
         send_wakeup(db, 1)
         wait_for_wakeups(received, 1)
+        reached = stream.status.received_lsn
+    eventually(lambda: not slot_facts(db, slot)["active"], what="the slot is free")
+    assert Lsn.parse(str(slot_facts(db, slot)["confirmed_flush_lsn"])) >= reached
     with streaming(database, slot) as (_, again):
         send_wakeup(db, 2)
         wait_for_wakeups(again, 2)
@@ -273,7 +276,8 @@ def test_a_slot_of_another_plugin_or_database_is_left_alone(
     db.execute("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", [slot])
     for dsn in (database, admin_dsn):
         with streaming(dsn, slot, wait=False) as (_, received):
-            error = eventually(received.first_error)
+            eventually(received.first_error)
+        [error] = received.errors
         assert (error.reason, error.permanent) == ("slot_foreign", True)
         assert "test_decoding" in str(error)
     assert slot_facts(db, slot)["plugin"] == "test_decoding"
