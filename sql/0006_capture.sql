@@ -245,7 +245,7 @@ BEGIN
         (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata)
       VALUES (TG_TABLE_SCHEMA, TG_TABLE_NAME, TG_OP, v_entity_id, v_entity_type, v_old, v_new,
         CASE WHEN v_new IS NOT NULL THEN jsonb_build_object('timestamp', now()) END)
-      -- The doorbell. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
+      -- The wake-up. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
       RETURNING pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard) INTO v_rung;
       RETURN NULL;
     END IF;

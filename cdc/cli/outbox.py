@@ -175,16 +175,7 @@ def retry(
     filters, dead letters only, unless --state says otherwise: it says how many before it begins, and works in rounds of
     some thousand. It may be stopped and given again at any time.
     """
-    refuse_unless_clear(filters, names, state)
-    if filters.many:
-        _decide(resolved, filters, "retry", "retried", state, yes=yes, as_json=as_json)
-        return
-    from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
-
-    references = [parse_reference(name) for name in names]
-    with _opened(resolved.settings) as connection:
-        entries = OutboxAdmin(resolved.settings.schema_).retry(connection, references)
-    _report("will be tried now", entries, as_json)
+    _decide(resolved, names, filters, "retry", state, yes=yes, as_json=as_json)
 
 
 @outbox.command()
@@ -217,30 +208,41 @@ def discard(
     if before is not None:
         _discard_before(resolved.settings, names, filters, state, before, yes=yes, as_json=as_json)
         return
-    refuse_unless_clear(filters, names, state)
-    if filters.many:
-        _decide(resolved, filters, "discard", "discarded", state, yes=yes, as_json=as_json)
-        return
-    from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
-
-    references = [parse_reference(name) for name in names]
-    with _opened(resolved.settings) as connection:
-        entries = OutboxAdmin(resolved.settings.schema_).discard(connection, references)
-    _report("is discarded", entries, as_json)
+    _decide(resolved, names, filters, "discard", state, yes=yes, as_json=as_json)
 
 
 def _decide(
     resolved: Resolved,
+    names: tuple[str, ...],
     filters: FilterOptions,
     decision: Decision,
-    done: str,
     state: str | None,
     *,
     yes: bool,
     as_json: bool,
 ) -> None:
+    refuse_unless_clear(filters, names, state)
+    if filters.many:
+        _decide_many(resolved, filters, decision, state, yes=yes, as_json=as_json)
+        return
+    from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
+
+    references, admin = [parse_reference(name) for name in names], OutboxAdmin(resolved.settings.schema_)
+    decide, done = {
+        "retry": (admin.retry, "will be tried now"),
+        "discard": (admin.discard, "is discarded"),
+    }[decision]
+    with _opened(resolved.settings) as connection:
+        entries = decide(connection, references)
+    _report(done, entries, as_json)
+
+
+def _decide_many(
+    resolved: Resolved, filters: FilterOptions, decision: Decision, state: str | None, *, yes: bool, as_json: bool
+) -> None:
     from cdc.postgres.bulk import Bulk  # noqa: PLC0415 - see stats
 
+    done = {"retry": "retried", "discard": "discarded"}[decision]
     wanted, settings = filters.wanted(resolved), resolved.settings
     chosen = ChangeState(state or ChangeState.DEAD)
     what = f"{_NAMED[chosen]}{described(filters)}"
@@ -283,7 +285,7 @@ def replay(
     works in rounds of a thousand. Filters find no replays, but the changes that these repeat.
     """
     refuse_unless_clear(filters, names)
-    if names and (latest_per_key or unless_replayed_since):
+    if names and (latest_per_key or unless_replayed_since is not None):
         raise UsageError("which changes?", hint="--latest-per-key and --unless-replayed-since are for filters")
     from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
     from cdc.postgres.bulk import Bulk  # noqa: PLC0415 - see stats
@@ -296,7 +298,7 @@ def replay(
         report_done("replayed", what, total, as_json)
         return
     wanted = filters.wanted(resolved)
-    unless_since = parse_moment(unless_replayed_since) if unless_replayed_since else None
+    unless_since = parse_moment(unless_replayed_since) if unless_replayed_since is not None else None
     with (
         _opened(settings) as connection,
         bulk.replayable(connection, wanted, latest_per_key=latest_per_key, unless_since=unless_since) as found,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import socket
 import time
@@ -41,12 +40,12 @@ class GuardedConnection(psycopg.Connection[Any]):
 
     def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
         if self.answer_limit_s is not None:
-            gen = _limited(self, gen)
+            gen = _limited(self, gen, self.answer_limit_s)
         return super().wait(gen, *arguments, **named)
 
 
 class AsyncGuardedConnection(psycopg.AsyncConnection[Any]):
-    """``GuardedConnection`` for an event loop. After a cancellation each answer has a limit."""
+    """``GuardedConnection`` for an event loop. The answer to a statement that is cancelled always has a limit."""
 
     answer_limit_s: float | None = None
     cancel_limit_s = 2.0
@@ -61,7 +60,7 @@ class AsyncGuardedConnection(psycopg.AsyncConnection[Any]):
     def wait(self, gen: Any, *arguments: Any, **named: Any) -> Coroutine[Any, Any, Any]:
         self._waits += 1
         if self.answer_limit_s is not None:
-            gen = _limited(self, gen)
+            gen = _limited(self, gen, self.answer_limit_s)
         return super().wait(gen, *arguments, **named)
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's signature
@@ -95,11 +94,11 @@ def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> N
 
 
 def _limited(
-    connection: GuardedConnection | AsyncGuardedConnection, waits: Generator[Any, Any, _T]
+    connection: GuardedConnection | AsyncGuardedConnection, waits: Generator[Any, Any, _T], limit_s: float
 ) -> Generator[Any, Any, _T]:
     """psycopg resumes this generator at each event, and ten times a second without one."""
     began = time.monotonic()
-    due = began + (math.inf if connection.answer_limit_s is None else connection.answer_limit_s)
+    due = began + limit_s
     try:
         ready = yield next(waits)
         while time.monotonic() < due:

@@ -46,7 +46,8 @@ coalesce(sum(
 
 -- name: columns
 -- Not a statement: the columns that every read of changes returns, in the order in which rows are unpacked. For a row
--- that does not fit, only the number. A depth of 0 is not sent, since it is that of most rows. varchar, a type that no column of ours has, marks a document that stays unread.
+-- that does not fit, only the number. A depth of 0 is not sent, since it is that of most rows. varchar, a type that no
+-- column of ours has, marks a document that stays unread.
 c.seq, c.shard, CASE WHEN c.fits THEN c.id END AS id,
 CASE WHEN c.fits THEN coalesce(c.entity_type, c.table_name)::text END AS type, CASE WHEN c.fits THEN c.entity_id::text END,
 CASE WHEN c.fits THEN c.table_schema::text END, CASE WHEN c.fits THEN c.table_name::text END, c.operation::text,

@@ -176,7 +176,7 @@ def test_single_changes_are_replayed_by_their_names_all_or_none(outbox: str, out
 @pytest.mark.parametrize(
     "arguments",
     [[], ["1", "--all"], ["--latest-per-key"], ["1", "--latest-per-key"], ["1", "--unless-replayed-since", "1h"],
-     ["--all", "--unless-replayed-since", "soon"], ["--since", "soon"]],
+     ["--all", "--unless-replayed-since", "soon"], ["--all", "--unless-replayed-since", ""], ["--since", "soon"]],
 )  # fmt: skip
 def test_it_is_said_exactly_what_is_to_be_replayed(outbox: str, arguments: list[str]) -> None:
     assert run(outbox, "replay", *arguments, "--yes").exit_code == 2

@@ -13,8 +13,6 @@ from tests.eventually import eventually_async
 from tests.fix_proxy import Proxy
 
 _SLEEPS = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)' AND state = 'active'"
-
-
 _SOON_S = 0.5
 
 
@@ -30,7 +28,7 @@ async def _sleeping(connection: psycopg.AsyncConnection, db: psycopg.Connection)
 
 @pytest.mark.parametrize("answer_limit_s", [None, 60.0])
 async def test_a_cancelled_statement_that_a_silent_server_does_not_answer_costs_the_connection(
-    answer_limit_s: float | None, database: str, db: psycopg.Connection
+    answer_limit_s: float | None, database: str, db: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = Proxy(database)
     proxy.start()
@@ -45,6 +43,7 @@ async def test_a_cancelled_statement_that_a_silent_server_does_not_answer_costs_
         with contextlib.suppress(asyncio.CancelledError, psycopg.OperationalError):
             await task
         assert connection.broken or connection.closed
+        assert "query not terminated" not in caplog.text, "the driver's own limit is ten times as long"
         await connection.close()
     finally:
         proxy.stop()
