@@ -16,7 +16,6 @@ from cdc.diagnostics.facts import (
     RowSecurity,
     Senders,
     ShardHolders,
-    Stateless,
     Subject,
     TableFacts,
     Unhandled,
@@ -178,21 +177,6 @@ def sequence(seen: Numbering) -> Finding:
     return ok(f"the last number drawn is {seen.last}, the highest of the latest changes {seen.highest}")
 
 
-def states(seen: Stateless) -> Finding:
-    if not seen.rows:
-        return ok("each change is fresh, waiting, processed or dead")
-    number = f"{seen.rows} or more" if seen.rows >= seen.counted_to else str(seen.rows)
-    return fail(
-        f"{number} changes are in no state, and nobody handles or removes them: somebody wrote them by hand",
-        "those marked processed stay so; the others become dead letters, for cdc outbox list --state dead",
-        f"UPDATE {seen.table} SET processed_at = CASE WHEN processed THEN coalesce(processed_at, now())"  # noqa: S608 - a name
-        " ELSE processed_at END, next_attempt_at = CASE WHEN NOT processed AND next_attempt_at = 'infinity'"
-        " THEN next_attempt_at END, dead_at = CASE WHEN NOT processed THEN coalesce(dead_at, now()) END"
-        " WHERE CASE WHEN processed THEN processed_at IS NULL OR next_attempt_at IS NOT NULL OR dead_at IS NOT NULL"
-        " ELSE (next_attempt_at < 'infinity') <> (dead_at IS NULL) END;",
-    )
-
-
 def grants(seen: Rights) -> Finding:
     if seen.grants:
         return fail(f"the role {seen.role} lacks rights on schema {seen.schema}", "", *seen.grants)
@@ -301,7 +285,6 @@ ROW_SECURITY: Checks[RowSecurity] = {"row-security": row_security}
 READERS: Checks[DataReaders] = {"readers": readers}
 SENDERS: Checks[Senders] = {"message-senders": senders}
 NUMBERING: Checks[Numbering] = {"sequence": sequence}
-STATES: Checks[Stateless] = {"states": states}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
 TABLE: Checks[TableFacts] = {"autovacuum": autovacuum}
 UNHANDLED: Checks[Unhandled] = {"unhandled": unhandled}

@@ -271,15 +271,6 @@ class Numbering:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stateless:
-    """``rows``: how many changes are in none of the states, as far as they were counted."""
-
-    table: str
-    rows: int
-    counted_to: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Rights:
     """Statements that grant the role the rights it lacks, none where it has all."""
 

@@ -24,7 +24,6 @@ from cdc.diagnostics.facts import (
     RowSecurity,
     Senders,
     ShardHolders,
-    Stateless,
     Subject,
     TableFacts,
     Unhandled,
@@ -123,21 +122,6 @@ _SENDERS = """
            ARRAY(SELECT pg_catalog.pg_get_userbyid(oid)::text FROM owner ORDER BY 1) AS owners,
            ARRAY(SELECT DISTINCT r.rolname::text FROM granted g JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
                   WHERE NOT r.rolsuper AND g.grantee NOT IN (SELECT oid FROM owner) ORDER BY 1) AS others
-"""
-_COUNTED_TO = 1_000
-# Changes in no state, each in one part. Each part reads one partial index, and not the fresh or the processed.
-_STATELESS = """
-SELECT count(*) FROM (
-  SELECT FROM {changes} WHERE processed AND processed_at IS NULL
-  UNION ALL
-  SELECT FROM {changes}
-  WHERE next_attempt_at IS NOT NULL
-    AND CASE WHEN processed THEN processed_at IS NOT NULL ELSE (next_attempt_at < 'infinity') <> (dead_at IS NULL) END
-  UNION ALL
-  SELECT FROM {changes}
-  WHERE dead_at IS NOT NULL AND next_attempt_at IS NULL AND processed AND processed_at IS NOT NULL
-  LIMIT {counted_to}
-) AS stateless
 """
 _RIGHTS = """
     SELECT current_user::text AS role,
@@ -268,13 +252,6 @@ def numbering(connection: psycopg.Connection, name: str) -> Numbering:
     [role] = column(connection, "SELECT current_user::text")
     table = sql.Identifier(name, "entity_changes").as_string()
     return Numbering(role=role, table=table, sequence=found.sequence, last=found.last, highest=found.highest)
-
-
-def stateless(connection: psycopg.Connection, name: str) -> Stateless:
-    changes = sql.Identifier(name, "entity_changes")
-    statement = sql.SQL(_STATELESS).format(changes=changes, counted_to=sql.Literal(_COUNTED_TO))
-    [(rows,)] = connection.execute(statement).fetchall()
-    return Stateless(table=changes.as_string(), rows=rows, counted_to=_COUNTED_TO)
 
 
 def rights(connection: psycopg.Connection, subject: Subject) -> Rights:

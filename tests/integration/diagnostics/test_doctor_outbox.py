@@ -12,8 +12,6 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc.contrib.demo.temp_server import TempServer
-from cdc.core.model import ChangeState
-from cdc.diagnostics import check_outbox, inspect_outbox
 from cdc.postgres import migrations, tracking
 from tests.integration.diagnostics.test_doctor import BLIND, apply, db, findings, role, run, shop, troubles, well
 from tests.integration.postgres.test_tracking_again import done, invoke, tracked
@@ -277,33 +275,3 @@ def test_names_in_a_database_of_another_encoding_are_no_fault(latin: str) -> Non
     found = findings(latin, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", "bestellübersicht")
     assert (found["triggers"]["severity"], found["unrouted"]["severity"]) == ("ok", "ok")
     assert json.dumps(tracked(latin), ensure_ascii=False).count("größe") == 1
-
-
-def test_rows_in_none_of_the_models_states_are_found_and_mended_and_no_others(db: psycopg.Connection) -> None:
-    states = {
-        (False, None, None, None): ChangeState.FRESH,
-        (False, None, "now", None): ChangeState.WAITING,
-        (True, "now", None, None): ChangeState.PROCESSED,
-        (False, None, None, "now"): ChangeState.DEAD,
-        (False, None, "infinity", "now"): ChangeState.DEAD,
-    }
-    insert = (
-        "INSERT INTO entity_changes (table_name, operation, entity_id, processed, processed_at, next_attempt_at,"
-        " dead_at) VALUES ('t', 'INSERT', %s, %s, %s, %s, %s)"
-    )
-    moments = (None, "now", "infinity")
-    rows = [(done, at, again, dead) for done in (True, False) for at in (None, "now") for again in moments
-            for dead in (None, "now")]  # fmt: skip
-    # A change that somebody set back to unprocessed keeps the time it was processed at.
-    in_none = [row for row in rows if (row if row[0] else (False, None, *row[2:])) not in states]
-    for row in rows:
-        db.execute(insert, ["none" if row in in_none else "one", *row])
-    kept = db.execute("SELECT e::text FROM entity_changes AS e WHERE entity_id = 'one' ORDER BY seq").fetchall()
-
-    seen = inspect_outbox.stateless(db, "public")
-    assert seen.rows == len(in_none)
-    for remedy in check_outbox.states(seen).sql:
-        db.execute(remedy.encode())
-
-    assert inspect_outbox.stateless(db, "public").rows == 0
-    assert db.execute("SELECT e::text FROM entity_changes AS e WHERE entity_id = 'one' ORDER BY seq").fetchall() == kept

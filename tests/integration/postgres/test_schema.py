@@ -18,6 +18,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.cli import cdc
 from cdc.core.errors import NotFoundError, RefusedError, SchemaError
+from cdc.core.model import ChangeState
 from cdc.postgres import migrations
 from tests import servers
 from tests.eventually import eventually
@@ -208,8 +209,8 @@ DRIFT: tuple[tuple[str, set[str]], ...] = (
     ),
     ("ALTER SEQUENCE entity_changes_seq_seq CACHE 20", {"counting of sequence entity_changes_seq_seq is different"}),
     (
-        "ALTER TABLE entity_changes DROP CONSTRAINT entity_changes_operation_check",
-        {"constraint entity_changes_operation_check of table entity_changes is missing"},
+        "ALTER TABLE entity_changes DROP CONSTRAINT entity_changes_state_check",
+        {"constraint entity_changes_state_check of table entity_changes is missing"},
     ),
     ("DROP INDEX entity_changes_due", {"index entity_changes_due of table entity_changes is missing"}),
     (
@@ -356,6 +357,30 @@ def test_psql_runs_the_printed_script_as_it_is_any_number_of_times(database: str
         subprocess.run([servers.program("psql"), "-X", "-q", database], input=script, text=True, check=True)
     assert migrations.install(db, name) == []
     assert migrations.verify(db, name) == []
+
+
+def test_a_row_is_in_exactly_one_of_the_models_states(outbox_db: psycopg.Connection):
+    states = {
+        (False, None, None, None): ChangeState.FRESH,
+        (False, None, "now", None): ChangeState.WAITING,
+        (True, "now", None, None): ChangeState.PROCESSED,
+        (False, None, None, "now"): ChangeState.DEAD,
+        (False, None, "infinity", "now"): ChangeState.DEAD,
+    }
+    insert = (
+        "INSERT INTO entity_changes (table_name, operation, entity_id, processed, processed_at, next_attempt_at,"
+        " dead_at) VALUES ('t', 'INSERT', '1', %s, %s, %s, %s)"
+    )
+    moments = (None, "now", "infinity")
+    for row in [(done, at, again, dead) for done in (True, False) for at in (None, "now") for again in moments
+                for dead in (None, "now")]:  # fmt: skip
+        # A change that somebody set back to unprocessed keeps the time it was processed at.
+        meant = row if row[0] else (False, None, *row[2:])
+        if meant in states:
+            outbox_db.execute(insert, row)
+        else:
+            with pytest.raises(psycopg.errors.CheckViolation, match="entity_changes_state_check"):
+                outbox_db.execute(insert, row)
 
 
 def test_the_same_key_has_the_same_shard_and_keys_spread_over_all_of_them(outbox_db: psycopg.Connection):

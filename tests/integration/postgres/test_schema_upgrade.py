@@ -198,16 +198,6 @@ def test_the_result_is_what_a_fresh_installation_makes(documented: psycopg.Conne
     assert migrations.install(documented, "public") == []
 
 
-def test_the_constraint_that_listed_the_states_goes(db: psycopg.Connection):
-    migrations.install(db, "public")
-    db.execute("""
-        ALTER TABLE entity_changes ADD CONSTRAINT entity_changes_state_check CHECK (dead_at IS NULL);
-        DELETE FROM cdc_migrations WHERE name = 'states'""")
-    assert [migration.name for migration in migrations.upgrade(db, "public")[0]] == ["states"]
-    assert db.execute("SELECT conname FROM pg_constraint WHERE conname LIKE '%state%'").fetchall() == []
-    assert migrations.verify(db, "public") == []
-
-
 def test_every_row_is_kept_as_it_is(documented: psycopg.Connection):
     kept = "id, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, coalesce(error_count, 0),"
     kept += " coalesce(processed, false), last_error"

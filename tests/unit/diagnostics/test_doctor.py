@@ -32,7 +32,6 @@ from cdc.diagnostics.facts import (
     SessionFacts,
     ShardHolders,
     SlotFacts,
-    Stateless,
     Subject,
     TableFacts,
     Transaction,
@@ -88,7 +87,6 @@ GRANTED = DataReader(role="grafana", by_default=(), intended=True)
 READERS = DataReaders(table="public.entity_changes", owner="app", readers=(GRANTED,))
 MESSAGES = ("pg_catalog.m(boolean, text, bytea)", "pg_catalog.m(boolean, text, text)")
 SENDERS = Senders(open_to_all=(), owners=("app",), others=("queue",))
-STATELESS = Stateless(table='"public"."entity_changes"', rows=0, counted_to=1_000)
 NUMBERS = Numbering(role="cdc", table='"public"."entity_changes"', sequence="public.s", last=9, highest=9)
 RIGHTS = Rights(role="cdc", grants=(), schema="public")
 HOLDERS = ShardHolders(held=64, consumers=2, strangers=())
@@ -112,7 +110,6 @@ def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any
         DataReaders: check_outbox.READERS,
         Senders: check_outbox.SENDERS,
         Numbering: check_outbox.NUMBERING,
-        Stateless: check_outbox.STATES,
         Rights: check_outbox.RIGHTS,
         ShardHolders: check_outbox.SHARDS_HELD,
         TableFacts: check_outbox.TABLE,
@@ -128,8 +125,7 @@ def check(name: str, facts: Any, subject: Subject = SUBJECT) -> Finding:
 
 
 HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, SLOT_FACTS, INSTALLED, CAPTURE, CAPTURED, RIGHTS,
-           ROW_SECURITY, READERS, SENDERS, NUMBERS, STATELESS, HOLDERS, TABLE, BACKLOG, Unhandled(()),
-           SUBJECT)  # fmt: skip
+           ROW_SECURITY, READERS, SENDERS, NUMBERS, HOLDERS, TABLE, BACKLOG, Unhandled(()), SUBJECT)  # fmt: skip
 
 
 @pytest.mark.parametrize("facts", HEALTHY, ids=lambda facts: type(facts).__name__)
@@ -272,8 +268,6 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
      r"SELECT setval\('public.s', \(SELECT max\(seq\)"),
     ("sequence", replace(NUMBERS, last=None), UNKNOWN, "cdc may not see",
      'GRANT SELECT ON SEQUENCE public.s TO "cdc";'),
-    ("states", replace(STATELESS, rows=3), FAIL, "3 changes are in no state", r'UPDATE "public"."entity_changes" SET'),
-    ("states", replace(STATELESS, rows=1_000), FAIL, "1000 or more changes", "WHERE CASE WHEN processed"),
     ("grants", replace(RIGHTS, grants=('GRANT SELECT ON "public"."entity_changes" TO "cdc";',)), FAIL, "lacks",
      "GRANT SELECT"),
     ("shard-holders", replace(HOLDERS, strangers=((9, "psql", 3),)), FAIL, r"process 9 \(psql\): 3",
