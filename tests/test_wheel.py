@@ -108,7 +108,7 @@ def test_the_installed_command_carries_its_migrations(installed: Path, tmp_path:
     files = sorted((ROOT / "sql").rglob("[0-9]*.sql"))
     sets = {path.parent.name for path in files} - {"sql"}
     assert sets
-    print_all = (installed / "bin" / "cdc", "db", "print", *(f"--with={name}" for name in sets))
+    print_all: list[str | Path] = [installed / "bin" / "cdc", "db", "print", *(f"--with={name}" for name in sets)]
     script = _run(*print_all, cwd=tmp_path, PYTHONPATH=str(installed))
     for path in files:
         assert path.stem[5:] in script

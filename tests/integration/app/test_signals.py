@@ -97,7 +97,7 @@ def test_a_signal_during_the_import_of_the_handlers_ends_it_with_0(
 def test_as_process_1_a_signal_during_the_import_is_not_lost(
     started: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    outer = start(started, tmp_path, _WAITS, *RUN, before=("unshare", "-pf", "--mount-proc", "--kill-child"))
+    outer = start(started, tmp_path, _WAITS, *RUN, before=("unshare", "-pf", "--kill-child"))
     says(outer, "imported so far")
     [inner] = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
     os.kill(int(inner), signal.SIGTERM)

@@ -92,11 +92,13 @@ async def test_one_removes_at_a_time_and_when_it_ends_another_goes_on(
         assert removed(idle) == 0
         its_task.cancel()
         await asyncio.wait([its_task])
+        # So many, that it is in the middle of it however slowly this test looks; and few for the other one.
+        outbox_db.execute("DELETE FROM entity_changes WHERE seq NOT IN (SELECT seq FROM entity_changes LIMIT 200)")
         assert count(outbox_db) > 0, "it was in the middle of it"
         await _until(lambda: count(outbox_db) == 0, "the other one removes the rest")
         assert removed(idle) > 0
         assert removed(busy) + removed(idle) <= 6_000
-    sessions = [pid for pid, _ in log_of_removals()]
+    sessions = [pid for pid, _ in log_of_removals() if pid != outbox_db.info.backend_pid]
     holders = 1 + sum(one != next_ for one, next_ in itertools.pairwise(sessions))
     assert holders == len(set(sessions)), "nobody removed while another one did"
 

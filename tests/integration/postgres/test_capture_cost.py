@@ -15,7 +15,7 @@ _THOUSANDS = {
     "INSERT, key of two columns": 479,
     "INSERT, one column excluded": 559,
 }
-"""In thousands: a twentieth above docs/adr/0002-a-short-capture-function.md, since builds of the server vary."""
+"""In thousands: a twentieth above docs/adr/0002-a-short-capture-function.md, as builds of the server vary."""
 
 
 @pytest.mark.timeout(900)  # a server that is watched takes fifty times as long
