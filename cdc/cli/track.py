@@ -11,7 +11,7 @@ from cdc.app.config import Settings
 from cdc.cli.options import Command, database_options, json_option, open_database
 from cdc.cli.output import print_json, print_table, say
 from cdc.core.errors import UsageError
-from cdc.core.model import Operation
+from cdc.core.model import CAPTURED, Operation
 from cdc.postgres import remarks
 from cdc.postgres.tracked_tables import Fires, Tracked, described, named
 
@@ -40,10 +40,10 @@ def _split(option: click.Parameter, value: str) -> Iterator[str]:
 
 
 def _operations(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[Operation, ...] | None:
-    try:
-        return None if value is None else tuple(Operation(name.upper()) for name in _split(option, value))
-    except ValueError:
-        raise click.BadParameter(f"{value!r}; expected insert, update, delete, or some of them") from None
+    named = None if value is None else tuple(name.upper() for name in _split(option, value))
+    if named is not None and not set(named) <= set(CAPTURED):
+        raise click.BadParameter(f"{value!r}; expected insert, update, delete, or some of them")
+    return None if named is None else tuple(map(Operation, named))
 
 
 def _columns(name: str, help_text: str) -> Callable[[Command], Command]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cdc.core.circuit_breaker import CircuitBreaker
-from cdc.core.model import Change
+from cdc.core.model import Change, Operation
 from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.router import ANY, Handler, Router
 
@@ -13,6 +13,8 @@ _THREADS = "threads"
 _CONNECTIONS, _CONNECTIONS_IN_THREADS = "connections", "connections in threads"
 _RUN_MAX = 100
 """Calls on the event loop that may return at once."""
+_READ_RUN_MAX = 10
+"""The same of a backfill's: a change that is written meanwhile waits for no more than these."""
 _KINDS_MAX = 10_000
 """Entity type and operation pairs remembered. Types come from the data: nothing else bounds them."""
 
@@ -49,7 +51,7 @@ class HandlerLimits:
         needs = self._known.get(kind)
         if needs is None:
             handler = self._router.match(*kind)
-            needs = self._of_handler(change.entity_type, handler) if handler else Requirements(change.entity_type)
+            needs = self._of_handler(*kind, handler) if handler else Requirements(change.entity_type)
             if len(self._known) < _KINDS_MAX:
                 self._known[kind] = needs
         return needs
@@ -63,12 +65,14 @@ class HandlerLimits:
         handler = self._router.match(*kind)
         return handler is not None and handler.pauses
 
-    def _of_handler(self, entity_type: str, handler: Handler) -> Requirements:
-        run = _RUN_MAX if handler.single else 1
+    def _of_handler(self, entity_type: str, operation: str, handler: Handler) -> Requirements:
+        read = operation == Operation.READ
+        run = (_READ_RUN_MAX if read else _RUN_MAX) if handler.single else 1
         breaker = self._breakers.get(handler.name)
         return Requirements(
-            entity_type, handler, _pools(handler), after_settled=handler.transactional, run=run, breaker=breaker
-        )
+            entity_type, handler, _pools(handler), after_settled=handler.transactional, run=run, breaker=breaker,
+            read=read,
+        )  # fmt: skip
 
 
 def _pools(handler: Handler) -> tuple[str, ...]:

@@ -16,9 +16,16 @@ Key = tuple[str, str]
 
 
 class Operation(StrEnum):
+    """What happened to the row. READ: nothing, a backfill has read it as it is."""
+
     INSERT = "INSERT"
     UPDATE = "UPDATE"
     DELETE = "DELETE"
+    READ = "READ"
+
+
+CAPTURED = (Operation.INSERT, Operation.UPDATE, Operation.DELETE)
+"""What a trigger captures."""
 
 
 class ChangeState(StrEnum):
@@ -34,7 +41,7 @@ class ChangeState(StrEnum):
 class Change:
     """One captured change of one row, as a handler gets it. Compared and hashed by identity.
 
-    ``old`` is None for an INSERT and ``new`` for a DELETE; otherwise they hold the row as JSON, or, if the
+    ``old`` is None for an INSERT and a READ, and ``new`` for a DELETE; otherwise they hold the row as JSON, or, if the
     handler names a pydantic model, an instance of it. A document is parsed at its first use: ``old``, ``new``
     and ``metadata`` raise UnreadableDocumentError for one that Python cannot parse.
     ``changed_at`` is the start of the writer's transaction.

@@ -28,7 +28,7 @@ class Requirements(NamedTuple):
     """What a change needs to start: a slot, and a place in each of ``pools``, within the limits of type and handler.
 
     ``after_settled``: it starts when those of its key before it have settled. ``run``: how many may start at a time.
-    ``breaker``: the handler's.
+    ``breaker``: the handler's. ``read``: it is of a backfill, and takes turns with what was written.
     """
 
     entity_type: str
@@ -37,6 +37,7 @@ class Requirements(NamedTuple):
     after_settled: bool = False
     run: int = 1
     breaker: CircuitBreaker | None = None
+    read: bool = False
 
 
 class Run(NamedTuple):

@@ -114,8 +114,8 @@ class Router:
     ) -> Callable[[Function], Function]:
         """Declare the handler of an entity type ("*": of every type without a rule of its own).
 
-        ``operations``: any of INSERT, UPDATE, DELETE; none named means all. ``model``: a pydantic model (or any
-        type pydantic can validate) that ``change.new`` and ``change.old`` become; a row that does not fit is a dead
+        ``operations``: any of INSERT, UPDATE, DELETE, and READ for the rows of a backfill; none named means all.
+        ``model``: a pydantic model (or any type pydantic can validate) that ``change.new`` and ``change.old`` become; a row that does not fit is a dead
         letter at once. ``max_attempts`` and ``timeout`` (seconds) override the consumer's settings. ``dead``: what a
         dead letter does to the later changes of its key: they go on ("skip") or are held back until an operator
         has decided ("pause"). ``name`` is the handler's name in metrics and logs.

@@ -15,7 +15,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from cdc.core.errors import NotFoundError
-from cdc.core.model import Operation, former_trigger_name, trigger_name
+from cdc.core.model import CAPTURED, Operation, former_trigger_name, trigger_name
 from cdc.postgres.remarks import SettingOwner
 from cdc.postgres.tracked_tables import LISTS, Copy, Fires, ForeignCast, SourceTable, Tracked, read_options
 
@@ -336,7 +336,7 @@ def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capt
     found = Tracked(
         table=spelt[row["oid"]],
         trigger=row["trigger"],
-        operations=tuple(operation for operation in Operation if row["type"] & _TYPE_BITS[operation]),
+        operations=tuple(operation for operation in CAPTURED if row["type"] & _TYPE_BITS[operation]),
         entity_type=_text(row["entity_type"]) or None,
         fires=_FIRES[row["fires"]],
         ours=row["trigger"] in ours,

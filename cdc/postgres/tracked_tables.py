@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from cdc.core.errors import UsageError
-from cdc.core.model import Operation
+from cdc.core.model import CAPTURED, Operation
 
 LISTS, FLAGS = ("key", "exclude", "columns"), ("virtual", "handled")
 """Options of capture_entity_change() that are set here. Any other option of a trigger is kept as it is."""
@@ -219,7 +219,7 @@ def decide(source: SourceTable, present: Sequence[Tracked], asked: Asked, trigge
     wanted = Tracked(
         table=source.spelt,
         trigger=trigger,
-        operations=tuple(each for each in Operation if each in (asked.operations or before.operations)),
+        operations=tuple(each for each in CAPTURED if each in (asked.operations or before.operations)),
         entity_type=(asked.entity_type if asked.entity_type is not None else before.entity_type) or None,
         key=tuple(dict.fromkeys(key)) or _default_key(source),
         exclude=tuple(dict.fromkeys(exclude)),
@@ -275,7 +275,7 @@ def named(columns: Sequence[str]) -> str:
 def _common(source: SourceTable, present: Sequence[Tracked], asked: Asked) -> Tracked:
     """The present triggers, as one. Raises UsageError for an option in which several differ, unless it is named."""
     if not present:
-        return Tracked(table=source.spelt, trigger="", operations=tuple(Operation), entity_type=None)
+        return Tracked(table=source.spelt, trigger="", operations=CAPTURED, entity_type=None)
     first, *others = present
     for other in others:
         for option in ("entity_type", "key", "exclude", "columns", "handled"):
@@ -287,7 +287,7 @@ def _common(source: SourceTable, present: Sequence[Tracked], asked: Asked) -> Tr
                 )
     operations = {operation for each in present for operation in each.operations}
     more = () if first.broken else first.more
-    return replace(first, operations=tuple(each for each in Operation if each in operations), more=more)
+    return replace(first, operations=tuple(each for each in CAPTURED if each in operations), more=more)
 
 
 def _shown(asked: Asked, before: Tracked) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -31,6 +31,16 @@ async def test_a_change_goes_to_the_handler_that_a_consumer_would_call() -> None
     assert made.key == ("order", "7")
 
 
+async def test_a_row_of_a_backfill_is_a_change_like_any_other() -> None:
+    router = cdc.Router()
+
+    @router.on("order", "READ", name="load")
+    async def _(change: cdc.Change) -> None: ...
+
+    assert await testing.handle(router, testing.change("order", "READ", new={"id": 7})) == "load"
+    assert await testing.handle(router, testing.change("order", "INSERT", new={"id": 7})) is None
+
+
 async def test_what_the_handler_raises_reaches_the_test() -> None:
     router = cdc.Router()
 

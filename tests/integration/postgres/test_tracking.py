@@ -316,6 +316,7 @@ def test_the_command_line_from_track_to_untrack(outbox: str, tasks: psycopg.Conn
         (["track", "taks"], 4, "did you mean tasks?"),
         (["untrack", "tasks"], 4, "not tracked"),
         (["track", "tasks", "--on", "insert,truncate"], 2, "expected insert, update, delete"),
+        (["track", "tasks", "--on", "insert,read"], 2, "expected insert, update, delete"),
         (["track", "tasks", "--on", ""], 2, "no operation"),
         (["track", "tasks", "--key", "titel"], 2, "did you mean title?"),
         (["track", "tasks", "--schema", "nowhere"], 4, "cdc db install"),

@@ -5,14 +5,19 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc.core.model import Key
+from cdc import testing
+from cdc.core.handler_limits import HandlerLimits
+from cdc.core.model import Change, Key
 from cdc.core.ready_queues import ReadyQueues, Requirements
-from cdc.core.router import Handler
+from cdc.core.router import Handler, Router
 from tests.changes import change
 
 _ON_LOOP, _SYNC = Handler("on loop", print, is_async=True), Handler("sync", print, is_async=False)
 _A, _B = Requirements("a", _ON_LOOP), Requirements("b", _ON_LOOP)
 _A_SYNC, _B_SYNC = Requirements("a", _SYNC, ("threads",)), Requirements("b", _SYNC, ("threads",))
+
+
+async def _handle(change: Change) -> None: ...
 
 
 def _put(ready_queues: ReadyQueues, needs: Requirements, count: int, first: int = 0) -> None:
@@ -34,6 +39,19 @@ def test_types_take_turns_however_long_their_queues_are() -> None:
     _put(ready_queues, _A, 4)
     _put(ready_queues, _B, 2)
     assert [key[0] for key in _start_all(ready_queues)] == ["a", "b", "a", "b", "a", "a"]
+
+
+def test_what_was_written_waits_for_few_rows_of_a_backfill_and_these_for_all_of_it_never() -> None:
+    router = Router()
+    router.on("order")(_handle)
+    limits = HandlerLimits(router, concurrency=1_000, threads=1, transactions=1)
+    read, written = (limits.needs(testing.change("order", kind)) for kind in ("READ", "UPDATE"))
+    _put(limits.ready_queues, read, 30)
+    _put(limits.ready_queues, written, 1, first=100)
+    _put(limits.ready_queues, written, 200, first=200)
+    order = [number for _, number in _start_all(limits.ready_queues)]
+    assert order.index("100") == 10
+    assert order.index("29") < order.index("399")
 
 
 def test_the_keys_of_a_type_start_in_the_order_in_which_they_became_ready() -> None:

@@ -38,6 +38,20 @@ def test_a_change_of_an_unwanted_type_matches_no_handler() -> None:
     assert router.match("message", "INSERT") is None
 
 
+def test_a_row_of_a_backfill_reaches_a_handler_for_reads_or_for_everything_and_no_other() -> None:
+    router = Router()
+    router.on("order", "INSERT", name="inserted")(_sync)
+    assert router.match("order", "READ") is None
+    router.on("order", name="everything")(_sync)
+    everything = router.match("order", "READ")
+    router.on("order", "READ", name="existing")(_sync)
+    existing = router.match("order", "READ")
+    assert everything is not None
+    assert existing is not None
+    assert (everything.name, existing.name) == ("everything", "existing")
+    assert router.handled_by("existing").named == {("order", "READ")}
+
+
 def test_two_handlers_for_the_same_change_are_refused_and_both_named() -> None:
     router = Router()
     router.on("task", "INSERT", "UPDATE")(_sync)
