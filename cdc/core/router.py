@@ -116,9 +116,9 @@ class Router:
 
         ``operations``: any of INSERT, UPDATE, DELETE, and READ for the rows of a backfill; none named means all.
         ``model``: a pydantic model (or any type pydantic can validate) that ``change.new`` and ``change.old`` become;
-        a row that does not fit is a dead letter at once. ``max_attempts`` and ``timeout`` (seconds) override the consumer's
-        settings. ``dead``: what a dead letter does to the later changes of its key: they go on ("skip") or are held
-        back until an operator has decided ("pause"). ``name`` is the handler's name in metrics and logs.
+        a row that does not fit is a dead letter at once. ``max_attempts`` and ``timeout`` (seconds) override the
+        consumer's settings. ``dead``: what a dead letter does to the later changes of its key: they go on ("skip")
+        or are held back until an operator has decided ("pause"). ``name`` is the handler's name in metrics and logs.
 
         The function may be async, or plain: then it runs in a thread. With a parameter named ``changes`` instead of one
         change it gets a list of up to ``batch`` (default 100), in seq order within a key; ``linger`` is how many
