@@ -107,16 +107,15 @@ BEGIN
     -- cdc.model.SHARDS = 64. By the id alone, without the type: the server parses the expression for each captured row.
     ADD COLUMN shard smallint GENERATED ALWAYS AS ((pg_catalog.hashtext(entity_id) & 63)::smallint) STORED,
     -- A row is in exactly one state: fresh, waiting, processed or dead (cdc.model.ChangeState). A dead letter whose next
-    -- attempt is at infinity also blocks the later changes of its key. The expressions are short, and the operations are
-    -- one constant, because the server parses both constraints for each captured row.
+    -- attempt is at infinity also blocks the later changes of its key. The expressions are short, because the server
+    -- parses the constraint for each captured row.
     ADD CONSTRAINT entity_changes_state_check CHECK (
       CASE
         WHEN processed THEN processed_at IS NOT NULL AND coalesce(next_attempt_at, dead_at) IS NULL
         ELSE (next_attempt_at < 'infinity') = (dead_at IS NULL)
       END
     ),
-    DROP CONSTRAINT IF EXISTS entity_changes_operation_check,
-    ADD CONSTRAINT entity_changes_operation_check CHECK (operation = ANY ('{INSERT,UPDATE,DELETE}'));
+    DROP CONSTRAINT IF EXISTS entity_changes_operation_check;
   PERFORM pg_catalog.setval(
     pg_catalog.format('%I.entity_changes_seq_seq', @schema_literal@),
     (SELECT coalesce(pg_catalog.max(seq), 0) + 1 FROM @schema@.entity_changes),

@@ -41,7 +41,7 @@ from cdc.engine.settler import Settler
 from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import connect_async
-from cdc.postgres.loaders import leave_unread
+from cdc.postgres.loaders import read_changes
 from cdc.postgres.outbox import INDEXED, READ_LIMIT_S, READ_SESSION, Store
 from cdc.postgres.pages import Settled
 from cdc.postgres.shard_locks import ShardSession
@@ -175,7 +175,7 @@ class Consumer:
             reader = await connect_async(
                 dsn, application_name="cdc: reader", session=READ_SESSION, answer_limit_s=READ_LIMIT_S
             )
-            leave_unread(reader)
+            read_changes(reader)
             async with reader:
                 self.lifecycle.connected.set()
                 await self._wait_for_schema(session, reader)

@@ -184,10 +184,10 @@ class Reader:
         except psycopg.Error as error:
             if session.connection.closed or about(error.sqlstate) is About.SESSION:
                 raise
-        for seq, id_, words, _ in found:
+        for seq, id_, summary, words, _ in found:
             if id_ in marked:
                 self._metrics.outbox.rows_refused.labels("read").inc()
-                log.error("the database refuses to hand over change %d (%s): %s; now a dead letter", seq, id_, words)
+                log.error("change %d (%s) is now a dead letter: %s: %s", seq, id_, summary, words)
             elif id_ not in self._unmarked:
                 log.warning("change %d (%s) can be neither read nor marked now: %s; trying again", seq, id_, words)
         self._unmarked = {each.id for each in found} - marked

@@ -32,7 +32,7 @@ from cdc.engine.reconnecting import Lifecycle
 from cdc.observability.metrics import NO_HANDLER, Metrics, ShadowMetrics
 from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import connect_async
-from cdc.postgres.loaders import leave_unread
+from cdc.postgres.loaders import read_changes
 from cdc.postgres.outbox import READ_LIMIT_S, READ_SESSION, Store
 from cdc.postgres.pages import Place
 from cdc.postgres.shard_locks import observe
@@ -117,7 +117,7 @@ class Shadow:
         async with await connect_async(
             settings.dsn, application_name="cdc: observer", session=_SESSION, answer_limit_s=READ_LIMIT_S
         ) as reader:
-            leave_unread(reader)
+            read_changes(reader)
             self.lifecycle.connected.set()
             await observe(reader, settings.schema)
             await self._wait_for_schema(reader)
@@ -176,7 +176,7 @@ class Shadow:
         for each in found:
             self._skipped.add(each.seq)
             self._metrics.outbox.rows_refused.labels("read").inc()
-            log.warning("the database refuses to hand over change %d (%s): %s", each.seq, each.id, each.words)
+            log.warning("change %d (%s) is left out: %s: %s", each.seq, each.id, each.summary, each.words)
         self._store.skip(self._skipped)
         self._planner.wakeups_lost()  # the read brought nothing
 

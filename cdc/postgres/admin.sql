@@ -163,7 +163,7 @@ SELECT c.seq, c.id, {state} AS state,
           AND NOT c.processed AND c.dead_at IS NULL) AS blocked_by,
        coalesce(c.dead_at IS NOT NULL AND c.next_attempt_at = 'infinity', false) AS pauses_key,
        left(coalesce(c.entity_type, c.table_name), 1000) AS entity_type, left(c.entity_id, 1000) AS entity_id, c.shard,
-       left(c.table_schema, 1000) AS table_schema, left(c.table_name, 1000) AS "table", c.operation, c.changed_at,
+       left(c.table_schema, 1000) AS table_schema, left(c.table_name, 1000) AS "table", left(c.operation, 200) AS operation, c.changed_at,
        c.error_count, left(c.last_error, 10000) AS last_error, left(c.error_summary, 300) AS error_summary,
        nullif(c.next_attempt_at, 'infinity') AS next_attempt_at, c.processed_at, c.dead_at, c.caused_by, c.depth, c.replay_of
 FROM {changes} AS c
@@ -183,7 +183,7 @@ WITH RECURSIVE link AS (
   FROM link JOIN {changes} AS c ON c.id = coalesce(link.replay_of, link.caused_by) WHERE link.step < %(bound)s
 )
 SELECT c.seq, c.id, left(coalesce(c.entity_type, c.table_name), 200) AS entity_type, left(c.entity_id, 200) AS entity_id,
-       c.operation, {state} AS state, c.changed_at, c.caused_by, c.replay_of
+       left(c.operation, 200) AS operation, {state} AS state, c.changed_at, c.caused_by, c.replay_of
 FROM link AS c ORDER BY c.step
 
 -- name: payload

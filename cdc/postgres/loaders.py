@@ -11,6 +11,7 @@ from psycopg.adapt import Buffer, Loader
 from psycopg.pq import Format
 
 from cdc.core.fast_change import Json
+from cdc.core.model import Operation
 
 _NO_ENCODING = "SQL_ASCII"
 
@@ -22,12 +23,28 @@ class _UnreadJson(Loader):
         return Json(data)
 
 
-def leave_unread(connection: psycopg.AsyncConnection[Any]) -> None:
-    """From now on this connection loads documents of changes as raw values, in the type that outbox.sql gives them.
+_OPERATIONS = {operation.value.encode(): operation for operation in Operation}
 
-    Most handlers need one of the three documents that a change may have, and some need none.
+
+class _KnownOperation(Loader):
+    format = Format.BINARY
+
+    def load(self, data: Buffer) -> Operation:
+        try:
+            return _OPERATIONS[bytes(data)]
+        except KeyError:
+            # Without quoting it: it may be anything, of any length.
+            raise psycopg.DataError("its operation is none that this version knows") from None
+
+
+def read_changes(connection: psycopg.AsyncConnection[Any]) -> None:
+    """From now on this connection loads documents and operations of changes, in the types that outbox.sql gives them.
+
+    Documents are raw values: most handlers need one of the three that a change may have, and some need none. A read
+    that finds an operation it does not know raises DataError.
     """
     connection.adapters.register_loader("varchar", _UnreadJson)
+    connection.adapters.register_loader("bpchar", _KnownOperation)
 
 
 def read_anything(connection: psycopg.Connection[Any]) -> None:

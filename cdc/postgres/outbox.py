@@ -23,7 +23,6 @@ from cdc.core.model import (
     SHARDS,
     Change,
     Key,
-    Operation,
     Suspicion,
     WakeUp,
 )
@@ -63,7 +62,6 @@ CRASHED = "the consumer's process ended while this change's handler ran"
 _ROW = fast_make(Row)
 _SEQ, _SHARD = attrgetter("seq"), attrgetter("shard")
 _FIRST, _DEPTH = itemgetter(0), attrgetter("change.depth")
-_OPERATIONS = {operation.value: operation for operation in Operation}
 _SCAN_MAX = 20_000
 """Rows that a sweep of some types examines: some 20 ms. Other reads wait no longer than that."""
 _COUNT_BOUND = 10_001
@@ -85,7 +83,7 @@ class Store:
     """The statements for the outbox in ``schema``, limited to the types in ``scope``.
 
     A change deeper than ``max_chain_depth`` is read with its chain. A read returns at most ``page_bytes`` of texts
-    and one change. Changes are read on sessions where ``leave_unread`` was called.
+    and one change. Changes are read on sessions where ``read_changes`` was called.
     """
 
     def __init__(
@@ -459,7 +457,7 @@ def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
     (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,
      crashed, caused_by, depth, replay_of, held) = record  # fmt: skip
     change = read_change(
-        id_, seq, shard, entity_type, entity_id, table_schema, table, _OPERATIONS[operation], old, new, metadata,
+        id_, seq, shard, entity_type, entity_id, table_schema, table, operation, old, new, metadata,
         changed_at, failures + crashed + 1, requeued, crashed, caused_by, depth or 0, replay_of, None,
         len(old or b"") + len(new or b"") + len(metadata or b""),
     )  # fmt: skip

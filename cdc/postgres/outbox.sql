@@ -46,11 +46,11 @@ coalesce(sum(
 
 -- name: columns
 -- Not a statement: the columns that every read of changes returns, in the order in which rows are unpacked. For a row
--- that does not fit, only the number. A depth of 0 is not sent, since it is that of most rows. varchar, a type that no
--- column of ours has, marks a document that stays unread.
+-- that does not fit, only the number. A depth of 0 is not sent, since it is that of most rows. Two types that no column of
+-- ours has mark what is loaded in another way: varchar a document that stays unread, bpchar the operation.
 c.seq, c.shard, CASE WHEN c.fits THEN c.id END AS id,
 CASE WHEN c.fits THEN coalesce(c.entity_type, c.table_name)::text END AS type, CASE WHEN c.fits THEN c.entity_id::text END,
-CASE WHEN c.fits THEN c.table_schema::text END, CASE WHEN c.fits THEN c.table_name::text END, c.operation::text,
+CASE WHEN c.fits THEN c.table_schema::text END, CASE WHEN c.fits THEN c.table_name::text END, c.operation::bpchar,
 CASE WHEN c.fits THEN c.old_data::varchar END, CASE WHEN c.fits THEN c.new_data::varchar END,
 CASE WHEN c.fits THEN c.metadata::varchar END, c.changed_at, c.error_count,
 coalesce(c.started_by <> %(process)s, false) AS crashed, c.caused_by, nullif(c.depth, 0) AS depth, c.replay_of,
@@ -292,7 +292,7 @@ WITH RECURSIVE link AS (
   WHERE link.step < %(bound)s
 )
 SELECT newest,
-       string_agg(left(type, 63) || ' ' || left(entity_id, 63) || ' ' || operation, ' <- ' ORDER BY step)
+       string_agg(left(type, 63) || ' ' || left(entity_id, 63) || ' ' || left(operation, 63), ' <- ' ORDER BY step)
        || CASE WHEN bool_and(caused_by IS NOT NULL) THEN ' <- ...' ELSE '' END
 FROM link GROUP BY newest
 

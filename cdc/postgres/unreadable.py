@@ -1,9 +1,10 @@
-"""Reads that the server refuses because of one row: finding that row, and making it a dead letter without reading it.
+"""Reads that fail because of one row: finding that row, and making it a dead letter without reading it.
 
 The server converts each value when it sends it, and refuses the whole statement where one does not fit: a byte that is
 not UTF-8 in a database without an encoding, a document whose text is longer than 1 GB, a damaged value. A value that
 takes longer than the session's ``statement_timeout`` is refused as well, but only at a repeated try. A statement that
-an operator cancelled ends with the same SQLSTATE, but before the timeout.
+an operator cancelled ends with the same SQLSTATE, but before the timeout. An operation that this version does not
+know is refused by the driver (``loaders``).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _NUMBERS = {
 
 
 _SUMMARY = "the database refuses to hand it over"
+_SUMMARY_OF_DRIVER = "this version cannot read it"
 
 Kind = tuple[str, str]
 """Entity type and operation."""
@@ -57,13 +59,15 @@ class RefusedReadError(psycopg.DataError):
 
 
 class Refused(NamedTuple):
-    """A change that is refused also when it is read alone. ``words``: the server's, in ASCII.
+    """A change that is refused also when it is read alone.
 
-    ``kind``: its type and operation; None where the type is refused, too.
+    ``summary``: by whom. ``words``: the server's or the driver's, in ASCII. ``kind``: its type and operation;
+    None where the type is refused, too.
     """
 
     seq: int
     id: UUID
+    summary: str
     words: str
     kind: Kind | None
 
@@ -88,7 +92,10 @@ class RefusedRows:
         records = [record[-3:] for record in await cursor.fetchall() if record[-1] is not None]
         found = {id_: seq for _, seq, id_ in sorted(records, key=lambda record: record[0])}
         alone = await self._halve(reader, list(found), {**read.parameters, "timeout_s": timeout_s}, fails=True)
-        return [Refused(found[id_], id_, words, await self._kind(reader, id_)) for id_, words in alone.items()]
+        return [
+            Refused(found[id_], id_, _summary(error), _words(error), await self._kind(reader, id_))
+            for id_, error in alone.items()
+        ]
 
     async def mark(
         self, session: psycopg.AsyncConnection, refused: Sequence[Refused], pauses: Callable[[Kind | None], bool]
@@ -96,15 +103,15 @@ class RefusedRows:
         """Make them dead letters, on the session that holds their shards. Returns the ids of those marked."""
         parameters = {
             "ids": [each.id for each in refused],
-            "errors": [f"{_SUMMARY}: {each.words}" for each in refused],
-            "summary": _SUMMARY,
+            "errors": [f"{each.summary}: {each.words}" for each in refused],
+            "summaries": [each.summary for each in refused],
             "pauses": [pauses(each.kind) for each in refused],
         }
         return {id_ for (id_,) in await (await session.execute(self._statements["mark"], parameters)).fetchall()}
 
     async def _halve(
         self, reader: psycopg.AsyncConnection, ids: Sequence[UUID], parameters: Mapping[str, Any], *, fails: bool
-    ) -> dict[UUID, str]:
+    ) -> dict[UUID, psycopg.Error]:
         """``ids``: the largest last. ``fails``: a read of these seems to fail; only for a single one this must be sure.
 
         A failed read of a document of hundreds of MB takes half a minute: this order causes only one.
@@ -116,7 +123,7 @@ class RefusedRows:
             if error is None:
                 return {}
             if len(ids) == 1:
-                return {ids[0]: _words(error)}
+                return {ids[0]: error}
         half = len(ids) // 2
         first = await self._halve(reader, ids[:half], parameters, fails=False)
         return first | await self._halve(reader, ids[half:], parameters, fails=not first)
@@ -124,7 +131,7 @@ class RefusedRows:
     async def _refusal(
         self, reader: psycopg.AsyncConnection, ids: Sequence[UUID], parameters: Mapping[str, Any]
     ) -> psycopg.Error | None:
-        """The server's error, if it refuses any of these, read page by page."""
+        """The error, if any of these is refused, read page by page."""
         paging, left, tries = PageSize(), list(ids), _TRIES if len(ids) == 1 else 1
         while left:
             started = time.monotonic()
@@ -160,6 +167,10 @@ class RefusedRows:
 def _may_be_about_a_row(error: psycopg.Error) -> bool:
     """A DataError without an SQLSTATE is the driver's: a value that Python does not have."""
     return isinstance(error, psycopg.DataError | errors.QueryCanceled) or about(error.sqlstate) is About.ROW
+
+
+def _summary(error: psycopg.Error) -> str:
+    return _SUMMARY if error.sqlstate else _SUMMARY_OF_DRIVER
 
 
 def _words(error: psycopg.Error) -> str:

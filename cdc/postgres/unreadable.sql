@@ -11,19 +11,20 @@ FROM (
 
 -- name: kind
 -- The columns that choose a handler.
-SELECT coalesce(entity_type, table_name)::text, operation::text FROM {changes} WHERE id = %(id)s
+SELECT coalesce(entity_type, table_name)::text, left(operation, 200)::text FROM {changes} WHERE id = %(id)s
 
 -- name: mark
 -- Makes dead letters without reading the documents. A row that another session has locked is not waited for.
 WITH free AS (
-  SELECT c.id, refused.error, refused.pauses
-  FROM unnest(%(ids)s::uuid[], %(errors)s::text[], %(pauses)s::bool[]) AS refused(id, error, pauses)
+  SELECT c.id, refused.error, refused.summary, refused.pauses
+  FROM unnest(%(ids)s::uuid[], %(errors)s::text[], %(summaries)s::text[], %(pauses)s::bool[])
+       AS refused(id, error, summary, pauses)
   JOIN {changes} AS c ON c.id = refused.id
   WHERE NOT c.processed AND c.dead_at IS NULL
   FOR UPDATE OF c SKIP LOCKED
 )
 UPDATE {changes} AS c
 SET dead_at = now(), next_attempt_at = CASE WHEN free.pauses THEN 'infinity'::timestamptz END,
-    error_count = c.error_count + 1, last_error = free.error, error_summary = %(summary)s, started_by = NULL
+    error_count = c.error_count + 1, last_error = free.error, error_summary = free.summary, started_by = NULL
 FROM free WHERE c.id = free.id
 RETURNING c.id

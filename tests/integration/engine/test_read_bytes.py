@@ -17,7 +17,7 @@ from cdc.core.router import Router
 from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Position
 from cdc.core.type_filter import EVERYTHING, TypeFilter
-from cdc.postgres.loaders import leave_unread
+from cdc.postgres.loaders import read_changes
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.postgres.pages import Place
 from tests.eventually import eventually_async
@@ -92,7 +92,7 @@ _READS: dict[str, tuple[Read, TypeFilter, str | None]] = {
 async def reader(outbox: str) -> AsyncIterator[psycopg.AsyncConnection]:
     async with await psycopg.AsyncConnection.connect(outbox, autocommit=True) as connection:
         await connection.execute(_SET, [list(INDEXED), list(INDEXED.values())])
-        leave_unread(connection)
+        read_changes(connection)
         yield connection
 
 

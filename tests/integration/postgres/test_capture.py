@@ -407,8 +407,10 @@ def test_publish_change_returns_the_number_of_a_row_like_any_other(outbox_db: ps
     assert {name: row[name] for name in expected} == expected
     outbox_db.execute("SELECT publish_change('order', '43')")
     assert changes(outbox_db)[1]["operation"] == "INSERT"
-    for wrong in ("NULL, '1'", "'order', NULL", "'order', '1', 'TRUNCATE'"):
+    for wrong in ("NULL, '1'", "'order', NULL", "'order', '1', NULL"):
         assert refusal(outbox_db, f"SELECT publish_change({wrong})")
+    unknown = refusal(outbox_db, "SELECT publish_change('order', '1', 'MERGE')")
+    assert unknown.diag.message_primary == "publish_change() knows no operation MERGE"
 
 
 CAUSE = "0198c0de-0000-7000-8000-0000000000ff"

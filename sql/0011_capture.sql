@@ -1,76 +1,22 @@
--- Capture: the functions that write the outbox and send the wake-up. Safe to run again; locks no table.
+-- Capture: the functions that write the outbox and send the wake-up. Safe to run again.
 --
 -- No value of a row makes its writer's statement fail: a value that JSON cannot represent is left out, and a marker
 -- stands in its place. A fault of the trigger itself (a misspelt option, a key column that does not exist) is an error.
+-- Locks: ACCESS EXCLUSIVE on entity_changes for a moment, where the constraint of an earlier version is there.
 
--- A type or an id has to fit an index entry together with other columns, so a text of more than 1,000 bytes is replaced
--- by its first 100 characters and a hash. The same text always gives the same replacement, so order per key is kept.
--- STABLE and in SQL, so that it is inlined; sha256(), because a FIPS build has it.
-CREATE OR REPLACE FUNCTION @schema@.bounded_text(text) RETURNS text
-LANGUAGE sql STABLE PARALLEL SAFE
-AS $cdc$
-  SELECT CASE
-    WHEN pg_catalog.octet_length($1) > 1000 THEN pg_catalog.left($1, 100) || '...sha256:'
-      || pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to($1, pg_catalog.getdatabaseencoding())), 'hex')
-    ELSE $1
-  END
-$cdc$;
-REVOKE ALL ON FUNCTION @schema@.bounded_text(text) FROM PUBLIC;
-
--- A row as JSON, value by value: for a row that cannot be converted as a whole, and for virtual generated columns, which
--- have no value when triggers fire and are computed here. PostgreSQL allows only built-in functions in their expressions.
--- A value that cannot be converted, or that would make the row larger than half of what jsonb can hold, becomes
--- {"cdc:omitted": why}. The caller makes the transaction read only.
-CREATE OR REPLACE FUNCTION @schema@.captured_row(p_row record, p_table oid, p_excluded text[]) RETURNS jsonb
-LANGUAGE plpgsql
-SET search_path = pg_catalog, pg_temp
-AS $cdc$
+-- The server parses a CHECK anew for each captured row. publish_change() refuses other operations, and a row that came
+-- with one in another way is a dead letter, as whatever a consumer cannot read is.
+DO $cdc$
 DECLARE
-  -- Of 268,435,455 bytes; markers, and 1,600 columns of them, have room above.
-  v_room bigint := 128 * 1024 * 1024;
-  v_column name;
-  v_expression text;
-  v_value jsonb;
-  v_names text[] := '{}';
-  v_values jsonb[] := '{}';
+  v_outbox CONSTANT regclass := pg_catalog.format('%I.entity_changes', @schema_literal@)::regclass;
 BEGIN
-  FOR v_column, v_expression IN
-    SELECT a.attname, CASE WHEN a.attgenerated = 'v' THEN
-      format('CAST(%s AS %s)', pg_get_expr(d.adbin, d.adrelid), format_type(a.atttypid, a.atttypmod)) END
-    FROM pg_attribute AS a LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-    WHERE a.attrelid = p_table AND a.attnum > 0 AND NOT a.attisdropped AND a.attname <> ALL (coalesce(p_excluded, '{}'))
-    ORDER BY a.attnum
-  LOOP
-    BEGIN
-      IF v_expression IS NULL THEN
-        EXECUTE format('SELECT to_jsonb(($1).%I)', v_column) INTO v_value USING p_row;
-      ELSE
-        EXECUTE format('SELECT to_jsonb(%s) FROM (SELECT $2 AS tableoid, ($1).*) AS captured', v_expression)
-          INTO v_value USING p_row, p_table;
-      END IF;
-      IF pg_column_size(v_value) > v_room THEN
-        v_value := jsonb_build_object('cdc:omitted', 'too large');
-      END IF;
-    EXCEPTION WHEN OTHERS OR assert_failure THEN
-      -- A code, and no text: that may quote the value.
-      v_value := jsonb_build_object('cdc:omitted', 'cannot be JSON: ' || SQLSTATE);
-      -- A row beyond 1 GB cannot be passed on as one; of a key by this name at least the value is told.
-      IF v_column = 'id' THEN
-        BEGIN
-          v_value := to_jsonb(p_row.id);
-        EXCEPTION WHEN OTHERS OR assert_failure THEN
-          NULL;
-        END;
-      END IF;
-    END;
-    v_room := v_room - coalesce(pg_column_size(v_value), 0);
-    v_names := v_names || v_column::text;
-    v_values := v_values || coalesce(v_value, 'null');
-  END LOOP;
-  RETURN (SELECT coalesce(jsonb_object_agg(n, v), '{}') FROM unnest(v_names, v_values) AS columns (n, v));
+  IF EXISTS (
+    SELECT FROM pg_catalog.pg_constraint WHERE conrelid = v_outbox AND conname = 'entity_changes_operation_check'
+  ) THEN
+    ALTER TABLE @schema@.entity_changes DROP CONSTRAINT entity_changes_operation_check;
+  END IF;
 END
 $cdc$;
-REVOKE ALL ON FUNCTION @schema@.captured_row(record, oid, text[]) FROM PUBLIC;
 
 -- Row trigger: capture_entity_change([entity_type [, options]]).
 --
@@ -420,6 +366,10 @@ DECLARE
 BEGIN
   IF publish_change.entity_type IS NULL OR publish_change.entity_id IS NULL THEN
     RAISE EXCEPTION 'publish_change() needs an entity type and an entity id' USING ERRCODE = 'null_value_not_allowed';
+  END IF;
+  IF (publish_change.operation = ANY ('{INSERT,UPDATE,DELETE,READ}')) IS NOT TRUE THEN
+    RAISE EXCEPTION 'publish_change() knows no operation %', coalesce(left(publish_change.operation, 100), 'NULL')
+      USING HINT = 'one of INSERT, UPDATE, DELETE and READ', ERRCODE = 'invalid_parameter_value';
   END IF;
   IF v_cause ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12},[0-9]{1,9}$' THEN
     v_caused_by := left(v_cause, 36);
