@@ -15,7 +15,7 @@ under them three times in a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from uuid import UUID
 
 from cdc.core.model import Change
@@ -69,6 +69,52 @@ class Losses:
         self.suspects.discard(change_id)
 
 
-def pause_s(times: int) -> float:
-    """Seconds to wait after this many losses."""
-    return min(_PAUSE_MIN_S * 2.0 ** min(times - 1, 16), _PAUSE_MAX_S)
+class LostCalls:
+    """What calls have lost: their connection, or the consumer's session; or an obstacle has ended them."""
+
+    def __init__(self) -> None:
+        self.session = 0
+        """The number of the consumer's session. What a call of an earlier one brings is lost."""
+        self._losses = Losses()
+        self._obstacles = Losses()
+
+    @property
+    def suspects(self) -> set[UUID]:
+        """The changes that may be the cause of lost transactions or sessions: they run one at a time."""
+        return self._losses.suspects
+
+    def is_suspect(self, change: Change) -> bool:
+        return self._losses.doubts(change)
+
+    def has(self, change: Change) -> bool:
+        """Whether its last call lost something: it runs after a pause, and shares no transaction."""
+        return self._losses.doubts(change) or self._obstacles.doubts(change)
+
+    def times(self, change: Change) -> int:
+        """How often in a row it has lost its connection or the session."""
+        return self._losses.times(change.id)
+
+    def pause_s(self, change: Change) -> float:
+        """Seconds to wait before it runs again."""
+        times = max(self._losses.times(change.id), self._obstacles.times(change.id))
+        return min(_PAUSE_MIN_S * 2.0 ** min(times - 1, 16), _PAUSE_MAX_S)
+
+    def session_lost(self) -> None:
+        self.session += 1
+
+    def call_ended(self, changes: Iterable[Change], session: int) -> None:
+        """Their call, begun in this session, returned or was cut off. If the session was lost, so is the outcome."""
+        if session == self.session:
+            self.forget(changes)
+        else:
+            self._losses.add(changes, suspect_at=SESSIONS_MAX)
+
+    def transaction_lost(self, changes: Sequence[Change], *, blocked: bool) -> bool:
+        """``blocked``: an obstacle ended it. Returns whether it is one that does not end for this change."""
+        times = (self._obstacles if blocked else self._losses).add(changes)
+        return blocked and len(changes) == 1 and times >= LOSSES_MAX
+
+    def forget(self, changes: Iterable[Change]) -> None:
+        """These changes have an outcome."""
+        self._losses.forget(changes)
+        self._obstacles.forget(changes)

@@ -69,4 +69,4 @@ class Batching:
 
     def runs_alone(self, change: Change) -> bool:
         """Whether it must not run together with others: its failure would cost them an attempt."""
-        return change.crashed or self._executor.lost(change)
+        return change.crashed or self._executor.lost.has(change)

@@ -16,7 +16,7 @@ from contextvars import Context, ContextVar, copy_context
 from decimal import Context as Decimals
 from decimal import DefaultContext, getcontext, setcontext
 from types import CoroutineType, coroutine
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from cdc.core.errors import Failed
 from cdc.core.model import Change
@@ -78,46 +78,6 @@ class Contexts(NamedTuple):
         if self.decimals is not None:
             context.run(setcontext, self.decimals.copy())
         return context
-
-
-class StartedCall(Generic[_T]):
-    """Awaiting it goes on with a call that has been sent up to its first wait, in the same task.
-
-    ``started`` on the monotonic clock. ``error``: the call has failed before its first wait; awaiting raises it.
-    """
-
-    __slots__ = ("_call", "_error", "_waits_for", "started")
-
-    def __init__(
-        self,
-        call: Coroutine[Any, Any, _T] | None,
-        waits_for: Any,
-        started: float,
-        error: BaseException | None = None,
-    ) -> None:
-        self._call = call
-        self._waits_for = waits_for
-        self.started = started
-        self._error = error
-
-    def __await__(self) -> Generator[Any, Any, _T]:
-        if self._error is not None:
-            raise self._error
-        call, waits_for = self._call, self._waits_for
-        assert call is not None
-        while True:
-            thrown = sent = None
-            try:
-                sent = yield waits_for
-            except GeneratorExit:  # the awaiting coroutine is closed
-                call.close()
-                raise
-            except BaseException as error:  # noqa: BLE001 - a cancellation above all: it is the call's to handle
-                thrown = error
-            try:
-                waits_for = call.send(sent) if thrown is None else call.throw(thrown)
-            except StopIteration as returned:
-                return cast("_T", returned.value)
 
 
 def begin(

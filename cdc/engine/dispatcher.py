@@ -67,7 +67,6 @@ class Dispatcher:
         self._started = deque[Change]()
         """A run of this handler, which the workers go through together, each calling what it can."""
         self._tasks: dict[asyncio.Task[None], Run] = {}
-        executor.tasks = self._tasks
         self._unstarted = set[asyncio.Task[None]]()
         """The tasks that have not taken a change yet: for what is ready for them, no others are started."""
         self._quarantine = Quarantine(scheduler.knows)
@@ -121,7 +120,7 @@ class Dispatcher:
     async def session_lost(self) -> None:
         """Cut off what can be. A call in a thread goes on; its key stays blocked until it returns."""
         self._abandon_waiting()
-        self._executor.session_lost()
+        self._executor.lost.session_lost()
         in_thread = {task for task, run in self._tasks.items() if any(map(self._executor.in_thread, run.changes))}
         if in_thread:
             log.warning("%d handlers in threads go on without their session; their keys wait for them", len(in_thread))
@@ -210,7 +209,7 @@ class Dispatcher:
             self._run_suspect(handler, change)
         elif self._quarantine.suspects and self._crash_guard.must_record_start(change):
             self._quarantine.held.append((handler, change))
-        elif self._executor.lost(change):
+        elif self._executor.lost.has(change):
             self._in_own_task(handler, change, self._execute_lost(handler, change))
         elif handler is not None and handler in self._batching.lingering and not self._batching.runs_alone(change):
             self._batching.join(handler, change)
@@ -316,8 +315,8 @@ class Dispatcher:
         task.add_done_callback(self._ended)
 
     async def _execute_lost(self, handler: Handler | None, change: Change) -> None:
-        await wait_within(self._stopping, self._executor.pause_s(change))
-        async with self._quarantine.turn if self._executor.suspects(change) else contextlib.nullcontext():
+        await wait_within(self._stopping, self._executor.lost.pause_s(change))
+        async with self._quarantine.turn if self._executor.lost.is_suspect(change) else contextlib.nullcontext():
             if not self._stopping.is_set():
                 await self._execute_alone(handler, change, self._executor.after_losses(handler, change))
 

@@ -220,7 +220,7 @@ class HandlerMetrics(_Group):
             "cdc_changes_handled", "Attempts, by how they ended.", "entity_type", "handler", "outcome"
         )
         self._errors = self._count("cdc_handler_errors", "Attempts that failed.", "handler", "kind")
-        self.duration = self._histogram("cdc_handler_duration_seconds", "Run time of a handler.", _HANDLER_S, "handler")
+        durations = self._histogram("cdc_handler_duration_seconds", "Run time of a handler.", _HANDLER_S, "handler")
         self._latency = self._histogram(
             "cdc_change_latency_seconds",
             "From the writer's transaction to processed, by the database's clock.",
@@ -229,12 +229,14 @@ class HandlerMetrics(_Group):
         )
         self._handled = cache(self._attempts.labels)
         self._took = cache(self._latency.labels)
+        self.duration_of = cache(durations.labels)
+        """By the name of a handler."""
         handlers, types = _names(router), (*sorted(router.entity_types), OTHER)
         for entity_type, handler in _routes(router):
             _start(self._attempts, (entity_type,), (handler,), OUTCOMES)
         _start(self._attempts, types, (NO_HANDLER,), ("skipped",))
         _start(self._errors, handlers, ERROR_KINDS)
-        _start(self.duration, handlers)
+        _start(durations, handlers)
         _start(self._latency, types)
 
     def handled(self, entity_type: str, handler: str, outcome: str, attempts: int = 1) -> None:

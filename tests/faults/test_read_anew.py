@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from cdc.core.lost_transactions import LostCalls
 from cdc.core.model import Change, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.shard_ownership import Acquired
@@ -52,6 +53,7 @@ class _Unknown:
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
+        self.lost = LostCalls()
 
     def handler(self, change: Change) -> None:
         return None
@@ -59,13 +61,7 @@ class _Unknown:
     def in_thread(self, change: Change) -> bool:
         return False
 
-    def lost(self, change: Change) -> bool:
-        return False
-
     def interrupted(self, change: Change) -> None:
-        pass
-
-    def session_lost(self) -> None:
         pass
 
     def run_inline(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cdc.core import lost_transactions
-from cdc.core.lost_transactions import LOSSES_MAX, SESSIONS_MAX, Losses, pause_s
+from cdc.core.lost_transactions import LOSSES_MAX, SESSIONS_MAX, Losses, LostCalls
 from tests.changes import change
 
 
@@ -40,8 +40,37 @@ def test_what_was_not_seen_for_long_is_forgotten() -> None:
 
 
 def test_pauses_grow_up_to_a_bound() -> None:
-    pauses = [pause_s(times) for times in range(1, LOSSES_MAX)]
+    lost, one, pauses = LostCalls(), change(1), list[float]()
+    for _ in range(LOSSES_MAX - 1):
+        lost.transaction_lost([one], blocked=False)
+        pauses.append(lost.pause_s(one))
     assert pauses == sorted(pauses)
     assert pauses[0] == 0.1
     assert 10 < sum(pauses) < 60
-    assert pause_s(10_000) == pauses[-1]
+    for _ in range(1_000):
+        lost.transaction_lost([one], blocked=False)
+    assert lost.pause_s(one) == pauses[-1]
+
+
+def test_what_a_call_of_an_earlier_session_brings_is_a_loss_and_not_an_outcome() -> None:
+    lost, one = LostCalls(), change(1)
+    for _ in range(SESSIONS_MAX):
+        began = lost.session
+        lost.session_lost()
+        lost.call_ended([one], began)
+    assert lost.is_suspect(one)
+    assert lost.times(one) == SESSIONS_MAX
+    lost.call_ended([one], lost.session)
+    assert not lost.has(one)
+
+
+def test_an_obstacle_makes_no_suspect_and_counts_as_lasting_for_a_change_that_ran_alone() -> None:
+    lost, one, other = LostCalls(), change(1), change(2)
+    for _ in range(LOSSES_MAX - 1):
+        assert not lost.transaction_lost([one], blocked=True)
+    assert not lost.transaction_lost([one, other], blocked=True)
+    assert lost.has(one)
+    assert not lost.is_suspect(one)
+    assert lost.times(one) == 0
+    assert lost.transaction_lost([one], blocked=True)
+    assert not lost.transaction_lost([one], blocked=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cdc.core.lost_transactions import LOSSES_MAX
+from cdc.core.lost_transactions import LOSSES_MAX, LostCalls
 from cdc.core.model import Change, Dead, Outcome, Processed, Suspicion
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
@@ -33,14 +33,10 @@ class _Waiting(Executor):
     def __init__(self) -> None:
         self.go = asyncio.Event()
         self.started: list[int] = []
+        self.lost = LostCalls()
 
     def after_crash(self, handler: Handler | None, change: Change, suspicion: Suspicion) -> None:
         return None
-
-    def lost(self, change: Change) -> bool:
-        return False
-
-    def session_lost(self) -> None: ...
 
     def interrupted(self, run: Run) -> None: ...
 

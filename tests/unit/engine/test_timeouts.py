@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import Any
 
 import pytest
 
 from cdc.core.errors import OverrunError
-from cdc.engine.calls import StartedCall
 from cdc.engine.timeouts import Limit
 from cdc.runtime.cancelling import cancel
 from tests.eventually import eventually_async
@@ -69,10 +67,8 @@ async def test_one_that_began_later_overruns_later_though_none_comes_after_it() 
     limit, told = Limit(0.2), list[str]()
 
     async def rest(name: str, ago_s: float) -> None:
-        coroutine = _for_ever()
         try:
-            began = time.monotonic() - ago_s
-            await limit.resume(StartedCall(coroutine, coroutine.send(None), began), began)
+            await limit.call(_for_ever(), started=time.monotonic() - ago_s)
         except OverrunError:
             told.append(name)
 
@@ -137,7 +133,7 @@ async def test_a_call_that_returns_in_spite_of_its_cancellation_has_returned() -
 
 
 async def test_a_call_that_goes_on_in_spite_of_its_cancellation_is_reported_once_and_one_that_ends_is_not() -> None:
-    reported, free = list[asyncio.Task[Any]](), asyncio.Event()
+    reported, free = list[object](), asyncio.Event()
     limit = Limit(0.01, reported.append, grace_s=0.02)
 
     async def goes_on() -> None:
@@ -147,20 +143,20 @@ async def test_a_call_that_goes_on_in_spite_of_its_cancellation_is_reported_once
 
     async def ends() -> None:
         with contextlib.suppress(OverrunError):
-            await limit.call(_for_ever())
+            await limit.call(_for_ever(), of="one that ends")
 
     async def ignores_cancellation() -> None:
-        await limit.call(goes_on())
+        await limit.call(goes_on(), of="one that goes on")
 
-    well, ill = asyncio.create_task(ends()), asyncio.create_task(ignores_cancellation())
+    calls = [asyncio.create_task(ends()), asyncio.create_task(ignores_cancellation())]
 
     async def is_reported() -> bool:
         return bool(reported)
 
     await eventually_async(is_reported)
     free.set()
-    await asyncio.wait([well, ill])
-    assert reported == [ill]
+    await asyncio.wait(calls)
+    assert reported == ["one that goes on"]
 
 
 async def test_what_a_call_raises_is_its_own_also_a_timeout() -> None:

@@ -1,0 +1,148 @@
+"""Calls of handlers: on the event loop, in a thread or in a transaction, and always under a time limit.
+
+A handler in a thread cannot be stopped, nor can one that catches its cancellation and goes on. An overrun of its time
+limit is reported, and its changes stay running until it returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import cached_property, partial
+from typing import TypeVar, cast
+
+from cdc.core.lost_transactions import LostCalls
+from cdc.core.model import Change
+from cdc.core.ready_queues import Run
+from cdc.core.router import Handler
+from cdc.core.transaction_batching import AdaptiveBatchSize
+from cdc.engine.calls import Contexts, call_handler, call_handler_here
+from cdc.engine.thread_pool import Job, Threads
+from cdc.engine.timeouts import Limit
+from cdc.engine.transactions import MixedCausesError, Ran, Transactions
+
+_T = TypeVar("_T")
+
+log = logging.getLogger("cdc.handlers")
+
+
+class HandlerCalls:
+    """``timeout_s`` holds for handlers that name none of their own. ``overran``: called with the handler of a call
+    that goes on beyond its limit, as nothing can end it.
+    """
+
+    def __init__(
+        self,
+        handlers: Iterable[Handler],
+        *,
+        timeout_s: float | None,
+        threads: Threads,
+        transactions: Transactions,
+        lost: LostCalls,
+        overran: Callable[[Handler], None],
+    ) -> None:
+        handlers = set(handlers)
+        self._timeout_s = timeout_s
+        self._limits = {s: Limit(s, self._goes_on) for s in (timeout_s, *(h.timeout_s for h in handlers))}
+        self._threads = threads
+        self._transactions = transactions
+        self._lost = lost
+        self._overran = overran
+        self._groups = {h.name: AdaptiveBatchSize(h.group) for h in handlers if h.group > 1}
+        self._jobs: dict[int, Job] = {}
+        """Calls in threads, by the first of their changes."""
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        """As they are at the first call, for all."""
+        return Contexts.current_for_many()
+
+    def group_limit(self, handler: Handler) -> int:
+        """How many changes may share the handler's next transaction."""
+        group = self._groups.get(handler.name)
+        return group.limit if group else 1
+
+    def in_thread(self, change: Change) -> bool:
+        """Whether its handler runs in a thread, where it cannot be cut off any more."""
+        job = self._jobs.get(change.seq)
+        return job is not None and job.started_at is not None
+
+    async def within_limit(
+        self, handler: Handler, changes: Sequence[Change], call: Awaitable[_T], started: float
+    ) -> _T:
+        """Await a call that began at ``started``. Raises OverrunError."""
+        limit = self._limits[handler.timeout_s or self._timeout_s]
+        return await limit.call(call, started=started, of=Run(handler, changes))
+
+    async def run(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
+        """Call it with ``given``, which are ``changes`` as it gets them. Raises what it or its transaction raises."""
+        run = self._run if handler.is_async else self._run_in_thread
+        group = self._groups.get(handler.name)
+        if group is None:
+            return await run(handler, changes, given, causes=False)
+        try:
+            ran = await run(handler, changes, given, causes=group.captured)
+        except MixedCausesError:
+            group.captured = True
+            ran = await run(handler, changes, given, causes=True)
+        group.committed(len(changes), ran.calls_s, captured=ran.captured)
+        return ran
+
+    def rolled_back(self, handler: Handler) -> None:
+        """One of several changes that shared a transaction failed."""
+        if group := self._groups.get(handler.name):
+            group.rolled_back()
+
+    async def _run(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], *, causes: bool) -> Ran:
+        started = time.monotonic()
+        if handler.transactional:
+            calls = [partial(call_handler, handler, self.contexts, part) for part in _calls(handler, given)]
+            running = self._transactions.run(changes, calls, causes=causes)
+            return await self.within_limit(handler, changes, running, started)
+        call = call_handler(handler, self.contexts, given)
+        return Ran(await self.within_limit(handler, changes, call, started))
+
+    async def _run_in_thread(
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], *, causes: bool
+    ) -> Ran:
+        limit_s = handler.timeout_s or self._timeout_s
+        contexts, session = self.contexts, self._lost.session
+
+        def owned() -> bool:
+            return session == self._lost.session
+
+        def call() -> Ran:
+            if handler.transactional:
+                calls = [partial(call_handler_here, handler, contexts, part) for part in _calls(handler, given)]
+                return self._transactions.run_in_thread(changes, calls, causes=causes, owned=owned)
+            return Ran(call_handler_here(handler, contexts, given))
+
+        def overran() -> None:
+            self._overran(handler)
+            log.error(
+                "handler %s is still running after %g s on change %s of %s; a thread cannot be stopped, so its key"
+                " is held until it returns",
+                handler.name, limit_s, changes[0].id, changes[0].entity_type,
+            )  # fmt: skip
+
+        job = self._jobs[changes[0].seq] = self._threads.submit(call, limit_s, overran)
+        try:
+            return cast("Ran", await job.outcome())
+        finally:
+            del self._jobs[changes[0].seq]
+
+    def _goes_on(self, run: Run) -> None:
+        handler, changes = run
+        assert handler is not None
+        self._overran(handler)
+        log.error(
+            "handler %s goes on though its limit of %g s has passed, on change %s of %s: it caught its"
+            " cancellation, so its key is held until it returns",
+            handler.name, handler.timeout_s or self._timeout_s, changes[0].id, changes[0].entity_type,
+        )  # fmt: skip
+
+
+def _calls(handler: Handler, given: Sequence[Change]) -> list[Sequence[Change]]:
+    """What each call of the handler gets: a batch all at once."""
+    return [given] if handler.batch else [[change] for change in given]
