@@ -17,7 +17,7 @@ from cdc.postgres import remarks
 if TYPE_CHECKING:
     from cdc.postgres.catalogs import Difference
     from cdc.postgres.connect import Connection
-    from cdc.postgres.migrations import Migration
+    from cdc.postgres.migration_scripts import Migration
 
 with_option = click.option(
     "--with", "sets", multiple=True, metavar="NAME", help="Also an optional set: whatsapp, legacy_processor."
@@ -50,9 +50,9 @@ def install(settings: Settings, sets: tuple[str, ...], dry_run: bool) -> None:
 
     --with whatsapp makes and captures the tables of that application besides, once; a table that exists is kept.
     """
-    from cdc.postgres import migrations  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.postgres import migration_scripts, migrations  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    migrations.check_sets(sets)
+    migration_scripts.check_sets(sets)
     with open_database(settings) as connection:
         if dry_run:
             _print_steps(migrations.pending(connection, settings.schema_, sets), settings.schema_)
@@ -120,11 +120,16 @@ def verify(settings: Settings, as_json: bool) -> None:
 @db.command("print")
 @settings_options("schema")
 @with_option
-def print_(settings: Settings, sets: tuple[str, ...]) -> None:
+@click.option(
+    "--no-transaction",
+    is_flag=True,
+    help="Plain SQL without BEGIN, COMMIT and psql's own commands, for a migration tool that has begun a transaction.",
+)
+def print_(*, settings: Settings, sets: tuple[str, ...], no_transaction: bool) -> None:
     """Print one script for psql that does what install does. Needs no database."""
-    from cdc.postgres import migrations  # noqa: PLC0415 - see install
+    from cdc.postgres import migration_scripts  # noqa: PLC0415 - see install
 
-    put_script(migrations.print_sql(settings.schema_, sets=sets))
+    put_script(migration_scripts.print_sql(settings.schema_, sets=sets, transaction=not no_transaction))
 
 
 @db.command()
@@ -158,14 +163,14 @@ def grant(
     Rights on the objects that were granted to the role and are not asked for here are taken away. Run it as the owner
     of the objects, and again after each "cdc db upgrade". Exit 1 if a role has more by other ways.
     """
-    from cdc.postgres import grants, migrations  # noqa: PLC0415 - see install
+    from cdc.postgres import grants, migration_scripts  # noqa: PLC0415 - see install
 
-    migrations.check_sets(sets)
+    migration_scripts.check_sets(sets)
     if ((retention or publish or sets) and not consumer) or (payload and not readonly):
         raise UsageError(
             "--retention, --publish and --with are about --consumer ROLE, --payload is about --readonly ROLE"
         )
-    scripts = [migrations.consumer_rights(name, settings.schema_, consumer or "") for name in sets]
+    scripts = [migration_scripts.consumer_rights(name, settings.schema_, consumer or "") for name in sets]
     granting = [script for script in scripts if script]
     grantees = [
         *([grants.consumer(consumer, retention=retention, publish=publish, scripts=granting)] if consumer else []),
@@ -234,10 +239,11 @@ def _put_in_order(connection: Connection, schema_name: str) -> None:
 
 
 def _print_steps(steps: Sequence[Migration], schema_name: str) -> None:
-    from cdc.postgres import migrations  # noqa: PLC0415 - see install
 
     if steps:
-        put_script(migrations.print_sql(schema_name, steps))
+        from cdc.postgres import migration_scripts  # noqa: PLC0415 - see install
+
+        put_script(migration_scripts.print_sql(schema_name, steps))
     else:
         say(f"schema {schema_name} needs no migration")
 

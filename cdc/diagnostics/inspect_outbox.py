@@ -29,7 +29,7 @@ from cdc.diagnostics.facts import (
     Unhandled,
 )
 from cdc.diagnostics.inspect_server import column, one
-from cdc.postgres import capture_catalog, migrations, remarks, sequence
+from cdc.postgres import capture_catalog, migration_scripts, migrations, remarks, sequence
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.grants import PAYLOAD, SHARD_RIGHTS, STATE
 from cdc.postgres.loaders import read_anything
@@ -179,13 +179,13 @@ def installed(connection: psycopg.Connection, name: str) -> Installed:
         pending=tuple(map(str, pending)),
         differences=tuple(map(str, found)),
         elsewhere=column(connection, _ELSEWHERE, [name]),
-        script="" if complete else migrations.print_sql(name, pending or None, owner=owner),
+        script="" if complete else migration_scripts.print_sql(name, pending or None, owner=owner),
         by_hand=tuple(dict.fromkeys(each.by_hand for each in found if each.by_hand)),
         owner=owner or "",
     )
 
 
-def _pending(connection: psycopg.Connection, name: str) -> list[migrations.Migration]:
+def _pending(connection: psycopg.Connection, name: str) -> list[migration_scripts.Migration]:
     try:
         return migrations.pending(connection, name)
     except errors.InsufficientPrivilege:

@@ -1,4 +1,4 @@
-"""The objects in the database: install, upgrade, verify, print, uninstall.
+"""The objects in the database: install, upgrade, verify, uninstall.
 
 ``sql/NNNN_name.sql`` are the migrations. Each may run again, and all of them in order lead to the same objects from any
 start: from nothing, from the documented SQL with rows in it, or from an installation in which a function was replaced.
@@ -15,132 +15,20 @@ schema, reads the server's catalogs about both, rolls back, and compares.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import psycopg
 from psycopg import errors, sql
 
 from cdc.core import failpoints
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
-from cdc.core.model import message_prefix, publication_name, trigger_name
-from cdc.postgres import capture_role, catalogs, repairs
+from cdc.core.model import publication_name
+from cdc.postgres import capture_role, catalogs, migration_scripts, repairs
 from cdc.postgres.catalogs import Difference
-
-LOCK_TIMEOUT = "5s"
-"""How long DDL waits for a table's lock. Writers queue behind it: longer would be an outage for the application."""
-
-_ADVISORY_LOCK = 0x63646301
-"""First key of the lock held while migrations run; the second is a hash of the schema's name."""
+from cdc.postgres.migration_scripts import Migration
 
 _TEMPORARY = "pg_temp"
-_DOLLAR_QUOTE = "$cdc$"
-_IDENTIFIER_BYTES = 63
-
-_OWNERSHIP = "ownership.sql"
-_CAPTURE_ROLE = "capture_role.sql"
-_CONSUMER_OF_SET = "consumer.sql"
-_REMOVE_SET = "remove.sql"
-
-_OPEN_SCRIPT = """\
-\\set ON_ERROR_STOP on
-BEGIN;
-SELECT pg_catalog.pg_advisory_xact_lock({lock}, pg_catalog.hashtext({name}));
-SET LOCAL lock_timeout = '{timeout}';
-SET LOCAL client_min_messages = warning;
--- Whoever may CREATE in a schema of the path could offer an operator that fits better than the server's own.
-SET LOCAL search_path = pg_catalog;
--- Not IF NOT EXISTS: that asks for the right to create a schema even where it is there.
-DO $cdc$ BEGIN IF pg_catalog.to_regnamespace({identifier_literal}) IS NULL THEN
-  CREATE SCHEMA {identifier};
-END IF; END $cdc$;
-"""
-CREATE_LEDGER = """\
-CREATE TABLE IF NOT EXISTS @schema@.cdc_migrations (
-  version integer PRIMARY KEY,
-  name text NOT NULL,
-  applied_at timestamptz NOT NULL DEFAULT pg_catalog.now()
-);
-"""
-_RECORD = """\
-INSERT INTO @schema@.cdc_migrations (version, name) VALUES ({version}, {name}) ON CONFLICT DO NOTHING;
-"""
-_RECORD_OF_SET = """\
-CREATE TABLE IF NOT EXISTS @schema@.cdc_sets (
-  set_name text NOT NULL,
-  version integer NOT NULL,
-  name text NOT NULL,
-  applied_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
-  PRIMARY KEY (set_name, version)
-);
-INSERT INTO @schema@.cdc_sets (set_name, version, name) VALUES ({set}, {version}, {name}) ON CONFLICT DO NOTHING;
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Migration:
-    version: int
-    name: str
-    template: str
-    """SQL in which ``@schema@`` and ``@publication@`` stand for identifiers, ``@schema_literal@``,
-    ``@publication_literal@``, ``@prefix_literal@`` and ``@trigger_literal@`` for literals."""
-    set: str = ""
-    """The optional set it belongs to; "" is the outbox itself."""
-
-    def __str__(self) -> str:
-        return f"{self.set}{' ' if self.set else ''}{self.version:04} {self.name}"
-
-    @property
-    def record(self) -> str:
-        """The template of the statement that records that this migration ran."""
-        form = _RECORD_OF_SET if self.set else _RECORD
-        return form.format(set=_literal(self.set), version=self.version, name=_literal(self.name))
-
-
-def migrations(name: str = "") -> list[Migration]:
-    """All migrations of this version, in order: of the outbox, or of an optional set."""
-    found = [
-        Migration(int(path.name[:4]), path.stem[5:], path.read_text("utf-8"), name)
-        for path in sorted((folder() / name).glob("[0-9][0-9][0-9][0-9]_*.sql"))
-    ]
-    assert [migration.version for migration in found] == list(range(1, len(found) + 1)), "a gap in the numbers"
-    return found
-
-
-def sets() -> list[str]:
-    """The names of the optional sets."""
-    return sorted(path.name for path in folder().iterdir() if path.is_dir() and migrations(path.name))
-
-
-def check_sets(names: Sequence[str]) -> None:
-    """Raises UsageError for a name that is none of the ``sets``."""
-    for name in names:
-        if name not in (known := sets()):
-            raise UsageError(f"there is no set {name!r}", hint=f"there are {', '.join(known)}")
-
-
-def consumer_rights(name: str, schema: str, role: str) -> str:
-    """A script that grants a consumer's role what the handlers of a set need; "" for nothing."""
-    return render(_script_of_set(name, _CONSUMER_OF_SET), schema, role=role)
-
-
-def folder() -> Path:
-    """``cdc/sql`` in a wheel; an editable install leaves ``sql`` next to the package."""
-    package = Path(__file__).parents[1]
-    return next(path for path in (package / "sql", package.parent / "sql") if path.is_dir())
-
-
-def _script(name: str) -> str:
-    return (folder() / name).read_text("utf-8")
-
-
-def _script_of_set(name: str, file: str) -> str:
-    """Empty where the set has no such file."""
-    path = folder() / name / file
-    return path.read_text("utf-8") if path.exists() else ""
 
 
 def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> None:
@@ -158,15 +46,15 @@ def install(connection: psycopg.Connection, schema: str, sets: Sequence[str] = (
 
     Creates the schema when it is missing. An ``entity_changes`` made from the documented SQL is upgraded in place and
     keeps its rows. ``sets`` are optional ones to install besides. Raises SchemaError when a table stays locked for
-    ``LOCK_TIMEOUT``, or existing objects do not fit.
+    ``migration_scripts.LOCK_TIMEOUT``, or existing objects do not fit.
     """
-    check_sets(sets)
+    migration_scripts.check_sets(sets)
     with _exclusively(connection, schema):
         if not _exists(connection, schema, None):
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
-        _run(connection, _script(_OWNERSHIP), schema)
+        _run(connection, migration_scripts.read(migration_scripts.OWNERSHIP), schema)
         missing = _apply_pending(connection, schema, sets)
-        _run(connection, _script(_CAPTURE_ROLE), schema)
+        _run(connection, migration_scripts.read(migration_scripts.CAPTURE_ROLE), schema)
         return missing
 
 
@@ -176,8 +64,8 @@ def remove(connection: psycopg.Connection, schema: str, name: str) -> bool:
     Raises UsageError for a set whose objects belong to the application, and NotFoundError when there is no
     ``entity_changes``.
     """
-    check_sets([name])
-    if not (script := _script_of_set(name, _REMOVE_SET)):
+    migration_scripts.check_sets([name])
+    if not (script := migration_scripts.read_of_set(name, migration_scripts.REMOVE_SET)):
         raise UsageError(f"the set {name} stays: what it has made belongs to the application", hint="drop it by hand")
     with _exclusively(connection, schema):
         if not _exists(connection, schema, "entity_changes"):
@@ -199,23 +87,23 @@ def upgrade(connection: psycopg.Connection, schema: str) -> tuple[list[Migration
     with _exclusively(connection, schema):
         if not _exists(connection, schema, "entity_changes"):
             raise NotFoundError(f"schema {schema} has no entity_changes to upgrade", hint="run `cdc db install`")
-        _run(connection, _script(_OWNERSHIP), schema)
+        _run(connection, migration_scripts.read(migration_scripts.OWNERSHIP), schema)
         missing = _apply_pending(connection, schema)
         findings = verify(connection, schema)
         if findings:
-            _apply(connection, migrations(), schema)
-        _run(connection, _script(_CAPTURE_ROLE), schema)
+            _apply(connection, migration_scripts.migrations(), schema)
+        _run(connection, migration_scripts.read(migration_scripts.CAPTURE_ROLE), schema)
         left = verify(connection, schema) if findings else []
         return missing, [finding for finding in findings if finding not in left]
 
 
 def pending(connection: psycopg.Connection, schema: str, sets: Sequence[str] = ()) -> list[Migration]:
     """The migrations that ``install`` would run. Raises SchemaError when the schema is newer than this program."""
-    check_sets(sets)
+    migration_scripts.check_sets(sets)
     applied = {"": _applied(connection, schema), **dict.fromkeys(sets, frozenset()), **_sets(connection, schema)}
     missing: list[Migration] = []
     for name, versions in applied.items():
-        known = migrations(name)
+        known = migration_scripts.migrations(name)
         if versions and max(versions) > len(known):
             which = f"the set {name} in schema {schema}" if name else f"schema {schema}"
             raise SchemaError(
@@ -247,12 +135,12 @@ def verify(connection: psycopg.Connection, schema: str) -> list[Difference]:
 
     Needs only the right TEMPORARY on the database, which every role has unless it was revoked.
     """
-    _check_name(schema)
+    migration_scripts.check_name(schema)
     with _explained(connection, schema), connection.transaction(force_rollback=True):
         connection.execute("SET LOCAL search_path = pg_catalog")
-        query = _script("picture.sql")
-        _run(connection, CREATE_LEDGER, _TEMPORARY, schema)
-        for migration in migrations():
+        query = migration_scripts.read(migration_scripts.PICTURE)
+        _run(connection, migration_scripts.CREATE_LEDGER, _TEMPORARY, schema)
+        for migration in migration_scripts.migrations():
             _run(connection, migration.template, _TEMPORARY, schema)
         expected = catalogs.picture(connection, query, _TEMPORARY)
         found = catalogs.picture(connection, query, schema, expected)
@@ -264,38 +152,6 @@ def owner(connection: psycopg.Connection, schema: str) -> str | None:
     """The role that owns the outbox in ``schema``; None where there is no outbox."""
     whose = repairs.owners(connection, schema)
     return repairs.owner_of_all(whose) if "table entity_changes" in whose else None
-
-
-def print_sql(
-    schema: str,
-    steps: Sequence[Migration] | None = None,
-    *,
-    sets: Sequence[str] = (),
-    owner: str | None = None,
-) -> str:
-    """One script for psql, safe to repeat, that does what ``install`` does, for operators who run DDL by hand.
-
-    ``steps`` are the migrations to print, by default all, and those of the optional ``sets``. ``owner`` is the role
-    that owns the outbox already: the script runs as that role.
-    """
-    _check_name(schema)
-    check_sets(sets)
-    if steps is None:
-        steps = [migration for name in dict.fromkeys(("", *sets)) for migration in migrations(name)]
-    identifier = sql.Identifier(schema).as_string()
-    opening = _OPEN_SCRIPT.format(
-        lock=_ADVISORY_LOCK,
-        timeout=LOCK_TIMEOUT,
-        name=_literal(schema),
-        identifier=identifier,
-        identifier_literal=_literal(identifier),
-    )
-    act_as = [f"SET LOCAL ROLE {sql.Identifier(owner).as_string()};\n"] if owner else []
-    parts = [opening, *act_as, render(_script(_OWNERSHIP), schema), render(CREATE_LEDGER, schema)]
-    for migration in steps:
-        parts += [f"\n-- {migration}\n", render(migration.template + migration.record, schema)]
-    parts += ["", render(_script(_CAPTURE_ROLE), schema)]
-    return "\n".join([*parts, "COMMIT;\n"])
 
 
 def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocessed: bool = False) -> list[str]:
@@ -315,7 +171,7 @@ def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocesse
         if not discard_unprocessed:
             _refuse_unprocessed(connection, outbox)
         for name in _sets(connection, schema):
-            if script := _script_of_set(name, _REMOVE_SET):
+            if script := migration_scripts.read_of_set(name, migration_scripts.REMOVE_SET):
                 _run(connection, script, schema)
                 dropped.append(f"set {name}")
         role = capture_role.of(connection, schema)
@@ -381,37 +237,6 @@ def _drop_publication(connection: psycopg.Connection, schema: str) -> list[str]:
     return [f"publication {name}"]
 
 
-def render(template: str, schema: str, *, prefix_schema: str | None = None, role: str = "") -> str:
-    """``template`` for ``schema``; its messages carry the prefix of ``prefix_schema``, by default the same.
-
-    ``role`` is what ``@role@`` stands for.
-    """
-    values = {
-        "@schema@": sql.Identifier(schema).as_string(),
-        "@schema_literal@": _literal(schema),
-        "@prefix_literal@": _literal(message_prefix(prefix_schema or schema)),
-        "@publication@": sql.Identifier(publication_name(schema)).as_string(),
-        "@publication_literal@": _literal(publication_name(schema)),
-        "@trigger_literal@": _literal(trigger_name(schema)),
-        "@role@": sql.Identifier(role).as_string(),
-    }
-    # In one pass: a schema's name may be @schema_literal@.
-    return re.sub("|".join(values), lambda match: values[match[0]], template)
-
-
-def _literal(text: str) -> str:
-    return sql.Literal(text).as_string()
-
-
-def _check_name(schema: str) -> None:
-    too_long = not 0 < len(schema.encode()) <= _IDENTIFIER_BYTES
-    if too_long or "\0" in schema or _DOLLAR_QUOTE in schema or schema.startswith("pg_"):
-        raise UsageError(
-            f"{schema!r} cannot be the schema of the outbox",
-            hint=f"1 to {_IDENTIFIER_BYTES} bytes, not beginning with pg_, without {_DOLLAR_QUOTE} in it",
-        )
-
-
 def _apply_pending(connection: psycopg.Connection, schema: str, sets: Sequence[str] = ()) -> list[Migration]:
     """Run what is missing, until nothing is: a migration may record a set, of which the migrations are missing then."""
     applied = list[Migration]()
@@ -423,7 +248,7 @@ def _apply_pending(connection: psycopg.Connection, schema: str, sets: Sequence[s
 
 def _apply(connection: psycopg.Connection, missing: Sequence[Migration], schema: str) -> None:
     if missing:
-        _run(connection, CREATE_LEDGER, schema)
+        _run(connection, migration_scripts.CREATE_LEDGER, schema)
     for migration in missing:
         failpoints.here("schema.between_steps")
         _run(connection, migration.template, schema)
@@ -431,7 +256,7 @@ def _apply(connection: psycopg.Connection, missing: Sequence[Migration], schema:
 
 
 def _run(connection: psycopg.Connection, template: str, schema: str, prefix_schema: str | None = None) -> None:
-    connection.execute(render(template, schema, prefix_schema=prefix_schema).encode())
+    connection.execute(migration_scripts.render(template, schema, prefix_schema=prefix_schema).encode())
 
 
 def _exists(connection: psycopg.Connection, schema: str, relation: str | None) -> bool:
@@ -447,13 +272,14 @@ def _exists(connection: psycopg.Connection, schema: str, relation: str | None) -
 @contextmanager
 def _exclusively(connection: psycopg.Connection, schema: str) -> Iterator[None]:
     """One transaction, the only one that changes this schema, with a limit on its wait for a table's lock."""
-    _check_name(schema)
+    migration_scripts.check_name(schema)
     with _explained(connection, schema), connection.transaction():
         # Before the time limit: the holder of this lock runs the same work, bounded by its own limit.
         connection.execute(
-            "SELECT pg_catalog.pg_advisory_xact_lock(%s, pg_catalog.hashtext(%s))", [_ADVISORY_LOCK, schema]
+            "SELECT pg_catalog.pg_advisory_xact_lock(%s, pg_catalog.hashtext(%s))",
+            [migration_scripts.ADVISORY_LOCK, schema],
         )
-        connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [LOCK_TIMEOUT])
+        connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [migration_scripts.LOCK_TIMEOUT])
         connection.execute("SET LOCAL client_min_messages = warning")
         connection.execute("SET LOCAL search_path = pg_catalog")
         yield
@@ -466,7 +292,7 @@ def _explained(connection: psycopg.Connection, schema: str) -> Iterator[None]:
         yield
     except (errors.LockNotAvailable, errors.DeadlockDetected) as busy:
         raise SchemaError(
-            f"a table of schema {schema} stayed locked for {LOCK_TIMEOUT}; nothing was changed",
+            f"a table of schema {schema} stayed locked for {migration_scripts.LOCK_TIMEOUT}; nothing was changed",
             hint="end the long transaction that holds it (pg_stat_activity, oldest xact_start), and run this again",
         ) from busy
     except errors.InsufficientPrivilege as denied:

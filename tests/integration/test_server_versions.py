@@ -28,7 +28,7 @@ from cdc.core.errors import RefusedError, UsageError
 from cdc.core.model import SHARDS, publication_name
 from cdc.diagnostics import inspect_outbox
 from cdc.observability.snapshots import Role
-from cdc.postgres import migrations, remarks, tracking
+from cdc.postgres import migration_scripts, migrations, remarks, tracking
 from cdc.replication import slots
 from tests import servers
 from tests.eventually import eventually_async
@@ -60,7 +60,7 @@ def _slot(*arguments: str) -> Any:
 
 
 def test_the_outbox_can_be_installed_verified_upgraded_and_removed(db: psycopg.Connection) -> None:
-    assert migrations.install(db, "public") == migrations.migrations()
+    assert migrations.install(db, "public") == migration_scripts.migrations()
     assert migrations.verify(db, "public") == []
     assert migrations.upgrade(db, "public") == ([], [])
     migrations.uninstall(db, "public")

@@ -11,7 +11,7 @@ from psycopg import sql
 import cdc
 from cdc import testing
 from cdc.core.errors import UsageError
-from cdc.postgres import migrations, tracking
+from cdc.postgres import migration_scripts, migrations, tracking
 from tests.fix_consumer import states
 from tests.integration.postgres.test_schema_upgrade import DOCUMENTED
 from tests.legacy_processor import Processor, connect
@@ -239,14 +239,14 @@ def test_a_function_of_its_former_name_that_no_trigger_calls_stops_no_installati
 
 def test_the_set_is_in_the_script_when_it_is_named_and_goes_with_the_installation(kept: psycopg.Connection) -> None:
     made = "TRIGGER legacy_processor_marks"
-    assert made in migrations.print_sql("public", sets=["legacy_processor"])
-    assert made not in migrations.print_sql("public")
+    assert made in migration_scripts.print_sql("public", sets=["legacy_processor"])
+    assert made not in migration_scripts.print_sql("public")
     assert "set legacy_processor" in migrations.uninstall(kept, "public")
     assert _functions(kept) == set()
 
 
 def test_its_set_gives_a_consumer_no_more_rights() -> None:
-    assert migrations.consumer_rights("legacy_processor", "public", "cdc") == ""
+    assert migration_scripts.consumer_rights("legacy_processor", "public", "cdc") == ""
 
 
 def test_a_set_that_holds_an_applications_data_is_not_removed(kept: psycopg.Connection) -> None:

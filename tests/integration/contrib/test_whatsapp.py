@@ -18,7 +18,7 @@ from cdc.contrib.whatsapp import make_router, router
 from cdc.contrib.whatsapp.actions import Actions, Config, Context, standard
 from cdc.contrib.whatsapp.sender import Outgoing, Recorder
 from cdc.core.errors import UsageError
-from cdc.postgres import grants, migrations
+from cdc.postgres import grants, migration_scripts, migrations
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, states
 from tests.fix_messenger import Messenger
@@ -273,7 +273,7 @@ async def test_it_works_in_another_schema_and_as_a_role_that_has_the_granted_rig
     migrations.install(db, name, ["whatsapp"])
     db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
     try:
-        scripts = [migrations.consumer_rights("whatsapp", name, role)]
+        scripts = [migration_scripts.consumer_rights("whatsapp", name, role)]
         for _ in range(2):
             [granted] = grants.grant(db, name, [grants.consumer(role, scripts=scripts)])
         assert granted.excess == "", "what the set asks for is no excess"

@@ -12,7 +12,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.cli import cdc as command
 from cdc.core.errors import SchemaError
-from cdc.postgres import migrations
+from cdc.postgres import migration_scripts, migrations
 
 pytestmark = pytest.mark.server
 
@@ -100,7 +100,7 @@ def test_nor_its_own_table_where_code_of_somebody_else_hangs_on_it(
 
 def test_the_printed_script_refuses_as_well(db: psycopg.Connection, intern: psycopg.Connection) -> None:
     intern.execute(_PREMADE["the function that captures"][0].encode())
-    script = migrations.print_sql("public").partition("\n")[2]  # without what only psql knows
+    script = migration_scripts.print_sql("public").partition("\n")[2]  # without what only psql knows
     with pytest.raises(psycopg.errors.InvalidObjectDefinition, match="does not adopt"):
         db.execute(script.encode())
     db.rollback()

@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 from cdc.diagnostics import check_outbox as checks
 from cdc.diagnostics import inspect_outbox
 from cdc.diagnostics.findings import Severity
-from cdc.postgres import grants, migrations, tracking
+from cdc.postgres import grants, migration_scripts, migrations, tracking
 
 pytestmark = pytest.mark.server
 
@@ -319,7 +319,7 @@ def test_writers_go_on_where_row_security_is_switched_on(
 
 
 def test_the_printed_script_makes_the_role_too(db: psycopg.Connection) -> None:
-    lines = migrations.print_sql("events").splitlines()
+    lines = migration_scripts.print_sql("events").splitlines()
     db.execute("\n".join(line for line in lines if not line.startswith("\\")).encode())
     assert owner_of(db, "capture_entity_change", "events").startswith("cdc_capture_")
 

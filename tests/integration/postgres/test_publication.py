@@ -11,7 +11,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc.cli import cdc
-from cdc.postgres import migrations
+from cdc.postgres import migration_scripts, migrations
 
 pytestmark = pytest.mark.server
 
@@ -40,7 +40,7 @@ def test_each_outbox_has_its_own_and_takes_it_along(db: psycopg.Connection) -> N
 
 
 def test_the_printed_script_makes_it_as_well(db: psycopg.Connection) -> None:
-    script = "\n".join(line for line in migrations.print_sql("public").splitlines() if not line.startswith("\\"))
+    script = "\n".join(line for line in migration_scripts.print_sql("public").splitlines() if not line.startswith("\\"))
     db.execute(script.encode())
     assert publications(db) == {"cdc_public"}
 

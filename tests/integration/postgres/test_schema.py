@@ -19,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 from cdc.cli import cdc
 from cdc.core.errors import NotFoundError, RefusedError, SchemaError
 from cdc.core.model import ChangeState
-from cdc.postgres import migrations
+from cdc.postgres import migration_scripts, migrations
 from tests import servers
 from tests.eventually import eventually
 
@@ -48,7 +48,7 @@ def columns(db: psycopg.Connection, name: str) -> list[str]:
 
 
 def test_install_makes_every_documented_object_and_the_additions(db: psycopg.Connection):
-    assert migrations.install(db, "public") == migrations.migrations()
+    assert migrations.install(db, "public") == migration_scripts.migrations()
     assert set(columns(db, "entity_changes")) == {
         "id", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata", "changed_at",
         "processed", "processed_at", "error_count", "last_error",
@@ -125,7 +125,7 @@ def test_two_installations_at_once_make_one(database: str, db: psycopg.Connectio
     for thread in threads:
         thread.join()
     assert failures == []
-    assert sorted(applied) == [0, 0, 0, len(migrations.migrations())]
+    assert sorted(applied) == [0, 0, 0, len(migration_scripts.migrations())]
     assert migrations.verify(db, "both") == []
 
 
@@ -147,13 +147,13 @@ def test_a_crash_between_two_migrations_leaves_nothing(database: str, db: psycop
     ended = subprocess.run([sys.executable, "-c", crash, database], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert db.execute("SELECT to_regclass('entity_changes'), to_regclass('cdc_migrations')").fetchone() == (None, None)
-    assert migrations.install(db, "public") == migrations.migrations()
+    assert migrations.install(db, "public") == migration_scripts.migrations()
 
 
 def test_a_table_that_stays_locked_ends_the_upgrade_with_a_sentence(
     database: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(migrations, "LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(migration_scripts, "LOCK_TIMEOUT", "50ms")
     migrations.install(db, "public")
     db.execute("DELETE FROM cdc_migrations")
     with (
@@ -178,7 +178,7 @@ def test_every_migration_may_run_again_over_rows(outbox_db: psycopg.Connection):
     outbox_db.execute("SELECT publish_change('t', i::text) FROM generate_series(1, 10) AS i")
     before = outbox_db.execute("SELECT * FROM entity_changes ORDER BY seq").fetchall()
     outbox_db.execute("DELETE FROM cdc_migrations")
-    assert migrations.install(outbox_db, "public") == migrations.migrations()
+    assert migrations.install(outbox_db, "public") == migration_scripts.migrations()
     assert outbox_db.execute("SELECT * FROM entity_changes ORDER BY seq").fetchall() == before
     assert outbox_db.execute("SELECT publish_change('t', '11')").fetchone() == (11,)
     assert migrations.verify(outbox_db, "public") == []

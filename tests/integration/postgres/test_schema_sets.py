@@ -12,7 +12,7 @@ from psycopg import sql
 from cdc.cli import cdc
 from cdc.core.errors import SchemaError
 from cdc.core.model import Operation
-from cdc.postgres import migrations, tracking
+from cdc.postgres import migration_scripts, migrations, tracking
 from tests import servers
 
 ODD = 'Tenant "7" %s; it\'s é'
@@ -92,9 +92,9 @@ def test_a_recorded_set_is_brought_to_the_present_version_with_the_outbox(
     db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     migrations.install(db, "public", ["whatsapp"])
-    known = migrations.migrations
-    later = migrations.Migration(2, "later", "CREATE TABLE @schema@.later ();", "whatsapp")
-    monkeypatch.setattr(migrations, "migrations", lambda name="": known(name) + ([later] if name else []))
+    known = migration_scripts.migrations
+    later = migration_scripts.Migration(2, "later", "CREATE TABLE @schema@.later ();", "whatsapp")
+    monkeypatch.setattr(migration_scripts, "migrations", lambda name="": known(name) + ([later] if name else []))
     applied, repaired = migrations.upgrade(db, "public")
     assert (list(map(str, applied)), repaired) == (["whatsapp 0002 later"], [])
     assert "later" in tables(db)

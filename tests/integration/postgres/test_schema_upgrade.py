@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from cdc.cli import cdc
 from cdc.core.errors import SchemaError
-from cdc.postgres import migrations
+from cdc.postgres import migration_scripts, migrations
 
 pytestmark = pytest.mark.server
 
@@ -193,7 +193,7 @@ def seqs(db: psycopg.Connection) -> dict[str, int]:
 
 
 def test_the_result_is_what_a_fresh_installation_makes(documented: psycopg.Connection):
-    assert migrations.install(documented, "public") == migrations.migrations()
+    assert migrations.install(documented, "public") == migration_scripts.migrations()
     assert migrations.verify(documented, "public") == []
     assert migrations.install(documented, "public") == []
 

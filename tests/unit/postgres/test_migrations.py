@@ -10,31 +10,31 @@ from hypothesis import strategies as st
 
 from cdc.core.errors import UsageError
 from cdc.core.model import SHARDS, Operation, message_prefix, trigger_name
-from cdc.postgres import catalogs, migrations, tracked_tables
+from cdc.postgres import catalogs, migration_scripts, tracked_tables
 from cdc.postgres.catalogs import Difference
 
 
 def test_migrations_are_numbered_without_a_gap_and_each_says_what_it_is_for_first():
-    found = migrations.migrations()
+    found = migration_scripts.migrations()
     assert [migration.version for migration in found] == list(range(1, len(found) + 1))
     assert all(migration.template.startswith("-- ") for migration in found)
 
 
 def test_the_shard_column_computes_modulo_the_models_number_of_shards():
-    assert f"& {SHARDS - 1})::smallint" in migrations.migrations()[0].template
+    assert f"& {SHARDS - 1})::smallint" in migration_scripts.migrations()[0].template
     assert SHARDS & (SHARDS - 1) == 0, "a mask is a modulo only for a power of two"
 
 
 def test_placeholders_become_quoted_names_in_one_pass():
-    rendered = migrations.render("@schema@ @schema_literal@ @prefix_literal@", "@schema_literal@'\"")
+    rendered = migration_scripts.render("@schema@ @schema_literal@ @prefix_literal@", "@schema_literal@'\"")
     assert rendered == """"@schema_literal@'\""" '@schema_literal@''"' 'entity_change:%40schema_literal%40%27%22'"""
-    assert migrations.render("@prefix_literal@", "a", prefix_schema="b") == f"'{message_prefix('b')}'"
+    assert migration_scripts.render("@prefix_literal@", "a", prefix_schema="b") == f"'{message_prefix('b')}'"
 
 
 @given(st.text(min_size=1, max_size=20))
 def test_no_schema_name_escapes_its_quotes(name: str):
     identifier, literal = (
-        migrations.render("@schema@\0@schema_literal@", name).split("\0") if "\0" not in name else ("", "")
+        migration_scripts.render("@schema@\0@schema_literal@", name).split("\0") if "\0" not in name else ("", "")
     )
     assert not identifier or identifier == '"' + name.replace('"', '""') + '"'
     assert "'" not in literal.removeprefix(" E")[1:-1].replace("''", "")
@@ -43,7 +43,7 @@ def test_no_schema_name_escapes_its_quotes(name: str):
 @pytest.mark.parametrize("name", ["", "x" * 64, "é" * 32, "a\0b", "pg_mine", "a$cdc$b"])
 def test_a_name_that_postgresql_or_the_migrations_cannot_take_is_refused_before_anything_runs(name: str):
     with pytest.raises(UsageError):
-        migrations.print_sql(name)
+        migration_scripts.print_sql(name)
 
 
 def test_compare_names_a_missing_object_once_and_each_difference():
@@ -74,9 +74,9 @@ def test_what_somebody_has_added_counts_where_it_hangs_on_an_object_of_ours():
 
 def test_whatever_the_migrations_make_is_looked_at_for_its_owner():
     """Else somebody could make it before, and it would be adopted."""
-    looked_at = (migrations.folder() / "ownership.sql").read_text()
-    all_of_them = migrations.migrations() + migrations.migrations("legacy_processor")
-    scripts = [each.template for each in all_of_them] + [migrations.CREATE_LEDGER]
+    looked_at = (migration_scripts.folder() / "ownership.sql").read_text()
+    all_of_them = migration_scripts.migrations() + migration_scripts.migrations("legacy_processor")
+    scripts = [each.template for each in all_of_them] + [migration_scripts.CREATE_LEDGER]
     made = {
         name
         for script in scripts
@@ -115,7 +115,7 @@ def test_a_key_that_is_the_column_id_is_written_as_the_capture_function_knows_it
     """Or each row pays for the reading of JSON."""
     usual = tracked_tables.Tracked(table="t", trigger="x", operations=tuple(Operation), entity_type=None, key=("id",))
     _, options = tracked_tables.arguments(usual)
-    [capture] = [migration.template for migration in migrations.migrations() if migration.name == "capture"]
+    [capture] = [migration.template for migration in migration_scripts.migrations() if migration.name == "capture"]
     assert f"IF TG_ARGV[1] <> '{options}' THEN" in capture
 
 
