@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -113,3 +117,61 @@ def test_the_web_application_shows_what_its_consumer_has_seen(orders: psycopg.Co
 
     eventually(lambda: get("/orders/seen") == '["1"]', what="the order is seen")
     assert get("/healthz") == '"ok"'
+
+
+@pytest.fixture
+def posted() -> Iterator[list[dict[str, Any]]]:
+    """What a webhook got so far; its address is in WEBHOOK_URL."""
+    got: list[dict[str, Any]] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Webhook) as server, pytest.MonkeyPatch.context() as patch:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        patch.setenv("WEBHOOK_URL", f"http://127.0.0.1:{server.server_port}/")
+        try:
+            yield got
+        finally:
+            server.shutdown()
+            serving.join()
+
+
+# What a receiver of each tool reads, of an INSERT, an UPDATE and a DELETE of one row; the rest differs from run to run.
+_NEW, _OLD = {"id": 1, "customer": "Ada", "total": 15.0}, {"id": 1, "customer": "Ada", "total": 12.5}
+_PAYLOADS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
+    "hasura": lambda body: (body["event"]["op"], body["event"]["data"]["old"], body["event"]["data"]["new"]),
+    "supabase": lambda body: (body["type"], body["old_record"], body["record"]),
+    "sequin": lambda body: (body["action"], body["changes"], body["record"]),
+    "debezium": lambda body: (body["op"], body["before"], body["after"]),
+}
+_EXPECTED = {
+    "hasura": [("INSERT", None, _OLD), ("UPDATE", _OLD, _NEW), ("DELETE", _NEW, None)],
+    "supabase": [("INSERT", None, _OLD), ("UPDATE", _OLD, _NEW), ("DELETE", _NEW, None)],
+    "sequin": [("insert", None, _OLD), ("update", {"total": 12.5}, _NEW), ("delete", None, _NEW)],
+    "debezium": [("c", None, _OLD), ("u", _OLD, _NEW), ("d", _NEW, None)],
+}
+
+
+@pytest.mark.parametrize("shape", _PAYLOADS)
+def test_a_receiver_of_another_tool_gets_the_payload_it_knows(
+    orders: psycopg.Connection,
+    start: Start,
+    posted: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    shape: str,
+) -> None:
+    monkeypatch.setenv("SHAPE", shape)
+    start("payloads", _RUN)
+    _order(orders)
+    orders.execute("UPDATE orders SET total = 15")
+    orders.execute("DELETE FROM orders")
+    eventually(lambda: len(posted) == 3, what="three changes are posted")
+    assert [_PAYLOADS[shape](body) for body in posted] == _EXPECTED[shape]
