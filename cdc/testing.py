@@ -14,19 +14,19 @@ import asyncio
 import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from pydantic import TypeAdapter
-
 from cdc.app import config
 from cdc.app.application import App
+from cdc.core.change_filter import FilteredError
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.model import Change, ChangeState, Operation
 from cdc.core.router import Router
 from cdc.core.type_filter import TypeFilter
+from cdc.engine.handler_input import preparation
 from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin
 from cdc.postgres.connect import connect, connect_async
 from cdc.postgres.loaders import read_anything
@@ -66,7 +66,8 @@ class Drained:
 
     ``dead_letters``: those that died during the drain, each with its ``last_error``. ``waiting``: for a retry that is
     due only after the drain's time limit. ``held``: fresh changes behind one of these, or behind a dead letter that
-    pauses. ``unhandled``: fresh ones of types that no handler wants, which stay as they are.
+    pauses. ``unhandled``: fresh ones of types that no handler wants, which stay as they are. ``filtered``:
+    those that a handler's filter left out.
     """
 
     processed: int
@@ -77,6 +78,7 @@ class Drained:
     waiting: int
     held: int
     unhandled: int = 0
+    filtered: int = 0
 
     @property
     def dead(self) -> int:
@@ -122,21 +124,22 @@ def change(
 async def handle(router: Router, change: Change, *, connection: Any = None) -> str | None:
     """Call the handler as a consumer would; no server is needed.
 
-    Its model is applied, its own time limit holds if it is async, a plain function runs in a thread, and one for
-    batches gets a batch of one. Returns the handler's name, or None where no handler wants the change. Raises every
-    error of the handler, ``cdc.Discard`` and ``cdc.Retry`` too, and pydantic's ValidationError for a row that does not
-    fit. ``connection`` is for a handler that asks for one; its transaction is the caller's.
+    Its filter and its model are applied, its own time limit holds if it is async, a plain function runs in a thread,
+    and one for batches gets a batch of one. Returns the handler's name, or None where no handler wants the change, or
+    its filter leaves it out. Raises every error of the handler, ``cdc.Discard`` and ``cdc.Retry`` too, and pydantic's
+    ValidationError for a row that does not fit. ``connection`` is for a handler that asks for one; its transaction is
+    the caller's.
     """
     handler = router.match(change.entity_type, change.operation)
     if handler is None:
         return None
     if handler.transactional and connection is None:
         raise UsageError(f"handler {handler.name} asks for a connection", hint="pass it: handle(..., connection=...)")
-    if handler.model is not None:
-        adapter: TypeAdapter[Any] = TypeAdapter(handler.model)
-        new = None if change.new is None else adapter.validate_python(change.new)
-        old = None if change.old is None else adapter.validate_python(change.old)
-        change = replace(change, new=new, old=old)
+    if prepare := preparation(handler):
+        try:
+            change = prepare(change)
+        except FilteredError:
+            return None
     if handler.is_async:
         async with deadline(handler.timeout_s):
             await handler.call([change], connection)
@@ -240,6 +243,7 @@ class _OutboxState:
             skipped=outcomes.get("skipped", 0),
             discarded=outcomes.get("discarded", 0),
             retried=outcomes.get("retried", 0),
+            filtered=outcomes.get("filtered", 0),
             dead_letters=tuple(entry for entry in dead if entry.dead_at and entry.dead_at >= self._began),
             waiting=sum(each.waiting for each in stats.types if self._scope.has(each.entity_type)),
             held=sum(each.blocked for each in stats.types if self._scope.has(each.entity_type)),

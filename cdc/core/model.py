@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
@@ -79,6 +80,17 @@ class Change:
         return (self.entity_type, self.entity_id)
 
     @property
+    def changed(self) -> frozenset[str]:
+        """The columns whose values differ between ``old`` and ``new`` as they were captured, also with a model.
+
+        What cannot be compared counts as changed: every column where there is one document only, as of an INSERT, a
+        DELETE or a READ, or of an UPDATE without its old row; and a value that was left out (``cdc:omitted``). Numbers
+        differ by their digits: 10.1 is not 10.10. A column that is not captured is never named. Empty where no
+        document is an object.
+        """
+        return changed_columns(self.old, self.new)
+
+    @property
     def cause(self) -> str:
         """The setting ``cdc.cause`` of a transaction whose writes this change causes.
 
@@ -90,6 +102,46 @@ class Change:
     def __repr__(self) -> str:
         """Without the row's content, so that a change may be logged."""
         return f"<Change {self.seq} {self.operation} {self.entity_type} {self.entity_id!r} attempt={self.attempt}>"
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ModelChange(Change):
+    """A change whose ``old`` and ``new`` are instances of its handler's model. ``captured``: as it was read."""
+
+    captured: Change
+
+    @property
+    def changed(self) -> frozenset[str]:
+        return self.captured.changed
+
+
+OMITTED = "cdc:omitted"
+"""The only key of the object that stands in place of a value that no jsonb holds."""
+
+
+def changed_columns(old: object, new: object) -> frozenset[str]:
+    """The columns that differ between two documents, or cannot be compared; see ``Change.changed``."""
+    before, after = _row(old), _row(new)
+    return frozenset(column for column in before.keys() | after.keys() if differs(before, after, column))
+
+
+def differs(before: Mapping[str, object], after: Mapping[str, object], column: str) -> bool:
+    """Whether the column's values differ, or may differ: one of them is not there, or was left out."""
+    if column not in before or column not in after:
+        return True
+    one, other = before[column], after[column]
+    if type(one) is str:
+        return one != other
+    # By text: for Python true equals 1, also inside a document, and 10.1 equals 10.10.
+    return repr(one) != repr(other) or _is_omitted(one)
+
+
+def _row(document: object) -> Mapping[str, object]:
+    return document if isinstance(document, Mapping) else {}
+
+
+def _is_omitted(value: object) -> bool:
+    return isinstance(value, Mapping) and value.keys() == {OMITTED}
 
 
 class UnreadableDocumentError(Exception):
@@ -196,6 +248,13 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
+class Filtered:
+    """Its handler's filter leaves the change out."""
+
+    blocks_key: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
 class Discarded:
     """The handler said that nothing is to be done."""
 
@@ -239,5 +298,5 @@ class Unmarkable(Dead):
     """The table rejected the real outcome. ``error`` fits any encoding."""
 
 
-Outcome = Processed | Committed | Skipped | Discarded | Waiting | Dead
+Outcome = Processed | Committed | Skipped | Filtered | Discarded | Waiting | Dead
 """How one attempt ended. An attempt cut off by a stop or a lost session has no outcome: the change stays as it was."""

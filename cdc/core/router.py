@@ -8,11 +8,12 @@ of the second handler.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+from cdc.core.change_filter import ChangeFilter
 from cdc.core.errors import UsageError
 from cdc.core.model import Change, Operation
 from cdc.core.type_filter import EVERYTHING, TypeFilter
@@ -58,6 +59,8 @@ class Handler:
     model: Any = None
     max_attempts: int | None = None
     timeout_s: float | None = None
+    filter: ChangeFilter | None = None
+    """Which of the changes that it is matched with it wants; None: all."""
 
     @property
     def single(self) -> bool:
@@ -103,6 +106,8 @@ class Router:
         self,
         entity_type: str,
         *operations: str,
+        changed: Set[str] | None = None,
+        when: Callable[[Change], bool] | None = None,
         model: Any = None,
         max_attempts: int | None = None,
         timeout: float | None = None,
@@ -115,28 +120,26 @@ class Router:
         """Declare the handler of an entity type ("*": of every type without a rule of its own).
 
         ``operations``: any of INSERT, UPDATE, DELETE, and READ for the rows of a backfill; none named means all.
-        ``model``: a pydantic model (or any type pydantic can validate) that ``change.new`` and ``change.old`` become;
-        a row that does not fit is a dead letter at once. ``max_attempts`` and ``timeout`` (seconds) override the
-        consumer's settings. ``dead``: what a dead letter does to the later changes of its key: they go on ("skip")
-        or are held back until an operator has decided ("pause"). ``name`` is the handler's name in metrics and logs.
+        ``changed`` and ``when`` limit that; the rest is marked processed without a call. ``changed``: names of columns,
+        one of which has changed (``Change.changed``); one that a change does not have counts as changed. ``when``: a
+        plain function on the event loop, so without I/O; it gets the change as the handler does, and what it raises
+        is a failed attempt of the handler. ``model``: a pydantic model (or any type pydantic can validate) that
+        ``change.new`` and ``change.old`` become; a row that does not fit is a dead letter at once. ``max_attempts`` and
+        ``timeout`` (seconds) override the consumer's settings. ``dead``: what a dead letter does to the later changes
+        of its key: they go on ("skip") or are held back until an operator has decided ("pause"). ``name`` is the
+        handler's name in metrics and logs.
 
-        The function may be async, or plain: then it runs in a thread. With a parameter named ``changes`` instead of one
-        change it gets a list of up to ``batch`` (default 100), in seq order within a key; ``linger`` is how many
-        seconds a batch that is not full waits for more. With a parameter named ``connection`` it is
-        transactional: it gets a psycopg connection (async or not, as it is itself) in a transaction that has locked the
-        change and marks it processed before the commit, so that what it writes there happens exactly once. If many
-        such changes wait, up to ``group`` (default 50) share a transaction, each with its own call; if one of them
-        fails, all are rolled back and called again one by one. ``group=1``: each has a transaction of its own.
+        The function may be async, or plain: then it runs in a thread. With a parameter named ``changes`` it gets a list
+        of up to ``batch`` (default 100), in seq order within a key; one that is not full waits ``linger`` seconds for
+        more. With a parameter named ``connection`` it is transactional: it gets a psycopg connection (async or not, as
+        it is itself) in a transaction that has locked the change and marks it processed before the commit, so that what
+        it writes there happens exactly once. If many such changes wait, up to ``group`` (default 50) share a
+        transaction, each with its own call; if one fails, all are rolled back and called again one by one.
         """
         slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
-        _positive("max_attempts", max_attempts)
-        _positive("timeout", timeout)
-        _positive("batch", batch)
-        _positive("group", group)
-        if not 0 <= linger <= _LINGER_MAX_S:
-            raise UsageError(f"router.on(..., linger={linger!r}): seconds, from 0 to {_LINGER_MAX_S:g}")
-        if dead not in ("skip", "pause"):
-            raise UsageError(f"router.on(..., dead={dead!r}): no such way", hint="use 'skip' or 'pause'")
+        wanted = _filter(changed, when)
+        _positive(max_attempts=max_attempts, timeout=timeout, batch=batch, group=group)
+        linger_s, pauses = _linger(linger), _pauses(dead)
 
         def declare(function: Function) -> Function:
             handler = Handler(
@@ -144,13 +147,14 @@ class Router:
                 function=function,
                 is_async=inspect.iscoroutinefunction(_unwrapped(function)),
                 transactional=_takes_connection(function),
-                pauses=dead == "pause",
+                pauses=pauses,
                 group=_group(function, group),
                 batch=_batch(function, batch),
-                linger_s=linger,
+                linger_s=linger_s,
                 model=model,
                 max_attempts=max_attempts,
                 timeout_s=timeout,
+                filter=wanted,
             )
             handler = self._named(handler, name)
             for slot in slots:
@@ -302,9 +306,40 @@ def _operations(operations: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(operation) for operation in operations) or (ANY,)
 
 
-def _positive(option: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise UsageError(f"router.on(..., {option}={value!r}): must be above 0")
+def _filter(changed: Set[str] | None, when: Callable[[Change], bool] | None) -> ChangeFilter | None:
+    if changed is not None and (
+        not isinstance(changed, Set) or not changed or not all(isinstance(each, str) and each for each in changed)
+    ):
+        raise UsageError(
+            f"router.on(..., changed={changed!r}): a set of names of columns, at least one",
+            hint="write changed={'status'}",
+        )
+    if when is not None and (not callable(when) or inspect.iscoroutinefunction(_unwrapped(when))):
+        raise UsageError(
+            f"router.on(..., when={_name(when)}): must be a function that is not async",
+            hint="what has to wait belongs into the handler, which may raise cdc.Discard",
+        )
+    if changed is None and when is None:
+        return None
+    return ChangeFilter(None if changed is None else frozenset(changed), when)
+
+
+def _positive(**options: float | None) -> None:
+    for option, value in options.items():
+        if value is not None and not value > 0:
+            raise UsageError(f"router.on(..., {option}={value!r}): must be above 0")
+
+
+def _linger(seconds: float) -> float:
+    if not 0 <= seconds <= _LINGER_MAX_S:
+        raise UsageError(f"router.on(..., linger={seconds!r}): seconds, from 0 to {_LINGER_MAX_S:g}")
+    return seconds
+
+
+def _pauses(dead: str) -> bool:
+    if dead not in ("skip", "pause"):
+        raise UsageError(f"router.on(..., dead={dead!r}): no such way", hint="use 'skip' or 'pause'")
+    return dead == "pause"
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,8 @@
                     │ yes
                   depth? ──too many causes──> Dead
                     │
+                  filter? ──leaves it out──> Filtered; if it fails, as the call
+                    │
                   model? ──does not fit──> Dead
                     │
                   call ── returns ───────────────> Processed; Committed by a transactional handler
@@ -37,10 +39,23 @@ from functools import partial
 from typing import NamedTuple
 
 from cdc.core import failpoints
+from cdc.core.change_filter import FilteredError
 from cdc.core.errors import Discard, Failed, OverrunError, Reject, Retry, Unavailable
 from cdc.core.fast_change import fast_make
 from cdc.core.lost_transactions import LOSSES_MAX, LostCalls
-from cdc.core.model import Change, Committed, Dead, Discarded, Key, Outcome, Processed, Skipped, Suspicion, Waiting
+from cdc.core.model import (
+    Change,
+    Committed,
+    Dead,
+    Discarded,
+    Filtered,
+    Key,
+    Outcome,
+    Processed,
+    Skipped,
+    Suspicion,
+    Waiting,
+)  # fmt: skip
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
 from cdc.core.router import Handler, Router
@@ -66,11 +81,13 @@ _AT_ONCE_S = 0.005
 """Calls in a row, before the event loop goes on with other tasks."""
 
 _PROCESSED = Processed()
+_FILTERED = Filtered()
 _FINISHED = fast_make(Settlement)
 _LABELS: dict[type[Outcome], str] = {
     Processed: "processed",
     Committed: "processed",
     Skipped: "skipped",
+    Filtered: "filtered",
     Discarded: "discarded",
     Waiting: "retried",
     Dead: "dead",
@@ -200,6 +217,10 @@ class Executor:
             failpoints.here("run.before_handler")
             try:
                 rest = begin(contexts, call_one, (change,))
+            except FilteredError:
+                done.append(_FINISHED((change, _FILTERED)))
+                now = time.monotonic()
+                continue
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - raised where the call is awaited
                 unfinished = PendingCall(change, _raise(error), started)
                 break
@@ -213,12 +234,18 @@ class Executor:
                 break
         if done:
             self.lost.forget([finished.change for finished in done])
-            self._metrics.duration_of(handler.name).observe_each(seconds)
-            self._metrics.handled(done[0].change.entity_type, handler.name, "processed", len(done))
-            if self._troubled:
-                self.breakers.succeeded(handler.name)
+            self._count_inline(handler, done[0].change.entity_type, seconds, len(done) - len(seconds))
             failpoints.here("run.after_handler")
         return done, unfinished
+
+    def _count_inline(self, handler: Handler, entity_type: str, seconds: list[float], filtered: int) -> None:
+        if filtered:
+            self._metrics.handled(entity_type, handler.name, "filtered", filtered)
+        if seconds:
+            self._metrics.duration_of(handler.name).observe_each(seconds)
+            self._metrics.handled(entity_type, handler.name, "processed", len(seconds))
+            if self._troubled:
+                self.breakers.succeeded(handler.name)
 
     async def resume(self, handler: Handler, unfinished: PendingCall) -> Outcome | None:
         """The rest of an attempt that was begun. Raises only a cancellation. None: as in ``run``."""

@@ -1,9 +1,9 @@
 """A consumer that only reads: ``cdc run --observe``, for the time before it may handle changes.
 
-It reads every change as a consumer would, by wake-ups and sweeps, and counts which handler it would have gone to and
-whether it fits that handler's model; and it reads what another program marks processed, and how long that took. It owns
-no shard and is no member, so it takes no work from others, and its session is read-only: the server would refuse a
-mark.
+It reads every change as a consumer would, by wake-ups and sweeps, and counts which handler it would have gone to, as
+its filter says, and whether it fits that handler's model; and it reads what another program marks processed, and how
+long that took. It owns no shard and is no member, so it takes no work from others, and its session is read-only: the
+server would refuse a mark.
 What it is notified of, and how it connects again, are those of a consumer.
 """
 
@@ -14,11 +14,11 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Any
 
 import psycopg
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from cdc.core.change_filter import FilteredError
 from cdc.core.model import SHARDS, Change, WakeUp
 from cdc.core.page_size import PageSize
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
@@ -26,6 +26,7 @@ from cdc.core.router import Handler, Router
 from cdc.core.shard_ownership import Acquired
 from cdc.engine.calls import call_here
 from cdc.engine.consumer_port import ConsumerSettings
+from cdc.engine.handler_input import Prepare, preparations
 from cdc.engine.hooks import where
 from cdc.engine.notifications import Notifications
 from cdc.engine.reconnecting import Lifecycle
@@ -182,36 +183,40 @@ class Shadow:
 
 
 class _DryRun:
-    """Counts which handler a change would have gone to, and whether it fits that handler's model."""
+    """Counts which handler a change would have gone to, and whether it fits that handler's filter and model."""
 
     def __init__(self, router: Router, metrics: ShadowMetrics) -> None:
         self._router = router
         self._metrics = metrics
-        handlers = set(router.handlers.values())
-        self._adapters = {h.name: TypeAdapter(h.model) for h in handlers if h.model is not None}
+        self._preparations = preparations(set(router.handlers.values()))
         self._seen = _Lately(_REMEMBERED)
 
     def take(self, change: Change) -> None:
         if not self._seen.add(change.seq):
             return
         handler = self._router.match(change.entity_type, change.operation)
+        if handler and (prepare := self._preparations.get(handler.name)) and not self._wants(handler, prepare, change):
+            handler = None
         self._metrics.saw(change.entity_type, handler.name if handler else NO_HANDLER)
-        if handler and (adapter := self._adapters.get(handler.name)):
-            self._validate(handler, adapter, change)
 
-    def _validate(self, handler: Handler, adapter: TypeAdapter[Any], change: Change) -> None:
+    def _wants(self, handler: Handler, prepare: Prepare, change: Change) -> bool:
+        """Whether the handler would be called, or the attempt fail before."""
         try:
-            call_here(_validate_both, adapter, change)
+            call_here(prepare, change)
+        except FilteredError:
+            return False
         except ValidationError as error:
             self._report_invalid(handler, change, ", ".join(sorted(_places(error))))
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - validators are the handler's code, too
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - filter and validators are the handler's
             self._report_invalid(handler, change, where(error, handler.function))
+        return True
 
     def _report_invalid(self, handler: Handler, change: Change, why: str) -> None:
         self._metrics.invalid(handler.name)
         log.warning(
-            "change %s of %s does not fit the model of handler %s: %s", change.id, change.entity_type, handler.name, why
-        )
+            "change %s of %s does not fit the model%s of handler %s: %s",
+            change.id, change.entity_type, " or filter" if handler.filter else "", handler.name, why,
+        )  # fmt: skip
 
 
 class _MarksOfOthers:
@@ -257,12 +262,6 @@ class _Lately:
         if len(self._numbers) > self._bound:
             del self._numbers[next(iter(self._numbers))]
         return True
-
-
-def _validate_both(adapter: TypeAdapter[Any], change: Change) -> None:
-    for row in (change.new, change.old):
-        if row is not None:
-            adapter.validate_python(row)
 
 
 def _places(error: ValidationError) -> Iterable[str]:

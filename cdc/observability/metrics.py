@@ -33,7 +33,7 @@ NO_HANDLER = "none"
 """Label of the handler of a change that no handler takes."""
 
 SOURCES = ("wal", "notify", "retry", "sweep")
-OUTCOMES = ("processed", "retried", "discarded", "dead", "interrupted", "unavailable")
+OUTCOMES = ("processed", "retried", "discarded", "filtered", "dead", "interrupted", "unavailable")
 ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected", "lost")
 REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 """How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""
@@ -283,8 +283,10 @@ class ShadowMetrics(_Group):
             "entity_type", "handler",
         )  # fmt: skip
         self._invalid = self._counter(
-            "cdc_observed_invalid", "Changes seen in shadow mode that do not fit their handler's model.", "handler"
-        )
+            "cdc_observed_invalid",
+            "Changes seen in shadow mode that fail at their handler's model or filter.",
+            "handler",
+        )  # fmt: skip
         self._latency = self._histogram(
             "cdc_observed_latency_seconds",
             "As cdc_change_latency_seconds, for changes that another program marked processed.",
@@ -294,11 +296,11 @@ class ShadowMetrics(_Group):
         _start(self._invalid, _names(router))
 
     def saw(self, entity_type: str, handler: str) -> None:
-        """A change was seen that would have gone to this handler."""
+        """A change was seen that would have gone to this handler; NO_HANDLER: to none, or its filter leaves it out."""
         self._changes.labels(self._label(entity_type, OTHER), handler).inc()
 
     def invalid(self, handler: str) -> None:
-        """A change does not fit the handler's model."""
+        """A change does not fit the handler's model, or the handler's filter fails."""
         self._invalid.labels(handler).inc()
 
     def others_took(self, entity_type: str, seconds: float) -> None:

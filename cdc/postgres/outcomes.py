@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cdc.core.encodings import fitting
-from cdc.core.model import Change, Committed, Dead, Discarded, Outcome, Processed, Skipped, Waiting
+from cdc.core.model import Change, Committed, Dead, Discarded, Filtered, Outcome, Processed, Skipped, Waiting
 from cdc.core.read_reconciler import Settlement
 
-_PROCESSED = (Processed, Skipped)
+_PROCESSED = (Processed, Skipped, Filtered)
 
 
 def divide(batch: Iterable[Settlement]) -> tuple[list[Change], list[Settlement]]:
@@ -29,7 +29,7 @@ def settle_values(
 ) -> tuple[bool, bool, bool, bool, float | None, str | None, str | None]:
     """(processed, dead, pauses, failed, delay_s, error, summary) of the statement ``settle_others``."""
     match outcome:
-        case Processed() | Skipped():
+        case Processed() | Skipped() | Filtered():
             return True, False, False, False, None, None, None
         case Discarded(reason):
             return True, False, False, False, None, fitting(f"discarded: {reason}", encoding), None

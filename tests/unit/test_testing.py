@@ -52,6 +52,22 @@ async def test_what_the_handler_raises_reaches_the_test() -> None:
         await testing.handle(router, testing.change("order"))
 
 
+async def test_a_change_that_the_handlers_filter_leaves_out_has_no_handler() -> None:
+    router, seen = cdc.Router(), []
+
+    @router.on("order", "UPDATE", changed={"total"}, when=lambda change: change.new.total > 10, model=Order, name="big")
+    async def _(change: cdc.Change) -> None:
+        seen.append(change.changed)
+
+    def update(old: int, new: int) -> cdc.Change:
+        return testing.change("order", "UPDATE", old={"total": old, "x": 1}, new={"total": new, "x": 2})
+
+    assert await testing.handle(router, update(20, 20)) is None
+    assert await testing.handle(router, update(5, 6)) is None
+    assert await testing.handle(router, update(5, 20)) == "big"
+    assert seen == [{"total", "x"}]
+
+
 async def test_a_row_becomes_the_handlers_model_and_a_misfit_is_an_error() -> None:
     router, totals = cdc.Router(), []
 

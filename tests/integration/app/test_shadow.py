@@ -74,6 +74,29 @@ async def test_every_change_is_counted_by_who_would_have_got_it_and_nothing_runs
     assert misfit.endswith("of bad does not fit the model of handler strict: missing")
 
 
+async def test_what_a_handlers_filter_would_leave_out_counts_as_without_a_handler(
+    outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    router, ran = cdc.Router(), list[cdc.Change]()
+    router.on("order", name="some", when=lambda change: change.new["n"] > int(change.entity_id))(ran.append)
+    for key in ("0", "1", "2", "not a number"):
+        outbox_db.execute(_PUBLISH, ["order", key])
+    async with consuming(outbox, router, observe=True, stream=False, poll_interval=0.05) as app:
+        registry = app.metrics.registry
+
+        async def sees() -> bool:
+            return metric(registry, "cdc_observed_changes_total", entity_type="order") == 4
+
+        await eventually_async(sees)
+        assert metric(registry, "cdc_observed_changes_total", handler="some") == 2
+        assert metric(registry, "cdc_observed_changes_total", handler="none") == 2
+        assert metric(registry, "cdc_observed_invalid_total", handler="some") == 1
+    assert ran == []
+    [failed] = [record.getMessage() for record in caplog.records if "does not fit" in record.getMessage()]
+    assert "does not fit the model or filter of handler some: ValueError at" in failed
+    assert "not a number" not in failed
+
+
 async def test_beside_a_working_consumer_it_takes_neither_shards_nor_the_slot_and_measures_its_pace(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:

@@ -11,9 +11,9 @@ import pytest
 from pydantic import BaseModel
 
 from cdc.core.backoff import Policy
-from cdc.core.errors import Discard, Failed
+from cdc.core.errors import Discard, Failed, Unavailable
 from cdc.core.handler_limits import HandlerLimits
-from cdc.core.model import Change, Dead, Discarded, Outcome, Processed, Waiting
+from cdc.core.model import Change, Dead, Discarded, Filtered, Outcome, Processed, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.router import Router
 from cdc.core.shard_ownership import Acquired
@@ -45,9 +45,11 @@ class _Stage:
         timeout_s: float | None = None,
         model: Any = None,
         other: Handler | None = None,
+        *,
+        when: Callable[[Change], bool] | None = None,
     ) -> None:
         router = Router()
-        router.on("t", model=model)(handler)
+        router.on("t", model=model, when=when)(handler)
         if other:
             router.on("other")(other)
         self.metrics, hooks = Metrics("slot", router), Hooks(router)
@@ -167,6 +169,28 @@ async def test_what_a_call_raises_at_once_is_judged_and_the_others_go_on() -> No
     named = stage.outcomes[4]
     assert isinstance(named, Waiting)
     assert named.error == "ValueError: it is this one"
+
+
+async def test_what_a_filter_leaves_out_is_decided_in_the_same_step_and_says_nothing_about_an_outage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(executor, "_AT_ONCE_S", 60.0)  # however busy the machine is
+
+    async def handle(change: Change) -> None:
+        if change.seq == 1:
+            raise Unavailable
+
+    stage = _Stage(handle, when=lambda change: change.seq < 2 or change.seq > 30)
+    stage.work(30)
+    await stage.until_done(range(1, 31))
+    assert [type(stage.outcomes[seq]) for seq in range(1, 31)] == [Waiting] + [Filtered] * 29
+    assert stage.count("cdc_changes_handled_total", "filtered") == 29
+    assert stage.count("cdc_handler_duration_seconds_count", "") == 1
+    assert stage.breakers.of["handle"].troubled
+    stage.scheduler.admit([row(31, "31")])
+    stage.dispatcher.dispatch()
+    await stage.until_done([31])
+    assert not stage.breakers.of["handle"].troubled
 
 
 async def test_a_row_that_does_not_fit_the_model_is_dead_and_the_others_are_handled() -> None:
