@@ -18,6 +18,7 @@ from cdc.core.errors import (
     Reject,
     Retry,
     SchemaError,
+    Snooze,
     Unavailable,
     UsageError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Retry",
     "Router",
     "SchemaError",
+    "Snooze",
     "Unavailable",
     "UnreadableDocumentError",
     "UsageError",

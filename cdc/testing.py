@@ -62,7 +62,7 @@ class DeadLetterError(CdcError):
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """What a drain did, and what it left. ``retried`` counts repeated attempts, the other fields changes.
+    """What a drain did, and what it left. ``retried`` and ``snoozed`` count attempts, the other fields changes.
 
     ``dead_letters``: those that died during the drain, each with its ``last_error``. ``waiting``: for a retry that is
     due only after the drain's time limit. ``held``: fresh changes behind one of these, or behind a dead letter that
@@ -79,6 +79,7 @@ class Drained:
     held: int
     unhandled: int = 0
     filtered: int = 0
+    snoozed: int = 0
 
     @property
     def dead(self) -> int:
@@ -126,9 +127,9 @@ async def handle(router: Router, change: Change, *, connection: Any = None) -> s
 
     Its filter and its model are applied, its own time limit holds if it is async, a plain function runs in a thread,
     and one for batches gets a batch of one. Returns the handler's name, or None where no handler wants the change, or
-    its filter leaves it out. Raises every error of the handler, ``cdc.Discard`` and ``cdc.Retry`` too, and pydantic's
-    ValidationError for a row that does not fit. ``connection`` is for a handler that asks for one; its transaction is
-    the caller's.
+    its filter leaves it out. Raises every error of the handler, ``cdc.Discard``, ``cdc.Snooze`` and ``cdc.Retry`` too,
+    and pydantic's ValidationError for a row that does not fit. ``connection`` is for a handler that asks for one; its
+    transaction is the caller's.
     """
     handler = router.match(change.entity_type, change.operation)
     if handler is None:
@@ -244,6 +245,7 @@ class _OutboxState:
             discarded=outcomes.get("discarded", 0),
             retried=outcomes.get("retried", 0),
             filtered=outcomes.get("filtered", 0),
+            snoozed=outcomes.get("snoozed", 0),
             dead_letters=tuple(entry for entry in dead if entry.dead_at and entry.dead_at >= self._began),
             waiting=sum(each.waiting for each in stats.types if self._scope.has(each.entity_type)),
             held=sum(each.blocked for each in stats.types if self._scope.has(each.entity_type)),

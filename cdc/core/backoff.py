@@ -11,6 +11,8 @@ from dataclasses import dataclass
 _DOUBLINGS_MAX = 63  # beyond it the ceiling is the cap for any sane base; and 2.0**2000 overflows
 WAIT_MAX_S = 10 * 366 * 86_400.0  # PostgreSQL refuses intervals far beyond it, and a settle must not fail
 
+_SNOOZE_MIN_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -38,3 +40,8 @@ def delay_s(policy: Policy, attempt: int, fraction: float, after_s: float | None
         return None
     # A float also if the handler gave an int: psycopg refuses an array of both, and with it a whole settle.
     return float(min(ceiling_s(policy, attempt) * fraction if after_s is None else after_s, WAIT_MAX_S))
+
+
+def snooze_s(after_s: float) -> float:
+    """Seconds until a snoozed change is due. Nothing counts its attempts: it must not keep the database busy."""
+    return float(min(max(after_s, _SNOOZE_MIN_S), WAIT_MAX_S))

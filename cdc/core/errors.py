@@ -12,6 +12,7 @@
 
     Retry, Discard, Reject       raised by a handler: later; nothing to do; never, a dead letter
     Unavailable                  what it needs is unavailable: later, and no attempt is counted
+    Snooze                       it is too early for the change: later, and no attempt is counted
     Failed                       the same for some changes of a batch
 
 Each CdcError is one sentence, what happened to what, and a hint: what to do.
@@ -20,6 +21,7 @@ Each CdcError is one sentence, what happened to what, and a hint: what to do.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -127,6 +129,21 @@ class Unavailable(Exception):  # noqa: N818 - see Retry
         self.retry_after = retry_after
 
 
+class Snooze(Exception):  # noqa: N818 - see Retry
+    """Raised by a handler: it is too early for this change. It waits ``after``, and no attempt is counted.
+
+    ``after``: seconds, or a timedelta; above 0. A tenth of a second is the shortest wait. The change holds back the
+    later ones of its key, as one that is tried again does. Nothing ends it but the handler, or an operator.
+    """
+
+    def __init__(self, after: float | timedelta, reason: str = "") -> None:
+        seconds = after.total_seconds() if isinstance(after, timedelta) else after
+        if not 0 < seconds < float("inf"):
+            raise ValueError(f"Snooze(after={after!r}): seconds or a timedelta, above 0")
+        super().__init__(reason)
+        self.after = float(seconds)
+
+
 class SafeError(Exception):
     """A failed attempt, in cdc's words. ``summary``: for a log, quotes nothing of the row. ``kind``: for metrics."""
 
@@ -149,7 +166,7 @@ _NAMED = "the handler named it as failed"
 class Failed(Exception):  # noqa: N818 - see Retry
     """Raised by a batch handler: these changes failed, each with its error, and the rest is done.
 
-    An error is an exception, Retry, Discard, Reject and Unavailable too, or a text.
+    An error is an exception, Retry, Snooze, Discard, Reject and Unavailable too, or a text.
     """
 
     def __init__(self, errors: Mapping[Change, BaseException | str]) -> None:

@@ -46,8 +46,8 @@ class Change:
     handler names a pydantic model, an instance of it. A document is parsed at its first use: ``old``, ``new``
     and ``metadata`` raise UnreadableDocumentError for one that Python cannot parse.
     ``changed_at`` is the start of the writer's transaction.
-    ``attempt`` counts from 1. ``requeued``: this attempt was waited for, after a failure or an operator's requeue.
-    ``crashed``: the attempt before ended with its consumer's process.
+    ``attempt`` counts from 1. ``requeued``: this attempt was waited for, after a failure, a snooze or an operator's
+    requeue. ``crashed``: the attempt before ended with its consumer's process.
     ``caused_by`` is the id of the change whose handler wrote this one, and ``depth`` counts the causes before it.
     ``chain`` lists their ids, the newest first, only if there are more than a consumer follows.
     ``replay_of`` is the id of the processed change that this one repeats, because an operator had it replayed.
@@ -275,6 +275,17 @@ class Waiting:
     counted: bool = True
     summary: str = ""
     blocks_key: ClassVar[bool] = True
+
+
+SNOOZED = "snoozed"
+"""The error_summary of a change whose handler asked to be called later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snoozed(Waiting):
+    """The handler asked to be called later. It is no failed attempt."""
+
+    counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,6 +237,12 @@ def backlog(seen: Backlog) -> Finding:
             f"{counted}; the oldest that could run has waited for {format_duration(seen.oldest_ready_age_s)}",
             "is a consumer running? cdc outbox stats, cdc outbox list --state fresh",
         )
+    if seen.snoozed:
+        return warn(
+            f"{counted}; snoozed by their handler, and captured more than a day ago: {seen.snoozed:,}",
+            "only the handler ends that, and each holds back its key; if it is not meant: cdc outbox discard ID, from"
+            " cdc outbox list --state waiting",
+        )
     return ok(counted)
 
 

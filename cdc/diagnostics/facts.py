@@ -311,6 +311,8 @@ class Backlog:
     waiting: int
     dead: int
     oldest_ready_age_s: float
+    snoozed: int = 0
+    """Waiting changes that their handler snoozed last and that were captured more than a day ago: a lower bound."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from psycopg import errors, sql
 from psycopg.rows import dict_row
 
 from cdc.core.errors import NotFoundError
-from cdc.core.model import SHARDS
+from cdc.core.model import SHARDS, SNOOZED
 from cdc.core.type_filter import TypeFilter
 from cdc.diagnostics.facts import (
     Backlog,
@@ -39,6 +39,13 @@ from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
 _INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets")
 """Other tables of an outbox."""
 
+_WAITING_EXAMINED_MAX = 10_000
+_SNOOZED = """
+    SELECT count(*)::int
+      FROM (SELECT error_summary, changed_at FROM {}
+             WHERE next_attempt_at < 'infinity' AND dead_at IS NULL LIMIT %(bound)s) AS waiting
+     WHERE error_summary = %(snoozed)s AND changed_at < now() - interval '1 day'
+"""
 _THERE = """
     SELECT true FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname = %s AND c.relname = 'entity_changes'
@@ -305,7 +312,14 @@ def backlog(connection: psycopg.Connection, name: str) -> Backlog:
         waiting=figures.waiting,
         dead=figures.dead,
         oldest_ready_age_s=figures.oldest_ready_age_s,
+        snoozed=_snoozed(connection, name),
     )
+
+
+def _snoozed(connection: psycopg.Connection, name: str) -> int:
+    statement = sql.SQL(_SNOOZED).format(sql.Identifier(name, "entity_changes")).as_string()
+    (count,) = column(connection, statement, {"bound": _WAITING_EXAMINED_MAX, "snoozed": SNOOZED})
+    return int(count)
 
 
 def unhandled(connection: psycopg.Connection, name: str, scope: TypeFilter) -> Unhandled:

@@ -11,11 +11,11 @@ from typing import NamedTuple, cast
 
 from pydantic import ValidationError
 
-from cdc.core.backoff import WAIT_MAX_S, Policy, ceiling_s, delay_s
-from cdc.core.errors import Discard, Reject, Retry, SafeError, Unavailable
+from cdc.core.backoff import WAIT_MAX_S, Policy, ceiling_s, delay_s, snooze_s
+from cdc.core.errors import Discard, Reject, Retry, SafeError, Snooze, Unavailable
 from cdc.core.frames import Trace, class_name, trace
 from cdc.core.lost_transactions import Losses
-from cdc.core.model import Change, Dead, Discarded, Outcome, UnreadableDocumentError, Waiting
+from cdc.core.model import SNOOZED, Change, Dead, Discarded, Outcome, Snoozed, UnreadableDocumentError, Waiting
 from cdc.core.router import Handler
 from cdc.engine.calls import EscapedError
 from cdc.engine.circuit_breakers import CircuitBreakers
@@ -112,6 +112,8 @@ class ErrorPolicy:
             self.breakers.failed(handler.name)
         if read.discards:
             return Discarded(read.text)
+        if read.snoozes:
+            return self._snoozed(handler, change, read)
         if read.kind:
             self.count(handler, read.kind)
         self._hooks.failed(change, error)
@@ -176,6 +178,17 @@ class ErrorPolicy:
             )  # fmt: skip
         return outcomes
 
+    @staticmethod
+    def _snoozed(handler: Handler, change: Change, read: _ErrorReport) -> Snoozed:
+        """No failed attempt: neither are hooks called, nor is it an error."""
+        wait_s = snooze_s(read.after_s or 0.0)
+        fields = _fields(handler, change, change.attempt, "snoozed", read.trace) | {"again_in_s": wait_s}
+        log.info(
+            "handler %s: snoozed change %s of %s; again in %.1f s, and no attempt is counted",
+            handler.name, change.id, change.entity_type, wait_s, extra=in_message(fields),
+        )  # fmt: skip
+        return Snoozed(wait_s, read.text, summary=read.summary)
+
     def _away_s(self, handler: Handler, change: Change, after_s: float | None) -> float:
         if after_s is not None:
             return min(after_s, WAIT_MAX_S)
@@ -209,9 +222,9 @@ class ErrorPolicy:
 class _ErrorReport(NamedTuple):
     """What an error says.
 
-    ``kind``: for the metric; None: a deliberate Retry is not an error. ``summary``: for a log and for error_summary.
-    ``text``: for last_error. ``trace``: where it came from. ``final``: no other attempt can succeed. ``after_s``: the
-    delay that the handler requests. ``answers``: what the handler needs was there, for it has decided.
+    ``kind``: for the metric; None: a deliberate Retry or Snooze is not an error. ``summary``: for a log and for
+    error_summary. ``text``: for last_error. ``trace``: where it came from. ``final``: no other attempt can succeed.
+    ``after_s``: the delay that the handler requests. ``answers``: what the handler needs was there, for it has decided.
     """
 
     kind: str | None
@@ -221,6 +234,7 @@ class _ErrorReport(NamedTuple):
     final: bool = False
     after_s: float | None = None
     discards: bool = False
+    snoozes: bool = False
     answers: bool = False
 
 
@@ -232,7 +246,7 @@ _FINAL = (
 would be done twice. For losses and crashes the attempts are used up."""
 
 
-_DELIBERATE = (Reject, Retry, Unavailable, SafeError, EndedTransactionError)
+_DELIBERATE = (Reject, Retry, Snooze, Unavailable, SafeError, EndedTransactionError)
 """Errors that explain themselves: last_error has them without the frames."""
 
 
@@ -246,9 +260,10 @@ def _read(handler: Handler, error: BaseException) -> _ErrorReport:
         text = _cut(_text(handler, error))
         if not isinstance(error, _DELIBERATE) and (found.own or not isinstance(error, ValidationError)):
             text += _lines(found)
-        final, answers = isinstance(error, _FINAL), isinstance(error, Retry | Reject)
+        final, answers = isinstance(error, _FINAL), isinstance(error, Retry | Reject | Snooze)
+        snoozes = isinstance(error, Snooze)
         summary = _cut(_summary(handler, error, found), _SUMMARY_LENGTH_MAX)
-        return _ErrorReport(_kind(error), summary, text, found, final, after_s, answers=answers)
+        return _ErrorReport(_kind(error), summary, text, found, final, after_s, snoozes=snoozes, answers=answers)
     except BaseException as unreadable:  # noqa: BLE001 - what a method of the error raises must not take its outcome away
         text = f"{found.error}, and its text cannot be read: {class_name(unreadable)}"
         return _ErrorReport("exception", _cut(str(found), _SUMMARY_LENGTH_MAX), _cut(text) + _lines(found), found)
@@ -278,7 +293,7 @@ def _fields(handler: Handler, change: Change, attempt: int, outcome: str, found:
 
 def _asked(error: BaseException) -> object:
     match error:
-        case Retry():
+        case Retry() | Snooze():
             return error.after
         case Unavailable():
             return error.retry_after
@@ -294,7 +309,7 @@ def _kind(error: BaseException) -> str | None:
     match error:
         case SafeError():
             return error.kind
-        case Retry() | Unavailable():
+        case Retry() | Snooze() | Unavailable():
             return None
         case Reject():
             return "rejected"
@@ -316,6 +331,7 @@ def _summary(handler: Handler, error: BaseException, found: Trace) -> str:
         Reject: "rejected it",
         ValidationError: f"the row does not fit the model {_model(handler) if handler.model else ''}".rstrip(),
         Retry: "asked for another try",
+        Snooze: SNOOZED,
     }
     return next((words for kind, words in own_words.items() if isinstance(error, kind)), str(found))
 
@@ -329,6 +345,8 @@ def _text(handler: Handler, error: BaseException) -> str:
             return str(error)
         case Unavailable():
             return f"unavailable: {error}"
+        case Snooze():
+            return f"{SNOOZED}: {error}" if str(error) else SNOOZED
         case ValidationError():
             faults = error.errors(include_input=False, include_url=False, include_context=False)
             summary = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'row'}: {fault['msg']}" for fault in faults)

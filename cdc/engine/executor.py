@@ -12,14 +12,15 @@
                        ├─ raises Discard ────────> Discarded
                        ├─ raises Reject ─────────> Dead
                        ├─ raises Retry, fails ───> Waiting, or Dead after the last attempt
+                       ├─ raises Snooze ─────────> Snoozed: waiting, not counted
                        ├─ raises Unavailable ────> Waiting, not counted; no outcome while the handler rests
                        ├─ outcome unknown ───────> AskTheTableError: no outcome, the key is read again
                        └─ cut off by a stop, or with the session ──> CancelledError: no outcome, no attempt counted
 
-A batch is handled as one call. Of its errors, ``Failed`` names the changes it is about; ``Retry``, ``Unavailable``,
-``Discard``, ``Reject`` and the time limit are about all of them. Any other error comes from one of the changes, and
-it is unknown which: so they are called one by one, at once, and a key stops at its first failed change. If one of these
-finds a dependency unavailable, the rest stay as they were.
+A batch is handled as one call. Of its errors, ``Failed`` names the changes it is about; ``Retry``, ``Snooze``,
+``Unavailable``, ``Discard``, ``Reject`` and the time limit are about all of them. Any other error comes from one of the
+changes, and it is unknown which: so they are called one by one, at once, and a key stops at its first failed change. If
+one of these finds a dependency unavailable, the rest stay as they were.
 
 Changes of a transactional handler may share a transaction, each with its own call. If one of these fails, all are
 rolled back and run one by one as well. But if the handler has ended the transaction, it is unknown which of the
@@ -40,7 +41,7 @@ from typing import NamedTuple
 
 from cdc.core import failpoints
 from cdc.core.change_filter import FilteredError
-from cdc.core.errors import Discard, Failed, OverrunError, Reject, Retry, Unavailable
+from cdc.core.errors import Discard, Failed, OverrunError, Reject, Retry, Snooze, Unavailable
 from cdc.core.fast_change import fast_make
 from cdc.core.lost_transactions import LOSSES_MAX, LostCalls
 from cdc.core.model import (
@@ -53,6 +54,7 @@ from cdc.core.model import (
     Outcome,
     Processed,
     Skipped,
+    Snoozed,
     Suspicion,
     Waiting,
 )  # fmt: skip
@@ -75,7 +77,7 @@ from cdc.engine.validation import Validation
 from cdc.observability.metrics import NO_HANDLER, HandlerMetrics
 from cdc.runtime.cancelling import is_being_cancelled
 
-_ABOUT_ALL = (Retry, Unavailable, Discard, Reject, OverrunError, EndedTransactionError)
+_ABOUT_ALL = (Retry, Snooze, Unavailable, Discard, Reject, OverrunError, EndedTransactionError)
 """Errors of a batch that are not about a single change."""
 _AT_ONCE_S = 0.005
 """Calls in a row, before the event loop goes on with other tasks."""
@@ -90,6 +92,7 @@ _LABELS: dict[type[Outcome], str] = {
     Filtered: "filtered",
     Discarded: "discarded",
     Waiting: "retried",
+    Snoozed: "snoozed",
     Dead: "dead",
 }
 

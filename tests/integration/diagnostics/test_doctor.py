@@ -470,6 +470,15 @@ def test_a_backlog_and_dead_letters_are_warned_of(shop: str, db: psycopg.Connect
     assert troubles(shop) == {"backlog": "warn", "dead": "warn"}
 
 
+def test_a_change_that_its_handler_snoozes_from_day_to_day_is_warned_of(shop: str, db: psycopg.Connection) -> None:
+    db.execute("INSERT INTO tasks VALUES (1), (2), (3)")
+    db.execute("UPDATE entity_changes SET next_attempt_at = now() + '1 h', error_summary = 'snoozed'")
+    assert troubles(shop) == {}
+    db.execute("UPDATE entity_changes SET changed_at = now() - interval '2 days' WHERE entity_id < '3'")
+    assert findings(shop)["backlog"]["detail"].endswith("captured more than a day ago: 2")
+    assert troubles(shop) == {"backlog": "warn"}
+
+
 # Here
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc.core.backoff import Policy, ceiling_s, delay_s
+from cdc.core.backoff import WAIT_MAX_S, Policy, ceiling_s, delay_s, snooze_s
 
 _POLICIES = st.builds(
     Policy,
@@ -52,3 +52,10 @@ def test_no_delay_is_longer_than_postgresql_can_add_to_a_timestamp(after_s: floa
     delay = delay_s(Policy(), 1, 0.5, after_s=after_s)
     assert delay is not None
     assert delay <= 10 * 366 * 86_400
+
+
+@pytest.mark.parametrize(("after_s", "waits_s"), [(1e-9, 0.1), (0.1, 0.1), (3_600, 3_600.0), (1e12, WAIT_MAX_S)])
+def test_a_snooze_is_neither_so_short_that_it_keeps_the_database_busy_nor_longer_than_postgresql_can_add(
+    after_s: float, waits_s: float
+) -> None:
+    assert snooze_s(after_s) == waits_s

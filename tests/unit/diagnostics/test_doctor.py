@@ -277,6 +277,7 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
     ("autovacuum", replace(TABLE, tuned=False), WARN, "settings of a queue", "cdc db upgrade"),
     ("autovacuum", replace(TABLE, dead=20_000), WARN, "20,000 dead rows", "VACUUM"),
     ("backlog", replace(BACKLOG, oldest_ready_age_s=900), WARN, "15 min", "cdc outbox stats"),
+    ("backlog", replace(BACKLOG, snoozed=2), WARN, "captured more than a day ago: 2", "cdc outbox discard ID"),
     ("dead", replace(BACKLOG, dead=2), WARN, "dead letters: 2", "cdc outbox list --state dead"),
     ("handlers", replace(SUBJECT, handlers_error=("no module x", "install it")), FAIL, "no module x", "install it"),
     ("config", replace(SUBJECT, exposed_files=("cdc.toml",)), WARN, "cdc.toml", "chmod 600 cdc.toml"),
