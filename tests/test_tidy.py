@@ -37,6 +37,8 @@ MAY_SLEEP = {
     "tests/eventually.py": "the one place where tests let time pass",
     "tests/handlers.py": "a handler that takes as long as a test says",
     "tests/bench/handlers.py": "a handler that waits, as one for a remote call does; the waiting is what is measured",
+    "tests/pictures/dashboard.py": "no test: it writes some twenty changes a second for three minutes",
+    "tests/pictures/handlers.py": "a handler that takes some milliseconds",
 }
 DRIVES_LIBPQ = {
     "cdc/replication/connection.py": "the replication connection",

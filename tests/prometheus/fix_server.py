@@ -65,14 +65,15 @@ class Exporter:
 
 
 class Prometheus:
-    """``targets``: job -> port on this host. Ends with ``stop``."""
+    """``targets``: job -> port or ports on this host. ``rules``: by default impatient ones. Ends with ``stop``."""
 
-    def __init__(self, folder: Path, targets: Mapping[str, int]) -> None:
+    def __init__(self, folder: Path, targets: Mapping[str, int | list[int]], rules: str | None = None) -> None:
         self._port = free_port()
         self._stack = ExitStack()
-        (folder / "cdc.rules.yaml").write_text(impatient_rules())
+        (folder / "cdc.rules.yaml").write_text(impatient_rules() if rules is None else rules)
         jobs = [
-            {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]} for job, port in targets.items()
+            {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{port}" for port in _ports(found)]}]}
+            for job, found in targets.items()
         ]
         content = {
             "global": {"scrape_interval": _EVERY, "evaluation_interval": _EVERY},
@@ -96,7 +97,14 @@ class Prometheus:
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The series of an instant query. Raises HTTPError where it is none."""
-        address = f"http://127.0.0.1:{self._port}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+        return self._ask("query", query=expression)
+
+    def query_range(self, expression: str, since: float, until: float, step_s: int) -> list[dict[str, Any]]:
+        """The series between two moments, which are seconds of the epoch: their ``values`` are (moment, text)."""
+        return self._ask("query_range", query=expression, start=since, end=until, step=step_s)
+
+    def _ask(self, what: str, **parameters: object) -> list[dict[str, Any]]:
+        address = f"http://127.0.0.1:{self._port}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
         with urllib.request.urlopen(address, timeout=30) as answer:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
         return found
@@ -112,3 +120,7 @@ class Prometheus:
                 return True
         except OSError:
             return False
+
+
+def _ports(found: int | list[int]) -> list[int]:
+    return [found] if isinstance(found, int) else found

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.eventually import eventually
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs/pictures/status-page.png"
 _READINGS = 5
 _FLAGS = (

@@ -1,0 +1,1 @@
+"""What makes docs/pictures: ``make pictures``."""
