@@ -73,7 +73,7 @@ from cdc.engine.transactions import (
     Ran,
     Transactions,
 )
-from cdc.engine.validation import Validation
+from cdc.engine.validation import Validation, keep_order
 from cdc.observability.metrics import NO_HANDLER, HandlerMetrics
 from cdc.runtime.cancelling import is_being_cancelled
 
@@ -182,11 +182,13 @@ class Executor:
             return {change: self._unwanted(change) for change in changes}
         failpoints.here("run.before_handler")
         outcomes: dict[Change, Outcome] = {}
-        changes, given = self._validation.split(handler, changes, outcomes)
+        batch, (changes, given) = changes, self._validation.split(handler, changes, outcomes)
         if changes:
             started = time.monotonic()
             tried = await self._attempt(handler, changes, given)
             outcomes |= await self._one_by_one(handler, changes, given) if tried is None else tried
+            if handler.filter and len(batch) > 1:
+                keep_order(batch, outcomes)
             calls = 1 if handler.batch else len(changes)
             self._metrics.duration_of(handler.name).observe((time.monotonic() - started) / calls, calls)
         self._count(handler, outcomes)

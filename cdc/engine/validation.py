@@ -63,6 +63,17 @@ class Validation:
         return called, given
 
 
+def keep_order(batch: Sequence[Change], outcomes: dict[Change, Outcome]) -> None:
+    """After the call: a filtered change behind one of its key that is not done has no outcome, and waits for it."""
+    held: set[Key] = set()
+    for change in batch:
+        outcome = outcomes.get(change)
+        if outcome is _FILTERED and change.key in held:
+            del outcomes[change]
+        elif outcome is None or outcome.blocks_key:
+            held.add(change.key)
+
+
 def _given(change: Change, prepare: Prepare | None) -> Change:
     if change.chain:
         raise TooDeepError(change)

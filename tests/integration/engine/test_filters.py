@@ -138,3 +138,24 @@ async def test_a_filter_that_always_fails_makes_a_dead_letter(outbox: str, outbo
     drained = await testing.drain(outbox, router, max_attempts=2, allow_dead=True)
     assert (drained.dead, drained.filtered, got) == (1, 0, [])
     assert drained.dead_letters[0].error_count == 2
+
+
+@pytest.mark.parametrize("kind", ["batch", "transactional batch"])
+async def test_what_is_filtered_behind_a_change_of_its_key_that_is_not_done_waits_behind_it(
+    kind: str, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router, batches = cdc.Router(), list[list[int]]()
+
+    async def plain(changes: list[cdc.Change]) -> None:
+        batches.append(sorted(change.new["n"] for change in changes))
+        raise cdc.Retry(after=3_600)
+
+    async def transactional(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
+        await plain(changes)
+
+    handle = plain if kind == "batch" else transactional
+    router.on("order", batch=7, when=lambda change: change.new["n"] <= 3)(handle)
+    outbox_db.execute(_PUBLISH, [6])
+    drained = await testing.drain(outbox, router)
+    assert batches == [[1, 2, 3]]
+    assert (drained.filtered, drained.waiting, drained.held) == (0, 3, 3)
