@@ -15,7 +15,7 @@ from itertools import product
 from typing import NamedTuple
 
 from cdc.core.deferred_keys import KeyRead
-from cdc.core.model import Change, Committed, Dead, Outcome, Processed, Waiting, WakeUp
+from cdc.core.model import Change, Committed, Dead, Outcome, Processed, Snoozed, Waiting, WakeUp
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import ReadyQueues, Requirements
@@ -30,6 +30,7 @@ from tests.simulation.server import EPOCH, SHARDS, Server, Session, SessionLostE
 
 _MAX_ATTEMPTS = 3
 _MISFITS = 0.1
+_SNOOZES = 0.3
 """Of those that fail so many are dead at the first attempt."""
 _BATCH = 3
 _READ_TAKES = (0,) * 9 + (20,)
@@ -379,13 +380,18 @@ class Consumer:
             if about_all or (change.entity_id not in failed and self._dice.random() < failure):
                 failed.add(change.entity_id)
                 last = change.attempt >= _MAX_ATTEMPTS or self._dice.random() < _MISFITS
-                outcomes[change] = Dead("no", call.kind.pauses) if last else Waiting(self._dice.choice([0, 1.0]), "no")
+                outcomes[change] = Dead("no", call.kind.pauses) if last else self._later()
                 if not outcomes[change].blocks_key:
                     failed.discard(change.entity_id)
             elif change.entity_id not in failed:
                 outcomes[change] = Committed(EPOCH) if call.kind.transactional else Processed()
                 self._promises.returned[change.seq] += 1
         return outcomes
+
+    def _later(self) -> Waiting:
+        snoozes = self._dice.random() < _SNOOZES
+        self._promises.happened["a change was snoozed"] += snoozes
+        return (Snoozed if snoozes else Waiting)(self._dice.choice([0, 1.0]), "no")
 
     def _commit(self, call: Call, outcomes: dict[Change, Outcome]) -> None:
         done = [change for change, outcome in outcomes.items() if isinstance(outcome, Committed)]

@@ -272,10 +272,10 @@ class Server:
                 self._becomes(record, "processed")
             case Dead(pauses=pauses):
                 self._becomes(record, "paused" if pauses else "dead")
-            case Waiting(delay_s):
+            case Waiting(delay_s, counted=counted):
                 self._becomes(record, "waiting")
                 record.due_at = self.now + delay_s
-                record.failures += 1
+                record.failures += counted
         return True
 
     def _becomes(self, record: Record, state: str) -> None:
