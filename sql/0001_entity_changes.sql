@@ -106,15 +106,6 @@ BEGIN
     ALTER COLUMN seq ADD GENERATED ALWAYS AS IDENTITY,
     -- cdc.model.SHARDS = 64. By the id alone, without the type: the server parses the expression for each captured row.
     ADD COLUMN shard smallint GENERATED ALWAYS AS ((pg_catalog.hashtext(entity_id) & 63)::smallint) STORED,
-    -- A row is in exactly one state: fresh, waiting, processed or dead (cdc.model.ChangeState). A dead letter whose next
-    -- attempt is at infinity also blocks the later changes of its key. The expressions are short, because the server
-    -- parses the constraint for each captured row.
-    ADD CONSTRAINT entity_changes_state_check CHECK (
-      CASE
-        WHEN processed THEN processed_at IS NOT NULL AND coalesce(next_attempt_at, dead_at) IS NULL
-        ELSE (next_attempt_at < 'infinity') = (dead_at IS NULL)
-      END
-    ),
     DROP CONSTRAINT IF EXISTS entity_changes_operation_check;
   PERFORM pg_catalog.setval(
     pg_catalog.format('%I.entity_changes_seq_seq', @schema_literal@),
@@ -127,11 +118,7 @@ $cdc$;
 -- Fresh changes, read by shard in the order of seq.
 CREATE INDEX IF NOT EXISTS entity_changes_fresh ON @schema@.entity_changes (shard, seq)
   WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL;
--- Retries that are due. The indexes by type and by key are made by 0005.
-CREATE INDEX IF NOT EXISTS entity_changes_due ON @schema@.entity_changes (next_attempt_at)
-  WHERE next_attempt_at < 'infinity';
-CREATE INDEX IF NOT EXISTS entity_changes_dead ON @schema@.entity_changes (dead_at)
-  WHERE dead_at IS NOT NULL;
+-- The indexes of what waits or is dead are made by 0005 and 0011.
 -- For the views and for pruning.
 CREATE INDEX IF NOT EXISTS entity_changes_processed ON @schema@.entity_changes (processed_at)
   WHERE processed;

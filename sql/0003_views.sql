@@ -48,6 +48,7 @@ $cdc$;
 --   failed               not processed, and an attempt has failed: waiting for a retry, or dead. Documented: also what
 --                        failed once and was processed since.
 --   processed_today      by the day it was processed (in the session's TimeZone). Documented: by the day of the change.
+--                        One that somebody marked without a time counts by its own.
 --   last_processed_at    when it was processed. Documented: when it was changed. NULL if nothing was processed today.
 --   avg_processing_seconds   of today, not of all time.
 CREATE OR REPLACE VIEW @schema@.action_processing_dashboard AS
@@ -63,13 +64,16 @@ FROM (
   FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
   UNION ALL
   SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
-  FROM @schema@.entity_changes WHERE next_attempt_at IS NOT NULL
+  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
   UNION ALL
   SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
-  FROM @schema@.entity_changes WHERE dead_at IS NOT NULL AND next_attempt_at IS NULL
+  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
   UNION ALL
   SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
   FROM @schema@.entity_changes WHERE processed AND processed_at >= date_trunc('day', now())
+  UNION ALL
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, changed_at, changed_at
+  FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL AND changed_at >= date_trunc('day', now())
 ) AS change
 GROUP BY entity_type;
 
@@ -95,13 +99,16 @@ FROM (
   FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
   UNION ALL
   SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
-  FROM @schema@.entity_changes WHERE next_attempt_at IS NOT NULL
+  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
   UNION ALL
   SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
-  FROM @schema@.entity_changes WHERE dead_at IS NOT NULL AND next_attempt_at IS NULL
+  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
   UNION ALL
   SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
   FROM @schema@.entity_changes WHERE processed AND processed_at > now() - interval '24 hours'
+  UNION ALL
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL
 ) AS change
 WHERE changed_at > now() - interval '24 hours'
 ORDER BY changed_at DESC;

@@ -2,21 +2,61 @@
 --
 -- No value of a row makes its writer's statement fail: a value that JSON cannot represent is left out, and a marker
 -- stands in its place. A fault of the trigger itself (a misspelt option, a key column that does not exist) is an error.
--- Locks: ACCESS EXCLUSIVE on entity_changes for a moment, where the constraint of an earlier version is there.
+-- Locks: ACCESS EXCLUSIVE on entity_changes until the transaction ends, for a scan of the table, where something of an
+-- earlier version is there: some seconds for ten million rows. A later run takes SHARE for a moment.
 
 -- The server parses a CHECK anew for each captured row. publish_change() refuses other operations, and a row that came
--- with one in another way is a dead letter, as whatever a consumer cannot read is.
+-- with one in another way is a dead letter, as whatever a consumer cannot read is. The state of a row is a function of its
+-- columns that needs no constraint: outbox.sql.
 DO $cdc$
 DECLARE
   v_outbox CONSTANT regclass := pg_catalog.format('%I.entity_changes', @schema_literal@)::regclass;
 BEGIN
   IF EXISTS (
-    SELECT FROM pg_catalog.pg_constraint WHERE conrelid = v_outbox AND conname = 'entity_changes_operation_check'
+    SELECT FROM pg_catalog.pg_constraint
+    WHERE conrelid = v_outbox AND conname = ANY ('{entity_changes_operation_check,entity_changes_state_check}')
   ) THEN
-    ALTER TABLE @schema@.entity_changes DROP CONSTRAINT entity_changes_operation_check;
+    ALTER TABLE @schema@.entity_changes
+      DROP CONSTRAINT IF EXISTS entity_changes_operation_check,
+      DROP CONSTRAINT IF EXISTS entity_changes_state_check;
   END IF;
 END
 $cdc$;
+DO $cdc$
+DECLARE
+  v_index record;
+BEGIN
+  -- Those of an earlier version also hold what is processed and looks as if it waited.
+  FOR v_index IN
+    SELECT c.relname FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_index AS i ON i.indexrelid = c.oid
+    WHERE i.indrelid = pg_catalog.format('%I.entity_changes', @schema_literal@)::regclass
+      AND c.relname = ANY ('{entity_changes_waiting,entity_changes_holding_back}')
+      AND pg_catalog.strpos(pg_catalog.pg_get_expr(i.indpred, i.indrelid), 'NOT processed') = 0
+  LOOP
+    EXECUTE pg_catalog.format('DROP INDEX %I.%I', @schema_literal@, v_index.relname);
+  END LOOP;
+END
+$cdc$;
+-- A B-tree entry has at most 2,704 bytes, and an update that would make a longer one fails. So these two hold a 64-bit hash of
+-- the type and of the key; a query that uses them compares the text as well.
+--
+-- Retries of one entity type by their due time, so that many of one type do not delay those of another. Neither predicate
+-- implies that of another index of waiting changes: with statistics from when nothing waited, all would look equally
+-- cheap, and a query that used the wrong one would read every waiting change.
+CREATE INDEX IF NOT EXISTS entity_changes_waiting
+  ON @schema@.entity_changes (pg_catalog.hashtextextended(coalesce(entity_type, table_name), 0), next_attempt_at)
+  WHERE NOT processed AND next_attempt_at IS NOT NULL AND dead_at IS NULL;
+-- Does an earlier change of this key hold it back?
+CREATE INDEX IF NOT EXISTS entity_changes_holding_back
+  ON @schema@.entity_changes (
+    pg_catalog.hashtextextended(entity_id, pg_catalog.hashtextextended(coalesce(entity_type, table_name), 0)), seq
+  )
+  WHERE NOT processed AND next_attempt_at IS NOT NULL;
+-- What waits, by its next attempt, and what is dead, by when it died: before, an index each. The predicate says
+-- `<= 'infinity'`, so that a query for the waiting changes of one type, which asks for IS NOT NULL, is not offered this one.
+CREATE INDEX IF NOT EXISTS entity_changes_failed ON @schema@.entity_changes (dead_at, next_attempt_at)
+  WHERE NOT processed AND (next_attempt_at <= 'infinity' OR dead_at IS NOT NULL);
+DROP INDEX IF EXISTS @schema@.entity_changes_due, @schema@.entity_changes_dead;
 
 -- Row trigger: capture_entity_change([entity_type [, options]]).
 --

@@ -30,12 +30,12 @@ CAPTURED = (Operation.INSERT, Operation.UPDATE, Operation.DELETE)
 
 
 class ChangeState(StrEnum):
-    """The state of a row of ``entity_changes``: exactly one, held by the table's CHECK constraints."""
+    """The state of a row of ``entity_changes``, a function of its columns: the last of these that is true."""
 
     FRESH = "fresh"
     WAITING = "waiting"
-    PROCESSED = "processed"
     DEAD = "dead"
+    PROCESSED = "processed"
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -16,11 +16,11 @@ WITH fresh AS MATERIALIZED (
   ) AS c
 ), waiting AS MATERIALIZED (
   SELECT left(coalesce(entity_type, table_name), 200) AS type, next_attempt_at FROM {changes}
-  WHERE next_attempt_at < 'infinity' AND dead_at IS NULL
+  WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL
   ORDER BY next_attempt_at LIMIT %(bound)s
 ), dead AS MATERIALIZED (
   SELECT left(coalesce(entity_type, table_name), 200) AS type FROM {changes}
-  WHERE dead_at IS NOT NULL
+  WHERE NOT processed AND dead_at IS NOT NULL
   ORDER BY dead_at LIMIT %(bound)s
 ), by_type AS (
   SELECT type, count(*) AS fresh, count(*) FILTER (WHERE held) AS blocked,
@@ -28,7 +28,7 @@ WITH fresh AS MATERIALIZED (
          min(changed_at) FILTER (WHERE NOT held) AS ready_since, min(changed_at) FILTER (WHERE held) AS blocked_since
   FROM fresh GROUP BY type
   UNION ALL
-  SELECT type, 0, 0, 0, count(*), 0, min(next_attempt_at) FILTER (WHERE next_attempt_at <= now()), NULL
+  SELECT type, 0, 0, 0, count(*), 0, min(next_attempt_at) FILTER (WHERE next_attempt_at <= now() AND next_attempt_at > '-infinity'), NULL
   FROM waiting GROUP BY type
   UNION ALL
   SELECT type, 0, 0, 0, 0, count(*), NULL, NULL
@@ -87,7 +87,7 @@ SELECT EXISTS (SELECT FROM looked GROUP BY shard HAVING count(*) >= %(per_shard)
 -- The next due first.
 WITH looked AS MATERIALIZED (
   SELECT id, seq, entity_type, table_name, entity_id, changed_at, next_attempt_at FROM {changes}
-  WHERE next_attempt_at < 'infinity' AND dead_at IS NULL
+  WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL
   ORDER BY next_attempt_at LIMIT %(scan)s
 )
 SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
@@ -101,7 +101,7 @@ SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
 -- The latest dead letters first.
 WITH looked AS MATERIALIZED (
   SELECT id, seq, entity_type, table_name, entity_id, changed_at, dead_at FROM {changes}
-  WHERE dead_at IS NOT NULL
+  WHERE NOT processed AND dead_at IS NOT NULL
   ORDER BY dead_at DESC LIMIT %(scan)s
 )
 SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
@@ -112,12 +112,16 @@ SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
        ) AS ids
 
 -- name: find_processed
--- The latest processed first. A change made since a moment was also processed since then.
+-- The latest processed first. A change made since a moment was also processed since then. Of one that somebody marked
+-- without a time only its own time is known.
 WITH looked AS MATERIALIZED (
-  SELECT id, seq, entity_type, table_name, entity_id, changed_at, processed_at FROM {changes}
-  WHERE processed
-    AND processed_at >= coalesce(now() - make_interval(secs => %(age_s)s), '-infinity')
-  ORDER BY processed_at DESC LIMIT %(scan)s
+  (SELECT id, seq, entity_type, table_name, entity_id, changed_at, processed_at FROM {changes}
+   WHERE processed
+     AND processed_at >= coalesce(now() - make_interval(secs => %(age_s)s), '-infinity')
+   ORDER BY processed_at DESC LIMIT %(scan)s)
+  UNION ALL
+  (SELECT id, seq, entity_type, table_name, entity_id, changed_at, changed_at FROM {changes}
+   WHERE processed AND processed_at IS NULL LIMIT %(scan)s)
 )
 SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
        ARRAY(
@@ -138,10 +142,11 @@ CROSS JOIN LATERAL (
   LIMIT 1
 ) AS n
 UNION ALL
-SELECT seq, id FROM {changes} WHERE next_attempt_at IS NOT NULL AND seq = ANY (%(seqs)s::bigint[])
+SELECT seq, id FROM {changes}
+WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity' AND seq = ANY (%(seqs)s::bigint[])
 UNION ALL
 SELECT seq, id FROM {changes}
-WHERE dead_at IS NOT NULL AND next_attempt_at IS NULL AND seq = ANY (%(seqs)s::bigint[])
+WHERE NOT processed AND dead_at IS NOT NULL AND seq = ANY (%(seqs)s::bigint[])
 
 -- name: number_processed
 -- By number among the latest processed.
@@ -159,13 +164,15 @@ CASE WHEN c.processed THEN 'processed' WHEN c.dead_at IS NOT NULL THEN 'dead'
 -- consumer write are shorter than the bounds here; rows written by others may be longer.
 SELECT c.seq, c.id, {state} AS state,
        (SELECT min(w.seq) FROM {changes} AS w
-        WHERE {same_key} AND w.next_attempt_at IS NOT NULL AND w.seq < c.seq
+        WHERE {same_key} AND {holds} AND w.seq < c.seq
           AND NOT c.processed AND c.dead_at IS NULL) AS blocked_by,
-       coalesce(c.dead_at IS NOT NULL AND c.next_attempt_at = 'infinity', false) AS pauses_key,
+       coalesce(NOT c.processed AND c.dead_at IS NOT NULL AND c.next_attempt_at = 'infinity', false) AS pauses_key,
        left(coalesce(c.entity_type, c.table_name), 1000) AS entity_type, left(c.entity_id, 1000) AS entity_id, c.shard,
        left(c.table_schema, 1000) AS table_schema, left(c.table_name, 1000) AS "table", left(c.operation, 200) AS operation, c.changed_at,
        c.error_count, left(c.last_error, 10000) AS last_error, left(c.error_summary, 300) AS error_summary,
-       nullif(c.next_attempt_at, 'infinity') AS next_attempt_at, c.processed_at, c.dead_at, c.caused_by, c.depth, c.replay_of
+       CASE WHEN isfinite(c.next_attempt_at) THEN c.next_attempt_at END AS next_attempt_at,
+       CASE WHEN isfinite(c.processed_at) THEN c.processed_at END AS processed_at,
+       CASE WHEN isfinite(c.dead_at) THEN c.dead_at END AS dead_at, c.caused_by, c.depth, c.replay_of
 FROM {changes} AS c
 WHERE c.id = ANY (%(ids)s::uuid[])
 ORDER BY array_position(%(ids)s::uuid[], c.id)

@@ -31,13 +31,17 @@ ORDER BY key, c.seq
 DECLARE cdc_selection SCROLL CURSOR WITH HOLD FOR
 SELECT c.id, hashtextextended(c.entity_id, hashtextextended(coalesce(c.entity_type, c.table_name), 0)) AS key
 FROM {changes} AS c
-WHERE c.next_attempt_at < 'infinity' AND c.dead_at IS NULL AND NOT c.processed AND {matches}
+WHERE NOT c.processed AND c.next_attempt_at <= 'infinity' AND c.dead_at IS NULL AND {matches}
 ORDER BY key, c.seq
 
 -- name: replayable
--- Not a statement: whether c is processed, asked for, and no replay itself: its original says the same. A change made
--- since a moment was also processed since then.
-c.processed AND c.processed_at >= coalesce(%(since)s::timestamptz, '-infinity') AND c.replay_of IS NULL AND {matches}
+-- Not a statement: the processed changes that are asked for, but replays: their originals say the same. A change made
+-- since a moment was also processed since then. One that somebody marked without a time has none.
+SELECT c.id, c.seq, c.entity_type, c.table_name, c.entity_id FROM {changes} AS c
+WHERE c.processed AND c.processed_at >= coalesce(%(since)s::timestamptz, '-infinity') AND c.replay_of IS NULL AND {matches}
+UNION ALL
+SELECT c.id, c.seq, c.entity_type, c.table_name, c.entity_id FROM {changes} AS c
+WHERE c.processed AND c.processed_at IS NULL AND c.replay_of IS NULL AND {matches}
 
 -- name: replayed
 -- Not a statement: the originals of the replays made since a moment, in whatever state these are.
@@ -46,14 +50,19 @@ WHERE NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL
   AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
 UNION ALL
 SELECT c.replay_of FROM {changes} AS c
-WHERE c.next_attempt_at IS NOT NULL AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
+WHERE NOT c.processed AND c.dead_at IS NULL AND c.next_attempt_at <= 'infinity'
+  AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
 UNION ALL
 SELECT c.replay_of FROM {changes} AS c
-WHERE c.dead_at IS NOT NULL AND c.next_attempt_at IS NULL
+WHERE NOT c.processed AND c.dead_at IS NOT NULL
   AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
 UNION ALL
 SELECT c.replay_of FROM {changes} AS c
 WHERE c.processed AND c.processed_at >= %(unless_since)s::timestamptz
+  AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
+UNION ALL
+SELECT c.replay_of FROM {changes} AS c
+WHERE c.processed AND c.processed_at IS NULL
   AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
 
 -- name: select_processed
@@ -61,8 +70,8 @@ WHERE c.processed AND c.processed_at >= %(unless_since)s::timestamptz
 DECLARE cdc_selection SCROLL CURSOR WITH HOLD FOR
 WITH replayed AS MATERIALIZED ({replayed})
 SELECT c.id, 0 AS key
-FROM {changes} AS c
-WHERE {replayable} AND NOT EXISTS (SELECT FROM replayed WHERE replayed.replay_of = c.id)
+FROM ({replayable}) AS c
+WHERE NOT EXISTS (SELECT FROM replayed WHERE replayed.replay_of = c.id)
 ORDER BY c.seq
 
 -- name: select_latest
@@ -73,7 +82,7 @@ SELECT l.id, 0 AS key
 FROM (
   SELECT c.id, c.seq,
          lead(c.seq) OVER (PARTITION BY coalesce(c.entity_type, c.table_name), c.entity_id ORDER BY c.seq) IS NULL AS latest
-  FROM {changes} AS c WHERE {replayable}
+  FROM ({replayable}) AS c
 ) AS l
 WHERE l.latest AND NOT EXISTS (SELECT FROM replayed WHERE replayed.replay_of = l.id)
 ORDER BY l.seq

@@ -7,6 +7,12 @@
 -- as a probe. With 50,000 fresh rows a fetch of 100 took 3.7 s, a mark 5 s, and no setting prevents that: each
 -- statement is written so that such a plan is impossible.
 --
+-- The state of a row is a function of its columns, by precedence: processed, else dead (dead_at), else waiting
+-- (next_attempt_at), else fresh. No constraint keeps rows that somebody writes by hand from saying two things at once, so
+-- every statement asks for a state by all the columns that come before it. A row holds back its key while it waits, and as
+-- a dead letter whose next attempt is at infinity. `next_attempt_at <= 'infinity'` says no more than IS NOT NULL, to choose
+-- the index that is ordered by time.
+--
 -- Types and keys have any length, so their indexes hold a hash; the text is compared as well.
 --
 -- `next_xid` is the first transaction id that is not assigned yet, computed from age(), which counts back from there.
@@ -18,11 +24,15 @@ hashtextextended(w.entity_id, hashtextextended(coalesce(w.entity_type, w.table_n
   = hashtextextended(c.entity_id, hashtextextended(coalesce(c.entity_type, c.table_name), 0))
 AND coalesce(w.entity_type, w.table_name) = coalesce(c.entity_type, c.table_name) AND w.entity_id = c.entity_id
 
+-- name: holds
+-- Not a statement: whether w holds back the later changes of its key.
+NOT w.processed AND w.next_attempt_at IS NOT NULL AND (w.dead_at IS NULL OR w.next_attempt_at = 'infinity')
+
 -- name: held
 -- Not a statement: whether an earlier change of c's key waits, as an expression over c.
-CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE next_attempt_at IS NOT NULL)) THEN EXISTS (
+CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE NOT processed AND next_attempt_at IS NOT NULL)) THEN EXISTS (
   SELECT FROM {changes} AS w
-  WHERE {same_key} AND w.next_attempt_at IS NOT NULL AND w.seq < c.seq
+  WHERE {same_key} AND {holds} AND w.seq < c.seq
 ) ELSE false END
 
 -- name: texts
@@ -210,17 +220,17 @@ FROM (
 
 -- name: waiting_types
 -- Not a statement: the hashes of the types that have waiting changes, from one on and a limited number of them, each by
--- one probe of the index; or (among) of these types. Here and below, `next_attempt_at < 'infinity'` must not be used:
--- it would offer the index that is ordered by time alone, and each probe would walk the waiting changes of all types.
+-- one probe of the index; or (among) of these types. Here and below, next_attempt_at must not be compared with 'infinity':
+-- that would offer the index that is ordered by time alone, and each probe would walk the waiting changes of all types.
 SELECT hash, place FROM (
   WITH RECURSIVE found(hash, place) AS (
     (SELECT hashtextextended(coalesce(entity_type, table_name), 0), 1 FROM {changes}
-     WHERE next_attempt_at IS NOT NULL AND dead_at IS NULL AND NOT %(among)s
+     WHERE NOT processed AND next_attempt_at IS NOT NULL AND dead_at IS NULL AND NOT %(among)s
        AND hashtextextended(coalesce(entity_type, table_name), 0) >= %(from)s
      ORDER BY 1 LIMIT 1)
     UNION ALL
     SELECT (SELECT hashtextextended(coalesce(entity_type, table_name), 0) FROM {changes}
-            WHERE next_attempt_at IS NOT NULL AND dead_at IS NULL
+            WHERE NOT processed AND next_attempt_at IS NOT NULL AND dead_at IS NULL
               AND hashtextextended(coalesce(entity_type, table_name), 0) > found.hash
             ORDER BY 1 LIMIT 1), found.place + 1
     FROM found WHERE found.hash IS NOT NULL AND found.place < %(types_max)s
@@ -235,7 +245,7 @@ SELECT hash, place FROM (
 hashtextextended(coalesce(n.entity_type, n.table_name), 0) = t.hash
 AND (t.hash = ANY (ARRAY(SELECT hashtextextended(named.type, 0) FROM unnest(%(types)s::text[]) AS named(type)))) = %(among)s
 AND (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s
-AND n.next_attempt_at IS NOT NULL AND n.dead_at IS NULL
+AND NOT n.processed AND n.next_attempt_at IS NOT NULL AND n.dead_at IS NULL
 
 -- name: due
 -- Waiting changes that are due, of each type the earliest: a type with a million of them does not fill the page. In the
@@ -264,11 +274,11 @@ FROM (
 ) AS c
 
 -- name: next_due
--- Seconds until the next waiting change of these shards is due; NULL: none waits. And the type to go on from, if not
+-- Seconds until the next waiting change of these shards is due; NULL: none waits, or only for ever. And the type to go on from, if not
 -- all were visited.
 WITH types AS MATERIALIZED ({waiting_types})
 SELECT (
-  SELECT extract(epoch FROM min(w.next_attempt_at) - now())::float8
+  SELECT extract(epoch FROM nullif(min(w.next_attempt_at), 'infinity') - now())::float8
   FROM types AS t
   CROSS JOIN LATERAL (
     SELECT n.next_attempt_at
@@ -440,9 +450,10 @@ RETURNING processed_at, pg_catalog.current_setting('cdc.captured', true) OPERATO
 SELECT
   (SELECT count(*) FROM (SELECT FROM {changes} WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
                          LIMIT %(bound)s) AS f)::int AS fresh,
-  (SELECT count(*) FROM (SELECT FROM {changes} WHERE next_attempt_at < 'infinity' AND dead_at IS NULL
+  (SELECT count(*) FROM (SELECT FROM {changes}
+                         WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL
                          LIMIT %(bound)s) AS w)::int AS waiting,
-  (SELECT count(*) FROM (SELECT FROM {changes} WHERE dead_at IS NOT NULL LIMIT %(bound)s) AS d)::int AS dead,
+  (SELECT count(*) FROM (SELECT FROM {changes} WHERE NOT processed AND dead_at IS NOT NULL LIMIT %(bound)s) AS d)::int AS dead,
   -- The oldest that could run now: of each shard the lowest fresh number that nothing blocks, and the waiting change
   -- that has been due the longest. A shard whose first rows are all blocked is left out: any number of them may lie
   -- behind one key.
@@ -462,13 +473,14 @@ SELECT
       ) AS c), 0),
     coalesce((
       SELECT extract(epoch FROM now() - min(next_attempt_at))::float8 FROM {changes}
-      WHERE next_attempt_at < 'infinity' AND next_attempt_at <= now() AND dead_at IS NULL), 0),
+      WHERE NOT processed AND next_attempt_at <= 'infinity' AND next_attempt_at <= now() AND dead_at IS NULL
+        AND next_attempt_at > '-infinity'), 0),
     0) AS oldest_ready_age_s,
   pg_total_relation_size({regclass}::regclass)::bigint AS table_bytes,
   coalesce(pg_stat_get_dead_tuples({regclass}::regclass), 0)::bigint AS dead_tuples,
   (SELECT count(DISTINCT (k.entity_type, k.entity_id))
-   FROM (SELECT coalesce(entity_type, table_name) AS entity_type, entity_id FROM {changes}
-         WHERE next_attempt_at IS NOT NULL LIMIT %(bound)s) AS k)::int AS blocked_keys,
+   FROM (SELECT coalesce(w.entity_type, w.table_name) AS entity_type, w.entity_id FROM {changes} AS w
+         WHERE {holds} LIMIT %(bound)s) AS k)::int AS blocked_keys,
   pg_notification_queue_usage() AS notify_queue_usage
 
 -- name: outside
@@ -511,18 +523,18 @@ SELECT
   least((SELECT count(*) FROM waiting), %(bound)s)::int AS waiting,
   (SELECT count(*) FROM (
      SELECT coalesce(entity_type, table_name) AS type FROM {changes}
-     WHERE dead_at IS NOT NULL ORDER BY dead_at DESC LIMIT %(bound)s
+     WHERE NOT processed AND dead_at IS NOT NULL ORDER BY dead_at DESC LIMIT %(bound)s
    ) AS d WHERE (d.type = ANY (%(types)s::text[])) = %(among)s)::int AS dead,
   greatest(
     coalesce((SELECT extract(epoch FROM now() - min(c.changed_at))::float8
               FROM ours AS c WHERE c.place <= %(per_shard)s AND NOT {held}), 0),
     coalesce((SELECT extract(epoch FROM now() - min(next_attempt_at))::float8
-              FROM waiting WHERE next_attempt_at <= now()), 0),
+              FROM waiting WHERE next_attempt_at <= now() AND next_attempt_at > '-infinity'), 0),
     0) AS oldest_ready_age_s,
   pg_total_relation_size({regclass}::regclass)::bigint AS table_bytes,
   coalesce(pg_stat_get_dead_tuples({regclass}::regclass), 0)::bigint AS dead_tuples,
   (SELECT count(DISTINCT (k.entity_type, k.entity_id))
-   FROM (SELECT coalesce(entity_type, table_name) AS entity_type, entity_id FROM {changes}
-         WHERE next_attempt_at IS NOT NULL LIMIT %(bound)s) AS k
+   FROM (SELECT coalesce(w.entity_type, w.table_name) AS entity_type, w.entity_id FROM {changes} AS w
+         WHERE {holds} LIMIT %(bound)s) AS k
    WHERE (k.entity_type = ANY (%(types)s::text[])) = %(among)s)::int AS blocked_keys,
   pg_notification_queue_usage() AS notify_queue_usage

@@ -18,6 +18,8 @@ from cdc.postgres.sql_files import load
 BATCH = 1_000
 """Rows a batch: a few milliseconds of locks, and a transaction too short to delay vacuum."""
 COUNT_BOUND = 1_000_001
+_UNTIMED_MAX = 100_000
+"""Changes marked by hand without a time that one batch looks at: some 50 ms."""
 
 # For one batch. Without them the planner may sort the whole history to find the first thousand.
 LIMITS = (
@@ -71,7 +73,7 @@ class Retention:
 
     def prunable(self, connection: psycopg.Connection, older_than_s: float) -> int:
         """The number of changes that ``prune`` would remove; 1,000,001 means more."""
-        parameters = {"older_than_s": older_than_s, "bound": COUNT_BOUND}
+        parameters = {"older_than_s": older_than_s, "bound": COUNT_BOUND, "scan": _UNTIMED_MAX}
         with connection.transaction():
             connection.execute(LIMITS)
             row = connection.execute(self._statements["prunable"], parameters).fetchone()
@@ -81,4 +83,4 @@ class Retention:
 
 def _asked(older_than_s: float, limit: int, since: datetime | None) -> dict[str, Any]:
     """The parameters of ``prune``."""
-    return {"older_than_s": older_than_s, "limit": limit, "since": since}
+    return {"older_than_s": older_than_s, "limit": limit, "since": since, "scan": _UNTIMED_MAX}

@@ -31,9 +31,10 @@ SELECT greatest(
   (SELECT pg_catalog.max(last.seq) FROM pg_catalog.generate_series(0, {shards} - 1) AS s (shard)
    CROSS JOIN LATERAL (SELECT seq FROM {changes} WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
      AND shard = s.shard::smallint ORDER BY seq DESC LIMIT 1) AS last),
-  (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE next_attempt_at < 'infinity'
+  (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes}
+     WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL
      ORDER BY next_attempt_at DESC LIMIT {rows}) AS waiting),
-  (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE dead_at IS NOT NULL
+  (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE NOT processed AND dead_at IS NOT NULL
      ORDER BY dead_at DESC LIMIT {rows}) AS dead),
   (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE processed
      ORDER BY processed_at DESC LIMIT {rows}) AS processed),

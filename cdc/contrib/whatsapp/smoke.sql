@@ -33,10 +33,10 @@ WITH RECURSIVE since AS MATERIALIZED (
   ) AS c
   UNION ALL
   SELECT id, caused_by, entity_id, table_name, dead_at IS NOT NULL FROM {changes}
-  WHERE next_attempt_at IS NOT NULL AND seq > %(after)s
+  WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity' AND seq > %(after)s
   UNION ALL
   SELECT id, caused_by, entity_id, table_name, true FROM {changes}
-  WHERE dead_at IS NOT NULL AND next_attempt_at IS NULL AND seq > %(after)s
+  WHERE NOT processed AND dead_at IS NOT NULL AND seq > %(after)s
   UNION ALL
   SELECT id, caused_by, entity_id, table_name, true FROM {changes}
   WHERE processed AND processed_at >= %(began)s AND seq > %(after)s

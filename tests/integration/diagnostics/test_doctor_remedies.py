@@ -48,7 +48,7 @@ BROKEN = {
     "the shards are given away": Broken("schema", "ALTER TABLE cdc_shards OWNER TO {other}"),
     "a view is gone": Broken("schema", "DROP VIEW recent_action_history"),
     "an index is gone": Broken("schema", "DROP INDEX entity_changes_fresh"),
-    "a constraint is gone": Broken("schema", "ALTER TABLE entity_changes DROP CONSTRAINT entity_changes_state_check"),
+    "a constraint is gone": Broken("schema", "ALTER TABLE entity_changes DROP CONSTRAINT entity_changes_pkey"),
     "a default is gone": Broken("schema", "ALTER TABLE entity_changes ALTER depth DROP DEFAULT"),
     "a column may be empty": Broken("schema", "ALTER TABLE entity_changes ALTER entity_id DROP NOT NULL"),
     "a body is changed": Broken("schema", _CUT),

@@ -34,7 +34,7 @@ def test_prune_removes_what_was_processed_longer_ago_and_nothing_younger(
     fill(outbox_db, 30, days=8)
     fill(outbox_db, 5, days=6)
     result = run(outbox, "--older-than", "7d")
-    assert (result.exit_code, result.stdout) == (0, "")
+    assert (result.exit_code, result.stdout) == (0, ""), result.stderr
     assert "30 removed" in result.stderr
     assert count(outbox_db) == 5
     assert json.loads(run(outbox, "--older-than", "7d", "--json").stdout) == {"schema": 1, "pruned": 0}
@@ -126,7 +126,7 @@ def test_a_batch_reads_a_small_part_of_a_large_table(outbox_db: psycopg.Connecti
     outbox_db.execute("VACUUM ANALYZE entity_changes")
     [(pages,)] = outbox_db.execute("SELECT relpages FROM pg_class WHERE oid = 'entity_changes'::regclass").fetchall()
     for statement, bound in (("prune", 100), ("prunable", 100)):
-        parameters = {"older_than_s": _DAY_S, "limit": bound, "since": None, "bound": bound}
+        parameters = {"older_than_s": _DAY_S, "limit": bound, "since": None, "bound": bound, "scan": bound}
         with outbox_db.transaction():
             outbox_db.execute(retention.LIMITS)
             [([found],)] = outbox_db.execute(

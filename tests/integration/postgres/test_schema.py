@@ -18,7 +18,6 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.cli import cdc
 from cdc.core.errors import NotFoundError, RefusedError, SchemaError
-from cdc.core.model import ChangeState
 from cdc.postgres import migration_scripts, migrations
 from tests import servers
 from tests.eventually import eventually
@@ -209,10 +208,13 @@ DRIFT: tuple[tuple[str, set[str]], ...] = (
     ),
     ("ALTER SEQUENCE entity_changes_seq_seq CACHE 20", {"counting of sequence entity_changes_seq_seq is different"}),
     (
-        "ALTER TABLE entity_changes DROP CONSTRAINT entity_changes_state_check",
-        {"constraint entity_changes_state_check of table entity_changes is missing"},
+        "ALTER TABLE entity_changes DROP CONSTRAINT entity_changes_pkey",
+        {
+            "constraint entity_changes_pkey of table entity_changes is missing",
+            "index entity_changes_pkey of table entity_changes is missing",
+        },
     ),
-    ("DROP INDEX entity_changes_due", {"index entity_changes_due of table entity_changes is missing"}),
+    ("DROP INDEX entity_changes_failed", {"index entity_changes_failed of table entity_changes is missing"}),
     (
         "DROP INDEX entity_changes_fresh; CREATE INDEX entity_changes_fresh ON entity_changes (shard, seq)",
         {"index entity_changes_fresh of table entity_changes is different"},
@@ -307,24 +309,24 @@ def test_verify_on_the_command_line_prints_findings_and_exits_with_1(outbox: str
     fine = invoke(outbox, "db", "verify", "--json")
     whole = {"schema": 1, "schema_name": "public", "findings": [], "notes": []}
     assert (fine.exit_code, json.loads(fine.stdout)) == (0, whole)
-    outbox_db.execute("DROP INDEX entity_changes_due")
+    outbox_db.execute("DROP INDEX entity_changes_failed")
     broken = invoke(outbox, "db", "verify")
     assert broken.exit_code == 1
-    assert "index entity_changes_due of table entity_changes  missing" in broken.stdout
+    assert "index entity_changes_failed of table entity_changes  missing" in broken.stdout
     found = json.loads(invoke(outbox, "db", "verify", "--json").stdout)["findings"]
     assert [(finding["object"], finding["problem"]) for finding in found] == [
-        ("index entity_changes_due of table entity_changes", "missing")
+        ("index entity_changes_failed of table entity_changes", "missing")
     ]
 
 
 def test_upgrade_repairs_what_can_be_made_again(outbox: str, outbox_db: psycopg.Connection):
-    outbox_db.execute("DROP INDEX entity_changes_due")
+    outbox_db.execute("DROP INDEX entity_changes_failed")
     outbox_db.execute("ALTER FUNCTION capture_entity_change() SECURITY INVOKER")
     outbox_db.execute("GRANT ALL ON entity_changes TO PUBLIC")
     outbox_db.execute("DROP VIEW recent_action_history; CREATE VIEW recent_action_history AS SELECT 1 AS x")
     repaired = invoke(outbox, "db", "upgrade")
     assert repaired.exit_code == 0, repaired.stderr
-    assert "repaired: index entity_changes_due of table entity_changes is missing" in repaired.stderr
+    assert "repaired: index entity_changes_failed of table entity_changes is missing" in repaired.stderr
     assert migrations.verify(outbox_db, "public") == []
 
 
@@ -357,30 +359,6 @@ def test_psql_runs_the_printed_script_as_it_is_any_number_of_times(database: str
         subprocess.run([servers.program("psql"), "-X", "-q", database], input=script, text=True, check=True)
     assert migrations.install(db, name) == []
     assert migrations.verify(db, name) == []
-
-
-def test_a_row_is_in_exactly_one_of_the_models_states(outbox_db: psycopg.Connection):
-    states = {
-        (False, None, None, None): ChangeState.FRESH,
-        (False, None, "now", None): ChangeState.WAITING,
-        (True, "now", None, None): ChangeState.PROCESSED,
-        (False, None, None, "now"): ChangeState.DEAD,
-        (False, None, "infinity", "now"): ChangeState.DEAD,
-    }
-    insert = (
-        "INSERT INTO entity_changes (table_name, operation, entity_id, processed, processed_at, next_attempt_at,"
-        " dead_at) VALUES ('t', 'INSERT', '1', %s, %s, %s, %s)"
-    )
-    moments = (None, "now", "infinity")
-    for row in [(done, at, again, dead) for done in (True, False) for at in (None, "now") for again in moments
-                for dead in (None, "now")]:  # fmt: skip
-        # A change that somebody set back to unprocessed keeps the time it was processed at.
-        meant = row if row[0] else (False, None, *row[2:])
-        if meant in states:
-            outbox_db.execute(insert, row)
-        else:
-            with pytest.raises(psycopg.errors.CheckViolation, match="entity_changes_state_check"):
-                outbox_db.execute(insert, row)
 
 
 def test_the_same_key_has_the_same_shard_and_keys_spread_over_all_of_them(outbox_db: psycopg.Connection):

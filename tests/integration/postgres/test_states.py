@@ -1,0 +1,262 @@
+"""A row is in exactly one state, whatever its columns hold: processed, else dead, else waiting, else fresh."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import NamedTuple
+
+import psycopg
+import pytest
+
+import cdc
+from cdc.core.model import ChangeState
+from cdc.core.router import Router
+from cdc.core.type_filter import TypeFilter
+from cdc.postgres import migrations
+from cdc.postgres.outbox import INDEXED, Store
+from tests.commands_outbox import data, numbers, run
+from tests.eventually import eventually_async
+from tests.fix_consumer import consuming, metric
+
+
+class Columns(NamedTuple):
+    processed: bool
+    processed_at: str | None
+    next_attempt_at: str | None
+    dead_at: str | None
+
+    @property
+    def state(self) -> ChangeState:
+        if self.processed:
+            return ChangeState.PROCESSED
+        if self.dead_at:
+            return ChangeState.DEAD
+        return ChangeState.WAITING if self.next_attempt_at else ChangeState.FRESH
+
+    @property
+    def holds(self) -> bool:
+        """It holds back its key."""
+        return self.state is ChangeState.WAITING or (
+            self.state is ChangeState.DEAD and self.next_attempt_at == "infinity"
+        )
+
+    @property
+    def due(self) -> bool:
+        return self.state is ChangeState.FRESH or (
+            self.state is ChangeState.WAITING and self.next_attempt_at in ("-infinity", _AGO)
+        )
+
+
+_AGO, _LATER = "now() - 2 days", "now() + 1 hour"
+_EVERY = [
+    Columns(*each)
+    for each in itertools.product(
+        (False, True), (None, _AGO), (None, "-infinity", _AGO, _LATER, "infinity"), (None, _AGO, "infinity")
+    )
+]
+_INSERT = """
+INSERT INTO entity_changes
+  (table_name, operation, entity_id, entity_type, changed_at, processed, processed_at, next_attempt_at, dead_at,
+   error_count)
+SELECT 'x', 'INSERT', %s, 'x', now() - interval '3 days', %s, {}, {}, {}, 3
+RETURNING seq
+"""
+
+
+def _moment(word: str | None) -> str:
+    if word is None:
+        return "NULL::timestamptz"
+    if not word.startswith("now"):
+        return f"'{word}'::timestamptz"
+    now, sign, amount = word.split(" ", 2)
+    return f"{now} {sign} interval '{amount}'"
+
+
+@pytest.fixture
+def rows(outbox_db: psycopg.Connection) -> dict[int, Columns]:
+    """A row of each combination, of a key of its own, by number."""
+    found = dict[int, Columns]()
+    for n, columns in enumerate(_EVERY):
+        statement = _INSERT.format(*map(_moment, columns[1:]))
+        [(seq,)] = outbox_db.execute(statement.encode(), [f"{n}", columns.processed]).fetchall()
+        found[seq] = columns
+    return found
+
+
+def _with(rows: dict[int, Columns], state: ChangeState) -> list[int]:
+    return sorted(seq for seq, columns in rows.items() if columns.state is state)
+
+
+def test_each_reader_finds_each_row_in_one_state(
+    outbox: str, outbox_db: psycopg.Connection, rows: dict[int, Columns]
+) -> None:
+    held = sum(columns.holds for columns in rows.values())
+    expected = {state: len(_with(rows, state)) for state in ChangeState}
+    assert sum(expected.values()) == len(_EVERY)
+
+    for state in ChangeState:
+        assert sorted(numbers(outbox, "--state", str(state), "--limit", "100")) == _with(rows, state)
+    for seq, columns in rows.items():
+        shown = data(outbox, "show", str(seq))["change"]
+        pauses = columns.state is ChangeState.DEAD and columns.holds
+        assert (shown["state"], shown["pauses_key"]) == (columns.state, pauses)
+    [of_type] = data(outbox, "stats")["types"]
+    assert {state: of_type[state] for state in ("fresh", "waiting", "dead")} == {
+        str(state): expected[state] for state in (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
+    }
+    with psycopg.connect(outbox, options=" ".join(f"-c {name}={value}" for name, value in INDEXED.items())) as reader:
+        for store in (Store("public"), Store("public", scope=TypeFilter(("x",), True))):
+            figures = store.figures(reader)
+            counted = (figures.fresh, figures.waiting, figures.dead, figures.blocked_keys)
+            assert counted == (*(expected[s] for s in (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)), held)
+    [(pending, failed)] = outbox_db.execute("SELECT pending, failed FROM action_processing_dashboard").fetchall()
+    assert pending == expected[ChangeState.FRESH] + expected[ChangeState.WAITING]
+    # In this table each has three errors.
+    assert failed == len(_EVERY) - expected[ChangeState.PROCESSED]
+
+
+def test_the_views_count_each_once_also_without_a_time(outbox_db: psycopg.Connection, rows: dict[int, Columns]) -> None:
+    outbox_db.execute("UPDATE entity_changes SET changed_at = now(), processed_at = processed_at + interval '2 days'")
+    processed = len(_with(rows, ChangeState.PROCESSED))
+    dashboard = "SELECT processed_today FROM action_processing_dashboard"
+    assert outbox_db.execute(dashboard).fetchall() == [(processed,)]
+    history = "SELECT count(*), count(DISTINCT id), count(*) FILTER (WHERE processed) FROM recent_action_history"
+    assert outbox_db.execute(history).fetchall() == [(len(_EVERY), len(_EVERY), processed)]
+
+
+async def test_what_is_fresh_or_due_is_handled_once_and_nothing_else_and_each_key_goes_on_or_waits(
+    outbox: str, outbox_db: psycopg.Connection, rows: dict[int, Columns]
+) -> None:
+    publish = "SELECT seq, publish_change('x', entity_id) FROM entity_changes WHERE seq = ANY (%s)"
+    followers: dict[int, int] = dict(outbox_db.execute(publish, [list(rows)]).fetchall())
+    router, calls = Router(), Counter[int]()
+
+    @router.on("*")
+    async def any_type(change: cdc.Change) -> None:
+        calls[change.seq] += 1
+        if change.entity_id == "last" and change.attempt < 3:
+            raise cdc.Retry(after=0.1)
+
+    due = {seq for seq, columns in rows.items() if columns.due}
+    free = {followers[seq] for seq, columns in rows.items() if not columns.holds or columns.due}
+    async with consuming(outbox, router, sweep_interval=0.5, poll_interval=0.05) as app:
+
+        async def handled() -> bool:
+            return set(calls) >= due | free
+
+        await eventually_async(handled, what="all that may run")
+        # The read that finds this one due again also finds what is still due of the others.
+        [(last,)] = outbox_db.execute("SELECT publish_change('x', 'last')").fetchall()
+
+        async def looked_again() -> bool:
+            return calls[last] == 3
+
+        await eventually_async(looked_again, what="two more reads of what is due")
+        assert metric(app.metrics.registry, "cdc_interruptions_total") == 0
+    assert calls == dict.fromkeys(due | free, 1) | {last: 3}
+
+
+@pytest.mark.parametrize("state", ["dead", "waiting"])
+@pytest.mark.parametrize("decision", ["retry", "discard"])
+def test_a_decision_about_all_of_a_state_is_about_these_and_no_others(
+    outbox: str, outbox_db: psycopg.Connection, rows: dict[int, Columns], state: str, decision: str
+) -> None:
+    before: dict[int, str] = dict(outbox_db.execute("SELECT seq, xmin::text FROM entity_changes").fetchall())
+    result = run(outbox, decision, "--all", "--state", state, "--yes")
+    assert result.exit_code == 0, result.output
+    after: dict[int, str] = dict(outbox_db.execute("SELECT seq, xmin::text FROM entity_changes").fetchall())
+    meant = _with(rows, ChangeState(state))
+    assert sorted(seq for seq in before if before[seq] != after[seq]) == meant
+    now_in = "waiting" if decision == "retry" else "processed"
+    assert set(meant) <= set(numbers(outbox, "--state", now_in, "--limit", "100"))
+
+
+def test_each_is_decided_about_by_its_number_as_its_state_allows(outbox: str, rows: dict[int, Columns]) -> None:
+    for seq, columns in rows.items():
+        allowed = columns.state in (ChangeState.DEAD, ChangeState.WAITING)
+        assert (run(outbox, "retry", str(seq)).exit_code == 0) == allowed
+        if allowed:
+            assert numbers(outbox, "--state", "waiting", "--key", data(outbox, "show", str(seq))["change"]["entity_id"])
+            assert run(outbox, "discard", str(seq)).exit_code == 0
+            assert data(outbox, "show", str(seq))["change"]["state"] == "processed"
+
+
+def test_the_processed_are_replayed_and_removed_and_no_others(
+    outbox: str, outbox_db: psycopg.Connection, rows: dict[int, Columns]
+) -> None:
+    processed = _with(rows, ChangeState.PROCESSED)
+    result = run(outbox, "replay", "--type", "x", "--yes")
+    assert result.exit_code == 0, result.output
+    replayed = "SELECT c.seq FROM entity_changes AS r JOIN entity_changes AS c ON c.id = r.replay_of ORDER BY 1"
+    assert [seq for (seq,) in outbox_db.execute(replayed).fetchall()] == processed
+    assert run(outbox, "prune", "--older-than", "30d").exit_code == 0
+    assert {seq for (seq,) in outbox_db.execute("SELECT seq FROM entity_changes").fetchall()} >= set(rows)
+    assert run(outbox, "prune", "--older-than", "1d").exit_code == 0
+    left = {seq for (seq,) in outbox_db.execute("SELECT seq FROM entity_changes").fetchall()}
+    assert left & set(rows) == set(rows) - set(processed)
+
+
+def test_the_documented_function_gives_attempts_to_what_is_dead_and_to_nothing_else(
+    outbox: str, outbox_db: psycopg.Connection, rows: dict[int, Columns]
+) -> None:
+    dead, waiting = _with(rows, ChangeState.DEAD), _with(rows, ChangeState.WAITING)
+    assert outbox_db.execute("SELECT * FROM reprocess_failed_actions()").fetchall() == [(len(dead),)]
+    assert sorted(numbers(outbox, "--state", "waiting", "--limit", "100")) == sorted(dead + waiting)
+
+
+@pytest.mark.parametrize("done", ["processed = true", "processed = true, processed_at = now()"])
+def test_a_mark_by_hand_ends_a_change_and_what_is_unmarked_is_what_it_was(
+    outbox: str, outbox_db: psycopg.Connection, rows: dict[int, Columns], done: str
+) -> None:
+    outbox_db.execute(f"UPDATE entity_changes SET {done}".encode())
+    assert len(numbers(outbox, "--state", "processed", "--limit", "100")) == len(rows)
+    for state in ("fresh", "waiting", "dead"):
+        assert numbers(outbox, "--state", state) == []
+    outbox_db.execute("UPDATE entity_changes SET processed = false")
+    unmarked = {seq: columns._replace(processed=False) for seq, columns in rows.items()}
+    for state in ChangeState:
+        assert sorted(numbers(outbox, "--state", str(state), "--limit", "100")) == _with(unmarked, state)
+
+
+@pytest.mark.parametrize("command", ["install", "upgrade"])
+def test_an_outbox_with_the_constraints_and_indexes_of_before_is_upgraded_in_place(
+    outbox_db: psycopg.Connection, command: str
+) -> None:
+    outbox_db.execute(_AS_IT_WAS.encode())
+    before = outbox_db.execute("SELECT entity_changes::text FROM entity_changes ORDER BY seq").fetchall()
+    getattr(migrations, command)(outbox_db, "public")
+    assert migrations.verify(outbox_db, "public") == []
+    assert outbox_db.execute("SELECT entity_changes::text FROM entity_changes ORDER BY seq").fetchall() == before
+    outbox_db.execute("UPDATE entity_changes SET processed = true, operation = 'MERGE'")
+    names = "SELECT count(*) FROM pg_indexes WHERE indexname = ANY ('{entity_changes_due,entity_changes_dead}')"
+    assert outbox_db.execute(names.encode()).fetchone() == (0,)
+
+
+_AS_IT_WAS = """
+DELETE FROM cdc_migrations WHERE version >= 11;
+DROP INDEX entity_changes_failed, entity_changes_waiting, entity_changes_holding_back;
+CREATE INDEX entity_changes_due ON entity_changes (next_attempt_at) WHERE next_attempt_at < 'infinity';
+CREATE INDEX entity_changes_dead ON entity_changes (dead_at) WHERE dead_at IS NOT NULL;
+CREATE INDEX entity_changes_waiting
+  ON entity_changes (pg_catalog.hashtextextended(coalesce(entity_type, table_name), 0), next_attempt_at)
+  WHERE next_attempt_at IS NOT NULL AND dead_at IS NULL;
+CREATE INDEX entity_changes_holding_back
+  ON entity_changes (
+    pg_catalog.hashtextextended(entity_id, pg_catalog.hashtextextended(coalesce(entity_type, table_name), 0)), seq
+  )
+  WHERE next_attempt_at IS NOT NULL;
+ALTER TABLE entity_changes
+  ADD CONSTRAINT entity_changes_state_check CHECK (
+    CASE
+      WHEN processed THEN processed_at IS NOT NULL AND coalesce(next_attempt_at, dead_at) IS NULL
+      ELSE (next_attempt_at < 'infinity') = (dead_at IS NULL)
+    END
+  ),
+  ADD CONSTRAINT entity_changes_operation_check CHECK (operation = ANY ('{INSERT,UPDATE,DELETE}'));
+SELECT publish_change('x', n::text) FROM generate_series(1, 5) AS n;
+UPDATE entity_changes SET processed = true, processed_at = now() WHERE seq = 2;
+UPDATE entity_changes SET next_attempt_at = now() WHERE seq = 3;
+UPDATE entity_changes SET dead_at = now() WHERE seq = 4;
+UPDATE entity_changes SET dead_at = now(), next_attempt_at = 'infinity' WHERE seq = 5;
+"""
