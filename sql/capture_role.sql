@@ -9,7 +9,7 @@ DECLARE
   v_outbox CONSTANT regclass := pg_catalog.format('%I.entity_changes', v_schema)::regclass;
   v_functions CONSTANT text[] := ARRAY[
     'bounded_text(text)', 'default_entity_type(text)', 'captured_row(record, oid, text[])', 'capture_entity_change()',
-    'publish_change(text, text, text, jsonb, jsonb, jsonb)'];
+    'publish_change(text, text, text, jsonb, jsonb, jsonb)', 'capture_rows(anyarray, text, jsonb, integer)'];
   v_written CONSTANT text[] := '{table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,
     metadata, caused_by, depth, processed, processed_at, last_error}';
   v_returned CONSTANT text[] := '{seq, shard}';

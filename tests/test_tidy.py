@@ -518,9 +518,9 @@ def _resolves(words: list[str]) -> bool:
     for word in words:
         if not isinstance(command, click.Group):
             return True
-        command = command.get_command(context, word)
+        group, command = command, command.get_command(context, word)
         if command is None:
-            return False
+            return hasattr(group, "default")
     return True
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "db": ("cdc.cli.db", "Install, upgrade and check the database objects."),
     "track": ("cdc.cli.track", "Capture the changes of a table."),
     "untrack": ("cdc.cli.track", "Stop capturing the changes of a table."),
+    "backfill": ("cdc.cli.backfill", "Have the rows handled that a tracked table has already."),
     "tracked": ("cdc.cli.track", "List the tables whose changes are captured."),
     "status": ("cdc.cli.status", "Show who works, how fast, and what is not processed."),
     "outbox": ("cdc.cli.outbox", "Look at changes, decide about dead letters, remove old ones."),

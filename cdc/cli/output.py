@@ -109,6 +109,14 @@ def say(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
+def show_progress(line: str) -> None:
+    """Tell the operator how far it is: on a terminal in the place of the line before, "" to remove it."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\x1b[K{printable(line)}", err=True, nl=False)
+    elif line:
+        say(line)
+
+
 def say_lines(text: str) -> None:
     """The same of what has lines by right."""
     click.echo(printable_lines(text), err=True)

@@ -25,10 +25,11 @@ def _names(_ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
     """
     if not values:
         return None
-    return tuple(name for value in values for name in _split(option, value))
+    return tuple(name for value in values for name in split_names(option, value))
 
 
-def _split(option: click.Parameter, value: str) -> Iterator[str]:
+def split_names(option: click.Parameter, value: str) -> Iterator[str]:
+    """The parts of ``a,"b,c"``, without the quotes."""
     place = 0
     while place < len(value):
         found = _NAME.match(value, place)
@@ -40,7 +41,7 @@ def _split(option: click.Parameter, value: str) -> Iterator[str]:
 
 
 def _operations(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[Operation, ...] | None:
-    named = None if value is None else tuple(name.upper() for name in _split(option, value))
+    named = None if value is None else tuple(name.upper() for name in split_names(option, value))
     if named is not None and not set(named) <= set(CAPTURED):
         raise click.BadParameter(f"{value!r}; expected insert, update, delete, or some of them")
     return None if named is None else tuple(map(Operation, named))

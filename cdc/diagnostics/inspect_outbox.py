@@ -36,7 +36,7 @@ from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
 from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
 
-_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets")
+_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills")
 """Other tables of an outbox."""
 
 _WAITING_EXAMINED_MAX = 10_000

@@ -19,10 +19,11 @@ from cdc.core.errors import NotFoundError, RefusedError, SchemaError, UsageError
 
 CHANGES, SHARDS, LEDGER = "entity_changes", "cdc_shards", "cdc_migrations"
 NUMBERS = "entity_changes_seq_seq"
+BACKFILLS = "cdc_backfills"
 DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
-RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS)
+RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS)
 PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb)"
-FUNCTIONS = ("capture_entity_change()", PUBLISH)
+FUNCTIONS = ("capture_entity_change()", PUBLISH, "capture_rows(anyarray, text, jsonb, integer)")
 """The functions that write changes. ``reprocess_failed_actions`` has its caller's rights, and needs no guard."""
 
 STATE = (

@@ -24,7 +24,7 @@ from cdc.postgres.tracked_tables import FLAGS, LISTS, Asked, Fires, SourceTable,
 T = TypeVar("T")
 _LOCK_TIMEOUT = "5s"
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
-_OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets")
+_OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills")
 """Tables of the outbox itself."""
 _ENABLE = {Fires.ORIGIN: "ENABLE", Fires.ALWAYS: "ENABLE ALWAYS", Fires.REPLICA: "ENABLE REPLICA"}
 
@@ -131,6 +131,15 @@ def tracked(connection: psycopg.Connection, schema: str) -> list[Tracked]:
     with connection.transaction():
         _use_server_names(connection)
         return _triggers(connection, capture_catalog.capture_function(connection, schema), schema)
+
+
+def find(connection: psycopg.Connection, schema: str, table: str) -> tuple[SourceTable, list[Tracked]]:
+    """The table of this name, and its triggers that capture into ``schema``. Raises as ``untrack`` does."""
+    with connection.transaction():
+        _use_server_names(connection)
+        capture = capture_catalog.capture_function(connection, schema)
+        source = _resolve(connection, capture, schema, table)
+        return source, _triggers(connection, capture, schema, source.oid)
 
 
 def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]:

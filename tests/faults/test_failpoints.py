@@ -28,7 +28,12 @@ POINTS = sorted(
         for point in re.findall(r'failpoints\.here\("([^"]+)"\)', path.read_text("utf-8"))
     }
 )
-_ELSEWHERE = {"schema.between_steps": "no consumer passes it: a test of its own"}
+_ELSEWHERE = {
+    "schema.between_steps": "no consumer passes it: a test of its own",
+    **dict.fromkeys(
+        ["backfill.after_write", "backfill.before_commit", "backfill.after_commit"], "the same: test_backfill"
+    ),
+}
 _RELEASES = {"shards.before_release", "shards.after_unregister", "shards.after_release"}
 """A consumer gives shards away only to another."""
 _AFTER_A_DEATH = {"crash_guard.before_start", "crash_guard.after_start"}

@@ -28,7 +28,8 @@ class Broken:
     """What is told afterwards: a state of before."""
 
 
-_FUNCTIONS = ("bounded_text", "captured_row", "capture_entity_change", "default_entity_type", "publish_change")
+_FUNCTIONS = ("bounded_text", "captured_row", "capture_entity_change", "default_entity_type", "publish_change",
+              "capture_rows")  # fmt: skip
 _WITHOUT_A_ROLE = "".join(f"ALTER FUNCTION {name} OWNER TO {{owner}};" for name in _FUNCTIONS)
 _ORDERS = "CREATE TABLE orders (id int PRIMARY KEY, card text);"
 _BY_HAND = "CREATE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION capture_entity_change({});"

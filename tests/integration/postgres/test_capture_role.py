@@ -18,7 +18,8 @@ from cdc.postgres import grants, migration_scripts, migrations, tracking
 pytestmark = pytest.mark.server
 
 Make = Callable[..., str]
-CAPTURING = ("capture_entity_change", "publish_change", "bounded_text", "captured_row", "default_entity_type")
+CAPTURING = ("capture_entity_change", "publish_change", "bounded_text", "captured_row", "default_entity_type",
+             "capture_rows")  # fmt: skip
 
 
 @pytest.fixture

@@ -1,0 +1,265 @@
+"""cdc backfill: the rows that a tracked table has already, as changes of the operation READ."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cdc.app.config import Settings
+from cdc.cli.commands import Commands
+from cdc.cli.options import database_options, json_option, open_database
+from cdc.cli.output import print_json, print_table, say, show_progress
+from cdc.cli.track import split_names
+from cdc.core.units import format_duration
+
+if TYPE_CHECKING:
+    from cdc.postgres.backfill import Backfill, Backfills, Progress
+
+_SAY_EVERY_S = 5.0
+_DRAW_EVERY_S = 0.2
+_BAR = 24
+_WAITS_LONG_S = 10.0
+_BACKLOG_MAX = 100_000
+
+
+class _Backfill(Commands):
+    """``cdc backfill TABLE`` stands for ``cdc backfill start TABLE``."""
+
+    default = "start"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Backfill)
+def backfill() -> None:
+    """Have the rows handled that were there before a table was tracked, or before a handler was.
+
+    Each becomes a change with the operation READ. "cdc backfill TABLE" is short for "cdc backfill start TABLE".
+    """
+
+
+def _key(_ctx: click.Context, option: click.Parameter, value: str | None) -> list[str] | None:
+    """``5`` or ``a,5``: a value for each column of the key, one with a comma in double quotes."""
+    if value is None:
+        return None
+    if not (values := list(split_names(option, value))):
+        raise click.BadParameter("it names no key")
+    return values
+
+
+_where_option = click.option("--where", "condition", metavar="SQL", help="Only the rows that meet this condition.")
+
+
+def _positive(_ctx: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
+        raise click.BadParameter(f"{value:g} is no number of rows")
+    return value
+
+
+def _rate(_ctx: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """``500`` or ``500/s``."""
+    if value is None:
+        return None
+    try:
+        return _positive(_ctx, option, float(value.removesuffix("/s")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}; expected rows a second, such as 500/s") from None
+
+
+_rate_option = click.option("--rate", metavar="N/s", callback=_rate, help="At most so many rows a second.")
+_backlog_option = click.option(
+    "--backlog",
+    type=click.IntRange(1, _BACKLOG_MAX),
+    metavar="N",
+    help="Wait while so many of its rows are not handled yet [100].",
+)
+
+
+@backfill.command()
+@click.argument("table")
+@database_options
+@_where_option
+@click.option("--since", metavar="KEY", callback=_key, help="Begin at this primary key. Several columns: a,b.")
+@_rate_option
+@_backlog_option
+@json_option
+def start(
+    *,
+    settings: Settings,
+    table: str,
+    condition: str | None,
+    since: list[str] | None,
+    rate: float | None,
+    backlog: int | None,
+    as_json: bool,
+) -> None:
+    """Read the rows of TABLE, which must be tracked, and write a change for each.
+
+    \b
+        cdc backfill orders
+        cdc backfill orders --where "status = 'open'" --rate 500/s
+
+    Rows come in the order of the primary key, as they are when they are read, and in order with what is written to them
+    meanwhile. It stays in the foreground, and waits for the consumer. Interrupted, also by kill -9, it goes on with
+    "cdc backfill resume". Rows that are inserted later are not read: they are captured.
+    """
+    from cdc.postgres.backfill import BACKLOG, Backfills  # noqa: PLC0415 - --help does not wait for the driver to load
+
+    backfills = Backfills(settings.schema_)
+    with open_database(settings, user_path=True) as connection:
+        begun = backfills.start(
+            connection,
+            table,
+            condition=condition,
+            since=since,
+            rate=rate,
+            backlog=backlog or BACKLOG,
+        )
+        say(f"backfill {begun.id} of {begun.table}: about {begun.estimate:,} rows; if it is interrupted:"
+            f" cdc backfill resume {begun.id}")  # fmt: skip
+        _work(backfills, connection, begun, condition, as_json=as_json)
+
+
+@backfill.command()
+@click.argument("reference", metavar="ID|TABLE")
+@database_options
+@_where_option
+@_rate_option
+@_backlog_option
+@json_option
+def resume(
+    *,
+    settings: Settings,
+    reference: str,
+    condition: str | None,
+    rate: float | None,
+    backlog: int | None,
+    as_json: bool,
+) -> None:
+    """Go on with a backfill that was paused or interrupted, at another pace if that is given.
+
+    A condition that another role has given is run only if --where repeats it: it would have your rights.
+    """
+    from cdc.postgres.backfill import Backfills  # noqa: PLC0415 - see start
+
+    backfills = Backfills(settings.schema_)
+    with open_database(settings, user_path=True) as connection:
+        found = backfills.resume(connection, backfills.named(connection, reference), rate, backlog)
+        _work(backfills, connection, found, condition, as_json=as_json)
+
+
+@backfill.command()
+@click.argument("reference", metavar="ID|TABLE")
+@database_options
+def pause(settings: Settings, reference: str) -> None:
+    """Stop a backfill after its page, wherever it runs, until it is resumed."""
+    from cdc.postgres.backfill import Backfills  # noqa: PLC0415 - see start
+
+    backfills = Backfills(settings.schema_)
+    with open_database(settings, user_path=True) as connection:
+        found = backfills.named(connection, reference)
+        backfills.set_state(connection, found, "paused", ["running"])
+    say(f"backfill {found.id} of {found.table} is paused; to go on: cdc backfill resume {found.id}")
+
+
+@backfill.command()
+@click.argument("reference", metavar="ID|TABLE")
+@database_options
+def cancel(settings: Settings, reference: str) -> None:
+    """End a backfill for good, wherever it runs. What it has written is handled."""
+    from cdc.postgres.backfill import UNFINISHED, Backfills  # noqa: PLC0415 - see start
+
+    backfills = Backfills(settings.schema_)
+    with open_database(settings, user_path=True) as connection:
+        found = backfills.named(connection, reference)
+        backfills.set_state(connection, found, "cancelled", UNFINISHED)
+    say(f"backfill {found.id} of {found.table} is cancelled")
+
+
+@backfill.command()
+@click.argument("reference", metavar="[ID|TABLE]", required=False)
+@database_options
+@json_option
+def status(settings: Settings, reference: str | None, as_json: bool) -> None:
+    """List the last hundred backfills, or show one."""
+    from cdc.postgres.backfill import Backfills  # noqa: PLC0415 - see start
+
+    backfills = Backfills(settings.schema_)
+    with open_database(settings, user_path=True) as connection:
+        found = backfills.newest(connection) if reference is None else [backfills.named(connection, reference)]
+    if as_json:
+        print_json({"backfills": [_as_json(each) for each in found]})
+        return
+    headers = ["id", "table", "state", "examined", "of about", "written", "since", "where", "by", "started_at"]
+    print_table(headers, (
+        (each.id, each.table, _state(each), each.examined, each.estimate, each.written, _shown(each.since_key),
+         each.condition or "", each.started_by, each.started_at)
+        for each in found
+    ))  # fmt: skip
+
+
+def _work(backfills: Backfills, connection: Any, begun: Backfill, condition: str | None, *, as_json: bool) -> None:
+    """Raises KeyboardInterrupt as it comes: what is committed stays, and the rest is resumed."""
+    end = _watch(begun, backfills.work(connection, begun, condition=condition))
+    done = backfills.named(connection, str(begun.id))
+    if as_json:
+        print_json(_as_json(done))
+    else:
+        say(f"backfill {done.id} of {done.table} is {end.state}: {done.examined:,} rows read, {done.written:,} written")
+
+
+def _watch(begun: Backfill, steps: Iterable[Progress]) -> Progress:
+    """Take the steps, wait between them, and say how far it is."""
+    from cdc.postgres.backfill import Progress  # noqa: PLC0415 - see start
+
+    began, pause = time.monotonic(), threading.Event()
+    said_at, wrote_at, warned = began, began, False
+    progress = Progress(begun.examined, begun.written)
+    for step in steps:
+        now = time.monotonic()
+        if step.written != progress.written or step.waits is None or not step.waits.backlog:
+            wrote_at = now
+        progress = step
+        if now - said_at > (_DRAW_EVERY_S if sys.stderr.isatty() else _SAY_EVERY_S):
+            said_at = now
+            show_progress(_line(begun, step, now - began))
+        if now - wrote_at > _WAITS_LONG_S and not warned:
+            warned = True
+            say(f"waits: {step.unsettled:,} of its rows are not handled yet; is a consumer running that handles them?")
+        if step.waits is not None:
+            pause.wait(step.waits.seconds)
+    show_progress("")
+    return progress
+
+
+def _line(begun: Backfill, progress: Progress, seconds: float) -> str:
+    """``[#####.....] 41% 410,000 of about 1,000,000, 5,012 a second, 2 min left``."""
+    total = max(begun.estimate, progress.examined, 1)
+    per_s = (progress.examined - begun.examined) / seconds
+    left = f", {format_duration((total - progress.examined) / per_s)} left" if per_s else ""
+    filled = _BAR * progress.examined // total
+    return (
+        f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * progress.examined // total}%"
+        f" {progress.examined:,} of about {total:,}, {per_s:,.0f} a second{left}"
+    )
+
+
+def _state(each: Backfill) -> str:
+    return "interrupted" if each.state == "running" and not each.at_work else each.state
+
+
+def _shown(key: list[str] | None) -> str:
+    return ",".join(key) if key else ""
+
+
+def _as_json(each: Backfill) -> dict[str, Any]:
+    return {**asdict(each), "state": _state(each)}

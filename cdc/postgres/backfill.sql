@@ -1,0 +1,110 @@
+-- Backfills: what is known of them, and what of their rows is not settled. {changes} and {backfills} are qualified tables.
+
+-- name: insert
+INSERT INTO {backfills}
+  (table_schema, table_name, condition, key_columns, since_key, until_key, estimate, rate, backlog, state)
+VALUES (%(table_schema)s, %(table_name)s, %(condition)s, %(key_columns)s, %(since_key)s, %(until_key)s, %(estimate)s,
+  %(rate)s, %(backlog)s, %(state)s)
+RETURNING id
+
+-- name: backfill
+-- Not a statement: the columns of b. Who works on it holds a lock of its number.
+b.id, b.table_schema, b.table_name, format('%%I.%%I', b.table_schema, b.table_name) AS table, b.condition, b.key_columns, b.since_key, b.after_key, b.until_key, b.estimate,
+b.examined, b.written, b.rate, b.backlog, b.state, b.started_by, b.started_at, b.changed_at,
+EXISTS (
+  SELECT FROM pg_locks AS l
+  WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+    AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+    AND l.classid = (%(lock)s::bigint & 4294967295)::oid
+    AND l.objid = (hashtext(%(schema)s || '.' || b.id)::bigint & 4294967295)::oid
+) AS at_work
+
+-- name: one
+SELECT {backfill} FROM {backfills} AS b WHERE b.id = %(id)s
+
+-- name: latest
+SELECT {backfill} FROM {backfills} AS b WHERE b.table_schema = %(table_schema)s AND b.table_name = %(table_name)s
+ORDER BY b.id DESC LIMIT 1
+
+-- name: newest
+SELECT {backfill} FROM {backfills} AS b ORDER BY b.id DESC LIMIT 100
+
+-- name: lock
+SELECT pg_try_advisory_lock(%(lock)s::integer, hashtext(%(schema)s || '.' || %(id)s::integer))
+
+-- name: unlock
+SELECT pg_advisory_unlock(%(lock)s::integer, hashtext(%(schema)s || '.' || %(id)s::integer))
+
+-- name: state
+SELECT b.state FROM {backfills} AS b WHERE b.id = %(id)s
+
+-- name: turn
+-- Whoever pauses or cancels it waits until this page is committed.
+SELECT b.state, b.after_key FROM {backfills} AS b WHERE b.id = %(id)s FOR UPDATE
+
+-- name: advance
+UPDATE {backfills} SET
+  after_key = %(after_key)s, examined = examined + %(examined)s, written = written + %(written)s, changed_at = now()
+WHERE id = %(id)s
+
+-- name: set_state
+UPDATE {backfills} SET state = %(to)s, changed_at = now() WHERE id = %(id)s AND state = ANY (%(states)s::text[])
+RETURNING state
+
+-- name: set_pace
+UPDATE {backfills} SET rate = %(rate)s, backlog = %(backlog)s WHERE id = %(id)s
+
+-- name: ids
+-- Of changes that this transaction has written, so that all are fresh.
+SELECT f.id FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS w(seq, shard)
+CROSS JOIN LATERAL (
+  SELECT n.id FROM {changes} AS n
+  WHERE n.shard = w.shard AND n.seq = w.seq AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+  LIMIT 1
+) AS f
+
+-- name: unsettled
+-- Those of them that are fresh or wait for a retry. One that retention has removed is neither.
+SELECT f.id FROM unnest(%(ids)s::uuid[]) AS w(id)
+CROSS JOIN LATERAL (
+  SELECT n.id FROM {changes} AS n WHERE n.id = w.id AND NOT n.processed AND n.dead_at IS NULL LIMIT 1
+) AS f
+
+-- name: source
+-- Whether this role sees all rows of a table, and its rights on it.
+SELECT row_security_active(c.oid) AS filtered, current_user::text AS role,
+  has_any_column_privilege(c.oid, 'SELECT') AND has_any_column_privilege(c.oid, 'UPDATE') AS allowed
+FROM pg_class AS c WHERE c.oid = %(table)s::oid
+
+-- name: key
+-- The columns of the primary key: each with its type, below domains, and with the schema of the operators that its index
+-- uses. Only names are taken from here: the type's input function and these operators are all that runs.
+SELECT a.attname::text AS name, tn.nspname::text AS type_schema, t.typname::text AS type_name, o.nspname::text AS operators,
+  t.typtype IN ('b', 'e') AND t.typelem = 0::oid OR t.typlen > 0 AS simple
+FROM pg_index AS i
+CROSS JOIN LATERAL unnest(i.indkey::int2[], i.indclass::oid[]) WITH ORDINALITY AS k (attnum, opclass, place)
+JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+JOIN pg_opclass AS c ON c.oid = k.opclass
+JOIN pg_am AS m ON m.oid = c.opcmethod AND m.amname = 'btree'
+CROSS JOIN LATERAL (
+  SELECT n.nspname FROM pg_amop AS s
+  JOIN pg_operator AS p ON p.oid = s.amopopr JOIN pg_namespace AS n ON n.oid = p.oprnamespace
+  WHERE s.amopfamily = c.opcfamily AND s.amoplefttype = c.opcintype AND s.amoprighttype = c.opcintype
+    AND s.amopstrategy = 5 AND p.oprname = '>'
+) AS o
+CROSS JOIN LATERAL (
+  WITH RECURSIVE base (oid, below, kind) AS (
+    SELECT d.oid, d.typbasetype, d.typtype FROM pg_type AS d WHERE d.oid = a.atttypid
+    UNION ALL
+    SELECT d.oid, d.typbasetype, d.typtype FROM base JOIN pg_type AS d ON d.oid = base.below WHERE base.kind = 'd'
+  )
+  SELECT base.oid FROM base WHERE base.kind <> 'd'
+) AS base
+JOIN pg_type AS t ON t.oid = base.oid JOIN pg_namespace AS tn ON tn.oid = t.typnamespace
+WHERE i.indrelid = %(table)s::oid AND i.indisprimary AND i.indisvalid AND k.place <= i.indnkeyatts
+ORDER BY k.place
+
+-- name: triggers
+-- What changes whenever one of the triggers that capture a table does.
+SELECT t.oid, t.xmin::text, t.tgenabled FROM pg_trigger AS t
+WHERE t.tgrelid = %(table)s::oid AND t.tgfoid = %(capture)s::oid ORDER BY t.oid

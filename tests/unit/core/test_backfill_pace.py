@@ -1,0 +1,76 @@
+"""How much a backfill reads next, and when."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdc.core.backfill_pace import PAGE_MAX, BackfillPace, Page, Wait
+
+
+def test_pages_are_full_while_what_was_written_is_settled() -> None:
+    pace = BackfillPace(rate=None, backlog=100)
+    for _ in range(3):
+        page = pace.next(0, 0.0)
+        assert page == Page(PAGE_MAX, PAGE_MAX)
+        pace.done(page, PAGE_MAX, 0.0)
+
+
+def test_it_waits_longer_and_longer_for_a_backlog_that_does_not_shrink() -> None:
+    pace = BackfillPace(rate=None, backlog=100)
+    waits = [pace.next(90, 0.0) for _ in range(20)]
+    assert all(isinstance(each, Wait) and each.backlog for each in waits)
+    seconds = [each.seconds for each in waits if isinstance(each, Wait)]
+    assert seconds == sorted(seconds)
+    assert (seconds[0], seconds[-1]) == (0.005, 0.5)
+    assert isinstance(pace.next(40, 0.0), Page)
+
+
+@given(
+    rate=st.floats(0.1, 10_000),
+    backlog=st.integers(1, 1_000),
+    steps=st.lists(st.tuples(st.floats(0, 1), st.booleans())),
+)
+def test_the_rate_and_the_backlog_hold_whatever_happens(
+    rate: float, backlog: int, steps: list[tuple[float, bool]]
+) -> None:
+    pace = BackfillPace(rate=rate, backlog=backlog)
+    now, unsettled, written, largest = 0.0, 0, 0, 0
+    for passed, settles in steps:
+        now += passed
+        turn = pace.next(unsettled, now)
+        if isinstance(turn, Page):
+            largest = max(largest, turn.write)
+            written, unsettled = written + turn.write, unsettled + turn.write
+            pace.done(turn, turn.write, now)
+        assert unsettled <= backlog
+        assert written <= rate * now + largest + 1e-6
+        if settles:
+            unsettled = 0
+
+
+def test_a_page_that_met_a_locked_row_is_read_again_smaller_down_to_one_row_and_grows_again() -> None:
+    pace = BackfillPace(rate=None, backlog=100)
+    sizes, now = list[int](), 0.0
+    for _ in range(5):
+        pace.locked(now)
+        assert isinstance(pace.next(0, now), Wait)
+        now += 0.25
+        page = pace.next(0, now)
+        assert isinstance(page, Page)
+        sizes.append(page.write)
+    assert sizes == [12, 3, 1, 1, 1]
+    pace.done(Page(1, 1), 1, now)
+    assert pace.next(0, now) == Page(2, 2)
+
+
+def test_where_few_rows_are_wanted_more_are_examined_up_to_a_bound_and_fewer_again_where_many_are() -> None:
+    pace, examined = BackfillPace(rate=None, backlog=100), list[int]()
+    for written in [0] * 12 + [PAGE_MAX] * 12:
+        page = pace.next(0, 0.0)
+        assert isinstance(page, Page)
+        examined.append(page.examine)
+        pace.done(page, written, 0.0)
+    assert examined[:4] == [50, 100, 200, 400]
+    assert examined[12] == 20_000
+    assert examined[-1] == 50
