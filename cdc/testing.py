@@ -21,7 +21,6 @@ from uuid import uuid4
 
 from cdc.app import config
 from cdc.app.application import App
-from cdc.core.change_filter import FilteredError
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.model import Change, ChangeState, Operation
 from cdc.core.router import Router
@@ -137,10 +136,10 @@ async def handle(router: Router, change: Change, *, connection: Any = None) -> s
     if handler.transactional and connection is None:
         raise UsageError(f"handler {handler.name} asks for a connection", hint="pass it: handle(..., connection=...)")
     if prepare := preparation(handler):
-        try:
-            change = prepare(change)
-        except FilteredError:
+        given = prepare(change)
+        if given is None:
             return None
+        change = given
     if handler.is_async:
         async with deadline(handler.timeout_s):
             await handler.call([change], connection)

@@ -9,15 +9,10 @@ its name is misspelt or it is not captured: a filter that is wrong calls the han
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from cdc.core.model import Change, differs
-
-
-class FilteredError(Exception):
-    """The handler's filter leaves the change out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +25,15 @@ class ChangeFilter:
     columns: frozenset[str] | None = None
     when: Callable[[Change], object] | None = None
 
-    def apply(self, change: Change, given: Callable[[], Change]) -> Change:
-        """``given()``, the change as the handler gets it. Raises FilteredError if it is not wanted."""
-        if self.columns is not None and not self._any_changed(self.columns, change.old, change.new):
-            raise FilteredError
-        made = given()
-        if self.when is not None and not self.when(made):
-            raise FilteredError
-        return made
+    def apply(self, validate: Callable[[Change], Change] | None, change: Change) -> Change | None:
+        """The change as the handler gets it, by ``validate``. None: it is left out."""
+        if self.columns is not None and not _any_changed(self.columns, change.old, change.new):
+            return None
+        given = change if validate is None else validate(change)
+        return given if self.when is None or self.when(given) else None
 
-    @staticmethod
-    def _any_changed(columns: frozenset[str], old: Any, new: Any) -> bool:
-        if not isinstance(old, Mapping) or not isinstance(new, Mapping):
-            return True
-        return any(differs(old, new, column) for column in columns)
+
+def _any_changed(columns: frozenset[str], old: object, new: object) -> bool:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return True
+    return any(differs(old, new, column) for column in columns)

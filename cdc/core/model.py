@@ -125,23 +125,26 @@ def changed_columns(old: object, new: object) -> frozenset[str]:
     return frozenset(column for column in before.keys() | after.keys() if differs(before, after, column))
 
 
+_SCALARS = frozenset({str, int, bool, type(None)})
+
+
 def differs(before: Mapping[str, object], after: Mapping[str, object], column: str) -> bool:
     """Whether the column's values differ, or may differ: one of them is not there, or was left out."""
     if column not in before or column not in after:
         return True
     one, other = before[column], after[column]
-    if type(one) is str:
-        return one != other
+    if type(one) in _SCALARS:
+        return type(one) is not type(other) or one != other
     # By text: for Python true equals 1, also inside a document, and 10.1 equals 10.10.
     return repr(one) != repr(other) or _is_omitted(one)
 
 
 def _row(document: object) -> Mapping[str, object]:
-    return document if isinstance(document, Mapping) else {}
+    return document if isinstance(document, dict) else {}
 
 
 def _is_omitted(value: object) -> bool:
-    return isinstance(value, Mapping) and value.keys() == {OMITTED}
+    return isinstance(value, dict) and value.keys() == {OMITTED}
 
 
 class UnreadableDocumentError(Exception):

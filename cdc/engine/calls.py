@@ -135,6 +135,11 @@ def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
     return _call_in(Contexts.current().new(), function, arguments)
 
 
+def call_in(contexts: Contexts, function: Callable[..., _T], *arguments: Any) -> _T:
+    """The same where the contexts are known."""
+    return _call_in(contexts.new(), function, arguments)
+
+
 async def call_handler(
     handler: Handler, contexts: Contexts, given: Sequence[Change], *connection: Any
 ) -> Mapping[int, BaseException]:

@@ -40,7 +40,6 @@ from functools import partial
 from typing import NamedTuple
 
 from cdc.core import failpoints
-from cdc.core.change_filter import FilteredError
 from cdc.core.errors import Discard, Failed, OverrunError, Reject, Retry, Snooze, Unavailable
 from cdc.core.fast_change import fast_make
 from cdc.core.lost_transactions import LOSSES_MAX, LostCalls
@@ -61,7 +60,7 @@ from cdc.core.model import (
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
 from cdc.core.router import Handler, Router
-from cdc.engine.calls import CutOffError, begin
+from cdc.engine.calls import CutOffError, begin, call_in
 from cdc.engine.error_policy import ErrorPolicy, LostTooOftenError
 from cdc.engine.handler_calls import HandlerCalls
 from cdc.engine.thread_pool import Threads
@@ -73,7 +72,7 @@ from cdc.engine.transactions import (
     Ran,
     Transactions,
 )
-from cdc.engine.validation import Validation, keep_order
+from cdc.engine.validation import FILTERED, Validation, keep_order
 from cdc.observability.metrics import NO_HANDLER, HandlerMetrics
 from cdc.runtime.cancelling import is_being_cancelled
 
@@ -83,7 +82,6 @@ _AT_ONCE_S = 0.005
 """Calls in a row, before the event loop goes on with other tasks."""
 
 _PROCESSED = Processed()
-_FILTERED = Filtered()
 _FINISHED = fast_make(Settlement)
 _LABELS: dict[type[Outcome], str] = {
     Processed: "processed",
@@ -209,7 +207,7 @@ class Executor:
         done: list[Settlement] = []
         if handler is None or not handler.single:
             return done, None
-        call_one = self._validation.function(handler)
+        function, prepare = handler.function, self._validation.of(handler)
         seconds: list[float] = []
         unfinished = None
         task, suspects, contexts = asyncio.current_task(), self.lost.suspects, self._calls.contexts
@@ -221,20 +219,18 @@ class Executor:
             change, started = changes.popleft(), now
             failpoints.here("run.before_handler")
             try:
-                rest = begin(contexts, call_one, (change,))
-            except FilteredError:
-                done.append(_FINISHED((change, _FILTERED)))
-                now = time.monotonic()
-                continue
+                given = call_in(contexts, prepare, change) if prepare else change
+                rest = begin(contexts, function, (given,)) if given is not None else None
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - raised where the call is awaited
                 unfinished = PendingCall(change, _raise(error), started)
                 break
             if rest:
                 unfinished = PendingCall(change, rest, started)
                 break
-            done.append(_FINISHED((change, _PROCESSED)))
+            done.append(_FINISHED((change, FILTERED if given is None else _PROCESSED)))
             now = time.monotonic()
-            seconds.append(now - started)
+            if given is not None:
+                seconds.append(now - started)
             if task.cancelling():
                 break
         if done:

@@ -12,12 +12,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cdc.core.change_filter import ChangeFilter
 from cdc.core.model import Change, ModelChange
 from cdc.core.router import Handler
 
-Prepare = Callable[[Change], Change]
-"""Raises FilteredError for a change that the handler does not want, and whatever its filter and its model raise."""
+Prepare = Callable[[Change], Change | None]
+"""What the handler gets for a change; None: its filter leaves it out. Raises whatever filter and model raise."""
 
 _FIELDS = tuple(field.name for field in fields(Change) if field.name not in ("old", "new"))
 
@@ -31,13 +30,7 @@ def preparations(handlers: Iterable[Handler]) -> Mapping[str, Prepare]:
 def preparation(handler: Handler) -> Prepare | None:
     """How a change becomes what the handler gets; None: it gets each as it was read."""
     validate = None if handler.model is None else partial(_with_model, TypeAdapter(handler.model))
-    if handler.filter is None:
-        return validate
-    return partial(_filtered, handler.filter, validate)
-
-
-def _filtered(wanted: ChangeFilter, validate: Prepare | None, change: Change) -> Change:
-    return wanted.apply(change, lambda: change if validate is None else validate(change))
+    return validate if handler.filter is None else partial(handler.filter.apply, validate)
 
 
 def _with_model(adapter: TypeAdapter[Any], change: Change) -> ModelChange:

@@ -18,7 +18,6 @@ from datetime import timedelta
 import psycopg
 from pydantic import ValidationError
 
-from cdc.core.change_filter import FilteredError
 from cdc.core.model import SHARDS, Change, WakeUp
 from cdc.core.page_size import PageSize
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
@@ -202,9 +201,7 @@ class _DryRun:
     def _wants(self, handler: Handler, prepare: Prepare, change: Change) -> bool:
         """Whether the handler would be called, or the attempt fail before."""
         try:
-            call_here(prepare, change)
-        except FilteredError:
-            return False
+            return call_here(prepare, change) is not None
         except ValidationError as error:
             self._report_invalid(handler, change, ", ".join(sorted(_places(error))))
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - filter and validators are the handler's

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from cdc.core.change_filter import FilteredError
 from cdc.core.model import Change, Filtered, Key, Outcome
 from cdc.core.router import Handler
 from cdc.engine.calls import call_here
 from cdc.engine.error_policy import ErrorPolicy, TooDeepError
 from cdc.engine.handler_input import Prepare, preparations
 
-_FILTERED = Filtered()
+FILTERED = Filtered()
 
 
 class Validation:
@@ -22,13 +19,9 @@ class Validation:
         self._preparations = preparations(handlers)
         self._error_policy = error_policy
 
-    def function(self, handler: Handler) -> Callable[..., Any]:
-        """The handler's function, for a change as it was read.
-
-        Calling it raises FilteredError for a change that is left out, and what filter and model raise.
-        """
-        prepare = self._preparations.get(handler.name)
-        return partial(_call_prepared, handler.function, prepare) if prepare else handler.function
+    def of(self, handler: Handler) -> Prepare | None:
+        """How a change becomes what the handler gets; None: it gets each as it was read."""
+        return self._preparations.get(handler.name)
 
     def split(
         self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
@@ -49,14 +42,15 @@ class Validation:
             if change.key in held:
                 continue
             try:
-                given.append(_given(change, prepare))
-            except FilteredError:
-                outcomes[change] = _FILTERED
+                one = _given(change, prepare)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - filter and model are the handler's code
                 outcomes |= self._error_policy.of_call(handler, [change], {change.seq: error}, None)
             else:
-                called.append(change)
-                continue
+                if one is not None:
+                    called.append(change)
+                    given.append(one)
+                    continue
+                outcomes[change] = FILTERED
             outcome = outcomes.get(change)
             if handler.transactional or outcome is None or outcome.blocks_key:
                 held.add(change.key)
@@ -68,17 +62,13 @@ def keep_order(batch: Sequence[Change], outcomes: dict[Change, Outcome]) -> None
     held: set[Key] = set()
     for change in batch:
         outcome = outcomes.get(change)
-        if outcome is _FILTERED and change.key in held:
+        if outcome is FILTERED and change.key in held:
             del outcomes[change]
         elif outcome is None or outcome.blocks_key:
             held.add(change.key)
 
 
-def _given(change: Change, prepare: Prepare | None) -> Change:
+def _given(change: Change, prepare: Prepare | None) -> Change | None:
     if change.chain:
         raise TooDeepError(change)
     return call_here(prepare, change) if prepare else change
-
-
-def _call_prepared(function: Callable[..., Any], prepare: Prepare, change: Change) -> Any:
-    return function(prepare(change))
