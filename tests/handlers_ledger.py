@@ -4,8 +4,9 @@ A consumer's ledger is a file of its own, one JSON line for the start of a proce
 call, each a single write to a file opened for appending: what is written survives ``kill -9``, and nothing but the disk
 can make a call fail that was not meant to.
 
-Which calls fail is decided by the change and its attempt, whoever makes them, alone or in a batch. The token that a row
-carries decides more: one that begins with ``POISON`` ends the process, one that begins with ``CALM`` never fails.
+Which calls fail is decided by the change and its attempt, whoever makes them, alone or in a batch, and which fresh
+changes are snoozed by the change. The token that a row carries decides more: one that begins with ``POISON`` ends the
+process, one that begins with ``CALM`` never fails.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ def fails(change: cdc.Change) -> bool:
     return change.seq % 97 == 0 or _dice(f"fails {change.seq} {change.attempt}") < 0.05
 
 
+def _trouble(change: cdc.Change) -> MeantToFailError | cdc.Snooze | None:
+    """What its handler raises for it. One fresh change in thirty is snoozed."""
+    if not change.requeued and _dice(f"snoozes {change.seq}") < 1 / 30 and not _token(change).startswith(CALM):
+        return cdc.Snooze(0.1)
+    return MeantToFailError() if fails(change) else None
+
+
 def takes_s(change: cdc.Change) -> float:
     """Mostly a few milliseconds; some calls are still on their way when something happens to their consumer."""
     share = _dice(f"takes {change.seq}")
@@ -82,14 +90,14 @@ def _dice(text: str) -> float:
 async def keep_async(change: cdc.Change) -> None:
     with _call([change]):
         await _pass([change])
-        _fail_if_meant([change])
+        _fail_if_meant(change)
 
 
 @router.on("kept_sync", max_attempts=MAX_ATTEMPTS)
 def keep_sync(change: cdc.Change) -> None:
     with _call([change]):
         threading.Event().wait(takes_s(change))
-        _fail_if_meant([change])
+        _fail_if_meant(change)
 
 
 @router.on("kept_transactional", max_attempts=MAX_ATTEMPTS)
@@ -97,7 +105,7 @@ async def keep_transactional(change: cdc.Change, connection: psycopg.AsyncConnec
     with _call([change]):
         await connection.execute(_EFFECT, [change.seq, *change.key])
         await _pass([change])
-        _fail_if_meant([change])
+        _fail_if_meant(change)
 
 
 @router.on("kept_transactional_sync", max_attempts=MAX_ATTEMPTS)
@@ -105,7 +113,7 @@ def keep_transactional_sync(change: cdc.Change, connection: psycopg.Connection) 
     with _call([change]):
         connection.execute(_EFFECT, [change.seq, *change.key])
         threading.Event().wait(takes_s(change))
-        _fail_if_meant([change])
+        _fail_if_meant(change)
 
 
 @router.on("kept_batch", batch=20, linger=0.01, max_attempts=MAX_ATTEMPTS)
@@ -113,7 +121,7 @@ async def keep_batch(changes: list[cdc.Change]) -> None:
     """Says which of them failed, as ``Failed``: the rest is done, later ones of their keys included."""
     with _call(changes):
         await _pass(changes)
-        if failed := {change: MeantToFailError() for change in changes if fails(change)}:
+        if failed := _troubles(changes):
             raise cdc.Failed(failed)
 
 
@@ -121,14 +129,14 @@ async def keep_batch(changes: list[cdc.Change]) -> None:
 async def keep_batch_transactional(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
     """The same, unless a later change of their key is in the batch: its effect would come before theirs."""
     with _call(changes):
-        failed = {change: MeantToFailError() for change in changes if fails(change)}
+        failed = _troubles(changes)
         done = [change for change in changes if change not in failed]
         async with connection.cursor() as cursor:
             await cursor.executemany(_EFFECT, [[change.seq, *change.key] for change in done])
         await _pass(changes)
         of_their_keys = Counter(change.key for change in changes)
         if any(of_their_keys[change.key] > 1 for change in failed):
-            _fail_if_meant(changes)
+            raise MeantToFailError
         if failed:
             raise cdc.Failed(failed)
 
@@ -147,9 +155,13 @@ async def _pass(changes: Sequence[cdc.Change]) -> None:
             await asyncio.Event().wait()
 
 
-def _fail_if_meant(changes: Sequence[cdc.Change]) -> None:
-    if any(map(fails, changes)):
-        raise MeantToFailError
+def _fail_if_meant(change: cdc.Change) -> None:
+    if trouble := _trouble(change):
+        raise trouble
+
+
+def _troubles(changes: Sequence[cdc.Change]) -> dict[cdc.Change, BaseException | str]:
+    return {change: trouble for change in changes if (trouble := _trouble(change))}
 
 
 @contextlib.contextmanager
@@ -164,7 +176,10 @@ def _call(changes: Sequence[cdc.Change]) -> Iterator[None]:
         yield
         hows = ["returned"] * len(changes)
     except cdc.Failed as failed:
-        hows = ["failed" if change.seq in failed.errors else "returned" for change in changes]
+        hows = [_how(failed.errors.get(change.seq)) for change in changes]
+        raise
+    except cdc.Snooze:
+        hows = ["snoozed"]
         raise
     except MeantToFailError:
         # Of several nobody is told which one it was: they are called one by one.
@@ -172,6 +187,12 @@ def _call(changes: Sequence[cdc.Change]) -> Iterator[None]:
         raise
     finally:
         _write({"call": call, "end": time.time(), "hows": hows})
+
+
+def _how(error: BaseException | None) -> str:
+    if error is None:
+        return "returned"
+    return "snoozed" if isinstance(error, cdc.Snooze) else "failed"
 
 
 def _write(entry: dict[str, object]) -> None:

@@ -72,7 +72,7 @@ class Call(NamedTuple):
     """Of one change; a batch is several with one number ``batch``.
 
     ``end`` is when the process ended if the call did not. ``how``: returned; failed; cut off; killed, with its process;
-    given back, because another one of its batch failed.
+    given back, because another one of its batch failed; snoozed, which is no attempt.
     """
 
     consumer: str
@@ -329,6 +329,7 @@ class _Sessions:
 
 def _figures(evidence: Evidence, sessions: _Sessions) -> dict[str, float]:
     hows = [call.how for call in evidence.calls]
+    attempts = [call for call in evidence.calls if call.how != "snoozed"]
     return {
         "committed": len(evidence.committed),
         "unknown": len(evidence.unknown),
@@ -339,10 +340,11 @@ def _figures(evidence: Evidence, sessions: _Sessions) -> dict[str, float]:
         "calls": len(evidence.calls),
         "in batches": sum(size for size in _batch_sizes(evidence.calls) if size > 1),
         "failed": hows.count("failed"),
+        "snoozed": hows.count("snoozed"),
         "cut off": hows.count("cut off"),
         "killed": hows.count("killed"),
         "returned again": _returned_again(evidence.calls),
-        "repeated": len(hows) - len({(call.seq, call.attempt) for call in evidence.calls}),
+        "repeated": len(attempts) - len({(call.seq, call.attempt) for call in attempts}),
         "latest start without a session, s": round(sessions.latest_start_s, 2),
     }
 

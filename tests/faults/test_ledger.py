@@ -77,6 +77,7 @@ def test_nothing_is_lost_and_order_holds_whatever_happens_to_three_consumers(tmp
     assert found.figures["unknown"] > 0
     assert found.figures["that shared a transaction"] > 0
     assert found.figures["in batches"] > 0
+    assert found.figures["snoozed"] > 0
 
 
 @pytest.mark.promise("G2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,9 +10,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 import cdc
 from cdc import testing
+from cdc.cli import cdc as root_command
 from cdc.engine.dispatcher import OtherTasks
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
@@ -149,3 +152,18 @@ async def test_what_is_snoozed_for_long_waits_for_an_operator_to_see_it(
 def test_a_snooze_that_makes_no_sense_is_refused_where_it_is_raised(after: float | timedelta) -> None:
     with pytest.raises(ValueError, match=r"Snooze\(after=.*above 0"):
         cdc.Snooze(after)
+
+
+async def test_an_operator_sees_that_a_change_is_snoozed_and_why(outbox: str, outbox_db: psycopg.Connection) -> None:
+    router = cdc.Router()
+
+    @router.on("order")
+    async def early(change: cdc.Change) -> None:
+        raise cdc.Snooze(3_600, "paid within the hour?")
+
+    outbox_db.execute(_PUBLISH, [1])
+    await testing.drain(outbox, router)
+    for command in (["show", "1"], ["list"]):
+        said = await asyncio.to_thread(CliRunner().invoke, root_command, ["outbox", *command, "--dsn", outbox])
+        assert "waiting" in said.output
+        assert "snoozed: paid within the hour?" in said.output
