@@ -43,7 +43,7 @@ _WAITING_EXAMINED_MAX = 10_000
 _SNOOZED = """
     SELECT count(*)::int
       FROM (SELECT error_summary, changed_at FROM {}
-             WHERE next_attempt_at < 'infinity' AND dead_at IS NULL LIMIT %(bound)s) AS waiting
+             WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL LIMIT %(bound)s) AS waiting
      WHERE error_summary = %(snoozed)s AND changed_at < now() - interval '1 day'
 """
 _THERE = """

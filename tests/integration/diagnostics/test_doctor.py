@@ -477,6 +477,8 @@ def test_a_change_that_its_handler_snoozes_from_day_to_day_is_warned_of(shop: st
     db.execute("UPDATE entity_changes SET changed_at = now() - interval '2 days' WHERE entity_id < '3'")
     assert findings(shop)["backlog"]["detail"].endswith("captured more than a day ago: 2")
     assert troubles(shop) == {"backlog": "warn"}
+    db.execute("UPDATE entity_changes SET processed = true")  # by hand, and next_attempt_at stays
+    assert troubles(shop) == {}
 
 
 # Here
