@@ -159,3 +159,22 @@ async def test_what_is_filtered_behind_a_change_of_its_key_that_is_not_done_wait
     drained = await testing.drain(outbox, router)
     assert batches == [[1, 2, 3]]
     assert (drained.filtered, drained.waiting, drained.held) == (0, 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["at once", "transactional", "batch"])
+async def test_a_filter_may_raise_what_a_handler_may(kind: str, outbox: str, outbox_db: psycopg.Connection) -> None:
+    router, got = cdc.Router(), list[cdc.Change]()
+    raised: dict[int, Exception] = {
+        1: cdc.Discard("not this one"), 2: cdc.Snooze(0.1), 3: cdc.Reject("never"), 4: cdc.Unavailable(0.05),
+    }  # fmt: skip
+
+    def when(change: cdc.Change) -> bool:
+        if not change.requeued and (error := raised.get(change.new["n"])):
+            raise error
+        return True
+
+    _declare(router, kind, got, when=when, max_attempts=1)
+    outbox_db.execute(_PUBLISH, [5])
+    drained = await testing.drain(outbox, router, allow_dead=True)
+    assert (drained.discarded, drained.snoozed, drained.dead, drained.processed) == (1, 1, 1, 3)
+    assert sorted(change.new["n"] for change in got) == [2, 4, 5]
