@@ -44,6 +44,7 @@ DRIVES_LIBPQ = {
     "cdc/replication/connection.py": "the replication connection",
     "cdc/postgres/connect.py": "libpq's version, and which link a refused connect was about",
     "cdc/postgres/link.py": "closes a link that is silent, whatever waits on it",
+    "cdc/postgres/lent.py": "COMMIT and what resets the session in one message, each with an answer of its own",
 }
 EXPLAINED_ELSEWHERE = {("cdc/core/router.py", "B004"): "the docstring of the function says what it unwraps"}
 PURE = (

@@ -35,7 +35,7 @@ from cdc.core.router import Handler
 from cdc.core.sqlstate import passes
 from cdc.observability.snapshots import PoolStatus
 from cdc.postgres.connect import SERVER_TCP, Dsn, lent_arguments
-from cdc.postgres.lent import AsyncLent, Lent, reset
+from cdc.postgres.lent import AsyncLent, Lent, begin, commit, reset, roll_back
 from cdc.postgres.link import cut
 from cdc.postgres.outbox import Store
 from cdc.postgres.script import Script, run, run_async
@@ -117,15 +117,20 @@ class Transactions:
         self._store = store
         self._kinds = {handler.is_async for handler in handlers if handler.transactional}
         arguments = partial(lent_arguments, dsn, application_name="cdc: handlers", session={} if pooled else _SESSION)
+
+        def configure(connection: AsyncLent | Lent) -> None:
+            connection.answer_limit_s, connection.is_pooled = _ANSWER_LIMIT_S, pooled
+
+        async def configure_async(connection: AsyncLent) -> None:
+            configure(connection)
+
         self._async: AsyncConnectionPool[AsyncLent] = AsyncConnectionPool(
             "", connection_class=AsyncLent, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=lambda connection: run_async(_pin(connection, pooled=pooled)),
-            reset=lambda connection: run_async(reset(connection)),
+            timeout=_CONNECTION_LIMIT_S, configure=configure_async,
         )  # fmt: skip
         self._sync: ConnectionPool[Lent] = ConnectionPool(
             "", connection_class=Lent, kwargs=arguments, min_size=0, max_size=size, open=False,
-            timeout=_CONNECTION_LIMIT_S, configure=lambda connection: run(_pin(connection, pooled=pooled)),
-            reset=lambda connection: run(reset(connection)),
+            timeout=_CONNECTION_LIMIT_S, configure=configure,
         )  # fmt: skip
 
     async def open(self) -> None:
@@ -157,16 +162,17 @@ class Transactions:
         """
         attempt = _Attempt(self._store, changes, calls, causes=causes)
         try:
-            async with self._async.connection() as connection:
-                try:
-                    async with connection.transaction():
-                        ran = await run_async(attempt.script(connection))
-                    failpoints.here("run.after_commit")
-                except psycopg.Error as error:
-                    raise attempt.fate(connection, error) from error
+            connection = await self._async.getconn()
         except PoolTimeout as error:
             raise AskTheTableError(_NO_CONNECTION) from error
-        return ran
+        try:
+            return await run_async(attempt.script(connection))
+        finally:
+            try:
+                if not connection.is_reset:
+                    await run_async(reset(connection))
+            finally:
+                await self._async.putconn(connection)
 
     def run_in_thread(
         self,
@@ -182,20 +188,21 @@ class Transactions:
         """
         attempt = _Attempt(self._store, changes, calls, causes=causes, owned=owned)
         try:
-            with self._sync.connection() as connection:
-                try:
-                    with connection.transaction():
-                        ran = run(attempt.script(connection))
-                    failpoints.here("run.after_commit")
-                except psycopg.Error as error:
-                    raise attempt.fate(connection, error) from error
+            connection = self._sync.getconn()
         except PoolTimeout as error:
             raise AskTheTableError(_NO_CONNECTION) from error
-        return ran
+        try:
+            return run(attempt.script(connection))
+        finally:
+            try:
+                if not connection.is_reset:
+                    run(reset(connection))
+            finally:
+                self._sync.putconn(connection)
 
 
 class _Attempt:
-    """The statements on a connection between BEGIN and COMMIT, and how far they have come."""
+    """The statements on a connection from BEGIN to COMMIT, and how far they have come."""
 
     def __init__(
         self,
@@ -217,35 +224,44 @@ class _Attempt:
         """Raises AskTheTableError, EndedTransactionError, MixedCausesError, and what the driver or a call raises."""
         store, changes, calls, owned = self._store, self._changes, self._calls, self._owned
         errors: Errors = {}
-        cursor = yield connection.execute(*store.take(changes, _first_cause(changes, calls)))
-        xid = _taken(changes, (yield cursor.fetchall()))
-        self._taken = True
-        failpoints.here("run.after_take")
-        began = time.monotonic()
-        for number, call in enumerate(calls):
-            if owned is not None and not owned():
-                raise AskTheTableError("the consumer's session was lost before the call")
-            if number:
-                failpoints.here("run.between_calls")
-                if self._causes:
-                    yield connection.execute(*store.cause(changes[number]))
-            self._calling, connection.answer_limit_s = True, None
-            try:  # ``unlimited`` costs as much as the rest of this loop
-                errors = yield call(connection)
-            finally:
-                connection.answer_limit_s = _ANSWER_LIMIT_S
-            self._calling = False
-            connection.as_new()
-            _alone_only(errors, calls)
-        calls_s = time.monotonic() - began
-        failpoints.here("run.before_mark")
-        done = [change for change in changes if change.seq not in errors]
-        cursor = yield connection.execute(*store.mark(done, xid), binary=True)
-        ran = _marked(done, errors, (yield cursor.fetchall()), named=self._causes or len(calls) == 1)
-        failpoints.here("run.before_commit")
+        try:
+            yield from begin(connection)
+            cursor = yield connection.execute(*store.take(changes, _first_cause(changes, calls)))
+            xid = _taken(changes, (yield cursor.fetchall()))
+            self._taken = True
+            failpoints.here("run.after_take")
+            began = time.monotonic()
+            for number, call in enumerate(calls):
+                if owned is not None:
+                    _check(owned)
+                if number:
+                    failpoints.here("run.between_calls")
+                    if self._causes:
+                        yield connection.execute(*store.cause(changes[number]))
+                self._calling, connection.answer_limit_s = True, None
+                try:  # ``unlimited`` costs as much as the rest of this loop
+                    errors = yield call(connection)
+                finally:
+                    connection.answer_limit_s = _ANSWER_LIMIT_S
+                self._calling = False
+                connection.as_new()
+                _alone_only(errors, calls)
+            calls_s = time.monotonic() - began
+            failpoints.here("run.before_mark")
+            done = [change for change in changes if change.seq not in errors]
+            cursor = yield connection.execute(*store.mark(done, xid), binary=True)
+            ran = _marked(done, errors, (yield cursor.fetchall()), named=self._causes or len(calls) == 1)
+            failpoints.here("run.before_commit")
+            yield from commit(connection)
+        except BaseException as error:
+            yield from roll_back(connection)
+            if isinstance(error, psycopg.Error):
+                raise self._fate(connection, error) from error
+            raise
+        failpoints.here("run.after_commit")
         return ran._replace(calls_s=calls_s)
 
-    def fate(self, connection: AsyncLent | Lent, error: psycopg.Error) -> Exception:
+    def _fate(self, connection: AsyncLent | Lent, error: psycopg.Error) -> Exception:
         """The handler's own error, or that another session or the server ended the transaction, maybe during COMMIT.
 
         If no row was locked, no call had begun: a connection may have died in the pool, and no change is the cause.
@@ -267,20 +283,14 @@ class _Attempt:
         return error
 
 
-def _pin(connection: AsyncLent | Lent, *, pooled: bool) -> Script[None]:
-    """Pin the transaction's settings, whatever the database's defaults: they come with BEGIN, at no round trip.
-
-    Above read committed a change would fail because of concurrent writes, and no handler would be at fault.
-    """
-    connection.answer_limit_s, connection.is_pooled = _ANSWER_LIMIT_S, pooled
-    yield connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
-    yield connection.set_read_only(False)
-    yield connection.set_deferrable(False)
-
-
 def _first_cause(changes: Sequence[Change], calls: Sequence[object]) -> Change:
     """The cause of what one call for many changes writes is the deepest, so that no loop hides in a batch."""
     return changes[0] if len(calls) > 1 else max(changes, key=lambda change: change.depth)
+
+
+def _check(owned: Callable[[], bool]) -> None:
+    if not owned():
+        raise AskTheTableError("the consumer's session was lost before the call")
 
 
 def _alone_only(errors: Errors, calls: Sequence[object]) -> None:

@@ -1,34 +1,49 @@
 """Connections lent to one handler after the other: each handler finds a connection without traces of the one before.
 
+    begin ── statements of cdc and of the handlers ── commit, or roll_back ── reset
+
 What is set on the Python object (factories, adapters, notice handlers ...) is undone between two calls, by ``as_new``.
 What a session keeps on the server (settings, role, LISTEN, advisory locks, open cursors, temporary tables, prepared
-statements) is removed by ``reset`` when the connection is given back: one message. DISCARD ALL would not do: after it
-the statements of every transaction, ours and the handler's, would have to be prepared again.
+statements) is removed at the end of the transaction, in one message with COMMIT or ROLLBACK. DISCARD ALL would not do:
+after it the statements of every transaction, ours and the handler's, would have to be prepared again.
+
+The server answers each statement of a message by itself. So a COMMIT that failed is not confused with what failed after
+it: then the transaction is committed, and only the connection is of no more use.
+
+psycopg's ``transaction()`` can send nothing with its COMMIT. Its nesting is kept here for it (``_num_transactions``).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import psycopg
-from psycopg import sql
 from psycopg.abc import Dumper, Loader
 from psycopg.adapt import AdaptersMap
+from psycopg.generators import fetch, fetch_many, send
+from psycopg.pq import Escaping, ExecStatus, TransactionStatus
+from psycopg.pq.abc import PGconn, PGresult
 from psycopg.rows import tuple_row
+from psycopg.transaction import OutOfOrderTransactionNesting
 from psycopg.types import TypeInfo, TypesRegistry
 
-from cdc.postgres.link import AsyncGuardedConnection, GuardedConnection
+from cdc.postgres.link import AsyncGuardedConnection, GuardedConnection, cut
 from cdc.postgres.script import Script
 
+_BEGIN = b"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE NOT DEFERRABLE"
+"""Whatever the database's defaults: above read committed a change would fail because of concurrent writes."""
+_COMMIT, _ROLLBACK = b"COMMIT", b"ROLLBACK"
 _RESET = (
-    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_catalog.pg_advisory_unlock_all();"
-    " DISCARD TEMP; DISCARD SEQUENCES;"
-    " SELECT name FROM pg_catalog.pg_prepared_statements"
-    " WHERE pg_catalog.left(name, 5) OPERATOR(pg_catalog.<>) '_pg3_'"
+    b"CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_catalog.pg_advisory_unlock_all();"
+    b" DISCARD TEMP; DISCARD SEQUENCES;"
+    b" SELECT name FROM pg_catalog.pg_prepared_statements"
+    b" WHERE pg_catalog.left(name, 5) OPERATOR(pg_catalog.<>) '_pg3_'"
 )
 """The last statement lists what was prepared by others than the driver, which keeps track of its own."""
+_RAN = {ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK, ExecStatus.EMPTY_QUERY}
+_OPEN = {TransactionStatus.INTRANS, TransactionStatus.INERROR}
 _PREPARE_THRESHOLD, _PREPARED_MAX = 5, 100
 """psycopg's defaults."""
 
@@ -91,6 +106,8 @@ class _Lent(psycopg.BaseConnection[Any]):
     _adapters_now: _Adapters | None = None
     _callbacks: Sequence[tuple[Callable[[Any], None], Any]] = ()
     prepares_otherwise = False
+    is_reset = True
+    """It is as new, also on the server: no transaction has begun since."""
 
     @property
     def adapters(self) -> AdaptersMap:
@@ -135,8 +152,20 @@ class _Lent(psycopg.BaseConnection[Any]):
         self._callbacks = (*self._callbacks, (remove, callback))
 
 
+class Answers(NamedTuple):
+    """To the statements of a message. ``rest`` is None if the link ended before the last of them."""
+
+    first: PGresult
+    rest: Sequence[PGresult] | None
+
+
 class Lent(_Lent, GuardedConnection):
     _cursors = psycopg.Cursor, psycopg.ServerCursor
+
+    def exchange(self, message: bytes) -> Answers:
+        """Send a message, without a cursor of the handler's making. Raises psycopg.Error if nothing is answered."""
+        with self.lock:
+            return cast("Answers", self.wait(_answers(self.pgconn, message)))
 
 
 class AsyncLent(_Lent, AsyncGuardedConnection):
@@ -144,15 +173,89 @@ class AsyncLent(_Lent, AsyncGuardedConnection):
 
     _cursors = psycopg.AsyncCursor, psycopg.AsyncServerCursor
 
+    async def exchange(self, message: bytes) -> Answers:
+        async with self.lock:
+            return cast("Answers", await self.wait(_answers(self.pgconn, message)))
+
+
+def begin(connection: Lent | AsyncLent) -> Script[None]:
+    """Begin the transaction of a borrower, who cannot end it by the driver's methods."""
+    connection.is_reset = False
+    _raise_for((yield connection.exchange(_BEGIN)).first)
+    connection._num_transactions = 1  # noqa: SLF001 - as psycopg's transaction() does
+
+
+def commit(connection: Lent | AsyncLent) -> Script[None]:
+    """Commit, and remove what the session has kept.
+
+    Raises psycopg.Error if the transaction is not committed, or if that is unknown: then the connection is closed. A
+    connection that is committed and cannot be reset is closed, which raises nothing.
+    """
+    nested, connection._num_transactions = connection._num_transactions, 0  # noqa: SLF001 - as ``begin``
+    if nested != 1:
+        raise OutOfOrderTransactionNesting("a transaction() of the handler is still open")
+    answers: Answers = yield connection.exchange(_with_reset(connection, _COMMIT))
+    _raise_for(answers.first)
+    if answers.first.command_status != _COMMIT:
+        raise psycopg.errors.InFailedSqlTransaction("a statement failed after the mark, and so COMMIT rolled it back")
+    yield from _finish(connection, answers)
+    if not connection.is_reset:
+        cut(connection)
+
+
+def roll_back(connection: Lent | AsyncLent) -> Script[None]:
+    """Roll back, and remove what the session has kept. Raises nothing: ``reset`` closes what cannot be used."""
+    connection._num_transactions = 0  # noqa: SLF001 - as ``begin``
+    connection._prepared.clear()  # noqa: SLF001 - as psycopg's transaction() does
+    if connection.pgconn.transaction_status in _OPEN:
+        with contextlib.suppress(psycopg.Error):
+            yield from _finish(connection, (yield connection.exchange(_with_reset(connection, _ROLLBACK))))
+
 
 def reset(connection: Lent | AsyncLent) -> Script[None]:
-    """Called by a pool when the connection was given back."""
+    """Make the connection as new before it is given back, or close it. After ``commit`` it is as new."""
+    try:
+        if not connection.is_reset and connection.pgconn.transaction_status == TransactionStatus.IDLE:
+            with contextlib.suppress(psycopg.Error):
+                yield from _finish(connection, (yield connection.exchange(_with_reset(connection, b""))))
+    finally:
+        if not connection.is_reset:
+            cut(connection)
+
+
+def _with_reset(connection: Lent | AsyncLent, verb: bytes) -> bytes:
+    return verb if connection.is_pooled else b"%b; %b" % (verb, _RESET)
+
+
+def _finish(connection: Lent | AsyncLent, answers: Answers) -> Script[None]:
+    """Deallocate what the last statement of ``_RESET`` has listed. If all of both has run, the connection is as new."""
+    if answers.rest is None or any(answer.status not in _RAN for answer in (answers.first, *answers.rest)):
+        return
+    if answers.rest and (left := answers.rest[-1]).ntuples:
+        names = [left.get_value(row, 0) or b"" for row in range(left.ntuples)]
+        escape = Escaping(connection.pgconn).escape_identifier
+        with contextlib.suppress(psycopg.Error):
+            message = b"; ".join(b"DEALLOCATE %b" % escape(name) for name in names)
+            yield from _finish(connection, (yield connection.exchange(message)))
+        return
     connection.as_new()
     connection.renew_adapters()
-    if connection.is_pooled:
-        return
-    cursor = yield connection.execute(_RESET, prepare=False)
-    while cursor.nextset():
-        pass
-    for (name,) in (yield cursor.fetchall()):
-        yield connection.execute(sql.SQL("DEALLOCATE {}").format(sql.Identifier(name)), prepare=False)
+    connection.is_reset = True
+
+
+def _answers(pgconn: PGconn, message: bytes) -> Generator[Any, Any, Answers]:
+    """For psycopg's ``wait``."""
+    pgconn.send_query(message)
+    yield from send(pgconn)
+    first = yield from fetch(pgconn)
+    if first is None:
+        raise psycopg.InternalError("the server has not answered")
+    try:
+        return Answers(first, (yield from fetch_many(pgconn)))
+    except psycopg.OperationalError:
+        return Answers(first, None)
+
+
+def _raise_for(result: PGresult) -> None:
+    if result.status not in _RAN:
+        raise psycopg.errors.error_from_result(result)

@@ -18,6 +18,8 @@ from cdc.core.model import SHARDS
 from cdc.core.router import Router
 from cdc.engine import settler
 from cdc.observability.snapshots import Role
+from cdc.postgres.lent import Lent, begin, commit, roll_back
+from cdc.postgres.script import run
 from tests.bench import calls
 from tests.bench.database import ROWS, preload
 from tests.eventually import eventually, eventually_async
@@ -108,9 +110,19 @@ async def test_a_change_that_comes_alone_costs_a_fetch_and_a_mark(
     assert bytes_ < 2_000  # 1,370: half of it describes the columns
 
 
-# Counted on Python 3.11, where a comprehension is a call, too: 195, 249, 339. The least of some, as timers come round,
+@pytest.mark.parametrize("end", [commit, roll_back])
+def test_to_begin_a_transaction_to_end_it_and_to_reset_its_session_costs_two_messages(tally: Tally, end: Any) -> None:
+    with Lent.connect(tally.dsn, autocommit=True) as connection:
+        before = tally.passed
+        run(begin(connection))
+        run(end(connection))
+        assert connection.is_reset
+        assert tally.passed.since(before).statements == 2
+
+
+# Counted on Python 3.11, where a comprehension is a call, too: 195, 249, 357. The least of some, as timers come round,
 # and an answer that takes long is waited for in steps.
-@pytest.mark.parametrize(("handler", "bound"), [("async", 205), ("thread", 262), ("transactional", 356)])
+@pytest.mark.parametrize(("handler", "bound"), [("async", 205), ("thread", 262), ("transactional", 374)])
 async def test_a_change_that_comes_alone_makes_so_many_calls(
     outbox_db: psycopg.Connection, handler: str, bound: int
 ) -> None:

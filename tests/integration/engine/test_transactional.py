@@ -123,17 +123,20 @@ async def test_for_a_handler_that_commits_or_rolls_back_by_itself_the_error_says
             case "5":
                 await connection.execute("COMMIT")
                 await connection.execute("BEGIN")
+            case "6":
+                await connection.transaction().__aenter__()
 
-    _publish(effects, 6, 6)
+    _publish(effects, 7, 7)
     async with consuming(outbox, router):
         await _all_settled(effects)
-    assert states(effects) == {"dead": 6}
+    assert states(effects) == {"dead": 7}
     told: dict[str, str] = dict(effects.execute("SELECT entity_id, last_error FROM entity_changes").fetchall())
     assert "commit() forbidden" in told["0"]
     assert "rollback() forbidden" in told["1"]
     assert "ProgrammingError" in told["2"]
     for key in "345":
         assert "ended the transaction it was given" in told[key], key
+    assert "OutOfOrderTransactionNesting" in told["6"]
 
 
 async def test_a_database_error_that_the_handler_swallows_fails_the_attempt(
