@@ -73,12 +73,14 @@ BEGIN
     ADD COLUMN started_by uuid,
     -- No foreign key: retention removes causes before their effects. No index: queries go from an effect to its cause only.
     ADD COLUMN caused_by uuid,
-    ADD COLUMN depth integer NOT NULL DEFAULT 0;
+    ADD COLUMN depth integer NOT NULL DEFAULT 0,
+    ADD COLUMN shard smallint;
 
   -- The rows of one transaction share their changed_at; ctid is the best known order among them. The documented processor
   -- gave up after three errors: such a change is a dead letter.
   UPDATE @schema@.entity_changes AS change
   SET seq = numbered.seq,
+      shard = (pg_catalog.hashtext(entity_id) & 63)::smallint,
       changed_at = coalesce(changed_at, processed_at, pg_catalog.now()),
       processed = coalesce(processed, false),
       processed_at = CASE WHEN processed THEN coalesce(processed_at, changed_at, pg_catalog.now()) ELSE processed_at END,
@@ -104,8 +106,8 @@ BEGIN
     -- lower one. It also needs the number to be drawn while the source row is locked.
     ALTER COLUMN seq SET NOT NULL,
     ALTER COLUMN seq ADD GENERATED ALWAYS AS IDENTITY,
-    -- cdc.model.SHARDS = 64. By the id alone, without the type: the server parses the expression for each captured row.
-    ADD COLUMN shard smallint GENERATED ALWAYS AS ((pg_catalog.hashtext(entity_id) & 63)::smallint) STORED,
+    -- Not generated: the server would parse the expression for each captured row. 0011 fills it in.
+    ALTER COLUMN shard SET NOT NULL,
     DROP CONSTRAINT IF EXISTS entity_changes_operation_check;
   PERFORM pg_catalog.setval(
     pg_catalog.format('%I.entity_changes_seq_seq', @schema_literal@),

@@ -22,6 +22,31 @@ BEGIN
   END IF;
 END
 $cdc$;
+-- The shard of a row, for one that is written without it: capturing computes it itself (cdc.core.model.SHARDS = 64). As a
+-- generated column the server parsed its expression for each captured row. By the id alone, without the type.
+CREATE OR REPLACE FUNCTION @schema@.fill_shard() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $cdc$
+BEGIN
+  NEW.shard := (hashtext(NEW.entity_id) & 63)::smallint;
+  RETURN NEW;
+END
+$cdc$;
+REVOKE ALL ON FUNCTION @schema@.fill_shard() FROM PUBLIC;
+DO $cdc$
+BEGIN
+  IF EXISTS (
+    SELECT FROM pg_catalog.pg_attribute
+    WHERE attrelid = pg_catalog.format('%I.entity_changes', @schema_literal@)::regclass AND attname = 'shard'
+      AND attgenerated <> ''
+  ) THEN
+    ALTER TABLE @schema@.entity_changes ALTER COLUMN shard DROP EXPRESSION, ALTER COLUMN shard SET NOT NULL;
+  END IF;
+END
+$cdc$;
+CREATE OR REPLACE TRIGGER fill_shard BEFORE INSERT ON @schema@.entity_changes
+  FOR EACH ROW WHEN (NEW.shard IS NULL) EXECUTE FUNCTION @schema@.fill_shard();
+
 DO $cdc$
 DECLARE
   v_index record;
@@ -228,9 +253,9 @@ BEGIN
       AND (v_new ?| '{user_id,chat_id,room_id}') IS NOT TRUE
     THEN
       INSERT INTO @schema@.entity_changes
-        (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata)
+        (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, shard)
       VALUES (TG_TABLE_SCHEMA, TG_TABLE_NAME, TG_OP, v_entity_id, v_entity_type, v_old, v_new,
-        CASE WHEN v_new IS NOT NULL THEN jsonb_build_object('timestamp', now()) END)
+        CASE WHEN v_new IS NOT NULL THEN jsonb_build_object('timestamp', now()) END, (hashtext(v_entity_id) & 63)::smallint)
       -- The wake-up. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
       RETURNING pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard) INTO v_rung;
       RETURN NULL;
@@ -332,11 +357,11 @@ BEGIN
       v_moved_from := @schema@.bounded_text(v_moved_from);
       INSERT INTO @schema@.entity_changes
         (table_schema, table_name, operation, entity_id, entity_type, old_data, metadata, caused_by, depth,
-         processed, processed_at, last_error)
+         processed, processed_at, last_error, shard)
       VALUES (
         coalesce(v_table_schema, TG_TABLE_SCHEMA), coalesce(v_table_name, TG_TABLE_NAME), 'DELETE', v_moved_from,
         v_entity_type, v_old, jsonb_build_object('timestamp', now(), 'moved_to', v_entity_id), v_caused_by,
-        coalesce(v_depth, 0), v_done_at IS NOT NULL, v_done_at, v_done_why
+        coalesce(v_depth, 0), v_done_at IS NOT NULL, v_done_at, v_done_why, (hashtext(v_moved_from) & 63)::smallint
       )
       RETURNING CASE WHEN v_done_at IS NULL THEN
         pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard)
@@ -349,7 +374,7 @@ BEGIN
 
   INSERT INTO @schema@.entity_changes
     (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth,
-     processed, processed_at, last_error)
+     processed, processed_at, last_error, shard)
   VALUES (
     coalesce(v_table_schema, TG_TABLE_SCHEMA),
     coalesce(v_table_name, TG_TABLE_NAME),
@@ -364,7 +389,8 @@ BEGIN
     coalesce(v_depth, 0),
     v_done_at IS NOT NULL,
     v_done_at,
-    v_done_why
+    v_done_why,
+    (hashtext(v_entity_id) & 63)::smallint
   )
   RETURNING CASE WHEN v_done_at IS NULL THEN pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard) END
   INTO v_rung;
@@ -398,6 +424,7 @@ DECLARE
   v_xid CONSTANT xid8 := pg_current_xact_id();
   v_cause CONSTANT text := current_setting('cdc.cause', true);
   v_type CONSTANT text := @schema@.bounded_text(publish_change.entity_type);
+  v_id CONSTANT text := @schema@.bounded_text(publish_change.entity_id);
   v_caused_by uuid;
   v_depth integer := 0;
   v_seq bigint;
@@ -417,17 +444,18 @@ BEGIN
     PERFORM set_config('cdc.captured', 'on', true);
   END IF;
   INSERT INTO @schema@.entity_changes AS published
-    (table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth)
+    (table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth, shard)
   VALUES (
     v_type,
     publish_change.operation,
-    @schema@.bounded_text(publish_change.entity_id),
+    v_id,
     v_type,
     publish_change.old_data,
     publish_change.new_data,
     publish_change.metadata,
     v_caused_by,
-    v_depth
+    v_depth,
+    (hashtext(v_id) & 63)::smallint
   )
   RETURNING published.seq, published.shard INTO v_seq, v_shard;
   v_rung := pg_logical_emit_message(true, @prefix_literal@, v_seq || ',' || v_shard);

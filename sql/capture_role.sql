@@ -11,7 +11,7 @@ DECLARE
     'bounded_text(text)', 'default_entity_type(text)', 'captured_row(record, oid, text[])', 'capture_entity_change()',
     'publish_change(text, text, text, jsonb, jsonb, jsonb)', 'capture_rows(anyarray, text, jsonb, integer)'];
   v_written CONSTANT text[] := '{table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,
-    metadata, caused_by, depth, processed, processed_at, last_error}';
+    metadata, caused_by, depth, processed, processed_at, last_error, shard}';
   v_returned CONSTANT text[] := '{seq, shard}';
   v_role text := 'cdc_capture_' || pg_catalog.current_database() || '_' || v_schema;
   v_owner name;

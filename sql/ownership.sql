@@ -35,7 +35,7 @@ BEGIN
     WHERE p.pronamespace = v_schema AND p.proname = ANY (ARRAY[
         'capture_entity_change', 'publish_change', 'reprocess_failed_actions', 'bounded_text', 'captured_row',
         'capture_rows',
-        'default_entity_type', 'legacy_processor_marks', 'legacy_processor_notify', 'processor_marks',
+        'default_entity_type', 'fill_shard', 'legacy_processor_marks', 'legacy_processor_notify', 'processor_marks',
         'processor_notify'])
   ), part (class, oid, name) AS (
     SELECT 'pg_catalog.pg_class'::regclass, r.oid, r.name FROM relation AS r

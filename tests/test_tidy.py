@@ -384,9 +384,9 @@ def test_every_lint_exception_carries_its_reason() -> None:
 
 
 def test_the_number_of_shards_is_the_same_everywhere() -> None:
-    assert SHARDS & (SHARDS - 1) == 0, "the column computes the modulo with &"
-    [mask] = re.findall(r"hashtext\(.*?\) & (\d+)\)::smallint", _sql(), re.DOTALL)
-    assert int(mask) == SHARDS - 1
+    assert SHARDS & (SHARDS - 1) == 0, "the functions compute the modulo with &"
+    masks = re.findall(r"hashtext\(.*?\) & (\d+)\)::smallint", _sql(), re.DOTALL)
+    assert set(map(int, masks)) == {SHARDS - 1}
     queries = {path: path.read_text("utf-8") for path in [*PACKAGE, *(ROOT / "cdc").rglob("*.sql")]}
     assert any("generate_series(0, %(shards)s" in text for text in queries.values())
     assert [name(path) for path, text in queries.items() if re.search(r"generate_series\(0, \d+\)", text)] == []

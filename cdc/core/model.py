@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
 SHARDS = 64
-"""Units of ownership between consumers. The generated column ``shard`` in sql/ computes modulo the same number."""
+"""Units of ownership between consumers. The functions in sql/ compute modulo the same number."""
 
 Key = tuple[str, str]
 """(entity_type, entity_id): the unit within which order is kept."""

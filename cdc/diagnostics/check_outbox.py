@@ -7,6 +7,7 @@ from dataclasses import replace
 from cdc.core.model import SHARDS
 from cdc.core.units import format_duration
 from cdc.diagnostics.facts import (
+    Astray,
     Backlog,
     CaptureFunctionFacts,
     DataReaders,
@@ -177,6 +178,18 @@ def sequence(seen: Numbering) -> Finding:
     return ok(f"the last number drawn is {seen.last}, the highest of the latest changes {seen.highest}")
 
 
+def shards(seen: Astray) -> Finding:
+    if not seen.rows:
+        return ok("the changes examined are in the shards of their keys")
+    return fail(
+        f"{seen.rows} or more changes are not in the shard of their key: somebody wrote a shard or a key by hand, and"
+        " the order of the key is not kept, or nobody reads them",
+        "no consumer may run meanwhile",
+        f"UPDATE {seen.table} SET shard = (hashtext(entity_id) & {SHARDS - 1})::smallint"  # noqa: S608 - a name
+        f" WHERE NOT processed AND shard <> hashtext(entity_id) & {SHARDS - 1};",
+    )
+
+
 def grants(seen: Rights) -> Finding:
     if seen.grants:
         return fail(f"the role {seen.role} lacks rights on schema {seen.schema}", "", *seen.grants)
@@ -291,6 +304,7 @@ ROW_SECURITY: Checks[RowSecurity] = {"row-security": row_security}
 READERS: Checks[DataReaders] = {"readers": readers}
 SENDERS: Checks[Senders] = {"message-senders": senders}
 NUMBERING: Checks[Numbering] = {"sequence": sequence}
+ASTRAY: Checks[Astray] = {"shards": shards}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
 TABLE: Checks[TableFacts] = {"autovacuum": autovacuum}
 UNHANDLED: Checks[Unhandled] = {"unhandled": unhandled}

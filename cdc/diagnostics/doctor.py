@@ -71,6 +71,7 @@ def _outbox(subject: Subject, connection: psycopg.Connection | None, *, missing:
     yield from run_checks(seen(inspect_outbox.readers), check_outbox.READERS)
     yield from run_checks(seen(lambda link, _: inspect_outbox.senders(link)), check_outbox.SENDERS)
     yield from run_checks(seen(inspect_outbox.numbering), check_outbox.NUMBERING)
+    yield from run_checks(seen(inspect_outbox.astray), check_outbox.ASTRAY)
     yield from run_checks(seen(inspect_outbox.shard_holders), check_outbox.SHARDS_HELD)
     yield from run_checks(seen(inspect_outbox.table), check_outbox.TABLE)
     yield from run_checks(seen(inspect_outbox.backlog), check_outbox.BACKLOG)

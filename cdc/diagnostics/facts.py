@@ -271,6 +271,14 @@ class Numbering:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Astray:
+    """``rows``: how many of the changes examined are not in the shard of their key, up to 1,000."""
+
+    table: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rights:
     """Statements that grant the role the rights it lacks, none where it has all."""
 

@@ -13,6 +13,7 @@ from cdc.core.errors import NotFoundError
 from cdc.core.model import SHARDS, SNOOZED
 from cdc.core.type_filter import TypeFilter
 from cdc.diagnostics.facts import (
+    Astray,
     Backlog,
     Captured,
     CaptureFunctionFacts,
@@ -45,6 +46,31 @@ _SNOOZED = """
       FROM (SELECT error_summary, changed_at FROM {}
              WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL LIMIT %(bound)s) AS waiting
      WHERE error_summary = %(snoozed)s AND changed_at < now() - interval '1 day'
+"""
+_ASTRAY_COUNTED_MAX = 1_000
+# Of the fresh changes the first of each shard, and all that no consumer looks for; of the others some that have failed.
+_ASTRAY = """
+SELECT count(*)::int FROM (
+  SELECT FROM {changes}
+  WHERE shard < 0 AND NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
+  UNION ALL
+  SELECT FROM {changes}
+  WHERE shard >= {shards} AND NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
+  UNION ALL
+  SELECT FROM generate_series(0, {shards} - 1) AS s (shard) CROSS JOIN LATERAL (
+    SELECT entity_id FROM {changes} AS n
+    WHERE n.shard = s.shard::smallint AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+    ORDER BY n.seq LIMIT 100
+  ) AS first
+  WHERE pg_catalog.hashtext(first.entity_id) & ({shards} - 1) <> s.shard
+  UNION ALL
+  SELECT FROM (
+    SELECT entity_id, shard FROM {changes}
+    WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL ORDER BY next_attempt_at LIMIT {bound}
+  ) AS waiting
+  WHERE pg_catalog.hashtext(waiting.entity_id) & ({shards} - 1) <> waiting.shard
+  LIMIT {bound}
+) AS astray
 """
 _THERE = """
     SELECT true FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -259,6 +285,13 @@ def numbering(connection: psycopg.Connection, name: str) -> Numbering:
     [role] = column(connection, "SELECT current_user::text")
     table = sql.Identifier(name, "entity_changes").as_string()
     return Numbering(role=role, table=table, sequence=found.sequence, last=found.last, highest=found.highest)
+
+
+def astray(connection: psycopg.Connection, name: str) -> Astray:
+    changes = sql.Identifier(name, "entity_changes")
+    literals = {"shards": sql.Literal(SHARDS), "bound": sql.Literal(_ASTRAY_COUNTED_MAX)}
+    [rows] = column(connection, sql.SQL(_ASTRAY).format(changes=changes, **literals).as_string())
+    return Astray(table=changes.as_string(), rows=rows)
 
 
 def rights(connection: psycopg.Connection, subject: Subject) -> Rights:

@@ -113,7 +113,7 @@ LEFT JOIN pg_catalog.pg_class AS c
 """  # noqa: S608 - of pieces of our own
 _WRITTEN = (
     "table_schema", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata",
-    "caused_by", "depth", "processed", "processed_at", "last_error",
+    "caused_by", "depth", "processed", "processed_at", "last_error", "shard",
 )  # fmt: skip
 
 # The arguments are in the encoding of the database, each followed by a zero byte. SQL_ASCII is no encoding, and is not

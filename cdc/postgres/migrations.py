@@ -218,6 +218,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "default_entity_type", "(text)"),
         ("TABLE", "entity_changes", ""),
         ("TABLE", "cdc_backfills", ""),
+        ("FUNCTION", "fill_shard", "()"),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),
         *([("TABLE", "cdc_sets", "")] if _exists(connection, schema, "cdc_sets") else []),

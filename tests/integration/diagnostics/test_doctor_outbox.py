@@ -34,7 +34,7 @@ def test_before_the_installation_it_is_said_once_and_not_in_the_words_of_the_ser
     assert result.exit_code == 1
     assert "42P01" not in result.output
     assert [name for name, each in found.items() if each["severity"] == "fail"] == ["schema"]
-    assert {found[name]["detail"] for name in ("backlog", "triggers", "grants", "sequence")} == {
+    assert {found[name]["detail"] for name in ("backlog", "triggers", "grants", "sequence", "shards")} == {
         "there is no outbox: see schema"
     }
 

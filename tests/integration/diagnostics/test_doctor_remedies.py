@@ -118,12 +118,19 @@ BROKEN = {
     "a sequence that is behind": Broken(
         "sequence", "INSERT INTO tasks VALUES (1); SELECT setval('entity_changes_seq_seq', 1, false)"
     ),
+    "a shard that is written by hand": Broken(
+        "shards", "INSERT INTO tasks VALUES (1), (2); UPDATE entity_changes SET shard = 64 + seq"
+    ),
+    "a key that is written by hand": Broken(
+        "shards",
+        "INSERT INTO tasks VALUES (1); UPDATE entity_changes SET entity_id = 'x', next_attempt_at = 'infinity'",
+    ),
     "a dead letter": Broken(
         "dead", "INSERT INTO tasks VALUES (1); UPDATE entity_changes SET dead_at = now()", {"ID": "1"}
     ),
 }
 _COMMAND = re.compile(r"cdc (?:db upgrade|track (?:[^,;:()]|,(?! ))+|outbox (?:retry|discard) ID)")
-_STATEMENT = re.compile(r"ALTER TABLE \S+ SET LOGGED|(?:ALTER|DROP|GRANT|REVOKE|SELECT) .*;$")
+_STATEMENT = re.compile(r"ALTER TABLE \S+ SET LOGGED|(?:ALTER|DROP|GRANT|REVOKE|SELECT|UPDATE) .*;$")
 SCRIPTED = ("schema", "capture-function", "autovacuum", "readers")
 ELSEWHERE = {
     "test_doctor": {

@@ -246,6 +246,13 @@ CREATE INDEX entity_changes_holding_back
     pg_catalog.hashtextextended(entity_id, pg_catalog.hashtextextended(coalesce(entity_type, table_name), 0)), seq
   )
   WHERE next_attempt_at IS NOT NULL;
+DROP TRIGGER fill_shard ON entity_changes;
+DROP FUNCTION fill_shard();
+ALTER TABLE entity_changes DROP COLUMN shard;
+ALTER TABLE entity_changes
+  ADD COLUMN shard smallint GENERATED ALWAYS AS ((pg_catalog.hashtext(entity_id) & 63)::smallint) STORED;
+CREATE INDEX entity_changes_fresh ON entity_changes (shard, seq)
+  WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL;
 ALTER TABLE entity_changes
   ADD CONSTRAINT entity_changes_state_check CHECK (
     CASE
@@ -254,9 +261,20 @@ ALTER TABLE entity_changes
     END
   ),
   ADD CONSTRAINT entity_changes_operation_check CHECK (operation = ANY ('{INSERT,UPDATE,DELETE}'));
-SELECT publish_change('x', n::text) FROM generate_series(1, 5) AS n;
+INSERT INTO entity_changes (table_name, operation, entity_id)
+  SELECT 'x', 'INSERT', n::text FROM generate_series(1, 5) AS n;
 UPDATE entity_changes SET processed = true, processed_at = now() WHERE seq = 2;
 UPDATE entity_changes SET next_attempt_at = now() WHERE seq = 3;
 UPDATE entity_changes SET dead_at = now() WHERE seq = 4;
 UPDATE entity_changes SET dead_at = now(), next_attempt_at = 'infinity' WHERE seq = 5;
 """
+
+
+def test_a_row_that_is_written_without_a_shard_is_in_that_of_its_key(outbox_db: psycopg.Connection) -> None:
+    outbox_db.execute("SELECT publish_change('x', n::text) FROM generate_series(1, 200) AS n")
+    outbox_db.execute(
+        "INSERT INTO entity_changes (table_name, operation, entity_id) SELECT 'x', 'INSERT', n::text"
+        " FROM generate_series(1, 200) AS n"
+    )
+    shards = "SELECT count(DISTINCT shard) FROM entity_changes GROUP BY entity_id HAVING count(*) = 2"
+    assert outbox_db.execute(shards).fetchall() == [(1,)] * 200

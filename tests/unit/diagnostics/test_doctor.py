@@ -14,6 +14,7 @@ import pytest
 from cdc.core.model import Operation
 from cdc.diagnostics import check_outbox, check_replication, check_server, check_tables
 from cdc.diagnostics.facts import (
+    Astray,
     Backlog,
     Captured,
     CaptureFunctionFacts,
@@ -87,6 +88,7 @@ GRANTED = DataReader(role="grafana", by_default=(), intended=True)
 READERS = DataReaders(table="public.entity_changes", owner="app", readers=(GRANTED,))
 MESSAGES = ("pg_catalog.m(boolean, text, bytea)", "pg_catalog.m(boolean, text, text)")
 SENDERS = Senders(open_to_all=(), owners=("app",), others=("queue",))
+ASTRAY = Astray(table='"public"."entity_changes"', rows=0)
 NUMBERS = Numbering(role="cdc", table='"public"."entity_changes"', sequence="public.s", last=9, highest=9)
 RIGHTS = Rights(role="cdc", grants=(), schema="public")
 HOLDERS = ShardHolders(held=64, consumers=2, strangers=())
@@ -110,6 +112,7 @@ def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any
         DataReaders: check_outbox.READERS,
         Senders: check_outbox.SENDERS,
         Numbering: check_outbox.NUMBERING,
+        Astray: check_outbox.ASTRAY,
         Rights: check_outbox.RIGHTS,
         ShardHolders: check_outbox.SHARDS_HELD,
         TableFacts: check_outbox.TABLE,
@@ -125,7 +128,8 @@ def check(name: str, facts: Any, subject: Subject = SUBJECT) -> Finding:
 
 
 HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, SLOT_FACTS, INSTALLED, CAPTURE, CAPTURED, RIGHTS,
-           ROW_SECURITY, READERS, SENDERS, NUMBERS, HOLDERS, TABLE, BACKLOG, Unhandled(()), SUBJECT)  # fmt: skip
+           ROW_SECURITY, READERS, SENDERS, NUMBERS, ASTRAY, HOLDERS, TABLE, BACKLOG,
+           Unhandled(()), SUBJECT)  # fmt: skip
 
 
 @pytest.mark.parametrize("facts", HEALTHY, ids=lambda facts: type(facts).__name__)
@@ -268,6 +272,8 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
      r"SELECT setval\('public.s', \(SELECT max\(seq\)"),
     ("sequence", replace(NUMBERS, last=None), UNKNOWN, "cdc may not see",
      'GRANT SELECT ON SEQUENCE public.s TO "cdc";'),
+    ("shards", replace(ASTRAY, rows=7), FAIL, "7 or more changes are not in the shard of their key",
+     'UPDATE "public"."entity_changes" SET shard = '),
     ("grants", replace(RIGHTS, grants=('GRANT SELECT ON "public"."entity_changes" TO "cdc";',)), FAIL, "lacks",
      "GRANT SELECT"),
     ("shard-holders", replace(HOLDERS, strangers=((9, "psql", 3),)), FAIL, r"process 9 \(psql\): 3",

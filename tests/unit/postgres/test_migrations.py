@@ -20,7 +20,7 @@ def test_migrations_are_numbered_without_a_gap_and_each_says_what_it_is_for_firs
     assert all(migration.template.startswith("-- ") for migration in found)
 
 
-def test_the_shard_column_computes_modulo_the_models_number_of_shards():
+def test_the_shard_is_computed_modulo_the_models_number_of_shards():
     assert f"& {SHARDS - 1})::smallint" in migration_scripts.migrations()[0].template
     assert SHARDS & (SHARDS - 1) == 0, "a mask is a modulo only for a power of two"
 
