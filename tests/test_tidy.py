@@ -45,6 +45,7 @@ DRIVES_LIBPQ = {
     "cdc/postgres/connect.py": "libpq's version, and which link a refused connect was about",
     "cdc/postgres/link.py": "closes a link that is silent, whatever waits on it",
     "cdc/postgres/lent.py": "COMMIT and what resets the session in one message, each with an answer of its own",
+    "cdc/postgres/watched.py": "a statement in fewer steps than a cursor's, prepared once for a connection",
 }
 EXPLAINED_ELSEWHERE = {("cdc/core/router.py", "B004"): "the docstring of the function says what it unwraps"}
 PURE = (

@@ -30,7 +30,8 @@ _PAUSE_MIN_S, _PAUSE_MAX_S = 0.1, 5.0
 
 class Losses:
     def __init__(self) -> None:
-        self._times: dict[UUID, int] = {}
+        self.counts: dict[UUID, int] = {}
+        """Losses in a row, by change."""
         self.suspects = set[UUID]()
         """The changes that run one at a time."""
 
@@ -40,7 +41,7 @@ class Losses:
 
     def times(self, change_id: UUID) -> int:
         """How often in a row it has lost a transaction."""
-        return self._times.get(change_id, 0)
+        return self.counts.get(change_id, 0)
 
     def add(self, changes: Iterable[Change], *, suspect_at: int = 1) -> int:
         """These changes have lost a transaction. Returns the highest number of losses in a row among them.
@@ -49,23 +50,23 @@ class Losses:
         """
         most = 0
         for change in changes:
-            times = self._times.pop(change.id, 0) + 1
-            self._times[change.id] = times
+            times = self.counts.pop(change.id, 0) + 1
+            self.counts[change.id] = times
             if times >= suspect_at:
                 self.suspects.add(change.id)
             most = max(most, times)
-        while len(self._times) > REMEMBERED:
-            self._forget(next(iter(self._times)))
+        while len(self.counts) > REMEMBERED:
+            self._forget(next(iter(self.counts)))
         return most
 
     def forget(self, changes: Iterable[Change]) -> None:
         """These changes have an outcome."""
-        if self._times:
+        if self.counts:
             for change in changes:
                 self._forget(change.id)
 
     def _forget(self, change_id: UUID) -> None:
-        self._times.pop(change_id, None)
+        self.counts.pop(change_id, None)
         self.suspects.discard(change_id)
 
 
@@ -77,11 +78,8 @@ class LostCalls:
         """The number of the consumer's session. What a call of an earlier one brings is lost."""
         self._losses = Losses()
         self._obstacles = Losses()
-
-    @property
-    def suspects(self) -> set[UUID]:
+        self.suspects = self._losses.suspects
         """The changes that may be the cause of lost transactions or sessions: they run one at a time."""
-        return self._losses.suspects
 
     def is_suspect(self, change: Change) -> bool:
         return self._losses.doubts(change)
@@ -116,5 +114,6 @@ class LostCalls:
 
     def forget(self, changes: Iterable[Change]) -> None:
         """These changes have an outcome."""
-        self._losses.forget(changes)
-        self._obstacles.forget(changes)
+        if self._losses.counts or self._obstacles.counts:
+            self._losses.forget(changes)
+            self._obstacles.forget(changes)

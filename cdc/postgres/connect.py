@@ -17,8 +17,9 @@ from psycopg.conninfo import conninfo_to_dict
 
 from cdc.core.errors import CdcError, ConnectError, SchemaError, UsageError
 from cdc.postgres import pinned
-from cdc.postgres.link import AsyncGuardedConnection, GuardedConnection
+from cdc.postgres.link import GuardedConnection
 from cdc.postgres.script import Script, run, run_async
+from cdc.postgres.watched import WatchedConnection
 
 Connection = psycopg.Connection
 """psycopg's class under our own name, for modules that pass connections on and do not import the driver."""
@@ -147,16 +148,14 @@ async def connect_async(
     session: Mapping[str, str] | None = None,
     answer_limit_s: float | None = None,
     **options: Any,
-) -> AsyncGuardedConnection:
+) -> WatchedConnection:
     """``connect`` for an event loop."""
     arguments = _arguments(dsn, application_name, session, options)
-    return await run_async(
-        _connect(AsyncGuardedConnection, arguments, autocommit=autocommit, answer_limit_s=answer_limit_s)
-    )
+    return await run_async(_connect(WatchedConnection, arguments, autocommit=autocommit, answer_limit_s=answer_limit_s))
 
 
 def _connect(
-    kind: type[GuardedConnection] | type[AsyncGuardedConnection],
+    kind: type[GuardedConnection] | type[WatchedConnection],
     arguments: Mapping[str, Any],
     *,
     autocommit: bool,

@@ -39,9 +39,7 @@ class GuardedConnection(psycopg.Connection[Any]):
         not_for_children(self)
 
     def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
-        if self.answer_limit_s is not None:
-            gen = _limited(self, gen, self.answer_limit_s)
-        return super().wait(gen, *arguments, **named)
+        return super().wait(limited(self, gen), *arguments, **named)
 
 
 class AsyncGuardedConnection(psycopg.AsyncConnection[Any]):
@@ -59,9 +57,7 @@ class AsyncGuardedConnection(psycopg.AsyncConnection[Any]):
 
     def wait(self, gen: Any, *arguments: Any, **named: Any) -> Coroutine[Any, Any, Any]:
         self._waits += 1
-        if self.answer_limit_s is not None:
-            gen = _limited(self, gen, self.answer_limit_s)
-        return super().wait(gen, *arguments, **named)
+        return super().wait(limited(self, gen), *arguments, **named)
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's signature
         """psycopg calls it when the task that awaits an answer is cancelled, and then waits for the answer."""
@@ -93,6 +89,18 @@ def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> N
     connection.pgconn.finish()
 
 
+def close_silent(connection: GuardedConnection | AsyncGuardedConnection, waited_s: float) -> SilentLinkError:
+    """Close it. Returns what to raise."""
+    name = connection.info.parameter_status("application_name")
+    connection.pgconn.finish()
+    return SilentLinkError(f"the server has not answered {name!r} for {waited_s:.0f} s; the connection is closed")
+
+
+def limited(connection: GuardedConnection | AsyncGuardedConnection, gen: Any) -> Any:
+    """``gen`` of psycopg, which ends when the connection's limit has passed."""
+    return gen if connection.answer_limit_s is None else _limited(connection, gen, connection.answer_limit_s)
+
+
 def _limited(
     connection: GuardedConnection | AsyncGuardedConnection, waits: Generator[Any, Any, _T], limit_s: float
 ) -> Generator[Any, Any, _T]:
@@ -106,7 +114,4 @@ def _limited(
     except StopIteration as ended:
         value: _T = ended.value
         return value
-    name = connection.info.parameter_status("application_name")
-    connection.pgconn.finish()
-    waited_s = time.monotonic() - began
-    raise SilentLinkError(f"the server has not answered {name!r} for {waited_s:.0f} s; the connection is closed")
+    raise close_silent(connection, time.monotonic() - began)

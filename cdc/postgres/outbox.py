@@ -37,6 +37,7 @@ from cdc.postgres.outcomes import divide, settle_values
 from cdc.postgres.pages import DuePage, Figures, KeyPage, Marked, OutboxPage, Place, Settled, ended_by
 from cdc.postgres.sql_files import load
 from cdc.postgres.unreadable import RefusedReadError, RefusedRows, may_be_refused
+from cdc.postgres.watched import WatchedConnection
 
 INDEXED = {
     "plan_cache_mode": "force_generic_plan",
@@ -434,6 +435,8 @@ class Store:
         """The rows of the statement. Raises RefusedReadError where it reads changes and one of them is refused."""
         parameters = {**self._always, **parameters}
         try:
+            if isinstance(connection, WatchedConnection):
+                return await connection.rows(self._statements[name], parameters)
             cursor = connection.cursor(binary=True)
             await cursor.execute(self._statements[name], parameters)
             return await cursor.fetchall()
@@ -450,7 +453,10 @@ def _array(values: Iterable[int | UUID]) -> str:
 
 def _numbers(these: Collection[Change | WakeUp]) -> dict[str, Any]:
     """The parameters of the statements that name fresh changes by their numbers."""
-    return {"seqs": _array(map(_SEQ, these)), "shards": _array(map(_SHARD, these))}
+    return {
+        "seqs": f"{{{','.join(map(str, map(_SEQ, these)))}}}",
+        "shards": f"{{{','.join(map(str, map(_SHARD, these)))}}}",
+    }
 
 
 def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:

@@ -23,6 +23,7 @@ import cdc
 
 nothing = cdc.Router()
 noop = cdc.Router()
+lone = cdc.Router()
 noop_sync = cdc.Router()
 batches = cdc.Router()
 inserts = cdc.Router()
@@ -80,6 +81,11 @@ async def do_nothing(change: cdc.Change) -> None:
 @noop.on(TYPE)
 async def note_number(change: cdc.Change) -> None:
     """The order of the calls can be checked afterwards."""
+    _calls.append(change.seq)
+
+
+@lone.on("*")
+async def note_lone(change: cdc.Change) -> None:
     _calls.append(change.seq)
 
 

@@ -4,6 +4,7 @@ Callgrind counts them in all threads of a ``cdc run`` that drains an outbox, fro
 twentieth: neither the start nor the end. So two versions can be compared where times are too noisy. Two runs on an idle
 machine differ by about one in a hundred, as the clock decides where reads and groups end; on a busy one they count
 more, as what is done each second is done more often for a change. Waits do not count, nor does the server.
+Of ``lone`` each change is committed when the one before has been marked.
 
 ``--tree``: a checkout whose ``cdc`` is counted, with its own ``.venv``; this one by default. ``--functions N``: of the
 interpreter and its libraries, those that took most. It needs valgrind.
@@ -20,23 +21,30 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import psycopg
 
 from cdc.contrib.demo.temp_server import TempServer
 from tests.bench import handlers
-from tests.bench.database import drained, fresh_database, preload, rest
+from tests.bench.database import ROWS, drained, fresh_database, preload, rest, streaming
 from tests.eventually import eventually
 
 _ROOT = Path(__file__).parents[2]
-_CHANGES = {"noop": 20_000, "noop_sync": 6_000, "batches": 20_000, "inserts": 6_000, "inserts_sync": 6_000}
+_CHANGES = {"lone": 400, "noop": 20_000, "noop_sync": 6_000, "batches": 20_000, "inserts": 6_000, "inserts_sync": 6_000}
 """By router of ``handlers``. A minute or two each."""
 _KEYS = 1_000
 _GROUP = "SELECT count(*) / nullif(count(DISTINCT xmin::text), 0)::float8 FROM bench_effects"
 _FILES = "instructions"
 _FUNCTION = re.compile(r"c?fn=(\(\d+\))(?: (.*))?$")
 _COST = re.compile(r"[+*-]?\d* (\d+)$")
+_CAPTURE = "CREATE TRIGGER c AFTER INSERT ON bench_rows FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
+_WRITE = "INSERT INTO bench_rows (id, note) VALUES (%s, 'a row to be captured')"
+_REST_S = 0.1
+"""After a mark: what follows belongs to the change."""
 _WITHIN_S = 600.0
 _STOP_S = 120.0
 
@@ -71,9 +79,21 @@ def count(server: TempServer, tree: Path, handler: str) -> tuple[Counter[str], s
         run = _Run(tree, folder, {"BENCH_COUNTED": f"{first}:{last}"})
         run.to_end("db", "install", "--dsn", connection.info.dsn)
         connection.execute(handlers.EFFECTS)
-        preload(connection, changes=changes, keys=_KEYS)
+        if handler == "lone":
+            connection.execute(ROWS)
+            connection.execute(_CAPTURE)
+        else:
+            preload(connection, changes=changes, keys=_KEYS)
         rest(connection)
-        run.drain(connection, handler)
+        with run.consumer(connection, handler) as until:
+            if handler == "lone":
+                until(lambda: streaming(connection), "the slot to be read")
+                for number in range(changes):
+                    connection.execute(_WRITE, [number])
+                    until(lambda: drained(connection), "the mark")
+                    Event().wait(_REST_S)
+            else:
+                until(lambda: drained(connection), "the outbox to be drained")
         row = connection.execute(_GROUP).fetchone()
         group = f" in transactions of {row[0]:.1f}" if row and row[0] else ""
         return _by_function(folder, last - first), group
@@ -94,8 +114,14 @@ class _Run:
         subprocess.run([*self._cdc, *words], cwd=self._folder, env=self._environment, check=True,
                        stdout=subprocess.DEVNULL)  # fmt: skip
 
-    def drain(self, connection: psycopg.Connection, handler: str) -> None:
-        """Raises RuntimeError, with what the consumer said last, if it ends before the outbox is drained."""
+    @contextmanager
+    def consumer(
+        self, connection: psycopg.Connection, handler: str
+    ) -> Iterator[Callable[[Callable[[], bool], str], None]]:
+        """One that runs. Gives what waits for a condition.
+
+        That raises RuntimeError, with what the consumer said last, if it ends before.
+        """
         said = self._folder / "stderr"
         callgrind = ["valgrind", "-q", "--tool=callgrind", "--instr-atstart=no",
                      f"--callgrind-out-file={self._folder}/{_FILES}.%p"]  # fmt: skip
@@ -104,13 +130,17 @@ class _Run:
             consumer = subprocess.Popen([*callgrind, *self._cdc, *words], cwd=self._folder, env=self._environment,
                                         stdin=subprocess.DEVNULL, stdout=file, stderr=file)  # fmt: skip
 
-        def done() -> bool:
-            if consumer.poll() is not None:
-                raise RuntimeError(f"the consumer ended; it said last:\n{said.read_text(errors='replace')[-2000:]}")
-            return drained(connection)
+        def until(condition: Callable[[], bool], what: str) -> None:
+            def holds() -> bool:
+                if consumer.poll() is not None:
+                    last = said.read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"the consumer ended; it said last:\n{last}")
+                return condition()
+
+            eventually(holds, within_s=_WITHIN_S, what=what)
 
         try:
-            eventually(done, within_s=_WITHIN_S, what="the outbox to be drained")
+            yield until
         finally:
             consumer.send_signal(signal.SIGTERM)
             consumer.wait(_STOP_S)

@@ -1,0 +1,235 @@
+"""Connections for our own statements on an event loop: each costs fewer steps than with psycopg's.
+
+**Answers.** psycopg registers the socket and a timer for each answer, and takes both back: more system calls than the
+question and the answer themselves. Here the registration stays until something arrives that nobody waits for, such as
+the end of the link; the next wait begins it again. One timer watches the limit of all answers. Whatever is not the
+usual case, an answer at once and nothing left to send, is left to psycopg. The number of a closed socket is soon
+another's: so the registration ends before the connection is closed, and with any error of the link.
+
+**Statements.** psycopg makes a cursor for each, looks up how each parameter is written and each column read, and
+whether it is prepared. ``rows`` does that once for a statement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import psycopg
+from psycopg import pq
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.generators import execute
+from psycopg.waiting import READY_R, WAIT_R
+
+from cdc.postgres.link import AsyncGuardedConnection, close_silent, limited
+
+_PLACEHOLDER = re.compile(rb"%\((\w+)\)s|%%")
+_INTERVAL_S = 0.1
+"""As psycopg's."""
+
+
+class WatchedConnection(AsyncGuardedConnection):
+    """For statements of our own; foreign code may COPY, where psycopg lets other tasks have their turn."""
+
+    _watch: _SocketWatch | None = None
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._statements: dict[bytes, _Statement] = {}
+        self._prepared_ever = 0
+
+    async def rows(self, statement: bytes, parameters: Mapping[str, Any]) -> list[Any]:
+        """The rows that a statement returns, as tuples. It names its parameters (``%(name)s``), and is prepared.
+
+        For few statements, and autocommit: each is kept. What is registered with ``adapters`` later is not seen.
+        """
+        async with self.lock:
+            rows: list[Any] = await self.wait(self._rows(statement, parameters))
+            return rows
+
+    def _rows(self, text: bytes, parameters: Mapping[str, Any]) -> Generator[int, int, list[Any]]:
+        link, statement = self.pgconn, self._statements.get(text)
+        if statement is None:
+            statement = self._statements[text] = _Statement(text, self)
+        transformer = statement.transformer
+        written = transformer.dump_sequence(list(map(parameters.__getitem__, statement.names)), statement.formats)
+        types = transformer.types or ()
+        name = statement.prepared.get(types)
+        if name is None:
+            self._prepared_ever += 1
+            name = b"cdc_%d" % self._prepared_ever
+            link.send_prepare(name, statement.text, types)
+            [prepared] = yield from execute(link)
+            if prepared.status != pq.ExecStatus.COMMAND_OK:
+                raise psycopg.errors.error_from_result(prepared, transformer.encoding)
+            statement.prepared[types] = name
+        link.send_query_prepared(name, written, transformer.formats, pq.Format.BINARY)
+        [result] = yield from execute(link)  # one for each of those
+        if result.status != pq.ExecStatus.TUPLES_OK:
+            raise psycopg.errors.error_from_result(result, transformer.encoding)
+        transformer.set_pgresult(result)
+        try:
+            return transformer.load_rows(0, result.ntuples, tuple)
+        finally:
+            transformer.set_pgresult(None)
+
+    async def wait(self, gen: Any, interval: float = _INTERVAL_S, timeout: float | None = None) -> Any:  # noqa: ASYNC109 - psycopg's signature
+        self._waits += 1
+        if timeout is not None:
+            rest: Any = limited(self, gen)
+        else:
+            try:
+                state = next(gen)
+                watch = self._watch
+                if watch is None or watch.socket != self.pgconn.socket:
+                    watch = self._watch_socket()
+                answer = await watch.answer(gen, self.answer_limit_s) if state == WAIT_R else _Rest(gen, state)
+                if type(answer) is not _Rest:
+                    return answer
+                rest = limited(self, answer)
+            except StopIteration as ended:
+                return ended.value
+            except asyncio.CancelledError as interrupted:  # psycopg cancels the statement, and waits for its end
+                rest = _Rest(limited(self, gen), interrupted)
+            except _SilentError as silent:
+                self._unwatch()
+                raise close_silent(self, silent.waited_s) from None
+            except OSError as error:
+                self._unwatch()
+                raise psycopg.OperationalError("connection socket closed") from error
+            except BaseException:
+                self._unwatch()
+                raise
+        self._unwatch()
+        return await psycopg.AsyncConnection.wait(self, rest, interval, timeout)
+
+    def _watch_socket(self) -> _SocketWatch:
+        self._unwatch()
+        self._watch = _SocketWatch(self.pgconn.socket)
+        return self._watch
+
+    async def close(self) -> None:
+        self._unwatch()
+        await super().close()
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
+
+
+class _Statement:
+    """As the server reads it, and the names of its parameters.
+
+    ``prepared``: its names on the server, by the types of the parameters; a number's type depends on its size.
+    """
+
+    def __init__(self, text: bytes, connection: WatchedConnection) -> None:
+        names: list[str] = []
+
+        def placeholder(found: re.Match[bytes]) -> bytes:
+            if found[1] is None:
+                return b"%"
+            name = found[1].decode()
+            if name not in names:
+                names.append(name)
+            return b"$%d" % (1 + names.index(name))
+
+        self.text = _PLACEHOLDER.sub(placeholder, text)
+        self.names = names
+        self.formats = [PyFormat.AUTO] * len(names)
+        self.transformer = Transformer(connection)
+        self.prepared: dict[tuple[int, ...], bytes] = {}
+
+
+class _SilentError(Exception):
+    def __init__(self, waited_s: float) -> None:
+        super().__init__()
+        self.waited_s = waited_s
+
+
+class _Rest:
+    """The rest of a generator that stands at ``at``: what it waits for, or an interruption of the wait."""
+
+    def __init__(self, gen: Any, at: int | BaseException) -> None:
+        self._gen = gen
+        self._at: int | BaseException | None = at
+        self.send = gen.send
+
+    def __next__(self) -> Any:
+        at, self._at = self._at, None
+        if at is None:
+            return next(self._gen)
+        if isinstance(at, BaseException):
+            raise at
+        return at
+
+
+class _SocketWatch:
+    """Of one socket: resumes the generator that waits for an answer when something has arrived."""
+
+    def __init__(self, socket: int) -> None:
+        self.socket = socket
+        self._loop = asyncio.get_running_loop()
+        self._registered = False
+        self._gen: Generator[int, int, Any] | None = None
+        self._answer: asyncio.Future[Any] | None = None
+        self._asked_at = 0.0
+        self._limit_s: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def answer(self, gen: Generator[int, int, Any], limit_s: float | None) -> asyncio.Future[Any]:
+        """What ``gen`` returns or raises; ``_Rest`` if it has to send. Fails with _SilentError beyond the limit."""
+        loop = self._loop
+        if not self._registered:
+            self._registered = True
+            loop.add_reader(self.socket, self._arrived)
+        if limit_s is not None:
+            self._asked_at = loop.time()
+            if self._timer is None:
+                self._timer = loop.call_later(limit_s, self._check_limit)
+        self._gen, self._limit_s = gen, limit_s
+        self._answer = loop.create_future()
+        return self._answer
+
+    def end(self) -> None:
+        self._gen = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._ignore()
+
+    def _ignore(self) -> None:
+        if self._registered:
+            self._registered = False
+            self._loop.remove_reader(self.socket)
+
+    def _arrived(self) -> None:
+        gen, answer = self._gen, self._answer
+        if gen is None or answer is None or answer.done():  # nobody waits
+            self._ignore()  # or it would be reported for ever
+            return
+        try:
+            state = gen.send(READY_R)
+        except StopIteration as ended:
+            self._gen = None
+            answer.set_result(ended.value)
+        except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
+            self.end()
+            answer.set_exception(error)
+        else:
+            if state != WAIT_R:
+                self._gen = None
+                answer.set_result(_Rest(gen, state))
+
+    def _check_limit(self) -> None:
+        self._timer = None
+        if self._gen is None or self._answer is None or self._answer.done() or self._limit_s is None:
+            return
+        waited_s = self._loop.time() - self._asked_at
+        if waited_s < self._limit_s:
+            self._timer = self._loop.call_later(self._limit_s - waited_s, self._check_limit)
+        else:
+            self._answer.set_exception(_SilentError(waited_s))

@@ -1,0 +1,130 @@
+"""Connections for our own statements: fewer steps than with a cursor, and the same answers."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import errors
+
+from cdc.postgres.connect import connect_async
+from cdc.postgres.watched import WatchedConnection
+from tests.eventually import eventually_async
+
+
+async def _connected(database: str) -> WatchedConnection:
+    return await connect_async(database, application_name="cdc: test")
+
+
+@pytest.mark.parametrize("number", [0, -1, 40_000, 3_000_000_000, -(1 << 63)])
+async def test_rows_are_those_of_a_cursor_whatever_the_size_of_a_number(database: str, number: int) -> None:
+    statement = b"SELECT %(number)s::int8, '100 %%', %(id)s::uuid, %(number)s::text, NULL, %(texts)s::text[]"
+    parameters = {"number": number, "id": uuid.uuid4(), "texts": ["a", "b"], "and": "one that it does not name"}
+    async with await _connected(database) as connection:
+        for _ in range(2):
+            rows = await connection.rows(statement, parameters)
+            cursor = await connection.cursor(binary=True).execute(statement, parameters)
+            assert rows == await cursor.fetchall()
+
+
+async def test_numbers_of_many_sizes_follow_one_another(database: str) -> None:
+    async with await _connected(database) as connection:
+        for number in (1, 1 << 40, 2, 1 << 20, 1 << 40, 3):
+            assert await connection.rows(b"SELECT %(n)s::int8 + 1", {"n": number}) == [(number + 1,)]
+            assert await connection.rows(b"SELECT %(n)s::int8 + 2", {"n": number}) == [(number + 2,)]
+
+
+async def test_a_refused_statement_raises_the_servers_error_and_the_next_one_works(database: str) -> None:
+    async with await _connected(database) as connection:
+        for _ in range(2):
+            with pytest.raises(errors.DivisionByZero):
+                await connection.rows(b"SELECT 1 / %(n)s::int", {"n": 0})
+            with pytest.raises(errors.UndefinedTable):
+                await connection.rows(b"SELECT * FROM no_such_table", {})
+        assert await connection.rows(b"SELECT 1 / %(n)s::int", {"n": 1}) == [(1,)]
+
+
+async def test_one_answer_after_another_registers_the_socket_once(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, registered = asyncio.get_running_loop(), list[int]()
+    add_reader = loop.add_reader
+
+    def counted(fd: Any, callback: Callable[..., Any], *arguments: Any) -> None:
+        registered.append(fd)
+        add_reader(fd, callback, *arguments)
+
+    async with await _connected(database) as connection:
+        await connection.rows(b"SELECT 1", {})
+        monkeypatch.setattr(loop, "add_reader", counted)
+        for number in range(10):
+            assert await connection.rows(b"SELECT %(n)s::int", {"n": number}) == [(number,)]
+            await connection.execute("SELECT 1")
+    assert registered == []
+
+
+async def test_what_arrives_while_nobody_waits_is_reported_once_and_read_with_the_next_answer(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, ignored = asyncio.get_running_loop(), list[int]()
+    remove_reader = loop.remove_reader
+
+    def counted(fd: Any) -> bool:
+        ignored.append(fd)
+        return remove_reader(fd)
+
+    async with await _connected(database) as connection, await _connected(database) as other:
+        notified = list[str]()
+        connection.add_notify_handler(lambda notify: notified.append(notify.payload))
+        await connection.execute("LISTEN here")
+        monkeypatch.setattr(loop, "remove_reader", counted)
+        for number in range(3):
+            await other.execute("SELECT pg_notify('here', 'unasked')")
+
+            async def ignores(expected: int = number + 1) -> bool:
+                return len(ignored) >= expected
+
+            await eventually_async(ignores)
+            assert len(ignored) == number + 1
+            assert await connection.rows(b"SELECT 1", {}) == [(1,)]
+            assert len(notified) == number + 1
+
+
+async def test_a_wait_that_is_cancelled_cancels_its_statement_and_the_connection_goes_on(database: str) -> None:
+    async with await _connected(database) as connection:
+        asked = asyncio.create_task(connection.rows(b"SELECT pg_sleep(60)", {}))
+
+        async def runs() -> bool:
+            return connection.info.transaction_status is psycopg.pq.TransactionStatus.ACTIVE
+
+        await eventually_async(runs)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert await connection.rows(b"SELECT 1", {}) == [(1,)]
+
+
+async def test_the_end_of_the_link_ends_the_wait_and_the_sockets_number_is_free_for_another(
+    database: str, db: psycopg.Connection
+) -> None:
+    connection = await _connected(database)
+    asked = asyncio.create_task(connection.rows(b"SELECT pg_sleep(60)", {}))
+    await eventually_async(_asleep(db))
+    db.execute("SELECT pg_terminate_backend(%s)", [connection.info.backend_pid])
+    with pytest.raises(psycopg.OperationalError):
+        await asked
+    await connection.close()
+    async with await _connected(database) as next_one:
+        assert await next_one.rows(b"SELECT 1", {}) == [(1,)]
+
+
+def _asleep(db: psycopg.Connection) -> Callable[[], Any]:
+    async def asleep() -> bool:
+        row = db.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'").fetchone()
+        return row == (1,)
+
+    return asleep
