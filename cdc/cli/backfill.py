@@ -80,7 +80,7 @@ _backlog_option = click.option(
     "--backlog",
     type=click.IntRange(1, _BACKLOG_MAX),
     metavar="N",
-    help="Wait while so many of its rows are not handled yet [100].",
+    help="Wait while so many of its rows are not handled yet [50].",
 )
 
 

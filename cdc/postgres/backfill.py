@@ -12,7 +12,7 @@ them as they are then, draws their numbers, and notes how far it is. So:
 - *Rows that come and go.* A row that is deleted before its page gives nothing. One that was inserted after the start,
   or whose key moves, was captured then, so it need not be read; it may be, and carries the newer data.
 
-It waits for no lock longer than ``_LOCK_TIMEOUT``, which is shorter than the deadlock_timeout of any server that is not
+It waits for no lock longer than ``lock_timeout``, which is shorter than the deadlock_timeout of any server that is not
 tuned: so it gives up before the application's transaction would be ended for a deadlock.
 
 The rows are read with the rights of whoever runs it, and converted by capture_rows() with those of the role that
@@ -42,12 +42,11 @@ from cdc.postgres.backfill_table import BackfillTable, the_arguments
 from cdc.postgres.sql_files import load
 from cdc.postgres.tracked_tables import SourceTable
 
-BACKLOG = 100
+BACKLOG = 50
 """READs that may be unsettled, unless another number is asked for."""
 UNFINISHED = ("running", "paused")
 _LOCK = 0x63646303
 """First key of the lock held by who works on a backfill; the second is a hash of the schema's name and its number."""
-_LOCK_TIMEOUT = "200ms"
 _DIGITS_MAX = 9
 """Of a backfill's number; what is longer is a name."""
 
@@ -237,8 +236,8 @@ class Backfills:
 
     def _page(self, connection: psycopg.Connection, backfill: Backfill, reading: BackfillTable, size: Page) -> _Page:
         """Raises LockNotAvailable, and has done nothing then."""
-        with bounded(connection, ROUND_LIMIT_S):
-            connection.execute(_SETTINGS, [_LOCK_TIMEOUT])
+        with connection.transaction():
+            connection.execute(_SETTINGS)
             turn = connection.execute(self._statements["turn"], {"id": backfill.id}).fetchone()
             if turn is None or turn[0] != "running":
                 return _Page(turn[0] if turn else "cancelled")
@@ -252,11 +251,8 @@ class Backfills:
             last, examined = edge
             written = reading.write(backfill.id, since, after, last)
             failpoints.here("backfill.after_write")
-            ids = self._ids(connection, "ids", {"seqs": written.seqs, "shards": written.shards})
-            connection.execute(
-                self._statements["advance"],
-                {"id": backfill.id, "after_key": last, "examined": examined, "written": len(ids)},
-            )
+            given = {"id": backfill.id, "after_key": last, "examined": examined}
+            ids = self._ids(connection, "advance", {**given, "seqs": written.seqs, "shards": written.shards})
             failpoints.here("backfill.before_commit")
         failpoints.here("backfill.after_commit")
         return _Page("running", examined, ids)
@@ -270,10 +266,11 @@ class Backfills:
             return [Backfill(**row) for row in cursor.execute(self._statements[statement], asked).fetchall()]
 
 
-_SETTINGS = (
-    "SELECT set_config('lock_timeout', %s, true), set_config('timezone', 'UTC', true),"
-    " set_config('enable_sort', 'off', true), set_config('enable_bitmapscan', 'off', true)"
-)
+_SETTINGS = """
+SELECT set_config('statement_timeout', '120s', true), set_config('lock_timeout', '200ms', true),
+  set_config('timezone', 'UTC', true), set_config('enable_seqscan', 'off', true),
+  set_config('enable_sort', 'off', true), set_config('enable_bitmapscan', 'off', true)
+"""
 """The key's index gives the rows in order, whatever the statistics say. Times without a zone are UTC in a condition."""
 
 

@@ -43,9 +43,19 @@ SELECT b.state FROM {backfills} AS b WHERE b.id = %(id)s
 SELECT b.state, b.after_key FROM {backfills} AS b WHERE b.id = %(id)s FOR UPDATE
 
 -- name: advance
-UPDATE {backfills} SET
-  after_key = %(after_key)s, examined = examined + %(examined)s, written = written + %(written)s, changed_at = now()
-WHERE id = %(id)s
+-- Returns the ids of the changes that this transaction has written; so all of them are fresh.
+WITH advanced AS (
+  UPDATE {backfills} SET
+    after_key = %(after_key)s, examined = examined + %(examined)s, changed_at = now(),
+    written = written + cardinality(%(seqs)s::bigint[])
+  WHERE id = %(id)s
+)
+SELECT f.id FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS w(seq, shard)
+CROSS JOIN LATERAL (
+  SELECT n.id FROM {changes} AS n
+  WHERE n.shard = w.shard AND n.seq = w.seq AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+  LIMIT 1
+) AS f
 
 -- name: set_state
 UPDATE {backfills} SET state = %(to)s, changed_at = now() WHERE id = %(id)s AND state = ANY (%(states)s::text[])
@@ -53,15 +63,6 @@ RETURNING state
 
 -- name: set_pace
 UPDATE {backfills} SET rate = %(rate)s, backlog = %(backlog)s WHERE id = %(id)s
-
--- name: ids
--- Of changes that this transaction has written, so that all are fresh.
-SELECT f.id FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS w(seq, shard)
-CROSS JOIN LATERAL (
-  SELECT n.id FROM {changes} AS n
-  WHERE n.shard = w.shard AND n.seq = w.seq AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
-  LIMIT 1
-) AS f
 
 -- name: unsettled
 -- Those of them that are fresh or wait for a retry. One that retention has removed is neither.

@@ -64,6 +64,7 @@ class BackfillTable:
         self._statements = load("backfill.sql", schema)
         self._source = source
         self._path = path
+        self._conditional = condition is not None
         self._capture = capture_catalog.capture_function(connection, schema)
         self._triggers: list[tuple[Any, ...]] = []
         self._arguments = ("", "")
@@ -221,9 +222,12 @@ class BackfillTable:
 
     @contextmanager
     def _on_user_path(self) -> Iterator[None]:
-        self._connection.execute(_SET_PATH, [self._path])
+        """For a condition; nothing else has a name that does not say its schema."""
+        if self._conditional:
+            self._connection.execute(_SET_PATH, [self._path])
         yield
-        self._connection.execute(_SET_PATH, ["pg_catalog"])
+        if self._conditional:
+            self._connection.execute(_SET_PATH, ["pg_catalog"])
 
 
 _SET_PATH = "SELECT pg_catalog.set_config('search_path', %s, true)"

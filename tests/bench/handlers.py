@@ -123,6 +123,11 @@ async def await_20ms(change: cdc.Change) -> None:
     await asyncio.sleep(0.020)
 
 
+@stamp.on("*", "READ")
+async def read_row(change: cdc.Change) -> None:
+    """A row of a backfill, of which no moment is kept."""
+
+
 @stamp.on("*")
 async def note_time(change: cdc.Change) -> None:
     """The row's number and the moment at which its handler began, on the clock that the writer reads too."""

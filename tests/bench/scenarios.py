@@ -7,7 +7,21 @@ from enum import Enum
 from typing import NamedTuple
 
 from cdc.contrib.demo.temp_server import TempServer
-from tests.bench import blocked, drain, floor, growth, history, idle, latency, memory, queues, slot, snapshot, writers
+from tests.bench import (
+    backfill,
+    blocked,
+    drain,
+    floor,
+    growth,
+    history,
+    idle,
+    latency,
+    memory,
+    queues,
+    slot,
+    snapshot,
+    writers,
+)
 from tests.bench.report import Figure
 from tests.bench.size import Size
 
@@ -43,6 +57,8 @@ SCENARIOS = {
     "documented": Scenario("the documented processor, as it is written", queues.measure_documented, Turn.ONCE),
     "latency": Scenario("commit to handler at a steady pace, and NOTIFY for comparison", latency.measure),
     "relayed": Scenario("the same on a consumer that does not stream", latency.measure_relayed),
+    "backfill": Scenario("the same beside a backfill that waits for the consumer only", backfill.measure),
+    "backfill-alone": Scenario("a backfill without a consumer, and INSERT ... SELECT", backfill.measure_alone),
     "writers": Scenario("pgbench: inserts untracked, tracked, with the documented trigger", writers.measure),
     "idle": Scenario("processor time and statements of a consumer with nothing to do", idle.measure, Turn.ONCE),
     "start": Scenario("from the start of the process to its first change", memory.measure_start),

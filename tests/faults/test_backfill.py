@@ -17,7 +17,7 @@ from tests.forked import Forked
 
 pytestmark = pytest.mark.server
 _MINE = [point for point in POINTS if point.startswith("backfill.")]
-_TEN_PAGES = 500
+_TEN_PAGES = 2_000
 
 
 @pytest.mark.promise("G1")
@@ -34,9 +34,9 @@ def test_killed_at_any_point_and_resumed_it_has_read_each_row_once(
 
     def run(module: str, *arguments: str) -> int:
         environment = {**os.environ, "CDC_DSN": outbox}
-        return Forked(module, arguments, cwd=ROOT, environment=environment, log=log).wait()
+        return Forked(module, arguments, cwd=ROOT, environment=environment, log=log).wait(60)
 
-    killed = run("tests.faults.crashing", point, str(nth), "backfill", "orders", "--backlog", "1000")
+    killed = run("tests.faults.crashing", point, str(nth), "backfill", "orders", "--backlog", "10000")
     assert killed == -signal.SIGKILL, log.read_text()
     idle = "SELECT FROM pg_stat_activity WHERE application_name = 'cdc command line'"
     eventually(lambda: not outbox_db.execute(idle).fetchall(), what="the server has ended its session")
@@ -45,7 +45,9 @@ def test_killed_at_any_point_and_resumed_it_has_read_each_row_once(
         "SELECT entity_id::int FROM entity_changes WHERE operation = 'READ' ORDER BY seq"
     ).fetchall()
     assert read == [(n,) for n in range(1, _TEN_PAGES + 1)]
-    assert outbox_db.execute("SELECT state, examined, written FROM cdc_backfills").fetchall() == [("done", 500, 500)]
+    assert outbox_db.execute("SELECT state, examined, written FROM cdc_backfills").fetchall() == [
+        ("done", _TEN_PAGES, _TEN_PAGES)
+    ]
 
 
 def test_there_are_points_to_be_killed_at() -> None:

@@ -9,7 +9,7 @@ from cdc.core.backfill_pace import PAGE_MAX, BackfillPace, Page, Wait
 
 
 def test_pages_are_full_while_what_was_written_is_settled() -> None:
-    pace = BackfillPace(rate=None, backlog=100)
+    pace = BackfillPace(rate=None, backlog=1_000)
     for _ in range(3):
         page = pace.next(0, 0.0)
         assert page == Page(PAGE_MAX, PAGE_MAX)
@@ -18,7 +18,7 @@ def test_pages_are_full_while_what_was_written_is_settled() -> None:
 
 def test_it_waits_longer_and_longer_for_a_backlog_that_does_not_shrink() -> None:
     pace = BackfillPace(rate=None, backlog=100)
-    waits = [pace.next(90, 0.0) for _ in range(20)]
+    waits = [pace.next(95, 0.0) for _ in range(20)]
     assert all(isinstance(each, Wait) and each.backlog for each in waits)
     seconds = [each.seconds for each in waits if isinstance(each, Wait)]
     assert seconds == sorted(seconds)
@@ -50,7 +50,7 @@ def test_the_rate_and_the_backlog_hold_whatever_happens(
 
 
 def test_a_page_that_met_a_locked_row_is_read_again_smaller_down_to_one_row_and_grows_again() -> None:
-    pace = BackfillPace(rate=None, backlog=100)
+    pace = BackfillPace(rate=None, backlog=250)
     sizes, now = list[int](), 0.0
     for _ in range(5):
         pace.locked(now)
@@ -65,12 +65,12 @@ def test_a_page_that_met_a_locked_row_is_read_again_smaller_down_to_one_row_and_
 
 
 def test_where_few_rows_are_wanted_more_are_examined_up_to_a_bound_and_fewer_again_where_many_are() -> None:
-    pace, examined = BackfillPace(rate=None, backlog=100), list[int]()
+    pace, examined = BackfillPace(rate=None, backlog=1_000), list[int]()
     for written in [0] * 12 + [PAGE_MAX] * 12:
         page = pace.next(0, 0.0)
         assert isinstance(page, Page)
         examined.append(page.examine)
         pace.done(page, written, 0.0)
-    assert examined[:4] == [50, 100, 200, 400]
+    assert examined[:4] == [200, 400, 800, 1_600]
     assert examined[12] == 20_000
-    assert examined[-1] == 50
+    assert examined[-1] == 200
