@@ -202,6 +202,23 @@ def test_the_package_speaks_the_words_of_its_field(words: str) -> None:
     assert lines == [], PRIVATE_WORDS[words]
 
 
+def test_nothing_rings_a_bell_in_tests_and_docs_either() -> None:
+    found = re.compile(r"\b(?:door)?bells?\b", re.IGNORECASE)
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "sql").rglob("*.sql")]
+    named = [name(path) for path in files if path != Path(__file__) and found.search(path.read_text("utf-8"))]
+    assert named == []
+
+
+def test_a_logger_is_named_after_what_is_there() -> None:
+    topics = {"handlers", "consumer", "deliver", "listener"}
+    """Of several modules, or of what a user knows by that name."""
+    there = {path.stem for path in PACKAGE} | topics
+    named = {
+        found[1] for path in PACKAGE for found in re.finditer(r"getLogger\(\"cdc\.(\w+)\"\)", path.read_text("utf-8"))
+    }
+    assert named - there == set()
+
+
 def test_package_files_below_the_root_are_empty_except_the_command_line_and_the_application() -> None:
     """``--handlers cdc.contrib.whatsapp:router`` names a thing of the package."""
     inits = [path for path in PACKAGE if path.name == "__init__.py" and path.read_text("utf-8")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,12 +115,26 @@ def work_off(rounds: Iterable[Round], *, count: int, done: str) -> Round:
     """Go through the rounds, and say now and then how far it is to whoever waits; returns their sum."""
     from cdc.postgres.bulk import Round  # noqa: PLC0415 - see FilterOptions.wanted
 
-    total, said_at = Round(0, 0), time.monotonic()
-    for each in rounds:
-        total = Round(total.looked_at + each.looked_at, total.done + each.done)
+    looked_at = 0
+
+    def each_done() -> Iterator[int]:
+        nonlocal looked_at
+        for each in rounds:
+            looked_at += each.looked_at
+            yield each.done
+
+    total = add_up(each_done(), lambda so_far: f"{done} {so_far:,} of {count:,} so far")
+    return Round(looked_at, total)
+
+
+def add_up(counts: Iterable[int], text: Callable[[int], str]) -> int:
+    """The sum, which the text says now and then to whoever waits."""
+    total, said_at = 0, time.monotonic()
+    for count in counts:
+        total += count
         if time.monotonic() - said_at > _PROGRESS_EVERY_S:
             said_at = time.monotonic()
-            say(f"{done} {total.done:,} of {count:,} so far")
+            say(text(total))
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,6 +12,7 @@ import click
 from cdc.app.config import Resolved, Settings
 from cdc.cli.bulk import (
     FilterOptions,
+    add_up,
     described,
     filter_options,
     refuse_unless_clear,
@@ -48,7 +48,6 @@ _LISTED = (
 )
 _LINE_LENGTH = 60
 """Of an error in a table; ``show`` and --json have all of it."""
-_PROGRESS_EVERY_S = 1.0
 
 type_option = click.option("--type", "entity_type", metavar="TYPE", help="Of this entity type only.")
 names_argument = click.argument("names", metavar="ID...", nargs=-1)
@@ -301,7 +300,9 @@ def replay(
     unless_since = parse_moment(unless_replayed_since) if unless_replayed_since is not None else None
     with (
         _opened(settings) as connection,
-        bulk.replayable(connection, wanted, latest_per_key=latest_per_key, unless_since=unless_since) as found,
+        bulk.replayable(
+            connection, wanted, latest_per_key=latest_per_key, unless_since=unless_since, only_count=filters.dry_run
+        ) as found,
     ):
         if filters.dry_run:
             report_count(what, found.count, as_json)
@@ -355,7 +356,7 @@ def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> 
         if dry_run:
             count = retention.prunable(connection, older_than_s)
         else:
-            count = _added_up(retention.prune(connection, older_than_s))
+            count = add_up(retention.prune(connection, older_than_s), lambda so_far: f"removed {so_far:,} so far")
     more = dry_run and count == COUNT_BOUND
     if as_json:
         print_json({"prunable": count, "complete": not more} if dry_run else {"pruned": count})
@@ -388,17 +389,6 @@ def _print_chain(chain: Sequence[CauseLink]) -> None:
 def _link(link: CauseLink) -> str:
     named = f"{link.entity_type} {link.entity_id} {link.operation}"
     return f"{named} (a replay of the one below)" if link.replay_of else named
-
-
-def _added_up(batches: Iterable[int]) -> int:
-    """The sum, with a word now and then for whoever waits."""
-    total, said_at = 0, time.monotonic()
-    for count in batches:
-        total += count
-        if time.monotonic() - said_at > _PROGRESS_EVERY_S:
-            said_at = time.monotonic()
-            say(f"removed {total:,} so far")
-    return total
 
 
 def _print_stats(found: Stats) -> None:

@@ -273,7 +273,8 @@ class Consumer:
         if settled.missed:
             self._metrics.outbox.settle_skipped.inc(settled.missed)
             self.sweep_now()  # another session had settled one: changes that the queues hold as waiting may be done
-        self._tell(batch, settled.at)
+        self._read_what_waits(batch)
+        self._processed([change for change, outcome in batch if isinstance(outcome, Processed)], settled.at)
         self._dispatcher.dispatch()
         self._read_if_room_helps()
 
@@ -281,17 +282,13 @@ class Consumer:
         if self._reads.wants_room or self._scheduler.wants_key_reads:
             self.notifications.due.set()
 
-    def _tell(self, batch: Sequence[Settlement], settled_at: datetime) -> None:
-        processed: list[Change] = []
-        for change, outcome in batch:
-            if isinstance(outcome, Processed):
-                processed.append(change)
+    def _read_what_waits(self, settled: Sequence[Settlement]) -> None:
+        for change, outcome in settled:
             if change.requeued:
                 self._reread()  # it may have held back another one that is due
             if isinstance(outcome, Waiting):
                 self._reads.due_within(outcome.delay_s)
                 self.notifications.due.set()
-        self._processed(processed, settled_at)
 
     def _processed(self, changes: Sequence[Change], at: datetime) -> None:
         took_s: dict[str, list[float]] = {}

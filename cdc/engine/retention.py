@@ -26,7 +26,7 @@ from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async, explain
 from cdc.postgres.retention import BATCH, Retention
 from cdc.postgres.shard_locks import RETENTION, lock_class
 
-log = logging.getLogger("cdc.pruning")
+log = logging.getLogger("cdc.retention")
 
 _ROUND_EVERY_S = 60.0
 """Also after a round that failed: nothing is urgent here, and a server that comes back has other things to do."""

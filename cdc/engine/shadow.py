@@ -40,7 +40,7 @@ from cdc.postgres.unreadable import RefusedReadError
 from cdc.runtime.cancelling import disregard
 from cdc.runtime.deadline import unless, wait_within
 
-log = logging.getLogger("cdc.observer")
+log = logging.getLogger("cdc.shadow")
 
 _MARKS_EVERY_S = 1.0
 _LATE = timedelta(seconds=2)

@@ -29,7 +29,7 @@ from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport, assess
 from cdc.runtime.supervisor import Supervisor
 
-log = logging.getLogger("cdc.collector")
+log = logging.getLogger("cdc.stats_poller")
 
 _EVERY_S = 15.0
 _STATEMENT_TIMEOUT = "5s"

@@ -15,7 +15,7 @@ resumed by leaving out what has a replay made since it began.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
@@ -95,13 +95,14 @@ class Bulk:
         *,
         latest_per_key: bool = False,
         unless_since: Moment | None = None,
+        only_count: bool = False,
     ) -> Iterator[Replay]:
         """The processed changes that match and are no replays themselves; of each key the last only, if asked.
 
         ``unless_since``: without those that have a replay made since then. One at a time, also by others: raises
-        RefusedError while another replay runs.
+        RefusedError while another replay runs, unless this is ``only_count``.
         """
-        with self._alone(connection):
+        with nullcontext() if only_count else self._alone(connection):
             [(now,)] = connection.execute("SELECT now()").fetchall()
             parameters = {**_parameters(wanted, now), "unless_since": _at(unless_since, now)}
             statement = self._statements["select_latest" if latest_per_key else "select_processed"]
@@ -144,8 +145,11 @@ class Bulk:
         [(taken,)] = connection.execute("SELECT pg_try_advisory_lock(%s, hashtext(%s))", lock).fetchall()
         if not taken:
             raise RefusedError("another replay runs on this outbox", hint="wait until it has ended")
-        yield
-        connection.execute("SELECT pg_advisory_unlock(%s, hashtext(%s))", lock)
+        try:
+            yield
+        finally:
+            with suppress(psycopg.OperationalError):  # the connection is gone, and the lock with it
+                connection.execute("SELECT pg_advisory_unlock(%s, hashtext(%s))", lock)
 
 
 class Selection:
@@ -220,10 +224,13 @@ def _cursor(connection: psycopg.Connection, statement: bytes, parameters: dict[s
         # By old statistics a loop within a loop looks cheap.
         connection.execute("SELECT set_config('enable_nestloop', 'off', true)")
         connection.execute(statement, parameters)
-    count = connection.execute(b"MOVE FORWARD ALL IN " + _CURSOR).rowcount
-    connection.execute(b"MOVE ABSOLUTE 0 IN " + _CURSOR)
-    yield count
-    connection.execute(b"CLOSE " + _CURSOR)
+    try:
+        count = connection.execute(b"MOVE FORWARD ALL IN " + _CURSOR).rowcount
+        connection.execute(b"MOVE ABSOLUTE 0 IN " + _CURSOR)
+        yield count
+    finally:
+        with suppress(psycopg.OperationalError):  # the connection is gone, and the cursor with it
+            connection.execute(b"CLOSE " + _CURSOR)
 
 
 def _fetch(connection: psycopg.Connection) -> list[tuple[UUID, int]]:

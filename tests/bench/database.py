@@ -121,7 +121,7 @@ def old_snapshot(connection: psycopg.Connection) -> Iterator[None]:
 
 
 def preload(connection: psycopg.Connection, *, changes: int, keys: int) -> None:
-    """Fill the outbox with so many fresh changes, spread evenly over the keys. No doorbell rings."""
+    """Fill the outbox with so many fresh changes, spread evenly over the keys. No wake-up is sent."""
 
     def step(first: int) -> None:
         with psycopg.connect(connection.info.dsn, options="-c synchronous_commit=off") as other:

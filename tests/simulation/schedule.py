@@ -1,7 +1,7 @@
 """Consumers, a server and what may go wrong between them, played step by step as the dice say.
 
 A run is a function of its seed. At each step one small thing happens somewhere: a transaction draws a number, is
-flushed (the bell rings), becomes visible later or never; a read takes its snapshot or is answered; a settle is sent,
+flushed (and notified), becomes visible later or never; a read takes its snapshot or is answered; a settle is sent,
 is executed or is answered; a handler takes its row, commits, returns; a consumer looks at the shards or acts on what
 it saw a while ago; a wake-up is relayed, or lost; a session ends, and its consumer notices later; a process is killed,
 and the server notices later. ``Promises`` says what must hold at each of them. In the end nothing goes wrong any more,
@@ -149,7 +149,7 @@ class Simulation:
             self.server.end(self._dice.choice(candidates))
 
     def _requeue(self) -> None:
-        """An operator gives dead letters another try, and rings."""
+        """An operator gives dead letters another try, and wakes the consumers."""
         if dead := [record for record in self.server.rows.values() if record.state in ("dead", "paused")]:
             self.server.requeue(self._dice.choice(dead))
             self._notify(None)

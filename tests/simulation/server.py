@@ -1,7 +1,7 @@
 """A server as far as the promises depend on it: rows, transactions, snapshots, sessions with locks, one slot.
 
-Whatever a real one may do late, this one does at a step of its own: a commit becomes visible after its bell has rung, a
-statement that was sent is executed, the session of a vanished process ends.
+Whatever a real one may do late, this one does at a step of its own: a commit becomes visible after its wake-up,
+a statement that was sent is executed, the session of a vanished process ends.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Server:
         self.unsettled.setdefault(key, {})[record.seq] = record
 
     def flush(self, xid: int) -> None:
-        """The commit record is on disk: the bell rings, though nobody sees the rows yet."""
+        """The commit record is on disk: the wake-up is sent, though nobody sees the rows yet."""
         self.flushed.add(xid)
         self.slot.ring(WakeUp(row.seq, row.shard) for row in self._written_by(xid))
 

@@ -108,7 +108,7 @@ def test_it_rings_for_each_replay_and_wakes_whoever_listens(outbox: str, outbox_
         assert [line.rpartition("content:")[2] for line in messages] == seqs
     finally:
         outbox_db.execute("SELECT pg_drop_replication_slot(%s)", [slot])
-    assert [bell.payload for bell in outbox_db.notifies(timeout=20, stop_after=1)] == [""]
+    assert [notify.payload for notify in outbox_db.notifies(timeout=20, stop_after=1)] == [""]
 
 
 # --- which ---------------------------------------------------------------------------------------------------------
@@ -266,9 +266,25 @@ def test_one_replays_at_a_time(outbox: str, outbox_db: psycopg.Connection) -> No
         with Bulk("public").replayable(other, Wanted()):
             refused = run(outbox, "replay", "--all", "--yes")
             assert (refused.exit_code, "another replay runs" in refused.stderr) == (5, True)
+            assert data(outbox, "replay", "--all", "--dry-run") == {"matching": 1}, "to count disturbs nobody"
             with pytest.raises(RefusedError):
                 list(Bulk("public").replay_named(outbox_db, [1]))
         assert data(outbox, "replay", "--all", "--yes")["replayed"] == 1
+
+
+def test_a_replay_that_fails_leaves_room_for_the_next_one(outbox_db: psycopg.Connection) -> None:
+    process(outbox_db, publish(outbox_db))
+    bulk = Bulk("public")
+
+    def fails() -> None:
+        with bulk.replayable(outbox_db, Wanted()) as found:
+            raise ZeroDivisionError(found.count)
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError, match="1"):
+            fails()
+    with psycopg.connect(outbox_db.info.dsn, autocommit=True) as other, bulk.replayable(other, Wanted()) as found:
+        assert found.count == 1
 
 
 # --- who -----------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_dropped_wake_ups_are_counted_and_their_shard_is_swept_until_the_loss_is
 ) -> None:
     assert planner.notified([WakeUp(seq, 0) for seq in range(1, 8)]) == 3
     _pass(planner, 1.0, Snapshot(30, 40), 1, 2, 3)
-    assert planner.live_shards == 0, "transactions up to 39 may have rung and be invisible still"
+    assert planner.live_shards == 0, "transactions up to 39 may have notified and be invisible still"
     _pass(planner, 1.1, Snapshot(39, 50))
     assert planner.live_shards == 0
     _pass(planner, 1.2, Snapshot(40, 50))

@@ -21,7 +21,7 @@ from cdc.replication.refusals import (
     why_broken,
 )
 
-NAMES = ErrorContext(slot="bell", plugin="wal2json", database="app", role='odd"role', publication='odd"one')
+NAMES = ErrorContext(slot="cdc_slot", plugin="wal2json", database="app", role='odd"role', publication='odd"one')
 END = Lsn.parse("0/2000")
 P, C, S, R = Phase.PUBLISH, Phase.CREATE, Phase.START, Phase.STREAM
 
@@ -171,7 +171,7 @@ def test_a_slot_of_a_plugin_that_was_not_asked_for_is_kept_and_the_command_named
     with pytest.raises(StreamError) as refused:
         next_step(OURS, END, NAMES, ONLY_PGOUTPUT)
     assert (refused.value.reason, refused.value.permanent) == (Reason.SLOT_FOREIGN, True)
-    assert "cdc slot recreate bell --plugin pgoutput" in refused.value.hint
+    assert "cdc slot recreate cdc_slot --plugin pgoutput" in refused.value.hint
 
 
 @pytest.mark.parametrize(
@@ -190,11 +190,11 @@ def test_where_nothing_may_be_recreated_the_command_that_does_it_is_named(
     with pytest.raises(StreamError) as refused:
         next_step(found, END, NAMES, replace(wanted, may_recreate=False))
     assert (refused.value.reason, refused.value.permanent) == (reason, True)
-    assert "cdc slot recreate bell" in refused.value.hint
+    assert "cdc slot recreate cdc_slot" in refused.value.hint
 
 
 def test_where_nothing_may_be_created_the_command_that_does_it_is_named() -> None:
     with pytest.raises(StreamError) as refused:
         next_step(None, END, NAMES, SlotPolicy(may_create=False))
     assert (refused.value.reason, refused.value.permanent) == (Reason.SLOT_MISSING, True)
-    assert "cdc slot create bell" in refused.value.hint
+    assert "cdc slot create cdc_slot" in refused.value.hint
