@@ -141,12 +141,8 @@ BEGIN
 
   RETURN QUERY
   INSERT INTO @schema@.entity_changes AS made
-    (table_schema, table_name, operation, entity_id, entity_type, new_data, metadata)
-  SELECT v_schema, v_name, 'READ',
-    @schema@.bounded_text(CASE cardinality(v_key)
-      WHEN 1 THEN coalesce(d.document ->> v_key[1], 'null')
-      ELSE (SELECT jsonb_agg(d.document -> k.name ORDER BY k.place)::text
-            FROM unnest(v_key) WITH ORDINALITY AS k (name, place)) END),
+    (table_schema, table_name, operation, entity_id, shard, entity_type, new_data, metadata)
+  SELECT v_schema, v_name, 'READ', e.id, (hashtext(e.id) & 63)::smallint,
     @schema@.bounded_text(coalesce(nullif(p_entity_type, ''), @schema@.default_entity_type(v_name))),
     d.document,
     jsonb_build_object('timestamp', now(), 'backfill', p_backfill)
@@ -154,6 +150,12 @@ BEGIN
       || CASE WHEN d.document ?| '{chat_id,room_id}' THEN jsonb_build_object('chat_id', coalesce(
            nullif(d.document -> 'chat_id', 'null'), d.document -> 'room_id', d.document -> 'chat_id')) ELSE '{}' END
   FROM unnest(v_documents) WITH ORDINALITY AS d (document, place)
+  CROSS JOIN LATERAL (
+    SELECT @schema@.bounded_text(CASE cardinality(v_key)
+      WHEN 1 THEN coalesce(d.document ->> v_key[1], 'null')
+      ELSE (SELECT jsonb_agg(d.document -> k.name ORDER BY k.place)::text
+            FROM unnest(v_key) WITH ORDINALITY AS k (name, place)) END) AS id
+  ) AS e
   ORDER BY d.place
   RETURNING made.seq, made.shard, pg_logical_emit_message(true, @prefix_literal@, made.seq || ',' || made.shard);
 END

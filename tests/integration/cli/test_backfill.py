@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -305,6 +306,23 @@ def test_it_writes_no_more_than_its_backlog_while_nothing_is_handled(
         assert all(step.written == 120 for step, _ in zip(steps, range(3), strict=False)), "what fails stops it"
         outbox_db.execute("UPDATE entity_changes SET dead_at = now(), next_attempt_at = NULL WHERE NOT processed")
         assert next(each for each in steps if not each.waits).written == 126
+
+
+def test_its_memory_does_not_depend_on_how_many_rows_there_are(outbox: str, outbox_db: psycopg.Connection) -> None:
+    orders(outbox_db, 40_000)
+    backfills, peaks = Backfills("public"), list[int]()
+    with closing(_connected(outbox)) as mine:
+        for condition in ("id <= 4000", None):
+            begun = backfills.start(mine, "orders", condition=condition, backlog=1_000)
+            tracemalloc.start()
+            for step in backfills.work(mine, begun):
+                if step.waits:
+                    outbox_db.execute("UPDATE entity_changes SET processed = true, processed_at = now()"
+                                      " WHERE NOT processed")  # fmt: skip
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert len(read(outbox_db)) == 44_000
+    assert peaks[1] < peaks[0] + 200_000
 
 
 async def test_a_consumer_handles_the_rows_as_reads_in_order_with_what_is_written(

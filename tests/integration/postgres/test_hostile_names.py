@@ -124,6 +124,11 @@ def test_no_command_about_the_objects_takes_them(shop: Shop, owner: str) -> None
     shop.cli(owner, "track", "orders", *at, "--type", "order", "--exclude", "note")
     shop.cli(owner, "track", "orders", *at, "--type", "order")
     assert "orders" in shop.cli(owner, "tracked", *at).stdout
+    reading = ("--where", "note IS NOT NULL", "--since", "1")
+    for backfill in ((), reading):
+        shop.cli(owner, "backfill", "public.orders", *at, *backfill)
+    shop.cli(owner, "backfill", "status", *at)
+    shop.cli(owner, "backfill", "cancel", *at, "1", code=5)
     shop.cli(owner, "untrack", "orders", *at)
     shop.cli(owner, "track", "orders", *at, "--type", "order")
     shop.cli(owner, "track", "odrers", *at, code=4)
