@@ -141,6 +141,7 @@ DECLARE
   v_nulls jsonb;
   v_virtual boolean;
   v_handled boolean;
+  v_stays boolean := true;
   v_key jsonb;
   v_values jsonb;
   v_caused_by uuid;
@@ -244,7 +245,10 @@ BEGIN
     IF v_entity_type IS NULL THEN
       v_entity_type := @schema@.default_entity_type(TG_TABLE_NAME);
     END IF;
-    IF coalesce(v_old, v_new) ->> v_key_column = v_entity_id
+    IF v_old IS NOT NULL AND v_new IS NOT NULL THEN
+      v_stays := v_old ->> v_key_column = v_entity_id;
+    END IF;
+    IF v_stays
       AND octet_length(v_entity_id || v_entity_type) <= 1000
       AND pg_partition_root(TG_RELID) IS NULL
       AND TG_WHEN = 'AFTER'
@@ -257,7 +261,7 @@ BEGIN
       VALUES (TG_TABLE_SCHEMA, TG_TABLE_NAME, TG_OP, v_entity_id, v_entity_type, v_old, v_new,
         CASE WHEN v_new IS NOT NULL THEN jsonb_build_object('timestamp', now()) END, (hashtext(v_entity_id) & 63)::smallint)
       -- The wake-up. Not NOTIFY: that takes a lock of the whole cluster until after the commit's flush.
-      RETURNING pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard) INTO v_rung;
+      RETURNING pg_logical_emit_message(true, @prefix_literal@, concat_ws(',', seq, shard)) INTO v_rung;
       RETURN NULL;
     END IF;
   END IF;
@@ -364,7 +368,7 @@ BEGIN
         coalesce(v_depth, 0), v_done_at IS NOT NULL, v_done_at, v_done_why, (hashtext(v_moved_from) & 63)::smallint
       )
       RETURNING CASE WHEN v_done_at IS NULL THEN
-        pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard)
+        pg_logical_emit_message(true, @prefix_literal@, concat_ws(',', seq, shard))
       END INTO v_rung;
       v_operation := 'INSERT';
       v_metadata := jsonb_build_object('moved_from', v_moved_from) || coalesce(v_metadata, '{}');
@@ -392,7 +396,7 @@ BEGIN
     v_done_why,
     (hashtext(v_entity_id) & 63)::smallint
   )
-  RETURNING CASE WHEN v_done_at IS NULL THEN pg_logical_emit_message(true, @prefix_literal@, seq || ',' || shard) END
+  RETURNING CASE WHEN v_done_at IS NULL THEN pg_logical_emit_message(true, @prefix_literal@, concat_ws(',', seq, shard)) END
   INTO v_rung;
 
   -- Created BEFORE by mistake, or INSTEAD OF, the trigger must not swallow the row.
