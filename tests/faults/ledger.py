@@ -213,11 +213,14 @@ def _effect_faults(evidence: Evidence) -> list[str]:
 
 
 def _chain_faults(key: Key, changes: Sequence[Captured]) -> list[str]:
-    """In seq order each change of a row starts from what the one before it left: seq is the order of the commits."""
+    """In seq order each change of a row starts from what the one before it left: seq is the order of the commits.
+
+    A READ says just that.
+    """
     return [
         f"captured out of order: {later.seq} of {key} follows {earlier.seq}"
         for earlier, later in pairwise(changes)
-        if later.before != earlier.after
+        if (later.after if later.operation == "READ" else later.before) != earlier.after
     ]
 
 

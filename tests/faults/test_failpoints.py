@@ -125,6 +125,50 @@ def test_a_crash_at_any_point_loses_nothing_and_keeps_order(
     assert judge(Evidence(captured, calls, effects=records.read_effects(kept))).violations == []
 
 
+@pytest.mark.promise("G2")
+@pytest.mark.promise("G3")
+@pytest.mark.parametrize("point", ["run.after_handler", "run.before_commit", "settle.before_commit"])
+def test_the_rows_of_a_backfill_are_lost_doubled_and_reordered_by_no_crash(
+    point: str, outbox: str, kept: psycopg.Connection, processes: list[Process], ledgers: Path
+) -> None:
+    """The consumer crashes, and so does one of the backfills, while the rows are written."""
+    options = [part for name, value in _OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    log = ledgers / "crashing.log"
+    _write(kept, 0)
+    environment = {**os.environ, "CDC_DSN": outbox}
+    reading = [
+        Forked("cdc", ["backfill", kind], cwd=ROOT, environment=environment, log=ledgers / "reading.log")
+        for kind in KINDS[1:]
+    ]
+    killed = _crashing(outbox, ledgers / "killed.log", "backfill.before_commit", "backfill", KINDS[0])
+    crashing = _crashing(outbox, log, point, "run", "--handlers", "tests.handlers_ledger:router", *options)
+    for round_ in range(1, 6):
+        _write(kept, round_)
+    try:
+        eventually(lambda: _has_crashed(crashing, log), what=f"it passes {point}")
+        assert killed.wait(30) == -signal.SIGKILL
+        clean = make_conninfo(outbox, user="clean")
+        processes.append(Process(clean, ledgers / "clean.log", handlers="tests.handlers_ledger:router", **_OPTIONS))
+        processes[-1].wait_for("owns 64 of 64")
+        _write(kept, 6)
+        reading.append(
+            Forked(
+                "cdc", ["backfill", "resume", KINDS[0]], cwd=ROOT, environment=environment, log=ledgers / "reading.log"
+            )
+        )
+        assert [process.wait(60) for process in reading] == [0] * len(KINDS)
+    finally:
+        for process in (crashing, killed, *reading):
+            process.kill()
+            process.wait()
+    eventually(lambda: settled(kept), what="the clean consumer finishes")
+    assert processes[-1].terminate() == 0, processes[-1].log
+    captured = records.read_captured(kept, KINDS)
+    assert sum(change.operation == "READ" for change in captured) == _KEYS * len(KINDS)
+    calls = records.read_calls(ledgers, {"crashing": 0.0})
+    assert judge(Evidence(captured, calls, effects=records.read_effects(kept))).violations == []
+
+
 def test_a_crash_between_two_steps_of_the_installation_leaves_nothing_or_all(
     database: str, db: psycopg.Connection, tmp_path: Path
 ) -> None:
