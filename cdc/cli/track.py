@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import click
 
@@ -16,6 +17,10 @@ from cdc.postgres import remarks
 from cdc.postgres.tracked_tables import Fires, Tracked, described, named
 
 _NAME = re.compile(r'\s*+(?:"(?P<quoted>(?:[^"]|"")++)"\s*+|(?P<plain>[^,"][^,]*+)|)(?:,|$)')
+
+_EVENT = re.compile(
+    r'\s*+(?P<of>update:)?+\s*+(?:"(?P<quoted>(?:[^"]|"")++)"\s*+|(?P<plain>[^,"]*+))(?:,|$)', re.IGNORECASE
+)
 
 
 def _names(_ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -40,11 +45,34 @@ def split_names(option: click.Parameter, value: str) -> Iterator[str]:
         place = found.end()
 
 
-def _operations(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[Operation, ...] | None:
-    named = None if value is None else tuple(name.upper() for name in split_names(option, value))
-    if named is not None and not set(named) <= set(CAPTURED):
-        raise click.BadParameter(f"{value!r}; expected insert, update, delete, or some of them")
-    return None if named is None else tuple(map(Operation, named))
+class _On(NamedTuple):
+    operations: tuple[Operation, ...]
+    update_of: tuple[str, ...]
+
+
+def _on_option(ctx: click.Context, option: click.Parameter, value: str | None) -> _On | None:
+    """``insert,update:status,total``: after ``update:`` what is no operation is a column; one in quotes always is."""
+    if value is None:
+        return None
+    operations, columns, place = list[Operation](), list[str](), 0
+    while place < len(value):
+        found = _EVENT.match(value, place)
+        word = (found["quoted"] or "").replace('""', '"') or found["plain"].strip() if found else ""
+        if found and found["of"] and word:
+            operations.append(Operation.UPDATE)
+            columns.append(word)
+        elif found and found["plain"] and word.upper() in CAPTURED:
+            operations.append(Operation(word.upper()))
+        elif columns and word:
+            columns.append(word)
+        else:
+            raise click.BadParameter(
+                f"{value!r}; expected insert, update, delete, or some of them; update:COLUMNS narrows it", param=option
+            )
+        place = found.end() if found else len(value)
+    if not operations:
+        raise UsageError("--on names no operation", hint="insert, update, delete, or some of them")
+    return _On(tuple(operations), tuple(columns))
 
 
 def _columns(name: str, help_text: str) -> Callable[[Command], Command]:
@@ -58,8 +86,12 @@ def _columns(name: str, help_text: str) -> Callable[[Command], Command]:
     "--type", "entity_type", metavar="TYPE", help="Entity type [reaction, message, task, or the table's name]."
 )
 @click.option(
-    "--on", "operations", metavar="OPERATIONS", callback=_operations, help="What to capture [insert,update,delete]."
+    "--on",
+    metavar="OPERATIONS",
+    callback=_on_option,
+    help="What to capture [insert,update,delete]; update:COLUMNS: an UPDATE that sets one of these.",
 )
+@click.option("--when", metavar="SQL", help="Capture a row only where this condition on OLD and NEW holds.")
 @_columns("--key", "What tells rows apart [id, or the primary key].")
 @_columns("--exclude", "Columns that never leave the table.")
 @_columns("--columns", "Instead: the only columns that leave the table; new ones do not.")
@@ -76,7 +108,8 @@ def track(
     settings: Settings,
     table: str,
     entity_type: str | None,
-    operations: tuple[Operation, ...] | None,
+    on: _On | None,
+    when: str | None,
     key: tuple[str, ...] | None,
     exclude: tuple[str, ...] | None,
     columns: tuple[str, ...] | None,
@@ -89,25 +122,26 @@ def track(
 
     \b
         cdc track whatsapp_messages --type message --on insert
+        cdc track orders --on insert,update:status,total --when 'NEW.total > 0'
         cdc track 'shop."Order Line"' --key order_id,line --exclude card_number
 
     TABLE is read as in SQL: quote it if it has capitals. Columns are named exactly; one with a comma or a blank at an
     end is put in double quotes. Changes of one key are handled in their order.
 
-    Options that are not named stay as they are. A type, a key or an exclusion that would go is refused without
-    --replace; '' takes an option away.
+    Options that are not named stay as they are. A type, a key, an exclusion or a condition that would go is refused
+    without --replace; '' takes an option away.
     """
     from cdc.postgres import tracking  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    if operations == ():
-        raise UsageError("--on names no operation", hint="insert, update, delete, or some of them")
     with open_database(settings, user_path=True) as connection:
         done = tracking.track(
             connection,
             settings.schema_,
             table,
             entity_type=entity_type,
-            operations=operations,
+            operations=None if on is None else on.operations,
+            update_of=None if on is None else on.update_of,
+            when=when,
             key=key,
             exclude=exclude,
             columns=columns,

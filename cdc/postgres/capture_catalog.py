@@ -144,7 +144,7 @@ SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type,
   ARRAY(SELECT a.attname::text FROM pg_catalog.unnest(t.tgattr::int2[]) AS u (attnum)
         JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.tgrelid AND a.attnum = u.attnum) AS update_of,
   CASE WHEN t.tgqual IS NOT NULL THEN
-    pg_catalog.substring(pg_catalog.pg_get_triggerdef(t.trigger, true), ' (WHEN \\(.*\\)) EXECUTE FUNCTION ')
+    pg_catalog.substring(pg_catalog.pg_get_triggerdef(t.trigger, true), ' WHEN \\((.*)\\) EXECUTE FUNCTION ')
   END AS when,
   ARRAY(
     SELECT CASE WHEN o.tgrelid = t.tgrelid THEN o.tgname::text
@@ -332,7 +332,6 @@ def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capt
     if not row["type"] & _ROW:
         options["broken"] = "it is not FOR EACH ROW"
     named = [column for option in LISTS for column in options.get(option, ())]
-    narrowed = [f"UPDATE OF {', '.join(row['update_of'])}"] if row["update_of"] else []
     found = Tracked(
         table=spelt[row["oid"]],
         trigger=row["trigger"],
@@ -340,7 +339,8 @@ def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capt
         entity_type=_text(row["entity_type"]) or None,
         fires=_FIRES[row["fires"]],
         ours=row["trigger"] in ours,
-        only=" ".join([*narrowed, *([row["when"]] if row["when"] else [])]),
+        update_of=tuple(row["update_of"]),
+        when=row["when"] or "",
         missing=tuple(dict.fromkeys(column for column in named if column not in row["columns"])),
         oid=row["oid"],
         namespace=row["namespace"],

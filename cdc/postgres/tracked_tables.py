@@ -67,8 +67,10 @@ class Tracked:
     """False for a trigger made by hand."""
     more: tuple[tuple[str, str], ...] = ()
     """Further options, each with its JSON."""
-    only: str = ""
-    """Further conditions, as SQL: ``UPDATE OF a``, ``WHEN (...)``."""
+    update_of: tuple[str, ...] = ()
+    """An UPDATE is captured if it sets one of these; empty: any."""
+    when: str = ""
+    """The condition of its WHEN, as SQL. Out of the catalogs it has names that are valid on any search_path."""
     broken: str = ""
     """Why every write that it should capture fails, whatever the table's columns are."""
     missing: tuple[str, ...] = ()
@@ -90,6 +92,12 @@ class Tracked:
         """The names of the options that it has."""
         ours = [name for name in (*LISTS, *FLAGS) if getattr(self, name)]
         return (*ours, *(name for name, _ in self.more))
+
+    @property
+    def only(self) -> str:
+        """Its conditions, as SQL: ``UPDATE OF a``, ``WHEN (...)``."""
+        narrowed = [f"UPDATE OF {', '.join(self.update_of)}"] if self.update_of else []
+        return " ".join([*narrowed, *([f"WHEN ({self.when})"] if self.when else [])])
 
     @property
     def enabled(self) -> bool:
@@ -125,6 +133,8 @@ class Tracked:
             "fires": self.fires,
             "disabled_partitions": [copy.spelt for copy in self.off],
             "missing": list(self.missing),
+            "update_of": list(self.update_of),
+            "when": self.when,
             "only": self.only,
             "ours": self.ours,
         }
@@ -169,10 +179,15 @@ class SourceTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """The options named; None stays as it is, or gets its default. ``entity_type`` "": that by the table's name."""
+    """The options named; None stays as it is, or gets its default. ``entity_type`` "": that by the table's name.
+
+    ``update_of`` counts where ``operations`` are named, and None is then any column. ``when`` "": no condition.
+    """
 
     entity_type: str | None = None
     operations: tuple[Operation, ...] | None = None
+    update_of: tuple[str, ...] | None = None
+    when: str | None = None
     key: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     columns: tuple[str, ...] | None = None
@@ -214,7 +229,8 @@ def decide(source: SourceTable, present: Sequence[Tracked], asked: Asked, trigge
     before = _common(source, present, asked)
     exclude, columns = _shown(asked, before)
     key = asked.key if asked.key is not None else before.key
-    for option, named in (("key", key), ("exclude", exclude), ("columns", columns)):
+    update_of = before.update_of if asked.operations is None else asked.update_of or ()
+    for option, named in (("key", key), ("exclude", exclude), ("columns", columns), ("update_of", update_of)):
         _refuse_missing(source, option, named, said=getattr(asked, option) is not None)
     wanted = Tracked(
         table=source.spelt,
@@ -224,6 +240,8 @@ def decide(source: SourceTable, present: Sequence[Tracked], asked: Asked, trigge
         key=tuple(dict.fromkeys(key)) or _default_key(source),
         exclude=tuple(dict.fromkeys(exclude)),
         columns=tuple(dict.fromkeys(columns)),
+        update_of=tuple(dict.fromkeys(update_of)),
+        when=before.when if asked.when is None else asked.when,
         fires=_fires(asked.always, before.fires),
         handled=before.handled if asked.handled is None else asked.handled,
         more=before.more,
@@ -246,8 +264,11 @@ def losses(source: SourceTable, before: Tracked, wanted: Tracked) -> Iterator[st
     hidden = [column for column in before.columns if column in source.columns and not wanted.captures(column)]
     if hidden:
         yield f"{named(hidden)} would be captured no more"
-    if before.only:
-        yield f"its {before.only} would go"
+    if set(before.update_of) - set(wanted.update_of):
+        now = f"become UPDATE OF {named(wanted.update_of)}" if wanted.update_of else "go"
+        yield f"its UPDATE OF {named(before.update_of)} would {now}"
+    if before.when and before.when != wanted.when:
+        yield f"its WHEN ({before.when}) would " + (f"become WHEN ({wanted.when})" if wanted.when else "go")
 
 
 def described(tracked: Tracked) -> str:
@@ -278,9 +299,10 @@ def _common(source: SourceTable, present: Sequence[Tracked], asked: Asked) -> Tr
         return Tracked(table=source.spelt, trigger="", operations=CAPTURED, entity_type=None)
     first, *others = present
     for other in others:
-        for option in ("entity_type", "key", "exclude", "columns", "handled"):
-            if getattr(asked, option) is None and getattr(first, option) != getattr(other, option):
-                flag = "--type" if option == "entity_type" else f"--{option}"
+        for option in ("entity_type", "key", "exclude", "columns", "handled", "update_of", "when"):
+            left = asked.operations is None if option == "update_of" else getattr(asked, option) is None
+            if left and getattr(first, option) != getattr(other, option):
+                flag = {"entity_type": "--type", "update_of": "--on"}.get(option, f"--{option}")
                 raise UsageError(
                     f"{source.spelt} is captured by {first.trigger} and {other.trigger}, which differ in {flag}",
                     hint=f"name it: {flag}" + (" or --no-handled" if option == "handled" else " ..."),

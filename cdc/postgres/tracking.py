@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import replace as replace_fields
+from typing import Any, TypeVar, cast
 
 import psycopg
 from psycopg import errors, sql
@@ -26,6 +27,8 @@ _LOCK_TIMEOUT = "5s"
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 _OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills")
 """Tables of the outbox itself."""
+_REFUSALS = {"42", "22", "0A"}
+"""Classes of errors by which the server refuses a condition: it cannot be read, a constant in it, what it uses."""
 _ENABLE = {Fires.ORIGIN: "ENABLE", Fires.ALWAYS: "ENABLE ALWAYS", Fires.REPLICA: "ENABLE REPLICA"}
 
 
@@ -58,6 +61,8 @@ def track(
     *,
     entity_type: str | None = None,
     operations: Sequence[Operation] | None = None,
+    update_of: Sequence[str] | None = None,
+    when: str | None = None,
     key: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
@@ -68,46 +73,21 @@ def track(
     """Capture the rows of ``table``, a name as PostgreSQL reads it, into the outbox in ``schema``.
 
     An option that is None stays as the table's trigger has it; a new one has all operations and columns, the type by
-    the table's name, and as key the column id, else the primary key. Raises NotFoundError for a table that does not
-    exist, UsageError for one that cannot be tracked or columns it does not have, RefusedError where the function could
-    not write the outbox, and, unless ``replace`` is set, when a trigger made by hand captures it already, or a type, a
-    key, captured or excluded columns would be lost. Writers of the table wait while the trigger is made, up to 5 s.
+    the table's name, and as key the column id, else the primary key. ``update_of``, with ``operations``: only an UPDATE
+    that sets one of these columns is captured. ``when``: a condition on OLD and NEW, as SQL; "" takes it away.
+
+    Raises NotFoundError for a table that does not exist, UsageError for one that cannot be tracked, columns it does not
+    have or a condition that the server refuses, RefusedError where the function could not write the outbox, and, unless
+    ``replace`` is set, when a trigger made by hand captures it already, or a type, a key, a condition, captured or
+    excluded columns would be lost. Writers of the table wait while the trigger is made, up to 5 s.
     """
     asked = Asked(
-        entity_type=entity_type, operations=_frozen(operations), key=_frozen(key), exclude=_frozen(exclude),
+        entity_type=entity_type, operations=_frozen(operations), update_of=_frozen(update_of),
+        when=None if when is None else when.strip(), key=_frozen(key), exclude=_frozen(exclude),
         columns=_frozen(columns), always=always, handled=handled,
     )  # fmt: skip
     with _changing(connection, table):
-        capture = capture_catalog.capture_function(connection, schema)
-        _refuse_incapable(capture, schema)
-        source = _resolve(connection, capture, schema, table)
-        _refuse_kind(source, schema)
-        everywhere = _triggers(connection, capture, schema)
-        present = [each for each in everywhere if each.oid == source.oid]
-        wanted = decide(source, present, asked, trigger_name(schema))
-        before = next((each for each in present if each.ours), None)
-        others = [each for each in everywhere if (not each.ours and each.oid == source.oid) or source.oid in each.above]
-        _refuse_unknown(capture, wanted)
-        if not replace:
-            _refuse_doubled(source, others)
-            _refuse_losses(source, before, wanted)
-        for other in others:
-            _as_owner(connection, _drop_statement(other))
-        changed = _is_different(before, wanted, always=always)
-        if changed:
-            _refuse_foreign(connection, capture, source, wanted.trigger)
-            _rename_former(connection, schema, present)
-            _create(connection, schema, source, wanted)
-            _set_firing(connection, capture, schema, source, before, always=asked.always)
-        made = next(each for each in _triggers(connection, capture, schema, source.oid) if each.ours)
-        everywhere = [made, *(each for each in everywhere if each.oid != source.oid and each not in others)]
-        return Tracking(
-            tracked=made,
-            changed=changed,
-            before=before,
-            replaced=tuple(other.trigger for other in others),
-            warnings=tuple(_warnings(source, made, everywhere)),
-        )
+        return _track(connection, schema, table, asked, replace=replace)
 
 
 def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tracked]:
@@ -162,18 +142,59 @@ def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]
     return done
 
 
+def _track(connection: psycopg.Connection, schema: str, table: str, asked: Asked, *, replace: bool) -> Tracking:
+    capture = capture_catalog.capture_function(connection, schema)
+    _refuse_incapable(capture, schema)
+    source = _resolve(connection, capture, schema, table)
+    _refuse_kind(source, schema)
+    everywhere = _triggers(connection, capture, schema)
+    present = [each for each in everywhere if each.oid == source.oid]
+    wanted = decide(source, present, asked, trigger_name(schema))
+    before = next((each for each in present if each.ours), None)
+    others = [each for each in everywhere if (not each.ours and each.oid == source.oid) or source.oid in each.above]
+    _refuse_unknown(capture, wanted)
+    if not replace:
+        _refuse_doubled(source, others)
+        # The server alone knows whether a condition that is named is another than before.
+        _refuse_losses(source, before, replace_fields(wanted, when=before.when) if before and asked.when else wanted)
+    for other in others:
+        _as_owner(connection, _drop_statement(other))
+    changed = _is_different(before, wanted, always=asked.always)
+    if changed or asked.when:
+        _refuse_foreign(connection, capture, source, wanted.trigger)
+        _rename_former(connection, schema, present)
+        _create(connection, schema, source, wanted, of_user=bool(asked.when))
+        _set_firing(connection, capture, schema, source, before, always=asked.always)
+    made = next(each for each in _triggers(connection, capture, schema, source.oid) if each.ours)
+    if not replace:
+        _refuse_losses(source, before, made)
+    changed = changed or before is None or made.when != before.when
+    everywhere = [made, *(each for each in everywhere if each.oid != source.oid and each not in others)]
+    return Tracking(
+        tracked=made,
+        changed=changed,
+        before=before,
+        replaced=tuple(other.trigger for other in others),
+        warnings=tuple(_warnings(source, made, everywhere)),
+    )
+
+
 def _frozen(given: Sequence[T] | None) -> tuple[T, ...] | None:
     return None if given is None else tuple(given)
 
 
 def _is_different(before: Tracked | None, wanted: Tracked, *, always: bool | None) -> bool:
     """``before`` comes from the catalogs, with further facts, and with its copies on partitions."""
-    if before is None or before.trigger != wanted.trigger or before.broken or before.only:
+    if before is None or before.trigger != wanted.trigger or before.broken:
         return True
     # A partition's copy may fire ALWAYS where others do not, unless the option was named.
     unlike = always is not None and {copy.fires for copy in before.copies} - {wanted.fires}
-    same = (arguments(before), before.operations, before.fires) == (arguments(wanted), wanted.operations, wanted.fires)
-    return bool(unlike or before.off or not same)
+    return bool(unlike or before.off or _as_asked(before) != _as_asked(wanted) or (before.when and not wanted.when))
+
+
+def _as_asked(tracked: Tracked) -> tuple[object, ...]:
+    """All but its condition, which the server writes in other words."""
+    return arguments(tracked), tracked.operations, set(tracked.update_of), tracked.fires
 
 
 def _refuse_losses(source: SourceTable, before: Tracked | None, wanted: Tracked) -> None:
@@ -320,17 +341,43 @@ def _similar(connection: psycopg.Connection, name: str) -> str:
     return f"did you mean {' or '.join(spelt[:3])}?" if spelt else "write the schema with it: schema.table"
 
 
-def _create(connection: psycopg.Connection, schema: str, source: SourceTable, wanted: Tracked) -> None:
+def _create(
+    connection: psycopg.Connection, schema: str, source: SourceTable, wanted: Tracked, *, of_user: bool
+) -> None:
+    """``of_user``: the condition is as a user wrote it, for the user's search_path."""
+    events = [
+        sql.SQL("UPDATE OF {}").format(sql.SQL(", ").join(map(sql.Identifier, wanted.update_of)))
+        if operation is Operation.UPDATE and wanted.update_of
+        else sql.SQL(operation.value)
+        for operation in wanted.operations
+    ]
+    # On a line of its own, so that a comment in it ends; the statement is the table owner's, as all of SQL is.
+    condition = sql.SQL(cast("Any", f"WHEN ({wanted.when}\n) ")) if wanted.when else sql.SQL("")
     # OR REPLACE also enables a trigger that was disabled, and unlike DROP TRIGGER needs no ownership of the table.
-    connection.execute(
-        sql.SQL("CREATE OR REPLACE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION {}({}, {})").format(
-            sql.Identifier(wanted.trigger),
-            sql.SQL(" OR ").join(sql.SQL(operation.value) for operation in wanted.operations),
-            sql.Identifier(source.namespace, source.name),
-            sql.Identifier(schema, "capture_entity_change"),
-            *map(sql.Literal, arguments(wanted)),
-        )
+    statement = sql.SQL(
+        "CREATE OR REPLACE TRIGGER {} AFTER {} ON {} FOR EACH ROW {}EXECUTE FUNCTION {}({}, {})"
+    ).format(
+        sql.Identifier(wanted.trigger),
+        sql.SQL(" OR ").join(events),
+        sql.Identifier(source.namespace, source.name),
+        condition,
+        sql.Identifier(schema, "capture_entity_change"),
+        *map(sql.Literal, arguments(wanted)),
     )
+    if not of_user:
+        connection.execute(statement)
+        return
+    try:
+        with _as_user(connection):
+            connection.execute(statement, prepare=True)  # one statement, whatever the condition says
+    except psycopg.Error as refused:
+        if (refused.sqlstate or "")[:2] not in _REFUSALS or isinstance(refused, errors.InsufficientPrivilege):
+            raise
+        raise UsageError(
+            f"the server refuses --when for {source.spelt}: {refused.diag.message_primary}",
+            hint="a condition on the columns of OLD and NEW. It holds for all operations: an INSERT has no OLD and a"
+            " DELETE no NEW, so name those it is for: --on update",
+        ) from refused
 
 
 def _set_firing(

@@ -299,7 +299,7 @@ def test_the_command_line_from_track_to_untrack(outbox: str, tasks: psycopg.Conn
         "table": "tasks", "trigger": "#cdc_capture", "operations": ["insert", "delete"], "entity_type": "job",
         "key": ["id", "title"], "exclude": ["secret"], "columns": [], "virtual": False, "handled": False,
         "enabled": True, "fires": "origin",
-        "disabled_partitions": [], "missing": [], "only": "", "ours": True,
+        "disabled_partitions": [], "missing": [], "update_of": [], "when": "", "only": "", "ours": True,
     }  # fmt: skip
     assert json.loads(again.stdout) == {
         "schema": 1, "tracked": expected, "changed": False, "before": expected, "warnings": [],

@@ -1,0 +1,137 @@
+"""`cdc track --on update:COLUMNS --when SQL`: what does not match never enters the function."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+
+from cdc.cli import cdc
+
+
+def invoke(dsn: str, *arguments: str) -> Result:
+    return CliRunner().invoke(cdc, [*arguments, "--dsn", dsn], catch_exceptions=False)
+
+
+def done(dsn: str, *arguments: str) -> str:
+    result = invoke(dsn, *arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(dsn: str, *arguments: str) -> str:
+    result = invoke(dsn, *arguments)
+    assert result.exit_code != 0, result.output
+    return result.output
+
+
+def tracked(dsn: str) -> Any:
+    [found] = json.loads(invoke(dsn, "tracked", "--json").stdout)["tracked"]
+    return found
+
+
+def captured(db: psycopg.Connection) -> list[tuple[str, str]]:
+    return db.execute("SELECT operation, entity_id FROM entity_changes ORDER BY seq").fetchall()
+
+
+@pytest.fixture
+def orders(outbox_db: psycopg.Connection) -> psycopg.Connection:
+    outbox_db.execute('CREATE TABLE orders (id int PRIMARY KEY, status text, total int, "a,b" int)')
+    return outbox_db
+
+
+def test_only_what_matches_is_captured(outbox: str, orders: psycopg.Connection) -> None:
+    said = done(outbox, "track", "orders", "--on", "insert,update:status,total", "--when", "NEW.total > 0")
+    assert "insert,update; key id; UPDATE OF status, total WHEN (new.total > 0)" in said
+    orders.execute("INSERT INTO orders VALUES (1, 'new', 5), (2, 'new', 0)")
+    orders.execute('UPDATE orders SET "a,b" = 1')
+    orders.execute("UPDATE orders SET status = 'paid'")
+    orders.execute("DELETE FROM orders")
+    assert captured(orders) == [("INSERT", "1"), ("UPDATE", "1")]
+    found = tracked(outbox)
+    assert (found["update_of"], found["when"]) == (["status", "total"], "new.total > 0")
+    assert "insert,update UPDATE OF status, total WHEN (new.total > 0)" in invoke(outbox, "tracked").stdout
+
+
+def test_conditions_that_are_not_named_stay(outbox: str, orders: psycopg.Connection) -> None:
+    done(outbox, "track", "orders", "--on", "update:status", "--when", "OLD.status IS DISTINCT FROM NEW.status")
+    before = tracked(outbox)
+    assert "was tracked so already" in done(outbox, "track", "orders")
+    done(outbox, "track", "orders", "--exclude", "total")
+    assert tracked(outbox) == {**before, "exclude": ["total"]}
+
+
+def test_the_same_condition_in_other_words_changes_nothing(outbox: str, orders: psycopg.Connection) -> None:
+    done(outbox, "track", "orders", "--on", "insert", "--when", "NEW.total>0 -- none for nothing")
+    assert "was tracked so already" in done(outbox, "track", "orders", "--when", "new.total > 0")
+
+
+def test_a_condition_that_goes_needs_replace(outbox: str, orders: psycopg.Connection) -> None:
+    done(outbox, "track", "orders", "--on", "update:status", "--when", "NEW.total > 0")
+    before = tracked(outbox)
+    assert "WHEN (new.total > 0) would go" in refused(outbox, "track", "orders", "--when", "")
+    told = refused(outbox, "track", "orders", "--when", "NEW.total > 9")
+    assert "WHEN (new.total > 0) would become WHEN (new.total > 9)" in told
+    assert "UPDATE OF status would go" in refused(outbox, "track", "orders", "--on", "update")
+    assert tracked(outbox) == before
+    done(outbox, "track", "orders", "--on", "update:status,total")  # captures more, and nothing less
+    done(outbox, "track", "orders", "--on", "update", "--when", "", "--replace")
+    assert tracked(outbox)["only"] == ""
+
+
+@pytest.mark.parametrize(
+    ("on", "condition", "reason"),
+    [
+        ("insert,update", "OLD.total > 0", "INSERT trigger's WHEN condition cannot reference OLD values"),
+        ("insert,delete", "NEW.total > 0", "DELETE trigger's WHEN condition cannot reference NEW values"),
+        ("insert", "NEW.totl > 0", "column new.totl does not exist"),
+        ("insert", "NEW.total >", "syntax error"),
+        ("insert", "EXISTS (SELECT)", "cannot use subquery in trigger WHEN condition"),
+        ("insert", "true) EXECUTE FUNCTION capture_entity_change(); DROP TABLE orders --", "syntax error"),
+    ],
+)
+def test_a_condition_that_the_server_refuses_changes_nothing(
+    on: str, condition: str, reason: str, outbox: str, orders: psycopg.Connection
+) -> None:
+    told = refused(outbox, "track", "orders", "--on", on, "--when", condition)
+    assert "the server refuses --when for orders" in told
+    assert reason in told
+    assert json.loads(invoke(outbox, "tracked", "--json").stdout)["tracked"] == []
+
+
+def test_a_condition_means_what_it_means_on_the_path_of_its_author(outbox: str, orders: psycopg.Connection) -> None:
+    orders.execute("CREATE FUNCTION is_large(total int) RETURNS bool LANGUAGE sql AS 'SELECT total > 9'")
+    done(outbox, "track", "orders", "--on", "insert", "--when", "is_large(NEW.total)")
+    done(outbox, "track", "orders", "--exclude", "status")
+    assert tracked(outbox)["when"] == "public.is_large(new.total)"
+    orders.execute("INSERT INTO orders (id, total) VALUES (1, 9), (2, 10)")
+    assert captured(orders) == [("INSERT", "2")]
+
+
+@pytest.mark.parametrize(
+    ("on", "operations", "columns"),
+    [
+        ("UPDATE:total", ["update"], ["total"]),
+        ('update:"a,b",status', ["update"], ["a,b", "status"]),
+        ("delete, update: status , total,insert", ["insert", "update", "delete"], ["status", "total"]),
+        ("update:status,update:total", ["update"], ["status", "total"]),
+    ],
+)
+def test_columns_are_named_as_those_of_other_options(
+    on: str, operations: list[str], columns: list[str], outbox: str, orders: psycopg.Connection
+) -> None:
+    done(outbox, "track", "orders", "--on", on)
+    found = tracked(outbox)
+    assert (found["operations"], sorted(found["update_of"])) == (operations, sorted(columns))
+
+
+@pytest.mark.parametrize("on", ["status", "update:", "update:,insert", "insert:total", 'update:"status'])
+def test_what_names_no_operation_is_refused(on: str, outbox: str, orders: psycopg.Connection) -> None:
+    assert "expected insert, update, delete" in refused(outbox, "track", "orders", "--on", on)
+
+
+def test_a_column_that_is_not_there_is_refused(outbox: str, orders: psycopg.Connection) -> None:
+    assert "did you mean status?" in refused(outbox, "track", "orders", "--on", "update:statsu")
