@@ -29,7 +29,11 @@ def captured(db: psycopg.Connection) -> list[tuple[str, str, str]]:
 
 
 def triggers(db: psycopg.Connection) -> list[str]:
-    named = "SELECT tgname::text FROM pg_trigger WHERE NOT tgisinternal AND tgparentid = 0 ORDER BY 1"
+    """Without that of the outbox itself."""
+    named = (
+        "SELECT tgname::text FROM pg_trigger WHERE NOT tgisinternal AND tgparentid = 0"
+        " AND tgrelid::regclass::text !~ 'entity_changes$' ORDER BY 1"
+    )
     return [name for (name,) in db.execute(named.encode())]
 
 
