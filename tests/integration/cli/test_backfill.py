@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -372,6 +374,20 @@ def _started(dsn: str, tmp_path: Path, *arguments: str) -> Forked:
 def _states(dsn: str) -> list[str]:
     found = json.loads(invoke(dsn, "backfill", "status", "--json").stdout)["backfills"]
     return [each["state"] for each in found]
+
+
+def test_on_a_terminal_a_bar_says_how_far_it_is(outbox: str, outbox_db: psycopg.Connection) -> None:
+    orders(outbox_db, 100)
+    outbox_db.execute("ANALYZE orders")
+    terminal, inner = os.openpty()
+    command = [sys.executable, "-m", "cdc", "backfill", "orders", "--dsn", outbox]
+    with subprocess.Popen(command, stderr=inner, cwd=ROOT) as process, os.fdopen(terminal, "rb", buffering=0) as shown:
+        os.close(inner)
+        said = b""
+        while b"[############............] 50% 50 of about 100" not in said:
+            said += shown.read(1_000)
+        process.terminate()
+    assert b"\r\x1b[K" in said
 
 
 def test_killed_it_is_resumed_where_it_was(outbox: str, outbox_db: psycopg.Connection, started: Forked) -> None:
