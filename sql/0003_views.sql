@@ -1,5 +1,5 @@
--- For operators: two views, and the function that requeues dead letters. Safe to run again; takes no lock that a writer
--- or a consumer waits for.
+-- For operators: makes room for two views, which 0011 makes, and the function that requeues dead letters. Safe to run again;
+-- takes no lock that a writer or a consumer waits for.
 
 DO $cdc$
 DECLARE
@@ -41,79 +41,6 @@ BEGIN
   END LOOP;
 END
 $cdc$;
-
--- The documented columns. The documented query reads the whole history at each refresh; this one reads what is not
--- processed, through the partial indexes, and what was processed today, through the index on processed_at:
---   pending              fresh or waiting. Documented: also dead letters, which are not tried again.
---   failed               not processed, and an attempt has failed: waiting for a retry, or dead. Documented: also what
---                        failed once and was processed since.
---   processed_today      by the day it was processed (in the session's TimeZone). Documented: by the day of the change.
---                        One that somebody marked without a time counts by its own.
---   last_processed_at    when it was processed. Documented: when it was changed. NULL if nothing was processed today.
---   avg_processing_seconds   of today, not of all time.
-CREATE OR REPLACE VIEW @schema@.action_processing_dashboard AS
-SELECT
-  entity_type,
-  count(*) FILTER (WHERE NOT processed AND dead_at IS NULL) AS pending,
-  count(*) FILTER (WHERE processed) AS processed_today,
-  count(*) FILTER (WHERE NOT processed AND (error_count > 0 OR dead_at IS NOT NULL)) AS failed,
-  max(processed_at) FILTER (WHERE processed) AS last_processed_at,
-  avg(extract(epoch FROM processed_at - changed_at)) FILTER (WHERE processed) AS avg_processing_seconds
-FROM (
-  SELECT coalesce(entity_type, table_name) AS entity_type, processed, dead_at, error_count, processed_at, changed_at
-  FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
-  UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
-  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
-  UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
-  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
-  UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
-  FROM @schema@.entity_changes WHERE processed AND processed_at >= date_trunc('day', now())
-  UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, changed_at, changed_at
-  FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL AND changed_at >= date_trunc('day', now())
-) AS change
-GROUP BY entity_type;
-
--- As documented. A change of the last 24 hours that is processed was processed in the last 24 hours, so the index on
--- processed_at finds it, and none on changed_at is needed.
-CREATE OR REPLACE VIEW @schema@.recent_action_history AS
-SELECT
-  id,
-  entity_type,
-  operation,
-  changed_at,
-  processed,
-  processed_at,
-  extract(epoch FROM processed_at - changed_at) AS processing_delay_seconds,
-  error_count,
-  last_error,
-  CASE
-    WHEN entity_type = 'reaction' THEN new_data ->> 'reaction'
-    WHEN entity_type = 'message' THEN left(new_data ->> 'content', 50)
-  END AS preview
-FROM (
-  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
-  FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
-  UNION ALL
-  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
-  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
-  UNION ALL
-  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
-  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
-  UNION ALL
-  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
-  FROM @schema@.entity_changes WHERE processed AND processed_at > now() - interval '24 hours'
-  UNION ALL
-  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
-  FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL
-) AS change
-WHERE changed_at > now() - interval '24 hours'
-ORDER BY changed_at DESC;
-
-REVOKE ALL ON @schema@.action_processing_dashboard, @schema@.recent_action_history FROM PUBLIC;
 
 -- Requeues dead letters with at least p_max_errors failed attempts (of one entity type, or of all), with all their
 -- attempts. They are waiting and due at once, and not fresh, because a waiting change runs before the later ones of its

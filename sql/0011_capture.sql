@@ -1,4 +1,5 @@
--- Capture: the functions that write the outbox and send the wake-up. Safe to run again.
+-- The states of a change, by its columns alone: what reads them, and the functions that write the outbox and send the
+-- wake-up. Safe to run again.
 --
 -- No value of a row makes its writer's statement fail: a value that JSON cannot represent is left out, and a marker
 -- stands in its place. A fault of the trigger itself (a misspelt option, a key column that does not exist) is an error.
@@ -82,6 +83,79 @@ CREATE INDEX IF NOT EXISTS entity_changes_holding_back
 CREATE INDEX IF NOT EXISTS entity_changes_failed ON @schema@.entity_changes (dead_at, next_attempt_at)
   WHERE NOT processed AND (next_attempt_at <= 'infinity' OR dead_at IS NOT NULL);
 DROP INDEX IF EXISTS @schema@.entity_changes_due, @schema@.entity_changes_dead;
+
+-- The documented columns. The documented query reads the whole history at each refresh; this one reads what is not
+-- processed, through the partial indexes, and what was processed today, through the index on processed_at:
+--   pending              fresh or waiting. Documented: also dead letters, which are not tried again.
+--   failed               not processed, and an attempt has failed: waiting for a retry, or dead. Documented: also what
+--                        failed once and was processed since.
+--   processed_today      by the day it was processed (in the session's TimeZone). Documented: by the day of the change.
+--                        One that somebody marked without a time counts by its own.
+--   last_processed_at    when it was processed. Documented: when it was changed. NULL if nothing was processed today.
+--   avg_processing_seconds   of today, not of all time.
+CREATE OR REPLACE VIEW @schema@.action_processing_dashboard AS
+SELECT
+  entity_type,
+  count(*) FILTER (WHERE NOT processed AND dead_at IS NULL) AS pending,
+  count(*) FILTER (WHERE processed) AS processed_today,
+  count(*) FILTER (WHERE NOT processed AND (error_count > 0 OR dead_at IS NOT NULL)) AS failed,
+  max(processed_at) FILTER (WHERE processed) AS last_processed_at,
+  avg(extract(epoch FROM processed_at - changed_at)) FILTER (WHERE processed) AS avg_processing_seconds
+FROM (
+  SELECT coalesce(entity_type, table_name) AS entity_type, processed, dead_at, error_count, processed_at, changed_at
+  FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
+  UNION ALL
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
+  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
+  UNION ALL
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
+  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
+  UNION ALL
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
+  FROM @schema@.entity_changes WHERE processed AND processed_at >= date_trunc('day', now())
+  UNION ALL
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, changed_at, changed_at
+  FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL AND changed_at >= date_trunc('day', now())
+) AS change
+GROUP BY entity_type;
+
+-- As documented. A change of the last 24 hours that is processed was processed in the last 24 hours, so the index on
+-- processed_at finds it, and none on changed_at is needed.
+CREATE OR REPLACE VIEW @schema@.recent_action_history AS
+SELECT
+  id,
+  entity_type,
+  operation,
+  changed_at,
+  processed,
+  processed_at,
+  extract(epoch FROM processed_at - changed_at) AS processing_delay_seconds,
+  error_count,
+  last_error,
+  CASE
+    WHEN entity_type = 'reaction' THEN new_data ->> 'reaction'
+    WHEN entity_type = 'message' THEN left(new_data ->> 'content', 50)
+  END AS preview
+FROM (
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
+  UNION ALL
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
+  UNION ALL
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
+  UNION ALL
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE processed AND processed_at > now() - interval '24 hours'
+  UNION ALL
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL
+) AS change
+WHERE changed_at > now() - interval '24 hours'
+ORDER BY changed_at DESC;
+
+REVOKE ALL ON @schema@.action_processing_dashboard, @schema@.recent_action_history FROM PUBLIC;
 
 -- Row trigger: capture_entity_change([entity_type [, options]]).
 --
