@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.app.config import _OTHERS_VARIABLES
-from cdc.cli.track import _NAME
+from cdc.cli.track import _EVENT, _NAME
 from cdc.core.masking import mask, without_query
 from cdc.core.printable import cut, printable, printable_json, printable_lines
 
@@ -107,6 +107,7 @@ BY_HAND = {
     r"([0-9]+(?:\.[0-9]+)?) ?([smhdw])": WHOLE,
     r"entity_change:[A-Za-z0-9_%]+(?: ([1-9][0-9]{0,18}),(0|[1-9][0-9]?))+": WHOLE,
     _NAME.pattern: "it is matched where the name before has ended, so it begins at one place",
+    _EVENT.pattern: "it is matched where the word before has ended, so it begins at one place",
     _OTHERS_VARIABLES.pattern: "over the names of our own environment's variables",
 }
 """Why a pattern which the rule below refuses takes no more than linear time all the same."""
