@@ -273,22 +273,26 @@ class Consumer:
         if settled.missed:
             self._metrics.outbox.settle_skipped.inc(settled.missed)
             self.sweep_now()  # another session had settled one: changes that the queues hold as waiting may be done
-        self._read_what_waits(batch)
-        self._processed([change for change, outcome in batch if isinstance(outcome, Processed)], settled.at)
+        self._follow_up(batch, settled.at)
         self._dispatcher.dispatch()
         self._read_if_room_helps()
 
     def _read_if_room_helps(self) -> None:
-        if self._reads.wants_room or self._scheduler.wants_key_reads:
+        if self._reads.next.wants_room or self._scheduler.wants_key_reads:
             self.notifications.due.set()
 
-    def _read_what_waits(self, settled: Sequence[Settlement]) -> None:
-        for change, outcome in settled:
+    def _follow_up(self, batch: Sequence[Settlement], settled_at: datetime) -> None:
+        """Read again when what waits is due, and call the hooks for what is processed."""
+        processed: list[Change] = []
+        for change, outcome in batch:
+            if isinstance(outcome, Processed):
+                processed.append(change)
             if change.requeued:
                 self._reread()  # it may have held back another one that is due
             if isinstance(outcome, Waiting):
                 self._reads.due_within(outcome.delay_s)
                 self.notifications.due.set()
+        self._processed(processed, settled_at)
 
     def _processed(self, changes: Sequence[Change], at: datetime) -> None:
         took_s: dict[str, list[float]] = {}

@@ -1,26 +1,23 @@
-"""Reads changes from the outbox, one read after the other, and hands them to the scheduler.
+"""Reads changes from the outbox, as ``next_read`` decides, and hands them to the scheduler.
 
-Three kinds of reads take turns, so that none can delay another for long: keys to be read on, waiting changes that are
-due (``DueReads``), and what ``ReadPlanner`` plans. All of it runs on the event loop, one read at a time.
+All of it runs on the event loop, one read at a time.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable
 from math import inf
 from operator import attrgetter
-from typing import Any, NamedTuple
 from uuid import UUID
 
 import psycopg
 
 from cdc.core import failpoints
-from cdc.core.deferred_keys import KeyRead
 from cdc.core.delay import Delay
 from cdc.core.due_reads import DueReads
+from cdc.core.next_read import DueRead, KeyReads, NextRead
 from cdc.core.page_size import PageSize
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.scheduler import KeyScheduler
@@ -33,24 +30,11 @@ from cdc.postgres.unreadable import Kind, RefusedReadError
 
 log = logging.getLogger("cdc.consumer")
 
-_KEY_READS_MAX = 20
 _SEQ, _SIZE = attrgetter("change.seq"), attrgetter("change.size")
 _now = time.monotonic
 """The event loop's clock."""
 _UNMARKED_S = 1.0
 """Until the next read, while a rejected change cannot be made a dead letter."""
-
-
-class _Room(NamedTuple):
-    """Of a read at ``now``. ``rows``: how many the next page may have. ``scarce``: less than is worth a page."""
-
-    now: float
-    rows: int
-    scarce: bool
-
-
-_Kind = Callable[[psycopg.AsyncConnection, _Room], Coroutine[Any, Any, None] | None]
-"""The read to make now; None: there is nothing of this kind to read."""
 
 
 class Reader:
@@ -74,20 +58,15 @@ class Reader:
         self._pauses = pauses
         self._due = DueReads(scheduler.room_for, sweep_interval_s=sweep_interval_s, poll_interval_s=poll_interval_s)
         self._paging = PageSize()
-        self._kinds = deque[_Kind]((self._read_on, self._read_due, self._read_planned))
-        """In the order of their last turns, the latest last."""
+        self.next = NextRead(scheduler, planner, self._due, self._paging)
         self._unmarked: set[UUID] = set()
         """The changes that were rejected last and are no dead letters yet."""
         self._rests_until = 0.0
         self._delay = Delay()
-        self._restart_due = False
-        self.wants_room = True
-        """There may be something to read as soon as room is freed."""
 
     def restart(self) -> None:
         """Read the whole outbox again."""
-        self._restart_due = True
-        self.due_within(0.0)
+        self.next.restart(_now())
 
     def due_within(self, seconds: float) -> None:
         """Read waiting changes after this many seconds at the latest."""
@@ -99,37 +78,37 @@ class Reader:
         return self._delay.since
 
     def wait_s(self, *, read: bool = False) -> float:
-        """Seconds for which there is nothing to read, unless a wake-up comes or room is freed (``wants_room``).
+        """Seconds for which there is nothing to read, unless a wake-up comes or room is freed (``next.wants_room``).
 
         ``read``: there was something at the last time, so there may be more.
         """
-        now, room = _now(), self._scheduler.window.free
-        scarce = room < self._scheduler.worth and not self._planner.throttled
-        idle = not self._restart_due and self._planner.idle
-        self.wants_room = scarce or not idle or bool(self._due.left_out)
-        if room <= 0 or not self._scheduler.ownership.active:
-            return inf
-        if now < self._rests_until:
-            return self._rests_until - now
-        if read and (not idle or self._scheduler.wants_key_reads):
-            return 0.0
-        return min(self._planner.wait_s(now), max(0.0, self._due.next_at(now, scarce=scarce) - now))
+        now = _now()
+        wait_s = self.next.wait_s(now, read=read)
+        return wait_s if wait_s == inf or now >= self._rests_until else self._rests_until - now
 
     async def once(self, reader: psycopg.AsyncConnection, session: ShardSession) -> bool:
         """Read once. False: there is nothing to read, or no room for it.
 
         A change that the server refuses to hand over becomes a dead letter, on the session that holds its shard.
         """
-        now, room = _now(), self._scheduler.window.free
-        if room <= 0 or now < self._rests_until or not self._scheduler.ownership.active:
+        now = _now()
+        if now < self._rests_until:
             return False
         try:
             try:
                 with self._scheduler.reading:
-                    read = self._next(reader, now, room)
+                    read = self.next.next(now)
                     if read is None:
                         return False
-                    await read
+                    match read:
+                        case Fetch():
+                            await self._fetch(reader, read, now)
+                        case Sweep():
+                            await self._sweep(reader, read, now)
+                        case KeyReads():
+                            await self._read_keys(reader, read)
+                        case DueRead():
+                            await self._read_due(reader, read)
             except RefusedReadError as refused:
                 await self._set_aside(reader, session, refused)
             else:
@@ -142,20 +121,6 @@ class Reader:
         self._planner.wakeups_lost()
         self.restart()
         return True
-
-    def _next(self, reader: psycopg.AsyncConnection, now: float, places: int) -> Coroutine[Any, Any, None] | None:
-        """The next read; None: there is nothing to read."""
-        # As many rows like the last ones as fit into the window.
-        rows = min(places // (1 + self._paging.row_bytes // self._scheduler.place_bytes), self._paging.rows)
-        # Types with a backlog are throttled; of the rest any page brings few changes.
-        scarce = places < self._scheduler.worth and not self._planner.throttled
-        room = _Room(now, max(1, rows), scarce)
-        for kind in self._kinds:
-            if read := kind(reader, room):
-                self._kinds.remove(kind)
-                self._kinds.append(kind)
-                return read
-        return None
 
     def _delayed(self, reader: psycopg.AsyncConnection, error: psycopg.Error) -> None:
         """Raises errors that are about the session."""
@@ -194,49 +159,22 @@ class Reader:
         if self._unmarked:
             self._rests_until = _now() + _UNMARKED_S
 
-    def _read_on(self, reader: psycopg.AsyncConnection, room: _Room) -> Coroutine[Any, Any, None] | None:
-        key_reads = self._scheduler.key_reads(min(_KEY_READS_MAX, room.rows))
-        return self._read_keys(reader, key_reads, room.rows) if key_reads else None
-
-    async def _read_keys(self, reader: psycopg.AsyncConnection, key_reads: Sequence[KeyRead], rows: int) -> None:
-        per_key = max(1, min(rows // len(key_reads), self._scheduler.key_capacity))
-        found = await self._store.read_keys(reader, key_reads, per_key)
+    async def _read_keys(self, reader: psycopg.AsyncConnection, read: KeyReads) -> None:
+        found = await self._store.read_keys(reader, read.keys, read.per_key)
         self._paging.read([row.change.size for of_key, _ in found.values() for row in of_key])
         for request, (of_key, cut) in found.items():
-            self._scheduler.admit_key_read(request, of_key, complete=len(of_key) < per_key and not cut)
+            self._scheduler.admit_key_read(request, of_key, complete=len(of_key) < read.per_key and not cut)
 
-    def _read_due(self, reader: psycopg.AsyncConnection, room: _Room) -> Coroutine[Any, Any, None] | None:
-        if room.now < self._due.next_at(room.now, scarce=room.scarce):
-            return None
-        return self._read_waiting(reader, self._due.begin(room.now, self._scheduler.types))
-
-    async def _read_waiting(self, reader: psycopg.AsyncConnection, without: Collection[str]) -> None:
-        # What is in the window is due as well until it is settled: a page has to reach beyond it.
-        here = self._scheduler.queued + self._scheduler.running + self._scheduler.settling
-        limit = min(self._scheduler.capacity, here + self._paging.rows)
+    async def _read_due(self, reader: psycopg.AsyncConnection, read: DueRead) -> None:
         active, in_window = self._scheduler.ownership.active, self._scheduler.requeued()
-        start = FIRST_TYPE if self._due.start is None else self._due.start
-        found = await self._store.due(reader, active, limit, without, start=start, in_window=in_window)
+        start = FIRST_TYPE if read.start is None else read.start
+        found = await self._store.due(reader, active, read.limit, read.without, start=start, in_window=in_window)
         self._paging.read(list(map(_SIZE, found.rows)))
         admitted = self._scheduler.admit(found.rows, due=True)
         self._metrics.wakeups.received.labels("retry").inc(admitted.taken)
         self._due.done(
             _now(), rejected=admitted.rejected, next_due_s=found.next_due_s, go_on=found.go_on, more=found.more
         )
-
-    def _read_planned(self, reader: psycopg.AsyncConnection, room: _Room) -> Coroutine[Any, Any, None] | None:
-        # Not during such a pass: restarted at each wake-up, it would never get beyond the first rows.
-        if (self._restart_due and not self._planner.passing_from_zero) or self._planner.full_pass_due(room.now):
-            # No read is under way here: its answer would overtake the watermarks that are forgotten here.
-            self._restart_due = False
-            self._scheduler.forget_deferred(self._planner.restart())
-        # Large rows make small pages, which are worth reading if there is room for many.
-        match self._planner.next(room.now, room.rows, room.rows + 1 if room.scarce else 1):
-            case Fetch() as fetch:
-                return self._fetch(reader, fetch, room.now)
-            case Sweep() as sweep:
-                return self._sweep(reader, sweep, room.now)
-        return None
 
     async def _fetch(self, reader: psycopg.AsyncConnection, fetch: Fetch, began: float) -> None:
         failpoints.here("fetch.before_rows")

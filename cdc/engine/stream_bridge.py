@@ -7,7 +7,6 @@ not taken yet count, and beyond the bound wake-ups are dropped and a sweep finds
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -58,8 +57,10 @@ class StreamBridge:
         self._cross(self._interrupted, error.reason)
 
     def _cross(self, call: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: the process is ending
+        try:
             self._loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:  # the loop has been closed: the process is ending
+            return
 
     # --- on the event loop -----------------------------------------------------------------------------------------
 

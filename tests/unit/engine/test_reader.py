@@ -105,10 +105,10 @@ async def test_freed_room_is_waited_for_only_while_the_window_has_little(store: 
     scheduler = KeyScheduler(100)
     made = await _look(store, scheduler)
     assert made.wait_s() < inf
-    assert not made.wants_room
+    assert not made.next.wants_room
     scheduler.window.acquire("a", 80)
     assert made.wait_s() < inf
-    assert made.wants_room
+    assert made.next.wants_room
     scheduler.window.acquire("a", 20)
     assert made.wait_s() == inf
-    assert made.wants_room
+    assert made.next.wants_room
