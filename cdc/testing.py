@@ -28,6 +28,7 @@ from cdc.core.type_filter import TypeFilter
 from cdc.engine.handler_input import preparation
 from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin
 from cdc.postgres.connect import connect, connect_async
+from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
 from cdc.runtime.deadline import deadline
@@ -66,7 +67,7 @@ class Drained:
     ``dead_letters``: those that died during the drain, each with its ``last_error``. ``waiting``: for a retry that is
     due only after the drain's time limit. ``held``: fresh changes behind one of these, or behind a dead letter that
     pauses. ``unhandled``: fresh ones of types that no handler wants, which stay as they are. ``filtered``:
-    those that a handler's filter left out.
+    those that a handler's filter left out. ``due_later``: events that are due only after the drain's time limit.
     """
 
     processed: int
@@ -79,6 +80,7 @@ class Drained:
     unhandled: int = 0
     filtered: int = 0
     snoozed: int = 0
+    due_later: int = 0
 
     @property
     def dead(self) -> int:
@@ -153,7 +155,8 @@ async def drain(
 ) -> Drained:
     """Run a consumer on the database until every change is settled, then stop it.
 
-    Settled: no change is left that could run within ``within_s`` seconds. Retries run too, after waits of at most some
+    Settled: no change is left that could run within ``within_s`` seconds, and no event of its types is due by then.
+    Retries run too, after waits of at most some
     hundredths of a second. A change that asked to wait for longer than the limit stays as it is and is counted, like
     the changes that it blocks. ``settings`` are those of ``cdc.run``; no slot is used unless they ask for one.
 
@@ -165,7 +168,7 @@ async def drain(
     async with await connect_async(chosen.dsn_text, application_name="cdc: drain") as reader:
         await Store(chosen.schema_).check(reader)
     with closing(await asyncio.to_thread(connect, chosen.dsn_text, application_name="cdc: drain")) as connection:
-        look = _OutboxState(connection, OutboxAdmin(chosen.schema_), app.scope)
+        look = _OutboxState(connection, chosen.schema_, app.scope)
         work = asyncio.create_task(app.run())
         try:
             await _until_settled(work, look, within_s)
@@ -176,7 +179,7 @@ async def drain(
         drained = await asyncio.to_thread(look.result, app.status.handlers.attempts)
     if drained.dead and not allow_dead:
         raise DeadLetterError(
-            f"{drained.dead} changes became dead letters: {_named(drained.dead_letters)}",
+            f"{drained.dead} changes became dead letters: {_listed(map(_name, drained.dead_letters))}",
             hint="a test that expects them says so: drain(..., allow_dead=True)",
         )
     return drained
@@ -190,10 +193,10 @@ def _cap(settings: Mapping[str, Any]) -> dict[str, Any]:
 async def _until_settled(work: asyncio.Task[None], look: _OutboxState, within_s: float) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + within_s
-    while left := await asyncio.to_thread(look.runnable, max(0.0, deadline - loop.time())):
+    while left := await asyncio.to_thread(look.unsettled, max(0.0, deadline - loop.time())):
         if loop.time() >= deadline:
             raise UnsettledError(
-                f"not settled within {within_s:g} s: {_named(left)}",
+                f"not settled within {within_s:g} s: {_listed(left)}",
                 hint="a handler hangs, is slow, or causes changes without end; within_s= is the limit",
             )
         await asyncio.wait([work], timeout=_POLL_INTERVAL_S)
@@ -204,14 +207,21 @@ async def _until_settled(work: asyncio.Task[None], look: _OutboxState, within_s:
 class _OutboxState:
     """What the table holds, read from a thread."""
 
-    def __init__(self, connection: Connection, admin: OutboxAdmin, scope: TypeFilter) -> None:
+    def __init__(self, connection: Connection, schema: str, scope: TypeFilter) -> None:
         read_anything(connection)  # an unreadable change may be among those left
         self._scope = scope
         self._connection = connection
-        self._admin = admin
+        self._admin = OutboxAdmin(schema)
+        self._due = DueChanges(schema)
         self._began = self._now()
 
-    def runnable(self, within_s: float) -> list[ChangeSummary]:
+    def unsettled(self, within_s: float) -> list[str]:
+        """The names of what could run within ``within_s`` seconds; of some of it, if there is much."""
+        # In this order: an event that is published between the two reads is in both.
+        due = sorted(filter(self._scope.has, self._due.types(self._connection, within_s)))
+        return [f"events of {name} that are due" for name in due] + [_name(each) for each in self._runnable(within_s)]
+
+    def _runnable(self, within_s: float) -> list[ChangeSummary]:
         """Changes that could run within ``within_s`` seconds; some of them, if there are many."""
         # In one snapshot: a change whose state changes between two reads would be in neither.
         with self._connection.transaction():
@@ -238,6 +248,7 @@ class _OutboxState:
         """``outcomes``: attempts, by how they ended."""
         stats = self._admin.stats(self._connection)
         dead = self._find("dead", _ROWS_EXAMINED_MAX)
+        due = self._due.count(self._connection)
         return Drained(
             processed=outcomes.get("processed", 0),
             skipped=outcomes.get("skipped", 0),
@@ -248,15 +259,19 @@ class _OutboxState:
             dead_letters=tuple(entry for entry in dead if entry.dead_at and entry.dead_at >= self._began),
             waiting=sum(each.waiting for each in stats.types if self._scope.has(each.entity_type)),
             held=sum(each.blocked for each in stats.types if self._scope.has(each.entity_type)),
+            due_later=due.count if due else 0,
             unhandled=sum(each.fresh for each in stats.types if not self._scope.has(each.entity_type)),
         )
 
 
-def _named(entries: Iterable[ChangeSummary]) -> str:
+def _listed(names: Iterable[str]) -> str:
+    shown = list(itertools.islice(names, _NAMED_MAX + 1))
+    return "; ".join([*shown[:_NAMED_MAX], "..."] if len(shown) > _NAMED_MAX else shown)
+
+
+def _name(entry: ChangeSummary) -> str:
     """Without row content, and without the text of errors, which may quote it."""
-    shown = list(itertools.islice(entries, _NAMED_MAX + 1))
-    names = [f"{each.seq} ({each.id}) of {each.entity_type}, {_state(each)}" for each in shown[:_NAMED_MAX]]
-    return "; ".join([*names, "..."] if len(shown) > _NAMED_MAX else names)
+    return f"{entry.seq} ({entry.id}) of {entry.entity_type}, {_state(entry)}"
 
 
 def _state(entry: ChangeSummary) -> str:

@@ -9,10 +9,14 @@ DECLARE
   v_outbox CONSTANT regclass := pg_catalog.format('%I.entity_changes', v_schema)::regclass;
   v_functions CONSTANT text[] := ARRAY[
     'bounded_text(text)', 'default_entity_type(text)', 'captured_row(record, oid, text[])', 'capture_entity_change()',
-    'publish_change(text, text, text, jsonb, jsonb, jsonb)', 'capture_rows(anyarray, text, jsonb, integer)'];
-  v_written CONSTANT text[] := '{table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,
+    'publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)',
+    'publish_due(integer, bigint)', 'capture_rows(anyarray, text, jsonb, integer)'];
+  v_written CONSTANT text[] := '{id, table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,
     metadata, caused_by, depth, processed, processed_at, last_error, shard}';
   v_returned CONSTANT text[] := '{seq, shard}';
+  v_due CONSTANT regclass := pg_catalog.format('%I.cdc_due_changes', v_schema)::regclass;
+  v_table regclass;
+  v_due_rights CONSTANT text[] := '{DELETE, INSERT, SELECT, UPDATE}';
   v_role text := 'cdc_capture_' || pg_catalog.current_database() || '_' || v_schema;
   v_owner name;
   v_present name;
@@ -69,16 +73,28 @@ BEGIN
       EXECUTE pg_catalog.format('GRANT INSERT (%s), SELECT (%s) ON TABLE %s TO %I',
         pg_catalog.array_to_string(v_written, ', '), pg_catalog.array_to_string(v_returned, ', '), v_outbox, v_role);
     END IF;
-    -- Row level security, if it is switched on, applies to all but the table's owner. Writers must go on working.
-    IF NOT EXISTS (
-      SELECT FROM pg_catalog.pg_policy AS p
-      WHERE p.polrelid = v_outbox AND p.polname = 'cdc_capture' AND p.polcmd = '*' AND p.polpermissive
-        AND p.polroles = ARRAY[pg_catalog.quote_ident(v_role)::regrole::oid]
-        AND pg_catalog.pg_get_expr(p.polqual, v_outbox) = 'true' AND pg_catalog.pg_get_expr(p.polwithcheck, v_outbox) = 'true'
+    -- What is due later it writes, locks and removes.
+    IF (
+      SELECT pg_catalog.array_agg(a.privilege_type ORDER BY a.privilege_type COLLATE "C") IS DISTINCT FROM v_due_rights
+      FROM pg_catalog.pg_class AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) AS a
+      WHERE c.oid = v_due AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
     ) THEN
-      EXECUTE pg_catalog.format('DROP POLICY IF EXISTS cdc_capture ON %s', v_outbox);
-      EXECUTE pg_catalog.format('CREATE POLICY cdc_capture ON %s TO %I USING (true) WITH CHECK (true)', v_outbox, v_role);
+      EXECUTE pg_catalog.format('REVOKE ALL ON TABLE %s FROM %I', v_due, v_role);
+      EXECUTE pg_catalog.format('GRANT %s ON TABLE %s TO %I', pg_catalog.array_to_string(v_due_rights, ', '), v_due, v_role);
     END IF;
+    -- Row level security, if it is switched on, applies to all but the table's owner. Writers must go on working.
+    FOREACH v_table IN ARRAY ARRAY[v_outbox, v_due] LOOP
+      IF NOT EXISTS (
+        SELECT FROM pg_catalog.pg_policy AS p
+        WHERE p.polrelid = v_table AND p.polname = 'cdc_capture' AND p.polcmd = '*' AND p.polpermissive
+          AND p.polroles = ARRAY[pg_catalog.quote_ident(v_role)::regrole::oid]
+          AND pg_catalog.pg_get_expr(p.polqual, v_table) = 'true'
+          AND pg_catalog.pg_get_expr(p.polwithcheck, v_table) = 'true'
+      ) THEN
+        EXECUTE pg_catalog.format('DROP POLICY IF EXISTS cdc_capture ON %s', v_table);
+        EXECUTE pg_catalog.format('CREATE POLICY cdc_capture ON %s TO %I USING (true) WITH CHECK (true)', v_table, v_role);
+      END IF;
+    END LOOP;
     -- Granted to the role itself where possible, because PUBLIC's right may be revoked.
     IF NOT pg_catalog.has_schema_privilege(v_role, v_schema, 'USAGE')
       OR pg_catalog.has_schema_privilege(v_schema, 'USAGE WITH GRANT OPTION') AND NOT EXISTS (

@@ -22,6 +22,7 @@ from cdc.core.router import Router
 from cdc.core.type_filter import NOTHING, TypeFilter
 from cdc.engine import health_checks
 from cdc.engine.consumer_port import ConsumerPort
+from cdc.engine.due_changes import DuePublisher
 from cdc.engine.health_checks import HealthThresholds
 from cdc.engine.retention import Pruning
 from cdc.http import endpoint_url
@@ -168,6 +169,9 @@ class App:
         yield "listener", self._once_connected(self.components.listener.run)
         yield "relay", self._once_connected(self.components.relay.run)
         settings = self.components.settings
+        if not settings.observe:
+            due = DuePublisher(settings.current_dsn, settings.schema_, self.consumer.owns)
+            yield "due", self._once_connected(due.run)
         if (age_s := settings.retention_s) is not None and not settings.observe:
             pruning = Pruning(settings.current_dsn, settings.schema_, age_s, self.metrics.outbox)
             yield "retention", self._once_connected(pruning.run)

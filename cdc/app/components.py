@@ -33,6 +33,7 @@ from cdc.observability.snapshots import ProcessStatus
 from cdc.observability.status_metrics import StatusMetrics
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import driver_versions
+from cdc.postgres.due import DueChanges
 from cdc.postgres.notify import Listener, Relay
 from cdc.postgres.outbox import Store
 from cdc.replication.stream import Stream, StreamSettings
@@ -209,6 +210,7 @@ def _poller(
     return StatsPoller(
         settings.current_dsn,
         store=store,
+        due=DueChanges(settings.schema_),
         slot=settings.slot.name if stream else None,
         asked=None if scope == settings.scope or settings.observe else settings.scope,
         page=OutboxAdmin(settings.schema_) if settings.http.port and settings.http.page else None,

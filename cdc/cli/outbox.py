@@ -72,19 +72,24 @@ def stats(resolved: Resolved, as_json: bool) -> None:
     """Count by entity type what is not processed.
 
     Fresh changes include the blocked ones, which an earlier change of their key holds back. A + means more than were
-    looked at. Ages in seconds. With the settings of the consumer, or --handlers, it names the types that wait because
-    no handler wants them.
+    looked at. Ages in seconds. Events that are due later are not changes yet, and are counted apart. With the settings
+    of the consumer, or --handlers, it names the types that wait because no handler wants them.
     """
     from cdc.postgres.admin import OutboxAdmin  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.postgres.due import DueChanges  # noqa: PLC0415 - the same
 
     settings, scope = resolved.settings, _scope(resolved)
     with _opened(settings) as connection:
         found = OutboxAdmin(settings.schema_).stats(connection)
+        due = DueChanges(settings.schema_).count(connection)
     unhandled = scope and [each.entity_type for each in found.types if each.fresh and not scope.has(each.entity_type)]
     if as_json:
-        print_json({"schema_name": settings.schema_, **asdict(found), "unhandled": unhandled})
+        figures = {**asdict(found), "unhandled": unhandled, "due_later": due and asdict(due)}
+        print_json({"schema_name": settings.schema_, **figures})
         return
     _print_stats(found)
+    if due and due.count:
+        say(f"due later: {due}")
     if unhandled:
         say(f"no handler wants: {', '.join(unhandled)}")
 

@@ -75,6 +75,8 @@ def _lines(seen: Status, settings: Settings, health: SlotHealth | None) -> Itera
         each = ", ".join(f"process {_where(member)}" for member in seen.observers)
         yield "observers", f"{len(seen.observers)}, which run and mark nothing: {each}"
     yield "pace", _pace(seen)
+    if (due := seen.outbox.due_later) and due.count:
+        yield "due later", str(due)
     yield "slot", _slot(seen.slot, settings.slot.name)
     if health:
         yield "", paint(health.sentence, None if health.fine else "red")

@@ -24,6 +24,8 @@ from cdc.diagnostics.facts import (
 from cdc.diagnostics.findings import Checks, Finding, fail, ok, skip, unknown, warn
 
 _OLD_BACKLOG_S = 300.0
+_OVERDUE_S = 60.0
+"""An event is published within a second or two of when it is due."""
 _DEAD_RATIO = 1.0
 _DEAD_ROWS = 10_000
 _SHOWN = 5
@@ -279,6 +281,19 @@ def dead(seen: Backlog) -> Finding:
     return ok("none")
 
 
+def due_later(seen: Backlog) -> Finding:
+    due = seen.due_later
+    if due is None:
+        return unknown("the role may not see what is due later", "cdc db grant")
+    if due.overdue_s > _OVERDUE_S:
+        return warn(
+            f"events are due, and not published: the first has been due for {format_duration(due.overdue_s)}",
+            "is a consumer of this version running (its log says why it does not publish)? may its role: cdc db grant"
+            " --consumer ROLE",
+        )
+    return ok(str(due))
+
+
 def handlers(subject: Subject) -> Finding:
     if subject.handlers_error is not None:
         return fail(*subject.handlers_error)
@@ -308,5 +323,5 @@ ASTRAY: Checks[Astray] = {"shards": shards}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
 TABLE: Checks[TableFacts] = {"autovacuum": autovacuum}
 UNHANDLED: Checks[Unhandled] = {"unhandled": unhandled}
-BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead}
+BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead, "due-later": due_later}
 LOCAL: Checks[Subject] = {"handlers": handlers, "config": config}

@@ -32,12 +32,13 @@ from cdc.diagnostics.facts import (
 from cdc.diagnostics.inspect_server import column, one
 from cdc.postgres import capture_catalog, migration_scripts, migrations, remarks, sequence
 from cdc.postgres.admin import OutboxAdmin
-from cdc.postgres.grants import PAYLOAD, SHARD_RIGHTS, STATE
+from cdc.postgres.due import DueChanges
+from cdc.postgres.grants import DUE_DESCRIPTION, PAYLOAD, PUBLISH_DUE, SHARD_RIGHTS, STATE
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
 from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
 
-_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills")
+_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes")
 """Other tables of an outbox."""
 
 _WAITING_EXAMINED_MAX = 10_000
@@ -166,7 +167,11 @@ _RIGHTS = """
                     AND NOT has_column_privilege(c.oid, a.attnum, 'UPDATE')
                   ORDER BY a.attnum) AS unmarked,
            (SELECT bool_and(has_table_privilege(s.oid, p)) FROM pg_catalog.pg_class s, unnest(%(owning)s::text[]) p
-             WHERE s.relnamespace = n.oid AND s.relname = 'cdc_shards') AS owning
+             WHERE s.relnamespace = n.oid AND s.relname = 'cdc_shards') AS owning,
+           (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
+             WHERE p.pronamespace = n.oid AND p.proname = 'publish_due') AS publishing,
+           (SELECT has_column_privilege(d.oid, 'due', 'SELECT') FROM pg_catalog.pg_class d
+             WHERE d.relnamespace = n.oid AND d.relname = 'cdc_due_changes') AS foreseeing
       FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname = %(schema)s AND c.relname = 'entity_changes'
 """
@@ -302,13 +307,18 @@ def rights(connection: psycopg.Connection, subject: Subject) -> Rights:
 
 def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
     role = sql.Identifier(row["role"])
-    table, shards = (sql.Identifier(subject.schema, name) for name in ("entity_changes", "cdc_shards"))
+    tables = ("entity_changes", "cdc_shards", "cdc_due_changes")
+    table, shards, due_changes = (sql.Identifier(subject.schema, name) for name in tables)
+    described = sql.SQL(", ").join(map(sql.Identifier, DUE_DESCRIPTION))
     columns = sql.SQL(", ").join(map(sql.Identifier, row["unmarked"]))
+    publish_due = sql.SQL("{}.{}").format(sql.Identifier(subject.schema), sql.SQL(PUBLISH_DUE))
     needed = (
         (not row["usage"], sql.SQL("USAGE ON SCHEMA {}").format(sql.Identifier(subject.schema))),
         (not row["select"], sql.SQL("SELECT ON {}").format(table)),
         (bool(row["unmarked"]), sql.SQL("UPDATE ({}) ON {}").format(columns, table)),
         (subject.prunes and not row["delete"], sql.SQL("DELETE ON {}").format(table)),
+        (row["foreseeing"] is False, sql.SQL("SELECT ({}) ON {}").format(described, due_changes)),
+        (row["publishing"] is False, sql.SQL("EXECUTE ON FUNCTION {}").format(publish_due)),
         (row["owning"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(SHARD_RIGHTS)), shards)),
     )
     grant = sql.SQL("GRANT {} TO {};")
@@ -346,6 +356,7 @@ def backlog(connection: psycopg.Connection, name: str) -> Backlog:
         dead=figures.dead,
         oldest_ready_age_s=figures.oldest_ready_age_s,
         snoozed=_snoozed(connection, name),
+        due_later=DueChanges(name).count(connection),
     )
 
 

@@ -14,7 +14,9 @@ import psycopg
 
 from cdc.core.model import ChangeState
 from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin, Stats, Throughput
+from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
+from cdc.postgres.pages import DueLater
 from cdc.postgres.shard_locks import Member, members, observers
 from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport
@@ -47,10 +49,14 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Outbox:
-    """``dead_letters``: the latest dead ones, then the waiting ones that are due next."""
+    """``dead_letters``: the latest dead ones, then the waiting ones that are due next.
+
+    ``due_later``: events that are not published yet; None: not known.
+    """
 
     stats: Stats
     dead_letters: list[DeadLetter]
+    due_later: DueLater | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
     return Status(
         seen_at=row[0],
         database=row[1],
-        outbox=summarize(connection, admin),
+        outbox=summarize(connection, admin, DueChanges(schema)),
         pace=admin.pace(connection),
         members=members(connection, schema),
         observers=observers(connection, schema),
@@ -101,13 +107,14 @@ def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
     )
 
 
-def summarize(connection: psycopg.Connection, admin: OutboxAdmin) -> Outbox:
+def summarize(connection: psycopg.Connection, admin: OutboxAdmin, due: DueChanges) -> Outbox:
     """Cheap enough for every few seconds: counts stop earlier than those of ``cdc outbox stats``."""
     stats = admin.stats(connection, per_shard=_PER_SHARD, scan=_SCAN, limit_s=_LIMIT_S)
     found = [admin.find(connection, state, Filter(), _SHOWN) for state in ("dead", "waiting")]
     most = sorted(stats.types, key=lambda each: each.fresh + each.waiting + each.dead, reverse=True)[:_TYPES_MAX]
     stats = replace(stats, types=sorted(most, key=lambda each: each.entity_type))
-    return Outbox(stats, [_dead_letter(entry) for each in found for entry in each.entries])
+    dead_letters = [_dead_letter(entry) for each in found for entry in each.entries]
+    return Outbox(stats, dead_letters, due.count(connection))
 
 
 def _dead_letter(entry: ChangeSummary) -> DeadLetter:

@@ -117,6 +117,10 @@ class Consumer:
         self._reads.restart()
         self.notifications.due.set()
 
+    def owns(self, shard: int) -> bool:
+        """Whether this process owns the shard now."""
+        return shard in self._scheduler.ownership.owned
+
     @property
     def status(self) -> ConsumerStatus:
         """From any thread."""

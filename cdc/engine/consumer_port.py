@@ -38,6 +38,9 @@ class ConsumerPort(Protocol):
     def status(self) -> ConsumerStatus:
         """From any thread."""
 
+    def owns(self, shard: int) -> bool:
+        """Whether this process owns the shard now; an observer owns none."""
+
     def exposed(self) -> bool:
         """Whether a change runs that may end the process; from any thread."""
 

@@ -80,6 +80,10 @@ class Shadow:
     def stop(self) -> None:
         self.lifecycle.stopping.set()
 
+    def owns(self, shard: int) -> bool:
+        """It owns none."""
+        return False
+
     def exposed(self) -> bool:
         """It calls no handler."""
         return False

@@ -23,6 +23,7 @@ from cdc.diagnostics.status import Outbox, Readings, SlotReading, summarize
 from cdc.observability.snapshots import OutboxStatus, PollerStatus, SlotStatus
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import Dsn, connect
+from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.replication import slots
@@ -55,6 +56,7 @@ class StatsPoller:
         dsn: Dsn,
         *,
         store: Store,
+        due: DueChanges,
         slot: str | None,
         asked: TypeFilter | None = None,
         page: OutboxAdmin | None = None,
@@ -64,6 +66,7 @@ class StatsPoller:
         self._supervisor = supervisor or Supervisor()
         self._session = _Session(dsn)
         self._store = store
+        self._due_later = due
         self._unhandled = _UnhandledTypes(store, asked) if asked is not None else None
         self._slot = _WatchedSlot(slot, standbys_away) if slot is not None else None
         self._page = page
@@ -122,6 +125,7 @@ class StatsPoller:
 
     def _outbox(self, connection: psycopg.Connection) -> None:
         figures = self._store.figures(connection)
+        due_later = self._due_later.count(connection)
         self._show_outbox(
             OutboxStatus(
                 changes={
@@ -135,6 +139,7 @@ class StatsPoller:
                 blocked_keys=figures.blocked_keys,
                 notify_queue_usage=figures.notify_queue_usage,
                 unhandled=self._unhandled.count(connection) if self._unhandled else 0,
+                due_later=due_later.count if due_later else None,
             )
         )
 
@@ -157,7 +162,7 @@ class StatsPoller:
         assert self._page
         began = time.monotonic()
         try:
-            self._show_types(summarize(connection, self._page))
+            self._show_types(summarize(connection, self._page, self._due_later))
         finally:
             self._summarize_at = time.monotonic() + _REST * (time.monotonic() - began)
 

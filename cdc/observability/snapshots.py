@@ -118,6 +118,7 @@ class OutboxStatus:
     """Counts end at a bound. ``notify_queue_usage``: of the whole server, 0 to 1.
 
     ``unhandled``: fresh changes of types that this consumer's settings name and none of its handlers handles.
+    ``due_later``: events that are not published yet; None: not known.
     """
 
     changes: Mapping[ChangeState, int]
@@ -127,6 +128,7 @@ class OutboxStatus:
     blocked_keys: int = 0
     notify_queue_usage: float = 0.0
     unhandled: int = 0
+    due_later: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,6 +72,7 @@ _FAMILIES = (
     _gauge(
         "cdc_outbox_unhandled_changes", "Fresh changes of types that no handler of this consumer wants, up to a bound."
     ),
+    _gauge("cdc_outbox_due_later_changes", "Events that are due later, up to a bound."),
     _gauge("cdc_notify_queue_usage_ratio", "How full the server's queue of notifications is."),
 )
 _DELIVERY = _gauge("cdc_delivery_up", "1 while the application is there, 0 while changes wait for it.")
@@ -186,3 +187,4 @@ def _of_outbox(outbox: OutboxStatus) -> Iterator[_Sample]:
     yield "cdc_outbox_blocked_keys", (), outbox.blocked_keys
     yield "cdc_notify_queue_usage_ratio", (), outbox.notify_queue_usage
     yield "cdc_outbox_unhandled_changes", (), outbox.unhandled
+    yield "cdc_outbox_due_later_changes", (), outbox.due_later

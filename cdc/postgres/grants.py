@@ -20,10 +20,12 @@ from cdc.core.errors import NotFoundError, RefusedError, SchemaError, UsageError
 CHANGES, SHARDS, LEDGER = "entity_changes", "cdc_shards", "cdc_migrations"
 NUMBERS = "entity_changes_seq_seq"
 BACKFILLS = "cdc_backfills"
+DUE_CHANGES = "cdc_due_changes"
 DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
-RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS)
-PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb)"
-FUNCTIONS = ("capture_entity_change()", PUBLISH, "capture_rows(anyarray, text, jsonb, integer)")
+RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS, DUE_CHANGES)
+PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)"
+PUBLISH_DUE = "publish_due(integer, bigint)"
+FUNCTIONS = ("capture_entity_change()", PUBLISH, PUBLISH_DUE, "capture_rows(anyarray, text, jsonb, integer)")
 """The functions that write changes. ``reprocess_failed_actions`` has its caller's rights, and needs no guard."""
 
 STATE = (
@@ -40,6 +42,10 @@ DESCRIPTION = (
     "caused_by", "depth", "replay_of",
 )  # fmt: skip
 """The other columns, which describe a change."""
+DUE_DESCRIPTION = (
+    "due", "number", "id", "entity_type", "entity_id", "operation", "caused_by", "depth", "written_at",
+)  # fmt: skip
+"""The columns of cdc_due_changes that hold none of it."""
 HISTORY_WITHOUT_PREVIEW = (
     "id", "entity_type", "operation", "changed_at", "processed", "processed_at", "processing_delay_seconds",
     "error_count", "last_error",
@@ -94,6 +100,8 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, scrip
         Right(SHARD_RIGHTS, SHARDS),
         Right(("SELECT",), LEDGER),
         Right(("SELECT",), NUMBERS),
+        Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION),
+        Right(("EXECUTE",), PUBLISH_DUE),
     ]
     if retention:
         rights.append(Right(("DELETE",), CHANGES))
@@ -106,7 +114,8 @@ def reader(role: str, *, payload: bool = False) -> Grantee:
     """For dashboards and operators: everything about the changes; their content only with ``payload``."""
     seen = Right(("SELECT",), CHANGES, () if payload else DESCRIPTION + STATE)
     history = Right(("SELECT",), HISTORY, () if payload else HISTORY_WITHOUT_PREVIEW)
-    return Grantee(role, (seen, history, Right(("SELECT",), DASHBOARD)))
+    due = Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION + PAYLOAD if payload else DUE_DESCRIPTION)
+    return Grantee(role, (seen, history, Right(("SELECT",), DASHBOARD), due))
 
 
 def print_sql(schema: str, grantees: Sequence[Grantee]) -> str:

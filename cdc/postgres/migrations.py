@@ -29,6 +29,7 @@ from cdc.postgres.catalogs import Difference
 from cdc.postgres.migration_scripts import Migration
 
 _TEMPORARY = "pg_temp"
+_HOLDING_CHANGES = ("entity_changes", "cdc_due_changes")
 
 
 def on_warning(connection: psycopg.Connection, say: Callable[[str], None]) -> None:
@@ -167,9 +168,11 @@ def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocesse
         # would deadlock.
         dropped = _drop_triggers(connection, schema)
         outbox = sql.Identifier(schema, "entity_changes")
-        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(outbox))
+        tables = [sql.Identifier(schema, name) for name in _HOLDING_CHANGES if _exists(connection, schema, name)]
+        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join(tables)))
         if not discard_unprocessed:
             _refuse_unprocessed(connection, outbox)
+            _refuse_due_later(connection, tables[1:])
         for name in _sets(connection, schema):
             if script := migration_scripts.read_of_set(name, migration_scripts.REMOVE_SET):
                 _run(connection, script, schema)
@@ -204,13 +207,25 @@ def _refuse_unprocessed(connection: psycopg.Connection, outbox: sql.Identifier) 
         )
 
 
+def _refuse_due_later(connection: psycopg.Connection, tables: Sequence[sql.Identifier]) -> None:
+    """``tables``: that of what is due later, where the outbox has one."""
+    for table in tables:
+        row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
+        if row and row[0]:
+            raise RefusedError(
+                f"{row[0]} events are due later, and dropping the table would lose them",
+                hint="wait until they are published, or discard them with --discard-unprocessed",
+            )
+
+
 def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
     # The order matters: a view is dropped before what it reads.
     objects = (
         ("VIEW", "recent_action_history", ""),
         ("VIEW", "action_processing_dashboard", ""),
         ("FUNCTION", "reprocess_failed_actions", "(text, integer)"),
-        ("FUNCTION", "publish_change", "(text, text, text, jsonb, jsonb, jsonb)"),
+        ("FUNCTION", "publish_change", "(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)"),
+        ("FUNCTION", "publish_due", "(integer, bigint)"),
         ("FUNCTION", "capture_entity_change", "()"),
         ("FUNCTION", "capture_rows", "(anyarray, text, jsonb, integer)"),
         ("FUNCTION", "captured_row", "(record, oid, text[])"),
@@ -218,6 +233,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "default_entity_type", "(text)"),
         ("TABLE", "entity_changes", ""),
         ("TABLE", "cdc_backfills", ""),
+        ("TABLE", "cdc_due_changes", ""),
         ("FUNCTION", "fill_shard", "()"),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),

@@ -34,7 +34,7 @@ from cdc.core.shard_cursor import Scanned, Snapshot
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.postgres import grants
 from cdc.postgres.outcomes import divide, settle_values
-from cdc.postgres.pages import DuePage, Figures, KeyPage, Marked, OutboxPage, Place, Settled, ended_by
+from cdc.postgres.pages import COUNT_BOUND, DuePage, Figures, KeyPage, Marked, OutboxPage, Place, Settled, ended_by
 from cdc.postgres.sql_files import load
 from cdc.postgres.unreadable import RefusedReadError, RefusedRows, may_be_refused
 from cdc.postgres.watched import WatchedConnection
@@ -65,7 +65,6 @@ _SEQ, _SHARD = attrgetter("seq"), attrgetter("shard")
 _FIRST, _DEPTH = itemgetter(0), attrgetter("change.depth")
 _SCAN_MAX = 20_000
 """Rows that a sweep of some types examines: some 20 ms. Other reads wait no longer than that."""
-_COUNT_BOUND = 10_001
 _ROWS_EXAMINED_PER_SHARD = 500
 """Fresh changes examined in search of one that nothing blocks."""
 _ROWS_EXAMINED_OF_ALL_TYPES = 200
@@ -371,7 +370,7 @@ class Store:
 
     def figures(self, connection: psycopg.Connection) -> Figures:
         """For the stats poller; bounded however large the table is."""
-        parameters: dict[str, Any] = {"bound": _COUNT_BOUND, "per_shard": _ROWS_EXAMINED_PER_SHARD, "shards": SHARDS}
+        parameters: dict[str, Any] = {"bound": COUNT_BOUND, "per_shard": _ROWS_EXAMINED_PER_SHARD, "shards": SHARDS}
         statement = "figures"
         if not self._everything:
             types, include = self.scope

@@ -11,6 +11,10 @@ from cdc.core.model import Change, WakeUp
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Scanned, Snapshot
+from cdc.core.units import format_duration
+
+COUNT_BOUND = 10_001
+"""Where a count ends that is read every few seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,30 @@ class Figures:
     dead_tuples: int
     blocked_keys: int
     notify_queue_usage: float
+
+
+@dataclass(frozen=True, slots=True)
+class DueLater:
+    """Events that are due later. ``count`` ends at COUNT_BOUND, which means "more".
+
+    ``next_s``: in how many seconds the first is due, below 0 where it is overdue; None: there is none.
+    """
+
+    count: int = 0
+    next_s: float | None = None
+
+    @property
+    def overdue_s(self) -> float:
+        return max(0.0, -(self.next_s or 0.0))
+
+    def __str__(self) -> str:
+        """``3, the first in 2 h``."""
+        if self.next_s is None:
+            return "none"
+        count = f"{COUNT_BOUND - 1}+" if self.count >= COUNT_BOUND else str(self.count)
+        if self.overdue_s:
+            return f"{count}, the first overdue by {format_duration(self.overdue_s)}"
+        return f"{count}, the first in {format_duration(self.next_s)}"
 
 
 def ended_by(cut: Sequence[WakeUp], ends: dict[int, Scanned]) -> dict[int, Scanned]:

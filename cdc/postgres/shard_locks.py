@@ -5,8 +5,8 @@ Theory
 The owner of a shard is the session that holds the advisory lock ``(class, shard)``. A consumer is alive while it shares
 the lock ``(class, SHARDS)``. ``class`` is a hash of the schema's name, so that two outboxes in one database have
 separate shards. Both locks end with the session and with nothing else: no lease, no clock, no heartbeat that a pause
-could outlive. Retention has one lock more in this class, ``RETENTION``, on another session, and observers share
-``OBSERVERS``, so that they can be seen.
+could outlive. Retention has one lock more in this class, ``RETENTION``, on another session, who publishes what is due
+has ``DUE`` for a transaction, and observers share ``OBSERVERS``, so that they can be seen.
 A row of ``cdc_shards`` names the owner of a shard, and a consumer that releases the shard removes the row. So another
 process's row, of a shard that could be locked, means that its owner died; ``crash_guard`` decides what follows.
 Outcomes are settled on this very session: a consumer that has lost it has lost the locks, and can settle nothing.
@@ -43,6 +43,9 @@ RETENTION = SHARDS + 1
 
 OBSERVERS = SHARDS + 2
 """The number of the lock that observers share."""
+
+DUE = SHARDS + 3
+"""The number of the lock held while events are published that are due."""
 
 SILENCE_MAX_S = 60
 """For an owner of shards that is frozen, or whose link is; its keys wait that long for another owner."""

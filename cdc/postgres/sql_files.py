@@ -18,7 +18,8 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
     ``file`` is in this folder, or with a slash in it a path below the package.
 
     These are ``{changes}``, the table, and ``{every_column}`` of it; ``{regclass}``, its name as a literal;
-    ``{backfills}``, the table of backfills;
+    ``{backfills}``, the table of backfills; ``{due_changes}``, that of what is due later, and its function
+    ``{publish_due}``;
     ``{shards_regclass}``, the same for the table of owners; and blocks that are expressions, from outbox.sql or from
     further up in the same file. ``instead``: in place of the blocks of these names.
     """
@@ -27,6 +28,8 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
         "every_column": sql.SQL(", ").join(map(sql.Identifier, (*DESCRIPTION, *STATE, *PAYLOAD))),
         "regclass": _in_text(sql.Literal(sql.Identifier(schema, "entity_changes").as_string())),
         "backfills": table(schema, "cdc_backfills"),
+        "due_changes": table(schema, "cdc_due_changes"),
+        "publish_due": table(schema, "publish_due"),
         "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
     }
     blocks = _blocks(file)

@@ -25,7 +25,7 @@ from cdc.postgres.tracked_tables import FLAGS, LISTS, Asked, Fires, SourceTable,
 T = TypeVar("T")
 _LOCK_TIMEOUT = "5s"
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
-_OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills")
+_OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills", "cdc_due_changes")
 """Tables of the outbox itself."""
 _REFUSALS = {"42", "22", "0A"}
 """Classes of errors by which the server refuses a condition: it cannot be read, a constant in it, what it uses."""

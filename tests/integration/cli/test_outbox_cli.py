@@ -62,6 +62,7 @@ def test_stats_count_by_type_what_is_not_processed_and_what_is_held_back(
         "more_waiting": False,
         "more_dead": False,
         "unhandled": None,
+        "due_later": {"count": 0, "next_s": None},
     }
     assert ages["order"][1] > ages["order"][0] > 0, "the blocked ones are older than the one that could run"
     assert ages["task"][1] > ages["task"][0] > 0
@@ -74,6 +75,13 @@ def test_a_change_that_waits_for_a_later_moment_makes_nothing_ready(outbox: str,
     wait(outbox_db, publish(outbox_db))
     [found] = data(outbox, "stats")["types"]
     assert (found["waiting"], found["oldest_ready_age_s"], found["oldest_blocked_age_s"]) == (1, None, None)
+
+
+def test_events_that_are_due_later_are_counted_apart(outbox: str, outbox_db: psycopg.Connection) -> None:
+    outbox_db.execute("SELECT publish_change('x', 'k', due => now() + interval '3 hours')")
+    found = data(outbox, "stats")
+    assert (found["types"], found["due_later"]["count"], 0 < found["due_later"]["next_s"] <= 10_800) == ([], 1, True)
+    assert "due later: 1, the first in 3 h" in run(outbox, "stats").stderr
 
 
 def test_stats_of_an_outbox_without_work_say_so(outbox: str, outbox_db: psycopg.Connection) -> None:

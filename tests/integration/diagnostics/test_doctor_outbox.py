@@ -275,3 +275,11 @@ def test_names_in_a_database_of_another_encoding_are_no_fault(latin: str) -> Non
     found = findings(latin, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", "bestellübersicht")
     assert (found["triggers"]["severity"], found["unrouted"]["severity"]) == ("ok", "ok")
     assert json.dumps(tracked(latin), ensure_ascii=False).count("größe") == 1
+
+
+def test_an_event_that_is_overdue_is_told(shop: str, db: psycopg.Connection) -> None:
+    db.execute("SELECT publish_change('x', '1', due => now() + interval '1 hour')")
+    assert findings(shop, "--no-stream")["due-later"]["detail"] == "1, the first in 60 min"
+    db.execute("UPDATE cdc_due_changes SET due = now() - interval '5 minutes'")
+    found = findings(shop, "--no-stream")["due-later"]
+    assert (found["severity"], "due for 5 min" in found["detail"]) == ("warn", True)

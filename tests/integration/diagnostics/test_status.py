@@ -17,6 +17,7 @@ from cdc.cli import cdc as root_command
 from cdc.core.router import Router
 from cdc.diagnostics.status import summarize
 from cdc.postgres.admin import OutboxAdmin
+from cdc.postgres.due import DueChanges
 from tests import handlers_page, servers
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, slot_name
@@ -153,7 +154,7 @@ def test_neither_long_types_nor_many_make_the_answer_large(outbox: str, outbox_d
     outbox_db.execute("SELECT publish_change(repeat(chr(97 + n), 900), '1') FROM generate_series(0, 9) AS n")
     outbox_db.execute("SELECT publish_change('type ' || n, '1') FROM generate_series(1, 600) AS n")
     outbox_db.execute("UPDATE entity_changes SET dead_at = now() WHERE seq = (SELECT min(seq) FROM entity_changes)")
-    found = summarize(outbox_db, OutboxAdmin("public"))
+    found = summarize(outbox_db, OutboxAdmin("public"), DueChanges("public"))
     assert len(found.stats.types) <= 500
     types = [*(each.entity_type for each in found.stats.types), *(each.entity_type for each in found.dead_letters)]
     assert max(map(len, types)) == 200

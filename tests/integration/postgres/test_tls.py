@@ -35,6 +35,7 @@ SESSIONS = {
     "cdc: collector",
     "cdc: stream",
     "cdc: relay",
+    "cdc: due",
     "cdc: handlers",
 }
 ROLES = {"by_password": "scram-sha-256", "by_certificate": "cert", "by_both": "scram-sha-256 clientcert=verify-full"}

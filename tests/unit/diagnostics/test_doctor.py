@@ -41,6 +41,7 @@ from cdc.diagnostics.facts import (
 from cdc.diagnostics.findings import Absent, Finding, Severity, Unknown, fail, ok, run_checks, warn
 from cdc.diagnostics.fix_script import script
 from cdc.postgres import remarks
+from cdc.postgres.pages import DueLater
 from cdc.postgres.tracked_tables import Copy, Fires, Tracked
 from cdc.postgres.tracked_tables import SourceTable as TrackedTable
 from tests.unit.replication.test_slot_health import slot
@@ -93,7 +94,7 @@ NUMBERS = Numbering(role="cdc", table='"public"."entity_changes"', sequence="pub
 RIGHTS = Rights(role="cdc", grants=(), schema="public")
 HOLDERS = ShardHolders(held=64, consumers=2, strangers=())
 TABLE = TableFacts(name="public.entity_changes", autovacuum=True, excluded=False, tuned=True, live=100, dead=5)
-BACKLOG = Backlog(fresh=3, waiting=1, dead=0, oldest_ready_age_s=1.0)
+BACKLOG = Backlog(fresh=3, waiting=1, dead=0, oldest_ready_age_s=1.0, due_later=DueLater(3, 60.0))
 
 
 def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any], Finding]]:
@@ -284,6 +285,8 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
     ("autovacuum", replace(TABLE, dead=20_000), WARN, "20,000 dead rows", "VACUUM"),
     ("backlog", replace(BACKLOG, oldest_ready_age_s=900), WARN, "15 min", "cdc outbox stats"),
     ("backlog", replace(BACKLOG, snoozed=2), WARN, "captured more than a day ago: 2", "cdc outbox discard ID"),
+    ("due-later", replace(BACKLOG, due_later=DueLater(2, -300.0)), WARN, "due for 5 min", "cdc db grant"),
+    ("due-later", replace(BACKLOG, due_later=None), UNKNOWN, "may not see", "cdc db grant"),
     ("dead", replace(BACKLOG, dead=2), WARN, "dead letters: 2", "cdc outbox list --state dead"),
     ("handlers", replace(SUBJECT, handlers_error=("no module x", "install it")), FAIL, "no module x", "install it"),
     ("config", replace(SUBJECT, exposed_files=("cdc.toml",)), WARN, "cdc.toml", "chmod 600 cdc.toml"),
