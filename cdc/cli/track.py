@@ -10,7 +10,7 @@ import click
 
 from cdc.app.config import Settings
 from cdc.cli.options import Command, database_options, json_option, open_database
-from cdc.cli.output import print_json, print_table, say
+from cdc.cli.output import print_json, print_table, put_script, say
 from cdc.core.errors import UsageError
 from cdc.core.model import CAPTURED, Operation
 from cdc.postgres import remarks
@@ -102,6 +102,7 @@ def _columns(name: str, help_text: str) -> Callable[[Command], Command]:
     help="Writers may say by the setting cdc.handled that they handle a change themselves, during a move [no].",
 )
 @click.option("--replace", is_flag=True, help="Replace what is there: other options, or a trigger made by hand.")
+@click.option("--print", "print_only", is_flag=True, help="Print the SQL instead, for a migration; nothing is changed.")
 @json_option
 def track(
     *,
@@ -116,6 +117,7 @@ def track(
     always: bool | None,
     handled: bool | None,
     replace: bool,
+    print_only: bool,
     as_json: bool,
 ) -> None:
     """Capture the changes of TABLE from now on; safe to repeat, also with other options.
@@ -133,6 +135,8 @@ def track(
     """
     from cdc.postgres import tracking  # noqa: PLC0415 - --help does not wait for the driver to load
 
+    if print_only and as_json:
+        raise UsageError("--print and --json are two kinds of output", hint="leave one of them out")
     with open_database(settings, user_path=True) as connection:
         done = tracking.track(
             connection,
@@ -148,11 +152,15 @@ def track(
             always=always,
             handled=handled,
             replace=replace,
+            dry_run=print_only,
         )
-    for name in done.replaced:
+    for name in done.replaced if not print_only else ():
         say(f"dropped trigger {name}")
     for warning in done.warnings:
         say(f"Warning: {warning}")
+    if print_only:
+        put_script("".join(f"{statement};\n" for statement in done.script))
+        return
     if as_json:
         before = None if done.before is None else done.before.as_json()
         print_json({

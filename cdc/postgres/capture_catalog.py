@@ -116,6 +116,9 @@ _WRITTEN = (
     "caused_by", "depth", "processed", "processed_at", "last_error", "shard",
 )  # fmt: skip
 
+_ENABLE = {Fires.ORIGIN: "ENABLE", Fires.ALWAYS: "ENABLE ALWAYS", Fires.REPLICA: "ENABLE REPLICA"}
+_DEFINITION = "SELECT pg_catalog.pg_get_triggerdef(oid) FROM pg_catalog.pg_trigger WHERE tgrelid = %s AND tgname = %s"
+
 # The arguments are in the encoding of the database, each followed by a zero byte. SQL_ASCII is no encoding, and is not
 # converted.
 _TRIGGERS = """
@@ -325,6 +328,23 @@ def triggers(
     spelt = spell(connection, {row["oid"] for row in rows} | {copy[0] for row in rows for copy in row["copies"]})
     ours = {trigger_name(schema), former_trigger_name(schema)}
     return [_trigger(row, ours, spelt, capture) for row in rows]
+
+
+def statements(connection: psycopg.Connection, tracked: Tracked) -> list[str]:
+    """SQL that makes a trigger as it is, with names that are valid on any search_path."""
+    made = connection.execute(_DEFINITION, [tracked.oid, tracked.trigger]).fetchall()
+    definitions = [str(definition).replace("CREATE TRIGGER", "CREATE OR REPLACE TRIGGER", 1) for (definition,) in made]
+    places = [(tracked.namespace, tracked.name, tracked.fires)]
+    places += [(copy.namespace, copy.name, copy.fires) for copy in tracked.copies]
+    unusual = [place for place in places if place[2] not in (Fires.ORIGIN, Fires.DISABLED)]
+    return definitions + [enabling(space, name, tracked.trigger, fires).as_string() for space, name, fires in unusual]
+
+
+def enabling(namespace: str, table: str, trigger: str, fires: Fires) -> sql.Composed:
+    """The statement that makes a trigger fire that way, on this table alone."""
+    return sql.SQL("ALTER TABLE ONLY {} {} TRIGGER {}").format(
+        sql.Identifier(namespace, table), sql.SQL(_ENABLE[fires]), sql.Identifier(trigger)
+    )
 
 
 def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capture: CaptureFunction) -> Tracked:

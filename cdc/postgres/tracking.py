@@ -29,7 +29,6 @@ _OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_back
 """Tables of the outbox itself."""
 _REFUSALS = {"42", "22", "0A"}
 """Classes of errors by which the server refuses a condition: it cannot be read, a constant in it, what it uses."""
-_ENABLE = {Fires.ORIGIN: "ENABLE", Fires.ALWAYS: "ENABLE ALWAYS", Fires.REPLICA: "ENABLE REPLICA"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +43,8 @@ class Tracking:
     replaced: tuple[str, ...] = ()
     """Triggers made by hand that were dropped and replaced by ours."""
     warnings: tuple[str, ...] = ()
+    script: tuple[str, ...] = ()
+    """The statements that do the same, if nothing was changed because these were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,14 @@ def track(
     always: bool | None = None,
     handled: bool | None = None,
     replace: bool = False,
+    dry_run: bool = False,
 ) -> Tracking:
     """Capture the rows of ``table``, a name as PostgreSQL reads it, into the outbox in ``schema``.
 
     An option that is None stays as the table's trigger has it; a new one has all operations and columns, the type by
     the table's name, and as key the column id, else the primary key. ``update_of``, with ``operations``: only an UPDATE
     that sets one of these columns is captured. ``when``: a condition on OLD and NEW, as SQL; "" takes it away.
+    ``dry_run``: all of it is rolled back; what was done is in ``script``.
 
     Raises NotFoundError for a table that does not exist, UsageError for one that cannot be tracked, columns it does not
     have or a condition that the server refuses, RefusedError where the function could not write the outbox, and, unless
@@ -87,7 +90,13 @@ def track(
         columns=_frozen(columns), always=always, handled=handled,
     )  # fmt: skip
     with _changing(connection, table):
-        return _track(connection, schema, table, asked, replace=replace)
+        done, others = _track(connection, schema, table, asked, replace=replace)
+        if not dry_run:
+            return done
+        drops = [_drop_statement(other).as_string() for other in others]
+        done = replace_fields(done, script=(*drops, *capture_catalog.statements(connection, done.tracked)))
+        raise psycopg.Rollback
+    return done
 
 
 def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tracked]:
@@ -142,7 +151,10 @@ def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]
     return done
 
 
-def _track(connection: psycopg.Connection, schema: str, table: str, asked: Asked, *, replace: bool) -> Tracking:
+def _track(
+    connection: psycopg.Connection, schema: str, table: str, asked: Asked, *, replace: bool
+) -> tuple[Tracking, Sequence[Tracked]]:
+    """Also the triggers that were dropped."""
     capture = capture_catalog.capture_function(connection, schema)
     _refuse_incapable(capture, schema)
     source = _resolve(connection, capture, schema, table)
@@ -170,13 +182,14 @@ def _track(connection: psycopg.Connection, schema: str, table: str, asked: Asked
         _refuse_losses(source, before, made)
     changed = changed or before is None or made.when != before.when
     everywhere = [made, *(each for each in everywhere if each.oid != source.oid and each not in others)]
-    return Tracking(
+    done = Tracking(
         tracked=made,
         changed=changed,
         before=before,
         replaced=tuple(other.trigger for other in others),
         warnings=tuple(_warnings(source, made, everywhere)),
     )
+    return done, others
 
 
 def _frozen(given: Sequence[T] | None) -> tuple[T, ...] | None:
@@ -406,7 +419,9 @@ def _set_firing(
             _as_owner(
                 connection,
                 sql.SQL("ALTER TABLE ONLY {} {} TRIGGER {}").format(
-                    sql.Identifier(namespace, name), sql.SQL(_ENABLE[wanted]), sql.Identifier(made.trigger)
+                    sql.Identifier(namespace, name),
+                    sql.SQL(capture_catalog.ENABLE[wanted]),
+                    sql.Identifier(made.trigger),
                 ),
             )
 

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cdc.cli import cdc
+from cdc.postgres import migrations
 
 
 def invoke(dsn: str, *arguments: str) -> Result:
@@ -135,3 +136,56 @@ def test_what_names_no_operation_is_refused(on: str, outbox: str, orders: psycop
 
 def test_a_column_that_is_not_there_is_refused(outbox: str, orders: psycopg.Connection) -> None:
     assert "did you mean status?" in refused(outbox, "track", "orders", "--on", "update:statsu")
+
+
+_ODD = "My \"Schema\", 'x'"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--on", "update:status", "--when", "OLD.status IS DISTINCT FROM NEW.status -- only then"],
+        ["--type", "it's 100%", "--exclude", '"a,b"', "--always"],
+    ],
+)
+def test_the_printed_statements_make_the_trigger_that_tracking_makes(
+    outbox: str, orders: psycopg.Connection, options: list[str]
+) -> None:
+    printed = invoke(outbox, "track", "orders", "--print", *options).stdout
+    assert json.loads(invoke(outbox, "tracked", "--json").stdout)["tracked"] == []
+    done(outbox, "track", "orders", *options)
+    meant = tracked(outbox)
+    done(outbox, "untrack", "orders")
+    orders.execute("SET search_path = nowhere")
+    for _ in range(2):
+        orders.execute(printed.encode())
+    assert tracked(outbox) == meant
+
+
+def test_printed_statements_fit_a_schema_and_a_table_of_any_name(database: str, db: psycopg.Connection) -> None:
+    migrations.install(db, _ODD)
+    db.execute('CREATE SCHEMA "S 1"; CREATE TABLE "S 1"."O""rders" (id int PRIMARY KEY) PARTITION BY RANGE (id)')
+    db.execute('CREATE TABLE "S 1".part PARTITION OF "S 1"."O""rders" DEFAULT')
+    named = ["track", '"S 1"."O""rders"', "--always", "--schema", _ODD]
+    printed = invoke(database, *named, "--print").stdout
+    db.execute(printed.encode())
+    assert "was tracked so already" in done(database, *named)
+
+
+def test_printing_says_what_tracking_would_refuse_and_drops_what_it_would_replace(
+    outbox: str, orders: psycopg.Connection
+) -> None:
+    orders.execute(
+        "CREATE TRIGGER mine AFTER INSERT ON orders FOR EACH ROW EXECUTE FUNCTION capture_entity_change('order')"
+    )
+    assert "mine" in refused(outbox, "track", "orders", "--print")
+    printed = invoke(outbox, "track", "orders", "--print", "--replace").stdout
+    assert printed.splitlines()[0] == 'DROP TRIGGER "mine" ON "public"."orders";'
+    assert tracked(outbox)["trigger"] == "mine"
+    orders.execute(printed.encode())
+    assert tracked(outbox)["trigger"] == "#cdc_capture"
+
+
+def test_printed_is_either_sql_or_json(outbox: str, orders: psycopg.Connection) -> None:
+    assert "two kinds of output" in refused(outbox, "track", "orders", "--print", "--json")
