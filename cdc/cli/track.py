@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -15,6 +15,9 @@ from cdc.core.errors import UsageError
 from cdc.core.model import CAPTURED, Operation
 from cdc.postgres import remarks
 from cdc.postgres.tracked_tables import Fires, Tracked, described, named
+
+if TYPE_CHECKING:
+    from cdc.postgres.tracking import Tracking
 
 _NAME = re.compile(r'\s*+(?:"(?P<quoted>(?:[^"]|"")++)"\s*+|(?P<plain>[^,"][^,]*+)|)(?:,|$)')
 
@@ -154,13 +157,22 @@ def track(
             replace=replace,
             dry_run=print_only,
         )
-    for name in done.replaced if not print_only else ():
-        say(f"dropped trigger {name}")
-    for warning in done.warnings:
-        say(f"Warning: {warning}")
     if print_only:
+        _warn(done)
         put_script("".join(f"{statement};\n" for statement in done.script))
         return
+    for name in done.replaced:
+        say(f"dropped trigger {name}")
+    _warn(done)
+    _show(done, as_json=as_json)
+
+
+def _warn(done: Tracking) -> None:
+    for warning in done.warnings:
+        say(f"Warning: {warning}")
+
+
+def _show(done: Tracking, *, as_json: bool) -> None:
     if as_json:
         before = None if done.before is None else done.before.as_json()
         print_json({

@@ -416,14 +416,7 @@ def _set_firing(
         enabled = Fires.ORIGIN if kept == Fires.DISABLED else kept
         wanted = enabled if always is None else Fires.ALWAYS if always else Fires.ORIGIN
         if wanted != fires:
-            _as_owner(
-                connection,
-                sql.SQL("ALTER TABLE ONLY {} {} TRIGGER {}").format(
-                    sql.Identifier(namespace, name),
-                    sql.SQL(capture_catalog.ENABLE[wanted]),
-                    sql.Identifier(made.trigger),
-                ),
-            )
+            _as_owner(connection, capture_catalog.enabling(namespace, name, made.trigger, wanted))
 
 
 def _rename_former(connection: psycopg.Connection, schema: str, present: Sequence[Tracked]) -> None:
