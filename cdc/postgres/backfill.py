@@ -202,14 +202,29 @@ class Backfills:
             try:
                 with _explained():
                     _refuse_condition(connection, backfill, condition)
-                    source, triggers = tracking.find(connection, self._schema, backfill.table)
-                    the_arguments(source, triggers)
-                    reading = BackfillTable(connection, self._schema, source, condition=backfill.condition, path=path)
-                    _refuse_changed_key(reading, source, backfill)
-                    yield from self._pages(connection, backfill, reading)
+                    reading = self._reading(connection, backfill, path)
+                    try:
+                        yield from self._pages(connection, backfill, reading)
+                    except _MISSING:
+                        self._reading(connection, backfill, path)  # says so if it is the table that has changed
+                        raise
             finally:
                 with suppress(psycopg.Error):  # the end of the session frees it as well
                     connection.execute(self._statements["unlock"], lock)
+
+    def _reading(self, connection: psycopg.Connection, backfill: Backfill, path: str) -> BackfillTable:
+        """Raises NotFoundError or RefusedError where the table is not what it was when the backfill was started."""
+        source, triggers = tracking.find(connection, self._schema, backfill.table)
+        the_arguments(source, triggers)
+        reading = BackfillTable(connection, self._schema, source, condition=backfill.condition, path=path)
+        _refuse_changed_key(reading, source, backfill)
+        try:
+            reading.check(None)
+        except UsageError as wrong:
+            raise RefusedError(
+                f"backfill {backfill.id} cannot go on: {wrong}", hint=_begin_again(source, backfill)
+            ) from None
+        return reading
 
     def _pages(self, connection: psycopg.Connection, backfill: Backfill, reading: BackfillTable) -> Iterator[Progress]:
         pace = BackfillPace(rate=backfill.rate, backlog=backfill.backlog)
@@ -274,6 +289,9 @@ SELECT set_config('statement_timeout', '120s', true), set_config('lock_timeout',
 """The key's index gives the rows in order, whatever the statistics say. Times without a zone are UTC in a condition."""
 
 
+_MISSING = (errors.UndefinedTable, errors.UndefinedFunction, errors.UndefinedColumn)
+
+
 @contextmanager
 def _server_names(connection: psycopg.Connection) -> Iterator[str]:
     """Names are the server's own meanwhile, whatever the user's search_path has, which is given."""
@@ -292,7 +310,7 @@ def _explained() -> Iterator[None]:
     """Errors of the server, without what they quote: that may be a row."""
     try:
         yield
-    except (errors.UndefinedTable, errors.UndefinedFunction, errors.UndefinedColumn) as missing:
+    except _MISSING as missing:
         raise SchemaError(
             f"the outbox does not fit this version: {missing.diag.message_primary}", hint="run: cdc db upgrade"
         ) from None
@@ -306,7 +324,7 @@ def _explained() -> Iterator[None]:
             f"the role may not do this: {denied.diag.message_primary}",
             hint="what an operator needs for a backfill is in docs/operations/roles.md",
         ) from None
-    except (errors.DataError, errors.ProgramLimitExceeded) as failed:
+    except (errors.DataError, errors.ProgramLimitExceeded, errors.RaiseException) as failed:
         raise CdcError(
             f"the server cannot read a row: {failed.sqlstate}",
             hint="where --where computes: write it so that no row fails; a row of hundreds of MB: leave it out",
@@ -325,8 +343,12 @@ def _refuse_changed_key(reading: BackfillTable, source: SourceTable, backfill: B
     if [column.name for column in reading.key] != backfill.key_columns:
         raise RefusedError(
             f"the primary key of {source.spelt} is another than when backfill {backfill.id} was started",
-            hint=f"begin again: cdc backfill cancel {backfill.id}; cdc backfill {source.spelt}",
+            hint=_begin_again(source, backfill),
         )
+
+
+def _begin_again(source: SourceTable, backfill: Backfill) -> str:
+    return f"begin again: cdc backfill cancel {backfill.id}; cdc backfill {source.spelt}"
 
 
 def _refuse_condition(connection: psycopg.Connection, backfill: Backfill, condition: str | None) -> None:

@@ -81,7 +81,8 @@ class BackfillTable:
             sql.SQL("" if source.kind == "p" else "ONLY "), self._qualified, self._name
         )
         # A comment at its end must not hide what follows.
-        self._condition = _raw(f"(\n{condition}\n)" if condition else "true")
+        self._alone = _raw("true" if condition is None else f"\n{condition}\n")
+        self._condition = sql.SQL("({})").format(self._alone)
         self._columns = [sql.SQL("{}.{}").format(self._name, sql.Identifier(column.name)) for column in self.key]
 
     @property
@@ -98,7 +99,9 @@ class BackfillTable:
 
     def check(self, since: Sequence[str] | None) -> None:
         """Have the server read the condition and the key, and not one row. Raises UsageError."""
-        for option, condition in (("--since", self._range(since, None, None)), ("--where", self._condition)):
+        # In parentheses ``a) OR (b`` would be a condition, and end the range; here it is none.
+        alone = sql.SQL("CASE WHEN {} THEN true END").format(self._alone)
+        for option, condition in (("--since", self._range(since, None, None)), ("--where", alone)):
             try:
                 with self._connection.transaction(), self._on_user_path():
                     self._execute(sql.SQL("SELECT FROM {} WHERE false AND {}").format(self._from, condition))
@@ -207,14 +210,19 @@ class BackfillTable:
             sql.SQL("{}::{}").format(sql.Literal(value), sql.Identifier(column.type_schema, column.type_name))
             for column, value in zip(self.key, values, strict=True)
         ]
+        # Of the type below a domain: a domain over an enum has no operators of its own.
+        columns = [
+            sql.SQL("{}::{}").format(column, sql.Identifier(of.type_schema, of.type_name))
+            for column, of in zip(self._columns, self.key, strict=True)
+        ]
         if len({column.operators for column in self.key}) == 1:
             return sql.SQL("ROW({}) {} ROW({})").format(
-                sql.SQL(", ").join(self._columns),
+                sql.SQL(", ").join(columns),
                 _operator(self.key[0].operators, operator),
                 sql.SQL(", ").join(literals),
             )
         condition: sql.Composable = sql.SQL("true" if "=" in operator else "false")
-        for column, name, literal in reversed(list(zip(self._columns, self.key, literals, strict=True))):
+        for column, name, literal in reversed(list(zip(columns, self.key, literals, strict=True))):
             condition = sql.SQL("({0} {1} {2} OR {0} {3} {2} AND {4})").format(
                 column, _operator(name.operators, operator[0]), literal, _operator(name.operators, "="), condition
             )

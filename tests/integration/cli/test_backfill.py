@@ -23,7 +23,7 @@ from psycopg.conninfo import make_conninfo
 import cdc
 from cdc import testing
 from cdc.cli import cdc as root_command
-from cdc.core.errors import RefusedError
+from cdc.core.errors import CdcError, NotFoundError, RefusedError
 from cdc.postgres import migrations, tracking
 from cdc.postgres.backfill import Backfills
 from cdc.postgres.connect import connect
@@ -148,6 +148,13 @@ def test_a_key_of_several_columns_is_gone_through_in_its_order(outbox: str, outb
     outbox_db.execute("DELETE FROM entity_changes")
     later = _wanted(outbox, outbox_db, "lines", "--since", '"s,3",100,2026-01-01 00:00:00.1+00')
     assert [row["no"] for _, row in later] == everything[everything.index(101) :]
+
+
+def test_a_key_of_a_domain_is_compared_as_the_type_below_it(outbox: str, outbox_db: psycopg.Connection) -> None:
+    outbox_db.execute("CREATE TYPE mood AS ENUM ('good', 'bad'); CREATE DOMAIN kind AS mood")
+    outbox_db.execute("CREATE TABLE kinds (k kind PRIMARY KEY); INSERT INTO kinds VALUES ('bad'), ('good')")
+    tracking.track(outbox_db, "public", "kinds", key=["k"])
+    assert [row["k"] for _, row in _wanted(outbox, outbox_db, "kinds", "--since", "good")] == ["good", "bad"]
 
 
 def _wanted(dsn: str, db: psycopg.Connection, *arguments: str) -> list[tuple[Any, ...]]:
@@ -467,6 +474,8 @@ _REFUSED: list[tuple[str, tuple[str, ...], int, str]] = [
     ("CREATE TABLE t (id int4range PRIMARY KEY); {track}", ("t",), 5, "of type int4range"),
     ("CREATE TABLE t (id int PRIMARY KEY); {track}", ("t", "--where", "nope = 1"), 2, "--where does not fit t"),
     ("CREATE TABLE t (id int PRIMARY KEY); {track}", ("t", "--where", "id = 1 OR"), 2, "--where does not fit t"),
+    ("CREATE TABLE t (id int PRIMARY KEY); {track}", ("t", "--where", "true) OR (true"), 2, "--where does not fit t"),
+    ("CREATE TABLE t (id int PRIMARY KEY); {track}", ("t", "--where", ""), 2, "--where does not fit t"),
     ("CREATE TABLE t (id int PRIMARY KEY); {track}", ("t", "--since", "x"), 2, "--since does not fit t"),
     ("CREATE TABLE t (id int PRIMARY KEY); {track}", ("t", "--since", "1,2"), 2, "has 1 columns"),
     ("CREATE TABLE t (id int PRIMARY KEY); {track}", ("t", "--rate", "-1"), 2, "no number of rows"),
@@ -539,3 +548,37 @@ def test_a_table_that_is_untracked_meanwhile_is_read_no_further(outbox: str, out
         with pytest.raises(RefusedError, match="not tracked"):
             next(steps)
     assert len(read(outbox_db)) == 50
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "error", "said"),
+    [
+        ("ALTER TABLE orders DROP COLUMN total", RefusedError, "cannot go on: --where does not fit public.orders"),
+        ("ALTER TABLE orders RENAME TO older", NotFoundError, "there is no table public.orders"),
+        ("DROP TABLE orders", NotFoundError, "there is no table public.orders"),
+        ("ALTER TABLE orders RENAME COLUMN id TO number", RefusedError, "there is no column id"),
+    ],
+)
+def test_a_table_that_changes_meanwhile_is_told_from_an_outbox_that_does_not_fit(
+    outbox: str, outbox_db: psycopg.Connection, meanwhile: str, error: type[CdcError], said: str
+) -> None:
+    orders(outbox_db, 100)
+    backfills = Backfills("public")
+    with closing(_connected(outbox)) as mine:
+        begun = backfills.start(mine, "orders", condition="total > 0", backlog=250)
+        steps = backfills.work(mine, begun)
+        next(steps)
+        outbox_db.execute(meanwhile.encode())
+        with pytest.raises(error, match=said):
+            next(steps)
+        with pytest.raises(error, match=said):
+            next(backfills.work(mine, begun))
+
+
+def test_what_a_condition_raises_is_not_said_as_it_may_be_a_row(outbox: str, outbox_db: psycopg.Connection) -> None:
+    orders(outbox_db, 3)
+    outbox_db.execute("CREATE FUNCTION odd(int) RETURNS bool LANGUAGE plpgsql AS"
+                      " $$ BEGIN RAISE EXCEPTION 'secret %', $1; END $$")  # fmt: skip
+    result = invoke(outbox, "backfill", "orders", "--where", "odd(total)")
+    assert "cannot read a row: P0001" in result.output
+    assert "secret" not in result.output
