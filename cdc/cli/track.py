@@ -57,7 +57,7 @@ def _on_option(ctx: click.Context, option: click.Parameter, value: str | None) -
     """``insert,update:status,total``: after ``update:`` what is no operation is a column; one in quotes always is."""
     if value is None:
         return None
-    operations, columns, place = list[Operation](), list[str](), 0
+    operations, columns, place, whole = list[Operation](), list[str](), 0, False
     while place < len(value):
         found = _EVENT.match(value, place)
         word = (found["quoted"] or "").replace('""', '"') or found["plain"].strip() if found else ""
@@ -66,6 +66,7 @@ def _on_option(ctx: click.Context, option: click.Parameter, value: str | None) -
             columns.append(word)
         elif found and found["plain"] and word.upper() in CAPTURED:
             operations.append(Operation(word.upper()))
+            whole |= operations[-1] is Operation.UPDATE
         elif columns and word:
             columns.append(word)
         else:
@@ -73,6 +74,8 @@ def _on_option(ctx: click.Context, option: click.Parameter, value: str | None) -
                 f"{value!r}; expected insert, update, delete, or some of them; update:COLUMNS narrows it", param=option
             )
         place = found.end() if found else len(value)
+    if whole and columns:
+        raise click.BadParameter(f"{value!r}; either any update, or update:COLUMNS", param=option)
     if not operations:
         raise UsageError("--on names no operation", hint="insert, update, delete, or some of them")
     return _On(tuple(operations), tuple(columns))

@@ -96,7 +96,7 @@ class Tracked:
     @property
     def only(self) -> str:
         """Its conditions, as SQL: ``UPDATE OF a``, ``WHEN (...)``."""
-        narrowed = [f"UPDATE OF {', '.join(self.update_of)}"] if self.update_of else []
+        narrowed = [f"UPDATE OF {', '.join(named([column]) for column in self.update_of)}"] if self.update_of else []
         return " ".join([*narrowed, *([f"WHEN ({self.when})"] if self.when else [])])
 
     @property

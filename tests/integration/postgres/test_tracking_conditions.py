@@ -134,6 +134,17 @@ def test_what_names_no_operation_is_refused(on: str, outbox: str, orders: psycop
     assert "expected insert, update, delete" in refused(outbox, "track", "orders", "--on", on)
 
 
+@pytest.mark.parametrize("on", ["update,update:total", "update:total,update"])
+def test_any_update_and_those_of_a_column_contradict_each_other(
+    on: str, outbox: str, orders: psycopg.Connection
+) -> None:
+    assert "either any update, or update:COLUMNS" in refused(outbox, "track", "orders", "--on", on)
+
+
+def test_a_column_with_a_comma_is_shown_in_quotes(outbox: str, orders: psycopg.Connection) -> None:
+    assert 'UPDATE OF status, "a,b"' in done(outbox, "track", "orders", "--on", 'update:status,"a,b"')
+
+
 def test_a_column_that_is_not_there_is_refused(outbox: str, orders: psycopg.Connection) -> None:
     assert "did you mean status?" in refused(outbox, "track", "orders", "--on", "update:statsu")
 
