@@ -319,9 +319,24 @@ def _filter(changed: Set[str] | None, when: Callable[[Change], bool] | None) -> 
             f"router.on(..., when={_name(when)}): must be a function that is not async",
             hint="what has to wait belongs into the handler, which may raise cdc.Discard",
         )
+    if when is not None and (inspect.isgeneratorfunction(_unwrapped(when)) or not _takes_one(when)):
+        raise UsageError(
+            f"router.on(..., when={_name(when)}): must take one change, and return whether it is wanted",
+            hint="write when=lambda change: change.new['status'] == 'paid'",
+        )
     if changed is None and when is None:
         return None
     return ChangeFilter(None if changed is None else frozenset(changed), when)
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # one of those in C that do not say what they take
+        return True
+    return True
 
 
 def _positive(**options: float | None) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +15,10 @@ async def _async(change: Change) -> None: ...
 
 
 def _sync(change: Change) -> None: ...
+
+
+def _yields(_change: Change) -> Iterator[bool]:
+    yield True
 
 
 def test_the_most_specific_rule_gets_the_change_type_before_operation() -> None:
@@ -108,6 +113,9 @@ def test_whether_a_handler_is_async_is_seen_through_partials_methods_and_objects
         (lambda router: router.on("task", changed=set()), r"a set of names of columns, at least one"),
         (lambda router: router.on("task", changed={1}), r"a set of names of columns"),
         (lambda router: router.on("task", when=_async), r"when=_async.*must be a function that is not async"),
+        (lambda router: router.on("task", when=lambda: True), "must take one change, and return whether"),
+        (lambda router: router.on("task", when=lambda _one, _two: True), "must take one change, and return whether"),
+        (lambda router: router.on("task", when=_yields), "must take one change, and return whether"),
         (lambda router: router.on("task", when=True), r"must be a function"),
         (lambda router: router.on("task")(lambda: None), r"cannot be called with one change"),
         (lambda router: router.on("task")(lambda change, more: None), r"cannot be called with one change"),
