@@ -106,6 +106,6 @@ WHERE i.indrelid = %(table)s::oid AND i.indisprimary AND i.indisvalid AND k.plac
 ORDER BY k.place
 
 -- name: triggers
--- What changes whenever one of the triggers that capture a table does.
+-- What changes whenever one of the triggers that capture a table does. None where its name is another table's by now.
 SELECT t.oid, t.xmin::text, t.tgenabled FROM pg_trigger AS t
-WHERE t.tgrelid = %(table)s::oid AND t.tgfoid = %(capture)s::oid ORDER BY t.oid
+WHERE t.tgrelid = %(table)s::oid AND t.tgrelid = to_regclass(%(name)s) AND t.tgfoid = %(capture)s::oid ORDER BY t.oid

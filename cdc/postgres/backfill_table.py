@@ -174,9 +174,12 @@ class BackfillTable:
 
     def _as_tracked(self) -> tuple[str, str]:
         """The arguments of its trigger as they are now: what was excluded since the last page is left out."""
-        given = {"table": self._source.oid, "capture": self._capture.oid}
+        # The page has locked the table of this name: which it is, and how it is tracked, stays so until the commit.
+        given = {"table": self._source.oid, "name": self._qualified.as_string(), "capture": self._capture.oid}
         triggers = self._connection.execute(self._statements["triggers"], given).fetchall()
-        if triggers != self._triggers or not triggers:
+        if not triggers:
+            self._arguments = the_arguments(self._source, ())
+        elif triggers != self._triggers:
             found = capture_catalog.triggers(
                 self._connection, self._capture, self._schema, [self._source.oid], spell=capture_catalog.spell
             )

@@ -582,3 +582,17 @@ def test_what_a_condition_raises_is_not_said_as_it_may_be_a_row(outbox: str, out
     result = invoke(outbox, "backfill", "orders", "--where", "odd(total)")
     assert "cannot read a row: P0001" in result.output
     assert "secret" not in result.output
+
+
+def test_another_table_that_takes_its_name_meanwhile_is_not_read(outbox: str, outbox_db: psycopg.Connection) -> None:
+    orders(outbox_db, 100)
+    outbox_db.execute("CREATE TABLE newer (LIKE orders INCLUDING ALL); INSERT INTO newer SELECT * FROM orders")
+    tracking.track(outbox_db, "public", "newer", exclude=["card"])
+    backfills = Backfills("public")
+    with closing(_connected(outbox)) as mine:
+        steps = backfills.work(mine, backfills.start(mine, "orders", backlog=250))
+        next(steps)
+        outbox_db.execute("BEGIN; ALTER TABLE orders RENAME TO older; ALTER TABLE newer RENAME TO orders; COMMIT")
+        with pytest.raises(RefusedError, match="not tracked"):
+            next(steps)
+    assert len(read(outbox_db)) == 50
