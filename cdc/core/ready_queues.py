@@ -87,7 +87,7 @@ class ReadyQueues:
         """The keys whose turn it is, if they can start; they are taken out of their queue."""
         for needs, queue in self._queues.items():
             if count := min(len(queue), needs.run, self._room(needs)) if needs.run > 1 else self._admits(needs):
-                keys = [queue.popleft() for _ in range(count)]
+                keys = [queue.popleft()] if count == 1 else [queue.popleft() for _ in range(count)]
                 if queue:
                     self._queues.move_to_end(needs)
                 else:

@@ -81,7 +81,7 @@ class KeyScheduler:
         self.worth = max(1, capacity // 4)
         """The room from which on reading a page is worth while."""
         self.place_bytes = place_bytes
-        self._places: Callable[[Change], int] = lambda change: 1 + change.size // place_bytes
+        """A change holds 1 + size // place_bytes places. Written out below: a call for it would be the commonest."""
         self.key_capacity = key_capacity
         self._needs = needs
         self._queues: dict[Key, KeyQueue] = {}
@@ -174,7 +174,7 @@ class KeyScheduler:
         """These outcomes keep their places and keys after the session is lost, until they settle or are dropped."""
         for finished in batch:
             change = finished.change
-            self.window.vacate(-self._places(change))
+            self.window.vacate(-(1 + change.size // self.place_bytes))
             self.ownership.started(change)
             queue = self._known[change.seq] = self._queues.setdefault(change.key, KeyQueue(change.key))
             self._settles(queue, finished)
@@ -320,7 +320,8 @@ class KeyScheduler:
             if queue.orphan:
                 self._orphan_returned(queue)
             else:
-                self.window.end_use(change.entity_type, self._places(change))  # its type cannot speed up the mark
+                # Its type cannot speed up the mark.
+                self.window.end_use(change.entity_type, 1 + change.size // self.place_bytes)
                 self._settles(queue, finished)
                 if isinstance(finished.outcome, Committed):
                     self.settled((finished,))
@@ -381,7 +382,7 @@ class KeyScheduler:
 
     def _leave_window(self, change: Change) -> KeyQueue:
         self.settling -= 1
-        self.window.vacate(self._places(change))
+        self.window.vacate(1 + change.size // self.place_bytes)
         self.ownership.ended(change)
         queue = self._known.pop(change.seq)
         queue.settling -= 1
@@ -425,7 +426,7 @@ class KeyScheduler:
         if queue is None:
             queue = self._queues[key] = KeyQueue(key)
         self._known[change.seq] = queue
-        self.window.acquire(change.entity_type, self._places(change))
+        self.window.acquire(change.entity_type, 1 + change.size // self.place_bytes)
         queue.enqueue(change)
         if not queue.running and queue.queued[0] is change:
             self._make_ready(queue)
@@ -478,7 +479,7 @@ class KeyScheduler:
 
     def _forget(self, change: Change) -> None:
         del self._known[change.seq]
-        self.window.release(change.entity_type, self._places(change))
+        self.window.release(change.entity_type, 1 + change.size // self.place_bytes)
 
     def _defer(self, key: Key, seq: int, shard: int, *, blocked: bool) -> None:
         owned = self.ownership.active

@@ -26,9 +26,12 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from itertools import islice
 from math import inf
+from operator import attrgetter
 
 from cdc.core.model import Key
 from cdc.core.read_reconciler import Settlement
+
+_SEQ = attrgetter("change.seq")
 
 
 class _Held:
@@ -96,7 +99,7 @@ class SettleQueue:
             batch = self._due(limit, now)
             while self._next and len(batch) < limit:
                 batch += self._unless_held([self._next.popleft()])
-        self._taken = {finished.change.seq: finished for finished in batch}
+        self._taken = dict(zip(map(_SEQ, batch), batch, strict=True))
         return batch if batch or self.wait_s(now) > 0 else self.take(limit, now)
 
     def written(self, finished: Settlement) -> bool:

@@ -37,6 +37,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 from cdc.core import failpoints
@@ -81,6 +82,7 @@ _ABOUT_ALL = (Retry, Snooze, Unavailable, Discard, Reject, OverrunError, EndedTr
 _AT_ONCE_S = 0.005
 """Calls in a row, before the event loop goes on with other tasks."""
 
+_CHANGE = attrgetter("change")
 _PROCESSED = Processed()
 _FINISHED = fast_make(Settlement)
 _LABELS: dict[type[Outcome], str] = {
@@ -127,6 +129,7 @@ class Executor:
         self.lost = LostCalls()
         handlers = set(router.handlers.values())
         self._validation = Validation(handlers, error_policy)
+        self._inline = {handler.name: self._validation.of(handler) for handler in handlers if handler.single}
         self._calls = HandlerCalls(
             handlers, timeout_s=timeout_s, threads=threads, transactions=transactions, lost=self.lost,
             overran=partial(error_policy.count, kind="timeout"),
@@ -205,9 +208,9 @@ class Executor:
         ``resume``. Stops after a call that has cancelled the task (``cancelling.disregard``).
         """
         done: list[Settlement] = []
-        if handler is None or not handler.single:
+        if handler is None or handler.name not in self._inline:
             return done, None
-        function, prepare = handler.function, self._validation.of(handler)
+        function, prepare = handler.function, self._inline[handler.name]
         seconds: list[float] = []
         unfinished = None
         task, suspects, contexts = asyncio.current_task(), self.lost.suspects, self._calls.contexts
@@ -234,7 +237,7 @@ class Executor:
             if task.cancelling():
                 break
         if done:
-            self.lost.forget([finished.change for finished in done])
+            self.lost.forget(list(map(_CHANGE, done)))
             self._count_inline(handler, done[0].change.entity_type, seconds, len(done) - len(seconds))
             failpoints.here("run.after_handler")
         return done, unfinished

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Awaitable, Collection, Container, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from operator import attrgetter, itemgetter
@@ -152,9 +152,15 @@ class Store:
 
     async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Iterable[WakeUp]) -> OutboxPage:
         wakeups = sorted(wakeups)
-        parameters = _numbers(wakeups)
+        parameters = self._numbers(wakeups)
         if self._everything:
-            return await self._page(reader, await self._rows(reader, "fetch", parameters))
+            try:  # not by ``_rows``: each layer is a step of its own
+                records = await self._answer(reader, "fetch", parameters)
+            except psycopg.Error as error:
+                if may_be_refused("fetch", error):
+                    raise RefusedReadError("fetch", parameters, error) from error
+                raise
+            return await self._page(reader, records)
         types, include = self.scope
         records = await self._rows(reader, "fetch_some", {**parameters, "types": list(types), "among": include})
         ours = [record for record in records if record[3] is not None]
@@ -277,7 +283,7 @@ class Store:
             if others:
                 counts = await self._settle(session, plain, others, maybe_written)
             else:
-                counts = await self._rows(session, "settle_processed", _numbers(plain))
+                counts = await self._answer(session, "settle_processed", self._numbers(plain))
         failpoints.here("settle.after_commit")
         return Settled(len(batch) - sum(map(_FIRST, counts)), counts[-1][1], locked)
 
@@ -293,13 +299,13 @@ class Store:
             # One transaction: a retried change and its successor may both be in this batch. A crash between two
             # commits would leave the successor marked, and its predecessor would run again.
             async with session.transaction():
-                counts = await self._rows(session, "settle_processed", _numbers(plain))
+                counts = await self._answer(session, "settle_processed", self._numbers(plain))
                 failpoints.here("settle.between_marks")
                 counts += await self._settle_others(session, others, maybe_written)
         elif others:
             counts = await self._settle_others(session, others, maybe_written)
         else:
-            counts = await self._rows(session, "settle_processed", _numbers(plain))
+            counts = await self._answer(session, "settle_processed", self._numbers(plain))
         return counts
 
     async def _locked(self, session: psycopg.AsyncConnection, batch: Sequence[Settlement]) -> set[Key]:
@@ -434,28 +440,38 @@ class Store:
         """The rows of the statement. Raises RefusedReadError where it reads changes and one of them is refused."""
         parameters = {**self._always, **parameters}
         try:
-            if isinstance(connection, WatchedConnection):
-                return await connection.rows(self._statements[name], parameters)
-            cursor = connection.cursor(binary=True)
-            await cursor.execute(self._statements[name], parameters)
-            return await cursor.fetchall()
+            return await self._answer(connection, name, parameters)
         except psycopg.Error as error:
             if may_be_refused(name, error):
                 raise RefusedReadError(name, parameters, error) from error
             raise
 
+    def _numbers(self, these: Collection[Change | WakeUp]) -> dict[str, Any]:
+        """The parameters of a statement that names fresh changes by their numbers."""
+        return {
+            **self._always,
+            "seqs": f"{{{','.join(map(str, map(_SEQ, these)))}}}",
+            "shards": f"{{{','.join(map(str, map(_SHARD, these)))}}}",
+        }
+
+    def _answer(
+        self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]
+    ) -> Awaitable[list[Any]]:
+        statement = self._statements[name]
+        if isinstance(connection, WatchedConnection):
+            return connection.rows(statement, parameters)
+        return _rows_of(connection, statement, parameters)
+
+
+async def _rows_of(connection: psycopg.AsyncConnection, statement: bytes, parameters: dict[str, Any]) -> list[Any]:
+    cursor = connection.cursor(binary=True)
+    await cursor.execute(statement, parameters)
+    return await cursor.fetchall()
+
 
 def _array(values: Iterable[int | UUID]) -> str:
     """As PostgreSQL writes an array. The driver examines each element: a tenth of a small fetch's cost."""
     return f"{{{','.join(map(str, values))}}}"
-
-
-def _numbers(these: Collection[Change | WakeUp]) -> dict[str, Any]:
-    """The parameters of the statements that name fresh changes by their numbers."""
-    return {
-        "seqs": f"{{{','.join(map(str, map(_SEQ, these)))}}}",
-        "shards": f"{{{','.join(map(str, map(_SHARD, these)))}}}",
-    }
 
 
 def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:

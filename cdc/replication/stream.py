@@ -333,14 +333,18 @@ class _Batch:
     def read(self, received: list[memoryview], plugin: Plugin) -> None:
         self.bytes = sum(map(len, received))
         # A keepalive follows a message that comes alone.
-        messages = [data for data in received if data[0] != KEEPALIVE]
-        if messages and (decoded := plugin.decode_all(messages)):
+        messages = received if received[0][0] != KEEPALIVE else []
+        if len(received) > 1:
+            messages = [data for data in received if data[0] != KEEPALIVE]
+        decoded = plugin.decode_all(messages) if messages else None
+        if decoded:
             self.highest, self.wakeups, self.committed_at = decoded
             self.messages = len(messages)
             if len(messages) == len(received):
                 return
-            received = [data for data in received if data[0] == KEEPALIVE]
         for data in received:
+            if decoded and data[0] != KEEPALIVE:
+                continue
             position, message, reply_requested = parse(data)
             # Before decoding: a message that cannot be read is confirmed too, or the server would send it for ever.
             self.highest = max(self.highest, position)
