@@ -363,9 +363,9 @@ def test_an_outbox_that_is_elsewhere_is_pointed_out(shop: str, db: psycopg.Conne
 
 
 def test_an_older_outbox_is_brought_up_to_date_by_the_script(shop: str, db: psycopg.Connection) -> None:
-    db.execute("DELETE FROM cdc_migrations WHERE version = 3; DROP VIEW recent_action_history")
+    db.execute("DELETE FROM cdc_migrations WHERE version = 14; DROP VIEW recent_action_history")
     found = findings(shop)["schema"]
-    assert (found["severity"], "0003 views" in found["detail"]) == ("fail", True)
+    assert (found["severity"], "0014 views" in found["detail"]) == ("fail", True)
     assert found["remedies"] == [f"cdc db upgrade, as {db.info.dbname}_owner"]
     apply(shop, run(shop, "--fix").stdout)
     assert findings(shop)["schema"]["severity"] == "ok"

@@ -1,34 +1,11 @@
--- For operators: makes room for two views, which 0011 makes, and the function that requeues dead letters. Safe to run again;
--- takes no lock that a writer or a consumer waits for.
+-- For operators: the function that requeues dead letters. Safe to run again; takes no lock that a writer or a consumer
+-- waits for.
 
 DO $cdc$
 DECLARE
   v_old record;
 BEGIN
-  -- CREATE OR REPLACE keeps the grants, but cannot change columns or a result type. An object that differs there is
-  -- dropped first.
-  FOR v_old IN
-    SELECT expected.name, expected.columns
-    FROM (VALUES
-      ('action_processing_dashboard',
-       'entity_type text, pending bigint, processed_today bigint, failed bigint,'
-       ' last_processed_at timestamp with time zone, avg_processing_seconds numeric'),
-      ('recent_action_history',
-       'id uuid, entity_type text, operation text, changed_at timestamp with time zone, processed boolean,'
-       ' processed_at timestamp with time zone, processing_delay_seconds numeric, error_count integer,'
-       ' last_error text, preview text')
-    ) AS expected (name, columns)
-    JOIN pg_catalog.pg_class AS c
-      ON c.oid = pg_catalog.to_regclass(pg_catalog.format('%I.%I', @schema_literal@, expected.name)) AND c.relkind = 'v'
-    WHERE expected.columns <> (
-      SELECT pg_catalog.string_agg(
-        a.attname || ' ' || pg_catalog.format_type(a.atttypid, a.atttypmod), ', ' ORDER BY a.attnum)
-      FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = c.oid AND a.attnum > 0
-    )
-  LOOP
-    EXECUTE pg_catalog.format('DROP VIEW %I.%I', @schema_literal@, v_old.name);
-  END LOOP;
-
+  -- CREATE OR REPLACE keeps the grants, but cannot change a result type.
   FOR v_old IN
     SELECT p.oid::regprocedure AS name
     FROM pg_catalog.pg_proc AS p
