@@ -7,6 +7,8 @@ CREATE TABLE IF NOT EXISTS @schema@.cdc_backfills (
   table_name text NOT NULL,
   condition text,
   key_columns text[] NOT NULL,
+  -- Their types, collations and operator classes: with others the rows would come in another order.
+  key_order text NOT NULL,
   -- Keys, each value as its type writes it: the first to read, the last that was read, the last to read.
   since_key text[],
   after_key text[],

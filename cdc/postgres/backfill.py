@@ -38,7 +38,7 @@ from cdc.core.backfill_pace import BackfillPace, Page, Wait
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.postgres import tracking
 from cdc.postgres.admin import ROUND_LIMIT_S, bounded
-from cdc.postgres.backfill_table import BackfillTable, the_arguments
+from cdc.postgres.backfill_table import BackfillTable, key_is_another, the_arguments
 from cdc.postgres.sql_files import load
 from cdc.postgres.tracked_tables import SourceTable
 
@@ -67,6 +67,7 @@ class Backfill:
     """Its name, as written in SQL."""
     condition: str | None
     key_columns: list[str]
+    key_order: str
     since_key: list[str] | None
     after_key: list[str] | None
     until_key: list[str] | None
@@ -133,8 +134,9 @@ class Backfills:
                 estimate = reading.estimate(since, until) if until else 0
                 given = {
                     "table_schema": source.namespace, "table_name": source.name, "condition": condition,
-                    "key_columns": [column.name for column in reading.key], "since_key": list(since) if since else None,
-                    "until_key": until, "estimate": estimate, "rate": rate, "backlog": backlog,
+                    "key_columns": [column.name for column in reading.key], "key_order": reading.key_order,
+                    "since_key": list(since) if since else None, "until_key": until, "estimate": estimate,
+                    "rate": rate, "backlog": backlog,
                     "state": "running" if until else "done",
                 }  # fmt: skip
                 try:
@@ -340,11 +342,8 @@ def _refuse_other_key(reading: BackfillTable, source: SourceTable, since: Sequen
 
 
 def _refuse_changed_key(reading: BackfillTable, source: SourceTable, backfill: Backfill) -> None:
-    if [column.name for column in reading.key] != backfill.key_columns:
-        raise RefusedError(
-            f"the primary key of {source.spelt} is another than when backfill {backfill.id} was started",
-            hint=_begin_again(source, backfill),
-        )
+    if reading.key_order != backfill.key_order:
+        raise key_is_another(source, hint=_begin_again(source, backfill))
 
 
 def _begin_again(source: SourceTable, backfill: Backfill) -> str:

@@ -2,14 +2,14 @@
 
 -- name: insert
 INSERT INTO {backfills}
-  (table_schema, table_name, condition, key_columns, since_key, until_key, estimate, rate, backlog, state)
-VALUES (%(table_schema)s, %(table_name)s, %(condition)s, %(key_columns)s, %(since_key)s, %(until_key)s, %(estimate)s,
+  (table_schema, table_name, condition, key_columns, key_order, since_key, until_key, estimate, rate, backlog, state)
+VALUES (%(table_schema)s, %(table_name)s, %(condition)s, %(key_columns)s, %(key_order)s, %(since_key)s, %(until_key)s, %(estimate)s,
   %(rate)s, %(backlog)s, %(state)s)
 RETURNING id
 
 -- name: backfill
 -- Not a statement: the columns of b. Who works on it holds a lock of its number.
-b.id, b.table_schema, b.table_name, format('%%I.%%I', b.table_schema, b.table_name) AS table, b.condition, b.key_columns, b.since_key, b.after_key, b.until_key, b.estimate,
+b.id, b.table_schema, b.table_name, format('%%I.%%I', b.table_schema, b.table_name) AS table, b.condition, b.key_columns, b.key_order, b.since_key, b.after_key, b.until_key, b.estimate,
 b.examined, b.written, b.rate, b.backlog, b.state, b.started_by, b.started_at, b.changed_at,
 EXISTS (
   SELECT FROM pg_locks AS l
@@ -71,9 +71,19 @@ CROSS JOIN LATERAL (
   SELECT n.id FROM {changes} AS n WHERE n.id = w.id AND NOT n.processed AND n.dead_at IS NULL LIMIT 1
 ) AS f
 
+-- name: key_order
+-- Not a statement: all that the order of the primary key's values depends on.
+(SELECT string_agg(concat_ws(' ', quote_ident(a.attname), format_type(a.atttypid, a.atttypmod), k.of_collation, k.opclass),
+    ', ' ORDER BY k.place)
+  FROM pg_index AS i
+  CROSS JOIN LATERAL unnest(i.indkey::int2[], i.indcollation::oid[], i.indclass::oid[])
+    WITH ORDINALITY AS k (attnum, of_collation, opclass, place)
+  JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+  WHERE i.indrelid = %(table)s::oid AND i.indisprimary)
+
 -- name: source
--- Whether this role sees all rows of a table, and its rights on it.
-SELECT row_security_active(c.oid) AS filtered, current_user::text AS role,
+-- Whether this role sees all rows of a table, its rights on it, and how its key is ordered.
+SELECT row_security_active(c.oid) AS filtered, {key_order} AS key_order, current_user::text AS role,
   has_any_column_privilege(c.oid, 'SELECT') AND has_any_column_privilege(c.oid, 'UPDATE') AS allowed
 FROM pg_class AS c WHERE c.oid = %(table)s::oid
 
@@ -106,6 +116,7 @@ WHERE i.indrelid = %(table)s::oid AND i.indisprimary AND i.indisvalid AND k.plac
 ORDER BY k.place
 
 -- name: triggers
--- What changes whenever one of the triggers that capture a table does. None where its name is another table's by now.
-SELECT t.oid, t.xmin::text, t.tgenabled FROM pg_trigger AS t
+-- What changes whenever one of the triggers that capture a table does, or its key. None where its name is another table's by
+-- now.
+SELECT t.oid, t.xmin::text, t.tgenabled, {key_order} FROM pg_trigger AS t
 WHERE t.tgrelid = %(table)s::oid AND t.tgrelid = to_regclass(%(name)s) AND t.tgfoid = %(capture)s::oid ORDER BY t.oid

@@ -74,6 +74,7 @@ class BackfillTable:
         assert facts is not None
         _refuse_unreadable(source, facts)
         self.key = [KeyColumn(**row) for row in columns]
+        self.key_order = facts["key_order"]
         _refuse_keyless(source, self.key)
         # The name of the table stays usable in a condition.
         self._name = sql.Identifier(source.name)
@@ -179,6 +180,8 @@ class BackfillTable:
         triggers = self._connection.execute(self._statements["triggers"], given).fetchall()
         if not triggers:
             self._arguments = the_arguments(self._source, ())
+        elif triggers[0][-1] != self.key_order:
+            raise key_is_another(self._source)
         elif triggers != self._triggers:
             found = capture_catalog.triggers(
                 self._connection, self._capture, self._schema, [self._source.oid], spell=capture_catalog.spell
@@ -329,6 +332,14 @@ def _refuse_unreadable(source: SourceTable, facts: dict[str, Any]) -> None:
         raise RefusedError(
             f"{role} may not read and lock the rows of {source.spelt}", hint=f"as its owner: {names.as_string()}"
         )
+
+
+def key_is_another(source: SourceTable, hint: str = "") -> RefusedError:
+    """Read on in another order, rows would be left out."""
+    return RefusedError(
+        f"the primary key of {source.spelt}, its type or its collation is another than when the backfill was started",
+        hint=hint or "cdc backfill cancel, and begin again",
+    )
 
 
 def _refuse_keyless(source: SourceTable, key: Sequence[KeyColumn]) -> None:

@@ -528,10 +528,9 @@ def test_a_condition_of_another_role_does_not_run_with_ones_own_rights(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     orders(outbox_db, 10)
-    outbox_db.execute(
-        "INSERT INTO cdc_backfills (table_schema, table_name, condition, key_columns, until_key, estimate, backlog,"
-        " started_by) VALUES ('public', 'orders', 'total > 5', '{id}', '{10}', 1, 9, 'mallory')"
-    )
+    with closing(_connected(outbox)) as mine:
+        Backfills("public").start(mine, "orders")
+    outbox_db.execute("UPDATE cdc_backfills SET condition = 'total > 5', started_by = 'mallory'")
     refused = invoke(outbox, "backfill", "resume", "1")
     assert refused.exit_code == 5
     assert "has a condition of mallory" in " ".join(refused.output.split())
@@ -596,3 +595,28 @@ def test_another_table_that_takes_its_name_meanwhile_is_not_read(outbox: str, ou
         with pytest.raises(RefusedError, match="not tracked"):
             next(steps)
     assert len(read(outbox_db)) == 50
+
+
+@pytest.mark.parametrize(
+    "change",
+    ['ALTER TABLE words ALTER word TYPE text COLLATE "und-x-icu"', "ALTER TABLE words ALTER word TYPE varchar(9)"],
+)
+def test_a_key_that_is_ordered_otherwise_meanwhile_is_read_no_further(
+    outbox: str, outbox_db: psycopg.Connection, change: str
+) -> None:
+    """In another order the rows behind the last page are others, and some would never be read."""
+    outbox_db.execute('CREATE TABLE words (word text COLLATE "C" PRIMARY KEY)')
+    outbox_db.execute("INSERT INTO words SELECT chr(64 + n % 2 * 32 + n / 2) || n FROM generate_series(2, 50) AS n")
+    invoke(outbox, "track", "words")
+    backfills = Backfills("public")
+    with closing(_connected(outbox)) as mine:
+        begun = backfills.start(mine, "words")
+        steps = backfills.work(mine, begun)
+        next(steps)
+        outbox_db.execute(change.encode())
+        with pytest.raises(RefusedError, match="primary key"):
+            for _ in steps:
+                pass
+    refused = invoke(outbox, "backfill", "resume", "words")
+    assert refused.exit_code == 5
+    assert "cdc backfill cancel 1; cdc backfill" in " ".join(refused.output.split())
