@@ -83,12 +83,15 @@ class BackfillTable:
         )
         # A comment at its end must not hide what follows.
         self._alone = _raw("true" if condition is None else f"\n{condition}\n")
-        self._condition = sql.SQL("({})").format(self._alone)
         self._columns = [sql.SQL("{}.{}").format(self._name, sql.Identifier(column.name)) for column in self.key]
 
     @property
     def _qualified(self) -> sql.Identifier:
         return sql.Identifier(self._source.namespace, self._source.name)
+
+    @property
+    def _condition(self) -> sql.Composed:
+        return sql.SQL("({})").format(self._alone)
 
     def last(self) -> list[str] | None:
         """The highest key; None for a table without rows."""
