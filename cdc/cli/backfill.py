@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ _SAY_EVERY_S = 5.0
 _DRAW_EVERY_S = 0.2
 _BAR = 24
 _WAITS_LONG_S = 10.0
+_WAITS_S = 1.0
+"""From then on no time is left: a backlog that is handled is waited for, for shorter, again and again."""
+_RATE_S = 30.0
+"""The rate is that of the last so many seconds."""
 _BACKLOG_MAX = 100_000
 
 
@@ -221,36 +226,70 @@ def _watch(begun: Backfill, steps: Iterable[Progress]) -> Progress:
     """Take the steps, wait between them, and say how far it is."""
     from cdc.postgres.backfill import Progress  # noqa: PLC0415 - see start
 
-    began, pause = time.monotonic(), threading.Event()
-    said_at, wrote_at, warned = began, began, False
+    said_at, pause = time.monotonic(), threading.Event()
+    watch = Watch(begun.table, begun.estimate, begun.examined, said_at)
     progress = Progress(begun.examined, begun.written)
-    for step in steps:
+    for progress in steps:
         now = time.monotonic()
-        if step.written != progress.written or step.waits is None or not step.waits.backlog:
-            wrote_at = now
-        progress = step
+        warning = watch.take(progress, now)
         if now - said_at > (_DRAW_EVERY_S if sys.stderr.isatty() else _SAY_EVERY_S):
             said_at = now
-            show_progress(_line(begun, step, now - began))
-        if now - wrote_at > _WAITS_LONG_S and not warned:
-            warned = True
-            say(f"waits: {step.unsettled:,} of its rows are not handled yet; is a consumer running that handles them?")
-        if step.waits is not None:
-            pause.wait(step.waits.seconds)
+            show_progress(watch.line(now))
+        if warning:
+            say(warning)
+        if progress.waits is not None:
+            pause.wait(progress.waits.seconds)
     show_progress("")
     return progress
 
 
-def _line(begun: Backfill, progress: Progress, seconds: float) -> str:
-    """``[#####.....] 41% 410,000 of about 1,000,000, 5,012 a second, 2 min left``."""
-    total = max(begun.estimate, progress.examined, 1)
-    per_s = (progress.examined - begun.examined) / seconds
-    left = f", {format_duration((total - progress.examined) / per_s)} left" if per_s else ""
-    filled = _BAR * progress.examined // total
-    return (
-        f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * progress.examined // total}%"
-        f" {progress.examined:,} of about {total:,}, {per_s:,.0f} a second{left}"
-    )
+class Watch:
+    """What is said of a backfill on its way. Pure: time, in seconds, is an argument. ``estimate``: of all its rows."""
+
+    def __init__(self, table: str, estimate: int, examined: int, now: float) -> None:
+        self._table = table
+        self._estimate = estimate
+        self._examined = examined
+        self._stuck_since: float | None = None
+        self._reported = set[bool]()
+        self._samples = deque([(now, examined)])
+        """Moment and rows examined, a second apart."""
+
+    def take(self, step: Progress, now: float) -> str | None:
+        """Returns what is to be said of a long wait, once for each cause."""
+        self._examined = step.examined
+        if now - self._samples[-1][0] >= 1:
+            self._samples.append((now, step.examined))
+        while len(self._samples) > 1 and now - self._samples[1][0] >= _RATE_S:
+            self._samples.popleft()
+        waits = step.waits
+        if waits is None or not (waits.backlog or waits.locked):
+            self._stuck_since = None
+            return None
+        if self._stuck_since is None:
+            self._stuck_since = now
+        if now - self._stuck_since < _WAITS_LONG_S or waits.locked in self._reported:
+            return None
+        self._reported.add(waits.locked)
+        if waits.locked:
+            return (
+                f"waits: rows of {self._table} are locked by another session, see pg_locks and pg_stat_activity;"
+                " it goes on by itself when they are free"
+            )
+        return f"waits: {step.unsettled:,} of its rows are not handled yet; is a consumer running that handles them?"
+
+    def line(self, now: float) -> str:
+        """``[#####.....] 41% 410,000 of about 1,000,000, 5,012 a second, 2 min left``."""
+        total = max(self._estimate, self._examined, 1)
+        since, examined = self._samples[0]
+        per_s = (self._examined - examined) / (now - since) if now > since else 0.0
+        waits = self._stuck_since is not None and now - self._stuck_since >= _WAITS_S
+        left = f", {format_duration((total - self._examined) / per_s)} left" if per_s and not waits else ""
+        filled = _BAR * self._examined // total
+        return (
+            f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * self._examined // total}%"
+            f" {self._examined:,} of about {total:,}, {per_s:,.0f} a second{left}"
+        )
 
 
 def _state(each: Backfill) -> str:

@@ -38,10 +38,14 @@ class Page(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """``seconds`` until the next may be asked for. ``backlog``: because of what is not settled, and not of the rate."""
+    """``seconds`` until the next may be asked for: because of the rate, unless one of the others is true.
+
+    ``backlog``: because of what is not settled. ``locked``: because the page met a row that somebody has locked.
+    """
 
     seconds: float
     backlog: bool = False
+    locked: bool = False
 
 
 class BackfillPace:
@@ -55,6 +59,7 @@ class BackfillPace:
         self._size = self._size_max
         self._examined = self._size
         self._not_before = 0.0
+        self._locked = False
         self._ask_again_s = _ASK_AGAIN_S
 
     @property
@@ -65,7 +70,7 @@ class BackfillPace:
     def next(self, unsettled: int, now: float) -> Page | Wait:
         """What to do now, while so many of the rows written before are unsettled."""
         if now < self._not_before:
-            return Wait(min(self._not_before - now, _ASK_AGAIN_MAX_S))
+            return Wait(min(self._not_before - now, _ASK_AGAIN_MAX_S), locked=self._locked)
         room = min(self._size, self._backlog - unsettled)
         if room < self._size and room < self._size_max // 2 + 1:
             seconds, self._ask_again_s = self._ask_again_s, min(self._ask_again_s * 1.5, _ASK_AGAIN_MAX_S)
@@ -75,6 +80,7 @@ class BackfillPace:
 
     def done(self, page: Page, written: int, now: float) -> None:
         """The page is read and committed."""
+        self._locked = False
         if self._rate:
             self._not_before = max(now, self._not_before) + written / self._rate
         self._size = min(self._size * 2, self._size_max)
@@ -83,5 +89,6 @@ class BackfillPace:
 
     def locked(self, now: float) -> None:
         """Somebody had locked a row of the page; it was given up."""
+        self._locked = True
         self._size = max(1, self._size // 4)
         self._not_before = now + _LOCKED_S

@@ -283,7 +283,7 @@ def test_it_waits_for_a_locked_row_holding_no_other_and_nobody_is_ended_for_a_de
         backfills = Backfills("public")
         steps = backfills.work(mine, backfills.start(mine, "orders"))
         for step in steps:
-            if step.written == 10 and step.waits:
+            if step.written == 10 and step.waits and step.waits.locked:
                 break
         writer.execute("SET lock_timeout = '5s'; UPDATE orders SET total = -1")
         writer.commit()

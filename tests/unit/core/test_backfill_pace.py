@@ -54,7 +54,9 @@ def test_a_page_that_met_a_locked_row_is_read_again_smaller_down_to_one_row_and_
     sizes, now = list[int](), 0.0
     for _ in range(5):
         pace.locked(now)
-        assert isinstance(pace.next(0, now), Wait)
+        wait = pace.next(0, now)
+        assert isinstance(wait, Wait)
+        assert wait.locked
         now += 0.25
         page = pace.next(0, now)
         assert isinstance(page, Page)
@@ -62,6 +64,13 @@ def test_a_page_that_met_a_locked_row_is_read_again_smaller_down_to_one_row_and_
     assert sizes == [12, 3, 1, 1, 1]
     pace.done(Page(1, 1), 1, now)
     assert pace.next(0, now) == Page(2, 2)
+
+
+def test_a_wait_for_the_rate_after_a_locked_row_is_none_for_the_lock() -> None:
+    pace = BackfillPace(rate=1, backlog=50)
+    pace.locked(0.0)
+    pace.done(Page(1, 1), 1, 0.25)
+    assert pace.next(0, 0.25) == Wait(0.5)
 
 
 def test_where_few_rows_are_wanted_more_are_examined_up_to_a_bound_and_fewer_again_where_many_are() -> None:
