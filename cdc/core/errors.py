@@ -138,7 +138,11 @@ class Snooze(Exception):  # noqa: N818 - see Retry
 
     def __init__(self, after: float | timedelta, reason: str = "") -> None:
         seconds = after.total_seconds() if isinstance(after, timedelta) else after
-        if not 0 < seconds < float("inf"):
+        try:
+            makes_sense = not isinstance(seconds, bool) and 0 < seconds < float("inf")
+        except (TypeError, ArithmeticError):  # no number at all; a Decimal that is none
+            makes_sense = False
+        if not makes_sense:
             raise ValueError(f"Snooze(after={after!r}): seconds or a timedelta, above 0")
         super().__init__(reason)
         self.after = float(seconds)
