@@ -386,10 +386,15 @@ def _create(
     except psycopg.Error as refused:
         if (refused.sqlstate or "")[:2] not in _REFUSALS or isinstance(refused, errors.InsufficientPrivilege):
             raise
+        hint = "a condition on the columns of OLD and NEW"
+        if isinstance(refused, errors.InvalidObjectDefinition):  # an operation without OLD, or without NEW
+            hint += (
+                ". It holds for all operations: an INSERT has no OLD and a DELETE no NEW, so name those it is for:"
+                " --on update"
+            )
         raise UsageError(
             f"the server refuses --when for {source.spelt}: {refused.diag.message_primary}",
-            hint="a condition on the columns of OLD and NEW. It holds for all operations: an INSERT has no OLD and a"
-            " DELETE no NEW, so name those it is for: --on update",
+            hint=hint,
         ) from refused
 
 

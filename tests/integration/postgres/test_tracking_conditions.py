@@ -90,6 +90,7 @@ def test_a_condition_that_goes_needs_replace(outbox: str, orders: psycopg.Connec
         ("insert,delete", "NEW.total > 0", "DELETE trigger's WHEN condition cannot reference NEW values"),
         ("insert", "NEW.totl > 0", "column new.totl does not exist"),
         ("insert", "NEW.total >", "syntax error"),
+        ("insert", "orders.total > 0", 'invalid reference to FROM-clause entry for table "orders"'),
         ("insert", "EXISTS (SELECT)", "cannot use subquery in trigger WHEN condition"),
         ("insert", "true) EXECUTE FUNCTION capture_entity_change(); DROP TABLE orders --", "syntax error"),
     ],
@@ -100,6 +101,8 @@ def test_a_condition_that_the_server_refuses_changes_nothing(
     told = refused(outbox, "track", "orders", "--on", on, "--when", condition)
     assert "the server refuses --when for orders" in told
     assert reason in told
+    assert "a condition on the columns of OLD and NEW" in told
+    assert ("an INSERT has no OLD" in told) == ("cannot reference" in reason)
     assert json.loads(invoke(outbox, "tracked", "--json").stdout)["tracked"] == []
 
 
