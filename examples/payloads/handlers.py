@@ -10,6 +10,11 @@ Payload = dict[str, object]
 router = cdc.Router()
 
 
+def _operation(change: cdc.Change) -> str:
+    """A row that a backfill has read is a new one to receivers that know no READ."""
+    return "INSERT" if change.operation == "READ" else change.operation
+
+
 def hasura(change: cdc.Change) -> Payload:
     """An event trigger of Hasura."""
     return {
@@ -18,7 +23,7 @@ def hasura(change: cdc.Change) -> Payload:
         "table": {"schema": change.table_schema, "name": change.table},
         "trigger": {"name": change.entity_type},
         "event": {
-            "op": change.operation,
+            "op": _operation(change),
             "data": {"old": change.old, "new": change.new},
             "session_variables": None,
         },
@@ -29,7 +34,7 @@ def hasura(change: cdc.Change) -> Payload:
 def supabase(change: cdc.Change) -> Payload:
     """A database webhook of Supabase."""
     return {
-        "type": change.operation,
+        "type": _operation(change),
         "schema": change.table_schema,
         "table": change.table,
         "record": change.new,
@@ -39,10 +44,12 @@ def supabase(change: cdc.Change) -> Payload:
 
 def sequin(change: cdc.Change) -> Payload:
     """A message of Sequin. Its ``commit_lsn`` orders messages; here ``seq`` does."""
-    updated = change.operation == "UPDATE"
+    old, new = change.old, change.new
+    # An UPDATE may be published without the old row.
+    updated = change.operation == "UPDATE" and old is not None and new is not None
     return {
-        "record": change.old if change.new is None else change.new,
-        "changes": {name: old for name, old in change.old.items() if old != change.new.get(name)} if updated else None,
+        "record": old if new is None else new,
+        "changes": {name: value for name, value in old.items() if value != new.get(name)} if updated else None,
         "action": change.operation.lower(),
         "metadata": {
             "table_schema": change.table_schema,

@@ -144,7 +144,8 @@ def posted() -> Iterator[list[dict[str, Any]]]:
             serving.join()
 
 
-# What a receiver of each tool reads, of an INSERT, an UPDATE and a DELETE of one row; the rest differs from run to run.
+# What a receiver of each tool reads, of an INSERT, an UPDATE and a DELETE of one row, of a READ, and of an UPDATE that
+# was published without the old row; the rest differs from run to run.
 _NEW, _OLD = {"id": 1, "customer": "Ada", "total": 15.0}, {"id": 1, "customer": "Ada", "total": 12.5}
 _PAYLOADS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
     "hasura": lambda body: (body["event"]["op"], body["event"]["data"]["old"], body["event"]["data"]["new"]),
@@ -153,10 +154,34 @@ _PAYLOADS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
     "debezium": lambda body: (body["op"], body["before"], body["after"]),
 }
 _EXPECTED = {
-    "hasura": [("INSERT", None, _OLD), ("UPDATE", _OLD, _NEW), ("DELETE", _NEW, None)],
-    "supabase": [("INSERT", None, _OLD), ("UPDATE", _OLD, _NEW), ("DELETE", _NEW, None)],
-    "sequin": [("insert", None, _OLD), ("update", {"total": 12.5}, _NEW), ("delete", None, _NEW)],
-    "debezium": [("c", None, _OLD), ("u", _OLD, _NEW), ("d", _NEW, None)],
+    "hasura": [
+        ("INSERT", None, _OLD),
+        ("UPDATE", _OLD, _NEW),
+        ("DELETE", _NEW, None),
+        ("INSERT", None, _NEW),
+        ("UPDATE", None, _NEW),
+    ],
+    "supabase": [
+        ("INSERT", None, _OLD),
+        ("UPDATE", _OLD, _NEW),
+        ("DELETE", _NEW, None),
+        ("INSERT", None, _NEW),
+        ("UPDATE", None, _NEW),
+    ],
+    "sequin": [
+        ("insert", None, _OLD),
+        ("update", {"total": 12.5}, _NEW),
+        ("delete", None, _NEW),
+        ("read", None, _NEW),
+        ("update", None, _NEW),
+    ],
+    "debezium": [
+        ("c", None, _OLD),
+        ("u", _OLD, _NEW),
+        ("d", _NEW, None),
+        ("r", None, _NEW),
+        ("u", None, _NEW),
+    ],
 }
 
 
@@ -173,5 +198,7 @@ def test_a_receiver_of_another_tool_gets_the_payload_it_knows(
     _order(orders)
     orders.execute("UPDATE orders SET total = 15")
     orders.execute("DELETE FROM orders")
-    eventually(lambda: len(posted) == 3, what="three changes are posted")
+    for operation in ("READ", "UPDATE"):
+        orders.execute("SELECT publish_change('order', '1', %s, %s)", [operation, json.dumps(_NEW)])
+    eventually(lambda: len(posted) == 5, what="five changes are posted")
     assert [_PAYLOADS[shape](body) for body in posted] == _EXPECTED[shape]
