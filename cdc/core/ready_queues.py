@@ -22,6 +22,8 @@ from cdc.core.router import Handler
 _FACTOR = 2
 """A handler that hangs gets at most two thirds. After three such, one of ten connections is left for a fourth."""
 _UNBOUNDED = 1 << 30
+_USER = slice(2)
+"""Of Requirements, who uses a limit: the type and its handler, whatever else differs between its changes."""
 
 
 class Requirements(NamedTuple):
@@ -111,9 +113,9 @@ class ReadyQueues:
 
     def started(self, changes: Sequence[Change], needs: Requirements) -> None:
         self._started.update(dict.fromkeys(changes, needs))
-        self._slots.acquire(needs, len(changes))
+        self._slots.acquire(needs[_USER], len(changes))
         for pool in needs.pools:
-            self._pools[pool].acquire(needs, len(changes))
+            self._pools[pool].acquire(needs[_USER], len(changes))
         if needs.breaker is not None and needs.breaker.tripped:
             needs.breaker.trial(len(changes))
             self._trials.update(dict.fromkeys(changes, needs.breaker))
@@ -140,19 +142,19 @@ class ReadyQueues:
         self._queues.clear()
 
     def _admits(self, needs: Requirements) -> bool:
-        if not self._slots.admits(needs) or (
+        if not self._slots.admits(needs[_USER]) or (
             needs.breaker is not None and needs.breaker.tripped and not needs.breaker.room
         ):
             return False
-        return not needs.pools or all(self._pools[pool].admits(needs) for pool in needs.pools)
+        return not needs.pools or all(self._pools[pool].admits(needs[_USER]) for pool in needs.pools)
 
     def _room(self, needs: Requirements) -> int:
-        room = self._slots.room(needs)
+        room = self._slots.room(needs[_USER])
         if needs.breaker is not None and needs.breaker.tripped:
             room = min(room, needs.breaker.room)
-        return min([room, *(self._pools[pool].room(needs) for pool in needs.pools)]) if needs.pools else room
+        return min([room, *(self._pools[pool].room(needs[_USER]) for pool in needs.pools)]) if needs.pools else room
 
     def _free(self, needs: Requirements, places: int) -> None:
-        self._slots.release(needs, places)
+        self._slots.release(needs[_USER], places)
         for pool in needs.pools:
-            self._pools[pool].release(needs, places)
+            self._pools[pool].release(needs[_USER], places)

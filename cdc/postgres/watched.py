@@ -61,19 +61,29 @@ class WatchedConnection(AsyncGuardedConnection):
             self._prepared_ever += 1
             name = b"cdc_%d" % self._prepared_ever
             link.send_prepare(name, statement.text, types)
-            [prepared] = yield from execute(link)
-            if prepared.status != pq.ExecStatus.COMMAND_OK:
-                raise psycopg.errors.error_from_result(prepared, transformer.encoding)
+            yield from self._result(pq.ExecStatus.COMMAND_OK)
             statement.prepared[types] = name
         link.send_query_prepared(name, written, transformer.formats, pq.Format.BINARY)
-        [result] = yield from execute(link)  # one for each of those
-        if result.status != pq.ExecStatus.TUPLES_OK:
-            raise psycopg.errors.error_from_result(result, transformer.encoding)
+        result = yield from self._result(pq.ExecStatus.TUPLES_OK)
         transformer.set_pgresult(result)
         try:
             return transformer.load_rows(0, result.ntuples, tuple)
         finally:
             transformer.set_pgresult(None)
+
+    def _result(self, expected: pq.ExecStatus) -> Generator[int, int, pq.abc.PGresult]:
+        """Of what was sent. There may be two: a commit may fail after its statement, and so may the session end."""
+        results: list[pq.abc.PGresult] = yield from execute(self.pgconn)
+        for result in results:
+            if result.status != expected:
+                raise psycopg.errors.error_from_result(result, self.info.encoding)
+        return results[-1]
+
+    def _deallocate(self, name: bytes | None) -> Generator[Any, Any, None]:
+        """At ``None`` psycopg has the server forget all that is prepared: a transaction() was rolled back."""
+        if name is None:
+            self._statements.clear()
+        yield from super()._deallocate(name)
 
     async def wait(self, gen: Any, interval: float = _INTERVAL_S, timeout: float | None = None) -> Any:  # noqa: ASYNC109 - psycopg's signature
         self._waits += 1
@@ -113,6 +123,11 @@ class WatchedConnection(AsyncGuardedConnection):
     async def close(self) -> None:
         self._unwatch()
         await super().close()
+
+    def __del__(self, *_: Any) -> None:
+        """One that nobody has closed: the number of its socket is soon another's."""
+        self._unwatch()
+        super().__del__()
 
     def _unwatch(self) -> None:
         if self._watch is not None:
@@ -196,6 +211,8 @@ class _SocketWatch:
 
     def end(self) -> None:
         self._gen = None
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(psycopg.OperationalError("the connection is closed"))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -217,8 +234,8 @@ class _SocketWatch:
             self._gen = None
             answer.set_result(ended.value)
         except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
-            self.end()
             answer.set_exception(error)
+            self.end()
         else:
             if state != WAIT_R:
                 self._gen = None

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import errors
+from psycopg.pq import TransactionStatus
 
 from cdc.postgres.connect import connect_async
 from cdc.postgres.watched import WatchedConnection
@@ -128,3 +129,40 @@ def _asleep(db: psycopg.Connection) -> Callable[[], Any]:
         return row == (1,)
 
     return asleep
+
+
+async def test_an_error_that_comes_after_the_statement_is_the_servers(database: str, db: psycopg.Connection) -> None:
+    """The server has answered the statement already when its transaction, which it is alone in, cannot be committed."""
+    db.execute("CREATE TABLE late (id int PRIMARY KEY, after int REFERENCES late DEFERRABLE INITIALLY DEFERRED)")
+    async with await _connected(database) as connection:
+        for _ in range(2):
+            with pytest.raises(errors.ForeignKeyViolation):
+                await connection.rows(b"INSERT INTO public.late VALUES (1, %(after)s) RETURNING id", {"after": 2})
+        assert await connection.rows(b"INSERT INTO public.late VALUES (1, %(after)s) RETURNING id", {"after": 1}) == [
+            (1,)
+        ]
+
+
+async def test_what_a_rolled_back_transaction_makes_the_driver_forget_is_prepared_again(database: str) -> None:
+    async with await _connected(database) as connection:
+        for _ in range(8):  # psycopg prepares a statement when it has come often enough
+            await connection.execute("SELECT 1")
+        assert await connection.rows(b"SELECT %(n)s::int", {"n": 1}) == [(1,)]
+        with pytest.raises(ZeroDivisionError):
+            async with connection.transaction():
+                raise ZeroDivisionError
+        await connection.execute("SELECT 1")
+        assert await connection.rows(b"SELECT %(n)s::int", {"n": 2}) == [(2,)]
+
+
+async def test_whoever_waits_is_told_that_the_connection_was_closed(database: str) -> None:
+    connection = await _connected(database)
+    waiting = asyncio.create_task(connection.rows(b"SELECT pg_sleep(300)", {}))
+
+    async def waits() -> bool:
+        return connection.pgconn.transaction_status == TransactionStatus.ACTIVE
+
+    await eventually_async(waits, what="it waits for the answer")
+    await connection.close()
+    with pytest.raises(psycopg.OperationalError, match="closed"):
+        await waiting

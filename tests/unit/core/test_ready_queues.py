@@ -88,6 +88,16 @@ def test_what_waits_for_a_thread_holds_no_slot_and_leaves_threads_to_others() ->
     assert ready_queues.waiting(_A_SYNC) == 47
 
 
+def test_what_a_backfill_reads_shares_the_limit_of_what_was_written() -> None:
+    """Else two handlers that hang, with both, would leave no place for a third."""
+    ready_queues = ReadyQueues(10, sole=False)
+    for needs in (_A, _A._replace(read=True, run=2), _B, _B._replace(read=True, run=2)):
+        _put(ready_queues, needs, 100)
+        _start_all(ready_queues)
+    _put(ready_queues, Requirements("c"), 1)
+    assert _start_all(ready_queues) == [("c", "0")]
+
+
 def test_a_slot_and_its_threads_are_free_again_when_the_change_has_ended() -> None:
     ready_queues = ReadyQueues(3, {"threads": 1})
     _put(ready_queues, _A_SYNC, 2)
