@@ -46,7 +46,10 @@ class DueChanges:
         return DueLater(*row)
 
     def types(self, connection: psycopg.Connection, within_s: float) -> set[str]:
-        """The types of the events that are due within ``within_s`` seconds; of the first 10,001 events. None as ``count``."""
+        """The types of the events that are due within ``within_s`` seconds; of the first 10,001 events.
+
+        None where ``count`` gives None.
+        """
         try:
             rows = connection.execute(
                 self._statements["types"], {"within_s": within_s, "bound": COUNT_BOUND}
