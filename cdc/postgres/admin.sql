@@ -149,9 +149,13 @@ SELECT seq, id FROM {changes}
 WHERE NOT processed AND dead_at IS NOT NULL AND seq = ANY (%(seqs)s::bigint[])
 
 -- name: number_processed
--- By number among the latest processed.
+-- By number among the latest processed. NULLs come first in this order: those without a time are a search of their own.
 SELECT seq, id
-FROM (SELECT seq, id FROM {changes} WHERE processed ORDER BY processed_at DESC LIMIT %(scan)s) AS looked
+FROM (
+  (SELECT seq, id FROM {changes} WHERE processed AND processed_at IS NOT NULL ORDER BY processed_at DESC LIMIT %(scan)s)
+  UNION ALL
+  (SELECT seq, id FROM {changes} WHERE processed AND processed_at IS NULL LIMIT %(scan)s)
+) AS looked
 WHERE seq = ANY (%(seqs)s::bigint[])
 
 -- name: state

@@ -12,7 +12,10 @@ from cdc.core.model import SHARDS
 
 _LOCK_TIMEOUT = "5s"
 _ROWS_EXAMINED = 10_000
-"""Rows examined in each state but fresh, the latest by the state's index; of fresh ones the last of each shard."""
+"""Rows examined in each state but fresh, the latest by the state's index; of fresh ones the last of each shard.
+
+Of those that somebody marked without a time the index knows no order: any of them.
+"""
 
 _NAME = """
 SELECT s.oid, pg_catalog.format('%%I.%%I', n.nspname, s.relname) AS name,
@@ -36,8 +39,10 @@ SELECT greatest(
      ORDER BY next_attempt_at DESC LIMIT {rows}) AS waiting),
   (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE NOT processed AND dead_at IS NOT NULL
      ORDER BY dead_at DESC LIMIT {rows}) AS dead),
-  (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE processed
+  (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE processed AND processed_at IS NOT NULL
      ORDER BY processed_at DESC LIMIT {rows}) AS processed),
+  (SELECT pg_catalog.max(seq) FROM (SELECT seq FROM {changes} WHERE processed AND processed_at IS NULL
+     LIMIT {rows}) AS untimed),
   0)
 """
 

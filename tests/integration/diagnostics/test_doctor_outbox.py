@@ -12,7 +12,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc.contrib.demo.temp_server import TempServer
-from cdc.postgres import migrations, tracking
+from cdc.postgres import migrations, sequence, tracking
 from tests.integration.diagnostics.test_doctor import BLIND, apply, db, findings, role, run, shop, troubles, well
 from tests.integration.postgres.test_tracking_again import done, invoke, tracked
 
@@ -153,6 +153,7 @@ STATES = {
     "dead": "UPDATE entity_changes SET dead_at = now()",
     "paused": "UPDATE entity_changes SET dead_at = now(), next_attempt_at = 'infinity'",
     "processed": "UPDATE entity_changes SET processed = true, processed_at = now()",
+    "processed without a time": "UPDATE entity_changes SET processed = true",
 }
 
 
@@ -176,6 +177,19 @@ def test_a_sequence_that_was_left_behind_is_found_and_set_right(
     assert findings(shop, "--no-stream")["sequence"]["severity"] == "ok"
     db.execute("INSERT INTO tasks VALUES (3)")
     assert db.execute("SELECT max(seq) FROM entity_changes").fetchone() == (903,)
+
+
+def test_changes_that_were_marked_without_a_time_do_not_hide_one_with_a_higher_number(
+    shop: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequence, "_ROWS_EXAMINED", 20)
+    db.execute("INSERT INTO tasks SELECT generate_series(1, 30)")
+    db.execute("UPDATE entity_changes SET processed = true, processed_at = NULL")
+    db.execute("SELECT setval('entity_changes_seq_seq', 900); INSERT INTO tasks VALUES (100)")
+    db.execute("UPDATE entity_changes SET processed = true, processed_at = now() WHERE NOT processed")
+    db.execute("SELECT setval('entity_changes_seq_seq', 500)")
+    found = findings(shop, "--no-stream")["sequence"]
+    assert (found["severity"], "is 500, and there is a change 901" in found["detail"]) == ("fail", True)
 
 
 def test_a_column_that_was_to_be_left_out_and_was_renamed_fails(shop: str, db: psycopg.Connection) -> None:
