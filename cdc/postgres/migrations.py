@@ -219,12 +219,14 @@ def _refuse_due_later(connection: psycopg.Connection, tables: Sequence[sql.Ident
 
 
 def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
-    # The order matters: a view is dropped before what it reads.
+    # The order matters: a view is dropped before what it reads. An outbox that was not upgraded may lack some, and has the
+    # publish_change() of an earlier version.
     objects = (
         ("VIEW", "recent_action_history", ""),
         ("VIEW", "action_processing_dashboard", ""),
         ("FUNCTION", "reprocess_failed_actions", "(text, integer)"),
         ("FUNCTION", "publish_change", "(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)"),
+        ("FUNCTION", "publish_change", "(text, text, text, jsonb, jsonb, jsonb)"),
         ("FUNCTION", "publish_due", "(integer, bigint)"),
         ("FUNCTION", "capture_entity_change", "()"),
         ("FUNCTION", "capture_rows", "(anyarray, text, jsonb, integer)"),
@@ -237,13 +239,17 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "fill_shard", "()"),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),
-        *([("TABLE", "cdc_sets", "")] if _exists(connection, schema, "cdc_sets") else []),
+        ("TABLE", "cdc_sets", ""),
     )
+    dropped = list[str]()
     for kind, name, arguments in objects:
-        connection.execute(
-            sql.SQL("DROP {} IF EXISTS {}{}").format(sql.SQL(kind), sql.Identifier(schema, name), sql.SQL(arguments))
-        )
-    return [f"{kind.lower()} {schema}.{name}" for kind, name, _ in objects] + _drop_publication(connection, schema)
+        look_up = "to_regprocedure" if kind == "FUNCTION" else "to_regclass"
+        there = f"SELECT pg_catalog.{look_up}(pg_catalog.format('%%I.%%I', %s::text, %s::text) || %s) IS NOT NULL"
+        if connection.execute(there.encode(), [schema, name, arguments]).fetchone() == (True,):
+            drop = sql.SQL("DROP {} {}{}")
+            connection.execute(drop.format(sql.SQL(kind), sql.Identifier(schema, name), sql.SQL(arguments)))
+            dropped.append(f"{kind.lower()} {schema}.{name}")
+    return dropped + _drop_publication(connection, schema)
 
 
 def _drop_publication(connection: psycopg.Connection, schema: str) -> list[str]:

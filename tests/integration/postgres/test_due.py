@@ -310,6 +310,23 @@ def test_an_outbox_of_an_earlier_version_gets_the_parameter_and_whoever_might_pu
     assert db.execute(sql.SQL("SELECT {}.publish_change('x', '1')").format(place)).fetchone() == (2,)
 
 
+def test_an_outbox_that_was_not_upgraded_is_uninstalled_whole(db: psycopg.Connection) -> None:
+    migrations.install(db, "public")
+    [(role,)] = db.execute("SELECT proowner::regrole::text FROM pg_proc WHERE proname = 'publish_change'").fetchall()
+    db.execute("DROP FUNCTION publish_change, publish_due; DROP TABLE cdc_due_changes")
+    db.execute("DELETE FROM cdc_migrations WHERE name = 'due'")
+    db.execute(sql.SQL(_EARLIER).format(schema=sql.SQL("public")))
+    db.execute(sql.SQL("ALTER FUNCTION publish_change OWNER TO {}").format(sql.Identifier(role)))
+    dropped = migrations.uninstall(db, "public")
+    functions = "SELECT proname::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+    assert db.execute(functions).fetchall() == []
+    assert dropped.count("function public.publish_change") == 1
+    assert f"role {role}" in dropped
+    assert db.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchall() == []
+    not_there = {"function public.publish_due", "table public.cdc_due_changes", "table public.cdc_sets"}
+    assert not_there.isdisjoint(dropped)
+
+
 def test_who_depends_on_the_earlier_function_is_named_and_nothing_is_changed(db: psycopg.Connection) -> None:
     migrations.install(db, "public")
     db.execute("DROP FUNCTION publish_change")
