@@ -25,7 +25,7 @@ from cdc.postgres.admin import OutboxAdmin, parse_reference
 from cdc.postgres.sql_files import load
 from tests.commands_outbox import BRING, data, die, numbers, process, publish, row, run, wait
 from tests.eventually import eventually_async
-from tests.fix_consumer import consuming, metric, settled
+from tests.fix_consumer import ROOT, consuming, metric, settled
 from tests.fix_outbox import copied_outbox
 
 
@@ -294,6 +294,17 @@ def test_a_change_is_found_by_its_number_in_whatever_state_it_is(
     assert data(outbox, "show", str(seq))["change"]["seq"] == seq
 
 
+def test_changes_that_were_marked_without_a_time_do_not_hide_the_number_of_another(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "_SCAN", 2)
+    timed, *untimed = [publish(outbox_db) for _ in range(5)]
+    process(outbox_db, timed)
+    outbox_db.execute("UPDATE entity_changes SET processed = true WHERE seq = ANY(%s)", [untimed[2:]])
+    assert data(outbox, "show", str(timed))["change"]["seq"] == timed
+    assert data(outbox, "show", str(untimed[3]))["change"]["seq"] == untimed[3]
+
+
 def test_what_names_no_change_is_exit_2_and_what_is_not_there_exit_4(outbox: str) -> None:
     for command in ("show", "retry", "discard"):
         assert run(outbox, command, "seventeen").exit_code == 2
@@ -425,17 +436,15 @@ def test_an_operator_needs_the_documented_grants_and_no_more(outbox: str, outbox
     role = f"ops_{uuid4().hex[:12]}"
     outbox_db.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
     try:
-        outbox_db.execute(
-            sql.SQL(
-                "GRANT SELECT, UPDATE (processed, processed_at, next_attempt_at, dead_at, error_count, last_error),"
-                " DELETE ON entity_changes TO {}"
-            ).format(sql.Identifier(role))
-        )
+        section = (ROOT / "docs/operations/roles.md").read_text("utf-8").split("\n## An operator\n")[1]
+        documented = section.split("```sql\n")[1].split("```")[0].replace("events", "public").replace("TO ops;", "TO {ops};")
+        outbox_db.execute(sql.SQL(documented).format(ops=sql.Identifier(role)))
         as_operator = make_conninfo(outbox, options=f"-c role={role}")
         retried, discarded, _ = map(str, seqs)
         for command in (
             ["stats"], ["list"], ["show", retried, "--show-payload"], ["retry", retried], ["discard", discarded],
             ["retry", "--all", "--yes"], ["prune", "--older-than", "30d"],
+            ["discard", "--type", "x", "--before", "now", "--yes"], ["replay", discarded],
         ):  # fmt: skip
             result = run(as_operator, *command)
             assert result.exit_code == 0, result.output
