@@ -38,35 +38,39 @@ $cdc$;
 --   processed_today      by the day it was processed (in the session's TimeZone). Documented: by the day of the change.
 --                        One that somebody marked without a time counts by its own.
 --   last_processed_at    when it was processed. Documented: when it was changed. NULL if nothing was processed today.
---   avg_processing_seconds   of today, not of all time.
+--   avg_processing_seconds   of today, not of all time. One without a time of its own has no duration.
+-- Infinite times, which only others write, are none: before version 17 the server refuses to subtract them, and many
+-- readers have no value for them.
 CREATE OR REPLACE VIEW @schema@.action_processing_dashboard AS
 SELECT
   entity_type,
   count(*) FILTER (WHERE NOT processed AND dead_at IS NULL) AS pending,
   count(*) FILTER (WHERE processed) AS processed_today,
   count(*) FILTER (WHERE NOT processed AND (error_count > 0 OR dead_at IS NOT NULL)) AS failed,
-  max(processed_at) FILTER (WHERE processed) AS last_processed_at,
-  avg(extract(epoch FROM processed_at - changed_at)) FILTER (WHERE processed) AS avg_processing_seconds
+  max(last) FILTER (WHERE processed AND isfinite(last)) AS last_processed_at,
+  avg(CASE WHEN isfinite(processed_at) AND isfinite(changed_at) THEN extract(epoch FROM processed_at - changed_at) END)
+    FILTER (WHERE processed) AS avg_processing_seconds
 FROM (
-  SELECT coalesce(entity_type, table_name) AS entity_type, processed, dead_at, error_count, processed_at, changed_at
+  SELECT coalesce(entity_type, table_name) AS entity_type, processed, dead_at, error_count, processed_at, changed_at,
+    processed_at AS last
   FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
   UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at, processed_at
   FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
   UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at, processed_at
   FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
   UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at, processed_at
   FROM @schema@.entity_changes WHERE processed AND processed_at >= date_trunc('day', now())
   UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, changed_at, changed_at
+  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, NULL, changed_at, changed_at
   FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL AND changed_at >= date_trunc('day', now())
 ) AS change
 GROUP BY entity_type;
 
 -- As documented. A change of the last 24 hours that is processed was processed in the last 24 hours, so the index on
--- processed_at finds it, and none on changed_at is needed.
+-- processed_at finds it, and none on changed_at is needed. An infinite processed_at is none here.
 CREATE OR REPLACE VIEW @schema@.recent_action_history AS
 SELECT
   id,
@@ -75,7 +79,8 @@ SELECT
   changed_at,
   processed,
   processed_at,
-  extract(epoch FROM processed_at - changed_at) AS processing_delay_seconds,
+  CASE WHEN isfinite(processed_at) AND isfinite(changed_at) THEN extract(epoch FROM processed_at - changed_at) END
+    AS processing_delay_seconds,
   error_count,
   last_error,
   CASE
@@ -83,22 +88,29 @@ SELECT
     WHEN entity_type = 'message' THEN left(new_data ->> 'content', 50)
   END AS preview
 FROM (
-  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  SELECT id, entity_type, operation, changed_at, processed, nullif(nullif(processed_at, 'infinity'), '-infinity') AS processed_at,
+    error_count, last_error, new_data
   FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
   UNION ALL
-  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  SELECT id, entity_type, operation, changed_at, processed, nullif(nullif(processed_at, 'infinity'), '-infinity') AS processed_at,
+    error_count, last_error, new_data
   FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
   UNION ALL
-  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
+  SELECT id, entity_type, operation, changed_at, processed, nullif(nullif(processed_at, 'infinity'), '-infinity') AS processed_at,
+    error_count, last_error, new_data
   FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
   UNION ALL
   SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
-  FROM @schema@.entity_changes WHERE processed AND processed_at > now() - interval '24 hours'
+  FROM @schema@.entity_changes
+  WHERE processed AND processed_at > now() - interval '24 hours' AND processed_at < 'infinity'
+  UNION ALL
+  SELECT id, entity_type, operation, changed_at, processed, NULL, error_count, last_error, new_data
+  FROM @schema@.entity_changes WHERE processed AND processed_at = 'infinity'
   UNION ALL
   SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
   FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL
 ) AS change
-WHERE changed_at > now() - interval '24 hours'
+WHERE changed_at > now() - interval '24 hours' AND isfinite(changed_at)
 ORDER BY changed_at DESC;
 
 REVOKE ALL ON @schema@.action_processing_dashboard, @schema@.recent_action_history FROM PUBLIC;

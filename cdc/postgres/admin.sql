@@ -25,7 +25,8 @@ WITH fresh AS MATERIALIZED (
 ), by_type AS (
   SELECT type, count(*) AS fresh, count(*) FILTER (WHERE held) AS blocked,
          count(DISTINCT entity_id) FILTER (WHERE held) AS blocked_keys, 0 AS waiting, 0 AS dead,
-         min(changed_at) FILTER (WHERE NOT held) AS ready_since, min(changed_at) FILTER (WHERE held) AS blocked_since
+         min(changed_at) FILTER (WHERE NOT held AND isfinite(changed_at)) AS ready_since,
+         min(changed_at) FILTER (WHERE held AND isfinite(changed_at)) AS blocked_since
   FROM fresh GROUP BY type
   UNION ALL
   SELECT type, 0, 0, 0, count(*), 0, min(next_attempt_at) FILTER (WHERE next_attempt_at <= now() AND next_attempt_at > '-infinity'), NULL
@@ -47,12 +48,13 @@ FROM by_type GROUP BY type ORDER BY type
 -- Changes processed a second, and how long after they were written. Beyond the bound, over the time that those took.
 WITH looked AS MATERIALIZED (
   SELECT processed_at, changed_at FROM {changes}
-  WHERE processed AND processed_at > now() - make_interval(secs => %(seconds)s::float8)
+  WHERE processed AND processed_at > now() - make_interval(secs => %(seconds)s::float8) AND processed_at < 'infinity'
   ORDER BY processed_at DESC LIMIT %(bound)s
 ), seen AS (
   SELECT count(*) AS count, extract(epoch FROM now() - min(processed_at))::float8 AS span_s,
          percentile_cont(ARRAY[0.5, 0.99]::float8[])
-           WITHIN GROUP (ORDER BY greatest(extract(epoch FROM processed_at - changed_at)::float8, 0)) AS latencies
+           WITHIN GROUP (ORDER BY CASE WHEN isfinite(changed_at)
+             THEN greatest(extract(epoch FROM processed_at - changed_at)::float8, 0) END) AS latencies
   FROM looked
 )
 SELECT count / CASE WHEN count < %(bound)s THEN %(seconds)s::float8 ELSE greatest(span_s, 1) END AS per_s,

@@ -219,8 +219,8 @@ def _refuse_due_later(connection: psycopg.Connection, tables: Sequence[sql.Ident
 
 
 def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
-    # The order matters: a view is dropped before what it reads. An outbox that was not upgraded may lack some, and has the
-    # publish_change() of an earlier version.
+    # The order matters: a view is dropped before what it reads. An outbox that was not upgraded may lack some, and has
+    # the publish_change() of an earlier version.
     objects = (
         ("VIEW", "recent_action_history", ""),
         ("VIEW", "action_processing_dashboard", ""),

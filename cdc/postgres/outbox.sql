@@ -459,7 +459,7 @@ SELECT
   -- behind one key.
   greatest(
     coalesce((
-      SELECT extract(epoch FROM now() - min(c.changed_at))::float8
+      SELECT extract(epoch FROM now() - min(c.changed_at) FILTER (WHERE isfinite(c.changed_at)))::float8
       FROM generate_series(0, %(shards)s - 1) AS s(shard)
       CROSS JOIN LATERAL (
         SELECT c.changed_at
@@ -526,7 +526,7 @@ SELECT
      WHERE NOT processed AND dead_at IS NOT NULL ORDER BY dead_at DESC LIMIT %(bound)s
    ) AS d WHERE (d.type = ANY (%(types)s::text[])) = %(among)s)::int AS dead,
   greatest(
-    coalesce((SELECT extract(epoch FROM now() - min(c.changed_at))::float8
+    coalesce((SELECT extract(epoch FROM now() - min(c.changed_at) FILTER (WHERE isfinite(c.changed_at)))::float8
               FROM ours AS c WHERE c.place <= %(per_shard)s AND NOT {held}), 0),
     coalesce((SELECT extract(epoch FROM now() - min(next_attempt_at))::float8
               FROM waiting WHERE next_attempt_at <= now() AND next_attempt_at > '-infinity'), 0),

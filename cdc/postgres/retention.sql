@@ -28,7 +28,7 @@ WITH timed AS MATERIALIZED (
   WHERE c.ctid = ANY (ARRAY(SELECT place FROM timed UNION ALL SELECT place FROM untimed LIMIT %(limit)s))
   RETURNING c.processed_at
 )
-SELECT count(*)::int, max(processed_at) FROM removed
+SELECT count(*)::int, max(processed_at) FILTER (WHERE isfinite(processed_at)) FROM removed
 
 -- name: prunable
 -- The number of removable changes, up to a bound.

@@ -8,13 +8,16 @@ from typing import NamedTuple
 
 import psycopg
 import pytest
+from psycopg import sql
 
 import cdc
 from cdc.core.model import ChangeState
 from cdc.core.router import Router
 from cdc.core.type_filter import TypeFilter
 from cdc.postgres import migrations
+from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.retention import Retention
 from tests.commands_outbox import data, numbers, run
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
@@ -123,6 +126,38 @@ def test_the_views_count_each_once_also_without_a_time(outbox_db: psycopg.Connec
     assert outbox_db.execute(dashboard).fetchall() == [(processed,)]
     history = "SELECT count(*), count(DISTINCT id), count(*) FILTER (WHERE processed) FROM recent_action_history"
     assert outbox_db.execute(history).fetchall() == [(len(_EVERY), len(_EVERY), processed)]
+
+
+def test_the_average_leaves_out_what_has_no_time_of_its_own(outbox_db: psycopg.Connection) -> None:
+    outbox_db.execute("SELECT publish_change('x', '1'), publish_change('x', '2')")
+    outbox_db.execute("UPDATE entity_changes SET processed = true, changed_at = date_trunc('day', now())")
+    outbox_db.execute("UPDATE entity_changes SET processed_at = changed_at + interval '3 s' WHERE entity_id = '1'")
+    dashboard = "SELECT processed_today, avg_processing_seconds FROM action_processing_dashboard"
+    assert outbox_db.execute(dashboard).fetchall() == [(2, 3)]
+    outbox_db.execute("UPDATE entity_changes SET processed_at = NULL")
+    assert outbox_db.execute(dashboard).fetchall() == [(2, None)]
+
+
+@pytest.mark.parametrize("column", ["changed_at", "processed_at"])
+@pytest.mark.parametrize("value", ["infinity", "-infinity"])
+@pytest.mark.parametrize("processed", [True, False])
+def test_an_infinite_time_breaks_no_reader(
+    outbox: str, outbox_db: psycopg.Connection, column: str, value: str, processed: bool
+) -> None:
+    outbox_db.execute("SELECT publish_change('x', '1'), publish_change('x', '1')")
+    outbox_db.execute("UPDATE entity_changes SET processed = %s, processed_at = now()", [processed])
+    change = sql.SQL("UPDATE entity_changes SET {} = %s WHERE seq = 1").format(sql.Identifier(column))
+    outbox_db.execute(change, [value])
+    outbox_db.execute("SELECT * FROM action_processing_dashboard").fetchall()
+    history = outbox_db.execute("SELECT * FROM recent_action_history").fetchall()
+    seen = column == "processed_at" and (value == "infinity" or not processed)
+    assert len(history) == 1 + seen
+    admin = OutboxAdmin("public")
+    assert sum(each.fresh for each in admin.stats(outbox_db).types) == (0 if processed else 2)
+    assert (admin.pace(outbox_db).per_s > 0) == processed
+    for store in (Store("public"), Store("public", scope=TypeFilter(("x",), True))):
+        assert 0 <= store.figures(outbox_db).oldest_ready_age_s < 3600
+    list(Retention("public").prune(outbox_db, 3600.0))
 
 
 async def test_what_is_fresh_or_due_is_handled_once_and_nothing_else_and_each_key_goes_on_or_waits(
