@@ -3,8 +3,9 @@
 --
 -- No value of a row makes its writer's statement fail: a value that JSON cannot represent is left out, and a marker
 -- stands in its place. A fault of the trigger itself (a misspelt option, a key column that does not exist) is an error.
--- Locks: ACCESS EXCLUSIVE on entity_changes until the transaction ends, for a scan of the table, where something of an
--- earlier version is there: some seconds for ten million rows. A later run takes SHARE for a moment.
+-- Locks: ACCESS EXCLUSIVE on entity_changes until the transaction ends, where something of an earlier version is there:
+-- for three scans of the table, one for each index that is made, some seconds each for ten million rows. A later run
+-- takes SHARE ROW EXCLUSIVE for a moment.
 
 -- The server parses a CHECK anew for each captured row. publish_change() refuses other operations, and a row that came
 -- with one in another way is a dead letter, as whatever a consumer cannot read is. The state of a row is a function of its
