@@ -84,7 +84,7 @@ def test_many_that_were_processed_at_one_moment_are_all_removed(outbox_db: psyco
 def test_progress_is_shown_while_it_takes_long(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cdc.cli.outbox._PROGRESS_EVERY_S", 0)
+    monkeypatch.setattr("cdc.cli.bulk._PROGRESS_EVERY_S", -1.0)
     fill(outbox_db, 2 * retention.BATCH + 1)
     assert f"removed {retention.BATCH:,} so far" in run(outbox, "--older-than", "7d").stderr
 
