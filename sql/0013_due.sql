@@ -47,6 +47,7 @@ DECLARE
   v_id CONSTANT text := @schema@.bounded_text(publish_change.entity_id);
   v_caused_by uuid;
   v_depth integer := 0;
+  v_metadata jsonb;
   v_seq bigint;
   v_shard smallint;
   v_rung pg_lsn;
@@ -68,10 +69,18 @@ BEGIN
     PERFORM set_config('cdc.captured', 'on', true);
   END IF;
   IF publish_change.due > clock_timestamp() THEN
+    -- Here, and not when it is published: metadata that grows too large is an error of its writer, and would stop all
+    -- others there. What is no object stays as its writer gave it.
+    v_metadata := coalesce(publish_change.metadata, '{}');
+    IF jsonb_typeof(v_metadata) = 'object' THEN
+      v_metadata := v_metadata || jsonb_build_object(
+        'due', (to_jsonb(publish_change.due AT TIME ZONE 'UTC') #>> '{}') || '+00:00',
+        'written_at', (to_jsonb(now() AT TIME ZONE 'UTC') #>> '{}') || '+00:00');
+    END IF;
     INSERT INTO @schema@.cdc_due_changes
       (due, entity_type, entity_id, operation, old_data, new_data, metadata, caused_by, depth)
     VALUES (publish_change.due, v_type, v_id, publish_change.operation, publish_change.old_data,
-      publish_change.new_data, publish_change.metadata, v_caused_by, v_depth);
+      publish_change.new_data, v_metadata, v_caused_by, v_depth);
     RETURN NULL;
   END IF;
   INSERT INTO @schema@.entity_changes AS published
@@ -119,13 +128,14 @@ $cdc$;
 
 -- Publishes what is due, the first due first, then as it was written: at most so many events, of so many bytes and one.
 -- Returns 0 where it published something: there may be more. Else the seconds until the next one is due, NULL where there
--- is none. Within one transaction a row leaves the one table and enters the other, so each is published once.
+-- is none. Within one transaction a row leaves the one table and enters the other, so each is published once. Values are
+-- moved as they are stored: one that made an error here would stop all others, for ever.
 --
+-- It runs with the rights of the owner of the outbox, because it calls no code of others, and those that do may not read.
 -- The caller sees to it that no other one publishes at the same time: their numbers would interleave.
 CREATE OR REPLACE FUNCTION @schema@.publish_due(p_events integer, p_bytes bigint) RETURNS double precision
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-SET timezone = 'UTC'
 SET row_security = on
 -- The statistics of a queue are wrong as soon as they are taken.
 SET enable_seqscan = off
@@ -160,11 +170,7 @@ BEGIN
       INSERT INTO @schema@.entity_changes AS made
         (id, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth, shard)
       SELECT t.id, t.entity_type, t.operation, t.entity_id, t.entity_type, t.old_data, t.new_data,
-        -- What is no object stays as its writer gave it.
-        CASE WHEN t.metadata IS NULL OR jsonb_typeof(t.metadata) = 'object'
-          THEN coalesce(t.metadata, '{}') || jsonb_build_object('due', t.due, 'written_at', t.written_at)
-          ELSE t.metadata END,
-        t.caused_by, t.depth, (hashtext(t.entity_id) & 63)::smallint
+        t.metadata, t.caused_by, t.depth, (hashtext(t.entity_id) & 63)::smallint
       FROM taken AS t ORDER BY t.due, t.number
       RETURNING pg_logical_emit_message(true, @prefix_literal@, made.seq || ',' || made.shard) AS woken
     )

@@ -10,13 +10,16 @@ DECLARE
   v_functions CONSTANT text[] := ARRAY[
     'bounded_text(text)', 'default_entity_type(text)', 'captured_row(record, oid, text[])', 'capture_entity_change()',
     'publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)',
-    'publish_due(integer, bigint)', 'capture_rows(anyarray, text, jsonb, integer)'];
+    'capture_rows(anyarray, text, jsonb, integer)'];
   v_written CONSTANT text[] := '{id, table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,
     metadata, caused_by, depth, processed, processed_at, last_error, shard}';
   v_returned CONSTANT text[] := '{seq, shard}';
   v_due CONSTANT regclass := pg_catalog.format('%I.cdc_due_changes', v_schema)::regclass;
+  v_due_written CONSTANT text[] := '{due, entity_type, entity_id, operation, old_data, new_data, metadata, caused_by,
+    depth}';
   v_table regclass;
-  v_due_rights CONSTANT text[] := '{DELETE, INSERT, SELECT, UPDATE}';
+  v_inserted text[];
+  v_selected text[];
   v_role text := 'cdc_capture_' || pg_catalog.current_database() || '_' || v_schema;
   v_owner name;
   v_present name;
@@ -58,30 +61,27 @@ BEGIN
       EXECUTE pg_catalog.format('GRANT %I TO %I', v_role, v_owner);
     END IF;
 
-    -- Exactly these rights, and none on the whole table.
-    IF EXISTS (
-      SELECT FROM pg_catalog.pg_class AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) AS a
-      WHERE c.oid = v_outbox AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
-    ) OR (
-      SELECT pg_catalog.count(*) <> pg_catalog.cardinality(v_written || v_returned) OR NOT pg_catalog.bool_and(
-        a.privilege_type = 'INSERT' AND c.attname = ANY (v_written)
-        OR a.privilege_type = 'SELECT' AND c.attname = ANY (v_returned))
-      FROM pg_catalog.pg_attribute AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) AS a
-      WHERE c.attrelid = v_outbox AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
-    ) THEN
-      EXECUTE pg_catalog.format('REVOKE ALL ON TABLE %s FROM %I', v_outbox, v_role);
-      EXECUTE pg_catalog.format('GRANT INSERT (%s), SELECT (%s) ON TABLE %s TO %I',
-        pg_catalog.array_to_string(v_written, ', '), pg_catalog.array_to_string(v_returned, ', '), v_outbox, v_role);
-    END IF;
-    -- What is due later it writes, locks and removes.
-    IF (
-      SELECT pg_catalog.array_agg(a.privilege_type ORDER BY a.privilege_type COLLATE "C") IS DISTINCT FROM v_due_rights
-      FROM pg_catalog.pg_class AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) AS a
-      WHERE c.oid = v_due AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
-    ) THEN
-      EXECUTE pg_catalog.format('REVOKE ALL ON TABLE %s FROM %I', v_due, v_role);
-      EXECUTE pg_catalog.format('GRANT %s ON TABLE %s TO %I', pg_catalog.array_to_string(v_due_rights, ', '), v_due, v_role);
-    END IF;
+    -- Exactly these rights, and none on a whole table: who has one may lock it.
+    FOR v_table, v_inserted, v_selected IN VALUES (v_outbox, v_written, v_returned), (v_due, v_due_written, '{}') LOOP
+      IF EXISTS (
+        SELECT FROM pg_catalog.pg_class AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) AS a
+        WHERE c.oid = v_table AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
+      ) OR (
+        SELECT pg_catalog.count(*) <> pg_catalog.cardinality(v_inserted || v_selected) OR NOT pg_catalog.bool_and(
+          a.privilege_type = 'INSERT' AND c.attname = ANY (v_inserted)
+          OR a.privilege_type = 'SELECT' AND c.attname = ANY (v_selected))
+        FROM pg_catalog.pg_attribute AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) AS a
+        WHERE c.attrelid = v_table AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
+      ) THEN
+        EXECUTE pg_catalog.format('REVOKE ALL ON TABLE %s FROM %I', v_table, v_role);
+        EXECUTE pg_catalog.format('GRANT INSERT (%s) ON TABLE %s TO %I',
+          pg_catalog.array_to_string(v_inserted, ', '), v_table, v_role);
+        IF v_selected <> '{}' THEN
+          EXECUTE pg_catalog.format('GRANT SELECT (%s) ON TABLE %s TO %I',
+            pg_catalog.array_to_string(v_selected, ', '), v_table, v_role);
+        END IF;
+      END IF;
+    END LOOP;
     -- Row level security, if it is switched on, applies to all but the table's owner. Writers must go on working.
     FOREACH v_table IN ARRAY ARRAY[v_outbox, v_due] LOOP
       IF NOT EXISTS (

@@ -110,7 +110,7 @@ WITH
     FROM (SELECT kind || ' ' || relname, relowner, false FROM relation WHERE kind IN ('table', 'view')
           UNION ALL SELECT 'function ' || callable.name, proowner,
             proname IN ('bounded_text', 'captured_row', 'capture_entity_change', 'default_entity_type', 'publish_change',
-              'publish_due', 'capture_rows')
+              'capture_rows')
           FROM callable) AS whole (name, owner, captures)
     UNION ALL
     SELECT 13, pg_catalog.format('trigger %%s of %%s %%s', t.tgname, r.kind, r.relname),

@@ -137,7 +137,7 @@ def readers(seen: DataReaders) -> Finding:
         f"also read what is captured, whatever they may read elsewhere: {named}",
         "if that is meant: cdc db grant --readonly ROLE --payload",
         *(statement for each in unexpected for statement in each.by_default),
-        *(f"REVOKE ALL ON TABLE {seen.table} FROM {_role(each.role)};" for each in unexpected),
+        *(f"REVOKE ALL ON TABLE {', '.join(each.tables)} FROM {_role(each.role)};" for each in unexpected),
     )
 
 

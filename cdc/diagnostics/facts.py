@@ -235,6 +235,8 @@ class DataReader:
     """A role that was granted the application's data in the outbox."""
 
     role: str
+    tables: tuple[str, ...]
+    """Which hold it, as SQL names them."""
     by_default: tuple[str, ...]
     """Statements that revoke the default privileges which granted it."""
     intended: bool
@@ -243,7 +245,6 @@ class DataReader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReaders:
-    table: str
     owner: str
     readers: tuple[DataReader, ...]
 

@@ -98,20 +98,26 @@ _ROW_SECURITY = """
 # also mark a change, which no default privilege grants; a reader may read the history, and nothing else here.
 _READERS = """
     WITH outbox AS (
-      SELECT c.oid, c.relowner, c.relacl, n.oid AS namespace, n.nspname,
-             format('%%I.%%I', n.nspname, c.relname) AS name
+      SELECT c.oid, c.relowner, n.oid AS namespace, n.nspname
         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
        WHERE n.nspname = %(schema)s AND c.relname = 'entity_changes'
-    ), granted AS (
-      SELECT a.grantee FROM outbox CROSS JOIN LATERAL pg_catalog.aclexplode(outbox.relacl) a
-       WHERE a.privilege_type = 'SELECT' AND a.grantee <> outbox.relowner
+    ), holding AS (
+      SELECT c.oid, c.relacl, format('%%I.%%I', outbox.nspname, c.relname) AS name
+        FROM outbox JOIN pg_catalog.pg_class c ON c.relnamespace = outbox.namespace
+       WHERE c.relname IN ('entity_changes', 'cdc_due_changes')
+    ), readable AS (
+      SELECT holding.name, a.grantee FROM holding CROSS JOIN LATERAL pg_catalog.aclexplode(holding.relacl) a
+       WHERE a.privilege_type = 'SELECT'
       UNION
-      SELECT a.grantee FROM outbox
-        JOIN pg_catalog.pg_attribute c ON c.attrelid = outbox.oid AND c.attname = ANY (%(payload)s::name[])
+      SELECT holding.name, a.grantee FROM holding
+        JOIN pg_catalog.pg_attribute c ON c.attrelid = holding.oid AND c.attname = ANY (%(payload)s::name[])
        CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) a
-       WHERE a.privilege_type = 'SELECT' AND a.grantee <> outbox.relowner
+       WHERE a.privilege_type = 'SELECT'
+    ), granted AS (
+      SELECT r.grantee, array_agg(r.name ORDER BY r.name DESC) AS tables FROM readable r
+       WHERE r.grantee NOT IN (SELECT relowner FROM outbox) GROUP BY r.grantee
     )
-    SELECT outbox.name, outbox.relowner::regrole::text AS owner,
+    SELECT g.tables, outbox.relowner::regrole::text AS owner,
            CASE WHEN g.grantee = 0::oid THEN 'PUBLIC' ELSE r.rolname::text END AS role,
            g.grantee <> 0::oid AND (
              EXISTS (SELECT FROM pg_catalog.pg_attribute c CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) a
@@ -271,10 +277,14 @@ def readers(connection: psycopg.Connection, name: str) -> DataReaders:
     if not rows:
         raise NotFoundError("there is no entity_changes")
     return DataReaders(
-        table=rows[0]["name"],
         owner=rows[0]["owner"],
         readers=tuple(
-            DataReader(role=row["role"], by_default=tuple(row["by_default"]), intended=row["intended"])
+            DataReader(
+                role=row["role"],
+                tables=tuple(row["tables"]),
+                by_default=tuple(row["by_default"]),
+                intended=row["intended"],
+            )
             for row in rows
             if row["role"] is not None
         ),

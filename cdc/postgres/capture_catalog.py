@@ -103,17 +103,32 @@ SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
         AND (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, c.relowner, 'USAGE'))
         AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
           WHERE l.polrelid = c.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])
-      THEN 'a policy of its own, since row level security is on' END
+      THEN 'a policy of its own, since row level security is on' END,
+    CASE WHEN EXISTS (
+      SELECT FROM pg_catalog.pg_attribute AS a
+      WHERE a.attrelid = d.oid AND a.attname = ANY (%(later)s::name[])
+        AND NOT pg_catalog.has_column_privilege(p.proowner, d.oid, a.attnum, 'INSERT')
+    ) THEN 'INSERT on cdc_due_changes' END,
+    CASE WHEN d.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
+        AND (d.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, d.relowner, 'USAGE'))
+        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
+          WHERE l.polrelid = d.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])
+      THEN 'a policy of its own on cdc_due_changes, since row level security is on' END
   ], NULL) AS lacks
 FROM capture AS p
 JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
 JOIN pg_catalog.pg_roles AS r ON r.oid = p.proowner
 LEFT JOIN pg_catalog.pg_class AS c
   ON c.relnamespace = n.oid AND c.relname = 'entity_changes' AND c.relkind IN ('r', 'p')
+LEFT JOIN pg_catalog.pg_class AS d
+  ON d.relnamespace = n.oid AND d.relname = 'cdc_due_changes' AND d.relkind IN ('r', 'p')
 """  # noqa: S608 - of pieces of our own
 _WRITTEN = (
     "table_schema", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata",
     "caused_by", "depth", "processed", "processed_at", "last_error", "shard",
+)  # fmt: skip
+_WRITTEN_LATER = (
+    "due", "entity_type", "entity_id", "operation", "old_data", "new_data", "metadata", "caused_by", "depth",
 )  # fmt: skip
 
 _ENABLE = {Fires.ORIGIN: "ENABLE", Fires.ALWAYS: "ENABLE ALWAYS", Fires.REPLICA: "ENABLE REPLICA"}
@@ -256,20 +271,25 @@ ORDER BY 1, 2, 3
 def grants(capture: CaptureFunction, schema: str) -> tuple[str, ...]:
     """The GRANT statements for the rights that its owner lacks, as far as a GRANT gives them."""
     table, owner = sql.Identifier(schema, "entity_changes"), sql.Identifier(capture.owner)
-    written = sql.SQL("INSERT ({}) ON {}").format(sql.SQL(", ").join(map(sql.Identifier, _WRITTEN)), table)
+    later = sql.Identifier(schema, "cdc_due_changes")
     by_right = {
-        "USAGE": sql.SQL("USAGE ON SCHEMA {}").format(sql.Identifier(schema)),
-        "INSERT": written,
-        "SELECT": sql.SQL("SELECT (seq, shard) ON {}").format(table),
+        "USAGE on the schema": sql.SQL("USAGE ON SCHEMA {}").format(sql.Identifier(schema)),
+        "INSERT on entity_changes": _inserting(_WRITTEN, table),
+        "INSERT on cdc_due_changes": _inserting(_WRITTEN_LATER, later),
+        "SELECT (seq, shard) on entity_changes": sql.SQL("SELECT (seq, shard) ON {}").format(table),
     }
     given = []
     for lacking in capture.lacks:
         right, _, rest = lacking.partition(" ")
         if right == "EXECUTE":
             given.append(sql.SQL("EXECUTE ON FUNCTION {}").format(sql.SQL(rest.removeprefix("on "))))
-        elif right in by_right:
-            given.append(by_right[right])
+        elif lacking in by_right:
+            given.append(by_right[lacking])
     return tuple(sql.SQL("GRANT {} TO {};").format(each, owner).as_string() for each in given)
+
+
+def _inserting(columns: Sequence[str], table: sql.Identifier) -> sql.Composed:
+    return sql.SQL("INSERT ({}) ON {}").format(sql.SQL(", ").join(map(sql.Identifier, columns)), table)
 
 
 _SAYINGS = """
@@ -287,7 +307,7 @@ ORDER BY 1
 
 def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunction:
     """Raises NotFoundError where the function is missing."""
-    rows = _rows(connection, _FUNCTION, {"schema": schema, "written": list(_WRITTEN)})
+    rows = _rows(connection, _FUNCTION, {"schema": schema, "written": list(_WRITTEN), "later": list(_WRITTEN_LATER)})
     if not rows:
         raise NotFoundError(
             f"schema {schema} has no capture_entity_change()", hint="run `cdc db install`, or look into --schema"

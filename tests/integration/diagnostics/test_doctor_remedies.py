@@ -29,7 +29,7 @@ class Broken:
 
 
 _FUNCTIONS = ("bounded_text", "captured_row", "capture_entity_change", "default_entity_type", "publish_change",
-              "publish_due", "capture_rows")  # fmt: skip
+              "capture_rows")  # fmt: skip
 _WITHOUT_A_ROLE = "".join(f"ALTER FUNCTION {name} OWNER TO {{owner}};" for name in _FUNCTIONS)
 _ORDERS = "CREATE TABLE orders (id int PRIMARY KEY, card text);"
 _BY_HAND = "CREATE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION capture_entity_change({});"
@@ -74,6 +74,11 @@ BROKEN = {
         "capture-function", "REVOKE USAGE ON SCHEMA public FROM PUBLIC, {captures}, {owner} CASCADE"
     ),
     "it may not send": Broken("capture-function", f"REVOKE EXECUTE ON FUNCTION {_SEND} FROM PUBLIC, {{captures}}"),
+    "it may not write what is due later": Broken("capture-function", "REVOKE ALL ON cdc_due_changes FROM {captures}"),
+    "row security of what is due later without a policy": Broken(
+        "capture-function",
+        "DROP POLICY cdc_capture ON cdc_due_changes; ALTER TABLE cdc_due_changes ENABLE ROW LEVEL SECURITY",
+    ),
     "row security": Broken("schema", "ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY"),
     "row security without a policy": Broken(
         "capture-function",
@@ -115,6 +120,8 @@ BROKEN = {
         + _BY_HAND.format('"#cdc_capture"', "INSERT", "tasks", """'', '{{"handled": true}}'"""),
     ),
     "a reader": Broken("readers", "GRANT SELECT ON entity_changes TO {other}"),
+    "a reader of what is due later": Broken("readers", "GRANT SELECT ON cdc_due_changes TO {other}"),
+    "a reader of a column of it": Broken("readers", "GRANT SELECT (due, new_data) ON cdc_due_changes TO PUBLIC"),
     "a sequence that is behind": Broken(
         "sequence", "INSERT INTO tasks VALUES (1); SELECT setval('entity_changes_seq_seq', 1, false)"
     ),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.server
 
 Make = Callable[..., str]
 CAPTURING = ("capture_entity_change", "publish_change", "bounded_text", "captured_row", "default_entity_type",
-             "publish_due", "capture_rows")  # fmt: skip
+             "capture_rows")  # fmt: skip
 
 
 @pytest.fixture
@@ -62,6 +62,13 @@ def owner_of(db: psycopg.Connection, function: str, namespace: str = "public") -
 
 _ATTACKS = {
     "read": "INSERT INTO {evil}.loot SELECT new_data::text FROM public.entity_changes",
+    "read and say": "PERFORM new_data FROM public.entity_changes",
+    "read what is due later": "PERFORM new_data FROM public.cdc_due_changes",
+    "read when it is due": "PERFORM due FROM public.cdc_due_changes",
+    "publish what is due": "PERFORM public.publish_due(1, 1)",
+    "lock the outbox": "LOCK TABLE public.entity_changes IN ROW EXCLUSIVE MODE",
+    "lock what is due later": "LOCK TABLE public.cdc_due_changes IN ROW EXCLUSIVE MODE",
+    "lock what is due later for good": "LOCK TABLE public.cdc_due_changes IN ACCESS EXCLUSIVE MODE",
     "delete": "DELETE FROM public.entity_changes",
     "mark": "UPDATE public.entity_changes SET processed = true, processed_at = now()",
     "truncate": "TRUNCATE public.entity_changes",
@@ -107,7 +114,9 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
     migrations.install(db, "public")
     db.execute("RESET ROLE")
     assert owner_of(db, "capture_entity_change").startswith("cdc_capture_")
-    db.execute("SELECT public.publish_change('patient', '1', new_data => '{\"secret\": 1}')")
+    for due in ("NULL", "now() + interval '1 h'"):
+        publish = f"SELECT public.publish_change('patient', '1', new_data => '{{\"secret\": 1}}', due => {due})"
+        db.execute(publish.encode())
 
     # The type belongs to one, the table and its trigger to another, who also writes.
     act(

@@ -74,16 +74,15 @@ def test_what_would_never_come_is_refused_and_what_comes_late_is_not(outbox_db: 
 
 def test_what_its_writer_said_is_kept_with_its_id_its_cause_and_when_it_was_due(outbox_db: psycopg.Connection) -> None:
     cause = "7b8a1a0e-9a3b-4f5e-8a55-0123456789ab"
+    outbox_db.execute("SET timezone = 'Asia/Kolkata'")
     with outbox_db.transaction():
         outbox_db.execute("SELECT set_config('cdc.cause', %s, true)", [f"{cause},4"])
         outbox_db.execute(
             "SELECT publish_change('x', 'k', 'UPDATE', '{\"n\": 2}', '{\"n\": 1}', '{\"by\": \"me\"}',"
             " now() + interval '1 h')"
         )
-    [(id_, due, written)] = outbox_db.execute(
-        "UPDATE cdc_due_changes SET due = now() RETURNING id, due, written_at"
-    ).fetchall()
-    outbox_db.execute("SET timezone = 'Asia/Kolkata'")
+    [(id_, due, written)] = outbox_db.execute("SELECT id, due, written_at FROM cdc_due_changes").fetchall()
+    make_due(outbox_db)
     publish(outbox_db)
     [found] = outbox_db.execute(
         "SELECT id, entity_type, table_name, operation, new_data, old_data, metadata, caused_by::text, depth,"
@@ -96,7 +95,23 @@ def test_what_its_writer_said_is_kept_with_its_id_its_cause_and_when_it_was_due(
     assert metadata.pop("by") == "me"
     assert metadata.keys() == {"due", "written_at"}
     assert outbox_db.execute("SELECT %s::timestamptz = %s", [metadata["due"], due]).fetchone() == (True,)
-    assert metadata["due"].endswith("+00:00"), "whatever the session's time zone"
+    assert outbox_db.execute("SELECT %s::timestamptz = %s", [metadata["written_at"], written]).fetchone() == (True,)
+    assert {metadata[name][-6:] for name in ("due", "written_at")} == {"+00:00"}, "whatever the session's time zone"
+
+
+def test_what_could_fail_fails_for_its_writer_and_publishing_moves_what_is_stored(
+    outbox_db: psycopg.Connection,
+) -> None:
+    """Metadata may be as large as jsonb can be, and more would not fit: such an event would stop all others."""
+    later(outbox_db, "made larger")
+    later(outbox_db, "not")
+    stored = outbox_db.execute("SELECT metadata FROM cdc_due_changes ORDER BY number").fetchall()
+    assert [sorted(metadata) for (metadata,) in stored] == [["due", "written_at"]] * 2
+    outbox_db.execute("UPDATE cdc_due_changes SET metadata = '{\"as\": \"it is\"}' WHERE entity_id = 'made larger'")
+    make_due(outbox_db)
+    publish(outbox_db)
+    published = outbox_db.execute("SELECT metadata FROM entity_changes ORDER BY seq").fetchall()
+    assert published == [({"as": "it is"},), stored[1]]
 
 
 def test_metadata_that_is_no_object_stays_as_it_was_given(outbox_db: psycopg.Connection) -> None:
@@ -225,26 +240,38 @@ def test_a_role_that_may_not_see_them_is_told_nothing_and_refused_nothing(db: ps
     assert DueChanges("public").count(db) == DueLater()
 
 
+@pytest.mark.parametrize("owned", ["by a superuser", "by a role of its own"])
 @pytest.mark.parametrize("how", ["ENABLE", "FORCE"])
-def test_it_works_where_row_security_is_switched_on(outbox_db: psycopg.Connection, how: str) -> None:
-    application = sql.Identifier(f"application_{outbox_db.info.dbname}")
-    for table in ("entity_changes", "cdc_due_changes"):
-        outbox_db.execute(sql.SQL("ALTER TABLE {} {} ROW LEVEL SECURITY").format(sql.Identifier(table), sql.SQL(how)))
-    outbox_db.execute(sql.SQL("CREATE ROLE {}").format(application))
+def test_it_works_where_row_security_is_switched_on(db: psycopg.Connection, how: str, owned: str) -> None:
+    owner, application = (sql.Identifier(f"{name}_{db.info.dbname}") for name in ("owner", "application"))
+    db.execute(sql.SQL("CREATE ROLE {} CREATEROLE; CREATE ROLE {}").format(owner, application))
     try:
+        db.execute(sql.SQL("GRANT ALL ON SCHEMA public TO {} WITH GRANT OPTION").format(owner))
+        if owned == "by a role of its own":
+            db.execute(sql.SQL("SET ROLE {}").format(owner))
+        migrations.install(db, "public")
+        for table in ("entity_changes", "cdc_due_changes"):
+            db.execute(sql.SQL("ALTER TABLE {} {} ROW LEVEL SECURITY").format(sql.Identifier(table), sql.SQL(how)))
+            db.execute(sql.SQL("ALTER TABLE {} ENABLE ROW LEVEL SECURITY").format(sql.Identifier(table)))
         for function in ("publish_change", "publish_due"):
             grant = sql.SQL("GRANT EXECUTE ON FUNCTION {} TO {}")
-            outbox_db.execute(grant.format(sql.Identifier(function), application))
-        outbox_db.execute(sql.SQL("SET ROLE {}").format(application))
-        later(outbox_db)
-        outbox_db.execute("RESET ROLE")
-        make_due(outbox_db)
-        outbox_db.execute(sql.SQL("SET ROLE {}").format(application))
-        assert publish(outbox_db) == 0
+            db.execute(grant.format(sql.Identifier(function), application))
+        db.execute(sql.SQL("RESET ROLE; SET ROLE {}").format(application))
+        later(db)
+        db.execute("RESET ROLE")
+        make_due(db)
+        db.execute(sql.SQL("SET ROLE {}").format(application))
+        assert publish(db) == 0
+        db.execute("RESET ROLE")
+        assert count(db) == 1
     finally:
-        outbox_db.execute("RESET ROLE")
-        outbox_db.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(application))
-    assert count(outbox_db) == 1
+        db.execute("RESET ROLE")
+        if owned == "by a role of its own":
+            db.execute(sql.SQL("SET ROLE {}").format(owner))
+        migrations.uninstall(db, "public", discard_unprocessed=True)
+        db.execute("RESET ROLE")
+        for role in (application, owner):
+            db.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
 
 
 def test_uninstalling_refuses_while_events_are_due_later(outbox_db: psycopg.Connection) -> None:
