@@ -56,7 +56,9 @@ def picture(
     written = sql.Identifier(schema).as_string() + "."  # as in the migrations
     meant = [name for name in (expected or dict(rows)) if _whole(name) == name]
     ours = "|".join(re.escape(name.split("(")[0].split(" ", 1)[1]) for name in meant)
-    qualified = re.compile(f"(?<![.\\w]){re.escape(prefix)}(?=(?:{ours})\\b)")  # a schema's name may equal an alias
+    # In the definition of a trigger PostgreSQL 14 has the number of the session's temporary schema.
+    before = r"pg_temp(?:_\d+)?\." if prefix == "pg_temp." else re.escape(prefix)
+    qualified = re.compile(f"(?<![.\\w]){before}(?=(?:{ours})\\b)")  # a schema's name may equal an alias
     return {
         name: text.replace(written, "@schema@.") if name.startswith("body of ") else qualified.sub("", text)
         for name, text in rows

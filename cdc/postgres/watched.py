@@ -1,10 +1,10 @@
 """Connections for our own statements on an event loop: each costs fewer steps than with psycopg's.
 
-**Answers.** psycopg registers the socket and a timer for each answer, and takes both back: more system calls than the
-question and the answer themselves. Here the registration stays until something arrives that nobody waits for, such as
-the end of the link; the next wait begins it again. One timer watches the limit of all answers. Whatever is not the
-usual case, an answer at once and nothing left to send, is left to psycopg. The number of a closed socket is soon
-another's: so the registration ends before the connection is closed, and with any error of the link.
+**Answers.** psycopg wraps each wait in a timeout and an event. Here the socket is registered with the event loop, and
+one timer watches the limit of all answers. Whatever is not the usual case, an answer at once and nothing left to send,
+is left to psycopg. The number of a closed socket is soon another's, and libpq closes one whenever it meets an error.
+So the registration ends with its answer: one that stayed could be taken for another connection's, or end it, and that
+one would wait for ever.
 
 **Statements.** psycopg makes a cursor for each, looks up how each parameter is written and each column read, and
 whether it is prepared. ``rows`` does that once for a statement.
@@ -61,23 +61,22 @@ class WatchedConnection(AsyncGuardedConnection):
             self._prepared_ever += 1
             name = b"cdc_%d" % self._prepared_ever
             link.send_prepare(name, statement.text, types)
-            yield from self._result(pq.ExecStatus.COMMAND_OK)
+            for result in (yield from execute(link)):
+                if result.status != pq.ExecStatus.COMMAND_OK:
+                    raise psycopg.errors.error_from_result(result, transformer.encoding)
             statement.prepared[types] = name
         link.send_query_prepared(name, written, transformer.formats, pq.Format.BINARY)
-        result = yield from self._result(pq.ExecStatus.TUPLES_OK)
+        # There may be two: a commit may fail after its statement, and so may the session end.
+        results = yield from execute(link)
+        for result in results:
+            if result.status != pq.ExecStatus.TUPLES_OK:
+                raise psycopg.errors.error_from_result(result, transformer.encoding)
+        result = results[-1]
         transformer.set_pgresult(result)
         try:
             return transformer.load_rows(0, result.ntuples, tuple)
         finally:
             transformer.set_pgresult(None)
-
-    def _result(self, expected: pq.ExecStatus) -> Generator[int, int, pq.abc.PGresult]:
-        """Of what was sent. There may be two: a commit may fail after its statement, and so may the session end."""
-        results: list[pq.abc.PGresult] = yield from execute(self.pgconn)
-        for result in results:
-            if result.status != expected:
-                raise psycopg.errors.error_from_result(result, self.info.encoding)
-        return results[-1]
 
     def _deallocate(self, name: bytes | None) -> Generator[Any, Any, None]:
         """At ``None`` psycopg has the server forget all that is prepared: a transaction() was rolled back."""
@@ -123,11 +122,6 @@ class WatchedConnection(AsyncGuardedConnection):
     async def close(self) -> None:
         self._unwatch()
         await super().close()
-
-    def __del__(self, *_: Any) -> None:
-        """One that nobody has closed: the number of its socket is soon another's."""
-        self._unwatch()
-        super().__del__()
 
     def _unwatch(self) -> None:
         if self._watch is not None:
@@ -188,8 +182,8 @@ class _SocketWatch:
     def __init__(self, socket: int) -> None:
         self.socket = socket
         self._loop = asyncio.get_running_loop()
-        self._registered = False
         self._gen: Generator[int, int, Any] | None = None
+        """None: nobody waits, and the socket is not registered."""
         self._answer: asyncio.Future[Any] | None = None
         self._asked_at = 0.0
         self._limit_s: float | None = None
@@ -198,9 +192,7 @@ class _SocketWatch:
     def answer(self, gen: Generator[int, int, Any], limit_s: float | None) -> asyncio.Future[Any]:
         """What ``gen`` returns or raises; ``_Rest`` if it has to send. Fails with _SilentError beyond the limit."""
         loop = self._loop
-        if not self._registered:
-            self._registered = True
-            loop.add_reader(self.socket, self._arrived)
+        loop.add_reader(self.socket, self._arrived)
         if limit_s is not None:
             self._asked_at = loop.time()
             if self._timer is None:
@@ -210,36 +202,32 @@ class _SocketWatch:
         return self._answer
 
     def end(self) -> None:
-        self._gen = None
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(psycopg.OperationalError("the connection is closed"))
+        """Whoever waits is told that the connection is closed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._ignore()
-
-    def _ignore(self) -> None:
-        if self._registered:
-            self._registered = False
+        if self._gen is not None:
+            self._gen = None
             self._loop.remove_reader(self.socket)
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(psycopg.OperationalError("the connection is closed"))
 
     def _arrived(self) -> None:
         gen, answer = self._gen, self._answer
-        if gen is None or answer is None or answer.done():  # nobody waits
-            self._ignore()  # or it would be reported for ever
+        if gen is None or answer is None or answer.done():  # cancelled: whoever waited ends the registration
             return
         try:
             state = gen.send(READY_R)
         except StopIteration as ended:
-            self._gen = None
             answer.set_result(ended.value)
         except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
             answer.set_exception(error)
-            self.end()
         else:
-            if state != WAIT_R:
-                self._gen = None
-                answer.set_result(_Rest(gen, state))
+            if state == WAIT_R:
+                return
+            answer.set_result(_Rest(gen, state))
+        self._gen = None
+        self._loop.remove_reader(self.socket)
 
     def _check_limit(self) -> None:
         self._timer = None

@@ -13,6 +13,7 @@ from psycopg import errors
 from psycopg.pq import TransactionStatus
 
 from cdc.postgres.connect import connect_async
+from cdc.postgres.link import cut
 from cdc.postgres.watched import WatchedConnection
 from tests.eventually import eventually_async
 
@@ -49,50 +50,40 @@ async def test_a_refused_statement_raises_the_servers_error_and_the_next_one_wor
         assert await connection.rows(b"SELECT 1 / %(n)s::int", {"n": 1}) == [(1,)]
 
 
-async def test_one_answer_after_another_registers_the_socket_once(
-    database: str, monkeypatch: pytest.MonkeyPatch
+async def test_between_two_answers_the_socket_is_not_registered(database: str) -> None:
+    loop = asyncio.get_running_loop()
+    async with await _connected(database) as connection:
+        for number in range(3):
+            assert await connection.rows(b"SELECT %(n)s::int", {"n": number}) == [(number,)]
+            assert not loop.remove_reader(connection.pgconn.socket)
+            await connection.execute("SELECT 1")
+            assert not loop.remove_reader(connection.pgconn.socket)
+
+
+async def test_to_close_a_connection_whose_socket_is_another_ones_by_now_leaves_that_one_alone(database: str) -> None:
+    """libpq closes a socket when it meets an error, and the next connection gets its number."""
+    before = await _connected(database)
+    await before.rows(b"SELECT 1", {})
+    number = before.pgconn.socket
+    cut(before)
+    async with await _connected(database) as connection:
+        assert connection.pgconn.socket == number
+        waiting = asyncio.create_task(connection.rows(b"SELECT 1 FROM pg_sleep(0.2)", {}))
+        await asyncio.wait([waiting], timeout=0.05)
+        await before.close()
+        async with asyncio.timeout(20):
+            assert await waiting == [(1,)]
+            assert await connection.rows(b"SELECT 2", {}) == [(2,)]
+
+
+async def test_the_end_of_the_link_while_nobody_waits_is_told_with_the_next_statement(
+    database: str, db: psycopg.Connection
 ) -> None:
-    loop, registered = asyncio.get_running_loop(), list[int]()
-    add_reader = loop.add_reader
-
-    def counted(fd: Any, callback: Callable[..., Any], *arguments: Any) -> None:
-        registered.append(fd)
-        add_reader(fd, callback, *arguments)
-
     async with await _connected(database) as connection:
         await connection.rows(b"SELECT 1", {})
-        monkeypatch.setattr(loop, "add_reader", counted)
-        for number in range(10):
-            assert await connection.rows(b"SELECT %(n)s::int", {"n": number}) == [(number,)]
-            await connection.execute("SELECT 1")
-    assert registered == []
-
-
-async def test_what_arrives_while_nobody_waits_is_reported_once_and_read_with_the_next_answer(
-    database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop, ignored = asyncio.get_running_loop(), list[int]()
-    remove_reader = loop.remove_reader
-
-    def counted(fd: Any) -> bool:
-        ignored.append(fd)
-        return remove_reader(fd)
-
-    async with await _connected(database) as connection, await _connected(database) as other:
-        notified = list[str]()
-        connection.add_notify_handler(lambda notify: notified.append(notify.payload))
-        await connection.execute("LISTEN here")
-        monkeypatch.setattr(loop, "remove_reader", counted)
-        for number in range(3):
-            await other.execute("SELECT pg_notify('here', 'unasked')")
-
-            async def ignores(expected: int = number + 1) -> bool:
-                return len(ignored) >= expected
-
-            await eventually_async(ignores)
-            assert len(ignored) == number + 1
-            assert await connection.rows(b"SELECT 1", {}) == [(1,)]
-            assert len(notified) == number + 1
+        db.execute("SELECT pg_terminate_backend(%s, 10000)", [connection.info.backend_pid])
+        with pytest.raises(psycopg.OperationalError):
+            await connection.rows(b"SELECT 1", {})
 
 
 async def test_a_wait_that_is_cancelled_cancels_its_statement_and_the_connection_goes_on(database: str) -> None:
