@@ -202,7 +202,7 @@ class _SocketWatch:
         return self._answer
 
     def end(self) -> None:
-        """Whoever waits is told that the connection is closed."""
+        """Whoever waits gets an error: the connection is closed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
