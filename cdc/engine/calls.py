@@ -132,12 +132,18 @@ async def call_async(function: Callable[..., Awaitable[object]], *arguments: Any
 
 def call_here(function: Callable[..., _T], *arguments: Any) -> _T:
     """Call a function that does not wait, in this thread."""
-    return _call_in(Contexts.current().new(), function, arguments)
+    return call_in(Contexts.current(), function, *arguments)
 
 
 def call_in(contexts: Contexts, function: Callable[..., _T], *arguments: Any) -> _T:
     """The same where the contexts are known."""
-    return _call_in(contexts.new(), function, arguments)
+    try:
+        return contexts.new().run(function, *arguments)
+    except BaseException as error:
+        translated = as_exception(error)
+        if translated is error:
+            raise
+        raise translated from error
 
 
 async def call_handler(
@@ -165,7 +171,7 @@ def call_handler_here(
 ) -> Mapping[int, BaseException]:
     """The same for a handler that is not async."""
     try:
-        _call_in(contexts.new(), handler.call, (given, *connection))
+        call_in(contexts, handler.call, given, *connection)
     except Failed as failed:
         return failed.errors
     return {}
@@ -178,16 +184,6 @@ def as_exception(error: BaseException) -> BaseException:
     except BaseException:  # noqa: BLE001 - its class may be a property, and raise
         passes = False
     return error if passes else EscapedError(error)
-
-
-def _call_in(context: Context, function: Callable[..., _T], arguments: Sequence[Any]) -> _T:
-    try:
-        return context.run(function, *arguments)
-    except BaseException as error:
-        translated = as_exception(error)
-        if translated is error:
-            raise
-        raise translated from error
 
 
 def _first_step(

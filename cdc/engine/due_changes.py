@@ -16,6 +16,7 @@ from psycopg import errors
 
 from cdc.core import failpoints
 from cdc.core.errors import CdcError
+from cdc.engine.failures_log import FailuresLog
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async, explain
 from cdc.postgres.due import DueChanges
 
@@ -40,7 +41,7 @@ class DuePublisher:
         self._dsn = dsn
         self._due = DueChanges(schema)
         self._owns = owns
-        self._said: str | None = None
+        self._failures = FailuresLog(log, "events that are due later are not published")
 
     async def run(self) -> None:
         while True:
@@ -49,7 +50,7 @@ class DuePublisher:
                 if self._owns(SHARD):
                     await self._while_owner()
             except (CdcError, psycopg.Error, OSError, UnicodeError) as error:
-                self._say(error)
+                self._failures.failed(error, _explained(error))
                 # What an operator must set right is not asked for each second.
                 pause_s = _REFUSED_S if isinstance(error, psycopg.ProgrammingError) else _EVERY_S
             await asyncio.sleep(pause_s)
@@ -62,18 +63,8 @@ class DuePublisher:
                 failpoints.here("due.before_publish")
                 next_s = await self._due.publish(connection)
                 failpoints.here("due.after_publish")
-                self._said = None
+                self._failures.succeeded()
                 await asyncio.sleep(_EVERY_S if next_s is None else min(max(next_s, 0.0), _EVERY_S))
-
-    def _say(self, error: Exception) -> None:
-        """Logs each kind of error once, not each time."""
-        kind = type(error).__name__
-        if kind != self._said:
-            explained = _explained(error)
-            what = str(explained) if isinstance(explained, CdcError) else kind
-            hint = getattr(explained, "hint", "") or "it is tried again"
-            log.warning("events that are due later are not published: %s; %s", what, hint)
-        self._said = kind
 
 
 def _explained(error: Exception) -> Exception:

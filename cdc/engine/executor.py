@@ -183,7 +183,8 @@ class Executor:
             return {change: self._unwanted(change) for change in changes}
         failpoints.here("run.before_handler")
         outcomes: dict[Change, Outcome] = {}
-        batch, (changes, given) = changes, self._validation.split(handler, changes, outcomes)
+        batch = changes
+        changes, given = self._validation.split(handler, changes, outcomes, self._calls.contexts)
         if changes:
             started = time.monotonic()
             tried = await self._attempt(handler, changes, given)

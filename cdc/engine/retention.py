@@ -21,6 +21,7 @@ import psycopg
 from psycopg import errors
 
 from cdc.core.errors import CdcError
+from cdc.engine.failures_log import FailuresLog
 from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async, explain
 from cdc.postgres.retention import BATCH, Retention
@@ -60,14 +61,14 @@ class Pruning:
         self._metrics = metrics
         self._batch = batch
         self._every_s = every_s
-        self._said: str | None = None
+        self._failures = FailuresLog(log, "retention does not remove old changes")
 
     async def run(self) -> None:
         while True:
             try:
                 await self._round()
             except (CdcError, psycopg.Error, OSError, UnicodeError) as error:
-                self._say(error)
+                self._failures.failed(error, self._explained(error))
             # Consumers that start together would otherwise connect at the same moments for ever.
             await asyncio.sleep(self._every_s * (0.5 + random.random() / 2))  # noqa: S311 - jitter
 
@@ -84,7 +85,7 @@ class Pruning:
                     connection, self._older_than_s, self._batch, since=since
                 )
                 self._metrics.pruned.inc(count)
-                self._said = None
+                self._failures.succeeded()
                 if more := count == self._batch:
                     took_s = asyncio.get_running_loop().time() - began
                     await asyncio.sleep(min(took_s * (1 / _BUSY_SHARE - 1), PAUSE_MAX_S))
@@ -97,16 +98,6 @@ class Pruning:
         ) as connection:
             cursor = await connection.execute("SELECT pg_try_advisory_lock(%s, %s)", self._key)
             yield connection if await cursor.fetchone() == (True,) else None
-
-    def _say(self, error: Exception) -> None:
-        """Logs each kind of error once, not in each round."""
-        kind = type(error).__name__
-        if kind != self._said:
-            explained = self._explained(error)
-            what = str(explained) if isinstance(explained, CdcError) else kind
-            hint = getattr(explained, "hint", "") or "it is tried again"
-            log.warning("retention does not remove old changes: %s; %s", what, hint)
-        self._said = kind
 
     def _explained(self, error: Exception) -> Exception:
         if isinstance(error, errors.InsufficientPrivilege):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from cdc.core.model import Change, Filtered, Key, Outcome
 from cdc.core.router import Handler
-from cdc.engine.calls import call_here
+from cdc.engine.calls import Contexts, call_in
 from cdc.engine.error_policy import ErrorPolicy, TooDeepError
 from cdc.engine.handler_input import Prepare, preparations
 
@@ -24,7 +24,7 @@ class Validation:
         return self._preparations.get(handler.name)
 
     def split(
-        self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome]
+        self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome], contexts: Contexts
     ) -> tuple[Sequence[Change], Sequence[Change]]:
         """The changes to call, as they are and as the handler gets them; sets the outcomes of others.
 
@@ -42,7 +42,7 @@ class Validation:
             if change.key in held:
                 continue
             try:
-                one = _given(change, prepare)
+                one = _given(change, prepare, contexts)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - filter and model are the handler's code
                 outcomes |= self._error_policy.of_call(handler, [change], {change.seq: error}, None)
             else:
@@ -68,7 +68,7 @@ def keep_order(batch: Sequence[Change], outcomes: dict[Change, Outcome]) -> None
             held.add(change.key)
 
 
-def _given(change: Change, prepare: Prepare | None) -> Change | None:
+def _given(change: Change, prepare: Prepare | None, contexts: Contexts) -> Change | None:
     if change.chain:
         raise TooDeepError(change)
-    return call_here(prepare, change) if prepare else change
+    return call_in(contexts, prepare, change) if prepare else change
