@@ -16,17 +16,16 @@ from typing import Any
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 import cdc
 from cdc import testing
-from cdc.cli import cdc as root_command
 from cdc.core.errors import CdcError, NotFoundError, RefusedError
 from cdc.postgres import migrations, tracking
 from cdc.postgres.backfill import Backfills
 from cdc.postgres.connect import connect
+from tests.commands import done, invoke
 from tests.eventually import eventually
 from tests.fix_consumer import ROOT
 from tests.forked import Forked
@@ -34,16 +33,6 @@ from tests.forked import Forked
 pytestmark = pytest.mark.server
 _ALL = ("--backlog", "100000")
 """No consumer runs in most tests."""
-
-
-def invoke(dsn: str, *arguments: str) -> Result:
-    return CliRunner().invoke(root_command, [*arguments, "--dsn", dsn])
-
-
-def done(dsn: str, *arguments: str) -> str:
-    result = invoke(dsn, *arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def backfilled(dsn: str, *arguments: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.contrib.demo.temp_server import TempServer
 from cdc.postgres import migrations, sequence, tracking
+from tests.commands import done, invoke, tracked
 from tests.integration.diagnostics.test_doctor import BLIND, apply, db, findings, role, run, shop, troubles, well
-from tests.integration.postgres.test_tracking_again import done, invoke, tracked
 
 __all__ = ["db", "role", "shop", "well"]
 

@@ -11,8 +11,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from tests.commands import done
 from tests.integration.diagnostics.test_doctor import apply, db, findings, run, shop, troubles, well
-from tests.integration.postgres.test_tracking_again import done
 
 __all__ = ["db", "shop", "well"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
@@ -20,6 +20,7 @@ from cdc.core.router import Router
 from cdc.engine import shadow
 from cdc.postgres import migrations
 from cdc.postgres.outbox import READ_SESSION
+from tests.commands import done
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 from tests.fix_db import drop_database
@@ -86,12 +87,6 @@ def _last_error(db: psycopg.Connection, seq: int) -> str:
     ).fetchall()  # fmt: skip
     assert failures == 1
     return str(words)
-
-
-def _run(dsn: str, *arguments: str) -> Result:
-    result = CliRunner().invoke(root_command, ["outbox", *arguments, "--dsn", dsn])
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.mark.parametrize("place", _UNREADABLE)
@@ -182,12 +177,12 @@ async def test_a_document_whose_text_is_too_long_for_the_server_is_a_dead_letter
         assert metric(app.metrics.registry, "cdc_interruptions_total") == 0
     assert calls.counts == dict.fromkeys(good, 1)
     assert "[54000]" in _last_error(outbox_db, bad) or "[XX000]" in _last_error(outbox_db, bad)
-    shown = json.loads(_run(outbox, "show", str(bad), "--json").output)["change"]
+    shown = json.loads(done(outbox, "outbox", "show", str(bad), "--json"))["change"]
     assert shown["state"] == "dead"
     refused = CliRunner().invoke(root_command, ["outbox", "show", str(bad), "--show-payload", "--dsn", outbox])
     assert refused.exit_code != 0
     assert "refuses to hand over the payload" in refused.output
-    _run(outbox, "discard", str(bad))
+    done(outbox, "outbox", "discard", str(bad))
     assert states(outbox_db) == {"processed": 21}
 
 
@@ -254,9 +249,9 @@ async def test_a_dead_letter_that_could_not_be_read_pauses_its_key_as_well(ascii
                 return handled == ["0"] and states(db).get("dead") == 1
 
             await eventually_async(held, within_s=30, what="the other key is handled")
-            stats = json.loads(_run(ascii_dsn, "show", str(bad), "--json").output)["change"]
+            stats = json.loads(done(ascii_dsn, "outbox", "show", str(bad), "--json"))["change"]
             assert stats["pauses_key"]
-            _run(ascii_dsn, "discard", str(bad))
+            done(ascii_dsn, "outbox", "discard", str(bad))
             await _until_settled(db)
         assert handled == ["0", "bad"] if later else ["0"]
 
@@ -303,35 +298,35 @@ async def test_every_outbox_command_works_on_it_and_on_other_changes(ascii_dsn: 
     calls = Calls()
     with psycopg.connect(ascii_dsn, autocommit=True) as db:
         bad, other, good = _write(db, _UNREADABLE[place]), _write(db, _UNREADABLE[place]), _innocents(db, 1)
-        assert _run(ascii_dsn, "list", "--state", "fresh", "--json").output.count('"seq"') == 3
+        assert done(ascii_dsn, "outbox", "list", "--state", "fresh", "--json").count('"seq"') == 3
         async with consuming(ascii_dsn, calls.router):
             await _until_settled(db)
-    stats = json.loads(_run(ascii_dsn, "stats", "--json").output)
+    stats = json.loads(done(ascii_dsn, "outbox", "stats", "--json"))
     entity_type = "b\\xff" if place == "type" else "x"
     assert [(each["entity_type"], each["dead"]) for each in stats["types"]] == [(entity_type, 2)]
     for arguments in (["list"], ["list", "--state", "processed"], ["stats"]):
-        _run(ascii_dsn, *arguments)
-    listed = json.loads(_run(ascii_dsn, "list", "--json").output)["changes"]
+        done(ascii_dsn, "outbox", *arguments)
+    listed = json.loads(done(ascii_dsn, "outbox", "list", "--json"))["changes"]
     assert {change["seq"] for change in listed} == {bad, other}
-    shown = json.loads(_run(ascii_dsn, "show", str(bad), "--show-payload", "--json").output)["change"]
+    shown = json.loads(done(ascii_dsn, "outbox", "show", str(bad), "--show-payload", "--json"))["change"]
     assert {
         "payload": shown["new"] == {"a": "b\\xff"},
         "key": shown["entity_id"] == "b\\xff",
         "type": shown["entity_type"] == "b\\xff",
         "operation": shown["operation"] == ("MERGE" * 40),
     }[place]
-    _run(ascii_dsn, "retry", str(bad))
-    assert _run(ascii_dsn, "list", "--state", "waiting", "--json").output.count('"seq"') == 1
-    _run(ascii_dsn, "retry", "--all", "--yes")
+    done(ascii_dsn, "outbox", "retry", str(bad))
+    assert done(ascii_dsn, "outbox", "list", "--state", "waiting", "--json").count('"seq"') == 1
+    done(ascii_dsn, "outbox", "retry", "--all", "--yes")
     with psycopg.connect(ascii_dsn, autocommit=True) as db:
         async with consuming(ascii_dsn, calls.router) as app:
             await _until_settled(db)
             assert metric(app.metrics.registry, "cdc_interruptions_total") == 0
         assert states(db) == {"processed": 1, "dead": 2}
-        _run(ascii_dsn, "discard", str(bad), str(other))
+        done(ascii_dsn, "outbox", "discard", str(bad), str(other))
         assert states(db) == {"processed": 3}
         db.execute("UPDATE entity_changes SET processed_at = now() - interval '1 day'")
-        _run(ascii_dsn, "prune", "--older-than", "1h")
+        done(ascii_dsn, "outbox", "prune", "--older-than", "1h")
         assert states(db) == {}
     assert calls.counts == dict.fromkeys(good, 1)
 
@@ -356,5 +351,5 @@ async def test_a_document_that_python_cannot_read_is_a_dead_letter_at_the_first_
         await _until_settled(outbox_db)
     assert calls == dict.fromkeys([*good, bad], 1)
     assert _last_error(outbox_db, bad).startswith("'new' cannot be read by Python")
-    shown = json.loads(_run(outbox, "show", str(bad), "--show-payload", "--json").output)["change"]
+    shown = json.loads(done(outbox, "outbox", "show", str(bad), "--show-payload", "--json"))["change"]
     assert isinstance(shown["new"], str)

@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from prometheus_client import CollectorRegistry
 from psycopg import errors, sql
 from psycopg.conninfo import make_conninfo
@@ -29,6 +29,7 @@ from cdc.core.router import Router
 from cdc.observability.snapshots import Role
 from cdc.postgres import grants, migrations, tracking
 from tests import servers
+from tests.commands import invoke
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, slot_name, states
 from tests.fix_outbox import count, fill
@@ -77,10 +78,6 @@ def shop(outbox_db: psycopg.Connection) -> psycopg.Connection:
 
 def as_(role: str, dsn: str) -> str:
     return make_conninfo(dsn, user=role)
-
-
-def run(dsn: str, *arguments: str) -> Result:
-    return CliRunner().invoke(root_command, [*arguments, "--dsn", dsn])
 
 
 def publish(db: psycopg.Connection, entity_type: str, *keys: str) -> None:
@@ -227,8 +224,8 @@ async def test_retention_takes_the_right_to_delete_and_says_so(
         await until(lambda: "retention does not remove old changes" in caplog.text, "it says why not")
     assert "permission denied" in caplog.text
     assert count(outbox_db) == 5
-    assert run(as_(consumer, outbox), "outbox", "prune", "--older-than", "1d").exit_code == 1
-    assert run(outbox, "db", "grant", "--consumer", consumer, "--retention").exit_code == 0
+    assert invoke(as_(consumer, outbox), "outbox", "prune", "--older-than", "1d").exit_code == 1
+    assert invoke(outbox, "db", "grant", "--consumer", consumer, "--retention").exit_code == 0
     async with consuming(as_(consumer, outbox), Router(), stream=False, retention="1d"):
         await until(lambda: count(outbox_db) == 0, "what is old is gone")
 
@@ -245,7 +242,7 @@ async def test_handlers_publish_only_when_that_was_asked_for(
     publish(outbox_db, "x", "refused")
     async with consuming(as_(consumer, outbox), router, stream=False, unhandled="discard"):
         await until(lambda: states(outbox_db) == {"dead": 1}, "it may not")
-        assert run(outbox, "db", "grant", "--consumer", consumer, "--publish").exit_code == 0
+        assert invoke(outbox, "db", "grant", "--consumer", consumer, "--publish").exit_code == 0
         publish(outbox_db, "x", "allowed")
         await until(lambda: states(outbox_db) == {"dead": 1, "processed": 2}, "it may")
     [(depth,)] = outbox_db.execute("SELECT depth FROM entity_changes WHERE entity_type = 'y'").fetchall()
@@ -285,7 +282,7 @@ async def test_without_replication_a_consumer_sweeps_and_the_alter_role_is_named
     outbox: str, outbox_db: psycopg.Connection, new_role: NewRole, caplog: pytest.LogCaptureFixture
 ) -> None:
     role = new_role("LOGIN")
-    told = run(outbox, "db", "grant", "--consumer", role)
+    told = invoke(outbox, "db", "grant", "--consumer", role)
     assert told.exit_code == 0
     assert f'ALTER ROLE "{role}" REPLICATION' in told.stderr
     router = Router()
@@ -314,7 +311,7 @@ def test_the_commands_of_operation_work_for_the_consumers_role(
         ["slot", "create", slot], ["slot", "list"], ["slot", "advance", slot], ["slot", "recreate", slot, "--yes"],
         ["slot", "drop", slot, "--yes"],
     ):  # fmt: skip
-        result = run(dsn, *arguments)
+        result = invoke(dsn, *arguments)
         assert result.exit_code == 0, f"{arguments}: {result.output}"
     shop.execute(
         "UPDATE entity_changes SET dead_at = now(), error_count = 3, next_attempt_at = NULL WHERE NOT processed"
@@ -325,7 +322,7 @@ def test_the_commands_of_operation_work_for_the_consumers_role(
 def test_the_doctor_finds_nothing_missing_for_the_consumers_role(
     outbox: str, shop: psycopg.Connection, consumer: str
 ) -> None:
-    report = run(as_(consumer, outbox), "doctor", "--json", "--slot-name", slot_name())
+    report = invoke(as_(consumer, outbox), "doctor", "--json", "--slot-name", slot_name())
     found = {each["id"]: each for each in json.loads(report.stdout)["findings"]}
     for check in ("connect", "stream-connect", "replication-role", "plugin", "schema", "triggers", "grants", "backlog"):
         assert found[check]["severity"] == "ok", found[check]
@@ -393,13 +390,13 @@ def test_who_only_looks_sees_the_state_of_everything_and_no_content(
     outbox: str, watched: psycopg.Connection, new_role: NewRole
 ) -> None:
     role = new_role()
-    assert run(outbox, "db", "grant", "--readonly", role).exit_code == 0
+    assert invoke(outbox, "db", "grant", "--readonly", role).exit_code == 0
     dsn = as_(role, outbox)
     assert len(execute(dsn, "SELECT * FROM action_processing_dashboard")) == 2
     columns = ", ".join(grants.HISTORY_WITHOUT_PREVIEW)
     assert len(execute(dsn, f"SELECT {columns} FROM recent_action_history")) == 2
     for arguments in ("stats", "list", "list --state fresh", "list --state processed", "show 1"):
-        result = run(dsn, "outbox", *arguments.split())
+        result = invoke(dsn, "outbox", *arguments.split())
         assert result.exit_code == 0, result.output
         assert SECRET not in result.output
     for statement in (
@@ -419,13 +416,13 @@ def test_who_only_looks_sees_the_state_of_everything_and_no_content(
 
 def test_content_is_read_by_who_was_granted_it(outbox: str, watched: psycopg.Connection, new_role: NewRole) -> None:
     role = new_role()
-    assert run(outbox, "db", "grant", "--readonly", role, "--payload").exit_code == 0
+    assert invoke(outbox, "db", "grant", "--readonly", role, "--payload").exit_code == 0
     dsn = as_(role, outbox)
     assert SECRET in repr(execute(dsn, "SELECT * FROM recent_action_history"))
     assert SECRET in repr(execute(dsn, "SELECT * FROM entity_changes"))
     [(dead,)] = execute(dsn, "SELECT seq FROM entity_changes WHERE dead_at IS NOT NULL")
-    assert SECRET in run(dsn, "outbox", "show", str(dead), "--show-payload").stdout
-    assert run(outbox, "db", "grant", "--readonly", role).exit_code == 0
+    assert SECRET in invoke(dsn, "outbox", "show", str(dead), "--show-payload").stdout
+    assert invoke(outbox, "db", "grant", "--readonly", role).exit_code == 0
     with pytest.raises(errors.InsufficientPrivilege):
         execute(dsn, "SELECT new_data FROM entity_changes")
 
@@ -468,7 +465,7 @@ def test_the_printed_script_grants_the_same_and_both_may_be_repeated(
     printed = rights(outbox_db, consumer, reader)
     outbox_db.execute(sql.SQL("DROP OWNED BY {}, {}").format(sql.Identifier(consumer), sql.Identifier(reader)))
     for _ in range(2):
-        assert run(outbox, *options).exit_code == 0
+        assert invoke(outbox, *options).exit_code == 0
         assert rights(outbox_db, consumer, reader) == printed
     assert len(printed) > 20
     assert migrations.verify(outbox_db, name) == []
@@ -482,18 +479,18 @@ async def test_an_outbox_with_an_owner_and_a_schema_of_its_own_is_set_up_as_docu
     outbox_db.execute(sql.SQL("CREATE SCHEMA events AUTHORIZATION {}").format(names[0]))
     outbox_db.execute(sql.SQL("CREATE SCHEMA {0} AUTHORIZATION {0}").format(names[1]))
     as_owner, here = make_conninfo(outbox, options=f"-c role={owner}"), ["--schema", "events"]
-    assert run(as_owner, "db", "install", *here).exit_code == 0
+    assert invoke(as_owner, "db", "install", *here).exit_code == 0
     outbox_db.execute(
         sql.SQL(
             "GRANT USAGE ON SCHEMA events TO {0}; GRANT EXECUTE ON FUNCTION events.capture_entity_change() TO {0}"
         ).format(names[1])
     )
-    granted = run(as_owner, "db", "grant", *here, "--consumer", consumer)
+    granted = invoke(as_owner, "db", "grant", *here, "--consumer", consumer)
     assert granted.exit_code == 0, granted.output
     # The owner of a schema may not, and pgoutput needs it.
     outbox_db.execute(sql.SQL("CREATE PUBLICATION {}").format(sql.Identifier(publication_name("events"))))
     execute(as_(app, outbox), "CREATE TABLE orders (id int PRIMARY KEY, total int)")
-    assert run(as_(app, outbox), "track", "orders", *here).exit_code == 0
+    assert invoke(as_(app, outbox), "track", "orders", *here).exit_code == 0
     router, seen = Router(), []
 
     @router.on("orders", "INSERT")
@@ -510,7 +507,7 @@ async def test_an_outbox_with_an_owner_and_a_schema_of_its_own_is_set_up_as_docu
 
 def test_what_was_granted_too_widely_is_taken_back(outbox: str, shop: psycopg.Connection, new_role: NewRole) -> None:
     role = new_role("LOGIN REPLICATION")
-    assert run(outbox, "db", "grant", "--consumer", role).exit_code == 0
+    assert invoke(outbox, "db", "grant", "--consumer", role).exit_code == 0
     exact = rights(shop, role)
     shop.execute(
         sql.SQL(
@@ -519,7 +516,7 @@ def test_what_was_granted_too_widely_is_taken_back(outbox: str, shop: psycopg.Co
             "GRANT EXECUTE ON FUNCTION publish_change, capture_entity_change TO {0}"
         ).format(sql.Identifier(role))
     )
-    assert run(outbox, "db", "grant", "--consumer", role).exit_code == 0
+    assert invoke(outbox, "db", "grant", "--consumer", role).exit_code == 0
     assert rights(shop, role) == exact
 
 
@@ -545,10 +542,10 @@ def test_what_no_grant_can_limit_is_said_and_ends_with_1(
         outbox_db.execute(sql.SQL("ALTER TABLE {} OWNER TO {}").format(sql.Identifier(relation), sql.Identifier(owner)))
     outbox_db.execute(sql.SQL("GRANT {} TO {}").format(sql.Identifier(owner), sql.Identifier(member)))
     for role, said in ((mighty, "is a superuser"), (member, f"is a member of {owner}"), (other, "")):
-        result = run(outbox, "db", "grant", "--consumer", role)
+        result = invoke(outbox, "db", "grant", "--consumer", role)
         assert (result.exit_code, said in result.stderr) == (1 if said else 0, True), result.output
     outbox_db.execute("GRANT INSERT, UPDATE ON entity_changes TO PUBLIC")
-    result = run(outbox, "db", "grant", "--consumer", other)
+    result = invoke(outbox, "db", "grant", "--consumer", other)
     assert result.exit_code == 1
     assert "through PUBLIC or a role it is a member of, INSERT (" in result.stderr
     assert "UPDATE (" in result.stderr
@@ -569,7 +566,7 @@ def test_a_role_that_may_not_connect_gets_an_advice(
 def test_a_role_that_is_not_there_is_named_with_the_statement_that_makes_it(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
-    missing = run(outbox, "db", "grant", "--consumer", "no such")
+    missing = invoke(outbox, "db", "grant", "--consumer", "no such")
     assert missing.exit_code == 4
     assert missing.stderr.splitlines() == [
         "Error: there is no role no such",
@@ -598,7 +595,7 @@ def test_a_role_that_may_not_grant_is_refused_with_the_remedy_and_nothing_change
     outbox: str, outbox_db: psycopg.Connection, new_role: NewRole
 ) -> None:
     somebody, role = new_role(), new_role()
-    result = run(as_(somebody, outbox), "db", "grant", "--consumer", role)
+    result = invoke(as_(somebody, outbox), "db", "grant", "--consumer", role)
     assert result.exit_code == 1
     assert "owner" in result.stderr
     # The tables' owner, but not the schema's: the server warns and grants nothing on the schema.
@@ -607,7 +604,7 @@ def test_a_role_that_may_not_grant_is_refused_with_the_remedy_and_nothing_change
                               "GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {} WITH GRANT OPTION;"
                               "GRANT USAGE ON SCHEMA public TO {}; REVOKE USAGE ON SCHEMA public FROM PUBLIC"
                               ).format(*[sql.Identifier(somebody)] * 4))  # fmt: skip
-    result = run(as_(somebody, outbox), "db", "grant", "--consumer", role)
+    result = invoke(as_(somebody, outbox), "db", "grant", "--consumer", role)
     assert (result.exit_code, "still lack USAGE on its schema" in result.stderr) == (1, True), result.output
     assert rights(outbox_db, role) == set()
 

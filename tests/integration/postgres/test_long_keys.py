@@ -9,14 +9,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
 
 import cdc
-from cdc.cli import cdc as root_command
 from cdc.core.model import SHARDS
 from cdc.core.router import Router
 from cdc.postgres import migrations
 from cdc.postgres.outbox import FIRST_TYPE, TYPES_MAX, Store
+from tests.commands import done
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
 from tests.integration.postgres.test_large_history import reading, rows
@@ -40,12 +39,6 @@ def _long(length: int = 20_000) -> str:
 def _publish(db: psycopg.Connection, entity_type: str, entity_id: str) -> int:
     [(seq,)] = db.execute("SELECT publish_change(%s, %s)", [entity_type, entity_id]).fetchall()
     return int(seq)
-
-
-def _run(dsn: str, *arguments: str) -> Result:
-    result = CliRunner().invoke(root_command, ["outbox", *arguments, "--dsn", dsn])
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.mark.parametrize("key", [("bad", _long()), (_long(), "1")], ids=["long key", "long type"])
@@ -91,17 +84,17 @@ def test_dead_letters_with_long_keys_are_listed_shown_and_requeued_like_others(
         return int(count)
 
     kill()
-    found = json.loads(_run(outbox, "list", "--json").stdout)["changes"]
+    found = json.loads(done(outbox, "outbox", "list", "--json"))["changes"]
     assert sorted(each["seq"] for each in found) == seqs
-    _run(outbox, "show", str(seqs[0]))
-    _run(outbox, "retry", "--all", "--yes")
+    done(outbox, "outbox", "show", str(seqs[0]))
+    done(outbox, "outbox", "retry", "--all", "--yes")
     assert waiting() == 3
     kill()
     assert outbox_db.execute("SELECT * FROM reprocess_failed_actions()").fetchall() == [(3,)]
     assert waiting() == 3
     kill()
-    _run(outbox, "retry", *map(str, seqs[:2]))
-    _run(outbox, "discard", *map(str, seqs))
+    done(outbox, "outbox", "retry", *map(str, seqs[:2]))
+    done(outbox, "outbox", "discard", *map(str, seqs))
     assert waiting() == 0
 
 

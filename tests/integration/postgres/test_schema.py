@@ -13,20 +13,17 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from psycopg.conninfo import make_conninfo
 
 from cdc.cli import cdc
 from cdc.core.errors import NotFoundError, RefusedError, SchemaError
 from cdc.postgres import migration_scripts, migrations
 from tests import servers
+from tests.commands import invoke
 from tests.eventually import eventually
 
 ODD = 'Tenant "7" %s; it\'s é'
-
-
-def invoke(dsn: str, *arguments: str) -> Result:
-    return CliRunner().invoke(cdc, [*arguments, "--dsn", dsn], catch_exceptions=False)
 
 
 @contextmanager

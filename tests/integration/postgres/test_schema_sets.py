@@ -6,7 +6,7 @@ import subprocess
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from psycopg import sql
 
 from cdc.cli import cdc
@@ -14,12 +14,9 @@ from cdc.core.errors import SchemaError
 from cdc.core.model import Operation
 from cdc.postgres import migration_scripts, migrations, tracking
 from tests import servers
+from tests.commands import invoke
 
 ODD = 'Tenant "7" %s; it\'s é'
-
-
-def invoke(dsn: str, *arguments: str) -> Result:
-    return CliRunner().invoke(cdc, [*arguments, "--dsn", dsn], catch_exceptions=False)
 
 
 def tables(db: psycopg.Connection) -> set[str]:

@@ -8,20 +8,15 @@ from typing import Any
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
 from psycopg.conninfo import make_conninfo
 
-from cdc.cli import cdc
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, UsageError
 from cdc.core.model import Operation
 from cdc.postgres import migrations, tracking
 from cdc.postgres.tracking import track, tracked, untrack
+from tests.commands import invoke
 
 pytestmark = pytest.mark.server
-
-
-def invoke(dsn: str, *arguments: str) -> Result:
-    return CliRunner().invoke(cdc, [*arguments, "--dsn", dsn], catch_exceptions=False)
 
 
 def captured(db: psycopg.Connection) -> list[tuple[str, str, str]]:

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.cli import cdc
-
-
-def invoke(dsn: str, *arguments: str) -> Result:
-    return CliRunner().invoke(cdc, [*arguments, "--dsn", dsn], catch_exceptions=False)
-
-
-def done(dsn: str, *arguments: str) -> str:
-    """What it says; it has to end well."""
-    result = invoke(dsn, *arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(dsn: str, *arguments: str) -> str:
-    result = invoke(dsn, *arguments)
-    assert result.exit_code != 0, result.output
-    return result.output
-
-
-def tracked(dsn: str) -> dict[str, dict[str, Any]]:
-    found = json.loads(invoke(dsn, "tracked", "--json").stdout)["tracked"]
-    return {each["table"]: each for each in found}
+from tests.commands import done, invoke, refused, tracked
 
 
 def firing(db: psycopg.Connection) -> dict[str, str]:

@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import psycopg
 import pytest
-from click.testing import CliRunner, Result
 
-from cdc.cli import cdc
 from cdc.postgres import migrations
-
-
-def invoke(dsn: str, *arguments: str) -> Result:
-    return CliRunner().invoke(cdc, [*arguments, "--dsn", dsn], catch_exceptions=False)
-
-
-def done(dsn: str, *arguments: str) -> str:
-    result = invoke(dsn, *arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(dsn: str, *arguments: str) -> str:
-    result = invoke(dsn, *arguments)
-    assert result.exit_code != 0, result.output
-    return result.output
-
-
-def tracked(dsn: str) -> Any:
-    [found] = json.loads(invoke(dsn, "tracked", "--json").stdout)["tracked"]
-    return found
+from tests.commands import done, invoke, refused, tracked
 
 
 def captured(db: psycopg.Connection) -> list[tuple[str, str]]:
@@ -52,17 +29,17 @@ def test_only_what_matches_is_captured(outbox: str, orders: psycopg.Connection) 
     orders.execute("UPDATE orders SET status = 'paid'")
     orders.execute("DELETE FROM orders")
     assert captured(orders) == [("INSERT", "1"), ("UPDATE", "1")]
-    found = tracked(outbox)
+    found = tracked(outbox)["orders"]
     assert (found["update_of"], found["when"]) == (["status", "total"], "new.total > 0")
     assert "insert,update UPDATE OF status, total WHEN (new.total > 0)" in invoke(outbox, "tracked").stdout
 
 
 def test_conditions_that_are_not_named_stay(outbox: str, orders: psycopg.Connection) -> None:
     done(outbox, "track", "orders", "--on", "update:status", "--when", "OLD.status IS DISTINCT FROM NEW.status")
-    before = tracked(outbox)
+    before = tracked(outbox)["orders"]
     assert "was tracked so already" in done(outbox, "track", "orders")
     done(outbox, "track", "orders", "--exclude", "total")
-    assert tracked(outbox) == {**before, "exclude": ["total"]}
+    assert tracked(outbox)["orders"] == {**before, "exclude": ["total"]}
 
 
 def test_the_same_condition_in_other_words_changes_nothing(outbox: str, orders: psycopg.Connection) -> None:
@@ -72,15 +49,15 @@ def test_the_same_condition_in_other_words_changes_nothing(outbox: str, orders: 
 
 def test_a_condition_that_goes_needs_replace(outbox: str, orders: psycopg.Connection) -> None:
     done(outbox, "track", "orders", "--on", "update:status", "--when", "NEW.total > 0")
-    before = tracked(outbox)
+    before = tracked(outbox)["orders"]
     assert "WHEN (new.total > 0) would go" in refused(outbox, "track", "orders", "--when", "")
     told = refused(outbox, "track", "orders", "--when", "NEW.total > 9")
     assert "WHEN (new.total > 0) would become WHEN (new.total > 9)" in told
     assert "UPDATE OF status would go" in refused(outbox, "track", "orders", "--on", "update")
-    assert tracked(outbox) == before
+    assert tracked(outbox)["orders"] == before
     done(outbox, "track", "orders", "--on", "update:status,total")  # captures more, and nothing less
     done(outbox, "track", "orders", "--on", "update", "--when", "", "--replace")
-    assert tracked(outbox)["only"] == ""
+    assert tracked(outbox)["orders"]["only"] == ""
 
 
 @pytest.mark.parametrize(
@@ -110,7 +87,7 @@ def test_a_condition_means_what_it_means_on_the_path_of_its_author(outbox: str, 
     orders.execute("CREATE FUNCTION is_large(total int) RETURNS bool LANGUAGE sql AS 'SELECT total > 9'")
     done(outbox, "track", "orders", "--on", "insert", "--when", "is_large(NEW.total)")
     done(outbox, "track", "orders", "--exclude", "status")
-    assert tracked(outbox)["when"] == "public.is_large(new.total)"
+    assert tracked(outbox)["orders"]["when"] == "public.is_large(new.total)"
     orders.execute("INSERT INTO orders (id, total) VALUES (1, 9), (2, 10)")
     assert captured(orders) == [("INSERT", "2")]
 
@@ -128,7 +105,7 @@ def test_columns_are_named_as_those_of_other_options(
     on: str, operations: list[str], columns: list[str], outbox: str, orders: psycopg.Connection
 ) -> None:
     done(outbox, "track", "orders", "--on", on)
-    found = tracked(outbox)
+    found = tracked(outbox)["orders"]
     assert (found["operations"], sorted(found["update_of"])) == (operations, sorted(columns))
 
 
@@ -169,12 +146,12 @@ def test_the_printed_statements_make_the_trigger_that_tracking_makes(
     printed = invoke(outbox, "track", "orders", "--print", *options).stdout
     assert json.loads(invoke(outbox, "tracked", "--json").stdout)["tracked"] == []
     done(outbox, "track", "orders", *options)
-    meant = tracked(outbox)
+    meant = tracked(outbox)["orders"]
     done(outbox, "untrack", "orders")
     orders.execute("SET search_path = nowhere")
     for _ in range(2):
         orders.execute(printed.encode())
-    assert tracked(outbox) == meant
+    assert tracked(outbox)["orders"] == meant
 
 
 def test_printed_statements_fit_a_schema_and_a_table_of_any_name(database: str, db: psycopg.Connection) -> None:
@@ -196,9 +173,9 @@ def test_printing_says_what_tracking_would_refuse_and_drops_what_it_would_replac
     assert "mine" in refused(outbox, "track", "orders", "--print")
     printed = invoke(outbox, "track", "orders", "--print", "--replace").stdout
     assert printed.splitlines()[0] == 'DROP TRIGGER "mine" ON "public"."orders";'
-    assert tracked(outbox)["trigger"] == "mine"
+    assert tracked(outbox)["orders"]["trigger"] == "mine"
     orders.execute(printed.encode())
-    assert tracked(outbox)["trigger"] == "#cdc_capture"
+    assert tracked(outbox)["orders"]["trigger"] == "#cdc_capture"
 
 
 def test_printed_is_either_sql_or_json(outbox: str, orders: psycopg.Connection) -> None:

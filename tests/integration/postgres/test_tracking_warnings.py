@@ -10,7 +10,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc.postgres import migrations
-from tests.integration.postgres.test_tracking_again import done, invoke, payloads, refused, tracked
+from tests.commands import done, invoke, refused, tracked
+from tests.integration.postgres.test_tracking_again import payloads
 
 
 @pytest.fixture
