@@ -64,20 +64,17 @@ def _key(_ctx: click.Context, option: click.Parameter, value: str | None) -> lis
 _where_option = click.option("--where", "condition", metavar="SQL", help="Only the rows that meet this condition.")
 
 
-def _positive(_ctx: click.Context, _option: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 < value < float("inf"):
-        raise click.BadParameter(f"{value:g} is no number of rows")
-    return value
-
-
-def _rate(_ctx: click.Context, option: click.Parameter, value: str | None) -> float | None:
+def _rate(_ctx: click.Context, _option: click.Parameter, value: str | None) -> float | None:
     """``500`` or ``500/s``."""
     if value is None:
         return None
     try:
-        return _positive(_ctx, option, float(value.removesuffix("/s")))
+        rate = float(value.removesuffix("/s"))
     except ValueError:
-        raise click.BadParameter(f"{value!r}; expected rows a second, such as 500/s") from None
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise click.BadParameter(f"{value!r}; expected rows a second, such as 500/s")
+    return rate
 
 
 _rate_option = click.option("--rate", metavar="N/s", callback=_rate, help="At most so many rows a second.")
@@ -158,7 +155,8 @@ def resume(
 
     backfills = Backfills(settings.schema_)
     with open_database(settings, user_path=True) as connection:
-        found = backfills.resume(connection, backfills.named(connection, reference), rate, backlog)
+        found = backfills.named(connection, reference)
+        found = backfills.resume(connection, found, condition=condition, rate=rate, backlog=backlog)
         _work(backfills, connection, found, condition, as_json=as_json)
 
 
@@ -214,21 +212,21 @@ def status(settings: Settings, reference: str | None, as_json: bool) -> None:
 
 def _work(backfills: Backfills, connection: Any, begun: Backfill, condition: str | None, *, as_json: bool) -> None:
     """Raises KeyboardInterrupt as it comes: what is committed stays, and the rest is resumed."""
-    end = _watch(begun, backfills.work(connection, begun, condition=condition))
+    _watch(begun, backfills.work(connection, begun, condition=condition))
     done = backfills.named(connection, str(begun.id))
     if as_json:
         print_json(_as_json(done))
     else:
-        say(f"backfill {done.id} of {done.table} is {end.state}: {done.examined:,} rows read, {done.written:,} written")
+        say(
+            f"backfill {done.id} of {done.table} is {_state(done)}:"
+            f" {done.examined:,} rows read, {done.written:,} written"
+        )
 
 
-def _watch(begun: Backfill, steps: Iterable[Progress]) -> Progress:
+def _watch(begun: Backfill, steps: Iterable[Progress]) -> None:
     """Take the steps, wait between them, and say how far it is."""
-    from cdc.postgres.backfill import Progress  # noqa: PLC0415 - see start
-
     said_at, pause = time.monotonic(), threading.Event()
     watch = Watch(begun.table, begun.estimate, begun.examined, said_at)
-    progress = Progress(begun.examined, begun.written)
     for progress in steps:
         now = time.monotonic()
         warning = watch.take(progress, now)
@@ -240,7 +238,6 @@ def _watch(begun: Backfill, steps: Iterable[Progress]) -> Progress:
         if progress.waits is not None:
             pause.wait(progress.waits.seconds)
     show_progress("")
-    return progress
 
 
 class Watch:

@@ -170,15 +170,26 @@ class Backfills:
         """Raises RefusedError unless it is in one of these states. Whoever works on it ends after its page."""
         given = {"id": backfill.id, "to": to, "states": list(states)}
         with _server_names(connection), _explained(), bounded(connection):
-            changed = connection.execute(self._statements["set_state"], given).fetchall()
-        if not changed:
+            changed = connection.execute(self._statements["set_state"], given)
+        if not changed.rowcount:
             now = self.named(connection, str(backfill.id))
             raise RefusedError(f"backfill {backfill.id} of {backfill.table} is {now.state}; nothing was changed")
 
     def resume(
-        self, connection: psycopg.Connection, backfill: Backfill, rate: float | None = None, backlog: int | None = None
+        self,
+        connection: psycopg.Connection,
+        backfill: Backfill,
+        *,
+        condition: str | None = None,
+        rate: float | None = None,
+        backlog: int | None = None,
     ) -> Backfill:
-        """Let it run, and change its pace where that is not None. Raises RefusedError for one that ended."""
+        """Let it run, and change its pace where that is not None.
+
+        Raises RefusedError for one that ended, and for one that ``work`` would refuse with this condition.
+        """
+        with _server_names(connection):
+            _refuse_condition(connection, backfill, condition)
         self.set_state(connection, backfill, "running", UNFINISHED)
         given = {"id": backfill.id, "rate": rate or backfill.rate, "backlog": backlog or backfill.backlog}
         with _server_names(connection):
@@ -205,11 +216,16 @@ class Backfills:
                 with _explained():
                     _refuse_condition(connection, backfill, condition)
                     reading = self._reading(connection, backfill, path)
-                    try:
-                        yield from self._pages(connection, backfill, reading)
-                    except _MISSING:
-                        self._reading(connection, backfill, path)  # says so if it is the table that has changed
-                        raise
+                    while True:
+                        try:
+                            yield from self._pages(connection, backfill, reading)
+                        except (*_MISSING, errors.CannotCoerce):  # its columns may have changed
+                            before, reading = reading, self._reading(connection, backfill, path)
+                            if reading.columns == before.columns:
+                                raise
+                            backfill = self.named(connection, str(backfill.id))
+                        else:
+                            return
             finally:
                 with suppress(psycopg.Error):  # the end of the session frees it as well
                     connection.execute(self._statements["unlock"], lock)

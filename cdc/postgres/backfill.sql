@@ -59,7 +59,6 @@ CROSS JOIN LATERAL (
 
 -- name: set_state
 UPDATE {backfills} SET state = %(to)s, changed_at = now() WHERE id = %(id)s AND state = ANY (%(states)s::text[])
-RETURNING state
 
 -- name: set_pace
 UPDATE {backfills} SET rate = %(rate)s, backlog = %(backlog)s WHERE id = %(id)s

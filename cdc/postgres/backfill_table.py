@@ -86,8 +86,27 @@ class BackfillTable:
         self._columns = [sql.SQL("{}.{}").format(self._name, sql.Identifier(column.name)) for column in self.key]
 
     @property
+    def columns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """All of the table, and those that are computed when they are read."""
+        return self._source.columns, self._source.virtual
+
+    @property
     def _qualified(self) -> sql.Identifier:
         return sql.Identifier(self._source.namespace, self._source.name)
+
+    @property
+    def _row(self) -> sql.Composed:
+        """A row as a trigger gets it: what is computed when it is read is NULL, for it may fail.
+
+        capture_rows() computes it, value by value.
+        """
+        if not self._source.virtual:
+            return sql.SQL("{}.*::{}").format(self._name, self._qualified)
+        each = [
+            _raw("NULL") if column in self._source.virtual else sql.Identifier(self._source.name, column)
+            for column in self._source.columns
+        ]
+        return sql.SQL("ROW({})::{}").format(sql.SQL(", ").join(each), self._qualified)
 
     @property
     def _condition(self) -> sql.Composed:
@@ -132,6 +151,7 @@ class BackfillTable:
         stored = sql.SQL(" + ").join(
             sql.SQL("coalesce(pg_catalog.pg_column_size({}.{}), 0)").format(self._name, sql.Identifier(column))
             for column in self._source.columns
+            if column not in self._source.virtual
         )
         statement = _raw(_EDGE).format(
             keys=sql.SQL(", ").join(keys),
@@ -161,7 +181,7 @@ class BackfillTable:
         """
         entity_type, options = self._as_tracked()
         statement = _raw(_WRITE).format(
-            row=sql.SQL("{}.*::{}").format(self._name, self._qualified),
+            row=self._row,
             table=self._from,
             name=self._name,
             range=self._range(since, after, last),
