@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -11,11 +10,10 @@ import pytest
 
 import cdc
 from cdc import testing
-from cdc.engine.dispatcher import OtherTasks
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, states
+from tests.handler_kinds import KINDS, handler
 
-_KINDS = ("waits", "at once", "sync", "transactional", "transactional sync", "batch", "transactional batch")
 _PUBLISH = """
 SELECT publish_change('order', 'k' || n %% 3, 'UPDATE',
   new_data => jsonb_build_object('n', n, 'status', n / 2),
@@ -27,36 +25,11 @@ _PUBLISH_UPDATE = "SELECT publish_change('order', '1', 'UPDATE', old_data => %s,
 
 
 def _declare(router: cdc.Router, kind: str, got: list[cdc.Change], **options: Any) -> None:
-    async def waits(change: cdc.Change) -> None:
-        await OtherTasks()
-        got.append(change)
-
-    async def at_once(change: cdc.Change) -> None:
-        got.append(change)
-
-    def sync(change: cdc.Change) -> None:
-        got.append(change)
-
-    async def transactional(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
-        got.append(change)
-
-    def transactional_sync(change: cdc.Change, connection: psycopg.Connection) -> None:
-        got.append(change)
-
-    async def batch(changes: list[cdc.Change]) -> None:
-        got.extend(changes)
-
-    async def transactional_batch(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
-        got.extend(changes)
-
-    functions: tuple[Callable[..., Any], ...] = (
-        waits, at_once, sync, transactional, transactional_sync, batch, transactional_batch,
-    )  # fmt: skip
-    function = dict(zip(_KINDS, functions, strict=True))[kind]
-    router.on("order", "UPDATE", name="filters", batch=7 if "batch" in kind else None, **options)(function)
+    batch = 7 if "batch" in kind else None
+    router.on("order", "UPDATE", name="filters", batch=batch, **options)(handler(kind, got.extend))
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_handler_of_any_kind_gets_only_what_its_filter_wants_in_order_and_the_rest_is_processed(
     kind: str, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
@@ -85,7 +58,7 @@ class _Order(pydantic.BaseModel):
     status: int
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_filter_of_columns_comes_before_the_model_and_the_function_sees_the_model(
     kind: str, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
@@ -107,7 +80,7 @@ async def test_a_filter_of_columns_comes_before_the_model_and_the_function_sees_
     assert got[0].changed == {"n", "status"}
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_filter_that_raises_is_an_attempt_that_failed_and_holds_back_its_key_only(
     kind: str, outbox: str, outbox_db: psycopg.Connection
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -16,11 +16,10 @@ from click.testing import CliRunner
 import cdc
 from cdc import testing
 from cdc.cli import cdc as root_command
-from cdc.engine.dispatcher import OtherTasks
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
+from tests.handler_kinds import KINDS, handler
 
-_KINDS = ("waits", "at once", "sync", "transactional", "transactional sync", "batch", "transactional batch")
 _PUBLISH = """
 SELECT publish_change('order', 'k' || n %% 2, new_data => jsonb_build_object('n', n)) FROM generate_series(1, %s) AS n
 """
@@ -28,45 +27,17 @@ _ROWS = "SELECT error_count, last_error, error_summary FROM entity_changes WHERE
 
 
 def _declare(router: cdc.Router, kind: str, handle: Callable[[cdc.Change], None]) -> None:
-    async def waits(change: cdc.Change) -> None:
-        await OtherTasks()
-        handle(change)
+    def named_as_failed(changes: Sequence[cdc.Change]) -> None:
+        for change in changes:
+            try:
+                handle(change)
+            except cdc.Snooze as snooze:
+                if "batch" in kind:
+                    raise cdc.Failed({change: snooze}) from snooze
+                raise
 
-    async def at_once(change: cdc.Change) -> None:
-        handle(change)
-
-    def sync(change: cdc.Change) -> None:
-        handle(change)
-
-    async def transactional(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
-        await connection.execute("INSERT INTO effect VALUES (%s)", [change.seq])
-        handle(change)
-
-    def transactional_sync(change: cdc.Change, connection: psycopg.Connection) -> None:
-        connection.execute("INSERT INTO effect VALUES (%s)", [change.seq])
-        handle(change)
-
-    async def batch(changes: list[cdc.Change]) -> None:
-        _named_as_failed(changes, handle)
-
-    async def transactional_batch(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
-        for change in _named_as_failed(changes, handle):
-            await connection.execute("INSERT INTO effect VALUES (%s)", [change.seq])
-
-    functions: tuple[Callable[..., Any], ...] = (
-        waits, at_once, sync, transactional, transactional_sync, batch, transactional_batch,
-    )  # fmt: skip
-    function = dict(zip(_KINDS, functions, strict=True))[kind]
+    function = handler(kind, named_as_failed, "INSERT INTO effect VALUES (%s) ON CONFLICT DO NOTHING")
     router.on("order", name="early", max_attempts=1, batch=1 if "batch" in kind else None)(function)
-
-
-def _named_as_failed(changes: list[cdc.Change], handle: Callable[[cdc.Change], None]) -> list[cdc.Change]:
-    for change in changes:
-        try:
-            handle(change)
-        except cdc.Snooze as snooze:
-            raise cdc.Failed({change: snooze}) from snooze
-    return changes
 
 
 @pytest.fixture
@@ -75,7 +46,7 @@ def effect(outbox_db: psycopg.Connection) -> psycopg.Connection:
     return outbox_db
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_snoozed_change_is_called_again_before_the_others_of_its_key_however_often_that_is(
     kind: str, outbox: str, effect: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,13 +14,12 @@ import cdc
 from cdc import testing
 from cdc.core.circuit_breaker import KEYS, PAUSE_MAX_S, BreakerState
 from cdc.core.router import Router
-from cdc.engine.dispatcher import OtherTasks
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
+from tests.handler_kinds import KINDS, handler
 
 _QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05, "max_attempts": 1}
 _LONGEST_WAIT = "SELECT coalesce(max(next_attempt_at) < now() + '3 s', true) FROM entity_changes"
-_KINDS = ("async", "at once", "sync", "transactional", "transactional sync", "batch", "transactional batch")
 
 
 def _publish(db: psycopg.Connection, count: int, keys: int, entity_type: str = "x") -> None:
@@ -54,43 +53,7 @@ class Outside:
 
     def serve(self, router: Router, kind: str) -> None:
         """A handler of that kind for changes of x."""
-
-        async def waits(change: cdc.Change) -> None:
-            await OtherTasks()
-            self.ask([change])
-
-        async def run_inline(change: cdc.Change) -> None:
-            self.ask([change])
-
-        def sync(change: cdc.Change) -> None:
-            self.ask([change])
-
-        async def transactional(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
-            await connection.execute("INSERT INTO effects VALUES (%s)", [change.seq])
-            self.ask([change])
-
-        def transactional_sync(change: cdc.Change, connection: psycopg.Connection) -> None:
-            connection.execute("INSERT INTO effects VALUES (%s)", [change.seq])
-            self.ask([change])
-
-        async def batch(changes: list[cdc.Change]) -> None:
-            self.ask(changes)
-
-        async def transactional_batch(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
-            for change in changes:
-                await connection.execute("INSERT INTO effects VALUES (%s)", [change.seq])
-            self.ask(changes)
-
-        functions: tuple[Callable[..., Any], ...] = (
-            waits,
-            run_inline,
-            sync,
-            transactional,
-            transactional_sync,
-            batch,
-            transactional_batch,
-        )
-        function = dict(zip(_KINDS, functions, strict=True))[kind]
+        function = handler(kind, self.ask, "INSERT INTO effects VALUES (%s)")
         router.on("x", name="asks", batch=5 if "batch" in kind else None)(function)
 
     def in_order(self) -> bool:
@@ -124,7 +87,7 @@ class Clock:
         self._ahead_s += seconds
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_over_within_seconds(
     kind: str,
     outbox: str,
@@ -179,7 +142,7 @@ async def test_an_outage_of_ten_minutes_costs_no_attempt_and_no_order_and_is_ove
     assert "nobody listens" not in caplog.text, "the reason is the handler's words, which may quote the row"
 
 
-@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_of_one_key_it_is_that_keys_affair(kind: str, outbox: str, outbox_db: psycopg.Connection) -> None:
     outbox_db.execute("CREATE TABLE effects (seq bigint)")
     router, outside, failed = Router(), Outside(), list[int]()
@@ -265,7 +228,7 @@ async def test_what_waits_for_its_handler_at_a_stop_is_there_for_the_next_consum
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     router, outside = Router(), Outside()
-    outside.serve(router, "async")
+    outside.serve(router, "waits")
     outside.there = False
     _publish(outbox_db, 60, 30)
     async with consuming(outbox, router, **_QUICK) as app:
