@@ -21,7 +21,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 _PAGE = (_ROOT / "docs/guides/migrations.md").read_text("utf-8")
 _ORDERS = "CREATE TABLE orders (id bigint PRIMARY KEY, total numeric)"
 _ALEMBIC_ENV = """
-import json
 import os
 
 import psycopg
@@ -38,7 +37,6 @@ with engine.connect() as connection:
         context.run_migrations()
 """
 _DJANGO_SETTINGS = """
-import json
 import json
 import os
 

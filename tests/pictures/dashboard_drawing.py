@@ -72,15 +72,16 @@ def draw(panels: Sequence[Panel]) -> str:
 
 def value(number: float, unit: str) -> str:
     """A number with its unit, short."""
+    per_s = "/s" if unit in {"Bps", "ops"} else ""
     if unit in _SIZES:
-        size = min(len(_BYTES) - 1, max(0, int(log10(abs(number)) / log10(1024)))) if number else 0
-        return f"{number / 1024**size:.3g} {_BYTES[size]}{'/s' if unit == 'Bps' else ''}"
+        size = 0
+        while abs(number) >= 1000 and size < len(_BYTES) - 1:  # not 1024: three digits are enough for each
+            number, size = number / 1024, size + 1
+        return f"{number:.3g} {_BYTES[size]}{per_s}"
     if unit == "s":
         return f"{number * 1000:.3g} ms" if 0 < abs(number) < 1 else f"{number:.3g} s"
-    for bound, suffix in _SUFFIXES:
-        if abs(number) >= bound:
-            return f"{number / bound:.3g}{suffix}"
-    return f"{number:.3g}{'/s' if unit == 'ops' else ''}"
+    bound, suffix = next(((bound, suffix) for bound, suffix in _SUFFIXES if abs(number) >= bound), (1, ""))
+    return f"{number / bound:.3g}{suffix}{per_s}"
 
 
 def _panel(panel: Panel, end: float) -> Iterator[str]:

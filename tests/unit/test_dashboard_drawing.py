@@ -13,7 +13,10 @@ from tests.pictures.dashboard_drawing import Panel, Series, draw, value
     ("number", "unit", "shown"),
     [
         (0, "bytes", "0 B"),
-        (1023, "bytes", "1.02e+03 B"),
+        (999, "bytes", "999 B"),
+        (1023, "bytes", "0.999 KiB"),
+        (1e15, "bytes", "9.31e+05 GiB"),
+        (-2048, "bytes", "-2 KiB"),
         (3 * 1024**2, "bytes", "3 MiB"),
         (2048, "Bps", "2 KiB/s"),
         (0.0174, "s", "17.4 ms"),
@@ -21,6 +24,7 @@ from tests.pictures.dashboard_drawing import Panel, Series, draw, value
         (0, "s", "0 s"),
         (4000, "none", "4k"),
         (12, "ops", "12/s"),
+        (2_000, "ops", "2k/s"),
     ],
 )
 def test_a_value_is_shown_short_and_with_its_unit(number: float, unit: str, shown: str) -> None:
