@@ -95,6 +95,8 @@ class KeyScheduler:
         self._deferred = DeferredKeys(deferred_max, sole=sole)
         self.ownership = ShardOwnership()
         self.ownership.subscribe(self)
+        self.fenced: Callable[[], None] = lambda: None
+        """Called when ``start`` meets a change that waits for those of its key before it to settle."""
         self.reading = ReadReconciler()
         """A context to hold from the beginning of a read of the table until its answer has been taken in."""
 
@@ -261,9 +263,13 @@ class KeyScheduler:
             started: list[Change] = []
             for key in keys:
                 queue = self._queues.get(key)
+                if queue is None:
+                    continue
                 # The requirements differ if an earlier change of the key came in and was made ready instead.
-                if queue is not None and self._startable(queue) and queue.needs == needs:
+                if self._startable(queue) and queue.needs == needs:
                     started.append(self._start_next(queue))
+                elif queue.settling and queue.after_settled:
+                    self.fenced()
             if started:
                 self.ready_queues.started(started, needs)
                 return Run(needs.handler, started)

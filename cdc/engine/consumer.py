@@ -45,7 +45,7 @@ from cdc.postgres.loaders import read_changes
 from cdc.postgres.outbox import INDEXED, READ_LIMIT_S, READ_SESSION, Store
 from cdc.postgres.pages import Settled
 from cdc.postgres.shard_locks import ShardSession
-from cdc.runtime.deadline import deadline, set_within, unless, wait_within
+from cdc.runtime.deadline import deadline, unless, wait_within
 
 log = logging.getLogger("cdc.consumer")
 
@@ -97,6 +97,7 @@ class Consumer:
             settled=self._settled,
             iterated=partial(self.lifecycle.iterated, "settle"),
         )
+        self._scheduler.fenced = self._settler.hurry
         self._dispatcher = Dispatcher(
             self._scheduler, executor, settings.concurrency, connections=settings.transactions,
             crash_guard=self.crash_guard, finished=self._settler.put, reread=self._reread,
@@ -228,6 +229,7 @@ class Consumer:
         if lost and not self.lifecycle.stopping.is_set():
             self._metrics.consumer.shard_moves.labels("lost").inc(lost)
         self._reads.due_within(0.0)
+        self.notifications.due.close()
         await self._dispatcher.session_lost()
 
     # --- shards ----------------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ class Consumer:
             failpoints.here("fetch.after_dispatch")
             wait_s = self._reads.wait_s(read=read)
             if wait_s or not read:
-                await set_within(self.notifications.due, min(wait_s, _ITERATION_MAX_S))
+                await self.notifications.due.wait_within(min(wait_s, _ITERATION_MAX_S))
 
     # --- settle ----------------------------------------------------------------------------------------------------
 

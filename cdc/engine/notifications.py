@@ -5,7 +5,6 @@ On the event loop. It goes to the read planner, and ``due`` is set where there m
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence, Set
 
@@ -13,6 +12,7 @@ from prometheus_client import Counter
 
 from cdc.core.model import SHARDS, WakeUp
 from cdc.core.read_planner import ReadPlanner
+from cdc.runtime.moving_timer import TimedEvent
 
 _SOON_S = 0.05
 
@@ -38,7 +38,7 @@ class Notifications:
         self._owned = owned
         self._sweep_interval_s = sweep_interval_s
         self._poll_interval_s = poll_interval_s
-        self.due = asyncio.Event()
+        self.due = TimedEvent()
 
     @property
     def is_sharing(self) -> bool:

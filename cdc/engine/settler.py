@@ -29,15 +29,14 @@ from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.outbox import Store
 from cdc.postgres.pages import Settled
 from cdc.postgres.shard_locks import ShardSession
-from cdc.runtime.deadline import set_within
+from cdc.runtime.moving_timer import MovingTimer, TimedEvent
 
 log = logging.getLogger("cdc.consumer")
 
 _BATCH_MAX = 1_000
-_PAUSE_S, _PAUSE_FACTOR, _PAUSE_MAX_S = 0.005, 4, 0.020
-"""From the beginning of a settle to that of the next: what ends meanwhile shares a statement and a flush. Four times as
-long as the settle took, up to a limit: under load there are fewer of them. With 5 ms alone a settle had 35 changes that
-ended in threads, with this it has 160, and a quarter more of them end."""
+_PAUSE_S = 0.020
+"""From the beginning of a settle to that of the next: what ends meanwhile shares a statement and a flush, which
+the stream reads, too. A process that is killed runs again what ended in so long."""
 _ITERATION_MAX_S = 5.0
 _LOCKED_S = 0.5
 """Until a locked row is tried again."""
@@ -85,11 +84,12 @@ class Settler:
         self._settled = settled
         self._iterated = iterated
         self._queue = SettleQueue()
-        self._due = asyncio.Event()
-        self._again = asyncio.Event()
+        self._due = TimedEvent()
+        self._again = TimedEvent()
         self._finishing = False
         self._around_locks = False
         self._pauses_until = 0.0
+        self._hurried = False
         self._delay = Delay()
         self._blockers = _Blockers()
 
@@ -130,11 +130,16 @@ class Settler:
         """Another consumer has, or had, these: what finished of them before the session was lost is not written."""
         self._scheduler.dropped(self._queue.drop(shards))
 
+    def hurry(self) -> None:
+        """Something waits for what has ended to be in the table: the next settle is not put off."""
+        self._hurried = True
+        self._again.set()
+
     def finish(self) -> None:
         """No more outcomes will come: ``run`` returns when all are written."""
         self._finishing = True
         self._due.set()
-        self._again.set()
+        self.hurry()
 
     async def run(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         """Write outcomes on this session until ``finish``. Raises errors that are about the session."""
@@ -142,23 +147,25 @@ class Settler:
             while not self._finishing or self._queue:
                 self._iterated()
                 self._due.clear()
+                self._hurried = False
                 now = _now()
                 if now >= self._delay.until and (batch := self._queue.take(_BATCH_MAX, now)):
                     now = await self._settle(session, reader, batch, now)
                 if not self._finishing or self._queue:
-                    await set_within(
-                        self._due, min(_ITERATION_MAX_S, max(self._delay.until - now, self._queue.wait_s(now)))
-                    )
+                    held_s = max(self._delay.until - now, self._queue.wait_s(now))
+                    await self._due.wait_within(min(_ITERATION_MAX_S, held_s))
                     if _now() < self._pauses_until:
                         await self._pause()
         finally:
+            self._due.close()
+            self._again.close()
             await self._blockers.end()
 
     async def _pause(self) -> None:
         """Unless there is enough for the next settle, wait: what ends meanwhile shares it."""
-        if self._queue.ready < self._scheduler.worth:
+        if not self._hurried and self._queue.ready < self._scheduler.worth:
             self._again.clear()
-            await set_within(self._again, self._pauses_until - _now())
+            await self._again.wait_within(self._pauses_until - _now())
 
     async def _settle(
         self, session: ShardSession, reader: psycopg.AsyncConnection, batch: list[Settlement], began: float
@@ -166,7 +173,7 @@ class Settler:
         """Returns the time. Raises errors that are about the session."""
         found = await self._write(session, reader, batch)
         now = _now()
-        self._pauses_until = began + max(_PAUSE_S, min(_PAUSE_FACTOR * (now - began), _PAUSE_MAX_S))
+        self._pauses_until = began + _PAUSE_S
         self._iterated(answered=True)
         if found:
             self._metrics.settle_duration.observe(now - began)
@@ -183,7 +190,7 @@ class Settler:
         self, session: ShardSession, reader: psycopg.AsyncConnection, batch: list[Settlement]
     ) -> Settled | None:
         """None: nothing could be written yet."""
-        look = asyncio.get_running_loop().call_later(_ASK_AFTER_S, self._blockers.ask, session, reader)
+        self._blockers.settle_began(session, reader)
         try:
             async with session.writing:
                 settled = await self._store.settle(
@@ -196,7 +203,7 @@ class Settler:
             self._refused(session.connection, batch, error)
             return None
         finally:
-            look.cancel()
+            self._blockers.settle_ended()
         if self._delay.since is not None:
             self._delay.advanced()
         if settled.locked:
@@ -260,10 +267,20 @@ class _Blockers:
 
     def __init__(self) -> None:
         self.words = ""
+        self._settle: tuple[ShardSession, psycopg.AsyncConnection] | None = None
+        self._timer = MovingTimer(self._ask_in_a_task)
         self._query: asyncio.Task[None] | None = None
 
-    def ask(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
-        if self._query is None or self._query.done():
+    def settle_began(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
+        self._settle = session, reader
+        self._timer.set(asyncio.get_running_loop(), _ASK_AFTER_S)
+
+    def settle_ended(self) -> None:
+        self._timer.clear()
+
+    def _ask_in_a_task(self) -> None:
+        if self._settle and (self._query is None or self._query.done()):
+            session, reader = self._settle
             self._query = asyncio.create_task(self._ask(session.connection.info.backend_pid, reader))
 
     async def _ask(self, pid: int, reader: psycopg.AsyncConnection) -> None:
@@ -275,6 +292,7 @@ class _Blockers:
             self.words = "; blocked by: " + ", ".join(f"pid {one} ({name or 'no name'})" for one, name in found[:5])
 
     async def end(self) -> None:
+        self._timer.close()
         if self._query:
             self._query.cancel()
             await asyncio.wait([self._query])

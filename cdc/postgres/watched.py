@@ -1,10 +1,13 @@
 """Connections for our own statements on an event loop: each costs fewer steps than with psycopg's.
 
-**Answers.** psycopg wraps each wait in a timeout and an event. Here the socket is registered with the event loop, and
-one timer watches the limit of all answers. Whatever is not the usual case, an answer at once and nothing left to send,
-is left to psycopg. The number of a closed socket is soon another's, and libpq closes one whenever it meets an error.
-So the registration ends with its answer: one that stayed could be taken for another connection's, or end it, and that
-one would wait for ever.
+**Answers.** psycopg wraps each wait in a timeout and an event, and registers the socket with the event loop for each.
+Here it is registered once, and one timer watches the limit of all answers. Whatever is not the usual case, an answer at
+once and nothing left to send, is left to psycopg.
+
+What is registered is a duplicate of the socket's number. libpq closes a socket whenever it meets an error, and its
+number is soon another connection's, for which an old registration could be taken, or which it could end. The duplicate
+is ours: its number is free when we close it. It is closed with each error, since the server sees the end of the link
+only when both are.
 
 **Statements.** psycopg makes a cursor for each, looks up how each parameter is written and each column read, and
 whether it is prepared. ``rows`` does that once for a statement.
@@ -13,7 +16,9 @@ whether it is prepared. ``rows`` does that once for a statement.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import socket
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -24,6 +29,8 @@ from psycopg.generators import execute
 from psycopg.waiting import READY_R, WAIT_R
 
 from cdc.postgres.link import AsyncGuardedConnection, close_silent, limited
+from cdc.runtime.forks import not_for_children
+from cdc.runtime.moving_timer import MovingTimer
 
 _PLACEHOLDER = re.compile(rb"%\((\w+)\)s|%%")
 _INTERVAL_S = 0.1
@@ -92,7 +99,7 @@ class WatchedConnection(AsyncGuardedConnection):
             try:
                 state = next(gen)
                 watch = self._watch
-                if watch is None or watch.socket != self.pgconn.socket:
+                if watch is None or watch.number != self.pgconn.socket:
                     watch = self._watch_socket()
                 answer = await watch.answer(gen, self.answer_limit_s) if state == WAIT_R else _Rest(gen, state)
                 if type(answer) is not _Rest:
@@ -111,7 +118,8 @@ class WatchedConnection(AsyncGuardedConnection):
             except BaseException:
                 self._unwatch()
                 raise
-        self._unwatch()
+        if self._watch is not None:
+            self._watch.rest()
         return await psycopg.AsyncConnection.wait(self, rest, interval, timeout)
 
     def _watch_socket(self) -> _SocketWatch:
@@ -179,42 +187,52 @@ class _Rest:
 class _SocketWatch:
     """Of one socket: resumes the generator that waits for an answer when something has arrived."""
 
-    def __init__(self, socket: int) -> None:
-        self.socket = socket
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._link = socket.socket(fileno=os.dup(number))
+        not_for_children(self._link)
+        self._registered = self._link.fileno()
+        self._is_registered = False
         self._loop = asyncio.get_running_loop()
         self._gen: Generator[int, int, Any] | None = None
-        """None: nobody waits, and the socket is not registered."""
+        """None: nobody waits."""
         self._answer: asyncio.Future[Any] | None = None
-        self._asked_at = 0.0
-        self._limit_s: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._limit_s = 0.0
+        self._timer = MovingTimer(self._silent)
 
     def answer(self, gen: Generator[int, int, Any], limit_s: float | None) -> asyncio.Future[Any]:
         """What ``gen`` returns or raises; ``_Rest`` if it has to send. Fails with _SilentError beyond the limit."""
         loop = self._loop
-        loop.add_reader(self.socket, self._arrived)
+        if not self._is_registered:
+            loop.add_reader(self._registered, self._arrived)
+            self._is_registered = True
         if limit_s is not None:
-            self._asked_at = loop.time()
-            if self._timer is None:
-                self._timer = loop.call_later(limit_s, self._check_limit)
-        self._gen, self._limit_s = gen, limit_s
+            self._limit_s = limit_s
+            self._timer.set(loop, limit_s)
+        self._gen = gen
         self._answer = loop.create_future()
         return self._answer
 
+    def rest(self) -> None:
+        """Others wait for what arrives, or nobody does."""
+        self._gen = None
+        self._timer.clear()
+        if self._is_registered:
+            self._is_registered = False
+            self._loop.remove_reader(self._registered)
+
     def end(self) -> None:
         """Whoever waits gets an error: the connection is closed."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._gen is not None:
-            self._gen = None
-            self._loop.remove_reader(self.socket)
+        self._timer.close()
+        self.rest()
+        self._link.close()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(psycopg.OperationalError("the connection is closed"))
 
     def _arrived(self) -> None:
         gen, answer = self._gen, self._answer
-        if gen is None or answer is None or answer.done():  # cancelled: whoever waited ends the registration
+        if gen is None or answer is None or answer.done():  # what nobody reads would be reported again and again
+            self.rest()
             return
         try:
             state = gen.send(READY_R)
@@ -227,14 +245,8 @@ class _SocketWatch:
                 return
             answer.set_result(_Rest(gen, state))
         self._gen = None
-        self._loop.remove_reader(self.socket)
+        self._timer.clear()
 
-    def _check_limit(self) -> None:
-        self._timer = None
-        if self._gen is None or self._answer is None or self._answer.done() or self._limit_s is None:
-            return
-        waited_s = self._loop.time() - self._asked_at
-        if waited_s < self._limit_s:
-            self._timer = self._loop.call_later(self._limit_s - waited_s, self._check_limit)
-        else:
-            self._answer.set_exception(_SilentError(waited_s))
+    def _silent(self) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(_SilentError(self._limit_s))

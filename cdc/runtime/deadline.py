@@ -51,15 +51,6 @@ async def wait_within(event: asyncio.Event, seconds: float) -> None:
             await event.wait()
 
 
-async def set_within(event: asyncio.Event, seconds: float) -> None:
-    """Wait until the event is set; when the time is up, set it. Costs half of what a timeout costs."""
-    timer = asyncio.get_running_loop().call_later(seconds, event.set)
-    try:
-        await event.wait()
-    finally:
-        timer.cancel()
-
-
 async def unless(event: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | None:
     """The result of the work; None if the event is set first: then the work is cancelled."""
     task, happened = asyncio.create_task(work), asyncio.create_task(event.wait())

@@ -45,7 +45,7 @@ def measure(server: TempServer, size: Size) -> list[Figure]:
         connection.execute("DROP TABLE bench_rows")
         _existing(connection, _ENOUGH)
         reading = _reading(connection)
-        beside = latency.of_outbox(connection, size, folder, reading)
+        beside = latency.of_outbox(connection, size, folder, lambda _: reading)
         [(per_s,)] = connection.execute(_PACE).fetchall()
     return [
         Figure("p50 without", alone[0], "ms"),

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -42,6 +42,7 @@ _TIMES = ("p50", "p99")
 
 Moments = Mapping[int, int]
 """Row to nanosecond."""
+Beside = Callable[[Consumer], AbstractContextManager[object]]
 
 
 def measure(server: TempServer, size: Size) -> list[Figure]:
@@ -77,9 +78,9 @@ def measure_relayed(server: TempServer, size: Size) -> list[Figure]:
 
 
 def of_outbox(
-    connection: psycopg.Connection, size: Size, folder: Path, beside: AbstractContextManager[object] | None = None
+    connection: psycopg.Connection, size: Size, folder: Path, beside: Beside = nullcontext
 ) -> tuple[float, float]:
-    """p50 and p99 of a consumer on this outbox, in ms; ``beside``: entered while rows are written."""
+    """p50 and p99 of a consumer on this outbox, in ms; ``beside``: entered with it while rows are written."""
     p50, p99, *_ = _figures("", *_stamped(connection, size, folder, beside), size)
     return p50.value, p99.value
 
@@ -90,12 +91,12 @@ def _through_cdc(server: TempServer, size: Size, folder: Path) -> tuple[array[in
 
 
 def _stamped(
-    connection: psycopg.Connection, size: Size, folder: Path, beside: AbstractContextManager[object] | None = None
+    connection: psycopg.Connection, size: Size, folder: Path, beside: Beside = nullcontext
 ) -> tuple[array[int], Moments]:
     _tracked(connection)
     with Consumer(connection.info.dsn, "stamp") as consumer:
         consumer.until(lambda: streaming(connection), within_s=_READY_S)
-        with beside or nullcontext():
+        with beside(consumer):
             written = _write(connection, "insert", size, folder)
         consumer.until(lambda: drained(connection), within_s=_READY_S)
     assert len(consumer.calls) == 2 * len(written)

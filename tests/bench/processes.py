@@ -74,6 +74,10 @@ class Consumer:
             raise RuntimeError(f"the consumer ended with {code}; it said last:\n{self._last_words()}")
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def cpu_s(self) -> float:
         """Processor time that it has used so far, its start included."""
         # The fields behind the name, which may hold blanks: utime and stime are the 14th and 15th of all.

@@ -66,6 +66,8 @@ TARGETS = (
     Target(
         "commit to handler, p99 to the documented NOTIFY", "latency", "handler p99 to documented", 1.0, at_most=True
     ),
+    Target("consumer's processor time at 500/s", "lone", "consumer's cpu", 200.0, "us/change", at_most=True),
+    Target("its sessions' processor time at 500/s", "lone", "server's cpu", 130.0, "us/change", at_most=True),
     Target("commit to handler, relayed, p50", "relayed", "relayed p50", 3.0, "ms", at_most=True),
     Target("writers, tracked, to the documented NOTIFY", "writers", "tracked to documented", 2.5),
     Target("writers, tracked, to untracked", "writers", "tracked to untracked", 0.55),

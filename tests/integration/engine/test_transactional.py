@@ -15,7 +15,7 @@ import cdc
 from cdc.core import lost_transactions
 from cdc.core.model import SHARDS
 from cdc.core.router import Router
-from cdc.engine import reconnecting
+from cdc.engine import reconnecting, settler
 from cdc.engine.dispatcher import Dispatcher
 from cdc.postgres.shard_locks import lock_class
 from tests.eventually import eventually_async
@@ -253,10 +253,11 @@ async def test_when_its_connection_dies_the_change_runs_again_and_no_attempt_is_
     assert effects.execute("SELECT error_count FROM entity_changes").fetchone() == (0,)
 
 
-async def test_a_transactional_change_waits_until_the_plain_ones_before_it_are_settled(
-    outbox: str, effects: psycopg.Connection
+async def test_a_transactional_change_waits_until_the_plain_ones_before_it_are_settled_and_that_is_at_once(
+    outbox: str, effects: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a crash could leave the later one marked and the earlier one to run again."""
+    monkeypatch.setattr(settler, "_PAUSE_S", 60.0)
     router, seen = Router(), []
 
     @router.on("x", "UPDATE")

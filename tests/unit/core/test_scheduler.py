@@ -101,6 +101,20 @@ def test_a_fenced_change_starts_when_all_before_it_have_settled() -> None:
     assert _seqs(_start_all(scheduler)) == [2]
 
 
+@pytest.mark.parametrize("comes_later", [False, True])
+def test_that_a_fenced_change_waits_is_told_when_it_could_start_otherwise(comes_later: bool) -> None:
+    scheduler, told = SettlingScheduler(10, needs=lambda change: Requirements("t", after_settled=change.seq == 2)), []
+    scheduler.fenced = lambda: told.append(scheduler.settling)
+    scheduler.ownership.acquire(Acquired([0]))
+    scheduler.admit([row(1)] if comes_later else [row(1), row(2)])
+    [first] = _start_all(scheduler)
+    assert told == []
+    scheduler.finished([Settlement(first, Processed())])
+    scheduler.admit([row(2)] if comes_later else [])
+    assert _start_all(scheduler) == []
+    assert told == [1]
+
+
 def test_a_dead_letter_that_pauses_its_key_shuts_its_lane(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)

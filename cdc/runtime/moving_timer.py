@@ -1,0 +1,77 @@
+"""A timer whose moment moves often: each wait or answer has its own, and hardly one of them comes round.
+
+To cancel a timer of the event loop and set a new one costs more than most of what happens in between. Here a later
+moment is only noted. The loop's timer comes round at the earlier one, finds that there is time left, and is set again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from math import inf
+
+_EARLY_S = 0.001
+"""An event loop may count in whole milliseconds."""
+
+
+class MovingTimer:
+    """Calls ``due`` once, when the moment has come. Times are those of the event loop's clock."""
+
+    def __init__(self, due: Callable[[], None]) -> None:
+        self._due = due
+        self._moment = inf
+        self._comes_round_at = inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        """``due`` is called in so many seconds, and not when it was to be called before."""
+        self._moment = moment = loop.time() + seconds
+        if moment < self._comes_round_at:
+            self._come_round_at(loop, moment)
+
+    def clear(self) -> None:
+        """``due`` is not called."""
+        self._moment = inf
+
+    def close(self) -> None:
+        """The same, and nothing is left with the event loop."""
+        self._moment = self._comes_round_at = inf
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _come_round_at(self, loop: asyncio.AbstractEventLoop, moment: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._comes_round_at = moment
+        self._timer = loop.call_at(moment, self._come_round, loop)
+
+    def _come_round(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer, self._comes_round_at = None, inf
+        if self._moment - loop.time() < _EARLY_S:
+            self._moment = inf
+            self._due()
+        elif self._moment < inf:
+            self._come_round_at(loop, self._moment)
+
+
+class TimedEvent(asyncio.Event):
+    """An Event that is also set when the time of a wait for it is up. One task waits at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._timer = MovingTimer(self.set)
+
+    async def wait_within(self, seconds: float) -> None:
+        """Wait until it is set."""
+        if self.is_set():
+            return
+        self._timer.set(asyncio.get_running_loop(), seconds)
+        try:
+            await self.wait()
+        finally:
+            self._timer.clear()
+
+    def close(self) -> None:
+        """No more waits come."""
+        self._timer.close()
