@@ -94,6 +94,9 @@ DROP INDEX IF EXISTS @schema@.entity_changes_due, @schema@.entity_changes_dead;
 --     "columns": ["a", "b"]  instead of "exclude": only these columns are captured
 --     "virtual": true        virtual generated columns have their value, at some cost; otherwise they are null
 --     "handled": true        writers may declare that they handle a change themselves
+--     "schema_in_key": true  the key says the table's schema first, for one table in many schemas: tenant_1/42
+--
+-- Arguments behind these two are not read here. `cdc track` keeps there what it needs itself.
 --
 -- A writer that handles some entity types itself, for example in a webhook, lists them in the setting cdc.handled,
 -- separated by commas. Their changes are captured as processed, and no wake-up is sent. Any role may set it, so it has
@@ -103,6 +106,7 @@ DROP INDEX IF EXISTS @schema@.entity_changes_due, @schema@.entity_changes_dead;
 -- different texts. Without "key" it is the column id, or, if there is none, the primary key (looked up for each row:
 -- `cdc track` writes it into the options instead). An UPDATE that gives a row another key is captured as two changes,
 -- a DELETE of the old key and an INSERT of the new one, like an UPDATE that moves a row to another partition.
+-- A schema in front of a key ends at the first slash: one in its name is written %2F, and a percent sign %25.
 --
 -- It runs with its owner's rights and its own search_path, so that a writer of the application's table needs no right
 -- on the outbox and cannot substitute functions or operators. The types of the table's columns may define casts to
@@ -142,7 +146,7 @@ DECLARE
   v_stored text[];
   v_nulls jsonb;
   v_virtual boolean;
-  v_handled boolean;
+  v_unusual boolean;
   v_stays boolean := true;
   v_key jsonb;
   v_values jsonb;
@@ -158,9 +162,11 @@ BEGIN
     v_options := nullif(TG_ARGV[1], '');
     IF v_options - '{key,exclude}'::text[] <> '{}' THEN
       -- A misspelt "exclude" would publish what was to be left out.
-      IF v_options - '{key,exclude,columns,virtual,handled}'::text[] <> '{}' THEN
-        RAISE EXCEPTION 'trigger % on %.%: options may have "key", "exclude", "columns", "virtual" and "handled", not %',
-            TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME, v_options - '{key,exclude,columns,virtual,handled}'::text[]
+      IF v_options - '{key,exclude,columns,virtual,handled,schema_in_key}'::text[] <> '{}' THEN
+        RAISE EXCEPTION 'trigger % on %.%: options may have "key", "exclude", "columns", "virtual", "handled" and '
+            '"schema_in_key", not %',
+            TG_NAME, TG_TABLE_SCHEMA, TG_TABLE_NAME,
+            v_options - '{key,exclude,columns,virtual,handled,schema_in_key}'::text[]
           USING HINT = 'create the trigger again with `cdc track`', ERRCODE = 'invalid_parameter_value';
       END IF;
       IF v_options ? 'columns' THEN
@@ -168,7 +174,7 @@ BEGIN
         WHERE attrelid = TG_RELID AND attnum > 0 AND NOT attisdropped AND NOT v_options -> 'columns' ? attname::text;
       END IF;
       v_virtual := v_options -> 'virtual' = 'true';
-      v_handled := v_options -> 'handled' = 'true';
+      v_unusual := coalesce(v_options -> 'handled', v_options -> 'schema_in_key') IS NOT NULL;
     END IF;
     IF v_options ? 'exclude' THEN
       FOR i IN 0 .. jsonb_array_length(v_options -> 'exclude') - 1 LOOP
@@ -237,11 +243,12 @@ BEGIN
     END IF;
   END;
 
-  -- The usual row: its key is one column, and stays as it is; the table is no partition, and the trigger as it should be;
-  -- no change has caused it. Below all of this is looked at once more, one by one. Readers conclude from transaction ids
-  -- whether a lower seq may still appear, so this transaction has its id, which is never NULL, before it draws the number;
-  -- in an AFTER trigger it has one already. That a table is no partition, NULL, comes out of the relation cache.
-  IF v_key_column IS NOT NULL AND v_handled IS NOT TRUE THEN
+  -- The usual row: its key is one column, and stays as it is; the table is no partition, and the trigger as it should be,
+  -- without an unusual option; no change has caused it. Below all of this is looked at once more, one by one. Readers
+  -- conclude from transaction ids whether a lower seq may still appear, so this transaction has its id, which is never
+  -- NULL, before it draws the number; in an AFTER trigger it has one already. That a table is no partition, NULL, comes
+  -- out of the relation cache.
+  IF v_key_column IS NOT NULL AND v_unusual IS NOT TRUE THEN
     v_entity_id := coalesce(v_new, v_old) ->> v_key_column;
     v_entity_type := nullif(TG_ARGV[0], '');
     IF v_entity_type IS NULL THEN
@@ -342,7 +349,7 @@ BEGIN
     OR current_setting('cdc.cause', true) <> ''
     OR octet_length(v_entity_id || v_entity_type) > 1000
     OR v_moved_from IS NOT NULL
-    OR current_setting('cdc.handled', true) <> ''
+    OR v_unusual AND (v_options ? 'schema_in_key' OR current_setting('cdc.handled', true) <> '')
   THEN
     -- Who writes in the name of a change says so by this setting: "its id,its depth" (cdc.model.Change.cause). Anybody
     -- may set it to anything, and that must not fail the application's write. Nine digits and one more are an integer
@@ -353,12 +360,21 @@ BEGIN
       -- A consumer whose handlers share a transaction names the cause anew for each of them only if they write here.
       PERFORM set_config('cdc.captured', 'on', true);
     END IF;
-    IF v_handled AND v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ',')) THEN
+    IF v_options -> 'handled' = 'true'
+      AND v_entity_type = ANY (string_to_array(current_setting('cdc.handled', true), ','))
+    THEN
       v_done_at := now();
       v_done_why := 'discarded: its writer handles it (cdc.handled)';
     END IF;
-    v_entity_id := @schema@.bounded_text(v_entity_id);
-    v_entity_type := @schema@.bounded_text(v_entity_type);
+    IF v_options -> 'schema_in_key' = 'true' THEN
+      v_entity_id := replace(replace(coalesce(v_table_schema, TG_TABLE_SCHEMA), '%', '%25'), '/', '%2F')
+        || '/' || v_entity_id;
+      v_moved_from := left(v_entity_id, strpos(v_entity_id, '/')) || v_moved_from;
+    END IF;
+    IF octet_length(v_entity_id || v_entity_type) > 1000 THEN
+      v_entity_id := @schema@.bounded_text(v_entity_id);
+      v_entity_type := @schema@.bounded_text(v_entity_type);
+    END IF;
     IF v_moved_from IS NOT NULL THEN
       v_moved_from := @schema@.bounded_text(v_moved_from);
       INSERT INTO @schema@.entity_changes

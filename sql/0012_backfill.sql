@@ -57,6 +57,7 @@ DECLARE
   v_schema name;
   v_name name;
   v_key text[];
+  v_prefix text := '';
   v_excluded text[];
   v_stored text[];
   v_nulls jsonb;
@@ -141,6 +142,9 @@ BEGIN
       USING HINT = 'name the key columns anew: cdc track TABLE --key col[,col]', ERRCODE = 'undefined_column';
   END IF;
 
+  IF p_options -> 'schema_in_key' = 'true' THEN
+    v_prefix := replace(replace(v_schema, '%', '%25'), '/', '%2F') || '/';
+  END IF;
   RETURN QUERY
   INSERT INTO @schema@.entity_changes AS made
     (table_schema, table_name, operation, entity_id, shard, entity_type, new_data, metadata)
@@ -153,7 +157,7 @@ BEGIN
            nullif(d.document -> 'chat_id', 'null'), d.document -> 'room_id', d.document -> 'chat_id')) ELSE '{}' END
   FROM unnest(v_documents) WITH ORDINALITY AS d (document, place)
   CROSS JOIN LATERAL (
-    SELECT @schema@.bounded_text(CASE cardinality(v_key)
+    SELECT @schema@.bounded_text(v_prefix || CASE cardinality(v_key)
       WHEN 1 THEN coalesce(d.document ->> v_key[1], 'null')
       ELSE (SELECT jsonb_agg(d.document -> k.name ORDER BY k.place)::text
             FROM unnest(v_key) WITH ORDINALITY AS k (name, place)) END) AS id

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
@@ -11,13 +12,18 @@ import click
 from cdc.app.config import Settings
 from cdc.cli.options import Command, database_options, json_option, open_database
 from cdc.cli.output import print_json, print_table, put_script, say
-from cdc.core.errors import UsageError
+from cdc.core.errors import CdcError, UsageError
 from cdc.core.model import CAPTURED, Operation
 from cdc.postgres import remarks
-from cdc.postgres.tracked_tables import Fires, Tracked, described, named
+from cdc.postgres.tracked_tables import Asked, Fires, Tracked, described, named
 
 if TYPE_CHECKING:
+    from cdc.postgres.all_schemas import Plan, Untouched
+    from cdc.postgres.connect import Connection
     from cdc.postgres.tracking import Tracking
+
+_SHOWN = 20
+"""Tables of a plan, line by line."""
 
 _NAME = re.compile(r'\s*+(?:"(?P<quoted>(?:[^"]|"")++)"\s*+|(?P<plain>[^,"][^,]*+)|)(?:,|$)')
 
@@ -89,7 +95,21 @@ def _columns(name: str, help_text: str) -> Callable[[Command], Command]:
 @click.argument("table")
 @database_options
 @click.option(
-    "--type", "entity_type", metavar="TYPE", help="Entity type [reaction, message, task, or the table's name]."
+    "--type",
+    "entity_type",
+    metavar="TYPE",
+    help="Entity type [reaction, message, task, or the table's name]; {schema} in it is the table's schema.",
+)
+@click.option(
+    "--all-schemas", metavar="PATTERN", help="The table of this name in each schema that matches, such as 'tenant_*'."
+)
+@click.option(
+    "--schema-in-key/--no-schema-in-key",
+    default=None,
+    help="Say the schema in the key, tenant_1/42, so that a key is one row of all schemas [no].",
+)
+@click.option(
+    "--shared-key", is_flag=True, help="A key is one thing in all schemas: tables of this name may share their type."
 )
 @click.option(
     "--on",
@@ -115,6 +135,9 @@ def track(
     settings: Settings,
     table: str,
     entity_type: str | None,
+    all_schemas: str | None,
+    schema_in_key: bool | None,
+    shared_key: bool,
     on: _On | None,
     when: str | None,
     key: tuple[str, ...] | None,
@@ -132,6 +155,7 @@ def track(
         cdc track whatsapp_messages --type message --on insert
         cdc track orders --on insert,update:status,total --when 'NEW.total > 0'
         cdc track 'shop."Order Line"' --key order_id,line --exclude card_number
+        cdc track orders --all-schemas 'tenant_*' --schema-in-key
 
     TABLE is read as in SQL: quote it if it has capitals. Columns are named exactly; one with a comma or a blank at an
     end is put in double quotes. Changes of one key are handled in their order.
@@ -143,31 +167,82 @@ def track(
 
     if print_only and as_json:
         raise UsageError("--print and --json are two kinds of output", hint="leave one of them out")
+    asked = Asked(
+        entity_type=entity_type, operations=on and on.operations, update_of=on and on.update_of,
+        when=when and when.strip(), key=key, exclude=exclude, columns=columns, always=always, handled=handled,
+        schema_in_key=schema_in_key, all_schemas=all_schemas, shared_key=shared_key,
+    )  # fmt: skip
     with open_database(settings, user_path=True) as connection:
-        done = tracking.track(
-            connection,
-            settings.schema_,
-            table,
-            entity_type=entity_type,
-            operations=None if on is None else on.operations,
-            update_of=None if on is None else on.update_of,
-            when=when,
-            key=key,
-            exclude=exclude,
-            columns=columns,
-            always=always,
-            handled=handled,
-            replace=replace,
-            dry_run=print_only,
-        )
-    if print_only:
-        _warn(done)
-        put_script("".join(f"{statement};\n" for statement in done.script))
-        return
-    for name in done.replaced:
-        say(f"dropped trigger {name}")
+        if all_schemas is not None:
+            _track_all(connection, settings.schema_, table, asked, replace, print_only=print_only, as_json=as_json)
+            return
+        done = tracking.track_as(connection, settings.schema_, table, asked, replace=replace, dry_run=print_only)
     _warn(done)
-    _show(done, as_json=as_json)
+    if print_only:
+        _print(done)
+    elif as_json:
+        print_json(_as_json(done))
+    else:
+        _show(done)
+
+
+def _track_all(
+    connection: Connection, schema: str, table: str, asked: Asked, replace: bool, *, print_only: bool, as_json: bool
+) -> None:
+    from cdc.postgres import all_schemas  # noqa: PLC0415 - see track
+
+    planned = all_schemas.plan(connection, schema, table, asked, replace=replace)
+    _show_plan(planned)
+    done: list[Tracking] = []
+    left: list[Untouched] = []
+    for each in all_schemas.carry_out(connection, schema, planned, dry_run=print_only):
+        if isinstance(each, all_schemas.Untouched):
+            left.append(each)
+            continue
+        done.append(each)
+        _warn(each)
+        if print_only:
+            _print(each)
+        elif each.changed and not as_json:
+            _show(each)
+    if as_json:
+        print_json({"tables": [_as_json(each) for each in done], "failed": _failures(left)})
+    elif not print_only:
+        say(_counted("new" if each.before is None else "changed" if each.changed else "the same" for each in done))
+    _raise_left(left, "tracked so")
+
+
+def _show_plan(planned: Plan) -> None:
+    """On one line how many there are, then what becomes of those that are not as they shall be."""
+    different = [each for each in planned.decided if each.may_differ]
+    said = _counted("changed" if each.before and each.may_differ else "the same" if each.before else "new"
+                    for each in planned.decided)  # fmt: skip
+    say(f"plan: {said}")
+    for each in different[:_SHOWN]:
+        state = f"was {described(each.before)}; becomes" if each.before else "new:"
+        say(f"  {each.wanted.table} {state} {described(each.wanted)}")
+    if len(different) > _SHOWN:
+        say(f"  and {len(different) - _SHOWN} more")
+
+
+def _counted(states: Iterable[str]) -> str:
+    counts = Counter(states)
+    total = sum(counts.values())
+    each = ", ".join(f"{counts[state]} {state}" for state in ("new", "changed", "the same") if counts[state])
+    return f"{total} table{'s' if total != 1 else ''}: {each}" if total else "no table"
+
+
+def _failures(left: Sequence[Untouched]) -> list[dict[str, str]]:
+    return [{"table": each.table, "error": str(each.error)} for each in left]
+
+
+def _raise_left(left: Sequence[Untouched], done: str) -> None:
+    """Say what was left, table by table. Raises CdcError if anything was."""
+    for each in left:
+        say(f"left as it was: {each.table}: {each.error}" + (f"; {each.error.hint}" if each.error.hint else ""))
+    if left:
+        tables = "1 table is" if len(left) == 1 else f"{len(left)} tables are"
+        raise CdcError(f"{tables} not {done}; the others are", hint="run the same command again: it does the rest")
 
 
 def _warn(done: Tracking) -> None:
@@ -175,13 +250,20 @@ def _warn(done: Tracking) -> None:
         say(f"Warning: {warning}")
 
 
-def _show(done: Tracking, *, as_json: bool) -> None:
-    if as_json:
-        before = None if done.before is None else done.before.as_json()
-        print_json({
-            "tracked": done.tracked.as_json(), "changed": done.changed, "before": before, "warnings": done.warnings,
-        })  # fmt: skip
-        return
+def _print(done: Tracking) -> None:
+    put_script("".join(f"{statement};\n" for statement in done.script))
+
+
+def _as_json(done: Tracking) -> dict[str, object]:
+    return {
+        "tracked": done.tracked.as_json(), "changed": done.changed,
+        "before": None if done.before is None else done.before.as_json(), "warnings": done.warnings,
+    }  # fmt: skip
+
+
+def _show(done: Tracking) -> None:
+    for name in done.replaced:
+        say(f"dropped trigger {name}")
     if done.changed and done.before is not None:
         say(f"{done.before.table} was tracked: {described(done.before)}")
     state = "is tracked now" if done.changed else "was tracked so already"
@@ -191,13 +273,34 @@ def _show(done: Tracking, *, as_json: bool) -> None:
 @click.command()
 @click.argument("table")
 @database_options
-def untrack(settings: Settings, table: str) -> None:
+@click.option("--all-schemas", metavar="PATTERN", help="The table of this name in each schema that matches.")
+def untrack(settings: Settings, table: str, all_schemas: str | None) -> None:
     """Stop capturing the changes of TABLE. What is captured already will still be handled."""
     from cdc.postgres import tracking  # noqa: PLC0415 - see track
 
+    left: list[Untouched] = []
     with open_database(settings, user_path=True) as connection:
-        dropped = tracking.untrack(connection, settings.schema_, table)
-    for trigger in dropped:
+        if all_schemas is None:
+            _say_dropped(tracking.untrack(connection, settings.schema_, table))
+        else:
+            left = _untrack_all(connection, settings.schema_, table, all_schemas)
+    _raise_left(left, "untracked")
+
+
+def _untrack_all(connection: Connection, schema: str, table: str, pattern: str) -> list[Untouched]:
+    from cdc.postgres import all_schemas  # noqa: PLC0415 - see track
+
+    left: list[Untouched] = []
+    for each in all_schemas.untrack(connection, schema, table, pattern):
+        if isinstance(each, all_schemas.Untouched):
+            left.append(each)
+        else:
+            _say_dropped(each)
+    return left
+
+
+def _say_dropped(triggers: Sequence[Tracked]) -> None:
+    for trigger in triggers:
         say(f"dropped trigger {trigger.trigger} on {trigger.table}")
 
 
@@ -216,7 +319,7 @@ def tracked(settings: Settings, as_json: bool) -> None:
     headers = ["table", "type", "on", "key", "columns", "trigger", "enabled", "handled"]
     print_table(headers, (
         (each.table, each.entity_type or f"{each.effective_type} (by table)", _on(each),
-         named(each.key) or "(by table)", _shown(each), each.trigger, _enabled(each),
+         each.key_text or "(by table)", _shown(each), each.trigger, _enabled(each),
          "by writers too" if each.handled else "")
         for each in found
     ))  # fmt: skip

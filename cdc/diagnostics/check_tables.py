@@ -15,6 +15,7 @@ _WELL = {
     remarks.ORDER: "no other AFTER ROW trigger fires before the one that captures",
     remarks.MISSED: "no child table, unlogged table, subscription or move between partitions that is not captured",
     remarks.TYPES: "no two tables share a type by their names",
+    remarks.SCHEMAS: "every table that matches a pattern of --all-schemas is tracked",
     remarks.VIRTUAL: "no virtual generated column is captured as null",
     remarks.CASTS: "no captured type has a cast to JSON that somebody else owns",
     remarks.HIDDEN: "no captured table has row level security",

@@ -260,6 +260,9 @@ def captured(connection: psycopg.Connection, name: str) -> Captured:
     said = [remark for each in triggers for remark in remarks.faults(each)]
     said += [remark for each in triggers if each.oid in tables for remark in remarks.cautions(tables[each.oid], each)]
     said += [*remarks.doubled(triggers), *remarks.shared(triggers)]
+    said += remarks.unmatched(
+        triggers, capture_catalog.named_so(connection, {each.name for each in triggers if each.all_schemas})
+    )
     said += remarks.handled(triggers, capture_catalog.sayings(connection))
     return Captured(triggers=tuple(triggers), remarks=tuple(said))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -17,7 +17,16 @@ from psycopg.rows import dict_row
 from cdc.core.errors import NotFoundError
 from cdc.core.model import CAPTURED, Operation, former_trigger_name, trigger_name
 from cdc.postgres.remarks import SettingOwner
-from cdc.postgres.tracked_tables import LISTS, Copy, Fires, ForeignCast, SourceTable, Tracked, read_options
+from cdc.postgres.tracked_tables import (
+    LISTS,
+    Copy,
+    Fires,
+    ForeignCast,
+    SourceTable,
+    Tracked,
+    read_options,
+    read_remembered,
+)
 
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
 """Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
@@ -159,6 +168,8 @@ SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type,
     ELSE pg_catalog.convert(entity_type, pg_catalog.getdatabaseencoding(), 'UTF8') END END AS entity_type,
   CASE WHEN t.tgnargs > 1 THEN CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN options
     ELSE pg_catalog.convert(options, pg_catalog.getdatabaseencoding(), 'UTF8') END END AS options,
+  CASE WHEN t.tgnargs > 2 THEN CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN remembered
+    ELSE pg_catalog.convert(remembered, pg_catalog.getdatabaseencoding(), 'UTF8') END END AS remembered,
   ARRAY(SELECT a.attname::text FROM pg_catalog.unnest(t.tgattr::int2[]) AS u (attnum)
         JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.tgrelid AND a.attnum = u.attnum) AS update_of,
   CASE WHEN t.tgqual IS NOT NULL THEN
@@ -192,8 +203,12 @@ CROSS JOIN LATERAL (
     pg_catalog.substring(t.tgargs, pg_catalog.position(t.tgargs, '\\x00'::bytea) + 1)
 ) AS argument (entity_type, rest)
 CROSS JOIN LATERAL (
-  SELECT pg_catalog.substring(rest, 1, greatest(pg_catalog.position(rest, '\\x00'::bytea) - 1, 0))
-) AS second (options)
+  SELECT pg_catalog.substring(rest, 1, greatest(pg_catalog.position(rest, '\\x00'::bytea) - 1, 0)),
+    pg_catalog.substring(rest, pg_catalog.position(rest, '\\x00'::bytea) + 1)
+) AS second (options, more)
+CROSS JOIN LATERAL (
+  SELECT pg_catalog.substring(more, 1, greatest(pg_catalog.position(more, '\\x00'::bytea) - 1, 0))
+) AS third (remembered)
 ORDER BY n.nspname, c.relname, t.tgname
 """
 
@@ -223,6 +238,13 @@ SELECT c.oid, n.nspname::text AS namespace, c.relname::text AS name,
           WHERE part.top = c.oid) AS subscribed
 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.oid = ANY (%(tables)s::oid[])
+"""
+_NAMED = """
+SELECT c.oid, n.nspname::text, c.relname::text
+FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.relname = ANY (%s::name[]) AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+  AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+ORDER BY 2, 3
 """
 _SPELL = """
 SELECT table_oid, table_oid::pg_catalog.regclass::pg_catalog.text
@@ -325,6 +347,17 @@ def sayings(connection: psycopg.Connection) -> list[SettingOwner]:
     ]
 
 
+class NamedTable(NamedTuple):
+    oid: int
+    namespace: str
+    name: str
+
+
+def named_so(connection: psycopg.Connection, names: Collection[str]) -> list[NamedTable]:
+    """The tables of these names in all schemas but the server's own; partitions are none."""
+    return [NamedTable(*row) for row in connection.execute(_NAMED.encode(), [list(names)]).fetchall()]
+
+
 Spell = Callable[[psycopg.Connection, Collection[int]], Mapping[int, str]]
 """Returns the names of tables by oid, in the spelling that its reader needs."""
 
@@ -368,7 +401,7 @@ def enabling(namespace: str, table: str, trigger: str, fires: Fires) -> sql.Comp
 
 
 def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capture: CaptureFunction) -> Tracked:
-    options = read_options(_text(row["options"]))
+    options = read_options(_text(row["options"])) | read_remembered(_text(row["remembered"]))
     if not row["type"] & _ROW:
         options["broken"] = "it is not FOR EACH ROW"
     named = [column for option in LISTS for column in options.get(option, ())]

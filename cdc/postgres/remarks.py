@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cdc.core.model import Operation
-from cdc.postgres.tracked_tables import Fires, SourceTable, Tracked, named
+from cdc.postgres.tracked_tables import Fires, SourceTable, Tracked, matches, named
 
-TRIGGERS, TWICE, ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN, HANDLED = (
-    "triggers", "captured-twice", "trigger-order", "missed-rows", "shared-types", "virtual-columns", "foreign-casts",
-    "tables-with-row-security", "handled-by-writers",
+TRIGGERS, TWICE, ORDER, MISSED, TYPES, SCHEMAS, VIRTUAL, CASTS, HIDDEN, HANDLED = (
+    "triggers", "captured-twice", "trigger-order", "missed-rows", "shared-types", "all-schemas", "virtual-columns",
+    "foreign-casts", "tables-with-row-security", "handled-by-writers",
 )  # fmt: skip
 """The subject of a remark; the doctor has a check of that name."""
-OF_TABLES = (ORDER, MISSED, TYPES, VIRTUAL, CASTS, HIDDEN, HANDLED)
+OF_TABLES = (ORDER, MISSED, TYPES, SCHEMAS, VIRTUAL, CASTS, HIDDEN, HANDLED)
 """Subjects of warnings."""
 
 COARSE_KEY = (
     "the key {key} does not tell the rows of {table} apart: a key coarser than the source row has no one true order"
     " between concurrent transactions"
 )
+
+
+_PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
+"""A name that SQL reads as it is, but for a few reserved words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,20 +225,64 @@ def _missed(table: SourceTable, tracked: Tracked) -> Iterator[Remark]:
 
 
 def shared(tracked: Sequence[Tracked]) -> Iterator[Remark]:
-    """Tables whose changes have the same type, at least one of them only because of its name."""
-    types: dict[str, list[Tracked]] = {}
-    for each in tracked:
-        types.setdefault(each.effective_type, []).append(each)
-    for entity_type, together in types.items():
-        # A partition does not count as a table.
-        if len({(each.oid, *each.above)[-1] for each in together}) > 1 and not all(
-            each.entity_type for each in together
-        ):
+    """Tables of which rows may have the same type and key, at least one of them only because of its name."""
+    for together in _sharing(tracked):
+        if not all(each.entity_type for each in together):
+            entity_type = together[0].effective_type
             yield Remark(
                 TYPES,
                 f"{' and '.join(sorted({each.table for each in together}))} share the type {entity_type}: rows with the"
                 " same key are one entity, and wait for each other",
-                "give each a type of its own: cdc track TABLE --type TYPE",
+                "give each a type of its own: cdc track TABLE --type TYPE; or, if a key is one thing in all of them,"
+                " for each: cdc track TABLE --shared-key",
+            )
+
+
+def namesakes(tracked: Sequence[Tracked]) -> Iterator[tuple[Tracked, ...]]:
+    """Tables of one name in several schemas, of which rows may have the same type and key."""
+    for together in _sharing(tracked):
+        names: dict[str, list[Tracked]] = {}
+        for each in together:
+            names.setdefault(each.root, []).append(each)
+        yield from (tuple(same) for same in names.values() if len(_tables(same)) > 1)
+
+
+def _sharing(tracked: Iterable[Tracked]) -> Iterator[list[Tracked]]:
+    """Of several tables each, by type; by schema, too, where the key of every one says it."""
+    types: dict[str, list[Tracked]] = {}
+    for each in tracked:
+        types.setdefault(each.effective_type, []).append(each)
+    for together in types.values():
+        apart = all(each.schema_in_key for each in together)
+        groups: dict[str, list[Tracked]] = {}
+        for each in together:
+            groups.setdefault(each.namespace if apart else "", []).append(each)
+        yield from (group for group in groups.values() if len(_tables(group)) > 1)
+
+
+def _tables(tracked: Iterable[Tracked]) -> set[int]:
+    """By oid. A partition counts as the table it belongs to."""
+    return {(each.oid, *each.above)[-1] for each in tracked}
+
+
+def unmatched(tracked: Sequence[Tracked], named_so: Iterable[tuple[int, str, str]]) -> Iterator[Remark]:
+    """Tables that match the pattern by which those of their name are tracked in each schema, and are not tracked.
+
+    ``named_so``: oid, schema and name of the tables of these names.
+    """
+    captured = {each.oid for each in tracked}
+    patterns: dict[str, list[str]] = {}
+    for each in tracked:
+        if each.all_schemas and each.all_schemas not in patterns.setdefault(each.name, []):
+            patterns[each.name].append(each.all_schemas)
+    for oid, namespace, name in named_so:
+        pattern = next((one for one in patterns.get(name, ()) if matches(one, namespace)), None)
+        if oid not in captured and pattern is not None:
+            schema, table = (each if _PLAIN.fullmatch(each) else _quoted(each) for each in (namespace, name))
+            yield Remark(
+                SCHEMAS,
+                f"{schema}.{table} is not tracked, and its schema matches {pattern}, by which others are tracked",
+                f"cdc track {shlex.quote(table)} --all-schemas {shlex.quote(pattern)}",
             )
 
 

@@ -11,13 +11,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from typing import Any
 
 from cdc.core.errors import UsageError
 from cdc.core.model import CAPTURED, Operation
 
-LISTS, FLAGS = ("key", "exclude", "columns"), ("virtual", "handled")
+LISTS, FLAGS = ("key", "exclude", "columns"), ("virtual", "handled", "schema_in_key")
 """Options of capture_entity_change() that are set here. Any other option of a trigger is kept as it is."""
+SCHEMA = "{schema}"
+"""Stands for the name of the table's schema, in the entity type that is asked for."""
 DOCUMENTED_TYPES: Mapping[str, str] = {
     "whatsapp_message_reactions": "reaction",
     "whatsapp_messages": "message",
@@ -62,7 +65,13 @@ class Tracked:
     """Virtual generated columns are captured with their value, not as null."""
     handled: bool = False
     """Writers may declare by the setting cdc.handled that they handle a change themselves; no handler gets it."""
+    schema_in_key: bool = False
+    """The key says the schema first: it tells the rows of one table in many schemas apart."""
     fires: Fires = Fires.ORIGIN
+    all_schemas: str = ""
+    """The pattern by which the table of this name is tracked in each schema that matches."""
+    type_template: str = ""
+    """The entity type as it was asked for with that pattern, with ``SCHEMA`` in it."""
     ours: bool = True
     """False for a trigger made by hand."""
     more: tuple[tuple[str, str], ...] = ()
@@ -92,6 +101,11 @@ class Tracked:
         """The names of the options that it has."""
         ours = [name for name in (*LISTS, *FLAGS) if getattr(self, name)]
         return (*ours, *(name for name, _ in self.more))
+
+    @property
+    def key_text(self) -> str:
+        """The key for a reader: ``{schema}/order_id,line``; "" if it is looked up at each capture."""
+        return (f"{SCHEMA}/" if self.schema_in_key and self.key else "") + named(self.key)
 
     @property
     def only(self) -> str:
@@ -129,6 +143,8 @@ class Tracked:
             "columns": list(self.columns),
             "virtual": self.virtual,
             "handled": self.handled,
+            "schema_in_key": self.schema_in_key,
+            "all_schemas": self.all_schemas or None,
             "enabled": self.enabled,
             "fires": self.fires,
             "disabled_partitions": [copy.spelt for copy in self.off],
@@ -182,6 +198,7 @@ class Asked:
     """The options named; None stays as it is, or gets its default. ``entity_type`` "": that by the table's name.
 
     ``update_of`` counts where ``operations`` are named, and None is then any column. ``when`` "": no condition.
+    ``shared_key``: a table of this name in another schema may have the same type, since a key means the same there.
     """
 
     entity_type: str | None = None
@@ -193,6 +210,9 @@ class Asked:
     columns: tuple[str, ...] | None = None
     always: bool | None = None
     handled: bool | None = None
+    schema_in_key: bool | None = None
+    all_schemas: str | None = None
+    shared_key: bool = False
 
 
 def arguments(wanted: Tracked) -> tuple[str, str]:
@@ -201,6 +221,25 @@ def arguments(wanted: Tracked) -> tuple[str, str]:
     flags = {name: True for name in FLAGS if getattr(wanted, name)}
     options = {**lists, **flags, **{name: json.loads(text) for name, text in wanted.more}}
     return wanted.entity_type or "", json.dumps(options, ensure_ascii=False)
+
+
+def remembered(wanted: Tracked) -> str:
+    """The third argument, which the function does not read: how the table came to be tracked. "" for none."""
+    if not wanted.all_schemas:
+        return ""
+    kept = {"schemas": wanted.all_schemas} | ({"type": wanted.type_template} if wanted.type_template else {})
+    return json.dumps(kept)
+
+
+def read_remembered(text: str) -> dict[str, str]:
+    """Fields of Tracked out of the third argument; none where somebody else wrote it."""
+    try:
+        kept = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    fields = {"all_schemas": "schemas", "type_template": "type"}
+    known = kept if isinstance(kept, dict) else {}
+    return {field: known[name] for field, name in fields.items() if isinstance(known.get(name), str)}
 
 
 def read_options(text: str) -> dict[str, Any]:
@@ -221,22 +260,33 @@ def read_options(text: str) -> dict[str, Any]:
     return {name: tuple(value) for name, value in lists.items()} | flags | {"more": more}
 
 
-def decide(source: SourceTable, present: Sequence[Tracked], asked: Asked, trigger: str) -> Tracked:
+def matches(pattern: str, schema: str) -> bool:
+    """``*`` is any characters, ``?`` one, ``[ab]`` and ``[!ab]`` one of some; all others are themselves."""
+    return fnmatchcase(schema, pattern)
+
+
+def decide(
+    source: SourceTable, present: Sequence[Tracked], asked: Asked, trigger: str, like: Sequence[Tracked] = ()
+) -> Tracked:
     """The trigger that ``source`` shall have. Raises UsageError for options that do not fit the table or each other.
 
-    ``present``: the triggers that capture it already.
+    ``present``: the triggers that capture it already. ``like``: those of the same table in other schemas, whose
+    options it gets where there are none.
     """
-    before = _common(source, present, asked)
+    before = _common(source, present or [_templated(each) for each in like], asked)
     exclude, columns = _shown(asked, before)
     key = asked.key if asked.key is not None else before.key
     update_of = before.update_of if asked.operations is None else asked.update_of or ()
     for option, named in (("key", key), ("exclude", exclude), ("columns", columns), ("update_of", update_of)):
         _refuse_missing(source, option, named, said=getattr(asked, option) is not None)
+    entity_type = (asked.entity_type if asked.entity_type is not None else before.entity_type) or ""
+    template = asked.entity_type if asked.entity_type is not None else before.type_template
+    all_schemas = before.all_schemas if asked.all_schemas is None else asked.all_schemas
     wanted = Tracked(
         table=source.spelt,
         trigger=trigger,
         operations=tuple(each for each in CAPTURED if each in (asked.operations or before.operations)),
-        entity_type=(asked.entity_type if asked.entity_type is not None else before.entity_type) or None,
+        entity_type=entity_type.replace(SCHEMA, source.namespace) or None,
         key=tuple(dict.fromkeys(key)) or _default_key(source),
         exclude=tuple(dict.fromkeys(exclude)),
         columns=tuple(dict.fromkeys(columns)),
@@ -244,9 +294,18 @@ def decide(source: SourceTable, present: Sequence[Tracked], asked: Asked, trigge
         when=before.when if asked.when is None else asked.when,
         fires=_fires(asked.always, before.fires),
         handled=before.handled if asked.handled is None else asked.handled,
+        schema_in_key=before.schema_in_key if asked.schema_in_key is None else asked.schema_in_key,
+        all_schemas=all_schemas,
+        type_template=template if all_schemas and SCHEMA in template else "",
         more=before.more,
         root=source.name,
+        oid=source.oid,
+        namespace=source.namespace,
+        name=source.name,
     )
+    if asked.shared_key:
+        # With the type of its name, the doctor would ask whether it is meant.
+        wanted = replace(wanted, entity_type=wanted.effective_type)
     _check_key(source, wanted)
     return replace(wanted, virtual=any(wanted.captures(column) for column in source.virtual))
 
@@ -257,6 +316,8 @@ def losses(source: SourceTable, before: Tracked, wanted: Tracked) -> Iterator[st
         yield f"its type {before.entity_type} would become {wanted.effective_type}"
     if before.key and before.key != wanted.key and not set(before.key) - set(source.columns):
         yield f"its key {named(before.key)} would become {named(wanted.key)}"
+    if before.schema_in_key != wanted.schema_in_key:
+        yield f"its key {before.key_text or 'by table'} would become {wanted.key_text}"
     opened = [column for column in source.columns if wanted.captures(column) and not before.captures(column)]
     shown = [column for column in opened if column not in wanted.columns]  # naming a column is consent
     if shown:
@@ -273,7 +334,7 @@ def losses(source: SourceTable, before: Tracked, wanted: Tracked) -> Iterator[st
 
 def described(tracked: Tracked) -> str:
     """For a sentence, ``insert,delete; key id; type order; without card``."""
-    parts = [",".join(tracked.operations).lower(), f"key {named(tracked.key)}" if tracked.key else "key by table"]
+    parts = [",".join(tracked.operations).lower(), f"key {tracked.key_text or 'by table'}"]
     parts += [f"type {tracked.entity_type}"] if tracked.entity_type else []
     parts += [f"only {named(tracked.columns)}"] if tracked.columns else []
     parts += [f"without {named(tracked.exclude)}"] if tracked.exclude else []
@@ -299,17 +360,24 @@ def _common(source: SourceTable, present: Sequence[Tracked], asked: Asked) -> Tr
         return Tracked(table=source.spelt, trigger="", operations=CAPTURED, entity_type=None)
     first, *others = present
     for other in others:
-        for option in ("entity_type", "key", "exclude", "columns", "handled", "update_of", "when"):
+        for option in ("entity_type", "key", "exclude", "columns", "handled", "schema_in_key", "update_of", "when"):
             left = asked.operations is None if option == "update_of" else getattr(asked, option) is None
             if left and getattr(first, option) != getattr(other, option):
-                flag = {"entity_type": "--type", "update_of": "--on"}.get(option, f"--{option}")
+                flag = {"entity_type": "--type", "update_of": "--on"}.get(option, f"--{option.replace('_', '-')}")
+                by = f"is captured by {first.trigger} and {other.trigger}"
+                if first.oid != source.oid:
+                    by = f"would be tracked as {first.table} and {other.table} are"
                 raise UsageError(
-                    f"{source.spelt} is captured by {first.trigger} and {other.trigger}, which differ in {flag}",
-                    hint=f"name it: {flag}" + (" or --no-handled" if option == "handled" else " ..."),
+                    f"{source.spelt} {by}, which differ in {flag}",
+                    hint=f"name it: {flag}" + (f" or --no-{flag[2:]}" if option in FLAGS else " ..."),
                 )
     operations = {operation for each in present for operation in each.operations}
     more = () if first.broken else first.more
     return replace(first, operations=tuple(each for each in CAPTURED if each in operations), more=more)
+
+
+def _templated(like: Tracked) -> Tracked:
+    return replace(like, entity_type=like.type_template or like.entity_type)
 
 
 def _shown(asked: Asked, before: Tracked) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -6,9 +6,7 @@ the documented SQL does, count like our own.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from typing import Any, TypeVar, cast
@@ -18,12 +16,23 @@ from psycopg import errors, sql
 
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, UsageError
 from cdc.core.model import Operation, former_trigger_name, trigger_name
-from cdc.postgres import capture_catalog, remarks
+from cdc.postgres import capture_catalog, remarks, source_tables
 from cdc.postgres.capture_catalog import CaptureFunction
-from cdc.postgres.tracked_tables import FLAGS, LISTS, Asked, Fires, SourceTable, Tracked, arguments, decide, losses
+from cdc.postgres.tracked_tables import (
+    FLAGS,
+    LISTS,
+    SCHEMA,
+    Asked,
+    Fires,
+    SourceTable,
+    Tracked,
+    arguments,
+    decide,
+    losses,
+    remembered,
+)
 
 T = TypeVar("T")
-_LOCK_TIMEOUT = "5s"
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 _OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills", "cdc_due_changes")
 """Tables of the outbox itself."""
@@ -45,6 +54,31 @@ class Tracking:
     warnings: tuple[str, ...] = ()
     script: tuple[str, ...] = ()
     """The statements that do the same, if nothing was changed because these were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What ``track`` makes of one table. ``others``: triggers that would go, because they capture the same rows."""
+
+    source: SourceTable
+    wanted: Tracked
+    before: Tracked | None
+    others: tuple[Tracked, ...]
+    different: bool
+    """Whether the trigger is another, as far as is known without the server, which alone can read a condition."""
+
+    @property
+    def may_differ(self) -> bool:
+        """The same for a reader: a condition that is named may be the one that is there, in the server's words."""
+        return self.different or (self.before is not None and self.before.when != self.wanted.when)
+
+    @property
+    def shares_more(self) -> bool:
+        """Whether other tables may have its keys that had them not before."""
+        before, wanted = self.before or next(iter(self.others), None), self.wanted
+        return before is None or (before.effective_type, before.schema_in_key) != (
+            wanted.effective_type, wanted.schema_in_key,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +103,47 @@ def track(
     columns: Sequence[str] | None = None,
     always: bool | None = None,
     handled: bool | None = None,
+    schema_in_key: bool | None = None,
+    shared_key: bool = False,
     replace: bool = False,
     dry_run: bool = False,
 ) -> Tracking:
     """Capture the rows of ``table``, a name as PostgreSQL reads it, into the outbox in ``schema``.
 
     An option that is None stays as the table's trigger has it; a new one has all operations and columns, the type by
-    the table's name, and as key the column id, else the primary key. ``update_of``, with ``operations``: only an UPDATE
-    that sets one of these columns is captured. ``when``: a condition on OLD and NEW, as SQL; "" takes it away.
-    ``dry_run``: all of it is rolled back; what was done is in ``script``.
+    the table's name, and as key the column id, else the primary key. In ``entity_type`` "{schema}" stands for the
+    table's schema. ``update_of``, with ``operations``: only an UPDATE that sets one of these columns is captured.
+    ``when``: a condition on OLD and NEW, as SQL; "" takes it away. ``dry_run``: all of it is rolled back; what was done
+    is in ``script``.
 
     Raises NotFoundError for a table that does not exist, UsageError for one that cannot be tracked, columns it does not
-    have or a condition that the server refuses, RefusedError where the function could not write the outbox, and, unless
-    ``replace`` is set, when a trigger made by hand captures it already, or a type, a key, a condition, captured or
-    excluded columns would be lost. Writers of the table wait while the trigger is made, up to 5 s.
+    have or a condition that the server refuses, RefusedError where the function could not write the outbox, where a
+    table of this name in another schema would have the same keys, unless ``shared_key``, and, unless ``replace`` is
+    set, when a trigger made by hand captures it already, or a type, a key, a condition, captured or excluded columns
+    would be lost. Writers of the table wait while the trigger is made, up to 5 s.
     """
     asked = Asked(
         entity_type=entity_type, operations=_frozen(operations), update_of=_frozen(update_of),
         when=None if when is None else when.strip(), key=_frozen(key), exclude=_frozen(exclude),
-        columns=_frozen(columns), always=always, handled=handled,
+        columns=_frozen(columns), always=always, handled=handled, schema_in_key=schema_in_key, shared_key=shared_key,
     )  # fmt: skip
-    with _changing(connection, table):
-        done, others = _track(connection, schema, table, asked, replace=replace)
+    return track_as(connection, schema, table, asked, replace=replace, dry_run=dry_run)
+
+
+def track_as(
+    connection: psycopg.Connection,
+    schema: str,
+    table: str,
+    asked: Asked,
+    *,
+    like: Sequence[Tracked] = (),
+    judged: bool = False,
+    replace: bool = False,
+    dry_run: bool = False,
+) -> Tracking:
+    """``track`` with its options as one value. ``like``: see ``decide``. ``judged``: shared keys were looked for."""
+    with source_tables.changing(connection, table):
+        done, others = _track(connection, schema, table, asked, like=like, judged=judged, replace=replace)
         if not dry_run:
             return done
         drops = [_drop_statement(other).as_string() for other in others]
@@ -104,10 +157,10 @@ def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tra
 
     Raises NotFoundError when there is none, RefusedError with the statements to run when the role does not own it.
     """
-    with _changing(connection, table):
+    with source_tables.changing(connection, table):
         capture = capture_catalog.capture_function(connection, schema)
-        source = _resolve(connection, capture, schema, table)
-        found = _triggers(connection, capture, schema, source.oid)
+        source = source_tables.resolve(connection, capture, schema, table)
+        found = source_tables.triggers(connection, capture, schema, source.oid)
         if not found:
             raise NotFoundError(f"{source.spelt} is not tracked", hint="`cdc tracked` lists the tables that are")
         for trigger in found:
@@ -118,17 +171,17 @@ def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tra
 def tracked(connection: psycopg.Connection, schema: str) -> list[Tracked]:
     """Every trigger that captures into ``schema``, by table; for a partitioned table the one of its root."""
     with connection.transaction():
-        _use_server_names(connection)
-        return _triggers(connection, capture_catalog.capture_function(connection, schema), schema)
+        source_tables.use_server_names(connection)
+        return source_tables.triggers(connection, capture_catalog.capture_function(connection, schema), schema)
 
 
 def find(connection: psycopg.Connection, schema: str, table: str) -> tuple[SourceTable, list[Tracked]]:
     """The table of this name, and its triggers that capture into ``schema``. Raises as ``untrack`` does."""
     with connection.transaction():
-        _use_server_names(connection)
+        source_tables.use_server_names(connection)
         capture = capture_catalog.capture_function(connection, schema)
-        source = _resolve(connection, capture, schema, table)
-        return source, _triggers(connection, capture, schema, source.oid)
+        source = source_tables.resolve(connection, capture, schema, table)
+        return source, source_tables.triggers(connection, capture, schema, source.oid)
 
 
 def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]:
@@ -142,7 +195,7 @@ def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]
         if each.trigger != former_trigger_name(schema):
             continue
         try:
-            with _changing(connection, each.table):
+            with source_tables.changing(connection, each.table):
                 _rename(connection, each, trigger_name(schema))
             done.append(Renaming(each.table))
         except (CdcError, errors.DuplicateObject) as refused:
@@ -151,17 +204,21 @@ def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]
     return done
 
 
-def _track(
-    connection: psycopg.Connection, schema: str, table: str, asked: Asked, *, replace: bool
-) -> tuple[Tracking, Sequence[Tracked]]:
-    """Also the triggers that were dropped."""
-    capture = capture_catalog.capture_function(connection, schema)
+def judge(
+    capture: CaptureFunction,
+    schema: str,
+    source: SourceTable,
+    everywhere: Sequence[Tracked],
+    asked: Asked,
+    *,
+    like: Sequence[Tracked],
+    replace: bool,
+) -> Decision:
+    """What ``track`` would make of the table, where ``everywhere`` are the triggers of all. Raises as it does."""
     _refuse_incapable(capture, schema)
-    source = _resolve(connection, capture, schema, table)
     _refuse_kind(source, schema)
-    everywhere = _triggers(connection, capture, schema)
     present = [each for each in everywhere if each.oid == source.oid]
-    wanted = decide(source, present, asked, trigger_name(schema))
+    wanted = decide(source, present, asked, trigger_name(schema), like)
     before = next((each for each in present if each.ours), None)
     others = [each for each in everywhere if (not each.ours and each.oid == source.oid) or source.oid in each.above]
     _refuse_unknown(capture, wanted)
@@ -169,15 +226,55 @@ def _track(
         _refuse_doubled(source, others)
         # The server alone knows whether a condition that is named is another than before.
         _refuse_losses(source, before, replace_fields(wanted, when=before.when) if before and asked.when else wanted)
+    different = _is_different(before, wanted, always=asked.always)
+    return Decision(source=source, wanted=wanted, before=before, others=tuple(others), different=different)
+
+
+def refuse_shared_keys(decided: Sequence[Decision], everywhere: Sequence[Tracked]) -> None:
+    """Raises RefusedError where tables of one name would have the same keys after this, and have not now."""
+    oids = {each.source.oid for each in decided}
+    after = [each for each in everywhere if each.oid not in oids and not oids.intersection(each.above)]
+    becoming = {each.source.oid for each in decided if each.shares_more}
+    for together in remarks.namesakes([*after, *(each.wanted for each in decided)]):
+        if new := [each for each in together if each.oid in becoming]:
+            first = new[0]
+            # Of the others one without the schema, if there is one: it is why those with it collide.
+            second = min((each for each in together if each.oid != first.oid), key=lambda each: each.schema_in_key)
+            raise RefusedError(
+                f"{first.table} and {second.table} would both have the type {first.effective_type}, and a row of each"
+                " the same key; nothing was changed",
+                hint=f"tell them apart in each: --schema-in-key, or --type '{SCHEMA}.{second.name}'; if a key is one"
+                " thing in all schemas: --shared-key",
+            )
+
+
+def _track(
+    connection: psycopg.Connection,
+    schema: str,
+    table: str,
+    asked: Asked,
+    *,
+    like: Sequence[Tracked],
+    judged: bool,
+    replace: bool,
+) -> tuple[Tracking, Sequence[Tracked]]:
+    """Also the triggers that were dropped."""
+    capture = capture_catalog.capture_function(connection, schema)
+    source = source_tables.resolve(connection, capture, schema, table)
+    everywhere = source_tables.triggers(connection, capture, schema)
+    decided = judge(capture, schema, source, everywhere, asked, like=like, replace=replace)
+    if not judged and not asked.shared_key:
+        refuse_shared_keys([decided], everywhere)
+    wanted, before, others = decided.wanted, decided.before, decided.others
     for other in others:
         _as_owner(connection, _drop_statement(other))
-    changed = _is_different(before, wanted, always=asked.always)
+    changed = decided.different
     if changed or asked.when:
         _refuse_foreign(connection, capture, source, wanted.trigger)
-        _rename_former(connection, schema, present)
+        _rename_former(connection, schema, [each for each in everywhere if each.oid == source.oid])
         _create(connection, schema, source, wanted, of_user=bool(asked.when))
         _set_firing(connection, capture, schema, source, before, always=asked.always)
-    made = next(each for each in _triggers(connection, capture, schema, source.oid) if each.ours)
+    made = next(each for each in source_tables.triggers(connection, capture, schema, source.oid) if each.ours)
     if not replace:
         _refuse_losses(source, before, made)
     changed = changed or before is None or made.when != before.when
@@ -207,7 +304,7 @@ def _is_different(before: Tracked | None, wanted: Tracked, *, always: bool | Non
 
 def _as_asked(tracked: Tracked) -> tuple[object, ...]:
     """All but its condition, which the server writes in other words."""
-    return arguments(tracked), tracked.operations, set(tracked.update_of), tracked.fires
+    return arguments(tracked), remembered(tracked), tracked.operations, set(tracked.update_of), tracked.fires
 
 
 def _refuse_losses(source: SourceTable, before: Tracked | None, wanted: Tracked) -> None:
@@ -270,90 +367,6 @@ def _refuse_doubled(source: SourceTable, others: Sequence[Tracked]) -> None:
         )
 
 
-@contextmanager
-def _changing(connection: psycopg.Connection, table: str) -> Iterator[None]:
-    """One transaction whose wait for the table's lock does not hold up writers for long."""
-    try:
-        with connection.transaction():
-            connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [_LOCK_TIMEOUT])
-            connection.execute("SET LOCAL client_min_messages = warning")
-            _use_server_names(connection)
-            yield
-    except (errors.LockNotAvailable, errors.DeadlockDetected) as busy:
-        raise CdcError(
-            f"{table} stayed locked for {_LOCK_TIMEOUT}; nothing was changed",
-            hint="end the long transaction that holds it (pg_stat_activity, oldest xact_start), and run this again",
-        ) from busy
-    except errors.InsufficientPrivilege as denied:
-        raise RefusedError(
-            f"the role may not do this: {denied.diag.message_primary}",
-            hint="it needs the right TRIGGER on the table and EXECUTE on capture_entity_change()",
-        ) from denied
-
-
-_USER_PATH = "cdc.user_path"
-
-
-def _use_server_names(connection: psycopg.Connection) -> None:
-    """Until the transaction ends, operators and functions are the server's own, whatever the user's path contains.
-
-    Where that path counts, for a table's name as a user writes it, ``_as_user`` restores it; a setting keeps it.
-    """
-    connection.execute(
-        "SELECT pg_catalog.set_config(%s, pg_catalog.current_setting('search_path'), true),"
-        " pg_catalog.set_config('search_path', 'pg_catalog', true)",
-        [_USER_PATH],
-    )
-
-
-@contextmanager
-def _as_user(connection: psycopg.Connection) -> Iterator[None]:
-    """For a query that is safe on any path."""
-    switch = "SELECT pg_catalog.set_config('search_path', {}, true)"
-    connection.execute(switch.format("pg_catalog.current_setting(%s)").encode(), [_USER_PATH])
-    yield
-    connection.execute(switch.format("'pg_catalog'").encode())
-
-
-def _spell(connection: psycopg.Connection, oids: Collection[int]) -> dict[int, str]:
-    with _as_user(connection):
-        return capture_catalog.spell(connection, oids)
-
-
-def _triggers(
-    connection: psycopg.Connection, capture: CaptureFunction, schema: str, table: int | None = None
-) -> list[Tracked]:
-    return capture_catalog.triggers(connection, capture, schema, None if table is None else [table], spell=_spell)
-
-
-def _resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: str, name: str) -> SourceTable:
-    try:
-        with _as_user(connection):
-            [(oid,)] = connection.execute("SELECT pg_catalog.to_regclass(%s)::pg_catalog.oid", [name]).fetchall()
-            if oid is None:  # from PostgreSQL 16 on also for what is not a name
-                connection.execute("SELECT pg_catalog.parse_ident(%s)", [name])
-    except (errors.InvalidName, errors.InvalidParameterValue, errors.SyntaxError, errors.FeatureNotSupported) as bad:
-        raise UsageError(
-            f"{name!r} is not the name of a table", hint='write it as in SQL: schema.table, or "Mixed Case" in quotes'
-        ) from bad
-    found = {} if oid is None else capture_catalog.tables(connection, capture.oid, schema, [oid], spell=_spell)
-    if oid not in found:
-        raise NotFoundError(f"there is no table {name}", hint=_similar(connection, name))
-    return found[oid]
-
-
-def _similar(connection: psycopg.Connection, name: str) -> str:
-    rows = connection.execute(
-        "SELECT c.oid, c.relname::text FROM pg_catalog.pg_class AS c"
-        " JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p')"
-        " AND NOT c.relispartition AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
-    ).fetchall()
-    bare = name.rpartition(".")[2].strip('"').lower()
-    near = set(difflib.get_close_matches(bare, [table.lower() for _, table in rows], n=3))
-    spelt = sorted(_spell(connection, [oid for oid, table in rows if table.lower() in near]).values())
-    return f"did you mean {' or '.join(spelt[:3])}?" if spelt else "write the schema with it: schema.table"
-
-
 def _create(
     connection: psycopg.Connection, schema: str, source: SourceTable, wanted: Tracked, *, of_user: bool
 ) -> None:
@@ -367,21 +380,19 @@ def _create(
     # On a line of its own, so that a comment in it ends; the statement is the table owner's, as all of SQL is.
     condition = sql.SQL(cast("Any", f"WHEN ({wanted.when}\n) ")) if wanted.when else sql.SQL("")
     # OR REPLACE also enables a trigger that was disabled, and unlike DROP TRIGGER needs no ownership of the table.
-    statement = sql.SQL(
-        "CREATE OR REPLACE TRIGGER {} AFTER {} ON {} FOR EACH ROW {}EXECUTE FUNCTION {}({}, {})"
-    ).format(
+    statement = sql.SQL("CREATE OR REPLACE TRIGGER {} AFTER {} ON {} FOR EACH ROW {}EXECUTE FUNCTION {}({})").format(
         sql.Identifier(wanted.trigger),
         sql.SQL(" OR ").join(events),
         sql.Identifier(source.namespace, source.name),
         condition,
         sql.Identifier(schema, "capture_entity_change"),
-        *map(sql.Literal, arguments(wanted)),
+        sql.SQL(", ").join(map(sql.Literal, [*arguments(wanted), *filter(None, [remembered(wanted)])])),
     )
     if not of_user:
         connection.execute(statement)
         return
     try:
-        with _as_user(connection):
+        with source_tables.as_user(connection):
             connection.execute(statement, prepare=True)  # one statement, whatever the condition says
     except psycopg.Error as refused:
         if (refused.sqlstate or "")[:2] not in _REFUSALS or isinstance(refused, errors.InsufficientPrivilege):
@@ -408,7 +419,7 @@ def _set_firing(
     always: bool | None,
 ) -> None:
     """Make the trigger and its copies on partitions fire as before they were replaced, or as asked for."""
-    [made] = [each for each in _triggers(connection, capture, schema, source.oid) if each.ours]
+    [made] = [each for each in source_tables.triggers(connection, capture, schema, source.oid) if each.ours]
     was = {(copy.namespace, copy.name): copy.fires for copy in before.copies} if before else {}
     if before is not None:
         was[before.namespace, before.name] = before.fires

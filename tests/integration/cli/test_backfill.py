@@ -70,6 +70,7 @@ _TRACKED: dict[str, tuple[str, ...]] = {
     "as it is": ("--type", "thing"),
     "its own key": ("--key", "part,n"),
     "a key that may be NULL": ("--key", "jb"),
+    "the schema in its key": ("--schema-in-key",),
     "without": ("--exclude", "card,j"),
     "only": ("--columns", "id,part,n,user_id"),
 }

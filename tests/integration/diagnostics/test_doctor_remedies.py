@@ -114,6 +114,14 @@ BROKEN = {
         + _BY_HAND.format('"#cdc_capture"', "INSERT", "tenant.tasks", ""),
         {"TABLE": "tenant.tasks", "TYPE": "tenants"},
     ),
+    "a schema that came later": Broken(
+        "all-schemas",
+        'DROP TRIGGER "#cdc_capture" ON tasks; CREATE SCHEMA tenant_2;'
+        "CREATE TABLE tenant_2.tasks (id int PRIMARY KEY);"
+        + _BY_HAND.format(
+            '"#cdc_capture"', "INSERT", "tasks", """'t', '{{"schema_in_key": true}}', '{{"schemas": "*"}}'"""
+        ),
+    ),
     "leave to keep changes": Broken(
         "handled-by-writers",
         'DROP TRIGGER "#cdc_capture" ON tasks;'

@@ -280,7 +280,7 @@ def test_a_misspelt_option_fails_rather_than_publishing_what_was_to_stay_inside(
     outbox_db.execute("CREATE TABLE t (id int, secret text)")
     capture(outbox_db, "t", """'t', '{"excluded": ["secret"]}'""")
     failure = refusal(outbox_db, "INSERT INTO t VALUES (1, 'hidden')")
-    assert 'options may have "key", "exclude", "columns", "virtual" and "handled", not' in str(failure)
+    assert 'options may have "key", "exclude", "columns", "virtual", "handled" and "schema_in_key", not' in str(failure)
     assert "hidden" not in str(failure)
 
 

@@ -12,7 +12,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, UsageError
 from cdc.core.model import Operation
-from cdc.postgres import migrations, tracking
+from cdc.postgres import migrations, source_tables
 from cdc.postgres.tracking import track, tracked, untrack
 from tests.commands import invoke
 
@@ -263,7 +263,7 @@ def test_without_the_outbox_everything_says_to_install_it(db: psycopg.Connection
 def test_a_table_that_stays_locked_ends_with_a_sentence(
     outbox: str, tasks: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(tracking, "_LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(source_tables, "LOCK_TIMEOUT", "50ms")
     with psycopg.connect(outbox) as other:
         other.execute("INSERT INTO tasks VALUES (1)")
         with pytest.raises(CdcError, match="tasks stayed locked") as busy:
@@ -297,7 +297,7 @@ def test_the_command_line_from_track_to_untrack(outbox: str, tasks: psycopg.Conn
     expected = {
         "table": "tasks", "trigger": "#cdc_capture", "operations": ["insert", "delete"], "entity_type": "job",
         "key": ["id", "title"], "exclude": ["secret"], "columns": [], "virtual": False, "handled": False,
-        "enabled": True, "fires": "origin",
+        "schema_in_key": False, "all_schemas": None, "enabled": True, "fires": "origin",
         "disabled_partitions": [], "missing": [], "update_of": [], "when": "", "only": "", "ours": True,
     }  # fmt: skip
     assert json.loads(again.stdout) == {

@@ -115,7 +115,7 @@ def test_what_is_unexpected_about_the_table_is_a_warning(
     for statement in prepare.split(";"):
         outbox_db.execute(statement.encode())
     try:
-        assert said in done(outbox, "track", "t")
+        assert said in done(outbox, "track", "t", "--shared-key")
         doctor = invoke(outbox, "doctor", "--no-stream").output.replace("public.", "")
         assert said in doctor
     finally:

@@ -159,6 +159,8 @@ OK, WARN, FAIL, SKIP, UNKNOWN = Severity.OK, Severity.WARN, Severity.FAIL, Sever
 
 COPY = Copy(namespace="public", name="tasks_1", spelt="tasks_1", trigger="#cdc_capture", fires=Fires.ORIGIN)
 
+TENANT = replace(TRIGGER, name="tasks", all_schemas="b*")
+
 SILENT = replace(COPY, fires=Fires.DISABLED)
 
 
@@ -263,6 +265,8 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
      "!audit fires before #cdc_capture of tasks", "RENAME"),
     ("shared-types", remarked(TRIGGER, replace(TRIGGER, oid=2, table="b.tasks", entity_type=None)), WARN,
      "b.tasks and tasks share the type task", "--type"),
+    ("all-schemas", Captured(triggers=(TENANT,), remarks=tuple(remarks.unmatched([TENANT], [(9, "b", "tasks")]))), WARN,
+     "b.tasks is not tracked, and its schema matches b*", r"cdc track tasks --all-schemas 'b\*'"),
     ("row-security", replace(ROW_SECURITY, tables=("public.entity_changes",), active=("public.entity_changes",)), FAIL,
      "row level security is on for public.entity_changes, and goes for cdc",
      'ALTER TABLE public.entity_changes DISABLE ROW LEVEL SECURITY;.*BYPASSRLS'),

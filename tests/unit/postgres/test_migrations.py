@@ -119,6 +119,23 @@ def test_a_key_that_is_the_column_id_is_written_as_the_capture_function_knows_it
     assert f"IF TG_ARGV[1] <> '{options}' THEN" in capture
 
 
+@given(st.text(min_size=1), st.none() | st.text())
+def test_what_a_trigger_remembers_of_its_schemas_is_read_as_it_was_written(pattern: str, template: str | None):
+    asked = tracked_tables.Tracked(
+        table="t", trigger="x", operations=tuple(Operation), entity_type=None, all_schemas=pattern,
+        type_template=template or "",
+    )  # fmt: skip
+    read = tracked_tables.read_remembered(tracked_tables.remembered(asked))
+    assert (read["all_schemas"], read.get("type_template", "")) == (pattern, template or "")
+
+
+@pytest.mark.parametrize(
+    "argument", ["", "no JSON", "[1]", "[" * 3000, '{"schemas": 1, "type": null}', '{"other": ""}']
+)
+def test_a_third_argument_of_somebody_else_says_nothing(argument: str):
+    assert tracked_tables.read_remembered(argument) == {}
+
+
 @pytest.mark.parametrize(
     ("options", "read"),
     [
