@@ -10,13 +10,14 @@ DECLARE
   v_functions CONSTANT text[] := ARRAY[
     'bounded_text(text)', 'default_entity_type(text)', 'captured_row(record, oid, text[])', 'capture_entity_change()',
     'publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)',
-    'capture_rows(anyarray, text, jsonb, integer)'];
+    'capture_rows(anyarray, text, jsonb, integer)', 'capture_truncate()'];
   v_written CONSTANT text[] := '{id, table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,
     metadata, caused_by, depth, processed, processed_at, last_error, shard}';
   v_returned CONSTANT text[] := '{seq, shard}';
   v_due CONSTANT regclass := pg_catalog.format('%I.cdc_due_changes', v_schema)::regclass;
   v_due_written CONSTANT text[] := '{due, entity_type, entity_id, operation, old_data, new_data, metadata, caused_by,
     depth}';
+  v_barriers CONSTANT regclass := pg_catalog.format('%I.cdc_barriers', v_schema)::regclass;
   v_table regclass;
   v_inserted text[];
   v_selected text[];
@@ -62,7 +63,9 @@ BEGIN
     END IF;
 
     -- Exactly these rights, and none on a whole table: who has one may lock it.
-    FOR v_table, v_inserted, v_selected IN VALUES (v_outbox, v_written, v_returned), (v_due, v_due_written, '{}') LOOP
+    FOR v_table, v_inserted, v_selected IN VALUES (v_outbox, v_written, v_returned), (v_due, v_due_written, '{}'),
+      (v_barriers, '{entity_type, seq, id}', '{}')
+    LOOP
       IF EXISTS (
         SELECT FROM pg_catalog.pg_class AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) AS a
         WHERE c.oid = v_table AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
@@ -83,7 +86,7 @@ BEGIN
       END IF;
     END LOOP;
     -- Row level security, if it is switched on, applies to all but the table's owner. Writers must go on working.
-    FOREACH v_table IN ARRAY ARRAY[v_outbox, v_due] LOOP
+    FOREACH v_table IN ARRAY ARRAY[v_outbox, v_due, v_barriers] LOOP
       IF NOT EXISTS (
         SELECT FROM pg_catalog.pg_policy AS p
         WHERE p.polrelid = v_table AND p.polname = 'cdc_capture' AND p.polcmd = '*' AND p.polpermissive

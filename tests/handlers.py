@@ -37,6 +37,16 @@ async def count(change: cdc.Change) -> None:
     await link.execute("UPDATE calls SET ended = clock_timestamp() WHERE seq = %s AND ended IS NULL", [change.seq])
 
 
+@router.on("counted", "TRUNCATE")
+async def truncated(change: cdc.Change) -> None:
+    """Records the call."""
+    link = await _link()
+    await link.execute(
+        "INSERT INTO calls (seq, key, attempt, pid) VALUES (%s, %s, %s, %s)",
+        [change.seq, change.entity_id, change.attempt, os.getpid()],
+    )
+
+
 @router.on("nothing")
 async def nothing(change: cdc.Change) -> None:
     """As cheap as a handler can be."""

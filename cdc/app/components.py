@@ -152,7 +152,7 @@ def _store(settings: Settings, scope: TypeFilter) -> Store:
     """An observer also reads the types that no handler names."""
     read = settings.scope if settings.observe else scope
     page_bytes = min(BYTES, settings.window_bytes)
-    return Store(settings.schema_, settings.max_chain_depth, read, page_bytes=page_bytes)
+    return Store(settings.schema_, settings.max_chain_depth, read, page_bytes=page_bytes, observes=settings.observe)
 
 
 def _transactions(settings: Settings, router: Router, store: Store) -> Transactions:

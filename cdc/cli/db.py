@@ -225,9 +225,9 @@ def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
 
 def _put_in_order(connection: Connection, schema_name: str) -> None:
     """What is no object of the schema: the names of our triggers on others' tables, and the next number."""
-    from cdc.postgres import sequence, tracking  # noqa: PLC0415 - see install
+    from cdc.postgres import former_triggers, sequence, tracking  # noqa: PLC0415 - see install
 
-    for renaming in tracking.rename_former(connection, schema_name):
+    for renaming in former_triggers.rename_all(connection, schema_name, tracking.tracked(connection, schema_name)):
         if renaming.refused:
             say(f"the trigger of {renaming.table} keeps its former name: {renaming.refused}")
             say(f"  as the owner of the table: cdc track {renaming.table}")

@@ -15,7 +15,7 @@ from cdc.cli.output import print_json, print_table, put_script, say
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.model import CAPTURED, Operation
 from cdc.postgres import remarks
-from cdc.postgres.tracked_tables import Asked, Fires, Tracked, described, named
+from cdc.postgres.tracked_tables import Asked, Fires, Tracked, Truncate, described, named
 
 if TYPE_CHECKING:
     from cdc.postgres.all_schemas import Plan, Untouched
@@ -77,7 +77,9 @@ def _on_option(ctx: click.Context, option: click.Parameter, value: str | None) -
             columns.append(word)
         else:
             raise click.BadParameter(
-                f"{value!r}; expected insert, update, delete, or some of them; update:COLUMNS narrows it", param=option
+                f"{value!r}; expected insert, update, delete, or some of them; update:COLUMNS narrows it, and"
+                " --truncate says what a TRUNCATE is",
+                param=option,
             )
         place = found.end() if found else len(value)
     if whole and columns:
@@ -118,6 +120,11 @@ def _columns(name: str, help_text: str) -> Callable[[Command], Command]:
     help="What to capture [insert,update,delete]; update:COLUMNS: an UPDATE that sets one of these.",
 )
 @click.option("--when", metavar="SQL", help="Capture a row only where this condition on OLD and NEW holds.")
+@click.option(
+    "--truncate",
+    type=click.Choice([each.value for each in Truncate]),
+    help="What a TRUNCATE is: a change of its own, an error, or not captured [ignore].",
+)
 @_columns("--key", "What tells rows apart [id, or the primary key].")
 @_columns("--exclude", "Columns that never leave the table.")
 @_columns("--columns", "Instead: the only columns that leave the table; new ones do not.")
@@ -140,6 +147,7 @@ def track(
     shared_key: bool,
     on: _On | None,
     when: str | None,
+    truncate: str | None,
     key: tuple[str, ...] | None,
     exclude: tuple[str, ...] | None,
     columns: tuple[str, ...] | None,
@@ -168,6 +176,7 @@ def track(
     if print_only and as_json:
         raise UsageError("--print and --json are two kinds of output", hint="leave one of them out")
     asked = Asked(
+        truncate=None if truncate is None else Truncate(truncate),
         entity_type=entity_type, operations=on and on.operations, update_of=on and on.update_of,
         when=when and when.strip(), key=key, exclude=exclude, columns=columns, always=always, handled=handled,
         schema_in_key=schema_in_key, all_schemas=all_schemas, shared_key=shared_key,
@@ -302,6 +311,8 @@ def _untrack_all(connection: Connection, schema: str, table: str, pattern: str) 
 def _say_dropped(triggers: Sequence[Tracked]) -> None:
     for trigger in triggers:
         say(f"dropped trigger {trigger.trigger} on {trigger.table}")
+    for truncate in triggers[0].truncates:
+        say(f"dropped trigger {truncate.trigger} on {triggers[0].table}")
 
 
 @click.command()
@@ -329,7 +340,9 @@ def tracked(settings: Settings, as_json: bool) -> None:
 
 
 def _on(tracked: Tracked) -> str:
-    return " ".join([",".join(tracked.operations).lower(), *([tracked.only] if tracked.only else [])])
+    captured = [*tracked.operations, *(["truncate"] if tracked.truncate == Truncate.EVENT else [])]
+    refused = ["(truncate refused)"] if tracked.truncate == Truncate.REFUSE else []
+    return " ".join([",".join(captured).lower(), *([tracked.only] if tracked.only else []), *refused])
 
 
 def _shown(tracked: Tracked) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -23,7 +24,11 @@ class Admission(Enum):
 
 
 class Admitted(NamedTuple):
-    """How many changes were taken; by entity type and shard the lowest number neither taken nor remembered."""
+    """How many changes were taken; by entity type and shard the lowest number neither taken nor remembered.
 
-    taken: int
-    rejected: dict[str, dict[int, int]]
+    ``barred``: some of these were kept out by a TRUNCATE.
+    """
+
+    taken: int = 0
+    rejected: Mapping[str, Mapping[int, int]] = {}
+    barred: bool = False

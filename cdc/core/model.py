@@ -17,16 +17,19 @@ Key = tuple[str, str]
 
 
 class Operation(StrEnum):
-    """What happened to the row. READ: nothing, a backfill has read it as it is."""
+    """What happened to the row. READ: nothing, a backfill has read it as it is. TRUNCATE: all rows are gone."""
 
     INSERT = "INSERT"
     UPDATE = "UPDATE"
     DELETE = "DELETE"
     READ = "READ"
+    TRUNCATE = "TRUNCATE"
 
 
 CAPTURED = (Operation.INSERT, Operation.UPDATE, Operation.DELETE)
-"""What a trigger captures."""
+"""What a row trigger captures."""
+OF_TABLES = (Operation.TRUNCATE,)
+"""What is about no row. Only a handler that names such an operation gets it."""
 
 
 class ChangeState(StrEnum):
@@ -42,7 +45,8 @@ class ChangeState(StrEnum):
 class Change:
     """One captured change of one row, as a handler gets it. Compared and hashed by identity.
 
-    ``old`` is None for an INSERT and a READ, and ``new`` for a DELETE; otherwise they hold the row as JSON, or, if the
+    ``old`` is None for an INSERT and a READ, ``new`` for a DELETE, both for a TRUNCATE, whose ``entity_id`` is empty
+    since it is about no row; otherwise they hold the row as JSON, or, if the
     handler names a pydantic model, an instance of it. A document is parsed at its first use: ``old``, ``new``
     and ``metadata`` raise UnreadableDocumentError for one that Python cannot parse.
     ``changed_at`` is the start of the writer's transaction.
@@ -205,6 +209,8 @@ TRIGGER = "#cdc_capture"
 Triggers of one event fire in the order of their names, by bytes. What another AFTER ROW trigger writes would be
 captured before the row that caused it, so ours sorts before names of letters, digits and underscores.
 """
+TRUNCATE_TRIGGER = "#cdc_truncate"
+"""The name of the one for TRUNCATE."""
 FORMER_TRIGGER = "cdc_capture"
 """Its name in older outboxes; ``cdc db upgrade`` and ``cdc track`` rename it."""
 
@@ -213,6 +219,10 @@ def trigger_name(schema: str, stem: str = TRIGGER) -> str:
     """The name of our trigger, cut as PostgreSQL would cut it, between characters."""
     name = stem if schema == "public" else f"{stem}_{schema}"
     return name.encode()[:63].decode(errors="ignore")
+
+
+def truncate_trigger_name(schema: str) -> str:
+    return trigger_name(schema, TRUNCATE_TRIGGER)
 
 
 def former_trigger_name(schema: str) -> str:

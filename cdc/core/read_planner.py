@@ -352,7 +352,7 @@ class ReadPlanner:
                 if cursor := of_shards.get(number):
                     cursor.rewind(min(cursor.seq, seq - 1))
                     if has_room:
-                        cursor.pause(now)  # the window had room: something else was full
+                        cursor.pause(now)  # the window had room: something else was full, or it is barred
 
     def _begin_passes(self, now: float) -> None:
         periodic = now >= self._schedule.next_at

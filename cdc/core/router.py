@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from cdc.core.change_filter import ChangeFilter
 from cdc.core.errors import UsageError
-from cdc.core.model import Change, Operation
+from cdc.core.model import OF_TABLES, Change, Operation
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 
 ANY = "*"
@@ -119,7 +119,7 @@ class Router:
     ) -> Callable[[Function], Function]:
         """Declare the handler of an entity type ("*": of every type without a rule of its own).
 
-        ``operations``: any of INSERT, UPDATE, DELETE, and READ for the rows of a backfill; none named means all.
+        ``operations``: any of INSERT, UPDATE, DELETE, READ for rows of a backfill, and TRUNCATE; none: all but that.
         ``changed`` and ``when`` limit that; the rest is marked processed without a call. ``changed``: names of columns,
         one of which has changed (``Change.changed``); one that a change does not have counts as changed. ``when``: a
         plain function on the event loop, so without I/O; it gets the change as the handler does, and what it raises
@@ -210,6 +210,8 @@ class Router:
     def match(self, entity_type: str, operation: str) -> Handler | None:
         """The handler of such a change, or None if there is none."""
         slots = self._slots
+        if operation in OF_TABLES:
+            return slots.get((entity_type, operation)) or slots.get((ANY, operation))
         return (
             slots.get((entity_type, operation))
             or slots.get((entity_type, ANY))
@@ -301,7 +303,8 @@ def _operations(operations: tuple[str, ...]) -> tuple[str, ...]:
     for operation in operations:
         if operation not in known:
             raise UsageError(
-                f"router.on(..., {operation!r}): no such operation", hint=f"use {', '.join(known)}, or none for all"
+                f"router.on(..., {operation!r}): no such operation",
+                hint=f"use {', '.join(known)}, or none for all of rows",
             )
     return tuple(str(operation) for operation in operations) or (ANY,)
 

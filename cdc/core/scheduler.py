@@ -21,7 +21,8 @@ For what the window does not hold, each key has one number, its *watermark*: cha
 were seen and not admitted. Only a ``KeyRead`` that starts at that number admits them. This rule keeps order whatever
 the reason was: a waiting change (``blocked`` until it has settled) or a full queue. The memory for watermarks is
 bounded, too. A change for which neither it nor the window has room is *rejected*, and its type and shard are read
-again from that number.
+again from that number. So is one that is *barred*: a TRUNCATE of its type comes before it, or is this one, and waits
+for what comes before. The snapshot that shows a row says so, and nothing is remembered.
 
 A read may be older than a settle that came after it began: ``admit`` corrects its rows by the ``ReadReconciler``.
 
@@ -54,10 +55,11 @@ _FACTOR = 4
 
 
 class Row(NamedTuple):
-    """A change as read. ``blocked``: an earlier change of its key waits for a retry."""
+    """A change as read. ``blocked``: an earlier one of its key waits. ``barred``, without documents: by a TRUNCATE."""
 
     change: Change
     blocked: bool = False
+    barred: bool = False
 
 
 class KeyScheduler:
@@ -195,7 +197,7 @@ class KeyScheduler:
         taken = 0
         unblocked, waiting = self.reading.keys() if self.reading.eventful else (_NO_KEYS, _NONE_WAITS)
         rejected: dict[str, dict[int, int]] = {}
-        rejected_keys: set[Key] = set()
+        rejected_keys, barred = set[Key](), False
         for row in rows:
             change, key = row.change, row.change.key
             if key in rejected_keys:
@@ -207,16 +209,18 @@ class KeyScheduler:
                 case Admission.REMEMBERED if due and not row.blocked:
                     self._unblock(key)  # nothing before it waits: the mark may stand for this very change
                 case Admission.RUNS_LATER:
+                    barred |= row.barred
                     self._drop_later(key, change)
                 case Admission.DEFER | Admission.DEFER_BLOCKED as decision:
                     self._defer(key, change.seq, change.shard, blocked=decision is Admission.DEFER_BLOCKED)
                     if row.blocked and key in unblocked:
                         self._unblock(key)
                 case Admission.REJECT:
+                    barred |= row.barred
                     rejected_keys.add(key)
                     of_type = rejected.setdefault(change.entity_type, {})
                     of_type[change.shard] = min(change.seq, of_type.get(change.shard, change.seq))
-        return Admitted(taken, rejected)
+        return Admitted(taken, rejected, barred)
 
     def _decide(self, row: Row, key: Key, waiting: Mapping[Key, int], *, key_read: bool, due: bool) -> Admission:
         """``waiting``: by key, the change that has begun to wait since the row was read."""
@@ -230,29 +234,31 @@ class KeyScheduler:
         queue = self._queues.get(key)
         blocked = row.blocked or waiting.get(key, change.seq) < change.seq
         blocked = blocked or (queue is not None and (queue.blocked or queue.orphan))
-        if not blocked and (queue is None or len(queue.queued) < self.key_capacity):
+        if not (blocked or row.barred) and (queue is None or len(queue.queued) < self.key_capacity):
             return Admission.TAKE if self.window.admits(change.entity_type) else Admission.REJECT
         if due:
             return Admission.RUNS_LATER
-        if not key_read and not self._deferred.has_room(key):  # the mark of a key that is read on has just made room
-            return Admission.REJECT
+        if row.barred or (not key_read and not self._deferred.has_room(key)):
+            return Admission.REJECT  # the mark of a key that is read on has just made room
         return Admission.DEFER_BLOCKED if blocked else Admission.DEFER
 
-    def admit_key_read(self, request: KeyRead, rows: Sequence[Row], *, complete: bool) -> None:
-        """The answer to a ``KeyRead``. ``complete``: these rows are all visible changes of the key."""
+    def admit_key_read(self, request: KeyRead, rows: Sequence[Row], *, complete: bool) -> Admitted:
+        """The answer to a ``KeyRead``. ``complete``: these are all changes of the key. Returns what is barred."""
         mark = self._deferred.watermarks.get(request.key)
         if mark is None or mark.seq != request.seq:
             # The shard was revoked, or an earlier change became visible during the read.
             self._consider_key_read(request.key)
-            return
+            return Admitted()
         self._deferred.forget([request.key])
-        rejected = self.admit(rows, key_read=True).rejected
+        if (admitted := self.admit(rows, key_read=True)).barred:
+            return admitted
         last = rows[-1].change if rows else None
-        if rejected:
+        if rejected := admitted.rejected:
             self._defer(request.key, rejected[request.key[0]][request.shard], request.shard, blocked=False)
         elif not complete and not self._deferred.watermarks.get(request.key):
             self._defer(request.key, last.seq + 1 if last else request.seq, request.shard, blocked=False)
         self._consider_key_read(request.key)
+        return admitted._replace(rejected={})
 
     # --- through ---------------------------------------------------------------------------------------------------
 

@@ -86,7 +86,8 @@ class ShardCursor:
         self.reading = True
         """A pass is under way."""
         self.behind = True
-        """No pass has been completed since the beginning, or since a change could not be taken in."""
+        """No pass has been completed since the beginning, or since a change could not be taken in. Then, until
+        ``repass_at``, no wake-up begins one."""
         self.floor = self.seq = self.since = 0
         self.candidate: tuple[int, int] | None = None
         """(number, id): the number becomes the floor once xmin has reached that id."""
@@ -179,7 +180,7 @@ class ShardCursor:
             self.repasses_left = _REPASSES
         else:
             self.awaited.add(seq)
-        self.reading = True
+        self.reading = self.reading or not self.behind
         self.repass_pause_s = RETRY_MIN_S
         self.on_due()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
-from cdc.core.model import SHARDS
+from cdc.core.model import SHARDS, ChangeState
 from cdc.core.units import format_duration
 from cdc.diagnostics.facts import (
     Astray,
@@ -294,6 +295,28 @@ def due_later(seen: Backlog) -> Finding:
     return ok(str(due))
 
 
+def truncates(seen: Backlog) -> Finding:
+    barrier = seen.barrier
+    if barrier is None:
+        return ok("none holds anything back")
+    said = f"the TRUNCATE {barrier.seq} of the type {barrier.entity_type} holds back what comes after it"
+    if barrier.age_s < _OLD_BACKLOG_S:
+        return ok(f"{said}, for {format_duration(barrier.age_s)} now")
+    said += f", for {format_duration(barrier.age_s)} now: "
+    go_on = f"to let its type go on without it: cdc outbox discard {barrier.seq}"
+    if barrier.state is ChangeState.DEAD:
+        return warn(f"{said}it is a dead letter that pauses", f"cdc outbox show {barrier.seq}; {go_on}, or retry it")
+    if barrier.state is ChangeState.WAITING:
+        return warn(f"{said}it waits for its next attempt", f"cdc outbox show {barrier.seq}; {go_on}")
+    if barrier.clear:
+        return warn(f"{said}all before it is settled", "does a consumer run that handles its type? cdc outbox stats")
+    return warn(
+        f"{said}it waits for changes of its type from before it",
+        f"see which, and what blocks them: cdc outbox list --type {shlex.quote(barrier.entity_type)} --state fresh, or"
+        " waiting",
+    )
+
+
 def handlers(subject: Subject) -> Finding:
     if subject.handlers_error is not None:
         return fail(*subject.handlers_error)
@@ -323,5 +346,5 @@ ASTRAY: Checks[Astray] = {"shards": shards}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
 TABLE: Checks[TableFacts] = {"autovacuum": autovacuum}
 UNHANDLED: Checks[Unhandled] = {"unhandled": unhandled}
-BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead, "due-later": due_later}
+BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead, "due-later": due_later, "truncates": truncates}
 LOCAL: Checks[Subject] = {"handlers": handlers, "config": config}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from cdc.core.type_filter import TypeFilter
-from cdc.postgres.pages import DueLater
+from cdc.postgres.pages import Barrier, DueLater
 from cdc.postgres.remarks import Remark
 from cdc.postgres.tracked_tables import Tracked
 from cdc.replication.slot_health import SlotReport
@@ -325,6 +325,8 @@ class Backlog:
     """Waiting changes that their handler snoozed last and that were captured more than a day ago: a lower bound."""
     due_later: DueLater | None = None
     """None: the role may not see them."""
+    barrier: Barrier | None = None
+    """The one that stands the longest, as far as the role may see them."""
 
 
 @dataclass(frozen=True, slots=True)

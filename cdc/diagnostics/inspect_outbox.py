@@ -32,13 +32,14 @@ from cdc.diagnostics.facts import (
 from cdc.diagnostics.inspect_server import column, one
 from cdc.postgres import capture_catalog, migration_scripts, migrations, remarks, sequence
 from cdc.postgres.admin import OutboxAdmin
+from cdc.postgres.barriers import Barriers
 from cdc.postgres.due import DueChanges
-from cdc.postgres.grants import DUE_DESCRIPTION, PAYLOAD, PUBLISH_DUE, SHARD_RIGHTS, STATE
+from cdc.postgres.grants import BARRED, BARRIER_RIGHTS, DUE_DESCRIPTION, PAYLOAD, PUBLISH_DUE, SHARD_RIGHTS, STATE
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
 from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
 
-_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes")
+_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers")
 """Other tables of an outbox."""
 
 _WAITING_EXAMINED_MAX = 10_000
@@ -174,8 +175,12 @@ _RIGHTS = """
                   ORDER BY a.attnum) AS unmarked,
            (SELECT bool_and(has_table_privilege(s.oid, p)) FROM pg_catalog.pg_class s, unnest(%(owning)s::text[]) p
              WHERE s.relnamespace = n.oid AND s.relname = 'cdc_shards') AS owning,
+           (SELECT bool_and(has_table_privilege(b.oid, p)) FROM pg_catalog.pg_class b, unnest(%(barrier)s::text[]) p
+             WHERE b.relnamespace = n.oid AND b.relname = 'cdc_barriers') AS advancing,
            (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
              WHERE p.pronamespace = n.oid AND p.proname = 'publish_due') AS publishing,
+           (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
+             WHERE p.pronamespace = n.oid AND p.proname = 'barred') AS barring,
            (SELECT has_column_privilege(d.oid, 'due', 'SELECT') FROM pg_catalog.pg_class d
              WHERE d.relnamespace = n.oid AND d.relname = 'cdc_due_changes') AS foreseeing
       FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -313,18 +318,21 @@ def astray(connection: psycopg.Connection, name: str) -> Astray:
 
 
 def rights(connection: psycopg.Connection, subject: Subject) -> Rights:
-    parameters = {"schema": subject.schema, "marked": list(STATE), "owning": list(SHARD_RIGHTS)}
+    parameters = {"schema": subject.schema, "marked": list(STATE), "owning": list(SHARD_RIGHTS),
+                  "barrier": list(BARRIER_RIGHTS)}  # fmt: skip
     row = one(connection, _RIGHTS, parameters, what="entity_changes")
     return Rights(role=row["role"], schema=subject.schema, grants=_grants(row, subject))
 
 
 def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
     role = sql.Identifier(row["role"])
-    tables = ("entity_changes", "cdc_shards", "cdc_due_changes")
-    table, shards, due_changes = (sql.Identifier(subject.schema, name) for name in tables)
+    tables = ("entity_changes", "cdc_shards", "cdc_due_changes", "cdc_barriers")
+    table, shards, due_changes, barriers = (sql.Identifier(subject.schema, name) for name in tables)
     described = sql.SQL(", ").join(map(sql.Identifier, DUE_DESCRIPTION))
     columns = sql.SQL(", ").join(map(sql.Identifier, row["unmarked"]))
-    publish_due = sql.SQL("{}.{}").format(sql.Identifier(subject.schema), sql.SQL(PUBLISH_DUE))
+    publish_due, barred = (
+        sql.SQL("{}.{}").format(sql.Identifier(subject.schema), sql.SQL(function)) for function in (PUBLISH_DUE, BARRED)
+    )
     needed = (
         (not row["usage"], sql.SQL("USAGE ON SCHEMA {}").format(sql.Identifier(subject.schema))),
         (not row["select"], sql.SQL("SELECT ON {}").format(table)),
@@ -332,6 +340,8 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
         (subject.prunes and not row["delete"], sql.SQL("DELETE ON {}").format(table)),
         (row["foreseeing"] is False, sql.SQL("SELECT ({}) ON {}").format(described, due_changes)),
         (row["publishing"] is False, sql.SQL("EXECUTE ON FUNCTION {}").format(publish_due)),
+        (row["barring"] is False, sql.SQL("EXECUTE ON FUNCTION {}").format(barred)),
+        (row["advancing"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(BARRIER_RIGHTS)), barriers)),
         (row["owning"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(SHARD_RIGHTS)), shards)),
     )
     grant = sql.SQL("GRANT {} TO {};")
@@ -370,6 +380,7 @@ def backlog(connection: psycopg.Connection, name: str) -> Backlog:
         oldest_ready_age_s=figures.oldest_ready_age_s,
         snoozed=_snoozed(connection, name),
         due_later=DueChanges(name).count(connection),
+        barrier=Barriers(name).oldest(connection),
     )
 
 

@@ -40,6 +40,7 @@ from cdc.engine.reconnecting import Lifecycle
 from cdc.engine.settler import Settler
 from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ConsumerStatus
+from cdc.postgres.barriers import Barriers
 from cdc.postgres.connect import connect_async
 from cdc.postgres.loaders import read_changes
 from cdc.postgres.outbox import INDEXED, READ_LIMIT_S, READ_SESSION, Store
@@ -78,7 +79,7 @@ class Consumer:
             sweep_interval_s=settings.poll_interval_s, room_for=self._scheduler.room_for, scope=settings.scope
         )
         self._reads = Reader(
-            self._scheduler, self._planner, store, metrics, pauses=demand.pauses,
+            self._scheduler, self._planner, store, Barriers(settings.schema), metrics, pauses=demand.pauses,
             sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
         )  # fmt: skip
         ownership = self._scheduler.ownership

@@ -33,6 +33,7 @@ is a return, however late.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
@@ -51,6 +52,7 @@ from cdc.core.model import (
     Discarded,
     Filtered,
     Key,
+    Operation,
     Outcome,
     Processed,
     Skipped,
@@ -76,6 +78,8 @@ from cdc.engine.transactions import (
 from cdc.engine.validation import FILTERED, Validation, keep_order
 from cdc.observability.metrics import NO_HANDLER, HandlerMetrics
 from cdc.runtime.cancelling import is_being_cancelled
+
+log = logging.getLogger("cdc.handlers")
 
 _ABOUT_ALL = (Retry, Snooze, Unavailable, Discard, Reject, OverrunError, EndedTransactionError)
 """Errors of a batch that are not about a single change."""
@@ -169,6 +173,8 @@ class Executor:
         if self._router.ignores(change.entity_type):
             return Discarded("no handler wants it, for the router ignores its type")
         if self._router.scope.has(change.entity_type):
+            if change.operation is Operation.TRUNCATE:
+                log.info("a TRUNCATE of the type %s is skipped: no handler names it", change.entity_type)
             return Skipped()
         return Discarded("no handler wants its type, and unhandled is discard")
 

@@ -15,14 +15,17 @@ from uuid import UUID
 import psycopg
 
 from cdc.core import failpoints
+from cdc.core.admission import Admitted
 from cdc.core.delay import Delay
 from cdc.core.due_reads import DueReads
 from cdc.core.next_read import DueRead, KeyReads, NextRead
 from cdc.core.page_size import PageSize
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.scheduler import KeyScheduler
+from cdc.core.shard_cursor import REPASS_MAX_S
 from cdc.core.sqlstate import About, about, passes
 from cdc.observability.metrics import Metrics
+from cdc.postgres.barriers import Barriers
 from cdc.postgres.outbox import FIRST_TYPE, Store
 from cdc.postgres.pages import OutboxPage
 from cdc.postgres.shard_locks import ShardSession
@@ -45,6 +48,7 @@ class Reader:
         scheduler: KeyScheduler,
         planner: ReadPlanner,
         store: Store,
+        barriers: Barriers,
         metrics: Metrics,
         *,
         pauses: Callable[[Kind | None], bool] = lambda kind: False,
@@ -54,6 +58,10 @@ class Reader:
         self._scheduler = scheduler
         self._planner = planner
         self._store = store
+        self._barriers = barriers
+        self._barriers_at = 0.0
+        """When they are looked at next: at once where one has kept a change from starting."""
+        self._barriers_interval_s = sweep_interval_s
         self._metrics = metrics
         self._pauses = pauses
         self._due = DueReads(scheduler.room_for, sweep_interval_s=sweep_interval_s, poll_interval_s=poll_interval_s)
@@ -95,6 +103,9 @@ class Reader:
         if now < self._rests_until:
             return False
         try:
+            if now >= self._barriers_at:
+                left = await self._barriers.advance(reader)
+                self._barriers_at = now + (REPASS_MAX_S if left else self._barriers_interval_s)
             try:
                 with self._scheduler.reading:
                     read = self.next.next(now)
@@ -106,7 +117,7 @@ class Reader:
                         case Sweep():
                             await self._sweep(reader, read, now)
                         case KeyReads():
-                            await self._read_keys(reader, read)
+                            await self._read_keys(reader, read, now)
                         case DueRead():
                             await self._read_due(reader, read)
             except RefusedReadError as refused:
@@ -159,11 +170,13 @@ class Reader:
         if self._unmarked:
             self._rests_until = _now() + _UNMARKED_S
 
-    async def _read_keys(self, reader: psycopg.AsyncConnection, read: KeyReads) -> None:
+    async def _read_keys(self, reader: psycopg.AsyncConnection, read: KeyReads, began: float) -> None:
         found = await self._store.read_keys(reader, read.keys, read.per_key)
         self._paging.read([row.change.size for of_key, _ in found.values() for row in of_key])
         for request, (of_key, cut) in found.items():
-            self._scheduler.admit_key_read(request, of_key, complete=len(of_key) < read.per_key and not cut)
+            complete = len(of_key) < read.per_key and not cut
+            if (admitted := self._scheduler.admit_key_read(request, of_key, complete=complete)).rejected:
+                self._rejected(admitted, began)
 
     async def _read_due(self, reader: psycopg.AsyncConnection, read: DueRead) -> None:
         active, in_window = self._scheduler.ownership.active, self._scheduler.requeued()
@@ -171,6 +184,8 @@ class Reader:
         found = await self._store.due(reader, active, read.limit, read.without, start=start, in_window=in_window)
         self._paging.read(list(map(_SIZE, found.rows)))
         admitted = self._scheduler.admit(found.rows, due=True)
+        if admitted.barred:
+            self._barriers_at = 0.0
         self._metrics.wakeups.received.labels("retry").inc(admitted.taken)
         self._due.done(
             _now(), rejected=admitted.rejected, next_due_s=found.next_due_s, go_on=found.go_on, more=found.more
@@ -188,7 +203,7 @@ class Reader:
         seen = page.others.union(map(_SEQ, page.rows))
         found = self._planner.fetched(fetch, seen, page.snapshot, now, page.cut)
         if admitted.rejected:
-            self._planner.throttle(admitted.rejected, now)
+            self._rejected(admitted, now)
         if found.late or found.given_up:
             self._metrics.outbox.visibility_retries.labels("found").inc(found.late)
             self._metrics.outbox.visibility_retries.labels("left_to_sweep").inc(found.given_up)
@@ -198,9 +213,16 @@ class Reader:
         page = await self._store.sweep(reader, sweep)
         now = self._measure(page, began)
         admitted = self._scheduler.admit(page.rows)
+        if admitted.barred:
+            self._barriers_at = 0.0
         seen = [(row.change.seq, row.change.shard) for row in page.rows]
         notified = self._planner.swept(sweep, seen, admitted.rejected, page.snapshot, now, scanned=page.scanned)
         self._metrics.wakeups.received.labels("sweep").inc(max(0, admitted.taken - notified))
+
+    def _rejected(self, admitted: Admitted, now: float) -> None:
+        self._planner.throttle(admitted.rejected, now)
+        if admitted.barred:
+            self._barriers_at = 0.0
 
     def _measure(self, page: OutboxPage, began: float) -> float:
         """A page has come. Returns the time."""

@@ -35,7 +35,7 @@ from cdc import __version__
 from cdc.core.circuit_breaker import CircuitBreaker
 from cdc.core.errors import OverrunError, Reject, Retry, SafeError, Unavailable
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
-from cdc.core.model import Change
+from cdc.core.model import Change, Operation
 from cdc.core.router import ANY, Router
 from cdc.http import cloudevents, webhook_signature
 from cdc.http.client_protocol import HEAD_MAX, Protocol
@@ -131,9 +131,10 @@ class Delivery:
         self.router = Router()
         for entity_type in self._types:
             if batch > 1:
-                self.router.on(entity_type, batch=batch, linger=linger_s, name=HANDLER, timeout=math.inf)(self._many)
+                on = partial(self.router.on, batch=batch, linger=linger_s)
+                on(entity_type, *Operation, name=HANDLER, timeout=math.inf)(self._many)
             else:
-                self.router.on(entity_type, name=HANDLER, timeout=math.inf)(self._one)
+                self.router.on(entity_type, *Operation, name=HANDLER, timeout=math.inf)(self._one)
 
     def open(self, metrics: DeliveryMetrics | None, breaker: CircuitBreaker, reached: Callable[[], None]) -> None:
         """``breaker`` is that of ``HANDLER``; ``reached`` is called when a connection is made while it is open."""

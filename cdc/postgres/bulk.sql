@@ -89,7 +89,7 @@ ORDER BY l.seq
 
 -- name: replay
 -- The first of these processed changes, until a page is full, as new ones in this order, each with its wake-up. A replay
--- has the causes of what it repeats. Returns how many were written, and how many were looked at. LIMIT keeps it a probe
+-- has the causes of what it repeats. A TRUNCATE holds back what comes after it as it did at first. Returns how many were written, and how many were looked at. LIMIT keeps it a probe
 -- of the index for each.
 WITH page AS MATERIALIZED (
   SELECT wanted.id, wanted.place, c.stored, coalesce(sum(c.stored) OVER (
@@ -108,6 +108,10 @@ WITH page AS MATERIALIZED (
   FROM page CROSS JOIN LATERAL (SELECT * FROM {changes} AS n WHERE n.id = page.id AND n.processed LIMIT 1) AS c
   WHERE page.fits
   ORDER BY page.place
-  RETURNING pg_logical_emit_message(true, %(prefix)s, replay.seq || ',' || replay.shard)
+  RETURNING replay.id, replay.seq, replay.operation, coalesce(replay.entity_type, replay.table_name) AS type,
+            pg_logical_emit_message(true, %(prefix)s, replay.seq || ',' || replay.shard)
+), barriers AS (
+  INSERT INTO {barriers} (entity_type, seq, id)
+  SELECT type, seq, id FROM written WHERE operation = 'TRUNCATE'
 )
 SELECT (SELECT count(*) FROM written)::int, (SELECT count(*) FROM page WHERE page.fits)::int

@@ -16,6 +16,7 @@ from psycopg.rows import dict_row
 
 from cdc.core.errors import NotFoundError
 from cdc.core.model import CAPTURED, Operation, former_trigger_name, trigger_name
+from cdc.postgres import truncate_triggers
 from cdc.postgres.remarks import SettingOwner
 from cdc.postgres.tracked_tables import (
     LISTS,
@@ -24,15 +25,17 @@ from cdc.postgres.tracked_tables import (
     ForeignCast,
     SourceTable,
     Tracked,
+    Truncate,
+    TruncateTrigger,
     read_options,
     read_remembered,
 )
+from cdc.postgres.trigger_statements import FIRES, enabling
 
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
 """Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
 _ROW = 1
 _FUNCTION_NAME = "capture_entity_change()"
-_FIRES = {"O": Fires.ORIGIN, "A": Fires.ALWAYS, "R": Fires.REPLICA, "D": Fires.DISABLED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,11 @@ SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
       WHERE a.attrelid = d.oid AND a.attname = ANY (%(later)s::name[])
         AND NOT pg_catalog.has_column_privilege(p.proowner, d.oid, a.attnum, 'INSERT')
     ) THEN 'INSERT on cdc_due_changes' END,
+    CASE WHEN EXISTS (
+      SELECT FROM pg_catalog.pg_attribute AS a
+      WHERE a.attrelid = b.oid AND a.attname = ANY ('{{entity_type,seq,id}}'::name[])
+        AND NOT pg_catalog.has_column_privilege(p.proowner, b.oid, a.attnum, 'INSERT')
+    ) THEN 'INSERT on cdc_barriers' END,
     CASE WHEN d.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
         AND (d.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, d.relowner, 'USAGE'))
         AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
@@ -131,6 +139,8 @@ LEFT JOIN pg_catalog.pg_class AS c
   ON c.relnamespace = n.oid AND c.relname = 'entity_changes' AND c.relkind IN ('r', 'p')
 LEFT JOIN pg_catalog.pg_class AS d
   ON d.relnamespace = n.oid AND d.relname = 'cdc_due_changes' AND d.relkind IN ('r', 'p')
+LEFT JOIN pg_catalog.pg_class AS b
+  ON b.relnamespace = n.oid AND b.relname = 'cdc_barriers' AND b.relkind IN ('r', 'p')
 """  # noqa: S608 - of pieces of our own
 _WRITTEN = (
     "table_schema", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata",
@@ -140,7 +150,6 @@ _WRITTEN_LATER = (
     "due", "entity_type", "entity_id", "operation", "old_data", "new_data", "metadata", "caused_by", "depth",
 )  # fmt: skip
 
-_ENABLE = {Fires.ORIGIN: "ENABLE", Fires.ALWAYS: "ENABLE ALWAYS", Fires.REPLICA: "ENABLE REPLICA"}
 _DEFINITION = "SELECT pg_catalog.pg_get_triggerdef(oid) FROM pg_catalog.pg_trigger WHERE tgrelid = %s AND tgname = %s"
 
 # The arguments are in the encoding of the database, each followed by a zero byte. SQL_ASCII is no encoding, and is not
@@ -298,6 +307,7 @@ def grants(capture: CaptureFunction, schema: str) -> tuple[str, ...]:
         "USAGE on the schema": sql.SQL("USAGE ON SCHEMA {}").format(sql.Identifier(schema)),
         "INSERT on entity_changes": _inserting(_WRITTEN, table),
         "INSERT on cdc_due_changes": _inserting(_WRITTEN_LATER, later),
+        "INSERT on cdc_barriers": _inserting(("entity_type", "seq", "id"), sql.Identifier(schema, "cdc_barriers")),
         "SELECT (seq, shard) on entity_changes": sql.SQL("SELECT (seq, shard) ON {}").format(table),
     }
     given = []
@@ -380,7 +390,8 @@ def triggers(
     rows = _rows(connection, _TRIGGERS, parameters)
     spelt = spell(connection, {row["oid"] for row in rows} | {copy[0] for row in rows for copy in row["copies"]})
     ours = {trigger_name(schema), former_trigger_name(schema)}
-    return [_trigger(row, ours, spelt, capture) for row in rows]
+    truncates = truncate_triggers.find(connection, schema, tables)
+    return [_trigger(row, ours, spelt, capture, truncates.get(row["oid"], ())) for row in rows]
 
 
 def statements(connection: psycopg.Connection, tracked: Tracked) -> list[str]:
@@ -393,14 +404,13 @@ def statements(connection: psycopg.Connection, tracked: Tracked) -> list[str]:
     return definitions + [enabling(space, name, tracked.trigger, fires).as_string() for space, name, fires in unusual]
 
 
-def enabling(namespace: str, table: str, trigger: str, fires: Fires) -> sql.Composed:
-    """The statement that makes a trigger fire that way, on this table alone."""
-    return sql.SQL("ALTER TABLE ONLY {} {} TRIGGER {}").format(
-        sql.Identifier(namespace, table), sql.SQL(_ENABLE[fires]), sql.Identifier(trigger)
-    )
-
-
-def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capture: CaptureFunction) -> Tracked:
+def _trigger(
+    row: dict[str, Any],
+    ours: set[str],
+    spelt: Mapping[int, str],
+    capture: CaptureFunction,
+    truncates: Sequence[TruncateTrigger],
+) -> Tracked:
     options = read_options(_text(row["options"])) | read_remembered(_text(row["remembered"]))
     if not row["type"] & _ROW:
         options["broken"] = "it is not FOR EACH ROW"
@@ -410,8 +420,10 @@ def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capt
         trigger=row["trigger"],
         operations=tuple(operation for operation in CAPTURED if row["type"] & _TYPE_BITS[operation]),
         entity_type=_text(row["entity_type"]) or None,
-        fires=_FIRES[row["fires"]],
+        fires=FIRES[row["fires"]],
         ours=row["trigger"] in ours,
+        truncate=next((each.does for each in truncates if each.fires != Fires.DISABLED), Truncate.IGNORE),
+        truncates=tuple(truncates),
         update_of=tuple(row["update_of"]),
         when=row["when"] or "",
         missing=tuple(dict.fromkeys(column for column in named if column not in row["columns"])),
@@ -433,7 +445,7 @@ def _trigger(row: dict[str, Any], ours: set[str], spelt: Mapping[int, str], capt
 
 def _copy(row: Sequence[Any], spelt: Mapping[int, str]) -> Copy:
     oid, namespace, name, trigger, fires = row
-    return Copy(namespace=namespace, name=name, spelt=spelt[oid], trigger=trigger, fires=_FIRES[fires])
+    return Copy(namespace=namespace, name=name, spelt=spelt[oid], trigger=trigger, fires=FIRES[fires])
 
 
 def _text(raw: bytes | None) -> str:

@@ -21,12 +21,16 @@ CHANGES, SHARDS, LEDGER = "entity_changes", "cdc_shards", "cdc_migrations"
 NUMBERS = "entity_changes_seq_seq"
 BACKFILLS = "cdc_backfills"
 DUE_CHANGES = "cdc_due_changes"
+BARRIERS = "cdc_barriers"
 DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
-RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS, DUE_CHANGES)
+RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS, DUE_CHANGES, BARRIERS)
 PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)"
 PUBLISH_DUE = "publish_due(integer, bigint)"
-FUNCTIONS = ("capture_entity_change()", PUBLISH, PUBLISH_DUE, "capture_rows(anyarray, text, jsonb, integer)")
-"""The functions that write changes. ``reprocess_failed_actions`` has its caller's rights, and needs no guard."""
+BARRED = "barred(text, bigint)"
+FUNCTIONS = ("capture_entity_change()", "capture_truncate()", PUBLISH, PUBLISH_DUE, BARRED,
+             "capture_rows(anyarray, text, jsonb, integer)")  # fmt: skip
+"""The functions that write changes, and one that reads of them call. ``reprocess_failed_actions`` has its caller's
+rights, and needs no guard."""
 
 STATE = (
     "processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "error_summary",
@@ -35,6 +39,8 @@ STATE = (
 """The columns of entity_changes that record the outcome of a change."""
 SHARD_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 """A consumer's rights on cdc_shards."""
+BARRIER_RIGHTS = ("SELECT", "UPDATE", "DELETE")
+"""The same on cdc_barriers."""
 PAYLOAD = ("old_data", "new_data", "metadata")
 """The columns that hold the application's data."""
 DESCRIPTION = (
@@ -98,10 +104,12 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, scrip
         Right(("SELECT",), CHANGES),
         Right(("UPDATE",), CHANGES, STATE),
         Right(SHARD_RIGHTS, SHARDS),
+        Right(BARRIER_RIGHTS, BARRIERS),
         Right(("SELECT",), LEDGER),
         Right(("SELECT",), NUMBERS),
         Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION),
         Right(("EXECUTE",), PUBLISH_DUE),
+        Right(("EXECUTE",), BARRED),
     ]
     if retention:
         rights.append(Right(("DELETE",), CHANGES))

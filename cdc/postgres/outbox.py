@@ -83,13 +83,15 @@ class Store:
     """The statements for the outbox in ``schema``, limited to the types in ``scope``.
 
     A change deeper than ``max_chain_depth`` is read with its chain. A read returns at most ``page_bytes`` of texts
-    and one change. Changes are read on sessions where ``read_changes`` was called.
+    and one change. Changes are read on sessions where ``read_changes`` was called. ``observes``: nothing is started, so
+    no read looks at the barriers, and no right on them is needed.
     """
 
     def __init__(
-        self, schema: str, max_chain_depth: int = 16, scope: TypeFilter = EVERYTHING, *, page_bytes: int = BYTES
-    ) -> None:
-        self._statements = load("outbox.sql", schema)
+        self, schema: str, max_chain_depth: int = 16, scope: TypeFilter = EVERYTHING, *, page_bytes: int = BYTES,
+        observes: bool = False,
+    ) -> None:  # fmt: skip
+        self._statements = load("outbox.sql", schema, instead={"barred": "false"} if observes else None)
         self.refused = RefusedRows(schema)
         self.process = uuid4()
         """Identifies this process as the one that started a change, or owns a shard."""
@@ -116,26 +118,33 @@ class Store:
                 hint=f"run: cdc db upgrade{self._option}",
             ) from None
         except errors.InsufficientPrivilege as refused:
-            raise SchemaError(
-                f"the role may not read {self._table}: {refused.diag.message_primary}",
-                hint=f"run: cdc db grant{self._option} --consumer ROLE",
-            ) from None
+            raise self._refused(refused) from None
         if not settles:
             return
         try:
-            rights = {"state": list(grants.STATE), "shard_rights": list(grants.SHARD_RIGHTS)}
+            await reader.execute(self._statements["check_barriers"], {})
+            rights = {"state": list(grants.STATE), "shard_rights": list(grants.SHARD_RIGHTS),
+                      "barrier_rights": list(grants.BARRIER_RIGHTS)}  # fmt: skip
             denied = await self._rows(reader, "missing_rights", rights)
         except errors.UndefinedTable as missing:
             raise SchemaError(
                 f"the outbox does not fit this version: {missing.diag.message_primary}",
                 hint=f"run: cdc db upgrade{self._option}",
             ) from None
+        except errors.InsufficientPrivilege as refused:
+            raise self._refused(refused) from None
         if denied:
             lacking = [f"{rights} ON {table}" for rights, table in denied]
             raise SchemaError(
                 f"the role may not settle changes: it has no {', no '.join(lacking)}",
                 hint=f"run: cdc db grant{self._option} --consumer ROLE",
             )
+
+    def _refused(self, refused: psycopg.Error) -> SchemaError:
+        return SchemaError(
+            f"the role may not read {self._table}: {refused.diag.message_primary}",
+            hint=f"run: cdc db grant{self._option} --consumer ROLE",
+        )
 
     async def _refuse_filtered(self, reader: psycopg.AsyncConnection) -> None:
         """Filtered rows would look like an outbox without work."""
@@ -476,13 +485,13 @@ def _array(values: Iterable[int | UUID]) -> str:
 
 def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
     (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,
-     crashed, caused_by, depth, replay_of, held) = record  # fmt: skip
+     crashed, caused_by, depth, replay_of, held, barred) = record  # fmt: skip
     change = read_change(
         id_, seq, shard, entity_type, entity_id, table_schema, table, operation, old, new, metadata,
         changed_at, failures + crashed + 1, requeued, crashed, caused_by, depth or 0, replay_of, None,
         len(old or b"") + len(new or b"") + len(metadata or b""),
     )  # fmt: skip
-    return _ROW((change, held))
+    return _ROW((change, held, barred))
 
 
 def _xid(wide: int) -> int:

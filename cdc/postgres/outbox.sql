@@ -35,12 +35,18 @@ CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE NOT processed AND next_att
   WHERE {same_key} AND {holds} AND w.seq < c.seq
 ) ELSE false END
 
+-- name: barred
+-- Not a statement: whether a TRUNCATE keeps n from starting, as an expression over n. A function, which sees what this
+-- statement sees, because to set up what it reads would cost a fetch a seventh also while there is no barrier.
+CASE WHEN (SELECT EXISTS (SELECT FROM {barriers})) THEN {is_barred}(coalesce(n.entity_type, n.table_name), n.seq)
+     ELSE false END
+
 -- name: texts
 -- Not a statement: n as every read of changes has it, with its documents as the texts that are sent. Only the text
 -- shows a document's size: the stored form may be compressed, and a number of 10 bytes may have 100,000 digits.
 n.seq, n.shard, n.id, n.entity_type, n.entity_id, n.table_schema, n.table_name, n.operation,
 n.old_data::text AS old_data, n.new_data::text AS new_data, n.metadata::text AS metadata,
-n.changed_at, n.error_count, n.started_by, n.caused_by, n.depth, n.replay_of
+n.changed_at, n.error_count, n.started_by, n.caused_by, n.depth, n.replay_of, {barred} AS barred
 
 -- name: readable
 -- Not a statement: whether n is not among the changes that must not be read.
@@ -56,23 +62,28 @@ coalesce(sum(
 
 -- name: columns
 -- Not a statement: the columns that every read of changes returns, in the order in which rows are unpacked. For a row
--- that does not fit, only the number. A depth of 0 is not sent, since it is that of most rows. Two types that no column of
+-- that does not fit, only the number; for one that must not start, no document. A depth of 0 is not sent, since it is that of most rows. Two types that no column of
 -- ours has mark what is loaded in another way: varchar a document that stays unread, bpchar the operation.
 c.seq, c.shard, CASE WHEN c.fits THEN c.id END AS id,
 CASE WHEN c.fits THEN coalesce(c.entity_type, c.table_name)::text END AS type, CASE WHEN c.fits THEN c.entity_id::text END,
 CASE WHEN c.fits THEN c.table_schema::text END, CASE WHEN c.fits THEN c.table_name::text END, c.operation::bpchar,
-CASE WHEN c.fits THEN c.old_data::varchar END, CASE WHEN c.fits THEN c.new_data::varchar END,
-CASE WHEN c.fits THEN c.metadata::varchar END, c.changed_at, c.error_count,
+CASE WHEN c.fits AND NOT c.barred THEN c.old_data::varchar END,
+CASE WHEN c.fits AND NOT c.barred THEN c.new_data::varchar END,
+CASE WHEN c.fits AND NOT c.barred THEN c.metadata::varchar END, c.changed_at, c.error_count,
 coalesce(c.started_by <> %(process)s, false) AS crashed, c.caused_by, nullif(c.depth, 0) AS depth, c.replay_of,
-CASE WHEN c.fits THEN {held} END AS held
+CASE WHEN c.fits THEN {held} END AS held, c.barred
 
 -- name: check
 -- Whether the table exists, has the columns of this version, and may be read.
 SELECT {every_column} FROM {changes} LIMIT 0
 
+-- name: check_barriers
+-- The same of the table of TRUNCATEs that are not settled.
+SELECT entity_type, seq, id, examined, clear FROM {barriers} LIMIT 0
+
 -- name: filtered
 -- Tables of the outbox that would show this role only some of their rows; our sessions are refused there.
-SELECT t.name FROM unnest(ARRAY[{regclass}, {shards_regclass}]) AS t(name)
+SELECT t.name FROM unnest(ARRAY[{regclass}, {shards_regclass}, {barriers_regclass}]) AS t(name)
 WHERE row_security_active(to_regclass(t.name)::oid)
 
 -- name: missing_rights
@@ -85,6 +96,11 @@ UNION ALL
 SELECT string_agg(name, ', '), {shards_regclass}
 FROM unnest(%(shard_rights)s::text[]) AS r(name)
 WHERE NOT has_table_privilege({shards_regclass}::regclass, name)
+HAVING count(*) > 0
+UNION ALL
+SELECT string_agg(name, ', '), {barriers_regclass}
+FROM unnest(%(barrier_rights)s::text[]) AS r(name)
+WHERE NOT has_table_privilege({barriers_regclass}::regclass, name)
 HAVING count(*) > 0
 
 -- name: fetch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
-from cdc.core.model import Change, WakeUp
+from cdc.core.model import Change, ChangeState, WakeUp
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Scanned, Snapshot
@@ -117,6 +117,17 @@ class DueLater:
         if self.overdue_s:
             return f"{count}, the first overdue by {format_duration(self.overdue_s)}"
         return f"{count}, the first in {format_duration(self.next_s)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """A TRUNCATE that holds back its type. ``clear``: all before it is settled, so it may start."""
+
+    entity_type: str
+    seq: int
+    state: ChangeState
+    age_s: float
+    clear: bool
 
 
 def ended_by(cut: Sequence[WakeUp], ends: dict[int, Scanned]) -> dict[int, Scanned]:

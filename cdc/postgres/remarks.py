@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cdc.core.model import Operation
-from cdc.postgres.tracked_tables import Fires, SourceTable, Tracked, matches, named
+from cdc.postgres.tracked_tables import Fires, SourceTable, Tracked, Truncate, matches, named
 
 TRIGGERS, TWICE, ORDER, MISSED, TYPES, SCHEMAS, VIRTUAL, CASTS, HIDDEN, HANDLED = (
     "triggers", "captured-twice", "trigger-order", "missed-rows", "shared-types", "all-schemas", "virtual-columns",
@@ -78,10 +78,34 @@ def faults(tracked: Tracked) -> Iterator[Remark]:
             f"{table} has no column {named(gone)}, which is to be captured",
             f"name what is to be captured: cdc track {table} --columns COLUMNS",
         )
+    yield from _truncates(tracked)
     if silent := [] if tracked.enabled else [tracked.table, *(copy.spelt for copy in tracked.copies)]:
         yield _silent(tracked, silent[:1])
     elif tracked.off:
         yield _silent(tracked, [copy.spelt for copy in tracked.off])
+
+
+def _truncates(tracked: Tracked) -> Iterator[Remark]:
+    """Triggers for TRUNCATE that do not go with the one for rows."""
+    again = f"cdc track {tracked.table} --truncate " + (tracked.truncates[0].does if tracked.truncates else "")
+    if len(tracked.truncates) > 1:
+        names = " and ".join(each.trigger for each in tracked.truncates)
+        yield Remark(TRIGGERS, f"a TRUNCATE of {tracked.table} fires {names}", again)
+    for each in tracked.truncates:
+        if each.entity_type != (tracked.entity_type or ""):
+            yield Remark(
+                TRIGGERS,
+                f"{each.trigger} of {tracked.table} is about the type {each.entity_type or tracked.root}, and"
+                f" {tracked.trigger} captures {tracked.effective_type}",
+                again,
+            )
+        if tracked.enabled and each.fires != tracked.fires:
+            yield Remark(
+                TRIGGERS,
+                f"{each.trigger} of {tracked.table} fires for other sessions than {tracked.trigger}: it is"
+                f" {each.fires}, not {tracked.fires}",
+                again,
+            )
 
 
 def _silent(tracked: Tracked, places: Sequence[str]) -> Remark:
@@ -212,6 +236,13 @@ def _missed(table: SourceTable, tracked: Tracked) -> Iterator[Remark]:
             MISSED,
             f"a subscription writes {table.spelt}, and what it writes is not captured",
             f"to capture that too: cdc track {table.spelt} --always",
+        )
+    if table.kind == "p" and tracked.truncate != Truncate.IGNORE:
+        done = "captured" if tracked.truncate == Truncate.EVENT else "refused"
+        yield Remark(
+            MISSED,
+            f"a TRUNCATE of {table.spelt} is {done}, and one of a partition of it is not",
+            "DELETE captures each row",
         )
     moved = {Operation.INSERT, Operation.DELETE} - set(tracked.operations)
     if table.kind == "p" and Operation.UPDATE in tracked.operations and moved:

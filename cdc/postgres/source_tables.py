@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import psycopg
-from psycopg import errors
+from psycopg import errors, sql
 
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, UsageError
 from cdc.postgres import capture_catalog
@@ -116,3 +116,14 @@ def _similar(connection: psycopg.Connection, name: str) -> str:
     near = set(difflib.get_close_matches(bare, [table.lower() for _, table in rows], n=3))
     spelt = sorted(spell(connection, [oid for oid, table in rows if table.lower() in near]).values())
     return f"did you mean {' or '.join(spelt[:3])}?" if spelt else "write the schema with it: schema.table"
+
+
+def as_owner(connection: psycopg.Connection, statement: sql.Composed) -> None:
+    """Run a statement for which the right TRIGGER is not enough."""
+    try:
+        connection.execute(statement)
+    except errors.InsufficientPrivilege as denied:
+        raise RefusedError(
+            f"the role may not do this: {denied.diag.message_primary}",
+            hint=f"have the owner of the table run: {statement.as_string()}",
+        ) from denied

@@ -38,6 +38,24 @@ class Fires(StrEnum):
     DISABLED = "disabled"
 
 
+class Truncate(StrEnum):
+    """What a TRUNCATE of the table is: a change of its own, an error, or nothing that is captured."""
+
+    EVENT = "event"
+    REFUSE = "refuse"
+    IGNORE = "ignore"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TruncateTrigger:
+    """A statement trigger that calls capture_truncate(). ``entity_type`` "": that by the table's name."""
+
+    trigger: str
+    entity_type: str
+    does: Truncate
+    fires: Fires = Fires.ORIGIN
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
     """The copy on one partition that PostgreSQL makes of a partitioned table's trigger."""
@@ -76,6 +94,7 @@ class Tracked:
     """False for a trigger made by hand."""
     more: tuple[tuple[str, str], ...] = ()
     """Further options, each with its JSON."""
+    truncate: Truncate = Truncate.IGNORE
     update_of: tuple[str, ...] = ()
     """An UPDATE is captured if it sets one of these; empty: any."""
     when: str = ""
@@ -95,6 +114,8 @@ class Tracked:
     earlier: tuple[str, ...] = field(default=(), compare=False)
     """Other AFTER ROW triggers that fire before it."""
     copies: tuple[Copy, ...] = field(default=(), compare=False)
+    truncates: tuple[TruncateTrigger, ...] = field(default=(), compare=False)
+    """Those that the table has."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -149,6 +170,7 @@ class Tracked:
             "fires": self.fires,
             "disabled_partitions": [copy.spelt for copy in self.off],
             "missing": list(self.missing),
+            "truncate": self.truncate,
             "update_of": list(self.update_of),
             "when": self.when,
             "only": self.only,
@@ -203,6 +225,7 @@ class Asked:
 
     entity_type: str | None = None
     operations: tuple[Operation, ...] | None = None
+    truncate: Truncate | None = None
     update_of: tuple[str, ...] | None = None
     when: str | None = None
     key: tuple[str, ...] | None = None
@@ -290,6 +313,7 @@ def decide(
         key=tuple(dict.fromkeys(key)) or _default_key(source),
         exclude=tuple(dict.fromkeys(exclude)),
         columns=tuple(dict.fromkeys(columns)),
+        truncate=before.truncate if asked.truncate is None else asked.truncate,
         update_of=tuple(dict.fromkeys(update_of)),
         when=before.when if asked.when is None else asked.when,
         fires=_fires(asked.always, before.fires),
@@ -339,6 +363,7 @@ def described(tracked: Tracked) -> str:
     parts += [f"only {named(tracked.columns)}"] if tracked.columns else []
     parts += [f"without {named(tracked.exclude)}"] if tracked.exclude else []
     parts += ["writers may handle changes themselves"] if tracked.handled else []
+    parts += [f"truncate {tracked.truncate}"] if tracked.truncate != Truncate.IGNORE else []
     parts += [tracked.only] if tracked.only else []
     parts += [f"fires {tracked.fires}"] if tracked.fires != Fires.ORIGIN else []
     return "; ".join(parts)

@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 import psycopg
 from psycopg import errors, sql
 
-from cdc.core.errors import CdcError, NotFoundError, RefusedError, UsageError
-from cdc.core.model import Operation, former_trigger_name, trigger_name
-from cdc.postgres import capture_catalog, remarks, source_tables
+from cdc.core.errors import NotFoundError, RefusedError, UsageError
+from cdc.core.model import Operation, trigger_name
+from cdc.postgres import capture_catalog, former_triggers, remarks, source_tables, truncate_triggers
 from cdc.postgres.capture_catalog import CaptureFunction
 from cdc.postgres.tracked_tables import (
     FLAGS,
@@ -26,15 +26,19 @@ from cdc.postgres.tracked_tables import (
     Fires,
     SourceTable,
     Tracked,
+    Truncate,
     arguments,
     decide,
     losses,
     remembered,
 )
+from cdc.postgres.trigger_statements import dropping, enabling
 
 T = TypeVar("T")
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
-_OURS = ("entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills", "cdc_due_changes")
+_OURS = (
+    "entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
+)  # fmt: skip
 """Tables of the outbox itself."""
 _REFUSALS = {"42", "22", "0A"}
 """Classes of errors by which the server refuses a condition: it cannot be read, a constant in it, what it uses."""
@@ -81,14 +85,6 @@ class Decision:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Renaming:
-    """One trigger with our former name. ``refused``: why it keeps that name."""
-
-    table: str
-    refused: str = ""
-
-
 def track(
     connection: psycopg.Connection,
     schema: str,
@@ -98,6 +94,7 @@ def track(
     operations: Sequence[Operation] | None = None,
     update_of: Sequence[str] | None = None,
     when: str | None = None,
+    truncate: Truncate | None = None,
     key: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
@@ -113,8 +110,8 @@ def track(
     An option that is None stays as the table's trigger has it; a new one has all operations and columns, the type by
     the table's name, and as key the column id, else the primary key. In ``entity_type`` "{schema}" stands for the
     table's schema. ``update_of``, with ``operations``: only an UPDATE that sets one of these columns is captured.
-    ``when``: a condition on OLD and NEW, as SQL; "" takes it away. ``dry_run``: all of it is rolled back; what was done
-    is in ``script``.
+    ``when``: a condition on OLD and NEW, as SQL; "" takes it away. ``truncate``: what a TRUNCATE of the table is; at
+    first it is ignored. ``dry_run``: all of it is rolled back; what was done is in ``script``.
 
     Raises NotFoundError for a table that does not exist, UsageError for one that cannot be tracked, columns it does not
     have or a condition that the server refuses, RefusedError where the function could not write the outbox, where a
@@ -123,7 +120,7 @@ def track(
     would be lost. Writers of the table wait while the trigger is made, up to 5 s.
     """
     asked = Asked(
-        entity_type=entity_type, operations=_frozen(operations), update_of=_frozen(update_of),
+        entity_type=entity_type, operations=_frozen(operations), update_of=_frozen(update_of), truncate=truncate,
         when=None if when is None else when.strip(), key=_frozen(key), exclude=_frozen(exclude),
         columns=_frozen(columns), always=always, handled=handled, schema_in_key=schema_in_key, shared_key=shared_key,
     )  # fmt: skip
@@ -146,8 +143,9 @@ def track_as(
         done, others = _track(connection, schema, table, asked, like=like, judged=judged, replace=replace)
         if not dry_run:
             return done
-        drops = [_drop_statement(other).as_string() for other in others]
-        done = replace_fields(done, script=(*drops, *capture_catalog.statements(connection, done.tracked)))
+        drops = [dropping(other).as_string() for other in others]
+        truncates = truncate_triggers.script(schema, done.tracked, done.before)
+        done = replace_fields(done, script=(*drops, *capture_catalog.statements(connection, done.tracked), *truncates))
         raise psycopg.Rollback
     return done
 
@@ -164,7 +162,9 @@ def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tra
         if not found:
             raise NotFoundError(f"{source.spelt} is not tracked", hint="`cdc tracked` lists the tables that are")
         for trigger in found:
-            _as_owner(connection, _drop_statement(trigger))
+            source_tables.as_owner(connection, dropping(trigger))
+        for each in found[0].truncates:
+            source_tables.as_owner(connection, dropping(found[0], each.trigger))
         return found
 
 
@@ -182,26 +182,6 @@ def find(connection: psycopg.Connection, schema: str, table: str) -> tuple[Sourc
         capture = capture_catalog.capture_function(connection, schema)
         source = source_tables.resolve(connection, capture, schema, table)
         return source, source_tables.triggers(connection, capture, schema, source.oid)
-
-
-def rename_former(connection: psycopg.Connection, schema: str) -> list[Renaming]:
-    """Rename our triggers of former versions so that they fire first, each in a transaction of its own.
-
-    Takes ACCESS EXCLUSIVE on each such table for a moment. A trigger keeps its name where that lock is not granted
-    within 5 s, or the role does not own the table; its Renaming says so.
-    """
-    done = []
-    for each in tracked(connection, schema):
-        if each.trigger != former_trigger_name(schema):
-            continue
-        try:
-            with source_tables.changing(connection, each.table):
-                _rename(connection, each, trigger_name(schema))
-            done.append(Renaming(each.table))
-        except (CdcError, errors.DuplicateObject) as refused:
-            why = str(refused) if isinstance(refused, CdcError) else "there is one of the new name"
-            done.append(Renaming(each.table, why))
-    return done
 
 
 def judge(
@@ -226,7 +206,7 @@ def judge(
         _refuse_doubled(source, others)
         # The server alone knows whether a condition that is named is another than before.
         _refuse_losses(source, before, replace_fields(wanted, when=before.when) if before and asked.when else wanted)
-    different = _is_different(before, wanted, always=asked.always)
+    different = _is_different(before, wanted, always=asked.always) or truncate_triggers.differ(schema, before, wanted)
     return Decision(source=source, wanted=wanted, before=before, others=tuple(others), different=different)
 
 
@@ -267,14 +247,18 @@ def _track(
         refuse_shared_keys([decided], everywhere)
     wanted, before, others = decided.wanted, decided.before, decided.others
     for other in others:
-        _as_owner(connection, _drop_statement(other))
+        source_tables.as_owner(connection, dropping(other))
     changed = decided.different
     if changed or asked.when:
         _refuse_foreign(connection, capture, source, wanted.trigger)
-        _rename_former(connection, schema, [each for each in everywhere if each.oid == source.oid])
+        former_triggers.rename(connection, schema, [each for each in everywhere if each.oid == source.oid])
         _create(connection, schema, source, wanted, of_user=bool(asked.when))
         _set_firing(connection, capture, schema, source, before, always=asked.always)
     made = next(each for each in source_tables.triggers(connection, capture, schema, source.oid) if each.ours)
+    if statements := truncate_triggers.replacing(schema, made, wanted.truncate):
+        for statement in statements:
+            source_tables.as_owner(connection, statement)
+        made = next(each for each in source_tables.triggers(connection, capture, schema, source.oid) if each.ours)
     if not replace:
         _refuse_losses(source, before, made)
     changed = changed or before is None or made.when != before.when
@@ -432,43 +416,7 @@ def _set_firing(
         enabled = Fires.ORIGIN if kept == Fires.DISABLED else kept
         wanted = enabled if always is None else Fires.ALWAYS if always else Fires.ORIGIN
         if wanted != fires:
-            _as_owner(connection, capture_catalog.enabling(namespace, name, made.trigger, wanted))
-
-
-def _rename_former(connection: psycopg.Connection, schema: str, present: Sequence[Tracked]) -> None:
-    new = trigger_name(schema)
-    taken = any(each.trigger == new for each in present)
-    for each in present:
-        if each.trigger == former_trigger_name(schema):
-            if taken:
-                _as_owner(connection, _drop_statement(each))
-            else:
-                _rename(connection, each, new)
-
-
-def _rename(connection: psycopg.Connection, trigger: Tracked, new: str) -> None:
-    """Up to PostgreSQL 14 the copies on partitions must be renamed, too."""
-    places = [(trigger.namespace, trigger.name, trigger.trigger)]
-    if connection.info.server_version < 150_000:
-        places += [(copy.namespace, copy.name, copy.trigger) for copy in trigger.copies]
-    for namespace, name, old in places:
-        _as_owner(
-            connection,
-            sql.SQL("ALTER TRIGGER {} ON {} RENAME TO {}").format(
-                sql.Identifier(old), sql.Identifier(namespace, name), sql.Identifier(new)
-            ),
-        )
-
-
-def _as_owner(connection: psycopg.Connection, statement: sql.Composed) -> None:
-    """Run a statement for which the right TRIGGER is not enough."""
-    try:
-        connection.execute(statement)
-    except errors.InsufficientPrivilege as denied:
-        raise RefusedError(
-            f"the role may not do this: {denied.diag.message_primary}",
-            hint=f"have the owner of the table run: {statement.as_string()}",
-        ) from denied
+            source_tables.as_owner(connection, enabling(namespace, name, made.trigger, wanted))
 
 
 def _refuse_foreign(
@@ -484,9 +432,3 @@ def _refuse_foreign(
             f"{source.spelt} has a trigger {trigger} that is not ours",
             hint="rename it: ALTER TRIGGER ... ON ... RENAME TO ...",
         )
-
-
-def _drop_statement(trigger: Tracked) -> sql.Composed:
-    return sql.SQL("DROP TRIGGER {} ON {}").format(
-        sql.Identifier(trigger.trigger), sql.Identifier(trigger.namespace, trigger.name)
-    )

@@ -247,6 +247,7 @@ class Consumer:
         """Those that fit, and the numbers of the others."""
         fit = self._dice.randint(1, len(rows)) if rows and self._dice.random() < _LARGE else len(rows)
         self._promises.happened["a change did not fit into a page"] += len(rows) - fit
+        self._promises.happened["a TRUNCATE kept a change from starting"] += sum(row.barred for row in rows[:fit])
         return rows[:fit], [WakeUp(row.change.seq, row.change.shard) for row in rows[fit:]]
 
     def _fetch(self, fetch: Fetch) -> Callable[[], None]:
@@ -285,7 +286,8 @@ class Consumer:
 
         def answer() -> None:
             for resume, rows, there in found:
-                self.scheduler.admit_key_read(resume, rows, complete=len(rows) == len(there) < per_key)
+                admitted = self.scheduler.admit_key_read(resume, rows, complete=len(rows) == len(there) < per_key)
+                self.planner.throttle(admitted.rejected, self._server.now)
 
         return answer
 

@@ -39,6 +39,7 @@ class Promises:
                 assert change.seq not in unsettled, f"{change!r} has finished and starts again"
                 self._is_as_read(call, change)
                 self._is_next(call, change, unsettled)
+                self._keeps_to_truncates(change)
             self.happened["a change started" if call.session.alive else "a change started without a session"] += 1
         for key in {change.key for change in call.changes}:
             seqs = [change.seq for change in call.changes if change.key == key and not self._requeued_late(change)]
@@ -68,6 +69,13 @@ class Promises:
                 assert outcome is not None, f"{change!r} overtakes {earlier}"
                 assert not outcome.blocks_key, f"{change!r} overtakes {earlier}, which failed"
                 assert not call.kind.transactional, f"{change!r} would be marked before {earlier}"
+
+    def _keeps_to_truncates(self, change: Change) -> None:
+        record = self._server.rows[change.seq]
+        for earlier in self._server.visible():
+            if earlier.type == record.type and earlier.seq < record.seq and not earlier.requeued:
+                assert not earlier.truncates, f"{change!r} overtakes {earlier}"
+                assert not record.truncates or earlier.state == "paused", f"{change!r} does not wait for {earlier}"
 
     def _earlier(self, change: Change) -> list[Record]:
         """What of the key should have been settled before."""

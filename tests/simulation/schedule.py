@@ -21,6 +21,7 @@ from tests.simulation.promises import Promises
 from tests.simulation.server import SHARDS, Server, Session
 
 _KEYS = "abcdef"
+_TRUNCATES = "TU"
 _ROUNDS_MAX = 3_000
 _ROUND_S = 0.05
 
@@ -42,6 +43,7 @@ class Simulation:
         self._lossy = dice.random() < 0.5
         self._trouble = dice.choice([0.0, 0.5, 1.0, 3.0])
         self._failure = dice.choice([0.0, 0.1, 0.4])
+        self._truncates = dice.choice([0.0, 0.02, 0.1])
         self.server = Server(durable_slot=dice.random() < 0.3)
         self.promises = Promises(self.server)
         self.consumers = [self._new_consumer() for _ in range(consumers or dice.choice([1, 2, 3]))]
@@ -134,7 +136,7 @@ class Simulation:
         candidates = [xid for xid in self.server.open if xid not in self.server.flushed]
         xid = self._dice.choice(candidates) if candidates and self._dice.random() < 0.5 else self.server.begin()
         for _ in range(self._dice.choice([1, 1, 1, 5])):
-            self.server.write(xid, self._dice.choice(_KEYS))
+            self.server.write(xid, self._dice.choice(_TRUNCATES if self._dice.random() < self._truncates else _KEYS))
 
     def _flush(self) -> None:
         if candidates := [xid for xid in self.server.open if xid not in self.server.flushed]:
@@ -273,7 +275,7 @@ def _settings(dice: random.Random, full_passes: bool | None) -> Settings:
         return Kind(odds(0.4), odds(0.4), odds(0.3))
 
     passes, one_handler = odds(0.5), odds(0.5)
-    handlers = {key: (kind(), kind()) for key in _KEYS}
+    handlers = {key: (kind(), kind()) for key in _KEYS + _TRUNCATES}
     return Settings(
         kinds={key: (even, even if one_handler else odd) for key, (even, odd) in handlers.items()},
         capacity=dice.choice([4, 12, 40]),

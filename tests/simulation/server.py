@@ -21,8 +21,8 @@ from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Scanned, Snapshot
 
 SHARDS = 4
-TYPES = {"a": "t", "b": "u", "c": "t", "d": "u", "e": "v", "f": "t"}
-"""Key -> its entity type."""
+TYPES = {"a": "t", "b": "u", "c": "t", "d": "u", "e": "v", "f": "t", "T": "t", "U": "u"}
+"""Key -> its entity type. Capital letters are those of TRUNCATEs."""
 _SCAN_MAX = 5
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -45,6 +45,16 @@ class Record:
     locked_by: object | None = None
     requeued_late: bool = False
     """An operator has requeued the dead letter when later changes of its key had gone on."""
+    requeued: bool = False
+    """An operator has requeued it; a TRUNCATE may have started since it was dead."""
+
+    @property
+    def type(self) -> str:
+        return TYPES[self.key]
+
+    @property
+    def truncates(self) -> bool:
+        return self.key.isupper()
 
     @property
     def settled(self) -> bool:
@@ -52,9 +62,10 @@ class Record:
 
     def change(self) -> Change:
         return Change(
-            id=UUID(int=self.seq), seq=self.seq, shard=self.shard, entity_type=TYPES[self.key], entity_id=self.key,
-            table_schema="public", table="t", operation=Operation.INSERT, old=None, new=None, metadata=None,
-            changed_at=EPOCH, attempt=self.failures + 1, requeued=self.state == "waiting",
+            id=UUID(int=self.seq), seq=self.seq, shard=self.shard, entity_type=self.type, entity_id=self.key,
+            table_schema="public", table="t", operation=Operation.TRUNCATE if self.truncates else Operation.INSERT,
+            old=None, new=None, metadata=None, changed_at=EPOCH,
+            attempt=self.failures + 1, requeued=self.state == "waiting",
         )  # fmt: skip
 
 
@@ -127,10 +138,16 @@ class Server:
         return xid
 
     def write(self, xid: int, key: str) -> None:
-        """Under the source row's lock: nobody else may have an open change of the key."""
-        if any(key in keys for other, keys in self.open.items() if other != xid):
+        """Under the source row's lock: nobody else may have an open change of the key.
+
+        A TRUNCATE locks all keys of its type, also against one another.
+        """
+        locked = {each for each in TYPES if TYPES[each] == TYPES[key]} if key.isupper() else {key}
+        if any(locked & keys for other, keys in self.open.items() if other != xid):
             return
-        self.open[xid].add(key)
+        self.open[xid] |= locked
+        for each in locked:
+            self.unsettled.setdefault(each, {})
         record = Record(self._next_seq, key, sum(key.encode()) % SHARDS, xid)
         self._next_seq += 1
         self.rows[record.seq] = record
@@ -207,7 +224,15 @@ class Server:
     def _row(self, record: Record) -> Row:
         waits = ("waiting", "paused")
         earlier = (r for r in self.unsettled[record.key].values() if r.seq < record.seq and r.xid not in self.open)
-        return Row(record.change(), any(other.state in waits for other in earlier))
+        return Row(record.change(), any(other.state in waits for other in earlier), self.barred(record))
+
+    def barred(self, record: Record) -> bool:
+        """A TRUNCATE of its type comes before it; or it is one, and comes after what is neither processed nor dead."""
+        return any(
+            (earlier.truncates and not earlier.requeued_late) or (record.truncates and earlier.state != "paused")
+            for earlier in self.visible()
+            if earlier.type == record.type and earlier.seq < record.seq
+        )
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
@@ -312,6 +337,7 @@ class Server:
         """A dead letter is to be tried again."""
         assert record.state in ("dead", "paused")
         record.requeued_late = record.requeued_late or record.state == "dead"
+        record.requeued = True
         record.due_at, record.failures = self.now, 0
         self._becomes(record, "waiting")
 

@@ -297,3 +297,17 @@ def test_an_event_that_is_overdue_is_told(shop: str, db: psycopg.Connection) -> 
     db.execute("UPDATE cdc_due_changes SET due = now() - interval '5 minutes'")
     found = findings(shop, "--no-stream")["due-later"]
     assert (found["severity"], "due for 5 min" in found["detail"]) == ("warn", True)
+
+
+def test_a_truncate_that_holds_back_its_type_is_told(shop: str, db: psycopg.Connection) -> None:
+    assert findings(shop, "--no-stream")["truncates"]["detail"] == "none holds anything back"
+    db.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+    done(shop, "track", "orders", "--type", "order", "--truncate", "event")
+    db.execute("TRUNCATE orders")
+    found = findings(shop, "--no-stream")["truncates"]
+    assert (found["severity"], "of the type order holds back" in found["detail"]) == ("ok", True)
+    db.execute("UPDATE entity_changes SET changed_at = now() - interval '10 minutes'")
+    found = findings(shop, "--no-stream")["truncates"]
+    assert (found["severity"], "for 10 min now: it waits for changes" in found["detail"]) == ("warn", True)
+    db.execute("UPDATE entity_changes SET processed = true")
+    assert findings(shop, "--no-stream")["truncates"]["detail"] == "none holds anything back"

@@ -156,7 +156,7 @@ ELSEWHERE = {
     },
     "test_server_versions": {"virtual-columns"},
     "it takes a decision": {"foreign-casts", "tables-with-row-security", "unrouted", "unhandled", "backlog",
-                            "due-later"},
+                            "due-later", "truncates"},
 }  # fmt: skip
 
 

@@ -299,6 +299,7 @@ def test_the_command_line_from_track_to_untrack(outbox: str, tasks: psycopg.Conn
         "key": ["id", "title"], "exclude": ["secret"], "columns": [], "virtual": False, "handled": False,
         "schema_in_key": False, "all_schemas": None, "enabled": True, "fires": "origin",
         "disabled_partitions": [], "missing": [], "update_of": [], "when": "", "only": "", "ours": True,
+        "truncate": "ignore",
     }  # fmt: skip
     assert json.loads(again.stdout) == {
         "schema": 1, "tracked": expected, "changed": False, "before": expected, "warnings": [],
@@ -314,7 +315,7 @@ def test_the_command_line_from_track_to_untrack(outbox: str, tasks: psycopg.Conn
     [
         (["track", "taks"], 4, "did you mean tasks?"),
         (["untrack", "tasks"], 4, "not tracked"),
-        (["track", "tasks", "--on", "insert,truncate"], 2, "expected insert, update, delete"),
+        (["track", "tasks", "--on", "insert,truncate"], 2, "--truncate"),
         (["track", "tasks", "--on", "insert,read"], 2, "expected insert, update, delete"),
         (["track", "tasks", "--on", ""], 2, "no operation"),
         (["track", "tasks", "--key", "titel"], 2, "did you mean title?"),

@@ -374,6 +374,20 @@ def test_a_type_that_has_no_room_is_read_on_when_it_has_some_and_its_shard_stays
     assert (throttled.per_shard, throttled.positions[0].cursor) == (50, 0)
 
 
+def test_a_type_that_was_refused_though_it_had_room_is_not_read_sooner_whatever_wake_ups_come(
+    planner: ReadPlanner,
+) -> None:
+    planner.throttle({"a": {0: 7}}, 1.0)
+    planner.notified([WakeUp(8, 0)])
+    fetch = _ask(planner, 1.1)
+    assert isinstance(fetch, Fetch)
+    planner.fetched(fetch, {8}, Snapshot(90, 95), 1.1)
+    planner.skipped("a", 0)
+    assert _ask(planner, 1.4) is None
+    assert planner.wait_s(1.4) == pytest.approx(REPASS_MAX_S - 0.4)
+    assert _sweep(planner, 1.0 + REPASS_MAX_S, "a").positions[0].cursor == 0
+
+
 def test_a_type_that_has_caught_up_is_no_longer_read_apart(planner: ReadPlanner) -> None:
     planner.throttle({"a": {0: 7}}, 1.0)
     planner.swept(_sweep(planner, 2.0, "a"), [WakeUp(7, 0)], {}, Snapshot(90, 95), 2.0)

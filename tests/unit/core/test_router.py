@@ -165,3 +165,20 @@ def test_which_changes_a_handler_gets_is_what_it_is_matched_with(name: str) -> N
             found |= {(entity_type, operation)} if described else set()
     assert found
     assert "ignored" in handled.others_than
+
+
+def test_only_a_handler_that_names_truncate_gets_one_for_it_is_about_no_row() -> None:
+    router = Router()
+    router.on("a")(_sync)
+    router.on("*", name="others")(_sync)
+    assert router.match("a", "TRUNCATE") is None
+    assert router.match("b", "TRUNCATE") is None
+
+    def any_type(change: Change) -> None: ...
+
+    def its_type(change: Change) -> None: ...
+
+    router.on("*", "TRUNCATE")(any_type)
+    router.on("b", "INSERT", "TRUNCATE")(its_type)
+    matched = [router.match(entity_type, "TRUNCATE") for entity_type in "ab"]
+    assert [handler and handler.function for handler in matched] == [any_type, its_type]

@@ -350,14 +350,14 @@ def test_one_type_does_not_fill_the_window_and_what_it_was_refused_is_returned_b
     shared: SettlingScheduler,
 ) -> None:
     admitted = shared.admit([row(seq, str(seq), entity_type="a", shard=seq % 2) for seq in range(1, 10)])
-    assert admitted == (7, {"a": {0: 8, 1: 9}})
+    assert admitted == (7, {"a": {0: 8, 1: 9}}, False)
     assert (shared.window.free, shared.room_for("a"), shared.room_for("b").free) == (2, (0, 2), 1)
     assert shared.admit([row(10, entity_type="b")]).taken == 1
 
 
 def test_a_type_that_is_read_apart_is_passed_over(shared: SettlingScheduler) -> None:
     admitted = shared.admit([row(1, entity_type="a"), row(2, entity_type="b")], throttled={"a"})
-    assert admitted == (1, {})
+    assert admitted == (1, {}, False)
     assert not shared.knows(1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cdc.core.model import Operation
+from cdc.core.model import ChangeState, Operation
 from cdc.diagnostics import check_outbox, check_replication, check_server, check_tables
 from cdc.diagnostics.facts import (
     Astray,
@@ -41,7 +41,7 @@ from cdc.diagnostics.facts import (
 from cdc.diagnostics.findings import Absent, Finding, Severity, Unknown, fail, ok, run_checks, warn
 from cdc.diagnostics.fix_script import script
 from cdc.postgres import remarks
-from cdc.postgres.pages import DueLater
+from cdc.postgres.pages import Barrier, DueLater
 from cdc.postgres.tracked_tables import Copy, Fires, Tracked
 from cdc.postgres.tracked_tables import SourceTable as TrackedTable
 from tests.unit.replication.test_slot_health import slot
@@ -292,6 +292,14 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
     ("backlog", replace(BACKLOG, snoozed=2), WARN, "captured more than a day ago: 2", "cdc outbox discard ID"),
     ("due-later", replace(BACKLOG, due_later=DueLater(2, -300.0)), WARN, "due for 5 min", "cdc db grant"),
     ("due-later", replace(BACKLOG, due_later=None), UNKNOWN, "may not see", "cdc db grant"),
+    *(("truncates", replace(BACKLOG, barrier=Barrier("order", 7, state, 600.0, clear)), WARN,
+       rf"TRUNCATE 7 of the type order .* 10 min now: {why}", remedy)
+      for state, clear, why, remedy in (
+        (ChangeState.DEAD, True, "it is a dead letter that pauses", "cdc outbox discard 7, or retry it"),
+        (ChangeState.WAITING, True, "it waits for its next attempt", "cdc outbox discard 7"),
+        (ChangeState.FRESH, True, "all before it is settled", "does a consumer run"),
+        (ChangeState.FRESH, False, "it waits for changes of its type from before it", "cdc outbox list --type order"),
+    )),
     ("dead", replace(BACKLOG, dead=2), WARN, "dead letters: 2", "cdc outbox list --state dead"),
     ("handlers", replace(SUBJECT, handlers_error=("no module x", "install it")), FAIL, "no module x", "install it"),
     ("config", replace(SUBJECT, exposed_files=("cdc.toml",)), WARN, "cdc.toml", "chmod 600 cdc.toml"),

@@ -45,6 +45,9 @@ class _Store:
         self.starts.append(start)
         return DuePage([], 0.05, self.go_on)
 
+    async def advance(self, _reader: object) -> bool:
+        return False
+
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> _Store:
@@ -59,7 +62,7 @@ async def _look(store: _Store, scheduler: KeyScheduler | None = None) -> Reader:
     scheduler = scheduler or KeyScheduler(100)
     scheduler.ownership.acquire(Acquired([0]))
     made = Reader(
-        scheduler, planner, store, Metrics("cdc", Router()),  # type: ignore[arg-type]
+        scheduler, planner, store, store, Metrics("cdc", Router()),  # type: ignore[arg-type]
         sweep_interval_s=3600.0, poll_interval_s=3600.0,
     )  # fmt: skip
     reader: Any = None

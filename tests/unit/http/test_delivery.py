@@ -24,7 +24,7 @@ from standardwebhooks import Webhook
 from cdc.core.fast_change import Json, read_change
 from cdc.core.model import Change, Operation
 from cdc.http import cloudevents, endpoint_url, webhook_signature
-from cdc.http.delivery import AwayError, DeliveryError, OneOfThemError, RejectedError, _judge, _reason
+from cdc.http.delivery import AwayError, Delivery, DeliveryError, OneOfThemError, RejectedError, _judge, _reason
 from cdc.http.endpoint_url import Target
 from cdc.http.responses import AWAY, DEAD, Answer, Disposition
 from tests.changes import change
@@ -391,3 +391,11 @@ def test_a_model_gets_the_kind_of_number_that_it_asks_for() -> None:
 
     row = Row.model_validate(made.new)
     assert (str(row.a), row.b, row.c) == ("10.10", 10.1, 7)
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+def test_a_truncate_is_delivered_like_any_other_change(batch: int) -> None:
+    delivery = Delivery(endpoint_url.parse("http://127.0.0.1:1/"), types=["order"], batch=batch)
+    assert delivery.router.match("order", "TRUNCATE") is delivery.router.match("order", "INSERT") is not None
+    sent = json.loads(cloudevents.event(_full(operation=Operation.TRUNCATE, entity_id="", old=None, new=None), None))
+    assert (sent["type"], "subject" in sent, sent["data"]["new"]) == ("cdc.order.truncate", False, None)
