@@ -60,7 +60,9 @@ class Reader:
         self._store = store
         self._barriers = barriers
         self._barriers_at = 0.0
-        """When they are looked at next: at once where one has kept a change from starting."""
+        """When they are looked at next. At once where one has kept a change from starting; later and later, where not:
+        they may be of types that nobody handles."""
+        self._barriers_pause_s = REPASS_MAX_S
         self._barriers_interval_s = sweep_interval_s
         self._metrics = metrics
         self._pauses = pauses
@@ -105,7 +107,8 @@ class Reader:
         try:
             if now >= self._barriers_at:
                 left = await self._barriers.advance(reader)
-                self._barriers_at = now + (REPASS_MAX_S if left else self._barriers_interval_s)
+                self._barriers_at = now + (self._barriers_pause_s if left else self._barriers_interval_s)
+                self._barriers_pause_s = min(2 * self._barriers_pause_s, self._barriers_interval_s)
             try:
                 with self._scheduler.reading:
                     read = self.next.next(now)
@@ -185,7 +188,7 @@ class Reader:
         self._paging.read(list(map(_SIZE, found.rows)))
         admitted = self._scheduler.admit(found.rows, due=True)
         if admitted.barred:
-            self._barriers_at = 0.0
+            self._barred()
         self._metrics.wakeups.received.labels("retry").inc(admitted.taken)
         self._due.done(
             _now(), rejected=admitted.rejected, next_due_s=found.next_due_s, go_on=found.go_on, more=found.more
@@ -214,7 +217,7 @@ class Reader:
         now = self._measure(page, began)
         admitted = self._scheduler.admit(page.rows)
         if admitted.barred:
-            self._barriers_at = 0.0
+            self._barred()
         seen = [(row.change.seq, row.change.shard) for row in page.rows]
         notified = self._planner.swept(sweep, seen, admitted.rejected, page.snapshot, now, scanned=page.scanned)
         self._metrics.wakeups.received.labels("sweep").inc(max(0, admitted.taken - notified))
@@ -222,7 +225,10 @@ class Reader:
     def _rejected(self, admitted: Admitted, now: float) -> None:
         self._planner.throttle(admitted.rejected, now)
         if admitted.barred:
-            self._barriers_at = 0.0
+            self._barred()
+
+    def _barred(self) -> None:
+        self._barriers_at, self._barriers_pause_s = 0.0, REPASS_MAX_S
 
     def _measure(self, page: OutboxPage, began: float) -> float:
         """A page has come. Returns the time."""

@@ -130,7 +130,12 @@ SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
         AND (d.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, d.relowner, 'USAGE'))
         AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
           WHERE l.polrelid = d.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])
-      THEN 'a policy of its own on cdc_due_changes, since row level security is on' END
+      THEN 'a policy of its own on cdc_due_changes, since row level security is on' END,
+    CASE WHEN b.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
+        AND (b.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, b.relowner, 'USAGE'))
+        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
+          WHERE l.polrelid = b.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])
+      THEN 'a policy of its own on cdc_barriers, since row level security is on' END
   ], NULL) AS lacks
 FROM capture AS p
 JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace

@@ -118,33 +118,27 @@ class Store:
                 hint=f"run: cdc db upgrade{self._option}",
             ) from None
         except errors.InsufficientPrivilege as refused:
-            raise self._refused(refused) from None
+            raise SchemaError(
+                f"the role may not read {self._table}: {refused.diag.message_primary}",
+                hint=f"run: cdc db grant{self._option} --consumer ROLE",
+            ) from None
         if not settles:
             return
         try:
-            await reader.execute(self._statements["check_barriers"], {})
             rights = {"state": list(grants.STATE), "shard_rights": list(grants.SHARD_RIGHTS),
                       "barrier_rights": list(grants.BARRIER_RIGHTS)}  # fmt: skip
             denied = await self._rows(reader, "missing_rights", rights)
-        except errors.UndefinedTable as missing:
+        except (errors.UndefinedTable, errors.UndefinedFunction) as missing:
             raise SchemaError(
                 f"the outbox does not fit this version: {missing.diag.message_primary}",
                 hint=f"run: cdc db upgrade{self._option}",
             ) from None
-        except errors.InsufficientPrivilege as refused:
-            raise self._refused(refused) from None
         if denied:
             lacking = [f"{rights} ON {table}" for rights, table in denied]
             raise SchemaError(
                 f"the role may not settle changes: it has no {', no '.join(lacking)}",
                 hint=f"run: cdc db grant{self._option} --consumer ROLE",
             )
-
-    def _refused(self, refused: psycopg.Error) -> SchemaError:
-        return SchemaError(
-            f"the role may not read {self._table}: {refused.diag.message_primary}",
-            hint=f"run: cdc db grant{self._option} --consumer ROLE",
-        )
 
     async def _refuse_filtered(self, reader: psycopg.AsyncConnection) -> None:
         """Filtered rows would look like an outbox without work."""

@@ -37,9 +37,10 @@ CASE WHEN (SELECT EXISTS (SELECT FROM {changes} WHERE NOT processed AND next_att
 
 -- name: barred
 -- Not a statement: whether a TRUNCATE keeps n from starting, as an expression over n. A function, which sees what this
--- statement sees, because to set up what it reads would cost a fetch a seventh also while there is no barrier.
-CASE WHEN (SELECT EXISTS (SELECT FROM {barriers})) THEN {is_barred}(coalesce(n.entity_type, n.table_name), n.seq)
-     ELSE false END
+-- statement sees, because to set up what it reads would cost a fetch a seventh also while there is no barrier. It is called
+-- for changes of the types that have one.
+CASE WHEN coalesce(n.entity_type, n.table_name) = ANY (ARRAY(SELECT DISTINCT b.entity_type FROM {barriers} AS b))
+     THEN {is_barred}(coalesce(n.entity_type, n.table_name), n.seq) ELSE false END
 
 -- name: texts
 -- Not a statement: n as every read of changes has it, with its documents as the texts that are sent. Only the text
@@ -77,10 +78,6 @@ CASE WHEN c.fits THEN {held} END AS held, c.barred
 -- Whether the table exists, has the columns of this version, and may be read.
 SELECT {every_column} FROM {changes} LIMIT 0
 
--- name: check_barriers
--- The same of the table of TRUNCATEs that are not settled.
-SELECT entity_type, seq, id, examined, clear FROM {barriers} LIMIT 0
-
 -- name: filtered
 -- Tables of the outbox that would show this role only some of their rows; our sessions are refused there.
 SELECT t.name FROM unnest(ARRAY[{regclass}, {shards_regclass}, {barriers_regclass}]) AS t(name)
@@ -102,6 +99,9 @@ SELECT string_agg(name, ', '), {barriers_regclass}
 FROM unnest(%(barrier_rights)s::text[]) AS r(name)
 WHERE NOT has_table_privilege({barriers_regclass}::regclass, name)
 HAVING count(*) > 0
+UNION ALL
+SELECT 'EXECUTE', 'FUNCTION ' || {barred_regprocedure}
+WHERE NOT has_function_privilege({barred_regprocedure}::regprocedure, 'EXECUTE')
 
 -- name: fetch
 -- By number: the fresh ones among these changes, in the order asked for. LIMIT makes it one probe of the index for

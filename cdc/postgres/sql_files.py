@@ -20,7 +20,7 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
     These are ``{changes}``, the table, and ``{every_column}`` of it; ``{regclass}``, its name as a literal;
     ``{backfills}``, the table of backfills; ``{due_changes}``, that of what is due later, and its function
     ``{publish_due}``; ``{barriers}``, that of TRUNCATEs that are not settled, ``{barriers_regclass}``, and
-    ``{is_barred}``, a function;
+    ``{is_barred}``, a function, and ``{barred_regprocedure}``;
     ``{shards_regclass}``, the same for the table of owners; and blocks that are expressions, from outbox.sql or from
     further up in the same file. ``instead``: in place of the blocks of these names.
     """
@@ -32,6 +32,7 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
         "due_changes": table(schema, "cdc_due_changes"),
         "barriers": table(schema, "cdc_barriers"),
         "is_barred": table(schema, "barred"),
+        "barred_regprocedure": _in_text(sql.Literal(f"{sql.Identifier(schema, 'barred').as_string()}(text, bigint)")),
         "barriers_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_barriers").as_string())),
         "publish_due": table(schema, "publish_due"),
         "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),

@@ -29,7 +29,7 @@ class Broken:
 
 
 _FUNCTIONS = ("bounded_text", "captured_row", "capture_entity_change", "default_entity_type", "publish_change",
-              "capture_rows")  # fmt: skip
+              "capture_rows", "capture_truncate")  # fmt: skip
 _WITHOUT_A_ROLE = "".join(f"ALTER FUNCTION {name} OWNER TO {{owner}};" for name in _FUNCTIONS)
 _ORDERS = "CREATE TABLE orders (id int PRIMARY KEY, card text);"
 _BY_HAND = "CREATE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION capture_entity_change({});"
@@ -78,6 +78,11 @@ BROKEN = {
     "row security of what is due later without a policy": Broken(
         "capture-function",
         "DROP POLICY cdc_capture ON cdc_due_changes; ALTER TABLE cdc_due_changes ENABLE ROW LEVEL SECURITY",
+    ),
+    "it may not write what holds back": Broken("capture-function", "REVOKE ALL ON cdc_barriers FROM {captures}"),
+    "row security of what holds back without a policy": Broken(
+        "capture-function",
+        "DROP POLICY cdc_capture ON cdc_barriers; ALTER TABLE cdc_barriers ENABLE ROW LEVEL SECURITY",
     ),
     "row security": Broken("schema", "ALTER TABLE entity_changes ENABLE ROW LEVEL SECURITY"),
     "row security without a policy": Broken(

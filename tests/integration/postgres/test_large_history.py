@@ -168,8 +168,8 @@ def test_the_oldest_that_could_run_is_looked_for_among_the_first_of_each_shard(o
 # --- plans ---------------------------------------------------------------------------------------------------------
 
 _STATEMENTS = load("outbox.sql", "public")
-_NO_TABLE = {"cause": "sets a setting", "check": "LIMIT 0", "check_barriers": "LIMIT 0",
-             "missing_rights": "asks the catalog", "filtered": "asks the catalog"}  # fmt: skip
+_NO_TABLE = {"cause": "sets a setting", "check": "LIMIT 0", "missing_rights": "asks the catalog",
+             "filtered": "asks the catalog"}  # fmt: skip
 _INDEXES = {
     "chains": {"pkey"},
     "due": {"waiting", "pkey", "holding_back"},
