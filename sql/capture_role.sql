@@ -52,7 +52,13 @@ BEGIN
         -- Two databases and schemas may spell one name; and whatever it has elsewhere, these functions would have.
         OR v_role <> v_present AND EXISTS (
           SELECT FROM pg_catalog.pg_shdepend AS d WHERE d.refclassid = 'pg_catalog.pg_authid'::regclass
-            AND d.refobjid = r.oid AND d.deptype = 'o')))
+            AND d.refobjid = r.oid AND d.deptype = 'o'
+            -- What `cdc track` has made for tables stays with it while the others are given away.
+            AND NOT (d.classid = 'pg_catalog.pg_proc'::regclass
+              AND d.dbid = (SELECT b.oid FROM pg_catalog.pg_database AS b WHERE b.datname = pg_catalog.current_database())
+              AND EXISTS (SELECT FROM pg_catalog.pg_proc AS p
+                WHERE p.oid = d.objid AND p.pronamespace = pg_catalog.quote_ident(v_schema)::regnamespace
+                  AND pg_catalog.starts_with(p.proname::text, 'capture_table_'))))))
     THEN
       RAISE EXCEPTION 'the role % may do more than capture', v_role USING ERRCODE = '42501';
     END IF;

@@ -225,7 +225,7 @@ def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
 
 def _put_in_order(connection: Connection, schema_name: str) -> None:
     """What is no object of the schema: the names of our triggers on others' tables, and the next number."""
-    from cdc.postgres import former_triggers, sequence, tracking  # noqa: PLC0415 - see install
+    from cdc.postgres import former_triggers, sequence, table_functions, tracking  # noqa: PLC0415 - see install
 
     for renaming in former_triggers.rename_all(connection, schema_name, tracking.tracked(connection, schema_name)):
         if renaming.refused:
@@ -233,6 +233,8 @@ def _put_in_order(connection: Connection, schema_name: str) -> None:
             say(f"  as the owner of the table: cdc track {renaming.table}")
         else:
             say(f"renamed the trigger of {renaming.table}, which fires before others now")
+    for table in table_functions.refresh(connection, schema_name):
+        say(f"rewrote the function that captures {table}")
     before = sequence.catch_up(connection, schema_name)
     if before is not None:
         say(f"{before.sequence} goes on behind the highest number; it was at {before.last}")

@@ -30,7 +30,7 @@ from cdc.diagnostics.facts import (
     Unhandled,
 )
 from cdc.diagnostics.inspect_server import column, one
-from cdc.postgres import capture_catalog, migration_scripts, migrations, remarks, sequence
+from cdc.postgres import capture_catalog, migration_scripts, migrations, remarks, sequence, table_functions
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.barriers import Barriers
 from cdc.postgres.due import DueChanges
@@ -261,8 +261,13 @@ def capture(connection: psycopg.Connection, name: str) -> CaptureFunctionFacts:
 def captured(connection: psycopg.Connection, name: str) -> Captured:
     function = capture_catalog.capture_function(connection, name)
     triggers = capture_catalog.triggers(connection, function, name)
-    tables = capture_catalog.tables(connection, function.oid, name, [each.oid for each in triggers])
+    tables = capture_catalog.tables(connection, function, name, [each.oid for each in triggers])
     said = [remark for each in triggers for remark in remarks.faults(each)]
+    said += [
+        remarks.outdated(each)
+        for each, found, expected in table_functions.compared(connection, function, name)
+        if expected is None or not found.serves_as(expected)
+    ]
     said += [remark for each in triggers if each.oid in tables for remark in remarks.cautions(tables[each.oid], each)]
     said += [*remarks.doubled(triggers), *remarks.shared(triggers)]
     said += remarks.unmatched(

@@ -49,7 +49,7 @@ def plan(connection: psycopg.Connection, schema: str, table: str, asked: Asked, 
         source_tables.use_server_names(connection)
         capture = capture_catalog.capture_function(connection, schema)
         oids = _matching(connection, table, asked.all_schemas)
-        tables = capture_catalog.tables(connection, capture.oid, schema, oids, spell=source_tables.spell)
+        tables = capture_catalog.tables(connection, capture, schema, oids, spell=source_tables.spell)
         everywhere = source_tables.triggers(connection, capture, schema)
     like = tuple(each for each in everywhere if each.oid in tables and each.ours and not each.broken)
     decided, refused = list[Decision](), list[tuple[str, CdcError]]()

@@ -118,4 +118,8 @@ ORDER BY k.place
 -- What changes whenever one of the triggers that capture a table does, or its key. None where its name is another table's by
 -- now.
 SELECT t.oid, t.xmin::text, t.tgenabled, {key_order} FROM pg_trigger AS t
-WHERE t.tgrelid = %(table)s::oid AND t.tgrelid = to_regclass(%(name)s) AND t.tgfoid = %(capture)s::oid ORDER BY t.oid
+JOIN pg_proc AS f ON f.oid = t.tgfoid JOIN pg_proc AS c ON c.oid = %(capture)s::oid
+WHERE t.tgrelid = %(table)s::oid AND t.tgrelid = to_regclass(%(name)s)
+  AND (f.oid = c.oid OR f.pronamespace = c.pronamespace
+    AND starts_with(f.proname::text, 'capture_table_'))
+ORDER BY t.oid

@@ -206,6 +206,8 @@ class BackfillTable:
         elif triggers[0][-1] != self.key_order:
             raise key_is_another(self._source)
         elif triggers != self._triggers:
+            # A function that was made for this table meanwhile counts, too.
+            self._capture = capture_catalog.capture_function(self._connection, self._schema)
             found = capture_catalog.triggers(
                 self._connection, self._capture, self._schema, [self._source.oid], spell=capture_catalog.spell
             )

@@ -18,6 +18,7 @@ from cdc.core.errors import NotFoundError
 from cdc.core.model import CAPTURED, Operation, former_trigger_name, trigger_name
 from cdc.postgres import truncate_triggers
 from cdc.postgres.remarks import SettingOwner
+from cdc.postgres.table_capture import OF_A_TABLE
 from cdc.postgres.tracked_tables import (
     LISTS,
     Copy,
@@ -30,12 +31,12 @@ from cdc.postgres.tracked_tables import (
     read_options,
     read_remembered,
 )
-from cdc.postgres.trigger_statements import FIRES, enabling
+from cdc.postgres.trigger_statements import FIRES
 
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
 """Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
 _ROW = 1
-_FUNCTION_NAME = "capture_entity_change()"
+_NAME = "capture_entity_change"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,8 @@ class CaptureFunction:
     """capture_entity_change(). ``lacks``: rights that its owner, as whom it runs, needs and does not have."""
 
     oid: int
+    oids: tuple[int, ...]
+    """Its own, and those of the functions that are made for one table each (``table_capture``)."""
     name: str
     owner: str
     owner_is_superuser: bool
@@ -81,8 +84,12 @@ _FUNCTION = f"""
 WITH RECURSIVE capture AS (
   SELECT p.* FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
   WHERE n.nspname = %(schema)s AND p.proname = 'capture_entity_change' AND p.pronargs = 0
-), {_HELD.format(tables="SELECT t.tgrelid FROM pg_catalog.pg_trigger AS t JOIN capture ON capture.oid = t.tgfoid")}
-SELECT p.oid, pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
+), capturing AS (
+  SELECT f.oid FROM capture AS p JOIN pg_catalog.pg_proc AS f
+    ON f.oid = p.oid OR {OF_A_TABLE}
+), {_HELD.format(tables="SELECT t.tgrelid FROM pg_catalog.pg_trigger AS t JOIN capturing AS f ON f.oid = t.tgfoid")}
+SELECT p.oid, ARRAY(SELECT f.oid FROM capturing AS f) AS oids,
+  pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
   r.rolname::text AS owner, r.rolsuper AS owner_is_superuser,
   coalesce(c.relowner = p.proowner, false) AS owns_outbox,
   ARRAY(
@@ -155,14 +162,12 @@ _WRITTEN_LATER = (
     "due", "entity_type", "entity_id", "operation", "old_data", "new_data", "metadata", "caused_by", "depth",
 )  # fmt: skip
 
-_DEFINITION = "SELECT pg_catalog.pg_get_triggerdef(oid) FROM pg_catalog.pg_trigger WHERE tgrelid = %s AND tgname = %s"
-
 # The arguments are in the encoding of the database, each followed by a zero byte. SQL_ASCII is no encoding, and is not
 # converted.
 _TRIGGERS = """
 WITH RECURSIVE whole AS (
   SELECT t.oid AS trigger, t.* FROM pg_catalog.pg_trigger AS t
-  WHERE t.tgfoid = %(capture)s::oid AND t.tgparentid = 0::oid
+  WHERE t.tgfoid = ANY (%(capture)s::oid[]) AND t.tgparentid = 0::oid
     AND (%(tables)s::oid[] IS NULL OR t.tgrelid = ANY (%(tables)s::oid[]))
 ), copy (top, trigger, tgrelid, tgname, tgenabled) AS (
   SELECT trigger, trigger, tgrelid, tgname, tgenabled FROM whole
@@ -170,7 +175,7 @@ WITH RECURSIVE whole AS (
   SELECT copy.top, t.oid, t.tgrelid, t.tgname, t.tgenabled
   FROM pg_catalog.pg_trigger AS t JOIN copy ON t.tgparentid = copy.trigger
 )
-SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type,
+SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type, p.proname::text AS function,
   t.tgenabled::text AS fires, n.nspname::text AS namespace, c.relname::text AS name,
   coalesce((SELECT r.relname FROM pg_catalog.pg_class AS r WHERE r.oid = pg_catalog.pg_partition_root(t.tgrelid)),
     c.relname)::text AS root,
@@ -199,7 +204,8 @@ SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type,
       AND NOT EXISTS (  -- one that captures, for whichever outbox, writes nothing else
         SELECT FROM pg_catalog.pg_proc AS f
         JOIN pg_catalog.pg_class AS e ON e.relnamespace = f.pronamespace AND e.relname = 'entity_changes'
-        WHERE f.oid = o.tgfoid AND f.proname = 'capture_entity_change')
+        WHERE f.oid = o.tgfoid
+          AND f.proname ~ '^capture_(entity_change$|table_)')
     ORDER BY 1
   ) AS earlier,
   ARRAY(
@@ -210,6 +216,7 @@ SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type,
     WHERE copy.top = t.trigger AND copy.trigger <> t.trigger ORDER BY pn.nspname, pc.relname
   ) AS copies
 FROM whole AS t
+JOIN pg_catalog.pg_proc AS p ON p.oid = t.tgfoid
 JOIN pg_catalog.pg_class AS c ON c.oid = t.tgrelid
 JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
 CROSS JOIN LATERAL (
@@ -232,6 +239,11 @@ SELECT c.oid, n.nspname::text AS namespace, c.relname::text AS name,
   CASE WHEN c.relispartition THEN pg_catalog.pg_partition_root(c.oid)::oid END AS root,
   ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum) AS columns,
+  ARRAY(SELECT DISTINCT CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN t.typname::text ELSE '' END
+        FROM pg_catalog.pg_attribute AS a JOIN pg_catalog.pg_type AS v ON v.oid = a.atttypid
+        JOIN pg_catalog.pg_type AS t ON t.oid = CASE WHEN v.typcategory = 'A' AND v.typelem <> 0::oid
+          THEN v.typelem ELSE v.oid END
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY 1) AS types,
   ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
         WHERE a.attrelid = c.oid AND a.attnum > 0 AND a.attgenerated = 'v' ORDER BY a.attnum) AS virtual,
   ARRAY(
@@ -242,7 +254,8 @@ SELECT c.oid, n.nspname::text AS namespace, c.relname::text AS name,
     )
     SELECT child.oid FROM child JOIN pg_catalog.pg_class AS ch ON ch.oid = child.oid
     WHERE NOT ch.relispartition
-      AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger AS t WHERE t.tgrelid = ch.oid AND t.tgfoid = %(capture)s::oid)
+      AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger AS t WHERE t.tgrelid = ch.oid
+                      AND t.tgfoid = ANY (%(capture)s::oid[]))
     ORDER BY ch.relname
   ) AS children,
   c.relrowsecurity AS row_security,
@@ -350,8 +363,8 @@ def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunc
             f"schema {schema} has no capture_entity_change()", hint="run `cdc db install`, or look into --schema"
         )
     [row] = rows
-    return CaptureFunction(**{**row, "settings": tuple(row["settings"]), "lacks": tuple(row["lacks"]),
-                              "others": tuple(row["others"])})  # fmt: skip
+    lists = {name: tuple(row[name]) for name in ("oids", "settings", "lacks", "others")}
+    return CaptureFunction(**{**row, **lists})
 
 
 def sayings(connection: psycopg.Connection) -> list[SettingOwner]:
@@ -391,22 +404,12 @@ def triggers(
     spell: Spell = spell,
 ) -> list[Tracked]:
     """Every trigger that calls the function ``capture``, on these ``tables`` or all; without copies on partitions."""
-    parameters = {"capture": capture.oid, "tables": None if tables is None else list(tables)}
+    parameters = {"capture": list(capture.oids), "tables": None if tables is None else list(tables)}
     rows = _rows(connection, _TRIGGERS, parameters)
     spelt = spell(connection, {row["oid"] for row in rows} | {copy[0] for row in rows for copy in row["copies"]})
     ours = {trigger_name(schema), former_trigger_name(schema)}
     truncates = truncate_triggers.find(connection, schema, tables)
     return [_trigger(row, ours, spelt, capture, truncates.get(row["oid"], ())) for row in rows]
-
-
-def statements(connection: psycopg.Connection, tracked: Tracked) -> list[str]:
-    """SQL that makes a trigger as it is, with names that are valid on any search_path."""
-    made = connection.execute(_DEFINITION, [tracked.oid, tracked.trigger]).fetchall()
-    definitions = [str(definition).replace("CREATE TRIGGER", "CREATE OR REPLACE TRIGGER", 1) for (definition,) in made]
-    places = [(tracked.namespace, tracked.name, tracked.fires)]
-    places += [(copy.namespace, copy.name, copy.fires) for copy in tracked.copies]
-    unusual = [place for place in places if place[2] not in (Fires.ORIGIN, Fires.DISABLED)]
-    return definitions + [enabling(space, name, tracked.trigger, fires).as_string() for space, name, fires in unusual]
 
 
 def _trigger(
@@ -423,6 +426,7 @@ def _trigger(
     found = Tracked(
         table=spelt[row["oid"]],
         trigger=row["trigger"],
+        function="" if row["function"] == _NAME else row["function"],
         operations=tuple(operation for operation in CAPTURED if row["type"] & _TYPE_BITS[operation]),
         entity_type=_text(row["entity_type"]) or None,
         fires=FIRES[row["fires"]],
@@ -444,7 +448,7 @@ def _trigger(
     # A function that reads no arguments, such as the documented one, refuses none.
     unknown = capture.unknown(found.options) if "TG_ARGV" in capture.source else []
     if unknown and not found.broken:
-        return replace(found, broken=f"{_FUNCTION_NAME} knows no option {', '.join(unknown)}")
+        return replace(found, broken=f"{_NAME}() knows no option {', '.join(unknown)}")
     return found
 
 
@@ -459,10 +463,15 @@ def _text(raw: bytes | None) -> str:
 
 
 def tables(
-    connection: psycopg.Connection, capture: int, schema: str, oids: Sequence[int], *, spell: Spell = spell
+    connection: psycopg.Connection,
+    capture: CaptureFunction,
+    schema: str,
+    oids: Sequence[int],
+    *,
+    spell: Spell = spell,
 ) -> dict[int, SourceTable]:
-    """Those tables, by oid. ``capture`` is the function's."""
-    parameters = {"tables": list(oids), "capture": capture, "schema": schema}
+    """Those tables, by oid."""
+    parameters = {"tables": list(oids), "capture": list(capture.oids), "schema": schema}
     casts: dict[int, list[ForeignCast]] = {}
     for row in _rows(connection, _CASTS, parameters):
         casts.setdefault(row.pop("relation"), []).append(ForeignCast(**row))

@@ -27,8 +27,16 @@ from cdc.core.model import publication_name
 from cdc.postgres import capture_role, catalogs, migration_scripts, repairs
 from cdc.postgres.catalogs import Difference
 from cdc.postgres.migration_scripts import Migration
+from cdc.postgres.table_capture import OF_A_TABLE, PREFIX
 
 _TEMPORARY = "pg_temp"
+# capture_entity_change(), and what is made for one table each.
+_CAPTURING = f"""
+SELECT f.proname::text AS name, f.oid
+FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_proc AS f ON f.oid = p.oid OR {OF_A_TABLE}
+WHERE p.oid = pg_catalog.to_regprocedure(pg_catalog.format('%%I.capture_entity_change()', %s::text))
+ORDER BY 1
+"""  # noqa: S608 - of pieces of our own
 _HOLDING_CHANGES = ("entity_changes", "cdc_due_changes")
 
 
@@ -187,15 +195,19 @@ def _drop_triggers(connection: psycopg.Connection, schema: str) -> list[str]:
         "SELECT t.tgname, n.nspname, c.relname FROM pg_catalog.pg_trigger AS t"
         " JOIN pg_catalog.pg_class AS c ON c.oid = t.tgrelid"
         " JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace"
-        " WHERE t.tgfoid = pg_catalog.to_regprocedure(pg_catalog.format('%%I.capture_entity_change()', %s::text))"
-        " AND t.tgparentid = 0 ORDER BY n.nspname, c.relname, t.tgname",
-        [schema],
+        " WHERE t.tgfoid = ANY (%s::oid[]) AND t.tgparentid = 0 ORDER BY n.nspname, c.relname, t.tgname",
+        [list(_capturing(connection, schema).values())],
     ).fetchall()
     for trigger, namespace, table in triggers:
         connection.execute(
             sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(trigger), sql.Identifier(namespace, table))
         )
     return [f"trigger {trigger} on {namespace}.{table}" for trigger, namespace, table in triggers]
+
+
+def _capturing(connection: psycopg.Connection, schema: str) -> dict[str, int]:
+    """The oids of these functions, by their names."""
+    return dict(connection.execute(_CAPTURING.encode(), [schema]).fetchall())
 
 
 def _refuse_unprocessed(connection: psycopg.Connection, outbox: sql.Identifier) -> None:
@@ -222,6 +234,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
     # The order matters: a view is dropped before what it reads. An outbox that was not upgraded may lack some, and has
     # the publish_change() of an earlier version.
     objects = (
+        *(("FUNCTION", name, "()") for name in _capturing(connection, schema) if name.startswith(PREFIX)),
         ("VIEW", "recent_action_history", ""),
         ("VIEW", "action_processing_dashboard", ""),
         ("FUNCTION", "reprocess_failed_actions", "(text, integer)"),

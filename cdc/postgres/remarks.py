@@ -108,6 +108,16 @@ def _truncates(tracked: Tracked) -> Iterator[Remark]:
             )
 
 
+def outdated(tracked: Tracked) -> Remark:
+    """Of a table whose own capture function is not, or no more, what would be made for it."""
+    return Remark(
+        TRIGGERS,
+        f"{tracked.function}() was made for {tracked.table} as it was: capturing costs more now, and texts of a column"
+        " of a new type may depend on the writer's settings",
+        f"cdc track {tracked.table}, or cdc db upgrade where only its columns have changed",
+    )
+
+
 def _silent(tracked: Tracked, places: Sequence[str]) -> Remark:
     why = "fires for replicated rows only" if tracked.fires == Fires.REPLICA else "is disabled"
     return Remark(

@@ -14,12 +14,12 @@ import psycopg
 from psycopg import sql
 
 from cdc.postgres.catalogs import Difference
+from cdc.postgres.table_capture import CAPTURE_ROLE
 
 _TABLE = "table entity_changes"
 _CAPTURING = ("bounded_text", "captured_row", "capture_entity_change", "default_entity_type", "publish_change",
               "capture_rows", "capture_truncate")  # fmt: skip
 """Functions that capture_role.sql may give to a role of their own."""
-_CAPTURE_ROLE = "cdc_capture_"
 _COLUMN = re.compile(r"(?P<type>.*?)(?P<not_null> NOT NULL)?(?: DEFAULT (?P<default>.*))?", re.DOTALL)
 
 # The names that picture.sql uses.
@@ -62,7 +62,7 @@ def _given_back(schema: str, owners: Mapping[str, str]) -> Iterator[tuple[str, s
     if wanted != owners[_TABLE]:
         # The owners of all other objects are compared with that of the table.
         yield from ((f"owner of {name}", _give(schema, _TABLE, wanted)) for name in owners if owners[name] == wanted)
-    roles = {owner for name, owner in owners.items() if _captures(name) and owner.startswith(_CAPTURE_ROLE)}
+    roles = {owner for name, owner in owners.items() if _captures(name) and owner.startswith(CAPTURE_ROLE)}
     for name, owner in owners.items():
         goal = next(iter(roles)) if len(roles) == 1 and _captures(name) else wanted
         if name != _TABLE and owner != goal and owner not in (roles if _captures(name) else ()):

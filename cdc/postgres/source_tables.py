@@ -94,7 +94,7 @@ def resolve(connection: psycopg.Connection, capture: CaptureFunction, schema: st
                 connection.execute("SELECT pg_catalog.parse_ident(%s)", [name])
     except (errors.InvalidName, errors.InvalidParameterValue, errors.SyntaxError, errors.FeatureNotSupported) as bad:
         raise _no_name(name) from bad
-    found = {} if oid is None else capture_catalog.tables(connection, capture.oid, schema, [oid], spell=spell)
+    found = {} if oid is None else capture_catalog.tables(connection, capture, schema, [oid], spell=spell)
     if oid not in found:
         raise NotFoundError(f"there is no table {name}", hint=_similar(connection, name))
     return found[oid]

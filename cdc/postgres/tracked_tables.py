@@ -85,6 +85,8 @@ class Tracked:
     """Writers may declare by the setting cdc.handled that they handle a change themselves; no handler gets it."""
     schema_in_key: bool = False
     """The key says the schema first: it tells the rows of one table in many schemas apart."""
+    function: str = field(default="", compare=False)
+    """The name of its function, where that is made for the table; "": capture_entity_change()."""
     fires: Fires = Fires.ORIGIN
     all_schemas: str = ""
     """The pattern by which the table of this name is tracked in each schema that matches."""
@@ -201,6 +203,8 @@ class SourceTable:
     root: str | None
     """The partitioned table that it is a part of."""
     columns: tuple[str, ...]
+    types: tuple[str, ...] = ()
+    """Of its columns, those of elements for arrays: the server's own by their names in pg_type, any other as ""."""
     virtual: tuple[str, ...] = ()
     """Generated columns that are not stored."""
     primary_key: tuple[str, ...] = ()
@@ -252,6 +256,10 @@ def remembered(wanted: Tracked) -> str:
         return ""
     kept = {"schemas": wanted.all_schemas} | ({"type": wanted.type_template} if wanted.type_template else {})
     return json.dumps(kept)
+
+
+def all_arguments(wanted: Tracked) -> list[str]:
+    return [*arguments(wanted), *filter(None, [remembered(wanted)])]
 
 
 def read_remembered(text: str) -> dict[str, str]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import psycopg
-from psycopg import errors, sql
+from psycopg import errors
 
 from cdc.core.errors import NotFoundError, RefusedError, UsageError
 from cdc.core.model import Operation, trigger_name
-from cdc.postgres import capture_catalog, former_triggers, remarks, source_tables, truncate_triggers
+from cdc.postgres import capture_catalog, former_triggers, remarks, source_tables, table_functions, truncate_triggers
 from cdc.postgres.capture_catalog import CaptureFunction
 from cdc.postgres.tracked_tables import (
     FLAGS,
@@ -27,12 +27,11 @@ from cdc.postgres.tracked_tables import (
     SourceTable,
     Tracked,
     Truncate,
-    arguments,
+    all_arguments,
     decide,
     losses,
-    remembered,
 )
-from cdc.postgres.trigger_statements import dropping, enabling
+from cdc.postgres.trigger_statements import creating, dropping, enabling, statements
 
 T = TypeVar("T")
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
@@ -140,12 +139,14 @@ def track_as(
 ) -> Tracking:
     """``track`` with its options as one value. ``like``: see ``decide``. ``judged``: shared keys were looked for."""
     with source_tables.changing(connection, table):
-        done, others = _track(connection, schema, table, asked, like=like, judged=judged, replace=replace)
+        done, others = _track(
+            connection, schema, table, asked, like=like, judged=judged, replace=replace, portable=dry_run
+        )
         if not dry_run:
             return done
         drops = [dropping(other).as_string() for other in others]
         truncates = truncate_triggers.script(schema, done.tracked, done.before)
-        done = replace_fields(done, script=(*drops, *capture_catalog.statements(connection, done.tracked), *truncates))
+        done = replace_fields(done, script=(*drops, *statements(connection, done.tracked), *truncates))
         raise psycopg.Rollback
     return done
 
@@ -165,6 +166,7 @@ def untrack(connection: psycopg.Connection, schema: str, table: str) -> list[Tra
             source_tables.as_owner(connection, dropping(trigger))
         for each in found[0].truncates:
             source_tables.as_owner(connection, dropping(found[0], each.trigger))
+        table_functions.drop_unused(connection, schema, capture)
         return found
 
 
@@ -237,8 +239,9 @@ def _track(
     like: Sequence[Tracked],
     judged: bool,
     replace: bool,
+    portable: bool,
 ) -> tuple[Tracking, Sequence[Tracked]]:
-    """Also the triggers that were dropped."""
+    """Also the triggers that were dropped. ``portable``: by capture_entity_change(), which every outbox has."""
     capture = capture_catalog.capture_function(connection, schema)
     source = source_tables.resolve(connection, capture, schema, table)
     everywhere = source_tables.triggers(connection, capture, schema)
@@ -248,20 +251,27 @@ def _track(
     wanted, before, others = decided.wanted, decided.before, decided.others
     for other in others:
         source_tables.as_owner(connection, dropping(other))
-    changed = decided.different
-    if changed or asked.when:
+    function, rewritten = "", False
+    if not portable:
+        to_call = decided.different or bool(asked.when)
+        function, rewritten = table_functions.provide(connection, capture, schema, source, wanted, to_call=to_call)
+    if rewritten:
+        capture = capture_catalog.capture_function(connection, schema)
+    replaced = decided.different or (before is not None and before.function != function)
+    if replaced or asked.when:
         _refuse_foreign(connection, capture, source, wanted.trigger)
         former_triggers.rename(connection, schema, [each for each in everywhere if each.oid == source.oid])
-        _create(connection, schema, source, wanted, of_user=bool(asked.when))
+        _create(connection, schema, source, wanted, function, of_user=bool(asked.when))
         _set_firing(connection, capture, schema, source, before, always=asked.always)
+        table_functions.drop_unused(connection, schema, capture)
     made = next(each for each in source_tables.triggers(connection, capture, schema, source.oid) if each.ours)
-    if statements := truncate_triggers.replacing(schema, made, wanted.truncate):
-        for statement in statements:
+    if truncates := truncate_triggers.replacing(schema, made, wanted.truncate):
+        for statement in truncates:
             source_tables.as_owner(connection, statement)
         made = next(each for each in source_tables.triggers(connection, capture, schema, source.oid) if each.ours)
     if not replace:
         _refuse_losses(source, before, made)
-    changed = changed or before is None or made.when != before.when
+    changed = replaced or rewritten or before is None or made.when != before.when
     everywhere = [made, *(each for each in everywhere if each.oid != source.oid and each not in others)]
     done = Tracking(
         tracked=made,
@@ -288,7 +298,7 @@ def _is_different(before: Tracked | None, wanted: Tracked, *, always: bool | Non
 
 def _as_asked(tracked: Tracked) -> tuple[object, ...]:
     """All but its condition, which the server writes in other words."""
-    return arguments(tracked), remembered(tracked), tracked.operations, set(tracked.update_of), tracked.fires
+    return all_arguments(tracked), tracked.operations, set(tracked.update_of), tracked.fires
 
 
 def _refuse_losses(source: SourceTable, before: Tracked | None, wanted: Tracked) -> None:
@@ -352,26 +362,16 @@ def _refuse_doubled(source: SourceTable, others: Sequence[Tracked]) -> None:
 
 
 def _create(
-    connection: psycopg.Connection, schema: str, source: SourceTable, wanted: Tracked, *, of_user: bool
+    connection: psycopg.Connection,
+    schema: str,
+    source: SourceTable,
+    wanted: Tracked,
+    function: str,
+    *,
+    of_user: bool,
 ) -> None:
-    """``of_user``: the condition is as a user wrote it, for the user's search_path."""
-    events = [
-        sql.SQL("UPDATE OF {}").format(sql.SQL(", ").join(map(sql.Identifier, wanted.update_of)))
-        if operation is Operation.UPDATE and wanted.update_of
-        else sql.SQL(operation.value)
-        for operation in wanted.operations
-    ]
-    # On a line of its own, so that a comment in it ends; the statement is the table owner's, as all of SQL is.
-    condition = sql.SQL(cast("Any", f"WHEN ({wanted.when}\n) ")) if wanted.when else sql.SQL("")
-    # OR REPLACE also enables a trigger that was disabled, and unlike DROP TRIGGER needs no ownership of the table.
-    statement = sql.SQL("CREATE OR REPLACE TRIGGER {} AFTER {} ON {} FOR EACH ROW {}EXECUTE FUNCTION {}({})").format(
-        sql.Identifier(wanted.trigger),
-        sql.SQL(" OR ").join(events),
-        sql.Identifier(source.namespace, source.name),
-        condition,
-        sql.Identifier(schema, "capture_entity_change"),
-        sql.SQL(", ").join(map(sql.Literal, [*arguments(wanted), *filter(None, [remembered(wanted)])])),
-    )
+    """``function``: that of the table, or "". ``of_user``: the condition is as a user wrote it, for its search_path."""
+    statement = creating(schema, source, wanted, function)
     if not of_user:
         connection.execute(statement)
         return
@@ -424,8 +424,8 @@ def _refuse_foreign(
 ) -> None:
     """Refuse to replace another author's trigger under our name: that would switch off what it does."""
     taken = connection.execute(
-        "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = %s::oid AND tgname = %s AND tgfoid <> %s::oid",
-        [source.oid, trigger, capture.oid],
+        "SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = %s::oid AND tgname = %s AND tgfoid <> ALL (%s::oid[])",
+        [source.oid, trigger, list(capture.oids)],
     ).fetchone()
     if taken is not None:
         raise RefusedError(

@@ -123,7 +123,12 @@ BEGIN
     ((v_ours || 'whatsapp_messages')::regclass, 'message', 'INSERT'),
     ('cortex_projects.tasks'::regclass, 'task', 'INSERT')
   LOOP
-    CONTINUE WHEN EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = v_table AND tgfoid = v_capture);
+    CONTINUE WHEN EXISTS (SELECT FROM pg_catalog.pg_trigger AS t
+      JOIN pg_catalog.pg_proc AS p ON p.oid = t.tgfoid
+      WHERE t.tgrelid = v_table AND (p.oid = v_capture
+        -- Made for the table, by cdc track.
+        OR pg_catalog.starts_with(p.proname::text, 'capture_table_')
+          AND p.pronamespace = (SELECT g.pronamespace FROM pg_catalog.pg_proc AS g WHERE g.oid = v_capture)));
     EXECUTE format(
       'CREATE TRIGGER %I AFTER %s ON %s FOR EACH ROW EXECUTE FUNCTION %s(%L, %L)',
       @trigger_literal@, v_on, v_table, v_capture::regproc, v_type, '{"key": ["id"]}'

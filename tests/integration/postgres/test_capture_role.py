@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 from cdc.diagnostics import check_outbox as checks
 from cdc.diagnostics import inspect_outbox
 from cdc.diagnostics.findings import Severity
-from cdc.postgres import grants, migration_scripts, migrations, tracking
+from cdc.postgres import grants, migration_scripts, migrations, table_capture, tracking
 
 pytestmark = pytest.mark.server
 
@@ -85,6 +85,11 @@ _ATTACKS = {
     " VALUES ('forged', 'INSERT', '9', 'forged')",
     "alter who it runs as": "ALTER FUNCTION public.capture_entity_change() SECURITY INVOKER",
     "alter where names are found": "ALTER FUNCTION public.capture_entity_change() SET search_path = {evil}, pg_catalog",
+    "alter who the own one runs as": "ALTER FUNCTION public.{own}() SECURITY INVOKER",
+    "write the own one anew": "CREATE OR REPLACE FUNCTION public.{own}() RETURNS trigger LANGUAGE plpgsql"
+    " SECURITY DEFINER AS 'BEGIN RETURN NULL; END'",
+    "call the own one": "CREATE TRIGGER mine AFTER INSERT ON {evil}.loot FOR EACH ROW EXECUTE FUNCTION public.{own}()",
+    "drop the own one": "DROP FUNCTION public.{own}() CASCADE",
     "drop a function": "DROP FUNCTION public.publish_change",
     "make it writable again": "SET LOCAL transaction_read_only = off",
     "make it writable for good": "SET TRANSACTION READ WRITE",
@@ -129,8 +134,9 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
         CREATE TABLE loot (what text); GRANT ALL ON loot TO PUBLIC; CREATE TYPE mood AS ENUM ('x', 'y');
         CREATE TYPE pair AS (m mood, n int); CREATE DOMAIN kind AS mood; CREATE TYPE span AS RANGE (subtype = mood)""",
     )
+    own = table_capture.function_name(victim, "orders")
     tries = "\n".join(
-        f"BEGIN {attack.format(evil=evil, owner=owner)}; RAISE NOTICE '{name}: done';"
+        f"BEGIN {attack.format(evil=evil, owner=owner, own=own)}; RAISE NOTICE '{name}: done';"
         f" EXCEPTION WHEN OTHERS THEN RAISE NOTICE '{name}: %', SQLSTATE; END;"
         for name, attack in _ATTACKS.items()
     )
@@ -141,6 +147,7 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
     tracking.track(db, "public", f"{victim}.orders")
     said = act(db, victim, f"INSERT INTO orders VALUES (1, {_VALUES[kind]})")
 
+    assert owner_of(db, own) == owner_of(db, "capture_entity_change")
     tried = dict(each.split(": ") for each in said)
     assert set(tried) == set(_ATTACKS)
     assert "done" not in tried.values(), tried

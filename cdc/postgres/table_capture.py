@@ -1,0 +1,259 @@
+"""The capture function that is made for one table: what it saves, and its text. Pure.
+
+capture_entity_change() looks its options up for each row, and pins every setting that a value's text may depend on. A
+function of the table's own has its name, type, key and columns as constants, and pins what the types of its columns
+need. It is the general function with a short way at its front: a row that the short way does not fit goes through all
+the rest. So it never captures less, and whatever changes under it (the table's name, the trigger's arguments, a key
+column that is gone) makes it slower, not wrong. One thing it cannot see: a column of a new type, whose text depends on
+a setting that it does not pin. Then its text is no longer the one that is expected here: the doctor says so, and
+``cdc track`` and ``cdc db upgrade`` rewrite it.
+
+It belongs to the role that captures, as the general function does, and has the same rights. Nothing in its text comes
+from anybody but the catalogs, and all of it is quoted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from psycopg import sql
+
+from cdc.core.model import message_prefix
+from cdc.postgres.tracked_tables import SourceTable, Tracked, all_arguments
+
+PREFIX = "capture_table_"
+"""Of the names of these functions. The catalogs tell them by it; whose they are counts when they are compared."""
+CAPTURE_ROLE = "cdc_capture_"
+"""Of the names of the roles that capture: capture_role.sql."""
+OF_A_TABLE = f"""(f.pronamespace = p.pronamespace AND f.pronargs = 0
+  AND f.prorettype = 'pg_catalog.trigger'::pg_catalog.regtype
+  AND pg_catalog.starts_with(f.proname::pg_catalog.text, '{PREFIX}'))"""
+"""SQL: whether the function ``f`` is such a one, where ``p`` is capture_entity_change(); both of pg_proc."""
+
+_NAME_BYTES, _HASH_DIGITS = 40, 8
+_TEXT_BYTES = 1000
+"""Longest type and id together that the short way takes; bounded_text() cuts at the same length."""
+_METADATA = {"user_id", "chat_id", "room_id"}
+"""Columns that capture_entity_change() copies into the metadata: not on the short way."""
+_ALWAYS = {"search_path": "pg_catalog, pg_temp", "row_security": "on", "timezone": "UTC"}
+"""The metadata tell a time."""
+_PINNED = {
+    "datestyle": "ISO, YMD",
+    "bytea_output": "hex",
+    "intervalstyle": "postgres",
+    "extra_float_digits": "1",
+    "lc_monetary": "C",
+    "quote_all_identifiers": "off",
+}
+"""As capture_entity_change() has them, the others as well."""
+_INDEPENDENT = {
+    "bool", "int2", "int4", "int8", "oid", "numeric", "text", "varchar", "bpchar", "name", "uuid", "json", "jsonb",
+    "date", "timestamp", "timestamptz", "inet", "cidr", "macaddr",
+}  # fmt: skip
+"""Types whose JSON is the same under every other setting. JSON has dates in ISO 8601, whatever DateStyle says."""
+_DEPENDENT = {
+    "float4": "extra_float_digits",
+    "float8": "extra_float_digits",
+    "bytea": "bytea_output",
+    "interval": "intervalstyle",
+}
+"""Types whose JSON depends on one setting. That of any type in neither table may depend on all."""
+
+_SHORT_WAY = """\
+  -- Made by cdc for one table and its trigger's arguments. A row for which one of these conditions does not hold goes
+  -- through what follows, which is capture_entity_change(); why all is read only is said there. A cast may have changed
+  -- the search_path, so every name has its schema until the path is pinned again.
+  DECLARE
+    v_old jsonb;
+    v_new jsonb;
+    v_entity_id text;
+    v_sent pg_lsn;
+    v_read_only text;
+    v_converted boolean;
+  BEGIN
+    BEGIN
+      {conversion}
+      IF pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0 THEN
+        RAISE assert_failure;
+      END IF;
+      v_converted := true;
+    EXCEPTION WHEN OTHERS OR assert_failure THEN
+      NULL;
+    END;
+    v_entity_id := {key};
+    IF v_converted
+      AND TG_ARGV OPERATOR(pg_catalog.=) {arguments}
+      AND TG_TABLE_NAME OPERATOR(pg_catalog.=) {name}
+      AND TG_TABLE_SCHEMA OPERATOR(pg_catalog.=) {namespace}
+      AND {conditions}
+    THEN
+      INSERT INTO {outbox}
+        (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, shard)
+      VALUES ({namespace}, {name}, TG_OP, v_entity_id, {entity_type}, v_old, v_new,
+        CASE WHEN v_new IS NOT NULL THEN pg_catalog.jsonb_build_object('timestamp', pg_catalog.now()) END,
+        (pg_catalog.hashtext(v_entity_id) OPERATOR(pg_catalog.&) 63)::smallint)
+      RETURNING pg_catalog.pg_logical_emit_message(true, {prefix}, pg_catalog.concat_ws(',', seq, shard))
+      INTO v_sent;
+      RETURN NULL;
+    END IF;
+    v_read_only := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+  END;
+"""
+_WHOLE = """v_old := CASE pg_catalog.set_config('transaction_read_only', 'on', true)
+        WHEN 'on' THEN pg_catalog.to_jsonb(OLD) END;
+      v_new := pg_catalog.to_jsonb(NEW);"""
+_PART = """v_read_only := pg_catalog.set_config('transaction_read_only', 'on', true);
+      IF TG_OP OPERATOR(pg_catalog.<>) 'INSERT' THEN
+        v_old := pg_catalog.to_jsonb(pg_catalog.jsonb_populate_record(OLD, {nulls}))
+          OPERATOR(pg_catalog.-) {excluded}::pg_catalog.text[];
+      END IF;
+      IF TG_OP OPERATOR(pg_catalog.<>) 'DELETE' THEN
+        v_new := pg_catalog.to_jsonb(pg_catalog.jsonb_populate_record(NEW, {nulls}))
+          OPERATOR(pg_catalog.-) {excluded}::pg_catalog.text[];
+      END IF;"""
+
+
+@dataclass(frozen=True, slots=True)
+class TableCapture:
+    """One such function. ``settings``: as pg_proc.proconfig has them, with names in small letters."""
+
+    name: str
+    owner: str
+    settings: frozenset[str]
+    source: str
+    security_definer: bool = True
+
+    def serves_as(self, expected: TableCapture) -> bool:
+        """Where the general function was given away, which is another finding, this one may still have the role."""
+        kept = self.owner.startswith(CAPTURE_ROLE) and not expected.owner.startswith(CAPTURE_ROLE)
+        return (replace(self, owner=expected.owner) if kept else self) == expected
+
+
+def made_for(schema: str, table: SourceTable, tracked: Tracked, general: str, owner: str) -> TableCapture | None:
+    """The function for ``table`` as ``tracked`` captures it, into the outbox in ``schema``; None where none is made.
+
+    ``general`` and ``owner``: the source of capture_entity_change(), and whose it is. None is made where the short way
+    would not be taken, or a function of another version is installed.
+    """
+    opening = "\nBEGIN\n"
+    usual = (
+        table.kind == "r"
+        and tracked.key
+        and not (
+            tracked.columns
+            or tracked.virtual
+            or tracked.handled
+            or tracked.schema_in_key
+            or tracked.more
+            or tracked.missing
+        )
+        and not tracked.broken
+        and not _METADATA & set(table.columns)
+        and len(tracked.effective_type.encode()) < _TEXT_BYTES // 2
+    )
+    if not usual or general.count(opening) != 1:
+        return None
+    before, after = general.split(opening)
+    short_way = _short_way(schema, table, tracked).as_string()
+    return TableCapture(
+        name=function_name(table.namespace, table.name),
+        owner=owner,
+        settings=frozenset(f"{name}={value}" for name, value in _settings(table.types)),
+        source=f"{before}{opening}{short_way}{after}",
+    )
+
+
+def function_name(namespace: str, table: str) -> str:
+    """Of at most 63 bytes, and another one for each table."""
+    digest = hashlib.sha256(f"{namespace}\0{table}".encode()).hexdigest()[:_HASH_DIGITS]
+    return f"{PREFIX}{table.encode()[:_NAME_BYTES].decode(errors='ignore')}_{digest}"
+
+
+def settings(config: Iterable[str]) -> frozenset[str]:
+    """pg_proc.proconfig, as ``TableCapture.settings`` has it."""
+    return frozenset(f"{name.lower()}={value}" for name, _, value in (each.partition("=") for each in config))
+
+
+def create(schema: str, made: TableCapture) -> list[sql.Composed]:
+    """The statements that create or replace it."""
+    named = sql.Identifier(schema, made.name)
+    pinned = sql.SQL("\n").join(
+        sql.SQL("SET {} = {}").format(sql.Identifier(name), _value(name, value))
+        for name, _, value in (setting.partition("=") for setting in sorted(made.settings))
+    )
+    return [
+        sql.SQL("CREATE OR REPLACE FUNCTION {}() RETURNS trigger\nLANGUAGE plpgsql SECURITY DEFINER\n{}\nAS {}").format(
+            named, pinned, sql.Literal(made.source)
+        ),
+        sql.SQL("REVOKE ALL ON FUNCTION {}() FROM PUBLIC").format(named),
+        sql.SQL("ALTER FUNCTION {}() OWNER TO {}").format(named, sql.Identifier(made.owner)),
+    ]
+
+
+def _value(name: str, value: str) -> sql.Composable:
+    if name in ("search_path", "datestyle"):  # lists
+        return sql.SQL(", ").join(map(sql.Literal, value.split(", ")))
+    return sql.Literal(value)
+
+
+def _settings(types: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    yield from _ALWAYS.items()
+    unknown = set(types) - _INDEPENDENT - _DEPENDENT.keys()
+    needed = _PINNED.keys() if unknown else {_DEPENDENT[each] for each in types if each in _DEPENDENT}
+    yield from ((name, value) for name, value in _PINNED.items() if name in needed)
+
+
+def _short_way(schema: str, table: SourceTable, tracked: Tracked) -> sql.Composed:
+    given = all_arguments(tracked)
+    return sql.SQL(_SHORT_WAY).format(
+        arguments=sql.Literal(f"[0:{len(given) - 1}]={_array(given)}"),
+        name=sql.Literal(table.name),
+        namespace=sql.Literal(table.namespace),
+        entity_type=sql.Literal(tracked.effective_type),
+        conversion=_conversion(tracked),
+        key=_key("coalesce(v_new, v_old)", tracked),
+        conditions=sql.SQL("\n      AND ").join(_conditions(tracked)),
+        outbox=sql.Identifier(schema, "entity_changes"),
+        prefix=sql.Literal(message_prefix(schema)),
+    )
+
+
+def _conversion(tracked: Tracked) -> sql.Composable:
+    if not tracked.exclude:
+        return sql.SQL(_WHOLE)
+    nulls = json.dumps(dict.fromkeys(tracked.exclude), ensure_ascii=False)
+    return sql.SQL(_PART).format(nulls=sql.Literal(nulls), excluded=sql.Literal(_array(tracked.exclude)))
+
+
+def _conditions(tracked: Tracked) -> Iterator[sql.Composable]:
+    room = _TEXT_BYTES - len(tracked.effective_type.encode())
+    yield sql.SQL("pg_catalog.octet_length(v_entity_id) OPERATOR(pg_catalog.<=) {}").format(sql.Literal(room))
+    yield sql.SQL("coalesce(v_entity_id OPERATOR(pg_catalog.=) {}, v_old IS NULL)").format(_key("v_old", tracked))
+    if len(tracked.key) > 1:
+        yield sql.SQL("coalesce(v_new, v_old) OPERATOR(pg_catalog.?&) {}::pg_catalog.text[]").format(
+            sql.Literal(_array(tracked.key))
+        )
+    yield sql.SQL("coalesce(pg_catalog.current_setting('cdc.cause', true), '') OPERATOR(pg_catalog.=) ''")
+    yield sql.SQL("pg_catalog.pg_partition_root(TG_RELID) IS NULL")
+    yield sql.SQL("TG_WHEN OPERATOR(pg_catalog.=) 'AFTER'")
+    yield sql.SQL("(v_new OPERATOR(pg_catalog.?|) '{{user_id,chat_id,room_id}}') IS NOT TRUE").format()
+
+
+def _key(row: str, tracked: Tracked) -> sql.Composable:
+    """The text of a row's key, as capture_entity_change() has it. NULL where one column is missing or NULL."""
+    columns = [sql.Literal(column) for column in tracked.key]
+    if len(columns) == 1:
+        return sql.SQL("({} OPERATOR(pg_catalog.->>) {})").format(sql.SQL(row), *columns)
+    values = [sql.SQL("{} OPERATOR(pg_catalog.->) {}").format(sql.SQL(row), column) for column in columns]
+    return sql.SQL("CASE WHEN {} IS NOT NULL THEN pg_catalog.jsonb_build_array({})::pg_catalog.text END").format(
+        sql.SQL(row), sql.SQL(", ").join(values)
+    )
+
+
+def _array(names: Sequence[str]) -> str:
+    """The text of an array of these."""
+    quoted = ('"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"' for name in names)
+    return "{" + ",".join(quoted) + "}"

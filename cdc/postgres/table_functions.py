@@ -1,0 +1,152 @@
+"""The capture functions that are made for one table each: created, rewritten, dropped (``table_capture``).
+
+Only a role that may create what belongs to the role that captures makes one: a superuser, or the owner of the outbox.
+No function that runs with its owner's rights does it for others. Who may not is given capture_entity_change().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import psycopg
+from psycopg import sql
+
+from cdc.postgres import capture_catalog, source_tables, table_capture
+from cdc.postgres.capture_catalog import CaptureFunction, Spell
+from cdc.postgres.migration_scripts import ADVISORY_LOCK
+from cdc.postgres.table_capture import TableCapture
+from cdc.postgres.tracked_tables import SourceTable, Tracked
+
+_PRESENT = """
+SELECT p.proname::text, pg_catalog.pg_get_userbyid(p.proowner)::text, p.proconfig, p.prosrc, p.prosecdef
+FROM pg_catalog.pg_proc AS p
+WHERE p.oid = ANY (%s::oid[]) AND p.proname = ANY (%s::name[])
+"""
+
+
+def present(
+    connection: psycopg.Connection, capture: CaptureFunction, names: Collection[str]
+) -> dict[str, TableCapture]:
+    """Those of these names, as they are; by their names."""
+    rows = connection.execute(_PRESENT.encode(), [list(capture.oids), list(names)]).fetchall()
+    return {
+        name: TableCapture(name, owner, table_capture.settings(config or ()), source, security_definer=definer)
+        for name, owner, config, source, definer in rows
+    }
+
+
+def expected(capture: CaptureFunction, schema: str, table: SourceTable, tracked: Tracked) -> TableCapture | None:
+    """The function that ``table`` should have of its own, as it is now; None where capture_entity_change() serves."""
+    if not capture.security_definer:
+        return None
+    return table_capture.made_for(schema, table, tracked, capture.source, capture.owner)
+
+
+def refresh(connection: psycopg.Connection, schema: str) -> list[str]:
+    """Rewrite the functions that are made for tables where they are not as expected; returns the tables' names.
+
+    Drops those that no trigger calls. Takes no lock on a table. Does nothing where the role may not do it.
+    """
+    with connection.transaction():
+        connection.execute("SET LOCAL client_min_messages = warning")
+        source_tables.use_server_names(connection)
+        capture = capture_catalog.capture_function(connection, schema)
+        drop_unused(connection, schema, capture)
+        written = []
+        for each, found, wanted in compared(connection, capture, schema, spell=source_tables.spell):
+            # Of another name it is for `cdc track`, because the trigger has to change.
+            outdated = wanted is not None and found.name == wanted.name and not found.serves_as(wanted)
+            if wanted is not None and outdated and _may_make(connection, schema, found, wanted):
+                _make(connection, schema, wanted)
+                written.append(each.table)
+        return written
+
+
+def compared(
+    connection: psycopg.Connection, capture: CaptureFunction, schema: str, *, spell: Spell = capture_catalog.spell
+) -> list[tuple[Tracked, TableCapture, TableCapture | None]]:
+    """The triggers that call such a function, each with that function as it is, and as it is expected."""
+    own = [each for each in capture_catalog.triggers(connection, capture, schema, spell=spell) if each.function]
+    tables = capture_catalog.tables(connection, capture, schema, [each.oid for each in own], spell=spell)
+    found = present(connection, capture, [each.function for each in own])
+    return [(each, found[each.function], expected(capture, schema, tables[each.oid], each)) for each in own]
+
+
+def provide(
+    connection: psycopg.Connection,
+    capture: CaptureFunction,
+    schema: str,
+    source: SourceTable,
+    wanted: Tracked,
+    *,
+    to_call: bool,
+) -> tuple[str, bool]:
+    """The name of the function that this table has of its own, "" for none, and whether it was written now.
+
+    ``to_call``: for a trigger that is made, and not only for one that is there, which asks for the right to call it.
+    """
+    made = expected(capture, schema, source, wanted)
+    if made is None:
+        return "", False
+    found = present(connection, capture, [made.name]).get(made.name)
+    if found is not None and found.serves_as(made):
+        return (made.name if not to_call or _may_call(connection, schema, made) else ""), False
+    if not _may_make(connection, schema, found, made):
+        return "", False
+    _make(connection, schema, made)
+    return made.name, True
+
+
+_MAY_MAKE = r"""
+SELECT pg_catalog.has_schema_privilege(n.oid, 'CREATE') AND pg_catalog.pg_has_role(r.oid, 'USAGE')
+    AND (u.rolsuper OR pg_catalog.has_schema_privilege(n.oid, 'CREATE WITH GRANT OPTION'))
+    AND r.rolname LIKE 'cdc\_capture\_%%',
+  u.rolsuper OR pg_catalog.has_schema_privilege(r.oid, n.oid, 'CREATE')
+FROM pg_catalog.pg_namespace AS n, pg_catalog.pg_roles AS r, pg_catalog.pg_roles AS u
+WHERE n.nspname = %s AND r.rolname = %s AND u.rolname = current_user
+"""
+
+
+def _may_make(connection: psycopg.Connection, schema: str, found: TableCapture | None, made: TableCapture) -> bool:
+    """Whether this role may create what belongs to the role that captures: a superuser, or the outbox's owner.
+
+    One of this name that belongs to somebody else is not taken over: triggers of theirs may call it.
+    """
+    row = connection.execute(_MAY_MAKE.encode(), [schema, made.owner]).fetchone()
+    return bool(row and row[0]) and (found is None or found.owner == made.owner)
+
+
+def _may_call(connection: psycopg.Connection, schema: str, made: TableCapture) -> bool:
+    signature = sql.Identifier(schema, made.name).as_string() + "()"
+    asked = "SELECT pg_catalog.has_function_privilege(%s::text, 'EXECUTE')"
+    return connection.execute(asked, [signature]).fetchone() == (True,)
+
+
+def _make(connection: psycopg.Connection, schema: str, made: TableCapture) -> None:
+    # Two sessions that grant on one schema at a time would fail.
+    lock = "SELECT pg_catalog.pg_advisory_xact_lock(%s, pg_catalog.hashtext(%s))"
+    connection.execute(lock, [ADVISORY_LOCK, schema])
+    row = connection.execute(_MAY_MAKE.encode(), [schema, made.owner]).fetchone()
+    # A function's new owner needs CREATE at that moment, unless a superuser changes the owner.
+    grant = row is not None and not row[1]
+    names = {"schema": sql.Identifier(schema), "role": sql.Identifier(made.owner)}
+    if grant:
+        connection.execute(sql.SQL("GRANT CREATE ON SCHEMA {schema} TO {role}").format(**names))
+    for statement in table_capture.create(schema, made):
+        connection.execute(statement)
+    if grant:
+        connection.execute(sql.SQL("REVOKE CREATE ON SCHEMA {schema} FROM {role}").format(**names))
+
+
+_UNUSED = r"""
+SELECT p.proname::text FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_roles AS r ON r.oid = p.proowner
+WHERE p.oid = ANY (%s::oid[]) AND p.oid <> %s::oid
+  AND r.rolname LIKE 'cdc\_capture\_%%' AND pg_catalog.pg_has_role(r.oid, 'USAGE')
+  AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger AS t WHERE t.tgfoid = p.oid)
+"""
+
+
+def drop_unused(connection: psycopg.Connection, schema: str, capture: CaptureFunction) -> None:
+    """Drop those that no trigger calls, as far as the role may."""
+    for (name,) in connection.execute(_UNUSED.encode(), [list(capture.oids), capture.oid]).fetchall():
+        connection.execute(sql.SQL("DROP FUNCTION {}()").format(sql.Identifier(schema, name)))
