@@ -30,10 +30,11 @@ from cdc.postgres.migration_scripts import Migration
 from cdc.postgres.table_capture import OF_A_TABLE, PREFIX
 
 _TEMPORARY = "pg_temp"
-# capture_entity_change(), and what is made for one table each.
+# The functions that triggers of tracked tables call.
 _CAPTURING = f"""
 SELECT f.proname::text AS name, f.oid
 FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_proc AS f ON f.oid = p.oid OR {OF_A_TABLE}
+  OR f.pronamespace = p.pronamespace AND f.proname = 'capture_truncate' AND f.pronargs = 0
 WHERE p.oid = pg_catalog.to_regprocedure(pg_catalog.format('%%I.capture_entity_change()', %s::text))
 ORDER BY 1
 """  # noqa: S608 - of pieces of our own

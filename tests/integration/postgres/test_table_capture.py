@@ -12,6 +12,7 @@ from psycopg.conninfo import make_conninfo
 
 from cdc.postgres import migrations, table_functions
 from cdc.postgres.table_capture import function_name
+from cdc.postgres.tracked_tables import Truncate
 from cdc.postgres.tracking import track, untrack
 from tests.commands import done, invoke
 
@@ -221,9 +222,10 @@ def test_untrack_drops_it_and_uninstall_all_of_them(orders: psycopg.Connection) 
     assert made(orders) == []
     orders.execute("CREATE TABLE t (id int PRIMARY KEY)")
     track(orders, "public", "orders")
-    track(orders, "public", "t")
+    track(orders, "public", "t", truncate=Truncate.EVENT)
     dropped = migrations.uninstall(orders, "public")
     assert {"trigger #cdc_capture on public.orders", "trigger #cdc_capture on public.t"} <= {*dropped}
+    assert [each for each in dropped if "truncate on public.t" in each]
     assert made(orders) == []
 
 
