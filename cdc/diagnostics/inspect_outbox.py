@@ -37,6 +37,7 @@ from cdc.postgres.due import DueChanges
 from cdc.postgres.grants import BARRED, BARRIER_RIGHTS, DUE_DESCRIPTION, PAYLOAD, PUBLISH_DUE, SHARD_RIGHTS, STATE
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
+from cdc.postgres.remarks import SettingOwner
 from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
 
 _INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers")
@@ -164,6 +165,17 @@ _SENDERS = """
            ARRAY(SELECT DISTINCT r.rolname::text FROM granted g JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
                   WHERE NOT r.rolsuper AND g.grantee NOT IN (SELECT oid FROM owner) ORDER BY 1) AS others
 """
+_SAYINGS = """
+SELECT CASE WHEN s.setrole = 0::oid THEN 'every role' ELSE pg_catalog.format('the role %I', r.rolname) END,
+  pg_catalog.substr(c.one, pg_catalog.strpos(c.one, '=') + 1)
+FROM pg_catalog.pg_db_role_setting AS s
+CROSS JOIN LATERAL pg_catalog.unnest(s.setconfig) AS c (one)
+LEFT JOIN pg_catalog.pg_roles AS r ON r.oid = s.setrole
+WHERE c.one LIKE 'cdc.handled=%'
+  AND (s.setdatabase = 0::oid
+    OR s.setdatabase = (SELECT d.oid FROM pg_catalog.pg_database AS d WHERE d.datname = pg_catalog.current_database()))
+ORDER BY 1
+"""
 _RIGHTS = """
     SELECT current_user::text AS role,
            has_schema_privilege(n.oid, 'USAGE') AS usage,
@@ -273,8 +285,16 @@ def captured(connection: psycopg.Connection, name: str) -> Captured:
     said += remarks.unmatched(
         triggers, capture_catalog.named_so(connection, {each.name for each in triggers if each.all_schemas})
     )
-    said += remarks.handled(triggers, capture_catalog.sayings(connection))
+    said += remarks.handled(triggers, _sayings(connection))
     return Captured(triggers=tuple(triggers), remarks=tuple(said))
+
+
+def _sayings(connection: psycopg.Connection) -> list[SettingOwner]:
+    """Settings of roles and databases that matter here. Settings made within another session are not visible."""
+    return [
+        SettingOwner(who, frozenset(value.split(",")))
+        for who, value in connection.execute(_SAYINGS.encode()).fetchall()
+    ]
 
 
 def row_security(connection: psycopg.Connection, name: str) -> RowSecurity:

@@ -17,7 +17,6 @@ from psycopg.rows import dict_row
 from cdc.core.errors import NotFoundError
 from cdc.core.model import CAPTURED, Operation, former_trigger_name, trigger_name
 from cdc.postgres import truncate_triggers
-from cdc.postgres.remarks import SettingOwner
 from cdc.postgres.table_capture import OF_A_TABLE
 from cdc.postgres.tracked_tables import (
     LISTS,
@@ -342,19 +341,6 @@ def _inserting(columns: Sequence[str], table: sql.Identifier) -> sql.Composed:
     return sql.SQL("INSERT ({}) ON {}").format(sql.SQL(", ").join(map(sql.Identifier, columns)), table)
 
 
-_SAYINGS = """
-SELECT CASE WHEN s.setrole = 0::oid THEN 'every role' ELSE pg_catalog.format('the role %I', r.rolname) END,
-  pg_catalog.substr(c.one, pg_catalog.strpos(c.one, '=') + 1)
-FROM pg_catalog.pg_db_role_setting AS s
-CROSS JOIN LATERAL pg_catalog.unnest(s.setconfig) AS c (one)
-LEFT JOIN pg_catalog.pg_roles AS r ON r.oid = s.setrole
-WHERE c.one LIKE 'cdc.handled=%'
-  AND (s.setdatabase = 0::oid
-    OR s.setdatabase = (SELECT d.oid FROM pg_catalog.pg_database AS d WHERE d.datname = pg_catalog.current_database()))
-ORDER BY 1
-"""
-
-
 def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunction:
     """Raises NotFoundError where the function is missing."""
     rows = _rows(connection, _FUNCTION, {"schema": schema, "written": list(_WRITTEN), "later": list(_WRITTEN_LATER)})
@@ -365,14 +351,6 @@ def capture_function(connection: psycopg.Connection, schema: str) -> CaptureFunc
     [row] = rows
     lists = {name: tuple(row[name]) for name in ("oids", "settings", "lacks", "others")}
     return CaptureFunction(**{**row, **lists})
-
-
-def sayings(connection: psycopg.Connection) -> list[SettingOwner]:
-    """Settings of roles and databases that matter here. Settings made within another session are not visible."""
-    return [
-        SettingOwner(who, frozenset(value.split(",")))
-        for who, value in connection.execute(_SAYINGS.encode()).fetchall()
-    ]
 
 
 class NamedTable(NamedTuple):
