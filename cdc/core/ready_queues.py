@@ -69,6 +69,8 @@ class ReadyQueues:
     @property
     def ready(self) -> int:
         """How many runs could start now; 0 if, and only if, ``next`` has none."""
+        if not self._queues:
+            return 0
         count = 0
         for needs, queue in self._queues.items():
             count += ceil(min(len(queue), self._room(needs)) / needs.run)

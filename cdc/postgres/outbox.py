@@ -157,11 +157,12 @@ class Store:
         wakeups = sorted(wakeups)
         parameters = self._numbers(wakeups)
         if self._everything:
+            name = "fetch" if len(wakeups) > 1 else "fetch_one"
             try:  # not by ``_rows``: each layer is a step of its own
-                records = await self._answer(reader, "fetch", parameters)
+                records = await self._answer(reader, name, parameters)
             except psycopg.Error as error:
-                if may_be_refused("fetch", error):
-                    raise RefusedReadError("fetch", parameters, error) from error
+                if may_be_refused(name, error):
+                    raise RefusedReadError(name, parameters, error) from error
                 raise
             return await self._page(reader, records)
         types, include = self.scope

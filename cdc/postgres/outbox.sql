@@ -126,6 +126,21 @@ FROM horizon LEFT JOIN LATERAL (
   ) AS c
 ) AS row ON true
 
+-- name: fetch_one
+-- The same for one change, which comes alone most often and always fits: half of what the server does for one in ``fetch``
+-- is to prepare for many.
+SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
+       pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid, row.*
+FROM pg_current_snapshot() AS s LEFT JOIN LATERAL (
+  SELECT {columns}
+  FROM (
+    SELECT {texts}, true AS fits FROM {changes} AS n
+    WHERE n.shard = (%(shards)s::smallint[])[1] AND n.seq = (%(seqs)s::bigint[])[1]
+      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+    LIMIT 1
+  ) AS c
+) AS row ON true
+
 -- name: fetch_some
 -- The same, but only changes of these types, or (not among) only of others. Of the other existing changes only the
 -- number is returned, so that the reader need not look for them again.

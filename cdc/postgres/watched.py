@@ -79,11 +79,13 @@ class WatchedConnection(AsyncGuardedConnection):
             if result.status != pq.ExecStatus.TUPLES_OK:
                 raise psycopg.errors.error_from_result(result, transformer.encoding)
         result = results[-1]
-        transformer.set_pgresult(result)
+        # What is prepared returns columns of the same types each time, or is refused.
+        transformer.set_pgresult(result, set_loaders=statement.loads is not name)
+        statement.loads = name
         try:
             return transformer.load_rows(0, result.ntuples, tuple)
         finally:
-            transformer.set_pgresult(None)
+            transformer.set_pgresult(None, set_loaders=False)
 
     def _deallocate(self, name: bytes | None) -> Generator[Any, Any, None]:
         """At ``None`` psycopg has the server forget all that is prepared: a transaction() was rolled back."""
@@ -141,6 +143,7 @@ class _Statement:
     """As the server reads it, and the names of its parameters.
 
     ``prepared``: its names on the server, by the types of the parameters; a number's type depends on its size.
+    ``loads``: for the columns of which of these the loaders were looked up.
     """
 
     def __init__(self, text: bytes, connection: WatchedConnection) -> None:
@@ -159,6 +162,7 @@ class _Statement:
         self.formats = [PyFormat.AUTO] * len(names)
         self.transformer = Transformer(connection)
         self.prepared: dict[tuple[int, ...], bytes] = {}
+        self.loads: bytes | None = None
 
 
 class _SilentError(Exception):

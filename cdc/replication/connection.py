@@ -94,6 +94,8 @@ class SocketWait:
         self._rouse, self._roused = socket.socketpair()
         self._poll = select.poll()
         self._poll.register(self._roused, select.POLLIN)
+        self._link: int | None = None
+        self._wanted = 0
 
     def stop(self) -> None:
         self._asked.set()
@@ -102,21 +104,26 @@ class SocketWait:
 
     def until(self, deadline: float, link: int | None = None, *, write: bool = False) -> bool:
         """True when ``link`` is readable (or, with ``write``, writable); False at the deadline."""
+        wanted = select.POLLIN | select.POLLOUT if write else select.POLLIN
+        if link != self._link or wanted != self._wanted:
+            self._watch(link, wanted)
+        while True:
+            self.turned_at = now = time.monotonic()
+            if self._asked.is_set():
+                raise Stopped
+            left = deadline - now
+            ready = self._poll.poll(max(0.0, min(left, _TURN_S)) * 1000)
+            if ready and any(number == link for number, _ in ready):
+                return True
+            if left <= 0:
+                return False
+
+    def _watch(self, link: int | None, wanted: int) -> None:
+        if self._link is not None:
+            self._poll.unregister(self._link)
         if link is not None:
-            self._poll.register(link, select.POLLIN | (select.POLLOUT if write else 0))
-        try:
-            while True:
-                self.turned_at = now = time.monotonic()
-                if self._asked.is_set():
-                    raise Stopped
-                left = deadline - now
-                if link in dict(self._poll.poll(max(0.0, min(left, _TURN_S)) * 1000)):
-                    return True
-                if left <= 0:
-                    return False
-        finally:
-            if link is not None:
-                self._poll.unregister(link)
+            self._poll.register(link, wanted)
+        self._link, self._wanted = link, wanted
 
     def close(self) -> None:
         self._rouse.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import psycopg
@@ -118,6 +119,23 @@ async def test_a_read_ends_at_a_page_of_bytes_and_returns_what_it_left(
     assert _BYTES <= sum(row.change.size for row in rows) < _BYTES + 1.1 * _ROW
     assert {row.change.seq for row in rows} | left == {seq for seq, _ in there}
     assert not {row.change.seq for row in rows} & left
+
+
+def _content(row: Row) -> tuple[Any, ...]:
+    """All of it, its documents parsed."""
+    return (*(getattr(row.change, field.name) for field in fields(row.change)), row.blocked)
+
+
+async def test_a_change_is_read_alone_as_it_is_read_among_others(
+    outbox_db: psycopg.Connection, reader: psycopg.AsyncConnection
+) -> None:
+    store, there = Store("public"), _write(outbox_db, "repeat('x', 10)")
+    outbox_db.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE seq = %s", [there[0].seq])
+    among = await store.fetch(reader, there)
+    alone = [await store.fetch(reader, [wakeup]) for wakeup in there]
+    assert alone[0].rows == []
+    assert [list(map(_content, page.rows)) for page in alone[1:]] == [[_content(row)] for row in among.rows]
+    assert {page.snapshot for page in alone} == {among.snapshot}
 
 
 @pytest.mark.parametrize("name", _READS)

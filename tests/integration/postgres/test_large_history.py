@@ -174,6 +174,7 @@ _INDEXES = {
     "chains": {"pkey"},
     "due": {"waiting", "pkey", "holding_back"},
     "fetch": {"fresh", "holding_back"},
+    "fetch_one": {"fresh", "holding_back"},
     "fetch_some": {"fresh", "holding_back"},
     "figures": {"fresh", "holding_back", "failed", "waiting"},
     "figures_some": {"fresh", "holding_back", "waiting", "failed"},

@@ -42,6 +42,13 @@ async def test_numbers_of_many_sizes_follow_one_another(database: str) -> None:
             assert await connection.rows(b"SELECT %(n)s::int8 + 2", {"n": number}) == [(number + 2,)]
 
 
+async def test_a_column_may_have_another_type_for_a_parameter_of_another_type(database: str) -> None:
+    async with await _connected(database) as connection:
+        for parameter in (1, 1 << 40, "one", 2, "two", 1 << 40):
+            [(found, again)] = await connection.rows(b"SELECT %(p)s, 7", {"p": parameter})
+            assert (found, again) == (parameter, 7)
+
+
 async def test_a_refused_statement_raises_the_servers_error_and_the_next_one_works(database: str) -> None:
     async with await _connected(database) as connection:
         for _ in range(2):
