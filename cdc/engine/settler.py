@@ -203,7 +203,7 @@ class Settler:
             self._refused(session.connection, batch, error)
             return None
         finally:
-            self._blockers.settle_ended()
+            self._blockers.settle = None
         if self._delay.since is not None:
             self._delay.advanced()
         if settled.locked:
@@ -267,20 +267,18 @@ class _Blockers:
 
     def __init__(self) -> None:
         self.words = ""
-        self._settle: tuple[ShardSession, psycopg.AsyncConnection] | None = None
+        self.settle: tuple[ShardSession, psycopg.AsyncConnection] | None = None
+        """The sessions of the one that is under way."""
         self._timer = MovingTimer(self._ask_in_a_task)
         self._query: asyncio.Task[None] | None = None
 
     def settle_began(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
-        self._settle = session, reader
+        self.settle = session, reader
         self._timer.set(asyncio.get_running_loop(), _ASK_AFTER_S)
 
-    def settle_ended(self) -> None:
-        self._timer.clear()
-
     def _ask_in_a_task(self) -> None:
-        if self._settle and (self._query is None or self._query.done()):
-            session, reader = self._settle
+        if self.settle and (self._query is None or self._query.done()):
+            session, reader = self.settle
             self._query = asyncio.create_task(self._ask(session.connection.info.backend_pid, reader))
 
     async def _ask(self, pid: int, reader: psycopg.AsyncConnection) -> None:

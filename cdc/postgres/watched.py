@@ -220,7 +220,6 @@ class _SocketWatch:
     def rest(self) -> None:
         """Others wait for what arrives, or nobody does."""
         self._gen = None
-        self._timer.clear()
         if self._is_registered:
             self._is_registered = False
             self._loop.remove_reader(self._registered)
@@ -249,8 +248,8 @@ class _SocketWatch:
                 return
             answer.set_result(_Rest(gen, state))
         self._gen = None
-        self._timer.clear()
 
     def _silent(self) -> None:
-        if self._answer is not None and not self._answer.done():
+        """The limit of the last answer has passed; it may have come."""
+        if self._gen is not None and self._answer is not None and not self._answer.done():
             self._answer.set_exception(_SilentError(self._limit_s))

@@ -112,9 +112,9 @@ class SocketWait:
             if self._asked.is_set():
                 raise Stopped
             left = deadline - now
-            ready = self._poll.poll(max(0.0, min(left, _TURN_S)) * 1000)
-            if ready and any(number == link for number, _ in ready):
-                return True
+            for number, _ in self._poll.poll(max(0.0, min(left, _TURN_S)) * 1000):
+                if number == link:
+                    return True
             if left <= 0:
                 return False
 
