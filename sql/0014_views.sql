@@ -4,8 +4,7 @@ DO $cdc$
 DECLARE
   v_old record;
 BEGIN
-  -- CREATE OR REPLACE keeps the grants, but cannot change columns or a result type. An object that differs there is
-  -- dropped first.
+  -- CREATE OR REPLACE keeps the grants, but cannot change columns. A view that has others is dropped first.
   FOR v_old IN
     SELECT expected.name, expected.columns
     FROM (VALUES
@@ -43,31 +42,31 @@ $cdc$;
 -- readers have no value for them.
 CREATE OR REPLACE VIEW @schema@.action_processing_dashboard AS
 SELECT
-  entity_type,
+  coalesce(entity_type, table_name) AS entity_type,
   count(*) FILTER (WHERE NOT processed AND dead_at IS NULL) AS pending,
   count(*) FILTER (WHERE processed) AS processed_today,
   count(*) FILTER (WHERE NOT processed AND (error_count > 0 OR dead_at IS NOT NULL)) AS failed,
-  max(last) FILTER (WHERE processed AND isfinite(last)) AS last_processed_at,
+  max(coalesce(processed_at, changed_at)) FILTER (WHERE processed AND isfinite(coalesce(processed_at, changed_at)))
+    AS last_processed_at,
   avg(CASE WHEN isfinite(processed_at) AND isfinite(changed_at) THEN extract(epoch FROM processed_at - changed_at) END)
     FILTER (WHERE processed) AS avg_processing_seconds
 FROM (
-  SELECT coalesce(entity_type, table_name) AS entity_type, processed, dead_at, error_count, processed_at, changed_at,
-    processed_at AS last
+  SELECT entity_type, table_name, processed, dead_at, error_count, processed_at, changed_at
   FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
   UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at, processed_at
+  SELECT entity_type, table_name, processed, dead_at, error_count, processed_at, changed_at
   FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
   UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at, processed_at
+  SELECT entity_type, table_name, processed, dead_at, error_count, processed_at, changed_at
   FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
   UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, processed_at, changed_at, processed_at
+  SELECT entity_type, table_name, processed, dead_at, error_count, processed_at, changed_at
   FROM @schema@.entity_changes WHERE processed AND processed_at >= date_trunc('day', now())
   UNION ALL
-  SELECT coalesce(entity_type, table_name), processed, dead_at, error_count, NULL, changed_at, changed_at
+  SELECT entity_type, table_name, processed, dead_at, error_count, processed_at, changed_at
   FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL AND changed_at >= date_trunc('day', now())
 ) AS change
-GROUP BY entity_type;
+GROUP BY 1;
 
 -- As documented. A change of the last 24 hours that is processed was processed in the last 24 hours, so the index on
 -- processed_at finds it, and none on changed_at is needed. An infinite processed_at is none here.
@@ -78,9 +77,8 @@ SELECT
   operation,
   changed_at,
   processed,
-  processed_at,
-  CASE WHEN isfinite(processed_at) AND isfinite(changed_at) THEN extract(epoch FROM processed_at - changed_at) END
-    AS processing_delay_seconds,
+  CASE WHEN isfinite(processed_at) THEN processed_at END AS processed_at,
+  CASE WHEN isfinite(processed_at) THEN extract(epoch FROM processed_at - changed_at) END AS processing_delay_seconds,
   error_count,
   last_error,
   CASE
@@ -88,24 +86,17 @@ SELECT
     WHEN entity_type = 'message' THEN left(new_data ->> 'content', 50)
   END AS preview
 FROM (
-  SELECT id, entity_type, operation, changed_at, processed, nullif(nullif(processed_at, 'infinity'), '-infinity') AS processed_at,
-    error_count, last_error, new_data
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
   FROM @schema@.entity_changes WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
   UNION ALL
-  SELECT id, entity_type, operation, changed_at, processed, nullif(nullif(processed_at, 'infinity'), '-infinity') AS processed_at,
-    error_count, last_error, new_data
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
   FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NULL AND next_attempt_at <= 'infinity'
   UNION ALL
-  SELECT id, entity_type, operation, changed_at, processed, nullif(nullif(processed_at, 'infinity'), '-infinity') AS processed_at,
-    error_count, last_error, new_data
+  SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
   FROM @schema@.entity_changes WHERE NOT processed AND dead_at IS NOT NULL
   UNION ALL
   SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
-  FROM @schema@.entity_changes
-  WHERE processed AND processed_at > now() - interval '24 hours' AND processed_at < 'infinity'
-  UNION ALL
-  SELECT id, entity_type, operation, changed_at, processed, NULL, error_count, last_error, new_data
-  FROM @schema@.entity_changes WHERE processed AND processed_at = 'infinity'
+  FROM @schema@.entity_changes WHERE processed AND processed_at > now() - interval '24 hours'
   UNION ALL
   SELECT id, entity_type, operation, changed_at, processed, processed_at, error_count, last_error, new_data
   FROM @schema@.entity_changes WHERE processed AND processed_at IS NULL

@@ -241,7 +241,6 @@ def _put_in_order(connection: Connection, schema_name: str) -> None:
 
 
 def _print_steps(steps: Sequence[Migration], schema_name: str) -> None:
-
     if steps:
         from cdc.postgres import migration_scripts  # noqa: PLC0415 - see install
 

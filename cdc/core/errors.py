@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from decimal import Decimal
+from math import isfinite, nan
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -84,17 +86,30 @@ class ProtocolError(CdcError):
     pass
 
 
+def _seconds(after: object) -> float:
+    """A finite number of seconds; NaN for what is none, which no comparison holds for."""
+    seconds = after.total_seconds() if isinstance(after, timedelta) else after
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float | Decimal):
+        return nan
+    try:
+        found = float(seconds)
+    except (ValueError, OverflowError):  # a Decimal that signals, an integer beyond all floats
+        return nan
+    return found if isfinite(found) else nan
+
+
 class Retry(Exception):  # noqa: N818 - the name a handler's author writes: `raise Retry(after=30)`
-    """Raised by a handler: not now. The change waits ``after`` seconds, or as long as the backoff says.
+    """Raised by a handler: not now. The change waits ``after``, seconds or a timedelta, or as long as the backoff says.
 
     It counts as an attempt, so that a handler which only ever asks for another try ends as a dead letter.
     """
 
-    def __init__(self, after: float | None = None, reason: str = "") -> None:
-        if after is not None and not 0 <= after < float("inf"):
-            raise ValueError(f"Retry(after={after!r}): seconds, 0 or more")
+    def __init__(self, after: float | timedelta | None = None, reason: str = "") -> None:
+        seconds = None if after is None else _seconds(after)
+        if seconds is not None and not seconds >= 0:
+            raise ValueError(f"Retry(after={after!r}): seconds or a timedelta, 0 or more")
         super().__init__(reason or "the handler asked for another try")
-        self.after = after
+        self.after = seconds
 
 
 class Discard(Exception):  # noqa: N818 - see Retry
@@ -114,19 +129,21 @@ class Reject(Exception):  # noqa: N818 - see Retry
 class Unavailable(Exception):  # noqa: N818 - see Retry
     """Raised by a handler: something that it needs is unavailable. No attempt is counted, and the change waits.
 
-    ``retry_after``: seconds until the next try makes sense, if known. Else the change waits for up to a second,
-    and twice as long each time, up to half a minute. If changes of several keys raise it in a row, with no success in
-    between, the handler pauses: none of its changes is called, and then one at a time, until one has succeeded.
+    ``retry_after``: how long until the next try makes sense, seconds or a timedelta, if known. Else the change waits
+    for up to a second, and twice as long each time, up to half a minute. If changes of several keys raise it in a
+    row, with no success in between, the handler pauses: none of its changes is called, and then one at a time, until
+    one has succeeded.
     """
 
     certain = False
     """Whether no single key can be the cause: then one key is enough. For a class derived from this one."""
 
-    def __init__(self, retry_after: float | None = None, reason: str = "") -> None:
-        if retry_after is not None and not 0 <= retry_after < float("inf"):
-            raise ValueError(f"Unavailable(retry_after={retry_after!r}): seconds, 0 or more")
+    def __init__(self, retry_after: float | timedelta | None = None, reason: str = "") -> None:
+        seconds = None if retry_after is None else _seconds(retry_after)
+        if seconds is not None and not seconds >= 0:
+            raise ValueError(f"Unavailable(retry_after={retry_after!r}): seconds or a timedelta, 0 or more")
         super().__init__(reason or "what the handler needs is away")
-        self.retry_after = retry_after
+        self.retry_after = seconds
 
 
 class Snooze(Exception):  # noqa: N818 - see Retry
@@ -137,15 +154,11 @@ class Snooze(Exception):  # noqa: N818 - see Retry
     """
 
     def __init__(self, after: float | timedelta, reason: str = "") -> None:
-        seconds = after.total_seconds() if isinstance(after, timedelta) else after
-        try:
-            makes_sense = not isinstance(seconds, bool) and 0 < seconds < float("inf")
-        except (TypeError, ArithmeticError):  # no number at all; a Decimal that is none
-            makes_sense = False
-        if not makes_sense:
+        seconds = _seconds(after)
+        if not seconds > 0:
             raise ValueError(f"Snooze(after={after!r}): seconds or a timedelta, above 0")
         super().__init__(reason)
-        self.after = float(seconds)
+        self.after = seconds
 
 
 class SafeError(Exception):

@@ -78,7 +78,8 @@ class ChangeSummary:
     table_schema: str | None
     table: str
     operation: str
-    changed_at: datetime
+    changed_at: datetime | None
+    """None, as the other times, where Python does not have it: infinite, or of a year it does not count."""
     error_count: int
     last_error: str | None
     error_summary: str | None
@@ -110,7 +111,7 @@ class CauseLink:
     entity_id: str
     operation: str
     state: ChangeState
-    changed_at: datetime
+    changed_at: datetime | None
     caused_by: UUID | None
     replay_of: UUID | None
 

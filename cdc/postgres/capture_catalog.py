@@ -78,6 +78,12 @@ held (relation, attname, type) AS (
               WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
   ) AS part (type)
 )"""
+# Whether row level security would keep the function's owner from writing a table; of a superuser it does not.
+_NO_POLICY = """
+{table}.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
+        AND ({table}.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, {table}.relowner, 'USAGE'))
+        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
+          WHERE l.polrelid = {table}.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])"""
 # The rights that the function uses: it writes these columns, returns those, and sends a message.
 _FUNCTION = f"""
 WITH RECURSIVE capture AS (
@@ -117,10 +123,7 @@ SELECT p.oid, ARRAY(SELECT f.oid FROM capturing AS f) AS oids,
      WHERE m.pronamespace = 'pg_catalog'::regnamespace AND m.proname = 'pg_logical_emit_message'
        AND m.proargtypes[2] = 'pg_catalog.text'::regtype
        AND NOT pg_catalog.has_function_privilege(p.proowner, m.oid, 'EXECUTE')),
-    CASE WHEN c.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
-        AND (c.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, c.relowner, 'USAGE'))
-        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
-          WHERE l.polrelid = c.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])
+    CASE WHEN {_NO_POLICY.format(table="c")}
       THEN 'a policy of its own, since row level security is on' END,
     CASE WHEN EXISTS (
       SELECT FROM pg_catalog.pg_attribute AS a
@@ -132,15 +135,9 @@ SELECT p.oid, ARRAY(SELECT f.oid FROM capturing AS f) AS oids,
       WHERE a.attrelid = b.oid AND a.attname = ANY ('{{entity_type,seq,id}}'::name[])
         AND NOT pg_catalog.has_column_privilege(p.proowner, b.oid, a.attnum, 'INSERT')
     ) THEN 'INSERT on cdc_barriers' END,
-    CASE WHEN d.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
-        AND (d.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, d.relowner, 'USAGE'))
-        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
-          WHERE l.polrelid = d.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])
+    CASE WHEN {_NO_POLICY.format(table="d")}
       THEN 'a policy of its own on cdc_due_changes, since row level security is on' END,
-    CASE WHEN b.relrowsecurity AND NOT r.rolsuper AND NOT r.rolbypassrls
-        AND (b.relforcerowsecurity OR NOT pg_catalog.pg_has_role(p.proowner, b.relowner, 'USAGE'))
-        AND NOT EXISTS (SELECT FROM pg_catalog.pg_policy AS l
-          WHERE l.polrelid = b.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])
+    CASE WHEN {_NO_POLICY.format(table="b")}
       THEN 'a policy of its own on cdc_barriers, since row level security is on' END
   ], NULL) AS lacks
 FROM capture AS p

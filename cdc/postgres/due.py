@@ -48,7 +48,7 @@ class DueChanges:
     def types(self, connection: psycopg.Connection, within_s: float) -> set[str]:
         """The types of the events that are due within ``within_s`` seconds; of the first 10,001 events.
 
-        None where ``count`` gives None.
+        An empty set where the outbox is of an earlier version, or this role may not see them.
         """
         try:
             rows = connection.execute(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from typing import Any
 
 import psycopg
+from psycopg.abc import AdaptContext
 from psycopg.adapt import Buffer, Loader
 from psycopg.pq import Format
+from psycopg.types.datetime import TimestamptzLoader
 
 from cdc.core.fast_change import Json
 from cdc.core.model import Operation
@@ -50,12 +53,27 @@ def read_changes(connection: psycopg.AsyncConnection[Any]) -> None:
 def read_anything(connection: psycopg.Connection[Any]) -> None:
     """From now on a text may hold any bytes, shown as escapes where they are not UTF-8, and a document any content.
 
+    A time that Python does not have, infinite or of a year it does not count, is None.
+
     Only a database without an encoding holds such texts; the server is set to convert nothing there.
     """
     connection.adapters.register_loader("jsonb", _AnyJson)
+    connection.adapters.register_loader("timestamptz", _AnyTime)
     if connection.info.parameter_status("server_encoding") == _NO_ENCODING:
         connection.execute("SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false)")
         connection.adapters.register_loader("text", _AnyText)
+
+
+class _AnyTime(Loader):
+    def __init__(self, oid: int, context: AdaptContext | None = None) -> None:
+        super().__init__(oid, context)
+        self._usual = TimestamptzLoader(oid, context)
+
+    def load(self, data: Buffer) -> datetime | None:
+        try:
+            return self._usual.load(data)
+        except psycopg.DataError:
+            return None
 
 
 class _AnyText(Loader):

@@ -181,7 +181,8 @@ def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocesse
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join(tables)))
         if not discard_unprocessed:
             _refuse_unprocessed(connection, outbox)
-            _refuse_due_later(connection, tables[1:])
+            if _exists(connection, schema, "cdc_due_changes"):
+                _refuse_due_later(connection, sql.Identifier(schema, "cdc_due_changes"))
         for name in _sets(connection, schema):
             if script := migration_scripts.read_of_set(name, migration_scripts.REMOVE_SET):
                 _run(connection, script, schema)
@@ -220,15 +221,13 @@ def _refuse_unprocessed(connection: psycopg.Connection, outbox: sql.Identifier) 
         )
 
 
-def _refuse_due_later(connection: psycopg.Connection, tables: Sequence[sql.Identifier]) -> None:
-    """``tables``: that of what is due later, where the outbox has one."""
-    for table in tables:
-        row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
-        if row and row[0]:
-            raise RefusedError(
-                f"{row[0]} events are due later, and dropping the table would lose them",
-                hint="wait until they are published, or discard them with --discard-unprocessed",
-            )
+def _refuse_due_later(connection: psycopg.Connection, table: sql.Identifier) -> None:
+    row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
+    if row and row[0]:
+        raise RefusedError(
+            f"{row[0]} events are due later, and dropping the table would lose them",
+            hint="wait until they are published, or discard them with --discard-unprocessed",
+        )
 
 
 def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:

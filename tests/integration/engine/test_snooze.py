@@ -120,7 +120,10 @@ async def test_what_is_snoozed_for_long_waits_for_an_operator_to_see_it(
     assert (drained.waiting, drained.held, drained.snoozed) == (2, 1, 0)
 
 
-@pytest.mark.parametrize("after", [0, -1, float("inf"), float("nan"), timedelta(0), "5", None, True, Decimal("NaN")])
+@pytest.mark.parametrize(
+    "after",
+    [0, -1, float("inf"), float("nan"), timedelta(0), "5", None, True, Decimal("NaN"), Decimal("sNaN"), 10**400],
+)
 def test_a_snooze_that_makes_no_sense_is_refused_where_it_is_raised(after: Any) -> None:
     with pytest.raises(ValueError, match=r"Snooze\(after=.*above 0"):
         cdc.Snooze(after)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import psycopg
@@ -178,10 +180,34 @@ async def test_it_waits_as_long_as_the_handler_asks(outbox: str, outbox_db: psyc
     assert all(1700 < wait <= 1800 and failures == 0 for wait, failures in waits)
 
 
-@pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf")])
-def test_a_time_that_is_none_is_refused(wrong: float) -> None:
-    with pytest.raises(ValueError, match="seconds, 0 or more"):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        -1,
+        float("nan"),
+        float("inf"),
+        timedelta(seconds=-1),
+        "5",
+        True,
+        b"5",
+        [5],
+        Decimal("NaN"),
+        Decimal("sNaN"),
+        10**400,
+    ],
+)
+def test_a_time_that_is_none_is_refused_where_it_is_raised(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"Unavailable\(retry_after=.*seconds or a timedelta, 0 or more"):
         cdc.Unavailable(retry_after=wrong)
+    with pytest.raises(ValueError, match=r"Retry\(after=.*seconds or a timedelta, 0 or more"):
+        cdc.Retry(after=wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [(0, 0), (2, 2), (1.5, 1.5), (timedelta(minutes=1), 60), (Decimal("0.5"), 0.5), (None, None)]
+)
+def test_a_time_is_a_number_of_seconds_or_a_timedelta(given: Any, seconds: float | None) -> None:
+    assert (cdc.Unavailable(given).retry_after, cdc.Retry(given).after) == (seconds, seconds)
 
 
 async def test_of_a_batch_single_changes_may_find_it_away(outbox: str, outbox_db: psycopg.Connection) -> None:

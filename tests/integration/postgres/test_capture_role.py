@@ -225,6 +225,14 @@ def test_plain_writers_are_captured_by_a_role_that_may_do_only_that(db: psycopg.
     attributes = "SELECT rolcanlogin, rolsuper, rolcreaterole FROM pg_roles WHERE rolname = %s"
     assert db.execute(attributes, [role]).fetchone() == (False, False, False)
     assert db.execute("SELECT has_schema_privilege(%s, 'public', 'CREATE')", [role]).fetchone() == (False,)
+    inserted = db.execute(
+        "SELECT attname::text FROM pg_attribute WHERE attrelid = 'entity_changes'::regclass AND attnum > 0"
+        " AND has_column_privilege(%s, attrelid, attnum, 'INSERT')",
+        [role],
+    ).fetchall()
+    named = {"id", "table_schema", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data",
+             "metadata", "caused_by", "depth", "processed", "processed_at", "last_error", "shard"}  # fmt: skip
+    assert {column for (column,) in inserted} == named, "what the functions write, and no more"
     finding = checks.capture_function(inspect_outbox.capture(db, "public"))
     assert (finding.severity, role in finding.detail) == (Severity.OK, True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from cdc.postgres import migrations
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.outbox import INDEXED, Store
 from cdc.postgres.retention import Retention
+from tests.commands import done
 from tests.commands_outbox import data, numbers, run
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
@@ -158,6 +160,26 @@ def test_an_infinite_time_breaks_no_reader(
     for store in (Store("public"), Store("public", scope=TypeFilter(("x",), True))):
         assert 0 <= store.figures(outbox_db).oldest_ready_age_s < 3600
     list(Retention("public").prune(outbox_db, 3600.0))
+
+
+@pytest.mark.parametrize("column", ["changed_at", "processed_at", "dead_at", "next_attempt_at"])
+@pytest.mark.parametrize("value", ["infinity", "-infinity", "0044-03-15 BC", "20000-01-01"])
+@pytest.mark.parametrize("processed", [True, False])
+def test_an_operator_sees_a_change_whose_time_python_does_not_have(
+    outbox: str, outbox_db: psycopg.Connection, column: str, value: str, processed: bool
+) -> None:
+    outbox_db.execute("SELECT publish_change('x', '1')")
+    outbox_db.execute("UPDATE entity_changes SET processed = %s", [processed])
+    change = sql.SQL("UPDATE entity_changes SET {} = %s").format(sql.Identifier(column))
+    outbox_db.execute(change, [value])
+    [(state, name)] = outbox_db.execute(
+        "SELECT CASE WHEN processed THEN 'processed' WHEN dead_at IS NOT NULL THEN 'dead'"
+        " WHEN next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END, id::text FROM entity_changes"
+    ).fetchall()
+    [found] = json.loads(done(outbox, "outbox", "list", "--state", state, "--json"))["changes"]
+    assert (found["id"], found[column]) == (name, None)
+    assert name in done(outbox, "outbox", "show", name)
+    done(outbox, "status", "--json")
 
 
 async def test_what_is_fresh_or_due_is_handled_once_and_nothing_else_and_each_key_goes_on_or_waits(
