@@ -151,9 +151,12 @@ def test_it_captures_what_the_general_one_does(outbox_db: psycopg.Connection, ca
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("key", [["line"], ["id", "line"]])
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_key_column_that_is_gone_fails_with_the_same_words(orders: psycopg.Connection, renamed: bool) -> None:
-    track(orders, "public", "orders", key=["line"])
+def test_a_key_column_that_is_gone_fails_with_the_same_words(
+    orders: psycopg.Connection, renamed: bool, key: list[str]
+) -> None:
+    track(orders, "public", "orders", key=key)
     orders.execute("ALTER TABLE orders RENAME line TO place" if renamed else "ALTER TABLE orders DROP line")
     with pytest.raises(psycopg.errors.UndefinedColumn, match="has no column"):
         orders.execute("INSERT INTO orders (id) VALUES (1)")
