@@ -68,6 +68,7 @@ class Drained:
     due only after the drain's time limit. ``held``: fresh changes behind one of these, or behind a dead letter that
     pauses. ``unhandled``: fresh ones of types that no handler wants, which stay as they are. ``filtered``:
     those that a handler's filter left out. ``due_later``: events that are due only after the drain's time limit.
+    ``coalesced``: those processed with another one, by a call that stood for both.
     """
 
     processed: int
@@ -81,6 +82,7 @@ class Drained:
     filtered: int = 0
     snoozed: int = 0
     due_later: int = 0
+    coalesced: int = 0
 
     @property
     def dead(self) -> int:
@@ -256,6 +258,7 @@ class _OutboxState:
             retried=outcomes.get("retried", 0),
             filtered=outcomes.get("filtered", 0),
             snoozed=outcomes.get("snoozed", 0),
+            coalesced=outcomes.get("coalesced", 0),
             dead_letters=tuple(entry for entry in dead if entry.dead_at and entry.dead_at >= self._began),
             waiting=sum(each.waiting for each in stats.types if self._scope.has(each.entity_type)),
             held=sum(each.blocked for each in stats.types if self._scope.has(each.entity_type)),

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from cdc import testing
+from cdc.core.admission import Row
 from cdc.core.model import Change
-from cdc.core.scheduler import Row
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 

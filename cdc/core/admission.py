@@ -6,6 +6,16 @@ from collections.abc import Mapping
 from enum import Enum, auto
 from typing import NamedTuple
 
+from cdc.core.model import Change
+
+
+class Row(NamedTuple):
+    """A change as read. ``blocked``: an earlier one of its key waits. ``barred``, without documents: by a TRUNCATE."""
+
+    change: Change
+    blocked: bool = False
+    barred: bool = False
+
 
 class Admission(Enum):
     """The decision about a row."""

@@ -2,7 +2,8 @@
 
 A *watermark* says that changes of the key from its ``seq`` on were seen and not admitted. ``blocked``: an earlier
 change of the key waits, and the key is not read before that one has settled. Otherwise a ``KeyRead`` reads the key
-from there, as soon as its queue is empty.
+from there, as soon as its queue is empty. ``last``: no change beyond this number was seen and not admitted.
+A key may be *held* until a time, and is not read before.
 
 The memory for watermarks is bounded, and each entity type has a limit in it.
 """
@@ -10,13 +11,17 @@ The memory for watermarks is bounded, and each entity type has a limit in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from heapq import heapify, heappop, heappush
 from itertools import islice
+from math import inf
 from typing import Final, NamedTuple
 
 from cdc.core.dynamic_limit import DynamicLimit
-from cdc.core.model import Key
+from cdc.core.model import SEQ_MAX, Key
 
 _FACTOR = 4
+_ENDED_MAX = 100
+"""Holds that have ended otherwise, and are forgotten when there are more of them than of others."""
 
 
 class KeyRead(NamedTuple):
@@ -28,12 +33,15 @@ class KeyRead(NamedTuple):
 
 
 class Watermark:
-    __slots__ = ("blocked", "seq", "shard")
+    __slots__ = ("blocked", "last", "seq", "shard", "until")
 
-    def __init__(self, seq: int, shard: int, blocked: bool) -> None:
+    def __init__(self, seq: int, shard: int, blocked: bool, last: int) -> None:
         self.seq = seq
         self.shard = shard
         self.blocked = blocked
+        self.last = last
+        self.until: float | None = None
+        """The key is held, and blocked, until then."""
 
 
 class DeferredKeys:
@@ -45,6 +53,8 @@ class DeferredKeys:
         """By key; others only read it. Most keys have none, and each change asks three times: a method costs more."""
         self.reads: Final[dict[str, dict[Key, None]]] = {}
         """The keys to be read on; others only read it. By type, the type that was served last stands last."""
+        self._held: list[tuple[float, Key]] = []
+        """A heap; an entry whose key has another time by now, or none, has ended."""
 
     def __len__(self) -> int:
         return len(self.watermarks)
@@ -53,15 +63,52 @@ class DeferredKeys:
         """Whether the key has a mark or may get one."""
         return key in self.watermarks or self._limit.admits(key[0])
 
-    def defer(self, key: Key, seq: int, shard: int, *, blocked: bool) -> None:
-        """Mark the key from ``seq`` on, whether there is room or not."""
+    def defer(self, key: Key, seq: int, shard: int, *, blocked: bool, last: int = SEQ_MAX) -> None:
+        """Mark the key from ``seq`` on, whether there is room or not. ``last``: if it is known what was seen of it."""
         mark = self.watermarks.get(key)
         if mark is None:
-            self.watermarks[key] = Watermark(seq, shard, blocked)
+            self.watermarks[key] = Watermark(seq, shard, blocked, last)
             self._limit.acquire(key[0])
         else:
             mark.seq = min(mark.seq, seq)
+            mark.last = max(mark.last, last)
             mark.blocked = mark.blocked or blocked
+
+    def handled(self, key: Key, through: int) -> None:
+        """All changes of the key up to ``through`` that were seen are taken care of."""
+        if mark := self.watermarks.get(key):
+            if mark.last <= through:
+                self.forget([key])
+            else:
+                mark.seq = max(mark.seq, through + 1)
+
+    def hold(self, key: Key, until: float) -> None:
+        """Do not read the marked key before."""
+        mark = self.watermarks[key]
+        mark.blocked, mark.until = True, until
+        self.cancel_read(key)
+        heappush(self._held, (until, key))
+        if len(self._held) > 2 * len(self.watermarks) + _ENDED_MAX:
+            self._held = [(mark.until, key) for key, mark in self.watermarks.items() if mark.until is not None]
+            heapify(self._held)
+
+    @property
+    def held_until(self) -> float:
+        """When the next of the keys that are held is to be read; inf: none is held."""
+        while self._held:
+            until, key = self._held[0]
+            if (mark := self.watermarks.get(key)) and mark.until == until:
+                return until
+            heappop(self._held)
+        return inf
+
+    def read_held(self, now: float) -> None:
+        """Read the keys whose time has come; they are held no more."""
+        while self.held_until <= now:
+            _, key = heappop(self._held)
+            mark = self.watermarks[key]
+            mark.until, mark.blocked = None, False
+            self.request_read(key)
 
     def forget(self, keys: Iterable[Key]) -> None:
         for key in keys:
@@ -75,6 +122,7 @@ class DeferredKeys:
     def clear(self) -> None:
         self.watermarks.clear()
         self.reads.clear()
+        self._held.clear()
         self._limit.clear()
 
     def request_read(self, key: Key) -> None:

@@ -34,12 +34,14 @@ class HandlerLimits:
         transactions: int,
         breakers: Mapping[str, CircuitBreaker] | None = None,
     ) -> None:
-        self._router = router
+        self.router = router
         self._breakers = breakers or {}
         self._known: dict[tuple[str, str], Requirements] = {}
         types = {entity_type for entity_type, _ in router.handlers}
         self.sole_type = len(types) == 1 and ANY not in types
         """No handler waits for changes of any other type."""
+        self.coalesces = any(handler.latest for handler in router.handlers.values())
+        """Some handler is called once for all that waits of a key."""
         self.ready_queues = ReadyQueues(
             concurrency,
             {_THREADS: threads, _CONNECTIONS: transactions, _CONNECTIONS_IN_THREADS: transactions},
@@ -50,7 +52,7 @@ class HandlerLimits:
         kind = (change.entity_type, change.operation)
         needs = self._known.get(kind)
         if needs is None:
-            handler = self._router.match(*kind)
+            handler = self.router.match(*kind)
             needs = self._of_handler(*kind, handler) if handler else Requirements(change.entity_type)
             if len(self._known) < _KINDS_MAX:
                 self._known[kind] = needs
@@ -60,9 +62,9 @@ class HandlerLimits:
         """Whether a dead letter of this type and operation blocks its key. None: of a type that no handler can name."""
         if kind is None:
             return any(
-                handler.pauses for (entity_type, _), handler in self._router.handlers.items() if entity_type == ANY
+                handler.pauses for (entity_type, _), handler in self.router.handlers.items() if entity_type == ANY
             )
-        handler = self._router.match(*kind)
+        handler = self.router.match(*kind)
         return handler is not None and handler.pauses
 
     def _of_handler(self, entity_type: str, operation: str, handler: Handler) -> Requirements:
@@ -70,8 +72,8 @@ class HandlerLimits:
         run = (_READ_RUN_MAX if read else _RUN_MAX) if handler.single else 1
         breaker = self._breakers.get(handler.name)
         return Requirements(
-            entity_type, handler, _pools(handler), after_settled=handler.transactional, run=run, breaker=breaker,
-            read=read,
+            entity_type, handler, _pools(handler), run=run, breaker=breaker, read=read,
+            after_settled=handler.transactional or handler.latest,
         )  # fmt: skip
 
 

@@ -40,6 +40,13 @@ class KeyQueue:
         """The changes that have not finished."""
         return (*self.running, *self.queued)
 
+    @property
+    def last(self) -> Change | None:
+        """The last change that has not finished."""
+        if self.queued:
+            return self.queued[-1]
+        return self.running[-1] if self.running else None
+
     def enqueue(self, change: Change) -> None:
         if self.queued and self.queued[-1].seq > change.seq:
             # Only for a key coarser than the source row: its transactions may commit in another order.

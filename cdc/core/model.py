@@ -55,6 +55,8 @@ class Change:
     ``caused_by`` is the id of the change whose handler wrote this one, and ``depth`` counts the causes before it.
     ``chain`` lists their ids, the newest first, only if there are more than a consumer follows.
     ``replay_of`` is the id of the processed change that this one repeats, because an operator had it replayed.
+    ``coalesced`` is how many changes of the key this one stands for, itself among them: for a handler with ``latest``
+    the first of them has given ``old``, and the last one all else. 1 otherwise.
     ``size`` is that of its documents as they were read, in bytes of JSON; 0 for a change made by hand.
     """
 
@@ -78,6 +80,7 @@ class Change:
     replay_of: UUID | None = None
     chain: str | None = None
     size: int = 0
+    coalesced: int = 1
 
     @property
     def key(self) -> Key:
@@ -247,9 +250,13 @@ class Processed:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The handler returned, and its own transaction has marked the change. ``at``: the database's clock."""
+    """The handler returned, and its own transaction has marked the change. ``at``: the database's clock.
+
+    ``coalesced``: what the handler was called with, where that stood for several changes.
+    """
 
     at: datetime
+    coalesced: Change | None = None
     blocks_key: ClassVar[bool] = False
 
 
@@ -322,5 +329,22 @@ class Unmarkable(Dead):
     """The table rejected the real outcome. ``error`` fits any encoding."""
 
 
-Outcome = Processed | Committed | Skipped | Filtered | Discarded | Waiting | Dead
+@dataclass(frozen=True, slots=True)
+class Coalesced:
+    """``outcome`` is that of the last of several changes of a key that shared a call; the others are processed with it.
+
+    The attempt was made for the first of them. ``change`` is what the handler got, with the number and the id of the
+    last; ``later``: the numbers of those after the first, as PostgreSQL writes an array.
+    """
+
+    change: Change
+    later: str
+    outcome: Processed | Skipped | Filtered | Discarded | Dead
+
+    @property
+    def blocks_key(self) -> bool:
+        return self.outcome.blocks_key
+
+
+Outcome = Processed | Committed | Skipped | Filtered | Discarded | Waiting | Dead | Coalesced
 """How one attempt ended. An attempt cut off by a stop or a lost session has no outcome: the change stays as it was."""

@@ -80,6 +80,8 @@ class NextRead:
         places = self._scheduler.window.free
         if places <= 0 or not self._scheduler.ownership.active:
             return None
+        if self._scheduler.deferred.held_until <= now:
+            self._scheduler.deferred.read_held(now)
         rows = min(places // (1 + self._page.row_bytes // self._scheduler.place_bytes), self._page.rows)
         room = _Room(now, max(1, rows), self._scarce(places))
         for choice in self._choices:
@@ -102,7 +104,8 @@ class NextRead:
             return inf
         if read and (not idle or self._scheduler.wants_key_reads):
             return 0.0
-        return min(self._planner.wait_s(now), max(0.0, self._due.next_at(now, scarce=scarce) - now))
+        at = min(self._due.next_at(now, scarce=scarce), self._scheduler.deferred.held_until)
+        return min(self._planner.wait_s(now), max(0.0, at - now))
 
     def _scarce(self, places: int) -> bool:
         return places < self._scheduler.worth and not self._planner.throttled

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
+from math import inf
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +32,9 @@ _BATCH = 100
 _GROUP = 50
 """A larger group saves few more round trips, and one failure undoes much."""
 _LINGER_MAX_S = 10.0
+_SETTLE_MAX_S = 3_600.0
+_AT_MOST = 10
+"""In times of ``settle``, unless it is named: a key that never rests is handled all the same."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Hook = Callable[..., Any]
@@ -61,11 +65,17 @@ class Handler:
     timeout_s: float | None = None
     filter: ChangeFilter | None = None
     """Which of the changes that it is matched with it wants; None: all."""
+    latest: bool = False
+    """One call stands for all the changes of its key that wait."""
+    settle_s: float = 0.0
+    """With ``latest``: seconds without a further change of the key before the call."""
+    at_most_s: float = 0.0
+    """With ``latest``: seconds from the first change after which the call is made in any case."""
 
     @property
     def single(self) -> bool:
-        """It is called on the event loop, with one change and no other argument."""
-        return self.is_async and not self.transactional and self.batch is None
+        """It is called on the event loop, with one change as it was read and no other argument."""
+        return self.is_async and not self.transactional and self.batch is None and not self.latest
 
     def call(self, changes: Sequence[Change], connection: Any = None) -> Any:
         """Call the function with one change, or with a batch."""
@@ -115,6 +125,9 @@ class Router:
         batch: int | None = None,
         linger: float = 0.0,
         group: int | None = None,
+        latest: bool = False,
+        settle: float = 0.0,
+        at_most: float | None = None,
         name: str | None = None,
     ) -> Callable[[Function], Function]:
         """Declare the handler of an entity type ("*": of every type without a rule of its own).
@@ -135,26 +148,37 @@ class Router:
         it is itself) in a transaction that has locked the change and marks it processed before the commit, so that what
         it writes there happens exactly once. If many such changes wait, up to ``group`` (default 50) share a
         transaction, each with its own call; if one fails, all are rolled back and called again one by one.
+
+        With ``latest`` one call stands for all the changes of its key that wait: ``old`` is of the first, ``new`` and
+        all else of the last, and ``change.coalesced`` says how many there were. The call is made when no further one
+        has come for ``settle`` seconds, and ``at_most`` seconds (default: ten times ``settle``) after the first in any
+        case. ``changed`` and ``when`` are asked about the change that the call would get. Not for batches.
         """
         slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
         wanted = _filter(changed, when)
         _positive(max_attempts=max_attempts, timeout=timeout, batch=batch, group=group)
         linger_s, pauses = _linger(linger), _pauses(dead)
+        settle_s, at_most_s = _settle(latest, settle, at_most)
 
         def declare(function: Function) -> Function:
+            if latest:
+                _refuse_several(function, group)
             handler = Handler(
                 name=name or _name(function),
                 function=function,
                 is_async=inspect.iscoroutinefunction(_unwrapped(function)),
                 transactional=_takes_connection(function),
                 pauses=pauses,
-                group=_group(function, group),
+                group=1 if latest else _group(function, group),
                 batch=_batch(function, batch),
                 linger_s=linger_s,
                 model=model,
                 max_attempts=max_attempts,
                 timeout_s=timeout,
                 filter=wanted,
+                latest=latest,
+                settle_s=settle_s,
+                at_most_s=at_most_s,
             )
             handler = self._named(handler, name)
             for slot in slots:
@@ -218,6 +242,10 @@ class Router:
             or slots.get((ANY, operation))
             or slots.get((ANY, ANY))
         )
+
+    def operations(self, entity_type: str, handler: Handler) -> tuple[str, ...]:
+        """Those of the type that go to this handler."""
+        return tuple(str(each) for each in Operation if self.match(entity_type, each) is handler)
 
     def handled_by(self, name: str) -> HandledChanges:
         """Which changes the handler of this name gets. Raises UsageError where there is none."""
@@ -352,6 +380,35 @@ def _linger(seconds: float) -> float:
     if not 0 <= seconds <= _LINGER_MAX_S:
         raise UsageError(f"router.on(..., linger={seconds!r}): seconds, from 0 to {_LINGER_MAX_S:g}")
     return seconds
+
+
+def _settle(latest: bool, settle: float, at_most: float | None) -> tuple[float, float]:
+    if not latest and (settle or at_most is not None):
+        raise UsageError(
+            "router.on(..., settle=, at_most=): only a handler with latest=True waits for a key to settle",
+            hint="write latest=True, or linger= for a handler of batches",
+        )
+    if not 0 <= settle <= _SETTLE_MAX_S:
+        raise UsageError(f"router.on(..., settle={settle!r}): seconds, from 0 to {_SETTLE_MAX_S:g}")
+    if at_most is None:
+        return settle, _AT_MOST * settle
+    if not settle <= at_most < inf:
+        raise UsageError(f"router.on(..., at_most={at_most!r}): seconds, not below settle={settle!r}")
+    return settle, at_most
+
+
+def _refuse_several(function: Callable[..., Any], group: int | None) -> None:
+    """A call of a ``latest`` handler stands for the changes of one key, and is a transaction of its own."""
+    if CHANGES in inspect.signature(function).parameters:
+        raise UsageError(
+            f"handler {_name(function)} has latest=True and takes batches: a call is for one key then",
+            hint="write it as def handler(change), or leave latest out",
+        )
+    if group is not None and group != 1:
+        raise UsageError(
+            f"handler {_name(function)} has latest=True and group={group}: a call has a transaction of its own then",
+            hint="leave group out",
+        )
 
 
 def _pauses(dead: str) -> bool:

@@ -24,6 +24,9 @@ bounded, too. A change for which neither it nor the window has room is *rejected
 again from that number. So is one that is *barred*: a TRUNCATE of its type comes before it, or is this one, and waits
 for what comes before. The snapshot that shows a row says so, and nothing is remembered.
 
+A change of a handler with ``latest`` is the last that its queue takes: its call stands for those behind it. If it is
+*put off*, it leaves the window, and its key is held until a time.
+
 A read may be older than a settle that came after it began: ``admit`` corrects its rows by the ``ReadReconciler``.
 
 A consumer that lost its session has lost its shards. ``lost`` keeps two things only: the handlers that still run, whose
@@ -35,13 +38,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from operator import attrgetter
-from typing import NamedTuple
 
-from cdc.core.admission import Admission, Admitted
+from cdc.core.admission import Admission, Admitted, Row
 from cdc.core.deferred_keys import DeferredKeys, KeyRead
 from cdc.core.dynamic_limit import DynamicLimit, Room
 from cdc.core.key_queue import KeyQueue
-from cdc.core.model import Change, Committed, Key
+from cdc.core.model import SEQ_MAX, Change, Committed, Key
 from cdc.core.read_reconciler import ReadReconciler, Settlement
 from cdc.core.ready_queues import NOTHING, ReadyQueues, Requirements, Run
 from cdc.core.shard_ownership import Acquired, ShardOwnership
@@ -54,18 +56,11 @@ _FACTOR = 4
 """A single type with a backlog holds at most four fifths of the window."""
 
 
-class Row(NamedTuple):
-    """A change as read. ``blocked``: an earlier one of its key waits. ``barred``, without documents: by a TRUNCATE."""
-
-    change: Change
-    blocked: bool = False
-    barred: bool = False
-
-
 class KeyScheduler:
     """``capacity``: places of the window, of ``place_bytes`` each. ``key_capacity``: queued changes of one key.
 
     ``ready_queues`` and ``needs``: what may run at the same time, and what is fenced. ``sole``: only one entity type.
+    ``coalesces``: some handler has ``latest``.
     """
 
     def __init__(
@@ -78,6 +73,7 @@ class KeyScheduler:
         ready_queues: ReadyQueues | None = None,
         needs: Callable[[Change], Requirements] = lambda change: Requirements(change.entity_type),
         sole: bool = True,
+        coalesces: bool = False,
     ) -> None:
         self.capacity = capacity
         self.worth = max(1, capacity // 4)
@@ -86,6 +82,7 @@ class KeyScheduler:
         """A change holds 1 + size // place_bytes places. Written out below: a call for it would be the commonest."""
         self.key_capacity = key_capacity
         self._needs = needs
+        self.coalesces = coalesces
         self._queues: dict[Key, KeyQueue] = {}
         self._known: dict[int, KeyQueue] = {}
         """The queue of each change in the window, by the change's number."""
@@ -94,7 +91,8 @@ class KeyScheduler:
         self.ready_queues = ready_queues or ReadyQueues()
         self.settling = 0
         """Number of changes that have finished and are not in the table yet."""
-        self._deferred = DeferredKeys(deferred_max, sole=sole)
+        self.deferred = DeferredKeys(deferred_max, sole=sole)
+        """The keys of which changes were seen and not admitted."""
         self.ownership = ShardOwnership()
         self.ownership.subscribe(self)
         self.fenced: Callable[[], None] = lambda: None
@@ -133,10 +131,6 @@ class KeyScheduler:
         """The numbers of the requeued changes in the window that have not finished."""
         return [change.seq for queue in self._queues.values() for change in queue.unfinished if change.requeued]
 
-    @property
-    def deferred_keys(self) -> int:
-        return len(self._deferred)
-
     def knows(self, seq: int) -> bool:
         return seq in self._known
 
@@ -151,14 +145,14 @@ class KeyScheduler:
         The sweep finds what the watermarks stand for. A watermark may outlive its change: another session may have
         deleted the row, or requeued the one before.
         """
-        self._deferred.forget([key for key in self._deferred.of_shards(set(shards)) if key not in self._queues])
+        self.deferred.forget([key for key in self.deferred.of_shards(set(shards)) if key not in self._queues])
 
     def revoked(self, shards: Collection[int]) -> None:
         """Drop the queued changes of these shards. Those that run go on, and settle."""
         for queue in list(self._queues.values()):
             if queue.queued and queue.queued[0].shard in shards:
                 self._drop_queue(queue, remember=False)
-        self._deferred.forget(list(self._deferred.of_shards(shards)))
+        self.deferred.forget(list(self.deferred.of_shards(shards)))
 
     def lost(self) -> None:
         """Forget all but the running handlers. ``keep`` follows, with the outcomes that may still be written."""
@@ -168,7 +162,7 @@ class KeyScheduler:
             queue.settling, queue.blocking = 0, ()
             queue.orphan = True
         self._queues = orphans
-        for forgotten in (self._known, self.window, self._deferred):
+        for forgotten in (self._known, self.window, self.deferred):
             forgotten.clear()
         self.ready_queues.forget_ready()
         self.reading.close()
@@ -212,7 +206,7 @@ class KeyScheduler:
                     barred |= row.barred
                     self._drop_later(key, change)
                 case Admission.DEFER | Admission.DEFER_BLOCKED as decision:
-                    self._defer(key, change.seq, change.shard, blocked=decision is Admission.DEFER_BLOCKED)
+                    self._defer(key, change.seq, change.shard, decision is Admission.DEFER_BLOCKED, change.seq)
                     if row.blocked and key in unblocked:
                         self._unblock(key)
                 case Admission.REJECT:
@@ -228,35 +222,40 @@ class KeyScheduler:
         outdated = self.reading.eventful and self.reading.outdates(change)
         if outdated or change.seq in self._known or change.shard not in self.ownership.active:
             return Admission.NOTHING
-        mark = self._deferred.watermarks.get(key)
+        mark = self.deferred.watermarks.get(key)
         if mark and change.seq >= mark.seq:
+            mark.last = max(mark.last, change.seq)
             return Admission.REMEMBERED
         queue = self._queues.get(key)
         blocked = row.blocked or waiting.get(key, change.seq) < change.seq
         blocked = blocked or (queue is not None and (queue.blocked or queue.orphan))
-        if not (blocked or row.barred) and (queue is None or len(queue.queued) < self.key_capacity):
+        closed = self.coalesces and not due and self._takes_no_more(queue)
+        if not (blocked or row.barred or closed) and (queue is None or len(queue.queued) < self.key_capacity):
             return Admission.TAKE if self.window.admits(change.entity_type) else Admission.REJECT
         if due:
             return Admission.RUNS_LATER
-        if row.barred or (not key_read and not self._deferred.has_room(key)):
+        if row.barred or (not key_read and not self.deferred.has_room(key)):
             return Admission.REJECT  # the mark of a key that is read on has just made room
         return Admission.DEFER_BLOCKED if blocked else Admission.DEFER
 
     def admit_key_read(self, request: KeyRead, rows: Sequence[Row], *, complete: bool) -> Admitted:
         """The answer to a ``KeyRead``. ``complete``: these are all changes of the key. Returns what is barred."""
-        mark = self._deferred.watermarks.get(request.key)
+        mark = self.deferred.watermarks.get(request.key)
         if mark is None or mark.seq != request.seq:
             # The shard was revoked, or an earlier change became visible during the read.
             self._consider_key_read(request.key)
             return Admitted()
-        self._deferred.forget([request.key])
+        seen = mark.last
+        self.deferred.forget([request.key])
         if (admitted := self.admit(rows, key_read=True)).barred:
             return admitted
         last = rows[-1].change if rows else None
         if rejected := admitted.rejected:
-            self._defer(request.key, rejected[request.key[0]][request.shard], request.shard, blocked=False)
-        elif not complete and not self._deferred.watermarks.get(request.key):
-            self._defer(request.key, last.seq + 1 if last else request.seq, request.shard, blocked=False)
+            self._defer(request.key, rejected[request.key[0]][request.shard], request.shard)
+        elif not complete and not self.deferred.watermarks.get(request.key):
+            self._defer(request.key, last.seq + 1 if last else request.seq, request.shard)
+        if not complete and (mark := self.deferred.watermarks.get(request.key)):
+            mark.last = max(mark.last, seen)  # these rows are not all that was seen
         self._consider_key_read(request.key)
         return admitted._replace(rejected={})
 
@@ -309,14 +308,11 @@ class KeyScheduler:
                     self._start_run(queue, batch, limit, belongs)
                 else:
                     others.append(queue)
-            self._put_back(keys)
+            for queue in map(self._queues.get, reversed(keys)):
+                if queue is not None and queue.needs is not None:
+                    self.ready_queues.put_back(queue.key, queue.needs)
         for queue in others:
             self._make_ready(queue)
-
-    def _put_back(self, keys: deque[Key]) -> None:
-        for queue in map(self._queues.get, reversed(keys)):
-            if queue is not None and queue.needs is not None:
-                self.ready_queues.put_back(queue.key, queue.needs)
 
     def finished(self, batch: Sequence[Settlement]) -> list[Settlement]:
         """The handlers of these started changes ended. Those of one key stand in ``seq`` order.
@@ -343,7 +339,7 @@ class KeyScheduler:
                     self._drop_queue(queue, remember=True)
                 elif queue.queued and not queue.running:
                     self._make_ready(queue)
-                elif self._deferred.watermarks:
+                elif self.deferred.watermarks:
                     self._consider_key_read(queue.key)
         return to_settle
 
@@ -366,14 +362,22 @@ class KeyScheduler:
         self._forget(change)
         self.reading.cut_off(key)
         # A waiting change is found again when it is due. Those behind it are not, and may not be blocked any more.
-        first = next((c for c in (change, *queue.queued) if not c.requeued), None)
+        left = [c for c in (change, *queue.queued) if not c.requeued]
         self._drop_queue(queue, remember=False)
-        if first and change.shard in self.ownership.active:
-            self._defer(key, first.seq, first.shard, blocked=False)
-        if mark := self._deferred.watermarks.get(key):
+        if left and change.shard in self.ownership.active:
+            self._defer(key, left[0].seq, change.shard, last=left[-1].seq)
+        if mark := self.deferred.watermarks.get(key):
             mark.blocked = queue.blocked  # the change that blocked the key may be this one, and done: read the table
         self._drop_if_empty(queue)
         self._consider_key_read(key)
+
+    def put_off(self, change: Change, until: float) -> bool:
+        """This started, fresh change is to start again at that time. False: there is no room for a mark."""
+        key, owned = change.key, change.shard in self.ownership.active
+        if room := owned and not self._queues[key].orphan and self.deferred.has_room(key):
+            self.interrupted(change)
+            self.deferred.hold(key, until)
+        return room
 
     def settled(self, batch: Sequence[Settlement]) -> None:
         """These are in the table. The outcome there may differ from that with which the change finished."""
@@ -384,7 +388,7 @@ class KeyScheduler:
             if queue.queued and not queue.running and not queue.settling and queue.after_settled:
                 self._make_ready(queue)
             self._drop_if_empty(queue)
-            if self._deferred.watermarks and not finished.outcome.blocks_key:
+            if self.deferred.watermarks and not finished.outcome.blocks_key:
                 self._unblock(queue.key)
 
     def dropped(self, batch: Sequence[Settlement]) -> None:
@@ -405,11 +409,11 @@ class KeyScheduler:
     @property
     def wants_key_reads(self) -> bool:
         """There are deferred keys to be read on, with room or without."""
-        return bool(self._deferred.reads)
+        return bool(self.deferred.reads)
 
     def key_reads(self, limit: int) -> list[KeyRead]:
         """Reads of deferred keys, of one type that has room, each requested once; answer with ``admit_key_read``."""
-        return self._deferred.take_reads(limit, self.window.admits) if self._deferred.reads else []
+        return self.deferred.take_reads(limit, self.window.admits) if self.deferred.reads else []
 
     def _make_ready(self, queue: KeyQueue) -> None:
         queue.needs = self._needs(queue.queued[0])
@@ -444,14 +448,21 @@ class KeyScheduler:
             self._make_ready(queue)
 
     def _unblock(self, key: Key) -> None:
-        if mark := self._deferred.watermarks.get(key):
+        if mark := self.deferred.watermarks.get(key):
             mark.blocked = False
             self._consider_key_read(key)
 
     def _consider_key_read(self, key: Key) -> None:
-        mark, queue = self._deferred.watermarks.get(key), self._queues.get(key)
-        if mark and not mark.blocked and (queue is None or not (queue.queued or queue.blocked or queue.orphan)):
-            self._deferred.request_read(key)
+        mark, queue = self.deferred.watermarks.get(key), self._queues.get(key)
+        closed = queue is not None and (queue.queued or queue.blocked or queue.orphan or self._takes_no_more(queue))
+        if mark and not mark.blocked and not closed:
+            self.deferred.request_read(key)
+
+    def _takes_no_more(self, queue: KeyQueue | None) -> bool:
+        """Whether the call of its last change stands for what comes after it, for which a mark does."""
+        if queue is None or not self.coalesces or not (last := queue.last) or not self.deferred.has_room(queue.key):
+            return False
+        return bool((handler := self._needs(last).handler) and handler.latest)
 
     def _orphan_returned(self, queue: KeyQueue) -> None:
         if queue.running:
@@ -467,9 +478,9 @@ class KeyScheduler:
             self._forget(change)
         if remember and queue.queued:
             self._defer(key, queue.queued[0].seq, queue.queued[0].shard, blocked=True)
-        if remember and (mark := self._deferred.watermarks.get(key)):
+        if remember and (mark := self.deferred.watermarks.get(key)):
             mark.blocked = True
-            self._deferred.cancel_read(key)
+            self.deferred.cancel_read(key)
         queue.queued.clear()
         self._drop_if_empty(queue)
 
@@ -483,7 +494,7 @@ class KeyScheduler:
             self._forget(change)
         if later:
             self._defer(key, later[0].seq, later[0].shard, blocked=True)
-            self._deferred.cancel_read(key)
+            self.deferred.cancel_read(key)
 
     def _drop_if_empty(self, queue: KeyQueue) -> None:
         if not (queue.queued or queue.running or queue.settling):
@@ -493,7 +504,7 @@ class KeyScheduler:
         del self._known[change.seq]
         self.window.release(change.entity_type, 1 + change.size // self.place_bytes)
 
-    def _defer(self, key: Key, seq: int, shard: int, *, blocked: bool) -> None:
+    def _defer(self, key: Key, seq: int, shard: int, blocked: bool = False, last: int = SEQ_MAX) -> None:
         owned = self.ownership.active
         assert shard in owned, "a shard that comes back is read from its first change on, without old marks"
-        self._deferred.defer(key, seq, shard, blocked=blocked)
+        self.deferred.defer(key, seq, shard, blocked=blocked, last=last)

@@ -158,7 +158,7 @@ async def call_handler(
             if has_cancellations():
                 await disregard()
     except Failed as failed:
-        return failed.errors
+        return _errors(handler, failed, given)
     except asyncio.CancelledError as error:
         if is_being_cancelled():
             raise CutOffError from error
@@ -173,8 +173,15 @@ def call_handler_here(
     try:
         call_in(contexts, handler.call, given, *connection)
     except Failed as failed:
-        return failed.errors
+        return _errors(handler, failed, given)
     return {}
+
+
+def _errors(handler: Handler, failed: Failed, given: Sequence[Change]) -> Mapping[int, BaseException]:
+    """What was called with several changes in one has the number of another change than it was started for."""
+    if handler.latest and (error := failed.errors.get(given[0].seq)):
+        raise error
+    return {} if handler.latest else failed.errors
 
 
 def as_exception(error: BaseException) -> BaseException:

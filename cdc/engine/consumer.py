@@ -24,11 +24,12 @@ import psycopg
 
 from cdc.core import failpoints
 from cdc.core.handler_limits import HandlerLimits
-from cdc.core.model import Change, Committed, Processed, Waiting
+from cdc.core.model import Change, Coalesced, Committed, Processed, Waiting
 from cdc.core.read_planner import ReadPlanner
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
 from cdc.engine.balancing import Balancing
+from cdc.engine.coalescing import Coalescing
 from cdc.engine.consumer_port import ConsumerSettings
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher
@@ -74,7 +75,9 @@ class Consumer:
         self._hooks = hooks
         self._metrics = metrics
         scheduler = partial(KeyScheduler, settings.window, place_bytes=max(1, settings.window_bytes // settings.window))
-        self._scheduler = scheduler(ready_queues=demand.ready_queues, needs=demand.needs, sole=demand.sole_type)
+        self._scheduler = scheduler(
+            ready_queues=demand.ready_queues, needs=demand.needs, sole=demand.sole_type, coalesces=demand.coalesces
+        )
         self._planner = ReadPlanner(
             sweep_interval_s=settings.poll_interval_s, room_for=self._scheduler.room_for, scope=settings.scope
         )
@@ -90,6 +93,7 @@ class Consumer:
         )  # fmt: skip
         self.crash_guard = CrashGuard(store, settings.window)
         self.exposed = self.crash_guard.exposed
+        self._coalescing = Coalescing(demand.router, store)
         self._settler = Settler(
             self._scheduler,
             store,
@@ -101,7 +105,8 @@ class Consumer:
         self._scheduler.fenced = self._settler.hurry
         self._dispatcher = Dispatcher(
             self._scheduler, executor, settings.concurrency, connections=settings.transactions,
-            crash_guard=self.crash_guard, finished=self._settler.put, reread=self._reread,
+            crash_guard=self.crash_guard, coalescing=self._coalescing, finished=self._settler.put,
+            reread=self._reread, put_off=self.notifications.due.set,
         )  # fmt: skip
         executor.breakers.changed = self._dispatcher.breaker_changed
         ownership.subscribe(self._planner, self._settler, self.crash_guard)
@@ -182,6 +187,7 @@ class Consumer:
                 dsn, application_name="cdc: reader", session=READ_SESSION, answer_limit_s=READ_LIMIT_S
             )
             read_changes(reader)
+            self._coalescing.use_reader(reader)
             async with reader:
                 self.lifecycle.connected.set()
                 await self._wait_for_schema(session, reader)
@@ -272,7 +278,7 @@ class Consumer:
 
     def _committed(self, changes: Sequence[tuple[Change, Committed]]) -> None:
         for change, outcome in changes:
-            self._processed([change], outcome.at)
+            self._processed([outcome.coalesced or change], outcome.at)
         self._read_if_room_helps()
 
     def _settled(self, batch: Sequence[Settlement], settled: Settled) -> None:
@@ -294,6 +300,8 @@ class Consumer:
         for change, outcome in batch:
             if isinstance(outcome, Processed):
                 processed.append(change)
+            elif isinstance(outcome, Coalesced) and isinstance(outcome.outcome, Processed):
+                processed.append(outcome.change)
             if change.requeued:
                 self._reread()  # it may have held back another one that is due
             if isinstance(outcome, Waiting):

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
+from cdc.core.latest import Latest
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
 from cdc.core.model import Change, Dead, Outcome
 from cdc.core.read_reconciler import Settlement
@@ -22,6 +24,7 @@ from cdc.core.ready_queues import NOTHING, Run
 from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler
 from cdc.engine.batching import Batching
+from cdc.engine.coalescing import Coalescing
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.executor import Executor, PendingCall
 from cdc.engine.quarantine import Quarantine
@@ -42,7 +45,7 @@ class Dispatcher:
     """At most ``concurrency`` workers; ``connections`` for transactional handlers.
 
     ``finished`` is given the outcomes, and hands them on to the scheduler (``Settler.put``). ``reread`` is called when
-    the scheduler wants a key to be read again.
+    the scheduler wants a key to be read again, ``put_off`` when it wants one to be read again later.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class Dispatcher:
         *,
         connections: int,
         crash_guard: CrashGuard,
+        coalescing: Coalescing,
         finished: Callable[[Sequence[Settlement]], None],
         reread: Callable[[], None],
+        put_off: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
@@ -63,6 +68,8 @@ class Dispatcher:
         self._batching = Batching(scheduler, executor, connections)
         self._finished = finished
         self._reread = reread
+        self._put_off = put_off
+        self._coalescing = coalescing
         self._handler: Handler | None = None
         self._started = deque[Change]()
         """A run of this handler, which the workers go through together, each calling what it can."""
@@ -234,6 +241,9 @@ class Dispatcher:
                 return
             self._abandon(batch)
             raise
+        except _PutOffError:
+            self._put_off()
+            return
         except AskTheTableError as unknown:
             log.info("change %s of %s is read again: %s", batch[0].id, batch[0].entity_type, unknown)
             try:
@@ -247,12 +257,26 @@ class Dispatcher:
         self._report_outcomes(handler, batch, outcomes)
 
     async def _run(self, handler: Handler | None, batch: list[Change]) -> dict[Change, Outcome]:
+        latest = None
         if handler is not None:
             if handler.batch or handler.group > 1:
                 await self._batching.gather(handler, batch)
+            if handler.latest:
+                latest = await self._ask(handler, batch[0])
             if batch[0].crashed or self._crash_guard.active:
                 await self._crash_guard.record_start(batch)
-        return await self._executor.run(handler, batch)
+        return await self._executor.run(handler, batch, latest)
+
+    async def _ask(self, handler: Handler, change: Change, *, may_wait: bool = True) -> Latest:
+        """What the call stands for. Raises _PutOffError; where there is no room for another that waits, it is early."""
+        latest = await self._coalescing.ask(handler, change, may_wait=may_wait)
+        if latest.wait_s:
+            if self._scheduler.put_off(change, time.monotonic() + latest.wait_s):
+                raise _PutOffError
+            latest = await self._coalescing.ask(handler, change, may_wait=False)
+        if latest.later:
+            self._scheduler.deferred.handled(change.key, latest.change.seq)
+        return latest
 
     def _bug(self, handler: Handler | None, batch: Sequence[Change], error: Exception) -> dict[Change, Outcome]:
         """An error that only a bug in cdc raises costs its changes an attempt, and never their places."""
@@ -330,10 +354,24 @@ class Dispatcher:
     async def _execute_alone(self, handler: Handler | None, change: Change, outcome: Outcome | None) -> None:
         """``outcome``: without another attempt."""
         self._quarantine.attend()
-        if outcome:
+        if outcome and handler and handler.latest:
+            await self._give_up_all(handler, change, outcome)
+        elif outcome:
             self._report_outcomes(handler, [change], {change: outcome})
         else:
             await self._execute(handler, [change])
+
+    async def _give_up_all(self, handler: Handler, change: Change, outcome: Outcome) -> None:
+        """The attempts were those of all that the next call would stand for."""
+        try:
+            latest = await self._ask(handler, change, may_wait=False)
+        except AskTheTableError:
+            self._abandon([change])
+        except asyncio.CancelledError:
+            self._abandon([change])
+            raise
+        else:
+            self._report_outcomes(handler, [change], {change: latest.outcome(outcome)})
 
     def _abandon(self, batch: Iterable[Change]) -> None:
         """Leave these without an outcome: only the table has it."""
@@ -354,6 +392,10 @@ class Dispatcher:
         elif failed:
             self._escaped(run.changes, failed)
         self.dispatch()
+
+
+class _PutOffError(Exception):
+    """Its change starts again later."""
 
 
 class OtherTasks:

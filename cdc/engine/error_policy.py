@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from cdc.core.backoff import WAIT_MAX_S, Policy, ceiling_s, delay_s, snooze_s
 from cdc.core.errors import Discard, Reject, Retry, SafeError, Snooze, Unavailable
 from cdc.core.frames import Trace, class_name, trace
+from cdc.core.latest import Latest
 from cdc.core.lost_transactions import Losses
 from cdc.core.model import SNOOZED, Change, Dead, Discarded, Outcome, Snoozed, UnreadableDocumentError, Waiting
 from cdc.core.router import Handler
@@ -101,8 +102,18 @@ class ErrorPolicy:
         self._failed = failed
         self._dice = dice
 
-    def on(self, handler: Handler, change: Change, error: BaseException, took_s: float | None = None) -> Outcome:
-        """The outcome of an attempt that raised ``error`` after ``took_s`` seconds; None: it was not called."""
+    def on(
+        self,
+        handler: Handler,
+        change: Change,
+        error: BaseException,
+        took_s: float | None = None,
+        latest: Latest | None = None,
+    ) -> Outcome:
+        """The outcome of an attempt that raised ``error`` after ``took_s`` seconds; None: it was not called.
+
+        ``latest``: what it was called with, if not with the change itself.
+        """
         if isinstance(error, EscapedError):
             error = error.error
         read = _read(handler, error)
@@ -116,13 +127,15 @@ class ErrorPolicy:
             return self._snoozed(handler, change, read)
         if read.kind:
             self.count(handler, read.kind)
-        self._hooks.failed(change, error)
+        self._hooks.failed(latest.change if latest else change, error)
         policy = self._policies.get(handler.name, self._policy)
         wait_s = None if read.final else delay_s(policy, change.attempt, self._dice(), read.after_s)
         if read.kind and self._failed:
             self._failed(
                 Failure(time.time(), handler.name, read.summary, change.entity_type, change.id, change.attempt, wait_s)
             )
+        if latest and wait_s is None:
+            change = latest.change  # whose row becomes the dead letter
         fields = _fields(handler, change, change.attempt, "dead" if wait_s is None else "retried", read.trace)
         fields |= {"duration_s": took_s if took_s is None else round(took_s, 6), "again_in_s": wait_s}
         if wait_s is None:
@@ -140,7 +153,12 @@ class ErrorPolicy:
         return Waiting(wait_s, read.text, summary=read.summary)
 
     def of_call(
-        self, handler: Handler, changes: Sequence[Change], errors: Errors, took_s: float | None
+        self,
+        handler: Handler,
+        changes: Sequence[Change],
+        errors: Errors,
+        took_s: float | None,
+        latest: Latest | None = None,
     ) -> dict[Change, Outcome]:
         """The outcomes of the changes of a failed call, by their errors. A change without one stays as it was."""
         outcomes: dict[Change, Outcome] = {}
@@ -150,7 +168,7 @@ class ErrorPolicy:
             if error is not None and issubclass(type(error), Unavailable):
                 away.setdefault(id(error), (cast("Unavailable", error), []))[1].append(change)
             elif error is not None:
-                outcomes[change] = self.on(handler, change, error, took_s)
+                outcomes[change] = self.on(handler, change, error, took_s, latest)
         for unavailable, these in away.values():
             outcomes |= self._unavailable(handler, these, unavailable)
         return outcomes

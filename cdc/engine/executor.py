@@ -44,6 +44,7 @@ from typing import NamedTuple
 from cdc.core import failpoints
 from cdc.core.errors import Discard, Failed, OverrunError, Reject, Retry, Snooze, Unavailable
 from cdc.core.fast_change import fast_make
+from cdc.core.latest import Latest
 from cdc.core.lost_transactions import LOSSES_MAX, LostCalls
 from cdc.core.model import (
     Change,
@@ -178,9 +179,12 @@ class Executor:
             return Skipped()
         return Discarded("no handler wants its type, and unhandled is discard")
 
-    async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
+    async def run(
+        self, handler: Handler | None, changes: Sequence[Change], latest: Latest | None = None
+    ) -> dict[Change, Outcome]:
         """One attempt at the handler's changes: one, or a batch. A change may have no outcome: not tried.
 
+        ``latest``: what the call for the only change stands for.
         Raises only a cancellation and AskTheTableError: there is no outcome at all then.
         """
         if handler is None:
@@ -190,20 +194,29 @@ class Executor:
         failpoints.here("run.before_handler")
         outcomes: dict[Change, Outcome] = {}
         batch = changes
-        changes, given = self._validation.split(handler, changes, outcomes, self._calls.contexts)
+        changes, given = self._validation.split(handler, changes, outcomes, self._calls.contexts, latest)
         if changes:
             started = time.monotonic()
-            tried = await self._attempt(handler, changes, given)
+            tried = await self._attempt(handler, changes, given, latest)
             outcomes |= await self._one_by_one(handler, changes, given) if tried is None else tried
             if handler.filter and len(batch) > 1:
                 keep_order(batch, outcomes)
             calls = 1 if handler.batch else len(changes)
             self._metrics.duration_of(handler.name).observe((time.monotonic() - started) / calls, calls)
         self._count(handler, outcomes)
+        if latest and latest.later:
+            outcomes = self._for_all(handler, outcomes, latest)
         if self._troubled and any(isinstance(outcome, Processed | Committed) for outcome in outcomes.values()):
             self.breakers.succeeded(handler.name)
         failpoints.here("run.after_handler")
         return outcomes
+
+    def _for_all(self, handler: Handler, outcomes: dict[Change, Outcome], latest: Latest) -> dict[Change, Outcome]:
+        """What the outcome of the call means for all the changes that it stood for."""
+        for change, outcome in outcomes.items():
+            if not isinstance(outcome, Waiting):
+                self._metrics.handled(change.entity_type, handler.name, "coalesced", latest.change.coalesced - 1)
+        return {change: latest.outcome(outcome) for change, outcome in outcomes.items()}
 
     def run_inline(
         self, handler: Handler | None, changes: deque[Change]
@@ -297,12 +310,12 @@ class Executor:
             self._metrics.handled(entity_type, handler.name, label, changes)
 
     async def _attempt(
-        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], latest: Latest | None = None
     ) -> dict[Change, Outcome] | None:
         """One call, and what it means. None: one of several changes failed, and it is unknown which."""
         started, session = time.monotonic(), self.lost.session
         try:
-            ran = await self._calls.run(handler, changes, given)
+            ran = await self._calls.run(handler, changes, given, latest)
         except LostTransactionError as lost:
             return self._lost(handler, changes, lost)
         except AskTheTableError:
@@ -320,7 +333,7 @@ class Executor:
         done: Outcome = Committed(ran.at) if ran.at else _PROCESSED
         if not ran.errors:
             return dict.fromkeys(changes, done)
-        failed = self._error_policy.of_call(handler, changes, ran.errors, time.monotonic() - started)
+        failed = self._error_policy.of_call(handler, changes, ran.errors, time.monotonic() - started, latest)
         return {change: done for change in changes if change.seq not in ran.errors} | failed
 
     def _lost(self, handler: Handler, changes: Sequence[Change], lost: LostTransactionError) -> dict[Change, Outcome]:

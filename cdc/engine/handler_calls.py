@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import TypeVar, cast
 
+from cdc.core.latest import Latest
 from cdc.core.lost_transactions import LostCalls
 from cdc.core.model import Change
 from cdc.core.ready_queues import Run
@@ -75,12 +76,17 @@ class HandlerCalls:
         limit = self._limits[handler.timeout_s or self._timeout_s]
         return await limit.call(call, started=started, of=Run(handler, changes))
 
-    async def run(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change]) -> Ran:
-        """Call it with ``given``, which are ``changes`` as it gets them. Raises what it or its transaction raises."""
+    async def run(
+        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], latest: Latest | None = None
+    ) -> Ran:
+        """Call it with ``given``, which are ``changes`` as it gets them. Raises what it or its transaction raises.
+
+        ``latest``: what the call for the only change stands for.
+        """
         run = self._run if handler.is_async else self._run_in_thread
         group = self._groups.get(handler.name)
         if group is None:
-            return await run(handler, changes, given, causes=False)
+            return await run(handler, changes, given, causes=False, latest=latest)
         try:
             ran = await run(handler, changes, given, causes=group.captured)
         except MixedCausesError:
@@ -94,17 +100,31 @@ class HandlerCalls:
         if group := self._groups.get(handler.name):
             group.rolled_back()
 
-    async def _run(self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], *, causes: bool) -> Ran:
+    async def _run(
+        self,
+        handler: Handler,
+        changes: Sequence[Change],
+        given: Sequence[Change],
+        *,
+        causes: bool,
+        latest: Latest | None = None,
+    ) -> Ran:
         started = time.monotonic()
         if handler.transactional:
             calls = [partial(call_handler, handler, self.contexts, part) for part in _calls(handler, given)]
-            running = self._transactions.run(changes, calls, causes=causes)
+            running = self._transactions.run(changes, calls, causes=causes, latest=latest)
             return await self.within_limit(handler, changes, running, started)
         call = call_handler(handler, self.contexts, given)
         return Ran(await self.within_limit(handler, changes, call, started))
 
     async def _run_in_thread(
-        self, handler: Handler, changes: Sequence[Change], given: Sequence[Change], *, causes: bool
+        self,
+        handler: Handler,
+        changes: Sequence[Change],
+        given: Sequence[Change],
+        *,
+        causes: bool,
+        latest: Latest | None = None,
     ) -> Ran:
         limit_s = handler.timeout_s or self._timeout_s
         contexts, session = self.contexts, self._lost.session
@@ -115,7 +135,7 @@ class HandlerCalls:
         def call() -> Ran:
             if handler.transactional:
                 calls = [partial(call_handler_here, handler, contexts, part) for part in _calls(handler, given)]
-                return self._transactions.run_in_thread(changes, calls, causes=causes, owned=owned)
+                return self._transactions.run_in_thread(changes, calls, causes=causes, latest=latest, owned=owned)
             return Ran(call_handler_here(handler, contexts, given))
 
         def overran() -> None:

@@ -19,7 +19,7 @@ from typing import Protocol
 import psycopg
 
 from cdc.core.delay import Delay
-from cdc.core.model import Change, Committed, Dead, Outcome, Unmarkable
+from cdc.core.model import Change, Coalesced, Committed, Dead, Outcome, Unmarkable
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.settle_queue import SettleQueue
@@ -37,6 +37,8 @@ _BATCH_MAX = 1_000
 _PAUSE_S = 0.020
 """From the beginning of a settle to that of the next: what ends meanwhile shares a statement and a flush, which
 the stream reads, too. A process that is killed runs again what ended in so long."""
+_ROWS_MAX = 10_000
+"""Of one settle, where outcomes stand for several changes; one such outcome alone may be for as many."""
 _ITERATION_MAX_S = 5.0
 _LOCKED_S = 0.5
 """Until a locked row is tried again."""
@@ -78,6 +80,7 @@ class Settler:
         iterated: _Iterated,
     ) -> None:
         self._scheduler = scheduler
+        self._coalesces = scheduler.coalesces
         self._store = store
         self._metrics = metrics
         self._committed = committed
@@ -150,6 +153,9 @@ class Settler:
                 self._hurried = False
                 now = _now()
                 if now >= self._delay.until and (batch := self._queue.take(_BATCH_MAX, now)):
+                    if self._coalesces and len(batch) > 1 and sum(map(_rows, batch)) > _ROWS_MAX:
+                        self._queue.split(batch)
+                        continue
                     now = await self._settle(session, reader, batch, now)
                 if not self._finishing or self._queue:
                     held_s = max(self._delay.until - now, self._queue.wait_s(now))
@@ -296,10 +302,17 @@ class _Blockers:
             await asyncio.wait([self._query])
 
 
+def _rows(finished: Settlement) -> int:
+    outcome = finished.outcome
+    return outcome.change.coalesced if isinstance(outcome, Coalesced) else 1
+
+
 def _unmarkable(outcome: Outcome, error: psycopg.Error) -> Unmarkable:
     """In ASCII, which every encoding of a server holds."""
     words = f"{error.diag.message_primary} [{error.sqlstate}]".replace("\0", "")
     words = words.encode("ascii", "backslashreplace").decode()[:_WORDS_MAX]
+    if isinstance(outcome, Coalesced):
+        outcome = outcome.outcome
     done = "its handler failed, and" if isinstance(outcome, Dead) or outcome.blocks_key else "its handler returned, but"
     return Unmarkable(
         f"{done} the database refused the mark: {words}",

@@ -30,6 +30,7 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
 from cdc.core import failpoints
+from cdc.core.latest import Latest
 from cdc.core.model import Change
 from cdc.core.router import Handler
 from cdc.core.sqlstate import passes
@@ -154,13 +155,14 @@ class Transactions:
         calls: Sequence[Callable[[psycopg.AsyncConnection], Awaitable[Errors]]],
         *,
         causes: bool,
+        latest: Latest | None = None,
     ) -> Ran:
         """Run an async handler: one call for all the changes, which returns those that failed, or one for each of them.
 
         ``causes``: each of several calls is set as the cause of what it writes. Raises MixedCausesError if that would
-        have been needed.
+        have been needed. ``latest``: what the call for the only change stands for; all of that is marked.
         """
-        attempt = _Attempt(self._store, changes, calls, causes=causes)
+        attempt = _Attempt(self._store, changes, calls, causes=causes, latest=latest)
         try:
             connection = await self._async.getconn()
         except PoolTimeout as error:
@@ -180,13 +182,14 @@ class Transactions:
         calls: Sequence[Callable[[psycopg.Connection], Errors]],
         *,
         causes: bool,
+        latest: Latest | None = None,
         owned: Callable[[], bool],
     ) -> Ran:
         """``run`` for a handler that is not async; called in its thread, where nothing can cut it off.
 
         ``owned``: whether this consumer still owns the changes. It may have waited long for a connection.
         """
-        attempt = _Attempt(self._store, changes, calls, causes=causes, owned=owned)
+        attempt = _Attempt(self._store, changes, calls, causes=causes, latest=latest, owned=owned)
         try:
             connection = self._sync.getconn()
         except PoolTimeout as error:
@@ -211,12 +214,14 @@ class _Attempt:
         calls: Sequence[Callable[[Any], Any]],
         *,
         causes: bool,
+        latest: Latest | None = None,
         owned: Callable[[], bool] | None = None,
     ) -> None:
         self._store = store
         self._changes = changes
         self._calls = calls
         self._causes = causes
+        self._latest = latest if latest and latest.later else None
         self._owned = owned
         self._taken = self._calling = False
 
@@ -226,7 +231,8 @@ class _Attempt:
         errors: Errors = {}
         try:
             yield from begin(connection)
-            cursor = yield connection.execute(*store.take(changes, _first_cause(changes, calls)))
+            cause = self._latest.change if self._latest else _first_cause(changes, calls)
+            cursor = yield connection.execute(*store.take(changes, cause))
             xid = _taken(changes, (yield cursor.fetchall()))
             self._taken = True
             failpoints.here("run.after_take")
@@ -248,9 +254,12 @@ class _Attempt:
                 _alone_only(errors, calls)
             calls_s = time.monotonic() - began
             failpoints.here("run.before_mark")
-            done = [change for change in changes if change.seq not in errors]
-            cursor = yield connection.execute(*store.mark(done, xid), binary=True)
-            ran = _marked(done, errors, (yield cursor.fetchall()), named=self._causes or len(calls) == 1)
+            if self._latest:
+                ran = yield from self._mark_all(connection, self._latest, errors, xid)
+            else:
+                done = [change for change in changes if change.seq not in errors]
+                cursor = yield connection.execute(*store.mark(done, xid), binary=True)
+                ran = _marked(done, errors, (yield cursor.fetchall()), named=self._causes or len(calls) == 1)
             failpoints.here("run.before_commit")
             yield from commit(connection)
         except BaseException as error:
@@ -260,6 +269,18 @@ class _Attempt:
             raise
         failpoints.here("run.after_commit")
         return ran._replace(calls_s=calls_s)
+
+    def _mark_all(self, connection: AsyncLent | Lent, latest: Latest, errors: Errors, xid: str) -> Script[Ran]:
+        """Mark the change and those that its call stood for, at the end of the transaction."""
+        rows = self._store.coalesced
+        yield connection.execute(rows.indexed)
+        cursor = yield connection.execute(*rows.mark(self._changes[0], latest, xid), binary=True)
+        [(marked, at, captured)] = yield cursor.fetchall()
+        if not marked:
+            raise EndedTransactionError
+        if marked != latest.change.coalesced:
+            raise AskTheTableError("another session has processed one of the changes that the call stood for", 0.0)
+        return Ran(errors, at, bool(captured))
 
     def _fate(self, connection: AsyncLent | Lent, error: psycopg.Error) -> Exception:
         """The handler's own error, or that another session or the server ended the transaction, maybe during COMMIT.

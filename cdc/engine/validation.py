@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
+from cdc.core.latest import Latest
 from cdc.core.model import Change, Filtered, Key, Outcome
 from cdc.core.router import Handler
 from cdc.engine.calls import Contexts, call_in
@@ -24,17 +25,22 @@ class Validation:
         return self._preparations.get(handler.name)
 
     def split(
-        self, handler: Handler, changes: Sequence[Change], outcomes: dict[Change, Outcome], contexts: Contexts
+        self,
+        handler: Handler,
+        changes: Sequence[Change],
+        outcomes: dict[Change, Outcome],
+        contexts: Contexts,
+        latest: Latest | None = None,
     ) -> tuple[Sequence[Change], Sequence[Change]]:
         """The changes to call, as they are and as the handler gets them; sets the outcomes of others.
 
         Behind a change that waits or stays as it was, the later ones of its key stay as they were. With a transactional
         handler they do so behind any that is not called: the settle marks that one, and their own transaction would not
-        wait for it.
+        wait for it. ``latest``: what is called for the only change.
         """
         prepare = self._preparations.get(handler.name)
         if prepare is None and not any(change.chain for change in changes):
-            return changes, changes
+            return changes, [latest.change] if latest else changes
         called: list[Change] = []
         given: list[Change] = []
         held: set[Key] = set()
@@ -42,9 +48,9 @@ class Validation:
             if change.key in held:
                 continue
             try:
-                one = _given(change, prepare, contexts)
+                one = _given(latest.change if latest else change, prepare, contexts)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - filter and model are the handler's code
-                outcomes |= self._error_policy.of_call(handler, [change], {change.seq: error}, None)
+                outcomes |= self._error_policy.of_call(handler, [change], {change.seq: error}, None, latest)
             else:
                 if one is not None:
                     called.append(change)

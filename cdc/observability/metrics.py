@@ -33,7 +33,9 @@ NO_HANDLER = "none"
 """Label of the handler of a change that no handler takes."""
 
 SOURCES = ("wal", "notify", "retry", "sweep")
-OUTCOMES = ("processed", "retried", "snoozed", "discarded", "filtered", "dead", "interrupted", "unavailable")
+OUTCOMES = (
+    "processed", "retried", "snoozed", "discarded", "filtered", "coalesced", "dead", "interrupted", "unavailable"
+)  # fmt: skip
 ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected", "lost")
 REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 """How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""

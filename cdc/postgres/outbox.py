@@ -16,9 +16,9 @@ import psycopg
 from psycopg import errors, sql
 
 from cdc.core import failpoints
+from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.errors import SchemaError
-from cdc.core.fast_change import fast_make, read_change
 from cdc.core.model import (
     SHARDS,
     Change,
@@ -29,15 +29,26 @@ from cdc.core.model import (
 from cdc.core.page_size import BYTES
 from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
-from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Scanned, Snapshot
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.postgres import grants
-from cdc.postgres.outcomes import divide, settle_values
-from cdc.postgres.pages import COUNT_BOUND, DuePage, Figures, KeyPage, Marked, OutboxPage, Place, Settled, ended_by
+from cdc.postgres.coalesced import CoalescedChanges
+from cdc.postgres.outcomes import Divided, divide, settle_values
+from cdc.postgres.pages import (
+    COUNT_BOUND,
+    DuePage,
+    Figures,
+    KeyPage,
+    Marked,
+    OutboxPage,
+    Place,
+    Settled,
+    change_row,
+    ended_by,
+)
 from cdc.postgres.sql_files import load
 from cdc.postgres.unreadable import RefusedReadError, RefusedRows, may_be_refused
-from cdc.postgres.watched import WatchedConnection
+from cdc.postgres.watched import rows_of
 
 INDEXED = {
     "plan_cache_mode": "force_generic_plan",
@@ -60,7 +71,6 @@ READ_LIMIT_S = 65.0
 CRASHED = "the consumer's process ended while this change's handler ran"
 """The last_error and error_summary of a change that was running when its consumer died."""
 
-_ROW = fast_make(Row)
 _SEQ, _SHARD = attrgetter("seq"), attrgetter("shard")
 _FIRST, _DEPTH = itemgetter(0), attrgetter("change.depth")
 _SCAN_MAX = 20_000
@@ -96,6 +106,7 @@ class Store:
         self.process = uuid4()
         """Identifies this process as the one that started a change, or owns a shard."""
         self._always: dict[str, Any] = {"process": self.process, "page_bytes": page_bytes, "skipped": "{}"}
+        self.coalesced = CoalescedChanges(schema, self._always)
         self._max_chain_depth = max_chain_depth
         self.scope = scope
         self._everything = scope.everything
@@ -225,7 +236,7 @@ class Store:
         fitting = [record for record in records if record[3] is not None]
         cut = {record[0] for record in records if record[3] is None}
         found: dict[int, list[Row]] = {place: [] for place in range(1, len(key_reads) + 1)}
-        rows = [_row(record[1:]) for record in fitting]
+        rows = [change_row(record[1:]) for record in fitting]
         if self._any_deep(rows):
             rows = await self._with_chains(reader, rows)
         for record, row in zip(fitting, rows, strict=True):
@@ -255,7 +266,7 @@ class Store:
         [(next_due_s, last)] = await self._rows(reader, "next_due", parameters)
         found = await self._rows(reader, "due", {**parameters, "limit": limit, "skipped": _array(in_window)})
         fitting = [record for record in found if record[2] is not None]
-        rows = [_row(record, requeued=True) for record in fitting]
+        rows = [change_row(record, requeued=True) for record in fitting]
         if self._any_deep(rows):
             rows = await self._with_chains(reader, rows)
         more = len(found) == limit or any(record[0] is not None and record[2] is None for record in found)
@@ -281,31 +292,36 @@ class Store:
                 keys = await self._locked(session, batch)
                 locked = [finished for finished in batch if finished.change.key in keys]
                 batch = [finished for finished in batch if finished.change.key not in keys]
-                counts = await self._settle(session, *divide(batch), maybe_written)
+                counts = await self._settle(session, divide(batch), maybe_written)
         else:
-            plain, others = divide(batch)
-            if others:
-                counts = await self._settle(session, plain, others, maybe_written)
+            divided = divide(batch)
+            if divided.others or divided.groups:
+                counts = await self._settle(session, divided, maybe_written)
             else:
-                counts = await self._answer(session, "settle_processed", self._numbers(plain))
+                counts = await self._answer(session, "settle_processed", self._numbers(divided.plain))
         failpoints.here("settle.after_commit")
         return Settled(len(batch) - sum(map(_FIRST, counts)), counts[-1][1], locked)
 
     async def _settle(
         self,
         session: psycopg.AsyncConnection,
-        plain: Sequence[Change],
-        others: Sequence[Settlement],
+        divided: Divided,
         maybe_written: Container[int],
     ) -> list[tuple[int, datetime]]:
-        """Returns how many were recorded, and when, by statement."""
-        if plain and others:
+        """Returns how many were recorded, and when, by statement; without what was coalesced into one of them."""
+        plain, others, groups = divided
+        if groups or (plain and others):
             # One transaction: a retried change and its successor may both be in this batch. A crash between two
             # commits would leave the successor marked, and its predecessor would run again.
             async with session.transaction():
-                counts = await self._answer(session, "settle_processed", self._numbers(plain))
+                if groups:
+                    await self.coalesced.settle(session, groups)
+                counts: list[tuple[int, datetime]] = []
+                if plain:
+                    counts += await self._answer(session, "settle_processed", self._numbers(plain))
                 failpoints.here("settle.between_marks")
-                counts += await self._settle_others(session, others, maybe_written)
+                if others:
+                    counts += await self._settle_others(session, others, maybe_written)
         elif others:
             counts = await self._settle_others(session, others, maybe_written)
         else:
@@ -318,7 +334,10 @@ class Store:
         found = await self._rows(session, "lock", {"ids": list(keys)})
         left = list(keys.keys() - {id_ for (id_,) in found})
         there = await self._rows(session, "there", {"ids": left}) if left else []
-        return {keys[id_] for (id_,) in there}
+        locked = {keys[id_] for (id_,) in there}
+        if groups := divide(batch).groups:
+            locked |= await self.coalesced.locked(session, groups)
+        return locked
 
     async def marked_since(self, reader: psycopg.AsyncConnection, after: Place | None, limit: int) -> Marked:
         """Changes marked processed after that place. With None: no changes, only the clock."""
@@ -330,7 +349,7 @@ class Store:
         found = [record for record in records if record[1] is not None]
         # Rows of other types have no number either.
         read = list(itertools.takewhile(lambda record: record[3] is None or record[5] is not None, found))
-        marks = [(_row(record[3:]).change, record[1]) for record in read if record[3] is not None]
+        marks = [(change_row(record[3:]).change, record[1]) for record in read if record[3] is not None]
         more = len(found) == limit or len(read) < len(found)
         return Marked(now, marks, Place(read[-1][1], read[-1][2]) if more and read else None)
 
@@ -404,21 +423,13 @@ class Store:
         self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], maybe_written: Container[int]
     ) -> list[tuple[int, datetime]]:
         encoding = session.info.parameter_status("server_encoding") or ""
-        columns = zip(*(settle_values(finished.outcome, encoding) for finished in batch), strict=True)
-        parameters: dict[str, Any] = {
-            "ids": [finished.change.id for finished in batch],
-            "requeued": [finished.change.requeued for finished in batch],
-            "failures": [c.attempt - 1 if c.seq in maybe_written else None for c, _ in batch],
-        }
-        names = ("processed", "dead", "pauses", "failed", "delays", "errors", "summaries")
-        parameters |= zip(names, map(list, columns), strict=True)
-        return await self._rows(session, "settle_others", parameters)
+        return await self._rows(session, "settle_others", {**settle_values(batch, encoding, maybe_written)})
 
     async def _page(self, reader: psycopg.AsyncConnection, records: list[Any], first_column: int = 2) -> OutboxPage:
         xmin, next_xid = records[0][:2]
         # Every row carries the snapshot. Without any change it comes in one row, with nulls.
         there = records if records[0][first_column] is not None else []
-        rows = [_row(record[first_column:]) for record in there if record[first_column + 2] is not None]
+        rows = [change_row(record[first_column:]) for record in there if record[first_column + 2] is not None]
         cut: Sequence[WakeUp] = ()
         if len(rows) < len(there):
             numbers = slice(first_column, first_column + 2)
@@ -461,32 +472,12 @@ class Store:
     def _answer(
         self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]
     ) -> Awaitable[list[Any]]:
-        statement = self._statements[name]
-        if isinstance(connection, WatchedConnection):
-            return connection.rows(statement, parameters)
-        return _rows_of(connection, statement, parameters)
-
-
-async def _rows_of(connection: psycopg.AsyncConnection, statement: bytes, parameters: dict[str, Any]) -> list[Any]:
-    cursor = connection.cursor(binary=True)
-    await cursor.execute(statement, parameters)
-    return await cursor.fetchall()
+        return rows_of(connection, self._statements[name], parameters)
 
 
 def _array(values: Iterable[int | UUID]) -> str:
     """As PostgreSQL writes an array. The driver examines each element: a tenth of a small fetch's cost."""
     return f"{{{','.join(map(str, values))}}}"
-
-
-def _row(record: Sequence[Any], *, requeued: bool = False) -> Row:
-    (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,
-     crashed, caused_by, depth, replay_of, held, barred) = record  # fmt: skip
-    change = read_change(
-        id_, seq, shard, entity_type, entity_id, table_schema, table, operation, old, new, metadata,
-        changed_at, failures + crashed + 1, requeued, crashed, caused_by, depth or 0, replay_of, None,
-        len(old or b"") + len(new or b"") + len(metadata or b""),
-    )  # fmt: skip
-    return _ROW((change, held, barred))
 
 
 def _xid(wide: int) -> int:

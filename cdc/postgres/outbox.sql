@@ -388,11 +388,11 @@ WITH settled AS (
       processed_at = CASE WHEN s.processed THEN now() END,
       next_attempt_at = CASE WHEN s.pauses THEN 'infinity' ELSE now() + make_interval(secs => s.delay_s) END,
       dead_at = CASE WHEN s.dead THEN now() END,
-      error_count = c.error_count + s.failed::int,
+      error_count = c.error_count + s.failed,
       last_error = coalesce(s.error, c.last_error),
       error_summary = CASE WHEN s.error IS NULL THEN c.error_summary ELSE s.summary END,
       started_by = NULL
-  FROM unnest(%(ids)s::uuid[], %(processed)s::bool[], %(dead)s::bool[], %(pauses)s::bool[], %(failed)s::bool[],
+  FROM unnest(%(ids)s::uuid[], %(processed)s::bool[], %(dead)s::bool[], %(pauses)s::bool[], %(failed)s::int[],
               %(delays)s::float8[], %(errors)s::text[], %(summaries)s::text[], %(requeued)s::bool[],
               %(failures)s::int[])
          AS s(id, processed, dead, pauses, failed, delay_s, error, summary, requeued, failures)

@@ -1,20 +1,23 @@
-"""What the statements of ``outbox.Store`` return."""
+"""What the statements of ``outbox.Store`` return, and a row of them as a change."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from cdc.core.admission import Row
+from cdc.core.fast_change import fast_make, read_change
 from cdc.core.model import Change, ChangeState, WakeUp
 from cdc.core.read_reconciler import Settlement
-from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Scanned, Snapshot
 from cdc.core.units import format_duration
 
 COUNT_BOUND = 10_001
 """Where a count ends that is read every few seconds."""
+
+_ROW = fast_make(Row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +136,15 @@ class Barrier:
 def ended_by(cut: Sequence[WakeUp], ends: dict[int, Scanned]) -> dict[int, Scanned]:
     """How far a sweep got whose page was full before the changes in ``cut``."""
     return ends | {shard: Scanned(ends[shard].seq if shard in ends else 0, more=True) for _, shard in cut}
+
+
+def change_row(record: Sequence[Any], *, requeued: bool = False) -> Row:
+    """A change from what the block ``columns`` of outbox.sql gives."""
+    (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,
+     crashed, caused_by, depth, replay_of, held, barred) = record  # fmt: skip
+    change = read_change(
+        id_, seq, shard, entity_type, entity_id, table_schema, table, operation, old, new, metadata,
+        changed_at, failures + crashed + 1, requeued, crashed, caused_by, depth or 0, replay_of, None,
+        len(old or b"") + len(new or b"") + len(metadata or b""), 1,
+    )  # fmt: skip
+    return _ROW((change, held, barred))

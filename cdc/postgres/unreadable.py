@@ -21,7 +21,9 @@ from cdc.core.page_size import PageSize
 from cdc.core.sqlstate import About, about
 from cdc.postgres.sql_files import load
 
-_READS = {"fetch", "fetch_one", "fetch_some", "sweep", "sweep_some", "read_keys", "due", "marked_since", "chains"}
+_READS = {
+    "fetch", "fetch_one", "fetch_some", "sweep", "sweep_some", "read_keys", "due", "marked_since", "chains", "ask",
+}  # fmt: skip
 _WORDS_MAX = 500
 _TRIES = 2
 _TIMEOUT = "SELECT setting::float8 / 1000 FROM pg_catalog.pg_settings WHERE name = 'statement_timeout'"

@@ -19,7 +19,7 @@ import asyncio
 import os
 import re
 import socket
-from collections.abc import Generator, Mapping
+from collections.abc import Awaitable, Generator, Mapping
 from typing import Any
 
 import psycopg
@@ -253,3 +253,16 @@ class _SocketWatch:
         """The limit of the last answer has passed; it may have come."""
         if self._gen is not None and self._answer is not None and not self._answer.done():
             self._answer.set_exception(_SilentError(self._limit_s))
+
+
+def rows_of(connection: psycopg.AsyncConnection, statement: bytes, parameters: dict[str, Any]) -> Awaitable[list[Any]]:
+    """The rows that one of our statements returns, on a connection of either kind."""
+    if isinstance(connection, WatchedConnection):
+        return connection.rows(statement, parameters)
+    return _rows_of(connection, statement, parameters)
+
+
+async def _rows_of(connection: psycopg.AsyncConnection, statement: bytes, parameters: dict[str, Any]) -> list[Any]:
+    cursor = connection.cursor(binary=True)
+    await cursor.execute(statement, parameters)
+    return await cursor.fetchall()

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from cdc.core.lost_transactions import LostCalls
 from cdc.core.model import Change, Waiting
 from cdc.core.read_reconciler import Settlement
+from cdc.core.router import Router
 from cdc.core.shard_ownership import Acquired
+from cdc.engine.coalescing import Coalescing
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher
 from cdc.engine.transactions import AskTheTableError
@@ -80,7 +82,8 @@ async def test_a_session_lost_while_a_worker_waits_to_read_again_leaves_the_key_
     executor = _Unknown()
     dispatcher = Dispatcher(
         scheduler, executor, 1, connections=1, crash_guard=CrashGuard(Store("public"), 1),  # type: ignore[arg-type]
-        finished=lambda *_: None, reread=lambda: None,
+        coalescing=Coalescing(Router(), Store("public")), finished=lambda *_: None, reread=lambda: None,
+        put_off=lambda: None,
     )  # fmt: skip
     dispatcher.dispatch()
     await executor.asked.wait()

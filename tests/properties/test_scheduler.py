@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.model import Change, Committed, Dead, Outcome, Processed, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Requirements
-from cdc.core.scheduler import Row
 from cdc.core.shard_ownership import Acquired
 from tests.changes import EPOCH, change
 from tests.properties.machine import MACHINE
@@ -100,7 +100,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
                 self.write: sum(not record.settled for record in self.table) < _BACKLOG,
                 self.sweep: not self.answer,
                 self.look_for_due: not self.answer and any(record.state == "waiting" for record in self.table),
-                self.read_on: not self.answer and self.scheduler.deferred_keys,
+                self.read_on: not self.answer and len(self.scheduler.deferred),
                 self.end_read: self.answer,
                 self.start: self.scheduler.ready_queues.ready,
                 self.finish: self.running,
@@ -399,7 +399,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
         in_window = scheduler.running + scheduler.settling + scheduler.queued
         assert scheduler.window.free == scheduler.capacity - in_window >= 0
         assert scheduler.idle == (not self.running and not self.unsettled)
-        assert scheduler.deferred_keys <= len(_KEYS)
+        assert len(scheduler.deferred) <= len(_KEYS)
         assert all(scheduler.knows(seq) for seq in (*self.unsettled, *(one.seq for one in self.running)))
 
     def teardown(self) -> None:

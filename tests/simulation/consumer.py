@@ -14,19 +14,21 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
+from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
-from cdc.core.model import Change, Committed, Dead, Outcome, Processed, Snoozed, Waiting, WakeUp
+from cdc.core.latest import Latest, latest
+from cdc.core.model import Change, Coalesced, Committed, Dead, Outcome, Processed, Snoozed, Waiting, WakeUp
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import ReadyQueues, Requirements
 from cdc.core.rebalance import balance
 from cdc.core.router import Handler
-from cdc.core.scheduler import KeyScheduler, Row
+from cdc.core.scheduler import KeyScheduler
 from cdc.core.settle_queue import SettleQueue
 from cdc.core.shard_cursor import Scanned
 from cdc.core.shard_ownership import Acquired
 from tests.simulation.promises import Promises
-from tests.simulation.server import EPOCH, SHARDS, Server, Session, SessionLostError
+from tests.simulation.server import EPOCH, SHARDS, Asked, Server, Session, SessionLostError, seqs_of
 
 _MAX_ATTEMPTS = 3
 _MISFITS = 0.1
@@ -41,17 +43,23 @@ _SWEEP_INTERVAL_S, _POLL_INTERVAL_S = 5.0, 1.0
 
 
 class Kind(NamedTuple):
-    """A handler. ``in_thread``: it cannot be cut off. ``pauses``: a dead letter of its keeps its key back."""
+    """A handler. ``in_thread``: it cannot be cut off. ``pauses``: a dead letter of its keeps its key back. ``latest``:
+    it is called once for what waits of a key.
+    """
 
     transactional: bool
     in_thread: bool
     pauses: bool
+    latest: bool = False
 
 
 _HANDLERS = {
-    kind: Handler(str(kind), print, is_async=not kind.in_thread, transactional=kind.transactional, pauses=kind.pauses)
-    for kind in map(Kind._make, product((False, True), repeat=3))
-}
+    kind: Handler(
+        str(kind), print, is_async=not kind.in_thread, transactional=kind.transactional, pauses=kind.pauses,
+        latest=kind.latest,
+    )
+    for kind in map(Kind._make, product((False, True), repeat=4))
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,9 @@ class Settings:
     threads: int
     batches: bool
     full_passes: bool
+    settle_s: float
+    """Of those with ``latest``."""
+    coalesced_max: int
 
     def kind(self, key: str, seq: int) -> Kind:
         return self.kinds[key][seq % 2]
@@ -85,8 +96,16 @@ class Call:
     changes: list[Change]
     lingering: bool = False
     taken: bool = False
+    asked: Asked | None = None
+    """What its call stands for, as the table has shown it; the answer comes in at the next step."""
+    latest: Latest | None = None
     outcomes: dict[Change, Outcome] | None = field(default=None)
     """As its transaction has committed them, or None."""
+
+    @property
+    def seqs(self) -> list[int]:
+        """What it stands for."""
+        return [*(change.seq for change in self.changes), *(self.asked.later if self.latest and self.asked else ())]
 
 
 class Consumer:
@@ -100,7 +119,7 @@ class Consumer:
         self.scheduler = KeyScheduler(
             settings.capacity, settings.key_capacity, settings.deferred_max,
             ready_queues=ReadyQueues(settings.concurrency, {"threads": settings.threads}, sole=settings.sole),
-            needs=self._needs, sole=settings.sole,
+            needs=self._needs, sole=settings.sole, coalesces=True,
         )  # fmt: skip
         self.planner = ReadPlanner(
             sweep_interval_s=_POLL_INTERVAL_S, queue_capacity=settings.queue_capacity, room_for=self.scheduler.room_for
@@ -228,6 +247,8 @@ class Consumer:
 
     def _request(self, room: int) -> Callable[[], None] | None:
         now = self._server.now
+        if self.scheduler.deferred.held_until <= now:
+            self.scheduler.deferred.read_held(now)
         if key_reads := self.scheduler.key_reads(min(2, room)):
             return self._resume(key_reads, max(1, room // len(key_reads)))
         enough = 1 if self.planner.throttled else self.scheduler.worth
@@ -326,6 +347,9 @@ class Consumer:
             self._promises.calls.append(call)
         before = len(call.changes)
         call.changes.append(change)
+        if kind.latest:
+            call.lingering = False
+            return  # it is called when it is known what for
         if self._settings.batches:
             self.scheduler.start_with(call.changes, _BATCH, lambda _other: True)
         if len(call.changes) >= _BATCH:
@@ -334,10 +358,10 @@ class Consumer:
 
     def _needs(self, change: Change) -> Requirements:
         kind = self._kind(change)
-        single = not (kind.in_thread or kind.transactional or self._settings.batches)
+        single = not (kind.in_thread or kind.transactional or kind.latest or self._settings.batches)
         return Requirements(
             change.entity_type, _HANDLERS[kind], ("threads",) if kind.in_thread else (),
-            after_settled=kind.transactional, run=_BATCH if single else 1,
+            after_settled=kind.transactional or kind.latest, run=_BATCH if single else 1,
         )  # fmt: skip
 
     def _kind(self, change: Change) -> Kind:
@@ -350,6 +374,8 @@ class Consumer:
         call = self._dice.choice(self.calls)
         if call.lingering:
             call.lingering = False
+        elif call.kind.latest and call.latest is None:
+            self._ask(call)
         elif not call.kind.transactional:
             self._report(call, self._run(call, failure))
         elif not call.taken:
@@ -361,6 +387,34 @@ class Consumer:
             self._commit(call, self._run(call, failure))
         else:
             self._report(call, call.outcomes)
+
+    def _ask(self, call: Call) -> None:
+        """What the call stands for: the table shows it at one step, and the handler is called at another."""
+        [change] = call.changes
+        if call.asked is None:
+            kind, settle_s = call.kind, 0.0 if change.requeued else self._settings.settle_s
+            call.asked = self._server.ask(
+                change,
+                self._settings.coalesced_max,
+                settle_s,
+                lambda seq: self._settings.kind(change.entity_id, seq) == kind,
+            )
+            return
+        later, wait_s, gone = call.asked
+        if gone:
+            self._promises.happened["a change had been coalesced"] += 1
+            self.interrupt(call)
+        elif wait_s and self.scheduler.put_off(change, self._server.now + wait_s):
+            self._promises.happened["a change was put off"] += 1
+            self._leaves(call)
+        else:
+            last = self._server.rows[later[-1]].change() if later else change
+            numbers = "{" + ",".join(map(str, later)) + "}"
+            call.latest = latest(change, last, numbers) if later else Latest(change)
+            if later:
+                self.scheduler.deferred.handled(change.key, last.seq)
+            self._promises.starts(call, call.changes, self._unsettled)
+            self._promises.coalesces(call, later)
 
     def cut_off(self) -> None:
         """One handler's connection is lost, and with it the answer to its COMMIT, if there was one."""
@@ -387,7 +441,16 @@ class Consumer:
                     failed.discard(change.entity_id)
             elif change.entity_id not in failed:
                 outcomes[change] = Committed(EPOCH) if call.kind.transactional else Processed()
-                self._promises.returned[change.seq] += 1
+                self._promises.returned.update(call.seqs if call.latest else [change.seq])
+        if call.latest:
+            outcomes = {change: call.latest.outcome(outcome) for change, outcome in outcomes.items()}
+        self._promises.given_up.update(
+            *(
+                call.seqs
+                for outcome in outcomes.values()
+                if isinstance(outcome, Coalesced) and isinstance(outcome.outcome, Dead)
+            )
+        )
         return outcomes
 
     def _later(self) -> Waiting:
@@ -396,7 +459,9 @@ class Consumer:
         return (Snoozed if snoozes else Waiting)(self._dice.choice([0, 1.0]), "no")
 
     def _commit(self, call: Call, outcomes: dict[Change, Outcome]) -> None:
-        done = [change for change, outcome in outcomes.items() if isinstance(outcome, Committed)]
+        done = [change.seq for change, outcome in outcomes.items() if isinstance(outcome, Committed)]
+        if call.latest and done:
+            done = call.seqs
         self._promises.committed(done)
         self._server.commit(done)
         self._server.unlock(call)
@@ -407,7 +472,7 @@ class Consumer:
         self._to_settle.add(*self.scheduler.finished([Settlement(*each) for each in outcomes.items()]))
         for change, outcome in outcomes.items():
             if call.session is self.session and not isinstance(outcome, Committed):
-                self._unsettled[change.seq] = outcome
+                self._unsettled.update(dict.fromkeys(seqs_of(Settlement(change, outcome)), outcome))
         for change in call.changes:
             if change not in outcomes:
                 self.scheduler.interrupted(change)
@@ -428,7 +493,8 @@ class Consumer:
             if session.answer is not None:
                 batch, session.answer = session.answer, None
                 for finished in batch:
-                    self._unsettled.pop(finished.change.seq, None)
+                    for seq in seqs_of(finished):
+                        self._unsettled.pop(seq, None)
                     if finished.change.requeued:
                         self._next_due_at = 0.0
                     if isinstance(finished.outcome, Waiting):

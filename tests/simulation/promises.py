@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from cdc.core.model import Change, Outcome, Processed
+from cdc.core.model import Change, Coalesced, Outcome, Processed
 from cdc.core.read_reconciler import Settlement
-from tests.simulation.server import Record, Server
+from tests.simulation.server import Record, Server, seqs_of
 
 if TYPE_CHECKING:
     from tests.simulation.consumer import Call
@@ -25,6 +25,10 @@ class Promises:
         """seq -> handlers that have returned, for changes without a transaction."""
         self.effects: Counter[int] = Counter()
         """seq -> committed transactions of handlers."""
+        self.given_up: set[int] = set()
+        """seqs that shared the last attempt of a dead letter."""
+        self.delivered: Counter[str] = Counter()
+        """Key -> the highest seq whose row a handler with ``latest`` has had."""
         self.happened: Counter[str] = Counter()
         """How often what makes a schedule worth playing has come about."""
 
@@ -45,6 +49,18 @@ class Promises:
             seqs = [change.seq for change in call.changes if change.key == key and not self._requeued_late(change)]
             assert seqs == sorted(seqs), f"a batch out of order: {call.changes}"
             self.happened["a batch held several changes of a key"] += len(seqs) > 1
+
+    def coalesces(self, call: Call, later: Sequence[int]) -> None:
+        """Its call is to stand for these, too, as the table has shown it: all of its key, none passed over."""
+        [change] = call.changes
+        key, last = change.entity_id, max(later, default=change.seq)
+        self.happened["a call stood for several changes"] += bool(later)
+        if call.session.alive and not self._requeued_late(change):
+            between = (row for row in self._server.unsettled[key].values() if change.seq < row.seq < last)
+            missing = [row for row in between if row.seq not in later and not row.requeued_late]
+            assert not missing, f"{change!r} passes over {missing}"
+            assert last >= self.delivered[key], f"{change!r} has an older row than {self.delivered[key]}"
+            self.delivered[key] = last
 
     def _runs_alone(self, call: Call, change: Change) -> None:
         for other in self.calls:
@@ -87,11 +103,12 @@ class Promises:
     def settles(self, batch: Iterable[Settlement]) -> None:
         """What is about to be written, on a session that lives. What failed together may end in any order."""
         written: set[int] = set()
-        for change, outcome in batch:
+        for finished in batch:
+            change, outcome = finished
             for earlier in self._earlier(change):
-                marked = isinstance(outcome, Processed)
+                marked = isinstance(outcome, Processed | Coalesced)
                 assert not marked or earlier.seq in written, f"{change!r} is settled before {earlier}"
-            written.add(change.seq)
+            written.update(seqs_of(finished))
 
     def missed(self, finished: Settlement, *, transactional: bool) -> None:
         """A settle did not find its row as it should be: an orphan's transaction may have marked it, nobody else."""
@@ -99,10 +116,10 @@ class Promises:
         assert transactional, f"{finished} found its row {state}"
         assert state == "processed", f"{finished} found its row {state}"
 
-    def committed(self, changes: Iterable[Change]) -> None:
-        for change in changes:
-            self.effects[change.seq] += 1
-            assert self.effects[change.seq] == 1, f"the effects of {change!r} happened twice"
+    def committed(self, seqs: Iterable[int]) -> None:
+        for seq in seqs:
+            self.effects[seq] += 1
+            assert self.effects[seq] == 1, f"the effects of {seq} happened twice"
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -111,4 +128,6 @@ class Promises:
             assert record.settled, f"lost: {record}"
             if record.state == "processed":
                 done = self.effects if transactional(record) else self.returned
-                assert done[record.seq] >= 1, f"marked, and no handler has done it: {record}"
+                assert record.seq in self.given_up or done[record.seq] >= 1, (
+                    f"marked, and no handler has done it: {record}"
+                )

@@ -272,7 +272,7 @@ def _settings(dice: random.Random, full_passes: bool | None) -> Settings:
         return dice.random() < probability
 
     def kind() -> Kind:
-        return Kind(odds(0.4), odds(0.4), odds(0.3))
+        return Kind(odds(0.4), odds(0.4), odds(0.3), odds(0.3))
 
     passes, one_handler = odds(0.5), odds(0.5)
     handlers = {key: (kind(), kind()) for key in _KEYS + _TRUNCATES}
@@ -287,4 +287,6 @@ def _settings(dice: random.Random, full_passes: bool | None) -> Settings:
         threads=dice.choice([1, 3]),
         batches=odds(0.5),
         full_passes=passes if full_passes is None else full_passes,
+        settle_s=dice.choice([0.0, 0.0, 0.5]),
+        coalesced_max=dice.choice([1, 3, 100]),
     )

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import NamedTuple
 from uuid import UUID
 
+from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
-from cdc.core.model import Change, Dead, Operation, Processed, Waiting, WakeUp
+from cdc.core.model import Change, Coalesced, Dead, Operation, Processed, Waiting, WakeUp
 from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
-from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Scanned, Snapshot
 
 SHARDS = 4
@@ -39,6 +40,7 @@ class Record:
     key: str
     shard: int
     xid: int
+    written_at: float = 0.0
     state: str = "fresh"
     due_at: float = 0.0
     failures: int = 0
@@ -148,7 +150,7 @@ class Server:
         self.open[xid] |= locked
         for each in locked:
             self.unsettled.setdefault(each, {})
-        record = Record(self._next_seq, key, sum(key.encode()) % SHARDS, xid)
+        record = Record(self._next_seq, key, sum(key.encode()) % SHARDS, xid, self.now)
         self._next_seq += 1
         self.rows[record.seq] = record
         self.unsettled.setdefault(key, {})[record.seq] = record
@@ -280,7 +282,7 @@ class Server:
 
     def blocked(self, session: Session) -> bool:
         """Whether the settle that was sent waits for the row lock of a handler's transaction."""
-        return any(self.rows[finished.change.seq].locked_by for finished in session.statement or ())
+        return any(self.rows[seq].locked_by for finished in session.statement or () for seq in seqs_of(finished))
 
     def _must_live(self, session: Session) -> None:
         if not session.alive:
@@ -295,6 +297,10 @@ class Server:
         match outcome:
             case Processed():
                 self._becomes(record, "processed")
+            case Coalesced(change=last, outcome=of_last):
+                for seq in seqs_of(finished)[:-1]:
+                    self._becomes(self.rows[seq], "processed")
+                return self._mark(Settlement(self.rows[last.seq].change(), of_last))
             case Dead(pauses=pauses):
                 self._becomes(record, "paused" if pauses else "dead")
             case Waiting(delay_s, counted=counted):
@@ -310,6 +316,19 @@ class Server:
         else:
             self.unsettled[record.key][record.seq] = record
 
+    def ask(self, first: Change, most: int, settle_s: float, ours: Callable[[int], bool]) -> Asked:
+        """What waits behind a change of its key: up to one that is not ``ours``, or that waits itself."""
+        if not _as_read(self.rows[first.seq], first):
+            return Asked(gone=True)
+        behind: list[Record] = []
+        for record in sorted(self.visible(), key=lambda record: record.seq):
+            if record.key == first.entity_id and record.seq > first.seq:
+                if record.state != "fresh" or not ours(record.seq) or len(behind) == most:
+                    break
+                behind.append(record)
+        came_at = max(record.written_at for record in (self.rows[first.seq], *behind))
+        return Asked([record.seq for record in behind], max(0.0, came_at + settle_s - self.now) if settle_s else 0.0)
+
     # --- transactional handlers ------------------------------------------------------------------------------------
 
     def take(self, changes: Iterable[Change], owner: object) -> bool:
@@ -321,10 +340,10 @@ class Server:
             record.locked_by = owner
         return True
 
-    def commit(self, changes: Iterable[Change]) -> None:
-        """Mark what was taken; the locks end with ``unlock``."""
-        for change in changes:
-            self._becomes(self.rows[change.seq], "processed")
+    def commit(self, seqs: Iterable[int]) -> None:
+        """Mark what was taken, and what its call stood for; the locks end with ``unlock``."""
+        for seq in seqs:
+            self._becomes(self.rows[seq], "processed")
 
     def unlock(self, owner: object) -> None:
         for record in self.rows.values():
@@ -340,6 +359,20 @@ class Server:
         record.requeued = True
         record.due_at, record.failures = self.now, 0
         self._becomes(record, "waiting")
+
+
+class Asked(NamedTuple):
+    """What a call would stand for. ``gone``: the change is not as it was read. ``later``: the numbers behind it."""
+
+    later: Sequence[int] = ()
+    wait_s: float = 0.0
+    gone: bool = False
+
+
+def seqs_of(finished: Settlement) -> list[int]:
+    """The rows that its outcome is about, the last one last."""
+    change, outcome = finished
+    return [change.seq, *(map(int, outcome.later.strip("{}").split(",")) if isinstance(outcome, Coalesced) else ())]
 
 
 def _as_read(record: Record, change: Change) -> bool:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from cdc.core.admission import Row
 from cdc.core.model import SHARDS, Processed, WakeUp
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Requirements
-from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Snapshot
 from cdc.core.shard_ownership import Acquired
 from tests.changes import row

@@ -12,11 +12,11 @@ from psycopg.rows import dict_row
 
 import cdc
 from cdc import testing
+from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.model import WakeUp
 from cdc.core.read_planner import Sweep
 from cdc.core.router import Router
-from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Position
 from cdc.postgres.outbox import Store
 from tests.eventually import eventually_async

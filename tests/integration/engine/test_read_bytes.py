@@ -11,11 +11,11 @@ import psycopg
 import pytest
 
 import cdc
+from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.model import SHARDS, WakeUp
 from cdc.core.read_planner import Sweep
 from cdc.core.router import Router
-from cdc.core.scheduler import Row
 from cdc.core.shard_cursor import Position
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.postgres.loaders import read_changes

@@ -240,17 +240,21 @@ def test_what_runs_on_a_handlers_connection_takes_nothing_of_its_path_even_befor
         db.execute("CREATE SCHEMA IF NOT EXISTS first")
         for name, arguments, returns in _EXACT:
             db.execute(hijackers.create_function("first", name, arguments, returns).encode())
-        for left, right in (("uuid", "uuid"), ("bool", "bool"), ("int4", "int4"), ("xid8", "xid8"), ("text", "text")):
+        for left, right in (
+            ("uuid", "uuid"), ("bool", "bool"), ("int4", "int4"), ("xid8", "xid8"), ("text", "text"), ("int8", "int8"),
+            ("int2", "int2"), ("tid", "tid"),
+        ):  # fmt: skip
             function = f'"exact {left} {right}"'
             db.execute(hijackers.create_function("first", function, (left, right), "bool").encode())
             db.execute(
                 f"CREATE OPERATOR first.= (LEFTARG = {left}, RIGHTARG = {right}, FUNCTION = first.{function})".encode()
             )
-        for name in ("text", "uuid", "bool", "int4", "xid8"):
+        for name in ("text", "uuid", "bool", "int2", "int4", "int8", "xid8"):
             db.execute(
                 f'CREATE DOMAIN first."{name}" AS pg_catalog."{name}" CHECK (pg_catalog.pg_sleep(1) IS NULL)'.encode()
             )
     statements = load("outbox.sql", "plain")
+    coalesced = load("coalesced.sql", "plain")
     with psycopg.connect(make_conninfo(shop.dsn("postgres"), options="-c search_path=first,pg_catalog")) as lent:
         lent.execute("SELECT plain.publish_change('x', '1')")
         [(id_,)] = lent.execute(sql.SQL("SELECT id FROM plain.entity_changes")).fetchall()
@@ -258,15 +262,23 @@ def test_what_runs_on_a_handlers_connection_takes_nothing_of_its_path_even_befor
         [(xid,)] = lent.execute(statements["take"], given).fetchall()
         lent.execute(statements["cause"], {"cause": "x,0"})
         [(at, _)] = lent.execute(statements["mark"], {"ids": f"{{{id_}}}", "xid": xid}, binary=True).fetchall()
+        seqs = [lent.execute("SELECT plain.publish_change('x', '2')").fetchone() for _ in range(2)]
+        ((first,), (last,)) = [row for row in seqs if row]
+        [(id_, shard)] = lent.execute("SELECT id, shard FROM plain.entity_changes WHERE seq = %s", [first]).fetchall()
+        lent.execute(coalesced["indexed"])
+        group = {"first": id_, "shard": shard, "later": f"{{{last}}}", "last": last, "xid": xid}
+        [(marked, _, _)] = lent.execute(coalesced["mark"], group, binary=True).fetchall()
         lent.rollback()
     assert shop.hijacked() == []
     assert at is not None
+    assert marked == 2
 
 
 _EXACT = (
     ("set_config", ("text", "text", "bool"), "text"),
     ("current_setting", ("text", "bool"), "text"),
     ("clock_timestamp", (), "timestamptz"),
+    ("concat", ("text", "int8"), "text"),
     ("pg_current_xact_id", (), "xid8"),
 )
 

@@ -167,11 +167,20 @@ def test_the_oldest_that_could_run_is_looked_for_among_the_first_of_each_shard(o
 
 # --- plans ---------------------------------------------------------------------------------------------------------
 
-_STATEMENTS = load("outbox.sql", "public")
-_NO_TABLE = {"cause": "sets a setting", "check": "LIMIT 0", "missing_rights": "asks the catalog",
-             "filtered": "asks the catalog"}  # fmt: skip
+_STATEMENTS = {
+    **load("outbox.sql", "public"),
+    **{f"coalesced {name}": text for name, text in load("coalesced.sql", "public").items()},
+}
+_NO_TABLE = {
+    "cause": "sets a setting", "coalesced indexed": "sets settings", "check": "LIMIT 0",
+    "missing_rights": "asks the catalog", "filtered": "asks the catalog",
+}  # fmt: skip
 _INDEXES = {
     "chains": {"pkey"},
+    "coalesced ask": {"pkey", "fresh", "holding_back"},
+    "coalesced locked": {"pkey", "fresh"},
+    "coalesced mark": {"pkey", "fresh"},
+    "coalesced settle": {"pkey", "fresh"},
     "due": {"waiting", "pkey", "holding_back"},
     "fetch": {"fresh", "holding_back"},
     "fetch_one": {"fresh", "holding_back"},

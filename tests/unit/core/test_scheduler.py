@@ -120,7 +120,7 @@ def test_a_dead_letter_that_pauses_its_key_shuts_its_lane(scheduler: SettlingSch
     [first] = _start_all(scheduler)
     _end(scheduler, first, Dead("no", pauses=True))
     assert _start_all(scheduler) == []
-    assert scheduler.deferred_keys == 1
+    assert len(scheduler.deferred) == 1
 
 
 def test_a_key_goes_on_when_the_outcome_that_held_it_is_written_as_a_dead_letter(
@@ -172,7 +172,7 @@ def test_a_waiting_change_shuts_its_lane_and_what_is_behind_it_is_read_again_whe
     assert resume == KeyRead(("t", "k"), 0, 2)
     scheduler.admit_key_read(resume, [row(2), row(3), row(4)], complete=True)
     assert _seqs(_start_all(scheduler)) == [2]
-    assert scheduler.deferred_keys == 0
+    assert len(scheduler.deferred) == 0
 
 
 def test_nothing_of_a_key_passes_what_was_seen_and_not_admitted(scheduler: SettlingScheduler) -> None:
@@ -180,7 +180,7 @@ def test_nothing_of_a_key_passes_what_was_seen_and_not_admitted(scheduler: Settl
     [first] = _start_all(scheduler)
     _end(scheduler, first)
     assert scheduler.admit([row(5)]).taken == 0
-    assert scheduler.deferred_keys == 1
+    assert len(scheduler.deferred) == 1
 
 
 def test_a_key_with_more_than_its_lane_holds_is_read_on_when_the_lane_is_empty(scheduler: SettlingScheduler) -> None:

@@ -8,10 +8,12 @@ from datetime import timedelta
 
 import pytest
 
+from cdc.core.admission import Row
 from cdc.core.model import Change, Processed
 from cdc.core.read_reconciler import Settlement
-from cdc.core.scheduler import Row
+from cdc.core.router import Router
 from cdc.core.shard_ownership import Acquired
+from cdc.engine.coalescing import Coalescing
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher
 from cdc.postgres.outbox import Store
@@ -73,6 +75,7 @@ async def test_changes_since_a_takeover_are_called_inline_at_once(shard: int) ->
     scheduler.ownership.acquire(Acquired([0, 1]))
     dispatcher = Dispatcher(
         scheduler, _Inline(), 1, connections=1, crash_guard=guard, finished=done.extend, reread=lambda: None,  # type: ignore[arg-type]
+        coalescing=Coalescing(Router(), Store("public")), put_off=lambda: None,
     )  # fmt: skip
     scheduler.admit([Row(replace(change(seq, str(seq), shard=shard), changed_at=_SINCE)) for seq in (1, 2)])
     dispatcher.dispatch()

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from cdc.core.admission import Row
+from cdc.core.latest import Latest
 from cdc.core.lost_transactions import LOSSES_MAX, LostCalls
 from cdc.core.model import Change, Dead, Outcome, Processed, Suspicion
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Run
-from cdc.core.router import Handler
-from cdc.core.scheduler import Row
+from cdc.core.router import Handler, Router
 from cdc.core.shard_ownership import Acquired
+from cdc.engine.coalescing import Coalescing
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher, OtherTasks
 from cdc.engine.executor import Executor
@@ -46,7 +48,9 @@ class _Waiting(Executor):
     def run_inline(self, handler: Handler | None, changes: deque[Change]) -> tuple[list[Settlement], None]:
         return [], None
 
-    async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
+    async def run(
+        self, handler: Handler | None, changes: Sequence[Change], latest: Latest | None = None
+    ) -> dict[Change, Outcome]:
         self.started += [change.seq for change in changes]
         await self.go.wait()
         return dict.fromkeys(changes, Processed())
@@ -58,6 +62,7 @@ def _dispatcher(scheduler: SettlingScheduler, executor: _Waiting, concurrency: i
 
     return Dispatcher(
         scheduler, executor, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),
+        coalescing=Coalescing(Router(), Store("public")), put_off=lambda: None,
         finished=finished, reread=lambda: None,
     )  # fmt: skip
 
@@ -167,7 +172,9 @@ class _Ending(_Waiting):
         super().__init__()
         self._error = error
 
-    async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
+    async def run(
+        self, handler: Handler | None, changes: Sequence[Change], latest: Latest | None = None
+    ) -> dict[Change, Outcome]:
         self.started += [change.seq for change in changes]
         raise self._error
 
@@ -193,6 +200,7 @@ async def test_what_ends_without_its_call_and_without_an_outcome_is_tried_ten_ti
 
     dispatcher = Dispatcher(
         scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),
+        coalescing=Coalescing(Router(), Store("public")), put_off=lambda: None,
         finished=finished, reread=reread,
     )  # fmt: skip
     scheduler.admit([row(1)])
@@ -220,6 +228,7 @@ async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> 
 
     dispatcher = Dispatcher(
         scheduler, executor, 10, connections=1, crash_guard=CrashGuard(Store("public"), 1),
+        coalescing=Coalescing(Router(), Store("public")), put_off=lambda: None,
         finished=fail, reread=lambda: None,
     )  # fmt: skip
     scheduler.admit([row(1)])
@@ -231,7 +240,9 @@ async def test_an_error_after_an_outcome_was_reported_takes_no_place_twice() -> 
 class _IgnoringCancellation(_Waiting):
     """Its first call catches its cancellation, takes it back, and returns."""
 
-    async def run(self, handler: Handler | None, changes: Sequence[Change]) -> dict[Change, Outcome]:
+    async def run(
+        self, handler: Handler | None, changes: Sequence[Change], latest: Latest | None = None
+    ) -> dict[Change, Outcome]:
         try:
             return await super().run(handler, changes)
         except asyncio.CancelledError:

@@ -19,6 +19,7 @@ from cdc.core.router import Router
 from cdc.core.shard_ownership import Acquired
 from cdc.engine import executor
 from cdc.engine.circuit_breakers import CircuitBreakers
+from cdc.engine.coalescing import Coalescing
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.dispatcher import Dispatcher, OtherTasks
 from cdc.engine.error_policy import ErrorPolicy
@@ -67,6 +68,7 @@ class _Stage:
         self.outcomes: dict[int, Outcome] = {}
         self.dispatcher = Dispatcher(
             self.scheduler, run, concurrency, connections=1, crash_guard=CrashGuard(Store("public"), 1),
+            coalescing=Coalescing(Router(), Store("public")), put_off=lambda: None,
             finished=self._finished, reread=lambda: None,
         )  # fmt: skip
         self.breakers.changed = self.dispatcher.breaker_changed
