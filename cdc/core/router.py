@@ -32,7 +32,7 @@ _BATCH = 100
 _GROUP = 50
 """A larger group saves few more round trips, and one failure undoes much."""
 _LINGER_MAX_S = 10.0
-_SETTLE_MAX_S = 3_600.0
+_QUIET_MAX_S = 3_600.0
 _AT_MOST = 10
 """In times of ``settle``, unless it is named: a key that never rests is handled all the same."""
 
@@ -67,8 +67,8 @@ class Handler:
     """Which of the changes that it is matched with it wants; None: all."""
     latest: bool = False
     """One call stands for all the changes of its key that wait."""
-    settle_s: float = 0.0
-    """With ``latest``: seconds without a further change of the key before the call."""
+    quiet_s: float = 0.0
+    """With ``latest``: for how many seconds no further change of the key has come before the call."""
     at_most_s: float = 0.0
     """With ``latest``: seconds from the first change after which the call is made in any case."""
 
@@ -158,7 +158,7 @@ class Router:
         wanted = _filter(changed, when)
         _positive(max_attempts=max_attempts, timeout=timeout, batch=batch, group=group)
         linger_s, pauses = _linger(linger), _pauses(dead)
-        settle_s, at_most_s = _settle(latest, settle, at_most)
+        quiet_s, at_most_s = _quiet(latest, settle, at_most)
 
         def declare(function: Function) -> Function:
             if latest:
@@ -177,7 +177,7 @@ class Router:
                 timeout_s=timeout,
                 filter=wanted,
                 latest=latest,
-                settle_s=settle_s,
+                quiet_s=quiet_s,
                 at_most_s=at_most_s,
             )
             handler = self._named(handler, name)
@@ -382,14 +382,14 @@ def _linger(seconds: float) -> float:
     return seconds
 
 
-def _settle(latest: bool, settle: float, at_most: float | None) -> tuple[float, float]:
+def _quiet(latest: bool, settle: float, at_most: float | None) -> tuple[float, float]:
     if not latest and (settle or at_most is not None):
         raise UsageError(
             "router.on(..., settle=, at_most=): only a handler with latest=True waits for a key to settle",
             hint="write latest=True, or linger= for a handler of batches",
         )
-    if not 0 <= settle <= _SETTLE_MAX_S:
-        raise UsageError(f"router.on(..., settle={settle!r}): seconds, from 0 to {_SETTLE_MAX_S:g}")
+    if not 0 <= settle <= _QUIET_MAX_S:
+        raise UsageError(f"router.on(..., settle={settle!r}): seconds, from 0 to {_QUIET_MAX_S:g}")
     if at_most is None:
         return settle, _AT_MOST * settle
     if not settle <= at_most < inf:

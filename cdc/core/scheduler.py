@@ -16,6 +16,8 @@ A ``KeyQueue`` holds the changes of one key that are in the window, in ``seq`` o
 * The window is bounded, and so is each queue: a key with a million changes cannot fill it. Each entity type has a limit
   in the window, and its handlers have a limit on what may run (``dynamic_limit``, ``ready_queues``). A change takes one
   place of the window, and one more for each ``place_bytes`` of its documents. It is admitted while a place is free.
+* A change of a handler with ``latest`` is the last that its queue takes: its call stands for those behind it. If it is
+  *put off*, it leaves the window, and its key is held until a time.
 
 For what the window does not hold, each key has one number, its *watermark*: changes of the key from this ``seq`` on
 were seen and not admitted. Only a ``KeyRead`` that starts at that number admits them. This rule keeps order whatever
@@ -23,9 +25,6 @@ the reason was: a waiting change (``blocked`` until it has settled) or a full qu
 bounded, too. A change for which neither it nor the window has room is *rejected*, and its type and shard are read
 again from that number. So is one that is *barred*: a TRUNCATE of its type comes before it, or is this one, and waits
 for what comes before. The snapshot that shows a row says so, and nothing is remembered.
-
-A change of a handler with ``latest`` is the last that its queue takes: its call stands for those behind it. If it is
-*put off*, it leaves the window, and its key is held until a time.
 
 A read may be older than a settle that came after it began: ``admit`` corrects its rows by the ``ReadReconciler``.
 
@@ -229,7 +228,7 @@ class KeyScheduler:
         queue = self._queues.get(key)
         blocked = row.blocked or waiting.get(key, change.seq) < change.seq
         blocked = blocked or (queue is not None and (queue.blocked or queue.orphan))
-        closed = self.coalesces and not due and self._takes_no_more(queue)
+        closed = queue is not None and not due and self._takes_no_more(queue)
         if not (blocked or row.barred or closed) and (queue is None or len(queue.queued) < self.key_capacity):
             return Admission.TAKE if self.window.admits(change.entity_type) else Admission.REJECT
         if due:
@@ -245,17 +244,14 @@ class KeyScheduler:
             # The shard was revoked, or an earlier change became visible during the read.
             self._consider_key_read(request.key)
             return Admitted()
-        seen = mark.last
         self.deferred.forget([request.key])
         if (admitted := self.admit(rows, key_read=True)).barred:
             return admitted
         last = rows[-1].change if rows else None
         if rejected := admitted.rejected:
             self._defer(request.key, rejected[request.key[0]][request.shard], request.shard)
-        elif not complete and not self.deferred.watermarks.get(request.key):
-            self._defer(request.key, last.seq + 1 if last else request.seq, request.shard)
-        if not complete and (mark := self.deferred.watermarks.get(request.key)):
-            mark.last = max(mark.last, seen)  # these rows are not all that was seen
+        elif not complete:
+            self._defer(request.key, last.seq + 1 if last else request.seq, request.shard, last=mark.last)
         self._consider_key_read(request.key)
         return admitted._replace(rejected={})
 
@@ -458,11 +454,10 @@ class KeyScheduler:
         if mark and not mark.blocked and not closed:
             self.deferred.request_read(key)
 
-    def _takes_no_more(self, queue: KeyQueue | None) -> bool:
+    def _takes_no_more(self, queue: KeyQueue) -> bool:
         """Whether the call of its last change stands for what comes after it, for which a mark does."""
-        if queue is None or not self.coalesces or not (last := queue.last) or not self.deferred.has_room(queue.key):
-            return False
-        return bool((handler := self._needs(last).handler) and handler.latest)
+        last = queue.last if self.coalesces and self.deferred.has_room(queue.key) else None
+        return last is not None and (handler := self._needs(last).handler) is not None and handler.latest
 
     def _orphan_returned(self, queue: KeyQueue) -> None:
         if queue.running:

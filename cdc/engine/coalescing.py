@@ -58,7 +58,7 @@ class Coalescing:
         """
         waits = may_wait and not (change.requeued or change.crashed)
         operations = self._router.operations(change.entity_type, handler)
-        ask = Ask(change, operations, handler.settle_s if waits else 0.0, handler.at_most_s)
+        ask = Ask(change, operations, handler.quiet_s if waits else 0.0, handler.at_most_s)
         question = self._questions[change.seq] = _Question(ask)
         try:
             async with self._asking:

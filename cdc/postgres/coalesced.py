@@ -26,7 +26,7 @@ class Ask(NamedTuple):
 
     change: Change
     operations: Sequence[str]
-    settle_s: float
+    quiet_s: float
     at_most_s: float
 
 
@@ -50,7 +50,7 @@ class CoalescedChanges:
             "requeued": [change.requeued for change in changes],
             "failures": [change.attempt - 1 - change.crashed for change in changes],
             "operations": [",".join(ask.operations) for ask in asks],
-            "settle": [ask.settle_s for ask in asks],
+            "quiet": [ask.quiet_s for ask in asks],
             "at_most": [ask.at_most_s for ask in asks],
             "distance": DISTANCE,
             "count": COUNT,

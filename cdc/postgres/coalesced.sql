@@ -3,15 +3,15 @@
 -- name: ask
 -- For each of these first changes of their keys that is still as it was read: the numbers of the fresh ones behind it, how
 -- long to wait until the key is quiet, and the last of them. What is behind ends before a change that another handler
--- gets, or one that waits. Its bounds are a distance in numbers, because no index finds the changes of a key, and a count;
+-- gets, or one that waits or that a TRUNCATE holds back. Its bounds are a distance in numbers, because no index finds the changes of a key, and a count;
 -- neither depends on other keys, so that who asks again is told no less. An infinite time is none.
 SELECT c.place, c.later, c.wait_s, {columns}
 FROM (
   SELECT want.place, behind.later, wait.wait_s, f.*, {fits}
   FROM unnest(%(ids)s::uuid[], %(shards)s::smallint[], %(types)s::text[], %(entity_ids)s::text[], %(seqs)s::bigint[],
-              %(requeued)s::bool[], %(failures)s::int[], %(operations)s::text[], %(settle)s::float8[],
+              %(requeued)s::bool[], %(failures)s::int[], %(operations)s::text[], %(quiet)s::float8[],
               %(at_most)s::float8[])
-       WITH ORDINALITY AS want(id, shard, type, entity_id, seq, requeued, failures, operations, settle, at_most, place)
+       WITH ORDINALITY AS want(id, shard, type, entity_id, seq, requeued, failures, operations, quiet, at_most, place)
   CROSS JOIN LATERAL (
     SELECT n.changed_at FROM {changes} AS n
     WHERE n.id = want.id AND NOT n.processed AND n.dead_at IS NULL
@@ -29,7 +29,8 @@ FROM (
     SELECT array_agg(k.seq ORDER BY k.seq)::text AS later, max(k.seq) AS last, max(k.changed_at) AS changed_at
     FROM (
       SELECT n.seq, CASE WHEN isfinite(n.changed_at) THEN n.changed_at END AS changed_at,
-             bool_and(n.operation = ANY (string_to_array(want.operations, ','))) OVER (ORDER BY n.seq) AS ours
+             bool_and(n.operation = ANY (string_to_array(want.operations, ',')) AND NOT {barred}) OVER (ORDER BY n.seq)
+               AS ours
       FROM {changes} AS n
       WHERE n.shard = want.shard AND n.seq > want.seq AND n.seq < want.seq + %(distance)s
         AND n.entity_id = want.entity_id AND coalesce(n.entity_type, n.table_name) = want.type
@@ -42,8 +43,8 @@ FROM (
   ) AS behind
   CROSS JOIN LATERAL (
     SELECT CASE WHEN isfinite(first.changed_at) THEN greatest(0, least(
-      want.settle,
-      want.settle + extract(epoch FROM greatest(first.changed_at, behind.changed_at) - now())::float8,
+      want.quiet,
+      want.quiet + extract(epoch FROM greatest(first.changed_at, behind.changed_at) - now())::float8,
       want.at_most + extract(epoch FROM first.changed_at - now())::float8
     )) ELSE 0 END AS wait_s
   ) AS wait

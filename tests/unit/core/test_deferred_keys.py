@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from cdc.core.deferred_keys import DeferredKeys, KeyRead
 
 
@@ -50,3 +52,48 @@ def test_what_is_forgotten_is_not_read_on() -> None:
     assert list(deferred.of_shards({3})) == [("a", "1")]
     deferred.forget([("a", "1")])
     assert deferred.take_reads(5, _everywhere) == []
+
+
+def test_a_key_that_is_held_is_read_when_its_time_has_come() -> None:
+    deferred = DeferredKeys(10)
+    for number, until in ((1, 3.0), (2, 2.0)):
+        deferred.defer(("a", str(number)), number, 0, blocked=False)
+        deferred.request_read(("a", str(number)))
+        deferred.hold(("a", str(number)), until)
+    assert deferred.take_reads(10, _everywhere) == []
+    assert deferred.held_until == 2.0
+    deferred.read_held(1.9)
+    assert deferred.take_reads(10, _everywhere) == []
+    deferred.read_held(2.0)
+    assert deferred.take_reads(10, _everywhere) == [KeyRead(("a", "2"), 0, 2)]
+    assert deferred.held_until == 3.0
+    deferred.forget([("a", "1")])
+    assert deferred.held_until == inf
+
+
+def test_what_holds_no_more_takes_no_memory() -> None:
+    deferred = DeferredKeys(10)
+    for number in range(1_000):
+        deferred.defer(("a", "1"), number, 0, blocked=False)
+        deferred.hold(("a", "1"), 1_000.0 - number)
+        deferred.forget([("a", "1")])
+    assert len(deferred._held) < 200  # noqa: SLF001 - nothing else shows it
+
+
+def test_a_key_of_which_all_that_was_seen_is_taken_care_of_is_not_read_on() -> None:
+    deferred = DeferredKeys(10)
+    key = ("a", "1")
+    for seq in (5, 6, 9):
+        deferred.defer(key, seq, 0, blocked=False, last=seq)
+    deferred.handled(key, 8)
+    mark = deferred.watermarks[key]
+    assert (mark.seq, mark.last) == (9, 9)
+    deferred.handled(key, 9)
+    assert len(deferred) == 0
+
+
+def test_a_key_of_which_more_may_have_been_seen_is_read_on_from_there() -> None:
+    deferred = DeferredKeys(10)
+    deferred.defer(("a", "1"), 5, 0, blocked=False)
+    deferred.handled(("a", "1"), 9)
+    assert deferred.watermarks[("a", "1")].seq == 10

@@ -182,3 +182,54 @@ def test_only_a_handler_that_names_truncate_gets_one_for_it_is_about_no_row() ->
     router.on("b", "INSERT", "TRUNCATE")(its_type)
     matched = [router.match(entity_type, "TRUNCATE") for entity_type in "ab"]
     assert [handler and handler.function for handler in matched] == [any_type, its_type]
+
+
+def test_a_handler_of_the_latest_is_no_more_than_ten_times_as_late_as_its_key_has_to_be_quiet() -> None:
+    router = Router()
+    router.on("product", latest=True, settle=5)(_async)
+    router.on("stock", latest=True, settle=5, at_most=60)(_sync)
+    router.on("order")(_sync)
+    found = {key: (each.latest, each.quiet_s, each.at_most_s) for (key, _), each in router.handlers.items()}
+    assert found == {"product": (True, 5, 50), "stock": (True, 5, 60), "order": (False, 0, 0)}
+
+
+def test_the_operations_that_go_to_a_handler_are_those_that_no_more_special_one_gets() -> None:
+    router = Router()
+    router.on("product", "DELETE")(_sync)
+    router.on("product", latest=True)(_async)
+    handler = router.match("product", "INSERT")
+    assert handler is not None
+    assert router.operations("product", handler) == ("INSERT", "UPDATE", "READ")
+    assert router.operations("order", handler) == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"settle": 5}, "latest=True"),
+        ({"at_most": 5}, "latest=True"),
+        ({"latest": True, "settle": -1}, "settle=-1"),
+        ({"latest": True, "settle": float("nan")}, "settle=nan"),
+        ({"latest": True, "settle": 3_601}, "from 0 to 3600"),
+        ({"latest": True, "settle": 5, "at_most": 4}, "at_most=4"),
+        ({"latest": True, "settle": 5, "at_most": float("inf")}, "at_most=inf"),
+    ],
+)
+def test_times_of_a_key_to_settle_that_make_no_sense_are_refused(options: dict[str, float], named: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(named)):
+        Router().on("product", **options)  # type: ignore[arg-type]
+
+
+def test_a_call_for_the_latest_of_a_key_takes_no_batch_and_shares_no_transaction() -> None:
+    def batch(changes: list[Change]) -> None: ...
+
+    def transactional(change: Change, connection: object) -> None: ...
+
+    with pytest.raises(UsageError, match="latest=True and takes batches"):
+        Router().on("product", latest=True)(batch)
+    with pytest.raises(UsageError, match="latest=True and group=2"):
+        Router().on("product", latest=True, group=2)(transactional)
+    router = Router()
+    router.on("product", latest=True)(transactional)
+    [handler] = router.handlers.values()
+    assert (handler.transactional, handler.group) == (True, 1)

@@ -430,3 +430,81 @@ def test_a_key_whose_next_change_needs_something_else_than_before_waits_for_that
     scheduler.admit([row(2)])
     scheduler.admit([row(1)])  # of a key coarser than its rows
     assert not scheduler.start().changes
+
+
+# --- handlers with latest ------------------------------------------------------------------------------------------
+
+
+def _latest(capacity: int = 10, key_capacity: int = 3, deferred: int = 100) -> SettlingScheduler:
+    handler = Handler("latest", print, is_async=True, latest=True)
+    made = SettlingScheduler(
+        capacity, key_capacity, deferred, coalesces=True,
+        needs=lambda change: Requirements(change.entity_type, handler, after_settled=True),
+    )  # fmt: skip
+    made.ownership.acquire(Acquired(range(4)))
+    return made
+
+
+def test_of_a_key_that_is_coalesced_one_change_is_in_the_window() -> None:
+    scheduler = _latest()
+    scheduler.admit([row(seq, "a") for seq in (1, 2, 3)])
+    assert (scheduler.queued, len(scheduler.deferred)) == (1, 1)
+    [first] = _start_all(scheduler)
+    scheduler.admit([row(4, "a")])
+    assert (scheduler.running, scheduler.queued) == (1, 0)
+    assert scheduler.key_reads(10) == [], "what waits behind it is in its call, or is read afterwards"
+    scheduler.deferred.handled(first.key, 4)
+    _end(scheduler, first)
+    assert scheduler.key_reads(10) == []
+    assert len(scheduler.deferred) == 0
+
+
+def test_a_key_is_read_on_behind_the_last_that_the_call_stood_for() -> None:
+    scheduler = _latest()
+    scheduler.admit([row(seq, "a") for seq in (1, 2, 3)])
+    [first] = _start_all(scheduler)
+    scheduler.deferred.handled(first.key, 2)
+    _end(scheduler, first)
+    assert scheduler.key_reads(10) == [KeyRead(("t", "a"), 0, 3)]
+
+
+def test_a_key_that_is_read_on_while_its_call_runs_is_not_read_again_and_again() -> None:
+    scheduler = _latest()
+    scheduler.admit([row(1, "a"), row(2, "a")])
+    [first] = _start_all(scheduler)
+    scheduler.deferred.request_read(first.key)
+    [read] = scheduler.key_reads(10)
+    scheduler.admit_key_read(read, [row(2, "a")], complete=True)
+    assert scheduler.key_reads(10) == []
+    assert len(scheduler.deferred) == 1
+
+
+def test_without_room_for_a_mark_more_of_a_key_is_in_the_window() -> None:
+    scheduler = _latest(deferred=1)
+    scheduler.admit([row(1, "a"), row(2, "a"), row(3, "b"), row(4, "b"), row(5, "b")])
+    assert (scheduler.queued, len(scheduler.deferred)) == (4, 1)
+
+
+def test_a_change_that_is_put_off_leaves_the_window_until_its_time() -> None:
+    scheduler = _latest()
+    scheduler.admit([row(1, "a"), row(2, "a")])
+    [first] = _start_all(scheduler)
+    assert scheduler.put_off(first, 5.0)
+    assert (scheduler.running, scheduler.queued, scheduler.idle) == (0, 0, True)
+    scheduler.admit([row(3, "a")])
+    assert scheduler.key_reads(10) == []
+    scheduler.deferred.read_held(5.0)
+    [read] = scheduler.key_reads(10)
+    assert read.seq == 1
+    scheduler.admit_key_read(read, [row(seq, "a") for seq in (1, 2, 3)], complete=True)
+    assert _seqs(_start_all(scheduler)) == [1]
+
+
+def test_a_change_is_not_put_off_where_no_mark_would_stand_for_it() -> None:
+    scheduler = _latest(deferred=1)
+    scheduler.admit([row(1, "a"), row(2, "b")])
+    first, second = _start_all(scheduler)
+    assert scheduler.put_off(first, 5.0)
+    assert not scheduler.put_off(second, 5.0)
+    scheduler.ownership.revoke([0])
+    assert scheduler.running == 1
