@@ -28,8 +28,8 @@ for what comes before. The snapshot that shows a row says so, and nothing is rem
 
 A read may be older than a settle that came after it began: ``admit`` corrects its rows by the ``ReadReconciler``.
 
-A consumer that lost its session has lost its shards. ``lost`` keeps two things only: the handlers that still run, whose
-keys stay blocked until they return, unsettled; and the outcomes not written yet, which keep their places and keys.
+A consumer that lost its session has lost its shards. ``lost`` keeps the handlers that still run, whose keys are shut
+until they return, unsettled; and the outcomes not written yet, with their places and keys.
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ class KeyScheduler:
         self.settling = 0
         """Number of changes that have finished and are not in the table yet."""
         self.deferred = DeferredKeys(deferred_max, sole=sole)
-        """The keys of which changes were seen and not admitted."""
         self.ownership = ShardOwnership()
         self.ownership.subscribe(self)
         self.fenced: Callable[[], None] = lambda: None
@@ -139,11 +138,7 @@ class KeyScheduler:
         self.reading.arrived(acquired.shards)
 
     def forget_deferred(self, shards: Iterable[int]) -> None:
-        """Forget the watermarks of these shards, which are about to be swept from their first change on.
-
-        The sweep finds what the watermarks stand for. A watermark may outlive its change: another session may have
-        deleted the row, or requeued the one before.
-        """
+        """These shards are about to be swept, which finds what the marks stand for. A mark may outlive its change."""
         self.deferred.forget([key for key in self.deferred.of_shards(set(shards)) if key not in self._queues])
 
     def revoked(self, shards: Collection[int]) -> None:
@@ -369,10 +364,10 @@ class KeyScheduler:
 
     def put_off(self, change: Change, until: float) -> bool:
         """This started, fresh change is to start again at that time. False: there is no room for a mark."""
-        key, owned = change.key, change.shard in self.ownership.active
-        if room := owned and not self._queues[key].orphan and self.deferred.has_room(key):
+        queue, owned = self._queues[change.key], change.shard in self.ownership.active
+        if room := owned and not queue.orphan and self.deferred.has_room(queue.key):
             self.interrupted(change)
-            self.deferred.hold(key, until)
+            self.deferred.hold(queue.key, until)
         return room
 
     def settled(self, batch: Sequence[Settlement]) -> None:
@@ -500,6 +495,5 @@ class KeyScheduler:
         self.window.release(change.entity_type, 1 + change.size // self.place_bytes)
 
     def _defer(self, key: Key, seq: int, shard: int, blocked: bool = False, last: int = SEQ_MAX) -> None:
-        owned = self.ownership.active
-        assert shard in owned, "a shard that comes back is read from its first change on, without old marks"
+        assert shard in self.ownership.active, "a shard that comes back is read anew, without old marks"
         self.deferred.defer(key, seq, shard, blocked=blocked, last=last)

@@ -19,7 +19,7 @@ def _two() -> tuple[Change, Change]:
         change(9),
         old=Json(b'{"n": 8}'),
         new=Json(b'{"n": 9}'),
-        metadata=Json(b'{"m": 9}'),
+        metadata=Json(b'{"m": 9}'),  # type: ignore[arg-type]  # as it is read
         caused_by=UUID(int=1),
         depth=1,
     )
