@@ -15,6 +15,8 @@ from cdc import testing
 from cdc.app.application import App
 from cdc.cli import cdc as root_command
 from cdc.engine.dispatcher import OtherTasks
+from cdc.postgres import tracking
+from cdc.postgres.tracked_tables import Truncate
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 
@@ -338,3 +340,25 @@ async def test_show_names_the_change_that_stood_for_it(outbox_db: psycopg.Connec
     shown = CliRunner().invoke(root_command, ["outbox", "show", str(first_id), "--dsn", outbox])
     assert shown.exit_code == 0, shown.output
     assert f"coalesced into seq {last}" in shown.output
+
+
+async def test_a_call_does_not_stand_for_what_comes_after_a_truncate(
+    outbox_db: psycopg.Connection, outbox: str
+) -> None:
+    outbox_db.execute("CREATE TABLE products (id int PRIMARY KEY, n int)")
+    tracking.track(outbox_db, "public", "products", entity_type="product", truncate=Truncate.EVENT)
+    calls: list[tuple[Any, ...]] = []
+    router = cdc.Router()
+    _declare(router, "async", lambda change: calls.append(_seen(change)))
+
+    @router.on("product", "TRUNCATE")
+    async def emptied(change: cdc.Change) -> None:
+        calls.append(("TRUNCATE",))
+
+    outbox_db.execute("INSERT INTO products VALUES (1, 1)")
+    outbox_db.execute("UPDATE products SET n = 2")
+    outbox_db.execute("TRUNCATE products")
+    outbox_db.execute("INSERT INTO products VALUES (1, 3)")
+    outbox_db.execute("UPDATE products SET n = 4")
+    await testing.drain(outbox, router)
+    assert calls == [("UPDATE", None, 2, 2), ("TRUNCATE",), ("UPDATE", None, 4, 2)]
