@@ -53,7 +53,7 @@ class DeferredKeys:
         """By key; others only read it. Most keys have none, and each change asks three times: a method costs more."""
         self.reads: Final[dict[str, dict[Key, None]]] = {}
         """The keys to be read on; others only read it. By type, the type that was served last stands last."""
-        self._held: list[tuple[float, Key]] = []
+        self.held: list[tuple[float, Key]] = []
         """A heap; an entry whose key has another time by now, or none, has ended."""
 
     def __len__(self) -> int:
@@ -87,25 +87,25 @@ class DeferredKeys:
         mark = self.watermarks[key]
         mark.blocked, mark.until = True, until
         self.cancel_read(key)
-        heappush(self._held, (until, key))
-        if len(self._held) > 2 * len(self.watermarks) + _ENDED_MAX:
-            self._held = [(mark.until, key) for key, mark in self.watermarks.items() if mark.until is not None]
-            heapify(self._held)
+        heappush(self.held, (until, key))
+        if len(self.held) > 2 * len(self.watermarks) + _ENDED_MAX:
+            self.held = [(mark.until, key) for key, mark in self.watermarks.items() if mark.until is not None]
+            heapify(self.held)
 
     @property
     def held_until(self) -> float:
         """When the next of the keys that are held is to be read; inf: none is held."""
-        while self._held:
-            until, key = self._held[0]
+        while self.held:
+            until, key = self.held[0]
             if (mark := self.watermarks.get(key)) and mark.until == until:
                 return until
-            heappop(self._held)
+            heappop(self.held)
         return inf
 
     def read_held(self, now: float) -> None:
         """Read the keys whose time has come; they are held no more."""
         while self.held_until <= now:
-            _, key = heappop(self._held)
+            _, key = heappop(self.held)
             mark = self.watermarks[key]
             mark.until, mark.blocked = None, False
             self.request_read(key)
@@ -122,7 +122,7 @@ class DeferredKeys:
     def clear(self) -> None:
         self.watermarks.clear()
         self.reads.clear()
-        self._held.clear()
+        self.held.clear()
         self._limit.clear()
 
     def request_read(self, key: Key) -> None:

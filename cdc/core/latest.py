@@ -13,7 +13,7 @@ ends before one that another handler gets, or one that waits. The handler gets b
                              └─ fails:  the first waits for its retry, and with it the key. The retry asks again
 
 The changes of one key become visible in the order of their numbers. So whoever asks again, after a failure or after a
-crash between a call and its mark, is told at least what was told before, and no call gets an older ``new`` than the
+crash between a call and its mark, learns at least what was known before, and no call gets an older ``new`` than the
 call before it. The mark names the changes that the answer named: what came later is not among them.
 """
 

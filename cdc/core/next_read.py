@@ -80,7 +80,7 @@ class NextRead:
         places = self._scheduler.window.free
         if places <= 0 or not self._scheduler.ownership.active:
             return None
-        if self._scheduler.deferred.held_until <= now:
+        if self._scheduler.deferred.held and self._scheduler.deferred.held_until <= now:
             self._scheduler.deferred.read_held(now)
         rows = min(places // (1 + self._page.row_bytes // self._scheduler.place_bytes), self._page.rows)
         room = _Room(now, max(1, rows), self._scarce(places))
@@ -104,7 +104,9 @@ class NextRead:
             return inf
         if read and (not idle or self._scheduler.wants_key_reads):
             return 0.0
-        at = min(self._due.next_at(now, scarce=scarce), self._scheduler.deferred.held_until)
+        at = self._due.next_at(now, scarce=scarce)
+        if self._scheduler.deferred.held:
+            at = min(at, self._scheduler.deferred.held_until)
         return min(self._planner.wait_s(now), max(0.0, at - now))
 
     def _scarce(self, places: int) -> bool:

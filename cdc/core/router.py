@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import inf
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -155,32 +156,15 @@ class Router:
         case. ``changed`` and ``when`` are asked about the change that the call would get. Not for batches.
         """
         slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
-        wanted = _filter(changed, when)
         _positive(max_attempts=max_attempts, timeout=timeout, batch=batch, group=group)
-        linger_s, pauses = _linger(linger), _pauses(dead)
         quiet_s, at_most_s = _quiet(latest, settle, at_most)
+        made = partial(
+            Handler, pauses=_pauses(dead), linger_s=_linger(linger), model=model, max_attempts=max_attempts,
+            timeout_s=timeout, filter=_filter(changed, when), latest=latest, quiet_s=quiet_s, at_most_s=at_most_s,
+        )  # fmt: skip
 
         def declare(function: Function) -> Function:
-            if latest:
-                _refuse_several(function, group)
-            handler = Handler(
-                name=name or _name(function),
-                function=function,
-                is_async=inspect.iscoroutinefunction(_unwrapped(function)),
-                transactional=_takes_connection(function),
-                pauses=pauses,
-                group=1 if latest else _group(function, group),
-                batch=_batch(function, batch),
-                linger_s=linger_s,
-                model=model,
-                max_attempts=max_attempts,
-                timeout_s=timeout,
-                filter=wanted,
-                latest=latest,
-                quiet_s=quiet_s,
-                at_most_s=at_most_s,
-            )
-            handler = self._named(handler, name)
+            handler = self._named(made(name=name or _name(function), **_called(function, batch, group, latest)), name)
             for slot in slots:
                 self._fill(slot, handler)
             return function
@@ -395,6 +379,19 @@ def _quiet(latest: bool, settle: float, at_most: float | None) -> tuple[float, f
     if not settle <= at_most < inf:
         raise UsageError(f"router.on(..., at_most={at_most!r}): seconds, not below settle={settle!r}")
     return settle, at_most
+
+
+def _called(function: Callable[..., Any], batch: int | None, group: int | None, latest: bool) -> dict[str, Any]:
+    """The fields of a handler that depend on its function."""
+    if latest:
+        _refuse_several(function, group)
+    return {
+        "function": function,
+        "is_async": inspect.iscoroutinefunction(_unwrapped(function)),
+        "transactional": _takes_connection(function),
+        "group": 1 if latest else _group(function, group),
+        "batch": _batch(function, batch),
+    }
 
 
 def _refuse_several(function: Callable[..., Any], group: int | None) -> None:

@@ -223,7 +223,7 @@ class KeyScheduler:
         queue = self._queues.get(key)
         blocked = row.blocked or waiting.get(key, change.seq) < change.seq
         blocked = blocked or (queue is not None and (queue.blocked or queue.orphan))
-        closed = queue is not None and not due and self._takes_no_more(queue)
+        closed = self.coalesces and not due and queue is not None and self._takes_no_more(queue)
         if not (blocked or row.barred or closed) and (queue is None or len(queue.queued) < self.key_capacity):
             return Admission.TAKE if self.window.admits(change.entity_type) else Admission.REJECT
         if due:
@@ -495,5 +495,5 @@ class KeyScheduler:
         self.window.release(change.entity_type, 1 + change.size // self.place_bytes)
 
     def _defer(self, key: Key, seq: int, shard: int, blocked: bool = False, last: int = SEQ_MAX) -> None:
-        assert shard in self.ownership.active, "a shard that comes back is read anew, without old marks"
+        assert shard in self.ownership.active, "a shard that comes back is read from the start, without old marks"
         self.deferred.defer(key, seq, shard, blocked=blocked, last=last)

@@ -1,13 +1,16 @@
-"""What a handler gets at once: a batch, which may wait for more changes, or a group that shares a transaction."""
+"""What a handler gets at once: a batch, which may wait for more, a group that shares a transaction, or the latest."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
+from cdc.core.latest import Latest
 from cdc.core.model import Change
 from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler
+from cdc.engine.coalescing import Coalescing
 from cdc.engine.executor import Executor
 from cdc.runtime.deadline import wait_within
 
@@ -15,13 +18,26 @@ _BATCH_BYTES = 4 << 20
 """Documents of a batch of more than one change: they are in memory several times over while they are sent."""
 
 
-class Batching:
-    """``connections``: those for transactional handlers."""
+class PutOffError(Exception):
+    """The change is no longer started; it starts again later."""
 
-    def __init__(self, scheduler: KeyScheduler, executor: Executor, connections: int) -> None:
+
+class Batching:
+    """``connections``: those for transactional handlers. ``put_off``: called when a change is to start again later."""
+
+    def __init__(
+        self,
+        scheduler: KeyScheduler,
+        executor: Executor,
+        connections: int,
+        coalescing: Coalescing,
+        put_off: Callable[[], None],
+    ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._connections = connections
+        self.coalescing = coalescing
+        self._put_off = put_off
         # For each kind of handler as many as there are connections, so that a group is made when it can begin.
         self.transactions = {is_async: asyncio.Semaphore(connections) for is_async in (True, False)}
         self.lingering: dict[Handler, tuple[list[Change], asyncio.Event]] = {}
@@ -43,6 +59,18 @@ class Batching:
             finally:
                 if self.lingering.get(handler) is waiting:  # a full one has left, and another may wait by now
                     del self.lingering[handler]
+
+    async def latest(self, handler: Handler, change: Change, *, may_wait: bool = True) -> Latest:
+        """What the call stands for. Raises PutOffError; where there is no room for another that waits, it is early."""
+        latest = await self.coalescing.ask(handler, change, may_wait=may_wait)
+        if latest.wait_s:
+            if self._scheduler.put_off(change, time.monotonic() + latest.wait_s):
+                self._put_off()
+                raise PutOffError
+            latest = await self.coalescing.ask(handler, change, may_wait=False)
+        if latest.later:
+            self._scheduler.deferred.handled(change.key, latest.change.seq)
+        return latest
 
     def join(self, handler: Handler, change: Change) -> None:
         """Put a started change into the batch of its handler that still waits for more."""

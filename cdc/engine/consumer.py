@@ -93,7 +93,6 @@ class Consumer:
         )  # fmt: skip
         self.crash_guard = CrashGuard(store, settings.window)
         self.exposed = self.crash_guard.exposed
-        self._coalescing = Coalescing(demand.router, store)
         self._settler = Settler(
             self._scheduler,
             store,
@@ -105,7 +104,7 @@ class Consumer:
         self._scheduler.fenced = self._settler.hurry
         self._dispatcher = Dispatcher(
             self._scheduler, executor, settings.concurrency, connections=settings.transactions,
-            crash_guard=self.crash_guard, coalescing=self._coalescing, finished=self._settler.put,
+            crash_guard=self.crash_guard, coalescing=Coalescing(demand.router, store), finished=self._settler.put,
             reread=self._reread, put_off=self.notifications.due.set,
         )  # fmt: skip
         executor.breakers.changed = self._dispatcher.breaker_changed
@@ -187,7 +186,7 @@ class Consumer:
                 dsn, application_name="cdc: reader", session=READ_SESSION, answer_limit_s=READ_LIMIT_S
             )
             read_changes(reader)
-            self._coalescing.use_reader(reader)
+            self._dispatcher.coalescing.use_reader(reader)
             async with reader:
                 self.lifecycle.connected.set()
                 await self._wait_for_schema(session, reader)

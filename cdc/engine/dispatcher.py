@@ -11,19 +11,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
-from cdc.core.latest import Latest
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
 from cdc.core.model import Change, Dead, Outcome
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import NOTHING, Run
 from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler
-from cdc.engine.batching import Batching
+from cdc.engine.batching import Batching, PutOffError
 from cdc.engine.coalescing import Coalescing
 from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.executor import Executor, PendingCall
@@ -65,11 +63,9 @@ class Dispatcher:
         self._executor = executor
         self._concurrency = concurrency
         self._crash_guard = crash_guard
-        self._batching = Batching(scheduler, executor, connections)
+        self._batching = Batching(scheduler, executor, connections, coalescing, put_off)
         self._finished = finished
         self._reread = reread
-        self._put_off = put_off
-        self._coalescing = coalescing
         self._handler: Handler | None = None
         self._started = deque[Change]()
         """A run of this handler, which the workers go through together, each calling what it can."""
@@ -85,6 +81,10 @@ class Dispatcher:
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    @property
+    def coalescing(self) -> Coalescing:
+        return self._batching.coalescing
 
     def dispatch(self) -> None:
         """Start workers for what is ready."""
@@ -241,8 +241,7 @@ class Dispatcher:
                 return
             self._abandon(batch)
             raise
-        except _PutOffError:
-            self._put_off()
+        except PutOffError:
             return
         except AskTheTableError as unknown:
             log.info("change %s of %s is read again: %s", batch[0].id, batch[0].entity_type, unknown)
@@ -262,21 +261,10 @@ class Dispatcher:
             if handler.batch or handler.group > 1:
                 await self._batching.gather(handler, batch)
             if handler.latest:
-                latest = await self._ask(handler, batch[0])
+                latest = await self._batching.latest(handler, batch[0])
             if batch[0].crashed or self._crash_guard.active:
                 await self._crash_guard.record_start(batch)
         return await self._executor.run(handler, batch, latest)
-
-    async def _ask(self, handler: Handler, change: Change, *, may_wait: bool = True) -> Latest:
-        """What the call stands for. Raises _PutOffError; where there is no room for another that waits, it is early."""
-        latest = await self._coalescing.ask(handler, change, may_wait=may_wait)
-        if latest.wait_s:
-            if self._scheduler.put_off(change, time.monotonic() + latest.wait_s):
-                raise _PutOffError
-            latest = await self._coalescing.ask(handler, change, may_wait=False)
-        if latest.later:
-            self._scheduler.deferred.handled(change.key, latest.change.seq)
-        return latest
 
     def _bug(self, handler: Handler | None, batch: Sequence[Change], error: Exception) -> dict[Change, Outcome]:
         """An error that only a bug in cdc raises costs its changes an attempt, and never their places."""
@@ -364,7 +352,7 @@ class Dispatcher:
     async def _give_up_all(self, handler: Handler, change: Change, outcome: Outcome) -> None:
         """The attempts were those of all that the next call would stand for."""
         try:
-            latest = await self._ask(handler, change, may_wait=False)
+            latest = await self._batching.latest(handler, change, may_wait=False)
         except AskTheTableError:
             self._abandon([change])
         except asyncio.CancelledError:
@@ -392,10 +380,6 @@ class Dispatcher:
         elif failed:
             self._escaped(run.changes, failed)
         self.dispatch()
-
-
-class _PutOffError(Exception):
-    """Its change starts again later."""
 
 
 class OtherTasks:

@@ -80,7 +80,6 @@ class Settler:
         iterated: _Iterated,
     ) -> None:
         self._scheduler = scheduler
-        self._coalesces = scheduler.coalesces
         self._store = store
         self._metrics = metrics
         self._committed = committed
@@ -153,7 +152,7 @@ class Settler:
                 self._hurried = False
                 now = _now()
                 if now >= self._delay.until and (batch := self._queue.take(_BATCH_MAX, now)):
-                    if self._coalesces and len(batch) > 1 and sum(map(_rows, batch)) > _ROWS_MAX:
+                    if self._scheduler.coalesces and len(batch) > 1 and sum(map(_rows, batch)) > _ROWS_MAX:
                         self._queue.split(batch)
                         continue
                     now = await self._settle(session, reader, batch, now)

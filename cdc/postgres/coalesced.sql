@@ -4,7 +4,7 @@
 -- For each of these first changes of their keys that is still as it was read: the numbers of the fresh ones behind it, how
 -- long to wait until the key is quiet, and the last of them. What is behind ends before a change that another handler
 -- gets, or one that waits or that a TRUNCATE holds back. Its bounds are a distance in numbers, because no index finds the changes of a key, and a count;
--- neither depends on other keys, so that who asks again is told no less. An infinite time is none.
+-- neither depends on other keys, so that who asks again learns no less. An infinite time is none.
 SELECT c.place, c.later, c.wait_s, {columns}
 FROM (
   SELECT want.place, behind.later, wait.wait_s, f.*, {fits}

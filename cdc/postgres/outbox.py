@@ -48,7 +48,7 @@ from cdc.postgres.pages import (
 )
 from cdc.postgres.sql_files import load
 from cdc.postgres.unreadable import RefusedReadError, RefusedRows, may_be_refused
-from cdc.postgres.watched import rows_of
+from cdc.postgres.watched import WatchedConnection, rows_of
 
 INDEXED = {
     "plan_cache_mode": "force_generic_plan",
@@ -472,7 +472,10 @@ class Store:
     def _answer(
         self, connection: psycopg.AsyncConnection, name: str, parameters: dict[str, Any]
     ) -> Awaitable[list[Any]]:
-        return rows_of(connection, self._statements[name], parameters)
+        statement = self._statements[name]
+        if isinstance(connection, WatchedConnection):  # as in rows_of, whose call each change would pay for
+            return connection.rows(statement, parameters)
+        return rows_of(connection, statement, parameters)
 
 
 def _array(values: Iterable[int | UUID]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cdc.core.encodings import fitting
+from cdc.core.fast_change import fast_make
 from cdc.core.model import (
     Change,
     Coalesced,
@@ -35,6 +36,9 @@ class Divided(NamedTuple):
     groups: Sequence[Settlement]
 
 
+_DIVIDED = fast_make(Divided)
+
+
 def divide(batch: Iterable[Settlement]) -> Divided:
     plain: list[Change] = []
     others: list[Settlement] = []
@@ -51,7 +55,7 @@ def divide(batch: Iterable[Settlement]) -> Divided:
                 others.append(finished)
         else:
             others.append(finished)
-    return Divided(plain, others, groups)
+    return _DIVIDED((plain, others, groups))
 
 
 _COLUMNS = (

@@ -77,7 +77,7 @@ def test_what_holds_no_more_takes_no_memory() -> None:
         deferred.defer(("a", "1"), number, 0, blocked=False)
         deferred.hold(("a", "1"), 1_000.0 - number)
         deferred.forget([("a", "1")])
-    assert len(deferred._held) < 200  # noqa: SLF001 - nothing else shows it
+    assert len(deferred.held) < 200
 
 
 def test_a_key_of_which_all_that_was_seen_is_taken_care_of_is_not_read_on() -> None:
