@@ -19,23 +19,20 @@ class MovingTimer:
 
     def __init__(self, due: Callable[[], None]) -> None:
         self._due = due
-        self._moment = inf
+        self.moment = inf
+        """When ``due`` is called. Set it to inf, and it is not."""
         self._comes_round_at = inf
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         """``due`` is called in so many seconds, and not when it was to be called before."""
-        self._moment = moment = loop.time() + seconds
+        self.moment = moment = loop.time() + seconds
         if moment < self._comes_round_at:
             self._come_round_at(loop, moment)
 
-    def clear(self) -> None:
-        """``due`` is not called."""
-        self._moment = inf
-
     def close(self) -> None:
         """The same, and nothing is left with the event loop."""
-        self._moment = self._comes_round_at = inf
+        self.moment = self._comes_round_at = inf
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -48,11 +45,11 @@ class MovingTimer:
 
     def _come_round(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer, self._comes_round_at = None, inf
-        if self._moment - loop.time() < _EARLY_S:
-            self._moment = inf
+        if self.moment - loop.time() < _EARLY_S:
+            self.moment = inf
             self._due()
-        elif self._moment < inf:
-            self._come_round_at(loop, self._moment)
+        elif self.moment < inf:
+            self._come_round_at(loop, self.moment)
 
 
 class TimedEvent(asyncio.Event):
@@ -70,7 +67,7 @@ class TimedEvent(asyncio.Event):
         try:
             await self.wait()
         finally:
-            self._timer.clear()
+            self._timer.moment = inf
 
     def close(self) -> None:
         """No more waits come."""

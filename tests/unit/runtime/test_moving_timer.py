@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from math import inf
 from typing import Any, cast
 
 import pytest
@@ -75,7 +76,7 @@ def test_later_moments_cost_no_timer(timer: MovingTimer, loop: Any, came: list[f
     for second in range(100):
         loop.pass_until(second)
         timer.set(loop, 1000.0)
-        timer.clear()
+        timer.moment = inf
     assert len(loop.timers) == 1
 
 
@@ -104,7 +105,11 @@ def test_a_loop_that_counts_in_milliseconds_does_not_come_round_twice(
     assert came == [5.0]
 
 
-@pytest.mark.parametrize("end", [MovingTimer.clear, MovingTimer.close])
+def _put_off(timer: MovingTimer) -> None:
+    timer.moment = inf
+
+
+@pytest.mark.parametrize("end", [_put_off, MovingTimer.close])
 def test_what_is_cleared_does_not_come_and_can_be_set_again(
     end: Callable[[MovingTimer], None], timer: MovingTimer, loop: Any, came: list[float]
 ) -> None:
