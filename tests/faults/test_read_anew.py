@@ -69,7 +69,7 @@ class _Unknown:
     def run_inline(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
         return [], None
 
-    async def run(self, handler: None, batch: Sequence[Change]) -> None:
+    async def run(self, handler: None, batch: Sequence[Change], latest: None = None) -> None:
         self.asked.set()
         raise AskTheTableError("the connection was lost")
 
