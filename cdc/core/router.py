@@ -156,6 +156,8 @@ class Router:
         case. ``changed`` and ``when`` are asked about the change that the call would get. Not for batches.
         """
         slots = [(_entity_type(entity_type), operation) for operation in _operations(operations)]
+        _numbers(int, max_attempts=max_attempts, batch=batch, group=group)
+        _numbers(float, timeout=timeout, linger=linger, settle=settle, at_most=at_most)
         _positive(max_attempts=max_attempts, timeout=timeout, batch=batch, group=group)
         quiet_s, at_most_s = _quiet(latest, settle, at_most)
         made = partial(
@@ -352,6 +354,15 @@ def _takes_one(function: Callable[..., Any]) -> bool:
     except ValueError:  # one of those in C that do not say what they take
         return True
     return True
+
+
+def _numbers(kind: type[int | float], **options: object) -> None:
+    """A text out of the environment would be a TypeError somewhere below, which names no option."""
+    for option, value in options.items():
+        allowed = int if kind is int else (int, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, allowed)):
+            expected = "a whole number" if kind is int else "a number of seconds"
+            raise UsageError(f"router.on(..., {option}={value!r}): must be {expected}")
 
 
 def _positive(**options: float | None) -> None:

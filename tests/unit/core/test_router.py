@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 
@@ -218,6 +219,19 @@ def test_the_operations_that_go_to_a_handler_are_those_that_no_more_special_one_
 def test_times_of_a_key_to_settle_that_make_no_sense_are_refused(options: dict[str, float], named: str) -> None:
     with pytest.raises(UsageError, match=re.escape(named)):
         Router().on("product", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["timeout", "linger", "settle", "at_most", "max_attempts", "batch", "group"])
+@pytest.mark.parametrize("value", ["5", b"5", True, [5], timedelta(seconds=5)])
+def test_a_number_that_is_none_is_refused_by_the_name_of_its_option(option: str, value: object) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"{option}={value!r}): must be a")):
+        Router().on("product", **{"latest": option in ("settle", "at_most"), option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["max_attempts", "batch", "group"])
+def test_a_count_is_a_whole_number(option: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"{option}=2.5): must be a whole number")):
+        Router().on("product", **{option: 2.5})  # type: ignore[arg-type]
 
 
 def test_a_call_for_the_latest_of_a_key_takes_no_batch_and_shares_no_transaction() -> None:
