@@ -39,6 +39,7 @@ from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
 from cdc.postgres.remarks import SettingOwner
 from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
+from cdc.postgres.table_capture import CAPTURE_ROLE
 
 _INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers")
 """Other tables of an outbox."""
@@ -277,6 +278,8 @@ def captured(connection: psycopg.Connection, name: str) -> Captured:
     said = [remark for each in triggers for remark in remarks.faults(each)]
     said += [
         remarks.outdated(each)
+        if found.owner == function.owner or found.owner.startswith(CAPTURE_ROLE)
+        else remarks.owned_by(each, found.owner, function.owner)
         for each, found, expected in table_functions.compared(connection, function, name)
         if expected is None or not found.serves_as(expected)
     ]

@@ -35,6 +35,10 @@ from cdc.postgres.trigger_statements import FIRES
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
 """Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
 _ROW = 1
+_UNQUOTED = r"""(?:[^'"]|'[^']*'|"[^"]*")*?"""
+_CONDITION = re.compile(rf"{_UNQUOTED} WHEN \(({_UNQUOTED})\) EXECUTE FUNCTION ")
+"""In a trigger's definition. Names, constants and arguments are their author's, and may say the same in quotes; the
+server doubles a quote within quotes."""
 _NAME = "capture_entity_change"
 
 
@@ -187,9 +191,7 @@ SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type, p.proname:
     ELSE pg_catalog.convert(remembered, pg_catalog.getdatabaseencoding(), 'UTF8') END END AS remembered,
   ARRAY(SELECT a.attname::text FROM pg_catalog.unnest(t.tgattr::int2[]) AS u (attnum)
         JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.tgrelid AND a.attnum = u.attnum) AS update_of,
-  CASE WHEN t.tgqual IS NOT NULL THEN
-    pg_catalog.substring(pg_catalog.pg_get_triggerdef(t.trigger, true), ' WHEN \\((.*)\\) EXECUTE FUNCTION ')
-  END AS when,
+  CASE WHEN t.tgqual IS NOT NULL THEN pg_catalog.pg_get_triggerdef(t.trigger, true) END AS definition,
   ARRAY(
     SELECT CASE WHEN o.tgrelid = t.tgrelid THEN o.tgname::text
       ELSE pg_catalog.format('%%s on %%s', o.tgname, o.tgrelid::pg_catalog.regclass) END
@@ -409,7 +411,7 @@ def _trigger(
         truncate=next((each.does for each in truncates if each.fires != Fires.DISABLED), Truncate.IGNORE),
         truncates=tuple(truncates),
         update_of=tuple(row["update_of"]),
-        when=row["when"] or "",
+        when=_condition(row["definition"]),
         missing=tuple(dict.fromkeys(column for column in named if column not in row["columns"])),
         oid=row["oid"],
         namespace=row["namespace"],
@@ -425,6 +427,11 @@ def _trigger(
     if unknown and not found.broken:
         return replace(found, broken=f"{_NAME}() knows no option {', '.join(unknown)}")
     return found
+
+
+def _condition(definition: str | None) -> str:
+    found = _CONDITION.match(definition or "")
+    return found[1] if found else ""
 
 
 def _copy(row: Sequence[Any], spelt: Mapping[int, str]) -> Copy:

@@ -118,6 +118,16 @@ def outdated(tracked: Tracked) -> Remark:
     )
 
 
+def owned_by(tracked: Tracked, owner: str, expected: str) -> Remark:
+    """Of a table whose own capture function runs with the rights of another role than it should."""
+    return Remark(
+        TRIGGERS,
+        f"{tracked.function}() of {tracked.table} runs with the rights of {owner}, not of {expected}, and so does what"
+        " others have made that capturing calls",
+        f"cdc db upgrade, as a superuser or the owner of the outbox; else cdc track {tracked.table}",
+    )
+
+
 def _silent(tracked: Tracked, places: Sequence[str]) -> Remark:
     why = "fires for replicated rows only" if tracked.fires == Fires.REPLICA else "is disabled"
     return Remark(

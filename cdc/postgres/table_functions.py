@@ -101,7 +101,10 @@ _MAY_MAKE = r"""
 SELECT pg_catalog.has_schema_privilege(n.oid, 'CREATE') AND pg_catalog.pg_has_role(r.oid, 'USAGE')
     AND (u.rolsuper OR pg_catalog.has_schema_privilege(n.oid, 'CREATE WITH GRANT OPTION'))
     AND r.rolname LIKE 'cdc\_capture\_%%',
-  u.rolsuper OR pg_catalog.has_schema_privilege(r.oid, n.oid, 'CREATE')
+  u.rolsuper OR pg_catalog.has_schema_privilege(r.oid, n.oid, 'CREATE'),
+  EXISTS (SELECT FROM pg_catalog.pg_roles AS o JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid
+          WHERE o.rolname = %s AND c.relname = 'entity_changes' AND (o.rolsuper OR o.oid = c.relowner)
+            AND pg_catalog.pg_has_role(o.oid, 'USAGE'))
 FROM pg_catalog.pg_namespace AS n, pg_catalog.pg_roles AS r, pg_catalog.pg_roles AS u
 WHERE n.nspname = %s AND r.rolname = %s AND u.rolname = current_user
 """
@@ -110,10 +113,19 @@ WHERE n.nspname = %s AND r.rolname = %s AND u.rolname = current_user
 def _may_make(connection: psycopg.Connection, schema: str, found: TableCapture | None, made: TableCapture) -> bool:
     """Whether this role may create what belongs to the role that captures: a superuser, or the outbox's owner.
 
-    One of this name that belongs to somebody else is not taken over: triggers of theirs may call it.
+    One of this name that is theirs was restored from a dump without its owner, and is taken over. One that belongs to
+    somebody else is not: triggers of theirs may call it.
     """
-    row = connection.execute(_MAY_MAKE.encode(), [schema, made.owner]).fetchone()
-    return bool(row and row[0]) and (found is None or found.owner == made.owner)
+    may, _, theirs = _rights(connection, schema, made, "" if found is None else found.owner)
+    return may and (found is None or found.owner == made.owner or theirs)
+
+
+def _rights(
+    connection: psycopg.Connection, schema: str, made: TableCapture, owner: str = ""
+) -> tuple[bool, bool, bool]:
+    """May make it; needs no grant for that; has the rights of ``owner``, who is a superuser or the outbox's owner."""
+    row = connection.execute(_MAY_MAKE.encode(), [owner, schema, made.owner]).fetchone()
+    return (False, False, False) if row is None else (row[0], row[1], row[2])
 
 
 def _may_call(connection: psycopg.Connection, schema: str, made: TableCapture) -> bool:
@@ -126,9 +138,8 @@ def _make(connection: psycopg.Connection, schema: str, made: TableCapture) -> No
     # Two sessions that grant on one schema at a time would fail.
     lock = "SELECT pg_catalog.pg_advisory_xact_lock(%s, pg_catalog.hashtext(%s))"
     connection.execute(lock, [ADVISORY_LOCK, schema])
-    row = connection.execute(_MAY_MAKE.encode(), [schema, made.owner]).fetchone()
     # A function's new owner needs CREATE at that moment, unless a superuser changes the owner.
-    grant = row is not None and not row[1]
+    grant = not _rights(connection, schema, made)[1]
     names = {"schema": sql.Identifier(schema), "role": sql.Identifier(made.owner)}
     if grant:
         connection.execute(sql.SQL("GRANT CREATE ON SCHEMA {schema} TO {role}").format(**names))

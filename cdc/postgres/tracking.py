@@ -372,12 +372,13 @@ def _create(
 ) -> None:
     """``function``: that of the table, or "". ``of_user``: the condition is as a user wrote it, for its search_path."""
     statement = creating(schema, source, wanted, function)
+    # Prepared: one statement, whatever the condition says.
     if not of_user:
-        connection.execute(statement)
+        connection.execute(statement, prepare=True)
         return
     try:
         with source_tables.as_user(connection):
-            connection.execute(statement, prepare=True)  # one statement, whatever the condition says
+            connection.execute(statement, prepare=True)
     except psycopg.Error as refused:
         if (refused.sqlstate or "")[:2] not in _REFUSALS or isinstance(refused, errors.InsufficientPrivilege):
             raise

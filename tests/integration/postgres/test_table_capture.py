@@ -331,7 +331,7 @@ def test_one_of_this_name_that_is_somebody_elses_is_not_taken_over(
         else:
             track(orders, "public", "orders")
             orders.execute(f"ALTER FUNCTION {name}() OWNER TO {role}".encode())
-            assert "was made for orders as it was" in doctor(outbox)
+            assert f"{name}() of orders runs with the rights of {role}, not of cdc_capture_" in doctor(outbox)
         assert track(orders, "public", "orders").changed
         assert function_of(orders) == "capture_entity_change"
         orders.execute("INSERT INTO orders (id) VALUES (1)")
@@ -340,6 +340,23 @@ def test_one_of_this_name_that_is_somebody_elses_is_not_taken_over(
         assert owner == role
     finally:
         orders.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}".encode())
+
+
+def test_one_that_a_restore_gave_to_a_superuser_is_given_back_by_an_upgrade(
+    orders: psycopg.Connection, outbox: str
+) -> None:
+    """A dump without owners: else casts of others would run with a superuser's rights."""
+    track(orders, "public", "orders")
+    name = function_name("public", "orders")
+    [(owner, superuser)] = orders.execute(
+        "SELECT proowner::regrole::text, current_user::text FROM pg_proc WHERE proname = %s", [name]
+    ).fetchall()
+    orders.execute(f"ALTER FUNCTION {name}() OWNER TO {superuser}".encode())
+    assert f"{name}() of orders runs with the rights of {superuser}, not of {owner}" in doctor(outbox)
+    assert "rewrote the function that captures public.orders" in invoke(outbox, "db", "upgrade").stderr
+    [(now,)] = orders.execute("SELECT proowner::regrole::text FROM pg_proc WHERE proname = %s", [name]).fetchall()
+    assert now == owner
+    assert f"rights of {superuser}" not in doctor(outbox)
 
 
 def test_tables_of_one_name_in_many_schemas_have_one_each(outbox_db: psycopg.Connection) -> None:

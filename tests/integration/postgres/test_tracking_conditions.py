@@ -180,3 +180,30 @@ def test_printing_says_what_tracking_would_refuse_and_drops_what_it_would_replac
 
 def test_printed_is_either_sql_or_json(outbox: str, orders: psycopg.Connection) -> None:
     assert "two kinds of output" in refused(outbox, "track", "orders", "--print", "--json")
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "new.id > 0",
+        "new.status <> ') EXECUTE FUNCTION '::text",
+        "new.status <> ' WHEN ('::text",
+        "new.status <> '''\" WHEN ('::text",
+        'new."a\'b" > 0',
+    ],
+)
+def test_a_condition_ends_where_it_ends_whatever_names_and_arguments_say(
+    outbox: str, outbox_db: psycopg.Connection, condition: str
+) -> None:
+    """They are the table owner's, and a superuser may run `cdc track` after them."""
+    role = f"made_by_{outbox_db.info.dbname}"
+    outbox_db.execute("""CREATE TABLE "a WHEN (true) b" (id int PRIMARY KEY, status text, "a'b" int)""")
+    outbox_db.execute(
+        f"""CREATE TRIGGER "#cdc_capture" AFTER INSERT ON "a WHEN (true) b" FOR EACH ROW WHEN ({condition})
+        EXECUTE FUNCTION capture_entity_change(
+          '); COMMIT; CREATE ROLE {role}; --', '{{"key": ["id"]}}', ') EXECUTE FUNCTION ')""".encode()
+    )
+    assert tracked(outbox)['"a WHEN (true) b"']["when"] == condition
+    done(outbox, "track", '"a WHEN (true) b"', "--exclude", "status")
+    assert tracked(outbox)['"a WHEN (true) b"']["when"] == condition
+    assert outbox_db.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchall() == []
