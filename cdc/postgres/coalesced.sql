@@ -4,7 +4,8 @@
 -- For each of these first changes of their keys that is still as it was read: the numbers of the fresh ones behind it, how
 -- long to wait until the key is quiet, and the last of them. What is behind ends before a change that another handler
 -- gets, or one that waits or that a TRUNCATE holds back. Its bounds are a distance in numbers, because no index finds the changes of a key, and a count;
--- neither depends on other keys, so that who asks again learns no less. An infinite time is none.
+-- neither depends on other keys, so that who asks again learns no less. An infinite time is none, and nor is one to come: the
+-- clock was set back, and to wait until it is there again could take for ever.
 SELECT c.place, c.later, c.wait_s, {columns}
 FROM (
   SELECT want.place, behind.later, wait.wait_s, f.*, {fits}
@@ -42,7 +43,7 @@ FROM (
     WHERE k.ours
   ) AS behind
   CROSS JOIN LATERAL (
-    SELECT CASE WHEN isfinite(first.changed_at) THEN greatest(0, least(
+    SELECT CASE WHEN isfinite(first.changed_at) AND first.changed_at <= now() THEN greatest(0, least(
       want.quiet,
       want.quiet + extract(epoch FROM greatest(first.changed_at, behind.changed_at) - now())::float8,
       want.at_most + extract(epoch FROM first.changed_at - now())::float8

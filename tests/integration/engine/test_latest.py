@@ -273,6 +273,19 @@ async def _is_called_while_written(db: psycopg.Connection, calls: list[cdc.Chang
     return bool(calls)
 
 
+async def test_a_key_whose_first_change_is_of_a_time_to_come_does_not_stand_still(
+    outbox_db: psycopg.Connection, outbox: str
+) -> None:
+    """The server's clock was set back, or it is another server's by now."""
+    calls: list[tuple[Any, ...]] = []
+    router = cdc.Router()
+    _declare(router, "async", lambda change: calls.append(_seen(change)), settle=0.05, at_most=0.2)
+    _update(outbox_db, 1, 2)
+    outbox_db.execute("UPDATE entity_changes SET changed_at = now() + interval '1 hour'")
+    await testing.drain(outbox, router, within_s=5)
+    assert calls == [("UPDATE", 0, 2, 2)]
+
+
 async def test_a_call_stands_for_a_bounded_part_of_a_burst(
     outbox_db: psycopg.Connection, outbox: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
