@@ -450,9 +450,10 @@ class KeyScheduler:
             self.deferred.request_read(key)
 
     def _takes_no_more(self, queue: KeyQueue) -> bool:
-        """Whether the call of its last change stands for what comes after it, for which a mark does."""
-        last = queue.last if self.coalesces and self.deferred.has_room(queue.key) else None
-        return last is not None and (handler := self._needs(last).handler) is not None and handler.latest
+        """Whether the call of its last change stands for what comes after it, and has not settled; a mark does, too."""
+        last = queue.last if self.coalesces else None
+        needs = self._needs(last) if last else queue.needs if queue.settling else None
+        return bool(needs and needs.handler and needs.handler.latest and self.deferred.has_room(queue.key))
 
     def _orphan_returned(self, queue: KeyQueue) -> None:
         if queue.running:

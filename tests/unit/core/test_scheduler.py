@@ -468,6 +468,20 @@ def test_a_key_is_read_on_behind_the_last_that_the_call_stood_for() -> None:
     assert scheduler.key_reads(10) == [KeyRead(("t", "a"), 0, 3)]
 
 
+def test_a_key_is_read_on_when_the_call_is_settled_and_not_before() -> None:
+    """A read in between would show what the call stood for as fresh, and ask for a call that has been made."""
+    scheduler = _latest()
+    scheduler.admit([row(1, "a"), row(2, "a")])
+    [first] = _start_all(scheduler)
+    scheduler.deferred.handled(first.key, 2)
+    scheduler.admit([row(3, "a")])
+    scheduler.finished([Settlement(first, Processed())])
+    scheduler.admit([row(4, "a")])
+    assert (scheduler.queued, scheduler.key_reads(10)) == (0, [])
+    scheduler.settled(scheduler.take_finished(100))
+    assert scheduler.key_reads(10) == [KeyRead(("t", "a"), 0, 3)]
+
+
 def test_a_key_that_is_read_on_while_its_call_runs_is_not_read_again_and_again() -> None:
     scheduler = _latest()
     scheduler.admit([row(1, "a"), row(2, "a")])
