@@ -1,13 +1,11 @@
 """Connections for our own statements on an event loop: each costs fewer steps than with psycopg's.
 
-**Answers.** psycopg wraps each wait in a timeout and an event, and registers the socket with the event loop for each.
-Here it is registered once, and one timer watches the limit of all answers. Whatever is not the usual case, an answer at
-once and nothing left to send, is left to psycopg.
-
-What is registered is a duplicate of the socket's number. libpq closes a socket whenever it meets an error, and its
-number is soon another connection's, for which an old registration could be taken, or which it could end. The duplicate
-is ours: its number is free when we close it. It is closed with each error, since the server sees the end of the link
-only when both are.
+**Answers.** psycopg wraps each wait in a timeout and an event. Here the socket is registered with the event loop, and
+one timer watches the limit of all answers. Whatever is not the usual case, an answer at once and nothing left to send,
+is left to psycopg. The number of a closed socket is soon another's, and libpq closes one whenever it meets an error.
+So the registration ends with its answer: one that stayed could be taken for another connection's, or end it, and that
+one would wait for ever. Nor does a duplicate of the number stay registered: the server sees the end of a link only when
+both are closed, and a session that nobody has any more would keep its shards.
 
 **Statements.** psycopg makes a cursor for each, looks up how each parameter is written and each column read, and
 whether it is prepared. ``rows`` does that once for a statement.
@@ -16,9 +14,7 @@ whether it is prepared. ``rows`` does that once for a statement.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import socket
 from collections.abc import Awaitable, Generator, Mapping
 from typing import Any
 
@@ -29,7 +25,6 @@ from psycopg.generators import execute
 from psycopg.waiting import READY_R, WAIT_R
 
 from cdc.postgres.link import AsyncGuardedConnection, close_silent, limited
-from cdc.runtime.forks import not_for_children
 from cdc.runtime.moving_timer import MovingTimer
 
 _PLACEHOLDER = re.compile(rb"%\((\w+)\)s|%%")
@@ -101,7 +96,7 @@ class WatchedConnection(AsyncGuardedConnection):
             try:
                 state = next(gen)
                 watch = self._watch
-                if watch is None or watch.number != self.pgconn.socket:
+                if watch is None or watch.socket != self.pgconn.socket:
                     watch = self._watch_socket()
                 answer = await watch.answer(gen, self.answer_limit_s) if state == WAIT_R else _Rest(gen, state)
                 if type(answer) is not _Rest:
@@ -120,8 +115,7 @@ class WatchedConnection(AsyncGuardedConnection):
             except BaseException:
                 self._unwatch()
                 raise
-        if self._watch is not None:
-            self._watch.rest()
+        self._unwatch()
         return await psycopg.AsyncConnection.wait(self, rest, interval, timeout)
 
     def _watch_socket(self) -> _SocketWatch:
@@ -191,15 +185,11 @@ class _Rest:
 class _SocketWatch:
     """Of one socket: resumes the generator that waits for an answer when something has arrived."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._link = socket.socket(fileno=os.dup(number))
-        not_for_children(self._link)
-        self._registered = self._link.fileno()
-        self._is_registered = False
+    def __init__(self, socket: int) -> None:
+        self.socket = socket
         self._loop = asyncio.get_running_loop()
         self._gen: Generator[int, int, Any] | None = None
-        """None: nobody waits."""
+        """None: nobody waits, and the socket is not registered."""
         self._answer: asyncio.Future[Any] | None = None
         self._limit_s = 0.0
         self._timer = MovingTimer(self._silent)
@@ -207,9 +197,7 @@ class _SocketWatch:
     def answer(self, gen: Generator[int, int, Any], limit_s: float | None) -> asyncio.Future[Any]:
         """What ``gen`` returns or raises; ``_Rest`` if it has to send. Fails with _SilentError beyond the limit."""
         loop = self._loop
-        if not self._is_registered:
-            loop.add_reader(self._registered, self._arrived)
-            self._is_registered = True
+        loop.add_reader(self.socket, self._arrived)
         if limit_s is not None:
             self._limit_s = limit_s
             self._timer.set(loop, limit_s)
@@ -217,25 +205,18 @@ class _SocketWatch:
         self._answer = loop.create_future()
         return self._answer
 
-    def rest(self) -> None:
-        """Others wait for what arrives, or nobody does."""
-        self._gen = None
-        if self._is_registered:
-            self._is_registered = False
-            self._loop.remove_reader(self._registered)
-
     def end(self) -> None:
         """Whoever waits gets an error: the connection is closed."""
         self._timer.close()
-        self.rest()
-        self._link.close()
+        if self._gen is not None:
+            self._gen = None
+            self._loop.remove_reader(self.socket)
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(psycopg.OperationalError("the connection is closed"))
 
     def _arrived(self) -> None:
         gen, answer = self._gen, self._answer
-        if gen is None or answer is None or answer.done():  # what nobody reads would be reported again and again
-            self.rest()
+        if gen is None or answer is None or answer.done():  # cancelled: whoever waited ends the registration
             return
         try:
             state = gen.send(READY_R)
@@ -248,6 +229,7 @@ class _SocketWatch:
                 return
             answer.set_result(_Rest(gen, state))
         self._gen = None
+        self._loop.remove_reader(self.socket)
 
     def _silent(self) -> None:
         """The limit of the last answer has passed; it may have come."""

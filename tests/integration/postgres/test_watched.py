@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import select
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from psycopg.pq import TransactionStatus
 from cdc.postgres.connect import connect_async
 from cdc.postgres.link import cut
 from cdc.postgres.watched import WatchedConnection
-from tests.eventually import eventually, eventually_async
+from tests.eventually import eventually_async
 
 
 async def _connected(database: str) -> WatchedConnection:
@@ -59,7 +58,7 @@ async def test_a_refused_statement_raises_the_servers_error_and_the_next_one_wor
         assert await connection.rows(b"SELECT 1 / %(n)s::int", {"n": 1}) == [(1,)]
 
 
-async def test_the_number_of_the_socket_itself_is_never_registered(database: str) -> None:
+async def test_between_two_answers_the_socket_is_not_registered(database: str) -> None:
     loop = asyncio.get_running_loop()
     async with await _connected(database) as connection:
         for number in range(3):
@@ -85,36 +84,6 @@ async def test_to_close_a_connection_whose_socket_is_another_ones_by_now_leaves_
             assert await connection.rows(b"SELECT 2", {}) == [(2,)]
 
 
-async def test_the_socket_is_registered_once_for_many_answers(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    called = _count_readers(monkeypatch)
-    async with await _connected(database) as connection:
-        await connection.rows(b"SELECT 1", {})
-        registered = len(called)
-        for number in range(5):
-            assert await connection.rows(b"SELECT %(n)s::int", {"n": number}) == [(number,)]
-        assert len(called) == registered
-
-
-async def test_what_arrives_while_nobody_waits_is_reported_once(
-    database: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The event loop would be busy with it until somebody reads it."""
-    called = _count_readers(monkeypatch)
-    async with await _connected(database) as connection:
-        await connection.execute("LISTEN news")
-        await connection.rows(b"SELECT 1", {})
-        answered, arriving = sum(called), select.poll()
-        arriving.register(connection.pgconn.socket, select.POLLIN)
-        db.execute("NOTIFY news")
-        eventually(lambda: arriving.poll(0), what="the notification")
-        for _ in range(20):
-            gone_round = asyncio.Event()
-            asyncio.get_running_loop().call_soon(gone_round.set)
-            await gone_round.wait()
-        assert sum(called) <= answered + 1
-        assert await connection.rows(b"SELECT 2", {}) == [(2,)]
-
-
 async def test_the_end_of_the_link_leaves_no_number_of_it_open(database: str, db: psycopg.Connection) -> None:
     """The server would not see the end of a link that somebody still has."""
     before = _sockets()
@@ -134,25 +103,6 @@ def _sockets() -> int:
     """Those that this process has open."""
     links = [number.readlink() for number in Path("/proc/self/fd").iterdir() if number.is_symlink()]
     return sum(str(link).startswith("socket") for link in links)
-
-
-def _count_readers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of each registration from now on, how often it was called."""
-    loop = asyncio.get_running_loop()
-    add_reader, called = loop.add_reader, list[int]()
-
-    def counting(number: int, callback: Callable[..., None], *arguments: Any) -> None:
-        place = len(called)
-        called.append(0)
-
-        def count() -> None:
-            called[place] += 1
-            callback(*arguments)
-
-        add_reader(number, count)
-
-    monkeypatch.setattr(loop, "add_reader", counting)
-    return called
 
 
 async def test_the_end_of_the_link_while_nobody_waits_is_told_with_the_next_statement(
