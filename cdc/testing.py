@@ -66,8 +66,9 @@ class Drained:
 
     ``dead_letters``: those that died during the drain, each with its ``last_error``. ``waiting``: for a retry that is
     due only after the drain's time limit. ``held``: fresh changes behind one of these, or behind a dead letter that
-    pauses. ``unhandled``: fresh ones of types that no handler wants, which stay as they are. ``filtered``:
-    those that a handler's filter left out. ``due_later``: events that are due only after the drain's time limit.
+    pauses, also with a TRUNCATE in between. ``unhandled``: fresh ones of types that no handler wants, which stay as
+    they are. ``filtered``: those that a handler's filter left out. ``due_later``: events that are due only after the
+    drain's time limit.
     ``coalesced``: those processed with another one, by a call that stood for both.
     """
 
@@ -225,15 +226,23 @@ class _OutboxState:
 
     def _runnable(self, within_s: float) -> list[ChangeSummary]:
         """Changes that could run within ``within_s`` seconds; some of them, if there are many."""
+        fresh, due, barred = self._look(within_s)
+        ready = [entry for entry in fresh if not entry.blocked and entry not in barred] + due
+        return [entry for entry in ready if self._scope.has(entry.entity_type)]  # the scope may exclude types
+
+    def _look(self, within_s: float) -> tuple[list[ChangeSummary], list[ChangeSummary], set[ChangeSummary]]:
+        """What is fresh; what waits and is due in time; which of the fresh ones a TRUNCATE holds back for longer."""
         # In one snapshot: a change whose state changes between two reads would be in neither.
         with self._connection.transaction():
             self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             soon = self._now() + timedelta(seconds=within_s)
             fresh = self._find("fresh", _ROWS_EXAMINED_MAX)
             waiting = self._find("waiting", _ROWS_EXAMINED_MAX)
-        ready = [entry for entry in fresh if not entry.blocked]
-        ready += [entry for entry in waiting if entry.next_attempt_at and entry.next_attempt_at <= soon]
-        return [entry for entry in ready if self._scope.has(entry.entity_type)]  # the scope may exclude types
+            dead = self._find("dead", _ROWS_EXAMINED_MAX)
+        due = [entry for entry in waiting if entry.next_attempt_at and entry.next_attempt_at <= soon]
+        stuck = [entry for entry in waiting if not entry.next_attempt_at or entry.next_attempt_at > soon]
+        stuck += [entry for entry in dead if entry.pauses_key and entry.operation == Operation.TRUNCATE]
+        return fresh, due, _barred([*fresh, *stuck])
 
     def _now(self) -> datetime:
         row = self._connection.execute("SELECT clock_timestamp()").fetchone()
@@ -261,10 +270,26 @@ class _OutboxState:
             coalesced=outcomes.get("coalesced", 0),
             dead_letters=tuple(entry for entry in dead if entry.dead_at and entry.dead_at >= self._began),
             waiting=sum(each.waiting for each in stats.types if self._scope.has(each.entity_type)),
-            held=sum(each.blocked for each in stats.types if self._scope.has(each.entity_type)),
+            held=sum(each.blocked for each in stats.types if self._scope.has(each.entity_type))
+            + sum(not each.blocked and self._scope.has(each.entity_type) for each in self._look(0.0)[2]),
             due_later=due.count if due else 0,
             unhandled=sum(each.fresh for each in stats.types if not self._scope.has(each.entity_type)),
         )
+
+
+def _barred(entries: Iterable[ChangeSummary]) -> set[ChangeSummary]:
+    """The fresh ones from a TRUNCATE on that cannot start: it is not fresh itself, or something before it stays."""
+    barred = set[ChangeSummary]()
+    staying, closed = set[str](), set[str]()
+    for entry in sorted(entries, key=lambda entry: entry.seq):
+        stays = entry.state != ChangeState.FRESH or entry.blocked
+        if entry.operation == Operation.TRUNCATE and (stays or entry.entity_type in staying):
+            closed.add(entry.entity_type)
+        if entry.state == ChangeState.FRESH and entry.entity_type in closed:
+            barred.add(entry)
+        if stays:
+            staying.add(entry.entity_type)
+    return barred
 
 
 def _listed(names: Iterable[str]) -> str:

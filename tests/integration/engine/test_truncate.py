@@ -298,6 +298,31 @@ async def test_rows_of_a_backfill_wait_for_a_truncate_as_others_do(outbox: str, 
     assert [change.operation for change in started].count(cdc.Operation.READ) == 10
 
 
+@pytest.mark.parametrize(
+    ("stays", "raised", "left"),
+    [
+        ("INSERT", cdc.Retry(after=3600), (1, 2)),
+        ("TRUNCATE", cdc.Retry(after=3600), (1, 1)),
+        ("TRUNCATE", cdc.Reject("never"), (0, 1)),
+    ],
+)
+async def test_a_drain_leaves_what_a_truncate_holds_back_for_longer(
+    outbox: str, orders: psycopg.Connection, stays: str, raised: Exception, left: tuple[int, int]
+) -> None:
+    router = cdc.Router()
+
+    @router.on("order", "INSERT", "TRUNCATE", dead="pause")
+    async def handle(change: cdc.Change) -> None:
+        if change.operation == stays:
+            raise raised
+
+    orders.execute("INSERT INTO orders VALUES (1)")
+    truncate(orders)
+    orders.execute("INSERT INTO orders VALUES (2)")
+    drained = await testing.drain(outbox, router, within_s=3, allow_dead=True)
+    assert (drained.waiting, drained.held) == left
+
+
 def test_a_truncate_that_is_rolled_back_holds_nothing_back(orders: psycopg.Connection) -> None:
     with orders.transaction(force_rollback=True):
         orders.execute("TRUNCATE orders")
