@@ -29,7 +29,7 @@ _BARRIERS_MAX = 100
 _SCAN_MAX = 20_000 // 64
 """Fresh changes of a shard that are looked at in search of one type; of all shards some 20 ms."""
 _OLDEST_OF = 1_000
-_BEGINNING = ("", 0)
+_BEGINNING = ""
 
 
 class Barriers:
@@ -40,14 +40,13 @@ class Barriers:
         self._after = _BEGINNING
 
     async def advance(self, connection: psycopg.AsyncConnection) -> bool:
-        """Look at some of them, the next ones each time. Returns whether there are any."""
-        entity_type, seq = self._after
-        parameters = {"type": entity_type, "seq": seq, "limit": _BARRIERS_MAX, "scan": _SCAN_MAX}
+        """Look at some of them, those of the next types each time. Returns whether there are any."""
+        parameters = {"type": self._after, "limit": _BARRIERS_MAX, "scan": _SCAN_MAX}
         cursor = await connection.execute(self._statements["advance"], parameters)
         row = await cursor.fetchone()
         assert row is not None
-        left, entity_type, seq = row
-        self._after = _BEGINNING if entity_type is None else (entity_type, seq)
+        left, last = row
+        self._after = _BEGINNING if last is None else last
         return bool(left)
 
     def oldest(self, connection: psycopg.Connection) -> Barrier | None:

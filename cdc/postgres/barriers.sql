@@ -6,15 +6,16 @@
 NOT t.processed AND (t.dead_at IS NULL OR t.next_attempt_at = 'infinity')
 
 -- name: advance
--- Of some barriers, from one on: those that stand no more are removed. Of each type the first gets how far all fresh
+-- Of some barriers, from a type on: those that stand no more are removed. Of each type the first gets how far all fresh
 -- changes of the type before it are settled. Only the next one of each shard is looked at where it is of the type; else
--- so many, for a backlog of other types may lie before it. Returns the last of them where there may be more, and whether
--- any is left. Rows that another consumer looks at are left to it.
+-- so many, for a backlog of other types may lie before it. Returns the last type where there may be more, and whether
+-- any is left. Of that type only these are looked at: the others wait for them. Rows that another consumer looks at are left
+-- to it.
 WITH page AS MATERIALIZED (
   SELECT b.entity_type, b.seq, b.examined, b.clear,
          EXISTS (SELECT FROM {changes} AS t WHERE t.id = b.id AND {stands}) AS stands
   FROM {barriers} AS b
-  WHERE (b.entity_type, b.seq) > (%(type)s::text, %(seq)s::bigint)
+  WHERE b.entity_type > %(type)s::text
   ORDER BY b.entity_type, b.seq
   LIMIT %(limit)s
   FOR UPDATE OF b SKIP LOCKED
@@ -57,11 +58,10 @@ WITH page AS MATERIALIZED (
   WHERE b.entity_type = looked.entity_type AND b.seq = looked.seq
     AND (b.examined <> looked.examined OR b.clear <> looked.clear)
 )
-SELECT EXISTS (SELECT FROM {barriers}), last.entity_type, last.seq
-FROM (SELECT) AS always LEFT JOIN LATERAL (
-  SELECT page.entity_type, page.seq FROM page ORDER BY page.entity_type DESC, page.seq DESC
-  LIMIT (SELECT CASE WHEN count(*) = %(limit)s THEN 1 ELSE 0 END FROM page)
-) AS last ON true
+SELECT EXISTS (SELECT FROM {barriers}), (
+  SELECT max(page.entity_type) FROM page
+  HAVING count(*) = %(limit)s AND EXISTS (SELECT FROM {barriers} AS b WHERE b.entity_type > max(page.entity_type))
+)
 
 -- name: oldest
 -- Of some that stand the one captured first: its type, number and state, how old it is, and whether all before it is

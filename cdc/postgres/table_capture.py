@@ -28,12 +28,13 @@ PREFIX = "capture_table_"
 """Of the names of these functions. The catalogs tell them by it; whose they are counts when they are compared."""
 CAPTURE_ROLE = "cdc_capture_"
 """Of the names of the roles that capture: capture_role.sql."""
+_HASH_DIGITS = 8
 OF_A_TABLE = f"""(f.pronamespace = p.pronamespace AND f.pronargs = 0
   AND f.prorettype = 'pg_catalog.trigger'::pg_catalog.regtype
-  AND pg_catalog.starts_with(f.proname::pg_catalog.text, '{PREFIX}'))"""
+  AND f.proname::pg_catalog.text OPERATOR(pg_catalog.~) '^{PREFIX}.+_[0-9a-f]{{{_HASH_DIGITS}}}$')"""
 """SQL: whether the function ``f`` is such a one, where ``p`` is capture_entity_change(); both of pg_proc."""
 
-_NAME_BYTES, _HASH_DIGITS = 40, 8
+_NAME_BYTES = 40
 _TEXT_BYTES = 1000
 """Longest type and id together that the short way takes; bounded_text() cuts at the same length."""
 _METADATA = {"user_id", "chat_id", "room_id"}

@@ -302,9 +302,14 @@ def decide(
     """The trigger that ``source`` shall have. Raises UsageError for options that do not fit the table or each other.
 
     ``present``: the triggers that capture it already. ``like``: those of the same table in other schemas, whose
-    options it gets where there are none.
+    options it gets where there are none; but no condition, which may be code of the owner of one of them.
     """
     before = _common(source, present or [_templated(each) for each in like], asked)
+    if before.when and not present and asked.when is None:
+        raise UsageError(
+            f"{source.spelt} would be tracked as {like[0].table} is, with its WHEN ({before.when})",
+            hint="that is SQL, and the writers of this table would run it; name it: --when SQL, or --when '' for none",
+        )
     exclude, columns = _shown(asked, before)
     key = asked.key if asked.key is not None else before.key
     update_of = before.update_of if asked.operations is None else asked.update_of or ()

@@ -336,3 +336,22 @@ def test_what_a_handler_truncates_names_the_change_that_caused_it(orders: psycop
         orders.execute("TRUNCATE orders")
     [(caused_by, depth)] = orders.execute("SELECT caused_by::text, depth FROM entity_changes").fetchall()
     assert (f"{caused_by},{depth - 1}") == cause["cause"]
+
+
+async def test_the_next_one_of_a_type_is_found_at_the_next_look_however_many_wait_behind_it(
+    outbox: str, orders: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each of thousands would take as many looks as there are pages of them."""
+    monkeypatch.setattr(barriers, "_BARRIERS_MAX", 5)
+    seqs = [truncate(orders) for _ in range(4)]
+    orders.execute(
+        "INSERT INTO cdc_barriers (entity_type, seq, id)"
+        " SELECT entity_type, seq + n, id FROM cdc_barriers, generate_series(1, 20) AS n WHERE seq = %s",
+        [seqs[-1]],
+    )
+    async with await psycopg.AsyncConnection.connect(outbox, autocommit=True) as connection:
+        looking = barriers.Barriers("public")
+        for seq in seqs:
+            await looking.advance(connection)
+            assert orders.execute("SELECT clear FROM cdc_barriers WHERE seq = %s", [seq]).fetchall() == [(True,)]
+            orders.execute("UPDATE entity_changes SET processed = true WHERE seq = %s", [seq])

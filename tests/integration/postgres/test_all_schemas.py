@@ -112,6 +112,16 @@ def test_a_new_table_gets_no_option_in_which_the_others_differ(outbox: str, tena
     done(outbox, "track", "orders", "--all-schemas", "*", "--exclude", "card")
 
 
+def test_a_new_table_gets_no_condition_that_is_not_named(outbox: str, tenants: psycopg.Connection) -> None:
+    """A tenant may have written it, and its functions would run with the rights of the other tenants' writers."""
+    done(outbox, "track", "tenant_1.orders", "--schema-in-key", "--on", "insert", "--when", "NEW.total > 0")
+    said = refused(outbox, "track", "orders", *_EACH)
+    assert "tenant_2.orders would be tracked as tenant_1.orders is, with its WHEN (new.total > 0)" in said
+    assert "tenant_2.orders" not in tracked(outbox)
+    done(outbox, "track", "orders", *_EACH, "--when", "NEW.total > 0")
+    assert tracked(outbox)["tenant_2.orders"]["when"] == "new.total > 0"
+
+
 def test_the_options_of_one_stay_when_it_is_tracked_alone(outbox: str, tenants: psycopg.Connection) -> None:
     done(outbox, "track", "orders", *_EACH, "--type", "{schema}.order", "--schema-in-key", "--exclude", "card")
     before = tracked(outbox)

@@ -10,7 +10,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from cdc.postgres import migrations, table_functions
+from cdc.postgres import migrations, table_functions, tracking
 from cdc.postgres.table_capture import function_name
 from cdc.postgres.tracked_tables import Truncate
 from cdc.postgres.tracking import track, untrack
@@ -230,6 +230,16 @@ def test_untrack_drops_it_and_uninstall_all_of_them(orders: psycopg.Connection) 
     assert {"trigger #cdc_capture on public.orders", "trigger #cdc_capture on public.t"} <= {*dropped}
     assert [each for each in dropped if "truncate on public.t" in each]
     assert made(orders) == []
+
+
+def test_a_function_of_the_application_whose_name_begins_alike_is_none_of_them(orders: psycopg.Connection) -> None:
+    orders.execute(
+        "CREATE FUNCTION capture_table_audit() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        " CREATE TRIGGER audit AFTER INSERT ON orders FOR EACH ROW EXECUTE FUNCTION capture_table_audit()"
+    )
+    assert tracking.tracked(orders, "public") == []
+    assert not [each for each in migrations.uninstall(orders, "public") if "audit" in each]
+    assert function_of(orders) == "capture_table_audit"
 
 
 def test_what_is_printed_works_on_any_outbox(orders: psycopg.Connection, outbox: str) -> None:
