@@ -479,13 +479,13 @@ class KeyScheduler:
         """An earlier change of the key was requeued and cannot run yet: drop what is queued behind it."""
         if not (queue := self._queues.get(key)):
             return
-        later = [change for change in queue.queued if change.seq > earlier.seq]
-        for change in later:
-            queue.queued.remove(change)
-            self._forget(change)
-        if later:
+        if later := [change for change in queue.queued if change.seq > earlier.seq]:
+            for change in later:
+                queue.queued.remove(change)
+                self._forget(change)
             self._defer(key, later[0].seq, later[0].shard, blocked=True)
             self.deferred.cancel_read(key)
+            self._drop_if_empty(queue)  # else its mark would outlive the earlier change, if another settles that
 
     def _drop_if_empty(self, queue: KeyQueue) -> None:
         if not (queue.queued or queue.running or queue.settling):

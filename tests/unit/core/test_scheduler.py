@@ -432,6 +432,17 @@ def test_a_key_whose_next_change_needs_something_else_than_before_waits_for_that
     assert not scheduler.start().changes
 
 
+def test_a_key_goes_on_whose_requeued_change_was_settled_by_another_before_it_had_room() -> None:
+    scheduler = SettlingScheduler(10, 2)
+    scheduler.ownership.acquire(Acquired(range(4)))
+    scheduler.admit([row(5, "a"), row(6, "a")])
+    scheduler.admit([row(1, "a", requeued=True)], due=True)
+    assert scheduler.queued == 0, "what comes later was dropped, to be read behind it"
+    scheduler.forget_deferred([0])
+    scheduler.admit([row(5, "a"), row(6, "a")])
+    assert _seqs(_start_all(scheduler)) == [5]
+
+
 # --- handlers with latest ------------------------------------------------------------------------------------------
 
 
