@@ -6,7 +6,7 @@ need. It is the general function with a short way at its front: a row that the s
 the rest. So it never captures less, and whatever changes under it (the table's name, the trigger's arguments, a key
 column that is gone) makes it slower, not wrong. One thing it cannot see: a column of a new type, whose text depends on
 a setting that it does not pin. Then its text is no longer the one that is expected here: the doctor says so, and
-``cdc track`` and ``cdc db upgrade`` rewrite it.
+``cdc track`` and ``cdc db upgrade`` rewrite it. A table with a column of a type that somebody has made gets none.
 
 It belongs to the role that captures, as the general function does, and has the same rights. Nothing in its text comes
 from anybody but the catalogs, and all of it is quoted.
@@ -62,6 +62,11 @@ _DEPENDENT = {
     "interval": "intervalstyle",
 }
 """Types whose JSON depends on one setting. That of any type in neither table may depend on all."""
+
+_ANOTHERS = ""
+"""Stands for every type that is not the server's own. Its owner may have a cast to JSON, which could leave settings in
+the session of whoever writes: the short way does not undo them, capture_entity_change() undoes what they do to names.
+"""
 
 _SHORT_WAY = """\
   -- Made by cdc for one table and its trigger's arguments. A row for which one of these conditions does not hold goes
@@ -153,6 +158,7 @@ def made_for(schema: str, table: SourceTable, tracked: Tracked, general: str, ow
         )
         and not tracked.broken
         and not _METADATA & set(table.columns)
+        and _ANOTHERS not in table.types
         and len(tracked.effective_type.encode()) < _TEXT_BYTES // 2
     )
     if not usual or general.count(opening) != 1:

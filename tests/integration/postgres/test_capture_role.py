@@ -107,8 +107,9 @@ _VALUES = {"an enum": "'x'", "an array": "'{x}'", "a composite": "'(x,1)'", "a d
 
 @pytest.mark.parametrize("owned", ["by a superuser", "by a role of its own"])
 @pytest.mark.parametrize("kind", _TYPES)
+@pytest.mark.parametrize("tracked", ["before", "later"])
 def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
-    db: psycopg.Connection, make: Make, owned: str, kind: str
+    db: psycopg.Connection, make: Make, owned: str, kind: str, tracked: str
 ) -> None:
     evil, victim, owner = make("evil"), make("victim"), make("owner", "NOLOGIN CREATEROLE")
     db.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {} WITH GRANT OPTION").format(sql.Identifier(owner)))
@@ -143,11 +144,17 @@ def test_code_that_capturing_calls_may_do_nothing_with_the_outbox(
     for source in ("mood", "span", "pair"):
         act(db, evil, f"""CREATE FUNCTION as_json({source}) RETURNS json LANGUAGE plpgsql AS $$ BEGIN {tries}
             RETURN '"x"'; END $$; CREATE CAST ({source} AS json) WITH FUNCTION as_json({source})""")  # fmt: skip
-    act(db, victim, f"CREATE TABLE orders (id int PRIMARY KEY, c {_TYPES[kind].format(evil=evil)})")
+    # With a function of the table's own, which is made only while it has no such column; or with the general one.
+    act(db, victim, "CREATE TABLE orders (id int PRIMARY KEY)")
+    column = f"ALTER TABLE orders ADD c {_TYPES[kind].format(evil=evil)}"
+    if tracked == "later":
+        act(db, victim, column)
     tracking.track(db, "public", f"{victim}.orders")
+    if tracked == "before":
+        act(db, victim, column)
+        assert owner_of(db, own) == owner_of(db, "capture_entity_change")
     said = act(db, victim, f"INSERT INTO orders VALUES (1, {_VALUES[kind]})")
 
-    assert owner_of(db, own) == owner_of(db, "capture_entity_change")
     tried = dict(each.split(": ") for each in said)
     assert set(tried) == set(_ATTACKS)
     assert "done" not in tried.values(), tried

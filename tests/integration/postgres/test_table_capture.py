@@ -151,6 +151,21 @@ def test_it_captures_what_the_general_one_does(outbox_db: psycopg.Connection, ca
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("column", ["mood", "mood[]", "kind", "span", "pair"])
+def test_a_type_that_somebody_made_keeps_the_general_function(orders: psycopg.Connection, column: str) -> None:
+    """Its cast to JSON may set a search_path for the writer's session, which only the general one undoes."""
+    orders.execute(
+        "CREATE TYPE mood AS ENUM ('ok'); CREATE TYPE pair AS (m mood); CREATE DOMAIN kind AS mood;"
+        " CREATE TYPE span AS RANGE (subtype = mood)"
+    )
+    orders.execute(f"ALTER TABLE orders ADD m {column}".encode())
+    assert track(orders, "public", "orders").changed
+    assert function_of(orders) == "capture_entity_change"
+    orders.execute("ALTER TABLE orders DROP m")
+    assert track(orders, "public", "orders").changed
+    assert function_of(orders).startswith("capture_table_")
+
+
 @pytest.mark.parametrize("key", [["line"], ["id", "line"]])
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_key_column_that_is_gone_fails_with_the_same_words(
