@@ -164,6 +164,9 @@ def test_a_type_that_somebody_made_keeps_the_general_function(orders: psycopg.Co
     orders.execute("ALTER TABLE orders DROP m")
     assert track(orders, "public", "orders").changed
     assert function_of(orders).startswith("capture_table_")
+    orders.execute(f"ALTER TABLE orders ADD m {column}".encode())
+    assert track(orders, "public", "orders").changed
+    assert function_of(orders) == "capture_entity_change"
 
 
 @pytest.mark.parametrize("key", [["line"], ["id", "line"]])
