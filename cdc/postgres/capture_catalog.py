@@ -35,10 +35,10 @@ from cdc.postgres.trigger_statements import FIRES
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
 """Bits of pg_trigger.tgtype, catalog/pg_trigger.h."""
 _ROW = 1
-_UNQUOTED = r"""(?:[^'"]|'[^']*'|"[^"]*")*?"""
-_CONDITION = re.compile(rf"{_UNQUOTED} WHEN \(({_UNQUOTED})\) EXECUTE FUNCTION ")
-"""In a trigger's definition. Names, constants and arguments are their author's, and may say the same in quotes; the
+_QUOTED = re.compile(r"""'[^']*'|"[^"]*\"""")
+"""In a trigger's definition. Names, constants and arguments are their author's, and may say anything in quotes; the
 server doubles a quote within quotes."""
+_WHEN, _END = " WHEN (", ") EXECUTE FUNCTION "
 _NAME = "capture_entity_change"
 
 
@@ -430,8 +430,12 @@ def _trigger(
 
 
 def _condition(definition: str | None) -> str:
-    found = _CONDITION.match(definition or "")
-    return found[1] if found else ""
+    """The condition in a definition of pg_get_triggerdef(); "" for none."""
+    written = definition or ""
+    unquoted = _QUOTED.sub(lambda quoted: "." * len(quoted[0]), written)
+    before, _, rest = unquoted.partition(_WHEN)
+    begin = len(before) + len(_WHEN)
+    return written[begin : begin + rest.index(_END)] if rest else ""
 
 
 def _copy(row: Sequence[Any], spelt: Mapping[int, str]) -> Copy:

@@ -337,6 +337,7 @@ def test_the_outboxs_owner_makes_it_and_leaves_no_right_behind(outbox_db: psycop
 
 
 def test_nobody_may_call_it_and_it_belongs_to_the_role_that_captures(orders: psycopg.Connection) -> None:
+    orders.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # everybody's before PostgreSQL 15
     track(orders, "public", "orders")
     [row] = orders.execute(
         "SELECT p.proowner = g.proowner, p.prosecdef, p.proacl::text ~ '[{,]=',"

@@ -20,6 +20,7 @@ from cdc.app.config import _OTHERS_VARIABLES
 from cdc.cli.track import _EVENT, _NAME
 from cdc.core.masking import mask, without_query
 from cdc.core.printable import cut, printable, printable_json, printable_lines
+from cdc.postgres.capture_catalog import _QUOTED
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -106,6 +107,7 @@ BY_HAND = {
     '"[^"]*"|[^\\s,"]+': "a quote that is not closed is the last one of the text",
     r"([0-9]+(?:\.[0-9]+)?) ?([smhdw])": WHOLE,
     r"entity_change:[A-Za-z0-9_%]+(?: ([1-9][0-9]{0,18}),(0|[1-9][0-9]?))+": WHOLE,
+    _QUOTED.pattern: "a quote that is not closed is the last one of its kind",
     _NAME.pattern: "it is matched where the name before has ended, so it begins at one place",
     _EVENT.pattern: "it is matched where the word before has ended, so it begins at one place",
     _OTHERS_VARIABLES.pattern: "over the names of our own environment's variables",
