@@ -29,6 +29,7 @@ COMMENT ON TABLE @schema@.cdc_barriers IS 'captured TRUNCATEs that are not settl
 CREATE OR REPLACE FUNCTION @schema@.capture_truncate() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
 SET row_security = on
 AS $cdc$
 DECLARE

@@ -47,6 +47,17 @@ def test_a_truncate_is_captured_as_a_change_of_the_type_without_a_row(outbox: st
     assert "insert,update,delete,truncate" in done(outbox, "tracked")
 
 
+def test_its_time_is_written_as_that_of_other_changes_whatever_the_writers_zone(
+    outbox: str, orders: psycopg.Connection
+) -> None:
+    done(outbox, "track", "orders", "--truncate", "event")
+    orders.execute("SET timezone = 'Asia/Tokyo'")
+    orders.execute("INSERT INTO orders VALUES (1)")
+    orders.execute("TRUNCATE orders")
+    times = orders.execute("SELECT metadata ->> 'timestamp' FROM entity_changes ORDER BY seq").fetchall()
+    assert [time[-6:] for (time,) in times] == ["+00:00", "+00:00"]
+
+
 def test_a_truncate_that_is_refused_is_an_error_that_says_what_to_do(outbox: str, orders: psycopg.Connection) -> None:
     done(outbox, "track", "orders", "--truncate", "refuse")
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as refusal:
