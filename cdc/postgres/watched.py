@@ -30,6 +30,9 @@ from cdc.runtime.moving_timer import MovingTimer
 _PLACEHOLDER = re.compile(rb"%\((\w+)\)s|%%")
 _INTERVAL_S = 0.1
 """As psycopg's."""
+_LOOK_S = 0.5
+"""While an answer is waited for, the link is looked at this often whether or not the event loop has reported it. A
+consumer that misses the end of its session goes on with shards that others have taken."""
 
 
 class WatchedConnection(AsyncGuardedConnection):
@@ -191,16 +194,16 @@ class _SocketWatch:
         self._gen: Generator[int, int, Any] | None = None
         """None: nobody waits, and the socket is not registered."""
         self._answer: asyncio.Future[Any] | None = None
-        self._limit_s = 0.0
-        self._timer = MovingTimer(self._silent)
+        self._limit_s: float | None = None
+        self._asked_at = 0.0
+        self._timer = MovingTimer(self._look)
 
     def answer(self, gen: Generator[int, int, Any], limit_s: float | None) -> asyncio.Future[Any]:
         """What ``gen`` returns or raises; ``_Rest`` if it has to send. Fails with _SilentError beyond the limit."""
         loop = self._loop
         loop.add_reader(self.socket, self._arrived)
-        if limit_s is not None:
-            self._limit_s = limit_s
-            self._timer.set(loop, limit_s)
+        self._asked_at, self._limit_s = loop.time(), limit_s
+        self._timer.set(loop, _LOOK_S if limit_s is None else min(limit_s, _LOOK_S))
         self._gen = gen
         self._answer = loop.create_future()
         return self._answer
@@ -231,10 +234,17 @@ class _SocketWatch:
         self._gen = None
         self._loop.remove_reader(self.socket)
 
-    def _silent(self) -> None:
-        """The limit of the last answer has passed; it may have come."""
-        if self._gen is not None and self._answer is not None and not self._answer.done():
-            self._answer.set_exception(_SilentError(self._limit_s))
+    def _look(self) -> None:
+        """An answer may have come long ago."""
+        if self._gen is None or self._answer is None or self._answer.done():
+            return
+        waited_s = self._loop.time() - self._asked_at
+        if self._limit_s is not None and waited_s >= self._limit_s:
+            self._answer.set_exception(_SilentError(waited_s))
+            return
+        self._arrived()
+        if self._gen is not None:
+            self._timer.set(self._loop, _LOOK_S)
 
 
 def rows_of(connection: psycopg.AsyncConnection, statement: bytes, parameters: dict[str, Any]) -> Awaitable[list[Any]]:

@@ -68,6 +68,19 @@ async def test_between_two_answers_the_socket_is_not_registered(database: str) -
             assert not loop.remove_reader(connection.pgconn.socket)
 
 
+async def test_an_answer_that_the_event_loop_does_not_report_is_found_all_the_same(database: str) -> None:
+    loop = asyncio.get_running_loop()
+    async with await _connected(database) as connection:
+        await connection.rows(b"SELECT 1 FROM pg_sleep(%(s)s)", {"s": 0.0})
+        answer = asyncio.create_task(connection.rows(b"SELECT 1 FROM pg_sleep(%(s)s)", {"s": 0.2}))
+
+        async def not_registered_any_more() -> bool:
+            return loop.remove_reader(connection.pgconn.socket)
+
+        await eventually_async(not_registered_any_more, what="it waits")
+        assert await answer == [(1,)]
+
+
 async def test_to_close_a_connection_whose_socket_is_another_ones_by_now_leaves_that_one_alone(database: str) -> None:
     """libpq closes a socket when it meets an error, and the next connection gets its number."""
     before = await _connected(database)
