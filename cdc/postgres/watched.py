@@ -3,10 +3,10 @@
 **Answers.** psycopg wraps each wait in a timeout and an event. Here the socket is registered with the event loop, and
 one timer watches the limit of all answers, and looks at the link twice a second meanwhile, as psycopg does ten times a
 second: an event that is missed costs half a second. Whatever is not the usual case, an answer at once and nothing left
-to send, is left to psycopg. The number of a closed socket is soon another's, and libpq closes one whenever it meets an error.
-So the registration ends with its answer: one that stayed could be taken for another connection's, or end it, and that
-one would wait for ever. Nor does a duplicate of the number stay registered: the server sees the end of a link only when
-both are closed, and a session that nobody has any more would keep its shards.
+to send, is left to psycopg. The number of a closed socket is soon another's, and libpq closes one whenever it meets an
+error. So the registration ends with its answer: one that stayed could be taken for another connection's, or end it,
+and that one would wait for ever. Nor does a duplicate of the number stay registered: the server sees the end of a link
+only when both are closed, and a session that nobody has any more would keep its shards.
 
 **Statements.** psycopg makes a cursor for each, looks up how each parameter is written and each column read, and
 whether it is prepared. ``rows`` does that once for a statement.
