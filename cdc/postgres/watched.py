@@ -6,7 +6,9 @@ second: an event that is missed costs half a second. Whatever is not the usual c
 to send, is left to psycopg. The number of a closed socket is soon another's, and libpq closes one whenever it meets an
 error. So the registration ends with its answer: one that stayed could be taken for another connection's, or end it,
 and that one would wait for ever. Nor does a duplicate of the number stay registered: the server sees the end of a link
-only when both are closed, and a session that nobody has any more would keep its shards.
+only when both are closed, and a session that nobody has any more would keep its shards. And uvloop reports nothing more
+of a socket that it has reported with an error: what a session says last and its reset may be one event, of which libpq
+takes the words alone. So after each event the socket is registered anew.
 
 **Statements.** psycopg makes a cursor for each, looks up how each parameter is written and each column read, and
 whether it is prepared. ``rows`` does that once for a statement.
@@ -229,7 +231,9 @@ class _SocketWatch:
         except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
             answer.set_exception(error)
         else:
-            if state == WAIT_R:
+            if state == WAIT_R:  # an event of an error may have ended the registration: see the theory
+                self._loop.remove_reader(self.socket)
+                self._loop.add_reader(self.socket, self._arrived)
                 return
             answer.set_result(_Rest(gen, state))
         self._gen = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +12,19 @@ from typing import Any
 
 import psycopg
 import pytest
+import uvloop
 from psycopg import errors
 from psycopg.pq import TransactionStatus
 
+from cdc.postgres import watched
 from cdc.postgres.connect import connect_async
 from cdc.postgres.link import cut
 from cdc.postgres.watched import WatchedConnection
-from tests.eventually import eventually_async
+from tests.eventually import eventually, eventually_async
+
+_SESSION = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s"
+_SYNC = b"S\0\0\0\4"
+"""A message that a server that is busy does not read."""
 
 
 async def _connected(database: str) -> WatchedConnection:
@@ -79,6 +87,35 @@ async def test_an_answer_that_the_event_loop_does_not_report_is_found_all_the_sa
 
         await eventually_async(not_registered_any_more, what="it waits")
         assert await answer == [(1,)]
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_session_that_ends_with_an_error_of_its_socket_is_told_at_once(
+    database: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, new_loop: Callable[[], Any]
+) -> None:
+    """It ends with something unread. The last words come first, and uvloop reports nothing after such an event."""
+    monkeypatch.setattr(watched, "_LOOK_S", 60.0)
+
+    async def ended() -> None:
+        async with await _connected(database) as connection:
+            answer = asyncio.create_task(connection.rows(b"SELECT 1 FROM pg_sleep(60)", {}))
+            pid = connection.info.backend_pid
+
+            async def sleeps() -> bool:
+                return db.execute(_SESSION, [pid]).fetchall() == [("PgSleep",)]
+
+            await eventually_async(sleeps, what="it sleeps")
+            os.write(connection.pgconn.socket, _SYNC)
+            db.execute("SELECT pg_terminate_backend(%s)", [pid])
+            # The loop stands still, so that it gets the last words and the error as one event.
+            link = select.poll()
+            link.register(connection.pgconn.socket)
+            eventually(lambda: link.poll(0)[0][1] & select.POLLERR, what="the session has ended")
+            with pytest.raises(errors.AdminShutdown):
+                await asyncio.wait_for(answer, 10.0)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(ended())
 
 
 async def test_to_close_a_connection_whose_socket_is_another_ones_by_now_leaves_that_one_alone(database: str) -> None:
