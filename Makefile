@@ -122,8 +122,8 @@ versions: machine servers ## Run the tests that face the server on each version,
 .PHONY: lock
 lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
-	uv pip compile $(LOCK) pyproject.toml --extra whatsapp --extra fast --output-file requirements.txt
-	uv pip compile $(LOCK) pyproject.toml --group dev --extra demo --extra whatsapp --extra fast --output-file requirements-dev.txt
+	uv pip compile $(LOCK) pyproject.toml $(BROKERS) --extra whatsapp --extra fast --output-file requirements.txt
+	uv pip compile $(LOCK) pyproject.toml --group dev --extra demo $(BROKERS) --extra whatsapp --extra fast --output-file requirements-dev.txt
 	uv pip compile $(LOCK) pyproject.toml --extra demo --output-file requirements-demo.txt
 	uv pip compile $(LOCK) --group bench --output-file requirements-bench.txt
 	uv pip compile $(LOCK) --group docs --output-file requirements-docs.txt
@@ -134,6 +134,7 @@ lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	$(BIN)/python -c '$(WITHOUT_FUNDING)' tests/servers/package-lock.json
 
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+BROKERS := --extra nats --extra redis
 # Who may be paid for a package is no part of which one it is, and the only addresses that npm leaves in a lock.
 WITHOUT_FUNDING := import json, pathlib, sys; lock = pathlib.Path(sys.argv[1]); found = json.loads(lock.read_text()); \
   [package.pop("funding", None) for package in found["packages"].values()]; lock.write_text(json.dumps(found, indent=2) + "\n")

@@ -52,7 +52,7 @@ PURE = (
     "core/*", "observability/history", "observability/failures", "postgres/tracked_tables", "postgres/remarks",
     "replication/slot_health", "replication/refusals", "replication/protocol", "replication/wal2json",
     "replication/pgoutput", "replication/lsn_tracker", "diagnostics/f*", "diagnostics/check_*", "http/endpoint_url",
-    "http/webhook_signature", "http/cloudevents", "http/responses", "contrib/whatsapp/events", "contrib/whatsapp/rows",
+    "http/webhook_signature", "http/responses", "contrib/whatsapp/events", "contrib/whatsapp/rows",
 )  # fmt: skip
 LINKED_HOSTS = {"127.0.0.1", "localhost", "no-color.org", "toml.io", "keepachangelog.com", "semver.org",
                 "www.postgresql.org", "www.w3.org", "cloudevents.io", "www.standardwebhooks.com"}  # fmt: skip

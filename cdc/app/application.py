@@ -18,6 +18,7 @@ from cdc import __version__
 from cdc.app import config
 from cdc.app.components import build
 from cdc.app.config import Settings
+from cdc.core import deliveries
 from cdc.core.router import Router
 from cdc.core.type_filter import NOTHING, TypeFilter
 from cdc.engine import health_checks
@@ -25,7 +26,6 @@ from cdc.engine.consumer_port import ConsumerPort
 from cdc.engine.due_changes import DuePublisher
 from cdc.engine.health_checks import HealthThresholds
 from cdc.engine.retention import Pruning
-from cdc.http import endpoint_url
 from cdc.http.server import Check, HealthServer
 from cdc.http.status_page import StatusPage
 from cdc.observability.metrics import Metrics
@@ -138,9 +138,9 @@ class App:
             tasks += [asyncio.create_task(keep(name, run)) for name, run in self._kept()]
             await self.components.transactions.open()
             if self.components.delivery and not self.components.settings.observe:
-                breaker = self.components.breakers.of[endpoint_url.HANDLER]
+                breaker = self.components.breakers.of[deliveries.HANDLER]
                 self.components.delivery.open(
-                    self.metrics.delivery, breaker, partial(self.components.breakers.succeeded, endpoint_url.HANDLER)
+                    self.metrics.delivery, breaker, partial(self.components.breakers.succeeded, deliveries.HANDLER)
                 )
             yield
         finally:
@@ -203,7 +203,7 @@ class App:
 
     def readiness(self) -> list[Check]:
         """From any thread."""
-        delivery = endpoint_url.HANDLER if self.components.delivery else None
+        delivery = deliveries.HANDLER if self.components.delivery else None
         return health_checks.readiness(self.status, time.monotonic(), self._thresholds, delivery=delivery)
 
     def _checks(self) -> list[Check]:

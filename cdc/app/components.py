@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cdc.app.config import Settings
+from cdc.app.delivery import make as make_delivery
+from cdc.core import deliveries
 from cdc.core.backoff import Policy
 from cdc.core.errors import UsageError
 from cdc.core.handler_limits import HandlerLimits
@@ -26,7 +28,6 @@ from cdc.engine.stats_poller import StatsPoller
 from cdc.engine.stream_bridge import StreamBridge
 from cdc.engine.thread_pool import Threads
 from cdc.engine.transactions import Transactions
-from cdc.http import endpoint_url
 from cdc.observability.failures import RecentFailures
 from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ProcessStatus
@@ -40,6 +41,7 @@ from cdc.replication.stream import Stream, StreamSettings
 from cdc.runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
+    from cdc.brokers.delivery import BrokerDelivery
     from cdc.http.delivery import Delivery
 
 _SLOT_NAME_PART = 40
@@ -69,7 +71,7 @@ class Components:
     listener: Listener
     poller: StatsPoller
     stream: Stream | None
-    delivery: Delivery | None
+    delivery: Delivery | BrokerDelivery | None
 
     @property
     def status(self) -> ProcessStatus:
@@ -95,7 +97,7 @@ def build(settings: Settings, router: Router | None, *, stall_limit_s: float) ->
     """
     if settings.observe:
         settings = _as_observer(settings)
-    delivery = _make_delivery(settings) if settings.deliver.to else None
+    delivery = make_delivery(settings) if settings.deliver.to else None
     router = _the_one(router, delivery.router if delivery else None)
     scope = settings.scope if settings.unhandled == "discard" else settings.scope.within(router.scope)
     _refuse_unhandled(settings.scope, router)
@@ -143,7 +145,7 @@ def build(settings: Settings, router: Router | None, *, stall_limit_s: float) ->
         hooks=hooks, transactions=transactions, breakers=breakers, failures=failures, loop=LoopWatch(),
         consumer=consumer, relay=relay, listener=listener, poller=poller, stream=stream, delivery=delivery,
     )  # fmt: skip
-    name = endpoint_url.HANDLER if delivers else None
+    name = deliveries.HANDLER if delivers else None
     metrics.registry.register(StatusMetrics(settings.slot.name, lambda: components.status, delivery=name))
     return components
 
@@ -241,26 +243,6 @@ def _the_one(given: Router | None, deliverys: Router | None) -> Router:
             "a consumer has either a router or deliver_to", hint="pass a cdc.Router, or None and deliver_to=URL"
         )
     return router
-
-
-def _make_delivery(settings: Settings) -> Delivery:
-    try:
-        from cdc.http.delivery import Delivery  # noqa: PLC0415 - its library is an extra
-    except ModuleNotFoundError as missing:
-        if missing.name != "aiohttp":
-            raise
-        raise UsageError("delivering over HTTP needs aiohttp", hint="pip install 'cdc-consumer[http]'") from None
-    deliver = settings.deliver
-    assert deliver.to is not None
-    return Delivery(
-        endpoint_url.parse(deliver.to),
-        types=deliver.types or (),
-        batch=deliver.batch,
-        linger_s=deliver.linger,
-        source=deliver.source,
-        keys=deliver.keys,
-        timeout_s=settings.timeout_s,
-    )
 
 
 def _consumer_settings(settings: Settings, scope: TypeFilter) -> ConsumerSettings:

@@ -7,12 +7,11 @@ is refused with the nearest known one, because a misspelt setting that is ignore
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -29,45 +28,14 @@ from pydantic import (
 )
 
 from cdc.app.file_ownership import others_hand
+from cdc.app.secret_file import SecretFile
+from cdc.core import broker_url
+from cdc.core.broker_url import STRUCTURED
 from cdc.core.errors import UsageError
 from cdc.core.model import PLUGINS
 from cdc.core.type_filter import TypeFilter
 from cdc.core.units import parse_duration
 from cdc.http import endpoint_url, webhook_signature
-
-
-class SecretFile(SecretStr):
-    """A secret in a file, read again whenever that has changed: passwords are replaced while a consumer runs.
-
-    While it cannot be read, is empty or is refused by ``check`` (ValueError), the value is what it was.
-    """
-
-    def __init__(self, path: str, variable: str) -> None:
-        self.check: Callable[[str], object] = str
-        self._path = Path(path)
-        self._seen = _stamp(self._path)
-        self._current = _secret_from(path, variable)
-        super().__init__(self._current)
-
-    def get_secret_value(self) -> str:
-        seen = _stamp(self._path)
-        if seen != self._seen:
-            with contextlib.suppress(OSError, ValueError):
-                text = self._path.read_text().removesuffix("\n")
-                self.check(text)
-                if text:
-                    self._current, self._seen = text, seen
-        return self._current
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Changes with the file, also if a mounted one is replaced by another through a link."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
 
 DEFAULT_FILE = Path("cdc.toml")
 """Read in the working directory, if it is there and no other is named."""
@@ -110,7 +78,7 @@ class HttpSection(_Section):
 
 def _is_a_target(url: str | None) -> str | None:
     if url is not None:
-        endpoint_url.parse(url)
+        broker_url.parse(url) if broker_url.is_broker(url) else endpoint_url.parse(url)
     return url
 
 
@@ -127,14 +95,41 @@ _Secret = Annotated[SecretStr | None, AfterValidator(_is_a_secret)]
 
 class DeliverSection(_Section):
     to: Annotated[str | None, AfterValidator(_is_a_target)] = Field(
-        None, description="URL of an application that changes are posted to, instead of to handlers."
+        None, description="URL of an application or a broker that changes go to, instead of to handlers."
     )
     types: _Names = Field(None, description="Entity types to deliver; left out, all of them.")
-    batch: int = Field(1, ge=1, le=10_000, description="Changes in one request, as a batch if more than 1.")
+    batch: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="Changes in one request, 1 if left out; sent together to a broker, 500.",
+    )
     linger: float = Field(0.0, ge=0, le=10, description="Seconds that a batch which is not full waits for more.")
     source: str | None = Field(None, min_length=1, description="The events' source; left out, the table.")
+    format: Literal["structured", "binary"] = Field(
+        "structured", description="To a broker: the event as one JSON document, or its attributes as headers."
+    )
+    user: str | None = Field(None, min_length=1, description="Logs in to a broker.")
+    password: SecretStr | None = Field(None, min_length=1, description="The user's; without a user, a token.")
     secret: _Secret = Field(None, description="Signs what is delivered: whsec_ and base64.")
     previous_secret: _Secret = Field(None, description="The former secret, which signs too while it is being replaced.")
+
+    def current_password(self) -> str | None:
+        """That of the moment. A secret."""
+        return self.password.get_secret_value() if self.password else None
+
+    @model_validator(mode="after")
+    def _fits_the_target(self) -> DeliverSection:
+        if self.to is None:
+            return self
+        if not broker_url.is_broker(self.to):
+            if self.format != STRUCTURED or self.user or self.password:
+                raise ValueError("deliver.format, deliver.user and deliver.password are for brokers, not for HTTP")
+        elif self.secret or self.previous_secret:
+            raise ValueError("deliver.secret signs requests over HTTP; a broker has deliver.user and deliver.password")
+        elif self.format not in (formats := broker_url.parse(self.to).protocol.formats):
+            raise ValueError(f"deliver.format is one of {', '.join(formats)} for this broker")
+        return self
 
     def keys(self) -> tuple[bytes, ...]:
         """The keys to sign with at the moment, the current one first. Secrets."""
@@ -283,7 +278,7 @@ class Settings(_Section):
         return self
 
 
-_SHORT = {"deliver.types": "--type", "deliver.batch": "--batch"}
+_SHORT = {"deliver.types": "--type", "deliver.batch": "--batch", "deliver.format": "--format"}
 """Options that are no spelling of the setting's name: those used with --deliver-to."""
 
 
@@ -435,20 +430,6 @@ def _from_environment(environ: Mapping[str, str]) -> _Given:
         elif not _OTHERS_VARIABLES.fullmatch(variable):
             raise UsageError(f"the variable {variable} is not a setting", hint=_nearest(variable, [*variables, *files]))
     return given
-
-
-def _secret_from(path: str, variable: str) -> str:
-    try:
-        return Path(path).read_text().removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        # A secret in place of its file's name is the likely mistake, and must not be quoted.
-        what = "DSN" if variable.endswith("DSN_FILE") else "secret"
-        looks_secret = set(path) & set("@=?") or "://" in path or path.startswith("whsec_")
-        is_secret = looks_secret or (what == "secret" and "/" not in path)
-        named = f"the file that {variable} names" if is_secret else f"{variable}={path}"
-        hint = f"the {what} itself goes into {variable.removesuffix('_FILE')}"
-        raise UsageError(f"{named} cannot be read: {reason}", hint=hint) from None
 
 
 def _from_file(named: Path | None) -> _Given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ _COLOURS = {"fail": "red", "warn": "yellow", "ok": "green", "unknown": "yellow"}
 @click.command()
 @resolved_options(
     "dsn", "stream_dsn", "schema", *WANTED_SETTINGS, "slot.name", "slot.create", "slot.plugin", "slot.mode", "stream",
-    "timeout", "retention",
+    "timeout", "retention", "deliver.user", "deliver.password",
 )  # fmt: skip
 @click.option("--fix", is_flag=True, help="Print the SQL that fixes what SQL can fix, and run nothing.")
 @click.option("--strict", is_flag=True, help="Exit 1 on warnings too.")
@@ -39,11 +40,14 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
     \b
         cdc doctor --fix > fix.sql; psql -f fix.sql       # as a superuser, after reading it
     """
+    from cdc.app.delivery import examine as examine_broker  # noqa: PLC0415 - as below
     from cdc.diagnostics.doctor import examine  # noqa: PLC0415 - --help does not wait for the driver to load
     from cdc.diagnostics.findings import Severity  # noqa: PLC0415 - see above
     from cdc.diagnostics.fix_script import script  # noqa: PLC0415 - see above
 
     findings = examine(subject_of(resolved))
+    if (found := examine_broker(resolved.settings)) is not None:
+        findings.append(replace(found, check="broker"))
     if fix:
         put_script(script(findings))
     elif as_json:

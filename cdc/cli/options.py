@@ -83,7 +83,7 @@ def _placeholder(setting: Setting) -> str | None:
         return None
     if get_origin(setting.kind) is Literal:
         return "|".join(get_args(setting.kind))
-    words = {int: "N", float: "SECONDS"}
+    words: dict[object, str] = {int: "N", int | None: "N", float: "SECONDS"}
     if setting.repeats:
         return "NAME" if setting.name == "http.hosts" else "TYPE"
     if setting.name == "deliver.to":

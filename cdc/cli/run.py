@@ -25,9 +25,9 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
 
 @click.command()
 @settings_options(
-    "handlers", "deliver.to", "deliver.types", "deliver.batch", "deliver.linger", "deliver.source", "deliver.secret",
-    "deliver.previous_secret", "only", "except", "observe", "dsn", "stream_dsn", "handlers_dsn", "schema",
-    "slot.name", "unhandled",
+    "handlers", "deliver.to", "deliver.types", "deliver.batch", "deliver.linger", "deliver.source", "deliver.format",
+    "deliver.user", "deliver.password", "deliver.secret", "deliver.previous_secret",
+    "only", "except", "observe", "dsn", "stream_dsn", "handlers_dsn", "schema", "slot.name", "unhandled",
     "slot.create", "slot.recreate",
     "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "http.hosts", "concurrency",
     "threads", "transactions", "window", "window_bytes", "max_attempts", "max_chain_depth", "timeout", "backoff.base",

@@ -32,15 +32,17 @@ import aiohttp
 from yarl import URL
 
 from cdc import __version__
+from cdc.core import cloudevents
 from cdc.core.circuit_breaker import CircuitBreaker
-from cdc.core.errors import OverrunError, Reject, Retry, SafeError, Unavailable
+from cdc.core.cloudevents import OutgoingRequest
+from cdc.core.deliveries import HANDLER, AwayError, DeliveryError, RejectedError, UnreachedError
+from cdc.core.errors import OverrunError
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
 from cdc.core.model import Change, Operation
 from cdc.core.router import ANY, Router
-from cdc.http import cloudevents, webhook_signature
+from cdc.http import webhook_signature
 from cdc.http.client_protocol import HEAD_MAX, Protocol
-from cdc.http.cloudevents import OutgoingRequest
-from cdc.http.endpoint_url import HANDLER, Target
+from cdc.http.endpoint_url import Target
 from cdc.http.responses import Answer, Disposition
 from cdc.observability.metrics import DeliveryMetrics
 from cdc.runtime.deadline import deadline
@@ -55,38 +57,6 @@ _IDLE_S = 1.5
 (gunicorn; 5 s are usual), and a request that crosses with the close loses an attempt."""
 _BODY_KEPT, _BODY_READ_MAX, _BODY_S = 1_024, 65_536, 5.0
 """For an answer's body: bytes kept; bytes read, so that the connection can be reused; seconds for reading them."""
-
-
-class DeliveryError(SafeError, Retry):
-    """Retry later. It applies to all changes of a batch."""
-
-    def __init__(self, summary: str, text: str = "", after: float | None = None) -> None:
-        Retry.__init__(self, after, text or summary)
-        self.summary = summary
-
-
-class AwayError(SafeError, Unavailable):
-    """The application was absent, or broke off before its answer. It applies to all changes of a batch."""
-
-    def __init__(self, summary: str, text: str = "", after: float | None = None) -> None:
-        Unavailable.__init__(self, after, text or summary)
-        self.summary = summary
-
-
-class UnreachedError(AwayError):
-    """No connection could be made."""
-
-    certain = True
-
-
-class RejectedError(SafeError, Reject):
-    """The application will never accept the change."""
-
-    kind = "rejected"
-
-    def __init__(self, summary: str, text: str) -> None:
-        Reject.__init__(self, text)
-        self.summary = summary
 
 
 class OneOfThemError(Exception):

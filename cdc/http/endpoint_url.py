@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-HANDLER = "deliver"
-"""The name of the handler that delivers, in metrics and logs."""
 _UNIX = "unix://"
 
 

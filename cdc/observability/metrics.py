@@ -39,6 +39,8 @@ OUTCOMES = (
 ERROR_KINDS = ("exception", "timeout", "validation", "crash", "depth", "rejected", "lost")
 REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 """How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""
+MESSAGES = ("acknowledged", "refused", "broken", "unreached")
+"""How a message to a broker ends: refused by it, or without an acknowledgement: lost with a connection, or not sent."""
 TASKS = ("loop", "hooks", "threads", "listener", "relay", "retention", "collector", "page", "health", "stream")
 """Tasks and threads that run as long as the process does."""
 INTERRUPTIONS = ("connection", "statement")
@@ -261,17 +263,19 @@ class HandlerMetrics(_Group):
 
 
 class DeliveryMetrics(_Group):
-    """Of a consumer that delivers to an application over HTTP."""
+    """Of a consumer that delivers: requests to an application over HTTP, or messages to a broker."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
-        requests = self._counter("cdc_delivery_requests", "Requests, by how they ended.", "result")
-        _start(requests, REQUESTS)
+        requests = self._counter(
+            "cdc_delivery_requests", "Requests to an application or messages to a broker, by how they ended.", "result"
+        )
+        _start(requests, (*REQUESTS, *MESSAGES[:2]))
         self._ended = cache(requests.labels)
 
-    def ended(self, result: str) -> None:
-        """``result``: one of REQUESTS; a status beyond 599 counts as what it is treated like."""
-        self._ended(result if result in REQUESTS else "5xx").inc()
+    def ended(self, result: str, count: int = 1) -> None:
+        """``result``: one of REQUESTS or MESSAGES; a status beyond 599 counts as what it is treated like."""
+        self._ended(result if result in REQUESTS or result in MESSAGES else "5xx").inc(count)
 
 
 class ShadowMetrics(_Group):

@@ -44,7 +44,7 @@ _GROUPS = {
     "Changes and handlers": (
         "cdc_changes_", "cdc_change_", "cdc_handler_", "cdc_settle_", "cdc_transaction_", "cdc_window_",
     ),
-    "Delivery over HTTP": ("cdc_delivery_",),
+    "Delivery over HTTP or to a broker": ("cdc_delivery_",),
     "Observing": ("cdc_observed_",),
     "Consumer": ("cdc_",),
     "Process": ("process_", "python_"),

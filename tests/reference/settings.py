@@ -24,7 +24,7 @@ setting with its value and where it came from. A secret may be in a file instead
 """
 _SECTIONS = {
     "": "General",
-    "deliver": "Delivery over HTTP",
+    "deliver": "Delivery over HTTP or to a broker",
     "slot": "The slot",
     "http": "Metrics, health and page",
     "backoff": "Backoff",
@@ -46,6 +46,8 @@ _GUIDES = {
     "drain_time": "../guides/handlers.md#at-a-stop",
     "retention": "../operations/retention.md",
     "deliver.to": "../guides/http-delivery.md",
+    "deliver.format": "../guides/brokers.md#what-is-sent",
+    "deliver.user": "../guides/brokers.md#login-and-tls",
     "slot.name": "../operations/slot.md",
     "http.page": "../operations/monitoring.md#the-page-and-cdc-status",
     "log.format": "../operations/runbook.md#log-lines",
@@ -60,7 +62,9 @@ _EXAMPLES = {
     "except": ["audit"],
     "deliver.to": "http://127.0.0.1:3000/changes",
     "deliver.types": ["order"],
+    "deliver.batch": 500,
     "deliver.source": "/shop",
+    "deliver.user": "cdc",
     "http.hosts": ["cdc.example.com"],
 }
 """Of what has no default."""

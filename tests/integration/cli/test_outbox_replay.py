@@ -15,9 +15,9 @@ from psycopg.rows import dict_row
 
 import cdc
 from cdc import testing
+from cdc.core import cloudevents
 from cdc.core.errors import RefusedError
 from cdc.core.router import Router
-from cdc.http import cloudevents
 from cdc.observability.snapshots import Role
 from cdc.postgres import bulk, grants, migrations
 from cdc.postgres.bulk import Bulk, Round, Wanted

@@ -53,12 +53,13 @@ def test_the_file_in_the_documents_has_every_setting_and_the_defaults(folder: Pa
     document = tomllib.loads(re.sub("^# ", "", example, flags=re.MULTILINE))
     named = {f"{name}.{leaf}" for name, value in document.items() if isinstance(value, dict) for leaf in value}
     named |= {name for name, value in document.items() if not isinstance(value, dict)}
-    elsewhere = {"deliver.secret", "deliver.previous_secret"}
+    elsewhere = {"deliver.password", "deliver.secret", "deliver.previous_secret"}
     assert named == {name for name in SETTINGS if not name.startswith("whatsapp.")} - elsewhere
 
 
 EXAMPLES = {
     "deliver.to": "http://127.0.0.1:3000/changes",
+    "deliver.batch": 20,
     "deliver.secret": "whsec_" + "a" * 44,
     "deliver.previous_secret": "whsec_" + "b" * 44,
 }
@@ -201,6 +202,23 @@ def test_the_stream_may_have_a_role_of_its_own() -> None:
         ({"CDC_BACKOFF_BASE": "4000"}, "backoff.cap (1800.0) must be at least backoff.base (4000.0)"),
         ({"CDC_THREADS": "0", "CDC_HTTP_PORT": "x"}, "CDC_HTTP_PORT: input"),
         ({"CDC_DELIVER_TO": "http://hunter@app/"}, "CDC_DELIVER_TO: a URL with a user or a password in it"),
+        ({"CDC_DELIVER_TO": "nats://hunter@app/x"}, "CDC_DELIVER_TO: a URL with a user or a password in it"),
+        (
+            {"CDC_DELIVER_TO": "nats://app/{hunter}"},
+            "CDC_DELIVER_TO: the subject has a placeholder that does not exist",
+        ),
+        (
+            {"CDC_DELIVER_TO": "redis://app/0/x", "CDC_DELIVER_FORMAT": "binary"},
+            "deliver: deliver.format is one of structured for this broker",
+        ),
+        (
+            {"CDC_DELIVER_TO": "http://app/", "CDC_DELIVER_PASSWORD": "hunter"},
+            "deliver: deliver.format, deliver.user and deliver.password are for brokers, not for HTTP",
+        ),
+        (
+            {"CDC_DELIVER_TO": "nats://app/x", "CDC_DELIVER_SECRET": "whsec_" + "a" * 44},
+            "deliver: deliver.secret signs requests over HTTP; a broker has deliver.user and deliver.password",
+        ),
         ({"CDC_DELIVER_SECRET": "hunter"}, "CDC_DELIVER_SECRET: a secret is whsec_ and then base64"),
         ({"CDC_DELIVER_BATCH": "0"}, "CDC_DELIVER_BATCH: input should be greater than or equal to 1"),
     ],

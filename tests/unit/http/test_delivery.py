@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from standardwebhooks import Webhook
 
+from cdc.core import cloudevents
+from cdc.core.deliveries import AwayError, DeliveryError, RejectedError
 from cdc.core.fast_change import Json, read_change
 from cdc.core.model import Change, Operation
-from cdc.http import cloudevents, endpoint_url, webhook_signature
-from cdc.http.delivery import AwayError, Delivery, DeliveryError, OneOfThemError, RejectedError, _judge, _reason
+from cdc.http import endpoint_url, webhook_signature
+from cdc.http.delivery import Delivery, OneOfThemError, _judge, _reason
 from cdc.http.endpoint_url import Target
 from cdc.http.responses import AWAY, DEAD, Answer, Disposition
 from tests.changes import change

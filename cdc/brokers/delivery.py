@@ -1,0 +1,184 @@
+"""Changes as messages to a broker: the handler of ``cdc run --deliver-to`` with the URL of one.
+
+    changes ──> messages ──> sent together ──> each acknowledged ────────────────────> done
+                               │                 ├─ will never be accepted ─────────> dead
+                               │                 ├─ is not accepted as things stand ─> again later, an attempt
+                               │                 └─ no acknowledgement, or the broker
+                               │                    cannot take anything ────────────> away: no attempt
+                               └─ not even a connection ─────────────────────────────> away: no attempt
+
+A batch is sent in rounds, each with one change of a key at most: a later change of a key is sent when the one before is
+acknowledged, so that no retry can turn their order round. What follows a change that waits, waits with it.
+
+"Away" opens the handler's circuit breaker, as it does for HTTP. A message may also be what ends its connection each
+time: after ten times, with others acknowledged in between, that counts as its failed attempt.
+
+Delivery is a router like any other: order, concurrency, retries and dead letters are the consumer's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from cdc.brokers.acks import Result
+from cdc.brokers.sender import BrokerSender
+from cdc.core.broker_messages import Encoding, Message
+from cdc.core.circuit_breaker import CircuitBreaker
+from cdc.core.deliveries import HANDLER, AwayError, DeliveryError, RejectedError, UnreachedError
+from cdc.core.errors import Failed, Snooze, Unavailable
+from cdc.core.lost_transactions import LOSSES_MAX, Losses
+from cdc.core.model import Change, Key, Operation
+from cdc.core.name_template import NameTemplate
+from cdc.core.router import ANY, Router
+from cdc.observability.metrics import DeliveryMetrics
+
+log = logging.getLogger("cdc.deliver")
+
+BATCH = 500
+"""Changes sent together, unless the setting says otherwise. More are no faster, and wait longer for each other."""
+_AFTER_S = 0.1
+"""Until a change is looked at again whose predecessor in the same batch has failed: it waits for that one anyway."""
+
+
+class BrokerDelivery:
+    """``router`` delivers changes of ``types`` (empty: all) through ``sender``. Made, opened and closed on the loop.
+
+    ``batch``: changes sent together, at most. ``timeout_s``: until an acknowledgement has come. ``target``: the
+    broker, for messages.
+    """
+
+    def __init__(
+        self,
+        sender: BrokerSender,
+        names: NameTemplate,
+        encoding: Encoding,
+        *,
+        target: str,
+        types: Sequence[str] = (),
+        batch: int | None = None,
+        linger_s: float = 0.0,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._sender = sender
+        self._names = names
+        self._encoding = encoding
+        self._target = target
+        self._types = tuple(dict.fromkeys(types)) or (ANY,)
+        self._timeout_s = timeout_s
+        self._connecting = asyncio.Lock()
+        self._metrics: DeliveryMetrics | None = None
+        self._breaker: CircuitBreaker | None = None
+        self._reached: Callable[[], None] = lambda: None
+        self._unacknowledged = Losses()
+        """Changes whose messages were not acknowledged, while those of others were."""
+        self.router = Router()
+        for entity_type in self._types:
+            on = self.router.on(
+                entity_type, *Operation, name=HANDLER, timeout=math.inf, batch=batch or BATCH, linger=linger_s
+            )
+            on(self._deliver)
+
+    def open(self, metrics: DeliveryMetrics | None, breaker: CircuitBreaker, reached: Callable[[], None]) -> None:
+        """``breaker`` is that of ``HANDLER``; ``reached`` is called when a connection is made while it is open.
+
+        The first messages make the connection: a broker may start after its consumer.
+        """
+        self._metrics, self._breaker, self._reached = metrics, breaker, reached
+        log.info(
+            "delivers %s to %s", "every type" if self._types == (ANY,) else ", ".join(self._types), self._target,
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        await self._sender.close()
+
+    async def _deliver(self, changes: list[Change]) -> None:
+        errors: dict[Change, BaseException | str] = {}
+        held: dict[Key, Exception] = {}
+        for each_once in _rounds(changes):
+            due: list[Change] = []
+            for change in each_once:
+                if (error := held.get(change.key)) is not None:
+                    errors[change] = error
+                else:
+                    due.append(change)
+            for change, result in await self._send(due):
+                if result is not None:
+                    errors[change] = result
+                    if not isinstance(result, RejectedError):
+                        held[change.key] = result if isinstance(result, Unavailable) else Snooze(_AFTER_S)
+        if errors:
+            raise Failed(errors)
+
+    async def _send(self, changes: Sequence[Change]) -> list[tuple[Change, Result]]:
+        """Each change, and how its message ended."""
+        refused: list[tuple[Change, Result]] = []
+        messages: list[Message] = []
+        due: list[Change] = []
+        for change in changes:
+            try:
+                messages.append(self._encoding.message(change, self._names.name(change)))
+                due.append(change)
+            except RejectedError as error:
+                refused.append((change, error))
+        if not due:
+            return refused
+        try:
+            await self._connect()
+        except UnreachedError as unreached:
+            self._count("unreached", len(due))
+            return [*refused, *((change, unreached) for change in due)]
+        results = await self._sender.send(messages, self._timeout_s)
+        self._count_all(results)
+        return [*refused, *self._blamed(due, results)]
+
+    async def _connect(self) -> None:
+        if self._sender.connected:
+            return
+        async with self._connecting:
+            if not self._sender.connected:
+                await self._sender.connect()
+                log.info("connected to %s", self._target)
+        if self._breaker is not None and self._breaker.certain:
+            self._reached()
+
+    def _blamed(self, changes: Sequence[Change], results: Sequence[Result]) -> Iterator[tuple[Change, Result]]:
+        """A change that was lost too often while others were not, has failed."""
+        away = [isinstance(result, AwayError) for result in results]
+        if not any(away):
+            self._unacknowledged.forget(changes)
+        others = not all(away)
+        for change, result in zip(changes, results, strict=True):
+            if not isinstance(result, AwayError):
+                self._unacknowledged.forget([change])
+            elif others and self._unacknowledged.add([change]) >= LOSSES_MAX:
+                yield change, DeliveryError(result.summary, str(result))
+                continue
+            yield change, result
+
+    def _count_all(self, results: Sequence[Result]) -> None:
+        acknowledged = results.count(None)
+        self._count("acknowledged", acknowledged)
+        if acknowledged < len(results):
+            for result in results:
+                if result is not None:
+                    self._count("broken" if isinstance(result, AwayError) else "refused", 1)
+
+    def _count(self, result: str, messages: int) -> None:
+        if self._metrics:
+            self._metrics.ended(result, messages)
+
+
+def _rounds(changes: Sequence[Change]) -> list[list[Change]]:
+    """One change of a key in each, in the order of the key."""
+    rounds: list[list[Change]] = []
+    counts: dict[Key, int] = {}
+    for change in changes:
+        place = counts.get(change.key, 0)
+        counts[change.key] = place + 1
+        if place == len(rounds):
+            rounds.append([])
+        rounds[place].append(change)
+    return rounds

@@ -1,0 +1,210 @@
+"""NATS: messages to a stream of JetStream, each acknowledged by it.
+
+Theory
+------
+A message has a reply subject below an inbox of our own; the stream that stored it answers there. The client's own
+``publish_async`` never ends for a message that the stream refuses, so the answers are read here. Its reconnecting is
+switched off: it would send again what it has in its buffer, behind the order that the consumer keeps.
+
+    answer of the stream        stored, or a double within its window   acknowledged
+                                it is full, has no leader, no room      away
+                                too large for it                        dead
+                                any other error                         again later
+    no responders               no stream has the subject               again later
+    permissions violation       an asynchronous error that names it     again later
+    the connection is lost      for all that is under way               away
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from cdc.brokers import tls
+from cdc.brokers.acks import Acks, Result
+from cdc.brokers.sender import CONNECT_S, Login
+from cdc.core.broker_messages import Message
+from cdc.core.broker_url import BrokerTarget
+from cdc.core.deliveries import AwayError, DeliveryError, RejectedError, UnreachedError
+
+_PING_S = 5
+"""A link that is silent for three of these is lost."""
+_HEADERS_LINE = len(b"NATS/1.0\r\n\r\n")
+_NO_RESPONDERS = "503"
+_FULL = {10_023, 10_028, 10_047, 10_077}
+"""Error codes of JetStream: no resources, no memory or storage left for the account, and a stream at its limits."""
+_TOO_LARGE = 10_054
+_VIOLATION = re.compile(r'permissions violation for publish to "(?P<subject>[^"]+)"', re.IGNORECASE)
+_DENIED = "authorization violation"
+"""All that the protocol says about a refused message or login: it has no codes."""
+
+
+class NatsSender:
+    def __init__(self, target: BrokerTarget, login: Login) -> None:
+        self._target = target
+        self._login = login
+        self._client: Client | None = None
+        self._failure: Exception | None = None
+        self._inbox = ""
+        self._tokens = count()
+        self._open: dict[str, tuple[Acks, int, str]] = {}
+        """By the last token of the reply subject: where the answer goes, and the message's subject."""
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None and self._client.is_connected
+
+    async def connect(self) -> None:
+        await self.close()
+        failures: list[UnreachedError] = []
+        for server in self._target.servers:
+            try:
+                self._client = await self._connection(server)
+                break
+            except UnreachedError as error:
+                failures.append(error)
+        else:
+            raise failures[-1]
+        self._inbox = self._client.new_inbox()
+        await self._client.subscribe(f"{self._inbox}.*", cb=self._answered)
+
+    async def _connection(self, server: str) -> Client:
+        options: dict[str, Any] = {}
+        if (context := tls.context(self._target)) is not None:
+            options["tls"] = context
+        if (creds := self._target.options.get("creds")) is not None:
+            options["user_credentials"] = creds
+        password = self._login.password()
+        if self._login.user is not None:
+            options |= {"user": self._login.user, "password": password}
+        elif password is not None:
+            options["token"] = password
+        try:
+            return await nats.connect(
+                f"{'tls' if self._target.tls else 'nats'}://{server}", name="cdc", allow_reconnect=False,
+                connect_timeout=int(CONNECT_S), max_reconnect_attempts=1, reconnect_time_wait=0, ping_interval=_PING_S,
+                error_cb=self._failed, disconnected_cb=self._disconnected, **options,
+            )  # fmt: skip
+        except (TimeoutError, OSError, nats.errors.Error, ValueError) as error:
+            if isinstance(error, nats.errors.AuthorizationError) or _DENIED in str(error).lower():
+                raise UnreachedError(f"{self._target} refuses the login") from error
+            # No servers left is what it ends with; the callback got the reason.
+            cause = self._failure if isinstance(error, nats.errors.NoServersError) and self._failure else error
+            raise UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})") from error
+
+    async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
+        acks = Acks(len(messages))
+        tokens = [str(next(self._tokens)) for _ in messages]
+        client = self._client
+        assert client is not None
+        try:
+            for place, message in enumerate(messages):
+                await self._publish(client, message, acks, place, tokens[place])
+            results = await acks.results(timeout_s)
+        except (OSError, nats.errors.Error) as error:
+            acks.lost(_broken(error))
+            results = await acks.results(timeout_s)
+        finally:
+            for token in tokens:
+                self._open.pop(token, None)
+        if any(isinstance(result, AwayError) for result in results) and client is self._client:
+            await self.close()
+        return results
+
+    async def _publish(self, client: Client, message: Message, acks: Acks, place: int, token: str) -> None:
+        headers = {**message.headers, "Nats-Msg-Id": message.id}
+        body = message.body or b""
+        size = len(body) + _HEADERS_LINE + sum(len(name) + len(value) + 4 for name, value in headers.items())
+        if size > client.max_payload:  # the server would close the connection
+            why = f"it is too large: {size} bytes, and the server takes {client.max_payload}"
+            acks.ended(place, RejectedError(why))
+            return
+        self._open[token] = acks, place, message.name
+        await client.publish(message.name, body, f"{self._inbox}.{token}", headers)
+
+    async def describe(self, name: str) -> str:
+        assert self._client is not None
+        stream = self._client.jetstream(timeout=CONNECT_S)
+        try:
+            found = await stream.stream_info(await stream.find_stream_name_by_subject(name))
+        except nats.js.errors.NotFoundError:
+            raise _no_stream(name) from None
+        except nats.errors.NoRespondersError:
+            raise DeliveryError("the server has no JetStream: start it with it (-js), and create a stream") from None
+        except (OSError, nats.errors.Error) as error:
+            raise DeliveryError(f"the stream cannot be looked at ({type(error).__name__})") from error
+        config = found.config
+        window = f"{config.duplicate_window:g} s" if config.duplicate_window else "none"
+        return (
+            f"{name} goes into the stream {config.name} of {found.state.messages} messages, replicas:"
+            f" {config.num_replicas}, window for doubles: {window}"
+        )
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(OSError, nats.errors.Error):
+                await client.close()
+        self._lost(AwayError("the connection to the broker was closed before an acknowledgement came"))
+
+    async def _answered(self, answer: Msg) -> None:
+        acks, place, subject = self._open.pop(answer.subject.rpartition(".")[2], (None, 0, ""))
+        if acks is not None:
+            acks.ended(place, _meaning(answer, subject))
+
+    async def _failed(self, error: Exception) -> None:
+        self._failure = error
+        if found := _VIOLATION.search(str(error)):
+            for acks, place, subject in list(self._open.values()):
+                if subject == found["subject"]:
+                    acks.ended(place, DeliveryError(f"the login has no right to publish to the subject {subject}"))
+
+    async def _disconnected(self) -> None:
+        self._lost(_broken(nats.errors.ConnectionClosedError()))
+
+    def _lost(self, error: AwayError) -> None:
+        lost, self._open = self._open, {}
+        for acks, _, _ in lost.values():
+            acks.lost(error)
+
+
+def _broken(error: Exception) -> AwayError:
+    return AwayError(f"the connection to the broker broke before an acknowledgement came ({type(error).__name__})")
+
+
+def _size(body: bytes, headers: Mapping[str, str]) -> int:
+    """Bytes that count for the server's limit."""
+    return len(body) + _HEADERS_LINE + sum(len(name) + len(value) + 4 for name, value in headers.items())
+
+
+def _no_stream(subject: str) -> DeliveryError:
+    return DeliveryError(f"no stream of JetStream takes the subject {subject}: create one, or correct deliver.to")
+
+
+def _meaning(answer: Msg, subject: str) -> Result:
+    """What a stream's answer says about the message."""
+    if answer.headers and answer.headers.get("Status") == _NO_RESPONDERS:
+        return _no_stream(subject)
+    try:
+        error = json.loads(answer.data).get("error")
+        if error is None:
+            return None
+        status, code = int(error["code"]), int(error.get("err_code", 0))
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return DeliveryError("the stream gave an answer that cannot be read")
+    words = str(error.get("description", ""))[:200]
+    if code == _TOO_LARGE:
+        return RejectedError(f"it is too large for the stream: {words}")
+    if code in _FULL or status == int(_NO_RESPONDERS):
+        return AwayError(f"the stream takes nothing: {words}")
+    return DeliveryError(f"the stream refuses it, error {code}: {words}")

@@ -1,0 +1,187 @@
+"""Redis Streams: entries that XADD appends, many in one pipeline.
+
+Theory
+------
+The commands of a round are one write, and their replies one wait. A reply is the acknowledgement; with the option
+``wait=N`` it counts once N replicas have it, by one WAIT at the end of the pipeline. Redis keeps no ids of messages: an
+entry that was written while its reply was lost is written again, with the same ``id`` in it.
+
+    a reply                               acknowledged
+    OOM, MISCONF, READONLY, LOADING, ...  away: the server takes nothing at the moment
+    NOPERM, WRONGTYPE, any other          again later
+    fewer replicas than ``wait``          away, for all of the round
+    the connection is lost, no reply      away, for all of the round
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+from zlib import crc32
+
+from redis import exceptions
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
+
+from cdc.brokers import tls
+from cdc.brokers.acks import Result
+from cdc.brokers.sender import CONNECT_S, Login
+from cdc.core.broker_messages import Message
+from cdc.core.broker_url import BrokerTarget
+from cdc.core.deliveries import AwayError, DeliveryError, UnreachedError
+from cdc.runtime.deadline import deadline
+
+_SERVER = (
+    exceptions.OutOfMemoryError, exceptions.ReadOnlyError, exceptions.MasterDownError, exceptions.ClusterDownError,
+)  # fmt: skip
+_SERVER_CODES = {"MISCONF", "NOREPLICAS", "BUSY"}
+"""Errors that are about the server and not about a message; for these the client has no class but their code, which
+is the first word."""
+_WAIT_MS = 2_000
+"""For replicas. What they have not confirmed by then is sent again."""
+
+
+class _Credentials(CredentialProvider):
+    """Asked at each connection."""
+
+    def __init__(self, login: Login) -> None:
+        self._login = login
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        password = self._login.password() or ""
+        return (password,) if self._login.user is None else (self._login.user, password)
+
+
+class RedisSender:
+    def __init__(self, target: BrokerTarget, login: Login) -> None:
+        self._target = target
+        self._login = login
+        self._client: Redis | None = None
+        self._partitions = target.number("partitions") or 1
+        self._maxlen = target.number("maxlen")
+        self._replicas = target.number("wait") or 0
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None
+
+    async def connect(self) -> None:
+        await self.close()
+        failures: list[UnreachedError] = []
+        for server in self._target.servers:
+            try:
+                self._client = await self._connection(server)
+                break
+            except UnreachedError as error:
+                failures.append(error)
+        else:
+            raise failures[-1]
+
+    async def _connection(self, server: str) -> Redis:
+        host, _, port = server.rpartition(":")
+        tls.context(self._target)  # names the file that cannot be read
+        options = self._target.options
+        secure: dict[str, Any] = {"ssl": self._target.tls}
+        if self._target.tls:
+            secure |= {"ssl_ca_certs": options.get("ca"), "ssl_certfile": options.get("cert"),
+                       "ssl_keyfile": options.get("key")}  # fmt: skip
+        given = self._login.user is not None or self._login.password() is not None
+        client = Redis(
+            host=host.strip("[]"), port=int(port), db=int(self._target.places[0]), client_name="cdc",
+            credential_provider=_Credentials(self._login) if given else None,
+            socket_connect_timeout=CONNECT_S, socket_timeout=None, socket_keepalive=True,
+            retry=Retry(NoBackoff(), 0), **secure,
+        )  # fmt: skip
+        async with contextlib.AsyncExitStack() as unless_connected:
+            unless_connected.push_async_callback(_closed, client)
+            try:
+                async with deadline(CONNECT_S):
+                    await _ping(client)
+            except (exceptions.RedisError, OSError) as error:
+                raise self._unreached(error) from error
+            unless_connected.pop_all()
+        return client
+
+    def _unreached(self, error: BaseException) -> UnreachedError:
+        if isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError):
+            return UnreachedError(f"{self._target} refuses the login")
+        cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
+        return UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})")
+
+    async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
+        client = self._client
+        assert client is not None
+        try:
+            async with deadline(timeout_s):
+                replies = await self._replies(client, messages)
+        except (exceptions.RedisError, OSError) as error:
+            summary = f"the connection to the broker broke before its reply came ({type(error).__name__})"
+            if isinstance(error, TimeoutError):
+                summary = f"no reply came within {timeout_s:g} s"
+            if client is self._client:
+                await self.close()
+            return [AwayError(summary)] * len(messages)
+        if self._replicas and not _confirmed(replies.pop(), self._replicas):
+            return [AwayError(f"fewer than {self._replicas} replicas have confirmed it")] * len(messages)
+        return [_meaning(reply) if isinstance(reply, Exception) else None for reply in replies]
+
+    async def _replies(self, client: Redis, messages: Sequence[Message]) -> list[Any]:
+        pipeline = client.pipeline(transaction=False)
+        for message in messages:
+            fields: dict[Any, Any] = {**message.headers, "event": message.body or b""}
+            pipeline.xadd(self._stream(message), fields, maxlen=self._maxlen, approximate=True)
+        if self._replicas:
+            pipeline.execute_command("WAIT", self._replicas, _WAIT_MS)
+        return list(await pipeline.execute(raise_on_error=False))
+
+    def _stream(self, message: Message) -> str:
+        if self._partitions == 1:
+            return message.name
+        return f"{message.name}:{crc32(message.key.encode()) % self._partitions}"
+
+    async def describe(self, name: str) -> str:
+        assert self._client is not None
+        streams = [name] if self._partitions == 1 else [f"{name}:{each}" for each in range(self._partitions)]
+        try:
+            kinds = {await self._client.type(stream) for stream in streams}
+            lengths = [await self._client.xlen(stream) for stream in streams]
+        except (exceptions.RedisError, OSError) as error:
+            raise DeliveryError(f"the stream {name} cannot be looked at ({type(error).__name__})") from error
+        if kinds - {b"stream", b"none"}:
+            raise DeliveryError(f"{name} is there, and is no stream")
+        there = "" if b"stream" in kinds else ", which the first entry makes"
+        limit = f"about the last {self._maxlen} stay" if self._maxlen else "nothing limits its length (maxlen)"
+        return f"{name} is a stream of {sum(lengths)} entries{there}; {limit}"
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await _closed(client)
+
+
+async def _ping(client: Redis) -> None:
+    ping: Any = client.execute_command  # the library does not say what it takes
+    await ping("PING")
+
+
+async def _closed(client: Redis) -> None:
+    with contextlib.suppress(exceptions.RedisError, OSError):
+        await client.aclose()
+
+
+def _confirmed(found: object, replicas: int) -> bool:
+    return isinstance(found, int) and found >= replicas
+
+
+def _meaning(reply: Exception) -> Exception:
+    """What an error in place of a reply says about its message. A code has no content of the row."""
+    code = str(reply).partition(" ")[0]
+    if isinstance(reply, _SERVER) or code in _SERVER_CODES:
+        why = type(reply).__name__ if isinstance(reply, _SERVER) else code
+        return AwayError(f"the server takes nothing ({why})")
+    if isinstance(reply, exceptions.NoPermissionError):
+        return DeliveryError("the login has no right to append to the stream")
+    return DeliveryError(f"the server refuses it ({code if code.isupper() else type(reply).__name__})", str(reply))

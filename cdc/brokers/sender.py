@@ -1,0 +1,43 @@
+"""What a broker's client is for its delivery: one connection, and messages that are sent together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cdc.brokers.acks import Result
+from cdc.core.broker_messages import Message
+
+CONNECT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """``password`` returns the one of the moment, or None. A secret."""
+
+    user: str | None = None
+    password: Callable[[], str | None] = lambda: None
+
+
+class BrokerSender(Protocol):
+    """One file for each broker. Used on the event loop, by several tasks."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether messages can be sent. False once the connection is seen to be lost."""
+
+    async def connect(self) -> None:
+        """Raises UnreachedError where no connection can be made, or the login is refused."""
+
+    async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
+        """Send all, then wait for their acknowledgements. Raises only a cancellation."""
+
+    async def describe(self, name: str) -> str:
+        """What stands behind ``name`` on a connected broker, a sentence for ``cdc doctor``.
+
+        Raises DeliveryError if messages to it would be refused.
+        """
+
+    async def close(self) -> None:
+        """What is under way is lost."""

@@ -1,0 +1,166 @@
+"""The address of a broker that changes are delivered to. Pure: the text of a setting in, its parts out.
+
+    SCHEME://HOST[:PORT][,HOST[:PORT]...]/[PLACE/...]TEMPLATE[?OPTION=VALUE&...]
+
+A scheme ends in ``+tls`` for TLS; ``rediss`` and ``amqps`` mean the same. Options name files and numbers, never a
+secret: these have settings of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, unquote
+
+from cdc.core.name_template import NameRules, NameTemplate
+
+STRUCTURED, BINARY = "structured", "binary"
+_HOST = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
+_TLS_FILES = ("ca", "cert", "key")
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerProtocol:
+    """What the URLs of one protocol have. ``places``: the parts of the path before the template. ``library``: what is
+    imported, of the ``extra`` to install.
+
+    ``texts``: the options that are text, such as files; ``choices``: those with a few values; ``numbers``: those that
+    are whole numbers, with their least.
+    """
+
+    port: int
+    library: str
+    extra: str
+    rules: NameRules
+    example: str
+    formats: tuple[str, ...] = (STRUCTURED, BINARY)
+    places: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    numbers: Mapping[str, int] = field(default_factory=dict)
+
+
+_CONTROL = r"\x00-\x1f\x7f"
+
+PROTOCOLS: Mapping[str, BrokerProtocol] = {
+    "nats": BrokerProtocol(
+        port=4222,
+        library="nats",
+        extra="nats",
+        # A value is one token of a subject. What begins with $ is the server's own.
+        rules=NameRules(
+            "subject", 1_024, re.compile(rf"[\s.*>{_CONTROL}]"), re.compile(rf"[\s*>{_CONTROL}]|^\.|\.\.|\.$|^\$")
+        ),
+        example="nats://127.0.0.1:4222/cdc.{schema}.{table}.{operation}",
+        texts=("creds",),
+    ),
+    "redis": BrokerProtocol(
+        port=6379,
+        library="redis",
+        extra="redis",
+        rules=NameRules("stream", 1_024, re.compile(rf"[{_CONTROL}]"), re.compile(rf"[{_CONTROL}]")),
+        example="redis://127.0.0.1:6379/0/cdc:{type}",
+        formats=(STRUCTURED,),
+        places=("database",),
+        numbers={"maxlen": 1, "partitions": 1, "wait": 1},
+    ),
+}
+"""By the scheme of their URLs."""
+_SYNONYMS = {"rediss": "redis+tls", "amqps": "amqp+tls"}
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerTarget:
+    """``servers`` are HOST:PORT; ``places`` the parts of the path before the template, decoded."""
+
+    scheme: str
+    tls: bool
+    servers: tuple[str, ...]
+    places: tuple[str, ...]
+    template: str
+    options: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """For messages: without the options."""
+        scheme = self.scheme + ("+tls" if self.tls else "")
+        return f"{scheme}://{','.join(self.servers)}/{'/'.join((*self.places, self.template))}"
+
+    @property
+    def protocol(self) -> BrokerProtocol:
+        return PROTOCOLS[self.scheme]
+
+    def names(self) -> NameTemplate:
+        return NameTemplate(self.template, self.protocol.rules)
+
+    def number(self, option: str) -> int | None:
+        return int(self.options[option]) if option in self.options else None
+
+
+def is_broker(text: str) -> bool:
+    """Whether the URL has the scheme of a broker."""
+    return _scheme(text)[0] in PROTOCOLS
+
+
+def parse(text: str) -> BrokerTarget:
+    """Raises ValueError that quotes nothing of it."""
+    if not text.isprintable() or " " in text:
+        raise ValueError("a URL has no blanks and no control characters; percent-encode them")
+    scheme, tls = _scheme(text)
+    protocol = PROTOCOLS[scheme]
+    address, question, query = text.partition("://")[2].partition("?")
+    hosts, slash, path = address.partition("/")
+    if "@" in hosts:
+        raise ValueError("a URL with a user or a password in it shows up in logs: set deliver.user, deliver.password")
+    *places, template = path.split("/", len(protocol.places))
+    if not slash or len(places) != len(protocol.places):
+        raise ValueError(f"input should be a URL such as {protocol.example}")
+    if "#" in text:
+        raise ValueError("a fragment (#...) means nothing here; write %23 for a # in a name")
+    target = BrokerTarget(
+        scheme,
+        tls,
+        tuple(_servers(hosts, protocol)),
+        tuple(map(unquote, places)),
+        unquote(template),
+        dict(_options(query, protocol, tls=tls)) if question else {},
+    )
+    target.names()
+    if scheme == "redis" and not target.places[0].isdecimal():
+        raise ValueError(f"the database is a number, as in {protocol.example}")
+    return target
+
+
+def _scheme(text: str) -> tuple[str, bool]:
+    scheme = text.partition("://")[0]
+    name, plus, security = _SYNONYMS.get(scheme, scheme).partition("+")
+    return (name, bool(plus)) if security in ("", "tls") else ("", False)
+
+
+def _servers(hosts: str, protocol: BrokerProtocol) -> Iterator[str]:
+    for each in hosts.split(","):
+        found = _HOST.fullmatch(each)
+        port = int(found["port"] or protocol.port) if found else 0
+        if found is None or not 0 < port < 65_536:
+            raise ValueError("the host or the port of this URL cannot be read")
+        yield f"{found['host']}:{port}"
+
+
+def _options(query: str, protocol: BrokerProtocol, *, tls: bool) -> Iterator[tuple[str, str]]:
+    files = _TLS_FILES if tls else ()
+    known = (*files, *protocol.texts, *protocol.choices, *protocol.numbers)
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
+    except ValueError:
+        raise ValueError("the options of this URL cannot be read; write ?NAME=VALUE&NAME=VALUE") from None
+    for name, value in pairs:
+        if name not in known:
+            without = "" if tls or name not in _TLS_FILES else "; ca, cert and key are for TLS, a scheme with +tls"
+            raise ValueError(f"an option of this URL does not exist; there are {', '.join(known) or 'none'}{without}")
+        if name in protocol.choices and value not in protocol.choices[name]:
+            raise ValueError(f"the option {name} is one of {', '.join(protocol.choices[name])}")
+        if name in protocol.numbers and not (value.isdecimal() and int(value[:10]) >= protocol.numbers[name]):
+            raise ValueError(f"the option {name} is a whole number, at least {protocol.numbers[name]}")
+        if not value:
+            raise ValueError(f"the option {name} is empty")
+        yield name, value

@@ -1,0 +1,75 @@
+"""The name of the topic, subject, stream or routing key that a change goes to, from a template. Pure.
+
+``cdc.{type}`` of an ``order`` is ``cdc.order``. What stands for a placeholder comes from the data, so a character that
+the protocol does not allow there becomes ``_``. What is written between them must be right, or it is refused at the
+start.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from string import Formatter
+
+from cdc.core.deliveries import RejectedError
+from cdc.core.model import Change
+
+PLACEHOLDERS = ("type", "schema", "table", "operation")
+_REMEMBERED = 10_000
+"""Names are made once for each combination. Types come from the data: nothing else bounds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class NameRules:
+    """What a protocol allows. ``kind`` is what its names are called, ``bytes_max`` their greatest length.
+
+    ``illegal``: one character that a value must not have; ``wrong``: found in a name that is none as a whole.
+    """
+
+    kind: str
+    bytes_max: int
+    illegal: re.Pattern[str]
+    wrong: re.Pattern[str]
+
+
+class NameTemplate:
+    """Raises ValueError for a template that makes no good name, without quoting it."""
+
+    def __init__(self, text: str, rules: NameRules) -> None:
+        self.text = text
+        self.rules = rules
+        self._names: dict[tuple[str, str | None, str, str], str] = {}
+        try:
+            parts = list(Formatter().parse(text))
+        except ValueError:
+            raise ValueError(f"the {rules.kind} has a brace without its other half") from None
+        for _, field, form, conversion in parts:
+            if field is not None and (field not in PLACEHOLDERS or form or conversion):
+                known = " ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+                raise ValueError(f"the {rules.kind} has a placeholder that does not exist; there are {known}")
+        self._fields = {field for _, field, _, _ in parts if field is not None}
+        sample = self._made("x", "x", "x", "x")
+        if not sample or rules.wrong.search(sample) or len(sample.encode()) > rules.bytes_max:
+            raise ValueError(f"the {rules.kind} has characters that are not allowed there, is empty, or is too long")
+
+    def known(self, entity_type: str) -> str | None:
+        """The name for all changes of the type; None if more decides, or the type is "" and it decides."""
+        if self._fields - {"type"} or ("type" in self._fields and not entity_type):
+            return None
+        return self._made(entity_type or "_", "_", "_", "_")
+
+    def name(self, change: Change) -> str:
+        """Raises RejectedError for one that is too long."""
+        parts = (change.entity_type, change.table_schema, change.table, change.operation.lower())
+        found = self._names.get(parts)
+        if found is None:
+            found = self._made(*parts)
+            if len(found.encode()) > self.rules.bytes_max:
+                raise RejectedError(f"its {self.rules.kind} would be longer than {self.rules.bytes_max} bytes")
+            if len(self._names) < _REMEMBERED:
+                self._names[parts] = found
+        return found
+
+    def _made(self, entity_type: str, schema: str | None, table: str, operation: str) -> str:
+        values = zip(PLACEHOLDERS, (entity_type, schema or "_", table, operation), strict=True)
+        return self.text.format(**{name: self.rules.illegal.sub("_", value) or "_" for name, value in values})

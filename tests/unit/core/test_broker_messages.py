@@ -1,0 +1,70 @@
+"""Messages of changes, read by the official SDK of CloudEvents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import pytest
+from cloudevents.core.base import BaseCloudEvent
+from cloudevents.core.bindings.http import HTTPMessage, from_http_event
+
+from cdc.core.broker_messages import Encoding, Message
+from cdc.core.model import Change
+from cdc.testing import change as make_change
+
+_AT = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
+_CAUSE = UUID(int=7)
+
+
+def _change(**fields: Any) -> Change:
+    return make_change(
+        "order", "UPDATE", 'é "1" %', old={"total": 1}, new={"total": Decimal("12.50")}, changed_at=_AT, seq=42,
+        caused_by=_CAUSE, depth=1, **fields,
+    )  # fmt: skip
+
+
+def _read_as_nats(message: Message) -> BaseCloudEvent:
+    """Its binding is that of HTTP."""
+    return from_http_event(HTTPMessage(dict(message.headers), message.body or b""))
+
+
+_Reader = Callable[[Message], BaseCloudEvent]
+READERS: dict[str, tuple[dict[str, Any], _Reader]] = {"nats": ({"separator": "-", "percent": True}, _read_as_nats)}
+
+
+@pytest.mark.parametrize("mode", ["structured", "binary"])
+@pytest.mark.parametrize("protocol", READERS)
+def test_anybody_elses_reading_of_the_specification_finds_the_event(protocol: str, mode: str) -> None:
+    options, read = READERS[protocol]
+    change = _change()
+    message = Encoding(mode, None, **options).message(change, "name")
+    event = read(message)
+    assert (event.get_id(), event.get_type()) == (str(change.id), "cdc.order.update")
+    assert (event.get_source(), event.get_subject()) == ("/schemas/public/tables/order", 'é "1" %')
+    assert event.get_time() == _AT
+    assert str(event.get_extension("causedby")) == str(_CAUSE)
+    assert event.get_extension("partitionkey") == message.key == 'order/é "1" %'
+    data = event.get_data()
+    assert isinstance(data, dict)
+    assert data["new"] == {"total": 12.5}
+
+
+@pytest.mark.parametrize("mode", ["structured", "binary"])
+def test_headers_have_what_one_routes_by_without_parsing(mode: str) -> None:
+    message = Encoding(mode, "/shop", separator="_").message(_change(), "name")
+    prefix = "cdc_" if mode == "structured" else "ce_"
+    assert message.headers[f"{prefix}id"] == message.id
+    assert message.headers[f"{prefix}time"] == "2026-01-02T03:04:05.000678Z"
+    assert message.headers[f"{prefix}causedby"] == str(_CAUSE)
+
+
+@pytest.mark.parametrize("mode", ["structured", "binary"])
+def test_no_digit_of_a_number_is_lost(mode: str) -> None:
+    message = Encoding(mode, None, separator="-").message(_change(), "name")
+    found = json.loads(message.body or b"", parse_float=Decimal)
+    assert str((found if mode == "binary" else found["data"])["new"]["total"]) == "12.50"

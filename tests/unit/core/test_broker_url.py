@@ -1,0 +1,103 @@
+"""URLs of brokers, and the names of what changes go to."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdc.core import broker_url
+from cdc.core.deliveries import RejectedError
+from cdc.testing import change as make_change
+
+
+@pytest.mark.parametrize(
+    ("text", "servers", "path", "tls", "options"),
+    [
+        ("nats://h/cdc.{type}", ("h:4222",), ("cdc.{type}",), False, {}),
+        ("nats+tls://h:1,[::1]/a.{table}?ca=/ca.pem", ("h:1", "[::1]:4222"), ("a.{table}",), True, {"ca": "/ca.pem"}),
+        ("redis://h/0/cdc:{type}?maxlen=5", ("h:6379",), ("0", "cdc:{type}"), False, {"maxlen": "5"}),
+        ("rediss://h/12/a/b", ("h:6379",), ("12", "a/b"), True, {}),
+        ("redis://h/0/a%3Fb%20c", ("h:6379",), ("0", "a?b c"), False, {}),
+    ],
+)
+def test_a_url_has_servers_places_a_template_and_options(
+    text: str, servers: tuple[str, ...], path: tuple[str, ...], tls: bool, options: dict[str, str]
+) -> None:
+    found = broker_url.parse(text)
+    assert (found.servers, (*found.places, found.template), found.tls) == (servers, path, tls)
+    assert found.options == options
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("nats://hunter@h/x", "a URL with a user or a password in it"),
+        ("nats://h", "input should be a URL such as nats://"),
+        ("nats://h/", "the subject has characters that are not allowed there, is empty"),
+        ("nats://h:0/x", "the host or the port of this URL cannot be read"),
+        ("nats://h:99999/x", "the host or the port of this URL cannot be read"),
+        ("nats://h,,i/x", "the host or the port of this URL cannot be read"),
+        ("nats://h/x y", "a URL has no blanks"),
+        ("nats://h/x#y", "a fragment"),
+        ("nats://h/a..b", "the subject has characters that are not allowed"),
+        ("nats://h/a.*", "the subject has characters that are not allowed"),
+        ("nats://h/$JS.x", "the subject has characters that are not allowed"),
+        ("nats://h/{typ}", "the subject has a placeholder that does not exist; there are {type} {schema} {table}"),
+        ("nats://h/{type!r}", "the subject has a placeholder that does not exist"),
+        ("nats://h/{}", "the subject has a placeholder that does not exist"),
+        ("nats://h/{type", "the subject has a brace without its other half"),
+        ("nats://h/x?ca=/f", "an option of this URL does not exist; there are creds; ca, cert and key are for TLS"),
+        ("nats+tls://h/x?cafile=/f", "an option of this URL does not exist; there are ca, cert, key, creds"),
+        ("nats+tls://h/x?ca=", "the option ca is empty"),
+        ("nats://h/x?y", "the options of this URL cannot be read"),
+        ("redis://h/cdc", "input should be a URL such as redis://"),
+        ("redis://h/x/cdc", "the database is a number"),
+        ("redis://h/0/cdc?partitions=0", "the option partitions is a whole number, at least 1"),
+        ("redis://h/0/cdc?maxlen=a", "the option maxlen is a whole number, at least 1"),
+    ],
+)
+def test_a_url_that_cannot_be_meant_is_refused_and_not_quoted(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(why)}") as refused:
+        broker_url.parse(text)
+    assert "hunter" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["http://h/", "unix:///s:/", "kafka", "nats+ssl://h/x", "", "://"])
+def test_what_is_no_broker_is_left_to_http(text: str) -> None:
+    assert not broker_url.is_broker(text)
+
+
+def test_a_message_shows_no_option() -> None:
+    assert str(broker_url.parse("nats+tls://h/x?key=/hunter")) == "nats+tls://h:4222/x"
+
+
+@pytest.mark.parametrize(
+    ("template", "entity_type", "schema", "name"),
+    [
+        ("cdc.{type}", "order", "public", "cdc.order"),
+        ("{schema}.{table}.{operation}", "order", None, "_.orders.insert"),
+        ("cdc.{type}", "a.b c*>", "public", "cdc.a_b_c__"),
+        ("cdc.{type}", "größe", "public", "cdc.größe"),
+    ],
+)
+def test_a_name_is_made_of_the_change_and_what_is_not_allowed_in_it_is_replaced(
+    template: str, entity_type: str, schema: str | None, name: str
+) -> None:
+    change = make_change(entity_type, table_schema=schema, table="orders")
+    assert broker_url.parse(f"nats://h/{template}").names().name(change) == name
+
+
+def test_a_name_that_is_too_long_rejects_its_change() -> None:
+    names = broker_url.parse("nats://h/cdc.{type}").names()
+    with pytest.raises(RejectedError, match="longer than 1024 bytes"):
+        names.name(make_change("x" * 1_100))
+
+
+@given(st.text(min_size=1, max_size=50))
+def test_every_type_has_a_subject_that_is_one(entity_type: str) -> None:
+    names = broker_url.parse("nats://h/cdc.{type}").names()
+    assert not names.rules.wrong.search(names.name(make_change(entity_type)))
+    assert names.name(make_change(entity_type)).count(".") == 1
