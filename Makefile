@@ -95,7 +95,12 @@ peers: $(READY)
 	@test $(PEERS)/.ready -nt requirements-bench.txt || { echo "Setting up $(PEERS)" >&2; \
 	  $(BIN)/python -m venv --clear $(PEERS) && \
 	  $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.txt && \
-	  touch $(PEERS)/.ready; } || echo "bench goes without pgqueuer and procrastinate" >&2
+	  touch $(PEERS)/.ready; } || echo "bench goes without pgqueuer, procrastinate and awa" >&2
+	@test $(PEERS)/oban/.ready -nt requirements-bench.txt || { for python in python3 python3.14 python3.13 python3.12; do \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && break; done && \
+	  $$python -m venv --clear $(PEERS)/oban && \
+	  $(PEERS)/oban/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.txt && \
+	  touch $(PEERS)/oban/.ready; } || echo "bench goes without Oban, which needs Python 3.12" >&2
 	@test $(PEERS)/node/.ready -nt $(NODE)/package-lock.json || { ! command -v npm >/dev/null || { mkdir -p $(PEERS)/node && \
 	  cp $(NODE)/package.json $(NODE)/package-lock.json $(PEERS)/node/ && \
 	  npm ci --silent --no-audit --no-fund --ignore-scripts --prefix $(PEERS)/node && touch $(PEERS)/node/.ready; }; } || \

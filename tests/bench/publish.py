@@ -43,6 +43,8 @@ _DRAINED = (
     ("graphile-worker", "graphile", "best"),
     ("pgqueuer", "pgqueuer", "best"),
     ("documented processor", "documented", "settled"),
+    ("awa", "awa", "best"),
+    ("Oban", "oban", "best"),
     ("procrastinate", "procrastinate", "best"),
 )
 

@@ -26,7 +26,12 @@ _PROGRAMS = Path(__file__).with_name("peers")
 _PEERS = _ROOT / ".venv-bench"
 _WITHIN_S = 120.0
 
+_OBAN = _PEERS / "oban"
+"""An environment with a Python that Oban supports, which may be newer than ours."""
 _PGQUEUER_BATCHES = (1_000, 5_000)
+_AWA_WORKERS = ((200, 200), (1_000, 500))
+"""Jobs at a time, and how many of them one statement claims."""
+_OBAN_LIMITS = (20, 100, 500)
 _PROCRASTINATE_CONCURRENCY = (5, 20)
 
 
@@ -47,6 +52,26 @@ def measure_pgqueuer(server: TempServer, size: Size) -> list[Figure]:
     for batch in _PGQUEUER_BATCHES:
         with fresh_database(server) as connection:
             rates[f"batch {batch:,}"] = pgqueuer(connection.info.dsn, size.queued, batch=batch).rate
+    return _with_best(rates)
+
+
+def measure_awa(server: TempServer, size: Size) -> list[Figure]:
+    rates = {}
+    for workers, claimed in _AWA_WORKERS:
+        with fresh_database(server) as connection:
+            program = _python("queue_awa.py", connection.info.dsn, size.queued, workers, claimed)
+            rates[f"{workers:,} workers"] = _told(program).rate
+    return _with_best(rates)
+
+
+def measure_oban(server: TempServer, size: Size) -> list[Figure]:
+    if not (_OBAN / ".ready").exists():
+        raise LeftOutError("Oban is not installed: that takes Python 3.12 or later, and make peers")
+    rates = {}
+    for limit in _OBAN_LIMITS:
+        with fresh_database(server) as connection:
+            command = [str(_OBAN / "bin" / "python"), str(_PROGRAMS / "queue_oban.py"), connection.info.dsn]
+            rates[f"limit {limit}"] = _told([*command, str(10 * size.queued_slow), str(limit)]).rate
     return _with_best(rates)
 
 
@@ -92,14 +117,20 @@ def versions() -> dict[str, object]:
     """Of the peers that are installed."""
     found: dict[str, object] = {}
     if (_PEERS / ".ready").exists():
-        code = "from importlib.metadata import version as v; print(v('pgqueuer'), v('procrastinate'))"
-        command = [str(_PEERS / "bin" / "python"), "-c", code]
-        names = subprocess.run(command, check=True, text=True, capture_output=True).stdout.split()
-        found |= zip(("pgqueuer", "procrastinate"), names, strict=True)
+        found |= _versions(_PEERS, "pgqueuer", "procrastinate", "awa-pg")
+    if (_OBAN / ".ready").exists():
+        found |= _versions(_OBAN, "oban")
     manifest = _PEERS / "node" / "node_modules" / "graphile-worker" / "package.json"
     if manifest.exists():
         found["graphile-worker"] = json.loads(manifest.read_text())["version"]
     return found
+
+
+def _versions(environment: Path, *packages: str) -> dict[str, str]:
+    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    command = [str(environment / "bin" / "python"), "-c", code, *packages]
+    output = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    return dict(zip(packages, output.split(), strict=True))
 
 
 def _python(program: str, *arguments: object) -> list[str]:

@@ -58,6 +58,8 @@ RATIOS = (
     ("drain to floor", ("drain", "settled"), ("floor", "settled")),
     ("drain to pgqueuer", ("drain", "settled"), ("pgqueuer", "best")),
     ("drain to graphile-worker", ("drain", "settled"), ("graphile", "best")),
+    ("drain to awa-pg", ("drain", "settled"), ("awa", "best")),
+    ("drain to Oban", ("drain", "settled"), ("oban", "best")),
     ("drain to procrastinate", ("drain", "settled"), ("procrastinate", "best")),
     ("drain to documented", ("drain", "settled"), ("documented", "settled")),
     ("drain-sync to floor", ("drain-sync", "settled"), ("floor", "settled")),

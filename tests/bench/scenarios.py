@@ -54,6 +54,8 @@ SCENARIOS = {
     "consumers": Scenario("one and two consumers, a handler that awaits 20 ms, 50 at a time each", drain.measure_two),
     "pgqueuer": Scenario("a peer draining no-op jobs", queues.measure_pgqueuer),
     "graphile": Scenario("a peer draining no-op jobs", queues.measure_graphile),
+    "awa": Scenario("a peer draining no-op jobs", queues.measure_awa),
+    "oban": Scenario("a peer draining no-op jobs", queues.measure_oban, Turn.ONCE),
     "procrastinate": Scenario("a peer draining no-op jobs", queues.measure_procrastinate, Turn.ONCE),
     "documented": Scenario("the documented processor, as it is written", queues.measure_documented, Turn.ONCE),
     "latency": Scenario("commit to handler at a steady pace, and NOTIFY for comparison", latency.measure),
