@@ -60,8 +60,9 @@ class Reader:
         self._store = store
         self._barriers = barriers
         self._barriers_at = 0.0
-        """When they are looked at next. At once where one has kept a change from starting; later and later, where not:
+        """When they are looked at next. Soon where one has kept a change from starting; later and later, where not:
         they may be of types that nobody handles."""
+        self._barriers_looked_at = -inf
         self._barriers_pause_s = REPASS_MAX_S
         self._barriers_interval_s = sweep_interval_s
         self._metrics = metrics
@@ -106,6 +107,7 @@ class Reader:
             return False
         try:
             if now >= self._barriers_at:
+                self._barriers_looked_at = now
                 left = await self._barriers.advance(reader)
                 self._barriers_at = now + (self._barriers_pause_s if left else self._barriers_interval_s)
                 self._barriers_pause_s = min(2 * self._barriers_pause_s, self._barriers_interval_s)
@@ -228,7 +230,9 @@ class Reader:
             self._barred()
 
     def _barred(self) -> None:
-        self._barriers_at, self._barriers_pause_s = 0.0, REPASS_MAX_S
+        """One look is for all barriers, and each type that one keeps from starting is read again so often."""
+        self._barriers_at = min(self._barriers_at, self._barriers_looked_at + REPASS_MAX_S)
+        self._barriers_pause_s = REPASS_MAX_S
 
     def _measure(self, page: OutboxPage, began: float) -> float:
         """A page has come. Returns the time."""

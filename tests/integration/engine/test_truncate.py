@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +357,36 @@ async def test_the_next_one_of_a_type_is_found_at_the_next_look_however_many_wai
             await looking.advance(connection)
             assert orders.execute("SELECT clear FROM cdc_barriers WHERE seq = %s", [seq]).fetchall() == [(True,)]
             orders.execute("UPDATE entity_changes SET processed = true WHERE seq = %s", [seq])
+
+
+async def test_one_look_every_half_second_is_enough_for_all_types_that_are_kept_from_starting(
+    outbox: str, orders: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = list[float]()
+    advance = barriers.Barriers.advance
+
+    async def counted(self: barriers.Barriers, connection: psycopg.AsyncConnection) -> bool:
+        looks.append(time.monotonic())
+        return await advance(self, connection)
+
+    monkeypatch.setattr(barriers.Barriers, "advance", counted)
+    router = cdc.Router()
+    router.on("*")(handler("at once", lambda changes: None))
+
+    @router.on("order", "TRUNCATE")
+    async def waits(change: cdc.Change) -> None:
+        raise cdc.Retry(after=3600)
+
+    truncate(orders)
+    orders.execute(
+        "INSERT INTO cdc_barriers (entity_type, seq, id)"
+        " SELECT 'type ' || n, seq, id FROM cdc_barriers, generate_series(1, 60) AS n"
+    )
+    orders.execute("SELECT publish_change('type ' || n, '1') FROM generate_series(1, 60) AS n")
+    async with consuming(outbox, router):
+
+        async def looked() -> bool:
+            return len(looks) >= 6
+
+        await eventually_async(looked, within_s=60)
+    assert [later - one for one, later in pairwise(looks) if later - one < 0.45] == []
