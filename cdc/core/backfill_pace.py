@@ -2,11 +2,16 @@
 
 Theory
 ------
-Rows are read in pages, each in a transaction that holds the locks of its rows. Three things bound a page:
+Rows are read in pages, each in a transaction that holds the locks of its rows. Four things bound a page, or when it
+comes:
 
 - *The backlog.* Of what was written, at most ``backlog`` changes may be unsettled. So the rows of a backfill never fill
   a consumer's window, a handler that fails stops it, and what the application writes waits for few of them.
 - *The rate*, in rows a second. A page takes as long as its rows may, so pages of a slow one are small.
+- *Others.* A page keeps one processor busy, and what it wrote another. Where a server has no more than these, a change
+  that is written meanwhile waits for one of them, up to a turn of the scheduler at each of its steps. So while others
+  write, a rest of twice its length follows each page. That others write is seen by the numbers: a page draws
+  successive ones, unless somebody draws some in between.
 - *Locked rows.* A page that met a row that somebody has locked is given up and read again at a quarter of its size.
   At one row it holds no other while it waits. Each page that succeeds doubles the size.
 
@@ -15,12 +20,14 @@ With a condition few of the rows that are examined may be written; then more are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 PAGE_MAX = 200
 """Rows written in a transaction: some 20 ms of locks."""
-_PAGES = 5
-"""In a backlog: what a consumer gets at once is small, and it has some more while the next is read."""
+_PAGES = 2.5
+"""In a backlog: what a consumer gets at once is small, and it has some more while the next is read. Most of what a page
+of 20 rows costs is the page."""
 _EXAMINED_MAX = 20_000
 """Rows examined for a page: some 20 ms."""
 _PAGE_S = 0.2
@@ -28,6 +35,10 @@ _PAGE_S = 0.2
 _ASK_AGAIN_S, _ASK_AGAIN_MAX_S = 0.005, 0.5
 """Whoever pauses it waits no longer than that."""
 _LOCKED_S = 0.2
+_RESTS, _REST_MAX_S = 2.0, 1.0
+"""While others write, how many times as long as a page the rest after it is."""
+_OTHERS_S = 1.0
+"""So long after others have drawn a number they are taken to write."""
 
 
 class Page(NamedTuple):
@@ -38,7 +49,7 @@ class Page(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """``seconds`` until the next may be asked for: because of the rate, unless one of the others is true.
+    """``seconds`` until the next may be asked for: because of the rate or of others, unless one of these is true.
 
     ``backlog``: because of what is not settled. ``locked``: because the page met a row that somebody has locked.
     """
@@ -55,12 +66,14 @@ class BackfillPace:
         self._rate = rate
         self._backlog = backlog
         of_rate = PAGE_MAX if rate is None else int(rate * _PAGE_S)
-        self._size_max = max(1, min(PAGE_MAX, backlog // _PAGES, of_rate))
+        self._size_max = max(1, min(PAGE_MAX, int(backlog / _PAGES), of_rate))
         self._size = self._size_max
         self._examined = self._size
         self._not_before = 0.0
         self._locked = False
         self._ask_again_s = _ASK_AGAIN_S
+        self._last_seq: int | None = None
+        self._others_until = 0.0
 
     @property
     def wants_count(self) -> int:
@@ -72,20 +85,30 @@ class BackfillPace:
         if now < self._not_before:
             return Wait(min(self._not_before - now, _ASK_AGAIN_MAX_S), locked=self._locked)
         room = min(self._size, self._backlog - unsettled)
-        if room < self._size and room < self._size_max // 2 + 1:
+        if room < self._size and 2 * room < self._size_max:
             seconds, self._ask_again_s = self._ask_again_s, min(self._ask_again_s * 1.5, _ASK_AGAIN_MAX_S)
             return Wait(seconds, backlog=True)
         self._ask_again_s = _ASK_AGAIN_S
         return Page(room, max(room, self._examined))
 
-    def done(self, page: Page, written: int, now: float) -> None:
-        """The page is read and committed."""
-        self._locked = False
+    def done(self, page: Page, seqs: Sequence[int], began: float, now: float) -> None:
+        """The page, begun at ``began``, is read and committed, as changes of these numbers."""
+        self._locked, written = False, len(seqs)
         if self._rate:
             self._not_before = max(now, self._not_before) + written / self._rate
+        if self._others_write(seqs, now):
+            self._not_before = max(self._not_before, now + min(_RESTS * (now - began), _REST_MAX_S))
         self._size = min(self._size * 2, self._size_max)
         factor = 2 if written < page.write // 2 + 1 else 0.5
         self._examined = min(max(int(page.examine * factor), self._size), _EXAMINED_MAX)
+
+    def _others_write(self, seqs: Sequence[int], now: float) -> bool:
+        if seqs:
+            first = seqs[0] - 1 if self._last_seq is None else self._last_seq
+            self._last_seq = seqs[-1]
+            if self._last_seq - first > len(seqs):
+                self._others_until = now + _OTHERS_S
+        return now < self._others_until
 
     def locked(self, now: float) -> None:
         """Somebody had locked a row of the page; it was given up."""

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from math import inf
 from typing import Any
 from uuid import UUID
 
@@ -47,6 +48,8 @@ BACKLOG = 50
 UNFINISHED = ("running", "paused")
 _LOCK = 0x63646303
 """First key of the lock held by who works on a backfill; the second is a hash of the schema's name and its number."""
+_LOOK_S = 0.2
+"""While it waits, until it looks again whether somebody has paused it; each page looks as well."""
 _DIGITS_MAX = 9
 """Of a backfill's number; what is longer is a name."""
 
@@ -98,6 +101,7 @@ class Progress:
 class _Page:
     state: str
     examined: int = 0
+    seqs: Sequence[int] = ()
     ids: Sequence[UUID] = ()
 
 
@@ -248,13 +252,16 @@ class Backfills:
         pace = BackfillPace(rate=backfill.rate, backlog=backfill.backlog)
         unsettled: list[UUID] = []
         progress = Progress(backfill.examined, backfill.written)
+        looked_at = -inf
         while progress.state == "running":
             if len(unsettled) > pace.wants_count:
                 unsettled = self._ids(connection, "unsettled", {"ids": unsettled})
-            turn = pace.next(len(unsettled), time.monotonic())
+            turn = pace.next(len(unsettled), began := time.monotonic())
             if isinstance(turn, Wait):
-                row = connection.execute(self._statements["state"], {"id": backfill.id}).fetchone()
-                progress = replace(progress, state=row[0] if row else "cancelled")
+                if began - looked_at >= _LOOK_S:
+                    looked_at = began
+                    row = connection.execute(self._statements["state"], {"id": backfill.id}).fetchone()
+                    progress = replace(progress, state=row[0] if row else "cancelled")
                 yield replace(progress, waits=turn, unsettled=len(unsettled))
                 continue
             try:
@@ -262,7 +269,7 @@ class Backfills:
             except errors.LockNotAvailable:
                 pace.locked(time.monotonic())
                 continue
-            pace.done(turn, len(done.ids), time.monotonic())
+            pace.done(turn, done.seqs, began, looked_at := time.monotonic())
             unsettled += done.ids
             progress = Progress(progress.examined + done.examined, progress.written + len(done.ids), done.state)
             yield replace(progress, unsettled=len(unsettled))
@@ -288,7 +295,7 @@ class Backfills:
             ids = self._ids(connection, "advance", {**given, "seqs": written.seqs, "shards": written.shards})
             failpoints.here("backfill.before_commit")
         failpoints.here("backfill.after_commit")
-        return _Page("running", examined, ids)
+        return _Page("running", examined, written.seqs, ids)
 
     def _ids(self, connection: psycopg.Connection, statement: str, given: dict[str, Any]) -> list[UUID]:
         return [id_ for (id_,) in connection.execute(self._statements[statement], given).fetchall()]

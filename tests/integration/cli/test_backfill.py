@@ -319,7 +319,7 @@ def test_it_writes_no_more_than_its_backlog_while_nothing_is_handled(
         outbox_db.execute("UPDATE entity_changes SET next_attempt_at = now() WHERE NOT processed")
         assert all(step.written == 120 for step, _ in zip(steps, range(3), strict=False)), "what fails stops it"
         outbox_db.execute("UPDATE entity_changes SET dead_at = now(), next_attempt_at = NULL WHERE NOT processed")
-        assert next(each for each in steps if not each.waits).written == 126
+        assert next(each for each in steps if not each.waits).written == 132
 
 
 def test_its_memory_does_not_depend_on_how_many_rows_there_are(outbox: str, outbox_db: psycopg.Connection) -> None:
@@ -467,10 +467,10 @@ def test_what_is_excluded_meanwhile_is_not_read_any_more(outbox: str, outbox_db:
     backfills = Backfills("public")
     with closing(_connected(outbox)) as mine:
         steps = backfills.work(mine, backfills.start(mine, "orders"))
-        assert next(steps).written == 10
+        assert next(steps).written == 20
         tracking.track(outbox_db, "public", "orders", exclude=["card"])
         next(steps)
-    assert [("card" in row) for _, row in read(outbox_db)] == [True] * 10 + [False] * 10
+    assert [("card" in row) for _, row in read(outbox_db)] == [True] * 20 + [False] * 20
 
 
 def test_rows_that_come_after_the_start_are_captured_and_not_read(outbox: str, outbox_db: psycopg.Connection) -> None:
@@ -567,7 +567,7 @@ def test_a_table_that_is_untracked_meanwhile_is_read_no_further(outbox: str, out
     orders(outbox_db, 100)
     backfills = Backfills("public")
     with closing(_connected(outbox)) as mine:
-        steps = backfills.work(mine, backfills.start(mine, "orders", backlog=250))
+        steps = backfills.work(mine, backfills.start(mine, "orders", backlog=125))
         next(steps)
         tracking.untrack(outbox_db, "public", "orders")
         with pytest.raises(RefusedError, match="not tracked"):
@@ -584,7 +584,7 @@ def test_columns_that_change_meanwhile_are_read_as_they_are(
     orders(outbox_db, 100)
     backfills = Backfills("public")
     with closing(_connected(outbox)) as mine:
-        steps = backfills.work(mine, backfills.start(mine, "orders", backlog=250))
+        steps = backfills.work(mine, backfills.start(mine, "orders", backlog=125))
         next(steps)
         outbox_db.execute(f"ALTER TABLE orders {meanwhile}".encode())
         assert [step.written for step in steps][-1] == 100
@@ -608,7 +608,7 @@ def test_a_table_that_changes_meanwhile_is_told_from_an_outbox_that_does_not_fit
     orders(outbox_db, 100)
     backfills = Backfills("public")
     with closing(_connected(outbox)) as mine:
-        begun = backfills.start(mine, "orders", condition="total > 0", backlog=250)
+        begun = backfills.start(mine, "orders", condition="total > 0", backlog=125)
         steps = backfills.work(mine, begun)
         next(steps)
         outbox_db.execute(meanwhile.encode())
@@ -633,7 +633,7 @@ def test_another_table_that_takes_its_name_meanwhile_is_not_read(outbox: str, ou
     tracking.track(outbox_db, "public", "newer", exclude=["card"])
     backfills = Backfills("public")
     with closing(_connected(outbox)) as mine:
-        steps = backfills.work(mine, backfills.start(mine, "orders", backlog=250))
+        steps = backfills.work(mine, backfills.start(mine, "orders", backlog=125))
         next(steps)
         outbox_db.execute("BEGIN; ALTER TABLE orders RENAME TO older; ALTER TABLE newer RENAME TO orders; COMMIT")
         with pytest.raises(RefusedError, match="not tracked"):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.core.backfill_pace import PAGE_MAX, BackfillPace, Page, Wait
+
+
+def wrote(pace: BackfillPace, page: Page, rows: int, now: float, *, first: int = 1) -> None:
+    """The page took no time, and wrote so many rows, numbered from ``first`` on."""
+    pace.done(page, range(first, first + rows), now, now)
 
 
 def test_pages_are_full_while_what_was_written_is_settled() -> None:
@@ -13,7 +19,7 @@ def test_pages_are_full_while_what_was_written_is_settled() -> None:
     for _ in range(3):
         page = pace.next(0, 0.0)
         assert page == Page(PAGE_MAX, PAGE_MAX)
-        pace.done(page, PAGE_MAX, 0.0)
+        wrote(pace, page, PAGE_MAX, 0.0)
 
 
 def test_it_waits_longer_and_longer_for_a_backlog_that_does_not_shrink() -> None:
@@ -42,7 +48,7 @@ def test_the_rate_and_the_backlog_hold_whatever_happens(
         if isinstance(turn, Page):
             largest = max(largest, turn.write)
             written, unsettled = written + turn.write, unsettled + turn.write
-            pace.done(turn, turn.write, now)
+            wrote(pace, turn, turn.write, now)
         assert unsettled <= backlog
         assert written <= rate * now + largest + 1e-6
         if settles:
@@ -50,7 +56,7 @@ def test_the_rate_and_the_backlog_hold_whatever_happens(
 
 
 def test_a_page_that_met_a_locked_row_is_read_again_smaller_down_to_one_row_and_grows_again() -> None:
-    pace = BackfillPace(rate=None, backlog=250)
+    pace = BackfillPace(rate=None, backlog=125)
     sizes, now = list[int](), 0.0
     for _ in range(5):
         pace.locked(now)
@@ -62,14 +68,14 @@ def test_a_page_that_met_a_locked_row_is_read_again_smaller_down_to_one_row_and_
         assert isinstance(page, Page)
         sizes.append(page.write)
     assert sizes == [12, 3, 1, 1, 1]
-    pace.done(Page(1, 1), 1, now)
+    wrote(pace, Page(1, 1), 1, now)
     assert pace.next(0, now) == Page(2, 2)
 
 
 def test_a_wait_for_the_rate_after_a_locked_row_is_none_for_the_lock() -> None:
     pace = BackfillPace(rate=1, backlog=50)
     pace.locked(0.0)
-    pace.done(Page(1, 1), 1, 0.25)
+    wrote(pace, Page(1, 1), 1, 0.25)
     assert pace.next(0, 0.25) == Wait(0.5)
 
 
@@ -79,7 +85,35 @@ def test_where_few_rows_are_wanted_more_are_examined_up_to_a_bound_and_fewer_aga
         page = pace.next(0, 0.0)
         assert isinstance(page, Page)
         examined.append(page.examine)
-        pace.done(page, written, 0.0)
+        wrote(pace, page, written, 0.0)
     assert examined[:4] == [200, 400, 800, 1_600]
     assert examined[12] == 20_000
     assert examined[-1] == 200
+
+
+def test_while_others_write_it_rests_twice_as_long_as_each_page_took_and_a_second_later_no_more() -> None:
+    pace = BackfillPace(rate=None, backlog=50)
+    pace.done(Page(20, 20), range(1, 21), 0.0, 0.0625)
+    assert isinstance(pace.next(0, 0.0625), Page), "nobody else"
+    pace.done(Page(20, 20), range(22, 42), 0.0625, 0.125)
+    assert pace.next(0, 0.125) == Wait(0.125), "21 is another's"
+    pace.done(Page(20, 20), range(42, 62), 0.875, 0.9375)
+    assert pace.next(0, 0.9375) == Wait(0.125), "who writes seldom counts, too"
+    pace.done(Page(20, 20), range(62, 82), 1.125, 1.1875)
+    assert isinstance(pace.next(0, 1.1875), Page)
+
+
+@pytest.mark.parametrize("seqs", [(1, 3), (7, 9)])
+def test_what_others_write_during_a_page_counts_from_the_first_page_on(seqs: tuple[int, ...]) -> None:
+    pace = BackfillPace(rate=None, backlog=50)
+    pace.done(Page(20, 20), seqs, 0.0, 0.5)
+    assert isinstance(pace.next(0, 0.5), Wait)
+
+
+def test_the_rest_after_a_page_has_a_bound_and_the_rate_holds_beside_it() -> None:
+    pace = BackfillPace(rate=100, backlog=50)
+    pace.done(Page(20, 20), (1, 3), 0.0, 60.0)
+    assert isinstance(pace.next(0, 60.9), Wait)
+    assert isinstance(pace.next(0, 61.0), Page)
+    pace.done(Page(20, 20), range(4, 24), 61.0, 61.001)
+    assert isinstance(pace.next(0, 61.1), Wait), "20 rows of 100 a second"
