@@ -20,7 +20,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -31,10 +31,15 @@ import cdc
 
 GROUPED = ("kept_transactional", "kept_transactional_sync")
 """Those of which several changes may share a transaction."""
-TRANSACTIONAL = (*GROUPED, "kept_batch_transactional")
+TRANSACTIONAL = (*GROUPED, "kept_batch_transactional", "kept_latest_transactional", "kept_truncated")
 """Those whose handlers also leave an effect in the database, through the connection they are given."""
-KINDS = ("kept_async", "kept_sync", "kept_batch", *TRANSACTIONAL)
+KINDS = ("kept_async", "kept_sync", "kept_batch", *GROUPED, "kept_batch_transactional")
 """Tracked tables, entity types and handlers in one: a new way to write handlers gets its table by its name here."""
+LATEST = ("kept_latest", "kept_latest_transactional")
+"""Those whose handlers get one call for what waits of a key."""
+TRUNCATED = "kept_truncated"
+"""The one whose table is truncated."""
+ALL_KINDS = (*KINDS, *LATEST, TRUNCATED)
 EFFECTS = """
 CREATE TABLE effects (
   number bigint GENERATED ALWAYS AS IDENTITY, seq bigint NOT NULL, type text NOT NULL, key text NOT NULL
@@ -78,7 +83,11 @@ def takes_s(change: cdc.Change) -> float:
 
 
 def _token(change: cdc.Change) -> str:
-    return str((change.new or change.old)["token"])
+    return str((change.new or change.old or {}).get("token"))
+
+
+def _token_of(row: Mapping[str, object] | None) -> object:
+    return None if row is None else row["token"]
 
 
 def _dice(text: str) -> float:
@@ -141,6 +150,37 @@ async def keep_batch_transactional(changes: list[cdc.Change], connection: psycop
             raise cdc.Failed(failed)
 
 
+@router.on("kept_latest", latest=True, settle=0.05, at_most=0.5, max_attempts=MAX_ATTEMPTS)
+async def keep_latest(change: cdc.Change) -> None:
+    with _call([change]):
+        await _pass([change])
+        _fail_if_meant(change)
+
+
+@router.on("kept_latest_transactional", latest=True, max_attempts=MAX_ATTEMPTS)
+async def keep_latest_transactional(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+    with _call([change]):
+        await connection.execute(_EFFECT, [change.seq, *change.key])
+        await _pass([change])
+        _fail_if_meant(change)
+
+
+@router.on(TRUNCATED, max_attempts=MAX_ATTEMPTS)
+async def keep_truncated(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+    with _call([change]):
+        await connection.execute(_EFFECT, [change.seq, *change.key])
+        await _pass([change])
+        _fail_if_meant(change)
+
+
+@router.on(TRUNCATED, "TRUNCATE", max_attempts=MAX_ATTEMPTS)
+async def keep_truncate(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+    with _call([change]):
+        await connection.execute(_EFFECT, [change.seq, *change.key])
+        await _pass([change])
+        _fail_if_meant(change)
+
+
 @router.on(ODD, max_attempts=2)
 async def refuse(change: cdc.Change) -> None:
     """Reads all there is to read, and fails with a text that no row can hold as it is."""
@@ -168,7 +208,10 @@ def _troubles(changes: Sequence[cdc.Change]) -> dict[cdc.Change, BaseException |
 def _call(changes: Sequence[cdc.Change]) -> Iterator[None]:
     call = next(_numbers)
     about = [[change.entity_type, change.entity_id, change.seq, change.attempt] for change in changes]
-    _write({"call": call, "changes": about, "start": time.time()})
+    entry: dict[str, object] = {"call": call, "changes": about, "start": time.time()}
+    if changes[0].entity_type in LATEST:
+        entry["stands_for"] = [changes[0].coalesced, _token_of(changes[0].old), _token_of(changes[0].new)]
+    _write(entry)
     if any(_token(change).startswith(POISON) for change in changes):
         os._exit(1)
     hows = ["cut off"] * len(changes)

@@ -21,12 +21,14 @@ from typing import NamedTuple
 import psycopg
 
 from tests.faults.ledger import Verdict, judge
+from tests.faults.operators import OPERATOR
 from tests.faults.stage import SLOT, TIMEOUT_S, Stage, pause
 from tests.handlers_ledger import ODD
 from tests.refusals import MARKS, SHARDS, refusing
 
 CONNECTIONS = (
     "cdc: shards", "cdc: reader", "cdc: listener", "cdc: stream", "cdc: relay", "cdc: collector", "cdc: handlers",
+    "cdc: due",
 )  # fmt: skip
 _TAKE_OVER_S = 20.0
 _TELL_EVERY_S = 30.0
@@ -106,6 +108,11 @@ def _frozen(stage: Stage, place: int) -> Iterator[None]:
 def terminate(stage: Stage, draw: Draw) -> None:
     """pg_terminate_backend of one kind of connection, of one consumer or of all."""
     stage.end_backends(draw.connection, None if draw.everywhere else draw.place)
+
+
+def end_operator(stage: Stage, draw: Draw) -> None:
+    """A backfill or a replay ends in the middle."""
+    stage.end_backends(OPERATOR)
 
 
 def restart(stage: Stage, draw: Draw) -> None:
@@ -290,7 +297,8 @@ def crowd(stage: Stage, draw: Draw) -> None:
 
 Fault = Callable[[Stage, Draw], None]
 WEIGHTS: dict[Fault, int] = {
-    kill: 6, replace: 2, freeze: 2, freeze_and_lose: 4, freeze_beyond_every_limit: 2, terminate: 8, restart: 1,
+    kill: 6, replace: 2, freeze: 2, freeze_and_lose: 4, freeze_beyond_every_limit: 2, terminate: 8, end_operator: 2,
+    restart: 1,
     crash: 2, cut: 3, cut_writers: 2, hold: 2, hold_and_lose: 2, lose_answers: 2, lose_commits: 3,
     lose_writers_commits: 1, slow: 2, drop_slot: 1, lock_row: 2, lock_table: 1, write_odd: 1, refuse: 4, fill_disk: 2,
     cancel: 3, deadlock: 2, crowd: 1,

@@ -19,6 +19,11 @@ order: the first call of a change starts after every earlier change of its key w
 with it, a batch, which names them in order. That holds even for a consumer that has lost its session, because it too
 goes through a key in order.
 
+A call for the latest is one call for all the changes of its key that it stood for, as a batch is, and is given the row
+before the first of them and that after the last. A TRUNCATE starts when all of its type before it is settled, and
+nothing after it starts before it is settled itself. A READ says what the change of its row before it has left, once in
+a backfill. A replay names each change once, in their order.
+
 A change is dead because its last attempt failed, or because it counts that its process died in it. An attempt may
 count without a call that shows it only if a process was killed.
 """
@@ -33,7 +38,7 @@ from itertools import accumulate, pairwise
 from math import inf
 from typing import NamedTuple
 
-from tests.handlers_ledger import GROUPED, MAX_ATTEMPTS, TRANSACTIONAL
+from tests.handlers_ledger import GROUPED, LATEST, MAX_ATTEMPTS, TRANSACTIONAL
 
 NOTICE_S = 5.0
 """A consumer asks its session once a second; the rest is for a machine that is busy with three of them."""
@@ -44,14 +49,21 @@ Key = tuple[str, str]
 
 
 class Write(NamedTuple):
-    """What one statement did to one row. ``token``: what it wrote there, or, of a DELETE, what it deleted."""
+    """What one statement did to one row. ``token``: what it wrote there, or, of a DELETE, what it deleted.
+
+    Of a TRUNCATE it is the number of the change. A token with an ``@`` is of an event that was due at that time.
+    """
 
     what: str
     token: str
 
 
 class Captured(NamedTuple):
-    """A row of entity_changes. ``before`` and ``after``: the tokens in old_data and new_data."""
+    """A row of entity_changes. ``before`` and ``after``: the tokens in old_data and new_data.
+
+    ``into``: the change whose call stood for this one. ``replays``: the change that this one replays; ``backfill``: of
+    a READ.
+    """
 
     seq: int
     key: Key
@@ -60,9 +72,19 @@ class Captured(NamedTuple):
     after: str | None
     state: str
     settled_at: float | None
+    into: int | None = None
+    replays: int | None = None
+    backfill: int | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """By an application, not by an operator."""
+        return self.operation != "READ" and self.replays is None
 
     @property
     def write(self) -> Write:
+        if self.operation == "TRUNCATE":
+            return Write("TRUNCATE", str(self.seq))
         if self.operation == "DELETE":
             return Write("DELETE", str(self.before))
         return Write("WRITE", str(self.after))
@@ -73,6 +95,8 @@ class Call(NamedTuple):
 
     ``end`` is when the process ended if the call did not. ``how``: returned; failed; cut off; killed, with its process;
     given back, because another one of its batch failed; snoozed, which is no attempt.
+
+    ``stood_for`` so many changes of the key, the last of them ``seq``, with the tokens in ``old`` and ``new``.
     """
 
     consumer: str
@@ -83,6 +107,9 @@ class Call(NamedTuple):
     end: float
     how: str
     batch: int | None = None
+    stood_for: int = 1
+    old: str | None = None
+    new: str | None = None
 
     @property
     def final(self) -> bool:
@@ -125,6 +152,8 @@ class Evidence:
     """When a consumer was stopped, or could not hear the server."""
     kills: int = 0
     """Consumers that ended without a word."""
+    replays_from: list[int] = field(default_factory=list)
+    """The newest number at the beginning of each replay; no change is replayed by two of them."""
 
 
 @dataclass
@@ -146,16 +175,42 @@ def judge(evidence: Evidence) -> Verdict:
     for row in sorted(evidence.captured):
         rows[row.key].append(row)
     sessions = _Sessions(evidence)
-    violations = [*_capture_faults(evidence), *_effect_faults(evidence)]
-    violations += [*_stray_calls(evidence), *sessions.late_starts()]
+    violations = [*_capture_faults(evidence), *_effect_faults(evidence), *_replay_faults(evidence)]
+    violations += [*_stray_calls(evidence), *_truncate_faults(evidence), *sessions.late_starts()]
+    truncates = _truncates(evidence)
     for key, changes in rows.items():
-        violations += _chain_faults(key, changes)
-        violations += _end_faults(changes, by_key[key], evidence.kills)
-        violations += _order_faults(key, changes, by_key[key])
-        violations += _batch_faults(key, by_key[key])
-        violations += _overlap_faults(key, by_key[key], sessions)
-        violations += _repeat_faults(key, changes, by_key[key], sessions)
+        violations += _chain_faults(key, changes, truncates[key[0]])
+        violations += _read_faults(key, changes)
+        violations += _latest_faults(key, changes, by_key[key])
+        calls = list(_as_batches(changes, by_key[key]))
+        violations += _due_faults(changes, calls)
+        violations += _end_faults(changes, calls, evidence.kills)
+        for replays in (False, True):  # a replay locks no row: it comes behind what is there when it is made
+            violations += _order_faults(key, [row for row in changes if (row.replays is not None) is replays], calls)
+        violations += _batch_faults(key, calls)
+        violations += _overlap_faults(key, calls, sessions)
+        violations += _repeat_faults(key, changes, calls, sessions)
     return Verdict(violations, _figures(evidence, sessions))
+
+
+def _as_batches(changes: Sequence[Captured], calls: Sequence[Call]) -> Iterator[Call]:
+    """A call that stood for several changes is a batch of them."""
+    places = {row.seq: place for place, row in enumerate(changes)}
+    for number, call in enumerate(calls, 1):
+        if call.stood_for == 1 or (place := places.get(call.seq)) is None:
+            yield call
+        else:
+            for row in changes[max(0, place + 1 - call.stood_for) : place + 1]:
+                yield call._replace(seq=row.seq, batch=-number, stood_for=1)
+
+
+def _truncates(evidence: Evidence) -> dict[str, list[int]]:
+    """Their numbers, by type."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for row in sorted(evidence.captured):
+        if row.operation == "TRUNCATE":
+            found[row.key[0]].append(row.seq)
+    return found
 
 
 # --- rules ---------------------------------------------------------------------------------------------------------
@@ -166,6 +221,8 @@ def _capture_faults(evidence: Evidence) -> list[str]:
     seen: set[Write] = set()
     faults = []
     for row in evidence.captured:
+        if not row.is_written:
+            continue
         if row.write in seen:
             faults.append(f"captured twice: {row.write}")
         seen.add(row.write)
@@ -177,18 +234,98 @@ def _capture_faults(evidence: Evidence) -> list[str]:
 
 
 def _end_faults(changes: Sequence[Captured], calls: Sequence[Call], kills: int) -> Iterator[str]:
-    """Each change is processed, and a call of it returned; or dead, and all its attempts are accounted for."""
+    """Each change is processed, and a call of it returned; or dead, and all its attempts are accounted for.
+
+    What was coalesced has the end of the change it was coalesced into, a later one of its key. The attempts of all are
+    those of the first.
+    """
     returned = {call.seq for call in calls if call.how == "returned"}
     spent: dict[int, set[int]] = defaultdict(set)
     for call in calls:
         if call.spent:
             spent[call.seq].add(call.attempt)
+    ends = {row.seq: row for row in changes if row.into is None}
+    shown: dict[int, int] = defaultdict(int)
     for row in changes:
-        shown = len(spent[row.seq])
-        lives = row.state == "processed" and row.seq in returned
-        if not lives and not (row.state == "dead" and shown + min(kills, 1) >= MAX_ATTEMPTS):
-            last = next((call for call in reversed(calls) if call.seq == row.seq), None)
-            yield f"lost: {row.seq} of {row.key} is {row.state} after {shown} attempts, the last: {last}"
+        last = row.into or row.seq
+        shown[last] = max(shown[last], len(spent[row.seq]))
+    for row in changes:
+        end = ends.get(row.into or row.seq)
+        if end is None or end.seq < row.seq or (row.into and row.state != "processed"):
+            yield f"lost: {row.seq} of {row.key} is {row.state}, coalesced into {row.into}, which cannot stand for it"
+            continue
+        lives = end.state == "processed" and row.seq in returned
+        if not lives and not (end.state == "dead" and shown[end.seq] + min(kills, 1) >= MAX_ATTEMPTS):
+            seen = next((call for call in reversed(calls) if call.seq == row.seq), None)
+            yield f"lost: {row.seq} of {row.key} is {row.state} after {shown[end.seq]} attempts, the last: {seen}"
+
+
+def _latest_faults(key: Key, changes: Sequence[Captured], calls: Sequence[Call]) -> Iterator[str]:
+    """A call that stood for several changes had the row before the first of them, and that after the last."""
+    places = {row.seq: place for place, row in enumerate(changes)}
+    for call in calls:
+        if key[0] not in LATEST or (place := places.get(call.seq)) is None:
+            continue
+        first = place + 1 - call.stood_for
+        if first < 0 or (call.old, call.new) != (changes[first].before, changes[place].after):
+            yield f"not what it stood for: {call}, the last of {changes[max(0, first) : place + 1][:5]}"
+
+
+def _due_faults(changes: Sequence[Captured], calls: Sequence[Call]) -> Iterator[str]:
+    due = {row.seq: float(row.after.partition("@")[2]) for row in changes if row.after and "@" in row.after}
+    for call in calls:
+        if call.start < due.get(call.seq, 0.0):
+            yield f"called before it was due, at {due[call.seq]}: {call}"
+
+
+def _read_faults(key: Key, changes: Sequence[Captured]) -> list[str]:
+    """A backfill reads a row once."""
+    reads = Counter(row.backfill for row in changes if row.operation == "READ" and row.replays is None)
+    return [f"read {count} times by backfill {number}: {key}" for number, count in reads.items() if count > 1]
+
+
+def _replay_faults(evidence: Evidence) -> Iterator[str]:
+    """Each replayed change is named once and repeated as it was; those of a replay come in their order."""
+    captured = {row.seq: row for row in evidence.captured}
+    named = set[int]()
+    last: dict[tuple[Key, int], int] = {}
+    for row in sorted(evidence.captured):
+        if row.replays is None:
+            continue
+        old = captured.get(row.replays)
+        if old is None or old[1:5] != row[1:5] or old.replays is not None:
+            yield f"replays something else: {row} names {old}"
+        if row.replays in named:
+            yield f"replayed twice: {row.replays} by {row.seq} of {row.key}"
+        named.add(row.replays)
+        replay = row.key, bisect_right(evidence.replays_from, row.seq)
+        if row.replays < last.get(replay, 0):
+            yield f"replayed out of order: {row.replays} of {row.key} after {last[replay]}"
+        last[replay] = row.replays
+
+
+def _truncate_faults(evidence: Evidence) -> Iterator[str]:
+    """All of its type that comes before it is settled when it starts, and it when anything after it starts.
+
+    Effects say the same by another clock, that of the database.
+    """
+    first: dict[int, float] = {}
+    for call in evidence.calls:
+        first[call.seq] = min(call.start, first.get(call.seq, inf))
+    numbers = {effect.seq: effect.number for effect in evidence.effects}
+    for type_, seqs in _truncates(evidence).items():
+        rows = [row for row in evidence.captured if row.key[0] == type_]
+        for truncate in (row for row in rows if row.seq in seqs):
+            starts, ends = first.get(truncate.seq, inf), truncate.settled_at or inf
+            number = numbers.get(truncate.seq)
+            for row in rows:
+                before = row.seq < truncate.seq
+                if before and (row.settled_at or inf) > starts:
+                    yield f"truncated too early: {truncate.seq} of {type_}, before {row.seq} was settled"
+                if row.seq > truncate.seq and first.get(row.seq, inf) < ends:
+                    yield f"truncated too late: {truncate.seq} of {type_}, after {row.seq} was called"
+                if row is not truncate and number and row.seq in numbers and before != (numbers[row.seq] < number):
+                    yield f"truncated out of order: the effects of {truncate.seq} of {type_} and of {row.seq}"
 
 
 def _stray_calls(evidence: Evidence) -> list[str]:
@@ -201,27 +338,29 @@ def _effect_faults(evidence: Evidence) -> list[str]:
     counts = Counter(effect.seq for effect in evidence.effects)
     faults = []
     for row in evidence.captured:
-        should = int(row.key[0] in TRANSACTIONAL and row.state == "processed")
+        should = int(row.key[0] in TRANSACTIONAL and row.state == "processed" and row.into is None)
         if counts[row.seq] != should:
             faults.append(f"{counts[row.seq]} effects instead of {should}: {row.seq} of {row.key}")
-    last: dict[Key, int] = {}
+    replays = {row.seq for row in evidence.captured if row.replays is not None}
+    last: dict[tuple[Key, bool], int] = {}
     for effect in sorted(evidence.effects):
-        if effect.seq < last.get(effect.key, 0):
-            faults.append(f"effects out of order: {effect.seq} of {effect.key} after {last[effect.key]}")
-        last[effect.key] = effect.seq
+        ordered = effect.key, effect.seq in replays
+        if effect.seq < last.get(ordered, 0):
+            faults.append(f"effects out of order: {effect.seq} of {effect.key} after {last[ordered]}")
+        last[ordered] = effect.seq
     return faults
 
 
-def _chain_faults(key: Key, changes: Sequence[Captured]) -> list[str]:
+def _chain_faults(key: Key, changes: Sequence[Captured], truncates: Sequence[int]) -> Iterator[str]:
     """In seq order each change of a row starts from what the one before it left: seq is the order of the commits.
 
-    A READ says just that.
+    A READ says just that. A TRUNCATE leaves nothing, and a replay neither starts from anything nor leaves it.
     """
-    return [
-        f"captured out of order: {later.seq} of {key} follows {earlier.seq}"
-        for earlier, later in pairwise(changes)
-        if (later.after if later.operation == "READ" else later.before) != earlier.after
-    ]
+    for earlier, later in pairwise(row for row in changes if row.replays is None):
+        emptied = bisect_right(truncates, earlier.seq) < bisect_right(truncates, later.seq - 1)
+        left = None if emptied else earlier.after
+        if (later.after if later.operation == "READ" else later.before) != left:
+            yield f"captured out of order: {later.seq} of {key} follows {earlier.seq}"
 
 
 def _order_faults(key: Key, changes: Sequence[Captured], calls: Sequence[Call]) -> Iterator[str]:
@@ -253,8 +392,11 @@ def _done(changes: Sequence[Captured], calls: Sequence[Call]) -> dict[int, float
     for call in calls:
         if call.final:
             done[call.seq] = min(call.end, done.get(call.seq, inf))
+    ends = {row.seq: row.state for row in changes}
+    coalesced = [row for row in changes if row.into and ends.get(row.into) == "dead"]
     dead = {row.seq: spent[row.seq] for row in changes if row.state == "dead" and row.seq in spent}
-    return dead | done
+    # Its process may have died before the call for all of them had begun.
+    return dict.fromkeys((row.seq for row in coalesced), 0.0) | dead | done
 
 
 def _batch_faults(key: Key, calls: Sequence[Call]) -> list[str]:
@@ -341,6 +483,10 @@ def _figures(evidence: Evidence, sessions: _Sessions) -> dict[str, float]:
         "effects": len(evidence.effects),
         "that shared a transaction": _shared(evidence.effects),
         "calls": len(evidence.calls),
+        "coalesced": sum(row.into is not None for row in evidence.captured),
+        "truncates": sum(map(len, _truncates(evidence).values())),
+        "read": sum(row.operation == "READ" for row in evidence.captured),
+        "replayed": sum(row.replays is not None for row in evidence.captured),
         "in batches": sum(size for size in _batch_sizes(evidence.calls) if size > 1),
         "failed": hows.count("failed"),
         "snoozed": hows.count("snoozed"),

@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql
 
 from tests.faults.ledger import Call, Captured, Effect, Span
+from tests.handlers_ledger import TRUNCATED
 
 
 def read_calls(folder: Path, ended_at: dict[str, float]) -> list[Call]:
@@ -53,8 +54,9 @@ def _calls(
     consumer: str, entry: dict[str, Any], end: float, hows: Sequence[str], numbers: Iterator[int]
 ) -> Iterator[Call]:
     batch = next(numbers) if len(hows) > 1 else None
+    stands_for = entry.get("stands_for", ())
     for (type_, key, seq, attempt), how in zip(entry["changes"], hows, strict=True):
-        yield Call(consumer, (type_, key), seq, attempt, entry["start"], end, how, batch)
+        yield Call(consumer, (type_, key), seq, attempt, entry["start"], end, how, batch, *stands_for)
 
 
 def read_captured(connection: psycopg.Connection, types: Iterable[str]) -> list[Captured]:
@@ -62,8 +64,11 @@ def read_captured(connection: psycopg.Connection, types: Iterable[str]) -> list[
         "SELECT seq, coalesce(entity_type, table_name), entity_id, operation, old_data ->> 'token',"
         " new_data ->> 'token', CASE WHEN processed THEN 'processed' WHEN dead_at IS NOT NULL THEN 'dead'"
         " WHEN next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END,"
-        " extract(epoch FROM coalesce(processed_at, dead_at))::float8"
-        " FROM entity_changes WHERE coalesce(entity_type, table_name) = ANY (%s)",
+        " extract(epoch FROM coalesce(processed_at, dead_at))::float8,"
+        " substring(last_error FROM '^coalesced into seq ([0-9]+)$')::bigint,"
+        " (SELECT old.seq FROM entity_changes AS old WHERE old.id = c.replay_of),"
+        " CASE WHEN operation = 'READ' THEN (metadata ->> 'backfill')::int END"
+        " FROM entity_changes AS c WHERE coalesce(entity_type, table_name) = ANY (%s)",
         [list(types)],
     ).fetchall()
     return [Captured(seq, (type_, key), *rest) for seq, type_, key, *rest in rows]
@@ -110,3 +115,9 @@ def tracked_table(name: str) -> sql.Composed:
         " CREATE TRIGGER capture AFTER INSERT OR UPDATE OR DELETE ON {table}"
         " FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
     ).format(table=sql.Identifier(name))
+
+
+TRUNCATES = sql.SQL(
+    "CREATE TRIGGER truncated AFTER TRUNCATE ON {table}"
+    " FOR EACH STATEMENT EXECUTE FUNCTION capture_truncate({type}, 'event')"
+).format(table=sql.Identifier(TRUNCATED), type=sql.Literal(TRUNCATED))

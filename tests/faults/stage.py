@@ -21,10 +21,11 @@ from tests import refusals
 from tests.eventually import eventually
 from tests.faults import records
 from tests.faults.ledger import Evidence, Span
+from tests.faults.operators import Operator
 from tests.faults.writers import Writer
 from tests.fix_consumer import Process, settled
 from tests.fix_proxy import Proxy
-from tests.handlers_ledger import EFFECTS, FOLDER, KINDS, ODD
+from tests.handlers_ledger import ALL_KINDS, EFFECTS, FOLDER, ODD
 from tests.small_disk import SmallDisk
 
 SLOT = "ledger"
@@ -83,8 +84,10 @@ class Stage:
         self.proxies = [Proxy(by_tcp) for _ in range(places)]
         self.writers_proxy = Proxy(by_tcp)
         self.writers = [
-            Writer(self.writers_proxy.dsn, number, seed, KINDS, keys=keys, pause_s=0.02) for number in range(writers)
+            Writer(self.writers_proxy.dsn, number, seed, ALL_KINDS, keys=keys, pause_s=0.02)
+            for number in range(writers)
         ]
+        self.operator = Operator(self.writers_proxy.dsn, seed, ALL_KINDS, ["kept_async", "kept_transactional"])
         self.consumers: list[Consumer] = []
         self._everyone: list[Consumer] = []
 
@@ -99,8 +102,9 @@ class Stage:
                 refusals.install(connection)
                 self.disk = self._small_disk(connection, undo)
                 connection.execute(EFFECTS)
-                for kind in KINDS:
+                for kind in ALL_KINDS:
                     connection.execute(records.tracked_table(kind))
+                connection.execute(records.TRUNCATES)
             for proxy in (*self.proxies, self.writers_proxy):
                 undo.callback(proxy.stop)
                 proxy.start()
@@ -109,6 +113,8 @@ class Stage:
             for writer in self.writers:
                 writer.start()
                 undo.callback(writer.stop)
+            self.operator.start()
+            undo.callback(self.operator.stop)
             self._undo = undo.pop_all()
         return self
 
@@ -211,12 +217,13 @@ class Stage:
         """The writers stop; every change is given the time to end as processed or dead; consumers leave in peace."""
         for writer in self.writers:
             writer.stop()
+        self.operator.stop()
         for proxy in (*self.proxies, self.writers_proxy):
             proxy.open()
         self.watch()
         with self.connect() as connection:
             try:
-                eventually(lambda: settled(connection), within_s=within_s, what="every change processed or dead")
+                eventually(lambda: _all_done(connection), within_s=within_s, what="every change processed or dead")
             except AssertionError as stuck:
                 self.troubles.append(str(stuck))  # what is missing, the judge says
         for consumer in self.consumers:
@@ -225,7 +232,7 @@ class Stage:
 
     def evidence(self) -> Evidence:
         with self.connect() as connection:
-            captured = records.read_captured(connection, KINDS)
+            captured = records.read_captured(connection, ALL_KINDS)
             effects = records.read_effects(connection)
         log = (self.server.folder / "server.log").read_text()
         ended_at = {consumer.name: consumer.ended_at or time.time() for consumer in self._everyone}
@@ -238,6 +245,7 @@ class Stage:
             sessions=records.read_sessions(log, self.crashed_at),
             paused=dict(self.paused),
             kills=self.kills + self.restarted,
+            replays_from=self.operator.replays_from,
         )
 
     def odd_survivors(self) -> list[str]:
@@ -251,6 +259,11 @@ class Stage:
     def logged(self, text: str) -> list[str]:
         """The consumers whose log says so."""
         return [consumer.name for consumer in self._everyone if text in consumer.process.log]
+
+
+def _all_done(connection: psycopg.Connection) -> bool:
+    due_later = connection.execute("SELECT FROM cdc_due_changes LIMIT 1").fetchall()
+    return not due_later and settled(connection)
 
 
 def _set_folder(folder: str | None) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,14 @@ from tests.faults.ledger import Call, Captured, Effect, Evidence, Span, Write, j
 from tests.faults.records import read_sessions
 from tests.faults.stage import Stage
 from tests.fix_consumer import ROOT
+from tests.handlers_ledger import TRUNCATED
 
 _SCHEDULE: list[tuple[Fault, Draw]] = [
     (chaos.kill, Draw(0, "", False, 0.0)),
     *((chaos.terminate, Draw(1, connection, True, 0.0)) for connection in chaos.CONNECTIONS),
     (chaos.freeze_and_lose, Draw(2, "", False, 0.5)),
     (chaos.cut, Draw(0, "", False, 0.0)),
+    (chaos.end_operator, Draw(0, "", False, 0.0)),
     (chaos.crash, Draw(0, "", False, 0.0)),
     (chaos.cut_writers, Draw(0, "", False, 0.0)),
     (chaos.hold_and_lose, Draw(1, "", False, 0.4)),
@@ -55,7 +58,7 @@ _DELAYS = (
 )  # fmt: skip
 _BETWEEN = 60
 """Changes processed between two faults: the consumers have got over the one before, or are about to."""
-_NOT_IN_A_LEDGER = {"cdc: retention", "cdc: due", "cdc: doctor", "cdc: observer", "cdc: drain"}
+_NOT_IN_A_LEDGER = {"cdc: retention", "cdc: doctor", "cdc: observer", "cdc: drain"}
 """They have tests of their own, or are not a consumer's."""
 
 
@@ -78,6 +81,8 @@ def test_nothing_is_lost_and_order_holds_whatever_happens_to_three_consumers(tmp
     assert found.figures["that shared a transaction"] > 0
     assert found.figures["in batches"] > 0
     assert found.figures["snoozed"] > 0
+    for figure in ("coalesced", "truncates", "read", "replayed"):
+        assert found.figures[figure] > 0, figure
 
 
 @pytest.mark.promise("G2")
@@ -237,6 +242,118 @@ def _no_effect(evidence: Evidence) -> None:
 
 def _effects_out_of_order(evidence: Evidence) -> None:
     evidence.effects[:] = [Effect(3, 5, _PAID, "7"), Effect(1, 6, _PAID, "8")]
+
+
+_SEARCHED = ("kept_latest", "1")
+_EMPTIED, _TRUNCATE = (TRUNCATED, "1"), (TRUNCATED, "")
+
+
+def _with_operators() -> Evidence:
+    """The same; and a key of which one call stood for two changes, a TRUNCATE, a READ, replays, and a due event."""
+    evidence = _fine()
+    evidence.captured += [
+        Captured(11, _SEARCHED, "INSERT", None, "e", "processed", 52.0, into=12),
+        Captured(12, _SEARCHED, "UPDATE", "e", "f", "processed", 52.0),
+        Captured(21, _EMPTIED, "INSERT", None, "g", "processed", 61.0),
+        Captured(22, _TRUNCATE, "TRUNCATE", None, None, "processed", 63.0),
+        Captured(23, _EMPTIED, "INSERT", None, "h", "processed", 65.0),
+        Captured(31, _KEY, "READ", None, "b", "processed", 72.0, backfill=1),
+        Captured(41, _KEY, "INSERT", None, "a", "processed", 82.0, replays=1),
+        Captured(42, _KEY, "UPDATE", "a", "b", "processed", 85.0, replays=2),
+        Captured(51, ("kept_async", "due"), "INSERT", None, "i@50.5", "processed", 58.0),
+    ]
+    evidence.calls += [
+        Call("two", _SEARCHED, 12, 1, 50.0, 51.0, "returned", stood_for=2, old=None, new="f"),
+        Call("two", _EMPTIED, 21, 1, 60.0, 60.5, "returned"),
+        Call("two", _TRUNCATE, 22, 1, 62.0, 62.5, "returned"),
+        Call("two", _EMPTIED, 23, 1, 64.0, 64.5, "returned"),
+        Call("two", _KEY, 31, 1, 70.0, 71.0, "returned"),
+        Call("two", _KEY, 41, 1, 80.0, 81.0, "returned"),
+        Call("two", _KEY, 42, 1, 83.0, 84.0, "returned"),
+        Call("two", ("kept_async", "due"), 51, 1, 56.0, 57.0, "returned"),
+    ]
+    evidence.effects += [Effect(4, 21, _EMPTIED, "9"), Effect(5, 22, _TRUNCATE, "10"), Effect(6, 23, _EMPTIED, "11")]
+    evidence.committed |= {Write("WRITE", token) for token in ["e", "f", "g", "h", "i@50.5"]} | {
+        Write("TRUNCATE", "22")
+    }
+    evidence.replays_from = [31]
+    return evidence
+
+
+def _change(evidence: Evidence, number: int, **to: Any) -> None:
+    place = next(place for place, row in enumerate(evidence.captured) if row.seq == number)
+    evidence.captured[place] = evidence.captured[place]._replace(**to)
+
+
+def _call(evidence: Evidence, seq: int, **to: Any) -> None:
+    place = next(place for place, call in enumerate(evidence.calls) if call.seq == seq)
+    evidence.calls[place] = evidence.calls[place]._replace(**to)
+
+
+def _effect(evidence: Evidence, seq: int, number: int) -> None:
+    place = next(place for place, effect in enumerate(evidence.effects) if effect.seq == seq)
+    evidence.effects[place] = evidence.effects[place]._replace(number=number)
+
+
+_OF_OPERATORS: list[tuple[Callable[[Evidence], None], str]] = [
+    (lambda found: _call(found, 12, new="e"), "not what it stood for"),
+    (lambda found: _call(found, 12, old="e"), "not what it stood for"),
+    (lambda found: _call(found, 12, stood_for=3), "not what it stood for"),
+    (lambda found: _call(found, 12, stood_for=1, old="e"), "lost: 11"),
+    (lambda found: _change(found, 11, into=10), "lost: 11"),
+    (lambda found: _change(found, 11, into=13), "lost: 11"),
+    (lambda found: _change(found, 12, into=11), "lost: 12"),
+    (lambda found: _change(found, 12, state="dead"), "lost: 11"),
+    (lambda found: found.calls.append(Call("two", _SEARCHED, 11, 1, 53.0, 54.0, "returned", old=None, new="e")),
+     "called after it was settled"),
+    (lambda found: _call(found, 22, start=60.9), "truncated too early"),
+    (lambda found: _change(found, 21, settled_at=None), "truncated too early"),
+    (lambda found: _call(found, 23, start=62.9), "truncated too late"),
+    (lambda found: _effect(found, 22, 3), "truncated out of order"),
+    (lambda found: _effect(found, 22, 7), "truncated out of order"),
+    (lambda found: found.effects.append(Effect(9, 22, _TRUNCATE, "12")), "2 effects instead of 1"),
+    (lambda found: _call(found, 22, how="cut off"), "lost: 22"),
+    (lambda found: found.committed.add(Write("TRUNCATE", "29")), "lost in capture"),
+    (lambda found: _change(found, 23, before="g"), "captured out of order"),
+    (lambda found: _change(found, 31, after="a"), "captured out of order"),
+    (lambda found: _call(found, 31, start=20.5, end=20.6), "out of order"),
+    (lambda found: found.captured.append(Captured(32, _KEY, "READ", None, "b", "processed", 79.0, backfill=1)),
+     "read 2 times by backfill 1"),
+    (lambda found: _change(found, 42, replays=1, before=None, after="a", operation="INSERT"), "replayed twice"),
+    (lambda found: _change(found, 42, after="x"), "replays something else"),
+    (lambda found: _change(found, 42, replays=99), "replays something else"),
+    (lambda found: _change(found, 42, seq=40), "replayed out of order"),
+    (lambda found: _call(found, 42, start=79.0, end=79.5), "out of order: 42"),
+    (lambda found: _call(found, 51, start=50.0), "called before it was due"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("crime", "named"), _OF_OPERATORS)
+def test_the_judge_finds_what_truncates_the_latest_and_operators_do_wrong(
+    crime: Callable[[Evidence], None], named: str
+) -> None:
+    evidence = _with_operators()
+    assert judge(evidence).violations == []
+    crime(evidence)
+    assert any(named in violation for violation in judge(evidence).violations), judge(evidence)
+
+
+def test_the_judge_acquits_what_the_latest_and_replays_may_do() -> None:
+    # All attempts were those of the first, and the last of them stood for both.
+    dead = _with_operators()
+    _change(dead, 12, state="dead")
+    dead.calls[4:5] = [
+        Call("two", _SEARCHED, 11, 1, 46.0, 47.0, "failed", old=None, new="e"),
+        Call("two", _SEARCHED, 11, 2, 48.0, 49.0, "failed", old=None, new="e"),
+        Call("two", _SEARCHED, 12, 3, 50.0, 51.0, "failed", stood_for=2, old=None, new="f"),
+    ]
+    assert judge(dead).violations == []
+    # A replay comes behind what is there, not behind a change whose transaction ended later.
+    replay = _with_operators()
+    replay.captured.append(Captured(40, _KEY, "UPDATE", "b", "c2", "processed", 99.0))
+    replay.calls.append(Call("two", _KEY, 40, 1, 86.0, 87.0, "returned"))
+    replay.committed.add(Write("WRITE", "c2"))
+    assert judge(replay).violations == []
 
 
 def test_the_judge_acquits_what_is_allowed() -> None:

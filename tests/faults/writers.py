@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Sequence
 
 import psycopg
 from psycopg import sql
 
 from tests.faults.ledger import Write
+from tests.handlers_ledger import KINDS
 
 _RECONNECT_S = 0.05
 _BURSTS = 0.01
+_TRUNCATES = 0.004
+"""What comes behind one waits for a second."""
+_PUBLISHES = 0.03
+_DUE_S = 2.0
 _BEHIND_MAX = 300
 """Unsettled changes. On a slow machine there would be ever more, and every limit would measure how slow it is."""
 _LOOKS = 0.1
+_TRUNCATE = """
+TRUNCATE kept_truncated;
+SELECT max(seq) FROM cdc_barriers WHERE entity_type = 'kept_truncated'
+"""
+_PUBLISH = "SELECT publish_change(%s, %s, new_data => jsonb_build_object('token', %s::text), due => to_timestamp(%s))"
 _BEHIND = """
 SELECT count(*) >= %(n)s
 FROM (SELECT FROM entity_changes WHERE NOT processed AND dead_at IS NULL LIMIT %(n)s) AS unsettled
@@ -23,7 +34,9 @@ FROM (SELECT FROM entity_changes WHERE NOT processed AND dead_at IS NULL LIMIT %
 
 
 class Writer(threading.Thread):
-    """Inserts, updates and deletes rows of ``tables`` until ``stop``. Some transactions linger, some roll back.
+    """Inserts, updates and deletes rows of ``tables`` until ``stop``, truncates one, and publishes what is due later.
+
+    Some transactions linger, some roll back.
 
     ``committed`` was confirmed by the server; ``unknown`` is what the answer to its commit was lost for. All else was
     never committed.
@@ -64,7 +77,12 @@ class Writer(threading.Thread):
             connection.rollback()
 
     def _transact(self, connection: psycopg.Connection) -> None:
-        if self._dice.random() < _BURSTS:
+        share = self._dice.random()
+        if share < _TRUNCATES:
+            written = self._truncate(connection)
+        elif share < _TRUNCATES + _PUBLISHES:
+            written = self._publish(connection)
+        elif share > 1 - _BURSTS:
             written = self._burst(connection, self._dice.choice(self._tables))
         else:
             # In one order, so that two writers seldom lock each other out.
@@ -101,6 +119,19 @@ class Writer(threading.Thread):
         update = sql.SQL("UPDATE {} SET token = %s || '.' || id RETURNING token").format(sql.Identifier(table))
         found = [connection.execute(update, [self._token()]).fetchall() for _ in range(4)]
         return [Write("WRITE", token) for rows in found for (token,) in rows]
+
+    def _truncate(self, connection: psycopg.Connection) -> list[Write]:
+        cursor = connection.execute(_TRUNCATE)
+        cursor.nextset()
+        [(seq,)] = cursor.fetchall()
+        return [Write("TRUNCATE", str(seq))]
+
+    def _publish(self, connection: psycopg.Connection) -> list[Write]:
+        """An event that is due later, with a key of its own."""
+        due = time.time() + self._dice.random() * _DUE_S
+        token = f"{self._token()}@{due}"
+        connection.execute(_PUBLISH, [self._dice.choice(KINDS), token, token, due])
+        return [Write("WRITE", token)]
 
     def _token(self) -> str:
         self._written += 1

@@ -1,0 +1,76 @@
+"""An operator who backfills tables and replays changes meanwhile. A thread of the test's own process."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import datetime
+
+import psycopg
+
+from cdc.core.errors import CdcError
+from cdc.postgres.backfill import UNFINISHED, Backfills
+from cdc.postgres.bulk import Bulk, Wanted
+from cdc.postgres.connect import connect
+
+OPERATOR = "an operator"
+_PAUSE_S = 0.5
+_REPLAYED_S = 1.0
+"""Of the changes of one type: else most of the work would be replays."""
+_NOW = "SELECT now(), (SELECT coalesce(max(seq), 0) FROM entity_changes)"
+
+
+class Operator(threading.Thread):
+    """Until ``stop``. What is interrupted is resumed: a backfill reads a row once, and no change is replayed twice.
+
+    ``replays_from``: the newest number at the beginning of each replay.
+    """
+
+    def __init__(self, dsn: str, seed: int, tables: Sequence[str], replayed: Sequence[str]) -> None:
+        super().__init__(name="operator", daemon=True)
+        self._dsn = dsn
+        self._dice = random.Random(f"{seed} operator")
+        self._tables = tables
+        self._replayed = replayed
+        self._stopping = threading.Event()
+        self._replay: tuple[str, datetime, datetime] | None = None
+        self._replayed_until: dict[str, datetime] = {}
+        self.replays_from: list[int] = []
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._stopping.wait(_PAUSE_S):
+            try:
+                with closing(connect(self._dsn, application_name=OPERATOR, user_path=True)) as connection:
+                    while not self._stopping.wait(_PAUSE_S):
+                        self._backfill(connection, self._dice.choice(self._tables))
+                        self._replay_some(connection, self._dice.choice(self._replayed))
+            except (psycopg.Error, CdcError):  # the server is away, or a session that it has not missed yet is at work
+                continue
+
+    def _backfill(self, connection: psycopg.Connection, table: str) -> None:
+        backfills = Backfills("public")
+        unfinished = [each for each in backfills.newest(connection) if each.state in UNFINISHED]
+        found = unfinished[0] if unfinished else backfills.start(connection, table, backlog=20)
+        for step in backfills.work(connection, found):
+            if self._stopping.wait(step.waits.seconds if step.waits else 0.0):
+                return
+
+    def _replay_some(self, connection: psycopg.Connection, entity_type: str) -> None:
+        [(now, newest)] = connection.execute(_NOW).fetchall()
+        if self._replay is None:
+            since = self._replayed_until.get(entity_type, now)
+            self._replayed_until[entity_type] = now
+            self._replay = entity_type, since, now
+            self.replays_from.append(newest)
+        entity_type, since, until = self._replay
+        wanted = Wanted(entity_type=entity_type, since=since, until=until)
+        with Bulk("public").replayable(connection, wanted, unless_since=since) as replay:
+            for _ in replay.rounds():
+                pass
+        self._replay = None
