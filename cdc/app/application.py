@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import partial
@@ -99,9 +100,20 @@ class App:
             log.info("for %s; changes of other types are left as they are", self.scope)
         if self.scope == NOTHING:
             log.warning("no handler is declared, so nothing is handled: see @router.on")
-        with self._serving_health():
+        with self._watching_loop(), self._serving_health():
             async with self._running_components():
                 await self.consumer.run()
+
+    @contextlib.contextmanager
+    def _watching_loop(self) -> Iterator[None]:
+        keep, loop = self.components.supervisor.keep_here, self.components.loop
+        thread = threading.Thread(target=keep, args=("watch", loop.watch, loop.stopping), name="cdc-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            loop.stopping.set()
+            thread.join(_STOP_S)
 
     @contextlib.contextmanager
     def _serving_health(self) -> Iterator[None]:

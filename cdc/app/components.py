@@ -21,7 +21,6 @@ from cdc.engine.consumer import Consumer
 from cdc.engine.consumer_port import ConsumerPort, ConsumerSettings
 from cdc.engine.error_policy import ErrorPolicy
 from cdc.engine.executor import Executor
-from cdc.engine.health_checks import LoopWatch
 from cdc.engine.hooks import Hooks
 from cdc.engine.shadow import Shadow
 from cdc.engine.stats_poller import StatsPoller
@@ -38,6 +37,7 @@ from cdc.postgres.due import DueChanges
 from cdc.postgres.notify import Listener, Relay
 from cdc.postgres.outbox import Store
 from cdc.replication.stream import Stream, StreamSettings
+from cdc.runtime.loop_watch import LoopWatch
 from cdc.runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Where an error came from: the frames of its traceback, and never its text, a value or a line of source. Pure.
+"""Where an error came from, or what a thread does: frames, and never a text, a value or a line of source. Pure.
 
 The *place* is the innermost frame of the handler's own code: neither cdc's, nor the standard library's, nor an
 installed package's, unless the handler's function is of that package. So an error inside a library names the line that
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 from cdc.core.printable import printable
@@ -57,6 +57,18 @@ def trace(error: BaseException, function: Any = None) -> Trace:
         return found._replace(frames=(*found.frames, *causes))
     except BaseException as unreadable:  # noqa: BLE001 - what is hostile about it must not take its outcome away
         return Trace(f"an error that cannot be read ({type(unreadable).__name__})")
+
+
+def doing(innermost: FrameType) -> Sequence[str]:
+    """What a thread does, by its innermost frame: the frames of what cdc has called, else of all; that one last."""
+    frames: list[str] = []
+    at: FrameType | None = innermost
+    while at is not None and len(frames) < _LAST:
+        if frames and at.f_code.co_filename.startswith(_OURS):
+            break
+        frames.append(_shown(at, at.f_lineno))
+        at = at.f_back
+    return frames[::-1]
 
 
 def class_name(error: BaseException) -> str:
@@ -103,9 +115,10 @@ def _trace(name: str, begin: TracebackType | None, package: str | None) -> Trace
     for number in sorted(shown):
         if number > after:
             frames.append(f"... {number - after:,} more")
-        frames.append(_shown(shown[number]))
+        frames.append(_shown(shown[number].tb_frame, shown[number].tb_lineno))
         after = number + 1
-    return Trace(name, _shown(own[1]) if own else frames[-1], tuple(frames), own is not None)
+    place = _shown(own[1].tb_frame, own[1].tb_lineno) if own else frames[-1]
+    return Trace(name, place, tuple(frames), own is not None)
 
 
 def _walk(begin: TracebackType | None) -> Iterator[TracebackType]:
@@ -135,10 +148,10 @@ def _package(module: object) -> str | None:
     return module.partition(".")[0] if isinstance(module, str) else None
 
 
-def _shown(at: TracebackType) -> str:
-    code = at.tb_frame.f_code
+def _shown(frame: FrameType, line: int) -> str:
+    code = frame.f_code
     function = code.co_qualname[-1_000:].rpartition("<locals>.")[2]
-    return f"{_tail(code.co_filename, _FILE_MAX)}:{at.tb_lineno} in {_head(function, _FUNCTION_MAX)}"
+    return f"{_tail(code.co_filename, _FILE_MAX)}:{line} in {_head(function, _FUNCTION_MAX)}"
 
 
 def _head(text: str, bytes_max: int) -> str:

@@ -1,19 +1,16 @@
-"""Whether a process is healthy, by its status: the answers of the probes. Pure but for ``LoopWatch``.
+"""Whether a process is healthy, by its status: the answers of the probes. Pure.
 
 Liveness covers only what a restart would fix: never the database, the lag or the role.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cdc.http.server import Check
 from cdc.observability.snapshots import ProcessStatus
 
-_TURN_EVERY_S = 1.0
 _HELD_UP_S = 30.0
 """Marks that cannot be written, or changes that cannot be read, for longer make the process not ready."""
 
@@ -30,19 +27,6 @@ class HealthThresholds:
     answer_s: float = 30.0
     stall_s: float = 30.0
     silences: float = 3.0
-
-
-class LoopWatch:
-    """Proves with each turn of ``run`` that the event loop turns."""
-
-    def __init__(self) -> None:
-        self.last_iteration_at = time.monotonic()
-
-    async def run(self) -> None:
-        """Run until cancelled."""
-        while True:
-            self.last_iteration_at = time.monotonic()
-            await asyncio.sleep(_TURN_EVERY_S)
 
 
 def liveness(status: ProcessStatus, now: float, thresholds: HealthThresholds) -> list[Check]:

@@ -41,7 +41,9 @@ REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 """How a request to the application ends: a status, no answer in time, a connection that broke or was never made."""
 MESSAGES = ("acknowledged", "refused", "broken", "unreached")
 """How a message to a broker ends: refused by it, or without an acknowledgement: lost with a connection, or not sent."""
-TASKS = ("loop", "hooks", "threads", "listener", "relay", "retention", "collector", "page", "health", "stream")
+TASKS = (
+    "loop", "watch", "hooks", "threads", "listener", "relay", "retention", "collector", "page", "health", "stream"
+)  # fmt: skip
 """Tasks and threads that run as long as the process does."""
 INTERRUPTIONS = ("connection", "statement")
 """Why a consumer reconnected: it could not reach the server or lost it, or a statement failed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -17,7 +18,7 @@ from cdc.core.model import Change
 from cdc.core.router import Router
 from cdc.engine.health_checks import HealthThresholds
 from tests.eventually import eventually, eventually_async
-from tests.fix_consumer import consuming, metric
+from tests.fix_consumer import consuming, metric, settled
 from tests.fix_proxy import Proxy
 
 SHORT = HealthThresholds(turn_s=4.0, stall_s=600.0, silences=0.015)
@@ -70,6 +71,41 @@ def link(outbox: str) -> Iterator[Proxy]:
     running.start()
     yield running
     running.stop()
+
+
+async def test_a_filter_that_blocks_the_event_loop_is_named_in_the_log_and_no_row_is_quoted(
+    outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    router, named = Router(), threading.Event()
+
+    class Named(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "event loop has not turned" in record.getMessage():
+                named.set()
+
+    def wanted(change: Change) -> bool:
+        return named.wait(60)
+
+    @router.on("order", when=wanted)
+    async def handle(change: Change) -> None:
+        pass
+
+    listens = Named()
+    logging.getLogger("cdc").addHandler(listens)
+    try:
+        async with consuming(outbox, router, stream=False):
+            outbox_db.execute("""SELECT publish_change('order', 'hunter2', new_data => '{"card": "hunter2"}')""")
+
+            async def handled() -> bool:
+                return settled(outbox_db)
+
+            await eventually_async(handled, within_s=60)
+    finally:
+        logging.getLogger("cdc").removeHandler(listens)
+    [said] = [text for text in caplog.messages if "event loop has not turned" in text]
+    assert "test_health.py" in said
+    assert "in wanted" in said
+    assert "hunter2" not in said
 
 
 async def test_a_handler_that_blocks_the_event_loop_turns_it_red_and_the_probe_still_answers(

@@ -14,13 +14,13 @@ import pytest
 
 import cdc
 from cdc.core.router import Router
-from cdc.engine.health_checks import LoopWatch
 from cdc.engine.hooks import Hooks
 from cdc.engine.retention import Pruning
 from cdc.engine.stats_poller import StatsPoller
 from cdc.postgres.notify import Listener, Relay
 from cdc.replication.stream import Stream
 from cdc.runtime import supervisor
+from cdc.runtime.loop_watch import LoopWatch
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 
@@ -89,7 +89,7 @@ def _end(name: str) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
-@pytest.mark.parametrize("name", ["health", "collector", "page", "stream"])
+@pytest.mark.parametrize("name", ["health", "collector", "page", "stream", "watch"])
 async def test_a_thread_that_others_end_is_counted_and_started_again(
     name: str, outbox: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
