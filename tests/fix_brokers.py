@@ -5,22 +5,30 @@ A test is skipped where its server is not installed; CDC_REQUIRE_BROKERS=1 makes
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import nats
 import pytest
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Message as Record
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 from redis.asyncio import Redis
 
 from cdc.contrib.demo.temp_server import free_port
 from tests.eventually import eventually
+
+KAFKA_JARS = Path(__file__).parent.parent / ".venv-kafka"
 
 
 class TlsFiles(NamedTuple):
@@ -57,6 +65,7 @@ class Received(NamedTuple):
     name: str
     headers: Mapping[str, str]
     body: bytes
+    key: str = ""
 
     @property
     def event(self) -> dict[str, Any]:
@@ -72,6 +81,9 @@ class BrokerServer:
 
     scheme = ""
     program = ""
+    starts_s = 30.0
+    refused = "Connection refused"
+    """Why it cannot be reached while it does not run."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
@@ -104,7 +116,7 @@ class BrokerServer:
     def start(self) -> None:
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(self.command(), stdout=log, stderr=log, cwd=self.folder)
-        eventually(self._listens, what=f"{self.program} listens")
+        eventually(self._listens, within_s=self.starts_s, what=f"{self.program} listens")
 
     def _listens(self) -> bool:
         assert self._process is not None
@@ -112,6 +124,10 @@ class BrokerServer:
         with socket.socket() as probe:
             probe.settimeout(1)
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
 
     def kill(self) -> None:
         if self._process is not None:
@@ -214,7 +230,125 @@ def _running(server: Server) -> Iterator[Server]:
         server.kill()
 
 
+class KafkaServer(BrokerServer):
+    """One node that is broker and controller. It takes seconds to start, so it is there for all tests of a run."""
+
+    scheme, program = "kafka", "java"
+    starts_s = 120.0
+    refused = "no connection"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.secure_port, self.login_port, self._controller_port = free_port(), free_port(), free_port()
+        self.files = tls_files(folder)
+        self._prefix = ""
+        chain = folder / "server.pem"
+        chain.write_text(self.files.key.read_text() + self.files.cert.read_text())
+        listener = {"PLAINTEXT": self.port, "SSL": self.secure_port, "SASL_PLAINTEXT": self.login_port}
+        listeners = ",".join(f"{name}://127.0.0.1:{port}" for name, port in listener.items())
+        login = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+        settings = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
+            "listeners": f"{listeners},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": listeners,
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": ",".join(f"{n}:{n}" for n in listener) + ",CONTROLLER:PLAINTEXT",
+            "log.dirs": folder / "data",
+            "num.partitions": 4,
+            "auto.create.topics.enable": "false",
+            "offsets.topic.replication.factor": 1,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": chain,
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": self.files.ca,
+            "listener.name.ssl.ssl.client.auth": "required",
+            "sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.sasl_plaintext.plain.sasl.jaas.config": f'{login} user_app="hunter";',
+        }
+        self._settings = folder / "server.properties"
+        self._settings.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+        self._java("kafka.tools.StorageTool", "format", "-t", "AAAAAAAAAAAAAAAAAAAAAA", "-c", str(self._settings))
+
+    def _java(self, *arguments: str) -> None:
+        subprocess.run([*self._program(), *arguments], check=True, capture_output=True)
+
+    def _program(self) -> list[str]:
+        return [
+            "java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{KAFKA_JARS}/*",
+        ]  # fmt: skip
+
+    def command(self) -> list[str]:
+        return [*self._program(), "kafka.Kafka", str(self._settings)]
+
+    def url(self, template: str = "{type}", port: int = 0) -> str:
+        return f"kafka://127.0.0.1:{port or self.port}/{self._prefix}.{template}"
+
+    async def prepare(self, types: Sequence[str] = ("x", "order", "wanted"), **limits: str) -> None:
+        self._prefix = f"cdc-{uuid.uuid4().hex[:8]}"
+        topics = [NewTopic(f"{self._prefix}.{each}", 4, 1, config=limits) for each in types]
+        admin = AdminClient({"bootstrap.servers": self.address})
+        for made in (await asyncio.to_thread(admin.create_topics, topics)).values():
+            await asyncio.to_thread(made.result, 30)
+
+    async def received(self) -> list[Received]:
+        return await asyncio.to_thread(self._read)
+
+    def _read(self) -> list[Received]:
+        reader = Consumer({"bootstrap.servers": self.address, "group.id": self._prefix, "enable.auto.commit": False})
+        try:
+            topics = [
+                each for name, each in reader.list_topics(timeout=10).topics.items() if name.startswith(self._prefix)
+            ]
+            parts = [TopicPartition(each.topic, number, 0) for each in topics for number in each.partitions]
+            left = sum(reader.get_watermark_offsets(part, timeout=10)[1] for part in parts)
+            reader.assign(parts)
+            found = []
+            while left:
+                records = reader.consume(left, timeout=10)
+                assert records, f"{left} records are missing"
+                left -= len(records)
+                found += records
+        finally:
+            reader.close()
+        return [_of_kafka(record) for record in found]
+
+
+def _of_kafka(record: Record) -> Received:
+    headers: Any = record.headers() or []
+    key: Any = record.key()
+    body: Any = record.value()
+    return Received(
+        str(record.topic()), {name: value.decode() for name, value in headers}, body or b"", (key or b"").decode()
+    )
+
+
 BROKERS = {server.scheme: server for server in (NatsServer, RedisServer)}
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    if shutil.which("java") is None or not any(KAFKA_JARS.glob("kafka_*.jar")):
+        assert not os.environ.get("CDC_REQUIRE_BROKERS"), "there is no Java, or no Kafka"
+        pytest.skip("there is no Kafka: deploy/debian-setup --with-brokers, make kafka")
+    server = KafkaServer(tmp_path_factory.mktemp("kafka"))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def kafka_server(kafka: KafkaServer) -> Iterator[KafkaServer]:
+    if not kafka.running:
+        kafka.start()
+    yield kafka
+    if kafka.running:
+        kafka.resume()
 
 
 @pytest.fixture
@@ -228,6 +362,15 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 @pytest.fixture(params=list(BROKERS))
+def small_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerServer]:
+    """Those that start in a moment, so that each test has its own."""
+    yield from _running(BROKERS[request.param](tmp_path))
+
+
+@pytest.fixture(params=["kafka", *BROKERS])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerServer]:
     """Each of them in turn."""
-    yield from _running(BROKERS[request.param](tmp_path))
+    if request.param == "kafka":
+        yield request.getfixturevalue("kafka_server")
+    else:
+        yield from _running(BROKERS[request.param](tmp_path))

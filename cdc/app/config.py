@@ -106,8 +106,9 @@ class DeliverSection(_Section):
     )
     linger: float = Field(0.0, ge=0, le=10, description="Seconds that a batch which is not full waits for more.")
     source: str | None = Field(None, min_length=1, description="The events' source; left out, the table.")
-    format: Literal["structured", "binary"] = Field(
-        "structured", description="To a broker: the event as one JSON document, or its attributes as headers."
+    format: Literal["structured", "binary", "debezium"] = Field(
+        "structured",
+        description="To a broker: an event as JSON, its data with headers, or Debezium's (Kafka).",
     )
     user: str | None = Field(None, min_length=1, description="Logs in to a broker.")
     password: SecretStr | None = Field(None, min_length=1, description="The user's; without a user, a token.")

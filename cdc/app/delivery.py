@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from cdc.app.config import DeliverSection, Settings
 from cdc.core import broker_url
 from cdc.core.broker_messages import Encoding
-from cdc.core.broker_url import BrokerTarget
+from cdc.core.broker_url import DEBEZIUM, BrokerTarget
+from cdc.core.debezium import DebeziumEncoding
 from cdc.core.deliveries import DeliveryError, UnreachedError
 from cdc.core.errors import UsageError
 from cdc.core.name_template import NameTemplate
@@ -65,8 +66,11 @@ def _to_broker(settings: Settings, target: BrokerTarget) -> BrokerDelivery:
     )
 
 
-def _encoding(target: BrokerTarget, deliver: DeliverSection) -> Encoding:
-    return Encoding(deliver.format, deliver.source, separator="-", percent=target.scheme == "nats")
+def _encoding(target: BrokerTarget, deliver: DeliverSection) -> Encoding | DebeziumEncoding:
+    if deliver.format == DEBEZIUM:
+        return DebeziumEncoding(deliver.source)
+    separator = "_" if target.scheme == "kafka" else "-"
+    return Encoding(deliver.format, deliver.source, separator=separator, percent=target.scheme == "nats")
 
 
 def _sender(target: BrokerTarget, deliver: DeliverSection) -> BrokerSender:
@@ -78,6 +82,10 @@ def _sender(target: BrokerTarget, deliver: DeliverSection) -> BrokerSender:
             from cdc.brokers.nats import NatsSender  # noqa: PLC0415 - its library is an extra
 
             return NatsSender(target, login)
+        if target.scheme == "kafka":
+            from cdc.brokers.kafka import KafkaSender  # noqa: PLC0415 - its library is an extra
+
+            return KafkaSender(target, login)
         from cdc.brokers.redis import RedisSender  # noqa: PLC0415 - its library is an extra
 
         return RedisSender(target, login)

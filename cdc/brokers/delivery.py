@@ -27,6 +27,7 @@ from cdc.brokers.acks import Result
 from cdc.brokers.sender import BrokerSender
 from cdc.core.broker_messages import Encoding, Message
 from cdc.core.circuit_breaker import CircuitBreaker
+from cdc.core.debezium import DebeziumEncoding
 from cdc.core.deliveries import HANDLER, AwayError, DeliveryError, RejectedError, UnreachedError
 from cdc.core.errors import Failed, Snooze, Unavailable
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
@@ -54,7 +55,7 @@ class BrokerDelivery:
         self,
         sender: BrokerSender,
         names: NameTemplate,
-        encoding: Encoding,
+        encoding: Encoding | DebeziumEncoding,
         *,
         target: str,
         types: Sequence[str] = (),

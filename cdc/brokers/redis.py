@@ -131,7 +131,7 @@ class RedisSender:
     async def _replies(self, client: Redis, messages: Sequence[Message]) -> list[Any]:
         pipeline = client.pipeline(transaction=False)
         for message in messages:
-            fields: dict[Any, Any] = {**message.headers, "event": message.body or b""}
+            fields: dict[Any, Any] = {**message.headers, "event": message.body}
             pipeline.xadd(self._stream(message), fields, maxlen=self._maxlen, approximate=True)
         if self._replicas:
             pipeline.execute_command("WAIT", self._replicas, _WAIT_MS)

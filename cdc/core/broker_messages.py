@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from cdc.core import cloudevents
 from cdc.core.broker_url import BINARY
-from cdc.core.model import Change
+from cdc.core.model import Change, Operation
 
 CONTENT_TYPE = "content-type"
 _PRINTED = "".join(map(chr, range(0x21, 0x7F))).replace('"', "").replace("%", "")
@@ -18,16 +18,15 @@ _IN_HEADERS = ("id", "time", "partitionkey", "causedby")
 
 
 class Message(NamedTuple):
-    """``name`` is the topic, subject, stream or routing key; ``id`` the change's; within ``key`` order is kept.
-
-    ``body`` of None: a tombstone.
-    """
+    """``name`` is the topic, subject, stream or routing key; ``id`` the change's; within ``key`` order is kept."""
 
     name: str
     id: str
     key: str
-    body: bytes | None
+    body: bytes
     headers: Mapping[str, str]
+    ends: bool = False
+    """The row is gone: a tombstone may follow."""
 
 
 class Encoding:
@@ -56,4 +55,4 @@ class Encoding:
         for attribute, value in found.items():
             text = str(value)
             headers[self._prefix + attribute] = quote(text, safe=_PRINTED) if self._percent else text
-        return Message(name, str(change.id), key, body, headers)
+        return Message(name, str(change.id), key, body, headers, change.operation is Operation.DELETE)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, unquote
 
 from cdc.core.name_template import NameRules, NameTemplate
 
-STRUCTURED, BINARY = "structured", "binary"
+STRUCTURED, BINARY, DEBEZIUM = "structured", "binary", "debezium"
 _HOST = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
 _TLS_FILES = ("ca", "cert", "key")
 
@@ -44,6 +44,24 @@ class BrokerProtocol:
 _CONTROL = r"\x00-\x1f\x7f"
 
 PROTOCOLS: Mapping[str, BrokerProtocol] = {
+    "kafka": BrokerProtocol(
+        port=9092,
+        library="confluent_kafka",
+        extra="kafka",
+        rules=NameRules(
+            "topic",
+            249,
+            re.compile(r"[^A-Za-z0-9._-]"),
+            re.compile(r"[^A-Za-z0-9._-]|^\.{1,2}$"),
+        ),
+        example="kafka://127.0.0.1:9092/cdc.{type}",
+        formats=(STRUCTURED, BINARY, DEBEZIUM),
+        choices={
+            "sasl": ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"),
+            "compression": ("none", "gzip", "snappy", "lz4", "zstd"),
+            "tombstones": ("true", "false"),
+        },
+    ),
     "nats": BrokerProtocol(
         port=4222,
         library="nats",

@@ -29,6 +29,8 @@ class Consumer:
 
     def __init__(self, dsn: str, router: str, **settings: object) -> None:
         named = {"dsn": dsn, "handlers": f"tests.bench.handlers:{router}", "http_port": 0, **settings}
+        if "deliver_to" in settings:
+            del named["handlers"]
         self._arguments = [
             word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))
         ]

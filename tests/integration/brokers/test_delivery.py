@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka_event
 
 from cdc.app import config, delivery
 from cdc.app.secret_file import SecretFile
 from cdc.diagnostics.findings import Severity
 from cdc.postgres import tracking
 from tests.eventually import eventually, eventually_async
-from tests.fix_brokers import BrokerServer, NatsServer, Received, RedisServer, tls_files
+from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer, Received, RedisServer, tls_files
 from tests.fix_consumer import Process, consuming, metric, settled, states
 
 _QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05}
@@ -126,7 +127,7 @@ async def test_a_broker_that_is_away_at_the_start_costs_waiting_and_no_attempt(
     _publish(outbox_db, 20, 20)
     async with consuming(outbox, None, deliver_to=broker.url(), max_attempts=1) as app:
         await _true(lambda: app.status.breakers["deliver"].rests, what="the delivery rests")
-        assert "cannot be reached (Connection refused)" in app.status.breakers["deliver"].why
+        assert f"cannot be reached ({broker.refused})" in app.status.breakers["deliver"].why
         [check] = [check for check in app.readiness() if check.name == "application"]
         assert not check.ok
         assert states(outbox_db) == {"fresh": 20}
@@ -196,17 +197,17 @@ async def test_the_doctor_reaches_the_broker_or_says_why_not(broker: BrokerServe
     broker.kill()
     found = await asyncio.to_thread(delivery.examine, settings)
     assert found is not None
-    assert (found.severity, "Connection refused" in found.detail) == (Severity.FAIL, True)
+    assert (found.severity, broker.refused in found.detail) == (Severity.FAIL, True)
 
 
 async def test_with_tls_both_sides_show_their_certificates(
-    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection, tmp_path: Path
+    small_broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection, tmp_path: Path
 ) -> None:
-    await broker.prepare()
+    await small_broker.prepare()
     files = tls_files(tmp_path)
-    await asyncio.to_thread(broker.restart, *broker.tls_options(files))
+    await asyncio.to_thread(small_broker.restart, *small_broker.tls_options(files))
     _publish(outbox_db, 20, 20)
-    url = broker.url().replace("://", "+tls://")
+    url = small_broker.url().replace("://", "+tls://")
     async with consuming(outbox, None, deliver_to=f"{url}?cert={files.cert}&key={files.key}") as app:
         await _true(lambda: "its certificate: " in app.status.breakers["deliver"].why, what="it is not trusted")
     async with consuming(outbox, None, deliver_to=f"{url}?ca={tmp_path}/missing") as app:
@@ -214,10 +215,10 @@ async def test_with_tls_both_sides_show_their_certificates(
     async with consuming(outbox, None, deliver_to=f"{url}?ca={files.ca}&cert={files.cert}&key={files.key}"):
         await _all_settled(outbox_db)
     assert _attempts(outbox_db) == 0
-    broker.kill()
-    broker.options = ()
-    await asyncio.to_thread(broker.start)
-    assert _whole_and_in_order(await broker.received(), 20)
+    small_broker.kill()
+    small_broker.options = ()
+    await asyncio.to_thread(small_broker.start)
+    assert _whole_and_in_order(await small_broker.received(), 20)
 
 
 # --- NATS ----------------------------------------------------------------------------------------------------------
@@ -343,3 +344,95 @@ async def test_too_few_replicas_are_an_outage(
     assert _attempts(outbox_db) == 0
     assert _errors(outbox_db) <= {"fewer than 1 replicas have confirmed it"}
     assert json.loads((await redis_server.received())[0].body)["data"]["new"] == {"n": 1}
+
+
+# --- Kafka ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_record_of_kafka_has_the_key_of_its_change_and_stays_in_one_partition(
+    kafka_server: KafkaServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await kafka_server.prepare()
+    _publish(outbox_db, 200, 20)
+    async with consuming(outbox, None, deliver_to=kafka_server.url(), deliver_format="binary"):
+        await _all_settled(outbox_db)
+    received = await kafka_server.received()
+    assert {each.key for each in received} == {f"x/k{n}" for n in range(20)}
+    for each in received:
+        message = KafkaMessage({name: value.encode() for name, value in each.headers.items()}, each.key, each.body)
+        event = from_kafka_event(message)
+        assert event.get_type() == "cdc.x.insert"
+        assert event.get_extension("partitionkey") == each.key
+
+
+async def test_a_topic_that_is_not_there_is_an_attempt_with_a_sentence(
+    kafka_server: KafkaServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await kafka_server.prepare(["x"])
+    _publish(outbox_db, 2, 2, entity_type="missing")
+    _publish(outbox_db, 2, 2)
+    async with consuming(outbox, None, deliver_to=kafka_server.url(), max_attempts=1):
+        await _all_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 2, "dead": 2}
+    [error] = _errors(outbox_db)
+    assert error.startswith("there is no topic cdc-")
+    settings = config.from_options({"deliver_to": kafka_server.url(), "deliver_types": ("missing",)})
+    found = await asyncio.to_thread(delivery.examine, settings)
+    assert found is not None
+    assert (found.severity, found.detail) == (Severity.FAIL, error)
+
+
+async def test_a_record_that_is_too_large_is_a_dead_letter_and_its_neighbours_are_not(
+    kafka_server: KafkaServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await kafka_server.prepare(["x"], **{"max.message.bytes": "20000"})
+    outbox_db.execute(
+        "SELECT publish_change('x', 'k' || n, 'INSERT', jsonb_build_object('t', repeat('x', n)))"
+        " FROM unnest(array_fill(10000, '{30}') || 50000 || 3000000) AS n"
+    )
+    async with consuming(outbox, None, deliver_to=kafka_server.url(), max_attempts=1):
+        await _all_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 30, "dead": 2}
+    assert all(text.startswith("rejected: it is too large for the topic") for text in _errors(outbox_db))
+
+
+async def test_debezium_s_envelope_and_a_tombstone_behind_a_delete(
+    kafka_server: KafkaServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await kafka_server.prepare(["order"])
+    outbox_db.execute("CREATE TABLE orders (id int PRIMARY KEY, total numeric)")
+    tracking.track(outbox_db, "public", "orders", entity_type="order")
+    for statement in ("INSERT INTO orders VALUES (1, 12.50)", "UPDATE orders SET total = 15", "DELETE FROM orders"):
+        outbox_db.execute(statement)
+    url = kafka_server.url() + "?tombstones=true"
+    async with consuming(outbox, None, deliver_to=url, deliver_format="debezium"):
+        await _all_settled(outbox_db)
+    *changes, tombstone = await kafka_server.received()
+    insert, update, delete = (json.loads(each.body) for each in changes)
+    assert [each["op"] for each in (insert, update, delete)] == ["c", "u", "d"]
+    assert (insert["before"], insert["after"]) == (None, {"id": 1, "total": 12.5})
+    assert (update["before"]["total"], update["after"]["total"]) == (12.5, 15)
+    assert (delete["before"], delete["after"]) == ({"id": 1, "total": 15}, None)
+    assert (insert["source"]["schema"], insert["source"]["table"]) == ("public", "orders")
+    assert (tombstone.key, tombstone.body) == ("order/1", b"")
+
+
+async def test_kafka_with_tls_and_certificates_or_with_a_login(
+    kafka_server: KafkaServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await kafka_server.prepare()
+    files = kafka_server.files
+    secure = kafka_server.url(port=kafka_server.secure_port).replace("://", "+tls://")
+    _publish(outbox_db, 20, 20)
+    async with consuming(outbox, None, deliver_to=secure) as app:
+        await _true(lambda: "cannot be reached (no TLS" in app.status.breakers["deliver"].why, what="it is not trusted")
+    async with consuming(outbox, None, deliver_to=f"{secure}?ca={files.ca}&cert={files.cert}&key={files.key}"):
+        await _all_settled(outbox_db)
+    _publish(outbox_db, 20, 20)
+    login: dict[str, Any] = {"deliver_to": kafka_server.url(port=kafka_server.login_port), "deliver_user": "app"}
+    async with consuming(outbox, None, **login, deliver_password="wrong") as app:
+        await _true(lambda: "refuses the login" in app.status.breakers["deliver"].why)
+    async with consuming(outbox, None, **login, deliver_password="hunter"):
+        await _all_settled(outbox_db)
+    assert _attempts(outbox_db) == 0
+    assert _whole_and_in_order(await kafka_server.received(), 40)

@@ -12,6 +12,7 @@ from uuid import UUID
 import pytest
 from cloudevents.core.base import BaseCloudEvent
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
+from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka_event
 
 from cdc.core.broker_messages import Encoding, Message
 from cdc.core.model import Change
@@ -30,11 +31,19 @@ def _change(**fields: Any) -> Change:
 
 def _read_as_nats(message: Message) -> BaseCloudEvent:
     """Its binding is that of HTTP."""
-    return from_http_event(HTTPMessage(dict(message.headers), message.body or b""))
+    return from_http_event(HTTPMessage(dict(message.headers), message.body))
+
+
+def _read_as_kafka(message: Message) -> BaseCloudEvent:
+    headers = {name: value.encode() for name, value in message.headers.items()}
+    return from_kafka_event(KafkaMessage(headers, message.key, message.body))
 
 
 _Reader = Callable[[Message], BaseCloudEvent]
-READERS: dict[str, tuple[dict[str, Any], _Reader]] = {"nats": ({"separator": "-", "percent": True}, _read_as_nats)}
+READERS: dict[str, tuple[dict[str, Any], _Reader]] = {
+    "nats": ({"separator": "-", "percent": True}, _read_as_nats),
+    "kafka": ({"separator": "_"}, _read_as_kafka),
+}
 
 
 @pytest.mark.parametrize("mode", ["structured", "binary"])

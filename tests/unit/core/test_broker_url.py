@@ -18,6 +18,13 @@ from cdc.testing import change as make_change
     [
         ("nats://h/cdc.{type}", ("h:4222",), ("cdc.{type}",), False, {}),
         ("nats+tls://h:1,[::1]/a.{table}?ca=/ca.pem", ("h:1", "[::1]:4222"), ("a.{table}",), True, {"ca": "/ca.pem"}),
+        (
+            "kafka://h,i:9093/cdc.{type}?compression=zstd",
+            ("h:9092", "i:9093"),
+            ("cdc.{type}",),
+            False,
+            {"compression": "zstd"},
+        ),
         ("redis://h/0/cdc:{type}?maxlen=5", ("h:6379",), ("0", "cdc:{type}"), False, {"maxlen": "5"}),
         ("rediss://h/12/a/b", ("h:6379",), ("12", "a/b"), True, {}),
         ("redis://h/0/a%3Fb%20c", ("h:6379",), ("0", "a?b c"), False, {}),
@@ -53,6 +60,9 @@ def test_a_url_has_servers_places_a_template_and_options(
         ("nats+tls://h/x?cafile=/f", "an option of this URL does not exist; there are ca, cert, key, creds"),
         ("nats+tls://h/x?ca=", "the option ca is empty"),
         ("nats://h/x?y", "the options of this URL cannot be read"),
+        ("kafka://h/a:b", "the topic has characters that are not allowed there"),
+        ("kafka://h/..", "the topic has characters that are not allowed there"),
+        ("kafka://h/x?sasl=MD5", "the option sasl is one of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512, OAUTHBEARER"),
         ("redis://h/cdc", "input should be a URL such as redis://"),
         ("redis://h/x/cdc", "the database is a number"),
         ("redis://h/0/cdc?partitions=0", "the option partitions is a whole number, at least 1"),
@@ -65,7 +75,7 @@ def test_a_url_that_cannot_be_meant_is_refused_and_not_quoted(text: str, why: st
     assert "hunter" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["http://h/", "unix:///s:/", "kafka", "nats+ssl://h/x", "", "://"])
+@pytest.mark.parametrize("text", ["http://h/", "unix:///s:/", "pulsar://h/x", "nats+ssl://h/x", "", "://"])
 def test_what_is_no_broker_is_left_to_http(text: str) -> None:
     assert not broker_url.is_broker(text)
 
