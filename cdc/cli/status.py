@@ -77,6 +77,9 @@ def _lines(seen: Status, settings: Settings, health: SlotHealth | None) -> Itera
     yield "pace", _pace(seen)
     if (due := seen.outbox.due_later) and due.count:
         yield "due later", str(due)
+    if barrier := seen.barrier:
+        held_s = format_duration(barrier.age_s)
+        yield "truncate", f"{barrier.seq} of {barrier.entity_type} holds back what comes after it, for {held_s} now"
     yield "slot", _slot(seen.slot, settings.slot.name)
     if health:
         yield "", paint(health.sentence, None if health.fine else "red")

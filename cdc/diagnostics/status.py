@@ -14,9 +14,10 @@ import psycopg
 
 from cdc.core.model import ChangeState
 from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin, Stats, Throughput
+from cdc.postgres.barriers import Barriers
 from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
-from cdc.postgres.pages import DueLater
+from cdc.postgres.pages import Barrier, DueLater
 from cdc.postgres.shard_locks import Member, members, observers
 from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport
@@ -79,7 +80,7 @@ class Readings:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """``slot`` is None where no slot has that name."""
+    """``slot`` is None where no slot has that name. ``barrier``: the TRUNCATE that holds back its type the longest."""
 
     seen_at: datetime
     database: str
@@ -88,6 +89,7 @@ class Status:
     members: list[Member]
     observers: list[Member]
     slot: SlotReport | None
+    barrier: Barrier | None = None
 
 
 def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
@@ -104,6 +106,7 @@ def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
         members=members(connection, schema),
         observers=observers(connection, schema),
         slot=slots.snapshot(connection, slot),
+        barrier=Barriers(schema).oldest(connection),
     )
 
 

@@ -138,6 +138,7 @@ class StatsPoller:
                 dead_tuples=figures.dead_tuples,
                 blocked_keys=figures.blocked_keys,
                 notify_queue_usage=figures.notify_queue_usage,
+                truncate_age_s=figures.truncate_age_s,
                 unhandled=self._unhandled.count(connection) if self._unhandled else 0,
                 due_later=due_later.count if due_later else None,
             )

@@ -161,6 +161,7 @@ def _of_outbox(at: float, outbox: Outbox, status: ProcessStatus, now: float) -> 
     return {
         "seen_s_ago": round(now - at, 1),
         "oldest_ready_age_s": figures.oldest_ready_age_s if figures else None,
+        "truncate_age_s": figures.truncate_age_s if figures else None,
         "due_later": outbox.due_later and asdict(outbox.due_later),
         "types": [asdict(each) for each in stats.types],
         "more": {"fresh": stats.more_fresh, "waiting": stats.more_waiting, "dead": stats.more_dead},

@@ -118,7 +118,8 @@ class OutboxStatus:
     """Counts end at a bound. ``notify_queue_usage``: of the whole server, 0 to 1.
 
     ``unhandled``: fresh changes of types that this consumer's settings name and none of its handlers handles.
-    ``due_later``: events that are not published yet; None: not known.
+    ``due_later``: events that are not published yet; None: not known. ``truncate_age_s``: for how long a TRUNCATE has
+    held back its type.
     """
 
     changes: Mapping[ChangeState, int]
@@ -129,6 +130,7 @@ class OutboxStatus:
     notify_queue_usage: float = 0.0
     unhandled: int = 0
     due_later: int | None = None
+    truncate_age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

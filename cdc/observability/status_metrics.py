@@ -66,6 +66,7 @@ _FAMILIES = (
     _counter("cdc_slot_spilled_bytes", "Bytes that decoding wrote to disk.", "slot"),
     _gauge("cdc_outbox_changes", "Unprocessed changes, counted up to a bound.", "state"),
     _gauge("cdc_outbox_oldest_ready_age_seconds", "Age of the oldest change that could run now; 0 if none."),
+    _gauge("cdc_outbox_truncate_age_seconds", "How long a TRUNCATE has held back its type; 0 if none does."),
     _gauge("cdc_outbox_table_bytes", "Size of entity_changes with indexes and TOAST."),
     _gauge("cdc_outbox_dead_tuples", "Row versions of entity_changes that vacuum has not removed."),
     _gauge("cdc_outbox_blocked_keys", "Keys blocked by a waiting change or a pausing dead letter, up to a bound."),
@@ -182,6 +183,7 @@ def _of_outbox(outbox: OutboxStatus) -> Iterator[_Sample]:
     for state in OUTBOX_STATES:
         yield "cdc_outbox_changes", (state.value,), outbox.changes.get(state, 0)
     yield "cdc_outbox_oldest_ready_age_seconds", (), outbox.oldest_ready_age_s
+    yield "cdc_outbox_truncate_age_seconds", (), outbox.truncate_age_s
     yield "cdc_outbox_table_bytes", (), outbox.table_bytes
     yield "cdc_outbox_dead_tuples", (), outbox.dead_tuples
     yield "cdc_outbox_blocked_keys", (), outbox.blocked_keys

@@ -476,8 +476,32 @@ WHERE id OPERATOR(pg_catalog.=) ANY (%(ids)s::pg_catalog.uuid[]) AND NOT process
   AND pg_catalog.pg_current_xact_id() OPERATOR(pg_catalog.=) %(xid)s::pg_catalog.xid8
 RETURNING processed_at, pg_catalog.current_setting('cdc.captured', true) OPERATOR(pg_catalog.=) 'on'::pg_catalog.text
 
+-- name: standing
+-- Not a statement: of each type the TRUNCATE that holds it back now, where there is one; of many only some are examined.
+SELECT DISTINCT ON (b.entity_type) b.entity_type, b.seq, b.clear, t.changed_at
+FROM (SELECT * FROM {barriers} ORDER BY entity_type, seq LIMIT 1000) AS b
+CROSS JOIN LATERAL (
+  SELECT n.changed_at FROM {changes} AS n
+  WHERE n.id = b.id AND NOT n.processed AND (n.dead_at IS NULL OR n.next_attempt_at = 'infinity') LIMIT 1
+) AS t
+ORDER BY b.entity_type, b.seq
+
+-- name: held_by_truncate
+-- Not a statement: whether one of these keeps c from starting, as an expression over c. For figures: of changes that are
+-- read, {barred} says so.
+EXISTS (
+  SELECT FROM standing AS s
+  WHERE s.entity_type = coalesce(c.entity_type, c.table_name) AND (c.seq > s.seq OR c.seq = s.seq AND NOT s.clear)
+)
+
+-- name: truncate_age
+-- Not a statement: for how long the first of these has stood, in seconds; 0: there is none.
+coalesce((SELECT extract(epoch FROM now() - min(s.changed_at) FILTER (WHERE isfinite(s.changed_at)))::float8
+          FROM standing AS s), 0)
+
 -- name: figures
 -- For the metrics; a count that reaches its bound means "more".
+WITH standing AS MATERIALIZED ({standing})
 SELECT
   (SELECT count(*) FROM (SELECT FROM {changes} WHERE NOT processed AND next_attempt_at IS NULL AND dead_at IS NULL
                          LIMIT %(bound)s) AS f)::int AS fresh,
@@ -485,7 +509,7 @@ SELECT
                          WHERE NOT processed AND next_attempt_at <= 'infinity' AND dead_at IS NULL
                          LIMIT %(bound)s) AS w)::int AS waiting,
   (SELECT count(*) FROM (SELECT FROM {changes} WHERE NOT processed AND dead_at IS NOT NULL LIMIT %(bound)s) AS d)::int AS dead,
-  -- The oldest that could run now: of each shard the lowest fresh number that nothing blocks, and the waiting change
+  -- The oldest that could run now: of each shard the lowest fresh number that nothing holds back, and the waiting change
   -- that has been due the longest. A shard whose first rows are all blocked is left out: any number of them may lie
   -- behind one key.
   greatest(
@@ -499,7 +523,7 @@ SELECT
           WHERE n.shard = s.shard AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
           ORDER BY n.seq LIMIT %(per_shard)s
         ) AS c
-        WHERE NOT {held}
+        WHERE NOT {held} AND NOT {held_by_truncate}
         ORDER BY c.seq LIMIT 1
       ) AS c), 0),
     coalesce((
@@ -512,7 +536,8 @@ SELECT
   (SELECT count(DISTINCT (k.entity_type, k.entity_id))
    FROM (SELECT coalesce(w.entity_type, w.table_name) AS entity_type, w.entity_id FROM {changes} AS w
          WHERE {holds} LIMIT %(bound)s) AS k)::int AS blocked_keys,
-  pg_notification_queue_usage() AS notify_queue_usage
+  pg_notification_queue_usage() AS notify_queue_usage,
+  {truncate_age} AS truncate_age_s
 
 -- name: outside
 -- The types of the first fresh changes of each shard that no handler here wants, with their numbers.
@@ -532,7 +557,9 @@ GROUP BY type ORDER BY 2 DESC, 1 LIMIT %(bound)s
 -- name: figures_some
 -- The same, but only of these types, or (not among) only of others. No index finds the fresh changes of a type, so only
 -- the first ones of each shard are examined; wanted changes beyond those are not counted.
-WITH looked AS MATERIALIZED (
+WITH standing AS MATERIALIZED (
+  SELECT * FROM ({standing}) AS of_all WHERE (of_all.entity_type = ANY (%(types)s::text[])) = %(among)s
+), looked AS MATERIALIZED (
   SELECT c.* FROM generate_series(0, %(shards)s - 1) AS s(shard)
   CROSS JOIN LATERAL (
     SELECT n.shard, n.seq, n.entity_type, n.table_name, n.entity_id, n.changed_at FROM {changes} AS n
@@ -558,7 +585,7 @@ SELECT
    ) AS d WHERE (d.type = ANY (%(types)s::text[])) = %(among)s)::int AS dead,
   greatest(
     coalesce((SELECT extract(epoch FROM now() - min(c.changed_at) FILTER (WHERE isfinite(c.changed_at)))::float8
-              FROM ours AS c WHERE c.place <= %(per_shard)s AND NOT {held}), 0),
+              FROM ours AS c WHERE c.place <= %(per_shard)s AND NOT {held} AND NOT {held_by_truncate}), 0),
     coalesce((SELECT extract(epoch FROM now() - min(next_attempt_at))::float8
               FROM waiting WHERE next_attempt_at <= now() AND next_attempt_at > '-infinity'), 0),
     0) AS oldest_ready_age_s,
@@ -568,4 +595,5 @@ SELECT
    FROM (SELECT coalesce(w.entity_type, w.table_name) AS entity_type, w.entity_id FROM {changes} AS w
          WHERE {holds} LIMIT %(bound)s) AS k
    WHERE (k.entity_type = ANY (%(types)s::text[])) = %(among)s)::int AS blocked_keys,
-  pg_notification_queue_usage() AS notify_queue_usage
+  pg_notification_queue_usage() AS notify_queue_usage,
+  {truncate_age} AS truncate_age_s

@@ -85,7 +85,7 @@ class Figures:
     """Counts end at 10,001, which means "more".
 
     ``blocked_keys``: keys with a waiting change, or a dead letter that pauses. ``notify_queue_usage``: of the whole
-    server, 0 to 1.
+    server, 0 to 1. ``truncate_age_s``: for how long a TRUNCATE has held back its type, of which nothing could run.
     """
 
     fresh: int
@@ -96,6 +96,7 @@ class Figures:
     dead_tuples: int
     blocked_keys: int
     notify_queue_usage: float
+    truncate_age_s: float
 
 
 @dataclass(frozen=True, slots=True)

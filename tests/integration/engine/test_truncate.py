@@ -15,8 +15,10 @@ import pytest
 import cdc
 from cdc import testing
 from cdc.core.model import SHARDS
+from cdc.core.type_filter import TypeFilter
 from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import barriers, tracking
+from cdc.postgres.outbox import Store
 from cdc.postgres.tracked_tables import Truncate
 from tests.commands import done
 from tests.eventually import eventually, eventually_async
@@ -390,3 +392,26 @@ async def test_one_look_every_half_second_is_enough_for_all_types_that_are_kept_
 
         await eventually_async(looked, within_s=60)
     assert [later - one for one, later in pairwise(looks) if later - one < 0.45] == []
+
+
+def test_what_a_truncate_holds_back_is_not_ready_and_for_how_long_it_stands_is_told(
+    outbox: str, orders: psycopg.Connection
+) -> None:
+    orders.execute("SELECT publish_change('other', '1')")
+    seq = truncate(orders)
+    orders.execute(_ROWS, [3])
+    orders.execute("UPDATE entity_changes SET changed_at = now() - interval '1 hour' WHERE entity_type = 'order'")
+    everything, ours = Store("public"), Store("public", scope=TypeFilter(("order",), include=True))
+    observer = Store("public", observes=True)
+    assert everything.figures(orders).oldest_ready_age_s < 3_000
+    assert ours.figures(orders).oldest_ready_age_s == 0
+    for store in (everything, ours):
+        assert store.figures(orders).fresh >= 4
+        assert store.figures(orders).truncate_age_s >= 3_600
+    assert f"{seq} of order holds back what comes after it, for 60 min" in done(outbox, "status")
+    assert observer.figures(orders).truncate_age_s == 0
+    orders.execute("UPDATE cdc_barriers SET clear = true")
+    assert ours.figures(orders).oldest_ready_age_s >= 3_600, "it may start itself"
+    orders.execute("UPDATE entity_changes SET processed = true WHERE seq = %s", [seq])
+    assert ours.figures(orders).oldest_ready_age_s >= 3_600, "what comes after it"
+    assert ours.figures(orders).truncate_age_s == 0
