@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -174,7 +175,7 @@ async def drain(
         look = _OutboxState(connection, chosen.schema_, app.scope)
         work = asyncio.create_task(app.run())
         try:
-            await _until_settled(work, look, within_s)
+            await _until_settled(work, look, within_s, hint=_hint(router, within_s))
         finally:
             app.consumer.stop()
             await asyncio.wait([work])
@@ -193,14 +194,26 @@ def _cap(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {} if "backoff_cap" in settings else {"backoff_cap": max(0.05, settings.get("backoff_base", 0.0))}
 
 
-async def _until_settled(work: asyncio.Task[None], look: _OutboxState, within_s: float) -> None:
+def _hint(router: Router, within_s: float) -> str:
+    """What to do about changes that are not settled in time."""
+    slow = [each for each in router.handlers.values() if each.latest and each.quiet_s >= within_s]
+    if slow:
+        each = max(slow, key=attrgetter("quiet_s"))
+        return (
+            f"handler {each.name} is called when its key has been quiet for {each.quiet_s:g} s (settle=);"
+            f" within_s={within_s:g} is shorter: let tests declare it with a shorter settle="
+        )
+    return "a handler hangs, is slow, or causes changes without end; within_s= is the limit"
+
+
+async def _until_settled(work: asyncio.Task[None], look: _OutboxState, within_s: float, *, hint: str) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + within_s
     while left := await asyncio.to_thread(look.unsettled, max(0.0, deadline - loop.time())):
         if loop.time() >= deadline:
             raise UnsettledError(
                 f"not settled within {within_s:g} s: {_listed(left)}",
-                hint="a handler hangs, is slow, or causes changes without end; within_s= is the limit",
+                hint=hint,
             )
         await asyncio.wait([work], timeout=_POLL_INTERVAL_S)
         if work.done():

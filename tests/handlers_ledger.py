@@ -72,7 +72,8 @@ def fails(change: cdc.Change) -> bool:
 def _trouble(change: cdc.Change) -> MeantToFailError | cdc.Snooze | None:
     """What its handler raises for it. One fresh change in thirty is snoozed."""
     if not change.requeued and _dice(f"snoozes {change.seq}") < 1 / 30 and not _token(change).startswith(CALM):
-        return cdc.Snooze(0.1)
+        # Of the table that is truncated for longer than a TRUNCATE waits to look.
+        return cdc.Snooze(2.0 if change.entity_type == TRUNCATED else 0.1)
     return MeantToFailError() if fails(change) else None
 
 

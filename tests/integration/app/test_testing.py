@@ -75,6 +75,21 @@ async def test_the_time_limit_says_what_is_left_by_number_type_and_state_and_not
     assert re.fullmatch(r"not settled within 0.3 s: \d+ \([0-9a-f-]{36}\) of order, fresh", str(raised.value))
 
 
+async def test_where_a_key_settles_for_longer_than_the_limit_the_hint_says_so(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    router = cdc.Router()
+
+    @router.on("product", name="search", latest=True, settle=60)
+    async def index(_: cdc.Change) -> None:
+        pass
+
+    outbox_db.execute("SELECT publish_change('product', '1')")
+    with pytest.raises(testing.UnsettledError) as raised:
+        await testing.drain(outbox, router, within_s=0.3)
+    assert "handler search is called when its key has been quiet for 60 s" in str(raised.value.hint)
+
+
 async def test_what_asks_for_a_longer_wait_than_the_limit_is_left_and_counted_with_what_it_holds(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
