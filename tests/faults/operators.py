@@ -11,14 +11,16 @@ from datetime import datetime
 import psycopg
 
 from cdc.core.errors import CdcError
+from cdc.postgres import bulk
 from cdc.postgres.backfill import UNFINISHED, Backfills
 from cdc.postgres.bulk import Bulk, Wanted
 from cdc.postgres.connect import connect
 
 OPERATOR = "an operator"
 _PAUSE_S = 0.5
-_REPLAYED_S = 1.0
-"""Of the changes of one type: else most of the work would be replays."""
+_ROUND, _ROUND_S = 5, 0.02
+"""Small, and with a rest after each, so that what ends it comes between two."""
+_INTERRUPTED = 0.05
 _NOW = "SELECT now(), (SELECT coalesce(max(seq), 0) FROM entity_changes)"
 
 
@@ -44,6 +46,7 @@ class Operator(threading.Thread):
         self.join()
 
     def run(self) -> None:
+        bulk._ROUND = _ROUND  # noqa: SLF001 - nobody else in this process replays
         while not self._stopping.wait(_PAUSE_S):
             try:
                 with closing(connect(self._dsn, application_name=OPERATOR, user_path=True)) as connection:
@@ -72,5 +75,6 @@ class Operator(threading.Thread):
         wanted = Wanted(entity_type=entity_type, since=since, until=until)
         with Bulk("public").replayable(connection, wanted, unless_since=since) as replay:
             for _ in replay.rounds():
-                pass
+                if self._stopping.wait(_ROUND_S) or self._dice.random() < _INTERRUPTED:
+                    return  # as by Ctrl-C; the next one goes on with it
         self._replay = None
