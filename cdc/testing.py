@@ -23,7 +23,7 @@ from uuid import uuid4
 from cdc.app import config
 from cdc.app.application import App
 from cdc.core.errors import CdcError, UsageError
-from cdc.core.model import Change, ChangeState, Operation
+from cdc.core.model import OF_TABLES, Change, ChangeState, Operation
 from cdc.core.router import Router
 from cdc.core.type_filter import TypeFilter
 from cdc.engine.handler_input import preparation
@@ -67,7 +67,7 @@ class Drained:
 
     ``dead_letters``: those that died during the drain, each with its ``last_error``. ``waiting``: for a retry that is
     due only after the drain's time limit. ``held``: fresh changes behind one of these, or behind a dead letter that
-    pauses, also with a TRUNCATE in between. ``unhandled``: fresh ones of types that no handler wants, which stay as
+    pauses, also with a barrier in between. ``unhandled``: fresh ones of types that no handler wants, which stay as
     they are. ``filtered``: those that a handler's filter left out. ``due_later``: events that are due only after the
     drain's time limit.
     ``coalesced``: those processed with another one, by a call that stood for both.
@@ -244,7 +244,7 @@ class _OutboxState:
         return [entry for entry in ready if self._scope.has(entry.entity_type)]  # the scope may exclude types
 
     def _look(self, within_s: float) -> tuple[list[ChangeSummary], list[ChangeSummary], set[ChangeSummary]]:
-        """What is fresh; what waits and is due in time; which of the fresh ones a TRUNCATE holds back for longer."""
+        """What is fresh; what waits and is due in time; which of the fresh ones a barrier holds back for longer."""
         # In one snapshot: a change whose state changes between two reads would be in neither.
         with self._connection.transaction():
             self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -254,7 +254,7 @@ class _OutboxState:
             dead = self._find("dead", _ROWS_EXAMINED_MAX)
         due = [entry for entry in waiting if entry.next_attempt_at and entry.next_attempt_at <= soon]
         stuck = [entry for entry in waiting if not entry.next_attempt_at or entry.next_attempt_at > soon]
-        stuck += [entry for entry in dead if entry.pauses_key and entry.operation == Operation.TRUNCATE]
+        stuck += [entry for entry in dead if entry.pauses_key and entry.operation in OF_TABLES]
         return fresh, due, _barred([*fresh, *stuck])
 
     def _now(self) -> datetime:
@@ -291,12 +291,12 @@ class _OutboxState:
 
 
 def _barred(entries: Iterable[ChangeSummary]) -> set[ChangeSummary]:
-    """The fresh ones from a TRUNCATE on that cannot start: it is not fresh itself, or something before it stays."""
+    """The fresh ones from a barrier on that cannot start: it is not fresh itself, or something before it stays."""
     barred = set[ChangeSummary]()
     staying, closed = set[str](), set[str]()
     for entry in sorted(entries, key=lambda entry: entry.seq):
         stays = entry.state != ChangeState.FRESH or entry.blocked
-        if entry.operation == Operation.TRUNCATE and (stays or entry.entity_type in staying):
+        if entry.operation in OF_TABLES and (stays or entry.entity_type in staying):
             closed.add(entry.entity_type)
         if entry.state == ChangeState.FRESH and entry.entity_type in closed:
             barred.add(entry)

@@ -10,7 +10,8 @@ DECLARE
   v_functions CONSTANT text[] := ARRAY[
     'bounded_text(text)', 'default_entity_type(text)', 'captured_row(record, oid, text[])', 'capture_entity_change()',
     'publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)',
-    'capture_rows(anyarray, text, jsonb, integer)', 'capture_truncate()'];
+    'capture_rows(anyarray, text, jsonb, integer)', 'capture_truncate()',
+    'capture_barrier(text, text, text, text, jsonb, jsonb, jsonb)', 'captured_columns(oid)', 'capture_ddl()'];
   v_written CONSTANT text[] := '{id, table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,
     metadata, caused_by, depth, processed, processed_at, last_error, shard}';
   v_returned CONSTANT text[] := '{seq, shard}';
@@ -18,9 +19,12 @@ DECLARE
   v_due_written CONSTANT text[] := '{due, entity_type, entity_id, operation, old_data, new_data, metadata, caused_by,
     depth}';
   v_barriers CONSTANT regclass := pg_catalog.format('%I.cdc_barriers', v_schema)::regclass;
+  v_columns CONSTANT regclass := pg_catalog.format('%I.cdc_columns', v_schema)::regclass;
+  v_noted CONSTANT text[] := '{trigger, table_schema, table_name, entity_type, columns}';
   v_table regclass;
   v_inserted text[];
   v_selected text[];
+  v_updated text[];
   v_role text := 'cdc_capture_' || pg_catalog.current_database() || '_' || v_schema;
   v_owner name;
   v_present name;
@@ -58,7 +62,7 @@ BEGIN
               AND d.dbid = (SELECT b.oid FROM pg_catalog.pg_database AS b WHERE b.datname = pg_catalog.current_database())
               AND EXISTS (SELECT FROM pg_catalog.pg_proc AS p
                 WHERE p.oid = d.objid AND p.pronamespace = pg_catalog.quote_ident(v_schema)::regnamespace
-                  AND pg_catalog.starts_with(p.proname::text, 'capture_table_'))))))
+                  AND @is_table_function@)))))
     THEN
       RAISE EXCEPTION 'the role % may do more than capture', v_role USING ERRCODE = '42501';
     END IF;
@@ -69,16 +73,18 @@ BEGIN
     END IF;
 
     -- Exactly these rights, and none on a whole table: who has one may lock it.
-    FOR v_table, v_inserted, v_selected IN VALUES (v_outbox, v_written, v_returned), (v_due, v_due_written, '{}'),
-      (v_barriers, '{entity_type, seq, id}', '{}')
+    FOR v_table, v_inserted, v_selected, v_updated IN VALUES (v_outbox, v_written, v_returned, '{}'::text[]),
+      (v_due, v_due_written, '{}', '{}'), (v_barriers, '{entity_type, seq, id}', '{}', '{}'),
+      (v_columns, v_noted || '{relation}', v_noted || '{relation}', v_noted)
     LOOP
       IF EXISTS (
         SELECT FROM pg_catalog.pg_class AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) AS a
         WHERE c.oid = v_table AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
       ) OR (
-        SELECT pg_catalog.count(*) <> pg_catalog.cardinality(v_inserted || v_selected) OR NOT pg_catalog.bool_and(
+        SELECT pg_catalog.count(*) <> pg_catalog.cardinality(v_inserted || v_selected || v_updated) OR NOT pg_catalog.bool_and(
           a.privilege_type = 'INSERT' AND c.attname = ANY (v_inserted)
-          OR a.privilege_type = 'SELECT' AND c.attname = ANY (v_selected))
+          OR a.privilege_type = 'SELECT' AND c.attname = ANY (v_selected)
+          OR a.privilege_type = 'UPDATE' AND c.attname = ANY (v_updated))
         FROM pg_catalog.pg_attribute AS c CROSS JOIN LATERAL pg_catalog.aclexplode(c.attacl) AS a
         WHERE c.attrelid = v_table AND a.grantee = pg_catalog.quote_ident(v_role)::regrole
       ) THEN
@@ -89,10 +95,14 @@ BEGIN
           EXECUTE pg_catalog.format('GRANT SELECT (%s) ON TABLE %s TO %I',
             pg_catalog.array_to_string(v_selected, ', '), v_table, v_role);
         END IF;
+        IF v_updated <> '{}' THEN
+          EXECUTE pg_catalog.format('GRANT UPDATE (%s) ON TABLE %s TO %I',
+            pg_catalog.array_to_string(v_updated, ', '), v_table, v_role);
+        END IF;
       END IF;
     END LOOP;
     -- Row level security, if it is switched on, applies to all but the table's owner. Writers must go on working.
-    FOREACH v_table IN ARRAY ARRAY[v_outbox, v_due, v_barriers] LOOP
+    FOREACH v_table IN ARRAY ARRAY[v_outbox, v_due, v_barriers, v_columns] LOOP
       IF NOT EXISTS (
         SELECT FROM pg_catalog.pg_policy AS p
         WHERE p.polrelid = v_table AND p.polname = 'cdc_capture' AND p.polcmd = '*' AND p.polpermissive

@@ -28,13 +28,14 @@ BEGIN
     WHERE (c.relnamespace = v_schema AND c.relname = ANY (ARRAY[
         'entity_changes', 'entity_changes_seq_seq', 'cdc_shards', 'cdc_migrations', 'cdc_sets',
         'cdc_backfills', 'cdc_backfills_id_seq', 'cdc_due_changes', 'cdc_due_changes_number_seq', 'cdc_barriers',
+        'cdc_columns',
         'action_processing_dashboard', 'recent_action_history']))
   ), routine (oid, name, owner) AS (
     SELECT p.oid, p.oid::regprocedure::text, p.proowner
     FROM pg_catalog.pg_proc AS p
     WHERE p.pronamespace = v_schema AND p.proname = ANY (ARRAY[
         'capture_entity_change', 'publish_change', 'reprocess_failed_actions', 'bounded_text', 'captured_row',
-        'capture_rows', 'capture_truncate', 'barred', 'publish_due',
+        'capture_rows', 'capture_truncate', 'capture_barrier', 'captured_columns', 'capture_ddl', 'barred', 'publish_due',
         'default_entity_type', 'fill_shard', 'legacy_processor_marks', 'legacy_processor_notify', 'processor_marks',
         'processor_notify'])
   ), part (class, oid, name) AS (

@@ -110,7 +110,7 @@ WITH
     FROM (SELECT kind || ' ' || relname, relowner, false FROM relation WHERE kind IN ('table', 'view')
           UNION ALL SELECT 'function ' || callable.name, proowner,
             proname IN ('bounded_text', 'captured_row', 'capture_entity_change', 'default_entity_type', 'publish_change',
-              'capture_rows', 'capture_truncate')
+              'capture_rows', 'capture_truncate', 'capture_barrier', 'captured_columns', 'capture_ddl')
           FROM callable) AS whole (name, owner, captures)
     UNION ALL
     SELECT 13, pg_catalog.format('trigger %%s of %%s %%s', t.tgname, r.kind, r.relname),
@@ -125,7 +125,8 @@ WITH
       pg_catalog.concat_ws(' ', 'for', p.polcmd, pg_catalog.pg_get_expr(p.polqual, p.polrelid))
     FROM relation AS r JOIN pg_catalog.pg_policy AS p ON p.polrelid = r.oid
     -- Those of capture_role.sql, which hide nothing and are for the role that captures alone.
-    WHERE NOT (p.polname = 'cdc_capture' AND r.relname IN ('entity_changes', 'cdc_due_changes', 'cdc_barriers') AND p.polroles IN (
+    WHERE NOT (p.polname = 'cdc_capture'
+      AND r.relname IN ('entity_changes', 'cdc_due_changes', 'cdc_barriers', 'cdc_columns') AND p.polroles IN (
       SELECT ARRAY[callable.proowner] FROM callable WHERE callable.proname = 'capture_entity_change'))
   )
 SELECT name, definition FROM part ORDER BY place, name;

@@ -98,9 +98,8 @@ def verify(settings: Settings, as_json: bool) -> None:
         if not any(each.object == "function capture_entity_change()" for each in findings):
             tracked = tracking.tracked(connection, settings.schema_)
             findings += [
-                catalogs.Difference(f"trigger {each.trigger} of {each.table}", f"at fault: {fault}")
-                for each in tracked
-                for fault in remarks.faults(each)
+                catalogs.Difference(fault.object, f"at fault: {fault}")
+                for fault in tracking.faults(connection, settings.schema_, tracked)
             ]
     noted = [str(remark) for remark in remarks.handled(tracked, ())]
     if as_json:
@@ -193,6 +192,30 @@ def grant(
 
 @db.command()
 @database_options
+@click.option("--off", is_flag=True, help="Drop them: no DDL is captured any more.")
+@click.option("--print", "print_only", is_flag=True, help="Print a script for psql instead. Needs no database.")
+def ddl(*, settings: Settings, off: bool, print_only: bool) -> None:
+    """Make the event triggers by which DDL on tables of "cdc track TABLE --ddl event" is captured; safe to repeat.
+
+    They fire for every role of the database, so PostgreSQL asks for a superuser; some managed services give their
+    administrator this right. Refused where a role that is no superuser could run code by them.
+    """
+    from cdc.postgres import ddl_triggers  # noqa: PLC0415 - see install
+
+    if print_only:
+        put_script(ddl_triggers.script(settings.schema_, off=off))
+        return
+    with open_database(settings) as connection:
+        change = ddl_triggers.disable if off else ddl_triggers.enable
+        names = change(connection, settings.schema_)
+    for name in names:
+        say(f"{'dropped' if off else 'made'} the event trigger {name}")
+    if not names:
+        say("there is none" if off else "both event triggers are there already")
+
+
+@db.command()
+@database_options
 @click.argument("name", metavar="SET")
 def remove(settings: Settings, name: str) -> None:
     """Remove the optional set legacy_processor, when the legacy processor is gone: an index and two triggers.
@@ -225,9 +248,16 @@ def uninstall(settings: Settings, yes: bool, discard_unprocessed: bool) -> None:
 
 def _put_in_order(connection: Connection, schema_name: str) -> None:
     """What is no object of the schema: the names of our triggers on others' tables, and the next number."""
-    from cdc.postgres import former_triggers, sequence, table_functions, tracking  # noqa: PLC0415 - see install
+    from cdc.postgres import (  # noqa: PLC0415 - see install
+        ddl_triggers,
+        former_triggers,
+        sequence,
+        table_functions,
+        tracking,
+    )
 
-    for renaming in former_triggers.rename_all(connection, schema_name, tracking.tracked(connection, schema_name)):
+    tracked = tracking.tracked(connection, schema_name)
+    for renaming in former_triggers.rename_all(connection, schema_name, tracked):
         if renaming.refused:
             say(f"the trigger of {renaming.table} keeps its former name: {renaming.refused}")
             say(f"  as the owner of the table: cdc track {renaming.table}")
@@ -235,6 +265,8 @@ def _put_in_order(connection: Connection, schema_name: str) -> None:
             say(f"renamed the trigger of {renaming.table}, which fires before others now")
     for table in table_functions.refresh(connection, schema_name):
         say(f"rewrote the function that captures {table}")
+    for table in ddl_triggers.note(connection, schema_name, tracked):
+        say(f"noted the columns of {table}, for the next change of them")
     before = sequence.catch_up(connection, schema_name)
     if before is not None:
         say(f"{before.sequence} goes on behind the highest number; it was at {before.last}")

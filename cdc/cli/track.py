@@ -14,8 +14,7 @@ from cdc.cli.options import Command, database_options, json_option, open_databas
 from cdc.cli.output import print_json, print_table, put_script, say
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.model import CAPTURED, Operation
-from cdc.postgres import remarks
-from cdc.postgres.tracked_tables import Asked, Fires, Tracked, Truncate, described, named
+from cdc.postgres.tracked_tables import Asked, Ddl, Fires, Tracked, Truncate, described, named
 
 if TYPE_CHECKING:
     from cdc.postgres.all_schemas import Plan, Untouched
@@ -125,6 +124,11 @@ def _columns(name: str, help_text: str) -> Callable[[Command], Command]:
     type=click.Choice([each.value for each in Truncate]),
     help="What a TRUNCATE is: a change of its own, an error, or not captured [ignore].",
 )
+@click.option(
+    "--ddl",
+    type=click.Choice([each.value for each in Ddl]),
+    help="What DDL that changes its columns is: a change of its own, or not captured [ignore]; see: cdc db ddl --help.",
+)
 @_columns("--key", "What tells rows apart [id, or the primary key].")
 @_columns("--exclude", "Columns that never leave the table.")
 @_columns("--columns", "Instead: the only columns that leave the table; new ones do not.")
@@ -148,6 +152,7 @@ def track(
     on: _On | None,
     when: str | None,
     truncate: str | None,
+    ddl: str | None,
     key: tuple[str, ...] | None,
     exclude: tuple[str, ...] | None,
     columns: tuple[str, ...] | None,
@@ -176,7 +181,7 @@ def track(
     if print_only and as_json:
         raise UsageError("--print and --json are two kinds of output", hint="leave one of them out")
     asked = Asked(
-        truncate=None if truncate is None else Truncate(truncate),
+        truncate=None if truncate is None else Truncate(truncate), ddl=None if ddl is None else Ddl(ddl),
         entity_type=entity_type, operations=on and on.operations, update_of=on and on.update_of,
         when=when and when.strip(), key=key, exclude=exclude, columns=columns, always=always, handled=handled,
         schema_in_key=schema_in_key, all_schemas=all_schemas, shared_key=shared_key,
@@ -324,6 +329,7 @@ def tracked(settings: Settings, as_json: bool) -> None:
 
     with open_database(settings, user_path=True) as connection:
         found = tracking.tracked(connection, settings.schema_)
+        faults = [] if as_json else tracking.faults(connection, settings.schema_, found)
     if as_json:
         print_json({"tracked": [each.as_json() for each in found]})
         return
@@ -334,13 +340,13 @@ def tracked(settings: Settings, as_json: bool) -> None:
          "by writers too" if each.handled else "")
         for each in found
     ))  # fmt: skip
-    for each in found:
-        for fault in remarks.faults(each):
-            say(f"Warning: {fault}")
+    for fault in faults:
+        say(f"Warning: {fault}")
 
 
 def _on(tracked: Tracked) -> str:
     captured = [*tracked.operations, *(["truncate"] if tracked.truncate == Truncate.EVENT else [])]
+    captured += ["schema"] if tracked.ddl == Ddl.EVENT else []
     refused = ["(truncate refused)"] if tracked.truncate == Truncate.REFUSE else []
     return " ".join([",".join(captured).lower(), *([tracked.only] if tracked.only else []), *refused])
 

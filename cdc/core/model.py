@@ -17,19 +17,23 @@ Key = tuple[str, str]
 
 
 class Operation(StrEnum):
-    """What happened to the row. READ: nothing, a backfill has read it as it is. TRUNCATE: all rows are gone."""
+    """What happened to the row. READ: nothing, a backfill has read it as it is. TRUNCATE: all rows are gone.
+
+    SCHEMA: nothing, the columns of the table have changed, or its name, or it is gone.
+    """
 
     INSERT = "INSERT"
     UPDATE = "UPDATE"
     DELETE = "DELETE"
     READ = "READ"
     TRUNCATE = "TRUNCATE"
+    SCHEMA = "SCHEMA"
 
 
 CAPTURED = (Operation.INSERT, Operation.UPDATE, Operation.DELETE)
 """What a row trigger captures."""
-OF_TABLES = (Operation.TRUNCATE,)
-"""What is about no row. Only a handler that names such an operation gets it."""
+OF_TABLES = (Operation.TRUNCATE, Operation.SCHEMA)
+"""What is about no row, and a barrier of its type. Only a handler that names such an operation gets it."""
 
 
 class ChangeState(StrEnum):
@@ -45,10 +49,11 @@ class ChangeState(StrEnum):
 class Change:
     """One captured change of one row, as a handler gets it. Compared and hashed by identity.
 
-    ``old`` is None for an INSERT and a READ, ``new`` for a DELETE, both for a TRUNCATE, whose ``entity_id`` is empty
-    since it is about no row; otherwise they hold the row as JSON, or, if the
-    handler names a pydantic model, an instance of it. A document is parsed at its first use: ``old``, ``new``
-    and ``metadata`` raise UnreadableDocumentError for one that Python cannot parse.
+    ``old`` is None for an INSERT and a READ, ``new`` for a DELETE, both for a TRUNCATE; otherwise they hold the row as
+    JSON, or, if the handler names a pydantic model, an instance of it. A TRUNCATE and a SCHEMA are about no row, and
+    their ``entity_id`` is empty; for a SCHEMA ``old`` and ``new`` hold the columns, whatever model is named.
+    A document is parsed at its first use: ``old``, ``new`` and ``metadata`` raise UnreadableDocumentError for one that
+    Python cannot parse.
     ``changed_at`` is the start of the writer's transaction.
     ``attempt`` counts from 1. ``requeued``: this attempt was waited for, after a failure, a snooze or an operator's
     requeue. ``crashed``: the attempt before ended with its consumer's process.

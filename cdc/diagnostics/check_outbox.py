@@ -295,11 +295,11 @@ def due_later(seen: Backlog) -> Finding:
     return ok(str(due))
 
 
-def truncates(seen: Backlog) -> Finding:
+def barriers(seen: Backlog) -> Finding:
     barrier = seen.barrier
     if barrier is None:
         return ok("none holds anything back")
-    said = f"the TRUNCATE {barrier.seq} of the type {barrier.entity_type} holds back what comes after it"
+    said = f"the {barrier.operation} {barrier.seq} of the type {barrier.entity_type} holds back what comes after it"
     if barrier.age_s < _OLD_BACKLOG_S:
         return ok(f"{said}, for {format_duration(barrier.age_s)} now")
     said += f", for {format_duration(barrier.age_s)} now: "
@@ -346,5 +346,5 @@ ASTRAY: Checks[Astray] = {"shards": shards}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
 TABLE: Checks[TableFacts] = {"autovacuum": autovacuum}
 UNHANDLED: Checks[Unhandled] = {"unhandled": unhandled}
-BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead, "due-later": due_later, "truncates": truncates}
+BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead, "due-later": due_later, "barriers": barriers}
 LOCAL: Checks[Subject] = {"handlers": handlers, "config": config}

@@ -16,6 +16,7 @@ _WELL = {
     remarks.MISSED: "no child table, unlogged table, subscription or move between partitions that is not captured",
     remarks.TYPES: "no two tables share a type by their names",
     remarks.SCHEMAS: "every table that matches a pattern of --all-schemas is tracked",
+    remarks.DDL: "none has its DDL captured by an event trigger that is missing or that others could misuse",
     remarks.VIRTUAL: "no virtual generated column is captured as null",
     remarks.CASTS: "no captured type has a cast to JSON that somebody else owns",
     remarks.HIDDEN: "no captured table has row level security",
@@ -28,7 +29,9 @@ def triggers(seen: Captured) -> Finding:
         return _said(fail, found)
     if not seen.triggers:
         return warn("no table is tracked: only publish_change() writes changes", "cdc track TABLE")
-    return ok(f"captured: {_some(seen.tables)}")
+    unnamed = [each for each in seen.triggers if not each.entity_type]
+    note = f"; {len(unnamed)} without a type, which a new name of its table would change: cdc track" if unnamed else ""
+    return ok(f"captured: {_some(seen.tables)}{note}")
 
 
 def captured_twice(seen: Captured) -> Finding:

@@ -30,7 +30,15 @@ from cdc.diagnostics.facts import (
     Unhandled,
 )
 from cdc.diagnostics.inspect_server import column, one
-from cdc.postgres import capture_catalog, migration_scripts, migrations, remarks, sequence, table_functions
+from cdc.postgres import (
+    capture_catalog,
+    ddl_triggers,
+    migration_scripts,
+    migrations,
+    remarks,
+    sequence,
+    table_functions,
+)
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.barriers import Barriers
 from cdc.postgres.due import DueChanges
@@ -39,9 +47,9 @@ from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
 from cdc.postgres.remarks import SettingOwner
 from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
-from cdc.postgres.table_capture import CAPTURE_ROLE
 
-_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers")
+_INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
+             "cdc_columns")  # fmt: skip
 """Other tables of an outbox."""
 
 _WAITING_EXAMINED_MAX = 10_000
@@ -276,18 +284,13 @@ def captured(connection: psycopg.Connection, name: str) -> Captured:
     triggers = capture_catalog.triggers(connection, function, name)
     tables = capture_catalog.tables(connection, function, name, [each.oid for each in triggers])
     said = [remark for each in triggers for remark in remarks.faults(each)]
-    said += [
-        remarks.outdated(each)
-        if found.owner == function.owner or found.owner.startswith(CAPTURE_ROLE)
-        else remarks.owned_by(each, found.owner, function.owner)
-        for each, found, expected in table_functions.compared(connection, function, name)
-        if expected is None or not found.serves_as(expected)
-    ]
+    said += table_functions.faults(connection, function, name)
     said += [remark for each in triggers if each.oid in tables for remark in remarks.cautions(tables[each.oid], each)]
     said += [*remarks.doubled(triggers), *remarks.shared(triggers)]
     said += remarks.unmatched(
         triggers, capture_catalog.named_so(connection, {each.name for each in triggers if each.all_schemas})
     )
+    said += ddl_triggers.remarks(connection, name, triggers)
     said += remarks.handled(triggers, _sayings(connection))
     return Captured(triggers=tuple(triggers), remarks=tuple(said))
 

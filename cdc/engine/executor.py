@@ -47,13 +47,13 @@ from cdc.core.fast_change import fast_make
 from cdc.core.latest import Latest
 from cdc.core.lost_transactions import LOSSES_MAX, LostCalls
 from cdc.core.model import (
+    OF_TABLES,
     Change,
     Committed,
     Dead,
     Discarded,
     Filtered,
     Key,
-    Operation,
     Outcome,
     Processed,
     Skipped,
@@ -174,8 +174,8 @@ class Executor:
         if self._router.ignores(change.entity_type):
             return Discarded("no handler wants it, for the router ignores its type")
         if self._router.scope.has(change.entity_type):
-            if change.operation is Operation.TRUNCATE:
-                log.info("a TRUNCATE of the type %s is skipped: no handler names it", change.entity_type)
+            if change.operation in OF_TABLES:
+                log.info("a %s of the type %s is skipped: no handler names it", change.operation, change.entity_type)
             return Skipped()
         return Discarded("no handler wants its type, and unhandled is discard")
 

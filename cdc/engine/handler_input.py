@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cdc.core.model import Change, ModelChange
+from cdc.core.model import OF_TABLES, Change, ModelChange
 from cdc.core.router import Handler
 
 Prepare = Callable[[Change], Change | None]
@@ -33,7 +33,9 @@ def preparation(handler: Handler) -> Prepare | None:
     return validate if handler.filter is None else partial(handler.filter.apply, validate)
 
 
-def _with_model(adapter: TypeAdapter[Any], change: Change) -> ModelChange:
+def _with_model(adapter: TypeAdapter[Any], change: Change) -> Change:
+    if change.operation in OF_TABLES:
+        return change
     new = None if change.new is None else adapter.validate_python(change.new)
     old = None if change.old is None else adapter.validate_python(change.old)
     rest = {name: getattr(change, name) for name in _FIELDS}

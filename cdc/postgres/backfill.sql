@@ -118,8 +118,7 @@ ORDER BY k.place
 -- What changes whenever one of the triggers that capture a table does, or its key. None where its name is another table's by
 -- now.
 SELECT t.oid, t.xmin::text, t.tgenabled, {key_order} FROM pg_trigger AS t
-JOIN pg_proc AS f ON f.oid = t.tgfoid JOIN pg_proc AS c ON c.oid = %(capture)s::oid
+JOIN pg_proc AS p ON p.oid = t.tgfoid JOIN pg_proc AS c ON c.oid = %(capture)s::oid
 WHERE t.tgrelid = %(table)s::oid AND t.tgrelid = to_regclass(%(name)s)
-  AND (f.oid = c.oid OR f.pronamespace = c.pronamespace
-    AND starts_with(f.proname::text, 'capture_table_'))
+  AND (p.oid = c.oid OR p.pronamespace = c.pronamespace AND {is_table_function})
 ORDER BY t.oid

@@ -1,11 +1,11 @@
-"""TRUNCATEs that are not settled, which hold back what comes after them. A consumer removes those that are settled, and
-finds out when one may start.
+"""Changes of whole tables, TRUNCATE and SCHEMA, that are not settled: they hold back what comes after them. A consumer
+removes those that are settled, and finds out when one may start.
 
 Theory
 ------
-A captured TRUNCATE, T, is a barrier for its type: it starts when no change of the type with a lower number is fresh
-or waits, and none with a higher number starts before T is settled: processed, or dead and not pausing. Each read of
-changes looks at the barriers in its own snapshot, which is exact: T's lock of its table made whoever wrote the table
+A captured TRUNCATE or SCHEMA, T, is a barrier for its type: it starts when no change of the type with a lower number is
+fresh or waits, and none with a higher number starts before T is settled: processed, or dead and not pausing. Each read
+of changes looks at the barriers in its own snapshot, which is exact: T's lock of its table made whoever wrote the table
 before commit first, and whoever comes later sees T.
 
 What is kept from starting is *barred*. The scheduler rejects it, like what it has no room for: the type gets a cursor
@@ -57,5 +57,5 @@ class Barriers:
             return None
         if row is None:
             return None
-        entity_type, seq, state, age_s, clear = row
-        return Barrier(entity_type, seq, ChangeState(state), age_s, clear)
+        operation, entity_type, seq, state, age_s, clear = row
+        return Barrier(operation, entity_type, seq, ChangeState(state), age_s, clear)

@@ -1,7 +1,7 @@
--- TRUNCATEs that are not settled. {barriers} is the qualified table.
+-- Changes of whole tables that are not settled. {barriers} is the qualified table.
 
 -- name: stands
--- Not a statement: whether the TRUNCATE t holds back what comes after it, which it does until it is settled. The same is
+-- Not a statement: whether the barrier t holds back what comes after it, which it does until it is settled. The same is
 -- in barred() of sql/.
 NOT t.processed AND (t.dead_at IS NULL OR t.next_attempt_at = 'infinity')
 
@@ -64,9 +64,9 @@ SELECT EXISTS (SELECT FROM {barriers}), (
 )
 
 -- name: oldest
--- Of some that stand the one captured first: its type, number and state, how old it is, and whether all before it is
+-- Of some that stand the one captured first: its operation, type, number and state, how old it is, and whether all before it is
 -- settled.
-SELECT left(b.entity_type, 200), b.seq,
+SELECT t.operation, left(b.entity_type, 200), b.seq,
        CASE WHEN t.dead_at IS NOT NULL THEN 'dead' WHEN t.next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END,
        extract(epoch FROM clock_timestamp() - t.changed_at)::float8, b.clear
 FROM (SELECT * FROM {barriers} ORDER BY entity_type, seq LIMIT %(limit)s) AS b JOIN {changes} AS t ON t.id = b.id

@@ -89,8 +89,8 @@ ORDER BY l.seq
 
 -- name: replay
 -- The first of these processed changes, until a page is full, as new ones in this order, each with its wake-up. A replay
--- has the causes of what it repeats. A TRUNCATE holds back what comes after it as it did at first. Returns how many were written, and how many were looked at. LIMIT keeps it a probe
--- of the index for each.
+-- has the causes of what it repeats. What is about a whole table holds back what comes after it as it did at first. Returns how many were written, and how many
+-- were looked at. LIMIT keeps it a probe of the index for each.
 WITH page AS MATERIALIZED (
   SELECT wanted.id, wanted.place, c.stored, coalesce(sum(c.stored) OVER (
     ORDER BY wanted.place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) < %(bytes)s AS fits
@@ -112,6 +112,6 @@ WITH page AS MATERIALIZED (
             pg_logical_emit_message(true, %(prefix)s, replay.seq || ',' || replay.shard)
 ), barriers AS (
   INSERT INTO {barriers} (entity_type, seq, id)
-  SELECT type, seq, id FROM written WHERE operation = 'TRUNCATE'
+  SELECT type, seq, id FROM written WHERE operation IN ('TRUNCATE', 'SCHEMA')
 )
 SELECT (SELECT count(*) FROM written)::int, (SELECT count(*) FROM page WHERE page.fits)::int

@@ -17,7 +17,6 @@ from psycopg.rows import dict_row
 from cdc.core.errors import NotFoundError
 from cdc.core.model import CAPTURED, Operation, former_trigger_name, trigger_name
 from cdc.postgres import truncate_triggers
-from cdc.postgres.table_capture import OF_A_TABLE
 from cdc.postgres.tracked_tables import (
     LISTS,
     Copy,
@@ -30,6 +29,7 @@ from cdc.postgres.tracked_tables import (
     read_options,
     read_remembered,
 )
+from cdc.postgres.trigger_catalog import GIVEN, IS_TABLE_FUNCTION, texts
 from cdc.postgres.trigger_statements import FIRES
 
 _TYPE_BITS = {Operation.INSERT: 4, Operation.DELETE: 8, Operation.UPDATE: 16}
@@ -90,12 +90,12 @@ _NO_POLICY = """
           WHERE l.polrelid = {table}.oid AND l.polcmd = '*' AND l.polroles && ARRAY[0::oid, p.proowner])"""
 # The rights that the function uses: it writes these columns, returns those, and sends a message.
 _FUNCTION = f"""
-WITH RECURSIVE capture AS (
+WITH RECURSIVE general AS (
   SELECT p.* FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
   WHERE n.nspname = %(schema)s AND p.proname = 'capture_entity_change' AND p.pronargs = 0
 ), capturing AS (
-  SELECT f.oid FROM capture AS p JOIN pg_catalog.pg_proc AS f
-    ON f.oid = p.oid OR {OF_A_TABLE}
+  SELECT p.oid FROM general AS g JOIN pg_catalog.pg_proc AS p
+    ON p.oid = g.oid OR p.pronamespace = g.pronamespace AND {IS_TABLE_FUNCTION}
 ), {_HELD.format(tables="SELECT t.tgrelid FROM pg_catalog.pg_trigger AS t JOIN capturing AS f ON f.oid = t.tgfoid")}
 SELECT p.oid, ARRAY(SELECT f.oid FROM capturing AS f) AS oids,
   pg_catalog.format('%%I.%%I()', n.nspname, p.proname) AS name,
@@ -144,7 +144,7 @@ SELECT p.oid, ARRAY(SELECT f.oid FROM capturing AS f) AS oids,
     CASE WHEN {_NO_POLICY.format(table="b")}
       THEN 'a policy of its own on cdc_barriers, since row level security is on' END
   ], NULL) AS lacks
-FROM capture AS p
+FROM general AS p
 JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
 JOIN pg_catalog.pg_roles AS r ON r.oid = p.proowner
 LEFT JOIN pg_catalog.pg_class AS c
@@ -162,9 +162,7 @@ _WRITTEN_LATER = (
     "due", "entity_type", "entity_id", "operation", "old_data", "new_data", "metadata", "caused_by", "depth",
 )  # fmt: skip
 
-# The arguments are in the encoding of the database, each followed by a zero byte. SQL_ASCII is no encoding, and is not
-# converted.
-_TRIGGERS = """
+_TRIGGERS = f"""
 WITH RECURSIVE whole AS (
   SELECT t.oid AS trigger, t.* FROM pg_catalog.pg_trigger AS t
   WHERE t.tgfoid = ANY (%(capture)s::oid[]) AND t.tgparentid = 0::oid
@@ -183,12 +181,7 @@ SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type, p.proname:
         WHERE relid <> t.tgrelid) AS above,  -- the root is the last
   ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
         WHERE a.attrelid = t.tgrelid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
-  CASE WHEN t.tgnargs > 0 THEN CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN entity_type
-    ELSE pg_catalog.convert(entity_type, pg_catalog.getdatabaseencoding(), 'UTF8') END END AS entity_type,
-  CASE WHEN t.tgnargs > 1 THEN CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN options
-    ELSE pg_catalog.convert(options, pg_catalog.getdatabaseencoding(), 'UTF8') END END AS options,
-  CASE WHEN t.tgnargs > 2 THEN CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN remembered
-    ELSE pg_catalog.convert(remembered, pg_catalog.getdatabaseencoding(), 'UTF8') END END AS remembered,
+  given.arguments,
   ARRAY(SELECT a.attname::text FROM pg_catalog.unnest(t.tgattr::int2[]) AS u (attnum)
         JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.tgrelid AND a.attnum = u.attnum) AS update_of,
   CASE WHEN t.tgqual IS NOT NULL THEN pg_catalog.pg_get_triggerdef(t.trigger, true) END AS definition,
@@ -200,10 +193,9 @@ SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgtype AS type, p.proname:
       AND o.tgenabled <> 'D' AND NOT o.tginitdeferred AND o.tgtype::int4 & 3 = 1
       AND o.tgtype::int4 & t.tgtype::int4 & 28 <> 0
       AND NOT EXISTS (  -- one that captures, for whichever outbox, writes nothing else
-        SELECT FROM pg_catalog.pg_proc AS f
-        JOIN pg_catalog.pg_class AS e ON e.relnamespace = f.pronamespace AND e.relname = 'entity_changes'
-        WHERE f.oid = o.tgfoid
-          AND f.proname ~ '^capture_(entity_change$|table_)')
+        SELECT FROM pg_catalog.pg_proc AS p
+        JOIN pg_catalog.pg_class AS e ON e.relnamespace = p.pronamespace AND e.relname = 'entity_changes'
+        WHERE p.oid = o.tgfoid AND (p.proname = 'capture_entity_change' OR {IS_TABLE_FUNCTION}))
     ORDER BY 1
   ) AS earlier,
   ARRAY(
@@ -217,19 +209,9 @@ FROM whole AS t
 JOIN pg_catalog.pg_proc AS p ON p.oid = t.tgfoid
 JOIN pg_catalog.pg_class AS c ON c.oid = t.tgrelid
 JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
-CROSS JOIN LATERAL (
-  SELECT pg_catalog.substring(t.tgargs, 1, greatest(pg_catalog.position(t.tgargs, '\\x00'::bytea) - 1, 0)),
-    pg_catalog.substring(t.tgargs, pg_catalog.position(t.tgargs, '\\x00'::bytea) + 1)
-) AS argument (entity_type, rest)
-CROSS JOIN LATERAL (
-  SELECT pg_catalog.substring(rest, 1, greatest(pg_catalog.position(rest, '\\x00'::bytea) - 1, 0)),
-    pg_catalog.substring(rest, pg_catalog.position(rest, '\\x00'::bytea) + 1)
-) AS second (options, more)
-CROSS JOIN LATERAL (
-  SELECT pg_catalog.substring(more, 1, greatest(pg_catalog.position(more, '\\x00'::bytea) - 1, 0))
-) AS third (remembered)
+{GIVEN}
 ORDER BY n.nspname, c.relname, t.tgname
-"""
+"""  # noqa: S608 - of pieces of our own
 
 _TABLES = """
 SELECT c.oid, n.nspname::text AS namespace, c.relname::text AS name,
@@ -396,7 +378,8 @@ def _trigger(
     capture: CaptureFunction,
     truncates: Sequence[TruncateTrigger],
 ) -> Tracked:
-    options = read_options(_text(row["options"])) | read_remembered(_text(row["remembered"]))
+    entity_type, named_options, remembered = texts(row["arguments"], 3)
+    options = read_options(named_options) | read_remembered(remembered)
     if not row["type"] & _ROW:
         options["broken"] = "it is not FOR EACH ROW"
     named = [column for option in LISTS for column in options.get(option, ())]
@@ -405,7 +388,7 @@ def _trigger(
         trigger=row["trigger"],
         function="" if row["function"] == _NAME else row["function"],
         operations=tuple(operation for operation in CAPTURED if row["type"] & _TYPE_BITS[operation]),
-        entity_type=_text(row["entity_type"]) or None,
+        entity_type=entity_type or None,
         fires=FIRES[row["fires"]],
         ours=row["trigger"] in ours,
         truncate=next((each.does for each in truncates if each.fires != Fires.DISABLED), Truncate.IGNORE),
@@ -441,11 +424,6 @@ def _condition(definition: str | None) -> str:
 def _copy(row: Sequence[Any], spelt: Mapping[int, str]) -> Copy:
     oid, namespace, name, trigger, fires = row
     return Copy(namespace=namespace, name=name, spelt=spelt[oid], trigger=trigger, fires=FIRES[fires])
-
-
-def _text(raw: bytes | None) -> str:
-    # In an SQL_ASCII database an argument may be any bytes.
-    return (raw or b"").decode(errors="replace")
 
 
 def tables(

@@ -15,6 +15,7 @@ from psycopg import sql
 
 from cdc.core.errors import UsageError
 from cdc.core.model import message_prefix, publication_name, trigger_name
+from cdc.postgres.trigger_catalog import GIVEN, IS_TABLE_FUNCTION
 
 LOCK_TIMEOUT = "5s"
 """How long DDL waits for a table's lock. Writers queue behind it: longer would be an outage for the application."""
@@ -89,7 +90,8 @@ class Migration:
     name: str
     template: str
     """SQL in which ``@schema@`` and ``@publication@`` stand for identifiers, ``@schema_literal@``,
-    ``@publication_literal@``, ``@prefix_literal@`` and ``@trigger_literal@`` for literals."""
+    ``@publication_literal@``, ``@prefix_literal@`` and ``@trigger_literal@`` for literals, and
+    ``@is_table_function@`` and ``@given@`` for pieces of ``trigger_catalog``."""
     set: str = ""
     """The optional set it belongs to; "" is the outbox itself."""
 
@@ -194,6 +196,8 @@ def render(template: str, schema: str, *, prefix_schema: str | None = None, role
         "@publication_literal@": _literal(publication_name(schema)),
         "@trigger_literal@": _literal(trigger_name(schema)),
         "@role@": sql.Identifier(role).as_string(),
+        "@is_table_function@": IS_TABLE_FUNCTION,
+        "@given@": GIVEN.strip(),
     }
     # In one pass: a schema's name may be @schema_literal@.
     return re.sub("|".join(values), lambda match: values[match[0]], template)

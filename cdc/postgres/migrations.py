@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import psycopg
 from psycopg import errors, sql
@@ -24,18 +25,18 @@ from psycopg import errors, sql
 from cdc.core import failpoints
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.core.model import publication_name
-from cdc.postgres import capture_role, catalogs, migration_scripts, repairs
+from cdc.postgres import capture_role, catalogs, ddl_triggers, migration_scripts, repairs
 from cdc.postgres.catalogs import Difference
 from cdc.postgres.migration_scripts import Migration
-from cdc.postgres.table_capture import OF_A_TABLE, PREFIX
+from cdc.postgres.trigger_catalog import IS_TABLE_FUNCTION
 
 _TEMPORARY = "pg_temp"
 # The functions that triggers of tracked tables call.
 _CAPTURING = f"""
-SELECT f.proname::text AS name, f.oid
-FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_proc AS f ON f.oid = p.oid OR {OF_A_TABLE}
-  OR f.pronamespace = p.pronamespace AND f.proname = 'capture_truncate' AND f.pronargs = 0
-WHERE p.oid = pg_catalog.to_regprocedure(pg_catalog.format('%%I.capture_entity_change()', %s::text))
+SELECT p.proname::text AS name, p.oid, {IS_TABLE_FUNCTION}
+FROM pg_catalog.pg_proc AS g JOIN pg_catalog.pg_proc AS p ON p.oid = g.oid OR p.pronamespace = g.pronamespace
+  AND ({IS_TABLE_FUNCTION} OR p.proname = 'capture_truncate' AND p.pronargs = 0)
+WHERE g.oid = pg_catalog.to_regprocedure(pg_catalog.format('%%I.capture_entity_change()', %s::text))
 ORDER BY 1
 """  # noqa: S608 - of pieces of our own
 _HOLDING_CHANGES = ("entity_changes", "cdc_due_changes")
@@ -175,7 +176,8 @@ def uninstall(connection: psycopg.Connection, schema: str, *, discard_unprocesse
             raise NotFoundError(f"schema {schema} has no entity_changes", hint="look into --schema")
         # Tracked tables first: a writer locks one of them before it writes the outbox. In the other order the two
         # would deadlock.
-        dropped = _drop_triggers(connection, schema)
+        dropped = [f"event trigger {name}" for name in ddl_triggers.disable(connection, schema)]
+        dropped += _drop_triggers(connection, schema)
         outbox = sql.Identifier(schema, "entity_changes")
         tables = [sql.Identifier(schema, name) for name in _HOLDING_CHANGES if _exists(connection, schema, name)]
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join(tables)))
@@ -198,7 +200,7 @@ def _drop_triggers(connection: psycopg.Connection, schema: str) -> list[str]:
         " JOIN pg_catalog.pg_class AS c ON c.oid = t.tgrelid"
         " JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace"
         " WHERE t.tgfoid = ANY (%s::oid[]) AND t.tgparentid = 0 ORDER BY n.nspname, c.relname, t.tgname",
-        [list(_capturing(connection, schema).values())],
+        [[each.oid for each in _capturing(connection, schema)]],
     ).fetchall()
     for trigger, namespace, table in triggers:
         connection.execute(
@@ -207,9 +209,14 @@ def _drop_triggers(connection: psycopg.Connection, schema: str) -> list[str]:
     return [f"trigger {trigger} on {namespace}.{table}" for trigger, namespace, table in triggers]
 
 
-def _capturing(connection: psycopg.Connection, schema: str) -> dict[str, int]:
-    """The oids of these functions, by their names."""
-    return dict(connection.execute(_CAPTURING.encode(), [schema]).fetchall())
+class _Capturing(NamedTuple):
+    name: str
+    oid: int
+    of_table: bool
+
+
+def _capturing(connection: psycopg.Connection, schema: str) -> list[_Capturing]:
+    return [_Capturing(*row) for row in connection.execute(_CAPTURING.encode(), [schema]).fetchall()]
 
 
 def _refuse_unprocessed(connection: psycopg.Connection, outbox: sql.Identifier) -> None:
@@ -234,7 +241,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
     # The order matters: a view is dropped before what it reads. An outbox that was not upgraded may lack some, and has
     # the publish_change() of an earlier version.
     objects = (
-        *(("FUNCTION", name, "()") for name in _capturing(connection, schema) if name.startswith(PREFIX)),
+        *(("FUNCTION", each.name, "()") for each in _capturing(connection, schema) if each.of_table),
         ("VIEW", "recent_action_history", ""),
         ("VIEW", "action_processing_dashboard", ""),
         ("FUNCTION", "reprocess_failed_actions", "(text, integer)"),
@@ -244,6 +251,9 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("FUNCTION", "capture_entity_change", "()"),
         ("FUNCTION", "capture_rows", "(anyarray, text, jsonb, integer)"),
         ("FUNCTION", "capture_truncate", "()"),
+        ("FUNCTION", "capture_ddl", "()"),
+        ("FUNCTION", "captured_columns", "(oid)"),
+        ("FUNCTION", "capture_barrier", "(text, text, text, text, jsonb, jsonb, jsonb)"),
         ("FUNCTION", "barred", "(text, bigint)"),
         ("FUNCTION", "captured_row", "(record, oid, text[])"),
         ("FUNCTION", "bounded_text", "(text)"),
@@ -252,6 +262,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("TABLE", "cdc_backfills", ""),
         ("TABLE", "cdc_due_changes", ""),
         ("TABLE", "cdc_barriers", ""),
+        ("TABLE", "cdc_columns", ""),
         ("FUNCTION", "fill_shard", "()"),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),

@@ -125,8 +125,9 @@ class DueLater:
 
 @dataclass(frozen=True, slots=True)
 class Barrier:
-    """A TRUNCATE that holds back its type. ``clear``: all before it is settled, so it may start."""
+    """A TRUNCATE or SCHEMA that holds back its type. ``clear``: all before it is settled, so it may start."""
 
+    operation: str
     entity_type: str
     seq: int
     state: ChangeState

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cdc.core.model import Operation
 from cdc.postgres.tracked_tables import Fires, SourceTable, Tracked, Truncate, matches, named
 
-TRIGGERS, TWICE, ORDER, MISSED, TYPES, SCHEMAS, VIRTUAL, CASTS, HIDDEN, HANDLED = (
-    "triggers", "captured-twice", "trigger-order", "missed-rows", "shared-types", "all-schemas", "virtual-columns",
-    "foreign-casts", "tables-with-row-security", "handled-by-writers",
+TRIGGERS, TWICE, ORDER, MISSED, TYPES, SCHEMAS, DDL, VIRTUAL, CASTS, HIDDEN, HANDLED = (
+    "triggers", "captured-twice", "trigger-order", "missed-rows", "shared-types", "all-schemas", "ddl",
+    "virtual-columns", "foreign-casts", "tables-with-row-security", "handled-by-writers",
 )  # fmt: skip
 """The subject of a remark; the doctor has a check of that name."""
-OF_TABLES = (ORDER, MISSED, TYPES, SCHEMAS, VIRTUAL, CASTS, HIDDEN, HANDLED)
+OF_TABLES = (ORDER, MISSED, TYPES, SCHEMAS, DDL, VIRTUAL, CASTS, HIDDEN, HANDLED)
 """Subjects of warnings."""
 
 COARSE_KEY = (
@@ -30,12 +30,16 @@ _PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """``sql``: statements that fix it. ``remedy``: another way to fix it, or what has to be decided."""
+    """``sql``: statements that fix it. ``remedy``: another way to fix it, or what has to be decided.
+
+    ``object``: what is at fault, where that is one object in the database.
+    """
 
     about: str
     detail: str
     remedy: str = ""
     sql: tuple[str, ...] = ()
+    object: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.detail}; {self.remedy}" if self.remedy else self.detail
@@ -115,6 +119,7 @@ def outdated(tracked: Tracked) -> Remark:
         f"{tracked.function}() was made for {tracked.table} as it was: capturing costs more now, and texts of a column"
         " of a new type may depend on the writer's settings",
         f"cdc track {tracked.table}, or cdc db upgrade where only its columns have changed",
+        object=f"function {tracked.function}() of {tracked.table}",
     )
 
 
@@ -125,6 +130,7 @@ def owned_by(tracked: Tracked, owner: str, expected: str) -> Remark:
         f"{tracked.function}() of {tracked.table} runs with the rights of {owner}, not of {expected}, and so does what"
         " others have made that capturing calls",
         f"cdc db upgrade, as a superuser or the owner of the outbox; else cdc track {tracked.table}",
+        object=f"function {tracked.function}() of {tracked.table}",
     )
 
 

@@ -18,7 +18,7 @@ from cdc.postgres.table_capture import CAPTURE_ROLE
 
 _TABLE = "table entity_changes"
 _CAPTURING = ("bounded_text", "captured_row", "capture_entity_change", "default_entity_type", "publish_change",
-              "capture_rows", "capture_truncate")  # fmt: skip
+              "capture_rows", "capture_truncate", "capture_barrier", "captured_columns", "capture_ddl")  # fmt: skip
 """Functions that capture_role.sql may give to a role of their own."""
 _COLUMN = re.compile(r"(?P<type>.*?)(?P<not_null> NOT NULL)?(?: DEFAULT (?P<default>.*))?", re.DOTALL)
 
@@ -39,6 +39,7 @@ WHERE n.nspname = %(schema)s AND p.proname = ANY (%(names)s::name[])
 def owners(connection: psycopg.Connection, schema: str) -> dict[str, str]:
     """The owners of the outbox's objects, by their names in a finding, "table entity_changes"."""
     names = ["entity_changes", "cdc_shards", "cdc_migrations", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
+             "cdc_columns",
              "action_processing_dashboard", "recent_action_history", "reprocess_failed_actions", "fill_shard",
              "publish_due", "barred", *_CAPTURING]  # fmt: skip
     return dict(connection.execute(_OWNERS.encode(), {"schema": schema, "names": names}).fetchall())

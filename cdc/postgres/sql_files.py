@@ -8,6 +8,7 @@ from importlib.resources import files
 from psycopg import sql
 
 from cdc.postgres.grants import DESCRIPTION, PAYLOAD, STATE
+from cdc.postgres.trigger_catalog import IS_TABLE_FUNCTION
 
 _NAME = "-- name: "
 
@@ -19,8 +20,8 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
 
     These are ``{changes}``, the table, and ``{every_column}`` of it; ``{regclass}``, its name as a literal;
     ``{backfills}``, the table of backfills; ``{due_changes}``, that of what is due later, and its function
-    ``{publish_due}``; ``{barriers}``, that of TRUNCATEs that are not settled, ``{barriers_regclass}``, and
-    ``{is_barred}``, a function, and ``{barred_regprocedure}``;
+    ``{publish_due}``; ``{barriers}``, that of changes of whole tables that are not settled, ``{barriers_regclass}``,
+    ``{is_barred}``, a function, and ``{barred_regprocedure}``; ``{is_table_function}``, an expression;
     ``{shards_regclass}``, the same for the table of owners; and blocks that are expressions, from outbox.sql or from
     further up in the same file. ``instead``: in place of the blocks of these names.
     """
@@ -35,6 +36,7 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
         "barred_regprocedure": _in_text(sql.Literal(f"{sql.Identifier(schema, 'barred').as_string()}(text, bigint)")),
         "barriers_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_barriers").as_string())),
         "publish_due": table(schema, "publish_due"),
+        "is_table_function": sql.SQL(IS_TABLE_FUNCTION),
         "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
     }
     blocks = _blocks(file)

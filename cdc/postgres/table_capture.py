@@ -24,16 +24,11 @@ from psycopg import sql
 from cdc.core.model import message_prefix
 from cdc.postgres.tracked_tables import SourceTable, Tracked, all_arguments
 
-PREFIX = "capture_table_"
-"""Of the names of these functions. The catalogs tell them by it; whose they are counts when they are compared."""
+_PREFIX = "capture_table_"
 CAPTURE_ROLE = "cdc_capture_"
 """Of the names of the roles that capture: capture_role.sql."""
 _HASH_DIGITS = 8
-OF_A_TABLE = f"""(f.pronamespace = p.pronamespace AND f.pronargs = 0
-  AND f.prorettype = 'pg_catalog.trigger'::pg_catalog.regtype
-  AND f.proname::pg_catalog.text OPERATOR(pg_catalog.~) '^{PREFIX}.+_[0-9a-f]{{{_HASH_DIGITS}}}$')"""
-"""SQL: whether the function ``f`` is such a one, where ``p`` is capture_entity_change(); both of pg_proc."""
-
+"""As IS_TABLE_FUNCTION has them."""
 _NAME_BYTES = 40
 _TEXT_BYTES = 1000
 """Longest type and id together that the short way takes; bounded_text() cuts at the same length."""
@@ -68,8 +63,10 @@ _ANOTHERS = ""
 the session of whoever writes: the short way does not undo them, capture_entity_change() undoes what they do to names.
 """
 
+MADE = "-- Made by cdc for one table and its trigger's arguments."
+"""In the text of each."""
 _SHORT_WAY = """\
-  -- Made by cdc for one table and its trigger's arguments. A row for which one of these conditions does not hold goes
+  {made} A row for which one of these conditions does not hold goes
   -- through what follows, which is capture_entity_change(); why all is read only is said there. A cast may have changed
   -- the search_path, so every name has its schema until the path is pinned again.
   DECLARE
@@ -176,7 +173,7 @@ def made_for(schema: str, table: SourceTable, tracked: Tracked, general: str, ow
 def function_name(namespace: str, table: str) -> str:
     """Of at most 63 bytes, and another one for each table."""
     digest = hashlib.sha256(f"{namespace}\0{table}".encode()).hexdigest()[:_HASH_DIGITS]
-    return f"{PREFIX}{table.encode()[:_NAME_BYTES].decode(errors='ignore')}_{digest}"
+    return f"{_PREFIX}{table.encode()[:_NAME_BYTES].decode(errors='ignore')}_{digest}"
 
 
 def settings(config: Iterable[str]) -> frozenset[str]:
@@ -216,6 +213,7 @@ def _settings(types: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 def _short_way(schema: str, table: SourceTable, tracked: Tracked) -> sql.Composed:
     given = all_arguments(tracked)
     return sql.SQL(_SHORT_WAY).format(
+        made=sql.SQL(MADE),
         arguments=sql.Literal(f"[0:{len(given) - 1}]={_array(given)}"),
         name=sql.Literal(table.name),
         namespace=sql.Literal(table.namespace),

@@ -14,7 +14,8 @@ from psycopg import sql
 from cdc.postgres import capture_catalog, source_tables, table_capture
 from cdc.postgres.capture_catalog import CaptureFunction, Spell
 from cdc.postgres.migration_scripts import ADVISORY_LOCK
-from cdc.postgres.table_capture import TableCapture
+from cdc.postgres.remarks import Remark, outdated, owned_by
+from cdc.postgres.table_capture import CAPTURE_ROLE, TableCapture
 from cdc.postgres.tracked_tables import SourceTable, Tracked
 
 _PRESENT = """
@@ -55,8 +56,8 @@ def refresh(connection: psycopg.Connection, schema: str) -> list[str]:
         written = []
         for each, found, wanted in compared(connection, capture, schema, spell=source_tables.spell):
             # Of another name it is for `cdc track`, because the trigger has to change.
-            outdated = wanted is not None and found.name == wanted.name and not found.serves_as(wanted)
-            if wanted is not None and outdated and _may_make(connection, schema, found, wanted):
+            stale = wanted is not None and found.name == wanted.name and not found.serves_as(wanted)
+            if wanted is not None and stale and _may_make(connection, schema, found, wanted):
                 _make(connection, schema, wanted)
                 written.append(each.table)
         return written
@@ -70,6 +71,19 @@ def compared(
     tables = capture_catalog.tables(connection, capture, schema, [each.oid for each in own], spell=spell)
     found = present(connection, capture, [each.function for each in own])
     return [(each, found[each.function], expected(capture, schema, tables[each.oid], each)) for each in own]
+
+
+def faults(
+    connection: psycopg.Connection, capture: CaptureFunction, schema: str, *, spell: Spell = capture_catalog.spell
+) -> list[Remark]:
+    """Of the tables whose own function is not as it would be made now, or has the rights of another role."""
+    return [
+        outdated(each)
+        if found.owner == capture.owner or found.owner.startswith(CAPTURE_ROLE)
+        else owned_by(each, found.owner, capture.owner)
+        for each, found, wanted in compared(connection, capture, schema, spell=spell)
+        if wanted is None or not found.serves_as(wanted)
+    ]
 
 
 def provide(
@@ -151,13 +165,17 @@ def _make(connection: psycopg.Connection, schema: str, made: TableCapture) -> No
 
 _UNUSED = r"""
 SELECT p.proname::text FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_roles AS r ON r.oid = p.proowner
-WHERE p.oid = ANY (%s::oid[]) AND p.oid <> %s::oid
-  AND r.rolname LIKE 'cdc\_capture\_%%' AND pg_catalog.pg_has_role(r.oid, 'USAGE')
+WHERE p.oid = ANY (%(functions)s::oid[]) AND p.oid <> %(general)s::oid AND pg_catalog.pg_has_role(r.oid, 'USAGE')
+  -- A restore without owners has given it to whoever ran it.
+  AND (r.rolname LIKE 'cdc\_capture\_%%' OR pg_catalog.strpos(p.prosrc, %(made)s) > 0 AND (r.rolsuper OR EXISTS (
+    SELECT FROM pg_catalog.pg_class AS c
+    WHERE c.relnamespace = p.pronamespace AND c.relname = 'entity_changes' AND c.relowner = r.oid)))
   AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger AS t WHERE t.tgfoid = p.oid)
 """
 
 
 def drop_unused(connection: psycopg.Connection, schema: str, capture: CaptureFunction) -> None:
-    """Drop those that no trigger calls, as far as the role may."""
-    for (name,) in connection.execute(_UNUSED.encode(), [list(capture.oids), capture.oid]).fetchall():
+    """Drop those that no trigger calls, as far as the role may and they are surely ours."""
+    parameters = {"functions": list(capture.oids), "general": capture.oid, "made": table_capture.MADE}
+    for (name,) in connection.execute(_UNUSED.encode(), parameters).fetchall():
         connection.execute(sql.SQL("DROP FUNCTION {}()").format(sql.Identifier(schema, name)))

@@ -46,6 +46,13 @@ class Truncate(StrEnum):
     IGNORE = "ignore"
 
 
+class Ddl(StrEnum):
+    """What DDL that changes the table's columns or its name is: a change of its own, or nothing that is captured."""
+
+    EVENT = "event"
+    IGNORE = "ignore"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TruncateTrigger:
     """A statement trigger that calls capture_truncate(). ``entity_type`` "": that by the table's name."""
@@ -97,6 +104,7 @@ class Tracked:
     more: tuple[tuple[str, str], ...] = ()
     """Further options, each with its JSON."""
     truncate: Truncate = Truncate.IGNORE
+    ddl: Ddl = Ddl.IGNORE
     update_of: tuple[str, ...] = ()
     """An UPDATE is captured if it sets one of these; empty: any."""
     when: str = ""
@@ -144,7 +152,12 @@ class Tracked:
     @property
     def effective_type(self) -> str:
         """The entity type of what it captures."""
-        return self.entity_type or DOCUMENTED_TYPES.get(self.root, self.root)
+        return self.entity_type or self.default_type
+
+    @property
+    def default_type(self) -> str:
+        """The entity type by the table's name."""
+        return DOCUMENTED_TYPES.get(self.root, self.root)
 
     @property
     def off(self) -> tuple[Copy, ...]:
@@ -173,6 +186,7 @@ class Tracked:
             "disabled_partitions": [copy.spelt for copy in self.off],
             "missing": list(self.missing),
             "truncate": self.truncate,
+            "ddl": self.ddl,
             "update_of": list(self.update_of),
             "when": self.when,
             "only": self.only,
@@ -230,6 +244,7 @@ class Asked:
     entity_type: str | None = None
     operations: tuple[Operation, ...] | None = None
     truncate: Truncate | None = None
+    ddl: Ddl | None = None
     update_of: tuple[str, ...] | None = None
     when: str | None = None
     key: tuple[str, ...] | None = None
@@ -251,18 +266,20 @@ def arguments(wanted: Tracked) -> tuple[str, str]:
 
 
 def remembered(wanted: Tracked) -> str:
-    """The third argument, which the function does not read: how the table came to be tracked. "" for none."""
-    if not wanted.all_schemas:
-        return ""
-    kept = {"schemas": wanted.all_schemas} | ({"type": wanted.type_template} if wanted.type_template else {})
-    return json.dumps(kept)
+    """The third argument, which the function for rows does not read: how the table came to be tracked, and whether its
+    DDL is captured, which capture_ddl() reads. "" for none.
+    """
+    kept = {"schemas": wanted.all_schemas} if wanted.all_schemas else {}
+    kept |= {"type": wanted.type_template} if kept and wanted.type_template else {}
+    kept |= {"ddl": wanted.ddl.value} if wanted.ddl == Ddl.EVENT else {}
+    return json.dumps(kept) if kept else ""
 
 
 def all_arguments(wanted: Tracked) -> list[str]:
     return [*arguments(wanted), *filter(None, [remembered(wanted)])]
 
 
-def read_remembered(text: str) -> dict[str, str]:
+def read_remembered(text: str) -> dict[str, Any]:
     """Fields of Tracked out of the third argument; none where somebody else wrote it."""
     try:
         kept = json.loads(text) if text else {}
@@ -270,7 +287,8 @@ def read_remembered(text: str) -> dict[str, str]:
         return {}
     fields = {"all_schemas": "schemas", "type_template": "type"}
     known = kept if isinstance(kept, dict) else {}
-    return {field: known[name] for field, name in fields.items() if isinstance(known.get(name), str)}
+    read: dict[str, Any] = {field: known[name] for field, name in fields.items() if isinstance(known.get(name), str)}
+    return read | ({"ddl": Ddl.EVENT} if known.get("ddl") == Ddl.EVENT else {})
 
 
 def read_options(text: str) -> dict[str, Any]:
@@ -327,6 +345,7 @@ def decide(
         exclude=tuple(dict.fromkeys(exclude)),
         columns=tuple(dict.fromkeys(columns)),
         truncate=before.truncate if asked.truncate is None else asked.truncate,
+        ddl=before.ddl if asked.ddl is None else asked.ddl,
         update_of=tuple(dict.fromkeys(update_of)),
         when=before.when if asked.when is None else asked.when,
         fires=_fires(asked.always, before.fires),
@@ -340,16 +359,15 @@ def decide(
         namespace=source.namespace,
         name=source.name,
     )
-    if asked.shared_key:
-        # With the type of its name, the doctor would ask whether it is meant.
-        wanted = replace(wanted, entity_type=wanted.effective_type)
     _check_key(source, wanted)
+    # The type is written out, also where it is the table's name: a table that is renamed keeps its type.
+    wanted = replace(wanted, entity_type=wanted.effective_type)
     return replace(wanted, virtual=any(wanted.captures(column) for column in source.virtual))
 
 
 def losses(source: SourceTable, before: Tracked, wanted: Tracked) -> Iterator[str]:
     """What ``wanted`` would not keep, a clause each. Columns that the table does not have are lost already."""
-    if before.entity_type and before.entity_type != wanted.entity_type:
+    if before.entity_type not in (None, before.default_type, wanted.entity_type):
         yield f"its type {before.entity_type} would become {wanted.effective_type}"
     if before.key and before.key != wanted.key and not set(before.key) - set(source.columns):
         yield f"its key {named(before.key)} would become {named(wanted.key)}"
@@ -377,6 +395,7 @@ def described(tracked: Tracked) -> str:
     parts += [f"without {named(tracked.exclude)}"] if tracked.exclude else []
     parts += ["writers may handle changes themselves"] if tracked.handled else []
     parts += [f"truncate {tracked.truncate}"] if tracked.truncate != Truncate.IGNORE else []
+    parts += [f"ddl {tracked.ddl}"] if tracked.ddl != Ddl.IGNORE else []
     parts += [tracked.only] if tracked.only else []
     parts += [f"fires {tracked.fires}"] if tracked.fires != Fires.ORIGIN else []
     return "; ".join(parts)

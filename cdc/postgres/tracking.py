@@ -16,13 +16,23 @@ from psycopg import errors
 
 from cdc.core.errors import NotFoundError, RefusedError, UsageError
 from cdc.core.model import Operation, trigger_name
-from cdc.postgres import capture_catalog, former_triggers, remarks, source_tables, table_functions, truncate_triggers
+from cdc.postgres import (
+    capture_catalog,
+    ddl_triggers,
+    former_triggers,
+    remarks,
+    source_tables,
+    table_functions,
+    truncate_triggers,
+)
 from cdc.postgres.capture_catalog import CaptureFunction
+from cdc.postgres.remarks import Remark
 from cdc.postgres.tracked_tables import (
     FLAGS,
     LISTS,
     SCHEMA,
     Asked,
+    Ddl,
     Fires,
     SourceTable,
     Tracked,
@@ -37,6 +47,7 @@ T = TypeVar("T")
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 _OURS = (
     "entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
+    "cdc_columns",
 )  # fmt: skip
 """Tables of the outbox itself."""
 _REFUSALS = {"42", "22", "0A"}
@@ -94,6 +105,7 @@ def track(
     update_of: Sequence[str] | None = None,
     when: str | None = None,
     truncate: Truncate | None = None,
+    ddl: Ddl | None = None,
     key: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
@@ -109,8 +121,9 @@ def track(
     An option that is None stays as the table's trigger has it; a new one has all operations and columns, the type by
     the table's name, and as key the column id, else the primary key. In ``entity_type`` "{schema}" stands for the
     table's schema. ``update_of``, with ``operations``: only an UPDATE that sets one of these columns is captured.
-    ``when``: a condition on OLD and NEW, as SQL; "" takes it away. ``truncate``: what a TRUNCATE of the table is; at
-    first it is ignored. ``dry_run``: all of it is rolled back; what was done is in ``script``.
+    ``when``: a condition on OLD and NEW, as SQL; "" takes it away. ``truncate``: what a TRUNCATE of the table is, and
+    ``ddl`` what DDL that changes its columns is; at first both are ignored. ``dry_run``: all of it is rolled back; what
+    was done is in ``script``.
 
     Raises NotFoundError for a table that does not exist, UsageError for one that cannot be tracked, columns it does not
     have or a condition that the server refuses, RefusedError where the function could not write the outbox, where a
@@ -120,7 +133,7 @@ def track(
     """
     asked = Asked(
         entity_type=entity_type, operations=_frozen(operations), update_of=_frozen(update_of), truncate=truncate,
-        when=None if when is None else when.strip(), key=_frozen(key), exclude=_frozen(exclude),
+        ddl=ddl, when=None if when is None else when.strip(), key=_frozen(key), exclude=_frozen(exclude),
         columns=_frozen(columns), always=always, handled=handled, schema_in_key=schema_in_key, shared_key=shared_key,
     )  # fmt: skip
     return track_as(connection, schema, table, asked, replace=replace, dry_run=dry_run)
@@ -175,6 +188,20 @@ def tracked(connection: psycopg.Connection, schema: str) -> list[Tracked]:
     with connection.transaction():
         source_tables.use_server_names(connection)
         return source_tables.triggers(connection, capture_catalog.capture_function(connection, schema), schema)
+
+
+def faults(connection: psycopg.Connection, schema: str, found: Sequence[Tracked]) -> list[Remark]:
+    """What is wrong with the triggers ``found``, with tables' own functions, and with event triggers."""
+    with connection.transaction():
+        source_tables.use_server_names(connection)
+        capture = capture_catalog.capture_function(connection, schema)
+        said = [
+            replace_fields(remark, object=f"trigger {each.trigger} of {each.table}")
+            for each in found
+            for remark in remarks.faults(each)
+        ]
+        said += table_functions.faults(connection, capture, schema, spell=source_tables.spell)
+        return [*said, *ddl_triggers.remarks(connection, schema, found)]
 
 
 def find(connection: psycopg.Connection, schema: str, table: str) -> tuple[SourceTable, list[Tracked]]:
@@ -249,6 +276,8 @@ def _track(
     if not judged and not asked.shared_key:
         refuse_shared_keys([decided], everywhere)
     wanted, before, others = decided.wanted, decided.before, decided.others
+    if wanted.ddl == Ddl.EVENT and asked.ddl is not None and not portable:
+        ddl_triggers.refuse_missing(connection, schema)
     for other in others:
         source_tables.as_owner(connection, dropping(other))
     function, rewritten = "", False

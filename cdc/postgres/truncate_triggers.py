@@ -14,25 +14,20 @@ from psycopg.rows import dict_row
 
 from cdc.core.model import truncate_trigger_name
 from cdc.postgres.tracked_tables import Fires, Tracked, Truncate, TruncateTrigger
+from cdc.postgres.trigger_catalog import GIVEN, texts
 from cdc.postgres.trigger_statements import FIRES, dropping, enabling
 
-# The type is in the encoding of the database, the rest in ASCII, each followed by a zero byte. 32: TRUNCATE.
-_FIND = """
-SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgenabled::text AS fires,
-  CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN argument.entity_type
-    ELSE pg_catalog.convert(argument.entity_type, pg_catalog.getdatabaseencoding(), 'UTF8') END AS entity_type,
-  argument.rest = 'refuse\\000'::bytea AS refuses
+# 32: TRUNCATE.
+_FIND = f"""
+SELECT t.tgrelid AS oid, t.tgname::text AS trigger, t.tgenabled::text AS fires, given.arguments
 FROM pg_catalog.pg_trigger AS t
 JOIN pg_catalog.pg_proc AS p ON p.oid = t.tgfoid
 JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
-CROSS JOIN LATERAL (
-  SELECT pg_catalog.substring(t.tgargs, 1, greatest(pg_catalog.position(t.tgargs, '\\x00'::bytea) - 1, 0)),
-    pg_catalog.substring(t.tgargs, pg_catalog.position(t.tgargs, '\\x00'::bytea) + 1)
-) AS argument (entity_type, rest)
+{GIVEN}
 WHERE n.nspname = %(schema)s AND p.proname = 'capture_truncate' AND t.tgtype::int4 & 32 <> 0
   AND (%(tables)s::oid[] IS NULL OR t.tgrelid = ANY (%(tables)s::oid[]))
 ORDER BY t.tgrelid, t.tgname
-"""
+"""  # noqa: S608 - of pieces of our own
 
 
 def find(
@@ -43,10 +38,11 @@ def find(
     with connection.cursor(row_factory=dict_row) as cursor:
         cursor.execute(_FIND.encode(), {"schema": schema, "tables": None if tables is None else list(tables)})
         for row in cursor:
+            entity_type, does = texts(row["arguments"], 2)
             trigger = TruncateTrigger(
                 trigger=row["trigger"],
-                entity_type=bytes(row["entity_type"]).decode(errors="replace"),
-                does=Truncate.REFUSE if row["refuses"] else Truncate.EVENT,
+                entity_type=entity_type,
+                does=Truncate.REFUSE if does == Truncate.REFUSE else Truncate.EVENT,
                 fires=FIRES[row["fires"]],
             )
             found[row["oid"]] = (*found.get(row["oid"], ()), trigger)

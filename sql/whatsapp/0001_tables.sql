@@ -127,7 +127,7 @@ BEGIN
       JOIN pg_catalog.pg_proc AS p ON p.oid = t.tgfoid
       WHERE t.tgrelid = v_table AND (p.oid = v_capture
         -- Made for the table, by cdc track.
-        OR pg_catalog.starts_with(p.proname::text, 'capture_table_')
+        OR @is_table_function@
           AND p.pronamespace = (SELECT g.pronamespace FROM pg_catalog.pg_proc AS g WHERE g.oid = v_capture)));
     EXECUTE format(
       'CREATE TRIGGER %I AFTER %s ON %s FOR EACH ROW EXECUTE FUNCTION %s(%L, %L)',

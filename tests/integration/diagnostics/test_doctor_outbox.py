@@ -266,8 +266,14 @@ def test_a_trigger_that_fires_before_a_documented_one_is_named_also_on_a_partiti
 def test_a_type_by_the_name_of_its_table_is_missed_where_no_handler_wants_it(
     shop: str, db: psycopg.Connection, wanted: str, severity: str, tmp_path: Path
 ) -> None:
-    found = findings(shop, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", wanted)["unrouted"]
-    assert found["severity"] == severity
+    db.execute(
+        'DROP TRIGGER "#cdc_capture" ON tasks; CREATE TRIGGER by_hand AFTER INSERT ON tasks'
+        " FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
+    )
+    checks = findings(shop, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", wanted)
+    assert checks["triggers"]["severity"] == "ok"
+    assert "1 without a type" in checks["triggers"]["detail"]
+    assert checks["unrouted"]["severity"] == severity
     db.execute("ALTER TABLE tasks RENAME TO jobs")
     found = findings(shop, "--no-stream", "--deliver-to", "http://127.0.0.1:3000/", "--type", wanted)["unrouted"]
     assert (found["severity"], "jobs INSERT" in found["detail"]) == ("warn", True)
@@ -300,14 +306,14 @@ def test_an_event_that_is_overdue_is_told(shop: str, db: psycopg.Connection) -> 
 
 
 def test_a_truncate_that_holds_back_its_type_is_told(shop: str, db: psycopg.Connection) -> None:
-    assert findings(shop, "--no-stream")["truncates"]["detail"] == "none holds anything back"
+    assert findings(shop, "--no-stream")["barriers"]["detail"] == "none holds anything back"
     db.execute("CREATE TABLE orders (id int PRIMARY KEY)")
     done(shop, "track", "orders", "--type", "order", "--truncate", "event")
     db.execute("TRUNCATE orders")
-    found = findings(shop, "--no-stream")["truncates"]
+    found = findings(shop, "--no-stream")["barriers"]
     assert (found["severity"], "of the type order holds back" in found["detail"]) == ("ok", True)
     db.execute("UPDATE entity_changes SET changed_at = now() - interval '10 minutes'")
-    found = findings(shop, "--no-stream")["truncates"]
+    found = findings(shop, "--no-stream")["barriers"]
     assert (found["severity"], "for 10 min now: it waits for changes" in found["detail"]) == ("warn", True)
     db.execute("UPDATE entity_changes SET processed = true")
-    assert findings(shop, "--no-stream")["truncates"]["detail"] == "none holds anything back"
+    assert findings(shop, "--no-stream")["barriers"]["detail"] == "none holds anything back"

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.server
 
 Make = Callable[..., str]
 CAPTURING = ("capture_entity_change", "publish_change", "bounded_text", "captured_row", "default_entity_type",
-             "capture_rows", "capture_truncate")  # fmt: skip
+             "capture_rows", "capture_truncate", "capture_barrier", "captured_columns", "capture_ddl")  # fmt: skip
 
 
 @pytest.fixture
@@ -72,6 +72,10 @@ _ATTACKS = {
     "hold back a type": "INSERT INTO public.cdc_barriers (entity_type, seq, id) VALUES ('t', 0, gen_random_uuid())",
     "read what is held back": "PERFORM seq FROM public.cdc_barriers",
     "lock what is held back": "LOCK TABLE public.cdc_barriers IN ROW EXCLUSIVE MODE",
+    "lock the columns that were told": "LOCK TABLE public.cdc_columns IN ROW EXCLUSIVE MODE",
+    "lock one of them": "PERFORM FROM public.cdc_columns FOR UPDATE",
+    "tell DDL": "PERFORM public.capture_barrier('SCHEMA', 's', 't', 'patient', NULL, NULL, '{{}}')",
+    "alter who DDL is told as": "ALTER FUNCTION public.capture_ddl() SECURITY INVOKER",
     "delete": "DELETE FROM public.entity_changes",
     "mark": "UPDATE public.entity_changes SET processed = true, processed_at = now()",
     "truncate": "TRUNCATE public.entity_changes",
@@ -348,7 +352,7 @@ def test_writers_go_on_where_row_security_is_switched_on(
     assert db.execute("SELECT count(*) FROM entity_changes").fetchone() == (1,)
     migrations.upgrade(db, "public")
     policies = db.execute("SELECT polname, polrelid::regclass::text FROM pg_policy ORDER BY 2").fetchall()
-    tables = ("cdc_barriers", "cdc_due_changes", "entity_changes")
+    tables = ("cdc_barriers", "cdc_columns", "cdc_due_changes", "entity_changes")
     assert policies == [("cdc_capture", table) for table in tables]
     assert [str(left) for left in migrations.verify(db, "public") if "row-level" not in str(left)] == []
     migrations.uninstall(db, "public", discard_unprocessed=True)

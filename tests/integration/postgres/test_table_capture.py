@@ -395,3 +395,19 @@ def test_tables_of_one_name_in_many_schemas_have_one_each(outbox_db: psycopg.Con
         outbox_db.execute(f"INSERT INTO {tenant}.orders VALUES (1)".encode())
     assert len(made(outbox_db)) == 2
     assert [(row[0], row[4]) for row in captured(outbox_db)] == [("a", "a.order"), ("b", "b.order")]
+
+
+def test_one_that_a_restore_gave_away_and_no_trigger_calls_is_dropped_with_the_next_change(
+    orders: psycopg.Connection, outbox: str
+) -> None:
+    track(orders, "public", "orders")
+    [name] = made(orders)
+    orders.execute(f'ALTER FUNCTION {name} OWNER TO CURRENT_USER; DROP TRIGGER "#cdc_capture" ON orders'.encode())
+    other = "capture_table_audit_0123abcd"
+    create = f"CREATE FUNCTION {other}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+    orders.execute(f"{create}; CREATE TABLE lines (id int PRIMARY KEY)".encode())
+    done(outbox, "track", "lines")
+    left = orders.execute(
+        "SELECT proname::text FROM pg_proc WHERE proname ~ '^capture_table_(orders|audit)'"
+    ).fetchall()
+    assert left == [(other,)]

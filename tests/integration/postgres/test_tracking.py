@@ -299,7 +299,7 @@ def test_the_command_line_from_track_to_untrack(outbox: str, tasks: psycopg.Conn
         "key": ["id", "title"], "exclude": ["secret"], "columns": [], "virtual": False, "handled": False,
         "schema_in_key": False, "all_schemas": None, "enabled": True, "fires": "origin",
         "disabled_partitions": [], "missing": [], "update_of": [], "when": "", "only": "", "ours": True,
-        "truncate": "ignore",
+        "truncate": "ignore", "ddl": "ignore",
     }  # fmt: skip
     assert json.loads(again.stdout) == {
         "schema": 1, "tracked": expected, "changed": False, "before": expected, "warnings": [],
@@ -336,3 +336,28 @@ def test_a_coarse_key_is_warned_of_on_the_command_line_and_still_tracked(outbox:
     assert warned.exit_code == 0
     assert "Warning: the key title does not tell the rows of tasks apart" in warned.stderr
     assert len(tracked(tasks, "public")) == 1
+
+
+def test_a_table_that_is_renamed_keeps_its_type_and_none_takes_it_by_its_name(outbox: str, tasks: psycopg.Connection):
+    track(tasks, "public", "tasks")
+    tasks.execute("ALTER TABLE tasks RENAME TO jobs; CREATE TABLE tasks (id int PRIMARY KEY)")
+    tasks.execute("INSERT INTO jobs (id) VALUES (1)")
+    assert tasks.execute("SELECT entity_type, table_name FROM entity_changes").fetchall() == [("task", "jobs")]
+    # A trigger of before is given its type by the next `cdc track`.
+    tasks.execute("CREATE TABLE lines (id int PRIMARY KEY)")
+    tasks.execute("CREATE TRIGGER mine AFTER INSERT ON lines FOR EACH ROW EXECUTE FUNCTION capture_entity_change()")
+    assert "lines (by table)" in invoke(outbox, "tracked").stdout
+    track(tasks, "public", "lines", replace=True)
+    assert "lines (by table)" not in invoke(outbox, "tracked").stdout
+
+
+def test_a_function_of_a_table_that_is_outdated_is_told_where_the_triggers_are(outbox: str, tasks: psycopg.Connection):
+    track(tasks, "public", "tasks")
+    assert invoke(outbox, "tracked").stderr == ""
+    tasks.execute("ALTER TABLE tasks ADD takes interval")
+    for arguments in (["tracked"], ["db", "verify"]):
+        assert "tasks as it was: capturing costs more now" in invoke(outbox, *arguments).output
+    assert invoke(outbox, "db", "verify").exit_code == 1
+    assert invoke(outbox, "db", "upgrade").exit_code == 0
+    assert invoke(outbox, "db", "verify").exit_code == 0
+    assert invoke(outbox, "tracked").stderr == ""

@@ -180,7 +180,7 @@ def test_an_allow_list_captures_what_it_names_whatever_comes_or_is_renamed(
     outbox: str, orders: psycopg.Connection
 ) -> None:
     said = done(outbox, "track", "orders", "--columns", "id,total")
-    assert "orders is tracked now: insert,update,delete; key id; only id,total" in said
+    assert "orders is tracked now: insert,update,delete; key id; type orders; only id,total" in said
     orders.execute("ALTER TABLE orders ADD ssn text; ALTER TABLE orders RENAME card TO pan")
     orders.execute("INSERT INTO orders VALUES (1, 2, 'x', 'y'); UPDATE orders SET ssn = 'z'; DELETE FROM orders")
     rows = orders.execute("SELECT old_data, new_data FROM entity_changes ORDER BY seq").fetchall()

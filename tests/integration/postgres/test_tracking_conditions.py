@@ -23,7 +23,7 @@ def orders(outbox_db: psycopg.Connection) -> psycopg.Connection:
 
 def test_only_what_matches_is_captured(outbox: str, orders: psycopg.Connection) -> None:
     said = done(outbox, "track", "orders", "--on", "insert,update:status,total", "--when", "NEW.total > 0")
-    assert "insert,update; key id; UPDATE OF status, total WHEN (new.total > 0)" in said
+    assert "insert,update; key id; type orders; UPDATE OF status, total WHEN (new.total > 0)" in said
     orders.execute("INSERT INTO orders VALUES (1, 'new', 5), (2, 'new', 0)")
     orders.execute('UPDATE orders SET "a,b" = 1')
     orders.execute("UPDATE orders SET status = 'paid'")

@@ -168,20 +168,21 @@ def test_which_changes_a_handler_gets_is_what_it_is_matched_with(name: str) -> N
     assert "ignored" in handled.others_than
 
 
-def test_only_a_handler_that_names_truncate_gets_one_for_it_is_about_no_row() -> None:
+@pytest.mark.parametrize("operation", ["TRUNCATE", "SCHEMA"])
+def test_only_a_handler_that_names_it_gets_what_is_about_no_row(operation: str) -> None:
     router = Router()
     router.on("a")(_sync)
     router.on("*", name="others")(_sync)
-    assert router.match("a", "TRUNCATE") is None
-    assert router.match("b", "TRUNCATE") is None
+    assert router.match("a", operation) is None
+    assert router.match("b", operation) is None
 
     def any_type(change: Change) -> None: ...
 
     def its_type(change: Change) -> None: ...
 
-    router.on("*", "TRUNCATE")(any_type)
-    router.on("b", "INSERT", "TRUNCATE")(its_type)
-    matched = [router.match(entity_type, "TRUNCATE") for entity_type in "ab"]
+    router.on("*", operation)(any_type)
+    router.on("b", "INSERT", operation)(its_type)
+    matched = [router.match(entity_type, operation) for entity_type in "ab"]
     assert [handler and handler.function for handler in matched] == [any_type, its_type]
 
 

@@ -292,7 +292,7 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
     ("backlog", replace(BACKLOG, snoozed=2), WARN, "captured more than a day ago: 2", "cdc outbox discard ID"),
     ("due-later", replace(BACKLOG, due_later=DueLater(2, -300.0)), WARN, "due for 5 min", "cdc db grant"),
     ("due-later", replace(BACKLOG, due_later=None), UNKNOWN, "may not see", "cdc db grant"),
-    *(("truncates", replace(BACKLOG, barrier=Barrier("order", 7, state, 600.0, clear)), WARN,
+    *(("barriers", replace(BACKLOG, barrier=Barrier("TRUNCATE", "order", 7, state, 600.0, clear)), WARN,
        rf"TRUNCATE 7 of the type order .* 10 min now: {why}", remedy)
       for state, clear, why, remedy in (
         (ChangeState.DEAD, True, "it is a dead letter that pauses", "cdc outbox discard 7, or retry it"),
