@@ -17,7 +17,7 @@ from typing import NamedTuple
 from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.latest import Latest, latest
-from cdc.core.model import Change, Coalesced, Committed, Dead, Outcome, Processed, Snoozed, Waiting, WakeUp
+from cdc.core.model import Change, Coalesced, Committed, Dead, Operation, Outcome, Processed, Snoozed, Waiting, WakeUp
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import ReadyQueues, Requirements
@@ -362,6 +362,7 @@ class Consumer:
         return Requirements(
             change.entity_type, _HANDLERS[kind], ("threads",) if kind.in_thread else (),
             after_settled=kind.transactional or kind.latest, run=_BATCH if single else 1,
+            read=change.operation == Operation.READ,
         )  # fmt: skip
 
     def _kind(self, change: Change) -> Kind:

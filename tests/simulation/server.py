@@ -59,13 +59,20 @@ class Record:
         return self.key.isupper()
 
     @property
+    def operation(self) -> Operation:
+        """One in five is of a backfill: it has a queue of its own among what is ready, and its place in its key."""
+        if self.truncates:
+            return Operation.TRUNCATE
+        return Operation.INSERT if self.seq % 5 else Operation.READ
+
+    @property
     def settled(self) -> bool:
         return self.state in ("processed", "dead")
 
     def change(self) -> Change:
         return Change(
             id=UUID(int=self.seq), seq=self.seq, shard=self.shard, entity_type=self.type, entity_id=self.key,
-            table_schema="public", table="t", operation=Operation.TRUNCATE if self.truncates else Operation.INSERT,
+            table_schema="public", table="t", operation=self.operation,
             old=None, new=None, metadata=None, changed_at=EPOCH,
             attempt=self.failures + 1, requeued=self.state == "waiting",
         )  # fmt: skip
