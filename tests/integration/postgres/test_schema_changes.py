@@ -6,6 +6,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc.postgres import tracking
@@ -241,6 +242,56 @@ def test_any_role_may_issue_ddl_and_may_do_nothing_more_by_it(outbox: str, order
         assert len(told(orders)) == 1
     finally:
         orders.execute(f'DROP OWNED BY "{role}" CASCADE; DROP ROLE "{role}"'.encode())
+
+
+def test_no_code_of_who_issues_ddl_runs_with_the_rights_of_the_role_that_captures(
+    outbox: str, orders: psycopg.Connection
+) -> None:
+    role = f"evil_{orders.info.dbname}"
+    orders.execute(f'CREATE ROLE "{role}" LOGIN; CREATE SCHEMA "{role}" AUTHORIZATION "{role}"'.encode())
+    orders.execute(f'ALTER TABLE orders OWNER TO "{role}"; GRANT USAGE ON SCHEMA public TO "{role}"'.encode())
+    said: list[str] = []
+    try:
+        with psycopg.connect(make_conninfo(outbox, user=role), autocommit=True) as session:
+            session.add_notice_handler(lambda notice: said.append(str(notice.message_primary)))
+            session.execute(f'SET search_path = "{role}", pg_catalog, public'.encode())
+            for signature in (
+                "now() RETURNS timestamptz",
+                "format_type(oid, int) RETURNS text",
+                "default_entity_type(text) RETURNS text",
+                "bounded_text(text) RETURNS text",
+                "captured_columns(oid) RETURNS text",
+                "jsonb_build_object(VARIADIC text[]) RETURNS jsonb",
+            ):
+                body = "BEGIN RAISE NOTICE 'ran as %', current_user; RETURN NULL; END"
+                session.execute(f"CREATE FUNCTION {signature} LANGUAGE plpgsql AS $${body}$$".encode())
+            session.execute(
+                "CREATE FUNCTION same(jsonb, jsonb) RETURNS bool LANGUAGE plpgsql AS"
+                " $$BEGIN RAISE NOTICE 'ran as %', current_user; RETURN true; END$$;"
+                "CREATE OPERATOR = (LEFTARG = jsonb, RIGHTARG = jsonb, FUNCTION = same);"
+                "CREATE TEMP TABLE cdc_columns (relation oid, columns jsonb); CREATE TEMP TABLE entity_changes (id int)"
+            )
+            for ddl in ("ALTER TABLE public.orders ADD a int", "ALTER TABLE public.orders RENAME a TO b",
+                        "DROP TABLE public.orders"):  # fmt: skip
+                session.execute(ddl.encode())
+        assert said == []
+        assert len(told(orders)) == 3
+    finally:
+        orders.execute(f'DROP OWNED BY "{role}" CASCADE; DROP ROLE "{role}"'.encode())
+
+
+@pytest.mark.parametrize(
+    "third", ['{"ddl": "event"', "[]", '{"ddl": ["event"]}', '"event"', '{"ddl": "ignore"}', "\\x00"]
+)
+def test_a_trigger_whose_arguments_say_something_else_tells_nothing_and_stops_no_other(
+    orders: psycopg.Connection, third: str
+) -> None:
+    orders.execute("CREATE TYPE mood AS ENUM ('calm'); ALTER TABLE orders ADD mood mood; CREATE TABLE odd (mood mood)")
+    create = "CREATE TRIGGER mine AFTER INSERT ON odd FOR EACH ROW EXECUTE FUNCTION capture_entity_change('', '', {})"
+    orders.execute(sql.SQL(create).format(sql.Literal(third)))
+    orders.execute("ALTER TYPE mood RENAME TO temper; ALTER TABLE odd ADD a int")
+    assert len(told(orders)) == 2
+    assert orders.execute("SELECT count(*) FROM cdc_columns").fetchone() == (1,)
 
 
 # --- cdc track, untrack, tracked -------------------------------------------------------------------------------------
