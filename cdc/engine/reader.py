@@ -40,6 +40,28 @@ _UNMARKED_S = 1.0
 """Until the next read, while a rejected change cannot be made a dead letter."""
 
 
+class _Looks:
+    """When barriers are looked at. ``at``: next. Soon where one has kept a change from starting; later and later, where
+    not: they may be of types that nobody handles."""
+
+    def __init__(self, interval_s: float) -> None:
+        self.at = 0.0
+        self._looked_at = -inf
+        self._interval_s = interval_s
+        self._pause_s = REPASS_MAX_S
+
+    def looked(self, now: float, *, left: bool) -> None:
+        """``left``: there are some."""
+        self._looked_at = now
+        self.at = now + (self._pause_s if left else self._interval_s)
+        self._pause_s = min(2 * self._pause_s, self._interval_s)
+
+    def barred(self) -> None:
+        """A change was kept from starting. One look is for all types, and each of them is read again so often."""
+        self.at = min(self.at, self._looked_at + REPASS_MAX_S)
+        self._pause_s = REPASS_MAX_S
+
+
 class Reader:
     """``pauses`` tells whether a dead letter blocks its key. Times in seconds."""
 
@@ -59,12 +81,7 @@ class Reader:
         self._planner = planner
         self._store = store
         self._barriers = barriers
-        self._barriers_at = 0.0
-        """When they are looked at next. Soon where one has kept a change from starting; later and later, where not:
-        they may be of types that nobody handles."""
-        self._barriers_looked_at = -inf
-        self._barriers_pause_s = REPASS_MAX_S
-        self._barriers_interval_s = sweep_interval_s
+        self._looks = _Looks(sweep_interval_s)
         self._metrics = metrics
         self._pauses = pauses
         self._due = DueReads(scheduler.room_for, sweep_interval_s=sweep_interval_s, poll_interval_s=poll_interval_s)
@@ -106,11 +123,8 @@ class Reader:
         if now < self._rests_until:
             return False
         try:
-            if now >= self._barriers_at:
-                self._barriers_looked_at = now
-                left = await self._barriers.advance(reader)
-                self._barriers_at = now + (self._barriers_pause_s if left else self._barriers_interval_s)
-                self._barriers_pause_s = min(2 * self._barriers_pause_s, self._barriers_interval_s)
+            if now >= self._looks.at:
+                self._looks.looked(now, left=await self._barriers.advance(reader))
             try:
                 with self._scheduler.reading:
                     read = self.next.next(now)
@@ -190,7 +204,7 @@ class Reader:
         self._paging.read(list(map(_SIZE, found.rows)))
         admitted = self._scheduler.admit(found.rows, due=True)
         if admitted.barred:
-            self._barred()
+            self._looks.barred()
         self._metrics.wakeups.received.labels("retry").inc(admitted.taken)
         self._due.done(
             _now(), rejected=admitted.rejected, next_due_s=found.next_due_s, go_on=found.go_on, more=found.more
@@ -219,7 +233,7 @@ class Reader:
         now = self._measure(page, began)
         admitted = self._scheduler.admit(page.rows)
         if admitted.barred:
-            self._barred()
+            self._looks.barred()
         seen = [(row.change.seq, row.change.shard) for row in page.rows]
         notified = self._planner.swept(sweep, seen, admitted.rejected, page.snapshot, now, scanned=page.scanned)
         self._metrics.wakeups.received.labels("sweep").inc(max(0, admitted.taken - notified))
@@ -227,12 +241,7 @@ class Reader:
     def _rejected(self, admitted: Admitted, now: float) -> None:
         self._planner.throttle(admitted.rejected, now)
         if admitted.barred:
-            self._barred()
-
-    def _barred(self) -> None:
-        """One look is for all barriers, and each type that one keeps from starting is read again so often."""
-        self._barriers_at = min(self._barriers_at, self._barriers_looked_at + REPASS_MAX_S)
-        self._barriers_pause_s = REPASS_MAX_S
+            self._looks.barred()
 
     def _measure(self, page: OutboxPage, began: float) -> float:
         """A page has come. Returns the time."""
