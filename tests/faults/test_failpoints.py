@@ -140,7 +140,9 @@ def test_the_rows_of_a_backfill_are_lost_doubled_and_reordered_by_no_crash(
         Forked("cdc", ["backfill", kind], cwd=ROOT, environment=environment, log=ledgers / "reading.log")
         for kind in KINDS[1:]
     ]
-    killed = _crashing(outbox, ledgers / "killed.log", "backfill.before_commit", "backfill", KINDS[0])
+    killed = _crashing(
+        outbox, ledgers / "killed.log", "backfill.before_commit", "backfill", KINDS[0], "--backlog", "25"
+    )
     crashing = _crashing(outbox, log, point, "run", "--handlers", "tests.handlers_ledger:router", *options)
     for round_ in range(1, 6):
         _write(kept, round_)
