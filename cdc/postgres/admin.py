@@ -24,7 +24,7 @@ from cdc.core.errors import NotFoundError, RefusedError, UsageError
 from cdc.core.model import SHARDS, ChangeState
 from cdc.core.sqlstate import About, about
 from cdc.postgres.loaders import VerbatimJson
-from cdc.postgres.sql_files import load
+from cdc.postgres.sql_files import NONE_STANDS, load
 
 STATES = {
     "fresh": "find_fresh",
@@ -188,6 +188,7 @@ class OutboxAdmin:
 
     def __init__(self, schema: str) -> None:
         self._statements = load("admin.sql", schema)
+        self._without_barriers = load("admin.sql", schema, instead=NONE_STANDS)
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +203,9 @@ class OutboxAdmin:
         """By entity type, of unprocessed changes: up to ``per_shard`` fresh ones, ``scan`` of each other state."""
         parameters = {"shards": SHARDS, "per_shard": per_shard or _PER_SHARD, "bound": scan or _SCAN}
         with bounded(connection, limit_s), connection.cursor(row_factory=dict_row) as cursor:
-            rows = cursor.execute(self._statements["stats"], parameters).fetchall()
+            sees = cursor.execute(self._statements["sees_barriers"]).fetchone()
+            statements = self._statements if sees and all(sees.values()) else self._without_barriers
+            rows = cursor.execute(statements["stats"], parameters).fetchall()
         # Every row has the same values.
         more = {name: rows[0][name] for name in _MORE} if rows else {}
         types = [TypeStats(**{name: value for name, value in row.items() if name not in _MORE}) for row in rows]

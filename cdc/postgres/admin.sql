@@ -5,9 +5,10 @@
 
 -- name: stats
 -- By entity type, of which 200 characters count. Of each shard the first fresh changes are examined, and a bounded
--- number of the waiting and the dead.
-WITH fresh AS MATERIALIZED (
-  SELECT c.shard, left(coalesce(c.entity_type, c.table_name), 200) AS type, c.entity_id, c.changed_at, {held} AS held
+-- number of the waiting and the dead. What a TRUNCATE holds back is fresh, and not ready.
+WITH standing AS MATERIALIZED ({standing}), fresh AS MATERIALIZED (
+  SELECT c.shard, left(coalesce(c.entity_type, c.table_name), 200) AS type, c.entity_id, c.changed_at, {held} AS held,
+         {held_by_truncate} AS held_by_truncate
   FROM generate_series(0, %(shards)s - 1) AS s(shard)
   CROSS JOIN LATERAL (
     SELECT n.shard, n.seq, n.entity_type, n.table_name, n.entity_id, n.changed_at FROM {changes} AS n
@@ -25,7 +26,7 @@ WITH fresh AS MATERIALIZED (
 ), by_type AS (
   SELECT type, count(*) AS fresh, count(*) FILTER (WHERE held) AS blocked,
          count(DISTINCT entity_id) FILTER (WHERE held) AS blocked_keys, 0 AS waiting, 0 AS dead,
-         min(changed_at) FILTER (WHERE NOT held AND isfinite(changed_at)) AS ready_since,
+         min(changed_at) FILTER (WHERE NOT held AND NOT held_by_truncate AND isfinite(changed_at)) AS ready_since,
          min(changed_at) FILTER (WHERE held AND isfinite(changed_at)) AS blocked_since
   FROM fresh GROUP BY type
   UNION ALL
@@ -43,6 +44,10 @@ SELECT type AS entity_type, sum(fresh)::int AS fresh, sum(blocked)::int AS block
        (SELECT count(*) >= %(bound)s FROM dead) AS more_dead,
        EXISTS (SELECT FROM fresh GROUP BY shard HAVING count(*) >= %(per_shard)s) AS more_fresh
 FROM by_type GROUP BY type ORDER BY type
+
+-- name: sees_barriers
+-- Whether this role may read the TRUNCATEs that are not settled, and there is a table of them.
+SELECT coalesce(has_table_privilege(to_regclass({barriers_regclass})::oid, 'SELECT'), false)
 
 -- name: pace
 -- Changes processed a second, and how long after they were written. Beyond the bound, over the time that those took.

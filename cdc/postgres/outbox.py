@@ -46,7 +46,7 @@ from cdc.postgres.pages import (
     change_row,
     ended_by,
 )
-from cdc.postgres.sql_files import load
+from cdc.postgres.sql_files import NONE_STANDS, load
 from cdc.postgres.unreadable import RefusedReadError, RefusedRows, may_be_refused
 from cdc.postgres.watched import WatchedConnection, rows_of
 
@@ -89,13 +89,6 @@ _CHAIN_MAX = 100
 """Changes that a chain names: more do not fit into last_error."""
 
 
-_WITHOUT_BARRIERS = {
-    "barred": "false",
-    "standing": "SELECT NULL::text AS entity_type, NULL::bigint AS seq, false AS clear, NULL::timestamptz AS changed_at"
-                " WHERE false",
-}  # fmt: skip
-
-
 class Store:
     """The statements for the outbox in ``schema``, limited to the types in ``scope``.
 
@@ -108,7 +101,7 @@ class Store:
         self, schema: str, max_chain_depth: int = 16, scope: TypeFilter = EVERYTHING, *, page_bytes: int = BYTES,
         observes: bool = False,
     ) -> None:  # fmt: skip
-        self._statements = load("outbox.sql", schema, instead=_WITHOUT_BARRIERS if observes else None)
+        self._statements = load("outbox.sql", schema, instead={"barred": "false", **NONE_STANDS} if observes else None)
         self.refused = RefusedRows(schema)
         self.process = uuid4()
         """Identifies this process as the one that started a change, or owns a shard."""

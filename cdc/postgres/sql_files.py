@@ -11,6 +11,11 @@ from cdc.postgres.grants import DESCRIPTION, PAYLOAD, STATE
 from cdc.postgres.trigger_catalog import IS_TABLE_FUNCTION
 
 _NAME = "-- name: "
+NONE_STANDS = {
+    "standing": "SELECT NULL::text AS entity_type, NULL::bigint AS seq, false AS clear, NULL::timestamptz AS changed_at"
+                " WHERE false",
+}  # fmt: skip
+"""``instead`` of the block of that name, for who may not see the barriers."""
 
 
 def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) -> dict[str, bytes]:

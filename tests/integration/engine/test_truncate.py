@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,6 +19,7 @@ from cdc.core.model import SHARDS
 from cdc.core.type_filter import TypeFilter
 from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import barriers, tracking
+from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.outbox import Store
 from cdc.postgres.tracked_tables import Truncate
 from tests.commands import done
@@ -408,10 +410,20 @@ def test_what_a_truncate_holds_back_is_not_ready_and_for_how_long_it_stands_is_t
     for store in (everything, ours):
         assert store.figures(orders).fresh >= 4
         assert store.figures(orders).truncate_age_s >= 3_600
-    assert f"{seq} of order holds back what comes after it, for 60 min" in done(outbox, "status")
+    seen = done(outbox, "status")
+    assert f"{seq} of order holds back what comes after it, for 60 min" in seen
+    assert re.search(r"^order +4 +0 +0 +0 +-$", seen, re.MULTILINE), "none of them is ready"
     assert observer.figures(orders).truncate_age_s == 0
     orders.execute("UPDATE cdc_barriers SET clear = true")
     assert ours.figures(orders).oldest_ready_age_s >= 3_600, "it may start itself"
     orders.execute("UPDATE entity_changes SET processed = true WHERE seq = %s", [seq])
     assert ours.figures(orders).oldest_ready_age_s >= 3_600, "what comes after it"
     assert ours.figures(orders).truncate_age_s == 0
+
+
+def test_who_may_not_see_the_barriers_has_figures_without_them(orders: psycopg.Connection) -> None:
+    truncate(orders)
+    orders.execute(_ROWS, [3])
+    orders.execute("GRANT SELECT ON entity_changes TO pg_monitor; SET ROLE pg_monitor")
+    [of_orders] = OutboxAdmin("public").stats(orders).types
+    assert (of_orders.fresh, of_orders.oldest_ready_age_s is not None) == (4, True)
