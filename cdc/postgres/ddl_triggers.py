@@ -256,7 +256,8 @@ def _changing(connection: psycopg.Connection) -> Iterator[None]:
     except errors.InsufficientPrivilege as denied:
         raise RefusedError(
             f"the role may not do this: {denied.diag.message_primary}",
-            hint="event triggers are for superusers, or the administrator of a managed service; as one: cdc db ddl",
+            hint="event triggers are for superusers, or the administrator of a managed service; as one: cdc db ddl,"
+            " or to be rid of them: cdc db ddl --off",
         ) from denied
     except (errors.LockNotAvailable, errors.DeadlockDetected) as busy:
         raise CdcError(

@@ -95,6 +95,13 @@ def test_a_role_that_may_make_none_is_told_who_may(db: psycopg.Connection, owner
     assert "permission denied to create event trigger" in said
     assert "superusers, or the administrator of a managed service" in said
     ddl_triggers.enable(db, "events")
-    assert "may not do this" in refused(dsn, "db", "ddl", "--off", "--schema", "events")
+    said = refused(dsn, "db", "ddl", "--off", "--schema", "events")
+    assert "may not do this" in said
+    assert "to be rid of them: cdc db ddl --off" in said
+    db.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(owner)))
+    with pytest.raises(RefusedError, match="must be owner of event trigger"):
+        migrations.uninstall(db, "events")
+    db.execute("RESET ROLE")
+    assert "event trigger cdc_ddl_events" in migrations.uninstall(db, "events")
     with psycopg.connect(dsn) as session, pytest.raises(NotFoundError, match="has no capture_ddl"):
         ddl_triggers.enable(session, "elsewhere")
