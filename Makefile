@@ -148,7 +148,7 @@ lock: ## Write requirements*.txt anew from pyproject.toml (needs uv).
 	$(BIN)/python -c '$(WITHOUT_FUNDING)' tests/servers/package-lock.json
 
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
-BROKERS := --extra kafka --extra nats --extra redis
+BROKERS := --extra amqp --extra kafka --extra nats --extra redis
 # Who may be paid for a package is no part of which one it is, and the only addresses that npm leaves in a lock.
 WITHOUT_FUNDING := import json, pathlib, sys; lock = pathlib.Path(sys.argv[1]); found = json.loads(lock.read_text()); \
   [package.pop("funding", None) for package in found["packages"].values()]; lock.write_text(json.dumps(found, indent=2) + "\n")

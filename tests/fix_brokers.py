@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import aio_pika
 import nats
 import pytest
 from confluent_kafka import Consumer, TopicPartition
@@ -28,6 +29,8 @@ from redis.asyncio import Redis
 from cdc.contrib.demo.temp_server import free_port
 from tests.eventually import eventually
 
+_RABBITMQ = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+"""Not the one of the PATH, which wants to be another user."""
 KAFKA_JARS = Path(__file__).parent.parent / ".venv-kafka"
 
 
@@ -95,6 +98,10 @@ class BrokerServer:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def environment(self) -> dict[str, str] | None:
+        return None
+
     def command(self) -> list[str]:
         raise NotImplementedError
 
@@ -115,12 +122,18 @@ class BrokerServer:
 
     def start(self) -> None:
         with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(self.command(), stdout=log, stderr=log, cwd=self.folder)
+            # In a group of its own: what is started by a script ends with it.
+            self._process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, cwd=self.folder, env=self.environment, start_new_session=True
+            )
         eventually(self._listens, within_s=self.starts_s, what=f"{self.program} listens")
 
     def _listens(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, (self.folder / "server.log").read_text()
+        return self._answers()
+
+    def _answers(self) -> bool:
         with socket.socket() as probe:
             probe.settimeout(1)
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
@@ -131,18 +144,23 @@ class BrokerServer:
 
     def kill(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+            eventually(lambda: not self._answers(), what=f"{self.program} is gone")
+
+    def end(self) -> None:
+        """For good, with all that belongs to it."""
+        self.kill()
 
     def pause(self) -> None:
         """It answers nothing, and its connections stay."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
         assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+        os.killpg(self._process.pid, signal.SIGCONT)
 
     def restart(self, *options: str) -> None:
         self.kill()
@@ -317,6 +335,78 @@ class KafkaServer(BrokerServer):
         return [_of_kafka(record) for record in found]
 
 
+class RabbitServer(BrokerServer):
+    """A node with a port mapper of its own. It takes seconds to start, so it is there for all tests of a run."""
+
+    scheme, program = "amqp", "rabbitmq-server"
+    starts_s = 120.0
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.secure_port, self._mapper_port, self._nodes_port = free_port(), free_port(), free_port()
+        self.files = tls_files(folder)
+        (folder / "plugins").write_text("[].\n")
+        (folder / "rabbitmq.conf").write_text(
+            f"listeners.tcp.1 = {self.address}\nlisteners.ssl.1 = 127.0.0.1:{self.secure_port}\n"
+            f"ssl_options.cacertfile = {self.files.ca}\nssl_options.certfile = {self.files.cert}\n"
+            f"ssl_options.keyfile = {self.files.key}\n"
+            "ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n"
+            "distribution.listener.interface = 127.0.0.1\nlog.file.level = warning\n"
+        )
+        self._mapper: subprocess.Popen[bytes] | None = None
+        self._exchange = ""
+
+    def command(self) -> list[str]:
+        return [_RABBITMQ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        mapper = {"ERL_EPMD_PORT": str(self._mapper_port), "ERL_EPMD_ADDRESS": "127.0.0.1"}
+        ours = {"MNESIA_BASE": "data", "LOG_BASE": "log", "CONFIG_FILE": "rabbitmq.conf", "PID_FILE": "pid",
+                "ENABLED_PLUGINS_FILE": "plugins", "CONF_ENV_FILE": "none"}  # fmt: skip
+        places = {f"RABBITMQ_{name}": str(self.folder / file) for name, file in ours.items()}
+        node = {"RABBITMQ_NODENAME": f"cdc{self.port}@localhost", "RABBITMQ_DIST_PORT": str(self._nodes_port)}
+        return {**os.environ, "HOME": str(self.folder), **mapper, **places, **node}
+
+    def start(self) -> None:
+        if self._mapper is None:
+            self._mapper = subprocess.Popen(["epmd"], env=self.environment)
+        super().start()
+
+    def end(self) -> None:
+        self.kill()
+        if self._mapper is not None:
+            self._mapper.kill()
+            self._mapper.wait()
+
+    def url(self, template: str = "{type}", port: int = 0) -> str:
+        return f"amqp://127.0.0.1:{port or self.port}/%2F/{self._exchange}/{template}"
+
+    async def prepare(self, *, bound: str = "#", limits: dict[str, Any] | None = None) -> None:
+        self._exchange = f"cdc-{uuid.uuid4().hex[:8]}"
+        async with await aio_pika.connect(f"amqp://guest:guest@{self.address}/") as connection:
+            channel = await connection.channel()
+            exchange = await channel.declare_exchange(self._exchange, "topic", durable=True)
+            queue = await channel.declare_queue(self._exchange, durable=True, arguments=limits)
+            await queue.bind(exchange, bound)
+
+    async def received(self) -> list[Received]:
+        async with await aio_pika.connect(f"amqp://guest:guest@{self.address}/") as connection:
+            queue = await (await connection.channel()).get_queue(self._exchange)
+            count = queue.declaration_result.message_count or 0
+            found = [await queue.get(no_ack=True, timeout=10) for _ in range(count)]
+        return [
+            Received(
+                each.routing_key or "",
+                {"content-type": str(each.content_type), **{name: str(value) for name, value in each.headers.items()}},
+                each.body,
+                str(each.message_id),
+            )
+            for each in found
+            if each is not None
+        ]
+
+
 def _of_kafka(record: Record) -> Received:
     headers: Any = record.headers() or []
     key: Any = record.key()
@@ -327,6 +417,15 @@ def _of_kafka(record: Record) -> Received:
 
 
 BROKERS = {server.scheme: server for server in (NatsServer, RedisServer)}
+
+
+def _again(server: Server) -> Iterator[Server]:
+    """As the test before found it."""
+    if not server.running:
+        server.start()
+    yield server
+    if server.running:
+        server.resume()
 
 
 @pytest.fixture(scope="session")
@@ -344,11 +443,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
 
 @pytest.fixture
 def kafka_server(kafka: KafkaServer) -> Iterator[KafkaServer]:
-    if not kafka.running:
-        kafka.start()
-    yield kafka
-    if kafka.running:
-        kafka.resume()
+    yield from _again(kafka)
 
 
 @pytest.fixture
@@ -361,16 +456,36 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     yield from _running(RedisServer(tmp_path))
 
 
+@pytest.fixture(scope="session")
+def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    if not Path(_RABBITMQ).exists():
+        assert not os.environ.get("CDC_REQUIRE_BROKERS"), "there is no RabbitMQ"
+        pytest.skip("there is no rabbitmq-server: deploy/debian-setup --with-brokers")
+    server = RabbitServer(tmp_path_factory.mktemp("rabbit"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def rabbit_server(rabbit: RabbitServer) -> Iterator[RabbitServer]:
+    yield from _again(rabbit)
+
+
 @pytest.fixture(params=list(BROKERS))
 def small_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerServer]:
     """Those that start in a moment, so that each test has its own."""
     yield from _running(BROKERS[request.param](tmp_path))
 
 
-@pytest.fixture(params=["kafka", *BROKERS])
+@pytest.fixture(params=["kafka", "amqp", *BROKERS])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerServer]:
     """Each of them in turn."""
     if request.param == "kafka":
         yield request.getfixturevalue("kafka_server")
+    elif request.param == "amqp":
+        yield request.getfixturevalue("rabbit_server")
     else:
         yield from _running(BROKERS[request.param](tmp_path))

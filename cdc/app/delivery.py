@@ -82,6 +82,10 @@ def _sender(target: BrokerTarget, deliver: DeliverSection) -> BrokerSender:
             from cdc.brokers.nats import NatsSender  # noqa: PLC0415 - its library is an extra
 
             return NatsSender(target, login)
+        if target.scheme == "amqp":
+            from cdc.brokers.amqp import AmqpSender  # noqa: PLC0415 - its library is an extra
+
+            return AmqpSender(target, login)
         if target.scheme == "kafka":
             from cdc.brokers.kafka import KafkaSender  # noqa: PLC0415 - its library is an extra
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from cdc.core.deliveries import AwayError
+from cdc.core.deliveries import LostError
 
 Result = Exception | None
 """None: acknowledged. Otherwise what happened to the message instead."""
@@ -39,5 +39,5 @@ class Acks:
         """In the order of the messages. One without an acknowledgement in time counts as lost with its broker."""
         await asyncio.wait([self._all], timeout=timeout_s)
         if not self._all.done():
-            self.lost(AwayError(f"no acknowledgement came within {timeout_s:g} s"))
+            self.lost(LostError(f"no acknowledgement came within {timeout_s:g} s"))
         return [self._results[place] for place in range(self._count)]

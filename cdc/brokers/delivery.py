@@ -7,11 +7,8 @@
                                │                    cannot take anything ────────────> away: no attempt
                                └─ not even a connection ─────────────────────────────> away: no attempt
 
-A batch is sent in rounds, each with one change of a key at most: a later change of a key is sent when the one before is
-acknowledged, so that no retry can turn their order round. What follows a change that waits, waits with it.
-
-"Away" opens the handler's circuit breaker, as it does for HTTP. A message may also be what ends its connection each
-time: after ten times, with others acknowledged in between, that counts as its failed attempt.
+What is sent together, and what a lost connection means, ``core.message_rounds`` decides. What follows a change of its
+key that waits, waits with it. "Away" opens the handler's circuit breaker, as it does for HTTP.
 
 Delivery is a router like any other: order, concurrency, retries and dead letters are the consumer's.
 """
@@ -21,16 +18,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from cdc.brokers.acks import Result
 from cdc.brokers.sender import BrokerSender
 from cdc.core.broker_messages import Encoding, Message
 from cdc.core.circuit_breaker import CircuitBreaker
 from cdc.core.debezium import DebeziumEncoding
-from cdc.core.deliveries import HANDLER, AwayError, DeliveryError, RejectedError, UnreachedError
+from cdc.core.deliveries import HANDLER, AwayError, LostError, RejectedError, UnreachedError
 from cdc.core.errors import Failed, Snooze, Unavailable
-from cdc.core.lost_transactions import LOSSES_MAX, Losses
+from cdc.core.message_rounds import MessageRounds
 from cdc.core.model import Change, Key, Operation
 from cdc.core.name_template import NameTemplate
 from cdc.core.router import ANY, Router
@@ -73,8 +70,7 @@ class BrokerDelivery:
         self._metrics: DeliveryMetrics | None = None
         self._breaker: CircuitBreaker | None = None
         self._reached: Callable[[], None] = lambda: None
-        self._unacknowledged = Losses()
-        """Changes whose messages were not acknowledged, while those of others were."""
+        self._rounds = MessageRounds()
         self.router = Router()
         for entity_type in self._types:
             on = self.router.on(
@@ -98,18 +94,27 @@ class BrokerDelivery:
     async def _deliver(self, changes: list[Change]) -> None:
         errors: dict[Change, BaseException | str] = {}
         held: dict[Key, Exception] = {}
-        for each_once in _rounds(changes):
+        gone: Exception | None = None
+        for each_once in self._rounds.rounds(changes):
             due: list[Change] = []
             for change in each_once:
-                if (error := held.get(change.key)) is not None:
+                if (error := gone or held.get(change.key)) is not None:
                     errors[change] = error
                 else:
                     due.append(change)
-            for change, result in await self._send(due):
-                if result is not None:
-                    errors[change] = result
-                    if not isinstance(result, RejectedError):
-                        held[change.key] = result if isinstance(result, Unavailable) else Snooze(_AFTER_S)
+            while due:
+                count = self._rounds.together(due)
+                part, due = due[:count], due[count:]
+                for change, result in await self._send(part):
+                    if result is not None:
+                        errors[change] = result
+                        if not isinstance(result, RejectedError):
+                            held[change.key] = result if isinstance(result, Unavailable) else Snooze(_AFTER_S)
+                    if isinstance(result, LostError | UnreachedError):
+                        gone = result
+                if gone is not None:  # each attempt might take long to find that out
+                    errors |= dict.fromkeys(due, gone)
+                    break
         if errors:
             raise Failed(errors)
 
@@ -133,7 +138,7 @@ class BrokerDelivery:
             return [*refused, *((change, unreached) for change in due)]
         results = await self._sender.send(messages, self._timeout_s)
         self._count_all(results)
-        return [*refused, *self._blamed(due, results)]
+        return [*refused, *zip(due, self._rounds.ended(due, results), strict=True)]
 
     async def _connect(self) -> None:
         if self._sender.connected:
@@ -144,20 +149,6 @@ class BrokerDelivery:
                 log.info("connected to %s", self._target)
         if self._breaker is not None and self._breaker.certain:
             self._reached()
-
-    def _blamed(self, changes: Sequence[Change], results: Sequence[Result]) -> Iterator[tuple[Change, Result]]:
-        """A change that was lost too often while others were not, has failed."""
-        away = [isinstance(result, AwayError) for result in results]
-        if not any(away):
-            self._unacknowledged.forget(changes)
-        others = not all(away)
-        for change, result in zip(changes, results, strict=True):
-            if not isinstance(result, AwayError):
-                self._unacknowledged.forget([change])
-            elif others and self._unacknowledged.add([change]) >= LOSSES_MAX:
-                yield change, DeliveryError(result.summary, str(result))
-                continue
-            yield change, result
 
     def _count_all(self, results: Sequence[Result]) -> None:
         acknowledged = results.count(None)
@@ -170,16 +161,3 @@ class BrokerDelivery:
     def _count(self, result: str, messages: int) -> None:
         if self._metrics:
             self._metrics.ended(result, messages)
-
-
-def _rounds(changes: Sequence[Change]) -> list[list[Change]]:
-    """One change of a key in each, in the order of the key."""
-    rounds: list[list[Change]] = []
-    counts: dict[Key, int] = {}
-    for change in changes:
-        place = counts.get(change.key, 0)
-        counts[change.key] = place + 1
-        if place == len(rounds):
-            rounds.append([])
-        rounds[place].append(change)
-    return rounds

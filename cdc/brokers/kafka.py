@@ -37,7 +37,7 @@ from cdc.brokers.acks import Acks, Result
 from cdc.brokers.sender import CONNECT_S, Login
 from cdc.core.broker_messages import Message
 from cdc.core.broker_url import BrokerTarget
-from cdc.core.deliveries import AwayError, DeliveryError, RejectedError, UnreachedError
+from cdc.core.deliveries import AwayError, DeliveryError, LostError, RejectedError, UnreachedError
 
 log = logging.getLogger("cdc.kafka")
 
@@ -110,7 +110,7 @@ class KafkaSender:
             # The broker refuses a whole request, and one of its records may be what is too large.
             if isinstance(result, RejectedError) and len(messages) > 1 and client.down is None:
                 [results[place]] = await self._sent(client, [messages[place]], timeout_s)
-        if any(isinstance(result, AwayError) for result in results) and client is self._client:
+        if any(isinstance(result, LostError) for result in results) and client is self._client:
             await self.close()
         return results
 
@@ -152,7 +152,7 @@ class _Client:
     """A producer and the thread that polls it. Made on the event loop."""
 
     def __init__(self, settings: Mapping[str, Any], failed: Callable[[KafkaError], None]) -> None:
-        self.down: AwayError | None = None
+        self.down: LostError | None = None
         self._failed = failed
         self._reports: deque[tuple[Acks, int, Result]] = deque()
         self._loop = asyncio.get_running_loop()
@@ -200,7 +200,7 @@ class _Client:
     def _give_up(self, why: str) -> None:
         """What waits comes back as reports of what was purged."""
         if self.down is None:
-            self.down = AwayError(f"no broker answers any more ({why})")
+            self.down = LostError(f"no broker answers any more ({why})")
             with contextlib.suppress(KafkaException):
                 self.producer.purge()
 
@@ -256,7 +256,7 @@ def _no_topic(topic: str) -> DeliveryError:
 def _meaning(error: KafkaError, topic: str) -> Result:
     code = error.code()
     if code in _AWAY or error.fatal():
-        return AwayError(f"no acknowledgement came ({error.name()})")
+        return LostError(f"no acknowledgement came ({error.name()})")
     if code in _TOO_LARGE:
         return RejectedError(f"it is too large for the topic {topic} or its broker ({error.name()})")
     if code in _MISSING:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -35,8 +34,10 @@ from cdc.brokers.acks import Acks, Result
 from cdc.brokers.sender import CONNECT_S, Login
 from cdc.core.broker_messages import Message
 from cdc.core.broker_url import BrokerTarget
-from cdc.core.deliveries import AwayError, DeliveryError, RejectedError, UnreachedError
+from cdc.core.deliveries import AwayError, DeliveryError, LostError, RejectedError, UnreachedError
+from cdc.runtime.deadline import deadline
 
+_CLOSE_S = 1.0
 _PING_S = 5
 """A link that is silent for three of these is lost."""
 _HEADERS_LINE = len(b"NATS/1.0\r\n\r\n")
@@ -44,7 +45,7 @@ _NO_RESPONDERS = "503"
 _FULL = {10_023, 10_028, 10_047, 10_077}
 """Error codes of JetStream: no resources, no memory or storage left for the account, and a stream at its limits."""
 _TOO_LARGE = 10_054
-_VIOLATION = re.compile(r'permissions violation for publish to "(?P<subject>[^"]+)"', re.IGNORECASE)
+_VIOLATION = 'permissions violation for publish to "'
 _DENIED = "authorization violation"
 """All that the protocol says about a refused message or login: it has no codes."""
 
@@ -89,18 +90,26 @@ class NatsSender:
             options |= {"user": self._login.user, "password": password}
         elif password is not None:
             options["token"] = password
-        try:
-            return await nats.connect(
-                f"{'tls' if self._target.tls else 'nats'}://{server}", name="cdc", allow_reconnect=False,
-                connect_timeout=int(CONNECT_S), max_reconnect_attempts=1, reconnect_time_wait=0, ping_interval=_PING_S,
-                error_cb=self._failed, disconnected_cb=self._disconnected, **options,
-            )  # fmt: skip
-        except (TimeoutError, OSError, nats.errors.Error, ValueError) as error:
-            if isinstance(error, nats.errors.AuthorizationError) or _DENIED in str(error).lower():
-                raise UnreachedError(f"{self._target} refuses the login") from error
-            # No servers left is what it ends with; the callback got the reason.
-            cause = self._failure if isinstance(error, nats.errors.NoServersError) and self._failure else error
-            raise UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})") from error
+        client = Client()
+        async with contextlib.AsyncExitStack() as unless_connected:
+            unless_connected.push_async_callback(_closed, client)  # its own failed attempt leaves the socket open
+            try:
+                await client.connect(
+                    f"{'tls' if self._target.tls else 'nats'}://{server}", name="cdc", allow_reconnect=False,
+                    connect_timeout=int(CONNECT_S), max_reconnect_attempts=1, reconnect_time_wait=0,
+                    ping_interval=_PING_S, error_cb=self._failed, disconnected_cb=self._disconnected, **options,
+                )  # fmt: skip
+            except (OSError, nats.errors.Error, ValueError) as error:
+                raise self._unreached(error) from error
+            unless_connected.pop_all()
+        return client
+
+    def _unreached(self, error: Exception) -> UnreachedError:
+        if isinstance(error, nats.errors.AuthorizationError) or _DENIED in str(error).lower():
+            return UnreachedError(f"{self._target} refuses the login")
+        # No servers left is what it ends with; the callback got the reason.
+        cause = self._failure if isinstance(error, nats.errors.NoServersError) and self._failure else error
+        return UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})")
 
     async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
         acks = Acks(len(messages))
@@ -117,7 +126,7 @@ class NatsSender:
         finally:
             for token in tokens:
                 self._open.pop(token, None)
-        if any(isinstance(result, AwayError) for result in results) and client is self._client:
+        if any(isinstance(result, LostError) for result in results) and client is self._client:
             await self.close()
         return results
 
@@ -153,9 +162,8 @@ class NatsSender:
     async def close(self) -> None:
         client, self._client = self._client, None
         if client is not None:
-            with contextlib.suppress(OSError, nats.errors.Error):
-                await client.close()
-        self._lost(AwayError("the connection to the broker was closed before an acknowledgement came"))
+            await _closed(client)
+        self._lost(LostError("the connection to the broker was closed before an acknowledgement came"))
 
     async def _answered(self, answer: Msg) -> None:
         acks, place, subject = self._open.pop(answer.subject.rpartition(".")[2], (None, 0, ""))
@@ -164,22 +172,30 @@ class NatsSender:
 
     async def _failed(self, error: Exception) -> None:
         self._failure = error
-        if found := _VIOLATION.search(str(error)):
-            for acks, place, subject in list(self._open.values()):
-                if subject == found["subject"]:
-                    acks.ended(place, DeliveryError(f"the login has no right to publish to the subject {subject}"))
+        _, found, rest = str(error).lower().partition(_VIOLATION)
+        denied = rest.partition('"')[0]
+        for acks, place, subject in list(self._open.values()) if found else []:
+            if subject.lower() == denied:
+                acks.ended(place, DeliveryError(f"the login has no right to publish to the subject {subject}"))
 
     async def _disconnected(self) -> None:
         self._lost(_broken(nats.errors.ConnectionClosedError()))
 
-    def _lost(self, error: AwayError) -> None:
+    def _lost(self, error: LostError) -> None:
         lost, self._open = self._open, {}
         for acks, _, _ in lost.values():
             acks.lost(error)
 
 
-def _broken(error: Exception) -> AwayError:
-    return AwayError(f"the connection to the broker broke before an acknowledgement came ({type(error).__name__})")
+async def _closed(client: Client) -> None:
+    """Within a limit: where no TLS came about, the client waits for ever for the end of it."""
+    with contextlib.suppress(OSError, nats.errors.Error):
+        async with deadline(_CLOSE_S):
+            await client.close()
+
+
+def _broken(error: Exception) -> LostError:
+    return LostError(f"the connection to the broker broke before an acknowledgement came ({type(error).__name__})")
 
 
 def _size(body: bytes, headers: Mapping[str, str]) -> int:

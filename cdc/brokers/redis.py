@@ -31,7 +31,7 @@ from cdc.brokers.acks import Result
 from cdc.brokers.sender import CONNECT_S, Login
 from cdc.core.broker_messages import Message
 from cdc.core.broker_url import BrokerTarget
-from cdc.core.deliveries import AwayError, DeliveryError, UnreachedError
+from cdc.core.deliveries import AwayError, DeliveryError, LostError, UnreachedError
 from cdc.runtime.deadline import deadline
 
 _SERVER = (
@@ -53,6 +53,9 @@ class _Credentials(CredentialProvider):
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
         password = self._login.password() or ""
         return (password,) if self._login.user is None else (self._login.user, password)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()
 
 
 class RedisSender:
@@ -123,7 +126,7 @@ class RedisSender:
                 summary = f"no reply came within {timeout_s:g} s"
             if client is self._client:
                 await self.close()
-            return [AwayError(summary)] * len(messages)
+            return [LostError(summary)] * len(messages)
         if self._replicas and not _confirmed(replies.pop(), self._replicas):
             return [AwayError(f"fewer than {self._replicas} replicas have confirmed it")] * len(messages)
         return [_meaning(reply) if isinstance(reply, Exception) else None for reply in replies]

@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, unquote
+from string import ascii_letters, digits, hexdigits
+from urllib.parse import parse_qsl, quote, unquote
 
 from cdc.core.name_template import NameRules, NameTemplate
 
 STRUCTURED, BINARY, DEBEZIUM = "structured", "binary", "debezium"
-_HOST = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?")
+_IN_HOSTS = frozenset(ascii_letters + digits + "._-")
+_IN_ADDRESSES = frozenset(hexdigits + ":.")
 _TLS_FILES = ("ca", "cert", "key")
 
 
@@ -83,6 +85,15 @@ PROTOCOLS: Mapping[str, BrokerProtocol] = {
         places=("database",),
         numbers={"maxlen": 1, "partitions": 1, "wait": 1},
     ),
+    "amqp": BrokerProtocol(
+        port=5672,
+        library="aio_pika",
+        extra="amqp",
+        # A value is one word of a routing key.
+        rules=NameRules("routing key", 255, re.compile(rf"[.{_CONTROL}]"), re.compile(rf"[{_CONTROL}]")),
+        example="amqp://127.0.0.1:5672/%2F/changes/{type}.{operation}",
+        places=("virtual host", "exchange"),
+    ),
 }
 """By the scheme of their URLs."""
 _SYNONYMS = {"rediss": "redis+tls", "amqps": "amqp+tls"}
@@ -102,7 +113,8 @@ class BrokerTarget:
     def __str__(self) -> str:
         """For messages: without the options."""
         scheme = self.scheme + ("+tls" if self.tls else "")
-        return f"{scheme}://{','.join(self.servers)}/{'/'.join((*self.places, self.template))}"
+        places = "".join(f"{quote(place, safe='')}/" for place in self.places)
+        return f"{scheme}://{','.join(self.servers)}/{places}{self.template}"
 
     @property
     def protocol(self) -> BrokerProtocol:
@@ -157,11 +169,14 @@ def _scheme(text: str) -> tuple[str, bool]:
 
 def _servers(hosts: str, protocol: BrokerProtocol) -> Iterator[str]:
     for each in hosts.split(","):
-        found = _HOST.fullmatch(each)
-        port = int(found["port"] or protocol.port) if found else 0
-        if found is None or not 0 < port < 65_536:
+        bracket = each.rfind("]") + 1
+        colon = each.find(":", bracket)
+        host, port = (each, str(protocol.port)) if colon < 0 else (each[:colon], each[colon + 1 :])
+        name, allowed = (host[1:-1], _IN_ADDRESSES) if bracket and host.startswith("[") else (host, _IN_HOSTS)
+        number = int(port[:6]) if port.isascii() and port.isdecimal() else 0
+        if not name or set(name) - allowed or not 0 < number < 65_536:
             raise ValueError("the host or the port of this URL cannot be read")
-        yield f"{found['host']}:{port}"
+        yield f"{host}:{port}"
 
 
 def _options(query: str, protocol: BrokerProtocol, *, tls: bool) -> Iterator[tuple[str, str]]:

@@ -56,27 +56,32 @@ def event(change: Change, source: str | None) -> bytes:
 
 def structured(change: Change, found: Mapping[str, str | int]) -> bytes:
     """The same from its ``attributes``."""
-    return f'{_json(found)[:-1]},"data":{data(change)}}}'.encode()
+    head = "".join(f'"{name}":{_quoted(value) if isinstance(value, str) else value},' for name, value in found.items())
+    return f'{{{head}"data":{data(change)}}}'.encode()
 
 
 def attributes(change: Change, source: str | None) -> dict[str, str | int]:
     """The event's attributes. One without a value is left out: none may be null, nor may a subject be empty."""
-    found: dict[str, str | int | None] = {
+    operation = change.operation.lower()
+    found: dict[str, str | int] = {
         "specversion": "1.0",
         "id": str(change.id),
         "source": source or _table(change.table_schema, change.table),
-        "type": f"cdc.{change.entity_type}.{change.operation.lower()}",
-        "subject": change.entity_id,
+        "type": f"cdc.{change.entity_type}.{operation}",
         "time": change.changed_at.astimezone(UTC).isoformat().replace("+00:00", "Z"),
         "datacontenttype": DATA_TYPE,
         "partitionkey": partition_key(change),
         "sequence": f"{change.seq:019d}",
         "attempt": change.attempt,
         "depth": change.depth,
-        "causedby": str(change.caused_by) if change.caused_by else None,
-        "replayof": str(change.replay_of) if change.replay_of else None,
     }
-    return {name: value for name, value in found.items() if value is not None and value != ""}
+    if change.entity_id:
+        found["subject"] = change.entity_id
+    if change.caused_by:
+        found["causedby"] = str(change.caused_by)
+    if change.replay_of:
+        found["replayof"] = str(change.replay_of)
+    return found
 
 
 def partition_key(change: Change) -> str:
@@ -86,15 +91,13 @@ def partition_key(change: Change) -> str:
 
 def data(change: Change) -> str:
     """The event's data, JSON."""
-    head = {
-        "entity_type": change.entity_type,
-        "entity_id": change.entity_id,
-        "operation": change.operation,
-        "table_schema": change.table_schema,
-        "table": change.table,
-    }
-    documents = "".join(f',"{name}":{json_text(document(change, name))}' for name in ("old", "new", "metadata"))
-    return f"{_json(head)[:-1]}{documents}}}"
+    schema = "null" if change.table_schema is None else _quoted(change.table_schema)
+    old, new, metadata = (json_text(document(change, name)) for name in ("old", "new", "metadata"))
+    return (
+        f'{{"entity_type":{_quoted(change.entity_type)},"entity_id":{_quoted(change.entity_id)},'
+        f'"operation":"{change.operation}","table_schema":{schema},"table":{_quoted(change.table)},'
+        f'"old":{old},"new":{new},"metadata":{metadata}}}'
+    )
 
 
 @lru_cache
@@ -103,14 +106,17 @@ def _table(schema: str | None, table: str) -> str:
 
 
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-"""json.dumps would make an encoder for each call, which takes longer than most of them."""
+_quoted = json.encoder.encode_basestring
+"""A text in JSON. The encoder for any value is made at each call, which takes longer than what it does here."""
 
 
 def json_text(value: Any) -> str:
     """The stored text; for a change made by hand, or already parsed, JSON with the same digits."""
+    if type(value) is Json:
+        return value.decode()
+    if value is None:
+        return "null"
     match value:
-        case Json():
-            return value.decode()
         case Decimal() if value.is_finite():
             return str(value)
         case dict():

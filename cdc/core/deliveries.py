@@ -30,6 +30,10 @@ class UnreachedError(AwayError):
     certain = True
 
 
+class LostError(AwayError):
+    """No answer came: the connection was lost, or silent for too long. What was sent may be the cause, or be there."""
+
+
 class RejectedError(SafeError, Reject):
     """The receiver will never accept the change."""
 

@@ -1,7 +1,7 @@
 """Draining into a broker, beside a no-op handler and the broker's own client: ``python -m tests.bench.brokers``
 
-The client sends the same bytes as one would send them by hand: Kafka all at once, Redis in pipelines of 500, NATS with
-500 acknowledgements open. Rates are of one machine that does all of it; their ratios are what counts.
+The client sends the same bytes as one would send them by hand: Kafka all at once, Redis in pipelines of 500, NATS and
+RabbitMQ with 500 acknowledgements open. Rates are of one machine that does all of it; their ratios are what counts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import aio_pika
 import nats
 from confluent_kafka import Producer
 from redis.asyncio import Redis
@@ -24,7 +25,7 @@ from cdc.core.broker_messages import Encoding, Message
 from cdc.testing import change
 from tests.bench.database import drained, fresh_outbox, preload, rest, settled
 from tests.bench.processes import Consumer
-from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer, RedisServer
+from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer, RabbitServer, RedisServer
 
 _TOGETHER = 500
 _KEYS = 5_000
@@ -69,7 +70,21 @@ async def _nats(server: BrokerServer, sent: list[Message]) -> None:
         await stream.publish_async_completed()
 
 
+async def _amqp(server: BrokerServer, sent: list[Message]) -> None:
+    exchange_name, name = server.url("x").split("/")[-2:]
+    async with await aio_pika.connect(f"amqp://guest:guest@{server.address}/") as connection:
+        channel = await connection.channel(publisher_confirms=True)
+        exchange = await channel.get_exchange(exchange_name, ensure=False)
+        for first in range(0, len(sent), _TOGETHER):
+            made = [
+                aio_pika.Message(each.body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT, headers={**each.headers})
+                for each in sent[first : first + _TOGETHER]
+            ]
+            await asyncio.gather(*(exchange.publish(each, name) for each in made))
+
+
 _CLIENTS: dict[str, tuple[type[BrokerServer], Callable[[BrokerServer, list[Message]], Awaitable[None]]]] = {
+    "amqp": (RabbitServer, _amqp),
     "kafka": (KafkaServer, _kafka),
     "nats": (NatsServer, _nats),
     "redis": (RedisServer, _redis),
@@ -102,7 +117,7 @@ def measure(server: TempServer, scheme: str, changes: int) -> None:
             noop, noop_us = _drain(server, changes)
             rate, us = _drain(server, changes, deliver_to=broker.url().replace("{type}", "x"))
         finally:
-            broker.kill()
+            broker.end()
     print(
         f"{scheme:<6} drain {rate:>7,.0f}/s {us:>4.0f} us; client alone {client:>7,.0f}/s ({rate / client:.2f});"
         f" no-op {noop:>7,.0f}/s {noop_us:>4.0f} us ({rate / noop:.2f})"

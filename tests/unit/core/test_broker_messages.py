@@ -13,6 +13,7 @@ import pytest
 from cloudevents.core.base import BaseCloudEvent
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
 from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka_event
+from cloudevents.core.bindings.rabbitmq import RabbitMQMessage, from_rabbitmq_event
 
 from cdc.core.broker_messages import Encoding, Message
 from cdc.core.model import Change
@@ -39,10 +40,16 @@ def _read_as_kafka(message: Message) -> BaseCloudEvent:
     return from_kafka_event(KafkaMessage(headers, message.key, message.body))
 
 
+def _read_as_rabbitmq(message: Message) -> BaseCloudEvent:
+    headers = dict(message.headers)
+    return from_rabbitmq_event(RabbitMQMessage(headers, headers.pop("content-type"), message.body))
+
+
 _Reader = Callable[[Message], BaseCloudEvent]
 READERS: dict[str, tuple[dict[str, Any], _Reader]] = {
     "nats": ({"separator": "-", "percent": True}, _read_as_nats),
     "kafka": ({"separator": "_"}, _read_as_kafka),
+    "amqp": ({"separator": "-"}, _read_as_rabbitmq),
 }
 
 

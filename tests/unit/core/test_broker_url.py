@@ -26,6 +26,8 @@ from cdc.testing import change as make_change
             {"compression": "zstd"},
         ),
         ("redis://h/0/cdc:{type}?maxlen=5", ("h:6379",), ("0", "cdc:{type}"), False, {"maxlen": "5"}),
+        ("amqp://h/%2F/ex/{type}.{operation}", ("h:5672",), ("/", "ex", "{type}.{operation}"), False, {}),
+        ("amqps://h/shop//queue", ("h:5672",), ("shop", "", "queue"), True, {}),
         ("rediss://h/12/a/b", ("h:6379",), ("12", "a/b"), True, {}),
         ("redis://h/0/a%3Fb%20c", ("h:6379",), ("0", "a?b c"), False, {}),
     ],
@@ -63,6 +65,7 @@ def test_a_url_has_servers_places_a_template_and_options(
         ("kafka://h/a:b", "the topic has characters that are not allowed there"),
         ("kafka://h/..", "the topic has characters that are not allowed there"),
         ("kafka://h/x?sasl=MD5", "the option sasl is one of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512, OAUTHBEARER"),
+        ("amqp://h/exchange/key", "input should be a URL such as amqp://"),
         ("redis://h/cdc", "input should be a URL such as redis://"),
         ("redis://h/x/cdc", "the database is a number"),
         ("redis://h/0/cdc?partitions=0", "the option partitions is a whole number, at least 1"),
@@ -82,6 +85,7 @@ def test_what_is_no_broker_is_left_to_http(text: str) -> None:
 
 def test_a_message_shows_no_option() -> None:
     assert str(broker_url.parse("nats+tls://h/x?key=/hunter")) == "nats+tls://h:4222/x"
+    assert str(broker_url.parse("amqp://h/%2F//x")) == "amqp://h:5672/%2F//x"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,188 @@
+"""RabbitMQ by AMQP 0-9-1: persistent messages to an exchange, each confirmed, and returned where no queue takes it.
+
+Theory
+------
+The messages of a round are published on one channel, and their confirmations awaited together. An error of the channel
+closes it, and ends all that is under way on it, whoever caused it. The exchange is the same for all, so an error about
+it or about the rights to it is one of each of them. Any other error of a channel may be one message's: then they are
+published one by one, each on a channel of its own.
+
+    confirmed                                       acknowledged
+    returned: no queue has a binding for it         again later
+    refused (nack): a queue is full                 away
+    no exchange, no right                           again later
+    an error of the channel, alone in its round     dead
+    the connection is lost, no confirmation         away
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+import aio_pika
+from aio_pika import DeliveryMode
+from aio_pika.abc import AbstractChannel, AbstractConnection
+from aiormq import exceptions
+from pamqp.common import FieldValue
+
+from cdc.brokers import tls
+from cdc.brokers.acks import Result
+from cdc.brokers.sender import CONNECT_S, Login
+from cdc.core.broker_messages import CONTENT_TYPE, Message
+from cdc.core.broker_url import BrokerTarget
+from cdc.core.deliveries import AwayError, DeliveryError, LostError, RejectedError, UnreachedError
+from cdc.runtime.deadline import deadline
+
+_HEARTBEAT_S = 10
+_GUEST = "guest"
+"""The login of a server that has no other, which it grants on loopback only."""
+_LOST = (exceptions.AMQPConnectionError, exceptions.ChannelInvalidStateError, OSError, RuntimeError)
+
+
+class AmqpSender:
+    def __init__(self, target: BrokerTarget, login: Login) -> None:
+        self._target = target
+        self._login = login
+        self._virtual_host, self._exchange = target.places
+        self._connection: AbstractConnection | None = None
+        self._channel: AbstractChannel | None = None
+
+    @property
+    def connected(self) -> bool:
+        return (
+            self._connection is not None
+            and not self._connection.is_closed
+            and self._channel is not None
+            and not self._channel.is_closed
+        )
+
+    async def connect(self) -> None:
+        await self.close()
+        failures: list[UnreachedError] = []
+        for server in self._target.servers:
+            try:
+                self._connection = await self._connected_to(server)
+                break
+            except UnreachedError as error:
+                failures.append(error)
+        else:
+            raise failures[-1]
+        try:
+            self._channel = await self._new_channel(self._connection)
+        except (exceptions.AMQPError, *_LOST) as error:
+            raise self._unreached(error) from error
+
+    async def _connected_to(self, server: str) -> AbstractConnection:
+        host, _, port = server.rpartition(":")
+        context = tls.context(self._target)
+        try:
+            async with deadline(CONNECT_S):
+                return await aio_pika.connect(
+                    host=host.strip("[]"), port=int(port), virtualhost=self._virtual_host, ssl=self._target.tls,
+                    login=self._login.user or _GUEST, password=self._login.password() or _GUEST, ssl_context=context,
+                    heartbeat=_HEARTBEAT_S, client_properties={"connection_name": "cdc"},
+                )  # fmt: skip
+        except (exceptions.AMQPError, *_LOST) as error:
+            raise self._unreached(error) from error
+
+    def _unreached(self, error: BaseException) -> UnreachedError:
+        if isinstance(error, exceptions.AuthenticationError | exceptions.ProbableAuthenticationError):
+            return UnreachedError(f"{self._target} refuses the login")
+        if isinstance(error, exceptions.ConnectionNotAllowed):
+            return UnreachedError(f"{self._target} refuses the virtual host {self._virtual_host}")
+        cause = next((each for each in (error.__cause__, error.__context__) if isinstance(each, OSError)), error)
+        return UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})")
+
+    @staticmethod
+    async def _new_channel(connection: AbstractConnection) -> AbstractChannel:
+        async with deadline(CONNECT_S):
+            return await connection.channel(publisher_confirms=True, on_return_raises=True)
+
+    async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
+        connection, channel = self._connection, self._channel
+        assert connection is not None
+        assert channel is not None
+        results = await self._published(channel, messages, timeout_s)
+        for place, result in enumerate(results):
+            if isinstance(result, RejectedError) and len(messages) > 1 and not connection.is_closed:
+                results[place] = await self._alone(connection, messages[place], timeout_s)
+        if any(isinstance(result, LostError) for result in results) and connection is self._connection:
+            await self.close()
+        return results
+
+    async def _alone(self, connection: AbstractConnection, message: Message, timeout_s: float | None) -> Result:
+        try:
+            async with await self._new_channel(connection) as channel:
+                [result] = await self._published(channel, [message], timeout_s)
+                return result
+        except (exceptions.AMQPError, *_LOST) as error:
+            return _meaning(error, message.name)
+
+    async def _published(
+        self, channel: AbstractChannel, messages: Sequence[Message], timeout_s: float | None
+    ) -> list[Result]:
+        try:
+            exchange = await channel.get_exchange(self._exchange, ensure=False)
+            async with deadline(timeout_s):
+                found = await asyncio.gather(
+                    *(exchange.publish(_made(message), message.name) for message in messages), return_exceptions=True
+                )
+        except TimeoutError:
+            return [LostError(f"no confirmation came within {timeout_s:g} s")] * len(messages)
+        except (exceptions.AMQPError, *_LOST) as error:
+            return [_meaning(error, message.name) for message in messages]
+        return [
+            _meaning(each, message.name) if isinstance(each, BaseException) else None
+            for each, message in zip(found, messages, strict=True)
+        ]
+
+    async def describe(self, name: str) -> str:
+        assert self._connection is not None
+        try:
+            async with await self._new_channel(self._connection) as channel:
+                if self._exchange:
+                    await channel.get_exchange(self._exchange, ensure=True)
+                    return f"{name} goes to the exchange {self._exchange}"
+                queue = await channel.get_queue(name, ensure=True)
+                return f"{name} is a queue of {queue.declaration_result.message_count} messages"
+        except exceptions.ChannelNotFoundEntity:
+            what = f"exchange {self._exchange}" if self._exchange else f"queue {name}"
+            raise DeliveryError(f"there is no {what}: declare it, or correct deliver.to") from None
+        except (exceptions.AMQPError, *_LOST) as error:
+            raise DeliveryError(f"{name} cannot be looked at ({type(error).__name__})") from error
+
+    async def close(self) -> None:
+        connection, self._connection, self._channel = self._connection, None, None
+        if connection is not None:
+            with contextlib.suppress(exceptions.AMQPError, *_LOST):
+                async with deadline(CONNECT_S):
+                    await connection.close()
+
+
+def _made(message: Message) -> aio_pika.Message:
+    headers: dict[str, FieldValue] = {**message.headers}
+    return aio_pika.Message(
+        message.body,
+        content_type=str(headers.pop(CONTENT_TYPE)),
+        headers=headers,
+        message_id=message.id,
+        delivery_mode=DeliveryMode.PERSISTENT,
+    )
+
+
+def _meaning(error: BaseException, name: str) -> Result:
+    """What became of a message whose publishing raised ``error``. The exchange's words are not quoted."""
+    match error:
+        case exceptions.PublishError():
+            return DeliveryError(f"no queue takes the routing key {name}: bind one, or correct deliver.to")
+        case exceptions.DeliveryError():
+            return AwayError("a queue takes nothing: the broker refused the message")
+        case exceptions.ChannelNotFoundEntity():
+            return DeliveryError("the exchange is not there: declare it, or correct deliver.to")
+        case exceptions.ChannelAccessRefused():
+            return DeliveryError("the login has no right to write to the exchange")
+        case exceptions.ChannelClosed():
+            return RejectedError(f"the broker closes the channel for it ({type(error).__name__})")
+    return LostError(f"the connection to the broker broke before a confirmation came ({type(error).__name__})")
