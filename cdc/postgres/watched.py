@@ -1,14 +1,10 @@
 """Connections for our own statements on an event loop: each costs fewer steps than with psycopg's.
 
-**Answers.** psycopg wraps each wait in a timeout and an event. Here the socket is registered with the event loop, and
-one timer watches the limit of all answers, and looks at the link twice a second meanwhile, as psycopg does ten times a
-second: an event that is missed costs half a second. Whatever is not the usual case, an answer at once and nothing left
-to send, is left to psycopg. The number of a closed socket is soon another's, and libpq closes one whenever it meets an
-error. So the registration ends with its answer: one that stayed could be taken for another connection's, or end it,
-and that one would wait for ever. Nor does a duplicate of the number stay registered: the server sees the end of a link
-only when both are closed, and a session that nobody has any more would keep its shards. And uvloop reports nothing more
-of a socket that it has reported with an error: what a session says last and its reset may be one event, of which libpq
-takes the words alone. So after each event the socket is registered anew.
+**Answers.** psycopg wraps each wait in a timeout and an event, and registers the socket with the event loop for each.
+Here the event loop watches the socket from one answer to the next (``runtime/sockets``), until something comes that
+nobody waits for, such as the end of the link. One timer watches the limit of all answers, and looks at the link twice a
+second meanwhile, as psycopg does ten times a second: an event that is missed costs half a second. Whatever is not the
+usual case, an answer at once and nothing left to send, is left to psycopg.
 
 **Statements.** psycopg makes a cursor for each, looks up how each parameter is written and each column read, and
 whether it is prepared. ``rows`` does that once for a statement.
@@ -29,6 +25,7 @@ from psycopg.waiting import READY_R, WAIT_R
 
 from cdc.postgres.link import AsyncGuardedConnection, close_silent, limited
 from cdc.runtime.moving_timer import MovingTimer
+from cdc.runtime.sockets import sockets_of
 
 _PLACEHOLDER = re.compile(rb"%\((\w+)\)s|%%")
 _INTERVAL_S = 0.1
@@ -194,8 +191,10 @@ class _SocketWatch:
     def __init__(self, socket: int) -> None:
         self.socket = socket
         self._loop = asyncio.get_running_loop()
+        self._sockets = sockets_of(self._loop)
+        self._watched = False
         self._gen: Generator[int, int, Any] | None = None
-        """None: nobody waits, and the socket is not registered."""
+        """None: nobody waits."""
         self._answer: asyncio.Future[Any] | None = None
         self._limit_s: float | None = None
         self._asked_at = 0.0
@@ -204,7 +203,9 @@ class _SocketWatch:
     def answer(self, gen: Generator[int, int, Any], limit_s: float | None) -> asyncio.Future[Any]:
         """What ``gen`` returns or raises; ``_Rest`` if it has to send. Fails with _SilentError beyond the limit."""
         loop = self._loop
-        loop.add_reader(self.socket, self._arrived)
+        if not self._watched:
+            self._sockets.watch(self.socket, self._arrived)
+            self._watched = True
         self._asked_at, self._limit_s = loop.time(), limit_s
         self._timer.set(loop, _LOOK_S if limit_s is None else min(limit_s, _LOOK_S))
         self._gen = gen
@@ -214,15 +215,20 @@ class _SocketWatch:
     def end(self) -> None:
         """Whoever waits gets an error: the connection is closed."""
         self._timer.close()
-        if self._gen is not None:
-            self._gen = None
-            self._loop.remove_reader(self.socket)
+        self._gen = None
+        self._unwatch()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(psycopg.OperationalError("the connection is closed"))
 
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._watched = False
+            self._sockets.unwatch(self.socket, self._arrived)
+
     def _arrived(self) -> None:
         gen, answer = self._gen, self._answer
-        if gen is None or answer is None or answer.done():  # cancelled: whoever waited ends the registration
+        if gen is None or answer is None or answer.done():  # nobody reads it, and it would be reported for ever
+            self._unwatch()
             return
         try:
             state = gen.send(READY_R)
@@ -231,13 +237,10 @@ class _SocketWatch:
         except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
             answer.set_exception(error)
         else:
-            if state == WAIT_R:  # an event of an error may have ended the registration: see the theory
-                self._loop.remove_reader(self.socket)
-                self._loop.add_reader(self.socket, self._arrived)
+            if state == WAIT_R:
                 return
             answer.set_result(_Rest(gen, state))
         self._gen = None
-        self._loop.remove_reader(self.socket)
 
     def _look(self) -> None:
         """An answer may have come long ago."""

@@ -20,6 +20,7 @@ from cdc.postgres import watched
 from cdc.postgres.connect import connect_async
 from cdc.postgres.link import cut
 from cdc.postgres.watched import WatchedConnection
+from cdc.runtime.sockets import Sockets
 from tests.eventually import eventually, eventually_async
 
 _SESSION = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s"
@@ -66,27 +67,30 @@ async def test_a_refused_statement_raises_the_servers_error_and_the_next_one_wor
         assert await connection.rows(b"SELECT 1 / %(n)s::int", {"n": 1}) == [(1,)]
 
 
-async def test_between_two_answers_the_socket_is_not_registered(database: str) -> None:
-    loop = asyncio.get_running_loop()
+async def test_an_answer_that_the_event_loop_does_not_report_is_found_all_the_same(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with await _connected(database) as connection:
-        for number in range(3):
-            assert await connection.rows(b"SELECT %(n)s::int", {"n": number}) == [(number,)]
-            assert not loop.remove_reader(connection.pgconn.socket)
-            await connection.execute("SELECT 1")
-            assert not loop.remove_reader(connection.pgconn.socket)
+        monkeypatch.setattr(Sockets, "watch", lambda *_: None)
+        assert await connection.rows(b"SELECT 2", {}) == [(2,)]
 
 
-async def test_an_answer_that_the_event_loop_does_not_report_is_found_all_the_same(database: str) -> None:
-    loop = asyncio.get_running_loop()
+async def test_what_nobody_waits_for_does_not_keep_the_event_loop_busy(
+    database: str, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with await _connected(database) as connection:
-        await connection.rows(b"SELECT 1 FROM pg_sleep(%(s)s)", {"s": 0.0})
-        answer = asyncio.create_task(connection.rows(b"SELECT 1 FROM pg_sleep(%(s)s)", {"s": 0.2}))
+        unwatched = asyncio.Event()
+        unwatch = Sockets.unwatch
 
-        async def not_registered_any_more() -> bool:
-            return loop.remove_reader(connection.pgconn.socket)
+        def noted(*arguments: Any) -> None:
+            unwatch(*arguments)
+            unwatched.set()
 
-        await eventually_async(not_registered_any_more, what="it waits")
-        assert await answer == [(1,)]
+        monkeypatch.setattr(Sockets, "unwatch", noted)
+        await connection.rows(b"SELECT 1", {})
+        db.execute("SELECT pg_terminate_backend(%s, 10000)", [connection.info.backend_pid])
+        async with asyncio.timeout(20):
+            await unwatched.wait()
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
