@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ from cdc.postgres.notify import Listener, Relay
 from cdc.postgres.outbox import Store
 from cdc.replication.stream import Stream, StreamSettings
 from cdc.runtime.loop_watch import LoopWatch
+from cdc.runtime.sockets import sockets_of
 from cdc.runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -137,7 +139,8 @@ def build(settings: Settings, router: Router | None, *, stall_limit_s: float) ->
     stream = None
     if settings.stream:
         bridge = StreamBridge(consumer.notifications, relay, metrics, hooks, changed=poll_now)
-        stream = Stream(_stream_settings(settings, stall_limit_s), bridge, supervisor, exposed=consumer.exposed)
+        chosen, sockets = _stream_settings(settings, stall_limit_s), sockets_of(asyncio.get_running_loop())
+        stream = Stream(chosen, bridge, supervisor, exposed=consumer.exposed, sockets=sockets)
     poller = _poller(settings, scope, store, supervisor, stream)
     listener = _listener(settings, consumer, hooks, metrics)
     components = Components(

@@ -1,7 +1,9 @@
-"""From the stream's thread to the event loop: wake-ups, and the state of the stream.
+"""From the stream to the event loop: wake-ups, and the state of the stream.
 
-The bridge is bounded. A server can send wake-ups many times faster than changes are handled; those that the loop has
-not taken yet count, and beyond the bound wake-ups are dropped and a sweep finds their changes.
+What the event loop reads itself is there at once, unless something that the thread has read is still on its way:
+wake-ups stay in their order. What crosses from the thread is bounded. A server can send wake-ups many times faster than
+changes are handled; those that the loop has not taken yet count, and beyond the bound wake-ups are dropped and a sweep
+finds their changes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _CROSSING_MAX = 20_000
 
 
 class StreamBridge:
-    """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run in the stream's thread."""
+    """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run there or in the thread."""
 
     def __init__(
         self, notifications: Notifications, relay: Relay, metrics: Metrics, hooks: Hooks, *, changed: Callable[[], None]
@@ -35,14 +37,22 @@ class StreamBridge:
         self._hooks = hooks
         self._received = metrics.wakeups.received.labels("wal")
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
         self._lock = threading.Lock()
+        self._on_their_way = 0
+        """Calls; the next one does not overtake them."""
         self._crossing = 0
+        """Wake-ups of theirs."""
         self._dropped = 0
 
     def streaming(self) -> None:
         self._cross(self._streaming)
 
     def notified(self, wakeups: Sequence[WakeUp], committed_at: float | None) -> None:
+        latency_s = None if committed_at is None else time.time() - committed_at
+        if not self._on_their_way and threading.get_ident() == self._loop_thread:  # _is_there, without a call
+            self._notified(wakeups, latency_s)
+            return
         with self._lock:
             full = self._crossing + len(wakeups) > _CROSSING_MAX
             if full:
@@ -50,39 +60,56 @@ class StreamBridge:
             else:
                 self._crossing += len(wakeups)
         if not full:
-            latency_s = None if committed_at is None else time.time() - committed_at
-            self._cross(self._notified, wakeups, latency_s)
+            self._cross(self._crossed, wakeups, latency_s)
 
     def interrupted(self, error: StreamError) -> None:
         self._cross(self._interrupted, error.reason)
 
+    @property
+    def _is_there(self) -> bool:
+        """This is the event loop, and nothing is on its way to it."""
+        return not self._on_their_way and threading.get_ident() == self._loop_thread
+
     def _cross(self, call: Callable[..., None], *arguments: Any) -> None:
+        if self._is_there:
+            call(*arguments)
+            return
+        with self._lock:
+            self._on_their_way += 1
         try:
-            self._loop.call_soon_threadsafe(call, *arguments)
+            self._loop.call_soon_threadsafe(self._arrive, call, arguments)
         except RuntimeError:  # the loop has been closed: the process is ending
             return
 
     # --- on the event loop -----------------------------------------------------------------------------------------
 
+    def _arrive(self, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        with self._lock:
+            self._on_their_way -= 1
+        call(*arguments)
+
     def _streaming(self) -> None:
         self._notifications.streaming(connected=True)
         self._changed()
 
-    def _notified(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
+    def _crossed(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
         with self._lock:
             self._crossing -= len(wakeups)
             dropped, self._dropped = self._dropped, 0
+        self._notified(wakeups, latency_s)
+        if dropped:
+            self._metrics.wakeups.dropped.inc(dropped)
+            self._notifications.missed()
+            if self._notifications.is_sharing:
+                self._relay.missed()
+
+    def _notified(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
         self._received.inc(len(wakeups))
         if latency_s is not None:
             self._metrics.wakeups.latency.observe(max(0.0, latency_s))
         self._hooks.woken(wakeups)
         if others := self._notifications.notified(wakeups):
             self._relay.offer(others)
-        if dropped:
-            self._metrics.wakeups.dropped.inc(dropped)
-            self._notifications.missed()
-            if self._notifications.is_sharing:
-                self._relay.missed()
 
     def _interrupted(self, reason: str) -> None:
         self._metrics.stream.disconnected(reason)

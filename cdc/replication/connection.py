@@ -2,7 +2,8 @@
 
 psycopg has no replication interface. Its ``pq`` wrapper is public but undocumented, so the dependency is pinned to one
 minor version, and no other module uses the wrapper. Every wait goes through the caller's ``SocketWait``, so that
-stop() ends it, and every error is raised as a StreamError that is already classified.
+stop() ends it, and every error is raised as a StreamError that is already classified. A session may be used by any
+thread, one at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
 
@@ -37,7 +38,10 @@ from cdc.replication.refusals import (
     server_ended,
 )
 from cdc.replication.slot_health import ABSENT_STANDBYS
+from cdc.runtime.sockets import Sockets
 
+_ROUSED = 64
+"""Bytes: so many calls of rouse() are one."""
 _TURN_S = 5.0
 """The thread reports that it is alive at least this often, whatever it waits for."""
 _ANSWER_LIMIT_S = 60.0
@@ -83,7 +87,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: stop() was called, and t
 
 
 class SocketWait:
-    """Every wait of the stream's thread. stop() ends it.
+    """Every wait of the stream's thread. stop() ends it; rouse() ends one that may be ``roused``.
 
     ``turned_at``: when the thread last came here, on the monotonic clock. It does so regularly while it is alive.
     """
@@ -99,11 +103,14 @@ class SocketWait:
 
     def stop(self) -> None:
         self._asked.set()
+        self.rouse()
+
+    def rouse(self) -> None:
         with contextlib.suppress(OSError):  # the thread has ended, and has closed it
             self._rouse.send(b"\0")
 
-    def until(self, deadline: float, link: int | None = None, *, write: bool = False) -> bool:
-        """True when ``link`` is readable (or, with ``write``, writable); False at the deadline."""
+    def until(self, deadline: float, link: int | None = None, *, write: bool = False, roused: bool = False) -> bool:
+        """True when ``link`` is readable (or, with ``write``, writable); False at the deadline, and when ``roused``."""
         wanted = select.POLLIN | select.POLLOUT if write else select.POLLIN
         if link != self._link or wanted != self._wanted:
             self._watch(link, wanted)
@@ -115,6 +122,9 @@ class SocketWait:
             for number, _ in self._poll.poll(max(0.0, min(left, _TURN_S)) * 1000):
                 if number == link:
                     return True
+                if not self._asked.is_set():
+                    self._roused.recv(_ROUSED)
+                    left = 0.0 if roused else left
             if left <= 0:
                 return False
 
@@ -149,6 +159,8 @@ class ReplicationSession:
         self._over: StreamError | None = None
         self._drained = False
         """libpq holds no whole message."""
+        self.idle = False
+        """Nothing is to be done before the socket is readable."""
         self.flooded = False
         """A message that took too much memory has ended it; the next session begins after that message."""
 
@@ -288,51 +300,62 @@ class ReplicationSession:
     # The stream: after start()
 
     def receive(self, most: int) -> list[memoryview]:
-        """The messages received, at most ``most``. If the stream has ended after them, ``wait`` raises that.
+        """The messages received, at most ``most``. If the stream has ended after them, the next call raises that.
 
-        Of a message that is too long to be ours only the head is kept (``protocol.head``).
+        It does not wait, and also sends what is left. Of a message that is too long to be ours only the head is kept
+        (``protocol.head``).
         """
         messages: list[memoryview] = []
         get_copy_data, keep = self._link.get_copy_data, messages.append
         looked_again_at = bytes_ = 0
-        self._drained = False
+        self._drained = self.idle = False
+        if self._over is not None:
+            raise self._over
+        # Runs once for every few messages: a context manager made of a generator would cost more than all else here.
         try:
+            self._link.consume_input()
+            if self._unsent:
+                self._unsent = self._link.flush() != 0
             while len(messages) < most and bytes_ < _BYTES_AT_ONCE:
                 size, data = get_copy_data(1)
-                bytes_ += size
-                if size > LONGEST:
+                if 0 < size <= LONGEST:
+                    keep(data)
+                    bytes_ += size
+                elif size > 0:
                     keep(head(data))
+                    bytes_ += size
                     if size > _TOO_LONG_TO_KEEP:
                         self.flooded = True
                         self._over = message_too_long(size, self.names)
                         break
-                elif size > 0:
-                    keep(data)
                 elif size == 0 and len(messages) - looked_again_at >= _MANY:
                     looked_again_at = len(messages)
                     self._link.consume_input()
                 else:
                     self._drained = True
                     self._over = self._ended() if size < 0 else None
+                    self.idle = size == 0 and not self._unsent
                     break
         except psycopg.OperationalError as error:
             self._over = classify(None, None, Phase.STREAM, self.names)
             self._over.__cause__ = error
         return messages
 
-    def wait(self, deadline: float) -> None:
-        """Wait until there is more to receive, or the deadline. Raises the error that has ended the stream."""
+    def watched(self, sockets: Sockets, readable: Callable[[], None], *, begin: bool) -> None:
+        """Have ``sockets`` call ``readable``, or end that."""
+        (sockets.watch if begin else sockets.unwatch)(self._socket, readable)
+
+    def wait(self, deadline: float, *, elsewhere: bool = False) -> None:
+        """Wait until there is more to receive, or the deadline. Raises the error that has ended the stream.
+
+        ``elsewhere``: another thread waits for that. ``SocketWait.rouse`` ends the wait.
+        """
         if self._over is not None:
             raise self._over
-        if not self._drained:
-            deadline = 0.0
-        # Runs once for every few messages: a context manager made of a generator would cost more than all else here.
-        try:
-            if self._waiting.until(deadline, self._socket, write=self._unsent):
-                self._link.consume_input()
-                self._unsent = self._unsent and self._link.flush() != 0
-        except psycopg.OperationalError as error:
-            raise classify(None, None, Phase.STREAM, self.names) from error
+        if elsewhere:
+            self._waiting.until(deadline, roused=True)
+        else:
+            self._waiting.until(deadline if self._drained else 0.0, self._socket, write=self._unsent)
 
     def send(self, message: bytes) -> None:
         if self._over is not None:
@@ -340,6 +363,7 @@ class ReplicationSession:
         with self._link_errors():
             self._link.put_copy_data(message)
             self._unsent = self._link.flush() != 0
+        self.idle = self.idle and not self._unsent
 
     def goodbye(self) -> None:
         """End the stream, and briefly await the server's acknowledgement. Unread messages will be sent again."""

@@ -1,7 +1,9 @@
-"""A thread that reads the replication slot and reports which changes are committed.
+"""Reads the replication slot and reports which changes are committed.
 
-It has its own thread, so that a handler that blocks the event loop cannot starve the keepalives. It is independent of
-handlers: it hands over what it reads, and confirms it at once.
+It is independent of handlers: it hands over what it reads, and confirms it at once. What comes in small pieces the
+event loop reads itself, which saves a thread that wakes up for each of them, and wakes the loop. A thread does all
+else: it connects, reads what is too much for one step, and reads and confirms whenever that is due. So a handler that
+blocks the event loop cannot starve the keepalives, and hardly ever do the two want the session at the same time.
 
 One attempt: connect (``connection``), prepare a readable slot (``slot_setup``), read until something ends it.
 ``refusals`` decides what ended it and what to do, ``lsn_tracker`` keeps positions and the clock of status updates,
@@ -27,11 +29,13 @@ from cdc.core.stream_reason import Reason
 from cdc.observability.snapshots import StreamStatus
 from cdc.postgres.connect import Dsn
 from cdc.replication import pgoutput, wal2json
+from cdc.replication.batch import MessageBatch
 from cdc.replication.connection import ReplicationSession, SocketWait, Stopped, open_session
 from cdc.replication.lsn_tracker import LsnTracker, status_interval_s
-from cdc.replication.protocol import KEEPALIVE, Plugin, parse, status_update
+from cdc.replication.protocol import Plugin, status_update
 from cdc.replication.refusals import SlotPolicy, crash_guard, standbys_away
 from cdc.replication.slot_setup import OpenedSlot, begin
+from cdc.runtime.sockets import Sockets
 from cdc.runtime.supervisor import Supervisor
 
 log = logging.getLogger("cdc.stream")
@@ -39,6 +43,8 @@ log = logging.getLogger("cdc.stream")
 _BATCH = 1000
 """Messages handed over at once, and read between two checks of the clock: a few milliseconds."""
 _LOOK_AGAIN_S = 0.1
+_LOOK_S = 1.0
+"""The thread reads at least this often, whether or not the event loop does."""
 _BROKEN_OFF = frozenset({Reason.PROTOCOL, Reason.PUBLICATION_MISSING, Reason.SLOT_LOST, Reason.NETWORK})
 """Ends of a stream that the WAL's content may have caused. NETWORK: a walsender that crashes gives no other reason."""
 
@@ -80,7 +86,7 @@ def plugins(schema: str) -> Mapping[str, Plugin]:
 
 
 class StreamEvents(Protocol):
-    """Called in the stream's thread; must neither block nor raise."""
+    """Called in the stream's thread or on the event loop, one after the other; must neither block nor raise."""
 
     def streaming(self) -> None:
         """The stream has started: earlier wake-ups may have been missed."""
@@ -93,7 +99,10 @@ class StreamEvents(Protocol):
 
 
 class Stream:
-    """start() once, stop() once; in between it recovers by itself. ``exposed``: the slot must not be read now."""
+    """start() once, stop() once; in between it recovers by itself. ``exposed``: the slot must not be read now.
+
+    ``sockets``: of the event loop that reads what comes in small pieces; without one the thread reads everything.
+    """
 
     def __init__(
         self,
@@ -102,8 +111,10 @@ class Stream:
         supervisor: Supervisor | None = None,
         *,
         exposed: Callable[[], bool] = lambda: False,
+        sockets: Sockets | None = None,
     ) -> None:
         self._exposed = exposed
+        self._sockets = sockets
         self._supervisor = supervisor or Supervisor()
         self._settings = settings
         self._plugins = plugins(settings.schema)
@@ -225,6 +236,8 @@ class Stream:
             stall_limit_s=self._attempts.stall_limit_s,
             waits_for_standbys=self._waits_for_standbys,
             exposed=self._exposed,
+            sockets=self._sockets,
+            rouse=self._waiting.rouse,
         )
 
     def _learn(self, ended: StreamError, reader: _MessageReader | None) -> StreamError:
@@ -249,7 +262,7 @@ class Stream:
 
 
 class _Report:
-    """What the stream reports: its status, its events, its log. Written by the stream's thread only."""
+    """What the stream reports: its status, its events, its log. Written by one thread at a time."""
 
     def __init__(self, events: StreamEvents) -> None:
         self._events = events
@@ -290,7 +303,7 @@ class _Report:
         self._connected, self._trouble, self._last_byte = True, None, time.monotonic()
         self._events.streaming()
 
-    def read(self, batch: _Batch, received: int, now: float) -> None:
+    def read(self, batch: MessageBatch, received: int, now: float) -> None:
         """Called before anything of the batch is confirmed. ``received``: the highest position of the session."""
         self._last_byte = now
         self._messages += batch.messages
@@ -316,52 +329,8 @@ class _Report:
         self._connected, self._stopped = False, True
 
 
-class _Batch:
-    """The content of one read."""
-
-    __slots__ = ("bytes", "committed_at", "highest", "keepalives", "messages", "reply_requested", "wakeups")
-
-    def __init__(self) -> None:
-        self.wakeups: list[WakeUp] = []
-        self.committed_at: float | None = None
-        self.highest = 0
-        self.messages = 0
-        self.keepalives = 0
-        self.bytes = 0
-        self.reply_requested = False
-
-    def read(self, received: list[memoryview], plugin: Plugin) -> None:
-        self.bytes = sum(map(len, received))
-        # A keepalive follows a message that comes alone.
-        messages = received if received[0][0] != KEEPALIVE else []
-        if len(received) > 1:
-            messages = [data for data in received if data[0] != KEEPALIVE]
-        decoded = plugin.decode_all(messages) if messages else None
-        if decoded:
-            self.highest, self.wakeups, self.committed_at = decoded
-            self.messages = len(messages)
-            if len(messages) == len(received):
-                return
-        for data in received:
-            if decoded and data[0] != KEEPALIVE:
-                continue
-            position, message, reply_requested = parse(data)
-            # Before decoding: a message that cannot be read is confirmed too, or the server would send it for ever.
-            self.highest = max(self.highest, position)
-            if message is None:
-                self.keepalives += 1
-                self.reply_requested = self.reply_requested or reply_requested
-                continue
-            self.messages += 1
-            if not len(message):
-                continue  # too long to be ours
-            if (notified := plugin.decode(message)) is not None:
-                wakeup, self.committed_at = notified
-                self.wakeups.append(wakeup)
-
-
 class _MessageReader:
-    """One session, from START to its end."""
+    """One session, from START to its end. ``rouse`` ends the thread's wait while the event loop reads."""
 
     def __init__(
         self,
@@ -373,6 +342,8 @@ class _MessageReader:
         stall_limit_s: float,
         waits_for_standbys: threading.Event,
         exposed: Callable[[], bool],
+        sockets: Sockets | None,
+        rouse: Callable[[], None],
     ) -> None:
         waits_for_standbys.clear()
         self._exposed = exposed
@@ -381,6 +352,13 @@ class _MessageReader:
         self._report = report
         self._plugin = plugin
         self._stall_limit_s = stall_limit_s
+        self._sockets = sockets
+        self._rouse = rouse
+        self._reading = threading.Lock()
+        self._ended: BaseException | None = None
+        """What has ended the stream."""
+        self._lent = False
+        """To the event loop, which reads what comes."""
         self._began = self._last_byte = time.monotonic()
         self.progress = LsnTracker(interval_s=interval_s, now=self._began)
 
@@ -389,34 +367,77 @@ class _MessageReader:
         return self._last_byte - self._began
 
     def read(self) -> None:
-        """Read until stop() (Stopped), or until something ends the stream (StreamError, ProtocolError)."""
+        """Read until stop() (Stopped), or until something ends the stream (StreamError, ProtocolError).
+
+        In the stream's thread. It also reads when the event loop should have: that may be blocked.
+        """
         try:
             while True:
-                received = self._session.receive(_BATCH)
-                if received:
-                    self._read_batch(received)
-                if self._waits_for_standbys.is_set():
-                    raise standbys_away(self._session.names)
-                if self._exposed():
-                    raise crash_guard(self._session.names)
-                now = time.monotonic()
-                if now >= self.progress.next_status_at:
-                    self._confirm(now)
-                self._session.wait(self._bear_until(now))
+                with self._reading:
+                    if self._ended is not None:
+                        raise self._ended
+                    deadline = self._bear_until(self._step())
+                    if self._sockets is not None:
+                        self._lend(self._sockets, to_loop=self._session.idle)
+                self._session.wait(min(deadline, time.monotonic() + _LOOK_S), elsewhere=self._lent)
         except (Stopped, ProtocolError):
+            self._take_back()
             self._confirm(time.monotonic())
             self._session.goodbye()
             raise
-
-    def _read_batch(self, received: list[memoryview]) -> None:
-        self._last_byte = time.monotonic()
-        batch = _Batch()
-        try:
-            batch.read(received, self._plugin)
         finally:
-            # Also counts the messages read before one that cannot be decoded.
-            self.progress.receive(batch.highest, reply_requested=batch.reply_requested)
-            self._report.read(batch, self.progress.received, self._last_byte)
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """The event loop does not read any more."""
+        with self._reading:
+            self._ended = self._ended or Stopped()
+            if self._sockets is not None:
+                self._lend(self._sockets, to_loop=False)
+
+    def _lend(self, sockets: Sockets, *, to_loop: bool) -> None:
+        if self._lent is not to_loop:
+            self._lent = to_loop
+            self._session.watched(sockets, self._readable, begin=to_loop)
+
+    def _readable(self) -> None:
+        """On the event loop. What ends the stream is raised in the thread, which also goes on where more has come."""
+        if not self._reading.acquire(blocking=False):
+            return  # the thread reads; if that leaves anything, this is called again
+        try:
+            if self._ended is not None:
+                return
+            try:
+                self._step()
+            except BaseException as error:  # noqa: BLE001 - it is raised in the thread
+                self._ended = error
+            if self._ended is not None or not self._session.idle:
+                assert self._sockets is not None
+                self._lend(self._sockets, to_loop=False)
+                self._rouse()
+        finally:
+            self._reading.release()
+
+    def _step(self) -> float:
+        """Read what has come, and confirm it if that is due. Returns the time."""
+        received = self._session.receive(_BATCH)
+        now = time.monotonic()
+        if received:
+            self._last_byte = now
+            batch = MessageBatch()
+            try:
+                batch.read(received, self._plugin)
+            finally:
+                # Also counts the messages read before one that cannot be decoded.
+                self.progress.receive(batch.highest, reply_requested=batch.reply_requested)
+                self._report.read(batch, self.progress.received, now)
+        if self._waits_for_standbys.is_set():
+            raise standbys_away(self._session.names)
+        if self._exposed():
+            raise crash_guard(self._session.names)
+        if now >= self.progress.next_status_at:
+            self._confirm(now)
+        return now
 
     def _confirm(self, now: float) -> None:
         failpoints.here("stream.before_confirm")

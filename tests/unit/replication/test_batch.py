@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc.replication import wal2json
+from cdc.replication.batch import MessageBatch
 from cdc.replication.protocol import Plugin
-from cdc.replication.stream import _Batch
 
 _PLUGIN = wal2json.plugin("entity_change:public")
 _ONE_BY_ONE = replace(_PLUGIN, decode_all=lambda _: None)
@@ -29,9 +29,9 @@ def _keepalive(position: int, reply: bool) -> bytes:
 
 
 def _read(received: list[bytes], plugin: Plugin) -> dict[str, object]:
-    batch = _Batch()
+    batch = MessageBatch()
     batch.read([memoryview(data) for data in received], plugin)
-    return {name: getattr(batch, name) for name in _Batch.__slots__}
+    return {name: getattr(batch, name) for name in MessageBatch.__slots__}
 
 
 _POSITIONS = st.integers(1, 1_000)
