@@ -33,6 +33,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
+from typing import NamedTuple
 
 from cdc.core.model import WakeUp
 from cdc.core.shard_cursor import REPASS_MAX_S, RETRY_MIN_S, Position, Scanned, ShardCursor, Snapshot, ends_of
@@ -50,8 +51,7 @@ _UNBOUNDED = 1 << 30
 _SHOWN_MAX = 1_000
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
+class Fetch(NamedTuple):
     """Read these changes by number."""
 
     wakeups: tuple[WakeUp, ...]
@@ -72,8 +72,7 @@ class Sweep:
     scope: TypeFilter = EVERYTHING
 
 
-@dataclass(frozen=True, slots=True)
-class FetchResult:
+class FetchResult(NamedTuple):
     """How many changes of a fetch were visible at once, visible at a retry, and given up."""
 
     at_once: int = 0

@@ -73,7 +73,8 @@ class ReadyQueues:
             return 0
         count = 0
         for needs, queue in self._queues.items():
-            count += ceil(min(len(queue), self._room(needs)) / needs.run)
+            wanted = len(queue)
+            count += ceil(min(wanted, self._room(needs)) / needs.run) if wanted > 1 else self._admits(needs)
         return min(count, self._slots.free)
 
     def waiting(self, needs: Requirements) -> int:
@@ -90,7 +91,8 @@ class ReadyQueues:
     def next(self) -> tuple[Sequence[Key], Requirements] | None:
         """The keys whose turn it is, if they can start; they are taken out of their queue."""
         for needs, queue in self._queues.items():
-            if count := min(len(queue), needs.run, self._room(needs)) if needs.run > 1 else self._admits(needs):
+            wanted = min(len(queue), needs.run)
+            if count := min(wanted, self._room(needs)) if wanted > 1 else self._admits(needs):
                 keys = [queue.popleft()] if count == 1 else [queue.popleft() for _ in range(count)]
                 if queue:
                     self._queues.move_to_end(needs)

@@ -18,7 +18,6 @@ and *joined* again when it has caught up, at the lower of the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
@@ -29,8 +28,7 @@ _REPASSES = 10
 """From RETRY_MIN_S to REPASS_MAX_S, each twice as late as the one before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A read's view: transactions below ``xmin`` had ended, and none from ``next_xid`` on had an id yet.
 
     ``next_xid`` is not the ``xmax`` of PostgreSQL's snapshots, above which a transaction may well be running.

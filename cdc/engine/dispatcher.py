@@ -155,12 +155,12 @@ class Dispatcher:
         calls = 0
         while not self._stopping.is_set() and self._have_started():
             handler = self._handler
-            done, unfinished = self._run_inline(handler)
+            done, unfinished = self._run_inline(handler, task)
             if unfinished:
                 await self._resume(task, handler, unfinished)
             elif not done:
                 await self._execute_next(task, handler)
-            if has_cancellations():
+            if has_cancellations(task):
                 await disregard()
             calls += done or 1
             if calls >= _CHANGES_PER_ITERATION or (done and self._started):
@@ -183,11 +183,11 @@ class Dispatcher:
         if self._started:
             self.dispatch()
 
-    def _run_inline(self, handler: Handler | None) -> tuple[int, PendingCall | None]:
+    def _run_inline(self, handler: Handler | None, task: asyncio.Task[Any]) -> tuple[int, PendingCall | None]:
         """Call what may return at once. Returns how many calls did, and the call that did not."""
         if self._crash_guard.active and any(map(self._crash_guard.must_record_start, self._started)):
             return 0, None
-        done, unfinished = self._executor.run_inline(handler, self._started)
+        done, unfinished = self._executor.run_inline(handler, self._started, task)
         self._report(done)
         return len(done), unfinished
 

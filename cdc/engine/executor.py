@@ -39,7 +39,7 @@ from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cdc.core import failpoints
 from cdc.core.errors import Discard, Failed, OverrunError, Reject, Retry, Snooze, Unavailable
@@ -219,13 +219,13 @@ class Executor:
         return {change: latest.outcome(outcome) for change, outcome in outcomes.items()}
 
     def run_inline(
-        self, handler: Handler | None, changes: deque[Change]
+        self, handler: Handler | None, changes: deque[Change], task: asyncio.Task[Any]
     ) -> tuple[list[Settlement], PendingCall | None]:
         """Call a handler for one change after the other, for as long as the calls return without waiting.
 
         The steps of a task cost more than many handlers; these calls share them. Takes the changes it calls from
         ``changes``: none if their call is not that simple. Returns what has ended, and the call that has not, for
-        ``resume``. Stops after a call that has cancelled the task (``cancelling.disregard``).
+        ``resume``. Stops after a call that has cancelled ``task``, the current one (``cancelling.disregard``).
         """
         done: list[Settlement] = []
         if handler is None or handler.name not in self._inline:
@@ -233,8 +233,7 @@ class Executor:
         function, prepare = handler.function, self._inline[handler.name]
         seconds: list[float] = []
         unfinished = None
-        task, suspects, contexts = asyncio.current_task(), self.lost.suspects, self._calls.contexts
-        assert task is not None
+        suspects, contexts = self.lost.suspects, self._calls.contexts
         began = now = time.monotonic()
         while changes and now - began < _AT_ONCE_S and not (changes[0].crashed or changes[0].chain):
             if suspects and changes[0].id in suspects:

@@ -38,7 +38,7 @@ from cdc.postgres.pages import Place
 from cdc.postgres.shard_locks import observe
 from cdc.postgres.unreadable import RefusedReadError
 from cdc.runtime.cancelling import disregard
-from cdc.runtime.deadline import unless, wait_within
+from cdc.runtime.deadline import unless
 
 log = logging.getLogger("cdc.shadow")
 
@@ -115,6 +115,7 @@ class Shadow:
             await unless(self.lifecycle.stopping, self._run_connected())
         finally:
             self.lifecycle.in_service = False
+            self.notifications.due.close()
 
     async def _run_connected(self) -> None:
         settings, due = self._settings, self.notifications.due
@@ -131,7 +132,7 @@ class Shadow:
                 while await self._read_once(reader):
                     pass
                 wait_s = min(self._planner.wait_s(_now()), self._marks.at - _now(), _ITERATION_MAX_S)
-                await wait_within(due, max(0.0, wait_s))
+                await due.wait_within(max(0.0, wait_s))
 
     async def _wait_for_schema(self, reader: psycopg.AsyncConnection) -> None:
         async def check() -> None:

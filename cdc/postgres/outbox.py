@@ -181,7 +181,7 @@ class Store:
         ours = [record for record in records if record[3] is not None]
         others = frozenset(record[2] for record in records if record[2] is not None and record[3] is None)
         page = await self._page(reader, ours or [(*records[0][:2], None, None)], first_column=3)
-        return replace(page, others=others)
+        return page._replace(others=others)
 
     async def sweep(self, reader: psycopg.AsyncConnection, sweep: Sweep) -> OutboxPage:
         positions = sweep.positions.values()
@@ -200,7 +200,7 @@ class Store:
         counts = Counter(row.change.shard for row in page.rows)
         last = {row.change.shard: row.change.seq for row in page.rows}
         ends = {shard: Scanned(seq, counts[shard] >= sweep.per_shard) for shard, seq in last.items()}
-        return replace(page, scanned=ended_by(page.cut, ends))
+        return page._replace(scanned=ended_by(page.cut, ends))
 
     async def _sweep_some(
         self, reader: psycopg.AsyncConnection, sweep: Sweep, parameters: dict[str, Any]
@@ -219,7 +219,7 @@ class Store:
             for shard, (seq, place) in last.items()
         }
         wanted = [row for row in page.rows if sweep.scope.has(row.change.entity_type)]
-        return replace(page, rows=wanted, scanned=ended_by(page.cut, scanned))
+        return page._replace(rows=wanted, scanned=ended_by(page.cut, scanned))
 
     async def read_keys(
         self, reader: psycopg.AsyncConnection, key_reads: Sequence[KeyRead], per_key: int

@@ -20,8 +20,7 @@ COUNT_BOUND = 10_001
 _ROW = fast_make(Row)
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxPage:
+class OutboxPage(NamedTuple):
     """Rows of a read, in seq order within a shard, and the snapshot that showed them."""
 
     rows: list[Row]
@@ -68,8 +67,7 @@ class Marked(NamedTuple):
     go_on: Place | None
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """``missed``: those of the batch that another session had settled. ``at`` is the database's clock.
 
     ``locked``: keys of which nothing was written, because another session holds one of their changes.

@@ -29,9 +29,9 @@ def is_being_cancelled(task: asyncio.Task[Any] | None = None) -> bool:
     return (task or asyncio.current_task()) in _asked
 
 
-def has_cancellations() -> bool:
-    """Whether the current task has any cancellation: then there is one to ``disregard``, or the task is to end."""
-    task = asyncio.current_task()
+def has_cancellations(task: asyncio.Task[Any] | None = None) -> bool:
+    """Whether the current task, if it is known, has any cancellation: one to ``disregard``, or the task is to end."""
+    task = task or asyncio.current_task()
     assert task is not None
     return task.cancelling() > 0 or task in _asked
 

@@ -52,21 +52,36 @@ class MovingTimer:
             self._come_round_at(loop, self.moment)
 
 
-class TimedEvent(asyncio.Event):
-    """An Event that is also set when the time of a wait for it is up. One task waits at a time."""
+class TimedEvent:
+    """An event that is also set when the time of a wait for it is up. One task waits at a time."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._is_set = False
+        self._waiter: asyncio.Future[None] | None = None
         self._timer = MovingTimer(self.set)
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def clear(self) -> None:
+        self._is_set = False
 
     async def wait_within(self, seconds: float) -> None:
         """Wait until it is set."""
-        if self.is_set():
+        if self._is_set:
             return
-        self._timer.set(asyncio.get_running_loop(), seconds)
+        loop = asyncio.get_running_loop()
+        self._timer.set(loop, seconds)
+        self._waiter = loop.create_future()
         try:
-            await self.wait()
+            await self._waiter
         finally:
+            self._waiter = None
             self._timer.moment = inf
 
     def close(self) -> None:

@@ -66,7 +66,7 @@ class _Unknown:
     def interrupted(self, change: Change) -> None:
         pass
 
-    def run_inline(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
+    def run_inline(self, handler: None, changes: Sequence[Change], task: object) -> tuple[list[Settlement], None]:
         return [], None
 
     async def run(self, handler: None, batch: Sequence[Change], latest: None = None) -> None:

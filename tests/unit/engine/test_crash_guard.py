@@ -62,7 +62,7 @@ class _Inline:
     def lost(self, change: Change) -> bool:
         return False
 
-    def run_inline(self, handler: None, changes: Sequence[Change]) -> tuple[list[Settlement], None]:
+    def run_inline(self, handler: None, changes: Sequence[Change], task: object) -> tuple[list[Settlement], None]:
         done = [Settlement(each, Processed()) for each in changes]
         changes.clear()  # type: ignore[attr-defined]
         return done, None

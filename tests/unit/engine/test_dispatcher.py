@@ -45,7 +45,9 @@ class _Waiting(Executor):
     def in_thread(self, change: Change) -> bool:
         return False
 
-    def run_inline(self, handler: Handler | None, changes: deque[Change]) -> tuple[list[Settlement], None]:
+    def run_inline(
+        self, handler: Handler | None, changes: deque[Change], task: object
+    ) -> tuple[list[Settlement], None]:
         return [], None
 
     async def run(
