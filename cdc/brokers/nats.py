@@ -133,7 +133,7 @@ class NatsSender:
     async def _publish(self, client: Client, message: Message, acks: Acks, place: int, token: str) -> None:
         headers = {**message.headers, "Nats-Msg-Id": message.id}
         body = message.body
-        size = len(body) + _HEADERS_LINE + sum(len(name) + len(value) + 4 for name, value in headers.items())
+        size = _size(body, headers)
         if size > client.max_payload:  # the server would close the connection
             why = f"it is too large: {size} bytes, and the server takes {client.max_payload}"
             acks.ended(place, RejectedError(why))
