@@ -42,19 +42,32 @@ LEFT JOIN pg_catalog.pg_proc AS p ON p.proname = %(function)s AND p.pronargs = 0
 WHERE e.evtname = ANY (%(names)s::name[]) OR e.evtfoid = p.oid
 ORDER BY e.evtname
 """
-# Who can act as an owner of the tables that the function writes, of its schema, or of itself and what it calls: each of
-# these may have the function replaced, or code run by it.
+# Who may have the function replaced, or code run by it: who can act as an owner of the tables that it writes, of its
+# schema, or of itself and what it calls; who may create a trigger on these tables; and before version 16 who has
+# CREATEROLE, by which a role makes itself a member of any but a superuser.
 _OUTSIDERS = """
-SELECT DISTINCT r.rolname::text
-FROM pg_catalog.pg_namespace AS n
-JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid
-  AND c.relname IN ('entity_changes', 'cdc_barriers', 'cdc_columns')
-JOIN pg_catalog.pg_proc AS p ON p.pronamespace = n.oid
-  AND p.proname IN ('capture_ddl', 'captured_columns', 'capture_barrier', 'bounded_text', 'default_entity_type')
-CROSS JOIN LATERAL (VALUES (n.nspowner), (c.relowner), (p.proowner)) AS o (owner)
-JOIN pg_catalog.pg_roles AS r ON r.rolcanlogin AND NOT r.rolsuper AND r.rolname <> ALL ({trusted})
-  AND pg_catalog.pg_has_role(r.oid, o.owner, 'MEMBER')
-WHERE n.nspname = {schema}
+WITH written (relation, owner, acl) AS (
+  SELECT c.oid, c.relowner, c.relacl FROM pg_catalog.pg_class AS c
+  JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+  WHERE n.nspname = {schema} AND c.relname IN ('entity_changes', 'cdc_barriers', 'cdc_columns')
+), owner (role) AS (
+  SELECT owner FROM written
+  UNION SELECT n.nspowner FROM pg_catalog.pg_namespace AS n WHERE n.nspname = {schema}
+  UNION SELECT p.proowner FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_namespace AS n ON n.oid = p.pronamespace
+  WHERE n.nspname = {schema}
+    AND p.proname IN ('capture_ddl', 'captured_columns', 'capture_barrier', 'bounded_text', 'default_entity_type')
+), able (role) AS (
+  SELECT role FROM owner
+  UNION SELECT a.grantee FROM written CROSS JOIN LATERAL pg_catalog.aclexplode(written.acl) AS a
+  WHERE a.privilege_type = 'TRIGGER'
+  UNION SELECT r.oid FROM pg_catalog.pg_roles AS r
+  WHERE r.rolcreaterole AND pg_catalog.current_setting('server_version_num')::int < 160000
+    AND EXISTS (SELECT FROM owner JOIN pg_catalog.pg_roles AS o ON o.oid = owner.role WHERE NOT o.rolsuper)
+)
+SELECT r.rolname::text FROM pg_catalog.pg_roles AS r
+WHERE r.rolcanlogin AND NOT r.rolsuper AND r.rolname <> ALL ({trusted})
+  -- 0 is PUBLIC.
+  AND EXISTS (SELECT FROM able WHERE able.role = 0 OR pg_catalog.pg_has_role(r.oid, able.role, 'MEMBER'))
 ORDER BY 1
 """
 _REFUSING = """\
@@ -152,9 +165,10 @@ def remarks(connection: psycopg.Connection, schema: str, tracked: Sequence[Track
     if found and (others := outsiders(connection, schema)):
         yield Remark(
             DDL,
-            f"{', '.join(others)} could run code as whoever issues DDL in this database, by replacing the function of"
-            " the event triggers",
-            "give the outbox an owner that nobody logs in as (docs/operations/roles.md), or: cdc db ddl --off",
+            f"{', '.join(others)} could run code as whoever issues DDL in this database: as the owner of the outbox or"
+            " of its schema, by a trigger on its tables, or by CREATEROLE before PostgreSQL 16",
+            "give the outbox an owner that nobody logs in as and revoke TRIGGER on its tables"
+            " (docs/operations/roles.md), or: cdc db ddl --off",
             object=f"function {_FUNCTION}()",
         )
 
@@ -183,8 +197,10 @@ def enable(connection: psycopg.Connection, schema: str) -> list[str]:
         if others := [name for (name,) in connection.execute(_outsiders(schema, trusted=ours)).fetchall()]:
             raise RefusedError(
                 f"{', '.join(others)} could run code as whoever issues DDL in this database, superusers too: who can"
-                " act as the owner of the outbox or of its schema may replace the function of an event trigger",
-                hint="give the outbox an owner of its own that nobody logs in as: docs/operations/roles.md",
+                " act as the owner of the outbox or of its schema may replace the function of an event trigger, who may"
+                " create a trigger on the outbox has it fired, and CREATEROLE before PostgreSQL 16 gives any role",
+                hint="give the outbox an owner of its own that nobody logs in as, and revoke TRIGGER on its tables:"
+                " docs/operations/roles.md",
             )
         made = [name for name, _ in faults(schema, present(connection, schema), ())] or (
             [] if present(connection, schema) else [each.name for each in expected(schema)]
