@@ -252,7 +252,7 @@ BEGIN
     v_entity_id := coalesce(v_new, v_old) ->> v_key_column;
     v_entity_type := nullif(TG_ARGV[0], '');
     IF v_entity_type IS NULL THEN
-      v_entity_type := @schema@.default_entity_type(TG_TABLE_NAME);
+      v_entity_type := @schema@.default_entity_type(TG_TABLE_NAME::text);
     END IF;
     IF v_old IS NOT NULL AND v_new IS NOT NULL THEN
       v_stays := v_old ->> v_key_column = v_entity_id;
@@ -336,7 +336,7 @@ BEGIN
     END IF;
   END IF;
 
-  v_entity_type := coalesce(nullif(TG_ARGV[0], ''), @schema@.default_entity_type(coalesce(v_table_name, TG_TABLE_NAME)));
+  v_entity_type := coalesce(nullif(TG_ARGV[0], ''), @schema@.default_entity_type(coalesce(v_table_name, TG_TABLE_NAME)::text));
 
   -- Only keys that the row has a column for, and nothing that is excluded.
   IF v_new ?| '{user_id,chat_id,room_id}' THEN

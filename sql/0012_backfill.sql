@@ -149,7 +149,7 @@ BEGIN
   INSERT INTO @schema@.entity_changes AS made
     (table_schema, table_name, operation, entity_id, shard, entity_type, new_data, metadata)
   SELECT v_schema, v_name, 'READ', e.id, (hashtext(e.id) & 63)::smallint,
-    @schema@.bounded_text(coalesce(nullif(p_entity_type, ''), @schema@.default_entity_type(v_name))),
+    @schema@.bounded_text(coalesce(nullif(p_entity_type, ''), @schema@.default_entity_type(v_name::text))),
     d.document,
     jsonb_build_object('timestamp', now(), 'backfill', p_backfill)
       || CASE WHEN d.document ? 'user_id' THEN jsonb_build_object('user_id', d.document -> 'user_id') ELSE '{}' END

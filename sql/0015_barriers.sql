@@ -81,8 +81,9 @@ BEGIN
       USING HINT = 'DELETE captures each row; or have TRUNCATE captured: cdc track TABLE --truncate event',
         ERRCODE = 'object_not_in_prerequisite_state';
   END IF;
-  PERFORM @schema@.capture_barrier('TRUNCATE', TG_TABLE_SCHEMA, TG_TABLE_NAME,
-    coalesce(nullif(TG_ARGV[0], ''), @schema@.default_entity_type(TG_TABLE_NAME)), NULL, NULL, '{}');
+  PERFORM @schema@.capture_barrier('TRUNCATE'::text, TG_TABLE_SCHEMA::text, TG_TABLE_NAME::text,
+    coalesce(nullif(TG_ARGV[0], ''), @schema@.default_entity_type(TG_TABLE_NAME::text)), NULL::jsonb, NULL::jsonb,
+    '{}'::jsonb);
   RETURN NULL;
 END
 $cdc$;

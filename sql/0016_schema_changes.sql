@@ -35,6 +35,9 @@ BEGIN
     FROM pg_trigger AS t
     JOIN pg_proc AS p ON p.oid = t.tgfoid
     JOIN pg_type AS y ON y.typnamespace = p.pronamespace AND y.oid = pg_typeof(NULL::@schema@.cdc_columns)
+    -- Of the outbox's own: who may create in its schema may make one that is called alike.
+    JOIN pg_proc AS g ON g.pronamespace = y.typnamespace AND g.proname = 'capture_entity_change' AND g.pronargs = 0
+      AND g.proowner = p.proowner
     JOIN pg_class AS c ON c.oid = t.tgrelid
     JOIN pg_namespace AS n ON n.oid = c.relnamespace
     LEFT JOIN pg_class AS r ON r.oid = pg_partition_root(t.tgrelid)
@@ -140,7 +143,7 @@ BEGIN
         AND (v_before.columns, v_before.table_schema, v_before.table_name)
           IS DISTINCT FROM (v_now.columns, v_now.table_schema, v_now.table_name)
       THEN
-        PERFORM @schema@.capture_barrier('SCHEMA', v_now.table_schema, v_now.table_name,
+        PERFORM @schema@.capture_barrier('SCHEMA'::text, v_now.table_schema, v_now.table_name,
           CASE WHEN v_before.columns IS NULL THEN v_now.entity_type ELSE v_before.entity_type END,
           v_before.columns, v_now.columns, jsonb_build_object('command', TG_TAG) || CASE
             WHEN v_before.columns IS NOT NULL
@@ -149,8 +152,8 @@ BEGIN
               jsonb_build_object('schema', v_before.table_schema, 'table', v_before.table_name))
             ELSE '{}' END);
       ELSIF v_relation = ANY (v_dropped) AND v_before.columns IS NOT NULL THEN
-        PERFORM @schema@.capture_barrier('SCHEMA', v_before.table_schema, v_before.table_name, v_before.entity_type,
-          v_before.columns, NULL, jsonb_build_object('command', TG_TAG));
+        PERFORM @schema@.capture_barrier('SCHEMA'::text, v_before.table_schema, v_before.table_name, v_before.entity_type,
+          v_before.columns, NULL::jsonb, jsonb_build_object('command', TG_TAG));
       END IF;
     EXCEPTION WHEN OTHERS THEN
       RAISE WARNING 'a change of the columns of % is not told: SQLSTATE %', v_relation::regclass, SQLSTATE

@@ -293,7 +293,8 @@ FROM (
     SELECT {row} AS captured FROM {table} WHERE {range} AND {condition} ORDER BY {order} FOR NO KEY UPDATE OF {name}
   ) AS locked
 ) AS page
-CROSS JOIN LATERAL {capture}(page.rows, {type}, {options}::pg_catalog.jsonb, {backfill}) AS made
+CROSS JOIN LATERAL {capture}(
+  page.rows, {type}::pg_catalog.text, {options}::pg_catalog.jsonb, {backfill}::pg_catalog.int4) AS made
 """
 
 

@@ -3,7 +3,7 @@
 -- name: publish
 -- One session at a time, whoever asks: two that published at once would mix their numbers. NULL where it is another one,
 -- or where nothing is due later.
-SELECT CASE WHEN pg_try_advisory_xact_lock(%(class)s, %(key)s) THEN {publish_due}(%(events)s, %(bytes)s) END
+SELECT CASE WHEN pg_try_advisory_xact_lock(%(class)s, %(key)s) THEN {publish_due}(%(events)s::integer, %(bytes)s::bigint) END
 
 -- name: count
 -- Up to a bound, and in how many seconds the first is due: below 0 it is overdue.

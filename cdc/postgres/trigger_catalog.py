@@ -11,13 +11,14 @@ schema: by name and signature, as one of an application may begin alike. Whose i
 """
 
 # Each is followed by a zero byte, in the encoding of the database. SQL_ASCII is no encoding, and is not converted.
+# No backslash: within a function a literal is read by the standard_conforming_strings of whoever calls it.
 GIVEN = """
 CROSS JOIN LATERAL (
   WITH RECURSIVE cut (place, argument, rest) AS (
     SELECT 0, NULL::bytea, t.tgargs
     UNION ALL
-    SELECT place + 1, pg_catalog.substring(rest, 1, pg_catalog.position(rest, '\\x00'::bytea) - 1),
-      pg_catalog.substring(rest, pg_catalog.position(rest, '\\x00'::bytea) + 1)
+    SELECT place + 1, pg_catalog.substring(rest, 1, pg_catalog.position(rest, pg_catalog.decode('00', 'hex')) - 1),
+      pg_catalog.substring(rest, pg_catalog.position(rest, pg_catalog.decode('00', 'hex')) + 1)
     FROM cut WHERE place < t.tgnargs
   )
   SELECT pg_catalog.array_agg(CASE WHEN pg_catalog.getdatabaseencoding() = 'SQL_ASCII' THEN argument

@@ -66,7 +66,9 @@ class Context:
     async def send(self, chat_id: str | None, text: str) -> None:
         """Send a message after the commit, at least once. Without a chat nothing is sent."""
         if chat_id is not None:
-            publish = sql.SQL("SELECT {}(%s, %s, 'INSERT', %s)").format(sql.Identifier(self.schema, "publish_change"))
+            publish = sql.SQL("SELECT {}(%s::text, %s::text, 'INSERT'::text, %s::jsonb)").format(
+                sql.Identifier(self.schema, "publish_change")
+            )
             message = Outgoing(chat_id=chat_id, text=text)
             await self.connection.execute(publish, [OUTGOING, chat_id, Jsonb(message.model_dump())])
 

@@ -280,6 +280,24 @@ def test_no_code_of_who_issues_ddl_runs_with_the_rights_of_the_role_that_capture
         orders.execute(f'DROP OWNED BY "{role}" CASCADE; DROP ROLE "{role}"'.encode())
 
 
+def test_who_may_create_in_the_outboxs_schema_tells_nothing_by_a_function_called_like_one_of_ours(
+    outbox: str, orders: psycopg.Connection
+) -> None:
+    role = f"app_{orders.info.dbname}"
+    orders.execute(f'CREATE ROLE "{role}" LOGIN; GRANT CREATE ON SCHEMA public TO "{role}"'.encode())
+    try:
+        with psycopg.connect(make_conninfo(outbox, user=role), autocommit=True) as session:
+            session.execute(
+                "CREATE FUNCTION public.capture_table_x_01234567() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END';"
+                "CREATE TABLE public.x (id int); CREATE TRIGGER x AFTER INSERT ON public.x FOR EACH ROW"
+                """ EXECUTE FUNCTION public.capture_table_x_01234567('order', '{"key": ["id"]}', '{"ddl": "event"}');"""
+                "ALTER TABLE public.x ADD a int; DROP TABLE public.x"
+            )
+        assert told(orders) == []
+    finally:
+        orders.execute(f'DROP OWNED BY "{role}" CASCADE; DROP ROLE "{role}"'.encode())
+
+
 @pytest.mark.parametrize(
     "third", ['{"ddl": "event"', "[]", '{"ddl": ["event"]}', '"event"', '{"ddl": "ignore"}', "\\x00"]
 )
@@ -292,6 +310,25 @@ def test_a_trigger_whose_arguments_say_something_else_tells_nothing_and_stops_no
     orders.execute("ALTER TYPE mood RENAME TO temper; ALTER TABLE odd ADD a int")
     assert len(told(orders)) == 2
     assert orders.execute("SELECT count(*) FROM cdc_columns").fetchone() == (1,)
+
+
+_SETTINGS = (
+    "standard_conforming_strings = off", "quote_all_identifiers = on", "array_nulls = off",
+    "transform_null_equals = on", "backslash_quote = off", "bytea_output = escape", "search_path = pg_temp",
+    "datestyle = 'SQL, DMY'", "row_security = off", "default_transaction_isolation = serializable",
+    "escape_string_warning = on", "plpgsql.extra_errors = 'all'", "check_function_bodies = off",
+    "client_min_messages = error",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", _SETTINGS)
+def test_it_is_told_alike_whatever_the_settings_of_who_issues_it(orders: psycopg.Connection, setting: str) -> None:
+    said: list[str] = []
+    orders.execute(f"SET {setting}".encode())
+    orders.add_notice_handler(lambda notice: said.append(str(notice.message_primary)))
+    orders.execute("ALTER TABLE public.orders DROP COLUMN total; DROP TABLE public.orders")
+    orders.execute("RESET ALL")
+    assert (told(orders), said) == ([(COLUMNS, {"id": ID}), ({"id": ID}, None)], [])
 
 
 # --- cdc track, untrack, tracked -------------------------------------------------------------------------------------
