@@ -70,28 +70,43 @@ REVOKE ALL ON FUNCTION @schema@.captured_columns(oid) FROM PUBLIC;
 -- those of its own role. The DDL neither fails nor waits because of it: a fault is a warning, a row that somebody else has
 -- locked is passed over, and what was not told is found by the next command about the table. Its INSERT waits where that
 -- of capture_entity_change() would.
+--
+-- What a serializable transaction reads may fail it at its commit. So cdc_columns is read for tables alone that have a
+-- trigger with three arguments, or lost one; and by its key, which marks a page of the index and a row, not the table.
 CREATE OR REPLACE FUNCTION @schema@.capture_ddl() RETURNS event_trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET timezone = 'UTC'
 SET row_security = on
+SET enable_seqscan = off
 AS $cdc$
 DECLARE
   v_tables oid[];
   v_dropped oid[] := '{}';
   v_triggers oid[] := '{}';
+  v_changed oid[] := '{}';  -- that have lost a trigger, or got one
   v_relation oid;
   v_before record;
   v_now record;
   v_known boolean;
 BEGIN
   IF TG_EVENT = 'sql_drop' THEN
-    SELECT array_agg(DISTINCT objid) FILTER (WHERE classid = 'pg_class'::regclass),
-      coalesce(array_agg(objid) FILTER (WHERE classid = 'pg_class'::regclass AND objsubid = 0), '{}'),
-      coalesce(array_agg(objid) FILTER (WHERE classid = 'pg_trigger'::regclass), '{}')
-    INTO v_tables, v_dropped, v_triggers
-    FROM pg_event_trigger_dropped_objects();
-    v_tables := v_tables || ARRAY(SELECT relation FROM @schema@.cdc_columns WHERE trigger = ANY (v_triggers));
+    WITH dropped AS MATERIALIZED (
+      SELECT classid, objid, objsubid, schema_name, object_name, address_names FROM pg_event_trigger_dropped_objects()
+      WHERE classid IN ('pg_class'::regclass, 'pg_trigger'::regclass) AND NOT is_temporary
+    ), triggers AS MATERIALIZED (
+      SELECT objid, address_names[1] AS table_schema, address_names[2] AS table_name FROM dropped
+      WHERE classid = 'pg_trigger'::regclass
+    ), tables AS MATERIALIZED (
+      SELECT objid FROM dropped WHERE classid = 'pg_class'::regclass AND objsubid = 0
+        AND (schema_name, object_name) IN (SELECT table_schema, table_name FROM triggers)
+    )
+    SELECT ARRAY(SELECT objid FROM triggers), ARRAY(SELECT objid FROM tables),
+      ARRAY(SELECT objid FROM dropped WHERE classid = 'pg_class'::regclass AND objsubid <> 0),
+      ARRAY(SELECT to_regclass(format('%I.%I', table_schema, table_name))::oid FROM triggers)
+    INTO v_triggers, v_dropped, v_tables, v_changed;
+    v_changed := v_changed || v_dropped;
+    v_tables := v_tables || v_changed;
   ELSIF TG_TAG IN ('ALTER SCHEMA', 'ALTER TYPE', 'ALTER DOMAIN', 'ALTER EXTENSION') THEN
     -- Of these nothing says which tables they are about.
     v_tables := ARRAY(SELECT relation FROM @schema@.cdc_columns WHERE columns IS NOT NULL);
@@ -106,12 +121,15 @@ BEGIN
         SELECT i.inhrelid FROM altered JOIN pg_inherits AS i ON i.inhparent = altered.relation
       )
       SELECT relation FROM altered);
+    IF TG_TAG = 'CREATE TRIGGER' THEN
+      v_changed := v_tables;
+    END IF;
   END IF;
 
   FOR v_relation IN
     SELECT DISTINCT u.relation FROM unnest(v_tables) AS u (relation)
     WHERE EXISTS (SELECT FROM pg_trigger AS t WHERE t.tgrelid = u.relation AND t.tgnargs > 2 AND NOT t.tgisinternal)
-      OR EXISTS (SELECT FROM @schema@.cdc_columns AS c WHERE c.relation = u.relation)
+      OR u.relation = ANY (v_changed)
     ORDER BY u.relation
   LOOP
     BEGIN

@@ -312,6 +312,32 @@ def test_a_trigger_whose_arguments_say_something_else_tells_nothing_and_stops_no
     assert orders.execute("SELECT count(*) FROM cdc_columns").fetchone() == (1,)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("CREATE TEMP TABLE t (i int); DROP TABLE t; UPDATE stock SET n = 0",
+         "TABLE stock; ALTER TABLE lines ADD b int"),
+        ("CREATE TABLE t (i int); ALTER TABLE t ADD j int; DROP TABLE t; UPDATE stock SET n = 0",
+         "TABLE stock; ALTER TABLE lines ADD b int"),
+        ("ALTER TABLE orders ADD b int", "ALTER TABLE lines ADD b int"),
+        ("ALTER TABLE orders DROP total", "ALTER TABLE lines DROP note"),
+        ("DROP TABLE orders", "DROP TABLE lines"),
+    ],
+)  # fmt: skip
+def test_serializable_transactions_do_not_fail_because_of_what_is_compared(
+    outbox: str, orders: psycopg.Connection, one: str, other: str
+) -> None:
+    orders.execute("CREATE TABLE lines (id int PRIMARY KEY, note text); CREATE TABLE stock (n int)")
+    orders.execute("INSERT INTO stock VALUES (1)")
+    done(outbox, "track", "lines", "--ddl", "event")
+    orders.execute("VACUUM ANALYZE")
+    with psycopg.connect(outbox) as first, psycopg.connect(outbox) as second:
+        for session, ddl in ((first, one), (second, other)):
+            session.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+            session.execute(ddl.encode())
+    assert len(told(orders)) == sum(each in one + other for each in ("orders", "lines"))
+
+
 _SETTINGS = (
     "standard_conforming_strings = off", "quote_all_identifiers = on", "array_nulls = off",
     "transform_null_equals = on", "backslash_quote = off", "bytea_output = escape", "search_path = pg_temp",
