@@ -20,6 +20,7 @@ STRUCTURED, BINARY, DEBEZIUM = "structured", "binary", "debezium"
 _IN_HOSTS = frozenset(ascii_letters + digits + "._-")
 _IN_ADDRESSES = frozenset(hexdigits + ":.")
 _TLS_FILES = ("ca", "cert", "key")
+_DATABASE_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class BrokerProtocol:
     imported, of the ``extra`` to install.
 
     ``texts``: the options that are text, such as files; ``choices``: those with a few values; ``numbers``: those that
-    are whole numbers, with their least.
+    are whole numbers from 1 on, with their greatest.
     """
 
     port: int
@@ -83,7 +84,7 @@ PROTOCOLS: Mapping[str, BrokerProtocol] = {
         example="redis://127.0.0.1:6379/0/cdc:{type}",
         formats=(STRUCTURED,),
         places=("database",),
-        numbers={"maxlen": 1, "partitions": 1, "wait": 1},
+        numbers={"maxlen": 10**15, "partitions": 10_000, "wait": 1_000},
     ),
     "amqp": BrokerProtocol(
         port=5672,
@@ -156,8 +157,8 @@ def parse(text: str) -> BrokerTarget:
         dict(_options(query, protocol, tls=tls)) if question else {},
     )
     target.names()
-    if scheme == "redis" and not target.places[0].isdecimal():
-        raise ValueError(f"the database is a number, as in {protocol.example}")
+    if scheme == "redis" and _number(target.places[0], _DATABASE_MAX) is None:
+        raise ValueError(f"the database is a number up to {_DATABASE_MAX}, as in {protocol.example}")
     return target
 
 
@@ -186,14 +187,24 @@ def _options(query: str, protocol: BrokerProtocol, *, tls: bool) -> Iterator[tup
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
     except ValueError:
         raise ValueError("the options of this URL cannot be read; write ?NAME=VALUE&NAME=VALUE") from None
+    if len(pairs) > len(dict(pairs)):
+        raise ValueError("an option of this URL is given twice")
     for name, value in pairs:
         if name not in known:
             without = "" if tls or name not in _TLS_FILES else "; ca, cert and key are for TLS, a scheme with +tls"
             raise ValueError(f"an option of this URL does not exist; there are {', '.join(known) or 'none'}{without}")
         if name in protocol.choices and value not in protocol.choices[name]:
             raise ValueError(f"the option {name} is one of {', '.join(protocol.choices[name])}")
-        if name in protocol.numbers and not (value.isdecimal() and int(value[:10]) >= protocol.numbers[name]):
-            raise ValueError(f"the option {name} is a whole number, at least {protocol.numbers[name]}")
+        if name in protocol.numbers and not _number(value, protocol.numbers[name]):
+            raise ValueError(f"the option {name} is a whole number from 1 to {protocol.numbers[name]}")
         if not value:
             raise ValueError(f"the option {name} is empty")
         yield name, value
+
+
+def _number(text: str, most: int) -> int | None:
+    """None for what is no decimal number, or a greater one."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(most))):
+        return None
+    found = int(text)
+    return found if found <= most else None

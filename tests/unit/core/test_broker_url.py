@@ -68,8 +68,15 @@ def test_a_url_has_servers_places_a_template_and_options(
         ("amqp://h/exchange/key", "input should be a URL such as amqp://"),
         ("redis://h/cdc", "input should be a URL such as redis://"),
         ("redis://h/x/cdc", "the database is a number"),
-        ("redis://h/0/cdc?partitions=0", "the option partitions is a whole number, at least 1"),
-        ("redis://h/0/cdc?maxlen=a", "the option maxlen is a whole number, at least 1"),
+        ("redis://h/-1/cdc", "the database is a number"),
+        ("redis://h/\u0663/cdc", "the database is a number"),
+        (f"redis://h/{'9' * 5_000}/cdc", "the database is a number up to 2147483647"),
+        ("redis://h/0/cdc?partitions=0", "the option partitions is a whole number from 1 to 10000"),
+        ("redis://h/0/cdc?partitions=1000000000", "the option partitions is a whole number from 1 to 10000"),
+        ("redis://h/0/cdc?maxlen=a", "the option maxlen is a whole number from 1 to"),
+        ("redis://h/0/cdc?maxlen=\u0663", "the option maxlen is a whole number from 1 to"),
+        (f"redis://h/0/cdc?maxlen={'9' * 5_000}", "the option maxlen is a whole number from 1 to"),
+        ("redis://h/0/cdc?wait=1&wait=2", "an option of this URL is given twice"),
     ],
 )
 def test_a_url_that_cannot_be_meant_is_refused_and_not_quoted(text: str, why: str) -> None:
