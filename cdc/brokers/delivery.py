@@ -28,7 +28,7 @@ from cdc.core.debezium import DebeziumEncoding
 from cdc.core.deliveries import HANDLER, AwayError, LostError, RejectedError, UnreachedError
 from cdc.core.errors import Failed, Snooze, Unavailable
 from cdc.core.message_rounds import MessageRounds
-from cdc.core.model import Change, Key, Operation
+from cdc.core.model import Change, Key
 from cdc.core.name_template import NameTemplate
 from cdc.core.router import ANY, Router
 from cdc.observability.metrics import DeliveryMetrics
@@ -74,7 +74,7 @@ class BrokerDelivery:
         self.router = Router()
         for entity_type in self._types:
             on = self.router.on(
-                entity_type, *Operation, name=HANDLER, timeout=math.inf, batch=batch or BATCH, linger=linger_s
+                entity_type, *encoding.operations, name=HANDLER, timeout=math.inf, batch=batch or BATCH, linger=linger_s
             )
             on(self._deliver)
 

@@ -36,6 +36,9 @@ class Encoding:
     ``cdc`` instead: what reads events takes a message with a header of ``ce`` for one in binary mode.
     """
 
+    operations = tuple(Operation)
+    """Of these there are messages."""
+
     def __init__(self, mode: str, source: str | None, *, separator: str, percent: bool = False) -> None:
         self._binary = mode == BINARY
         self._source = source

@@ -24,6 +24,9 @@ _LETTERS = {
 class DebeziumEncoding:
     """``source``: the name of the connector that the envelope names."""
 
+    operations = tuple(_LETTERS)
+    """Of these there are messages. For a change of columns the envelope has no letter."""
+
     def __init__(self, source: str | None) -> None:
         self._name = source or "cdc"
 

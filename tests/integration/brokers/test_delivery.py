@@ -18,6 +18,7 @@ from cdc.app import config, delivery
 from cdc.app.secret_file import SecretFile
 from cdc.diagnostics.findings import Severity
 from cdc.postgres import tracking
+from tests.commands import done
 from tests.eventually import eventually, eventually_async
 from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer, RabbitServer, Received, RedisServer, tls_files
 from tests.fix_consumer import Process, consuming, metric, settled, states
@@ -403,7 +404,9 @@ async def test_debezium_s_envelope_and_a_tombstone_behind_a_delete(
 ) -> None:
     await kafka_server.prepare(["order"])
     outbox_db.execute("CREATE TABLE orders (id int PRIMARY KEY, total numeric)")
-    tracking.track(outbox_db, "public", "orders", entity_type="order")
+    done(outbox, "db", "ddl")
+    done(outbox, "track", "orders", "--type", "order", "--ddl", "event")
+    outbox_db.execute("ALTER TABLE orders ADD note text; ALTER TABLE orders DROP note")
     for statement in ("INSERT INTO orders VALUES (1, 12.50)", "UPDATE orders SET total = 15", "DELETE FROM orders"):
         outbox_db.execute(statement)
     url = kafka_server.url() + "?tombstones=true"

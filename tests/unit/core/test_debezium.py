@@ -5,13 +5,28 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
+from cdc.brokers.delivery import BrokerDelivery
+from cdc.core import broker_url
+from cdc.core.broker_messages import Encoding
 from cdc.core.debezium import DebeziumEncoding
+from cdc.core.model import Operation
 from cdc.testing import change as make_change
 
 _AT = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("encoding", [DebeziumEncoding(None), Encoding("structured", None, separator="-")])
+def test_each_operation_that_is_delivered_has_a_message(encoding: DebeziumEncoding | Encoding) -> None:
+    no_sender: Any = None
+    delivery = BrokerDelivery(no_sender, broker_url.parse("kafka://h/x").names(), encoding, target="kafka://h/x")
+    delivered = [operation for operation in Operation if delivery.router.match("order", operation)]
+    assert set(Operation) - set(delivered) <= {Operation.SCHEMA}
+    for operation in delivered:
+        assert encoding.message(make_change("order", operation, "1", changed_at=_AT), "topic").body
 
 
 @pytest.mark.parametrize(
