@@ -79,6 +79,7 @@ SET search_path = pg_catalog, pg_temp
 SET timezone = 'UTC'
 SET row_security = on
 SET enable_seqscan = off
+SET jit = off  -- a scan that is switched off and is needed all the same counts as dear enough to be compiled
 AS $cdc$
 DECLARE
   v_tables oid[];

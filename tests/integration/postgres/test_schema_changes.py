@@ -338,6 +338,14 @@ def test_serializable_transactions_do_not_fail_because_of_what_is_compared(
     assert len(told(orders)) == sum(each in one + other for each in ("orders", "lines"))
 
 
+@pytest.mark.parametrize("function", ["capture_ddl", "publish_due"])
+def test_a_scan_that_is_switched_off_and_needed_all_the_same_is_not_compiled(
+    function: str, orders: psycopg.Connection
+) -> None:
+    [(settings,)] = orders.execute("SELECT proconfig FROM pg_proc WHERE proname = %s", [function]).fetchall()
+    assert {"enable_seqscan=off", "jit=off"} <= set(settings)
+
+
 _SETTINGS = (
     "standard_conforming_strings = off", "quote_all_identifiers = on", "array_nulls = off",
     "transform_null_equals = on", "backslash_quote = off", "bytea_output = escape", "search_path = pg_temp",
