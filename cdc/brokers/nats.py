@@ -17,6 +17,7 @@ switched off: it would send again what it has in its buffer, behind the order th
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,8 @@ class NatsSender:
         self._tokens = count()
         self._open: dict[str, tuple[Acks, int, str]] = {}
         """By the last token of the reply subject: where the answer goes, and the message's subject."""
+        self._publishing: set[asyncio.Timeout] = set()
+        """Of what is being handed to the client: ended with the connection."""
 
     @property
     def connected(self) -> bool:
@@ -117,8 +120,14 @@ class NatsSender:
         client = self._client
         assert client is not None
         try:
-            for place, message in enumerate(messages):
-                await self._publish(client, message, acks, place, tokens[place])
+            # The client waits where it holds much that is not sent yet: for ever, once its connection is closed.
+            async with deadline(timeout_s) as limit:
+                self._publishing.add(limit)
+                try:
+                    for place, message in enumerate(messages):
+                        await self._publish(client, message, acks, place, tokens[place])
+                finally:
+                    self._publishing.discard(limit)
             results = await acks.results(timeout_s)
         except (OSError, nats.errors.Error) as error:
             acks.lost(_broken(error))
@@ -182,6 +191,9 @@ class NatsSender:
         self._lost(_broken(nats.errors.ConnectionClosedError()))
 
     def _lost(self, error: LostError) -> None:
+        for limit in self._publishing:
+            if not limit.expired():
+                limit.reschedule(0.0)
         lost, self._open = self._open, {}
         for acks, _, _ in lost.values():
             acks.lost(error)

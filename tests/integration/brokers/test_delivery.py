@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka_event
 from cloudevents.core.bindings.rabbitmq import RabbitMQMessage, from_rabbitmq_event
 
@@ -187,6 +188,29 @@ async def test_a_broker_that_is_silent_is_away(
         await _all_settled(outbox_db)
     assert _attempts(outbox_db) == 0
     assert _whole_and_in_order(await broker.received(), 21)
+
+
+@pytest.mark.parametrize("timeout", [0.5, 0], ids=["limited", "unlimited"])
+async def test_a_broker_that_is_silent_while_more_is_sent_than_the_connection_holds_is_away(
+    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection, timeout: float
+) -> None:
+    await broker.prepare()
+    _publish(outbox_db, 1)
+    async with consuming(outbox, None, deliver_to=broker.url(), max_attempts=1, timeout=timeout) as app:
+        await _all_settled(outbox_db)
+        broker.pause()
+        outbox_db.execute(
+            "SELECT publish_change('x', 'k' || n, 'INSERT', jsonb_build_object('n', repeat('x', 50000)))"
+            " FROM generate_series(1, 300) AS n"
+        )
+        if timeout:
+            await _true(lambda: metric(app.metrics.registry, "cdc_delivery_requests_total", result="broken") >= 1)
+            broker.resume()
+        else:
+            await asyncio.to_thread(broker.restart)
+        await _all_settled(outbox_db)
+    assert _attempts(outbox_db) == 0
+    assert _whole_and_in_order(await broker.received(), 301)
 
 
 async def test_the_doctor_reaches_the_broker_or_says_why_not(broker: BrokerServer) -> None:
