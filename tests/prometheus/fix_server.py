@@ -22,6 +22,7 @@ _EVERY = "1s"
 
 THRESHOLDS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "CdcBacklogOld": (("> 300", "> 1"),),
+    "CdcTruncateStands": (("> 300", "> 1"),),
     "CdcStalled": (("> 60", "> 1"),),
     "CdcLoopStuck": (("> 120", "> 5"),),
     "CdcStreamSilent": (("> 90", "> 12"),),

@@ -170,6 +170,12 @@ def test_handlers_that_never_return_leave_a_backlog_and_then_one_blocks_the_even
     scene.publish("stuck", "endless", 300)
     scene.fires("CdcBacklogOld", job="stuck")
     scene.fires("CdcStalled", job="stuck")
+    scene.dbs["stuck"].execute(
+        "CREATE TABLE emptied ();"
+        "CREATE TRIGGER truncated AFTER TRUNCATE ON emptied EXECUTE FUNCTION capture_truncate('endless', 'event');"
+        "TRUNCATE emptied"
+    )
+    scene.fires("CdcTruncateStands", job="stuck")
     scene.publish("stuck", "blocking")
     scene.fires("CdcLoopStuck", job="stuck", loop="consumer")
 
