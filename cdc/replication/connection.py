@@ -156,6 +156,8 @@ class ReplicationSession:
         self._waiting = waiting
         self._asking = False
         self._unsent = False
+        self._at_end = False
+        """The server has ended the stream. Why comes after that, and may have to be waited for."""
         self._over: StreamError | None = None
         self._drained = False
         """libpq holds no whole message."""
@@ -302,13 +304,15 @@ class ReplicationSession:
     def receive(self, most: int) -> list[memoryview]:
         """The messages received, at most ``most``. If the stream has ended after them, the next call raises that.
 
-        It does not wait, and also sends what is left. Of a message that is too long to be ours only the head is kept
-        (``protocol.head``).
+        It also sends what is left. It does not wait, but after the end of the stream, for the reason. Of a message that
+        is too long to be ours only the head is kept (``protocol.head``).
         """
         messages: list[memoryview] = []
         get_copy_data, keep = self._link.get_copy_data, messages.append
         looked_again_at = bytes_ = 0
         self._drained = self.idle = False
+        if self._at_end and self._over is None:
+            self._over = self._why_ended()
         if self._over is not None:
             raise self._over
         # Runs once for every few messages: a context manager made of a generator would cost more than all else here.
@@ -332,8 +336,8 @@ class ReplicationSession:
                     looked_again_at = len(messages)
                     self._link.consume_input()
                 else:
-                    self._drained = True
-                    self._over = self._ended() if size < 0 else None
+                    self._drained = size == 0
+                    self._at_end = size < 0
                     self.idle = size == 0 and not self._unsent
                     break
         except psycopg.OperationalError as error:
@@ -360,6 +364,8 @@ class ReplicationSession:
     def send(self, message: bytes) -> None:
         if self._over is not None:
             raise self._over
+        if self._at_end:
+            return  # nobody reads it; the next ``receive`` says why
         with self._link_errors():
             self._link.put_copy_data(message)
             self._unsent = self._link.flush() != 0
@@ -378,7 +384,7 @@ class ReplicationSession:
                     poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
                     self._link.consume_input()
 
-    def _ended(self) -> StreamError:
+    def _why_ended(self) -> StreamError:
         """The server has ended the stream; its error, if any, comes as a separate result."""
         deadline = time.monotonic() + _GOODBYE_LIMIT_S
         try:

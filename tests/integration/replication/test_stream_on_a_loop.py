@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import psycopg
 import pytest
 
+from cdc.core.errors import StreamError
 from cdc.core.lsn import Lsn
 from cdc.core.model import WakeUp
-from cdc.replication.stream import Stream, StreamSettings
+from cdc.core.stream_reason import Reason
+from cdc.replication.connection import SocketWait, open_session
+from cdc.replication.protocol import status_update
+from cdc.replication.stream import Stream, StreamSettings, plugins
 from cdc.runtime.sockets import sockets_of
 from tests.eventually import eventually, eventually_async
-from tests.fix_slot import slot_facts
+from tests.fix_slot import make_slot, slot_facts
 from tests.fix_stream import Recorder, send_wakeup, send_wakeups
 
 pytestmark = pytest.mark.server
@@ -60,6 +65,40 @@ async def test_the_loop_reads_what_comes_alone(database: str, db: psycopg.Connec
             await _wait_for(received, number)
     assert [wakeup.seq for wakeup in received.wakeups] == list(range(1, 21))
     assert received.threads.count(threading.get_ident()) > 10
+
+
+class _Waits(SocketWait):
+    """Counts the waits of a session."""
+
+    count = 0
+
+    def until(self, deadline: float, link: int | None = None, *, write: bool = False, roused: bool = False) -> bool:
+        self.count += 1
+        return super().until(deadline, link, write=write, roused=roused)
+
+
+def test_the_read_that_meets_the_end_of_the_stream_does_not_wait_for_the_reason(
+    database: str, db: psycopg.Connection, slot: str, plugin: str
+) -> None:
+    """The event loop may make it, while the thread waits. The next one, which is the thread's, says what happened."""
+    make_slot(db, slot, plugin)
+    with (
+        closing(_Waits()) as waiting,
+        open_session(database, waiting, application_name="cdc: test", settings={}, slot=slot) as session,
+    ):
+        session.start(plugins("public")[plugin], Lsn(0))
+        db.execute("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s", [slot])
+        met = False
+        while not met:
+            session.wait(time.monotonic() + 20.0)
+            before = waiting.count
+            session.receive(1_000)
+            session.send(status_update(Lsn(0), unix_s=time.time(), ping=False))
+            assert waiting.count == before
+            met = not session.idle
+        with pytest.raises(StreamError) as error:
+            session.receive(1_000)
+        assert error.value.reason == Reason.SERVER_SHUTDOWN.value
 
 
 async def test_while_the_loop_stands_still_the_thread_reads_and_confirms(
