@@ -122,3 +122,10 @@ JOIN pg_proc AS p ON p.oid = t.tgfoid JOIN pg_proc AS c ON c.oid = %(capture)s::
 WHERE t.tgrelid = %(table)s::oid AND t.tgrelid = to_regclass(%(name)s)
   AND (p.oid = c.oid OR p.pronamespace = c.pronamespace AND {is_table_function})
 ORDER BY t.oid
+
+-- name: overloads
+-- Functions that may be called in place of capture_rows(), whose argument is any array.
+SELECT p.oid::regprocedure::text, pg_get_userbyid(p.proowner)::text FROM pg_proc AS p
+WHERE p.pronamespace = %(schema)s::regnamespace AND p.proname = 'capture_rows'
+  AND p.oid <> to_regprocedure(%(schema)s || '.capture_rows(anyarray, text, jsonb, integer)')
+ORDER BY 1 LIMIT 1

@@ -177,8 +177,10 @@ class BackfillTable:
     ) -> Written:
         """Lock the rows behind ``after`` up to ``last``, and write them as changes.
 
-        Raises LockNotAvailable, RefusedError where the table is not tracked any more.
+        Raises LockNotAvailable, RefusedError where the table is not tracked any more, or where another function would
+        be called in place of ours.
         """
+        self._refuse_overloads()
         entity_type, options = self._as_tracked()
         statement = _raw(_WRITE).format(
             row=self._row,
@@ -195,6 +197,16 @@ class BackfillTable:
         with self._on_user_path():
             rows = self._execute(statement).fetchall()
         return Written([seq for seq, _ in rows], [shard for _, shard in rows])
+
+    def _refuse_overloads(self) -> None:
+        """Of a function for arrays of just these rows, which who may create in the outbox's schema can make."""
+        given = {"schema": sql.Identifier(self._schema).as_string()}
+        if found := self._connection.execute(self._statements["overloads"], given).fetchone():
+            signature, owner = found
+            raise RefusedError(
+                f"{owner} has made a function {signature}, which may be called in place of cdc's with your rights",
+                hint=f"DROP FUNCTION {signature}, and REVOKE CREATE ON SCHEMA {self._schema} from all who do not need it",
+            )
 
     def _as_tracked(self) -> tuple[str, str]:
         """The arguments of its trigger as they are now: what was excluded since the last page is left out."""

@@ -56,6 +56,24 @@ def orders(db: psycopg.Connection, count: int = 0) -> None:
     tracking.track(db, "public", "orders", entity_type="order")
 
 
+def test_a_function_that_somebody_has_made_in_place_of_ours_is_refused_and_not_called(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    orders(outbox_db, 3)
+    outbox_db.execute(
+        "CREATE FUNCTION capture_rows(orders[], text, jsonb, integer)"
+        " RETURNS TABLE (written_seq bigint, written_shard smallint) LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE EXCEPTION 'it was called'; END $$"
+    )
+    refused = invoke(outbox, "backfill", "orders", *_ALL)
+    assert refused.exit_code == 5, refused.output
+    assert "has made a function public.capture_rows(public.orders[],text,jsonb,integer)" in refused.output
+    assert "it was called" not in refused.output
+    outbox_db.execute("DROP FUNCTION capture_rows(orders[], text, jsonb, integer)")
+    done(outbox, "backfill", "resume", "orders", *_ALL)
+    assert len(read(outbox_db)) == 3
+
+
 # --- what is written -----------------------------------------------------------------------------------------------
 
 _COLUMNS = """
