@@ -205,7 +205,7 @@ class BackfillTable:
             signature, owner = found
             raise RefusedError(
                 f"{owner} has made a function {signature}, which may be called in place of cdc's with your rights",
-                hint=f"DROP FUNCTION {signature}, and REVOKE CREATE ON SCHEMA {self._schema} from all who do not need it",
+                hint=f"DROP FUNCTION {signature}, and REVOKE CREATE ON SCHEMA {self._schema} from who does not need it",
             )
 
     def _as_tracked(self) -> tuple[str, str]:
