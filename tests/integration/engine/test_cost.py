@@ -159,4 +159,6 @@ async def test_a_backlog_is_read_through_indexes_once(outbox: str, outbox_db: ps
     # What a session has read is known when it has ended.
     [(whole, by_index)] = eventually(lambda: outbox_db.execute(_READ, [_CHANGES]).fetchall(), what="statistics")
     assert whole == 0
-    assert by_index / _CHANGES < 6.5  # 5.0: a mark finds it, passes at the start see it, the collector counts it
+    # 5.0: a mark finds it, passes at the start see it, the collector counts it. A busy machine makes more passes, up to
+    # 8 were seen; to walk what is processed would take hundreds.
+    assert by_index / _CHANGES < 12
