@@ -18,8 +18,9 @@ from tests.container.images import CONSUMER, DATABASE
 from tests.eventually import eventually
 from tests.faults import records
 from tests.faults.ledger import Evidence, judge
+from tests.faults.stage import all_done
 from tests.faults.writers import Writer
-from tests.fix_consumer import ROOT, settled, states
+from tests.fix_consumer import ROOT, states
 from tests.handlers_ledger import EFFECTS, KINDS
 
 pytestmark = pytest.mark.timeout(900)  # whichever comes first has the images built
@@ -139,7 +140,7 @@ def test_every_change_is_handled_although_containers_come_early_and_are_stopped_
         _shared_fairly([third, fourth])
         stage.works_on()
     with stage.connect() as connection:
-        eventually(lambda: settled(connection), within_s=60, what="every change processed or dead")
+        eventually(lambda: all_done(connection), within_s=60, what="every change processed or dead")
     assert [consumer.terminate()[0] for consumer in (third, fourth)] == [0, 0]
     found = judge(stage.evidence(writers, kills=1))
     assert found.violations == [], str(found)

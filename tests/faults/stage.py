@@ -223,7 +223,7 @@ class Stage:
         self.watch()
         with self.connect() as connection:
             try:
-                eventually(lambda: _all_done(connection), within_s=within_s, what="every change processed or dead")
+                eventually(lambda: all_done(connection), within_s=within_s, what="every change processed or dead")
             except AssertionError as stuck:
                 self.troubles.append(str(stuck))  # what is missing, the judge says
         for consumer in self.consumers:
@@ -261,7 +261,8 @@ class Stage:
         return [consumer.name for consumer in self._everyone if text in consumer.process.log]
 
 
-def _all_done(connection: psycopg.Connection) -> bool:
+def all_done(connection: psycopg.Connection) -> bool:
+    """Nothing is to be handled, and no event is due later."""
     due_later = connection.execute("SELECT FROM cdc_due_changes LIMIT 1").fetchall()
     return not due_later and settled(connection)
 
