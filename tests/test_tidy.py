@@ -556,3 +556,11 @@ def test_variables_in_the_documents_are_settings() -> None:
     known |= {f"{setting.variable}_FILE" for setting in SETTINGS.values() if setting.secret}
     known |= {"CDC_CONFIG", "CDC_TEST_DSN", "CDC_REQUIRE_PG", "CDC_REQUIRE_PROMETHEUS", "CDC_REQUIRE_DOCKER"}
     assert set(re.findall(r"\bCDC_[A-Z_]*[A-Z]", _documents())) - known == set()
+
+
+def test_decisions_are_numbered_one_by_one_and_listed_in_that_order() -> None:
+    folder = ROOT / "docs" / "adr"
+    files = sorted(path.name for path in folder.glob("0*.md"))
+    assert [int(name[:4]) for name in files] == list(range(1, len(files) + 1))
+    listed = re.findall(r"^\| (\d+) \| \[.*\]\((.*)\) \|$", (folder / "index.md").read_text(), re.MULTILINE)
+    assert [(f"{int(number):04}", name) for number, name in listed] == [(name[:4], name) for name in files]
