@@ -29,7 +29,7 @@ from pamqp.common import FieldValue
 
 from cdc.brokers import tls
 from cdc.brokers.acks import Result
-from cdc.brokers.sender import CONNECT_S, Login
+from cdc.brokers.sender import CONNECT_S, Login, first_reached
 from cdc.core.broker_messages import CONTENT_TYPE, Message
 from cdc.core.broker_url import BrokerTarget
 from cdc.core.deliveries import AwayError, DeliveryError, LostError, RejectedError, UnreachedError
@@ -60,15 +60,7 @@ class AmqpSender:
 
     async def connect(self) -> None:
         await self.close()
-        failures: list[UnreachedError] = []
-        for server in self._target.servers:
-            try:
-                self._connection = await self._connected_to(server)
-                break
-            except UnreachedError as error:
-                failures.append(error)
-        else:
-            raise failures[-1]
+        self._connection = await first_reached(self._target.servers, self._connected_to)
         try:
             self._channel = await self._new_channel(self._connection)
         except (exceptions.AMQPError, *_LOST) as error:

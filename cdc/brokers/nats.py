@@ -32,7 +32,7 @@ from nats.aio.msg import Msg
 
 from cdc.brokers import tls
 from cdc.brokers.acks import Acks, Result
-from cdc.brokers.sender import CONNECT_S, Login
+from cdc.brokers.sender import CONNECT_S, Login, first_reached
 from cdc.core.broker_messages import Message
 from cdc.core.broker_url import BrokerTarget
 from cdc.core.deliveries import AwayError, DeliveryError, LostError, RejectedError, UnreachedError
@@ -70,15 +70,7 @@ class NatsSender:
 
     async def connect(self) -> None:
         await self.close()
-        failures: list[UnreachedError] = []
-        for server in self._target.servers:
-            try:
-                self._client = await self._connection(server)
-                break
-            except UnreachedError as error:
-                failures.append(error)
-        else:
-            raise failures[-1]
+        self._client = await first_reached(self._target.servers, self._connection)
         self._inbox = self._client.new_inbox()
         await self._client.subscribe(f"{self._inbox}.*", cb=self._answered)
 

@@ -28,7 +28,7 @@ from redis.credentials import CredentialProvider
 
 from cdc.brokers import tls
 from cdc.brokers.acks import Result
-from cdc.brokers.sender import CONNECT_S, Login
+from cdc.brokers.sender import CONNECT_S, Login, first_reached
 from cdc.core.broker_messages import Message
 from cdc.core.broker_url import BrokerTarget
 from cdc.core.deliveries import AwayError, DeliveryError, LostError, UnreachedError
@@ -73,15 +73,7 @@ class RedisSender:
 
     async def connect(self) -> None:
         await self.close()
-        failures: list[UnreachedError] = []
-        for server in self._target.servers:
-            try:
-                self._client = await self._connection(server)
-                break
-            except UnreachedError as error:
-                failures.append(error)
-        else:
-            raise failures[-1]
+        self._client = await first_reached(self._target.servers, self._connection)
 
     async def _connection(self, server: str) -> Redis:
         host, _, port = server.rpartition(":")

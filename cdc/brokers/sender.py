@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cdc.brokers.acks import Result
 from cdc.core.broker_messages import Message
+from cdc.core.deliveries import UnreachedError
+
+_T = TypeVar("_T")
 
 CONNECT_S = 5.0
 
@@ -41,3 +45,11 @@ class BrokerSender(Protocol):
 
     async def close(self) -> None:
         """What is under way is lost."""
+
+
+async def first_reached(servers: Sequence[str], connect: Callable[[str], Awaitable[_T]]) -> _T:
+    """The connection to the first of them that can be made. Raises the last one's UnreachedError where none can."""
+    for server in servers[:-1]:
+        with contextlib.suppress(UnreachedError):
+            return await connect(server)
+    return await connect(servers[-1])
