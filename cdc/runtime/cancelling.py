@@ -30,7 +30,10 @@ def is_being_cancelled(task: asyncio.Task[Any] | None = None) -> bool:
 
 
 def has_cancellations(task: asyncio.Task[Any] | None = None) -> bool:
-    """Whether the current task, if it is known, has any cancellation: one to ``disregard``, or the task is to end."""
+    """Whether the current task has any cancellation: one to ``disregard``, or the task is to end.
+
+    ``task``: the current one, where the caller has it.
+    """
     task = task or asyncio.current_task()
     assert task is not None
     return task.cancelling() > 0 or task in _asked
