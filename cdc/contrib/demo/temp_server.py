@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cdc.contrib.demo.pg_binaries import Installation, find_installation
-from cdc.core.errors import NotFoundError, RefusedError
+from cdc.core.errors import CdcError, NotFoundError, RefusedError
 
 _DURABLE: Mapping[str, str] = {
     "wal_level": "logical",
@@ -33,6 +33,8 @@ _DURABLE: Mapping[str, str] = {
 _FAST: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
 _DISK, _MEMORY = Path("/tmp"), Path("/dev/shm")  # noqa: S108 - the folder in it is made by mkdtemp
 _PLENTY_BYTES = 8 << 30
+_LINES = 5
+"""Of a program that failed: what it said last says why."""
 _LOCALE = "C" if sys.platform == "darwin" else "C.UTF-8"  # macOS has no C.UTF-8
 
 
@@ -104,11 +106,14 @@ class TempServer:
 
     def start(self) -> None:
         log = self.folder / "server.log"
-        self._run("pg_ctl", "-D", str(self.data), "-l", str(log), "-w", "-t", "60", "start")
+        try:
+            self._run("pg_ctl", "-D", str(self.data), "-l", str(log), "-w", "-t", "60", "start")
+        except CdcError as failed:
+            raise CdcError(str(failed), hint=_end_of(log.read_text())) from None
 
     def stop(self, mode: str = "fast") -> None:
         """End the server; ``immediate`` is a crash. Does nothing where it does not run."""
-        with contextlib.suppress(subprocess.CalledProcessError):
+        with contextlib.suppress(CdcError):
             self._run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-m", mode, "stop")
 
     def restart(self, mode: str = "fast") -> None:
@@ -156,15 +161,24 @@ class TempServer:
         return any(line.startswith(setting) for line in described.splitlines())
 
     def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Raises CdcError with what the program said, where it fails: the folder is gone when somebody could look."""
         command = [str(self.bindir / program), *arguments]
         as_user = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
-        return subprocess.run(  # type: ignore[call-overload, no-any-return]  # noqa: S603 - a fixed program
-            command, check=True, text=True, cwd=self.folder, stdin=subprocess.DEVNULL,
+        ended: subprocess.CompletedProcess[str] = subprocess.run(  # type: ignore[call-overload]  # noqa: S603 - a fixed program
+            command, check=False, text=True, cwd=self.folder, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **as_user,
         )  # fmt: skip
+        if ended.returncode:
+            raise CdcError(f"{command[0]} failed with status {ended.returncode}", hint=_end_of(ended.stdout))
+        return ended
 
     def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _end_of(said: str) -> str:
+    """The last lines of what a server's program has written, as one."""
+    return "; ".join(line.strip() for line in said.splitlines()[-_LINES:] if line.strip())
 
 
 def _copy_of_wheel(bindir: Path, target: Path) -> Path:
