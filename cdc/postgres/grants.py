@@ -23,8 +23,12 @@ BACKFILLS = "cdc_backfills"
 DUE_CHANGES = "cdc_due_changes"
 BARRIERS = "cdc_barriers"
 COLUMNS = "cdc_columns"
+SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES = "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes"
 DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
-RELATIONS = (CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS, DUE_CHANGES, BARRIERS, COLUMNS)
+RELATIONS = (
+    CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS, DUE_CHANGES, BARRIERS, COLUMNS, SUBSCRIPTIONS,
+    POSITIONS, SUBSCRIPTION_CHANGES,
+)  # fmt: skip
 PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)"
 PUBLISH_DUE = "publish_due(integer, bigint)"
 BARRED = "barred(text, bigint)"
@@ -42,6 +46,10 @@ SHARD_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 """A consumer's rights on cdc_shards."""
 BARRIER_RIGHTS = ("SELECT", "UPDATE", "DELETE")
 """The same on cdc_barriers."""
+POSITION_RIGHTS = ("SELECT", "UPDATE")
+"""The same on cdc_positions, for a consumer of a subscription."""
+SUBSCRIPTION_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
+"""The same on cdc_subscription_changes."""
 PAYLOAD = ("old_data", "new_data", "metadata")
 """The columns that hold the application's data."""
 DESCRIPTION = (
@@ -106,6 +114,9 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, scrip
         Right(("UPDATE",), CHANGES, STATE),
         Right(SHARD_RIGHTS, SHARDS),
         Right(BARRIER_RIGHTS, BARRIERS),
+        Right(("SELECT",), SUBSCRIPTIONS),
+        Right(POSITION_RIGHTS, POSITIONS),
+        Right(SUBSCRIPTION_RIGHTS, SUBSCRIPTION_CHANGES),
         Right(("SELECT",), LEDGER),
         Right(("SELECT",), NUMBERS),
         Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION),
