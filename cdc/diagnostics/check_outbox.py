@@ -11,6 +11,7 @@ from cdc.diagnostics.facts import (
     Astray,
     Backlog,
     CaptureFunctionFacts,
+    Creators,
     DataReaders,
     Installed,
     Numbering,
@@ -139,6 +140,18 @@ def readers(seen: DataReaders) -> Finding:
         "if that is meant: cdc db grant --readonly ROLE --payload",
         *(statement for each in unexpected for statement in each.by_default),
         *(f"REVOKE ALL ON TABLE {', '.join(each.tables)} FROM {_role(each.role)};" for each in unexpected),
+    )
+
+
+def creators(seen: Creators) -> Finding:
+    """Found by their names and the types of their arguments, the functions of a schema stand beside those of others."""
+    if not seen.others:
+        return ok(f"the owners of schema {seen.schema} and of the outbox alone")
+    return warn(
+        f"may also create functions beside the outbox's in schema {seen.schema}, which somebody else's statement may"
+        f" call instead of ours: {', '.join(seen.others[:_SHOWN])}",
+        "",
+        f"REVOKE CREATE ON SCHEMA {_role(seen.schema)} FROM {', '.join(map(_role, seen.others))};",
     )
 
 
@@ -340,6 +353,7 @@ CAPTURE: Checks[CaptureFunctionFacts] = {"capture-function": capture_function}
 RIGHTS: Checks[Rights] = {"grants": grants}
 ROW_SECURITY: Checks[RowSecurity] = {"row-security": row_security}
 READERS: Checks[DataReaders] = {"readers": readers}
+CREATORS: Checks[Creators] = {"creators": creators}
 SENDERS: Checks[Senders] = {"message-senders": senders}
 NUMBERING: Checks[Numbering] = {"sequence": sequence}
 ASTRAY: Checks[Astray] = {"shards": shards}

@@ -69,6 +69,7 @@ def _outbox(subject: Subject, connection: psycopg.Connection | None, *, missing:
     yield from run_checks(seen(lambda link, _: inspect_outbox.rights(link, subject)), check_outbox.RIGHTS)
     yield from run_checks(seen(inspect_outbox.row_security), check_outbox.ROW_SECURITY)
     yield from run_checks(seen(inspect_outbox.readers), check_outbox.READERS)
+    yield from run_checks(seen(inspect_outbox.creators), check_outbox.CREATORS)
     yield from run_checks(seen(lambda link, _: inspect_outbox.senders(link)), check_outbox.SENDERS)
     yield from run_checks(seen(inspect_outbox.numbering), check_outbox.NUMBERING)
     yield from run_checks(seen(inspect_outbox.astray), check_outbox.ASTRAY)

@@ -250,6 +250,14 @@ class DataReaders:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Creators:
+    """Who may create objects in the outbox's schema, and is neither an owner of one of the two nor a superuser."""
+
+    schema: str
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Senders:
     """Who may send logical messages: ``open_to_all`` are the functions that PUBLIC may call, as SQL names them.
 

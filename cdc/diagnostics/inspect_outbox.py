@@ -17,6 +17,7 @@ from cdc.diagnostics.facts import (
     Backlog,
     Captured,
     CaptureFunctionFacts,
+    Creators,
     DataReader,
     DataReaders,
     Installed,
@@ -152,6 +153,17 @@ _READERS = """
            ) AS by_default
       FROM outbox LEFT JOIN granted g ON true LEFT JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
      ORDER BY role
+"""
+# Whom the schema's owner has let create in it, maybe PUBLIC. The owners of schema and outbox may replace ours anyway.
+_CREATORS = """
+    SELECT n.nspname::text AS schema,
+           ARRAY(SELECT DISTINCT CASE WHEN a.grantee = 0::oid THEN 'PUBLIC' ELSE r.rolname::text END
+                   FROM pg_catalog.aclexplode(n.nspacl) a LEFT JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
+                  WHERE a.privilege_type = 'CREATE' AND a.grantee NOT IN (n.nspowner, c.relowner)
+                    AND NOT coalesce(r.rolsuper, false)
+                  ORDER BY 1) AS others
+      FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = %s AND c.relname = 'entity_changes'
 """
 # The server has one for text and one for bytea. Their owner is the role that created the cluster.
 _SENDERS = """
@@ -328,6 +340,11 @@ def readers(connection: psycopg.Connection, name: str) -> DataReaders:
             if row["role"] is not None
         ),
     )
+
+
+def creators(connection: psycopg.Connection, name: str) -> Creators:
+    row = one(connection, _CREATORS, [name], what="entity_changes")
+    return Creators(schema=row["schema"], others=tuple(row["others"]))
 
 
 def senders(connection: psycopg.Connection) -> Senders:

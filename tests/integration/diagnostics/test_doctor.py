@@ -89,6 +89,7 @@ def shop(well: TempServer) -> Iterator[str]:
         with psycopg.connect(well.dsn(name), autocommit=True) as db:
             db.execute(sql.SQL("CREATE ROLE {} NOLOGIN CREATEROLE").format(owner))
             db.execute(sql.SQL("GRANT ALL ON SCHEMA public TO {} WITH GRANT OPTION").format(owner))
+            db.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # before 15 everybody has it
             db.execute(sql.SQL("SET ROLE {}").format(owner))
             migrations.install(db, "public")
             db.execute("CREATE TABLE tasks (id int PRIMARY KEY, title text)")
@@ -172,6 +173,7 @@ def test_a_server_as_it_is_installed_is_examined_and_mended() -> None:
         apply(server.dsn(), run(server.dsn(), "--fix").stdout)
         left = troubles(server.dsn())
         left.pop("version", None)  # a version that is maintained no more
+        left.pop("creators", None)  # before 15
         assert left == {"message-senders": "warn", "triggers": "warn"}
         assert "has decoded a message" in findings(server.dsn())["plugin"]["detail"]
         apply(server.dsn(), run(server.dsn(), "--fix").stdout)

@@ -135,6 +135,7 @@ BROKEN = {
     "a reader": Broken("readers", "GRANT SELECT ON entity_changes TO {other}"),
     "a reader of what is due later": Broken("readers", "GRANT SELECT ON cdc_due_changes TO {other}"),
     "a reader of a column of it": Broken("readers", "GRANT SELECT (due, new_data) ON cdc_due_changes TO PUBLIC"),
+    "a creator": Broken("creators", "GRANT CREATE ON SCHEMA public TO {other}, PUBLIC"),
     "a sequence that is behind": Broken(
         "sequence", "INSERT INTO tasks VALUES (1); SELECT setval('entity_changes_seq_seq', 1, false)"
     ),
@@ -151,7 +152,7 @@ BROKEN = {
 }
 _COMMAND = re.compile(r"cdc (?:db upgrade|track (?:[^,;:()]|,(?! ))+|outbox (?:retry|discard) ID)")
 _STATEMENT = re.compile(r"ALTER TABLE \S+ SET LOGGED|(?:ALTER|DROP|GRANT|REVOKE|SELECT|UPDATE) .*;$")
-SCRIPTED = ("schema", "capture-function", "autovacuum", "readers")
+SCRIPTED = ("schema", "capture-function", "autovacuum", "readers", "creators")
 ELSEWHERE = {
     "test_doctor": {
         "connect", "tls", "stream-tls", "pooler", "keepalives", "sender-timeout", "session-timeouts", "version",

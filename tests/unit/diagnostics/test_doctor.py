@@ -18,6 +18,7 @@ from cdc.diagnostics.facts import (
     Backlog,
     Captured,
     CaptureFunctionFacts,
+    Creators,
     DataReader,
     DataReaders,
     Decoding,
@@ -89,6 +90,7 @@ GRANTED = DataReader(role="grafana", tables=("public.entity_changes",), by_defau
 SNOOP = DataReader(role="an", tables=("public.cdc_due_changes",), intended=False, by_default=("ALTER ...;",))
 READERS = DataReaders(owner="app", readers=(GRANTED,))
 MESSAGES = ("pg_catalog.m(boolean, text, bytea)", "pg_catalog.m(boolean, text, text)")
+CREATORS = Creators(schema="public", others=())
 SENDERS = Senders(open_to_all=(), owners=("app",), others=("queue",))
 ASTRAY = Astray(table='"public"."entity_changes"', rows=0)
 NUMBERS = Numbering(role="cdc", table='"public"."entity_changes"', sequence="public.s", last=9, highest=9)
@@ -112,6 +114,7 @@ def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any
         Captured: check_tables.of_captured(subject),
         RowSecurity: check_outbox.ROW_SECURITY,
         DataReaders: check_outbox.READERS,
+        Creators: check_outbox.CREATORS,
         Senders: check_outbox.SENDERS,
         Numbering: check_outbox.NUMBERING,
         Astray: check_outbox.ASTRAY,
@@ -130,7 +133,7 @@ def check(name: str, facts: Any, subject: Subject = SUBJECT) -> Finding:
 
 
 HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, SLOT_FACTS, INSTALLED, CAPTURE, CAPTURED, RIGHTS,
-           ROW_SECURITY, READERS, SENDERS, NUMBERS, ASTRAY, HOLDERS, TABLE, BACKLOG,
+           ROW_SECURITY, READERS, CREATORS, SENDERS, NUMBERS, ASTRAY, HOLDERS, TABLE, BACKLOG,
            Unhandled(()), SUBJECT)  # fmt: skip
 
 
@@ -272,6 +275,8 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
      'ALTER TABLE public.entity_changes DISABLE ROW LEVEL SECURITY;.*BYPASSRLS'),
     ("readers", replace(READERS, readers=(GRANTED, SNOOP)), WARN, r"whatever .*: an \(by default privileges\)",
      r'ALTER ...; REVOKE ALL ON TABLE public.cdc_due_changes FROM "an";'),
+    ("creators", Creators(schema='o"x', others=("PUBLIC", "app")), WARN, "in schema o\"x, .*: PUBLIC, app",
+     'REVOKE CREATE ON SCHEMA "o""x" FROM PUBLIC, "app";'),
     ("message-senders", replace(SENDERS, open_to_all=MESSAGES, owners=("app", 'o"x')), WARN, "every role",
      r'GRANT EXECUTE ON FUNCTION pg_catalog.m\(.* bytea\), .* TO "app"; GRANT .* TO "o""x"; REVOKE .* FROM PUBLIC;'),
     ("sequence", replace(NUMBERS, highest=12), FAIL, "the last number drawn is 9, and there is a change 12",
