@@ -117,8 +117,11 @@ class RedisSender:
             if isinstance(error, TimeoutError):
                 summary = f"no reply came within {timeout_s:g} s"
             if client is self._client:
-                await self.close()
+                self._client = None
             return [LostError(summary)] * len(messages)
+        finally:
+            if client is not self._client:  # one that was given up connects again for whoever still uses it
+                await _closed(client)
         if self._replicas and not _confirmed(replies.pop(), self._replicas):
             return [AwayError(f"fewer than {self._replicas} replicas have confirmed it")] * len(messages)
         return [_meaning(reply) if isinstance(reply, Exception) else None for reply in replies]
