@@ -16,12 +16,12 @@ _LONG_ONES = (
 (the simulation, the scheduler's machine) is not beside the ledger, which has limits for what three consumers do."""
 
 pytest_plugins = [
+    "tests.fix_proxy",
     "tests.fix_brokers",
     "tests.fix_db",
     "tests.fix_outbox",
     "tests.fix_slot",
     "tests.fix_stream",
-    "tests.fix_proxy",
     "tests.fix_tally",
     "tests.fix_consumer",
     "tests.fix_logs",

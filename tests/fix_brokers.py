@@ -24,10 +24,12 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka import Message as Record
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
+from psycopg.conninfo import make_conninfo
 from redis.asyncio import Redis
 
 from cdc.contrib.demo.temp_server import free_port
 from tests.eventually import eventually
+from tests.fix_proxy import Proxy
 
 _RABBITMQ = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 """Not the one of the PATH, which wants to be another user."""
@@ -105,9 +107,13 @@ class BrokerServer:
     def command(self) -> list[str]:
         raise NotImplementedError
 
-    def url(self, template: str = "") -> str:
-        """To deliver to."""
+    def url(self, template: str = "", port: int = 0) -> str:
+        """To deliver to. ``port``: another one than its own, such as that of a proxy."""
         raise NotImplementedError
+
+    def proxy(self) -> Proxy:
+        """Before this server, not started."""
+        return Proxy(make_conninfo("", host="127.0.0.1", port=self.port))
 
     def tls_options(self, files: TlsFiles) -> list[str]:
         """To start it with, so that it speaks TLS only, and wants a certificate of its clients."""
@@ -115,6 +121,13 @@ class BrokerServer:
 
     async def prepare(self) -> None:
         """Make what does not come by itself with the first message."""
+
+    async def remove(self) -> None:
+        """Take away what ``prepare`` has made, with all that is in it; ``prepare_again`` makes it again."""
+        raise NotImplementedError
+
+    async def prepare_again(self) -> None:
+        await self.prepare()
 
     async def received(self) -> list[Received]:
         """All that is in it, in the order in which a consumer reads it."""
@@ -177,12 +190,16 @@ class NatsServer(BrokerServer):
             "--store_dir", str(self.folder / "store"), *self.options,
         ]  # fmt: skip
 
-    def url(self, template: str = "cdc.{type}") -> str:
-        return f"nats://{self.address}/{template}"
+    def url(self, template: str = "cdc.{type}", port: int = 0) -> str:
+        return f"nats://127.0.0.1:{port or self.port}/{template}"
 
     async def prepare(self, **limits: Any) -> None:
         async with await nats.connect(f"nats://{self.address}") as client:
             await client.jetstream().add_stream(name="CDC", subjects=["cdc.>"], **limits)
+
+    async def remove(self) -> None:
+        async with await nats.connect(f"nats://{self.address}") as client:
+            await client.jetstream().delete_stream("CDC")
 
     def tls_options(self, files: TlsFiles) -> list[str]:
         return [
@@ -211,8 +228,8 @@ class RedisServer(BrokerServer):
             "--appendonly", "yes", "--appendfsync", "everysec", *self.options,
         ]  # fmt: skip
 
-    def url(self, template: str = "cdc:{type}") -> str:
-        return f"redis://{self.address}/0/{template}"
+    def url(self, template: str = "cdc:{type}", port: int = 0) -> str:
+        return f"redis://127.0.0.1:{port or self.port}/0/{template}"
 
     def tls_options(self, files: TlsFiles) -> list[str]:
         return [
@@ -227,6 +244,10 @@ class RedisServer(BrokerServer):
     async def put(self, key: str, text: str) -> None:
         async with Redis(port=self.port) as client:
             await client.set(key, text)
+
+    async def remove(self) -> None:
+        async with Redis(port=self.port) as client:
+            await client.flushall()
 
     async def received(self) -> list[Received]:
         async with Redis(port=self.port, decode_responses=True) as client:
@@ -258,21 +279,26 @@ class KafkaServer(BrokerServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.secure_port, self.login_port, self._controller_port = free_port(), free_port(), free_port()
+        self._proxied_port, self._proxy_port = free_port(), free_port()
         self.files = tls_files(folder)
         self._prefix = ""
+        self._types: Sequence[str] = ()
         chain = folder / "server.pem"
         chain.write_text(self.files.key.read_text() + self.files.cert.read_text())
-        listener = {"PLAINTEXT": self.port, "SSL": self.secure_port, "SASL_PLAINTEXT": self.login_port}
-        listeners = ",".join(f"{name}://127.0.0.1:{port}" for name, port in listener.items())
+        listener = {
+            "PLAINTEXT": self.port, "SSL": self.secure_port, "SASL_PLAINTEXT": self.login_port,
+            "PROXIED": self._proxied_port,
+        }  # fmt: skip
         login = "org.apache.kafka.common.security.plain.PlainLoginModule required"
         settings = {
             "process.roles": "broker,controller",
             "node.id": 1,
             "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
-            "listeners": f"{listeners},CONTROLLER://127.0.0.1:{self._controller_port}",
-            "advertised.listeners": listeners,
+            "listeners": _written({**listener, "CONTROLLER": self._controller_port}),
+            "advertised.listeners": _written({**listener, "PROXIED": self._proxy_port}),
             "controller.listener.names": "CONTROLLER",
-            "listener.security.protocol.map": ",".join(f"{n}:{n}" for n in listener) + ",CONTROLLER:PLAINTEXT",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,SSL:SSL,SASL_PLAINTEXT:SASL_PLAINTEXT,"
+            "PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "log.dirs": folder / "data",
             "num.partitions": 4,
             "auto.create.topics.enable": "false",
@@ -302,15 +328,31 @@ class KafkaServer(BrokerServer):
     def command(self) -> list[str]:
         return [*self._program(), "kafka.Kafka", str(self._settings)]
 
+    def proxy(self) -> Proxy:
+        """On the port that this server names to who comes through it."""
+        return Proxy(make_conninfo("", host="127.0.0.1", port=self._proxied_port), self._proxy_port)
+
     def url(self, template: str = "{type}", port: int = 0) -> str:
         return f"kafka://127.0.0.1:{port or self.port}/{self._prefix}.{template}"
 
     async def prepare(self, types: Sequence[str] = ("x", "order", "wanted"), **limits: str) -> None:
-        self._prefix = f"cdc-{uuid.uuid4().hex[:8]}"
-        topics = [NewTopic(f"{self._prefix}.{each}", 4, 1, config=limits) for each in types]
+        self._prefix, self._types = f"cdc-{uuid.uuid4().hex[:8]}", types
+        await self._create(limits)
+
+    async def _create(self, limits: Mapping[str, str]) -> None:
+        topics = [NewTopic(f"{self._prefix}.{each}", 4, 1, config=dict(limits)) for each in self._types]
         admin = AdminClient({"bootstrap.servers": self.address})
         for made in (await asyncio.to_thread(admin.create_topics, topics)).values():
             await asyncio.to_thread(made.result, 30)
+
+    async def remove(self) -> None:
+        topics = [f"{self._prefix}.{each}" for each in self._types]
+        admin = AdminClient({"bootstrap.servers": self.address})
+        for gone in (await asyncio.to_thread(admin.delete_topics, topics)).values():
+            await asyncio.to_thread(gone.result, 30)
+
+    async def prepare_again(self) -> None:
+        await self._create({})
 
     async def received(self) -> list[Received]:
         return await asyncio.to_thread(self._read)
@@ -351,7 +393,7 @@ class RabbitServer(BrokerServer):
             f"ssl_options.cacertfile = {self.files.ca}\nssl_options.certfile = {self.files.cert}\n"
             f"ssl_options.keyfile = {self.files.key}\n"
             "ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n"
-            "distribution.listener.interface = 127.0.0.1\nlog.file.level = warning\n"
+            "distribution.listener.interface = 127.0.0.1\nmax_message_size = 2000000\nlog.file.level = warning\n"
         )
         self._mapper: subprocess.Popen[bytes] | None = None
         self._exchange = ""
@@ -384,11 +426,23 @@ class RabbitServer(BrokerServer):
 
     async def prepare(self, *, bound: str = "#", limits: dict[str, Any] | None = None) -> None:
         self._exchange = f"cdc-{uuid.uuid4().hex[:8]}"
+        await self._declare(bound, limits)
+
+    async def _declare(self, bound: str, limits: dict[str, Any] | None) -> None:
         async with await aio_pika.connect(f"amqp://guest:guest@{self.address}/") as connection:
             channel = await connection.channel()
             exchange = await channel.declare_exchange(self._exchange, "topic", durable=True)
             queue = await channel.declare_queue(self._exchange, durable=True, arguments=limits)
             await queue.bind(exchange, bound)
+
+    async def remove(self) -> None:
+        async with await aio_pika.connect(f"amqp://guest:guest@{self.address}/") as connection:
+            channel = await connection.channel()
+            await channel.queue_delete(self._exchange)
+            await channel.exchange_delete(self._exchange)
+
+    async def prepare_again(self) -> None:
+        await self._declare("#", None)
 
     async def received(self) -> list[Received]:
         async with await aio_pika.connect(f"amqp://guest:guest@{self.address}/") as connection:
@@ -405,6 +459,10 @@ class RabbitServer(BrokerServer):
             for each in found
             if each is not None
         ]
+
+
+def _written(listeners: Mapping[str, int]) -> str:
+    return ",".join(f"{name}://127.0.0.1:{port}" for name, port in listeners.items())
 
 
 def _of_kafka(record: Record) -> Received:

@@ -27,12 +27,13 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """``proxy.dsn`` leads through it to the server of ``dsn``."""
+    """``proxy.dsn`` leads through it to the server of ``dsn``. ``port``: its own; 0: any that is free."""
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, port: int = 0) -> None:
         self._target = conninfo_to_dict(dsn)
-        self._door = socket.create_server(("127.0.0.1", 0))
-        self.dsn = make_conninfo(dsn, host="127.0.0.1", port=self._door.getsockname()[1])
+        self._door = socket.create_server(("127.0.0.1", port))
+        self.port = int(self._door.getsockname()[1])
+        self.dsn = make_conninfo(dsn, host="127.0.0.1", port=self.port)
         self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._threads: list[threading.Thread] = []

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 from cdc.brokers.acks import Result
 from cdc.brokers.sender import BrokerSender
+from cdc.core import failpoints
 from cdc.core.broker_messages import Encoding, Message
 from cdc.core.circuit_breaker import CircuitBreaker
 from cdc.core.debezium import DebeziumEncoding
@@ -136,7 +137,9 @@ class BrokerDelivery:
         except UnreachedError as unreached:
             self._count("unreached", len(due))
             return [*refused, *((change, unreached) for change in due)]
+        failpoints.here("deliver.before_send")
         results = await self._sender.send(messages, self._timeout_s)
+        failpoints.here("deliver.after_send")
         self._count_all(results)
         return [*refused, *zip(due, self._rounds.ended(due, results), strict=True)]
 

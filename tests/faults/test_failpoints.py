@@ -33,6 +33,7 @@ _ELSEWHERE = {
     **dict.fromkeys(
         ["backfill.after_write", "backfill.before_commit", "backfill.after_commit"], "the same: test_backfill"
     ),
+    **dict.fromkeys(["deliver.before_send", "deliver.after_send"], "handlers send nothing: test_brokers"),
 }
 _RELEASES = {"shards.before_release", "shards.after_unregister", "shards.after_release"}
 """A consumer gives shards away only to another."""

@@ -1,0 +1,245 @@
+"""Deliveries to real brokers while brokers, links and consumers break: the ledger has the broker as its other side."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from cdc.app.application import App
+from tests.eventually import eventually, eventually_async
+from tests.faults.broker_ledger import Captured, Read, judge
+from tests.fix_brokers import BrokerServer
+from tests.fix_consumer import ROOT, Process, consuming, metric, settled, states
+from tests.fix_proxy import Proxy
+from tests.forked import Forked
+
+_KEYS = 30
+_SETTLED_S = 120.0
+"""For a thousand changes, on a machine with other work, after the last fault."""
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05}
+
+
+def _publish(db: psycopg.Connection, count: int, size: int = 10) -> None:
+    db.execute(
+        "SELECT publish_change('x', 'k' || n %% %s, 'INSERT', jsonb_build_object('n', repeat('x', %s)))"
+        " FROM generate_series(1, %s) AS n",
+        [_KEYS, size, count],
+    )
+
+
+def _violations(
+    db: psycopg.Connection, broker: BrokerServer, copies_max: int | None = None, after: int = 0
+) -> list[str]:
+    """``after``: the number of the last change that is not asked for."""
+    rows = db.execute(
+        "SELECT seq, entity_id, id::text, CASE WHEN processed THEN 'processed' WHEN dead_at IS NOT NULL THEN 'dead'"
+        " WHEN next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END FROM entity_changes WHERE seq > %s",
+        [after],
+    ).fetchall()
+    events = [each.event for each in asyncio.run(broker.received())]
+    read = [Read(int(event["sequence"]), event["subject"], event["id"]) for event in events]
+    if broker.scheme == "nats":
+        copies_max = 1  # the stream drops the others
+    return judge([Captured(*row) for row in rows], read, copies_max=copies_max)
+
+
+async def _until(condition: Callable[[], object], what: str, within_s: float = 30.0) -> None:
+    async def check() -> bool:
+        return bool(condition())
+
+    await eventually_async(check, what=what, within_s=within_s)
+
+
+def _processed_more_than(db: psycopg.Connection, count: int) -> bool:
+    return states(db).get("processed", 0) > count
+
+
+def _failed(app: App) -> float:
+    """Messages that did not reach the broker, or without an acknowledgement."""
+    count = partial(metric, app.metrics.registry, "cdc_delivery_requests_total")
+    return count(result="broken") + count(result="unreached")
+
+
+@pytest.fixture
+def link(broker: BrokerServer) -> Iterator[Proxy]:
+    running = broker.proxy()
+    running.start()
+    yield running
+    running.stop()
+
+
+async def _killed(app: App, broker: BrokerServer, link: Proxy) -> None:
+    await asyncio.to_thread(broker.kill)
+    link.cut()
+    before = _failed(app)
+    await _until(lambda: _failed(app) > before, "nothing reaches the broker")
+    await asyncio.to_thread(broker.start)
+
+
+async def _cut(app: App, broker: BrokerServer, link: Proxy) -> None:
+    before = link.accepted
+    link.cut()
+    await _until(lambda: link.accepted > before, "it connects again")
+
+
+async def _unreachable(app: App, broker: BrokerServer, link: Proxy) -> None:
+    before = _failed(app)
+    link.refuse()
+    await _until(lambda: _failed(app) > before, "nothing reaches the broker")
+
+
+async def _frozen(app: App, broker: BrokerServer, link: Proxy) -> None:
+    before = _failed(app)
+    link.hold()
+    await _until(lambda: _failed(app) > before, "no acknowledgement comes")
+
+
+async def _way_gone(app: App, broker: BrokerServer, link: Proxy) -> None:
+    before = _failed(app)
+    link.swallow()
+    await _until(lambda: _failed(app) > before, "no acknowledgement comes")
+    link.cut()  # the network is back, and knows nothing of the connections
+
+
+async def _answer_lost(app: App, broker: BrokerServer, link: Proxy) -> None:
+    before = link.lost
+    link.lose()
+    await _until(lambda: link.lost > before, "an answer is lost")
+
+
+_Fault = Callable[[App, BrokerServer, Proxy], Awaitable[None]]
+
+
+@pytest.mark.promise("G1")
+@pytest.mark.promise("G3")
+@pytest.mark.parametrize(
+    "fault", [_killed, _cut, _unreachable, _frozen, _way_gone, _answer_lost], ids=lambda fault: fault.__name__[1:]
+)
+async def test_a_broker_that_fails_while_changes_come_gets_each_of_them_in_the_order_of_its_key(
+    fault: _Fault, broker: BrokerServer, link: Proxy, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await broker.prepare()
+    url = broker.url(port=link.port)
+    async with consuming(outbox, None, deliver_to=url, max_attempts=1, timeout=1, deliver_batch=50, **_QUICK) as app:
+        for _ in range(3):
+            more = partial(_processed_more_than, outbox_db, states(outbox_db).get("processed", 0))
+            _publish(outbox_db, 300)
+            await _until(more, "some arrive", within_s=_SETTLED_S)
+            _publish(outbox_db, 100)
+            await fault(app, broker, link)
+            link.open()
+        await _until(lambda: settled(outbox_db), "every change is processed or dead", within_s=_SETTLED_S)
+    assert states(outbox_db) == {"processed": 1_200}
+    assert await asyncio.to_thread(_violations, outbox_db, broker) == []
+
+
+@pytest.mark.promise("G1")
+@pytest.mark.promise("G3")
+@pytest.mark.parametrize(
+    "point",
+    ["deliver.before_send", "deliver.after_send", "run.after_handler", "settle.before_commit", "settle.after_commit"],
+)
+def test_a_consumer_that_is_killed_around_a_send_or_its_mark_loses_nothing_and_keeps_the_order(
+    point: str,
+    broker: BrokerServer,
+    outbox_db: psycopg.Connection,
+    tmp_path: Path,
+    processes: list[Process],
+) -> None:
+    asyncio.run(broker.prepare())
+    _publish(outbox_db, 600)
+    outbox, log = outbox_db.info.dsn, tmp_path / "crashing.log"
+    log.touch()
+    options = ["--deliver-to", broker.url(), "--batch", "50", "--slot-name", "crashing", "--http-port", "0"]
+    crashing = Forked(
+        "tests.faults.crashing",
+        [point, "3", "run", *options],
+        cwd=ROOT,
+        environment={**os.environ, "CDC_DSN": outbox},
+        log=log,
+    )
+    try:
+        assert crashing.wait(_SETTLED_S) == -signal.SIGKILL, log.read_text()
+    finally:
+        crashing.kill()
+        crashing.wait()
+    _publish(outbox_db, 200)
+    processes.append(Process(outbox, tmp_path / "clean.log", deliver_to=broker.url()))
+    eventually(lambda: settled(outbox_db), what="the clean consumer finishes", within_s=_SETTLED_S)
+    processes[-1].terminate()
+    assert states(outbox_db) == {"processed": 800}
+    assert _violations(outbox_db, broker, copies_max=2) == []
+    outbox_db.execute(
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = 'crashing'"
+    )
+
+
+@pytest.mark.promise("G1")
+async def test_what_is_taken_away_from_under_a_delivery_and_made_again_gets_all_that_came_since(
+    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await broker.prepare()
+    async with consuming(outbox, None, deliver_to=broker.url(), max_attempts=1_000, **_QUICK):
+        _publish(outbox_db, 100)
+        await _until(lambda: settled(outbox_db), "the first ones arrive", within_s=_SETTLED_S)
+        await broker.remove()
+        _publish(outbox_db, 200)
+        if broker.scheme != "redis":  # whose first entry makes a stream
+            refused = "SELECT FROM entity_changes WHERE error_count > 0 LIMIT 1"
+            await _until(lambda: outbox_db.execute(refused).fetchall(), "an attempt fails", within_s=_SETTLED_S)
+            assert states(outbox_db)["processed"] == 100
+            await broker.prepare_again()
+        await _until(lambda: settled(outbox_db), "every change is processed or dead", within_s=_SETTLED_S)
+    assert states(outbox_db) == {"processed": 300}
+    assert await asyncio.to_thread(_violations, outbox_db, broker, None, 100) == []
+
+
+@pytest.mark.promise("G4")
+async def test_a_message_that_is_too_large_is_a_dead_letter_and_takes_no_other_with_it(
+    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await broker.prepare()
+    _publish(outbox_db, 40)
+    outbox_db.execute(
+        "SELECT publish_change('x', 'k' || n, 'INSERT', jsonb_build_object('n', repeat('x', 3000000)))"
+        " FROM generate_series(1, 3) AS n"
+    )
+    _publish(outbox_db, 40)
+    async with consuming(outbox, None, deliver_to=broker.url(), max_attempts=1):
+        await _until(lambda: settled(outbox_db), "every change is processed or dead", within_s=_SETTLED_S)
+    large = 0 if broker.scheme == "redis" else 3  # which takes 512 MB
+    assert states(outbox_db).get("dead", 0) == large
+    assert await asyncio.to_thread(_violations, outbox_db, broker) == []
+
+
+_ROWS = [Captured(1, "a", "one", "processed"), Captured(2, "a", "two", "processed")]
+_ONE, _TWO = Read(1, "a", "one"), Read(2, "a", "two")
+
+
+@pytest.mark.parametrize(
+    ("read", "verdict"),
+    [
+        ([_ONE, _TWO], []),
+        ([_ONE, _ONE, _TWO, _ONE], []),
+        ([_ONE], ["lost"]),
+        ([_TWO, _ONE], ["out of order"]),
+        ([_ONE, _TWO, Read(3, "a", "three")], ["not what was captured"]),
+        ([_ONE, _ONE, _ONE, _ONE, _TWO], ["4 copies"]),
+    ],
+)
+def test_the_judge_sees_a_loss_a_stranger_disorder_and_too_many_copies(read: list[Read], verdict: list[str]) -> None:
+    assert [each.partition(":")[0] for each in judge(_ROWS, read, copies_max=3)] == verdict
+
+
+def test_the_judge_sees_what_is_not_settled_and_a_dead_letter_that_is_there() -> None:
+    rows = [Captured(1, "a", "one", "dead"), Captured(2, "a", "two", "waiting")]
+    found = [each.partition(":")[0] for each in judge(rows, [_ONE])]
+    assert found == ["a dead letter, and there", "not settled"]
