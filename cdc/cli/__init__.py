@@ -31,6 +31,7 @@ COMMANDS = {
     "tracked": ("cdc.cli.track", "List the tables whose changes are captured."),
     "status": ("cdc.cli.status", "Show who works, how fast, and what is not processed."),
     "outbox": ("cdc.cli.outbox", "Look at changes, decide about dead letters, remove old ones."),
+    "subscription": ("cdc.cli.subscription", "Let further services read the outbox, each at its own pace."),
     "slot": ("cdc.cli.slot", "Create, drop and inspect the replication slot."),
     "doctor": ("cdc.cli.doctor", "Check every precondition, each with its remedy."),
     "config": ("cdc.cli.config", "Show the settings in force."),

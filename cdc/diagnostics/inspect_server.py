@@ -14,7 +14,7 @@ from cdc.core.errors import CdcError, NotFoundError
 from cdc.diagnostics.facts import OpenTransactions, ReplicationLink, ServerFacts, SessionFacts, Subject, Transaction
 from cdc.diagnostics.findings import Unknown
 from cdc.postgres.connect import SERVER_TCP, connect, describe, explain
-from cdc.replication import slots
+from cdc.postgres.open_transactions import oldest_writer
 from cdc.replication.lsn_tracker import status_interval_s
 from cdc.replication.stream import StreamSettings
 
@@ -178,7 +178,7 @@ def _replication_link(subject: Subject, role: str, may_replicate: bool | None) -
 def transactions(connection: psycopg.Connection, *, limit_s: float, sees_all: bool) -> OpenTransactions:
     with connection.cursor(row_factory=dict_row) as cursor:
         old = [_transaction(connection, row) for row in cursor.execute(_OLD, {"limit_s": limit_s})]
-    oldest = slots.oldest_writer(connection)
+    oldest = oldest_writer(connection)
     [(standbys,)] = connection.execute("SELECT current_setting('synchronous_standby_names')").fetchall()
     return OpenTransactions(
         old=tuple(old),

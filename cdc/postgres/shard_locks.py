@@ -136,9 +136,13 @@ SELECT ARRAY (SELECT shard::int FROM before WHERE owner <> %(owner)s),
 """
 
 
-def lock_class(schema: str) -> int:
-    """The first number of the advisory locks of this outbox, as ``pg_advisory_lock(int, int)`` takes it."""
-    hashed = _hashed(schema)
+def lock_class(schema: str, subscription: int = 0) -> int:
+    """The first number of the advisory locks of this outbox, as ``pg_advisory_lock(int, int)`` takes it.
+
+    Each subscription has one of its own; 0 is the default one.
+    """
+    # No name of a schema has a zero byte in it.
+    hashed = _hashed(f"{schema}\0{subscription}" if subscription else schema)
     return hashed - (1 << 32) if hashed >= 1 << 31 else hashed
 
 

@@ -27,8 +27,10 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
     ``{backfills}``, the table of backfills; ``{due_changes}``, that of what is due later, and its function
     ``{publish_due}``; ``{barriers}``, that of changes of whole tables that are not settled, ``{barriers_regclass}``,
     ``{is_barred}``, a function, and ``{barred_regprocedure}``; ``{is_table_function}``, an expression;
-    ``{shards_regclass}``, the same for the table of owners; and blocks that are expressions, from outbox.sql or from
-    further up in the same file. ``instead``: in place of the blocks of these names.
+    ``{shards_regclass}``, the same for the table of owners; ``{subscriptions}``, ``{positions}`` and
+    ``{subscription_changes}``, the tables of subscriptions; ``{numbers}``, the sequence of ``seq``; and blocks that are
+    expressions, from outbox.sql or from further up in the same file. ``instead``: in place of the blocks of these
+    names.
     """
     names = {
         "changes": table(schema, "entity_changes"),
@@ -41,6 +43,10 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
         "barred_regprocedure": _in_text(sql.Literal(f"{sql.Identifier(schema, 'barred').as_string()}(text, bigint)")),
         "barriers_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_barriers").as_string())),
         "publish_due": table(schema, "publish_due"),
+        "subscriptions": table(schema, "cdc_subscriptions"),
+        "positions": table(schema, "cdc_positions"),
+        "subscription_changes": table(schema, "cdc_subscription_changes"),
+        "numbers": table(schema, "entity_changes_seq_seq"),
         "is_table_function": sql.SQL(IS_TABLE_FUNCTION),
         "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
     }

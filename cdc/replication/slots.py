@@ -21,7 +21,7 @@ from cdc.core.errors import CdcError, NotFoundError, RefusedError, StreamError, 
 from cdc.core.lsn import Lsn
 from cdc.core.model import PLUGINS, publication_name
 from cdc.core.stream_reason import Reason
-from cdc.core.units import format_duration
+from cdc.postgres.open_transactions import end_oldest
 from cdc.replication.refusals import ErrorContext, Phase, classify
 from cdc.replication.slot_health import ABSENT_STANDBYS, SlotReport
 
@@ -58,18 +58,6 @@ _LOOK = sql.SQL("""
      WHERE %(name)s::text IS NULL OR s.slot_name = %(name)s
      ORDER BY s.slot_name
 """).format(absent_standbys=sql.SQL(ABSENT_STANDBYS))
-# By the lock that each transaction holds on its own number: every role may see those locks, but not the ages.
-_OLDEST_WRITER = """
-    SELECT l.pid, a.datname AS database, a.application_name, p.gid,
-           extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))::float8 AS age_s
-      FROM pg_catalog.pg_locks l
-      LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-      LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = l.transactionid
-     WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
-       AND l.pid IS DISTINCT FROM pg_backend_pid()
-     ORDER BY age(l.transactionid) DESC
-     LIMIT 1
-"""
 
 
 def check_name(name: str) -> str:
@@ -347,24 +335,7 @@ def _immovable(name: str) -> CdcError:
     )
 
 
-def oldest_writer(connection: psycopg.Connection) -> tuple[str, str] | None:
-    """The oldest open write transaction of any database, as a sentence; and the statement that ends it."""
-    with connection.cursor(row_factory=dict_row) as cursor:
-        found = cursor.execute(_OLDEST_WRITER).fetchone()
-    if found is None:
-        return None
-    age = f", {format_duration(found['age_s'])} old" if found["age_s"] is not None else ""
-    if found["gid"] is not None:
-        statement = sql.SQL("ROLLBACK PREPARED {}").format(sql.Literal(found["gid"])).as_string(connection)
-        return f"the prepared transaction {found['gid']}{age}", f"{statement};"
-    named = f", {found['application_name']}" if found["application_name"] else ""
-    who = f"process {found['pid']}{age}, database {found['database']}{named}"
-    return who, f"SELECT pg_terminate_backend({found['pid']});"
-
-
 def _waits_for_a_writer(connection: psycopg.Connection, name: str) -> RefusedError:
-    oldest = oldest_writer(connection)
-    hint = "end the oldest write transaction of the server, of any database: see pg_stat_activity, pg_prepared_xacts"
-    if oldest is not None:
-        hint = f"the oldest is {oldest[0]}; wait for it, or end it: {oldest[1]}"
-    return RefusedError(f"the slot {name} cannot be created while a transaction that writes stays open", hint=hint)
+    return RefusedError(
+        f"the slot {name} cannot be created while a transaction that writes stays open", hint=end_oldest(connection)
+    )
