@@ -64,7 +64,7 @@ def fail(db: psycopg.Connection, number: int, *seqs: int, dead: bool = False, pa
     """As a failed attempt leaves a change in it: waiting for an hour, or dead."""
     db.execute(
         """
-        INSERT INTO cdc_subscription_changes 
+        INSERT INTO cdc_subscription_changes
           (seq, subscription, shard, next_attempt_at, dead_at, type_hash, key_hash, tried)
         SELECT n.seq, %(number)s, n.shard,
           CASE WHEN %(pauses)s THEN 'infinity' WHEN NOT %(dead)s THEN now() + interval '1 hour' END,

@@ -16,7 +16,7 @@ from cdc.core.subscription import parse_start
 from cdc.core.units import format_duration
 
 if TYPE_CHECKING:
-    from cdc.postgres.subscriptions import SubscriptionProgress, Subscription
+    from cdc.postgres.subscriptions import Subscription, SubscriptionProgress
 
 _TYPES_SHOWN = 3
 
