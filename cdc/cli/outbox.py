@@ -352,22 +352,34 @@ def _discard_before(
 def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> None:
     """Remove processed changes for good, in small batches.
 
-    Dead letters and whatever is not processed stay. It may be stopped and started at any time.
+    Dead letters and whatever is not processed stay, and what a subscription is not done with: that one is named. It may
+    be stopped and started at any time.
     """
-    from cdc.postgres.retention import COUNT_BOUND, Retention  # noqa: PLC0415 - see stats
+    from cdc.postgres.retention import Retention  # noqa: PLC0415 - see stats
 
-    older_than_s, retention = parse_duration(older_than), Retention(settings.schema_)
+    older_than_s, retention, more = parse_duration(older_than), Retention(settings.schema_), False
     with _opened(settings) as connection:
         if dry_run:
-            count = retention.prunable(connection, older_than_s)
+            count, more = retention.prunable(connection, older_than_s)
         else:
             count = add_up(retention.prune(connection, older_than_s), lambda so_far: f"removed {so_far:,} so far")
-    more = dry_run and count == COUNT_BOUND
+        held_back = _held_back(connection, settings) if retention.shared(connection) else {}
     if as_json:
-        print_json({"prunable": count, "complete": not more} if dry_run else {"pruned": count})
+        figures = {"prunable": count, "complete": not more} if dry_run else {"pruned": count}
+        print_json({**figures, **({"held_back": held_back} if held_back else {})})
     else:
         done = "would be removed" if dry_run else "removed"
         say(f"processed more than {older_than} ago: {count:,}{' or more' if more else ''} {done}")
+        for name, kept in held_back.items():
+            say(f"the subscription {name} is not done with {kept:,} that are processed; cdc subscription show {name}")
+
+
+def _held_back(connection: Connection, settings: Settings) -> dict[str, int]:
+    """Of each subscription that keeps something, how much; a lower bound."""
+    from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - see stats
+
+    found = Subscriptions(settings.schema_).progress(connection)
+    return {each.subscription.name: each.held_back for each in found if each.held_back}
 
 
 @contextmanager

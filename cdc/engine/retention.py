@@ -7,6 +7,9 @@ connection that removes, so both end together, and no process needs to notice th
 neither lock nor connection.
 
 Each batch is a transaction of its own, and pauses follow the batches' own time: on a busy server both take longer.
+
+What a subscription keeps lies before what may go, in any number. A round ends after some batches that removed nothing,
+and the next one of this process goes on behind them; a round that came to the end is followed by one from the start.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from cdc.core.errors import CdcError
 from cdc.engine.failures_log import FailuresLog
 from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async, explain
-from cdc.postgres.retention import BATCH, Retention
+from cdc.postgres.retention import BATCH, Place, Retention
 from cdc.postgres.shard_locks import RETENTION, lock_class
 
 log = logging.getLogger("cdc.retention")
@@ -34,6 +37,8 @@ _ROUND_EVERY_S = 60.0
 _BUSY_SHARE = 0.1
 """Share of a round's time in which the server works for it."""
 PAUSE_MAX_S = 60.0
+_IN_VAIN_MAX = 100
+"""Batches of a round that look at what subscriptions keep, and find nothing to remove: some 5 s with their pauses."""
 _ANSWER_LIMIT_S = 35.0
 """Longer than a batch may take on the server."""
 
@@ -61,6 +66,8 @@ class Pruning:
         self._metrics = metrics
         self._batch = batch
         self._every_s = every_s
+        self._since: Place | None = None
+        """Where the next round begins, if the last one ended before the end."""
         self._failures = FailuresLog(log, "retention does not remove old changes")
 
     async def run(self) -> None:
@@ -76,19 +83,21 @@ class Pruning:
         async with self._lock() as connection:
             if connection is None:
                 return
-            # Each round begins at the start: a row that was locked is found the next time. Within a round each batch
-            # begins where the last ended: an old snapshot makes it walk over the index entries of all removed rows.
-            since, more = None, True
-            while more:
+            # Within a round each batch begins where the last ended: an old snapshot makes it walk over the index
+            # entries of all removed rows. A round begins at the start: a row that was locked is found the next time.
+            since, in_vain, more = self._since, 0, True
+            while more and in_vain < _IN_VAIN_MAX:
                 began = asyncio.get_running_loop().time()
-                count, since = await self._retention.prune_batch(
+                count, since, more = await self._retention.prune_batch(
                     connection, self._older_than_s, self._batch, since=since
                 )
                 self._metrics.pruned.inc(count)
                 self._failures.succeeded()
-                if more := count == self._batch:
+                in_vain = 0 if count else in_vain + 1
+                if more:
                     took_s = asyncio.get_running_loop().time() - began
                     await asyncio.sleep(min(took_s * (1 / _BUSY_SHARE - 1), PAUSE_MAX_S))
+            self._since = since if more else None
 
     @contextlib.asynccontextmanager
     async def _lock(self) -> AsyncIterator[psycopg.AsyncConnection | None]:
@@ -103,6 +112,7 @@ class Pruning:
         if isinstance(error, errors.InsufficientPrivilege):
             return CdcError(
                 f"the role may not: {error.diag.message_primary}",
-                hint=f"GRANT DELETE ON {self._retention.table} TO ... (cdc db grant --retention), or switch it off",
+                hint=f"cdc db grant --retention (GRANT DELETE ON {self._retention.table} TO ..., and SELECT on the"
+                " tables of subscriptions), or switch it off",
             )
         return explain(error) or error

@@ -1,7 +1,7 @@
 """Removing processed changes in small batches: no long transaction, and no unprocessed row.
 
 The history is an audit trail, so nothing is removed unless asked for. An unprocessed change, a dead letter above all,
-is never removed.
+is never removed; nor is one that a subscription is not done with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cdc.postgres.sql_files import load
 
 BATCH = 1_000
 """Rows a batch: a few milliseconds of locks, and a transaction too short to delay vacuum."""
-COUNT_BOUND = 1_000_001
+COUNT_BOUND = 1_000_000
 _UNTIMED_MAX = 100_000
 """Changes marked by hand without a time that one batch looks at: some 50 ms."""
 
@@ -28,11 +28,19 @@ LIMITS = (
 )
 
 
+class Place(NamedTuple):
+    """Where a batch ended: when its last row was processed, and where that row is or was; None: any of that moment."""
+
+    at: datetime
+    row: str | None = None
+
+
 class Batch(NamedTuple):
-    """``removed`` rows are gone, the last of which was processed at ``until``; None if none was."""
+    """``removed`` rows are gone. ``until``: where it ended, None if it found nothing. ``more``: there may be more."""
 
     removed: int
-    until: datetime | None
+    until: Place | None
+    more: bool
 
 
 class Retention:
@@ -45,13 +53,13 @@ class Retention:
 
     def prune(self, connection: psycopg.Connection, older_than_s: float, limit: int = BATCH) -> Iterator[int]:
         """Remove changes processed more than ``older_than_s`` ago; yields each batch's count after its commit."""
-        batch = Batch(limit, None)
-        while batch.removed == limit:
+        batch = Batch(0, None, True)
+        while batch.more:
             with connection.transaction():
                 connection.execute(LIMITS)
-                row = connection.execute(self._statements["prune"], _asked(older_than_s, limit, batch.until)).fetchone()
-            assert row is not None
-            batch = Batch(*row)
+                statement = self._statements["prune_shared" if self.shared(connection) else "prune"]
+                row = connection.execute(statement, _asked(older_than_s, limit, batch.until)).fetchone()
+            batch = _batch(row, batch.until)
             if batch.removed:
                 yield batch.removed
 
@@ -61,26 +69,40 @@ class Retention:
         older_than_s: float,
         limit: int = BATCH,
         *,
-        since: datetime | None = None,
+        since: Place | None = None,
     ) -> Batch:
-        """Remove one batch. Fewer than ``limit``: no more are left. ``since``: where the previous batch ended."""
+        """One batch: up to ``limit`` rows are removed, or are looked at. ``since``: where the previous batch ended."""
         async with connection.transaction():
             await connection.execute(LIMITS)
-            cursor = await connection.execute(self._statements["prune"], _asked(older_than_s, limit, since))
-            row = await cursor.fetchone()
-        assert row is not None
-        return Batch(*row)
+            [(shared,)] = await (await connection.execute(self._statements["shared"], {})).fetchall()
+            statement = self._statements["prune_shared" if shared else "prune"]
+            row = await (await connection.execute(statement, _asked(older_than_s, limit, since))).fetchone()
+        return _batch(row, since)
 
-    def prunable(self, connection: psycopg.Connection, older_than_s: float) -> int:
-        """The number of changes that ``prune`` would remove; 1,000,001 means more."""
+    def prunable(self, connection: psycopg.Connection, older_than_s: float) -> tuple[int, bool]:
+        """The number of changes that ``prune`` would remove, and whether there may be more: a million are looked at."""
         parameters = {"older_than_s": older_than_s, "bound": COUNT_BOUND, "scan": _UNTIMED_MAX}
         with connection.transaction():
             connection.execute(LIMITS)
-            row = connection.execute(self._statements["prunable"], parameters).fetchone()
+            statement = self._statements["prunable_shared" if self.shared(connection) else "prunable"]
+            row = connection.execute(statement, parameters).fetchone()
         assert row is not None
-        return int(row[0])
+        count, more = row
+        return count, more
+
+    def shared(self, connection: psycopg.Connection) -> bool:
+        """Whether there are subscriptions, which keep what they are not done with."""
+        [(shared,)] = connection.execute(self._statements["shared"], {}).fetchall()
+        return bool(shared)
 
 
-def _asked(older_than_s: float, limit: int, since: datetime | None) -> dict[str, Any]:
+def _asked(older_than_s: float, limit: int, since: Place | None) -> dict[str, Any]:
     """The parameters of ``prune``."""
-    return {"older_than_s": older_than_s, "limit": limit, "since": since, "scan": _UNTIMED_MAX}
+    at, place = since or (None, None)
+    return {"older_than_s": older_than_s, "limit": limit, "since": at, "place": place, "scan": _UNTIMED_MAX}
+
+
+def _batch(row: tuple[int, datetime | None, str | None, bool] | None, since: Place | None) -> Batch:
+    assert row is not None
+    removed, at, place, more = row
+    return Batch(removed, since if at is None else Place(at, place), more)

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -20,8 +19,9 @@ from cdc.engine import retention
 from cdc.engine.retention import Pruning
 from cdc.observability.metrics import Metrics
 from cdc.postgres import migrations
-from cdc.postgres.retention import Batch, Retention
+from cdc.postgres.retention import Batch, Place, Retention
 from cdc.postgres.shard_locks import RETENTION, lock_class
+from tests.commands_subscription import create, fail, finish
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 from tests.fix_outbox import count, fill
@@ -131,10 +131,10 @@ async def test_each_batch_of_a_round_begins_where_the_one_before_ended(
 ) -> None:
     for days in (12, 11, 10, 9):
         fill(outbox_db, 10, days=days)
-    asked: list[datetime | None] = []
+    asked: list[Place | None] = []
     whole = Retention.prune_batch
 
-    async def noted(self: Retention, *arguments: Any, since: datetime | None = None) -> Batch:
+    async def noted(self: Retention, *arguments: Any, since: Place | None = None) -> Batch:
         asked.append(since)
         return await whole(self, *arguments, since=since)
 
@@ -143,7 +143,9 @@ async def test_each_batch_of_a_round_begins_where_the_one_before_ended(
         await _until(lambda: len(asked) > 5, "a second round")
     first_round, next_round = asked[:5], asked[5]
     assert first_round[0] is None
-    assert first_round[1:] == sorted(set(filter(None, first_round))), "each is later than the one before"
+    moments = [each.at for each in first_round[1:] if each]
+    assert moments == sorted(set(moments)), "each is later than the one before"
+    assert len(moments) == 4
     assert next_round is None
 
 
@@ -190,7 +192,27 @@ async def test_a_missing_right_is_one_warning_with_the_remedy_until_it_is_grante
         [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
         assert 'GRANT DELETE ON "public"."entity_changes" TO' in line
         outbox_db.execute("GRANT DELETE ON entity_changes TO prune_tester")
+        outbox_db.execute("GRANT SELECT ON cdc_subscriptions TO prune_tester")
         await _until(lambda: count(outbox_db) == 0, "now it may")
+
+
+async def test_what_a_subscription_keeps_does_not_keep_back_what_lies_behind_it(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round looks at a bounded part of it, and the next one goes on."""
+    monkeypatch.setattr(retention, "_IN_VAIN_MAX", 2)
+    fill(outbox_db, 95, days=10)
+    fill(outbox_db, 20, days=8)
+    number = create(outbox, "search", "--from", "beginning")
+    finish(outbox_db, number)
+    fail(outbox_db, number, *range(1, 96))
+    async with removing(outbox) as (metrics, _):
+        await _until(lambda: removed(metrics) == 20, "what is behind is removed")
+        fill(outbox_db, 5, days=9)
+        outbox_db.execute("DELETE FROM cdc_subscription_changes WHERE seq <= 3")
+        outbox_db.execute("UPDATE cdc_positions SET seq = 1000")
+        await _until(lambda: removed(metrics) == 28, "and a later round begins at the start again")
+    assert count(outbox_db) == 92
 
 
 async def test_outboxes_of_one_database_do_not_wait_for_each_other(outbox: str, outbox_db: psycopg.Connection) -> None:

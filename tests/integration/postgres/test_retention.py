@@ -17,6 +17,7 @@ from cdc.core.router import Router
 from cdc.postgres import migrations, retention
 from cdc.postgres.retention import Retention
 from cdc.postgres.sql_files import load
+from tests.commands_subscription import create, data, fail, finish
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled
 from tests.fix_outbox import count, fill
@@ -126,7 +127,14 @@ def test_a_batch_reads_a_small_part_of_a_large_table(outbox_db: psycopg.Connecti
     outbox_db.execute("VACUUM ANALYZE entity_changes")
     [(pages,)] = outbox_db.execute("SELECT relpages FROM pg_class WHERE oid = 'entity_changes'::regclass").fetchall()
     for statement, bound in (("prune", 100), ("prunable", 100)):
-        parameters = {"older_than_s": _DAY_S, "limit": bound, "since": None, "bound": bound, "scan": bound}
+        parameters = {
+            "older_than_s": _DAY_S,
+            "limit": bound,
+            "since": None,
+            "place": None,
+            "bound": bound,
+            "scan": bound,
+        }
         with outbox_db.transaction():
             outbox_db.execute(retention.LIMITS)
             [([found],)] = outbox_db.execute(
@@ -175,3 +183,113 @@ def _until_settled(db: psycopg.Connection) -> Any:
         return settled(db)
 
     return check
+
+
+# --- beside subscriptions ------------------------------------------------------------------------------------------
+
+
+def test_what_a_subscription_is_not_done_with_stays_and_goes_when_it_is(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    fill(outbox_db, 30, days=8)
+    search = create(outbox, "search", "--from", "beginning")
+    billing = create(outbox, "billing", "--from", "beginning")
+    assert pruned(outbox) == 0
+    finish(outbox_db, search)
+    assert pruned(outbox) == 0, "the other one is not done"
+    finish(outbox_db, billing)
+    fail(outbox_db, billing, 1)
+    fail(outbox_db, billing, 2, dead=True)
+    fail(outbox_db, search, 3, pauses=True)
+    assert pruned(outbox) == 27, "but what waits or is dead"
+    assert [seq for (seq,) in outbox_db.execute("SELECT seq FROM entity_changes ORDER BY 1")] == [1, 2, 3]
+    outbox_db.execute("DELETE FROM cdc_subscription_changes WHERE seq = 1")
+    assert pruned(outbox) == 1
+
+
+def test_what_is_done_ahead_of_the_position_stays(outbox: str, outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 3, days=8)
+    number = create(outbox, "search", "--from", "beginning")
+    ahead = "INSERT INTO cdc_subscription_changes (seq, subscription, shard) SELECT seq, %s, shard FROM entity_changes"
+    outbox_db.execute(ahead, [number])
+    assert pruned(outbox) == 0
+
+
+def test_a_drop_frees_what_was_kept(outbox: str, outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 30, days=8)
+    create(outbox, "search", "--from", "beginning")
+    assert pruned(outbox) == 0
+    assert data(outbox, "drop", "search", "--yes")
+    assert pruned(outbox) == 30
+
+
+def test_who_keeps_back_how_much_is_named(outbox: str, outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 30, days=8)
+    create(outbox, "search", "--from", "beginning")
+    create(outbox, "billing")
+    result = run(outbox, "--older-than", "7d")
+    assert "0 removed" in result.stderr
+    assert "search is not done with 30 that are processed" in result.stderr
+    assert "billing" not in result.stderr
+    found = json.loads(run(outbox, "--older-than", "7d", "--dry-run", "--json").stdout)
+    assert (found["prunable"], found["held_back"]) == (0, {"search": 30})
+
+
+def test_many_that_are_kept_do_not_keep_back_what_may_go(
+    outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one moment, and before what may go."""
+    fill(outbox_db, 50, days=10)
+    fill(outbox_db, 20, days=8)
+    outbox_db.execute("UPDATE entity_changes SET processed_at = NULL WHERE seq IN (50, 70)")
+    number = create(outbox, "search", "--from", "beginning")
+    finish(outbox_db, number)
+    fail(outbox_db, number, *range(1, 51))
+    assert list(Retention("public").prune(outbox_db, 7 * _DAY_S, limit=7)) != []
+    assert count(outbox_db) == 50
+    assert outbox_db.execute("SELECT max(seq) FROM entity_changes").fetchone() == (50,)
+
+
+def test_a_dry_run_counts_what_no_subscription_keeps(outbox: str, outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 30, days=8)
+    number = create(outbox, "search", "--from", "beginning")
+    finish(outbox_db, number)
+    fail(outbox_db, number, 4)
+    assert json.loads(run(outbox, "--older-than", "7d", "--dry-run", "--json").stdout)["prunable"] == 29
+
+
+def test_changes_of_a_shard_that_nobody_has_go(outbox: str, outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 1, days=8)
+    create(outbox, "search", "--from", "beginning")
+    outbox_db.execute("UPDATE entity_changes SET shard = 77")
+    assert pruned(outbox) == 1
+
+
+def test_a_batch_beside_subscriptions_reads_a_small_part_of_a_large_table(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """Also by the statistics of tables that were empty."""
+    for name in ("a", "b", "c"):
+        finish(outbox_db, create(outbox, name, "--from", "beginning"))
+    outbox_db.execute("VACUUM ANALYZE")
+    fill(outbox_db, 50_000)
+    number = create(outbox, "d")
+    fail(outbox_db, number, *range(1, 20_001))
+    [(pages,)] = outbox_db.execute("SELECT pg_relation_size('entity_changes') / 8192").fetchall()
+    for statement in ("prune_shared", "prunable_shared"):
+        parameters = {"older_than_s": _DAY_S, "limit": 100, "since": None, "place": None, "bound": 100, "scan": 100}
+        with outbox_db.transaction():
+            outbox_db.execute(retention.LIMITS)
+            [([found],)] = outbox_db.execute(
+                b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + load("retention.sql", "public")[statement], parameters
+            ).fetchall()
+        plan = json.dumps(found)
+        assert "entity_changes_processed" in plan
+        assert '"Seq Scan"' not in plan
+        touched = found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
+        assert touched < 100 * 20 + pages / 4
+
+
+def pruned(dsn: str) -> int:
+    found = json.loads(run(dsn, "--older-than", "7d", "--json").stdout)
+    return int(found["pruned"])
