@@ -9,9 +9,10 @@ comes:
   a consumer's window, a handler that fails stops it, and what the application writes waits for few of them.
 - *The rate*, in rows a second. A page takes as long as its rows may, so pages of a slow one are small.
 - *Others.* A page keeps one processor busy, and what it wrote another. Where a server has no more than these, a change
-  that is written meanwhile waits for one of them, up to a turn of the scheduler at each of its steps. So while others
-  write, a rest of twice its length follows each page. That others write is seen by the numbers: a page draws
-  successive ones, unless somebody draws some in between.
+  that is written meanwhile waits for one of them, up to a turn of the scheduler at each of its steps, and in the
+  consumer for the READs that are read just then. A page of any length does so to what meets it. So while others
+  write, a rest of twenty times its length follows each page: few changes meet one. That others write is seen by the
+  numbers: a page draws successive ones, unless somebody draws some in between.
 - *Locked rows.* A page that met a row that somebody has locked is given up and read again at a quarter of its size.
   At one row it holds no other while it waits. Each page that succeeds doubles the size.
 
@@ -35,7 +36,7 @@ _PAGE_S = 0.2
 _ASK_AGAIN_S, _ASK_AGAIN_MAX_S = 0.005, 0.5
 """Whoever pauses it waits no longer than that."""
 _LOCKED_S = 0.2
-_RESTS, _REST_MAX_S = 2.0, 1.0
+_RESTS, _REST_MAX_S = 20.0, 1.0
 """While others write, how many times as long as a page the rest after it is."""
 _OTHERS_S = 1.0
 """So long after others have drawn a number they are taken to write."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -35,17 +36,23 @@ SELECT 'bench_others', 'READ', id::text, to_jsonb(o) FROM bench_others AS o
 _PACE = "SELECT written / extract(epoch FROM changed_at - started_at) FROM cdc_backfills"
 _ENOUGH = 1_000_000
 """More rows than are read while the latency is measured."""
+_LOOK_S = 0.01
 
 
 def measure(server: TempServer, size: Size) -> list[Figure]:
-    """Pages wait for the consumer, which handles what is written at the steady pace, too."""
+    """Pages wait for the consumer, which handles what is written at the steady pace, too.
+
+    The table is there both times, and neither the start of the backfill nor that of the writer is measured. A stall of
+    the whole machine is a bystander's as well, who does nothing but look at the clock.
+    """
     with tempfile.TemporaryDirectory(prefix="cdcbench") as name, fresh_outbox(server) as connection:
         folder = Path(name)
-        alone = latency.of_outbox(connection, size, folder)
-        connection.execute("DROP TABLE bench_rows")
         _existing(connection, _ENOUGH)
-        reading = _reading(connection)
-        beside = latency.of_outbox(connection, size, folder, lambda _: reading)
+        bystander = _Bystander(size.seconds)
+        alone = latency.of_outbox(connection, size, folder, lambda _: bystander)
+        alone_max = bystander.longest_ms
+        connection.execute("DROP TABLE bench_rows")
+        beside = latency.of_outbox(connection, size, folder, lambda _: _reading(connection, bystander))
         [(per_s,)] = connection.execute(_PACE).fetchall()
     return [
         Figure("p50 without", alone[0], "ms"),
@@ -54,6 +61,10 @@ def measure(server: TempServer, size: Size) -> list[Figure]:
         Figure("p99 beside a backfill", beside[1], "ms"),
         Figure("p50 beside to without", beside[0] / alone[0], ""),
         Figure("p99 beside to without", beside[1] / alone[1], ""),
+        Figure("max without", alone[2], "ms"),
+        Figure("max beside a backfill", beside[2], "ms"),
+        Figure("a bystander's max without", alone_max, "ms"),
+        Figure("a bystander's max beside a backfill", bystander.longest_ms, "ms"),
         Figure("read meanwhile", float(per_s), "rows/s"),
     ]
 
@@ -83,12 +94,43 @@ def _existing(connection: psycopg.Connection, rows: int) -> None:
     rest(connection)
 
 
+class _Bystander:
+    """Looks at the clock, and notes by how much each of its waits was longer than it was to be.
+
+    ``longest_ms``: the longest of the last ``seconds`` before it left. It may come again.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.longest_ms = 0.0
+
+    def __enter__(self) -> None:
+        self._left = threading.Event()
+        self._waits: list[tuple[float, float]] = []
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join()
+        since = time.monotonic() - self._seconds
+        self.longest_ms = max(late_s for at, late_s in self._waits if at >= since) * 1e3
+
+    def _look(self) -> None:
+        began = time.monotonic()
+        while not self._left.wait(_LOOK_S):
+            now = time.monotonic()
+            self._waits.append((now, now - began - _LOOK_S))
+            began = now
+
+
 @contextmanager
-def _reading(connection: psycopg.Connection) -> Iterator[None]:
+def _reading(connection: psycopg.Connection, bystander: _Bystander) -> Iterator[None]:
     """As users run it."""
     with child("backfill", connection.info.dsn):
         eventually(lambda: connection.execute("SELECT FROM cdc_backfills WHERE written > 0").fetchall(), what="READs")
-        yield
+        with bystander:
+            yield
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def by_history(server: TempServer, size: Size) -> list[Figure]:
     for history in (history for history in _HISTORIES if history <= size.grown):
         with fresh_outbox(server) as connection, tempfile.TemporaryDirectory(prefix="cdcbench") as folder:
             preload_history(connection, rows=history, days=30.0)
-            p50, p99 = latency.of_outbox(connection, size, Path(folder))
+            p50, p99, _ = latency.of_outbox(connection, size, Path(folder))
             preload(connection, changes=size.changes // 2, keys=size.keys)
             rate, _ = _drained(connection)
         figures += [

@@ -47,7 +47,7 @@ def measure(server: TempServer, size: Size) -> list[Figure]:
             yield
             used.append(_used(consumer, connection).since(before))
 
-        p50, p99 = latency.of_outbox(connection, size, Path(folder), accounted)
+        p50, p99, _ = latency.of_outbox(connection, size, Path(folder), accounted)
     [(cpu_us, waits)] = used
     changes = size.rate * (size.warm_up_s + size.seconds)
     parts = ["event loop", "stream and other threads", *_SERVERS.values()]

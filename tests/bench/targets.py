@@ -69,6 +69,7 @@ TARGETS = (
     Target("consumer's processor time at 500/s", "lone", "consumer's cpu", 200.0, "us/change", at_most=True),
     Target("its sessions' processor time at 500/s", "lone", "server's cpu", 130.0, "us/change", at_most=True),
     Target("commit to handler, relayed, p50", "relayed", "relayed p50", 3.0, "ms", at_most=True),
+    Target("p99 beside a backfill, to that without", "backfill", "p99 beside to without", 1.5, at_most=True),
     Target("writers, tracked, to the documented NOTIFY", "writers", "tracked to documented", 2.5),
     Target("writers, tracked, to untracked", "writers", "tracked to untracked", 0.55),
     Target("old snapshot held: last third to first", "snapshot", "cdc, last to first", 0.85),
