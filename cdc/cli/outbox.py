@@ -12,7 +12,6 @@ import click
 from cdc.app.config import Resolved, Settings
 from cdc.cli.bulk import (
     FilterOptions,
-    add_up,
     described,
     filter_options,
     refuse_unless_clear,
@@ -22,16 +21,18 @@ from cdc.cli.bulk import (
 )
 from cdc.cli.commands import Commands
 from cdc.cli.options import database_options, json_option, open_database, resolved_options, yes_option
+from cdc.cli.outbox_prune import prune
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.wanted import WANTED_SETTINGS, handled_types
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.fast_change import Json
 from cdc.core.model import ChangeState
+from cdc.core.subscription import DEFAULT
 from cdc.core.units import parse_duration, parse_moment
 
 if TYPE_CHECKING:
     from cdc.core.type_filter import TypeFilter
-    from cdc.postgres.admin import CauseLink, ChangeSummary, Decision, SearchResult, Stats
+    from cdc.postgres.admin import CauseLink, ChangeSummary, Decision, OutboxAdmin, SearchResult, Stats
     from cdc.postgres.connect import Connection
 
 _STATES = ("fresh", "blocked", "waiting", "dead", "processed")
@@ -50,6 +51,9 @@ _LINE_LENGTH = 60
 """Of an error in a table; ``show`` and --json have all of it."""
 
 type_option = click.option("--type", "entity_type", metavar="TYPE", help="Of this entity type only.")
+subscription_option = click.option(
+    "--subscription", metavar="NAME", help="Of this subscription, in place of the default one."
+)
 names_argument = click.argument("names", metavar="ID...", nargs=-1)
 state_option = click.option(
     "--state", type=click.Choice(("dead", "waiting")), help="What filters find: dead letters, or what waits. [dead]"
@@ -61,26 +65,27 @@ _NAMED = {ChangeState.DEAD: "dead letters", ChangeState.WAITING: "waiting change
 def outbox() -> None:
     """Look at changes, decide about dead letters, remove old ones.
 
-    A change is named by its seq or by its id.
+    A change is named by its seq or by its id. What is listed and decided is that of the default subscription, unless
+    --subscription names another one.
     """
 
 
 @outbox.command()
 @resolved_options("dsn", "schema", *WANTED_SETTINGS)
+@subscription_option
 @json_option
-def stats(resolved: Resolved, as_json: bool) -> None:
+def stats(resolved: Resolved, subscription: str | None, as_json: bool) -> None:
     """Count by entity type what is not processed.
 
     Fresh changes include the blocked ones, which an earlier change of their key holds back. A + means more than were
     looked at. Ages in seconds. Events that are due later are not changes yet, and are counted apart. With the settings
     of the consumer, or --handlers, it names the types that wait because no handler wants them.
     """
-    from cdc.postgres.admin import OutboxAdmin  # noqa: PLC0415 - --help does not wait for the driver to load
-    from cdc.postgres.due import DueChanges  # noqa: PLC0415 - the same
+    from cdc.postgres.due import DueChanges  # noqa: PLC0415 - --help does not wait for the driver to load
 
     settings, scope = resolved.settings, _scope(resolved)
     with _opened(settings) as connection:
-        found = OutboxAdmin(settings.schema_).stats(connection)
+        found = _admin(connection, settings, subscription).stats(connection)
         due = DueChanges(settings.schema_).count(connection)
     unhandled = scope and [each.entity_type for each in found.types if each.fresh and not scope.has(each.entity_type)]
     if as_json:
@@ -111,6 +116,7 @@ def _scope(resolved: Resolved) -> TypeFilter | None:
 @click.option("--key", "entity_id", metavar="ENTITY_ID", help="Of this entity only.")
 @click.option("--since", metavar="AGE", help="Changed within the last 30d, 12h, 90m.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Changes of a state.")
+@subscription_option
 @json_option
 def list_(
     *,
@@ -120,17 +126,18 @@ def list_(
     entity_id: str | None,
     since: str | None,
     limit: int,
+    subscription: str | None,
     as_json: bool,
 ) -> None:
     """List changes, without their payload.
 
     Fresh and blocked ones the oldest first, waiting ones as they are due, dead and processed ones the youngest first.
     """
-    from cdc.postgres.admin import Filter, OutboxAdmin  # noqa: PLC0415 - see stats
+    from cdc.postgres.admin import Filter  # noqa: PLC0415 - see stats
 
     asked = Filter(entity_type, entity_id, parse_duration(since) if since else None)
-    admin = OutboxAdmin(settings.schema_)
     with _opened(settings) as connection:
+        admin = _admin(connection, settings, subscription)
         found = [admin.find(connection, each, asked, limit) for each in ([state] if state else ["dead", "waiting"])]
     entries = [entry for each in found for entry in each.entries]
     if as_json:
@@ -145,13 +152,15 @@ def list_(
 @database_options
 @click.argument("name", metavar="ID")
 @click.option("--show-payload", is_flag=True, help="Also old, new and metadata: the application's data.")
+@subscription_option
 @json_option
-def show(settings: Settings, name: str, show_payload: bool, as_json: bool) -> None:
+def show(*, settings: Settings, name: str, show_payload: bool, subscription: str | None, as_json: bool) -> None:
     """Show all about one change, and the changes that led to it."""
-    from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
+    from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
 
-    reference, admin = parse_reference(name), OutboxAdmin(settings.schema_)
+    reference = parse_reference(name)
     with _opened(settings) as connection:
+        admin = _admin(connection, settings, subscription)
         entry = admin.show(connection, reference)
         chain = admin.chain(connection, entry)
         fields = _plain(entry) | (admin.payload(connection, entry) if show_payload else {})
@@ -168,10 +177,18 @@ def show(settings: Settings, name: str, show_payload: bool, as_json: bool) -> No
 @names_argument
 @filter_options
 @state_option
+@subscription_option
 @yes_option
 @json_option
 def retry(
-    *, resolved: Resolved, names: tuple[str, ...], filters: FilterOptions, state: str | None, yes: bool, as_json: bool
+    *,
+    resolved: Resolved,
+    names: tuple[str, ...],
+    filters: FilterOptions,
+    state: str | None,
+    subscription: str | None,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Try changes again now that wait or are dead.
 
@@ -179,7 +196,7 @@ def retry(
     filters, dead letters only, unless --state says otherwise: it says how many before it begins, and works in rounds of
     some thousand. It may be stopped and given again at any time.
     """
-    _decide(resolved, names, filters, "retry", state, yes=yes, as_json=as_json)
+    _decide(resolved, names, filters, "retry", state=state, subscription=subscription, yes=yes, as_json=as_json)
 
 
 @outbox.command()
@@ -190,6 +207,7 @@ def retry(
 @click.option(
     "--before", metavar="TIME", help="Every fresh change of --type from before, such as 2026-01-31T18:00Z, now."
 )
+@subscription_option
 @yes_option
 @json_option
 def discard(
@@ -199,6 +217,7 @@ def discard(
     filters: FilterOptions,
     state: str | None,
     before: str | None,
+    subscription: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -210,9 +229,11 @@ def discard(
     With --type and --before: fresh ones that were handled elsewhere. No consumer may be handling the type then.
     """
     if before is not None:
-        _discard_before(resolved.settings, names, filters, state, before, yes=yes, as_json=as_json)
+        _discard_before(
+            resolved.settings, names, filters, before, state=state, subscription=subscription, yes=yes, as_json=as_json
+        )
         return
-    _decide(resolved, names, filters, "discard", state, yes=yes, as_json=as_json)
+    _decide(resolved, names, filters, "discard", state=state, subscription=subscription, yes=yes, as_json=as_json)
 
 
 def _decide(
@@ -220,29 +241,38 @@ def _decide(
     names: tuple[str, ...],
     filters: FilterOptions,
     decision: Decision,
-    state: str | None,
     *,
+    state: str | None,
+    subscription: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
     refuse_unless_clear(filters, names, state)
     if filters.many:
-        _decide_many(resolved, filters, decision, state, yes=yes, as_json=as_json)
+        _decide_many(resolved, filters, decision, state=state, subscription=subscription, yes=yes, as_json=as_json)
         return
-    from cdc.postgres.admin import OutboxAdmin, parse_reference  # noqa: PLC0415 - see stats
+    from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
 
-    references, admin = [parse_reference(name) for name in names], OutboxAdmin(resolved.settings.schema_)
-    decide, done = {
-        "retry": (admin.retry, "will be tried now"),
-        "discard": (admin.discard, "is discarded"),
-    }[decision]
+    references = [parse_reference(name) for name in names]
     with _opened(resolved.settings) as connection:
+        admin = _admin(connection, resolved.settings, subscription)
+        decide, done = {
+            "retry": (admin.retry, "will be tried now"),
+            "discard": (admin.discard, "is discarded"),
+        }[decision]
         entries = decide(connection, references)
     _report(done, entries, as_json)
 
 
 def _decide_many(
-    resolved: Resolved, filters: FilterOptions, decision: Decision, state: str | None, *, yes: bool, as_json: bool
+    resolved: Resolved,
+    filters: FilterOptions,
+    decision: Decision,
+    *,
+    state: str | None,
+    subscription: str | None,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     from cdc.postgres.bulk import Bulk  # noqa: PLC0415 - see stats
 
@@ -250,13 +280,15 @@ def _decide_many(
     wanted, settings = filters.wanted(resolved), resolved.settings
     chosen = ChangeState(state or ChangeState.DEAD)
     what = f"{_NAMED[chosen]}{described(filters)}"
-    with _opened(settings) as connection, Bulk(settings.schema_).selected(connection, chosen, wanted) as selection:
-        if filters.dry_run:
-            report_count(what, selection.count, as_json)
-            return
-        if selection.count:
-            confirm(f"{decision} {selection.count:,} {what}", yes)
-        total = work_off(selection.decide(decision), count=selection.count, done=done)
+    with _opened(settings) as connection:
+        bulk = Bulk(settings.schema_, _admin(connection, settings, subscription))
+        with bulk.selected(connection, chosen, wanted) as selection:
+            if filters.dry_run:
+                report_count(what, selection.count, as_json)
+                return
+            if selection.count:
+                confirm(f"{decision} {selection.count:,} {what}", yes)
+            total = work_off(selection.decide(decision), count=selection.count, done=done)
     report_done(done, what, total, as_json)
 
 
@@ -325,61 +357,37 @@ def _discard_before(
     settings: Settings,
     names: tuple[str, ...],
     filters: FilterOptions,
-    state: str | None,
     before: str,
     *,
+    state: str | None,
+    subscription: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
-    from cdc.postgres.admin import OutboxAdmin  # noqa: PLC0415 - see stats
-
     if filters.entity_type is None or names or state or filters.dry_run or filters.everything or len(filters.named) > 1:
         raise UsageError("which changes?", hint="with --before there is a --type, and no other filter")
     confirm(f"mark every fresh change of {filters.entity_type} from before {before} processed", yes)
     with _opened(settings) as connection:
-        count = sum(OutboxAdmin(settings.schema_).discard_before(connection, filters.entity_type, before))
+        admin = _admin(connection, settings, subscription)
+        count = sum(admin.discard_before(connection, filters.entity_type, before))
     if as_json:
         print_json({"discarded": count})
     else:
         say(f"fresh changes that are discarded: {count:,}")
 
 
-@outbox.command()
-@database_options
-@click.option("--older-than", required=True, metavar="AGE", help="Processed longer ago than 30d, 12h, 90m.")
-@click.option("--dry-run", is_flag=True, help="Count them, up to a million, and remove none.")
-@json_option
-def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> None:
-    """Remove processed changes for good, in small batches.
-
-    Dead letters and whatever is not processed stay, and what a subscription is not done with: that one is named. It may
-    be stopped and started at any time.
-    """
-    from cdc.postgres.retention import Retention  # noqa: PLC0415 - see stats
-
-    older_than_s, retention, more = parse_duration(older_than), Retention(settings.schema_), False
-    with _opened(settings) as connection:
-        if dry_run:
-            count, more = retention.prunable(connection, older_than_s)
-        else:
-            count = add_up(retention.prune(connection, older_than_s), lambda so_far: f"removed {so_far:,} so far")
-        held_back = _held_back(connection, settings) if retention.shared(connection) else {}
-    if as_json:
-        figures = {"prunable": count, "complete": not more} if dry_run else {"pruned": count}
-        print_json({**figures, **({"held_back": held_back} if held_back else {})})
-    else:
-        done = "would be removed" if dry_run else "removed"
-        say(f"processed more than {older_than} ago: {count:,}{' or more' if more else ''} {done}")
-        for name, kept in held_back.items():
-            say(f"the subscription {name} is not done with {kept:,} that are processed; cdc subscription show {name}")
+outbox.add_command(prune)
 
 
-def _held_back(connection: Connection, settings: Settings) -> dict[str, int]:
-    """Of each subscription that keeps something, how much; a lower bound."""
+def _admin(connection: Connection, settings: Settings, subscription: str | None) -> OutboxAdmin:
+    """Raises NotFoundError where there is no such subscription."""
+    from cdc.postgres.admin import OutboxAdmin  # noqa: PLC0415 - see stats
+    from cdc.postgres.subscription_admin import SubscriptionAdmin  # noqa: PLC0415 - see stats
     from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - see stats
 
-    found = Subscriptions(settings.schema_).progress(connection)
-    return {each.subscription.name: each.held_back for each in found if each.held_back}
+    if subscription is None or subscription == DEFAULT:
+        return OutboxAdmin(settings.schema_)
+    return SubscriptionAdmin(settings.schema_, Subscriptions(settings.schema_).named(connection, subscription))
 
 
 @contextmanager

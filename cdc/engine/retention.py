@@ -27,7 +27,7 @@ from cdc.core.errors import CdcError
 from cdc.engine.failures_log import FailuresLog
 from cdc.observability.metrics import OutboxMetrics
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async, explain
-from cdc.postgres.retention import BATCH, Place, Retention
+from cdc.postgres.retention import BATCH, PruneMark, Retention
 from cdc.postgres.shard_locks import RETENTION, lock_class
 
 log = logging.getLogger("cdc.retention")
@@ -66,7 +66,7 @@ class Pruning:
         self._metrics = metrics
         self._batch = batch
         self._every_s = every_s
-        self._since: Place | None = None
+        self._since: PruneMark | None = None
         """Where the next round begins, if the last one ended before the end."""
         self._failures = FailuresLog(log, "retention does not remove old changes")
 

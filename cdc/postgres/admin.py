@@ -10,7 +10,7 @@ result says when it was cut off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -184,7 +184,14 @@ def parse_reference(text: str) -> Reference:
 
 
 class OutboxAdmin:
-    """The statements for the outbox in ``schema``, on an autocommit connection."""
+    """The statements for the outbox in ``schema``, on an autocommit connection: of its default subscription.
+
+    ``given``: parameters of each statement. ``selections``: statements of ``bulk`` that are others here.
+    """
+
+    given: Mapping[str, Any] = {}
+    selections: Mapping[str, bytes] = {}
+    _by_number: Sequence[str] = ("number_unprocessed", "number_processed")
 
     def __init__(self, schema: str) -> None:
         self._statements = load("admin.sql", schema)
@@ -201,7 +208,7 @@ class OutboxAdmin:
         limit_s: int = _STATEMENT_LIMIT_S,
     ) -> Stats:
         """By entity type, of unprocessed changes: up to ``per_shard`` fresh ones, ``scan`` of each other state."""
-        parameters = {"shards": SHARDS, "per_shard": per_shard or _PER_SHARD, "bound": scan or _SCAN}
+        parameters = {**self.given, "shards": SHARDS, "per_shard": per_shard or _PER_SHARD, "bound": scan or _SCAN}
         with bounded(connection, limit_s), connection.cursor(row_factory=dict_row) as cursor:
             sees = cursor.execute(self._statements["sees_barriers"]).fetchone()
             statements = self._statements if sees and all(sees.values()) else self._without_barriers
@@ -219,6 +226,7 @@ class OutboxAdmin:
         """
         filtered = wanted != Filter() or state == "blocked"
         parameters = {
+            **self.given,
             "type": wanted.entity_type,
             "key": wanted.entity_id,
             "age_s": wanted.since_s,
@@ -302,8 +310,9 @@ class OutboxAdmin:
         The others stay as they are.
         """
         with bounded(connection, ROUND_LIMIT_S):
-            free = [id_ for (id_,) in connection.execute(self._statements["take"], {"ids": list(ids), "state": state})]
-            count = connection.execute(self._statements[decision], {"ids": free}).rowcount
+            given = {**self.given, "ids": list(ids), "state": state}
+            free = [id_ for (id_,) in connection.execute(self._statements["take"], given)]
+            count = connection.execute(self._statements[decision], {**self.given, "ids": free}).rowcount
         if count:
             wake(connection)
         return count
@@ -333,12 +342,13 @@ class OutboxAdmin:
     ) -> list[ChangeSummary]:
         with bounded(connection):
             ids = [entry.id for entry in self._named(connection, references)]
-            taken = {id_ for (id_,) in connection.execute(self._statements["take"], {"ids": ids, "state": None})}
+            given = {**self.given, "ids": ids, "state": None}
+            taken = {id_ for (id_,) in connection.execute(self._statements["take"], given)}
             # Read again: their states cannot change while the rows are locked.
             entries = self._summaries(connection, ids)
             for entry in entries:
                 _refuse_unless_free(entry, taken=entry.id in taken, to=decision)
-            count = connection.execute(self._statements[decision], {"ids": ids}).rowcount
+            count = connection.execute(self._statements[decision], given).rowcount
             if count != len(ids):
                 raise _missing(references)
             decided = self._summaries(connection, ids)
@@ -349,7 +359,7 @@ class OutboxAdmin:
 
     def _summaries(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> list[ChangeSummary]:
         with connection.cursor(row_factory=dict_row) as cursor:
-            rows = cursor.execute(self._statements["look"], {"ids": list(ids)}).fetchall()
+            rows = cursor.execute(self._statements["look"], {**self.given, "ids": list(ids)}).fetchall()
         return [ChangeSummary(**{**row, "state": ChangeState(row["state"])}) for row in rows]
 
     def _named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
@@ -364,9 +374,9 @@ class OutboxAdmin:
     def _numbered(self, connection: psycopg.Connection, seqs: list[int]) -> dict[int, UUID]:
         """The ids of these numbers, those that are found."""
         found: dict[int, UUID] = {}
-        for statement in ("number_unprocessed", "number_processed"):
+        for statement in self._by_number:
             if left := [seq for seq in seqs if seq not in found]:
-                parameters = {"seqs": left, "shards": SHARDS, "scan": _SCAN}
+                parameters = {**self.given, "seqs": left, "shards": SHARDS, "scan": _SCAN}
                 found.update(connection.execute(self._statements[statement], parameters).fetchall())
         return found
 

@@ -72,19 +72,20 @@ class Round:
 
 
 class Bulk:
-    """The statements for the outbox in ``schema``, on an autocommit connection."""
+    """The statements for the outbox in ``schema``, on an autocommit connection; of the subscription of ``admin``."""
 
-    def __init__(self, schema: str) -> None:
-        self._statements = load("bulk.sql", schema)
+    def __init__(self, schema: str, admin: OutboxAdmin | None = None) -> None:
+        self._admin = admin or OutboxAdmin(schema)
+        self._statements = {**load("bulk.sql", schema), **self._admin.selections}
         self._schema = schema
         self._prefix = message_prefix(schema)
-        self._admin = OutboxAdmin(schema)
 
     @contextmanager
     def selected(self, connection: psycopg.Connection, state: ChangeState, wanted: Wanted) -> Iterator[Selection]:
         """The changes in this state, dead or waiting, that match. One at a time on a connection."""
         [(now,)] = connection.execute("SELECT now()").fetchall()
-        with _cursor(connection, self._statements[_SELECTS[state]], _parameters(wanted, now)) as count:
+        parameters = {**self._admin.given, **_parameters(wanted, now)}
+        with _cursor(connection, self._statements[_SELECTS[state]], parameters) as count:
             yield Selection(connection, self._admin, state, count)
 
     @contextmanager

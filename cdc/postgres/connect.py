@@ -59,6 +59,8 @@ _SHOWN = {
 _OF_SQLALCHEMY = {
     f"{name}+{driver}" for name in ("postgresql", "postgres") for driver in ("psycopg", "psycopg2", "asyncpg", "pg8000")
 }
+_OURS = ("entity_change", "cdc_subscription", "cdc_positions")
+"""What the names of objects of the outbox begin with."""
 _WRITE_IT = (
     "write it as postgresql://USER@HOST:PORT/DBNAME or as host=... port=... dbname=... user=...; "
     "percent-encode the password in a URL, or keep it in a password file (PGPASSFILE)"
@@ -337,8 +339,8 @@ def _meaning(code: str, said: str) -> tuple[type[CdcError], str]:
             "connect as the owner of the object, or GRANT this role what it lacks; where row-level security is meant, "
             "switch it off for the outbox, or ALTER ROLE ... BYPASSRLS"
         )
-    if code in _MISSING and (code == "3F000" or "entity_change" in said):
-        return SchemaError, "run cdc db install, with the --schema the consumer uses"
+    if code in _MISSING and (code == "3F000" or any(name in said for name in _OURS)):
+        return SchemaError, "run cdc db install, or cdc db upgrade, with the --schema the consumer uses"
     if code == "25006":
         return ConnectError, STANDBY
     if code.startswith("08") or code in {"57P01", "57P02", "57P03"}:

@@ -28,7 +28,7 @@ LIMITS = (
 )
 
 
-class Place(NamedTuple):
+class PruneMark(NamedTuple):
     """Where a batch ended: when its last row was processed, and where that row is or was; None: any of that moment."""
 
     at: datetime
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     """``removed`` rows are gone. ``until``: where it ended, None if it found nothing. ``more``: there may be more."""
 
     removed: int
-    until: Place | None
+    until: PruneMark | None
     more: bool
 
 
@@ -69,7 +69,7 @@ class Retention:
         older_than_s: float,
         limit: int = BATCH,
         *,
-        since: Place | None = None,
+        since: PruneMark | None = None,
     ) -> Batch:
         """One batch: up to ``limit`` rows are removed, or are looked at. ``since``: where the previous batch ended."""
         async with connection.transaction():
@@ -96,13 +96,13 @@ class Retention:
         return bool(shared)
 
 
-def _asked(older_than_s: float, limit: int, since: Place | None) -> dict[str, Any]:
+def _asked(older_than_s: float, limit: int, since: PruneMark | None) -> dict[str, Any]:
     """The parameters of ``prune``."""
     at, place = since or (None, None)
     return {"older_than_s": older_than_s, "limit": limit, "since": at, "place": place, "scan": _UNTIMED_MAX}
 
 
-def _batch(row: tuple[int, datetime | None, str | None, bool] | None, since: Place | None) -> Batch:
+def _batch(row: tuple[int, datetime | None, str | None, bool] | None, since: PruneMark | None) -> Batch:
     assert row is not None
     removed, at, place, more = row
-    return Batch(removed, since if at is None else Place(at, place), more)
+    return Batch(removed, since if at is None else PruneMark(at, place), more)

@@ -50,13 +50,13 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
         "is_table_function": sql.SQL(IS_TABLE_FUNCTION),
         "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
     }
-    blocks = _blocks(file)
-    everything = {**_blocks("outbox.sql"), **blocks, **(instead or {})}
+    own = blocks(file)
+    everything = {**blocks("outbox.sql"), **own, **(instead or {})}
     used = "\n".join(everything.values())
     for name, text in everything.items():
         if f"{{{name}}}" in used:
             names[name] = _compose(text, names)
-    return {name: _compose(text, names).as_string(None).encode() for name, text in blocks.items() if name not in names}
+    return {name: _compose(text, names).as_string(None).encode() for name, text in own.items() if name not in names}
 
 
 def table(schema: str, name: str) -> sql.Composable:
@@ -69,9 +69,10 @@ def _in_text(name: sql.Composable) -> sql.Composable:
     return sql.SQL(name.as_string().replace("%", "%%"))
 
 
-def _blocks(file: str) -> dict[str, str]:
-    blocks = (files("cdc") / file if "/" in file else files("cdc.postgres") / file).read_text("utf-8").split(_NAME)[1:]
-    return dict(block.split("\n", 1) for block in blocks)
+def blocks(file: str) -> dict[str, str]:
+    """Name to text of this file, with the names in braces."""
+    found = (files("cdc") / file if "/" in file else files("cdc.postgres") / file).read_text("utf-8").split(_NAME)[1:]
+    return dict(block.split("\n", 1) for block in found)
 
 
 def _compose(text: str, names: dict[str, sql.Composable]) -> sql.Composed:

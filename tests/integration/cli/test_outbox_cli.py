@@ -24,6 +24,8 @@ from cdc.postgres import admin, migrations
 from cdc.postgres.admin import OutboxAdmin, parse_reference
 from cdc.postgres.sql_files import load
 from tests.commands_outbox import BRING, data, die, numbers, process, publish, row, run, wait
+from tests.commands_subscription import create, fail
+from tests.commands_subscription import run as run_subscription
 from tests.eventually import eventually_async
 from tests.fix_consumer import ROOT, consuming, metric, settled
 from tests.fix_outbox import copied_outbox
@@ -448,6 +450,15 @@ def test_an_operator_needs_the_documented_grants_and_no_more(outbox: str, outbox
         ):  # fmt: skip
             result = run(as_operator, *command)
             assert result.exit_code == 0, result.output
+        number = create(outbox, "search", "--from", "beginning")
+        fail(outbox_db, number, *seqs, dead=True)
+        for command in (["stats"], ["list"], ["show", retried], ["retry", retried], ["discard", discarded]):
+            result = run(as_operator, *command, "--subscription", "search")
+            assert result.exit_code == 0, result.output
+        for command in (["list"], ["show", "search"], ["pause", "search"], ["resume", "search"]):
+            result = run_subscription(as_operator, *command)
+            assert result.exit_code == 0, result.output
+        assert run_subscription(as_operator, "drop", "search", "--yes").exit_code == 1
     finally:
         outbox_db.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
         outbox_db.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))

@@ -19,7 +19,7 @@ from cdc.engine import retention
 from cdc.engine.retention import Pruning
 from cdc.observability.metrics import Metrics
 from cdc.postgres import migrations
-from cdc.postgres.retention import Batch, Place, Retention
+from cdc.postgres.retention import Batch, PruneMark, Retention
 from cdc.postgres.shard_locks import RETENTION, lock_class
 from tests.commands_subscription import create, fail, finish
 from tests.eventually import eventually_async
@@ -131,10 +131,10 @@ async def test_each_batch_of_a_round_begins_where_the_one_before_ended(
 ) -> None:
     for days in (12, 11, 10, 9):
         fill(outbox_db, 10, days=days)
-    asked: list[Place | None] = []
+    asked: list[PruneMark | None] = []
     whole = Retention.prune_batch
 
-    async def noted(self: Retention, *arguments: Any, since: Place | None = None) -> Batch:
+    async def noted(self: Retention, *arguments: Any, since: PruneMark | None = None) -> Batch:
         asked.append(since)
         return await whole(self, *arguments, since=since)
 

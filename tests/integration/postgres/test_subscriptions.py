@@ -265,7 +265,7 @@ def test_every_row_is_in_one_of_the_two_indexes_whatever_its_columns_say(outbox_
     assert (figures.behind, len(taken(outbox_db, number))) == (48, 48)
 
 
-def test_what_an_interrupted_command_has_left_of_the_index_is_made_anew(
+def test_what_an_interrupted_command_has_left_of_the_index_is_dropped_first(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     with psycopg.connect(outbox) as reading, psycopg.connect(outbox, autocommit=True) as interrupted:

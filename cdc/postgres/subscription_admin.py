@@ -1,0 +1,60 @@
+"""What an operator reads of one subscription, and decides about what waits or is dead in it.
+
+The same as of the default one, by statements that read its own progress. When a change was done, and why it was
+discarded, is not kept: a change that is done everywhere leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import psycopg
+
+from cdc.core.errors import NotFoundError, UsageError
+from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin, Reference, SearchResult
+from cdc.postgres.sql_files import blocks, load
+from cdc.postgres.subscriptions import Subscription
+
+
+class SubscriptionAdmin(OutboxAdmin):
+    """As ``OutboxAdmin``, for this subscription of the outbox in ``schema``."""
+
+    _by_number = ("number",)
+
+    def __init__(self, schema: str, subscription: Subscription) -> None:
+        super().__init__(schema)
+        shared = {"wanted": blocks("admin.sql")["wanted"], "matches": blocks("bulk.sql")["matches"]}
+        own = load("subscription_admin.sql", schema, instead=shared)
+        self._subscription = subscription
+        self._statements = self._without_barriers = {**self._statements, **own}
+        self.selections = {name: own[name] for name in ("select_dead", "select_waiting")}
+        types = subscription.types
+        self.given = {"subscription": subscription.number, "types": None if types is None else list(types)}
+
+    def find(self, connection: psycopg.Connection, state: str, wanted: Filter, limit: int) -> SearchResult:
+        """Raises UsageError for what is processed: a subscription keeps no list of that."""
+        if state == "processed":
+            raise UsageError(
+                f"the subscription {self._subscription.name} keeps no list of what is processed",
+                hint="cdc outbox show ID --subscription NAME says it of one change",
+            )
+        return super().find(connection, state, wanted, limit)
+
+    def discard_before(self, connection: psycopg.Connection, entity_type: str, before: str) -> Iterator[int]:
+        """Raises UsageError: to begin later, a subscription is dropped and created."""
+        raise UsageError(
+            "--before is for the default subscription",
+            hint=f"drop {self._subscription.name}, and create it --from that time",
+        )
+
+    def _named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
+        entries = super()._named(connection, references)
+        types = self._subscription.types
+        for each in entries:
+            if types is not None and each.entity_type not in types:
+                raise NotFoundError(
+                    f"the change {each.seq} is nothing to the subscription {self._subscription.name}:"
+                    f" it is of the type {each.entity_type}",
+                    hint=f"it takes {self._subscription.taking}",
+                )
+        return entries
