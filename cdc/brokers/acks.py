@@ -35,7 +35,7 @@ class Acks:
     def open(self) -> Iterator[int]:
         return (place for place in range(self._count) if place not in self._results)
 
-    async def results(self, timeout_s: float | None) -> list[Result]:
+    async def results(self, timeout_s: float) -> list[Result]:
         """In the order of the messages. One without an acknowledgement in time counts as lost with its broker."""
         await asyncio.wait([self._all], timeout=timeout_s)
         if not self._all.done():

@@ -92,7 +92,7 @@ class AmqpSender:
         async with deadline(CONNECT_S):
             return await connection.channel(publisher_confirms=True, on_return_raises=True)
 
-    async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
+    async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
         connection, channel = self._connection, self._channel
         assert connection is not None
         assert channel is not None
@@ -104,16 +104,17 @@ class AmqpSender:
             await self.close()
         return results
 
-    async def _alone(self, connection: AbstractConnection, message: Message, timeout_s: float | None) -> Result:
+    async def _alone(self, connection: AbstractConnection, message: Message, timeout_s: float) -> Result:
         try:
-            async with await self._new_channel(connection) as channel:
+            # The channel is closed in the end, which waits for the broker, too.
+            async with deadline(2 * CONNECT_S + timeout_s), await self._new_channel(connection) as channel:
                 [result] = await self._published(channel, [message], timeout_s)
                 return result
         except (exceptions.AMQPError, *_LOST) as error:
             return _meaning(error, message.name)
 
     async def _published(
-        self, channel: AbstractChannel, messages: Sequence[Message], timeout_s: float | None
+        self, channel: AbstractChannel, messages: Sequence[Message], timeout_s: float
     ) -> list[Result]:
         try:
             exchange = await channel.get_exchange(self._exchange, ensure=False)

@@ -38,6 +38,8 @@ log = logging.getLogger("cdc.deliver")
 
 BATCH = 500
 """Changes sent together, unless the setting says otherwise. More are no faster, and wait longer for each other."""
+ACKNOWLEDGED_S = 60.0
+"""Until an acknowledgement has come, where the setting gives handlers no limit: silence is an outage, not a hang."""
 _AFTER_S = 0.1
 """Until a change is looked at again whose predecessor in the same batch has failed: it waits for that one anyway."""
 
@@ -45,8 +47,8 @@ _AFTER_S = 0.1
 class BrokerDelivery:
     """``router`` delivers changes of ``types`` (empty: all) through ``sender``. Made, opened and closed on the loop.
 
-    ``batch``: changes sent together, at most. ``timeout_s``: until an acknowledgement has come. ``target``: the
-    broker, for messages.
+    ``batch``: changes sent together, at most. ``timeout_s``: until an acknowledgement has come; None:
+    ``ACKNOWLEDGED_S``. ``target``: the broker, for messages.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class BrokerDelivery:
         self._encoding = encoding
         self._target = target
         self._types = tuple(dict.fromkeys(types)) or (ANY,)
-        self._timeout_s = timeout_s
+        self._timeout_s = ACKNOWLEDGED_S if timeout_s is None else timeout_s
         self._connecting = asyncio.Lock()
         self._metrics: DeliveryMetrics | None = None
         self._breaker: CircuitBreaker | None = None

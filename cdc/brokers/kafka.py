@@ -102,7 +102,7 @@ class KafkaSender:
         why = sorted({_WORDS[code] for code in codes if code in _WORDS})
         return UnreachedError(f"the broker at {self._target} cannot be reached ({'; '.join(why) or 'no answer'})")
 
-    async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
+    async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
         client = self._client
         assert client is not None
         results = await self._sent(client, messages, timeout_s)
@@ -114,7 +114,7 @@ class KafkaSender:
             await self.close()
         return results
 
-    async def _sent(self, client: _Client, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
+    async def _sent(self, client: _Client, messages: Sequence[Message], timeout_s: float) -> list[Result]:
         records: list[tuple[int, Message, bytes | None]] = [
             (place, message, message.body) for place, message in enumerate(messages)
         ]

@@ -106,7 +106,7 @@ class NatsSender:
         cause = self._failure if isinstance(error, nats.errors.NoServersError) and self._failure else error
         return UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})")
 
-    async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
+    async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
         acks = Acks(len(messages))
         tokens = [str(next(self._tokens)) for _ in messages]
         client = self._client

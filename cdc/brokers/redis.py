@@ -106,7 +106,7 @@ class RedisSender:
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
         return UnreachedError(f"the broker at {self._target} cannot be reached ({tls.why(cause)})")
 
-    async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
+    async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
         client = self._client
         assert client is not None
         try:

@@ -34,8 +34,11 @@ class BrokerSender(Protocol):
     async def connect(self) -> None:
         """Raises UnreachedError where no connection can be made, or the login is refused."""
 
-    async def send(self, messages: Sequence[Message], timeout_s: float | None) -> list[Result]:
-        """Send all, then wait for their acknowledgements. Raises only a cancellation."""
+    async def send(self, messages: Sequence[Message], timeout_s: float) -> list[Result]:
+        """Send all, then wait ``timeout_s`` for their acknowledgements. Raises only a cancellation.
+
+        Ends soon after the time is up, whatever the broker and the link to it do.
+        """
 
     async def describe(self, name: str) -> str:
         """What stands behind ``name`` on a connected broker, a sentence for ``cdc doctor``.
