@@ -128,8 +128,11 @@ class DeliverSection(_Section):
                 raise ValueError("deliver.format, deliver.user and deliver.password are for brokers, not for HTTP")
         elif self.secret or self.previous_secret:
             raise ValueError("deliver.secret signs requests over HTTP; a broker has deliver.user and deliver.password")
-        elif self.format not in (formats := broker_url.parse(self.to).protocol.formats):
-            raise ValueError(f"deliver.format is one of {', '.join(formats)} for this broker")
+        else:
+            target = broker_url.parse(self.to)
+            if self.format not in target.protocol.formats:
+                raise ValueError(f"deliver.format is one of {', '.join(target.protocol.formats)} for this broker")
+            target.check_login(self.user, has_password=self.password is not None)
         return self
 
     def keys(self) -> tuple[bytes, ...]:

@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from string import ascii_letters, digits, hexdigits
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 from cdc.core.name_template import NameRules, NameTemplate
 
 STRUCTURED, BINARY, DEBEZIUM = "structured", "binary", "debezium"
 _IN_HOSTS = frozenset(ascii_letters + digits + "._-")
 _IN_ADDRESSES = frozenset(hexdigits + ":.")
+_BROKEN_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _TLS_FILES = ("ca", "cert", "key")
 _DATABASE_MAX = 2**31 - 1
 
@@ -124,6 +125,17 @@ class BrokerTarget:
     def names(self) -> NameTemplate:
         return NameTemplate(self.template, self.protocol.rules)
 
+    def check_login(self, user: str | None, *, has_password: bool) -> None:
+        """Raises ValueError for what Kafka and RabbitMQ can do nothing with. Others take a password without a user."""
+        sasl = self.options.get("sasl")
+        if self.scheme not in ("kafka", "amqp"):
+            return
+        if has_password and user is None and sasl != "OAUTHBEARER":
+            token = "; a token needs sasl=OAUTHBEARER in the URL" if self.scheme == "kafka" else ""
+            raise ValueError(f"a password for {self.scheme} needs a user, deliver.user{token}")
+        if (user or sasl) and not has_password:
+            raise ValueError(f"{'a user' if user else 'sasl='} needs a password: set deliver.password")
+
     def number(self, option: str) -> int | None:
         return int(self.options[option]) if option in self.options else None
 
@@ -146,20 +158,32 @@ def parse(text: str) -> BrokerTarget:
     *places, template = path.split("/", len(protocol.places))
     if not slash or len(places) != len(protocol.places):
         raise ValueError(f"input should be a URL such as {protocol.example}")
+    if _BROKEN_PERCENT.search(text):
+        raise ValueError("a % in a URL is followed by two hexadecimal digits; %25 is the % itself")
     if "#" in text:
         raise ValueError("a fragment (#...) means nothing here; write %23 for a # in a name")
     target = BrokerTarget(
         scheme,
         tls,
         tuple(_servers(hosts, protocol)),
-        tuple(map(unquote, places)),
-        unquote(template),
+        tuple(map(_decoded, places)),
+        _decoded(template),
         dict(_options(query, protocol, tls=tls)) if question else {},
     )
     target.names()
     if scheme == "redis" and _number(target.places[0], _DATABASE_MAX) is None:
         raise ValueError(f"the database is a number up to {_DATABASE_MAX}, as in {protocol.example}")
     return target
+
+
+def _decoded(part: str) -> str:
+    try:
+        found = unquote_to_bytes(part).decode()
+    except UnicodeDecodeError:  # its text quotes the URL
+        raise ValueError("what is percent-encoded in this URL is no text in UTF-8") from None
+    if not found.isprintable():
+        raise ValueError("a part of this URL has control characters in it")
+    return found
 
 
 def _scheme(text: str) -> tuple[str, bool]:
@@ -184,7 +208,7 @@ def _options(query: str, protocol: BrokerProtocol, *, tls: bool) -> Iterator[tup
     files = _TLS_FILES if tls else ()
     known = (*files, *protocol.texts, *protocol.choices, *protocol.numbers)
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict")
     except ValueError:
         raise ValueError("the options of this URL cannot be read; write ?NAME=VALUE&NAME=VALUE") from None
     if len(pairs) > len(dict(pairs)):
@@ -197,8 +221,8 @@ def _options(query: str, protocol: BrokerProtocol, *, tls: bool) -> Iterator[tup
             raise ValueError(f"the option {name} is one of {', '.join(protocol.choices[name])}")
         if name in protocol.numbers and not _number(value, protocol.numbers[name]):
             raise ValueError(f"the option {name} is a whole number from 1 to {protocol.numbers[name]}")
-        if not value:
-            raise ValueError(f"the option {name} is empty")
+        if not value or not value.isprintable():
+            raise ValueError(f"the option {name} is empty, or has control characters in it")
         yield name, value
 
 

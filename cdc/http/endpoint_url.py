@@ -43,6 +43,8 @@ def _on_a_host(text: str) -> Target:
         host, port = parts.hostname, parts.port
     except ValueError:  # its text quotes the URL
         raise ValueError("the host or the port of this URL cannot be read") from None
+    if "%" in parts.netloc and not parts.netloc.startswith("["):  # there it is before the zone of an address
+        raise ValueError("the host or the port of this URL cannot be read")
     if parts.scheme not in ("http", "https") or not host or port == 0 or parts.netloc.endswith(":"):
         raise ValueError("input should be a URL such as http://127.0.0.1:3000/changes or unix:///run/app.sock:/changes")
     if "@" in parts.netloc:

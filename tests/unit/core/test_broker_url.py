@@ -51,6 +51,14 @@ def test_a_url_has_servers_places_a_template_and_options(
         ("nats://h,,i/x", "the host or the port of this URL cannot be read"),
         ("nats://h/x y", "a URL has no blanks"),
         ("nats://h/x#y", "a fragment"),
+        ("nats://%zz/x", "a % in a URL is followed by two hexadecimal digits"),
+        ("nats://h%41/x", "the host or the port of this URL cannot be read"),
+        ("nats://h/x%zz", "a % in a URL is followed by two hexadecimal digits"),
+        ("nats://h/x?creds=%", "a % in a URL is followed by two hexadecimal digits"),
+        ("nats://h/x?creds=%00", "the option creds is empty, or has control characters in it"),
+        ("nats://h/x?creds=%ff", "the options of this URL cannot be read"),
+        ("amqp://h/%ff/ex/x", "what is percent-encoded in this URL is no text in UTF-8"),
+        ("amqp://h/%00/ex/x", "a part of this URL has control characters in it"),
         ("nats://h/a..b", "the subject has characters that are not allowed"),
         ("nats://h/a.*", "the subject has characters that are not allowed"),
         ("nats://h/$JS.x", "the subject has characters that are not allowed"),
@@ -83,6 +91,36 @@ def test_a_url_that_cannot_be_meant_is_refused_and_not_quoted(text: str, why: st
     with pytest.raises(ValueError, match=f"^{re.escape(why)}") as refused:
         broker_url.parse(text)
     assert "hunter" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "user", "has_password", "why"),
+    [
+        ("kafka://h/x", None, True, "a password for kafka needs a user, deliver.user; a token needs sasl=OAUTHBEARER"),
+        ("kafka://h/x?sasl=SCRAM-SHA-256", None, True, "a password for kafka needs a user"),
+        ("kafka://h/x?sasl=PLAIN", None, False, "sasl= needs a password"),
+        ("kafka://h/x", "app", False, "a user needs a password"),
+        ("amqp://h/%2F/ex/x", None, True, "a password for amqp needs a user, deliver.user"),
+    ],
+)
+def test_a_login_that_can_log_in_nowhere_is_refused(text: str, user: str | None, has_password: bool, why: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(why)}"):
+        broker_url.parse(text).check_login(user, has_password=has_password)
+
+
+@pytest.mark.parametrize(
+    ("text", "user", "has_password"),
+    [
+        ("kafka://h/x?sasl=OAUTHBEARER", None, True),
+        ("kafka://h/x", "app", True),
+        ("kafka://h/x", None, False),
+        ("nats://h/x", None, True),
+        ("redis://h/0/x", None, True),
+        ("redis://h/0/x", "app", False),
+    ],
+)
+def test_a_login_that_a_broker_may_know_is_taken(text: str, user: str | None, has_password: bool) -> None:
+    broker_url.parse(text).check_login(user, has_password=has_password)
 
 
 @pytest.mark.parametrize("text", ["http://h/", "unix:///s:/", "pulsar://h/x", "nats+ssl://h/x", "", "://"])

@@ -194,7 +194,7 @@ def test_a_target_is_a_url_or_a_socket_with_a_path(text: str, found: Target, sho
         "", "hunter", "ftp://hunter/", "http://", "http:///hunter", "http://hunter:port/", "http://hunter:0/",
         "http://user:hunter@app/", "http://hunter@app/", "http://app/#hunter", "http://app/hunter now",
         "http://app/\nhunter", "http://[hunter/", "unix://hunter.sock:/", "unix:hunter", "unix://",
-        "http://unix:/run/hunter.sock:/", "http://app/h\u00fcnter",
+        "http://unix:/run/hunter.sock:/", "http://app/h\u00fcnter", "http://hunter%zz/", "http://hunter%41/",
     ],
 )  # fmt: skip
 def test_what_is_no_target_is_refused_and_not_quoted(text: str) -> None:
