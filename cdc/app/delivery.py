@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 from cdc.app.config import DeliverSection, Settings
 from cdc.core import broker_url
-from cdc.core.broker_messages import Encoding
-from cdc.core.broker_url import DEBEZIUM, BrokerTarget
-from cdc.core.debezium import DebeziumEncoding
+from cdc.core.broker_url import BrokerTarget
 from cdc.core.deliveries import DeliveryError, UnreachedError
 from cdc.core.errors import UsageError
 from cdc.core.name_template import NameTemplate
@@ -37,7 +35,9 @@ def _over_http(settings: Settings, to: str) -> Delivery:
     try:
         from cdc.http.delivery import Delivery  # noqa: PLC0415 - its library is an extra
     except ModuleNotFoundError as missing:
-        raise _without(missing, "aiohttp", "http", "over HTTP") from None
+        if missing.name != "aiohttp":
+            raise
+        raise UsageError("delivering over HTTP needs aiohttp", hint="pip install 'cdc-consumer[http]'") from None
     deliver = settings.deliver
     return Delivery(
         endpoint_url.parse(to),
@@ -51,13 +51,14 @@ def _over_http(settings: Settings, to: str) -> Delivery:
 
 
 def _to_broker(settings: Settings, target: BrokerTarget) -> BrokerDelivery:
-    from cdc.brokers.delivery import BrokerDelivery  # noqa: PLC0415 - only what delivers to a broker loads it
+    from cdc.brokers import clients  # noqa: PLC0415 - only what delivers to a broker loads it
+    from cdc.brokers.delivery import BrokerDelivery  # noqa: PLC0415 - see above
 
     deliver = settings.deliver
     return BrokerDelivery(
         _sender(target, deliver),
         target.names(),
-        _encoding(target, deliver),
+        clients.encoding(target, deliver.format, deliver.source),
         target=str(target),
         types=deliver.types or (),
         batch=deliver.batch,
@@ -66,41 +67,11 @@ def _to_broker(settings: Settings, target: BrokerTarget) -> BrokerDelivery:
     )
 
 
-def _encoding(target: BrokerTarget, deliver: DeliverSection) -> Encoding | DebeziumEncoding:
-    if deliver.format == DEBEZIUM:
-        return DebeziumEncoding(deliver.source)
-    separator = "_" if target.scheme == "kafka" else "-"
-    return Encoding(deliver.format, deliver.source, separator=separator, percent=target.scheme == "nats")
-
-
 def _sender(target: BrokerTarget, deliver: DeliverSection) -> BrokerSender:
+    from cdc.brokers import clients  # noqa: PLC0415 - see above
     from cdc.brokers.sender import Login  # noqa: PLC0415 - see above
 
-    login = Login(deliver.user, deliver.current_password)
-    try:
-        if target.scheme == "nats":
-            from cdc.brokers.nats import NatsSender  # noqa: PLC0415 - its library is an extra
-
-            return NatsSender(target, login)
-        if target.scheme == "amqp":
-            from cdc.brokers.amqp import AmqpSender  # noqa: PLC0415 - its library is an extra
-
-            return AmqpSender(target, login)
-        if target.scheme == "kafka":
-            from cdc.brokers.kafka import KafkaSender  # noqa: PLC0415 - its library is an extra
-
-            return KafkaSender(target, login)
-        from cdc.brokers.redis import RedisSender  # noqa: PLC0415 - its library is an extra
-
-        return RedisSender(target, login)
-    except ModuleNotFoundError as missing:
-        raise _without(missing, target.protocol.library, target.protocol.extra, f"to {target.scheme}") from None
-
-
-def _without(missing: ModuleNotFoundError, library: str, extra: str, where: str) -> Exception:
-    if (missing.name or "").partition(".")[0] != library:
-        return missing
-    return UsageError(f"delivering {where} needs {library}", hint=f"pip install 'cdc-consumer[{extra}]'")
+    return clients.sender(target, Login(deliver.user, deliver.current_password))
 
 
 def examine(settings: Settings) -> Finding | None:

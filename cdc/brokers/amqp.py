@@ -113,9 +113,7 @@ class AmqpSender:
         except (exceptions.AMQPError, *_LOST) as error:
             return _meaning(error, message.name)
 
-    async def _published(
-        self, channel: AbstractChannel, messages: Sequence[Message], timeout_s: float
-    ) -> list[Result]:
+    async def _published(self, channel: AbstractChannel, messages: Sequence[Message], timeout_s: float) -> list[Result]:
         try:
             exchange = await channel.get_exchange(self._exchange, ensure=False)
             async with deadline(timeout_s):

@@ -204,7 +204,7 @@ def _broken(error: Exception) -> LostError:
 
 def _size(body: bytes, headers: Mapping[str, str]) -> int:
     """Bytes that count for the server's limit."""
-    return len(body) + _HEADERS_LINE + sum(len(name) + len(value) + 4 for name, value in headers.items())
+    return len(body) + _HEADERS_LINE + sum(len(f"{name}{value}".encode()) + 4 for name, value in headers.items())
 
 
 def _no_stream(subject: str) -> DeliveryError:

@@ -31,6 +31,12 @@ class NameRules:
     illegal: re.Pattern[str]
     wrong: re.Pattern[str]
 
+    def fault(self, name: str) -> str | None:
+        """What is wrong with a whole name, without quoting it; None if nothing is."""
+        if not name or self.wrong.search(name) or len(name.encode()) > self.bytes_max:
+            return f"the {self.kind} has characters that are not allowed there, is empty, or is too long"
+        return None
+
 
 class NameTemplate:
     """Raises ValueError for a template that makes no good name, without quoting it."""
@@ -49,8 +55,8 @@ class NameTemplate:
                 raise ValueError(f"the {rules.kind} has a placeholder that does not exist; there are {known}")
         self._fields = {field for _, field, _, _ in parts if field is not None}
         sample = self._made("x", "x", "x", "x")
-        if not sample or rules.wrong.search(sample) or len(sample.encode()) > rules.bytes_max:
-            raise ValueError(f"the {rules.kind} has characters that are not allowed there, is empty, or is too long")
+        if wrong := rules.fault(sample):
+            raise ValueError(wrong)
 
     def known(self, entity_type: str) -> str | None:
         """The name for all changes of the type; None if more decides, or the type is "" and it decides."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ from click.testing import CliRunner
 from cdc.cli import cdc as command
 from cdc.contrib.demo.temp_server import free_port
 from tests.eventually import eventually
+from tests.fix_brokers import NatsServer
+from tests.fix_consumer import settled
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _RUN = [sys.executable, "-m", "cdc", "run", "--handlers", "handlers:router", "--http-port", "0"]
@@ -97,6 +100,21 @@ def test_the_one_for_batches_indexes_all_but_the_bad_ones(orders: psycopg.Connec
     eventually(lambda: orders.execute(found).fetchone() == ([1, 3],), what="the good ones are found")
     dead = "SELECT entity_id FROM entity_changes WHERE dead_at IS NOT NULL"
     eventually(lambda: orders.execute(dead).fetchall() == [("2",)], what="the bad one is a dead letter")
+
+
+def test_the_sink_sends_what_its_handler_made_of_an_order(
+    orders: psycopg.Connection, start: Start, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(nats_server.prepare())
+    monkeypatch.setenv("BROKER_URL", nats_server.url())
+    start("sink", _RUN)
+    _order(orders)
+    orders.execute("UPDATE orders SET customer = 'Grace'")
+    orders.execute("UPDATE orders SET total = 15")
+    eventually(lambda: settled(orders), what="all is handled")
+    first, second = asyncio.run(nats_server.received())
+    assert json.loads(first.body) == {"order": "1", "total": 12.5}
+    assert json.loads(second.body) == {"order": "1", "total": 15}
 
 
 def test_the_embedded_consumer_works_inside_its_program(orders: psycopg.Connection, start: Start) -> None:

@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import cdc
-from cdc import testing
+from cdc import sinks, testing
 from cdc.app import application
 from tests.reference.markdown import WRITTEN, code, prose, table
 
@@ -20,7 +20,8 @@ _HEAD = f"""\
 
 {WRITTEN}
 `import cdc` is all that an author of handlers needs; it loads neither the database driver nor an event loop.
-`cdc.testing` is for tests. What is not on this page is not public: it may change in any release.
+`cdc.sinks` sends to brokers, `cdc.testing` is for tests. What is not on this page is not public: it may change in any
+release.
 """
 _WHERE_IT_IS = {"run": application.run}
 """What the package loads only when it is called."""
@@ -29,6 +30,8 @@ _WHERE_IT_IS = {"run": application.run}
 def page() -> str:
     parts = [_HEAD, "\n## cdc\n"]
     parts += [_entry(f"cdc.{name}", _WHERE_IT_IS.get(name) or getattr(cdc, name)) for name in cdc.__all__]
+    parts += ["\n## cdc.sinks\n\n", prose((sinks.__doc__ or "").partition("\n\n")[0]), "\n"]
+    parts += [_entry(f"cdc.sinks.{name}", found) for name, found in _public(sinks)]
     parts += ["\n## cdc.testing\n"]
     parts += [_entry(f"cdc.testing.{name}", found) for name, found in _public(testing)]
     return "".join(parts)

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from cdc.app import config, delivery
-from cdc.brokers import delivery as broker_delivery
+from cdc.brokers import publisher
 from cdc.core.broker_url import PROTOCOLS
 from cdc.diagnostics.findings import Severity
 from tests.eventually import eventually_async
@@ -74,7 +74,7 @@ async def test_the_doctor_says_that_a_broker_never_answers(scheme: str, dumb: st
 async def test_a_link_that_carries_nothing_any_more_is_an_outage_even_where_handlers_have_no_limit(
     broker: BrokerServer, link: Proxy, outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broker_delivery, "ACKNOWLEDGED_S", 0.5)
+    monkeypatch.setattr(publisher, "ACKNOWLEDGED_S", 0.5)
     await broker.prepare()
     async with consuming(outbox, None, deliver_to=broker.url(port=link.port), max_attempts=1, timeout=0) as app:
         broken = partial(metric, app.metrics.registry, "cdc_delivery_requests_total", result="broken")

@@ -1,0 +1,165 @@
+"""Handlers that transform and then send, through the sinks of ``cdc.sinks``, to real brokers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+
+import cdc
+from cdc import sinks
+from cdc.testing import change as make_change
+from tests.eventually import eventually_async
+from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer
+from tests.fix_consumer import consuming, settled, states
+
+_MADE = {"kafka": sinks.kafka, "nats": sinks.nats, "redis": sinks.redis, "amqp": sinks.amqp}
+_QUICK: dict[str, Any] = {"backoff_base": 0.01, "backoff_cap": 0.05}
+
+
+def _publish(db: psycopg.Connection, count: int, keys: int = 1) -> None:
+    db.execute(
+        "SELECT publish_change('x', 'k' || n %% %s, 'INSERT', jsonb_build_object('n', n))"
+        " FROM generate_series(1, %s) AS n",
+        [keys, count],
+    )
+
+
+async def _all_settled(db: psycopg.Connection) -> None:
+    async def check() -> bool:
+        return settled(db)
+
+    await eventually_async(check, what="every change processed or dead", within_s=60.0)
+
+
+def _sink(broker: BrokerServer) -> sinks.Sink:
+    return _MADE[broker.scheme](broker.url().replace("{type}", "x"))
+
+
+async def test_a_handler_sends_the_event_of_a_change_or_what_it_makes_of_it(
+    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await broker.prepare()
+    router = cdc.Router()
+    _publish(outbox_db, 2)
+    async with _sink(broker) as sink:
+
+        @router.on("x")
+        async def forward(change: cdc.Change) -> None:
+            if change.new["n"] == 1:
+                await sink.send(change)
+            else:
+                made = sinks.Payload({"total": Decimal("12.50")}, headers={"origin": "test"})
+                await sink.send(change, made)
+
+        async with consuming(outbox, router):
+            await _all_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 2}
+    event, made = await broker.received()
+    assert event.event["data"]["new"] == {"n": 1}
+    assert made.body == b'{"total":12.50}'
+    assert made.headers["origin"] == "test"
+    assert made.headers["content-type"] == "application/json"
+    ids = {name: value for name, value in made.headers.items() if name in {"cdc-id", "cdc_id"}}
+    assert set(ids.values()) != {event.event["id"]}
+    assert len(ids) == 1
+
+
+async def test_a_batch_is_sent_together_in_order_and_each_change_has_an_error_of_its_own(
+    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await broker.prepare()
+    router = cdc.Router()
+    _publish(outbox_db, 300, 7)
+    async with _sink(broker) as sink:
+
+        def made(change: cdc.Change) -> sinks.Payload | None:
+            number = change.new["n"]
+            if number == 100:
+                raise ValueError("no total")
+            if number == 200:
+                raise cdc.Reject("never")
+            return None if number == 150 else sinks.Payload([change.entity_id, number])
+
+        @router.on("x", batch=100)
+        async def forward(changes: list[cdc.Change]) -> None:
+            await sink.send_batch(changes, made)
+
+        async with consuming(outbox, router, max_attempts=2, **_QUICK):
+            await _all_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 298, "dead": 2}
+    read = [json.loads(each.body) for each in await broker.received()]
+    assert sorted(number for _, number in read) == [n for n in range(1, 301) if n not in {100, 150, 200}]
+    by_key = [[number for key, number in read if key == f"k{n}"] for n in range(7)]
+    assert all(numbers == sorted(numbers) for numbers in by_key)
+
+
+async def test_a_broker_that_is_away_costs_a_handler_no_attempt(
+    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await broker.prepare()
+    router = cdc.Router()
+    async with _sink(broker) as sink:
+
+        @router.on("x")
+        async def forward(change: cdc.Change) -> None:
+            await sink.send(change)
+
+        async with consuming(outbox, router, max_attempts=1) as app:
+            _publish(outbox_db, 20, 20)
+            await _all_settled(outbox_db)
+            await asyncio.to_thread(broker.kill)
+            _publish(outbox_db, 20, 20)
+
+            async def rests() -> bool:
+                return app.status.breakers["forward"].rests
+
+            await eventually_async(rests, what="the handler rests")
+            await asyncio.to_thread(broker.start)
+            await _all_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 40}
+    assert len({each.event["id"] for each in await broker.received()}) == 40
+
+
+async def test_a_message_of_a_handler_that_is_too_large_is_a_dead_letter(
+    nats_server: NatsServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    await nats_server.prepare()
+    router = cdc.Router()
+    _publish(outbox_db, 3)
+    async with _sink(nats_server) as sink:
+
+        @router.on("x")
+        async def forward(change: cdc.Change) -> None:
+            await sink.send(change, sinks.Payload("x" * (3_000_000 if change.new["n"] == 2 else 3)))
+
+        async with consuming(outbox, router):
+            await _all_settled(outbox_db)
+    assert states(outbox_db) == {"processed": 2, "dead": 1}
+    assert [each.body for each in await nats_server.received()] == [b"xxx", b"xxx"]
+
+
+async def test_several_messages_of_one_change_go_to_names_and_keys_of_their_own(kafka_server: KafkaServer) -> None:
+    await kafka_server.prepare(["x", "order"])
+    name = kafka_server.url().rpartition("/")[2]
+    change = make_change("x")
+    async with sinks.kafka(kafka_server.url()) as sink:
+        for part in ("a", "b"):
+            to = name.format(type="order")
+            await sink.send(change, sinks.Payload(part.encode(), to=to, key=part, id=f"{change.id}/{part}"))
+    found = await kafka_server.received()
+    assert sorted((each.name, each.key, each.body) for each in found) == [
+        (name.format(type="order"), "a", b"a"), (name.format(type="order"), "b", b"b"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("password", ["hunter", lambda: "hunter"], ids=["text", "function"])
+async def test_a_sink_logs_in(nats_server: NatsServer, password: Any) -> None:
+    await asyncio.to_thread(nats_server.restart, "--user", "app", "--pass", "hunter")
+    async with sinks.nats(nats_server.url(), user="app", password=password) as sink:
+        with pytest.raises(cdc.Retry, match="no stream of JetStream takes the subject"):
+            await sink.send(make_change("x"))
