@@ -351,6 +351,11 @@ class KafkaServer(BrokerServer):
         for gone in (await asyncio.to_thread(admin.delete_topics, topics)).values():
             await asyncio.to_thread(gone.result, 30)
 
+        def forgotten() -> bool:
+            return not set(topics) & set(admin.list_topics(timeout=10).topics)
+
+        await asyncio.to_thread(eventually, forgotten, what="the broker knows the topics no more")
+
     async def prepare_again(self) -> None:
         await self._create({})
 

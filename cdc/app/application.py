@@ -181,6 +181,8 @@ class App:
         yield "listener", self._once_connected(self.components.listener.run)
         yield "relay", self._once_connected(self.components.relay.run)
         settings = self.components.settings
+        if self.components.delivery and not settings.observe:
+            yield "broker", self._once_connected(self._check_delivery)
         if not settings.observe:
             due = DuePublisher(settings.current_dsn, settings.schema_, self.consumer.owns)
             yield "due", self._once_connected(due.run)
@@ -201,6 +203,11 @@ class App:
             self.components.stream.start()
         else:
             log.info("the stream is switched off: changes are found by sweeping")
+        await asyncio.Event().wait()
+
+    async def _check_delivery(self) -> None:
+        assert self.components.delivery is not None
+        await self.components.delivery.check()
         await asyncio.Event().wait()
 
     # --- status for others -----------------------------------------------------------------------------------------

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
 
 from cdc.app.config import DeliverSection, Settings
 from cdc.core import broker_url
 from cdc.core.broker_url import BrokerTarget
-from cdc.core.deliveries import DeliveryError, UnreachedError
-from cdc.core.errors import UsageError
-from cdc.core.name_template import NameTemplate
+from cdc.core.deliveries import AwayError, DeliveryError, RejectedError, UnreachedError
+from cdc.core.errors import CdcError, Failed, UsageError
+from cdc.core.model import Change, Operation
 from cdc.diagnostics.findings import Finding, fail, ok
 from cdc.http import endpoint_url
-from cdc.runtime.deadline import deadline
 
 if TYPE_CHECKING:
     from cdc.brokers.delivery import BrokerDelivery
+    from cdc.brokers.publisher import Publisher
     from cdc.brokers.sender import BrokerSender
     from cdc.http.delivery import Delivery
 
-_CHECK_S = 20.0
+_REACHABLE = "start the broker, or correct deliver.to, deliver.user and deliver.password"
+SMOKE = "cdc-smoke"
+"""Type, key and table of a test event, unless a type is given."""
 
 
 def make(settings: Settings) -> Delivery | BrokerDelivery:
@@ -67,6 +72,12 @@ def _to_broker(settings: Settings, target: BrokerTarget) -> BrokerDelivery:
     )
 
 
+def _publisher(settings: Settings, target: BrokerTarget) -> Publisher:
+    from cdc.brokers.publisher import Publisher  # noqa: PLC0415 - see above
+
+    return Publisher(_sender(target, settings.deliver), target=str(target), timeout_s=settings.timeout_s)
+
+
 def _sender(target: BrokerTarget, deliver: DeliverSection) -> BrokerSender:
     from cdc.brokers import clients  # noqa: PLC0415 - see above
     from cdc.brokers.sender import Login  # noqa: PLC0415 - see above
@@ -81,27 +92,73 @@ def examine(settings: Settings) -> Finding | None:
         return None
     target = broker_url.parse(to)
     try:
-        return asyncio.run(_look(_sender(target, settings.deliver), target, settings.deliver.types or ()))
+        said = asyncio.run(_look(_publisher(settings, target), target.names().all_known(settings.deliver.types or ())))
     except UsageError as error:
         return fail(str(error), error.hint)
     except UnreachedError as error:
-        return fail(error.summary, "start the broker, or correct deliver.to, deliver.user and deliver.password")
-    except TimeoutError:
-        return fail(f"{target} gave no answer within {_CHECK_S:g} s", "look at the broker's own log")
-
-
-async def _look(sender: BrokerSender, target: BrokerTarget, types: tuple[str, ...]) -> Finding:
-    async with deadline(_CHECK_S):
-        await sender.connect()
-        try:
-            said = [await sender.describe(name) for name in _names(target.names(), types)]
-        except DeliveryError as error:
-            return fail(error.summary, "correct deliver.to, or the broker")
-        finally:
-            await sender.close()
+        return fail(error.summary, _REACHABLE)
+    except DeliveryError as error:
+        return fail(error.summary, "correct deliver.to, or the broker")
     return ok("; ".join((f"{target} is reached", *said)))
 
 
-def _names(template: NameTemplate, types: tuple[str, ...]) -> Iterator[str]:
-    """Those that are known before a change comes."""
-    yield from dict.fromkeys(filter(None, map(template.known, types or ("",))))
+async def _look(publisher: Publisher, names: list[str]) -> list[str]:
+    try:
+        return await publisher.look(names)
+    finally:
+        await publisher.close()
+
+
+@dataclass(frozen=True, slots=True)
+class TestEvent:
+    """A test event that a broker has acknowledged. ``behind``: what stands behind the ``name`` that it went to."""
+
+    target: str
+    kind: str
+    name: str
+    behind: str
+    id: UUID
+    took_s: float
+
+
+def smoke(settings: Settings) -> TestEvent:
+    """Send one test event, without a database, as an INSERT of the first of deliver.types would be sent.
+
+    Raises UsageError where deliver.to names no broker, CdcError where the event is not acknowledged.
+    """
+    to = settings.deliver.to
+    if to is None or not broker_url.is_broker(to):
+        raise UsageError("no broker is named", hint="--deliver-to URL, such as nats://127.0.0.1:4222/cdc.{type}")
+    target = broker_url.parse(to)
+    try:
+        return asyncio.run(_smoke(settings, target, _publisher(settings, target)))
+    except UnreachedError as error:
+        raise CdcError(error.summary, hint=_REACHABLE) from None
+    except (AwayError, DeliveryError, RejectedError) as error:
+        raise CdcError(error.summary, hint="correct deliver.to, or the broker; cdc doctor says more") from None
+
+
+async def _smoke(settings: Settings, target: BrokerTarget, publisher: Publisher) -> TestEvent:
+    from cdc.brokers import clients  # noqa: PLC0415 - see above
+
+    change = _test_change((settings.deliver.types or (SMOKE,))[0])
+    name = target.names().name(change)
+    encoding = clients.encoding(target, settings.deliver.format, settings.deliver.source)
+    try:
+        [behind] = await publisher.look([name])
+        began = time.monotonic()
+        await publisher.publish([change], lambda _: encoding.message(change, name))
+        took_s = time.monotonic() - began
+    except Failed as failed:
+        [error] = failed.errors.values()
+        raise error from None
+    finally:
+        await publisher.close()
+    return TestEvent(str(target), target.protocol.rules.kind, name, behind, change.id, took_s)
+
+
+def _test_change(entity_type: str) -> Change:
+    return Change(
+        id=uuid4(), seq=0, shard=0, entity_type=entity_type, entity_id=SMOKE, table_schema="public", table=SMOKE,
+        operation=Operation.INSERT, old=None, new={"id": SMOKE}, metadata={"test": True}, changed_at=datetime.now(UTC),
+    )  # fmt: skip

@@ -7,6 +7,7 @@ Delivery is a router like any other: order, concurrency, retries and dead letter
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from cdc.brokers.sender import BrokerSender
 from cdc.core.broker_messages import Encoding, Message
 from cdc.core.circuit_breaker import CircuitBreaker
 from cdc.core.debezium import DebeziumEncoding
-from cdc.core.deliveries import HANDLER
+from cdc.core.deliveries import HANDLER, DeliveryError, UnreachedError
 from cdc.core.model import Change
 from cdc.core.name_template import NameTemplate
 from cdc.core.router import ANY, Router
@@ -26,6 +27,8 @@ log = logging.getLogger("cdc.deliver")
 
 BATCH = 500
 """Changes sent together, unless the setting says otherwise. More are no faster, and wait longer for each other."""
+_LOOK_AGAIN_S = 3.0
+"""As often as a circuit breaker lets a call through."""
 
 
 class BrokerDelivery:
@@ -72,6 +75,29 @@ class BrokerDelivery:
             "delivers %s to %s", "every type" if self._types == (ANY,) else ", ".join(self._types),
             self._publisher.target,
         )  # fmt: skip
+
+    async def check(self) -> None:
+        """Say what stands behind the names that are known before a change comes, once the broker is there.
+
+        Only says it: what is missing may come, and changes wait for it as they wait for a broker that is away.
+        """
+        names = self._names.all_known([each for each in self._types if each != ANY])
+        waits = False
+        while True:
+            try:
+                said = await self._publisher.look(names)
+            except UnreachedError as away:
+                if not waits:
+                    log.warning("%s; it is waited for", away.summary)
+                waits = True
+                await asyncio.sleep(_LOOK_AGAIN_S)
+            except DeliveryError as refused:
+                log.warning("%s", refused.summary)
+                return
+            else:
+                for sentence in said:
+                    log.info("%s", sentence)
+                return
 
     async def close(self) -> None:
         await self._publisher.close()

@@ -25,11 +25,13 @@ from cdc.core.deliveries import AwayError, LostError, UnreachedError
 from cdc.core.errors import Discard, Failed, Reject, Snooze, Unavailable
 from cdc.core.message_rounds import MessageRounds
 from cdc.core.model import Change, Key
+from cdc.runtime.deadline import deadline
 
 log = logging.getLogger("cdc.deliver")
 
 ACKNOWLEDGED_S = 60.0
 """Until an acknowledgement has come, where the setting gives handlers no limit: silence is an outage, not a hang."""
+LOOK_S = 20.0
 _AFTER_S = 0.1
 """Until a change is looked at again whose predecessor in the same batch has failed: it waits for that one anyway."""
 
@@ -63,6 +65,19 @@ class Publisher:
 
     async def close(self) -> None:
         await self._sender.close()
+
+    async def look(self, names: Sequence[str]) -> list[str]:
+        """What stands behind these names, a sentence each, after connecting. Sends nothing.
+
+        Raises UnreachedError, also where no answer comes within LOOK_S, or DeliveryError where messages to one of them
+        would be refused.
+        """
+        try:
+            async with deadline(LOOK_S):
+                await self._connect()
+                return [await self._sender.describe(name) for name in names]
+        except TimeoutError:
+            raise UnreachedError(f"{self.target} gave no answer within {LOOK_S:g} s") from None
 
     async def publish(self, changes: Sequence[Change], encode: Encode) -> None:
         """In the order of each key. Raises ``cdc.Failed`` with the error of each change that was not acknowledged."""

@@ -34,6 +34,7 @@ COMMANDS = {
     "subscription": ("cdc.cli.subscription", "Let further services read the outbox, each at its own pace."),
     "slot": ("cdc.cli.slot", "Create, drop and inspect the replication slot."),
     "doctor": ("cdc.cli.doctor", "Check every precondition, each with its remedy."),
+    "smoke": ("cdc.cli.smoke", "Send one test event to a broker."),
     "config": ("cdc.cli.config", "Show the settings in force."),
     "whatsapp": ("cdc.cli.whatsapp", "Receive webhooks of the documented application, and try it."),
     "healthcheck": ("cdc.cli.healthcheck", "Ask the consumer on this host whether it is alive."),

@@ -8,6 +8,7 @@ start.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
 
@@ -63,6 +64,10 @@ class NameTemplate:
         if self._fields - {"type"} or ("type" in self._fields and not entity_type):
             return None
         return self._made(entity_type or "_", "_", "_", "_")
+
+    def all_known(self, types: Sequence[str]) -> list[str]:
+        """The names for all changes of these types (none: of any type), where a type decides."""
+        return [*dict.fromkeys(filter(None, map(self.known, types or ("",))))]
 
     def name(self, change: Change) -> str:
         """Raises RejectedError for one that is too long."""

@@ -135,6 +135,9 @@ class Delivery:
             "signed" if self._keys() else "not signed: CDC_DELIVER_SECRET is not set",
         )  # fmt: skip
 
+    async def check(self) -> None:
+        """Nothing is asked of an application before there is a change for it."""
+
     async def close(self) -> None:
         for session in (self._looking, self._session):
             if session is not None:
