@@ -59,7 +59,8 @@ CREATE TABLE IF NOT EXISTS @schema@.cdc_subscription_changes (
   tried jsonb,
   PRIMARY KEY (subscription, shard, seq)
 );
--- What is done comes and goes; what waits or is dead is found by these, and nothing else pays for them.
+-- What is done comes and goes; what waits or is dead is found by these, and nothing else pays for them. Each is the only
+-- one that fits what asks for it, as statistics of a queue are wrong: cdc/postgres/subscription.sql.
 ALTER TABLE @schema@.cdc_subscription_changes SET (
   autovacuum_vacuum_scale_factor = 0.02,
   autovacuum_vacuum_threshold = 5000,
@@ -69,9 +70,9 @@ ALTER TABLE @schema@.cdc_subscription_changes SET (
 CREATE INDEX IF NOT EXISTS cdc_subscription_changes_due ON @schema@.cdc_subscription_changes
   (subscription, type_hash, next_attempt_at) WHERE next_attempt_at IS NOT NULL AND dead_at IS NULL;
 CREATE INDEX IF NOT EXISTS cdc_subscription_changes_waiting ON @schema@.cdc_subscription_changes
-  (subscription, next_attempt_at) WHERE next_attempt_at IS NOT NULL;
+  (subscription, next_attempt_at) WHERE next_attempt_at <= 'infinity';
 CREATE INDEX IF NOT EXISTS cdc_subscription_changes_holding ON @schema@.cdc_subscription_changes
-  (subscription, key_hash) WHERE next_attempt_at IS NOT NULL;
+  (key_hash) WHERE next_attempt_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS cdc_subscription_changes_dead ON @schema@.cdc_subscription_changes
   (subscription, dead_at) WHERE dead_at IS NOT NULL;
 REVOKE ALL ON TABLE @schema@.cdc_subscription_changes FROM PUBLIC;

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cdc.app import config
-from cdc.app.application import App
+from cdc.app.application import App, subscription_of
 from cdc.core.router import Router
 from cdc.engine.health_checks import HealthThresholds
 from tests.eventually import eventually
@@ -37,7 +37,8 @@ async def consuming(
 ) -> AsyncIterator[App]:
     """A consumer beside the test. Leaves by draining; what ended it early is raised."""
     always = {"dsn": dsn, "http_port": 0, "slot_name": slot_name(), "max_attempts": MAX_ATTEMPTS}
-    app = App(config.from_options({**always, **settings}), router, thresholds)
+    chosen = config.from_options({**always, **settings})
+    app = App(chosen, router, thresholds, subscription=await subscription_of(chosen))
     work = asyncio.create_task(app.run())
     try:
         yield app

@@ -21,6 +21,7 @@ from cdc.app.components import build
 from cdc.app.config import Settings
 from cdc.core import deliveries
 from cdc.core.router import Router
+from cdc.core.subscription import DEFAULT
 from cdc.core.type_filter import NOTHING, TypeFilter
 from cdc.engine import health_checks
 from cdc.engine.consumer_port import ConsumerPort
@@ -31,10 +32,13 @@ from cdc.http.server import Check, HealthServer
 from cdc.http.status_page import StatusPage
 from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ProcessStatus
+from cdc.postgres.connect import connect
+from cdc.postgres.subscriptions import Subscription, Subscriptions
 
 log = logging.getLogger("cdc")
 
 _STOP_S = 3.0
+_LOOK_UP_S = 10.0
 _Run = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -46,7 +50,8 @@ async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
     the database cannot be reached at the start, UsageError for a setting that does not exist. If ``router`` is None,
     ``deliver_to`` is required.
     """
-    app = App(config.from_options({"http_port": 0, "dsn": dsn, **settings}), router)
+    chosen = config.from_options({"http_port": 0, "dsn": dsn, **settings})
+    app = App(chosen, router, subscription=await subscription_of(chosen))
     work = asyncio.create_task(app.run())
     try:
         await asyncio.shield(work)
@@ -56,12 +61,36 @@ async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
         raise
 
 
-class App:
-    """One consumer with its other components. Made on the event loop. ``router`` is None if deliver.to is set."""
+async def subscription_of(settings: Settings) -> Subscription | None:
+    """The subscription that is named in the settings; None: the default one. Raises NotFoundError."""
+    if settings.subscription == DEFAULT:
+        return None
 
-    def __init__(self, settings: Settings, router: Router | None, thresholds: HealthThresholds | None = None) -> None:
+    def look_up() -> Subscription:
+        with connect(settings.current_dsn, application_name="cdc: subscription", answer_limit_s=_LOOK_UP_S) as found:
+            return Subscriptions(settings.schema_).named(found, settings.subscription)
+
+    return await asyncio.to_thread(look_up)
+
+
+class App:
+    """One consumer with its other components. Made on the event loop. ``router`` is None if deliver.to is set.
+
+    ``subscription``: as ``subscription_of`` returns it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        router: Router | None,
+        thresholds: HealthThresholds | None = None,
+        *,
+        subscription: Subscription | None = None,
+    ) -> None:
         self._thresholds = thresholds or HealthThresholds()
-        self.components = parts = build(settings, router, stall_limit_s=self._thresholds.stall_s)
+        self.components = parts = build(
+            settings, router, stall_limit_s=self._thresholds.stall_s, subscription=subscription
+        )
         self._page = (
             StatusPage(
                 lambda: parts.status,

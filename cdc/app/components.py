@@ -16,6 +16,7 @@ from cdc.core.handler_limits import HandlerLimits
 from cdc.core.model import WakeUp
 from cdc.core.page_size import BYTES
 from cdc.core.router import Router
+from cdc.core.subscription import DEFAULT
 from cdc.core.type_filter import TypeFilter
 from cdc.engine.circuit_breakers import CircuitBreakers
 from cdc.engine.consumer import Consumer
@@ -32,11 +33,14 @@ from cdc.observability.failures import RecentFailures
 from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ProcessStatus
 from cdc.observability.status_metrics import StatusMetrics
+from cdc.postgres import shard_locks
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import driver_versions
 from cdc.postgres.due import DueChanges
 from cdc.postgres.notify import Listener, Relay
 from cdc.postgres.outbox import Store
+from cdc.postgres.subscription import SubscriptionStore
+from cdc.postgres.subscriptions import Subscription
 from cdc.replication.stream import Stream, StreamSettings
 from cdc.runtime.loop_watch import LoopWatch
 from cdc.runtime.sockets import sockets_of
@@ -92,34 +96,35 @@ class Components:
         )
 
 
-def build(settings: Settings, router: Router | None, *, stall_limit_s: float) -> Components:
+def build(
+    settings: Settings, router: Router | None, *, stall_limit_s: float, subscription: Subscription | None = None
+) -> Components:
     """On the event loop. ``router`` is None if deliver.to is set. Raises UsageError if these do not fit.
 
-    ``stall_limit_s``: the silence after which the stream reconnects.
+    ``stall_limit_s``: the silence after which the stream reconnects. ``subscription``: the one that is named in the
+    settings, if that is not the default one.
     """
     if settings.observe:
         settings = _as_observer(settings)
     delivery = make_delivery(settings) if settings.deliver.to else None
     router = _the_one(router, delivery.router if delivery else None)
-    scope = settings.scope if settings.unhandled == "discard" else settings.scope.within(router.scope)
-    _refuse_unhandled(settings.scope, router)
+    scope = _scope(settings, router, subscription)
     delivers = delivery is not None and not settings.observe
     metrics = Metrics(settings.slot.name, router, driver=driver_versions(), delivers=delivers)
     supervisor = Supervisor(metrics.process.task_ended)
-    store = _store(settings, scope)
+    store = _store(settings, scope, subscription)
     threads, hooks, failures = Threads(settings.threads), Hooks(router), RecentFailures()
     transactions = _transactions(settings, router, store)
     breakers = CircuitBreakers({handler.name for handler in router.handlers.values()})
+    policy = _error_policy(settings, router, metrics, hooks=hooks, breakers=breakers, failures=failures)
     consumer: ConsumerPort = (
         Shadow(_consumer_settings(settings, settings.scope), router=router, store=store, metrics=metrics)
         if settings.observe
         else Consumer(
-            _consumer_settings(settings, scope),
+            _consumer_settings(settings, scope, subscription),
             executor=Executor(
                 router,
-                error_policy=_error_policy(
-                    settings, router, metrics, hooks=hooks, breakers=breakers, failures=failures
-                ),
+                error_policy=policy,
                 timeout_s=settings.timeout_s,
                 threads=threads,
                 transactions=transactions,
@@ -153,10 +158,22 @@ def build(settings: Settings, router: Router | None, *, stall_limit_s: float) ->
     return components
 
 
-def _store(settings: Settings, scope: TypeFilter) -> Store:
+def _scope(settings: Settings, router: Router, subscription: Subscription | None) -> TypeFilter:
+    """The types that this consumer handles."""
+    asked = settings.scope
+    if subscription:
+        _refuse_for_subscription(settings, router)
+        asked = asked if subscription.types is None else TypeFilter(subscription.types, include=True)
+    _refuse_unhandled(settings.scope, router)
+    return asked if settings.unhandled == "discard" else asked.within(router.scope)
+
+
+def _store(settings: Settings, scope: TypeFilter, subscription: Subscription | None) -> Store:
     """An observer also reads the types that no handler names."""
     read = settings.scope if settings.observe else scope
     page_bytes = min(BYTES, settings.window_bytes)
+    if subscription:
+        return SubscriptionStore(settings.schema_, subscription, settings.max_chain_depth, read, page_bytes=page_bytes)
     return Store(settings.schema_, settings.max_chain_depth, read, page_bytes=page_bytes, observes=settings.observe)
 
 
@@ -217,7 +234,9 @@ def _poller(
         store=store,
         due=DueChanges(settings.schema_),
         slot=settings.slot.name if stream else None,
-        asked=None if scope == settings.scope or settings.observe else settings.scope,
+        asked=None
+        if scope == settings.scope or settings.observe or settings.subscription != DEFAULT
+        else settings.scope,
         page=OutboxAdmin(settings.schema_) if settings.http.port and settings.http.page else None,
         supervisor=supervisor,
         standbys_away=stream.waits_for_standbys if stream and may_recreate else lambda: None,
@@ -248,7 +267,9 @@ def _the_one(given: Router | None, deliverys: Router | None) -> Router:
     return router
 
 
-def _consumer_settings(settings: Settings, scope: TypeFilter) -> ConsumerSettings:
+def _consumer_settings(
+    settings: Settings, scope: TypeFilter, subscription: Subscription | None = None
+) -> ConsumerSettings:
     return ConsumerSettings(
         dsn=settings.current_dsn,
         schema=settings.schema_,
@@ -260,6 +281,7 @@ def _consumer_settings(settings: Settings, scope: TypeFilter) -> ConsumerSetting
         sweep_interval_s=settings.sweep_interval,
         poll_interval_s=settings.poll_interval,
         scope=scope,
+        subscription=subscription.number if subscription else shard_locks.DEFAULT,
     )
 
 
@@ -268,6 +290,22 @@ def _as_observer(settings: Settings) -> Settings:
     name = f"{settings.slot.name[:_SLOT_NAME_PART]}_observe_{secrets.token_hex(4)}"
     slot = settings.slot.model_copy(update={"name": name, "mode": "temporary", "create": True, "recreate": True})
     return settings.model_copy(update={"slot": slot})
+
+
+def _refuse_for_subscription(settings: Settings, router: Router) -> None:
+    """A change that no consumer of a subscription wants is nothing to it. So all of them must want the same ones."""
+    if settings.only or settings.except_:
+        raise UsageError(
+            "the consumers of a subscription take the same types, and so --only and --except are not for them",
+            hint="cdc subscription create NAME --type TYPE; another subscription for the other types",
+        )
+    if settings.observe:
+        raise UsageError("a subscription cannot be observed", hint="leave out --observe, or --subscription")
+    if latest := [handler.name for handler in router.handlers.values() if handler.latest]:
+        raise UsageError(
+            f"{latest[0]} handles the latest change of several, which a subscription cannot do yet",
+            hint="leave out latest=..., or handle it in the default subscription",
+        )
 
 
 def _refuse_unhandled(scope: TypeFilter, router: Router) -> None:

@@ -33,6 +33,7 @@ from cdc.core import broker_url
 from cdc.core.broker_url import STRUCTURED
 from cdc.core.errors import UsageError
 from cdc.core.model import PLUGINS
+from cdc.core.subscription import DEFAULT, check_name
 from cdc.core.type_filter import TypeFilter
 from cdc.core.units import parse_duration
 from cdc.http import endpoint_url, webhook_signature
@@ -182,6 +183,13 @@ def _fits_a_name(schema: str) -> str:
     return schema
 
 
+def _is_a_subscription(name: str) -> str:
+    try:
+        return name if name == DEFAULT else check_name(name)
+    except UsageError as error:
+        raise ValueError(f"{error}; {error.hint}") from None
+
+
 def _none_is_zero(value: object) -> object:
     return 0 if isinstance(value, str) and value.strip().lower() == "none" else value
 
@@ -209,6 +217,9 @@ class Settings(_Section):
     only: _Names = Field(None, description="Handle this entity type and no other.")
     except_: _Names = Field(None, alias="except", description="Leave this entity type alone.")
     unhandled: Literal["leave", "discard"] = Field("leave", description="What to do with types that no handler wants.")
+    subscription: Annotated[str, AfterValidator(_is_a_subscription)] = Field(
+        DEFAULT, description="Which subscription's changes are handled; cdc subscription create makes one."
+    )
     observe: bool = Field(False, description="Shadow mode: measure everything, run no handler, mark nothing.")
     slot: SlotSection = SlotSection()
     stream: bool = Field(True, description="Listen to the replication slot; without it changes are found by sweeping.")

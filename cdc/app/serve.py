@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
-from cdc.app.application import App
+from cdc.app.application import App, subscription_of
 from cdc.app.config import Settings
 from cdc.core.router import Router
 from cdc.observability import logs
@@ -74,7 +74,7 @@ async def _serve(settings: Settings, router: Router | None) -> None:
         log.info("%s: stopping", signal.Signals(number).name)
 
     process.hand_over(on_signal)
-    app = App(settings, router)
+    app = App(settings, router, subscription=await subscription_of(settings))
     stopping = asyncio.create_task(_stop_at(stop, app))
     try:
         await app.run()

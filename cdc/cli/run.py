@@ -27,8 +27,8 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
 @settings_options(
     "handlers", "deliver.to", "deliver.types", "deliver.batch", "deliver.linger", "deliver.source", "deliver.format",
     "deliver.user", "deliver.password", "deliver.secret", "deliver.previous_secret",
-    "only", "except", "observe", "dsn", "stream_dsn", "handlers_dsn", "schema", "slot.name", "unhandled",
-    "slot.create", "slot.recreate",
+    "only", "except", "subscription", "observe", "dsn", "stream_dsn", "handlers_dsn", "schema", "slot.name",
+    "unhandled", "slot.create", "slot.recreate",
     "slot.plugin", "slot.mode", "stream", "http.host", "http.port", "http.page", "http.hosts", "concurrency",
     "threads", "transactions", "window", "window_bytes", "max_attempts", "max_chain_depth", "timeout", "backoff.base",
     "backoff.cap", "drain_time", "sweep_interval", "poll_interval", "retention", "log.level", "log.format",

@@ -26,7 +26,10 @@ log = logging.getLogger("cdc.consumer")
 
 
 class Balancing:
-    """``acquired`` is called when there are new shards. Times are those of the event loop's clock."""
+    """``acquired`` is called when there are new shards, ``readers`` at each poll: whether others read the same changes.
+
+    Times are those of the event loop's clock.
+    """
 
     def __init__(
         self,
@@ -36,12 +39,14 @@ class Balancing:
         metrics: ConsumerMetrics,
         *,
         acquired: Callable[[], None],
+        readers: Callable[[bool], None] = lambda others: None,
     ) -> None:
         self._ownership = ownership
         self._settler = settler
         self._crash_guard = crash_guard
         self._metrics = metrics
         self._acquired = acquired
+        self._readers = readers
         self._without = NoShardReminder()
         self._delay = Delay()
         self.members = 0
@@ -49,20 +54,21 @@ class Balancing:
 
     async def poll(self, session: ShardSession, now: float) -> bool:
         """Read the membership, acquire and release. False: an obstacle stopped it, and the next poll does the rest."""
-        with self._patience(session, now):
+        with self.patience(session, now):
             await self._balance(session, now)
             return True
         return False
 
     async def ask(self, session: ShardSession, now: float) -> None:
         """Check that the session is still there. Raises if it is not."""
-        with self._patience(session, now):
+        with self.patience(session, now):
             await session.poll()
 
     async def _balance(self, session: ShardSession, now: float) -> None:
         owned = self._ownership.owned
         before = len(owned)
         self.members, free = await session.poll()
+        self._readers(session.others_read)
         move = balance(self.members, owned, free)
         if (move.acquire or session.unregistered) and (acquired := await session.acquire(move.acquire)).shards:
             self._ownership.acquire(acquired)
@@ -83,7 +89,8 @@ class Balancing:
             log.warning("%s", without(await session.holders()))
 
     @contextlib.contextmanager
-    def _patience(self, session: ShardSession, now: float) -> Iterator[None]:
+    def patience(self, session: ShardSession, now: float) -> Iterator[None]:
+        """An obstacle that passes costs nothing but time; raises what ends the session."""
         try:
             yield
         except psycopg.Error as error:

@@ -44,9 +44,9 @@ from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.barriers import Barriers
 from cdc.postgres.connect import connect_async
 from cdc.postgres.loaders import read_changes
-from cdc.postgres.outbox import INDEXED, READ_LIMIT_S, READ_SESSION, Store
+from cdc.postgres.outbox import READ_LIMIT_S, READ_LIMITS, Store
 from cdc.postgres.pages import Settled
-from cdc.postgres.shard_locks import ShardSession
+from cdc.postgres.shard_locks import DEFAULT, ShardSession
 from cdc.runtime.deadline import deadline, unless, wait_within
 
 log = logging.getLogger("cdc.consumer")
@@ -82,7 +82,8 @@ class Consumer:
             sweep_interval_s=settings.poll_interval_s, room_for=self._scheduler.room_for, scope=settings.scope
         )
         self._reads = Reader(
-            self._scheduler, self._planner, store, Barriers(settings.schema), metrics, pauses=demand.pauses,
+            self._scheduler, self._planner, store,
+            Barriers(settings.schema, of_default=settings.subscription == DEFAULT), metrics, pauses=demand.pauses,
             sweep_interval_s=settings.sweep_interval_s, poll_interval_s=settings.poll_interval_s,
         )  # fmt: skip
         ownership = self._scheduler.ownership
@@ -109,7 +110,10 @@ class Consumer:
         )  # fmt: skip
         executor.breakers.changed = self._dispatcher.breaker_changed
         ownership.subscribe(self._planner, self._settler, self.crash_guard)
-        self._balancing = Balancing(ownership, self._settler, self.crash_guard, metrics.consumer, acquired=self._reread)
+        self._balancing = Balancing(
+            ownership, self._settler, self.crash_guard, metrics.consumer, acquired=self._reread,
+            readers=self._others_read,
+        )  # fmt: skip
         self._drained = asyncio.Event()
 
     # --- from outside, on the event loop ---------------------------------------------------------------------------
@@ -149,6 +153,7 @@ class Consumer:
             throttled_types=len(planner.throttled),
             held_up_s=_since(self._settler.held_up_since),
             unread_s=_since(self._reads.delayed_since),
+            paused=self._scheduler.ready_queues.paused,
         )
 
     # --- connections -----------------------------------------------------------------------------------------------
@@ -179,11 +184,16 @@ class Consumer:
     @contextlib.asynccontextmanager
     async def _connections(self) -> AsyncIterator[tuple[ShardSession, psycopg.AsyncConnection]]:
         dsn, schema = self._settings.dsn, self._settings.schema
-        session = await ShardSession.open(dsn, schema, self._store.process, INDEXED)
+        session = await ShardSession.open(
+            dsn, schema, self._store.process, self._store.session, self._settings.subscription
+        )
         self.crash_guard.use_session(session)
         try:
             reader = await connect_async(
-                dsn, application_name="cdc: reader", session=READ_SESSION, answer_limit_s=READ_LIMIT_S
+                dsn,
+                application_name="cdc: reader",
+                session={**self._store.session, **READ_LIMITS},
+                answer_limit_s=READ_LIMIT_S,
             )
             read_changes(reader)
             self._dispatcher.coalescing.use_reader(reader)
@@ -227,6 +237,9 @@ class Consumer:
         with contextlib.suppress(psycopg.Error, OSError):
             async with deadline(_LAST_SETTLE_S):
                 await self.crash_guard.clear()
+                async with session.writing:
+                    if self._store.may_advance(time.monotonic()):
+                        await self._store.advance(session.connection, self._scheduler.ownership.owned)
                 await session.unregister()
 
     async def _end_connection(self) -> None:
@@ -245,10 +258,28 @@ class Consumer:
             self.lifecycle.iterated("shards")
             if await self._balancing.poll(session, time.monotonic()):
                 self.lifecycle.iterated("shards", answered=True)
+                self._pause_or_resume(paused=session.paused)
+                await self._advance(session)
             await wait_within(self.lifecycle.stopping, _POLL_SHARDS_S)
         while not self._drained.is_set():  # the server ends a session that is silent
             await self._balancing.ask(session, time.monotonic())
             await wait_within(self._drained, _POLL_SHARDS_S)
+
+    async def _advance(self, session: ShardSession) -> None:
+        """Move the positions of a subscription. What this does not do now it does the next time."""
+        if (owned := self._scheduler.ownership.owned) and self._store.may_advance(time.monotonic()):
+            with self._balancing.patience(session, time.monotonic()):
+                async with session.writing:
+                    await self._store.advance(session.connection, owned)
+
+    def _others_read(self, others: bool) -> None:
+        self.notifications.relays_all = others
+
+    def _pause_or_resume(self, *, paused: bool) -> None:
+        if paused != self._scheduler.ready_queues.paused:
+            self._scheduler.ready_queues.paused = paused
+            log.info("the subscription is %s", "paused: nothing is begun" if paused else "resumed")
+            self.notifications.due.set()
 
     def _reread(self) -> None:
         """Changes were left without an outcome. Only a read of due changes finds one that waits and is due."""
@@ -260,6 +291,10 @@ class Consumer:
     async def _read_loop(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         while not self.lifecycle.stopping.is_set():
             self.notifications.due.clear()
+            if self._scheduler.ready_queues.paused:
+                self.lifecycle.iterated("consumer", answered=True)
+                await self.notifications.due.wait_within(_ITERATION_MAX_S)
+                continue
             read = await self._reads.once(reader, session)
             self.lifecycle.iterated("consumer", answered=read)
             if read:

@@ -10,11 +10,15 @@ from cdc.engine.notifications import Notifications
 from cdc.engine.reconnecting import Lifecycle
 from cdc.observability.snapshots import ConsumerStatus
 from cdc.postgres.connect import Dsn
+from cdc.postgres.shard_locks import DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
 class ConsumerSettings:
-    """Durations in seconds. ``window`` and ``concurrency`` count changes, ``transactions`` connections."""
+    """Durations in seconds. ``window`` and ``concurrency`` count changes, ``transactions`` connections.
+
+    ``subscription``: the number of the one whose changes are handled.
+    """
 
     dsn: Dsn
     schema: str
@@ -26,6 +30,7 @@ class ConsumerSettings:
     sweep_interval_s: float
     poll_interval_s: float
     scope: TypeFilter = EVERYTHING
+    subscription: int = DEFAULT
 
 
 class ConsumerPort(Protocol):

@@ -39,17 +39,22 @@ class Notifications:
         self._sweep_interval_s = sweep_interval_s
         self._poll_interval_s = poll_interval_s
         self.due = TimedEvent()
+        self.relays_all = False
+        """Others read the same changes: they are woken for each, also for those of shards that are owned here."""
+        self._streams = False
 
     @property
     def is_sharing(self) -> bool:
         """Whether other consumers own some shards."""
-        return len(self._owned) < SHARDS
+        return self.relays_all or len(self._owned) < SHARDS
 
     def notified(self, wakeups: Sequence[WakeUp], *, relayed: bool = False) -> Sequence[WakeUp]:
-        """Wake-ups have come in from the slot. Returns those whose shards other consumers own.
+        """Wake-ups have come in from the slot. Returns those that others are to be woken for.
 
         ``relayed``: they come from the process that streams, or streamed when it sent them.
         """
+        if relayed and self._streams and self.relays_all:
+            return wakeups  # they were relayed from here
         ours, others, owned = wakeups, list[WakeUp](), self._owned
         if len(owned) < SHARDS:
             ours = [wakeup for wakeup in wakeups if wakeup.shard in owned]
@@ -58,7 +63,7 @@ class Notifications:
             self._dropped.inc(dropped)
         if ours:
             self.due.set()
-        return others
+        return wakeups if self.relays_all and not relayed else others
 
     def captured(self) -> None:
         """Changes were captured, and the notification cannot say which: sweep soon, but not for each of them."""
@@ -73,6 +78,7 @@ class Notifications:
     def streaming(self, *, connected: bool) -> None:
         """This process's stream has begun, and earlier wake-ups may be lost; or it has ended."""
         interval_s = self._sweep_interval_s if connected else self._poll_interval_s
+        self._streams = connected
         self._planner.interval(interval_s, time.monotonic())
         self._planner.streaming(connected=connected)
         self.due.set()

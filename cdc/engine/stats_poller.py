@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -25,7 +25,7 @@ from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import Dsn, connect
 from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
-from cdc.postgres.outbox import INDEXED, Store
+from cdc.postgres.outbox import Store
 from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport, assess
 from cdc.runtime.supervisor import Supervisor
@@ -64,7 +64,7 @@ class StatsPoller:
         supervisor: Supervisor | None = None,
     ) -> None:
         self._supervisor = supervisor or Supervisor()
-        self._session = _Session(dsn)
+        self._session = _Session(dsn, store.session)
         self._store = store
         self._due_later = due
         self._unhandled = _UnhandledTypes(store, asked) if asked is not None else None
@@ -174,8 +174,9 @@ class StatsPoller:
 class _Session:
     """The connection, made when it is needed."""
 
-    def __init__(self, dsn: Dsn) -> None:
+    def __init__(self, dsn: Dsn, settings: Mapping[str, str]) -> None:
         self._dsn = dsn
+        self._settings = settings
         self._connection: psycopg.Connection | None = None
 
     def open(self) -> psycopg.Connection:
@@ -183,7 +184,7 @@ class _Session:
             self._connection = connect(
                 self._dsn,
                 application_name="cdc: collector",
-                session={**INDEXED, "statement_timeout": _STATEMENT_TIMEOUT},
+                session={**self._settings, "statement_timeout": _STATEMENT_TIMEOUT},
                 answer_limit_s=_ANSWER_LIMIT_S,
             )
             read_anything(self._connection)

@@ -331,6 +331,8 @@ def _marked(done: Sequence[Change], errors: Errors, rows: Sequence[tuple[object,
         raise EndedTransactionError
     if not rows:
         return Ran(errors)
+    if any(at is None for at, _ in rows):
+        raise AskTheTableError("another session has processed the change", 0.0)
     at, captured = rows[0]
     assert isinstance(at, datetime)
     if captured and not named:

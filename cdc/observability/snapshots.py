@@ -56,6 +56,7 @@ class ConsumerStatus:
     ``live_shards``: those read by number, from wake-ups; ``catching_up``: the others, read from their cursors on.
     ``uncommitted_wakeups``: of changes that no read has shown yet.
     ``held_up_s``: for how long some outcome could not be written, in seconds; ``unread_s``: the same for reading.
+    ``paused``: its subscription is, and nothing is begun.
     """
 
     observing: bool = False
@@ -76,6 +77,7 @@ class ConsumerStatus:
     throttled_types: int = 0
     held_up_s: float = 0.0
     unread_s: float = 0.0
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

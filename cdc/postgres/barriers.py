@@ -33,14 +33,17 @@ _BEGINNING = ""
 
 
 class Barriers:
-    """The statements for the outbox in ``schema``."""
+    """The statements for the outbox in ``schema``. ``of_default``: not those of a subscription, which has none."""
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, *, of_default: bool = True) -> None:
         self._statements = load("barriers.sql", schema)
+        self._of_default = of_default
         self._after = _BEGINNING
 
     async def advance(self, connection: psycopg.AsyncConnection) -> bool:
         """Look at some of them, those of the next types each time. Returns whether there are any."""
+        if not self._of_default:
+            return False
         parameters = {"type": self._after, "limit": _BARRIERS_MAX, "scan": _SCAN_MAX}
         cursor = await connection.execute(self._statements["advance"], parameters)
         row = await cursor.fetchone()

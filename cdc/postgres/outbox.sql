@@ -49,6 +49,14 @@ n.seq, n.shard, n.id, n.entity_type, n.entity_id, n.table_schema, n.table_name, 
 n.old_data::text AS old_data, n.new_data::text AS new_data, n.metadata::text AS metadata,
 n.changed_at, n.error_count, n.started_by, n.caused_by, n.depth, n.replay_of, {barred} AS barred
 
+-- name: source
+-- Not a statement: where changes are read from, as n. A subscription's is another.
+{changes}
+
+-- name: fresh
+-- Not a statement: whether n is fresh.
+NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+
 -- name: readable
 -- Not a statement: whether n is not among the changes that must not be read.
 n.seq <> ALL (%(skipped)s::bigint[])
@@ -118,9 +126,9 @@ FROM horizon LEFT JOIN LATERAL (
     SELECT f.*, {fits}
     FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
     CROSS JOIN LATERAL (
-      SELECT {texts} FROM {changes} AS n
+      SELECT {texts} FROM {source} AS n
       WHERE n.shard = want.shard AND n.seq = want.seq
-        AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+        AND {fresh} AND {readable}
       LIMIT 1
     ) AS f
   ) AS c
@@ -134,9 +142,9 @@ SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
 FROM pg_current_snapshot() AS s LEFT JOIN LATERAL (
   SELECT {columns}
   FROM (
-    SELECT {texts}, true AS fits FROM {changes} AS n
+    SELECT {texts}, true AS fits FROM {source} AS n
     WHERE n.shard = (%(shards)s::smallint[])[1] AND n.seq = (%(seqs)s::bigint[])[1]
-      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+      AND {fresh} AND {readable}
     LIMIT 1
   ) AS c
 ) AS row ON true
@@ -156,9 +164,9 @@ FROM horizon LEFT JOIN LATERAL (
     SELECT there.seq AS found, f.*, {fits}
     FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
     CROSS JOIN LATERAL (
-      SELECT n.* FROM {changes} AS n
+      SELECT n.* FROM {source} AS n
       WHERE n.shard = want.shard AND n.seq = want.seq
-        AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+        AND {fresh} AND {readable}
       LIMIT 1
     ) AS there
     LEFT JOIN LATERAL (
@@ -186,10 +194,10 @@ FROM horizon LEFT JOIN LATERAL (
     FROM unnest(%(shards)s::smallint[], %(floors)s::bigint[], %(cursors)s::bigint[], %(since)s::text[])
          AS want(shard, floor, cursor, since)
     CROSS JOIN LATERAL (
-      SELECT {texts} FROM {changes} AS n
+      SELECT {texts} FROM {source} AS n
       WHERE n.shard = want.shard AND n.seq > want.floor
         AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
-        AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+        AND {fresh} AND {readable}
       ORDER BY n.seq
       LIMIT %(per_shard)s
     ) AS f
@@ -216,10 +224,10 @@ FROM horizon LEFT JOIN LATERAL (
       SELECT n.place, {texts} FROM (
         SELECT *, row_number() OVER by_seq AS place, lead(l.seq) OVER by_seq IS NULL AS is_last
         FROM (
-          SELECT * FROM {changes} AS n
+          SELECT * FROM {source} AS n
           WHERE n.shard = want.shard AND n.seq > want.floor
             AND (n.seq > want.cursor OR age(n.xmin) <= age(want.since::xid))
-            AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+            AND {fresh} AND {readable}
           ORDER BY n.seq
           LIMIT %(scan)s
         ) AS l
@@ -240,10 +248,10 @@ FROM (
   FROM unnest(%(shards)s::smallint[], %(types)s::text[], %(ids)s::text[], %(seqs)s::bigint[])
        WITH ORDINALITY AS want(shard, type, entity_id, seq, place)
   CROSS JOIN LATERAL (
-    SELECT {texts} FROM {changes} AS n
+    SELECT {texts} FROM {source} AS n
     WHERE n.shard = want.shard AND n.seq >= want.seq
       AND n.entity_id = want.entity_id AND coalesce(n.entity_type, n.table_name) = want.type
-      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+      AND {fresh} AND {readable}
     ORDER BY n.seq
     LIMIT %(per_key)s
   ) AS f

@@ -32,17 +32,23 @@ from psycopg import sql
 from psycopg.rows import class_row
 
 from cdc.core import failpoints
-from cdc.core.errors import SessionLostError
+from cdc.core.errors import SchemaError, SessionLostError
 from cdc.core.model import SHARDS
 from cdc.core.shard_ownership import Acquired
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async
 from cdc.postgres.sql_files import table
+
+DEFAULT = 0
+"""The number of the subscription whose progress is in the columns of entity_changes."""
 
 RETENTION = SHARDS + 1
 """The number, within ``lock_class``, of the lock held by the process that removes old changes."""
 
 OBSERVERS = SHARDS + 2
 """The number of the lock that observers share."""
+
+READERS = SHARDS + 4
+"""The number of the lock, in the class of the default subscription, that the consumers of all others share."""
 
 DUE = SHARDS + 3
 """The number of the lock held while events are published that are due."""
@@ -73,7 +79,8 @@ MAY_MARK = """
 
 _POLL = f"""
 SELECT count(*) FILTER (WHERE objid = %(shards)s AND {MAY_MARK.format(locks="locks")})::int AS members,
-       (count(DISTINCT objid) FILTER (WHERE objid < %(shards)s))::int AS taken
+       (count(DISTINCT objid) FILTER (WHERE objid < %(shards)s))::int AS taken,
+       (count(*) FILTER (WHERE objid = %(readers)s))::int AS readers, {{state}} AS state
 FROM pg_locks AS locks
 WHERE locktype = 'advisory' AND granted AND classid = %(class)s::oid AND objsubid = 2
   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -123,7 +130,7 @@ SELECT shard FROM (
 WHERE pg_try_advisory_lock(%(key)s, shard)
 """
 
-# The inner query still sees the members from before.
+# The inner query still sees the owners from before.
 _REGISTER = """
 WITH before AS (
   SELECT shard, owner FROM {shards} WHERE shard = ANY (%(shards)s::int[])
@@ -133,6 +140,40 @@ WITH before AS (
 )
 SELECT ARRAY (SELECT shard::int FROM before WHERE owner <> %(owner)s),
        ARRAY (SELECT shard::int FROM before WHERE owner = %(owner)s), now()
+"""
+
+_OTHERS = """
+SELECT shard FROM unnest(%(shards)s::int[]) AS shard
+WHERE NOT EXISTS (SELECT FROM {shards} AS o WHERE o.shard = shard.shard AND o.owner = %(owner)s)
+"""
+_UNREGISTER = "DELETE FROM {shards} WHERE shard = ANY (%(shards)s::int[]) AND owner = %(owner)s"
+
+# Of a subscription the owners stand beside its positions, which are there from its creation to its drop.
+_REGISTER_READER = """
+WITH before AS (
+  SELECT shard, owner FROM {shards} WHERE subscription = %(subscription)s AND shard = ANY (%(shards)s::int[])
+), signed AS (
+  UPDATE {shards} SET owner = %(owner)s, owned_since = now()
+  WHERE subscription = %(subscription)s AND shard = ANY (%(shards)s::int[])
+)
+SELECT ARRAY (SELECT shard::int FROM before WHERE owner <> %(owner)s),
+       ARRAY (SELECT shard::int FROM before WHERE owner = %(owner)s), now()
+"""
+_OTHERS_READER = """
+SELECT shard FROM unnest(%(shards)s::int[]) AS shard
+WHERE NOT EXISTS (
+  SELECT FROM {shards} AS o
+  WHERE o.subscription = %(subscription)s AND o.shard = shard.shard AND o.owner = %(owner)s
+)
+"""
+_UNREGISTER_READER = """
+UPDATE {shards} SET owner = NULL, owned_since = NULL
+WHERE subscription = %(subscription)s AND shard = ANY (%(shards)s::int[]) AND owner = %(owner)s
+"""
+_STATE = "NULL::text"
+_STATE_READER = """
+(SELECT CASE WHEN s.paused_at IS NULL THEN 'open' ELSE 'paused' END
+ FROM {subscriptions} AS s WHERE s.subscription = %(subscription)s)
 """
 
 
@@ -215,23 +256,45 @@ async def observe(connection: psycopg.AsyncConnection, schema: str) -> None:
 class ShardSession:
     """One server session: member, owner of shards, and the connection on which their changes are settled."""
 
-    def __init__(self, connection: psycopg.AsyncConnection, schema: str, owner: UUID) -> None:
+    def __init__(
+        self, connection: psycopg.AsyncConnection, schema: str, owner: UUID, subscription: int = DEFAULT
+    ) -> None:
         self.connection = connection
         self.writing = asyncio.Lock()
         """Held by the task that writes: another task's statement would become part of its transaction."""
         self.unregistered: list[int] = []
         """Locked shards for which this process has not registered yet."""
+        self.others_read = subscription != DEFAULT
+        """At the last poll: there are consumers of other subscriptions."""
+        self.paused = False
+        """At the last poll: nothing is to be begun."""
         self._owner = owner
-        self._table = table(schema, "cdc_shards")
-        self._key = lock_class(schema)
+        self._subscription = subscription
+        names = {
+            "shards": table(schema, "cdc_shards" if subscription == DEFAULT else "cdc_positions"),
+            "subscriptions": table(schema, "cdc_subscriptions"),
+        }  # fmt: skip
+        polled = _POLL if subscription == DEFAULT else _POLL.replace("'processed'", "'seq'")
+        polled = polled.replace("{state}", _STATE if subscription == DEFAULT else _STATE_READER)
+        texts = (_REGISTER, _OTHERS, _UNREGISTER) if subscription == DEFAULT else (
+            _REGISTER_READER, _OTHERS_READER, _UNREGISTER_READER
+        )  # fmt: skip
+        self._polled = sql.SQL(polled).format(**names)
+        self._register, self._others, self._unregistered = (sql.SQL(text).format(**names) for text in texts)
+        self._key = lock_class(schema, subscription)
         self._parameters = {
-            "shards": SHARDS, "class": _hashed(schema), "key": self._key, "outbox": outbox_name(schema)
+            "shards": SHARDS, "class": self._key & 0xFFFFFFFF, "key": self._key, "readers": READERS,
+            "subscription": subscription,
+            "outbox": outbox_name(schema) if subscription == DEFAULT
+            else sql.Identifier(schema, "cdc_positions").as_string(),
         }  # fmt: skip
         self._poll = select.poll()  # select.select knows no descriptor beyond 1,023
         self._poll.register(connection.fileno(), select.POLLIN)
 
     @classmethod
-    async def open(cls, dsn: Dsn, schema: str, owner: UUID, settings: Mapping[str, str]) -> ShardSession:
+    async def open(
+        cls, dsn: Dsn, schema: str, owner: UUID, settings: Mapping[str, str], subscription: int = DEFAULT
+    ) -> ShardSession:
         """Connect with these server settings besides our own, and register as a member. ``owner``: this process."""
         connection = await connect_async(
             dsn,
@@ -239,9 +302,11 @@ class ShardSession:
             session={**settings, **SESSION},
             answer_limit_s=_ANSWER_LIMIT_S,
         )
-        session = cls(connection, schema, owner)
+        session = cls(connection, schema, owner, subscription)
         try:
             await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [session._key, SHARDS])
+            if subscription != DEFAULT:  # who streams is to wake this one, too
+                await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", [lock_class(schema), READERS])
         except BaseException:
             await connection.close()
             raise
@@ -250,7 +315,12 @@ class ShardSession:
 
     async def poll(self) -> tuple[int, int]:
         """(members, free shards), as the server sees them now."""
-        [(members, taken)] = await self._rows(_POLL, self._parameters)
+        [(members, taken, readers, state)] = await self._rows(self._polled, self._parameters)
+        if self._subscription == DEFAULT:
+            self.others_read = readers > 0
+        elif state is None:
+            raise SchemaError("the subscription was dropped", hint="stop its consumers")
+        self.paused = state == "paused"
         return members, SHARDS - taken
 
     async def holders(self) -> list[Holder]:
@@ -266,8 +336,7 @@ class ShardSession:
         """
         self.unregistered = self.unregistered or await self._lock(limit)
         failpoints.here("shards.after_lock")
-        register = sql.SQL(_REGISTER).format(shards=self._table)
-        [(orphaned, kept, at)] = await self._rows(register, {"shards": self.unregistered, "owner": self._owner})
+        [(orphaned, kept, at)] = await self._rows(self._register, self._owning(self.unregistered))
         shards, self.unregistered = self.unregistered, []
         failpoints.here("shards.after_register")
         return Acquired(shards, orphaned, kept, at)
@@ -284,11 +353,7 @@ class ShardSession:
 
     async def others(self, shards: Iterable[int]) -> list[int]:
         """Those of these shards whose owner is another process, or none."""
-        statement = sql.SQL(
-            "SELECT shard FROM unnest(%s::int[]) AS shard"
-            " WHERE NOT EXISTS (SELECT FROM {} AS o WHERE o.shard = shard.shard AND o.owner = %s)"
-        ).format(self._table)
-        return [shard for (shard,) in await self._rows(statement, [list(shards), self._owner])]
+        return [shard for (shard,) in await self._rows(self._others, self._owning(shards))]
 
     async def release(self, shards: Iterable[int]) -> None:
         """Unlock shards on which nothing is in flight."""
@@ -304,9 +369,11 @@ class ShardSession:
         await self._unregister(range(SHARDS))
 
     async def _unregister(self, shards: Iterable[int]) -> None:
-        statement = sql.SQL("DELETE FROM {} WHERE shard = ANY (%s::int[]) AND owner = %s").format(self._table)
         async with self.writing:
-            await self.connection.execute(statement, [list(shards), self._owner])
+            await self.connection.execute(self._unregistered, self._owning(shards))
+
+    def _owning(self, shards: Iterable[int]) -> dict[str, Any]:
+        return {"shards": list(shards), "owner": self._owner, "subscription": self._subscription}
 
     async def _rows(
         self, statement: LiteralString | sql.Composed, parameters: Mapping[str, Any] | Sequence[Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 
@@ -11,6 +12,7 @@ from cdc.postgres.grants import DESCRIPTION, PAYLOAD, STATE
 from cdc.postgres.trigger_catalog import IS_TABLE_FUNCTION
 
 _NAME = "-- name: "
+_NAMED = re.compile(r"\{(\w+)\}")
 NONE_STANDS = {
     "standing": "SELECT NULL::text AS entity_type, NULL::bigint AS seq, false AS clear, NULL::timestamptz AS changed_at"
                 " WHERE false",
@@ -28,9 +30,9 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
     ``{publish_due}``; ``{barriers}``, that of changes of whole tables that are not settled, ``{barriers_regclass}``,
     ``{is_barred}``, a function, and ``{barred_regprocedure}``; ``{is_table_function}``, an expression;
     ``{shards_regclass}``, the same for the table of owners; ``{subscriptions}``, ``{positions}`` and
-    ``{subscription_changes}``, the tables of subscriptions; ``{numbers}``, the sequence of ``seq``; and blocks that are
-    expressions, from outbox.sql or from further up in the same file. ``instead``: in place of the blocks of these
-    names.
+    ``{subscription_changes}``, the tables of subscriptions, and the last two with ``_regclass``; ``{numbers}``, the
+    sequence of ``seq``; and blocks that are expressions, from the same file or from outbox.sql. ``instead``: in place
+    of the blocks of these names.
     """
     names = {
         "changes": table(schema, "entity_changes"),
@@ -46,16 +48,21 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
         "subscriptions": table(schema, "cdc_subscriptions"),
         "positions": table(schema, "cdc_positions"),
         "subscription_changes": table(schema, "cdc_subscription_changes"),
+        "positions_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_positions").as_string())),
+        "subscription_changes_regclass": _in_text(
+            sql.Literal(sql.Identifier(schema, "cdc_subscription_changes").as_string())
+        ),
         "numbers": table(schema, "entity_changes_seq_seq"),
         "is_table_function": sql.SQL(IS_TABLE_FUNCTION),
         "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
     }
     own = blocks(file)
     everything = {**blocks("outbox.sql"), **own, **(instead or {})}
-    used = "\n".join(everything.values())
-    for name, text in everything.items():
-        if f"{{{name}}}" in used:
-            names[name] = _compose(text, names)
+    used = set(_NAMED.findall("\n".join(everything.values())))
+    pieces = {name: text for name, text in everything.items() if name in used}
+    while pieces:  # those first that name no other one
+        ready = [name for name, text in pieces.items() if pieces.keys().isdisjoint(_NAMED.findall(text))]
+        names |= {name: _compose(pieces.pop(name), names) for name in ready}
     return {name: _compose(text, names).as_string(None).encode() for name, text in own.items() if name not in names}
 
 

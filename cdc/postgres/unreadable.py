@@ -28,7 +28,7 @@ _WORDS_MAX = 500
 _TRIES = 2
 _TIMEOUT = "SELECT setting::float8 / 1000 FROM pg_catalog.pg_settings WHERE name = 'statement_timeout'"
 """Returns seconds."""
-_NUMBERS = {
+NUMBERS = {
     "texts": "n.seq, n.id, n.entity_type, n.table_name, n.old_data, n.new_data, n.metadata",
     "fits": "true AS fits",
     "columns": """
@@ -82,10 +82,19 @@ def may_be_refused(name: str, error: psycopg.Error) -> bool:
 class RefusedRows:
     """The statements that find and mark refused rows, for the outbox in ``schema``."""
 
-    def __init__(self, schema: str) -> None:
-        self._numbers = load("outbox.sql", schema, instead=_NUMBERS)
+    def __init__(
+        self,
+        schema: str,
+        *,
+        numbers: Mapping[str, bytes] | None = None,
+        mark: bytes | None = None,
+        given: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``numbers``, reads of NUMBERS alone, and ``mark``, with parameters besides: those of a subscription."""
+        self._numbers = numbers or load("outbox.sql", schema, instead=NUMBERS)
         # With the documents, also of a change that a TRUNCATE keeps from starting.
         self._statements = load("unreadable.sql", schema, instead={"barred": "false"})
+        self._mark, self._given = mark or self._statements["mark"], given or {}
 
     async def find(self, reader: psycopg.AsyncConnection, read: RefusedReadError) -> list[Refused]:
         """Changes of the read that are refused alone. Raises an error that is not about a row."""
@@ -105,12 +114,13 @@ class RefusedRows:
     ) -> set[UUID]:
         """Make them dead letters, on the session that holds their shards. Returns the ids of those marked."""
         parameters = {
+            **self._given,
             "ids": [each.id for each in refused],
             "errors": [f"{each.summary}: {each.words}" for each in refused],
             "summaries": [each.summary for each in refused],
             "pauses": [pauses(each.kind) for each in refused],
         }
-        return {id_ for (id_,) in await (await session.execute(self._statements["mark"], parameters)).fetchall()}
+        return {id_ for (id_,) in await (await session.execute(self._mark, parameters)).fetchall()}
 
     async def _halve(
         self, reader: psycopg.AsyncConnection, ids: Sequence[UUID], parameters: Mapping[str, Any], *, fails: bool

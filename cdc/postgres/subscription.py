@@ -1,0 +1,220 @@
+"""The statements of a consumer of a subscription, in place of those for the default one. Takes the connection.
+
+Theory
+------
+A subscription has a *position* in each shard, and rows of its own for the changes that are done above it, that wait,
+or that are dead (``sql/0017_subscriptions.sql``). What is above the position and has no row is fresh. So nothing is
+written about a change until it is handled, and one that is done leaves nothing behind once the position has passed it.
+
+A position must not pass a change that is still to be committed: its number was drawn before, and nobody sees it yet. So
+it moves as the floor of a sweep does (``core/shard_cursor``). All that one snapshot shows up to a number is done: the
+number becomes a *candidate*, with the first transaction id that is not assigned at that moment. Whoever brings a lower
+number has a lower id, because a number is drawn after its transaction got its id. So once no transaction below that id
+is open, all of them are visible; and when those that have appeared are done, too, the candidate is the position. A row
+that is written by hand may draw its number before its id: it is missed if that takes longer than from one look to the
+next, a second.
+
+The session that owns a shard moves its position, about once a second while there is something to move, and removes the
+rows of what is done up to there, in one statement. A row whose start was recorded after a crash keeps the position
+below it, since it may be fresh again.
+
+Who settles a change first wins, also if two consumers believe that they own it: a row is there once, by its key; and a
+transactional handler's mark reads the position as it is then and keeps it until its commit.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from cdc.core.errors import SchemaError
+from cdc.core.model import SHARDS, Change, Coalesced, Key, Suspicion, WakeUp
+from cdc.core.page_size import BYTES
+from cdc.core.read_reconciler import Settlement
+from cdc.core.type_filter import TypeFilter
+from cdc.postgres import grants
+from cdc.postgres.outbox import CRASHED, INDEXED, Store, as_array
+from cdc.postgres.outcomes import settle_values
+from cdc.postgres.pages import COUNT_BOUND, Figures, OutboxPage
+from cdc.postgres.sql_files import blocks, load
+from cdc.postgres.subscriptions import Subscription
+from cdc.postgres.unreadable import NUMBERS, RefusedRows
+
+_SCAN = 2_000
+"""Changes of a shard that are walked in search of one that is not done: a position moves by no more at once."""
+_FIGURES_SCAN, _FIGURES_HELD = 200, 200
+"""Of a shard, changes above its position that are counted, and those examined in search of one that nothing blocks."""
+_AT_LEAST_S = 10.0
+"""Between two looks at positions while nothing is settled: changes of other types may have come."""
+
+
+class SubscriptionStore(Store):
+    """The statements for a subscription of the outbox in ``schema``. ``scope``: of its types what its handlers want."""
+
+    session: Mapping[str, str] = {**INDEXED, "enable_sort": "off", "enable_material": "off", "jit": "off"}
+    """Two halves in order are merged, never sorted. What must be sorted counts as dear, and would be compiled."""
+
+    def __init__(
+        self,
+        schema: str,
+        subscription: Subscription,
+        max_chain_depth: int,
+        scope: TypeFilter,
+        *,
+        page_bytes: int = BYTES,
+    ) -> None:
+        super().__init__(schema, max_chain_depth, scope, page_bytes=page_bytes)
+        pieces = blocks("subscription.sql")
+        self._statements = {**load("outbox.sql", schema, instead=pieces), **load("subscription.sql", schema)}
+        numbers = {
+            **load("outbox.sql", schema, instead={**pieces, **NUMBERS}),
+            **load("subscription.sql", schema, instead=NUMBERS),
+        }  # fmt: skip
+        self.refused = RefusedRows(
+            schema, numbers=numbers, mark=self._statements["refuse"], given={"subscription": subscription.number}
+        )
+        self._subscription = subscription
+        self._always |= {
+            "subscription": subscription.number,
+            # Of the locks by which a transactional handler says which changes it has taken.
+            "locks": zlib.crc32(f"cdc:{schema}\0{subscription.number}".encode()) << 31,
+        }
+        self._unproved = True
+        """Positions may be moved."""
+        self._look_at = 0.0
+
+    async def check(self, reader: psycopg.AsyncConnection, *, settles: bool = True) -> None:
+        await super().check(reader, settles=False)
+        rights = {
+            "position_rights": list(grants.POSITION_RIGHTS), "subscription_rights": list(grants.SUBSCRIPTION_RIGHTS),
+        }  # fmt: skip
+        if denied := await self._rows(reader, "missing_rights", rights):
+            lacking = [f"{rights} ON {table}" for rights, table in denied]
+            raise SchemaError(
+                f"the role may not settle changes: it has no {', no '.join(lacking)}",
+                hint=f"run: cdc db grant{self._option} --consumer ROLE",
+            )
+        named = await self._rows(reader, "named", {"name": self._subscription.name})
+        if not named or named[0][0] != self._subscription.number:
+            raise self._gone()
+        [(indexed,)] = await self._rows(reader, "indexed", {})
+        if not indexed:
+            raise SchemaError(
+                "the index entity_changes_settled, by which subscriptions read, is missing",
+                hint=f"run: cdc subscription create{self._option} {self._subscription.name} --if-not-exists",
+            )
+        self._unproved = True
+
+    def _gone(self) -> SchemaError:
+        name = self._subscription.name
+        return SchemaError(
+            f"the subscription {name} was dropped",
+            hint=f"stop its consumers; or cdc subscription create {name}, and start them again",
+        )
+
+    async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Iterable[WakeUp]) -> OutboxPage:
+        wakeups = sorted(wakeups)
+        if self._everything:  # one of them is no other statement here
+            return await self._page(reader, await self._rows(reader, "fetch", self._numbers(wakeups)))
+        return await super().fetch(reader, wakeups)
+
+    # --- positions -------------------------------------------------------------------------------------------------
+
+    def may_advance(self, now: float) -> bool:
+        """Whether there may be something to move: something was settled, a candidate waits, or it has been long."""
+        return self._unproved or now >= self._look_at
+
+    async def advance(self, session: psycopg.AsyncConnection, shards: Collection[int]) -> None:
+        """Move the positions of these shards, on the session that owns them."""
+        self._unproved, self._look_at = False, time.monotonic() + _AT_LEAST_S
+        types, include = self.scope
+        parameters = {"shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN}
+        try:
+            [(candidates,)] = await self._rows(session, "advance", parameters)
+        except BaseException:
+            self._unproved = True
+            raise
+        self._unproved = self._unproved or candidates > 0
+
+    # --- outcomes --------------------------------------------------------------------------------------------------
+
+    async def settle(self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], **options: Any) -> Any:
+        self._unproved = True
+        return await super().settle(session, batch, **options)
+
+    async def _settle_others(
+        self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], maybe_written: Container[int]
+    ) -> list[tuple[int, datetime]]:
+        encoding = session.info.parameter_status("server_encoding") or ""
+        changes = [outcome.change if isinstance(outcome, Coalesced) else change for change, outcome in batch]
+        values = {**settle_values(batch, encoding, maybe_written), **_keys(changes)}
+        return await self._rows(session, "settle_others", values)
+
+    async def _locked(self, session: psycopg.AsyncConnection, batch: Sequence[Settlement]) -> set[Key]:
+        keys = {finished.change.seq: finished.change.key for finished in batch}
+        found = await self._rows(session, "locked", self._numbers([finished.change for finished in batch]))
+        return {keys[seq] for (seq,) in found}
+
+    def take(self, changes: Sequence[Change], cause: Change) -> tuple[bytes, dict[str, Any]]:
+        statement, parameters = super().take(changes, cause)
+        return statement, {**self._always, **parameters, **_places(changes)}
+
+    def mark(self, changes: Sequence[Change], xid: str) -> tuple[bytes, dict[str, Any]]:
+        self._unproved = True
+        requeued = as_array(change.requeued for change in changes)
+        return self._statements["mark"], {**self._always, **_places(changes), "requeued": requeued, "xid": xid}
+
+    # --- after a crash ---------------------------------------------------------------------------------------------
+
+    async def start(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> set[UUID]:
+        ids = {change.seq: change.id for change in changes}
+        parameters = {
+            **_keys(changes),
+            "requeued": [change.requeued for change in changes],
+            "failures": [change.attempt - 1 for change in changes],
+            "errors": [CRASHED if change.crashed else None for change in changes],
+        }
+        return {ids[seq] for (seq,) in await self._rows(session, "start", parameters)}
+
+    async def unstart(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> None:
+        await session.execute(self._statements["unstart"], self._numbers(changes))
+        self._unproved = True
+
+    async def suspects(self, session: psycopg.AsyncConnection, change: Change) -> Suspicion:
+        place = {"seq": change.seq, "shard": change.shard, "crashed": CRASHED}
+        found = await self._rows(session, "suspect", place)
+        if not found:
+            return Suspicion.NONE
+        return Suspicion.AGAIN if found[0][0] else Suspicion.ONCE
+
+    # --- figures ---------------------------------------------------------------------------------------------------
+
+    def figures(self, connection: psycopg.Connection) -> Figures:
+        types, include = self.scope
+        parameters = {
+            **self._always, "types": list(types), "among": include, "bound": COUNT_BOUND, "scan": _FIGURES_SCAN,
+            "per_shard": _FIGURES_HELD, "shards": SHARDS,
+        }  # fmt: skip
+        row = connection.execute(self._statements["figures"], parameters).fetchone()
+        assert row is not None
+        return Figures(*row)
+
+
+def _places(changes: Sequence[Change]) -> dict[str, str]:
+    return {
+        "seqs": as_array(change.seq for change in changes), "shards": as_array(change.shard for change in changes),
+    }  # fmt: skip
+
+
+def _keys(changes: Sequence[Change]) -> dict[str, list[Any]]:
+    columns: dict[str, Callable[[Change], Any]] = {
+        "seqs": lambda change: change.seq, "shards": lambda change: change.shard,
+        "types": lambda change: change.entity_type, "entity_ids": lambda change: change.entity_id,
+    }  # fmt: skip
+    return {name: [value(change) for change in changes] for name, value in columns.items()}

@@ -1,0 +1,552 @@
+-- A subscription's statements, in place of those of the same names in outbox.sql; what is not here is read by those of
+-- outbox.sql, from the blocks of this file. {changes} is the table of changes, {positions} and {subscription_changes} are
+-- those of the progress.
+--
+-- What the columns of entity_changes say about a change is the default subscription's. To another one they say only in
+-- which half of an index by shard and number it stands: that of fresh changes, or that of all others, which is made with
+-- the first subscription. Each change is in exactly one of them, whatever was written by hand.
+
+-- name: halves
+-- Not a statement: all changes. Who asks for them by shard and in the order of their numbers gets the two halves merged.
+(
+ (SELECT h.seq, h.shard, h.id, h.entity_type, h.entity_id, h.table_schema, h.table_name, h.operation, h.old_data, h.new_data,
+         h.metadata, h.changed_at, h.caused_by, h.depth, h.replay_of, h.xmin
+  FROM {changes} AS h WHERE NOT h.processed AND h.next_attempt_at IS NULL AND h.dead_at IS NULL ORDER BY h.shard, h.seq)
+ UNION ALL
+ (SELECT h.seq, h.shard, h.id, h.entity_type, h.entity_id, h.table_schema, h.table_name, h.operation, h.old_data, h.new_data,
+         h.metadata, h.changed_at, h.caused_by, h.depth, h.replay_of, h.xmin
+  FROM {changes} AS h WHERE h.processed OR h.next_attempt_at IS NOT NULL OR h.dead_at IS NOT NULL
+  ORDER BY h.shard, h.seq)
+)
+
+-- name: source
+-- Not a statement.
+(SELECT a.*, NULL::jsonb AS tried FROM {halves} AS a)
+
+-- name: position
+-- Not a statement: that of the shard that is asked for; NULL: the subscription was dropped.
+(SELECT p.seq FROM {positions} AS p WHERE p.subscription = %(subscription)s::smallint AND p.shard = want.shard)
+
+-- name: row_of
+-- Not a statement: the number of n if n has a row. No join, so that it is one probe for each n whatever the statistics.
+(SELECT s.seq FROM {subscription_changes} AS s
+ WHERE s.subscription = %(subscription)s::smallint AND s.shard = n.shard AND s.seq = n.seq LIMIT 1)
+
+-- name: fresh
+-- Not a statement: whether n of the shard that is asked for is fresh.
+n.seq > {position} AND {row_of} IS NULL
+
+-- name: holds
+-- Not a statement: whether w holds back the later changes of its key.
+w.next_attempt_at IS NOT NULL AND (w.dead_at IS NULL OR w.next_attempt_at = 'infinity')
+
+-- name: held
+-- Not a statement: whether an earlier change of c's key waits. One that is gone from the outbox holds nothing back. Written
+-- so that only the index of keys fits.
+CASE WHEN (
+  SELECT o.next_attempt_at FROM {subscription_changes} AS o
+  WHERE o.subscription = %(subscription)s::smallint AND o.next_attempt_at <= 'infinity'
+  ORDER BY o.next_attempt_at LIMIT 1
+) IS NOT NULL THEN EXISTS (
+  SELECT FROM {subscription_changes} AS w
+  WHERE w.subscription - %(subscription)s::smallint = 0
+    AND w.key_hash = hashtextextended(c.entity_id, hashtextextended(coalesce(c.entity_type, c.table_name), 0))
+    AND {holds} AND w.seq - c.seq < 0
+    AND (
+      SELECT a.seq FROM {halves} AS a
+      WHERE a.shard = w.shard AND a.seq = w.seq AND a.entity_id = c.entity_id
+        AND coalesce(a.entity_type, a.table_name) = coalesce(c.entity_type, c.table_name)
+      LIMIT 1
+    ) IS NOT NULL
+) ELSE false END
+
+-- name: barred
+-- Not a statement.
+false
+
+-- name: texts
+-- Not a statement: as in outbox.sql, with what the subscription has tried.
+n.seq, n.shard, n.id, n.entity_type, n.entity_id, n.table_schema, n.table_name, n.operation,
+n.old_data::text AS old_data, n.new_data::text AS new_data, n.metadata::text AS metadata,
+n.changed_at, coalesce((n.tried ->> 'count')::int, 0) AS error_count, (n.tried ->> 'started_by')::uuid AS started_by,
+n.caused_by, n.depth, n.replay_of, {barred} AS barred
+
+-- name: named
+-- The subscription of this name, and its types.
+SELECT subscription, types FROM {subscriptions} WHERE name = %(name)s
+
+-- name: check
+-- Whether all of it may be read.
+SELECT {every_column} FROM {changes}
+WHERE EXISTS (SELECT FROM {positions}) AND EXISTS (SELECT FROM {subscription_changes}) LIMIT 0
+
+-- name: filtered
+SELECT t.name FROM unnest(ARRAY[{regclass}, {positions_regclass}, {subscription_changes_regclass}]) AS t(name)
+WHERE row_security_active(to_regclass(t.name)::oid)
+
+-- name: missing_rights
+SELECT string_agg(name, ', '), {positions_regclass}
+FROM unnest(%(position_rights)s::text[]) AS r(name)
+WHERE NOT has_table_privilege({positions_regclass}::regclass, name)
+HAVING count(*) > 0
+UNION ALL
+SELECT string_agg(name, ', '), {subscription_changes_regclass}
+FROM unnest(%(subscription_rights)s::text[]) AS r(name)
+WHERE NOT has_table_privilege({subscription_changes_regclass}::regclass, name)
+HAVING count(*) > 0
+
+-- name: indexed
+-- Whether there is the index of all changes that are not fresh, with which they are read in order.
+SELECT EXISTS (
+  SELECT FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid
+  WHERE x.indrelid = {regclass}::regclass AND i.relname = 'entity_changes_settled' AND x.indisvalid
+)
+
+-- name: waiting_types
+-- Not a statement: as in outbox.sql.
+SELECT hash, place FROM (
+  WITH RECURSIVE found(hash, place) AS (
+    (SELECT type_hash, 1 FROM {subscription_changes}
+     WHERE subscription = %(subscription)s::smallint AND next_attempt_at IS NOT NULL AND dead_at IS NULL
+       AND NOT %(among)s AND type_hash >= %(from)s
+     ORDER BY 1 LIMIT 1)
+    UNION ALL
+    SELECT (SELECT type_hash FROM {subscription_changes}
+            WHERE subscription = %(subscription)s::smallint AND next_attempt_at IS NOT NULL AND dead_at IS NULL
+              AND type_hash > found.hash
+            ORDER BY 1 LIMIT 1), found.place + 1
+    FROM found WHERE found.hash IS NOT NULL AND found.place < %(types_max)s
+  )
+  SELECT hash, place FROM found WHERE hash IS NOT NULL
+  UNION ALL
+  SELECT DISTINCT hashtextextended(named.type, 0), 0 FROM unnest(%(types)s::text[]) AS named(type) WHERE %(among)s
+) AS found
+
+-- name: of_type
+-- Not a statement: whether w is a waiting change of the type t, and wanted. Its text is compared with its change.
+w.subscription = %(subscription)s::smallint AND w.type_hash = t.hash
+AND (t.hash = ANY (ARRAY(SELECT hashtextextended(named.type, 0) FROM unnest(%(types)s::text[]) AS named(type)))) = %(among)s
+AND w.next_attempt_at IS NOT NULL AND w.dead_at IS NULL
+
+-- name: due
+-- As in outbox.sql.
+WITH page AS MATERIALIZED (
+  SELECT due.seq, due.shard, due.next_attempt_at, due.tried
+  FROM ({waiting_types}) AS t
+  CROSS JOIN LATERAL (
+    SELECT w.seq, w.shard, w.next_attempt_at, w.tried, row_number() OVER (ORDER BY w.next_attempt_at) AS place
+    FROM {subscription_changes} AS w
+    WHERE {of_type} AND w.next_attempt_at <= now() AND w.shard = ANY (%(shards)s::smallint[])
+      AND (
+        SELECT a.seq FROM {halves} AS a
+        WHERE a.shard = w.shard AND a.seq = w.seq
+          AND (coalesce(a.entity_type, a.table_name) = ANY (%(types)s::text[])) = %(among)s
+        LIMIT 1
+      ) IS NOT NULL
+    ORDER BY w.next_attempt_at
+    LIMIT %(limit)s
+  ) AS due
+  ORDER BY due.place
+  LIMIT %(limit)s
+)
+SELECT {columns}
+FROM (
+  SELECT f.*, {fits}
+  FROM (SELECT * FROM page ORDER BY page.next_attempt_at) AS ordered
+  LEFT JOIN LATERAL (
+    SELECT {texts} FROM (SELECT a.*, ordered.tried FROM {halves} AS a) AS n
+    WHERE n.shard = ordered.shard AND n.seq = ordered.seq AND {readable}
+    LIMIT 1
+  ) AS f ON true
+) AS c
+
+-- name: next_due
+-- As in outbox.sql.
+WITH types AS MATERIALIZED ({waiting_types})
+SELECT (
+  SELECT extract(epoch FROM nullif(min(next.next_attempt_at), 'infinity') - now())::float8
+  FROM types AS t
+  CROSS JOIN LATERAL (
+    SELECT w.next_attempt_at
+    FROM {subscription_changes} AS w
+    WHERE {of_type} AND w.next_attempt_at > now() AND w.shard = ANY (%(shards)s::smallint[])
+    ORDER BY w.next_attempt_at
+    LIMIT 1
+  ) AS next
+), (SELECT max(hash) FROM types HAVING max(place) >= %(types_max)s)
+
+-- name: recorded
+-- Not a statement: whether s only says that its start was recorded, so that its change is fresh to who has started it.
+s.next_attempt_at = '-infinity' AND s.dead_at IS NULL
+
+-- name: settle_processed
+-- Fresh changes that are processed. The first session to settle one wins, and the count shows it: its row is there, or
+-- the position has passed it.
+WITH done AS (
+  INSERT INTO {subscription_changes} AS s (seq, subscription, shard)
+  SELECT want.seq, %(subscription)s::smallint, want.shard
+  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
+  WHERE want.seq > {position}
+  ON CONFLICT (subscription, shard, seq) DO UPDATE
+    SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
+    WHERE {recorded}
+  RETURNING 1
+)
+SELECT count(*)::int, now() FROM done
+
+-- name: failures
+-- Not a statement: how many failed attempts s has.
+coalesce((s.tried ->> 'count')::int, 0)
+
+-- name: row_there
+-- Not a statement: the row of the change that is wanted, if it has one, as r.
+LEFT JOIN LATERAL (
+  SELECT s.ctid AS place FROM {subscription_changes} AS s
+  WHERE s.subscription = %(subscription)s::smallint AND s.shard = want.shard AND s.seq = want.seq
+  LIMIT 1
+) AS r ON true
+
+-- name: settle_others
+-- Retries, dead letters, discards, and waiting changes that are processed. What is done and not above the position needs no
+-- row. `failures`: as in outbox.sql.
+WITH given AS MATERIALIZED (
+  SELECT want.*, r.place, {position} AS position,
+    CASE WHEN want.pauses THEN 'infinity' ELSE now() + make_interval(secs => want.delay_s) END AS next_attempt_at,
+    CASE WHEN want.dead THEN now() END AS dead_at,
+    CASE WHEN NOT want.processed THEN hashtextextended(want.type, 0) END AS type_hash,
+    CASE WHEN NOT want.processed THEN hashtextextended(want.entity_id, hashtextextended(want.type, 0)) END AS key_hash
+  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[], %(types)s::text[], %(entity_ids)s::text[],
+              %(processed)s::bool[], %(dead)s::bool[], %(pauses)s::bool[], %(failed)s::int[], %(delays)s::float8[],
+              %(errors)s::text[], %(summaries)s::text[], %(requeued)s::bool[], %(failures)s::int[])
+         AS want(seq, shard, type, entity_id, processed, dead, pauses, failed, delay_s, error, summary, requeued, failures)
+  {row_there}
+), gone AS (
+  DELETE FROM {subscription_changes} AS s USING given AS g
+  WHERE s.ctid = g.place AND g.requeued AND g.processed AND g.seq <= g.position
+    AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL AND (g.failures IS NULL OR {failures} = g.failures)
+  RETURNING 1
+), changed AS (
+  UPDATE {subscription_changes} AS s
+  SET next_attempt_at = g.next_attempt_at, dead_at = g.dead_at, type_hash = g.type_hash, key_hash = g.key_hash,
+      tried = CASE WHEN NOT g.processed THEN jsonb_strip_nulls(jsonb_build_object(
+        'count', {failures} + g.failed, 'error', coalesce(g.error, s.tried ->> 'error'),
+        'summary', CASE WHEN g.error IS NULL THEN s.tried ->> 'summary' ELSE g.summary END)) END
+  FROM given AS g
+  WHERE s.ctid = g.place AND g.requeued AND g.seq > CASE WHEN g.processed THEN g.position ELSE 0 END
+    AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL AND (g.failures IS NULL OR {failures} = g.failures)
+  RETURNING 1
+), added AS (
+  INSERT INTO {subscription_changes} AS s
+    (seq, subscription, shard, next_attempt_at, dead_at, type_hash, key_hash, tried)
+  SELECT g.seq, %(subscription)s::smallint, g.shard, g.next_attempt_at, g.dead_at, g.type_hash, g.key_hash,
+    CASE WHEN NOT g.processed THEN
+      jsonb_strip_nulls(jsonb_build_object('count', g.failed, 'error', g.error, 'summary', g.summary)) END
+  FROM given AS g WHERE NOT g.requeued AND g.seq > g.position
+  ON CONFLICT (subscription, shard, seq) DO UPDATE
+    SET next_attempt_at = excluded.next_attempt_at, dead_at = excluded.dead_at, type_hash = excluded.type_hash,
+        key_hash = excluded.key_hash,
+        tried = CASE WHEN excluded.tried IS NOT NULL THEN (coalesce(s.tried, '{{}}') - 'started_by') || excluded.tried
+          || jsonb_build_object('count', {failures} + (excluded.tried ->> 'count')::int) END
+    WHERE {recorded}
+  RETURNING 1
+)
+SELECT (SELECT count(*) FROM gone)::int + (SELECT count(*) FROM changed)::int + (SELECT count(*) FROM added)::int, now()
+
+-- name: locked
+-- Before a settle that leaves out what others hold: the numbers of those. What a transactional handler has taken is held
+-- by a lock of its number, as it may have no row yet; a row of another state by whoever has locked it.
+WITH given AS MATERIALIZED (
+  SELECT want.seq, r.place FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard) {row_there}
+)
+SELECT given.seq FROM given WHERE NOT pg_try_advisory_xact_lock(hashint8extended(given.seq, %(locks)s::bigint))
+UNION ALL
+SELECT given.seq FROM given
+WHERE given.place IS NOT NULL AND given.seq <> ALL (ARRAY(
+  SELECT s.seq FROM given JOIN {subscription_changes} AS s ON s.ctid = given.place FOR UPDATE OF s SKIP LOCKED
+))
+
+-- name: start
+-- On a shard whose owner died, before a handler starts. One that was fresh gets a row, which makes it waiting for everybody
+-- else, and due at once. The position does not pass it. A row that another session has locked is not waited for.
+WITH given AS MATERIALIZED (
+  SELECT want.*, r.place, {position} AS position
+  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[], %(types)s::text[], %(entity_ids)s::text[],
+              %(requeued)s::bool[], %(failures)s::int[], %(errors)s::text[])
+         AS want(seq, shard, type, entity_id, requeued, failures, error)
+  {row_there}
+), free AS MATERIALIZED (
+  SELECT s.ctid AS place, g.failures, g.error
+  FROM given AS g JOIN {subscription_changes} AS s ON s.ctid = g.place
+  WHERE g.requeued AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
+  FOR UPDATE OF s SKIP LOCKED
+), changed AS (
+  UPDATE {subscription_changes} AS s
+  SET tried = coalesce(s.tried, '{{}}') || jsonb_build_object('started_by', %(process)s::uuid, 'count', free.failures)
+    || CASE WHEN free.error IS NULL THEN '{{}}' ELSE jsonb_build_object('error', free.error, 'summary', free.error) END
+  FROM free WHERE s.ctid = free.place
+  RETURNING s.seq
+), added AS (
+  INSERT INTO {subscription_changes} AS s (seq, subscription, shard, next_attempt_at, type_hash, key_hash, tried)
+  SELECT g.seq, %(subscription)s::smallint, g.shard, '-infinity', hashtextextended(g.type, 0),
+    hashtextextended(g.entity_id, hashtextextended(g.type, 0)),
+    jsonb_build_object('started_by', %(process)s::uuid, 'count', g.failures)
+  FROM given AS g WHERE NOT g.requeued AND g.seq > g.position
+    AND pg_try_advisory_xact_lock(hashint8extended(g.seq, %(locks)s::bigint))
+  ON CONFLICT (subscription, shard, seq) DO UPDATE SET tried = s.tried || excluded.tried WHERE {recorded}
+  RETURNING s.seq
+)
+SELECT seq FROM changed UNION ALL SELECT seq FROM added
+
+-- name: unstart
+-- At an orderly stop, or on a new session: what was fresh before is so again.
+WITH given AS MATERIALIZED (
+  SELECT want.seq, r.place, {position} AS position
+  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard) {row_there}
+), free AS MATERIALIZED (
+  SELECT s.ctid AS place, given.position < s.seq AND {recorded} AND {failures} = 0 AS was_fresh
+  FROM given JOIN {subscription_changes} AS s ON s.ctid = given.place
+  WHERE (s.tried ->> 'started_by')::uuid = %(process)s::uuid
+  FOR UPDATE OF s SKIP LOCKED
+), gone AS (
+  DELETE FROM {subscription_changes} AS s USING free WHERE s.ctid = free.place AND free.was_fresh
+)
+UPDATE {subscription_changes} AS s SET tried = s.tried - 'started_by'
+FROM free WHERE s.ctid = free.place AND NOT free.was_fresh
+
+-- name: suspect
+SELECT s.tried ->> 'error' IS NOT DISTINCT FROM %(crashed)s FROM {subscription_changes} AS s
+WHERE s.subscription = %(subscription)s::smallint AND s.shard = %(shard)s::smallint AND s.seq = %(seq)s::bigint
+  AND (s.tried ->> 'started_by')::uuid <> %(process)s::uuid AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
+
+-- name: refuse
+-- Dead letters of changes whose values cannot be read.
+WITH given AS MATERIALIZED (
+  SELECT g.*, c.seq, c.shard, p.subscription, p.seq AS position,
+    hashtextextended(coalesce(c.entity_type, c.table_name), 0) AS type_hash,
+    hashtextextended(c.entity_id, hashtextextended(coalesce(c.entity_type, c.table_name), 0)) AS key_hash
+  FROM unnest(%(ids)s::uuid[], %(errors)s::text[], %(summaries)s::text[], %(pauses)s::bool[])
+       AS g(id, error, summary, pauses)
+  JOIN {changes} AS c ON c.id = g.id
+  JOIN {positions} AS p ON p.subscription = %(subscription)s::smallint AND p.shard = c.shard
+), changed AS (
+  UPDATE {subscription_changes} AS s
+  SET dead_at = now(), next_attempt_at = CASE WHEN g.pauses THEN 'infinity'::timestamptz END,
+      tried = jsonb_build_object('count', {failures} + 1, 'error', g.error, 'summary', g.summary)
+  FROM given AS g
+  WHERE s.subscription = g.subscription AND s.shard = g.shard AND s.seq = g.seq
+    AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
+  RETURNING g.id
+), added AS (
+  INSERT INTO {subscription_changes} AS s
+    (seq, subscription, shard, next_attempt_at, dead_at, type_hash, key_hash, tried)
+  SELECT g.seq, g.subscription, g.shard, CASE WHEN g.pauses THEN 'infinity'::timestamptz END, now(), g.type_hash,
+    g.key_hash, jsonb_build_object('count', 1, 'error', g.error, 'summary', g.summary)
+  FROM given AS g WHERE g.seq > g.position
+  ON CONFLICT (subscription, shard, seq) DO NOTHING
+  RETURNING s.seq
+)
+SELECT id FROM changed UNION ALL SELECT g.id FROM given AS g JOIN added ON added.seq = g.seq
+
+-- name: take
+-- For a transactional handler: those of its changes that are still as they were read and that no other session has taken.
+-- A lock of the number, because a fresh one has no row. Every name is qualified, as in outbox.sql.
+WITH begun AS MATERIALIZED (
+  SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid,
+         pg_catalog.set_config('cdc.cause', %(cause)s, true),
+         pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true),
+         CASE WHEN pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL
+              THEN pg_catalog.set_config('transaction_timeout', '0', true) END
+), open AS MATERIALIZED (
+  SELECT want.seq
+  FROM ROWS FROM (
+    pg_catalog.unnest(%(ids)s::pg_catalog.uuid[]), pg_catalog.unnest(%(seqs)s::pg_catalog.int8[]),
+    pg_catalog.unnest(%(shards)s::pg_catalog.int2[]), pg_catalog.unnest(%(requeued)s::pg_catalog.bool[]),
+    pg_catalog.unnest(%(failures)s::pg_catalog.int4[])
+  ) AS want(id, seq, shard, requeued, failures)
+  JOIN {changes} AS c ON c.id OPERATOR(pg_catalog.=) want.id
+  JOIN {positions} AS p
+    ON p.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
+   AND p.shard OPERATOR(pg_catalog.=) want.shard
+  LEFT JOIN {subscription_changes} AS s
+    ON s.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
+   AND s.shard OPERATOR(pg_catalog.=) want.shard AND s.seq OPERATOR(pg_catalog.=) want.seq
+  WHERE s.dead_at IS NULL
+    AND CASE WHEN want.requeued THEN s.next_attempt_at IS NOT NULL
+        ELSE want.seq OPERATOR(pg_catalog.>) p.seq AND (s.seq IS NULL
+          OR s.next_attempt_at OPERATOR(pg_catalog.=) '-infinity'::pg_catalog.timestamptz) END
+    AND coalesce((s.tried OPERATOR(pg_catalog.->>) 'count'::pg_catalog.text)::pg_catalog.int4, 0)
+      OPERATOR(pg_catalog.=) want.failures
+)
+SELECT begun.xid FROM begun CROSS JOIN open
+WHERE pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashint8extended(open.seq, %(locks)s::pg_catalog.int8))
+
+-- name: mark
+-- The same changes, in the same transaction; no rows: the handler has ended the transaction it was given. The position is
+-- read as it is now, and stays so until the commit: what another session has settled is not settled twice. Of such a
+-- change the first column is NULL.
+WITH want AS MATERIALIZED (
+  SELECT w.seq, w.shard, w.requeued
+  FROM ROWS FROM (
+    pg_catalog.unnest(%(seqs)s::pg_catalog.int8[]), pg_catalog.unnest(%(shards)s::pg_catalog.int2[]),
+    pg_catalog.unnest(%(requeued)s::pg_catalog.bool[])
+  ) AS w(seq, shard, requeued)
+  WHERE pg_catalog.pg_current_xact_id() OPERATOR(pg_catalog.=) %(xid)s::pg_catalog.xid8
+), at AS MATERIALIZED (
+  SELECT p.shard, p.seq FROM {positions} AS p
+  WHERE p.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
+    AND p.shard OPERATOR(pg_catalog.=) ANY (%(shards)s::pg_catalog.int2[])
+  ORDER BY p.shard FOR SHARE
+), gone AS (
+  DELETE FROM {subscription_changes} AS s USING want, at
+  WHERE want.requeued AND at.shard OPERATOR(pg_catalog.=) want.shard AND want.seq OPERATOR(pg_catalog.<=) at.seq
+    AND s.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
+    AND s.shard OPERATOR(pg_catalog.=) want.shard AND s.seq OPERATOR(pg_catalog.=) want.seq
+    AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
+  RETURNING s.seq
+), changed AS (
+  UPDATE {subscription_changes} AS s SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
+  FROM want, at
+  WHERE want.requeued AND at.shard OPERATOR(pg_catalog.=) want.shard AND want.seq OPERATOR(pg_catalog.>) at.seq
+    AND s.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
+    AND s.shard OPERATOR(pg_catalog.=) want.shard AND s.seq OPERATOR(pg_catalog.=) want.seq
+    AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
+  RETURNING s.seq
+), added AS (
+  INSERT INTO {subscription_changes} AS s (seq, subscription, shard)
+  SELECT want.seq, %(subscription)s::pg_catalog.int2, want.shard
+  FROM want JOIN at ON at.shard OPERATOR(pg_catalog.=) want.shard
+  WHERE NOT want.requeued AND want.seq OPERATOR(pg_catalog.>) at.seq
+  ON CONFLICT (subscription, shard, seq) DO UPDATE
+    SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
+    WHERE s.next_attempt_at OPERATOR(pg_catalog.=) '-infinity'::pg_catalog.timestamptz AND s.dead_at IS NULL
+  RETURNING s.seq
+), marked AS (
+  SELECT seq FROM gone UNION ALL SELECT seq FROM changed UNION ALL SELECT seq FROM added
+)
+SELECT CASE WHEN marked.seq IS NOT NULL THEN pg_catalog.clock_timestamp() END,
+       pg_catalog.current_setting('cdc.captured', true) OPERATOR(pg_catalog.=) 'on'::pg_catalog.text
+FROM want LEFT JOIN marked ON marked.seq OPERATOR(pg_catalog.=) want.seq
+
+-- name: open
+-- Not a statement: whether n keeps the position below it: it is of a type that is wanted, and neither done nor an
+-- exception. One whose start was recorded may be fresh again.
+(coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s
+AND (
+  SELECT s.seq FROM {subscription_changes} AS s
+  WHERE s.subscription = %(subscription)s::smallint AND s.shard = n.shard AND s.seq = n.seq
+    AND NOT coalesce({recorded}, false)
+  LIMIT 1
+) IS NULL
+
+-- name: advance
+-- Moves the positions of these shards. A candidate that is proved becomes the position, or what is before the first change
+-- up to it that has appeared meanwhile; and what is done up to there needs no row any more. Then a new candidate: as far as
+-- all that this statement sees is done. Of a shard without an end of what is done only so many changes are walked; of
+-- one whose candidate is not proved yet, none. An id from the future is of before a restore.
+--
+-- Returns how many shards have a candidate.
+WITH horizon AS MATERIALIZED (
+  SELECT pg_snapshot_xmin(s)::text::bigint AS xmin,
+         pg_snapshot_xmin(s)::text::bigint + age(pg_snapshot_xmin(s)::xid) AS next_xid
+  FROM pg_current_snapshot() AS s
+), at AS MATERIALIZED (
+  SELECT p.shard, p.seq, p.candidate, p.candidate_xid::text::bigint AS candidate_xid
+  FROM {positions} AS p
+  WHERE p.subscription = %(subscription)s::smallint AND p.shard = ANY (%(shards)s::smallint[])
+  ORDER BY p.shard
+  FOR NO KEY UPDATE SKIP LOCKED
+), proved AS MATERIALIZED (
+  SELECT at.shard, at.seq AS before, coalesce((
+    SELECT n.seq - 1 FROM {halves} AS n
+    WHERE n.shard = at.shard AND n.seq > at.seq AND n.seq <= at.candidate AND {open}
+    ORDER BY n.seq LIMIT 1
+  ), at.candidate) AS seq
+  FROM at, horizon
+  WHERE at.candidate_xid <= horizon.xmin
+), now_at AS MATERIALIZED (
+  SELECT at.shard, coalesce(proved.seq, at.seq) AS seq
+  FROM at CROSS JOIN horizon LEFT JOIN proved ON proved.shard = at.shard
+  WHERE proved.shard IS NOT NULL OR at.candidate IS NULL OR at.candidate_xid > horizon.next_xid
+), looked AS MATERIALIZED (
+  SELECT now_at.shard, now_at.seq, coalesce((
+    SELECT n.seq - 1
+    FROM (
+      SELECT n.seq, n.shard, n.entity_type, n.table_name FROM {halves} AS n
+      WHERE n.shard = now_at.shard AND n.seq > now_at.seq
+      ORDER BY n.seq LIMIT %(scan)s
+    ) AS n
+    WHERE {open}
+    ORDER BY n.seq
+    LIMIT 1
+  ), (
+    SELECT max(n.seq) FROM (
+      SELECT n.seq FROM {halves} AS n WHERE n.shard = now_at.shard AND n.seq > now_at.seq
+      ORDER BY n.seq LIMIT %(scan)s
+    ) AS n
+  )) AS reached
+  FROM now_at
+), moved AS (
+  UPDATE {positions} AS p
+  SET seq = looked.seq, candidate = CASE WHEN looked.reached > looked.seq THEN looked.reached END,
+      candidate_xid = CASE WHEN looked.reached > looked.seq THEN horizon.next_xid::text::xid8 END
+  FROM looked, horizon
+  WHERE p.subscription = %(subscription)s::smallint AND p.shard = looked.shard
+    AND (p.seq <> looked.seq OR p.candidate IS NOT NULL OR looked.reached > looked.seq)
+  RETURNING p.shard
+), gone AS (
+  DELETE FROM {subscription_changes} AS d
+  WHERE d.ctid = ANY (ARRAY(
+    SELECT found.place
+    FROM proved JOIN moved ON moved.shard = proved.shard
+    CROSS JOIN LATERAL (
+      SELECT s.ctid AS place FROM {subscription_changes} AS s
+      WHERE s.subscription = %(subscription)s::smallint AND s.shard = proved.shard
+        AND s.seq > proved.before AND s.seq <= proved.seq AND s.next_attempt_at IS NULL AND s.dead_at IS NULL
+      ORDER BY s.seq OFFSET 0
+    ) AS found
+  )) AND d.next_attempt_at IS NULL AND d.dead_at IS NULL
+)
+SELECT (SELECT count(*) FROM at CROSS JOIN horizon
+        WHERE at.candidate_xid > horizon.xmin AND at.candidate_xid <= horizon.next_xid)::int
+     + (SELECT count(*) FROM looked WHERE looked.reached > looked.seq)::int
+
+-- name: figures
+-- As in outbox.sql; of the changes above the positions only the first of each shard are examined.
+WITH looked AS MATERIALIZED (
+  SELECT c.*, row_number() OVER (PARTITION BY c.shard ORDER BY c.seq) AS place
+  FROM {positions} AS p
+  CROSS JOIN LATERAL (
+    SELECT n.* FROM (
+      SELECT n.shard, n.seq, n.entity_type, n.table_name, n.entity_id, n.changed_at FROM {halves} AS n
+      WHERE n.shard = p.shard AND n.seq > p.seq
+      ORDER BY n.seq LIMIT %(scan)s
+    ) AS n
+    WHERE (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s
+      AND {row_of} IS NULL
+  ) AS c
+  WHERE p.subscription = %(subscription)s::smallint
+)
+SELECT
+  least((SELECT count(*) FROM looked), %(bound)s)::int AS fresh,
+  (SELECT count(*) FROM (
+     SELECT FROM {subscription_changes}
+     WHERE subscription = %(subscription)s::smallint AND next_attempt_at <= 'infinity' AND dead_at IS NULL
+     LIMIT %(bound)s) AS w)::int AS waiting,
+  (SELECT count(*) FROM (
+     SELECT FROM {subscription_changes}
+     WHERE subscription = %(subscription)s::smallint AND dead_at IS NOT NULL LIMIT %(bound)s) AS d)::int AS dead,
+  greatest(
+    coalesce((SELECT extract(epoch FROM now() - min(c.changed_at) FILTER (WHERE isfinite(c.changed_at)))::float8
+              FROM looked AS c WHERE c.place <= %(per_shard)s AND NOT {held}), 0),
+    coalesce((
+      SELECT extract(epoch FROM now() - min(next_attempt_at))::float8 FROM {subscription_changes}
+      WHERE subscription = %(subscription)s::smallint AND next_attempt_at <= 'infinity' AND next_attempt_at <= now()
+        AND next_attempt_at > '-infinity' AND dead_at IS NULL), 0),
+    0) AS oldest_ready_age_s,
+  pg_total_relation_size({regclass}::regclass)::bigint AS table_bytes,
+  coalesce(pg_stat_get_dead_tuples({regclass}::regclass), 0)::bigint AS dead_tuples,
+  (SELECT count(DISTINCT k.key_hash) FROM (
+     SELECT w.key_hash FROM {subscription_changes} AS w
+     WHERE w.subscription = %(subscription)s::smallint AND w.next_attempt_at <= 'infinity' AND {holds} LIMIT %(bound)s) AS k)::int AS blocked_keys,
+  pg_notification_queue_usage() AS notify_queue_usage,
+  0::float8 AS truncate_age_s
