@@ -289,7 +289,7 @@ class KafkaServer(BrokerServer):
             "PLAINTEXT": self.port, "SSL": self.secure_port, "SASL_PLAINTEXT": self.login_port,
             "PROXIED": self._proxied_port,
         }  # fmt: skip
-        login = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+        sasl, modules = "listener.name.sasl_plaintext", "org.apache.kafka.common.security"
         settings = {
             "process.roles": "broker,controller",
             "node.id": 1,
@@ -310,12 +310,22 @@ class KafkaServer(BrokerServer):
             "ssl.truststore.type": "PEM",
             "ssl.truststore.location": self.files.ca,
             "listener.name.ssl.ssl.client.auth": "required",
-            "sasl.enabled.mechanisms": "PLAIN",
-            "listener.name.sasl_plaintext.plain.sasl.jaas.config": f'{login} user_app="hunter";',
+            "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512,OAUTHBEARER",
+            f"{sasl}.plain.sasl.jaas.config": f'{modules}.plain.PlainLoginModule required user_app="hunter";',
+            **{
+                f"{sasl}.scram-sha-{bits}.sasl.jaas.config": f"{modules}.scram.ScramLoginModule required;"
+                for bits in (256, 512)
+            },
+            # Tokens without a signature, as RFC 7515 has them.
+            f"{sasl}.oauthbearer.sasl.jaas.config": f"{modules}.oauthbearer.OAuthBearerLoginModule required;",
         }
         self._settings = folder / "server.properties"
         self._settings.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-        self._java("kafka.tools.StorageTool", "format", "-t", "AAAAAAAAAAAAAAAAAAAAAA", "-c", str(self._settings))
+        users = [f"SCRAM-SHA-{bits}=[name=app,password=hunter]" for bits in (256, 512)]
+        self._java(
+            "kafka.tools.StorageTool", "format", "-t", "AAAAAAAAAAAAAAAAAAAAAA", "-c", str(self._settings),
+            *(part for user in users for part in ("--add-scram", user)),
+        )  # fmt: skip
 
     def _java(self, *arguments: str) -> None:
         subprocess.run([*self._program(), *arguments], check=True, capture_output=True)
