@@ -43,7 +43,7 @@ from cdc.postgres.outbox import CRASHED, INDEXED, Store, as_array
 from cdc.postgres.outcomes import settle_values
 from cdc.postgres.pages import COUNT_BOUND, Figures, OutboxPage
 from cdc.postgres.sql_files import blocks, load
-from cdc.postgres.subscriptions import Subscription
+from cdc.postgres.subscriptions import INDEXES, Subscription
 from cdc.postgres.unreadable import NUMBERS, RefusedRows
 
 _SCAN = 2_000
@@ -103,10 +103,9 @@ class SubscriptionStore(Store):
         named = await self._rows(reader, "named", {"name": self._subscription.name})
         if not named or named[0][0] != self._subscription.number:
             raise self._gone()
-        [(indexed,)] = await self._rows(reader, "indexed", {})
-        if not indexed:
+        if missing := await self._rows(reader, "indexed", {"indexes": list(INDEXES)}):
             raise SchemaError(
-                "the index entity_changes_settled, by which subscriptions read, is missing",
+                f"the index {missing[0][0]}, by which subscriptions read, is missing",
                 hint=f"run: cdc subscription create{self._option} {self._subscription.name} --if-not-exists",
             )
         self._unproved = True

@@ -60,9 +60,70 @@ CASE WHEN (
     ) IS NOT NULL
 ) ELSE false END
 
+-- name: is_barrier
+-- Not a statement: whether n is a change of a whole table. Written as in the index of these.
+n.operation IN ('TRUNCATE', 'SCHEMA')
+
+-- name: standing
+-- Not a statement: such changes that are not settled here: fresh, waiting, or dead and holding back. The rows of
+-- cdc_barriers are those that the default subscription has not settled, and say nothing about this one. All that are kept
+-- are looked at, by their index: as a rule there is none.
+SELECT coalesce(n.entity_type, n.table_name) AS entity_type, n.seq
+FROM {changes} AS n
+CROSS JOIN LATERAL (SELECT n.shard) AS want
+LEFT JOIN LATERAL (
+  SELECT s.next_attempt_at, s.dead_at FROM {subscription_changes} AS s
+  WHERE s.subscription = %(subscription)s::smallint AND s.shard = n.shard AND s.seq = n.seq LIMIT 1
+) AS s ON true
+WHERE {is_barrier} AND (
+  s.next_attempt_at IS NOT NULL AND (s.dead_at IS NULL OR s.next_attempt_at = 'infinity')
+  OR n.seq > {position} AND {row_of} IS NULL
+)
+
 -- name: barred
--- Not a statement.
-false
+-- Not a statement: whether n must not start: a change of a whole table of its type stands before it; or n is one, and a
+-- change of its type before it is fresh or waits. Of the fresh ones before it only so many of each shard are walked: while
+-- there are more, it does not start. All that it waits for were committed when its table was locked for it.
+CASE WHEN (SELECT EXISTS (SELECT FROM {changes} AS n WHERE {is_barrier})) THEN
+  coalesce(n.entity_type, n.table_name) = ANY (ARRAY(SELECT b.entity_type FROM ({standing}) AS b)) AND (
+    EXISTS (
+      SELECT FROM ({standing}) AS b WHERE b.entity_type = coalesce(n.entity_type, n.table_name) AND b.seq < n.seq
+    )
+    OR {is_barrier} AND EXISTS (
+      SELECT FROM {positions} AS q
+      CROSS JOIN LATERAL (
+        SELECT max(e.place) AS last, bool_or(e.open) AS open
+        FROM (
+          SELECT e.seq, row_number() OVER (ORDER BY e.seq) AS place,
+            coalesce(e.entity_type, e.table_name) = coalesce(n.entity_type, n.table_name)
+            AND (
+              SELECT s.seq FROM {subscription_changes} AS s
+              WHERE s.subscription = %(subscription)s::smallint AND s.shard = e.shard AND s.seq = e.seq
+                AND (s.next_attempt_at IS NULL OR s.dead_at IS NOT NULL)
+              LIMIT 1
+            ) IS NULL AS open
+          FROM {halves} AS e
+          WHERE e.shard = q.shard AND e.seq > q.seq AND e.seq < n.seq
+          ORDER BY e.seq LIMIT 2000
+        ) AS e
+      ) AS walked
+      WHERE q.subscription = %(subscription)s::smallint AND (walked.open OR walked.last >= 2000)
+    )
+    OR {is_barrier} AND (
+      SELECT w.seq FROM {subscription_changes} AS w
+      WHERE w.subscription = %(subscription)s::smallint
+        AND w.type_hash = hashtextextended(coalesce(n.entity_type, n.table_name), 0)
+        AND w.next_attempt_at IS NOT NULL AND w.dead_at IS NULL AND w.seq - n.seq < 0
+        AND (
+          SELECT a.seq FROM {halves} AS a
+          WHERE a.shard = w.shard AND a.seq = w.seq
+            AND coalesce(a.entity_type, a.table_name) = coalesce(n.entity_type, n.table_name)
+          LIMIT 1
+        ) IS NOT NULL
+      ORDER BY w.next_attempt_at LIMIT 1
+    ) IS NOT NULL
+  )
+ELSE false END
 
 -- name: texts
 -- Not a statement: as in outbox.sql, with what the subscription has tried.
@@ -96,10 +157,12 @@ WHERE NOT has_table_privilege({subscription_changes_regclass}::regclass, name)
 HAVING count(*) > 0
 
 -- name: indexed
--- Whether there is the index of all changes that are not fresh, with which they are read in order.
-SELECT EXISTS (
+-- Those of the indexes that only subscriptions read by that are missing.
+SELECT needed.name
+FROM unnest(%(indexes)s::text[]) AS needed(name)
+WHERE NOT EXISTS (
   SELECT FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid
-  WHERE x.indrelid = {regclass}::regclass AND i.relname = 'entity_changes_settled' AND x.indisvalid
+  WHERE x.indrelid = {regclass}::regclass AND i.relname = needed.name AND x.indisvalid
 )
 
 -- name: waiting_types

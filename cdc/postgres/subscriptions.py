@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -41,6 +41,11 @@ from cdc.postgres.sql_files import load
 
 INDEX = "entity_changes_settled"
 """The index of the changes that the default subscription has settled, or has tried."""
+INDEXES = {
+    INDEX: "(shard, seq) WHERE processed OR next_attempt_at IS NOT NULL OR dead_at IS NOT NULL",
+    "entity_changes_barriers": "(seq) WHERE operation IN ('TRUNCATE', 'SCHEMA')",
+}
+"""Those that only subscriptions read by. The second one is of changes of whole tables."""
 
 _LOCK = 0x63646303
 """First key of the lock held by who creates or drops; the second is a hash of the schema's name."""
@@ -158,15 +163,16 @@ class Subscriptions:
         check_name(name)
         with self._explained(), self._alone(connection):
             if there := self._find(connection, name):
-                return self._accept(there[0], types, if_not_exists=if_not_exists), False
+                accepted = self._accept(there[0], types, if_not_exists=if_not_exists)
+                self._make_indexes(connection)
+                return accepted, False
             self._refuse_future(connection, start)
-            made_index = self._make_index(connection)
+            made = self._make_indexes(connection)
             try:
                 self._place(connection, name, types, start, wait_s)
             except BaseException:
-                if made_index:
-                    with suppress(psycopg.Error):
-                        self._drop_index(connection)
+                with suppress(psycopg.Error):
+                    self._drop_indexes(connection, made)
                 raise
             wake(connection)
             return self.named(connection, name), True
@@ -188,7 +194,7 @@ class Subscriptions:
             wake(connection)
             self._sweep_up(connection)
             if not self.all(connection):
-                self._drop_index(connection)
+                self._drop_indexes(connection, INDEXES)
         return found
 
     # --- inside ----------------------------------------------------------------------------------------------------
@@ -293,34 +299,35 @@ class Subscriptions:
 
     # --- the index -------------------------------------------------------------------------------------------------
 
-    def _make_index(self, connection: psycopg.Connection) -> bool:
-        """Returns whether it was missing. What an interrupted command has left is dropped first."""
-        there = connection.execute(_INDEX_STATE, [self._schema, INDEX]).fetchone()
-        if there == (True,):
-            return False
-        if there is not None:
-            self._drop_index(connection)
-        changes = sql.Identifier(self._schema, "entity_changes")
-        with _unhurried(connection):
-            try:
-                connection.execute(
-                    sql.SQL(
-                        "CREATE INDEX CONCURRENTLY {} ON {} (shard, seq)"
-                        " WHERE processed OR next_attempt_at IS NOT NULL OR dead_at IS NOT NULL"
-                    ).format(sql.Identifier(INDEX), changes)
-                )
-            except BaseException:
-                # Half of it would cost every mark a write, and serve nobody.
-                with suppress(psycopg.Error):
-                    self._drop_index(connection)
-                raise
-        return True
+    def _make_indexes(self, connection: psycopg.Connection) -> list[str]:
+        """Returns those that were missing. What an interrupted command has left is dropped first."""
+        made: list[str] = []
+        for name, definition in INDEXES.items():
+            there = connection.execute(_INDEX_STATE, [self._schema, name]).fetchone()
+            if there == (True,):
+                continue
+            if there is not None:
+                self._drop_indexes(connection, [name])
+            made.append(name)
+            create = sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} " + definition)
+            with _unhurried(connection):
+                try:
+                    connection.execute(
+                        create.format(sql.Identifier(name), sql.Identifier(self._schema, "entity_changes"))
+                    )
+                except BaseException:
+                    # Half of it would cost every mark a write, and serve nobody.
+                    with suppress(psycopg.Error):
+                        self._drop_indexes(connection, made)
+                    raise
+        return made
 
-    def _drop_index(self, connection: psycopg.Connection) -> None:
+    def _drop_indexes(self, connection: psycopg.Connection, names: Iterable[str]) -> None:
         with _unhurried(connection):
-            connection.execute(
-                sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(self._schema, INDEX))
-            )
+            for name in names:
+                connection.execute(
+                    sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(self._schema, name))
+                )
 
     # --- around ----------------------------------------------------------------------------------------------------
 

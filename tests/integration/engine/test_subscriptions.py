@@ -12,7 +12,10 @@ from psycopg.types.json import Jsonb
 import cdc
 from cdc.core.errors import NotFoundError, UsageError
 from cdc.core.router import Router
+from cdc.engine.dispatcher import OtherTasks
+from cdc.postgres import tracking
 from cdc.postgres.subscriptions import Subscriptions
+from cdc.postgres.tracked_tables import Truncate
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 from tests.subscriptions import is_done, kept, states_of, subscribe
@@ -259,6 +262,41 @@ async def test_one_slot_rings_for_all(outbox: str, outbox_db: psycopg.Connection
             seq = _publish(outbox_db)
             await eventually_async(_is(lambda: seen == [seq]))
             await eventually_async(_is(lambda: metric(app.metrics.registry, "cdc_wakeups_total", source="notify") == 1))
+
+
+async def test_a_captured_truncate_is_a_barrier_of_its_type_in_each_subscription(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    outbox_db.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+    tracking.track(outbox_db, "public", "orders", entity_type="order", truncate=Truncate.EVENT)
+    number = subscribe(outbox_db)
+    outbox_db.execute("INSERT INTO orders SELECT n FROM generate_series(1, 100) AS n")
+    outbox_db.execute("TRUNCATE orders")
+    outbox_db.execute("INSERT INTO orders SELECT n FROM generate_series(1, 100) AS n")
+    [(barrier,)] = outbox_db.execute("SELECT seq FROM entity_changes WHERE operation = 'TRUNCATE'").fetchall()
+    default, _ = _collecting("order")
+    async with consuming(outbox, default):
+        await eventually_async(_is(lambda: settled(outbox_db)))
+        await eventually_async(_is(lambda: not outbox_db.execute("SELECT FROM cdc_barriers").fetchall()))
+    router, ended, broken = Router(), list[int](), True
+
+    @router.on("order", "TRUNCATE")
+    @router.on("order")
+    async def handle(change: cdc.Change) -> None:
+        await OtherTasks()
+        if broken and change.entity_id == "7":
+            raise RuntimeError("not yet")
+        ended.append(change.seq)
+
+    async with consuming(outbox, router, subscription="search", **{**_QUICK, "max_attempts": 1_000}):
+        await eventually_async(_is(lambda: len(ended) == 99), what="all before it but the one that fails")
+        assert max(ended) < barrier
+        assert states_of(outbox_db, number)[barrier] == "fresh"
+        broken = False
+        await eventually_async(_is(lambda: is_done(outbox_db, number)))
+    assert len(ended) == 201
+    assert ended.index(barrier) == 100
+    assert max(ended[:100]) < barrier < min(ended[101:])
 
 
 async def test_what_a_subscription_cannot_do_is_refused(outbox: str, outbox_db: psycopg.Connection) -> None:

@@ -13,7 +13,7 @@ from psycopg import sql
 from cdc.core.errors import NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.core.model import SHARDS
 from cdc.postgres import migrations, subscriptions
-from cdc.postgres.subscriptions import INDEX, Subscriptions
+from cdc.postgres.subscriptions import INDEX, INDEXES, Subscriptions
 from tests.commands_outbox import process, publish, wait
 from tests.commands_subscription import fail, finish, taken
 from tests.eventually import eventually
@@ -30,8 +30,9 @@ def make(db: psycopg.Connection, name: str = "search", **given: Any) -> int:
 
 def indexes(db: psycopg.Connection) -> list[tuple[bool]]:
     return db.execute(
-        "SELECT i.indisvalid FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid WHERE c.relname = %s",
-        [INDEX],
+        "SELECT bool_and(i.indisvalid) FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid"
+        " WHERE c.relname = ANY (%s) HAVING count(*) > 0",
+        [list(INDEXES)],
     ).fetchall()
 
 
