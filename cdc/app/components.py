@@ -40,7 +40,7 @@ from cdc.postgres.due import DueChanges
 from cdc.postgres.notify import Listener, Relay
 from cdc.postgres.outbox import Store
 from cdc.postgres.subscription import SubscriptionStore
-from cdc.postgres.subscriptions import Subscription
+from cdc.postgres.subscriptions import Subscription, Subscriptions
 from cdc.replication.stream import Stream, StreamSettings
 from cdc.runtime.loop_watch import LoopWatch
 from cdc.runtime.sockets import sockets_of
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 _SLOT_NAME_PART = 40
 """Of a name of up to 63 characters, so that a suffix fits."""
+_SUBSCRIPTION_SCAN = 100
+"""Changes of a subscription that its figures look at, of each shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +148,7 @@ def build(
         bridge = StreamBridge(consumer.notifications, relay, metrics, hooks, changed=poll_now)
         chosen, sockets = _stream_settings(settings, stall_limit_s), sockets_of(asyncio.get_running_loop())
         stream = Stream(chosen, bridge, supervisor, exposed=consumer.exposed, sockets=sockets)
-    poller = _poller(settings, scope, store, supervisor, stream)
+    poller = _poller(settings, scope, store, supervisor, stream, subscription)
     listener = _listener(settings, consumer, hooks, metrics)
     components = Components(
         settings=settings, router=router, scope=scope, metrics=metrics, supervisor=supervisor, threads=threads,
@@ -225,10 +227,16 @@ def _stream_settings(settings: Settings, stall_limit_s: float) -> StreamSettings
     )
 
 
-def _poller(
-    settings: Settings, scope: TypeFilter, store: Store, supervisor: Supervisor, stream: Stream | None
+def _poller(  # noqa: PLR0917 - one of each
+    settings: Settings,
+    scope: TypeFilter,
+    store: Store,
+    supervisor: Supervisor,
+    stream: Stream | None,
+    subscription: Subscription | None,
 ) -> StatsPoller:
     may_recreate = settings.slot.create and settings.slot.recreate
+    subscriptions, number = Subscriptions(settings.schema_), subscription.number if subscription else None
     return StatsPoller(
         settings.current_dsn,
         store=store,
@@ -238,6 +246,8 @@ def _poller(
         if scope == settings.scope or settings.observe or settings.subscription != DEFAULT
         else settings.scope,
         page=OutboxAdmin(settings.schema_) if settings.http.port and settings.http.page else None,
+        # Those of the default one tell of all: of a subscription without a consumer no other would.
+        subscriptions=lambda connection: subscriptions.figures(connection, number, _SUBSCRIPTION_SCAN),
         supervisor=supervisor,
         standbys_away=stream.waits_for_standbys if stream and may_recreate else lambda: None,
     )

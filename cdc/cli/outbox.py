@@ -20,7 +20,7 @@ from cdc.cli.bulk import (
     work_off,
 )
 from cdc.cli.commands import Commands
-from cdc.cli.options import database_options, json_option, open_database, resolved_options, yes_option
+from cdc.cli.options import json_option, open_database, resolved_options, settings_options, yes_option
 from cdc.cli.outbox_prune import prune
 from cdc.cli.output import confirm, print_json, print_table, put, say
 from cdc.cli.wanted import WANTED_SETTINGS, handled_types
@@ -51,9 +51,6 @@ _LINE_LENGTH = 60
 """Of an error in a table; ``show`` and --json have all of it."""
 
 type_option = click.option("--type", "entity_type", metavar="TYPE", help="Of this entity type only.")
-subscription_option = click.option(
-    "--subscription", metavar="NAME", help="Of this subscription, in place of the default one."
-)
 names_argument = click.argument("names", metavar="ID...", nargs=-1)
 state_option = click.option(
     "--state", type=click.Choice(("dead", "waiting")), help="What filters find: dead letters, or what waits. [dead]"
@@ -71,10 +68,9 @@ def outbox() -> None:
 
 
 @outbox.command()
-@resolved_options("dsn", "schema", *WANTED_SETTINGS)
-@subscription_option
+@resolved_options("dsn", "schema", "subscription", *WANTED_SETTINGS)
 @json_option
-def stats(resolved: Resolved, subscription: str | None, as_json: bool) -> None:
+def stats(resolved: Resolved, as_json: bool) -> None:
     """Count by entity type what is not processed.
 
     Fresh changes include the blocked ones, which an earlier change of their key holds back. A + means more than were
@@ -85,7 +81,7 @@ def stats(resolved: Resolved, subscription: str | None, as_json: bool) -> None:
 
     settings, scope = resolved.settings, _scope(resolved)
     with _opened(settings) as connection:
-        found = _admin(connection, settings, subscription).stats(connection)
+        found = _admin(connection, settings).stats(connection)
         due = DueChanges(settings.schema_).count(connection)
     unhandled = scope and [each.entity_type for each in found.types if each.fresh and not scope.has(each.entity_type)]
     if as_json:
@@ -110,13 +106,12 @@ def _scope(resolved: Resolved) -> TypeFilter | None:
 
 
 @outbox.command("list")
-@database_options
+@settings_options("dsn", "schema", "subscription")
 @click.option("--state", type=click.Choice(_STATES), help="Of this state only [dead, then waiting].")
 @type_option
 @click.option("--key", "entity_id", metavar="ENTITY_ID", help="Of this entity only.")
 @click.option("--since", metavar="AGE", help="Changed within the last 30d, 12h, 90m.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Changes of a state.")
-@subscription_option
 @json_option
 def list_(
     *,
@@ -126,7 +121,6 @@ def list_(
     entity_id: str | None,
     since: str | None,
     limit: int,
-    subscription: str | None,
     as_json: bool,
 ) -> None:
     """List changes, without their payload.
@@ -137,7 +131,7 @@ def list_(
 
     asked = Filter(entity_type, entity_id, parse_duration(since) if since else None)
     with _opened(settings) as connection:
-        admin = _admin(connection, settings, subscription)
+        admin = _admin(connection, settings)
         found = [admin.find(connection, each, asked, limit) for each in ([state] if state else ["dead", "waiting"])]
     entries = [entry for each in found for entry in each.entries]
     if as_json:
@@ -149,18 +143,17 @@ def list_(
 
 
 @outbox.command()
-@database_options
+@settings_options("dsn", "schema", "subscription")
 @click.argument("name", metavar="ID")
 @click.option("--show-payload", is_flag=True, help="Also old, new and metadata: the application's data.")
-@subscription_option
 @json_option
-def show(*, settings: Settings, name: str, show_payload: bool, subscription: str | None, as_json: bool) -> None:
+def show(*, settings: Settings, name: str, show_payload: bool, as_json: bool) -> None:
     """Show all about one change, and the changes that led to it."""
     from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
 
     reference = parse_reference(name)
     with _opened(settings) as connection:
-        admin = _admin(connection, settings, subscription)
+        admin = _admin(connection, settings)
         entry = admin.show(connection, reference)
         chain = admin.chain(connection, entry)
         fields = _plain(entry) | (admin.payload(connection, entry) if show_payload else {})
@@ -173,11 +166,10 @@ def show(*, settings: Settings, name: str, show_payload: bool, subscription: str
 
 
 @outbox.command()
-@resolved_options("dsn", "schema", "handlers")
+@resolved_options("dsn", "schema", "subscription", "handlers")
 @names_argument
 @filter_options
 @state_option
-@subscription_option
 @yes_option
 @json_option
 def retry(
@@ -186,7 +178,6 @@ def retry(
     names: tuple[str, ...],
     filters: FilterOptions,
     state: str | None,
-    subscription: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -196,18 +187,17 @@ def retry(
     filters, dead letters only, unless --state says otherwise: it says how many before it begins, and works in rounds of
     some thousand. It may be stopped and given again at any time.
     """
-    _decide(resolved, names, filters, "retry", state=state, subscription=subscription, yes=yes, as_json=as_json)
+    _decide(resolved, names, filters, "retry", state=state, yes=yes, as_json=as_json)
 
 
 @outbox.command()
-@resolved_options("dsn", "schema", "handlers")
+@resolved_options("dsn", "schema", "subscription", "handlers")
 @names_argument
 @filter_options
 @state_option
 @click.option(
     "--before", metavar="TIME", help="Every fresh change of --type from before, such as 2026-01-31T18:00Z, now."
 )
-@subscription_option
 @yes_option
 @json_option
 def discard(
@@ -217,7 +207,6 @@ def discard(
     filters: FilterOptions,
     state: str | None,
     before: str | None,
-    subscription: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -229,11 +218,9 @@ def discard(
     With --type and --before: fresh ones that were handled elsewhere. No consumer may be handling the type then.
     """
     if before is not None:
-        _discard_before(
-            resolved.settings, names, filters, before, state=state, subscription=subscription, yes=yes, as_json=as_json
-        )
+        _discard_before(resolved.settings, names, filters, before, state=state, yes=yes, as_json=as_json)
         return
-    _decide(resolved, names, filters, "discard", state=state, subscription=subscription, yes=yes, as_json=as_json)
+    _decide(resolved, names, filters, "discard", state=state, yes=yes, as_json=as_json)
 
 
 def _decide(
@@ -243,19 +230,18 @@ def _decide(
     decision: Decision,
     *,
     state: str | None,
-    subscription: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
     refuse_unless_clear(filters, names, state)
     if filters.many:
-        _decide_many(resolved, filters, decision, state=state, subscription=subscription, yes=yes, as_json=as_json)
+        _decide_many(resolved, filters, decision, state=state, yes=yes, as_json=as_json)
         return
     from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
 
     references = [parse_reference(name) for name in names]
     with _opened(resolved.settings) as connection:
-        admin = _admin(connection, resolved.settings, subscription)
+        admin = _admin(connection, resolved.settings)
         decide, done = {
             "retry": (admin.retry, "will be tried now"),
             "discard": (admin.discard, "is discarded"),
@@ -270,7 +256,6 @@ def _decide_many(
     decision: Decision,
     *,
     state: str | None,
-    subscription: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -281,7 +266,7 @@ def _decide_many(
     chosen = ChangeState(state or ChangeState.DEAD)
     what = f"{_NAMED[chosen]}{described(filters)}"
     with _opened(settings) as connection:
-        bulk = Bulk(settings.schema_, _admin(connection, settings, subscription))
+        bulk = Bulk(settings.schema_, _admin(connection, settings))
         with bulk.selected(connection, chosen, wanted) as selection:
             if filters.dry_run:
                 report_count(what, selection.count, as_json)
@@ -360,7 +345,6 @@ def _discard_before(
     before: str,
     *,
     state: str | None,
-    subscription: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -368,7 +352,7 @@ def _discard_before(
         raise UsageError("which changes?", hint="with --before there is a --type, and no other filter")
     confirm(f"mark every fresh change of {filters.entity_type} from before {before} processed", yes)
     with _opened(settings) as connection:
-        admin = _admin(connection, settings, subscription)
+        admin = _admin(connection, settings)
         count = sum(admin.discard_before(connection, filters.entity_type, before))
     if as_json:
         print_json({"discarded": count})
@@ -379,15 +363,16 @@ def _discard_before(
 outbox.add_command(prune)
 
 
-def _admin(connection: Connection, settings: Settings, subscription: str | None) -> OutboxAdmin:
-    """Raises NotFoundError where there is no such subscription."""
+def _admin(connection: Connection, settings: Settings) -> OutboxAdmin:
+    """Of the subscription that the settings name. Raises NotFoundError where there is none of that name."""
     from cdc.postgres.admin import OutboxAdmin  # noqa: PLC0415 - see stats
     from cdc.postgres.subscription_admin import SubscriptionAdmin  # noqa: PLC0415 - see stats
     from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - see stats
 
-    if subscription is None or subscription == DEFAULT:
+    if settings.subscription == DEFAULT:
         return OutboxAdmin(settings.schema_)
-    return SubscriptionAdmin(settings.schema_, Subscriptions(settings.schema_).named(connection, subscription))
+    found = Subscriptions(settings.schema_).named(connection, settings.subscription)
+    return SubscriptionAdmin(settings.schema_, found)
 
 
 @contextmanager

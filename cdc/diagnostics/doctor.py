@@ -15,7 +15,16 @@ from typing import TypeVar
 import psycopg
 
 from cdc.core.errors import CdcError
-from cdc.diagnostics import check_outbox, check_replication, check_server, check_tables, inspect_outbox, inspect_server
+from cdc.diagnostics import (
+    check_outbox,
+    check_replication,
+    check_server,
+    check_subscriptions,
+    check_tables,
+    inspect_outbox,
+    inspect_server,
+    inspect_subscriptions,
+)
 from cdc.diagnostics.facts import Installed, OpenTransactions, ServerFacts, SessionFacts, SlotFacts, Subject
 from cdc.diagnostics.findings import Absent, Finding, Severity, Unknown, run_checks
 from cdc.diagnostics.inspect_plugin import decoding
@@ -76,6 +85,7 @@ def _outbox(subject: Subject, connection: psycopg.Connection | None, *, missing:
     yield from run_checks(seen(inspect_outbox.shard_holders), check_outbox.SHARDS_HELD)
     yield from run_checks(seen(inspect_outbox.table), check_outbox.TABLE)
     yield from run_checks(seen(inspect_outbox.backlog), check_outbox.BACKLOG)
+    yield from run_checks(seen(inspect_subscriptions.subscriptions), check_subscriptions.SUBSCRIPTIONS)
     scope = subject.scope
     waits = _NO_HANDLERS if scope is None else seen(lambda link, name: inspect_outbox.unhandled(link, name, scope))
     yield from run_checks(waits, check_outbox.UNHANDLED)

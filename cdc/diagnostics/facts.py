@@ -337,6 +337,39 @@ class Backlog:
     """The one that stands the longest, as far as the role may see them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubscriptionFacts:
+    """Counts are lower bounds. ``paused_s``: for how long; None: it is not. ``held_back``: what retention keeps for it.
+
+    ``unknown_types``: those of its types that no trigger captures and no change that was examined has.
+    """
+
+    name: str
+    consumers: int
+    paused_s: float | None
+    behind: int
+    held_back: int
+    oldest_age_s: float | None
+    unknown_types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexFacts:
+    """An index that only subscriptions read by. ``valid``: None where it is not there. ``creation``: what makes it."""
+
+    name: str
+    valid: bool | None
+    creation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubscriptionsFacts:
+    """Those beside the default one."""
+
+    indexes: tuple[IndexFacts, ...]
+    each: tuple[SubscriptionFacts, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Unhandled:
     """Fresh changes that none of the named handlers wants, by type; each number is a lower bound."""

@@ -43,7 +43,16 @@ from cdc.postgres import (
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.barriers import Barriers
 from cdc.postgres.due import DueChanges
-from cdc.postgres.grants import BARRED, BARRIER_RIGHTS, DUE_DESCRIPTION, PAYLOAD, PUBLISH_DUE, SHARD_RIGHTS, STATE
+from cdc.postgres.grants import (
+    BARRED,
+    BARRIER_RIGHTS,
+    DUE_DESCRIPTION,
+    KEEPING,
+    PAYLOAD,
+    PUBLISH_DUE,
+    SHARD_RIGHTS,
+    STATE,
+)
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
 from cdc.postgres.remarks import SettingOwner
@@ -202,6 +211,8 @@ _RIGHTS = """
            has_schema_privilege(n.oid, 'USAGE') AS usage,
            has_table_privilege(c.oid, 'SELECT') AS "select",
            has_table_privilege(c.oid, 'DELETE') AS "delete",
+           (SELECT bool_and(has_table_privilege(k.oid, 'SELECT')) FROM pg_catalog.pg_class k
+             WHERE k.relnamespace = n.oid AND k.relname = ANY (%(keeping)s)) AS sharing,
            ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
                   WHERE a.attrelid = c.oid AND a.attname = ANY (%(marked)s)
                     AND NOT has_column_privilege(c.oid, a.attnum, 'UPDATE')
@@ -367,7 +378,7 @@ def astray(connection: psycopg.Connection, name: str) -> Astray:
 
 def rights(connection: psycopg.Connection, subject: Subject) -> Rights:
     parameters = {"schema": subject.schema, "marked": list(STATE), "owning": list(SHARD_RIGHTS),
-                  "barrier": list(BARRIER_RIGHTS)}  # fmt: skip
+                  "barrier": list(BARRIER_RIGHTS), "keeping": list(KEEPING)}  # fmt: skip
     row = one(connection, _RIGHTS, parameters, what="entity_changes")
     return Rights(role=row["role"], schema=subject.schema, grants=_grants(row, subject))
 
@@ -377,6 +388,7 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
     tables = ("entity_changes", "cdc_shards", "cdc_due_changes", "cdc_barriers")
     table, shards, due_changes, barriers = (sql.Identifier(subject.schema, name) for name in tables)
     described = sql.SQL(", ").join(map(sql.Identifier, DUE_DESCRIPTION))
+    keeping = sql.SQL(", ").join(sql.Identifier(subject.schema, name) for name in KEEPING)
     columns = sql.SQL(", ").join(map(sql.Identifier, row["unmarked"]))
     publish_due, barred = (
         sql.SQL("{}.{}").format(sql.Identifier(subject.schema), sql.SQL(function)) for function in (PUBLISH_DUE, BARRED)
@@ -386,6 +398,7 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
         (not row["select"], sql.SQL("SELECT ON {}").format(table)),
         (bool(row["unmarked"]), sql.SQL("UPDATE ({}) ON {}").format(columns, table)),
         (subject.prunes and not row["delete"], sql.SQL("DELETE ON {}").format(table)),
+        (row["sharing"] is False, sql.SQL("SELECT ON {}").format(keeping)),
         (row["foreseeing"] is False, sql.SQL("SELECT ({}) ON {}").format(described, due_changes)),
         (row["publishing"] is False, sql.SQL("EXECUTE ON FUNCTION {}").format(publish_due)),
         (row["barring"] is False, sql.SQL("EXECUTE ON FUNCTION {}").format(barred)),

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,12 +20,19 @@ from cdc.core.errors import CdcError
 from cdc.core.model import ChangeState
 from cdc.core.type_filter import TypeFilter
 from cdc.diagnostics.status import Outbox, Readings, SlotReading, summarize
-from cdc.observability.snapshots import OutboxStatus, PollerStatus, SlotStatus
+from cdc.observability.snapshots import (
+    OutboxStatus,
+    PollerStatus,
+    SlotStatus,
+    SubscriptionsStatus,
+    SubscriptionStatus,
+)
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import Dsn, connect
 from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
+from cdc.postgres.subscriptions import SubscriptionProgress
 from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport, assess
 from cdc.runtime.supervisor import Supervisor
@@ -39,16 +46,20 @@ _WAITING_POLLS_MAX = 4
 """While a slot waits for standbys, which may be back in a moment."""
 _REPORTED_MAX = 1_000
 """Types that were warned of: they come from the data."""
+_SUBSCRIPTIONS_MAX = 100
+"""Subscriptions that figures are shown of, each a value of a label: those that are the furthest behind."""
 _REST = 50
-"""Figures for the page alone are read again after so many times as long as they took: at most 2 % of a connection."""
+"""Figures for the page alone, and those of subscriptions, are read again after so many times as long as they took: at
+most 2 % of a connection each."""
 
 
 class StatsPoller:
     """Call ``start`` once and ``stop`` once. ``slot``: None if no slot is used or read.
 
     ``asked``: the types that the settings name, if the handlers handle fewer of them.
-    ``page``: statements that are run also, for figures that only the page shows. ``standbys_away``: called
-    when the slot has sent nothing for about a minute, because it is one for failover and standbys are away.
+    ``page``: statements that are run also, for figures that only the page shows. ``subscriptions``: reads the figures
+    of those that this consumer tells of. ``standbys_away``: called when the slot has sent nothing for about a minute,
+    because it is one for failover and standbys are away.
     """
 
     def __init__(
@@ -60,6 +71,7 @@ class StatsPoller:
         slot: str | None,
         asked: TypeFilter | None = None,
         page: OutboxAdmin | None = None,
+        subscriptions: Callable[[psycopg.Connection], list[SubscriptionProgress] | None] | None = None,
         standbys_away: Callable[[], None] = lambda: None,
         supervisor: Supervisor | None = None,
     ) -> None:
@@ -71,6 +83,8 @@ class StatsPoller:
         self._slot = _WatchedSlot(slot, standbys_away) if slot is not None else None
         self._page = page
         self._summarize_at = 0.0
+        self._subscriptions = subscriptions
+        self._subscriptions_at = 0.0
         self._stopping = threading.Event()
         self._due = threading.Event()
         self._thread = threading.Thread(target=self._kept, name="cdc-collector", daemon=True)
@@ -83,9 +97,9 @@ class StatsPoller:
         self._thread.start()
 
     def poll_now(self, *, everything: bool = False) -> None:
-        """Poll at once, as something has changed; from any thread. ``everything``: also what only the page shows."""
+        """Poll at once, as something has changed; from any thread. ``everything``: also what is read less often."""
         if everything:
-            self._summarize_at = 0.0
+            self._summarize_at = self._subscriptions_at = 0.0
         self._due.set()
 
     def stop(self, timeout_s: float) -> None:
@@ -107,6 +121,8 @@ class StatsPoller:
             self._collect("outbox", self._outbox, partial(self._show_outbox, None))
             if self._slot is not None:
                 self._collect("slot", self._read_slot, partial(self._show_slot, None))
+            if self._subscriptions is not None and time.monotonic() >= self._subscriptions_at:
+                self._collect("subscriptions", self._read_subscriptions, partial(self._show_subscriptions, None))
             if self._page is not None and time.monotonic() >= self._summarize_at:
                 self._collect("entity types", self._summarize, partial(self._show_types, None))
             self._due.wait(_EVERY_S)
@@ -158,6 +174,22 @@ class StatsPoller:
         success = {**self.status.success, "slot": slot is not None}
         self.status = replace(self.status, slot=slot, slot_waits_for_standbys=self._slot.waits, success=success)
         self.readings = replace(self.readings, slot=reading)
+
+    def _read_subscriptions(self, connection: psycopg.Connection) -> None:
+        assert self._subscriptions
+        began = time.monotonic()
+        try:
+            found = self._subscriptions(connection)
+        finally:
+            self._subscriptions_at = time.monotonic() + _REST * (time.monotonic() - began)
+        if found is None:  # not to be seen by this role, which is no failure
+            self.status = replace(self.status, subscriptions=None)
+        else:
+            self._show_subscriptions(_subscriptions_status(found))
+
+    def _show_subscriptions(self, subscriptions: SubscriptionsStatus | None) -> None:
+        success = {**self.status.success, "subscriptions": subscriptions is not None}
+        self.status = replace(self.status, subscriptions=subscriptions, success=success)
 
     def _summarize(self, connection: psycopg.Connection) -> None:
         assert self._page
@@ -251,4 +283,26 @@ def _slot_status(slot: SlotReport | None) -> SlotStatus:
         safe_wal_bytes=slot.safe_wal_bytes,
         catalog_xmin_age=slot.catalog_xmin_age,
         spilled_bytes=slot.spilled_bytes,
+    )
+
+
+def _subscriptions_status(found: Sequence[SubscriptionProgress]) -> SubscriptionsStatus:
+    furthest = sorted(found, key=lambda each: (each.held_back, each.behind, each.dead), reverse=True)
+    return SubscriptionsStatus(
+        count=len(found),
+        known=tuple(
+            SubscriptionStatus(
+                name=each.subscription.name,
+                changes={
+                    ChangeState.FRESH: each.behind,
+                    ChangeState.WAITING: each.waiting,
+                    ChangeState.DEAD: each.dead,
+                },
+                oldest_age_s=each.oldest_age_s or 0.0,
+                held_back=each.held_back,
+                paused=each.subscription.paused_at is not None,
+                consumers=each.consumers,
+            )
+            for each in furthest[:_SUBSCRIPTIONS_MAX]
+        ),
     )

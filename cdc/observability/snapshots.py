@@ -136,13 +136,37 @@ class OutboxStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SubscriptionStatus:
+    """Counts end at a bound. ``held_back``: what retention keeps for it. ``oldest_age_s``: of fresh ones, or 0."""
+
+    name: str
+    changes: Mapping[ChangeState, int]
+    oldest_age_s: float
+    held_back: int
+    paused: bool
+    consumers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubscriptionsStatus:
+    """``count``: how many there are beside the default one. ``known``: those of them that figures are shown of."""
+
+    count: int
+    known: tuple[SubscriptionStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PollerStatus:
-    """The latest figures from the database. A part that could not be read is None, and False in ``success``."""
+    """The latest figures from the database. A part that could not be read is None, and False in ``success``.
+
+    ``subscriptions`` is None, too, where the role may not see them.
+    """
 
     last_iteration_at: float | None = None
     outbox: OutboxStatus | None = None
     slot: SlotStatus | None = None
     slot_waits_for_standbys: bool = False
+    subscriptions: SubscriptionsStatus | None = None
     success: Mapping[str, bool] = field(default_factory=dict)
 
 

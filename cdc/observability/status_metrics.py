@@ -13,7 +13,15 @@ from prometheus_client.registry import Collector
 from cdc.core.circuit_breaker import BreakerState
 from cdc.core.model import SHARDS, ChangeState
 from cdc.observability.metrics import UNAVAILABLE
-from cdc.observability.snapshots import ConsumerStatus, OutboxStatus, PollerStatus, ProcessStatus, Role, StreamStatus
+from cdc.observability.snapshots import (
+    ConsumerStatus,
+    OutboxStatus,
+    PollerStatus,
+    ProcessStatus,
+    Role,
+    StreamStatus,
+    SubscriptionsStatus,
+)
 
 OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
 WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
@@ -74,6 +82,24 @@ _FAMILIES = (
         "cdc_outbox_unhandled_changes", "Fresh changes of types that no handler of this consumer wants, up to a bound."
     ),
     _gauge("cdc_outbox_due_later_changes", "Events that are due later, up to a bound."),
+    _gauge("cdc_subscriptions", "Subscriptions of the outbox beside the default one."),
+    _gauge(
+        "cdc_subscription_changes",
+        "Changes that a subscription has not done, up to a bound; fresh: neither waiting nor dead in it.",
+        "subscription",
+        "state",
+    ),
+    _gauge(
+        "cdc_subscription_oldest_age_seconds", "Age of its oldest fresh change; 0 if there is none.", "subscription"
+    ),
+    _gauge(
+        "cdc_subscription_held_back_changes",
+        "Changes that the default subscription has processed and this one has not done, up to a bound: retention keeps"
+        " them.",
+        "subscription",
+    ),
+    _gauge("cdc_subscription_paused", "1 while it is paused.", "subscription"),
+    _gauge("cdc_subscription_consumers", "Its live consumers.", "subscription"),
     _gauge("cdc_notify_queue_usage_ratio", "How full the server's queue of notifications is."),
 )
 _DELIVERY = _gauge("cdc_delivery_up", "1 while the application is there, 0 while changes wait for it.")
@@ -113,6 +139,8 @@ class StatusMetrics(Collector):
         yield from _of_slot(self._slot, status.poller)
         if status.poller.outbox:
             yield from _of_outbox(status.poller.outbox)
+        if status.poller.subscriptions:
+            yield from _of_subscriptions(status.poller.subscriptions)
         if self._delivery is not None:
             breaker = status.breakers.get(self._delivery)
             yield "cdc_delivery_up", (), not (breaker and breaker.rests)
@@ -190,3 +218,14 @@ def _of_outbox(outbox: OutboxStatus) -> Iterator[_Sample]:
     yield "cdc_notify_queue_usage_ratio", (), outbox.notify_queue_usage
     yield "cdc_outbox_unhandled_changes", (), outbox.unhandled
     yield "cdc_outbox_due_later_changes", (), outbox.due_later
+
+
+def _of_subscriptions(subscriptions: SubscriptionsStatus) -> Iterator[_Sample]:
+    yield "cdc_subscriptions", (), subscriptions.count
+    for each in subscriptions.known:
+        for state in OUTBOX_STATES:
+            yield "cdc_subscription_changes", (each.name, state.value), each.changes.get(state, 0)
+        yield "cdc_subscription_oldest_age_seconds", (each.name,), each.oldest_age_s
+        yield "cdc_subscription_held_back_changes", (each.name,), each.held_back
+        yield "cdc_subscription_paused", (each.name,), each.paused
+        yield "cdc_subscription_consumers", (each.name,), each.consumers

@@ -50,6 +50,8 @@ POSITION_RIGHTS = ("SELECT", "UPDATE")
 """The same on cdc_positions, for a consumer of a subscription."""
 SUBSCRIPTION_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 """The same on cdc_subscription_changes."""
+KEEPING = (SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES)
+"""What says who is not done with a change: whoever removes changes reads it."""
 PAYLOAD = ("old_data", "new_data", "metadata")
 """The columns that hold the application's data."""
 DESCRIPTION = (

@@ -2,7 +2,8 @@
 -- {positions} and {subscription_changes} hold the progress. {wanted} and {matches} are the expressions of admin.sql and
 -- bulk.sql.
 --
--- As there, each read examines a bounded number of rows in the order of an index. A change is found by shard and number in
+-- The predicates of the partial indexes stay literal: `next_attempt_at <= 'infinity'` says no more than IS NOT NULL, to choose
+-- the index that is ordered by time. As there, each read examines a bounded number of rows in the order of an index. A change is found by shard and number in
 -- one of its two halves, see subscriptions.sql; what waits or is dead has its key and its type as hashes.
 
 -- name: change_of_e
@@ -57,7 +58,7 @@ WITH looked AS MATERIALIZED ({beyond}), fresh AS MATERIALIZED (
 ), waiting AS MATERIALIZED (
   SELECT left(coalesce(c.entity_type, c.table_name), 200) AS type, e.next_attempt_at
   FROM (SELECT * FROM {subscription_changes} AS e
-        WHERE e.subscription = %(subscription)s::smallint AND e.next_attempt_at IS NOT NULL AND e.dead_at IS NULL
+        WHERE e.subscription = %(subscription)s::smallint AND e.next_attempt_at <= 'infinity' AND e.dead_at IS NULL
         ORDER BY e.next_attempt_at LIMIT %(bound)s) AS e
   CROSS JOIN LATERAL ({change_of_e}) AS c
 ), dead AS MATERIALIZED (
@@ -103,7 +104,7 @@ SELECT EXISTS (SELECT FROM looked GROUP BY shard, half HAVING count(*) >= %(per_
 -- The next due first.
 WITH looked AS MATERIALIZED (
   SELECT e.seq, e.shard, e.next_attempt_at FROM {subscription_changes} AS e
-  WHERE e.subscription = %(subscription)s::smallint AND e.next_attempt_at IS NOT NULL AND e.dead_at IS NULL
+  WHERE e.subscription = %(subscription)s::smallint AND e.next_attempt_at <= 'infinity' AND e.dead_at IS NULL
   ORDER BY e.next_attempt_at LIMIT %(scan)s
 )
 SELECT (SELECT count(*) >= %(scan)s FROM looked) AS cut,
@@ -211,6 +212,6 @@ ORDER BY key, c.seq
 -- The same of the changes that wait for their retry.
 DECLARE cdc_selection SCROLL CURSOR WITH HOLD FOR
 SELECT c.id, {key_hash} AS key
-FROM ({matching} WHERE e.subscription = %(subscription)s::smallint AND e.next_attempt_at IS NOT NULL AND e.dead_at IS NULL) AS c
+FROM ({matching} WHERE e.subscription = %(subscription)s::smallint AND e.next_attempt_at <= 'infinity' AND e.dead_at IS NULL) AS c
 WHERE {matches}
 ORDER BY key, c.seq

@@ -115,32 +115,41 @@ class Subscriptions:
     def __init__(self, schema: str) -> None:
         self._schema = schema
         self._statements = load("subscriptions.sql", schema)
+        self.paused_for = self._statements["paused_for"]
+        """The statement that says for how many seconds those that are paused are: (number, seconds)."""
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def all(self, connection: psycopg.Connection) -> list[Subscription]:
         """By name. Raises SchemaError where the outbox is of an earlier version."""
-        return self._find(connection, None)
+        with self._explained():
+            return self._find(connection, None)
 
     def named(self, connection: psycopg.Connection, name: str) -> Subscription:
         """Raises NotFoundError."""
-        found = self._find(connection, check_name(name))
-        if not found:
-            raise missing(name, [each.name for each in self.all(connection)])
-        return found[0]
+        check_name(name)
+        with self._explained():
+            found = self._find(connection, name)
+            if not found:
+                raise missing(name, [each.name for each in self._find(connection, None)])
+            return found[0]
 
     def progress(self, connection: psycopg.Connection, number: int | None = None) -> list[SubscriptionProgress]:
         """Of each subscription, or of that with this number; by name."""
-        parameters = {"number": number, "per_shard": _PER_SHARD, "bound": _BOUND, "subscriptions": _SUBSCRIPTIONS_MAX}
-        subscriptions = {each.number: each for each in self.all(connection)}
-        with bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
-            rows = cursor.execute(self._statements["figures"], parameters).fetchall()
-        asked = [(row, subscriptions[row.pop("number")]) for row in rows if row["number"] in subscriptions]
-        consumers = self._consumers(connection, [each.number for _, each in asked])
-        found = [
-            SubscriptionProgress(subscription=each, consumers=consumers[each.number], **row) for row, each in asked
-        ]
-        return sorted(found, key=lambda each: each.subscription.name)
+        with self._explained():
+            return self._progress(connection, number, _PER_SHARD)
+
+    def figures(
+        self, connection: psycopg.Connection, number: int | None, per_shard: int
+    ) -> list[SubscriptionProgress] | None:
+        """As ``progress``, with fewer or more changes examined of each shard.
+
+        None where the outbox is of an earlier version, or the role may not see them.
+        """
+        try:
+            return self._progress(connection, number, per_shard)
+        except (errors.UndefinedTable, errors.InsufficientPrivilege):
+            return None
 
     # --- deciding --------------------------------------------------------------------------------------------------
 
@@ -200,9 +209,25 @@ class Subscriptions:
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _find(self, connection: psycopg.Connection, name: str | None) -> list[Subscription]:
-        with self._explained(), bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+        with bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["find"], {"name": name}).fetchall()
         return [Subscription(**{**row, "types": _listed(row["types"])}) for row in rows]
+
+    def _progress(
+        self, connection: psycopg.Connection, number: int | None, per_shard: int
+    ) -> list[SubscriptionProgress]:
+        subscriptions = {each.number: each for each in self._find(connection, None)}
+        if not subscriptions:
+            return []
+        parameters = {"number": number, "per_shard": per_shard, "bound": _BOUND, "subscriptions": _SUBSCRIPTIONS_MAX}
+        with bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
+            rows = cursor.execute(self._statements["figures"], parameters).fetchall()
+        asked = [(row, subscriptions[row.pop("number")]) for row in rows if row["number"] in subscriptions]
+        consumers = self._consumers(connection, [each.number for _, each in asked])
+        found = [
+            SubscriptionProgress(subscription=each, consumers=consumers[each.number], **row) for row, each in asked
+        ]
+        return sorted(found, key=lambda each: each.subscription.name)
 
     def _consumers(self, connection: psycopg.Connection, numbers: Sequence[int]) -> dict[int, int]:
         classes = {lock_class(self._schema, number): number for number in numbers}
@@ -302,19 +327,16 @@ class Subscriptions:
     def _make_indexes(self, connection: psycopg.Connection) -> list[str]:
         """Returns those that were missing. What an interrupted command has left is dropped first."""
         made: list[str] = []
-        for name, definition in INDEXES.items():
-            there = connection.execute(_INDEX_STATE, [self._schema, name]).fetchone()
-            if there == (True,):
+        for name in INDEXES:
+            there = index_is_valid(connection, self._schema, name)
+            if there:
                 continue
             if there is not None:
                 self._drop_indexes(connection, [name])
             made.append(name)
-            create = sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} " + definition)
             with _unhurried(connection):
                 try:
-                    connection.execute(
-                        create.format(sql.Identifier(name), sql.Identifier(self._schema, "entity_changes"))
-                    )
+                    connection.execute(index_statement(self._schema, name))
                 except BaseException:
                     # Half of it would cost every mark a write, and serve nobody.
                     with suppress(psycopg.Error):
@@ -360,6 +382,18 @@ class Subscriptions:
                 f"the role may not: {error.diag.message_primary}",
                 hint="the owner of the outbox creates and drops; see docs/operations/roles.md",
             ) from error
+
+
+def index_is_valid(connection: psycopg.Connection, schema: str, name: str) -> bool | None:
+    """Of one of INDEXES. None: it is not there."""
+    row = connection.execute(_INDEX_STATE, [schema, name]).fetchone()
+    return None if row is None else bool(row[0])
+
+
+def index_statement(schema: str, name: str) -> sql.Composed:
+    """What makes one of INDEXES. It may not stand in a transaction."""
+    named = sql.Identifier(name), sql.Identifier(schema, "entity_changes")
+    return sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} ").format(*named) + sql.SQL(INDEXES[name])
 
 
 @contextmanager

@@ -16,6 +16,9 @@ NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
 SELECT s.subscription AS number, s.name, s.types, s.created_at, s.created_from, s.paused_at, s.paused_because
 FROM {subscriptions} AS s WHERE %(name)s::text IS NULL OR s.name = %(name)s ORDER BY s.name
 
+-- name: paused_for
+SELECT s.subscription, extract(epoch FROM now() - s.paused_at)::float8 FROM {subscriptions} AS s WHERE s.paused_at IS NOT NULL
+
 -- name: alone
 SELECT pg_try_advisory_lock(%(lock)s::integer, hashtext(%(schema)s::text))
 
@@ -138,7 +141,7 @@ WITH asked AS MATERIALIZED (
   FROM beyond AS b
   WHERE (b.types IS NULL OR b.type = ANY (b.types)) AND NOT EXISTS (
     SELECT FROM {subscription_changes} AS e
-    WHERE e.subscription = b.subscription AND e.shard = b.shard AND e.seq = b.seq)
+    WHERE e.subscription = b.subscription AND e.shard = b.shard AND e.seq = b.seq OFFSET 0)
   GROUP BY b.subscription
 ), cut AS MATERIALIZED (
   SELECT DISTINCT b.subscription FROM beyond AS b
@@ -147,9 +150,12 @@ WITH asked AS MATERIALIZED (
 SELECT asked.subscription AS number, coalesce(behind.count, 0)::int AS behind,
        (coalesce(behind.held_back, 0) + (
           SELECT count(*) FROM (
-            SELECT e.shard, e.seq FROM {subscription_changes} AS e
-            WHERE e.subscription = asked.subscription AND (e.dead_at IS NOT NULL OR e.next_attempt_at IS NOT NULL)
-            LIMIT %(bound)s
+            (SELECT e.shard, e.seq FROM {subscription_changes} AS e
+             WHERE e.subscription = asked.subscription AND e.dead_at IS NOT NULL LIMIT %(bound)s)
+            UNION ALL
+            (SELECT e.shard, e.seq FROM {subscription_changes} AS e
+             WHERE e.subscription = asked.subscription AND e.dead_at IS NULL AND e.next_attempt_at <= 'infinity'
+             LIMIT %(bound)s)
           ) AS e CROSS JOIN LATERAL (
             SELECT FROM {changes} AS n WHERE n.shard = e.shard AND n.seq = e.seq AND {is_settled} AND n.processed LIMIT 1
           ) AS n))::int AS held_back,
@@ -157,7 +163,7 @@ SELECT asked.subscription AS number, coalesce(behind.count, 0)::int AS behind,
        CASE WHEN behind.since <= now() THEN extract(epoch FROM now() - behind.since)::float8 END AS oldest_age_s,
        (SELECT count(*) FROM (
           SELECT FROM {subscription_changes} AS e
-          WHERE e.subscription = asked.subscription AND e.dead_at IS NULL AND e.next_attempt_at IS NOT NULL
+          WHERE e.subscription = asked.subscription AND e.dead_at IS NULL AND e.next_attempt_at <= 'infinity'
           LIMIT %(bound)s) AS w)::int AS waiting,
        (SELECT count(*) FROM (
           SELECT FROM {subscription_changes} AS e

@@ -22,6 +22,7 @@ from psycopg.conninfo import make_conninfo
 from cdc.contrib.demo.temp_server import TempServer, free_port
 from cdc.postgres import migrations
 from cdc.postgres.shard_locks import lock_class
+from cdc.postgres.subscriptions import Subscriptions
 from tests.eventually import eventually
 from tests.fix_consumer import Process
 from tests.fix_proxy import Proxy
@@ -154,6 +155,15 @@ def test_every_panel_shows_something(scene: Scene) -> None:
 def test_changes_that_no_handler_wants(scene: Scene) -> None:
     scene.publish("well", "nobody's")
     scene.fires("CdcChangesUnhandled", job="well")
+
+
+def test_a_subscription_that_nobody_consumes_and_that_holds_back_what_others_have_done(scene: Scene) -> None:
+    db = scene.dbs["well"]
+    Subscriptions("public").create(db, "search", start="beginning")
+    scene.publish("well", "good", 5)
+    scene.fires("CdcSubscriptionNotConsumed", job="well", subscription="search")
+    db.execute("UPDATE entity_changes SET changed_at = changed_at - interval '2 days' WHERE processed")
+    scene.fires("CdcSubscriptionHoldsBack", job="well", subscription="search")
 
 
 def test_an_application_that_does_not_run(scene: Scene) -> None:

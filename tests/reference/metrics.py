@@ -19,6 +19,8 @@ from cdc.observability.snapshots import (
     ProcessStatus,
     SlotStatus,
     StreamStatus,
+    SubscriptionsStatus,
+    SubscriptionStatus,
 )
 from cdc.observability.status_metrics import StatusMetrics
 from tests.reference.markdown import WRITTEN, code, table
@@ -30,7 +32,8 @@ _HEAD = """\
 Which question each answers is in [monitoring](../operations/monitoring.md#metrics).
 
 Label values come from closed sets, and where they are known beforehand they are listed. `SLOT` is the configured name
-of the slot, `HANDLER` the name of a handler, `TYPE` an entity type that a rule names; all other types are `{other}`,
+of the slot, `HANDLER` the name of a handler, `SUBSCRIPTION` that of a subscription beside the default one (the 100 that
+are furthest behind), `TYPE` an entity type that a rule names; all other types are `{other}`,
 and a change without a handler has `{none}`. Prometheus adds `job` and `instance`. Counters and states are there from
 the start, as 0; timestamps and the figures of the database when they have a value. Those of slot and outbox are read
 every 15 seconds, never in a scrape, and vanish when they cannot be read. Those of delivery are there where something is
@@ -39,6 +42,7 @@ delivered.
 _GROUPS = {
     "Slot": ("cdc_slot_",),
     "Outbox": ("cdc_outbox_", "cdc_notify_"),
+    "Subscriptions": ("cdc_subscription",),
     "Stream": ("cdc_stream_",),
     "Wake-ups": ("cdc_wakeup", "cdc_relay_", "cdc_fetch_", "cdc_visibility_"),
     "Changes and handlers": (
@@ -72,7 +76,9 @@ def everything() -> list[Metric]:
                 present=True, wal_status="reserved", retained_wal_bytes=1, confirmed_lag_bytes=1, safe_wal_bytes=1,
                 catalog_xmin_age=1, spilled_bytes=1,
             ),
-            success=dict.fromkeys(("slot", "outbox"), True),
+            subscriptions=SubscriptionsStatus(count=1, known=(SubscriptionStatus(
+                name="SUBSCRIPTION", changes={}, oldest_age_s=1, held_back=1, paused=False, consumers=1),)),
+            success=dict.fromkeys(("slot", "outbox", "subscriptions"), True),
         ),
         pools=dict.fromkeys(("async", "sync"), PoolStatus()),
         breakers={"HANDLER": BreakerStatus()},

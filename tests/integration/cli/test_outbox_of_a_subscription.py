@@ -105,6 +105,16 @@ def test_filters_choose_among_its_dead_letters(outbox: str, outbox_db: psycopg.C
     assert sorted(numbers(outbox, "--state", "dead")) == items, "the default one's are as they were"
 
 
+def test_the_settings_may_name_it(
+    outbox: str, outbox_db: psycopg.Connection, search: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seq = publish(outbox_db, "order", "a")
+    fail(outbox_db, search, seq, dead=True)
+    monkeypatch.setenv("CDC_SUBSCRIPTION", "search")
+    assert numbers(outbox) == [seq]
+    assert numbers(outbox, "--subscription", "default") == []
+
+
 def test_of_another_one_nothing_is_decided(outbox: str, outbox_db: psycopg.Connection, search: int) -> None:
     seq = publish(outbox_db, "order", "a")
     billing = create(outbox, "billing", "--from", "beginning")

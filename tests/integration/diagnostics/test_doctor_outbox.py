@@ -317,3 +317,47 @@ def test_a_truncate_that_holds_back_its_type_is_told(shop: str, db: psycopg.Conn
     assert (found["severity"], "for 10 min now: it waits for changes" in found["detail"]) == ("warn", True)
     db.execute("UPDATE entity_changes SET processed = true")
     assert findings(shop, "--no-stream")["barriers"]["detail"] == "none holds anything back"
+
+
+def test_subscriptions_that_nobody_consumes_or_that_name_an_unknown_type_are_told(
+    shop: str, db: psycopg.Connection
+) -> None:
+    assert findings(shop, "--no-stream")["subscriptions"]["detail"] == "none beside the default one"
+    db.execute("SELECT publish_change('by hand', '1')")
+    done(shop, "subscription", "create", "search", "--type", "task", "--type", "by hand", "--from", "beginning")
+    db.execute("INSERT INTO tasks VALUES (100)")
+    found = findings(shop, "--no-stream")
+    assert "search (2)" in found["subscriptions"]["detail"]
+    assert [found[name]["severity"] for name in ("subscriptions", "subscriptions-behind", "subscription-types")] == [
+        "warn", "ok", "ok"
+    ]  # fmt: skip
+    done(shop, "subscription", "create", "audit", "--type", "tsak")
+    done(shop, "subscription", "pause", "search")
+    db.execute("UPDATE cdc_subscriptions SET paused_at = now() - interval '2 days'")
+    db.execute(
+        "UPDATE entity_changes SET processed = true, processed_at = now(), changed_at = now() - interval '2 days'"
+    )
+    found = findings(shop, "--no-stream")
+    assert "paused for more than a day" in found["subscriptions"]["detail"]
+    assert "search (2, the oldest 2 days old)" in found["subscriptions-behind"]["detail"]
+    assert "audit (tsak)" in found["subscription-types"]["detail"]
+
+
+def test_the_index_of_subscriptions_is_missed_and_the_remedy_makes_it(shop: str, db: psycopg.Connection) -> None:
+    done(shop, "subscription", "create", "search")
+    for broken in (
+        "DROP INDEX entity_changes_settled",
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'entity_changes_settled'::regclass",
+    ):
+        db.execute(broken.encode())
+        found = findings(shop, "--no-stream")["subscriptions"]
+        assert found["severity"] == "fail"
+        for statement in found["remedies"]:
+            db.execute(statement.encode())
+        assert findings(shop, "--no-stream")["subscriptions"]["severity"] == "ok"
+    db.execute("DELETE FROM cdc_subscriptions")
+    found = findings(shop, "--no-stream")["subscriptions"]
+    assert found["severity"] == "warn"
+    for statement in found["remedies"]:
+        db.execute(statement.encode())
+    assert findings(shop, "--no-stream")["subscriptions"]["severity"] == "ok"

@@ -162,7 +162,8 @@ ELSEWHERE = {
     },
     "test_server_versions": {"virtual-columns"},
     "it takes a decision": {"foreign-casts", "tables-with-row-security", "unrouted", "unhandled", "backlog",
-                            "due-later", "barriers", "ddl"},
+                            "due-later", "barriers", "ddl", "subscriptions", "subscriptions-behind",
+                            "subscription-types"},
 }  # fmt: skip
 
 

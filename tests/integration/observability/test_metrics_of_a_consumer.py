@@ -7,9 +7,12 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
+from prometheus_client import generate_latest
 
 from cdc.core.model import Change
 from cdc.core.router import Router
+from tests.commands import done
+from tests.commands_subscription import create, fail
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
 from tests.fix_outbox import count, fill
@@ -44,6 +47,54 @@ async def test_keys_that_wait_or_pause_are_counted_once_each(outbox: str, outbox
         await eventually_async(blocked, what="three pausing keys and one that waits")
         assert 0 <= metric(app.metrics.registry, "cdc_notify_queue_usage_ratio") < 1
         assert metric(app.metrics.registry, "cdc_loop_last_iteration_timestamp_seconds", loop="collector") > 0
+
+
+async def test_a_consumer_of_the_default_subscription_tells_of_all_others(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    publish(outbox_db, "order", 5)
+    search = create(outbox, "search", "--from", "beginning")
+    create(outbox, "audit", "--from", "beginning")
+    fail(outbox_db, search, 1, dead=True)
+    fail(outbox_db, search, 2)
+    done(outbox, "subscription", "pause", "audit")
+    router = Router()
+
+    @router.on("order")
+    async def handle(change: Change) -> None:
+        pass
+
+    async with consuming(outbox, router, stream=False) as app:
+
+        def value(name: str, **labels: str) -> float:
+            return metric(app.metrics.registry, f"cdc_subscription_{name}", subscription="search", **labels)
+
+        async def processed() -> bool:
+            app.components.poller.poll_now(everything=True)
+            return value("held_back_changes") == 5
+
+        await eventually_async(processed, what="all are processed, and search is done with none")
+        assert metric(app.metrics.registry, "cdc_subscriptions") == 2
+        assert [value("changes", state=state) for state in ("fresh", "waiting", "dead")] == [3, 1, 1]
+        assert value("oldest_age_seconds") > 0
+        assert (value("paused"), value("consumers")) == (0, 0)
+        assert metric(app.metrics.registry, "cdc_subscription_paused", subscription="audit") == 1
+        assert metric(app.metrics.registry, "cdc_collector_success", collector="subscriptions") == 1
+
+
+async def test_where_the_role_may_not_see_subscriptions_nothing_is_told_and_nothing_fails(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    create(outbox)
+    outbox_db.execute("ALTER TABLE cdc_subscriptions RENAME TO of_another_version")
+    async with consuming(outbox, Router(), stream=False, unhandled="discard") as app:
+
+        async def polled() -> bool:
+            return app.status.poller.success.get("outbox", False)
+
+        await eventually_async(polled, what="the first figures")
+        assert "\ncdc_subscriptions " not in generate_latest(app.metrics.registry).decode()
+        assert "subscriptions" not in app.status.poller.success
 
 
 async def test_busy_connections_and_handlers_that_wait_for_one_are_seen(

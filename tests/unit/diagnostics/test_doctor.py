@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cdc.core.model import ChangeState, Operation
-from cdc.diagnostics import check_outbox, check_replication, check_server, check_tables
+from cdc.diagnostics import check_outbox, check_replication, check_server, check_subscriptions, check_tables
 from cdc.diagnostics.facts import (
     Astray,
     Backlog,
@@ -22,6 +22,7 @@ from cdc.diagnostics.facts import (
     DataReader,
     DataReaders,
     Decoding,
+    IndexFacts,
     Installed,
     Numbering,
     OpenTransactions,
@@ -35,6 +36,8 @@ from cdc.diagnostics.facts import (
     ShardHolders,
     SlotFacts,
     Subject,
+    SubscriptionFacts,
+    SubscriptionsFacts,
     TableFacts,
     Transaction,
     Unhandled,
@@ -97,6 +100,11 @@ NUMBERS = Numbering(role="cdc", table='"public"."entity_changes"', sequence="pub
 RIGHTS = Rights(role="cdc", grants=(), schema="public")
 HOLDERS = ShardHolders(held=64, consumers=2, strangers=())
 TABLE = TableFacts(name="public.entity_changes", autovacuum=True, excluded=False, tuned=True, live=100, dead=5)
+SEARCH = SubscriptionFacts(
+    name="search", consumers=1, paused_s=None, behind=3, held_back=1, oldest_age_s=10.0
+)  # fmt: skip
+INDEX = IndexFacts(name="public.s", valid=True, creation="CREATE ...;")
+SUBSCRIPTIONS = SubscriptionsFacts(indexes=(INDEX,), each=(SEARCH,))
 BACKLOG = Backlog(fresh=3, waiting=1, dead=0, oldest_ready_age_s=1.0, due_later=DueLater(3, 60.0))
 
 
@@ -123,6 +131,7 @@ def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any
         TableFacts: check_outbox.TABLE,
         Backlog: check_outbox.BACKLOG,
         Unhandled: check_outbox.UNHANDLED,
+        SubscriptionsFacts: check_subscriptions.SUBSCRIPTIONS,
         Subject: check_outbox.LOCAL,
     }
     return dict(by_kind[type(facts)])
@@ -134,6 +143,7 @@ def check(name: str, facts: Any, subject: Subject = SUBJECT) -> Finding:
 
 HEALTHY = (SESSION, SERVER, OPEN, LINK, DECODING, SLOT_FACTS, INSTALLED, CAPTURE, CAPTURED, RIGHTS,
            ROW_SECURITY, READERS, CREATORS, SENDERS, NUMBERS, ASTRAY, HOLDERS, TABLE, BACKLOG,
+           SUBSCRIPTIONS,
            Unhandled(()), SUBJECT)  # fmt: skip
 
 
@@ -306,6 +316,19 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
         (ChangeState.FRESH, False, "it waits for changes of its type from before it", "cdc outbox list --type order"),
     )),
     ("dead", replace(BACKLOG, dead=2), WARN, "dead letters: 2", "cdc outbox list --state dead"),
+    ("subscriptions", replace(SUBSCRIPTIONS, indexes=(replace(INDEX, valid=None),)), FAIL, "missing.* public.s",
+     "CREATE ...;"),
+    ("subscriptions", replace(SUBSCRIPTIONS, indexes=(replace(INDEX, valid=False),)), FAIL, "not valid",
+     "DROP INDEX CONCURRENTLY public.s;"),
+    ("subscriptions", replace(SUBSCRIPTIONS, each=()), WARN, "there are none", "DROP INDEX CONCURRENTLY public.s;"),
+    ("subscriptions", replace(SUBSCRIPTIONS, each=(replace(SEARCH, consumers=0),)), WARN, r"nobody .* search \(3\)",
+     "cdc run --subscription search"),
+    ("subscriptions", replace(SUBSCRIPTIONS, each=(replace(SEARCH, consumers=0, paused_s=90_000.0),)), WARN,
+     r"paused for more than a day: search \(25 h\)", "cdc subscription resume search"),
+    ("subscriptions-behind", replace(SUBSCRIPTIONS, each=(replace(SEARCH, oldest_age_s=180_000.0),)), WARN,
+     r"search \(1, the oldest 2.1 days old\)", "cdc subscription drop"),
+    ("subscription-types", replace(SUBSCRIPTIONS, each=(replace(SEARCH, unknown_types=("ordr",)),)), WARN,
+     r"search \(ordr\)", "cdc tracked"),
     ("handlers", replace(SUBJECT, handlers_error=("no module x", "install it")), FAIL, "no module x", "install it"),
     ("config", replace(SUBJECT, exposed_files=("cdc.toml",)), WARN, "cdc.toml", "chmod 600 cdc.toml"),
 ]  # fmt: skip
