@@ -83,8 +83,7 @@ class StatsPoller:
         self._slot = _WatchedSlot(slot, standbys_away) if slot is not None else None
         self._page = page
         self._summarize_at = 0.0
-        self._subscriptions = subscriptions
-        self._subscriptions_at = 0.0
+        self._subscriptions = _WatchedSubscriptions(subscriptions) if subscriptions else None
         self._stopping = threading.Event()
         self._due = threading.Event()
         self._thread = threading.Thread(target=self._kept, name="cdc-collector", daemon=True)
@@ -99,7 +98,9 @@ class StatsPoller:
     def poll_now(self, *, everything: bool = False) -> None:
         """Poll at once, as something has changed; from any thread. ``everything``: also what is read less often."""
         if everything:
-            self._summarize_at = self._subscriptions_at = 0.0
+            self._summarize_at = 0.0
+            if self._subscriptions is not None:
+                self._subscriptions.next_at = 0.0
         self._due.set()
 
     def stop(self, timeout_s: float) -> None:
@@ -121,7 +122,7 @@ class StatsPoller:
             self._collect("outbox", self._outbox, partial(self._show_outbox, None))
             if self._slot is not None:
                 self._collect("slot", self._read_slot, partial(self._show_slot, None))
-            if self._subscriptions is not None and time.monotonic() >= self._subscriptions_at:
+            if self._subscriptions is not None and time.monotonic() >= self._subscriptions.next_at:
                 self._collect("subscriptions", self._read_subscriptions, partial(self._show_subscriptions, None))
             if self._page is not None and time.monotonic() >= self._summarize_at:
                 self._collect("entity types", self._summarize, partial(self._show_types, None))
@@ -177,15 +178,11 @@ class StatsPoller:
 
     def _read_subscriptions(self, connection: psycopg.Connection) -> None:
         assert self._subscriptions
-        began = time.monotonic()
-        try:
-            found = self._subscriptions(connection)
-        finally:
-            self._subscriptions_at = time.monotonic() + _REST * (time.monotonic() - began)
+        found = self._subscriptions.read(connection)
         if found is None:  # not to be seen by this role, which is no failure
             self.status = replace(self.status, subscriptions=None)
         else:
-            self._show_subscriptions(_subscriptions_status(found))
+            self._show_subscriptions(found)
 
     def _show_subscriptions(self, subscriptions: SubscriptionsStatus | None) -> None:
         success = {**self.status.success, "subscriptions": subscriptions is not None}
@@ -284,6 +281,23 @@ def _slot_status(slot: SlotReport | None) -> SlotStatus:
         catalog_xmin_age=slot.catalog_xmin_age,
         spilled_bytes=slot.spilled_bytes,
     )
+
+
+class _WatchedSubscriptions:
+    """``next_at``: when they are to be read again."""
+
+    def __init__(self, read: Callable[[psycopg.Connection], list[SubscriptionProgress] | None]) -> None:
+        self._read = read
+        self.next_at = 0.0
+
+    def read(self, connection: psycopg.Connection) -> SubscriptionsStatus | None:
+        """None: this role may not see them."""
+        began = time.monotonic()
+        try:
+            found = self._read(connection)
+        finally:
+            self.next_at = time.monotonic() + _REST * (time.monotonic() - began)
+        return None if found is None else _subscriptions_status(found)
 
 
 def _subscriptions_status(found: Sequence[SubscriptionProgress]) -> SubscriptionsStatus:
