@@ -9,6 +9,3 @@ index: dict[str, str] = {}
 @router.on("message", "INSERT")
 async def add(change: cdc.Change) -> None:
     index[change.entity_id] = change.new["content"]
-
-
-router.ignore("message")

@@ -210,6 +210,16 @@ def test_what_compose_keeps_is_on_a_volume(services: dict[str, Any]) -> None:
     assert set(named) == {name for name in mounted if not name.startswith("./")}
 
 
+def test_the_second_service_of_compose_takes_the_types_that_its_subscription_is_created_with(
+    services: dict[str, Any],
+) -> None:
+    [create] = services["setup-search"]["command"]
+    assert create.startswith(f"cdc subscription create {services['search']['environment']['CDC_SUBSCRIPTION']} ")
+    assert services["search"]["environment"]["CDC_HANDLERS"] == "search:router"
+    router = runpy.run_path(str(DEPLOY / "compose/search.py"))["router"]
+    assert set(router.entity_types) == {create.split("--type ")[1].split()[0]}
+
+
 def test_every_type_that_compose_tracks_has_a_handler(services: dict[str, Any]) -> None:
     assert services["consumer"]["environment"]["CDC_HANDLERS"] == "handlers:router"
     router = runpy.run_path(str(DEPLOY / "compose/handlers.py"))["router"]
