@@ -5,13 +5,13 @@ Theory
 The messages of a round are published on one channel, and their confirmations awaited together. An error of the channel
 closes it, and ends all that is under way on it, whoever caused it. The exchange is the same for all, so an error about
 it or about the rights to it is one of each of them. Any other error of a channel may be one message's: then they are
-published one by one, each on a channel of its own.
+published one by one, each on a channel of its own: the first one is shared with other calls, and so is its end.
 
     confirmed                                       acknowledged
     returned: no queue has a binding for it         again later
     refused (nack): a queue is full                 away
     no exchange, no right                           again later
-    an error of the channel, alone in its round     dead
+    an error of the channel, alone on it            dead
     the connection is lost, no confirmation         away
 """
 
@@ -98,7 +98,7 @@ class AmqpSender:
         assert channel is not None
         results = await self._published(channel, messages, timeout_s)
         for place, result in enumerate(results):
-            if isinstance(result, RejectedError) and len(messages) > 1 and not connection.is_closed:
+            if isinstance(result, RejectedError):  # or another message is, of this call or of one beside it
                 results[place] = await self._alone(connection, messages[place], timeout_s)
         if any(isinstance(result, LostError) for result in results) and connection is self._connection:
             await self.close()

@@ -14,7 +14,7 @@ it is sent again, with the same id in its headers.
 
     a report without an error                         acknowledged
     no broker, no answer in time, a producer ended    away; the producer is given up, and what it holds is purged
-    too large, alone in its request                   dead
+    too large, alone in its batch                     dead
     any other error                                   again later
 """
 
@@ -72,6 +72,7 @@ class KafkaSender:
         self._login = login
         self._tombstones = target.options.get("tombstones") == "true"
         self._client: _Client | None = None
+        self._lone: _Client | None = None
 
     @property
     def connected(self) -> bool:
@@ -106,13 +107,22 @@ class KafkaSender:
         client = self._client
         assert client is not None
         results = await self._sent(client, messages, timeout_s)
-        for place, result in enumerate(results):
-            # The broker refuses a whole request, and one of its records may be what is too large.
-            if isinstance(result, RejectedError) and len(messages) > 1 and client.down is None:
-                [results[place]] = await self._sent(client, [messages[place]], timeout_s)
+        # The broker refuses a whole batch, and another record in it may be what is too large, also one of another call.
+        places = [place for place, result in enumerate(results) if isinstance(result, RejectedError)]
+        if places:
+            lone = await self._sent(self._lone_client(), [messages[place] for place in places], timeout_s)
+            for place, result in zip(places, lone, strict=True):
+                results[place] = result
         if any(isinstance(result, LostError) for result in results) and client is self._client:
             await self.close()
         return results
+
+    def _lone_client(self) -> _Client:
+        """A producer that puts no two records into a batch."""
+        if self._lone is None:
+            settings = {**_settings(self._target, self._login), "batch.num.messages": 1}
+            self._lone = _Client(settings, lambda _: None)
+        return self._lone
 
     async def _sent(self, client: _Client, messages: Sequence[Message], timeout_s: float) -> list[Result]:
         records: list[tuple[int, Message, bytes | None]] = [
@@ -143,9 +153,10 @@ class KafkaSender:
         return f"{name} is a topic of {len(topic.partitions)} partitions, replicas: {replicas}"
 
     async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.close()
+        clients, self._client, self._lone = (self._client, self._lone), None, None
+        for client in clients:
+            if client is not None:
+                await client.close()
 
 
 class _Client:

@@ -163,3 +163,24 @@ async def test_a_sink_logs_in(nats_server: NatsServer, password: Any) -> None:
     async with sinks.nats(nats_server.url(), user="app", password=password) as sink:
         with pytest.raises(cdc.Retry, match="no stream of JetStream takes the subject"):
             await sink.send(make_change("x"))
+
+
+@pytest.mark.parametrize("scheme", ["kafka", "amqp"])
+async def test_of_messages_that_are_sent_side_by_side_only_the_one_that_is_too_large_is_rejected(
+    scheme: str, request: pytest.FixtureRequest
+) -> None:
+    broker = request.getfixturevalue({"kafka": "kafka_server", "amqp": "rabbit_server"}[scheme])
+    await broker.prepare(**({"max.message.bytes": "20000"} if scheme == "kafka" else {}))
+    sizes = [10_000] * 15 + [3_000_000] + [10_000] * 15
+    changes = [make_change("x", entity_id=f"k{n}", new={"n": "x" * size}) for n, size in enumerate(sizes)]
+    left = changes
+    rejected: list[cdc.Change] = []
+    async with _sink(broker) as sink:
+        while left:  # a loss of the connection ends them all, and they are sent again
+            results = await asyncio.gather(*map(sink.send, left), return_exceptions=True)
+            rejected += [change for change, found in zip(left, results, strict=True) if isinstance(found, cdc.Reject)]
+            left = [change for change, found in zip(left, results, strict=True) if isinstance(found, cdc.Unavailable)]
+    assert rejected == [changes[15]]
+    assert {each.event["id"] for each in await broker.received()} == {
+        str(change.id) for change in changes if change is not changes[15]
+    }
