@@ -40,6 +40,7 @@ from cdc.postgres.due import DueChanges
 from cdc.postgres.notify import Listener, Relay
 from cdc.postgres.outbox import Store
 from cdc.postgres.subscription import SubscriptionStore
+from cdc.postgres.subscription_admin import SubscriptionAdmin
 from cdc.postgres.subscriptions import Subscription, Subscriptions
 from cdc.replication.stream import Stream, StreamSettings
 from cdc.runtime.loop_watch import LoopWatch
@@ -85,6 +86,7 @@ class Components:
     def status(self) -> ProcessStatus:
         """From any thread."""
         return ProcessStatus(
+            subscription=self.settings.subscription,
             consumer=self.consumer.status,
             stream=self.stream.status if self.stream else None,
             poller=self.poller.status,
@@ -227,6 +229,10 @@ def _stream_settings(settings: Settings, stall_limit_s: float) -> StreamSettings
     )
 
 
+def _admin(settings: Settings, subscription: Subscription | None) -> OutboxAdmin:
+    return SubscriptionAdmin(settings.schema_, subscription) if subscription else OutboxAdmin(settings.schema_)
+
+
 def _poller(  # noqa: PLR0917 - one of each
     settings: Settings,
     scope: TypeFilter,
@@ -245,7 +251,7 @@ def _poller(  # noqa: PLR0917 - one of each
         asked=None
         if scope == settings.scope or settings.observe or settings.subscription != DEFAULT
         else settings.scope,
-        page=OutboxAdmin(settings.schema_) if settings.http.port and settings.http.page else None,
+        page=_admin(settings, subscription) if settings.http.port and settings.http.page else None,
         # Those of the default one tell of all: of a subscription without a consumer no other would.
         subscriptions=lambda connection: subscriptions.figures(connection, number, _SUBSCRIPTION_SCAN),
         supervisor=supervisor,

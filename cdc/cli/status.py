@@ -20,10 +20,12 @@ from cdc.replication.slot_health import Outlook, SlotHealth, SlotReport, assess,
 if TYPE_CHECKING:
     from cdc.diagnostics.status import DeadLetter, Status
     from cdc.postgres.shard_locks import Member
+    from cdc.postgres.subscriptions import SubscriptionProgress
 
 _LABEL = 11
 _MEMBERS_MAX = 4
 _TYPES_MAX = 10
+_SUBSCRIPTIONS_MAX = 5
 _DEAD_LETTERS_MAX = 5
 """So that it fits on one screen; --json has all of them."""
 
@@ -80,6 +82,8 @@ def _lines(seen: Status, settings: Settings, health: SlotHealth | None) -> Itera
     if barrier := seen.barrier:
         held_s = format_duration(barrier.age_s)
         yield "truncate", f"{barrier.seq} of {barrier.entity_type} holds back what comes after it, for {held_s} now"
+    if seen.subscriptions:
+        yield "besides", _subscriptions(seen.subscriptions)
     yield "slot", _slot(seen.slot, settings.slot.name)
     if health:
         yield "", paint(health.sentence, None if health.fine else "red")
@@ -95,6 +99,20 @@ def _members(seen: Status) -> str | tuple[str, ...]:
     each = [f"{member.shards} by process {_where(member)}" for member in seen.members[:_MEMBERS_MAX]]
     each += [f"{len(seen.members) - _MEMBERS_MAX} more"] if len(seen.members) > _MEMBERS_MAX else []
     return f"{len(seen.members)}; ", shards if owned == SHARDS else paint(shards, "yellow"), f": {', '.join(each)}"
+
+
+def _subscriptions(those: list[SubscriptionProgress]) -> tuple[str, ...]:
+    """The furthest behind first."""
+    most = sorted(those, key=lambda each: (each.behind, each.dead, each.waiting), reverse=True)
+    more = (f", and {len(those) - _SUBSCRIPTIONS_MAX} more",) if len(those) > _SUBSCRIPTIONS_MAX else ()
+    each = ", ".join(_subscription(one) for one in most[:_SUBSCRIPTIONS_MAX])
+    return f"{len(those)} {'subscription' if len(those) == 1 else 'subscriptions'}: {each}", *more
+
+
+def _subscription(each: SubscriptionProgress) -> str:
+    state = "paused" if each.subscription.paused_at else "" if each.consumers else "no consumer"
+    left = f"{_count(each.behind, each.more)} behind, {each.waiting} waiting, {each.dead} dead"
+    return f"{each.subscription.name} ({state + ', ' if state else ''}{left})"
 
 
 def _where(member: Member) -> str:

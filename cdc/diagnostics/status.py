@@ -19,6 +19,7 @@ from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.pages import Barrier, DueLater
 from cdc.postgres.shard_locks import Member, members, observers
+from cdc.postgres.subscriptions import SubscriptionProgress, Subscriptions
 from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport
 
@@ -80,7 +81,10 @@ class Readings:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """``slot`` is None where no slot has that name. ``barrier``: the TRUNCATE that holds back its type the longest."""
+    """``slot`` is None where no slot has that name. ``barrier``: the TRUNCATE that holds back its type the longest.
+
+    ``subscriptions``: those beside the default one; None: this role may not see them. All else is of the default one.
+    """
 
     seen_at: datetime
     database: str
@@ -90,6 +94,7 @@ class Status:
     observers: list[Member]
     slot: SlotReport | None
     barrier: Barrier | None = None
+    subscriptions: list[SubscriptionProgress] | None = None
 
 
 def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
@@ -107,6 +112,7 @@ def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
         observers=observers(connection, schema),
         slot=slots.snapshot(connection, slot),
         barrier=Barriers(schema).oldest(connection),
+        subscriptions=Subscriptions(schema).figures(connection, None, _PER_SHARD),
     )
 
 

@@ -110,6 +110,7 @@ class StatusPage:
             "at": _iso(datetime.now(UTC)),
             "up_s": round(now - self._started, 1),
             "consumer": self._consumer(status),
+            "subscriptions": _of_subscriptions(status),
             "outbox": readings.outbox and _of_outbox(*readings.outbox, status, now),
             "slot": readings.slot and _of_slot(readings.slot, now),
             "failures": [_of_failure(*each, time.time()) for each in self._failures()],
@@ -123,6 +124,8 @@ class StatusPage:
         consumer = status.consumer
         return {
             "checks": [{"name": name, "ok": ok, "detail": detail} for name, ok, detail in self._checks()],
+            "subscription": status.subscription,
+            "paused": consumer.paused,
             "role": status.role,
             "not_streaming": status.not_streaming,
             "shards": {"owned": consumer.owned_shards, "of": SHARDS},
@@ -170,6 +173,12 @@ def _of_outbox(at: float, outbox: Outbox, status: ProcessStatus, now: float) -> 
             for dead_letter in outbox.dead_letters
         ],
     }
+
+
+def _of_subscriptions(status: ProcessStatus) -> dict[str, Any] | None:
+    """Those that this consumer tells of; None: it may not see them, or has not yet."""
+    seen = status.poller.subscriptions
+    return None if seen is None else asdict(seen)
 
 
 def _of_slot(reading: SlotReading, now: float) -> dict[str, Any]:

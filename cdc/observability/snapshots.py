@@ -14,6 +14,7 @@ from cdc.core.circuit_breaker import BreakerState
 from cdc.core.lsn import ZERO, Lsn
 from cdc.core.model import ChangeState
 from cdc.core.stream_reason import Reason
+from cdc.core.subscription import DEFAULT
 from cdc.observability.history import Buckets
 
 
@@ -183,11 +184,12 @@ class HandlerStatus:
 class ProcessStatus:
     """Status of a consumer's whole process. ``stream`` is None if it is switched off; ``wakeups``: by source.
 
-    ``listening``: to wake-ups that another process sends by NOTIFY.
+    ``subscription``: the one that it consumes. ``listening``: to wake-ups that another process sends by NOTIFY.
 
     ``loop_last_iteration``: when the event loop last turned. ``failing_tasks``: how often each has ended in a row.
     """
 
+    subscription: str = DEFAULT
     consumer: ConsumerStatus = field(default_factory=ConsumerStatus)
     stream: StreamStatus | None = field(default_factory=StreamStatus)
     poller: PollerStatus = field(default_factory=PollerStatus)

@@ -80,7 +80,7 @@ CROSS JOIN LATERAL (
   JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
   WHERE i.indrelid = %(table)s::oid AND i.indisprimary)
 
--- name: source
+-- name: relation
 -- Whether this role sees all rows of a table, its rights on it, and how its key is ordered.
 SELECT row_security_active(c.oid) AS filtered, {key_order} AS key_order, current_user::text AS role,
   has_any_column_privilege(c.oid, 'SELECT') AND has_any_column_privilege(c.oid, 'UPDATE') AS allowed

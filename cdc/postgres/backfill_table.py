@@ -69,7 +69,7 @@ class BackfillTable:
         self._triggers: list[tuple[Any, ...]] = []
         self._arguments = ("", "")
         with connection.cursor(row_factory=dict_row) as cursor:
-            facts = cursor.execute(self._statements["source"], {"table": source.oid}).fetchone()
+            facts = cursor.execute(self._statements["relation"], {"table": source.oid}).fetchone()
             columns = cursor.execute(self._statements["key"], {"table": source.oid}).fetchall()
         assert facts is not None
         _refuse_unreadable(source, facts)

@@ -19,6 +19,8 @@ from cdc.diagnostics.status import summarize
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.due import DueChanges
 from tests import handlers_page, servers
+from tests.commands import done
+from tests.commands_subscription import create, fail
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, slot_name
 from tests.fix_outbox import fill
@@ -82,6 +84,18 @@ async def test_it_shows_who_works_how_fast_what_waits_and_the_slot_and_no_row_co
         ("dying", "ValueError"), ("failing", "KeyError"),
     }  # fmt: skip
     assert SECRET not in text + json.dumps(found)
+
+
+def test_other_subscriptions_are_named_with_what_is_left_of_each(outbox: str, outbox_db: psycopg.Connection) -> None:
+    fill(outbox_db, 3)
+    number = create(outbox, "search", "--from", "beginning")
+    fail(outbox_db, number, 1, dead=True)
+    create(outbox, "audit")
+    done(outbox, "subscription", "pause", "audit")
+    said = done(outbox, "status")
+    assert "2 subscriptions: search (no consumer, 2 behind, 0 waiting, 1 dead), audit (paused, 0 behind" in said
+    found = {each["subscription"]["name"]: each for each in data(outbox)["subscriptions"]}
+    assert (found["search"]["behind"], found["search"]["held_back"]) == (2, 3)
 
 
 async def test_two_consumers_are_two_with_their_shares(outbox: str) -> None:

@@ -28,6 +28,7 @@ from cdc.postgres.admin import OutboxAdmin, Stats
 from cdc.postgres.outbox import Store
 from cdc.postgres.pages import Figures
 from tests import handlers_page
+from tests.commands_subscription import create
 from tests.eventually import eventually, eventually_async
 from tests.fix_consumer import Process, consuming, metric, slot_name
 from tests.fix_outbox import fill
@@ -67,6 +68,38 @@ async def serving(dsn: str, router: Router, **settings: Any) -> AsyncIterator[tu
 
 def publish(db: psycopg.Connection, entity_type: str, key: str = "k", **data: Any) -> None:
     db.execute("SELECT publish_change(%s, %s, new_data => %s)", [entity_type, key, json.dumps(data)])
+
+
+async def test_a_consumer_of_a_subscription_shows_what_is_its_own(outbox: str, outbox_db: psycopg.Connection) -> None:
+    create(outbox, "search", "--from", "beginning")
+    for entity_type in ("good", "dying"):
+        publish(outbox_db, entity_type, secret=SECRET)
+    fill(outbox_db, 3, state="dead")
+    router = Router()
+
+    @router.on("dying", max_attempts=1)
+    async def die(change: cdc.Change) -> None:
+        raise ValueError(SECRET)
+
+    @router.on("good")
+    @router.on("x")
+    async def work(change: cdc.Change) -> None:
+        pass
+
+    async with serving(outbox, router, stream=False, subscription="search") as (app, port):
+
+        async def died() -> Any:
+            app.components.poller.poll_now(everything=True)
+            found = await outbox_of(port)
+            return found and found["dead_letters"]
+
+        [letter] = await eventually_async(died, what="the dead letter of search, and none of the default subscription")
+        shown = await asyncio.to_thread(figures, port)
+    assert letter["entity_type"] == "dying"
+    assert (shown["consumer"]["subscription"], shown["consumer"]["paused"]) == ("search", False)
+    [own] = shown["subscriptions"]["known"]
+    assert (own["name"], own["changes"]["dead"], own["consumers"]) == ("search", 1, 1)
+    assert SECRET not in json.dumps(shown)
 
 
 async def test_it_shows_what_works_waits_and_died_and_no_row_content(

@@ -32,6 +32,11 @@ _DEAD = """
 UPDATE outbox.entity_changes SET next_attempt_at = 'infinity', dead_at = now() WHERE seq = ANY (ARRAY(
   SELECT seq FROM outbox.entity_changes WHERE entity_type OPERATOR(pg_catalog.=) 'late' LIMIT 4))
 """
+_DEAD_IN_SUBSCRIPTION = """
+INSERT INTO outbox.cdc_subscription_changes (seq, subscription, shard, dead_at, type_hash, key_hash)
+SELECT c.seq, s.subscription, c.shard, now(), 1, 1 FROM outbox.cdc_subscriptions AS s, (
+  SELECT seq, shard FROM outbox.entity_changes WHERE entity_type OPERATOR(pg_catalog.=) 'late' LIMIT 4) AS c
+"""
 _TABLES = """
 CREATE TABLE public.orders (id int PRIMARY KEY, note text);
 CREATE TABLE public.done (id text);
@@ -205,6 +210,24 @@ def test_no_command_that_looks_or_decides_takes_them(shop: Shop, owner: str, slo
         shop.cli(user, "outbox", "discard", *at, "--yes", numbers[1])
         shop.cli(user, "outbox", "discard", *at, "--yes", "--type", "late", "--before", "2000-01-01")
         shop.cli(user, "outbox", "prune", *at, "--older-than", "1d")
+    for start in ("now", "beginning", "1", "1h"):
+        shop.cli(owner, "subscription", "create", f"s_{start}", *at, "--type", "late", "--from", start)
+    with psycopg.connect(shop.dsn("postgres"), autocommit=True) as db:
+        db.execute(_DEAD_IN_SUBSCRIPTION.encode())
+    for user in (owner, "cdc"):
+        shop.cli(user, "status", *at)
+        shop.cli(user, "subscription", "list", *at)
+        shop.cli(user, "subscription", "show", "s_beginning", *at)
+        for state in ("fresh", "waiting", "dead", "blocked"):
+            shop.cli(user, "outbox", "list", *at, "--state", state, "--subscription", "s_beginning")
+        shop.cli(user, "outbox", "stats", *at, "--subscription", "s_beginning")
+        for decision in ("retry", "discard"):
+            shop.cli(user, "outbox", decision, *at, "--all", "--yes", "--subscription", "s_beginning")
+        shop.cli(user, "outbox", "prune", *at, "--older-than", "1d")
+    for start in ("now", "beginning", "1", "1h"):
+        shop.cli(owner, "subscription", "pause", f"s_{start}", *at)
+        shop.cli(owner, "subscription", "resume", f"s_{start}", *at)
+        shop.cli(owner, "subscription", "drop", f"s_{start}", *at, "--yes")
     # Dropping the last slot also drops the publication, which cdc may not make.
     preferred = servers.preferred_plugin()
     for user, plugins in (("postgres", {preferred, "pgoutput"}), ("cdc", {preferred} - {"pgoutput"})):
