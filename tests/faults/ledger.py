@@ -24,13 +24,18 @@ before the first of them and that after the last. A TRUNCATE starts when all of 
 nothing after it starts before it is settled itself. A READ says what the change of its row before it has left, once in
 a backfill. A replay names each change once, in their order.
 
+A replay locks no row, so it has no order with what is written in the same moment, from when its round begins until that
+has been committed; nor has what was written in that moment with other replays. With all else of its key it is in order,
+by effects as by calls: it comes behind what is there when its round begins, and what is written after its round comes
+behind it.
+
 A change is dead because its last attempt failed, or because it counts that its process died in it. An attempt may
 count without a call that shows it only if a process was killed.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -138,6 +143,18 @@ class Span(NamedTuple):
     end: float
 
 
+class ReplayRound(NamedTuple):
+    """A transaction that wrote replays: those with numbers above ``before``, up to ``after``.
+
+    These were the newest numbers before it began, and when it had been committed; None: whether it was, is not known.
+    ``there``: the changes that were visible and not settled when it began.
+    """
+
+    before: int
+    after: int | None
+    there: frozenset[int]
+
+
 @dataclass
 class Evidence:
     """All that is known at the end. ``sessions`` of None: whoever was alive held its session."""
@@ -154,6 +171,8 @@ class Evidence:
     """Consumers that ended without a word."""
     replays_from: list[int] = field(default_factory=list)
     """The newest number at the beginning of each replay; no change is replayed by two of them."""
+    replay_rounds: list[ReplayRound] = field(default_factory=list)
+    """In their order."""
 
 
 @dataclass
@@ -185,8 +204,9 @@ def judge(evidence: Evidence) -> Verdict:
         calls = list(_as_batches(changes, by_key[key]))
         violations += _due_faults(changes, calls)
         violations += _end_faults(changes, calls, evidence.kills)
-        for replays in (False, True):  # a replay locks no row: it comes behind what is there when it is made
+        for replays in (False, True):
             violations += _order_faults(key, [row for row in changes if (row.replays is not None) is replays], calls)
+        violations += _replay_order_faults(key, changes, calls, evidence)
         violations += _batch_faults(key, calls)
         violations += _overlap_faults(key, calls, sessions)
         violations += _repeat_faults(key, changes, calls, sessions)
@@ -383,6 +403,43 @@ def _order_faults(key: Key, changes: Sequence[Captured], calls: Sequence[Call]) 
         if call.start < done_at and latest not in late:
             late.add(latest)  # it is as late for all that follow
             yield f"out of order: {change.seq} of {key} was called before {latest} was done"
+
+
+def _replay_order_faults(
+    key: Key, changes: Sequence[Captured], calls: Sequence[Call], evidence: Evidence
+) -> Iterator[str]:
+    """Each replay comes behind what was there, and what was written later behind it, but for what is of its moment."""
+    first: dict[int, float] = {}
+    batches: dict[int, set[int | None]] = defaultdict(set)
+    for call in calls:
+        first.setdefault(call.seq, call.start)
+        batches[call.seq].add(call.batch)
+    done = _done(changes, calls)
+    numbers = {effect.seq: effect.number for effect in evidence.effects if effect.key == key}
+    for earlier, later in _ordered_pairs(changes, evidence.replay_rounds):
+        called = first.get(later, inf) < done.get(earlier, inf)
+        if called and not (batches[earlier] & batches[later]) - {None}:
+            yield f"out of order: {later} of {key} was called before {earlier} was done, and one of them is a replay"
+        if numbers.get(earlier, 0) > numbers.get(later, inf):
+            yield f"effects out of order: {later} of {key} before {earlier}, and one of them is a replay"
+
+
+def _ordered_pairs(changes: Sequence[Captured], rounds: Sequence[ReplayRound]) -> Iterator[tuple[int, int]]:
+    """The numbers of two changes of a key, one of them a replay, of which the second has to come behind the first."""
+    begun = [each.before for each in rounds]
+    of_round: dict[int, list[int]] = defaultdict(list)
+    beside: dict[int, list[int]] = defaultdict(list)
+    for row in changes:
+        place = bisect_left(begun, row.seq) - 1
+        if place >= 0 and (rounds[place].after is None or row.seq <= rounds[place].after):
+            (beside if row.replays is None else of_round)[place].append(row.seq)
+    of_a_moment = {seq for place in of_round for seq in beside[place]}
+    for place, replays in of_round.items():
+        _, after, there = rounds[place]
+        for replay in replays:
+            yield from ((row.seq, replay) for row in changes if row.seq in there and row.seq not in of_a_moment)
+            if after is not None and not beside[place]:
+                yield from ((replay, row.seq) for row in changes if row.seq > after)
 
 
 def _done(changes: Sequence[Captured], calls: Sequence[Call]) -> dict[int, float]:

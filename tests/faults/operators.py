@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import datetime
 
@@ -13,8 +13,9 @@ import psycopg
 from cdc.core.errors import CdcError
 from cdc.postgres import bulk
 from cdc.postgres.backfill import UNFINISHED, Backfills
-from cdc.postgres.bulk import Bulk, Wanted
+from cdc.postgres.bulk import Bulk, Round, Wanted
 from cdc.postgres.connect import connect
+from tests.faults.ledger import ReplayRound
 
 OPERATOR = "an operator"
 _PAUSE_S = 0.5
@@ -22,12 +23,15 @@ _ROUND, _ROUND_S = 5, 0.02
 """Small, and with a rest after each, so that what ends it comes between two."""
 _INTERRUPTED = 0.05
 _NOW = "SELECT now(), (SELECT coalesce(max(seq), 0) FROM entity_changes)"
+_NEWEST = "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('entity_changes', 'seq')::regclass), 0)"
+_THERE = "SELECT coalesce(array_agg(seq), '{}') FROM entity_changes WHERE NOT processed AND dead_at IS NULL"
 
 
 class Operator(threading.Thread):
     """Until ``stop``. What is interrupted is resumed: a backfill reads a row once, and no change is replayed twice.
 
-    ``replays_from``: the newest number at the beginning of each replay.
+    ``replays_from``: the newest number at the beginning of each replay. ``replay_rounds``: what was there at each of
+    their rounds.
     """
 
     def __init__(self, dsn: str, seed: int, tables: Sequence[str], replayed: Sequence[str]) -> None:
@@ -40,6 +44,7 @@ class Operator(threading.Thread):
         self._replay: tuple[str, datetime, datetime] | None = None
         self._replayed_until: dict[str, datetime] = {}
         self.replays_from: list[int] = []
+        self.replay_rounds: list[ReplayRound] = []
 
     def stop(self) -> None:
         self._stopping.set()
@@ -64,6 +69,16 @@ class Operator(threading.Thread):
             if self._stopping.wait(step.waits.seconds if step.waits else 0.0):
                 return
 
+    def _round(self, connection: psycopg.Connection, rounds: Iterator[Round]) -> bool:
+        """Make the next one. False: there is none."""
+        [(before,)] = connection.execute(_NEWEST).fetchall()
+        [(there,)] = connection.execute(_THERE).fetchall()
+        self.replay_rounds.append(ReplayRound(before, None, frozenset(there)))
+        made = next(rounds, None)
+        [(after,)] = connection.execute(_NEWEST).fetchall()
+        self.replay_rounds[-1] = ReplayRound(before, after, frozenset(there))
+        return made is not None
+
     def _replay_some(self, connection: psycopg.Connection, entity_type: str) -> None:
         [(now, newest)] = connection.execute(_NOW).fetchall()
         if self._replay is None:
@@ -74,7 +89,8 @@ class Operator(threading.Thread):
         entity_type, since, until = self._replay
         wanted = Wanted(entity_type=entity_type, since=since, until=until)
         with Bulk("public").replayable(connection, wanted, unless_since=since) as replay:
-            for _ in replay.rounds():
+            rounds = replay.rounds()
+            while self._round(connection, rounds):
                 if self._stopping.wait(_ROUND_S) or self._dice.random() < _INTERRUPTED:
                     return  # as by Ctrl-C; the next one goes on with it
         self._replay = None

@@ -246,6 +246,7 @@ class Stage:
             paused=dict(self.paused),
             kills=self.kills + self.restarted,
             replays_from=self.operator.replays_from,
+            replay_rounds=self.operator.replay_rounds,
         )
 
     def odd_survivors(self) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 from tests.eventually import eventually
 from tests.faults import chaos
 from tests.faults.chaos import Draw, Fault
-from tests.faults.ledger import Call, Captured, Effect, Evidence, Span, Write, judge
+from tests.faults.ledger import Call, Captured, Effect, Evidence, ReplayRound, Span, Write, judge
 from tests.faults.records import read_sessions
 from tests.faults.stage import Stage
 from tests.fix_consumer import ROOT
@@ -277,6 +277,7 @@ def _with_operators() -> Evidence:
         Write("TRUNCATE", "22")
     }
     evidence.replays_from = [31]
+    evidence.replay_rounds = [ReplayRound(39, 42, frozenset({31}))]
     return evidence
 
 
@@ -288,6 +289,22 @@ def _change(evidence: Evidence, number: int, **to: Any) -> None:
 def _call(evidence: Evidence, seq: int, **to: Any) -> None:
     place = next(place for place, call in enumerate(evidence.calls) if call.seq == seq)
     evidence.calls[place] = evidence.calls[place]._replace(**to)
+
+
+def _written_in_the_moment(evidence: Evidence, seq: int, *, start: float) -> None:
+    """Beside the replays, visible after them; or before it, if its number says so."""
+    evidence.captured.append(Captured(seq, _KEY, "UPDATE", "b", "c2", "processed", 99.0))
+    evidence.calls.append(Call("two", _KEY, seq, 1, start, start + 1, "returned"))
+    evidence.committed.add(Write("WRITE", "c2"))
+    if seq <= evidence.replay_rounds[0].before:
+        evidence.replay_rounds[0] = evidence.replay_rounds[0]._replace(there=frozenset({31, seq}))
+
+
+def _written_after(evidence: Evidence, *, start: float) -> None:
+    last = max(row for row in evidence.captured if row.key == _KEY and row.is_written)
+    evidence.captured.append(Captured(61, _KEY, "UPDATE", last.after, "c3", "processed", 99.5))
+    evidence.calls.append(Call("two", _KEY, 61, 1, start, start + 0.2, "returned"))
+    evidence.committed.add(Write("WRITE", "c3"))
 
 
 def _effect(evidence: Evidence, seq: int, number: int) -> None:
@@ -324,6 +341,11 @@ _OF_OPERATORS: list[tuple[Callable[[Evidence], None], str]] = [
     (lambda found: _change(found, 42, replays=99), "replays something else"),
     (lambda found: _change(found, 42, seq=40), "replayed out of order"),
     (lambda found: _call(found, 42, start=79.0, end=79.5), "out of order: 42"),
+    (lambda found: _call(found, 31, start=82.0, end=82.5), "out of order: 41"),
+    (lambda found: _written_after(found, start=83.5), "out of order: 61"),
+    (lambda found: _written_in_the_moment(found, 39, start=86.0), "out of order: 41"),
+    (lambda found: found.effects.extend([Effect(7, 41, _KEY, "12"), Effect(8, 31, _KEY, "13")]),
+     "effects out of order: 41"),
     (lambda found: _call(found, 51, start=50.0), "called before it was due"),
 ]  # fmt: skip
 
@@ -348,12 +370,19 @@ def test_the_judge_acquits_what_the_latest_and_replays_may_do() -> None:
         Call("two", _SEARCHED, 12, 3, 50.0, 51.0, "failed", stood_for=2, old=None, new="f"),
     ]
     assert judge(dead).violations == []
-    # A replay comes behind what is there, not behind a change whose transaction ended later.
+    # A replay comes behind what is there, not behind a change that is written in the same moment.
     replay = _with_operators()
-    replay.captured.append(Captured(40, _KEY, "UPDATE", "b", "c2", "processed", 99.0))
-    replay.calls.append(Call("two", _KEY, 40, 1, 86.0, 87.0, "returned"))
-    replay.committed.add(Write("WRITE", "c2"))
+    _written_in_the_moment(replay, 40, start=86.0)
     assert judge(replay).violations == []
+    # Nor does what comes after that moment come behind it, then: it may have been read by what was written beside it.
+    _written_after(replay, start=88.0)
+    _call(replay, 42, start=90.0, end=91.0)
+    assert judge(replay).violations == []
+    # Whether a round was committed before anything else was written is not known, where nobody heard of it.
+    unheard = _with_operators()
+    unheard.replay_rounds = [ReplayRound(39, None, frozenset({31}))]
+    _written_after(unheard, start=82.0)
+    assert judge(unheard).violations == []
 
 
 def test_the_judge_acquits_what_is_allowed() -> None:
