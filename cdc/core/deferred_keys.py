@@ -74,9 +74,12 @@ class DeferredKeys:
             mark.last = max(mark.last, last)
             mark.blocked = mark.blocked or blocked
 
-    def handled(self, key: Key, through: int) -> None:
-        """All changes of the key up to ``through`` that were seen are taken care of."""
-        if mark := self.watermarks.get(key):
+    def handled(self, key: Key, first: int, through: int) -> None:
+        """All changes of the key from ``first`` to ``through`` that were seen are taken care of; earlier ones are not.
+
+        One of these may become visible when a later one runs: a replay is made without the lock of a row.
+        """
+        if (mark := self.watermarks.get(key)) and mark.seq >= first:
             if mark.last <= through:
                 self.forget([key])
             else:

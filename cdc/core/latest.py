@@ -15,6 +15,10 @@ ends before one that another handler gets, or one that waits. The handler gets b
 The changes of one key become visible in the order of their numbers. So whoever asks again, after a failure or after a
 crash between a call and its mark, learns at least what was known before, and no call gets an older ``new`` than the
 call before it. The mark names the changes that the answer named: what came later is not among them.
+
+That holds for replays among themselves, and for all else. A replay locks no row, so what is visible behind one may not
+be all that was written before. So a call stands for replays alone, or for none. A retry for replays may stand for fewer
+than the call before it, where something else has become visible between them.
 """
 
 from __future__ import annotations

@@ -64,12 +64,12 @@ class ReadReconciler:
 
     def keys(self) -> tuple[Set[Key], Mapping[Key, int]]:
         """The keys that a change may have blocked, and blocks no more; those of which a change has begun to wait, and
-        its number.
+        the number of the first such one.
         """
         unblocked, waiting = set(self._cut_off), dict[Key, int]()
         for change, outcome in self._settled.values():
             if outcome.blocks_key:
-                waiting[change.key] = change.seq
+                waiting[change.key] = min(change.seq, waiting.get(change.key, change.seq))
             else:
                 unblocked.add(change.key)
         return unblocked, waiting

@@ -48,7 +48,7 @@ from cdc.core.ready_queues import NOTHING, ReadyQueues, Requirements, Run
 from cdc.core.shard_ownership import Acquired, ShardOwnership
 
 _DEFERRED_KEYS_MAX = 10_000
-_CHANGE = attrgetter("change")
+_CHANGE, _SEQ = attrgetter("change"), attrgetter("seq")
 _NO_KEYS: Set[Key] = frozenset()
 _NONE_WAITS: Mapping[Key, int] = {}
 _FACTOR = 4
@@ -352,8 +352,8 @@ class KeyScheduler:
         self.ownership.ended(change)
         self._forget(change)
         self.reading.cut_off(key)
-        # A waiting change is found again when it is due. Those behind it are not, and may not be blocked any more.
-        left = [c for c in (change, *queue.queued) if not c.requeued]
+        # A waiting change is found again when it is due. Those behind it, or before it and visible since, are not.
+        left = sorted((each for each in (change, *queue.queued) if not each.requeued), key=_SEQ)
         self._drop_queue(queue, remember=False)
         if left and change.shard in self.ownership.active:
             self._defer(key, left[0].seq, change.shard, last=left[-1].seq)

@@ -69,7 +69,7 @@ class Batching:
                 raise PutOffError
             latest = await self.coalescing.ask(handler, change, may_wait=False)
         if latest.later:
-            self._scheduler.deferred.handled(change.key, latest.change.seq)
+            self._scheduler.deferred.handled(change.key, change.seq, latest.change.seq)
         return latest
 
     def join(self, handler: Handler, change: Change) -> None:

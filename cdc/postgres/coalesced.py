@@ -52,6 +52,7 @@ class CoalescedChanges:
             "operations": [",".join(ask.operations) for ask in asks],
             "quiet": [ask.quiet_s for ask in asks],
             "at_most": [ask.at_most_s for ask in asks],
+            "replays": [change.replay_of is not None for change in changes],
             "distance": DISTANCE,
             "count": COUNT,
             "seq_max": SEQ_MAX,

@@ -3,7 +3,9 @@
 -- name: ask
 -- For each of these first changes of their keys that is still as it was read: the numbers of the fresh ones behind it, how
 -- long to wait until the key is quiet, and the last of them. What is behind ends before a change that another handler
--- gets, or one that waits or that a TRUNCATE holds back. Its bounds are a distance in numbers, because no index finds the changes of a key, and a count;
+-- gets, or one that waits or that a TRUNCATE holds back, and with replays where the first is none, or with the first that is
+-- none: what is visible behind a replay may not be all that was written before, and of replays alone or of others it is. Behind a replay
+-- it is nothing while one before it is fresh, which has become visible late: the next replay may come behind that one. Its bounds are a distance in numbers, because no index finds the changes of a key, and a count;
 -- neither depends on other keys, so that who asks again learns no less. An infinite time is none, and nor is one to come: the
 -- clock was set back, and to wait until it is there again could take for ever.
 SELECT c.place, c.later, c.wait_s, {columns}
@@ -11,8 +13,9 @@ FROM (
   SELECT want.place, behind.later, wait.wait_s, f.*, {fits}
   FROM unnest(%(ids)s::uuid[], %(shards)s::smallint[], %(types)s::text[], %(entity_ids)s::text[], %(seqs)s::bigint[],
               %(requeued)s::bool[], %(failures)s::int[], %(operations)s::text[], %(quiet)s::float8[],
-              %(at_most)s::float8[])
-       WITH ORDINALITY AS want(id, shard, type, entity_id, seq, requeued, failures, operations, quiet, at_most, place)
+              %(at_most)s::float8[], %(replays)s::bool[])
+       WITH ORDINALITY
+       AS want(id, shard, type, entity_id, seq, requeued, failures, operations, quiet, at_most, replays, place)
   CROSS JOIN LATERAL (
     SELECT n.changed_at FROM {changes} AS n
     WHERE n.id = want.id AND NOT n.processed AND n.dead_at IS NULL
@@ -30,13 +33,19 @@ FROM (
     SELECT array_agg(k.seq ORDER BY k.seq)::text AS later, max(k.seq) AS last, max(k.changed_at) AS changed_at
     FROM (
       SELECT n.seq, CASE WHEN isfinite(n.changed_at) THEN n.changed_at END AS changed_at,
-             bool_and(n.operation = ANY (string_to_array(want.operations, ',')) AND NOT {barred}) OVER (ORDER BY n.seq)
-               AS ours
+             bool_and(n.operation = ANY (string_to_array(want.operations, ',')) AND NOT {barred}
+                      AND (n.replay_of IS NOT NULL) = want.replays) OVER (ORDER BY n.seq) AS ours
       FROM {changes} AS n
       WHERE n.shard = want.shard AND n.seq > want.seq AND n.seq < want.seq + %(distance)s
         AND n.entity_id = want.entity_id AND coalesce(n.entity_type, n.table_name) = want.type
         AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
         AND n.seq < coalesce(waiting.seq, %(seq_max)s) AND {readable}
+        AND (NOT want.replays OR NOT EXISTS (
+          SELECT FROM {changes} AS e
+          WHERE e.shard = want.shard AND e.seq < want.seq AND e.seq > want.seq - %(distance)s
+            AND e.entity_id = want.entity_id AND coalesce(e.entity_type, e.table_name) = want.type
+            AND NOT e.processed AND e.next_attempt_at IS NULL AND e.dead_at IS NULL
+        ))
       ORDER BY n.seq
       LIMIT %(count)s
     ) AS k

@@ -37,6 +37,8 @@ _SNOOZES = 0.3
 _BATCH = 3
 _READ_TAKES = (0,) * 9 + (20,)
 """So many times its answer is not there yet: in a while like that, a shard may leave and come back."""
+_MARKS_ENOUGH = 100
+"""With fewer a call for the latest may leave its key open: what it stands for is read, and asked about once more."""
 _LARGE = 0.2
 """Of the pages so many end before all that is there: their rows are large."""
 _SWEEP_INTERVAL_S, _POLL_INTERVAL_S = 5.0, 1.0
@@ -133,6 +135,8 @@ class Consumer:
         self.wakeups: deque[list[WakeUp] | None] = deque()
         self._to_settle = SettleQueue()
         self._unsettled: dict[int, Outcome] = {}
+        self._stood_for = set[int]()
+        """What calls of this session for the latest stood for that have ended, while no read was under way."""
         self._looked: tuple[int, int] | None = None
         self._answer: Callable[[], None] | None = None
         self._reading = ExitStack()
@@ -161,6 +165,7 @@ class Consumer:
         self.session = self._looked = self._answer = None
         self._reading.close()
         self._unsettled.clear()
+        self._stood_for.clear()
         self._to_settle = SettleQueue()
         self.ownership.lose()
         self._next_due_at = 0.0
@@ -404,6 +409,8 @@ class Consumer:
         later, wait_s, gone = call.asked
         if gone:
             self._promises.happened["a change had been coalesced"] += 1
+            known = change.seq in self._stood_for and call.session is self.session
+            assert not known or self._settings.deferred_max < _MARKS_ENOUGH, f"{change!r} is asked about in vain"
             self.interrupt(call)
         elif wait_s and self.scheduler.put_off(change, self._server.now + wait_s):
             self._promises.happened["a change was put off"] += 1
@@ -413,7 +420,7 @@ class Consumer:
             numbers = "{" + ",".join(map(str, later)) + "}"
             call.latest = latest(change, last, numbers) if later else Latest(change)
             if later:
-                self.scheduler.deferred.handled(change.key, last.seq)
+                self.scheduler.deferred.handled(change.key, change.seq, last.seq)
             self._promises.starts(call, call.changes, self._unsettled)
             self._promises.coalesces(call, later)
 
@@ -474,6 +481,9 @@ class Consumer:
         for change, outcome in outcomes.items():
             if call.session is self.session and not isinstance(outcome, Committed):
                 self._unsettled.update(dict.fromkeys(seqs_of(Settlement(change, outcome)), outcome))
+        done = any(isinstance(outcome, Coalesced | Committed) for outcome in outcomes.values())
+        if call.latest and done and call.session is self.session and self._answer is None:
+            self._stood_for.update(call.seqs[1:])
         for change in call.changes:
             if change not in outcomes:
                 self.scheduler.interrupted(change)
@@ -496,6 +506,8 @@ class Consumer:
                 for finished in batch:
                     for seq in seqs_of(finished):
                         self._unsettled.pop(seq, None)
+                    if self._answer is not None:
+                        self._stood_for.difference_update(seqs_of(finished))
                     if finished.change.requeued:
                         self._next_due_at = 0.0
                     if isinstance(finished.outcome, Waiting):

@@ -56,11 +56,16 @@ class Promises:
         key, last = change.entity_id, max(later, default=change.seq)
         self.happened["a call stood for several changes"] += bool(later)
         if call.session.alive and not self._requeued_late(change):
-            between = (row for row in self._server.unsettled[key].values() if change.seq < row.seq < last)
+            rows = self._server.rows
+            between = [row for row in self._server.unsettled[key].values() if change.seq < row.seq < last]
             missing = [row for row in between if row.seq not in later and not row.requeued_late]
+            missing = [row for row in missing if self._server.precedes(row, rows[last])]
             assert not missing, f"{change!r} passes over {missing}"
-            assert last >= self.delivered[key], f"{change!r} has an older row than {self.delivered[key]}"
-            self.delivered[key] = last
+            before = self.delivered[key]
+            since = (row for row in rows.values() if row.key == key and last <= row.seq < before)
+            older = last < before and all(self._server.precedes(row, rows[before]) for row in since)
+            assert not older, f"{change!r} has an older row than {before}, and nothing has come in between"
+            self.delivered[key] = max(last, before)
 
     def _runs_alone(self, call: Call, change: Change) -> None:
         for other in self.calls:
@@ -78,6 +83,12 @@ class Promises:
         return self._server.rows[change.seq].requeued_late
 
     def _is_next(self, call: Call, change: Change, unsettled: dict[int, Outcome]) -> None:
+        record = self._server.rows[change.seq]
+        self.happened["a replay started"] += record.replays is not None
+        of_key = self._server.unsettled[change.entity_id].values()
+        self.happened["a replay overtook what was not there"] += any(
+            row.seq < change.seq and not self._server.precedes(row, record) for row in of_key
+        )
         beside = {other.seq for other in call.changes}
         for earlier in self._earlier(change):
             if earlier.seq not in beside:
@@ -89,14 +100,17 @@ class Promises:
     def _keeps_to_truncates(self, change: Change) -> None:
         record = self._server.rows[change.seq]
         for earlier in self._server.visible():
-            if earlier.type == record.type and earlier.seq < record.seq and not earlier.requeued:
+            if earlier.type != record.type or earlier.seq >= record.seq or earlier.requeued:
+                continue
+            if self._server.precedes(earlier, record):
                 assert not earlier.truncates, f"{change!r} overtakes {earlier}"
                 assert not record.truncates or earlier.state == "paused", f"{change!r} does not wait for {earlier}"
 
     def _earlier(self, change: Change) -> list[Record]:
         """What of the key should have been settled before."""
-        rows = self._server.unsettled[change.entity_id].values()
-        return [row for row in rows if row.seq < change.seq and not row.requeued_late]
+        record, rows = self._server.rows[change.seq], self._server.unsettled[change.entity_id].values()
+        before = (row for row in rows if row.seq < change.seq and not row.requeued_late)
+        return [row for row in before if self._server.precedes(row, record)]
 
     # --- a change is marked ----------------------------------------------------------------------------------------
 

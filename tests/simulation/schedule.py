@@ -47,6 +47,9 @@ class Simulation:
         self.server = Server(durable_slot=dice.random() < 0.3)
         self.promises = Promises(self.server)
         self.consumers = [self._new_consumer() for _ in range(consumers or dice.choice([1, 2, 3]))]
+        self._replayed: list[int] = []
+        """What the replay that is under way repeats; its last round is the transaction ``_round_of_replay``."""
+        self._round_of_replay = 0
         self._vanished: list[Session] = []
         """Sessions whose process is gone, which the server does not know yet."""
 
@@ -67,7 +70,7 @@ class Simulation:
             self._notice: each, self._notice_stream: each, self._end_vanished: 0.5,
             self._cut_stream: lossy, self._lose_relayed: 2 * lossy,
             self._end_a_session: 0.3 * trouble, self._kill: 0.2 * trouble, self._restart_server: 0.05 * trouble,
-            self._cut_off_handler: trouble, self._requeue: 0.3 * trouble,
+            self._cut_off_handler: trouble, self._requeue: 0.3 * trouble, self._replay: 0.5,
         }  # fmt: skip
 
     def _step(self, action: Callable[[], None]) -> None:
@@ -134,6 +137,7 @@ class Simulation:
 
     def _write(self) -> None:
         candidates = [xid for xid in self.server.open if xid not in self.server.flushed]
+        candidates = [xid for xid in candidates if xid != self._round_of_replay]
         xid = self._dice.choice(candidates) if candidates and self._dice.random() < 0.5 else self.server.begin()
         for _ in range(self._dice.choice([1, 1, 1, 5])):
             self.server.write(xid, self._dice.choice(_TRUNCATES if self._dice.random() < self._truncates else _KEYS))
@@ -155,6 +159,19 @@ class Simulation:
         if dead := [record for record in self.server.rows.values() if record.state in ("dead", "paused")]:
             self.server.requeue(self._dice.choice(dead))
             self._notify(None)
+
+    def _replay(self) -> None:
+        """An operator replays what is processed, a round after the other; what is rolled back is replayed later."""
+        if self._round_of_replay in self.server.open:
+            return
+        again = {row.replays for row in self.server.rows.values()}
+        left = [seq for seq in self._replayed if seq not in again]
+        if not left:
+            processed = (row for row in self.server.rows.values() if row.state == "processed" and row.replays is None)
+            first = [row.seq for row in processed if row.seq not in again and not row.requeued_late]
+            left = self._replayed = sorted(self._dice.sample(first, min(6, len(first))))
+        rows = [self.server.rows[seq] for seq in left[: self._dice.choice([1, 3])]]
+        self._round_of_replay = self.server.replay(rows)
 
     # --- wake-ups --------------------------------------------------------------------------------------------------
 

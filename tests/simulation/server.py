@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from typing import NamedTuple
 from uuid import UUID
 
@@ -49,6 +50,13 @@ class Record:
     """An operator has requeued the dead letter when later changes of its key had gone on."""
     requeued: bool = False
     """An operator has requeued it; a TRUNCATE may have started since it was dead."""
+    replays: int | None = None
+    """The processed change that it repeats."""
+    committed_at: int | None = None
+    visible_at: int | None = None
+    """Moments of the server; the second comes later."""
+    passed_over: bool = False
+    """Its key was read on, from a later one: it has become visible after that, and its wake-up is on its way."""
 
     @property
     def type(self) -> str:
@@ -63,7 +71,7 @@ class Record:
         """One in five is of a backfill: it has a queue of its own among what is ready, and its place in its key."""
         if self.truncates:
             return Operation.TRUNCATE
-        return Operation.INSERT if self.seq % 5 else Operation.READ
+        return Operation.INSERT if (self.replays or self.seq) % 5 else Operation.READ
 
     @property
     def settled(self) -> bool:
@@ -75,6 +83,7 @@ class Record:
             table_schema="public", table="t", operation=self.operation,
             old=None, new=None, metadata=None, changed_at=EPOCH,
             attempt=self.failures + 1, requeued=self.state == "waiting",
+            replay_of=None if self.replays is None else UUID(int=self.replays),
         )  # fmt: skip
 
 
@@ -132,8 +141,11 @@ class Server:
         self.open: dict[int, set[str]] = {}
         """Transaction id -> keys it has locked. Flushed ones stay in here until they are visible."""
         self.flushed: set[int] = set()
+        self._written: dict[int, list[Record]] = {}
+        """Transaction id -> its rows."""
         self.sessions: list[Session] = []
         self.slot = Slot(durable_slot)
+        self._moments = count()
         self._next_xid = 10
         self._completed = 9
         self._next_seq = 1
@@ -143,7 +155,7 @@ class Server:
     def begin(self) -> int:
         xid = self._next_xid
         self._next_xid += 1
-        self.open[xid] = set()
+        self.open[xid], self._written[xid] = set(), []
         return xid
 
     def write(self, xid: int, key: str) -> None:
@@ -155,30 +167,53 @@ class Server:
         if any(locked & keys for other, keys in self.open.items() if other != xid):
             return
         self.open[xid] |= locked
-        for each in locked:
-            self.unsettled.setdefault(each, {})
-        record = Record(self._next_seq, key, sum(key.encode()) % SHARDS, xid, self.now)
+        self._insert(xid, key)
+
+    def replay(self, changes: Iterable[Record]) -> int:
+        """A round of an operator's replay: processed changes once more, in their order. It locks no key."""
+        xid = self.begin()
+        for change in changes:
+            self._insert(xid, change.key, replays=change.seq)
+        return xid
+
+    def _insert(self, xid: int, key: str, replays: int | None = None) -> None:
+        record = Record(self._next_seq, key, sum(key.encode()) % SHARDS, xid, self.now, replays=replays)
         self._next_seq += 1
         self.rows[record.seq] = record
         self.unsettled.setdefault(key, {})[record.seq] = record
+        self._written[xid].append(record)
 
     def flush(self, xid: int) -> None:
         """The commit record is on disk: the wake-up is sent, though nobody sees the rows yet."""
         self.flushed.add(xid)
-        self.slot.ring(WakeUp(row.seq, row.shard) for row in self._written_by(xid))
+        for record in self._written[xid]:
+            record.committed_at = next(self._moments)
+        self.slot.ring(WakeUp(row.seq, row.shard) for row in self._written[xid])
 
     def end(self, xid: int) -> None:
         """What was flushed becomes visible; anything else is rolled back."""
-        if xid not in self.flushed:
-            for record in self._written_by(xid):
+        for record in self._written[xid]:
+            if xid in self.flushed:
+                record.visible_at = next(self._moments)
+            else:
                 del self.rows[record.seq], self.unsettled[record.key][record.seq]
         self.flushed.discard(xid)
-        del self.open[xid]
+        del self.open[xid], self._written[xid]
         self._completed = max(self._completed, xid)
 
-    def _written_by(self, xid: int) -> list[Record]:
-        rows = [row for key in self.open[xid] for row in self.unsettled[key].values() if row.xid == xid]
-        return sorted(rows, key=lambda row: row.seq)
+    def precedes(self, earlier: Record, later: Record) -> bool:
+        """Whether the one with the higher number comes behind the other.
+
+        Who writes a row has its lock, so the next one draws its number when the change is there. A replay has none: it
+        comes behind what is there when it is committed, and what is committed when it is there comes behind it. Where
+        more of a key waits than the window has of it, none of its changes waits for one that came late in this way.
+        """
+        if earlier.passed_over:
+            return False
+        if earlier.replays is None and later.replays is None:
+            return True
+        there, committed = earlier.visible_at, later.committed_at
+        return there is not None and committed is not None and there < committed
 
     # --- reads -----------------------------------------------------------------------------------------------------
 
@@ -212,8 +247,10 @@ class Server:
         return rows, scanned
 
     def resume(self, resume: KeyRead, per_key: int) -> list[Row]:
-        found = [record for record in self._fresh() if record.key == resume.key[1] and record.seq >= resume.seq]
-        return [self._row(record) for record in found[:per_key]]
+        of_key = [record for record in self._fresh() if record.key == resume.key[1]]
+        for record in of_key:
+            record.passed_over = record.passed_over or record.seq < resume.seq
+        return [self._row(record) for record in of_key if record.seq >= resume.seq][:per_key]
 
     def due(self, shards: Iterable[int], limit: int, without: Iterable[str]) -> tuple[list[Row], float | None]:
         """The waiting ones that are due, and the seconds until the next one will be."""
@@ -324,13 +361,20 @@ class Server:
             self.unsettled[record.key][record.seq] = record
 
     def ask(self, first: Change, most: int, settle_s: float, ours: Callable[[int], bool]) -> Asked:
-        """What waits behind a change of its key: up to one that is not ``ours``, or that waits itself."""
+        """What waits behind a change of its key: up to one that is not ``ours``, or that waits itself.
+
+        Replays stand with replays, and others with others.
+        """
         if not _as_read(self.rows[first.seq], first):
             return Asked(gone=True)
         behind: list[Record] = []
+        if first.replay_of and any(r.key == first.entity_id and r.seq < first.seq for r in self._fresh()):
+            most = 0
         for record in sorted(self.visible(), key=lambda record: record.seq):
             if record.key == first.entity_id and record.seq > first.seq:
                 if record.state != "fresh" or not ours(record.seq) or len(behind) == most:
+                    break
+                if (record.replays is None) is not (first.replay_of is None):
                     break
                 behind.append(record)
         came_at = max(record.written_at for record in (self.rows[first.seq], *behind))

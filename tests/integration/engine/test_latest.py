@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,12 @@ import cdc
 from cdc import testing
 from cdc.app.application import App
 from cdc.cli import cdc as root_command
+from cdc.core.latest import Latest
 from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import tracking
+from cdc.postgres.bulk import Bulk
+from cdc.postgres.coalesced import Ask
+from cdc.postgres.outbox import Store
 from cdc.postgres.tracked_tables import Truncate
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric
@@ -25,6 +30,7 @@ _UPDATE = """
 SELECT publish_change('product', %(key)s, 'UPDATE', jsonb_build_object('n', n), jsonb_build_object('n', n - 1))
 FROM generate_series(%(first)s::int, %(last)s::int) AS n ORDER BY n
 """
+_PROCESSED = "SELECT id FROM entity_changes WHERE processed ORDER BY seq"
 _ROWS = """
 SELECT seq, processed, dead_at IS NOT NULL, error_count, last_error FROM entity_changes ORDER BY seq
 """
@@ -103,6 +109,46 @@ async def test_one_call_stands_for_all_that_waits_of_a_key(effects: psycopg.Conn
     ]
     if "transactional" in kind:
         assert sorted(effects.execute("SELECT seq FROM effect").fetchall()) == [(of_one[-1],), (of_other[0],)]
+
+
+async def test_a_call_stands_for_replays_alone_or_for_none(outbox_db: psycopg.Connection, outbox: str) -> None:
+    """A replay locks no row: what is visible behind one may not be all that was written before."""
+    calls: list[tuple[Any, ...]] = []
+    router = cdc.Router()
+    _declare(router, "async", lambda change: calls.append((_seen(change), change.replay_of is not None)))
+    _update(outbox_db, 1, 3)
+    outbox_db.execute("UPDATE entity_changes SET processed = true, processed_at = now()")
+    _update(outbox_db, 4, 5)
+    for _ in Bulk("public").replay(outbox_db, [id_ for (id_,) in outbox_db.execute(_PROCESSED).fetchall()]):
+        pass
+    _update(outbox_db, 6, 7)
+    await testing.drain(outbox, router)
+    assert calls == [(("UPDATE", 3, 5, 2), False), (("UPDATE", 0, 3, 3), True), (("UPDATE", 5, 7, 2), False)]
+
+
+async def test_a_call_for_a_replay_stands_for_it_alone_while_something_before_it_is_fresh(
+    outbox_db: psycopg.Connection, outbox: str
+) -> None:
+    """That has become visible late. The next replay may have been made when it was there, and comes behind it."""
+    _update(outbox_db, 1, 2)
+    outbox_db.execute("UPDATE entity_changes SET processed = true, processed_at = now()")
+    originals = [id_ for (id_,) in outbox_db.execute(_PROCESSED).fetchall()]
+    [late] = _update(outbox_db, 4, 4)
+    for _ in Bulk("public").replay(outbox_db, originals):
+        pass
+    first, second = outbox_db.execute(
+        "SELECT id, seq, shard, replay_of FROM entity_changes WHERE replay_of IS NOT NULL ORDER BY seq"
+    ).fetchall()
+    id_, seq, shard, replay_of = first
+    asked = replace(testing.change("product", "UPDATE", "1", id=id_, seq=seq, shard=shard), replay_of=replay_of)
+    ask = Ask(asked, ("UPDATE",), 0.0, 0.0)
+    async with await psycopg.AsyncConnection.connect(outbox, autocommit=True) as reader:
+        store = Store("public")
+        assert (await store.coalesced.ask(reader, [ask])) == {ask: Latest(asked)}
+        outbox_db.execute("UPDATE entity_changes SET processed = true WHERE seq = %s", [late])
+        [answer] = (await store.coalesced.ask(reader, [ask])).values()
+        assert answer is not None
+        assert answer.later == f"{{{second[1]}}}"
 
 
 async def test_a_row_that_comes_and_goes_in_between_is_a_delete_without_an_old_row(

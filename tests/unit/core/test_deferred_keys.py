@@ -85,15 +85,15 @@ def test_a_key_of_which_all_that_was_seen_is_taken_care_of_is_not_read_on() -> N
     key = ("a", "1")
     for seq in (5, 6, 9):
         deferred.defer(key, seq, 0, blocked=False, last=seq)
-    deferred.handled(key, 8)
+    deferred.handled(key, 4, 8)
     mark = deferred.watermarks[key]
     assert (mark.seq, mark.last) == (9, 9)
-    deferred.handled(key, 9)
+    deferred.handled(key, 4, 9)
     assert len(deferred) == 0
 
 
 def test_a_key_of_which_more_may_have_been_seen_is_read_on_from_there() -> None:
     deferred = DeferredKeys(10)
     deferred.defer(("a", "1"), 5, 0, blocked=False)
-    deferred.handled(("a", "1"), 9)
+    deferred.handled(("a", "1"), 4, 9)
     assert deferred.watermarks[("a", "1")].seq == 10

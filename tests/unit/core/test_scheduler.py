@@ -296,6 +296,16 @@ def test_behind_a_waiting_change_that_was_cut_off_what_is_queued_is_not_forgotte
     assert scheduler.admit([row(3)]).taken == 0
 
 
+def test_a_key_whose_call_was_cut_off_is_read_on_from_an_earlier_change_that_has_become_visible_meanwhile(
+    scheduler: SettlingScheduler,
+) -> None:
+    scheduler.admit([row(5)])
+    [cut_off] = _start_all(scheduler)
+    scheduler.admit([row(3)])
+    scheduler.interrupted(cut_off)
+    assert scheduler.key_reads(10) == [KeyRead(("t", "k"), 0, 3)]
+
+
 def test_a_waiting_change_that_was_let_go_behind_one_that_failed_runs_when_it_is_due(
     scheduler: SettlingScheduler,
 ) -> None:
@@ -443,6 +453,18 @@ def test_a_key_goes_on_whose_requeued_change_was_settled_by_another_before_it_ha
     assert _seqs(_start_all(scheduler)) == [5]
 
 
+def test_a_change_between_two_that_have_begun_to_wait_during_its_read_is_held_back_by_the_first(
+    scheduler: SettlingScheduler,
+) -> None:
+    scheduler.admit([row(4), row(8)])
+    batch = [scheduler.start().changes[0]]
+    scheduler.start_with(batch, 2, lambda _: True)
+    with scheduler.reading:
+        scheduler.finished([Settlement(batch[0], Waiting(1.0, "no")), Settlement(batch[1], Dead("no", True))])
+        scheduler.settled(scheduler.take_finished(100))
+        assert scheduler.admit([row(5)]).taken == 0
+
+
 # --- handlers with latest ------------------------------------------------------------------------------------------
 
 
@@ -464,7 +486,7 @@ def test_of_a_key_that_is_coalesced_one_change_is_in_the_window() -> None:
     scheduler.admit([row(4, "a")])
     assert (scheduler.running, scheduler.queued) == (1, 0)
     assert scheduler.key_reads(10) == [], "what waits behind it is in its call, or is read afterwards"
-    scheduler.deferred.handled(first.key, 4)
+    scheduler.deferred.handled(first.key, 1, 4)
     _end(scheduler, first)
     assert scheduler.key_reads(10) == []
     assert len(scheduler.deferred) == 0
@@ -474,7 +496,7 @@ def test_a_key_is_read_on_behind_the_last_that_the_call_stood_for() -> None:
     scheduler = _latest()
     scheduler.admit([row(seq, "a") for seq in (1, 2, 3)])
     [first] = _start_all(scheduler)
-    scheduler.deferred.handled(first.key, 2)
+    scheduler.deferred.handled(first.key, 1, 2)
     _end(scheduler, first)
     assert scheduler.key_reads(10) == [KeyRead(("t", "a"), 0, 3)]
 
@@ -484,12 +506,23 @@ def test_a_key_is_read_on_when_the_call_is_settled_and_not_before() -> None:
     scheduler = _latest()
     scheduler.admit([row(1, "a"), row(2, "a")])
     [first] = _start_all(scheduler)
-    scheduler.deferred.handled(first.key, 2)
+    scheduler.deferred.handled(first.key, 1, 2)
     scheduler.admit([row(3, "a")])
     scheduler.finished([Settlement(first, Processed())])
     scheduler.admit([row(4, "a")])
     assert (scheduler.queued, scheduler.key_reads(10)) == (0, [])
     scheduler.settled(scheduler.take_finished(100))
+    assert scheduler.key_reads(10) == [KeyRead(("t", "a"), 0, 3)]
+
+
+def test_a_key_is_read_on_from_a_change_before_the_call_that_has_become_visible_after_it() -> None:
+    """A replay locks no row: one that is made meanwhile has the higher number, and may be visible before."""
+    scheduler = _latest()
+    scheduler.admit([row(5, "a"), row(6, "a")])
+    [first] = _start_all(scheduler)
+    scheduler.admit([row(3, "a")])
+    scheduler.deferred.handled(first.key, 5, 6)
+    _end(scheduler, first)
     assert scheduler.key_reads(10) == [KeyRead(("t", "a"), 0, 3)]
 
 
