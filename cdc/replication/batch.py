@@ -11,33 +11,38 @@ from cdc.replication.protocol import KEEPALIVE, Plugin, parse
 class MessageBatch:
     """The wake-ups and the highest position among what was received, and how much it was."""
 
-    __slots__ = ("bytes", "committed_at", "highest", "keepalives", "messages", "reply_requested", "wakeups")
-
-    def __init__(self) -> None:
-        self.wakeups: list[WakeUp] = []
-        self.committed_at: float | None = None
-        self.highest = 0
-        self.messages = 0
-        self.keepalives = 0
-        self.bytes = 0
-        self.reply_requested = False
+    # Of the class, until they are known: most batches are of one message, and set two or three.
+    wakeups: Sequence[WakeUp] = ()
+    committed_at: float | None = None
+    highest = 0
+    messages = 0
+    keepalives = 0
+    bytes = 0
+    reply_requested = False
 
     def read(self, received: Sequence[memoryview], plugin: Plugin) -> None:
         self.bytes = sum(map(len, received))
-        messages = [data for data in received if data[0] != KEEPALIVE]
-        for data in received if len(messages) < len(received) else ():
-            if data[0] == KEEPALIVE:
-                position, _, reply_requested = parse(data)
-                self.highest = max(self.highest, position)
-                self.keepalives += 1
-                self.reply_requested = self.reply_requested or reply_requested
+        messages: list[memoryview] = []
+        for data in received:
+            if data[0] != KEEPALIVE:
+                messages.append(data)
+                continue
+            position, _, reply_requested = parse(data)
+            if position > self.highest:
+                self.highest = position
+            self.keepalives += 1
+            if reply_requested:
+                self.reply_requested = True
         if not messages:
             return
         if decoded := plugin.decode_all(messages):
             position, self.wakeups, self.committed_at = decoded
-            self.highest = max(self.highest, position)
+            if position > self.highest:
+                self.highest = position
             self.messages = len(messages)
             return
+        wakeups: list[WakeUp] = []
+        self.wakeups = wakeups
         for data in messages:
             position, message, _ = parse(data)
             # Before decoding: a message that cannot be read is confirmed too, or the server would send it for ever.
@@ -46,4 +51,4 @@ class MessageBatch:
             # An empty one was too long to be ours.
             if message and (notified := plugin.decode(message)) is not None:
                 wakeup, self.committed_at = notified
-                self.wakeups.append(wakeup)
+                wakeups.append(wakeup)

@@ -311,26 +311,23 @@ class ReplicationSession:
         get_copy_data, keep = self._link.get_copy_data, messages.append
         looked_again_at = bytes_ = 0
         self._drained = self.idle = False
-        if self._at_end and self._over is None:
-            self._over = self._why_ended()
-        if self._over is not None:
+        if self._at_end or self._over is not None:
+            self._over = self._over or self._why_ended()
             raise self._over
         # Runs once for every few messages: a context manager made of a generator would cost more than all else here.
         try:
             self._link.consume_input()
             if self._unsent:
                 self._unsent = self._link.flush() != 0
-            while len(messages) < most and bytes_ < _BYTES_AT_ONCE:
+            for _ in range(most):
                 size, data = get_copy_data(1)
-                if 0 < size <= LONGEST:
-                    keep(data)
+                if size > 0:
+                    keep(data if size <= LONGEST else head(data))
                     bytes_ += size
-                elif size > 0:
-                    keep(head(data))
-                    bytes_ += size
-                    if size > _TOO_LONG_TO_KEEP:
-                        self.flooded = True
-                        self._over = message_too_long(size, self.names)
+                    if bytes_ >= _BYTES_AT_ONCE:
+                        if size > _TOO_LONG_TO_KEEP:
+                            self.flooded = True
+                            self._over = message_too_long(size, self.names)
                         break
                 elif size == 0 and len(messages) - looked_again_at >= _MANY:
                     looked_again_at = len(messages)

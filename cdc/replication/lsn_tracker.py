@@ -38,7 +38,8 @@ class LsnTracker:
         """``position`` is the highest of a batch; a lower one than the known changes nothing."""
         if reply_requested:
             self.next_status_at = -inf
-        self.received = max(self.received, position)
+        if position > self.received:
+            self.received = position
 
     def confirm(self, now: float) -> Lsn:
         """The position to send in the status update that leaves now."""

@@ -309,7 +309,8 @@ class _Report:
         self._messages += batch.messages
         self._keepalives += batch.keepalives
         self._bytes += batch.bytes
-        self._received = max(self._received, received)
+        if received > self._received:
+            self._received = received
         if batch.wakeups:
             self._events.notified(batch.wakeups, batch.committed_at)
 

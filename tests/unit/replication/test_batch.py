@@ -13,6 +13,7 @@ from cdc.replication.batch import MessageBatch
 from cdc.replication.protocol import Plugin
 
 _PLUGIN = wal2json.plugin("entity_change:public")
+_FIELDS = ("bytes", "committed_at", "highest", "keepalives", "messages", "reply_requested")
 _ONE_BY_ONE = replace(_PLUGIN, decode_all=lambda _: None)
 _MESSAGE = (
     '{"action":"M","timestamp":"2026-11-22 13:22:11.622365+00","transactional":true,'
@@ -31,7 +32,7 @@ def _keepalive(position: int, reply: bool) -> bytes:
 def _read(received: list[bytes], plugin: Plugin) -> dict[str, object]:
     batch = MessageBatch()
     batch.read([memoryview(data) for data in received], plugin)
-    return {name: getattr(batch, name) for name in MessageBatch.__slots__}
+    return {name: getattr(batch, name) for name in _FIELDS} | {"wakeups": list(batch.wakeups)}
 
 
 _POSITIONS = st.integers(1, 1_000)
