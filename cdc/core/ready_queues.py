@@ -60,8 +60,8 @@ class ReadyQueues:
     ) -> None:
         self._slots = DynamicLimit(concurrency, _FACTOR, sole=sole)
         self._pools = {name: DynamicLimit(size, _FACTOR, sole=sole) for name, size in (pools or {}).items()}
-        self._queues: OrderedDict[Requirements, deque[Key]] = OrderedDict()
-        """In the order in which they were served, the latest last."""
+        self.queues: OrderedDict[Requirements, deque[Key]] = OrderedDict()
+        """In the order in which they were served, the latest last; none of them is empty. Others only read it."""
         self._started: dict[Change, Requirements] = {}
         self.paused = False
         """Nothing is to be started."""
@@ -71,54 +71,55 @@ class ReadyQueues:
     @property
     def ready(self) -> int:
         """How many runs could start now; 0 if, and only if, ``next`` has none."""
-        if self.paused or not self._queues:
+        if self.paused or not self.queues:
             return 0
         count = 0
-        for needs, queue in self._queues.items():
+        for needs, queue in self.queues.items():
             wanted = len(queue)
             count += ceil(min(wanted, self._room(needs)) / needs.run) if wanted > 1 else self._admits(needs)
         return min(count, self._slots.free)
 
     def waiting(self, needs: Requirements) -> int:
         """How many keys are ready with the same requirements, whether they could start now or not."""
-        return len(self._queues.get(needs, ()))
+        return len(self.queues.get(needs, ()))
 
     def put(self, key: Key, needs: Requirements) -> None:
         """The key has a change to start. It may have been put before."""
-        queue = self._queues.get(needs)
+        queue = self.queues.get(needs)
         if queue is None:
-            queue = self._queues[needs] = deque()
+            queue = self.queues[needs] = deque()
         queue.append(key)
 
     def next(self) -> tuple[Sequence[Key], Requirements] | None:
         """The keys whose turn it is, if they can start; they are taken out of their queue."""
-        for needs, queue in () if self.paused else self._queues.items():
+        for needs, queue in () if self.paused else self.queues.items():
             wanted = min(len(queue), needs.run)
             if count := min(wanted, self._room(needs)) if wanted > 1 else self._admits(needs):
                 keys = [queue.popleft()] if count == 1 else [queue.popleft() for _ in range(count)]
                 if queue:
-                    self._queues.move_to_end(needs)
+                    self.queues.move_to_end(needs)
                 else:
-                    del self._queues[needs]
+                    del self.queues[needs]
                 return keys, needs
         return None
 
     def take(self, handler: Handler | None, limit: int) -> list[Key]:
         """Take up to ``limit`` of the keys that are ready for this handler, of any type, out of their queues."""
         taken: list[Key] = []
-        for needs in [needs for needs in self._queues if needs.handler is handler]:
-            queue = self._queues[needs]
+        for needs in [needs for needs in self.queues if needs.handler is handler]:
+            queue = self.queues[needs]
             taken += [queue.popleft() for _ in range(min(len(queue), limit - len(taken)))]
             if not queue:
-                del self._queues[needs]
+                del self.queues[needs]
         return taken
 
     def put_back(self, key: Key, needs: Requirements) -> None:
         """Return a key that was taken and not used to the head of its queue."""
-        self._queues.setdefault(needs, deque()).appendleft(key)
+        self.queues.setdefault(needs, deque()).appendleft(key)
 
     def started(self, changes: Sequence[Change], needs: Requirements) -> None:
-        self._started.update(dict.fromkeys(changes, needs))
+        for change in changes:
+            self._started[change] = needs
         self._slots.acquire(needs[_USER], len(changes))
         for pool in needs.pools:
             self._pools[pool].acquire(needs[_USER], len(changes))
@@ -145,7 +146,7 @@ class ReadyQueues:
             self._free(alike, places)
 
     def forget_ready(self) -> None:
-        self._queues.clear()
+        self.queues.clear()
 
     def _admits(self, needs: Requirements) -> bool:
         if not self._slots.admits(needs[_USER]) or (

@@ -62,8 +62,9 @@ class CrashGuard:
         self._store = store
         self._window = window
         self._session: ShardSession | None = None
-        self._watched: dict[int, tuple[datetime, int]] = {}
-        """By shard: changes made until then are recorded before they start, at most so many."""
+        self.watched: dict[int, tuple[datetime, int]] = {}
+        """By shard: changes made until then are recorded before they start, at most so many. While it is empty, these
+        are none but those that crashed. Others only read it."""
         self._doubted_until: dict[int, float] = {}
         """By shard, on the monotonic clock: until then its previous owner may still report that it lives."""
         self._waiting: list[Change] = []
@@ -85,8 +86,8 @@ class CrashGuard:
             )  # fmt: skip
         self._doubted_until.update(dict.fromkeys(acquired.shards, time.monotonic() + GRACE_S))
         for shard in acquired.shards:
-            self._watched.pop(shard, None)
-        self._watched.update(dict.fromkeys(acquired.orphaned, (acquired.at, self._window)))
+            self.watched.pop(shard, None)
+        self.watched.update(dict.fromkeys(acquired.orphaned, (acquired.at, self._window)))
         if acquired.orphaned:
             self._looked = True
             self._exposed_at_most_until = time.monotonic() + EXPOSED_MAX_S
@@ -96,7 +97,7 @@ class CrashGuard:
         """Starts in these shards are recorded until ``release``: what is in flight has records."""
 
     def lost(self) -> None:
-        self._watched.clear()
+        self.watched.clear()
         self._doubted_until.clear()
 
     def free_shards_acquired(self) -> None:
@@ -113,16 +114,11 @@ class CrashGuard:
     def _expose_for(self, seconds: float) -> None:
         self._exposed_until = max(self._exposed_until, time.monotonic() + seconds)
 
-    @property
-    def active(self) -> bool:
-        """Whether there may be a change that ``record_start`` records, besides those that crashed."""
-        return bool(self._watched)
-
     def must_record_start(self, change: Change) -> bool:
         """Whether to call ``record_start`` before the change's handler starts."""
         if change.crashed:
             return True
-        watched = self._watched.get(change.shard)
+        watched = self.watched.get(change.shard)
         return watched is not None and change.changed_at <= watched[0]
 
     def owner_may_be_alive(self, change: Change) -> bool:
@@ -178,7 +174,7 @@ class CrashGuard:
         """Leave no record in these idle shards, and forget them. Call it before their locks are released."""
         await self.clear(shards)
         for shard in shards:
-            self._watched.pop(shard, None)
+            self.watched.pop(shard, None)
             self._doubted_until.pop(shard, None)
 
     async def _write(self, batch: Sequence[Change]) -> None:
@@ -194,9 +190,9 @@ class CrashGuard:
         failpoints.here("crash_guard.after_start")
 
     def _count_down(self, shard: int) -> None:
-        if watched := self._watched.get(shard):
+        if watched := self.watched.get(shard):
             until, left = watched
             if left <= 1:
-                del self._watched[shard]
+                del self.watched[shard]
             else:
-                self._watched[shard] = (until, left - 1)
+                self.watched[shard] = (until, left - 1)

@@ -1,9 +1,9 @@
 """The tasks that run handlers: each takes runs of changes from the scheduler, one after the other, until none is ready.
 
 A task for each change would cost more than many handlers; a fixed number of waiting tasks would have to be woken one
-by one. So a worker is started when something is ready and there is room, and ends when it finds nothing to do. It calls
-the changes of a run one after the other for as long as the calls return without waiting. When one waits, the worker
-stays with it, and others are started for the rest.
+by one. So a worker is started when something is ready and there is room, and when it finds nothing to do it ends, or
+rests (``workers``). It calls the changes of a run one after the other for as long as the calls return without waiting.
+When one waits, the worker stays with it, and others are started for the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cdc.engine.crash_guard import CrashGuard
 from cdc.engine.executor import Executor, PendingCall
 from cdc.engine.quarantine import Quarantine
 from cdc.engine.transactions import AskTheTableError
+from cdc.engine.workers import Workers
 from cdc.runtime.cancelling import cancel, disregard, has_cancellations, is_being_cancelled
 from cdc.runtime.deadline import wait_within
 
@@ -69,9 +70,7 @@ class Dispatcher:
         self._handler: Handler | None = None
         self._started = deque[Change]()
         """A run of this handler, which the workers go through together, each calling what it can."""
-        self._tasks: dict[asyncio.Task[None], Run] = {}
-        self._unstarted = set[asyncio.Task[None]]()
-        """The tasks that have not taken a change yet: for what is ready for them, no others are started."""
+        self._workers = Workers(self._work, self._ended)
         self._quarantine = Quarantine(scheduler.knows)
         self._uncancellable = set[asyncio.Task[None]]()
         """The tasks that were cut off and go on; they are not waited for again."""
@@ -80,7 +79,7 @@ class Dispatcher:
         self._stopping = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._workers.tasks)
 
     @property
     def coalescing(self) -> Coalescing:
@@ -91,16 +90,15 @@ class Dispatcher:
         if self._stopping.is_set():
             return
         ready = (
-            self._scheduler.ready_queues.ready + len(self._started) + len(self._quarantine.freed) - len(self._unstarted)
+            self._scheduler.ready_queues.ready
+            + len(self._started)
+            + len(self._quarantine.freed)
+            - len(self._workers.unstarted)
         )
         if ready <= 0:
             return
-        workers = len(self._tasks) - len(self._quarantine.tasks)
-        for _ in range(min(ready, self._concurrency - workers)):
-            task = asyncio.create_task(self._work())
-            self._tasks[task] = NOTHING
-            self._unstarted.add(task)
-            task.add_done_callback(self._ended)
+        workers = len(self._workers.tasks) - len(self._quarantine.tasks)
+        self._workers.start(min(ready, self._concurrency - workers))
 
     def breaker_changed(self) -> None:
         """The breaker of a handler has opened, lets a call through, or has closed."""
@@ -117,24 +115,28 @@ class Dispatcher:
     async def drain(self, seconds: float) -> None:
         """Start nothing more; give what runs this many seconds, then cut it off."""
         self._stopping.set()
+        self._workers.dismiss()
         self._abandon_waiting()
-        if not self._tasks:
+        if not self._workers.tasks:
             return
-        log.info("stopping: %d handlers have %g s to finish", len(self._tasks), seconds)
-        await asyncio.wait(list(self._tasks), timeout=seconds)
-        await self._cut_off(list(self._tasks))
+        log.info("stopping: %d handlers have %g s to finish", len(self._workers.tasks), seconds)
+        await asyncio.wait(list(self._workers.tasks), timeout=seconds)
+        await self._cut_off(list(self._workers.tasks))
 
     async def session_lost(self) -> None:
         """Cut off what can be. A call in a thread goes on; its key stays blocked until it returns."""
+        self._workers.dismiss()
         self._abandon_waiting()
         self._executor.lost.session_lost()
-        in_thread = {task for task, run in self._tasks.items() if any(map(self._executor.in_thread, run.changes))}
+        in_thread = {
+            task for task, run in self._workers.tasks.items() if any(map(self._executor.in_thread, run.changes))
+        }
         if in_thread:
             log.warning("%d handlers in threads go on without their session; their keys wait for them", len(in_thread))
-        await self._cut_off([task for task in self._tasks if task not in in_thread])
+        await self._cut_off([task for task in self._workers.tasks if task not in in_thread])
 
     async def _cut_off(self, tasks: Iterable[asyncio.Task[None]]) -> None:
-        running = [(task, self._tasks[task]) for task in tasks if task not in self._uncancellable]
+        running = [(task, self._workers.tasks[task]) for task in tasks if task not in self._uncancellable]
         for task, run in running:
             self._executor.interrupted(run)
             cancel(task)
@@ -151,9 +153,17 @@ class Dispatcher:
     async def _work(self) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._unstarted.discard(task)
-        calls = 0
-        while not self._stopping.is_set() and self._have_started():
+        unstarted = self._workers.unstarted
+        unstarted.discard(task)
+        calls, waited = 0, False
+        while not self._stopping.is_set():
+            if not self._have_started():
+                # After a wait it may have been cancelled, as all tasks are when a loop is closed: it is to end then.
+                if waited or not await self._workers.rest(task):
+                    return
+                unstarted.discard(task)
+                calls = 0
+                continue
             handler = self._handler
             done, unfinished = self._run_inline(handler, task)
             if unfinished:
@@ -162,6 +172,7 @@ class Dispatcher:
                 await self._execute_next(task, handler)
             if has_cancellations(task):
                 await disregard()
+            waited = waited or not done or unfinished is not None
             calls += done or 1
             if calls >= _CHANGES_PER_ITERATION or (done and self._started):
                 calls = 0
@@ -169,14 +180,17 @@ class Dispatcher:
 
     def _have_started(self) -> bool:
         """Whether there is a change to call."""
-        if not self._started:
-            if self._quarantine.freed:
-                self._handler, change = self._quarantine.freed.popleft()
-                self._started.append(change)
-            else:
-                self._handler, run = self._scheduler.start()
-                self._started.extend(run)
-        return bool(self._started)
+        if self._started:
+            return True
+        if self._quarantine.freed:
+            self._handler, change = self._quarantine.freed.popleft()
+            self._started.append(change)
+            return True
+        if not self._scheduler.ready_queues.queues:
+            return False
+        self._handler, run = self._scheduler.start()
+        self._started.extend(run)
+        return bool(run)
 
     def _dispatch_others(self) -> None:
         """The rest of a run does not wait for the call that waits."""
@@ -185,7 +199,7 @@ class Dispatcher:
 
     def _run_inline(self, handler: Handler | None, task: asyncio.Task[Any]) -> tuple[int, PendingCall | None]:
         """Call what may return at once. Returns how many calls did, and the call that did not."""
-        if self._crash_guard.active and any(map(self._crash_guard.must_record_start, self._started)):
+        if self._crash_guard.watched and any(map(self._crash_guard.must_record_start, self._started)):
             return 0, None
         done, unfinished = self._executor.run_inline(handler, self._started, task)
         self._report(done)
@@ -195,7 +209,7 @@ class Dispatcher:
         assert handler is not None
         change = unfinished.change
         self._dispatch_others()
-        self._tasks[task] = Run(handler, [change])
+        self._workers.tasks[task] = Run(handler, [change])
         try:
             outcome = await self._executor.resume(handler, unfinished)
         except asyncio.CancelledError:  # see Executor.resume
@@ -203,7 +217,7 @@ class Dispatcher:
             raise
         except Exception as error:  # noqa: BLE001 - see _bug
             outcome = self._bug(handler, [change], error)[change]
-        self._tasks[task] = NOTHING
+        self._workers.tasks[task] = NOTHING
         if outcome is None:
             self._abandon([change])
         else:
@@ -222,9 +236,9 @@ class Dispatcher:
             self._batching.join(handler, change)
         else:
             batch = [change]
-            self._tasks[task] = Run(handler, batch)
+            self._workers.tasks[task] = Run(handler, batch)
             await self._execute(handler, batch)
-            self._tasks[task] = NOTHING
+            self._workers.tasks[task] = NOTHING
 
     async def _execute(self, handler: Handler | None, batch: list[Change]) -> None:
         """Run a change, or the batch that is gathered around it, and report."""
@@ -262,7 +276,7 @@ class Dispatcher:
                 await self._batching.gather(handler, batch)
             if handler.latest:
                 latest = await self._batching.latest(handler, batch[0])
-            if batch[0].crashed or self._crash_guard.active:
+            if batch[0].crashed or self._crash_guard.watched:
                 await self._crash_guard.record_start(batch)
         return await self._executor.run(handler, batch, latest)
 
@@ -303,7 +317,7 @@ class Dispatcher:
         """An error that escapes from this task is about these changes only."""
         task = asyncio.current_task()
         assert task is not None
-        self._tasks[task] = run
+        self._workers.tasks[task] = run
 
     def _report(self, batch: Sequence[Settlement]) -> None:
         if batch:
@@ -323,7 +337,7 @@ class Dispatcher:
         """Work in a task that is no worker, and takes no place of one."""
         self._scheduler.free_places(change)
         task = self._quarantine.start(change, work, suspect=suspect)
-        self._tasks[task] = Run(handler, [change])
+        self._workers.tasks[task] = Run(handler, [change])
         task.add_done_callback(self._ended)
 
     async def _execute_lost(self, handler: Handler | None, change: Change) -> None:
@@ -368,9 +382,9 @@ class Dispatcher:
         self._reread()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        run = self._tasks.pop(task)
+        run = self._workers.tasks.pop(task, NOTHING)
         self._uncancellable.discard(task)
-        self._unstarted.discard(task)  # it may have been cut off before its first step
+        self._workers.unstarted.discard(task)  # it may have been cut off before its first step
         unattended = self._quarantine.ended(task) if task in self._quarantine.tasks else None
         failed = None if task.cancelled() else task.exception()
         if failed:

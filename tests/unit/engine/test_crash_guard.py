@@ -33,7 +33,7 @@ def _guard(*orphaned: int) -> CrashGuard:
 
 def test_starts_of_what_was_captured_before_a_takeover_are_recorded() -> None:
     guard = _guard(0)
-    assert guard.active
+    assert guard.watched
     assert guard.must_record_start(change(1))
     assert not guard.must_record_start(change(2, shard=1)), "its owner has left in order"
     assert not guard.must_record_start(replace(change(3), changed_at=_SINCE))
@@ -45,15 +45,15 @@ async def test_nothing_is_recorded_any_more_when_the_orphaned_shards_are_release
     assert guard.must_record_start(change(1)), "what has started of it may yet run"
     await guard.release([0])
     assert not guard.must_record_start(change(1))
-    assert guard.active
+    assert guard.watched
     await guard.release([1, 2])
-    assert not guard.active
+    assert not guard.watched
 
 
 async def test_a_stop_that_clears_the_records_leaves_what_is_recorded_as_it_is() -> None:
     guard = _guard(0)
     await guard.clear()
-    assert guard.active
+    assert guard.watched
 
 
 class _Inline:

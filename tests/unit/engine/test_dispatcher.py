@@ -269,3 +269,72 @@ async def test_a_worker_that_went_on_after_it_was_cut_off_takes_nothing_more() -
     assert scheduler.settling == 1
     executor.go.set()
     await _until(lambda: len(dispatcher) == 0)
+
+
+class _AtOnce(_Waiting):
+    """Its calls return without waiting."""
+
+    def run_inline(
+        self, handler: Handler | None, changes: deque[Change], task: object
+    ) -> tuple[list[Settlement], None]:
+        done = [Settlement(change, Processed()) for change in changes]
+        self.started += [change.seq for change in changes]
+        changes.clear()
+        return done, None
+
+
+async def _one_by_one(scheduler: SettlingScheduler, dispatcher: Dispatcher, executor: _Waiting, *seqs: int) -> None:
+    for seq in seqs:
+        scheduler.admit([row(seq)])
+        dispatcher.dispatch()
+        await _until(lambda seq=seq: executor.started[-1:] == [seq] and len(dispatcher) == 0)  # type: ignore[misc]
+
+
+async def test_changes_that_come_one_by_one_share_a_task_that_rests_in_between() -> None:
+    scheduler, executor = SettlingScheduler(100), _AtOnce()
+    scheduler.ownership.acquire(Acquired([0]))
+    dispatcher = _dispatcher(scheduler, executor, 10)
+    await _one_by_one(scheduler, dispatcher, executor, 1)
+    [task] = _others()
+    await _one_by_one(scheduler, dispatcher, executor, 2, 3)
+    assert _others() == {task}
+    await dispatcher.drain(0.0)
+    await _until(lambda: not _others())
+
+
+async def test_of_many_workers_that_find_nothing_more_one_rests() -> None:
+    scheduler, executor = SettlingScheduler(100), _AtOnce()
+    scheduler.ownership.acquire(Acquired([0]))
+    dispatcher = _dispatcher(scheduler, executor, 10)
+    scheduler.admit([row(seq, str(seq)) for seq in range(1, 6)])
+    dispatcher.dispatch()
+    assert len(dispatcher) == 5
+    await _until(lambda: len(dispatcher) == 0)
+    assert len(_others()) == 1
+    await dispatcher.session_lost()
+    await _until(lambda: not _others())
+
+
+async def test_where_the_resting_worker_was_cancelled_by_others_another_takes_its_place() -> None:
+    scheduler, executor = SettlingScheduler(100), _AtOnce()
+    scheduler.ownership.acquire(Acquired([0]))
+    dispatcher = _dispatcher(scheduler, executor, 10)
+    await _one_by_one(scheduler, dispatcher, executor, 1)
+    [task] = _others()
+    scheduler.admit([row(2)])
+    dispatcher.dispatch()
+    task.cancel()  # by a handler that kept it, as it is being woken
+    await _until(lambda: executor.started == [1, 2])
+    [task] = _others()
+    task.cancel()
+    await _until(task.done)
+    await _one_by_one(scheduler, dispatcher, executor, 3)
+
+
+async def test_a_worker_whose_call_has_waited_ends_as_it_may_have_been_cancelled_meanwhile() -> None:
+    scheduler, executor = SettlingScheduler(100), _Waiting()
+    scheduler.ownership.acquire(Acquired([0]))
+    dispatcher = _dispatcher(scheduler, executor, 10)
+    executor.go.set()
+    await _one_by_one(scheduler, dispatcher, executor, 1)
+    await _until(lambda: not _others())
