@@ -26,8 +26,10 @@ from psycopg.waiting import READY_R, WAIT_R
 from cdc.postgres.link import AsyncGuardedConnection, close_silent, limited
 from cdc.runtime.moving_timer import MovingTimer
 from cdc.runtime.sockets import sockets_of
+from cdc.runtime.turns import Turns
 
 _PLACEHOLDER = re.compile(rb"%\((\w+)\)s|%%")
+_COMMAND_OK, _TUPLES_OK, _BINARY = pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK, pq.Format.BINARY
 _INTERVAL_S = 0.1
 """As psycopg's."""
 _LOOK_S = 0.5
@@ -42,6 +44,8 @@ class WatchedConnection(AsyncGuardedConnection):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self._turns = Turns()
+        self.lock = self._turns  # type: ignore[assignment]  # asyncio's, which psycopg enters and leaves
         self._statements: dict[bytes, _Statement] = {}
         self._prepared_ever = 0
 
@@ -50,9 +54,15 @@ class WatchedConnection(AsyncGuardedConnection):
 
         For few statements, and autocommit: each is kept. What is registered with ``adapters`` later is not seen.
         """
-        async with self.lock:
+        turns = self._turns
+        if turns.taken:
+            await turns.wait()
+        turns.taken = True
+        try:
             rows: list[Any] = await self.wait(self._rows(statement, parameters))
             return rows
+        finally:
+            turns.release()
 
     def _rows(self, text: bytes, parameters: Mapping[str, Any]) -> Generator[int, int, list[Any]]:
         link, statement = self.pgconn, self._statements.get(text)
@@ -67,14 +77,14 @@ class WatchedConnection(AsyncGuardedConnection):
             name = b"cdc_%d" % self._prepared_ever
             link.send_prepare(name, statement.text, types)
             for result in (yield from execute(link)):
-                if result.status != pq.ExecStatus.COMMAND_OK:
+                if result.status != _COMMAND_OK:
                     raise psycopg.errors.error_from_result(result, transformer.encoding)
             statement.prepared[types] = name
-        link.send_query_prepared(name, written, transformer.formats, pq.Format.BINARY)
+        link.send_query_prepared(name, written, transformer.formats, _BINARY)
         # There may be two: a commit may fail after its statement, and so may the session end.
         results = yield from execute(link)
         for result in results:
-            if result.status != pq.ExecStatus.TUPLES_OK:
+            if result.status != _TUPLES_OK:
                 raise psycopg.errors.error_from_result(result, transformer.encoding)
         result = results[-1]
         # What is prepared returns columns of the same types each time, or is refused.
@@ -207,7 +217,7 @@ class _SocketWatch:
             self._sockets.watch(self.socket, self._arrived)
             self._watched = True
         self._asked_at, self._limit_s = loop.time(), limit_s
-        self._timer.set(loop, _LOOK_S if limit_s is None else min(limit_s, _LOOK_S))
+        self._timer.set(loop, _LOOK_S if limit_s is None or limit_s > _LOOK_S else limit_s)
         self._gen = gen
         self._answer = loop.create_future()
         return self._answer
