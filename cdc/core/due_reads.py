@@ -51,7 +51,8 @@ class DueReads:
             free, worth = self._room_for(entity_type)
             if free >= worth:
                 at = now
-        at = max(at, self._rests_until)
+        if at < self._rests_until:
+            at = self._rests_until
         return max(at, self._began + self._poll_interval_s) if scarce else at
 
     def begin(self, now: float, types: Collection[str]) -> Collection[str]:

@@ -65,7 +65,11 @@ class DynamicLimit:
 
     def release(self, user: Hashable, places: int = 1) -> None:
         """These places are free again."""
-        self.end_use(user, places)
+        left = self._held[user] - places  # as end_use, whose call each change would pay for
+        if left:
+            self._held[user] = left
+        else:
+            del self._held[user]
         self.free += places
 
     def end_use(self, user: Hashable, places: int = 1) -> None:

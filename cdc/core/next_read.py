@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.due_reads import DueReads
+from cdc.core.fast_change import fast_make
 from cdc.core.page_size import PageSize
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.scheduler import KeyScheduler
@@ -56,6 +57,9 @@ class _Room(NamedTuple):
     scarce: bool
 
 
+_ROOM = fast_make(_Room)
+
+
 class NextRead:
     """The caller gives what was read to ``due`` and ``page``; ``page`` says how many rows are read at once."""
 
@@ -77,13 +81,19 @@ class NextRead:
 
     def next(self, now: float) -> Read | None:
         """None: there is nothing to read, or no room for it."""
-        places = self._scheduler.window.free
-        if places <= 0 or not self._scheduler.ownership.active:
+        scheduler = self._scheduler
+        places, deferred = scheduler.window.free, scheduler.deferred
+        if places <= 0 or not scheduler.ownership.active:
             return None
-        if self._scheduler.deferred.held and self._scheduler.deferred.held_until <= now:
-            self._scheduler.deferred.read_held(now)
-        rows = min(places // (1 + self._page.row_bytes // self._scheduler.place_bytes), self._page.rows)
-        room = _Room(now, max(1, rows), self._scarce(places))
+        if deferred.held and deferred.held_until <= now:
+            deferred.read_held(now)
+        rows = places // (1 + self._page.row_bytes // scheduler.place_bytes)
+        if rows > self._page.rows:
+            rows = self._page.rows
+        scarce = places < scheduler.worth and not self._planner.throttled
+        room = _ROOM((now, rows if rows > 0 else 1, scarce))
+        if not deferred.reads and now < self._due.next_at(now, scarce=scarce):
+            return self._planned(room)  # nothing takes turns with it
         for choice in self._choices:
             if read := choice(room):
                 self._choices.remove(choice)
@@ -96,21 +106,22 @@ class NextRead:
 
         ``read``: there was something at the last time, so there may be more.
         """
-        places = self._scheduler.window.free
-        scarce = self._scarce(places)
+        scheduler = self._scheduler
+        places, deferred = scheduler.window.free, scheduler.deferred
+        scarce = places < scheduler.worth and not self._planner.throttled
         idle = not self._restart_due and self._planner.idle
         self.wants_room = scarce or not idle or bool(self._due.left_out)
-        if places <= 0 or not self._scheduler.ownership.active:
+        if places <= 0 or not scheduler.ownership.active:
             return inf
-        if read and (not idle or self._scheduler.wants_key_reads):
+        if read and (not idle or deferred.reads):
             return 0.0
         at = self._due.next_at(now, scarce=scarce)
-        if self._scheduler.deferred.held:
-            at = min(at, self._scheduler.deferred.held_until)
-        return min(self._planner.wait_s(now), max(0.0, at - now))
-
-    def _scarce(self, places: int) -> bool:
-        return places < self._scheduler.worth and not self._planner.throttled
+        if deferred.held:
+            at = min(at, deferred.held_until)
+        wait_s, until_due_s = self._planner.wait_s(now), at - now
+        if until_due_s < wait_s:
+            wait_s = until_due_s
+        return wait_s if wait_s > 0.0 else 0.0
 
     def _keys(self, room: _Room) -> KeyReads | None:
         keys = self._scheduler.key_reads(min(_KEY_READS_MAX, room.rows))

@@ -35,6 +35,7 @@ class PageSize:
         """A page has been read; of each row, the bytes of its documents."""
         if not sizes:
             return
-        self.row_bytes = sum(sizes) // len(sizes)
-        fitting = BYTES // max(1, self.row_bytes)
-        self.rows = max(1, min(2 * self.rows, fitting, ROWS_MAX))
+        self.row_bytes = row_bytes = sum(sizes) // len(sizes)
+        fitting = BYTES // row_bytes if row_bytes else ROWS_MAX
+        if self.rows != ROWS_MAX or fitting < ROWS_MAX:
+            self.rows = max(1, min(2 * self.rows, fitting, ROWS_MAX))

@@ -35,6 +35,7 @@ from itertools import islice
 from math import inf
 from typing import NamedTuple
 
+from cdc.core.fast_change import fast_make
 from cdc.core.model import WakeUp
 from cdc.core.shard_cursor import REPASS_MAX_S, RETRY_MIN_S, Position, Scanned, ShardCursor, Snapshot, ends_of
 from cdc.core.shard_ownership import Acquired
@@ -78,6 +79,9 @@ class FetchResult(NamedTuple):
     at_once: int = 0
     late: int = 0
     given_up: int = 0
+
+
+_WAKEUP, _FETCH, _FETCH_RESULT = fast_make(WakeUp), fast_make(Fetch), fast_make(FetchResult)
 
 
 class _Unseen:
@@ -254,6 +258,9 @@ class ReadPlanner:
 
     def wait_s(self, now: float) -> float:
         """Seconds until ``next`` may have something new, wake-ups aside."""
+        if self._cursors_idle and not self._unseen:
+            left_s = self._schedule.next_at - now
+            return left_s if left_s > 0.0 else 0.0
         times = [self._schedule.next_at]
         if self._unseen:
             times += [unseen.retry_at for unseen in self._to_retry().values()]
@@ -296,7 +303,7 @@ class ReadPlanner:
             else:
                 pause = min(max(now - unseen.since, RETRY_MIN_S), _RETRY_MAX_S)
                 unseen.retry_at = now + pause
-        return FetchResult(at_once, late, given_up)
+        return _FETCH_RESULT((at_once, late, given_up))
 
     def swept(
         self,
@@ -364,10 +371,16 @@ class ReadPlanner:
             self._cursors_idle = self._cursors_idle and cursor.live and not cursor.reading
 
     def _fetch(self, now: float, room: int, _sweep_room: int) -> Fetch | None:
-        limit = min(room, _FETCH_MAX)
+        limit = room if room < _FETCH_MAX else _FETCH_MAX
         if limit <= 0:
             return None
-        chosen = self._notified_and_live(limit) if self._notified else []
+        chosen: list[WakeUp] = []
+        for seq, number in self._notified.items():
+            shard = self._shards[number]
+            if shard.live and not shard.reading:
+                chosen.append(_WAKEUP((seq, number)))
+                if len(chosen) == limit:
+                    break
         looked_for: list[WakeUp] = []
         if self._unseen:
             to_retry = self._to_retry()
@@ -378,23 +391,13 @@ class ReadPlanner:
             return None
         for seq, _ in chosen:
             del self._notified[seq]
-        return Fetch((*looked_for, *chosen))
+        return _FETCH(((*looked_for, *chosen),))
 
     def _to_retry(self) -> dict[int, _Unseen]:
         """The numbers that every fetch requests again. In a shard that is not live, a pass finds them."""
         numbers = {unseen.shard for unseen in self._unseen.values()}
         live = {number for number in numbers if self._shards[number].live and not self._shards[number].reading}
         return {seq: unseen for seq, unseen in self._unseen.items() if unseen.shard in live}
-
-    def _notified_and_live(self, limit: int) -> list[WakeUp]:
-        chosen: list[WakeUp] = []
-        for seq, number in self._notified.items():
-            shard = self._shards[number]
-            if shard.live and not shard.reading:
-                chosen.append(WakeUp(seq, number))
-                if len(chosen) == limit:
-                    break
-        return chosen
 
     def _sweep(self, now: float, room: int, sweep_room: int) -> Sweep | None:
         return self._page(None, self._shards, now, room, sweep_room)

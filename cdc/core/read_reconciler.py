@@ -34,10 +34,12 @@ class ReadReconciler:
         return self
 
     def close(self, *_: object) -> None:
-        self.under_way = self.eventful = False
-        self._settled.clear()
-        self._arrived.clear()
-        self._cut_off.clear()
+        self.under_way = False
+        if self.eventful:
+            self.eventful = False
+            self._settled.clear()
+            self._arrived.clear()
+            self._cut_off.clear()
 
     __exit__ = close
 

@@ -41,6 +41,7 @@ from operator import attrgetter
 from cdc.core.admission import Admission, Admitted, Row
 from cdc.core.deferred_keys import DeferredKeys, KeyRead
 from cdc.core.dynamic_limit import DynamicLimit, Room
+from cdc.core.fast_change import fast_make
 from cdc.core.key_queue import KeyQueue
 from cdc.core.model import SEQ_MAX, Change, Committed, Key
 from cdc.core.read_reconciler import ReadReconciler, Settlement
@@ -49,6 +50,7 @@ from cdc.core.shard_ownership import Acquired, ShardOwnership
 
 _DEFERRED_KEYS_MAX = 10_000
 _CHANGE, _SEQ = attrgetter("change"), attrgetter("seq")
+_ADMITTED, _RUN = fast_make(Admitted), fast_make(Run)
 _NO_KEYS: Set[Key] = frozenset()
 _NONE_WAITS: Mapping[Key, int] = {}
 _FACTOR = 4
@@ -208,7 +210,7 @@ class KeyScheduler:
                     rejected_keys.add(key)
                     of_type = rejected.setdefault(change.entity_type, {})
                     of_type[change.shard] = min(change.seq, of_type.get(change.shard, change.seq))
-        return Admitted(taken, rejected, barred)
+        return _ADMITTED((taken, rejected, barred))
 
     def _decide(self, row: Row, key: Key, waiting: Mapping[Key, int], *, key_read: bool, due: bool) -> Admission:
         """``waiting``: by key, the change that has begun to wait since the row was read."""
@@ -268,7 +270,7 @@ class KeyScheduler:
                     self.fenced()
             if started:
                 self.ready_queues.started(started, needs)
-                return Run(needs.handler, started)
+                return _RUN((needs.handler, started))
         return NOTHING
 
     def free_places(self, change: Change) -> None:
@@ -313,7 +315,7 @@ class KeyScheduler:
         self.ready_queues.ended(map(_CHANGE, batch))
         to_settle: list[Settlement] = []
         for finished in batch:
-            change = finished.change
+            change, outcome = finished
             queue = self._known.get(change.seq) or self._queues[change.key]  # an orphan is not in the window
             queue.remove_running(change)
             if queue.orphan:
@@ -322,11 +324,11 @@ class KeyScheduler:
                 # Its type cannot speed up the mark.
                 self.window.end_use(change.entity_type, 1 + change.size // self.place_bytes)
                 self._settles(queue, finished)
-                if isinstance(finished.outcome, Committed):
+                if isinstance(outcome, Committed):
                     self.settled((finished,))
                 else:
                     to_settle.append(finished)
-                if finished.outcome.blocks_key:
+                if outcome.blocks_key:
                     self._drop_queue(queue, remember=True)
                 elif queue.queued and not queue.running:
                     self._make_ready(queue)
@@ -397,11 +399,6 @@ class KeyScheduler:
             queue.blocks_no_more(change.seq)
         return queue
 
-    @property
-    def wants_key_reads(self) -> bool:
-        """There are deferred keys to be read on, with room or without."""
-        return bool(self.deferred.reads)
-
     def key_reads(self, limit: int) -> list[KeyRead]:
         """Reads of deferred keys, of one type that has room, each requested once; answer with ``admit_key_read``."""
         return self.deferred.take_reads(limit, self.window.admits) if self.deferred.reads else []
@@ -432,9 +429,11 @@ class KeyScheduler:
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = KeyQueue(key)
+            queue.queued.append(change)
+        else:
+            queue.enqueue(change)
         self._known[change.seq] = queue
         self.window.acquire(change.entity_type, 1 + change.size // self.place_bytes)
-        queue.enqueue(change)
         if not queue.running and queue.queued[0] is change:
             self._make_ready(queue)
 

@@ -298,7 +298,7 @@ class Consumer:
             read = await self._reads.once(reader, session)
             self.lifecycle.iterated("consumer", answered=read)
             if read:
-                if session.has_server_message and not self._scheduler.settling:
+                if not self._scheduler.settling and session.has_server_message:
                     # Another consumer takes the shards if the session has ended: check before starting more.
                     await self._balancing.ask(session, time.monotonic())
                 failpoints.here("fetch.after_rows")
@@ -306,7 +306,7 @@ class Consumer:
             failpoints.here("fetch.after_dispatch")
             wait_s = self._reads.wait_s(read=read)
             if wait_s or not read:
-                await self.notifications.due.wait_within(min(wait_s, _ITERATION_MAX_S))
+                await self.notifications.due.wait_within(wait_s if wait_s < _ITERATION_MAX_S else _ITERATION_MAX_S)
 
     # --- settle ----------------------------------------------------------------------------------------------------
 
@@ -325,7 +325,7 @@ class Consumer:
         self._read_if_room_helps()
 
     def _read_if_room_helps(self) -> None:
-        if self._reads.next.wants_room or self._scheduler.wants_key_reads:
+        if self._reads.next.wants_room or self._scheduler.deferred.reads:
             self.notifications.due.set()
 
     def _follow_up(self, batch: Sequence[Settlement], settled_at: datetime) -> None:
@@ -349,7 +349,8 @@ class Consumer:
             took_s.setdefault(change.entity_type, []).append(max(0.0, (at - change.changed_at).total_seconds()))
         for entity_type, seconds in took_s.items():
             self._metrics.handlers.took(entity_type, seconds)
-        self._hooks.processed(changes)
+        if self._hooks.for_processed:
+            self._hooks.processed(changes)
 
 
 def _since(moment: float | None) -> float:

@@ -202,7 +202,7 @@ class Executor:
             if handler.filter and len(batch) > 1:
                 keep_order(batch, outcomes)
             calls = 1 if handler.batch else len(changes)
-            self._metrics.duration_of(handler.name).observe((time.monotonic() - started) / calls, calls)
+            self._metrics.duration_of(handler.name).observe_times((time.monotonic() - started) / calls, calls)
         self._count(handler, outcomes)
         if latest and latest.later:
             outcomes = self._for_all(handler, outcomes, latest)
@@ -235,10 +235,11 @@ class Executor:
         unfinished = None
         suspects, contexts = self.lost.suspects, self._calls.contexts
         began = now = time.monotonic()
-        while changes and now - began < _AT_ONCE_S and not (changes[0].crashed or changes[0].chain):
-            if suspects and changes[0].id in suspects:
+        while changes and now - began < _AT_ONCE_S:
+            change, started = changes[0], now
+            if change.crashed or change.chain or (suspects and change.id in suspects):
                 break
-            change, started = changes.popleft(), now
+            changes.popleft()
             failpoints.here("run.before_handler")
             try:
                 given = call_in(contexts, prepare, change) if prepare else change

@@ -40,16 +40,17 @@ class Hooks:
     """Calls the hooks of ``router``."""
 
     def __init__(self, router: Router) -> None:
-        self._processed = router.processed_hooks
+        self.for_processed = router.processed_hooks
+        """Where there is none, ``processed`` need not be called; nor ``woken``, without ``for_wakeups``."""
         self._failed = router.error_hooks
-        self._woken = router.wakeup_hooks
+        self.for_wakeups = router.wakeup_hooks
         self._threads = Threads(_THREADS)
         self._news: asyncio.Queue[tuple[Hook, int, tuple[Any, ...]]] = asyncio.Queue(_BACKLOG_MAX)
         self._overflowing = False
         self._bytes = 0
 
     def processed(self, changes: Iterable[Change]) -> None:
-        for hook in self._processed:
+        for hook in self.for_processed:
             for change in changes:
                 self._tell(hook, change.size, change)
 
@@ -59,10 +60,9 @@ class Hooks:
 
     def woken(self, wakeups: Sequence[WakeUp]) -> None:
         """Notifications have just come in."""
-        if self._woken:
-            seqs, at = [wakeup.seq for wakeup in wakeups], time.monotonic()
-            for hook in self._woken:
-                self._tell(hook, _SEQ_BYTES * len(seqs), seqs, at)
+        seqs, at = [wakeup.seq for wakeup in wakeups], time.monotonic()
+        for hook in self.for_wakeups:
+            self._tell(hook, _SEQ_BYTES * len(seqs), seqs, at)
 
     async def run(self) -> None:
         """Call the hooks as calls are queued, until cancelled."""

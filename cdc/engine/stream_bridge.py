@@ -106,8 +106,9 @@ class StreamBridge:
     def _notified(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
         self._received.inc(len(wakeups))
         if latency_s is not None:
-            self._metrics.wakeups.latency.observe(max(0.0, latency_s))
-        self._hooks.woken(wakeups)
+            self._metrics.wakeups.latency.observe(latency_s if latency_s > 0.0 else 0.0)
+        if self._hooks.for_wakeups:
+            self._hooks.woken(wakeups)
         if others := self._notifications.notified(wakeups):
             self._relay.offer(others)
 

@@ -63,7 +63,11 @@ class Distribution:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float, times: int = 1) -> None:
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+    def observe_times(self, value: float, times: int) -> None:
         self.counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
 

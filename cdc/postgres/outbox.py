@@ -29,7 +29,7 @@ from cdc.core.model import (
 from cdc.core.page_size import BYTES
 from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
-from cdc.core.shard_cursor import Scanned, Snapshot
+from cdc.core.shard_cursor import Scanned
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.postgres import grants
 from cdc.postgres.coalesced import CoalescedChanges
@@ -45,6 +45,7 @@ from cdc.postgres.pages import (
     Settled,
     change_row,
     ended_by,
+    page_of,
 )
 from cdc.postgres.sql_files import NONE_STANDS, load
 from cdc.postgres.unreadable import RefusedReadError, RefusedRows, may_be_refused
@@ -168,8 +169,9 @@ class Store:
         """Leave these changes out of every read from now on. They replace those of the call before."""
         self._always["skipped"] = as_array(seqs)
 
-    async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Iterable[WakeUp]) -> OutboxPage:
-        wakeups = sorted(wakeups)
+    async def fetch(self, reader: psycopg.AsyncConnection, wakeups: Collection[WakeUp]) -> OutboxPage:
+        if len(wakeups) > 1:
+            wakeups = sorted(wakeups)
         parameters = self._numbers(wakeups)
         if self._everything:
             name = "fetch" if len(wakeups) > 1 else "fetch_one"
@@ -179,7 +181,8 @@ class Store:
                 if may_be_refused(name, error):
                     raise RefusedReadError(name, parameters, error) from error
                 raise
-            return await self._page(reader, records)
+            page = page_of(records)
+            return await self._page(reader, records) if self._any_deep(page.rows) else page
         types, include = self.scope
         records = await self._rows(reader, "fetch_some", {**parameters, "types": list(types), "among": include})
         ours = [record for record in records if record[3] is not None]
@@ -437,17 +440,8 @@ class Store:
         return await self._rows(session, "settle_others", {**settle_values(batch, encoding, maybe_written)})
 
     async def _page(self, reader: psycopg.AsyncConnection, records: list[Any], first_column: int = 2) -> OutboxPage:
-        xmin, next_xid = records[0][:2]
-        # Every row carries the snapshot. Without any change it comes in one row, with nulls.
-        there = records if records[0][first_column] is not None else []
-        rows = [change_row(record[first_column:]) for record in there if record[first_column + 2] is not None]
-        cut: Sequence[WakeUp] = ()
-        if len(rows) < len(there):
-            numbers = slice(first_column, first_column + 2)
-            cut = [WakeUp(*record[numbers]) for record in there if record[first_column + 2] is None]
-        if self._any_deep(rows):
-            rows = await self._with_chains(reader, rows)
-        return OutboxPage(rows, Snapshot(xmin, next_xid), cut=cut)
+        page = page_of(records, first_column)
+        return page._replace(rows=await self._with_chains(reader, page.rows)) if self._any_deep(page.rows) else page
 
     def _any_deep(self, rows: Sequence[Row]) -> bool:
         return max(map(_DEPTH, rows), default=0) > self._max_chain_depth
@@ -474,6 +468,9 @@ class Store:
 
     def _numbers(self, these: Collection[Change | WakeUp]) -> dict[str, Any]:
         """The parameters of a statement that names fresh changes by their numbers."""
+        if len(these) == 1:  # most come alone
+            [one] = these
+            return {**self._always, "seqs": f"{{{one.seq}}}", "shards": f"{{{one.shard}}}"}
         return {
             **self._always,
             "seqs": f"{{{','.join(map(str, map(_SEQ, these)))}}}",

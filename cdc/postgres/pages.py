@@ -138,6 +138,22 @@ def ended_by(cut: Sequence[WakeUp], ends: dict[int, Scanned]) -> dict[int, Scann
     return ends | {shard: Scanned(ends[shard].seq if shard in ends else 0, more=True) for _, shard in cut}
 
 
+_PAGE, _SNAPSHOT, _NO_OTHERS = fast_make(OutboxPage), fast_make(Snapshot), frozenset[int]()
+
+
+def page_of(records: Sequence[Any], first_column: int = 2) -> OutboxPage:
+    """A page from the rows of a read, whose changes begin with this column: the snapshot stands before them."""
+    xmin, next_xid = records[0][:2]
+    # Every row carries the snapshot. Without any change it comes in one row, with nulls.
+    there = records if records[0][first_column] is not None else []
+    rows = [change_row(record[first_column:]) for record in there if record[first_column + 2] is not None]
+    cut: Sequence[WakeUp] = ()
+    if len(rows) < len(there):
+        numbers = slice(first_column, first_column + 2)
+        cut = [WakeUp(*record[numbers]) for record in there if record[first_column + 2] is None]
+    return _PAGE((rows, _SNAPSHOT((xmin, next_xid)), None, _NO_OTHERS, cut))
+
+
 def change_row(record: Sequence[Any], *, requeued: bool = False) -> Row:
     """A change from what the block ``columns`` of outbox.sql gives."""
     (seq, shard, id_, entity_type, entity_id, table_schema, table, operation, old, new, metadata, changed_at, failures,

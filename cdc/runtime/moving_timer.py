@@ -58,6 +58,8 @@ class TimedEvent:
     def __init__(self) -> None:
         self._is_set = False
         self._waiter: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Where it is waited for; to ask for the running one asks the kernel for the process, before Python 3.12."""
         self._timer = MovingTimer(self.set)
 
     def is_set(self) -> bool:
@@ -75,7 +77,9 @@ class TimedEvent:
         """Wait until it is set."""
         if self._is_set:
             return
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
         self._timer.set(loop, seconds)
         self._waiter = loop.create_future()
         try:

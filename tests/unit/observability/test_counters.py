@@ -32,7 +32,7 @@ def test_they_show_what_the_librarys_would(seen: list[tuple[str, float]]) -> Non
         count.labels(kind).inc()
         histogram.labels(kind).observe(value)
         histogram.labels(kind).observe_each([value, 0.3, value])
-        histogram.labels(kind).observe(0.3, 2)
+        histogram.labels(kind).observe_times(0.3, 2)
         their_count.labels(kind).inc()
         for each in (value, value, value, 0.3, 0.3, 0.3):
             their_histogram.labels(kind).observe(each)
