@@ -120,32 +120,37 @@ DELETE FROM {subscription_changes} WHERE ctid = ANY (ARRAY(
 -- name: figures
 -- Of each subscription, or of one. Of each shard a bounded number is examined, of each half. What is behind is neither done
 -- nor waiting nor dead. Held back is what the default subscription has processed of that, and of what waits or is dead. A
--- paused one, and one of which nobody is a consumer, is counted as any other.
+-- paused one, and one of which nobody is a consumer, is counted as any other. Most are at the same
+-- positions, of which each is looked beyond once.
 WITH asked AS MATERIALIZED (
   SELECT s.subscription, s.types FROM {subscriptions} AS s
   WHERE %(number)s::smallint IS NULL OR s.subscription = %(number)s::smallint
   ORDER BY s.name LIMIT %(subscriptions)s
+), placed AS MATERIALIZED (
+  SELECT asked.subscription, asked.types, p.shard, p.seq FROM asked JOIN {positions} AS p USING (subscription)
 ), beyond AS MATERIALIZED (
-  SELECT asked.subscription, asked.types, n.*
-  FROM asked JOIN {positions} AS p ON p.subscription = asked.subscription
+  SELECT placed.shard AS at_shard, placed.seq AS at_seq, n.*
+  FROM (SELECT DISTINCT p.shard, p.seq FROM placed AS p) AS placed
   CROSS JOIN LATERAL (
-    (SELECT n.shard, n.seq, n.changed_at, n.processed, coalesce(n.entity_type, n.table_name) AS type FROM {changes} AS n
-     WHERE n.shard = p.shard AND n.seq > p.seq AND {is_fresh} ORDER BY n.seq LIMIT %(per_shard)s)
+    (SELECT n.shard, n.seq, n.changed_at, n.processed, true AS half, coalesce(n.entity_type, n.table_name) AS type
+     FROM {changes} AS n
+     WHERE n.shard = placed.shard AND n.seq > placed.seq AND {is_fresh} ORDER BY n.seq LIMIT %(per_shard)s)
     UNION ALL
-    (SELECT n.shard, n.seq, n.changed_at, n.processed, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
-     WHERE n.shard = p.shard AND n.seq > p.seq AND {is_settled} ORDER BY n.seq LIMIT %(per_shard)s)
+    (SELECT n.shard, n.seq, n.changed_at, n.processed, false, coalesce(n.entity_type, n.table_name)
+     FROM {changes} AS n
+     WHERE n.shard = placed.shard AND n.seq > placed.seq AND {is_settled} ORDER BY n.seq LIMIT %(per_shard)s)
   ) AS n
 ), behind AS MATERIALIZED (
-  SELECT b.subscription, count(*) AS count, count(*) FILTER (WHERE b.processed) AS held_back,
+  SELECT p.subscription, count(*) AS count, count(*) FILTER (WHERE b.processed) AS held_back,
          min(b.changed_at) FILTER (WHERE isfinite(b.changed_at)) AS since
-  FROM beyond AS b
-  WHERE (b.types IS NULL OR b.type = ANY (b.types)) AND NOT EXISTS (
+  FROM beyond AS b JOIN placed AS p ON p.shard = b.at_shard AND p.seq = b.at_seq
+  WHERE (p.types IS NULL OR b.type = ANY (p.types)) AND NOT EXISTS (
     SELECT FROM {subscription_changes} AS e
-    WHERE e.subscription = b.subscription AND e.shard = b.shard AND e.seq = b.seq OFFSET 0)
-  GROUP BY b.subscription
-), cut AS MATERIALIZED (
-  SELECT DISTINCT b.subscription FROM beyond AS b
-  GROUP BY b.subscription, b.shard, NOT b.processed HAVING count(*) >= %(per_shard)s
+    WHERE e.subscription = p.subscription AND e.shard = b.shard AND e.seq = b.seq OFFSET 0)
+  GROUP BY p.subscription
+), full_shards AS MATERIALIZED (
+  SELECT DISTINCT b.at_shard, b.at_seq FROM beyond AS b
+  GROUP BY b.at_shard, b.at_seq, b.half HAVING count(*) >= %(per_shard)s
 )
 SELECT asked.subscription AS number, coalesce(behind.count, 0)::int AS behind,
        (coalesce(behind.held_back, 0) + (
@@ -159,7 +164,8 @@ SELECT asked.subscription AS number, coalesce(behind.count, 0)::int AS behind,
           ) AS e CROSS JOIN LATERAL (
             SELECT FROM {changes} AS n WHERE n.shard = e.shard AND n.seq = e.seq AND {is_settled} AND n.processed LIMIT 1
           ) AS n))::int AS held_back,
-       EXISTS (SELECT FROM cut WHERE cut.subscription = asked.subscription) AS more,
+       EXISTS (SELECT FROM placed AS p JOIN full_shards AS f ON f.at_shard = p.shard AND f.at_seq = p.seq
+               WHERE p.subscription = asked.subscription) AS more,
        CASE WHEN behind.since <= now() THEN extract(epoch FROM now() - behind.since)::float8 END AS oldest_age_s,
        (SELECT count(*) FROM (
           SELECT FROM {subscription_changes} AS e
