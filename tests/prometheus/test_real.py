@@ -132,8 +132,11 @@ def test_handlers_that_fail_and_what_they_leave_behind(scene: Scene) -> None:
 
 
 def test_every_panel_shows_something(scene: Scene) -> None:
-    """Of ``well``, which has worked, failed and been read by the collector."""
-    queries = {where: query.replace('job=~".+"', 'job=~"well"') for where, query in panel_queries()}
+    """Of ``well``, which has worked, failed and been read by the collector; of ``lonely``, which delivers."""
+    queries = {
+        where: query.replace('job=~".+"', f'job=~"{"lonely" if "cdc_delivery" in query else "well"}"')
+        for where, query in panel_queries()
+    }
     restarts = {annotation["name"] for annotation in dashboard()["annotations"]["list"]}  # there was none
     missing = set(queries)
 
