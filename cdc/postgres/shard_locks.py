@@ -187,6 +187,11 @@ def lock_class(schema: str, subscription: int = 0) -> int:
     return hashed - (1 << 32) if hashed >= 1 << 31 else hashed
 
 
+def change_locks(schema: str, subscription: int) -> int:
+    """The seed of the numbers that handlers lock in their transactions: a fresh change of a subscription has no row."""
+    return zlib.crc32(f"cdc:{schema}\0{subscription}".encode()) << 31
+
+
 def outbox_name(schema: str) -> str:
     """The outbox as ``to_regclass`` reads it."""
     return sql.Identifier(schema, "entity_changes").as_string()

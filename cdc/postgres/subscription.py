@@ -25,7 +25,6 @@ transactional handler's mark reads the position as it is then and keeps it until
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -42,6 +41,7 @@ from cdc.postgres import grants
 from cdc.postgres.outbox import CRASHED, INDEXED, Store, as_array
 from cdc.postgres.outcomes import settle_values
 from cdc.postgres.pages import COUNT_BOUND, Figures, OutboxPage
+from cdc.postgres.shard_locks import change_locks
 from cdc.postgres.sql_files import blocks, load
 from cdc.postgres.subscriptions import INDEXES, Subscription
 from cdc.postgres.unreadable import NUMBERS, RefusedRows
@@ -83,7 +83,7 @@ class SubscriptionStore(Store):
         self._always |= {
             "subscription": subscription.number,
             # Of the locks by which a transactional handler says which changes it has taken.
-            "locks": zlib.crc32(f"cdc:{schema}\0{subscription.number}".encode()) << 31,
+            "locks": change_locks(schema, subscription.number),
         }
         self._unproved = True
         """Positions may be moved."""

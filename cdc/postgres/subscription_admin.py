@@ -12,6 +12,7 @@ import psycopg
 
 from cdc.core.errors import NotFoundError, UsageError
 from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin, Reference, SearchResult
+from cdc.postgres.shard_locks import change_locks
 from cdc.postgres.sql_files import blocks, load
 from cdc.postgres.subscriptions import Subscription
 
@@ -29,7 +30,11 @@ class SubscriptionAdmin(OutboxAdmin):
         self._statements = self._without_barriers = {**self._statements, **own}
         self.selections = {name: own[name] for name in ("select_dead", "select_waiting")}
         types = subscription.types
-        self.given = {"subscription": subscription.number, "types": None if types is None else list(types)}
+        self.given = {
+            "subscription": subscription.number,
+            "types": None if types is None else list(types),
+            "locks": change_locks(schema, subscription.number),
+        }
 
     def find(self, connection: psycopg.Connection, state: str, wanted: Filter, limit: int) -> SearchResult:
         """Raises UsageError for what is processed: a subscription keeps no list of that."""

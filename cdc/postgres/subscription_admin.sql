@@ -159,14 +159,18 @@ WHERE c.id = ANY (%(ids)s::uuid[])
 ORDER BY array_position(%(ids)s::uuid[], c.id)
 
 -- name: take
--- Whatever their state, or in this one only. A locked row is being worked on; see admin.sql.
-SELECT c.id
-FROM {changes} AS c JOIN {subscription_changes} AS e
-  ON e.subscription = %(subscription)s::smallint AND e.shard = c.shard AND e.seq = c.seq
-WHERE c.id = ANY (%(ids)s::uuid[])
-  AND (%(state)s::text IS NULL
-    OR %(state)s = CASE WHEN e.dead_at IS NOT NULL THEN 'dead' WHEN e.next_attempt_at IS NOT NULL THEN 'waiting' END)
-FOR UPDATE OF e SKIP LOCKED
+-- Whatever their state, or in this one only. A locked row is being worked on; see admin.sql. A handler in a transaction
+-- holds the lock of the change's number.
+WITH free AS MATERIALIZED (
+  SELECT c.id, c.seq
+  FROM {changes} AS c JOIN {subscription_changes} AS e
+    ON e.subscription = %(subscription)s::smallint AND e.shard = c.shard AND e.seq = c.seq
+  WHERE c.id = ANY (%(ids)s::uuid[])
+    AND (%(state)s::text IS NULL
+      OR %(state)s = CASE WHEN e.dead_at IS NOT NULL THEN 'dead' WHEN e.next_attempt_at IS NOT NULL THEN 'waiting' END)
+  FOR UPDATE OF e SKIP LOCKED
+)
+SELECT free.id FROM free WHERE pg_try_advisory_xact_lock(hashint8extended(free.seq, %(locks)s::bigint))
 
 -- name: retry
 -- Due now. A dead letter gets all its attempts again.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import psycopg
 import pytest
 
+import cdc
 from cdc.postgres.admin import Filter
 from cdc.postgres.subscription_admin import SubscriptionAdmin
 from cdc.postgres.subscriptions import Subscriptions
 from tests.commands_outbox import data, die, numbers, process, publish, row, run
 from tests.commands_subscription import create, fail, finish, taken
+from tests.eventually import eventually_async
+from tests.fix_consumer import consuming
 
 OF_SEARCH = ("--subscription", "search")
 
@@ -137,6 +141,33 @@ def test_what_is_fresh_or_done_is_refused_and_what_is_being_worked_on(
         working.execute("SELECT FROM cdc_subscription_changes FOR UPDATE")
         result = run(outbox, "discard", f"{fresh}", *OF_SEARCH)
     assert (result.exit_code, "another session is at work on it" in result.stderr) == (5, True)
+
+
+async def test_what_a_handler_in_a_transaction_works_on_is_refused(
+    outbox: str, outbox_db: psycopg.Connection, search: int
+) -> None:
+    seq = publish(outbox_db, "order", "a")
+    fail(outbox_db, search, seq)
+    began, release = asyncio.Event(), asyncio.Event()
+    router = cdc.Router()
+
+    @router.on("order")
+    async def handle(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        began.set()
+        await release.wait()
+
+    outbox_db.execute("UPDATE cdc_subscription_changes SET next_attempt_at = now()")
+    async with consuming(outbox, router, stream=False, subscription="search"):
+        await asyncio.wait_for(began.wait(), 20)
+        for command in (("retry", f"{seq}"), ("discard", f"{seq}")):
+            result = await asyncio.to_thread(run, outbox, *command, *OF_SEARCH)
+            assert (result.exit_code, "another session is at work on it" in result.stderr) == (5, True), result.output
+        release.set()
+
+        async def done() -> bool:
+            return taken(outbox_db, search) == [] and not [each for each in rows(outbox_db, search) if each[3]]
+
+        await eventually_async(done, what="it is done")
 
 
 def test_what_is_nothing_to_it_is_not_found(outbox: str, outbox_db: psycopg.Connection) -> None:
