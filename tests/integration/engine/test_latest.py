@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import cdc
 from cdc import testing
 from cdc.app.application import App
 from cdc.cli import cdc as root_command
+from cdc.core.deferred_keys import KeyRead
 from cdc.core.latest import Latest
 from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import tracking
@@ -342,6 +343,25 @@ async def test_a_call_stands_for_a_bounded_part_of_a_burst(
     _update(outbox_db, 1, 250)
     await testing.drain(outbox, router)
     assert calls == [(0, 100, 100), (100, 200, 100), (200, 250, 50)]
+
+
+async def test_a_key_of_which_a_call_stands_for_all_is_not_read_again(
+    outbox_db: psycopg.Connection, outbox: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    read_keys = Store.read_keys
+
+    async def counted(self: Store, reader: psycopg.AsyncConnection, keys: Sequence[KeyRead], per_key: int) -> Any:
+        read.append(len(keys))
+        return await read_keys(self, reader, keys, per_key)
+
+    monkeypatch.setattr(Store, "read_keys", counted)
+    calls: list[tuple[Any, ...]] = []
+    router = cdc.Router()
+    _declare(router, "async", lambda change: calls.append(_seen(change)[1:]))
+    _update(outbox_db, 1, 5)
+    await testing.drain(outbox, router)
+    assert (calls, read) == ([(0, 5, 5)], [])
 
 
 async def test_what_waits_behind_is_not_overtaken(outbox_db: psycopg.Connection, outbox: str) -> None:
