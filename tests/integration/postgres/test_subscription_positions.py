@@ -281,8 +281,8 @@ class Machine(RuleBasedStateMachine):
         for reads in self.reads if open_ else ():
             passed = self.db.execute(
                 "SELECT n FROM unnest(%s::bigint[]) AS open(n) JOIN cdc_positions AS p"
-                f" ON p.subscription = %s AND p.shard = {_SHARD} AND p.seq >= n",
-                [open_, reads.number],
+                " ON p.subscription = %s AND p.shard = %s AND p.seq >= n",
+                [open_, reads.number, _SHARD],
             ).fetchall()
             assert passed == []
 
