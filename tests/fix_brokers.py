@@ -370,26 +370,26 @@ class KafkaServer(BrokerServer):
         await self._create({})
 
     async def received(self) -> list[Received]:
-        return await asyncio.to_thread(self._read)
+        return await asyncio.to_thread(read_topics, self.address, self._prefix)
 
-    def _read(self) -> list[Received]:
-        reader = Consumer({"bootstrap.servers": self.address, "group.id": self._prefix, "enable.auto.commit": False})
-        try:
-            topics = [
-                each for name, each in reader.list_topics(timeout=10).topics.items() if name.startswith(self._prefix)
-            ]
-            parts = [TopicPartition(each.topic, number, 0) for each in topics for number in each.partitions]
-            left = sum(reader.get_watermark_offsets(part, timeout=10)[1] for part in parts)
-            reader.assign(parts)
-            found = []
-            while left:
-                records = reader.consume(left, timeout=10)
-                assert records, f"{left} records are missing"
-                left -= len(records)
-                found += records
-        finally:
-            reader.close()
-        return [_of_kafka(record) for record in found]
+
+def read_topics(servers: str, prefix: str) -> list[Received]:
+    """All records of the topics whose names begin with this, each partition in its order."""
+    reader = Consumer({"bootstrap.servers": servers, "group.id": prefix, "enable.auto.commit": False})
+    try:
+        topics = [each for name, each in reader.list_topics(timeout=10).topics.items() if name.startswith(prefix)]
+        parts = [TopicPartition(each.topic, number, 0) for each in topics for number in each.partitions]
+        left = sum(reader.get_watermark_offsets(part, timeout=10)[1] for part in parts)
+        reader.assign(parts)
+        found = []
+        while left:
+            records = reader.consume(left, timeout=10)
+            assert records, f"{left} records are missing"
+            left -= len(records)
+            found += records
+    finally:
+        reader.close()
+    return [_of_kafka(record) for record in found]
 
 
 class RabbitServer(BrokerServer):

@@ -16,7 +16,8 @@ import pytest
 from cdc.app.application import App
 from tests.eventually import eventually, eventually_async
 from tests.faults.broker_ledger import Captured, Read, judge
-from tests.fix_brokers import BrokerServer
+from tests.faults.kafka_nodes import KafkaNodes
+from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer
 from tests.fix_consumer import ROOT, Process, consuming, metric, settled, states
 from tests.fix_proxy import Proxy
 from tests.forked import Forked
@@ -36,7 +37,7 @@ def _publish(db: psycopg.Connection, count: int, size: int = 10) -> None:
 
 
 def _violations(
-    db: psycopg.Connection, broker: BrokerServer, copies_max: int | None = None, after: int = 0
+    db: psycopg.Connection, broker: BrokerServer | KafkaNodes, copies_max: int | None = None, after: int = 0
 ) -> list[str]:
     """``after``: the number of the last change that is not asked for."""
     rows = db.execute(
@@ -44,9 +45,10 @@ def _violations(
         " WHEN next_attempt_at IS NOT NULL THEN 'waiting' ELSE 'fresh' END FROM entity_changes WHERE seq > %s",
         [after],
     ).fetchall()
-    events = [each.event for each in asyncio.run(broker.received())]
+    received = broker.received()
+    events = [each.event for each in (received if isinstance(received, list) else asyncio.run(received))]
     read = [Read(int(event["sequence"]), event["subject"], event["id"]) for event in events]
-    if broker.scheme == "nats":
+    if isinstance(broker, NatsServer):
         copies_max = 1  # the stream drops the others
     return judge([Captured(*row) for row in rows], read, copies_max=copies_max)
 
@@ -218,6 +220,43 @@ async def test_a_message_that_is_too_large_is_a_dead_letter_and_takes_no_other_w
     large = 0 if broker.scheme == "redis" else 3  # which takes 512 MB
     assert states(outbox_db).get("dead", 0) == large
     assert await asyncio.to_thread(_violations, outbox_db, broker) == []
+
+
+@pytest.fixture
+def kafka_nodes(kafka: KafkaServer, tmp_path: Path) -> Iterator[KafkaNodes]:
+    """``kafka`` skips where there is none."""
+    nodes = KafkaNodes(tmp_path)
+    try:
+        nodes.start(0, 1, 2)
+        nodes.make_topic()
+        yield nodes
+    finally:
+        nodes.end()
+
+
+@pytest.mark.promise("G1")
+@pytest.mark.promise("G3")
+async def test_a_partition_whose_leader_goes_under_load_has_each_change_once_and_in_order(
+    kafka_nodes: KafkaNodes, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """The producer stays, and its retries go to the new leader, which knows what the old one has taken of it."""
+    url = f"kafka://{kafka_nodes.servers}/cdc.{{type}}"
+    async with consuming(outbox, None, deliver_to=url, max_attempts=1, deliver_batch=50, **_QUICK) as app:
+        for _ in range(2):
+            more = partial(_processed_more_than, outbox_db, states(outbox_db).get("processed", 0))
+            _publish(outbox_db, 600)
+            await _until(more, "some arrive", within_s=_SETTLED_S)
+            before = await asyncio.to_thread(kafka_nodes.leader)
+            await asyncio.to_thread(kafka_nodes.kill, before)
+            await _until(lambda: settled(outbox_db), "all arrive without it", within_s=_SETTLED_S)
+            assert await asyncio.to_thread(kafka_nodes.leader) != before
+            kafka_nodes.start(before)
+            await asyncio.to_thread(
+                eventually, lambda: kafka_nodes.in_sync() == 3, within_s=_SETTLED_S, what="it has caught up"
+            )
+        assert _failed(app) == 0
+    assert states(outbox_db) == {"processed": 1_200}
+    assert await asyncio.to_thread(_violations, outbox_db, kafka_nodes, 1) == []
 
 
 _ROWS = [Captured(1, "a", "one", "processed"), Captured(2, "a", "two", "processed")]
