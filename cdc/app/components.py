@@ -15,6 +15,7 @@ from cdc.core.errors import UsageError
 from cdc.core.handler_limits import HandlerLimits
 from cdc.core.model import WakeUp
 from cdc.core.page_size import BYTES
+from cdc.core.pauses import Pauses
 from cdc.core.router import Router
 from cdc.core.subscription import DEFAULT
 from cdc.core.type_filter import TypeFilter
@@ -36,6 +37,7 @@ from cdc.observability.status_metrics import StatusMetrics
 from cdc.postgres import shard_locks
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import driver_versions
+from cdc.postgres.controls import Controls
 from cdc.postgres.due import DueChanges
 from cdc.postgres.notify import Listener, Relay
 from cdc.postgres.outbox import Store
@@ -150,16 +152,21 @@ def build(
         bridge = StreamBridge(consumer.notifications, relay, metrics, hooks, changed=poll_now)
         chosen, sockets = _stream_settings(settings, stall_limit_s), sockets_of(asyncio.get_running_loop())
         stream = Stream(chosen, bridge, supervisor, exposed=consumer.exposed, sockets=sockets)
-    poller = _poller(settings, scope, store, supervisor, stream, subscription)
+    poller = _poller(settings, scope, store, supervisor, stream, subscription, consumer=consumer)
     listener = _listener(settings, consumer, hooks, metrics)
     components = Components(
         settings=settings, router=router, scope=scope, metrics=metrics, supervisor=supervisor, threads=threads,
         hooks=hooks, transactions=transactions, breakers=breakers, failures=failures, loop=LoopWatch(),
         consumer=consumer, relay=relay, listener=listener, poller=poller, stream=stream, delivery=delivery,
     )  # fmt: skip
-    name = deliveries.HANDLER if delivers else None
-    metrics.registry.register(StatusMetrics(settings.slot.name, lambda: components.status, delivery=name))
+    metrics.registry.register(_status_metrics(components, delivers=delivers))
     return components
+
+
+def _status_metrics(components: Components, *, delivers: bool) -> StatusMetrics:
+    names = {each for kind, handler in components.router.handlers.items() for each in (kind[0], handler.name)}
+    name = deliveries.HANDLER if delivers else None
+    return StatusMetrics(components.settings.slot.name, lambda: components.status, delivery=name, names=names)
 
 
 def _scope(settings: Settings, router: Router, subscription: Subscription | None) -> TypeFilter:
@@ -240,6 +247,8 @@ def _poller(  # noqa: PLR0917 - one of each
     supervisor: Supervisor,
     stream: Stream | None,
     subscription: Subscription | None,
+    *,
+    consumer: ConsumerPort,
 ) -> StatsPoller:
     may_recreate = settings.slot.create and settings.slot.recreate
     subscriptions, number = Subscriptions(settings.schema_), subscription.number if subscription else None
@@ -247,6 +256,9 @@ def _poller(  # noqa: PLR0917 - one of each
         settings.current_dsn,
         store=store,
         due=DueChanges(settings.schema_),
+        controls=Controls(settings.schema_),
+        # The figures of another subscription are its store's, which knows nothing of pauses.
+        pauses=(lambda: consumer.pauses) if settings.subscription == DEFAULT else Pauses,
         slot=settings.slot.name if stream else None,
         asked=None
         if scope == settings.scope or settings.observe or settings.subscription != DEFAULT

@@ -135,6 +135,7 @@ def print_(*, settings: Settings, sets: tuple[str, ...], no_transaction: bool) -
 @database_options
 @click.option("--consumer", metavar="ROLE", help="Role of cdc run: reads changes and marks them.")
 @click.option("--readonly", metavar="ROLE", help="Role that only reads: dashboards, cdc outbox stats and list.")
+@click.option("--operator", metavar="ROLE", help="Role that decides: also pauses and resumes, retries and discards.")
 @click.option("--retention", is_flag=True, help="The consumer may also remove changes, for its setting retention.")
 @click.option("--publish", is_flag=True, help="The consumer's handlers may also call publish_change().")
 @click.option(
@@ -144,13 +145,14 @@ def print_(*, settings: Settings, sets: tuple[str, ...], no_transaction: bool) -
     metavar="NAME",
     help="The consumer runs the handlers of this set, such as whatsapp.",
 )
-@click.option("--payload", is_flag=True, help="The role that only reads may also read the data in the changes.")
+@click.option("--payload", is_flag=True, help="Who reads or decides may also read the data in the changes.")
 @click.option("--print", "print_only", is_flag=True, help="Print a script for psql instead. Needs no database.")
 def grant(
     *,
     settings: Settings,
     consumer: str | None,
     readonly: str | None,
+    operator: str | None,
     retention: bool,
     publish: bool,
     sets: tuple[str, ...],
@@ -165,18 +167,23 @@ def grant(
     from cdc.postgres import grants, migration_scripts  # noqa: PLC0415 - see install
 
     migration_scripts.check_sets(sets)
-    if ((retention or publish or sets) and not consumer) or (payload and not readonly):
+    if ((retention or publish or sets) and not consumer) or (payload and not (readonly or operator)):
         raise UsageError(
-            "--retention, --publish and --with are about --consumer ROLE, --payload is about --readonly ROLE"
+            "--retention, --publish and --with are about --consumer ROLE, --payload is about --readonly ROLE or"
+            " --operator ROLE"
         )
     scripts = [migration_scripts.consumer_rights(name, settings.schema_, consumer or "") for name in sets]
     granting = [script for script in scripts if script]
     grantees = [
         *([grants.consumer(consumer, retention=retention, publish=publish, scripts=granting)] if consumer else []),
         *([grants.reader(readonly, payload=payload)] if readonly else []),
+        *([grants.operator(operator, payload=payload)] if operator else []),
     ]
-    if not grantees or consumer == readonly:
-        raise UsageError("no role is named", hint="--consumer ROLE, --readonly ROLE, or both, which are two roles")
+    if not grantees or len({grantee.role for grantee in grantees}) < len(grantees):
+        raise UsageError(
+            "no role is named, or one twice",
+            hint="--consumer ROLE, --readonly ROLE, --operator ROLE, or several, each of which is a role of its own",
+        )
     if print_only:
         put_script(grants.print_sql(settings.schema_, grantees))
         return

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _LABEL = 11
 _MEMBERS_MAX = 4
+_PAUSES_MAX = 5
 _TYPES_MAX = 10
 _SUBSCRIPTIONS_MAX = 5
 _DEAD_LETTERS_MAX = 5
@@ -76,6 +77,11 @@ def _lines(seen: Status, settings: Settings, health: SlotHealth | None) -> Itera
     if seen.observers:
         each = ", ".join(f"process {_where(member)}" for member in seen.observers)
         yield "observers", f"{len(seen.observers)}, which run and mark nothing: {each}"
+    for control in (seen.paused or ())[:_PAUSES_MAX]:
+        since, why = format_duration(control.pause.age_s), control.pause.because
+        yield "paused", paint(f"{control.pause}, for {since} now, by {control.pause.set_by}: {why}", "yellow")
+    if (more := len(seen.paused or ()) - _PAUSES_MAX) > 0:
+        yield "", f"and {more} more: cdc controls"
     yield "pace", _pace(seen)
     if (due := seen.outbox.due_later) and due.count:
         yield "due later", str(due)

@@ -7,7 +7,8 @@ some types only; the next one goes on *from* there, at once, until all were visi
 other reads get their time.
 
 A type with little room is *left out*: the same rows would be read again and again. It is read once in an interval, or
-when it has room. While the whole window has little room, so are all.
+when it has room. While the whole window has little room, so are all. A type that a pause holds is left out until it is
+resumed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,19 @@ class DueReads:
     """``poll_interval_s`` holds for types that are left out, ``sweep_interval_s`` for all others.
 
     ``room_for``: how many changes of a type can be taken in, and from how many on reading them is worth while.
+    ``holds``: whether a type is held, and so has no room.
     """
 
     def __init__(
-        self, room_for: Callable[[str], tuple[int, int]], *, sweep_interval_s: float, poll_interval_s: float
+        self,
+        room_for: Callable[[str], tuple[int, int]],
+        *,
+        sweep_interval_s: float,
+        poll_interval_s: float,
+        holds: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._room_for = room_for
+        self._holds = holds
         self._sweep_interval_s = sweep_interval_s
         self._poll_interval_s = poll_interval_s
         self.start: int | None = None
@@ -58,7 +66,8 @@ class DueReads:
     def begin(self, now: float, types: Collection[str]) -> Collection[str]:
         """A read begins. ``types``: those in the window. Returns the types to leave out."""
         long_ago = now - self._began >= self._poll_interval_s
-        rooms = {entity_type: self._room_for(entity_type) for entity_type in types}
+        known = {*types, *filter(self._holds, self.left_out)}
+        rooms = {entity_type: self._room_for(entity_type) for entity_type in known}
         self.left_out = [name for name, (free, worth) in rooms.items() if free < (1 if long_ago else worth)]
         self._began = now
         if self.start is None:
@@ -76,7 +85,8 @@ class DueReads:
             self._next_due_at = min(self._next_due_at, now + next_due_s)
         self.start = go_on
         if go_on is None:
-            interval_s = self._poll_interval_s if self.left_out else self._sweep_interval_s
+            awaited = any(not self._holds(entity_type) for entity_type in self.left_out)
+            interval_s = self._poll_interval_s if awaited else self._sweep_interval_s
             self.within(min(self._next_due_at - now, interval_s), now)
             self._next_due_at = inf
         self._rests_until = now + min(_REST * (now - self._began), _REST_MAX_S)

@@ -36,6 +36,11 @@ class KeyQueue:
         return self.needs is not None and self.needs.after_settled
 
     @property
+    def startable(self) -> bool:
+        """Whether a change may start; a fenced one becomes ready again when the last before it has settled."""
+        return bool(self.queued) and not (self.running or self.blocking or (self.settling and self.after_settled))
+
+    @property
     def unfinished(self) -> tuple[Change, ...]:
         """The changes that have not finished."""
         return (*self.running, *self.queued)

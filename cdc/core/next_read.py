@@ -65,6 +65,7 @@ class NextRead:
 
     def __init__(self, scheduler: KeyScheduler, planner: ReadPlanner, due: DueReads, page: PageSize) -> None:
         self._scheduler = scheduler
+        self._worth = scheduler.worth
         self._planner = planner
         self._due = due
         self._page = page
@@ -83,14 +84,14 @@ class NextRead:
         """None: there is nothing to read, or no room for it."""
         scheduler = self._scheduler
         places, deferred = scheduler.window.free, scheduler.deferred
-        if places <= 0 or not scheduler.ownership.active:
+        if places <= 0 or not scheduler.ownership.active or scheduler.held.pauses.everything:
             return None
         if deferred.held and deferred.held_until <= now:
             deferred.read_held(now)
         rows = places // (1 + self._page.row_bytes // scheduler.place_bytes)
         if rows > self._page.rows:
             rows = self._page.rows
-        scarce = places < scheduler.worth and not self._planner.throttled
+        scarce = places < self._worth and not self._planner.throttled
         room = _ROOM((now, rows if rows > 0 else 1, scarce))
         if not deferred.reads and now < self._due.next_at(now, scarce=scarce):
             return self._planned(room)  # nothing takes turns with it
@@ -108,10 +109,10 @@ class NextRead:
         """
         scheduler = self._scheduler
         places, deferred = scheduler.window.free, scheduler.deferred
-        scarce = places < scheduler.worth and not self._planner.throttled
+        scarce = places < self._worth and not self._planner.throttled
         idle = not self._restart_due and self._planner.idle
         self.wants_room = scarce or not idle or bool(self._due.left_out)
-        if places <= 0 or not scheduler.ownership.active:
+        if places <= 0 or not scheduler.ownership.active or scheduler.held.pauses.everything:
             return inf
         if read and (not idle or deferred.reads):
             return 0.0
@@ -133,7 +134,8 @@ class NextRead:
         without = self._due.begin(room.now, self._scheduler.types)
         # What is in the window is due as well until it is settled: a page has to reach beyond it.
         here = self._scheduler.queued + self._scheduler.running + self._scheduler.settling
-        return DueRead(min(self._scheduler.capacity, here + self._page.rows), without, self._due.start)
+        limit = min(self._scheduler.capacity, here + self._page.rows) + len(self._scheduler.held.due)
+        return DueRead(limit, without, self._due.start)
 
     def _planned(self, room: _Room) -> Fetch | Sweep | None:
         # Not during such a pass: restarted at each wake-up, it would never get beyond the first rows.

@@ -20,11 +20,10 @@ A ``KeyQueue`` holds the changes of one key that are in the window, in ``seq`` o
   *put off*, it leaves the window, and its key is held until a time.
 
 For what the window does not hold, each key has one number, its *watermark*: changes of the key from this ``seq`` on
-were seen and not admitted. Only a ``KeyRead`` that starts at that number admits them. This rule keeps order whatever
-the reason was: a waiting change (``blocked`` until it has settled) or a full queue. The memory for watermarks is
-bounded, too. A change for which neither it nor the window has room is *rejected*, and its type and shard are read
-again from that number. So is one that is *barred*: a TRUNCATE of its type comes before it, or is this one, and waits
-for what comes before. The snapshot that shows a row says so, and nothing is remembered.
+were seen and not admitted. Only a ``KeyRead`` that starts there admits them. This rule keeps order whatever the reason
+was: a waiting change, a full queue, or a pause of the key. A change for which neither this bounded memory nor the
+window has room is *rejected*, and its type and shard are read again from there. So is one whose type a pause *holds*,
+and one that is *barred*: a TRUNCATE of its type comes before it, or is this one. Nothing is remembered of these.
 
 A read may be older than a settle that came after it began: ``admit`` corrects its rows by the ``ReadReconciler``.
 
@@ -44,6 +43,7 @@ from cdc.core.dynamic_limit import DynamicLimit, Room
 from cdc.core.fast_change import fast_make
 from cdc.core.key_queue import KeyQueue
 from cdc.core.model import SEQ_MAX, Change, Committed, Key
+from cdc.core.pauses import Held, Pauses
 from cdc.core.read_reconciler import ReadReconciler, Settlement
 from cdc.core.ready_queues import NOTHING, ReadyQueues, Requirements, Run
 from cdc.core.shard_ownership import Acquired, ShardOwnership
@@ -77,8 +77,6 @@ class KeyScheduler:
         coalesces: bool = False,
     ) -> None:
         self.capacity = capacity
-        self.worth = max(1, capacity // 4)
-        """The room from which on reading a page is worth while."""
         self.place_bytes = place_bytes
         """A change holds 1 + size // place_bytes places. Written out below: a call for it would be the commonest."""
         self.key_capacity = key_capacity
@@ -99,10 +97,15 @@ class KeyScheduler:
         """Called when ``start`` meets a change that waits for those of its key before it to settle."""
         self.reading = ReadReconciler()
         """A context to hold from the beginning of a read of the table until its answer has been taken in."""
+        self.held = Held()
+
+    @property
+    def worth(self) -> int:
+        return max(1, self.capacity // 4)  # the room from which on reading a page is worth while
 
     def room_for(self, entity_type: str) -> Room:
         """How many more changes of this type the window takes."""
-        free = self.window.room(entity_type)
+        free = 0 if self.held.pauses.holds(entity_type) else self.window.room(entity_type)
         return Room(free, max(1, min(self.worth, (self.window.held(entity_type) + free) // 2)))
 
     @property
@@ -122,17 +125,19 @@ class KeyScheduler:
         """How many keys have a change to start of the same type and handler, startable now or not."""
         return self.ready_queues.waiting(self._needs(change))
 
-    @property
-    def idle(self) -> bool:
-        """Nothing runs and nothing waits to be settled."""
-        return not self.ownership.in_flight
-
     def requeued(self) -> list[int]:
-        """The numbers of the requeued changes in the window that have not finished."""
-        return [change.seq for queue in self._queues.values() for change in queue.unfinished if change.requeued]
+        """The numbers of the requeued changes in the window that have not finished, and of those that are held."""
+        return [c.seq for queue in self._queues.values() for c in queue.unfinished if c.requeued] + list(self.held.due)
 
     def knows(self, seq: int) -> bool:
         return seq in self._known
+
+    def hold(self, pauses: Pauses) -> None:
+        """Take in and start nothing of these any more; what runs goes on. The outbox is to be read again, then."""
+        for key in self.held.become(pauses):
+            self._unblock(key)
+        for queue in [queue for queue in self._queues.values() if queue.queued and pauses.hold(queue.key)]:
+            self._drop_queue(queue, remember=False)
 
     # --- shards ----------------------------------------------------------------------------------------------------
 
@@ -218,21 +223,23 @@ class KeyScheduler:
         outdated = self.reading.eventful and self.reading.outdates(change)
         if outdated or change.seq in self._known or change.shard not in self.ownership.active:
             return Admission.NOTHING
+        if self.held.pauses.all and (held := self.held.admission(change, due=due)):
+            return held
         mark = self.deferred.watermarks.get(key)
         if mark and change.seq >= mark.seq:
             mark.last = max(mark.last, change.seq)
             return Admission.REMEMBERED
         queue = self._queues.get(key)
-        blocked = row.blocked or waiting.get(key, change.seq) < change.seq
-        blocked = blocked or (queue is not None and (queue.blocked or queue.orphan))
+        behind = queue is not None and (queue.blocked or queue.orphan)
+        blocked = row.blocked or behind or waiting.get(key, change.seq) < change.seq
         closed = self.coalesces and not due and queue is not None and self._takes_no_more(queue)
         if not (blocked or row.barred or closed) and (queue is None or len(queue.queued) < self.key_capacity):
             return Admission.TAKE if self.window.admits(change.entity_type) else Admission.REJECT
         if due:
             return Admission.RUNS_LATER
-        if row.barred or (not key_read and not self.deferred.has_room(key)):
-            return Admission.REJECT  # the mark of a key that is read on has just made room
-        return Admission.DEFER_BLOCKED if blocked else Admission.DEFER
+        # The mark of a key that is read on has just made room.
+        refused = row.barred or (not key_read and not self.deferred.has_room(key))
+        return Admission.REJECT if refused else Admission.DEFER_BLOCKED if blocked else Admission.DEFER
 
     def admit_key_read(self, request: KeyRead, rows: Sequence[Row], *, complete: bool) -> Admitted:
         """The answer to a ``KeyRead``. ``complete``: these are all changes of the key. Returns what is barred."""
@@ -264,7 +271,7 @@ class KeyScheduler:
                 if queue is None:
                     continue
                 # The requirements differ if an earlier change of the key came in and was made ready instead.
-                if self._startable(queue) and queue.needs == needs:
+                if queue.startable and queue.needs == needs:
                     started.append(self._start_next(queue))
                 elif queue.settling and queue.after_settled:
                     self.fenced()
@@ -295,7 +302,7 @@ class KeyScheduler:
         while len(batch) < limit and (keys := deque(self.ready_queues.take(handler, limit - len(batch)))):
             while keys and len(batch) < limit:
                 queue = self._queues.get(keys.popleft())
-                if queue is None or not self._startable(queue):
+                if queue is None or not queue.startable:
                     continue
                 if belongs(queue.queued[0]):
                     self._start_run(queue, batch, limit, belongs)
@@ -401,16 +408,11 @@ class KeyScheduler:
 
     def key_reads(self, limit: int) -> list[KeyRead]:
         """Reads of deferred keys, of one type that has room, each requested once; answer with ``admit_key_read``."""
-        return self.deferred.take_reads(limit, self.window.admits) if self.deferred.reads else []
+        return self.deferred.take_reads(limit, lambda name: self.room_for(name).free > 0) if self.deferred.reads else []
 
     def _make_ready(self, queue: KeyQueue) -> None:
         queue.needs = self._needs(queue.queued[0])
         self.ready_queues.put(queue.key, queue.needs)
-
-    def _startable(self, queue: KeyQueue) -> bool:
-        if not queue.queued or queue.running or queue.blocking:
-            return False
-        return not (queue.settling and queue.after_settled)  # ready again when the last before it has settled
 
     def _start_next(self, queue: KeyQueue) -> Change:
         change = queue.queued.popleft()
@@ -423,7 +425,6 @@ class KeyScheduler:
             if queue.running and queue.queued[0].seq < queue.running[-1].seq:
                 return  # an operator requeued it meanwhile: it runs by itself
             batch.append(self._start_next(queue))
-        # The rest of the queue becomes ready when these have finished.
 
     def _enqueue(self, key: Key, change: Change) -> None:
         queue = self._queues.get(key)
@@ -445,7 +446,7 @@ class KeyScheduler:
     def _consider_key_read(self, key: Key) -> None:
         mark, queue = self.deferred.watermarks.get(key), self._queues.get(key)
         closed = queue is not None and (queue.queued or queue.blocked or queue.orphan or self._takes_no_more(queue))
-        if mark and not mark.blocked and not closed:
+        if mark and not mark.blocked and not closed and key not in self.held.pauses.keys:
             self.deferred.request_read(key)
 
     def _takes_no_more(self, queue: KeyQueue) -> bool:

@@ -26,6 +26,7 @@ from cdc.diagnostics.facts import (
 from cdc.diagnostics.findings import Checks, Finding, fail, ok, skip, unknown, warn
 
 _OLD_BACKLOG_S = 300.0
+_OLD_PAUSE_S = 86_400.0
 _OVERDUE_S = 60.0
 """An event is published within a second or two of when it is due."""
 _DEAD_RATIO = 1.0
@@ -264,7 +265,10 @@ def backlog(seen: Backlog) -> Finding:
     if seen.oldest_ready_age_s > _OLD_BACKLOG_S:
         return warn(
             f"{counted}; the oldest that could run has waited for {format_duration(seen.oldest_ready_age_s)}",
-            "is a consumer running? cdc outbox stats, cdc outbox list --state fresh",
+            "is a consumer running? cdc outbox stats, cdc outbox list --state fresh"
+            + (
+                "; is it of a handler that is paused? cdc controls" if any(p.handler for p in seen.pauses or ()) else ""
+            ),
         )
     if seen.snoozed:
         return warn(
@@ -330,6 +334,22 @@ def barriers(seen: Backlog) -> Finding:
     )
 
 
+def paused(seen: Backlog) -> Finding:
+    """What was paused in an incident is easily forgotten when that is over."""
+    if seen.pauses is None:
+        return unknown("the role may not see what is paused", "cdc db grant")
+    if not seen.pauses:
+        return ok("nothing")
+    old = [each for each in seen.pauses if each.age_s > _OLD_PAUSE_S]
+    named = "; ".join(
+        f"{each}, for {format_duration(each.age_s)}, by {each.set_by}: {each.because}"
+        for each in (old or seen.pauses)[:_SHOWN]
+    )
+    if old:
+        return warn(f"paused for more than a day: {named}", "cdc controls lists all; to go on: cdc resume")
+    return ok(named)
+
+
 def handlers(subject: Subject) -> Finding:
     if subject.handlers_error is not None:
         return fail(*subject.handlers_error)
@@ -360,5 +380,6 @@ ASTRAY: Checks[Astray] = {"shards": shards}
 SHARDS_HELD: Checks[ShardHolders] = {"shard-holders": shard_holders}
 TABLE: Checks[TableFacts] = {"autovacuum": autovacuum}
 UNHANDLED: Checks[Unhandled] = {"unhandled": unhandled}
-BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead, "due-later": due_later, "barriers": barriers}
+BACKLOG: Checks[Backlog] = {"backlog": backlog, "dead": dead, "due-later": due_later, "barriers": barriers,
+                            "paused": paused}  # fmt: skip
 LOCAL: Checks[Subject] = {"handlers": handlers, "config": config}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from cdc.core.pauses import Pause
 from cdc.core.type_filter import TypeFilter
 from cdc.postgres.pages import Barrier, DueLater
 from cdc.postgres.remarks import Remark
@@ -335,6 +336,8 @@ class Backlog:
     """None: the role may not see them."""
     barrier: Barrier | None = None
     """The one that stands the longest, as far as the role may see them."""
+    pauses: tuple[Pause, ...] | None = None
+    """What is paused; None: the role may not see it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

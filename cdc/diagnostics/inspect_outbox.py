@@ -11,7 +11,8 @@ from psycopg.rows import dict_row
 
 from cdc.core.errors import NotFoundError
 from cdc.core.model import SHARDS, SNOOZED
-from cdc.core.type_filter import TypeFilter
+from cdc.core.pauses import Pauses
+from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.diagnostics.facts import (
     Astray,
     Backlog,
@@ -42,6 +43,7 @@ from cdc.postgres import (
 )
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.barriers import Barriers
+from cdc.postgres.controls import Controls
 from cdc.postgres.due import DueChanges
 from cdc.postgres.grants import (
     BARRED,
@@ -59,7 +61,8 @@ from cdc.postgres.remarks import SettingOwner
 from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
 
 _INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
-             "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes")  # fmt: skip
+             "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes",
+             "cdc_controls")  # fmt: skip
 """Other tables of an outbox."""
 
 _WAITING_EXAMINED_MAX = 10_000
@@ -221,6 +224,8 @@ _RIGHTS = """
              WHERE s.relnamespace = n.oid AND s.relname = 'cdc_shards') AS owning,
            (SELECT bool_and(has_table_privilege(b.oid, p)) FROM pg_catalog.pg_class b, unnest(%(barrier)s::text[]) p
              WHERE b.relnamespace = n.oid AND b.relname = 'cdc_barriers') AS advancing,
+           (SELECT has_table_privilege(k.oid, 'SELECT') FROM pg_catalog.pg_class k
+             WHERE k.relnamespace = n.oid AND k.relname = 'cdc_controls') AS heeding,
            (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
              WHERE p.pronamespace = n.oid AND p.proname = 'publish_due') AS publishing,
            (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
@@ -385,8 +390,8 @@ def rights(connection: psycopg.Connection, subject: Subject) -> Rights:
 
 def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
     role = sql.Identifier(row["role"])
-    tables = ("entity_changes", "cdc_shards", "cdc_due_changes", "cdc_barriers")
-    table, shards, due_changes, barriers = (sql.Identifier(subject.schema, name) for name in tables)
+    tables = ("entity_changes", "cdc_shards", "cdc_due_changes", "cdc_barriers", "cdc_controls")
+    table, shards, due_changes, barriers, controls = (sql.Identifier(subject.schema, name) for name in tables)
     described = sql.SQL(", ").join(map(sql.Identifier, DUE_DESCRIPTION))
     keeping = sql.SQL(", ").join(sql.Identifier(subject.schema, name) for name in KEEPING)
     columns = sql.SQL(", ").join(map(sql.Identifier, row["unmarked"]))
@@ -403,6 +408,7 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
         (row["publishing"] is False, sql.SQL("EXECUTE ON FUNCTION {}").format(publish_due)),
         (row["barring"] is False, sql.SQL("EXECUTE ON FUNCTION {}").format(barred)),
         (row["advancing"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(BARRIER_RIGHTS)), barriers)),
+        (row["heeding"] is False, sql.SQL("SELECT ON {}").format(controls)),
         (row["owning"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(SHARD_RIGHTS)), shards)),
     )
     grant = sql.SQL("GRANT {} TO {};")
@@ -433,15 +439,20 @@ def table(connection: psycopg.Connection, name: str) -> TableFacts:
 
 
 def backlog(connection: psycopg.Connection, name: str) -> Backlog:
-    figures = Store(name).figures(connection)
+    figures, controls = Store(name).figures(connection), Controls(name)
+    oldest_ready_age_s, paused = figures.oldest_ready_age_s, controls.seen(connection)
+    if paused:
+        held = Pauses([each.pause for each in paused])
+        oldest_ready_age_s = controls.oldest_ready_age_s(connection, held, EVERYTHING)
     return Backlog(
         fresh=figures.fresh,
         waiting=figures.waiting,
         dead=figures.dead,
-        oldest_ready_age_s=figures.oldest_ready_age_s,
+        oldest_ready_age_s=oldest_ready_age_s,
         snoozed=_snoozed(connection, name),
         due_later=DueChanges(name).count(connection),
         barrier=Barriers(name).oldest(connection),
+        pauses=None if paused is None else tuple(each.pause for each in paused),
     )
 
 

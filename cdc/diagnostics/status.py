@@ -15,6 +15,7 @@ import psycopg
 from cdc.core.model import ChangeState
 from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin, Stats, Throughput
 from cdc.postgres.barriers import Barriers
+from cdc.postgres.controls import Control, Controls
 from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.pages import Barrier, DueLater
@@ -84,6 +85,7 @@ class Status:
     """``slot`` is None where no slot has that name. ``barrier``: the TRUNCATE that holds back its type the longest.
 
     ``subscriptions``: those beside the default one; None: this role may not see them. All else is of the default one.
+    ``paused``: None: not known.
     """
 
     seen_at: datetime
@@ -95,6 +97,7 @@ class Status:
     slot: SlotReport | None
     barrier: Barrier | None = None
     subscriptions: list[SubscriptionProgress] | None = None
+    paused: list[Control] | None = None
 
 
 def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
@@ -113,6 +116,7 @@ def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
         slot=slots.snapshot(connection, slot),
         barrier=Barriers(schema).oldest(connection),
         subscriptions=Subscriptions(schema).figures(connection, None, _PER_SHARD),
+        paused=Controls(schema).seen(connection),
     )
 
 

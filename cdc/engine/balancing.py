@@ -18,9 +18,10 @@ from cdc.core.rebalance import NoShardReminder, balance
 from cdc.core.shard_ownership import ShardOwnership
 from cdc.core.sqlstate import passes
 from cdc.engine.crash_guard import CrashGuard
+from cdc.engine.pausing import Pausing
 from cdc.engine.settler import Settler
 from cdc.observability.metrics import ConsumerMetrics
-from cdc.postgres.shard_locks import ShardSession, without
+from cdc.postgres.shard_locks import Polled, ShardSession, without
 
 log = logging.getLogger("cdc.consumer")
 
@@ -39,6 +40,7 @@ class Balancing:
         metrics: ConsumerMetrics,
         *,
         acquired: Callable[[], None],
+        pausing: Pausing,
         readers: Callable[[bool], None] = lambda others: None,
     ) -> None:
         self._ownership = ownership
@@ -47,6 +49,8 @@ class Balancing:
         self._metrics = metrics
         self._acquired = acquired
         self._readers = readers
+        self.pausing = pausing
+        self._warned = False
         self._without = NoShardReminder()
         self._delay = Delay()
         self.members = 0
@@ -62,12 +66,26 @@ class Balancing:
     async def ask(self, session: ShardSession, now: float) -> None:
         """Check that the session is still there. Raises if it is not."""
         with self.patience(session, now):
-            await session.poll()
+            await self.look(session)
+
+    async def look(self, session: ShardSession) -> Polled:
+        """Poll, and pass on what is paused by now. Raises what the poll raises."""
+        polled = await session.poll()
+        if polled.pauses is not None:
+            self.pausing.became(polled.pauses)
+        if not session.may_see_controls and not self._warned:
+            log.warning(
+                "what is paused (cdc pause) cannot be seen, so nothing is: run cdc db upgrade, or cdc db grant"
+                " --consumer ROLE"
+            )
+        self._warned = not session.may_see_controls
+        return polled
 
     async def _balance(self, session: ShardSession, now: float) -> None:
         owned = self._ownership.owned
         before = len(owned)
-        self.members, free = await session.poll()
+        polled = await self.look(session)
+        self.members, free = polled.members, polled.free
         self._readers(session.others_read)
         move = balance(self.members, owned, free)
         if (move.acquire or session.unregistered) and (acquired := await session.acquire(move.acquire)).shards:

@@ -25,6 +25,7 @@ import psycopg
 from cdc.core import failpoints
 from cdc.core.handler_limits import HandlerLimits
 from cdc.core.model import Change, Coalesced, Committed, Processed, Waiting
+from cdc.core.pauses import Pauses
 from cdc.core.read_planner import ReadPlanner
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
@@ -36,6 +37,7 @@ from cdc.engine.dispatcher import Dispatcher
 from cdc.engine.executor import Executor
 from cdc.engine.hooks import Hooks
 from cdc.engine.notifications import Notifications
+from cdc.engine.pausing import Pausing
 from cdc.engine.reader import Reader
 from cdc.engine.reconnecting import Lifecycle
 from cdc.engine.settler import Settler
@@ -110,9 +112,10 @@ class Consumer:
         )  # fmt: skip
         executor.breakers.changed = self._dispatcher.breaker_changed
         ownership.subscribe(self._planner, self._settler, self.crash_guard)
+        pausing = Pausing(self._scheduler, demand.router, give_back=self._dispatcher.hold, reread=self.sweep_now)
         self._balancing = Balancing(
             ownership, self._settler, self.crash_guard, metrics.consumer, acquired=self._reread,
-            readers=self._others_read,
+            pausing=pausing, readers=self._others_read,
         )  # fmt: skip
         self._drained = asyncio.Event()
 
@@ -126,6 +129,12 @@ class Consumer:
         """The table changed without a wake-up for each row: sweep from the start."""
         self._reads.restart()
         self.notifications.due.set()
+        self._balancing.pausing.ask_soon()
+
+    @property
+    def pauses(self) -> Pauses:
+        """What is paused, as far as this consumer knows. From any thread."""
+        return self._balancing.pausing.all
 
     def owns(self, shard: int) -> bool:
         """Whether this process owns the shard now."""
@@ -154,6 +163,8 @@ class Consumer:
             held_up_s=_since(self._settler.held_up_since),
             unread_s=_since(self._reads.delayed_since),
             paused=self._scheduler.ready_queues.paused,
+            pauses=self.pauses.all,
+            pauses_read_at=self._balancing.pausing.read_at,
         )
 
     # --- connections -----------------------------------------------------------------------------------------------
@@ -210,7 +221,7 @@ class Consumer:
     async def _wait_for_schema(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         async def check() -> None:
             self.lifecycle.iterated("consumer")
-            await session.poll()
+            await self._balancing.look(session)  # before anything is read
             self.lifecycle.iterated("consumer", answered=True)
             await self._store.check(reader)
 
@@ -260,7 +271,7 @@ class Consumer:
                 self.lifecycle.iterated("shards", answered=True)
                 self._pause_or_resume(paused=session.paused)
                 await self._advance(session)
-            await wait_within(self.lifecycle.stopping, _POLL_SHARDS_S)
+            await self._balancing.pausing.until_asked(self.lifecycle.stopping)
         while not self._drained.is_set():  # the server ends a session that is silent
             await self._balancing.ask(session, time.monotonic())
             await wait_within(self._drained, _POLL_SHARDS_S)

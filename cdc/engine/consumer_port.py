@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from cdc.core.pauses import Pauses
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.engine.notifications import Notifications
 from cdc.engine.reconnecting import Lifecycle
@@ -42,6 +43,10 @@ class ConsumerPort(Protocol):
     @property
     def status(self) -> ConsumerStatus:
         """From any thread."""
+
+    @property
+    def pauses(self) -> Pauses:
+        """What is paused, as far as this consumer knows; to an observer nothing is. From any thread."""
 
     def owns(self, shard: int) -> bool:
         """Whether this process owns the shard now; an observer owns none."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, S
 from typing import Any
 
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
-from cdc.core.model import Change, Dead, Outcome
+from cdc.core.model import Change, Dead, Key, Outcome
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import NOTHING, Run
 from cdc.core.router import Handler
@@ -106,6 +106,18 @@ class Dispatcher:
         while handler and self._started and self._executor.breakers.rests(handler.name):
             self._abandon([self._started.popleft()])
         self.dispatch()
+
+    def hold(self, holds: Callable[[Key], bool]) -> None:
+        """These keys are paused: what was taken for a call and is not called yet goes back."""
+        for waiting in (self._quarantine.held, self._quarantine.freed):
+            taken = list(waiting)
+            waiting.clear()
+            waiting.extend(each for each in taken if not holds(each[1].key))
+            self._abandon([change for _, change in taken if holds(change.key)])
+        taken_changes = list(self._started)
+        self._started.clear()
+        self._started.extend(change for change in taken_changes if not holds(change.key))
+        self._abandon([change for change in taken_changes if holds(change.key)])
 
     def settled(self) -> None:
         """Some of the outcomes are in the table."""

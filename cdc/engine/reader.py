@@ -84,7 +84,10 @@ class Reader:
         self._looks = _Looks(sweep_interval_s)
         self._metrics = metrics
         self._pauses = pauses
-        self._due = DueReads(scheduler.room_for, sweep_interval_s=sweep_interval_s, poll_interval_s=poll_interval_s)
+        self._due = DueReads(
+            scheduler.room_for, sweep_interval_s=sweep_interval_s, poll_interval_s=poll_interval_s,
+            holds=scheduler.held.holds,
+        )  # fmt: skip
         self._paging = PageSize()
         self.next = NextRead(scheduler, planner, self._due, self._paging)
         self._unmarked: set[UUID] = set()

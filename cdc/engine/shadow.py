@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from cdc.core.model import SHARDS, Change, WakeUp
 from cdc.core.page_size import PageSize
+from cdc.core.pauses import NONE, Pauses
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.router import Handler, Router
 from cdc.core.shard_ownership import Acquired
@@ -79,6 +80,11 @@ class Shadow:
 
     def stop(self) -> None:
         self.lifecycle.stopping.set()
+
+    @property
+    def pauses(self) -> Pauses:
+        """It runs nothing that could be paused."""
+        return NONE
 
     def owns(self, shard: int) -> bool:
         """It owns none."""

@@ -18,6 +18,7 @@ import psycopg
 
 from cdc.core.errors import CdcError
 from cdc.core.model import ChangeState
+from cdc.core.pauses import Pauses
 from cdc.core.type_filter import TypeFilter
 from cdc.diagnostics.status import Outbox, Readings, SlotReading, summarize
 from cdc.observability.snapshots import (
@@ -29,9 +30,11 @@ from cdc.observability.snapshots import (
 )
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import Dsn, connect
+from cdc.postgres.controls import Controls
 from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
+from cdc.postgres.pages import Figures
 from cdc.postgres.subscriptions import SubscriptionProgress
 from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport, assess
@@ -56,7 +59,7 @@ most 2 % of a connection each."""
 class StatsPoller:
     """Call ``start`` once and ``stop`` once. ``slot``: None if no slot is used or read.
 
-    ``asked``: the types that the settings name, if the handlers handle fewer of them.
+    ``pauses``: what is paused now. ``asked``: the types that the settings name, if the handlers handle fewer of them.
     ``page``: statements that are run also, for figures that only the page shows. ``subscriptions``: reads the figures
     of those that this consumer tells of. ``standbys_away``: called when the slot has sent nothing for about a minute,
     because it is one for failover and standbys are away.
@@ -68,6 +71,8 @@ class StatsPoller:
         *,
         store: Store,
         due: DueChanges,
+        controls: Controls,
+        pauses: Callable[[], Pauses] = Pauses,
         slot: str | None,
         asked: TypeFilter | None = None,
         page: OutboxAdmin | None = None,
@@ -77,8 +82,8 @@ class StatsPoller:
     ) -> None:
         self._supervisor = supervisor or Supervisor()
         self._session = _Session(dsn, store.session)
-        self._store = store
         self._due_later = due
+        self._figures = _Figures(store, controls, pauses)
         self._unhandled = _UnhandledTypes(store, asked) if asked is not None else None
         self._slot = _WatchedSlot(slot, standbys_away) if slot is not None else None
         self._page = page
@@ -141,7 +146,7 @@ class StatsPoller:
                 self._session.close()
 
     def _outbox(self, connection: psycopg.Connection) -> None:
-        figures = self._store.figures(connection)
+        figures = self._figures.read(connection)
         due_later = self._due_later.count(connection)
         self._show_outbox(
             OutboxStatus(
@@ -224,6 +229,22 @@ class _Session:
             with contextlib.suppress(psycopg.Error):
                 self._connection.close()
         self._connection = None
+
+
+class _Figures:
+    """Those of the store. But what is paused could not run: it is no backlog."""
+
+    def __init__(self, store: Store, controls: Controls, pauses: Callable[[], Pauses]) -> None:
+        self._store = store
+        self._controls = controls
+        self._pauses = pauses
+
+    def read(self, connection: psycopg.Connection) -> Figures:
+        figures = self._store.figures(connection)
+        if not (pauses := self._pauses()):
+            return figures
+        oldest_ready_age_s = self._controls.oldest_ready_age_s(connection, pauses, self._store.scope)
+        return replace(figures, oldest_ready_age_s=oldest_ready_age_s)
 
 
 class _UnhandledTypes:

@@ -22,6 +22,7 @@ from typing import Any
 
 from cdc import __version__
 from cdc.core.model import SHARDS
+from cdc.core.pauses import Pause
 from cdc.diagnostics.status import Outbox, Readings, SlotReading
 from cdc.observability.failures import Failure
 from cdc.observability.history import History, Point, Reading
@@ -109,7 +110,7 @@ class StatusPage:
             "version": __version__,
             "at": _iso(datetime.now(UTC)),
             "up_s": round(now - self._started, 1),
-            "consumer": self._consumer(status),
+            "consumer": self._consumer(status, now),
             "subscriptions": _of_subscriptions(status),
             "outbox": readings.outbox and _of_outbox(*readings.outbox, status, now),
             "slot": readings.slot and _of_slot(readings.slot, now),
@@ -120,7 +121,7 @@ class StatusPage:
             },
         }
 
-    def _consumer(self, status: ProcessStatus) -> dict[str, Any]:
+    def _consumer(self, status: ProcessStatus, now: float) -> dict[str, Any]:
         consumer = status.consumer
         return {
             "checks": [{"name": name, "ok": ok, "detail": detail} for name, ok, detail in self._checks()],
@@ -137,6 +138,7 @@ class StatusPage:
                 "capacity": consumer.window,
             },
             "attempts": dict(status.handlers.attempts),
+            "pauses": [_of_pause(pause, now - consumer.pauses_read_at) for pause in consumer.pauses],
         }
 
 
@@ -179,6 +181,18 @@ def _of_subscriptions(status: ProcessStatus) -> dict[str, Any] | None:
     """Those that this consumer tells of; None: it may not see them, or has not yet."""
     seen = status.poller.subscriptions
     return None if seen is None else asdict(seen)
+
+
+def _of_pause(pause: Pause, read_s_ago: float) -> dict[str, Any]:
+    """Without the key, which is row content."""
+    return {
+        "what": str(pause),
+        "scope": pause.scope,
+        "since_s_ago": round(pause.age_s + read_s_ago, 1),
+        "ends_in_s": None if pause.ends_in_s is None else max(0.0, round(pause.ends_in_s - read_s_ago, 1)),
+        "by": pause.set_by,
+        "because": pause.because,
+    }
 
 
 def _of_slot(reading: SlotReading, now: float) -> dict[str, Any]:

@@ -6,13 +6,14 @@ Made on request: by a scrape, the page, a probe, a test. The work itself pays no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cdc.core.circuit_breaker import BreakerState
 from cdc.core.lsn import ZERO, Lsn
 from cdc.core.model import ChangeState
+from cdc.core.pauses import Pause
 from cdc.core.stream_reason import Reason
 from cdc.core.subscription import DEFAULT
 from cdc.observability.history import Buckets
@@ -58,6 +59,7 @@ class ConsumerStatus:
     ``uncommitted_wakeups``: of changes that no read has shown yet.
     ``held_up_s``: for how long some outcome could not be written, in seconds; ``unread_s``: the same for reading.
     ``paused``: its subscription is, and nothing is begun.
+    ``pauses``: what is paused, with ages as they were at ``pauses_read_at``.
     """
 
     observing: bool = False
@@ -79,6 +81,8 @@ class ConsumerStatus:
     held_up_s: float = 0.0
     unread_s: float = 0.0
     paused: bool = False
+    pauses: Sequence[Pause] = ()
+    pauses_read_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

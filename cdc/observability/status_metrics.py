@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
 from prometheus_client import Metric
@@ -24,6 +25,7 @@ from cdc.observability.snapshots import (
 )
 
 OUTBOX_STATES = (ChangeState.FRESH, ChangeState.WAITING, ChangeState.DEAD)
+PAUSE_SCOPES = ("everything", "type", "handler", "key")
 WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
 
 _Family = GaugeMetricFamily | CounterMetricFamily
@@ -53,6 +55,13 @@ _FAMILIES = (
     _gauge("cdc_window_changes", "Changes in memory.", "state"),
     _gauge("cdc_window_capacity", "Changes that memory may hold."),
     _gauge("cdc_window_throttled_types", "Entity types that are at their limit of the window and have a backlog."),
+    _gauge(
+        "cdc_paused",
+        "Pauses in force (cdc pause), by what they are about: everything, a type, a handler or a key.",
+        "scope",
+        "name",
+    ),
+    _gauge("cdc_pause_age_seconds", "Age of the oldest pause that has no end; 0 if there is none."),
     _gauge("cdc_shards", "Number of shards; 0 in shadow mode."),
     _gauge("cdc_shards_owned", "Shards this consumer owns."),
     _gauge("cdc_members", "Live consumers, as this one counts them."),
@@ -108,13 +117,22 @@ _DELIVERY = _gauge("cdc_delivery_up", "1 while the application is there, 0 while
 class StatusMetrics(Collector):
     """``slot``: the configured name. ``read`` is called at each scrape, in its thread.
 
-    ``delivery``: the handler that delivers over HTTP; without one there is no metric of it.
+    ``delivery``: the handler that delivers over HTTP; without one there is no metric of it. ``names``: the types and
+    handlers that the program declares; others are paused under the name "other", as anybody may type any name.
     """
 
-    def __init__(self, slot: str, read: Callable[[], ProcessStatus], *, delivery: str | None = None) -> None:
+    def __init__(
+        self,
+        slot: str,
+        read: Callable[[], ProcessStatus],
+        *,
+        delivery: str | None = None,
+        names: Collection[str] = (),
+    ) -> None:
         self._slot = slot
         self._read = read
         self._delivery = delivery
+        self._names = names
         self._families = _FAMILIES if delivery is None else (*_FAMILIES, _DELIVERY)
 
     def describe(self) -> list[_Family]:
@@ -135,6 +153,7 @@ class StatusMetrics(Collector):
         yield from _of_loops(status, epoch_s)
         yield from _of_stream(self._slot, status.stream or StreamStatus(), epoch_s)
         yield from _of_consumer(status.consumer)
+        yield from _of_pauses(status.consumer, self._names, time.monotonic())
         yield from _of_handlers(status)
         yield from _of_slot(self._slot, status.poller)
         if status.poller.outbox:
@@ -181,6 +200,19 @@ def _of_consumer(consumer: ConsumerStatus) -> Iterator[_Sample]:
     yield "cdc_shards", (), 0 if consumer.observing else SHARDS
     yield "cdc_shards_owned", (), consumer.owned_shards
     yield "cdc_members", (), consumer.members
+
+
+def _of_pauses(consumer: ConsumerStatus, names: Collection[str], now: float) -> Iterator[_Sample]:
+    """All scopes, so that an alert sees a pause begin and end; a key only under its type."""
+    counts = Counter[tuple[str, ...]]({(scope, ""): 0 for scope in PAUSE_SCOPES})
+    for pause in consumer.pauses:
+        name = (pause.handler if pause.scope == "handler" else pause.entity_type) or ""
+        counts[pause.scope, name if not name or name in names else "other"] += 1
+    for labels, count in counts.items():
+        yield "cdc_paused", labels, count
+    endless = (pause.age_s for pause in consumer.pauses if pause.ends_in_s is None)
+    oldest_s = max(endless, default=None)
+    yield "cdc_pause_age_seconds", (), 0.0 if oldest_s is None else oldest_s + now - consumer.pauses_read_at
 
 
 def _of_handlers(status: ProcessStatus) -> Iterator[_Sample]:

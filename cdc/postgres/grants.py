@@ -24,10 +24,11 @@ DUE_CHANGES = "cdc_due_changes"
 BARRIERS = "cdc_barriers"
 COLUMNS = "cdc_columns"
 SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES = "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes"
+CONTROLS = "cdc_controls"
 DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
 RELATIONS = (
     CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS, DUE_CHANGES, BARRIERS, COLUMNS, SUBSCRIPTIONS,
-    POSITIONS, SUBSCRIPTION_CHANGES,
+    POSITIONS, SUBSCRIPTION_CHANGES, CONTROLS,
 )  # fmt: skip
 PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)"
 PUBLISH_DUE = "publish_due(integer, bigint)"
@@ -52,6 +53,8 @@ SUBSCRIPTION_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 """The same on cdc_subscription_changes."""
 KEEPING = (SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES)
 """What says who is not done with a change: whoever removes changes reads it."""
+CONTROL_RIGHTS = ("SELECT", "INSERT", "DELETE")
+"""An operator's rights on cdc_controls."""
 PAYLOAD = ("old_data", "new_data", "metadata")
 """The columns that hold the application's data."""
 DESCRIPTION = (
@@ -119,6 +122,7 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, scrip
         Right(("SELECT",), SUBSCRIPTIONS),
         Right(POSITION_RIGHTS, POSITIONS),
         Right(SUBSCRIPTION_RIGHTS, SUBSCRIPTION_CHANGES),
+        Right(("SELECT",), CONTROLS),
         Right(("SELECT",), LEDGER),
         Right(("SELECT",), NUMBERS),
         Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION),
@@ -137,7 +141,19 @@ def reader(role: str, *, payload: bool = False) -> Grantee:
     seen = Right(("SELECT",), CHANGES, () if payload else DESCRIPTION + STATE)
     history = Right(("SELECT",), HISTORY, () if payload else HISTORY_WITHOUT_PREVIEW)
     due = Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION + PAYLOAD if payload else DUE_DESCRIPTION)
-    return Grantee(role, (seen, history, Right(("SELECT",), DASHBOARD), due))
+    return Grantee(role, (seen, history, Right(("SELECT",), DASHBOARD), due, Right(("SELECT",), CONTROLS)))
+
+
+def operator(role: str, *, payload: bool = False) -> Grantee:
+    """For who decides: what a reader sees, and pauses, retries and discards."""
+    seen = reader(role, payload=payload).rights
+    decides = (
+        Right(("UPDATE",), CHANGES, STATE),
+        Right(("SELECT",), BARRIERS),
+        Right(("SELECT",), SUBSCRIPTIONS),
+        Right(CONTROL_RIGHTS, CONTROLS),
+    )
+    return Grantee(role, (*(right for right in seen if right.object != CONTROLS), *decides))
 
 
 def print_sql(schema: str, grantees: Sequence[Grantee]) -> str:

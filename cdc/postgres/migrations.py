@@ -266,6 +266,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("TABLE", "cdc_subscription_changes", ""),
         ("TABLE", "cdc_positions", ""),
         ("TABLE", "cdc_subscriptions", ""),
+        ("TABLE", "cdc_controls", ""),
         ("FUNCTION", "fill_shard", "()"),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),

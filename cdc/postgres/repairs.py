@@ -39,7 +39,7 @@ WHERE n.nspname = %(schema)s AND p.proname = ANY (%(names)s::name[])
 def owners(connection: psycopg.Connection, schema: str) -> dict[str, str]:
     """The owners of the outbox's objects, by their names in a finding, "table entity_changes"."""
     names = ["entity_changes", "cdc_shards", "cdc_migrations", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
-             "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes",
+             "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes", "cdc_controls",
              "action_processing_dashboard", "recent_action_history", "reprocess_failed_actions", "fill_shard",
              "publish_due", "barred", *_CAPTURING]  # fmt: skip
     return dict(connection.execute(_OWNERS.encode(), {"schema": schema, "names": names}).fetchall())

@@ -21,6 +21,7 @@ is late (``link``). Since an owner polls the shards every second, the server end
 from __future__ import annotations
 
 import asyncio
+import json
 import select
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ from psycopg.rows import class_row
 from cdc.core import failpoints
 from cdc.core.errors import SchemaError, SessionLostError
 from cdc.core.model import SHARDS
+from cdc.core.pauses import Pause
 from cdc.core.shard_ownership import Acquired
 from cdc.postgres.connect import SERVER_TCP, Dsn, connect_async
 from cdc.postgres.sql_files import table
@@ -80,11 +82,31 @@ MAY_MARK = """
 _POLL = f"""
 SELECT count(*) FILTER (WHERE objid = %(shards)s AND {MAY_MARK.format(locks="locks")})::int AS members,
        (count(DISTINCT objid) FILTER (WHERE objid < %(shards)s))::int AS taken,
-       (count(*) FILTER (WHERE objid = %(readers)s))::int AS readers, {{state}} AS state
+       (count(*) FILTER (WHERE objid = %(readers)s))::int AS readers, {{state}} AS state,
+       coalesce(has_table_privilege(to_regclass(%(controls)s), 'SELECT'), false) AS may_see_controls,
+       {{controls}}
 FROM pg_locks AS locks
 WHERE locktype = 'advisory' AND granted AND classid = %(class)s::oid AND objsubid = 2
   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """  # noqa: S608 - of pieces of our own
+
+_NO_CONTROLS = "NULL::text"
+
+# What is paused: with each poll, as it costs no statement then. NULL where that is what was ``seen``.
+_CONTROLS = """
+(SELECT CASE WHEN now.ids <> %(seen)s::text THEN now.pauses END FROM (
+   SELECT coalesce(string_agg(c.id::text, ',' ORDER BY c.id), '') AS ids,
+          coalesce(json_agg(json_build_array(
+            c.id, c.subscription, c.entity_type, c.handler, c.entity_id, c.because, c.set_by,
+            extract(epoch FROM clock_timestamp() - c.set_at)::float8,
+            extract(epoch FROM c.until - clock_timestamp())::float8) ORDER BY c.id), '[]')::text AS pauses
+   FROM {table_of_controls} AS c
+   WHERE (c.subscription IS NULL OR c.subscription = {name})
+     AND (c.until IS NULL OR c.until > clock_timestamp())
+ ) AS now) AS pauses
+"""
+_NAME = "(SELECT s.name FROM {subscriptions} AS s WHERE s.subscription = %(subscription)s)"
+_NOTHING_SEEN = "-"
 
 # Not every role may see a session's start and address.
 _MEMBERS = f"""
@@ -226,6 +248,14 @@ def _sharing(connection: psycopg.Connection, schema: str, lock: int) -> list[Mem
         return cursor.execute(_MEMBERS, parameters).fetchall()
 
 
+class Polled(NamedTuple):
+    """As the server sees them now. ``pauses``: those in force; None: as at the poll before, or not to be seen."""
+
+    members: int
+    free: int
+    pauses: Sequence[Pause] | None
+
+
 class Holder(NamedTuple):
     """A session that holds shards. ``silent_s``: since its last statement; None: this role may not see it."""
 
@@ -278,13 +308,18 @@ class ShardSession:
         names = {
             "shards": table(schema, "cdc_shards" if subscription == DEFAULT else "cdc_positions"),
             "subscriptions": table(schema, "cdc_subscriptions"),
+            "table_of_controls": table(schema, "cdc_controls"),
         }  # fmt: skip
         polled = _POLL if subscription == DEFAULT else _POLL.replace("'processed'", "'seq'")
         polled = polled.replace("{state}", _STATE if subscription == DEFAULT else _STATE_READER)
         texts = (_REGISTER, _OTHERS, _UNREGISTER) if subscription == DEFAULT else (
             _REGISTER_READER, _OTHERS_READER, _UNREGISTER_READER
         )  # fmt: skip
-        self._polled = sql.SQL(polled).format(**names)
+        ours = "'default'" if subscription == DEFAULT else _NAME
+        self._polled = {
+            may_see: sql.SQL(polled.replace("{controls}", of_controls.replace("{name}", ours))).format(**names)
+            for may_see, of_controls in ((True, _CONTROLS), (False, _NO_CONTROLS))
+        }
         self._register, self._others, self._unregistered = (sql.SQL(text).format(**names) for text in texts)
         self._key = lock_class(schema, subscription)
         self._parameters = {
@@ -292,7 +327,10 @@ class ShardSession:
             "subscription": subscription,
             "outbox": outbox_name(schema) if subscription == DEFAULT
             else sql.Identifier(schema, "cdc_positions").as_string(),
+            "controls": sql.Identifier(schema, "cdc_controls").as_string(), "seen": _NOTHING_SEEN,
         }  # fmt: skip
+        self.may_see_controls: bool | None = None
+        """Whether this role may see what is paused; None: not known yet."""
         self._poll = select.poll()  # select.select knows no descriptor beyond 1,023
         self._poll.register(connection.fileno(), select.POLLIN)
 
@@ -318,15 +356,23 @@ class ShardSession:
         failpoints.here("shards.after_join")
         return session
 
-    async def poll(self) -> tuple[int, int]:
-        """(members, free shards), as the server sees them now."""
-        [(members, taken, readers, state)] = await self._rows(self._polled, self._parameters)
+    async def poll(self) -> Polled:
+        """Members, free shards, and what is paused."""
+        statement = self._polled[bool(self.may_see_controls)]
+        [(members, taken, readers, state, may_see, found)] = await self._rows(statement, self._parameters)
         if self._subscription == DEFAULT:
             self.others_read = readers > 0
         elif state is None:
             raise SchemaError("the subscription was dropped", hint="stop its consumers")
         self.paused = state == "paused"
-        return members, SHARDS - taken
+        if may_see != self.may_see_controls:
+            self.may_see_controls = may_see
+            if may_see:
+                return await self.poll()
+        pauses = None if found is None else [Pause(*fields) for fields in json.loads(found)]
+        if pauses is not None:
+            self._parameters["seen"] = ",".join(str(pause.id) for pause in pauses)
+        return Polled(members, SHARDS - taken, pauses)
 
     async def holders(self) -> list[Holder]:
         """The sessions that hold the most shards."""

@@ -193,6 +193,15 @@ def test_handlers_that_never_return_leave_a_backlog_and_then_one_blocks_the_even
     scene.fires("CdcLoopStuck", job="stuck", loop="consumer")
 
 
+def test_a_pause_that_was_forgotten(scene: Scene) -> None:
+    scene.dbs["well"].execute(
+        "INSERT INTO cdc_controls (entity_type, because, set_by, set_at)"
+        " VALUES ('good', 'an incident', 'somebody', now() - interval '2 days')"
+    )
+    scene.fires("CdcPausedLong", job="well")
+    scene.dbs["well"].execute("DELETE FROM cdc_controls")
+
+
 def test_a_table_that_is_locked_blinds_the_collector(scene: Scene) -> None:
     with psycopg.connect(scene.server.dsn("mute")) as upgrade:
         upgrade.execute("LOCK TABLE entity_changes IN ACCESS EXCLUSIVE MODE")

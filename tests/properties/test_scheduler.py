@@ -398,7 +398,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
         assert scheduler.queued >= 0
         in_window = scheduler.running + scheduler.settling + scheduler.queued
         assert scheduler.window.free == scheduler.capacity - in_window >= 0
-        assert scheduler.idle == (not self.running and not self.unsettled)
+        assert bool(scheduler.ownership.in_flight) == bool(self.running or self.unsettled)
         assert len(scheduler.deferred) <= len(_KEYS)
         assert all(scheduler.knows(seq) for seq in (*self.unsettled, *(one.seq for one in self.running)))
 
@@ -412,7 +412,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
             for record in self.table:
                 if record.state == "paused":
                     record.state, record.failures = "waiting", 0
-            if all(record.settled for record in self.table) and self.scheduler.idle:
+            if all(record.settled for record in self.table) and not self.scheduler.ownership.in_flight:
                 return
             self._turn()
         raise AssertionError(f"never settled: {[record for record in self.table if not record.settled]}")

@@ -146,7 +146,7 @@ class Consumer:
 
     @property
     def at_rest(self) -> bool:
-        return self.scheduler.idle and not self.calls and self._answer is None
+        return not self.scheduler.ownership.in_flight and not self.calls and self._answer is None
 
     # --- the session -----------------------------------------------------------------------------------------------
 

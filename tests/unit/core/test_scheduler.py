@@ -274,7 +274,7 @@ def test_a_change_that_was_cut_off_is_left_as_it_was(scheduler: SettlingSchedule
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)
     scheduler.interrupted(first)
-    assert scheduler.idle
+    assert not scheduler.ownership.in_flight
     assert scheduler.take_finished(100) == []
     assert scheduler.admit([row(2)]).taken == 0, "its successor may not pass it"
 
@@ -548,7 +548,7 @@ def test_a_change_that_is_put_off_leaves_the_window_until_its_time() -> None:
     scheduler.admit([row(1, "a"), row(2, "a")])
     [first] = _start_all(scheduler)
     assert scheduler.put_off(first, 5.0)
-    assert (scheduler.running, scheduler.queued, scheduler.idle) == (0, 0, True)
+    assert (scheduler.running, scheduler.queued, scheduler.ownership.in_flight) == (0, 0, 0)
     scheduler.admit([row(3, "a")])
     assert scheduler.key_reads(10) == []
     scheduler.deferred.read_held(5.0)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cdc.core.model import ChangeState, Operation
+from cdc.core.pauses import Pause
 from cdc.diagnostics import check_outbox, check_replication, check_server, check_subscriptions, check_tables
 from cdc.diagnostics.facts import (
     Astray,
@@ -105,7 +106,8 @@ SEARCH = SubscriptionFacts(
 )  # fmt: skip
 INDEX = IndexFacts(name="public.s", valid=True, creation="CREATE ...;")
 SUBSCRIPTIONS = SubscriptionsFacts(indexes=(INDEX,), each=(SEARCH,))
-BACKLOG = Backlog(fresh=3, waiting=1, dead=0, oldest_ready_age_s=1.0, due_later=DueLater(3, 60.0))
+BACKLOG = Backlog(fresh=3, waiting=1, dead=0, oldest_ready_age_s=1.0, due_later=DueLater(3, 60.0), pauses=())
+PAUSE = Pause(1, entity_type="order", because="the provider is down", set_by="anna", age_s=90_000.0)
 
 
 def checks_of(facts: Any, subject: Subject = SUBJECT) -> dict[str, Callable[[Any], Finding]]:
@@ -305,6 +307,10 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
     ("autovacuum", replace(TABLE, dead=20_000), WARN, "20,000 dead rows", "VACUUM"),
     ("backlog", replace(BACKLOG, oldest_ready_age_s=900), WARN, "15 min", "cdc outbox stats"),
     ("backlog", replace(BACKLOG, snoozed=2), WARN, "captured more than a day ago: 2", "cdc outbox discard ID"),
+    ("backlog", replace(BACKLOG, oldest_ready_age_s=900, pauses=(Pause(1, handler="send"),)), WARN, "15 min", "paused"),
+    ("paused", replace(BACKLOG, pauses=(PAUSE,)), WARN, "the type order, for 25 h, by anna: the provider is down",
+     "cdc resume"),
+    ("paused", replace(BACKLOG, pauses=None), UNKNOWN, "may not see", "cdc db grant"),
     ("due-later", replace(BACKLOG, due_later=DueLater(2, -300.0)), WARN, "due for 5 min", "cdc db grant"),
     ("due-later", replace(BACKLOG, due_later=None), UNKNOWN, "may not see", "cdc db grant"),
     *(("barriers", replace(BACKLOG, barrier=Barrier("TRUNCATE", "order", 7, state, 600.0, clear)), WARN,

@@ -118,7 +118,18 @@ def test_before_anything_is_known_it_says_so_and_invents_no_figures(page: Status
         [],
     )
     assert figures["schema"] == 1
-    assert set(figures) == {"schema", "version", "at", "up_s", "consumer", "outbox", "slot", "failures", "history"}
+    assert set(figures) == {
+        "schema",
+        "version",
+        "at",
+        "up_s",
+        "consumer",
+        "subscriptions",
+        "outbox",
+        "slot",
+        "failures",
+        "history",
+    }
 
 
 def test_the_consumers_own_figures_are_those_of_its_status(page: StatusPage, source: _Source) -> None:

@@ -1,0 +1,129 @@
+"""What operators have paused, in the database: set, ended and listed. ``shard_locks`` reads what is in force.
+
+There it is the same for all consumers, survives them, and a grant says who may set it. Consumers ask for it each second
+with a statement that they make anyway; the NOTIFY after a decision makes those who listen ask at once. Times are those
+of the database's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+import psycopg
+from psycopg import errors
+from psycopg.rows import dict_row
+
+from cdc.core.errors import NotFoundError, RefusedError, SchemaError
+from cdc.core.model import SHARDS
+from cdc.core.pauses import PAUSES_MAX, Pause, Pauses
+from cdc.core.type_filter import TypeFilter
+from cdc.postgres.admin import bounded, wake
+from cdc.postgres.outbox import FIRST_TYPE, TYPES_MAX
+from cdc.postgres.sql_files import load
+
+_SCAN_MAX = 200
+"""Fresh changes of a shard that are examined in search of one that is not held."""
+_PAUSE = tuple(field.name for field in fields(Pause))
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A pause as it is in the table. ``role``: the session's, beside the name that it gave. ``until``: None: no end."""
+
+    pause: Pause
+    role: str
+    set_at: datetime
+    until: datetime | None
+
+
+class Controls:
+    """The statements for the outbox in ``schema``, on an autocommit connection."""
+
+    def __init__(self, schema: str) -> None:
+        self._schema = schema
+        self._statements = load("controls.sql", schema)
+
+    def pause(self, connection: psycopg.Connection, pause: Pause, for_s: float | None = None) -> Control:
+        """Pause this, in place of a pause of the same, for so many seconds. Raises RefusedError for too many pauses."""
+        with self._explained():
+            with bounded(connection):
+                said = {"because": pause.because, "set_by": pause.set_by, "for_s": for_s, "max": PAUSES_MAX}
+                row = connection.execute(self._statements["pause"], {**_target(pause), **said}).fetchone()
+            if row is None:
+                raise RefusedError(
+                    f"there are {PAUSES_MAX} pauses, and no room for more", hint="cdc controls; then cdc resume"
+                )
+            wake(connection)
+        return next(each for each in self.all(connection) if each.pause.id == row[0])
+
+    def resume(self, connection: psycopg.Connection, pause: Pause | None) -> list[Control]:
+        """End this pause; None: all. Returns what has ended. Raises NotFoundError where there is no such pause."""
+        with self._explained():
+            before = {each.pause.id: each for each in self.all(connection)}
+            with bounded(connection):
+                parameters = {**_target(pause or Pause(0)), "all": pause is None}
+                ended = [before.get(id_) for (id_,) in connection.execute(self._statements["resume"], parameters)]
+            if not ended and pause is not None:
+                others = ", ".join(str(each.pause) for each in list(before.values())[:5])
+                raise NotFoundError(
+                    f"not paused: {pause}", hint=f"paused: {others} (cdc controls)" if others else "nothing is paused"
+                )
+            wake(connection)
+        return [each for each in ended if each is not None]
+
+    def all(self, connection: psycopg.Connection) -> list[Control]:
+        """Those in force, in the order in which they were set. Raises SchemaError where the outbox is too old."""
+        with self._explained(), connection.cursor(row_factory=dict_row) as cursor:
+            rows = cursor.execute(self._statements["in_force"], {"max": PAUSES_MAX}).fetchall()
+        return [
+            Control(Pause(**{name: row[name] for name in _PAUSE}), row["role"], row["set_at"], row["until"])
+            for row in rows
+        ]
+
+    def seen(self, connection: psycopg.Connection) -> list[Control] | None:
+        """The same; None where the outbox is of an earlier version, or this role may not see them."""
+        try:
+            return self.all(connection)
+        except SchemaError:
+            return None
+
+    def oldest_ready_age_s(self, connection: psycopg.Connection, pauses: Pauses, scope: TypeFilter) -> float:
+        """Of the changes in ``scope`` that are not held: how old the oldest is that could run, in seconds; 0: none."""
+        if pauses.everything:
+            return 0.0
+        types, include = scope.within(pauses.going)
+        keys = list(pauses.keys)
+        parameters: dict[str, Any] = {
+            "types": list(types), "among": include, "key_types": [name for name, _ in keys],
+            "key_ids": [id_ for _, id_ in keys], "shards": SHARDS, "scan": _SCAN_MAX, "from": FIRST_TYPE,
+            "types_max": TYPES_MAX,
+        }  # fmt: skip
+        row = connection.execute(self._statements["oldest_ready"], parameters).fetchone()
+        assert row is not None
+        return float(row[0])
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        option = "" if self._schema == "public" else f" --schema {self._schema}"
+        try:
+            yield
+        except (errors.UndefinedTable, errors.InvalidSchemaName):
+            raise SchemaError(
+                f"schema {self._schema} has no table of what is paused",
+                hint=f"cdc db install{option}, or cdc db upgrade{option}",
+            ) from None
+        except errors.InsufficientPrivilege as refused:
+            raise SchemaError(
+                f"the role may not: {refused.diag.message_primary}", hint=f"cdc db grant{option} --operator ROLE"
+            ) from None
+
+
+def _target(pause: Pause) -> dict[str, str | None]:
+    return {
+        "subscription": pause.subscription, "entity_type": pause.entity_type, "handler": pause.handler,
+        "entity_id": pause.entity_id,
+    }  # fmt: skip
