@@ -44,7 +44,7 @@ class Simulation:
         self._trouble = dice.choice([0.0, 0.5, 1.0, 3.0])
         self._failure = dice.choice([0.0, 0.1, 0.4])
         self._truncates = dice.choice([0.0, 0.02, 0.1])
-        self.server = Server(durable_slot=dice.random() < 0.3)
+        self.server = Server(durable_slot=dice.random() < 0.3, positions=bool(seed % 2))
         self.promises = Promises(self.server)
         self.consumers = [self._new_consumer() for _ in range(consumers or dice.choice([1, 2, 3]))]
         self._replayed: list[int] = []
@@ -68,7 +68,7 @@ class Simulation:
             self._hear: 4 * each, self._connect: each, self._stream: each, self._balance: 3 * each,
             self._read: 12 * each, self._start: 8 * each, self._advance: 12 * each, self._settle: 8 * each,
             self._notice: each, self._notice_stream: each, self._end_vanished: 0.5,
-            self._cut_stream: lossy, self._lose_relayed: 2 * lossy,
+            self._move_positions: 2.0, self._cut_stream: lossy, self._lose_relayed: 2 * lossy,
             self._end_a_session: 0.3 * trouble, self._kill: 0.2 * trouble, self._restart_server: 0.05 * trouble,
             self._cut_off_handler: trouble, self._requeue: 0.3 * trouble, self._replay: 0.5,
         }  # fmt: skip
@@ -244,6 +244,12 @@ class Simulation:
             for finished in self.server.execute(session):
                 kind = self.settings.kind(finished.change.entity_id, finished.change.seq)
                 self.promises.missed(finished, transactional=kind.transactional)
+
+    def _move_positions(self) -> None:
+        """In every other schedule they are the consumers of a subscription."""
+        if self.server.sessions:
+            moved = self.server.move_positions(self._dice.choice(self.server.sessions))
+            self.promises.happened["a position moved"] += moved
 
     def _tick(self) -> None:
         self.server.now += self._dice.choice([0.001, 0.01, 0.1, 1.0])

@@ -130,11 +130,22 @@ class Slot:
         return read
 
 
+@dataclass(slots=True)
+class _Position:
+    """``candidate``: the next one, once no transaction below ``needs`` is open."""
+
+    seq: int = 0
+    candidate: int | None = None
+    needs: int = 0
+
+
 class Server:
     """Time is ``now``, in seconds, and passes only where the schedule says so."""
 
-    def __init__(self, *, durable_slot: bool) -> None:
+    def __init__(self, *, durable_slot: bool, positions: bool = False) -> None:
         self.now = 0.0
+        self.positions: dict[int, _Position] = {n: _Position() for n in range(SHARDS)} if positions else {}
+        """By shard, those of a subscription: what is at or below one is not fresh, whatever its row says."""
         self.rows: dict[int, Record] = {}
         self.unsettled: dict[str, dict[int, Record]] = {}
         """Key -> its rows that are neither processed nor dead, visible or not."""
@@ -265,7 +276,28 @@ class Server:
         return [self._row(record) for record in due[:limit]], min(later, default=None)
 
     def _fresh(self) -> list[Record]:
-        return sorted((record for record in self.visible() if record.state == "fresh"), key=lambda record: record.seq)
+        fresh = (record for record in self.visible() if record.state == "fresh" and not self._is_passed(record))
+        return sorted(fresh, key=lambda record: record.seq)
+
+    def _is_passed(self, record: Record) -> bool:
+        return bool(self.positions) and record.seq <= self.positions[record.shard].seq
+
+    def move_positions(self, session: Session) -> int:
+        """As its owner moves those of its shards, by one snapshot. Returns how many have moved."""
+        moved, snapshot = 0, self.snapshot()
+        for shard in session.shards if self.positions else ():
+            at = self.positions[shard]
+            there = [row for row in self.rows.values() if row.shard == shard and row.xid not in self.open]
+            fresh = sorted(row.seq for row in there if row.state == "fresh" and row.seq > at.seq)
+            if at.candidate is not None and snapshot.xmin >= at.needs:
+                before = at.seq
+                at.seq = min([at.candidate, *(seq - 1 for seq in fresh[:1])])
+                at.candidate = None
+                moved += at.seq > before
+            if at.candidate is None:
+                reached = fresh[0] - 1 if fresh else max((row.seq for row in there), default=0)
+                at.candidate, at.needs = (reached if reached > at.seq else None), snapshot.next_xid
+        return moved
 
     def _row(self, record: Record) -> Row:
         waits = ("waiting", "paused")

@@ -17,7 +17,7 @@ _WORTH_PLAYING = {
     "a handler went on without its session", "a shard was given away", "a commit's answer was lost",
     "a change was fetched by its number", "a key was read on", "a row was somebody else's",
     "a type was read apart", "a change did not fit into a page", "a change was snoozed",
-    "a TRUNCATE kept a change from starting",
+    "a TRUNCATE kept a change from starting", "a position moved",
     "a replay started", "a replay overtook what was not there",
     "a call stood for several changes", "a change had been coalesced", "a change was put off",
 }  # fmt: skip
