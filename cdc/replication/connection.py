@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
+from typing import Self
 
 import psycopg
 from psycopg import pq, sql
@@ -95,11 +96,15 @@ class SocketWait:
     def __init__(self) -> None:
         self.turned_at = 0.0
         self._asked = threading.Event()
-        self._rouse, self._roused = socket.socketpair()
         self._poll = select.poll()
-        self._poll.register(self._roused, select.POLLIN)
         self._link: int | None = None
         self._wanted = 0
+
+    def open(self) -> Self:
+        """Before the first wait: what is made and never runs holds no socket."""
+        self._rouse, self._roused = socket.socketpair()
+        self._poll.register(self._roused, select.POLLIN)
+        return self
 
     def stop(self) -> None:
         self._asked.set()

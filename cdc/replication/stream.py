@@ -135,6 +135,7 @@ class Stream:
         )
 
     def start(self) -> None:
+        self._waiting.open()
         self._thread.start()
 
     def waits_for_standbys(self) -> None:
@@ -144,7 +145,6 @@ class Stream:
     def stop(self, timeout_s: float) -> bool:
         """Confirm, disconnect, end the thread. False if it has not ended in time: connecting cannot be interrupted."""
         if self._thread.ident is None:
-            self._waiting.close()
             return True
         self._waiting.stop()
         self._thread.join(timeout_s)

@@ -112,7 +112,7 @@ def _slot_lost(stage: Stage) -> Iterator[None]:
 def _slot_held(stage: Stage) -> Iterator[None]:
     """By a client that reads nothing, as pg_recvlogical does when it is stopped."""
     with ExitStack() as undo:
-        waiting = SocketWait()
+        waiting = SocketWait().open()
         undo.callback(waiting.close)
         stranger = undo.enter_context(
             open_session(

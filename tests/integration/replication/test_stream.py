@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -315,8 +316,11 @@ def test_stop_leaves_no_thread_and_no_connection(streaming: Streaming, database:
     eventually(lambda: not slot_facts(db, slot)["active"], what="the slot is free")
 
 
-def test_a_stream_that_was_never_started_stops(database: str) -> None:
-    assert Stream(StreamSettings(dsn=database, schema="public", slot="unused"), Recorder()).stop(1)
+def test_a_stream_that_was_never_started_holds_nothing_and_stops(database: str) -> None:
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    stream = Stream(StreamSettings(dsn=database, schema="public", slot="unused"), Recorder())
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+    assert stream.stop(1)
 
 
 def test_stop_ends_a_pause_between_two_attempts(streaming: Streaming, database: str, db, slot: str) -> None:

@@ -83,7 +83,7 @@ def test_the_read_that_meets_the_end_of_the_stream_does_not_wait_for_the_reason(
     """The event loop may make it, while the thread waits. The next one, which is the thread's, says what happened."""
     make_slot(db, slot, plugin)
     with (
-        closing(_Waits()) as waiting,
+        closing(_Waits().open()) as waiting,
         open_session(database, waiting, application_name="cdc: test", settings={}, slot=slot) as session,
     ):
         session.start(plugins("public")[plugin], Lsn(0))
