@@ -19,7 +19,7 @@ from cdc.cli import cdc as root_command
 from cdc.core.router import Router
 from cdc.engine import shadow
 from cdc.postgres import migrations
-from cdc.postgres.outbox import READ_SESSION
+from cdc.postgres.outbox import READ_LIMITS
 from tests.commands import done
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
@@ -189,7 +189,7 @@ async def test_a_document_whose_text_is_too_long_for_the_server_is_a_dead_letter
 async def test_what_takes_longer_to_read_than_the_session_allows_is_a_dead_letter_and_twenty_others_are_read(
     outbox: str, outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(READ_SESSION, "statement_timeout", "700ms")
+    monkeypatch.setitem(READ_LIMITS, "statement_timeout", "700ms")
     calls = Calls()
     good = _innocents(outbox_db, 10)
     # Half a gigabyte as a text, which takes some seconds to write; 30 kB in the table.
