@@ -16,6 +16,7 @@ from cdc.app.application import App
 from cdc.core.pauses import Pause
 from cdc.core.router import Router
 from cdc.postgres.controls import Controls
+from tests.commands import done
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 
@@ -324,6 +325,28 @@ async def test_pauses_of_other_subscriptions_are_nothing_to_the_default_one(
     async with _consuming(outbox, router):
         _publish(outbox_db, "mail")
         await _until(lambda: settled(outbox_db), "all are handled")
+
+
+async def test_a_subscription_heeds_its_own_pauses_and_those_of_all(
+    outbox: str, outbox_db: psycopg.Connection, router: Router, calls: Calls
+) -> None:
+    done(outbox, "subscription", "create", "search")
+    everywhere, here, _ = (
+        _pause(outbox_db, "mail"),
+        _pause(outbox_db, "letter", subscription="search"),
+        _pause(outbox_db, "invoice", subscription="default"),
+    )
+    async with _consuming(outbox, router, subscription="search") as app:
+        await _until_known(app, 2)
+        for entity_type in ("mail", "letter", "invoice"):
+            _publish(outbox_db, entity_type)
+        await _until(lambda: len(calls.seqs["invoice"]) == 10, "what is paused elsewhere is handled")
+        assert not calls.seqs["mail"]
+        assert not calls.seqs["letter"]
+        _resume(outbox_db, everywhere)
+        _resume(outbox_db, here)
+        await _until(lambda: len(calls.seqs["mail"]) == len(calls.seqs["letter"]) == 10, "all are handled")
+    assert calls.in_order
 
 
 async def test_an_outbox_without_the_table_or_the_right_is_consumed_all_the_same(
