@@ -54,6 +54,11 @@ _AT_LEAST_S = 10.0
 """Between two looks at positions while nothing is settled: changes of other types may have come."""
 
 
+def statements(schema: str) -> dict[str, bytes]:
+    """By name, the statements of a consumer of a subscription of the outbox in ``schema``."""
+    return {**load("outbox.sql", schema, instead=blocks("subscription.sql")), **load("subscription.sql", schema)}
+
+
 class SubscriptionStore(Store):
     """The statements for a subscription of the outbox in ``schema``. ``scope``: of its types what its handlers want."""
 
@@ -70,10 +75,9 @@ class SubscriptionStore(Store):
         page_bytes: int = BYTES,
     ) -> None:
         super().__init__(schema, max_chain_depth, scope, page_bytes=page_bytes)
-        pieces = blocks("subscription.sql")
-        self._statements = {**load("outbox.sql", schema, instead=pieces), **load("subscription.sql", schema)}
+        self._statements = statements(schema)
         numbers = {
-            **load("outbox.sql", schema, instead={**pieces, **NUMBERS}),
+            **load("outbox.sql", schema, instead={**blocks("subscription.sql"), **NUMBERS}),
             **load("subscription.sql", schema, instead=NUMBERS),
         }  # fmt: skip
         self.refused = RefusedRows(

@@ -384,25 +384,27 @@ WHERE s.subscription = %(subscription)s::smallint AND s.shard = %(shard)s::small
 -- name: refuse
 -- Dead letters of changes whose values cannot be read.
 WITH given AS MATERIALIZED (
-  SELECT g.*, c.seq, c.shard, p.subscription, p.seq AS position,
-    hashtextextended(coalesce(c.entity_type, c.table_name), 0) AS type_hash,
-    hashtextextended(c.entity_id, hashtextextended(coalesce(c.entity_type, c.table_name), 0)) AS key_hash
+  SELECT g.*, want.seq, want.shard, r.place, {position} AS position,
+    hashtextextended(want.type, 0) AS type_hash,
+    hashtextextended(want.entity_id, hashtextextended(want.type, 0)) AS key_hash
   FROM unnest(%(ids)s::uuid[], %(errors)s::text[], %(summaries)s::text[], %(pauses)s::bool[])
        AS g(id, error, summary, pauses)
-  JOIN {changes} AS c ON c.id = g.id
-  JOIN {positions} AS p ON p.subscription = %(subscription)s::smallint AND p.shard = c.shard
+  CROSS JOIN LATERAL (
+    SELECT c.seq, c.shard, c.entity_id, coalesce(c.entity_type, c.table_name) AS type
+    FROM {changes} AS c WHERE c.id = g.id LIMIT 1
+  ) AS want
+  {row_there}
 ), changed AS (
   UPDATE {subscription_changes} AS s
   SET dead_at = now(), next_attempt_at = CASE WHEN g.pauses THEN 'infinity'::timestamptz END,
       tried = jsonb_build_object('count', {failures} + 1, 'error', g.error, 'summary', g.summary)
   FROM given AS g
-  WHERE s.subscription = g.subscription AND s.shard = g.shard AND s.seq = g.seq
-    AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
+  WHERE s.ctid = g.place AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
   RETURNING g.id
 ), added AS (
   INSERT INTO {subscription_changes} AS s
     (seq, subscription, shard, next_attempt_at, dead_at, type_hash, key_hash, tried)
-  SELECT g.seq, g.subscription, g.shard, CASE WHEN g.pauses THEN 'infinity'::timestamptz END, now(), g.type_hash,
+  SELECT g.seq, %(subscription)s::smallint, g.shard, CASE WHEN g.pauses THEN 'infinity'::timestamptz END, now(), g.type_hash,
     g.key_hash, jsonb_build_object('count', 1, 'error', g.error, 'summary', g.summary)
   FROM given AS g WHERE g.seq > g.position
   ON CONFLICT (subscription, shard, seq) DO NOTHING
@@ -448,11 +450,17 @@ WHERE pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashint8extended(open.seq,
 -- read as it is now, and stays so until the commit: what another session has settled is not settled twice. Of such a
 -- change the first column is NULL.
 WITH want AS MATERIALIZED (
-  SELECT w.seq, w.shard, w.requeued
+  SELECT w.seq, w.shard, w.requeued, r.place
   FROM ROWS FROM (
     pg_catalog.unnest(%(seqs)s::pg_catalog.int8[]), pg_catalog.unnest(%(shards)s::pg_catalog.int2[]),
     pg_catalog.unnest(%(requeued)s::pg_catalog.bool[])
   ) AS w(seq, shard, requeued)
+  LEFT JOIN LATERAL (
+    SELECT s.ctid AS place FROM {subscription_changes} AS s
+    WHERE s.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
+      AND s.shard OPERATOR(pg_catalog.=) w.shard AND s.seq OPERATOR(pg_catalog.=) w.seq
+    LIMIT 1
+  ) AS r ON w.requeued
   WHERE pg_catalog.pg_current_xact_id() OPERATOR(pg_catalog.=) %(xid)s::pg_catalog.xid8
 ), at AS MATERIALIZED (
   SELECT p.shard, p.seq FROM {positions} AS p
@@ -462,17 +470,13 @@ WITH want AS MATERIALIZED (
 ), gone AS (
   DELETE FROM {subscription_changes} AS s USING want, at
   WHERE want.requeued AND at.shard OPERATOR(pg_catalog.=) want.shard AND want.seq OPERATOR(pg_catalog.<=) at.seq
-    AND s.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
-    AND s.shard OPERATOR(pg_catalog.=) want.shard AND s.seq OPERATOR(pg_catalog.=) want.seq
-    AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
+    AND s.ctid OPERATOR(pg_catalog.=) want.place AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
   RETURNING s.seq
 ), changed AS (
   UPDATE {subscription_changes} AS s SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
   FROM want, at
   WHERE want.requeued AND at.shard OPERATOR(pg_catalog.=) want.shard AND want.seq OPERATOR(pg_catalog.>) at.seq
-    AND s.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
-    AND s.shard OPERATOR(pg_catalog.=) want.shard AND s.seq OPERATOR(pg_catalog.=) want.seq
-    AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
+    AND s.ctid OPERATOR(pg_catalog.=) want.place AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
   RETURNING s.seq
 ), added AS (
   INSERT INTO {subscription_changes} AS s (seq, subscription, shard)

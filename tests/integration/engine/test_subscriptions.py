@@ -308,3 +308,22 @@ async def test_what_a_subscription_cannot_do_is_refused(outbox: str, outbox_db: 
     with pytest.raises(UsageError, match="same types"):
         async with consuming(outbox, router, subscription="search", only=("x",)):
             pass
+
+
+async def test_a_change_that_cannot_be_read_is_a_dead_letter_of_its_subscription(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    number = subscribe(outbox_db)
+    router, seen = _collecting()
+    before = _publish(outbox_db, "1")
+    # An operation of which this version knows nothing is refused by the driver.
+    [(unknown,)] = outbox_db.execute(
+        "INSERT INTO entity_changes (table_name, operation, entity_id, shard)"
+        " VALUES ('x', 'MERGE', '2', hashtext('2') & 63) RETURNING seq"
+    ).fetchall()
+    after = _publish(outbox_db, "3")
+    async with consuming(outbox, router, subscription="search"):
+        await eventually_async(_is(lambda: is_done(outbox_db, number)))
+    assert sorted(seen) == [before, after]
+    assert states_of(outbox_db, number)[unknown] == "dead"
+    assert states(outbox_db) == {"fresh": 3}
