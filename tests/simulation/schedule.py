@@ -68,7 +68,8 @@ class Simulation:
             self._hear: 4 * each, self._connect: each, self._stream: each, self._balance: 3 * each,
             self._read: 12 * each, self._start: 8 * each, self._advance: 12 * each, self._settle: 8 * each,
             self._notice: each, self._notice_stream: each, self._end_vanished: 0.5,
-            self._move_positions: 2.0 * bool(self.server.positions), self._cut_stream: lossy, self._lose_relayed: 2 * lossy,
+            self._move_positions: 2.0 * bool(self.server.positions),
+            self._cut_stream: lossy, self._lose_relayed: 2 * lossy,
             self._end_a_session: 0.3 * trouble, self._kill: 0.2 * trouble, self._restart_server: 0.05 * trouble,
             self._cut_off_handler: trouble, self._requeue: 0.3 * trouble, self._replay: 0.5,
         }  # fmt: skip
