@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from cdc.core.admission import Row
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.model import Change, Committed, Dead, Outcome, Processed, Waiting
+from cdc.core.pauses import Pause, Pauses
 from cdc.core.read_reconciler import Settlement
 from cdc.core.ready_queues import Requirements
 from cdc.core.shard_ownership import Acquired
@@ -71,6 +72,8 @@ class SchedulerAndTable(RuleBasedStateMachine):
         self.cursors: dict[int, int] = {}
         """Of the shards we own: all fresh rows up to here have been read."""
         self.away: set[int] = set()
+        self.anew = False
+        """What is paused has changed since the last pass from the beginning."""
 
     @initialize(
         capacity=st.sampled_from([2, 6, 30]),
@@ -113,6 +116,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
         """What goes on now and then."""
         self._one_of(data, {
             self.requeue: any(record.state in ("dead", "paused") for record in self.table),
+            self.pause_or_resume: True,
             self.pass_from_the_beginning: not self.answer and any(self.cursors.values()),
             self.commit: any(_after_settled(one) for one in self.running),
             self.interrupt: self.running,
@@ -165,6 +169,8 @@ class SchedulerAndTable(RuleBasedStateMachine):
         self._sweep(data.draw(st.integers(1, 8)), late=data.draw(st.booleans()), anew=data.draw(st.booleans()))
 
     def _sweep(self, limit: int, *, late: bool, anew: bool) -> None:
+        if self.anew:
+            self.pass_from_the_beginning(None)
         begun = dict(self.cursors)
         pages = {
             shard: self._fresh(lambda r, shard=shard, at=at: r.shard == shard and r.seq > at, limit)  # type: ignore[misc]
@@ -218,7 +224,17 @@ class SchedulerAndTable(RuleBasedStateMachine):
         self.answer = None
         self.read.close()
 
-    def pass_from_the_beginning(self, _: st.DataObject) -> None:
+    def pause_or_resume(self, data: st.DataObject) -> None:
+        """Some of the keys, all, or nothing. A read may be under way; the next sweep begins anew."""
+        keys = data.draw(st.sets(st.sampled_from((*_KEYS, None)), max_size=2))
+        self._hold(*(Pause(n, entity_type="t", entity_id=key) for n, key in enumerate(sorted(keys, key=str))))
+
+    def _hold(self, *pauses: Pause) -> None:
+        self.scheduler.hold(Pauses(pauses))
+        self.anew = True
+
+    def pass_from_the_beginning(self, _: st.DataObject | None) -> None:
+        self.anew = False
         self.scheduler.forget_deferred(self.cursors)
         self.cursors = dict.fromkeys(self.cursors, 0)
 
@@ -235,6 +251,7 @@ class SchedulerAndTable(RuleBasedStateMachine):
             self.scheduler.start_with(started, batch, lambda other: _after_settled(other) == _after_settled(started[0]))
             assert len(started) <= batch
         for one in started:
+            assert not self.scheduler.held.pauses.hold(one.key), f"{one!r} is paused"
             assert one.key not in {other.key for other in (*self.running, *self.orphans)}, f"{one.key} runs twice"
             self._may_start(one, {other.seq for other in started})
         assert self._in_order(started)
@@ -403,7 +420,8 @@ class SchedulerAndTable(RuleBasedStateMachine):
         assert all(scheduler.knows(seq) for seq in (*self.unsettled, *(one.seq for one in self.running)))
 
     def teardown(self) -> None:
-        """Nothing fails any more, and nobody passes from the beginning: still everything is settled."""
+        """Nothing fails, and nobody pauses or passes from the beginning any more: still everything is settled."""
+        self._hold()
         self.come_back()
         for orphan in self.orphans:
             self.scheduler.finished([Settlement(orphan, Processed())])
