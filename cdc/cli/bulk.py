@@ -33,7 +33,7 @@ _FILTERS = (
     click.option(
         "--since",
         metavar="TIME",
-        help="Changed at this time or later: 2026-01-31T18:00Z (UTC without a zone), or how long ago: 2h.",
+        help="Changed at this time or later: 2026-01-31T18:00Z (UTC without a zone), or 2h ago.",
     ),
     click.option("--until", metavar="TIME", help="Changed before this time, written in the same way."),
     click.option("--all", "everything", is_flag=True, help="Without any of these, all of them."),

@@ -44,17 +44,17 @@ def parse_duration(text: str) -> float:
 
 
 def parse_moment(text: str) -> datetime | timedelta:
-    """A time in ISO 8601, without a zone in UTC; or a span of time: how long ago. Raises UsageError."""
+    """A time in ISO 8601, without a zone in UTC; or how long ago: ``2h``, ``2h ago``. Raises UsageError."""
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         try:
-            return timedelta(seconds=parse_duration(text))
+            return timedelta(seconds=parse_duration(text.strip().removesuffix(" ago")))
         except UsageError:
             raise UsageError(
                 f"{text!r} is no moment",
                 hint="a time in ISO 8601, in UTC where it names no zone, or how long ago:"
-                " 2026-01-31T18:00:00Z, 2026-01-31T18:00+01:00, 2026-01-31, 2h",
+                " 2026-01-31T18:00:00Z, 2026-01-31T18:00+01:00, 2026-01-31, 2h ago",
             ) from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 

@@ -36,6 +36,7 @@ def test_anything_else_is_refused_with_an_example(text: str) -> None:
         ("2026-01-31T18:00:00.5Z", datetime(2026, 1, 31, 18, 0, 0, 500_000, tzinfo=UTC)),
         ("2026-01-31T18:00+01:00", datetime(2026, 1, 31, 17, tzinfo=UTC)),
         (" 2h ", timedelta(hours=2)),
+        ("2 h ago", timedelta(hours=2)),
     ],
 )
 def test_a_moment_is_iso_8601_or_how_long_ago_it_was(text: str, moment: datetime | timedelta) -> None:
