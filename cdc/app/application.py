@@ -126,7 +126,8 @@ class App:
         handlers = sorted({handler.name for handler in self.components.router.handlers.values()})
         log.info("cdc %s; handlers: %s", __version__, ", ".join(handlers) or "none")
         if not self.scope.everything:
-            log.info("for %s; changes of other types are left as they are", self.scope)
+            others = "left as they are" if self.components.settings.subscription == DEFAULT else "passed, for good"
+            log.info("for %s; changes of other types are %s", self.scope, others)
         if self.scope == NOTHING:
             log.warning("no handler is declared, so nothing is handled: see @router.on")
         with self._watching_loop(), self._serving_health():

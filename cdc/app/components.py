@@ -18,7 +18,7 @@ from cdc.core.page_size import BYTES
 from cdc.core.pauses import Pauses
 from cdc.core.router import Router
 from cdc.core.subscription import DEFAULT
-from cdc.core.type_filter import TypeFilter
+from cdc.core.type_filter import NOTHING, TypeFilter
 from cdc.engine.circuit_breakers import CircuitBreakers
 from cdc.engine.consumer import Consumer
 from cdc.engine.consumer_port import ConsumerPort, ConsumerSettings
@@ -173,7 +173,7 @@ def _scope(settings: Settings, router: Router, subscription: Subscription | None
     """The types that this consumer handles."""
     asked = settings.scope
     if subscription:
-        _refuse_for_subscription(settings, router)
+        _refuse_for_subscription(settings, router, subscription)
         asked = asked if subscription.types is None else TypeFilter(subscription.types, include=True)
     _refuse_unhandled(settings.scope, router)
     return asked if settings.unhandled == "discard" else asked.within(router.scope)
@@ -320,8 +320,19 @@ def _as_observer(settings: Settings) -> Settings:
     return settings.model_copy(update={"slot": slot})
 
 
-def _refuse_for_subscription(settings: Settings, router: Router) -> None:
-    """A change that no consumer of a subscription wants is nothing to it. So all of them must want the same ones."""
+def _refuse_for_subscription(settings: Settings, router: Router, subscription: Subscription) -> None:
+    """What no handler wants is nothing to a subscription: its position passes it, for good.
+
+    So all of its consumers must want the same, and what it names in particular.
+    """
+    unhandled = [each for each in subscription.types or () if not router.scope.has(each)]
+    if settings.unhandled != "discard" and (unhandled or router.scope == NOTHING):
+        taken = ", ".join(map(repr, unhandled)) or subscription.taking
+        raise UsageError(
+            f"the subscription {subscription.name} takes {taken}, but no handler wants changes of it: they would be"
+            " passed, and no later version would get them",
+            hint="add the handler, or router.ignore(...); other types are a drop and a create",
+        )
     if settings.only or settings.except_:
         raise UsageError(
             "the consumers of a subscription take the same types, and so --only and --except are not for them",

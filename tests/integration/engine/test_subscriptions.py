@@ -299,6 +299,32 @@ async def test_a_captured_truncate_is_a_barrier_of_its_type_in_each_subscription
     assert max(ended[:100]) < barrier < min(ended[101:])
 
 
+async def test_a_consumer_that_does_not_handle_what_the_subscription_names_is_refused_before_it_passes_it(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    number = subscribe(outbox_db, types=["x", "y"])
+    wanted = [_publish(outbox_db, "1", "x"), _publish(outbox_db, "1", "y")]
+    # An earlier version, and one whose handlers were not imported.
+    for router in (_collecting("x")[0], Router()):
+        with pytest.raises(UsageError, match="'y', but no handler wants"):
+            async with consuming(outbox, router, subscription="search"):
+                await eventually_async(_is(lambda: is_done(outbox_db, number)))
+    router, seen = _collecting("x", "y")
+    async with consuming(outbox, router, subscription="search"):
+        await eventually_async(_is(lambda: is_done(outbox_db, number)))
+    assert sorted(seen) == wanted
+    subscribe(outbox_db, "audit")
+    with pytest.raises(UsageError, match="takes every type, but no handler"):
+        async with consuming(outbox, Router(), subscription="audit"):
+            pass
+    router, ignored = _collecting("x")[0], _collecting("x")[0]
+    ignored.ignore("y")
+    async with consuming(outbox, ignored, subscription="search"):
+        pass
+    async with consuming(outbox, router, subscription="search", unhandled="discard"):
+        pass
+
+
 async def test_what_a_subscription_cannot_do_is_refused(outbox: str, outbox_db: psycopg.Connection) -> None:
     router, _ = _collecting()
     with pytest.raises(NotFoundError, match="no subscription search"):
