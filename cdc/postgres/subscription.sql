@@ -414,7 +414,9 @@ SELECT id FROM changed UNION ALL SELECT g.id FROM given AS g JOIN added ON added
 
 -- name: take
 -- For a transactional handler: those of its changes that are still as they were read and that no other session has taken.
--- A lock of the number, because a fresh one has no row. Every name is qualified, as in outbox.sql.
+-- A lock of the number, because a fresh one has no row; of so many only, as all sessions of a server share the room for locks,
+-- and who finds none is refused, be it a writer. What is handled twice at once for want of a lock is marked once. Every name
+-- is qualified, as in outbox.sql.
 WITH begun AS MATERIALIZED (
   SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid,
          pg_catalog.set_config('cdc.cause', %(cause)s, true),
@@ -422,12 +424,12 @@ WITH begun AS MATERIALIZED (
          CASE WHEN pg_catalog.current_setting('transaction_timeout', true) IS NOT NULL
               THEN pg_catalog.set_config('transaction_timeout', '0', true) END
 ), open AS MATERIALIZED (
-  SELECT want.seq
+  SELECT want.seq, want.place
   FROM ROWS FROM (
     pg_catalog.unnest(%(ids)s::pg_catalog.uuid[]), pg_catalog.unnest(%(seqs)s::pg_catalog.int8[]),
     pg_catalog.unnest(%(shards)s::pg_catalog.int2[]), pg_catalog.unnest(%(requeued)s::pg_catalog.bool[]),
     pg_catalog.unnest(%(failures)s::pg_catalog.int4[])
-  ) AS want(id, seq, shard, requeued, failures)
+  ) WITH ORDINALITY AS want(id, seq, shard, requeued, failures, place)
   JOIN {changes} AS c ON c.id OPERATOR(pg_catalog.=) want.id
   JOIN {positions} AS p
     ON p.subscription OPERATOR(pg_catalog.=) %(subscription)s::pg_catalog.int2
@@ -443,7 +445,9 @@ WITH begun AS MATERIALIZED (
       OPERATOR(pg_catalog.=) want.failures
 )
 SELECT begun.xid FROM begun CROSS JOIN open
-WHERE pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashint8extended(open.seq, %(locks)s::pg_catalog.int8))
+WHERE CASE WHEN open.place OPERATOR(pg_catalog.<=) 100
+      THEN pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashint8extended(open.seq, %(locks)s::pg_catalog.int8))
+      ELSE true END
 
 -- name: mark
 -- The same changes, in the same transaction; no rows: the handler has ended the transaction it was given. The position is

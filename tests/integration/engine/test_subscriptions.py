@@ -194,6 +194,37 @@ async def test_what_a_transactional_handler_writes_is_committed_with_the_progres
         assert [seq for (seq,) in rows] == seqs
 
 
+async def test_a_large_batch_leaves_the_server_room_for_locks_and_is_committed_once_by_whoever_is_first(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    number = subscribe(outbox_db)
+    outbox_db.execute("CREATE TABLE written (seq bigint)")
+    outbox_db.execute("SELECT count(publish_change('x', n::text, 'INSERT', '{}')) FROM generate_series(1, 500) AS n")
+    router, locks = Router(), list[int]()
+
+    @router.on("x", batch=500, linger=1)
+    async def handle(changes: list[cdc.Change], connection: psycopg.AsyncConnection) -> None:
+        await connection.cursor().executemany("INSERT INTO written VALUES (%s)", [[each.seq] for each in changes])
+        cursor = await connection.execute(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+        )
+        [(count,)] = await cursor.fetchall()
+        locks.append(count)
+        if len(locks) == 1:  # as another session that had none of its locks
+            last = max(changes, key=lambda each: each.seq)
+            outbox_db.execute(
+                "INSERT INTO cdc_subscription_changes (seq, subscription, shard) VALUES (%s, %s, %s)",
+                [last.seq, number, last.shard],
+            )
+            outbox_db.execute("INSERT INTO written VALUES (%s)", [last.seq])
+
+    async with consuming(outbox, router, subscription="search"):
+        await eventually_async(_is(lambda: is_done(outbox_db, number)))
+    assert outbox_db.execute("SELECT count(*), count(DISTINCT seq) FROM written").fetchall() == [(500, 500)]
+    assert len(locks) > 1
+    assert max(locks) <= 100
+
+
 async def test_nothing_is_begun_while_it_is_paused(outbox: str, outbox_db: psycopg.Connection) -> None:
     number = subscribe(outbox_db)
     (router, seen), (default, _) = _collecting(), _collecting()
