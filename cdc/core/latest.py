@@ -7,7 +7,8 @@ those behind it stay in the table, where they cost nothing, however many they ar
 it have settled, the table is asked what else of its key is fresh: a prefix of the key's changes, up to a bound, that
 ends before one that another handler gets, or one that waits. The handler gets both ends of that prefix.
 
-    first started ──ask──► too early:  put off. It leaves the window, and its key has a time at which it is read on
+    first started ──ask──► something before it has become visible:  it goes back, and its key is read from there
+                      ├──► too early:  put off. It leaves the window, and its key has a time at which it is read on
                       └──► else called, with the first ``old`` and the rest of the last
                              ├─ done, or dead:  so is the last one; the others are processed, coalesced into it
                              └─ fails:  the first waits for its retry, and with it the key. The retry asks again
@@ -17,8 +18,9 @@ crash between a call and its mark, learns at least what was known before, and no
 call before it. The mark names the changes that the answer named: what came later is not among them.
 
 That holds for replays among themselves, and for all else. A replay locks no row, so what is visible behind one may not
-be all that was written before. So a call stands for replays alone, or for none. A retry for replays may stand for fewer
-than the call before it, where something else has become visible between them.
+be all that was written before. So a call stands for replays alone, or for none. A retry may stand for fewer than the
+call before it, where one of the other kind has become visible between them. What becomes visible *before* the first is
+called before it: something behind the first may have been written when it was there, and would overtake it.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ class Latest:
     """What a call is for. ``change``: as the handler gets it, its filter and its model aside.
 
     ``later``: the numbers of the changes after the first, as PostgreSQL writes an array; None: there are none.
-    ``wait_s``: in how many seconds to ask again, because the key may not be quiet yet; 0: call.
+    ``wait_s``: in how many seconds to ask again, because the key may not be quiet yet; 0: call. ``before``: the number
+    of a fresh change of the key that has become visible late, and is to be called first.
     """
 
     change: Change
     later: str | None = None
     wait_s: float = 0.0
+    before: int | None = None
 
     def outcome(self, outcome: Outcome) -> Outcome:
         """What the outcome of the call means for all of its changes."""

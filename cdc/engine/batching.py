@@ -12,6 +12,7 @@ from cdc.core.router import Handler
 from cdc.core.scheduler import KeyScheduler
 from cdc.engine.coalescing import Coalescing
 from cdc.engine.executor import Executor
+from cdc.engine.transactions import AskTheTableError
 from cdc.runtime.deadline import wait_within
 
 _BATCH_BYTES = 4 << 20
@@ -61,16 +62,27 @@ class Batching:
                     del self.lingering[handler]
 
     async def latest(self, handler: Handler, change: Change, *, may_wait: bool = True) -> Latest:
-        """What the call stands for. Raises PutOffError; where there is no room for another that waits, it is early."""
-        latest = await self.coalescing.ask(handler, change, may_wait=may_wait)
+        """What the call stands for. Raises PutOffError; where there is no room for another that waits, it is early.
+
+        Raises AskTheTableError, too: the change, or one of its key before it, is not as it was read.
+        """
+        latest = await self._ask(handler, change, may_wait=may_wait)
         if latest.wait_s:
             if self._scheduler.put_off(change, time.monotonic() + latest.wait_s):
                 self._put_off()
                 raise PutOffError
-            latest = await self.coalescing.ask(handler, change, may_wait=False)
+            latest = await self._ask(handler, change, may_wait=False)
         if latest.later:
             self._scheduler.deferred.handled(change.key, change.seq, latest.change.seq)
         return latest
+
+    async def _ask(self, handler: Handler, change: Change, *, may_wait: bool) -> Latest:
+        latest = await self.coalescing.ask(handler, change, may_wait=may_wait)
+        if latest.before is None:
+            return latest
+        if change.shard in self._scheduler.ownership.active:
+            self._scheduler.deferred.defer(change.key, latest.before, change.shard, blocked=False, last=latest.before)
+        raise AskTheTableError("one of its key before it has become visible late, and is called first", 0.0)
 
     def join(self, handler: Handler, change: Change) -> None:
         """Put a started change into the batch of its handler that still waits for more."""

@@ -58,9 +58,11 @@ class CoalescedChanges:
             "seq_max": SEQ_MAX,
         }
         found: dict[Ask, Latest | None] = dict.fromkeys(asks)
-        for place, later, wait_s, *record in await rows_of(reader, self._statements["ask"], parameters):
+        for place, before, later, wait_s, *record in await rows_of(reader, self._statements["ask"], parameters):
             ask = asks[place - 1]
-            if wait_s or later is None:
+            if before is not None:
+                found[ask] = Latest(ask.change, before=before)
+            elif wait_s or later is None:
                 found[ask] = Latest(ask.change, wait_s=wait_s)
             elif record[2] is None:  # its row is none that fits, or was settled meanwhile: asked again
                 del found[ask]

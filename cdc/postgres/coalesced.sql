@@ -4,13 +4,14 @@
 -- For each of these first changes of their keys that is still as it was read: the numbers of the fresh ones behind it, how
 -- long to wait until the key is quiet, and the last of them. What is behind ends before a change that another handler
 -- gets, or one that waits or that a TRUNCATE holds back, and with replays where the first is none, or with the first that is
--- none: what is visible behind a replay may not be all that was written before, and of replays alone or of others it is. Behind a replay
--- it is nothing while one before it is fresh, which has become visible late: the next replay may come behind that one. Its bounds are a distance in numbers, because no index finds the changes of a key, and a count;
--- neither depends on other keys, so that who asks again learns no less. An infinite time is none, and nor is one to come: the
--- clock was set back, and to wait until it is there again could take for ever.
-SELECT c.place, c.later, c.wait_s, {columns}
+-- none: what is visible behind a replay may not be all that was written before, and of replays alone or of others it is. While
+-- one before the first is fresh, which has become visible late, it is that one that is asked for: what is behind the first may
+-- have been written when it was there. The bounds are a distance in numbers, because no index finds the changes of a key, and
+-- a count; neither depends on other keys, so that who asks again learns no less. An infinite time is none, and nor is one to
+-- come: the clock was set back, and to wait until it is there again could take for ever.
+SELECT c.place, c.before, c.later, c.wait_s, {columns}
 FROM (
-  SELECT want.place, behind.later, wait.wait_s, f.*, {fits}
+  SELECT want.place, late.seq AS before, behind.later, wait.wait_s, f.*, {fits}
   FROM unnest(%(ids)s::uuid[], %(shards)s::smallint[], %(types)s::text[], %(entity_ids)s::text[], %(seqs)s::bigint[],
               %(requeued)s::bool[], %(failures)s::int[], %(operations)s::text[], %(quiet)s::float8[],
               %(at_most)s::float8[], %(replays)s::bool[])
@@ -22,6 +23,12 @@ FROM (
       AND (n.next_attempt_at IS NOT NULL) = want.requeued AND n.error_count = want.failures
     LIMIT 1
   ) AS first
+  CROSS JOIN LATERAL (
+    SELECT min(n.seq) AS seq FROM {changes} AS n
+    WHERE n.shard = want.shard AND n.seq < want.seq AND n.seq > want.seq - %(distance)s
+      AND n.entity_id = want.entity_id AND coalesce(n.entity_type, n.table_name) = want.type
+      AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL AND {readable}
+  ) AS late
   CROSS JOIN LATERAL (
     SELECT min(w.seq) AS seq
     FROM (SELECT want.type AS entity_type, want.type AS table_name, want.entity_id AS entity_id) AS c
@@ -39,13 +46,7 @@ FROM (
       WHERE n.shard = want.shard AND n.seq > want.seq AND n.seq < want.seq + %(distance)s
         AND n.entity_id = want.entity_id AND coalesce(n.entity_type, n.table_name) = want.type
         AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
-        AND n.seq < coalesce(waiting.seq, %(seq_max)s) AND {readable}
-        AND (NOT want.replays OR NOT EXISTS (
-          SELECT FROM {changes} AS e
-          WHERE e.shard = want.shard AND e.seq < want.seq AND e.seq > want.seq - %(distance)s
-            AND e.entity_id = want.entity_id AND coalesce(e.entity_type, e.table_name) = want.type
-            AND NOT e.processed AND e.next_attempt_at IS NULL AND e.dead_at IS NULL
-        ))
+        AND n.seq < coalesce(waiting.seq, %(seq_max)s) AND late.seq IS NULL AND {readable}
       ORDER BY n.seq
       LIMIT %(count)s
     ) AS k

@@ -170,7 +170,7 @@ class Consumer:
         self.ownership.lose()
         self._next_due_at = 0.0
         for call in list(self.calls):
-            if call.kind.in_thread:
+            if call.kind.in_thread and not (call.kind.latest and call.latest is None):  # else it is not called yet
                 self._promises.happened["a handler went on without its session"] += 1
             else:
                 self.interrupt(call)
@@ -406,8 +406,13 @@ class Consumer:
                 lambda seq: self._settings.kind(change.entity_id, seq) == kind,
             )
             return
-        later, wait_s, gone = call.asked
-        if gone:
+        later, wait_s, gone, before = call.asked
+        if before is not None:
+            self._promises.happened["a call waited for what had become visible late"] += 1
+            if change.shard in self.ownership.active:
+                self.scheduler.deferred.defer(change.key, before, change.shard, blocked=False, last=before)
+            self.interrupt(call)
+        elif gone:
             self._promises.happened["a change had been coalesced"] += 1
             known = change.seq in self._stood_for and call.session is self.session
             assert not known or self._settings.deferred_max < _MARKS_ENOUGH, f"{change!r} is asked about in vain"

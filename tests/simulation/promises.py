@@ -57,10 +57,12 @@ class Promises:
         self.happened["a call stood for several changes"] += bool(later)
         if call.session.alive and not self._requeued_late(change):
             rows = self._server.rows
-            between = [row for row in self._server.unsettled[key].values() if change.seq < row.seq < last]
-            missing = [row for row in between if row.seq not in later and not row.requeued_late]
+            before_last = [row for row in self._server.unsettled[key].values() if row.seq < last]
+            missing = [row for row in before_last if row.seq not in call.seqs and not row.requeued_late]
             missing = [row for row in missing if self._server.precedes(row, rows[last])]
             assert not missing, f"{change!r} passes over {missing}"
+            for seq in later:
+                self._keeps_to_truncates(rows[seq].change())
             before = self.delivered[key]
             since = (row for row in rows.values() if row.key == key and last <= row.seq < before)
             older = last < before and all(self._server.precedes(row, rows[before]) for row in since)

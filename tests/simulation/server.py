@@ -393,18 +393,18 @@ class Server:
             self.unsettled[record.key][record.seq] = record
 
     def ask(self, first: Change, most: int, settle_s: float, ours: Callable[[int], bool]) -> Asked:
-        """What waits behind a change of its key: up to one that is not ``ours``, or that waits itself.
+        """What waits behind a change of its key: up to one that is not ``ours``, that waits itself, or is barred.
 
-        Replays stand with replays, and others with others.
+        Replays stand with replays, and others with others. What is fresh before it goes first.
         """
         if not _as_read(self.rows[first.seq], first):
             return Asked(gone=True)
+        if late := [each.seq for each in self._fresh() if each.key == first.entity_id and each.seq < first.seq]:
+            return Asked(before=late[0])
         behind: list[Record] = []
-        if first.replay_of and any(r.key == first.entity_id and r.seq < first.seq for r in self._fresh()):
-            most = 0
         for record in sorted(self.visible(), key=lambda record: record.seq):
             if record.key == first.entity_id and record.seq > first.seq:
-                if record.state != "fresh" or not ours(record.seq) or len(behind) == most:
+                if record.state != "fresh" or not ours(record.seq) or len(behind) == most or self.barred(record):
                     break
                 if (record.replays is None) is not (first.replay_of is None):
                     break
@@ -445,11 +445,15 @@ class Server:
 
 
 class Asked(NamedTuple):
-    """What a call would stand for. ``gone``: the change is not as it was read. ``later``: the numbers behind it."""
+    """What a call would stand for. ``gone``: the change is not as it was read. ``later``: the numbers behind it.
+
+    ``before``: the first number of what is to be called before it.
+    """
 
     later: Sequence[int] = ()
     wait_s: float = 0.0
     gone: bool = False
+    before: int | None = None
 
 
 def seqs_of(finished: Settlement) -> list[int]:

@@ -20,6 +20,7 @@ _WORTH_PLAYING = {
     "a TRUNCATE kept a change from starting", "a position moved",
     "a replay started", "a replay overtook what was not there",
     "a call stood for several changes", "a change had been coalesced", "a change was put off",
+    "a call waited for what had become visible late",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from cdc.core.latest import Latest
 from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import tracking
 from cdc.postgres.bulk import Bulk
-from cdc.postgres.coalesced import Ask
+from cdc.postgres.coalesced import Ask, CoalescedChanges
 from cdc.postgres.outbox import Store
 from cdc.postgres.tracked_tables import Truncate
 from tests.eventually import eventually_async
@@ -127,29 +127,65 @@ async def test_a_call_stands_for_replays_alone_or_for_none(outbox_db: psycopg.Co
     assert calls == [(("UPDATE", 3, 5, 2), False), (("UPDATE", 0, 3, 3), True), (("UPDATE", 5, 7, 2), False)]
 
 
-async def test_a_call_for_a_replay_stands_for_it_alone_while_something_before_it_is_fresh(
-    outbox_db: psycopg.Connection, outbox: str
-) -> None:
-    """That has become visible late. The next replay may have been made when it was there, and comes behind it."""
+async def test_before_a_call_what_is_fresh_before_it_is_asked_for(outbox_db: psycopg.Connection, outbox: str) -> None:
+    """That has become visible late. What is behind the call may have been written when it was there."""
     _update(outbox_db, 1, 2)
     outbox_db.execute("UPDATE entity_changes SET processed = true, processed_at = now()")
     originals = [id_ for (id_,) in outbox_db.execute(_PROCESSED).fetchall()]
-    [late] = _update(outbox_db, 4, 4)
+    late, *_ = _update(outbox_db, 4, 6)
     for _ in Bulk("public").replay(outbox_db, originals):
         pass
-    first, second = outbox_db.execute(
-        "SELECT id, seq, shard, replay_of FROM entity_changes WHERE replay_of IS NOT NULL ORDER BY seq"
-    ).fetchall()
-    id_, seq, shard, replay_of = first
-    asked = replace(testing.change("product", "UPDATE", "1", id=id_, seq=seq, shard=shard), replay_of=replay_of)
-    ask = Ask(asked, ("UPDATE",), 0.0, 0.0)
+    fresh = "SELECT id, seq, shard, replay_of FROM entity_changes WHERE NOT processed ORDER BY seq"
+    _, live, last_live, replay, last_replay = outbox_db.execute(fresh).fetchall()
+    asks = [
+        Ask(replace(testing.change("product", "UPDATE", "1", id=i, seq=n, shard=s), replay_of=r), ("UPDATE",), 0.0, 0.0)
+        for i, n, s, r in (live, replay)
+    ]
     async with await psycopg.AsyncConnection.connect(outbox, autocommit=True) as reader:
         store = Store("public")
-        assert (await store.coalesced.ask(reader, [ask])) == {ask: Latest(asked)}
+        answers = await store.coalesced.ask(reader, asks)
+        assert answers == {asks[0]: Latest(asks[0].change, before=late), asks[1]: Latest(asks[1].change, before=late)}
         outbox_db.execute("UPDATE entity_changes SET processed = true WHERE seq = %s", [late])
-        [answer] = (await store.coalesced.ask(reader, [ask])).values()
-        assert answer is not None
-        assert answer.later == f"{{{second[1]}}}"
+        of_live, of_replay = (await store.coalesced.ask(reader, asks)).values()
+        assert of_live
+        assert (of_live.before, of_live.later) == (None, f"{{{last_live[1]}}}")
+        assert of_replay == Latest(asks[1].change, before=live[1])
+        outbox_db.execute("UPDATE entity_changes SET processed = true WHERE replay_of IS NULL")
+        [of_replay] = (await store.coalesced.ask(reader, asks[1:])).values()
+        assert of_replay
+        assert (of_replay.before, of_replay.later) == (None, f"{{{last_replay[1]}}}")
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_becomes_visible_before_a_call_is_not_overtaken_by_what_is_written_behind_it_then(
+    effects: psycopg.Connection, outbox: str, monkeypatch: pytest.MonkeyPatch, kind: str, fails: bool
+) -> None:
+    """As a replay may, or a change of a key that is coarser than a row."""
+    calls: list[tuple[Any, ...]] = []
+
+    def handle(change: cdc.Change) -> None:
+        calls.append(_seen(change)[1:])
+        if fails and len(calls) == 1:
+            raise RuntimeError
+
+    router = cdc.Router()
+    _declare(router, kind, handle, max_attempts=2)
+    ask = CoalescedChanges.ask
+    with psycopg.connect(outbox) as late:
+        _update(late, 1, 1)
+
+        async def asked_late(self: CoalescedChanges, reader: psycopg.AsyncConnection, asks: Sequence[Ask]) -> Any:
+            if not late.closed and bool(calls) == fails:
+                late.commit()
+                late.close()
+                _update(effects, 3, 3)
+            return await ask(self, reader, asks)
+
+        monkeypatch.setattr(CoalescedChanges, "ask", asked_late)
+        _update(effects, 2, 2)
+        await testing.drain(outbox, router)
+    assert calls == ([(1, 2, 1), (0, 1, 1), (1, 3, 2)] if fails else [(0, 3, 3)])
 
 
 async def test_a_row_that_comes_and_goes_in_between_is_a_delete_without_an_old_row(
