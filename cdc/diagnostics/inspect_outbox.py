@@ -48,6 +48,7 @@ from cdc.postgres.due import DueChanges
 from cdc.postgres.grants import (
     BARRED,
     BARRIER_RIGHTS,
+    CONTROLS,
     DUE_DESCRIPTION,
     KEEPING,
     PAYLOAD,
@@ -338,7 +339,9 @@ def row_security(connection: psycopg.Connection, name: str) -> RowSecurity:
 
 
 def readers(connection: psycopg.Connection, name: str) -> DataReaders:
-    parameters = {"schema": name, "payload": list(PAYLOAD), "internal": list(_INTERNAL)}
+    # What is paused may be seen by whoever reads.
+    internal = [each for each in _INTERNAL if each != CONTROLS]
+    parameters = {"schema": name, "payload": list(PAYLOAD), "internal": internal}
     with connection.cursor(row_factory=dict_row) as cursor:
         rows = cursor.execute(_READERS.encode(), parameters).fetchall()
     if not rows:
