@@ -96,7 +96,8 @@ class SubscriptionProgress:
     """How far a subscription is. Counts are lower bounds where there is ``more``.
 
     ``behind``: changes that are neither done nor waiting nor dead, the oldest ``oldest_age_s`` old. ``held_back``: what
-    the default subscription has processed of these and of what waits or is dead, which retention keeps for this one.
+    the default subscription has processed and retention keeps for this one, also of types that it does not take and has
+    not passed yet.
     """
 
     subscription: Subscription

@@ -119,7 +119,8 @@ DELETE FROM {subscription_changes} WHERE ctid = ANY (ARRAY(
 
 -- name: figures
 -- Of each subscription, or of one. Of each shard a bounded number is examined, of each half. What is behind is neither done
--- nor waiting nor dead. Held back is what the default subscription has processed of that, and of what waits or is dead. A
+-- nor waiting nor dead. Held back is what the default subscription has processed of what waits or is dead, and of all beyond
+-- the positions, also of types that this one does not take: retention knows of no types. A
 -- paused one, and one of which nobody is a consumer, is counted as any other. Most are at the same
 -- positions, of which each is looked beyond once.
 WITH asked AS MATERIALIZED (
@@ -141,13 +142,16 @@ WITH asked AS MATERIALIZED (
      WHERE n.shard = placed.shard AND n.seq > placed.seq AND {is_settled} ORDER BY n.seq LIMIT %(per_shard)s)
   ) AS n
 ), behind AS MATERIALIZED (
-  SELECT p.subscription, count(*) AS count, count(*) FILTER (WHERE b.processed) AS held_back,
-         min(b.changed_at) FILTER (WHERE isfinite(b.changed_at)) AS since
-  FROM beyond AS b JOIN placed AS p ON p.shard = b.at_shard AND p.seq = b.at_seq
-  WHERE (p.types IS NULL OR b.type = ANY (p.types)) AND NOT EXISTS (
-    SELECT FROM {subscription_changes} AS e
-    WHERE e.subscription = p.subscription AND e.shard = b.shard AND e.seq = b.seq OFFSET 0)
-  GROUP BY p.subscription
+  SELECT b.subscription, count(*) FILTER (WHERE b.taken) AS count, count(*) FILTER (WHERE b.processed) AS held_back,
+         min(b.changed_at) FILTER (WHERE b.taken AND isfinite(b.changed_at)) AS since
+  FROM (
+    SELECT p.subscription, b.processed, b.changed_at, p.types IS NULL OR b.type = ANY (p.types) AS taken
+    FROM beyond AS b JOIN placed AS p ON p.shard = b.at_shard AND p.seq = b.at_seq
+    WHERE NOT EXISTS (
+      SELECT FROM {subscription_changes} AS e
+      WHERE e.subscription = p.subscription AND e.shard = b.shard AND e.seq = b.seq OFFSET 0)
+  ) AS b
+  GROUP BY b.subscription
 ), full_shards AS MATERIALIZED (
   SELECT DISTINCT b.at_shard, b.at_seq FROM beyond AS b
   GROUP BY b.at_shard, b.at_seq, b.half HAVING count(*) >= %(per_shard)s

@@ -13,6 +13,7 @@ from psycopg import sql
 from cdc.core.errors import NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.core.model import SHARDS
 from cdc.postgres import migrations, subscriptions
+from cdc.postgres.retention import Retention
 from cdc.postgres.subscriptions import INDEX, INDEXES, Subscriptions
 from tests.commands_outbox import process, publish, wait
 from tests.commands_subscription import fail, finish, taken
@@ -439,10 +440,22 @@ def test_figures_say_how_far_each_is_and_what_it_holds_back(outbox_db: psycopg.C
     finish(outbox_db, make(outbox_db, "done", start="beginning"))
     found = {each.subscription.name: each for each in SUBSCRIPTIONS.progress(outbox_db)}
     counted = {name: (each.behind, each.held_back, each.waiting, each.dead, each.more) for name, each in found.items()}
-    assert counted == {"all": (10, 4, 0, 0, False), "orders": (3, 2, 1, 1, False), "done": (0, 0, 0, 0, False)}
+    assert counted == {"all": (10, 4, 0, 0, False), "orders": (3, 4, 1, 1, False), "done": (0, 0, 0, 0, False)}
     assert found["done"].oldest_age_s is None
     assert (found["all"].oldest_age_s or 0) > 0
     assert items
+
+
+def test_what_it_keeps_of_types_that_it_does_not_take_is_named(outbox_db: psycopg.Connection) -> None:
+    seqs = [publish(outbox_db, "item", f"{n}") for n in range(5)]
+    number = make(outbox_db, types=["order"], start="beginning")
+    process(outbox_db, *seqs)
+    assert Retention("public").prunable(outbox_db, 0) == (0, False), "nobody has passed them yet"
+    [figures] = SUBSCRIPTIONS.progress(outbox_db)
+    assert (figures.behind, figures.oldest_age_s, figures.held_back) == (0, None, 5)
+    finish(outbox_db, number)
+    [figures] = SUBSCRIPTIONS.progress(outbox_db)
+    assert (figures.held_back, Retention("public").prunable(outbox_db, 0)) == (0, (5, False))
 
 
 def test_figures_are_bounded_and_say_so(outbox_db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,6 +329,8 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
     ("subscriptions", replace(SUBSCRIPTIONS, each=()), WARN, "there are none", "DROP INDEX CONCURRENTLY public.s;"),
     ("subscriptions", replace(SUBSCRIPTIONS, each=(replace(SEARCH, consumers=0),)), WARN, r"nobody .* search \(3\)",
      "cdc run --subscription search"),
+    ("subscriptions", replace(SUBSCRIPTIONS, each=(replace(SEARCH, consumers=0, behind=0),)), WARN,
+     r"nobody .* search \(keeps 1\)", "cdc run --subscription search"),
     ("subscriptions", replace(SUBSCRIPTIONS, each=(replace(SEARCH, consumers=0, paused_s=90_000.0),)), WARN,
      r"paused for more than a day: search \(25 h\)", "cdc subscription resume search"),
     ("subscriptions-behind", replace(SUBSCRIPTIONS, each=(replace(SEARCH, oldest_age_s=180_000.0),)), WARN,
