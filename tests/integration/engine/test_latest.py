@@ -381,9 +381,11 @@ async def test_a_call_stands_for_a_bounded_part_of_a_burst(
     assert calls == [(0, 100, 100), (100, 200, 100), (200, 250, 50)]
 
 
-async def test_a_key_of_which_a_call_stands_for_all_is_not_read_again(
+async def test_keys_of_which_a_call_stands_for_all_are_not_read_again(
     outbox_db: psycopg.Connection, outbox: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for those that a repass meets while their call runs, on a busy machine."""
+    keys = 40
     read: list[int] = []
     read_keys = Store.read_keys
 
@@ -395,9 +397,11 @@ async def test_a_key_of_which_a_call_stands_for_all_is_not_read_again(
     calls: list[tuple[Any, ...]] = []
     router = cdc.Router()
     _declare(router, "async", lambda change: calls.append(_seen(change)[1:]))
-    _update(outbox_db, 1, 5)
+    for key in range(keys):
+        _update(outbox_db, 1, 5, str(key))
     await testing.drain(outbox, router)
-    assert (calls, read) == ([(0, 5, 5)], [])
+    assert calls == [(0, 5, 5)] * keys
+    assert sum(read) < keys / 2
 
 
 async def test_what_waits_behind_is_not_overtaken(outbox_db: psycopg.Connection, outbox: str) -> None:
