@@ -163,7 +163,7 @@ ELSEWHERE = {
     "test_server_versions": {"virtual-columns"},
     "it takes a decision": {"foreign-casts", "tables-with-row-security", "unrouted", "unhandled", "backlog",
                             "due-later", "barriers", "ddl", "subscriptions", "subscriptions-behind",
-                            "subscription-types"},
+                            "subscription-types", "paused"},
 }  # fmt: skip
 
 
