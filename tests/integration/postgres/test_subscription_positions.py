@@ -44,7 +44,8 @@ _SHARD = 5
 _KEYS = 3
 """All in that shard: a transaction that is open has lower numbers there than others have committed."""
 _WRITERS = 3
-_EVERY_SHARD = Sweep({shard: Position(0, 0, 3) for shard in range(SHARDS)}, 100, 1)
+_EVERY_SHARD = Sweep({shard: Position(0, 0, 3) for shard in range(SHARDS)}, 1_000, 1)
+"""One page has all that a sequence writes."""
 _MANY = settings(
     max_examples=20, stateful_step_count=50, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
