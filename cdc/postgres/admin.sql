@@ -3,6 +3,15 @@
 -- The predicates of the partial indexes stay literal, as there. A search examines a bounded number of rows, in the
 -- order of an index, and filters those: a search for a type without rows must not read the whole table.
 
+-- name: totals
+-- Not a statement: the columns of stats, from by_type, waiting and dead; whether there are more fresh ones comes after.
+type AS entity_type, sum(fresh)::int AS fresh, sum(blocked)::int AS blocked, sum(waiting)::int AS waiting,
+       sum(dead)::int AS dead, sum(blocked_keys)::int AS blocked_keys,
+       extract(epoch FROM now() - min(ready_since))::float8 AS oldest_ready_age_s,
+       extract(epoch FROM now() - min(blocked_since))::float8 AS oldest_blocked_age_s,
+       (SELECT count(*) >= %(bound)s FROM waiting) AS more_waiting,
+       (SELECT count(*) >= %(bound)s FROM dead) AS more_dead
+
 -- name: stats
 -- By entity type, of which 200 characters count. Of each shard the first fresh changes are examined, and a bounded
 -- number of the waiting and the dead. What a TRUNCATE holds back is fresh, and not ready.
@@ -36,12 +45,7 @@ WITH standing AS MATERIALIZED ({standing}), fresh AS MATERIALIZED (
   SELECT type, 0, 0, 0, 0, count(*), NULL, NULL
   FROM dead GROUP BY type
 )
-SELECT type AS entity_type, sum(fresh)::int AS fresh, sum(blocked)::int AS blocked, sum(waiting)::int AS waiting,
-       sum(dead)::int AS dead, sum(blocked_keys)::int AS blocked_keys,
-       extract(epoch FROM now() - min(ready_since))::float8 AS oldest_ready_age_s,
-       extract(epoch FROM now() - min(blocked_since))::float8 AS oldest_blocked_age_s,
-       (SELECT count(*) >= %(bound)s FROM waiting) AS more_waiting,
-       (SELECT count(*) >= %(bound)s FROM dead) AS more_dead,
+SELECT {totals},
        EXISTS (SELECT FROM fresh GROUP BY shard HAVING count(*) >= %(per_shard)s) AS more_fresh
 FROM by_type GROUP BY type ORDER BY type
 

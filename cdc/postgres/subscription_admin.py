@@ -24,7 +24,8 @@ class SubscriptionAdmin(OutboxAdmin):
 
     def __init__(self, schema: str, subscription: Subscription) -> None:
         super().__init__(schema)
-        shared = {"wanted": blocks("admin.sql")["wanted"], "matches": blocks("bulk.sql")["matches"]}
+        admin = blocks("admin.sql")
+        shared = {"wanted": admin["wanted"], "totals": admin["totals"], "matches": blocks("bulk.sql")["matches"]}
         own = load("subscription_admin.sql", schema, instead=shared)
         self._subscription = subscription
         self._statements = self._without_barriers = {**self._statements, **own}

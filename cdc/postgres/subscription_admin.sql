@@ -1,6 +1,6 @@
 -- What an operator reads and decides of one subscription: %(subscription)s is its number. {changes} is the table of changes,
--- {positions} and {subscription_changes} hold the progress. {wanted} and {matches} are the expressions of admin.sql and
--- bulk.sql.
+-- {positions} and {subscription_changes} hold the progress. {wanted} and {totals} are expressions of admin.sql, {matches} is
+-- one of bulk.sql.
 --
 -- The predicates of the partial indexes stay literal: `next_attempt_at <= 'infinity'` says no more than IS NOT NULL, to choose
 -- the index that is ordered by time. As there, each read examines a bounded number of rows in the order of an index. A change is found by shard and number in
@@ -81,12 +81,7 @@ WITH looked AS MATERIALIZED ({beyond}), fresh AS MATERIALIZED (
   SELECT type, 0, 0, 0, 0, count(*), NULL, NULL
   FROM dead GROUP BY type
 )
-SELECT type AS entity_type, sum(fresh)::int AS fresh, sum(blocked)::int AS blocked, sum(waiting)::int AS waiting,
-       sum(dead)::int AS dead, sum(blocked_keys)::int AS blocked_keys,
-       extract(epoch FROM now() - min(ready_since))::float8 AS oldest_ready_age_s,
-       extract(epoch FROM now() - min(blocked_since))::float8 AS oldest_blocked_age_s,
-       (SELECT count(*) >= %(bound)s FROM waiting) AS more_waiting,
-       (SELECT count(*) >= %(bound)s FROM dead) AS more_dead,
+SELECT {totals},
        EXISTS (SELECT FROM looked GROUP BY shard, half HAVING count(*) >= %(per_shard)s) AS more_fresh
 FROM by_type GROUP BY type ORDER BY type
 

@@ -9,7 +9,10 @@ import pytest
 from cdc.postgres.sql_files import blocks, load
 
 FILES = sorted(each.name for each in files("cdc.postgres").iterdir() if each.name.endswith(".sql"))
-SHARED = {"wanted": blocks("admin.sql")["wanted"], "matches": blocks("bulk.sql")["matches"]}
+SHARED = {
+    "wanted": blocks("admin.sql")["wanted"], "totals": blocks("admin.sql")["totals"],
+    "matches": blocks("bulk.sql")["matches"],
+}  # fmt: skip
 """What some files have from others."""
 
 
