@@ -21,6 +21,14 @@ def done(dsn: str, *arguments: str) -> str:
     return result.output
 
 
+def answer(result: Result) -> dict[str, Any]:
+    """What a command with --json says; it has to end well."""
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found.pop("schema") == 1
+    return found
+
+
 def refused(dsn: str, *arguments: str) -> str:
     """What it says; it has to fail."""
     result = invoke(dsn, *arguments)

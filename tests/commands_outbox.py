@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from cdc.cli import cdc as root_command
+from tests.commands import answer
 
 
 def run(dsn: str, *arguments: str) -> Result:
@@ -20,11 +20,7 @@ def run(dsn: str, *arguments: str) -> Result:
 
 
 def data(dsn: str, *arguments: str) -> dict[str, Any]:
-    result = run(dsn, *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    assert found.pop("schema") == 1
-    return found
+    return answer(run(dsn, *arguments, "--json"))
 
 
 def numbers(dsn: str, *arguments: str) -> list[int]:

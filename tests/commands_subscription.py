@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import psycopg
 from click.testing import CliRunner, Result
 
 from cdc.cli import cdc as root_command
+from tests.commands import answer
 
 
 def run(dsn: str, *arguments: str) -> Result:
@@ -16,11 +16,7 @@ def run(dsn: str, *arguments: str) -> Result:
 
 
 def data(dsn: str, *arguments: str) -> dict[str, Any]:
-    result = run(dsn, *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    assert found.pop("schema") == 1
-    return found
+    return answer(run(dsn, *arguments, "--json"))
 
 
 def create(dsn: str, name: str = "search", *arguments: str) -> int:
