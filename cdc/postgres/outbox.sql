@@ -312,6 +312,10 @@ FROM (
   ) AS f ON true
 ) AS c
 
+-- name: waiting_rows
+-- Not a statement: the table of what waits.
+{changes}
+
 -- name: next_due
 -- Seconds until the next waiting change of these shards is due; NULL: none waits, or only for ever. And the type to go on from, if not
 -- all were visited.
@@ -321,7 +325,7 @@ SELECT (
   FROM types AS t
   CROSS JOIN LATERAL (
     SELECT n.next_attempt_at
-    FROM {changes} AS n
+    FROM {waiting_rows} AS n
     WHERE {of_type} AND n.next_attempt_at > now() AND n.shard = ANY (%(shards)s::smallint[])
     ORDER BY n.next_attempt_at
     LIMIT 1

@@ -186,10 +186,10 @@ SELECT hash, place FROM (
 ) AS found
 
 -- name: of_type
--- Not a statement: whether w is a waiting change of the type t, and wanted. Its text is compared with its change.
-w.subscription = %(subscription)s::smallint AND w.type_hash = t.hash
+-- Not a statement: whether n is a waiting change of the type t, and wanted. Its text is compared with its change.
+n.subscription = %(subscription)s::smallint AND n.type_hash = t.hash
 AND (t.hash = ANY (ARRAY(SELECT hashtextextended(named.type, 0) FROM unnest(%(types)s::text[]) AS named(type)))) = %(among)s
-AND w.next_attempt_at IS NOT NULL AND w.dead_at IS NULL
+AND n.next_attempt_at IS NOT NULL AND n.dead_at IS NULL
 
 -- name: due
 -- As in outbox.sql.
@@ -197,16 +197,16 @@ WITH page AS MATERIALIZED (
   SELECT due.seq, due.shard, due.next_attempt_at, due.tried
   FROM ({waiting_types}) AS t
   CROSS JOIN LATERAL (
-    SELECT w.seq, w.shard, w.next_attempt_at, w.tried, row_number() OVER (ORDER BY w.next_attempt_at) AS place
-    FROM {subscription_changes} AS w
-    WHERE {of_type} AND w.next_attempt_at <= now() AND w.shard = ANY (%(shards)s::smallint[])
+    SELECT n.seq, n.shard, n.next_attempt_at, n.tried, row_number() OVER (ORDER BY n.next_attempt_at) AS place
+    FROM {waiting_rows} AS n
+    WHERE {of_type} AND n.next_attempt_at <= now() AND n.shard = ANY (%(shards)s::smallint[])
       AND (
         SELECT a.seq FROM {halves} AS a
-        WHERE a.shard = w.shard AND a.seq = w.seq
+        WHERE a.shard = n.shard AND a.seq = n.seq
           AND (coalesce(a.entity_type, a.table_name) = ANY (%(types)s::text[])) = %(among)s
         LIMIT 1
       ) IS NOT NULL
-    ORDER BY w.next_attempt_at
+    ORDER BY n.next_attempt_at
     LIMIT %(limit)s
   ) AS due
   ORDER BY due.place
@@ -223,20 +223,9 @@ FROM (
   ) AS f ON true
 ) AS c
 
--- name: next_due
--- As in outbox.sql.
-WITH types AS MATERIALIZED ({waiting_types})
-SELECT (
-  SELECT extract(epoch FROM nullif(min(next.next_attempt_at), 'infinity') - now())::float8
-  FROM types AS t
-  CROSS JOIN LATERAL (
-    SELECT w.next_attempt_at
-    FROM {subscription_changes} AS w
-    WHERE {of_type} AND w.next_attempt_at > now() AND w.shard = ANY (%(shards)s::smallint[])
-    ORDER BY w.next_attempt_at
-    LIMIT 1
-  ) AS next
-), (SELECT max(hash) FROM types HAVING max(place) >= %(types_max)s)
+-- name: waiting_rows
+-- Not a statement: the table of what waits.
+{subscription_changes}
 
 -- name: recorded
 -- Not a statement: whether s only says that its start was recorded, so that its change is fresh to who has started it.
