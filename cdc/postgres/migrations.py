@@ -115,10 +115,10 @@ def pending(connection: psycopg.Connection, schema: str, sets: Sequence[str] = (
     missing: list[Migration] = []
     for name, versions in applied.items():
         known = migration_scripts.migrations(name)
-        if versions and max(versions) > len(known):
+        if unknown := versions - {migration.version for migration in known}:
             which = f"the set {name} in schema {schema}" if name else f"schema {schema}"
             raise SchemaError(
-                f"{which} is at version {max(versions)}, and this program knows up to {len(known)}",
+                f"{which} is at version {max(unknown)}, and this program knows up to {known[-1].version}",
                 hint="use the cdc release that installed it, or a later one",
             )
         missing += [migration for migration in known if migration.version not in versions]
