@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cdc.app.config import Settings
@@ -15,7 +16,6 @@ from cdc.core.errors import UsageError
 from cdc.core.handler_limits import HandlerLimits
 from cdc.core.model import WakeUp
 from cdc.core.page_size import BYTES
-from cdc.core.pauses import Pauses
 from cdc.core.router import Router
 from cdc.core.subscription import DEFAULT
 from cdc.core.type_filter import NOTHING, TypeFilter
@@ -256,9 +256,10 @@ def _poller(  # noqa: PLR0917 - one of each
         settings.current_dsn,
         store=store,
         due=DueChanges(settings.schema_),
-        controls=Controls(settings.schema_),
-        # The figures of another subscription are its store's, which knows nothing of pauses.
-        pauses=(lambda: consumer.pauses) if settings.subscription == DEFAULT else Pauses,
+        pauses=lambda: consumer.pauses,
+        oldest_ready_age_s=store.oldest_ready_age_s
+        if isinstance(store, SubscriptionStore)
+        else partial(Controls(settings.schema_).oldest_ready_age_s, scope=store.scope),
         slot=settings.slot.name if stream else None,
         asked=None
         if scope == settings.scope or settings.observe or settings.subscription != DEFAULT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import getpass
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,10 @@ _TARGET = (
 )
 
 
+for_option = click.option("--for", "duration", metavar="TIME", help="End by itself after this time, such as 30m.")
+by_option = click.option("--by", metavar="NAME", help="Who decides it; without it the user of this machine.")
+
+
 def _target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_TARGET):
         command = option(command)
@@ -42,9 +46,9 @@ def _target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @database_options
 @_target_options
-@click.option("--for", "duration", metavar="TIME", help="End by itself after this time, such as 30m.")
+@for_option
 @click.option("--because", metavar="TEXT", required=True, help="Why, for those who find it paused.")
-@click.option("--by", metavar="NAME", help="Who decides it; without it the user of this machine.")
+@by_option
 @json_option
 def pause(
     *,
@@ -69,17 +73,27 @@ def pause(
     paused stays as it is, fresh or waiting, is in nobody's way, and no attempt is counted; on "cdc resume" it goes on
     in order. Changes are captured all the time. A pause of the same thing replaces the one before.
     """
+    begin(
+        settings, named(subscription, entity_type, handler, key), duration=duration, because=because, by=by,
+        as_json=as_json,
+    )  # fmt: skip
+
+
+def begin(
+    settings: Settings, target: Pause, *, duration: str | None, because: str, by: str | None, as_json: bool
+) -> None:
+    """Pause this, and say so."""
     from cdc.postgres.controls import Controls  # noqa: PLC0415 - --help does not wait for the driver to load
 
     for_s = None if duration is None else parse_duration(duration)
-    target = _target(subscription, entity_type, handler, key, because=because.strip(), set_by=by or _user())
+    target = replace(target, because=because.strip(), set_by=by or _user())
     if not target.because or len(target.because.encode()) > _BECAUSE_BYTES:
         raise UsageError("--because says nothing, or too much", hint=f"1 to {_BECAUSE_BYTES} bytes")
     with open_database(settings) as connection:
-        _refuse_unknown(connection, settings, subscription)
+        refuse_unknown(connection, settings, target.subscription)
         made = Controls(settings.schema_).pause(connection, target, for_s)
     if as_json:
-        print_json({"paused": _as_json(made)})
+        print_json({"paused": in_json(made)})
         return
     end = "until it is resumed" if made.until is None else f"until {made.until.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
     say(f"paused {made.pause} {end}; to go on: cdc resume{_options(target)}")
@@ -101,17 +115,22 @@ def resume(
     as_json: bool,
 ) -> None:
     """End a pause, named as it was to "cdc pause"; without options the pause of everything."""
-    from cdc.postgres.controls import Controls  # noqa: PLC0415 - see pause
-
-    target = _target(subscription, entity_type, handler, key)
-    if everything and target != _target(None, None, None, None):
+    target = named(subscription, entity_type, handler, key)
+    if everything and target != named(None, None, None, None):
         raise UsageError("--all ends every pause, so it names none")
     with open_database(settings) as connection:
-        controls = Controls(settings.schema_)
-        ended = controls.resume(connection, None if everything else target)
-        left = controls.all(connection)
+        end(connection, settings, None if everything else target, as_json=as_json)
+
+
+def end(connection: Connection, settings: Settings, target: Pause | None, *, as_json: bool) -> None:
+    """End this pause, None: every pause, and say what is still paused."""
+    from cdc.postgres.controls import Controls  # noqa: PLC0415 - see begin
+
+    controls = Controls(settings.schema_)
+    ended = controls.resume(connection, target)
+    left = controls.all(connection)
     if as_json:
-        print_json({"resumed": [_as_json(each) for each in ended], "left": [_as_json(each) for each in left]})
+        print_json({"resumed": [in_json(each) for each in ended], "left": [in_json(each) for each in left]})
         return
     for each in ended:
         say(f"resumed {each.pause}")
@@ -126,12 +145,12 @@ def resume(
 @json_option
 def controls(settings: Settings, as_json: bool) -> None:
     """List what is paused: who paused it, when, until when and why."""
-    from cdc.postgres.controls import Controls  # noqa: PLC0415 - see pause
+    from cdc.postgres.controls import Controls  # noqa: PLC0415 - see begin
 
     with open_database(settings) as connection:
         found = Controls(settings.schema_).all(connection)
     if as_json:
-        print_json({"controls": [_as_json(each) for each in found]})
+        print_json({"controls": [in_json(each) for each in found]})
         return
     print_table(
         ["paused", "key", "since", "for", "until", "by", "because"],
@@ -146,15 +165,10 @@ def controls(settings: Settings, as_json: bool) -> None:
         say("nothing is paused")
 
 
-def _target(
-    subscription: str | None,
-    entity_type: str | None,
-    handler: str | None,
-    key: str | None,
-    *,
-    because: str = "",
-    set_by: str = "",
+def named(
+    subscription: str | None, entity_type: str | None = None, handler: str | None = None, key: str | None = None
 ) -> Pause:
+    """What these options name."""
     if key is not None and (entity_type is None or handler is not None):
         raise UsageError("--key names a key of a type", hint="--type TYPE --key KEY, without --handler")
     if entity_type == "*" or handler == "*":
@@ -162,11 +176,12 @@ def _target(
     for name, value in (("--type", entity_type), ("--handler", handler), ("--key", key)):
         if value is not None and (not value or "\0" in value):
             raise UsageError(f"{name} is empty, or has a zero byte in it")
-    return Pause(0, subscription, entity_type, handler, key, because, set_by)
+    return Pause(0, subscription, entity_type, handler, key)
 
 
-def _refuse_unknown(connection: Connection, settings: Settings, subscription: str | None) -> None:
-    from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - see pause
+def refuse_unknown(connection: Connection, settings: Settings, subscription: str | None) -> None:
+    """Raises NotFoundError where this names a subscription that is not there."""
+    from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - see begin
 
     if subscription is not None and subscription != DEFAULT:
         Subscriptions(settings.schema_).named(connection, subscription)
@@ -190,6 +205,7 @@ def _options(pause: Pause) -> str:
     return options + (" --key ..." if pause.entity_id is not None else "")
 
 
-def _as_json(control: Control) -> dict[str, Any]:
+def in_json(control: Control) -> dict[str, Any]:
+    """As --json prints it."""
     return {**asdict(control.pause), "scope": control.pause.scope, "role": control.role, "set_at": control.set_at,
             "until": control.until}  # fmt: skip

@@ -116,7 +116,7 @@ def _subscriptions(those: list[SubscriptionProgress]) -> tuple[str, ...]:
 
 
 def _subscription(each: SubscriptionProgress) -> str:
-    state = "paused" if each.subscription.paused_at else "" if each.consumers else "no consumer"
+    state = "paused" if each.paused else "" if each.consumers else "no consumer"
     left = f"{_count(each.behind, each.more)} behind, {each.waiting} waiting, {each.dead} dead"
     return f"{each.subscription.name} ({state + ', ' if state else ''}{left})"
 

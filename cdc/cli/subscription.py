@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cdc.app.config import Settings
+from cdc.cli import controls
 from cdc.cli.commands import Commands
 from cdc.cli.options import database_options, json_option, open_database, yes_option
 from cdc.cli.output import confirm, print_json, print_table, say
@@ -122,30 +123,28 @@ def show(settings: Settings, name: str, as_json: bool) -> None:
         ("created", found.created_at),
         ("from", found.created_from),
     ]
-    if found.paused_at is not None:
-        rows += [("paused", found.paused_at), ("because", found.paused_because)]
     for each in progress:
         rows += [("state", _state(each)), ("consumers", each.consumers), ("behind", _count(each.behind, each.more)),
                  ("oldest", _age(each)), ("waiting", each.waiting), ("dead", each.dead),
                  ("holds back", _count(each.held_back, each.more))]  # fmt: skip
+        rows += [("paused", f"{one.pause}, by {one.pause.set_by}: {one.pause.because}") for one in each.pauses]
     print_table(["", found.name], rows)
 
 
 @subscription.command()
 @name_argument
 @database_options
-@click.option("--because", metavar="TEXT", help="Why, for those who see it paused.")
+@controls.for_option
+@click.option("--because", metavar="TEXT", default="no reason was given", help="Why, for those who find it paused.")
+@controls.by_option
 @json_option
-def pause(*, settings: Settings, name: str, because: str | None, as_json: bool) -> None:
+def pause(*, settings: Settings, name: str, duration: str | None, because: str, by: str | None, as_json: bool) -> None:
     """Let its consumers begin nothing more, also after a restart, until it is resumed.
 
-    What runs is finished within a second or so. Retention keeps for it what it has not handled.
+    It is "cdc pause --subscription NAME": what runs is finished, consumers know it within a second, and "cdc controls"
+    lists it. Retention keeps for it what it has not handled.
     """
-    from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - see create
-
-    with open_database(settings) as connection:
-        paused = Subscriptions(settings.schema_).pause(connection, name, because)
-    _report(paused, f"{paused.name} is paused; to go on: cdc subscription resume {paused.name}", as_json)
+    controls.begin(settings, controls.named(name), duration=duration, because=because, by=by, as_json=as_json)
 
 
 @subscription.command()
@@ -153,12 +152,10 @@ def pause(*, settings: Settings, name: str, because: str | None, as_json: bool) 
 @database_options
 @json_option
 def resume(settings: Settings, name: str, as_json: bool) -> None:
-    """Go on where it was paused."""
-    from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - see create
-
+    """Go on where it was paused: "cdc resume --subscription NAME"."""
     with open_database(settings) as connection:
-        resumed = Subscriptions(settings.schema_).resume(connection, name)
-    _report(resumed, f"{resumed.name} goes on", as_json)
+        controls.refuse_unknown(connection, settings, name)
+        controls.end(connection, settings, controls.named(name), as_json=as_json)
 
 
 @subscription.command()
@@ -178,7 +175,10 @@ def drop(*, settings: Settings, name: str, yes: bool, as_json: bool) -> None:
         found = subscriptions.named(connection, name)
         confirm(f"drop the subscription {name}{_what_is_lost(subscriptions.progress(connection, found.number))}", yes)
         dropped = subscriptions.drop(connection, name)
-    _report(dropped, f"dropped {dropped.name}", as_json)
+    if as_json:
+        print_json({"subscription": asdict(dropped)})
+    else:
+        say(f"dropped {dropped.name}")
 
 
 def _what_is_lost(found: list[SubscriptionProgress]) -> str:
@@ -190,17 +190,9 @@ def _what_is_lost(found: list[SubscriptionProgress]) -> str:
     return f", with what is left of it: {named}" if named else ""
 
 
-def _report(done: Subscription, sentence: str, as_json: bool) -> None:
-    if as_json:
-        print_json({"subscription": asdict(done)})
-    else:
-        say(sentence)
-
-
 def _state(each: SubscriptionProgress) -> str:
-    if each.subscription.paused_at is not None:
-        since = f"paused since {each.subscription.paused_at.astimezone(UTC):%Y-%m-%dT%H:%MZ}"
-        return f"{since}: {each.subscription.paused_because}" if each.subscription.paused_because else since
+    if (paused := each.paused) is not None:
+        return f"paused since {paused.set_at.astimezone(UTC):%Y-%m-%dT%H:%MZ}: {paused.pause.because}"
     return "running" if each.consumers else "no consumer"
 
 
@@ -220,6 +212,6 @@ def _count(value: int, more: bool) -> Any:
 
 
 def _as_json(each: SubscriptionProgress) -> dict[str, Any]:
-    figures = asdict(each)
-    return {**figures.pop("subscription"), "state": "paused" if each.subscription.paused_at else
-            "running" if each.consumers else "no consumer", **figures}  # fmt: skip
+    figures, state = asdict(each), "paused" if each.paused else "running" if each.consumers else "no consumer"
+    return {**figures.pop("subscription"), "state": state, **figures,
+            "pauses": [controls.in_json(one) for one in each.pauses]}  # fmt: skip

@@ -63,15 +63,13 @@ class ReadyQueues:
         self.queues: OrderedDict[Requirements, deque[Key]] = OrderedDict()
         """In the order in which they were served, the latest last; none of them is empty. Others only read it."""
         self._started: dict[Change, Requirements] = {}
-        self.paused = False
-        """Nothing is to be started."""
         self._trials: dict[Change, CircuitBreaker] = {}
         """The calls that a breaker which is not closed let through."""
 
     @property
     def ready(self) -> int:
         """How many runs could start now; 0 if, and only if, ``next`` has none."""
-        if self.paused or not self.queues:
+        if not self.queues:
             return 0
         count = 0
         for needs, queue in self.queues.items():
@@ -92,7 +90,7 @@ class ReadyQueues:
 
     def next(self) -> tuple[Sequence[Key], Requirements] | None:
         """The keys whose turn it is, if they can start; they are taken out of their queue."""
-        for needs, queue in () if self.paused else self.queues.items():
+        for needs, queue in self.queues.items():
             wanted = min(len(queue), needs.run)
             if count := min(wanted, self._room(needs)) if wanted > 1 else self._admits(needs):
                 keys = [queue.popleft()] if count == 1 else [queue.popleft() for _ in range(count)]

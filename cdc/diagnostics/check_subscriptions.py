@@ -31,20 +31,12 @@ def subscriptions(seen: SubscriptionsFacts) -> Finding:
             *(f"DROP INDEX CONCURRENTLY {index.name};" for index in broken if index.valid is not None),
             *(index.creation for index in broken),
         )
-    alone = [
-        each for each in seen.each if not each.consumers and each.paused_s is None and (each.behind or each.held_back)
-    ]
+    alone = [each for each in seen.each if not each.consumers and not each.paused and (each.behind or each.held_back)]
     if alone:
         named = _named(alone, lambda each: f"{each.behind:,}" if each.behind else f"keeps {each.held_back:,}")
         return warn(
             f"changes wait for subscriptions of which nobody is a consumer: {named}",
             f"cdc run --subscription {alone[0].name}; or cdc subscription pause, or drop",
-        )
-    paused = [each for each in seen.each if (each.paused_s or 0.0) > _LONG_S]
-    if paused:
-        return warn(
-            f"paused for more than a day: {_named(paused, lambda each: format_duration(each.paused_s or 0.0))}",
-            f"cdc subscription resume {paused[0].name}, or drop it",
         )
     return ok(f"{len(seen.each)}: {_named(seen.each)}")
 

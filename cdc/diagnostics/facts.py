@@ -342,14 +342,14 @@ class Backlog:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubscriptionFacts:
-    """Counts are lower bounds. ``paused_s``: for how long; None: it is not. ``held_back``: what retention keeps for it.
+    """Counts are lower bounds. ``paused``: all of it is. ``held_back``: what retention keeps for it.
 
     ``unknown_types``: those of its types that no trigger captures and no change that was examined has.
     """
 
     name: str
     consumers: int
-    paused_s: float | None
+    paused: bool
     behind: int
     held_back: int
     oldest_age_s: float | None

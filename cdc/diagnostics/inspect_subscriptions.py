@@ -32,11 +32,9 @@ SELECT DISTINCT t.type FROM pg_catalog.unnest(%(types)s::text[]) AS t (type) WHE
 
 
 def subscriptions(connection: psycopg.Connection, name: str) -> SubscriptionsFacts:
-    statements = Subscriptions(name)
-    found = statements.progress(connection)
+    found = Subscriptions(name).progress(connection)
     named = {each for one in found for each in one.subscription.types or ()}
     known = _known(connection, name, sorted(named)) if named else set()
-    paused: dict[int, float] = dict(connection.execute(statements.paused_for).fetchall()) if found else {}
     return SubscriptionsFacts(
         indexes=tuple(
             IndexFacts(
@@ -50,7 +48,7 @@ def subscriptions(connection: psycopg.Connection, name: str) -> SubscriptionsFac
             SubscriptionFacts(
                 name=each.subscription.name,
                 consumers=each.consumers,
-                paused_s=paused.get(each.subscription.number),
+                paused=each.paused is not None,
                 behind=each.behind,
                 held_back=each.held_back,
                 oldest_age_s=each.oldest_age_s,

@@ -162,7 +162,6 @@ class Consumer:
             throttled_types=len(planner.throttled),
             held_up_s=_since(self._settler.held_up_since),
             unread_s=_since(self._reads.delayed_since),
-            paused=self._scheduler.ready_queues.paused,
             pauses=self.pauses.all,
             pauses_read_at=self._balancing.pausing.read_at,
         )
@@ -269,7 +268,6 @@ class Consumer:
             self.lifecycle.iterated("shards")
             if await self._balancing.poll(session, time.monotonic()):
                 self.lifecycle.iterated("shards", answered=True)
-                self._pause_or_resume(paused=session.paused)
                 await self._advance(session)
             await self._balancing.pausing.until_asked(self.lifecycle.stopping)
         while not self._drained.is_set():  # the server ends a session that is silent
@@ -286,12 +284,6 @@ class Consumer:
     def _others_read(self, others: bool) -> None:
         self.notifications.relays_all = others
 
-    def _pause_or_resume(self, *, paused: bool) -> None:
-        if paused != self._scheduler.ready_queues.paused:
-            self._scheduler.ready_queues.paused = paused
-            log.info("the subscription is %s", "paused: nothing is begun" if paused else "resumed")
-            self.notifications.due.set()
-
     def _reread(self) -> None:
         """Changes were left without an outcome. Only a read of due changes finds one that waits and is due."""
         self._reads.due_within(0.0)
@@ -302,10 +294,6 @@ class Consumer:
     async def _read_loop(self, session: ShardSession, reader: psycopg.AsyncConnection) -> None:
         while not self.lifecycle.stopping.is_set():
             self.notifications.due.clear()
-            if self._scheduler.ready_queues.paused:
-                self.lifecycle.iterated("consumer", answered=True)
-                await self.notifications.due.wait_within(_ITERATION_MAX_S)
-                continue
             read = await self._reads.once(reader, session)
             self.lifecycle.iterated("consumer", answered=read)
             if read:

@@ -30,7 +30,6 @@ from cdc.observability.snapshots import (
 )
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.connect import Dsn, connect
-from cdc.postgres.controls import Controls
 from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.outbox import Store
@@ -59,7 +58,8 @@ most 2 % of a connection each."""
 class StatsPoller:
     """Call ``start`` once and ``stop`` once. ``slot``: None if no slot is used or read.
 
-    ``pauses``: what is paused now. ``asked``: the types that the settings name, if the handlers handle fewer of them.
+    ``pauses``: what is paused now, and ``oldest_ready_age_s`` reads how old the oldest of the rest is.
+    ``asked``: the types that the settings name, if the handlers handle fewer of them.
     ``page``: statements that are run also, for figures that only the page shows. ``subscriptions``: reads the figures
     of those that this consumer tells of. ``standbys_away``: called when the slot has sent nothing for about a minute,
     because it is one for failover and standbys are away.
@@ -71,8 +71,8 @@ class StatsPoller:
         *,
         store: Store,
         due: DueChanges,
-        controls: Controls,
         pauses: Callable[[], Pauses] = Pauses,
+        oldest_ready_age_s: Callable[[psycopg.Connection, Pauses], float] = lambda _, __: 0.0,
         slot: str | None,
         asked: TypeFilter | None = None,
         page: OutboxAdmin | None = None,
@@ -83,7 +83,7 @@ class StatsPoller:
         self._supervisor = supervisor or Supervisor()
         self._session = _Session(dsn, store.session)
         self._due_later = due
-        self._figures = _Figures(store, controls, pauses)
+        self._figures = _Figures(store, pauses, oldest_ready_age_s)
         self._unhandled = _UnhandledTypes(store, asked) if asked is not None else None
         self._slot = _WatchedSlot(slot, standbys_away) if slot is not None else None
         self._page = page
@@ -234,17 +234,21 @@ class _Session:
 class _Figures:
     """Those of the store. But what is paused could not run: it is no backlog."""
 
-    def __init__(self, store: Store, controls: Controls, pauses: Callable[[], Pauses]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        pauses: Callable[[], Pauses],
+        oldest_ready_age_s: Callable[[psycopg.Connection, Pauses], float],
+    ) -> None:
         self._store = store
-        self._controls = controls
         self._pauses = pauses
+        self._oldest_ready_age_s = oldest_ready_age_s
 
     def read(self, connection: psycopg.Connection) -> Figures:
         figures = self._store.figures(connection)
         if not (pauses := self._pauses()):
             return figures
-        oldest_ready_age_s = self._controls.oldest_ready_age_s(connection, pauses, self._store.scope)
-        return replace(figures, oldest_ready_age_s=oldest_ready_age_s)
+        return replace(figures, oldest_ready_age_s=self._oldest_ready_age_s(connection, pauses))
 
 
 class _UnhandledTypes:
@@ -335,7 +339,7 @@ def _subscriptions_status(found: Sequence[SubscriptionProgress]) -> Subscription
                 },
                 oldest_age_s=each.oldest_age_s or 0.0,
                 held_back=each.held_back,
-                paused=each.subscription.paused_at is not None,
+                paused=each.paused is not None,
                 consumers=each.consumers,
             )
             for each in furthest[:_SUBSCRIPTIONS_MAX]

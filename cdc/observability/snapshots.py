@@ -58,7 +58,6 @@ class ConsumerStatus:
     ``live_shards``: those read by number, from wake-ups; ``catching_up``: the others, read from their cursors on.
     ``uncommitted_wakeups``: of changes that no read has shown yet.
     ``held_up_s``: for how long some outcome could not be written, in seconds; ``unread_s``: the same for reading.
-    ``paused``: its subscription is, and nothing is begun.
     ``pauses``: what is paused, with ages as they were at ``pauses_read_at``.
     """
 
@@ -80,9 +79,13 @@ class ConsumerStatus:
     throttled_types: int = 0
     held_up_s: float = 0.0
     unread_s: float = 0.0
-    paused: bool = False
     pauses: Sequence[Pause] = ()
     pauses_read_at: float = 0.0
+
+    @property
+    def paused(self) -> bool:
+        """Everything is, and nothing is begun."""
+        return any(pause.scope == "everything" for pause in self.pauses)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ MAY_MARK = """
 _POLL = f"""
 SELECT count(*) FILTER (WHERE objid = %(shards)s AND {MAY_MARK.format(locks="locks")})::int AS members,
        (count(DISTINCT objid) FILTER (WHERE objid < %(shards)s))::int AS taken,
-       (count(*) FILTER (WHERE objid = %(readers)s))::int AS readers, {{state}} AS state,
+       (count(*) FILTER (WHERE objid = %(readers)s))::int AS readers, {{name}} AS name,
        coalesce(has_table_privilege(to_regclass(%(controls)s), 'SELECT'), false) AS may_see_controls,
        {{controls}}
 FROM pg_locks AS locks
@@ -192,11 +192,6 @@ _UNREGISTER_READER = """
 UPDATE {shards} SET owner = NULL, owned_since = NULL
 WHERE subscription = %(subscription)s AND shard = ANY (%(shards)s::int[]) AND owner = %(owner)s
 """
-_STATE = "NULL::text"
-_STATE_READER = """
-(SELECT CASE WHEN s.paused_at IS NULL THEN 'open' ELSE 'paused' END
- FROM {subscriptions} AS s WHERE s.subscription = %(subscription)s)
-"""
 
 
 def lock_class(schema: str, subscription: int = 0) -> int:
@@ -301,8 +296,6 @@ class ShardSession:
         """Locked shards for which this process has not registered yet."""
         self.others_read = subscription != DEFAULT
         """At the last poll: there are consumers of other subscriptions."""
-        self.paused = False
-        """At the last poll: nothing is to be begun."""
         self._owner = owner
         self._subscription = subscription
         names = {
@@ -311,13 +304,12 @@ class ShardSession:
             "table_of_controls": table(schema, "cdc_controls"),
         }  # fmt: skip
         polled = _POLL if subscription == DEFAULT else _POLL.replace("'processed'", "'seq'")
-        polled = polled.replace("{state}", _STATE if subscription == DEFAULT else _STATE_READER)
         texts = (_REGISTER, _OTHERS, _UNREGISTER) if subscription == DEFAULT else (
             _REGISTER_READER, _OTHERS_READER, _UNREGISTER_READER
         )  # fmt: skip
         ours = "'default'" if subscription == DEFAULT else _NAME
         self._polled = {
-            may_see: sql.SQL(polled.replace("{controls}", of_controls.replace("{name}", ours))).format(**names)
+            may_see: sql.SQL(polled.replace("{controls}", of_controls).replace("{name}", ours)).format(**names)
             for may_see, of_controls in ((True, _CONTROLS), (False, _NO_CONTROLS))
         }
         self._register, self._others, self._unregistered = (sql.SQL(text).format(**names) for text in texts)
@@ -359,12 +351,11 @@ class ShardSession:
     async def poll(self) -> Polled:
         """Members, free shards, and what is paused."""
         statement = self._polled[bool(self.may_see_controls)]
-        [(members, taken, readers, state, may_see, found)] = await self._rows(statement, self._parameters)
+        [(members, taken, readers, name, may_see, found)] = await self._rows(statement, self._parameters)
         if self._subscription == DEFAULT:
             self.others_read = readers > 0
-        elif state is None:
+        elif name is None:
             raise SchemaError("the subscription was dropped", hint="stop its consumers")
-        self.paused = state == "paused"
         if may_see != self.may_see_controls:
             self.may_see_controls = may_see
             if may_see:

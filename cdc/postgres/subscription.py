@@ -35,6 +35,7 @@ import psycopg
 from cdc.core.errors import SchemaError
 from cdc.core.model import SHARDS, Change, Coalesced, Key, Suspicion, WakeUp
 from cdc.core.page_size import BYTES
+from cdc.core.pauses import Pauses
 from cdc.core.read_reconciler import Settlement
 from cdc.core.type_filter import TypeFilter
 from cdc.postgres import grants
@@ -199,10 +200,20 @@ class SubscriptionStore(Store):
     # --- figures ---------------------------------------------------------------------------------------------------
 
     def figures(self, connection: psycopg.Connection) -> Figures:
-        types, include = self.scope
+        return self._figures(connection, self.scope)
+
+    def oldest_ready_age_s(self, connection: psycopg.Connection, pauses: Pauses) -> float:
+        """Of what is not paused: how old the oldest is that could run, in seconds; 0: none."""
+        if pauses.everything:
+            return 0.0
+        return self._figures(connection, self.scope.within(pauses.going), pauses.keys).oldest_ready_age_s
+
+    def _figures(self, connection: psycopg.Connection, scope: TypeFilter, without: Collection[Key] = ()) -> Figures:
+        types, include = scope
         parameters = {
             **self._always, "types": list(types), "among": include, "bound": COUNT_BOUND, "scan": _FIGURES_SCAN,
-            "per_shard": _FIGURES_HELD, "shards": SHARDS,
+            "per_shard": _FIGURES_HELD, "shards": SHARDS, "held_types": [name for name, _ in without],
+            "held_ids": [id_ for _, id_ in without],
         }  # fmt: skip
         row = connection.execute(self._statements["figures"], parameters).fetchone()
         assert row is not None

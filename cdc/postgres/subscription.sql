@@ -571,8 +571,12 @@ SELECT (SELECT count(*) FROM at CROSS JOIN horizon
      + (SELECT count(*) FROM looked WHERE looked.reached > looked.seq)::int
 
 -- name: figures
--- As in outbox.sql; of the changes above the positions only the first of each shard are examined.
-WITH looked AS MATERIALIZED (
+-- As in outbox.sql; of the changes above the positions only the first of each shard are examined. The oldest is of these types,
+-- and of none of these keys.
+WITH keys AS MATERIALIZED (
+  SELECT k.type, k.id, hashtextextended(k.id, hashtextextended(k.type, 0)) AS hash
+  FROM unnest(%(held_types)s::text[], %(held_ids)s::text[]) AS k(type, id)
+), looked AS MATERIALIZED (
   SELECT c.*, row_number() OVER (PARTITION BY c.shard ORDER BY c.seq) AS place
   FROM {positions} AS p
   CROSS JOIN LATERAL (
@@ -597,11 +601,14 @@ SELECT
      WHERE subscription = %(subscription)s::smallint AND dead_at IS NOT NULL LIMIT %(bound)s) AS d)::int AS dead,
   greatest(
     coalesce((SELECT extract(epoch FROM now() - min(c.changed_at) FILTER (WHERE isfinite(c.changed_at)))::float8
-              FROM looked AS c WHERE c.place <= %(per_shard)s AND NOT {held}), 0),
+              FROM looked AS c WHERE c.place <= %(per_shard)s AND NOT {held}
+                AND NOT EXISTS (SELECT FROM keys AS k WHERE k.type = coalesce(c.entity_type, c.table_name) AND k.id = c.entity_id)), 0),
     coalesce((
       SELECT extract(epoch FROM now() - min(next_attempt_at))::float8 FROM {subscription_changes}
       WHERE subscription = %(subscription)s::smallint AND next_attempt_at <= 'infinity' AND next_attempt_at <= now()
-        AND next_attempt_at > '-infinity' AND dead_at IS NULL), 0),
+        AND next_attempt_at > '-infinity' AND dead_at IS NULL
+        AND (type_hash = ANY (ARRAY(SELECT hashtextextended(t, 0) FROM unnest(%(types)s::text[]) AS t))) = %(among)s
+        AND NOT EXISTS (SELECT FROM keys AS k WHERE k.hash = key_hash)), 0),
     0) AS oldest_ready_age_s,
   pg_total_relation_size({regclass}::regclass)::bigint AS table_bytes,
   coalesce(pg_stat_get_dead_tuples({regclass}::regclass), 0)::bigint AS dead_tuples,

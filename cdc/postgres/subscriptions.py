@@ -1,4 +1,4 @@
-"""The subscriptions of an outbox: how they are made, paused, dropped, and how far they are.
+"""The subscriptions of an outbox: how they are made and dropped, and how far they are.
 
 Theory
 ------
@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import psycopg
 from psycopg import errors, sql
@@ -35,6 +34,7 @@ from cdc.core.errors import CdcError, RefusedError, SchemaError, UsageError
 from cdc.core.model import SHARDS
 from cdc.core.subscription import Start, check_name, missing
 from cdc.postgres.admin import bounded, wake
+from cdc.postgres.controls import Control, Controls
 from cdc.postgres.open_transactions import end_oldest
 from cdc.postgres.shard_locks import lock_class
 from cdc.postgres.sql_files import load
@@ -82,8 +82,6 @@ class Subscription:
     types: tuple[str, ...] | None
     created_at: datetime
     created_from: str
-    paused_at: datetime | None
-    paused_because: str | None
 
     @property
     def taking(self) -> str:
@@ -97,7 +95,7 @@ class SubscriptionProgress:
 
     ``behind``: changes that are neither done nor waiting nor dead, the oldest ``oldest_age_s`` old. ``held_back``: what
     the default subscription has processed and retention keeps for this one, also of types that it does not take and has
-    not passed yet.
+    not passed yet. ``pauses``: those in force that concern it.
     """
 
     subscription: Subscription
@@ -108,6 +106,12 @@ class SubscriptionProgress:
     waiting: int
     dead: int
     consumers: int
+    pauses: tuple[Control, ...] = ()
+
+    @property
+    def paused(self) -> Control | None:
+        """The pause of all of it that was set first."""
+        return next((each for each in self.pauses if each.pause.scope == "everything"), None)
 
 
 class Subscriptions:
@@ -116,8 +120,7 @@ class Subscriptions:
     def __init__(self, schema: str) -> None:
         self._schema = schema
         self._statements = load("subscriptions.sql", schema)
-        self.paused_for = self._statements["paused_for"]
-        """The statement that says for how many seconds those that are paused are: (number, seconds)."""
+        self._controls = Controls(schema)
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -187,14 +190,6 @@ class Subscriptions:
             wake(connection)
             return self.named(connection, name), True
 
-    def pause(self, connection: psycopg.Connection, name: str, because: str | None = None) -> Subscription:
-        """Its consumers begin nothing more, until it is resumed. Raises NotFoundError."""
-        return self._change(connection, "pause", name, because=because)
-
-    def resume(self, connection: psycopg.Connection, name: str) -> Subscription:
-        """It goes on where it was. Raises NotFoundError."""
-        return self._change(connection, "resume", name)
-
     def drop(self, connection: psycopg.Connection, name: str) -> Subscription:
         """For good; what was kept for it alone is free for retention. Returns what it was. Raises NotFoundError."""
         with self._explained(), self._alone(connection):
@@ -225,8 +220,15 @@ class Subscriptions:
             rows = cursor.execute(self._statements["figures"], parameters).fetchall()
         asked = [(row, subscriptions[row.pop("number")]) for row in rows if row["number"] in subscriptions]
         consumers = self._consumers(connection, [each.number for _, each in asked])
+        controls = self._controls.seen(connection) or []
         found = [
-            SubscriptionProgress(subscription=each, consumers=consumers[each.number], **row) for row, each in asked
+            SubscriptionProgress(
+                subscription=each,
+                consumers=consumers[each.number],
+                pauses=tuple(one for one in controls if one.pause.subscription in {None, each.name}),
+                **row,
+            )
+            for row, each in asked
         ]
         return sorted(found, key=lambda each: each.subscription.name)
 
@@ -237,15 +239,8 @@ class Subscriptions:
             by_class = {_signed(unsigned): count for unsigned, count in rows}
         return {number: by_class.get(each, 0) for each, number in classes.items()}
 
-    def _change(self, connection: psycopg.Connection, statement: str, name: str, **given: Any) -> Subscription:
-        self.named(connection, name)
-        with self._explained(), bounded(connection):
-            connection.execute(self._statements[statement], {"name": name, **given})
-        wake(connection)
-        return self.named(connection, name)
-
     def _accept(self, there: Subscription, types: Sequence[str] | None, *, if_not_exists: bool) -> Subscription:
-        asked = Subscription(there.number, there.name, _listed(types), there.created_at, "", None, None)
+        asked = Subscription(there.number, there.name, _listed(types), there.created_at, "")
         same = asked.types == there.types
         if same and if_not_exists:
             return there

@@ -13,11 +13,8 @@ NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
 (n.processed OR n.next_attempt_at IS NOT NULL OR n.dead_at IS NOT NULL)
 
 -- name: find
-SELECT s.subscription AS number, s.name, s.types, s.created_at, s.created_from, s.paused_at, s.paused_because
+SELECT s.subscription AS number, s.name, s.types, s.created_at, s.created_from
 FROM {subscriptions} AS s WHERE %(name)s::text IS NULL OR s.name = %(name)s ORDER BY s.name
-
--- name: paused_for
-SELECT s.subscription, extract(epoch FROM now() - s.paused_at)::float8 FROM {subscriptions} AS s WHERE s.paused_at IS NOT NULL
 
 -- name: alone
 SELECT pg_try_advisory_lock(%(lock)s::integer, hashtext(%(schema)s::text))
@@ -96,18 +93,14 @@ WHERE (first.seq IS NULL OR above.seq < first.seq)
   AND (%(types)s::text[] IS NULL OR above.type = ANY (%(types)s::text[]))
 LIMIT %(bound)s
 
--- name: pause
-UPDATE {subscriptions} SET paused_at = coalesce(paused_at, now()), paused_because = %(because)s::text
-WHERE name = %(name)s::text
-
--- name: resume
-UPDATE {subscriptions} SET paused_at = NULL, paused_because = NULL WHERE name = %(name)s::text AND paused_at IS NOT NULL
-
 -- name: drop
+-- With what is paused in it: another one of its name begins without.
 WITH gone AS (
-  DELETE FROM {subscriptions} WHERE name = %(name)s::text RETURNING subscription
+  DELETE FROM {subscriptions} WHERE name = %(name)s::text RETURNING subscription, name
 ), positions AS (
   DELETE FROM {positions} AS p USING gone WHERE p.subscription = gone.subscription
+), resumed AS (
+  DELETE FROM {controls} AS c USING gone WHERE c.subscription = gone.name
 )
 SELECT subscription FROM gone
 

@@ -89,12 +89,33 @@ def test_a_list_says_who_runs_who_is_paused_and_who_holds_back_what(
     done(outbox, "subscription", "pause", "billing", "--because", "year's end")
     found = {each["name"]: each for each in data(outbox, "list")["subscriptions"]}
     assert (found["search"]["state"], found["search"]["consumers"]) == ("running", 1)
-    assert (found["billing"]["state"], found["billing"]["paused_because"]) == ("paused", "year's end")
+    assert found["billing"]["state"] == "paused"
+    assert [each["because"] for each in found["billing"]["pauses"]] == ["year's end"]
+    assert found["search"]["pauses"] == []
     assert [(each["behind"], each["held_back"]) for each in found.values()] == [(3, 2), (3, 2)]
     table = run(outbox, "list").stdout
     assert "year's end" in table
-    assert "goes on" in done(outbox, "subscription", "resume", "billing")
+    assert "year's end" in done(outbox, "subscription", "show", "billing")
+    assert "resumed everything in the subscription billing" in done(outbox, "subscription", "resume", "billing")
     assert progress(outbox, "billing")["state"] == "no consumer"
+
+
+def test_a_pause_is_that_of_cdc_pause_for_a_time_and_with_a_reason_if_one_is_given(outbox: str) -> None:
+    create(outbox)
+    done(outbox, "subscription", "pause", "search", "--for", "30m")
+    [paused] = progress(outbox)["pauses"]
+    assert (paused["subscription"], paused["scope"], paused["because"]) == (
+        "search", "everything", "no reason was given"
+    )  # fmt: skip
+    assert 1_700 < paused["ends_in_s"] <= 1_800
+    done(outbox, "pause", "--subscription", "search", "--because", "another", "--by", "anna")
+    [paused] = progress(outbox)["pauses"]
+    assert (paused["because"], paused["set_by"], paused["until"]) == ("another", "anna", None)
+    done(outbox, "pause", "--because", "the disk is full")
+    assert "still paused: everything" in done(outbox, "subscription", "resume", "search")
+    assert progress(outbox)["state"] == "paused"
+    result = run(outbox, "resume", "search")
+    assert (result.exit_code, "not paused: everything in the subscription search" in result.stderr) == (4, True)
 
 
 def test_a_drop_says_what_is_lost_and_asks(outbox: str, outbox_db: psycopg.Connection) -> None:

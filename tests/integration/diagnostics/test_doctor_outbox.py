@@ -333,12 +333,13 @@ def test_subscriptions_that_nobody_consumes_or_that_name_an_unknown_type_are_tol
     ]  # fmt: skip
     done(shop, "subscription", "create", "audit", "--type", "tsak")
     done(shop, "subscription", "pause", "search")
-    db.execute("UPDATE cdc_subscriptions SET paused_at = now() - interval '2 days'")
+    db.execute("UPDATE cdc_controls SET set_at = now() - interval '2 days'")
     db.execute(
         "UPDATE entity_changes SET processed = true, processed_at = now(), changed_at = now() - interval '2 days'"
     )
     found = findings(shop, "--no-stream")
-    assert "paused for more than a day" in found["subscriptions"]["detail"]
+    assert found["subscriptions"]["severity"] == "ok", "nobody consumes what is paused"
+    assert "paused for more than a day: everything in the subscription search" in found["paused"]["detail"]
     assert "search (2, the oldest 2 days old)" in found["subscriptions-behind"]["detail"]
     assert "audit (tsak)" in found["subscription-types"]["detail"]
 

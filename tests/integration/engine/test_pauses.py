@@ -349,6 +349,45 @@ async def test_a_subscription_heeds_its_own_pauses_and_those_of_all(
     assert calls.in_order
 
 
+_OF_MAIL: list[dict[str, Any]] = [{}, {"entity_type": "mail"}, {"entity_type": "mail", "entity_id": "1"}]
+
+
+@pytest.mark.parametrize(
+    "target", [{**target, "subscription": name} for name in ("default", "search") for target in _OF_MAIL]
+)
+async def test_what_is_paused_is_no_backlog_of_its_subscription(
+    outbox: str, outbox_db: psycopg.Connection, router: Router, calls: Calls, target: dict[str, Any]
+) -> None:
+    done(outbox, "subscription", "create", "search")
+    calls.fails = True
+    settings = {
+        "subscription": target["subscription"],
+        "max_attempts": 1_000,
+        "backoff_base": 0.01,
+        "backoff_cap": 0.01,
+    }
+    async with _consuming(outbox, router, **settings) as app:
+
+        def old_s() -> float:
+            app.components.poller.poll_now()
+            return metric(app.metrics.registry, "cdc_outbox_oldest_ready_age_seconds")
+
+        outbox_db.execute("SELECT publish_change('mail', '1', 'INSERT', '{}') FROM generate_series(1, 3)")
+        await _until(lambda: calls.attempts, "one fails")
+        pause = _pause(outbox_db, **target)
+        await _until_known(app)
+        await _until(lambda: app.status.consumer.running == 0, "what ran has ended")
+        outbox_db.execute("UPDATE entity_changes SET changed_at = now() - interval '1 hour'")
+        outbox_db.execute(
+            "UPDATE cdc_subscription_changes SET next_attempt_at = now() - interval '1 hour'"
+            " WHERE next_attempt_at > now()"
+        )
+        await _until(lambda: old_s() == 0, "nothing could run")
+        _resume(outbox_db, pause)
+        await _until_known(app, 0)
+        await _until(lambda: old_s() > 0 or len(calls.attempts) > 3, "it could run")
+
+
 async def test_an_outbox_without_the_table_or_the_right_is_consumed_all_the_same(
     outbox: str, outbox_db: psycopg.Connection, router: Router, calls: Calls, caplog: pytest.LogCaptureFixture
 ) -> None:

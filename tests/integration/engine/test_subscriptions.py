@@ -16,6 +16,7 @@ from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import tracking
 from cdc.postgres.subscriptions import Subscriptions
 from cdc.postgres.tracked_tables import Truncate
+from tests.commands import done
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, metric, settled, states
 from tests.subscriptions import is_done, kept, states_of, subscribe
@@ -231,12 +232,12 @@ async def test_nothing_is_begun_while_it_is_paused(outbox: str, outbox_db: psyco
     async with consuming(outbox, router, subscription="search") as app, consuming(outbox, default):
         first = _publish(outbox_db)
         await eventually_async(_is(lambda: seen == [first]))
-        Subscriptions("public").pause(outbox_db, "search", because="reindexing")
+        done(outbox, "subscription", "pause", "search", "--because", "reindexing")
         await eventually_async(_is(lambda: app.consumer.status.paused), what="the consumer has noticed")
         later = [_publish(outbox_db, str(key)) for key in range(10)]
         await eventually_async(_is(lambda: settled(outbox_db)))
         assert seen == [first]
-        Subscriptions("public").resume(outbox_db, "search")
+        done(outbox, "subscription", "resume", "search")
         await eventually_async(_is(lambda: is_done(outbox_db, number)))
     assert sorted(seen) == [first, *later]
 

@@ -12,7 +12,9 @@ from psycopg import sql
 
 from cdc.core.errors import NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.core.model import SHARDS
+from cdc.core.pauses import Pause
 from cdc.postgres import migrations, subscriptions
+from cdc.postgres.controls import Controls
 from cdc.postgres.retention import Retention
 from cdc.postgres.subscriptions import INDEX, INDEXES, Subscriptions
 from tests.commands_outbox import process, publish, wait
@@ -23,6 +25,7 @@ from tests.fix_outbox import fill
 pytestmark = pytest.mark.server
 
 SUBSCRIPTIONS = Subscriptions("public")
+CONTROLS = Controls("public")
 
 
 def make(db: psycopg.Connection, name: str = "search", **given: Any) -> int:
@@ -359,7 +362,7 @@ def test_a_number_is_not_used_again(outbox_db: psycopg.Connection) -> None:
 
 def test_an_unknown_one_is_answered_with_the_nearest(outbox_db: psycopg.Connection) -> None:
     make(outbox_db)
-    for ask in (SUBSCRIPTIONS.named, SUBSCRIPTIONS.drop, SUBSCRIPTIONS.pause, SUBSCRIPTIONS.resume):
+    for ask in (SUBSCRIPTIONS.named, SUBSCRIPTIONS.drop):
         with pytest.raises(NotFoundError, match="there is no subscription serach") as missing:
             ask(outbox_db, "serach")
         assert missing.value.hint == "did you mean search?"
@@ -384,23 +387,70 @@ def test_outboxes_of_other_schemas_have_their_own(database: str, db: psycopg.Con
     assert SUBSCRIPTIONS.all(db) == []
     [figures] = there.progress(db)
     assert figures.behind == 1
-    there.pause(db, "search", "x")
-    there.resume(db, "search")
     there.drop(db, "search")
     assert there.all(db) == []
 
 
 # --- pause and drop ------------------------------------------------------------------------------------------------
 
+_FORMERLY = """
+ALTER TABLE cdc_subscriptions ADD COLUMN paused_at timestamptz, ADD COLUMN paused_because text;
+DELETE FROM cdc_migrations WHERE version = 21
+"""
 
-def test_a_pause_says_since_when_and_why_and_keeps_its_beginning(outbox_db: psycopg.Connection) -> None:
+
+def _pause(db: psycopg.Connection, subscription: str | None, entity_type: str | None = None) -> Pause:
+    return CONTROLS.pause(db, Pause(0, subscription, entity_type, because="a test", set_by="anna")).pause
+
+
+def test_one_is_paused_by_what_concerns_all_of_it_and_names_what_concerns_a_part(
+    outbox_db: psycopg.Connection,
+) -> None:
     make(outbox_db)
-    first = SUBSCRIPTIONS.pause(outbox_db, "search", "index is rebuilt")
-    again = SUBSCRIPTIONS.pause(outbox_db, "search", "still")
-    assert (first.paused_because, again.paused_because) == ("index is rebuilt", "still")
-    assert first.paused_at == again.paused_at is not None
-    resumed = SUBSCRIPTIONS.resume(outbox_db, "search")
-    assert (resumed.paused_at, resumed.paused_because) == (None, None)
+    _pause(outbox_db, "default")
+    _pause(outbox_db, "billing")
+    of_type = _pause(outbox_db, "search", "order")
+    [found] = SUBSCRIPTIONS.progress(outbox_db)
+    assert (found.paused, [each.pause.id for each in found.pauses]) == (None, [of_type.id])
+    everywhere = _pause(outbox_db, None)
+    [found] = SUBSCRIPTIONS.progress(outbox_db)
+    assert found.paused is not None
+    assert found.paused.pause.id == everywhere.id
+
+
+def test_a_drop_ends_its_pauses_so_that_another_one_of_its_name_is_not_born_paused(
+    outbox_db: psycopg.Connection,
+) -> None:
+    make(outbox_db)
+    for subscription in ("search", "billing", None):
+        _pause(outbox_db, subscription)
+    SUBSCRIPTIONS.drop(outbox_db, "search")
+    assert [each.pause.subscription for each in CONTROLS.all(outbox_db)] == ["billing", None]
+
+
+def test_an_upgrade_keeps_what_is_paused_with_its_beginning_and_its_reason(outbox_db: psycopg.Connection) -> None:
+    for name in ("search", "billing", "audit", "mail"):
+        make(outbox_db, name)
+    outbox_db.execute(_FORMERLY.encode())
+    outbox_db.execute(
+        """
+        UPDATE cdc_subscriptions SET paused_at = '2026-01-31T18:00Z', paused_because = CASE name
+          WHEN 'search' THEN 'index is rebuilt' WHEN 'billing' THEN repeat('é', 3000) END WHERE name <> 'audit'
+        """
+    )
+    migrations.upgrade(outbox_db, "public")
+    found = {each.pause.subscription: each for each in CONTROLS.all(outbox_db)}
+    assert found.keys() == {"search", "billing", "mail"}
+    assert found["search"].pause.because == "index is rebuilt"
+    assert {each.set_at.isoformat() for each in found.values()} == {"2026-01-31T18:00:00+00:00"}
+    assert {each.until for each in found.values()} == {None}
+    assert {each.subscription.name: each.paused is not None for each in SUBSCRIPTIONS.progress(outbox_db)} == {
+        "audit": False, "billing": True, "mail": True, "search": True
+    }  # fmt: skip
+    assert migrations.verify(outbox_db, "public") == []
+    outbox_db.execute("DELETE FROM cdc_migrations WHERE version = 21")
+    migrations.upgrade(outbox_db, "public")
+    assert len(CONTROLS.all(outbox_db)) == 3
 
 
 def test_a_drop_leaves_nothing_of_it_and_all_of_others(

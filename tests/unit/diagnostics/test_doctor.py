@@ -102,7 +102,7 @@ RIGHTS = Rights(role="cdc", grants=(), schema="public")
 HOLDERS = ShardHolders(held=64, consumers=2, strangers=())
 TABLE = TableFacts(name="public.entity_changes", autovacuum=True, excluded=False, tuned=True, live=100, dead=5)
 SEARCH = SubscriptionFacts(
-    name="search", consumers=1, paused_s=None, behind=3, held_back=1, oldest_age_s=10.0
+    name="search", consumers=1, paused=False, behind=3, held_back=1, oldest_age_s=10.0
 )  # fmt: skip
 INDEX = IndexFacts(name="public.s", valid=True, creation="CREATE ...;")
 SUBSCRIPTIONS = SubscriptionsFacts(indexes=(INDEX,), each=(SEARCH,))
@@ -331,8 +331,6 @@ TROUBLES: list[tuple[str, Any, Severity, str, str]] = [
      "cdc run --subscription search"),
     ("subscriptions", replace(SUBSCRIPTIONS, each=(replace(SEARCH, consumers=0, behind=0),)), WARN,
      r"nobody .* search \(keeps 1\)", "cdc run --subscription search"),
-    ("subscriptions", replace(SUBSCRIPTIONS, each=(replace(SEARCH, consumers=0, paused_s=90_000.0),)), WARN,
-     r"paused for more than a day: search \(25 h\)", "cdc subscription resume search"),
     ("subscriptions-behind", replace(SUBSCRIPTIONS, each=(replace(SEARCH, oldest_age_s=180_000.0),)), WARN,
      r"search \(1, the oldest 2.1 days old\)", "cdc subscription drop"),
     ("subscription-types", replace(SUBSCRIPTIONS, each=(replace(SEARCH, unknown_types=("ordr",)),)), WARN,
