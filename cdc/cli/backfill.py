@@ -82,7 +82,7 @@ _backlog_option = click.option(
     "--backlog",
     type=click.IntRange(1, _BACKLOG_MAX),
     metavar="N",
-    help="Wait while so many of its rows are not handled yet [50].",
+    help="Wait while so many of its rows are not handled yet [100].",
 )
 
 

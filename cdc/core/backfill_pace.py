@@ -11,7 +11,7 @@ comes:
 - *Others.* A page keeps one processor busy, and what it wrote another. Where a server has no more than these, a change
   that is written meanwhile waits for one of them, up to a turn of the scheduler at each of its steps, and in the
   consumer for the READs that are read just then. A page of any length does so to what meets it. So while others
-  write, a rest of twenty times its length follows each page: few changes meet one. That others write is seen by the
+  write, a rest of forty times its length follows each page: few changes meet one. That others write is seen by the
   numbers: a page draws successive ones, unless somebody draws some in between.
 - *Locked rows.* A page that met a row that somebody has locked is given up and read again at a quarter of its size.
   At one row it holds no other while it waits. Each page that succeeds doubles the size.
@@ -27,8 +27,8 @@ from typing import NamedTuple
 PAGE_MAX = 200
 """Rows written in a transaction: some 20 ms of locks."""
 _PAGES = 2.5
-"""In a backlog: what a consumer gets at once is small, and it has some more while the next is read. Most of what a page
-of 20 rows costs is the page."""
+"""In a backlog: what a consumer gets at once is small, and it has some more while the next is read. Half of what a page
+of 40 rows costs is the page."""
 _EXAMINED_MAX = 20_000
 """Rows examined for a page: some 20 ms."""
 _PAGE_S = 0.2
@@ -36,7 +36,7 @@ _PAGE_S = 0.2
 _ASK_AGAIN_S, _ASK_AGAIN_MAX_S = 0.005, 0.5
 """Whoever pauses it waits no longer than that."""
 _LOCKED_S = 0.2
-_RESTS, _REST_MAX_S = 20.0, 1.0
+_RESTS, _REST_MAX_S = 40.0, 1.0
 """While others write, how many times as long as a page the rest after it is."""
 _OTHERS_S = 1.0
 """So long after others have drawn a number they are taken to write."""

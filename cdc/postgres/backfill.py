@@ -43,7 +43,7 @@ from cdc.postgres.backfill_table import BackfillTable, key_is_another, the_argum
 from cdc.postgres.sql_files import load
 from cdc.postgres.tracked_tables import SourceTable
 
-BACKLOG = 50
+BACKLOG = 100
 """READs that may be unsettled, unless another number is asked for."""
 UNFINISHED = ("running", "paused")
 _LOCK = 0x63646303

@@ -15,7 +15,7 @@ from tests.bench import latency
 from tests.bench.database import drained, fresh_outbox, preload, preload_history, rest, settled
 from tests.bench.drain import rate_shared
 from tests.bench.processes import Consumer
-from tests.bench.report import Figure
+from tests.bench.report import Figure, quantile
 from tests.bench.size import Size
 
 _WITHIN_S = 900.0
@@ -89,13 +89,13 @@ def by_history(server: TempServer, size: Size) -> list[Figure]:
     for history in (history for history in _HISTORIES if history <= size.grown):
         with fresh_outbox(server) as connection, tempfile.TemporaryDirectory(prefix="cdcbench") as folder:
             preload_history(connection, rows=history, days=30.0)
-            p50, p99, _ = latency.of_outbox(connection, size, Path(folder))
+            latencies = latency.of_outbox(connection, size, Path(folder))
             preload(connection, changes=size.changes // 2, keys=size.keys)
             rate, _ = _drained(connection)
         figures += [
             _at("settled", rate, "changes/s", history),
-            _at("commit to handler, p50", p50, "ms", history),
-            _at("commit to handler, p99", p99, "ms", history),
+            _at("commit to handler, p50", quantile(latencies, 0.5), "ms", history),
+            _at("commit to handler, p99", quantile(latencies, 0.99), "ms", history),
         ]
     return figures
 

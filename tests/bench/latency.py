@@ -77,12 +77,9 @@ def measure_relayed(server: TempServer, size: Size) -> list[Figure]:
     return _figures("relayed", written, relayed, size)
 
 
-def of_outbox(
-    connection: psycopg.Connection, size: Size, folder: Path, beside: Beside = nullcontext
-) -> tuple[float, float, float]:
-    """p50, p99 and max of a consumer on this outbox, in ms; ``beside``: entered with it while rows are written."""
-    p50, p99, longest, _ = _figures("", *_stamped(connection, size, folder, beside), size)
-    return p50.value, p99.value, longest.value
+def of_outbox(connection: psycopg.Connection, size: Size, folder: Path, beside: Beside = nullcontext) -> list[float]:
+    """Of each row, in ms, through a consumer on this outbox; ``beside``: entered with it while rows are written."""
+    return _latencies(*_stamped(connection, size, folder, beside), size)
 
 
 def _through_cdc(server: TempServer, size: Size, folder: Path) -> tuple[array[int], Moments]:
@@ -145,10 +142,15 @@ def _write(connection: psycopg.Connection, statement: str, size: Size, folder: P
     return numbers(path)
 
 
-def _figures(name: str, written: array[int], arrived: Moments, size: Size) -> list[Figure]:
+def _latencies(written: array[int], arrived: Moments, size: Size) -> list[float]:
     """The rows of the warm-up are left out, and those that another program has handled."""
     warm_up = size.rate * size.warm_up_s
-    latencies = [(arrived[row] - at) / 1e6 for row, at in enumerate(written) if row >= warm_up and row in arrived]
+    return [(arrived[row] - at) / 1e6 for row, at in enumerate(written) if row >= warm_up and row in arrived]
+
+
+def _figures(name: str, written: array[int], arrived: Moments, size: Size) -> list[Figure]:
+    warm_up = size.rate * size.warm_up_s
+    latencies = _latencies(written, arrived, size)
     pace = (len(written) - warm_up - 1) / (written[-1] - written[warm_up]) * 1e9
     return [
         Figure(f"{name} p50", quantile(latencies, 0.5), "ms"),

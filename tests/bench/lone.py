@@ -20,7 +20,7 @@ from cdc.contrib.demo.temp_server import TempServer
 from tests.bench import latency
 from tests.bench.database import fresh_outbox
 from tests.bench.processes import Consumer
-from tests.bench.report import Figure
+from tests.bench.report import Figure, quantile
 from tests.bench.size import Size
 
 _SESSIONS = "SELECT pid, application_name FROM pg_stat_activity WHERE datname = current_database()"
@@ -47,7 +47,7 @@ def measure(server: TempServer, size: Size) -> list[Figure]:
             yield
             used.append(_used(consumer, connection).since(before))
 
-        p50, p99, _ = latency.of_outbox(connection, size, Path(folder), accounted)
+        latencies = latency.of_outbox(connection, size, Path(folder), accounted)
     [(cpu_us, waits)] = used
     changes = size.rate * (size.warm_up_s + size.seconds)
     parts = ["event loop", "stream and other threads", *_SERVERS.values()]
@@ -57,8 +57,8 @@ def measure(server: TempServer, size: Size) -> list[Figure]:
         Figure("server's cpu", sessions / changes, "us/change"),
         *(Figure(f"{part}, cpu", cpu_us[part] / changes, "us/change") for part in parts),
         *(Figure(f"{part}, waits", waits[part] / changes, "1/change") for part in parts),
-        Figure("handler p50", p50, "ms"),
-        Figure("handler p99", p99, "ms"),
+        Figure("handler p50", quantile(latencies, 0.5), "ms"),
+        Figure("handler p99", quantile(latencies, 0.99), "ms"),
     ]
 
 

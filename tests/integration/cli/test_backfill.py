@@ -23,7 +23,7 @@ import cdc
 from cdc import testing
 from cdc.core.errors import CdcError, NotFoundError, RefusedError
 from cdc.postgres import migrations, tracking
-from cdc.postgres.backfill import Backfills
+from cdc.postgres.backfill import BACKLOG, Backfills
 from cdc.postgres.connect import connect
 from tests.commands import done, invoke
 from tests.eventually import eventually
@@ -403,7 +403,7 @@ def started(outbox: str, outbox_db: psycopg.Connection, tmp_path: Path) -> Itera
     """A backfill of 500 rows that waits, since nothing is handled."""
     orders(outbox_db, 500)
     process = _started(outbox, tmp_path, "orders")
-    eventually(lambda: len(read(outbox_db)) == 50, what="it waits for its backlog")
+    eventually(lambda: len(read(outbox_db)) == BACKLOG, what="it waits for its backlog")
     yield process
     process.kill()
     process.wait()
@@ -422,14 +422,14 @@ def _states(dsn: str) -> list[str]:
 
 
 def test_on_a_terminal_a_bar_says_how_far_it_is(outbox: str, outbox_db: psycopg.Connection) -> None:
-    orders(outbox_db, 100)
+    orders(outbox_db, 2 * BACKLOG)
     outbox_db.execute("ANALYZE orders")
     terminal, inner = os.openpty()
     command = [sys.executable, "-m", "cdc", "backfill", "orders", "--dsn", outbox]
     with subprocess.Popen(command, stderr=inner, cwd=ROOT) as process, os.fdopen(terminal, "rb", buffering=0) as shown:
         os.close(inner)
         said = b""
-        while b"[############............] 50% 50 of about 100" not in said:
+        while b"[############............] 50% 100 of about 200" not in said:
             said += shown.read(1_000)
         process.terminate()
     assert b"\r\x1b[K" in said
@@ -465,7 +465,7 @@ def test_it_is_paused_from_elsewhere_and_one_session_works_on_it(
 def test_cancelled_it_ends_and_another_may_begin(outbox: str, outbox_db: psycopg.Connection, started: Forked) -> None:
     done(outbox, "backfill", "cancel", "orders")
     assert started.wait(30) == 0
-    assert len(read(outbox_db)) == 50
+    assert len(read(outbox_db)) == BACKLOG
     assert invoke(outbox, "backfill", "resume", "1").exit_code == 5
     assert backfilled(outbox, "orders")["written"] == 500
     assert _states(outbox) == ["done", "cancelled"]
@@ -485,10 +485,10 @@ def test_what_is_excluded_meanwhile_is_not_read_any_more(outbox: str, outbox_db:
     backfills = Backfills("public")
     with closing(_connected(outbox)) as mine:
         steps = backfills.work(mine, backfills.start(mine, "orders"))
-        assert next(steps).written == 20
+        assert next(steps).written == 40
         tracking.track(outbox_db, "public", "orders", exclude=["card"])
         next(steps)
-    assert [("card" in row) for _, row in read(outbox_db)] == [True] * 20 + [False] * 20
+    assert [("card" in row) for _, row in read(outbox_db)] == [True] * 40 + [False] * 40
 
 
 def test_rows_that_come_after_the_start_are_captured_and_not_read(outbox: str, outbox_db: psycopg.Connection) -> None:

@@ -91,16 +91,16 @@ def test_where_few_rows_are_wanted_more_are_examined_up_to_a_bound_and_fewer_aga
     assert examined[-1] == 200
 
 
-def test_while_others_write_it_rests_twenty_times_as_long_as_each_page_took_and_a_second_later_no_more() -> None:
+def test_while_others_write_it_rests_forty_times_as_long_as_each_page_took_and_a_second_later_no_more() -> None:
     pace = BackfillPace(rate=None, backlog=50)
     pace.done(Page(20, 20), range(1, 21), 0.0, 0.015625)
     assert isinstance(pace.next(0, 0.015625), Page), "nobody else"
     pace.done(Page(20, 20), range(22, 42), 0.015625, 0.03125)
-    assert pace.next(0, 0.03125) == Wait(0.3125), "21 is another's"
+    assert pace.next(0, 0.03125) == Wait(0.5), "21 is another's"
     pace.done(Page(20, 20), range(42, 62), 0.984375, 1.0)
-    assert pace.next(0, 1.0) == Wait(0.3125), "who writes seldom counts, too"
-    pace.done(Page(20, 20), range(62, 82), 1.34375, 1.359375)
-    assert isinstance(pace.next(0, 1.359375), Page)
+    assert pace.next(0, 1.0) == Wait(0.5), "who writes seldom counts, too"
+    pace.done(Page(20, 20), range(62, 82), 1.671875, 1.6875)
+    assert isinstance(pace.next(0, 1.6875), Page)
 
 
 @pytest.mark.parametrize("seqs", [(1, 3), (7, 9)])
