@@ -24,14 +24,14 @@ CREATE TABLE IF NOT EXISTS @schema@.cdc_backfills (
   started_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
   changed_at timestamptz NOT NULL DEFAULT pg_catalog.now()
 );
-CREATE UNIQUE INDEX IF NOT EXISTS cdc_backfills_unfinished ON @schema@.cdc_backfills (table_schema, table_name)
-  WHERE state = 'running' OR state = 'paused';
+-- The index that a table has one of them at a time is made by 0022.
 REVOKE ALL ON TABLE @schema@.cdc_backfills FROM PUBLIC;
 REVOKE ALL ON SEQUENCE @schema@.cdc_backfills_id_seq FROM PUBLIC;
 COMMENT ON TABLE @schema@.cdc_backfills IS 'tables whose rows are read into the outbox, and how far that is';
 
 -- Writes rows of a table as changes of the operation READ, as its trigger captures them (capture_entity_change()): with
--- these arguments of it, and with the same settings. The caller has locked the rows, and keeps them locked until the
+-- these arguments of it, and with the same settings; the options may also have "subscription": the number of the only one that
+-- takes them. To the default one they are processed then. The caller has locked the rows, and keeps them locked until the
 -- commit; so the number of each is drawn under its row's lock, as a writer's is.
 --
 -- The rows come as one array, so that the caller reads them with its own rights. This role, which calls the casts that
@@ -147,14 +147,16 @@ BEGIN
   END IF;
   RETURN QUERY
   INSERT INTO @schema@.entity_changes AS made
-    (table_schema, table_name, operation, entity_id, shard, entity_type, new_data, metadata)
+    (table_schema, table_name, operation, entity_id, shard, entity_type, new_data, metadata,
+     subscription, processed, processed_at)
   SELECT v_schema, v_name, 'READ', e.id, (hashtext(e.id) & 63)::smallint,
     @schema@.bounded_text(coalesce(nullif(p_entity_type, ''), @schema@.default_entity_type(v_name::text))),
     d.document,
     jsonb_build_object('timestamp', now(), 'backfill', p_backfill)
       || CASE WHEN d.document ? 'user_id' THEN jsonb_build_object('user_id', d.document -> 'user_id') ELSE '{}' END
       || CASE WHEN d.document ?| '{chat_id,room_id}' THEN jsonb_build_object('chat_id', coalesce(
-           nullif(d.document -> 'chat_id', 'null'), d.document -> 'room_id', d.document -> 'chat_id')) ELSE '{}' END
+           nullif(d.document -> 'chat_id', 'null'), d.document -> 'room_id', d.document -> 'chat_id')) ELSE '{}' END,
+    (p_options ->> 'subscription')::smallint, p_options ? 'subscription', CASE WHEN p_options ? 'subscription' THEN now() END
   FROM unnest(v_documents) WITH ORDINALITY AS d (document, place)
   CROSS JOIN LATERAL (
     SELECT @schema@.bounded_text(v_prefix || CASE cardinality(v_key)

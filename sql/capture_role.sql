@@ -13,7 +13,7 @@ DECLARE
     'capture_rows(anyarray, text, jsonb, integer)', 'capture_truncate()',
     'capture_barrier(text, text, text, text, jsonb, jsonb, jsonb)', 'captured_columns(oid)', 'capture_ddl()'];
   v_written CONSTANT text[] := '{id, table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,
-    metadata, caused_by, depth, processed, processed_at, last_error, shard}';
+    metadata, caused_by, depth, processed, processed_at, last_error, shard, subscription}';
   v_returned CONSTANT text[] := '{seq, shard}';
   v_due CONSTANT regclass := pg_catalog.format('%I.cdc_due_changes', v_schema)::regclass;
   v_due_written CONSTANT text[] := '{due, entity_type, entity_id, operation, old_data, new_data, metadata, caused_by,

@@ -36,7 +36,7 @@ def taken(db: psycopg.Connection, number: int, schema: str = "public") -> list[i
         SELECT n.seq FROM {schema}.entity_changes AS n
         JOIN {schema}.cdc_positions AS p ON p.shard = n.shard
         JOIN {schema}.cdc_subscriptions AS s ON s.subscription = p.subscription
-        WHERE p.subscription = %s AND n.seq > p.seq
+        WHERE p.subscription = %s AND n.seq > p.seq AND (n.subscription IS NULL OR n.subscription = p.subscription)
           AND (s.types IS NULL OR coalesce(n.entity_type, n.table_name) = ANY (s.types))
           AND NOT EXISTS (SELECT FROM {schema}.cdc_subscription_changes AS e
                           WHERE e.subscription = p.subscription AND e.shard = n.shard AND e.seq = n.seq)

@@ -16,6 +16,7 @@ FROM entity_changes AS n
 JOIN cdc_positions AS p ON p.subscription = %(number)s AND p.shard = n.shard
 LEFT JOIN cdc_subscription_changes AS s
   ON s.subscription = %(number)s AND s.shard = n.shard AND s.seq = n.seq
+WHERE n.subscription IS NULL OR n.subscription = %(number)s
 ORDER BY n.seq
 """
 
@@ -27,7 +28,7 @@ def subscribe(db: psycopg.Connection, name: str = "search", **options: Any) -> i
 
 
 def states_of(db: psycopg.Connection, number: int) -> dict[int, str]:
-    """By seq."""
+    """By seq; without what is for another one."""
     return dict(db.execute(_STATES, {"number": number}).fetchall())
 
 

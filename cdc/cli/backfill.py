@@ -14,9 +14,10 @@ import click
 
 from cdc.app.config import Settings
 from cdc.cli.commands import Commands
-from cdc.cli.options import database_options, json_option, open_database
+from cdc.cli.options import database_options, json_option, open_database, settings_options
 from cdc.cli.output import print_json, print_table, say, show_progress
 from cdc.cli.track import split_names
+from cdc.core.subscription import DEFAULT
 from cdc.core.units import format_duration
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ _backlog_option = click.option(
 
 @backfill.command()
 @click.argument("table")
-@database_options
+@settings_options("dsn", "schema", "subscription")
 @_where_option
 @click.option("--since", metavar="KEY", callback=_key, help="Begin at this primary key. Several columns: a,b.")
 @_rate_option
@@ -113,11 +114,17 @@ def start(
     Rows come in the order of the primary key, as they are when they are read, and in order with what is written to them
     meanwhile. It stays in the foreground, and waits for the consumer. Interrupted, also by kill -9, it goes on with
     "cdc backfill resume". Rows that are inserted later are not read: they are captured.
+
+    With --subscription: for that one alone. No other one sees the rows, and its consumer is waited for.
     """
     from cdc.postgres.backfill import BACKLOG, Backfills  # noqa: PLC0415 - --help does not wait for the driver to load
+    from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - the same
 
     backfills = Backfills(settings.schema_)
     with open_database(settings, user_path=True) as connection:
+        only = None
+        if settings.subscription != DEFAULT:
+            only = Subscriptions(settings.schema_).named(connection, settings.subscription)
         begun = backfills.start(
             connection,
             table,
@@ -125,8 +132,9 @@ def start(
             since=since,
             rate=rate,
             backlog=backlog or BACKLOG,
+            subscription=only,
         )
-        say(f"backfill {begun.id} of {begun.table}: about {begun.estimate:,} rows; if it is interrupted:"
+        say(f"backfill {begun.id} of {begun.of}: about {begun.estimate:,} rows; if it is interrupted:"
             f" cdc backfill resume {begun.id}")  # fmt: skip
         _work(backfills, connection, begun, condition, as_json=as_json)
 
@@ -171,7 +179,7 @@ def pause(settings: Settings, reference: str) -> None:
     with open_database(settings, user_path=True) as connection:
         found = backfills.named(connection, reference)
         backfills.set_state(connection, found, "paused", ["running"])
-    say(f"backfill {found.id} of {found.table} is paused; to go on: cdc backfill resume {found.id}")
+    say(f"backfill {found.id} of {found.of} is paused; to go on: cdc backfill resume {found.id}")
 
 
 @backfill.command()
@@ -185,7 +193,7 @@ def cancel(settings: Settings, reference: str) -> None:
     with open_database(settings, user_path=True) as connection:
         found = backfills.named(connection, reference)
         backfills.set_state(connection, found, "cancelled", UNFINISHED)
-    say(f"backfill {found.id} of {found.table} is cancelled")
+    say(f"backfill {found.id} of {found.of} is cancelled")
 
 
 @backfill.command()
@@ -202,10 +210,10 @@ def status(settings: Settings, reference: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"backfills": [_as_json(each) for each in found]})
         return
-    headers = ["id", "table", "state", "examined", "of about", "written", "since", "where", "by", "started_at"]
+    headers = ["id", "table", "for", "state", "examined", "of about", "written", "since", "where", "by", "started_at"]
     print_table(headers, (
-        (each.id, each.table, _state(each), each.examined, each.estimate, each.written, _shown(each.since_key),
-         each.condition or "", each.started_by, each.started_at)
+        (each.id, each.table, each.subscription_name or "all", _state(each), each.examined, each.estimate, each.written,
+         _shown(each.since_key), each.condition or "", each.started_by, each.started_at)
         for each in found
     ))  # fmt: skip
 
@@ -217,10 +225,7 @@ def _work(backfills: Backfills, connection: Any, begun: Backfill, condition: str
     if as_json:
         print_json(_as_json(done))
     else:
-        say(
-            f"backfill {done.id} of {done.table} is {_state(done)}:"
-            f" {done.examined:,} rows read, {done.written:,} written"
-        )
+        say(f"backfill {done.id} of {done.of} is {_state(done)}: {done.examined:,} rows read, {done.written:,} written")
 
 
 def _watch(begun: Backfill, steps: Iterable[Progress]) -> None:

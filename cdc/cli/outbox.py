@@ -278,7 +278,7 @@ def _decide_many(
 
 
 @outbox.command()
-@resolved_options("dsn", "schema", "handlers")
+@resolved_options("dsn", "schema", "subscription", "handlers")
 @names_argument
 @filter_options
 @click.option("--latest-per-key", is_flag=True, help="Of the changes of each key only the last that is found.")
@@ -304,6 +304,8 @@ def replay(
     Each is written again as a new change that names the old one (replay_of), in the order of the old ones and behind
     whatever of its key is not processed yet. The old ones stay as they are. It says how many before it begins, and
     works in rounds of a thousand. Filters find no replays, but the changes that these repeat.
+
+    With --subscription: what that one has processed or passed, for it alone. No other one sees the new changes.
     """
     refuse_unless_clear(filters, names)
     if names and (latest_per_key or unless_replayed_since is not None):
@@ -311,10 +313,11 @@ def replay(
     from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
     from cdc.postgres.bulk import Bulk  # noqa: PLC0415 - see stats
 
-    settings, bulk, what = resolved.settings, Bulk(resolved.settings.schema_), f"processed changes{described(filters)}"
+    settings, what = resolved.settings, f"processed changes{described(filters)}"
     if names:
         references = [parse_reference(name) for name in names]
         with _opened(settings) as connection:
+            bulk = Bulk(settings.schema_, _admin(connection, settings))
             total = work_off(bulk.replay_named(connection, references), count=len(names), done="replayed")
         report_done("replayed", what, total, as_json)
         return
@@ -322,7 +325,7 @@ def replay(
     unless_since = parse_moment(unless_replayed_since) if unless_replayed_since is not None else None
     with (
         _opened(settings) as connection,
-        bulk.replayable(
+        Bulk(settings.schema_, _admin(connection, settings)).replayable(
             connection, wanted, latest_per_key=latest_per_key, unless_since=unless_since, only_count=filters.dry_run
         ) as found,
     ):

@@ -64,7 +64,8 @@ class ChangeSummary:
     ``state`` is that of the row. ``blocked_by``: the ``seq`` of the first change of the same key that blocks this one.
     ``pauses_key``: a dead letter that blocks the later changes of its key until it is retried or discarded.
     ``caused_by``: the id of the change whose handler made this one. ``depth``: how many causes lead to it.
-    ``replay_of``: the id of the change that this one repeats.
+    ``replay_of``: the id of the change that this one repeats. ``subscription``: the number of the only one that takes
+    it; None: all do.
     """
 
     seq: int
@@ -90,6 +91,7 @@ class ChangeSummary:
     caused_by: UUID | None
     depth: int
     replay_of: UUID | None
+    subscription: int | None
 
     @property
     def blocked(self) -> bool:
@@ -187,10 +189,12 @@ class OutboxAdmin:
     """The statements for the outbox in ``schema``, on an autocommit connection: of its default subscription.
 
     ``given``: parameters of each statement. ``selections``: statements of ``bulk`` that are others here.
+    ``subscription``: its number, None for the default one.
     """
 
     given: Mapping[str, Any] = {}
     selections: Mapping[str, bytes] = {}
+    subscription: int | None = None
     _by_number: Sequence[str] = ("number_unprocessed", "number_processed")
 
     def __init__(self, schema: str) -> None:

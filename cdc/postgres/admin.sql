@@ -58,6 +58,7 @@ SELECT coalesce(has_table_privilege(to_regclass({barriers_regclass})::oid, 'SELE
 WITH looked AS MATERIALIZED (
   SELECT processed_at, changed_at FROM {changes}
   WHERE processed AND processed_at > now() - make_interval(secs => %(seconds)s::float8) AND processed_at < 'infinity'
+    AND subscription IS NULL
   ORDER BY processed_at DESC LIMIT %(bound)s
 ), seen AS (
   SELECT count(*) AS count, extract(epoch FROM now() - min(processed_at))::float8 AS span_s,
@@ -187,7 +188,7 @@ SELECT c.seq, c.id, {state} AS state,
        c.error_count, left(c.last_error, 10000) AS last_error, left(c.error_summary, 300) AS error_summary,
        CASE WHEN isfinite(c.next_attempt_at) THEN c.next_attempt_at END AS next_attempt_at,
        CASE WHEN isfinite(c.processed_at) THEN c.processed_at END AS processed_at,
-       CASE WHEN isfinite(c.dead_at) THEN c.dead_at END AS dead_at, c.caused_by, c.depth, c.replay_of
+       CASE WHEN isfinite(c.dead_at) THEN c.dead_at END AS dead_at, c.caused_by, c.depth, c.replay_of, c.subscription
 FROM {changes} AS c
 WHERE c.id = ANY (%(ids)s::uuid[])
 ORDER BY array_position(%(ids)s::uuid[], c.id)

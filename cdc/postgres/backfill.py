@@ -40,8 +40,9 @@ from cdc.core.errors import CdcError, NotFoundError, RefusedError, SchemaError, 
 from cdc.postgres import tracking
 from cdc.postgres.admin import ROUND_LIMIT_S, bounded
 from cdc.postgres.backfill_table import BackfillTable, key_is_another, the_arguments
-from cdc.postgres.sql_files import load
-from cdc.postgres.tracked_tables import SourceTable
+from cdc.postgres.sql_files import blocks, load
+from cdc.postgres.subscriptions import Subscription
+from cdc.postgres.tracked_tables import SourceTable, Tracked
 
 BACKLOG = 100
 """READs that may be unsettled, unless another number is asked for."""
@@ -60,7 +61,7 @@ class Backfill:
 
     ``estimate``: how many rows there were, by the planner, with a condition or without. Keys are texts, one for each of
     ``key_columns``: ``since_key`` the first that is read, ``after_key`` the last that was, ``until_key`` the last to be
-    read. ``rate``: rows a second. ``started_by``: a role.
+    read. ``rate``: rows a second. ``started_by``: a role. ``subscription``: the only one that it is for.
     """
 
     id: int
@@ -83,7 +84,14 @@ class Backfill:
     started_by: str
     started_at: datetime
     changed_at: datetime
+    subscription: int | None
+    subscription_name: str | None
     at_work: bool
+
+    @property
+    def of(self) -> str:
+        """What it reads and for whom, for a sentence."""
+        return self.table if self.subscription is None else f"{self.table} for {self.subscription_name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,9 @@ class Backfills:
     def __init__(self, schema: str) -> None:
         self._schema = schema
         self._statements = load("backfill.sql", schema)
+        own = blocks("backfill.sql")
+        instead = {"is_written": own["is_written_for_one"], "is_open": own["is_open_for_one"]}
+        self._for_one = load("backfill.sql", schema, instead=instead)
 
     def start(
         self,
@@ -121,14 +132,18 @@ class Backfills:
         since: Sequence[str] | None = None,
         rate: float | None = None,
         backlog: int = BACKLOG,
+        subscription: Subscription | None = None,
     ) -> Backfill:
         """Note that the rows of a tracked table are to be read, from the key ``since`` on; ``work`` reads them.
 
-        Raises NotFoundError or RefusedError for a table that is not there, not tracked, without a primary key, not to
-        be read by this role, or of which a backfill is not finished; UsageError for a condition or a key that is none.
+        ``subscription``: nothing to any other one. Raises NotFoundError or RefusedError for a table that is not there,
+        not tracked, without a primary key, not to be read by this role, or of which a backfill is not finished; for a
+        subscription that does not take its type. UsageError for a condition or a key that is none.
         """
         source, triggers = tracking.find(connection, self._schema, table)
         the_arguments(source, triggers)
+        if subscription is not None:
+            _refuse_type(source, triggers[0], subscription)
         with _server_names(connection) as path, _explained():
             reading = BackfillTable(connection, self._schema, source, condition=condition, path=path)
             _refuse_other_key(reading, source, since)
@@ -142,20 +157,25 @@ class Backfills:
                     "since_key": list(since) if since else None, "until_key": until, "estimate": estimate,
                     "rate": rate, "backlog": backlog,
                     "state": "running" if until else "done",
+                    "subscription": subscription and subscription.number,
+                    "subscription_name": subscription and subscription.name,
                 }  # fmt: skip
                 try:
                     with connection.transaction():
                         [(number,)] = connection.execute(self._statements["insert"], given).fetchall()
                 except errors.UniqueViolation:
-                    [before] = self._rows(connection, "latest", given)
+                    [before] = self._rows(connection, "unfinished", given)
                     raise RefusedError(
-                        f"backfill {before.id} of {source.spelt} is not finished: it is {before.state}",
+                        f"backfill {before.id} of {before.of} is not finished: it is {before.state}",
                         hint=f"cdc backfill resume {before.id} goes on, cdc backfill cancel {before.id} ends it",
                     ) from None
         return self.named(connection, str(number))
 
     def named(self, connection: psycopg.Connection, reference: str) -> Backfill:
-        """The backfill of this number, or the latest of this table. Raises NotFoundError."""
+        """The backfill of this number, or the latest of this table, one that is not finished first.
+
+        Raises NotFoundError, and RefusedError for a table that has several that are not finished.
+        """
         if reference.isdecimal() and len(reference) <= _DIGITS_MAX:
             given: dict[str, Any] = {"id": int(reference)}
         else:
@@ -164,6 +184,12 @@ class Backfills:
         found = self._rows(connection, "one" if "id" in given else "latest", given)
         if not found:
             raise NotFoundError(f"there is no backfill {reference}", hint="`cdc backfill status` lists them")
+        if all(each.state in UNFINISHED for each in found) and len(found) > 1:
+            those = ", ".join(f"{each.id} of {each.of}" for each in found)
+            raise RefusedError(
+                f"{reference} has several backfills that are not finished: {those}",
+                hint="give the number of one",
+            )
         return found[0]
 
     def newest(self, connection: psycopg.Connection) -> list[Backfill]:
@@ -255,7 +281,7 @@ class Backfills:
         looked_at = -inf
         while progress.state == "running":
             if len(unsettled) > pace.wants_count:
-                unsettled = self._ids(connection, "unsettled", {"ids": unsettled})
+                unsettled = self._ids(connection, backfill, "unsettled", {"ids": unsettled})
             turn = pace.next(len(unsettled), began := time.monotonic())
             if isinstance(turn, Wait):
                 if began - looked_at >= _LOOK_S:
@@ -289,16 +315,35 @@ class Backfills:
                 )
                 return _Page("done")
             last, examined = edge
-            written = reading.write(backfill.id, since, after, last)
+            self._refuse_dropped(connection, backfill)
+            written = reading.write(backfill.id, since, after, last, backfill.subscription)
             failpoints.here("backfill.after_write")
             given = {"id": backfill.id, "after_key": last, "examined": examined}
-            ids = self._ids(connection, "advance", {**given, "seqs": written.seqs, "shards": written.shards})
+            given |= {"seqs": written.seqs, "shards": written.shards}
+            ids = self._ids(connection, backfill, "advance", given)
+            if len(ids) != len(written.seqs):  # an earlier capture_rows() writes for all
+                raise SchemaError("the outbox does not fit this version", hint="run: cdc db upgrade")
             failpoints.here("backfill.before_commit")
         failpoints.here("backfill.after_commit")
         return _Page("running", examined, written.seqs, ids)
 
-    def _ids(self, connection: psycopg.Connection, statement: str, given: dict[str, Any]) -> list[UUID]:
-        return [id_ for (id_,) in connection.execute(self._statements[statement], given).fetchall()]
+    def _refuse_dropped(self, connection: psycopg.Connection, backfill: Backfill) -> None:
+        if backfill.subscription is None:
+            return
+        asked = {"subscription": backfill.subscription}
+        [(there,)] = connection.execute(self._statements["subscribed"], asked).fetchall()
+        if not there:
+            raise RefusedError(
+                f"backfill {backfill.id} is for the subscription {backfill.subscription_name}, which was dropped",
+                hint=f"cdc backfill cancel {backfill.id}; for another one of that name, begin again",
+            )
+
+    def _ids(
+        self, connection: psycopg.Connection, backfill: Backfill, statement: str, given: dict[str, Any]
+    ) -> list[UUID]:
+        statements = self._statements if backfill.subscription is None else self._for_one
+        parameters = {**given, "subscription": backfill.subscription}
+        return [id_ for (id_,) in connection.execute(statements[statement], parameters).fetchall()]
 
     def _rows(self, connection: psycopg.Connection, statement: str, given: dict[str, Any]) -> list[Backfill]:
         asked = {**given, "lock": _LOCK, "schema": self._schema}
@@ -364,13 +409,23 @@ def _refuse_other_key(reading: BackfillTable, source: SourceTable, since: Sequen
         )
 
 
+def _refuse_type(source: SourceTable, tracked: Tracked, subscription: Subscription) -> None:
+    types = subscription.types
+    if types is not None and tracked.effective_type not in types:
+        raise RefusedError(
+            f"the subscription {subscription.name} does not take the type {tracked.effective_type} of {source.spelt}",
+            hint=f"it takes {subscription.taking}",
+        )
+
+
 def _refuse_changed_key(reading: BackfillTable, source: SourceTable, backfill: Backfill) -> None:
     if reading.key_order != backfill.key_order:
         raise key_is_another(source, hint=_begin_again(source, backfill))
 
 
 def _begin_again(source: SourceTable, backfill: Backfill) -> str:
-    return f"begin again: cdc backfill cancel {backfill.id}; cdc backfill {source.spelt}"
+    option = f" --subscription {backfill.subscription_name}" if backfill.subscription else ""
+    return f"begin again: cdc backfill cancel {backfill.id}; cdc backfill {source.spelt}{option}"
 
 
 def _refuse_condition(connection: psycopg.Connection, backfill: Backfill, condition: str | None) -> None:

@@ -2,15 +2,16 @@
 
 -- name: insert
 INSERT INTO {backfills}
-  (table_schema, table_name, condition, key_columns, key_order, since_key, until_key, estimate, rate, backlog, state)
+  (table_schema, table_name, condition, key_columns, key_order, since_key, until_key, estimate, rate, backlog, state,
+   subscription, subscription_name)
 VALUES (%(table_schema)s, %(table_name)s, %(condition)s, %(key_columns)s, %(key_order)s, %(since_key)s, %(until_key)s, %(estimate)s,
-  %(rate)s, %(backlog)s, %(state)s)
+  %(rate)s, %(backlog)s, %(state)s, %(subscription)s::smallint, %(subscription_name)s)
 RETURNING id
 
 -- name: backfill
 -- Not a statement: the columns of b. Who works on it holds a lock of its number.
 b.id, b.table_schema, b.table_name, format('%%I.%%I', b.table_schema, b.table_name) AS table, b.condition, b.key_columns, b.key_order, b.since_key, b.after_key, b.until_key, b.estimate,
-b.examined, b.written, b.rate, b.backlog, b.state, b.started_by, b.started_at, b.changed_at,
+b.examined, b.written, b.rate, b.backlog, b.state, b.started_by, b.started_at, b.changed_at, b.subscription, b.subscription_name,
 EXISTS (
   SELECT FROM pg_locks AS l
   WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
@@ -23,8 +24,18 @@ EXISTS (
 SELECT {backfill} FROM {backfills} AS b WHERE b.id = %(id)s
 
 -- name: latest
+-- The last two of a table, those that are not finished first: of each subscription there may be one.
 SELECT {backfill} FROM {backfills} AS b WHERE b.table_schema = %(table_schema)s AND b.table_name = %(table_name)s
-ORDER BY b.id DESC LIMIT 1
+ORDER BY (b.state = 'running' OR b.state = 'paused') DESC, b.id DESC LIMIT 2
+
+-- name: unfinished
+SELECT {backfill} FROM {backfills} AS b
+WHERE b.table_schema = %(table_schema)s AND b.table_name = %(table_name)s AND (b.state = 'running' OR b.state = 'paused')
+  AND b.subscription IS NOT DISTINCT FROM %(subscription)s::smallint
+
+-- name: subscribed
+-- Whether there still is the subscription that it is for.
+SELECT EXISTS (SELECT FROM {subscriptions} AS s WHERE s.subscription = %(subscription)s::smallint)
 
 -- name: newest
 SELECT {backfill} FROM {backfills} AS b ORDER BY b.id DESC LIMIT 100
@@ -42,8 +53,29 @@ SELECT b.state FROM {backfills} AS b WHERE b.id = %(id)s
 -- Whoever pauses or cancels it waits until this page is committed.
 SELECT b.state, b.after_key FROM {backfills} AS b WHERE b.id = %(id)s FOR UPDATE
 
+-- name: is_written
+-- Not a statement: how n of this transaction is found: all of them are fresh.
+NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+
+-- name: is_written_for_one
+-- Not a statement: the same where it is for one subscription: to the default one it is processed.
+(n.processed OR n.next_attempt_at IS NOT NULL OR n.dead_at IS NOT NULL) AND n.subscription = %(subscription)s::smallint
+
+-- name: is_open
+-- Not a statement: whether n is fresh or waits for a retry.
+NOT n.processed AND n.dead_at IS NULL
+
+-- name: is_open_for_one
+-- Not a statement: the same for one subscription. When it was dropped, nothing is.
+coalesce((
+  SELECT e.next_attempt_at IS NOT NULL AND e.dead_at IS NULL FROM {subscription_changes} AS e
+  WHERE e.subscription = n.subscription AND e.shard = n.shard AND e.seq = n.seq
+), n.seq > (
+  SELECT p.seq FROM {positions} AS p WHERE p.subscription = n.subscription AND p.shard = n.shard
+), false)
+
 -- name: advance
--- Returns the ids of the changes that this transaction has written; so all of them are fresh.
+-- Returns the ids of the changes that this transaction has written.
 WITH advanced AS (
   UPDATE {backfills} SET
     after_key = %(after_key)s, examined = examined + %(examined)s, changed_at = now(),
@@ -53,7 +85,7 @@ WITH advanced AS (
 SELECT f.id FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS w(seq, shard)
 CROSS JOIN LATERAL (
   SELECT n.id FROM {changes} AS n
-  WHERE n.shard = w.shard AND n.seq = w.seq AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+  WHERE n.shard = w.shard AND n.seq = w.seq AND {is_written}
   LIMIT 1
 ) AS f
 
@@ -67,7 +99,7 @@ UPDATE {backfills} SET rate = %(rate)s, backlog = %(backlog)s WHERE id = %(id)s
 -- Those of them that are fresh or wait for a retry. One that retention has removed is neither.
 SELECT f.id FROM unnest(%(ids)s::uuid[]) AS w(id)
 CROSS JOIN LATERAL (
-  SELECT n.id FROM {changes} AS n WHERE n.id = w.id AND NOT n.processed AND n.dead_at IS NULL LIMIT 1
+  SELECT n.id FROM {changes} AS n WHERE n.id = w.id AND {is_open} LIMIT 1
 ) AS f
 
 -- name: key_order

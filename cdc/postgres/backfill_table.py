@@ -173,15 +173,22 @@ class BackfillTable:
         return None if row is None else (list(row[0]), row[1])
 
     def write(
-        self, backfill: int, since: Sequence[str] | None, after: Sequence[str] | None, last: Sequence[str]
+        self,
+        backfill: int,
+        since: Sequence[str] | None,
+        after: Sequence[str] | None,
+        last: Sequence[str],
+        subscription: int | None = None,
     ) -> Written:
-        """Lock the rows behind ``after`` up to ``last``, and write them as changes.
+        """Lock the rows behind ``after`` up to ``last``, and write them as changes, for one subscription or for all.
 
         Raises LockNotAvailable, RefusedError where the table is not tracked any more, or where another function would
         be called in place of ours.
         """
         self._refuse_overloads()
         entity_type, options = self._as_tracked()
+        if subscription is not None:
+            options = json.dumps({**json.loads(options), "subscription": subscription})
         statement = _raw(_WRITE).format(
             row=self._row,
             table=self._from,

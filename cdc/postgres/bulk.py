@@ -9,7 +9,8 @@ changes of its key that have not run yet; of two in rounds of their own, a fresh
 
 A replay writes processed changes once more, as new ones that name the old. Their numbers are drawn in the order of the
 old ones, so they run in it, behind whatever of their key is there already. No row says how far a replay got: it is
-resumed by leaving out what has a replay made since it began.
+resumed by leaving out what has a replay made since it began. One for a subscription is of what that one has done, and
+seen by that one only: to the default one it is processed from the beginning.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from uuid import UUID
 
 import psycopg
 
-from cdc.core.errors import RefusedError
+from cdc.core.errors import RefusedError, UsageError
 from cdc.core.model import ChangeState, message_prefix
 from cdc.core.router import HandledChanges
 from cdc.postgres.admin import ROUND_LIMIT_S, Decision, OutboxAdmin, Reference, bounded, wake
@@ -101,11 +102,14 @@ class Bulk:
         """The processed changes that match and are no replays themselves; of each key the last only, if asked.
 
         ``unless_since``: without those that have a replay made since then. One at a time, also by others: raises
-        RefusedError while another replay runs, unless this is ``only_count``.
+        RefusedError while another replay runs, unless this is ``only_count``; UsageError where an error is asked for
+        that a subscription does not keep.
         """
+        if wanted.error is not None and self._admin.subscription is not None:
+            raise UsageError("--error finds nothing here: a subscription keeps no errors of what it has processed")
         with nullcontext() if only_count else self._alone(connection):
             [(now,)] = connection.execute("SELECT now()").fetchall()
-            parameters = {**_parameters(wanted, now), "unless_since": _at(unless_since, now)}
+            parameters = {**self._admin.given, **_parameters(wanted, now), "unless_since": _at(unless_since, now)}
             statement = self._statements["select_latest" if latest_per_key else "select_processed"]
             with _cursor(connection, statement, parameters) as count:
                 yield Replay(
@@ -117,6 +121,11 @@ class Bulk:
         """Replay these. Raises NotFoundError, and RefusedError for a change that is not processed, before any is."""
         entries = sorted(self._admin.named(connection, references), key=attrgetter("seq"))
         for entry in entries:
+            if self._admin.subscription is None and entry.subscription is not None:
+                raise RefusedError(
+                    f"cannot replay the change {entry.seq} for all: it is for subscription {entry.subscription} only",
+                    hint="cdc outbox replay ID --subscription NAME; cdc subscription list --json has the numbers",
+                )
             if entry.state is not ChangeState.PROCESSED:
                 raise RefusedError(
                     f"cannot replay the change {entry.seq}: it is {entry.state}",
@@ -128,7 +137,7 @@ class Bulk:
     def replay(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> Iterator[Round]:
         """Write these once more, in this order, where they are processed; yields each round after its commit."""
         while ids:
-            parameters = {"ids": list(ids), "bytes": _REPLAYED_BYTES, "prefix": self._prefix}
+            parameters = {**self._admin.given, "ids": list(ids), "bytes": _REPLAYED_BYTES, "prefix": self._prefix}
             with bounded(connection, ROUND_LIMIT_S):
                 # Before any number: readers conclude from transaction ids whether a lower seq may still appear.
                 connection.execute("SELECT pg_current_xact_id()")

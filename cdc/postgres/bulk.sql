@@ -36,12 +36,13 @@ ORDER BY key, c.seq
 
 -- name: replayable
 -- Not a statement: the processed changes that are asked for, but replays: their originals say the same. A change made
--- since a moment was also processed since then. One that somebody marked without a time has none.
+-- since a moment was also processed since then. One that somebody marked without a time has none. What is for one
+-- subscription is nothing to the default one, which has it as processed. A subscription has others of these blocks.
 SELECT c.id, c.seq, c.entity_type, c.table_name, c.entity_id FROM {changes} AS c
-WHERE c.processed AND c.processed_at >= coalesce(%(since)s::timestamptz, '-infinity') AND c.replay_of IS NULL AND {matches}
+WHERE c.processed AND c.processed_at >= coalesce(%(since)s::timestamptz, '-infinity') AND c.replay_of IS NULL AND c.subscription IS NULL AND {matches}
 UNION ALL
 SELECT c.id, c.seq, c.entity_type, c.table_name, c.entity_id FROM {changes} AS c
-WHERE c.processed AND c.processed_at IS NULL AND c.replay_of IS NULL AND {matches}
+WHERE c.processed AND c.processed_at IS NULL AND c.replay_of IS NULL AND c.subscription IS NULL AND {matches}
 
 -- name: replayed
 -- Not a statement: the originals of the replays made since a moment, in whatever state these are.
@@ -58,11 +59,11 @@ WHERE NOT c.processed AND c.dead_at IS NOT NULL
   AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
 UNION ALL
 SELECT c.replay_of FROM {changes} AS c
-WHERE c.processed AND c.processed_at >= %(unless_since)s::timestamptz
+WHERE c.processed AND c.processed_at >= %(unless_since)s::timestamptz AND c.subscription IS NULL
   AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
 UNION ALL
 SELECT c.replay_of FROM {changes} AS c
-WHERE c.processed AND c.processed_at IS NULL
+WHERE c.processed AND c.processed_at IS NULL AND c.subscription IS NULL
   AND c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
 
 -- name: select_processed
@@ -87,6 +88,23 @@ FROM (
 WHERE l.latest AND NOT EXISTS (SELECT FROM replayed WHERE replayed.replay_of = l.id)
 ORDER BY l.seq
 
+-- name: is_processed
+-- Not a statement: whether c may be replayed.
+c.processed AND c.subscription IS NULL
+
+-- name: for_one
+-- Not a statement: further columns of a replay that is for one subscription.
+
+-- name: of_one
+-- Not a statement: and their values.
+
+-- name: holding_back
+-- Not a statement: what is about a whole table is a barrier.
+, barriers AS (
+  INSERT INTO {barriers} (entity_type, seq, id)
+  SELECT type, seq, id FROM written WHERE operation IN ('TRUNCATE', 'SCHEMA')
+)
+
 -- name: replay
 -- The first of these processed changes, until a page is full, as new ones in this order, each with its wake-up. A replay
 -- has the causes of what it repeats. What is about a whole table holds back what comes after it as it did at first. Returns how many were written, and how many
@@ -96,22 +114,21 @@ WITH page AS MATERIALIZED (
     ORDER BY wanted.place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) < %(bytes)s AS fits
   FROM unnest(%(ids)s::uuid[]) WITH ORDINALITY AS wanted(id, place)
   LEFT JOIN LATERAL (
-    SELECT coalesce(pg_column_size(n.old_data), 0)::float8 + coalesce(pg_column_size(n.new_data), 0)
-           + coalesce(pg_column_size(n.metadata), 0) AS stored
-    FROM {changes} AS n WHERE n.id = wanted.id AND n.processed LIMIT 1
+    SELECT coalesce(pg_column_size(c.old_data), 0)::float8 + coalesce(pg_column_size(c.new_data), 0)
+           + coalesce(pg_column_size(c.metadata), 0) AS stored
+    FROM {changes} AS c WHERE c.id = wanted.id AND {is_processed} LIMIT 1
   ) AS c ON true
 ), written AS (
   INSERT INTO {changes} AS replay
-    (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth, replay_of)
+    (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, caused_by, depth,
+     replay_of{for_one})
   SELECT c.table_schema, c.table_name, c.operation, c.entity_id, c.entity_type, c.old_data, c.new_data, c.metadata,
-         c.caused_by, c.depth, coalesce(c.replay_of, c.id)
-  FROM page CROSS JOIN LATERAL (SELECT * FROM {changes} AS n WHERE n.id = page.id AND n.processed LIMIT 1) AS c
+         c.caused_by, c.depth, coalesce(c.replay_of, c.id){of_one}
+  FROM page CROSS JOIN LATERAL (SELECT * FROM {changes} AS c WHERE c.id = page.id AND {is_processed} LIMIT 1) AS c
   WHERE page.fits
   ORDER BY page.place
   RETURNING replay.id, replay.seq, replay.operation, coalesce(replay.entity_type, replay.table_name) AS type,
             pg_logical_emit_message(true, %(prefix)s, replay.seq || ',' || replay.shard)
-), barriers AS (
-  INSERT INTO {barriers} (entity_type, seq, id)
-  SELECT type, seq, id FROM written WHERE operation IN ('TRUNCATE', 'SCHEMA')
 )
+{holding_back}
 SELECT (SELECT count(*) FROM written)::int, (SELECT count(*) FROM page WHERE page.fits)::int

@@ -156,7 +156,7 @@ LEFT JOIN pg_catalog.pg_class AS b
 """  # noqa: S608 - of pieces of our own
 _WRITTEN = (
     "table_schema", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata",
-    "caused_by", "depth", "processed", "processed_at", "last_error", "shard",
+    "caused_by", "depth", "processed", "processed_at", "last_error", "shard", "subscription",
 )  # fmt: skip
 _WRITTEN_LATER = (
     "due", "entity_type", "entity_id", "operation", "old_data", "new_data", "metadata", "caused_by", "depth",

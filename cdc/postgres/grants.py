@@ -59,7 +59,7 @@ PAYLOAD = ("old_data", "new_data", "metadata")
 """The columns that hold the application's data."""
 DESCRIPTION = (
     "id", "seq", "shard", "table_schema", "table_name", "operation", "entity_type", "entity_id", "changed_at",
-    "caused_by", "depth", "replay_of",
+    "caused_by", "depth", "replay_of", "subscription",
 )  # fmt: skip
 """The other columns, which describe a change."""
 DUE_DESCRIPTION = (

@@ -359,7 +359,7 @@ FROM (SELECT) AS always LEFT JOIN LATERAL (
     SELECT m.processed_at, m.place, f.*, {fits}
     FROM (
       SELECT n.*, n.ctid AS place FROM {changes} AS n
-      WHERE n.processed AND n.processed_at >= %(after)s::timestamptz
+      WHERE n.processed AND n.processed_at >= %(after)s::timestamptz AND n.subscription IS NULL
         AND (n.processed_at > %(after)s::timestamptz OR n.ctid > %(place)s::tid)
       ORDER BY n.processed_at LIMIT %(limit)s
     ) AS m

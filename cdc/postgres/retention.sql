@@ -2,7 +2,8 @@
 -- of subscriptions.
 --
 -- Where there are subscriptions, a change stays until each is done with it: its number is not above the position of any, and
--- none has a row for it. What is done ahead of a position waits for it.
+-- none has a row for it. What is done ahead of a position waits for it. A change that is for one subscription waits for that
+-- one only, and for nobody when it was dropped.
 
 -- name: shared
 -- Whether there are any.
@@ -16,11 +17,13 @@ WHERE p.subscription = ANY (ARRAY(SELECT s.subscription FROM {subscriptions} AS 
 -- name: free
 -- Not a statement: whether every subscription is done with l, joined to kept. A shard that no subscription knows is nobody's.
 -- One probe for each subscription, and none for what is above a position.
-CASE WHEN kept.seq IS NULL OR l.seq <= kept.seq THEN NOT EXISTS (
+CASE WHEN l.seq > CASE WHEN l.subscription IS NULL THEN kept.seq ELSE (
+  SELECT p.seq FROM {positions} AS p WHERE p.subscription = l.subscription AND p.shard = l.shard
+) END THEN false ELSE NOT EXISTS (
   SELECT FROM {subscription_changes} AS e
   WHERE e.subscription = ANY (ARRAY(SELECT s.subscription FROM {subscriptions} AS s)) AND e.shard = l.shard AND e.seq = l.seq
   OFFSET 0
-) ELSE false END
+) END
 
 -- name: prune
 -- The next batch, the longest processed first. `since` is where the previous batch ended: index entries of removed rows
@@ -59,14 +62,14 @@ SELECT count(*)::int, max(processed_at) FILTER (WHERE isfinite(processed_at)), N
 -- the next one begins behind the last: at its moment and its place, as many have the same moment. More is to be looked at
 -- where there were so many.
 WITH kept AS MATERIALIZED ({kept}), looked AS MATERIALIZED (
-  SELECT n.ctid AS place, n.shard, n.seq, n.processed_at FROM {changes} AS n
+  SELECT n.ctid AS place, n.shard, n.seq, n.subscription, n.processed_at FROM {changes} AS n
   WHERE n.processed AND n.processed_at < now() - make_interval(secs => %(older_than_s)s)
     AND n.processed_at >= coalesce(%(since)s::timestamptz, '-infinity')
     AND (n.processed_at > coalesce(%(since)s::timestamptz, '-infinity') OR n.ctid > coalesce(%(place)s, '(0,0)')::tid)
   ORDER BY n.processed_at
   LIMIT %(limit)s
 ), untimed AS MATERIALIZED (
-  SELECT u.ctid AS place, u.shard, u.seq, u.changed_at FROM {changes} AS u
+  SELECT u.ctid AS place, u.shard, u.seq, u.subscription, u.changed_at FROM {changes} AS u
   WHERE (SELECT count(*) FROM looked) < %(limit)s AND u.processed AND u.processed_at IS NULL LIMIT %(scan)s
 ), locked AS MATERIALIZED (
   SELECT n.ctid AS place FROM {changes} AS n
@@ -104,11 +107,11 @@ FROM (
 WITH kept AS MATERIALIZED ({kept})
 SELECT (count(*) FILTER (WHERE {free}))::int, count(*) >= %(bound)s
 FROM (
-  (SELECT n.shard, n.seq FROM {changes} AS n
+  (SELECT n.shard, n.seq, n.subscription FROM {changes} AS n
    WHERE n.processed AND n.processed_at < now() - make_interval(secs => %(older_than_s)s) LIMIT %(bound)s)
   UNION ALL
-  (SELECT untimed.shard, untimed.seq
-   FROM (SELECT n.shard, n.seq, n.changed_at FROM {changes} AS n
+  (SELECT untimed.shard, untimed.seq, untimed.subscription
+   FROM (SELECT n.shard, n.seq, n.subscription, n.changed_at FROM {changes} AS n
          WHERE n.processed AND n.processed_at IS NULL LIMIT %(scan)s) AS untimed
    WHERE untimed.changed_at < now() - make_interval(secs => %(older_than_s)s))
 ) AS l LEFT JOIN kept ON kept.shard = l.shard

@@ -6,16 +6,22 @@
 -- which half of an index by shard and number it stands: that of fresh changes, or that of all others, which is made with
 -- the first subscription. Each change is in exactly one of them, whatever was written by hand.
 
+-- name: is_for
+-- Not a statement: whether h is for this one, or for all. What is for another is nothing to it, not even a number to pass.
+(h.subscription IS NULL OR h.subscription = %(subscription)s::smallint)
+
 -- name: halves
--- Not a statement: all changes. Who asks for them by shard and in the order of their numbers gets the two halves merged.
+-- Not a statement: all changes that are for this one or for all. Who asks for them by shard and in the order of their numbers
+-- gets the two halves merged.
 (
  (SELECT h.seq, h.shard, h.id, h.entity_type, h.entity_id, h.table_schema, h.table_name, h.operation, h.old_data, h.new_data,
          h.metadata, h.changed_at, h.caused_by, h.depth, h.replay_of, h.xmin
-  FROM {changes} AS h WHERE NOT h.processed AND h.next_attempt_at IS NULL AND h.dead_at IS NULL ORDER BY h.shard, h.seq)
+  FROM {changes} AS h WHERE NOT h.processed AND h.next_attempt_at IS NULL AND h.dead_at IS NULL AND {is_for}
+  ORDER BY h.shard, h.seq)
  UNION ALL
  (SELECT h.seq, h.shard, h.id, h.entity_type, h.entity_id, h.table_schema, h.table_name, h.operation, h.old_data, h.new_data,
          h.metadata, h.changed_at, h.caused_by, h.depth, h.replay_of, h.xmin
-  FROM {changes} AS h WHERE h.processed OR h.next_attempt_at IS NOT NULL OR h.dead_at IS NOT NULL
+  FROM {changes} AS h WHERE (h.processed OR h.next_attempt_at IS NOT NULL OR h.dead_at IS NOT NULL) AND {is_for}
   ORDER BY h.shard, h.seq)
 )
 
@@ -71,11 +77,12 @@ n.operation IN ('TRUNCATE', 'SCHEMA')
 SELECT coalesce(n.entity_type, n.table_name) AS entity_type, n.seq
 FROM {changes} AS n
 CROSS JOIN LATERAL (SELECT n.shard) AS want
+CROSS JOIN LATERAL (SELECT n.subscription) AS h
 LEFT JOIN LATERAL (
   SELECT s.next_attempt_at, s.dead_at FROM {subscription_changes} AS s
   WHERE s.subscription = %(subscription)s::smallint AND s.shard = n.shard AND s.seq = n.seq LIMIT 1
 ) AS s ON true
-WHERE {is_barrier} AND (
+WHERE {is_barrier} AND {is_for} AND (
   s.next_attempt_at IS NOT NULL AND (s.dead_at IS NULL OR s.next_attempt_at = 'infinity')
   OR n.seq > {position} AND {row_of} IS NULL
 )

@@ -27,13 +27,19 @@ class SubscriptionAdmin(OutboxAdmin):
         admin = blocks("admin.sql")
         shared = {"wanted": admin["wanted"], "totals": admin["totals"], "matches": blocks("bulk.sql")["matches"]}
         own = load("subscription_admin.sql", schema, instead=shared)
+        replays = load("bulk.sql", schema, instead=blocks("subscription_admin.sql"))
         self._subscription = subscription
+        self.subscription = subscription.number
         self._statements = self._without_barriers = {**self._statements, **own}
-        self.selections = {name: own[name] for name in ("select_dead", "select_waiting")}
-        types = subscription.types
+        self.selections = {
+            **{name: own[name] for name in ("select_dead", "select_waiting")},
+            **{name: replays[name] for name in ("select_processed", "select_latest", "replay")},
+        }
+        types = None if subscription.types is None else list(subscription.types)
         self.given = {
             "subscription": subscription.number,
-            "types": None if types is None else list(types),
+            "types": types,
+            "taken": types,  # where `types` are those of a handler
             "locks": change_locks(schema, subscription.number),
         }
 
@@ -57,10 +63,13 @@ class SubscriptionAdmin(OutboxAdmin):
         entries = super()._named(connection, references)
         types = self._subscription.types
         for each in entries:
+            if each.subscription not in (None, self.subscription):
+                raise self._nothing(each, "it is for another one", hint="cdc outbox show ID says which")
             if types is not None and each.entity_type not in types:
-                raise NotFoundError(
-                    f"the change {each.seq} is nothing to the subscription {self._subscription.name}:"
-                    f" it is of the type {each.entity_type}",
-                    hint=f"it takes {self._subscription.taking}",
-                )
+                why = f"it is of the type {each.entity_type}"
+                raise self._nothing(each, why, hint=f"it takes {self._subscription.taking}")
         return entries
+
+    def _nothing(self, change: ChangeSummary, why: str, hint: str) -> NotFoundError:
+        name = self._subscription.name
+        return NotFoundError(f"the change {change.seq} is nothing to the subscription {name}: {why}", hint=hint)

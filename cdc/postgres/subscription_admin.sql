@@ -27,16 +27,22 @@ WHERE w.subscription = %(subscription)s::smallint AND w.next_attempt_at IS NOT N
   AND w.key_hash = {key_hash} AND w.shard = c.shard AND w.seq < c.seq
   AND (w.dead_at IS NULL OR w.next_attempt_at = 'infinity')
 
+-- name: is_for
+-- Not a statement: whether n is for this one, or for all.
+(n.subscription IS NULL OR n.subscription = %(subscription)s::smallint)
+
 -- name: beyond
--- Not a statement: of each shard the first changes that are fresh.
+-- Not a statement: of each shard the first changes that are fresh, of those that are for this one or for all.
 SELECT c.* FROM {positions} AS p
 CROSS JOIN LATERAL (
   (SELECT n.id, n.shard, n.seq, n.entity_type, n.table_name, n.entity_id, n.changed_at, true AS half FROM {changes} AS n
    WHERE n.shard = p.shard AND n.seq > p.seq AND NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
+     AND {is_for}
    ORDER BY n.seq LIMIT %(per_shard)s)
   UNION ALL
   (SELECT n.id, n.shard, n.seq, n.entity_type, n.table_name, n.entity_id, n.changed_at, false FROM {changes} AS n
    WHERE n.shard = p.shard AND n.seq > p.seq AND (n.processed OR n.next_attempt_at IS NOT NULL OR n.dead_at IS NOT NULL)
+     AND {is_for}
    ORDER BY n.seq LIMIT %(per_shard)s)
 ) AS c
 WHERE p.subscription = %(subscription)s::smallint
@@ -145,7 +151,7 @@ SELECT c.seq, c.id,
        left(e.tried ->> 'summary', 300) AS error_summary,
        CASE WHEN isfinite(e.next_attempt_at) THEN e.next_attempt_at END AS next_attempt_at,
        NULL::timestamptz AS processed_at, CASE WHEN isfinite(e.dead_at) THEN e.dead_at END AS dead_at,
-       c.caused_by, c.depth, c.replay_of
+       c.caused_by, c.depth, c.replay_of, c.subscription
 FROM {changes} AS c
 JOIN {positions} AS p ON p.subscription = %(subscription)s::smallint AND p.shard = c.shard
 LEFT JOIN {subscription_changes} AS e
@@ -214,3 +220,35 @@ SELECT c.id, {key_hash} AS key
 FROM ({matching} WHERE e.subscription = %(subscription)s::smallint AND e.next_attempt_at <= 'infinity' AND e.dead_at IS NULL) AS c
 WHERE {matches}
 ORDER BY key, c.seq
+
+-- name: is_processed
+-- Not a statement: whether c is for this one, or for all, and done or passed. This and what follows: for bulk.sql.
+(c.subscription IS NULL OR c.subscription = %(subscription)s::smallint) AND coalesce((
+  SELECT e.next_attempt_at IS NULL AND e.dead_at IS NULL FROM {subscription_changes} AS e
+  WHERE e.subscription = %(subscription)s::smallint AND e.shard = c.shard AND e.seq = c.seq
+), c.seq <= (
+  SELECT p.seq FROM {positions} AS p WHERE p.subscription = %(subscription)s::smallint AND p.shard = c.shard
+), false)
+
+-- name: replayable
+-- Not a statement: the processed changes of its types that are asked for, but replays. All changes are looked at.
+SELECT c.id, c.seq, c.entity_type, c.table_name, c.entity_id FROM {changes} AS c
+WHERE c.replay_of IS NULL AND {matches} AND {is_processed}
+  AND (%(taken)s::text[] IS NULL OR coalesce(c.entity_type, c.table_name) = ANY (%(taken)s::text[]))
+
+-- name: replayed
+-- Not a statement: the originals of the replays made since a moment, for this one or for all, in whatever state these are.
+SELECT c.replay_of FROM {changes} AS c
+WHERE c.replay_of IS NOT NULL AND c.changed_at >= %(unless_since)s::timestamptz
+  AND (c.subscription IS NULL OR c.subscription = %(subscription)s::smallint)
+
+-- name: for_one
+-- Not a statement: the default subscription has it as processed.
+, subscription, processed, processed_at
+
+-- name: of_one
+-- Not a statement.
+, %(subscription)s::smallint, true, now()
+
+-- name: holding_back
+-- Not a statement: a barrier of this one is found among the changes, and no other one has it.

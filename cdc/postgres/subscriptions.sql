@@ -40,22 +40,23 @@ VALUES (%(name)s::text, %(types)s::text[], %(created_from)s::text) RETURNING sub
 -- processed since then; of one that was marked without a time only its own time is known.
 SELECT c.shard, min(c.seq) AS seq
 FROM (
-  SELECT n.shard, n.seq, n.changed_at, coalesce(n.entity_type, n.table_name) AS type FROM {changes} AS n
+  SELECT n.shard, n.seq, n.subscription, n.changed_at, coalesce(n.entity_type, n.table_name) AS type FROM {changes} AS n
   WHERE NOT n.processed AND n.next_attempt_at IS NULL AND n.dead_at IS NULL
   UNION ALL
-  SELECT n.shard, n.seq, n.changed_at, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
+  SELECT n.shard, n.seq, n.subscription, n.changed_at, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
   WHERE NOT n.processed AND n.dead_at IS NULL AND n.next_attempt_at <= 'infinity'
   UNION ALL
-  SELECT n.shard, n.seq, n.changed_at, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
+  SELECT n.shard, n.seq, n.subscription, n.changed_at, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
   WHERE NOT n.processed AND n.dead_at IS NOT NULL
   UNION ALL
-  SELECT n.shard, n.seq, n.changed_at, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
+  SELECT n.shard, n.seq, n.subscription, n.changed_at, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
   WHERE n.processed AND n.processed_at >= %(since)s::timestamptz
   UNION ALL
-  SELECT n.shard, n.seq, n.changed_at, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
+  SELECT n.shard, n.seq, n.subscription, n.changed_at, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
   WHERE n.processed AND n.processed_at IS NULL
 ) AS c
-WHERE c.changed_at >= %(since)s::timestamptz AND (%(types)s::text[] IS NULL OR c.type = ANY (%(types)s::text[]))
+WHERE c.changed_at >= %(since)s::timestamptz AND c.subscription IS NULL
+  AND (%(types)s::text[] IS NULL OR c.type = ANY (%(types)s::text[]))
 GROUP BY c.shard
 
 -- name: place
@@ -83,10 +84,12 @@ SELECT %(subscription)s::smallint, above.shard, above.seq
 FROM generate_series(0, %(shards)s::integer - 1) AS s(shard)
 CROSS JOIN LATERAL (
   (SELECT n.shard, n.seq, coalesce(n.entity_type, n.table_name) AS type FROM {changes} AS n
-   WHERE n.shard = s.shard AND n.seq > %(proved)s::bigint AND {is_fresh} ORDER BY n.seq LIMIT %(bound)s)
+   WHERE n.shard = s.shard AND n.seq > %(proved)s::bigint AND n.subscription IS NULL
+     AND {is_fresh} ORDER BY n.seq LIMIT %(bound)s)
   UNION ALL
   (SELECT n.shard, n.seq, coalesce(n.entity_type, n.table_name) FROM {changes} AS n
-   WHERE n.shard = s.shard AND n.seq > %(proved)s::bigint AND {is_settled} ORDER BY n.seq LIMIT %(bound)s)
+   WHERE n.shard = s.shard AND n.seq > %(proved)s::bigint AND n.subscription IS NULL
+     AND {is_settled} ORDER BY n.seq LIMIT %(bound)s)
 ) AS above
 LEFT JOIN first ON first.shard = above.shard
 WHERE (first.seq IS NULL OR above.seq < first.seq)
@@ -126,11 +129,11 @@ WITH asked AS MATERIALIZED (
   SELECT placed.shard AS at_shard, placed.seq AS at_seq, n.*
   FROM (SELECT DISTINCT p.shard, p.seq FROM placed AS p) AS placed
   CROSS JOIN LATERAL (
-    (SELECT n.shard, n.seq, n.changed_at, n.processed, true AS half, coalesce(n.entity_type, n.table_name) AS type
+    (SELECT n.shard, n.seq, n.subscription, n.changed_at, n.processed, true AS half, coalesce(n.entity_type, n.table_name) AS type
      FROM {changes} AS n
      WHERE n.shard = placed.shard AND n.seq > placed.seq AND {is_fresh} ORDER BY n.seq LIMIT %(per_shard)s)
     UNION ALL
-    (SELECT n.shard, n.seq, n.changed_at, n.processed, false, coalesce(n.entity_type, n.table_name)
+    (SELECT n.shard, n.seq, n.subscription, n.changed_at, n.processed, false, coalesce(n.entity_type, n.table_name)
      FROM {changes} AS n
      WHERE n.shard = placed.shard AND n.seq > placed.seq AND {is_settled} ORDER BY n.seq LIMIT %(per_shard)s)
   ) AS n
@@ -140,7 +143,7 @@ WITH asked AS MATERIALIZED (
   FROM (
     SELECT p.subscription, b.processed, b.changed_at, p.types IS NULL OR b.type = ANY (p.types) AS taken
     FROM beyond AS b JOIN placed AS p ON p.shard = b.at_shard AND p.seq = b.at_seq
-    WHERE NOT EXISTS (
+    WHERE (b.subscription IS NULL OR b.subscription = p.subscription) AND NOT EXISTS (
       SELECT FROM {subscription_changes} AS e
       WHERE e.subscription = p.subscription AND e.shard = b.shard AND e.seq = b.seq OFFSET 0)
   ) AS b

@@ -182,7 +182,7 @@ def test_what_is_nothing_to_it_is_not_found(outbox: str, outbox_db: psycopg.Conn
 def test_what_it_has_not_is_refused(outbox: str, search: int) -> None:
     assert run(outbox, "list", "--state", "processed", *OF_SEARCH).exit_code == 2
     assert run(outbox, "discard", "--type", "x", "--before", "now", "--yes", *OF_SEARCH).exit_code == 2
-    assert run(outbox, "replay", "--all", *OF_SEARCH).exit_code == 2
+    assert run(outbox, "replay", "--error", "ValueError", *OF_SEARCH).exit_code == 2
 
 
 def test_reads_are_by_index_also_by_the_statistics_of_empty_tables(

@@ -242,7 +242,8 @@ def test_plain_writers_are_captured_by_a_role_that_may_do_only_that(db: psycopg.
         [role],
     ).fetchall()
     named = {"id", "table_schema", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data",
-             "metadata", "caused_by", "depth", "processed", "processed_at", "last_error", "shard"}  # fmt: skip
+             "metadata", "caused_by", "depth", "processed", "processed_at", "last_error", "shard",
+             "subscription"}  # fmt: skip
     assert {column for (column,) in inserted} == named, "what the functions write, and no more"
     finding = checks.capture_function(inspect_outbox.capture(db, "public"))
     assert (finding.severity, role in finding.detail) == (Severity.OK, True)
