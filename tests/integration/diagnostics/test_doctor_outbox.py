@@ -223,6 +223,21 @@ def test_a_trigger_for_statements_fails(shop: str, db: psycopg.Connection) -> No
     assert "it is not FOR EACH ROW" in findings(shop, "--no-stream")["triggers"]["detail"]
 
 
+def test_what_a_table_is_tracked_by_is_looked_at_columns_and_conditions(shop: str, db: psycopg.Connection) -> None:
+    db.execute("CREATE TABLE odd (id int PRIMARY KEY, status text, total int, note text)")
+    done(shop, "track", "odd", "--on", "update:status", "--when", "NEW.total > 0", "--columns", "id,status,note")
+    assert unstreamed(shop) == {}
+    db.execute("ALTER TABLE odd RENAME status TO state; ALTER TABLE odd RENAME total TO sum")
+    assert "odd has no column status, which is to be captured" in findings(shop, "--no-stream")["triggers"]["detail"]
+    done(shop, "track", "odd", "--columns", "id,state", "--replace")
+    assert unstreamed(shop) == {}, "the trigger keeps what its columns and its condition mean"
+    db.execute(
+        "CREATE TRIGGER odd AFTER UPDATE OF sum ON odd FOR EACH ROW WHEN (NEW.sum > 9)"
+        " EXECUTE FUNCTION capture_entity_change()"
+    )
+    assert findings(shop, "--no-stream")["captured-twice"]["severity"] == "fail", "an UPDATE may set both"
+
+
 def test_rows_that_are_captured_twice_fail(shop: str, db: psycopg.Connection) -> None:
     by_hand = "CREATE TRIGGER {} AFTER {} ON {} FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
     db.execute("CREATE TABLE odd (id int PRIMARY KEY) PARTITION BY RANGE (id)")
