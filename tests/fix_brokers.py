@@ -32,7 +32,8 @@ from tests.eventually import eventually
 from tests.fix_proxy import Proxy
 
 _RABBITMQ = "/usr/lib/rabbitmq/bin/rabbitmq-server"
-"""Not the one of the PATH, which wants to be another user."""
+_RABBITMQ_CTL = "/usr/lib/rabbitmq/bin/rabbitmqctl"
+"""Not those of the PATH, which want to be another user."""
 KAFKA_JARS = Path(__file__).parent.parent / ".venv-kafka"
 
 
@@ -276,7 +277,8 @@ class KafkaServer(BrokerServer):
     starts_s = 120.0
     refused = "no connection"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: Mapping[str, str] | None = None) -> None:
+        """``more``: settings that come on top of those that it needs."""
         super().__init__(folder)
         self.secure_port, self.login_port, self._controller_port = free_port(), free_port(), free_port()
         self._proxied_port, self._proxy_port = free_port(), free_port()
@@ -318,6 +320,7 @@ class KafkaServer(BrokerServer):
             },
             # Tokens without a signature, as RFC 7515 has them.
             f"{sasl}.oauthbearer.sasl.jaas.config": f"{modules}.oauthbearer.OAuthBearerLoginModule required;",
+            **(more or {}),
         }
         self._settings = folder / "server.properties"
         self._settings.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
@@ -429,6 +432,10 @@ class RabbitServer(BrokerServer):
         if self._mapper is None:
             self._mapper = subprocess.Popen(["epmd"], env=self.environment)
         super().start()
+
+    def control(self, *command: str) -> None:
+        """What an operator does by rabbitmqctl."""
+        subprocess.run([_RABBITMQ_CTL, *command], env=self.environment, check=True, capture_output=True)
 
     def end(self) -> None:
         self.kill()

@@ -11,8 +11,10 @@ import psycopg
 import pytest
 import yaml
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from testcontainers.core.container import DockerContainer
 
 from cdc.core.model import SHARDS
+from tests import compose
 from tests.container.containers import LOCKED_DOWN, Consumer, Database, container, create_consumer_role, run
 from tests.container.images import CONSUMER, DATABASE
 from tests.eventually import eventually
@@ -20,6 +22,7 @@ from tests.faults import records
 from tests.faults.ledger import Evidence, judge
 from tests.faults.stage import all_done
 from tests.faults.writers import Writer
+from tests.fix_brokers import BrokerServer
 from tests.fix_consumer import ROOT, states
 from tests.handlers_ledger import EFFECTS, KINDS
 
@@ -171,45 +174,95 @@ def test_the_dsn_may_be_a_mounted_secret(container_server: Database, tmp_path: P
     assert code == 0, said
 
 
-def test_the_services_of_compose_work_together(container_server: Database) -> None:
-    """Their definitions on the machine's own network, without Prometheus and Grafana."""
-    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
+@pytest.fixture
+def shop(container_server: Database) -> Iterator[Shop]:
+    """The database of deploy/compose.yaml, set up by its service for that."""
     dsn = container_server.dsn(dbname="compose")
     with psycopg.connect(container_server.dsn(), autocommit=True) as admin:
         admin.execute("CREATE DATABASE compose")
-    with ExitStack() as undo:
-        shop = undo.enter_context(psycopg.connect(dsn, autocommit=True))
-        shop.execute((ROOT / "deploy/compose/database.sql").read_bytes())
-        shop.execute("RESET ROLE")
-        setup = services["setup"]
+        try:
+            with psycopg.connect(dsn, autocommit=True) as connection:
+                connection.execute((ROOT / "deploy/compose/database.sql").read_bytes())
+                connection.execute("RESET ROLE")
+                found = Shop(dsn, connection, yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"])
+                found.run("setup")
+                yield found
+        finally:
+            admin.execute("DROP DATABASE compose WITH (FORCE)")
+            admin.execute("DROP ROLE app; DROP ROLE cdc")
+
+
+class Shop:
+    """``services`` are definitions of Compose's, which run on the machine's own network."""
+
+    def __init__(self, dsn: str, connection: psycopg.Connection, services: dict[str, Any]) -> None:
+        self._dsn = dsn
+        self.connection = connection
+        self.services = services
+
+    def here(self, name: str) -> dict[str, str]:
+        """Its environment, with the test's database in the place of Compose's."""
+        place = {part: str(value) for part, value in conninfo_to_dict(self._dsn, user="", password="").items() if value}
+        found: dict[str, str] = dict(self.services[name]["environment"])
+        if "CDC_DSN" in found:
+            return found | {"CDC_DSN": make_conninfo(found["CDC_DSN"], **place)}
+        if "PGHOST" in found:
+            return found | {"PGHOST": place["host"], "PGPORT": place["port"], "PGDATABASE": place["dbname"]}
+        return found
+
+    def mounts(self, name: str) -> list[tuple[Path, str, str]]:
+        parts = [volume.split(":") for volume in self.services[name].get("volumes", [])]
+        return [(ROOT / "deploy" / here, there, mode) for here, there, mode in parts]
+
+    def run(self, name: str) -> None:
+        """To its end, which is to be a good one."""
+        service = self.services[name]
         code, said = run(
-            CONSUMER, *setup["command"], env=_here(setup, dsn), entrypoint=setup["entrypoint"], **LOCKED_DOWN
-        )
+            CONSUMER, *service["command"], env=self.here(name), mounts=self.mounts(name),
+            entrypoint=service["entrypoint"], **LOCKED_DOWN,
+        )  # fmt: skip
         assert code == 0, said
-        consumer = Consumer("cdc", _here(services["consumer"], dsn), _mounts(services["consumer"]))
+
+    def started(self, name: str, image: str) -> DockerContainer:
+        service = self.services[name]
+        options = {"entrypoint": service["entrypoint"]} if "entrypoint" in service else {}
+        return container(image, self.here(name), self.mounts(name), **options).with_command(service["command"])
+
+
+def test_the_services_of_compose_work_together(shop: Shop) -> None:
+    """Without Prometheus and Grafana."""
+    with ExitStack() as undo:
+        consumer = Consumer("cdc", shop.here("consumer"), shop.mounts("consumer"))
         undo.callback(consumer.remove)
-        application = services["application"]
-        undo.enter_context(
-            container(DATABASE, _here(application, dsn), _mounts(application)).with_command(application["command"])
-        )
+        undo.enter_context(shop.started("application", DATABASE))
         consumer.wait_for("(wal2json)")
-        eventually(lambda: _types_processed(shop) == {"message", "reaction", "task"}, within_s=60, what="all types")
+        eventually(
+            lambda: _types_processed(shop.connection) == {"message", "reaction", "task"}, within_s=60, what="all"
+        )
         eventually(lambda: consumer.metric("cdc_handler_errors_total") > 0, within_s=60, what="a failed attempt")
         assert consumer.terminate()[0] == 0, consumer.log
 
 
-def _here(service: dict[str, Any], dsn: str) -> dict[str, str]:
-    """Its environment, with the test's database in the place of Compose's."""
-    place = {name: str(value) for name, value in conninfo_to_dict(dsn, user="", password="").items() if value}
-    found: dict[str, str] = dict(service["environment"])
-    if "CDC_DSN" in found:
-        return found | {"CDC_DSN": make_conninfo(found["CDC_DSN"], **place)}
-    return found | {"PGHOST": place["host"], "PGPORT": place["port"], "PGDATABASE": place["dbname"]}
+def test_the_services_of_each_broker_work_together(broker: BrokerServer, shop: Shop) -> None:
+    """From the application's write to the service on the other side, without a consumer of the default subscription."""
+    compose.add_user(broker)
+    name = compose.BROKERS[broker.scheme]
+    for other, service in compose.services(name).items():
+        shop.services[other] = {**service, "environment": compose.environment(service, broker)}
+    with ExitStack() as undo:
+        shop.run(f"prepare-{name}")
+        shop.run(f"setup-{name}")
+        delivery = Consumer(name, shop.here(f"to-{name}"), [])
+        undo.callback(delivery.remove)
+        undo.enter_context(shop.started("application", DATABASE))
+        reader = undo.enter_context(shop.started(f"from-{name}", CONSUMER))
 
+        def taken(entity_type: str) -> bool:
+            return f"took cdc.{entity_type}.insert" in b"".join(reader.get_logs()).decode()
 
-def _mounts(service: dict[str, Any]) -> list[tuple[Path, str, str]]:
-    parts = [volume.split(":") for volume in service["volumes"]]
-    return [(ROOT / "deploy" / here, there, mode) for here, there, mode in parts]
+        eventually(lambda: taken("message") and taken("reaction"), within_s=60, what="the reader takes both")
+        assert delivery.metric("cdc_delivery_up") == 1
+        assert delivery.terminate()[0] == 0, delivery.log
 
 
 def _types_processed(connection: psycopg.Connection) -> set[str]:

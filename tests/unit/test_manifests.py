@@ -227,6 +227,47 @@ def test_every_type_that_compose_tracks_has_a_handler(services: dict[str, Any]) 
     assert set(re.findall(r"--type (\w+)", script)) == {entity_type for entity_type, _ in router.handlers}
 
 
+@pytest.fixture(params=["kafka", "nats", "redis", "rabbitmq"])
+def beside(request: pytest.FixtureRequest) -> Document:
+    """A file that is given to Compose beside compose.yaml."""
+    found: Document = yaml.safe_load((DEPLOY / f"compose/{request.param}.yaml").read_text())
+    return found
+
+
+def test_a_broker_s_file_names_what_is_there(beside: Document, services: dict[str, Any]) -> None:
+    ours = beside["services"]
+    assert set(ours) & set(services) == set(), "it changes nothing of what it is beside"
+    mounted = [volume.split(":")[0] for service in ours.values() for volume in service.get("volumes", [])]
+    assert [name for name in mounted if name.startswith("./") and not (DEPLOY / name).exists()] == []
+    assert {name for name in mounted if not name.startswith("./")} == set(beside["volumes"])
+    after = {name for service in ours.values() for name in service.get("depends_on", {})}
+    assert after <= {*ours, *services}
+
+
+def test_the_services_of_a_broker_s_file_have_as_few_rights_as_they_can(beside: Document) -> None:
+    for name, service in beside["services"].items():
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert "ports" not in service
+        assert "cap_add" not in service
+        if "-" in name:  # not a broker's image, of which two write beside their volume
+            assert service["read_only"] is True
+
+
+def test_what_delivers_to_a_broker_is_scraped_and_takes_the_types_of_its_subscription(beside: Document) -> None:
+    scraped = {
+        name
+        for job in yaml.safe_load((DEPLOY / "compose/prometheus.yaml").read_text())["scrape_configs"]
+        for found in job["dns_sd_configs"]
+        for name in found["names"]
+    }
+    [name] = [name for name in beside["services"] if name.startswith("to-")]
+    assert name in scraped
+    subscription = beside["services"][name]["environment"]["CDC_SUBSCRIPTION"]
+    [create] = beside["services"][f"setup-{subscription}"]["command"]
+    assert create.startswith(f"cdc subscription create {subscription} ")
+
+
 def test_variables_in_the_manifests_are_settings() -> None:
     known = {setting.variable for setting in SETTINGS.values()}
     known |= {f"{setting.variable}_FILE" for setting in SETTINGS.values() if setting.secret}
