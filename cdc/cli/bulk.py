@@ -28,7 +28,7 @@ _FILTERS = (
         "--handler", metavar="NAME", help="Only what this handler gets. --handlers says where the handlers are."
     ),
     click.option(
-        "--error", metavar="CLASS", help="Only what failed with this class, or whose error_summary begins so."
+        "--error", metavar="CLASS", help="Only what failed with this class or kind (timeout, validation, rejected ...)."
     ),
     click.option(
         "--since",

@@ -32,7 +32,7 @@ from cdc.core.units import parse_duration, parse_moment
 
 if TYPE_CHECKING:
     from cdc.core.type_filter import TypeFilter
-    from cdc.postgres.admin import CauseLink, ChangeSummary, Decision, OutboxAdmin, SearchResult, Stats
+    from cdc.postgres.admin import Attempt, CauseLink, ChangeSummary, Decision, OutboxAdmin, SearchResult, Stats
     from cdc.postgres.connect import Connection
 
 _STATES = ("fresh", "blocked", "waiting", "dead", "processed")
@@ -148,7 +148,7 @@ def list_(
 @click.option("--show-payload", is_flag=True, help="Also old, new and metadata: the application's data.")
 @json_option
 def show(*, settings: Settings, name: str, show_payload: bool, as_json: bool) -> None:
-    """Show all about one change, and the changes that led to it."""
+    """Show all about one change, its failed attempts, and the changes that led to it."""
     from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
 
     reference = parse_reference(name)
@@ -156,12 +156,15 @@ def show(*, settings: Settings, name: str, show_payload: bool, as_json: bool) ->
         admin = _admin(connection, settings)
         entry = admin.show(connection, reference)
         chain = admin.chain(connection, entry)
+        attempts = admin.attempts(connection, entry)
         fields = _plain(entry) | (admin.payload(connection, entry) if show_payload else {})
     if as_json:
-        print_json({"change": fields | {"chain": [asdict(link) for link in chain]}})
+        others = {"chain": [asdict(link) for link in chain], "attempts": [asdict(each) for each in attempts]}
+        print_json({"change": fields | others})
     else:
         rows = [line for name, value in fields.items() if name != "seq" for line in _lines(name, value)]
         print_table(["", str(entry.seq)], rows)
+        _print_attempts(attempts)
         _print_chain(chain)
 
 
@@ -386,6 +389,20 @@ def _opened(settings: Settings) -> Iterator[Connection]:
     with open_database(settings) as connection:
         read_anything(connection)
         yield connection
+
+
+def _print_attempts(attempts: Sequence[Attempt]) -> None:
+    """Each with the frames of its error below it."""
+    if not attempts:
+        return
+    put()
+    rows: list[Sequence[Any]] = []
+    for each in attempts:
+        took = each.started_at and f"{(each.ended_at - each.started_at).total_seconds():.3f} s"
+        text, *_ = each.text.split("\n", 1)
+        rows.append((each.attempt, each.ended_at, took, each.handler, each.outcome, text))
+        rows += [("", "", "", "", "", f"  {frame}") for frame in each.frames]
+    print_table(["attempt", "ended_at", "took", "handler", "outcome", "error"], rows)
 
 
 def _print_chain(chain: Sequence[CauseLink]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
+
+from cdc.core.attempts import FailedAttempt
 
 SHARDS = 64
 """Units of ownership between consumers. The functions in sql/ compute modulo the same number."""
@@ -292,13 +294,14 @@ class Waiting:
     """The attempt failed; the next one is due ``delay_s`` seconds after the settle.
 
     ``counted``: it counts as an attempt; else what the handler needs was unavailable. ``error`` may quote the
-    row; ``summary`` is the kind of the error, and quotes nothing.
+    row; ``summary`` is what it is about, and quotes nothing. ``attempt``: what is kept of it; None: nothing.
     """
 
     delay_s: float
     error: str
     counted: bool = True
     summary: str = ""
+    attempt: FailedAttempt | None = field(default=None, compare=False)
     blocks_key: ClassVar[bool] = True
 
 
@@ -317,12 +320,13 @@ class Snoozed(Waiting):
 class Dead:
     """The last attempt failed, or no attempt can succeed. ``pauses``: its key waits until an operator decides.
 
-    ``error`` and ``summary`` as of Waiting.
+    ``error``, ``summary`` and ``attempt`` as of Waiting.
     """
 
     error: str
     pauses: bool = False
     summary: str = ""
+    attempt: FailedAttempt | None = field(default=None, compare=False)
 
     @property
     def blocks_key(self) -> bool:

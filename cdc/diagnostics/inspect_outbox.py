@@ -46,6 +46,7 @@ from cdc.postgres.barriers import Barriers
 from cdc.postgres.controls import Controls
 from cdc.postgres.due import DueChanges
 from cdc.postgres.grants import (
+    ATTEMPT_RIGHTS,
     BARRED,
     BARRIER_RIGHTS,
     CONTROLS,
@@ -63,7 +64,7 @@ from cdc.postgres.shard_locks import MAY_MARK, lock_class, outbox_name
 
 _INTERNAL = ("cdc_shards", "cdc_migrations", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
              "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes",
-             "cdc_controls")  # fmt: skip
+             "cdc_controls", "change_attempts")  # fmt: skip
 """Other tables of an outbox."""
 
 _WAITING_EXAMINED_MAX = 10_000
@@ -227,6 +228,8 @@ _RIGHTS = """
              WHERE b.relnamespace = n.oid AND b.relname = 'cdc_barriers') AS advancing,
            (SELECT has_table_privilege(k.oid, 'SELECT') FROM pg_catalog.pg_class k
              WHERE k.relnamespace = n.oid AND k.relname = 'cdc_controls') AS heeding,
+           (SELECT bool_and(has_table_privilege(k.oid, p)) FROM pg_catalog.pg_class k, unnest(%(attempts)s::text[]) p
+             WHERE k.relnamespace = n.oid AND k.relname = 'change_attempts') AS attempting,
            (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
              WHERE p.pronamespace = n.oid AND p.proname = 'publish_due') AS publishing,
            (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_catalog.pg_proc p
@@ -386,15 +389,16 @@ def astray(connection: psycopg.Connection, name: str) -> Astray:
 
 def rights(connection: psycopg.Connection, subject: Subject) -> Rights:
     parameters = {"schema": subject.schema, "marked": list(STATE), "owning": list(SHARD_RIGHTS),
-                  "barrier": list(BARRIER_RIGHTS), "keeping": list(KEEPING)}  # fmt: skip
+                  "barrier": list(BARRIER_RIGHTS), "keeping": list(KEEPING),
+                  "attempts": list(ATTEMPT_RIGHTS)}  # fmt: skip
     row = one(connection, _RIGHTS, parameters, what="entity_changes")
     return Rights(role=row["role"], schema=subject.schema, grants=_grants(row, subject))
 
 
 def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
     role = sql.Identifier(row["role"])
-    tables = ("entity_changes", "cdc_shards", "cdc_due_changes", "cdc_barriers", "cdc_controls")
-    table, shards, due_changes, barriers, controls = (sql.Identifier(subject.schema, name) for name in tables)
+    tables = ("entity_changes", "cdc_shards", "cdc_due_changes", "cdc_barriers", "cdc_controls", "change_attempts")
+    table, shards, due_changes, barriers, controls, attempts = (sql.Identifier(subject.schema, name) for name in tables)
     described = sql.SQL(", ").join(map(sql.Identifier, DUE_DESCRIPTION))
     keeping = sql.SQL(", ").join(sql.Identifier(subject.schema, name) for name in KEEPING)
     columns = sql.SQL(", ").join(map(sql.Identifier, row["unmarked"]))
@@ -412,6 +416,7 @@ def _grants(row: Mapping[str, Any], subject: Subject) -> tuple[str, ...]:
         (row["barring"] is False, sql.SQL("EXECUTE ON FUNCTION {}").format(barred)),
         (row["advancing"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(BARRIER_RIGHTS)), barriers)),
         (row["heeding"] is False, sql.SQL("SELECT ON {}").format(controls)),
+        (row["attempting"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(ATTEMPT_RIGHTS)), attempts)),
         (row["owning"] is False, sql.SQL("{} ON {}").format(sql.SQL(", ".join(SHARD_RIGHTS)), shards)),
     )
     grant = sql.SQL("GRANT {} TO {};")

@@ -67,7 +67,8 @@ class CrashGuard:
         are none but those that crashed. Others only read it."""
         self._doubted_until: dict[int, float] = {}
         """By shard, on the monotonic clock: until then its previous owner may still report that it lives."""
-        self._waiting: list[Change] = []
+        self._waiting: list[tuple[Change, str | None]] = []
+        """With the names of their handlers."""
         self._writing = asyncio.Lock()
         self._marked: dict[int, Change] = {}
         self._looked = False
@@ -137,12 +138,15 @@ class CrashGuard:
         except psycopg.Error:
             return Suspicion.NONE
 
-    async def record_start(self, changes: Iterable[Change]) -> None:
-        """Record that these start. Raises AskTheTableError: another session has one, or the session is lost."""
+    async def record_start(self, changes: Iterable[Change], handler: str | None) -> None:
+        """Record that these start with this handler.
+
+        Raises AskTheTableError: another session has one, or the session is lost.
+        """
         recorded = [change for change in changes if self.must_record_start(change)]
         if not recorded:
             return
-        self._waiting += recorded
+        self._waiting += [(change, handler) for change in recorded]
         async with self._writing:  # the first to come writes for all that have come meanwhile
             batch, self._waiting = self._waiting, []
             if batch:
@@ -177,16 +181,17 @@ class CrashGuard:
             self.watched.pop(shard, None)
             self._doubted_until.pop(shard, None)
 
-    async def _write(self, batch: Sequence[Change]) -> None:
+    async def _write(self, batch: Sequence[tuple[Change, str | None]]) -> None:
         assert self._session is not None
+        changes, handlers = zip(*batch, strict=True)
         self._expose_for(_PAUSE_S)
         failpoints.here("crash_guard.before_start")
         try:
             async with self._session.writing:
-                started = await self._store.start(self._session.connection, batch)
+                started = await self._store.start(self._session.connection, changes, handlers)
         except psycopg.Error as error:
             raise AskTheTableError("the session was lost before it could be started") from error
-        self._marked.update((change.seq, change) for change in batch if change.id in started)
+        self._marked.update((change.seq, change) for change in changes if change.id in started)
         failpoints.here("crash_guard.after_start")
 
     def _count_down(self, shard: int) -> None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
+from cdc.core.attempts import FailedAttempt
 from cdc.core.lost_transactions import LOSSES_MAX, Losses
 from cdc.core.model import Change, Dead, Key, Outcome
 from cdc.core.read_reconciler import Settlement
@@ -289,7 +291,7 @@ class Dispatcher:
             if handler.latest:
                 latest = await self._batching.latest(handler, batch[0])
             if batch[0].crashed or self._crash_guard.watched:
-                await self._crash_guard.record_start(batch)
+                await self._crash_guard.record_start(batch, handler.name if handler else None)
         return await self._executor.run(handler, batch, latest)
 
     def _bug(self, handler: Handler | None, batch: Sequence[Change], error: Exception) -> dict[Change, Outcome]:
@@ -305,7 +307,8 @@ class Dispatcher:
             else:
                 text = f"its attempt was ended {times} times in a row by {type(error).__name__}, which is a bug"
                 log.critical("change %s of %s: %s: now a dead letter", change.id, change.entity_type, text)
-                self._report([Settlement(change, Dead(text, summary=text))])
+                attempt = FailedAttempt(None, "lost", type(error).__name__, text, time.monotonic())
+                self._report([Settlement(change, Dead(text, summary=text, attempt=attempt))])
 
     def _abandon_waiting(self) -> None:
         for waiting in (self._quarantine.held, self._quarantine.freed):

@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 
 from pydantic import ValidationError
 
+from cdc.core.attempts import CRASHED, FailedAttempt
 from cdc.core.backoff import WAIT_MAX_S, Policy, ceiling_s, delay_s, snooze_s
 from cdc.core.errors import Discard, Reject, Retry, SafeError, Snooze, Unavailable
 from cdc.core.frames import Trace, class_name, trace
@@ -36,6 +37,7 @@ _SUMMARY_LENGTH_MAX = 300
 """Length of error_summary, in characters: the name of a class may be long."""
 
 _CRASHES_MAX = 3
+_AWAY = "unavailable"
 _AWAY_CAP_S = 30.0
 """The longest wait of a change whose handler finds a dependency unavailable while its breaker is closed."""
 
@@ -43,7 +45,7 @@ _AWAY_CAP_S = 30.0
 class CrashedError(SafeError):
     """The process ended while the handler ran. That process cannot report it any more."""
 
-    kind = "crash"
+    kind = CRASHED
 
     def __init__(self, handler: Handler, times: int) -> None:
         super().__init__(
@@ -122,7 +124,7 @@ class ErrorPolicy:
         else:
             self.breakers.failed(handler.name)
         if read.discards:
-            return Discarded(read.text)
+            return Discarded(read.last_error)
         if read.snoozes:
             return self._snoozed(handler, change, read)
         if read.kind:
@@ -143,14 +145,14 @@ class ErrorPolicy:
                 "handler %s: %s on change %s of %s, attempt %d: now a dead letter; its last_error says more",
                 handler.name, read.summary, change.id, change.entity_type, change.attempt, extra=in_message(fields),
             )  # fmt: skip
-            return Dead(read.text, handler.pauses, read.summary)
+            return Dead(read.last_error, handler.pauses, read.summary, _attempt(handler, error, read, took_s))
         log.log(
             logging.WARNING if read.kind else logging.INFO,
             "handler %s: %s on change %s of %s, attempt %d of %d; again in %.1f s",
             handler.name, read.summary, change.id, change.entity_type, change.attempt, policy.max_attempts, wait_s,
             extra=in_message(fields),
         )  # fmt: skip
-        return Waiting(wait_s, read.text, summary=read.summary)
+        return Waiting(wait_s, read.last_error, summary=read.summary, attempt=_attempt(handler, error, read, took_s))
 
     def of_call(
         self,
@@ -170,10 +172,12 @@ class ErrorPolicy:
             elif error is not None:
                 outcomes[change] = self.on(handler, change, error, took_s, latest)
         for unavailable, these in away.values():
-            outcomes |= self._unavailable(handler, these, unavailable)
+            outcomes |= self._unavailable(handler, these, unavailable, took_s)
         return outcomes
 
-    def _unavailable(self, handler: Handler, changes: Sequence[Change], error: Unavailable) -> dict[Change, Outcome]:
+    def _unavailable(
+        self, handler: Handler, changes: Sequence[Change], error: Unavailable, took_s: float | None
+    ) -> dict[Change, Outcome]:
         """The outcomes of a call that found a dependency unavailable. A change without one stays as it was."""
         read = _read(handler, error)
         certain = error.certain is True
@@ -186,7 +190,8 @@ class ErrorPolicy:
             if read.after_s is None and rests:
                 continue
             wait_s = self._away_s(handler, change, read.after_s)
-            outcomes[change] = Waiting(wait_s, read.text, counted=False, summary=read.summary)
+            attempt = _attempt(handler, error, read, took_s)
+            outcomes[change] = Waiting(wait_s, read.last_error, counted=False, summary=read.summary, attempt=attempt)
         if outcomes:
             change = next(iter(outcomes))
             fields = _fields(handler, change, change.attempt, "unavailable", read.trace)
@@ -205,7 +210,7 @@ class ErrorPolicy:
             "handler %s: snoozed change %s of %s; again in %.1f s, and no attempt is counted",
             handler.name, change.id, change.entity_type, wait_s, extra=in_message(fields),
         )  # fmt: skip
-        return Snoozed(wait_s, read.text, summary=read.summary)
+        return Snoozed(wait_s, read.last_error, summary=read.summary)
 
     def _away_s(self, handler: Handler, change: Change, after_s: float | None) -> float:
         if after_s is not None:
@@ -241,7 +246,8 @@ class _ErrorReport(NamedTuple):
     """What an error says.
 
     ``kind``: for the metric; None: a deliberate Retry or Snooze is not an error. ``summary``: for a log and for
-    error_summary. ``text``: for last_error. ``trace``: where it came from. ``final``: no other attempt can succeed.
+    error_summary. ``text`` and ``frames``: for last_error. ``trace``: where it came from. ``final``: no other attempt
+    can succeed.
     ``after_s``: the delay that the handler requests. ``answers``: what the handler needs was there, for it has decided.
     """
 
@@ -249,11 +255,17 @@ class _ErrorReport(NamedTuple):
     summary: str
     text: str
     trace: Trace
+    frames: tuple[str, ...] = ()
     final: bool = False
     after_s: float | None = None
     discards: bool = False
     snoozes: bool = False
     answers: bool = False
+
+    @property
+    def last_error(self) -> str:
+        """The frames are below class and text, a line each. They have no line breaks."""
+        return self.text + "".join(f"\n  {frame}" for frame in self.frames)
 
 
 _FINAL = (
@@ -276,20 +288,25 @@ def _read(handler: Handler, error: BaseException) -> _ErrorReport:
             return _ErrorReport(None, "", _cut(str(error)), found, discards=True, answers=True)
         after_s = _seconds(_asked(error))
         text = _cut(_text(handler, error))
-        if not isinstance(error, _DELIBERATE) and (found.own or not isinstance(error, ValidationError)):
-            text += _lines(found)
+        shows = not isinstance(error, _DELIBERATE) and (found.own or not isinstance(error, ValidationError))
+        frames = found.frames if shows else ()
         final, answers = isinstance(error, _FINAL), isinstance(error, Retry | Reject | Snooze)
         snoozes = isinstance(error, Snooze)
         summary = _cut(_summary(handler, error, found), _SUMMARY_LENGTH_MAX)
-        return _ErrorReport(_kind(error), summary, text, found, final, after_s, snoozes=snoozes, answers=answers)
+        return _ErrorReport(
+            _kind(error), summary, text, found, frames, final, after_s, snoozes=snoozes, answers=answers
+        )
     except BaseException as unreadable:  # noqa: BLE001 - what a method of the error raises must not take its outcome away
         text = f"{found.error}, and its text cannot be read: {class_name(unreadable)}"
-        return _ErrorReport("exception", _cut(str(found), _SUMMARY_LENGTH_MAX), _cut(text) + _lines(found), found)
+        return _ErrorReport("exception", _cut(str(found), _SUMMARY_LENGTH_MAX), _cut(text), found, found.frames)
 
 
-def _lines(found: Trace) -> str:
-    """The frames for last_error, below class and text. Frames have no line breaks."""
-    return "".join(f"\n  {frame}" for frame in found.frames)
+def _attempt(handler: Handler, error: BaseException, read: _ErrorReport, took_s: float | None) -> FailedAttempt:
+    """What is kept of it. ``kind``: that of the metric where it says more than the class does."""
+    kind = _AWAY if issubclass(type(error), Unavailable) else read.kind
+    if kind is None or kind == SafeError.kind:
+        kind = read.trace.error
+    return FailedAttempt(handler.name, kind, read.trace.error, read.text, time.monotonic(), took_s, read.frames)
 
 
 def _fields(handler: Handler, change: Change, attempt: int, outcome: str, found: Trace) -> dict[str, object]:

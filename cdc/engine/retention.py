@@ -112,7 +112,7 @@ class Pruning:
         if isinstance(error, errors.InsufficientPrivilege):
             return CdcError(
                 f"the role may not: {error.diag.message_primary}",
-                hint=f"cdc db grant --retention (GRANT DELETE ON {self._retention.table} TO ..., and SELECT on the"
-                " tables of subscriptions), or switch it off",
+                hint=f"cdc db grant --retention (GRANT DELETE ON {self._retention.table} TO ..., DELETE and SELECT on"
+                " change_attempts, and SELECT on the tables of subscriptions), or switch it off",
             )
         return explain(error) or error

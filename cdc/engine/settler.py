@@ -18,8 +18,9 @@ from typing import Protocol
 
 import psycopg
 
+from cdc.core.attempts import UNMARKABLE, FailedAttempt
 from cdc.core.delay import Delay
-from cdc.core.model import Change, Coalesced, Committed, Dead, Outcome, Unmarkable
+from cdc.core.model import Change, Coalesced, Committed, Dead, Outcome, Unmarkable, Waiting
 from cdc.core.read_reconciler import Settlement
 from cdc.core.scheduler import KeyScheduler
 from cdc.core.settle_queue import SettleQueue
@@ -312,9 +313,11 @@ def _unmarkable(outcome: Outcome, error: psycopg.Error) -> Unmarkable:
     words = words.encode("ascii", "backslashreplace").decode()[:_WORDS_MAX]
     if isinstance(outcome, Coalesced):
         outcome = outcome.outcome
+    failed = outcome.attempt if isinstance(outcome, Waiting | Dead) else None
     done = "its handler failed, and" if isinstance(outcome, Dead) or outcome.blocks_key else "its handler returned, but"
     return Unmarkable(
         f"{done} the database refused the mark: {words}",
         isinstance(outcome, Dead) and outcome.pauses,
         f"{done} the database refused the mark [{error.sqlstate}]",
+        FailedAttempt(failed.handler if failed else None, UNMARKABLE, type(error).__name__, words, time.monotonic()),
     )

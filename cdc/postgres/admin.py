@@ -20,9 +20,11 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import class_row, dict_row
 
+from cdc.core.attempts import KEPT
 from cdc.core.errors import NotFoundError, RefusedError, UsageError
 from cdc.core.model import SHARDS, ChangeState
 from cdc.core.sqlstate import About, about
+from cdc.core.subscription import DEFAULT
 from cdc.postgres.loaders import VerbatimJson
 from cdc.postgres.sql_files import NONE_STANDS, load
 
@@ -85,6 +87,8 @@ class ChangeSummary:
     last_error: str | None
     error_summary: str | None
     """The part of it that the page and `cdc status` show: 300 characters, which quote no row."""
+    error_kind: str | None
+    """A class, or a word of ours: ``timeout``, ``validation``, ``crash``."""
     next_attempt_at: datetime | None
     processed_at: datetime | None
     dead_at: datetime | None
@@ -101,6 +105,27 @@ class ChangeSummary:
     def actionable(self) -> bool:
         """Waiting or dead: what ``retry`` and ``discard`` are for."""
         return self.state in (ChangeState.WAITING, ChangeState.DEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A failed attempt at a change. ``text`` may quote the row, as ``last_error``; ``frames`` quote nothing.
+
+    ``outcome``: retried; unavailable, which is not counted; dead; crashed with its consumer; refused by the database.
+    ``started_at``: None: not known. ``consumer``: its process, as in cdc_shards. ``error``: the class.
+    """
+
+    attempt: int
+    subscription: str
+    consumer: UUID | None
+    handler: str | None
+    started_at: datetime | None
+    ended_at: datetime
+    outcome: str
+    kind: str
+    error: str
+    text: str
+    frames: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +217,7 @@ class OutboxAdmin:
     ``subscription``: its number, None for the default one.
     """
 
-    given: Mapping[str, Any] = {}
+    given: Mapping[str, Any] = {"subscription_name": DEFAULT}
     selections: Mapping[str, bytes] = {}
     subscription: int | None = None
     _by_number: Sequence[str] = ("number_unprocessed", "number_processed")
@@ -269,6 +294,12 @@ class OutboxAdmin:
         with bounded(connection), connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["chain"], {"id": entry.id, "bound": _CHAIN_MAX}).fetchall()
         return [CauseLink(**{**row, "state": ChangeState(row["state"])}) for row in rows]
+
+    def attempts(self, connection: psycopg.Connection, entry: ChangeSummary) -> list[Attempt]:
+        """Those that failed, the oldest first: of many the last ones."""
+        parameters = {**self.given, "seq": entry.seq, "limit": KEPT}
+        with bounded(connection), connection.cursor(row_factory=class_row(Attempt)) as cursor:
+            return cursor.execute(self._statements["attempts_of"], parameters).fetchall()[::-1]
 
     def payload(self, connection: psycopg.Connection, entry: ChangeSummary) -> dict[str, Any]:
         """``old``, ``new`` and ``metadata``: the application's data. Raises RefusedError where the server refuses.

@@ -186,6 +186,7 @@ SELECT c.seq, c.id, {state} AS state,
        left(coalesce(c.entity_type, c.table_name), 1000) AS entity_type, left(c.entity_id, 1000) AS entity_id, c.shard,
        left(c.table_schema, 1000) AS table_schema, left(c.table_name, 1000) AS "table", left(c.operation, 200) AS operation, c.changed_at,
        c.error_count, left(c.last_error, 10000) AS last_error, left(c.error_summary, 300) AS error_summary,
+       left(c.error_kind, 300) AS error_kind,
        CASE WHEN isfinite(c.next_attempt_at) THEN c.next_attempt_at END AS next_attempt_at,
        CASE WHEN isfinite(c.processed_at) THEN c.processed_at END AS processed_at,
        CASE WHEN isfinite(c.dead_at) THEN c.dead_at END AS dead_at, c.caused_by, c.depth, c.replay_of, c.subscription
@@ -212,6 +213,12 @@ FROM link AS c ORDER BY c.step
 -- name: payload
 -- The application's data, on request only.
 SELECT old_data AS old, new_data AS new, metadata FROM {changes} WHERE id = %(id)s
+
+-- name: attempts_of
+-- What is kept of a change's failed attempts, the oldest first.
+SELECT a.attempt, a.subscription, a.consumer, a.handler, a.started_at, a.ended_at, a.outcome, a.error_kind AS kind,
+       a.error_class AS error, a.error_text AS text, a.frames
+FROM {attempts} AS a WHERE a.seq = %(seq)s AND a.subscription = %(subscription_name)s ORDER BY a.id DESC LIMIT %(limit)s
 
 -- name: take
 -- Whatever their state, or in this one only. A locked row is being worked on; waiting for it while holding others could
@@ -244,7 +251,8 @@ WITH page AS MATERIALIZED (
   ORDER BY n.seq LIMIT %(limit)s
 ), marked AS (
   UPDATE {changes} AS c
-  SET processed = true, processed_at = now(), last_error = 'discarded by operator', error_summary = NULL
+  SET processed = true, processed_at = now(), last_error = 'discarded by operator', error_summary = NULL,
+      error_kind = NULL
   FROM page
   WHERE c.ctid = page.place AND page.wanted
     AND NOT c.processed AND c.next_attempt_at IS NULL AND c.dead_at IS NULL

@@ -52,8 +52,8 @@ Moment = datetime | timedelta
 class Wanted:
     """Which changes are meant; None is any.
 
-    ``error``: what error_summary begins with, such as the name of a class. ``since`` and ``until`` compare
-    ``changed_at``; the latter is excluded. ``handled``: those that one handler gets.
+    ``error``: error_kind, such as the name of a class, or whole words that error_summary begins with. ``since`` and
+    ``until`` compare ``changed_at``; the latter is excluded. ``handled``: those that one handler gets.
     """
 
     entity_type: str | None = None

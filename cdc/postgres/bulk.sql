@@ -4,15 +4,16 @@
 -- round has to find its rows again. It locks nothing: each round asks for the state of its rows again.
 
 -- name: matches
--- Not a statement: whether c is asked for. An error is asked for by the words that its summary begins with; a row of an
--- older version has no summary. A handler is the types and operations that it handles.
+-- Not a statement: whether c is asked for. An error is asked for by its kind, or by whole words that its summary begins
+-- with; a row of an older version has no kind, and perhaps no summary. A handler is the types and operations that it handles.
 (%(type)s::text IS NULL OR coalesce(c.entity_type, c.table_name) = %(type)s)
 AND (%(key)s::text IS NULL OR c.entity_id = %(key)s)
 AND (%(since)s::timestamptz IS NULL OR c.changed_at >= %(since)s)
 AND (%(until)s::timestamptz IS NULL OR c.changed_at < %(until)s)
 AND (%(error)s::text IS NULL
-     OR starts_with(coalesce(c.error_summary, c.last_error), %(error)s)
-        AND substr(coalesce(c.error_summary, c.last_error), length(%(error)s) + 1, 1) !~ '[[:alnum:]_]')
+     OR c.error_kind = %(error)s
+     OR left(coalesce(c.error_summary, c.last_error), length(%(error)s) + 1)
+        IN (%(error)s, %(error)s || ' ', %(error)s || ':', %(error)s || ','))
 AND (%(types)s::text[] IS NULL
      OR EXISTS (SELECT FROM unnest(%(types)s::text[], %(operations)s::text[]) AS handled(type, operation)
                 WHERE handled.type = coalesce(c.entity_type, c.table_name) AND handled.operation = c.operation)

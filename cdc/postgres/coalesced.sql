@@ -92,7 +92,7 @@ CROSS JOIN LATERAL (
 WITH places AS MATERIALIZED ({places})
 UPDATE {changes} AS c
 SET processed = true, processed_at = now(), next_attempt_at = NULL, started_by = NULL,
-    last_error = 'coalesced into seq ' || places.last, error_summary = NULL
+    last_error = 'coalesced into seq ' || places.last, error_summary = NULL, error_kind = NULL
 FROM places
 WHERE c.ctid = places.place AND NOT c.processed AND c.dead_at IS NULL
 RETURNING 1
@@ -128,7 +128,8 @@ WITH places AS MATERIALIZED (
   SET processed = true, processed_at = pg_catalog.clock_timestamp(), next_attempt_at = NULL,
       last_error = CASE WHEN c.seq OPERATOR(pg_catalog.=) %(last)s::pg_catalog.int8 THEN c.last_error
                    ELSE pg_catalog.concat('coalesced into seq ', %(last)s::pg_catalog.int8) END,
-      error_summary = CASE WHEN c.seq OPERATOR(pg_catalog.=) %(last)s::pg_catalog.int8 THEN c.error_summary END
+      error_summary = CASE WHEN c.seq OPERATOR(pg_catalog.=) %(last)s::pg_catalog.int8 THEN c.error_summary END,
+      error_kind = CASE WHEN c.seq OPERATOR(pg_catalog.=) %(last)s::pg_catalog.int8 THEN c.error_kind END
   WHERE c.ctid OPERATOR(pg_catalog.=) ANY (ARRAY(SELECT places.place FROM places)) AND NOT c.processed
     AND c.dead_at IS NULL AND pg_catalog.pg_current_xact_id() OPERATOR(pg_catalog.=) %(xid)s::pg_catalog.xid8
   RETURNING c.processed_at

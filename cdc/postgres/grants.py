@@ -25,10 +25,11 @@ BARRIERS = "cdc_barriers"
 COLUMNS = "cdc_columns"
 SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES = "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes"
 CONTROLS = "cdc_controls"
+ATTEMPTS = "change_attempts"
 DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
 RELATIONS = (
     CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS, DUE_CHANGES, BARRIERS, COLUMNS, SUBSCRIPTIONS,
-    POSITIONS, SUBSCRIPTION_CHANGES, CONTROLS,
+    POSITIONS, SUBSCRIPTION_CHANGES, CONTROLS, ATTEMPTS,
 )  # fmt: skip
 PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)"
 PUBLISH_DUE = "publish_due(integer, bigint)"
@@ -40,7 +41,7 @@ rights, and needs no guard."""
 
 STATE = (
     "processed", "processed_at", "next_attempt_at", "dead_at", "error_count", "last_error", "error_summary",
-    "started_by",
+    "error_kind", "started_by",
 )  # fmt: skip
 """The columns of entity_changes that record the outcome of a change."""
 SHARD_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
@@ -53,6 +54,8 @@ SUBSCRIPTION_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 """The same on cdc_subscription_changes."""
 KEEPING = (SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES)
 """What says who is not done with a change: whoever removes changes reads it."""
+ATTEMPT_RIGHTS = ("SELECT", "INSERT", "DELETE")
+"""A consumer's rights on change_attempts."""
 CONTROL_RIGHTS = ("SELECT", "INSERT", "DELETE")
 """An operator's rights on cdc_controls."""
 PAYLOAD = ("old_data", "new_data", "metadata")
@@ -123,6 +126,7 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, scrip
         Right(POSITION_RIGHTS, POSITIONS),
         Right(SUBSCRIPTION_RIGHTS, SUBSCRIPTION_CHANGES),
         Right(("SELECT",), CONTROLS),
+        Right(ATTEMPT_RIGHTS, ATTEMPTS),
         Right(("SELECT",), LEDGER),
         Right(("SELECT",), NUMBERS),
         Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION),
@@ -141,7 +145,8 @@ def reader(role: str, *, payload: bool = False) -> Grantee:
     seen = Right(("SELECT",), CHANGES, () if payload else DESCRIPTION + STATE)
     history = Right(("SELECT",), HISTORY, () if payload else HISTORY_WITHOUT_PREVIEW)
     due = Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION + PAYLOAD if payload else DUE_DESCRIPTION)
-    return Grantee(role, (seen, history, Right(("SELECT",), DASHBOARD), due, Right(("SELECT",), CONTROLS)))
+    others = [Right(("SELECT",), name) for name in (DASHBOARD, CONTROLS, ATTEMPTS)]
+    return Grantee(role, (seen, history, due, *others))
 
 
 def operator(role: str, *, payload: bool = False) -> Grantee:

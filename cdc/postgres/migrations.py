@@ -267,6 +267,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("TABLE", "cdc_positions", ""),
         ("TABLE", "cdc_subscriptions", ""),
         ("TABLE", "cdc_controls", ""),
+        ("TABLE", "change_attempts", ""),
         ("FUNCTION", "fill_shard", "()"),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import time
 from collections import Counter
 from collections.abc import Awaitable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,19 +18,15 @@ from psycopg import errors, sql
 
 from cdc.core import failpoints
 from cdc.core.admission import Row
+from cdc.core.attempts import KEPT
 from cdc.core.deferred_keys import KeyRead
 from cdc.core.errors import SchemaError
-from cdc.core.model import (
-    SHARDS,
-    Change,
-    Key,
-    Suspicion,
-    WakeUp,
-)
+from cdc.core.model import SHARDS, Change, Key, Suspicion, WakeUp
 from cdc.core.page_size import BYTES
 from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.shard_cursor import Scanned
+from cdc.core.subscription import DEFAULT
 from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.postgres import grants
 from cdc.postgres.coalesced import CoalescedChanges
@@ -107,10 +104,13 @@ class Store:
         observes: bool = False,
     ) -> None:  # fmt: skip
         self._statements = load("outbox.sql", schema, instead={"barred": "false", **NONE_STANDS} if observes else None)
-        self.refused = RefusedRows(schema)
         self.process = uuid4()
         """Identifies this process as the one that started a change, or owns a shard."""
-        self._always: dict[str, Any] = {"process": self.process, "page_bytes": page_bytes, "skipped": "{}"}
+        self._always: dict[str, Any] = {
+            "process": self.process, "page_bytes": page_bytes, "skipped": "{}", "subscription_name": DEFAULT,
+            "attempts_kept": KEPT,
+        }  # fmt: skip
+        self.refused = RefusedRows(schema, given=self._always)
         self.coalesced = CoalescedChanges(schema, self._always)
         self._max_chain_depth = max_chain_depth
         self.scope = scope
@@ -141,8 +141,8 @@ class Store:
         if not settles:
             return
         try:
-            rights = {"state": list(grants.STATE), "shard_rights": list(grants.SHARD_RIGHTS),
-                      "barrier_rights": list(grants.BARRIER_RIGHTS)}  # fmt: skip
+            rights = {"state": list(grants.STATE), "shard_rights": list(grants.SHARD_RIGHTS), "barrier_rights":
+                      list(grants.BARRIER_RIGHTS), "attempt_rights": list(grants.ATTEMPT_RIGHTS)}  # fmt: skip
             denied = await self._rows(reader, "missing_rights", rights)
         except (errors.UndefinedTable, errors.UndefinedFunction) as missing:
             raise SchemaError(
@@ -380,7 +380,9 @@ class Store:
         """The statement that marks what ``take`` locked, if the transaction still has this id."""
         return self._statements["mark"], {"ids": as_array(change.id for change in changes), "xid": xid}
 
-    async def start(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> set[UUID]:
+    async def start(
+        self, session: psycopg.AsyncConnection, changes: Sequence[Change], handlers: Sequence[str | None]
+    ) -> set[UUID]:
         """Record that this process starts these. A suspect's earlier start is counted as a failed attempt.
 
         Returns the ids of the changes recorded: without those that another session has locked or settled.
@@ -389,6 +391,7 @@ class Store:
             "ids": [change.id for change in changes],
             "failures": [change.attempt - 1 for change in changes],
             "errors": [CRASHED if change.crashed else None for change in changes],
+            "handlers": list(handlers),
         }
         return {id_ for (id_,) in await self._rows(session, "start", parameters)}
 
@@ -437,7 +440,8 @@ class Store:
         self, session: psycopg.AsyncConnection, batch: Sequence[Settlement], maybe_written: Container[int]
     ) -> list[tuple[int, datetime]]:
         encoding = session.info.parameter_status("server_encoding") or ""
-        return await self._rows(session, "settle_others", {**settle_values(batch, encoding, maybe_written)})
+        values = {**settle_values(batch, encoding, maybe_written, time.monotonic())}
+        return await self._rows(session, "settle_others", values)
 
     async def _page(self, reader: psycopg.AsyncConnection, records: list[Any], first_column: int = 2) -> OutboxPage:
         page = page_of(records, first_column)

@@ -91,6 +91,13 @@ SELECT {every_column} FROM {changes} LIMIT 0
 SELECT t.name FROM unnest(ARRAY[{regclass}, {shards_regclass}, {barriers_regclass}]) AS t(name)
 WHERE row_security_active(to_regclass(t.name)::oid)
 
+-- name: missing_of_attempts
+-- Not a statement: of those rights the ones on the attempts.
+SELECT string_agg(name, ', '), {attempts_regclass}
+FROM unnest(%(attempt_rights)s::text[]) AS r(name)
+WHERE NOT has_table_privilege({attempts_regclass}::regclass, name)
+HAVING count(*) > 0
+
 -- name: missing_rights
 -- Write rights that the consumer needs and this role lacks. Without them each change would be handled repeatedly.
 SELECT 'UPDATE (' || string_agg(name, ', ') || ')', {regclass}
@@ -107,6 +114,8 @@ SELECT string_agg(name, ', '), {barriers_regclass}
 FROM unnest(%(barrier_rights)s::text[]) AS r(name)
 WHERE NOT has_table_privilege({barriers_regclass}::regclass, name)
 HAVING count(*) > 0
+UNION ALL
+{missing_of_attempts}
 UNION ALL
 SELECT 'EXECUTE', 'FUNCTION ' || {barred_regprocedure}
 WHERE NOT has_function_privilege({barred_regprocedure}::regprocedure, 'EXECUTE')
@@ -391,6 +400,34 @@ WITH marked AS (
 )
 SELECT count(*)::int, now() FROM marked
 
+-- name: keep_attempts
+-- Not a statement: what is kept of the attempts of failed (seq, attempt), in place of the oldest of the same changes.
+forgotten AS (
+  DELETE FROM {attempts} AS a
+  WHERE a.id = ANY (ARRAY(
+    SELECT o.id FROM failed AS f CROSS JOIN LATERAL (
+      SELECT t.id FROM {attempts} AS t WHERE t.seq = f.seq AND t.subscription = %(subscription_name)s
+      ORDER BY t.id DESC OFFSET %(attempts_kept)s - 1
+    ) AS o WHERE f.attempt IS NOT NULL
+  ))
+), kept AS (
+  INSERT INTO {attempts} (seq, subscription, attempt, consumer, handler, started_at, ended_at, outcome, error_kind, error_class,
+                          error_text, frames)
+  SELECT f.seq, %(subscription_name)s, a.attempt, coalesce(a.consumer, %(process)s), nullif(a.handler, ''),
+         statement_timestamp() - make_interval(secs => coalesce(a.ended_s_ago, 0) + a.took_s),
+         statement_timestamp() - make_interval(secs => coalesce(a.ended_s_ago, 0)),
+         a.outcome, a.kind, a.error, a.text, coalesce(a.frames, '{{}}')
+  FROM failed AS f CROSS JOIN LATERAL jsonb_to_record(f.attempt) AS a(
+    attempt integer, consumer uuid, handler text, ended_s_ago float8, took_s float8, outcome text, kind text, error text,
+    text text, frames text[])
+  WHERE f.attempt IS NOT NULL
+)
+
+-- name: crash_attempt
+-- Not a statement: the attempt of s that ended with its process, which it names; NULL: it did not.
+CASE WHEN s.error IS NOT NULL THEN jsonb_build_object('attempt', s.failures, 'consumer', s.former, 'handler', s.handler,
+  'outcome', 'crashed', 'kind', 'crash', 'error', 'CrashedError', 'text', s.error) END
+
 -- name: settle_others
 -- Retries, dead letters, discards, and waiting changes that are processed. `failures`: an earlier settle whose answer
 -- was lost may have recorded the outcome; then the row's count differs.
@@ -403,15 +440,16 @@ WITH settled AS (
       error_count = c.error_count + s.failed,
       last_error = coalesce(s.error, c.last_error),
       error_summary = CASE WHEN s.error IS NULL THEN c.error_summary ELSE s.summary END,
+      error_kind = CASE WHEN s.error IS NULL THEN c.error_kind ELSE s.kind END,
       started_by = NULL
   FROM unnest(%(ids)s::uuid[], %(processed)s::bool[], %(dead)s::bool[], %(pauses)s::bool[], %(failed)s::int[],
               %(delays)s::float8[], %(errors)s::text[], %(summaries)s::text[], %(requeued)s::bool[],
-              %(failures)s::int[])
-         AS s(id, processed, dead, pauses, failed, delay_s, error, summary, requeued, failures)
+              %(failures)s::int[], %(kinds)s::text[], %(attempts)s::jsonb[])
+         AS s(id, processed, dead, pauses, failed, delay_s, error, summary, requeued, failures, kind, attempt)
   WHERE c.id = s.id AND NOT c.processed AND c.dead_at IS NULL
     AND (s.failures IS NULL OR (c.error_count = s.failures AND (c.next_attempt_at IS NOT NULL) = s.requeued))
-  RETURNING 1
-)
+  RETURNING c.seq, s.attempt
+), failed AS (SELECT seq, attempt FROM settled), {keep_attempts}
 SELECT count(*)::int, now() FROM settled
 
 -- name: lock
@@ -426,17 +464,21 @@ SELECT c.id FROM {changes} AS c WHERE c.id = ANY (%(ids)s::uuid[])
 -- On a shard whose owner died, before a handler starts. The failures of a suspect include the start that failed. A row
 -- that the dead owner's session still locks is not waited for: this session settles all other changes.
 WITH free AS (
-  SELECT c.ctid AS place, s.failures, s.error
-  FROM unnest(%(ids)s::uuid[], %(failures)s::int[], %(errors)s::text[]) AS s(id, failures, error)
+  SELECT c.ctid AS place, c.seq, c.started_by AS former, s.failures, s.error, s.handler
+  FROM unnest(%(ids)s::uuid[], %(failures)s::int[], %(errors)s::text[], %(handlers)s::text[])
+       AS s(id, failures, error, handler)
   JOIN {changes} AS c ON c.id = s.id
   WHERE NOT c.processed AND c.dead_at IS NULL
   FOR UPDATE OF c SKIP LOCKED
-)
-UPDATE {changes} AS c
-SET started_by = %(process)s, error_count = free.failures, last_error = coalesce(free.error, c.last_error),
-    error_summary = coalesce(free.error, c.error_summary)
-FROM free WHERE c.ctid = free.place
-RETURNING c.id
+), started AS (
+  UPDATE {changes} AS c
+  SET started_by = %(process)s, error_count = free.failures, last_error = coalesce(free.error, c.last_error),
+      error_summary = coalesce(free.error, c.error_summary),
+      error_kind = CASE WHEN free.error IS NULL THEN c.error_kind ELSE 'crash' END
+  FROM free WHERE c.ctid = free.place
+  RETURNING c.id
+), failed AS (SELECT s.seq, {crash_attempt} AS attempt FROM free AS s), {keep_attempts}
+SELECT id FROM started
 
 -- name: unstart
 -- At an orderly stop, or on a new session. A row that a handler in a thread still locks is skipped: it ends by itself.

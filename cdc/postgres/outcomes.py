@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cdc.core.attempts import FailedAttempt
 from cdc.core.encodings import fitting
 from cdc.core.fast_change import fast_make
 from cdc.core.model import (
+    SNOOZED,
     Change,
     Coalesced,
     Committed,
@@ -17,6 +20,7 @@ from cdc.core.model import (
     Outcome,
     Processed,
     Skipped,
+    Snoozed,
     Waiting,
 )
 from cdc.core.read_reconciler import Settlement
@@ -60,12 +64,18 @@ def divide(batch: Iterable[Settlement]) -> Divided:
 
 _COLUMNS = (
     "ids", "requeued", "failures", "processed", "dead", "pauses", "failed", "delays", "errors", "summaries",
+    "kinds", "attempts",
 )  # fmt: skip
 
 
-def settle_values(others: Iterable[Settlement], encoding: str, maybe_written: Container[int]) -> Mapping[str, Any]:
-    """The parameters of the statement ``settle_others``. ``maybe_written``: numbers of what may be recorded already."""
-    rows = [_row(finished, encoding, maybe_written) for finished in others]
+def settle_values(
+    others: Iterable[Settlement], encoding: str, maybe_written: Container[int], now: float
+) -> Mapping[str, Any]:
+    """The parameters of the statement ``settle_others``. ``maybe_written``: numbers of what may be recorded already.
+
+    ``now`` by time.monotonic().
+    """
+    rows = [(*_row(finished, encoding, maybe_written), *_failure(finished, encoding, now)) for finished in others]
     return dict(zip(_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
 
 
@@ -81,6 +91,34 @@ def _row(finished: Settlement, encoding: str, maybe_written: Container[int]) -> 
         )  # fmt: skip
     known = failures if change.seq in maybe_written else None
     return change.id, change.requeued, known, *_values(outcome, encoding)
+
+
+def _failure(finished: Settlement, encoding: str, now: float) -> tuple[str | None, str | None]:
+    """(kind, attempt): what kind of failure it is, and what is kept of the attempt, as JSON; None: nothing."""
+    change, outcome = finished
+    if isinstance(outcome, Coalesced):
+        outcome = outcome.outcome
+    if isinstance(outcome, Snoozed):
+        return SNOOZED, None
+    if not isinstance(outcome, Waiting | Dead) or (attempt := outcome.attempt) is None:
+        return None, None
+    how = "dead" if isinstance(outcome, Dead) else "retried" if outcome.counted else "unavailable"
+    return attempt.kind, _kept(attempt, change.attempt, how, encoding, now)
+
+
+def _kept(attempt: FailedAttempt, number: int, how: str, encoding: str, now: float) -> str:
+    """Times are how long ago: the server says when that was."""
+    texts = {"handler": attempt.handler or "", "kind": attempt.kind, "error": attempt.error, "text": attempt.text}
+    return json.dumps(
+        {
+            **{name: fitting(text, encoding) for name, text in texts.items()},
+            "attempt": number,
+            "outcome": how,
+            "frames": [fitting(frame, encoding) for frame in attempt.frames],
+            "ended_s_ago": max(0.0, now - attempt.ended),
+            "took_s": attempt.took_s,
+        }
+    )
 
 
 def _values(outcome: Outcome, encoding: str) -> tuple[bool, bool, bool, int, float | None, str | None, str | None]:

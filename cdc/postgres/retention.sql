@@ -1,5 +1,5 @@
 -- Removing processed changes. {changes} is the qualified table, {subscriptions}, {positions} and {subscription_changes} those
--- of subscriptions.
+-- of subscriptions, {attempts} that of failed attempts.
 --
 -- Where there are subscriptions, a change stays until each is done with it: its number is not above the position of any, and
 -- none has a row for it. What is done ahead of a position waits for it. A change that is for one subscription waits for that
@@ -24,6 +24,10 @@ CASE WHEN l.seq > CASE WHEN l.subscription IS NULL THEN kept.seq ELSE (
   WHERE e.subscription = ANY (ARRAY(SELECT s.subscription FROM {subscriptions} AS s)) AND e.shard = l.shard AND e.seq = l.seq
   OFFSET 0
 ) END
+
+-- name: without_attempts
+-- Not a statement: the failed attempts of what was removed go with it.
+forgotten AS (DELETE FROM {attempts} AS a WHERE a.seq = ANY (ARRAY(SELECT seq FROM removed)))
 
 -- name: prune
 -- The next batch, the longest processed first. `since` is where the previous batch ended: index entries of removed rows
@@ -53,8 +57,8 @@ WITH timed AS MATERIALIZED (
 ), removed AS (
   DELETE FROM {changes} AS c
   WHERE c.ctid = ANY (ARRAY(SELECT place FROM timed UNION ALL SELECT place FROM untimed LIMIT %(limit)s))
-  RETURNING c.processed_at
-)
+  RETURNING c.processed_at, c.seq
+), {without_attempts}
 SELECT count(*)::int, max(processed_at) FILTER (WHERE isfinite(processed_at)), NULL::text, count(*) >= %(limit)s FROM removed
 
 -- name: prune_shared
@@ -81,8 +85,8 @@ WITH kept AS MATERIALIZED ({kept}), looked AS MATERIALIZED (
     )) AND n.processed::int = 1
   FOR UPDATE SKIP LOCKED
 ), removed AS (
-  DELETE FROM {changes} AS c WHERE c.ctid = ANY (ARRAY(SELECT place FROM locked)) RETURNING 1
-)
+  DELETE FROM {changes} AS c WHERE c.ctid = ANY (ARRAY(SELECT place FROM locked)) RETURNING c.seq
+), {without_attempts}
 SELECT (SELECT count(*) FROM removed)::int, last.processed_at, last.place::text,
        (SELECT count(*) >= %(limit)s FROM looked)
 FROM (SELECT) AS always LEFT JOIN LATERAL (

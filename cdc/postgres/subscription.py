@@ -57,7 +57,13 @@ _AT_LEAST_S = 10.0
 
 def statements(schema: str) -> dict[str, bytes]:
     """By name, the statements of a consumer of a subscription of the outbox in ``schema``."""
-    return {**load("outbox.sql", schema, instead=blocks("subscription.sql")), **load("subscription.sql", schema)}
+    instead = blocks("subscription.sql")
+    return {**load("outbox.sql", schema, instead=instead), **load("subscription.sql", schema, instead=_shared())}
+
+
+def _shared() -> dict[str, str]:
+    """Blocks of other files that are used here."""
+    return {"refusal": blocks("unreadable.sql")["refusal"]}
 
 
 class SubscriptionStore(Store):
@@ -79,14 +85,13 @@ class SubscriptionStore(Store):
         self._statements = statements(schema)
         numbers = {
             **load("outbox.sql", schema, instead={**blocks("subscription.sql"), **NUMBERS}),
-            **load("subscription.sql", schema, instead=NUMBERS),
+            **load("subscription.sql", schema, instead={**_shared(), **NUMBERS}),
         }  # fmt: skip
-        self.refused = RefusedRows(
-            schema, numbers=numbers, mark=self._statements["refuse"], given={"subscription": subscription.number}
-        )
+        self.refused = RefusedRows(schema, numbers=numbers, mark=self._statements["refuse"], given=self._always)
         self._subscription = subscription
         self._always |= {
             "subscription": subscription.number,
+            "subscription_name": subscription.name,
             # Of the locks by which a transactional handler says which changes it has taken.
             "locks": change_locks(schema, subscription.number),
         }
@@ -98,6 +103,7 @@ class SubscriptionStore(Store):
         await super().check(reader, settles=False)
         rights = {
             "position_rights": list(grants.POSITION_RIGHTS), "subscription_rights": list(grants.SUBSCRIPTION_RIGHTS),
+            "attempt_rights": list(grants.ATTEMPT_RIGHTS),
         }  # fmt: skip
         if denied := await self._rows(reader, "missing_rights", rights):
             lacking = [f"{rights} ON {table}" for rights, table in denied]
@@ -157,7 +163,7 @@ class SubscriptionStore(Store):
     ) -> list[tuple[int, datetime]]:
         encoding = session.info.parameter_status("server_encoding") or ""
         changes = [outcome.change if isinstance(outcome, Coalesced) else change for change, outcome in batch]
-        values = {**settle_values(batch, encoding, maybe_written), **_keys(changes)}
+        values = {**settle_values(batch, encoding, maybe_written, time.monotonic()), **_keys(changes)}
         return await self._rows(session, "settle_others", values)
 
     async def _locked(self, session: psycopg.AsyncConnection, batch: Sequence[Settlement]) -> set[Key]:
@@ -176,13 +182,16 @@ class SubscriptionStore(Store):
 
     # --- after a crash ---------------------------------------------------------------------------------------------
 
-    async def start(self, session: psycopg.AsyncConnection, changes: Sequence[Change]) -> set[UUID]:
+    async def start(
+        self, session: psycopg.AsyncConnection, changes: Sequence[Change], handlers: Sequence[str | None]
+    ) -> set[UUID]:
         ids = {change.seq: change.id for change in changes}
         parameters = {
             **_keys(changes),
             "requeued": [change.requeued for change in changes],
             "failures": [change.attempt - 1 for change in changes],
             "errors": [CRASHED if change.crashed else None for change in changes],
+            "handlers": list(handlers),
         }
         return {ids[seq] for (seq,) in await self._rows(session, "start", parameters)}
 

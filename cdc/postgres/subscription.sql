@@ -162,6 +162,8 @@ SELECT string_agg(name, ', '), {subscription_changes_regclass}
 FROM unnest(%(subscription_rights)s::text[]) AS r(name)
 WHERE NOT has_table_privilege({subscription_changes_regclass}::regclass, name)
 HAVING count(*) > 0
+UNION ALL
+{missing_of_attempts}
 
 -- name: indexed
 -- Those of the indexes that only subscriptions read by that are missing.
@@ -276,8 +278,10 @@ WITH given AS MATERIALIZED (
     CASE WHEN NOT want.processed THEN hashtextextended(want.entity_id, hashtextextended(want.type, 0)) END AS key_hash
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[], %(types)s::text[], %(entity_ids)s::text[],
               %(processed)s::bool[], %(dead)s::bool[], %(pauses)s::bool[], %(failed)s::int[], %(delays)s::float8[],
-              %(errors)s::text[], %(summaries)s::text[], %(requeued)s::bool[], %(failures)s::int[])
-         AS want(seq, shard, type, entity_id, processed, dead, pauses, failed, delay_s, error, summary, requeued, failures)
+              %(errors)s::text[], %(summaries)s::text[], %(requeued)s::bool[], %(failures)s::int[], %(kinds)s::text[],
+              %(attempts)s::jsonb[])
+         AS want(seq, shard, type, entity_id, processed, dead, pauses, failed, delay_s, error, summary, requeued, failures,
+                 kind, attempt)
   {row_there}
 ), gone AS (
   DELETE FROM {subscription_changes} AS s USING given AS g
@@ -289,17 +293,19 @@ WITH given AS MATERIALIZED (
   SET next_attempt_at = g.next_attempt_at, dead_at = g.dead_at, type_hash = g.type_hash, key_hash = g.key_hash,
       tried = CASE WHEN NOT g.processed THEN jsonb_strip_nulls(jsonb_build_object(
         'count', {failures} + g.failed, 'error', coalesce(g.error, s.tried ->> 'error'),
-        'summary', CASE WHEN g.error IS NULL THEN s.tried ->> 'summary' ELSE g.summary END)) END
+        'summary', CASE WHEN g.error IS NULL THEN s.tried ->> 'summary' ELSE g.summary END,
+        'kind', CASE WHEN g.error IS NULL THEN s.tried ->> 'kind' ELSE g.kind END)) END
   FROM given AS g
   WHERE s.ctid = g.place AND g.requeued AND g.seq > CASE WHEN g.processed THEN g.position ELSE 0 END
     AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL AND (g.failures IS NULL OR {failures} = g.failures)
-  RETURNING 1
+  RETURNING s.seq
 ), added AS (
   INSERT INTO {subscription_changes} AS s
     (seq, subscription, shard, next_attempt_at, dead_at, type_hash, key_hash, tried)
   SELECT g.seq, %(subscription)s::smallint, g.shard, g.next_attempt_at, g.dead_at, g.type_hash, g.key_hash,
     CASE WHEN NOT g.processed THEN
-      jsonb_strip_nulls(jsonb_build_object('count', g.failed, 'error', g.error, 'summary', g.summary)) END
+      jsonb_strip_nulls(
+        jsonb_build_object('count', g.failed, 'error', g.error, 'summary', g.summary, 'kind', g.kind)) END
   FROM given AS g WHERE NOT g.requeued AND g.seq > g.position
   ON CONFLICT (subscription, shard, seq) DO UPDATE
     SET next_attempt_at = excluded.next_attempt_at, dead_at = excluded.dead_at, type_hash = excluded.type_hash,
@@ -307,8 +313,11 @@ WITH given AS MATERIALIZED (
         tried = CASE WHEN excluded.tried IS NOT NULL THEN (coalesce(s.tried, '{{}}') - 'started_by') || excluded.tried
           || jsonb_build_object('count', {failures} + (excluded.tried ->> 'count')::int) END
     WHERE {recorded}
-  RETURNING 1
-)
+  RETURNING s.seq
+), failed AS (
+  SELECT g.seq, g.attempt FROM given AS g WHERE g.attempt IS NOT NULL
+    AND g.seq = ANY (ARRAY(SELECT seq FROM changed UNION ALL SELECT seq FROM added))
+), {keep_attempts}
 SELECT (SELECT count(*) FROM gone)::int + (SELECT count(*) FROM changed)::int + (SELECT count(*) FROM added)::int, now()
 
 -- name: locked
@@ -330,18 +339,18 @@ WHERE given.place IS NOT NULL AND given.seq <> ALL (ARRAY(
 WITH given AS MATERIALIZED (
   SELECT want.*, r.place, {position} AS position
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[], %(types)s::text[], %(entity_ids)s::text[],
-              %(requeued)s::bool[], %(failures)s::int[], %(errors)s::text[])
-         AS want(seq, shard, type, entity_id, requeued, failures, error)
+              %(requeued)s::bool[], %(failures)s::int[], %(errors)s::text[], %(handlers)s::text[])
+         AS want(seq, shard, type, entity_id, requeued, failures, error, handler)
   {row_there}
 ), free AS MATERIALIZED (
-  SELECT s.ctid AS place, g.failures, g.error
+  SELECT s.ctid AS place, s.seq, (s.tried ->> 'started_by')::uuid AS former, g.failures, g.error, g.handler
   FROM given AS g JOIN {subscription_changes} AS s ON s.ctid = g.place
   WHERE g.requeued AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
   FOR UPDATE OF s SKIP LOCKED
 ), changed AS (
   UPDATE {subscription_changes} AS s
   SET tried = coalesce(s.tried, '{{}}') || jsonb_build_object('started_by', %(process)s::uuid, 'count', free.failures)
-    || CASE WHEN free.error IS NULL THEN '{{}}' ELSE jsonb_build_object('error', free.error, 'summary', free.error) END
+    || CASE WHEN free.error IS NULL THEN '{{}}' ELSE jsonb_build_object('error', free.error, 'summary', free.error, 'kind', 'crash') END
   FROM free WHERE s.ctid = free.place
   RETURNING s.seq
 ), added AS (
@@ -353,7 +362,7 @@ WITH given AS MATERIALIZED (
     AND pg_try_advisory_xact_lock(hashint8extended(g.seq, %(locks)s::bigint))
   ON CONFLICT (subscription, shard, seq) DO UPDATE SET tried = s.tried || excluded.tried WHERE {recorded}
   RETURNING s.seq
-)
+), failed AS (SELECT s.seq, {crash_attempt} AS attempt FROM free AS s), {keep_attempts}
 SELECT seq FROM changed UNION ALL SELECT seq FROM added
 
 -- name: unstart
@@ -393,20 +402,24 @@ WITH given AS MATERIALIZED (
 ), changed AS (
   UPDATE {subscription_changes} AS s
   SET dead_at = now(), next_attempt_at = CASE WHEN g.pauses THEN 'infinity'::timestamptz END,
-      tried = jsonb_build_object('count', {failures} + 1, 'error', g.error, 'summary', g.summary)
+      tried = jsonb_build_object('count', {failures} + 1, 'error', g.error, 'summary', g.summary, 'kind', 'unreadable')
   FROM given AS g
   WHERE s.ctid = g.place AND s.next_attempt_at IS NOT NULL AND s.dead_at IS NULL
-  RETURNING g.id
+  RETURNING g.id, s.seq, (s.tried ->> 'count')::int AS attempt, g.error
 ), added AS (
   INSERT INTO {subscription_changes} AS s
     (seq, subscription, shard, next_attempt_at, dead_at, type_hash, key_hash, tried)
   SELECT g.seq, %(subscription)s::smallint, g.shard, CASE WHEN g.pauses THEN 'infinity'::timestamptz END, now(), g.type_hash,
-    g.key_hash, jsonb_build_object('count', 1, 'error', g.error, 'summary', g.summary)
+    g.key_hash, jsonb_build_object('count', 1, 'error', g.error, 'summary', g.summary, 'kind', 'unreadable')
   FROM given AS g WHERE g.seq > g.position
   ON CONFLICT (subscription, shard, seq) DO NOTHING
   RETURNING s.seq
-)
-SELECT id FROM changed UNION ALL SELECT g.id FROM given AS g JOIN added ON added.seq = g.seq
+), refused AS (
+  SELECT id, seq, attempt, error FROM changed
+  UNION ALL
+  SELECT g.id, g.seq, 1, g.error FROM given AS g WHERE g.seq = ANY (ARRAY(SELECT seq FROM added))
+), failed AS (SELECT s.seq, {refusal} AS attempt FROM refused AS s), {keep_attempts}
+SELECT id FROM refused
 
 -- name: take
 -- For a transactional handler: those of its changes that are still as they were read and that no other session has taken.

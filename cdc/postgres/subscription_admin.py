@@ -38,6 +38,7 @@ class SubscriptionAdmin(OutboxAdmin):
         types = None if subscription.types is None else list(subscription.types)
         self.given = {
             "subscription": subscription.number,
+            "subscription_name": subscription.name,
             "types": types,
             "taken": types,  # where `types` are those of a handler
             "locks": change_locks(schema, subscription.number),

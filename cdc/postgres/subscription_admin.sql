@@ -148,7 +148,7 @@ SELECT c.seq, c.id,
        left(coalesce(c.entity_type, c.table_name), 1000) AS entity_type, left(c.entity_id, 1000) AS entity_id, c.shard,
        left(c.table_schema, 1000) AS table_schema, left(c.table_name, 1000) AS "table", left(c.operation, 200) AS operation,
        c.changed_at, coalesce((e.tried ->> 'count')::int, 0) AS error_count, left(e.tried ->> 'error', 10000) AS last_error,
-       left(e.tried ->> 'summary', 300) AS error_summary,
+       left(e.tried ->> 'summary', 300) AS error_summary, left(e.tried ->> 'kind', 300) AS error_kind,
        CASE WHEN isfinite(e.next_attempt_at) THEN e.next_attempt_at END AS next_attempt_at,
        NULL::timestamptz AS processed_at, CASE WHEN isfinite(e.dead_at) THEN e.dead_at END AS dead_at,
        c.caused_by, c.depth, c.replay_of, c.subscription
@@ -202,7 +202,7 @@ SELECT 1 FROM done UNION ALL SELECT 1 FROM gone
 -- name: matching
 -- Not a statement: what waits or is dead, as changes with what was tried.
 SELECT n.id, n.seq, n.entity_type, n.table_name, n.entity_id, n.operation, n.changed_at,
-       e.tried ->> 'summary' AS error_summary, e.tried ->> 'error' AS last_error
+       e.tried ->> 'kind' AS error_kind, e.tried ->> 'summary' AS error_summary, e.tried ->> 'error' AS last_error
 FROM {subscription_changes} AS e CROSS JOIN LATERAL ({change_of_e}) AS n
 
 -- name: select_dead

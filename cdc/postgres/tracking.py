@@ -47,7 +47,7 @@ T = TypeVar("T")
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 _OURS = (
     "entity_changes", "cdc_migrations", "cdc_shards", "cdc_sets", "cdc_backfills", "cdc_due_changes", "cdc_barriers",
-    "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes", "cdc_controls",
+    "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes", "cdc_controls", "change_attempts",
 )  # fmt: skip
 """Tables of the outbox itself."""
 _REFUSALS = {"42", "22", "0A"}

@@ -193,6 +193,7 @@ async def test_a_missing_right_is_one_warning_with_the_remedy_until_it_is_grante
         assert 'GRANT DELETE ON "public"."entity_changes" TO' in line
         outbox_db.execute("GRANT DELETE ON entity_changes TO prune_tester")
         outbox_db.execute("GRANT SELECT ON cdc_subscriptions TO prune_tester")
+        outbox_db.execute("GRANT SELECT, DELETE ON change_attempts TO prune_tester")
         await _until(lambda: count(outbox_db) == 0, "now it may")
 
 

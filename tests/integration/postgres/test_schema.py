@@ -49,7 +49,7 @@ def test_install_makes_every_documented_object_and_the_additions(db: psycopg.Con
         "id", "table_name", "operation", "entity_id", "entity_type", "old_data", "new_data", "metadata", "changed_at",
         "processed", "processed_at", "error_count", "last_error",
         "seq", "shard", "table_schema", "next_attempt_at", "dead_at", "started_by", "caused_by", "depth",
-        "error_summary", "replay_of", "subscription",
+        "error_summary", "error_kind", "replay_of", "subscription",
     }  # fmt: skip
     assert columns(db, "action_processing_dashboard") == [
         "entity_type", "pending", "processed_today", "failed", "last_processed_at", "avg_processing_seconds",

@@ -227,7 +227,7 @@ class Machine(RuleBasedStateMachine):
         if not rows:
             return
         change = data.draw(st.sampled_from(rows)).change
-        assert self.run(reads.store.start(self.session, [change])) == {change.id}
+        assert self.run(reads.store.start(self.session, [change], ["work"])) == {change.id}
         if ends == "stops":
             self.run(reads.store.unstart(self.session, [change]))
         elif ends == "is processed":
