@@ -203,7 +203,7 @@ def _first_step(
         call = function(*arguments)
     except StopIteration as error:  # not a return: the function is no coroutine function and raised it
         raise EscapedError(error) from error
-    steps = cast("Coroutine[Any, Any, _T]", call) if type(call) is CoroutineType else _awaited(call)
+    steps: Any = call if type(call) is CoroutineType else _awaited(call)
     return steps, steps.send(None)
 
 
