@@ -34,6 +34,7 @@ COMMANDS = {
     "pause": ("cdc.cli.controls", "Let consumers start nothing of a type, a handler, a key, or at all."),
     "resume": ("cdc.cli.controls", "End a pause."),
     "controls": ("cdc.cli.controls", "List what is paused, by whom, until when and why."),
+    "actions": ("cdc.cli.actions", "List what operators have done, to what, why and when."),
     "subscription": ("cdc.cli.subscription", "Let further services read the outbox, each at its own pace."),
     "slot": ("cdc.cli.slot", "Create, drop and inspect the replication slot."),
     "doctor": ("cdc.cli.doctor", "Check every precondition, each with its remedy."),

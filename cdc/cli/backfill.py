@@ -7,12 +7,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cdc.app.config import Settings
+from cdc.app.documents import backfill_document, backfill_state
+from cdc.cli.acting import actor
 from cdc.cli.commands import Commands
 from cdc.cli.options import database_options, json_option, open_database, settings_options
 from cdc.cli.output import print_json, print_table, say, show_progress
@@ -120,7 +121,7 @@ def start(
     from cdc.postgres.backfill import BACKLOG, Backfills  # noqa: PLC0415 - --help does not wait for the driver to load
     from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - the same
 
-    backfills = Backfills(settings.schema_)
+    backfills = Backfills(settings.schema_, actor())
     with open_database(settings, user_path=True) as connection:
         only = None
         if settings.subscription != DEFAULT:
@@ -161,7 +162,7 @@ def resume(
     """
     from cdc.postgres.backfill import Backfills  # noqa: PLC0415 - see start
 
-    backfills = Backfills(settings.schema_)
+    backfills = Backfills(settings.schema_, actor())
     with open_database(settings, user_path=True) as connection:
         found = backfills.named(connection, reference)
         found = backfills.resume(connection, found, condition=condition, rate=rate, backlog=backlog)
@@ -175,7 +176,7 @@ def pause(settings: Settings, reference: str) -> None:
     """Stop a backfill after its page, wherever it runs, until it is resumed."""
     from cdc.postgres.backfill import Backfills  # noqa: PLC0415 - see start
 
-    backfills = Backfills(settings.schema_)
+    backfills = Backfills(settings.schema_, actor())
     with open_database(settings, user_path=True) as connection:
         found = backfills.named(connection, reference)
         backfills.set_state(connection, found, "paused", ["running"])
@@ -189,7 +190,7 @@ def cancel(settings: Settings, reference: str) -> None:
     """End a backfill for good, wherever it runs. What it has written is handled."""
     from cdc.postgres.backfill import UNFINISHED, Backfills  # noqa: PLC0415 - see start
 
-    backfills = Backfills(settings.schema_)
+    backfills = Backfills(settings.schema_, actor())
     with open_database(settings, user_path=True) as connection:
         found = backfills.named(connection, reference)
         backfills.set_state(connection, found, "cancelled", UNFINISHED)
@@ -208,12 +209,12 @@ def status(settings: Settings, reference: str | None, as_json: bool) -> None:
     with open_database(settings, user_path=True) as connection:
         found = backfills.newest(connection) if reference is None else [backfills.named(connection, reference)]
     if as_json:
-        print_json({"backfills": [_as_json(each) for each in found]})
+        print_json({"backfills": [backfill_document(each) for each in found]})
         return
     headers = ["id", "table", "for", "state", "examined", "of about", "written", "since", "where", "by", "started_at"]
     print_table(headers, (
-        (each.id, each.table, each.subscription_name or "all", _state(each), each.examined, each.estimate, each.written,
-         _shown(each.since_key), each.condition or "", each.started_by, each.started_at)
+        (each.id, each.table, each.subscription_name or "all", backfill_state(each), each.examined, each.estimate,
+         each.written, _shown(each.since_key), each.condition or "", each.started_by, each.started_at)
         for each in found
     ))  # fmt: skip
 
@@ -223,9 +224,12 @@ def _work(backfills: Backfills, connection: Any, begun: Backfill, condition: str
     _watch(begun, backfills.work(connection, begun, condition=condition))
     done = backfills.named(connection, str(begun.id))
     if as_json:
-        print_json(_as_json(done))
+        print_json(backfill_document(done))
     else:
-        say(f"backfill {done.id} of {done.of} is {_state(done)}: {done.examined:,} rows read, {done.written:,} written")
+        say(
+            f"backfill {done.id} of {done.of} is {backfill_state(done)}:"
+            f" {done.examined:,} rows read, {done.written:,} written"
+        )
 
 
 def _watch(begun: Backfill, steps: Iterable[Progress]) -> None:
@@ -294,13 +298,5 @@ class Watch:
         )
 
 
-def _state(each: Backfill) -> str:
-    return "interrupted" if each.state == "running" and not each.at_work else each.state
-
-
 def _shown(key: list[str] | None) -> str:
     return ",".join(key) if key else ""
-
-
-def _as_json(each: Backfill) -> dict[str, Any]:
-    return {**asdict(each), "state": _state(each)}

@@ -77,6 +77,7 @@ class FilterOptions:
             since=parse_moment(self.since) if self.since is not None else None,
             until=parse_moment(self.until) if self.until is not None else None,
             handled=named_router(resolved).handled_by(self.handler) if self.handler is not None else None,
+            handler=self.handler,
         )
 
 

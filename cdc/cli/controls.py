@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import getpass
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cdc.app.config import Settings
+from cdc.app.documents import control_document
+from cdc.cli.acting import actor, because_option, checked, user
 from cdc.cli.options import database_options, json_option, open_database
 from cdc.cli.output import print_json, print_table, say
 from cdc.core.errors import UsageError
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from cdc.postgres.connect import Connection
     from cdc.postgres.controls import Control
-
-_BECAUSE_BYTES = 2_000
 
 _TARGET = (
     click.option("--subscription", metavar="NAME", help="In this subscription only; without it in all of them."),
@@ -86,14 +85,12 @@ def begin(
     from cdc.postgres.controls import Controls  # noqa: PLC0415 - --help does not wait for the driver to load
 
     for_s = None if duration is None else parse_duration(duration)
-    target = replace(target, because=because.strip(), set_by=by or _user())
-    if not target.because or len(target.because.encode()) > _BECAUSE_BYTES:
-        raise UsageError("--because says nothing, or too much", hint=f"1 to {_BECAUSE_BYTES} bytes")
+    target = replace(target, because=checked(because), set_by=by or user())
     with open_database(settings) as connection:
         refuse_unknown(connection, settings, target.subscription)
-        made = Controls(settings.schema_).pause(connection, target, for_s)
+        made = Controls(settings.schema_, actor()).pause(connection, target, for_s)
     if as_json:
-        print_json({"paused": in_json(made)})
+        print_json({"paused": control_document(made)})
         return
     end = "until it is resumed" if made.until is None else f"until {made.until.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
     say(f"paused {made.pause} {end}; to go on: cdc resume{_options(target)}")
@@ -103,6 +100,7 @@ def begin(
 @database_options
 @_target_options
 @click.option("--all", "everything", is_flag=True, help="End every pause.")
+@because_option
 @json_option
 def resume(
     *,
@@ -112,6 +110,7 @@ def resume(
     handler: str | None,
     key: str | None,
     everything: bool,
+    because: str | None,
     as_json: bool,
 ) -> None:
     """End a pause, named as it was to "cdc pause"; without options the pause of everything."""
@@ -119,18 +118,21 @@ def resume(
     if everything and target != named(None, None, None, None):
         raise UsageError("--all ends every pause, so it names none")
     with open_database(settings) as connection:
-        end(connection, settings, None if everything else target, as_json=as_json)
+        end(connection, settings, None if everything else target, because=because, as_json=as_json)
 
 
-def end(connection: Connection, settings: Settings, target: Pause | None, *, as_json: bool) -> None:
+def end(
+    connection: Connection, settings: Settings, target: Pause | None, *, because: str | None = None, as_json: bool
+) -> None:
     """End this pause, None: every pause, and say what is still paused."""
     from cdc.postgres.controls import Controls  # noqa: PLC0415 - see begin
 
-    controls = Controls(settings.schema_)
+    controls = Controls(settings.schema_, actor(because))
     ended = controls.resume(connection, target)
     left = controls.all(connection)
     if as_json:
-        print_json({"resumed": [in_json(each) for each in ended], "left": [in_json(each) for each in left]})
+        documents = {"resumed": ended, "left": left}
+        print_json({name: [control_document(each) for each in found] for name, found in documents.items()})
         return
     for each in ended:
         say(f"resumed {each.pause}")
@@ -150,7 +152,7 @@ def controls(settings: Settings, as_json: bool) -> None:
     with open_database(settings) as connection:
         found = Controls(settings.schema_).all(connection)
     if as_json:
-        print_json({"controls": [in_json(each) for each in found]})
+        print_json({"controls": [control_document(each) for each in found]})
         return
     print_table(
         ["paused", "key", "since", "for", "until", "by", "because"],
@@ -187,13 +189,6 @@ def refuse_unknown(connection: Connection, settings: Settings, subscription: str
         Subscriptions(settings.schema_).named(connection, subscription)
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return "unknown"
-
-
 def _who(control: Control) -> str:
     return f"{control.pause.set_by} as {control.role}"
 
@@ -203,9 +198,3 @@ def _options(pause: Pause) -> str:
     named = {"--subscription": pause.subscription, "--type": pause.entity_type, "--handler": pause.handler}
     options = "".join(f" {name} {value}" for name, value in named.items() if value is not None)
     return options + (" --key ..." if pause.entity_id is not None else "")
-
-
-def in_json(control: Control) -> dict[str, Any]:
-    """As --json prints it."""
-    return {**asdict(control.pause), "scope": control.pause.scope, "role": control.role, "set_at": control.set_at,
-            "until": control.until}  # fmt: skip

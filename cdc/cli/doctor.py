@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from cdc.app.config import SETTINGS, Resolved, Settings
+from cdc.app.documents import finding_document
 from cdc.cli.options import json_option, resolved_options
 from cdc.cli.output import paint, print_json, put, put_script, say
 from cdc.cli.wanted import WANTED_SETTINGS, handled_types
@@ -51,7 +52,7 @@ def doctor(resolved: Resolved, fix: bool, strict: bool, as_json: bool) -> None:
     if fix:
         put_script(script(findings))
     elif as_json:
-        print_json({"findings": [_plain(found) for found in findings]})
+        print_json({"findings": [finding_document(found) for found in findings]})
     else:
         print_findings(findings)
     _say_sum(findings)
@@ -101,10 +102,6 @@ def _is_open(file: Path) -> bool:
         return bool(file.stat().st_mode & 0o004)
     except OSError:
         return False
-
-
-def _plain(found: Finding) -> dict[str, Any]:
-    return {"id": found.check, "severity": found.severity, "detail": found.detail, "remedies": found.remedies}
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

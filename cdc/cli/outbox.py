@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cdc.app.config import Resolved, Settings
+from cdc.app.documents import change_document
+from cdc.cli.acting import actor, because_option
 from cdc.cli.bulk import (
     FilterOptions,
     described,
@@ -32,6 +34,7 @@ from cdc.core.units import parse_duration, parse_moment
 
 if TYPE_CHECKING:
     from cdc.core.type_filter import TypeFilter
+    from cdc.postgres.actions import Actor
     from cdc.postgres.admin import Attempt, CauseLink, ChangeSummary, Decision, OutboxAdmin, SearchResult, Stats
     from cdc.postgres.connect import Connection
 
@@ -136,7 +139,7 @@ def list_(
     entries = [entry for each in found for entry in each.entries]
     if as_json:
         complete = not any(each.more or each.cut for each in found)
-        print_json({"changes": [_plain(entry) for entry in entries], "complete": complete})
+        print_json({"changes": [change_document(entry) for entry in entries], "complete": complete})
     else:
         print_table(_LISTED, (_row(entry) for entry in entries))
         _say_what_is_missing(found, limit)
@@ -157,7 +160,7 @@ def show(*, settings: Settings, name: str, show_payload: bool, as_json: bool) ->
         entry = admin.show(connection, reference)
         chain = admin.chain(connection, entry)
         attempts = admin.attempts(connection, entry)
-        fields = _plain(entry) | (admin.payload(connection, entry) if show_payload else {})
+        fields = change_document(entry) | (admin.payload(connection, entry) if show_payload else {})
     if as_json:
         others = {"chain": [asdict(link) for link in chain], "attempts": [asdict(each) for each in attempts]}
         print_json({"change": fields | others})
@@ -173,6 +176,7 @@ def show(*, settings: Settings, name: str, show_payload: bool, as_json: bool) ->
 @names_argument
 @filter_options
 @state_option
+@because_option
 @yes_option
 @json_option
 def retry(
@@ -181,6 +185,7 @@ def retry(
     names: tuple[str, ...],
     filters: FilterOptions,
     state: str | None,
+    because: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -190,7 +195,7 @@ def retry(
     filters, dead letters only, unless --state says otherwise: it says how many before it begins, and works in rounds of
     some thousand. It may be stopped and given again at any time.
     """
-    _decide(resolved, names, filters, "retry", state=state, yes=yes, as_json=as_json)
+    _decide(resolved, names, filters, "retry", who=actor(because), state=state, yes=yes, as_json=as_json)
 
 
 @outbox.command()
@@ -201,6 +206,7 @@ def retry(
 @click.option(
     "--before", metavar="TIME", help="Every fresh change of --type from before, such as 2026-01-31T18:00Z, now."
 )
+@because_option
 @yes_option
 @json_option
 def discard(
@@ -210,6 +216,7 @@ def discard(
     filters: FilterOptions,
     state: str | None,
     before: str | None,
+    because: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -221,9 +228,10 @@ def discard(
     With --type and --before: fresh ones that were handled elsewhere. No consumer may be handling the type then.
     """
     if before is not None:
-        _discard_before(resolved.settings, names, filters, before, state=state, yes=yes, as_json=as_json)
+        who = actor(because)
+        _discard_before(resolved.settings, names, filters, before, who=who, state=state, yes=yes, as_json=as_json)
         return
-    _decide(resolved, names, filters, "discard", state=state, yes=yes, as_json=as_json)
+    _decide(resolved, names, filters, "discard", who=actor(because), state=state, yes=yes, as_json=as_json)
 
 
 def _decide(
@@ -232,19 +240,20 @@ def _decide(
     filters: FilterOptions,
     decision: Decision,
     *,
+    who: Actor,
     state: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
     refuse_unless_clear(filters, names, state)
     if filters.many:
-        _decide_many(resolved, filters, decision, state=state, yes=yes, as_json=as_json)
+        _decide_many(resolved, filters, decision, who=who, state=state, yes=yes, as_json=as_json)
         return
     from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
 
     references = [parse_reference(name) for name in names]
     with _opened(resolved.settings) as connection:
-        admin = _admin(connection, resolved.settings)
+        admin = _admin(connection, resolved.settings, who)
         decide, done = {
             "retry": (admin.retry, "will be tried now"),
             "discard": (admin.discard, "is discarded"),
@@ -258,6 +267,7 @@ def _decide_many(
     filters: FilterOptions,
     decision: Decision,
     *,
+    who: Actor,
     state: str | None,
     yes: bool,
     as_json: bool,
@@ -269,7 +279,7 @@ def _decide_many(
     chosen = ChangeState(state or ChangeState.DEAD)
     what = f"{_NAMED[chosen]}{described(filters)}"
     with _opened(settings) as connection:
-        bulk = Bulk(settings.schema_, _admin(connection, settings))
+        bulk = Bulk(settings.schema_, _admin(connection, settings, who))
         with bulk.selected(connection, chosen, wanted) as selection:
             if filters.dry_run:
                 report_count(what, selection.count, as_json)
@@ -290,6 +300,7 @@ def _decide_many(
     metavar="TIME",
     help="Without those that were replayed at this time or later: to go on after an interruption.",
 )
+@because_option
 @yes_option
 @json_option
 def replay(
@@ -299,6 +310,7 @@ def replay(
     filters: FilterOptions,
     latest_per_key: bool,
     unless_replayed_since: str | None,
+    because: str | None,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -316,11 +328,11 @@ def replay(
     from cdc.postgres.admin import parse_reference  # noqa: PLC0415 - see stats
     from cdc.postgres.bulk import Bulk  # noqa: PLC0415 - see stats
 
-    settings, what = resolved.settings, f"processed changes{described(filters)}"
+    settings, what, who = resolved.settings, f"processed changes{described(filters)}", actor(because)
     if names:
         references = [parse_reference(name) for name in names]
         with _opened(settings) as connection:
-            bulk = Bulk(settings.schema_, _admin(connection, settings))
+            bulk = Bulk(settings.schema_, _admin(connection, settings, who))
             total = work_off(bulk.replay_named(connection, references), count=len(names), done="replayed")
         report_done("replayed", what, total, as_json)
         return
@@ -328,7 +340,7 @@ def replay(
     unless_since = parse_moment(unless_replayed_since) if unless_replayed_since is not None else None
     with (
         _opened(settings) as connection,
-        Bulk(settings.schema_, _admin(connection, settings)).replayable(
+        Bulk(settings.schema_, _admin(connection, settings, who)).replayable(
             connection, wanted, latest_per_key=latest_per_key, unless_since=unless_since, only_count=filters.dry_run
         ) as found,
     ):
@@ -350,6 +362,7 @@ def _discard_before(
     filters: FilterOptions,
     before: str,
     *,
+    who: Actor,
     state: str | None,
     yes: bool,
     as_json: bool,
@@ -358,7 +371,7 @@ def _discard_before(
         raise UsageError("which changes?", hint="with --before there is a --type, and no other filter")
     confirm(f"mark every fresh change of {filters.entity_type} from before {before} processed", yes)
     with _opened(settings) as connection:
-        admin = _admin(connection, settings)
+        admin = _admin(connection, settings, who)
         count = sum(admin.discard_before(connection, filters.entity_type, before))
     if as_json:
         print_json({"discarded": count})
@@ -369,16 +382,16 @@ def _discard_before(
 outbox.add_command(prune)
 
 
-def _admin(connection: Connection, settings: Settings) -> OutboxAdmin:
+def _admin(connection: Connection, settings: Settings, who: Actor | None = None) -> OutboxAdmin:
     """Of the subscription that the settings name. Raises NotFoundError where there is none of that name."""
     from cdc.postgres.admin import OutboxAdmin  # noqa: PLC0415 - see stats
     from cdc.postgres.subscription_admin import SubscriptionAdmin  # noqa: PLC0415 - see stats
     from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - see stats
 
     if settings.subscription == DEFAULT:
-        return OutboxAdmin(settings.schema_)
+        return OutboxAdmin(settings.schema_, who)
     found = Subscriptions(settings.schema_).named(connection, settings.subscription)
-    return SubscriptionAdmin(settings.schema_, found)
+    return SubscriptionAdmin(settings.schema_, found, who)
 
 
 @contextmanager
@@ -438,10 +451,6 @@ def _figure(value: Any, more: bool) -> Any:
     return f"{value}+" if more and value else value
 
 
-def _plain(entry: ChangeSummary) -> dict[str, Any]:
-    return {**asdict(entry), "blocked": entry.blocked}
-
-
 def _lines(name: str, value: Any) -> list[tuple[str, Any]]:
     """The rows of a field: an error has its frames below it, a line each."""
     if name != "last_error" or value is None:
@@ -475,7 +484,7 @@ def _say_what_is_missing(found: Iterable[SearchResult], limit: int) -> None:
 
 def _report(what: str, entries: list[ChangeSummary], as_json: bool) -> None:
     if as_json:
-        print_json({"changes": [_plain(entry) for entry in entries]})
+        print_json({"changes": [change_document(entry) for entry in entries]})
         return
     for entry in entries:
         say(f"{entry.seq} ({entry.entity_type} {entry.entity_id!r}) {what}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cdc.app.config import Settings
+from cdc.cli.acting import actor
 from cdc.cli.bulk import add_up
 from cdc.cli.options import database_options, json_option, open_database
 from cdc.cli.output import print_json, say
@@ -29,7 +30,7 @@ def prune(settings: Settings, older_than: str, dry_run: bool, as_json: bool) -> 
     """
     from cdc.postgres.retention import Retention  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    older_than_s, retention, more = parse_duration(older_than), Retention(settings.schema_), False
+    older_than_s, retention, more = parse_duration(older_than), Retention(settings.schema_, actor()), False
     with open_database(settings) as connection:
         if dry_run:
             count, more = retention.prunable(connection, older_than_s)

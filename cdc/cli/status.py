@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cdc.app.config import Settings
+from cdc.app.documents import status_document
 from cdc.cli.options import json_option, open_database, settings_options
 from cdc.cli.output import paint, print_json, print_table, put
 from cdc.cli.watch import watch
@@ -61,9 +61,7 @@ def status(*, settings: Settings, watching: bool, every: float, times: int | Non
 def _show(seen: Status, settings: Settings, expected: Outlook | None, as_json: bool) -> None:
     health = assess(seen.slot, expected) if seen.slot else None
     if as_json:
-        figures = {**asdict(seen), "members": [each._asdict() for each in seen.members],
-                   "observers": [each._asdict() for each in seen.observers]}  # fmt: skip
-        print_json({**figures, "schema_name": settings.schema_, "health": asdict(health) if health else None})
+        print_json(status_document(seen, settings.schema_, expected))
         return
     for label, sentence in _lines(seen, settings, health):
         put(paint(label.ljust(_LABEL), bold=True), *([sentence] if isinstance(sentence, str) else sentence))

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cdc.app.config import Settings
+from cdc.app.documents import subscription_document, subscription_state
 from cdc.cli import controls
+from cdc.cli.acting import actor
 from cdc.cli.commands import Commands
 from cdc.cli.options import database_options, json_option, open_database, yes_option
 from cdc.cli.output import confirm, print_json, print_table, say
@@ -64,7 +66,7 @@ def create(
     """
     from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - --help does not wait for the driver to load
 
-    begin, subscriptions = parse_start(start), Subscriptions(settings.schema_)
+    begin, subscriptions = parse_start(start), Subscriptions(settings.schema_, actor())
     with open_database(settings) as connection:
         made, is_new = subscriptions.create(
             connection, name, types=types or None, start=begin, if_not_exists=if_not_exists
@@ -91,7 +93,7 @@ def list_(settings: Settings, as_json: bool) -> None:
     with open_database(settings) as connection:
         found = Subscriptions(settings.schema_).progress(connection)
     if as_json:
-        print_json({"subscriptions": [_as_json(each) for each in found]})
+        print_json({"subscriptions": [subscription_document(each) for each in found]})
         return
     headers = ["name", "state", "types", "behind", "oldest", "waiting", "dead", "holds back", "consumers"]
     print_table(headers, (
@@ -116,7 +118,7 @@ def show(settings: Settings, name: str, as_json: bool) -> None:
         found = subscriptions.named(connection, name)
         progress = subscriptions.progress(connection, found.number)
     if as_json:
-        print_json({"subscription": _as_json(progress[0]) if progress else asdict(found)})
+        print_json({"subscription": subscription_document(progress[0]) if progress else asdict(found)})
         return
     rows: list[tuple[str, Any]] = [
         ("types", ", ".join(found.types) if found.types else "all"),
@@ -170,7 +172,7 @@ def drop(*, settings: Settings, name: str, yes: bool, as_json: bool) -> None:
     """
     from cdc.postgres.subscriptions import Subscriptions  # noqa: PLC0415 - see create
 
-    subscriptions = Subscriptions(settings.schema_)
+    subscriptions = Subscriptions(settings.schema_, actor())
     with open_database(settings) as connection:
         found = subscriptions.named(connection, name)
         confirm(f"drop the subscription {name}{_what_is_lost(subscriptions.progress(connection, found.number))}", yes)
@@ -193,7 +195,7 @@ def _what_is_lost(found: list[SubscriptionProgress]) -> str:
 def _state(each: SubscriptionProgress) -> str:
     if (paused := each.paused) is not None:
         return f"paused since {paused.set_at.astimezone(UTC):%Y-%m-%dT%H:%MZ}: {paused.pause.because}"
-    return "running" if each.consumers else "no consumer"
+    return subscription_state(each)
 
 
 def _types(each: Subscription) -> str:
@@ -209,9 +211,3 @@ def _age(each: SubscriptionProgress) -> str | None:
 
 def _count(value: int, more: bool) -> Any:
     return f"{value}+" if more and value else value
-
-
-def _as_json(each: SubscriptionProgress) -> dict[str, Any]:
-    figures, state = asdict(each), "paused" if each.paused else "running" if each.consumers else "no consumer"
-    return {**figures.pop("subscription"), "state": state, **figures,
-            "pauses": [controls.in_json(one) for one in each.pauses]}  # fmt: skip

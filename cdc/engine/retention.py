@@ -98,6 +98,7 @@ class Pruning:
                     took_s = asyncio.get_running_loop().time() - began
                     await asyncio.sleep(min(took_s * (1 / _BUSY_SHARE - 1), PAUSE_MAX_S))
             self._since = since if more else None
+            await self._retention.prune_actions(connection, self._older_than_s)
 
     @contextlib.asynccontextmanager
     async def _lock(self) -> AsyncIterator[psycopg.AsyncConnection | None]:

@@ -25,6 +25,7 @@ from cdc.core.errors import NotFoundError, RefusedError, UsageError
 from cdc.core.model import SHARDS, ChangeState
 from cdc.core.sqlstate import About, about
 from cdc.core.subscription import DEFAULT
+from cdc.postgres.actions import ActionLog, Actor, named
 from cdc.postgres.loaders import VerbatimJson
 from cdc.postgres.sql_files import NONE_STANDS, load
 
@@ -213,17 +214,20 @@ def parse_reference(text: str) -> Reference:
 class OutboxAdmin:
     """The statements for the outbox in ``schema``, on an autocommit connection: of its default subscription.
 
-    ``given``: parameters of each statement. ``selections``: statements of ``bulk`` that are others here.
-    ``subscription``: its number, None for the default one.
+    What ``actor`` decides is recorded. ``given``: parameters of each statement. ``selections``: statements of ``bulk``
+    that are others here.
+    ``subscription``: its number, and its name; None for the default one.
     """
 
     given: Mapping[str, Any] = {"subscription_name": DEFAULT}
     selections: Mapping[str, bytes] = {}
     subscription: int | None = None
+    subscription_name: str | None = None
     _by_number: Sequence[str] = ("number_unprocessed", "number_processed")
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, actor: Actor | None = None) -> None:
         self._statements = load("admin.sql", schema)
+        self.log = ActionLog(schema, actor)
         self._without_barriers = load("admin.sql", schema, instead=NONE_STANDS)
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -269,7 +273,7 @@ class OutboxAdmin:
             row = connection.execute(self._statements[STATES[state]], parameters).fetchone()
             assert row is not None
             cut, ids = row
-            entries = self._summaries(connection, ids[:limit])
+            entries = self.summaries(connection, ids[:limit])
         return SearchResult(entries, more=len(ids) > limit, cut=cut and filtered)
 
     def pace(self, connection: psycopg.Connection) -> Throughput:
@@ -338,16 +342,23 @@ class OutboxAdmin:
         return self._decide(connection, "discard", references)
 
     def decide_free(
-        self, connection: psycopg.Connection, decision: Decision, state: ChangeState, ids: Sequence[UUID]
+        self,
+        connection: psycopg.Connection,
+        decision: Decision,
+        state: ChangeState,
+        ids: Sequence[UUID],
+        *,
+        target: Mapping[str, Any] | None = None,
     ) -> int:
         """Retry or discard those of ``ids`` that are in ``state`` and free, and wake the consumers; returns how many.
 
-        The others stay as they are.
+        The others stay as they are. ``target``: what found them, for the record.
         """
         with bounded(connection, ROUND_LIMIT_S):
             given = {**self.given, "ids": list(ids), "state": state}
             free = [id_ for (id_,) in connection.execute(self._statements["take"], given)]
             count = connection.execute(self._statements[decision], {**self.given, "ids": free}).rowcount
+            self.record(connection, decision, {"state": str(state), **(target or {})}, count)
         if count:
             wake(connection)
         return count
@@ -367,8 +378,10 @@ class OutboxAdmin:
             while more:
                 with bounded(connection):
                     row = connection.execute(self._statements["discard_before"], parameters).fetchone()
-                assert row is not None
-                marked, looked_at, parameters["after"] = row
+                    assert row is not None
+                    marked, looked_at, parameters["after"] = row
+                    target = {"type": entity_type, "changed_before": str(moment)}
+                    self.record(connection, "discard", target, marked)
                 yield marked
                 more = looked_at == _DISCARD_BATCH
 
@@ -380,19 +393,25 @@ class OutboxAdmin:
             given = {**self.given, "ids": ids, "state": None}
             taken = {id_ for (id_,) in connection.execute(self._statements["take"], given)}
             # Read again: their states cannot change while the rows are locked.
-            entries = self._summaries(connection, ids)
+            entries = self.summaries(connection, ids)
             for entry in entries:
                 _refuse_unless_free(entry, taken=entry.id in taken, to=decision)
             count = connection.execute(self._statements[decision], given).rowcount
             if count != len(ids):
                 raise _missing(references)
-            decided = self._summaries(connection, ids)
+            decided = self.summaries(connection, ids)
+            self.record(connection, decision, named([entry.seq for entry in decided]), count)
         wake(connection)
         return decided
 
     # --- inside a transaction --------------------------------------------------------------------------------------
 
-    def _summaries(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> list[ChangeSummary]:
+    def record(self, connection: psycopg.Connection, action: str, target: Mapping[str, Any], count: int) -> None:
+        """See ``ActionLog``."""
+        self.log.record(connection, action, {**target, "subscription": self.subscription_name}, count)
+
+    def summaries(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> list[ChangeSummary]:
+        """Those that are there, in the order of their ids."""
         with connection.cursor(row_factory=dict_row) as cursor:
             rows = cursor.execute(self._statements["look"], {**self.given, "ids": list(ids)}).fetchall()
         return [ChangeSummary(**{**row, "state": ChangeState(row["state"])}) for row in rows]
@@ -400,7 +419,7 @@ class OutboxAdmin:
     def _named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> list[ChangeSummary]:
         by_seq = self._numbered(connection, [name for name in references if isinstance(name, int)])
         ids = [by_seq.get(name) if isinstance(name, int) else name for name in references]
-        entries = self._summaries(connection, list(dict.fromkeys(id_ for id_ in ids if id_)))
+        entries = self.summaries(connection, list(dict.fromkeys(id_ for id_ in ids if id_)))
         there = {entry.id for entry in entries}
         if missing := [name for name, id_ in zip(references, ids, strict=True) if id_ not in there]:
             raise _missing(missing)

@@ -38,6 +38,7 @@ from cdc.core import failpoints
 from cdc.core.backfill_pace import BackfillPace, Page, Wait
 from cdc.core.errors import CdcError, NotFoundError, RefusedError, SchemaError, UsageError
 from cdc.postgres import tracking
+from cdc.postgres.actions import ActionLog, Actor
 from cdc.postgres.admin import ROUND_LIMIT_S, bounded
 from cdc.postgres.backfill_table import BackfillTable, key_is_another, the_arguments
 from cdc.postgres.sql_files import blocks, load
@@ -47,6 +48,8 @@ from cdc.postgres.tracked_tables import SourceTable, Tracked
 BACKLOG = 100
 """READs that may be unsettled, unless another number is asked for."""
 UNFINISHED = ("running", "paused")
+_DEEDS = {"running": "resume", "paused": "pause", "cancelled": "cancel"}
+"""By the state that they lead to."""
 _LOCK = 0x63646303
 """First key of the lock held by who works on a backfill; the second is a hash of the schema's name and its number."""
 _LOOK_S = 0.2
@@ -114,10 +117,14 @@ class _Page:
 
 
 class Backfills:
-    """The statements for the outbox in ``schema``, on an autocommit connection with the role's own search_path."""
+    """The statements for the outbox in ``schema``, on an autocommit connection with the role's own search_path.
 
-    def __init__(self, schema: str) -> None:
+    What ``actor`` decides is recorded.
+    """
+
+    def __init__(self, schema: str, actor: Actor | None = None) -> None:
         self._schema = schema
+        self._log = ActionLog(schema, actor)
         self._statements = load("backfill.sql", schema)
         own = blocks("backfill.sql")
         instead = {"is_written": own["is_written_for_one"], "is_open": own["is_open_for_one"]}
@@ -163,6 +170,7 @@ class Backfills:
                 try:
                     with connection.transaction():
                         [(number,)] = connection.execute(self._statements["insert"], given).fetchall()
+                        self._log.record(connection, "backfill start", {"backfill": number, "table": source.spelt})
                 except errors.UniqueViolation:
                     [before] = self._rows(connection, "unfinished", given)
                     raise RefusedError(
@@ -201,6 +209,8 @@ class Backfills:
         given = {"id": backfill.id, "to": to, "states": list(states)}
         with _server_names(connection), _explained(), bounded(connection):
             changed = connection.execute(self._statements["set_state"], given)
+            target = {"backfill": backfill.id, "table": backfill.table}
+            self._log.record(connection, f"backfill {_DEEDS[to]}", target, changed.rowcount)
         if not changed.rowcount:
             now = self.named(connection, str(backfill.id))
             raise RefusedError(f"backfill {backfill.id} of {backfill.table} is {now.state}; nothing was changed")

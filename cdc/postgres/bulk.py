@@ -15,7 +15,7 @@ seen by that one only: to the default one it is processed from the beginning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -29,11 +29,12 @@ import psycopg
 from cdc.core.errors import RefusedError, UsageError
 from cdc.core.model import ChangeState, message_prefix
 from cdc.core.router import HandledChanges
+from cdc.postgres.actions import named
 from cdc.postgres.admin import ROUND_LIMIT_S, Decision, OutboxAdmin, Reference, bounded, wake
 from cdc.postgres.sql_files import load
 
 _SELECT_LIMIT_S = 600
-"""For the one statement that selects; some 100,000 rows a second are examined."""
+"""Some 100,000 rows a second are examined."""
 _ROUND = 1_000
 _REPLAYED_BYTES = 16 << 20
 """Of stored documents that a round writes; the first change always fits."""
@@ -52,16 +53,19 @@ Moment = datetime | timedelta
 class Wanted:
     """Which changes are meant; None is any.
 
-    ``error``: error_kind, such as the name of a class, or whole words that error_summary begins with. ``since`` and
-    ``until`` compare ``changed_at``; the latter is excluded. ``handled``: those that one handler gets.
+    ``error``: error_kind, such as the name of a class, or whole words that error_summary begins with. ``text``: what
+    the key or the error has in it, in any case of letters. ``since`` and ``until`` compare ``changed_at``; the latter
+    is excluded. ``handled``: those that one handler gets; ``handler`` is its name.
     """
 
     entity_type: str | None = None
     entity_id: str | None = None
     error: str | None = None
+    text: str | None = None
     since: Moment | None = None
     until: Moment | None = None
     handled: HandledChanges | None = None
+    handler: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +77,13 @@ class Round:
 
 
 class Bulk:
-    """The statements for the outbox in ``schema``, on an autocommit connection; of the subscription of ``admin``."""
+    """The statements for the outbox in ``schema``, on an autocommit connection; of the subscription of ``admin``.
 
-    def __init__(self, schema: str, admin: OutboxAdmin | None = None) -> None:
+    ``select_limit_s``: for the one statement that selects.
+    """
+
+    def __init__(self, schema: str, admin: OutboxAdmin | None = None, *, select_limit_s: int = _SELECT_LIMIT_S) -> None:
+        self._select_limit_s = select_limit_s
         self._admin = admin or OutboxAdmin(schema)
         self._statements = {**load("bulk.sql", schema), **self._admin.selections}
         self._schema = schema
@@ -85,9 +93,9 @@ class Bulk:
     def selected(self, connection: psycopg.Connection, state: ChangeState, wanted: Wanted) -> Iterator[Selection]:
         """The changes in this state, dead or waiting, that match. One at a time on a connection."""
         [(now,)] = connection.execute("SELECT now()").fetchall()
-        parameters = {**self._admin.given, **_parameters(wanted, now)}
-        with _cursor(connection, self._statements[_SELECTS[state]], parameters) as count:
-            yield Selection(connection, self._admin, state, count)
+        parameters = {**self._admin.given, **parameters_of(wanted, now)}
+        with _cursor(connection, self._statements[_SELECTS[state]], parameters, self._select_limit_s) as count:
+            yield Selection(connection, self._admin, state, count, target=_target(wanted, now))
 
     @contextmanager
     def replayable(
@@ -109,12 +117,13 @@ class Bulk:
             raise UsageError("--error finds nothing here: a subscription keeps no errors of what it has processed")
         with nullcontext() if only_count else self._alone(connection):
             [(now,)] = connection.execute("SELECT now()").fetchall()
-            parameters = {**self._admin.given, **_parameters(wanted, now), "unless_since": _at(unless_since, now)}
+            parameters = {**self._admin.given, **parameters_of(wanted, now), "unless_since": _at(unless_since, now)}
             statement = self._statements["select_latest" if latest_per_key else "select_processed"]
-            with _cursor(connection, statement, parameters) as count:
+            with _cursor(connection, statement, parameters, self._select_limit_s) as count:
                 yield Replay(
                     self, connection, count, since=parameters["since"], until=parameters["until"] or now,
                     unless_since=parameters["unless_since"] or now,
+                    target={**_target(wanted, now), "latest_per_key": latest_per_key or None},
                 )  # fmt: skip
 
     def replay_named(self, connection: psycopg.Connection, references: Sequence[Reference]) -> Iterator[Round]:
@@ -132,18 +141,24 @@ class Bulk:
                     hint="a fresh one runs in its turn; cdc outbox retry is for one that waits or is dead",
                 )
         with self._alone(connection):
-            yield from self.replay(connection, [entry.id for entry in entries])
+            yield from self.replay(connection, [entry.id for entry in entries], named([each.seq for each in entries]))
 
-    def replay(self, connection: psycopg.Connection, ids: Sequence[UUID]) -> Iterator[Round]:
-        """Write these once more, in this order, where they are processed; yields each round after its commit."""
+    def replay(
+        self, connection: psycopg.Connection, ids: Sequence[UUID], target: Mapping[str, Any] | None = None
+    ) -> Iterator[Round]:
+        """Write these once more, in this order, where they are processed; yields each round after its commit.
+
+        ``target``: what found them, for the record.
+        """
         while ids:
             parameters = {**self._admin.given, "ids": list(ids), "bytes": _REPLAYED_BYTES, "prefix": self._prefix}
             with bounded(connection, ROUND_LIMIT_S):
                 # Before any number: readers conclude from transaction ids whether a lower seq may still appear.
                 connection.execute("SELECT pg_current_xact_id()")
                 row = connection.execute(self._statements["replay"], parameters).fetchone()
-            assert row is not None
-            written, looked_at = row
+                assert row is not None
+                written, looked_at = row
+                self._admin.record(connection, "replay", target or {}, written)
             wake(connection)
             yield Round(looked_at, written)
             ids = ids[looked_at:]
@@ -165,16 +180,26 @@ class Bulk:
 class Selection:
     """``count`` changes in ``state``, each id with the hash of its key, as they were when they were selected."""
 
-    def __init__(self, connection: psycopg.Connection, admin: OutboxAdmin, state: ChangeState, count: int) -> None:
+    def __init__(
+        self,
+        connection: psycopg.Connection,
+        admin: OutboxAdmin,
+        state: ChangeState,
+        count: int,
+        *,
+        target: Mapping[str, Any],
+    ) -> None:
         self._connection = connection
         self._admin = admin
         self._state = state
+        self._target = target
         self.count = count
 
     def decide(self, decision: Decision) -> Iterator[Round]:
         """Retry or discard them, in rounds; yields each after its commit."""
         for ids in self._whole_keys():
-            yield Round(len(ids), self._admin.decide_free(self._connection, decision, self._state, ids))
+            done = self._admin.decide_free(self._connection, decision, self._state, ids, target=self._target)
+            yield Round(len(ids), done)
 
     def _whole_keys(self) -> Iterator[list[UUID]]:
         """The ids, some at a time, those of one key together."""
@@ -213,9 +238,11 @@ class Replay:
         since: datetime | None,
         until: datetime,
         unless_since: datetime,
+        target: Mapping[str, Any],
     ) -> None:
         self._bulk = bulk
         self._connection = connection
+        self._target = target
         self.count = count
         self.since = since
         self.until = until
@@ -224,13 +251,15 @@ class Replay:
     def rounds(self) -> Iterator[Round]:
         """Write them once more; yields each round after its commit, and after the consumers are woken."""
         while rows := _fetch(self._connection):
-            yield from self._bulk.replay(self._connection, [id_ for id_, _ in rows])
+            yield from self._bulk.replay(self._connection, [id_ for id_, _ in rows], self._target)
 
 
 @contextmanager
-def _cursor(connection: psycopg.Connection, statement: bytes, parameters: dict[str, Any]) -> Iterator[int]:
+def _cursor(
+    connection: psycopg.Connection, statement: bytes, parameters: dict[str, Any], limit_s: int
+) -> Iterator[int]:
     """How many rows the statement selects, which stay on the server meanwhile."""
-    with bounded(connection, _SELECT_LIMIT_S):
+    with bounded(connection, limit_s):
         # By old statistics a loop within a loop looks cheap.
         connection.execute("SELECT set_config('enable_nestloop', 'off', true)")
         connection.execute(statement, parameters)
@@ -247,12 +276,14 @@ def _fetch(connection: psycopg.Connection) -> list[tuple[UUID, int]]:
     return connection.execute(b"FETCH %d FROM %s" % (_ROUND, _CURSOR)).fetchall()
 
 
-def _parameters(wanted: Wanted, now: datetime) -> dict[str, Any]:
+def parameters_of(wanted: Wanted, now: datetime) -> dict[str, Any]:
+    """What the expression ``matches`` of bulk.sql is given. ``now``: by the server's clock."""
     handled = wanted.handled
     return {
         "type": wanted.entity_type,
         "key": wanted.entity_id,
         "error": wanted.error,
+        "text": wanted.text,
         "since": _at(wanted.since, now),
         "until": _at(wanted.until, now),
         "types": [entity_type for entity_type, _ in handled.named] if handled else None,
@@ -260,6 +291,16 @@ def _parameters(wanted: Wanted, now: datetime) -> dict[str, Any]:
         "named": list(handled.others_than) if handled else None,
         "others": list(handled.others) if handled else None,
     }
+
+
+def _target(wanted: Wanted, now: datetime) -> dict[str, Any]:
+    """The filters as the log has them."""
+    since, until = _at(wanted.since, now), _at(wanted.until, now)
+    return {
+        "type": wanted.entity_type, "key": wanted.entity_id, "handler": wanted.handler,
+        "error": wanted.error, "text": wanted.text,
+        "since": since and since.isoformat(), "until": until and until.isoformat(),
+    }  # fmt: skip
 
 
 def _at(moment: Moment | None, now: datetime) -> datetime | None:

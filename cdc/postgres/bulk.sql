@@ -14,6 +14,8 @@ AND (%(error)s::text IS NULL
      OR c.error_kind = %(error)s
      OR left(coalesce(c.error_summary, c.last_error), length(%(error)s) + 1)
         IN (%(error)s, %(error)s || ' ', %(error)s || ':', %(error)s || ','))
+AND (%(text)s::text IS NULL
+     OR strpos(lower(concat_ws(' ', c.entity_id, coalesce(c.last_error, c.error_summary))), lower(%(text)s)) > 0)
 AND (%(types)s::text[] IS NULL
      OR EXISTS (SELECT FROM unnest(%(types)s::text[], %(operations)s::text[]) AS handled(type, operation)
                 WHERE handled.type = coalesce(c.entity_type, c.table_name) AND handled.operation = c.operation)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ from cdc.core.errors import NotFoundError, RefusedError, SchemaError
 from cdc.core.model import SHARDS
 from cdc.core.pauses import PAUSES_MAX, Pause, Pauses
 from cdc.core.type_filter import TypeFilter
+from cdc.postgres.actions import ActionLog, Actor
 from cdc.postgres.admin import bounded, wake
 from cdc.postgres.outbox import FIRST_TYPE, TYPES_MAX
 from cdc.postgres.sql_files import load
@@ -41,10 +42,12 @@ class Control:
 
 
 class Controls:
-    """The statements for the outbox in ``schema``, on an autocommit connection."""
+    """The statements for the outbox in ``schema``, on an autocommit connection. What ``actor`` does is recorded."""
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, actor: Actor | None = None) -> None:
         self._schema = schema
+        self._actor = actor or Actor()
+        self._log = ActionLog(schema, self._actor)
         self._statements = load("controls.sql", schema)
 
     def pause(self, connection: psycopg.Connection, pause: Pause, for_s: float | None = None) -> Control:
@@ -53,10 +56,12 @@ class Controls:
             with bounded(connection):
                 said = {"because": pause.because, "set_by": pause.set_by, "for_s": for_s, "max": PAUSES_MAX}
                 row = connection.execute(self._statements["pause"], {**_target(pause), **said}).fetchone()
-            if row is None:
-                raise RefusedError(
-                    f"there are {PAUSES_MAX} pauses, and no room for more", hint="cdc controls; then cdc resume"
-                )
+                if row is None:
+                    raise RefusedError(
+                        f"there are {PAUSES_MAX} pauses, and no room for more", hint="cdc controls; then cdc resume"
+                    )
+                who = replace(self._actor, person=pause.set_by, because=pause.because)
+                self._log.record(connection, "pause", {**_recorded(pause), "for_s": for_s}, actor=who)
             wake(connection)
         return next(each for each in self.all(connection) if each.pause.id == row[0])
 
@@ -67,6 +72,7 @@ class Controls:
             with bounded(connection):
                 parameters = {**_target(pause or Pause(0)), "all": pause is None}
                 ended = [before.get(id_) for (id_,) in connection.execute(self._statements["resume"], parameters)]
+                self._log.record(connection, "resume", _recorded(pause) if pause else {"all": True}, len(ended))
             if not ended and pause is not None:
                 others = ", ".join(str(each.pause) for each in list(before.values())[:5])
                 raise NotFoundError(
@@ -126,4 +132,11 @@ def _target(pause: Pause) -> dict[str, str | None]:
     return {
         "subscription": pause.subscription, "entity_type": pause.entity_type, "handler": pause.handler,
         "entity_id": pause.entity_id,
+    }  # fmt: skip
+
+
+def _recorded(pause: Pause) -> dict[str, str | None]:
+    """The same under the names that the log has for them."""
+    return {
+        "subscription": pause.subscription, "type": pause.entity_type, "handler": pause.handler, "key": pause.entity_id,
     }  # fmt: skip

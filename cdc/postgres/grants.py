@@ -25,11 +25,13 @@ BARRIERS = "cdc_barriers"
 COLUMNS = "cdc_columns"
 SUBSCRIPTIONS, POSITIONS, SUBSCRIPTION_CHANGES = "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes"
 CONTROLS = "cdc_controls"
+ACTIONS = "cdc_actions"
 ATTEMPTS = "change_attempts"
 DASHBOARD, HISTORY = "action_processing_dashboard", "recent_action_history"
 RELATIONS = (
     CHANGES, SHARDS, LEDGER, DASHBOARD, HISTORY, NUMBERS, BACKFILLS, DUE_CHANGES, BARRIERS, COLUMNS, SUBSCRIPTIONS,
     POSITIONS, SUBSCRIPTION_CHANGES, CONTROLS, ATTEMPTS,
+    ACTIONS,
 )  # fmt: skip
 PUBLISH = "publish_change(text, text, text, jsonb, jsonb, jsonb, timestamp with time zone)"
 PUBLISH_DUE = "publish_due(integer, bigint)"
@@ -58,6 +60,8 @@ ATTEMPT_RIGHTS = ("SELECT", "INSERT", "DELETE")
 """A consumer's rights on change_attempts."""
 CONTROL_RIGHTS = ("SELECT", "INSERT", "DELETE")
 """An operator's rights on cdc_controls."""
+ACTION = ("command", "person", "via", "action", "target", "because", "count")
+"""The columns of cdc_actions that who acts may write. Nobody but the owner may change a row."""
 PAYLOAD = ("old_data", "new_data", "metadata")
 """The columns that hold the application's data."""
 DESCRIPTION = (
@@ -86,6 +90,10 @@ class Right:
     privileges: tuple[str, ...]
     object: str
     columns: tuple[str, ...] = ()
+
+
+RECORDING = (Right(("SELECT",), ACTIONS), Right(("INSERT",), ACTIONS, ACTION))
+"""What it takes to act."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +140,10 @@ def consumer(role: str, *, retention: bool = False, publish: bool = False, scrip
         Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION),
         Right(("EXECUTE",), PUBLISH_DUE),
         Right(("EXECUTE",), BARRED),
+        *RECORDING,
     ]
     if retention:
-        rights.append(Right(("DELETE",), CHANGES))
+        rights += [Right(("DELETE",), CHANGES), Right(("DELETE",), ACTIONS)]
     if publish or any(PUBLISH in script for script in scripts):
         rights.append(Right(("EXECUTE",), PUBLISH))
     return Grantee(role, tuple(rights), streams=True, scripts=tuple(scripts))
@@ -145,7 +154,7 @@ def reader(role: str, *, payload: bool = False) -> Grantee:
     seen = Right(("SELECT",), CHANGES, () if payload else DESCRIPTION + STATE)
     history = Right(("SELECT",), HISTORY, () if payload else HISTORY_WITHOUT_PREVIEW)
     due = Right(("SELECT",), DUE_CHANGES, DUE_DESCRIPTION + PAYLOAD if payload else DUE_DESCRIPTION)
-    others = [Right(("SELECT",), name) for name in (DASHBOARD, CONTROLS, ATTEMPTS)]
+    others = [Right(("SELECT",), name) for name in (DASHBOARD, CONTROLS, ATTEMPTS, ACTIONS)]
     return Grantee(role, (seen, history, due, *others))
 
 
@@ -157,8 +166,9 @@ def operator(role: str, *, payload: bool = False) -> Grantee:
         Right(("SELECT",), BARRIERS),
         Right(("SELECT",), SUBSCRIPTIONS),
         Right(CONTROL_RIGHTS, CONTROLS),
+        *RECORDING,
     )
-    return Grantee(role, (*(right for right in seen if right.object != CONTROLS), *decides))
+    return Grantee(role, (*(right for right in seen if right.object not in (CONTROLS, ACTIONS)), *decides))
 
 
 def print_sql(schema: str, grantees: Sequence[Grantee]) -> str:

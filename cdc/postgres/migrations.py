@@ -268,6 +268,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("TABLE", "cdc_subscriptions", ""),
         ("TABLE", "cdc_controls", ""),
         ("TABLE", "change_attempts", ""),
+        ("TABLE", "cdc_actions", ""),
         ("FUNCTION", "fill_shard", "()"),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),

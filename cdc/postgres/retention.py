@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import sql
 
+from cdc.postgres.actions import ActionLog, Actor
 from cdc.postgres.sql_files import load
 
 BATCH = 1_000
@@ -44,24 +45,31 @@ class Batch(NamedTuple):
 
 
 class Retention:
-    """The statements for the outbox in ``schema``, on an autocommit connection."""
+    """The statements for the outbox in ``schema``, on an autocommit connection. What ``actor`` removes is recorded."""
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, actor: Actor | None = None) -> None:
         self._statements = load("retention.sql", schema)
+        self._log = ActionLog(schema, actor)
         self.table = sql.Identifier(schema, "entity_changes").as_string(None)
         """The table's name, as written in SQL."""
 
     def prune(self, connection: psycopg.Connection, older_than_s: float, limit: int = BATCH) -> Iterator[int]:
-        """Remove changes processed more than ``older_than_s`` ago; yields each batch's count after its commit."""
+        """Remove changes processed more than ``older_than_s`` ago; yields each batch's count after its commit.
+
+        Then what is that old of the log of actions, and as old as that is kept at least.
+        """
         batch = Batch(0, None, True)
         while batch.more:
             with connection.transaction():
                 connection.execute(LIMITS)
                 statement = self._statements["prune_shared" if self.shared(connection) else "prune"]
                 row = connection.execute(statement, _asked(older_than_s, limit, batch.until)).fetchone()
-            batch = _batch(row, batch.until)
+                batch = _batch(row, batch.until)
+                self._log.record(connection, "prune", {"older_than_s": older_than_s}, batch.removed)
             if batch.removed:
                 yield batch.removed
+        for _ in self._log.prune(connection, older_than_s):
+            pass
 
     async def prune_batch(
         self,
@@ -78,6 +86,10 @@ class Retention:
             statement = self._statements["prune_shared" if shared else "prune"]
             row = await (await connection.execute(statement, _asked(older_than_s, limit, since))).fetchone()
         return _batch(row, since)
+
+    async def prune_actions(self, connection: psycopg.AsyncConnection, older_than_s: float) -> None:
+        """Some of the log of actions, of what is older than that is kept at least."""
+        await self._log.prune_batch(connection, older_than_s)
 
     def prunable(self, connection: psycopg.Connection, older_than_s: float) -> tuple[int, bool]:
         """The number of changes that ``prune`` would remove, and whether there may be more: a million are looked at."""

@@ -31,9 +31,9 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
     ``{is_barred}``, a function, and ``{barred_regprocedure}``; ``{is_table_function}``, an expression;
     ``{shards_regclass}``, the same for the table of owners; ``{subscriptions}``, ``{positions}`` and
     ``{subscription_changes}``, the tables of subscriptions, and the last two with ``_regclass``; ``{numbers}``, the
-    sequence of ``seq``; ``{controls}``, the table of what is paused; ``{attempts}``, that of failed
-    attempts, also with ``_regclass``; and blocks that are expressions, from the same
-    file or from outbox.sql. ``instead``: in place of the blocks of these names.
+    sequence of ``seq``; ``{controls}``, the table of what is paused; ``{attempts}``, that of failed attempts, also with
+    ``_regclass``; ``{actions}``, that of what operators have done; and blocks that are expressions, from the same file
+    or from outbox.sql. ``instead``: in place of the blocks of these names.
     """
     names = {
         "changes": table(schema, "entity_changes"),
@@ -57,6 +57,7 @@ def load(file: str, schema: str, *, instead: Mapping[str, str] | None = None) ->
         "controls": table(schema, "cdc_controls"),
         "attempts": table(schema, "change_attempts"),
         "attempts_regclass": _in_text(sql.Literal(sql.Identifier(schema, "change_attempts").as_string())),
+        "actions": table(schema, "cdc_actions"),
         "is_table_function": sql.SQL(IS_TABLE_FUNCTION),
         "shards_regclass": _in_text(sql.Literal(sql.Identifier(schema, "cdc_shards").as_string())),
     }

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import psycopg
 
 from cdc.core.errors import NotFoundError, UsageError
+from cdc.postgres.actions import Actor
 from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin, Reference, SearchResult
 from cdc.postgres.shard_locks import change_locks
 from cdc.postgres.sql_files import blocks, load
@@ -22,8 +23,9 @@ class SubscriptionAdmin(OutboxAdmin):
 
     _by_number = ("number",)
 
-    def __init__(self, schema: str, subscription: Subscription) -> None:
-        super().__init__(schema)
+    def __init__(self, schema: str, subscription: Subscription, actor: Actor | None = None) -> None:
+        super().__init__(schema, actor)
+        self.subscription_name = subscription.name
         admin = blocks("admin.sql")
         shared = {"wanted": admin["wanted"], "totals": admin["totals"], "matches": blocks("bulk.sql")["matches"]}
         own = load("subscription_admin.sql", schema, instead=shared)

@@ -33,6 +33,7 @@ from psycopg.rows import dict_row
 from cdc.core.errors import CdcError, RefusedError, SchemaError, UsageError
 from cdc.core.model import SHARDS
 from cdc.core.subscription import Start, check_name, missing
+from cdc.postgres.actions import ActionLog, Actor
 from cdc.postgres.admin import bounded, wake
 from cdc.postgres.controls import Control, Controls
 from cdc.postgres.open_transactions import end_oldest
@@ -115,10 +116,11 @@ class SubscriptionProgress:
 
 
 class Subscriptions:
-    """The statements for the outbox in ``schema``, on an autocommit connection."""
+    """The statements for the outbox in ``schema``, on an autocommit connection. What ``actor`` decides is recorded."""
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, actor: Actor | None = None) -> None:
         self._schema = schema
+        self._log = ActionLog(schema, actor)
         self._statements = load("subscriptions.sql", schema)
         self._controls = Controls(schema)
 
@@ -196,6 +198,7 @@ class Subscriptions:
             found = self.named(connection, name)
             with bounded(connection):
                 connection.execute(self._statements["drop"], {"name": name})
+                self._log.record(connection, "subscription drop", {"subscription": name})
             wake(connection)
             self._sweep_up(connection)
             if not self.all(connection):
@@ -282,6 +285,7 @@ class Subscriptions:
             [(number,)] = connection.execute(self._statements["insert"], given).fetchall()
             given["subscription"] = number
             connection.execute(self._statements["place" if at is None else "place_at"], given)
+            self._log.record(connection, "subscription create", {"subscription": name, "from": written})
             if at is None and connection.execute(self._statements["skip"], given).rowcount >= _SKIPPED_MAX:
                 raise RefusedError(
                     f"the subscription {name} cannot begin now: too much was written while a transaction was open",

@@ -303,7 +303,8 @@ def test_an_operator_needs_the_documented_grants_and_a_consumer_may_not(
             sql.SQL(
                 "GRANT SELECT, INSERT (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data,"
                 " metadata, caused_by, depth, replay_of) ON entity_changes TO {0};"
-                " GRANT INSERT (entity_type, seq, id) ON cdc_barriers TO {0}"
+                " GRANT INSERT (entity_type, seq, id) ON cdc_barriers TO {0};"
+                " GRANT SELECT, INSERT (command, person, via, action, target, because, count) ON cdc_actions TO {0}"
             ).format(sql.Identifier(operator))
         )
         grants.grant(outbox_db, "public", [grants.consumer(consumer)])
