@@ -6,6 +6,7 @@ What a handler's author needs, and nothing that opens a connection: importing th
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from cdc.core.errors import (
@@ -47,6 +48,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
-    """Run a consumer inside one's own asyncio program, until cancelled; see ``cdc.app.application.run``."""
-    await importlib.import_module("cdc.app.application").run(dsn, router, **settings)
+async def run(dsn: str | None, router: Router | Mapping[str, Router] | None, **settings: Any) -> None:
+    """Run a consumer inside one's own asyncio program, until cancelled; see ``cdc.app.consumers.run``.
+
+    Several, where ``router`` is one for each subscription by name.
+    """
+    await importlib.import_module("cdc.app.consumers").run(dsn, router, **settings)

@@ -11,14 +11,15 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from cdc import __version__
-from cdc.app import config
-from cdc.app.components import build
-from cdc.app.config import Settings
+from cdc.app.components import SharedStream, build
+from cdc.app.config import HttpSection, Settings
 from cdc.core import deliveries
 from cdc.core.router import Router
 from cdc.core.subscription import DEFAULT
@@ -28,37 +29,19 @@ from cdc.engine.consumer_port import ConsumerPort
 from cdc.engine.due_changes import DuePublisher
 from cdc.engine.health_checks import HealthThresholds
 from cdc.engine.retention import Pruning
-from cdc.http.server import Check, HealthServer
+from cdc.http.server import Check, HealthServer, Routes
 from cdc.http.status_page import StatusPage
 from cdc.observability.metrics import Metrics
 from cdc.observability.snapshots import ProcessStatus
 from cdc.postgres.connect import connect
 from cdc.postgres.subscriptions import Subscription, Subscriptions
+from cdc.runtime.supervisor import Supervisor
 
 log = logging.getLogger("cdc")
 
 _STOP_S = 3.0
 _LOOK_UP_S = 10.0
 _Run = Callable[[], Coroutine[Any, Any, None]]
-
-
-async def run(dsn: str | None, router: Router | None, **settings: Any) -> None:
-    """The consumer as a part of one's own asyncio program: works until cancelled, then drains.
-
-    ``settings`` are those of ``cdc run``, with the names of its options (``slot_name="billing"``, ``drain_time=5``);
-    the environment and cdc.toml are not read, and HTTP is off unless ``http_port`` is given. Raises ConnectError when
-    the database cannot be reached at the start, UsageError for a setting that does not exist. If ``router`` is None,
-    ``deliver_to`` is required.
-    """
-    chosen = config.from_options({"http_port": 0, "dsn": dsn, **settings})
-    app = App(chosen, router, subscription=await subscription_of(chosen))
-    work = asyncio.create_task(app.run())
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        app.consumer.stop()
-        await work
-        raise
 
 
 async def subscription_of(settings: Settings) -> Subscription | None:
@@ -73,10 +56,37 @@ async def subscription_of(settings: Settings) -> Subscription | None:
     return await asyncio.to_thread(look_up)
 
 
+@contextlib.contextmanager
+def serving(
+    http: HttpSection,
+    *,
+    registry: CollectorRegistry,
+    liveness: Callable[[], list[Check]],
+    readiness: Callable[[], list[Check]],
+    routes: Routes | None,
+    supervisor: Supervisor,
+) -> Iterator[None]:
+    """Metrics, probes and ``routes`` are answered meanwhile, if a port is set."""
+    if http.port == 0:
+        yield
+        return
+    server = HealthServer(
+        http.host, http.port, registry=registry, liveness=liveness, readiness=readiness, routes=routes,
+        hosts=http.hosts or (), supervisor=supervisor,
+    )  # fmt: skip
+    server.start()
+    log.info("metrics on http://%s:%d/metrics%s", http.host, server.port, ", the page on /" if routes else "")
+    try:
+        yield
+    finally:
+        server.stop()
+
+
 class App:
     """One consumer with its other components. Made on the event loop. ``router`` is None if deliver.to is set.
 
-    ``subscription``: as ``subscription_of`` returns it.
+    ``subscription``: as ``subscription_of`` returns it. ``shared``: of a process with several of these, which
+    serves the probes and the page itself; one of them ``leads``.
     """
 
     def __init__(
@@ -86,17 +96,23 @@ class App:
         thresholds: HealthThresholds | None = None,
         *,
         subscription: Subscription | None = None,
+        shared: SharedStream | None = None,
+        leads: bool = True,
+        beside: Sequence[str] = (),
     ) -> None:
         self._thresholds = thresholds or HealthThresholds()
+        self._serves = shared is None
         self.components = parts = build(
-            settings, router, stall_limit_s=self._thresholds.stall_s, subscription=subscription
-        )
-        self._page = (
+            settings, router, stall_limit_s=self._thresholds.stall_s, subscription=subscription, shared=shared,
+            leads=leads,
+        )  # fmt: skip
+        self.page = (
             StatusPage(
                 lambda: parts.status,
                 self._checks,
                 readings=lambda: parts.poller.readings,
                 failures=lambda: parts.failures.all,
+                beside=beside,
                 supervisor=parts.supervisor,
             )
             if settings.http.port and settings.http.page
@@ -106,6 +122,15 @@ class App:
     @property
     def consumer(self) -> ConsumerPort:
         return self.components.consumer
+
+    @property
+    def connected(self) -> bool:
+        """Whether it has reached the server once."""
+        return self.consumer.lifecycle.connected.is_set()
+
+    def stop(self) -> None:
+        """Let what runs finish. On the event loop."""
+        self.consumer.stop()
 
     @property
     def metrics(self) -> Metrics:
@@ -147,35 +172,29 @@ class App:
 
     @contextlib.contextmanager
     def _serving_health(self) -> Iterator[None]:
-        http = self.components.settings.http
-        if http.port == 0:
+        with contextlib.ExitStack() as served:
+            if self._serves:
+                served.enter_context(serving(
+                    self.components.settings.http,
+                    registry=self.metrics.registry,
+                    liveness=self.liveness,
+                    readiness=self.readiness,
+                    routes=self.page.routes if self.page else None,
+                    supervisor=self.components.supervisor,
+                ))  # fmt: skip
+            if self.page:
+                self.page.start()
+                served.callback(self.page.stop, _STOP_S)
             yield
-            return
-        server = HealthServer(
-            http.host,
-            http.port,
-            registry=self.metrics.registry,
-            liveness=self.liveness,
-            readiness=self.readiness,
-            routes=self._page.routes if self._page else None,
-            hosts=http.hosts or (),
-            supervisor=self.components.supervisor,
-        )
-        server.start()
-        if self._page:
-            self._page.start()
-        log.info("metrics on http://%s:%d/metrics%s", http.host, server.port, ", the page on /" if self._page else "")
-        try:
-            yield
-        finally:
-            server.stop()
-            if self._page:
-                self._page.stop(_STOP_S)
 
     @contextlib.asynccontextmanager
     async def _running_components(self) -> AsyncIterator[None]:
         """Runs the other components while the consumer works."""
         keep, tasks = self.components.supervisor.keep, list[asyncio.Task[None]]()
+        shared, woken = self.components.shared, self.components.woken
+        if woken is not None:
+            shared.beside.append(woken)
+            woken.notifications.streaming(connected=shared.stream is not None and shared.stream.status.connected)
         try:
             tasks += [asyncio.create_task(keep(name, run)) for name, run in self._kept()]
             await self.components.transactions.open()
@@ -186,6 +205,11 @@ class App:
                 )
             yield
         finally:
+            if woken is not None:
+                shared.beside.remove(woken)
+            else:
+                for each in shared.beside:
+                    each.notifications.streaming(connected=False)
             for task in tasks:
                 task.cancel()
             # All at once: each may have to wait for a silent connection.
@@ -210,13 +234,13 @@ class App:
         yield "threads", self._once_connected(self._start_threads)
         yield "listener", self._once_connected(self.components.listener.run)
         yield "relay", self._once_connected(self.components.relay.run)
-        settings = self.components.settings
+        settings, leads = self.components.settings, self.components.woken is None
         if self.components.delivery and not settings.observe:
             yield "broker", self._once_connected(self._check_delivery)
-        if not settings.observe:
+        if leads and not settings.observe:
             due = DuePublisher(settings.current_dsn, settings.schema_, self.consumer.owns)
             yield "due", self._once_connected(due.run)
-        if (age_s := settings.retention_s) is not None and not settings.observe:
+        if leads and (age_s := settings.retention_s) is not None and not settings.observe:
             pruning = Pruning(settings.current_dsn, settings.schema_, age_s, self.metrics.outbox)
             yield "retention", self._once_connected(pruning.run)
 
@@ -231,7 +255,7 @@ class App:
         self.components.poller.start()
         if self.components.stream:
             self.components.stream.start()
-        else:
+        elif not self.components.shared.stream:
             log.info("the stream is switched off: changes are found by sweeping")
         await asyncio.Event().wait()
 

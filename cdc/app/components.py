@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from dataclasses import dataclass
+from collections.abc import Sized
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from cdc.engine.executor import Executor
 from cdc.engine.hooks import Hooks
 from cdc.engine.shadow import Shadow
 from cdc.engine.stats_poller import StatsPoller
-from cdc.engine.stream_bridge import StreamBridge
+from cdc.engine.stream_bridge import StreamBridge, Woken
 from cdc.engine.thread_pool import Threads
 from cdc.engine.transactions import Transactions
 from cdc.observability.failures import RecentFailures
@@ -59,11 +60,27 @@ _SUBSCRIPTION_SCAN = 100
 """Changes of a subscription that its figures look at, of each shard."""
 
 
+@dataclass(slots=True)
+class SharedStream:
+    """What reads the slot for all consumers of a process; None: it is switched off. ``beside``: who else is woken."""
+
+    stream: Stream | None = None
+    leading: Woken | None = None
+    beside: list[Woken] = field(default_factory=list)
+    tells_of_all: bool = False
+    """The leading consumer is of the default subscription, and shows the figures of all others."""
+
+    def exposed(self) -> bool:
+        """Whether a change runs that may end the process; from any thread."""
+        return any(each.exposed() for each in (self.leading, *self.beside) if each is not None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
     """``settings``: as they are used. ``scope``: the types that this consumer handles.
 
-    ``stream`` is None if it is switched off, ``delivery`` if handlers are functions.
+    ``woken`` is None for the consumer whose components run what a process needs once: the stream, retention, what is
+    due later. ``delivery`` is None if handlers are functions.
     """
 
     settings: Settings
@@ -81,8 +98,14 @@ class Components:
     relay: Relay
     listener: Listener
     poller: StatsPoller
-    stream: Stream | None
+    shared: SharedStream
+    woken: Woken | None
     delivery: Delivery | BrokerDelivery | None
+
+    @property
+    def stream(self) -> Stream | None:
+        """The one that these components run; None also if another consumer's do."""
+        return self.shared.stream if self.woken is None else None
 
     @property
     def status(self) -> ProcessStatus:
@@ -90,7 +113,7 @@ class Components:
         return ProcessStatus(
             subscription=self.settings.subscription,
             consumer=self.consumer.status,
-            stream=self.stream.status if self.stream else None,
+            stream=self.shared.stream.status if self.shared.stream else None,
             poller=self.poller.status,
             handlers=self.metrics.handlers.status,
             pools=self.transactions.status,
@@ -103,13 +126,20 @@ class Components:
 
 
 def build(
-    settings: Settings, router: Router | None, *, stall_limit_s: float, subscription: Subscription | None = None
+    settings: Settings,
+    router: Router | None,
+    *,
+    stall_limit_s: float,
+    subscription: Subscription | None = None,
+    shared: SharedStream | None = None,
+    leads: bool = True,
 ) -> Components:
     """On the event loop. ``router`` is None if deliver.to is set. Raises UsageError if these do not fit.
 
     ``stall_limit_s``: the silence after which the stream reconnects. ``subscription``: the one that is named in the
-    settings, if that is not the default one.
+    settings, if that is not the default one. ``shared``: where a process has several consumers, of which one ``leads``.
     """
+    shared = shared or SharedStream()
     if settings.observe:
         settings = _as_observer(settings)
     delivery = make_delivery(settings) if settings.deliver.to else None
@@ -123,44 +153,42 @@ def build(
     transactions = _transactions(settings, router, store)
     breakers = CircuitBreakers({handler.name for handler in router.handlers.values()})
     policy = _error_policy(settings, router, metrics, hooks=hooks, breakers=breakers, failures=failures)
+    executor = Executor(
+        router, error_policy=policy, timeout_s=settings.timeout_s, threads=threads, transactions=transactions,
+        metrics=metrics.handlers,
+    )  # fmt: skip
     consumer: ConsumerPort = (
-        Shadow(_consumer_settings(settings, settings.scope), router=router, store=store, metrics=metrics)
+        Shadow(_consumer_settings(settings, settings.scope, None), router=router, store=store, metrics=metrics)
         if settings.observe
         else Consumer(
-            _consumer_settings(settings, scope, subscription),
-            executor=Executor(
-                router,
-                error_policy=policy,
-                timeout_s=settings.timeout_s,
-                threads=threads,
-                transactions=transactions,
-                metrics=metrics.handlers,
-            ),
-            demand=_limits(settings, router, breakers),
-            store=store,
-            hooks=hooks,
-            metrics=metrics,
+            _consumer_settings(settings, scope, subscription, shared.beside), executor=executor,
+            demand=_limits(settings, router, breakers), store=store, hooks=hooks, metrics=metrics,
         )
-    )
+    )  # fmt: skip
     relay = Relay(settings.current_dsn, settings.schema_, metrics.wakeups.relayed.inc)
-
-    def poll_now() -> None:  # poller and stream refer to each other
-        poller.poll_now()
-
-    stream = None
-    if settings.stream:
-        bridge = StreamBridge(consumer.notifications, relay, metrics, hooks, changed=poll_now)
-        chosen, sockets = _stream_settings(settings, stall_limit_s), sockets_of(asyncio.get_running_loop())
-        stream = Stream(chosen, bridge, supervisor, exposed=consumer.exposed, sockets=sockets)
-    poller = _poller(settings, scope, store, supervisor, stream, subscription, consumer=consumer)
+    woken = Woken(consumer.notifications, hooks, metrics, consumer.exposed)
+    if leads:
+        shared.leading, shared.tells_of_all = woken, subscription is None
+        bridge = StreamBridge(woken, relay, changed=lambda: poller.poll_now(), beside=shared.beside)  # noqa: PLW0108 - made below
+        shared.stream = _stream(settings, bridge, supervisor, shared, stall_limit_s) if settings.stream else None
+    stream, tells = shared.stream if leads else None, leads or not shared.tells_of_all
+    poller = _poller(settings, scope, store, supervisor, stream, subscription, consumer=consumer, tells=tells)
     listener = _listener(settings, consumer, hooks, metrics)
     components = Components(
         settings=settings, router=router, scope=scope, metrics=metrics, supervisor=supervisor, threads=threads,
         hooks=hooks, transactions=transactions, breakers=breakers, failures=failures, loop=LoopWatch(),
-        consumer=consumer, relay=relay, listener=listener, poller=poller, stream=stream, delivery=delivery,
+        consumer=consumer, relay=relay, listener=listener, poller=poller, shared=shared,
+        woken=None if leads else woken, delivery=delivery,
     )  # fmt: skip
     metrics.registry.register(_status_metrics(components, delivers=delivers))
     return components
+
+
+def _stream(
+    settings: Settings, bridge: StreamBridge, supervisor: Supervisor, shared: SharedStream, stall_limit_s: float
+) -> Stream:
+    chosen, sockets = _stream_settings(settings, stall_limit_s), sockets_of(asyncio.get_running_loop())
+    return Stream(chosen, bridge, supervisor, exposed=shared.exposed, sockets=sockets)
 
 
 def _status_metrics(components: Components, *, delivers: bool) -> StatusMetrics:
@@ -249,6 +277,7 @@ def _poller(  # noqa: PLR0917 - one of each
     subscription: Subscription | None,
     *,
     consumer: ConsumerPort,
+    tells: bool,
 ) -> StatsPoller:
     may_recreate = settings.slot.create and settings.slot.recreate
     subscriptions, number = Subscriptions(settings.schema_), subscription.number if subscription else None
@@ -266,7 +295,9 @@ def _poller(  # noqa: PLR0917 - one of each
         else settings.scope,
         page=_admin(settings, subscription) if settings.http.port and settings.http.page else None,
         # Those of the default one tell of all: of a subscription without a consumer no other would.
-        subscriptions=lambda connection: subscriptions.figures(connection, number, _SUBSCRIPTION_SCAN),
+        subscriptions=(lambda connection: subscriptions.figures(connection, number, _SUBSCRIPTION_SCAN))
+        if tells
+        else None,
         supervisor=supervisor,
         standbys_away=stream.waits_for_standbys if stream and may_recreate else lambda: None,
     )
@@ -297,7 +328,7 @@ def _the_one(given: Router | None, deliverys: Router | None) -> Router:
 
 
 def _consumer_settings(
-    settings: Settings, scope: TypeFilter, subscription: Subscription | None = None
+    settings: Settings, scope: TypeFilter, subscription: Subscription | None, beside: Sized = ()
 ) -> ConsumerSettings:
     return ConsumerSettings(
         dsn=settings.current_dsn,
@@ -311,6 +342,7 @@ def _consumer_settings(
         poll_interval_s=settings.poll_interval,
         scope=scope,
         subscription=subscription.number if subscription else shard_locks.DEFAULT,
+        beside=beside,
     )
 
 

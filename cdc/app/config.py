@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -29,14 +29,24 @@ from pydantic import (
 
 from cdc.app.file_ownership import others_hand
 from cdc.app.secret_file import SecretFile
+from cdc.app.setting_values import (
+    at_commas,
+    does_not_ask_for_help,
+    fits_a_name,
+    is_a_secret,
+    is_a_subscription,
+    is_a_target,
+    is_an_age,
+    none_is_zero,
+)
 from cdc.core import broker_url
 from cdc.core.broker_url import STRUCTURED
 from cdc.core.errors import UsageError
 from cdc.core.model import PLUGINS
-from cdc.core.subscription import DEFAULT, check_name
+from cdc.core.subscription import DEFAULT
 from cdc.core.type_filter import TypeFilter
 from cdc.core.units import parse_duration
-from cdc.http import endpoint_url, webhook_signature
+from cdc.http import webhook_signature
 
 DEFAULT_FILE = Path("cdc.toml")
 """Read in the working directory, if it is there and no other is named."""
@@ -46,11 +56,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
 
 
-def _at_commas(value: object) -> object:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-_Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_at_commas)]
+_Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(at_commas)]
 
 
 class SlotSection(_Section):
@@ -77,25 +83,11 @@ class HttpSection(_Section):
     hosts: _Names = Field(None, description="A name to ask for the page by, besides addresses and localhost.")
 
 
-def _is_a_target(url: str | None) -> str | None:
-    if url is not None:
-        broker_url.parse(url) if broker_url.is_broker(url) else endpoint_url.parse(url)
-    return url
-
-
-def _is_a_secret(secret: SecretStr | None) -> SecretStr | None:
-    if secret is not None:
-        webhook_signature.key(secret.get_secret_value())
-    if isinstance(secret, SecretFile):
-        secret.check = webhook_signature.key
-    return secret
-
-
-_Secret = Annotated[SecretStr | None, AfterValidator(_is_a_secret)]
+_Secret = Annotated[SecretStr | None, AfterValidator(is_a_secret)]
 
 
 class DeliverSection(_Section):
-    to: Annotated[str | None, AfterValidator(_is_a_target)] = Field(
+    to: Annotated[str | None, AfterValidator(is_a_target)] = Field(
         None, description="URL of an application or a broker that changes go to, instead of to handlers."
     )
     types: _Names = Field(None, description="Entity types to deliver; left out, all of them.")
@@ -148,17 +140,10 @@ class BackoffSection(_Section):
     cap: float = Field(1800.0, gt=0, description="Seconds: the longest wait before any attempt.")
 
 
-def _does_not_ask_for_help(text: str) -> str:
-    if "help" in text.lower():
-        # If a messenger reports its own messages, such an answer would be answered for ever.
-        raise ValueError("it must not have the word help in it, or it would be answered itself")
-    return text
-
-
 class WhatsappSection(_Section):
     sender_url: str | None = Field(None, description="The messenger: URL that messages are posted to.")
     sender_token: SecretStr | None = Field(None, min_length=1, description="Bearer token for it.")
-    help_text: Annotated[str, AfterValidator(_does_not_ask_for_help)] = Field(
+    help_text: Annotated[str, AfterValidator(does_not_ask_for_help)] = Field(
         "React to a message with an emoji that has a rule, such as ✅ for a task.",
         min_length=1,
         description="What cdc.contrib.whatsapp answers to a message that asks for help.",
@@ -177,39 +162,13 @@ class LogSection(_Section):
     format: Literal["text", "json"] = Field("text", description="Lines for people, or one JSON object a line.")
 
 
-def _fits_a_name(schema: str) -> str:
-    if "\0" in schema or len(schema.encode()) > 63:
-        raise ValueError("a schema name has at most 63 bytes")  # PostgreSQL silently cuts longer ones
-    return schema
-
-
-def _is_a_subscription(name: str) -> str:
-    try:
-        return name if name == DEFAULT else check_name(name)
-    except UsageError as error:
-        raise ValueError(f"{error}; {error.hint}") from None
-
-
-def _none_is_zero(value: object) -> object:
-    return 0 if isinstance(value, str) and value.strip().lower() == "none" else value
-
-
-def _is_an_age(text: str) -> str:
-    try:
-        if text != "off":
-            parse_duration(text)
-    except UsageError:  # it quotes the value, and a misplaced value may be a secret
-        raise ValueError("input should be a span of time, such as 30d, 12h, 90m, or off") from None
-    return text
-
-
 class Settings(_Section):
     """Everything that can be set. Times are seconds."""
 
     dsn: SecretStr | None = Field(None, description="Database, as libpq reads it. Left out: the PG* variables.")
     stream_dsn: SecretStr | None = Field(None, description="Another role for the replication stream.")
     handlers_dsn: SecretStr | None = Field(None, description="Another way for transactional handlers: a pooler.")
-    schema_: Annotated[str, AfterValidator(_fits_a_name)] = Field(
+    schema_: Annotated[str, AfterValidator(fits_a_name)] = Field(
         "public", alias="schema", min_length=1, description="Schema of the table entity_changes."
     )
     handlers: str | None = Field(None, description="Your router, as package.module:router.")
@@ -217,7 +176,7 @@ class Settings(_Section):
     only: _Names = Field(None, description="Handle this entity type and no other.")
     except_: _Names = Field(None, alias="except", description="Leave this entity type alone.")
     unhandled: Literal["leave", "discard"] = Field("leave", description="What to do with types that no handler wants.")
-    subscription: Annotated[str, AfterValidator(_is_a_subscription)] = Field(
+    subscription: Annotated[str, AfterValidator(is_a_subscription)] = Field(
         DEFAULT, description="Which subscription's changes are handled; cdc subscription create makes one."
     )
     observe: bool = Field(False, description="Shadow mode: measure everything, run no handler, mark nothing.")
@@ -233,14 +192,14 @@ class Settings(_Section):
     max_chain_depth: int = Field(
         16, ge=1, le=10_000, description="Causes a change may have, each written by the handler of the one before."
     )
-    timeout: Annotated[float, BeforeValidator(_none_is_zero)] = Field(
+    timeout: Annotated[float, BeforeValidator(none_is_zero)] = Field(
         60.0, ge=0, description="Seconds a handler may take for one change; 0 or none is no limit."
     )
     backoff: BackoffSection = BackoffSection()
     drain_time: float = Field(10.0, ge=0, description="Seconds that running handlers get to finish at a stop.")
     sweep_interval: float = Field(5.0, gt=0, description="Seconds between scans for changes without a notification.")
     poll_interval: float = Field(0.5, gt=0, description="Seconds between scans while nothing is streamed.")
-    retention: Annotated[str, AfterValidator(_is_an_age)] = Field(
+    retention: Annotated[str, AfterValidator(is_an_age)] = Field(
         "off", description="Age, such as 30d, at which processed changes are removed for good; off keeps them."
     )
     log: LogSection = LogSection()
@@ -333,26 +292,36 @@ class Setting:
 
 
 def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
-    for attribute, field in model.model_fields.items():
-        name, kind = prefix + (field.alias or attribute), field.annotation
+    for attribute, each in model.model_fields.items():
+        name, kind = prefix + (each.alias or attribute), each.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _leaves(kind, f"{name}.")
         else:
-            yield Setting(name, field.description or "", field.default, kind)
+            yield Setting(name, each.description or "", each.default, kind)
 
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in _leaves(Settings)}
 _BY_FLAT = {setting.flat: setting for setting in SETTINGS.values()}
 
 
+Given = dict[str, tuple[Any, str]]
+"""Name in SETTINGS to (value, source)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The settings, and each value's source by name in SETTINGS. ``found``: in the default file, not a named one."""
+    """The settings, and what was given. ``found``: in the default file, not a named one. ``sections``: see there."""
 
     settings: Settings
-    sources: Mapping[str, str]
+    given: Given
     warnings: tuple[str, ...] = ()
     found: bool = False
+    sections: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Each value's source by name in SETTINGS."""
+        return {name: self.given[name][1] if name in self.given else "default" for name in SETTINGS}
 
     def value(self, name: str) -> Any:
         """By the name in SETTINGS; a secret stays a SecretStr."""
@@ -363,9 +332,6 @@ class Resolved:
 
 
 _ALL_OF_THEM = "cdc config show --help explains every setting"
-
-_Given = dict[str, tuple[Any, str]]
-"""Name in SETTINGS to (value, source)."""
 
 
 def load(
@@ -381,11 +347,11 @@ def load(
     """
     environ = os.environ if environ is None else environ
     named = file or (Path(environ["CDC_CONFIG"]) if environ.get("CDC_CONFIG") else None)
-    from_file = _from_file(named)
+    from_file, sections = _from_file(named)
     reason = others_hand(named) if named else None
     warnings = (f"{named}: {reason}; it is used all the same, as it was named",) if reason else ()
-    resolved = _resolved({**from_file, **_from_environment(environ), **_from_options(options or {})})
-    return replace(resolved, warnings=warnings, found=named is None)
+    resolved = resolve({**from_file, **_from_environment(environ), **_from_options(options or {})})
+    return replace(resolved, warnings=warnings, found=named is None, sections=sections)
 
 
 def from_options(options: Mapping[str, Any]) -> Settings:
@@ -394,10 +360,11 @@ def from_options(options: Mapping[str, Any]) -> Settings:
     for name in options:
         if name not in _BY_FLAT:
             raise UsageError(f"{name!r} is not a setting", hint=_nearest(name, list(_BY_FLAT)))
-    return _resolved(_from_options(options)).settings
+    return resolve(_from_options(options)).settings
 
 
-def _resolved(given: _Given) -> Resolved:
+def resolve(given: Given) -> Resolved:
+    """Raises UsageError, as ``load``."""
     nested: dict[str, Any] = {}
     for name, (value, _) in given.items():
         section, _, leaf = name.rpartition(".")
@@ -406,10 +373,10 @@ def _resolved(given: _Given) -> Resolved:
         settings = Settings.model_validate(nested)
     except ValidationError as invalid:
         raise _complaint(invalid, given) from None
-    return Resolved(settings, {name: given[name][1] if name in given else "default" for name in SETTINGS})
+    return Resolved(settings, given)
 
 
-def _from_options(options: Mapping[str, Any]) -> _Given:
+def _from_options(options: Mapping[str, Any]) -> Given:
     known = ((_BY_FLAT[flat], value) for flat, value in options.items() if value is not None)
     return {
         setting.name: (value, f"--no-{setting.option[2:]}" if value is False else setting.option)
@@ -429,10 +396,10 @@ def _is_a_service(variable: str, value: str) -> bool:
     return variable.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://"))
 
 
-def _from_environment(environ: Mapping[str, str]) -> _Given:
+def _from_environment(environ: Mapping[str, str]) -> Given:
     variables = {setting.variable: setting for setting in SETTINGS.values()}
     files = {f"{setting.variable}_FILE": setting for setting in SETTINGS.values() if setting.secret}
-    given: _Given = {}
+    given: Given = {}
     for variable, value in sorted(environ.items()):
         if not variable.startswith("CDC_") or not value or _is_a_service(variable, value):
             continue  # empty is unset: what ${CDC_X:-} leaves in a compose file
@@ -447,7 +414,7 @@ def _from_environment(environ: Mapping[str, str]) -> _Given:
     return given
 
 
-def _from_file(named: Path | None) -> _Given:
+def _from_file(named: Path | None) -> tuple[Given, Mapping[str, Any]]:
     path = named or DEFAULT_FILE
     try:
         if named is None and (reason := others_hand(path)):
@@ -458,23 +425,25 @@ def _from_file(named: Path | None) -> _Given:
         document = tomllib.loads(path.read_text())
     except FileNotFoundError:
         if named is None:
-            return {}
+            return {}, {}
         raise UsageError(f"there is no configuration file {path}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}", hint="see https://toml.io for the format") from None
-    return {name: (value, f"{name} in {path}") for name, value in _flattened(document, path)}
+    sections = document.pop("subscription") if isinstance(document.get("subscription"), dict) else {}
+    return {name: (value, f"{name} in {path}") for name, value in flattened(document, str(path))}, sections
 
 
-def _flattened(document: Mapping[str, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(document: Mapping[str, Any], path: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names in SETTINGS with their values. Raises UsageError for one that is not there."""
     sections = {name.partition(".")[0] for name in SETTINGS if "." in name}
     for key, value in document.items():
         name = prefix + key
         if name in SETTINGS:
             yield name, value
         elif name in sections and isinstance(value, dict):
-            yield from _flattened(value, path, f"{name}.")
+            yield from flattened(value, path, f"{name}.")
         else:
             raise UsageError(f"{name} in {path} is not a setting", hint=_nearest(name, list(SETTINGS)))
 
@@ -485,7 +454,7 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else _ALL_OF_THEM
 
 
-def _complaint(invalid: ValidationError, given: _Given) -> UsageError:
+def _complaint(invalid: ValidationError, given: Given) -> UsageError:
     sentences = []
     for error in invalid.errors(include_url=False, include_input=False, include_context=False):
         name = ".".join(str(part) for part in error["loc"])

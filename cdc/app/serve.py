@@ -1,4 +1,4 @@
-"""``cdc run``: the process around a consumer, with its event loop, its signals and its end.
+"""``cdc run``: the process around its consumers, with its event loop, its signals and its end.
 
 SIGTERM, SIGINT or SIGHUP drains. What hangs then, such as a handler that goes on after its cancellation or a thread
 that resolves a name, does not delay the end. If the event loop itself is blocked, a thread ends the process.
@@ -12,12 +12,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from cdc.app.application import App, subscription_of
-from cdc.app.config import Settings
-from cdc.core.router import Router
+from cdc.app.application import App
+from cdc.app.consumers import Chosen, Consumers, made
 from cdc.observability import logs
 from cdc.runtime import process
 from cdc.runtime.cancelling import cancel
@@ -30,13 +29,14 @@ _OVERTIME_S = 20.0
 """Beyond the drain time, until a stop has failed; all its steps have limits of their own, which are less."""
 
 
-def serve(settings: Settings, router: Router | None) -> None:
-    """Log, handle signals, run until one comes, drain, return. ``router``: see ``App``."""
+def serve(chosen: Sequence[Chosen]) -> None:
+    """Log, handle signals, run these consumers until one comes, drain, return. What is for all is in the first."""
+    settings, _ = chosen[0]
     logs.setup(settings.log.level, settings.log.format)
     spare_the_garbage_collector()
     loop = _new_loop()
     try:
-        loop.run_until_complete(_serve(settings, router))
+        loop.run_until_complete(_serve(chosen))
     finally:
         _end(loop)
 
@@ -62,7 +62,8 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return make()
 
 
-async def _serve(settings: Settings, router: Router | None) -> None:
+async def _serve(chosen: Sequence[Chosen]) -> None:
+    settings, _ = chosen[0]
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
@@ -74,19 +75,19 @@ async def _serve(settings: Settings, router: Router | None) -> None:
         log.info("%s: stopping", signal.Signals(number).name)
 
     process.hand_over(on_signal)
-    app = App(settings, router, subscription=await subscription_of(settings))
-    stopping = asyncio.create_task(_stop_at(stop, app))
+    consumers = await made(chosen)
+    stopping = asyncio.create_task(_stop_at(stop, consumers))
     try:
-        await app.run()
+        await consumers.run()
     finally:
         stopping.cancel()
-        if not app.consumer.lifecycle.connected.is_set():  # a thread of a library may still be resolving a name
+        if not consumers.connected:  # a thread of a library may still be resolving a name
             process.abandon()
 
 
-async def _stop_at(stop: asyncio.Event, app: App) -> None:
+async def _stop_at(stop: asyncio.Event, consumers: App | Consumers) -> None:
     await stop.wait()
-    app.consumer.stop()
+    consumers.stop()
 
 
 def _end_now(number: int) -> None:

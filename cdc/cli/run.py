@@ -13,8 +13,9 @@ from types import ModuleType
 
 import click
 
-from cdc.app.config import DeliverSection, Settings
-from cdc.cli.options import settings_options
+from cdc.app.config import DeliverSection, Resolved, Settings
+from cdc.app.sections import consumers
+from cdc.cli.options import resolved_options
 from cdc.core.errors import CdcError, UsageError
 from cdc.core.masking import mask
 from cdc.core.router import Router
@@ -24,7 +25,7 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
 
 
 @click.command()
-@settings_options(
+@resolved_options(
     "handlers", "deliver.to", "deliver.types", "deliver.batch", "deliver.linger", "deliver.source", "deliver.format",
     "deliver.user", "deliver.password", "deliver.secret", "deliver.previous_secret",
     "only", "except", "subscription", "observe", "dsn", "stream_dsn", "handlers_dsn", "schema", "slot.name",
@@ -34,7 +35,7 @@ _EXAMPLE = "write it as package.module:router, for example --handlers myapp.even
     "backoff.cap", "drain_time", "sweep_interval", "poll_interval", "retention", "log.level", "log.format",
     "whatsapp.sender_url", "whatsapp.sender_token", "whatsapp.help_text",
 )  # fmt: skip
-def run(settings: Settings) -> None:
+def run(resolved: Resolved) -> None:
     """Hand committed changes to your handlers, or to an application over HTTP.
 
     \b
@@ -45,23 +46,30 @@ def run(settings: Settings) -> None:
     install" and "cdc track" first. Where replication is not to be had it works as well: it looks for new changes
     at short intervals instead of being notified.
 
-    Every option is also a variable (--slot-name: CDC_SLOT_NAME) and a line of cdc.toml (name in [slot]).
+    Every option is also a variable (--slot-name: CDC_SLOT_NAME) and a line of cdc.toml (name in [slot]). Where cdc.toml
+    has sections [subscription.NAME], each with handlers of its own, one process consumes all of these subscriptions.
     """
+    several = [each.settings for each in consumers(resolved)]
+    for settings in several:
+        _refuse_nobody(settings)
+    try:
+        chosen = [(each, load_router(each.handlers, each) if each.handlers else None) for each in several]
+        from cdc.app.serve import serve  # noqa: PLC0415 - --help does not wait for the consumer to load
+
+        serve(chosen)
+    except (CdcError, Interrupted):
+        if not interrupted():
+            raise
+        # Nothing ran that could be drained; an error that the interruption caused in the module is not reported.
+
+
+def _refuse_nobody(settings: Settings) -> None:
     if settings.deliver != DeliverSection() and not settings.deliver.to:
         raise UsageError(
             "a delivery has settings and no URL", hint="--deliver-to URL; or no --type, --batch, CDC_DELIVER_..."
         )
     if not settings.handlers and not settings.deliver.to:
         raise UsageError("no handlers are named", hint=f"--handlers or CDC_HANDLERS: {_EXAMPLE}; or --deliver-to URL")
-    try:
-        router = load_router(settings.handlers, settings) if settings.handlers else None
-        from cdc.app.serve import serve  # noqa: PLC0415 - --help does not wait for the consumer to load
-
-        serve(settings, router)
-    except (CdcError, Interrupted):
-        if not interrupted():
-            raise
-        # Nothing ran that could be drained; an error that the interruption caused in the module is not reported.
 
 
 def load_router(reference: str, settings: Settings) -> Router:

@@ -27,7 +27,7 @@ log = logging.getLogger("cdc.consumer")
 
 
 class Balancing:
-    """``acquired`` is called when there are new shards, ``readers`` at each poll: whether others read the same changes.
+    """``acquired`` is called when there are new shards, ``readers`` at each poll: others may read the same changes.
 
     Times are those of the event loop's clock.
     """
@@ -41,7 +41,7 @@ class Balancing:
         *,
         acquired: Callable[[], None],
         pausing: Pausing,
-        readers: Callable[[bool], None] = lambda others: None,
+        readers: Callable[[ShardSession], None] = lambda session: None,
     ) -> None:
         self._ownership = ownership
         self._settler = settler
@@ -86,7 +86,7 @@ class Balancing:
         before = len(owned)
         polled = await self.look(session)
         self.members, free = polled.members, polled.free
-        self._readers(session.others_read)
+        self._readers(session)
         move = balance(self.members, owned, free)
         if (move.acquire or session.unregistered) and (acquired := await session.acquire(move.acquire)).shards:
             self._ownership.acquire(acquired)

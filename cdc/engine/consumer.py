@@ -281,8 +281,8 @@ class Consumer:
                 async with session.writing:
                     await self._store.advance(session.connection, owned)
 
-    def _others_read(self, others: bool) -> None:
-        self.notifications.relays_all = others
+    def _others_read(self, session: ShardSession) -> None:
+        self.notifications.relays_all = session.others_read(len(self._settings.beside))
 
     def _reread(self) -> None:
         """Changes were left without an outcome. Only a read of due changes finds one that waits and is due."""

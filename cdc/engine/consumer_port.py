@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,8 @@ from cdc.postgres.shard_locks import DEFAULT
 class ConsumerSettings:
     """Durations in seconds. ``window`` and ``concurrency`` count changes, ``transactions`` connections.
 
-    ``subscription``: the number of the one whose changes are handled.
+    ``subscription``: the number of the one whose changes are handled. ``beside``: consumers of other subscriptions in
+    this process, which its stream wakes.
     """
 
     dsn: Dsn
@@ -32,6 +34,7 @@ class ConsumerSettings:
     poll_interval_s: float
     scope: TypeFilter = EVERYTHING
     subscription: int = DEFAULT
+    beside: Sized = ()
 
 
 class ConsumerPort(Protocol):

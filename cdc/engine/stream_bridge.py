@@ -12,7 +12,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cdc.core.errors import StreamError
 from cdc.core.model import WakeUp
@@ -24,18 +24,40 @@ from cdc.postgres.notify import Relay
 _CROSSING_MAX = 20_000
 
 
+class Woken(NamedTuple):
+    """What is woken for one consumer: its reads, and the hooks of its handlers.
+
+    ``exposed``: whether a change of it runs that may end the process; from any thread.
+    """
+
+    notifications: Notifications
+    hooks: Hooks
+    metrics: Metrics
+    exposed: Callable[[], bool] = lambda: False
+
+
 class StreamBridge:
-    """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run there or in the thread."""
+    """The ``StreamEvents`` of a consumer. Made on the event loop; its public methods run there or in the thread.
+
+    ``beside``: the consumers of other subscriptions in this process, as they are at each event. They are woken here,
+    and need no NOTIFY.
+    """
 
     def __init__(
-        self, notifications: Notifications, relay: Relay, metrics: Metrics, hooks: Hooks, *, changed: Callable[[], None]
+        self,
+        ours: Woken,
+        relay: Relay,
+        *,
+        changed: Callable[[], None],
+        beside: Sequence[Woken] = (),
     ) -> None:
-        self._notifications = notifications
+        self._notifications = ours.notifications
         self._relay = relay
         self._changed = changed
-        self._metrics = metrics
-        self._hooks = hooks
-        self._received = metrics.wakeups.received.labels("wal")
+        self._metrics = ours.metrics
+        self._hooks = ours.hooks
+        self._beside = beside
+        self._received = ours.metrics.wakeups.received.labels("wal")
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._lock = threading.Lock()
@@ -90,6 +112,8 @@ class StreamBridge:
 
     def _streaming(self) -> None:
         self._notifications.streaming(connected=True)
+        for each in self._beside:
+            each.notifications.streaming(connected=True)
         self._changed()
 
     def _crossed(self, wakeups: Sequence[WakeUp], latency_s: float | None) -> None:
@@ -100,6 +124,8 @@ class StreamBridge:
         if dropped:
             self._metrics.wakeups.dropped.inc(dropped)
             self._notifications.missed()
+            for each in self._beside:
+                each.notifications.missed()
             if self._notifications.is_sharing:
                 self._relay.missed()
 
@@ -111,7 +137,14 @@ class StreamBridge:
             self._hooks.woken(wakeups)
         if others := self._notifications.notified(wakeups):
             self._relay.offer(others)
+        for each in self._beside:
+            each.metrics.wakeups.received.labels("wal").inc(len(wakeups))
+            if each.hooks.for_wakeups:
+                each.hooks.woken(wakeups)
+            each.notifications.notified(wakeups)
 
     def _interrupted(self, reason: str) -> None:
         self._metrics.stream.disconnected(reason)
         self._notifications.streaming(connected=False)
+        for each in self._beside:
+            each.notifications.streaming(connected=False)

@@ -65,7 +65,7 @@ class Check(NamedTuple):
 
 Checks = Callable[[], Iterable[Check]]
 Routes = Mapping[str, Callable[[], tuple[list[tuple[str, str]], bytes]]]
-"""By path the function that returns headers and body."""
+"""By path, or path and query, the function that returns headers and body. An unknown query is none."""
 
 
 class HealthServer:
@@ -132,7 +132,7 @@ class _Application:
         self._exposition = make_wsgi_app(registry)
         self._checks = {"/livez": liveness, "/readyz": readiness}
         self._routes = routes
-        self._list = "".join(f"{path}\n" for path in (*_ROUTES, *routes))
+        self._list = "".join(f"{path}\n" for path in (*_ROUTES, *routes) if "?" not in path)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         status, headers, body = self._respond(environ)
@@ -153,7 +153,8 @@ class _Application:
             hint = "ask by an address or as localhost, or allow the name: http.hosts, --http-hosts, CDC_HTTP_HOSTS\n"
             return _text("421 Misdirected Request", f"this consumer has no such name\n{hint}")
         if path in self._routes:
-            return "200 OK", *self._routes[path]()
+            asked = f"{path}?{environ.get('QUERY_STRING', '')}"
+            return "200 OK", *self._routes[asked if asked in self._routes else path]()
         return _text("200 OK", self._list) if path == "/" else _text("404 Not Found", f"there is only\n{self._list}")
 
     def _metrics(self, environ: WSGIEnvironment) -> _Response:

@@ -50,7 +50,10 @@ _ALWAYS = [
 
 
 class StatusPage:
-    """start() once, stop() once. Its arguments are called in its own threads. ``checks``: those of the probes."""
+    """start() once, stop() once. Its arguments are called in its own threads. ``checks``: those of the probes.
+
+    ``beside``: the subscriptions of all consumers of this process, where it has several.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class StatusPage:
         *,
         readings: Callable[[], Readings] = Readings,
         failures: Callable[[], Sequence[tuple[int, Failure]]] = list,
+        beside: Sequence[str] = (),
         every_s: float = _EVERY_S,
         supervisor: Supervisor | None = None,
     ) -> None:
@@ -67,6 +71,7 @@ class StatusPage:
         self._checks = checks
         self._readings = readings
         self._failures = failures
+        self._beside = beside
         self._every_s = every_s
         self._html = _document()
         self._started = time.monotonic()
@@ -76,7 +81,7 @@ class StatusPage:
 
     @property
     def routes(self) -> Mapping[str, Callable[[], Answer]]:
-        return {"/": lambda: self._html, "/status.json": self._figures}
+        return {"/": lambda: self._html, "/status.json": self.answer}
 
     def start(self) -> None:
         self._thread.start()
@@ -98,7 +103,8 @@ class StatusPage:
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
-    def _figures(self) -> Answer:
+    def answer(self) -> Answer:
+        """/status.json."""
         body = json.dumps(self.figures(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return [("Content-Type", "application/json"), *_ALWAYS], body.encode()
 
@@ -112,6 +118,7 @@ class StatusPage:
             "up_s": round(now - self._started, 1),
             "consumer": self._consumer(status, now),
             "subscriptions": _of_subscriptions(status),
+            "beside": list(self._beside),
             "outbox": readings.outbox and _of_outbox(*readings.outbox, status, now),
             "slot": readings.slot and _of_slot(readings.slot, now),
             "failures": [_of_failure(*each, time.time()) for each in self._failures()],

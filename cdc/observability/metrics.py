@@ -42,7 +42,8 @@ REQUESTS = ("2xx", "3xx", "4xx", "5xx", "timeout", "broken", "unreached")
 MESSAGES = ("acknowledged", "refused", "broken", "unreached")
 """How a message to a broker ends: refused by it, or without an acknowledgement: lost with a connection, or not sent."""
 TASKS = (
-    "loop", "watch", "hooks", "threads", "listener", "relay", "retention", "collector", "page", "health", "stream"
+    "loop", "watch", "hooks", "threads", "listener", "relay", "retention", "collector", "page", "health", "stream",
+    "consumer",
 )  # fmt: skip
 """Tasks and threads that run as long as the process does."""
 INTERRUPTIONS = ("connection", "statement")

@@ -294,8 +294,7 @@ class ShardSession:
         """Held by the task that writes: another task's statement would become part of its transaction."""
         self.unregistered: list[int] = []
         """Locked shards for which this process has not registered yet."""
-        self.others_read = subscription != DEFAULT
-        """At the last poll: there are consumers of other subscriptions."""
+        self._readers = 0
         self._owner = owner
         self._subscription = subscription
         names = {
@@ -353,7 +352,7 @@ class ShardSession:
         statement = self._polled[bool(self.may_see_controls)]
         [(members, taken, readers, name, may_see, found)] = await self._rows(statement, self._parameters)
         if self._subscription == DEFAULT:
-            self.others_read = readers > 0
+            self._readers = readers
         elif name is None:
             raise SchemaError("the subscription was dropped", hint="stop its consumers")
         if may_see != self.may_see_controls:
@@ -364,6 +363,10 @@ class ShardSession:
         if pauses is not None:
             self._parameters["seen"] = ",".join(str(pause.id) for pause in pauses)
         return Polled(members, SHARDS - taken, pauses)
+
+    def others_read(self, here: int) -> bool:
+        """At the last poll: there are consumers of other subscriptions, besides so many in this process."""
+        return self._subscription != DEFAULT or self._readers > here
 
     async def holders(self) -> list[Holder]:
         """The sessions that hold the most shards."""

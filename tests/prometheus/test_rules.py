@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from cdc.observability.registries import LABEL
 from tests.prometheus.fix_queries import (
     ROOT,
     RULES,
@@ -24,7 +25,7 @@ from tests.prometheus.fix_queries import (
 )
 from tests.reference.metrics import everything
 
-OF_PROMETHEUS = {"job", "instance", "alertname", "alertstate"}
+OF_PROMETHEUS = {"job", "instance", "alertname", "alertstate", LABEL}
 OF_POSTGRES_EXPORTER: Mapping[str, set[str]] = {
     "pg_replication_slots_active": {"slot_name"},
     "pg_replication_slots_pg_wal_lsn_diff": {"slot_name"},

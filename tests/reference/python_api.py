@@ -12,7 +12,7 @@ from typing import Any
 
 import cdc
 from cdc import sinks, testing
-from cdc.app import application
+from cdc.app import consumers
 from tests.reference.markdown import WRITTEN, code, prose, table
 
 _HEAD = f"""\
@@ -23,7 +23,7 @@ _HEAD = f"""\
 `cdc.sinks` sends to brokers, `cdc.testing` is for tests. What is not on this page is not public: it may change in any
 release.
 """
-_WHERE_IT_IS = {"run": application.run}
+_WHERE_IT_IS = {"run": consumers.run}
 """What the package loads only when it is called."""
 
 

@@ -21,6 +21,9 @@ Times are seconds. A switch is `yes` or `no`; as an option it is `--stream` or `
 is given again, names with commas between them in a variable, and a list in the file. `cdc config show` prints each
 setting with its value and where it came from. A secret may be in a file instead: `CDC_DSN_FILE` names the file of
 `CDC_DSN`, and is read again when it changes.
+
+A section `[subscription.NAME]` of the file has settings for one of [several subscriptions in one
+process](../guides/subscriptions.md#several-in-one-process). They count before all others for that subscription.
 """
 _SECTIONS = {
     "": "General",

@@ -13,7 +13,7 @@ from cdc.core.errors import StreamError
 from cdc.core.model import WakeUp
 from cdc.core.router import Router
 from cdc.engine.hooks import Hooks
-from cdc.engine.stream_bridge import StreamBridge
+from cdc.engine.stream_bridge import StreamBridge, Woken
 from cdc.observability.metrics import Metrics
 
 
@@ -41,7 +41,7 @@ async def bridge(notified: _Notified) -> StreamBridge:
     router = Router()
     metrics = Metrics("slot", router)
     unused = cast("Any", None)
-    return StreamBridge(cast("Any", notified), unused, metrics, Hooks(router), changed=lambda: None)
+    return StreamBridge(Woken(cast("Any", notified), Hooks(router), metrics), unused, changed=lambda: None)
 
 
 async def _turn() -> None:
