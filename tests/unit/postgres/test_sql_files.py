@@ -11,7 +11,7 @@ from cdc.postgres.sql_files import blocks, load
 FILES = sorted(each.name for each in files("cdc.postgres").iterdir() if each.name.endswith(".sql"))
 SHARED = {
     "wanted": blocks("admin.sql")["wanted"], "totals": blocks("admin.sql")["totals"],
-    "matches": blocks("bulk.sql")["matches"],
+    "matches": blocks("bulk.sql")["matches"], "refusal": blocks("unreadable.sql")["refusal"],
 }  # fmt: skip
 """What some files have from others."""
 
