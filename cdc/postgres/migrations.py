@@ -270,6 +270,7 @@ def _drop_objects(connection: psycopg.Connection, schema: str) -> list[str]:
         ("TABLE", "change_attempts", ""),
         ("TABLE", "cdc_actions", ""),
         ("FUNCTION", "fill_shard", "()"),
+        ("FUNCTION", "keep_for_subscriptions", "()"),
         ("TABLE", "cdc_shards", ""),
         ("TABLE", "cdc_migrations", ""),
         ("TABLE", "cdc_sets", ""),

@@ -183,12 +183,18 @@ WHERE c.id = ANY (%(ids)s::uuid[]) AND e.subscription = %(subscription)s::smalli
   AND (e.dead_at IS NOT NULL OR e.next_attempt_at IS NOT NULL)
 
 -- name: discard
--- Done: above the position a row that says so, and none where the position says it. It keeps no reason.
-WITH asked AS MATERIALIZED (
-  SELECT e.ctid AS place, e.seq > p.seq AS above
+-- Done: above the position a row that says so, and none where the position says it. It keeps no reason. The position stays
+-- where it is until the commit: one that passed meanwhile would leave the row behind.
+WITH at AS MATERIALIZED (
+  SELECT p.shard, p.seq FROM {positions} AS p
+  WHERE p.subscription = %(subscription)s::smallint
+    AND p.shard = ANY (ARRAY(SELECT c.shard FROM {changes} AS c WHERE c.id = ANY (%(ids)s::uuid[])))
+  ORDER BY p.shard FOR SHARE
+), asked AS MATERIALIZED (
+  SELECT e.ctid AS place, e.seq > at.seq AS above
   FROM {changes} AS c
   JOIN {subscription_changes} AS e ON e.subscription = %(subscription)s::smallint AND e.shard = c.shard AND e.seq = c.seq
-  JOIN {positions} AS p ON p.subscription = e.subscription AND p.shard = e.shard
+  JOIN at ON at.shard = e.shard
   WHERE c.id = ANY (%(ids)s::uuid[]) AND (e.dead_at IS NOT NULL OR e.next_attempt_at IS NOT NULL)
 ), done AS (
   UPDATE {subscription_changes} AS e

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import psycopg
+import pytest
 
 import cdc
+from cdc.core.model import SHARDS
 from cdc.core.router import Router
+from cdc.core.type_filter import EVERYTHING
+from cdc.postgres.connect import connect_async
 from cdc.postgres.retention import LIMITS, Retention
 from cdc.postgres.sql_files import load
+from cdc.postgres.subscription import SubscriptionStore
+from cdc.postgres.subscriptions import Subscriptions
 from tests.commands import done
-from tests.commands_outbox import data, publish
-from tests.commands_subscription import create, progress
+from tests.commands_outbox import data, process, publish
+from tests.commands_subscription import create, fail, finish, progress, taken
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming
 from tests.fix_outbox import count, fill
+from tests.subscriptions import kept, states_of
 
 
 def _handling(handled: set[int], *, dying: str = "") -> Router:
@@ -149,3 +157,83 @@ def _all(handled: set[int], seqs: set[int]) -> Any:
         return handled == seqs
 
     return check
+
+
+# --- by hand, or by an earlier version -----------------------------------------------------------------------------
+
+
+def test_what_one_needs_is_not_removed_by_a_delete_that_knows_of_no_subscription(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    first, second, third = (publish(outbox_db, "order", "a") for _ in range(3))
+    process(outbox_db, first, second, third)
+    outbox_db.execute("DELETE FROM entity_changes WHERE seq = %s", [first])  # nobody else reads it
+    number, other = create(outbox, "search", "--from", "beginning"), create(outbox, "billing", "--from", "beginning")
+    finish(outbox_db, other)
+    # As retention does before it knew of subscriptions.
+    by_others = "WITH old AS (SELECT ctid FROM entity_changes WHERE processed LIMIT 10) DELETE FROM entity_changes"
+    by_others += " WHERE ctid IN (SELECT ctid FROM old)"
+    for statement in (by_others, "DELETE FROM entity_changes"):
+        with pytest.raises(psycopg.errors.RestrictViolation, match="the subscription search is not done with it"):
+            outbox_db.execute(statement.encode())
+    finish(outbox_db, number)
+    fail(outbox_db, other, second, dead=True)
+    with pytest.raises(psycopg.errors.RestrictViolation, match=f"the change {second} is not .* subscription billing"):
+        outbox_db.execute("DELETE FROM entity_changes")
+    assert outbox_db.execute("DELETE FROM entity_changes WHERE seq = %s", [third]).rowcount == 1
+    done(outbox, "subscription", "drop", "billing", "--yes")
+    assert outbox_db.execute("DELETE FROM entity_changes").rowcount == 1
+
+
+def test_a_delete_is_refused_for_the_one_that_a_change_is_for_and_for_no_other(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    search, behind = create(outbox, "search", "--from", "beginning"), create(outbox, "behind", "--from", "beginning")
+    process(outbox_db, original := publish(outbox_db, "order", "a"))
+    finish(outbox_db, search)
+    data(outbox, "replay", str(original), "--subscription", "search")
+    delete = "DELETE FROM entity_changes WHERE replay_of IS NOT NULL"
+    with pytest.raises(psycopg.errors.RestrictViolation, match="the subscription search"):
+        outbox_db.execute(delete)
+    finish(outbox_db, search)
+    assert outbox_db.execute(delete).rowcount == 1, "the one that is behind has nothing to do with it"
+    assert taken(outbox_db, behind) == [original]
+
+
+async def test_what_is_discarded_while_its_position_passes_leaves_nothing_behind(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    number = create(outbox, "search", "--from", "beginning")
+    seq = publish(outbox_db, "order", "a")
+    fail(outbox_db, number, seq, dead=True)
+    store = SubscriptionStore("public", Subscriptions("public").named(outbox_db, "search"), 16, EVERYTHING)
+    # The discard has seen the position when it writes, and writes when the position has moved.
+    outbox_db.execute(
+        "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_advisory_xact_lock(7); RETURN NEW; END $$;"
+        "CREATE TRIGGER wait BEFORE UPDATE ON cdc_subscription_changes FOR EACH ROW EXECUTE FUNCTION wait()"
+    )
+    session = await connect_async(outbox, application_name="cdc: test", session=SubscriptionStore.session)
+    try:
+        await store.advance(session, range(SHARDS))
+        outbox_db.execute("SELECT pg_advisory_lock(7)")
+        discarding = asyncio.create_task(
+            asyncio.to_thread(done, outbox, "outbox", "discard", str(seq), "--subscription", "search")
+        )
+
+        async def waits() -> bool:
+            [(count,)] = outbox_db.execute(
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            ).fetchall()
+            return bool(count)
+
+        await eventually_async(waits, what="the discard is in the middle")
+        await store.advance(session, range(SHARDS))
+        outbox_db.execute("SELECT pg_advisory_unlock(7)")
+        await discarding
+        for _ in range(2):
+            await store.advance(session, range(SHARDS))
+    finally:
+        await session.close()
+    assert states_of(outbox_db, number) == {seq: "done"}
+    assert kept(outbox_db, number) == 0
