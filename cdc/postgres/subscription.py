@@ -16,7 +16,8 @@ next, a second.
 
 The session that owns a shard moves its position, about once a second while there is something to move, and removes the
 rows of what is done up to there, in one statement. A row whose start was recorded after a crash keeps the position
-below it, since it may be fresh again.
+below it: to who has started it the change is fresh. Nothing else ever becomes fresh again: whoever owns the shard by
+then has read on, and would start a later change of the key first.
 
 Who settles a change first wins, also if two consumers believe that they own it: a row is there once, by its key; and a
 transactional handler's mark reads the position as it is then and keeps it until its commit.

@@ -366,20 +366,18 @@ WITH given AS MATERIALIZED (
 SELECT seq FROM changed UNION ALL SELECT seq FROM added
 
 -- name: unstart
--- At an orderly stop, or on a new session: what was fresh before is so again.
+-- At an orderly stop, or on a new session. What was fresh before waits from now on, and is due at once: another session may
+-- own its shard by now, and has read on behind it, where it would not be found before a later change of its key.
 WITH given AS MATERIALIZED (
-  SELECT want.seq, r.place, {position} AS position
-  FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard) {row_there}
+  SELECT want.seq, r.place FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard) {row_there}
 ), free AS MATERIALIZED (
-  SELECT s.ctid AS place, given.position < s.seq AND {recorded} AND {failures} = 0 AS was_fresh
-  FROM given JOIN {subscription_changes} AS s ON s.ctid = given.place
+  SELECT s.ctid AS place FROM given JOIN {subscription_changes} AS s ON s.ctid = given.place
   WHERE (s.tried ->> 'started_by')::uuid = %(process)s::uuid
   FOR UPDATE OF s SKIP LOCKED
-), gone AS (
-  DELETE FROM {subscription_changes} AS s USING free WHERE s.ctid = free.place AND free.was_fresh
 )
-UPDATE {subscription_changes} AS s SET tried = s.tried - 'started_by'
-FROM free WHERE s.ctid = free.place AND NOT free.was_fresh
+UPDATE {subscription_changes} AS s
+SET tried = s.tried - 'started_by', next_attempt_at = CASE WHEN {recorded} THEN now() ELSE s.next_attempt_at END
+FROM free WHERE s.ctid = free.place
 
 -- name: suspect
 SELECT s.tried ->> 'error' IS NOT DISTINCT FROM %(crashed)s FROM {subscription_changes} AS s
@@ -509,7 +507,7 @@ FROM want LEFT JOIN marked ON marked.seq OPERATOR(pg_catalog.=) want.seq
 
 -- name: open
 -- Not a statement: whether n keeps the position below it: it is of a type that is wanted, and neither done nor an
--- exception. One whose start was recorded may be fresh again.
+-- exception. To who has started it one whose start was recorded is fresh, and its outcome is a row above the position.
 (coalesce(n.entity_type, n.table_name) = ANY (%(types)s::text[])) = %(among)s
 AND (
   SELECT s.seq FROM {subscription_changes} AS s

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 )
 
 from cdc.core.admission import Row
-from cdc.core.model import SHARDS, Change, Dead, Outcome, Processed, Waiting
+from cdc.core.model import SHARDS, Change, Dead, Outcome, Processed, Waiting, WakeUp
 from cdc.core.read_planner import Sweep
 from cdc.core.read_reconciler import Settlement
 from cdc.core.shard_cursor import Position
@@ -230,6 +230,7 @@ class Machine(RuleBasedStateMachine):
         assert self.run(reads.store.start(self.session, [change], ["work"])) == {change.id}
         if ends == "stops":
             self.run(reads.store.unstart(self.session, [change]))
+            reads.state[change.seq] = "waiting"
         elif ends == "is processed":
             assert self.run(reads.store.settle(self.session, [Settlement(change, Processed())])).missed == 0
             reads.state[change.seq] = "done"
@@ -313,3 +314,39 @@ def test_positions_and_rows_say_what_the_model_says(first: str) -> None:
         ).fetchall()
     machine = type("MachineOfThisTest", (Machine,), {"dsn": first, "names": [name for (name,) in names]})
     run_state_machine_as_test(machine, settings=_MANY)
+
+
+async def test_what_another_one_has_started_and_gives_back_is_never_behind_who_has_read_on(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """Its session was lost, and it clears its records on a new one; meanwhile its shards have another owner."""
+    made, _ = Subscriptions("public").create(outbox_db, "search", start="beginning")
+    first, second = (
+        SubscriptionStore("public", made, 16, EVERYTHING) for _ in range(2)
+    )  # each has a process of its own
+    for number in range(2):
+        outbox_db.execute("SELECT publish_change('x', 'k', 'INSERT', jsonb_build_object('n', %s::int))", [number])
+    session = await connect_async(outbox, application_name="cdc: test", session=SubscriptionStore.session)
+    read_changes(session)
+    try:
+        earlier, later = (row.change for row in (await first.sweep(session, _EVERY_SHARD)).rows)
+        assert await first.start(session, [earlier], ["work"]) == {earlier.id}
+        [row] = (await second.sweep(session, _EVERY_SHARD)).rows
+        assert (row.change.seq, row.blocked) == (later.seq, True)
+        await first.unstart(session, [earlier])
+        behind = Sweep(
+            {**_EVERY_SHARD.positions, later.shard: Position(later.seq, later.seq, await _next_xid(session))}, 1_000, 2
+        )
+        assert (await second.sweep(session, behind)).rows == [], "it has read on"
+        [row] = (await second.fetch(session, [WakeUp(later.seq, later.shard)])).rows
+        assert row.blocked
+        due = (await second.due(session, range(SHARDS), 10)).rows
+        assert [(row.change.seq, row.change.attempt, row.blocked) for row in due] == [(earlier.seq, 1, False)]
+        assert await second.start(session, [due[0].change], ["work"]) == {earlier.id}
+    finally:
+        await session.close()
+
+
+async def _next_xid(session: psycopg.AsyncConnection) -> int:
+    [(next_xid,)] = await (await session.execute("SELECT txid_current() + 1")).fetchall()
+    return int(next_xid)
