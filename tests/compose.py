@@ -42,10 +42,8 @@ def command(reader: Service) -> list[str]:
     return [sys.executable, *(str(mounted.get(part, part)) for part in (*reader["entrypoint"][1:], *reader["command"]))]
 
 
-def add_user(broker: BrokerServer) -> None:
+async def add_user(broker: BrokerServer) -> None:
     """Whom RabbitMQ's image makes from its environment."""
     if isinstance(broker, RabbitServer):
         made = services("rabbitmq")["rabbitmq"]["environment"]
-        user = made["RABBITMQ_DEFAULT_USER"]
-        broker.control("add_user", user, made["RABBITMQ_DEFAULT_PASS"])
-        broker.control("set_permissions", user, ".*", ".*", ".*")
+        await broker.let_in(made["RABBITMQ_DEFAULT_USER"], made["RABBITMQ_DEFAULT_PASS"])

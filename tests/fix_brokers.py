@@ -6,6 +6,7 @@ A test is skipped where its server is not installed; CDC_REQUIRE_BROKERS=1 makes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +23,12 @@ import nats
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka import Message as Record
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it has them, and does not say so
+    AdminClient,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from confluent_kafka.cimpl import NewTopic
 from psycopg.conninfo import make_conninfo
 from redis.asyncio import Redis
@@ -134,6 +140,21 @@ class BrokerServer:
         """All that is in it, in the order in which a consumer reads it."""
         raise NotImplementedError
 
+    async def fill(self) -> None:
+        """From now on it takes nothing, until ``make_room``."""
+        raise NotImplementedError
+
+    async def make_room(self) -> None:
+        raise NotImplementedError
+
+    async def let_in(self, user: str, password: str) -> None:
+        """A login that may do everything. Of a user that there is, the password is another one: connections end."""
+        raise NotImplementedError
+
+    def login_url(self) -> str:
+        """To deliver to as such a user."""
+        return self.url()
+
     def start(self) -> None:
         with (self.folder / "server.log").open("ab") as log:
             # In a group of its own: what is started by a script ends with it.
@@ -156,9 +177,14 @@ class BrokerServer:
     def running(self) -> bool:
         return self._process is not None
 
+    @property
+    def has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
     def kill(self) -> None:
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
             eventually(lambda: not self._answers(), what=f"{self.program} is gone")
@@ -207,6 +233,21 @@ class NatsServer(BrokerServer):
             "--tlsverify", "--tlscacert", str(files.ca), "--tlscert", str(files.cert), "--tlskey", str(files.key),
         ]  # fmt: skip
 
+    async def fill(self) -> None:
+        async with await nats.connect(f"nats://{self.address}") as client:
+            count = (await client.jetstream().stream_info("CDC")).state.messages
+        await self.change(max_msgs=count, discard="new")
+
+    async def make_room(self) -> None:
+        await self.change()
+
+    async def let_in(self, user: str, password: str) -> None:
+        """Who says nothing is the other one: the test itself. A reload would lose its streams."""
+        logins = f'{{user: {user}, password: "{password}"}}, {{user: test, password: "test"}}'
+        settings = self.folder / "logins.conf"
+        settings.write_text(f"authorization {{ users: [{logins}] }}\nno_auth_user: test\n")
+        await asyncio.to_thread(self.restart, "--config", str(settings))
+
     async def change(self, **limits: Any) -> None:
         async with await nats.connect(f"nats://{self.address}") as client:
             await client.jetstream().update_stream(name="CDC", subjects=["cdc.>"], **limits)
@@ -241,6 +282,17 @@ class RedisServer(BrokerServer):
     async def set(self, setting: str, value: str) -> None:
         async with Redis(port=self.port) as client:
             await client.config_set(setting, value)
+
+    async def fill(self) -> None:
+        await self.set("maxmemory", "1")
+
+    async def make_room(self) -> None:
+        await self.set("maxmemory", "0")
+
+    async def let_in(self, user: str, password: str) -> None:
+        async with Redis(port=self.port) as client:
+            await client.execute_command("ACL", "SETUSER", user, "on", "resetpass", f">{password}", "~*", "&*", "+@all")
+            await client.execute_command("CLIENT", "KILL", "USER", user)
 
     async def put(self, key: str, text: str) -> None:
         async with Redis(port=self.port) as client:
@@ -348,6 +400,18 @@ class KafkaServer(BrokerServer):
     def url(self, template: str = "{type}", port: int = 0) -> str:
         return f"kafka://127.0.0.1:{port or self.port}/{self._prefix}.{template}"
 
+    async def let_in(self, user: str, password: str) -> None:
+        """It keeps the connections of who is logged in: only a restart ends them."""
+        login = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_256, 4_096)
+        admin = AdminClient({"bootstrap.servers": self.address})
+        changed = UserScramCredentialUpsertion(user, login, password.encode())
+        [made] = admin.alter_user_scram_credentials([changed]).values()
+        await asyncio.to_thread(made.result, 30)
+        await asyncio.to_thread(self.restart)
+
+    def login_url(self) -> str:
+        return f"{self.url(port=self.login_port)}?sasl=SCRAM-SHA-256"
+
     async def prepare(self, types: Sequence[str] = ("x", "order", "wanted"), **limits: str) -> None:
         self._prefix, self._types = f"cdc-{uuid.uuid4().hex[:8]}", types
         await self._create(limits)
@@ -415,6 +479,7 @@ class RabbitServer(BrokerServer):
         )
         self._mapper: subprocess.Popen[bytes] | None = None
         self._exchange = ""
+        self._users: set[str] = set()
 
     def command(self) -> list[str]:
         return [_RABBITMQ]
@@ -432,6 +497,22 @@ class RabbitServer(BrokerServer):
         if self._mapper is None:
             self._mapper = subprocess.Popen(["epmd"], env=self.environment)
         super().start()
+
+    async def fill(self) -> None:
+        """An alarm: it confirms nothing more to who publishes."""
+        await asyncio.to_thread(self.control, "set_disk_free_limit", "1000000GB")
+
+    async def make_room(self) -> None:
+        await asyncio.to_thread(self.control, "set_disk_free_limit", "1MB")
+
+    async def let_in(self, user: str, password: str) -> None:
+        if user in self._users:
+            await asyncio.to_thread(self.control, "change_password", user, password)
+            await asyncio.to_thread(self.control, "close_all_connections", "another password")
+            return
+        self._users.add(user)
+        await asyncio.to_thread(self.control, "add_user", user, password)
+        await asyncio.to_thread(self.control, "set_permissions", user, ".*", ".*", ".*")
 
     def control(self, *command: str) -> None:
         """What an operator does by rabbitmqctl."""

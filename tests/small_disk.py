@@ -22,10 +22,10 @@ _TRIES = 20
 class SmallDisk:
     """``with SmallDisk(server) as disk``. Raises OSError where this process may not mount anything.
 
-    ``server`` is stopped before the disk goes.
+    ``server`` is stopped before the disk goes. Without one the disk is this process's.
     """
 
-    def __init__(self, server: TempServer) -> None:
+    def __init__(self, server: TempServer | None = None) -> None:
         self._server = server
         self.folder = Path(tempfile.mkdtemp(prefix="cdcdisk"))
 
@@ -45,8 +45,9 @@ class SmallDisk:
         self._give_to_server(self.folder)
 
     def _give_to_server(self, folder: Path) -> None:
-        owner = self._server.data.stat()
-        os.chown(folder, owner.st_uid, owner.st_gid)
+        if self._server is not None:
+            owner = self._server.data.stat()
+            os.chown(folder, owner.st_uid, owner.st_gid)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

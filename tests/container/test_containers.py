@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -245,7 +246,7 @@ def test_the_services_of_compose_work_together(shop: Shop) -> None:
 
 def test_the_services_of_each_broker_work_together(broker: BrokerServer, shop: Shop) -> None:
     """From the application's write to the service on the other side, without a consumer of the default subscription."""
-    compose.add_user(broker)
+    asyncio.run(compose.add_user(broker))
     name = compose.BROKERS[broker.scheme]
     for other, service in compose.services(name).items():
         shop.services[other] = {**service, "environment": compose.environment(service, broker)}

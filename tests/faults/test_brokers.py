@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,6 +15,7 @@ import psycopg
 import pytest
 
 from cdc.app.application import App
+from cdc.app.secret_file import SecretFile
 from tests.eventually import eventually, eventually_async
 from tests.faults.broker_ledger import Captured, Read, judge
 from tests.faults.kafka_nodes import KafkaNodes
@@ -21,6 +23,7 @@ from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer
 from tests.fix_consumer import ROOT, Process, consuming, metric, settled, states
 from tests.fix_proxy import Proxy
 from tests.forked import Forked
+from tests.small_disk import SmallDisk
 
 _KEYS = 30
 _SETTLED_S = 120.0
@@ -202,6 +205,89 @@ async def test_what_is_taken_away_from_under_a_delivery_and_made_again_gets_all_
         await _until(lambda: settled(outbox_db), "every change is processed or dead", within_s=_SETTLED_S)
     assert states(outbox_db) == {"processed": 300}
     assert await asyncio.to_thread(_violations, outbox_db, broker, None, 100) == []
+
+
+@pytest.fixture
+def kafka_on_small_disk(kafka: KafkaServer, tmp_path: Path) -> Iterator[tuple[KafkaServer, SmallDisk]]:
+    """``kafka`` skips where there is none."""
+    with contextlib.ExitStack() as undo:
+        try:
+            disk = undo.enter_context(SmallDisk())
+        except OSError as refused:
+            pytest.skip(f"a small disk cannot be mounted here: {refused}")
+        server = KafkaServer(tmp_path, {"log.dirs": str(disk.folder / "data"), "log.segment.bytes": "1048576"})
+        server.start()
+        undo.callback(server.end)
+        yield server, disk
+
+
+@pytest.mark.promise("G1")
+@pytest.mark.promise("G3")
+async def test_a_broker_that_is_full_has_changes_wait_until_there_is_room_and_no_attempt_is_counted(
+    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """The stream of NATS at its limit, Redis at its memory's, RabbitMQ with an alarm about its disk."""
+    if isinstance(broker, KafkaServer):
+        pytest.skip("it ends when its disk is full: the next test")
+    await broker.prepare()
+    async with consuming(outbox, None, deliver_to=broker.url(), max_attempts=1, timeout=1, **_QUICK) as app:
+        _publish(outbox_db, 200)
+        await _until(lambda: settled(outbox_db), "the first ones arrive", within_s=_SETTLED_S)
+        await broker.fill()
+        try:
+            _publish(outbox_db, 300)
+            before = _failed(app)
+            await _until(lambda: _failed(app) > before, "nothing is taken", within_s=_SETTLED_S)
+            await _until(lambda: app.status.breakers["deliver"].rests, "the delivery rests", within_s=_SETTLED_S)
+        finally:
+            await broker.make_room()
+        await _until(lambda: settled(outbox_db), "every change is processed or dead", within_s=_SETTLED_S)
+    assert states(outbox_db) == {"processed": 500}
+    assert await asyncio.to_thread(_violations, outbox_db, broker) == []
+
+
+@pytest.mark.promise("G1")
+@pytest.mark.promise("G3")
+async def test_kafka_ends_when_its_disk_is_full_and_gets_all_that_waited_when_it_is_back(
+    kafka_on_small_disk: tuple[KafkaServer, SmallDisk], outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    broker, disk = kafka_on_small_disk
+    await broker.prepare()
+    async with consuming(outbox, None, deliver_to=broker.url(), max_attempts=1, timeout=5, **_QUICK):
+        _publish(outbox_db, 200)
+        await _until(lambda: settled(outbox_db), "the first ones arrive", within_s=_SETTLED_S)
+        disk.fill()
+        _publish(outbox_db, 300, size=20_000)
+        await _until(lambda: broker.has_ended, "it ends", within_s=_SETTLED_S)
+        disk.free()
+        await asyncio.to_thread(broker.restart)
+        await _until(lambda: settled(outbox_db), "every change is processed or dead", within_s=_SETTLED_S)
+    assert states(outbox_db) == {"processed": 500}
+    assert await asyncio.to_thread(_violations, outbox_db, broker) == []
+
+
+@pytest.mark.promise("G1")
+@pytest.mark.promise("G3")
+async def test_a_password_that_is_replaced_under_load_is_used_from_the_next_connection_on(
+    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection, tmp_path: Path
+) -> None:
+    """First in the broker, then in the file: between the two its login is refused, which is an outage."""
+    await broker.prepare()
+    await broker.let_in("rotating", "the first")
+    (password := tmp_path / "password").write_text("the first")
+    login: dict[str, Any] = {"deliver_user": "rotating", "deliver_password": SecretFile(str(password), "X")}
+    url = broker.login_url()
+    async with consuming(outbox, None, deliver_to=url, max_attempts=1, timeout=5, **login, **_QUICK) as app:
+        _publish(outbox_db, 300)
+        await _until(lambda: _processed_more_than(outbox_db, 0), "some arrive", within_s=_SETTLED_S)
+        await broker.let_in("rotating", "the second")
+        _publish(outbox_db, 300)
+        refused = lambda: "refuses the login" in app.status.breakers["deliver"].why  # noqa: E731
+        await _until(refused, "the login is refused", within_s=_SETTLED_S)
+        password.write_text("the second")
+        await _until(lambda: settled(outbox_db), "every change is processed or dead", within_s=_SETTLED_S)
+    assert states(outbox_db) == {"processed": 600}
+    assert await asyncio.to_thread(_violations, outbox_db, broker) == []
 
 
 @pytest.mark.promise("G4")

@@ -92,7 +92,7 @@ def _publish(db: psycopg.Connection, count: int) -> None:
 def test_the_service_on_the_other_side_takes_every_change_in_the_order_of_its_key(
     broker: BrokerServer, outbox_db: psycopg.Connection, reader: Reader, request: pytest.FixtureRequest
 ) -> None:
-    compose.add_user(broker)
+    asyncio.run(compose.add_user(broker))
     reader.prepare()
     reader.prepare()  # a deployment does it each time
     request.getfixturevalue("delivery")
