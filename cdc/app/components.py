@@ -62,13 +62,15 @@ _SUBSCRIPTION_SCAN = 100
 
 @dataclass(slots=True)
 class SharedStream:
-    """What reads the slot for all consumers of a process; None: it is switched off. ``beside``: who else is woken."""
+    """What reads the slot for all consumers of a process; None: it is switched off. ``beside``: who else is woken.
 
+    ``sole``: there is one consumer only.
+    """
+
+    sole: bool = True
     stream: Stream | None = None
     leading: Woken | None = None
     beside: list[Woken] = field(default_factory=list)
-    tells_of_all: bool = False
-    """The leading consumer is of the default subscription, and shows the figures of all others."""
 
     def exposed(self) -> bool:
         """Whether a change runs that may end the process; from any thread."""
@@ -168,11 +170,10 @@ def build(
     relay = Relay(settings.current_dsn, settings.schema_, metrics.wakeups.relayed.inc)
     woken = Woken(consumer.notifications, hooks, metrics, consumer.exposed)
     if leads:
-        shared.leading, shared.tells_of_all = woken, subscription is None
+        shared.leading = woken
         bridge = StreamBridge(woken, relay, changed=lambda: poller.poll_now(), beside=shared.beside)  # noqa: PLW0108 - made below
         shared.stream = _stream(settings, bridge, supervisor, shared, stall_limit_s) if settings.stream else None
-    stream, tells = shared.stream if leads else None, leads or not shared.tells_of_all
-    poller = _poller(settings, scope, store, supervisor, stream, subscription, consumer=consumer, tells=tells)
+    poller = _poller(settings, scope, store, supervisor, shared, subscription, consumer=consumer, leads=leads)
     listener = _listener(settings, consumer, hooks, metrics)
     components = Components(
         settings=settings, router=router, scope=scope, metrics=metrics, supervisor=supervisor, threads=threads,
@@ -273,14 +274,16 @@ def _poller(  # noqa: PLR0917 - one of each
     scope: TypeFilter,
     store: Store,
     supervisor: Supervisor,
-    stream: Stream | None,
+    shared: SharedStream,
     subscription: Subscription | None,
     *,
     consumer: ConsumerPort,
-    tells: bool,
+    leads: bool,
 ) -> StatsPoller:
-    may_recreate = settings.slot.create and settings.slot.recreate
-    subscriptions, number = Subscriptions(settings.schema_), subscription.number if subscription else None
+    may_recreate, stream = settings.slot.create and settings.slot.recreate, shared.stream if leads else None
+    # The default one tells of all: of a subscription without a consumer no other would. So does the first of several.
+    shown = subscription.number if subscription and shared.sole else None
+    subscriptions = Subscriptions(settings.schema_)
     return StatsPoller(
         settings.current_dsn,
         store=store,
@@ -294,9 +297,8 @@ def _poller(  # noqa: PLR0917 - one of each
         if scope == settings.scope or settings.observe or settings.subscription != DEFAULT
         else settings.scope,
         page=_admin(settings, subscription) if settings.http.port and settings.http.page else None,
-        # Those of the default one tell of all: of a subscription without a consumer no other would.
-        subscriptions=(lambda connection: subscriptions.figures(connection, number, _SUBSCRIPTION_SCAN))
-        if tells
+        subscriptions=(lambda connection: subscriptions.figures(connection, shown, _SUBSCRIPTION_SCAN))
+        if leads
         else None,
         supervisor=supervisor,
         standbys_away=stream.waits_for_standbys if stream and may_recreate else lambda: None,

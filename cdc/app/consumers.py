@@ -63,7 +63,7 @@ class Consumers:
         thresholds: HealthThresholds | None = None,
     ) -> None:
         self._thresholds = thresholds or HealthThresholds()
-        self._shared = SharedStream()
+        self._shared = SharedStream(sole=False)
         self._supervisor = Supervisor()
         self._stopping = asyncio.Event()
         # The default one first: it tells of all others, and retention and what is due later are about its columns.

@@ -74,7 +74,7 @@ n.operation IN ('TRUNCATE', 'SCHEMA')
 -- Not a statement: such changes that are not settled here: fresh, waiting, or dead and holding back. The rows of
 -- cdc_barriers are those that the default subscription has not settled, and say nothing about this one. All that are kept
 -- are looked at, by their index: as a rule there is none.
-SELECT coalesce(n.entity_type, n.table_name) AS entity_type, n.seq
+SELECT coalesce(n.entity_type, n.table_name) AS entity_type, n.seq, n.changed_at
 FROM {changes} AS n
 CROSS JOIN LATERAL (SELECT n.shard) AS want
 CROSS JOIN LATERAL (SELECT n.subscription) AS h
@@ -594,6 +594,8 @@ SELECT (SELECT count(*) FROM at CROSS JOIN horizon
 WITH keys AS MATERIALIZED (
   SELECT k.type, k.id, hashtextextended(k.id, hashtextextended(k.type, 0)) AS hash
   FROM unnest(%(held_types)s::text[], %(held_ids)s::text[]) AS k(type, id)
+), standing AS MATERIALIZED (
+  SELECT s.* FROM ({standing}) AS s WHERE (s.entity_type = ANY (%(types)s::text[])) = %(among)s
 ), looked AS MATERIALIZED (
   SELECT c.*, row_number() OVER (PARTITION BY c.shard ORDER BY c.seq) AS place
   FROM {positions} AS p
@@ -620,6 +622,8 @@ SELECT
   greatest(
     coalesce((SELECT extract(epoch FROM now() - min(c.changed_at) FILTER (WHERE isfinite(c.changed_at)))::float8
               FROM looked AS c WHERE c.place <= %(per_shard)s AND NOT {held}
+                AND NOT EXISTS (
+                  SELECT FROM standing AS b WHERE b.entity_type = coalesce(c.entity_type, c.table_name) AND b.seq < c.seq)
                 AND NOT EXISTS (SELECT FROM keys AS k WHERE k.type = coalesce(c.entity_type, c.table_name) AND k.id = c.entity_id)), 0),
     coalesce((
       SELECT extract(epoch FROM now() - min(next_attempt_at))::float8 FROM {subscription_changes}
@@ -634,4 +638,5 @@ SELECT
      SELECT w.key_hash FROM {subscription_changes} AS w
      WHERE w.subscription = %(subscription)s::smallint AND w.next_attempt_at <= 'infinity' AND {holds} LIMIT %(bound)s) AS k)::int AS blocked_keys,
   pg_notification_queue_usage() AS notify_queue_usage,
-  0::float8 AS truncate_age_s
+  coalesce((SELECT extract(epoch FROM now() - min(b.changed_at) FILTER (WHERE isfinite(b.changed_at)))::float8
+            FROM standing AS b), 0) AS truncate_age_s

@@ -21,6 +21,7 @@ from tests.bench import (
     queues,
     slot,
     snapshot,
+    subscriptions,
     writers,
 )
 from tests.bench.report import Figure
@@ -65,6 +66,16 @@ SCENARIOS = {
     "backfill-alone": Scenario("a backfill without a consumer, and INSERT ... SELECT", backfill.measure_alone),
     "writers": Scenario("pgbench: inserts untracked, tracked, with the documented trigger", writers.measure),
     "idle": Scenario("processor time and statements of a consumer with nothing to do", idle.measure, Turn.ONCE),
+    "subscriptions": Scenario(
+        "no-op changes in the default subscription, in another one, and in three of one process",
+        subscriptions.measure,
+        Turn.NAMED,
+    ),
+    "subscriptions-idle": Scenario(
+        "200 subscriptions, 20 of them with a consumer in one process, and nothing to do",
+        subscriptions.measure_idle,
+        Turn.NAMED,
+    ),
     "start": Scenario("from the start of the process to its first change", memory.measure_start),
     "slot": Scenario("reading the slot, and pg_recvlogical beside it", slot.measure, Turn.ONCE),
     "snapshot": Scenario("the consumer while an old snapshot is held", snapshot.measure, Turn.ONCE),

@@ -318,3 +318,20 @@ def test_the_settings_in_force_are_shown_with_those_of_each_section(tmp_path: Pa
         "handlers": {"value": "c:d", "source": "handlers in [subscription.search]"}
     }
     assert "search: handlers" in CliRunner().invoke(root_command, ["config", "show", "--config", str(file)]).stdout
+
+
+async def test_the_first_of_several_tells_of_all_subscriptions_and_no_other_one_asks(
+    outbox: str, outbox_db: psycopg.Connection, seen: dict[str, Seen]
+) -> None:
+    subscribe(outbox_db, "audit")
+    async with _consuming(outbox, {name: seen[name] for name in ("search", "billing")}) as consumers:
+
+        def told() -> dict[str, float]:
+            for app in consumers.apps.values():
+                app.poll_now(everything=True)
+            names = ("audit", "billing", "search")
+            return {name: metric(consumers.registry, "cdc_subscription_consumers", subscription=name) for name in names}
+
+        await _until(lambda: told() == {"audit": 0, "billing": 1, "search": 1}, "the first tells of all")
+        assert metric(consumers.registry, "cdc_subscriptions") == 3
+        assert metric(consumers.apps["billing"].metrics.registry, "cdc_subscriptions") == 0

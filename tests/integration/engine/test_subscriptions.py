@@ -12,8 +12,10 @@ from psycopg.types.json import Jsonb
 import cdc
 from cdc.core.errors import NotFoundError, UsageError
 from cdc.core.router import Router
+from cdc.core.type_filter import TypeFilter
 from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import tracking
+from cdc.postgres.subscription import SubscriptionStore
 from cdc.postgres.subscriptions import Subscriptions
 from cdc.postgres.tracked_tables import Truncate
 from tests.commands import done
@@ -320,12 +322,20 @@ async def test_a_captured_truncate_is_a_barrier_of_its_type_in_each_subscription
             raise RuntimeError("not yet")
         ended.append(change.seq)
 
+    store = SubscriptionStore("public", Subscriptions("public").named(outbox_db, "search"), 16, TypeFilter())
     async with consuming(outbox, router, subscription="search", **{**_QUICK, "max_attempts": 1_000}):
         await eventually_async(_is(lambda: len(ended) == 99), what="all before it but the one that fails")
         assert max(ended) < barrier
         assert states_of(outbox_db, number)[barrier] == "fresh"
+        outbox_db.execute("UPDATE entity_changes SET changed_at = now() - interval '1 hour' WHERE seq > %s", [barrier])
+        figures = store.figures(outbox_db)
+        assert figures.truncate_age_s < 3_000
+        assert figures.oldest_ready_age_s < 3_000, "what stands behind it is not ready"
+        outbox_db.execute("UPDATE entity_changes SET changed_at = now() - interval '1 hour' WHERE seq = %s", [barrier])
+        assert store.figures(outbox_db).truncate_age_s >= 3_600
         broken = False
         await eventually_async(_is(lambda: is_done(outbox_db, number)))
+        assert store.figures(outbox_db).truncate_age_s == 0
     assert len(ended) == 201
     assert ended.index(barrier) == 100
     assert max(ended[:100]) < barrier < min(ended[101:])

@@ -1,0 +1,128 @@
+"""Subscriptions: the rate of another one beside the default one's, three in one process, and many that are idle.
+
+Rates are those of ``cdc_changes_handled_total``, which a consumer has in memory: to count what another subscription has
+done in its tables would take more time than the work. From the first change that is seen handled to the last.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from cdc.contrib.demo.temp_server import TempServer, free_port
+from cdc.core.subscription import DEFAULT
+from cdc.postgres.subscriptions import Subscriptions
+from tests.bench.database import fresh_outbox, preload, rest, streaming
+from tests.bench.processes import Consumer
+from tests.bench.report import Figure
+from tests.bench.size import Size
+from tests.fix_tally import Tally
+
+_WITHIN_S = 600.0
+_READY_S = 60.0
+_QUIET_AFTER_S = 20.0
+"""What a consumer does more of in its first seconds is not idleness."""
+_IDLE_S = 5
+"""Times as long as a steady load: some statements come every 15 s only."""
+_LOOK_EVERY_S = 0.05
+_TOGETHER = 3
+_MANY, _ACTIVE = 200, 20
+_HANDLED = re.compile(r'^cdc_changes_handled_total\{(.*outcome="processed".*)\} (\S+)$', re.MULTILINE)
+_LABEL = re.compile(r'subscription="(\w+)"')
+
+
+def measure(server: TempServer, size: Size) -> list[Figure]:
+    [default] = _rates(server, size, [DEFAULT])
+    [second] = _rates(server, size, ["s1"])
+    together = _rates(server, size, [DEFAULT, "s1", "s2"])
+    assert len(together) == _TOGETHER
+    return [
+        Figure("default", default, "changes/s"),
+        Figure("another", second, "changes/s"),
+        Figure("another to default", second / default, ""),
+        Figure("three in one process, the slowest", min(together), "changes/s"),
+        Figure("the slowest of three to a third", min(together) / (default / _TOGETHER), ""),
+    ]
+
+
+def measure_idle(server: TempServer, size: Size) -> list[Figure]:
+    """Of so many subscriptions some are consumed, in one process, and nothing is written."""
+    seconds = float(size.seconds * _IDLE_S)
+    with fresh_outbox(server) as connection, tempfile.TemporaryDirectory(prefix="cdcbench") as folder:
+        for number in range(_MANY):
+            Subscriptions("public").create(connection, f"s{number}", start="beginning")
+        rest(connection)
+        tally = Tally(connection.info.dsn)
+        tally.start()
+        try:
+            names = [f"s{number}" for number in range(_ACTIVE)]
+            with Consumer(tally.dsn, "nothing", config=_sections(folder, "nothing", names)) as consumer:
+                consumer.until(lambda: streaming(connection), within_s=_READY_S)
+                _let_pass(consumer, _QUIET_AFTER_S)
+                cpu_s, passed, began = consumer.cpu_s, tally.passed, time.monotonic()
+                _let_pass(consumer, seconds)
+                took_s = time.monotonic() - began
+                cpu_s, passed = consumer.cpu_s - cpu_s, tally.passed.since(passed)
+        finally:
+            tally.stop()
+    return [
+        Figure("cpu", 100 * cpu_s / took_s, "% of a core"),
+        Figure("statements", passed.statements / took_s, "1/s"),
+    ]
+
+
+def _rates(server: TempServer, size: Size, names: Sequence[str]) -> list[float]:
+    """Changes a second of each of these, in one process."""
+    others, port = [name for name in names if name != DEFAULT], free_port()
+    with fresh_outbox(server) as connection, tempfile.TemporaryDirectory(prefix="cdcbench") as folder:
+        for name in others:
+            Subscriptions("public").create(connection, name, start="beginning")
+        preload(connection, changes=size.changes, keys=size.keys)
+        rest(connection)
+        alone = {"subscription": others[0]} if others and DEFAULT not in names else {}
+        several = {"config": _sections(folder, "noop", others)} if others and not alone else {}
+        seen: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        with Consumer(connection.info.dsn, "noop", **{"http_port": port, **alone, **several}) as consumer:
+            consumer.until(
+                lambda: _look(port, seen, names[0], size.changes), within_s=_WITHIN_S, look_every_s=_LOOK_EVERY_S
+            )
+    return [_rate(seen[name], size.changes) for name in names]
+
+
+def _look(port: int, seen: dict[str, list[tuple[float, float]]], only: str, changes: int) -> bool:
+    """Note how many each has handled. Whether all have handled all."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+    except (urllib.error.URLError, OSError):
+        return False
+    now, counts = time.monotonic(), dict.fromkeys(seen, 0.0)
+    for labels, value in _HANDLED.findall(text):
+        label = _LABEL.search(labels)
+        counts[label.group(1) if label else only] += float(value)
+    for name, count in counts.items():
+        if count:
+            seen[name].append((now, count))
+    return all(count >= changes for count in counts.values())
+
+
+def _rate(looks: Sequence[tuple[float, float]], changes: int) -> float:
+    first, already = looks[0]
+    last = next(at for at, count in looks if count >= changes)
+    return (changes - already) / (last - first)
+
+
+def _sections(folder: str, router: str, names: Sequence[str]) -> str:
+    file = Path(folder, "cdc.toml")
+    file.write_text("".join(f'[subscription.{name}]\nhandlers = "tests.bench.handlers:{router}"\n' for name in names))
+    return str(file)
+
+
+def _let_pass(consumer: Consumer, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    consumer.until(lambda: time.monotonic() >= end, within_s=seconds + 1)
