@@ -115,7 +115,7 @@ class Consumer:
 
     def __init__(self, settings: Settings, server: Server, promises: Promises, dice: random.Random) -> None:
         self._settings = settings
-        self._server = server
+        self.reader = self._server = server
         self._promises = promises
         self._dice = dice
         self.scheduler = KeyScheduler(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Promises:
     """Order holds for consumers that hold their session, and within a process always; effects whoever causes them."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, happened: Counter[str]) -> None:
         self._server = server
         self.calls: list[Call] = []
         """What runs now, in all processes."""
@@ -29,7 +29,7 @@ class Promises:
         """seqs that shared the last attempt of a dead letter."""
         self.delivered: Counter[str] = Counter()
         """Key -> the highest seq whose row a handler with ``latest`` has had."""
-        self.happened: Counter[str] = Counter()
+        self.happened = happened
         """How often what makes a schedule worth playing has come about."""
 
     # --- a change starts -------------------------------------------------------------------------------------------
@@ -64,7 +64,8 @@ class Promises:
             for seq in later:
                 self._keeps_to_truncates(rows[seq].change())
             before = self.delivered[key]
-            since = (row for row in rows.values() if row.key == key and last <= row.seq < before)
+            # A TRUNCATE that has become visible after a replay with a higher number comes in between, too.
+            since = (row for row in rows.values() if last <= row.seq < before and _concerns(row, rows[change.seq]))
             older = last < before and all(self._server.precedes(row, rows[before]) for row in since)
             assert not older, f"{change!r} has an older row than {before}, and nothing has come in between"
             self.delivered[key] = max(last, before)
@@ -147,3 +148,8 @@ class Promises:
                 assert record.seq in self.given_up or done[record.seq] >= 1, (
                     f"marked, and no handler has done it: {record}"
                 )
+
+
+def _concerns(row: Record, other: Record) -> bool:
+    """Whether the one is of the key of the other, or of its whole type."""
+    return row.key == other.key or (row.truncates and row.type == other.type)

@@ -4,26 +4,31 @@ A run is a function of its seed. At each step one small thing happens somewhere:
 flushed (and notified), becomes visible later or never; a read takes its snapshot or is answered; a settle is sent,
 is executed or is answered; a handler takes its row, commits, returns; a consumer looks at the shards or acts on what
 it saw a while ago; a wake-up is relayed, or lost; a session ends, and its consumer notices later; a process is killed,
-and the server notices later. ``Promises`` says what must hold at each of them. In the end nothing goes wrong any more,
-and everything must get settled.
+and the server notices later. One outbox has up to three readers, the default one and subscriptions, each with consumers
+of its own. ``Promises`` says what must hold at each of them. In the end nothing goes wrong any more, and everything
+must get settled.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
 
 from cdc.core.model import WakeUp
 from cdc.core.rebalance import fair_share
 from tests.simulation.consumer import Consumer, Kind, Settings
+from tests.simulation.outbox import Outbox
 from tests.simulation.promises import Promises
-from tests.simulation.server import SHARDS, Server, Session
+from tests.simulation.server import SHARDS, Record, Server, Session
 
 _KEYS = "abcdef"
 _TRUNCATES = "TU"
 _ROUNDS_MAX = 3_000
 _ROUND_S = 0.05
+_READERS = ((False,), (True,), (False, True), (True, True), (False, True, True))
+"""Of each, whether it is a subscription. In turn, by the seed."""
 
 
 class Simulation:
@@ -44,13 +49,17 @@ class Simulation:
         self._trouble = dice.choice([0.0, 0.5, 1.0, 3.0])
         self._failure = dice.choice([0.0, 0.1, 0.4])
         self._truncates = dice.choice([0.0, 0.02, 0.1])
-        self.server = Server(durable_slot=dice.random() < 0.3, positions=bool(seed % 2))
-        self.promises = Promises(self.server)
-        self.consumers = [self._new_consumer() for _ in range(consumers or dice.choice([1, 2, 3]))]
+        self.outbox = Outbox(_READERS[seed % len(_READERS)], durable_slot=dice.random() < 0.3)
+        self.happened: Counter[str] = Counter()
+        self.promises = {reader: Promises(reader, self.happened) for reader in self.outbox.readers}
+        count = consumers or dice.choice([1, 2, 3])
+        self.consumers = [self._new_consumer(reader) for reader in self.outbox.readers for _ in range(count)]
+        self._replay_for: tuple[Server, bool] = self.outbox.readers[0], False
+        """Whose the processed changes are that are replayed, and whether it alone takes them."""
         self._replayed: list[int] = []
         """What the replay that is under way repeats; its last round is the transaction ``_round_of_replay``."""
         self._round_of_replay = 0
-        self._vanished: list[Session] = []
+        self._vanished: list[tuple[Server, Session]] = []
         """Sessions whose process is gone, which the server does not know yet."""
 
     def run(self) -> None:
@@ -59,7 +68,9 @@ class Simulation:
         for _ in range(self._steps):
             self._step(self._dice.choices(actions, cum_weights=weights)[0])
         self._let_settle()
-        self.promises.all_kept(lambda record: self.settings.kind(record.key, record.seq).transactional)
+        for promises in self.promises.values():
+            promises.all_kept(lambda record: self.settings.kind(record.key, record.seq).transactional)
+        self.happened["a schedule had several readers"] += len(self.promises) > 1
 
     def _actions(self) -> dict[Callable[[], None], float]:
         each, lossy, trouble = float(len(self.consumers)), 0.5 * self._lossy, self._trouble
@@ -68,7 +79,7 @@ class Simulation:
             self._hear: 4 * each, self._connect: each, self._stream: each, self._balance: 3 * each,
             self._read: 12 * each, self._start: 8 * each, self._advance: 12 * each, self._settle: 8 * each,
             self._notice: each, self._notice_stream: each, self._end_vanished: 0.5,
-            self._move_positions: 2.0 * bool(self.server.positions),
+            self._move_positions: 2.0 * sum(bool(reader.positions) for reader in self.outbox.readers),
             self._cut_stream: lossy, self._lose_relayed: 2 * lossy,
             self._end_a_session: 0.3 * trouble, self._kill: 0.2 * trouble, self._restart_server: 0.05 * trouble,
             self._cut_off_handler: trouble, self._requeue: 0.3 * trouble, self._replay: 0.5,
@@ -78,8 +89,8 @@ class Simulation:
         self._on_step(action.__name__.strip("_"))
         action()
 
-    def _new_consumer(self) -> Consumer:
-        return Consumer(self.settings, self.server, self.promises, self._dice)
+    def _new_consumer(self, reader: Server) -> Consumer:
+        return Consumer(self.settings, reader, self.promises[reader], self._dice)
 
     def _any(self) -> Consumer:
         return self._dice.choice(self.consumers)
@@ -88,18 +99,18 @@ class Simulation:
 
     def _let_settle(self) -> None:
         """The writers stop, every transaction ends, nothing fails or is lost any more: all must be settled."""
-        for xid in list(self.server.open):
-            if xid not in self.server.flushed:
-                self.server.flush(xid)
-            self.server.end(xid)
+        for xid in self.outbox.open:
+            if xid not in self.outbox.flushed:
+                self.outbox.flush(xid)
+            self.outbox.end(xid)
         for round_ in range(_ROUNDS_MAX):
             if round_ % 100 == 0:
                 self._requeue_what_pauses()
             self._round()
-            if not any(self.server.visible()) and all(consumer.at_rest for consumer in self.consumers):
+            if self.outbox.settled and all(consumer.at_rest for consumer in self.consumers):
                 self._shares_are_fair()
                 return
-        left = list(self.server.visible())
+        left = [row for reader in self.outbox.readers for row in reader.visible()]
         raise AssertionError(f"never settled: {left[:5]}")
 
     def _round(self) -> None:
@@ -109,7 +120,7 @@ class Simulation:
         for consumer in self.consumers:
             consumer.notice()
             consumer.connect()
-            if consumer.streaming != (self.server.slot.reader is consumer):
+            if consumer.streaming != (self.outbox.slot.reader is consumer):
                 consumer.stream_ended()
             self._let_stream(consumer)
             for call in (consumer.balance, consumer.hear, consumer.read, consumer.start, consumer.read):
@@ -117,12 +128,13 @@ class Simulation:
             consumer.advance(0)
             consumer.settle()
             self._execute()
-        self.server.now += _ROUND_S
+        self.outbox.pass_time(_ROUND_S)
 
     def _requeue_what_pauses(self) -> None:
-        for record in self.server.rows.values():
-            if record.state == "paused":
-                self.server.requeue(record)
+        for reader in self.outbox.readers:
+            for record in reader.rows.values():
+                if record.state == "paused":
+                    reader.requeue(record)
         self._notify(None)
 
     def _shares_are_fair(self) -> None:
@@ -130,49 +142,57 @@ class Simulation:
         for _ in range(10):
             for consumer in self.consumers:
                 consumer.balance()
-        owned = [len(session.shards) for session in self.server.sessions]
-        assert sum(owned) == SHARDS, f"shards left over: {owned}"
-        assert max(owned) <= fair_share(len(owned), shards=SHARDS)[1], f"unfair: {owned}"
+        for reader in self.outbox.readers:
+            owned = [len(session.shards) for session in reader.sessions]
+            assert sum(owned) == SHARDS, f"shards left over: {owned}"
+            assert max(owned) <= fair_share(len(owned), shards=SHARDS)[1], f"unfair: {owned}"
 
     # --- writers and an operator -----------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        candidates = [xid for xid in self.server.open if xid not in self.server.flushed]
-        candidates = [xid for xid in candidates if xid != self._round_of_replay]
-        xid = self._dice.choice(candidates) if candidates and self._dice.random() < 0.5 else self.server.begin()
+        candidates = [xid for xid in self.outbox.unflushed if xid != self._round_of_replay]
+        xid = self._dice.choice(candidates) if candidates and self._dice.random() < 0.5 else self.outbox.begin()
         for _ in range(self._dice.choice([1, 1, 1, 5])):
-            self.server.write(xid, self._dice.choice(_TRUNCATES if self._dice.random() < self._truncates else _KEYS))
+            self.outbox.write(xid, self._dice.choice(_TRUNCATES if self._dice.random() < self._truncates else _KEYS))
 
     def _flush(self) -> None:
-        if candidates := [xid for xid in self.server.open if xid not in self.server.flushed]:
+        if candidates := self.outbox.unflushed:
             xid = self._dice.choice(candidates)
             if self._dice.random() < 0.1:
-                self.server.end(xid)
+                self.outbox.end(xid)
             else:
-                self.server.flush(xid)
+                self.outbox.flush(xid)
 
     def _end(self) -> None:
-        if candidates := [xid for xid in self.server.open if xid in self.server.flushed]:
-            self.server.end(self._dice.choice(candidates))
+        if candidates := [xid for xid in self.outbox.open if xid in self.outbox.flushed]:
+            self.outbox.end(self._dice.choice(candidates))
 
     def _requeue(self) -> None:
         """An operator gives dead letters another try, and wakes the consumers."""
-        if dead := [record for record in self.server.rows.values() if record.state in ("dead", "paused")]:
-            self.server.requeue(self._dice.choice(dead))
+        reader = self._dice.choice(self.outbox.readers)
+        if dead := [record for record in reader.rows.values() if record.state in ("dead", "paused")]:
+            reader.requeue(self._dice.choice(dead))
             self._notify(None)
 
     def _replay(self) -> None:
         """An operator replays what is processed, a round after the other; what is rolled back is replayed later."""
-        if self._round_of_replay in self.server.open:
+        if self._round_of_replay in self.outbox.open:
             return
-        again = {row.replays for row in self.server.rows.values()}
-        left = [seq for seq in self._replayed if seq not in again]
+        reader, alone = self._replay_for
+        left = self._left_of_replay(reader)
         if not left:
-            processed = (row for row in self.server.rows.values() if row.state == "processed" and row.replays is None)
-            first = [row.seq for row in processed if row.seq not in again and not row.requeued_late]
+            reader, alone = self._dice.choice(self.outbox.readers), self._dice.random() < 0.5
+            self._replay_for = reader, alone
+            again = {row.replays for row in reader.rows.values()}
+            first = [row.seq for row in reader.rows.values() if _may_be_replayed(row) and row.seq not in again]
             left = self._replayed = sorted(self._dice.sample(first, min(6, len(first))))
-        rows = [self.server.rows[seq] for seq in left[: self._dice.choice([1, 3])]]
-        self._round_of_replay = self.server.replay(rows)
+        only = reader if alone and len(self.outbox.readers) > 1 else None
+        self.happened["a replay was for one reader"] += bool(left and only)
+        self._round_of_replay = self.outbox.replay(left[: self._dice.choice([1, 3])], only=only)
+
+    def _left_of_replay(self, reader: Server) -> list[int]:
+        again = {row.replays for row in reader.rows.values()}
+        return [seq for seq in self._replayed if seq not in again]
 
     # --- wake-ups --------------------------------------------------------------------------------------------------
 
@@ -180,15 +200,19 @@ class Simulation:
         self._let_stream(self._any())
 
     def _let_stream(self, consumer: Consumer) -> None:
-        if not consumer.streaming and self.server.slot.connect(consumer):
+        if not consumer.streaming and self.outbox.slot.connect(consumer):
             consumer.stream_began()
 
     def _deliver(self) -> None:
-        reader = self.server.slot.reader
-        if isinstance(reader, Consumer) and (
-            others := reader.notified(self.server.slot.read(self._dice.randint(1, 6)))
-        ):
-            self._notify(others)
+        """Who streams passes on what it does not own to consumers of its own subscription, and everything to others."""
+        streams = self.outbox.slot.reader
+        if not isinstance(streams, Consumer):
+            return
+        read = self.outbox.slot.read(self._dice.randint(1, 6))
+        others = streams.notified(read)
+        for consumer in self.consumers:
+            if told := others if consumer.reader is streams.reader else list(read):
+                consumer.wakeups.append(told)
 
     def _notify(self, payload: list[WakeUp] | None) -> None:
         """To whoever listens, the sender too."""
@@ -205,12 +229,12 @@ class Simulation:
             wakeups.popleft()
 
     def _cut_stream(self) -> None:
-        if self.server.slot.reader:
-            self.server.slot.disconnect()
+        if self.outbox.slot.reader:
+            self.outbox.slot.disconnect()
 
     def _notice_stream(self) -> None:
         consumer = self._any()
-        if consumer.streaming and self.server.slot.reader is not consumer:
+        if consumer.streaming and self.outbox.slot.reader is not consumer:
             consumer.stream_ended()
 
     # --- consumers -------------------------------------------------------------------------------------------------
@@ -238,28 +262,35 @@ class Simulation:
 
     def _execute(self) -> None:
         """The server runs a settle that was sent, also one of a process that is gone."""
-        sent = [session for session in self.server.sessions if session.statement and not self.server.blocked(session)]
+        sent = [
+            (reader, session)
+            for reader in self.outbox.readers
+            for session in reader.sessions
+            if session.statement and not reader.blocked(session)
+        ]
         if sent:
-            session = self._dice.choice(sent)
-            self.promises.settles(session.statement or [])
-            for finished in self.server.execute(session):
+            reader, session = self._dice.choice(sent)
+            promises = self.promises[reader]
+            promises.settles(session.statement or [])
+            for finished in reader.execute(session):
                 kind = self.settings.kind(finished.change.entity_id, finished.change.seq)
-                self.promises.missed(finished, transactional=kind.transactional)
+                promises.missed(finished, transactional=kind.transactional)
 
     def _move_positions(self) -> None:
-        """In every other schedule they are the consumers of a subscription."""
-        if self.server.sessions:
-            moved = self.server.move_positions(self._dice.choice(self.server.sessions))
-            self.promises.happened["a position moved"] += moved
+        """Of a subscription, by one of its consumers."""
+        reader = self._dice.choice([reader for reader in self.outbox.readers if reader.positions])
+        if reader.sessions:
+            self.happened["a position moved"] += reader.move_positions(self._dice.choice(reader.sessions))
 
     def _tick(self) -> None:
-        self.server.now += self._dice.choice([0.001, 0.01, 0.1, 1.0])
+        self.outbox.pass_time(self._dice.choice([0.001, 0.01, 0.1, 1.0]))
 
     # --- trouble ---------------------------------------------------------------------------------------------------
 
     def _end_a_session(self) -> None:
-        if self.server.sessions:
-            self.server.end_session(self._dice.choice(self.server.sessions))
+        if sessions := [(reader, session) for reader in self.outbox.readers for session in reader.sessions]:
+            reader, session = self._dice.choice(sessions)
+            reader.end_session(session)
 
     def _notice(self) -> None:
         self._any().notice()
@@ -267,28 +298,35 @@ class Simulation:
     def _kill(self) -> None:
         """And a supervisor starts it anew."""
         place = self._dice.randrange(len(self.consumers))
-        consumer, self.consumers[place] = self.consumers[place], self._new_consumer()
+        consumer = self.consumers[place]
+        self.consumers[place] = self._new_consumer(consumer.reader)
         consumer.killed()
         if consumer.session:
-            self._vanished.append(consumer.session)
-        if self.server.slot.reader is consumer:
-            self.server.slot.disconnect()
+            self._vanished.append((consumer.reader, consumer.session))
+        if self.outbox.slot.reader is consumer:
+            self.outbox.slot.disconnect()
 
     def _end_vanished(self) -> None:
         while self._vanished:
-            self.server.end_session(self._vanished.pop())
+            reader, session = self._vanished.pop()
+            reader.end_session(session)
 
     def _restart_server(self) -> None:
         """Every session ends, and every transaction: those whose commit record was flushed have committed."""
-        for session in list(self.server.sessions):
-            self.server.end_session(session)
-        for xid in list(self.server.open):
-            self.server.end(xid)
+        for reader in self.outbox.readers:
+            for session in list(reader.sessions):
+                reader.end_session(session)
+        for xid in self.outbox.open:
+            self.outbox.end(xid)
         self._cut_stream()
         for consumer in self.consumers:
             consumer.wakeups.clear()
             for call in [call for call in consumer.calls if call.kind.transactional]:
                 consumer.interrupt(call)
+
+
+def _may_be_replayed(row: Record) -> bool:
+    return row.state == "processed" and row.replays is None and not row.requeued_late
 
 
 def _settings(dice: random.Random, full_passes: bool | None) -> Settings:

@@ -140,9 +140,12 @@ class _Position:
 
 
 class Server:
-    """Time is ``now``, in seconds, and passes only where the schedule says so."""
+    """As one reader sees it. Time is ``now``, in seconds, and passes only where the schedule says so.
 
-    def __init__(self, *, durable_slot: bool, positions: bool = False) -> None:
+    ``rings``: of those that share a slot one does.
+    """
+
+    def __init__(self, slot: Slot, *, positions: bool = False, rings: bool = True) -> None:
         self.now = 0.0
         self.positions: dict[int, _Position] = {n: _Position() for n in range(SHARDS)} if positions else {}
         """By shard, those of a subscription: what is at or below one is not fresh, whatever its row says."""
@@ -154,8 +157,11 @@ class Server:
         self.flushed: set[int] = set()
         self._written: dict[int, list[Record]] = {}
         """Transaction id -> its rows."""
+        self._skipped: dict[int, list[WakeUp]] = {}
+        """Transaction id -> those of its rows that are for another reader."""
         self.sessions: list[Session] = []
-        self.slot = Slot(durable_slot)
+        self.slot = slot
+        self._rings = rings
         self._moments = count()
         self._next_xid = 10
         self._completed = 9
@@ -166,7 +172,7 @@ class Server:
     def begin(self) -> int:
         xid = self._next_xid
         self._next_xid += 1
-        self.open[xid], self._written[xid] = set(), []
+        self.open[xid], self._written[xid], self._skipped[xid] = set(), [], []
         return xid
 
     def write(self, xid: int, key: str) -> None:
@@ -180,15 +186,20 @@ class Server:
         self.open[xid] |= locked
         self._insert(xid, key)
 
-    def replay(self, changes: Iterable[Record]) -> int:
-        """A round of an operator's replay: processed changes once more, in their order. It locks no key."""
-        xid = self.begin()
-        for change in changes:
-            self._insert(xid, change.key, replays=change.seq)
-        return xid
+    def replay(self, xid: int, numbers: Iterable[int], *, visible: bool) -> None:
+        """A round of an operator's replay: processed changes once more, in their order. It locks no key.
+
+        ``visible``: else they are for another reader, and have numbers that nobody here will ever see.
+        """
+        for number in numbers:
+            if visible:
+                self._insert(xid, self.rows[number].key, replays=number)
+            else:
+                self._skipped[xid].append(WakeUp(self._next_seq, _shard(self.rows[number].key)))
+                self._next_seq += 1
 
     def _insert(self, xid: int, key: str, replays: int | None = None) -> None:
-        record = Record(self._next_seq, key, sum(key.encode()) % SHARDS, xid, self.now, replays=replays)
+        record = Record(self._next_seq, key, _shard(key), xid, self.now, replays=replays)
         self._next_seq += 1
         self.rows[record.seq] = record
         self.unsettled.setdefault(key, {})[record.seq] = record
@@ -199,7 +210,9 @@ class Server:
         self.flushed.add(xid)
         for record in self._written[xid]:
             record.committed_at = next(self._moments)
-        self.slot.ring(WakeUp(row.seq, row.shard) for row in self._written[xid])
+        if self._rings:
+            written = [WakeUp(row.seq, row.shard) for row in self._written[xid]]
+            self.slot.ring(sorted(written + self._skipped[xid]))
 
     def end(self, xid: int) -> None:
         """What was flushed becomes visible; anything else is rolled back."""
@@ -209,7 +222,7 @@ class Server:
             else:
                 del self.rows[record.seq], self.unsettled[record.key][record.seq]
         self.flushed.discard(xid)
-        del self.open[xid], self._written[xid]
+        del self.open[xid], self._written[xid], self._skipped[xid]
         self._completed = max(self._completed, xid)
 
     def precedes(self, earlier: Record, later: Record) -> bool:
@@ -460,6 +473,10 @@ def seqs_of(finished: Settlement) -> list[int]:
     """The rows that its outcome is about, the last one last."""
     change, outcome = finished
     return [change.seq, *(map(int, outcome.later.strip("{}").split(",")) if isinstance(outcome, Coalesced) else ())]
+
+
+def _shard(key: str) -> int:
+    return sum(key.encode()) % SHARDS
 
 
 def _as_read(record: Record, change: Change) -> bool:
