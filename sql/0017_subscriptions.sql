@@ -45,6 +45,7 @@ REVOKE ALL ON TABLE @schema@.cdc_positions FROM PUBLIC;
 COMMENT ON TABLE @schema@.cdc_positions IS 'how far each subscription is, by shard';
 
 -- The order of the columns and their number keep a row that says done at 44 bytes: up to eight of them fit into its head.
+-- The key has no shard in front: numbers come in their order, so its pages are full, and an entry takes 32 bytes instead of 50.
 CREATE TABLE IF NOT EXISTS @schema@.cdc_subscription_changes (
   seq bigint NOT NULL,
   subscription smallint NOT NULL,
@@ -57,7 +58,7 @@ CREATE TABLE IF NOT EXISTS @schema@.cdc_subscription_changes (
   key_hash bigint,
   -- What was tried: {"count": failed attempts, "error": "...", "summary": "...", "started_by": "..."}.
   tried jsonb,
-  PRIMARY KEY (subscription, shard, seq)
+  PRIMARY KEY (subscription, seq)
 );
 -- What is done comes and goes; what waits or is dead is found by these, and nothing else pays for them. Each is the only
 -- one that fits what asks for it, as statistics of a queue are wrong: cdc/postgres/subscription.sql.

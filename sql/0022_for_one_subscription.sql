@@ -1,7 +1,8 @@
 -- For whom a change is: for one subscription, or for all; and that no change is removed which one still needs. Safe to run
 -- again.
--- Locks: ACCESS EXCLUSIVE on entity_changes and on cdc_backfills for a moment, the first time. No row is written anew. A later
--- run takes SHARE ROW EXCLUSIVE on entity_changes for a moment.
+-- Locks: ACCESS EXCLUSIVE on entity_changes and on cdc_backfills for a moment, the first time, and on cdc_subscription_changes
+-- while its key is made anew, where it is that of an earlier version. No row is written anew. A later run takes SHARE ROW
+-- EXCLUSIVE on entity_changes for a moment.
 --
 -- A replay or a READ that one subscription has asked for is nothing to the others. It is written as processed, which is what
 -- the default subscription's columns say of it from the beginning. What is captured is for all, and costs nothing: NULL.
@@ -114,5 +115,20 @@ BEGIN
   LOOP
     EXECUTE pg_catalog.format('GRANT UPDATE (owned_since) ON TABLE %I.cdc_positions TO %s', @schema_literal@, v_grantee);
   END LOOP;
+END
+$cdc$;
+
+-- What is kept of a change, by its number: see 0017.
+DO $cdc$
+BEGIN
+  IF EXISTS (
+    SELECT FROM pg_catalog.pg_constraint AS k
+    WHERE k.conrelid = pg_catalog.format('%I.cdc_subscription_changes', @schema_literal@)::regclass AND k.contype = 'p'
+      AND k.conname = 'cdc_subscription_changes_pkey' AND pg_catalog.cardinality(k.conkey) = 3
+  ) THEN
+    ALTER TABLE @schema@.cdc_subscription_changes
+      DROP CONSTRAINT cdc_subscription_changes_pkey,
+      ADD CONSTRAINT cdc_subscription_changes_pkey PRIMARY KEY (subscription, seq);
+  END IF;
 END
 $cdc$;

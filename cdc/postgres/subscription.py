@@ -145,7 +145,9 @@ class SubscriptionStore(Store):
         """Move the positions of these shards, on the session that owns them."""
         self._unproved, self._look_at = False, time.monotonic() + _AT_LEAST_S
         types, include = self.scope
-        parameters = {"shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN}
+        parameters = {
+            "shards": as_array(shards), "types": list(types), "among": include, "scan": _SCAN, "shards_max": SHARDS - 1,
+        }  # fmt: skip
         try:
             [(candidates,)] = await self._rows(session, "advance", parameters)
         except BaseException:

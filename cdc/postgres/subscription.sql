@@ -248,7 +248,7 @@ WITH done AS (
   SELECT want.seq, %(subscription)s::smallint, want.shard
   FROM unnest(%(seqs)s::bigint[], %(shards)s::smallint[]) AS want(seq, shard)
   WHERE want.seq > {position}
-  ON CONFLICT (subscription, shard, seq) DO UPDATE
+  ON CONFLICT (subscription, seq) DO UPDATE
     SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
     WHERE {recorded}
   RETURNING 1
@@ -307,7 +307,7 @@ WITH given AS MATERIALIZED (
       jsonb_strip_nulls(
         jsonb_build_object('count', g.failed, 'error', g.error, 'summary', g.summary, 'kind', g.kind)) END
   FROM given AS g WHERE NOT g.requeued AND g.seq > g.position
-  ON CONFLICT (subscription, shard, seq) DO UPDATE
+  ON CONFLICT (subscription, seq) DO UPDATE
     SET next_attempt_at = excluded.next_attempt_at, dead_at = excluded.dead_at, type_hash = excluded.type_hash,
         key_hash = excluded.key_hash,
         tried = CASE WHEN excluded.tried IS NOT NULL THEN (coalesce(s.tried, '{{}}') - 'started_by') || excluded.tried
@@ -360,7 +360,7 @@ WITH given AS MATERIALIZED (
     jsonb_build_object('started_by', %(process)s::uuid, 'count', g.failures)
   FROM given AS g WHERE NOT g.requeued AND g.seq > g.position
     AND pg_try_advisory_xact_lock(hashint8extended(g.seq, %(locks)s::bigint))
-  ON CONFLICT (subscription, shard, seq) DO UPDATE SET tried = s.tried || excluded.tried WHERE {recorded}
+  ON CONFLICT (subscription, seq) DO UPDATE SET tried = s.tried || excluded.tried WHERE {recorded}
   RETURNING s.seq
 ), failed AS (SELECT s.seq, {crash_attempt} AS attempt FROM free AS s), {keep_attempts}
 SELECT seq FROM changed UNION ALL SELECT seq FROM added
@@ -410,7 +410,7 @@ WITH given AS MATERIALIZED (
   SELECT g.seq, %(subscription)s::smallint, g.shard, CASE WHEN g.pauses THEN 'infinity'::timestamptz END, now(), g.type_hash,
     g.key_hash, jsonb_build_object('count', 1, 'error', g.error, 'summary', g.summary, 'kind', 'unreadable')
   FROM given AS g WHERE g.seq > g.position
-  ON CONFLICT (subscription, shard, seq) DO NOTHING
+  ON CONFLICT (subscription, seq) DO NOTHING
   RETURNING s.seq
 ), refused AS (
   SELECT id, seq, attempt, error FROM changed
@@ -494,7 +494,7 @@ WITH want AS MATERIALIZED (
   SELECT want.seq, %(subscription)s::pg_catalog.int2, want.shard
   FROM want JOIN at ON at.shard OPERATOR(pg_catalog.=) want.shard
   WHERE NOT want.requeued AND want.seq OPERATOR(pg_catalog.>) at.seq
-  ON CONFLICT (subscription, shard, seq) DO UPDATE
+  ON CONFLICT (subscription, seq) DO UPDATE
     SET next_attempt_at = NULL, type_hash = NULL, key_hash = NULL, tried = NULL
     WHERE s.next_attempt_at OPERATOR(pg_catalog.=) '-infinity'::pg_catalog.timestamptz AND s.dead_at IS NULL
   RETURNING s.seq
@@ -571,17 +571,20 @@ WITH horizon AS MATERIALIZED (
   WHERE p.subscription = %(subscription)s::smallint AND p.shard = looked.shard
     AND (p.seq <> looked.seq OR p.candidate IS NOT NULL OR looked.reached > looked.seq)
   RETURNING p.shard
+), passed AS MATERIALIZED (
+  SELECT min(proved.before) AS lowest, max(proved.seq) AS highest,
+    array_agg(proved.before ORDER BY n.shard) AS befores, array_agg(proved.seq ORDER BY n.shard) AS seqs
+  FROM generate_series(0, %(shards_max)s) AS n(shard)
+  LEFT JOIN (SELECT proved.* FROM proved JOIN moved ON moved.shard = proved.shard) AS proved ON proved.shard = n.shard
 ), gone AS (
   DELETE FROM {subscription_changes} AS d
   WHERE d.ctid = ANY (ARRAY(
-    SELECT found.place
-    FROM proved JOIN moved ON moved.shard = proved.shard
-    CROSS JOIN LATERAL (
-      SELECT s.ctid AS place FROM {subscription_changes} AS s
-      WHERE s.subscription = %(subscription)s::smallint AND s.shard = proved.shard
-        AND s.seq > proved.before AND s.seq <= proved.seq AND s.next_attempt_at IS NULL AND s.dead_at IS NULL
-      ORDER BY s.seq OFFSET 0
-    ) AS found
+    SELECT s.ctid FROM {subscription_changes} AS s
+    WHERE s.subscription = %(subscription)s::smallint
+      AND s.seq > (SELECT passed.lowest FROM passed) AND s.seq <= (SELECT passed.highest FROM passed)
+      AND s.seq > (SELECT passed.befores FROM passed)[s.shard + 1] AND s.seq <= (SELECT passed.seqs FROM passed)[s.shard + 1]
+      AND s.next_attempt_at IS NULL AND s.dead_at IS NULL
+    ORDER BY s.seq OFFSET 0
   )) AND d.next_attempt_at IS NULL AND d.dead_at IS NULL
 )
 SELECT (SELECT count(*) FROM at CROSS JOIN horizon
