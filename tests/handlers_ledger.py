@@ -42,7 +42,8 @@ TRUNCATED = "kept_truncated"
 ALL_KINDS = (*KINDS, *LATEST, TRUNCATED)
 EFFECTS = """
 CREATE TABLE effects (
-  number bigint GENERATED ALWAYS AS IDENTITY, seq bigint NOT NULL, type text NOT NULL, key text NOT NULL
+  number bigint GENERATED ALWAYS AS IDENTITY, seq bigint NOT NULL, type text NOT NULL, key text NOT NULL,
+  consumer name NOT NULL DEFAULT session_user
 )
 """
 ODD = "odd"
@@ -94,6 +95,10 @@ def _token_of(row: Mapping[str, object] | None) -> object:
 def _dice(text: str) -> float:
     """Evenly from 0 to 1, the same in every process."""
     return zlib.crc32(text.encode()) / 2**32
+
+
+without_latest = cdc.Router()
+"""The same for a consumer of a subscription, which takes no handlers for the latest."""
 
 
 @router.on("kept_async", max_attempts=MAX_ATTEMPTS)
@@ -187,6 +192,21 @@ async def refuse(change: cdc.Change) -> None:
     """Reads all there is to read, and fails with a text that no row can hold as it is."""
     repr((change.old, change.new, change.metadata))
     raise MeantToFailError("\0 \ud800 \u2717 " * 300_000)
+
+
+for _handler, _types, _options in (
+    (keep_async, ("kept_async", "kept_latest"), {}),
+    (keep_sync, ("kept_sync",), {}),
+    (keep_transactional, ("kept_transactional", "kept_latest_transactional"), {}),
+    (keep_transactional_sync, ("kept_transactional_sync",), {}),
+    (keep_batch, ("kept_batch",), {"batch": 20, "linger": 0.01}),
+    (keep_batch_transactional, ("kept_batch_transactional",), {"batch": 20}),
+    (keep_truncated, (TRUNCATED,), {}),
+):
+    for _type in _types:
+        without_latest.on(_type, max_attempts=MAX_ATTEMPTS, **_options)(_handler)
+without_latest.on(TRUNCATED, "TRUNCATE", max_attempts=MAX_ATTEMPTS)(keep_truncate)
+without_latest.on(ODD, max_attempts=2)(refuse)
 
 
 async def _pass(changes: Sequence[cdc.Change]) -> None:

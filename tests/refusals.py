@@ -13,15 +13,20 @@ CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
   found text;
 BEGIN
-  SELECT code INTO found FROM public.refused WHERE what = TG_TABLE_NAME LIMIT 1;
+  SELECT code INTO found FROM public.refused WHERE what = TG_ARGV[0] LIMIT 1;
   IF found IS NOT NULL THEN
     RAISE EXCEPTION 'refused for a while' USING ERRCODE = found;
   END IF;
   RETURN NULL;
 END $$;
-CREATE TRIGGER refuse BEFORE UPDATE ON public.entity_changes FOR EACH STATEMENT EXECUTE FUNCTION public.refuse();
+CREATE TRIGGER refuse BEFORE UPDATE ON public.entity_changes
+  FOR EACH STATEMENT EXECUTE FUNCTION public.refuse('entity_changes');
+CREATE TRIGGER refuse BEFORE INSERT OR UPDATE OR DELETE ON public.cdc_subscription_changes
+  FOR EACH STATEMENT EXECUTE FUNCTION public.refuse('entity_changes');
 CREATE TRIGGER refuse BEFORE INSERT OR UPDATE OR DELETE ON public.cdc_shards
-  FOR EACH STATEMENT EXECUTE FUNCTION public.refuse();
+  FOR EACH STATEMENT EXECUTE FUNCTION public.refuse('cdc_shards');
+CREATE TRIGGER refuse BEFORE UPDATE ON public.cdc_positions
+  FOR EACH STATEMENT EXECUTE FUNCTION public.refuse('cdc_shards');
 """
 MARKS, SHARDS = "entity_changes", "cdc_shards"
 
@@ -33,7 +38,7 @@ def install(connection: psycopg.Connection) -> None:
 
 @contextmanager
 def refusing(connection: psycopg.Connection, what: str, code: str) -> Iterator[None]:
-    """All that writes the table ``what``, MARKS or SHARDS; new changes are captured as ever."""
+    """All MARKS, also those of subscriptions, or all words about SHARDS and positions; changes are captured as ever."""
     connection.execute("INSERT INTO public.refused VALUES (%s, %s)", [what, code])
     try:
         yield

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import psycopg
 
+from cdc.core.subscription import DEFAULT
 from tests.faults.ledger import Verdict, judge
 from tests.faults.operators import OPERATOR
 from tests.faults.stage import SLOT, TIMEOUT_S, Stage, pause
@@ -81,11 +82,11 @@ def freeze_beyond_every_limit(stage: Stage, draw: Draw) -> None:
     with _frozen(stage, draw.place):
         stage.end_backends(place=draw.place)
         began = moved = time.monotonic()
-        left = stage.unsettled(newest := stage.newest())
+        left = stage.unsettled(newest := stage.newest(), draw.place)
         while left:
             stage.watch()
             pause(0.1)
-            before, left = left, stage.unsettled(newest)
+            before, left = left, stage.unsettled(newest, draw.place)
             # Where much waits and the machine is busy, all of it takes longer.
             moved = time.monotonic() if left < before else moved
             if time.monotonic() - moved > _TAKE_OVER_S:
@@ -331,7 +332,10 @@ def play(stage: Stage, seed: int, seconds: float, weights: Mapping[Fault, int], 
 
 
 def verdict(stage: Stage) -> Verdict:
-    """Heal, and judge. A consumer that stopped by a bug, or left with an error, is a violation too."""
+    """Heal, and judge the default subscription; ``verdicts`` judges the others afterwards.
+
+    A consumer that stopped by a bug, or left with an error, is a violation, too.
+    """
     stage.heal()
     evidence = stage.evidence()
     (stage.folder / "captured.txt").write_text("".join(f"{row}\n" for row in sorted(evidence.captured)))
@@ -339,6 +343,16 @@ def verdict(stage: Stage) -> Verdict:
     found.violations += stage.troubles + stage.odd_survivors()
     for words in ("this is a bug", "stopped by a bug", "Traceback"):
         found.violations += [f"{name} said {words!r}: see {stage.folder}" for name in stage.logged(words)]
+    return found
+
+
+def verdicts(stage: Stage) -> dict[str, Verdict]:
+    """Of each subscription beside the default one: its own truth, and nothing of another's."""
+    found = {}
+    for name in stage.subscriptions.names:
+        evidence = stage.evidence(name)
+        (stage.folder / f"captured-{name}.txt").write_text("".join(f"{row}\n" for row in sorted(evidence.captured)))
+        found[name] = judge(evidence)
     return found
 
 
@@ -354,16 +368,23 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=None, help="the same faults in the same order again")
     parser.add_argument("--consumers", type=int, default=3)
+    parser.add_argument("--subscriptions", type=int, default=1, help="beside the default one, of two consumers each")
     parser.add_argument("--only", type=_faults, default=WEIGHTS, metavar="FAULT,...", help="only these")
     arguments = parser.parse_args()
     seed = random.randrange(1_000_000) if arguments.seed is None else arguments.seed
     folder = Path(tempfile.mkdtemp(prefix="cdcchaos"))
     print(f"seed {seed}, {arguments.minutes:g} minutes; logs and ledgers in {folder}", flush=True)
-    with Stage(folder, seed, places=arguments.consumers) as stage:
+    names = [f"reader_{number}" for number in range(1, arguments.subscriptions + 1)]
+    places = [DEFAULT] * arguments.consumers + [name for name in names for _ in range(2)]
+    with Stage(folder, seed, subscriptions=places) as stage:
         faults = play(stage, seed, arguments.minutes * 60, arguments.only, lambda text: print(text, flush=True))
         found = verdict(stage)
+        others = verdicts(stage)
         (folder / "server.log").write_text((stage.server.folder / "server.log").read_text())
     print(f"seed {seed}: {faults} faults, {stage.restarted} consumers restarted by the supervisor; {found}")
+    for name, of_it in others.items():
+        print(f"{name}: {of_it}")
+        found.violations += of_it.violations
     if found.violations:
         return 1
     shutil.rmtree(folder)

@@ -67,7 +67,8 @@ class Captured(NamedTuple):
     """A row of entity_changes. ``before`` and ``after``: the tokens in old_data and new_data.
 
     ``into``: the change whose call stood for this one. ``replays``: the change that this one replays; ``backfill``: of
-    a READ.
+    a READ. A mark of a subscription has no time: there ``settled_at`` is when it was seen, which is later, and
+    ``done_at`` that of the call, which is earlier.
     """
 
     seq: int
@@ -80,6 +81,7 @@ class Captured(NamedTuple):
     into: int | None = None
     replays: int | None = None
     backfill: int | None = None
+    done_at: float | None = None
 
     @property
     def is_written(self) -> bool:
@@ -336,11 +338,11 @@ def _truncate_faults(evidence: Evidence) -> Iterator[str]:
     for type_, seqs in _truncates(evidence).items():
         rows = [row for row in evidence.captured if row.key[0] == type_]
         for truncate in (row for row in rows if row.seq in seqs):
-            starts, ends = first.get(truncate.seq, inf), truncate.settled_at or inf
+            starts, ends = first.get(truncate.seq, inf), truncate.done_at or truncate.settled_at or inf
             number = numbers.get(truncate.seq)
             for row in rows:
                 before = row.seq < truncate.seq
-                if before and (row.settled_at or inf) > starts:
+                if before and (row.done_at or row.settled_at or inf) > starts:
                     yield f"truncated too early: {truncate.seq} of {type_}, before {row.seq} was settled"
                 if row.seq > truncate.seq and first.get(row.seq, inf) < ends:
                     yield f"truncated too late: {truncate.seq} of {type_}, after {row.seq} was called"

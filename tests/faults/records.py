@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -16,6 +16,7 @@ from psycopg import sql
 
 from tests.faults.ledger import Call, Captured, Effect, Span
 from tests.handlers_ledger import TRUNCATED
+from tests.subscriptions import states_of
 
 
 def read_calls(folder: Path, ended_at: dict[str, float]) -> list[Call]:
@@ -59,7 +60,8 @@ def _calls(
         yield Call(consumer, (type_, key), seq, attempt, entry["start"], end, how, batch, *stands_for)
 
 
-def read_captured(connection: psycopg.Connection, types: Iterable[str]) -> list[Captured]:
+def read_captured(connection: psycopg.Connection, types: Iterable[str], number: int | None = None) -> list[Captured]:
+    """As the default subscription has them; those that are for all, or for this one."""
     rows = connection.execute(
         "SELECT seq, coalesce(entity_type, table_name), entity_id, operation, old_data ->> 'token',"
         " new_data ->> 'token', CASE WHEN processed THEN 'processed' WHEN dead_at IS NOT NULL THEN 'dead'"
@@ -68,14 +70,40 @@ def read_captured(connection: psycopg.Connection, types: Iterable[str]) -> list[
         " substring(last_error FROM '^coalesced into seq ([0-9]+)$')::bigint,"
         " (SELECT old.seq FROM entity_changes AS old WHERE old.id = c.replay_of),"
         " CASE WHEN operation = 'READ' THEN (metadata ->> 'backfill')::int END"
-        " FROM entity_changes AS c WHERE coalesce(entity_type, table_name) = ANY (%s)",
-        [list(types)],
+        " FROM entity_changes AS c WHERE coalesce(entity_type, table_name) = ANY (%s)"
+        " AND (subscription IS NULL OR subscription = %s)",
+        [list(types), number],
     ).fetchall()
     return [Captured(seq, (type_, key), *rest) for seq, type_, key, *rest in rows]
 
 
-def read_effects(connection: psycopg.Connection) -> list[Effect]:
-    rows = connection.execute("SELECT number, seq, type, key, xmin::text FROM effects").fetchall()
+def read_captured_by(
+    connection: psycopg.Connection, types: Iterable[str], number: int, seen: Mapping[int, float], calls: Sequence[Call]
+) -> list[Captured]:
+    """As a subscription has them, or its calls where it was dropped. ``seen``: when each was first seen settled."""
+    states = {"done": "processed", **{state: state for state in ("dead", "waiting", "fresh")}}
+    has = {seq: states[state] for seq, state in states_of(connection, number).items()}
+    done: dict[int, float] = {}
+    for call in sorted(calls, key=lambda call: call.end):
+        if call.final:
+            done.setdefault(call.seq, call.end)
+    ended = {call.seq: call.end for call in calls} | done
+    rows = read_captured(connection, types, number)
+    return [
+        row._replace(
+            state=has.get(row.seq) or ("processed" if row.seq in done else "fresh"),
+            settled_at=seen.get(row.seq),
+            into=None,
+            done_at=ended.get(row.seq),
+        )
+        for row in rows
+    ]
+
+
+def read_effects(connection: psycopg.Connection, consumers: Iterable[str] | None = None) -> list[Effect]:
+    """Those of these consumers, or all."""
+    statement = "SELECT number, seq, type, key, xmin::text FROM effects WHERE %s OR consumer = ANY (%s::text[])"
+    rows = connection.execute(statement, [consumers is None, list(consumers or ())]).fetchall()
     return [Effect(number, seq, (type_, key), transaction) for number, seq, type_, key, transaction in rows]
 
 

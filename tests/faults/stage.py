@@ -7,7 +7,9 @@ import signal
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -16,12 +18,14 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from cdc.contrib.demo.temp_server import TempServer
+from cdc.core.subscription import DEFAULT
 from cdc.postgres import migrations
 from tests import refusals
 from tests.eventually import eventually
 from tests.faults import records
 from tests.faults.ledger import Evidence, Span
 from tests.faults.operators import Operator
+from tests.faults.subscriptions import Subscriptions
 from tests.faults.writers import Writer
 from tests.fix_consumer import Process, settled
 from tests.fix_proxy import Proxy
@@ -39,13 +43,15 @@ _CONSUMER = {
     "handlers": "tests.handlers_ledger:router", "slot_name": SLOT, "backoff_base": 0.05, "backoff_cap": 0.5,
     "concurrency": 20, "window": 200, "transactions": 4, "timeout": TIMEOUT_S, "drain_time": 5,
 }  # fmt: skip
+_OF_A_SUBSCRIPTION = {"handlers": "tests.handlers_ledger:without_latest"}
 
 
 class Consumer:
     """One process, under a role of its own: the server's log then tells whose session was whose."""
 
-    def __init__(self, name: str, process: Process) -> None:
+    def __init__(self, name: str, process: Process, subscription: str) -> None:
         self.name = name
+        self.subscription = subscription
         self.process = process
         self.ended_at: float | None = None
 
@@ -68,9 +74,20 @@ class Consumer:
 
 
 class Stage:
-    """``with Stage(folder, seed) as stage:`` everything runs; ``stage.evidence()`` once it has been healed."""
+    """``with Stage(folder, seed) as stage:`` everything runs; ``stage.evidence()`` once it has been healed.
 
-    def __init__(self, folder: Path, seed: int, *, places: int = 3, writers: int = 3, keys: int = 30) -> None:
+    ``subscriptions``: of each place whose it is; those beside the default one are made before the first change.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        subscriptions: Sequence[str] = (DEFAULT,) * 3,
+        writers: int = 3,
+        keys: int = 30,
+    ) -> None:
         self.folder = folder
         self.server = TempServer(durable=True, tcp=True, settings=_SERVER)
         self.crashed_at: list[float] = []
@@ -81,7 +98,8 @@ class Stage:
         self.disk: SmallDisk | None = None
         """What the outbox is on; None where nothing can be mounted."""
         by_tcp = self.server.dsn(tcp=True)
-        self.proxies = [Proxy(by_tcp) for _ in range(places)]
+        self.proxies = [Proxy(by_tcp) for _ in subscriptions]
+        self.subscriptions = Subscriptions(self, subscriptions)
         self.writers_proxy = Proxy(by_tcp)
         self.writers = [
             Writer(self.writers_proxy.dsn, number, seed, ALL_KINDS, keys=keys, pause_s=0.02)
@@ -105,6 +123,7 @@ class Stage:
                 for kind in ALL_KINDS:
                     connection.execute(records.tracked_table(kind))
                 connection.execute(records.TRUNCATES)
+            self.subscriptions.make()
             for proxy in (*self.proxies, self.writers_proxy):
                 undo.callback(proxy.stop)
                 proxy.start()
@@ -115,6 +134,8 @@ class Stage:
                 undo.callback(writer.stop)
             self.operator.start()
             undo.callback(self.operator.stop)
+            self.subscriptions.start()
+            undo.callback(self.subscriptions.stop)
             self._undo = undo.pop_all()
         return self
 
@@ -161,11 +182,13 @@ class Stage:
                 self.start(place)
 
     def _started(self, place: int) -> Consumer:
-        name = f"consumer_{len(self._everyone) + 1}"
+        name, subscription = f"consumer_{len(self._everyone) + 1}", self.subscriptions.at[place]
         with self.connect() as connection:
             connection.execute(sql.SQL("CREATE ROLE {} SUPERUSER LOGIN").format(sql.Identifier(name)))
         dsn = make_conninfo(self.proxies[place].dsn, user=name)
-        consumer = Consumer(name, Process(dsn, self.folder / f"{name}.log", **_CONSUMER))  # type: ignore[arg-type]
+        own = {} if subscription == DEFAULT else {**_OF_A_SUBSCRIPTION, "subscription": subscription}
+        process = Process(dsn, self.folder / f"{name}.log", **{**_CONSUMER, **own})  # type: ignore[arg-type]
+        consumer = Consumer(name, process, subscription)
         self._everyone.append(consumer)
         return consumer
 
@@ -199,8 +222,10 @@ class Stage:
             [(seq,)] = connection.execute("SELECT coalesce(max(seq), 0) FROM entity_changes").fetchall()
         return int(seq)
 
-    def unsettled(self, seq: int) -> int:
-        """How many changes up to this number have no outcome."""
+    def unsettled(self, seq: int, place: int) -> int:
+        """How many changes up to this number have no outcome, in the subscription of this place."""
+        if (name := self.subscriptions.at[place]) != DEFAULT:
+            return self.subscriptions.unsettled(name, seq)
         with self.connect() as connection:
             [(count,)] = connection.execute(
                 "SELECT count(*) FROM entity_changes WHERE seq <= %s AND NOT processed AND dead_at IS NULL", [seq]
@@ -224,21 +249,30 @@ class Stage:
         with self.connect() as connection:
             try:
                 eventually(lambda: all_done(connection), within_s=within_s, what="every change processed or dead")
+                for name in self.subscriptions.names:
+                    done = partial(self.subscriptions.all_done, name)
+                    eventually(done, within_s=within_s, what=f"every change processed or dead in {name}")
             except AssertionError as stuck:
                 self.troubles.append(str(stuck))  # what is missing, the judge says
         for consumer in self.consumers:
             if (code := consumer.terminate()) != 0:
                 self.troubles.append(f"{consumer.name} ended with {code}")
 
-    def evidence(self) -> Evidence:
-        with self.connect() as connection:
-            captured = records.read_captured(connection, ALL_KINDS)
-            effects = records.read_effects(connection)
-        log = (self.server.folder / "server.log").read_text()
+    def evidence(self, subscription: str = DEFAULT) -> Evidence:
+        """Of one subscription: whose calls and effects those of its consumers are."""
         ended_at = {consumer.name: consumer.ended_at or time.time() for consumer in self._everyone}
+        own = [consumer.name for consumer in self._everyone if consumer.subscription == subscription]
+        calls = [call for call in records.read_calls(self.folder, ended_at) if call.consumer in own]
+        with self.connect() as connection:
+            if subscription == DEFAULT:
+                captured = records.read_captured(connection, ALL_KINDS)
+            else:
+                captured = self.subscriptions.captured(connection, subscription, calls)
+            effects = records.read_effects(connection, own)
+        log = (self.server.folder / "server.log").read_text()
         return Evidence(
             captured=captured,
-            calls=records.read_calls(self.folder, ended_at),
+            calls=calls,
             committed=set().union(*(writer.committed for writer in self.writers)),
             unknown=set().union(*(writer.unknown for writer in self.writers)),
             effects=effects,
