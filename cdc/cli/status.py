@@ -14,6 +14,7 @@ from cdc.cli.options import json_option, open_database, settings_options
 from cdc.cli.output import paint, print_json, print_table, put
 from cdc.cli.watch import watch
 from cdc.core.model import SHARDS
+from cdc.core.subscription import DEFAULT
 from cdc.core.units import format_bytes, format_duration
 from cdc.replication.slot_health import Outlook, SlotHealth, SlotReport, assess, outlook
 
@@ -32,7 +33,7 @@ _DEAD_LETTERS_MAX = 5
 
 
 @click.command()
-@settings_options("dsn", "schema", "slot.name")
+@settings_options("dsn", "schema", "slot.name", "subscription")
 @click.option("--watch", "watching", is_flag=True, help="Again and again, until Ctrl-C.")
 @click.option("--every", type=click.FloatRange(min=0.1), default=2.0, show_default=True, metavar="SECONDS",
               help="Between two readings, with --watch.")  # fmt: skip
@@ -49,7 +50,7 @@ def status(*, settings: Settings, watching: bool, every: float, times: int | Non
     before: list[SlotReport] = []
 
     def show() -> None:
-        seen = read(connection, settings.schema_, settings.slot.name)
+        seen = read(connection, settings.schema_, settings.slot.name, settings.subscription)
         expected = outlook(before[0], seen.slot) if before and seen.slot else None
         before[:] = [seen.slot] if seen.slot else []
         _show(seen, settings, expected, as_json)
@@ -71,6 +72,8 @@ def _show(seen: Status, settings: Settings, expected: Outlook | None, as_json: b
 
 def _lines(seen: Status, settings: Settings, health: SlotHealth | None) -> Iterable[tuple[str, str | tuple[str, ...]]]:
     yield "outbox", f"{settings.schema_} in {seen.database}, at {seen.seen_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    if seen.subscription != DEFAULT:
+        yield "of", f"the subscription {seen.subscription}"
     yield "consumers", _members(seen)
     if seen.observers:
         each = ", ".join(f"process {_where(member)}" for member in seen.observers)
@@ -87,7 +90,7 @@ def _lines(seen: Status, settings: Settings, health: SlotHealth | None) -> Itera
         held_s = format_duration(barrier.age_s)
         yield "truncate", f"{barrier.seq} of {barrier.entity_type} holds back what comes after it, for {held_s} now"
     if seen.subscriptions:
-        yield "besides", _subscriptions(seen.subscriptions)
+        yield "besides" if seen.subscription == DEFAULT else "progress", _subscriptions(seen.subscriptions)
     yield "slot", _slot(seen.slot, settings.slot.name)
     if health:
         yield "", paint(health.sentence, None if health.fine else "red")
@@ -125,6 +128,8 @@ def _where(member: Member) -> str:
 
 def _pace(seen: Status) -> str:
     pace = seen.pace
+    if pace is None:
+        return "not known: a subscription keeps no list of what is processed; its metrics have it"
     if pace.latency_p50_s is None or pace.latency_p99_s is None:
         return "nothing processed in the last minute"
     within = f"half within {_brief(pace.latency_p50_s)}, 99 % within {_brief(pace.latency_p99_s)} of the write"

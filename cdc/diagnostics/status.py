@@ -13,6 +13,7 @@ from uuid import UUID
 import psycopg
 
 from cdc.core.model import ChangeState
+from cdc.core.subscription import DEFAULT
 from cdc.postgres.admin import ChangeSummary, Filter, OutboxAdmin, Stats, Throughput
 from cdc.postgres.barriers import Barriers
 from cdc.postgres.controls import Control, Controls
@@ -20,7 +21,8 @@ from cdc.postgres.due import DueChanges
 from cdc.postgres.loaders import read_anything
 from cdc.postgres.pages import Barrier, DueLater
 from cdc.postgres.shard_locks import Member, members, observers
-from cdc.postgres.subscriptions import SubscriptionProgress, Subscriptions
+from cdc.postgres.subscription_admin import SubscriptionAdmin
+from cdc.postgres.subscriptions import Subscription, SubscriptionProgress, Subscriptions
 from cdc.replication import slots
 from cdc.replication.slot_health import SlotReport
 
@@ -84,25 +86,28 @@ class Readings:
 class Status:
     """``slot`` is None where no slot has that name. ``barrier``: the TRUNCATE that holds back its type the longest.
 
-    ``subscriptions``: those beside the default one; None: this role may not see them. All else is of the default one.
-    ``paused``: None: not known.
+    ``subscriptions``: those beside the default one; None: this role may not see them. All else is of ``subscription``.
+    ``pace``: None: not known, as of another one than the default. ``paused``: the same, where it may not be seen.
     """
 
     seen_at: datetime
     database: str
     outbox: Outbox
-    pace: Throughput
+    pace: Throughput | None
     members: list[Member]
     observers: list[Member]
     slot: SlotReport | None
     barrier: Barrier | None = None
     subscriptions: list[SubscriptionProgress] | None = None
     paused: list[Control] | None = None
+    subscription: str = DEFAULT
 
 
-def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
-    """Everything, read on demand."""
+def read(connection: psycopg.Connection, schema: str, slot: str, subscription: str = DEFAULT) -> Status:
+    """Everything, read on demand. Raises NotFoundError."""
     read_anything(connection)
+    if subscription != DEFAULT:
+        return _of_another(connection, schema, slot, Subscriptions(schema).named(connection, subscription))
     admin = OutboxAdmin(schema)
     row = connection.execute("SELECT clock_timestamp(), current_database()").fetchone()
     assert row is not None
@@ -117,6 +122,23 @@ def read(connection: psycopg.Connection, schema: str, slot: str) -> Status:
         barrier=Barriers(schema).oldest(connection),
         subscriptions=Subscriptions(schema).figures(connection, None, _PER_SHARD),
         paused=Controls(schema).seen(connection),
+    )
+
+
+def _of_another(connection: psycopg.Connection, schema: str, slot: str, subscription: Subscription) -> Status:
+    [(seen_at, database)] = connection.execute("SELECT clock_timestamp(), current_database()").fetchall()
+    progress = Subscriptions(schema).figures(connection, subscription.number, _PER_SHARD)
+    return Status(
+        seen_at=seen_at,
+        database=database,
+        outbox=summarize(connection, SubscriptionAdmin(schema, subscription), DueChanges(schema)),
+        pace=None,
+        members=members(connection, schema, subscription.number),
+        observers=[],
+        slot=slots.snapshot(connection, slot),
+        subscriptions=progress,
+        paused=None if progress is None else [control for each in progress for control in each.pauses],
+        subscription=subscription.name,
     )
 
 

@@ -227,9 +227,9 @@ class Member(NamedTuple):
     age_s: float | None
 
 
-def members(connection: psycopg.Connection, schema: str) -> list[Member]:
-    """The live consumers of this outbox; together they hold all shards that are owned."""
-    return _sharing(connection, schema, SHARDS)
+def members(connection: psycopg.Connection, schema: str, subscription: int = DEFAULT) -> list[Member]:
+    """The live consumers of a subscription."""
+    return _sharing(connection, schema, SHARDS, subscription)
 
 
 def observers(connection: psycopg.Connection, schema: str) -> list[Member]:
@@ -237,10 +237,21 @@ def observers(connection: psycopg.Connection, schema: str) -> list[Member]:
     return _sharing(connection, schema, OBSERVERS)
 
 
-def _sharing(connection: psycopg.Connection, schema: str, lock: int) -> list[Member]:
+def _sharing(connection: psycopg.Connection, schema: str, lock: int, subscription: int = DEFAULT) -> list[Member]:
+    statement = _MEMBERS if subscription == DEFAULT else _MEMBERS.replace("'processed'", "'seq'")
+    parameters = {
+        "shards": SHARDS, "class": lock_class(schema, subscription) & 0xFFFFFFFF, "lock": lock,
+        "outbox": _marked(schema, subscription),
+    }  # fmt: skip
     with connection.cursor(row_factory=class_row(Member)) as cursor:
-        parameters = {"shards": SHARDS, "class": _hashed(schema), "lock": lock, "outbox": outbox_name(schema)}
-        return cursor.execute(_MEMBERS, parameters).fetchall()
+        return cursor.execute(statement.encode(), parameters).fetchall()
+
+
+def _marked(schema: str, subscription: int) -> str:
+    """The table that a consumer writes outcomes to, as ``to_regclass`` reads it."""
+    if subscription == DEFAULT:
+        return outbox_name(schema)
+    return sql.Identifier(schema, "cdc_positions").as_string()
 
 
 class Polled(NamedTuple):
@@ -316,8 +327,7 @@ class ShardSession:
         self._parameters = {
             "shards": SHARDS, "class": self._key & 0xFFFFFFFF, "key": self._key, "readers": READERS,
             "subscription": subscription,
-            "outbox": outbox_name(schema) if subscription == DEFAULT
-            else sql.Identifier(schema, "cdc_positions").as_string(),
+            "outbox": _marked(schema, subscription),
             "controls": sql.Identifier(schema, "cdc_controls").as_string(), "seen": _NOTHING_SEEN,
         }  # fmt: skip
         self.may_see_controls: bool | None = None

@@ -14,12 +14,14 @@ from psycopg import sql
 
 import cdc
 from cdc.cli import cdc as root_command
+from cdc.core.model import SHARDS
 from cdc.core.router import Router
 from cdc.diagnostics.status import summarize
 from cdc.postgres.admin import OutboxAdmin
 from cdc.postgres.due import DueChanges
+from cdc.postgres.shard_locks import lock_class
 from tests import handlers_page, servers
-from tests.commands import done
+from tests.commands import done, refused
 from tests.commands_subscription import create, fail
 from tests.eventually import eventually_async
 from tests.fix_consumer import consuming, settled, slot_name
@@ -172,3 +174,29 @@ def test_neither_long_types_nor_many_make_the_answer_large(outbox: str, outbox_d
     assert len(found.stats.types) <= 500
     types = [*(each.entity_type for each in found.stats.types), *(each.entity_type for each in found.dead_letters)]
     assert max(map(len, types)) == 200
+
+
+def test_one_subscription_is_shown_with_its_own_consumers_dead_letters_and_pauses(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    fill(outbox_db, 3)
+    number = create(outbox, "search", "--from", "beginning")
+    create(outbox, "audit")
+    fail(outbox_db, number, 1, dead=True)
+    done(outbox, "pause", "--subscription", "search", "--type", "x", "--because", "mended")
+    done(outbox, "pause", "--subscription", "audit", "--because", "another one's")
+    with psycopg.connect(outbox, autocommit=True) as consumer:
+        consumer.execute("SELECT pg_advisory_lock_shared(%s, %s)", [lock_class("public", number), SHARDS])
+        consumer.execute("SELECT pg_advisory_lock(%s, 7)", [lock_class("public", number)])
+        said = done(outbox, "status", "--subscription", "search")
+        assert f"1; 1 of 64 shards owned: 1 by process {consumer.info.backend_pid}" in said
+        found = data(outbox, "--subscription", "search")
+    assert "the subscription search" in said
+    assert "the type x in the subscription search" in said
+    assert "another one's" not in said
+    assert "audit" not in said
+    assert "not known: a subscription keeps no list" in said
+    assert [letter["state"] for letter in found["outbox"]["dead_letters"]] == ["dead"]
+    assert (found["subscription"], found["pace"], len(found["members"])) == ("search", None, 1)
+    assert "none: nothing is being handled" in done(outbox, "status", "--subscription", "audit")
+    assert "there is no subscription serach" in refused(outbox, "status", "--subscription", "serach")
