@@ -71,18 +71,18 @@ async def test_what_ends_after_the_session_was_lost_is_left_to_the_next_owner(
     assert states(outbox_db) == {"processed": 1}
 
 
+_SETTLED: dict[str, LiteralString] = {
+    "processed": "UPDATE entity_changes SET processed = true, processed_at = now()",
+    "dead": "UPDATE entity_changes SET dead_at = now(), last_error = 'discarded by hand'",
+}
+
+
 @pytest.mark.promise("G2")
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize(
-    ("state", "settle"),
-    [
-        ("processed", "UPDATE entity_changes SET processed = true, processed_at = now()"),
-        ("dead", "UPDATE entity_changes SET dead_at = now(), last_error = 'discarded by hand'"),
-    ],
-    ids=["processed", "dead"],
-)
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["before the settle", "while the settle waits for it"])
+@pytest.mark.parametrize("state", _SETTLED)
 async def test_what_somebody_else_has_settled_stays_as_it_is(
-    state: str, settle: LiteralString, fails: bool, outbox: str, outbox_db: psycopg.Connection
+    state: str, meanwhile: bool, fails: bool, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     runs, may_return = asyncio.Event(), asyncio.Event()
     router = Router()
@@ -94,10 +94,17 @@ async def test_what_somebody_else_has_settled_stays_as_it_is(
         if fails:
             raise ValueError
 
+    async def waits() -> bool:
+        return bool(outbox_db.execute("SELECT FROM pg_locks WHERE NOT granted").fetchall())
+
     async with consuming(outbox, router) as app:
         outbox_db.execute("SELECT publish_change('x', '1')")
         await asyncio.wait_for(runs.wait(), 20)
-        outbox_db.execute(settle)
+        with psycopg.connect(outbox) as rival:
+            rival.execute(_SETTLED[state])
+            if meanwhile:
+                may_return.set()
+                await eventually_async(waits, what="the settle waits for the row")
         before = outbox_db.execute("SELECT * FROM entity_changes").fetchall()
         may_return.set()
 

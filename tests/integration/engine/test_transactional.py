@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -220,6 +220,59 @@ async def test_two_consumers_that_both_believe_they_own_a_change_run_it_once(
 
 
 async def _nothing(_self: Dispatcher) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        "processed = true, processed_at = now()",
+        "dead_at = now()",
+        "error_count = 1, next_attempt_at = now() + '1 hour'",
+        "error_count = 1",
+    ],
+    ids=["processed", "dead", "failed", "failed and fresh again"],
+)
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_what_another_session_has_decided_after_it_was_read_is_not_called(
+    in_thread: bool, decision: LiteralString, outbox: str, effects: psycopg.Connection
+) -> None:
+    calls, go_on = list[tuple[int, int]](), threading.Event()
+    router = Router()
+
+    def call(change: cdc.Change) -> None:
+        calls.append((change.seq, change.attempt))
+        assert len(calls) > 1 or go_on.wait(20)
+
+    @router.on("x")
+    def handle(change: cdc.Change, connection: psycopg.Connection) -> None:
+        call(change)
+
+    @router.on("y")
+    async def handle_on_loop(change: cdc.Change, connection: psycopg.AsyncConnection) -> None:
+        await asyncio.to_thread(call, change)
+
+    _publish(effects, 2, 2, "x" if in_thread else "y")
+    async with consuming(outbox, router, transactions=1, poll_interval=3600, sweep_interval=3600) as app:
+
+        async def second_waits() -> bool:
+            return len(calls) == 1 and app.status.consumer.running + app.status.consumer.queued == 2
+
+        await eventually_async(second_waits, what="the first is called, and the second waits for its connection")
+        [(first, _)] = calls
+        effects.execute(sql.SQL("UPDATE entity_changes SET {} WHERE seq = {}").format(sql.SQL(decision), 3 - first))
+        before = effects.execute("SELECT * FROM entity_changes WHERE seq = %s", [3 - first]).fetchall()
+        go_on.set()
+
+        async def first_done() -> bool:
+            [(done,)] = effects.execute("SELECT processed FROM entity_changes WHERE seq = %s", [first]).fetchall()
+            return bool(done) and (decision != "error_count = 1" or settled(effects))
+
+        await eventually_async(first_done)
+    if decision == "error_count = 1":
+        assert calls == [(first, 1), (3 - first, 2)], "read again"
+    else:
+        assert calls == [(first, 1)]
+        assert effects.execute("SELECT * FROM entity_changes WHERE seq = %s", [3 - first]).fetchall() == before
 
 
 async def test_when_its_connection_dies_the_change_runs_again_and_no_attempt_is_counted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ from psycopg.rows import dict_row
 
 import cdc
 from cdc import testing
-from cdc.postgres import migrations
-from cdc.postgres.tracked_tables import DOCUMENTED_TYPES
+from cdc.postgres import migrations, tracking
+from cdc.postgres.tracked_tables import DOCUMENTED_TYPES, Truncate
+from tests.commands import done
 
 pytestmark = pytest.mark.server
 
@@ -453,9 +455,12 @@ def test_a_cause_that_makes_no_sense_is_none_and_fails_no_write(documented: psyc
     assert found == {setting: {(None, 0)} for setting in NO_CAUSES}
 
 
-def test_the_transaction_has_its_id_before_it_draws_a_number(outbox_db: psycopg.Connection):
+def test_whoever_writes_changes_has_a_transaction_id_before_a_number_is_drawn(
+    outbox: str, outbox_db: psycopg.Connection
+):
     """A reader that sees no transaction older than a number's must be able to rely on it."""
-    outbox_db.execute("CREATE VIEW events AS SELECT 0 AS id")
+    outbox_db.execute("CREATE VIEW events AS SELECT 0 AS id; CREATE TABLE orders (id int PRIMARY KEY)")
+    tracking.track(outbox_db, "public", "orders", truncate=Truncate.EVENT)
     outbox_db.execute(
         "CREATE TRIGGER on_view INSTEAD OF INSERT ON events FOR EACH ROW EXECUTE FUNCTION capture_entity_change()"
     )
@@ -465,9 +470,24 @@ def test_the_transaction_has_its_id_before_it_draws_a_number(outbox_db: psycopg.
         "CREATE TRIGGER check_xid BEFORE INSERT ON entity_changes FOR EACH ROW EXECUTE FUNCTION check_xid()"
     )
     for _ in range(3):  # the sequence assigns an id itself when it logs, which it does not each time
-        outbox_db.execute("SELECT publish_change('order', '1')")
+        outbox_db.execute("SELECT publish_change('event', '1')")
         outbox_db.execute("INSERT INTO events VALUES (1)")
-    assert len(changes(outbox_db)) == 6
+        outbox_db.execute("SELECT publish_change('event', '1', due => clock_timestamp() + interval '1 hour')")
+        outbox_db.execute("UPDATE cdc_due_changes SET due = now()")
+        outbox_db.execute("SELECT publish_due(10, 1000000)")
+        outbox_db.execute("INSERT INTO orders VALUES (1)")
+        done(outbox, "backfill", "orders")
+        outbox_db.execute("TRUNCATE orders")
+        outbox_db.execute("UPDATE entity_changes SET processed = true, processed_at = now()")
+        done(outbox, "outbox", "replay", "--type", "event", "--all", "--yes")
+    written = Counter(
+        (row["entity_type"], row["operation"], row["replay_of"] is not None) for row in changes(outbox_db)
+    )
+    assert {kind for kind, count in written.items() if count < 3} == set()
+    assert written.keys() == {
+        ("event", "INSERT", False), ("event", "INSERT", True), ("events", "INSERT", False),
+        ("orders", "INSERT", False), ("orders", "READ", False), ("orders", "TRUNCATE", False),
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -207,6 +208,32 @@ def test_numbers_of_many_writers_are_each_taken_or_not_as_the_snapshot_has_it(
         got = set(taken(outbox_db, number))
         assert not got & before, "it had committed before"
         assert got >= everything - after, "it was not committed when it began"
+
+
+class _Interrupted(psycopg.Connection[Any]):
+    """Calls ``meanwhile`` once, after its first look at the transactions and the numbers."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def execute(self, query: Any, *arguments: Any, **options: Any) -> Any:
+        cursor = super().execute(query, *arguments, **options)
+        looks = isinstance(query, bytes) and (b"last_value" in query or b"pg_snapshot_xmin" in query)
+        if looks and self.meanwhile:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        return cursor
+
+
+def test_it_waits_for_a_transaction_that_begins_between_its_looks_at_the_numbers_and_at_the_transactions(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    make(outbox_db, "other")
+    with psycopg.connect(outbox) as writing, _Interrupted.connect(outbox, autocommit=True) as creating:
+        begun: list[int] = []
+        creating.meanwhile = lambda: begun.append(publish(writing))
+        with pytest.raises(RefusedError, match="stays open"):
+            make(creating, wait_s=0.1)
+        assert begun
 
 
 def test_a_writer_that_stays_open_is_named(outbox: str, outbox_db: psycopg.Connection) -> None:

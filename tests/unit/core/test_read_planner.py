@@ -8,6 +8,7 @@ from math import inf
 
 import pytest
 
+from cdc.core import read_planner
 from cdc.core.model import WakeUp
 from cdc.core.read_planner import Fetch, ReadPlanner, Sweep
 from cdc.core.shard_cursor import REPASS_MAX_S, Scanned, Snapshot
@@ -173,6 +174,32 @@ def test_a_number_whose_transaction_has_ended_unseen_was_settled_before_and_is_f
     assert isinstance(fetch, Fetch)
     planner.fetched(fetch, set(), Snapshot(21, 22), 1.1)
     assert _ask(planner, 1.2) is None
+
+
+def test_a_number_that_stays_invisible_for_a_minute_is_left_to_passes_through_its_shard(planner: ReadPlanner) -> None:
+    """Else its successor, which is written once it is visible, would be fetched before it."""
+    planner.notified([WakeUp(7, 0)])
+    for now, given_up in ((1.0, 0), (60.9, 0), (61.1, 1)):
+        assert planner.live_shards == 1
+        while isinstance(fetch := _ask(planner, now), Sweep):  # a periodic one
+            planner.swept(fetch, [], {}, Snapshot(20, 21), now)
+        assert fetch == Fetch((WakeUp(7, 0),))
+        assert planner.fetched(fetch, set(), Snapshot(20, 21), now).given_up == given_up
+    assert (planner.live_shards, planner.uncommitted) == (0, 0)
+    planner.notified([WakeUp(8, 0)])
+    _pass(planner, 61.1, Snapshot(22, 22), 7, 8)
+
+
+def test_more_invisible_numbers_than_are_remembered_are_left_to_passes_through_their_shard(
+    planner: ReadPlanner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_planner, "_UNSEEN_MAX", 1)
+    planner.notified([WakeUp(7, 0), WakeUp(8, 0)])
+    fetch = _ask(planner, 1.0)
+    assert isinstance(fetch, Fetch)
+    assert planner.fetched(fetch, set(), Snapshot(20, 21), 1.0).given_up == 1
+    assert planner.live_shards == 0
+    _pass(planner, 1.0, Snapshot(22, 22), 7, 8)
 
 
 def test_dropped_wake_ups_are_counted_and_their_shard_is_swept_until_the_loss_is_proved_harmless(

@@ -44,6 +44,17 @@ def test_one_change_of_a_key_runs_at_a_time_and_other_keys_run_at_the_same_time(
     assert _seqs(_start_all(scheduler)) == [1, 3]
 
 
+def test_a_key_that_an_earlier_change_has_made_ready_again_runs_one_change_at_a_time(
+    scheduler: SettlingScheduler,
+) -> None:
+    scheduler.admit([row(2)])
+    scheduler.admit([row(1)])  # of a key coarser than its rows
+    [first] = _start_all(scheduler)
+    assert first.seq == 1
+    _end(scheduler, first)
+    assert _seqs(_start_all(scheduler)) == [2]
+
+
 def test_the_successor_may_start_when_a_change_has_finished_before_it_is_settled(scheduler: SettlingScheduler) -> None:
     scheduler.admit([row(1), row(2)])
     [first] = _start_all(scheduler)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from cdc.core.model import SHARDS, WakeUp
-from cdc.core.read_planner import ReadPlanner
+from cdc.core.read_planner import ReadPlanner, Sweep
+from cdc.core.shard_cursor import Snapshot
 from cdc.core.shard_ownership import Acquired
 from cdc.engine.notifications import Notifications
 
@@ -37,6 +39,32 @@ async def test_who_owns_all_shards_hands_none_back_and_notices_when_that_ends() 
     owned.remove(1)
     assert notifications.is_sharing
     assert notifications.notified([WakeUp(8, 1)]) == [WakeUp(8, 1)]
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        pytest.param(lambda each: each.missed(), id="wake-ups were missed"),
+        pytest.param(lambda each: each.streaming(connected=True), id="the stream is another one"),
+        pytest.param(lambda each: each.streaming(connected=False), id="the stream ends"),
+    ],
+)
+async def test_what_may_have_lost_wake_ups_has_every_shard_swept(happens: Callable[[Notifications], None]) -> None:
+    notifications, planner = _notifications({3, 4})
+    notifications.streaming(connected=True)
+    now = time.monotonic()
+    for _ in range(2):
+        sweep = planner.next(now, 100, 1)
+        assert isinstance(sweep, Sweep)
+        planner.swept(sweep, [], {}, Snapshot(10, 10), now)
+        now += 1.0
+    assert planner.live_shards == 2
+    assert planner.next(now, 100, 1) is None
+    happens(notifications)
+    sweep = planner.next(now, 100, 1)
+    assert isinstance(sweep, Sweep)
+    assert sweep.positions.keys() == {3, 4}
+    assert planner.live_shards == 0
 
 
 @pytest.mark.parametrize(
