@@ -34,6 +34,46 @@ async def _take_over(rival: psycopg.Connection, db: psycopg.Connection, shard: i
 
 
 @pytest.mark.promise("G3")
+@pytest.mark.parametrize("outcome", [None, ValueError("no"), cdc.Retry(after=0), cdc.Discard("no need")], ids=repr)
+async def test_every_outcome_is_written_by_the_session_that_holds_the_shard(
+    outcome: Exception | None, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """So it ends with that session, also on its way: nobody else can have the shard by then."""
+    called = asyncio.Event()
+    router = Router()
+
+    @router.on("x", max_attempts=1 if isinstance(outcome, ValueError) else 2)
+    async def handle(change: cdc.Change) -> None:
+        called.set()
+        if outcome and change.attempt == 1:
+            raise outcome
+
+    async def waiting() -> list[tuple[int, int]]:
+        return outbox_db.execute(
+            "SELECT waits.pid, owns.pid"
+            " FROM pg_stat_activity AS waits JOIN pg_locks AS owns ON owns.database = waits.datid"
+            " WHERE waits.wait_event_type = 'Lock' AND waits.datname = current_database()"
+            " AND owns.locktype = 'advisory' AND owns.objid = %s AND owns.classid = (%s::bigint & 4294967295)::oid",
+            [shard, lock_class("public")],
+        ).fetchall()
+
+    outbox_db.execute("SELECT publish_change('x', '1')")
+    [(shard,)] = outbox_db.execute("SELECT shard FROM entity_changes").fetchall()
+    with psycopg.connect(outbox) as rival:
+        rival.execute("SELECT FROM entity_changes FOR UPDATE")
+        async with consuming(outbox, router, stream=False):
+            await called.wait()
+            [(waits, owns)] = await eventually_async(waiting, what="the settle waits for the row")
+            assert waits == owns
+            rival.rollback()
+
+            async def done() -> bool:
+                return settled(outbox_db)
+
+            await eventually_async(done)
+
+
+@pytest.mark.promise("G3")
 async def test_what_ends_after_the_session_was_lost_is_left_to_the_next_owner(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:

@@ -120,14 +120,17 @@ async def test_after_a_death_a_start_is_written_down_before_the_handler_runs(
 
 
 @pytest.mark.usefixtures("dead_for_certain")
-async def test_a_suspect_loses_an_attempt_and_runs_while_nothing_else_that_may_kill_does(
-    outbox: str, outbox_db: psycopg.Connection
+@pytest.mark.parametrize("concurrency", [1, 64])
+async def test_a_suspect_loses_an_attempt_and_runs_while_nothing_else_that_may_kill_starts(
+    concurrency: int, outbox: str, outbox_db: psycopg.Connection
 ) -> None:
     router, running, together = Router(), set[int](), list[set[int]]()
-    attempts = dict[int, tuple[int, bool]]()
+    attempts, beside = dict[int, tuple[int, bool]](), list[int]()
 
     @router.on("x")
     async def handle(change: cdc.Change) -> None:
+        if running & suspects:
+            beside.append(change.seq)
         running.add(change.seq)
         attempts[change.seq] = (change.attempt, change.crashed)
         for _ in range(20):
@@ -138,15 +141,41 @@ async def test_a_suspect_loses_an_attempt_and_runs_while_nothing_else_that_may_k
     _publish(outbox_db, 30)
     suspects = {3, 9, 27}
     _was_running(outbox_db, _as_if_the_owner_had_died(outbox_db), *suspects)
-    async with consuming(outbox, router) as app:
+    async with consuming(outbox, router, concurrency=concurrency) as app:
         await _until_settled(outbox_db)
         assert metric(app.metrics.registry, "cdc_handler_errors_total", kind="crash") == 3
     assert states(outbox_db) == {"processed": 30}
     assert all(len(them & suspects) <= 1 for them in together), "suspects ran side by side"
+    assert beside == [], "started while a suspect ran, whose crash would be blamed on them, too"
     assert {seq for seq, attempt in attempts.items() if attempt == (2, True)} == suspects
     assert {attempt for seq, attempt in attempts.items() if seq not in suspects} == {(1, False)}
     counted = outbox_db.execute("SELECT seq, last_error FROM entity_changes WHERE error_count = 1").fetchall()
     assert sorted(counted) == [(seq, _CRASHED) for seq in sorted(suspects)]
+
+
+@pytest.mark.usefixtures("dead_for_certain")
+async def test_a_suspect_waits_until_the_outcome_of_the_one_before_is_in_the_table(
+    outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """Else the end of the process would be counted against both."""
+    router, calls = Router(), list[int]()
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        calls.append(change.seq)
+        if len(calls) == 1:
+            holder.execute("SELECT FROM entity_changes WHERE seq = %s FOR UPDATE", [change.seq])
+
+    _publish(outbox_db, 2)
+    _was_running(outbox_db, _as_if_the_owner_had_died(outbox_db), 1, 2)
+    with psycopg.connect(outbox) as holder:
+        async with consuming(outbox, router, stream=False) as app:
+            delayed = _is(lambda: metric(app.metrics.registry, "cdc_settle_delayed_total") > 1)
+            await eventually_async(delayed, what="its outcome cannot be written")
+            assert len(calls) == 1
+            holder.rollback()
+            await _until_settled(outbox_db)
+    assert sorted(calls) == [1, 2]
 
 
 @pytest.mark.usefixtures("dead_for_certain")

@@ -227,10 +227,10 @@ async def _nothing(_self: Dispatcher) -> None: ...
     [
         "processed = true, processed_at = now()",
         "dead_at = now()",
-        "error_count = 1, next_attempt_at = now() + '1 hour'",
+        "next_attempt_at = now() + '1 hour'",
         "error_count = 1",
     ],
-    ids=["processed", "dead", "failed", "failed and fresh again"],
+    ids=["processed", "dead", "put off", "another attempt"],
 )
 @pytest.mark.parametrize("in_thread", [False, True])
 async def test_what_another_session_has_decided_after_it_was_read_is_not_called(

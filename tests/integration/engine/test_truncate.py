@@ -116,8 +116,9 @@ async def test_a_truncate_starts_after_all_before_it_and_before_all_after_it(
     assert {(change.entity_id, change.old, change.new) for change in truncates} == {("", None, None)}
 
 
+@pytest.mark.parametrize("behind", [True, False], ids=["with fresh changes behind it", "alone"])
 async def test_it_waits_for_a_retry_before_it_and_holds_nothing_of_another_type_back(
-    outbox: str, orders: psycopg.Connection
+    behind: bool, outbox: str, orders: psycopg.Connection
 ) -> None:
     started: list[cdc.Change] = []
     router = recording(started)
@@ -131,7 +132,8 @@ async def test_it_waits_for_a_retry_before_it_and_holds_nothing_of_another_type_
 
     async with consuming(outbox, router, max_attempts=1_000):
         orders.execute(_ROWS, [10])
-        orders.execute("UPDATE orders SET takes_s = 1")
+        if behind:
+            orders.execute("UPDATE orders SET takes_s = 1")
         seq = truncate(orders)
         orders.execute(_ROWS, [10])
         orders.execute("SELECT publish_change('other', n::text) FROM generate_series(1, 100) AS n")
@@ -190,7 +192,7 @@ async def test_a_dead_one_that_pauses_holds_its_type_until_somebody_has_decided_
     async def truncated(change: cdc.Change) -> None:
         raise cdc.Reject("not here")
 
-    async with consuming(outbox, router):
+    async with consuming(outbox, router) as app:
         seq = truncate(orders)
         orders.execute(_ROWS, [10])
         orders.execute("SELECT publish_change('order', 'another')")
@@ -199,6 +201,12 @@ async def test_a_dead_one_that_pauses_holds_its_type_until_somebody_has_decided_
             return states(orders).get("dead") == 1
 
         await eventually_async(dead)
+        reads = metric(app.metrics.registry, "cdc_fetch_duration_seconds_count")
+
+        async def read_again() -> bool:
+            return metric(app.metrics.registry, "cdc_fetch_duration_seconds_count") > reads + 2
+
+        await eventually_async(read_again, what="what it holds back was read again, since it is dead")
         assert started == []
         orders.execute(decision.encode(), [seq])
         await all_settled(orders)

@@ -296,6 +296,15 @@ def relayed_to(planner: ReadPlanner) -> ReadPlanner:
     return planner
 
 
+def test_lost_wake_ups_have_a_shard_swept_at_once_of_which_only_the_periodic_sweep_was_left(
+    relayed_to: ReadPlanner,
+) -> None:
+    assert _ask(relayed_to, 3.0) is None
+    relayed_to.wakeups_lost()
+    assert relayed_to.wait_s(3.0) <= REPASS_MAX_S
+    _pass(relayed_to, 3.0, Snapshot(30, 30), 7)
+
+
 def test_a_relayed_wake_up_whose_change_a_pass_shows_is_done_with(relayed_to: ReadPlanner) -> None:
     relayed_to.notified([WakeUp(7, 0), WakeUp(8, 0)])
     _pass(relayed_to, 3.0, Snapshot(30, 30), 7, 8)
