@@ -8,6 +8,7 @@ default subscription's, as ``[subscription.default]`` would say it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cdc.app.config import SETTINGS, Given, Resolved, flattened, resolve
@@ -33,7 +34,7 @@ def consumers(resolved: Resolved) -> list[Resolved]:
     if "subscription" in for_all:
         name = resolved.settings.subscription
         asked = {name: each for name, each in above.items() if not each[1].startswith(f"{name} in ")}
-        return [resolve({**for_all, **sections.get(name, {} if name != DEFAULT else above), **asked})]
+        return [_as_found(resolved, {**for_all, **sections.get(name, {} if name != DEFAULT else above), **asked})]
     if above:
         if DEFAULT in sections:
             raise UsageError(
@@ -44,8 +45,13 @@ def consumers(resolved: Resolved) -> list[Resolved]:
     for name, section in sections.items():
         if not {"handlers", "deliver.to"} & section.keys():
             raise UsageError(f"[subscription.{name}] names no handlers", hint='handlers = "package.module:router"')
-        found.append(resolve({**for_all, **section, "subscription": (name, f"[subscription.{name}]")}))
+        found.append(_as_found(resolved, {**for_all, **section, "subscription": (name, f"[subscription.{name}]")}))
     return found
+
+
+def _as_found(resolved: Resolved, given: Given) -> Resolved:
+    """Where the file was found stays known: its handlers are code."""
+    return replace(resolve(given), warnings=resolved.warnings, found=resolved.found)
 
 
 def _section(name: str, section: Any) -> Given:

@@ -11,6 +11,7 @@ import click
 
 from cdc.app.config import SETTINGS, Resolved, Settings
 from cdc.app.documents import finding_document
+from cdc.app.sections import consumers
 from cdc.cli.options import json_option, resolved_options
 from cdc.cli.output import paint, print_json, put, put_script, say
 from cdc.cli.wanted import WANTED_SETTINGS, handled_types
@@ -67,6 +68,8 @@ def subject_of(resolved: Resolved) -> Subject:
     asked, handlers_error = None, None
     try:
         asked = handled_types(resolved)
+        for each in consumers(resolved):  # what a section says is as needed as what stands above them
+            handled_types(each)
     except CdcError as error:
         handlers_error = (str(error), error.hint)
     return Subject(

@@ -491,6 +491,17 @@ def test_handlers_that_do_not_load_are_a_finding(shop: str) -> None:
     assert (found["severity"], "tests.nosuch" in found["detail"]) == ("fail", True)
 
 
+def test_so_are_those_of_a_section_and_a_section_that_names_none(shop: str, tmp_path: Path) -> None:
+    file = tmp_path / "cdc.toml"
+    for section, said in (
+        ('handlers = "tests.nosuch:router"', "tests.nosuch"),
+        ("threads = 2", "[subscription.search] names no handlers"),
+    ):
+        file.write_text(f"[subscription.search]\n{section}\n")
+        found = findings(shop, "--config", str(file), "--handlers", "tests.handlers:router")["handlers"]
+        assert (found["severity"], said in found["detail"]) == ("fail", True), found
+
+
 @pytest.mark.parametrize(("types", "severity"), [([], "ok"), (["--type", "task"], "ok"), (["--type", "order"], "warn")])
 def test_what_is_captured_and_not_delivered_is_warned_of(types: list[str], severity: str, shop: str) -> None:
     with psycopg.connect(shop, autocommit=True) as db:

@@ -94,3 +94,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence_that_names_it(text: str, sai
         _consumers(text)
     assert all(piece in str(refused.value) for piece in said.split(".*"))
     assert hint in (refused.value.hint or "")
+
+
+def test_a_file_that_was_merely_found_here_stays_known_as_that() -> None:
+    assert [each.found for each in _consumers(_TWO)] == [True, True]
+    assert [each.found for each in consumers(load({}, file=Path("cdc.toml"), environ={}))] == [False, False]
