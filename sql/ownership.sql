@@ -38,8 +38,8 @@ BEGIN
     WHERE p.pronamespace = v_schema AND p.proname = ANY (ARRAY[
         'capture_entity_change', 'publish_change', 'reprocess_failed_actions', 'bounded_text', 'captured_row',
         'capture_rows', 'capture_truncate', 'capture_barrier', 'captured_columns', 'capture_ddl', 'barred', 'publish_due',
-        'default_entity_type', 'fill_shard', 'keep_for_subscriptions', 'legacy_processor_marks', 'legacy_processor_notify', 'processor_marks',
-        'processor_notify'])
+        'default_entity_type', 'is_tracked_so', 'fill_shard', 'keep_for_subscriptions', 'legacy_processor_marks',
+        'legacy_processor_notify', 'processor_marks', 'processor_notify'])
   ), part (class, oid, name) AS (
     SELECT 'pg_catalog.pg_class'::regclass, r.oid, r.name FROM relation AS r
     UNION ALL

@@ -42,7 +42,7 @@ def owners(connection: psycopg.Connection, schema: str) -> dict[str, str]:
              "cdc_columns", "cdc_subscriptions", "cdc_positions", "cdc_subscription_changes", "cdc_controls",
              "change_attempts", "cdc_actions", "action_processing_dashboard", "recent_action_history",
              "reprocess_failed_actions", "fill_shard", "keep_for_subscriptions", "publish_due", "barred",
-             *_CAPTURING]  # fmt: skip
+             "is_tracked_so", *_CAPTURING]  # fmt: skip
     return dict(connection.execute(_OWNERS.encode(), {"schema": schema, "names": names}).fetchall())
 
 

@@ -2,11 +2,14 @@
 
 capture_entity_change() looks its options up for each row, and pins every setting that a value's text may depend on. A
 function of the table's own has its name, type, key and columns as constants, and pins what the types of its columns
-need. It is the general function with a short way at its front: a row that the short way does not fit goes through all
-the rest. So it never captures less, and whatever changes under it (the table's name, the trigger's arguments, a key
-column that is gone) makes it slower, not wrong. One thing it cannot see: a column of a new type, whose text depends on
-a setting that it does not pin. Then its text is no longer the one that is expected here: the doctor says so, and
-``cdc track`` and ``cdc db upgrade`` rewrite it. A table with a column of a type that somebody has made gets none.
+need. It is the general function with two shorter ways at its front. The shortest is open while the server has proved,
+when it planned the condition, that the table is as the function was made for, and that converting a row cannot fail and
+calls nobody's code (sql/0019_tracked_so.sql). The second converts in a subtransaction that may not write, and compares
+for each row. A row that neither fits goes through all the rest. So it never captures less, and whatever changes under
+it (the table's name, the trigger's arguments, a key column that is gone) makes it slower, not wrong. One thing the
+second cannot see: a column of a new type, whose text depends on a setting that it does not pin. Then the function's
+text is no longer the one that is expected here: the doctor says so, and ``cdc track`` and ``cdc db upgrade`` rewrite
+it. A table with a column of a type that somebody has made gets none.
 
 It belongs to the role that captures, as the general function does, and has the same rights. Nothing in its text comes
 from anybody but the catalogs, and all of it is quoted.
@@ -58,6 +61,26 @@ _DEPENDENT = {
 }
 """Types whose JSON depends on one setting. That of any type in neither table may depend on all."""
 
+_SAFE = {
+    "bool": "BOOLEAN",
+    "int2": "SMALLINT",
+    "int4": "INTEGER",
+    "int8": "BIGINT",
+    "numeric": "NUMERIC",
+    "varchar": "VARCHAR",
+    "bpchar": "CHAR",
+    "date": "DATE",
+    "timestamp": "TIMESTAMP",
+    "timestamptz": "TIMESTAMP_WTZ",
+    "float4": "REAL",
+    "float8": "DOUBLE",
+}
+"""Types of which every value has its JSON, and how table_to_xmlschema() calls them."""
+_SAFE_BY_NAME = ("text", "name", "uuid", "oid", "inet", "cidr", "macaddr", "bytea", "interval")
+"""The same, for those that it calls by their schema and name. No json or jsonb: one may be nested too deeply."""
+_SAFE_BYTES = 16_384
+"""Largest row of such types, as it is stored. Decompressed it is smaller than what JSON can hold."""
+
 _ANOTHERS = ""
 """Stands for every type that is not the server's own. Its owner may have a cast to JSON, which could leave settings in
 the session of whoever writes: the short way does not undo them, capture_entity_change() undoes what they do to names.
@@ -65,6 +88,34 @@ the session of whoever writes: the short way does not undo them, capture_entity_
 
 MADE = "-- Made by cdc for one table and its trigger's arguments."
 """In the text of each."""
+_PROVED_WAY = """\
+  {made} Why the first condition is not asked for
+  -- each row, but for each plan, is said in sql/0019_tracked_so.sql.
+  DECLARE
+    v_old jsonb;
+    v_new jsonb;
+    v_entity_id text;
+    v_stays boolean := true;
+    v_sent pg_lsn;
+  BEGIN
+    IF {proof}
+      AND TG_RELID OPERATOR(pg_catalog.=) {table}
+      AND greatest(pg_catalog.pg_column_size(OLD), pg_catalog.pg_column_size(NEW)) OPERATOR(pg_catalog.<=) {bytes}
+      AND coalesce(pg_catalog.current_setting('cdc.cause', true), '') OPERATOR(pg_catalog.=) ''
+    THEN
+      v_old := {old};
+      v_new := {new};
+      v_entity_id := {key};
+      IF v_old IS NOT NULL AND v_new IS NOT NULL THEN
+        v_stays := v_entity_id OPERATOR(pg_catalog.=) {before};
+      END IF;
+      IF v_stays AND {conditions} THEN
+        {insert}
+        RETURN NULL;
+      END IF;
+    END IF;
+  END;
+"""
 _SHORT_WAY = """\
   {made} A row for which one of these conditions does not hold goes
   -- through what follows, which is capture_entity_change(); why all is read only is said there. A cast may have changed
@@ -93,18 +144,20 @@ _SHORT_WAY = """\
       AND TG_TABLE_SCHEMA OPERATOR(pg_catalog.=) {namespace}
       AND {conditions}
     THEN
-      INSERT INTO {outbox}
-        (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, shard)
-      VALUES ({namespace}, {name}, TG_OP, v_entity_id, {entity_type}, v_old, v_new,
-        CASE WHEN v_new IS NOT NULL THEN pg_catalog.jsonb_build_object('timestamp', pg_catalog.now()) END,
-        (pg_catalog.hashtext(v_entity_id) OPERATOR(pg_catalog.&) 63)::smallint)
-      RETURNING pg_catalog.pg_logical_emit_message(true, {prefix}, pg_catalog.concat_ws(',', seq, shard))
-      INTO v_sent;
+      {insert}
       RETURN NULL;
     END IF;
     v_read_only := pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
   END;
 """
+_INSERT = """INSERT INTO {outbox}
+          (table_schema, table_name, operation, entity_id, entity_type, old_data, new_data, metadata, shard)
+        VALUES ({namespace}, {name}, TG_OP, v_entity_id, {entity_type}, v_old, v_new,
+          CASE WHEN v_new IS NOT NULL THEN pg_catalog.jsonb_build_object('timestamp', pg_catalog.now()) END,
+          (pg_catalog.hashtext(v_entity_id) OPERATOR(pg_catalog.&) 63)::smallint)
+        RETURNING pg_catalog.pg_logical_emit_message(true, {prefix}, pg_catalog.concat_ws(',', seq, shard))
+        INTO v_sent;"""
+_PROOF = "{function}({table}, {namespace}, {name}, {own}, {arguments}, {types})"
 _WHOLE = """v_old := CASE pg_catalog.set_config('transaction_read_only', 'on', true)
         WHEN 'on' THEN pg_catalog.to_jsonb(OLD) END;
       v_new := pg_catalog.to_jsonb(NEW);"""
@@ -161,12 +214,12 @@ def made_for(schema: str, table: SourceTable, tracked: Tracked, general: str, ow
     if not usual or general.count(opening) != 1:
         return None
     before, after = general.split(opening)
-    short_way = _short_way(schema, table, tracked).as_string()
+    ways = _proved_way(schema, table, tracked) + _short_way(schema, table, tracked)
     return TableCapture(
         name=function_name(table.namespace, table.name),
         owner=owner,
         settings=frozenset(f"{name}={value}" for name, value in _settings(table.types)),
-        source=f"{before}{opening}{short_way}{after}",
+        source=f"{before}{opening}{ways.as_string()}{after}",
     )
 
 
@@ -210,6 +263,52 @@ def _settings(types: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     yield from ((name, value) for name, value in _PINNED.items() if name in needed)
 
 
+def _proved_way(schema: str, table: SourceTable, tracked: Tracked) -> sql.Composed:
+    """Nothing where a type is not among the safe ones."""
+    if not set(table.types) <= {*_SAFE, *_SAFE_BY_NAME}:
+        return sql.Composed([])
+    oid = sql.SQL("{}::pg_catalog.oid").format(sql.Literal(str(table.oid)))
+    quoted = ", ".join("'" + given.replace("'", "''") + "'" for given in all_arguments(tracked))
+    proof = sql.SQL(_PROOF).format(
+        function=sql.Identifier(schema, "is_tracked_so"),
+        table=oid,
+        namespace=sql.Literal(table.namespace),
+        name=sql.Literal(table.name),
+        own=sql.Literal(function_name(table.namespace, table.name)),
+        arguments=sql.Literal(f"({quoted})"),
+        types=sql.Literal(_safe_types(table.types)),
+    )
+    return sql.SQL(_PROVED_WAY).format(
+        made=sql.SQL(MADE),
+        proof=proof,
+        table=oid,
+        bytes=sql.Literal(_SAFE_BYTES),
+        old=_converted("OLD", tracked),
+        new=_converted("NEW", tracked),
+        key=_key("coalesce(v_new, v_old)", tracked),
+        before=_key("v_old", tracked),
+        conditions=sql.SQL(" AND ").join(_key_conditions(tracked)),
+        insert=_insert(schema, table, tracked),
+    )
+
+
+def _safe_types(types: Iterable[str]) -> str:
+    """A pattern for the types that the function's settings, and what is safe, allow for a column."""
+    pinned = dict(_settings(tuple(types)))
+    dependent = {each for each, setting in _DEPENDENT.items() if setting not in pinned}
+    known = [called for each, called in _SAFE.items() if each not in dependent]
+    named = [each for each in _SAFE_BY_NAME if each not in dependent]
+    return rf"^({'|'.join(known)}|UDT\.[^.]*\.pg_catalog\.({'|'.join(named)}))$"
+
+
+def _converted(row: str, tracked: Tracked) -> sql.Composable:
+    whole = sql.SQL("pg_catalog.to_jsonb({})").format(sql.SQL(row))
+    if not tracked.exclude:
+        return whole
+    excluded = sql.Literal(_array(tracked.exclude))
+    return sql.SQL("{} OPERATOR(pg_catalog.-) {}::pg_catalog.text[]").format(whole, excluded)
+
+
 def _short_way(schema: str, table: SourceTable, tracked: Tracked) -> sql.Composed:
     given = all_arguments(tracked)
     return sql.SQL(_SHORT_WAY).format(
@@ -217,11 +316,19 @@ def _short_way(schema: str, table: SourceTable, tracked: Tracked) -> sql.Compose
         arguments=sql.Literal(f"[0:{len(given) - 1}]={_array(given)}"),
         name=sql.Literal(table.name),
         namespace=sql.Literal(table.namespace),
-        entity_type=sql.Literal(tracked.effective_type),
         conversion=_conversion(tracked),
         key=_key("coalesce(v_new, v_old)", tracked),
         conditions=sql.SQL("\n      AND ").join(_conditions(tracked)),
+        insert=_insert(schema, table, tracked),
+    )
+
+
+def _insert(schema: str, table: SourceTable, tracked: Tracked) -> sql.Composed:
+    return sql.SQL(_INSERT).format(
         outbox=sql.Identifier(schema, "entity_changes"),
+        namespace=sql.Literal(table.namespace),
+        name=sql.Literal(table.name),
+        entity_type=sql.Literal(tracked.effective_type),
         prefix=sql.Literal(message_prefix(schema)),
     )
 
@@ -234,17 +341,22 @@ def _conversion(tracked: Tracked) -> sql.Composable:
 
 
 def _conditions(tracked: Tracked) -> Iterator[sql.Composable]:
-    room = _TEXT_BYTES - len(tracked.effective_type.encode())
-    yield sql.SQL("pg_catalog.octet_length(v_entity_id) OPERATOR(pg_catalog.<=) {}").format(sql.Literal(room))
+    yield from _key_conditions(tracked)
     yield sql.SQL("coalesce(v_entity_id OPERATOR(pg_catalog.=) {}, v_old IS NULL)").format(_key("v_old", tracked))
-    if len(tracked.key) > 1:
-        yield sql.SQL("coalesce(v_new, v_old) OPERATOR(pg_catalog.?&) {}::pg_catalog.text[]").format(
-            sql.Literal(_array(tracked.key))
-        )
     yield sql.SQL("coalesce(pg_catalog.current_setting('cdc.cause', true), '') OPERATOR(pg_catalog.=) ''")
     yield sql.SQL("pg_catalog.pg_partition_root(TG_RELID) IS NULL")
     yield sql.SQL("TG_WHEN OPERATOR(pg_catalog.=) 'AFTER'")
     yield sql.SQL("(v_new OPERATOR(pg_catalog.?|) '{{user_id,chat_id,room_id}}') IS NOT TRUE").format()
+
+
+def _key_conditions(tracked: Tracked) -> Iterator[sql.Composable]:
+    """The key is there and short."""
+    room = _TEXT_BYTES - len(tracked.effective_type.encode())
+    yield sql.SQL("pg_catalog.octet_length(v_entity_id) OPERATOR(pg_catalog.<=) {}").format(sql.Literal(room))
+    if len(tracked.key) > 1:
+        yield sql.SQL("coalesce(v_new, v_old) OPERATOR(pg_catalog.?&) {}::pg_catalog.text[]").format(
+            sql.Literal(_array(tracked.key))
+        )
 
 
 def _key(row: str, tracked: Tracked) -> sql.Composable:

@@ -27,7 +27,7 @@ AS $$BEGIN PERFORM set_config('search_path', 'public', false); RETURN '1'; END$$
 """
 
 
-def _redefined(old: str, new: str) -> str:
+def redefined(old: str, new: str) -> str:
     """Replaces the trigger by hand, with a part of its definition changed."""
     return (
         "DO $$ BEGIN EXECUTE replace(replace((SELECT pg_get_triggerdef(oid) FROM pg_trigger"
@@ -66,6 +66,11 @@ def doctor(dsn: str) -> str:
     return invoke(dsn, "doctor", "--no-stream").output.replace("public.", "")
 
 
+def source(db: psycopg.Connection) -> str:
+    [(text,)] = db.execute("SELECT prosrc FROM pg_proc WHERE proname = %s", [function_of(db)]).fetchall()
+    return str(text)
+
+
 def use_general(db: psycopg.Connection, table: str = "orders") -> None:
     """The same trigger, with the general function."""
     [(definition,)] = db.execute(
@@ -81,6 +86,9 @@ def orders(outbox_db: psycopg.Connection) -> psycopg.Connection:
     return outbox_db
 
 
+_LARGE = """
+INSERT INTO orders (id, note) SELECT 1, string_agg(sha256(n::text::bytea)::text, '') FROM generate_series(1, 2000) AS n
+"""
 _CAUSE = "SET cdc.cause = '01234567-89ab-cdef-0123-456789abcdef,3'"
 STATEMENTS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "all operations": ({}, _ALL),
@@ -98,6 +106,8 @@ STATEMENTS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
         ["INSERT INTO orders (id, j) VALUES (1, '{\"a\": \"\\u0000\"}')", *_ALL[1:]],
     ),
     "a value that is not JSON": ({}, ["INSERT INTO orders (id, j) VALUES (1, '{\"a\": \"\\u0000\"}')", *_ALL[1:]]),
+    "a row that is large": ({}, [_LARGE, *_ALL[1:]]),
+    "an array more": ({}, [*_ALL[:1], "ALTER TABLE orders ADD tags text[] DEFAULT '{a}'", *_ALL[1:]]),
     "a cause": ({}, [_CAUSE, *_ALL, "RESET cdc.cause"]),
     "a temporary table": ({}, ["CREATE TEMPORARY TABLE t ()", *_ALL, "DROP TABLE t"]),
     "odd settings": (
@@ -121,8 +131,8 @@ STATEMENTS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
         "ALTER TABLE parted ATTACH PARTITION orders FOR VALUES IN (1)", *_ALL,
         "ALTER TABLE parted DETACH PARTITION orders", "DROP TABLE parted",
     ]),
-    "other arguments": ({}, [_redefined('["id"]', '["id"], "exclude": ["card"]'), *_ALL]),
-    "a trigger before": ({}, [_redefined("AFTER", "BEFORE"), *_ALL]),
+    "other arguments": ({}, [redefined('["id"]', '["id"], "exclude": ["card"]'), *_ALL]),
+    "a trigger before": ({}, [redefined("AFTER", "BEFORE"), *_ALL]),
     "a cast of its own": ({}, [
         "CREATE TYPE mood AS ENUM ('ok')", _SAID, "CREATE CAST (mood AS json) WITH FUNCTION said(mood)",
         "CREATE FUNCTION coalesced(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT false'",
@@ -133,13 +143,16 @@ STATEMENTS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("j", ["json", "text"])
 @pytest.mark.parametrize("case", STATEMENTS)
-def test_it_captures_what_the_general_one_does(outbox_db: psycopg.Connection, case: str) -> None:
+def test_it_captures_what_the_general_one_does(outbox_db: psycopg.Connection, case: str, j: str) -> None:
+    """Also where all types are such that its rows need no subtransaction."""
     options, statements = STATEMENTS[case]
     seen = []
     for general in (False, True):
-        outbox_db.execute(TABLE.format("CHECK (true)").encode())
+        outbox_db.execute(TABLE.replace("j json", f"j {j}").format("CHECK (true)").encode())
         track(outbox_db, "public", "orders", **options)
+        assert general or ("is_tracked_so" in source(outbox_db)) is (j == "text")
         assert function_of(outbox_db).startswith("capture_table_")
         if general:
             use_general(outbox_db)
