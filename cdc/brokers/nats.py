@@ -134,8 +134,7 @@ class NatsSender:
     async def _publish(self, client: Client, message: Message, acks: Acks, place: int, token: str) -> None:
         headers = {**message.headers, "Nats-Msg-Id": message.id}
         body = message.body
-        size = _size(body, headers)
-        if size > client.max_payload:  # the server would close the connection
+        if (size := _size(body, headers, client.max_payload)) > client.max_payload:  # it would close the connection
             why = f"it is too large: {size} bytes, and the server takes {client.max_payload}"
             acks.ended(place, RejectedError(why))
             return
@@ -202,8 +201,11 @@ def _broken(error: Exception) -> LostError:
     return LostError(f"the connection to the broker broke before an acknowledgement came ({type(error).__name__})")
 
 
-def _size(body: bytes, headers: Mapping[str, str]) -> int:
-    """Bytes that count for the server's limit."""
+def _size(body: bytes, headers: Mapping[str, str], limit: int) -> int:
+    """Bytes that count for the server's limit. Far below it characters are counted, which have 4 bytes at most."""
+    count = len(body) + sum(map(len, headers)) + sum(map(len, headers.values())) + 4 * len(headers) + _HEADERS_LINE
+    if 4 * count <= limit:
+        return count
     return len(body) + _HEADERS_LINE + sum(len(f"{name}{value}".encode()) + 4 for name, value in headers.items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from cdc.core.model import Change, Operation
 CONTENT_TYPE = "content-type"
 _PRINTED = "".join(map(chr, range(0x21, 0x7F))).replace('"', "").replace("%", "")
 """Characters that a header of HTTP, and of what follows its binding, has as they are."""
+_AS_IT_IS = re.compile(f"[{re.escape(_PRINTED)}]*").fullmatch
 _IN_HEADERS = ("id", "time", "partitionkey", "causedby")
 """Attributes of an event in structured mode that its headers repeat, for who routes without parsing."""
 
@@ -47,7 +49,7 @@ class Encoding:
 
     def message(self, change: Change, name: str) -> Message:
         found = cloudevents.attributes(change, self._source)
-        key = str(found["partitionkey"])
+        key, id_ = str(found["partitionkey"]), str(found["id"])
         if self._binary:
             media_type = str(found.pop("datacontenttype"))
             body = cloudevents.data(change).encode()
@@ -57,5 +59,7 @@ class Encoding:
         headers = {CONTENT_TYPE: media_type}
         for attribute, value in found.items():
             text = str(value)
-            headers[self._prefix + attribute] = quote(text, safe=_PRINTED) if self._percent else text
-        return Message(name, str(change.id), key, body, headers, change.operation is Operation.DELETE)
+            if self._percent and not _AS_IT_IS(text):
+                text = quote(text, safe=_PRINTED)
+            headers[self._prefix + attribute] = text
+        return Message(name, id_, key, body, headers, change.operation is Operation.DELETE)

@@ -56,8 +56,9 @@ def event(change: Change, source: str | None) -> bytes:
 
 def structured(change: Change, found: Mapping[str, str | int]) -> bytes:
     """The same from its ``attributes``."""
-    head = "".join(f'"{name}":{_quoted(value) if isinstance(value, str) else value},' for name, value in found.items())
-    return f'{{{head}"data":{data(change)}}}'.encode()
+    # A list: what a generator takes to go on is a third of all this.
+    parts = [f'"{name}":{_quoted(value) if type(value) is str else value}' for name, value in found.items()]
+    return f'{{{",".join(parts)},"data":{data(change)}}}'.encode()
 
 
 def attributes(change: Change, source: str | None) -> dict[str, str | int]:
@@ -92,7 +93,8 @@ def partition_key(change: Change) -> str:
 def data(change: Change) -> str:
     """The event's data, JSON."""
     schema = "null" if change.table_schema is None else _quoted(change.table_schema)
-    old, new, metadata = (json_text(document(change, name)) for name in ("old", "new", "metadata"))
+    old, new = json_text(document(change, "old")), json_text(document(change, "new"))
+    metadata = json_text(document(change, "metadata"))
     return (
         f'{{"entity_type":{_quoted(change.entity_type)},"entity_id":{_quoted(change.entity_id)},'
         f'"operation":"{change.operation}","table_schema":{schema},"table":{_quoted(change.table)},'
