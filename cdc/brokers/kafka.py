@@ -6,7 +6,7 @@ The client is librdkafka: threads of its own send, retry and reconnect, and ``po
 One thread of ours polls, and hands the reports of one poll to the event loop together: a wake-up of the loop for each
 record would cost more than the record.
 
-    CONNECTED ──── no broker answers any more, the client has given up ────> CLOSED ── connect ──> CONNECTED
+    CONNECTED ── no broker answers any more, or the producer has ended: given up ──> CLOSED ── connect ──> CONNECTED
 
 Idempotence covers the retries of one producer: none of them makes a double or turns the order round. A new producer, of
 another process or after a lost connection, knows nothing of the one before: what that one had sent without hearing of
@@ -29,8 +29,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicCollection
 from confluent_kafka import Message as Report
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it has them, and does not say so
+    AclOperation,
+    AdminClient,
+    ConfigResource,
+)
 
 from cdc.brokers import tls
 from cdc.brokers.acks import Acks, Result
@@ -44,6 +49,8 @@ log = logging.getLogger("cdc.kafka")
 _POLL_S = 0.1
 _UNKNOWN_TOPIC_MS = 10_000
 """A topic that was just made is unknown to some brokers for a moment."""
+_ASK_S = 3.0
+"""For an answer to a question of an administrator: two of them, within what looking may take."""
 _TOKEN_S = 300.0
 """A token is asked for again so often, from the file that holds it."""
 _AWAY = {
@@ -150,7 +157,8 @@ class KafkaSender:
         if topic is None or not topic.partitions:
             raise _no_topic(name)
         replicas = min((len(each.replicas) for each in topic.partitions.values()), default=0)
-        return f"{name} is a topic of {len(topic.partitions)} partitions, replicas: {replicas}"
+        more = await asyncio.to_thread(_asked, _connection(self._target, self._login), name)
+        return f"{name} is a topic of {len(topic.partitions)} partitions, replicas: {replicas}{more}"
 
     async def close(self) -> None:
         clients, self._client, self._lone = (self._client, self._lone), None, None
@@ -189,7 +197,11 @@ class _Client:
 
     def _poll(self) -> None:
         while not self._stopping.is_set():
-            self.producer.poll(_POLL_S)
+            try:
+                self.producer.poll(_POLL_S)
+            except KafkaException as fatal:  # of a producer that has ended; what it held is still reported
+                self._on_loop(self._give_up, f"the producer has ended ({_name(fatal)})")
+                self._stopping.wait(_POLL_S)
             if self._reports:
                 self._on_loop(self._settle)
 
@@ -205,18 +217,20 @@ class _Client:
     def _broken(self, error: KafkaError) -> None:
         """In the thread that polls: about a connection, the login, or all brokers."""
         self._failed(error)
-        if error.fatal() or error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001 - a public name
-            self._on_loop(self._give_up, error.name())
+        if error.fatal():
+            self._on_loop(self._give_up, f"the producer has ended ({error.name()})")
+        elif error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001 - a public name
+            self._on_loop(self._give_up, f"no broker answers any more ({error.name()})")
 
     def _give_up(self, why: str) -> None:
         """What waits comes back as reports of what was purged."""
         if self.down is None:
-            self.down = LostError(f"no broker answers any more ({why})")
+            self.down = LostError(why)
             with contextlib.suppress(KafkaException):
                 self.producer.purge()
 
     async def close(self) -> None:
-        self._give_up("closed")
+        self._give_up("the connection to the broker was closed")
         await asyncio.to_thread(self.producer.flush, 1.0)  # reports what was purged
         self._stopping.set()
         await asyncio.to_thread(self._thread.join, 10 * _POLL_S)
@@ -224,20 +238,26 @@ class _Client:
 
 
 def _settings(target: BrokerTarget, login: Login) -> dict[str, Any]:
+    return {
+        **_connection(target, login),
+        "acks": "all",
+        "enable.idempotence": True,
+        "partitioner": "murmur2_random",  # that of Java's clients: a key is in one partition, whoever writes
+        "linger.ms": 1,
+        "compression.type": target.options.get("compression", "none"),
+        "message.max.bytes": 1_000_000_000,  # the broker's limit decides, and that of the topic
+        "batch.size": 900_000,  # below the broker's limit for a request of records, 1 MiB by default
+        "topic.metadata.propagation.max.ms": _UNKNOWN_TOPIC_MS,
+    }
+
+
+def _connection(target: BrokerTarget, login: Login) -> dict[str, Any]:
     options, password = target.options, login.password()
     sasl = options.get("sasl", "PLAIN") if password is not None else None
     settings: dict[str, Any] = {
         "bootstrap.servers": ",".join(target.servers),
         "client.id": "cdc",
         "security.protocol": ("SASL_" if sasl else "") + ("SSL" if target.tls else "PLAINTEXT"),
-        "acks": "all",
-        "enable.idempotence": True,
-        "partitioner": "murmur2_random",  # that of Java's clients: a key is in one partition, whoever writes
-        "linger.ms": 1,
-        "compression.type": options.get("compression", "none"),
-        "message.max.bytes": 1_000_000_000,  # the broker's limit decides, and that of the topic
-        "batch.size": 900_000,  # below the broker's limit for a request of records, 1 MiB by default
-        "topic.metadata.propagation.max.ms": _UNKNOWN_TOPIC_MS,
         "socket.connection.setup.timeout.ms": int(CONNECT_S * 1_000),
         "reconnect.backoff.max.ms": 1_000,
         "log_level": 2,
@@ -254,10 +274,41 @@ def _settings(target: BrokerTarget, login: Login) -> dict[str, Any]:
     return settings
 
 
+def _asked(settings: Mapping[str, Any], topic: str) -> str:
+    """What an administrator's requests say about a topic that is there: what it keeps, and our right to write.
+
+    What may not be asked, or is no question of this broker, is left out with the reason.
+    """
+    if "oauth_cb" in settings:  # this client does not call it while it waits
+        return ", rights and retention: not asked for with a token"
+    admin = AdminClient(dict(settings), logger=log)
+    try:
+        looked = admin.describe_topics(
+            TopicCollection([topic]), include_authorized_operations=True, request_timeout=_ASK_S
+        )
+        rights = looked[topic].result(_ASK_S).authorized_operations
+    except (KafkaException, TimeoutError) as error:
+        return f", rights: not known ({_name(error)})"
+    if rights and not {AclOperation.WRITE, AclOperation.ALL} & set(rights):
+        raise _denied(topic)
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    try:
+        found = admin.describe_configs([resource], request_timeout=_ASK_S)[resource].result(_ASK_S)
+    except (KafkaException, TimeoutError) as error:
+        return f", retention: not known ({_name(error)})"
+    kept = int(found["retention.ms"].value)
+    days = "no limit" if kept < 0 else f"{kept / 86_400_000:g} days"
+    return f", in sync at least: {found['min.insync.replicas'].value}, {found['cleanup.policy'].value} after: {days}"
+
+
 def _name(error: BaseException) -> str:
     """Of the error, without its text, which may quote a setting."""
     found = error.args[0] if error.args else None
     return found.name() if isinstance(found, KafkaError) else type(error).__name__
+
+
+def _denied(topic: str) -> DeliveryError:
+    return DeliveryError(f"the login has no right to write to the topic {topic}")
 
 
 def _no_topic(topic: str) -> DeliveryError:
@@ -271,7 +322,7 @@ def _meaning(error: KafkaError, topic: str) -> Result:
     if code in _TOO_LARGE:
         return RejectedError(f"it is too large for the topic {topic} or its broker ({error.name()})")
     if code in _MISSING:
-        return DeliveryError(f"there is no topic {topic}: create it, or correct deliver.to")
+        return _no_topic(topic)
     if code in _DENIED:
-        return DeliveryError(f"the login has no right to write to the topic {topic}")
+        return _denied(topic)
     return DeliveryError(f"the broker refuses it ({error.name()})")

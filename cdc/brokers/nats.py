@@ -29,6 +29,7 @@ import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.js.api import DiscardPolicy, StreamConfig
 
 from cdc.brokers import tls
 from cdc.brokers.acks import Acks, Result
@@ -156,7 +157,7 @@ class NatsSender:
         window = f"{config.duplicate_window:g} s" if config.duplicate_window else "none"
         return (
             f"{name} goes into the stream {config.name} of {found.state.messages} messages, replicas:"
-            f" {config.num_replicas}, window for doubles: {window}"
+            f" {config.num_replicas}, window for doubles: {window}, keeps: {_kept(config)}"
         )
 
     async def close(self) -> None:
@@ -207,6 +208,16 @@ def _size(body: bytes, headers: Mapping[str, str], limit: int) -> int:
     if 4 * count <= limit:
         return count
     return len(body) + _HEADERS_LINE + sum(len(f"{name}{value}".encode()) + 4 for name, value in headers.items())
+
+
+def _kept(config: StreamConfig) -> str:
+    """What becomes of messages that nobody has read."""
+    limits = {"messages": config.max_msgs, "bytes": config.max_bytes, "seconds": config.max_age}
+    found = [f"{value:.0f} {unit}" for unit, value in limits.items() if value and value > 0]
+    if not found:
+        return "all"
+    full = "refuses more" if config.discard == DiscardPolicy.NEW else "drops the oldest"
+    return f"{', '.join(found)}, and then {full}"
 
 
 def _no_stream(subject: str) -> DeliveryError:

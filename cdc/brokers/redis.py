@@ -153,9 +153,27 @@ class RedisSender:
             raise DeliveryError(f"the stream {name} cannot be looked at ({type(error).__name__})") from error
         if kinds - {b"stream", b"none"}:
             raise DeliveryError(f"{name} is there, and is no stream")
+        for stream in streams:
+            await self._check_right(self._client, stream)
         there = "" if b"stream" in kinds else ", which the first entry makes"
         limit = f"about the last {self._maxlen} stay" if self._maxlen else "nothing limits its length (maxlen)"
         return f"{name} is a stream of {sum(lengths)} entries{there}; {limit}"
+
+    @staticmethod
+    async def _check_right(client: Redis, stream: str) -> None:
+        """By an entry that no stream takes, since its number is 0-0: the right and the memory are looked at before.
+
+        Raises DeliveryError where an entry would be refused.
+        """
+        append: Any = client.execute_command  # the library does not say what it takes
+        try:
+            await append(b"XADD", stream.encode(), b"NOMKSTREAM", b"0-0", b"event", b"")
+        except exceptions.ResponseError as error:
+            meant = _meaning(error)
+            if not isinstance(meant, DeliveryError) or isinstance(error, exceptions.NoPermissionError):
+                raise DeliveryError(str(meant)) from None
+        except (exceptions.RedisError, OSError) as error:
+            raise DeliveryError(f"the stream {stream} cannot be looked at ({type(error).__name__})") from error
 
     async def close(self) -> None:
         client, self._client = self._client, None

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 from click.testing import CliRunner, Result
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it has them, and does not say so
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
+from redis.asyncio import Redis
 
+from cdc.app import config, delivery
 from cdc.cli import cdc as command
+from cdc.diagnostics.findings import Finding, Severity
 from tests.eventually import eventually_async
-from tests.fix_brokers import BrokerServer, NatsServer
-from tests.fix_consumer import consuming
+from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer, RedisServer
+from tests.fix_consumer import consuming, settled, states
 
 
 def _smoke(*arguments: str) -> Result:
@@ -92,3 +108,97 @@ async def test_a_broker_that_is_away_at_the_start_is_waited_for_and_then_looked_
             await asyncio.to_thread(nats_server.start)
             await says("cdc.order goes into the stream CDC of 0 messages")
     assert caplog.text.count("it is waited for") == 1
+
+
+_APP: dict[str, Any] = {"deliver_user": "app", "deliver_password": "hunter"}
+
+
+def _found(url: str, **login: str) -> Finding:
+    found = delivery.examine(config.from_options({"deliver_to": url, "deliver_types": ("x",), **login}))
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def kafka_with_rights(kafka: KafkaServer, tmp_path: Path) -> Iterator[KafkaServer]:
+    """``kafka`` skips where there is none. In this one ``app`` has no rights until it is given some."""
+    server = KafkaServer(tmp_path, {
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",
+    })  # fmt: skip
+    server.start()
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+async def _allow(server: KafkaServer, operation: AclOperation) -> None:
+    topic = server.url().rpartition("/")[2].format(type="x")
+    right = AclBinding(
+        ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, "User:app", "*", operation, AclPermissionType.ALLOW
+    )
+    admin = AdminClient({"bootstrap.servers": server.address})
+    [given] = admin.create_acls([right]).values()
+    await asyncio.to_thread(given.result, 30)
+
+
+async def test_the_doctor_says_what_a_topic_keeps_and_whether_the_login_may_write(
+    kafka_with_rights: KafkaServer,
+) -> None:
+    await kafka_with_rights.prepare(["x"], **{"retention.ms": "86400000"})
+    found = await asyncio.to_thread(_found, kafka_with_rights.url())
+    assert found.severity is Severity.OK
+    assert found.detail.endswith("replicas: 1, in sync at least: 1, delete after: 1 days")
+    await _allow(kafka_with_rights, AclOperation.READ)
+    url = kafka_with_rights.url(port=kafka_with_rights.login_port)
+    found = await asyncio.to_thread(partial(_found, url, **_APP))
+    assert found.severity is Severity.FAIL
+    assert found.detail.startswith("the login has no right to write to the topic ")
+
+
+async def test_a_login_of_kafka_without_rights_has_changes_wait_until_it_is_given_them(
+    kafka_with_rights: KafkaServer, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """It may not even begin as an idempotent producer, which ends it before anything is sent."""
+    await kafka_with_rights.prepare(["x"])
+    await _allow(kafka_with_rights, AclOperation.DESCRIBE)
+    outbox_db.execute("SELECT publish_change('x', 'k' || n, 'INSERT', '{}') FROM generate_series(1, 3) AS n")
+    url = kafka_with_rights.url(port=kafka_with_rights.login_port)
+
+    async def rests() -> bool:
+        return "CLUSTER_AUTHORIZATION_FAILED" in app.status.breakers["deliver"].why
+
+    async def done() -> bool:
+        return settled(outbox_db)
+
+    async with consuming(outbox, None, deliver_to=url, max_attempts=1, timeout=5, **_APP) as app:
+        await eventually_async(rests, what="it rests", within_s=60.0)
+        await _allow(kafka_with_rights, AclOperation.WRITE)
+        await eventually_async(done, what="every change is processed or dead", within_s=60.0)
+    assert states(outbox_db) == {"processed": 3}
+
+
+async def test_the_doctor_says_what_a_stream_of_nats_keeps(nats_server: NatsServer) -> None:
+    await nats_server.prepare(max_msgs=500, max_age=3600)
+    assert (await asyncio.to_thread(_found, nats_server.url())).detail.endswith(
+        "keeps: 500 messages, 3600 seconds, and then drops the oldest"
+    )
+    await nats_server.change(max_msgs=500, discard="new")
+    assert (await asyncio.to_thread(_found, nats_server.url())).detail.endswith(
+        "keeps: 500 messages, and then refuses more"
+    )
+
+
+async def test_the_doctor_says_whether_redis_would_take_an_entry_and_writes_none(redis_server: RedisServer) -> None:
+    assert (await asyncio.to_thread(_found, redis_server.url())).severity is Severity.OK
+    async with Redis(port=redis_server.port) as client:
+        await client.execute_command("ACL", "SETUSER", "reader", "on", ">hunter", "~*", "+@read", "+@connection")
+    login = {"deliver_user": "reader", "deliver_password": "hunter"}
+    found = await asyncio.to_thread(partial(_found, redis_server.url(), **login))
+    assert (found.severity, found.detail) == (Severity.FAIL, "the login has no right to append to the stream")
+    await redis_server.fill()
+    found = await asyncio.to_thread(_found, redis_server.url())
+    assert (found.severity, found.detail) == (Severity.FAIL, "the server takes nothing (OutOfMemoryError)")
+    await redis_server.make_room()
+    assert await redis_server.received() == []
