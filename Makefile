@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 DEMO := $(VENV)/.demo
 PEERS := .venv-bench
 NODE := tests/bench/peers
+DEBEZIUM := $(PEERS)/debezium
 SERVERS := .venv-servers
 SITE := .venv-docs
 KAFKA := .venv-kafka
@@ -114,6 +115,13 @@ kafka: ## Apache Kafka into .venv-kafka: for the tests of deliveries. Needs Java
 	  mvn --quiet --batch-mode --file tests/servers/kafka/pom.xml dependency:copy-dependencies -DincludeScope=runtime \
 	    -DoutputDirectory=$(CURDIR)/$(KAFKA) && \
 	  (cd $(KAFKA) && sha256sum --check --quiet --strict ../tests/servers/kafka/SHA256SUMS) && touch $(KAFKA)/.ready; }
+
+.PHONY: debezium
+debezium: ## Debezium in Kafka Connect into .venv-bench/debezium: for make bench ARGS=debezium. Needs Java and Maven.
+	@test $(DEBEZIUM)/.ready -nt $(NODE)/debezium/SHA256SUMS || { rm -rf $(DEBEZIUM) && mkdir -p $(DEBEZIUM) && \
+	  mvn --quiet --batch-mode --file $(NODE)/debezium/pom.xml dependency:copy-dependencies -DincludeScope=runtime \
+	    -DoutputDirectory=$(CURDIR)/$(DEBEZIUM) && \
+	  (cd $(DEBEZIUM) && sha256sum --check --quiet --strict $(CURDIR)/$(NODE)/debezium/SHA256SUMS) && touch $(DEBEZIUM)/.ready; }
 
 # The packages' install scripts do not run: what theirs does, links between libraries, ours does.
 .PHONY: servers

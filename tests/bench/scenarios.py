@@ -10,6 +10,7 @@ from cdc.contrib.demo.temp_server import TempServer
 from tests.bench import (
     backfill,
     blocked,
+    debezium,
     drain,
     floor,
     growth,
@@ -85,6 +86,7 @@ SCENARIOS = {
     "backlog": Scenario("resident memory and first change with a large backlog", memory.measure_backlog, Turn.ONCE),
     "blocked": Scenario("draining beside changes that are held back, waiting, dead", blocked.measure, Turn.NAMED),
     "history": Scenario("views, commands, collector and consumer on a large history", history.measure, Turn.NAMED),
+    "debezium": Scenario("commit to a reader of Kafka, and Debezium beside it", debezium.measure, Turn.NAMED),
     "growth-backlog": Scenario("rate and memory by the length of the backlog", growth.by_backlog, Turn.NAMED),
     "growth-payload": Scenario("rate by the size of a row", growth.by_payload, Turn.NAMED),
     "growth-keys": Scenario("rate by the number of keys", growth.by_keys, Turn.NAMED),
