@@ -154,6 +154,26 @@ async def test_a_suspect_loses_an_attempt_and_runs_while_nothing_else_that_may_k
 
 
 @pytest.mark.usefixtures("dead_for_certain")
+@pytest.mark.parametrize("orphaned", [True, False])
+async def test_the_attempt_that_killed_a_process_is_counted_before_the_next_one_is_made(
+    orphaned: bool, outbox: str, outbox_db: psycopg.Connection
+) -> None:
+    """Also where the former owner's name is on no shard any more; else it could kill for ever."""
+    router, seen = Router(), list[tuple[Any, ...]]()
+
+    @router.on("x")
+    async def handle(change: cdc.Change) -> None:
+        seen.extend(outbox_db.execute("SELECT started_by <> %s, error_count FROM entity_changes", [owner]).fetchall())
+
+    _publish(outbox_db, 1)
+    owner = _as_if_the_owner_had_died(outbox_db) if orphaned else uuid.uuid4()
+    _was_running(outbox_db, owner, 1)
+    async with consuming(outbox, router):
+        await _until_settled(outbox_db)
+    assert seen == [(True, 1)]
+
+
+@pytest.mark.usefixtures("dead_for_certain")
 async def test_a_suspect_waits_until_the_outcome_of_the_one_before_is_in_the_table(
     outbox: str, outbox_db: psycopg.Connection
 ) -> None:
