@@ -11,10 +11,15 @@ from psycopg.types.json import Jsonb
 
 import cdc
 from cdc.core.errors import NotFoundError, UsageError
+from cdc.core.model import SHARDS
+from cdc.core.read_planner import Sweep
 from cdc.core.router import Router
-from cdc.core.type_filter import TypeFilter
+from cdc.core.shard_cursor import Position
+from cdc.core.type_filter import EVERYTHING, TypeFilter
 from cdc.engine.dispatcher import OtherTasks
 from cdc.postgres import tracking
+from cdc.postgres.connect import connect_async
+from cdc.postgres.loaders import read_changes
 from cdc.postgres.subscription import SubscriptionStore
 from cdc.postgres.subscriptions import Subscriptions
 from cdc.postgres.tracked_tables import Truncate
@@ -339,6 +344,23 @@ async def test_a_captured_truncate_is_a_barrier_of_its_type_in_each_subscription
     assert len(ended) == 201
     assert ended.index(barrier) == 100
     assert max(ended[:100]) < barrier < min(ended[101:])
+
+
+def _passed(db: psycopg.Connection, number: int, entity_id: str) -> bool:
+    """Whether the position of its shard has passed the first change of the key."""
+    asked = "SELECT p.seq >= n.seq FROM entity_changes AS n JOIN cdc_positions AS p ON p.shard = n.shard"
+    asked += " WHERE p.subscription = %s AND n.entity_id = %s ORDER BY n.seq LIMIT 1"
+    return db.execute(asked, [number, entity_id]).fetchone() == (True,)
+
+
+async def _barred(dsn: str, db: psycopg.Connection, seq: int) -> bool:
+    """Whether a read of the subscription is told that this fresh change must not start."""
+    store = SubscriptionStore("public", Subscriptions("public").named(db, "search"), 16, EVERYTHING)
+    everything = Sweep({shard: Position(0, 0, 3) for shard in range(SHARDS)}, 1_000, 1)
+    async with await connect_async(dsn, application_name="cdc: test", session=SubscriptionStore.session) as reader:
+        read_changes(reader)
+        page = await store.sweep(reader, everything)
+    return any(row.barred for row in page.rows if row.change.seq == seq)
 
 
 async def test_a_consumer_that_does_not_handle_what_the_subscription_names_is_refused_before_it_passes_it(
