@@ -12,11 +12,13 @@ from typing import Any
 import nats
 import psycopg
 import pytest
+from prometheus_client import generate_latest
 
+from cdc.app import config, delivery
 from cdc.app.secret_file import SecretFile
 from tests import nats_credentials
 from tests.eventually import eventually_async
-from tests.fix_brokers import KafkaServer, NatsServer
+from tests.fix_brokers import BrokerServer, KafkaServer, NatsServer
 from tests.fix_consumer import consuming, settled, states
 
 
@@ -92,3 +94,24 @@ async def test_nats_takes_a_file_of_credentials_and_refuses_others(
     async with consuming(outbox, None, deliver_to=f"{nats_server.url()}?creds={ours}", max_attempts=1):
         await _true(lambda: settled(outbox_db), "all are delivered")
     assert states(outbox_db) == {"processed": 20}
+
+
+async def test_no_output_has_the_password_that_a_broker_refuses(
+    broker: BrokerServer, outbox: str, outbox_db: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "hunter-a-secret"
+    await broker.prepare()
+    await broker.let_in("careful", "another")
+    login: dict[str, Any] = {"deliver_user": "careful", "deliver_password": secret}
+    url = broker.login_url()
+    _publish(outbox_db)
+    with caplog.at_level("DEBUG", logger="cdc"):
+        async with consuming(outbox, None, deliver_to=url, max_attempts=1, **login) as app:
+            await _true(lambda: "refuses the login" in app.status.breakers["deliver"].why, "the login is refused")
+            said = [app.status.breakers["deliver"].why, generate_latest(app.metrics.registry).decode()]
+        settings = config.from_options({"deliver_to": url, "deliver_types": ("x",), **login})
+        said.append(str(await asyncio.to_thread(delivery.examine, settings)))
+    errors = outbox_db.execute("SELECT last_error FROM entity_changes WHERE last_error IS NOT NULL").fetchall()
+    said += [caplog.text, str(errors), repr(settings)]
+    assert [text for text in said if secret in text] == []
+    assert states(outbox_db) == {"fresh": 20}
